@@ -1,0 +1,175 @@
+"""Convolution + normalisation, activations, freezing and initialisation: the parts every network shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Norm = Union[str, Callable[[int], nn.Module], None]
+NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
+ACTIVATIONS = ("relu", "prelu")
+PRELU_SLOPE = 0.25  # initial slope, arXiv 1502.01852 section 2.1
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation whose statistics and affine parameters are constants.
+
+    The paper fixes BN during detection (appendix A): it is then a linear map per channel.
+    State-dict keys are those of ``nn.BatchNorm2d``, as in Detectron2's layer of the same name;
+    ``num_batches_tracked`` is accepted and not needed.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        super().__init__()
+        self.num_features = num_features
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features) - eps)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The map ``x * scale + shift`` that this layer computes; both of shape (C,)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = self.scale_and_shift()
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @classmethod
+    def from_batch_norm(cls, bn: nn.modules.batchnorm._BatchNorm) -> FrozenBatchNorm2d:
+        """A frozen copy of a ``BatchNorm2d`` or ``SyncBatchNorm``."""
+        frozen = cls(bn.num_features, bn.eps).to(bn.running_mean.device, bn.running_mean.dtype)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            value = getattr(bn, name)
+            if value is not None:
+                getattr(frozen, name).copy_(value.detach())
+        return frozen
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, eps={self.eps}"
+
+
+def build_norm(norm: Norm, channels: int) -> nn.Module | None:
+    """A normalisation layer from its name ("BN", "FrozenBN", "SyncBN", "GN") or from a callable.
+
+    ``None`` and ``""`` mean no normalisation. Names follow Detectron2's ``get_norm``; GN has 32
+    groups (arXiv 1803.08494).
+    """
+    if norm is None or norm == "":
+        return None
+    if callable(norm):
+        return norm(channels)
+    if norm == "GN":
+        if channels % 32:
+            raise ValueError(f"norm 'GN' needs a multiple of 32 channels, not {channels}")
+        return nn.GroupNorm(32, channels)
+    layers = {"BN": nn.BatchNorm2d, "FrozenBN": FrozenBatchNorm2d, "SyncBN": nn.SyncBatchNorm}
+    if norm not in layers:
+        raise ValueError(f"unknown norm {norm!r}: use one of {', '.join(NORMS)} or a callable")
+    return layers[norm](channels)
+
+
+def build_activation(name: str, channels: int) -> nn.Module:
+    """``relu`` (the paper) or ``prelu``, one slope per channel (arXiv 1502.01852)."""
+    if name == "relu":
+        return nn.ReLU(inplace=True)
+    if name == "prelu":
+        return nn.PReLU(channels, init=PRELU_SLOPE)
+    raise ValueError(f"unknown activation {name!r}: use one of {', '.join(ACTIVATIONS)}")
+
+
+class ConvNorm(nn.Conv2d):
+    """A convolution followed by its norm, which is the child ``norm`` (Detectron2's key layout).
+
+    The padding keeps the size at stride 1. There is a bias only where there is no norm.
+    A frozen batch norm is folded into the kernel at each call, ``conv(x, w * scale, shift)``:
+    the same function and gradients with one pass less over the feature map.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        norm: Norm = "BN",
+    ):
+        norm_layer = build_norm(norm, out_channels)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=dilation * (kernel_size - 1) // 2,
+            dilation=dilation,
+            bias=norm_layer is None,
+        )
+        self.norm = norm_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm, FrozenBatchNorm2d):
+            scale, shift = self.norm.scale_and_shift()
+            return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+        x = super().forward(x)
+        return x if self.norm is None else self.norm(x)
+
+
+class ConvNormAct(ConvNorm):
+    """:class:`ConvNorm` followed by its activation, the child ``activation``."""
+
+    def __init__(self, *args, activation: str = "relu", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.activation = build_activation(activation, self.out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(super().forward(x))
+
+
+def freeze(module: nn.Module) -> None:
+    """Stops a module's training in place: no gradients, and batch norms become constants."""
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    _freeze_batch_norms(module)
+
+
+def _freeze_batch_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            setattr(module, name, FrozenBatchNorm2d.from_batch_norm(child))
+        else:
+            _freeze_batch_norms(child)
+
+
+def init_he(module: nn.Module, activation: str = "relu") -> None:
+    """He initialisation of all convolutions, N(0, 2 / ((1 + a^2) fan_out)) (arXiv 1502.01852).
+
+    ``a`` is the activation's negative slope. Linear layers are drawn from N(0, 0.01^2)
+    (arXiv 1706.02677, section 5.1), biases are zero, norms keep the identity.
+    """
+    slope = PRELU_SLOPE if activation == "prelu" else 0.0
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d):
+            nn.init.kaiming_normal_(child.weight, slope, "fan_out", "leaky_relu")
+        elif isinstance(child, nn.Linear):
+            nn.init.normal_(child.weight, std=0.01)
+        else:
+            continue
+        if child.bias is not None:
+            nn.init.zeros_(child.bias)
+
+
+def global_average_pool(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C)."""
+    return F.adaptive_avg_pool2d(x, 1).flatten(1)

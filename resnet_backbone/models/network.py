@@ -1,0 +1,95 @@
+"""What all networks share: stages that run in order, a feature table, freezing, a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from resnet_backbone.models.layers import freeze
+
+
+class Feature(NamedTuple):
+    """One row of a network's feature table."""
+
+    channels: int
+    stride: int  # input pixels per output pixel
+
+
+class StagedNetwork(nn.Module):
+    """A classifier, or a backbone that returns the feature maps of named stages.
+
+    Subclasses add their stages with :meth:`add_stage` in the order in which they run, then call
+    :meth:`add_head` or set no head, and define ``forward_head``.
+
+    Attributes:
+        features: name -> :class:`Feature`, one entry per stage that was built, in order.
+        out_features: names of the maps that ``forward`` returns; empty for a classifier.
+    """
+
+    def __init__(self, stage_names: Sequence[str], out_features: Iterable[str] | None):
+        super().__init__()
+        self.features: dict[str, Feature] = {}
+        self.out_features = tuple(out_features or ())
+        unknown = [name for name in self.out_features if name not in stage_names]
+        if unknown:
+            raise ValueError(
+                f"unknown out_features {unknown}: this network has {', '.join(stage_names)}"
+            )
+        deepest = max(map(stage_names.index, self.out_features), default=len(stage_names) - 1)
+        self.stage_names = tuple(stage_names[: deepest + 1])
+
+    def add_stage(self, name: str, stage: nn.Module, channels: int, stride: int) -> None:
+        self.add_module(name, stage)
+        self.features[name] = Feature(channels, stride)
+
+    @property
+    def is_classifier(self) -> bool:
+        return not self.out_features
+
+    def forward_features(self, x: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Feature maps by stage name.
+
+        Args:
+            x: images, (N, in_channels, H, W), normalised as the weights ask.
+            names: stages to return; ``None`` returns every one.
+
+        Returns:
+            name -> (N, channels, H / stride, W / stride), sizes rounded up.
+        """
+        wanted = set(self.stage_names if names is None else names)
+        if not wanted <= set(self.stage_names):
+            missing = sorted(wanted - set(self.stage_names))
+            raise ValueError(f"no stage {missing}: this network has {', '.join(self.stage_names)}")
+        maps = {}
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+            if name in wanted:
+                maps[name] = x
+        return maps
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        """The last stage's map -> logits, (N, num_classes)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        """Logits (N, num_classes) of a classifier, or the dict of ``out_features``."""
+        if x.dim() != 4:
+            raise ValueError(f"expected images of shape (N, C, H, W), got {tuple(x.shape)}")
+        if self.is_classifier:
+            last = self.stage_names[-1]
+            return self.forward_head(self.forward_features(x, [last])[last])
+        return self.forward_features(x, self.out_features)
+
+    def freeze(self, freeze_at: int) -> StagedNetwork:
+        """Freezes the first ``freeze_at`` stages in place (1 = the stem, or VGG's conv1).
+
+        Frozen layers get no gradients and their batch norms become constants. Counted as in
+        Detectron2: 2 also freezes res2, 5 the whole network.
+        """
+        if not 0 <= freeze_at <= 5:
+            raise ValueError(f"freeze_at is a number of stages from 0 to 5, not {freeze_at}")
+        for name in self.stage_names[:freeze_at]:
+            freeze(getattr(self, name))
+        return self

@@ -1,0 +1,326 @@
+"""ResNet-18/34/50/101/152 and their plain twins (arXiv 1512.03385, Table 1 and Fig. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet_backbone.models.layers import (
+    ConvNorm,
+    ConvNormAct,
+    Norm,
+    build_activation,
+    global_average_pool,
+    init_he,
+)
+from resnet_backbone.models.network import StagedNetwork
+
+SHORTCUTS = ("A", "B", "C", "highway", "none")
+HIGHWAY_GATE_BIAS = -3.0  # gates start nearly closed: arXiv 1505.00387 section 2.3
+
+
+class ZeroPadShortcut(nn.Module):
+    """Option A (section 3.3): identity, subsampled by the stride, new channels filled with zeros."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.extra_channels = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra_channels))
+
+
+def build_shortcut(
+    option: str, in_channels: int, out_channels: int, stride: int, norm: Norm
+) -> nn.Module | None:
+    """The shortcut of one block; ``None`` for a plain network (section 3.3; Table 3 A, B, C)."""
+    if option not in SHORTCUTS:
+        raise ValueError(f"unknown shortcut {option!r}: use one of {', '.join(SHORTCUTS)}")
+    if option == "none":
+        return None
+    same_shape = stride == 1 and in_channels == out_channels
+    if same_shape and option != "C":
+        return nn.Identity()
+    if option == "A":
+        return ZeroPadShortcut(in_channels, out_channels, stride)
+    return ConvNorm(in_channels, out_channels, 1, stride=stride, norm=norm)
+
+
+class ResidualBlock(nn.Module):
+    """activation(F(x) + shortcut(x)), equations 1 and 2; subclasses define F as ``residual``.
+
+    With ``shortcut="highway"`` the sum is gated, T * F(x) + (1 - T) * shortcut(x), where
+    T = sigmoid(1x1 convolution of x) (Highway Networks, arXiv 1505.00387, the paper's related
+    work, in the convolutional form of arXiv 1603.05027 section 3.1).
+    """
+
+    expansion: int
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, shortcut: str, norm: Norm, act: str
+    ):
+        super().__init__()
+        self.shortcut = build_shortcut(shortcut, in_channels, out_channels, stride, norm)
+        self.gate = None
+        if shortcut == "highway":
+            self.gate = nn.Conv2d(in_channels, out_channels, 1, stride=stride)
+        self.activation = build_activation(act, out_channels)
+
+    def residual(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.residual(x)
+        if self.gate is not None:
+            y = torch.lerp(self.shortcut(x), y, torch.sigmoid(self.gate(x)))
+        elif self.shortcut is not None:
+            y = y + self.shortcut(x)
+        return self.activation(y)
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions (Fig. 5 left); the first carries the stride, both the dilation."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        shortcut: str = "B",
+        norm: Norm = "BN",
+        activation: str = "relu",
+    ):
+        super().__init__(in_channels, out_channels, stride, shortcut, norm, activation)
+        options = dict(dilation=dilation, norm=norm)
+        self.conv1 = ConvNormAct(
+            in_channels, out_channels, 3, stride=stride, activation=activation, **options
+        )
+        self.conv2 = ConvNorm(out_channels, out_channels, 3, **options)
+
+    @property
+    def last_norm(self) -> nn.Module | None:
+        return self.conv2.norm
+
+    def residual(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x))
+
+
+class BottleneckBlock(ResidualBlock):
+    """1x1, 3x3, 1x1 convolutions (Fig. 5 right), 4 times narrower inside.
+
+    ``stride_in_1x1``: the paper and its released weights put the stride on the first 1x1;
+    torchvision, timm and fb.resnet.torch on the 3x3. Shapes are the same, results are not.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        shortcut: str = "B",
+        norm: Norm = "BN",
+        activation: str = "relu",
+        stride_in_1x1: bool = True,
+    ):
+        super().__init__(in_channels, out_channels, stride, shortcut, norm, activation)
+        width = out_channels // self.expansion
+        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
+        options = dict(norm=norm, activation=activation)
+        self.conv1 = ConvNormAct(in_channels, width, 1, stride=stride_1x1, **options)
+        self.conv2 = ConvNormAct(width, width, 3, stride=stride_3x3, dilation=dilation, **options)
+        self.conv3 = ConvNorm(width, out_channels, 1, norm=norm)
+
+    @property
+    def last_norm(self) -> nn.Module | None:
+        return self.conv3.norm
+
+    def residual(self, x: Tensor) -> Tensor:
+        return self.conv3(self.conv2(self.conv1(x)))
+
+
+# The one depth table (Table 1): block and number of blocks in res2..res5 (conv2_x..conv5_x).
+DEPTHS: dict[int, tuple[type[ResidualBlock], tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (BottleneckBlock, (3, 4, 6, 3)),
+    101: (BottleneckBlock, (3, 4, 23, 3)),
+    152: (BottleneckBlock, (3, 8, 36, 3)),
+}
+STAGE_WIDTHS = (64, 128, 256, 512)  # channels of the 3x3 convolutions in res2..res5
+STAGE_NAMES = ("stem", "res2", "res3", "res4", "res5")
+
+
+class Stem(nn.Module):
+    """7x7 convolution with stride 2, then 3x3 max pooling with stride 2 (Table 1).
+
+    ``caffe_pool``: the released Caffe networks pool without padding and round the size up;
+    everyone since pads by one pixel. The windows differ by a pixel, the size only at odd inputs.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: Norm, activation: str, caffe_pool: bool
+    ):
+        super().__init__()
+        self.conv1 = ConvNormAct(
+            in_channels, out_channels, 7, stride=2, norm=norm, activation=activation
+        )
+        padding = 0 if caffe_pool else 1
+        self.pool = nn.MaxPool2d(3, stride=2, padding=padding, ceil_mode=caffe_pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.conv1(x))
+
+
+def make_stage(
+    block: type[ResidualBlock],
+    num_blocks: int,
+    in_channels: int,
+    out_channels: int,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    multi_grid: Sequence[int] = (),
+    **block_options,
+) -> nn.Sequential:
+    """One stage: the first block carries the stride; block i has dilation * multi_grid[i]."""
+    grid = tuple(multi_grid) or (1,) * num_blocks
+    if len(grid) != num_blocks or min(grid) < 1:
+        raise ValueError(
+            f"multi_grid {tuple(multi_grid)} needs {num_blocks} positive rates, one per block"
+        )
+    blocks = []
+    for index in range(num_blocks):
+        blocks.append(
+            block(
+                in_channels if index == 0 else out_channels,
+                out_channels,
+                stride=stride if index == 0 else 1,
+                dilation=dilation * grid[index],
+                **block_options,
+            )
+        )
+    return nn.Sequential(*blocks)
+
+
+def init_residual_network(network: nn.Module, activation: str, zero_init_residual: bool) -> None:
+    """He initialisation, closed Highway gates and, on request, a zero last gamma per block."""
+    init_he(network, activation)
+    for block in network.modules():
+        if not isinstance(block, ResidualBlock):
+            continue
+        if block.gate is not None:
+            nn.init.constant_(block.gate.bias, HIGHWAY_GATE_BIAS)
+        if zero_init_residual:
+            if getattr(block.last_norm, "weight", None) is None:
+                raise ValueError("zero_init_residual needs a norm with a weight (gamma)")
+            nn.init.zeros_(block.last_norm.weight)
+
+
+def resnet_stage(depth: int, stage: int, *, in_channels: int | None = None, **options):
+    """Stage ``res{stage}`` (2..5) of a ResNet of this depth as a module, and its channels out.
+
+    What a C4 detection head runs per region is ``resnet_stage(depth, 5, stride=2)``.
+    ``options`` are those of :func:`make_stage`; ``stride_in_1x1`` is dropped for depths whose
+    blocks have no 1x1 to put it in.
+    """
+    block, num_blocks = DEPTHS[depth]
+    index = stage - 2
+    if block is BasicBlock:
+        options.pop("stride_in_1x1", None)
+    if in_channels is None:
+        in_channels = 64 if stage == 2 else STAGE_WIDTHS[index - 1] * block.expansion
+    out_channels = STAGE_WIDTHS[index] * block.expansion
+    return make_stage(block, num_blocks[index], in_channels, out_channels, **options), out_channels
+
+
+class ResNet(StagedNetwork):
+    """A residual network, or with ``shortcut="none"`` its plain twin.
+
+    As a classifier it maps (N, in_channels, H, W) to logits (N, num_classes). With
+    ``out_features`` it has no head, stops after the deepest stage asked for, and returns a dict
+    of feature maps at strides 4 (stem, res2), 8, 16, 32. Module and key names are Detectron2's.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152 (Table 1).
+        num_classes: logits of the classifier.
+        in_channels: channels of the input image.
+        shortcut: "A", "B" or "C" (Table 3; the paper uses B for 50 layers and more), "highway"
+            (gated, arXiv 1505.00387) or "none" (plain, section 3.3).
+        stride_in_1x1: where a bottleneck has its stride; True is the paper. Unused at 18 and 34.
+        norm: "BN" (the paper), "FrozenBN", "SyncBN", "GN" or a callable channels -> module;
+            "" for none, which gives the convolutions a bias.
+        activation: "relu" (the paper) or "prelu" (arXiv 1502.01852).
+        dilations: of res2..res5. A stage with a dilation above 1 keeps the size of its input, so
+            (1, 1, 1, 2) is DC5 at output stride 16 and (1, 1, 2, 4) is output stride 8
+            (arXiv 1606.00915); all 3x3 convolutions of the stage have that dilation, as in R-FCN.
+        multi_grid: rates of res5's blocks, multiplied with its dilation (arXiv 1706.05587).
+        out_features: names out of stem, res2, res3, res4, res5; ``None`` for a classifier.
+        freeze_at: number of frozen stages, counted from the stem.
+        zero_init_residual: start the last gamma of each block at zero (arXiv 1706.02677, 5.1).
+        caffe_pool: pool1 as in the released Caffe networks, see :class:`Stem`.
+
+    Raises:
+        ValueError: for a value outside of the above, naming the possible ones.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        shortcut: str = "B",
+        stride_in_1x1: bool = True,
+        norm: Norm = "BN",
+        activation: str = "relu",
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        multi_grid: Sequence[int] = (),
+        out_features: Iterable[str] | None = None,
+        freeze_at: int = 0,
+        zero_init_residual: bool = False,
+        caffe_pool: bool = False,
+    ):
+        if depth not in DEPTHS:
+            raise ValueError(f"unknown depth {depth}: use one of {', '.join(map(str, DEPTHS))}")
+        if len(dilations) != 4 or min(dilations) < 1:
+            raise ValueError(f"dilations {tuple(dilations)}: give four positive ones, res2..res5")
+        super().__init__(STAGE_NAMES, out_features)
+        self.depth = depth
+        self.stride_in_1x1 = stride_in_1x1
+        self.add_stage("stem", Stem(in_channels, 64, norm, activation, caffe_pool), 64, 4)
+        stride = 4
+        for number, name in enumerate(self.stage_names[1:], start=2):
+            dilation = dilations[number - 2]
+            step = 1 if number == 2 or dilation > 1 else 2
+            stage, channels = resnet_stage(
+                depth,
+                number,
+                stride=step,
+                dilation=dilation,
+                multi_grid=multi_grid if number == 5 else (),
+                shortcut=shortcut,
+                stride_in_1x1=stride_in_1x1,
+                norm=norm,
+                activation=activation,
+            )
+            stride *= step
+            self.add_stage(name, stage, channels, stride)
+        if self.is_classifier:
+            self.linear = nn.Linear(channels, num_classes)
+        init_residual_network(self, activation, zero_init_residual)
+        self.freeze(freeze_at)
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.linear(global_average_pool(x))
