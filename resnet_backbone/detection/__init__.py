@@ -1,0 +1,24 @@
+"""The Detectron2 side. Importing it registers the backbones and heads, and does nothing else."""
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "resnet_backbone.detection needs Detectron2: pip install "
+        "'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation, "
+        "or run bash tools/setup_env.sh; the networks alone (resnet_backbone.models) work without"
+    ) from error
+
+from resnet_backbone.detection.backbones import PaperResNet, PaperVGG
+from resnet_backbone.detection.checkpoint import Checkpointer
+from resnet_backbone.detection.config import add_resnet_backbone_config
+from resnet_backbone.detection.heads import PaperRes5ROIHeads, VGGBoxHead
+
+__all__ = [
+    "Checkpointer",
+    "PaperRes5ROIHeads",
+    "PaperResNet",
+    "PaperVGG",
+    "VGGBoxHead",
+    "add_resnet_backbone_config",
+]

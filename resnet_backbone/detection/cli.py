@@ -1,0 +1,183 @@
+"""What the command-line tools share: configs, data sets by path, errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from resnet_backbone.detection.config import add_resnet_backbone_config
+from resnet_backbone.detection.data import find_voc_classes, register_voc
+from resnet_backbone.detection.data.coco import register_coco
+
+logger = logging.getLogger(__name__)
+
+
+class UsageError(ValueError):
+    """A command line or config that cannot be meant; the message says what to write."""
+
+
+def one_line_errors(main: Callable) -> Callable:
+    """Wrong input (ValueError, OSError) ends a tool with one line and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            if os.environ.get("RESNET_BACKBONE_TRACEBACK"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapped
+
+
+def load_config(config_file: str, overrides: list[str]) -> CfgNode:
+    """Detectron2's defaults + ours + a YAML file + ``KEY VALUE`` pairs.
+
+    Raises:
+        UsageError: no such file, a key that does not exist (with the nearest one that does), a
+            value of the wrong type, ``key=value`` in place of ``KEY VALUE``.
+    """
+    cfg = add_resnet_backbone_config(get_cfg())
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if config_file:
+        if not os.path.isfile(config_file):
+            raise UsageError(f"{config_file}: no such config; configs/detection has ready ones")
+        _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
+    joined = next((word for word in overrides[::2] if "=" in word), None)
+    if joined:
+        raise UsageError(f"write {joined.replace('=', ' ', 1)!r} and not {joined!r}: KEY VALUE")
+    if len(overrides) % 2:
+        raise UsageError(f"overrides come in pairs, KEY VALUE: {' '.join(overrides)!r} has a rest")
+    _merge(cfg, lambda: cfg.merge_from_list(overrides))
+    if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"MODEL.DEVICE {cfg.MODEL.DEVICE}: there is no GPU here; use cpu")
+    return cfg
+
+
+def _merge(cfg: CfgNode, merge: Callable[[], None]) -> None:
+    try:
+        merge()
+    except KeyError as error:
+        key = str(error).rsplit(": ", 1)[-1].strip("'\"")
+        near = difflib.get_close_matches(key, _keys(cfg), n=1, cutoff=0.4)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise UsageError(f"there is no config key {key}{hint}") from error
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UsageError(f"config: {error}") from error
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that name a data set by path."""
+    data = parser.add_argument_group(
+        "data", "By path, or by registered names with DATASETS.TRAIN and DATASETS.TEST."
+    )
+    data.add_argument("--voc-root", metavar="DIR", help="folder with Annotations/, JPEGImages/")
+    data.add_argument("--train-set", metavar="NAME", help="split in ImageSets/Main, e.g. trainval")
+    data.add_argument("--test-set", metavar="NAME", help="split in ImageSets/Main, e.g. test")
+    data.add_argument(
+        "--coco-json",
+        nargs=2,
+        metavar=("TRAIN", "TEST"),
+        help="instances JSON files to train on and to evaluate on",
+    )
+    data.add_argument(
+        "--image-root",
+        nargs="+",
+        metavar="DIR",
+        help="image folders of the two JSON files; one folder serves both",
+    )
+    data.add_argument(
+        "--bad-data",
+        choices=("drop", "refuse"),
+        default="drop",
+        help="missing or broken files and boxes: go on without them, or stop (default: drop)",
+    )
+
+
+def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Registers the data sets, checks them, and writes their names and classes into the config.
+
+    Raises:
+        DataError: problems in the data with ``--bad-data refuse``, or nothing usable at all.
+    """
+    if args.voc_root and args.coco_json:
+        raise UsageError("give --voc-root or --coco-json, not both")
+    if args.voc_root:
+        _register_voc_paths(cfg, args)
+    elif args.coco_json:
+        _register_coco_paths(cfg, args)
+    else:
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            _adopt(name, cfg, args.bad_data)
+    if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
+        raise UsageError(
+            "no data: give --voc-root DIR --train-set NAME --test-set NAME, or --coco-json TRAIN "
+            "TEST --image-root DIR, or DATASETS.TRAIN and DATASETS.TEST"
+        )
+    for name in sorted({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}):
+        images = DatasetCatalog.get(name)
+        boxes = sum(len(image.get("annotations", ())) for image in images)
+        logger.info("data set %s: %d images, %d boxes", name, len(images), boxes)
+    classes = list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes)
+    cfg.RESNET_BACKBONE.CLASS_NAMES = classes
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
+    cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
+
+
+def _register_voc_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
+    if not args.train_set or not args.test_set:
+        raise UsageError("--voc-root needs --train-set NAME and --test-set NAME")
+    splits = [args.train_set, args.test_set]
+    classes = list(cfg.RESNET_BACKBONE.CLASS_NAMES) or find_voc_classes(args.voc_root, splits)
+    keep = cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"train:{splits[0]}",), (f"test:{splits[1]}",)
+    for name, split, difficult in (
+        (cfg.DATASETS.TRAIN[0], splits[0], keep),
+        (cfg.DATASETS.TEST[0], splits[1], True),
+    ):
+        register_voc(name, args.voc_root, split, classes, difficult, on_bad=args.bad_data)
+
+
+def _register_coco_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
+    if not args.image_root or len(args.image_root) > 2:
+        raise UsageError("--coco-json TRAIN TEST needs --image-root DIR, or one for each file")
+    roots = (args.image_root * 2)[:2]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("train:coco",), ("test:coco",)
+    for name, file, root in zip(("train:coco", "test:coco"), args.coco_json, roots):
+        register_coco(name, file, root, on_bad=args.bad_data)
+
+
+def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
+    """Lets a data set that Detectron2 registered in VOC layout be read and checked by our loader."""
+    if name not in DatasetCatalog.list():
+        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"no data set is registered as {name!r}{hint}")
+    known = MetadataCatalog.get(name)
+    if known.get("evaluator_type") != "pascal_voc":
+        return
+    root, split, classes = known.dirname, known.split, list(known.thing_classes)
+    difficult = name in cfg.DATASETS.TEST or cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+    register_voc(name, root, split, classes, difficult, on_bad=on_bad)

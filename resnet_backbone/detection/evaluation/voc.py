@@ -1,0 +1,236 @@
+"""VOC evaluation inside Detectron2, with per-class results."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+from tabulate import tabulate
+
+from ..data.voc import scan_voc
+from .voc_ap import COCO_IOU_THRESHOLDS, evaluate_voc
+
+logger = logging.getLogger(__name__)
+
+TO_VOC = np.array([1.0, 1.0, 0.0, 0.0])
+"""Added to Detectron2's continuous (x0, y0, x1, y1) to get VOC's 1-based inclusive pixels."""
+
+
+class VOCEvaluator(DatasetEvaluator):
+    """Average precision of a data set in VOC layout.
+
+    Differs from Detectron2's `PascalVOCDetectionEvaluator` in that scores and boxes are not
+    rounded, per-class results are given, AP is always the area under the curve (VOC 2010 and
+    later) with the 11-point one of VOC 2007 beside it, any class names and years will do, and a
+    class without ground truth does not enter the mean. On equal input the numbers agree.
+    What `check_voc` reports (bad boxes, unusable images) is not part of the ground truth, as it
+    is not part of what the loader gives.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        max_dets_per_image: int | None = None,
+    ):
+        """
+        Args:
+            dataset_name: of `register_voc` or Detectron2's own ("voc_2007_test"); its metadata
+                must have thing_classes, dirname and split.
+            output_dir: gets `voc_results.json` and `detections.json`; None writes nothing.
+            max_dets_per_image: keep only so many best-scored detections of an image.
+
+        Raises:
+            ValueError: the metadata lacks one of the three.
+        """
+        metadata = MetadataCatalog.get(dataset_name)
+        missing = [k for k in ("thing_classes", "dirname", "split") if metadata.get(k) is None]
+        if missing:
+            raise ValueError(
+                f"data set {dataset_name!r} has no {', '.join(missing)} in its metadata;"
+                " register it with register_voc"
+            )
+        self._dataset_name = dataset_name
+        self._metadata = metadata
+        self._output_dir = output_dir
+        self._max_dets = max_dets_per_image
+        self._predictions: list[dict[str, Any]] = []
+
+    def reset(self) -> None:
+        """Forget all predictions."""
+        self._predictions = []
+
+    def process(self, inputs, outputs) -> None:
+        """Keep the detections of some images.
+
+        Args:
+            inputs: dicts with image_id.
+            outputs: dicts with instances: pred_boxes, scores, pred_classes.
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            scores = instances.scores.float().numpy()
+            kept = np.argsort(-scores, kind="stable")[: self._max_dets]
+            self._predictions.append(
+                {
+                    "image_id": str(image["image_id"]),
+                    "boxes": instances.pred_boxes.tensor.float().numpy()[kept],
+                    "scores": scores[kept],
+                    "classes": instances.pred_classes.numpy()[kept],
+                }
+            )
+
+    def evaluate(self) -> OrderedDict | None:
+        """Gather the predictions of all processes and compute AP. Call it on every process.
+
+        Returns:
+            On the main process {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50, AP75,
+            AP50-11pt (VOC 2007's 11-point), then "AP50-<class>"; nan for a class without ground
+            truth, which is left out of the means. None on the others.
+
+        Raises:
+            ValueError: detections in images or of classes that the data set does not have.
+        """
+        gathered = comm.gather(self._predictions, dst=0)
+        if not comm.is_main_process():
+            return None
+        predictions = [image for of_process in gathered for image in of_process]
+        ground_truth = self._load_ground_truth()
+        self._warn(predictions, ground_truth)
+        voc_predictions = [{**p, "boxes": p["boxes"] + TO_VOC} for p in predictions]
+        numbers = evaluate_voc(voc_predictions, ground_truth, self._metadata.thing_classes)
+        details = summarize(self._dataset_name, numbers)
+        logger.info("VOC results of %s (%%):\n%s", self._dataset_name, format_table(details))
+        if self._output_dir:
+            os.makedirs(self._output_dir, exist_ok=True)
+            self._write("voc_results.json", details)
+            self._write("detections.json", self._to_json(predictions))
+        bbox = {**details["summary"]}
+        bbox.update({f"AP50-{c['class']}": c["AP50"] for c in details["classes"]})
+        return OrderedDict(bbox={k: math.nan if v is None else v for k, v in bbox.items()})
+
+    def _load_ground_truth(self) -> list[dict[str, Any]]:
+        meta = self._metadata
+        decode = meta.get("voc_options", {}).get("decode", False)
+        records, report = scan_voc(meta.dirname, meta.split, meta.thing_classes, decode)
+        if report.problems:
+            logger.warning(
+                "%s: evaluated without %d bad boxes and %d bad files; check_voc names them",
+                self._dataset_name,
+                len(report.bad_boxes),
+                len(report.bad_files),
+            )
+        return [
+            {
+                "image_id": r["image_id"],
+                "boxes": np.array([a["bbox"] for a in r["annotations"]]).reshape(-1, 4) + TO_VOC,
+                "classes": [a["category_id"] for a in r["annotations"]],
+                "difficult": [a["difficult"] for a in r["annotations"]],
+            }
+            for r in records
+        ]
+
+    def _warn(self, predictions, ground_truth) -> None:
+        missed = {t["image_id"] for t in ground_truth} - {p["image_id"] for p in predictions}
+        if missed:
+            logger.warning(
+                "%s: the model was not run on %d of %d images (such as %s); their objects count"
+                " as missed",
+                self._dataset_name,
+                len(missed),
+                len(ground_truth),
+                min(missed),
+            )
+        if not any(len(p["scores"]) for p in predictions):
+            logger.warning(
+                "%s: the model detected nothing at all, so AP is 0; is it trained, and does"
+                " MODEL.ROI_HEADS.SCORE_THRESH_TEST let anything through?",
+                self._dataset_name,
+            )
+        if not any(len(t["classes"]) for t in ground_truth):
+            logger.warning("%s has no ground truth boxes: AP is nan", self._dataset_name)
+
+    def _to_json(self, predictions) -> list[dict[str, Any]]:
+        """Detections in COCO's result format: bbox is [x, y, width, height], 0-based."""
+        names = self._metadata.thing_classes
+        return [
+            {
+                "image_id": p["image_id"],
+                "category_id": int(class_id),
+                "category": names[class_id],
+                "bbox": [round(float(v), 3) for v in (x0, y0, x1 - x0, y1 - y0)],
+                "score": round(float(score), 6),
+            }
+            for p in predictions
+            for (x0, y0, x1, y1), score, class_id in zip(
+                p["boxes"], p["scores"], p["classes"], strict=True
+            )
+        ]
+
+    def _write(self, name: str, content: Any) -> None:
+        """Write JSON so that a reader never sees half a file."""
+        path = os.path.join(self._output_dir, name)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1 if isinstance(content, dict) else None)
+        os.replace(temporary, path)
+
+
+def summarize(dataset_name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn :func:`evaluate_voc`'s arrays at .5:.95 into the content of `voc_results.json`.
+
+    Returns:
+        {"dataset", "summary": {AP, AP50, AP75, AP50-11pt}, "classes": [{class, AP, AP50, AP75,
+        AP50-11pt, ground_truth, difficult, detections}, ...]}; AP in percent, None where a class
+        (or the whole set) has no ground truth.
+    """
+    area, eleven = numbers["ap_area"] * 100, numbers["ap_11point"] * 100
+    at50, at75 = (COCO_IOU_THRESHOLDS.index(t) for t in (0.5, 0.75))
+    columns = {
+        "AP": area.mean(axis=1),
+        "AP50": area[:, at50],
+        "AP75": area[:, at75],
+        "AP50-11pt": eleven[:, at50],
+    }
+    counts = {k: numbers[f"num_{k}"] for k in ("ground_truth", "difficult", "detections")}
+    return {
+        "dataset": dataset_name,
+        "summary": {k: _number(np.mean(v[~np.isnan(v)])) for k, v in columns.items()},
+        "classes": [
+            {"class": name}
+            | {k: _number(v[i]) for k, v in columns.items()}
+            | {k: int(v[i]) for k, v in counts.items()}
+            for i, name in enumerate(numbers["class_names"])
+        ],
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no nan."""
+    return None if np.isnan(value) else float(value)
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """Per-class table of what `voc_results.json` holds, the mean in its last row.
+
+    Args:
+        results: of :func:`summarize`, or read back from the file.
+    """
+    headers = list(results["classes"][0])
+    rows = [[c[h] for h in headers] for c in results["classes"]]
+    counts = [sum(row[headers.index(k)] for row in rows) for k in headers[5:]]
+    rows.append(["mean (counts: sum)", *results["summary"].values(), *counts])
+    table = tabulate(rows, headers=headers, floatfmt=".2f", missingval="nan")
+    empty = [c["class"] for c in results["classes"] if c["AP50"] is None]
+    if not empty:
+        return table
+    return f"{table}\nnot in the mean, for want of ground truth: {', '.join(empty)}"

@@ -1,0 +1,213 @@
+"""Average precision as the PASCAL VOC devkit computes it, for all classes and IoU thresholds.
+
+Needs NumPy only. Rules of the devkit (VOCevaldet.m; also py-faster-rcnn's voc_eval.py):
+
+* a detection is matched to the ground truth of highest IoU in its image, taken or not;
+* it is right if that IoU is strictly above the threshold and no better-scored detection took
+  the same ground truth, wrong if one did (duplicate) or if the IoU is too small;
+* it counts neither way if that ground truth is difficult; difficult ones need not be found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+COCO_IOU_THRESHOLDS = tuple(t / 100.0 for t in range(50, 100, 5))
+"""0.5, 0.55, ... 0.95"""
+
+CURVE_IOU = 0.5
+"""IoU threshold of the precision and recall arrays."""
+
+
+def evaluate_voc(
+    detections: Sequence[Mapping[str, Any]],
+    ground_truth: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    iou_thresholds: Sequence[float] = COCO_IOU_THRESHOLDS,
+) -> dict[str, Any]:
+    """Average precision of every class at every IoU threshold.
+
+    Args:
+        detections: one mapping per image: image_id; boxes (N, 4) as (xmin, ymin, xmax, ymax) in
+            VOC's inclusive pixel coordinates (width = xmax - xmin + 1); scores (N,); classes (N,),
+            integers that index `class_names`. Equal scores keep the order given here.
+        ground_truth: one mapping per image of the set: image_id (unique), boxes (M, 4) likewise,
+            classes (M,), difficult (M,) true or false.
+        class_names: C names.
+        iou_thresholds: T values in (0, 1).
+
+    Returns:
+        dict of
+        ap_area (C, T): area under the precision envelope, VOC 2010 and later, 0..1;
+        ap_11point (C, T): mean precision at recall 0, .1, ... 1, VOC 2007, 0..1;
+        num_ground_truth, num_difficult, num_detections (C,);
+        precision, recall: C arrays each, by falling score, at IoU 0.5;
+        class_names, iou_thresholds.
+        A class without (non-difficult) ground truth has AP and recall nan, whatever was detected:
+        the devkit divides by zero there.
+
+    Raises:
+        ValueError: a detection in an image that is not in `ground_truth`, an image id twice in
+            `ground_truth`, a class number out of range, or arrays whose shapes disagree.
+    """
+    truth = _flatten(ground_truth, ("classes", "difficult"), len(class_names), "ground truth")
+    found = _flatten(detections, ("classes", "scores"), len(class_names), "detections")
+    _check_image_ids(found["image_ids"], truth["image_ids"])
+    thresholds = np.asarray(iou_thresholds, dtype=np.float64)
+    # the last row is for the curves, so that they do not depend on what the caller asked for
+    all_thresholds = np.append(thresholds, CURVE_IOU)
+    ap_area, ap_11point, precisions, recalls = [], [], [], []
+    counts = np.zeros((3, len(class_names)), dtype=int)
+    for class_id in range(len(class_names)):
+        gt, det = _of_class(truth, class_id), _of_class(found, class_id)
+        num_difficult = int(gt["difficult"].sum())
+        counts[:, class_id] = len(gt["boxes"]) - num_difficult, num_difficult, len(det["boxes"])
+        precision, recall = _precision_recall(det, gt, all_thresholds)
+        curves = list(zip(recall, precision, strict=True))
+        ap_area.append([average_precision(*curve) for curve in curves[:-1]])
+        ap_11point.append([eleven_point_ap(*curve) for curve in curves[:-1]])
+        precisions.append(precision[-1])
+        recalls.append(recall[-1])
+    shape = len(class_names), len(thresholds)
+    return {
+        "class_names": list(class_names),
+        "iou_thresholds": thresholds,
+        "ap_area": np.array(ap_area, dtype=np.float64).reshape(shape),
+        "ap_11point": np.array(ap_11point, dtype=np.float64).reshape(shape),
+        "num_ground_truth": counts[0],
+        "num_difficult": counts[1],
+        "num_detections": counts[2],
+        "precision": precisions,
+        "recall": recalls,
+    }
+
+
+def average_precision(recall: np.ndarray, precision: np.ndarray) -> float:
+    """Area under the precision envelope (VOC 2010 and later), 0..1; nan if recall is nan.
+
+    Args:
+        recall, precision: (D,), by falling score; D may be 0, which gives 0.
+    """
+    if np.isnan(recall).any():
+        return float("nan")
+    steps = np.diff(recall, prepend=0.0)
+    return float(np.sum(steps * _envelope(precision)))
+
+
+def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
+    """Mean over recall 0, .1, ... 1 of the best precision at or above it (VOC 2007), 0..1.
+
+    Args:
+        recall, precision: as in :func:`average_precision`.
+    """
+    if np.isnan(recall).any():
+        return float("nan")
+    # these very floats, 0.30000000000000004 included, decide ties with the devkit's Python port
+    first = np.searchsorted(recall, np.arange(0.0, 1.1, 0.1), side="left")
+    return float(np.append(_envelope(precision), 0.0)[first].sum() / 11.0)
+
+
+def pairwise_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
+    """IoU (N, M) of boxes (N, 4) and (M, 4) in inclusive pixel coordinates."""
+    left_top = np.maximum(boxes1[:, None, :2], boxes2[None, :, :2])
+    right_bottom = np.minimum(boxes1[:, None, 2:], boxes2[None, :, 2:])
+    intersection = np.maximum(right_bottom - left_top + 1.0, 0.0).prod(axis=2)
+    areas1, areas2 = ((b[:, 2:] - b[:, :2] + 1.0).prod(axis=1) for b in (boxes1, boxes2))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return intersection / (areas1[:, None] + areas2[None, :] - intersection)
+
+
+def _envelope(precision: np.ndarray) -> np.ndarray:
+    """The best precision at this recall or a higher one."""
+    return np.maximum.accumulate(precision[::-1])[::-1]
+
+
+def _flatten(images, keys, num_classes: int, what: str) -> dict[str, np.ndarray]:
+    """All images' boxes in one table: boxes (N, 4), image index (N,) and the columns `keys`."""
+    boxes = [np.asarray(i["boxes"], dtype=np.float64).reshape(-1, 4) for i in images]
+    table = {
+        "boxes": np.concatenate(boxes) if boxes else np.zeros((0, 4)),
+        "image": np.repeat([str(i["image_id"]) for i in images], [len(b) for b in boxes]),
+        "image_ids": [str(i["image_id"]) for i in images],
+    }
+    types = {"classes": np.int64, "difficult": bool, "scores": np.float64}
+    for key in keys:
+        columns = [np.asarray(i[key], dtype=types[key]).reshape(-1) for i in images]
+        for image, column, box in zip(images, columns, boxes, strict=True):
+            if len(column) != len(box):
+                raise ValueError(
+                    f"{what} of image {image['image_id']}: {len(box)} boxes but {len(column)} {key}"
+                )
+        table[key] = np.concatenate(columns) if columns else np.zeros(0, types[key])
+    classes = table["classes"]
+    if classes.size and not 0 <= classes.min() <= classes.max() < num_classes:
+        raise ValueError(
+            f"{what}: class numbers {classes.min()}..{classes.max()} are not in"
+            f" 0..{num_classes - 1}; is the model's number of classes that of the data set?"
+        )
+    return table
+
+
+def _check_image_ids(detected: Sequence[str], known: Sequence[str]) -> None:
+    if len(set(known)) != len(known):
+        twice = next(i for n, i in enumerate(known) if i in known[:n])
+        raise ValueError(f"ground truth has image {twice!r} twice; give each image once")
+    strange = sorted(set(detected) - set(known))
+    if strange:
+        raise ValueError(
+            f"detections in {len(strange)} images that the ground truth does not have, such as"
+            f" {strange[0]!r}; evaluate on the split that was detected on"
+        )
+
+
+def _of_class(table, class_id: int) -> dict[str, np.ndarray]:
+    chosen = table["classes"] == class_id
+    return {k: v[chosen] for k, v in table.items() if k not in ("image_ids", "classes")}
+
+
+def _precision_recall(det, gt, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall (T, D) of one class, detections by falling score."""
+    order = np.argsort(-det["scores"], kind="stable")
+    iou, match = _best_match(det, gt)
+    iou, match = iou[order], match[order]
+    over = iou[None, :] > thresholds[:, None]
+    difficult = np.append(gt["difficult"], False)[match]  # match is -1 where there is none
+    counted = over & ~difficult
+    true = np.zeros_like(over)
+    for row, matched in zip(true, counted, strict=True):
+        places = np.flatnonzero(matched)
+        row[places[np.unique(match[places], return_index=True)[1]]] = True
+    true_sum = true.cumsum(axis=1, dtype=np.float64)
+    false_sum = (~over | (counted & ~true)).cumsum(axis=1, dtype=np.float64)
+    num_positive = int((~gt["difficult"]).sum())
+    recall = true_sum / num_positive if num_positive else np.full_like(true_sum, np.nan)
+    # the sum is 0 as long as every detection matched a difficult ground truth
+    precision = true_sum / np.maximum(true_sum + false_sum, np.finfo(np.float64).eps)
+    return precision, recall
+
+
+def _best_match(det, gt) -> tuple[np.ndarray, np.ndarray]:
+    """Each detection's highest IoU in its image and that ground truth's index; -inf and -1."""
+    iou = np.full(len(det["boxes"]), -np.inf)
+    match = np.full(len(det["boxes"]), -1)
+    gt_of_image = _group(gt["image"])
+    for image, rows in _group(det["image"]).items():
+        columns = gt_of_image.get(image)
+        if columns is None:
+            continue
+        overlaps = pairwise_iou(det["boxes"][rows], gt["boxes"][columns])
+        iou[rows] = overlaps.max(axis=1)
+        match[rows] = columns[overlaps.argmax(axis=1)]
+    return iou, match
+
+
+def _group(values: np.ndarray) -> dict[str, np.ndarray]:
+    """Value -> the positions at which it stands, rising."""
+    if not len(values):
+        return {}
+    order = np.argsort(values, kind="stable")
+    distinct, starts = np.unique(values[order], return_index=True)
+    return dict(zip(distinct.tolist(), np.split(order, starts[1:]), strict=True))

@@ -1,0 +1,154 @@
+"""Reading and writing weights. Only safetensors files are read: nothing in them is executable."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
+from resnet_backbone.weights.keymaps import from_torchvision
+from resnet_backbone.weights.preprocessing import (
+    Preprocessing,
+    WeightsError,
+    get_preprocessing,
+)
+
+METADATA_KEY = "resnet_backbone.preprocessing"
+HEAD_KEYS = ("linear.", "fc6.", "fc7.")
+NOT_BUILT = ("stem.", "res2.", "res3.", "res4.", "res5.", *(f"conv{i}." for i in range(1, 6)))
+
+
+def read_weights(
+    path: str | os.PathLike, preprocessing: str = ""
+) -> tuple[dict[str, Tensor], Preprocessing]:
+    """Reads a network's weights and what they expect of their input.
+
+    Args:
+        path: a ``.safetensors`` file with our key names or torchvision's.
+        preprocessing: a name of ``PREPROCESSINGS``, needed for files that do not carry their
+            own; one that contradicts the file is an error.
+
+    Returns:
+        (state dict in our key names, fp32; preprocessing)
+
+    Raises:
+        WeightsError: missing or damaged file, unknown keys, non-finite values, no preprocessing.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path}: only .safetensors files are read here")
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; check MODEL.WEIGHTS or the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise WeightsError(f"{path}: {key} has NaN or infinite values")
+    found = _preprocessing_of(path, metadata, preprocessing)
+    if METADATA_KEY not in metadata:
+        try:
+            tensors = from_torchvision(tensors)
+        except ValueError as error:
+            raise WeightsError(f"{path}: {error}") from error
+    tensors = {k: v.float() for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+    return tensors, found
+
+
+def _preprocessing_of(path: Path, metadata: Mapping[str, str], name: str) -> Preprocessing:
+    if METADATA_KEY in metadata:
+        found = Preprocessing.from_json(metadata[METADATA_KEY])
+        if name and get_preprocessing(name) != found:
+            raise WeightsError(f"{path} carries its own preprocessing, which is not {name!r}")
+        return found
+    if not name:
+        raise WeightsError(
+            f"{path} does not say which input it was trained on: name it, msra, caffe_vgg or "
+            "torchvision (RESNET_BACKBONE.WEIGHTS_PREPROCESSING in a config)"
+        )
+    return get_preprocessing(name)
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike, preprocessing: Preprocessing) -> None:
+    """Writes a network's weights with their preprocessing as metadata, atomically."""
+    path = Path(path)
+    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={METADATA_KEY: preprocessing.to_json()})
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_weights(
+    model: StagedNetwork, path: str | os.PathLike, preprocessing: str = ""
+) -> Preprocessing:
+    """Loads a file into a network and returns the preprocessing that its input now needs.
+
+    A backbone leaves out the file's head and deeper stages; everything it has must be in the
+    file with the same shape.
+
+    Raises:
+        WeightsError: see :func:`read_weights`; also another ``stride_in_1x1`` than the weights
+            were trained with, and missing, unknown or wrongly shaped tensors. The network is
+            unchanged then.
+    """
+    tensors, found = read_weights(path, preprocessing)
+    check_architecture(model, found, str(path))
+    load_tensors(model, tensors, str(path))
+    return found
+
+
+def check_architecture(model: StagedNetwork, preprocessing: Preprocessing, where: str) -> None:
+    """Refuses weights whose stride position or BN epsilon differs from the network's."""
+    expected = preprocessing.stride_in_1x1
+    actual = getattr(model, "stride_in_1x1", None)
+    bottlenecks = getattr(model, "depth", 0) >= 50
+    if bottlenecks and expected is not None and actual is not None and expected != actual:
+        raise WeightsError(
+            f"{where} was trained with stride_in_1x1={expected}, this network has {actual}: "
+            f"build it with stride_in_1x1={expected} (MODEL.RESNETS.STRIDE_IN_1X1 {expected})"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
+            if module.eps != preprocessing.bn_eps:
+                raise WeightsError(
+                    f"{where} was trained with BN eps {preprocessing.bn_eps}, {name} has "
+                    f"{module.eps}"
+                )
+
+
+def load_tensors(model: StagedNetwork, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copies tensors into a network: all or nothing."""
+    own = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    missing = [key for key in own if key not in tensors]
+    if missing:
+        raise WeightsError(
+            f"{where} lacks {len(missing)} tensors of this network, the first is {missing[0]}; "
+            "is it another depth or norm? (a backbone without head has out_features)"
+        )
+    for key, value in own.items():
+        if value.shape != tensors[key].shape:
+            raise WeightsError(
+                f"{where}: {key} has shape {tuple(tensors[key].shape)}, "
+                f"this network needs {tuple(value.shape)}"
+            )
+    built = tuple(f"{name}." for name in model.stage_names)
+    for key in tensors:
+        head = key.startswith(HEAD_KEYS) and not model.is_classifier
+        deeper = key.startswith(NOT_BUILT) and not key.startswith(built)
+        if key not in own and not head and not deeper:
+            raise WeightsError(f"{where}: this network has no {key}; is it another depth?")
+    model.load_state_dict({key: tensors[key] for key in own}, strict=False)

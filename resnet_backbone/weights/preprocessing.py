@@ -1,0 +1,113 @@
+"""What a set of weights expects of its input: the facts whose mismatch is otherwise silent."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be used as asked; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The input that a network was trained on, and the two settings its tensors do not show.
+
+    Attributes:
+        channel_order: "RGB" or "BGR".
+        value_range: the largest pixel value before normalisation, 1.0 or 255.0.
+        mean, std: per channel, in that order and range; input = (pixel - mean) / std.
+        stride_in_1x1: where bottlenecks have their stride; ``None`` where there are none.
+        bn_eps: epsilon of the batch norms.
+        source: where these values are written down.
+    """
+
+    channel_order: str
+    value_range: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    stride_in_1x1: bool | None = None
+    bn_eps: float = 1e-5
+    source: str = ""
+
+    def __post_init__(self):
+        if self.channel_order not in ("RGB", "BGR"):
+            raise WeightsError(f"channel_order is RGB or BGR, not {self.channel_order!r}")
+        for name in ("mean", "std"):  # JSON has lists
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+
+    def pixel_mean_255(self) -> tuple[float, ...]:
+        """Mean for pixels in 0..255, in ``channel_order``: Detectron2's MODEL.PIXEL_MEAN."""
+        return tuple(value * 255.0 / self.value_range for value in self.mean)
+
+    def pixel_std_255(self) -> tuple[float, ...]:
+        """Standard deviation for pixels in 0..255: Detectron2's MODEL.PIXEL_STD."""
+        return tuple(value * 255.0 / self.value_range for value in self.std)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Preprocessing:
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise WeightsError(f"unreadable preprocessing metadata: {error}") from error
+
+
+PREPROCESSINGS: dict[str, Preprocessing] = {
+    "msra": Preprocessing(
+        "BGR",
+        255.0,
+        (103.939, 116.779, 123.68),
+        (1.0, 1.0, 1.0),
+        stride_in_1x1=True,
+        source="KaimingHe/deep-residual-networks (Caffe); channel means in place of the mean image",
+    ),
+    "caffe_vgg": Preprocessing(
+        "BGR",
+        255.0,
+        (103.939, 116.779, 123.68),
+        (1.0, 1.0, 1.0),
+        source="arXiv 1409.1556, released Caffe models",
+    ),
+    "torchvision": Preprocessing(
+        "RGB",
+        1.0,
+        (0.485, 0.456, 0.406),
+        (0.229, 0.224, 0.225),
+        stride_in_1x1=False,
+        source="torchvision.models documentation, ResNet and VGG weights V1 and V2",
+    ),
+}
+
+
+def get_preprocessing(name: str) -> Preprocessing:
+    """A published convention by name: "msra", "caffe_vgg" or "torchvision"."""
+    if name not in PREPROCESSINGS:
+        raise WeightsError(
+            f"unknown preprocessing {name!r}: use one of {', '.join(PREPROCESSINGS)}"
+        )
+    return PREPROCESSINGS[name]
+
+
+def same_mean(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Equality of means in 0..255 within one grey level.
+
+    Detectron2's default (103.53, ...) and Caffe's (103.939, ...) are one convention; channels in
+    the wrong order differ by 20.
+    """
+    return _close(first, second, abs_tol=1.0)
+
+
+def same_std(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Equality of standard deviations within 2 %."""
+    return _close(first, second, rel_tol=0.02)
+
+
+def _close(first, second, **tolerance) -> bool:
+    pairs = zip(first, second)
+    return len(first) == len(second) and all(math.isclose(a, b, **tolerance) for a, b in pairs)

@@ -1,0 +1,133 @@
+#!/usr/bin/env python
+"""Train and evaluate a detector with one of the paper's backbones.
+
+On your own data in PASCAL VOC layout, from ImageNet weights:
+
+  python tools/train_net.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
+      --voc-root VOCdevkit/VOC2007 --train-set trainval --test-set test --output-dir output/r50 \\
+      MODEL.WEIGHTS resnet50_msra.safetensors RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra
+
+On COCO-style JSON:
+
+  python tools/train_net.py --config-file configs/detection/coco/faster_rcnn_R_50_FPN.yaml \\
+      --coco-json train.json val.json --image-root train_images val_images
+
+Continue after an interruption with --resume; evaluate only, with --eval-only MODEL.WEIGHTS FILE.
+Anything in the config can be overridden by trailing pairs, for example
+SOLVER.IMS_PER_BATCH 4 (learning rate and iterations follow by the linear rule) or
+SOLVER.AMP.ENABLED True (mixed precision; bf16 on a CPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+
+import torch
+
+from resnet_backbone.detection.cli import (
+    UsageError,
+    add_data_arguments,
+    load_config,
+    one_line_errors,
+    set_up_data,
+)
+
+logger = logging.getLogger("resnet_backbone.detection.train_net")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="YAML under configs/detection")
+    parser.add_argument("--output-dir", help="run folder (default: OUTPUT_DIR of the config)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs on this machine (default: 1)")
+    parser.add_argument("--dist-url", default="auto", help="tcp:// address for several GPUs")
+    add_data_arguments(parser)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    args = parser.parse_intermixed_args(argv)
+    if args.num_gpus > max(1, torch.cuda.device_count()):
+        raise UsageError(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()} here")
+    return args
+
+
+def set_up(args: argparse.Namespace):
+    """The final config of a run, printed and saved as OUTPUT_DIR/config.yaml."""
+    from detectron2.engine import default_setup
+    from detectron2.utils import comm
+    from detectron2.utils.logger import setup_logger
+
+    from resnet_backbone.detection.schedule import scale_schedule
+
+    cfg = load_config(args.config_file, args.opts)
+    if args.output_dir:
+        cfg.OUTPUT_DIR = args.output_dir
+    planned = load_config(args.config_file, [])
+    scaled = scale_schedule(cfg, planned, given=args.opts[::2])
+    cfg.RESNET_BACKBONE.REFERENCE_BATCH = 0  # done: config.yaml must not be scaled again
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="resnet_backbone", abbrev_name="rb")
+    for line in scaled:
+        logger.info("schedule: %s", line)
+    set_up_data(cfg, args)
+    cfg.freeze()
+    with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
+        file.write(cfg.dump())
+    return cfg
+
+
+def write_results(cfg, results: dict) -> None:
+    """OUTPUT_DIR/results.json: what was run and what came out."""
+    path = os.path.join(cfg.OUTPUT_DIR, "results.json")
+    content = {
+        "command": " ".join(sys.argv),
+        "train": list(cfg.DATASETS.TRAIN),
+        "test": list(cfg.DATASETS.TEST),
+        "weights": cfg.MODEL.WEIGHTS,
+        "iterations": cfg.SOLVER.MAX_ITER,
+        "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
+        "seed": cfg.SEED,
+        "results": results,
+    }
+    with open(path + ".tmp", "w") as file:
+        json.dump(content, file, indent=2)
+    os.replace(path + ".tmp", path)
+    logger.info("results are in %s", path)
+
+
+def run(args: argparse.Namespace) -> None:
+    from detectron2.utils import comm
+
+    from resnet_backbone.detection.trainer import Trainer
+
+    cfg = set_up(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = Trainer.build_checkpointer(cfg, model)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        results = trainer.results
+    if comm.is_main_process() and results:
+        write_results(cfg, results)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    from detectron2.engine import launch
+
+    launch(run, args.num_gpus, dist_url=args.dist_url, args=(args,))
+
+
+if __name__ == "__main__":
+    main()
