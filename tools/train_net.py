@@ -33,6 +33,7 @@ from resnet_backbone.detection.cli import (
     add_data_arguments,
     load_config,
     one_line_errors,
+    refuse_frozen_random,
     set_up_data,
 )
 
@@ -68,6 +69,9 @@ def set_up(args: argparse.Namespace):
     cfg = load_config(args.config_file, args.opts)
     if args.output_dir:
         cfg.OUTPUT_DIR = args.output_dir
+    resumes = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if not args.eval_only and not resumes:
+        refuse_frozen_random(cfg)
     planned = load_config(args.config_file, [])
     scaled = scale_schedule(cfg, planned, given=args.opts[::2])
     cfg.RESNET_BACKBONE.REFERENCE_BATCH = 0  # done: config.yaml must not be scaled again
@@ -77,8 +81,9 @@ def set_up(args: argparse.Namespace):
         logger.info("schedule: %s", line)
     set_up_data(cfg, args)
     cfg.freeze()
-    with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
-        file.write(cfg.dump())
+    if comm.is_main_process():
+        with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
+            file.write(cfg.dump())
     return cfg
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from torch import nn
 
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.models import VGG, ResNet
@@ -36,7 +38,15 @@ class PaperVGG(VGG, _BackboneContract):
 
 def resolve_norm(name: str) -> Norm:
     """Our layer for a name that we know, otherwise Detectron2's (LN, nnSyncBN, naiveSyncBN)."""
-    return name if name in ("", *NORMS) else partial(get_norm, name)
+    return name if name in ("", *NORMS) else partial(_detectron2_norm, name)
+
+
+def _detectron2_norm(name: str, channels: int) -> nn.Module:
+    try:
+        return get_norm(name, channels)
+    except KeyError:
+        known = ", ".join((*NORMS, "LN", "nnSyncBN", "naiveSyncBN"))
+        raise ValueError(f"unknown NORM {name!r}: use one of {known}, or '' for none") from None
 
 
 def resnet_options(cfg: CfgNode) -> dict:
@@ -117,10 +127,10 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block) -> FPN:
             f"MODEL.FPN.IN_FEATURES names {absent}, the backbone returns {list(shapes)}: "
             "set its OUT_FEATURES to match"
         )
-    strides = [shapes[name].stride for name in cfg.MODEL.FPN.IN_FEATURES]
-    if any(b != 2 * a for a, b in zip(strides, strides[1:])):
+    strides = {name: shapes[name].stride for name in cfg.MODEL.FPN.IN_FEATURES}
+    if any(b != 2 * a for a, b in pairwise(strides.values())):
         raise ValueError(
-            f"FPN needs strides that double, got {dict(zip(cfg.MODEL.FPN.IN_FEATURES, strides))}: "
+            f"FPN needs strides that double, got {strides}: "
             "remove the dilation (RES4_DILATION, RES5_DILATION) or choose other IN_FEATURES"
         )
     return FPN(

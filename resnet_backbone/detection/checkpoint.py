@@ -1,6 +1,8 @@
-"""Detectron2's checkpointer with safetensors backbones, and a check of what they were trained on."""
+"""Detectron2's checkpointer with safetensors backbones, and a check of their input."""
 
 from __future__ import annotations
+
+import os
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
@@ -15,11 +17,14 @@ from resnet_backbone.weights.preprocessing import (
 )
 
 
+def _networks(model: nn.Module) -> list[StagedNetwork]:
+    return [module for module in model.modules() if isinstance(module, StagedNetwork)]
+
+
 def find_network(model: nn.Module) -> StagedNetwork:
     """The one network of this package inside a detector."""
-    for module in model.modules():
-        if isinstance(module, StagedNetwork):
-            return module
+    for network in _networks(model):
+        return network
     raise WeightsError(
         "this detector has none of our backbones: set MODEL.BACKBONE.NAME, for example to "
         "build_paper_resnet_fpn_backbone"
@@ -27,17 +32,21 @@ def find_network(model: nn.Module) -> StagedNetwork:
 
 
 def describe_input(model: nn.Module) -> Preprocessing | None:
-    """The input that a Detectron2 meta-architecture feeds its backbone; None if it has no say."""
+    """The input that a Detectron2 meta-architecture feeds its backbone.
+
+    None if it does not say, or if the backbone is not one of ours.
+    """
     mean = getattr(model, "pixel_mean", None)
     if mean is None or getattr(model, "input_format", None) not in ("RGB", "BGR"):
         return None
-    network = find_network(model)
+    if not _networks(model):
+        return None
     return Preprocessing(
         model.input_format,
         255.0,
         tuple(mean.flatten().tolist()),
         tuple(model.pixel_std.flatten().tolist()),
-        stride_in_1x1=getattr(network, "stride_in_1x1", None),
+        stride_in_1x1=getattr(find_network(model), "stride_in_1x1", None),
         source="a Detectron2 config",
     )
 
@@ -48,7 +57,7 @@ def check_input(model: nn.Module, expected: Preprocessing, where: str) -> None:
     Raises:
         WeightsError: naming the config key, its value and the right one.
     """
-    actual = describe_input(model)
+    network, actual = find_network(model), describe_input(model)
     if actual is None:
         raise WeightsError(f"{where}: INPUT.FORMAT must be RGB or BGR to use these weights")
     wrong = []
@@ -63,7 +72,7 @@ def check_input(model: nn.Module, expected: Preprocessing, where: str) -> None:
         found = ", ".join(f"{key} is {have}" for key, have, _ in wrong)
         mend = " ".join(f'{key} "{want}"' for key, _, want in wrong)
         raise WeightsError(f"{where} was trained on other input: {found}; set {mend}")
-    check_architecture(find_network(model), expected, where)
+    check_architecture(network, expected, where)
 
 
 def _numbers(values) -> str:
@@ -97,6 +106,9 @@ class Checkpointer(DetectionCheckpointer):
             load_backbone(self._bare_model(), local, self.preprocessing)
             self.logger.info(f"Loaded the backbone from {path}")
             return {}
+        file = path.partition("?")[0] if path else ""  # a query belongs to DetectionCheckpointer
+        if file and "://" not in file and not os.path.isfile(file):
+            raise WeightsError(f"{file}: no such file; check MODEL.WEIGHTS or the path")
         return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint):
@@ -137,7 +149,9 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
                 continue
             value = tensors.get(source + key[len(target) :])
             if value is None and source == "res5.":
-                raise WeightsError(f"{path} lacks {key[len('roi_heads.') :]}, which a C4 head needs")
+                raise WeightsError(
+                    f"{path} lacks {key[len(target) - len(source) :]} of the C4 head"
+                )
             if value is not None and value.shape != own[key].shape:
                 raise WeightsError(
                     f"{path}: {source}* has shape {tuple(value.shape)}, the head needs "
@@ -146,5 +160,3 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
             if value is not None:
                 head[key] = value
     return head
-
-

@@ -7,14 +7,16 @@ import difflib
 import functools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from yaml import YAMLError
 
-from resnet_backbone.detection.config import add_resnet_backbone_config
+from resnet_backbone.detection.config import add_resnet_backbone_config, backbone_node
 from resnet_backbone.detection.data import find_voc_classes, register_voc
 from resnet_backbone.detection.data.coco import register_coco
 
@@ -26,19 +28,29 @@ class UsageError(ValueError):
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Wrong input (ValueError, OSError) ends a tool with one line and exit status 2."""
+    """Wrong input (ValueError, OSError) and divergence end a tool with one line, exit status 2."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             if os.environ.get("RESNET_BACKBONE_TRACEBACK"):
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            message = diverged(error) if isinstance(error, FloatingPointError) else error
+            print(f"error: {message}", file=sys.stderr)
             raise SystemExit(2) from None
 
     return wrapped
+
+
+def diverged(error: FloatingPointError) -> str:
+    """What to do about a loss or proposals that are not finite."""
+    first_line = str(error).partition("\n")[0]
+    return (
+        f"{first_line} Lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS or set "
+        "SOLVER.CLIP_GRADIENTS.ENABLED True, and start again"
+    )
 
 
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
@@ -69,13 +81,41 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
 def _merge(cfg: CfgNode, merge: Callable[[], None]) -> None:
     try:
         merge()
-    except KeyError as error:
-        key = str(error).rsplit(": ", 1)[-1].strip("'\"")
-        near = difflib.get_close_matches(key, _keys(cfg), n=1, cutoff=0.4)
+    except (KeyError, ValueError, AssertionError, TypeError, YAMLError) as error:
+        # yacs says "Non-existent config key: A.B" (KeyError) in files and "Non-existent key: A.B"
+        # (AssertionError) in overrides
+        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
+        if not unknown:
+            raise UsageError(f"config: {' '.join(str(error).split())}") from error
+        near = difflib.get_close_matches(unknown[1], _keys(cfg), n=1, cutoff=0.4)
         hint = f"; the nearest is {near[0]}" if near else ""
-        raise UsageError(f"there is no config key {key}{hint}") from error
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UsageError(f"config: {error}") from error
+        raise UsageError(f"there is no config key {unknown[1]}{hint}") from error
+
+
+def refuse_frozen_random(cfg: CfgNode) -> None:
+    """Layers without weights that cannot learn either would spoil a training silently.
+
+    Raises:
+        UsageError: ``MODEL.WEIGHTS`` is empty, and ``FREEZE_AT`` or FrozenBN keeps layers fixed.
+    """
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    norms = {
+        "MODEL.RESNETS.NORM": cfg.MODEL.RESNETS.NORM,
+        "RESNET_BACKBONE.VGG.NORM": backbone_node(cfg).VGG.NORM,
+    }
+    key = list(norms)["vgg" in cfg.MODEL.BACKBONE.NAME]
+    found, mend = [], []
+    if freeze_at > 0:
+        found.append(f"the first {freeze_at} stages are frozen (MODEL.BACKBONE.FREEZE_AT)")
+        mend.append("MODEL.BACKBONE.FREEZE_AT 0")
+    if norms[key] == "FrozenBN":
+        found.append(f"{key} is FrozenBN")
+        mend.append(f"{key} BN")
+    if found and not cfg.MODEL.WEIGHTS:
+        raise UsageError(
+            f"MODEL.WEIGHTS is empty but {' and '.join(found)}: random layers would never learn; "
+            f"give weights, or set {' '.join(mend)}"
+        )
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -163,12 +203,12 @@ def _register_coco_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UsageError("--coco-json TRAIN TEST needs --image-root DIR, or one for each file")
     roots = (args.image_root * 2)[:2]
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("train:coco",), ("test:coco",)
-    for name, file, root in zip(("train:coco", "test:coco"), args.coco_json, roots):
+    for name, file, root in zip(("train:coco", "test:coco"), args.coco_json, roots, strict=True):
         register_coco(name, file, root, on_bad=args.bad_data)
 
 
 def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
-    """Lets a data set that Detectron2 registered in VOC layout be read and checked by our loader."""
+    """Lets our loader read and check a data set that Detectron2 registered in VOC layout."""
     if name not in DatasetCatalog.list():
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_backbone.detection.backbones import resnet_options
+from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.models.layers import init_he
-from resnet_backbone.models.resnet import resnet_stage
+from resnet_backbone.models.resnet import init_residual_network, resnet_stage
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -26,15 +27,16 @@ class PaperRes5ROIHeads(Res5ROIHeads):
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Module, int]:
-        dilation = cfg.MODEL.RESNETS.RES5_DILATION
+        node, dilation = backbone_node(cfg), cfg.MODEL.RESNETS.RES5_DILATION
         stage, channels = resnet_stage(
             cfg.MODEL.RESNETS.DEPTH,
             5,
             stride=1 if dilation > 1 else 2,
             dilation=dilation,
+            multi_grid=node.MULTI_GRID,
             **resnet_options(cfg),
         )
-        init_he(stage)
+        init_residual_network(stage, node.ACTIVATION, node.ZERO_INIT_RESIDUAL)
         return stage, channels
 
 

@@ -1,15 +1,14 @@
-"""Convolution + normalisation, activations, freezing and initialisation: the parts every network shares."""
+"""Convolution + norm, activations, freezing and initialisation: what every network shares."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Norm = Union[str, Callable[[int], nn.Module], None]
+Norm = str | Callable[[int], nn.Module] | None
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 ACTIVATIONS = ("relu", "prelu")
 PRELU_SLOPE = 0.25  # initial slope, arXiv 1502.01852 section 2.1

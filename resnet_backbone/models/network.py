@@ -56,7 +56,7 @@ class StagedNetwork(nn.Module):
             names: stages to return; ``None`` returns every one.
 
         Returns:
-            name -> (N, channels, H / stride, W / stride), sizes rounded up.
+            name -> (N, channels, H / stride, W / stride); ResNets round sizes up, VGGs down.
         """
         wanted = set(self.stage_names if names is None else names)
         if not wanted <= set(self.stage_names):

@@ -23,7 +23,7 @@ HIGHWAY_GATE_BIAS = -3.0  # gates start nearly closed: arXiv 1505.00387 section 
 
 
 class ZeroPadShortcut(nn.Module):
-    """Option A (section 3.3): identity, subsampled by the stride, new channels filled with zeros."""
+    """Option A (section 3.3): identity, subsampled by the stride, new channels are zeros."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -76,7 +76,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.residual(x)
         if self.gate is not None:
-            y = torch.lerp(self.shortcut(x), y, torch.sigmoid(self.gate(x)))
+            gate = torch.sigmoid(self.gate(x))
+            y = gate * y + (1 - gate) * self.shortcut(x)
         elif self.shortcut is not None:
             y = y + self.shortcut(x)
         return self.activation(y)
@@ -166,7 +167,8 @@ class Stem(nn.Module):
     """7x7 convolution with stride 2, then 3x3 max pooling with stride 2 (Table 1).
 
     ``caffe_pool``: the released Caffe networks pool without padding and round the size up;
-    everyone since pads by one pixel. The windows differ by a pixel, the size only at odd inputs.
+    everyone since pads by one pixel. The windows differ by a pixel, and where the pool's input is
+    odd (images of 4k + 1 or 4k + 2 pixels) so does the size: (n - 1) / 2 instead of (n + 1) / 2.
     """
 
     def __init__(

@@ -43,13 +43,13 @@ class CifarResNet(StagedNetwork):
     ):
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise ValueError(f"depth {depth} is not 6n+2 with n >= 1: use 8, 14, 20, 32, 44, 56 ...")
+            raise ValueError(f"depth {depth} is not 6n+2 with n >= 1: use 8, 14, 20, 32, 44 ...")
         super().__init__(STAGE_NAMES, out_features)
         self.depth = depth
         options = dict(norm=norm, activation=activation)
         self.add_stage("stem", ConvNormAct(in_channels, 16, 3, **options), 16, 1)
         channels, stride = 16, 1
-        for name, width in zip(self.stage_names[1:], STAGE_WIDTHS):
+        for name, width in zip(self.stage_names[1:], STAGE_WIDTHS, strict=False):
             step = 1 if width == 16 else 2
             stage = make_stage(
                 BasicBlock, blocks, channels, width, stride=step, shortcut=shortcut, **options

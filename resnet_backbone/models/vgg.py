@@ -55,7 +55,9 @@ class VGG(StagedNetwork):
         super().__init__(STAGE_NAMES, out_features)
         self.depth = depth
         channels, stride = in_channels, 1
-        for name, num_convs, width in zip(self.stage_names, DEPTHS[depth], STAGE_WIDTHS):
+        for name, num_convs, width in zip(
+            self.stage_names, DEPTHS[depth], STAGE_WIDTHS, strict=False
+        ):
             layers = {} if name == "conv1" else {"pool": nn.MaxPool2d(2)}
             for index in range(num_convs):
                 layers[str(index)] = ConvNormAct(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from resnet_backbone.weights.preprocessing import (
 
 METADATA_KEY = "resnet_backbone.preprocessing"
 HEAD_KEYS = ("linear.", "fc6.", "fc7.")
+OUR_FIRST_KEYS = ("stem.conv1.weight", "stem.weight", "conv1.0.weight")  # ResNet, CIFAR, VGG
 NOT_BUILT = ("stem.", "res2.", "res3.", "res4.", "res5.", *(f"conv{i}." for i in range(1, 6)))
 
 
@@ -56,7 +56,7 @@ def read_weights(
         if not torch.isfinite(value).all():
             raise WeightsError(f"{path}: {key} has NaN or infinite values")
     found = _preprocessing_of(path, metadata, preprocessing)
-    if METADATA_KEY not in metadata:
+    if not any(key in tensors for key in OUR_FIRST_KEYS):
         try:
             tensors = from_torchvision(tensors)
         except ValueError as error:
@@ -82,14 +82,15 @@ def _preprocessing_of(path: Path, metadata: Mapping[str, str], name: str) -> Pre
 def save_weights(model: nn.Module, path: str | os.PathLike, preprocessing: Preprocessing) -> None:
     """Writes a network's weights with their preprocessing as metadata, atomically."""
     path = Path(path)
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path}: weights are written to .safetensors files")
     tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, temporary, metadata={METADATA_KEY: preprocessing.to_json()})
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load_weights(

@@ -109,5 +109,6 @@ def same_std(first: Sequence[float], second: Sequence[float]) -> bool:
 
 
 def _close(first, second, **tolerance) -> bool:
-    pairs = zip(first, second)
-    return len(first) == len(second) and all(math.isclose(a, b, **tolerance) for a, b in pairs)
+    if len(first) != len(second):
+        return False
+    return all(math.isclose(a, b, **tolerance) for a, b in zip(first, second, strict=True))

@@ -76,6 +76,7 @@ def drop_bad(
         New dicts of the good images with their good boxes. An image may end up without boxes.
     """
     report.num_images += len(dataset_dicts)
+    report.boxes.update(dict.fromkeys(class_names, 0))
     kept = []
     for record in tqdm(dataset_dicts, desc="checking", disable=None if progress else True):
         size = record["width"], record["height"]
@@ -141,7 +142,7 @@ def register_coco(
         "json_file": json_file,
         "image_root": image_root,
         "evaluator_type": "coco",
-        "coco_options": options,
+        **options,
     }
     register_once(name, lambda: load_coco_instances(json_file, image_root, **options), metadata)
 

@@ -58,7 +58,7 @@ class DataReport:
         name: what was checked, for messages.
         num_images: images named by the split, duplicates counted once.
         problems: everything that is wrong, in the order of the split.
-        boxes: good boxes per class that are not difficult.
+        boxes: good boxes per class that are not difficult, classes without any included.
         difficult: good boxes per class that are marked difficult (VOC only).
     """
 
@@ -95,9 +95,8 @@ class DataReport:
             f"{self.name}: {self.num_images} images, {total} boxes and {difficult} difficult ones,"
             f" {found}"
         ]
-        rows = [(c, self.boxes[c], self.difficult[c]) for c in {**self.boxes, **self.difficult}]
-        if rows:
-            lines.append(tabulate(sorted(rows), headers=("class", "boxes", "difficult")))
+        rows = [(c, self.boxes[c], self.difficult[c]) for c in self.boxes]
+        lines.append(tabulate(rows, headers=("class", "boxes", "difficult")))
         return "\n".join(lines + list_problems(self.problems, max_problems))
 
 

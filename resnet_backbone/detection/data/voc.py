@@ -59,6 +59,7 @@ def scan_voc(
     ids = read_split(voc_dir, split)
     split_file = os.path.join(voc_dir, "ImageSets", "Main", split + ".txt")
     report = DataReport(f"{voc_dir} split {split}", num_images=len(set(ids)))
+    report.boxes.update(dict.fromkeys(class_names, 0))
     class_ids = {name: index for index, name in enumerate(class_names)}
     records, seen = [], set()
     for image_id in tqdm(ids, desc=f"checking {split}", disable=None if progress else True):
@@ -193,7 +194,7 @@ def register_voc(
         "split": split,
         "year": int(year.group(1)) if year else 2007,
         "evaluator_type": "voc",
-        "voc_options": options,
+        **options,
     }
 
     def load() -> list[dict]:

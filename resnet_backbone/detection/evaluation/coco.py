@@ -8,8 +8,8 @@ from detectron2.evaluation import COCOEvaluator
 class PerClassCOCOEvaluator(COCOEvaluator):
     """Detectron2's evaluator, for users' own JSON files too.
 
-    The official implementation reads area and iscrowd of every annotation, and the file's info;
-    COCO's own files have them, many others do not.
+    The official implementation reads area and iscrowd of every annotation, and (pycocotools
+    2.0.10) the file's info; COCO's own files have them, many others do not.
     """
 
     def __init__(self, *args, **kwargs):

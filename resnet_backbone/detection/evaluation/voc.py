@@ -120,7 +120,7 @@ class VOCEvaluator(DatasetEvaluator):
 
     def _load_ground_truth(self) -> list[dict[str, Any]]:
         meta = self._metadata
-        decode = meta.get("voc_options", {}).get("decode", False)
+        decode = meta.get("decode", False)  # as the loader did, see register_voc
         records, report = scan_voc(meta.dirname, meta.split, meta.thing_classes, decode)
         if report.problems:
             logger.warning(

@@ -72,11 +72,13 @@ def evaluate_voc(
         precisions.append(precision[-1])
         recalls.append(recall[-1])
     shape = len(class_names), len(thresholds)
+    ap_area, ap_11point = (np.array(ap, dtype=float).reshape(shape) for ap in (ap_area, ap_11point))
+    ap_area[counts[0] == 0] = ap_11point[counts[0] == 0] = np.nan
     return {
         "class_names": list(class_names),
         "iou_thresholds": thresholds,
-        "ap_area": np.array(ap_area, dtype=np.float64).reshape(shape),
-        "ap_11point": np.array(ap_11point, dtype=np.float64).reshape(shape),
+        "ap_area": ap_area,
+        "ap_11point": ap_11point,
         "num_ground_truth": counts[0],
         "num_difficult": counts[1],
         "num_detections": counts[2],

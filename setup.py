@@ -1,0 +1,91 @@
+"""Packaging of resnet_backbone; tool settings: pyproject.toml, exact pins: constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Return ``__version__`` by reading the text of the package: importing it would need torch."""
+    source = ROOT / "resnet_backbone" / "__init__.py"
+    match = re.search(r'^__version__ = "([^"]+)"', source.read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f'{source}: no line of the form __version__ = "X.Y.Z"; add one')
+    return match.group(1)
+
+
+def read_long_description() -> str:
+    """Return the README, or nothing in a tree that has none yet."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+CORE = [
+    "torch>=2.0",
+    "torchvision>=0.15",
+    "numpy>=1.23",
+    "pillow>=9.1",
+    "safetensors>=0.4",
+    "tqdm>=4.60",
+]
+
+# What Detectron2 needs, without Detectron2 itself: it is not on the package index under its own
+# name, and a copy built from git must not be overwritten. tools/setup_env.sh installs it.
+DETECTION = [
+    "fvcore>=0.1.5.post20221221",
+    "iopath>=0.1.9",
+    "yacs>=0.1.8",
+    "omegaconf>=2.1,<2.4",
+    "hydra-core>=1.1",
+    "termcolor>=1.1",
+    "tabulate>=0.8",
+    "cloudpickle>=2.0",
+    "tensorboard>=2.9",
+    "pycocotools>=2.0.6",
+    "matplotlib>=3.6",
+    "black>=22.0",
+    "packaging>=21.0",
+    "opencv-python-headless>=4.6",
+    "setuptools>=64,<81",  # Detectron2 imports pkg_resources, which setuptools 81 deprecates away
+]
+
+# The built-in pictures of tools/quickstart.sh: real digits, real photographs, no download.
+QUICKSTART = [
+    "scikit-learn>=1.2",
+    "scikit-image>=0.20",
+]
+
+DEV = [
+    "pytest>=7.4",
+    "hypothesis>=6.80",
+    "ruff>=0.6",
+    "timm>=0.9.12",
+]
+
+setup(
+    name="resnet_backbone",
+    version=read_version(),
+    description="The networks of 'Deep Residual Learning' (1512.03385) as Detectron2 backbones",
+    long_description=read_long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["resnet_backbone", "resnet_backbone.*"]),
+    python_requires=">=3.10",
+    install_requires=CORE,
+    extras_require={
+        "detection": DETECTION,
+        "quickstart": QUICKSTART,
+        "dev": DEV,
+        "all": DETECTION + QUICKSTART + DEV,
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)

@@ -1,0 +1,66 @@
+"""Fixtures for all tests."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder of real data, `$RESNET_BACKBONE_DATA` or ../shared/data; skips where there is none.
+
+    Mark tests that use it with `@pytest.mark.data`.
+    """
+    root = Path(os.environ.get("RESNET_BACKBONE_DATA", PROJECT.parent / "shared" / "data"))
+    if not root.is_dir():
+        pytest.skip(f"no real data at {root}; set RESNET_BACKBONE_DATA to where it is")
+    return root
+
+
+def voc_xml(image_name, size, objects) -> str:
+    """VOC annotation text.
+
+    Args:
+        image_name: text of <filename>.
+        size: (width, height), or None to leave <size> out.
+        objects: (class, (xmin, ymin, xmax, ymax)) or (class, box, difficult) each.
+    """
+    parts = [f"<annotation><filename>{image_name}</filename>"]
+    if size is not None:
+        parts.append("<size><width>{}</width><height>{}</height></size>".format(*size))
+    for name, box, *difficult in objects:
+        corners = "".join(
+            f"<{key}>{value}</{key}>"
+            for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+        )
+        extra = "".join(f"<difficult>{d}</difficult>" for d in difficult)
+        extra += "<pose>Left</pose><truncated>0</truncated>" if difficult else ""
+        parts.append(f"<object><name>{name}</name>{extra}<bndbox>{corners}</bndbox></object>")
+    return "".join([*parts, "</annotation>"])
+
+
+@pytest.fixture
+def make_voc(tmp_path):
+    """Function that writes a small VOC folder and returns its path.
+
+    Call it with {image id: objects as in `voc_xml`}; every image is 20 wide and 10 high.
+    """
+
+    def make(images, folder="set", split="train", suffix=".jpg", size=(20, 10)) -> Path:
+        root = tmp_path / folder
+        for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+            (root / name).mkdir(parents=True, exist_ok=True)
+        for image_id, objects in images.items():
+            pixels = np.zeros((10, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "JPEGImages" / f"{image_id}{suffix}")
+            text = voc_xml(f"{image_id}{suffix}", size, objects)
+            (root / "Annotations" / f"{image_id}.xml").write_text(text)
+        (root / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(images) + "\n")
+        return root
+
+    return make

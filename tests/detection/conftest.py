@@ -1,0 +1,121 @@
+"""What the Detectron2 tests share: configs, random weights, a tiny data set."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+
+PROJECT = Path(__file__).resolve().parents[2]
+CONFIGS = PROJECT / "configs" / "detection"
+COLOURS = {"bar": (220, 40, 40), "box": (40, 60, 230)}
+SPLITS = {"train": range(6), "test": range(6, 8)}
+
+
+@pytest.fixture
+def make_cfg():
+    """Function (file under configs/detection, or None; KEY=value...) -> config on the CPU.
+
+    Dots in keys are written as two underscores. ``node=False`` leaves our node out.
+    """
+
+    def make(file=None, node=True, **keys):
+        from detectron2.config import get_cfg
+
+        from resnet_backbone.detection import add_resnet_backbone_config
+
+        cfg = add_resnet_backbone_config(get_cfg()) if node else get_cfg()
+        cfg.MODEL.DEVICE = "cpu"
+        if file:
+            cfg.merge_from_file(str(CONFIGS / file))
+        for key, value in keys.items():
+            cfg.merge_from_list([key.replace("__", "."), value])
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def small():
+    """Config keys of small heads, for tests of the backbone in a whole detector."""
+    return dict(MODEL__FPN__OUT_CHANNELS=16, MODEL__ROI_BOX_HEAD__FC_DIM=16)
+
+
+@pytest.fixture
+def randomise():
+    """Gives a network float64 values from a fixed seed, norms and their statistics included."""
+
+    def fill(network: nn.Module) -> nn.Module:
+        torch.manual_seed(0)
+        network.double()
+        for module in network.modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                bound = (3 / weight[0].numel()) ** 0.5
+                nn.init.uniform_(module.weight, -bound, bound)
+            elif isinstance(weight, torch.Tensor):
+                weight.data.uniform_(0.5, 1.5)
+            if isinstance(getattr(module, "bias", None), torch.Tensor):
+                module.bias.data.normal_(std=0.2)
+            if hasattr(module, "running_var"):
+                module.running_mean.normal_(std=0.2)
+                module.running_var.uniform_(0.5, 1.5)
+        return network
+
+    return fill
+
+
+def write_scene(root: Path, image_id: str, seed: int) -> None:
+    """A grey 96 x 64 picture with one upright red bar and one flat blue box, and its XML."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(100, 150, (64, 96, 3), dtype=np.uint8))
+    objects = []
+    for name, (width, height), left in (("bar", (16, 40), 4), ("box", (36, 20), 52)):
+        x, y = left + int(rng.integers(0, 8)), int(rng.integers(2, 20))
+        ImageDraw.Draw(image).rectangle((x, y, x + width - 1, y + height - 1), COLOURS[name])
+        corners = zip(
+            ("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + width, y + height), strict=True
+        )
+        box = "".join(f"<{key}>{value}</{key}>" for key, value in corners)
+        objects.append(
+            f"<object><name>{name}</name><pose>Left</pose><truncated>0</truncated>"
+            f"<difficult>0</difficult><bndbox>{box}</bndbox></object>"
+        )
+    image.save(root / "JPEGImages" / f"{image_id}.jpg")
+    text = (
+        f"<annotation><filename>{image_id}.jpg</filename><size><width>96</width>"
+        f"<height>64</height><depth>3</depth></size>{''.join(objects)}</annotation>"
+    )
+    (root / "Annotations" / f"{image_id}.xml").write_text(text)
+
+
+@pytest.fixture(scope="session")
+def tiny_voc(tmp_path_factory) -> Path:
+    """A VOC folder of 8 pictures with splits train (6) and test (2), classes bar and box."""
+    root = tmp_path_factory.mktemp("tiny") / "VOC2007"
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / name).mkdir(parents=True)
+    for split, numbers in SPLITS.items():
+        ids = [f"{number:06d}" for number in numbers]
+        (root / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+        for number, image_id in zip(numbers, ids, strict=True):
+            write_scene(root, image_id, number)
+    return root
+
+
+@pytest.fixture
+def images():
+    """Two Detectron2 inputs with instances, 60 x 84 and 64 x 75."""
+    from detectron2.structures import Boxes, Instances
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for size in ((60, 84), (64, 75)):
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 70.0, 40.0]]))
+        instances.gt_classes = torch.tensor([0, 1])
+        image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+        inputs.append(dict(image=image, instances=instances, height=size[0], width=size[1]))
+    return inputs

@@ -1,0 +1,288 @@
+"""The registered backbones: shapes, freezing, Detectron2's keys and outputs, refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("detectron2")
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone, build_backbone, build_model
+from detectron2.modeling.backbone import build_resnet_backbone
+from detectron2.modeling.backbone.fpn import (
+    build_resnet_fpn_backbone,
+    build_retinanet_resnet_fpn_backbone,
+)
+from detectron2.structures import ImageList
+
+from resnet_backbone.detection import PaperResNet, PaperVGG
+from resnet_backbone.models import FrozenBatchNorm2d
+
+STAGES = ["stem", "res2", "res3", "res4", "res5"]
+VGG_STAGES = ["conv1", "conv2", "conv3", "conv4", "conv5", "pool5"]
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection"
+RUNNABLE = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/faster_rcnn_*.yaml"))
+RESNET, FPN, P6P7 = (f"build_paper_resnet{kind}_backbone" for kind in ("", "_fpn", "_p6p7"))
+VGG, VGG_FPN = "build_vgg_backbone", "build_vgg_fpn_backbone"
+
+
+@pytest.fixture
+def build(make_cfg):
+    """Function (registered name, KEY=value...) -> backbone, ResNet-18 or VGG-11 unless told."""
+
+    def run(name, node=True, **keys):
+        defaults = dict(MODEL__BACKBONE__NAME=name, MODEL__RESNETS__DEPTH=18)
+        if name in (FPN, P6P7):
+            used = STAGES[1:] if name == FPN else STAGES[2:]
+            defaults |= dict(MODEL__RESNETS__OUT_FEATURES=used, MODEL__FPN__IN_FEATURES=used)
+        if name == VGG_FPN:
+            used = VGG_STAGES[2:]
+            defaults |= dict(RESNET_BACKBONE__VGG__OUT_FEATURES=used, MODEL__FPN__IN_FEATURES=used)
+        if node:
+            defaults |= dict(RESNET_BACKBONE__VGG__DEPTH=11)
+        return build_backbone(make_cfg(node=node, **(defaults | keys)))
+
+    return run
+
+
+def assert_shapes_are_true(backbone, height, width, size_of):
+    """``size_of(pixels, stride)`` is the expected side of a map."""
+    x = torch.zeros(1, 3, height, width)
+    with torch.no_grad():
+        maps = backbone.eval()(x)
+    specs = backbone.output_shape()
+    assert maps.keys() == specs.keys()
+    for name, value in maps.items():
+        sides = size_of(height, specs[name].stride), size_of(width, specs[name].stride)
+        assert value.shape == (1, specs[name].channels, *sides), name
+
+
+def round_up(pixels, stride):
+    return -(-pixels // stride)
+
+
+@pytest.mark.parametrize("file", RUNNABLE)
+def test_detectors_of_all_configs_build(make_cfg, file):
+    cfg = make_cfg(file, MODEL__DEVICE="meta")
+    with torch.device("meta"):
+        model = build_model(cfg)
+    kind = PaperVGG if "VGG" in file else PaperResNet
+    networks = [module for module in model.modules() if isinstance(module, kind)]
+    assert [network.depth for network in networks] == [int(file.split("_")[3])]
+    assert ("p2" in model.backbone.output_shape()) == ("FPN" in file)
+
+
+def test_there_are_configs():
+    assert len(RUNNABLE) >= 29
+
+
+@pytest.mark.parametrize("name", [RESNET, FPN, P6P7, VGG])
+def test_builds_without_our_node(build, name):
+    backbone = build(name, node=False)
+    assert isinstance(backbone, Backbone)
+    network = getattr(backbone, "bottom_up", backbone)
+    assert network.depth == (16 if name == VGG else 18)
+    assert_shapes_are_true(backbone, 64, 64, round_up)
+
+
+def test_vgg_fpn_without_our_node(build):
+    keys = dict(RESNET_BACKBONE__VGG__OUT_FEATURES=["conv5"], MODEL__FPN__IN_FEATURES=["conv5"])
+    assert list(build(VGG_FPN, **keys).output_shape()) == ["p4", "p5"]
+
+
+@pytest.mark.parametrize("depth, dilation", [(18, 1), (34, 2), (50, 1), (50, 2)])
+@pytest.mark.parametrize("size", [(64, 96), (75, 109), (33, 1)])
+def test_resnet_shapes(build, depth, dilation, size):
+    keys = dict(MODEL__RESNETS__DEPTH=depth, MODEL__RESNETS__RES5_DILATION=dilation)
+    backbone = build(RESNET, MODEL__RESNETS__OUT_FEATURES=STAGES, **keys)
+    assert_shapes_are_true(backbone, *size, round_up)
+    widest = 512 if depth < 50 else 2048
+    assert backbone.output_shape()["res5"] == ShapeSpec(widest, stride=16 if dilation == 2 else 32)
+    assert backbone.output_shape()["stem"] == ShapeSpec(64, stride=4)
+    assert backbone.size_divisibility == 0
+    assert not backbone.padding_constraints
+
+
+@pytest.mark.parametrize("size", [(64, 96), (75, 109)])
+def test_vgg_shapes(build, size):
+    backbone = build(VGG, RESNET_BACKBONE__VGG__OUT_FEATURES=VGG_STAGES)
+    assert_shapes_are_true(backbone, *size, lambda pixels, stride: pixels // stride)
+    strides = {name: spec.stride for name, spec in backbone.output_shape().items()}
+    assert strides == dict(conv1=1, conv2=2, conv3=4, conv4=8, conv5=16, pool5=32)
+    assert backbone.size_divisibility == 0
+
+
+@pytest.mark.parametrize(
+    "name, levels",
+    [(FPN, "p2 p3 p4 p5 p6"), (P6P7, "p3 p4 p5 p6 p7"), (VGG_FPN, "p2 p3 p4 p5 p6")],
+)
+def test_pyramid_shapes(build, name, levels):
+    """Odd image sizes, padded as Detectron2's meta-architectures pad them."""
+    backbone = build(name, MODEL__FPN__OUT_CHANNELS=16)
+    images = ImageList.from_tensors(
+        [torch.zeros(3, 75, 109), torch.zeros(3, 50, 131)],
+        backbone.size_divisibility,
+        padding_constraints=backbone.padding_constraints,
+    )
+    assert backbone.size_divisibility == 32 and images.tensor.shape[2:] == (96, 160)
+    assert list(backbone.output_shape()) == levels.split()
+    assert_shapes_are_true(backbone, 96, 160, round_up)
+
+
+@pytest.mark.parametrize("freeze_at", range(6))
+@pytest.mark.parametrize("name", [RESNET, FPN])
+def test_freeze_at(build, name, freeze_at):
+    keys = dict(MODEL__BACKBONE__FREEZE_AT=freeze_at, MODEL__RESNETS__NORM="BN")
+    if name == RESNET:
+        keys |= dict(MODEL__RESNETS__OUT_FEATURES=["res5"])
+    backbone = build(name, **keys).train()
+    network = getattr(backbone, "bottom_up", backbone)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    maps = backbone(torch.randn(2, 3, 64, 64))
+    if freeze_at < 5 or name == FPN:
+        sum(value.sum() for value in maps.values()).backward()
+    frozen = set(STAGES[:freeze_at])
+    for key, parameter in network.named_parameters():
+        assert parameter.requires_grad == (key.split(".")[0] not in frozen), key
+        assert (parameter.grad is None) == (key.split(".")[0] in frozen), key
+    for key, module in network.named_modules():
+        if hasattr(module, "running_mean"):
+            kept = torch.equal(module.running_mean, before[f"{key}.running_mean"])
+            assert kept == (key.split(".")[0] in frozen), key
+            assert isinstance(module, FrozenBatchNorm2d) == kept
+    if name == FPN:
+        assert all(p.requires_grad for p in backbone.fpn_lateral5.parameters())
+
+
+@pytest.mark.parametrize("freeze_at", [0, 2, 5])
+def test_freeze_vgg(build, freeze_at):
+    keys = dict(MODEL__BACKBONE__FREEZE_AT=freeze_at, RESNET_BACKBONE__VGG__NORM="BN")
+    backbone = build(VGG, **keys)
+    trained = {key[:5] for key, value in backbone.named_parameters() if value.requires_grad}
+    assert trained == {f"conv{i}" for i in range(freeze_at + 1, 6)}
+
+
+THEIRS = {
+    RESNET: build_resnet_backbone,
+    FPN: build_resnet_fpn_backbone,
+    P6P7: build_retinanet_resnet_fpn_backbone,
+}
+
+
+@pytest.mark.parametrize(
+    "name, depth, keys",
+    [
+        (RESNET, 18, {}),
+        (FPN, 18, {}),
+        (RESNET, 50, dict(STRIDE_IN_1X1=True)),
+        (FPN, 50, dict(STRIDE_IN_1X1=True)),
+        (FPN, 50, dict(STRIDE_IN_1X1=False)),
+        (P6P7, 50, dict(STRIDE_IN_1X1=False)),
+        (RESNET, 50, dict(RES5_DILATION=2)),
+    ],
+)
+def test_equals_detectron2(make_cfg, build, randomise, name, depth, keys):
+    """Its state dict loads strictly, and gives the same maps in float64, from the same keys."""
+    keys = {f"MODEL__RESNETS__{key}": value for key, value in keys.items()}
+    used = STAGES[1:] if name != P6P7 else STAGES[2:]
+    keys |= dict(MODEL__RESNETS__OUT_FEATURES=used, MODEL__FPN__IN_FEATURES=used)
+    keys |= dict(MODEL__RESNETS__DEPTH=depth, MODEL__FPN__OUT_CHANNELS=32)
+    if depth == 18:  # theirs needs it, ours follows the depth
+        keys |= dict(MODEL__RESNETS__RES2_OUT_CHANNELS=64)
+    theirs = randomise(THEIRS[name](make_cfg(**keys), ShapeSpec(channels=3))).eval()
+    ours = build(name, **keys).double().eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert ours.output_shape() == theirs.output_shape()
+    assert ours.size_divisibility == theirs.size_divisibility
+    assert dict(ours.padding_constraints) == dict(theirs.padding_constraints)
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    with torch.no_grad():
+        expected, found = theirs(x), ours(x)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-10)
+
+
+def test_wrong_stride_is_visible(build, randomise):
+    """The comparison above would notice: the other stride gives other maps."""
+    both = [
+        randomise(build(RESNET, MODEL__RESNETS__DEPTH=50, MODEL__RESNETS__STRIDE_IN_1X1=stride))
+        for stride in (True, False)
+    ]
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    first, second = (backbone.eval()(x)["res4"] for backbone in both)
+    assert (first - second).abs().mean() > 0.05 * first.abs().mean()
+
+
+def test_retinanet_trains(make_cfg, images):
+    keys = dict(MODEL__META_ARCHITECTURE="RetinaNet", MODEL__RETINANET__NUM_CLASSES=2)
+    keys |= dict(MODEL__BACKBONE__NAME=P6P7, MODEL__RESNETS__DEPTH=18, MODEL__FPN__OUT_CHANNELS=16)
+    used = STAGES[2:]
+    keys |= dict(MODEL__RESNETS__OUT_FEATURES=used, MODEL__FPN__IN_FEATURES=used)
+    model = build_model(make_cfg(**keys)).train()
+    losses = model(images)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    for level in ("p6", "p7"):
+        assert getattr(model.backbone.top_block, level).weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "norm, kind",
+    [
+        ("BN", "BatchNorm2d"),
+        ("FrozenBN", "FrozenBatchNorm2d"),
+        ("SyncBN", "SyncBatchNorm"),
+        ("GN", "GroupNorm"),
+        ("LN", "LayerNorm"),
+        ("nnSyncBN", "SyncBatchNorm"),
+        ("naiveSyncBN", "NaiveSyncBatchNorm"),
+        ("", "NoneType"),
+    ],
+)
+@pytest.mark.parametrize("name", [RESNET, VGG])
+def test_norms(build, name, norm, kind):
+    key = "MODEL__RESNETS__NORM" if name == RESNET else "RESNET_BACKBONE__VGG__NORM"
+    backbone = build(name, MODEL__BACKBONE__FREEZE_AT=0, **{key: norm}).eval()
+    convs = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    assert {type(conv.norm).__name__ for conv in convs} == {kind}
+    assert {conv.bias is None for conv in convs} == {norm != ""}
+    for value in backbone(torch.randn(1, 3, 64, 64)).values():
+        assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("norm", ["nnSyncBN", "naiveSyncBN"])
+def test_detectron2_norms_freeze(build, norm):
+    stem = build(RESNET, MODEL__RESNETS__NORM=norm, MODEL__BACKBONE__FREEZE_AT=1).stem
+    assert isinstance(stem.conv1.norm, FrozenBatchNorm2d)
+
+
+DILATED = dict(MODEL__RESNETS__RES5_DILATION=2)
+RESNETS = "MODEL__RESNETS__"
+
+
+@pytest.mark.parametrize(
+    "name, keys, message",
+    [
+        (RESNET, {RESNETS + "DEPTH": 20}, "DEPTH 20 is not one of 18, 34, 50, 101, 152"),
+        (RESNET, {RESNETS + "NUM_GROUPS": 32}, "NUM_GROUPS 32 .* use 1"),
+        (RESNET, {RESNETS + "WIDTH_PER_GROUP": 8}, "WIDTH_PER_GROUP 8 .* use 64"),
+        (RESNET, {RESNETS + "STEM_OUT_CHANNELS": 32}, "STEM_OUT_CHANNELS 32 .* use 64"),
+        (RESNET, {RESNETS + "RES2_OUT_CHANNELS": 128}, "RES2_OUT_CHANNELS 128 .* use 64"),
+        (RESNET, {RESNETS + "DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER"),
+        (RESNET, {RESNETS + "NORM": "BatchNorm"}, "unknown NORM 'BatchNorm': use one of BN"),
+        (RESNET, {RESNETS + "OUT_FEATURES": ["res6"]}, "res6.*this network has stem, res2"),
+        (RESNET, dict(MODEL__BACKBONE__FREEZE_AT=6), "from 0 to 5"),
+        (FPN, dict(MODEL__FPN__IN_FEATURES=["res1", "res2"]), "'res1'.*set its OUT_FEATURES"),
+        (FPN, DILATED, "'res4': 16, 'res5': 16.*remove the dilation"),
+        (P6P7, DILATED, "remove the dilation"),
+        (P6P7, {RESNETS + "OUT_FEATURES": ["res3"]}, "add it to MODEL.RESNETS.OUT_FEATURES"),
+        (VGG, dict(RESNET_BACKBONE__VGG__DEPTH=12), "12: use one of 11, 13, 16, 19"),
+        (VGG_FPN, dict(RESNET_BACKBONE__VGG__OUT_FEATURES=["conv5"]), "set its OUT_FEATURES"),
+    ],
+)
+def test_refusals_say_what_to_set(build, name, keys, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **keys)

@@ -1,0 +1,290 @@
+"""tools/demo.py on a tiny untrained detector: inputs, outputs, errors, and the same detections as
+Detectron2's own predictor."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
+
+import torch  # noqa: E402
+from detectron2.engine import DefaultPredictor  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from resnet_backbone.detection.cli import UsageError, load_config  # noqa: E402
+from resnet_backbone.detection.predictor import Predictor, read_video  # noqa: E402
+from resnet_backbone.detection.trainer import Trainer  # noqa: E402
+from resnet_backbone.detection.visualize import video_writer  # noqa: E402
+from resnet_backbone.weights import WeightsError  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "configs/detection/quickstart/faster_rcnn_R_18_FPN.yaml")
+TINY = [
+    *("MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "16"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_HEADS.NUM_CLASSES", "3"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "6"),
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "SOLVER.AMP.ENABLED", "False"),
+    *("INPUT.MIN_SIZE_TEST", "96"),
+]
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = load_tool()
+
+
+def config(*overrides):
+    return load_config(CONFIG, [*TINY, *overrides])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """What train_net.py leaves: config.yaml and model_final.pth."""
+    folder = tmp_path_factory.mktemp("run")
+    cfg = config("OUTPUT_DIR", str(folder), "RESNET_BACKBONE.CLASS_NAMES", "['a', 'b', 'c']")
+    torch.manual_seed(0)
+    model = Trainer.build_model(cfg)
+    Trainer.build_checkpointer(cfg, model).save("model_final")
+    (folder / "config.yaml").write_text(cfg.dump())
+    return folder
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder with two images of different size, and a text that is none of our business."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(noise(60, 90)).save(folder / "wide.png")
+    Image.fromarray(noise(120, 70)).save(folder / "tall.jpg")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def call(run, *arguments) -> int:
+    """Runs the tool with every detection kept; returns its exit status."""
+    try:
+        demo.main(["--run", str(run), "--confidence", "0", *map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def assert_one_line(capsys, *words: str) -> None:
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in "".join(lines)
+    for word in words:
+        assert word in errors[0]
+
+
+def test_the_same_detections_as_detectron2(run):
+    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"))
+    image = noise(60, 90)
+    ours, theirs = (kind(cfg)(image)["instances"] for kind in (Predictor, DefaultPredictor))
+    assert len(ours) == len(theirs) > 0
+    assert torch.equal(ours.pred_classes, theirs.pred_classes)
+    # memory format and summation order differ
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=0, atol=1e-2)
+
+
+def test_rgb_detectors_get_rgb(tmp_path):
+    """A detector built for RGB sees a BGR image with its channels turned."""
+    cfg = config("INPUT.FORMAT", "RGB", "OUTPUT_DIR", str(tmp_path))
+    Trainer.build_checkpointer(cfg, Trainer.build_model(cfg)).save("model")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
+    seen = []
+    predictor = Predictor(cfg)
+    predictor.model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0][0]))
+    predictor(np.full((96, 96, 3), (10, 20, 30), np.uint8))
+    assert seen[0]["image"][:, 5, 5].tolist() == [30, 20, 10]
+    assert not predictor.model.training
+
+
+def test_bf16_gives_float_boxes_in_the_image(run):
+    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"), "SOLVER.AMP.ENABLED", "True")
+    found = Predictor(cfg)(noise(60, 90))["instances"]
+    assert len(found) and found.image_size == (60, 90)
+    assert found.pred_boxes.tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["", "nowhere.pth", "broken.pth", "backbone.pth"])
+def test_weights_of_less_than_a_detector_are_refused(run, tmp_path, name):
+    whole = torch.load(run / "model_final.pth", weights_only=True)["model"]
+    part = {key: value for key, value in whole.items() if key.startswith("backbone.")}
+    torch.save({"model": part}, tmp_path / "backbone.pth")
+    (tmp_path / "broken.pth").write_bytes(b"torn")
+    with pytest.raises(UsageError, match="MODEL.WEIGHTS") as caught:
+        Predictor(config("MODEL.WEIGHTS", str(tmp_path / name) if name else ""))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_classes_are_refused(run):
+    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"), "MODEL.ROI_HEADS.NUM_CLASSES", "5")
+    with pytest.raises(UsageError, match="of another shape"):
+        Predictor(cfg)
+
+
+def test_wrong_preprocessing_is_refused(run, photos, tmp_path, capsys):
+    with pytest.raises(WeightsError, match="INPUT.FORMAT"):
+        Predictor(config("MODEL.WEIGHTS", str(run / "model_final.pth"), "INPUT.FORMAT", "RGB"))
+    arguments = ("--input", photos, "--output", tmp_path / "out", "INPUT.FORMAT", "RGB")
+    assert call(run, *arguments) == 2
+    assert_one_line(capsys, "INPUT.FORMAT is RGB", "set INPUT.FORMAT")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_image_to_a_file(run, photos, tmp_path, capsys):
+    output = tmp_path / "new" / "drawn.png"
+    assert call(run, "--input", photos / "wide.png", "--output", output) == 0
+    drawn = np.asarray(Image.open(output))
+    assert drawn.shape == (480, 720, 3)
+    enlarged = Image.fromarray(noise(60, 90)).resize((720, 480), Image.BICUBIC)
+    assert (drawn != np.asarray(enlarged)).any()
+    line = capsys.readouterr().out.splitlines()[0]
+    assert "wide.png: 6 detections, " in line and line.endswith(" s")
+
+
+def test_folder_to_folder_with_sheet_and_numbers(run, photos, tmp_path):
+    output, sheet, numbers = tmp_path / "out", tmp_path / "s" / "sheet.png", tmp_path / "all.json"
+    files = ("--output", output, "--sheet", sheet, "--sheet-columns", "1", "--json", numbers)
+    assert call(run, "--input", photos, *files) == 0
+    assert sorted(p.name for p in output.iterdir()) == ["tall.jpg", "wide.png"]
+    assert Image.open(sheet).width == 480 + 20
+    content = json.loads(numbers.read_text())
+    assert content["weights"] == str(run / "model_final.pth") and content["unreadable"] == []
+    sizes = {str(photos / "wide.png"): (90, 60), str(photos / "tall.jpg"): (70, 120)}
+    assert {entry["file"] for entry in content["detections"]} == set(sizes)
+    for entry in content["detections"]:
+        width, height = sizes[entry["file"]]
+        x0, y0, x1, y1 = entry["box"]
+        assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+        assert entry["class"] in ("a", "b", "c") and 0 <= entry["score"] <= 1
+
+
+def test_boxes_are_in_pixels_of_the_original(run, photos, tmp_path):
+    """The JSON file has what the predictor returns, whatever sizes are used on the way."""
+    call(run, "--input", photos / "wide.png", "--json", tmp_path / "a.json")
+    written = json.loads((tmp_path / "a.json").read_text())["detections"]
+    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"))
+    found = Predictor(cfg)(noise(60, 90)[:, :, ::-1])["instances"]
+    boxes = torch.tensor([entry["box"] for entry in written])
+    torch.testing.assert_close(boxes, found.pred_boxes.tensor, rtol=0, atol=0.02)
+    assert found.image_size == (60, 90)
+
+
+def test_globs_config_file_and_sheet_max(run, photos, tmp_path):
+    arguments = ["--config-file", run / "config.yaml", "--confidence", "0"]
+    arguments += ["--input", photos / "*.*", photos / "wide.png", "--output", tmp_path / "out"]
+    arguments += ["--sheet", tmp_path / "s.png", "--sheet-max", "1"]
+    demo.main([*map(str, arguments), "MODEL.WEIGHTS", str(run / "model_final.pth")])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tall.jpg", "wide.png"]
+    assert Image.open(tmp_path / "s.png").width < 480  # one tall picture
+
+
+def test_confidence(run, photos, tmp_path, capsys):
+    arguments = ("--input", photos / "wide.png", "--json", tmp_path / "a.json")
+    assert call(run, *arguments, "--confidence", "0.99") == 0
+    assert json.loads((tmp_path / "a.json").read_text())["detections"] == []
+
+
+def test_video(run, tmp_path, capsys):
+    film = tmp_path / "film.avi.mp4"
+    with video_writer(film, 10.0) as write:
+        for seed in range(3):
+            write(noise(64, 96, seed))
+    output, sheet = tmp_path / "out", tmp_path / "s.png"
+    files = ("--output", output, "--sheet", sheet, "--json", tmp_path / "a.json")
+    assert call(run, "--input", film, *files) == 0
+    rate, _, frames = read_video(output / "film.avi.mp4")
+    assert rate == 10.0 and [frame.shape for frame in frames] == [(480, 720, 3)] * 3
+    found = json.loads((tmp_path / "a.json").read_text())["detections"]
+    assert {entry["frame"] for entry in found} == {0, 1, 2}
+    assert all(entry["box"][2] <= 96 and entry["box"][3] <= 64 for entry in found)
+    assert sheet.is_file()
+
+
+def test_unreadable_images_are_named_and_the_rest_is_done(run, photos, tmp_path, capsys):
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    arguments = ("--output", tmp_path / "out", "--json", tmp_path / "a.json")
+    assert call(run, "--input", photos, *arguments) == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tall.jpg", "wide.png"]
+    errors = capsys.readouterr().err.splitlines()
+    assert sum("broken.jpg: cannot be read" in line for line in errors) == 1
+    assert errors[-1] == "error: 1 of 3 inputs not done"
+    assert len(json.loads((tmp_path / "a.json").read_text())["unreadable"]) == 1
+
+
+def test_the_last_checkpoint_serves_until_there_is_a_final_one(run, photos, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    shutil.copy(run / "config.yaml", unfinished)
+    with pytest.raises(UsageError, match="no checkpoint there yet"):
+        demo.find_weights(str(unfinished))
+    shutil.copy(run / "model_final.pth", unfinished / "model_0000199.pth")
+    (unfinished / "last_checkpoint").write_text("model_0000199.pth")
+    assert call(unfinished, "--input", photos, "--output", tmp_path / "out") == 0
+
+
+def test_missing_names_are_said_and_numbered(run, photos, tmp_path, capsys):
+    arguments = ("--input", photos, "--json", tmp_path / "a.json")
+    assert call(run, *arguments, "RESNET_BACKBONE.CLASS_NAMES", "[]") == 0
+    assert "names of the 3 classes are not known" in capsys.readouterr().err
+    found = json.loads((tmp_path / "a.json").read_text())["detections"]
+    assert {entry["class"] for entry in found} <= {0, 1, 2}
+
+
+def test_names_of_the_data_set_serve(run):
+    from detectron2.data import MetadataCatalog
+
+    MetadataCatalog.get("demo_names").thing_classes = ["x", "y", "z"]
+    assert demo.find_class_names(config("DATASETS.TEST", "('demo_names',)")) == ["x", "y", "z"]
+    MetadataCatalog.remove("demo_names")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--input", "nowhere.jpg", "--output", "out"], ["nowhere.jpg", "no such file"]),
+        (["--input", "{empty}", "--output", "out"], ["no image or video in this folder"]),
+        (["--input", "{photos}", "--output", "one.jpg"], ["one.jpg", "name a folder"]),
+        (["--input", "{photos}/wide.png", "--output", "a.mp4"], ["other kind"]),
+        (["--input", "{photos}", "--output", "{photos}"], ["is an input"]),
+        (["--input", "{photos}", "--sheet", "{photos}/wide.png"], ["is an input"]),
+        (["--input", "{photos}", "--sheet", "sheet"], ["--sheet sheet", "sheet.png"]),
+        (["--input", "{photos}"], ["nothing to write"]),
+        (["--input", "{photos}", "--output", "o", "--confidence", "2"], ["between 0 and 1"]),
+        (["--input", "{photos}", "--output", "o", "--run", "{empty}"], ["no config.yaml"]),
+        (["--input", "{photos}", "--output", "o", "MODEL.WEIGHTS", "no.pth"], ["no.pth"]),
+        (["--input", "{photos}", "--output", "o", "MODEL.WEIGHTS", ""], ["WEIGHTS is empty"]),
+        (["--input", "{photos}", "--output", "o", "MODEL.WIGHTS", "x"], ["MODEL.WEIGHTS"]),
+        (["--input", "{photos}", "--output", "o", "--config-file", "x"], ["--run DIR, or"]),
+    ],
+)
+def test_wrong_use_is_one_line(run, photos, tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    places = {"photos": photos, "empty": tmp_path / "empty"}
+    places["empty"].mkdir()
+    before = {path.name: path.read_bytes() for path in photos.iterdir()}
+    assert call(run, *(word.format(**places) for word in arguments)) == 2
+    assert_one_line(capsys, *words)
+    assert {path.name: path.read_bytes() for path in photos.iterdir()} == before
+
+
+def test_equal_names_do_not_overwrite_one_another():
+    inputs = [Path("a/x.jpg"), Path("b/x.jpg"), Path("x.gif"), Path("x.avi")]
+    expected = ["x.jpg", "x_2.jpg", "x.png", "x.mp4"]
+    assert demo.plan_outputs(inputs, "out") == [Path("out") / name for name in expected]

@@ -1,0 +1,174 @@
+"""Counts against the paper, torchvision and a computation by hand; the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from resnet_backbone.models import build_model
+from resnet_backbone.models.analysis import analyze, count_multiply_adds, count_parameters
+
+TOOL = Path(__file__).parents[2] / "tools" / "analyze_model.py"
+PAPER = {  # 1e9 multiply-adds: arXiv 1512.03385, Table 1, and section 4.1 for VGG
+    "resnet18": 1.8,
+    "plain18": 1.8,
+    "resnet34": 3.6,
+    "plain34": 3.6,
+    "resnet50": 3.8,
+    "resnet101": 7.6,
+    "resnet152": 11.3,
+    "vgg16": 15.3,
+    "vgg19": 19.6,
+}
+
+
+def build_on_meta(name, **options):
+    with torch.device("meta"):
+        return build_model(name, **options)
+
+
+def run_tool(*args):
+    return subprocess.run(
+        [sys.executable, str(TOOL), *args], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_multiply_adds(name):
+    """One unit of the paper's last digit, counting convolutions."""
+    count = count_multiply_adds(build_on_meta(name))
+    assert abs(count.convolutions / 1e9 - PAPER[name]) <= 0.1
+
+
+def test_exact_multiply_adds():
+    """So that a change of the convention or of a network shows."""
+    expected = {
+        ("resnet34", "B"): 3_663_761_408,
+        ("resnet34", "A"): 3_644_493_824,
+        ("resnet50", "B"): 3_857_973_248,
+    }
+    for (name, shortcut), total in expected.items():
+        assert count_multiply_adds(build_on_meta(name, shortcut=shortcut)).total == total
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vgg11", "vgg16", "vgg19"],
+)
+def test_torchvisions_metadata(name):
+    """Three decimals of 1e9, convolutions and linear layers, and the number of parameters."""
+    meta = torchvision.models.get_model_weights(name).DEFAULT.meta
+    options = {} if name[:3] == "vgg" or name[6:] in ("18", "34") else {"stride_in_1x1": False}
+    model = build_on_meta(name, **options)
+    assert round(count_multiply_adds(model).total / 1e9, 3) == meta["_ops"]
+    assert count_parameters(model) == meta["num_params"]
+
+
+def test_one_convolution_by_hand():
+    model = nn.Sequential(
+        nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2), nn.ReLU(), nn.Flatten()
+    )
+    model.append(nn.Linear(8 * 4 * 5, 10))
+    # 8 channels of 4x5 positions, each 3x3 over 3 of the 6 channels
+    convolution = 8 * 4 * 5 * 3 * 3 * 3
+    count = count_multiply_adds(model, (7, 9))
+    assert count.convolutions == convolution and count.linear == 8 * 4 * 5 * 10
+    assert count.total == convolution + 1600
+    assert count.stages == {"0": convolution, "1": 0, "2": 0, "3": 1600}
+    assert count_parameters(model) == (8 * 27 + 8) + (1600 + 10)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg11", "cifar_resnet8"])
+def test_stages_sum_up(name):
+    model = build_on_meta(name)
+    stages, count = analyze(model, 96), count_multiply_adds(model, 96)
+    assert sum(stage.parameters for stage in stages) == count_parameters(model)
+    assert sum(count.stages.values()) == count.total == sum(s.multiply_adds for s in stages)
+    maps = model.forward_features(torch.empty(1, 3, 96, 96, device="meta"))
+    shapes = {stage.name: stage.output_shape for stage in stages}
+    assert {name: tuple(x.shape[1:]) for name, x in maps.items()}.items() <= shapes.items()
+
+
+def test_multiply_adds_grow_with_the_area():
+    model = build_on_meta("resnet18", out_features=["res5"])
+    small, large = (count_multiply_adds(model, size).total for size in (64, (128, 192)))
+    assert large == 6 * small
+
+
+def test_model_is_left_as_it_was():
+    model = build_model("cifar_resnet8").train()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    count_multiply_adds(model, 32)
+    assert model.training and not any(m._forward_hooks for m in model.modules())
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_tool_compares():
+    done = run_tool("resnet[35]*", "vgg16")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("resnet", "vgg16"))]
+    assert len(rows) == 5 and all(row.endswith("ok") for row in rows)
+    assert "3.6440" in done.stdout and "5 rows, 0 differ" in done.stdout
+
+
+def test_tool_notices_a_difference(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    import analyze_model as tool
+
+    rows = {row.name: row for row in tool.REFERENCES}
+    wrong = [
+        rows["vgg11"]._replace(parameters=1),
+        rows["resnet18"]._replace(paper="1.9", torchvision="1.816"),
+        rows["resnet18"]._replace(paper="1.6"),
+        rows["resnet18"]._replace(paper="1.9"),
+    ]
+    monkeypatch.setattr(tool, "REFERENCES", tuple(rows.values()))
+    monkeypatch.setattr(tool, "select", lambda names: wrong)
+    assert tool.main([]) == 1
+    table = capsys.readouterr().out
+    assert table.count("DIFFERS") == 3 and "4 rows, 3 differ" in table
+
+
+def test_tool_shows_stages():
+    args = ("--model", "resnet50", "--option", "stride_in_1x1=False", "--input-size", "224x320")
+    done = run_tool(*args)
+    assert done.returncode == 0, done.stderr
+    res4 = next(line.split() for line in done.stdout.splitlines() if line.startswith("res4"))
+    assert res4[1:5] == ["14x20", "1024", "16", "7,098,368"]
+    rows = json.loads(run_tool(*args, "--json").stdout)["stages"]
+    assert rows[-1]["parameters"] == 25_557_032
+    assert rows[-1]["multiply_adds"] == sum(row["multiply_adds"] for row in rows[:-1])
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--model", "resnet51"), "did you mean 'resnet50'"),
+        (("nothing*",), "no network is named 'nothing*'"),
+        (("--option", "a=b"), "need --model"),
+        (("--model", "vgg11", "--input-size", "10y"), "neither SIZE nor HEIGHTxWIDTH"),
+        (("--model", "vgg11", "--option", "norm"), "not of the form key=value"),
+    ],
+)
+def test_tool_refuses(args, message, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    import analyze_model as tool
+
+    try:
+        status = tool.main(list(args))
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_tool_on_every_network():
+    done = run_tool("--json")
+    rows = json.loads(done.stdout)
+    assert done.returncode == 0 and all(row["ok"] for row in rows)
+    assert len(rows) == 31

@@ -1,0 +1,272 @@
+"""Whole networks: the table of names, sizes, feature tables, freezing, errors."""
+
+import copy
+import math
+import pickle
+from functools import lru_cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from resnet_backbone.models import VGG, CifarResNet, FrozenBatchNorm2d, ResNet, build_model
+from resnet_backbone.models import list_models as list_names
+from resnet_backbone.models.resnet import resnet_stage
+
+# torchvision's metadata; 18 and 34 layers less their projections without option B.
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "plain18": 11_515_688,
+    "plain34": 21_623_848,
+    "vgg11": 132_863_336,
+    "vgg13": 133_047_848,
+    "vgg16": 138_357_544,
+    "vgg19": 143_667_240,
+    "cifar_resnet20": 269_722,
+    "cifar_resnet32": 464_154,
+    "cifar_resnet44": 658_586,
+    "cifar_resnet56": 853_018,
+    "cifar_resnet110": 1_727_962,
+    "cifar_resnet1202": 19_421_274,
+}
+
+
+def build_on_meta(name, *args, **options):
+    with torch.device("meta"):
+        return build_model(name, *args, **options)
+
+
+cached = lru_cache(build_on_meta)
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def conv_channels(model):
+    return sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+@pytest.mark.parametrize("name", list_names())
+def test_parameter_counts(name):
+    model = build_on_meta(name)
+    base = name.replace("cifar_plain", "cifar_resnet").removesuffix("_bn")
+    extra = conv_channels(model) if name.endswith("_bn") else 0  # 2 per channel, less the bias
+    assert count(model) == PARAMETERS[base] + extra
+
+
+@settings(max_examples=10, deadline=None)
+@given(n=st.integers(1, 12), kind=st.sampled_from(["resnet", "plain"]))
+def test_cifar_parameter_formula(n, kind):
+    model = build_on_meta(f"cifar_{kind}{6 * n + 2}")
+    assert count(model) == 97_216 * n - 21_926
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == 6 * n + 2
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_depth_is_the_number_of_weight_layers(depth):
+    model = build_on_meta(f"resnet{depth}", shortcut="A")
+    assert sum(isinstance(m, (nn.Conv2d, nn.Linear)) for m in model.modules()) == depth
+
+
+def test_names_and_classes():
+    assert len(list_names()) == len(set(list_names())) == 26
+    assert type(build_on_meta("plain18")) is ResNet
+    assert type(build_on_meta("cifar_plain8")) is CifarResNet
+    assert type(build_on_meta("vgg11")) is VGG
+    for name, classes in (("resnet18", 1000), ("cifar_resnet20", 10), ("vgg11", 1000)):
+        assert build_on_meta(name).linear.out_features == classes
+        assert build_on_meta(name, 7).linear.out_features == 7
+
+
+SIZED = {
+    "resnet18": {},
+    "resnet50": {"dilations": (1, 1, 2, 4), "multi_grid": (1, 2, 4)},
+    "plain18": {"dilations": (1, 1, 1, 2)},
+    "cifar_resnet8": {},
+    "vgg11": {},
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(name=st.sampled_from(sorted(SIZED)), height=st.integers(33, 150), width=st.integers(33, 150))
+def test_feature_table_is_true(name, height, width):
+    """Channels and strides as announced; sizes rounded up, and down in VGG."""
+    model = cached(name, **SIZED[name])
+    maps = model.forward_features(torch.empty(2, 3, height, width, device="meta"))
+    assert list(maps) == list(model.features) == list(model.stage_names)
+    rounding = math.floor if name.startswith("vgg") else math.ceil
+    for stage, (channels, stride) in model.features.items():
+        size = rounding(height / stride), rounding(width / stride)
+        assert maps[stage].shape == (2, channels, *size), stage
+
+
+def test_strides():
+    assert {k: tuple(v) for k, v in build_on_meta("resnet50").features.items()} == {
+        "stem": (64, 4),
+        "res2": (256, 4),
+        "res3": (512, 8),
+        "res4": (1024, 16),
+        "res5": (2048, 32),
+    }
+    assert [f.stride for f in build_on_meta("vgg16").features.values()] == [1, 2, 4, 8, 16, 32]
+    assert [f.stride for f in build_on_meta("cifar_resnet20").features.values()] == [1, 1, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11", "vgg11_bn", "cifar_resnet20"])
+def test_out_features_prune_later_stages(name):
+    stages = build_on_meta(name).stage_names
+    for last, stage in enumerate(stages):
+        model = build_on_meta(name, out_features=[stage, stages[0]])
+        built = [child for child, _ in model.named_children()]
+        assert built == list(stages[: last + 1]) == list(model.features)
+        assert not model.is_classifier
+        maps = model(torch.empty(1, 3, 64, 64, device="meta"))
+        assert set(maps) == {stage, stages[0]}
+
+
+def test_backbone_and_classifier_compute_the_same():
+    torch.manual_seed(0)
+    classifier = build_model("resnet18", 5).eval()
+    backbone = build_model("resnet18", out_features=["res2", "res5"]).eval()
+    state = {k: v for k, v in classifier.state_dict().items() if not k.startswith("linear")}
+    backbone.load_state_dict(state, strict=True)
+    images = torch.randn(2, 3, 50, 70)
+    maps, expected = backbone(images), classifier.forward_features(images)
+    assert list(maps) == ["res2", "res5"] and list(expected) == list(classifier.stage_names)
+    assert all(torch.equal(maps[name], expected[name]) for name in maps)
+    assert torch.equal(classifier(images), classifier.forward_head(expected["res5"]))
+    torch.testing.assert_close(
+        classifier(images), F.linear(expected["res5"].mean((2, 3)), classifier.linear.weight)
+    )
+
+
+@pytest.mark.parametrize("freeze_at", range(6))
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "cifar_resnet8"])
+def test_freeze(name, freeze_at):
+    """Frozen stages have no gradients and constant statistics, in training mode as well."""
+    model = build_model(name, out_features=cached(name).stage_names[-1:], freeze_at=freeze_at)
+    before = copy.deepcopy(model.state_dict())
+    frozen = model.stage_names[:freeze_at]
+    x = torch.randn(2, 3, 64, 64, requires_grad=True)
+    model.train()(x)[model.stage_names[-1]].sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.requires_grad == (key.split(".")[0] not in frozen), key
+        assert (parameter.grad is not None) == parameter.requires_grad
+    for key, module in model.named_modules():
+        if hasattr(module, "running_mean"):
+            is_frozen = key.split(".")[0] in frozen
+            assert isinstance(module, FrozenBatchNorm2d) == is_frozen, key
+            assert torch.equal(module.running_mean, before[f"{key}.running_mean"]) == is_frozen
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN"])
+def test_freezing_keeps_the_function(norm):
+    torch.manual_seed(0)
+    model = build_model("resnet18", out_features=["res3"], norm=norm).double()
+    for module in model.modules():
+        if hasattr(module, "running_var"):
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    expected = model.eval()(images)["res3"]
+    assert model.freeze(5) is model
+    torch.testing.assert_close(model.train()(images)["res3"], expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("resnet51", {}, "unknown model 'resnet51': did you mean 'resnet50'"),
+        ("zzz", {}, "unknown model 'zzz': list_models"),
+        ("cifar_resnet21", {}, "depth 21 is not 6n\\+2"),
+        ("cifar_plain2", {}, "depth 2 is not 6n\\+2"),
+        ("resnet18", {"out_features": ["res6"]}, "unknown out_features .'res6'.: .* stem, res2"),
+        ("vgg16", {"out_features": ["res2"]}, "unknown out_features .'res2'.: .* conv1, conv2"),
+        ("resnet50", {"multi_grid": (1, 2)}, "multi_grid \\(1, 2\\) needs 3 positive rates"),
+        ("resnet18", {"multi_grid": (1, 0)}, "multi_grid \\(1, 0\\) needs 2 positive rates"),
+        ("resnet18", {"dilations": (1, 1, 2)}, "dilations \\(1, 1, 2\\): give four"),
+        ("resnet18", {"dilations": (1, 1, 1, 0)}, "dilations \\(1, 1, 1, 0\\): give four"),
+        ("resnet18", {"shortcut": "b"}, "unknown shortcut 'b': use one of A, B, C, highway, none"),
+        ("resnet18", {"activation": "gelu"}, "unknown activation 'gelu': use one of relu, prelu"),
+        ("resnet18", {"norm": "LN2"}, "unknown norm 'LN2'"),
+        ("resnet18", {"freeze_at": 6}, "from 0 to 5, not 6"),
+        ("vgg11", {"freeze_at": -1}, "from 0 to 5, not -1"),
+    ],
+)
+def test_errors(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_on_meta(name, **options)
+
+
+def test_more_errors():
+    for network in (ResNet, VGG):
+        with pytest.raises(ValueError, match="unknown depth 20: use one of 1[18]"):
+            network(20)
+    model = cached("resnet18")
+    with pytest.raises(ValueError, match="expected images of shape .*, got \\(3, 32, 32\\)"):
+        model(torch.empty(3, 32, 32, device="meta"))
+    with pytest.raises(ValueError, match="no stage .'res7'.: this network has stem, res2"):
+        model.forward_features(torch.empty(1, 3, 32, 32, device="meta"), ["res7"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "cifar_resnet8"])
+def test_in_channels(name):
+    model = build_on_meta(name, in_channels=5, out_features=cached(name).stage_names[1:2])
+    model(torch.empty(1, 5, 32, 32, device="meta"))
+    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert first.in_channels == 5
+
+
+@pytest.mark.parametrize("depth, channels", [(18, 512), (34, 512), (50, 2048)])
+def test_stage_on_its_own_is_the_networks(depth, channels):
+    with torch.device("meta"):
+        stage, out_channels = resnet_stage(depth, 5, stride=2, stride_in_1x1=True)
+        network = build_model(f"resnet{depth}")
+    assert out_channels == channels
+    assert str(stage) == str(network.res5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11_bn"])
+@pytest.mark.parametrize("training", [False, True])
+def test_empty_batch(name, training):
+    stage = cached(name).stage_names[-1]
+    model = build_model(name, out_features=[stage], norm="FrozenBN").train(training)
+    y = model(torch.empty(0, 3, 64, 64))[stage]
+    assert y.shape == (0, model.features[stage].channels, 2, 2)
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_resnet_1202_learns():
+    torch.manual_seed(0)
+    model = build_model("cifar_resnet1202")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    before = model.res2[0].conv1.weight.detach().clone()
+    loss = F.cross_entropy(model(torch.randn(2, 3, 8, 8)), torch.tensor([0, 1]))
+    loss.backward()
+    optimizer.step()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+    assert not torch.equal(model.res2[0].conv1.weight, before)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", lambda channels: nn.GroupNorm(4, channels)])
+def test_deepcopy_and_pickle(copier, norm):
+    model = build_model("cifar_resnet8", norm=norm, shortcut="highway", freeze_at=1).eval()
+    twin = copier(model)
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(twin(images), model(images)) and twin.features == model.features
+    with torch.no_grad():
+        next(twin.parameters()).add_(1)
+    assert not torch.equal(next(twin.parameters()), next(model.parameters()))

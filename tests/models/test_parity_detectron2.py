@@ -1,0 +1,185 @@
+"""Detectron2's own backbone: strict loading both ways, equal maps and gradients in float64."""
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import get_cfg  # noqa: E402
+from detectron2.layers import ShapeSpec  # noqa: E402
+from detectron2.modeling.backbone.resnet import build_resnet_backbone  # noqa: E402
+
+from resnet_backbone.models import FrozenBatchNorm2d, build_model  # noqa: E402
+
+STAGES = ("stem", "res2", "res3", "res4", "res5")
+BASIC = (18, 34)
+
+
+def make_cfg(depth, out_features, freeze_at=0, **resnets):
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
+    cfg.MODEL.RESNETS.DEPTH = depth
+    cfg.MODEL.RESNETS.OUT_FEATURES = list(out_features)
+    cfg.MODEL.RESNETS.NORM = "BN"
+    if depth in BASIC:
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    for key, value in resnets.items():
+        cfg.MODEL.RESNETS[key] = value
+    return cfg
+
+
+@pytest.fixture
+def twins(randomise, adopt):
+    """Makes Detectron2's backbone and ours with its weights, both in float64."""
+
+    def make(depth, out_features=STAGES, builder=build_resnet_backbone, freeze_at=0, **options):
+        """``options`` are ours; Detectron2's keys are derived from them."""
+        dilations = options.get("dilations", (1, 1, 1, 1))
+        cfg = make_cfg(
+            depth,
+            out_features,
+            freeze_at,
+            NORM=options.get("norm", "BN"),
+            STRIDE_IN_1X1=options.get("stride_in_1x1", True),
+            RES4_DILATION=dilations[2],
+            RES5_DILATION=dilations[3],
+            RES5_MULTI_GRID=list(options.get("multi_grid", (1, 1, 1))),
+            STEM_TYPE="basic",
+        )
+        with torch.device("meta"):
+            theirs = builder(cfg, ShapeSpec(channels=3))
+            ours = build_model(
+                f"resnet{depth}", out_features=out_features, freeze_at=freeze_at, **options
+            )
+        theirs = randomise(theirs)
+        adopt(ours, theirs.state_dict())
+        lacking = theirs.load_state_dict(ours.state_dict(), strict=freeze_at == 0)
+        assert not lacking.unexpected_keys
+        # Detectron2 >= 0.7 keeps the batch counter, which nothing reads, in a frozen norm.
+        assert all(key.endswith("num_batches_tracked") for key in lacking.missing_keys)
+        table = {name: (spec.channels, spec.stride) for name, spec in theirs.output_shape().items()}
+        assert table == {name: ours.features[name] for name in out_features}
+        return theirs, ours
+
+    return make
+
+
+@pytest.fixture
+def check(assert_same_gradients, tolerance):
+    """Compares maps, gradients (also of the images) and, afterwards, batch norm statistics."""
+
+    def run(theirs, ours, size=40, gradients=True):
+        """``size`` 40 gives a res5 of 2x2, which batch norm needs in training."""
+        results = []
+        images = torch.randn(2, 3, size, size, dtype=torch.float64)
+        for model in (theirs, ours):
+            x = images.clone().requires_grad_(gradients)
+            results.append((x, model(x)))
+        (x, expected), (our_x, maps) = results
+        assert maps.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(maps[name], value, **tolerance)
+        if gradients:
+            weights = {name: torch.randn_like(value) for name, value in expected.items()}
+            for outputs in (expected, maps):
+                sum((outputs[name] * weights[name]).sum() for name in weights).backward()
+            torch.testing.assert_close(our_x.grad, x.grad, rtol=1e-9, atol=1e-11)
+            trained = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+            assert_same_gradients(trained, ours)
+        state = theirs.state_dict()
+        for key, value in ours.named_buffers():
+            torch.testing.assert_close(value, state[key], **tolerance)
+
+    return run
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+def test_basic(twins, check, depth):
+    check(*twins(depth, STAGES[1:]))
+
+
+@pytest.mark.parametrize("stride_in_1x1", [True, False])
+def test_bottleneck(twins, check, stride_in_1x1):
+    check(*twins(50, STAGES[1:], stride_in_1x1=stride_in_1x1))
+
+
+@pytest.mark.parametrize("depth, stride_in_1x1", [(101, True), (152, False)])
+def test_deep_outputs(twins, check, depth, stride_in_1x1):
+    theirs, ours = twins(depth, stride_in_1x1=stride_in_1x1)
+    with torch.no_grad():
+        check(theirs, ours, gradients=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth, stride_in_1x1", [(101, False), (101, True), (152, True)])
+def test_deep_gradients(twins, check, depth, stride_in_1x1):
+    check(*twins(depth, stride_in_1x1=stride_in_1x1))
+
+
+@pytest.mark.parametrize("stride_in_1x1", [True, False])
+def test_dc5(twins, check, stride_in_1x1):
+    dilations = (1, 1, 1, 2)
+    theirs, ours = twins(50, ("res5",), dilations=dilations, stride_in_1x1=stride_in_1x1)
+    assert ours.features["res5"].stride == 16
+    check(theirs, ours)
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "GN"])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_norms(twins, check, norm, depth):
+    check(*twins(depth, ("res2", "res5"), norm=norm))
+
+
+def test_sync_batch_norm_keys_and_evaluation(twins, check):
+    theirs, ours = twins(18, ("res5",), norm="SyncBN")
+    theirs.eval(), ours.eval()
+    check(theirs, ours)
+
+
+def test_no_norm():
+    """Detectron2's convolutions have no bias even without a norm; ours have one."""
+    cfg = make_cfg(18, ["res5"], NORM="")
+    with torch.device("meta"):
+        theirs = build_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()
+        ours = build_model("resnet18", out_features=["res5"], norm="").state_dict()
+    assert theirs.keys() == {key for key in ours if not key.endswith("bias")}
+
+
+@pytest.mark.parametrize("freeze_at", range(6))
+@pytest.mark.parametrize("depth", [18, 50])
+def test_freezing(twins, check, depth, freeze_at):
+    """In training mode: the same parameters learn, the same statistics move."""
+    theirs, ours = twins(depth, ("res4",) if freeze_at < 5 else ("res5",), freeze_at=freeze_at)
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    learning = {name for name, p in theirs.named_parameters() if p.requires_grad}
+    assert learning == {name for name, p in ours.named_parameters() if p.requires_grad}
+    check(theirs.train(), ours.train())
+    for name, module in ours.named_modules():
+        if hasattr(module, "running_mean"):
+            frozen = name.split(".")[0] in STAGES[:freeze_at]
+            assert isinstance(module, FrozenBatchNorm2d) == frozen, name
+            assert torch.equal(module.running_mean, before[f"{name}.running_mean"]) == frozen
+
+
+@pytest.mark.parametrize("dilations", [(1, 1, 1, 2), (1, 1, 2, 4)])
+def test_deeplab_multi_grid(twins, check, dilations):
+    """DeepLabV3 of Detectron2: multi-grid (1, 2, 4) at output stride 16 and 8."""
+    deeplab = pytest.importorskip("detectron2.projects.deeplab")
+    options = dict(dilations=dilations, multi_grid=(1, 2, 4), stride_in_1x1=False)
+    theirs, ours = twins(
+        50, ("res2", "res5"), builder=deeplab.build_resnet_deeplab_backbone, **options
+    )
+    rates = [block.conv2.dilation[0] for block in ours.res5]
+    assert rates == [dilations[3] * rate for rate in (1, 2, 4)]
+    check(theirs, ours)
+
+
+def test_frozen_and_trainable_norms_exchange_states(twins):
+    """Frozen norms take a trainable network's state strictly, and the other way round."""
+    theirs, ours = twins(18, ("res5",), norm="FrozenBN")
+    trainable = build_model("resnet18", out_features=["res5"]).double()
+    trainable.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(trainable.state_dict(), strict=True)
+    lacking = trainable.load_state_dict(theirs.state_dict(), strict=False)
+    assert not lacking.unexpected_keys
+    assert all(key.endswith("num_batches_tracked") for key in lacking.missing_keys)

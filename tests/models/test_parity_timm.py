@@ -1,0 +1,111 @@
+"""Dilated stages against timm, and multi-grid, which timm lacks, against its blocks re-dilated.
+
+Two conventions exist for the first block of a dilated stage: timm and torchvision give it the
+dilation of the stage before (the block that would have had the stride keeps its rate); Detectron2,
+R-FCN and we give all blocks of the stage the new one. So timm's first blocks are re-dilated here
+before the comparison, and a test shows that this is the only difference.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from resnet_backbone.models import build_model
+from resnet_backbone.weights.keymaps import from_torchvision
+
+timm = pytest.importorskip("timm")
+
+STAGES = ("res2", "res3", "res4", "res5")
+DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
+
+
+@pytest.fixture
+def twins(randomise, adopt):
+    """Makes timm's network and ours with its weights, both in float64."""
+
+    def make(name, output_stride, **options):
+        with torch.device("meta"):
+            theirs = timm.create_model(name, num_classes=7, output_stride=output_stride)
+            ours = build_model(name, num_classes=7, dilations=DILATIONS[output_stride], **options)
+        theirs = randomise(theirs)
+        adopt(ours, from_torchvision(theirs.state_dict()))  # timm's keys are torchvision's
+        return theirs, ours
+
+    return make
+
+
+def set_dilation(block, dilation):
+    """Gives the 3x3 convolutions of a timm block this dilation."""
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+            module.dilation = module.padding = (dilation, dilation)
+
+
+def dilate_first_blocks(model, output_stride):
+    for number, dilation in enumerate(DILATIONS[output_stride], start=1):
+        set_dilation(getattr(model, f"layer{number}")[0], dilation)
+
+
+def maps_and_gradients(model, forward, images):
+    maps = forward(images)
+    sum((x * x).sum() for x in maps.values()).backward()
+    return maps, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def timm_maps(model):
+    return lambda images: dict(
+        zip(STAGES, model.forward_intermediates(images, intermediates_only=True)[1:], strict=True)
+    )
+
+
+def our_maps(model):
+    return lambda images: model.forward_features(images, STAGES)
+
+
+@pytest.fixture
+def check(tolerance):
+    def run(theirs, ours, size=56):
+        images = torch.randn(2, 3, size, size, dtype=torch.float64)
+        expected, gradients = maps_and_gradients(theirs, timm_maps(theirs), images)
+        maps, own_gradients = maps_and_gradients(ours, our_maps(ours), images)
+        for name in STAGES:
+            torch.testing.assert_close(maps[name], expected[name], **tolerance)
+        gradients = from_torchvision(gradients)
+        assert gradients.keys() == own_gradients.keys()
+        for name, gradient in own_gradients.items():
+            largest = gradients[name].abs().max()
+            assert (gradient - gradients[name]).abs().max() < 1e-10 * largest, name
+
+    return run
+
+
+@pytest.mark.parametrize("output_stride", [32, 16, 8])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_output_stride(twins, check, name, output_stride):
+    options = {} if name == "resnet18" else {"stride_in_1x1": False}
+    theirs, ours = twins(name, output_stride, **options)
+    dilate_first_blocks(theirs, output_stride)
+    assert ours.features["res5"].stride == output_stride
+    check(theirs, ours)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_timm_keeps_the_first_blocks_dilation(twins, name):
+    """Unchanged, timm agrees up to res4 and differs in res5."""
+    options = {} if name == "resnet18" else {"stride_in_1x1": False}
+    theirs, ours = twins(name, 16, **options)
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected, maps = timm_maps(theirs.eval())(images), our_maps(ours.eval())(images)
+    assert torch.allclose(maps["res4"], expected["res4"], rtol=1e-10)
+    assert maps["res5"].shape == expected["res5"].shape
+    assert not torch.allclose(maps["res5"], expected["res5"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("name, grid", [("resnet18", (1, 2)), ("resnet50", (1, 2, 4))])
+def test_multi_grid(twins, check, name, grid):
+    """Block i of res5 has dilation 2 * grid[i] at output stride 16 (arXiv 1706.05587, 3.2.1)."""
+    options = {} if name == "resnet18" else {"stride_in_1x1": False}
+    theirs, ours = twins(name, 16, multi_grid=grid, **options)
+    for block, rate in zip(theirs.layer4, grid, strict=True):
+        set_dilation(block, 2 * rate)
+    check(theirs, ours)

@@ -1,0 +1,193 @@
+"""Every stage, the logits and every gradient equal torchvision's, in float64."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from resnet_backbone.models import build_model
+from resnet_backbone.weights.keymaps import from_torchvision
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+VGGS = ("vgg16", "vgg16_bn", "vgg11", "vgg11_bn", "vgg13", "vgg19_bn")
+
+
+@pytest.fixture
+def twins(randomise, adopt):
+    """Makes torchvision's network and ours with its weights, both in float64.
+
+    VGG's two hidden linear layers are 119 million parameters: unless ``full_width``, both
+    networks get narrower ones.
+    """
+
+    def make(name, full_width=False, **options):
+        with torch.device("meta"):
+            theirs = getattr(torchvision.models, name)(num_classes=7)
+            ours = build_model(name, num_classes=7, **options)
+        if name.startswith("vgg") and not full_width:
+            narrow = [nn.Linear(512 * 49, 16), nn.Linear(16, 16), nn.Linear(16, 7)]
+            theirs.classifier[0], theirs.classifier[3], theirs.classifier[6] = narrow
+            ours.fc6, ours.fc7, ours.linear = copy.deepcopy(narrow)
+        theirs = randomise(theirs)
+        adopt(ours, from_torchvision(theirs.state_dict()))
+        return theirs, ours
+
+    return make
+
+
+def record(modules, maps):
+    """Hooks that store the output of each module under its name."""
+    for name, module in modules.items():
+        module.register_forward_hook(lambda _, __, out, name=name: maps.__setitem__(name, out))
+
+
+def gradients(theirs):
+    """torchvision's gradients under our names, less the biases that a batch norm cancels."""
+    cancelled = {
+        f"features.{i}.bias"
+        for i, layer in enumerate(getattr(theirs, "features", ())[1:])
+        if isinstance(layer, nn.BatchNorm2d)
+    }
+    found = {n: p.grad for n, p in theirs.named_parameters() if n not in cancelled}
+    return from_torchvision(found)
+
+
+def resnet_stages(model):
+    stages = {f"res{i}": getattr(model, f"layer{i - 1}") for i in range(2, 6)}
+    return {"stem": model.maxpool, **stages}
+
+
+def vgg_stages(model):
+    """Our stages end before the pooling: the inputs of torchvision's pools, and the last pool."""
+    layers = list(model.features)
+    pools = [i for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d)]
+    stages = {f"conv{n}": layers[i - 1] for n, i in enumerate(pools, start=1)}
+    return {**stages, "pool5": layers[-1]}
+
+
+@pytest.fixture
+def check(assert_same_gradients, tolerance):
+    """Compares stages, logits, gradients and, after the step, batch norm statistics."""
+
+    def run(theirs, ours, stages, images):
+        maps = {}
+        record(stages, maps)
+        expected = theirs(images)
+        our_maps = ours.forward_features(images)
+        logits = ours.forward_head(our_maps[ours.stage_names[-1]])
+        assert list(our_maps) == list(stages)
+        for name, x in maps.items():
+            torch.testing.assert_close(our_maps[name], x, **tolerance)
+        torch.testing.assert_close(logits, expected, **tolerance)
+        loss_weights = torch.randn_like(expected)
+        (expected * loss_weights).sum().backward()
+        (logits * loss_weights).sum().backward()
+        assert_same_gradients(gradients(theirs), ours)
+        mapped = from_torchvision(theirs.state_dict())
+        for key, value in ours.named_buffers():
+            torch.testing.assert_close(value, mapped[key], **tolerance)
+
+    return run
+
+
+def random_images(count, size):
+    return torch.randn(count, 3, size, size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "name, training",
+    [(name, True) for name in RESNETS] + [("resnet18", False), ("resnet50", False)],
+)
+def test_resnet(twins, check, name, training):
+    options = {} if name in ("resnet18", "resnet34") else {"stride_in_1x1": False}
+    theirs, ours = twins(name, **options)
+    theirs.train(training), ours.train(training)
+    check(theirs, ours, resnet_stages(theirs), random_images(2, 40))  # res5 is 2x2
+
+
+@pytest.mark.parametrize("name", VGGS)
+def test_vgg(twins, check, name):
+    theirs, ours = twins(name)
+    theirs.eval(), ours.eval()  # no dropout
+    check(theirs, ours, vgg_stages(theirs), random_images(1, 64))
+
+
+@pytest.mark.slow
+def test_vgg16_full_width(twins, check):
+    theirs, ours = twins("vgg16", full_width=True)
+    theirs.eval(), ours.eval()
+    check(theirs, ours, vgg_stages(theirs), random_images(1, 224))
+
+
+def test_vgg_batch_norm_in_training(twins, check):
+    theirs, ours = twins("vgg11_bn", dropout=0.0)
+    for module in theirs.classifier:
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    theirs.train(), ours.train()
+    check(theirs, ours, vgg_stages(theirs), random_images(2, 64))
+
+
+def test_vgg_dropout_is_torchvisions(twins, tolerance):
+    theirs, ours = twins("vgg11")
+    images = random_images(2, 32)
+    outputs = []
+    for model in (theirs, ours):
+        torch.manual_seed(3)
+        outputs.append(model.train()(images))
+    torch.testing.assert_close(*outputs, **tolerance)
+
+
+def test_stride_setting_matters(twins):
+    """The same weights with the other stride give other features: the test above can see it."""
+    theirs, ours = twins("resnet50", stride_in_1x1=True)
+    images = random_images(1, 64)
+    assert not torch.allclose(theirs.eval()(images), ours.eval()(images), rtol=1e-2)
+
+
+@pytest.mark.parametrize("depth", [11, 13, 16, 19])
+@pytest.mark.parametrize("suffix", ["", "_bn"])
+def test_vgg_keys(depth, suffix):
+    name = f"vgg{depth}{suffix}"
+    with torch.device("meta"):
+        mapped = from_torchvision(getattr(torchvision.models, name)().state_dict())
+        ours = build_model(name).state_dict()
+    assert {k: v.shape for k, v in mapped.items()} == {k: v.shape for k, v in ours.items()}
+
+
+def test_vgg_convolutions_alone():
+    with torch.device("meta"):
+        state = torchvision.models.vgg16().features.state_dict(prefix="features.")
+        mapped = from_torchvision(state)
+        backbone = build_model("vgg16", out_features=["conv5"])
+        assert mapped.keys() == backbone.state_dict().keys()
+
+
+def test_unknown_vgg_key():
+    with torch.device("meta"):
+        state = torchvision.models.vgg11().state_dict()
+    for key in ("neck.weight", "features.1.weight", "classifier.1.weight", "features.0.scale"):
+        with pytest.raises(ValueError, match=f"key '{key}'"):
+            from_torchvision({**state, key: torch.ones(1)})
+
+
+def test_unknown_resnet_key():
+    for key in ("layer5.0.conv1.weight", "module.conv1.weight", "layer1.0.bn1.scale"):
+        with pytest.raises(ValueError, match=f"key '{key}'"):
+            from_torchvision({"conv1.weight": torch.ones(1), key: torch.ones(1)})
+
+
+def test_unknown_vgg():
+    state = {f"features.{i}.weight": torch.ones(1, 1, 3, 3) for i in (0, 1, 2)}
+    with pytest.raises(ValueError, match="indices of features: 0, 1, 2"):
+        from_torchvision(state)
+
+
+def test_vgg_bias_before_a_norm_needs_its_mean():
+    with torch.device("meta"):
+        state = torchvision.models.vgg11_bn().state_dict()
+    del state["features.1.running_mean"]
+    with pytest.raises(ValueError, match="no conv1.0.norm.running_mean"):
+        from_torchvision(state)

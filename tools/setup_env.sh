@@ -1,0 +1,147 @@
+#!/usr/bin/env bash
+# Creates .venv and installs everything, Detectron2 included. Run again at will: it takes a second
+# when nothing changed, and mends a set-up that was interrupted.
+#
+#   bash tools/setup_env.sh
+#   PYTHON=python3.12 bash tools/setup_env.sh       # choose the Python (3.10 or newer)
+#   VENV=/path/to/venv bash tools/setup_env.sh      # another place, or an environment you have
+#
+# An environment that this script did not create keeps its packages where setup.py's ranges allow,
+# and always its Detectron2; constraints.txt applies only to an environment created here.
+set -euo pipefail
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${VENV:-$ROOT/.venv}"
+case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
+PY="$VENV/bin/python"
+STAMP="$VENV/.resnet_backbone_ready"      # written last: the set-up is complete
+CREATED="$VENV/.resnet_backbone_created"  # this script made the environment
+D2_REQUIREMENT="$ROOT/tools/detectron2-requirements.txt"
+
+say() { printf '[set-up] %s\n' "$*"; }
+fail() { printf '[set-up] error: %s\n' "$*" >&2; exit 1; }
+
+fingerprint() {  # changes with every file that decides what is installed, and with their place
+    echo "$ROOT"
+    (cd "$ROOT" && cksum setup.py constraints.txt tools/detectron2-requirements.txt)
+}
+
+is_suitable() {  # is_suitable PYTHON NEWEST_MINOR
+    "$1" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $2))" 2>/dev/null
+}
+
+find_python() {  # prints the Python to create the environment with
+    if [ -n "${PYTHON:-}" ]; then
+        is_suitable "$PYTHON" 99 || fail "PYTHON=$PYTHON is not a Python 3.10 or newer; name another one"
+        echo "$PYTHON"
+        return
+    fi
+    local candidate
+    for candidate in python3 python3.12 python3.11 python3.10 python3.13; do
+        is_suitable "$candidate" 13 && echo "$candidate" && return
+    done
+    fail "no Python 3.10 to 3.13 found; install one (Debian, Ubuntu: apt install python3 python3-venv) or set PYTHON=/path/to/python"
+}
+
+create_environment() {
+    local python version
+    python="$(find_python)"
+    version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$python cannot create environments; install the missing part (Debian, Ubuntu: apt install python$version-venv)"
+    if [ -e "$CREATED" ]; then  # left by an interrupted run: start afresh
+        rm -rf "${VENV:?}"/{bin,lib,lib64,include,share,pyvenv.cfg}
+    elif [ -n "$(ls -A "$VENV" 2>/dev/null)" ]; then
+        fail "$VENV is there, was not created here and has no working pip; give it one (python -m ensurepip) or name another place with VENV="
+    fi
+    say "creating $VENV with $python ($version)"
+    mkdir -p "$VENV" && touch "$CREATED" || fail "cannot write to $VENV; name another place with VENV="
+    "$python" -m venv "$VENV" || fail "could not create $VENV; see the lines above"
+}
+
+install_project() {
+    local pins=()
+    if [ -e "$CREATED" ]; then
+        pins=(-c "$ROOT/constraints.txt")
+    else
+        say "using the packages of $VENV where they fit (it was not created here)"
+    fi
+    say "installing the project and its dependencies: about 2 to 5 minutes and 6 GB, mostly PyTorch"
+    "$PY" -m pip install -qq "${pins[@]+"${pins[@]}"}" -e "$ROOT[detection,quickstart,dev]" ||
+        fail "pip could not install the dependencies (see above); mend that and run this again"
+}
+
+# Prints "absent", "partial" (the pinned build, files missing), "ready ..." or "broken ...".
+detectron2_state() {
+    "$PY" -W ignore - <<'PYTHON'
+import importlib.metadata as metadata
+import importlib.util
+
+try:
+    pinned = metadata.distribution("sal-detectron2")
+except metadata.PackageNotFoundError:
+    pinned = None
+if importlib.util.find_spec("detectron2") is None:
+    print("absent")
+elif pinned and not all(
+    file.locate().exists()
+    for file in pinned.files or []
+    if file.parts[0] == "detectron2" and file.suffix == ".py"
+):
+    print("partial")
+else:
+    try:
+        import detectron2.modeling
+        print("ready", detectron2.__version__, "in", detectron2.__path__[0])
+    except Exception as error:
+        print("broken", type(error).__name__, str(error).replace("\n", " "))
+PYTHON
+}
+
+# Only the Python part of the pinned build is used, on every Python and platform: NMS, RoIAlign and
+# RoIPool come from torchvision. That is why its cp310 tag does not matter, and why its compiled
+# part, which fits one Python and one torch only, is taken out again. The build also drops a
+# top-level package "tools" into the environment, which must not shadow anything.
+install_detectron2() {
+    local site
+    site="$("$PY" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
+    say "installing Detectron2 (a few seconds)"
+    "$PY" -m pip install -qq --no-deps --require-hashes --only-binary=:all: \
+        --python-version 3.10 --implementation cp --upgrade --target "$site" \
+        -r "$D2_REQUIREMENT" || fail "pip could not install Detectron2 (see above); run this again"
+    "$PY" - <<'PYTHON'
+import importlib.metadata as metadata
+import shutil
+
+build = metadata.distribution("sal-detectron2")
+for file in build.files or []:
+    if str(file) == "tools/__init__.py":
+        shutil.rmtree(file.locate().parent, ignore_errors=True)
+    elif file.parts[0] == "detectron2" and file.name.startswith("_C."):
+        file.locate().unlink(missing_ok=True)
+PYTHON
+}
+
+provide_detectron2() {
+    local state
+    state="$(detectron2_state)"
+    case "$state" in absent | partial) install_detectron2; state="$(detectron2_state)" ;; esac
+    case "$state" in
+        ready*) say "Detectron2: using ${state#ready }" ;;
+        *) fail "Detectron2 in $VENV does not work (${state#broken }); mend: $PY -m pip uninstall detectron2 sal-detectron2, then run this again" ;;
+    esac
+}
+
+main() {
+    if [ -x "$PY" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint)" ]; then
+        return
+    fi
+    "$PY" -m pip --version >/dev/null 2>&1 || create_environment
+    rm -f "$STAMP"
+    install_project
+    provide_detectron2
+    fingerprint >"$STAMP"
+    say "ready: $PY"
+}
+
+main
