@@ -18,6 +18,7 @@ case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 export VENV
 OUTPUT="$ROOT/output/quickstart"
 SEED=1
+export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"  # deprecations inside PyTorch and Detectron2
 CONFIG="$ROOT/configs/detection/quickstart/faster_rcnn_R_18_FPN.yaml"
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import nn
 
 from resnet_backbone.detection.cli import UsageError
 from resnet_backbone.detection.trainer import AutocastModel, Trainer, uses_cpu_autocast
+from resnet_backbone.weights import WeightsError
 
 
 class UnreadableError(ValueError):
@@ -82,13 +82,15 @@ def load_detector(cfg: CfgNode, model: nn.Module) -> None:
             "MODEL.WEIGHTS is empty: add MODEL.WEIGHTS FILE, a checkpoint that tools/train_net.py "
             "wrote, such as output/run/model_final.pth"
         )
-    if "://" not in weights and not os.path.isfile(weights):
+    if "://" not in weights and not os.path.isfile(weights.partition("?")[0]):
         raise UsageError(f"MODEL.WEIGHTS {weights}: no such file")
     for parameter in model.parameters():
         nn.init.constant_(parameter, math.nan)  # what is not loaded stays so
     try:
         Trainer.build_checkpointer(cfg, model).load(weights)
-    except (RuntimeError, EOFError, KeyError, AssertionError, pickle.UnpicklingError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # an unpickler raises nearly anything on a broken file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"MODEL.WEIGHTS {weights}: not a readable checkpoint ({reason})"

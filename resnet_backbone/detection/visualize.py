@@ -158,7 +158,7 @@ def contact_sheet(
 def _fit(image: np.ndarray, side: int) -> Image.Image:
     picture = Image.fromarray(image)
     scale = min(1.0, side / max(picture.size))
-    size = [max(1, round(scale * length)) for length in picture.size]
+    size = tuple(max(1, round(scale * length)) for length in picture.size)
     return picture.resize(size, Image.LANCZOS) if scale < 1 else picture
 
 
@@ -185,7 +185,7 @@ def _draw(image: np.ndarray, marks: Sequence[Mark]) -> np.ndarray:
     picture = Image.fromarray(image).convert("RGB")
     scale = enlargement(picture.height, picture.width)
     if scale > 1:
-        picture = picture.resize([round(scale * n) for n in picture.size], Image.BICUBIC)
+        picture = picture.resize(tuple(round(scale * n) for n in picture.size), Image.BICUBIC)
     pen = ImageDraw.Draw(picture)
     side = math.sqrt(picture.width * picture.height)
     line = max(2, round(side / 190))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
@@ -87,7 +87,8 @@ def save_weights(model: nn.Module, path: str | os.PathLike, preprocessing: Prepr
     tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={METADATA_KEY: preprocessing.to_json()})
+        # not save_file, whose files only their owner can read
+        temporary.write_bytes(save(tensors, {METADATA_KEY: preprocessing.to_json()}))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -45,10 +45,12 @@ def small():
 
 @pytest.fixture
 def randomise():
-    """Gives a network float64 values from a fixed seed, norms and their statistics included."""
+    """Gives a network, also one on meta, float64 values from a fixed seed, norms included."""
 
     def fill(network: nn.Module) -> nn.Module:
         torch.manual_seed(0)
+        if any(parameter.is_meta for parameter in network.parameters()):
+            network.to_empty(device="cpu")
         network.double()
         for module in network.modules():
             weight = getattr(module, "weight", None)

@@ -56,7 +56,7 @@ def conv_channels(model):
 
 @pytest.mark.parametrize("name", list_names())
 def test_parameter_counts(name):
-    model = build_on_meta(name)
+    model = cached(name)
     base = name.replace("cifar_plain", "cifar_resnet").removesuffix("_bn")
     extra = conv_channels(model) if name.endswith("_bn") else 0  # 2 per channel, less the bias
     assert count(model) == PARAMETERS[base] + extra

@@ -64,7 +64,7 @@ def our_maps(model):
 
 @pytest.fixture
 def check(tolerance):
-    def run(theirs, ours, size=56):
+    def run(theirs, ours, size=40):
         images = torch.randn(2, 3, size, size, dtype=torch.float64)
         expected, gradients = maps_and_gradients(theirs, timm_maps(theirs), images)
         maps, own_gradients = maps_and_gradients(ours, our_maps(ours), images)
@@ -79,8 +79,16 @@ def check(tolerance):
     return run
 
 
-@pytest.mark.parametrize("output_stride", [32, 16, 8])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    "name, output_stride",
+    [
+        ("resnet18", 32),
+        ("resnet18", 16),
+        ("resnet18", 8),
+        ("resnet50", 8),
+        pytest.param("resnet50", 16, marks=pytest.mark.slow),
+    ],
+)
 def test_output_stride(twins, check, name, output_stride):
     options = {} if name == "resnet18" else {"stride_in_1x1": False}
     theirs, ours = twins(name, output_stride, **options)

@@ -10,7 +10,6 @@ from torch import nn
 from resnet_backbone.models import build_model
 from resnet_backbone.weights.keymaps import from_torchvision
 
-RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 VGGS = ("vgg16", "vgg16_bn", "vgg11", "vgg11_bn", "vgg13", "vgg19_bn")
 
 
@@ -98,7 +97,16 @@ def random_images(count, size):
 
 @pytest.mark.parametrize(
     "name, training",
-    [(name, True) for name in RESNETS] + [("resnet18", False), ("resnet50", False)],
+    [
+        ("resnet18", True),
+        ("resnet18", False),
+        ("resnet34", True),
+        ("resnet50", True),
+        ("resnet50", False),
+        pytest.param("resnet101", True, marks=pytest.mark.slow),
+        pytest.param("resnet152", True, marks=pytest.mark.slow),
+        pytest.param("resnet152", False, marks=pytest.mark.slow),
+    ],
 )
 def test_resnet(twins, check, name, training):
     options = {} if name in ("resnet18", "resnet34") else {"stride_in_1x1": False}
@@ -147,10 +155,12 @@ def test_stride_setting_matters(twins):
     assert not torch.allclose(theirs.eval()(images), ours.eval()(images), rtol=1e-2)
 
 
-@pytest.mark.parametrize("depth", [11, 13, 16, 19])
-@pytest.mark.parametrize("suffix", ["", "_bn"])
-def test_vgg_keys(depth, suffix):
-    name = f"vgg{depth}{suffix}"
+@pytest.mark.parametrize(
+    "name",
+    [f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn")]
+    + [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)],
+)
+def test_keys_and_shapes(name):
     with torch.device("meta"):
         mapped = from_torchvision(getattr(torchvision.models, name)().state_dict())
         ours = build_model(name).state_dict()

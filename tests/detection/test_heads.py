@@ -1,0 +1,207 @@
+"""The region heads: res5 per region at every depth, DC5, and VGG-16's fc6 and fc7."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+pytest.importorskip("detectron2")
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_box_head, build_model, build_roi_heads
+from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage
+from torchvision.ops import RoIPool
+
+from resnet_backbone.detection import PaperRes5ROIHeads, VGGBoxHead
+from resnet_backbone.detection.checkpoint import load_backbone
+from resnet_backbone.models import BasicBlock, BottleneckBlock
+from resnet_backbone.models import build_model as build_network
+from resnet_backbone.weights import PREPROCESSINGS, WeightsError, save_weights
+from resnet_backbone.weights.files import METADATA_KEY
+
+C4, DC5, VGG = (f"voc/faster_rcnn_{name}.yaml" for name in ("R_18_C4", "R_18_DC5", "VGG_16"))
+CHEAP = dict(
+    MODEL__RPN__POST_NMS_TOPK_TRAIN=20,
+    MODEL__RPN__POST_NMS_TOPK_TEST=20,
+    MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE=16,
+    MODEL__ROI_HEADS__NUM_CLASSES=2,
+)
+BLOCKS = {18: 2, 34: 3, 50: 3, 101: 3, 152: 3}
+
+
+def build_c4_head(cfg, kind=None):
+    """The head alone, on res4 of the config's depth."""
+    basic = cfg.MODEL.RESNETS.DEPTH < 50
+    shapes = {"res4": ShapeSpec(channels=256 if basic else 1024, stride=16)}
+    return kind(cfg, shapes) if kind else build_roi_heads(cfg, shapes)
+
+
+@pytest.mark.parametrize("depth", BLOCKS)
+def test_c4_head_is_the_depths_own_res5(make_cfg, depth):
+    cfg = make_cfg(f"voc/faster_rcnn_R_{depth}_C4.yaml")
+    with torch.device("meta"):
+        head = build_c4_head(cfg)
+        res5 = build_network(f"resnet{depth}", out_features=["res5"]).res5
+    assert isinstance(head, PaperRes5ROIHeads)
+    block, channels = (BasicBlock, 512) if depth < 50 else (BottleneckBlock, 2048)
+    assert [type(module) for module in head.res5] == [block] * BLOCKS[depth]
+    shapes = {key: value.shape for key, value in res5.state_dict().items()}
+    own = {key: value.shape for key, value in head.res5.state_dict().items()}
+    assert own == {k: v for k, v in shapes.items() if not k.endswith("num_batches_tracked")}
+    assert head.box_predictor.cls_score.in_features == channels
+    assert head.res5[0].shortcut.stride == (2, 2)
+
+
+def test_c4_head_follows_the_config(make_cfg):
+    keys = dict(RESNET_BACKBONE__MULTI_GRID=[1, 2, 4], MODEL__RESNETS__RES5_DILATION=2)
+    keys |= dict(MODEL__RESNETS__NORM="BN", RESNET_BACKBONE__ZERO_INIT_RESIDUAL=True)
+    keys |= dict(MODEL__RESNETS__STRIDE_IN_1X1=False)
+    head = build_c4_head(make_cfg("voc/faster_rcnn_R_50_C4.yaml", **keys))
+    assert [block.conv2.dilation for block in head.res5] == [(2, 2), (4, 4), (8, 8)]
+    assert head.res5[0].shortcut.stride == (1, 1)
+    for block in head.res5:
+        assert isinstance(block.conv3.norm, nn.BatchNorm2d)
+        assert not block.conv3.norm.weight.any()
+    keys = dict(RESNET_BACKBONE__SHORTCUT="highway")
+    head = build_c4_head(make_cfg(C4, **keys))
+    assert [block.gate.bias.unique().item() for block in head.res5] == [-3.0, -3.0]
+
+
+@pytest.mark.parametrize("stride_in_1x1", [True, False])
+def test_r50_head_equals_detectron2(make_cfg, randomise, stride_in_1x1):
+    """Res5ROIHeads' state loads strictly and gives the same detections in float64."""
+    keys = dict(MODEL__RESNETS__STRIDE_IN_1X1=stride_in_1x1, MODEL__ROI_HEADS__NUM_CLASSES=2)
+    cfg = make_cfg("voc/faster_rcnn_R_50_C4.yaml", MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0, **keys)
+    with torch.device("meta"):
+        theirs, ours = build_c4_head(cfg, Res5ROIHeads), build_c4_head(cfg)
+    randomise(theirs)
+    theirs.box_predictor.bbox_pred.weight.data *= 1e-3  # boxes stay near their regions
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    features = {"res4": torch.rand(1, 1024, 6, 8, dtype=torch.float64)}
+    regions = Instances((96, 128))
+    corners = torch.tensor([[3, 4, 60, 70], [30, 20, 120, 90], [64, 2, 90, 50]]).double()
+    regions.proposal_boxes = Boxes(corners)
+    images = ImageList(torch.zeros(1, 3, 96, 128), [(96, 128)])
+    found = []
+    for head in (theirs, ours):
+        with torch.no_grad():
+            (instances,), _ = head.eval()(images, features, [regions])
+        found.append((instances.pred_boxes.tensor, instances.scores, instances.pred_classes))
+    assert len(found[0][0]) >= 3
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("file", [C4, DC5])
+def test_resnet18_detector_trains(make_cfg, images, file):
+    keys = dict(MODEL__ROI_BOX_HEAD__FC_DIM=16, MODEL__BACKBONE__FREEZE_AT=0)
+    model = build_model(make_cfg(file, MODEL__RESNETS__NORM="BN", **keys, **CHEAP)).train()
+    stage = model.roi_heads.res5 if file == C4 else model.backbone.res5
+    before = {key: value.clone() for key, value in stage.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with EventStorage():
+        losses = model(images)
+    assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+    sum(losses.values()).backward()
+    optimizer.step()
+    for key, value in stage.state_dict().items():
+        assert torch.isfinite(value).all() and not torch.equal(value, before[key]), key
+    with torch.no_grad():
+        assert len(model.eval()(images)) == 2
+
+
+def test_dc5_regions_are_pooled_at_stride_16(make_cfg):
+    cfg = make_cfg("voc/faster_rcnn_R_101_DC5.yaml", MODEL__DEVICE="meta")
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert model.backbone.output_shape() == {"res5": ShapeSpec(channels=2048, stride=16)}
+    assert [pooler.spatial_scale for pooler in model.roi_heads.box_pooler.level_poolers] == [1 / 16]
+    assert model.proposal_generator.anchor_generator.strides == [16]
+    assert [block.conv2.dilation for block in model.backbone.res5] == [(2, 2)] * 3
+
+
+def test_vgg_detector_is_the_published_one(make_cfg):
+    with torch.device("meta"):
+        model = build_model(make_cfg(VGG, MODEL__DEVICE="meta"))
+    assert model.backbone.output_shape() == {"conv5": ShapeSpec(channels=512, stride=16)}
+    (pooler,) = model.roi_heads.box_pooler.level_poolers
+    assert isinstance(pooler, RoIPool)
+    assert (pooler.output_size, pooler.spatial_scale) == ((7, 7), 1 / 16)
+    head = model.roi_heads.box_head
+    assert isinstance(head, VGGBoxHead)
+    assert (head.fc6.in_features, head.fc6.out_features) == (512 * 7 * 7, 4096)
+    assert (head.fc7.in_features, head.fc7.out_features) == (4096, 4096)
+    assert head.dropout.p == 0.5
+    assert model.roi_heads.box_predictor.cls_score.in_features == 4096
+    frozen = {k[:5] for k, value in model.backbone.named_parameters() if not value.requires_grad}
+    assert frozen == {"conv1", "conv2"}
+
+
+def test_vgg_head_drops_only_in_training(make_cfg):
+    torch.manual_seed(0)
+    cfg = make_cfg(VGG, MODEL__ROI_BOX_HEAD__FC_DIM=2000)
+    head = build_box_head(cfg, ShapeSpec(channels=4, height=7, width=7))
+    assert head.output_shape == ShapeSpec(channels=2000)
+    nn.init.constant_(head.fc6.weight, 0.1)
+    nn.init.constant_(head.fc7.weight, 0.1)
+    regions = torch.rand(3, 4, 7, 7)
+    assert torch.equal(head.eval()(regions), head(regions))
+    assert (head(regions) > 0).all()
+    head.train()
+    assert not torch.equal(head(regions), head(regions))
+    assert 0.45 < (head(regions) == 0).float().mean() < 0.55
+    assert (head(-100 * regions) == 0).all()  # ReLU after fc6
+
+
+def test_vgg_detector_trains(make_cfg, images):
+    cfg = make_cfg(VGG, MODEL__ROI_BOX_HEAD__FC_DIM=16, RESNET_BACKBONE__VGG__DEPTH=11, **CHEAP)
+    model = build_model(cfg).train()
+    with EventStorage():
+        losses = model(images)
+    sum(losses.values()).backward()
+    assert model.roi_heads.box_head.fc6.weight.grad.any()
+    assert model.backbone.conv3[1].weight.grad.any()
+    assert all(p.grad is None for p in model.backbone.conv2.parameters())
+
+
+def test_shared_res5_gets_imagenet_weights(make_cfg, tmp_path):
+    network = build_network("resnet18")
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+    save_weights(network, tmp_path / "r18.safetensors", PREPROCESSINGS["msra"])
+    model = build_model(make_cfg(C4, **CHEAP))
+    load_backbone(model, str(tmp_path / "r18.safetensors"))
+    expected = network.state_dict()
+    for prefix, part in (("res5.", model.roi_heads.res5), ("res2.", model.backbone.res2)):
+        for key, value in part.state_dict().items():
+            assert torch.equal(value, expected[prefix + key]), key
+
+
+def test_file_without_res5_is_refused_by_c4(make_cfg, tmp_path):
+    network = build_network("resnet18", out_features=["res4"])
+    save_weights(network, tmp_path / "r18.safetensors", PREPROCESSINGS["msra"])
+    with pytest.raises(WeightsError, match=r"lacks res5.0.* of the C4 head"):
+        load_backbone(build_model(make_cfg(C4, **CHEAP)), str(tmp_path / "r18.safetensors"))
+
+
+@pytest.mark.parametrize("fc_dim", [8, 12])
+def test_vgg_head_gets_fc6_and_fc7(make_cfg, tmp_path, fc_dim):
+    tensors = build_network("vgg11", out_features=["conv5"]).state_dict()
+    tensors |= {"fc6.weight": torch.randn(8, 512 * 49), "fc6.bias": torch.randn(8)}
+    tensors |= {"fc7.weight": torch.randn(8, 8), "fc7.bias": torch.randn(8)}
+    path = str(tmp_path / "vgg.safetensors")
+    save_file(tensors, path, {METADATA_KEY: PREPROCESSINGS["caffe_vgg"].to_json()})
+    keys = dict(MODEL__ROI_BOX_HEAD__FC_DIM=fc_dim, RESNET_BACKBONE__VGG__DEPTH=11)
+    model = build_model(make_cfg(VGG, **keys, **CHEAP))
+    if fc_dim != 8:
+        before = model.backbone.conv1[0].weight.clone()
+        with pytest.raises(WeightsError, match=r"fc6.* has shape \(8, 25088\), the head needs"):
+            load_backbone(model, path)
+        assert torch.equal(model.backbone.conv1[0].weight, before)
+        return
+    load_backbone(model, path)
+    for key, value in model.roi_heads.box_head.state_dict().items():
+        assert torch.equal(value, tensors[key])
