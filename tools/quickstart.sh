@@ -52,9 +52,8 @@ draw() {  # twelve held-out pictures, one by one and as a sheet
     while read -r id; do
         pictures+=("$DATA/JPEGImages/$id.jpg")
     done < <(head -n 12 "$DATA/ImageSets/Main/test.txt")
-    "$VENV/bin/python" tools/demo.py --config-file "$RUN/config.yaml" --input "${pictures[@]}" \
-        --output "$OUTPUT/detections" --sheet "$OUTPUT/detections.png" \
-        MODEL.WEIGHTS "$RUN/model_final.pth" || return
+    "$VENV/bin/python" tools/demo.py --run "$RUN" --input "${pictures[@]}" \
+        --output "$OUTPUT/detections" --sheet "$OUTPUT/detections.png" || return
     [ -s "$OUTPUT/detections.png" ] || { echo "no picture $OUTPUT/detections.png" >&2; return 1; }
 }
 

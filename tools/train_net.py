@@ -109,13 +109,13 @@ def write_results(cfg, results: dict) -> None:
 def run(args: argparse.Namespace) -> None:
     from detectron2.utils import comm
 
+    from resnet_backbone.detection.predictor import load_detector
     from resnet_backbone.detection.trainer import Trainer
 
     cfg = set_up(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = Trainer.build_checkpointer(cfg, model)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        load_detector(cfg, model)
         results = Trainer.test(cfg, model)
     else:
         trainer = Trainer(cfg)

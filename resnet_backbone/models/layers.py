@@ -159,6 +159,8 @@ def init_he(module: nn.Module, activation: str = "relu") -> None:
     """
     slope = PRELU_SLOPE if activation == "prelu" else 0.0
     for child in module.modules():
+        if getattr(child, "weight", None) is None or child.weight.is_meta:
+            continue  # the meta device has no values, and drawing none is slow
         if isinstance(child, nn.Conv2d):
             nn.init.kaiming_normal_(child.weight, slope, "fan_out", "leaky_relu")
         elif isinstance(child, nn.Linear):

@@ -111,7 +111,7 @@ def test_plain_blocks_have_no_shortcut():
     assert torch.equal(block(x), F.relu(block.conv2(block.conv1(x))))
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", [name for name in list_models() if "1202" not in name])
 def test_no_bias_before_a_norm_and_no_dropout(name):
     model = build_on_meta(name)
     for module in model.modules():

@@ -62,8 +62,8 @@ def test_parameter_counts(name):
     assert count(model) == PARAMETERS[base] + extra
 
 
-@settings(max_examples=10, deadline=None)
-@given(n=st.integers(1, 12), kind=st.sampled_from(["resnet", "plain"]))
+@settings(max_examples=6, deadline=None)
+@given(n=st.integers(1, 9), kind=st.sampled_from(["resnet", "plain"]))
 def test_cifar_parameter_formula(n, kind):
     model = build_on_meta(f"cifar_{kind}{6 * n + 2}")
     assert count(model) == 97_216 * n - 21_926
@@ -88,15 +88,15 @@ def test_names_and_classes():
 
 
 SIZED = {
-    "resnet18": {},
-    "resnet50": {"dilations": (1, 1, 2, 4), "multi_grid": (1, 2, 4)},
-    "plain18": {"dilations": (1, 1, 1, 2)},
-    "cifar_resnet8": {},
+    "resnet18": {"norm": ""},
+    "resnet50": {"norm": "", "dilations": (1, 1, 2, 4), "multi_grid": (1, 2, 4)},
+    "plain18": {"norm": "", "dilations": (1, 1, 1, 2)},
+    "cifar_resnet8": {"norm": ""},
     "vgg11": {},
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(name=st.sampled_from(sorted(SIZED)), height=st.integers(33, 150), width=st.integers(33, 150))
 def test_feature_table_is_true(name, height, width):
     """Channels and strides as announced; sizes rounded up, and down in VGG."""
@@ -125,12 +125,11 @@ def test_strides():
 def test_out_features_prune_later_stages(name):
     stages = build_on_meta(name).stage_names
     for last, stage in enumerate(stages):
-        model = build_on_meta(name, out_features=[stage, stages[0]])
+        model = build_on_meta(name, out_features=[stage, stages[0]], norm="")
         built = [child for child, _ in model.named_children()]
         assert built == list(stages[: last + 1]) == list(model.features)
         assert not model.is_classifier
-        maps = model(torch.empty(1, 3, 64, 64, device="meta"))
-        assert set(maps) == {stage, stages[0]}
+    assert set(model(torch.empty(1, 3, 64, 64, device="meta"))) == {stages[0], stages[-1]}
 
 
 def test_backbone_and_classifier_compute_the_same():

@@ -118,7 +118,7 @@ def test_keys_and_shapes(depth):
     assert shapes[0] == shapes[1]
 
 
-@pytest.mark.parametrize("stride_in_1x1", [True, False])
+@pytest.mark.parametrize("stride_in_1x1", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_dc5(twins, check, stride_in_1x1):
     dilations = (1, 1, 1, 2)
     theirs, ours = twins(50, ("res5",), dilations=dilations, stride_in_1x1=stride_in_1x1)
@@ -128,7 +128,7 @@ def test_dc5(twins, check, stride_in_1x1):
 
 @pytest.mark.parametrize("depth, norm", [(18, "GN"), (50, "FrozenBN")])
 def test_norms(twins, check, norm, depth):
-    check(*twins(depth, ("res2", "res5"), norm=norm))
+    check(*twins(depth, ("res2", "res4"), norm=norm))
 
 
 def test_sync_batch_norm_keys_and_evaluation(twins, check):
@@ -146,7 +146,7 @@ def test_no_norm():
     assert theirs.keys() == {key for key in ours if not key.endswith("bias")}
 
 
-@pytest.mark.parametrize("depth, freeze_at", [*((18, n) for n in range(6)), (50, 2), (50, 5)])
+@pytest.mark.parametrize("depth, freeze_at", [*((18, n) for n in range(6)), (50, 2)])
 def test_freezing(twins, check, depth, freeze_at):
     """In training mode: the same parameters learn, the same statistics move."""
     theirs, ours = twins(depth, ("res4",) if freeze_at < 5 else ("res5",), freeze_at=freeze_at)
@@ -161,7 +161,9 @@ def test_freezing(twins, check, depth, freeze_at):
             assert torch.equal(module.running_mean, before[f"{name}.running_mean"]) == frozen
 
 
-@pytest.mark.parametrize("dilations", [(1, 1, 1, 2), (1, 1, 2, 4)])
+@pytest.mark.parametrize(
+    "dilations", [pytest.param((1, 1, 1, 2), marks=pytest.mark.slow), (1, 1, 2, 4)]
+)
 def test_deeplab_multi_grid(twins, check, dilations):
     """DeepLabV3 of Detectron2: multi-grid (1, 2, 4) at output stride 16 and 8."""
     deeplab = pytest.importorskip("detectron2.projects.deeplab")

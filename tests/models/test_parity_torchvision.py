@@ -10,8 +10,6 @@ from torch import nn
 from resnet_backbone.models import build_model
 from resnet_backbone.weights.keymaps import from_torchvision
 
-VGGS = ("vgg16", "vgg16_bn", "vgg11", "vgg11_bn", "vgg13", "vgg19_bn")
-
 
 @pytest.fixture
 def twins(randomise, adopt):
@@ -115,7 +113,11 @@ def test_resnet(twins, check, name, training):
     check(theirs, ours, resnet_stages(theirs), random_images(2, 40))  # res5 is 2x2
 
 
-@pytest.mark.parametrize("name", VGGS)
+@pytest.mark.parametrize(
+    "name",
+    ["vgg11", "vgg16", "vgg16_bn"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("vgg13", "vgg19", "vgg19_bn")],
+)
 def test_vgg(twins, check, name):
     theirs, ours = twins(name)
     theirs.eval(), ours.eval()  # no dropout

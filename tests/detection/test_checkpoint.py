@@ -1,0 +1,209 @@
+"""Loading weights into detectors: what arrives where, and what is refused."""
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+from resnet_backbone.detection import Checkpointer
+from resnet_backbone.detection.checkpoint import describe_input, find_network, load_backbone
+from resnet_backbone.models import build_model as build_network
+from resnet_backbone.weights import (
+    PREPROCESSINGS,
+    Preprocessing,
+    WeightsError,
+    read_weights,
+    save_weights,
+)
+
+RGB = dict(
+    INPUT__FORMAT="RGB",
+    MODEL__PIXEL_MEAN=[123.675, 116.28, 103.53],
+    MODEL__PIXEL_STD=[58.395, 57.12, 57.375],
+)
+R18 = "voc/faster_rcnn_R_18_FPN.yaml"
+
+
+@pytest.fixture
+def detector(make_cfg, small):
+    """Function (config file, KEY=value...) -> a detector with small heads."""
+    return lambda file, **keys: build_model(make_cfg(file, **(small | keys)))
+
+
+@pytest.fixture(scope="module")
+def msra(data_root):
+    path = str(data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors")
+    return path, read_weights(path, "msra")[0]
+
+
+@pytest.fixture
+def r18_file(tmp_path):
+    path = tmp_path / "resnet18.safetensors"
+    save_weights(build_network("resnet18"), path, PREPROCESSINGS["msra"])
+    return str(path)
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def assert_holds(part, tensors, prefix=""):
+    """Every tensor of a module is the file's."""
+    state = part.state_dict()
+    assert state
+    for key, value in state.items():
+        assert torch.equal(value, tensors[prefix + key]), key
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("kind", ["FPN", "C4", "DC5"])
+def test_msra_resnet50(detector, msra, kind):
+    path, tensors = msra
+    model = detector(f"voc/faster_rcnn_R_50_{kind}.yaml")
+    Checkpointer(model, preprocessing="msra").load(path)
+    network = find_network(model)
+    assert_holds(network, tensors)
+    assert ("res5" in network.stage_names) == (kind != "C4")
+    if kind == "C4":
+        assert_holds(model.roi_heads.res5, tensors, "res5.")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("kind", ["VGG_16", "VGG_16_FPN"])
+def test_caffe_vgg16(detector, data_root, kind):
+    path = str(data_root / "weights" / "vgg16_conv_bgr_fp16.safetensors")
+    model = detector(f"voc/faster_rcnn_{kind}.yaml")
+    load_backbone(model, path, "caffe_vgg")
+    assert_holds(find_network(model), read_weights(path, "caffe_vgg")[0])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "preprocessing, keys, message",
+    [
+        ("msra", dict(MODEL__RESNETS__STRIDE_IN_1X1=False), "MODEL.RESNETS.STRIDE_IN_1X1 True"),
+        ("msra", dict(INPUT__FORMAT="RGB"), 'INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"'),
+        ("msra", RGB, r'set INPUT.FORMAT "BGR" MODEL.PIXEL_MEAN "\[103.939, 116.779, 123.68\]" MO'),
+        ("msra", dict(MODEL__RESNETS__DEPTH=101), "the first is res4.6.conv1.weight"),
+        ("", {}, "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"),
+        ("torchvision", {}, 'INPUT.FORMAT is BGR.*set INPUT.FORMAT "RGB"'),
+        ("torchvision", RGB, "trained with stride_in_1x1=False, this network has True"),
+        ("caffe", {}, "unknown preprocessing 'caffe': use one of msra"),
+    ],
+)
+def test_msra_resnet50_is_refused(detector, msra, preprocessing, keys, message):
+    model = detector("voc/faster_rcnn_R_50_FPN.yaml", **keys)
+    before = state_of(model)
+    with pytest.raises(WeightsError, match=message):
+        Checkpointer(model, preprocessing=preprocessing).load(msra[0])
+    assert_unchanged(model, before)
+
+
+@pytest.mark.data
+def test_cut_short_or_not_a_number(detector, msra, tmp_path):
+    path = tmp_path / "cut.safetensors"
+    with open(msra[0], "rb") as file:
+        path.write_bytes(file.read(30_000_000))
+    model = detector(R18)
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        load_backbone(model, str(path), "msra")
+    network = build_network("resnet18")
+    network.res5[1].conv2.weight.data[0, 0, 0, 0] = float("nan")
+    save_weights(network, tmp_path / "nan.safetensors", PREPROCESSINGS["msra"])
+    before = state_of(model)
+    with pytest.raises(WeightsError, match="res5.1.conv2.weight has NaN"):
+        load_backbone(model, str(tmp_path / "nan.safetensors"))
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(MODEL__PIXEL_MEAN=[0.0, 0.0, 0.0]), r"MODEL.PIXEL_MEAN is \[0, 0, 0\]; set MODEL"),
+        (dict(MODEL__PIXEL_STD=[57.0, 57.0, 57.0]), r'set MODEL.PIXEL_STD "\[1, 1, 1\]"$'),
+        (dict(INPUT__FORMAT="L"), "INPUT.FORMAT must be RGB or BGR"),
+        (dict(MODEL__RESNETS__DEPTH=34), "the first is res2.2.conv1.weight"),
+        (dict(MODEL__RESNETS__NORM="GN"), "this network has no .*running_mean"),
+        (dict(RESNET_BACKBONE__SHORTCUT="A"), "this network has no res3.0.shortcut"),
+    ],
+)
+def test_other_settings_are_refused(detector, r18_file, keys, message):
+    model = detector(R18, **keys)
+    before = state_of(model)
+    with pytest.raises(WeightsError, match=message):
+        Checkpointer(model).load(r18_file)
+    assert_unchanged(model, before)
+
+
+def test_stride_does_not_matter_without_bottlenecks(detector, r18_file):
+    model = detector(R18, MODEL__RESNETS__STRIDE_IN_1X1=False)
+    Checkpointer(model).load(r18_file)
+    assert_holds(find_network(model), read_weights(r18_file)[0])
+
+
+def test_detectron2s_backbone_is_named(detector, r18_file):
+    model = detector(
+        "voc/faster_rcnn_R_50_FPN.yaml", MODEL__BACKBONE__NAME="build_resnet_fpn_backbone"
+    )
+    with pytest.raises(WeightsError, match="set MODEL.BACKBONE.NAME"):
+        load_backbone(model, r18_file)
+
+
+def test_our_checkpoints_carry_their_preprocessing(detector, tmp_path):
+    model = detector(R18)
+    Checkpointer(model, str(tmp_path)).save("model", iteration=7)
+    path = str(tmp_path / "model.pth")
+    described = Preprocessing.from_json(torch.load(path)["preprocessing"])
+    assert described == describe_input(model)
+    assert described.channel_order == "BGR" and described.stride_in_1x1
+    assert described.mean == pytest.approx((103.53, 116.28, 123.675))
+    other = detector(R18)
+    assert Checkpointer(other).load(path)["iteration"] == 7
+    assert_unchanged(other, state_of(model))
+    for keys in (RGB, dict(MODEL__PIXEL_STD=[58.0, 58.0, 58.0])):
+        other = detector(R18, **keys)
+        before = state_of(other)
+        with pytest.raises(WeightsError, match="checkpoint was trained on other input"):
+            Checkpointer(other).load(path)
+        assert_unchanged(other, before)
+
+
+def test_our_checkpoints_carry_their_stride(detector, tmp_path):
+    file, key = "voc/faster_rcnn_R_50_FPN.yaml", "MODEL__RESNETS__STRIDE_IN_1X1"
+    Checkpointer(detector(file), str(tmp_path)).save("model")
+    with pytest.raises(WeightsError, match="build it with stride_in_1x1=True"):
+        Checkpointer(detector(file, **{key: False})).load(str(tmp_path / "model.pth"))
+
+
+def test_detectron2_reads_our_checkpoints(detector, tmp_path):
+    model, other = detector(R18), detector(R18)
+    Checkpointer(model, str(tmp_path)).save("model")
+    DetectionCheckpointer(other).load(str(tmp_path / "model.pth"))
+    assert_unchanged(other, state_of(model))
+
+
+def test_detectron2s_detector_loads_and_saves(detector, tmp_path):
+    """A detector that Detectron2 trained with its own backbone; it does not say its input."""
+    keys = dict(MODEL__RESNETS__RES2_OUT_CHANNELS=64, MODEL__RESNETS__NORM="BN")
+    theirs = detector(R18, MODEL__BACKBONE__NAME="build_resnet_fpn_backbone", **keys)
+    ours = detector(R18, **keys)
+    DetectionCheckpointer(theirs, str(tmp_path)).save("theirs")
+    Checkpointer(ours).load(str(tmp_path / "theirs.pth"))
+    assert_unchanged(ours, state_of(theirs))
+    Checkpointer(theirs, str(tmp_path)).save("again")
+    assert "preprocessing" not in torch.load(tmp_path / "again.pth")
+
+
+def test_missing_files(detector, tmp_path):
+    checkpointer = Checkpointer(detector(R18))
+    for name in ("x.pth", "x.safetensors", "x.pth?matching_heuristics=True"):
+        with pytest.raises(WeightsError, match=r"x.*: no such file; check MODEL.WEIGHTS"):
+            checkpointer.load(str(tmp_path / name))
+    assert checkpointer.load("") == {}
