@@ -25,16 +25,16 @@ def read_long_description() -> str:
 
 CORE = [
     "torch>=2.0",
-    "torchvision>=0.15",
-    "numpy>=1.23",
-    "pillow>=9.1",
     "safetensors>=0.4",
-    "tqdm>=4.60",
 ]
 
 # What Detectron2 needs, without Detectron2 itself: it is not on the package index under its own
 # name, and a copy built from git must not be overwritten. tools/setup_env.sh installs it.
 DETECTION = [
+    "torchvision>=0.15",
+    "numpy>=1.23",
+    "pillow>=9.1",
+    "tqdm>=4.60",
     "fvcore>=0.1.5.post20221221",
     "iopath>=0.1.9",
     "yacs>=0.1.8",

@@ -22,7 +22,7 @@ examples:
   python tools/analyze_model.py
   python tools/analyze_model.py 'resnet*' --json
   python tools/analyze_model.py --model resnet50 --option stride_in_1x1=False
-  python tools/analyze_model.py --model vgg16 --option 'out_features=["conv5"]' --input-size 600x1000
+  python tools/analyze_model.py --model vgg16 --option 'out_features=["conv5"]' --input-size 600
 
 Exit status: 0 when every row agrees with the published numbers, 1 when one differs, 2 for a
 wrong argument."""
@@ -235,12 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="networks to compare, as shell patterns; default all",
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="patterns; default all networks")
     parser.add_argument("--model", metavar="NAME", help="show the stages of this network instead")
     parser.add_argument(
         "--option",
@@ -270,11 +265,7 @@ def show_stages(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"model": args.model, "input_size": size, "stages": rows}, indent=2))
     else:
-        print(
-            f"{args.model} {format_options(dict(args.options))}".rstrip(),
-            "at",
-            "x".join(map(str, size)),
-        )
+        print(args.model, format_options(dict(args.options)), f"at {size[0]}x{size[1]}")
         print(stage_table(rows))
     return 0
 

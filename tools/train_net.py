@@ -47,7 +47,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config-file", required=True, help="YAML under configs/detection")
     parser.add_argument("--output-dir", help="run folder (default: OUTPUT_DIR of the config)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS")
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate MODEL.WEIGHTS; results go to the folder eval inside the run folder",
+    )
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs on this machine (default: 1)")
     parser.add_argument("--dist-url", default="auto", help="tcp:// address for several GPUs")
     add_data_arguments(parser)
@@ -69,39 +73,40 @@ def set_up(args: argparse.Namespace):
     cfg = load_config(args.config_file, args.opts)
     if args.output_dir:
         cfg.OUTPUT_DIR = args.output_dir
+    if args.eval_only:  # a run's own config and results stay as they are
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "eval")
     resumes = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if not args.eval_only and not resumes:
         refuse_frozen_random(cfg)
     planned = load_config(args.config_file, [])
     scaled = scale_schedule(cfg, planned, given=args.opts[::2])
     cfg.RESNET_BACKBONE.REFERENCE_BATCH = 0  # done: config.yaml must not be scaled again
-    default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="resnet_backbone", abbrev_name="rb")
-    for line in scaled:
-        logger.info("schedule: %s", line)
+    if not args.eval_only:
+        for line in scaled:
+            logger.info("schedule: %s", line)
     set_up_data(cfg, args)
     cfg.freeze()
-    if comm.is_main_process():
-        with open(os.path.join(cfg.OUTPUT_DIR, "config.yaml"), "w") as file:
-            file.write(cfg.dump())
+    default_setup(cfg, args)  # writes config.yaml: only what has passed so far replaces one
     return cfg
 
 
-def write_results(cfg, results: dict) -> None:
-    """OUTPUT_DIR/results.json: what was run and what came out."""
+def write_results(cfg, results: dict, iterations: int | None) -> None:
+    """OUTPUT_DIR/results.json: what was run and what came out; null where there is no number."""
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
     content = {
         "command": " ".join(sys.argv),
         "train": list(cfg.DATASETS.TRAIN),
         "test": list(cfg.DATASETS.TEST),
         "weights": cfg.MODEL.WEIGHTS,
-        "iterations": cfg.SOLVER.MAX_ITER,
+        "iterations": iterations,
         "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
         "seed": cfg.SEED,
         "results": results,
     }
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN
     with open(path + ".tmp", "w") as file:
-        json.dump(content, file, indent=2)
+        json.dump(content, file, indent=2, allow_nan=False)
     os.replace(path + ".tmp", path)
     logger.info("results are in %s", path)
 
@@ -116,14 +121,14 @@ def run(args: argparse.Namespace) -> None:
     if args.eval_only:
         model = Trainer.build_model(cfg)
         load_detector(cfg, model)
-        results = Trainer.test(cfg, model)
+        results, iterations = Trainer.test(cfg, model), None
     else:
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
-        results = trainer.results
+        results, iterations = trainer.results, trainer.max_iter
     if comm.is_main_process() and results:
-        write_results(cfg, results)
+        write_results(cfg, results, iterations)
 
 
 @one_line_errors

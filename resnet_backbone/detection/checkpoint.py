@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
@@ -12,9 +14,25 @@ from resnet_backbone.weights.files import check_architecture, load_tensors, read
 from resnet_backbone.weights.preprocessing import (
     Preprocessing,
     WeightsError,
+    get_preprocessing,
     same_mean,
     same_std,
 )
+
+logger = logging.getLogger(__name__)
+
+# Where a path says what the weights expect (Detectron2's model zoo, ImageNet section).
+KNOWN_ORIGINS = {
+    "ImageNetPretrained/MSRA/": "msra",
+    "ImageNetPretrained/torchvision/": "torchvision",
+}
+
+# Layers of the ImageNet networks that a detector runs per region.
+HEAD_LAYERS = {
+    "roi_heads.res5.": "res5.",
+    "roi_heads.box_head.fc6.": "fc6.",
+    "roi_heads.box_head.fc7.": "fc7.",
+}
 
 
 def _networks(model: nn.Module) -> list[StagedNetwork]:
@@ -82,25 +100,37 @@ def _numbers(values) -> str:
 class Checkpointer(DetectionCheckpointer):
     """:class:`DetectionCheckpointer` that also reads our ``.safetensors`` backbones.
 
-    Checkpoints that it writes carry their preprocessing, and loading one into a detector with
-    other input settings or another stride is refused. Files of other origins load as in
-    Detectron2.
+    Checkpoints that it writes carry their preprocessing and class names; loading one into a
+    detector with other input settings or another stride is refused, and so is resuming or
+    evaluating it with other classes. Files of other origins load as in Detectron2, but must fill
+    the whole backbone, and are checked where their preprocessing is named or known.
 
     Args:
         preprocessing: see :func:`resnet_backbone.weights.read_weights`.
+        class_names: of the detector, in order; empty: not known, not checked.
     """
 
-    def __init__(self, model: nn.Module, save_dir: str = "", *, preprocessing: str = "", **kwargs):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        preprocessing: str = "",
+        class_names: Sequence[str] = (),
+        **kwargs,
+    ):
         super().__init__(model, save_dir, **kwargs)
         self.preprocessing = preprocessing
+        self.class_names = list(class_names)
 
     def save(self, name: str, **kwargs) -> None:
         described = describe_input(self._bare_model())
         if described is not None:
             kwargs["preprocessing"] = described.to_json()
-        super().save(name, **kwargs)
+        super().save(name, class_names=self.class_names, **kwargs)
 
-    def load(self, path: str, *args, **kwargs):
+    def load(self, path: str, checkpointables: list[str] | None = None):
+        """Loads a file; ``checkpointables=[]`` means weights to start from, of any classes."""
         if path and path.endswith(".safetensors"):
             local = self.path_manager.get_local_path(path)
             load_backbone(self._bare_model(), local, self.preprocessing)
@@ -109,16 +139,44 @@ class Checkpointer(DetectionCheckpointer):
         file = path.partition("?")[0] if path else ""  # a query belongs to DetectionCheckpointer
         if file and "://" not in file and not os.path.isfile(file):
             raise WeightsError(f"{file}: no such file; check MODEL.WEIGHTS or the path")
-        return super().load(path, *args, **kwargs)
+        self._loading, self._same_classes = path, checkpointables is None
+        return super().load(path, checkpointables)
 
     def _load_model(self, checkpoint):
+        model, path = self._bare_model(), self._loading
         described = checkpoint.pop("preprocessing", None)
+        known = self.preprocessing or next((v for k, v in KNOWN_ORIGINS.items() if k in path), "")
         if isinstance(described, str):
-            check_input(self._bare_model(), Preprocessing.from_json(described), "the checkpoint")
-        return super()._load_model(checkpoint)
+            check_input(model, Preprocessing.from_json(described), path)
+        elif known:
+            check_input(model, get_preprocessing(known), path)
+        classes = checkpoint.pop("class_names", None) or self.class_names
+        if self._same_classes and self.class_names and classes != self.class_names:
+            raise WeightsError(
+                f"{path} was trained on the classes {classes}, these data have {self.class_names}"
+            )
+        incompatible = super()._load_model(checkpoint)
+        _refuse_incomplete(model, incompatible, path)
+        return incompatible
 
     def _bare_model(self) -> nn.Module:
         return getattr(self.model, "module", self.model)  # inside DistributedDataParallel
+
+
+def _refuse_incomplete(model: nn.Module, incompatible, path: str) -> None:
+    """A backbone that keeps random layers after loading would train to something poor, silently."""
+    prefixes = [name for name, child in model.named_modules() if isinstance(child, StagedNetwork)]
+    layers = tuple(f"{name}." for name in (*prefixes, "roi_heads.res5"))
+    # Detectron1's files have the statistics folded into scale and shift
+    not_needed = ("num_batches_tracked", "running_mean", "running_var")
+    lacking = [*incompatible.missing_keys, *(k for k, *_ in incompatible.incorrect_shapes)]
+    lacking = [k for k in lacking if k.startswith(layers) and not k.endswith(not_needed)]
+    if lacking:
+        raise WeightsError(
+            f"{path} does not fill the backbone: {len(lacking)} tensors are missing or of another "
+            f"shape, such as {lacking[0]}; is it another depth, or another library's file? "
+            "(torchvision's: save it as .safetensors, see README, Weights)"
+        )
 
 
 def load_backbone(model: nn.Module, path: str, preprocessing: str = "") -> None:
@@ -137,26 +195,21 @@ def load_backbone(model: nn.Module, path: str, preprocessing: str = "") -> None:
 
 def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     """Tensors for the layers that a detector keeps in its region head."""
-    own = model.state_dict()
     head = {}
-    for key in own:
-        for source, target in (
-            ("res5.", "roi_heads.res5."),
-            ("fc6.", "roi_heads.box_head.fc6."),
-            ("fc7.", "roi_heads.box_head.fc7."),
-        ):
-            if not key.startswith(target) or key.endswith("num_batches_tracked"):
-                continue
-            value = tensors.get(source + key[len(target) :])
-            if value is None and source == "res5.":
-                raise WeightsError(
-                    f"{path} lacks {key[len(target) - len(source) :]} of the C4 head"
-                )
-            if value is not None and value.shape != own[key].shape:
-                raise WeightsError(
-                    f"{path}: {source}* has shape {tuple(value.shape)}, the head needs "
-                    f"{tuple(own[key].shape)} ({key})"
-                )
-            if value is not None:
-                head[key] = value
+    for key, own in model.state_dict().items():
+        target = next((prefix for prefix in HEAD_LAYERS if key.startswith(prefix)), None)
+        if target is None or key.endswith("num_batches_tracked"):
+            continue
+        source = HEAD_LAYERS[target] + key[len(target) :]
+        if source not in tensors:
+            if source.startswith("res5."):
+                raise WeightsError(f"{path} lacks {source}, a layer of the C4 head")
+            logger.warning("%s has no %s: this layer starts at random", path, source)
+        elif tensors[source].shape != own.shape:
+            raise WeightsError(
+                f"{path}: {source} has shape {tuple(tensors[source].shape)}, the head needs "
+                f"{tuple(own.shape)} ({key})"
+            )
+        else:
+            head[key] = tensors[source]
     return head

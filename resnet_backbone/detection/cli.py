@@ -16,19 +16,22 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from yaml import YAMLError
 
-from resnet_backbone.detection.config import add_resnet_backbone_config, backbone_node
+from resnet_backbone.detection.config import (
+    UsageError,
+    add_resnet_backbone_config,
+    backbone_node,
+)
 from resnet_backbone.detection.data import find_voc_classes, register_voc
 from resnet_backbone.detection.data.coco import register_coco
 
 logger = logging.getLogger(__name__)
 
 
-class UsageError(ValueError):
-    """A command line or config that cannot be meant; the message says what to write."""
-
-
 def one_line_errors(main: Callable) -> Callable:
-    """Wrong input (ValueError, OSError) and divergence end a tool with one line, exit status 2."""
+    """Wrong input (ValueError, OSError) and divergence end a tool with one line, exit status 2.
+
+    With the environment variable ``RESNET_BACKBONE_TRACEBACK`` set, the traceback is shown.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -167,7 +170,7 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> None:
     elif args.coco_json:
         _register_coco_paths(cfg, args)
     else:
-        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
             _adopt(name, cfg, args.bad_data)
     if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
         raise UsageError(
@@ -178,24 +181,39 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> None:
         images = DatasetCatalog.get(name)
         boxes = sum(len(image.get("annotations", ())) for image in images)
         logger.info("data set %s: %d images, %d boxes", name, len(images), boxes)
-    classes = list(MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes)
+    classes = _common_classes(cfg)
     cfg.RESNET_BACKBONE.CLASS_NAMES = classes
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
     cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
 
 
+def _common_classes(cfg: CfgNode) -> list[str]:
+    """The class names that all data sets agree on, and with them ``CLASS_NAMES`` if it is set."""
+    classes, source = list(cfg.RESNET_BACKBONE.CLASS_NAMES), "RESNET_BACKBONE.CLASS_NAMES"
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        found = list(MetadataCatalog.get(name).thing_classes)
+        if classes and found != classes:
+            raise UsageError(
+                f"data set {name} has the classes {found}, {source} has {classes}: both need the "
+                "same names in the same order (COCO JSON: the order of the category ids)"
+            )
+        classes, source = found, f"data set {name}"
+    return classes
+
+
 def _register_voc_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
-    if not args.train_set or not args.test_set:
+    train_set = args.test_set if args.eval_only else args.train_set
+    if not train_set or not args.test_set:
         raise UsageError("--voc-root needs --train-set NAME and --test-set NAME")
-    splits = [args.train_set, args.test_set]
+    splits = [train_set, args.test_set]
     classes = list(cfg.RESNET_BACKBONE.CLASS_NAMES) or find_voc_classes(args.voc_root, splits)
     keep = cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"train:{splits[0]}",), (f"test:{splits[1]}",)
-    for name, split, difficult in (
-        (cfg.DATASETS.TRAIN[0], splits[0], keep),
-        (cfg.DATASETS.TEST[0], splits[1], True),
+    for name, split, difficult, decode in (
+        (cfg.DATASETS.TRAIN[0], splits[0], keep, False),
+        (cfg.DATASETS.TEST[0], splits[1], True, True),
     ):
-        register_voc(name, args.voc_root, split, classes, difficult, on_bad=args.bad_data)
+        register_voc(name, args.voc_root, split, classes, difficult, args.bad_data, decode)
 
 
 def _register_coco_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -204,20 +222,24 @@ def _register_coco_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
     roots = (args.image_root * 2)[:2]
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("train:coco",), ("test:coco",)
     for name, file, root in zip(("train:coco", "test:coco"), args.coco_json, roots, strict=True):
-        register_coco(name, file, root, on_bad=args.bad_data)
+        register_coco(name, file, root, args.bad_data, decode=name == "test:coco")
 
 
 def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
-    """Lets our loader read and check a data set that Detectron2 registered in VOC layout."""
+    """Lets our loaders read and check a data set that Detectron2 registered by itself."""
     if name not in DatasetCatalog.list():
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"no data set is registered as {name!r}{hint}")
-    known = MetadataCatalog.get(name)
-    if known.get("evaluator_type") != "pascal_voc":
+    known, tested = MetadataCatalog.get(name), name in cfg.DATASETS.TEST
+    if known.get("evaluator_type") not in ("pascal_voc", "coco") or known.get("adopted"):
         return
-    root, split, classes = known.dirname, known.split, list(known.thing_classes)
-    difficult = name in cfg.DATASETS.TEST or cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
-    register_voc(name, root, split, classes, difficult, on_bad=on_bad)
+    if known.evaluator_type == "coco":
+        register_coco(name, known.json_file, known.image_root, on_bad, decode=tested)
+    else:
+        difficult = tested or cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
+        classes = list(known.thing_classes)
+        register_voc(name, known.dirname, known.split, classes, difficult, on_bad, decode=tested)
+    MetadataCatalog.get(name).adopted = True

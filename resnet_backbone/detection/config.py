@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
+
+class UsageError(ValueError):
+    """A command line or config that cannot be meant; the message says what to write."""
+
+
 DEFAULTS = CfgNode(
     {
         # Networks. Depth, stride_in_1x1, norm, out features and RES5_DILATION are Detectron2's
@@ -23,7 +28,7 @@ DEFAULTS = CfgNode(
         # msra, caffe_vgg or torchvision.
         "WEIGHTS_PREPROCESSING": "",
         # Data
-        "CLASS_NAMES": [],  # filled in from the data set, kept with the run for demo.py
+        "CLASS_NAMES": [],  # in order; empty: from the data. Kept with the run and its checkpoints
         "TRAIN_ON_DIFFICULT": False,  # VOC's difficult boxes; Faster R-CNN leaves them out
         # Training
         "REFERENCE_BATCH": 0,  # batch that BASE_LR, STEPS, MAX_ITER are meant for; 0: no scaling

@@ -15,7 +15,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from torch import nn
 
-from resnet_backbone.detection.cli import UsageError
+from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.trainer import AutocastModel, Trainer, uses_cpu_autocast
 from resnet_backbone.weights import WeightsError
 
@@ -71,7 +71,7 @@ class Predictor:
 
 
 def load_detector(cfg: CfgNode, model: nn.Module) -> None:
-    """Loads ``MODEL.WEIGHTS`` into every parameter of a detector.
+    """Loads ``MODEL.WEIGHTS`` into every parameter and statistic of a detector.
 
     Raises:
         UsageError, WeightsError: as :class:`Predictor`. The detector is useless then.
@@ -84,8 +84,13 @@ def load_detector(cfg: CfgNode, model: nn.Module) -> None:
         )
     if "://" not in weights and not os.path.isfile(weights.partition("?")[0]):
         raise UsageError(f"MODEL.WEIGHTS {weights}: no such file")
-    for parameter in model.parameters():
-        nn.init.constant_(parameter, math.nan)  # what is not loaded stays so
+    every = {
+        name: value
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and name not in ("pixel_mean", "pixel_std")
+    }
+    for value in every.values():
+        value.fill_(math.nan)  # what is not loaded stays so
     try:
         Trainer.build_checkpointer(cfg, model).load(weights)
     except WeightsError:
@@ -95,11 +100,10 @@ def load_detector(cfg: CfgNode, model: nn.Module) -> None:
         raise UsageError(
             f"MODEL.WEIGHTS {weights}: not a readable checkpoint ({reason})"
         ) from error
-    every = dict(model.named_parameters())
     lacking = [name for name, value in every.items() if not bool(value.isfinite().all())]
     if lacking:
         raise UsageError(
-            f"MODEL.WEIGHTS {weights}: {len(lacking)} of the detector's {len(every)} parameters "
+            f"MODEL.WEIGHTS {weights}: {len(lacking)} of the detector's {len(every)} tensors "
             f"are missing, of another shape, or not finite, such as {lacking[-1]}; give a "
             "checkpoint of the whole detector, with the config that it was trained with"
         )

@@ -12,7 +12,7 @@ def scale_schedule(cfg: CfgNode, planned: CfgNode, given: Collection[str] = ()) 
 
     The values of ``SOLVER`` are meant for ``RESNET_BACKBONE.REFERENCE_BATCH`` images. With
     ``SOLVER.IMS_PER_BATCH`` images instead, the learning rate is multiplied by their ratio and
-    all iteration numbers are divided by it, so that as many images are seen. Steps that a very
+    ``MAX_ITER`` and ``STEPS`` are divided by it, so that as many images are seen. Steps that a very
     short schedule has no room for are left out.
 
     Args:

@@ -30,21 +30,26 @@ logger = logging.getLogger(__name__)
 
 
 class TolerantMapper(DatasetMapper):
-    """:class:`DatasetMapper` that skips an image which became unreadable during training.
+    """:class:`DatasetMapper` that replaces an image which became unreadable during training.
 
-    Detectron2's loader draws another image when a mapper returns None. In evaluation nothing is
-    skipped: the error names the file.
+    The image read before it, augmented anew, takes its place; where there is none yet,
+    Detectron2's loader draws another one. In evaluation nothing is replaced: the error names the
+    file.
     """
+
+    _spare: dict | None = None
 
     def __call__(self, dataset_dict: dict) -> dict | None:
         try:
-            return super().__call__(dataset_dict)
+            mapped = super().__call__(dataset_dict)
         except Exception as error:
             where = dataset_dict["file_name"]
             if not self.is_train:
-                raise RuntimeError(f"{where}: cannot be read ({error})") from error
-            logger.warning("%s: skipped in training, cannot be read (%s)", where, error)
-            return None
+                raise OSError(f"{where}: cannot be read ({error})") from error
+            logger.warning("%s: left out of training, cannot be read (%s)", where, error)
+            return None if self._spare is None else super().__call__(self._spare)
+        self._spare = dataset_dict
+        return mapped
 
 
 def uses_cpu_autocast(cfg: CfgNode) -> bool:
@@ -148,6 +153,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             preprocessing=cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING,
+            class_names=cfg.RESNET_BACKBONE.CLASS_NAMES,
             **checkpointables,
         )
 

@@ -26,7 +26,10 @@ class StagedNetwork(nn.Module):
     Attributes:
         features: name -> :class:`Feature`, one entry per stage that was built, in order.
         out_features: names of the maps that ``forward`` returns; empty for a classifier.
+        left_out: names of the deeper stages and head layers that a backbone does not build.
     """
+
+    head_names: tuple[str, ...] = ("linear",)
 
     def __init__(self, stage_names: Sequence[str], out_features: Iterable[str] | None):
         super().__init__()
@@ -39,6 +42,8 @@ class StagedNetwork(nn.Module):
             )
         deepest = max(map(stage_names.index, self.out_features), default=len(stage_names) - 1)
         self.stage_names = tuple(stage_names[: deepest + 1])
+        head = self.head_names if self.out_features else ()
+        self.left_out = (*stage_names[deepest + 1 :], *head)
 
     def add_stage(self, name: str, stage: nn.Module, channels: int, stride: int) -> None:
         self.add_module(name, stage)

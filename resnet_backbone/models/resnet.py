@@ -225,6 +225,8 @@ def init_residual_network(network: nn.Module, activation: str, zero_init_residua
         if block.gate is not None:
             nn.init.constant_(block.gate.bias, HIGHWAY_GATE_BIAS)
         if zero_init_residual:
+            if block.shortcut is None:
+                raise ValueError("zero_init_residual needs shortcuts, or all signals are zero")
             if getattr(block.last_norm, "weight", None) is None:
                 raise ValueError("zero_init_residual needs a norm with a weight (gamma)")
             nn.init.zeros_(block.last_norm.weight)

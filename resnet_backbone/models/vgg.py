@@ -38,6 +38,8 @@ class VGG(StagedNetwork):
         dropout: probability after fc6 and fc7.
     """
 
+    head_names = ("fc6", "fc7", "linear")
+
     def __init__(
         self,
         depth: int = 16,

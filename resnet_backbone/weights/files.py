@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
+from resnet_backbone.models import BottleneckBlock, FrozenBatchNorm2d, StagedNetwork
 from resnet_backbone.weights.keymaps import from_torchvision
 from resnet_backbone.weights.preprocessing import (
     Preprocessing,
@@ -20,9 +21,7 @@ from resnet_backbone.weights.preprocessing import (
 )
 
 METADATA_KEY = "resnet_backbone.preprocessing"
-HEAD_KEYS = ("linear.", "fc6.", "fc7.")
 OUR_FIRST_KEYS = ("stem.conv1.weight", "stem.weight", "conv1.0.weight")  # ResNet, CIFAR, VGG
-NOT_BUILT = ("stem.", "res2.", "res3.", "res4.", "res5.", *(f"conv{i}." for i in range(1, 6)))
 
 
 def read_weights(
@@ -68,7 +67,7 @@ def read_weights(
 def _preprocessing_of(path: Path, metadata: Mapping[str, str], name: str) -> Preprocessing:
     if METADATA_KEY in metadata:
         found = Preprocessing.from_json(metadata[METADATA_KEY])
-        if name and get_preprocessing(name) != found:
+        if name and replace(get_preprocessing(name), source="") != replace(found, source=""):
             raise WeightsError(f"{path} carries its own preprocessing, which is not {name!r}")
         return found
     if not name:
@@ -117,7 +116,7 @@ def check_architecture(model: StagedNetwork, preprocessing: Preprocessing, where
     """Refuses weights whose stride position or BN epsilon differs from the network's."""
     expected = preprocessing.stride_in_1x1
     actual = getattr(model, "stride_in_1x1", None)
-    bottlenecks = getattr(model, "depth", 0) >= 50
+    bottlenecks = any(isinstance(module, BottleneckBlock) for module in model.modules())
     if bottlenecks and expected is not None and actual is not None and expected != actual:
         raise WeightsError(
             f"{where} was trained with stride_in_1x1={expected}, this network has {actual}: "
@@ -147,10 +146,8 @@ def load_tensors(model: StagedNetwork, tensors: Mapping[str, Tensor], where: str
                 f"{where}: {key} has shape {tuple(tensors[key].shape)}, "
                 f"this network needs {tuple(value.shape)}"
             )
-    built = tuple(f"{name}." for name in model.stage_names)
+    left_out = tuple(f"{name}." for name in model.left_out)
     for key in tensors:
-        head = key.startswith(HEAD_KEYS) and not model.is_classifier
-        deeper = key.startswith(NOT_BUILT) and not key.startswith(built)
-        if key not in own and not head and not deeper:
+        if key not in own and not key.startswith(left_out):
             raise WeightsError(f"{where}: this network has no {key}; is it another depth?")
     model.load_state_dict({key: tensors[key] for key in own}, strict=False)

@@ -1,5 +1,7 @@
 """What the Detectron2 tests share: configs, random weights, a tiny data set."""
 
+import importlib.util
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +123,34 @@ def images():
         image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
         inputs.append(dict(image=image, instances=instances, height=size[0], width=size[1]))
     return inputs
+
+
+@pytest.fixture
+def train_net(capsys):
+    """Function (config file, argument...) -> exit status and lines of stderr, in this process.
+
+    Data sets that it registered and log handlers that it opened are taken away afterwards.
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.utils.logger import setup_logger
+
+    spec = importlib.util.spec_from_file_location("train_net", PROJECT / "tools" / "train_net.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    before = set(DatasetCatalog.list())
+
+    def run(config, *arguments):
+        try:
+            tool.main(["--config-file", str(CONFIGS / config), *map(str, arguments)])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err.splitlines()
+
+    yield run
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    setup_logger.cache_clear()
+    for name in ("detectron2", "fvcore", "resnet_backbone"):
+        logging.getLogger(name).handlers.clear()

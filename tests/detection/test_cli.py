@@ -1,0 +1,121 @@
+"""What the command line refuses: one line that says what to write, and exit status 2."""
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from resnet_backbone.detection.cli import UsageError, load_config, one_line_errors
+
+QUICKSTART = "quickstart/faster_rcnn_R_18_FPN.yaml"
+VOC = "voc/faster_rcnn_R_18_FPN.yaml"
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["SOLVER.BASE_LRR", "1"], "no config key SOLVER.BASE_LRR; the nearest is SOLVER.BASE_LR"),
+        (["MODEL.RESNET.DEPTH", "18"], "the nearest is MODEL.RESNETS.DEPTH"),
+        (["RESNET_BACKBONE.VGG.DEPHT", "11"], "the nearest is RESNET_BACKBONE.VGG.DEPTH"),
+        (["SOLVER.BASE_LR", "fast"], "Type mismatch.*SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR=1"], "write 'SOLVER.BASE_LR 1' and not 'SOLVER.BASE_LR=1': KEY VALUE"),
+        (["SEED", "1", "A.B=c=d"], "write 'A.B c=d' and not 'A.B=c=d'"),
+        (["SOLVER.BASE_LR"], "come in pairs, KEY VALUE"),
+        (["--quick"], "unrecognized arguments: --quick"),
+        (["--num-gpus", "99"], "--num-gpus 99: there are "),
+        ([], "no data: give --voc-root DIR --train-set NAME --test-set NAME, or --coco-json"),
+        (["DATASETS.TRAIN", "('voc_2007_trainva',)"], "did you mean voc_2007_trainval?"),
+        (["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"], "nowhere"),
+        (["--voc-root", "nowhere"], "--voc-root needs --train-set NAME and --test-set NAME"),
+        (["--coco-json", "a.json", "b.json"], "needs --image-root DIR, or one for each file"),
+        (["--coco-json", "a.json", "b.json", "--image-root", "x"], "a.json does not exist"),
+        (["--voc-root", "x", "--coco-json", "a", "b"], "--voc-root or --coco-json, not both"),
+        (["SOLVER.IMS_PER_BATCH", "0"], "at least 1"),
+        (["MODEL.BACKBONE.FREEZE_AT", "1"], "WEIGHTS is empty but the first 1 stages are frozen"),
+    ],
+)
+def test_one_line_that_says_what_to_write(train_net, overrides, message, tmp_path):
+    code, lines = train_net(QUICKSTART, "--output-dir", str(tmp_path), *overrides)
+    assert code == 2
+    assert message.split(".*")[0] in lines[-1] and message.split(".*")[-1] in lines[-1]
+    assert len([line for line in lines if "error: " in line]) == 1
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_unknown_config_file(train_net):
+    code, lines = train_net("voc/nothing.yaml")
+    assert code == 2 and "no such config; configs/detection has ready ones" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("MODEL:\n  RESNETS:\n    DEPHT: 18\n", "the nearest is MODEL.RESNETS.DEPTH"),
+        ("MODEL: [\n", "config: while parsing"),
+        ("SOLVER:\n  MAX_ITER: many\n", "Type mismatch"),
+    ],
+)
+def test_broken_config_file(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text("VERSION: 2\n" + text)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(str(tmp_path / "x.yaml"), [])
+    assert "\n" not in str(caught.value)
+
+
+FROZEN = (
+    "MODEL.WEIGHTS is empty but the first 2 stages are frozen (MODEL.BACKBONE.FREEZE_AT) and "
+    "MODEL.RESNETS.NORM is FrozenBN: random layers would never learn; give weights, or set "
+    "MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.NORM BN"
+)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--resume"], ["MODEL.BACKBONE.FREEZE_AT", "0"]])
+def test_frozen_random_layers(train_net, tmp_path, arguments):
+    """Also with --resume where there is nothing to go on from."""
+    code, lines = train_net(VOC, "--output-dir", str(tmp_path), *arguments)
+    assert code == 2
+    if len(arguments) == 2:
+        frozen_norm = "empty but MODEL.RESNETS.NORM is FrozenBN: random layers would never learn"
+        assert frozen_norm in lines[-1] and lines[-1].endswith("set MODEL.RESNETS.NORM BN")
+    else:
+        assert lines[-1] == f"error: {FROZEN}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--eval-only"],
+        ["--resume"],
+        ["MODEL.WEIGHTS", "x.pth"],
+        ["MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.RESNETS.NORM", "BN"],
+        ["MODEL.BACKBONE.NAME", "build_vgg_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", "0"],
+    ],
+)
+def test_layers_that_can_learn_or_have_weights(train_net, tmp_path, arguments):
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    missing = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
+    code, lines = train_net(VOC, "--output-dir", str(tmp_path), *missing, *arguments)
+    assert code == 2 and "nowhere" in lines[-1]  # the data is what it then lacks
+
+
+def test_divergence_says_what_to_do(capsys):
+    @one_line_errors
+    def tool():
+        raise FloatingPointError("Loss became infinite or NaN at iteration=3!\nloss_dict = {}")
+
+    with pytest.raises(SystemExit) as stop:
+        tool()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: Loss became infinite or NaN at iteration=3! Lower SOLVER.BASE_LR, raise "
+        "SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True, and start again\n"
+    )
+
+
+def test_traceback_on_request(monkeypatch):
+    @one_line_errors
+    def tool():
+        raise OSError("disk")
+
+    monkeypatch.setenv("RESNET_BACKBONE_TRACEBACK", "1")
+    with pytest.raises(OSError, match="disk"):
+        tool()

@@ -1,0 +1,223 @@
+"""tools/train_net.py from start to end, on tiny and on real data."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("detectron2")
+
+PROJECT = Path(__file__).resolve().parents[2]
+CONFIG = "quickstart/faster_rcnn_R_18_FPN.yaml"
+SMALL = {
+    "INPUT.MIN_SIZE_TRAIN": "(64,)",
+    "INPUT.MIN_SIZE_TEST": "64",
+    "MODEL.FPN.OUT_CHANNELS": "16",
+    "MODEL.ROI_BOX_HEAD.FC_DIM": "16",
+    "SOLVER.AMP.ENABLED": "False",
+    "SOLVER.IMS_PER_BATCH": "2",
+    "SOLVER.MAX_ITER": "3",
+    "SOLVER.CHECKPOINT_PERIOD": "2",
+}
+
+
+def command(data, output, *arguments, **changes):
+    """Arguments of a small run; data is a VOC folder with splits train and test."""
+    keys = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
+    pairs = [word for pair in keys.items() for word in pair]
+    where = ["--voc-root", str(data), "--train-set", "train", "--test-set", "test"]
+    return [*where, "--output-dir", str(output), *arguments, *pairs]
+
+
+def start(arguments, config=CONFIG, **options):
+    """The tool in a process of its own."""
+    path = str(PROJECT / "configs" / "detection" / config)
+    tool = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / "train_net.py")]
+    return subprocess.Popen([*tool, "--config-file", path, *arguments], text=True, **options)
+
+
+def read_results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_voc, tmp_path_factory):
+    """(folder, output) of a run of three iterations in a process of its own."""
+    folder = tmp_path_factory.mktemp("run") / "output"
+    process = start(command(tiny_voc, folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return folder, output
+
+
+def test_writes_everything(trained):
+    folder, _ = trained
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "log.txt", "metrics.json", "results.json"} <= names
+    assert {"model_0000001.pth", "model_final.pth", "last_checkpoint"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert "total_loss" in read_metrics(folder)[0]
+    results = read_results(folder)
+    assert (results["iterations"], results["images_per_batch"]) == (3, 2)
+    assert 0 <= results["results"]["bbox"]["AP50"] <= 100
+    assert {"AP", "AP50", "AP50-bar", "AP50-box"} <= results["results"]["bbox"].keys()
+    assert torch.load(folder / "model_final.pth")["iteration"] == 2
+
+
+def test_config_of_the_run(trained):
+    config = yaml.safe_load((trained[0] / "config.yaml").read_text())
+    assert config["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 2
+    assert config["RESNET_BACKBONE"]["CLASS_NAMES"] == ["bar", "box"]
+    assert config["RESNET_BACKBONE"]["REFERENCE_BATCH"] == 0
+    assert config["SOLVER"]["BASE_LR"] == pytest.approx(0.02 * 2 / 8)
+    assert config["SOLVER"]["STEPS"] == [2]  # 500 and 640 of 700; 640 falls on the third and last
+
+
+def test_linear_rule_is_printed(trained):
+    line = "schedule: SOLVER.BASE_LR 0.02 -> 0.005 (for 2 images per batch, planned for 8)"
+    assert line in trained[1]
+    assert line in (trained[0] / "log.txt").read_text()
+
+
+def test_eval_only_gives_the_same_numbers(trained, train_net, tiny_voc, tmp_path):
+    folder, _ = trained
+    weights = str(folder / "model_final.pth")
+    code, lines = train_net(
+        CONFIG, *command(tiny_voc, tmp_path, "--eval-only", MODEL__WEIGHTS=weights)
+    )
+    assert code == 0, lines
+    assert read_results(tmp_path)["results"] == read_results(folder)["results"]
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_eval_only_with_the_saved_config(trained, train_net, tiny_voc, tmp_path):
+    folder, _ = trained
+    data = ["--voc-root", str(tiny_voc), "--train-set", "train", "--test-set", "test"]
+    weights = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
+    config = str(folder / "config.yaml")
+    code, lines = train_net(config, "--eval-only", "--output-dir", str(tmp_path), *data, *weights)
+    assert code == 0, lines
+    assert read_results(tmp_path)["results"] == read_results(folder)["results"]
+
+
+def test_weights_of_other_input_are_refused(trained, train_net, tiny_voc, tmp_path):
+    weights = str(trained[0] / "model_final.pth")
+    keys = dict(MODEL__WEIGHTS=weights, INPUT__FORMAT="RGB")
+    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, "--eval-only", **keys))
+    assert code == 2 and 'INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"' in lines[-1]
+
+
+def test_resume_continues(trained, train_net, tiny_voc, tmp_path):
+    """A copy of the finished run goes on from iteration 3 to 5."""
+    folder = shutil.copytree(trained[0], tmp_path / "run")
+    code, lines = train_net(CONFIG, *command(tiny_voc, folder, "--resume", SOLVER__MAX_ITER="5"))
+    assert code == 0, lines
+    assert "Starting training from iteration 3" in (folder / "log.txt").read_text()
+    assert torch.load(folder / "model_final.pth")["iteration"] == 4
+    trained_at = [row["iteration"] for row in read_metrics(folder) if "total_loss" in row]
+    assert trained_at == [2, 4]
+
+
+@pytest.mark.slow
+def test_resume_after_kill(tiny_voc, tmp_path):
+    keys = dict(SOLVER__MAX_ITER="2000", SOLVER__CHECKPOINT_PERIOD="3")
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(command(tiny_voc, tmp_path, **keys), **quiet)
+    wanted, deadline = tmp_path / "model_0000005.pth", time.monotonic() + 300
+    while not wanted.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    last = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text())["iteration"]
+    keys["SOLVER__MAX_ITER"] = str(last + 4)
+    assert start(command(tiny_voc, tmp_path, "--resume", **keys), **quiet).wait() == 0
+    log = (tmp_path / "log.txt").read_text()
+    starts = re.findall(r"Starting training from iteration (\d+)", log)
+    assert starts == ["0", str(last + 1)]
+    assert torch.load(tmp_path / "model_final.pth")["iteration"] == last + 3
+    assert read_results(tmp_path)["iterations"] == last + 4
+
+
+def test_mixed_precision_on_cpu(train_net, tiny_voc, tmp_path, monkeypatch):
+    """Convolutions run in bf16, weights and losses stay fp32, training and evaluation finish."""
+    from resnet_backbone.detection import trainer
+    from resnet_backbone.models.resnet import Stem
+
+    seen, forward = set(), Stem.forward
+
+    def spy(self, x):
+        maps = forward(self, x)
+        seen.add((self.training, maps.dtype))
+        return maps
+
+    monkeypatch.setattr(Stem, "forward", spy)
+    steps, run_step = [], trainer.CpuAutocastTrainer.run_step
+    monkeypatch.setattr(
+        trainer.CpuAutocastTrainer, "run_step", lambda self: (steps.append(1), run_step(self))
+    )
+    keys = dict(SOLVER__AMP__ENABLED="True", SOLVER__MAX_ITER="2")
+    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys))
+    assert code == 0, lines
+    assert len(steps) == 2
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    state = torch.load(tmp_path / "model_final.pth")["model"]
+    assert {value.dtype for value in state.values()} <= {torch.float32, torch.int64}
+
+
+def test_divergence(train_net, tiny_voc, tmp_path):
+    keys = dict(SOLVER__BASE_LR="1e30", SOLVER__WARMUP_ITERS="0", SOLVER__MAX_ITER="9")
+    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys))
+    assert code == 2
+    assert lines[-1].startswith("error: ") and "Lower SOLVER.BASE_LR" in lines[-1]
+
+
+def test_custom_class_names(train_net, tiny_voc, tmp_path):
+    keys = dict(RESNET_BACKBONE__CLASS_NAMES="['box', 'bar']", SOLVER__MAX_ITER="1")
+    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys))
+    assert code == 0, lines
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["RESNET_BACKBONE"]["CLASS_NAMES"] == ["box", "bar"]
+
+
+@pytest.mark.data
+def test_coco_json(train_net, data_root, tmp_path):
+    files = [
+        data_root / "coco_mini" / "annotations" / f"instances_{x}2017.json"
+        for x in ("train", "val")
+    ]
+    roots = [data_root / "coco_mini" / f"{x}2017" for x in ("train", "val")]
+    data = ["--coco-json", *map(str, files), "--image-root", *map(str, roots)]
+    keys = command("", tmp_path, SOLVER__MAX_ITER="2")[6:]
+    code, lines = train_net(CONFIG, *data, *keys)
+    assert code == 0, lines
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 80
+    assert config["RESNET_BACKBONE"]["CLASS_NAMES"][:2] == ["person", "bicycle"]
+    assert "AP50" in read_results(tmp_path)["results"]["bbox"]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("policy", ["refuse", pytest.param("drop", marks=pytest.mark.slow)])
+def test_users_voc_set_with_two_bad_boxes(train_net, data_root, tmp_path, policy):
+    data = ["--voc-root", str(data_root / "BCCD"), "--train-set", "trainval", "--test-set", "test"]
+    keys = command("", tmp_path, "--bad-data", policy, SOLVER__MAX_ITER="2")[6:]
+    code, lines = train_net(CONFIG, *data, *keys)
+    log = (tmp_path / "log.txt").read_text() + "\n".join(lines)
+    bad = set(re.findall(r"BloodImage_\d+\.xml", log))
+    assert len(bad) == 2, bad
+    assert code == (0 if policy == "drop" else 2), lines
+    if policy == "drop":
+        config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        assert config["RESNET_BACKBONE"]["CLASS_NAMES"] == ["Platelets", "RBC", "WBC"]
