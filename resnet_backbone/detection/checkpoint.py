@@ -153,7 +153,9 @@ class Checkpointer(DetectionCheckpointer):
         classes = checkpoint.pop("class_names", None) or self.class_names
         if self._same_classes and self.class_names and classes != self.class_names:
             raise WeightsError(
-                f"{path} was trained on the classes {classes}, these data have {self.class_names}"
+                f"{path} was trained on the classes {classes}, these data have "
+                f"{self.class_names}: use the config.yaml of its run, or set "
+                "RESNET_BACKBONE.CLASS_NAMES to its classes"
             )
         incompatible = super()._load_model(checkpoint)
         _refuse_incomplete(model, incompatible, path)

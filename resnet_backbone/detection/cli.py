@@ -202,7 +202,7 @@ def _common_classes(cfg: CfgNode) -> list[str]:
 
 
 def _register_voc_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
-    train_set = args.test_set if args.eval_only else args.train_set
+    train_set = args.train_set or (args.test_set if args.eval_only else None)
     if not train_set or not args.test_set:
         raise UsageError("--voc-root needs --train-set NAME and --test-set NAME")
     splits = [train_set, args.test_set]

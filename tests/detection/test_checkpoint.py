@@ -170,7 +170,7 @@ def test_our_checkpoints_carry_their_preprocessing(detector, tmp_path):
     for keys in (RGB, dict(MODEL__PIXEL_STD=[58.0, 58.0, 58.0])):
         other = detector(R18, **keys)
         before = state_of(other)
-        with pytest.raises(WeightsError, match="checkpoint was trained on other input"):
+        with pytest.raises(WeightsError, match="model.pth was trained on other input"):
             Checkpointer(other).load(path)
         assert_unchanged(other, before)
 

@@ -98,7 +98,7 @@ def test_eval_only_gives_the_same_numbers(trained, train_net, tiny_voc, tmp_path
         CONFIG, *command(tiny_voc, tmp_path, "--eval-only", MODEL__WEIGHTS=weights)
     )
     assert code == 0, lines
-    assert read_results(tmp_path)["results"] == read_results(folder)["results"]
+    assert read_results(tmp_path / "eval")["results"] == read_results(folder)["results"]
     assert not list(tmp_path.glob("*.pth"))
 
 
@@ -109,7 +109,7 @@ def test_eval_only_with_the_saved_config(trained, train_net, tiny_voc, tmp_path)
     config = str(folder / "config.yaml")
     code, lines = train_net(config, "--eval-only", "--output-dir", str(tmp_path), *data, *weights)
     assert code == 0, lines
-    assert read_results(tmp_path)["results"] == read_results(folder)["results"]
+    assert read_results(tmp_path / "eval")["results"] == read_results(folder)["results"]
 
 
 def test_weights_of_other_input_are_refused(trained, train_net, tiny_voc, tmp_path):
