@@ -99,7 +99,7 @@ def test_eval_only_gives_the_same_numbers(trained, train_net, tiny_voc, tmp_path
     )
     assert code == 0, lines
     assert read_results(tmp_path / "eval")["results"] == read_results(folder)["results"]
-    assert not list(tmp_path.glob("*.pth"))
+    assert [path.name for path in tmp_path.iterdir()] == ["eval"]
 
 
 def test_eval_only_with_the_saved_config(trained, train_net, tiny_voc, tmp_path):
