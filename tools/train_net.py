@@ -86,6 +86,8 @@ def set_up(args: argparse.Namespace):
         for line in scaled:
             logger.info("schedule: %s", line)
     set_up_data(cfg, args)
+    if cfg.SEED < 0:  # so that config.yaml and results.json say what was drawn
+        cfg.SEED = comm.shared_random_seed()
     cfg.freeze()
     default_setup(cfg, args)  # writes config.yaml: only what has passed so far replaces one
     return cfg

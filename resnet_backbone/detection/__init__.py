@@ -14,6 +14,11 @@ from resnet_backbone.detection.checkpoint import Checkpointer
 from resnet_backbone.detection.config import add_resnet_backbone_config
 from resnet_backbone.detection.heads import PaperRes5ROIHeads, VGGBoxHead
 
+
+def setup_environment() -> None:
+    """Lets ``DETECTRON2_ENV_MODULE=resnet_backbone.detection`` import this plugin everywhere."""
+
+
 __all__ = [
     "Checkpointer",
     "PaperRes5ROIHeads",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,13 +107,15 @@ assert "build_paper_resnet_backbone" in BACKBONE_REGISTRY, "not registered"
 """
 
 
-def test_env_module(tmp_path):
+@pytest.mark.parametrize("module", ["resnet_backbone.detection", "plugin.py"])
+def test_env_module(tmp_path, module):
     """DETECTRON2_ENV_MODULE (detectron2/utils/env.py) brings our backbones to any script."""
-    path = tmp_path / "plugin.py"
-    path.write_text(ENV_MODULE)
+    if module == "plugin.py":
+        module = str(tmp_path / module)
+        Path(module).write_text(ENV_MODULE)
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", REGISTERED],
-        env=os.environ | {"DETECTRON2_ENV_MODULE": str(path)},
+        env=os.environ | {"DETECTRON2_ENV_MODULE": module},
         capture_output=True,
         text=True,
     )
