@@ -17,7 +17,7 @@ from resnet_backbone.models.layers import NORMS, Norm
 from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
 
 
-class _BackboneContract(Backbone):
+class BackboneContract(Backbone):
     """``output_shape`` from the network's feature table.
 
     The networks work at any input size, so ``size_divisibility`` is 0 and there are no
@@ -28,11 +28,11 @@ class _BackboneContract(Backbone):
         return {name: ShapeSpec(**self.features[name]._asdict()) for name in self.out_features}
 
 
-class PaperResNet(ResNet, _BackboneContract):
+class PaperResNet(ResNet, BackboneContract):
     """:class:`resnet_backbone.models.ResNet` as a Detectron2 backbone; same arguments and keys."""
 
 
-class PaperVGG(VGG, _BackboneContract):
+class PaperVGG(VGG, BackboneContract):
     """:class:`resnet_backbone.models.VGG` as a Detectron2 backbone; same arguments and keys."""
 
 
