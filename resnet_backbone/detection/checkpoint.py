@@ -54,17 +54,15 @@ def describe_input(model: nn.Module) -> Preprocessing | None:
 
     None if it does not say, or if the backbone is not one of ours.
     """
-    mean = getattr(model, "pixel_mean", None)
-    if mean is None or getattr(model, "input_format", None) not in ("RGB", "BGR"):
-        return None
-    if not _networks(model):
+    mean, networks = getattr(model, "pixel_mean", None), _networks(model)
+    if mean is None or getattr(model, "input_format", None) not in ("RGB", "BGR") or not networks:
         return None
     return Preprocessing(
         model.input_format,
         255.0,
         tuple(mean.flatten().tolist()),
         tuple(model.pixel_std.flatten().tolist()),
-        stride_in_1x1=getattr(find_network(model), "stride_in_1x1", None),
+        stride_in_1x1=getattr(networks[0], "stride_in_1x1", None),
         source="a Detectron2 config",
     )
 
@@ -124,7 +122,7 @@ class Checkpointer(DetectionCheckpointer):
         self.class_names = list(class_names)
 
     def save(self, name: str, **kwargs) -> None:
-        described = describe_input(self._bare_model())
+        described = describe_input(self.model)
         if described is not None:
             kwargs["preprocessing"] = described.to_json()
         super().save(name, class_names=self.class_names, **kwargs)
@@ -133,7 +131,7 @@ class Checkpointer(DetectionCheckpointer):
         """Loads a file; ``checkpointables=[]`` means weights to start from, of any classes."""
         if path and path.endswith(".safetensors"):
             local = self.path_manager.get_local_path(path)
-            load_backbone(self._bare_model(), local, self.preprocessing)
+            load_backbone(self.model, local, self.preprocessing)
             self.logger.info(f"Loaded the backbone from {path}")
             return {}
         file = path.partition("?")[0] if path else ""  # a query belongs to DetectionCheckpointer
@@ -143,7 +141,7 @@ class Checkpointer(DetectionCheckpointer):
         return super().load(path, checkpointables)
 
     def _load_model(self, checkpoint):
-        model, path = self._bare_model(), self._loading
+        model, path = self.model, self._loading
         described = checkpoint.pop("preprocessing", None)
         known = self.preprocessing or next((v for k, v in KNOWN_ORIGINS.items() if k in path), "")
         if isinstance(described, str):
@@ -160,9 +158,6 @@ class Checkpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         _refuse_incomplete(model, incompatible, path)
         return incompatible
-
-    def _bare_model(self) -> nn.Module:
-        return getattr(self.model, "module", self.model)  # inside DistributedDataParallel
 
 
 def _refuse_incomplete(model: nn.Module, incompatible, path: str) -> None:

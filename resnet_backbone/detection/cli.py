@@ -102,16 +102,14 @@ def refuse_frozen_random(cfg: CfgNode) -> None:
         UsageError: ``MODEL.WEIGHTS`` is empty, and ``FREEZE_AT`` or FrozenBN keeps layers fixed.
     """
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
-    norms = {
-        "MODEL.RESNETS.NORM": cfg.MODEL.RESNETS.NORM,
-        "RESNET_BACKBONE.VGG.NORM": backbone_node(cfg).VGG.NORM,
-    }
-    key = list(norms)["vgg" in cfg.MODEL.BACKBONE.NAME]
+    key, norm = "MODEL.RESNETS.NORM", cfg.MODEL.RESNETS.NORM
+    if "vgg" in cfg.MODEL.BACKBONE.NAME:
+        key, norm = "RESNET_BACKBONE.VGG.NORM", backbone_node(cfg).VGG.NORM
     found, mend = [], []
     if freeze_at > 0:
         found.append(f"the first {freeze_at} stages are frozen (MODEL.BACKBONE.FREEZE_AT)")
         mend.append("MODEL.BACKBONE.FREEZE_AT 0")
-    if norms[key] == "FrozenBN":
+    if norm == "FrozenBN":
         found.append(f"{key} is FrozenBN")
         mend.append(f"{key} BN")
     if found and not cfg.MODEL.WEIGHTS:

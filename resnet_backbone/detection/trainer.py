@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -15,7 +14,7 @@ from detectron2.data import (
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer
+from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -56,23 +55,8 @@ def uses_cpu_autocast(cfg: CfgNode) -> bool:
     return cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu"
 
 
-class CpuAutocastTrainer(SimpleTrainer):
-    """One training step with bf16 autocast on the CPU; Detectron2's AMPTrainer is CUDA-only."""
-
-    def run_step(self) -> None:
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            losses = self.model(data)
-        self.optimizer.zero_grad()
-        sum(losses.values()).backward()
-        self._write_metrics(losses, data_time)  # raises at a loss that is not finite
-        self.optimizer.step()
-
-
 class AutocastModel(nn.Module):
-    """Runs a detector's inference under bf16 autocast on the CPU."""
+    """Runs a detector under bf16 autocast on the CPU; Detectron2's AMPTrainer is CUDA-only."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -116,8 +100,7 @@ class Trainer(DefaultTrainer):
         super().__init__(plain)
         self.cfg = cfg
         if uses_cpu_autocast(cfg):
-            step = self._trainer
-            self._trainer = CpuAutocastTrainer(step.model, step.data_loader, step.optimizer)
+            self.model = AutocastModel(self.model)  # for the steps; checkpoints hold the bare one
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -143,7 +126,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
-        if uses_cpu_autocast(cfg):
+        if uses_cpu_autocast(cfg) and not isinstance(model, AutocastModel):
             model = AutocastModel(model)
         return super().test(cfg, model, evaluators)
 

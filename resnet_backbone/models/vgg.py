@@ -60,16 +60,14 @@ class VGG(StagedNetwork):
         for name, num_convs, width in zip(
             self.stage_names, DEPTHS[depth], STAGE_WIDTHS, strict=False
         ):
-            layers = {} if name == "conv1" else {"pool": nn.MaxPool2d(2)}
-            for index in range(num_convs):
-                layers[str(index)] = ConvNormAct(
-                    channels, width, 3, norm=norm, activation=activation
-                )
-                channels = width
             stage = nn.Sequential()
-            for key, layer in layers.items():
-                stage.add_module(key, layer)
-            stride *= 1 if name == "conv1" else 2
+            if name != "conv1":
+                stage.add_module("pool", nn.MaxPool2d(2))
+                stride *= 2
+            for index in range(num_convs):
+                layer = ConvNormAct(channels, width, 3, norm=norm, activation=activation)
+                stage.add_module(str(index), layer)
+                channels = width
             self.add_stage(name, stage, channels, stride)
         if "pool5" in self.stage_names:
             self.add_stage("pool5", nn.MaxPool2d(2), channels, 2 * stride)

@@ -21,6 +21,7 @@ from resnet_backbone.detection.data import (
     load_voc_instances,
     register_coco,
 )
+from resnet_backbone.detection.data.problems import read_image_size
 
 BOX = (2, 3, 10, 8)
 BCCD_BAD = ["BloodImage_00338.xml", "BloodImage_00343.xml"]
@@ -305,3 +306,15 @@ def test_register_coco(coco):
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.pop(name)
+
+
+def test_an_image_is_decoded_once_until_it_changes(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)).save(path)
+    assert read_image_size(str(path), decode=True) == (40, 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", lambda path: pytest.fail("opened again"))
+        assert read_image_size(str(path), decode=True) == (40, 30)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(OSError):
+        read_image_size(str(path), decode=True)

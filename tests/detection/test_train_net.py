@@ -163,10 +163,13 @@ def test_mixed_precision_on_cpu(train_net, tiny_voc, tmp_path, monkeypatch):
         return maps
 
     monkeypatch.setattr(Stem, "forward", spy)
-    steps, run_step = [], trainer.CpuAutocastTrainer.run_step
-    monkeypatch.setattr(
-        trainer.CpuAutocastTrainer, "run_step", lambda self: (steps.append(1), run_step(self))
-    )
+    steps, run = [], trainer.AutocastModel.forward
+
+    def count(self, inputs):
+        steps.extend([1] if self.training else [])
+        return run(self, inputs)
+
+    monkeypatch.setattr(trainer.AutocastModel, "forward", count)
     keys = dict(SOLVER__AMP__ENABLED="True", SOLVER__MAX_ITER="2")
     code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys))
     assert code == 0, lines

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from PIL import Image
 from tabulate import tabulate
@@ -148,6 +150,12 @@ def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
     Raises:
         OSError: the file is missing, is no image, or is cut short.
     """
+    stat = os.stat(path)
+    return _read_version(path, decode, stat.st_mtime_ns, stat.st_size)
+
+
+@cache  # a run asks for the same images while it checks, loads and evaluates
+def _read_version(path: str, decode: bool, _mtime: int, _size: int) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
