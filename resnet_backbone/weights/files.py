@@ -21,6 +21,7 @@ from resnet_backbone.weights.preprocessing import (
 )
 
 METADATA_KEY = "resnet_backbone.preprocessing"
+MEAN_IMAGE_KEY = "preprocessing.mean_image"
 OUR_FIRST_KEYS = ("stem.conv1.weight", "stem.weight", "conv1.0.weight")  # ResNet, CIFAR, VGG
 
 
@@ -40,6 +41,20 @@ def read_weights(
     Raises:
         WeightsError: missing or damaged file, unknown keys, non-finite values, no preprocessing.
     """
+    tensors, found = read_own_tensors(path, preprocessing)
+    if not any(key in tensors for key in OUR_FIRST_KEYS):
+        try:
+            tensors = from_torchvision(tensors)
+        except ValueError as error:
+            raise WeightsError(f"{path}: {error}") from error
+    tensors = {k: v.float() for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+    return tensors, found
+
+
+def read_own_tensors(
+    path: str | os.PathLike, preprocessing: str = ""
+) -> tuple[dict[str, Tensor], Preprocessing]:
+    """As :func:`read_weights`, with the tensors as they are in the file."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path}: only .safetensors files are read here")
@@ -55,12 +70,9 @@ def read_weights(
         if not torch.isfinite(value).all():
             raise WeightsError(f"{path}: {key} has NaN or infinite values")
     found = _preprocessing_of(path, metadata, preprocessing)
-    if not any(key in tensors for key in OUR_FIRST_KEYS):
-        try:
-            tensors = from_torchvision(tensors)
-        except ValueError as error:
-            raise WeightsError(f"{path}: {error}") from error
-    tensors = {k: v.float() for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
+    mean_image = tensors.pop(MEAN_IMAGE_KEY, None)
+    if mean_image is not None:
+        found = replace(found, mean_image=mean_image.float())
     return tensors, found
 
 
@@ -78,16 +90,28 @@ def _preprocessing_of(path: Path, metadata: Mapping[str, str], name: str) -> Pre
     return get_preprocessing(name)
 
 
-def save_weights(model: nn.Module, path: str | os.PathLike, preprocessing: Preprocessing) -> None:
-    """Writes a network's weights with their preprocessing as metadata, atomically."""
+def save_weights(
+    model: nn.Module,
+    path: str | os.PathLike,
+    preprocessing: Preprocessing,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a network's weights with their preprocessing as metadata, atomically.
+
+    Args:
+        metadata: further facts to write beside the preprocessing, such as the model's name.
+    """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path}: weights are written to .safetensors files")
     tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    if preprocessing.mean_image is not None:
+        tensors[MEAN_IMAGE_KEY] = preprocessing.mean_image.detach().cpu().contiguous()
+    notes = {**(metadata or {}), METADATA_KEY: preprocessing.to_json()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         # not save_file, whose files only their owner can read
-        temporary.write_bytes(save(tensors, {METADATA_KEY: preprocessing.to_json()}))
+        temporary.write_bytes(save(tensors, notes))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

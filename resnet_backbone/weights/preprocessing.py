@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+
+from torch import Tensor
 
 
 class WeightsError(ValueError):
@@ -23,6 +25,10 @@ class Preprocessing:
         stride_in_1x1: where bottlenecks have their stride; ``None`` where there are none.
         bn_eps: epsilon of the batch norms.
         source: where these values are written down.
+        mean_image: (3, H, W) or None: the per-pixel mean in ``channel_order`` and
+            ``value_range``, subtracted in place of ``mean`` from images of exactly this size
+            (paper, section 3.4). It is not part of the JSON form or of equality; weight files
+            hold it as a tensor.
     """
 
     channel_order: str
@@ -32,6 +38,7 @@ class Preprocessing:
     stride_in_1x1: bool | None = None
     bn_eps: float = 1e-5
     source: str = ""
+    mean_image: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
         if self.channel_order not in ("RGB", "BGR"):
@@ -48,7 +55,9 @@ class Preprocessing:
         return tuple(value * 255.0 / self.value_range for value in self.std)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        values = asdict(replace(self, mean_image=None))
+        del values["mean_image"]
+        return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> Preprocessing:

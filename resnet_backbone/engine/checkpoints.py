@@ -1,0 +1,110 @@
+"""Checkpoints, whole or not there: weights with their preprocessing, and the run's state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from resnet_backbone.engine.networks import NetworkSpec, load_network, save_network
+from resnet_backbone.weights import Preprocessing, WeightsError
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, STATE, PARTIAL = "model.safetensors", "state.pt", ".partial-"
+
+
+class Checkpoints:
+    """The folder ``checkpoints/<iteration>/`` of a run.
+
+    Each is written under another name and renamed when it is on the disk, so a kill at any moment
+    leaves the earlier ones and at most a folder that the next start removes.
+
+    Args:
+        folder: of the run.
+        spec, preprocessing: written into the weights.
+        keep: newest checkpoints that stay.
+        keep_every: iterations whose multiples stay for good; 0: none.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: NetworkSpec,
+        preprocessing: Preprocessing,
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+    ):
+        self.folder = Path(folder) / "checkpoints"
+        self.spec, self.preprocessing = spec, preprocessing
+        self.keep, self.keep_every = keep, keep_every
+
+    def save(self, iteration: int, model: nn.Module, state: dict) -> Path:
+        """Writes the checkpoint of an iteration, unless it is there already."""
+        final = self.folder / f"{iteration:08d}"
+        if final.exists():
+            return final
+        partial = self.folder / f"{PARTIAL}{iteration:08d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_network(partial / WEIGHTS, model, self.spec, self.preprocessing)
+        torch.save(state, partial / STATE)
+        for name in (WEIGHTS, STATE):
+            _to_disk(partial / name)
+        os.rename(partial, final)
+        _to_disk(self.folder)
+        self._remove_old()
+        return final
+
+    def iterations(self) -> list[int]:
+        """Iterations that have a checkpoint, rising."""
+        return iterations_in(self.folder)
+
+    def _remove_old(self) -> None:
+        for iteration in self.iterations()[: -self.keep]:
+            if not self.keep_every or iteration % self.keep_every:
+                shutil.rmtree(self.folder / f"{iteration:08d}", ignore_errors=True)
+
+    def load_latest(self, model: nn.Module) -> dict | None:
+        """Loads the newest checkpoint's weights; its state, or None if there is no checkpoint.
+
+        A damaged checkpoint is passed over, with a warning that names it.
+
+        Raises:
+            WeightsError: there are checkpoints, and none can be read.
+        """
+        for left in self.folder.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        found = self.iterations()
+        for iteration in reversed(found):
+            folder = self.folder / f"{iteration:08d}"
+            try:
+                state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+                load_network(model, folder / WEIGHTS)
+                return state
+            except (WeightsError, OSError, RuntimeError, EOFError, ValueError) as error:
+                problem = " ".join(str(error).split())
+                logger.warning("%s cannot be used (%s); trying an older one", folder, problem)
+        if found:
+            raise WeightsError(f"{self.folder}: none of {len(found)} checkpoints can be read")
+        return None
+
+
+def iterations_in(folder: Path) -> list[int]:
+    """Iterations with a complete checkpoint in a ``checkpoints`` folder, rising."""
+    names = [path.name for path in folder.glob("*")] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or a folder's table of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,158 @@
+"""Classifiers by name: this package's, torchvision's and timm's."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from resnet_backbone.models import BottleneckBlock, StagedNetwork, build_model
+from resnet_backbone.weights import Preprocessing, WeightsError, load_weights, save_weights
+from resnet_backbone.weights.files import read_own_tensors
+
+MODEL_KEY = "resnet_backbone.model"
+AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's auxiliary classifiers (arXiv 1409.4842, section 5)
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What a checkpoint says of its network: enough to build it again.
+
+    Attributes:
+        name: of ``list_models()``, or ``torchvision/<name>`` or ``timm/<name>``.
+        num_classes: outputs.
+        options: constructor arguments.
+    """
+
+    name: str
+    num_classes: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """Builds the network with freshly initialised weights.
+
+        Raises:
+            ValueError: unknown name (with the nearest one) or option.
+        """
+        library, slash, name = self.name.partition("/")
+        options = dict(self.options)
+        try:
+            if not slash:
+                return build_model(self.name, self.num_classes, **options)
+            if library == "torchvision":
+                return _from_torchvision(name, self.num_classes, options)
+            if library == "timm":
+                return _from_timm(name, self.num_classes, options)
+        except TypeError as error:
+            raise ValueError(f"model.options {options}: {error}") from error
+        raise ValueError(
+            f"unknown library in model {self.name!r}: write torchvision/<name> or timm/<name>"
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def _from_torchvision(name: str, num_classes: int, options: dict) -> nn.Module:
+    from torchvision import models
+
+    names = models.list_models(module=models)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean torchvision/{near[0]}?" if near else "see torchvision.models"
+        raise ValueError(f"torchvision has no classifier {name!r}: {hint}")
+    if name in ("googlenet", "inception_v3"):
+        options.setdefault("init_weights", True)
+    return models.get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def _from_timm(name: str, num_classes: int, options: dict) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError("timm/ names need timm: pip install timm") from error
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean timm/{near[0]}?" if near else "see timm.list_models()"
+        raise ValueError(f"timm has no model {name!r}: {hint}")
+    return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+
+
+def logits_of(outputs: Any) -> tuple[Tensor, list[tuple[float, Tensor]]]:
+    """The logits of a network's outputs, and auxiliary ones with their weights in the loss."""
+    if isinstance(outputs, Tensor):
+        return outputs, []
+    main, *others = outputs
+    return main, [(AUXILIARY_WEIGHT, other) for other in others if other is not None]
+
+
+def describe(model: nn.Module, preprocessing: Preprocessing) -> Preprocessing:
+    """Adds to a preprocessing what the network itself settles: stride position and BN epsilon."""
+    modules = list(model.modules())
+    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    epsilons = {module.eps for module in modules if isinstance(module, norms)}
+    stride = getattr(model, "stride_in_1x1", None)
+    if not any(isinstance(module, BottleneckBlock) for module in modules):
+        stride = None
+    values = {**preprocessing.__dict__, "stride_in_1x1": stride}
+    if len(epsilons) == 1:
+        values["bn_eps"] = epsilons.pop()
+    return Preprocessing(**values)
+
+
+def save_network(
+    path: str | Path, model: nn.Module, spec: NetworkSpec, preprocessing: Preprocessing
+) -> None:
+    """Writes weights that say which network they are of and which input they expect."""
+    save_weights(model, path, preprocessing, {MODEL_KEY: spec.to_json()})
+
+
+def read_spec(path: str | Path) -> NetworkSpec | None:
+    """The network that a weights file names; None if it does not.
+
+    Raises:
+        WeightsError: the file cannot be read.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get(MODEL_KEY)
+        return None if text is None else NetworkSpec(**json.loads(text))
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
+    """Loads weights into a network of any library, all or nothing.
+
+    Networks of this package are checked as in :func:`resnet_backbone.load_weights`; others must
+    match the file key by key.
+
+    Raises:
+        WeightsError: see :func:`resnet_backbone.weights.read_weights`.
+    """
+    if isinstance(model, StagedNetwork):
+        return load_weights(model, path, preprocessing)
+    tensors, found = read_own_tensors(path, preprocessing)
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    wrong = [k for k in {**own, **tensors} if k not in tensors or own.get(k) != tensors[k].shape]
+    if wrong:
+        raise WeightsError(
+            f"{path} is of another network: {len(wrong)} tensors differ, the first is {wrong[0]}"
+        )
+    model.load_state_dict(tensors)
+    return found
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    return model.to(memory_format=torch.channels_last)

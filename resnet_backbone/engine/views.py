@@ -1,0 +1,323 @@
+"""The test protocols of the paper: from an image to one probability for each class.
+
+A protocol says at which short sides it wants the image (``short_sides``), what may be cut off
+before it is sent on (``prepare``), and turns the images into class probabilities (``score``).
+Networks run through a :class:`Member`, which holds one network with its own preprocessing.
+
+The paper's per-pixel mean has the size of its training crop. Where a protocol shows the network
+images of exactly that size (centre, ten_crop, CIFAR's full), the mean image is subtracted; at all
+other sizes (dense) ``InputNormalizer`` subtracts the channel means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from resnet_backbone.models import VGG, StagedNetwork
+from resnet_backbone.weights.inputs import InputNormalizer
+
+Images = Tensor | Sequence[Tensor]  # uint8 (N, 3, H, W), or N of (3, H, W) where sizes differ
+POOLINGS = ("sliding", "global_pool")
+SOFTMAXES = ("per_position", "per_view", "at_end")
+
+
+class Member:
+    """A network with its own preprocessing: uint8 RGB images -> logits.
+
+    Args:
+        model: maps normalised images (N, 3, H, W) to logits (N, num_classes): one of our
+            networks or any other (torchvision, timm), as it is, compiled or in DDP.
+        normalizer: its preprocessing; it also says on which device it runs.
+        autocast: ``torch.bfloat16`` or ``torch.float16`` for mixed precision.
+        channels_last: memory format of the network's input.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        normalizer: InputNormalizer,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = True,
+    ):
+        # DDP's forward talks to the other processes, which may have fewer batches
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.normalizer, self.autocast, self.channels_last = normalizer, autocast, channels_last
+
+    @property
+    def network(self) -> nn.Module:
+        """The network without what ``torch.compile`` wrapped around it."""
+        return getattr(self.model, "_orig_mod", self.model)
+
+    def run(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+        """A function of the normalised images, in the wanted precision."""
+        inputs = self.normalizer(images)
+        if not self.channels_last:
+            inputs = inputs.contiguous()
+        device = self.normalizer.device.type
+        with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
+            return function(inputs)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, H, W) -> logits, float64 (N, num_classes)."""
+        logits = self.run(self.model, images)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(
+                f"{type(self.network).__name__} returns {kind} and not logits (N, num_classes): "
+                "evaluation needs a classifier, with its head (our networks: without out_features)"
+            )
+        return logits.double()
+
+    def position_logits(self, images: Tensor, window: int) -> Tensor:
+        """The network applied convolutionally: float64 (N, num_classes, h, w)."""
+        network = self.network
+
+        def apply(inputs: Tensor) -> Tensor:
+            last = network.stage_names[-1]
+            return _head_as_convolution(
+                network, network.forward_features(inputs, [last])[last], window
+            )
+
+        return self.run(apply, images).double()
+
+
+def _head_as_convolution(network: StagedNetwork, maps: Tensor, window: int) -> Tensor:
+    """The head at each position of a ``window`` that slides over the last stage's map."""
+    height, width = maps.shape[-2:]
+    if min(height, width) < window:
+        raise ValueError(
+            f"dense testing slides a {window}x{window} window, but the last map is "
+            f"{height}x{width}: use larger sizes, a smaller window, or pooling global_pool"
+        )
+    if isinstance(network, VGG):  # fc6 was trained as a 7x7 window (arXiv 1409.1556, section 3.2)
+        kernel = network.fc6.weight.unflatten(1, (maps.shape[1], window, window))
+        x = F.relu(F.conv2d(maps, kernel, network.fc6.bias))
+        x = F.relu(F.conv2d(x, network.fc7.weight[:, :, None, None], network.fc7.bias))
+    else:
+        x = F.avg_pool2d(maps, window, stride=1)
+    return F.conv2d(x, network.linear.weight[:, :, None, None], network.linear.bias)
+
+
+def by_size(function: Callable[[Tensor], Tensor], images: Images) -> Tensor:
+    """Applies a function to stacks of images of equal size, and keeps the order: (N, ...)."""
+    if isinstance(images, Tensor):
+        return function(images)
+    groups: dict[torch.Size, list[int]] = {}
+    for place, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(place)
+    parts = [function(torch.stack([images[i] for i in places])) for places in groups.values()]
+    order = torch.tensor([place for places in groups.values() for place in places])
+    joined = torch.cat(parts)
+    return joined[order.argsort().to(joined.device)]
+
+
+def crop(image: Tensor, top: int, left: int, size: int) -> Tensor:
+    return image[..., top : top + size, left : left + size]
+
+
+def centre_crop(image: Tensor, size: int) -> Tensor:
+    """The middle of (..., H, W), with torchvision's rounding."""
+    height, width = image.shape[-2:]
+    if min(height, width) < size:
+        raise ValueError(
+            f"an image of {height}x{width} has no {size}x{size} crop: use a larger resize"
+        )
+    return crop(image, round((height - size) / 2), round((width - size) / 2), size)
+
+
+def five_crops(image: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Top left, top right, bottom left, bottom right and centre of (..., H, W)."""
+    middle = centre_crop(image, size)
+    bottom, right = image.shape[-2] - size, image.shape[-1] - size
+    corners = ((0, 0), (0, right), (bottom, 0), (bottom, right))
+    return (*(crop(image, top, left, size) for top, left in corners), middle)
+
+
+class Protocol:
+    """Base of the protocols, which are frozen dataclasses: equal settings, equal protocol."""
+
+    name: ClassVar[str]
+
+    @property
+    def short_sides(self) -> tuple[int | None, ...]:
+        """The sizes at which ``score`` wants each image; ``None`` is the image as it is."""
+        return (None,)
+
+    def prepare(self, image: Tensor) -> Tensor:
+        """What a loader's worker may do to a scaled image, uint8 (3, H, W), before sending it."""
+        return image
+
+    def score(self, member: Member, images: Sequence[Images]) -> Tensor:
+        """Class probabilities.
+
+        Args:
+            member: the network.
+            images: one entry for each of ``short_sides``.
+
+        Returns:
+            float64 (N, num_classes), rows sum to 1.
+        """
+        raise NotImplementedError
+
+    def settings(self) -> dict:
+        """The name and every setting, for records of a result."""
+        return {"name": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Full(Protocol):
+    """The image as it is: the paper's single view of CIFAR-10 (section 4.2)."""
+
+    name: ClassVar[str] = "full"
+
+    def score(self, member: Member, images: Sequence[Images]) -> Tensor:
+        return by_size(lambda stack: member(stack).softmax(1), images[0])
+
+
+@dataclass(frozen=True)
+class Centre(Protocol):
+    """The centre crop of the scaled image: the released weights' "1-crop" (short side 256, 224).
+
+    Args:
+        resize: short side in pixels, or ``None`` to leave the image as it is.
+        crop: side of the square in pixels.
+    """
+
+    resize: int | None = 256
+    crop: int = 224
+    name: ClassVar[str] = "centre"
+
+    def __post_init__(self):
+        if self.crop < 1 or (self.resize is not None and self.resize < self.crop):
+            raise ValueError(
+                f"a crop of {self.crop} does not fit into a short side of {self.resize}"
+            )
+
+    @property
+    def short_sides(self) -> tuple[int | None, ...]:
+        return (self.resize,)
+
+    def prepare(self, image: Tensor) -> Tensor:
+        return centre_crop(image, self.crop)
+
+    def score(self, member: Member, images: Sequence[Images]) -> Tensor:
+        return by_size(lambda stack: member(centre_crop(stack, self.crop)).softmax(1), images[0])
+
+
+@dataclass(frozen=True)
+class TenCrop(Protocol):
+    """Four corners and the centre, and those of the mirrored image (paper, Tables 2 and 3).
+
+    The softmax scores are averaged, as the released weights' README says. Crops are
+    torchvision's ``TenCrop``. Each of the ten goes through the network as a batch of its own.
+
+    Args:
+        resize: short side in pixels (the paper: 256), or ``None`` for the image as it is.
+        crop: side of the squares in pixels.
+    """
+
+    resize: int | None = 256
+    crop: int = 224
+    name: ClassVar[str] = "ten_crop"
+    __post_init__ = Centre.__post_init__
+
+    @property
+    def short_sides(self) -> tuple[int | None, ...]:
+        return (self.resize,)
+
+    def crops(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Ten of (..., crop, crop)."""
+        return five_crops(image, self.crop) + five_crops(image.flip(-1), self.crop)
+
+    def score(self, member: Member, images: Sequence[Images]) -> Tensor:
+        if isinstance(images[0], Tensor):
+            views = self.crops(images[0])
+        else:
+            views = [torch.stack(same) for same in zip(*map(self.crops, images[0]), strict=True)]
+        return sum(member(view).softmax(1) for view in views) / len(views)
+
+
+@dataclass(frozen=True)
+class Dense(Protocol):
+    """Multi-scale fully convolutional testing (paper, section 3.4 and Table 4).
+
+    The whole image at each short side goes through the network; the scores of all positions are
+    averaged within a view (a size, mirrored or not), then over the views, all alike.
+
+    What the paper leaves open is named here:
+
+    - ``pooling``. "sliding" is the fully convolutional form: the 7x7 average pooling with stride 1
+      and the fc layer as a 1x1 convolution (VGG: fc6 as a 7x7 convolution), one score for each
+      position. "global_pool" is the network's own forward pass at that size: one score from the
+      average over the whole map. For a linear head the mean of the scores is the score of the
+      mean, fc(mean(x)) = mean(fc(x)), so the two then differ only in weights: cells near the
+      border are in fewer windows. They also differ by the softmax of single positions, and in
+      VGG, whose fc6 and fc7 are not linear (its own forward pass averages pool5 to 7x7).
+    - ``softmax``. "per_view": logits averaged over positions, softmax, probabilities averaged over
+      views; "per_position": softmax at every position first; "at_end": all logits averaged, one
+      softmax.
+    - ``flip``. Whether the mirrored image is a view, too; the paper does not say.
+
+    The defaults are VGG's protocol (arXiv 1409.1556, section 3.2), to which the paper refers:
+    the class score map is averaged over positions, then "soft-max class posteriors" over views;
+    flips are off.
+
+    Args:
+        sizes: short sides in pixels.
+        window: side of the last map at the training size: 7 for ImageNet networks at 224.
+    """
+
+    sizes: tuple[int, ...] = (224, 256, 384, 480, 640)
+    flip: bool = False
+    pooling: str = "sliding"
+    softmax: str = "per_view"
+    window: int = 7
+    name: ClassVar[str] = "dense"
+
+    def __post_init__(self):
+        object.__setattr__(self, "sizes", tuple(self.sizes))
+        if not self.sizes or min(self.sizes) < 1 or self.window < 1:
+            raise ValueError(f"dense sizes {self.sizes}, window {self.window}: give positive ones")
+        for value, choices in ((self.pooling, POOLINGS), (self.softmax, SOFTMAXES)):
+            if value not in choices:
+                raise ValueError(f"dense testing knows no {value!r}: use {', '.join(choices)}")
+
+    @property
+    def short_sides(self) -> tuple[int | None, ...]:
+        return self.sizes
+
+    def score(self, member: Member, images: Sequence[Images]) -> Tensor:
+        sliding_works = isinstance(member.network, StagedNetwork) and member.network.is_classifier
+        if self.pooling == "sliding" and not sliding_works:
+            raise ValueError(
+                f"dense testing of {type(member.network).__name__} needs pooling global_pool: only "
+                "classifiers of this package are known as convolutions"
+            )
+        views = []
+        for scaled in images:
+            views.append(by_size(lambda stack: self._view(member, stack), scaled))
+            if self.flip:
+                views.append(by_size(lambda stack: self._view(member, stack.flip(-1)), scaled))
+        mean = sum(views) / len(views)
+        return mean.softmax(1) if self.softmax == "at_end" else mean
+
+    def _view(self, member: Member, images: Tensor) -> Tensor:
+        """Scores of one view: logits for "at_end", else probabilities."""
+        if self.pooling == "global_pool":
+            logits = member(images)[:, :, None, None]
+        else:
+            logits = member.position_logits(images, self.window)
+        if self.softmax == "per_position":
+            return logits.softmax(1).mean((2, 3))
+        logits = logits.mean((2, 3))
+        return logits.softmax(1) if self.softmax == "per_view" else logits
+
+
+PROTOCOLS: dict[str, type[Protocol]] = {kind.name: kind for kind in (Full, Centre, TenCrop, Dense)}
