@@ -199,7 +199,7 @@ def key_names(node: Any = Config, prefix: str = "") -> Iterator[str]:
 def nearest_key(key: str) -> str:
     """The known key that is most like an unknown one."""
     names = list(key_names())
-    last = {name.rpartition(".")[2]: name for name in names}
+    last = {name.rpartition(".")[2]: name for name in reversed(names)}
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     if key.rpartition(".")[2] in last:
         return last[key.rpartition(".")[2]]

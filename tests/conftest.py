@@ -64,3 +64,19 @@ def make_voc(tmp_path):
         return root
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_cifar10(tmp_path_factory) -> Path:
+    """CIFAR-10's binary version with 40 generated images a file: noise tinted by the class."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    rng = np.random.default_rng(0)
+    names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
+    for name in names:
+        labels = rng.integers(0, 10, 40).astype(np.uint8)
+        tints = np.stack([labels * 25, 255 - labels * 25, (labels % 3) * 100], axis=1)
+        pixels = rng.integers(-40, 40, (40, 3, 1024)) + tints[:, :, None]
+        pixels = pixels.clip(0, 255).astype(np.uint8).reshape(40, -1)
+        records = np.concatenate([labels[:, None], pixels], axis=1)
+        (folder / f"{name}.bin").write_bytes(records.tobytes())
+    return folder

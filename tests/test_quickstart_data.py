@@ -1,6 +1,7 @@
 """The built-in detection set: valid VOC layout, tight boxes, honest separation, no half sets."""
 
 import filecmp
+import hashlib
 import importlib.util
 import json
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -15,6 +17,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
 
+from resnet_backbone import builtin  # noqa: E402
 from resnet_backbone.detection.data import quickstart  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,7 +54,7 @@ def test_layout_is_voc(built):
         assert 1 <= len(objects) <= 5
         assert len(objects) == len(summary["images"][image_id]["digits"])
         for item in objects:
-            assert item.findtext("name") in quickstart.CLASS_NAMES
+            assert item.findtext("name") in builtin.CLASS_NAMES
             assert item.findtext("pose") == "Unspecified"
             assert (item.findtext("truncated"), item.findtext("difficult")) == ("0", "0")
             bounds = {child.tag: child.text for child in item.find("bndbox")}
@@ -65,7 +68,7 @@ def test_boxes_are_tight_around_the_ink(split):
     for index in range(15):
         scene = quickstart.compose_scene(split, index)
         for digit in scene.digits:
-            ys, xs = np.nonzero(digit.ink >= quickstart.VISIBLE)
+            ys, xs = np.nonzero(digit.ink >= builtin.VISIBLE)
             assert digit.box == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
 
 
@@ -100,11 +103,11 @@ def test_boxes_hardly_overlap():
 
 def test_annotations_say_what_was_drawn(built):
     output, summary = built
-    labels = quickstart._load_digits()[1]
+    labels = builtin.load_scans()[1]
     for image_id, source in summary["images"].items():
         root = ElementTree.parse(output / "Annotations" / f"{image_id}.xml").getroot()
         names = [item.findtext("name") for item in root.findall("object")]
-        assert names == [quickstart.CLASS_NAMES[labels[index]] for index in source["digits"]]
+        assert names == [builtin.CLASS_NAMES[labels[index]] for index in source["digits"]]
         assert root.findtext("source/image").endswith(source["background"])
     split, number = "test", 4
     scene = quickstart.compose_scene(split, number, NUMBERS["image_size"], NUMBERS["seed"])
@@ -122,16 +125,16 @@ def test_train_and_test_share_no_digit_and_no_photograph(built):
         sources = [s for name, s in summary["images"].items() if name.startswith(split)]
         digits[split] = {index for source in sources for index in source["digits"]}
         photographs[split] = {source["background"] for source in sources}
-        assert digits[split] <= set(quickstart.digit_indices(split))
+        assert digits[split] <= set(builtin.digit_indices(split))
     assert not digits["train"] & digits["test"]
     assert not photographs["train"] & photographs["test"]
-    assert not set(quickstart.digit_indices("train")) & set(quickstart.digit_indices("test"))
-    assert not set(quickstart.BACKGROUNDS["train"]) & set(quickstart.BACKGROUNDS["test"])
+    assert not set(builtin.digit_indices("train")) & set(builtin.digit_indices("test"))
+    assert not set(builtin.BACKGROUNDS["train"]) & set(builtin.BACKGROUNDS["test"])
 
 
 def test_photographs_differ_in_their_pixels():
-    names = [name for split in quickstart.BACKGROUNDS.values() for name in split]
-    assert len({quickstart._load_photograph(name).tobytes() for name in names}) == len(names)
+    names = [name for split in builtin.BACKGROUNDS.values() for name in split]
+    assert len({builtin.load_photograph(name).tobytes() for name in names}) == len(names)
 
 
 def test_same_seed_same_files_another_seed_another_set(built, tmp_path):
@@ -140,6 +143,24 @@ def test_same_seed_same_files_another_seed_another_set(built, tmp_path):
     assert same_files(output, tmp_path / "again")
     other = quickstart.generate(tmp_path / "other", **(NUMBERS | {"seed": 4}))
     assert other["images"] != summary["images"]
+
+
+@pytest.mark.parametrize(
+    "split, expected",
+    [("train", "e1e494b264ab35937d3e59fb0dc85fb2"), ("test", "630ae6277229634681317d10ff6be0c2")],
+)
+def test_the_pictures_stay_the_same(split, expected):
+    """The numbers in docs/results rest on them."""
+    versions = [library.__version__.partition(".")[0] for library in (PIL, np)]
+    if versions != ["13", "2"]:
+        pytest.skip("other versions of Pillow and NumPy may draw slightly other pixels")
+    found = hashlib.sha256()
+    for index in range(4):
+        scene = quickstart.compose_scene(split, index)
+        found.update(scene.image.tobytes())
+        digits = [(digit.name, digit.index, digit.box) for digit in scene.digits]
+        found.update(repr((scene.background, digits)).encode())
+    assert found.hexdigest()[:32] == expected
 
 
 def test_a_larger_set_keeps_the_first_pictures(built, tmp_path):
@@ -198,7 +219,7 @@ def test_bad_numbers_are_refused(tmp_path, change):
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "skimage", None)
     with pytest.raises(ImportError, match=r"pip install resnet_backbone\[quickstart\]"):
-        quickstart._load_photograph.__wrapped__("coffee")
+        builtin.load_photograph.__wrapped__("coffee")
 
 
 def test_command_line(tmp_path, capsys):

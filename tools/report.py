@@ -1,77 +1,265 @@
 #!/usr/bin/env python
-"""Make pictures of results from the files that a training run leaves."""
+"""Make pictures and tables of results from what training runs leave."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from pathlib import Path
 
-from resnet_backbone.report import plot_training
+import torch
+from torch import Tensor
 
-METRICS = "metrics.json"
+from resnet_backbone.data.augment import resize_short_side
+from resnet_backbone.data.cifar import read_cifar10
+from resnet_backbone.data.decode import read_rgb
+from resnet_backbone.data.imagenet import EXTENSIONS
+from resnet_backbone.engine.networks import NetworkSpec, load_network, read_spec
+from resnet_backbone.engine.views import centre_crop
+from resnet_backbone.report import (
+    layer_responses,
+    load_run,
+    plot_errors,
+    plot_responses,
+    plot_training,
+    results_table,
+)
+from resnet_backbone.report.paper import parse_network
+from resnet_backbone.report.responses import Responses, responses_table
+from resnet_backbone.weights.inputs import InputNormalizer
+
+DETECTION, CLASSIFICATION = "metrics.json", "metrics.jsonl"
 
 CURVES_EPILOG = """\
 examples:
   python tools/report.py curves --run output/r50 --output curves.png
   python tools/report.py curves --run output/r50="pre-trained" --run output/scratch=scratch \\
       --output docs/curves.png
+  python tools/report.py curves --run output/plain20 --run output/plain56 \\
+      --run output/resnet20 --run output/resnet56 --output fig6.png
 
-Runs that are still going on, or were resumed, can be drawn too. AP50 appears where the run
-evaluated (TEST.EVAL_PERIOD above 0, or at its end)."""
+Runs of tools/train_net.py (metrics.json): total loss and AP50, where the run evaluated
+(TEST.EVAL_PERIOD above 0, or at its end).
+Runs of tools/train_classifier.py (metrics.jsonl): the paper's Fig. 4 and 6, error against
+iterations, training dashed, test bold; plain and residual networks in panels of their own. Runs
+of the same network, such as several seeds, share a colour; the legend has their mean test error.
+Runs that are still going on, or were resumed, can be drawn too."""
+
+RESPONSES_EPILOG = """\
+examples:
+  python tools/report.py responses --weights output/plain56/final.safetensors \\
+      --weights output/resnet56/final.safetensors --cifar10 cifar10 --output fig7.png
+  python tools/report.py responses --weights resnet50_msra.safetensors=ResNet-50 \\
+      --model resnet50 --preprocessing msra --images imagenet/val --output responses.png
+
+A layer's response is the output of its BN, before the nonlinearity and the addition; its
+standard deviation is taken over images, channels and positions. The paper finds residual networks
+below plain ones, and deeper residual networks below shallower ones. The weights of
+tools/train_classifier.py name their network and input; others need --model and --preprocessing."""
+
+TABLE_EPILOG = """\
+examples:
+  python tools/report.py table --run output/resnet20 --run output/resnet20_seed2 --output t.md
+  python tools/report.py table --run output/cifar10/* --output docs/results/cifar10.md
+
+Runs of the same network and recipe make one row, mean and standard deviation over their seeds.
+Runs shorter than the published recipe are marked. Below the tables stand the command, hardware
+and date of every run."""
+
+
+def split_label(text: str) -> tuple[str, str]:
+    """ "PATH" or "PATH=LABEL" -> (path, label or ""); an existing path may have a "=" itself."""
+    path, _, label = (text, "", "") if os.path.exists(text) else text.rpartition("=")
+    return (path, label) if path else (text, "")
 
 
 def parse_run(text: str) -> tuple[str, str]:
     """Split "DIR" or "DIR=LABEL" into (path of the metrics file, label).
 
+    The label of a detection run is its folder's name by default, that of a classification run is
+    empty: its config names the network.
+
     Raises:
-        argparse.ArgumentTypeError: there is no metrics.json.
+        argparse.ArgumentTypeError: there are no metrics.
     """
-    folder, _, label = (text, "", "") if os.path.exists(text) else text.rpartition("=")
-    folder = folder or text
-    path = folder if os.path.isfile(folder) else os.path.join(folder, METRICS)
-    if not os.path.isfile(path):
+    folder, label = split_label(text)
+    candidates = [os.path.join(folder, name) for name in (CLASSIFICATION, DETECTION)]
+    path = next((p for p in (folder, *candidates) if os.path.isfile(p)), None)
+    if path is None:
         raise argparse.ArgumentTypeError(
-            f"{path} does not exist; give a training run's OUTPUT_DIR, which holds {METRICS}"
+            f"{folder} has neither {DETECTION} nor {CLASSIFICATION}; give the folder of a training"
+            " run"
         )
-    return path, label or os.path.basename(os.path.dirname(os.path.abspath(path)))
+    if not label and not path.endswith(CLASSIFICATION):
+        label = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    return path, label
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    curves = commands.add_parser(
+def curves(args: argparse.Namespace) -> None:
+    paths, labels = zip(*args.runs, strict=True)
+    kinds = {path.endswith(CLASSIFICATION) for path in paths}
+    if len(kinds) > 1:
+        raise ValueError("detection and classification runs: draw them in pictures of their own")
+    if kinds == {True}:
+        runs = [load_run(os.path.dirname(path)) for path in paths]
+        plot_errors(runs, args.output, labels, args.together)
+    else:
+        plot_training(paths, args.output, labels)
+    print(args.output)
+
+
+def read_images(folder: Path, count: int) -> Tensor:
+    """Centre crops, uint8 (N, 3, 224, 224), of at most ``count`` images spread over a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise ValueError(f"{folder} holds no images: give a folder of JPEG or PNG files")
+    chosen = files[:: max(1, len(files) // count)][:count]
+    crops = []
+    for path in chosen:
+        pixels = torch.from_numpy(resize_short_side(read_rgb(path), 256)).permute(2, 0, 1)
+        crops.append(centre_crop(pixels, 224))
+    return torch.stack(crops)
+
+
+def responses(args: argparse.Namespace) -> None:
+    if args.cifar10:
+        images = read_cifar10(args.cifar10, train=False)[0][: args.num_images]
+    else:
+        images = read_images(Path(args.images), args.num_images)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drawn, rows = [], {}
+    for file, label in map(split_label, args.weights):
+        spec = NetworkSpec(args.model, 1000) if args.model else read_spec(file)
+        if spec is None:
+            raise ValueError(f"{file} does not name its network: give --model")
+        model = spec.build()
+        preprocessing = load_network(model, file, args.preprocessing)
+        network = parse_network(spec.name, spec.options)
+        label = label or network.title
+        if label in rows:
+            raise ValueError(f"two networks are named {label!r}: write --weights FILE=LABEL")
+        model = model.to(device, memory_format=torch.channels_last)
+        rows[label] = layer_responses(model, InputNormalizer(preprocessing, device)(images))
+        drawn.append(Responses(label, network, [std for _, std in rows[label]]))
+    plot_responses(drawn, args.output)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"images": len(images), "std": rows}, indent=1))
+    print(responses_table(rows), args.output, sep="\n")
+
+
+def table(args: argparse.Namespace) -> None:
+    text = results_table([load_run(folder) for group in args.runs for folder in group])
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(text, path, sep="")
+
+
+def add_curves(commands) -> None:
+    parser = commands.add_parser(
         "curves",
-        help="draw total loss and AP50 against iteration, one or more runs in one picture",
-        description="Draw total loss (smoothed) and AP50 against iteration, as a PNG picture.",
+        help="draw training curves: loss and AP50 of detection, errors of classification",
+        description="Draw training curves of one or more runs, as a PNG picture.",
         epilog=CURVES_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    curves.add_argument(
+    parser.add_argument(
         "--run",
         dest="runs",
         action="append",
         required=True,
         type=parse_run,
         metavar="DIR[=LABEL]",
-        help="a training run's OUTPUT_DIR (or its metrics.json) and its name in the legend;"
+        help="the folder of a training run (or its metrics file) and its name in the legend;"
         " may be given several times",
     )
-    curves.add_argument("--output", required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument("--output", required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="classification: plain and residual networks in one panel",
+    )
+    parser.set_defaults(run=curves)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of images: give 1 or more")
+    return int(text)
+
+
+def add_responses(commands) -> None:
+    parser = commands.add_parser(
+        "responses",
+        help="draw the standard deviations of layer responses (the paper's Fig. 7)",
+        description="Draw the standard deviations of layer responses (the paper's Fig. 7).",
+        epilog=RESPONSES_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--weights",
+        action="append",
+        required=True,
+        metavar="FILE[=LABEL]",
+        help=".safetensors file and its name in the legend; may be given several times",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--cifar10", metavar="DIR", help="CIFAR-10: its test images are used")
+    source.add_argument(
+        "--images", metavar="DIR", help="folder of images, centre crops of 224 (short side 256)"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers, by layer name")
+    parser.add_argument(
+        "--num-images", type=positive, default=1000, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--model", metavar="NAME", help="network of weights that do not say it")
+    parser.add_argument(
+        "--preprocessing", default="", metavar="NAME", help="their input, such as msra"
+    )
+    parser.set_defaults(run=responses)
+
+
+def add_table(commands) -> None:
+    parser = commands.add_parser(
+        "table",
+        help="tabulate classification results beside the paper's",
+        description="Write a Markdown table of classification results beside the paper's.",
+        epilog=TABLE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--run",
+        dest="runs",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="run folders of tools/train_classifier.py; may be given several times",
+    )
+    parser.add_argument("--output", required=True, metavar="FILE.md", help="table to write")
+    parser.set_defaults(run=table)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (add_curves, add_responses, add_table):
+        add(commands)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
-    paths, labels = zip(*args.runs, strict=True)
     try:
-        plot_training(paths, args.output, labels)
+        args.run(args)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(args.output)
     return 0
 
 

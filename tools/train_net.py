@@ -5,7 +5,13 @@ On your own data in PASCAL VOC layout, from ImageNet weights:
 
   python tools/train_net.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
       --voc-root VOCdevkit/VOC2007 --train-set trainval --test-set test --output-dir output/r50 \\
-      MODEL.WEIGHTS resnet50_msra.safetensors RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra
+      --weights resnet50_msra.safetensors RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra
+
+From what tools/train_classifier.py trained; its channel order, mean, standard deviation and stride
+position are taken over:
+
+  python tools/train_net.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
+      --voc-root ... --weights output/resnet50/final.safetensors
 
 On COCO-style JSON:
 
@@ -52,6 +58,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="evaluate MODEL.WEIGHTS; results go to the folder eval inside the run folder",
     )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE.safetensors",
+        help="start from a classifier's weights and take over the input that they were trained on",
+    )
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs on this machine (default: 1)")
     parser.add_argument("--dist-url", default="auto", help="tcp:// address for several GPUs")
     add_data_arguments(parser)
@@ -59,6 +70,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.num_gpus > max(1, torch.cuda.device_count()):
         raise UsageError(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()} here")
+    if args.weights and args.eval_only:
+        raise UsageError(
+            "--weights is where a training starts; --eval-only takes a detector: MODEL.WEIGHTS "
+            "RUN/model_final.pth"
+        )
     return args
 
 
@@ -68,9 +84,11 @@ def set_up(args: argparse.Namespace):
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
+    from resnet_backbone.detection.handover import take_over
     from resnet_backbone.detection.schedule import scale_schedule
 
     cfg = load_config(args.config_file, args.opts)
+    taken = take_over(cfg, args.weights, given=args.opts[::2]) if args.weights else []
     if args.output_dir:
         cfg.OUTPUT_DIR = args.output_dir
     if args.eval_only:  # a run's own config and results stay as they are
@@ -82,6 +100,8 @@ def set_up(args: argparse.Namespace):
     scaled = scale_schedule(cfg, planned, given=args.opts[::2])
     cfg.RESNET_BACKBONE.REFERENCE_BATCH = 0  # done: config.yaml must not be scaled again
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="resnet_backbone", abbrev_name="rb")
+    for line in taken:
+        logger.info("weights: %s", line)
     if not args.eval_only:
         for line in scaled:
             logger.info("schedule: %s", line)

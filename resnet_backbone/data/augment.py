@@ -28,21 +28,37 @@ class Augmented(NamedTuple):
     shift: np.ndarray | None = None
 
 
-class Crop(NamedTuple):
-    """A square crop of a resized image, in pixels of the image before resizing.
+class Span(NamedTuple):
+    """One axis of a crop of a resized image.
 
-    Pillow's ``resize((size, size), BILINEAR, box=(left, top, left + size * scale_x,
-    top + size * scale_y))`` gives the same pixels within a grey level or two.
+    The crop begins ``skip`` pixels of the result after the pixel ``start`` of the image: the
+    resizing filter of its first pixel does not look further back than ``start``.
 
     Attributes:
-        top, left: the corner.
-        scale_y, scale_x: pixels of the image for one of the crop.
+        start: pixel of the image, before resizing.
+        skip: pixels of the result.
+        scale: pixels of the image for one of the result.
     """
 
-    top: float
-    left: float
-    scale_y: float
-    scale_x: float
+    start: int
+    skip: int
+    scale: float
+
+
+class Crop(NamedTuple):
+    """A square crop of a resized image."""
+
+    y: Span
+    x: Span
+
+    def box(self, size: int) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in pixels of the image before resizing.
+
+        Pillow's ``resize((size, size), BILINEAR, box=...)`` gives the same pixels, within a grey
+        level or two.
+        """
+        left, top = (span.start + span.skip * span.scale for span in (self.x, self.y))
+        return left, top, left + size * self.x.scale, top + size * self.y.scale
 
 
 def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
@@ -90,56 +106,53 @@ def draw_crop(
     the image away, from which the crop can be resized without the rest of the image.
     """
     shape = resized_shape(height, width, int(rng.integers(short_side[0], short_side[1] + 1)))
-    top, scale_y = _draw_place(height, shape[0], size, rng)
-    left, scale_x = _draw_place(width, shape[1], size, rng)
-    return Crop(top, left, scale_y, scale_x)
+    y = _draw_span(height, shape[0], size, rng)
+    return Crop(y, _draw_span(width, shape[1], size, rng))
 
 
-def _draw_place(length: int, resized: int, size: int, rng: np.random.Generator):
+def _draw_span(length: int, resized: int, size: int, rng: np.random.Generator) -> Span:
     scale = length / resized
     place = int(rng.integers(0, resized - size + 1))
-    if place == 0:
-        return 0.0, scale
-    # One pixel of the crop further is a pixel of the image: see `resize_crop`.
-    last = math.floor(length - (size + 1) * scale + 1e-6)
-    return min(round((place - 1) * scale), last) + scale, scale
+    # The bilinear filter reaches max(1, scale) pixels of the image from the centre of a result's
+    # pixel; beyond `skip` of these it does not reach the pixel before `start`.
+    skip = min(place, max(1, math.ceil(0.5 / scale - 0.5)))
+    last = math.floor(length - (skip + size) * scale + 1e-6)
+    return Span(min(round((place - skip) * scale), max(last, 0)), skip, scale)
 
 
 def resize_crop(image: EncodedImage, crop: Crop, size: int = 224) -> Tensor:
     """The pixels of a crop: uint8 (3, size, size), antialiased bilinear.
 
-    torch resizes from whole pixels on and looks at nothing outside of what it is given. So a
-    region is resized that begins one pixel of the result before the crop, which the antialiasing
-    filter just does not look beyond, and that pixel is cut off.
+    torch resizes from a whole pixel on and looks at nothing outside of what it is given. So a
+    region is resized that begins a little before the crop, and that part is cut off.
     """
-    top, skip_y = _region_start(crop.top, crop.scale_y)
-    left, skip_x = _region_start(crop.left, crop.scale_x)
-    bottom = _region_end(top, size + skip_y, crop.scale_y, image.height)
-    right = _region_end(left, size + skip_x, crop.scale_x, image.width)
-    region = torch.from_numpy(image.region(top, left, bottom, right)).permute(2, 0, 1)[None]
+    bottom, right = _span_end(crop.y, size, image.height), _span_end(crop.x, size, image.width)
+    region = image.region(crop.y.start, crop.x.start, bottom, right)
     shape = [
-        _result_length(bottom - top, size + skip_y, crop.scale_y),
-        _result_length(right - left, size + skip_x, crop.scale_x),
+        _result_length(bottom - crop.y.start, crop.y, size),
+        _result_length(right - crop.x.start, crop.x, size),
     ]
     resized = torch.ops.aten._upsample_bilinear2d_aa(
-        region, shape, False, 1 / crop.scale_y, 1 / crop.scale_x
+        torch.from_numpy(region).permute(2, 0, 1)[None],
+        shape,
+        False,
+        1 / crop.y.scale,
+        1 / crop.x.scale,
     )
-    return resized[0, :, skip_y : skip_y + size, skip_x : skip_x + size]
+    rows, columns = (slice(span.skip, span.skip + size) for span in crop)
+    return resized[0, :, rows, columns]
 
 
-def _region_start(place: float, scale: float) -> tuple[int, int]:
-    """(first pixel of the region, pixels of the result before the crop)."""
-    return (round(place - scale), 1) if place > 0 else (0, 0)
+def _span_end(span: Span, size: int, limit: int) -> int:
+    """The end of the region: as far as the filter of the last pixel reaches."""
+    last = (span.skip + size - 0.5) * span.scale
+    return min(limit, span.start + math.ceil(last + max(1.0, span.scale)))
 
 
-def _region_end(start: int, result: int, scale: float, limit: int) -> int:
-    """The end of the region: half a pixel of the result further, for the filter."""
-    return min(limit, start + math.ceil((result + 0.5) * scale) + 1)
-
-
-def _result_length(region: int, result: int, scale: float) -> int:
+def _result_length(region: int, span: Span, size: int) -> int:
     # torch leaves out the resizing of an axis whose length stays the same, whatever the scale
-    return result + 1 if region == result and scale != 1 else result
+    length = span.skip + size
+    return length + 1 if region == length and span.scale != 1 else length
 
 
 def to_image(pixels: Tensor, flip: bool) -> Tensor:
@@ -194,4 +207,6 @@ class CentreCrop:
         pixels = image.region(0, 0, image.height, image.width)
         resized = torch.from_numpy(resize_short_side(pixels, self.short_side)).permute(2, 0, 1)
         top, left = centre_corner(*resized.shape[1:], self.size)
-        return Augmented(to_image(resized[:, top : top + self.size, left : left + self.size], False))
+        return Augmented(
+            to_image(resized[:, top : top + self.size, left : left + self.size], False)
+        )

@@ -10,6 +10,7 @@ import numpy as np
 from resnet_backbone.data.decode import BadImage, decode, is_plain_jpeg
 
 END_OF_IMAGE = b"\xff\xd9"
+MIN_PART_WIDTH = 32  # libjpeg smooths colour otherwise where less than two blocks are read
 CPU_ONLY = -99999  # nvImageCodec's NVIMGCODEC_DEVICE_CPU_ONLY
 
 
@@ -20,8 +21,9 @@ class EncodedImage:
     needed) ordinary JPEGs are decoded in part, which takes about half as long; everything else,
     and all images where it is not installed, is decoded whole. The pixels are the same.
 
-    A partial decoder does not look below the rectangle. Files that lack their end, which is how
-    almost all damage shows, are therefore decoded whole, and judged as by :func:`decode`.
+    A partial decoder does not look below the rectangle, and is silent about damage that libjpeg
+    can pass over. Files that lack their end, as truncated ones do, are therefore decoded whole
+    and judged by :func:`decode`; damage in the middle of a whole file may go unnoticed here.
 
     Attributes:
         height, width: pixels, of the upright image.
@@ -50,7 +52,8 @@ class EncodedImage:
 
     def region(self, top: int, left: int, bottom: int, right: int) -> np.ndarray:
         """The pixels [top, bottom) x [left, right): uint8 (bottom - top, right - left, 3), RGB."""
-        if self._stream is not None and self._pixels is None:
+        partly = self._stream is not None and self._pixels is None
+        if partly and right - left >= MIN_PART_WIDTH:
             pixels = _decode_part(self._stream, top, left, bottom, right)
             if pixels is not None:
                 return pixels
@@ -91,9 +94,7 @@ def _make_decoder(_pid: int):
             from nvidia import nvimgcodec
 
             backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)]
-            return nvimgcodec.Decoder(
-                device_id=CPU_ONLY, max_num_cpu_threads=1, backends=backends
-            )
+            return nvimgcodec.Decoder(device_id=CPU_ONLY, max_num_cpu_threads=1, backends=backends)
     except ImportError:
         return None
 

@@ -8,7 +8,7 @@ README). The moving averages of training lag behind the weights and weigh the la
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -180,7 +180,7 @@ class _Pass:
         ]
         try:
             for inputs in self.inputs():
-                self.network(inputs)
+                self.forward(inputs)
                 break
         finally:
             for hook in hooks:
@@ -206,20 +206,16 @@ class _Pass:
             return hook
 
         hooks = [self.layers[name].register_forward_pre_hook(hook_of(name)) for name in names]
-        images, failure = 0, None
+        images = 0
         try:
             for inputs in self.inputs():
                 images += len(inputs)
-                try:
-                    self.network(inputs)
-                except _Reached:
-                    pass
-        except Exception as error:
-            failure = error
+                with suppress(_Reached):
+                    self.forward(inputs)
         finally:
             for hook in hooks:
                 hook.remove()
-        return self.merge(found, images, failure)
+        return self.merge(found, images)
 
     def inputs(self) -> Iterator[Tensor]:
         """The network's input, one micro-batch after the other."""
@@ -228,28 +224,23 @@ class _Pass:
             images = getattr(batch, "images", batch)
             if self.normalizer is not None:
                 images = self.normalizer(images, getattr(batch, "shift", None))
-            for part in images.to(device).split(self.micro_batch or len(images)):
-                with torch.autocast(
-                    device.type, dtype=self.autocast, enabled=self.autocast is not None
-                ):
-                    yield part
+            yield from images.to(device).split(self.micro_batch or len(images))
 
-    def merge(
-        self, found: dict[str, Moments], images: int, failure: Exception | None
-    ) -> dict[str, Moments]:
+    def forward(self, inputs: Tensor) -> None:
+        with torch.autocast(
+            inputs.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        ):
+            self.network(inputs)
+
+    def merge(self, found: dict[str, Moments], images: int) -> dict[str, Moments]:
         """Merges what all processes found, in the order of their ranks: the same on each."""
-        message = "" if failure is None else str(failure) or type(failure).__name__
         mine = {name: moments.cpu() for name, moments in found.items()}
-        shares = gather((mine, images, message), self.world)
-        if failure is not None:
-            raise failure
+        shares = gather((mine, images), self.world)
         merged: dict[str, Moments] = {}
-        for rank, (part, _, message) in enumerate(shares):
-            if message:
-                raise BatchNormError(f"process {rank}: {message}")
+        for part, _ in shares:
             for name, moments in part.items():
                 merged[name] = merged[name] + moments if name in merged else moments
-        self.num_images = sum(images for _, images, _ in shares)
+        self.num_images = sum(images for _, images in shares)
         if not self.num_images:
             raise BatchNormError("there are no images to compute statistics from")
         for name, moments in merged.items():

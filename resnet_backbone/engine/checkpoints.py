@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from resnet_backbone.engine.networks import NetworkSpec, load_network, save_network
+from resnet_backbone.engine.networks import NetworkSpec, load_exactly, save_network
 from resnet_backbone.weights import Preprocessing, WeightsError
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Checkpoints:
             folder = self.folder / f"{iteration:08d}"
             try:
                 state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-                load_network(model, folder / WEIGHTS)
+                load_exactly(model, folder / WEIGHTS)
                 return state
             except (WeightsError, OSError, RuntimeError, EOFError, ValueError) as error:
                 problem = " ".join(str(error).split())

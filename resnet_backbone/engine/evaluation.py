@@ -68,9 +68,14 @@ class EvaluationResult:
     data_seconds: float
 
     def to_dict(self) -> dict:
-        """Everything but the confusion matrix and the predictions, as JSON types."""
+        """Everything but the confusion matrix and the predictions, as JSON types.
+
+        ``per_class_error`` is a table of the classes that have images.
+        """
         left_out = ("confusion", "predictions")
         values = {k: v for k, v in self.__dict__.items() if k not in left_out}
+        errors = enumerate(self.per_class_error)
+        values["per_class_error"] = {c: error for c, error in errors if error is not None}
         values["bad"] = [sample._asdict() for sample in self.bad]
         values["images_per_second"] = self.num_images / self.seconds
         return values
@@ -124,16 +129,13 @@ def evaluate(
     members = [Member(m, n, autocast, channels_last) for m, n in models]
     if not members:
         raise EvaluationError("evaluation needs at least one network")
-    run = _Run(members, protocol, loader, max_bad_images)
-    start, failure = time.perf_counter(), None
+    run = _Run(members, protocol, loader, world, max_bad_images)
+    start = time.perf_counter()
     with torch.inference_mode(), _evaluation_mode(members):
-        try:
-            run.all_batches(_progress_bar(loader, world, progress))
-        except Exception as error:
-            failure = error
-    shares = gather(run.share(failure), world)
-    if failure is not None:
-        raise failure
+        run.all_batches(_progress_bar(loader, world, progress))
+    shares = gather(run.share(), world)
+    if run.failure is not None:
+        raise run.failure
     for rank, share in enumerate(shares):
         if share.failure:
             raise EvaluationError(f"process {rank}: {share.failure}")
@@ -152,25 +154,38 @@ class _Share(NamedTuple):
 class _Run:
     """The pass of one process over its images."""
 
-    def __init__(self, members, protocol: Protocol, loader, max_bad_images: int):
+    def __init__(self, members, protocol: Protocol, loader, world: World, max_bad_images: int):
         self.members, self.protocol, self.loader = members, protocol, loader
-        self.max_bad_images = max_bad_images
+        self.world, self.max_bad_images = world, max_bad_images
         self.parts: list[Predictions] = []
         self.bad: list[Any] = []
         self.num_classes = 0
         self.data_seconds = 0.0
+        self.failure: Exception | None = None
 
     def all_batches(self, batches: Iterable) -> None:
+        """Evaluates all batches.
+
+        After a failure the rest is read and not used: the loader may talk to the other processes,
+        which learn of the failure at the end.
+        """
         waiting_since = time.perf_counter()
         for batch in batches:
             self.data_seconds += time.perf_counter() - waiting_since
-            self.bad.extend(batch.bad)
-            check_bad(self.bad, self.max_bad_images)
-            if len(batch.labels):
-                self.one_batch(batch)
+            if self.failure is None:
+                try:
+                    self.one_batch(batch)
+                except Exception as error:
+                    self.failure = error
+            if self.failure is not None and self.world.size == 1:
+                return
             waiting_since = time.perf_counter()
 
     def one_batch(self, batch) -> None:
+        self.bad.extend(batch.bad)
+        check_bad(self.bad, self.max_bad_images)
+        if not len(batch.labels):
+            return
         wanted = len(self.protocol.short_sides)
         if len(batch.images) != wanted:
             raise EvaluationError(
@@ -212,10 +227,10 @@ class _Run:
         name = getattr(self.loader, "name_of", lambda index: "an image")(index)
         return f"{name} (index {index})"
 
-    def share(self, failure: Exception | None) -> _Share:
-        failed = "" if failure is None else str(failure) or type(failure).__name__
+    def share(self) -> _Share:
+        failed = self.failure and (str(self.failure) or type(self.failure).__name__)
         merged = Predictions.merge(self.parts) if self.parts else None
-        return _Share(merged, self.num_classes, tuple(self.bad), failed)
+        return _Share(merged, self.num_classes, tuple(self.bad), failed or "")
 
 
 def check_bad(bad: Sequence[Any], most: int) -> None:

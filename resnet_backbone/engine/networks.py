@@ -9,15 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from resnet_backbone.models import BottleneckBlock, StagedNetwork, build_model
 from resnet_backbone.weights import Preprocessing, WeightsError, load_weights, save_weights
-from resnet_backbone.weights.files import read_own_tensors
+from resnet_backbone.weights.files import MODEL_KEY, read_own_tensors
 
-MODEL_KEY = "resnet_backbone.model"
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's auxiliary classifiers (arXiv 1409.4842, section 5)
 
 
@@ -139,6 +137,11 @@ def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") ->
     """
     if isinstance(model, StagedNetwork):
         return load_weights(model, path, preprocessing)
+    return load_exactly(model, path, preprocessing)
+
+
+def load_exactly(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
+    """Loads a file whose keys are those of the network, counters too: all or nothing."""
     tensors, found = read_own_tensors(path, preprocessing)
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     wrong = [k for k in {**own, **tensors} if k not in tensors or own.get(k) != tensors[k].shape]
@@ -152,7 +155,3 @@ def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") ->
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def to_channels_last(model: nn.Module) -> nn.Module:
-    return model.to(memory_format=torch.channels_last)

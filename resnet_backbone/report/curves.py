@@ -1,4 +1,4 @@
-"""Training curves from the `metrics.json` that Detectron2 writes."""
+"""Reading metrics files, and the training curves of Detectron2's `metrics.json`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from resnet_backbone.report.picture import save_png
+
+Metrics = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> iterations (N,), values (N,)
 
 logger = logging.getLogger(__name__)
 
 LOSS, AP50 = "total_loss", "bbox/AP50"
 
 
-def load_metrics(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def load_metrics(path: str | os.PathLike) -> Metrics:
     """Read a metrics file: one JSON object per line, each with "iteration".
 
     Where a resumed run wrote an iteration again, its later value stands. Lines that are no JSON
@@ -45,7 +48,7 @@ def load_metrics(path: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
                 if isinstance(value, (int, float)):
                     series.setdefault(key, {})[iteration] = value
     if not series:
-        raise ValueError(f"{path} has no metrics; give the metrics.json of a training run")
+        raise ValueError(f"{path} has no metrics; give the metrics file of a training run")
     return {key: _sorted_arrays(values) for key, values in series.items()}
 
 
@@ -94,11 +97,7 @@ def plot_training(
     if len(labels) != len(paths):
         raise ValueError(f"{len(paths)} runs but {len(labels)} labels; give one label per run")
     figure = _draw([load_metrics(p) for p in paths], labels)
-    FigureCanvasAgg(figure)
-    os.makedirs(os.path.dirname(os.path.abspath(output_png)), exist_ok=True)
-    temporary = f"{output_png}.{os.getpid()}.tmp"
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, output_png)
+    save_png(figure, output_png)
 
 
 def _draw(runs, labels: Sequence[str]) -> Figure:

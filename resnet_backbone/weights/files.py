@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +24,7 @@ from resnet_backbone.weights.preprocessing import (
 )
 
 METADATA_KEY = "resnet_backbone.preprocessing"
+MODEL_KEY = "resnet_backbone.model"  # the network's name, number of classes and options
 MEAN_IMAGE_KEY = "preprocessing.mean_image"
 OUR_FIRST_KEYS = ("stem.conv1.weight", "stem.weight", "conv1.0.weight")  # ResNet, CIFAR, VGG
 
@@ -56,16 +60,9 @@ def read_own_tensors(
 ) -> tuple[dict[str, Tensor], Preprocessing]:
     """As :func:`read_weights`, with the tensors as they are in the file."""
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise WeightsError(f"{path}: only .safetensors files are read here")
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; check MODEL.WEIGHTS or the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for key, value in tensors.items():
         if not torch.isfinite(value).all():
             raise WeightsError(f"{path}: {key} has NaN or infinite values")
@@ -74,6 +71,59 @@ def read_own_tensors(
     if mean_image is not None:
         found = replace(found, mean_image=mean_image.float())
     return tensors, found
+
+
+class Description(NamedTuple):
+    """What a weights file says of itself.
+
+    Attributes:
+        preprocessing: the input that it expects, without mean image.
+        model: {"name", "num_classes", "options"} of the network, empty if it does not say.
+        has_mean_image: it holds a per-pixel mean beside the channel means.
+    """
+
+    preprocessing: Preprocessing
+    model: dict
+    has_mean_image: bool
+
+
+def describe_weights(path: str | os.PathLike, preprocessing: str = "") -> Description:
+    """Reads what a file says of itself, not its tensors; arguments as for :func:`read_weights`.
+
+    Raises:
+        WeightsError: missing or damaged file, no preprocessing.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        metadata, keys = file.metadata() or {}, set(file.keys())
+    return Description(
+        _preprocessing_of(path, metadata, preprocessing),
+        _model_of(path, metadata),
+        MEAN_IMAGE_KEY in keys,
+    )
+
+
+def _model_of(path: Path, metadata: Mapping[str, str]) -> dict:
+    if MODEL_KEY not in metadata:
+        return {}
+    try:
+        found = json.loads(metadata[MODEL_KEY])
+        return {"name": found["name"], "options": {}, **found}
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{path}: unreadable {MODEL_KEY} in its metadata ({error})") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path}: only .safetensors files are read here")
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file; check MODEL.WEIGHTS or the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
 
 
 def _preprocessing_of(path: Path, metadata: Mapping[str, str], name: str) -> Preprocessing:

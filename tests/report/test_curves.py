@@ -1,8 +1,6 @@
 """Training curves."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,15 +8,6 @@ from PIL import Image
 
 from resnet_backbone.report import curves
 from resnet_backbone.report.curves import load_metrics, plot_training, smooth
-
-
-@pytest.fixture(scope="module")
-def tool():
-    path = Path(__file__).resolve().parents[2] / "tools" / "report.py"
-    spec = importlib.util.spec_from_file_location("report_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -129,4 +118,4 @@ def test_command_line_needs_its_arguments(tool, arguments):
 def test_command_line_names_the_missing_file(tool, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         tool.main(["curves", "--run", str(tmp_path / "no"), "--output", "x.png"])
-    assert "metrics.json does not exist" in capsys.readouterr().err
+    assert "has neither metrics.json nor metrics.jsonl" in capsys.readouterr().err

@@ -1,8 +1,6 @@
 """The built-in detection set: handwritten digits on photographs, written in PASCAL VOC layout.
 
-Every pixel is real and comes with two declared dependencies, so nothing is downloaded: the digits
-are scikit-learn's ``load_digits`` (1,797 scans of 8x8 cells), the backgrounds are photographs that
-lie inside the scikit-image package. Train and test share neither a digit nor a photograph.
+Digits and photographs are those of :mod:`resnet_backbone.builtin`; nothing is downloaded.
 """
 
 import json
@@ -10,36 +8,22 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
 
-CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Only photographs that scikit-image ships inside its wheel, with the licence it states for each.
-BACKGROUNDS = {
-    "train": {
-        "astronaut": "NASA, public domain",
-        "brick": "CC0",
-        "coffee": "Rachel Michetti, CC0",
-        "coins": "Brooklyn Museum, no known copyright restrictions",
-        "grass": "CC0",
-        "hubble_deep_field": "NASA, public domain",
-        "immunohistochemistry": "CMMI, no known copyright restrictions",
-        "rocket": "SpaceX, public domain",
-    },
-    "test": {
-        "camera": "Lav Varshney, CC0",
-        "chelsea": "Stefan van der Walt, CC0",
-        "gravel": "CC0",
-        "retina": "Mikael Haggstrom, CC0",
-    },
-}
-TEST_SHARE = 0.3  # the last 30 % of the digits; the scans are ordered by writer
-DIGIT_PIXELS = (24, 72)  # height and width of the pasted 8x8 cell grid
-VISIBLE = 0.3  # ink at or above this strength counts as part of the digit
+from resnet_backbone.builtin import (
+    BACKGROUNDS,
+    CLASS_NAMES,
+    crop_photograph,
+    digit_indices,
+    draw_ink,
+    load_scans,
+    render_ink,
+)
+
 MAX_COVER = 0.25  # no box may cover more than this part of another (so IoU stays below 0.15)
 SUMMARY = "dataset.json"  # its presence in the output folder means: complete
 _README = """Handwritten digits on photographs, in PASCAL VOC layout
@@ -81,67 +65,6 @@ class Scene:
     digits: tuple[Digit, ...]
 
 
-def _missing(error: ImportError) -> ImportError:
-    return ImportError(
-        f"the built-in data needs {error.name}; mend: pip install resnet_backbone[quickstart]"
-    )
-
-
-@cache
-def _load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return ink (1797, 8, 8) float32 in [0, 1] and labels (1797,)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise _missing(error) from error
-    digits = load_digits()
-    return digits.images.astype(np.float32) / 16, digits.target
-
-
-@cache
-def _load_photograph(name: str) -> Image.Image:
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise _missing(error) from error
-    return Image.fromarray(getattr(data, name)()).convert("RGB")
-
-
-def digit_indices(split: str) -> range:
-    """Return the indices into ``load_digits`` that ``split`` ("train" or "test") may use."""
-    total = len(_load_digits()[1])
-    first_test = round(total * (1 - TEST_SHARE))
-    return range(first_test) if split == "train" else range(first_test, total)
-
-
-def _crop_photograph(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a random, perhaps mirrored square of the photograph, resized to ``size`` pixels."""
-    photo = _load_photograph(name)
-    side = int(min(rng.uniform(1, 2) * size, *photo.size))
-    left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
-    square = photo.resize((size, size), Image.BICUBIC, (left, top, left + side, top + side))
-    pixels = np.asarray(square)
-    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
-
-
-def _render_ink(index: int, rng: np.random.Generator) -> np.ndarray:
-    """Return one digit enlarged, turned and sharpened: float32 alpha in [0, 1], cut to its ink."""
-    low, high = DIGIT_PIXELS
-    size = int(round(np.exp(rng.uniform(np.log(low), np.log(high)))))
-    cells = np.pad(_load_digits()[0][index], 2)  # room for the turn
-    large = Image.fromarray(cells).resize((size * 12 // 8,) * 2, Image.BICUBIC)
-    turned = large.rotate(rng.uniform(-12, 12), Image.BICUBIC)
-    ink = np.clip((np.asarray(turned) - 0.25) / 0.4, 0, 1)  # an edge of a pen, not a blur
-    x0, y0, x1, y1 = _tight_box(ink)
-    return ink[y0:y1, x0:x1]
-
-
-def _tight_box(ink: np.ndarray) -> tuple[int, int, int, int]:
-    """Return ``(x0, y0, x1, y1)``, right and lower side exclusive, around the visible ink."""
-    rows, columns = (np.flatnonzero((ink >= VISIBLE).any(axis=axis)) for axis in (1, 0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
 def _covers(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     """Return the part of the smaller of two boxes that the other one covers, 0 to 1."""
     width = min(a[2], b[2]) - max(a[0], b[0])
@@ -160,15 +83,6 @@ def _find_place(shape, size: int, taken: list, rng: np.random.Generator):
     return None
 
 
-def _pick_colour(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return an RGB ink, 0 to 255, lighter or darker than the patch by a random, legible step."""
-    mean, spread = patch.mean(), patch.std()
-    step = rng.uniform(80, 150) + 0.5 * spread
-    roomy = [tone for tone in (mean - step, mean + step) if 0 <= tone <= 255]
-    tone = rng.choice(roomy) if roomy else (0.0 if mean > 127 else 255.0)
-    return np.clip(tone + rng.uniform(-45, 45, size=3), 0, 255)
-
-
 def compose_scene(split: str, index: int, image_size: int = 160, seed: int = 0) -> Scene:
     """Draw picture ``index`` of ``split`` ("train" or "test"): one to five digits on a photograph.
 
@@ -176,21 +90,17 @@ def compose_scene(split: str, index: int, image_size: int = 160, seed: int = 0) 
     """
     rng = np.random.default_rng([seed, list(BACKGROUNDS).index(split), index])
     name = str(rng.choice(sorted(BACKGROUNDS[split])))
-    photograph = _crop_photograph(name, image_size, rng)
+    photograph = crop_photograph(name, image_size, rng)
     canvas = photograph.astype(np.float32)
     digits: list[Digit] = []
     for _ in range(rng.integers(1, 6)):
         chosen = int(rng.choice(digit_indices(split)))
-        ink = _render_ink(chosen, rng)
+        ink = render_ink(chosen, rng)
         box = _find_place(ink.shape, image_size, [digit.box for digit in digits], rng)
         if box is None:
             continue
-        alpha = np.zeros((image_size, image_size), np.float32)
-        alpha[box[1] : box[3], box[0] : box[2]] = ink
-        colour = _pick_colour(canvas[box[1] : box[3], box[0] : box[2]], rng)
-        blend = (alpha * rng.uniform(0.85, 1.0))[..., None]
-        canvas = canvas * (1 - blend) + colour * blend
-        digits.append(Digit(CLASS_NAMES[_load_digits()[1][chosen]], chosen, box, alpha))
+        canvas, alpha = draw_ink(canvas, ink, *box[:2], rng)
+        digits.append(Digit(CLASS_NAMES[load_scans()[1][chosen]], chosen, box, alpha))
     return Scene(canvas.round().astype(np.uint8), name, photograph, tuple(digits))
 
 

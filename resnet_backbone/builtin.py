@@ -1,0 +1,133 @@
+"""The built-in pictures: handwritten digits drawn on photographs, for detection and classification.
+
+Every pixel is real and comes with two declared dependencies, so nothing is downloaded: the digits
+are scikit-learn's ``load_digits`` (1,797 scans of 8x8 cells), the backgrounds are photographs that
+lie inside the scikit-image package. Train and test share neither a digit nor a photograph.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Only photographs that scikit-image ships inside its wheel, with the licence it states for each.
+BACKGROUNDS = {
+    "train": {
+        "astronaut": "NASA, public domain",
+        "brick": "CC0",
+        "coffee": "Rachel Michetti, CC0",
+        "coins": "Brooklyn Museum, no known copyright restrictions",
+        "grass": "CC0",
+        "hubble_deep_field": "NASA, public domain",
+        "immunohistochemistry": "CMMI, no known copyright restrictions",
+        "rocket": "SpaceX, public domain",
+    },
+    "test": {
+        "camera": "Lav Varshney, CC0",
+        "chelsea": "Stefan van der Walt, CC0",
+        "gravel": "CC0",
+        "retina": "Mikael Haggstrom, CC0",
+    },
+}
+TEST_SHARE = 0.3  # the last 30 % of the digits; the scans are ordered by writer
+DIGIT_PIXELS = (24, 72)  # height and width of the pasted 8x8 cell grid
+VISIBLE = 0.3  # ink at or above this strength counts as part of the digit
+
+
+def _missing(error: ImportError) -> ImportError:
+    return ImportError(
+        f"the built-in data needs {error.name}; mend: pip install resnet_backbone[quickstart]"
+    )
+
+
+@cache
+def load_scans() -> tuple[np.ndarray, np.ndarray]:
+    """Return ink (1797, 8, 8) float32 in [0, 1] and labels (1797,)."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise _missing(error) from error
+    digits = load_digits()
+    return digits.images.astype(np.float32) / 16, digits.target
+
+
+@cache
+def load_photograph(name: str) -> Image.Image:
+    """Return a photograph of ``BACKGROUNDS``, RGB."""
+    try:
+        from skimage import data
+    except ImportError as error:
+        raise _missing(error) from error
+    return Image.fromarray(getattr(data, name)()).convert("RGB")
+
+
+def digit_indices(split: str) -> range:
+    """Return the indices into ``load_digits`` that ``split`` ("train" or "test") may use."""
+    total = len(load_scans()[1])
+    first_test = round(total * (1 - TEST_SHARE))
+    return range(first_test) if split == "train" else range(first_test, total)
+
+
+def crop_photograph(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a random, perhaps mirrored square of the photograph, resized to ``size`` pixels."""
+    photo = load_photograph(name)
+    side = int(min(rng.uniform(1, 2) * size, *photo.size))
+    left, top = (int(rng.integers(0, extent - side + 1)) for extent in photo.size)
+    square = photo.resize((size, size), Image.BICUBIC, (left, top, left + side, top + side))
+    pixels = np.asarray(square)
+    return pixels[:, ::-1] if rng.random() < 0.5 else pixels
+
+
+def render_ink(
+    index: int, rng: np.random.Generator, pixels: tuple[int, int] = DIGIT_PIXELS
+) -> np.ndarray:
+    """Return one digit enlarged, turned and sharpened: float32 alpha in [0, 1], cut to its ink.
+
+    ``pixels`` bounds height and width of the scan's 8x8 cells, log-uniform; the ink is smaller.
+    """
+    low, high = pixels
+    size = int(round(np.exp(rng.uniform(np.log(low), np.log(high)))))
+    cells = np.pad(load_scans()[0][index], 2)  # room for the turn
+    large = Image.fromarray(cells).resize((size * 12 // 8,) * 2, Image.BICUBIC)
+    turned = large.rotate(rng.uniform(-12, 12), Image.BICUBIC)
+    ink = np.clip((np.asarray(turned) - 0.25) / 0.4, 0, 1)  # an edge of a pen, not a blur
+    x0, y0, x1, y1 = tight_box(ink)
+    return ink[y0:y1, x0:x1]
+
+
+def tight_box(ink: np.ndarray) -> tuple[int, int, int, int]:
+    """Return ``(x0, y0, x1, y1)``, right and lower side exclusive, around the visible ink."""
+    rows, columns = (np.flatnonzero((ink >= VISIBLE).any(axis=axis)) for axis in (1, 0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _pick_colour(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return an RGB ink, 0 to 255, lighter or darker than the patch by a random, legible step."""
+    mean, spread = patch.mean(), patch.std()
+    step = rng.uniform(80, 150) + 0.5 * spread
+    roomy = [tone for tone in (mean - step, mean + step) if 0 <= tone <= 255]
+    tone = rng.choice(roomy) if roomy else (0.0 if mean > 127 else 255.0)
+    return np.clip(tone + rng.uniform(-45, 45, size=3), 0, 255)
+
+
+def draw_ink(
+    canvas: np.ndarray, ink: np.ndarray, left: int, top: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a digit onto a picture.
+
+    Args:
+        canvas: float (H, W, 3), 0 to 255; stays as it is.
+        ink: alpha (h, w) that fits into the canvas at ``left``, ``top`` (pixels).
+
+    Returns:
+        The new canvas, and alpha over all of it: float32 (H, W), 0 to 1.
+    """
+    place = slice(top, top + ink.shape[0]), slice(left, left + ink.shape[1])
+    alpha = np.zeros(canvas.shape[:2], np.float32)
+    alpha[place] = ink
+    colour = _pick_colour(canvas[place], rng)
+    blend = (alpha * rng.uniform(0.85, 1.0))[..., None]
+    return canvas * (1 - blend) + colour * blend, alpha

@@ -1,0 +1,303 @@
+"""``tools/train_net.py --weights``: what a classifier's file says is taken over, or refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("detectron2")
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.handover import take_over
+from resnet_backbone.models import build_model
+from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError, save_weights
+from resnet_backbone.weights.files import MEAN_IMAGE_KEY, METADATA_KEY, MODEL_KEY
+
+PROJECT = Path(__file__).resolve().parents[2]
+R18, R50 = "voc/faster_rcnn_R_18_FPN.yaml", "voc/faster_rcnn_R_50_FPN.yaml"
+VGG = "voc/faster_rcnn_VGG_16.yaml"
+QUICKSTART = "quickstart/faster_rcnn_R_18_FPN.yaml"
+OURS = Preprocessing("RGB", 255.0, (130.0, 121.5, 110.0), (60.0, 61.0, 62.5), source="our digits")
+STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Function (network, preprocessing, options) -> a file with that metadata and no network."""
+
+    def write(name="resnet18", expected=OURS, mean_image=False, **options) -> str:
+        notes = {} if expected is None else {METADATA_KEY: expected.to_json()}
+        if name:
+            spec = {"name": name, "num_classes": 10, "options": options}
+            notes[MODEL_KEY] = json.dumps(spec)
+        key = MEAN_IMAGE_KEY if mean_image else "x"
+        save_file({key: torch.zeros(3, 2, 2)}, tmp_path / "file.safetensors", notes)
+        return str(tmp_path / "file.safetensors")
+
+    return write
+
+
+def with_stride(value):
+    return Preprocessing(**{**OURS.__dict__, "stride_in_1x1": value})
+
+
+def test_input_is_taken_over(make_cfg, write):
+    cfg, path = make_cfg(R18), write()
+    lines = take_over(cfg, path)
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.WEIGHTS) == ("RGB", path)
+    assert cfg.MODEL.PIXEL_MEAN == [130.0, 121.5, 110.0]
+    assert cfg.MODEL.PIXEL_STD == [60.0, 61.0, 62.5]
+    assert lines[0] == f"{path}: a resnet18, trained on our digits"
+    assert "INPUT.FORMAT BGR -> RGB" in lines
+    assert "MODEL.PIXEL_STD [1.0, 1.0, 1.0] -> [60.0, 61.0, 62.5]" in lines
+    assert len(lines) == 4
+
+
+def test_range_of_one_becomes_bytes(make_cfg, write):
+    cfg = make_cfg(R50)
+    take_over(cfg, write("torchvision/resnet50", PREPROCESSINGS["torchvision"]))
+    assert cfg.MODEL.PIXEL_MEAN == pytest.approx([123.675, 116.28, 103.53])
+    assert cfg.MODEL.PIXEL_STD == pytest.approx([58.395, 57.12, 57.375])
+
+
+def test_what_agrees_is_not_mentioned(make_cfg, write):
+    cfg, path = make_cfg(R18), write()
+    take_over(cfg, path)
+    assert len(take_over(cfg, path)) == 1
+
+
+@pytest.mark.parametrize(
+    "file, name, stride, expected",
+    [
+        (R50, "resnet50", False, False),
+        (R50, "resnet50", True, True),
+        (R50, "torchvision/resnet50", None, False),
+        (R50, "timm/resnet50", None, False),
+        (R18, "resnet18", None, True),
+        (R18, "torchvision/resnet18", None, True),
+        (VGG, "vgg16", False, True),
+    ],
+)
+def test_stride(make_cfg, write, file, name, stride, expected):
+    """It stays as it is (True) where no block has a 1x1 that could carry it."""
+    cfg = make_cfg(file)
+    lines = take_over(cfg, write(name, with_stride(stride)))
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is expected
+    assert (f"{STRIDE} True -> False" in lines) == (not expected)
+
+
+@pytest.mark.parametrize(
+    "file, key, value, message",
+    [
+        (R18, "INPUT.FORMAT", "BGR", "INPUT.FORMAT BGR contradicts .*file.* trained with RGB: "),
+        (R18, "MODEL.PIXEL_MEAN", [110.0, 121.5, 130.0], r"trained with \[130.0, 121.5, 110.0\]"),
+        (R18, "MODEL.PIXEL_STD", [1.0, 1.0, 1.0], "MODEL.PIXEL_STD .*: leave MODEL.PIXEL_STD out"),
+        (R50, STRIDE, True, "True contradicts .* trained with False: leave MODEL.RESNETS.STRIDE"),
+    ],
+)
+def test_contradictions_of_the_user_are_refused(make_cfg, write, file, key, value, message):
+    name = "resnet18" if file == R18 else "resnet50"
+    path = write(name, with_stride(None if file == R18 else False))
+    cfg = make_cfg(file)
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UsageError, match=message) as caught:
+        take_over(cfg, path, given=["SEED", key])
+    assert "\n" not in str(caught.value)
+    take_over(cfg, path, given=["SEED"])  # the same value in the config file is replaced
+
+
+def test_what_the_user_says_rightly_stays(make_cfg, write):
+    cfg = make_cfg(R18, MODEL__PIXEL_MEAN=[130.3, 121.4, 110.1], INPUT__FORMAT="RGB")
+    take_over(cfg, write(), given=["MODEL.PIXEL_MEAN", "INPUT.FORMAT"])
+    assert cfg.MODEL.PIXEL_MEAN == [130.3, 121.4, 110.1]
+
+
+@pytest.mark.parametrize(
+    "file, keys, name, options, message",
+    [
+        (R18, {}, "resnet34", {}, "DEPTH is 18; set MODEL.RESNETS.DEPTH 34$"),
+        (R18, {}, "torchvision/resnet50", {}, "DEPTH is 18; set MODEL.RESNETS.DEPTH 50$"),
+        (R18, {}, "plain18", {}, "SHORTCUT is 'B'; set RESNET_BACKBONE.SHORTCUT none$"),
+        (R18, {}, "resnet18", dict(shortcut="A"), "set RESNET_BACKBONE.SHORTCUT A$"),
+        (R18, {}, "resnet18", dict(activation="prelu"), "set RESNET_BACKBONE.ACTIVATION prelu$"),
+        (R18, {}, "resnet18", dict(caffe_pool=True), "set RESNET_BACKBONE.CAFFE_POOL True$"),
+        (R18, {}, "resnet18", dict(norm="GN"), "NORM is 'FrozenBN'; set MODEL.RESNETS.NORM GN$"),
+        (R18, {}, "vgg16", {}, "a config such as configs/detection/voc/faster_rcnn_VGG_16_FPN"),
+        (VGG, {}, "resnet34", {}, "a config such as configs/detection/voc/faster_rcnn_R_34_FPN"),
+        (VGG, {}, "vgg16_bn", {}, "VGG.NORM is ''; set RESNET_BACKBONE.VGG.NORM BN$"),
+        (VGG, {"RESNET_BACKBONE.VGG.NORM": "BN"}, "vgg16", {}, "set RESNET_BACKBONE.VGG.NORM ''$"),
+        (R18, {}, "resnet34", dict(shortcut="C"), "DEPTH 34 RESNET_BACKBONE.SHORTCUT C$"),
+    ],
+)
+def test_other_networks_are_refused(make_cfg, write, file, keys, name, options, message):
+    cfg = make_cfg(file, **keys)
+    before = cfg.dump()
+    with pytest.raises(UsageError, match=message) as caught:
+        take_over(cfg, write(name, **options))
+    assert "\n" not in str(caught.value)
+    assert cfg.dump() == before
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "torchvision/googlenet", "timm/resnet26"])
+def test_networks_that_no_detector_has(make_cfg, write, name):
+    with pytest.raises(WeightsError, match=f"is a {name}; detectors here have ResNet-18/34/50"):
+        take_over(make_cfg(R18), write(name))
+
+
+@pytest.mark.parametrize(
+    "file, keys, name, options",
+    [
+        (R18, {"MODEL.RESNETS.NORM": "SyncBN"}, "resnet18", {}),
+        (R18, {"RESNET_BACKBONE.SHORTCUT": "none"}, "plain18", {}),
+        (R18, {"RESNET_BACKBONE.SHORTCUT": "C"}, "resnet18", dict(shortcut="C")),
+        ("voc/faster_rcnn_R_50_DC5.yaml", {}, "resnet50", dict(zero_init_residual=True)),
+        (VGG, {"RESNET_BACKBONE.VGG.NORM": "FrozenBN"}, "torchvision/vgg16_bn", {}),
+        (R18, {"MODEL.BACKBONE.NAME": "build_somebodys_backbone"}, "resnet34", {}),
+        (R18, {}, "", {}),
+    ],
+)
+def test_networks_that_fit(make_cfg, write, file, keys, name, options):
+    cfg = make_cfg(file, **keys)
+    take_over(cfg, write(name, **options))
+    assert cfg.MODEL.WEIGHTS and cfg.INPUT.FORMAT == "RGB"
+
+
+def test_a_file_without_preprocessing_needs_a_name(make_cfg, write):
+    path = write("", None)
+    with pytest.raises(WeightsError, match="RESNET_BACKBONE.WEIGHTS_PREPROCESSING"):
+        take_over(make_cfg(R50), path)
+    cfg = make_cfg(R50, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="torchvision")
+    take_over(cfg, path)
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("RGB", False)
+    cfg = make_cfg(R50, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="msra")
+    with pytest.raises(WeightsError, match="carries its own preprocessing, which is not 'msra'"):
+        take_over(cfg, write())
+
+
+def test_mean_image_gives_way_to_channel_means(make_cfg, write):
+    cfg = make_cfg(R18)
+    lines = take_over(cfg, write(mean_image=True))
+    assert cfg.MODEL.PIXEL_MEAN == [130.0, 121.5, 110.0]
+    assert "channel means of the file's mean image" in lines[-1]
+
+
+def test_wrong_files(make_cfg, write, tmp_path):
+    with pytest.raises(
+        UsageError, match="a detector's checkpoint goes on from MODEL.WEIGHTS x.pth"
+    ):
+        take_over(make_cfg(R18), "x.pth")
+    with pytest.raises(WeightsError, match="nothing.safetensors: no such file"):
+        take_over(make_cfg(R18), str(tmp_path / "nothing.safetensors"))
+    path = write()
+    with pytest.raises(UsageError, match="and MODEL.WEIGHTS y: give one"):
+        take_over(make_cfg(R18, MODEL__WEIGHTS="y"), path, given=["MODEL.WEIGHTS"])
+    (tmp_path / "cut.safetensors").write_bytes(Path(path).read_bytes()[:40])
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        take_over(make_cfg(R18), str(tmp_path / "cut.safetensors"))
+    save_file({}, path, {METADATA_KEY: OURS.to_json(), MODEL_KEY: "[1]"})
+    with pytest.raises(WeightsError, match="unreadable resnet_backbone.model"):
+        take_over(make_cfg(R18), path)
+
+
+@pytest.mark.data
+def test_the_papers_own_weights(make_cfg, data_root):
+    path = str(data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors")
+    cfg = make_cfg(
+        R50,
+        RESNET_BACKBONE__WEIGHTS_PREPROCESSING="msra",
+        INPUT__FORMAT="RGB",
+        MODEL__RESNETS__STRIDE_IN_1X1=False,
+    )
+    take_over(cfg, path)
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("BGR", True)
+    assert cfg.MODEL.PIXEL_MEAN == [103.939, 116.779, 123.68]
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--eval-only"], "error: --weights is where a training starts; --eval-only takes a det"),
+        (["INPUT.FORMAT", "BGR"], "error: INPUT.FORMAT BGR contradicts"),
+        (["MODEL.RESNETS.DEPTH", "34"], "DEPTH is 34; set MODEL.RESNETS.DEPTH 18"),
+        (["MODEL.WEIGHTS", "x.pth"], "error: --weights "),
+    ],
+)
+def test_one_line_before_any_work(train_net, write, tmp_path, arguments, message):
+    options = ["--output-dir", str(tmp_path / "run"), "--weights", write(), *arguments]
+    code, lines = train_net(QUICKSTART, *options)
+    assert code == 2 and message in lines[-1]
+    assert not (tmp_path / "run").exists()
+
+
+SMALL = """INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 MODEL.FPN.OUT_CHANNELS 16
+MODEL.ROI_BOX_HEAD.FC_DIM 16 SOLVER.AMP.ENABLED False SOLVER.IMS_PER_BATCH 2
+SOLVER.BASE_LR 0.0 SOLVER.WEIGHT_DECAY 0.0""".split()
+
+
+def train(train_net, data, output, path, *arguments):
+    where = ["--voc-root", data, "--train-set", "train", "--test-set", "test"]
+    options = ["--output-dir", output, "--weights", path, *arguments]
+    return train_net(QUICKSTART, *where, *options, *SMALL)
+
+
+def test_trains_from_a_classifier_and_resumes(train_net, tiny_voc, tmp_path):
+    """With a learning rate of 0 the backbone stays what the file holds, its head left out."""
+    path, run = tmp_path / "final.safetensors", tmp_path / "run"
+    spec = {"name": "resnet18", "num_classes": 10, "options": {}}
+    network = build_model("resnet18", 10)
+    save_weights(network, path, OURS, {MODEL_KEY: json.dumps(spec)})
+    code, lines = train(train_net, tiny_voc, run, path, "SOLVER.MAX_ITER", "1")
+    assert code == 0, lines
+    log = (run / "log.txt").read_text()
+    assert "weights: INPUT.FORMAT BGR -> RGB" in log
+    assert "weights: MODEL.PIXEL_MEAN [120.0, 120.0, 120.0] -> [130.0, 121.5, 110.0]" in log
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["INPUT"]["FORMAT"], config["MODEL"]["WEIGHTS"]) == ("RGB", str(path))
+    saved = torch.load(run / "model_final.pth")
+    assert Preprocessing.from_json(saved["preprocessing"]).channel_order == "RGB"
+    prefix = "backbone.bottom_up."
+    theirs = {k.removeprefix(prefix): v for k, v in saved["model"].items() if prefix in k}
+    weights = [key for key in theirs if "running" not in key and "num_batches" not in key]
+    assert len(weights) == 60  # 20 convolutions, and weight and bias of as many norms
+    file = load_file(path)
+    assert all(torch.equal(theirs[key], file[key]) for key in weights)
+    assert not any("linear" in key for key in theirs)
+    code, lines = train(train_net, tiny_voc, run, path, "--resume", "SOLVER.MAX_ITER", "2")
+    assert code == 0, lines
+    assert "Starting training from iteration 1" in (run / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_from_the_classification_trainer(train_net, tiny_voc, tmp_path):
+    """The files of the one tool go into the other, weight by weight."""
+    tool = [sys.executable, str(PROJECT / "tools" / "train_classifier.py"), "--config-file"]
+    config = PROJECT / "configs" / "classification" / "quickstart" / "resnet18.yaml"
+    keys = ["data.format=synthetic", "data.synthetic_size=32", "data.synthetic_samples=16"]
+    keys += ["data.synthetic_classes=10", "data.augmentation=none", "data.channel_order=BGR"]
+    keys += ["schedule.iterations=2", "schedule.warmup_iterations=0", "train.batch_size=8"]
+    keys += ["data.crop=32", "data.short_side=[32,32]", "train.amp=none"]
+    done = subprocess.run(
+        [*tool, str(config), *keys, f"output.dir={tmp_path / 'classifier'}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    path, run = tmp_path / "classifier" / "final.safetensors", tmp_path / "run"
+    code, lines = train(train_net, tiny_voc, run, path, "SOLVER.MAX_ITER", "1")
+    assert code == 0, lines
+    saved, file = torch.load(run / "model_final.pth"), load_file(path)
+    prefix = "backbone.bottom_up."
+    checked = [key for key in file if key.endswith("conv1.weight") or key.endswith("norm.bias")]
+    assert len(checked) > 25
+    assert all(torch.equal(saved["model"][prefix + key], file[key]) for key in checked)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["MODEL"]["PIXEL_MEAN"] == [127.5] * 3
+    assert config["MODEL"]["PIXEL_STD"] == [74.0] * 3

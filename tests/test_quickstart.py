@@ -1,0 +1,123 @@
+"""tools/quickstart.sh: its command line, its table, and once the whole path in small."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tools" / "quickstart.sh"
+
+
+def quickstart(*arguments, **options):
+    return subprocess.run(
+        ["bash", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+def test_help_names_every_option():
+    done = quickstart("--help")
+    assert done.returncode == 0
+    for word in ("--seed N", "--output DIR", "key=value", "KEY VALUE", "pre-trains"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--seed", "one"], "--seed one is not a whole number"),
+        (["--output"], "--output needs a value"),
+        (["--quick"], "unknown option --quick"),
+        (["SOLVER.MAX_ITER=3"], "write 'SOLVER.MAX_ITER 3' and not 'SOLVER.MAX_ITER=3'"),
+        (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER needs a value"),
+        (["data.std", "one"], "data.std is no key=value"),
+    ],
+)
+def test_wrong_words_end_it_at_once(arguments, message):
+    done = quickstart(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stdout == "" and len(done.stderr.splitlines()) == 1
+
+
+def results(folder: Path, **content) -> str:
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize("scratch, told", [(1.25, True), (40.0, False)])
+def test_table_is_read_from_the_runs(tmp_path, scratch, told):
+    """The program inside the script, on results that were made up."""
+    program = re.search(
+        r"print_results\(\).*?<<'PYTHON'\n(.*?)\nPYTHON\n", SCRIPT.read_text(), re.S
+    )
+
+    def run(name, ap50):
+        bbox = {"AP50": ap50, "AP50-11pt": 10.0, "AP": 5.5, "AP75": None}
+        return results(tmp_path / name, results=dict(bbox=bbox), iterations=9, images_per_batch=8)
+
+    classifier = dict(val_top1_error=12.34, evaluated_on="test crops", iterations=6, batch_size=4)
+    folders = [
+        results(tmp_path / "pretrain", **classifier),
+        run("scratch", scratch),
+        run("run", 60.5),
+    ]
+    done = subprocess.run(
+        ["python3", "-c", program[1], *folders], capture_output=True, text=True, check=True
+    )
+    rows = {line[:14].strip(): line[14:].split() for line in done.stdout.splitlines()}
+    assert "classifier: 12.3 % error on test crops, 6 iterations of 4 images" in done.stdout
+    assert "detector, 9 iterations of 8 scenes" in done.stdout
+    assert rows["from scratch"] == [f"{scratch:.1f}", "10.0", "5.5", "none"]
+    assert rows["pre-trained"] == ["60.5", "10.0", "5.5", "none"]
+    assert rows["gain"] == [f"+{60.5 - scratch:.1f}", "+0.0", "+0.0", "none"]
+    assert ("SOLVER.MAX_ITER 700" in done.stdout) == told
+
+
+@pytest.fixture
+def environment():
+    """The project's own environment, where it is set up."""
+    folder = Path(os.environ.get("VENV", ROOT / ".venv"))
+    if not (folder / ".resnet_backbone_ready").is_file():
+        pytest.skip("bash tools/setup_env.sh makes the environment that the script uses")
+    return os.environ | {"VENV": str(folder)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        (["SOLVER.MAX_ITERS", "3"], "the nearest is SOLVER.MAX_ITER"),
+        (["schedule.iteration=3"], "did you mean schedule.iterations?"),
+    ],
+)
+def test_unknown_keys_end_it_before_training(environment, tmp_path, word, message):
+    done = quickstart("--output", tmp_path, *word, env=environment)
+    assert done.returncode == 1 and message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_whole_path_in_small(environment, tmp_path):
+    """Two iterations of each training; what it leaves is what it names."""
+    small = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2", "TEST.EVAL_PERIOD", "0"]
+    small += ["schedule.iterations=2", "schedule.warmup_iterations=0", "evaluation.every=0"]
+    done = quickstart("--seed", 3, "--output", tmp_path, *small, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for name in ("pretrain/final.safetensors", "run/model_final.pth", "scratch/results.json"):
+        assert (tmp_path / name).is_file()
+    for name in ("curves.png", "detections.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    run, scratch = (
+        json.loads((tmp_path / x / "results.json").read_text()) for x in ("run", "scratch")
+    )
+    assert run["weights"] == str(tmp_path / "pretrain" / "final.safetensors")
+    assert scratch["weights"] == "" and run["seed"] == scratch["seed"] == 3
+    assert run["iterations"] == scratch["iterations"] == 2
+    assert json.loads((tmp_path / "pretrain" / "results.json").read_text())["seed"] == 3
+    assert "gain" in done.stdout and "weights: INPUT.FORMAT BGR -> RGB" in done.stdout
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "Loaded the backbone from" in log
