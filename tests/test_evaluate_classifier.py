@@ -19,7 +19,9 @@ from resnet_backbone.data.evaluation import EvaluationFiles, EvaluationLoader
 from resnet_backbone.engine.evaluation import evaluate
 from resnet_backbone.engine.networks import NetworkSpec, save_network
 from resnet_backbone.engine.views import Centre, Dense, TenCrop
-from resnet_backbone.weights import Preprocessing
+from resnet_backbone.models import build_model
+from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError
+from resnet_backbone.weights.files import check_architecture
 from resnet_backbone.weights.inputs import InputNormalizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,7 +219,8 @@ def test_cifar10(main, tiny_cifar10, tmp_path):
         ("--weights gone.safetensors --imagenet-folder val", "gone.safetensors: no such file"),
         ("--weights bare.safetensors --imagenet-folder val", "say which network.*give --model"),
         (
-            "--weights bare.safetensors --model cifar_resnet8 --num-classes 3 --imagenet-folder val",
+            "--weights bare.safetensors --model cifar_resnet8 --num-classes 3 "
+            "--imagenet-folder val",
             r"which input it was trained on: name it.*\(--preprocessing\)",
         ),
         (
@@ -281,16 +284,13 @@ def test_wrong_input_is_one_line(main, files, monkeypatch, capsys, arguments, me
     assert re.search(message, error), error
 
 
-def test_the_stride_trap_names_the_option(main, files, tmp_path, capsys):
-    spec = NetworkSpec("resnet50", 3, {})
-    model = spec.build()
-    save_file(model.state_dict(), tmp_path / "r50.safetensors")
-    with pytest.raises(SystemExit):
-        main(
-            f"--weights {tmp_path}/r50.safetensors --model resnet50 --num-classes 3 "
-            f"--preprocessing torchvision --imagenet-folder {files}/val --device cpu".split()
-        )
-    assert "(--model-options stride_in_1x1=False)" in capsys.readouterr().err
+def test_messages_of_the_detection_side_name_our_options(main, files):
+    with torch.device("meta"):
+        model = build_model("resnet50")
+    with pytest.raises(WeightsError) as error:
+        check_architecture(model, PREPROCESSINGS["torchvision"], "r50.safetensors")
+    message = sys.modules["evaluate_classifier"].in_our_terms(str(error.value))
+    assert message.endswith("(--model-options stride_in_1x1=False)") and "MODEL." not in message
 
 
 @pytest.mark.slow

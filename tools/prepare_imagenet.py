@@ -44,9 +44,8 @@ from resnet_backbone.data.archives import (
     labels_file,
     read_labels,
 )
-from resnet_backbone.data.bad_images import BAD, CONVERTED, BadImageReport, ImageNote
+from resnet_backbone.data.bad_images import BadImageReport, inspect_file
 from resnet_backbone.data.batch import DataError
-from resnet_backbone.data.decode import BadImage, decode, read_bytes
 from resnet_backbone.data.imagenet import ImageFiles, read_flat_folder, read_image_folder
 
 SHOWN = 10  # problems printed
@@ -128,24 +127,15 @@ def count_problems(sets: dict[str, ImageFiles], args: argparse.Namespace) -> lis
     return problems
 
 
-def inspect(path: str) -> tuple[str, str, str] | None:
-    """What is worth telling about an image file, as an ``ImageNote``."""
-    try:
-        note = decode(read_bytes(path), path).note
-    except BadImage as bad:
-        return BAD, bad.path, bad.reason
-    return (CONVERTED, path, note) if note else None
-
-
 def check_images(sets: dict[str, ImageFiles], folder: Path, workers: int) -> list[str]:
     """Reads every image; what is found goes to ``bad_images.txt``."""
     report = BadImageReport(folder / "bad_images.txt")
     paths = [dataset.name(i) for dataset in sets.values() for i in range(len(dataset))]
     with ProcessPoolExecutor(workers) as pool:
-        found = pool.map(inspect, paths, chunksize=CHUNK)
+        found = pool.map(inspect_file, paths, chunksize=CHUNK)
         for note in tqdm(found, total=len(paths), desc="reading images", unit="img"):
             if note is not None:
-                report.add(ImageNote(*note))
+                report.add(note)
     print(f"{report.num_bad} bad images, {report.num_converted} unusual ones: {report.path}")
     return [f"{path}: {reason}" for path, reason in report.bad.items()]
 

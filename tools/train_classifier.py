@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from resnet_backbone.config import (
     Config,
@@ -23,6 +24,7 @@ from resnet_backbone.config import (
 from resnet_backbone.data.build import ClassificationData, build_data
 from resnet_backbone.data.evaluation import EvaluationLoader
 from resnet_backbone.engine import networks
+from resnet_backbone.engine.batchnorm import recompute_statistics
 from resnet_backbone.engine.checkpoints import Checkpoints, iterations_in
 from resnet_backbone.engine.cli import launch, one_line_errors, set_up_logging
 from resnet_backbone.engine.distributed import World, join
@@ -178,11 +180,11 @@ class Job:
         if config.model.weights:
             networks.load_network(self.model, config.model.weights)
 
-    def _network(self) -> torch.nn.Module:
+    def _network(self) -> nn.Module:
         torch.manual_seed(self.config.train.seed)  # the same first weights on all processes
         model = self.spec.build()
         if self.config.train.sync_bn and self.world.size > 1:
-            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         if self.config.train.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return model.to(self.device)
@@ -203,7 +205,7 @@ class Job:
             pin_memory=self.device.type == "cuda",
         )
 
-    def evaluate(self, model: torch.nn.Module, stop: StopRequest | None = None) -> EvaluationResult:
+    def evaluate(self, model: nn.Module, stop: StopRequest | None = None) -> EvaluationResult:
         loader = self.loader()
         if stop is not None:
             loader = Watched(loader, stop, self.world)
@@ -217,7 +219,7 @@ class Job:
             max_bad_images=self.config.evaluation.max_bad_images,
         )
 
-    def validate(self, model: torch.nn.Module, stop: StopRequest) -> dict[str, float]:
+    def validate(self, model: nn.Module, stop: StopRequest) -> dict[str, float]:
         return as_metrics(self.evaluate(model, stop))
 
     def trainer(self, stop: StopRequest) -> Trainer:
@@ -270,15 +272,13 @@ class Job:
 
         return BatchMixer(
             self.spec.num_classes,
-            mixup_alpha=loss.mixup,
-            cutmix_alpha=loss.cutmix,
+            loss.mixup,
+            loss.cutmix,
             seed=self.config.train.seed + 1000003 * self.world.rank,
         )
 
-    def true_statistics(self, model: torch.nn.Module, stop: StopRequest) -> None:
+    def true_statistics(self, model: nn.Module, stop: StopRequest) -> None:
         """Replaces the moving averages of BN by averages over the training set, in place."""
-        from resnet_backbone.engine.batchnorm import recompute_statistics
-
         train, source = self.config.train, self.data.source
         count = train.recompute_bn_samples or source.num_samples
         rounds = max(1, count // train.batch_size)
@@ -340,7 +340,9 @@ def finish(job: Job, trainer: Trainer, stop: StopRequest) -> None:
     moving = dict(trainer.latest)
     model = trainer.step.evaluated_model
     found = moving
-    if config.train.recompute_bn:
+    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
+    recompute = config.train.recompute_bn and any(isinstance(m, norms) for m in model.modules())
+    if recompute:
         job.true_statistics(model, stop)
         found = job.validate(model, stop)
     if not world.is_main:
@@ -358,7 +360,7 @@ def finish(job: Job, trainer: Trainer, stop: StopRequest) -> None:
         "batch_size": config.train.batch_size,
         **found,
         "evaluated_on": job.data.evaluated_on,
-        "bn_statistics": "training set" if config.train.recompute_bn else "moving averages",
+        "bn_statistics": "training set" if recompute else "moving averages",
         "with_moving_averages": moving,
         "best_val_top1_error": trainer.best,
         "train_error": sum(recent) / len(recent) if recent else None,

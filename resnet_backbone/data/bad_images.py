@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from resnet_backbone.data.batch import DataError
+from resnet_backbone.data.decode import BadImage, decode, read_bytes
 
 BAD, CONVERTED = "bad", "converted"
 MAX_CONVERTED = 1000  # lines; a data set of nothing but such images needs no list of them
@@ -27,6 +28,15 @@ class ImageNote(NamedTuple):
     kind: str
     path: str
     reason: str
+
+
+def inspect_file(path: str) -> ImageNote | None:
+    """Decodes an image file; what is worth telling about it, or None."""
+    try:
+        note = decode(read_bytes(path), path).note
+    except BadImage as bad:
+        return ImageNote(BAD, bad.path, bad.reason)
+    return ImageNote(CONVERTED, path, note) if note else None
 
 
 class BadImageReport:

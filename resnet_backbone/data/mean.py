@@ -23,11 +23,13 @@ class MeanStatistics(NamedTuple):
     Attributes:
         image: float32 (3, size, size), the per-pixel mean.
         channels: its means over the pixels.
+        std: standard deviation of each channel over all pixels.
         num_images: how many were averaged: fewer than asked for where some cannot be read.
     """
 
     image: Tensor
     channels: tuple[float, float, float]
+    std: tuple[float, float, float]
     num_images: int
 
 
@@ -64,6 +66,7 @@ def compute_mean(
     maker = BatchMaker(dataset, CentreCrop(size, short_side), replace=False)
     report = BadImageReport() if report is None else report
     total = torch.zeros(3, size, size, dtype=torch.int64)
+    squares = torch.zeros(3, dtype=torch.int64)
     count = 0
     batches = [[(index, 0) for index in part] for part in parts]
     with tqdm(total=len(chosen), desc="mean image", unit="img", disable=not progress) as bar:
@@ -71,12 +74,15 @@ def compute_mean(
             report.add(*(ImageNote(*note) for note in made.notes))
             if len(made.labels):
                 total += made.images.sum(0, dtype=torch.int64)
+                squares += made.images.to(torch.int32).square().sum((0, 2, 3))
                 count += len(made.labels)
             bar.update(len(part))
     if not count:
         raise DataError("no image of the training set can be read, so it has no mean")
     mean = total.to(torch.float64) / count
-    return MeanStatistics(mean.float(), tuple(mean.mean((1, 2)).tolist()), count)
+    channels = mean.mean((1, 2))
+    std = (squares / (count * size * size) - channels**2).clamp_min(0).sqrt()
+    return MeanStatistics(mean.float(), tuple(channels.tolist()), tuple(std.tolist()), count)
 
 
 def _subset(num_samples: int, num_images: int | None, seed: int) -> list[int]:

@@ -80,6 +80,8 @@ class InceptionAugmentation:
             raise DataError(f"ratio is 0 < first <= last, not {self.ratio}")
         if self.randaugment is not None and not 0 <= self.randaugment <= 30:
             raise DataError(f"RandAugment's magnitude is 0..30, not {self.randaugment}")
+        if self.randaugment is not None:
+            _ = self._transform  # imported here, not by every worker
 
     def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Augmented:
         box = draw_inception_crop(image.height, image.width, rng, self.area, self.ratio)

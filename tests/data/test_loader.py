@@ -172,7 +172,7 @@ from resnet_backbone.data.loader import LoaderSource
 from resnet_backbone.data.stream import SampleStream
 
 stop = []
-for number in (signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
     signal.signal(number, lambda *_: stop.append(1))
 dataset = read_image_folder(sys.argv[1])
 augment = PaperAugmentation(size=16, short_side=(18, 40))
@@ -189,8 +189,7 @@ sys.exit(3)  # with the iterator alive
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_group_leaves_the_workers_to_the_main_process(root, number):
+def test_signals_to_the_group_leave_the_workers_to_the_main_process(root):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", PROGRAM, str(root)],
@@ -201,7 +200,8 @@ def test_a_signal_to_the_group_leaves_the_workers_to_the_main_process(root, numb
         env=environment,
     )
     assert process.stdout.readline() == "ready\n", process.stderr.read()
-    os.killpg(process.pid, number)
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+        os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=60)
     assert (output, process.returncode) == ("saved\n", 3), errors
     assert errors == ""

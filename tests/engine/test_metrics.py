@@ -31,7 +31,7 @@ def scored(draw):
     return scores, torch.from_numpy(rng.integers(0, classes, number))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(scored())
 def test_scikit_learn_agrees(case):
     sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
