@@ -199,15 +199,16 @@ def key_names(node: Any = Config, prefix: str = "") -> Iterator[str]:
 def nearest_key(key: str) -> str:
     """The known key that is most like an unknown one."""
     names = list(key_names())
-    last = {name.rpartition(".")[2]: name for name in reversed(names)}
+    last = key.rpartition(".")[2]
+    same = [name for name in names if name.rpartition(".")[2] == last]
+    if same:
+        return max(same, key=lambda name: difflib.SequenceMatcher(None, key, name).ratio())
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    if key.rpartition(".")[2] in last:
-        return last[key.rpartition(".")[2]]
-    near = near or [
-        last[name]
-        for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=1, cutoff=0.5)
-    ]
-    return near[0] if near else ""
+    if near:
+        return near[0]
+    by_last = {name.rpartition(".")[2]: name for name in reversed(names)}
+    near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.5)
+    return by_last[near[0]] if near else ""
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:

@@ -243,3 +243,56 @@ def test_two_processes_train_as_one(config, tmp_path):
     assert first[-1]["val_top1_error"] == pytest.approx(second[-1]["val_top1_error"], abs=2.6)
     starts = json.loads((folders[1] / "environment.json").read_text())["starts"]
     assert starts[0]["processes"] == 2
+
+
+TWO = ("train.micro_batch=4", "train.device=cpu", "output.checkpoint_every=1000")
+
+
+def processes_of(launcher: int) -> list[int]:
+    """The training processes that a launcher started."""
+    found = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.parametrize(
+    "whom", ["one process", pytest.param("the launcher", marks=pytest.mark.slow)]
+)
+def test_all_processes_agree_to_stop(config, tmp_path, whom):
+    """SIGUSR1 to one of two processes, or to what launched them: both stop, with one status."""
+    folder = tmp_path / "two"
+    arguments = ("--config-file", config, "--output-dir", folder, "--num-gpus", 2, *TWO)
+    launcher = start(*arguments)
+    while not (folder / "metrics.jsonl").exists() and launcher.poll() is None:
+        time.sleep(0.01)
+    assert launcher.poll() is None, launcher.communicate()[0]
+    trainers = processes_of(launcher.pid)
+    assert len(trainers) == 2
+    os.kill(trainers[1] if whom == "one process" else launcher.pid, signal.SIGUSR1)
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == EXIT_STOPPED, output
+    assert 5 <= reached(folder) < 60
+    done = run("--output-dir", folder, "--resume", "--num-gpus", 2)
+    assert done.returncode == 0, done.stderr
+    assert rows(folder)[-1]["iteration"] == 60
+
+
+@pytest.mark.slow
+def test_two_machines(config, tmp_path):
+    """Two torchrun agents, as on two machines, give what one process gives (without BN)."""
+    folder = tmp_path / "nodes"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += ["--master-addr=127.0.0.1", "--master-port=29517"]
+    script = command("--config-file", config, "--output-dir", folder, *TWO)[3:]
+    agents = [
+        subprocess.Popen(
+            [*torchrun, f"--node-rank={rank}", *script, "schedule.iterations=6"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert json.loads((folder / "results.json").read_text())["iterations"] == 6

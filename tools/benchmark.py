@@ -381,7 +381,7 @@ def add_loader_arguments(commands) -> None:
     loader.add_argument(
         "--jpeg-quality",
         type=int,
-        help="encode the images anew; 92 gives VOC's the size of ImageNet's files (default: no)",
+        help="encode the images anew, to see how file size matters (default: as they are)",
     )
     loader.add_argument("--batch", type=positive, default=50, help="images stacked (default: 50)")
     add_common_arguments(loader, repeats=7)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,10 +43,26 @@ def one_line_errors(main: Callable) -> Callable:
 
 
 def launch(script: str | Path, processes: int, arguments: list[str]) -> None:
-    """Replaces this process by torchrun with one process per GPU on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", str(script), *arguments]
-    os.execv(sys.executable, command)
+    """Runs a script by torchrun with one process per GPU on this machine, and exits as it does.
+
+    Torchrun's own exit status is 1 whatever happened; here it is that of the processes. SIGTERM,
+    SIGINT and SIGUSR1 are passed on to them.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    options = ["--standalone", f"--nproc-per-node={processes}", str(script), *arguments]
+    try:
+        run.run(run.parse_args(options))
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        # processes that torchrun ended because another one failed have negative codes
+        raise SystemExit(max(codes) if max(codes) > 0 else 1) from None
+    except SignalException:
+        raise SystemExit(EXIT_STOPPED) from None
+    raise SystemExit(0)
 
 
 def set_up_logging(folder: Path | None, is_main: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -70,9 +71,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=fp16)
         self.network: Any = model
         if world.size > 1:
-            ids = [world.device.index] if world.device.type == "cuda" else None
-            # each process keeps its own BN statistics, as the paper's GPUs did
-            self.network = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            self.network = _distributed(model, world)
         self.ddp = self.network if world.size > 1 else None
         if options.compile != "none":
             mode = None if options.compile == "default" else options.compile
@@ -148,3 +147,11 @@ class TrainStep:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+
+
+def _distributed(model: nn.Module, world: World) -> DistributedDataParallel:
+    """DDP in which each process keeps its own BN statistics, as the paper's GPUs did."""
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=ids, **{option: False})

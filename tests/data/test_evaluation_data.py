@@ -87,6 +87,15 @@ def test_resize_is_torchvisions_to_a_grey_level(files):
             assert (image.int() - expected.int()).abs().max() <= 1
 
 
+def test_files_are_shared_by_processes(files):
+    samples, _ = files
+    found = []
+    for rank in range(2):
+        for batch in EvaluationLoader(EvaluationFiles(samples), 2, rank=rank, world=2):
+            found += batch.indices.tolist() + [bad.index for bad in batch.bad]
+    assert found == [0, 2, 4, 1, 3]
+
+
 def crop(image):
     return image[:, :5, :5]
 
