@@ -28,6 +28,24 @@ CORE = [
     "safetensors>=0.4",
 ]
 
+# The trainer of tools/train_classifier.py: data, engine, report.
+CLASSIFICATION = [
+    "torchvision>=0.15",
+    "numpy>=1.23",
+    "pillow>=9.1",
+    "simplejpeg>=1.8",
+    "omegaconf>=2.1,<2.4",
+    "tqdm>=4.60",
+    "tensorboard>=2.9",
+    "matplotlib>=3.6",
+    "fsspec>=2023.1",
+]
+
+# Tar shards are written with webdataset. nvImageCodec's CPU decoder reads only the part of a JPEG
+# that a training crop needs; without it whole images are decoded, to the same pixels.
+SHARDS = ["webdataset>=1.0"]
+FAST = ['nvidia-nvimgcodec-cu12>=0.9,<1 ; platform_system == "Linux"']
+
 # What Detectron2 needs, without Detectron2 itself: it is not on the package index under its own
 # name, and a copy built from git must not be overwritten. tools/setup_env.sh installs it.
 DETECTION = [
@@ -76,10 +94,13 @@ setup(
     python_requires=">=3.10",
     install_requires=CORE,
     extras_require={
+        "classification": CLASSIFICATION,
+        "shards": SHARDS,
+        "fast": FAST,
         "detection": DETECTION,
         "quickstart": QUICKSTART,
         "dev": DEV,
-        "all": DETECTION + QUICKSTART + DEV,
+        "all": CLASSIFICATION + SHARDS + FAST + DETECTION + QUICKSTART + DEV,
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -78,7 +78,7 @@ def test_table_is_read_from_the_runs(tmp_path, scratch, told):
 
 @pytest.fixture
 def without_set_up(tmp_path):
-    """Function (argument...) -> the script run with this Python's environment, nothing installed."""
+    """Function (argument...) -> the script, run with this environment, nothing installed."""
     pytest.importorskip("detectron2")
     text = SCRIPT.read_text()
     for old, new in (

@@ -67,7 +67,7 @@ install_project() {
         say "using the packages of $VENV where they fit (it was not created here)"
     fi
     say "installing the project and its dependencies: about 2 to 5 minutes and 6 GB, mostly PyTorch"
-    "$PY" -m pip install -qq "${pins[@]+"${pins[@]}"}" -e "$ROOT[detection,quickstart,dev]" ||
+    "$PY" -m pip install -qq "${pins[@]+"${pins[@]}"}" -e "$ROOT[all]" ||
         fail "pip could not install the dependencies (see above); mend that and run this again"
 }
 

@@ -231,6 +231,15 @@ def test_refusals(models, loader, protocol, message):
         evaluate(models, protocol, loader)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_gives_the_same_scores():
+    (model, normalizer), loader = network(), Loader()
+    cpu = evaluate([(model, normalizer)], Full(), loader)
+    gpu = evaluate([(model.cuda(), InputNormalizer(GREY, "cuda"))], Full(), loader)
+    torch.testing.assert_close(gpu.predictions.scores, cpu.predictions.scores, rtol=0, atol=0.01)
+
+
 def attempt(rank, world, **options):
     loader = Loader(rank=rank, world=world.size, **options)
     try:
