@@ -30,7 +30,8 @@ CORE = [
 
 # The trainer of tools/train_classifier.py: data, engine, report.
 CLASSIFICATION = [
-    "torchvision>=0.15",
+    "torch>=2.3",
+    "torchvision>=0.18",
     "numpy>=1.23",
     "pillow>=9.1",
     "simplejpeg>=1.8",

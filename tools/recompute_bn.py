@@ -11,14 +11,12 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from resnet_backbone.config import Config, ConfigError, load_config
 from resnet_backbone.data.build import ClassificationData, build_data
 from resnet_backbone.data.evaluation import EvaluationLoader
-from resnet_backbone.engine.batchnorm import LAYER_INPUTS, recompute_statistics
+from resnet_backbone.engine.batchnorm import LAYER_INPUTS, TrainingImages, recompute_statistics
 from resnet_backbone.engine.cli import launch, one_line_errors, set_up_logging
 from resnet_backbone.engine.distributed import World, join
 from resnet_backbone.engine.evaluation import evaluate
@@ -70,22 +68,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class TrainingImages:
-    """This process's part of the first iterations of training; the same at each pass.
-
-    Args:
-        count: images over all processes, rounded up to whole iterations.
-    """
-
-    def __init__(self, source: Any, count: int, batch_size: int):
-        self.source, self.iterations = source, -(-count // batch_size)
-
-    def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.source.batches(0))
-        for _ in range(self.iterations):
-            yield next(batches)
-
-
 class Run:
     """A run's config, data and network, on this process's device."""
 
@@ -134,7 +116,7 @@ class Run:
         local = train.batch_size // self.world.size
         report = recompute_statistics(
             self.model,
-            TrainingImages(source, args.images or source.num_samples, train.batch_size),
+            TrainingImages(source, args.images, train.batch_size, self.world),
             self.normalizer,
             layer_inputs=args.layer_inputs,
             micro_batch=args.micro_batch or train.micro_batch or local,

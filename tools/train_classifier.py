@@ -24,7 +24,7 @@ from resnet_backbone.config import (
 from resnet_backbone.data.build import ClassificationData, build_data
 from resnet_backbone.data.evaluation import EvaluationLoader
 from resnet_backbone.engine import networks
-from resnet_backbone.engine.batchnorm import recompute_statistics
+from resnet_backbone.engine.batchnorm import TrainingImages, recompute_statistics
 from resnet_backbone.engine.checkpoints import Checkpoints, iterations_in
 from resnet_backbone.engine.cli import launch, one_line_errors, set_up_logging
 from resnet_backbone.engine.distributed import World, join
@@ -279,18 +279,22 @@ class Job:
 
     def true_statistics(self, model: nn.Module, stop: StopRequest) -> None:
         """Replaces the moving averages of BN by averages over the training set, in place."""
-        train, source = self.config.train, self.data.source
-        count = train.recompute_bn_samples or source.num_samples
-        rounds = max(1, count // train.batch_size)
-        size = train.micro_batch or train.batch_size // self.world.size
-
-        def images():
-            batches = iter(source.batches(0))
-            for _ in range(rounds):
-                stop.raise_if_any()
-                yield from self.prepare(next(batches))[0].split(size)
-
-        recompute_statistics(model, images(), world=self.world, autocast=AMP[train.amp])
+        train = self.config.train
+        images = TrainingImages(
+            self.data.source,
+            train.recompute_bn_samples,
+            train.batch_size,
+            self.world,
+            before_each=stop.raise_if_any,
+        )
+        recompute_statistics(
+            model,
+            images,
+            self.normalizer,
+            micro_batch=train.micro_batch or train.batch_size // self.world.size,
+            world=self.world,
+            autocast=AMP[train.amp],
+        )
 
 
 class Watched:

@@ -7,9 +7,10 @@ README). The moving averages of training lag behind the weights and weigh the la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,39 @@ def recompute_statistics(
             order = work.under_population_statistics()
     unused = tuple(name for name in layers if name not in order)
     return BatchNormReport(order, unused, work.num_images, layer_inputs, micro_batch)
+
+
+class TrainingImages:
+    """This process's part of the first images of training: with all of them, each exactly once.
+
+    Args:
+        source: batches by iteration, see ``resnet_backbone.data``.
+        count: images over all processes; 0 for one epoch.
+        batch_size: of an iteration, over all processes.
+        world: the processes.
+        before_each: called before each batch, equally often on all processes.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        count: int,
+        batch_size: int,
+        world: World,
+        before_each: Callable[[], None] = lambda: None,
+    ):
+        self.source, self.count = source, count or source.num_samples
+        self.batch_size, self.world, self.before_each = batch_size, world, before_each
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.source.batches(0))
+        local = self.batch_size // self.world.size
+        for first in range(0, self.count, self.batch_size):
+            self.before_each()
+            batch = next(batches)
+            left = max(0, self.count - first - self.world.rank * local)
+            if left:
+                yield type(batch)(*(None if part is None else part[:left] for part in batch))
 
 
 class _Reached(Exception):

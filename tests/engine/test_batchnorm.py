@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from resnet_backbone.data.arrays import ArraySource
 from resnet_backbone.data.batch import Batch
+from resnet_backbone.data.stream import SampleStream
 from resnet_backbone.engine.batchnorm import (
     LAYER_INPUTS,
     BatchNormError,
     Moments,
+    TrainingImages,
     recompute_statistics,
 )
 from resnet_backbone.engine.distributed import World
@@ -249,3 +252,22 @@ def test_two_processes_give_the_statistics_of_one(tmp_path):
                 torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
             states.append(state)
         assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 7, 12, 29])
+def test_training_images_are_each_there_once(world_size, count):
+    """29 images in batches of 12, over several processes: nothing twice, nothing left out."""
+    seen = []
+    for rank in range(world_size):
+        stream = SampleStream(29, 12, 5, rank, world_size)
+        images = torch.zeros(29, 3, 4, 4, dtype=torch.uint8)
+        source = ArraySource(images, torch.arange(29), stream, ["x"], augmentation="none")
+        calls = []
+        world = World(rank, world_size)
+        part = TrainingImages(source, count, 12, world, before_each=lambda c=calls: c.append(1))
+        batches = list(part)
+        assert all(len(batch.images) == len(batch.labels) > 0 for batch in batches)
+        assert len(calls) == -(-(count or 29) // 12)
+        seen += [label for batch in batches for label in batch.labels.tolist()]
+    assert len(seen) == len(set(seen)) == (count or 29)
