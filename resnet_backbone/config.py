@@ -351,7 +351,8 @@ def _combinations(config: Config) -> Iterator[str]:
         yield "evaluation.crop is larger than evaluation.short_side"
     small = data.format in ("cifar10", "digits")
     if small and data.augmentation not in ("pad_crop", "shift", "none"):
-        yield f"data.augmentation {data.augmentation} is for larger images; {data.format}: pad_crop"
+        fit = "pad_crop" if data.format == "cifar10" else "shift"
+        yield f"data.augmentation {data.augmentation} is for larger images; {data.format}: {fit}"
     if not small and data.augmentation in ("pad_crop", "shift"):
         yield f"data.augmentation {data.augmentation} is for cifar10 and digits; use paper"
     if small and config.evaluation.protocol != "full":

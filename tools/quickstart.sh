@@ -132,7 +132,7 @@ rows = {}
 for label, found in (("from scratch", scratch), ("pre-trained", run)):
     rows[label] = [found["results"]["bbox"].get(name) for name in NAMES]
 pairs = list(zip(*rows.values()))
-rows["gain"] = [None if None in pair else pair[1] - pair[0] for pair in pairs]
+rows["gain"] = [None if None in pair else round(pair[1] - pair[0], 1) + 0.0 for pair in pairs]
 text = "classifier: {:.1f} % error on {}, {} iterations of {} images"
 print(text.format(*(classifier[key] for key in
       ("val_top1_error", "evaluated_on", "iterations", "batch_size"))))

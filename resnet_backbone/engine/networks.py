@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from resnet_backbone.models import BottleneckBlock, StagedNetwork, build_model
+from resnet_backbone.models import StagedNetwork, build_model
 from resnet_backbone.weights import Preprocessing, WeightsError, load_weights, save_weights
 from resnet_backbone.weights.files import MODEL_KEY, read_own_tensors
 
@@ -93,16 +93,22 @@ def logits_of(outputs: Any) -> tuple[Tensor, list[tuple[float, Tensor]]]:
 
 def describe(model: nn.Module, preprocessing: Preprocessing) -> Preprocessing:
     """Adds to a preprocessing what the network itself settles: stride position and BN epsilon."""
-    modules = list(model.modules())
     norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
-    epsilons = {module.eps for module in modules if isinstance(module, norms)}
-    stride = getattr(model, "stride_in_1x1", None)
-    if not any(isinstance(module, BottleneckBlock) for module in modules):
-        stride = None
-    values = {**preprocessing.__dict__, "stride_in_1x1": stride}
+    epsilons = {module.eps for module in model.modules() if isinstance(module, norms)}
+    values = {**preprocessing.__dict__, "stride_in_1x1": _stride_in_1x1(model)}
     if len(epsilons) == 1:
         values["bn_eps"] = epsilons.pop()
     return Preprocessing(**values)
+
+
+def _stride_in_1x1(model: nn.Module) -> bool | None:
+    """Whether bottlenecks, of any library, stride in their first 1x1; None if none strides."""
+    for block in model.modules():
+        convs = [getattr(block, name, None) for name in ("conv1", "conv2", "conv3")]
+        if all(isinstance(conv, nn.Conv2d) for conv in convs) and convs[0].kernel_size == (1, 1):
+            if max(convs[0].stride + convs[1].stride) > 1:
+                return convs[0].stride[0] > 1
+    return None
 
 
 def save_network(

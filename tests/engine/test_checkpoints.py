@@ -142,6 +142,9 @@ def test_unknown_options_are_named():
 def test_description_follows_the_network():
     bottleneck = describe(build_model("resnet50", num_classes=2, stride_in_1x1=False), INPUT)
     assert bottleneck.stride_in_1x1 is False and bottleneck.bn_eps == 1e-5
+    assert describe(build_model("resnet50", num_classes=2), INPUT).stride_in_1x1 is True
+    for other in ("torchvision/resnet50", "timm/resnet50"):
+        assert describe(NetworkSpec(other, 2).build(), INPUT).stride_in_1x1 is False
     assert describe(build_model("resnet18", num_classes=2), INPUT).stride_in_1x1 is None
     googlenet = NetworkSpec("torchvision/googlenet", 2, {"init_weights": False}).build()
     assert describe(googlenet, INPUT).bn_eps == 0.001
