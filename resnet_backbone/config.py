@@ -7,6 +7,7 @@ from the defaults below. Several files and ``key=value`` overrides are merged in
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ class ModelConfig:
     num_classes: int = 0  # 0: as many as the data has
     options: dict[str, Any] = field(default_factory=dict)  # constructor arguments: shortcut: "A"
     weights: str = ""  # .safetensors to start from; empty: He initialisation
+    preprocessing: str = ""  # of weights that do not carry theirs: msra, caffe_vgg, torchvision
 
 
 @dataclass
@@ -169,6 +171,9 @@ LEAST = {
     "schedule.iterations": 1,
     "schedule.plateau_patience": 1,
     "schedule.plateau_threshold": 0,
+    "schedule.plateau_drops": 0,
+    "schedule.warmup_lr": 0,
+    "schedule.warmup_until_error": 0,
     "schedule.warmup_iterations": 0,
     "train.batch_size": 1,
     "train.micro_batch": 0,
@@ -321,10 +326,14 @@ def check(config: Config) -> None:
 
 def _combinations(config: Config) -> Iterator[str]:
     data, schedule, train = config.data, config.schedule, config.train
-    if not schedule.lr > 0:
+    if not 0 < schedule.lr < math.inf:
         yield f"schedule.lr is {schedule.lr}; give a number above 0"
-    if sorted(set(schedule.milestones)) != list(schedule.milestones):
-        yield f"schedule.milestones {schedule.milestones} must rise"
+    if not 0 < schedule.gamma <= 1:
+        yield f"schedule.gamma is {schedule.gamma}; give a factor above 0, at most 1"
+    if not config.optimizer.momentum < 1:
+        yield f"optimizer.momentum is {config.optimizer.momentum}; give a number below 1"
+    if sorted({0, *schedule.milestones}) != [0, *schedule.milestones]:
+        yield f"schedule.milestones {schedule.milestones} must rise from above 0"
     if schedule.policy != "steps" and schedule.milestones:
         yield f"schedule.milestones are for policy steps, not {schedule.policy}: remove one of them"
     if schedule.policy == "steps" and any(m >= schedule.iterations for m in schedule.milestones):
@@ -334,6 +343,11 @@ def _combinations(config: Config) -> Iterator[str]:
         )
     if schedule.policy == "plateau" and not config.evaluation.every:
         yield "schedule.policy plateau needs evaluations: set evaluation.every above 0"
+    if schedule.warmup_iterations > schedule.iterations:
+        yield (
+            f"schedule.warmup_iterations {schedule.warmup_iterations} are more than "
+            f"schedule.iterations {schedule.iterations}"
+        )
     if schedule.warmup_iterations and schedule.warmup_until_error:
         yield "schedule.warmup_iterations and warmup_until_error are two kinds of warm-up: set one"
     if schedule.warmup_until_error and not schedule.warmup_lr:
@@ -355,6 +369,16 @@ def _combinations(config: Config) -> Iterator[str]:
         yield f"data.augmentation {data.augmentation} is for larger images; {data.format}: {fit}"
     if not small and data.augmentation in ("pad_crop", "shift"):
         yield f"data.augmentation {data.augmentation} is for cifar10 and digits; use paper"
+    if data.rand_augment and data.augmentation != "inception":
+        yield "data.rand_augment belongs to data.augmentation=inception: set both or none"
+    if data.class_list and data.format != "imagenet":
+        yield "data.class_list is for data.format imagenet; shards hold their classes"
+    centre = config.evaluation.protocol == "centre" and data.format in ("imagenet", "shards")
+    if centre and data.mean == "pixel" and config.evaluation.crop != data.crop:
+        yield (
+            f"data.mean pixel fits images of data.crop {data.crop}, not of evaluation.crop "
+            f"{config.evaluation.crop}: make them equal or set data.mean=channel"
+        )
     if small and config.evaluation.protocol != "full":
         yield f"evaluation.protocol: {data.format} images are tested as they are: full"
     if data.format in ("imagenet", "shards", "cifar10") and not data.root:

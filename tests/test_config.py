@@ -53,6 +53,13 @@ def refusal(*overrides, files=()):
         ("schedule.milestones=[600000]", "reach past"),
         ("schedule.milestones=[5,3]", "must rise"),
         ("data.crop=300", "data.short_side"),
+        ("schedule.milestones=[-5,10]", "rise from above 0"),
+        ("schedule.gamma=-1", "schedule.gamma"),
+        ("schedule.lr=inf", "above 0"),
+        ("optimizer.momentum=1.5", "below 1"),
+        ("schedule.warmup_iterations=600001", "more than"),
+        ("data.rand_augment=true", "inception"),
+        ("data.class_list=x", "format imagenet"),
         ("train.ema=1", "below 1"),
         ("loss.label_smoothing=1.5", "below 1"),
         ("schedule.warmup_until_error=80", "warmup_lr"),
@@ -70,6 +77,12 @@ def test_combinations():
     assert "evaluation.every" in refusal("schedule.policy=plateau", "evaluation.every=0")
     linear = ("schedule.warmup_iterations=5", "schedule.warmup_lr=.01")
     assert "set one" in refusal(*linear, "schedule.warmup_until_error=80")
+
+
+def test_the_mean_image_fits_the_evaluation():
+    with pytest.raises(ConfigError, match="evaluation.crop 192"):
+        load_config([], ["data.root=x", "data.mean=pixel", "evaluation.crop=192"])
+    load_config([], ["data.root=x", "data.mean=channel", "evaluation.crop=192"])
 
 
 def test_model_is_short_for_its_name():

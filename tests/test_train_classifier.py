@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from resnet_backbone.engine.signals import EXIT_STOPPED
+from resnet_backbone.weights.files import read_own_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "train_classifier.py"
@@ -168,6 +170,46 @@ def test_eval_only_gives_the_runs_own_number(uninterrupted):
     assert done.returncode == 0, done.stderr
     assert f"top-1 error {results['val_top1_error']:.2f} %" in done.stdout
     assert sorted(path.name for path in uninterrupted.iterdir()) == before
+
+
+def test_an_ended_run_stays_as_it_is(uninterrupted):
+    before = (uninterrupted / "results.json").read_bytes()
+    done = run("--output-dir", uninterrupted, "--resume")
+    assert done.returncode == 0 and "the run has ended" in done.stdout
+    assert (uninterrupted / "results.json").read_bytes() == before
+
+
+def test_weights_bring_their_own_input(uninterrupted, config, tmp_path):
+    """A network trained on RGB minus the mean image, evaluated and tuned by a BGR config."""
+    results = json.loads((uninterrupted / "results.json").read_text())
+    weights = f"model.weights={uninterrupted / 'final.safetensors'}"
+    other = (*("--config-file", config), "data.channel_order=BGR", "data.std=channel", weights)
+    done = run(*other, "--output-dir", tmp_path / "x", "--eval-only")
+    assert f"top-1 error {results['val_top1_error']:.2f} %" in done.stdout, done.stderr
+    assert not (tmp_path / "x").exists()
+    tuned = ("schedule.iterations=3", "schedule.lr=1e-6", "schedule.warmup_lr=1e-6", "train.ema=0")
+    done = run(*other, *tuned, "train.recompute_bn=false", "--output-dir", tmp_path / "tuned")
+    assert done.returncode == 0, done.stderr
+    found = read_own_tensors(tmp_path / "tuned" / "final.safetensors")[1]
+    assert found.channel_order == "RGB" and found.std == (1, 1, 1)
+    assert found.mean_image.shape == (3, 32, 32)
+    # --eval-only of this run takes what it trained, not what it started from
+    done = run("--output-dir", tmp_path / "tuned", "--eval-only")
+    assert "tuned/final.safetensors: top-1" in done.stdout, done.stderr
+
+
+def test_a_changed_data_set_is_no_resumption(config, tiny_cifar10, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_cifar10, data)
+    short = ("--config-file", config, f"data.root={data}", "--output-dir", tmp_path / "run")
+    process = start(*short)
+    while not reached(tmp_path / "run") and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    (data / "data_batch_5.bin").write_bytes((data / "data_batch_5.bin").read_bytes()[: 3073 * 9])
+    refused = run("--output-dir", tmp_path / "run", "--resume")
+    assert refused.returncode == 2 and "200 training images, now there are 169" in refused.stderr
 
 
 def test_divergence_stops_with_step_history_and_last_good_checkpoint(config, tmp_path):

@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from resnet_backbone.data.build import ClassificationData, build_data
 from resnet_backbone.data.evaluation import EvaluationLoader
 from resnet_backbone.engine import networks
 from resnet_backbone.engine.batchnorm import TrainingImages, recompute_statistics
-from resnet_backbone.engine.checkpoints import Checkpoints, iterations_in
+from resnet_backbone.engine.checkpoints import AVERAGED, WEIGHTS, Checkpoints, iterations_in
 from resnet_backbone.engine.cli import launch, one_line_errors, set_up_logging
 from resnet_backbone.engine.distributed import World, join
 from resnet_backbone.engine.evaluation import EvaluationResult, evaluate
@@ -64,7 +65,12 @@ and exit with status {EXIT_STOPPED}; the same command with --resume goes on, in 
 epoch, with exactly the images, weights and rates that an uninterrupted run would have had.
 The weights for detection: tools/train_net.py --weights RUN/final.safetensors."""
 
-MAY_CHANGE = ("output.", "evaluation.batch_size", "data.root", "data.val_root", "data.workers")
+# Where and how fast a run computes; everything else would make it another run.
+MAY_CHANGE = (
+    *("output.", "data.root", "data.val_root", "data.val_labels", "data.workers", "train.threads"),
+    *("data.max_bad_images", "evaluation.max_bad_images", "evaluation.batch_size"),
+    "model.weights",  # the checkpoint has taken their place
+)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -122,6 +128,8 @@ def read_config(args: argparse.Namespace) -> Config:
     config = load_config([saved], overrides)
     changed = differences(wanted or config, load_config([saved]))
     refused = [key for key in changed if not key.startswith(MAY_CHANGE)]
+    if "output.log_every" in changed and config.schedule.warmup_until_error:
+        refused.append("output.log_every")  # it decides when the warm-up ends
     if refused and args.resume:
         raise ConfigError(
             f"{folder} was started with another {', '.join(refused)}: go on with its own config "
@@ -153,9 +161,14 @@ def make_protocol(config: Config) -> Full | Centre:
 
 
 class Job:
-    """One run: its data, network and trainer, made from the config."""
+    """One run: its data, network and trainer, made from the config.
 
-    def __init__(self, config: Config, world: World, folder: RunFolder):
+    Args:
+        weights: file to start from or to evaluate; the input is then what it says, and not the
+            config's. Empty: He initialisation.
+    """
+
+    def __init__(self, config: Config, world: World, folder: RunFolder, weights: str | Path = ""):
         self.config, self.world, self.folder = config, world, folder
         self.device = world.device
         self.protocol = make_protocol(config)
@@ -176,9 +189,12 @@ class Job:
         self.spec = NetworkSpec(config.model.name, classes, config.model.options)
         self.model = self._network()
         self.preprocessing = networks.describe(self.model, self.data.preprocessing)
+        if weights:
+            self.preprocessing = networks.load_network(
+                self.model, weights, config.model.preprocessing
+            )
+            logger.info("%s, with its own mean, order and range of the input", weights)
         self.normalizer = InputNormalizer(self.preprocessing, self.device)
-        if config.model.weights:
-            networks.load_network(self.model, config.model.weights)
 
     def _network(self) -> nn.Module:
         torch.manual_seed(self.config.train.seed)  # the same first weights on all processes
@@ -286,6 +302,7 @@ class Job:
             train.batch_size,
             self.world,
             before_each=stop.raise_if_any,
+            sync_bn=train.sync_bn,
         )
         recompute_statistics(
             model,
@@ -379,12 +396,17 @@ def finish(job: Job, trainer: Trainer, stop: StopRequest) -> None:
 def train(config: Config, args: argparse.Namespace, world: World) -> None:
     folder = RunFolder(config.output.dir, config.output.tensorboard)
     set_up_logging(folder.path, world.is_main)
-    stop = StopRequest(world).install()
+    if args.resume and (folder / RESULTS).exists():
+        logger.info("%s: the run has ended, see %s", folder.path, folder / RESULTS)
+        return
+    stop = StopRequest(world)
     if world.is_main:
         folder.start(to_yaml(config), world.device, world.size)
         logger.info("resolved config (also in %s):\n%s", folder / CONFIG, to_yaml(config))
-    job = Job(config, world, folder)
+    newest = newest_weights(folder.path) if args.resume else ""
+    job = Job(config, world, folder, newest or config.model.weights)
     trainer = job.trainer(stop)
+    stop.install()  # from here on there is something to save
     if args.resume:
         begun = trainer.resume()
         at = f"going on at iteration {trainer.iteration}" if begun else "no checkpoint, starting"
@@ -404,18 +426,31 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
         folder.close()
 
 
-def evaluate_only(config: Config, world: World) -> None:
+def newest_weights(folder: Path) -> str:
+    """The weights of a run's newest checkpoint that evaluations use; empty if there is none."""
+    found = iterations_in(folder / "checkpoints")
+    if not found:
+        return ""
+    newest = folder / "checkpoints" / f"{found[-1]:08d}"
+    averaged = newest / AVERAGED
+    return str(averaged if averaged.is_file() else newest / WEIGHTS)
+
+
+def evaluate_only(config: Config, given: str, world: World) -> None:
+    """Evaluates the file given on the command line, or the run's final or newest weights.
+
+    What data sets write into a run folder (means, reports) goes to a temporary one.
+    """
     set_up_logging(None, world.is_main)
-    newest = iterations_in(Path(config.output.dir) / "checkpoints")
-    if not config.model.weights:
-        final = Path(config.output.dir) / FINAL
-        if newest and not final.is_file():
-            final = Path(config.output.dir) / "checkpoints" / f"{newest[-1]:08d}/model.safetensors"
-        if not final.is_file():
-            raise ConfigError(f"{config.output.dir} has no weights: give model.weights=FILE")
-        config.model.weights = str(final)
-    job = Job(config, world, RunFolder(config.output.dir))
-    logger.info("%s: %s", config.model.weights, job.evaluate(job.model))
+    folder = Path(config.output.dir)
+    final = str(folder / FINAL) if (folder / FINAL).is_file() else ""
+    weights = given or final or newest_weights(folder)
+    if not weights:
+        raise ConfigError(f"{folder} has no weights: give model.weights=FILE")
+    config.data.mean, config.data.std = "imagenet", "one"  # nothing to compute: the file says it
+    with tempfile.TemporaryDirectory() as temporary:
+        job = Job(config, world, RunFolder(temporary), weights)
+        logger.info("%s: %s", weights, job.evaluate(job.model))
 
 
 @one_line_errors
@@ -430,7 +465,8 @@ def main(argv: list[str] | None = None) -> None:
     world = join(config.train.device)
     check_processes(config, world)
     if args.eval_only:
-        evaluate_only(config, world)
+        given = [word for word in args.overrides if word.startswith("model.weights=")]
+        evaluate_only(config, config.model.weights if given else "", world)
     else:
         train(config, args, world)
 

@@ -21,7 +21,7 @@ from resnet_backbone.data.synthetic import SyntheticSource
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing
 
 INPUT_FILE = "input.safetensors"  # in the run folder: the statistics, so that none is made twice
-INPUT_KEY = "preprocessing"
+INPUT_KEY, MADE_FROM = "preprocessing", "made_from"
 
 
 @dataclass(frozen=True)
@@ -154,22 +154,24 @@ def preprocessing_from(
     return Preprocessing(data.channel_order, 255.0, mean, std, source=where, mean_image=image)
 
 
-def keep_input(folder: Path, preprocessing: Preprocessing) -> None:
-    """Writes a computed preprocessing into the run folder."""
+def keep_input(folder: Path, preprocessing: Preprocessing, made_from: str) -> None:
+    """Writes a computed preprocessing into the run folder, with what it was computed from."""
     image = preprocessing.mean_image
     tensors = {} if image is None else {"mean_image": image.contiguous()}
     temporary = folder / f"{INPUT_FILE}.tmp"
-    save_file(tensors, temporary, {INPUT_KEY: preprocessing.to_json()})
+    save_file(tensors, temporary, {INPUT_KEY: preprocessing.to_json(), MADE_FROM: made_from})
     temporary.replace(folder / INPUT_FILE)
 
 
-def kept_input(folder: Path) -> Preprocessing | None:
-    """The preprocessing that :func:`keep_input` wrote, or None."""
+def kept_input(folder: Path, made_from: str) -> Preprocessing | None:
+    """The preprocessing that :func:`keep_input` wrote; None if there is none of this origin."""
     path = folder / INPUT_FILE
     if not path.is_file():
         return None
     try:
         with safe_open(str(path), framework="pt") as file:
+            if file.metadata()[MADE_FROM] != made_from:
+                return None
             found = Preprocessing.from_json(file.metadata()[INPUT_KEY])
             image = file.get_tensor("mean_image") if "mean_image" in file.keys() else None  # noqa: SIM118
     except Exception as error:

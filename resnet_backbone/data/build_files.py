@@ -111,11 +111,17 @@ def _preprocessing(
     data = config.data
     if data.mean == "imagenet" and data.std != "channel":
         return preprocessing_from(data, (0.0,) * 3, (1.0,) * 3, None, "")
-    if rank:
-        _wait_for(folder / INPUT_FILE)
-    kept = kept_input(folder)
-    if kept is not None:
-        return kept
+    settings = (data.channel_order, data.mean, data.std, data.crop, data.short_side[0])
+    made_from = f"{len(train)} images, {data.mean_samples} used, {settings}"
+    for _ in range(WAIT_SECONDS):
+        kept = kept_input(folder, made_from)
+        if kept is not None:
+            return kept
+        if rank == 0:
+            break
+        time.sleep(1)  # the main process, which shares the run folder, computes it
+    else:
+        raise DataError(f"{folder / INPUT_FILE} did not appear: is the run folder shared?")
     found = compute_mean(
         train,
         num_images=data.mean_samples,
@@ -128,14 +134,5 @@ def _preprocessing(
     image = found.image if data.mean == "pixel" else None
     where = f"centre crops of {found.num_images} training images"
     made = preprocessing_from(data, found.channels, found.std, image, where)
-    keep_input(folder, made)
+    keep_input(folder, made, made_from)
     return made
-
-
-def _wait_for(path: Path) -> None:
-    """Until the main process, which shares the run folder, has written a file."""
-    for _ in range(WAIT_SECONDS):
-        if path.exists():
-            return
-        time.sleep(1)
-    raise DataError(f"{path} did not appear: is the run folder shared by all machines?")

@@ -26,10 +26,8 @@ from resnet_backbone.builtin import (
 __all__ = ["CLASS_NAMES", "CROP", "read_digits"]
 
 CROP = 64  # pixels; a digit of the detection scenes with what surrounds it
-DIGIT_PIXELS = (
-    24,
-    54,
-)  # of the scan's 8x8 cells, so that a turned one fits; the scenes have up to 72
+DIGIT_PIXELS = (36, 54)  # of the scan's 8x8 cells; the scenes have 24 to 72
+OFF_CENTRE = 6  # pixels at most, in each direction
 COPIES = {"train": 4, "test": 2}  # drawings of each scan
 
 
@@ -58,7 +56,7 @@ def _draw_all(split: str) -> tuple[Tensor, Tensor]:
 
 
 def draw_crop(split: str, number: int, index: int) -> np.ndarray:
-    """Picture ``number`` of a split: scan ``index`` somewhere on a photograph.
+    """Picture ``number`` of a split: scan ``index`` near the middle of a photograph.
 
     Returns:
         uint8 (64, 64, 3), RGB.
@@ -66,6 +64,13 @@ def draw_crop(split: str, number: int, index: int) -> np.ndarray:
     rng = np.random.default_rng([list(BACKGROUNDS).index(split), number])
     photograph = crop_photograph(str(rng.choice(sorted(BACKGROUNDS[split]))), CROP, rng)
     ink = render_ink(index, rng, DIGIT_PIXELS)
-    top, left = (int(rng.integers(0, CROP - extent + 1)) for extent in ink.shape)
+    top, left = (_place(extent, rng) for extent in ink.shape)
     canvas, _ = draw_ink(photograph.astype(np.float32), ink, left, top, rng)
     return canvas.round().astype(np.uint8)
+
+
+def _place(extent: int, rng: np.random.Generator) -> int:
+    """Where ink of some height or width begins: near the middle, and inside the crop."""
+    middle = (CROP - extent) // 2
+    off = min(OFF_CENTRE, middle)
+    return middle + int(rng.integers(-off, off + 1))

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from resnet_backbone.data.augment import resize_short_side
 from resnet_backbone.data.batch import DataError
 from resnet_backbone.data.decode import BadImage, read_rgb
+from resnet_backbone.data.loader import Running, init_worker
 
 
 class BadSample(NamedTuple):
@@ -191,9 +192,15 @@ class EvaluationLoader:
             num_workers=min(self.workers, len(self)),
             collate_fn=collate,
             pin_memory=self.pin_memory,
+            # a signal to the whole group must leave the main process its images
+            worker_init_fn=init_worker if self.workers else None,
         )
-        for batch in loader:
-            yield batch._replace(images=tuple(map(_unpack, batch.images)))
+        running = Running(loader)
+        try:
+            for batch in running:
+                yield batch._replace(images=tuple(map(_unpack, batch.images)))
+        finally:
+            running.close()
 
 
 class _Ragged(NamedTuple):

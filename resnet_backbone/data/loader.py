@@ -137,7 +137,7 @@ def read_batches(
             may want to write a checkpoint first, and end when the iterator is closed or dropped.
         prefetch: batches that each worker makes ahead.
     """
-    several = {"prefetch_factor": prefetch, "worker_init_fn": _init_worker} if workers else {}
+    several = {"prefetch_factor": prefetch, "worker_init_fn": init_worker} if workers else {}
     loader = DataLoader(
         maker,
         sampler=batches,
@@ -147,14 +147,14 @@ def read_batches(
         collate_fn=_unchanged,
         **several,
     )
-    running = _Running(loader)
+    running = Running(loader)
     try:
         yield from running
     finally:
         running.close()
 
 
-class _Running:
+class Running:
     """An iteration of a loader, whose workers certainly end.
 
     Workers that ignore SIGTERM would outlast multiprocessing's attempt to end them when the
@@ -189,7 +189,7 @@ def _unchanged(made: WorkerBatch) -> WorkerBatch:
     return made
 
 
-def _init_worker(_worker: int) -> None:
+def init_worker(_worker: int) -> None:
     for number in WORKER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -30,7 +30,7 @@ class BatchNormError(ValueError):
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations of each channel, in float64.
+    """Count, mean and sum of squared deviations of each channel, kept in float64.
 
     Parts are merged with the formula of Chan, Golub and LeVeque (1979), which does not subtract
     large numbers from each other as sums of squares do.
@@ -42,11 +42,13 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        """Of a layer's input, (N, C, ...)."""
-        rows = x.detach().double().transpose(0, 1).flatten(1)
-        variance, mean = torch.var_mean(rows, dim=1, correction=0)
-        count = rows.shape[1]
-        return cls(count, mean, variance * count)
+        """Of a layer's input, (N, C, ...): in fp32 within the batch, or in fp64 if it is fp64."""
+        x = x.detach()
+        x = x if x.dtype == torch.float64 else x.float()
+        others = [dim for dim in range(x.dim()) if dim != 1]
+        variance, mean = torch.var_mean(x, dim=others, correction=0)
+        count = x.numel() // x.shape[1]
+        return cls(count, mean.double(), variance.double() * count)
 
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count
@@ -143,12 +145,16 @@ def recompute_statistics(
 class TrainingImages:
     """This process's part of the first images of training: with all of them, each exactly once.
 
+    With SyncBN, which needs as many batches on each process, whole iterations only: the last
+    images of the epoch, fewer than a batch, are left out.
+
     Args:
         source: batches by iteration, see ``resnet_backbone.data``.
         count: images over all processes; 0 for one epoch.
         batch_size: of an iteration, over all processes.
         world: the processes.
         before_each: called before each batch, equally often on all processes.
+        sync_bn: whether the network has SyncBN.
     """
 
     def __init__(
@@ -158,8 +164,11 @@ class TrainingImages:
         batch_size: int,
         world: World,
         before_each: Callable[[], None] = lambda: None,
+        sync_bn: bool = False,
     ):
         self.source, self.count = source, count or source.num_samples
+        if sync_bn:
+            self.count = max(1, self.count // batch_size) * batch_size
         self.batch_size, self.world, self.before_each = batch_size, world, before_each
 
     def __iter__(self) -> Iterator[Any]:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from resnet_backbone.weights import Preprocessing, WeightsError
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, STATE, PARTIAL = "model.safetensors", "state.pt", ".partial-"
+WEIGHTS, AVERAGED, STATE = "model.safetensors", "averaged.safetensors", "state.pt"
+PARTIAL, DAMAGED = ".partial-", ".damaged"
 
 
 class Checkpoints:
@@ -44,8 +46,15 @@ class Checkpoints:
         self.spec, self.preprocessing = spec, preprocessing
         self.keep, self.keep_every = keep, keep_every
 
-    def save(self, iteration: int, model: nn.Module, state: dict) -> Path:
-        """Writes the checkpoint of an iteration, unless it is there already."""
+    def save(
+        self, iteration: int, model: nn.Module, state: dict, averaged: nn.Module | None = None
+    ) -> Path:
+        """Writes the checkpoint of an iteration, unless it is there already.
+
+        Args:
+            averaged: the network with averaged weights, written beside the others so that it can
+                be used before the run ends.
+        """
         final = self.folder / f"{iteration:08d}"
         if final.exists():
             return final
@@ -53,9 +62,11 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_network(partial / WEIGHTS, model, self.spec, self.preprocessing)
+        if averaged is not None:
+            save_network(partial / AVERAGED, averaged, self.spec, self.preprocessing)
         torch.save(state, partial / STATE)
-        for name in (WEIGHTS, STATE):
-            _to_disk(partial / name)
+        for path in partial.iterdir():
+            _to_disk(path)
         os.rename(partial, final)
         _to_disk(self.folder)
         self._remove_old()
@@ -70,24 +81,32 @@ class Checkpoints:
             if not self.keep_every or iteration % self.keep_every:
                 shutil.rmtree(self.folder / f"{iteration:08d}", ignore_errors=True)
 
-    def load_latest(self, model: nn.Module) -> dict | None:
+    def load_latest(self, model: nn.Module, clean: bool = True) -> dict | None:
         """Loads the newest checkpoint's weights; its state, or None if there is no checkpoint.
 
-        A damaged checkpoint is passed over, with a warning that names it.
+        A damaged checkpoint is passed over with a warning that names it, and set aside once an
+        older one was loaded.
+
+        Args:
+            clean: whether to remove and set aside; for one process of a run.
 
         Raises:
             WeightsError: there are checkpoints, and none can be read.
         """
-        for left in self.folder.glob(f"{PARTIAL}*"):
+        for left in self.folder.glob(f"{PARTIAL}*") if clean else ():
             shutil.rmtree(left, ignore_errors=True)
+        damaged: list[Path] = []
         found = self.iterations()
         for iteration in reversed(found):
             folder = self.folder / f"{iteration:08d}"
             try:
                 state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
                 load_exactly(model, folder / WEIGHTS)
+                for other in damaged if clean else ():
+                    os.replace(other, other.with_name(other.name + DAMAGED))
                 return state
-            except (WeightsError, OSError, RuntimeError, EOFError, ValueError) as error:
+            except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+                damaged.append(folder)
                 problem = " ".join(str(error).split())
                 logger.warning("%s cannot be used (%s); trying an older one", folder, problem)
         if found:

@@ -24,6 +24,7 @@ from resnet_backbone.engine.run_folder import RunFolder, write_json
 from resnet_backbone.engine.schedule import Schedule
 from resnet_backbone.engine.signals import Stopped, StopRequest
 from resnet_backbone.engine.step import TrainStep
+from resnet_backbone.weights import WeightsError
 
 logger = logging.getLogger(__name__)
 
@@ -68,22 +69,30 @@ class Window:
         self.wrong += wrong
         self.filled += 1
 
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
     def restart(self) -> None:
         self.wrong.zero_()
         self.filled, self.data_seconds, self.started = 0, 0.0, time.perf_counter()
 
-    def state_dict(self) -> dict:
+    def state_dict(self, world: World) -> dict:
+        """The mean over processes, which all of them resume from; all call this."""
         return {
-            "losses": self.losses.cpu().clone(),
-            "wrong": self.wrong.cpu().clone(),
+            "losses": (world.sum(self.losses.clone()) / world.size).cpu(),
+            "wrong": (world.sum(self.wrong.clone()) / world.size).cpu(),
             "filled": self.filled,
+            "data_seconds": self.data_seconds,
+            "elapsed": self.elapsed,
         }
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["losses"]) == len(self.losses):
             self.losses.copy_(state["losses"])
             self.wrong.copy_(state["wrong"])
-            self.filled = state["filled"]
+            self.filled, self.data_seconds = state["filled"], state["data_seconds"]
+            self.started = time.perf_counter() - state["elapsed"]
 
 
 class Trainer:
@@ -127,10 +136,28 @@ class Trainer:
     # -- going on --------------------------------------------------------------------------------
 
     def resume(self) -> bool:
-        """Loads the newest checkpoint, if there is one."""
-        state = self.checkpoints.load_latest(self.step.model)
+        """Loads the newest checkpoint, if there is one.
+
+        Raises:
+            WeightsError: none can be read, or not the same one on all processes.
+            ValueError: the data set has another number of images than when the run began.
+        """
+        state = self.checkpoints.load_latest(self.step.model, clean=self.world.is_main)
+        found = -1 if state is None else state["iteration"]
+        if self.world.any(found != self.world.broadcast(found)):
+            raise WeightsError(
+                f"{self.checkpoints.folder}: the processes read different checkpoints; is the run "
+                "folder shared by all machines?"
+            )
         if state is None:
+            if self.world.is_main:
+                self.folder.keep_metrics(lambda row: False)
             return False
+        if state["num_samples"] != self.source.num_samples:
+            raise ValueError(
+                f"the run began with {state['num_samples']} training images, now there are "
+                f"{self.source.num_samples}: bring them back, or start in another output.dir"
+            )
         self.step.load_state_dict(state["step"])
         self.schedule.load_state_dict(state["schedule"])
         self.window.load_state_dict(state["window"])
@@ -148,9 +175,10 @@ class Trainer:
         names = ("iteration", "evaluated_at", "best", "seconds", "latest", "recent_errors")
         return {
             **{name: getattr(self, name) for name in names},
+            "num_samples": self.source.num_samples,
             "step": self.step.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "window": self.window.state_dict(),
+            "window": self.window.state_dict(self.world),
         }
 
     # -- the loop --------------------------------------------------------------------------------
@@ -167,19 +195,22 @@ class Trainer:
         try:
             self._evaluate_if_due()
             batches = iter(self.source.batches(self.iteration))
-            self.window.started = time.perf_counter()
+            if not self.window.filled:
+                self.window.restart()
             while self.iteration < options.iterations:
                 self.stop.raise_if_any()
                 self._iterate(next_timed(batches, self.window))
                 bar.update()
-                if self.iteration % options.log_every == 0:
-                    self._log(bar)
                 last = self.iteration == options.iterations
+                if last or self.iteration % options.log_every == 0:
+                    self._log(bar)
                 if last or self.iteration % options.checkpoint_every == 0:
                     self.save()
                 self._evaluate_if_due()
-        except Stopped:
-            self.save()
+        except (Stopped, OSError, ValueError) as error:
+            # data that fails on one of several processes leaves the others waiting for it
+            if isinstance(error, Stopped) or self.world.size == 1:
+                self.save()
             raise
         finally:
             batches = None  # ends the loader's processes before anything else does
@@ -201,7 +232,7 @@ class Trainer:
         window, options = self.window, self.options
         losses = self._check_losses()
         error = self.world.sum(window.wrong.clone()).item() / (window.filled * options.batch_size)
-        elapsed = time.perf_counter() - window.started
+        elapsed = window.elapsed
         self.seconds += elapsed
         row = {
             "iteration": self.iteration,
@@ -268,9 +299,10 @@ class Trainer:
         finite = [value.isfinite().all() for value in self.step.model.parameters()]
         if not torch.stack(finite).all():
             self._stop_diverged(self.iteration, [math.nan])
-        average_buffers(self.step.model, self.world)
+        average_buffers(self.step, self.world)
+        state, averaged = self.state_dict(), self.step.ema and self.step.evaluated_model
         if self.world.is_main:
-            self.checkpoints.save(self.iteration, self.step.model, self.state_dict())
+            self.checkpoints.save(self.iteration, self.step.model, state, averaged)
         self.world.barrier()
 
     def _evaluate_if_due(self) -> None:
@@ -278,8 +310,10 @@ class Trainer:
         due = last or (every and self.iteration and self.iteration % every == 0)
         if not due or self.evaluated_at == self.iteration:
             return
+        if self.window.filled:
+            self._check_losses()
         started = time.perf_counter()
-        average_buffers(self.step.model, self.world)
+        average_buffers(self.step, self.world)
         found = self.validate(self.step.evaluated_model, self.stop)
         self.evaluated_at, self.latest = self.iteration, found
         error = found["val_top1_error"]
@@ -311,10 +345,11 @@ def next_timed(batches: Any, window: Window) -> Any:
     return batch
 
 
-def average_buffers(model: nn.Module, world: World) -> None:
+def average_buffers(step: TrainStep, world: World) -> None:
     """Gives all processes the mean of their BN statistics, in place."""
     if world.size > 1:
-        for buffer in model.buffers():
+        models = {id(model): model for model in (step.model, step.evaluated_model)}
+        for buffer in (b for model in models.values() for b in model.buffers()):
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= world.size

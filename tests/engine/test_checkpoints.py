@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -88,7 +89,14 @@ def test_damaged_checkpoints_are_passed_over_aloud(tmp_path, caplog, name, damag
     with caplog.at_level(logging.WARNING):
         assert kept.load_latest(SPEC.build()) == {"iteration": 1}
     assert "00000002 cannot be used" in caplog.text
-    (kept.folder / "00000001" / STATE).write_bytes(b"")
+    assert kept.iterations() == [1]  # the damaged one is set aside, and not counted again
+    kept.save(2, SPEC.build(), {"iteration": 2})
+    kept.load_latest(SPEC.build())
+    shutil.rmtree(kept.folder / "00000001")
+    assert kept.load_latest(SPEC.build()) == {"iteration": 2}
+    kept.save(1, SPEC.build(), {"iteration": 1})
+    for path in kept.folder.glob("*/" + STATE):
+        path.write_bytes(b"")
     with pytest.raises(WeightsError, match="none of 2 checkpoints"):
         kept.load_latest(SPEC.build())
 
