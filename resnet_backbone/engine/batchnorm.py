@@ -46,7 +46,9 @@ class Moments:
         x = x.detach()
         x = x if x.dtype == torch.float64 else x.float()
         others = [dim for dim in range(x.dim()) if dim != 1]
-        variance, mean = torch.var_mean(x, dim=others, correction=0)
+        mean = x.mean(others, keepdim=True)
+        variance = (x - mean).square_().mean(others)  # four times as fast as var_mean
+        mean = mean.flatten()
         count = x.numel() // x.shape[1]
         return cls(count, mean.double(), variance.double() * count)
 
