@@ -111,7 +111,7 @@ draw() {  # twelve held-out pictures, one by one and as a sheet; losses and AP50
     while read -r id; do
         pictures+=("$DATA/JPEGImages/$id.jpg")
     done < <(head -n 12 "$DATA/ImageSets/Main/test.txt")
-    "$VENV/bin/python" tools/demo.py --run "$RUN" --input "${pictures[@]}" \
+    "$VENV/bin/python" tools/demo.py --run "$RUN" --confidence 0.2 --input "${pictures[@]}" \
         --output "$OUTPUT/detections" --sheet "$OUTPUT/detections.png" || return
     [ -s "$OUTPUT/detections.png" ] || { echo "no picture $OUTPUT/detections.png" >&2; return 1; }
     "$VENV/bin/python" tools/report.py curves --run "$RUN=pre-trained" --run "$SCRATCH=from scratch" \
