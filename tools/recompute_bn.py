@@ -13,18 +13,13 @@ import os
 import sys
 from pathlib import Path
 
-from resnet_backbone.config import Config, ConfigError, load_config
-from resnet_backbone.data.build import ClassificationData, build_data
-from resnet_backbone.data.evaluation import EvaluationLoader
-from resnet_backbone.engine.batchnorm import LAYER_INPUTS, TrainingImages, recompute_statistics
+from resnet_backbone.classification import Job, check_processes
+from resnet_backbone.config import ConfigError, load_config
+from resnet_backbone.engine.batchnorm import LAYER_INPUTS
 from resnet_backbone.engine.cli import launch, one_line_errors, set_up_logging
-from resnet_backbone.engine.distributed import World, join
-from resnet_backbone.engine.evaluation import evaluate
-from resnet_backbone.engine.networks import load_network, read_spec, save_network
-from resnet_backbone.engine.run_folder import CONFIG
-from resnet_backbone.engine.step import AMP
-from resnet_backbone.engine.views import Centre, Full
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.engine.distributed import join
+from resnet_backbone.engine.networks import save_network
+from resnet_backbone.engine.run_folder import CONFIG, RunFolder
 
 logger = logging.getLogger("resnet_backbone.recompute_bn")
 
@@ -68,70 +63,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class Run:
-    """A run's config, data and network, on this process's device."""
-
-    def __init__(self, args: argparse.Namespace, config: Config, world: World):
-        self.config, self.world = config, world
-        weights = Path(args.weights or Path(args.run) / "final.safetensors")
-        if not weights.is_file():
-            raise ConfigError(f"{weights}: no such file; give --weights FILE")
-        self.spec = read_spec(weights)
-        if self.spec is None:
-            raise ConfigError(f"{weights} does not name its network: was it trained here?")
-        chosen = config.evaluation
-        full = chosen.protocol == "full"
-        self.protocol = Full() if full else Centre(chosen.short_side, chosen.crop)
-        self.data: ClassificationData = build_data(
-            config,
-            Path(args.run),
-            rank=world.rank,
-            world=world.size,
-            device=world.device,
-            prepare=self.protocol.prepare,
-        )
-        self.model = self.spec.build()
-        self.preprocessing = load_network(self.model, weights)
-        self.model.to(world.device)
-        self.normalizer = InputNormalizer(self.preprocessing, world.device)
-
-    def evaluate(self) -> str:
-        loader = EvaluationLoader(
-            self.data.evaluation,
-            self.config.evaluation.batch_size,
-            workers=self.config.data.workers,
-            rank=self.world.rank,
-            world=self.world.size,
-        )
-        models = [(self.model, self.normalizer)]
-        most, amp = self.config.evaluation.max_bad_images, AMP[self.config.train.amp]
-        return str(
-            evaluate(
-                models, self.protocol, loader, world=self.world, autocast=amp, max_bad_images=most
-            )
-        )
-
-    def recompute(self, args: argparse.Namespace) -> None:
-        train, source = self.config.train, self.data.source
-        local = train.batch_size // self.world.size
-        report = recompute_statistics(
-            self.model,
-            TrainingImages(source, args.images, train.batch_size, self.world),
-            self.normalizer,
-            layer_inputs=args.layer_inputs,
-            micro_batch=args.micro_batch or train.micro_batch or local,
-            world=self.world,
-            autocast=AMP[train.amp],
-        )
-        logger.info(
-            "new statistics of %d batch norms from %d images, %d normalised together (%s)",
-            len(report.layers),
-            report.num_images,
-            report.micro_batch,
-            report.layer_inputs,
-        )
-
-
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
@@ -142,18 +73,26 @@ def main(argv: list[str] | None = None) -> None:
         launch(__file__, args.num_gpus, args.arguments)
     world = join(config.train.device)
     set_up_logging(None, world.is_main)
-    if config.train.batch_size % world.size:
-        raise ConfigError(
-            f"train.batch_size {config.train.batch_size} does not divide over {world.size} "
-            "processes"
-        )
-    run = Run(args, config, world)
-    logger.info("before: %s", run.evaluate())
-    run.recompute(args)
-    logger.info("after:  %s", run.evaluate())
+    check_processes(config, world)
+    weights = Path(args.weights or Path(args.run) / "final.safetensors")
+    if not weights.is_file():
+        raise ConfigError(f"{weights}: no such file; give --weights FILE")
+    config.train.recompute_bn_samples = args.images
+    config.train.micro_batch = args.micro_batch or config.train.micro_batch
+    job = Job(config, world, RunFolder(args.run), weights)
+    logger.info("before: %s", job.evaluate(job.model))
+    report = job.true_statistics(job.model, layer_inputs=args.layer_inputs)
+    logger.info(
+        "new statistics of %d batch norms from %d images, %d normalised together (%s)",
+        len(report.layers),
+        report.num_images,
+        report.micro_batch,
+        report.layer_inputs,
+    )
+    logger.info("after:  %s", job.evaluate(job.model))
     if world.is_main:
         output = Path(args.output or Path(args.run) / "true_bn.safetensors")
-        save_network(output, run.model, run.spec, run.preprocessing)
+        save_network(output, job.model, job.spec, job.preprocessing)
         logger.info("written: %s", output)
 
 
