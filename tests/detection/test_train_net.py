@@ -82,7 +82,7 @@ def test_config_of_the_run(trained):
     assert config["RESNET_BACKBONE"]["CLASS_NAMES"] == ["bar", "box"]
     assert config["RESNET_BACKBONE"]["REFERENCE_BATCH"] == 0
     assert config["SOLVER"]["BASE_LR"] == pytest.approx(0.02 * 2 / 8)
-    assert config["SOLVER"]["STEPS"] == [2]  # 200 and 245 of 260; 245 falls on the third and last
+    assert config["SOLVER"]["STEPS"] == [2]  # 150 and 185 of 200; 185 falls on the third and last
 
 
 def test_linear_rule_is_printed(trained):
