@@ -32,6 +32,7 @@ from resnet_backbone.engine.schedule import Schedule
 from resnet_backbone.engine.signals import StopRequest
 from resnet_backbone.engine.step import AMP, StepOptions, TrainStep
 from resnet_backbone.engine.views import Centre, Full
+from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.inputs import InputNormalizer
 
 logger = logging.getLogger(__name__)
@@ -93,13 +94,15 @@ class Job:
             )
         self.spec = NetworkSpec(config.model.name, classes, config.model.options)
         self.model = self._network()
-        self.preprocessing = networks.describe(self.model, self.data.preprocessing)
+        self.take_input(networks.describe(self.model, self.data.preprocessing))
         if weights:
-            self.preprocessing = networks.load_network(
-                self.model, weights, config.model.preprocessing
-            )
+            self.take_input(networks.load_network(self.model, weights, config.model.preprocessing))
             logger.info("%s, with its own mean, order and range of the input", weights)
-        self.normalizer = InputNormalizer(self.preprocessing, self.device)
+
+    def take_input(self, preprocessing: Preprocessing) -> None:
+        """Normalises images as weights expect them from here on."""
+        self.preprocessing = preprocessing
+        self.normalizer = InputNormalizer(preprocessing, self.device)
 
     def _network(self) -> nn.Module:
         torch.manual_seed(self.config.train.seed)  # the same first weights on all processes

@@ -117,6 +117,21 @@ def test_killed_at_random_moments_the_run_ends_bit_for_bit_the_same(
     assert_same_run(folder, uninterrupted)
 
 
+def test_a_damaged_newest_checkpoint_costs_only_its_iterations(config, uninterrupted, tmp_path):
+    folder = tmp_path / "damaged"
+    process = start("--config-file", config, "--output-dir", folder)
+    while reached(folder) < 12 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    newest = folder / "checkpoints" / f"{reached(folder):08d}" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    done = run("--output-dir", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "cannot be used" in done.stdout and "going on at iteration" in done.stdout
+    assert_same_run(folder, uninterrupted)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_write_a_checkpoint_and_exit_with_their_own_status(
     config, uninterrupted, tmp_path, number

@@ -178,12 +178,13 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
     if world.is_main:
         folder.start(to_yaml(config), world.device, world.size)
         logger.info("resolved config (also in %s):\n%s", folder / CONFIG, to_yaml(config))
-    newest = newest_weights(folder.path) if args.resume else ""
-    job = Job(config, world, folder, newest or config.model.weights)
+    goes_on = args.resume and iterations_in(folder / "checkpoints")
+    job = Job(config, world, folder, "" if goes_on else config.model.weights)
     trainer = job.trainer(stop)
     stop.install()  # from here on there is something to save
     if args.resume:
         begun = trainer.resume()
+        job.take_input(trainer.checkpoints.preprocessing)
         at = f"going on at iteration {trainer.iteration}" if begun else "no checkpoint, starting"
         logger.info("%s: %s", folder.path, at)
     logger.info(

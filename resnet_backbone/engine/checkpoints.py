@@ -84,6 +84,8 @@ class Checkpoints:
     def load_latest(self, model: nn.Module, clean: bool = True) -> dict | None:
         """Loads the newest checkpoint's weights; its state, or None if there is no checkpoint.
 
+        ``preprocessing`` is then what these weights expect.
+
         A damaged checkpoint is passed over with a warning that names it, and set aside once an
         older one was loaded.
 
@@ -101,7 +103,7 @@ class Checkpoints:
             folder = self.folder / f"{iteration:08d}"
             try:
                 state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-                load_exactly(model, folder / WEIGHTS)
+                self.preprocessing = load_exactly(model, folder / WEIGHTS)
                 for other in damaged if clean else ():
                     os.replace(other, other.with_name(other.name + DAMAGED))
                 return state
