@@ -24,6 +24,10 @@ class Preprocessing:
         mean, std: per channel, in that order and range; input = (pixel - mean) / std.
         stride_in_1x1: where bottlenecks have their stride; ``None`` where there are none.
         bn_eps: epsilon of the batch norms.
+        resize_size: shorter side in pixels of the centre-crop test that the published accuracy
+            belongs to, before cropping; None where it is not known.
+        crop_size: side in pixels of that test's square centre crop; None where it is not known.
+        interpolation: of that resize, "bilinear" or "bicubic"; "" where it is not known.
         source: where these values are written down.
         mean_image: (3, H, W) or None: the per-pixel mean in ``channel_order`` and
             ``value_range``, subtracted in place of ``mean`` from images of exactly this size
@@ -38,6 +42,9 @@ class Preprocessing:
     stride_in_1x1: bool | None = None
     bn_eps: float = 1e-5
     source: str = ""
+    resize_size: int | None = None
+    crop_size: int | None = None
+    interpolation: str = ""
     mean_image: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
@@ -53,6 +60,11 @@ class Preprocessing:
     def pixel_std_255(self) -> tuple[float, ...]:
         """Standard deviation for pixels in 0..255: Detectron2's MODEL.PIXEL_STD."""
         return tuple(value * 255.0 / self.value_range for value in self.std)
+
+    def same_input(self, other: Preprocessing) -> bool:
+        """Whether both ask for the same tensors and network: all but source and test resize."""
+        irrelevant = dict(source="", resize_size=None, crop_size=None, interpolation="")
+        return replace(self, **irrelevant) == replace(other, **irrelevant)
 
     def to_json(self) -> str:
         values = asdict(replace(self, mean_image=None))
