@@ -77,11 +77,27 @@ QUICKSTART = [
     "scikit-image>=0.20",
 ]
 
+# The backbone in other libraries' models: resnet_backbone.adapters. Torchvision's models need
+# nothing but torchvision; mmdetection's packages are the user's own.
+ADAPTERS = [
+    "torchvision>=0.15",
+    "timm>=0.9.12",
+    "transformers>=4.48",
+]
+
+# tools/export.py: ONNX files, and their check in onnxruntime.
+EXPORT = [
+    "numpy>=1.23",
+    "onnx>=1.16",
+    "onnxscript>=0.5",
+    "onnxruntime>=1.18",
+]
+
 DEV = [
     "pytest>=7.4",
     "hypothesis>=6.80",
     "ruff>=0.6",
-    "timm>=0.9.12",
+    "openvino>=2024.1",  # beside onnxruntime in tools/benchmark.py infer
 ]
 
 setup(
@@ -100,8 +116,10 @@ setup(
         "fast": FAST,
         "detection": DETECTION,
         "quickstart": QUICKSTART,
+        "adapters": ADAPTERS,
+        "export": EXPORT,
         "dev": DEV,
-        "all": CLASSIFICATION + SHARDS + FAST + DETECTION + QUICKSTART + DEV,
+        "all": CLASSIFICATION + SHARDS + FAST + DETECTION + QUICKSTART + ADAPTERS + EXPORT + DEV,
     },
     classifiers=[
         "Programming Language :: Python :: 3",
