@@ -61,9 +61,10 @@ class Checkpoints:
         partial = self.folder / f"{PARTIAL}{iteration:08d}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_network(partial / WEIGHTS, model, self.spec, self.preprocessing)
+        facts = (self.spec, self.preprocessing, self.folder.resolve().parent.name)
+        save_network(partial / WEIGHTS, model, *facts)
         if averaged is not None:
-            save_network(partial / AVERAGED, averaged, self.spec, self.preprocessing)
+            save_network(partial / AVERAGED, averaged, *facts)
         torch.save(state, partial / STATE)
         for path in partial.iterdir():
             _to_disk(path)

@@ -333,7 +333,8 @@ class Trainer:
         """Writes the weights that evaluations use into the run folder."""
         kept = self.checkpoints
         path = self.folder / name
-        save_network(path, self.step.evaluated_model, kept.spec, kept.preprocessing)
+        run = Path(self.folder).resolve().name
+        save_network(path, self.step.evaluated_model, kept.spec, kept.preprocessing, run)
         return path
 
 

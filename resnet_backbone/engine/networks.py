@@ -3,59 +3,49 @@
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from resnet_backbone.models import StagedNetwork, build_model
-from resnet_backbone.weights import Preprocessing, WeightsError, load_weights, save_weights
-from resnet_backbone.weights.files import MODEL_KEY, read_own_tensors
+from resnet_backbone.models import StagedNetwork
+from resnet_backbone.weights import (
+    ModelSpec,
+    Preprocessing,
+    WeightsError,
+    load_weights,
+    save_weights,
+)
+from resnet_backbone.weights.files import MODEL_KEY, read_header, read_own_tensors
 
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's auxiliary classifiers (arXiv 1409.4842, section 5)
 
 
-@dataclass(frozen=True)
-class NetworkSpec:
-    """What a checkpoint says of its network: enough to build it again.
+class NetworkSpec(ModelSpec):
+    """A network of this package, of torchvision (``torchvision/<name>``) or of timm."""
 
-    Attributes:
-        name: of ``list_models()``, or ``torchvision/<name>`` or ``timm/<name>``.
-        num_classes: outputs.
-        options: constructor arguments.
-    """
-
-    name: str
-    num_classes: int
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def build(self) -> nn.Module:
+    def build(self, **options: Any) -> nn.Module:
         """Builds the network with freshly initialised weights.
+
+        Args:
+            **options: constructor arguments added to the specification's own.
 
         Raises:
             ValueError: unknown name (with the nearest one) or option.
         """
         library, slash, name = self.name.partition("/")
-        options = dict(self.options)
+        if not slash:
+            return super().build(**options)
+        builders = {"torchvision": _from_torchvision, "timm": _from_timm}
+        if library not in builders:
+            raise ValueError(
+                f"unknown library in model {self.name!r}: write torchvision/<name> or timm/<name>"
+            )
+        options = {**self.options, **options}
         try:
-            if not slash:
-                return build_model(self.name, self.num_classes, **options)
-            if library == "torchvision":
-                return _from_torchvision(name, self.num_classes, options)
-            if library == "timm":
-                return _from_timm(name, self.num_classes, options)
+            return builders[library](name, self.num_classes, options)
         except TypeError as error:
             raise ValueError(f"model.options {options}: {error}") from error
-        raise ValueError(
-            f"unknown library in model {self.name!r}: write torchvision/<name> or timm/<name>"
-        )
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
 
 
 def _from_torchvision(name: str, num_classes: int, options: dict) -> nn.Module:
@@ -112,10 +102,18 @@ def _stride_in_1x1(model: nn.Module) -> bool | None:
 
 
 def save_network(
-    path: str | Path, model: nn.Module, spec: NetworkSpec, preprocessing: Preprocessing
+    path: str | Path,
+    model: nn.Module,
+    spec: NetworkSpec,
+    preprocessing: Preprocessing,
+    run: str = "",
 ) -> None:
-    """Writes weights that say which network they are of and which input they expect."""
-    save_weights(model, path, preprocessing, {MODEL_KEY: spec.to_json()})
+    """Writes weights that say which network they are of and which input they expect.
+
+    Args:
+        run: the training run that they come from.
+    """
+    save_weights(model, path, preprocessing, {MODEL_KEY: spec.to_json()}, run=run)
 
 
 def read_spec(path: str | Path) -> NetworkSpec | None:
@@ -124,12 +122,8 @@ def read_spec(path: str | Path) -> NetworkSpec | None:
     Raises:
         WeightsError: the file cannot be read.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {}).get(MODEL_KEY)
-        return None if text is None else NetworkSpec(**json.loads(text))
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
+    spec = read_header(path).model
+    return None if spec is None else NetworkSpec(spec.name, spec.num_classes, spec.options)
 
 
 def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -33,8 +34,35 @@ class ModelSpec:
         Args:
             **options: constructor arguments added to the specification's own, for example
                 ``out_features``.
+
+        Raises:
+            ValueError: unknown name (with the nearest one) or option.
         """
-        return build_model(self.name, self.num_classes, **{**self.options, **options})
+        options = {**self.options, **options}
+        try:
+            return build_model(self.name, self.num_classes, **options)
+        except TypeError as error:
+            raise ValueError(f"model.options {options}: {error}") from error
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelSpec:
+        """The network that metadata describe.
+
+        Raises:
+            ValueError: the text is not what :meth:`to_json` writes.
+        """
+        found = json.loads(text)
+        if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+            raise ValueError("it has no network name")
+        classes, options = found.get("num_classes"), found.get("options", {})
+        if classes is not None and (type(classes) is not int or classes < 1):
+            raise ValueError(f"num_classes {classes!r} is not a number of classes")
+        if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+            raise ValueError(f"options {options!r} are not constructor arguments")
+        return cls(found["name"], classes, options)
 
 
 @dataclass(frozen=True)
@@ -54,6 +82,24 @@ class Origin:
     sha256: str = ""
     run: str = ""
     reference: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Origin:
+        """The origin that metadata describe.
+
+        Raises:
+            ValueError: the text is not what :meth:`to_json` writes.
+        """
+        found = json.loads(text)
+        if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+            raise ValueError("it is not an object of texts")
+        try:
+            return cls(**found)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -1,76 +1,69 @@
-"""Reading and writing weights. Only safetensors files are read: nothing in them is executable."""
+"""Weights from any source into networks, and our own files, which say what they are.
+
+Our form is a safetensors file whose header carries the preprocessing, the network, where the
+weights came from and a version (:mod:`resnet_backbone.weights.metadata`).
+"""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from resnet_backbone.models import BottleneckBlock, FrozenBatchNorm2d, StagedNetwork
-from resnet_backbone.weights.keymaps import from_torchvision
-from resnet_backbone.weights.preprocessing import (
-    Preprocessing,
-    WeightsError,
-    get_preprocessing,
+from resnet_backbone.models import StagedNetwork
+from resnet_backbone.weights.checkpoint import Checkpoint, Origin
+from resnet_backbone.weights.loading import (
+    check_architecture,
+    check_settings,
+    describe_model,
+    fitting_tensors,
+    load_tensors,
 )
+from resnet_backbone.weights.metadata import (
+    MEAN_IMAGE_KEY,
+    METADATA_KEY,
+    MODEL_KEY,
+    Notes,
+    read_notes,
+    write_notes,
+)
+from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
+from resnet_backbone.weights.readers import find_file
+from resnet_backbone.weights.reading import (
+    UnknownInput,
+    convention,
+    read_checkpoint,
+    read_network,
+    read_own_tensors,
+    read_source,
+    read_weights,
+    single_precision,
+)
+from resnet_backbone.weights.sources import resolve
 
-METADATA_KEY = "resnet_backbone.preprocessing"
-MODEL_KEY = "resnet_backbone.model"  # the network's name, number of classes and options
-MEAN_IMAGE_KEY = "preprocessing.mean_image"
-OUR_FIRST_KEYS = ("stem.conv1.weight", "stem.weight", "conv1.0.weight")  # ResNet, CIFAR, VGG
-
-
-def read_weights(
-    path: str | os.PathLike, preprocessing: str = ""
-) -> tuple[dict[str, Tensor], Preprocessing]:
-    """Reads a network's weights and what they expect of their input.
-
-    Args:
-        path: a ``.safetensors`` file with our key names or torchvision's.
-        preprocessing: a name of ``PREPROCESSINGS``, needed for files that do not carry their
-            own; one that contradicts the file is an error.
-
-    Returns:
-        (state dict in our key names, fp32; preprocessing)
-
-    Raises:
-        WeightsError: missing or damaged file, unknown keys, non-finite values, no preprocessing.
-    """
-    tensors, found = read_own_tensors(path, preprocessing)
-    if not any(key in tensors for key in OUR_FIRST_KEYS):
-        try:
-            tensors = from_torchvision(tensors)
-        except ValueError as error:
-            raise WeightsError(f"{path}: {error}") from error
-    tensors = {k: v.float() for k, v in tensors.items() if not k.endswith("num_batches_tracked")}
-    return tensors, found
-
-
-def read_own_tensors(
-    path: str | os.PathLike, preprocessing: str = ""
-) -> tuple[dict[str, Tensor], Preprocessing]:
-    """As :func:`read_weights`, with the tensors as they are in the file."""
-    path = Path(path)
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for key, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise WeightsError(f"{path}: {key} has NaN or infinite values")
-    found = _preprocessing_of(path, metadata, preprocessing)
-    mean_image = tensors.pop(MEAN_IMAGE_KEY, None)
-    if mean_image is not None:
-        found = replace(found, mean_image=mean_image.float())
-    return tensors, found
+__all__ = [
+    "MEAN_IMAGE_KEY",
+    "METADATA_KEY",
+    "MODEL_KEY",
+    "Description",
+    "UnknownInput",
+    "check_architecture",
+    "describe_weights",
+    "load_tensors",
+    "load_weights",
+    "read_checkpoint",
+    "read_header",
+    "read_own_tensors",
+    "read_weights",
+    "save_weights",
+    "write_checkpoint",
+]
 
 
 class Description(NamedTuple):
@@ -88,56 +81,54 @@ class Description(NamedTuple):
 
 
 def describe_weights(path: str | os.PathLike, preprocessing: str = "") -> Description:
-    """Reads what a file says of itself, not its tensors; arguments as for :func:`read_weights`.
+    """Reads what weights say of themselves; of our own files only the header.
+
+    Args:
+        path, preprocessing: see :func:`read_checkpoint`.
 
     Raises:
         WeightsError: missing or damaged file, no preprocessing.
     """
-    path = Path(path)
-    with _opened(path) as file:
-        metadata, keys = file.metadata() or {}, set(file.keys())
-    return Description(
-        _preprocessing_of(path, metadata, preprocessing),
-        _model_of(path, metadata),
-        MEAN_IMAGE_KEY in keys,
-    )
+    found = resolve(path)
+    file = find_file(found.path)
+    if file.suffix == ".safetensors":
+        notes = read_header(file)
+        if notes.preprocessing is not None or found.preprocessing is not None:
+            known = convention(str(path), found, notes, preprocessing)
+            model = {} if notes.model is None else asdict(notes.model)
+            return Description(known, model, notes.has_mean_image)
+    read = read_source(path, preprocessing)
+    has_mean_image = read.preprocessing.mean_image is not None
+    model = {} if read.stated is None else asdict(read.stated)
+    return Description(read.preprocessing, model, has_mean_image)
 
 
-def _model_of(path: Path, metadata: Mapping[str, str]) -> dict:
-    if MODEL_KEY not in metadata:
-        return {}
-    try:
-        found = json.loads(metadata[MODEL_KEY])
-        return {"name": found["name"], "options": {}, **found}
-    except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path}: unreadable {MODEL_KEY} in its metadata ({error})") from error
+def read_header(path: str | os.PathLike) -> Notes:
+    """What a local safetensors file says of itself, without its weights.
 
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if path.suffix != ".safetensors":
-        raise WeightsError(f"{path}: only .safetensors files are read here")
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; check MODEL.WEIGHTS or the path")
+    Raises:
+        WeightsError: the file is missing, damaged or of a later version.
+    """
+    path = find_file(path)
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            metadata, keys = file.metadata() or {}, file.keys()
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
+    return read_notes(metadata, str(path))._replace(has_mean_image=MEAN_IMAGE_KEY in keys)
 
 
-def _preprocessing_of(path: Path, metadata: Mapping[str, str], name: str) -> Preprocessing:
-    if METADATA_KEY in metadata:
-        found = Preprocessing.from_json(metadata[METADATA_KEY])
-        if name and replace(get_preprocessing(name), source="") != replace(found, source=""):
-            raise WeightsError(f"{path} carries its own preprocessing, which is not {name!r}")
-        return found
-    if not name:
-        raise WeightsError(
-            f"{path} does not say which input it was trained on: name it, msra, caffe_vgg or "
-            "torchvision (RESNET_BACKBONE.WEIGHTS_PREPROCESSING in a config)"
-        )
-    return get_preprocessing(name)
+def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
+    """Writes a checkpoint as one of our files, atomically.
+
+    Args:
+        path: ``.safetensors``.
+
+    Raises:
+        WeightsError: another suffix.
+    """
+    notes = write_notes(checkpoint.preprocessing, checkpoint.model, checkpoint.origin)
+    _write(checkpoint.tensors, checkpoint.preprocessing, notes, Path(path))
 
 
 def save_weights(
@@ -145,19 +136,35 @@ def save_weights(
     path: str | os.PathLike,
     preprocessing: Preprocessing,
     metadata: Mapping[str, str] | None = None,
+    *,
+    run: str = "",
 ) -> None:
     """Writes a network's weights with their preprocessing as metadata, atomically.
 
+    Networks of this package are named too, wherever they have a name.
+
     Args:
-        metadata: further facts to write beside the preprocessing, such as the model's name.
+        metadata: further facts to write beside the preprocessing; ``MODEL_KEY`` names the
+            network of another library.
+        run: the training run that the weights come from.
     """
-    path = Path(path)
+    metadata = metadata or {}
+    spec = None
+    if isinstance(model, StagedNetwork) and MODEL_KEY not in metadata:
+        spec = describe_model(model)
+    origin = Origin(run=run, reference=preprocessing.source) if run else None
+    notes = {**write_notes(preprocessing, spec, origin), **metadata}
+    _write(model.state_dict(), preprocessing, notes, Path(path))
+
+
+def _write(
+    state: Mapping[str, Tensor], preprocessing: Preprocessing, notes: dict[str, str], path: Path
+) -> None:
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path}: weights are written to .safetensors files")
-    tensors = {key: value.detach().contiguous() for key, value in model.state_dict().items()}
+    tensors = {key: value.detach().contiguous() for key, value in state.items()}
     if preprocessing.mean_image is not None:
         tensors[MEAN_IMAGE_KEY] = preprocessing.mean_image.detach().cpu().contiguous()
-    notes = {**(metadata or {}), METADATA_KEY: preprocessing.to_json()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         # not save_file, whose files only their owner can read
@@ -170,58 +177,22 @@ def save_weights(
 def load_weights(
     model: StagedNetwork, path: str | os.PathLike, preprocessing: str = ""
 ) -> Preprocessing:
-    """Loads a file into a network and returns the preprocessing that its input now needs.
+    """Loads weights into a network and returns the preprocessing that its input now needs.
 
     A backbone leaves out the file's head and deeper stages; everything it has must be in the
     file with the same shape.
 
+    Args:
+        path, preprocessing: see :func:`read_checkpoint`.
+
     Raises:
-        WeightsError: see :func:`read_weights`; also another ``stride_in_1x1`` than the weights
-            were trained with, and missing, unknown or wrongly shaped tensors. The network is
-            unchanged then.
+        WeightsError: see :func:`read_weights`; also another ``stride_in_1x1``, BN epsilon or
+            shortcut than the weights were trained with, and missing, unknown or wrongly shaped
+            tensors. The network is unchanged then.
     """
-    tensors, found = read_weights(path, preprocessing)
-    check_architecture(model, found, str(path))
-    load_tensors(model, tensors, str(path))
-    return found
-
-
-def check_architecture(model: StagedNetwork, preprocessing: Preprocessing, where: str) -> None:
-    """Refuses weights whose stride position or BN epsilon differs from the network's."""
-    expected = preprocessing.stride_in_1x1
-    actual = getattr(model, "stride_in_1x1", None)
-    bottlenecks = any(isinstance(module, BottleneckBlock) for module in model.modules())
-    if bottlenecks and expected is not None and actual is not None and expected != actual:
-        raise WeightsError(
-            f"{where} was trained with stride_in_1x1={expected}, this network has {actual}: "
-            f"build it with stride_in_1x1={expected} (MODEL.RESNETS.STRIDE_IN_1X1 {expected})"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
-            if module.eps != preprocessing.bn_eps:
-                raise WeightsError(
-                    f"{where} was trained with BN eps {preprocessing.bn_eps}, {name} has "
-                    f"{module.eps}"
-                )
-
-
-def load_tensors(model: StagedNetwork, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copies tensors into a network: all or nothing."""
-    own = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
-    missing = [key for key in own if key not in tensors]
-    if missing:
-        raise WeightsError(
-            f"{where} lacks {len(missing)} tensors of this network, the first is {missing[0]}; "
-            "is it another depth or norm? (a backbone without head has out_features)"
-        )
-    for key, value in own.items():
-        if value.shape != tensors[key].shape:
-            raise WeightsError(
-                f"{where}: {key} has shape {tuple(tensors[key].shape)}, "
-                f"this network needs {tuple(value.shape)}"
-            )
-    left_out = tuple(f"{name}." for name in model.left_out)
-    for key in tensors:
-        if key not in own and not key.startswith(left_out):
-            raise WeightsError(f"{where}: this network has no {key}; is it another depth?")
-    model.load_state_dict({key: tensors[key] for key in own}, strict=False)
+    read = read_network(path, preprocessing)
+    check_architecture(model, read.preprocessing, str(path))
+    tensors = fitting_tensors(model, single_precision(read.tensors), str(path))
+    check_settings(model, read.stated, str(path))
+    model.load_state_dict(tensors, strict=False)
+    return read.preprocessing

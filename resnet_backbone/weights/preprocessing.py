@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from torch import Tensor
@@ -12,6 +12,12 @@ from torch import Tensor
 
 class WeightsError(ValueError):
     """Weights that cannot be used as asked; the message says what to change."""
+
+
+def one_line(error: Exception, limit: int = 400) -> str:
+    """An error's text for a message: what a file says may be long, and have line breaks."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,31 @@ class Preprocessing:
             raise WeightsError(f"channel_order is RGB or BGR, not {self.channel_order!r}")
         for name in ("mean", "std"):  # JSON has lists
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        for problem, wrong in self._problems():
+            if wrong:
+                raise WeightsError(f"preprocessing: {problem}")
+
+    def _problems(self) -> Iterator[tuple[str, bool]]:
+        """What each value must be, and whether it is not."""
+        numbers = (*self.mean, *self.std, self.value_range, self.bn_eps)
+        yield "mean and std have three numbers", len(self.mean) != 3 or len(self.std) != 3
+        yield "all numbers are finite", not all(map(math.isfinite, numbers))
+        positive = (*self.std, self.value_range, self.bn_eps)
+        yield "std, value_range and bn_eps are positive", min(positive) <= 0
+        strides = (True, False, None)
+        yield (
+            "stride_in_1x1 is true, false or null",
+            all(self.stride_in_1x1 is not x for x in strides),
+        )
+        for name in ("resize_size", "crop_size"):
+            size = getattr(self, name)
+            yield (
+                f"{name} is a whole number above 0 or null",
+                size is not None and (type(size) is not int or size <= 0),
+            )
+        filters = ("bilinear", "bicubic", "")
+        yield f"interpolation is one of {filters}", self.interpolation not in filters
+        yield "source is text", not isinstance(self.source, str)
 
     def pixel_mean_255(self) -> tuple[float, ...]:
         """Mean for pixels in 0..255, in ``channel_order``: Detectron2's MODEL.PIXEL_MEAN."""
@@ -75,7 +106,9 @@ class Preprocessing:
     def from_json(cls, text: str) -> Preprocessing:
         try:
             return cls(**json.loads(text))
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
+            if isinstance(error, WeightsError):
+                raise
             raise WeightsError(f"unreadable preprocessing metadata: {error}") from error
 
 
@@ -87,6 +120,8 @@ PREPROCESSINGS: dict[str, Preprocessing] = {
         (1.0, 1.0, 1.0),
         stride_in_1x1=True,
         source="KaimingHe/deep-residual-networks (Caffe); channel means in place of the mean image",
+        resize_size=256,  # "resize the shorter side to 256", README; with which filter is not said
+        crop_size=224,
     ),
     "caffe_vgg": Preprocessing(
         "BGR",
@@ -102,12 +137,17 @@ PREPROCESSINGS: dict[str, Preprocessing] = {
         (0.229, 0.224, 0.225),
         stride_in_1x1=False,
         source="torchvision.models documentation, ResNet and VGG weights V1 and V2",
+        resize_size=256,  # of V1; V2 is tested at 232
+        crop_size=224,
+        interpolation="bilinear",
     ),
 }
 
 
-def get_preprocessing(name: str) -> Preprocessing:
-    """A published convention by name: "msra", "caffe_vgg" or "torchvision"."""
+def get_preprocessing(name: str | Preprocessing) -> Preprocessing:
+    """A published convention by name, "msra", "caffe_vgg" or "torchvision"; or the given one."""
+    if isinstance(name, Preprocessing):
+        return name
     if name not in PREPROCESSINGS:
         raise WeightsError(
             f"unknown preprocessing {name!r}: use one of {', '.join(PREPROCESSINGS)}"

@@ -1,21 +1,34 @@
 """Weights files: what is refused, round trips, and the proof on real images."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from resnet_backbone.models import build_model
+from resnet_backbone.models.layers import FrozenBatchNorm2d
 from resnet_backbone.weights import (
     PREPROCESSINGS,
+    Checkpoint,
+    ModelSpec,
+    Origin,
     Preprocessing,
     WeightsError,
     get_preprocessing,
     load_weights,
+    read_checkpoint,
     read_weights,
     save_weights,
+    write_checkpoint,
 )
+from resnet_backbone.weights.files import describe_weights, read_header
+from resnet_backbone.weights.metadata import MODEL_KEY, ORIGIN_KEY, SCHEMA_KEY, write_notes
 from resnet_backbone.weights.preprocessing import same_mean, same_std
 
 MSRA = PREPROCESSINGS["msra"]
@@ -55,6 +68,16 @@ def file(tmp_path):
     model = build_model("resnet18", num_classes=5)
     model.stem.conv1.norm.running_mean.normal_()
     path = tmp_path / "resnet18.safetensors"
+    save_weights(model, path, MSRA)
+    return path, model
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A CIFAR network's file with projections, and its network: where size is not the point."""
+    torch.manual_seed(1)
+    model = build_model("cifar_resnet8", num_classes=5, shortcut="B")
+    path = tmp_path / "small.safetensors"
     save_weights(model, path, MSRA)
     return path, model
 
@@ -181,8 +204,8 @@ def test_contradicting_name_and_other_paths(file, tmp_path):
     with pytest.raises(WeightsError, match="carries its own preprocessing, which is not 'torch"):
         read_weights(path, "torchvision")
     assert read_weights(path, "msra")[1] == MSRA
-    with pytest.raises(WeightsError, match="only .safetensors files"):
-        read_weights(tmp_path / "x.pth", "msra")
+    with pytest.raises(WeightsError, match="only .safetensors, .pth, .* are read here"):
+        read_weights(tmp_path / "x.onnx", "msra")
     with pytest.raises(WeightsError, match="no such file"):
         read_weights(tmp_path / "x.safetensors", "msra")
     with pytest.raises(WeightsError, match="written to .safetensors"):
@@ -204,12 +227,301 @@ def test_stride_of_a_bottleneck_network(tmp_path, stride_in_1x1):
     assert load_weights(network, path) == PREPROCESSINGS[name]
 
 
+@pytest.mark.parametrize(
+    "name, options, expected",
+    [
+        ("resnet18", {}, {}),
+        ("resnet50", {"stride_in_1x1": True}, {"stride_in_1x1": True}),
+        ("resnet50", {"stride_in_1x1": False}, {"stride_in_1x1": False}),
+        ("resnet34", {"shortcut": "A"}, {"shortcut": "A"}),
+        ("resnet34", {"shortcut": "C", "norm": "GN"}, {"shortcut": "C", "norm": "GN"}),
+        ("plain18", {}, {}),
+        ("resnet18", {"norm": "FrozenBN"}, {}),
+        ("resnet18", {"norm": "", "activation": "prelu"}, {"norm": "", "activation": "prelu"}),
+        ("resnet18", {"caffe_pool": True}, {"caffe_pool": True}),
+        ("resnet18", {"in_channels": 4}, {"in_channels": 4}),
+        ("cifar_resnet8", {}, {}),
+        ("cifar_plain8", {}, {}),
+        ("cifar_resnet8", {"shortcut": "B"}, {"shortcut": "B"}),
+        ("vgg11", {}, {}),
+        ("vgg11_bn", {}, {}),
+    ],
+)
+def test_files_say_which_network_they_are_of(tmp_path, name, options, expected):
+    path = tmp_path / "x.safetensors"
+    if name.startswith("cifar"):
+        model, classes = build_model(name, num_classes=3, **options), 3
+    else:  # the first stages show it as well as the whole
+        last = "conv2" if name.startswith("vgg") else "res3" if "34" in name else "res2"
+        model, classes = build_model(name, out_features=[last], **options), None
+    stride = expected.get("stride_in_1x1")
+    save_weights(model, path, replace(MSRA, stride_in_1x1=stride), run="a run")
+    found = read_checkpoint(path)
+    assert found.model == ModelSpec(name, classes, expected)
+    assert found.origin.run == "a run" and found.origin.reference == MSRA.source
+    again = found.model.build(out_features=model.out_features or None)
+    load_weights(again, path)
+    expected = {k: v for k, v in state_of(model).items() if "num_batches" not in k}
+    assert_same_states({key: again.state_dict()[key] for key in expected}, expected)
+
+
+@pytest.mark.parametrize("depth, stage", [(50, "res3"), (101, "res3"), (34, "stem")])
+def test_backbones_that_stop_early_keep_their_depth(tmp_path, depth, stage):
+    model = build_model(f"resnet{depth}", out_features=[stage])
+    save_weights(model, tmp_path / "x.safetensors", MSRA)
+    assert read_checkpoint(tmp_path / "x.safetensors").model.name == f"resnet{depth}"
+
+
+def test_networks_without_a_name_are_written_too(tmp_path):
+    class OwnNorm(torch.nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.ones(channels, 1, 1))
+
+        def forward(self, x):
+            return x * self.gain
+
+    model = build_model("resnet18", out_features=["res2"], norm=OwnNorm)
+    save_weights(model, tmp_path / "x.safetensors", MSRA)
+    assert read_header(tmp_path / "x.safetensors").model is None
+    load_weights(model, tmp_path / "x.safetensors")
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    """With its types, its mean image and its origin; its metadata are what the guide says."""
+    tensors = build_model("cifar_resnet8", num_classes=3).half().state_dict()
+    tensors = {key: value for key, value in tensors.items() if "num_batches" not in key}
+    image = torch.rand(3, 8, 8)
+    first = Checkpoint(
+        tensors,
+        ModelSpec("cifar_resnet8", 3),
+        replace(MSRA, mean_image=image),
+        Origin("caffe2", "R-18.pkl", "0" * 64, "", "somewhere"),
+    )
+    path = tmp_path / "x.safetensors"
+    write_checkpoint(first, path)
+    second = read_checkpoint(path)
+    assert (second.model, second.preprocessing, second.origin) == (
+        first.model,
+        first.preprocessing,
+        first.origin,
+    )
+    assert torch.equal(second.preprocessing.mean_image, image)
+    assert {value.dtype for value in second.tensors.values()} == {torch.float16}
+    assert_same_states(second.tensors, tensors)
+    with safe_open(path, "pt") as file:
+        assert sorted(file.metadata()) == [
+            "resnet_backbone.model",
+            "resnet_backbone.origin",
+            "resnet_backbone.preprocessing",
+            "resnet_backbone.schema",
+        ]
+    with pytest.raises(WeightsError, match="written to .safetensors"):
+        write_checkpoint(first, tmp_path / "x.pth")
+
+
+def test_a_file_is_asked_once(tmp_path):
+    """Torchvision's names and no metadata: after one conversion nobody asks again."""
+    torch.manual_seed(0)
+    reference = torchvision.models.resnet18(num_classes=3).eval()
+    torch.save({"state_dict": reference.state_dict()}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="does not say which input"):
+        read_checkpoint(tmp_path / "x.pth")
+    first = read_checkpoint(tmp_path / "x.pth", "torchvision")
+    assert first.origin.format == "torchvision" and len(first.origin.sha256) == 64
+    write_checkpoint(first, tmp_path / "ours.safetensors")
+    model = build_model("resnet18", num_classes=3).eval()
+    assert load_weights(model, tmp_path / "ours.safetensors") == PREPROCESSINGS["torchvision"]
+    assert read_checkpoint(tmp_path / "ours.safetensors").origin == first.origin
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-4)
+
+
+SMALL = {"name": "cifar_resnet8", "options": {"shortcut": "B"}}  # without its classes
+
+
+def rewrite(path, **metadata):
+    """Changes a file's metadata; a value of None removes the entry."""
+    with safe_open(path, "pt") as file:
+        notes = {**file.metadata(), **metadata}
+    notes = {key: value for key, value in notes.items() if value is not None}
+    save_file(load_file(path), path, notes)
+
+
+def test_files_of_before_the_schema_stay_readable(small):
+    path, model = small
+    network = ModelSpec("cifar_resnet8", 5, {"shortcut": "B"})
+    rewrite(path, **{SCHEMA_KEY: None, ORIGIN_KEY: None, MODEL_KEY: json.dumps(SMALL)})
+    found = read_checkpoint(path)
+    assert (found.model, found.preprocessing) == (network, MSRA)
+    rewrite(path, **{MODEL_KEY: None})
+    assert read_checkpoint(path).model == network
+    old = {"channel_order": "BGR", "value_range": 255.0, "mean": MSRA.mean, "std": MSRA.std}
+    rewrite(path, **{"resnet_backbone.preprocessing": json.dumps(old)})
+    assert read_checkpoint(path).preprocessing == Preprocessing(**old)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (SCHEMA_KEY, "2", "written in form 2, this version .* reads up to 1: install a newer"),
+        (SCHEMA_KEY, "x", "unreadable resnet_backbone.schema"),
+        (SCHEMA_KEY, "9" * 5000, "schema|form"),
+        (MODEL_KEY, "[1]", "unreadable resnet_backbone.model"),
+        (MODEL_KEY, '{"name": 1}', "unreadable resnet_backbone.model"),
+        (MODEL_KEY, '{"name": "resnet18", "options": [1]}', "unreadable resnet_backbone.model"),
+        (ORIGIN_KEY, '{"from": "x"}', "unreadable resnet_backbone.origin"),
+        (ORIGIN_KEY, '{"file": 1}', "unreadable resnet_backbone.origin"),
+        ("resnet_backbone.preprocessing", "[" * 10**5, "unreadable resnet_backbone.preproc"),
+    ],
+)
+def test_metadata_that_cannot_be_read(small, key, value, message):
+    rewrite(small[0], **{key: value})
+    for read in (read_checkpoint, describe_weights, lambda path: load_weights(small[1], path)):
+        with pytest.raises(WeightsError, match=message):
+            read(small[0])
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ({"name": "cifar_resnet14"}, "say cifar_resnet14 .* its tensors cifar_resnet8 with shortc"),
+        ({"name": "cifar_plain8"}, "say cifar_plain8"),
+        ({"name": "resnet18"}, "say resnet18"),
+        ({"name": "vgg16"}, "say vgg16"),
+        ({"name": "cifar_resnet60000002"}, "say cifar_resnet60000002"),
+        ({"name": "nonsense"}, "say nonsense"),
+        ({"name": "timm/resnet34"}, "say timm/resnet34"),
+        (SMALL | {"num_classes": 6}, "with 6 classes, its tensors .* with 5 classes"),
+        (SMALL | {"options": {"shortcut": "A"}}, "shortcut='A'.* has no res3.0.shortcut"),
+        (SMALL | {"options": {"shortcut": "C"}}, "shortcut='C'"),
+        (SMALL | {"options": {"shortcut": "B", "norm": ""}}, "norm=''"),
+        (SMALL | {"options": {"nrom": "GN"}}, "nrom"),
+        (SMALL | {"options": {"norm": [1]}}, "say cifar_resnet8 with norm="),
+        (SMALL | {"options": {"in_channels": -1}}, "say cifar_resnet8"),
+        (SMALL | {"options": {"in_channels": 10**30}}, "say cifar_resnet8"),
+    ],
+)
+def test_metadata_that_contradict_the_tensors(small, spec, message):
+    path, model = small
+    before = state_of(model)
+    rewrite(path, **{MODEL_KEY: json.dumps(spec)})
+    for read in (read_checkpoint, lambda path: load_weights(model, path)):
+        with pytest.raises(WeightsError, match=message) as error:
+            read(path)
+        assert len(str(error.value).splitlines()) == 1
+    assert_same_states(state_of(model), before)
+
+
+def test_a_head_that_is_announced_is_there(small):
+    path, _ = small
+    tensors = {key: value for key, value in load_file(path).items() if "linear" not in key}
+    notes = write_notes(MSRA, ModelSpec("cifar_resnet8", 5, {"shortcut": "B"}))
+    save_file(tensors, path, notes)
+    with pytest.raises(WeightsError, match="with 5 classes, .* linear.weight is missing"):
+        read_checkpoint(path)
+
+
+def test_two_strides_in_one_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    model = build_model("resnet50", out_features=["res2"])
+    save_weights(model, path, PREPROCESSINGS["torchvision"])
+    with pytest.raises(WeightsError, match="its network has stride_in_1x1=True, its prepro.*False"):
+        read_checkpoint(path)
+    save_file(load_file(path), path)
+    assert read_checkpoint(path, "torchvision").model.options == {"stride_in_1x1": False}
+    with pytest.raises(WeightsError, match="nobody says where its bottlenecks have their stride"):
+        read_checkpoint(path, "caffe_vgg")
+
+
+def test_networks_that_no_tensor_tells_apart(tmp_path):
+    """Identity shortcuts and none have no tensors: loading one as the other is refused."""
+    path = tmp_path / "x.safetensors"
+    plain, residual = build_model("cifar_plain8"), build_model("cifar_resnet8")
+    assert plain.state_dict().keys() == residual.state_dict().keys()
+    for own, other in ((plain, residual), (residual, plain)):
+        save_weights(own, path, MSRA)
+        load_weights(own, path)
+        with pytest.raises(WeightsError, match="trained with shortcut=.*: build it with shortcut="):
+            load_weights(other, path)
+    save_file(load_file(path), path)
+    with pytest.raises(WeightsError, match="fit cifar_resnet8 and cifar_plain8: say which net"):
+        read_checkpoint(path, "msra")
+    given = ModelSpec("cifar_plain8", 10)
+    assert read_checkpoint(path, "msra", given).model == given
+
+
+def test_the_stems_pooling_is_compared(tmp_path):
+    stem = dict(out_features=["stem"])
+    save_weights(build_model("resnet18", **stem), tmp_path / "x.safetensors", MSRA)
+    with pytest.raises(WeightsError, match="caffe_pool=False, this network has True"):
+        load_weights(build_model("resnet18", caffe_pool=True, **stem), tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(name="resnet34"), "the file is a resnet18, this network a resnet34"),
+        (dict(name="resnet50", num_classes=5), "the file is a resnet18, this network a resnet50"),
+        (dict(name="resnet18", norm="GN"), "this network a resnet18 with norm='GN'"),
+        (dict(name="resnet18", norm=""), "this network a resnet18 with norm=''"),
+        (dict(name="resnet18", shortcut="A"), "this network a resnet18 with shortcut='A'"),
+        (dict(name="plain18"), "the file is a resnet18, this network a plain18"),
+        (dict(name="vgg11", out_features=["conv1"]), "the file is a resnet18, this network a vgg"),
+    ],
+)
+def test_the_message_names_both_networks(file, options, message):
+    with pytest.raises(WeightsError, match=message):
+        load_weights(build_model(**options), file[0])
+
+
+@pytest.mark.parametrize("norm", ["GN", "", "FrozenBN"])
+def test_every_norm_comes_back(tmp_path, norm):
+    build = dict(out_features=["res2"], norm=norm)
+    model, other = build_model("resnet18", **build), build_model("resnet18", **build)
+    save_weights(model, tmp_path / "x.safetensors", MSRA)
+    load_weights(other, tmp_path / "x.safetensors")
+    assert_same_states(state_of(other), state_of(model))
+    if norm == "FrozenBN":
+        assert isinstance(other.stem.conv1.norm, FrozenBatchNorm2d)
+
+
+def test_descriptions(small, tmp_path, monkeypatch):
+    path, model = small
+    found = describe_weights(path)
+    assert found.preprocessing == MSRA and found.model["name"] == "cifar_resnet8"
+    torch.save(model.state_dict(), tmp_path / "x.pth")
+    assert describe_weights(tmp_path / "x.pth", "msra").model == {}
+    with monkeypatch.context() as patch:  # of our own files, the header alone
+        patch.setattr("resnet_backbone.weights.reading.read_tensors", None)
+        assert describe_weights(path) == found
+    with pytest.raises(WeightsError, match="not 'torchvision'"):
+        describe_weights(path, "torchvision")
+    other = replace(MSRA, resize_size=None, crop_size=None, source="elsewhere")
+    save_weights(model, path, other)
+    assert describe_weights(path, "msra").preprocessing == other
+
+
 def test_preprocessing_survives_json():
     for preprocessing in PREPROCESSINGS.values():
         assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
     for text in ("", "[]", "{}", '{"channel_order": "RGB", "colour": 1}'):
         with pytest.raises(WeightsError, match="unreadable preprocessing"):
             Preprocessing.from_json(text)
+    for change in (
+        {"mean": [1, 2]},
+        {"std": [1, 0, 1]},
+        {"mean": [float("nan"), 0, 0]},
+        {"value_range": 0.0},
+        {"bn_eps": -1e-5},
+        {"stride_in_1x1": "yes"},
+        {"crop_size": 224.5},
+        {"interpolation": "lanczos"},
+        {"source": None},
+    ):
+        with pytest.raises(WeightsError, match="preprocessing: "):
+            Preprocessing.from_json(json.dumps({**json.loads(MSRA.to_json()), **change}))
     with pytest.raises(WeightsError, match="channel_order is RGB or BGR, not 'rgb'"):
         Preprocessing("rgb", 1.0, (0, 0, 0), (1, 1, 1))
     with pytest.raises(WeightsError, match="'tv': use one of msra, caffe_vgg, torchvision"):

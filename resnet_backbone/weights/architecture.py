@@ -1,0 +1,282 @@
+"""Which of the package's networks a set of tensors belongs to, read from its keys and shapes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resnet_backbone.models import VGG, BottleneckBlock, CifarResNet, resnet_cifar
+from resnet_backbone.models.factory import MODELS
+from resnet_backbone.models.resnet import DEPTHS as RESNET_DEPTHS
+from resnet_backbone.models.resnet import STAGE_NAMES as RESNET_STAGES
+from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
+from resnet_backbone.models.vgg import STAGE_NAMES as VGG_STAGES
+from resnet_backbone.weights.checkpoint import ModelSpec
+
+# The first weight of each family, and the family's stages in order; pool5 has no tensors.
+_STAGES_BY_FIRST_KEY: dict[str, tuple[str, ...]] = {
+    "stem.conv1.weight": RESNET_STAGES,
+    "stem.weight": resnet_cifar.STAGE_NAMES,
+    "conv1.0.weight": VGG_STAGES[:-1],
+}
+FIRST_KEYS = tuple(_STAGES_BY_FIRST_KEY)
+HEAD_NAMES = VGG.head_names  # of every network; ResNets have only the last, the linear one
+COUNTER = "num_batches_tracked"
+VISIBLE_OPTIONS = ("shortcut", "norm", "activation", "in_channels")  # those that tensors show
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def infer_model(tensors: Mapping[str, Tensor]) -> ModelSpec:
+    """The network that tensors under this package's key names belong to.
+
+    Only options that differ from the name's defaults are set. What tensors do not show is not:
+    ``stride_in_1x1``, ``caffe_pool``, ``dilations``, and the kind of batch norm (FrozenBN and
+    SyncBN have BN's tensors). A norm with a weight and a bias but no statistics is taken for GN.
+    Backbones without head have ``num_classes=None``; of those that stop early (see
+    :func:`deepest_stage`) the shallowest network with these stages is named, for its stages are
+    the same.
+
+    Raises:
+        ValueError: for tensors of another network (saying what was found), for missing, unknown
+            and wrongly shaped ones (naming a key), and for tensors that fit two networks.
+    """
+    candidates = infer_models(tensors)
+    if len(candidates) > 1:
+        names = " and ".join(spell(spec) for spec in candidates)
+        raise ValueError(f"these tensors fit {names}, which differ: say which network it is")
+    return candidates[0]
+
+
+def infer_models(tensors: Mapping[str, Tensor]) -> list[ModelSpec]:
+    """Every network that has these tensors and another function than the others in the list.
+
+    More than one fits where no block has a projection: shortcuts of option A, identities and no
+    shortcuts at all have no tensors. The residual network is the first.
+
+    Raises:
+        ValueError: see :func:`infer_model`.
+    """
+    shapes = _shapes(tensors)
+    first = _first_key(shapes)
+    if _STAGES_BY_FIRST_KEY[first] is RESNET_STAGES:
+        _refuse_relatives(shapes)
+    base = _base_name(shapes, first)
+    options = {"in_channels": _size(shapes, first, 4, 1), **_visible_options(shapes, first)}
+    shortcuts = [{}] if base.startswith("vgg") else _shortcut_options(shapes, base)
+    num_classes = None
+    if "linear.weight" in shapes:
+        num_classes = _size(shapes, "linear.weight", 2, 0)
+    specs = [_spec(base, num_classes, {**options, **shortcut}) for shortcut in shortcuts]
+    deepest_stage(shapes)  # refuses gaps
+    check_tensors(tensors, specs[0])
+    return specs
+
+
+def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
+    """Refuses tensors that are not those of a network, less deeper stages and head.
+
+    Raises:
+        ValueError: naming the first key that is missing, unknown or of another shape.
+    """
+    with torch.device("meta"):
+        expected = _shapes(spec.build().state_dict())
+    shapes = _shapes(tensors)
+    for key, shape in shapes.items():
+        if key not in expected:
+            raise ValueError(f"{spell(spec)} has no {key}")
+        if shape != expected[key]:
+            raise ValueError(f"{key} has shape {shape}, in {spell(spec)} it has {expected[key]}")
+    needed = {key.partition(".")[0] for key in shapes}
+    missing = [
+        key
+        for key in expected
+        if key not in shapes and ("linear" in needed or key.partition(".")[0] in needed)
+    ]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} tensors of {spell(spec)} are missing, the first is {missing[0]}"
+        )
+
+
+def deepest_stage(tensors: Iterable[str]) -> str:
+    """Name of the last stage that tensors under this package's keys have: "res5", "conv4" ...
+
+    Args:
+        tensors: their keys, or a dict of them.
+
+    Raises:
+        ValueError: if they are of none of this package's networks, or lack a stage in between.
+    """
+    stages = _STAGES_BY_FIRST_KEY[_first_key(tensors)]
+    found = {key.partition(".")[0] for key in tensors}
+    present = [name for name in stages if name in found]
+    if present != list(stages[: len(present)]):
+        missing = next(name for name in stages if name not in found)
+        raise ValueError(f"there are tensors of {present[-1]}, but none of {missing}")
+    return present[-1]
+
+
+def spell(spec: ModelSpec) -> str:
+    """A network's name with the options that tensors show: "resnet50 with norm='GN'"."""
+    shown = {key: value for key, value in spec.options.items() if key in VISIBLE_OPTIONS}
+    options = ", ".join(f"{key}={value!r}" for key, value in shown.items())
+    return f"{spec.name} with {options}" if options else spec.name
+
+
+def constructor_options(name: str) -> dict[str, Any]:
+    """Defaults of the constructor arguments of a network of this package.
+
+    Raises:
+        ValueError: for a name that ``build_model`` does not know.
+    """
+    constructor = MODELS.get(name)
+    if constructor is None and re.fullmatch(r"cifar_(resnet|plain)\d+", name):
+        plain = name.startswith("cifar_plain")
+        constructor = partial(CifarResNet, **({"shortcut": "none"} if plain else {}))
+    if constructor is None:
+        raise ValueError(f"{name!r} is not one of this package's networks")
+    parameters = inspect.signature(constructor).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {k: tuple(v.shape) for k, v in tensors.items() if not k.endswith(COUNTER)}
+
+
+def _first_key(keys: Iterable[str]) -> str:
+    known = set(keys)
+    for key in FIRST_KEYS:
+        if key in known:
+            return key
+    example = min(known, default="none at all")
+    raise ValueError(
+        f"none of the keys {', '.join(FIRST_KEYS)} is there, one of which every network of this "
+        f"package has; there is {example}"
+    )
+
+
+def _size(shapes: Shapes, key: str, dimensions: int, axis: int) -> int:
+    shape = shapes.get(key)
+    if shape is None:
+        raise ValueError(f"{key} is missing")
+    if len(shape) != dimensions:
+        raise ValueError(f"{key} has shape {shape}, {dimensions} dimensions are needed")
+    return shape[axis]
+
+
+def _refuse_relatives(shapes: Shapes) -> None:
+    """Networks with a ResNet's keys that are not the paper's; other shapes differ anyway."""
+    kernel = _size(shapes, "stem.conv1.weight", 4, 2)
+    if kernel != 7:
+        raise ValueError(
+            f"stem.conv1.weight is {kernel}x{kernel}, not 7x7: a ResNet with another stem, such "
+            "as ResNet-C/D or one for small images, is not among this package's networks"
+        )
+    if "res2.0.conv3.weight" not in shapes:
+        return
+    width = _size(shapes, "res2.0.conv1.weight", 4, 0)
+    per_group = _size(shapes, "res2.0.conv2.weight", 4, 1)
+    if per_group != width:
+        raise ValueError(
+            f"res2.0.conv2.weight has {per_group} input channels for {width}: a grouped "
+            "convolution (ResNeXt), which is not among this package's networks"
+        )
+    if width != 64:
+        raise ValueError(
+            f"res2.0.conv1.weight has {width} channels, not 64: a wide ResNet, which is not "
+            "among this package's networks"
+        )
+
+
+def _counts(shapes: Shapes, stages: Sequence[str]) -> tuple[int, ...]:
+    """Blocks (of a VGG: convolutions) in each stage that has any, in order."""
+    found = defaultdict(set)
+    for key in shapes:
+        match = re.match(r"([a-z]+\d)\.(\d{1,6})\.", key, re.ASCII)
+        if match and match[1] in stages:
+            found[match[1]].add(int(match[2]))
+    for stage, indices in found.items():
+        if indices != set(range(len(indices))):
+            raise ValueError(
+                f"{stage} has tensors of {stage}.{max(indices)}, but not of all before"
+            )
+    return tuple(len(found[stage]) for stage in stages if stage in found)
+
+
+def _base_name(shapes: Shapes, first: str) -> str:
+    """Name of the network with the default options."""
+    stages = _STAGES_BY_FIRST_KEY[first]
+    counts = _counts(shapes, stages)
+    if first == "conv1.0.weight":
+        for depth, convs in VGG_DEPTHS.items():
+            if convs[: len(counts)] == counts:
+                return f"vgg{depth}"
+        raise ValueError(f"no VGG has {counts} convolutions in its stages")
+    if first == "stem.weight":
+        if len(set(counts)) > 1:
+            raise ValueError(f"a CIFAR network has as many blocks in each stage, not {counts}")
+        return f"cifar_resnet{6 * (counts or (1,))[0] + 2}"
+    bottleneck = any(re.fullmatch(r"res\d\.0\.conv3\.weight", key) for key in shapes)
+    for depth, (block, blocks) in RESNET_DEPTHS.items():
+        if blocks[: len(counts)] == counts and (block is BottleneckBlock) == bottleneck:
+            return f"resnet{depth}"
+    kind = "bottleneck" if bottleneck else "basic"
+    raise ValueError(f"no ResNet of the paper has {counts} {kind} blocks in its stages")
+
+
+def _visible_options(shapes: Shapes, first: str) -> dict[str, Any]:
+    """Norm and activation, as the first layer shows them."""
+    layer = first.removesuffix("weight")
+    if layer + "norm.running_mean" in shapes or layer + "norm.running_var" in shapes:
+        norm = "BN"
+    elif layer + "norm.weight" in shapes:
+        norm = "GN"
+    elif layer + "bias" in shapes:
+        norm = ""
+    else:
+        raise ValueError(f"{first} has neither a norm ({layer}norm.weight) nor {layer}bias")
+    prelu = layer + "activation.weight" in shapes
+    return {"norm": norm, "activation": "prelu" if prelu else "relu"}
+
+
+def _shortcut_options(shapes: Shapes, base: str) -> list[dict[str, str]]:
+    """The shortcut, or where they have no tensors those that it may be."""
+    blocks = {match[0] for key in shapes if (match := re.match(r"res\d\.\d+", key))}
+    default = constructor_options(base)["shortcut"]
+    if not blocks:
+        return [{"shortcut": default}]
+    if any(f"{block}.gate.weight" in shapes for block in blocks):
+        return [{"shortcut": "highway"}]
+    reshaping = {block for block in blocks if _changes_shape(shapes, block)}
+    projecting = {block for block in blocks if f"{block}.shortcut.weight" in shapes}
+    if projecting - reshaping:
+        return [{"shortcut": "C"}]
+    if projecting:
+        return [{"shortcut": "B"}]
+    return [{"shortcut": "A" if reshaping else default}, {"shortcut": "none"}]
+
+
+def _changes_shape(shapes: Shapes, block: str) -> bool:
+    last = "conv3" if f"{block}.conv3.weight" in shapes else "conv2"
+    into = _size(shapes, f"{block}.conv1.weight", 4, 1)
+    return into != _size(shapes, f"{block}.{last}.weight", 4, 0)
+
+
+def _spec(base: str, num_classes: int | None, options: Mapping[str, Any]) -> ModelSpec:
+    """The name that has most of the options, with those that remain."""
+    name = base
+    if options.get("shortcut") == "none":
+        plain = base.replace("resnet", "plain")
+        name = plain if plain in MODELS or plain.startswith("cifar") else base
+    elif base.startswith("vgg") and options["norm"] == "BN":
+        name = f"{base}_bn"
+    defaults = constructor_options(name)
+    return ModelSpec(name, num_classes, {k: v for k, v in options.items() if v != defaults[k]})

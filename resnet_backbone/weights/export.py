@@ -1,0 +1,252 @@
+"""Checkpoints for other libraries: files that load there strictly and give the same logits.
+
+    exported = export_checkpoint(checkpoint, "resnet50_timm", "timm")
+    print(exported.usage)
+
+A library that takes RGB in 0..1 only gets the channel order folded into the first convolution and
+the mean and std in that range; the numbers are on ``exported.preprocessing`` and in the usage.
+What no conversion can bring into a library is refused, with the formats that take it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from resnet_backbone.weights.architecture import deepest_stage
+from resnet_backbone.weights.checkpoint import Checkpoint
+from resnet_backbone.weights.conversion import convert_input, use_channel_means
+from resnet_backbone.weights.export_configs import hugging_face_configs, timm_config
+from resnet_backbone.weights.export_files import (
+    json_bytes,
+    pickle_bytes,
+    safetensors_files,
+    torch_bytes,
+    write_file,
+    write_folder,
+)
+from resnet_backbone.weights.export_usage import usage
+from resnet_backbone.weights.files import write_checkpoint
+from resnet_backbone.weights.keymaps import LAYOUTS
+from resnet_backbone.weights.metadata import write_notes
+from resnet_backbone.weights.preprocessing import WeightsError
+from resnet_backbone.weights.readers import SUFFIXES
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a library's files look like.
+
+    Attributes:
+        suffixes: of the file; empty: a folder.
+        value_range: that its users normalise in; None: any.
+        rgb: it takes nothing else.
+        bn_eps: of its batch norms, which no file of its says; None: the file says it.
+        whole: backbones that stop early do not fit its network.
+    """
+
+    suffixes: tuple[str, ...]
+    value_range: float | None = None
+    rgb: bool = False
+    bn_eps: float | None = 1e-5
+    whole: bool = False
+
+
+FORMATS = {
+    "resnet_backbone": Format((".safetensors",), bn_eps=None),
+    "torchvision": Format((".pth", ".safetensors"), 1.0, rgb=True, whole=True),
+    "timm": Format((), 1.0, rgb=True, whole=True),
+    "huggingface": Format((), 1.0, rgb=True),
+    "detectron2": Format((".pkl", ".pth"), 255.0),
+    "caffe2": Format((".pkl",), 255.0),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: file or folder.
+        checkpoint: as it was written: in the form of input that the library takes.
+        usage: lines of code or configuration that load it, with the transform to use.
+    """
+
+    path: Path
+    checkpoint: Checkpoint
+    usage: str
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    path: str | os.PathLike,
+    format: str,
+    *,
+    overwrite: bool = False,
+    accept_channel_means: bool = False,
+    shard_size: int | None = None,
+) -> Exported:
+    """Writes a checkpoint for a library, atomically.
+
+    Args:
+        path: a file with a suffix of the format, or a folder for "timm" and "huggingface".
+        format: a name of ``FORMATS``.
+        overwrite: replace what is there.
+        accept_channel_means: drop a per-pixel mean image, which only our own files hold. Logits
+            are then not exactly those of before.
+        shard_size: bytes of tensors in one file of "huggingface", where that many are more than
+            one; None: one file.
+
+    Raises:
+        WeightsError: a network or preprocessing that the library does not have, a wrong suffix,
+            something there already.
+    """
+    path = Path(path)
+    check_target(path, format, overwrite)
+    if shard_size is not None and format != "huggingface":
+        raise WeightsError(f"only huggingface files are sharded, not {format}")
+    written = for_format(checkpoint, format, accept_channel_means=accept_channel_means)
+    if format == "resnet_backbone":
+        write_checkpoint(written, path)
+        return Exported(path, written, usage(written, format, path))
+    try:
+        tensors = LAYOUTS[format].from_ours(written.tensors, written.model)
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
+    if FORMATS[format].suffixes:
+        write_file(_file_bytes(tensors, written, format, path.suffix), path)
+    else:
+        files = _folder_files(tensors, written, format, shard_size)
+        write_folder(files, path)
+    return Exported(path, written, usage(written, format, path))
+
+
+def check_target(path: Path, format: str, overwrite: bool) -> None:
+    """Refuses a path that cannot or must not be written.
+
+    Raises:
+        WeightsError: unknown format, another suffix, something there already.
+    """
+    if format not in FORMATS:
+        raise WeightsError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    suffixes = FORMATS[format].suffixes
+    if suffixes and path.suffix not in suffixes:
+        raise WeightsError(f"{path}: {format} is written to {' or '.join(suffixes)} files")
+    if not suffixes and path.suffix in SUFFIXES:
+        raise WeightsError(f"{path}: {format} is written to a folder, give a name without suffix")
+    if path.is_dir() and suffixes:
+        raise WeightsError(f"{path} is a folder, {format} is one file")
+    if path.exists() and not overwrite:
+        raise WeightsError(
+            f"{path} is there already: take another name, or overwrite it (--overwrite)"
+        )
+    if not path.parent.is_dir():
+        raise WeightsError(f"{path}: there is no folder {path.parent}")
+
+
+def for_format(
+    checkpoint: Checkpoint, format: str, *, accept_channel_means: bool = False
+) -> Checkpoint:
+    """The same function with the input that a library gives its networks.
+
+    Raises:
+        WeightsError: what the library does not have and no exact conversion brings about.
+    """
+    rules, preprocessing = FORMATS[format], checkpoint.preprocessing
+    if format == "resnet_backbone":
+        return checkpoint
+    if preprocessing.mean_image is not None:
+        if not accept_channel_means:
+            raise WeightsError(
+                f"these weights subtract a per-pixel mean image, for which {format} has no place: "
+                "write resnet_backbone, or take its channel means in place of it "
+                "(--accept-channel-means), which is not exactly the same"
+            )
+        checkpoint = use_channel_means(checkpoint)
+    _check_norms(checkpoint, format, rules)
+    _check_stages(checkpoint, format, rules)
+    order = "RGB" if rules.rgb else preprocessing.channel_order
+    checkpoint = convert_input(checkpoint, channel_order=order, value_range=rules.value_range)
+    return _with_stride(checkpoint, format)
+
+
+def _check_norms(checkpoint: Checkpoint, format: str, rules: Format) -> None:
+    eps = checkpoint.preprocessing.bn_eps
+    has_norms = any(key.endswith(".norm.running_var") for key in checkpoint.tensors)
+    if has_norms and rules.bn_eps is not None and eps != rules.bn_eps:
+        raise WeightsError(
+            f"these weights have BN eps {eps}, {format} builds batch norms with {rules.bn_eps}: "
+            f"convert with --bn-eps-to {rules.bn_eps}, their factors make up for it"
+        )
+
+
+def _check_stages(checkpoint: Checkpoint, format: str, rules: Format) -> None:
+    name, deepest = checkpoint.model.name, deepest_stage(checkpoint.tensors)
+    if rules.whole and deepest not in ("res5", "conv5"):
+        raise WeightsError(f"these weights end at {deepest}, {format}'s {name} has all stages")
+    if format == "timm" and name.startswith("vgg") and "fc7.weight" not in checkpoint.tensors:
+        raise WeightsError(
+            f"timm's {name} has fc6 and fc7 even without head, these weights have not: write "
+            "torchvision, detectron2 or resnet_backbone"
+        )
+
+
+def _with_stride(checkpoint: Checkpoint, format: str) -> Checkpoint:
+    """States the stride in the network too, where the key map looks at it.
+
+    Raises:
+        WeightsError: the library has it elsewhere.
+    """
+    preprocessing, model = checkpoint.preprocessing, checkpoint.model
+    if "res2.0.conv3.weight" not in checkpoint.tensors:
+        if FORMATS[format].rgb:  # their configs say False for networks without bottlenecks too
+            preprocessing = replace(preprocessing, stride_in_1x1=False)
+        return replace(checkpoint, preprocessing=preprocessing)
+    stride = preprocessing.stride_in_1x1
+    stride = model.options.get("stride_in_1x1") if stride is None else stride
+    if stride is None:
+        raise WeightsError("nobody says where these bottlenecks have their stride: state it")
+    if stride and format in ("torchvision", "timm"):
+        raise WeightsError(
+            f"these weights have stride_in_1x1=True, {format} builds {model.name} with the stride "
+            "in the 3x3 convolutions, which is another function and cannot be converted; "
+            "huggingface, detectron2, caffe2 and resnet_backbone take it"
+        )
+    return replace(
+        checkpoint,
+        preprocessing=replace(preprocessing, stride_in_1x1=stride),
+        model=replace(model, options={**model.options, "stride_in_1x1": stride}),
+    )
+
+
+def _notes(checkpoint: Checkpoint) -> dict[str, str]:
+    notes = write_notes(checkpoint.preprocessing, checkpoint.model, checkpoint.origin)
+    return {"format": "pt", **notes}  # transformers reads no file without the first
+
+
+def _file_bytes(
+    tensors: dict[str, Tensor], checkpoint: Checkpoint, format: str, suffix: str
+) -> bytes:
+    if suffix == ".safetensors":
+        return safetensors_files(tensors, _notes(checkpoint))["model.safetensors"]
+    if format == "torchvision":
+        return torch_bytes(tensors)
+    if format == "caffe2":
+        return pickle_bytes(tensors, lambda arrays: {"blobs": arrays})
+    wrapping = {"__author__": "resnet_backbone", "matching_heuristics": True}
+    if suffix == ".pkl":
+        return pickle_bytes(tensors, lambda arrays: {"model": arrays, **wrapping})
+    return torch_bytes({"model": tensors, **wrapping})
+
+
+def _folder_files(
+    tensors: dict[str, Tensor], checkpoint: Checkpoint, format: str, shard_size: int | None
+) -> dict[str, bytes]:
+    configs = {"config.json": timm_config(checkpoint)}
+    if format == "huggingface":
+        configs = hugging_face_configs(checkpoint)
+    files = {name: json_bytes(content) for name, content in configs.items()}
+    return {**files, **safetensors_files(tensors, _notes(checkpoint), shard_size)}

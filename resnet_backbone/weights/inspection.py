@@ -1,0 +1,158 @@
+"""What weights are and say of themselves, for a person who has found a file."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+
+from torch import Tensor
+
+from resnet_backbone.weights.architecture import COUNTER, infer_models, spell
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.keymaps import LAYOUTS, recognize
+from resnet_backbone.weights.preprocessing import PREPROCESSINGS, Preprocessing, WeightsError
+from resnet_backbone.weights.readers import read_tensors
+from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
+from resnet_backbone.weights.sources import resolve
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        source: as it was given.
+        container: "safetensors", "pickle", ...
+        sha256: of the file; empty for a sharded one.
+        layout: whose key names it has, a name of ``LAYOUTS``.
+        tensors: under this package's names.
+        models: the networks that they fit.
+        checkpoint: all of it, where nothing is missing.
+        missing: what nobody says, and how to say it.
+    """
+
+    source: str
+    container: str
+    sha256: str
+    layout: str
+    tensors: dict[str, Tensor]
+    models: tuple[ModelSpec, ...]
+    checkpoint: Checkpoint | None
+    missing: tuple[str, ...] = field(default=())
+
+    def lines(self) -> list[str]:
+        """The findings as text, one fact a line, each behind its name."""
+        size = sum(value.nbytes for value in self.tensors.values())
+        parameters = sum(prod(value.shape) for key, value in self._parameters())
+        text = {
+            "source": self.source,
+            "container": f"{self.container}, {size / 1e6:.1f} MB of tensors",
+            "sha256": self.sha256 or "(several files)",
+            "key names": self.layout,
+            "network": " or ".join(_describe(model) for model in self._models()),
+            "parameters": f"{parameters:,}",
+            "types": _count_dtypes(self.tensors),
+        }
+        if self.checkpoint is not None:
+            text |= _describe_input(self.checkpoint.preprocessing)
+            origin = self.checkpoint.origin
+            known = (origin.format, origin.file, origin.run)
+            text["origin"] = ", ".join(part for part in known if part)
+        lines = [f"{name + ':':15}{value}" for name, value in text.items()]
+        return [*lines, *(f"{'not stated:':15}{text}" for text in self.missing)]
+
+    def _models(self) -> tuple[ModelSpec, ...]:
+        return self.models if self.checkpoint is None else (self.checkpoint.model,)
+
+    def _parameters(self) -> list[tuple[str, Tensor]]:
+        statistics = ("running_mean", "running_var")
+        return [item for item in self.tensors.items() if not item[0].endswith(statistics)]
+
+
+def inspect_source(
+    source: str | os.PathLike,
+    preprocessing: str | Preprocessing = "",
+    model: ModelSpec | None = None,
+) -> Inspection:
+    """Looks at weights from any source; what they do not say is no error here.
+
+    Args:
+        source, preprocessing, model: see :func:`resnet_backbone.weights.read_checkpoint`.
+
+    Raises:
+        WeightsError: missing, damaged or hostile file, keys or shapes of no network of this
+            package, contradictions.
+    """
+    raw = read_tensors(resolve(source).path)
+    try:
+        layout = recognize(raw.tensors)
+        tensors = LAYOUTS[layout].to_ours(raw.tensors)
+        models = tuple(infer_models(tensors))
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from error
+    tensors = {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
+    checkpoint, missing = None, []
+    try:
+        checkpoint = read_checkpoint(source, preprocessing, model)
+    except UnknownInput:
+        missing = _unknown_input(tensors)
+    except WeightsError:
+        if len(models) == 1 or model is not None:
+            raise
+        names = " or --model ".join(spec.name for spec in models)
+        missing = [f"which of these networks it is: add --model {names}"]
+    return Inspection(
+        str(source),
+        raw.container,
+        raw.sha256,
+        layout,
+        tensors,
+        models,
+        checkpoint,
+        tuple(missing),
+    )
+
+
+def _unknown_input(tensors: dict[str, Tensor]) -> list[str]:
+    missing = [
+        "the input that it was trained on; name it with --preprocessing "
+        f"{', '.join(PREPROCESSINGS)}, or all of --channel-order --value-range --mean --std"
+    ]
+    if "res2.0.conv3.weight" in tensors:
+        missing.append("where its bottlenecks have their stride; the same name says it")
+    return missing
+
+
+def _describe(model: ModelSpec) -> str:
+    head = "no head" if model.num_classes is None else f"{model.num_classes} classes"
+    return f"{spell(model)}, {head}"
+
+
+def _count_dtypes(tensors: dict[str, Tensor]) -> str:
+    counts = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
+    return ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
+
+
+def _describe_input(preprocessing: Preprocessing) -> dict[str, str]:
+    test = [f"shorter side {preprocessing.resize_size}", f"crop {preprocessing.crop_size}"]
+    if preprocessing.interpolation:
+        test.append(preprocessing.interpolation)
+    image = preprocessing.mean_image
+    stride = preprocessing.stride_in_1x1
+    return {
+        "input": f"{preprocessing.channel_order}, 0..{preprocessing.value_range:g}, "
+        f"mean {list(preprocessing.mean)}, std {list(preprocessing.std)}",
+        **({"mean image": "x".join(map(str, image.shape[1:]))} if image is not None else {}),
+        "stride_in_1x1": "-" if stride is None else str(stride),
+        "BN eps": str(preprocessing.bn_eps),
+        "test": ", ".join(test) if preprocessing.crop_size else "not known",
+        "stated by": preprocessing.source or "-",
+    }
+
+
+def default_size(checkpoint: Checkpoint) -> int:
+    """Side in pixels of images to try a network on."""
+    return 32 if Path(checkpoint.model.name).name.startswith("cifar") else 224

@@ -1,0 +1,161 @@
+"""From tensors into a network: what does not fit is refused, and the network is then unchanged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from resnet_backbone.models import BottleneckBlock, FrozenBatchNorm2d, StagedNetwork
+from resnet_backbone.models.layers import ConvNorm
+from resnet_backbone.models.resnet import ResidualBlock, ZeroPadShortcut
+from resnet_backbone.weights.architecture import COUNTER, constructor_options, infer_models, spell
+from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
+
+
+class WrongStride(WeightsError):
+    """A network whose stride is in the other convolution; ``expected`` is the right value."""
+
+    def __init__(self, message: str, expected: bool):
+        super().__init__(message)
+        self.expected = expected
+
+
+def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: str) -> None:
+    """Refuses weights whose stride position or BN epsilon differs from the network's."""
+    expected = preprocessing.stride_in_1x1
+    actual = getattr(model, "stride_in_1x1", None)
+    if has_bottlenecks(model) and None not in (expected, actual) and expected != actual:
+        raise WrongStride(
+            f"{where} was trained with stride_in_1x1={expected}, this network has {actual}: "
+            f"build it with stride_in_1x1={expected} (MODEL.RESNETS.STRIDE_IN_1X1 {expected})",
+            expected,
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
+            if module.eps != preprocessing.bn_eps:
+                raise WeightsError(
+                    f"{where} was trained with BN eps {preprocessing.bn_eps}, {name} has "
+                    f"{module.eps}"
+                )
+
+
+def has_bottlenecks(model: nn.Module) -> bool:
+    return any(isinstance(module, BottleneckBlock) for module in model.modules())
+
+
+def shortcut_of(model: nn.Module) -> str | None:
+    """The shortcut option of a residual or plain network, None where its blocks do not show it."""
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
+    if not blocks:
+        return None
+    if blocks[0].gate is not None:
+        return "highway"
+    if blocks[0].shortcut is None:
+        return "none"
+    if any(isinstance(block.shortcut, ZeroPadShortcut) for block in blocks):
+        return "A"
+    if not any(isinstance(block.shortcut, ConvNorm) for block in blocks):
+        return None
+    return "B" if any(isinstance(block.shortcut, nn.Identity) for block in blocks) else "C"
+
+
+def describe_model(model: StagedNetwork) -> ModelSpec | None:
+    """The name and options with which a network is built again; None for one that has no name.
+
+    A backbone has ``num_classes=None``; its ``out_features`` are not among the options.
+    """
+    try:
+        candidates = infer_models(model.state_dict())
+    except ValueError:
+        return None
+    plain = shortcut_of(model) == "none"
+    spec = candidates[-1] if plain else candidates[0]  # what has no tensors: shortcut, then plain
+    options = dict(spec.options)
+    if has_bottlenecks(model):
+        options["stride_in_1x1"] = model.stride_in_1x1
+    pool = getattr(getattr(model, "stem", None), "pool", None)
+    if pool is not None and pool.ceil_mode:
+        options["caffe_pool"] = True
+    # of a backbone that stops early the tensors show the stages, not the depth
+    name = re.sub(r"\d+", str(model.depth), spec.name, count=1)
+    return replace(spec, name=name, options=options)
+
+
+def check_settings(model: StagedNetwork, stated: ModelSpec | None, where: str) -> None:
+    """Refuses a network that differs from the file's in what no tensor shows.
+
+    Raises:
+        WeightsError: identity shortcuts and none, or the stem's pooling, are exchanged.
+    """
+    own = describe_model(model)
+    if stated is None or own is None:
+        return
+    for key in ("shortcut", "caffe_pool"):
+        values = [_setting(spec, key) for spec in (stated, own)]
+        if None not in values and values[0] != values[1]:
+            raise WeightsError(
+                f"{where} was trained with {key}={values[0]!r}, this network has {values[1]!r}: "
+                f"build it with {key}={values[0]!r}"
+            )
+
+
+def _setting(spec: ModelSpec, key: str) -> object:
+    return spec.options.get(key, constructor_options(spec.name).get(key))
+
+
+def load_tensors(model: StagedNetwork, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copies tensors into a network: all or nothing.
+
+    Raises:
+        WeightsError: see :func:`fitting_tensors`.
+    """
+    model.load_state_dict(fitting_tensors(model, tensors, where), strict=False)
+
+
+def fitting_tensors(
+    model: StagedNetwork, tensors: Mapping[str, Tensor], where: str
+) -> dict[str, Tensor]:
+    """The tensors that a network takes: all of its own, less counters.
+
+    Raises:
+        WeightsError: missing, unknown or wrongly shaped tensors.
+    """
+    own = {k: v for k, v in model.state_dict().items() if not k.endswith(COUNTER)}
+    missing = [key for key in own if key not in tensors]
+    if missing:
+        raise WeightsError(
+            f"{where} lacks {len(missing)} tensors of this network, the first is {missing[0]}; "
+            "is it another depth or norm? (a backbone without head has out_features)"
+            + _difference(model, tensors)
+        )
+    for key, value in own.items():
+        if value.shape != tensors[key].shape:
+            raise WeightsError(
+                f"{where}: {key} has shape {tuple(tensors[key].shape)}, "
+                f"this network needs {tuple(value.shape)}" + _difference(model, tensors)
+            )
+    left_out = tuple(f"{name}." for name in model.left_out)
+    for key in tensors:
+        if key not in own and not key.endswith(COUNTER) and not key.startswith(left_out):
+            raise WeightsError(
+                f"{where}: this network has no {key}; is it another depth?"
+                + _difference(model, tensors)
+            )
+    return {key: tensors[key] for key in own}
+
+
+def _difference(model: StagedNetwork, tensors: Mapping[str, Tensor]) -> str:
+    """ " (the file is a ResNet-34, this network a ResNet-50)" where both can be told."""
+    own = describe_model(model)
+    try:
+        file = infer_models(tensors)[0]
+    except ValueError:
+        return ""
+    names = [spell(spec) for spec in (file, own)] if own else []
+    if len(set(names)) < 2:
+        return ""
+    return f" (the file is a {names[0]}, this network a {names[1]})"

@@ -1,0 +1,251 @@
+"""Weights from any source, under our key names, with their network and their preprocessing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import Tensor
+
+from resnet_backbone.models import list_models
+from resnet_backbone.weights.architecture import (
+    COUNTER,
+    check_tensors,
+    constructor_options,
+    infer_models,
+    spell,
+)
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec, Origin
+from resnet_backbone.weights.conventions import convention_of_content
+from resnet_backbone.weights.keymaps import LAYOUTS, recognize
+from resnet_backbone.weights.metadata import MEAN_IMAGE_KEY, Notes, read_notes
+from resnet_backbone.weights.preprocessing import (
+    PREPROCESSINGS,
+    Preprocessing,
+    WeightsError,
+    get_preprocessing,
+    one_line,
+)
+from resnet_backbone.weights.readers import read_tensors
+from resnet_backbone.weights.sources import Found, resolve
+
+
+class UnknownInput(WeightsError):
+    """Weights of which nobody says which input they were trained on."""
+
+
+class Weights(NamedTuple):
+    """What was read from a source, before its network is known."""
+
+    tensors: dict[str, Tensor]
+    preprocessing: Preprocessing
+    stated: ModelSpec | None  # the network, where the file says it
+    origin: Origin
+
+
+def read_checkpoint(
+    source: str | os.PathLike,
+    preprocessing: str | Preprocessing = "",
+    model: ModelSpec | None = None,
+) -> Checkpoint:
+    """Reads the weights of one network, with all that has to be known of them.
+
+    Args:
+        source: a local file or folder, an address, or a name such as
+            ``torchvision://resnet50/IMAGENET1K_V2``; see :func:`sources.resolve` and
+            :func:`readers.read_tensors`.
+        preprocessing: a name of ``PREPROCESSINGS`` or a convention of your own, needed for
+            weights whose origin does not say it; one that contradicts the origin is an error.
+        model: the network, for weights that fit more than one and do not say which.
+
+    Raises:
+        WeightsError: missing, damaged or hostile file, unknown keys, non-finite values, no
+            preprocessing; tensors of no network of this package, or of another than the file or
+            ``model`` says.
+    """
+    read = read_network(source, preprocessing)
+    spec = _network_of(read, model, str(source))
+    tensors = {key: value for key, value in read.tensors.items() if not key.endswith(COUNTER)}
+    return Checkpoint(tensors, spec, read.preprocessing, read.origin)
+
+
+def read_weights(
+    path: str | os.PathLike, preprocessing: str = ""
+) -> tuple[dict[str, Tensor], Preprocessing]:
+    """Reads a network's weights and what they expect of their input.
+
+    Args:
+        path, preprocessing: see :func:`read_checkpoint`.
+
+    Returns:
+        (state dict in our key names, fp32; preprocessing)
+
+    Raises:
+        WeightsError: missing or damaged file, unknown keys, non-finite values, no preprocessing.
+    """
+    read = read_network(path, preprocessing)
+    return single_precision(read.tensors), read.preprocessing
+
+
+def single_precision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.float() for key, value in tensors.items() if not key.endswith(COUNTER)}
+
+
+def read_own_tensors(
+    path: str | os.PathLike, preprocessing: str = ""
+) -> tuple[dict[str, Tensor], Preprocessing]:
+    """As :func:`read_weights`, with names, types and counters as they are in the file."""
+    read = read_source(path, preprocessing)
+    return read.tensors, read.preprocessing
+
+
+def read_source(source: str | os.PathLike, preprocessing: str) -> Weights:
+    """Tensors under the source's own names."""
+    found = resolve(source)
+    raw = read_tensors(found.path)
+    if not raw.sha256.startswith(found.sha256):
+        raise WeightsError(
+            f"{found.path} is not {source}: its sha256 begins with {raw.sha256[:8]}, not "
+            f"{found.sha256}; remove it, and it is fetched again"
+        )
+    notes = read_notes(raw.metadata, str(found.path))
+    content = None
+    if notes.preprocessing is None and found.preprocessing is None:
+        content = convention_of_content(raw)
+    known = convention(str(source), found, notes, preprocessing, content)
+    tensors = dict(raw.tensors)
+    mean_image = tensors.pop(MEAN_IMAGE_KEY, None)
+    if mean_image is not None:
+        known = replace(known, mean_image=mean_image.float())
+    origin = notes.origin or Origin("", str(source), raw.sha256, "", known.source)
+    return Weights(tensors, known, notes.model, origin)
+
+
+def read_network(source: str | os.PathLike, preprocessing: str) -> Weights:
+    """Tensors under this package's names, those of the network that the file states, if any."""
+    read = read_source(source, preprocessing)
+    try:
+        layout = recognize(read.tensors)
+        tensors = LAYOUTS[layout].to_ours(read.tensors)
+        if read.stated is not None:
+            check_stated(read.stated, tensors)
+    except ValueError as error:
+        raise WeightsError(f"{source}: {one_line(error)}") from error
+    origin = read.origin if read.origin.format else replace(read.origin, format=layout)
+    return read._replace(tensors=tensors, origin=origin)
+
+
+def convention(
+    source: str, found: Found, notes: Notes, name: str, content: Preprocessing | None = None
+) -> Preprocessing:
+    """The one preprocessing on which the file, its origin and the user agree.
+
+    Args:
+        content: what the file's content says beside its metadata.
+
+    Raises:
+        UnknownInput: nobody says it.
+        WeightsError: two of them say different things.
+    """
+    stated = {
+        "its metadata": notes.preprocessing,
+        "its origin": found.preprocessing,
+        "its content": content,
+        repr(name) if isinstance(name, str) else "the given one": (
+            get_preprocessing(name) if name else None
+        ),
+    }
+    known = [(who, value) for who, value in stated.items() if value is not None]
+    if not known:
+        *names, last = PREPROCESSINGS
+        raise UnknownInput(
+            f"{source} does not say which input it was trained on: name it, {', '.join(names)} or "
+            f"{last} (RESNET_BACKBONE.WEIGHTS_PREPROCESSING in a config)"
+        )
+    (who, first), *others = known
+    for other, value in others:
+        if not first.same_input(value):
+            _contradiction(source, who, other)
+    if found.stride_in_1x1 not in (None, first.stride_in_1x1):
+        _contradiction(source, "the config.json beside it, by its stride,", who)
+    return first
+
+
+def _contradiction(source: str, first: str, second: str) -> None:
+    if first == "its metadata":
+        raise WeightsError(f"{source} carries its own preprocessing, which is not {second}")
+    raise WeightsError(f"{source}: {first} says another preprocessing than {second}")
+
+
+def check_stated(stated: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses tensors that are not those of the network that a file says it is of.
+
+    Args:
+        tensors: under this package's names.
+
+    Raises:
+        ValueError: another depth, shortcut, norm or number of classes, with both.
+    """
+    found = infer_models(tensors)[0]
+    if stated.num_classes is None:  # not stated
+        stated = replace(stated, num_classes=found.num_classes)
+    said = f"its metadata say {_spell(stated)}, its tensors {_spell(found)}"
+    name = stated.name.rpartition("/")[2]  # of another library's network
+    same_family = {found.name, found.name.replace("resnet", "plain")}
+    if name not in list_models() and name not in same_family:  # and may be of any size
+        raise ValueError(said)
+    if stated.num_classes is not None and found.num_classes is None:
+        raise ValueError(f"{said}: linear.weight is missing")
+    try:
+        check_tensors(tensors, replace(stated, name=name))
+    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{said}: {error}") from error
+
+
+def _spell(spec: ModelSpec) -> str:
+    return f"{spell(spec)} with {spec.num_classes or 'no'} classes"
+
+
+def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpec:
+    """The network, with the number of classes and the stride that its weights have."""
+    stated = read.stated or given
+    try:
+        candidates = infer_models(read.tensors)
+        if stated is None and len(candidates) > 1:
+            names = " and ".join(map(spell, candidates))
+            raise ValueError(f"its tensors fit {names}: say which network it is")
+        if read.stated is None and given is not None:
+            check_stated(given, read.tensors)
+    except ValueError as error:
+        raise WeightsError(f"{source}: {one_line(error)}") from error
+    spec = stated or candidates[0]
+    library, _, name = spec.name.rpartition("/")
+    options = dict(spec.options)
+    if "stride_in_1x1" in constructor_options(name) and any(
+        key.endswith("conv3.weight") for key in read.tensors
+    ):
+        options["stride_in_1x1"] = _stride(read, spec, bool(library), source)
+    return ModelSpec(name, candidates[0].num_classes, options)
+
+
+def _stride(read: Weights, spec: ModelSpec, of_library: bool, source: str) -> bool:
+    """Where bottlenecks have their stride, which no tensor shows."""
+    stated = spec.options.get("stride_in_1x1")
+    if of_library:
+        stated = False  # torchvision's and timm's are always in the 3x3
+    elif stated is None and read.stated is not None:
+        stated = constructor_options(spec.name)["stride_in_1x1"]
+    known = {value for value in (read.preprocessing.stride_in_1x1, stated) if value is not None}
+    if len(known) == 1:
+        return known.pop()
+    if known:
+        raise WeightsError(
+            f"{source}: its network has stride_in_1x1={stated}, its preprocessing "
+            f"{read.preprocessing.stride_in_1x1}"
+        )
+    raise WeightsError(
+        f"{source}: nobody says where its bottlenecks have their stride; name a preprocessing "
+        "that does, such as msra or torchvision"
+    )

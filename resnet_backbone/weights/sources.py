@@ -1,0 +1,247 @@
+"""From the name or address of weights to a local file, with the convention of its origin."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch.hub
+
+from resnet_backbone.weights.conventions import (
+    BY_ADDRESS,
+    DETECTRON1,
+    DETECTRON2,
+    PYTORCH,
+    hugging_face_preprocessing,
+    published_hash,
+    timm_preprocessing,
+    torchvision_entry,
+    torchvision_preprocessing,
+)
+from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, one_line
+from resnet_backbone.weights.readers import FOLDER_FILES, MAX_JSON, SUFFIXES
+
+# Detectron2's names of Detectron1's files (detectron2/checkpoint/catalog.py) -> address.
+CATALOG = {
+    "ImageNetPretrained/MSRA/R-50": f"{DETECTRON1}ImageNetPretrained/MSRA/R-50.pkl",
+    "ImageNetPretrained/MSRA/R-101": f"{DETECTRON1}ImageNetPretrained/MSRA/R-101.pkl",
+    "ImageNetPretrained/FAIR/R-50-GN": f"{DETECTRON1}ImageNetPretrained/47261647/R-50-GN.pkl",
+    "ImageNetPretrained/FAIR/R-101-GN": f"{DETECTRON1}ImageNetPretrained/47592356/R-101-GN.pkl",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source as a local path.
+
+    Attributes:
+        path: a file, or a folder with one.
+        preprocessing: the origin's convention; None where nobody states it.
+        stride_in_1x1: stated without the rest, by a config.json alone.
+        sha256: hexadecimal digits that the file's must begin with; "" where none are published.
+    """
+
+    path: Path
+    preprocessing: Preprocessing | None = None
+    stride_in_1x1: bool | None = None
+    sha256: str = ""
+
+
+def resolve(source: str | os.PathLike) -> Found:
+    """Finds a source, and downloads it if need be.
+
+    Args:
+        source: a local file or folder; ``torchvision://resnet50/IMAGENET1K_V2`` (without the
+            entry torchvision's DEFAULT, its best one); ``timm://resnet50.a1_in1k``;
+            ``hf://microsoft/resnet-50`` (``@revision`` may follow);
+            ``detectron2://ImageNetPretrained/MSRA/R-101.pkl``;
+            ``catalog://ImageNetPretrained/MSRA/R-50``; an ``https://`` address of a file.
+
+    Raises:
+        WeightsError: unknown name, no network, no such file.
+    """
+    scheme, separator, name = str(source).partition("://")
+    if not separator:
+        path = Path(source)
+        return _described(Found(path)) if _may_have_config(path) else Found(path)
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        raise WeightsError(f"{source}: unknown kind of source; known are local paths, {known}")
+    return SCHEMES[scheme](name)
+
+
+def _from_https(name: str) -> Found:
+    url = f"https://{name}"
+    if url.startswith(PYTORCH):
+        entry = torchvision_entry(lambda weights: weights.url == url)
+        if entry is not None:
+            return _torchvision_file(entry)
+    path = _cached(url)
+    known = next((p for start, p in BY_ADDRESS.items() if url.startswith(start)), None)
+    return Found(path, known)
+
+
+def _from_detectron2(name: str) -> Found:
+    return _from_https((DETECTRON2 + name).removeprefix("https://"))
+
+
+def _from_catalog(name: str) -> Found:
+    if name not in CATALOG:
+        raise WeightsError(f"catalog://{name}: not known; known are {', '.join(CATALOG)}")
+    return _from_https(CATALOG[name].removeprefix("https://"))
+
+
+def _cached(url: str) -> Path:
+    """The local copy of an address, fetched at the first time."""
+    parts = urlsplit(url)
+    names = [part for part in parts.path.split("/") if part]
+    if not names or not parts.hostname or {".", ".."} & set(names) or "\\" in url or "\0" in url:
+        raise WeightsError(f"{url}: not the address of a file")
+    if Path(names[-1]).suffix not in SUFFIXES:
+        raise WeightsError(f"{url}: only {', '.join(SUFFIXES)} files are read here")
+    target = Path(torch.hub.get_dir(), "resnet_backbone", parts.hostname, *names)
+    return download(url, target)
+
+
+def download(url: str, target: Path, sha256: str = "") -> Path:
+    """Fetches a file unless it is there; an interrupted download leaves nothing behind.
+
+    Args:
+        sha256: hexadecimal digits with which that of the file must begin.
+
+    Raises:
+        WeightsError: naming the address and the place where a file fetched by hand belongs.
+    """
+    if target.is_file():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(target), sha256 or None, progress=False)
+    except (OSError, RuntimeError, ValueError) as error:  # no network, another file, a bad address
+        cause = one_line(error)
+        raise WeightsError(
+            f"{url} cannot be downloaded ({cause}): fetch it elsewhere and put it at {target}"
+        ) from error
+    return target
+
+
+def _from_torchvision(name: str) -> Found:
+    model, _, entry = name.partition("/")
+    from torchvision.models import get_model_weights
+
+    try:
+        entries = get_model_weights(model)
+    except ValueError as error:
+        raise WeightsError(f"torchvision://{name}: torchvision has no {model!r}") from error
+    entry = entry or "DEFAULT"
+    if entry not in entries.__members__:
+        known = ", ".join(entries.__members__)
+        raise WeightsError(f"torchvision://{name}: {model} has {known}, not {entry!r}")
+    return _torchvision_file(entries[entry])
+
+
+def _torchvision_file(weights: Any) -> Found:
+    """Torchvision's own cache is used, and its check of the hash in the file's name."""
+    sha256 = published_hash(weights)
+    target = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
+    path = download(weights.url, target, sha256)
+    return Found(path, torchvision_preprocessing(weights), sha256=sha256)
+
+
+def _from_timm(name: str) -> Found:
+    try:
+        import timm
+    except ImportError as error:
+        raise WeightsError(f"timm://{name} needs timm: pip install timm") from error
+    try:
+        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise WeightsError(
+            f"timm://{name}: {error} timm.list_pretrained() gives the names"
+        ) from error
+    preprocessing = timm_preprocessing(config.to_dict(), f"timm.get_pretrained_cfg({name!r})")
+    if config.hf_hub_id:
+        return replace(_from_hugging_face(config.hf_hub_id), preprocessing=preprocessing)
+    if not config.url:
+        raise WeightsError(f"timm://{name}: timm has this network without weights")
+    return Found(_cached(config.url), preprocessing)
+
+
+def _from_hugging_face(name: str) -> Found:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise WeightsError(f"hf://{name} needs it: pip install huggingface_hub") from error
+    repository, _, revision = name.partition("@")
+    configs = ["config.json", "preprocessor_config.json"]
+    try:
+        for files in (["model.safetensors", "model*.safetensors*"], ["pytorch_model.bin"]):
+            folder = Path(
+                snapshot_download(
+                    repository, revision=revision or None, allow_patterns=[*configs, *files]
+                )
+            )
+            if any((folder / file).is_file() for file in FOLDER_FILES):
+                return _described(Found(folder))
+    except Exception as error:  # of the network, of the service, of its client
+        cause = one_line(error)
+        raise WeightsError(
+            f"hf://{name} cannot be downloaded ({cause}): fetch {', '.join(configs)} and "
+            f"model.safetensors from https://huggingface.co/{repository} into a folder and give "
+            "that folder"
+        ) from error
+    raise WeightsError(f"hf://{name} has none of {', '.join(FOLDER_FILES)}")
+
+
+def _may_have_config(path: Path) -> bool:
+    """A config.json belongs to the file of the usual name beside it, and to no other."""
+    return path.is_dir() or path.name in FOLDER_FILES
+
+
+def _described(found: Found) -> Found:
+    """Adds what config.json and preprocessor_config.json beside the weights say."""
+    folder = found.path if found.path.is_dir() else found.path.parent
+    config = _read_json(folder / "config.json")
+    try:
+        if "pretrained_cfg" in config or "architecture" in config:
+            config = config.get("pretrained_cfg", config)
+            return replace(found, preprocessing=timm_preprocessing(config, "timm's config.json"))
+        stride = config.get("downsample_in_bottleneck", False) if config else None
+        processor = _read_json(folder / "preprocessor_config.json")
+        if not processor:
+            return replace(found, stride_in_1x1=stride)
+        return replace(found, preprocessing=hugging_face_preprocessing(processor, stride))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        raise WeightsError(
+            f"{folder}: config.json or preprocessor_config.json cannot be understood "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON} bytes")
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: unreadable ({error})") from error
+
+
+SCHEMES: dict[str, Callable[[str], Found]] = {
+    "torchvision": _from_torchvision,
+    "timm": _from_timm,
+    "hf": _from_hugging_face,
+    "detectron2": _from_detectron2,
+    "catalog": _from_catalog,
+    "https": _from_https,
+}

@@ -1,0 +1,296 @@
+"""Networks told from tensors: every network with every visible option, and what is refused."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from resnet_backbone.models import build_model, list_models
+from resnet_backbone.weights.architecture import (
+    VISIBLE_OPTIONS,
+    check_tensors,
+    constructor_options,
+    deepest_stage,
+    infer_model,
+    infer_models,
+    spell,
+)
+from resnet_backbone.weights.checkpoint import ModelSpec
+
+SHORTCUTS = ("A", "B", "C", "highway", "none")
+NORMS = ("BN", "GN", "")
+ACTIVATIONS = ("relu", "prelu")
+
+
+def meta_state(name, num_classes=None, **options):
+    """A network's tensors without values."""
+    with torch.device("meta"):
+        state = build_model(name, num_classes, **options).state_dict()
+    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def shapes(state):
+    return {key: value.shape for key, value in state.items()}
+
+
+def visible_options(spec):
+    """All options that tensors may show, with the defaults of the name."""
+    options = {**constructor_options(spec.name), **spec.options}
+    return {key: options[key] for key in VISIBLE_OPTIONS if key in options}
+
+
+def check_found(name, num_classes, options):
+    """Infers a network from its tensors; the one that was built must be found, and minimally."""
+    state = meta_state(name, num_classes, **options)
+    expected = visible_options(ModelSpec(name, num_classes, options))
+    found = infer_models(state)
+    matching = [spec for spec in found if visible_options(spec) == expected]
+    assert len(matching) == 1, found
+    for spec in found:
+        assert shapes(meta_state(spec.name, spec.num_classes, **spec.options)) == shapes(state)
+        defaults = constructor_options(spec.name)
+        assert all(defaults[key] != value for key, value in spec.options.items()), spec
+    hidden = expected.get("shortcut") in ("A", "none")
+    assert len(found) == (2 if hidden else 1)
+    if hidden:
+        with pytest.raises(ValueError, match="these tensors fit .* and .*, which differ"):
+            infer_model(state)
+    else:
+        assert infer_model(state) == matching[0]
+    return matching[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "cifar_resnet1202" else name
+        for name in (*list_models(), "cifar_resnet8", "cifar_plain26")
+    ],
+)
+def test_every_name(name):
+    found = check_found(name, 7, {})
+    assert found == ModelSpec(name, 7)
+
+
+@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize(
+    "name, norms",
+    [("resnet18", NORMS), ("resnet50", ("BN",)), ("cifar_resnet8", ("BN", ""))],  # GN needs 32
+)
+def test_options_of_residual_networks(name, norms, shortcut):
+    for norm, activation in itertools.product(norms, ACTIVATIONS):
+        options = dict(shortcut=shortcut, norm=norm, activation=activation, in_channels=4)
+        found = check_found(name, 10, options)
+        plain = name.replace("resnet", "plain")
+        has_plain = shortcut == "none" and name != "resnet50"
+        assert found.name == (plain if has_plain else name)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["vgg11", "vgg16"])
+def test_options_of_vgg(name, norm):
+    for activation in ACTIVATIONS:
+        options = dict(norm=norm, activation=activation, in_channels=1)
+        found = check_found(name, 3, options)
+        assert found.name == (f"{name}_bn" if norm == "BN" else name)
+
+
+SHALLOW = [n for n in list_models() if not n.endswith(("1202", "110", "101", "152"))]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_options(data):
+    name = data.draw(st.sampled_from(SHALLOW))
+    options = {"activation": data.draw(st.sampled_from(ACTIVATIONS))}
+    options["in_channels"] = data.draw(st.integers(1, 9))
+    norms = NORMS if not name.startswith("cifar") else ("BN", "")
+    options["norm"] = data.draw(st.sampled_from(norms))
+    if not name.startswith("vgg"):
+        options["shortcut"] = data.draw(st.sampled_from(SHORTCUTS))
+    check_found(name, data.draw(st.integers(1, 2000)), options)
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "SyncBN"])
+def test_other_batch_norms_have_the_tensors_of_batch_norm(norm):
+    assert infer_model(meta_state("resnet18", norm=norm)) == ModelSpec("resnet18", 1000)
+
+
+@pytest.mark.parametrize(
+    "name, stages",
+    [
+        ("resnet18", ("res2", "res3", "res4", "res5")),
+        ("resnet152", ("res3", "res5")),
+        ("vgg19_bn", ("conv4", "conv5")),
+        ("cifar_resnet20", ("res4",)),
+    ],
+)
+def test_backbones_have_no_classes(name, stages):
+    state = meta_state(name, out_features=stages)
+    assert infer_models(state)[0] == ModelSpec(name, None)
+    assert deepest_stage(state) == stages[-1]
+
+
+@pytest.mark.parametrize(
+    "name, stage, found",
+    [
+        ("resnet50", "res4", "resnet50"),
+        ("resnet101", "res4", "resnet101"),
+        ("resnet101", "res3", "resnet50"),  # the same blocks so far
+        ("resnet34", "res2", "resnet34"),
+        ("resnet152", "stem", "resnet18"),
+        ("vgg16", "conv4", "vgg16"),
+        ("vgg19", "conv2", "vgg13"),
+    ],
+)
+def test_backbones_that_stop_early(name, stage, found):
+    state = meta_state(name, out_features=[stage])
+    spec = infer_models(state)[0]
+    assert spec == ModelSpec(found)
+    assert deepest_stage(state) == stage
+    assert shapes(meta_state(found, out_features=[stage])) == shapes(state)
+
+
+def test_stages_without_projection_may_be_plain():
+    """Up to res2 a ResNet-18 has no projection: its identities have no tensors."""
+    state = meta_state("resnet18", out_features=["res2"])
+    assert infer_models(state) == [ModelSpec("resnet18"), ModelSpec("plain18")]
+
+
+def test_vgg_without_its_last_layer():
+    """What a VGG detector has: fc6 and fc7, no classifier."""
+    state = meta_state("vgg16")
+    del state["linear.weight"], state["linear.bias"]
+    assert infer_model(state) == ModelSpec("vgg16")
+    del state["fc7.bias"]
+    with pytest.raises(ValueError, match="1 tensors of vgg16 are missing, the first is fc7.bias"):
+        infer_model(state)
+
+
+def test_counters_do_not_matter():
+    with torch.device("meta"):
+        state = build_model("resnet18", 5).state_dict()
+    assert any(key.endswith("num_batches_tracked") for key in state)
+    assert infer_model(state) == ModelSpec("resnet18", 5)
+
+
+STATES = {
+    name: meta_state(name, **options)
+    for name, options in {
+        "resnet18": {},
+        "resnet50": {"activation": "prelu"},
+        "resnet34": {"norm": "", "shortcut": "highway"},
+        "plain18": {"norm": "GN"},
+        "cifar_resnet8": {},
+        "vgg11": {},
+        "vgg13_bn": {},
+    }.items()
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_missing_tensor_is_an_error(data):
+    state = dict(STATES[data.draw(st.sampled_from(sorted(STATES)))])
+    del state[data.draw(st.sampled_from(sorted(state)))]
+    with pytest.raises(ValueError) as caught:
+        infer_models(state)
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_other_shape_is_an_error(data):
+    """All but the sizes that networks may choose: channels in and classes."""
+    state = dict(STATES[data.draw(st.sampled_from(sorted(STATES)))])
+    key = data.draw(st.sampled_from(sorted(state)))
+    shape = list(state[key].shape)
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    change = data.draw(st.sampled_from([-1, 1, 5, None]))
+    if change is None:
+        shape.append(1)
+    else:
+        shape[axis] += change
+    state[key] = torch.empty(shape, device="meta")
+    free_input = key in ("stem.conv1.weight", "stem.weight", "conv1.0.weight") and axis == 1
+    if free_input and change is not None:
+        assert infer_models(state)[0].options["in_channels"] == shape[1]
+        return
+    with pytest.raises(ValueError):
+        infer_models(state)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(STATES)),
+    st.sampled_from(["", "res2.", "res2.0.", "res6.0.", "conv1.0.", "conv1.3.", "stem.", "fc6."]),
+    st.text(max_size=12) | st.sampled_from(["bias", "se.fc1.weight", "conv4.weight"]),
+)
+def test_any_unknown_key_is_an_error(name, prefix, suffix):
+    key = prefix + suffix
+    assume(key not in STATES[name])
+    with pytest.raises(ValueError):
+        infer_models({**STATES[name], key: torch.empty(1, device="meta")})
+
+
+def replaced(name, key, *shape):
+    return {**STATES[name], key: torch.empty(shape, device="meta")}
+
+
+def without(name, *starts):
+    return {k: v for k, v in STATES[name].items() if not k.startswith(starts)}
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({}, "one of which every network.* there is none at all"),
+        ({"blocks.0.attn.qkv.weight": torch.ones(1)}, "there is blocks.0.attn.qkv.weight"),
+        (without("resnet18", "res3"), "there are tensors of res5, but none of res3"),
+        (without("resnet18", "res3.0"), "res3 has tensors of res3.1, but not of all before"),
+        (without("resnet18", "res3.1"), r"no ResNet of the paper has \(2, 1, 2, 2\) basic"),
+        (without("resnet18", "res5"), r"missing, the first is res5"),
+        (without("vgg11", "conv5.1"), r"no VGG has \(1, 1, 2, 2, 1\) convolutions"),
+        (without("cifar_resnet8", "res4"), "missing, the first is res4"),
+        (
+            replaced("cifar_resnet8", "res3.1.conv1.weight", 32, 32, 3, 3),
+            r"as many blocks in each stage, not \(1, 2, 1\)",
+        ),
+        (replaced("resnet18", "stem.conv1.weight", 64, 3, 3, 3), "3x3, not 7x7: .* another stem"),
+        (replaced("resnet50", "res2.0.conv2.weight", 64, 2, 3, 3), "grouped .*ResNeXt"),
+        (replaced("resnet18", "linear.weight", 9), r"linear.weight has shape \(9,\), 2 dimen"),
+        (replaced("resnet18", "res4.0.conv1.weight", 1), r"res4.0.conv1.weight has shape"),
+        (replaced("resnet18", "res2.0.se.weight", 1), "resnet18 has no res2.0.se.weight"),
+        (replaced("cifar_resnet8", "res2.100000000.conv1.weight", 1), "shape .1,., 4 dimensions"),
+        (without("resnet18", "stem.conv1.norm"), "neither a norm .* nor stem.conv1.bias"),
+        (without("resnet18", "res4.0.conv2.norm"), "missing, the first is res4.0.conv2.norm"),
+    ],
+)
+def test_refusals(state, message):
+    with pytest.raises(ValueError, match=message):
+        infer_model(state)
+
+
+def test_tensors_of_a_stated_network():
+    check_tensors(STATES["plain18"], ModelSpec("plain18", 1000, {"norm": "GN"}))
+    with pytest.raises(ValueError, match="resnet18 with norm='GN' are missing, the first is res3"):
+        check_tensors(STATES["plain18"], ModelSpec("resnet18", 1000, {"norm": "GN"}))
+    with pytest.raises(ValueError, match=r"linear.weight has shape \(1000, 512\), in resnet18"):
+        check_tensors(STATES["resnet18"], ModelSpec("resnet18", 5))
+
+
+def test_spelling():
+    options = {"norm": "GN", "shortcut": "A", "stride_in_1x1": True, "dilations": (1, 1, 1, 2)}
+    assert spell(ModelSpec("resnet50", 9, options)) == "resnet50 with norm='GN', shortcut='A'"
+    assert spell(ModelSpec("vgg16")) == "vgg16"
+
+
+def test_constructor_options():
+    assert constructor_options("plain34")["shortcut"] == "none"
+    assert constructor_options("cifar_plain14")["shortcut"] == "none"
+    assert constructor_options("cifar_resnet14")["shortcut"] == "A"
+    assert constructor_options("vgg16_bn")["norm"] == "BN"
+    with pytest.raises(ValueError, match="'timm/resnet50' is not one of this package's networks"):
+        constructor_options("timm/resnet50")

@@ -1,0 +1,245 @@
+"""Conversions keep the function: logits before and after, exactness, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resnet_backbone.models import list_models
+from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, ModelSpec, WeightsError
+from resnet_backbone.weights.conversion import (
+    convert_input,
+    first_convolution,
+    fold_bn,
+    to_bn_eps,
+    to_dtype,
+    use_channel_means,
+)
+from resnet_backbone.weights.files import read_checkpoint
+from resnet_backbone.weights.verify import compare
+
+STDS = st.tuples(*[st.floats(0.1, 300)] * 3)
+SMALL = ("resnet18", "plain18", "cifar_resnet20")
+LARGE = [name for name in list_models() if name not in (*SMALL, "cifar_resnet1202")]
+
+
+def relative(before, after, images):
+    """Largest difference of outputs, in units of the largest output."""
+    return compare(before, after, images, tolerance=1.0).difference.relative
+
+
+@pytest.fixture(scope="module")
+def small(random_checkpoint):
+    return random_checkpoint("resnet18", "torchvision")
+
+
+def every_conversion(checkpoint):
+    """name -> the checkpoint converted."""
+    own = checkpoint.preprocessing
+    range_ = 256.0 - own.value_range  # the other of 1 and 255
+    found = {
+        "order": convert_input(checkpoint, channel_order=own.channel_order[::-1]),
+        "range": convert_input(checkpoint, value_range=range_),
+        "std": convert_input(checkpoint, std=(0.3, 0.4, 0.7)),
+        "all": convert_input(
+            checkpoint, channel_order=own.channel_order[::-1], value_range=range_, std=(1, 1, 1)
+        ),
+    }
+    if any(".norm." in key for key in checkpoint.tensors):
+        found["BN"] = fold_bn(checkpoint)
+        found["eps"] = to_bn_eps(checkpoint, 1e-3)
+        found["all and BN"] = fold_bn(found["all"])
+    return found
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", SMALL)
+def test_every_direction_keeps_the_logits(name, random_checkpoint, pictures):
+    images = pictures[:2, :, :32, :32]
+    for convention in ("msra", "torchvision"):
+        checkpoint = random_checkpoint(name, convention)
+        for step, after in every_conversion(checkpoint).items():
+            assert relative(checkpoint, after, images) < 1e-4, step
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_every_direction_keeps_the_logits_of_every_network(name, random_checkpoint, pictures):
+    test_every_direction_keeps_the_logits(name, random_checkpoint, pictures)
+
+
+@pytest.mark.data
+def test_every_direction_keeps_the_logits_of_the_released_weights(msra, vgg_convolutions, pictures):
+    for checkpoint in (msra, vgg_convolutions):
+        steps = every_conversion(checkpoint)
+        for step in {"order", "std", "eps", "all and BN"} & steps.keys():
+            found = relative(checkpoint, steps[step], pictures[:1, :, 80:144, 80:144])
+            assert found < 1e-5, step
+
+
+@pytest.mark.data
+def test_the_conversions_are_not_empty(small, pictures):
+    """The pictures tell a conversion from its statement alone."""
+    images = pictures[:1, :, :32, :32]
+    for step, after in every_conversion(small).items():
+        if step != "range" and "BN" not in step:
+            wrong = replace(after, tensors=small.tensors)
+            assert relative(small, wrong, images) > 1e-3, step
+
+
+def test_channel_order_is_bit_exact_and_its_own_inverse(small):
+    there = convert_input(small, channel_order="BGR")
+    key = "stem.conv1.weight"
+    assert torch.equal(there.tensors[key], small.tensors[key][:, [2, 1, 0]])
+    assert there.preprocessing.mean == small.preprocessing.mean[::-1]
+    back = convert_input(there, channel_order="RGB")
+    assert back.preprocessing == small.preprocessing
+    assert all(torch.equal(back.tensors[k], v) for k, v in small.tensors.items())
+    assert there.tensors["linear.weight"] is small.tensors["linear.weight"]
+
+
+def test_value_range_changes_no_tensor(small):
+    there = convert_input(small, value_range=255.0)
+    assert there.preprocessing.mean == pytest.approx(PREPROCESSINGS["torchvision"].pixel_mean_255())
+    assert there.preprocessing.pixel_std_255() == pytest.approx(small.preprocessing.pixel_std_255())
+    assert all(there.tensors[key] is value for key, value in small.tensors.items())
+
+
+@settings(deadline=None, max_examples=30)
+@given(STDS, STDS)
+def test_std_there_and_back_is_exact_to_rounding(first, second):
+    preprocessing = replace(PREPROCESSINGS["torchvision"], std=first)
+    kernel = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    before = Checkpoint({"stem.weight": kernel}, ModelSpec("cifar_resnet20"), preprocessing)
+    there = convert_input(before, std=second)
+    ratios = torch.tensor(second).double() / torch.tensor(first).double()
+    torch.testing.assert_close(
+        there.tensors["stem.weight"].double(),
+        kernel.double() * ratios[:, None, None],
+        rtol=1e-6,
+        atol=0,
+    )
+    back = convert_input(there, std=first)
+    torch.testing.assert_close(back.tensors["stem.weight"], kernel, rtol=3e-7, atol=0)
+
+
+def test_powers_of_two_are_bit_exact(small):
+    own = small.preprocessing.std
+    there = convert_input(small, std=(own[0] * 2, own[1] / 4, own[2]))
+    back = convert_input(there, std=own)
+    key = first_convolution(small.tensors)
+    assert not torch.equal(there.tensors[key], small.tensors[key])
+    assert torch.equal(back.tensors[key], small.tensors[key])
+
+
+@pytest.mark.data
+def test_half_precision_kernels_lose_nothing_by_folding(msra):
+    """A product of fp16 values is kept in fp32."""
+    there = convert_input(msra, std=(2.5, 3.5, 4.5))
+    assert msra.tensors["stem.conv1.weight"].dtype == torch.float16
+    assert there.tensors["stem.conv1.weight"].dtype == torch.float32
+    assert fold_bn(msra).tensors["res2.0.conv1.weight"].dtype == torch.float32
+
+
+def test_another_mean_is_refused(small):
+    convert_input(small, mean=small.preprocessing.mean)
+    convert_input(small, value_range=255.0, mean=(123.675, 116.28, 103.53))
+    for mean in ((0.0, 0.0, 0.0), (0.5, 0.456, 0.406), (0.485, 0.456)):
+        with pytest.raises(WeightsError, match="pad with zeros"):
+            convert_input(small, mean=mean)
+
+
+def test_another_stride_is_refused(random_checkpoint):
+    checkpoint = random_checkpoint("resnet50", "msra")
+    convert_input(checkpoint, stride_in_1x1=True)
+    with pytest.raises(WeightsError, match="cannot become False.*no weights give the same"):
+        convert_input(checkpoint, stride_in_1x1=False)
+
+
+@pytest.mark.parametrize("std", [(0, 1, 1), (1, 1), (1, -1, 1), (float("nan"), 1, 1)])
+def test_wrong_std_is_refused(small, std):
+    with pytest.raises(WeightsError, match="three positive numbers"):
+        convert_input(small, std=std)
+
+
+@pytest.mark.data
+def test_mean_image_follows(small, pictures):
+    image = torch.rand(3, 32, 32)
+    before = replace(small, preprocessing=replace(small.preprocessing, mean_image=image))
+    images = pictures[:2, :, :32, :32]
+    assert relative(before, small, images) > 1e-3
+    for step, after in every_conversion(before).items():
+        assert relative(before, after, images) < 1e-5, step
+    assert relative(use_channel_means(before), small, images) == 0
+
+
+def test_folded_network_has_biases_and_no_norms(small):
+    folded = fold_bn(small)
+    network = folded.model.build()
+    assert not any("norm" in key for key in network.state_dict())
+    assert network.state_dict().keys() == folded.tensors.keys()
+    with pytest.raises(WeightsError, match="no batch norms"):
+        fold_bn(folded)
+
+
+@pytest.mark.parametrize("options", [{"norm": "GN"}, {"norm": ""}])
+def test_only_batch_norms_are_folded(options, random_checkpoint):
+    with pytest.raises(WeightsError, match="batch norms"):
+        fold_bn(random_checkpoint("resnet18", "msra", **options))
+
+
+def test_dtypes(msra_like):
+    half = to_dtype(msra_like, "fp16")
+    for key, value in half.tensors.items():
+        assert value.dtype == (torch.float16 if value.dim() > 1 else torch.float32), key
+    twice = to_dtype(to_dtype(half, "fp32"), "fp16")
+    assert all(torch.equal(twice.tensors[key], value) for key, value in half.tensors.items())
+    with pytest.raises(WeightsError, match="fp8"):
+        to_dtype(msra_like, "fp8")
+
+
+def test_overflow_names_the_tensor(msra_like):
+    large = msra_like.tensors["res3.0.conv1.weight"].clone()
+    large[0, 0, 0, 0] = 7e4
+    broken = replace(msra_like, tensors={**msra_like.tensors, "res3.0.conv1.weight": large})
+    with pytest.raises(WeightsError, match=r"res3\.0\.conv1\.weight.*7e\+04.*bf16"):
+        to_dtype(broken, "fp16")
+    assert to_dtype(broken, "bf16").tensors["res3.0.conv1.weight"].isfinite().all()
+
+
+@pytest.fixture
+def msra_like(random_checkpoint):
+    return random_checkpoint("resnet18", "msra")
+
+
+@pytest.mark.data
+def test_vgg_of_the_shared_data_is_headless(vgg_convolutions):
+    assert vgg_convolutions.model.num_classes is None
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if "1202" not in name])
+def test_every_network_has_a_first_convolution(name):
+    with torch.device("meta"):
+        state = ModelSpec(name).build().state_dict()
+    assert first_convolution(state).endswith(".weight")
+
+
+def test_grey_images_are_refused(random_checkpoint):
+    grey = random_checkpoint("resnet18", "msra", in_channels=1)
+    with pytest.raises(WeightsError, match="only colour"):
+        convert_input(grey, channel_order="RGB")
+    with pytest.raises(WeightsError, match="no first convolution"):
+        first_convolution({"features.0.weight": torch.zeros(1, 3, 3, 3)})
+
+
+@pytest.mark.data
+def test_a_written_folded_network_is_read_back(small, tmp_path, pictures):
+    from resnet_backbone.weights.files import write_checkpoint
+
+    folded = fold_bn(small)
+    write_checkpoint(folded, tmp_path / "folded.safetensors")
+    back = read_checkpoint(tmp_path / "folded.safetensors")
+    assert relative(small, back, pictures[:1, :, :32, :32]) < 1e-5

@@ -1,0 +1,510 @@
+"""Written files, loaded by the libraries they are for, which then preprocess in their own way."""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from resnet_backbone.weights import Checkpoint, WeightsError, get_preprocessing, read_checkpoint
+from resnet_backbone.weights.conversion import convert_input, fold_bn, to_dtype
+from resnet_backbone.weights.export import FORMATS, export_checkpoint
+from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.verify import build_network, outputs_of
+
+SIDE = 64  # pixels; stated as the test's size too, so that no library resizes
+CLASSES = 7
+
+
+def target(folder, format):
+    suffixes = FORMATS[format].suffixes
+    return folder / f"{format}{suffixes[0] if suffixes else ''}"
+
+
+def with_test_size(checkpoint: Checkpoint, side=SIDE) -> Checkpoint:
+    facts = dict(resize_size=side, crop_size=side, interpolation="bicubic")
+    return replace(checkpoint, preprocessing=replace(checkpoint.preprocessing, **facts))
+
+
+@pytest.fixture(scope="module")
+def images(pictures):
+    """PIL, SIDE x SIDE."""
+    return to_pil(pictures[:2, :, 80 : 80 + SIDE, 80 : 80 + SIDE])
+
+
+def to_pil(pixels):
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
+
+
+def own_logits(checkpoint, images):
+    pixels = torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2)
+    normalize = InputNormalizer(checkpoint.preprocessing)
+    stage = "conv5" if checkpoint.model.num_classes is None else ""
+    return outputs_of(build_network(checkpoint), normalize, pixels, stage)
+
+
+# --- how each library loads a file and prepares an image --------------------------------------
+
+
+def by_torchvision(exported, images):
+    from torchvision import models, transforms
+
+    own = exported.checkpoint.preprocessing
+    name = exported.usage.split("torchvision.models.")[1].split("(")[0]
+    network = models.get_model(name, num_classes=exported.checkpoint.model.num_classes).eval()
+    if exported.path.suffix == ".pth":
+        state = torch.load(exported.path, weights_only=True)
+    else:
+        from safetensors.torch import load_file
+
+        state = load_file(exported.path)
+    network.load_state_dict(state, strict=True)
+    assert own.channel_order == "RGB"
+    steps = [transforms.ToTensor(), transforms.Normalize(own.mean, own.std)]
+    prepare = transforms.Compose(steps)
+    return network(torch.stack([prepare(image) for image in images]))
+
+
+def by_timm(exported, images):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model(f"local-dir:{exported.path}", pretrained=True).eval()
+    config = timm.data.resolve_model_data_config(network)
+    prepare = timm.data.create_transform(**config, is_training=False)
+    logits = network(torch.stack([prepare(image) for image in images]))
+    file = exported.path / "model.safetensors"
+    settings = json.loads((exported.path / "config.json").read_text())
+    again = timm.create_model(
+        settings["architecture"],
+        pretrained_cfg=settings["pretrained_cfg"],
+        num_classes=settings["num_classes"],
+        checkpoint_path=str(file),
+    )
+    for key, value in network.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value)
+    return logits
+
+
+def by_transformers(exported, images):
+    transformers = pytest.importorskip("transformers")
+    network, info = transformers.ResNetForImageClassification.from_pretrained(
+        exported.path, output_loading_info=True
+    )
+    problems = {key: value for key, value in info.items() if value and "key" in key}
+    assert not problems
+    assert network.dtype == torch.float32
+    processor = transformers.AutoImageProcessor.from_pretrained(exported.path)
+    return network.eval()(**processor(images, return_tensors="pt")).logits
+
+
+def by_detectron2(exported, images):
+    pytest.importorskip("detectron2")
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+
+    spec, own = exported.checkpoint.model, exported.checkpoint.preprocessing
+    depth = int(spec.name.removeprefix("resnet"))
+    stages = ResNet.make_default_stages(
+        depth, norm="BN", **({"stride_in_1x1": own.stride_in_1x1} if depth >= 50 else {})
+    )
+    network = ResNet(BasicStem(norm="BN"), stages, num_classes=spec.num_classes).eval()
+    DetectionCheckpointer(network).load(str(exported.path))
+    order = [2, 1, 0] if own.channel_order == "BGR" else [0, 1, 2]  # INPUT.FORMAT
+    pixels = torch.stack(
+        [torch.tensor(np.array(image)[:, :, order].transpose(2, 0, 1)) for image in images]
+    )
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in settings_of(exported.usage))
+    return network((pixels - mean) / std)["linear"]
+
+
+def settings_of(usage):
+    """PIXEL_MEAN and PIXEL_STD as a user copies them."""
+    return [
+        json.loads(line.split(maxsplit=1)[1])
+        for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
+        for line in usage.splitlines()
+        if line.startswith(key)
+    ]
+
+
+LOADERS = {
+    "torchvision": by_torchvision,
+    "timm": by_timm,
+    "huggingface": by_transformers,
+    "detectron2": by_detectron2,
+    "caffe2": by_detectron2,
+}
+
+
+@torch.inference_mode()
+def loaded_logits(format, exported, images):
+    return LOADERS[format](exported, images)
+
+
+def assert_same_logits(expected, found):
+    assert (expected - found).abs().max() < 1e-4 * expected.abs().max()
+
+
+# --- random networks of each library, brought in and taken out ---------------------------------
+
+
+def of_torchvision(name, folder, randomise):
+    from safetensors.torch import save_file
+    from torchvision import models
+
+    network = models.get_model(name, num_classes=CLASSES)
+    randomise(network)
+    save_file(network.state_dict(), folder / "weights.safetensors")
+    return network, folder / "weights.safetensors", "torchvision"
+
+
+def of_timm(name, folder, randomise):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model(name, num_classes=CLASSES)
+    randomise(network)
+    torch.save({"state_dict": network.state_dict()}, folder / "weights.pth")
+    return network, folder / "weights.pth", "torchvision"
+
+
+def of_transformers(name, folder, randomise):
+    transformers = pytest.importorskip("transformers")
+    from resnet_backbone.models.resnet import DEPTHS
+
+    block, depths = DEPTHS[int(name.removeprefix("resnet"))]
+    widths = [width * block.expansion for width in (64, 128, 256, 512)]
+    kind = "bottleneck" if block.expansion == 4 else "basic"
+    config = transformers.ResNetConfig(
+        depths=depths, hidden_sizes=widths, layer_type=kind, num_labels=CLASSES
+    )
+    network = transformers.ResNetForImageClassification(config)
+    randomise(network)
+    network.save_pretrained(folder)
+    own = get_preprocessing("torchvision")
+    processor = transformers.BitImageProcessor(image_mean=own.mean, image_std=own.std)
+    processor.save_pretrained(folder)
+    return network, folder, ""
+
+
+SOURCES = {"torchvision": of_torchvision, "timm": of_timm, "huggingface": of_transformers}
+
+
+def check_all_ways(name, source, tmp_path, images, randomise):
+    """From a random network of one library through ours into every other one."""
+    torch.manual_seed(0)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    network, path, convention = SOURCES[source](name, folder, randomise)
+    checkpoint = with_test_size(read_checkpoint(path, convention))
+    normalize = InputNormalizer(checkpoint.preprocessing)
+    pixels = torch.from_numpy(np.stack([np.array(image) for image in images])).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        expected = network.eval()(normalize(pixels))
+    expected = getattr(expected, "logits", expected)
+    assert_same_logits(expected, own_logits(checkpoint, images))
+    for format in LOADERS if name.startswith("resnet") else ("torchvision", "timm"):
+        exported = export_checkpoint(checkpoint, target(tmp_path, format), format)
+        assert_same_logits(expected, loaded_logits(format, exported, images))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("source", SOURCES)
+def test_random_networks_through_every_library(source, tmp_path, images, randomise):
+    check_all_ways("resnet18", source, tmp_path, images, randomise)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet101", "resnet152"])
+def test_deep_networks_through_every_library(name, source, tmp_path, images, randomise):
+    check_all_ways(name, source, tmp_path, images, randomise)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["torchvision", "timm"])
+@pytest.mark.parametrize("name", ["vgg11", "vgg13_bn", "vgg16", "vgg16_bn", "vgg19"])
+def test_vgg_through_every_library(name, source, tmp_path, pictures, randomise):
+    check_all_ways(name, source, tmp_path, to_pil(pictures[:1]), randomise)
+
+
+# --- the released weights ----------------------------------------------------------------------
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("format", ["huggingface", "detectron2", "caffe2"])
+def test_msra_resnet50_in_other_libraries(format, msra, tmp_path, images):
+    checkpoint = with_test_size(msra)
+    exported = export_checkpoint(checkpoint, target(tmp_path, format), format)
+    expected = own_logits(checkpoint, images)
+    assert_same_logits(expected, loaded_logits(format, exported, images))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("format", ["torchvision", "timm"])
+def test_msra_resnet50_is_refused_where_the_stride_is_elsewhere(format, msra, tmp_path):
+    with pytest.raises(WeightsError, match="huggingface, detectron2, caffe2.*take it"):
+        export_checkpoint(msra, target(tmp_path, format), format)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.data
+def test_vgg16_convolutions_in_torchvision(vgg_convolutions, tmp_path, images):
+    from torchvision import models, transforms
+
+    exported = export_checkpoint(vgg_convolutions, tmp_path / "vgg16.pth", "torchvision")
+    network = models.vgg16().eval()
+    state = torch.load(exported.path, weights_only=True)
+    result = network.load_state_dict(state, strict=False)
+    assert not result.unexpected_keys
+    assert all(key.startswith("classifier.") for key in result.missing_keys)
+    own = exported.checkpoint.preprocessing
+    prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize(own.mean, own.std)])
+    with torch.inference_mode():
+        found = network.features[:-1](torch.stack([prepare(image) for image in images]))
+    assert_same_logits(own_logits(vgg_convolutions, images), found)
+
+
+# --- what every file says, and round trips -----------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("convention", ["msra", "torchvision"])
+def test_there_and_back_is_bit_equal(format, convention, random_checkpoint, tmp_path):
+    before = random_checkpoint("resnet18", convention)
+    exported = export_checkpoint(before, target(tmp_path, format), format)
+    says_it = format in ("resnet_backbone", "timm", "huggingface")
+    back = read_checkpoint(exported.path, "" if says_it else exported.checkpoint.preprocessing)
+    assert back.preprocessing.same_input(exported.checkpoint.preprocessing) or not says_it
+    again = convert_input(
+        back,
+        channel_order=before.preprocessing.channel_order,
+        value_range=before.preprocessing.value_range,
+        mean=before.preprocessing.mean,
+    )
+    assert again.preprocessing.std == pytest.approx(before.preprocessing.std, rel=1e-12)
+    assert again.tensors.keys() == before.tensors.keys()
+    assert all(torch.equal(again.tensors[k], v) for k, v in before.tensors.items())
+    assert (back.model.name, back.model.num_classes) == ("resnet18", 10)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_torchvision_files_of_both_kinds(suffix, random_checkpoint, tmp_path):
+    from torchvision.models import resnet18
+
+    path = tmp_path / f"weights{suffix}"
+    exported = export_checkpoint(random_checkpoint("resnet18", "msra"), path, "torchvision")
+    scope = {"torchvision": __import__("torchvision"), "torch": torch}
+    scope["safetensors"] = __import__("safetensors.torch")
+    exec("\n".join(exported.usage.splitlines()[:2]), scope)  # what the usage says, literally
+    assert scope["network"].state_dict().keys() == resnet18(num_classes=10).state_dict().keys()
+    if suffix == ".safetensors":
+        back = read_checkpoint(path)  # says its input, which torchvision's own files do not
+        assert back.preprocessing.same_input(exported.checkpoint.preprocessing)
+
+
+@pytest.mark.data
+def test_detectron2_pth(random_checkpoint, tmp_path, pictures):
+    checkpoint = random_checkpoint("resnet50", "msra")
+    exported = export_checkpoint(checkpoint, tmp_path / "r50.pth", "detectron2")
+    images = to_pil(pictures[:1, :, :SIDE, :SIDE])
+    found = loaded_logits("detectron2", exported, images)
+    assert_same_logits(own_logits(checkpoint, images), found)
+
+
+def test_usage_states_the_transform(random_checkpoint, tmp_path):
+    exported = export_checkpoint(random_checkpoint("resnet18", "msra"), tmp_path / "x", "timm")
+    assert "RGB, 0..1" in exported.usage
+    assert "0.485019608, 0.457956863, 0.407603922" in exported.usage
+    exported = export_checkpoint(
+        random_checkpoint("resnet50", "msra"), tmp_path / "x.pkl", "detectron2"
+    )
+    assert "MODEL.RESNETS.STRIDE_IN_1X1 True" in exported.usage
+    assert "INPUT.FORMAT BGR" in exported.usage
+
+
+@pytest.mark.parametrize("resize, crop", [(256, 224), (232, 224), (235, 224), (320, 288)])
+def test_size_of_the_test_survives(resize, crop, random_checkpoint, tmp_path):
+    before = random_checkpoint("resnet18")
+    facts = dict(resize_size=resize, crop_size=crop, interpolation="bicubic")
+    before = replace(before, preprocessing=replace(before.preprocessing, **facts))
+    for format in ("timm", "huggingface"):
+        path = export_checkpoint(before, tmp_path / format, format).path
+        (path / "model.safetensors").unlink()  # whose metadata say it too
+        export_checkpoint(before, tmp_path / "x.pth", "torchvision", overwrite=True)
+        (tmp_path / "x.pth").rename(path / "pytorch_model.bin")
+        back = read_checkpoint(path).preprocessing
+        assert (back.resize_size, back.crop_size, back.interpolation) == tuple(facts.values())
+
+
+@pytest.mark.data
+def test_shards(random_checkpoint, tmp_path, pictures):
+    checkpoint = with_test_size(random_checkpoint("resnet18", "msra"))
+    exported = export_checkpoint(checkpoint, tmp_path / "hf", "huggingface", shard_size=10_000_000)
+    names = sorted(path.name for path in exported.path.glob("model*"))
+    assert names[0] == "model-00001-of-00005.safetensors" or len(names) > 3, names
+    assert "model.safetensors.index.json" in names
+    images = to_pil(pictures[:1, :, :SIDE, :SIDE])
+    found = loaded_logits("huggingface", exported, images)
+    assert_same_logits(own_logits(checkpoint, images), found)
+    back = read_checkpoint(exported.path)
+    assert back.tensors.keys() == checkpoint.tensors.keys()
+
+
+@pytest.mark.data
+def test_half_precision_files_load_as_fp32(random_checkpoint, tmp_path, pictures):
+    half = with_test_size(to_dtype(random_checkpoint("resnet18"), "fp16"))
+    images = to_pil(pictures[:1, :, :SIDE, :SIDE])
+    for format in ("torchvision", "timm", "huggingface", "detectron2"):
+        exported = export_checkpoint(half, target(tmp_path, format), format)
+        assert_same_logits(own_logits(half, images), loaded_logits(format, exported, images))
+
+
+def test_mean_image_only_in_our_own_files(random_checkpoint, tmp_path):
+    before = random_checkpoint("resnet18")
+    image = torch.rand(3, 8, 8)
+    before = replace(before, preprocessing=replace(before.preprocessing, mean_image=image))
+    path = export_checkpoint(before, tmp_path / "ours.safetensors", "resnet_backbone").path
+    assert torch.equal(read_checkpoint(path).preprocessing.mean_image, image)
+    with pytest.raises(WeightsError, match="mean image.*--accept-channel-means"):
+        export_checkpoint(before, tmp_path / "x.pth", "torchvision")
+    exported = export_checkpoint(
+        before, tmp_path / "x.pth", "torchvision", accept_channel_means=True
+    )
+    assert exported.checkpoint.preprocessing.mean_image is None
+
+
+REFUSALS = {
+    "VGG in transformers": ("vgg11", {}, "huggingface", "vgg"),
+    "option A": ("resnet18", {"shortcut": "A"}, "torchvision", "shortcut"),
+    "plain": ("plain18", {}, "timm", "plain18|shortcut"),
+    "CIFAR": ("cifar_resnet20", {}, "huggingface", "CIFAR"),
+    "GN": ("resnet18", {"norm": "GN"}, "torchvision", "norm"),
+    "PReLU": ("resnet18", {"activation": "prelu"}, "detectron2", "activation"),
+    "ceil pooling": ("resnet18", {"caffe_pool": True}, "caffe2", "caffe_pool"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS.values(), ids=list(REFUSALS))
+def test_networks_that_a_library_does_not_have(case, random_checkpoint, tmp_path):
+    name, options, format, message = case
+    if name == "vgg11":
+        checkpoint = random_checkpoint("resnet18")
+        spec = replace(checkpoint.model, name="vgg11", num_classes=None)
+        tensors = {"conv1.0.weight": torch.zeros(64, 3, 3, 3)}
+        checkpoint = replace(checkpoint, model=spec, tensors=tensors)
+    else:
+        checkpoint = random_checkpoint(name, **options)
+    with pytest.raises(WeightsError, match=message):
+        export_checkpoint(checkpoint, target(tmp_path, format), format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folded_networks_are_only_ours(random_checkpoint, tmp_path):
+    folded = fold_bn(random_checkpoint("resnet18"))
+    for format in LOADERS:
+        with pytest.raises(WeightsError, match="norm"):
+            export_checkpoint(folded, target(tmp_path, format), format)
+    export_checkpoint(folded, tmp_path / "x.safetensors", "resnet_backbone")
+
+
+def test_another_epsilon_is_refused(random_checkpoint, tmp_path):
+    before = random_checkpoint("resnet18")
+    before = replace(before, preprocessing=replace(before.preprocessing, bn_eps=1e-3))
+    for format in LOADERS:
+        with pytest.raises(WeightsError, match="BN eps 0.001.*--bn-eps-to"):
+            export_checkpoint(before, target(tmp_path, format), format)
+
+
+def test_backbones_that_stop_early(random_checkpoint, tmp_path):
+    before = random_checkpoint("resnet18")
+    tensors = {k: v for k, v in before.tensors.items() if not k.startswith(("res5", "linear"))}
+    spec = replace(before.model, num_classes=None)
+    before = replace(before, tensors=tensors, model=spec)
+    for format in ("torchvision", "timm"):
+        with pytest.raises(WeightsError, match="end at res4"):
+            export_checkpoint(before, target(tmp_path, format), format)
+    for format in ("huggingface", "detectron2"):
+        exported = export_checkpoint(before, target(tmp_path, format), format)
+        assert read_checkpoint(exported.path, exported.checkpoint.preprocessing).tensors
+    config = json.loads((tmp_path / "huggingface" / "config.json").read_text())
+    assert config["depths"] == [2, 2, 2]
+    transformers = pytest.importorskip("transformers")
+    network = transformers.ResNetModel.from_pretrained(tmp_path / "huggingface")
+    kernel = network.state_dict()["encoder.stages.2.layers.1.layer.1.convolution.weight"]
+    assert torch.equal(kernel, tensors["res4.1.conv2.weight"])
+
+
+def test_bf16_has_no_numpy(random_checkpoint, tmp_path):
+    half = to_dtype(random_checkpoint("resnet18"), "bf16")
+    for format in ("detectron2", "caffe2"):
+        with pytest.raises(WeightsError, match="bf16.*fp16 or fp32"):
+            export_checkpoint(half, tmp_path / "x.pkl", format)
+    export_checkpoint(half, tmp_path / "x.pth", "detectron2")
+
+
+# --- paths -------------------------------------------------------------------------------------
+
+
+def test_wrong_targets(random_checkpoint, tmp_path):
+    checkpoint = random_checkpoint("resnet18")
+
+    def refused(path, format, message, **options):
+        with pytest.raises(WeightsError, match=message):
+            export_checkpoint(checkpoint, path, format, **options)
+
+    refused(tmp_path / "x.txt", "torchvision", r"\.pth or \.safetensors")
+    refused(tmp_path / "x.pth", "onnx", "unknown format 'onnx'")
+    refused(tmp_path / "x.pth", "timm", "folder")
+    refused(tmp_path / "no" / "x.pth", "torchvision", "there is no folder")
+    refused(tmp_path / "x.pkl", "caffe2", "sharded", shard_size=5)
+    refused(tmp_path / "x", "huggingface", "positive", shard_size=0)
+    (tmp_path / "folder.pth").mkdir()
+    refused(tmp_path / "folder.pth", "torchvision", "is a folder", overwrite=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    refused(tmp_path / "mine", "timm", "thesis.tex in it", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_is_overwritten_unless_asked(format, random_checkpoint, tmp_path):
+    path = target(tmp_path, format)
+    export_checkpoint(random_checkpoint("resnet18"), path, format)
+    with pytest.raises(WeightsError, match="there already"):
+        export_checkpoint(random_checkpoint("resnet18", num_classes=5), path, format)
+    exported = export_checkpoint(
+        random_checkpoint("resnet18", num_classes=5), path, format, overwrite=True
+    )
+    back = read_checkpoint(path, exported.checkpoint.preprocessing)
+    assert back.model.num_classes == 5
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_interrupted_write_leaves_the_old(
+    format, failing, random_checkpoint, tmp_path, monkeypatch
+):
+    if failing == 2 and FORMATS[format].suffixes:
+        pytest.skip("a file is moved once")
+    path = target(tmp_path, format)
+    export_checkpoint(random_checkpoint("resnet18"), path, format)
+    file = path / "config.json" if path.is_dir() else path
+    before = file.read_bytes()
+
+    moves, move = [], os.replace
+
+    def fail(*args):
+        moves.append(args)
+        if len(moves) == failing:
+            raise OSError("disk full")
+        move(*args)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_checkpoint(random_checkpoint("resnet18"), path, format, overwrite=True)
+    assert file.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]

@@ -1,0 +1,375 @@
+"""Key maps against the libraries themselves: strict loads both ways, the same logits."""
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from resnet_backbone.models import build_model
+from resnet_backbone.weights.architecture import infer_model
+from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.weights.keymaps import LAYOUTS, recognize
+from resnet_backbone.weights.keymaps.table import without_counters
+
+CLASSES = 7
+RESNETS = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
+VGGS = [f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn")]
+BLOCKS = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+}
+
+
+def is_bottleneck(name):
+    return name in ("resnet50", "resnet101", "resnet152")
+
+
+class HuggingFace(nn.Module):
+    """Logits instead of an output object; the state is the library's."""
+
+    def __init__(self, name, stride_in_1x1):
+        super().__init__()
+        transformers = pytest.importorskip("transformers")
+        expansion = 4 if is_bottleneck(name) else 1
+        config = transformers.ResNetConfig(
+            depths=list(BLOCKS[name]),
+            hidden_sizes=[width * expansion for width in (64, 128, 256, 512)],
+            layer_type="bottleneck" if is_bottleneck(name) else "basic",
+            downsample_in_bottleneck=stride_in_1x1,
+            num_labels=CLASSES,
+        )
+        self.model = transformers.ResNetForImageClassification(config)
+        self.load_state_dict, self.state_dict = self.model.load_state_dict, self.model.state_dict
+
+    def forward(self, images):
+        return self.model(images).logits
+
+
+def detectron2_resnet(name, stride_in_1x1, norm="BN", num_classes=CLASSES):
+    resnet = pytest.importorskip("detectron2.modeling.backbone.resnet")
+    options = {"stride_in_1x1": stride_in_1x1} if is_bottleneck(name) else {}
+    stages = resnet.ResNet.make_default_stages(int(name[6:]), norm=norm, **options)
+    return resnet.ResNet(resnet.BasicStem(norm=norm), stages, num_classes=num_classes)
+
+
+class Detectron2(nn.Module):
+    """Logits instead of a dict; the state is the library's."""
+
+    def __init__(self, name, stride_in_1x1):
+        super().__init__()
+        self.model = detectron2_resnet(name, stride_in_1x1)
+        self.load_state_dict, self.state_dict = self.model.load_state_dict, self.model.state_dict
+
+    def forward(self, images):
+        return self.model(images)["linear"]
+
+
+LIBRARIES = {
+    "torchvision": lambda name, _: torchvision.models.get_model(name, num_classes=CLASSES),
+    "timm": lambda name, _: timm.create_model(name, num_classes=CLASSES),
+    "huggingface": HuggingFace,
+    "detectron2": Detectron2,
+}
+STRIDES = {"torchvision": (False,), "timm": (False,)}
+NETWORKS = [
+    (library, name, stride)
+    for library in LIBRARIES
+    for name in RESNETS
+    for stride in (STRIDES.get(library, (False, True)) if is_bottleneck(name) else (False,))
+] + [(library, name, False) for library in ("torchvision", "timm") for name in VGGS]
+
+QUICK = [(library, "resnet18", False) for library in LIBRARIES]
+QUICK += [("torchvision", "resnet50", False), ("huggingface", "resnet50", False)]
+QUICK += [("huggingface", "resnet50", True), ("detectron2", "resnet50", True)]
+QUICK += [("timm", "vgg11", False), ("torchvision", "vgg11_bn", False), ("timm", "vgg11_bn", False)]
+
+
+def spec_of(name, stride_in_1x1=False):
+    options = {"stride_in_1x1": stride_in_1x1} if is_bottleneck(name) else {}
+    return ModelSpec(name, CLASSES, options)
+
+
+def randomise(network):
+    """Fresh values that keep signals near 1; norms are not the identity."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.3, 0.7)
+            nn.init.normal_(module.bias, std=0.2)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            bound = (3 / module.weight[0].numel()) ** 0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=0.2)
+    return network.eval()
+
+
+def narrow(library, theirs, ours):
+    """VGG's two hidden linear layers are 119 million parameters: narrower ones in both."""
+    widths = [(512 * 49, 16), (16, 16), (16, CLASSES)]
+    ours.fc6, ours.fc7, ours.linear = (nn.Linear(*pair) for pair in widths)
+    if library == "torchvision":
+        for index, pair in zip((0, 3, 6), widths, strict=True):
+            theirs.classifier[index] = nn.Linear(*pair)
+    else:
+        theirs.pre_logits.fc1 = nn.Conv2d(512, 16, 7)
+        theirs.pre_logits.fc2 = nn.Conv2d(16, 16, 1)
+        theirs.head.fc = nn.Linear(16, CLASSES)
+
+
+def assert_close(actual, expected):
+    assert (actual - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
+    assert expected.std() > 1e-2, "the test is blind"
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize(
+    "library, name, stride",
+    [
+        network if network in QUICK else pytest.param(*network, marks=pytest.mark.slow)
+        for network in NETWORKS
+    ],
+)
+@torch.no_grad()
+def test_both_ways(library, name, stride):
+    """Theirs in our network, and ours in theirs: strict, the same logits, the same tensors."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        theirs, spec = LIBRARIES[library](name, stride), spec_of(name, stride)
+        ours = spec.build()
+    if name.startswith("vgg"):
+        narrow(library, theirs, ours)
+    randomise(theirs.to_empty(device="cpu")), ours.to_empty(device="cpu").eval()
+    layout, images = LAYOUTS[library], torch.randn(1, 3, 64, 64)
+    state = {key: value.clone() for key, value in theirs.state_dict().items()}
+    for key in [key for key in state if key.endswith("num_batches_tracked")]:
+        state[key].zero_()
+
+    tensors = layout.to_ours(state)
+    ours.load_state_dict(tensors, strict=True)
+    logits = theirs(images)
+    assert_close(ours(images), logits)
+
+    back = layout.from_ours(tensors, spec)
+    theirs.load_state_dict(back, strict=True)
+    assert_same(layout.to_ours(back), tensors)
+    if name.endswith("_bn"):  # biases before a norm have become part of its mean
+        assert_close(theirs(images), logits)
+        assert back.keys() == state.keys()
+        assert {key: value.dtype for key, value in back.items()} == {
+            key: value.dtype for key, value in state.items()
+        }
+    else:
+        assert_same(back, without_counters(state) if library == "detectron2" else state)
+
+
+@pytest.mark.parametrize("library, name, stride", NETWORKS)
+def test_keys_and_shapes(library, name, stride):
+    """Of every network, without values."""
+    spec, layout = spec_of(name, stride), LAYOUTS[library]
+    with torch.device("meta"):
+        state = LIBRARIES[library](name, stride).state_dict()
+        ours = without_counters(spec.build().state_dict())
+    tensors = layout.to_ours(state)
+    assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in ours.items()}
+    assert infer_model(tensors) == ModelSpec(name, CLASSES)
+    back = layout.from_ours(tensors, spec)
+    expected = without_counters(state) if library == "detectron2" else state
+    assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in expected.items()}
+    shared = {"timm": "torchvision" if name.startswith("resnet") else "timm"}
+    assert recognize(state) == {**shared, "detectron2": "resnet_backbone"}.get(library, library)
+
+
+def test_nothing_is_copied_or_changed():
+    theirs = torchvision.models.resnet18()
+    state = theirs.state_dict()
+    keys = list(state)
+    tensors = LAYOUTS["torchvision"].to_ours(state)
+    assert list(state) == keys
+    assert (
+        tensors["res3.0.shortcut.weight"].data_ptr()
+        == theirs.layer2[0].downsample[0].weight.data_ptr()
+    )
+    back = LAYOUTS["torchvision"].from_ours(tensors, ModelSpec("resnet18"))
+    assert back["layer2.0.downsample.0.weight"] is state["layer2.0.downsample.0.weight"]
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_vgg_biases_are_not_changed_in_place(batch_norm):
+    with torch.device("meta"):
+        model = torchvision.models.get_model("vgg11_bn" if batch_norm else "vgg11").features
+    state = randomise(model.to_empty(device="cpu")).state_dict(prefix="features.")
+    before = {key: value.clone() for key, value in state.items()}
+    for library in ("torchvision", "timm"):
+        tensors = LAYOUTS[library].to_ours(state)
+        LAYOUTS[library].from_ours(tensors, infer_model(tensors))
+        assert_same(state, before)
+
+
+def test_transformers_networks_without_head():
+    """ResNetModel and ResNetBackbone have no prefix; ResNetForImageClassification has one."""
+    transformers = pytest.importorskip("transformers")
+    layout = LAYOUTS["huggingface"]
+    with torch.device("meta"):
+        config = transformers.ResNetConfig(downsample_in_bottleneck=True)
+        for theirs in (transformers.ResNetModel(config), transformers.ResNetBackbone(config)):
+            state = theirs.state_dict()
+            assert recognize(state) == "huggingface"
+            tensors = layout.to_ours(state)
+            assert infer_model(tensors) == ModelSpec("resnet50")
+            assert layout.from_ours(tensors, ModelSpec("resnet50")).keys() == state.keys()
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "GN"])
+def test_other_norms_of_detectron2(norm):
+    with torch.device("meta"):
+        state = detectron2_resnet("resnet50", True, norm, num_classes=None).state_dict()
+        tensors = LAYOUTS["detectron2"].to_ours(state)
+        spec = infer_model(tensors)
+        assert spec == ModelSpec("resnet50", None, {"norm": "GN"} if norm == "GN" else {})
+        back = LAYOUTS["detectron2"].from_ours(tensors, spec)
+        theirs = detectron2_resnet("resnet50", True, norm, num_classes=None)
+        theirs.load_state_dict(back, strict=True, assign=True)
+
+
+def test_timm_group_norm():
+    with torch.device("meta"):
+        state = timm.create_model("resnet50_gn", num_classes=5).state_dict()
+    assert infer_model(LAYOUTS["timm"].to_ours(state)) == ModelSpec("resnet50", 5, {"norm": "GN"})
+    with pytest.raises(ValueError, match="norm of stem.conv1 has no running_mean, but torchvision"):
+        LAYOUTS["torchvision"].to_ours(state)
+
+
+def meta_tensors(name, **options):
+    with torch.device("meta"):
+        return without_counters(build_model(name, **options).state_dict())
+
+
+@pytest.mark.parametrize(
+    "library, spec, message",
+    [
+        ("torchvision", ModelSpec("resnet18", 9, {"shortcut": "A"}), "resnet18 has shortcut='A'"),
+        ("detectron2", ModelSpec("resnet50", 9, {"shortcut": "C"}), "do: resnet_backbone$"),
+        ("timm", ModelSpec("plain18"), "plain18 has shortcut='none'.*: resnet_backbone$"),
+        ("huggingface", ModelSpec("resnet34", 9, {"shortcut": "highway"}), "highway"),
+        ("torchvision", ModelSpec("cifar_resnet20"), "paper's CIFAR networks"),
+        ("caffe2", ModelSpec("resnet18", 9, {"activation": "prelu"}), "activation='prelu'"),
+        ("timm", ModelSpec("resnet50", 9, {"caffe_pool": True}), "caffe_pool=True"),
+        ("timm", ModelSpec("resnet50", 9, {"norm": "GN"}), "'GN'.*: detectron2 and caffe2 and"),
+        ("detectron2", ModelSpec("resnet50", 9, {"norm": ""}), "norm=''.*: resnet_backbone$"),
+        ("huggingface", ModelSpec("vgg16"), "vgg16 has norm=''.*torchvision and timm and detec"),
+        ("caffe2", ModelSpec("vgg16_bn"), "norm='BN'.*: torchvision and timm and detectron2 and"),
+        (
+            "torchvision",
+            ModelSpec("resnet50", 9, {"stride_in_1x1": True}),
+            "stride_in_1x1=False.*: huggingface and detectron2 and caffe2 and resnet_backbone$",
+        ),
+        ("timm", ModelSpec("resnet101", 9, {"stride_in_1x1": True}), "stride_in_1x1=False"),
+        ("torchvision", ModelSpec("resnet18", 9, {"in_channels": 1}), "3 channels, not 1.*: timm"),
+        ("timm", ModelSpec("resnet50", 9, {"dilations": [1, 1, 1, 2]}), "dilates.*: detectron2"),
+        ("timm", ModelSpec("timm/resnet50"), "not one of this package's networks"),
+    ],
+)
+def test_networks_that_a_library_lacks(library, spec, message):
+    name = spec.name.removeprefix("timm/")
+    with pytest.raises(ValueError, match=message):
+        LAYOUTS[library].from_ours(meta_tensors(name), spec)
+
+
+def test_what_does_not_differ_is_not_refused():
+    for options in ({"norm": "FrozenBN"}, {"norm": "SyncBN"}, {"stride_in_1x1": False}):
+        for library in ("torchvision", "timm", "huggingface", "detectron2", "caffe2"):
+            tensors = meta_tensors("resnet50")
+            LAYOUTS[library].from_ours(tensors, ModelSpec("resnet50", 1000, options))
+    tensors = meta_tensors("resnet18")
+    LAYOUTS["torchvision"].from_ours(tensors, ModelSpec("resnet18", 9, {"stride_in_1x1": True}))
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm", "huggingface", "caffe2"])
+def test_tensors_that_are_not_of_the_network(library):
+    tensors = {**meta_tensors("resnet18"), "res2.0.gate.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match="key 'res2.0.gate.weight' is not one of"):
+        LAYOUTS[library].from_ours(tensors, ModelSpec("resnet18"))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: torchvision.models.resnext50_32x4d(), "grouped convolution .ResNeXt"),
+        (lambda: torchvision.models.wide_resnet50_2(), "a wide ResNet"),
+        (lambda: timm.create_model("resnet50d"), "'conv1.0.weight' .* deep stem of ResNet-C/D"),
+        (lambda: timm.create_model("seresnet50"), "squeeze-and-excitation"),
+        (lambda: timm.create_model("ecaresnet50t"), "ResNet-C/D"),
+        (lambda: timm.create_model("resnet26"), r"no ResNet of the paper has \(2, 2, 2, 2\) bott"),
+        (lambda: timm.create_model("resnetv2_50"), "keys are of no ResNet or VGG"),
+        (lambda: torchvision.models.alexnet(), "no VGG has its convolutions at these indices"),
+        (lambda: torchvision.models.densenet121(), "keys are of no ResNet or VGG"),
+        (lambda: torchvision.models.mobilenet_v2(), "keys are of no ResNet or VGG"),
+        (lambda: torchvision.models.squeezenet1_0(), "no VGG has its convolutions"),
+        (lambda: timm.create_model("convnext_atto"), "keys are of no ResNet or VGG"),
+        (lambda: timm.create_model("regnety_002"), "keys are of no ResNet or VGG"),
+    ],
+)
+def test_relatives_are_refused(make, message):
+    with torch.device("meta"):
+        state = make().state_dict()
+    with pytest.raises(ValueError, match=message) as caught:
+        infer_model(LAYOUTS[recognize(state)].to_ours(state))
+    assert "\n" not in str(caught.value)
+
+
+def test_relatives_in_transformers_are_refused():
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        config = transformers.ResNetConfig(
+            layer_type="basic", hidden_sizes=[64, 128, 256, 512], downsample_in_first_stage=True
+        )
+        state = transformers.ResNetForImageClassification(config).state_dict()
+    with pytest.raises(ValueError, match="tensors of resnet34 with shortcut='C' are missing"):
+        infer_model(LAYOUTS[recognize(state)].to_ours(state))
+
+
+def test_cifar_networks_of_others_are_refused():
+    keys = ["conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer2.0.shortcut.0.weight"]
+    state = {key: torch.ones(16, 3, 3, 3) for key in keys}
+    with pytest.raises(ValueError, match="layer2.0.shortcut.0.* shortcut of a CIFAR network"):
+        LAYOUTS[recognize(state)].to_ours(state)
+    del state["layer2.0.shortcut.0.weight"]
+    with pytest.raises(ValueError, match="norm of stem.conv1 has no running_mean"):
+        LAYOUTS[recognize(state)].to_ours(state)
+
+
+@pytest.mark.parametrize(
+    "keys, layout",
+    [
+        (["stem.conv1.weight"], "resnet_backbone"),
+        (["stem.weight"], "resnet_backbone"),
+        (["conv1.0.weight"], "resnet_backbone"),
+        (["features.0.weight"], "torchvision"),
+        (["features.0.weight", "pre_logits.fc1.weight"], "timm"),
+        (["resnet.embedder.embedder.convolution.weight"], "huggingface"),
+        (["backbone.bottom_up.stem.conv1.weight"], "detectron2"),
+        (["backbone.conv1.0.weight"], "detectron2"),
+        (["conv1_w"], "caffe2"),
+        (["conv1_1_w"], "caffe2"),
+    ],
+)
+def test_recognition(keys, layout):
+    assert recognize(dict.fromkeys(keys, torch.ones(1))) == layout
+
+
+def test_unknown_layouts():
+    with pytest.raises(ValueError, match="caffe2; the first are a.weight, b.weight, c$"):
+        recognize({key: torch.ones(1) for key in ("a.weight", "b.weight", "c", "d")})
+    with pytest.raises(ValueError, match="the first are none"):
+        recognize({})

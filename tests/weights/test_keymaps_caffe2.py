@@ -1,0 +1,207 @@
+"""Caffe2's blobs against Detectron2's own converter and checkpointer."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("detectron2")
+
+from detectron2.checkpoint import DetectionCheckpointer  # noqa: E402
+from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names  # noqa: E402
+from detectron2.modeling.backbone.resnet import BasicStem, ResNet  # noqa: E402
+
+from resnet_backbone.models import build_model  # noqa: E402
+from resnet_backbone.weights.architecture import infer_model  # noqa: E402
+from resnet_backbone.weights.checkpoint import ModelSpec  # noqa: E402
+from resnet_backbone.weights.keymaps import LAYOUTS, recognize  # noqa: E402
+from resnet_backbone.weights.keymaps.table import without_counters  # noqa: E402
+
+CAFFE2 = LAYOUTS["caffe2"]
+STAGES = ("res2", "res3", "res4", "res5")
+OTHER_SPELLING = {
+    "bn_s": "bn_gamma",
+    "bn_b": "bn_beta",
+    "bn_rm": "bn_running_mean",
+    "bn_riv": "bn_running_var",
+}
+
+
+def random_tensors(name, norm="BN"):
+    """A classifier's tensors with norms that are not the identity."""
+    torch.manual_seed(0)
+    network = build_model(name, 7, norm=norm)
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            nn.init.uniform_(module.weight, 0.3, 0.7)
+            nn.init.normal_(module.bias, std=0.2)
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return without_counters(network.state_dict())
+
+
+def blobs_of(tensors, name, norm="BN"):
+    options = {"norm": norm} if norm != "BN" else {}
+    return CAFFE2.from_ours(tensors, ModelSpec(name, 7, options))
+
+
+def respell(blobs):
+    """The names in MSRA's files as Detectron2's model zoo has them."""
+    renamed = {}
+    for key, value in blobs.items():
+        for ending, other in OTHER_SPELLING.items():
+            if key.endswith(f"_{ending}"):
+                key = key.removesuffix(ending) + other
+        renamed[key.replace("pred_", "fc1000_")] = value
+    return renamed
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
+
+
+@pytest.mark.parametrize("name, norm", [("resnet18", "BN"), ("resnet50", "BN"), ("resnet50", "GN")])
+def test_names_are_those_of_detectron2s_converter(name, norm):
+    tensors = random_tensors(name, norm)
+    blobs = blobs_of(tensors, name, norm)
+    converted, _ = convert_c2_detectron_names(blobs)
+    assert_same(converted, tensors)
+    assert recognize(blobs) == "caffe2"
+    assert_same(CAFFE2.to_ours(blobs), tensors)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet101", "resnet152"])
+def test_names_of_other_depths(name):
+    with torch.device("meta"):
+        tensors = without_counters(build_model(name, 7).state_dict())
+        blobs = blobs_of(tensors, name)
+        converted, _ = convert_c2_detectron_names(blobs)
+    assert converted.keys() == tensors.keys()
+    assert CAFFE2.to_ours(blobs).keys() == tensors.keys()
+
+
+def test_the_other_spelling():
+    """That of Detectron2's ImageNetPretrained/MSRA files; their converter knows both."""
+    tensors = random_tensors("resnet50")
+    blobs = respell(blobs_of(tensors, "resnet50"))
+    assert "res_conv1_bn_gamma" in blobs and "res2_0_branch2a_bn_running_var" in blobs
+    assert_same(CAFFE2.to_ours(blobs), tensors)
+    converted, _ = convert_c2_detectron_names(blobs)
+    assert converted["stem.conv1.norm.running_var"] is blobs["res_conv1_bn_running_var"]
+
+
+def test_bias_of_the_first_convolution():
+    """MSRA's ResNet-50 has one; it moves into the running mean, exactly the same function."""
+    tensors = random_tensors("resnet18")
+    blobs = {**blobs_of(tensors, "resnet18"), "conv1_b": torch.randn(64)}
+    found = CAFFE2.to_ours(blobs)
+    expected = tensors["stem.conv1.norm.running_mean"] - blobs["conv1_b"]
+    assert torch.equal(found.pop("stem.conv1.norm.running_mean"), expected)
+    del tensors["stem.conv1.norm.running_mean"]
+    assert_same(found, tensors)
+
+
+def read_by_detectron2(blobs, path, name, norm):
+    """Detectron2's network with a .pkl of these blobs, read by its checkpointer."""
+    options = {"stride_in_1x1": True} if name == "resnet50" else {}  # as the paper's
+    stages = ResNet.make_default_stages(int(name[6:]), norm=norm, **options)
+    theirs = ResNet(BasicStem(norm=norm), stages, out_features=list(STAGES)).eval()
+    arrays = {key: value.numpy() for key, value in blobs.items()}
+    path.write_bytes(pickle.dumps({"blobs": arrays}))
+    DetectionCheckpointer(theirs).load(str(path))
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "name, fused", [("resnet18", True), ("resnet50", True), ("resnet50", False)]
+)
+@torch.no_grad()
+def test_the_function_is_that_of_detectron2(name, fused, tmp_path):
+    """Also with statistics folded into scale and shift, as Detectron1's files have them."""
+    blobs = blobs_of(random_tensors(name), name)
+    if fused:
+        blobs = {k: v for k, v in blobs.items() if not k.endswith(("_rm", "_riv"))}
+    theirs = read_by_detectron2(blobs, tmp_path / "R.pkl", name, "FrozenBN")
+    ours = build_model(name, out_features=STAGES).eval()
+    tensors = CAFFE2.to_ours(blobs)
+    assert infer_model(tensors) == ModelSpec(name, 7)
+    ours.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("linear")})
+    images = torch.randn(1, 3, 64, 64)
+    expected = theirs(images)
+    for stage, features in ours(images).items():
+        scale = expected[stage].abs().max()
+        assert scale > 0.1, "the test is blind"
+        assert (features - expected[stage]).abs().max() < 1e-4 * max(1, scale)
+
+
+def test_folded_norms_are_affine_maps():
+    tensors = random_tensors("resnet18")
+    blobs = blobs_of(tensors, "resnet18")
+    fused = {k: v for k, v in blobs.items() if not k.endswith(("_rm", "_riv"))}
+    network = build_model("resnet18", 7).eval()
+    network.load_state_dict(CAFFE2.to_ours(fused))
+    norm, x = network.res4[0].conv2.norm, torch.randn(1, 256, 2, 2)
+    expected = x * norm.weight[:, None, None] + norm.bias[:, None, None]
+    torch.testing.assert_close(norm(x), expected, rtol=0, atol=1e-6)
+
+
+def test_one_norm_without_statistics_is_damage():
+    blobs = blobs_of(random_tensors("resnet18"), "resnet18")
+    del blobs["res4_0_branch2b_bn_rm"], blobs["res4_0_branch2b_bn_riv"]
+    with pytest.raises(ValueError, match="missing, the first is res4.0.conv2.norm.running_mean"):
+        infer_model(CAFFE2.to_ours(blobs))
+
+
+def test_detectors_and_solvers_blobs_are_left_out():
+    """The other blobs of Detectron1's Faster, Mask and Keypoint R-CNN, and RetinaNet."""
+    tensors = random_tensors("resnet18")
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("linear")}
+    blobs = blobs_of(tensors, "resnet18")
+    others = (
+        "fpn_inner_res5_1_sum_w fpn_res2_1_sum_b conv_rpn_fpn2_w rpn_cls_logits_fpn2_w conv_rpn_w "
+        "rpn_bbox_pred_b fc6_w fc7_b cls_score_w bbox_pred_w head_conv1_gn_s _[mask]_fcn1_w "
+        "mask_fcn_logits_w conv5_mask_w conv_fcn1_w kps_score_w retnet_cls_conv_n0_fpn3_w "
+        "conv1_w_momentum res2_0_branch2a_w_momentum __preserve__/conv1_w"
+    ).split()
+    found = CAFFE2.to_ours({**blobs, **dict.fromkeys(others, torch.ones(1))})
+    assert_same(found, tensors)
+
+
+def test_vgg():
+    torch.manual_seed(0)
+    tensors = build_model("vgg16", out_features=["conv5"]).state_dict()
+    tensors |= {
+        "fc6.weight": torch.ones(2, 3),
+        "fc7.bias": torch.ones(2),
+        "linear.bias": torch.ones(1),
+    }
+    blobs = CAFFE2.from_ours(tensors, ModelSpec("vgg16"))
+    assert {"conv1_1_w", "conv5_3_b", "fc6_w", "fc7_b", "fc8_b"} <= set(blobs)
+    assert recognize(blobs) == "caffe2"
+    assert_same(CAFFE2.to_ours({**blobs, "cls_score_w": torch.ones(1)}), tensors)
+
+
+@pytest.mark.parametrize(
+    "key, message",
+    [
+        ("conv2_w", "key 'conv2_w' is not one of a Caffe2 ResNet"),
+        ("res6_0_branch2a_w", "res6_0_branch2a_w"),
+        ("res2_0_branch2a_bn_gamma", "names a tensor that is there under another key too"),
+        ("conv1_bn_s", "there under another key"),
+        ("lr", "key 'lr'"),
+    ],
+)
+def test_unknown_blobs(key, message):
+    blobs = blobs_of(random_tensors("resnet18"), "resnet18")
+    with pytest.raises(ValueError, match=message):
+        CAFFE2.to_ours({**blobs, key: torch.ones(1)})
+
+
+def test_bias_before_group_norm():
+    blobs = blobs_of(random_tensors("resnet18", "GN"), "resnet18", "GN")
+    with pytest.raises(ValueError, match="has no stem.conv1.bias"):
+        infer_model(CAFFE2.to_ours({**blobs, "conv1_b": torch.ones(64)}))

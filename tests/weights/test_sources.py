@@ -1,0 +1,416 @@
+"""Names and addresses of weights, with downloaders that copy; conventions as the libraries say."""
+
+import hashlib
+import http.server
+import json
+import pickle
+import shutil
+import threading
+import urllib.error
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+
+from resnet_backbone.models import build_model
+from resnet_backbone.weights import (
+    PREPROCESSINGS,
+    WeightsError,
+    conventions,
+    load_weights,
+    read_checkpoint,
+    sources,
+)
+from resnet_backbone.weights.conventions import hugging_face_preprocessing, timm_preprocessing
+from resnet_backbone.weights.sources import download, resolve
+
+V1 = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    """Torchvision's, with three classes and statistics that matter."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+    return model.eval()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Torch's cache in a folder of the test, and a downloader that knows what is put into it."""
+    served, calls = {}, []
+
+    def fetch(url, target, hash_prefix=None, progress=True):
+        calls.append((url, hash_prefix))
+        if url not in served:
+            raise urllib.error.URLError("Name or service not known")
+        shutil.copy(served[url], target)
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    served["calls"] = calls
+    return served
+
+
+def assert_same_function(model, reference, source, **options):
+    found = load_weights(model, source, **options)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), reference(x), rtol=1e-4, atol=1e-4)
+    return found
+
+
+def ours(**options):
+    return build_model("resnet18", num_classes=3, **options)
+
+
+def test_torchvision(hub, resnet18, tmp_path, monkeypatch):
+    torch.save(resnet18.state_dict(), tmp_path / "x.pth")
+    digest = hashlib.sha256((tmp_path / "x.pth").read_bytes()).hexdigest()
+    monkeypatch.setattr(sources, "published_hash", lambda weights: digest[:8])
+    hub[V1.url] = tmp_path / "x.pth"
+    for name in ("torchvision://resnet18/IMAGENET1K_V1", "torchvision://resnet18", V1.url):
+        found = assert_same_function(ours(), resnet18, name)
+        assert found.same_input(PREPROCESSINGS["torchvision"])
+        assert (found.resize_size, found.crop_size, found.interpolation) == (256, 224, "bilinear")
+    assert hub["calls"] == [(V1.url, digest[:8])]  # once
+    assert (tmp_path / "hub" / "checkpoints" / V1.url.rpartition("/")[2]).is_file()
+    read = read_checkpoint("torchvision://resnet18")
+    assert read.origin.format == "torchvision" and read.origin.sha256 == digest
+    assert "IMAGENET1K_V1.transforms()" in read.origin.reference
+
+
+def test_another_file_in_torchvisions_place(hub, resnet18, tmp_path):
+    """A cached file is checked again: torch does so at the download alone."""
+    target = tmp_path / "hub" / "checkpoints" / V1.url.rpartition("/")[2]
+    target.parent.mkdir(parents=True)
+    torch.save(resnet18.state_dict(), target)
+    with pytest.raises(WeightsError, match="sha256 begins with .*, not f37072fd; remove it"):
+        read_checkpoint("torchvision://resnet18/IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        torchvision.models.ResNet50_Weights.IMAGENET1K_V2,
+        torchvision.models.VGG16_Weights.IMAGENET1K_V1,
+        torchvision.models.VGG16_Weights.IMAGENET1K_FEATURES,
+    ],
+    ids=str,
+)
+def test_torchvisions_own_transform(weights):
+    """Each entry says it itself: one of them has another mean and std."""
+    found, transform = conventions.torchvision_preprocessing(weights), weights.transforms()
+    image = torch.randint(0, 256, (3, found.crop_size, found.crop_size), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (found.mean, found.std))
+    transform.resize_size = [found.crop_size]  # the image has that size
+    torch.testing.assert_close(transform(image), (image / 255 * found.value_range - mean) / std)
+    assert found.resize_size == weights.transforms().resize_size[0]
+
+
+def test_torchvisions_files_are_known_by_their_hash(resnet18, tmp_path, monkeypatch):
+    path = tmp_path / "renamed.pth"
+    torch.save(resnet18.state_dict(), path)
+    with pytest.raises(WeightsError, match="does not say which input"):
+        read_checkpoint(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(
+        conventions, "published_hash", lambda weights: digest[:8] if weights is V1 else "0" * 8
+    )
+    assert read_checkpoint(path).preprocessing.crop_size == 224
+    with pytest.raises(WeightsError, match="its content says another preprocessing than 'msra'"):
+        read_checkpoint(path, "msra")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("torchvision://resnet19", "torchvision has no 'resnet19'"),
+        ("torchvision://resnet50/V3", "has IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT, not 'V3'"),
+        ("timm://resnet50.zz", "resnet50.zz: .*list_pretrained"),
+        ("timm://resnet", "timm://resnet: .*list_pretrained"),
+        ("catalog://x", "known are ImageNetPretrained/MSRA/R-50"),
+        ("ftp://host/x.pth", "unknown kind of source; known are local paths, torchvision://"),
+        ("http://host/x.pth", "unknown kind of source.*https://"),
+        ("https://host/x.zip", "only .safetensors, .pth"),
+        ("https://host/", "not the address of a file"),
+        ("https://host/../../x.pth", "not the address of a file"),
+        ("detectron2://../x.pkl", "not the address of a file"),
+        ("https://host/a/x.pth", "Name or service not known.*put it at .*/host/a/x.pth$"),
+        ("torchvision://resnet18", "resnet18-f37072fd.pth cannot be down.*checkpoints/resnet18-f"),
+        ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "dl.fbaipublicfiles.com/detectron2/Ima"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_had(hub, name, message):
+    with pytest.raises(WeightsError, match=message) as error:
+        resolve(name)
+    assert len(str(error.value).splitlines()) == 1
+
+
+MSRA, CONVERTED = PREPROCESSINGS["msra"], PREPROCESSINGS["torchvision"]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", MSRA),
+        ("https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA/R-50.pkl", MSRA),
+        ("catalog://ImageNetPretrained/MSRA/R-101", MSRA),
+        ("detectron2://ImageNetPretrained/torchvision/R-50.pkl", CONVERTED),
+        ("detectron2://COCO-Detection/faster_rcnn_R_50_C4_1x/137257644/model_final.pkl", None),
+        ("https://host/R-50.pkl?download=true", None),
+    ],
+)
+def test_addresses_with_a_convention(hub, tmp_path, name, expected):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (
+        "detectron2/ImageNetPretrained/MSRA/R-50.pkl",
+        "detectron/ImageNetPretrained/MSRA/R-101.pkl",
+        "detectron2/ImageNetPretrained/torchvision/R-50.pkl",
+        "detectron2/COCO-Detection/faster_rcnn_R_50_C4_1x/137257644/model_final.pkl",
+    ):
+        hub[f"https://dl.fbaipublicfiles.com/{path}"] = tmp_path / "file"  # fmt: skip
+    hub["https://host/R-50.pkl?download=true"] = tmp_path / "file"
+    found = resolve(name)
+    assert found.path.is_file() and "hub/resnet_backbone" in str(found.path)
+    assert expected is found.preprocessing or found.preprocessing.same_input(expected)
+
+
+def test_files_of_one_name_have_two_places(hub, tmp_path):
+    """R-50.pkl is the name of two networks with other input."""
+    (tmp_path / "file").write_bytes(b"")
+    places = set()
+    for kind in ("MSRA", "torchvision"):
+        name = f"ImageNetPretrained/{kind}/R-50.pkl"
+        hub[f"https://dl.fbaipublicfiles.com/detectron2/{name}"] = tmp_path / "file"
+        places.add(resolve(f"detectron2://{name}").path)
+    assert len(places) == 2
+
+
+def test_group_norm_strides_in_the_3x3(hub, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    address = "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47261647/R-50-GN.pkl"
+    hub[address] = tmp_path / "file"
+    found = resolve("catalog://ImageNetPretrained/FAIR/R-50-GN").preprocessing
+    assert (found.channel_order, found.std, found.stride_in_1x1) == ("BGR", (1, 1, 1), False)
+
+
+def test_the_author_of_a_detectron2_pickle(resnet18, tmp_path):
+    """As tools/convert-torchvision-to-d2.py writes it; other authors prove nothing."""
+    model = {}
+    for key, value in ours().state_dict().items():
+        model[key.replace("linear.", "stem.fc.")] = value.numpy()
+    for author, known in (("torchvision", True), ("somebody", False)):
+        path = tmp_path / f"{author}.pkl"
+        content = {"model": model, "__author__": author, "matching_heuristics": True}
+        path.write_bytes(pickle.dumps(content))
+        if known:
+            assert read_checkpoint(path).preprocessing.same_input(CONVERTED)
+        else:
+            with pytest.raises(WeightsError, match="name it, msra"):
+                read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", timm.list_pretrained(["resnet18.*", "resnet34.*", "vgg16*"]))
+def test_timms_own_transform(name):
+    config = timm.get_pretrained_cfg(name)
+    found = timm_preprocessing(config.to_dict(), "")
+    expected = timm.data.resolve_data_config(pretrained_cfg=config.to_dict())
+    assert (found.mean, found.std) == (expected["mean"], expected["std"])
+    assert found.interpolation == expected["interpolation"]
+    transform = timm.data.create_transform(**expected)
+    assert transform.transforms[0].size == found.resize_size
+    assert tuple(transform.transforms[1].size) == (found.crop_size,) * 2
+
+
+@pytest.fixture
+def snapshot(monkeypatch):
+    """Folders in place of Hugging Face's repositories."""
+    served = {}
+
+    def fetch(repo_id, revision=None, allow_patterns=None):
+        if repo_id not in served:
+            raise ConnectionError("Cannot\nconnect")
+        return str(served[repo_id])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    return served
+
+
+def test_timm(snapshot, tmp_path):
+    torch.manual_seed(0)
+    reference = timm.create_model("resnet18", num_classes=3).eval()
+    save_file(reference.state_dict(), tmp_path / "model.safetensors")
+    snapshot["timm/resnet34.ra4_e3600_r224_in1k"] = tmp_path
+    snapshot["timm/resnet18.a1_in1k"] = tmp_path
+    found = assert_same_function(ours(), reference, "timm://resnet18.a1_in1k")
+    assert found.same_input(PREPROCESSINGS["torchvision"])
+    assert (found.resize_size, found.interpolation) == (235, "bicubic")
+    with pytest.raises(WeightsError, match="has NaN|lacks|another|is a|fit|shape"):
+        load_weights(build_model("resnet34", num_classes=3), "timm://resnet34.ra4_e3600_r224_in1k")
+    other = read_checkpoint("timm://resnet34.ra4_e3600_r224_in1k").preprocessing
+    assert other.mean == (0.5, 0.5, 0.5) and not other.same_input(found)
+
+
+def test_timms_config_beside_its_weights(tmp_path):
+    """What timm.models.save_for_hf writes."""
+    torch.manual_seed(0)
+    reference = timm.create_model("resnet18", num_classes=3).eval()
+    timm.models.save_for_hf(reference, tmp_path, safe_serialization=True)
+    expected = timm.data.resolve_data_config(pretrained_cfg=reference.pretrained_cfg)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        found = assert_same_function(ours(), reference, source)
+        assert (found.mean, found.interpolation) == (expected["mean"], expected["interpolation"])
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="does not say"):  # another file's config
+        read_checkpoint(tmp_path / "other.safetensors")
+
+
+def write_hugging_face(folder, depth=18, stride_in_1x1=False):
+    torch.manual_seed(0)
+    kind = dict(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512])
+    if depth == 50:
+        kind = dict(layer_type="bottleneck", downsample_in_bottleneck=stride_in_1x1)
+    model = ResNetForImageClassification(ResNetConfig(num_labels=3, **kind)).eval()
+    model.save_pretrained(folder)
+    known = PREPROCESSINGS["torchvision"]
+    options = dict(image_mean=list(known.mean), image_std=list(known.std))
+    processor = ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875, **options)
+    processor.save_pretrained(folder)
+    return lambda x: model(x).logits
+
+
+def test_hugging_face(snapshot, tmp_path):
+    reference = write_hugging_face(tmp_path)
+    snapshot["microsoft/resnet-18"] = tmp_path
+    for source in (tmp_path, "hf://microsoft/resnet-18", "hf://microsoft/resnet-18@main"):
+        found = assert_same_function(ours(), reference, source)
+        assert found.same_input(PREPROCESSINGS["torchvision"])
+        assert (found.resize_size, found.crop_size) == (256, 224)
+    with pytest.raises(WeightsError, match="cannot be downloaded .Cannot connect.*give that fold"):
+        read_checkpoint("hf://microsoft/resnet-34")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="has none of model.safetensors"):
+        read_checkpoint("hf://microsoft/resnet-18")
+
+
+@pytest.mark.parametrize("stride_in_1x1", [True, False])
+def test_hugging_faces_stride(tmp_path, stride_in_1x1):
+    reference = write_hugging_face(tmp_path, 50, stride_in_1x1)
+    assert read_checkpoint(tmp_path).model.options == {"stride_in_1x1": stride_in_1x1}
+    build = dict(num_classes=3, stride_in_1x1=stride_in_1x1)
+    assert_same_function(build_model("resnet50", **build), reference, tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(WeightsError, match="does not say which input"):
+        read_checkpoint(tmp_path)
+    wrong, right = ("torchvision", "msra") if stride_in_1x1 else ("msra", "torchvision")
+    assert read_checkpoint(tmp_path, right).model.options == {"stride_in_1x1": stride_in_1x1}
+    with pytest.raises(WeightsError, match=f"config.json.*by its stride.*than '{wrong}'"):
+        read_checkpoint(tmp_path, wrong)
+
+
+PROCESSOR = {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3], "size": 224, "resample": 3}
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, dict(value_range=1.0, mean=(0.1, 0.2, 0.3), interpolation="bicubic")),
+        ({"do_rescale": False}, dict(value_range=255.0)),
+        ({"rescale_factor": 1 / 127.5}, dict(value_range=2.0)),
+        ({"do_normalize": False}, dict(mean=(0, 0, 0), std=(1, 1, 1))),
+        ({"do_flip_channel_order": True}, dict(channel_order="BGR")),
+        ({"feature_extractor_type": "ConvNextFeatureExtractor", "crop_pct": 0.875},
+         dict(resize_size=256, crop_size=224)),
+        ({"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}},
+         dict(resize_size=None, crop_size=None)),
+        ({"size": {"height": 224, "width": 224}}, dict(resize_size=None, crop_size=None)),
+        ({"size": {"shortest_edge": 256}, "do_center_crop": True, "resample": 2,
+          "crop_size": {"height": 224, "width": 224}},
+         dict(resize_size=256, crop_size=224, interpolation="bilinear")),
+    ],
+)  # fmt: skip
+def test_kinds_of_preprocessor(change, expected):
+    found = hugging_face_preprocessing(PROCESSOR | change, None)
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", json.dumps({"architecture": "resnet18", "pretrained_cfg": {}})),
+        ("config.json", json.dumps({"downsample_in_bottleneck": "yes"})),
+        ("preprocessor_config.json", json.dumps(PROCESSOR | {"image_std": [0, 1, 1]})),
+        ("preprocessor_config.json", json.dumps(PROCESSOR | {"image_mean": None})),
+        ("preprocessor_config.json", json.dumps(PROCESSOR | {"rescale_factor": "x"})),
+        ("preprocessor_config.json", "[" * 100_000),
+    ],
+)
+def test_configs_that_cannot_be_understood(tmp_path, name, content):
+    (tmp_path / "config.json").write_text('{"downsample_in_bottleneck": true}')
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    resolve(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(WeightsError, match="config.json"):
+        resolve(tmp_path)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A web server for a folder; files named cut... end before their announced length."""
+    (tmp_path / "www").mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "www")
+
+        def log_message(self, *args):
+            pass
+
+        def copyfile(self, source, outputfile):
+            data = source.read()
+            outputfile.write(data[: len(data) // 2] if "cut" in self.path else data)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}", tmp_path / "www"
+        found.shutdown()
+
+
+def test_downloads_are_whole_or_not_there(server, tmp_path):
+    """Through torch's own downloader."""
+    address, folder = server
+    content = bytes(range(256)) * 1000
+    for name in ("good.pth", "cut.pth"):
+        (folder / name).write_bytes(content)
+    digest, target = hashlib.sha256(content).hexdigest(), tmp_path / "cache" / "x.pth"
+    for url, sha256, message in (
+        (f"{address}/gone.pth", "", "404"),
+        (f"{address}/good.pth", "0" * 8, "hash"),
+        (f"{address}/cut.pth", digest[:8], "hash|IncompleteRead|retrieval"),
+        ("http://127.0.0.1:9/x.pth", "", "refused"),
+    ):
+        with pytest.raises(WeightsError, match=f"(?s){message}.*put it at {target}"):
+            download(url, target, sha256)
+        assert list(target.parent.iterdir()) == []
+    assert download(f"{address}/good.pth", target, digest[:8]).read_bytes() == content
+    assert download("http://127.0.0.1:9/x.pth", target) == target  # it is there
+
+
+def test_the_metadata_of_a_file_agrees_with_its_place(hub, tmp_path):
+    from resnet_backbone.weights import save_weights
+
+    url = "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA/x.safetensors"
+    save_weights(ours(), tmp_path / "x.safetensors", replace(CONVERTED, source=""))
+    hub[url] = tmp_path / "x.safetensors"
+    with pytest.raises(WeightsError, match="carries its own preprocessing, which is not its orig"):
+        read_checkpoint(url)
