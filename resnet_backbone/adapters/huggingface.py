@@ -1,0 +1,93 @@
+"""The backbones in Hugging Face transformers' detectors, as their ``backbone_config``.
+
+For classification there is nothing to adapt: ``tools/convert_weights.py`` writes a folder that
+``ResNetForImageClassification.from_pretrained`` reads. A detector such as DETR is given
+:func:`backbone_config`, then :func:`load_backbone`; its image processor is given
+``image_normalization(checkpoint.preprocessing)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import ResNetBackbone, ResNetConfig
+
+from resnet_backbone.adapters.source import image_normalization, rgb_checkpoint
+from resnet_backbone.weights import Checkpoint, WeightsError
+from resnet_backbone.weights.export_configs import hugging_face_configs
+from resnet_backbone.weights.keymaps import LAYOUTS, check_support
+
+__all__ = ["backbone_config", "image_normalization", "load_backbone", "rgb_checkpoint"]
+
+
+def backbone_config(
+    checkpoint: Checkpoint, out_features: Sequence[str] = ("stage4",)
+) -> ResNetConfig:
+    """The configuration of transformers' ResNet for these weights.
+
+    Args:
+        checkpoint: of a ResNet, see :func:`rgb_checkpoint`.
+        out_features: of "stage1" to "stage4", transformers' names of res2 to res5.
+
+    Raises:
+        WeightsError: a network that transformers' ResNet cannot express.
+    """
+    return ResNetConfig(**_model_settings(checkpoint), out_features=list(out_features))
+
+
+def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) -> None:
+    """Loads weights into the one transformers ResNet inside a model, and sets what trains.
+
+    Args:
+        model: for example ``DetrForObjectDetection``; it was built with :func:`backbone_config`.
+        checkpoint: the weights, for RGB in 0..1 (see :func:`rgb_checkpoint`).
+        freeze_at: number of frozen stages, counted from the stem. (DETR means 2, as its paper,
+            but freezes all stages of a ``ResNetConfig`` backbone in transformers 5.)
+
+    Raises:
+        WeightsError: no ResNet or several, another network or stride than the weights', or
+            weights that were not converted. The model is unchanged then.
+    """
+    image_normalization(checkpoint.preprocessing)
+    found = [module for module in model.modules() if isinstance(module, ResNetBackbone)]
+    if len(found) != 1:
+        raise WeightsError(
+            f"{type(model).__name__} has {len(found)} ResNetBackbone, not one: build it with "
+            "backbone_config=backbone_config(checkpoint)"
+        )
+    backbone = found[0]
+    _check_config(backbone.config, checkpoint)
+    headless = {k: v for k, v in checkpoint.tensors.items() if not k.startswith("linear.")}
+    tensors = LAYOUTS["huggingface"].from_ours(headless, checkpoint.model)
+    own = backbone.state_dict()  # DETR's frozen norms have no counters
+    backbone.load_state_dict({k: v for k, v in tensors.items() if k in own or not _is_counter(k)})
+    for index, stage in enumerate([backbone.embedder, *backbone.encoder.stages]):
+        stage.requires_grad_(index >= freeze_at)
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
+
+
+def _model_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What of transformers' ``config.json`` says which network it is."""
+    try:
+        check_support("huggingface", checkpoint.model)
+    except ValueError as error:
+        raise WeightsError(str(error)) from error
+    config = hugging_face_configs(checkpoint)["config.json"]
+    names = ("architectures", "model_type", "id2label", "label2id", "torch_dtype")
+    return {key: value for key, value in config.items() if key not in names}
+
+
+def _check_config(config: ResNetConfig, checkpoint: Checkpoint) -> None:
+    for name, needed in _model_settings(checkpoint).items():
+        found = getattr(config, name)
+        found = list(found) if isinstance(found, tuple) else found
+        if found != needed:
+            raise WeightsError(
+                f"the weights need {name}={needed}, the model's backbone has {found}: build it "
+                "with backbone_config=backbone_config(checkpoint)"
+            )

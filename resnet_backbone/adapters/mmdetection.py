@@ -1,0 +1,176 @@
+"""A backbone for mmdetection: importing this module registers ``PaperResNet`` with mmengine.
+
+In a config, ``custom_imports = dict(imports=["resnet_backbone.adapters.mmdetection"])`` and
+``backbone=dict(type="PaperResNet", depth=50, ...)``. mmengine's root registry is where mmdetection,
+mmsegmentation and the other OpenMMLab libraries look after their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resnet_backbone.models import ResNet, build_model
+from resnet_backbone.weights import Preprocessing, WeightsError, read_checkpoint
+from resnet_backbone.weights.loading import check_architecture, check_settings, load_tensors
+from resnet_backbone.weights.preprocessing import same_mean, same_std
+
+STAGES = ("res2", "res3", "res4", "res5")
+STYLES = {"caffe": True, "pytorch": False}  # the stride in the 1x1, or in the 3x3
+
+
+@MODELS.register_module()
+class PaperResNet(BaseModule):
+    """ResNet-18/34/50/101/152 with the arguments of mmdetection's ``ResNet``.
+
+    Maps images (N, in_channels, H, W) to a tuple of maps at strides 4, 8, 16, 32 for
+    ``out_indices`` 0, 1, 2, 3.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        in_channels: channels of the image.
+        num_stages: 4, as mmdetection's configs say; ``out_indices`` decides what is built.
+        out_indices: stages to return; later ones are not built.
+        style: "caffe" puts a bottleneck's stride into its 1x1 convolution (the paper and its
+            weights), "pytorch" into the 3x3 (torchvision's).
+        dilations: of the four stages, all their blocks. A dilated stage keeps the size of its
+            input; mmdetection's ``strides`` follow from that.
+        frozen_stages: -1 for none, 0 for the stem, n for the stem and n stages.
+        norm_cfg: ``type`` BN, SyncBN or GN, and ``requires_grad``.
+        norm_eval: batch norms keep their statistics in training.
+        zero_init_residual: start the last gamma of each block at zero.
+        data_preprocessor: the model's own ``data_preprocessor`` settings (``mean``, ``std``,
+            ``bgr_to_rgb``), which weights are checked against; needed where there are weights.
+        init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, with ``preprocessing="msra"`` where
+            the file does not carry its own; any source of weights.
+        **options: further arguments of :class:`~resnet_backbone.models.ResNet`, as ``shortcut``.
+
+    Raises:
+        ValueError: a value outside of the above.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        in_channels: int = 3,
+        num_stages: int = 4,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        style: str = "pytorch",
+        dilations: Sequence[int] = (1, 1, 1, 1),
+        frozen_stages: int = -1,
+        norm_cfg: Mapping | None = None,
+        norm_eval: bool = True,
+        zero_init_residual: bool = False,
+        data_preprocessor: Mapping | None = None,
+        init_cfg: Mapping | None = None,
+        **options,
+    ):
+        super().__init__(dict(init_cfg) if init_cfg else None)
+        if num_stages != len(STAGES):
+            raise ValueError(f"num_stages is {len(STAGES)}, not {num_stages}: see out_indices")
+        if style not in STYLES:
+            raise ValueError(f"style is caffe or pytorch, not {style!r}")
+        if not -1 <= frozen_stages <= len(STAGES):
+            raise ValueError(f"frozen_stages is -1 to {len(STAGES)}, not {frozen_stages}")
+        if not out_indices or not set(out_indices) <= set(range(len(STAGES))):
+            raise ValueError(f"out_indices are some of 0, 1, 2, 3, not {tuple(out_indices)}")
+        norm = {"type": "BN", "requires_grad": True, **(norm_cfg or {})}
+        if len(norm) > 2:
+            raise ValueError(f"norm_cfg has type and requires_grad, not {sorted(norm)}")
+        self.network = build_model(
+            f"resnet{depth}",
+            in_channels=in_channels,
+            stride_in_1x1=STYLES[style],
+            dilations=dilations,
+            norm=norm["type"],
+            zero_init_residual=zero_init_residual,
+            out_features=[STAGES[index] for index in sorted(out_indices)],
+            **options,
+        )
+        self.out_indices = tuple(sorted(out_indices))
+        self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
+        self.data_preprocessor = data_preprocessor
+        if not norm["requires_grad"]:
+            for module in self._norms():
+                module.requires_grad_(False)
+        self.network.freeze(frozen_stages + 1)
+
+    def _norms(self) -> list[nn.Module]:
+        return [m for m in self.modules() if isinstance(m, (_BatchNorm, nn.GroupNorm))]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.network(images).values())
+
+    def train(self, mode: bool = True) -> PaperResNet:
+        """Training mode, in which frozen stages, and with ``norm_eval`` batch norms, stay fixed."""
+        super().train(mode)
+        if mode and self.norm_eval:
+            for module in self._norms():
+                module.eval()
+        return self
+
+    def init_weights(self) -> None:
+        """Loads the weights of ``init_cfg``; without, the network keeps its He initialisation.
+
+        Raises:
+            WeightsError: weights that need another ``data_preprocessor`` or ``style``.
+        """
+        self._is_init = True
+        if self.init_cfg is None:
+            return
+        if self.init_cfg.get("type") != "Pretrained" or "checkpoint" not in self.init_cfg:
+            raise WeightsError('init_cfg is dict(type="Pretrained", checkpoint=FILE)')
+        weights = str(self.init_cfg["checkpoint"])
+        checkpoint = read_checkpoint(weights, self.init_cfg.get("preprocessing", ""))
+        check_data_preprocessor(checkpoint.preprocessing, self.data_preprocessor, weights)
+        check_style(checkpoint.preprocessing, self.network, weights)
+        check_architecture(self.network, checkpoint.preprocessing, weights)
+        check_settings(self.network, checkpoint.model, weights)
+        load_tensors(self.network, checkpoint.tensors, weights)
+
+
+def data_preprocessor_for(preprocessing: Preprocessing) -> dict:
+    """A model's ``data_preprocessor`` for such weights; mmdetection reads images as BGR, 0..255."""
+    return dict(
+        mean=[round(value, 3) for value in preprocessing.pixel_mean_255()],
+        std=[round(value, 3) for value in preprocessing.pixel_std_255()],
+        bgr_to_rgb=preprocessing.channel_order == "RGB",
+    )
+
+
+def check_data_preprocessor(
+    preprocessing: Preprocessing, settings: Mapping | None, where: str
+) -> None:
+    """Refuses weights that need other images than ``data_preprocessor`` makes.
+
+    Raises:
+        WeightsError: another order, mean or std, or no ``settings`` to compare with.
+    """
+    needed = ", ".join(f"{k}={v}" for k, v in data_preprocessor_for(preprocessing).items())
+    if settings is None:
+        raise WeightsError(
+            f"{where} needs data_preprocessor=dict({needed}): give it to the backbone as well as "
+            "to the model, so that it can be checked"
+        )
+    order = "RGB" if settings.get("bgr_to_rgb") else "BGR"
+    fits = (
+        order == preprocessing.channel_order
+        and same_mean(settings.get("mean") or (), preprocessing.pixel_mean_255())
+        and same_std(settings.get("std") or (), preprocessing.pixel_std_255())
+    )
+    if not fits:
+        raise WeightsError(
+            f"{where} needs data_preprocessor=dict({needed}), the model has {dict(settings)}"
+        )
+
+
+def check_style(preprocessing: Preprocessing, network: ResNet, where: str) -> None:
+    """Refuses weights whose stride position differs, with mmdetection's word for it."""
+    needed = preprocessing.stride_in_1x1
+    if network.depth >= 50 and needed is not None and needed != network.stride_in_1x1:
+        style = "caffe" if needed else "pytorch"
+        raise WeightsError(f'{where} was trained with stride_in_1x1={needed}: set style="{style}"')

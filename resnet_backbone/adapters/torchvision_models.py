@@ -1,0 +1,157 @@
+"""The backbones in torchvision's detectors and in its DeepLabV3.
+
+torchvision's detectors are given RGB images in 0..1 and normalise them with their own
+``image_mean`` and ``image_std``, whose defaults are right for torchvision's weights only. So
+:func:`fpn_backbone` returns both, backbone and normalisation, for weights that were converted to
+this input.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.segmentation import DeepLabV3
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+
+from resnet_backbone.adapters.source import build_backbone, image_normalization
+from resnet_backbone.models import StagedNetwork
+from resnet_backbone.weights import Preprocessing
+
+RESNET_LEVELS = ("res2", "res3", "res4", "res5")  # strides 4, 8, 16, 32
+VGG_LEVELS = ("conv3", "conv4", "conv5", "pool5")  # the same strides
+DILATIONS = {16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}  # by output stride, arXiv 1706.05587
+ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # arXiv 1706.05587, section 3.3
+
+
+def fpn_backbone(
+    name: str,
+    weights: str | os.PathLike | None = None,
+    preprocessing: str = "",
+    *,
+    out_features: Sequence[str] = (),
+    out_channels: int = 256,
+    extra_blocks: ExtraFPNBlock | None = None,
+    norm_layer: Callable[..., nn.Module] | None = None,
+    **options,
+) -> tuple[BackboneWithFPN, dict[str, list[float]]]:
+    """torchvision's feature pyramid on one of our networks, and the normalisation that it needs.
+
+    ``backbone, norm = fpn_backbone(...)``, then ``FasterRCNN(backbone, num_classes, **norm)``; the
+    same for ``RetinaNet`` and ``MaskRCNN``.
+
+    Args:
+        name: a ResNet, plain or VGG network of ``list_models()``.
+        weights: any source of weights, None for a fresh network.
+        preprocessing: the name of the weights' convention, for files that do not carry theirs.
+        out_features: stages that feed the pyramid; by default those of strides 4, 8, 16, 32.
+        out_channels: of every level of the pyramid.
+        extra_blocks: torchvision's ``LastLevelMaxPool`` (the default) or ``LastLevelP6P7``.
+        norm_layer: of the pyramid; none by default.
+        **options: arguments of the network. ``freeze_at`` is 2 with weights and 0 without
+            (torchvision's ``trainable_layers`` is 5 - ``freeze_at``); ``norm`` is FrozenBN with
+            weights that have batch norm.
+
+    Returns:
+        (backbone, {"image_mean": RGB in 0..1, "image_std"}). The backbone maps normalised images
+        to an OrderedDict of maps "0", "1", ... and those of ``extra_blocks``.
+
+    Raises:
+        WeightsError: see :func:`resnet_backbone.adapters.source.build_backbone`.
+    """
+    levels = tuple(out_features) or (VGG_LEVELS if name.startswith("vgg") else RESNET_LEVELS)
+    network, found = build_backbone(name, weights, preprocessing, out_features=levels, **options)
+    backbone = BackboneWithFPN(
+        network,
+        return_layers={level: str(index) for index, level in enumerate(levels)},
+        in_channels_list=[network.features[level].channels for level in levels],
+        out_channels=out_channels,
+        extra_blocks=extra_blocks,
+        norm_layer=norm_layer,
+    )
+    return backbone, image_normalization(found)
+
+
+class NormalizedBackbone(nn.Module):
+    """What DeepLabV3 needs of a backbone: RGB images in 0..1 -> {"out": res5, "aux": res4}.
+
+    torchvision's segmentation models leave normalisation to the caller. Here it is part of the
+    model, and of its state dict. Images that have been normalised already, or are in 0..255, are
+    refused (values outside of -0.5..1.5; some augmentations leave 0..1 a little).
+    """
+
+    def __init__(self, network: StagedNetwork, preprocessing: Preprocessing):
+        super().__init__()
+        self.network = network
+        normalization = image_normalization(preprocessing)
+        for name in ("mean", "std"):
+            values = torch.tensor(normalization[f"image_{name}"])
+            self.register_buffer(name, values[:, None, None])
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        if not torch.compiler.is_compiling():
+            self._check_range(images)
+        maps = self.network((images - self.mean) / self.std)
+        names = {"res5": "out", "res4": "aux"}
+        return {names[stage]: x for stage, x in maps.items()}
+
+    @staticmethod
+    def _check_range(images: Tensor) -> None:
+        low, high = images.aminmax()
+        if low < -0.5 or high > 1.5:
+            raise ValueError(
+                f"expected RGB images in 0..1, found values from {low:.3g} to {high:.3g}: "
+                "this model normalises its input itself"
+            )
+
+
+def deeplabv3(
+    name: str,
+    num_classes: int,
+    weights: str | os.PathLike | None = None,
+    preprocessing: str = "",
+    *,
+    output_stride: int = 16,
+    aux_loss: bool = False,
+    **options,
+) -> DeepLabV3:
+    """torchvision's DeepLabV3 (arXiv 1706.05587) on one of our dilated ResNets.
+
+    It takes RGB images in 0..1, (N, 3, H, W), and normalises them itself. It returns {"out": logits
+    (N, num_classes, H, W)} and, with ``aux_loss``, "aux", those of an FCN head on res4.
+
+    Args:
+        name, weights, preprocessing: as in :func:`fpn_backbone`.
+        output_stride: 16 or 8; the rates of the pyramid pooling follow, (6, 12, 18) or
+            (12, 24, 36).
+        **options: arguments of the network, for example ``multi_grid=(1, 2, 4)``. Batch norms
+            train and nothing is frozen by default.
+
+    Raises:
+        ValueError: another output stride, or a network that cannot be dilated.
+        WeightsError: see :func:`resnet_backbone.adapters.source.build_backbone`.
+    """
+    if output_stride not in DILATIONS:
+        raise ValueError(f"output_stride is 16 or 8, not {output_stride}")
+    if not name.startswith(("resnet", "plain")):
+        raise ValueError(f"DeepLabV3 needs a dilated ResNet, {name!r} is none: use resnet50")
+    options = dict(norm="BN", freeze_at=0) | options
+    network, found = build_backbone(
+        name,
+        weights,
+        preprocessing,
+        dilations=DILATIONS[output_stride],
+        out_features=("res4", "res5") if aux_loss else ("res5",),
+        **options,
+    )
+    channels = network.features["res5"].channels
+    return DeepLabV3(
+        NormalizedBackbone(network, found),
+        DeepLabHead(channels, num_classes, ATROUS_RATES[output_stride]),
+        FCNHead(network.features["res4"].channels, num_classes) if aux_loss else None,
+    )

@@ -1,0 +1,96 @@
+"""Weights files and images for the tests of the adapters."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from resnet_backbone.models import FrozenBatchNorm2d, build_model
+from resnet_backbone.weights import get_preprocessing, save_weights
+
+NORMS = (torch.nn.BatchNorm2d, FrozenBatchNorm2d)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def randomise():
+    """Function that draws all norms' statistics and affine parameters, so that each one counts."""
+
+    def draw(model):
+        for module in model.modules():
+            if isinstance(module, NORMS):
+                with torch.no_grad():
+                    module.weight.uniform_(0.5, 1.0)
+                    module.bias.uniform_(-0.2, 0.2)
+                    module.running_mean.uniform_(-0.2, 0.2)
+                    module.running_var.uniform_(0.5, 2.0)
+        return model
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def weights_file(tmp_path_factory, randomise):
+    """Function (name, preprocessing) -> (file with metadata, the network in it), random weights."""
+    folder, made = tmp_path_factory.mktemp("weights"), {}
+
+    def make(name, preprocessing="msra", **options):
+        key = (name, preprocessing, *sorted(options.items()))
+        if key not in made:
+            torch.manual_seed(1)
+            found = get_preprocessing(preprocessing)
+            if name.startswith("resnet") and int(name[6:]) >= 50:
+                options["stride_in_1x1"] = found.stride_in_1x1
+            if name.startswith("vgg"):
+                options["out_features"] = ("pool5",)  # the head is large
+            network = randomise(build_model(name, **options)).eval()
+            path = folder / f"{len(made)}_{name}.safetensors"
+            save_weights(network, path, found)
+            made[key] = path, network
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def photo():
+    """A colourful picture, RGB in 0..1, (3, 96, 128): no two channels are alike."""
+    y, x = np.mgrid[0:96, 0:128]
+    red = 128 + 100 * np.sin(x / 9.0)
+    green = 90 + 80 * np.cos(y / 7.0) * np.sin(x / 31.0)
+    blue = 60 + x * 0.5 + y * 0.6
+    pixels = np.stack([red, green, blue], axis=0).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(pixels) / 255
+
+
+@pytest.fixture(scope="session")
+def voc_images(data_root):
+    """Two real photographs, RGB in 0..1, at half their size."""
+    folder = data_root / "VOCdevkit" / "VOC2007" / "JPEGImages"
+    images = []
+    for path in sorted(folder.iterdir())[:2]:
+        image = Image.open(path).convert("RGB")
+        image = image.resize((image.width // 2, image.height // 2))
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
+    return images
+
+
+@pytest.fixture(scope="session")
+def normalised():
+    """Function (RGB (3, H, W) in 0..1, preprocessing) -> what the network wants, written out."""
+
+    def normalise(image, preprocessing):
+        if preprocessing.channel_order == "BGR":
+            image = image.flip(0)
+        image = image * preprocessing.value_range
+        mean, std = (
+            torch.tensor(values)[:, None, None]
+            for values in (preprocessing.mean, preprocessing.std)
+        )
+        return ((image - mean) / std)[None]
+
+    return normalise

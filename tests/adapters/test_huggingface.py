@@ -1,0 +1,189 @@
+"""Our weights in Hugging Face transformers: classification, DETR, and other detectors."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import (  # noqa: E402
+    AutoImageProcessor,
+    ConditionalDetrConfig,
+    ConditionalDetrForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
+    ResNetBackbone,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmBackbone,
+    TimmBackboneConfig,
+)
+
+from resnet_backbone.adapters.huggingface import (  # noqa: E402
+    backbone_config,
+    image_normalization,
+    load_backbone,
+    rgb_checkpoint,
+)
+from resnet_backbone.weights import (  # noqa: E402
+    WeightsError,
+    get_preprocessing,
+    read_checkpoint,
+)
+from resnet_backbone.weights.export import export_checkpoint  # noqa: E402
+
+SMALL = dict(
+    num_labels=20,
+    use_timm_backbone=False,
+    d_model=32,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_ffn_dim=32,
+    decoder_ffn_dim=32,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    num_queries=5,
+)
+
+
+def detr(checkpoint, kind=DetrForObjectDetection, config=DetrConfig, **options):
+    return kind(config(backbone_config=backbone_config(checkpoint, **options), **SMALL))
+
+
+def inner(model):
+    return next(module for module in model.modules() if isinstance(module, ResNetBackbone))
+
+
+def pixels(image):
+    """RGB bytes (H, W, 3)."""
+    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+@pytest.mark.parametrize("name, preprocessing", [("resnet18", "torchvision"), ("resnet50", "msra")])
+def test_detr_sees_the_maps_of_the_original_network(
+    name, preprocessing, weights_file, photo, normalised
+):
+    """From bytes through DETR's own image processor, at the photograph's own size."""
+    path, network = weights_file(name, preprocessing)
+    checkpoint = rgb_checkpoint(path)
+    model = detr(checkpoint, out_features=["stage2", "stage3", "stage4"]).eval()
+    load_backbone(model, checkpoint)
+    processor = DetrImageProcessor(do_resize=False, **image_normalization(checkpoint.preprocessing))
+    batch = processor(pixels(photo), return_tensors="pt")
+    with torch.no_grad():
+        found = inner(model)(batch["pixel_values"]).feature_maps
+        wanted = network.forward_features(normalised(photo, get_preprocessing(preprocessing)))
+    for stage, x in zip(("res3", "res4", "res5"), found, strict=True):
+        assert (x - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max(), stage
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        (DetrForObjectDetection, DetrConfig),
+        (ConditionalDetrForObjectDetection, ConditionalDetrConfig),
+    ],
+)
+def test_detectors_train_on_photographs_with_the_papers_weights(
+    kind, config, data_root, voc_images
+):
+    file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
+    checkpoint = rgb_checkpoint(file, "msra")
+    model = detr(checkpoint, kind, config).train()
+    load_backbone(model, checkpoint)
+    processor = DetrImageProcessor(**image_normalization(checkpoint.preprocessing))
+    box = dict(bbox=[20, 20, 60, 50], category_id=3, area=3000, iscrowd=0)
+    size = {"shortest_edge": 96, "longest_edge": 128}
+    batch = processor(
+        [pixels(image) for image in voc_images],
+        annotations=[dict(image_id=i, annotations=[box]) for i in range(2)],
+        size=size,
+        return_tensors="pt",
+    )
+    loss = model(**batch).loss
+    loss.backward()
+    stages = [inner(model).embedder, *inner(model).encoder.stages]
+    trained = [any(p.grad is not None for p in stage.parameters()) for stage in stages]
+    assert torch.isfinite(loss) and trained == [False, False, True, True, True]
+    with torch.no_grad():
+        found = model.eval()(pixel_values=batch["pixel_values"])
+    assert torch.isfinite(found.logits).all() and torch.isfinite(found.pred_boxes).all()
+
+
+@pytest.mark.parametrize("freeze_at", [0, 3])
+def test_freeze_at(freeze_at, weights_file):
+    checkpoint = rgb_checkpoint(weights_file("resnet18", "msra")[0])
+    model = detr(checkpoint)
+    load_backbone(model, checkpoint, freeze_at)
+    stages = [inner(model).embedder, *inner(model).encoder.stages]
+    trains = [all(p.requires_grad for p in stage.parameters()) for stage in stages]
+    assert trains == [index >= freeze_at for index in range(5)]
+
+
+@pytest.mark.parametrize("name, preprocessing", [("resnet18", "torchvision"), ("resnet50", "msra")])
+def test_exported_weights_in_transformers_own_classes(
+    name, preprocessing, weights_file, tmp_path, photo, normalised
+):
+    path, network = weights_file(name, preprocessing)
+    folder = tmp_path / "exported"
+    export_checkpoint(read_checkpoint(path), folder, "huggingface")
+    model, info = ResNetForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    processor = AutoImageProcessor.from_pretrained(folder)
+    batch = processor(pixels(photo), do_resize=False, do_center_crop=False, return_tensors="pt")
+    with torch.no_grad():
+        found = model.eval()(**batch).logits
+        image = normalised(photo, get_preprocessing(preprocessing))
+        wanted, maps = network(image), network.forward_features(image, ["res3", "res5"])
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    backbone = ResNetBackbone.from_pretrained(folder, out_features=["stage2", "stage4"]).eval()
+    with torch.no_grad():
+        for x, expected in zip(backbone(**batch).feature_maps, maps.values(), strict=True):
+            assert (x - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_timms_entry_is_a_backbone_of_transformers():
+    import resnet_backbone.adapters.timm_models  # noqa: F401
+
+    config = TimmBackboneConfig(
+        backbone="paper_resnet18", out_indices=[2, 4], use_pretrained_backbone=False
+    )
+    maps = TimmBackbone(config)(torch.rand(1, 3, 64, 64)).feature_maps
+    assert [tuple(x.shape) for x in maps] == [(1, 128, 8, 8), (1, 512, 2, 2)]
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_another_stride_or_depth_than_the_models(weights_file):
+    checkpoint = rgb_checkpoint(weights_file("resnet50", "msra")[0])
+    for config, name in (
+        (ResNetConfig(), "downsample_in_bottleneck"),
+        (ResNetConfig(depths=[3, 4, 23, 3], downsample_in_bottleneck=True), "depths"),
+    ):
+        model = DetrForObjectDetection(DetrConfig(backbone_config=config, **SMALL))
+        before = inner(model).embedder.embedder.convolution.weight.clone()
+        with pytest.raises(WeightsError, match=name):
+            load_backbone(model, checkpoint)
+        assert torch.equal(inner(model).embedder.embedder.convolution.weight, before)
+
+
+def test_weights_that_were_not_converted(weights_file):
+    checkpoint = read_checkpoint(weights_file("resnet18", "msra")[0])
+    model = detr(checkpoint)
+    with pytest.raises(WeightsError, match="rgb_checkpoint"):
+        load_backbone(model, checkpoint)
+
+
+def test_a_model_without_our_backbone(weights_file):
+    checkpoint = rgb_checkpoint(weights_file("resnet18", "msra")[0])
+    with pytest.raises(WeightsError, match="0 ResNetBackbone"):
+        load_backbone(torch.nn.Linear(2, 2), checkpoint)
+
+
+@pytest.mark.parametrize("name, options", [("plain18", {}), ("resnet18", {"shortcut": "A"})])
+def test_networks_that_transformers_does_not_have(name, options, weights_file):
+    checkpoint = rgb_checkpoint(weights_file(name, "msra", **options)[0])
+    with pytest.raises(WeightsError, match="shortcut"):
+        backbone_config(checkpoint)

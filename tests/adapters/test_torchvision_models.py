@@ -1,0 +1,331 @@
+"""torchvision's detectors and DeepLabV3 on our backbones, with the real library."""
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.segmentation import deeplabv3_resnet50
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from resnet_backbone.adapters.torchvision_models import (
+    RESNET_LEVELS,
+    VGG_LEVELS,
+    deeplabv3,
+    fpn_backbone,
+)
+from resnet_backbone.models import build_model
+from resnet_backbone.weights import WeightsError, get_preprocessing, load_weights
+
+MSRA, TORCHVISION = get_preprocessing("msra"), get_preprocessing("torchvision")
+SIZES = dict(min_size=96, max_size=128)
+FEWER = (  # proposals and detections, for speed
+    dict(
+        rpn_pre_nms_top_n_train=100,
+        rpn_post_nms_top_n_train=50,
+        rpn_post_nms_top_n_test=20,
+        box_batch_size_per_image=16,
+        box_detections_per_img=5,
+    ),
+    dict(topk_candidates=50, detections_per_img=5),
+)
+
+
+every_detector = pytest.mark.parametrize("kind", [FasterRCNN, RetinaNet, MaskRCNN])
+
+
+def detector(kind, name, weights, preprocessing="", **options):
+    if kind is RetinaNet:
+        levels = ("conv4", "conv5", "pool5") if name.startswith("vgg") else ("res3", "res4", "res5")
+        options |= dict(out_features=levels, extra_blocks=LastLevelP6P7(256, 256))
+    backbone, norm = fpn_backbone(name, weights, preprocessing, **options)
+    return kind(backbone, num_classes=21, **norm, **SIZES, **FEWER[kind is RetinaNet])
+
+
+def targets_for(images):
+    targets = []
+    for image in images:
+        height, width = image.shape[1:]
+        box = torch.tensor([[width * 0.2, height * 0.2, width * 0.8, height * 0.9]])
+        masks = torch.zeros(1, height, width, dtype=torch.uint8)
+        masks[:, height // 4 : height // 2, width // 4 : width // 2] = 1
+        targets.append(dict(boxes=box, labels=torch.tensor([3]), masks=masks))
+    return targets
+
+
+def train_step(model, images):
+    losses = model.train()(images, targets_for(images))
+    assert losses and all(torch.isfinite(loss) for loss in losses.values()), losses
+    sum(losses.values()).backward()
+    return model.backbone.body
+
+
+def has_gradient(module):
+    grads = [parameter.grad for parameter in module.parameters()]
+    return any(grad is not None and grad.abs().sum() > 0 for grad in grads)
+
+
+def original_maps(network, image, preprocessing, normalised):
+    with torch.no_grad():
+        return network.forward_features(normalised(image, preprocessing))
+
+
+# --- normalisation -------------------------------------------------------------------------------
+
+
+@every_detector
+def test_normalisation_comes_from_the_checkpoint(kind, weights_file):
+    path, _ = weights_file("resnet18", "msra")
+    model = detector(kind, "resnet18", path)
+    mean = torch.tensor(model.transform.image_mean) * 255
+    assert torch.allclose(mean, torch.tensor([123.68, 116.779, 103.939]))  # RGB
+    assert torch.allclose(torch.tensor(model.transform.image_std) * 255, torch.ones(3))
+
+
+def test_without_weights_the_normalisation_is_torchvisions():
+    _, norm = fpn_backbone("resnet18")
+    assert norm == {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+def test_the_normalisation_cannot_be_forgotten():
+    with pytest.raises(ValueError, match="out_channels"):
+        FasterRCNN(fpn_backbone("resnet18"), num_classes=21)
+
+
+@pytest.mark.parametrize(
+    "name, preprocessing",
+    [("resnet18", "torchvision"), ("resnet50", "msra"), ("vgg11", "caffe_vgg")],
+)
+def test_pixels_give_the_maps_of_the_original_network(
+    name, preprocessing, weights_file, photo, normalised
+):
+    """From RGB in 0..1 through torchvision's transform, as from the weights' own preprocessing."""
+    path, network = weights_file(name, preprocessing)
+    backbone, norm = fpn_backbone(name, path)
+    model = FasterRCNN(backbone, num_classes=21, min_size=96, max_size=128, **norm).eval()
+    with torch.no_grad():
+        batch, _ = model.transform([photo])
+        found = model.backbone.body(batch.tensors)
+    wanted = original_maps(network, photo, get_preprocessing(preprocessing), normalised)
+    levels = VGG_LEVELS if name == "vgg11" else RESNET_LEVELS
+    for key, stage in zip("0123", levels, strict=True):
+        assert (found[key] - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max(), stage
+
+
+@pytest.mark.data
+def test_the_papers_weights_on_a_photograph(data_root, voc_images, normalised):
+    file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
+    network = build_model("resnet50", stride_in_1x1=True).eval()
+    load_weights(network, file, "msra")
+    backbone, norm = fpn_backbone("resnet50", file, "msra")
+    height, width = voc_images[0].shape[1:]
+    height, width = height // 32 * 32, width // 32 * 32
+    image = voc_images[0][:, :height, :width]
+    mean, std = (torch.tensor(norm[f"image_{key}"])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        found = backbone.eval().body(((image - mean) / std)[None])["3"]
+    wanted = original_maps(network, image, MSRA, normalised)["res5"]
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
+# --- the detectors -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        (FasterRCNN, "resnet18"),
+        (RetinaNet, "resnet18"),
+        (MaskRCNN, "resnet18"),
+        (FasterRCNN, "vgg11"),
+        (RetinaNet, "vgg11"),
+        pytest.param(MaskRCNN, "vgg11", marks=pytest.mark.slow),
+    ],
+)
+def test_detectors_train_and_detect(kind, name, photo):
+    model = detector(kind, name, None)
+    body = train_step(model, [photo, photo[:, :80].flip(2)])
+    assert has_gradient(next(iter(body.values()))), "nothing is frozen without weights"
+    with torch.no_grad():
+        found = model.eval()([photo])[0]
+    assert found["boxes"].shape[1:] == (4,) and torch.isfinite(found["scores"]).all()
+    assert ("masks" in found) == (kind is MaskRCNN)
+
+
+@pytest.mark.data
+@every_detector
+def test_detectors_on_photographs_with_the_papers_weights(kind, data_root, voc_images):
+    file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
+    model = detector(kind, "resnet50", file, "msra")
+    body = train_step(model, voc_images)
+    trained = {name: has_gradient(stage) for name, stage in body.items()}
+    assert trained == dict(stem=False, res2=False, res3=True, res4=True, res5=True)
+    with torch.no_grad():
+        found = model.eval()(voc_images[:1])[0]
+    assert torch.isfinite(found["boxes"]).all()
+
+
+@pytest.mark.data
+def test_vgg_on_photographs(data_root, voc_images):
+    file = data_root / "weights" / "vgg16_conv_bgr_fp16.safetensors"
+    model = detector(FasterRCNN, "vgg16", file, "caffe_vgg", freeze_at=1)
+    body = train_step(model, voc_images)
+    assert not has_gradient(body["conv1"]) and has_gradient(body["conv2"])
+
+
+def test_levels_have_the_strides_of_torchvisions():
+    for name in ("resnet18", "vgg11"):
+        backbone, _ = fpn_backbone(name)
+        with torch.no_grad():
+            maps = backbone(torch.rand(1, 3, 128, 128))
+        assert {key: x.shape[-1] for key, x in maps.items()} == {
+            "0": 32, "1": 16, "2": 8, "3": 4, "pool": 2
+        }  # fmt: skip
+
+
+# --- against torchvision's own -------------------------------------------------------------------
+
+
+def torchvision_file(network, path, prefix=""):
+    tensors = {
+        key.removeprefix(prefix): value.contiguous()
+        for key, value in network.state_dict().items()
+        if key.startswith(prefix)
+    }
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
+def test_fpn_maps_equal_torchvisions(name, tmp_path, randomise, photo):
+    theirs = randomise(resnet_fpn_backbone(backbone_name=name, weights=None)).eval()
+    classifier = getattr(torchvision.models, name)()
+    classifier.load_state_dict(theirs.body.state_dict(), strict=False)
+    path = torchvision_file(classifier, tmp_path / "weights.safetensors")
+    backbone, _ = fpn_backbone(name, path, "torchvision")
+    backbone.eval().fpn.load_state_dict(theirs.fpn.state_dict())
+    with torch.no_grad():
+        wanted, found = theirs(photo[None]), backbone(photo[None])
+    assert list(found) == list(wanted)
+    for key, value in wanted.items():
+        assert (found[key] - value).abs().max() < 1e-4 * value.abs().max(), key
+
+
+@pytest.mark.parametrize("freeze_at", [0, 1, 2, 5])
+def test_freeze_at_is_five_minus_trainable_layers(freeze_at, weights_file):
+    path, _ = weights_file("resnet18", "torchvision")
+    backbone, _ = fpn_backbone("resnet18", path, freeze_at=freeze_at)
+    theirs = resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, trainable_layers=5 - freeze_at
+    )
+
+    def count(body):
+        return sum(p.numel() for p in body.parameters() if p.requires_grad)
+
+    assert count(backbone.body) == count(theirs.body)
+
+
+def redilate(stage, dilation):
+    """Gives the first block of a torchvision stage this dilation, as all the others have."""
+    stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
+
+
+@pytest.fixture
+def deeplab_twins(tmp_path, randomise):
+    """torchvision's DeepLabV3 (output stride 8) and ours with its weights."""
+    theirs = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
+    randomise(theirs).eval()
+    classifier = torchvision.models.resnet50()
+    classifier.load_state_dict(theirs.backbone.state_dict(), strict=False)
+    path = torchvision_file(classifier, tmp_path / "weights.safetensors")
+    ours = deeplabv3("resnet50", 5, path, "torchvision", output_stride=8, aux_loss=True).eval()
+    ours.classifier.load_state_dict(theirs.classifier.state_dict())
+    ours.aux_classifier.load_state_dict(theirs.aux_classifier.state_dict())
+    return theirs, ours
+
+
+def test_deeplab_equals_torchvisions_but_for_the_first_dilated_blocks(
+    deeplab_twins, photo, normalised
+):
+    """torchvision's keep the dilation of the stage before, ours have their stage's own."""
+    theirs, ours = deeplab_twins
+    images = normalised(photo, TORCHVISION)
+    with torch.no_grad():
+        found = ours(photo[None])
+        assert not torch.allclose(theirs(images)["out"], found["out"], rtol=1e-2)
+        redilate(theirs.backbone.layer3, 2)
+        redilate(theirs.backbone.layer4, 4)
+        wanted = theirs(images)
+    for key in ("out", "aux"):
+        assert (found[key] - wanted[key]).abs().max() < 1e-4 * wanted[key].abs().max(), key
+
+
+# --- DeepLabV3 -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("multi_grid", [(), (1, 2)])
+def test_deeplab_trains(output_stride, multi_grid, photo):
+    model = deeplabv3(
+        "resnet18", 4, output_stride=output_stride, aux_loss=True, multi_grid=multi_grid
+    )
+    images = torch.stack([photo, photo.flip(2)])
+    maps = model.backbone(images)
+    assert maps["out"].shape[-1] == 128 // output_stride
+    logits = model.train()(images)
+    assert logits["out"].shape == logits["aux"].shape == (2, 4, 96, 128)
+    loss = nn.functional.cross_entropy(logits["out"], torch.ones(2, 96, 128, dtype=torch.long))
+    loss.backward()
+    assert torch.isfinite(loss) and has_gradient(model.backbone.network.stem)
+
+
+def test_multi_grid_and_pooling_rates_reach_the_model():
+    model = deeplabv3("resnet50", 4, output_stride=16, multi_grid=(1, 2, 4))
+    assert [block.conv2.dilation[0] for block in model.backbone.network.res5] == [2, 4, 8]
+    rates = [conv[0].dilation[0] for conv in model.classifier[0].convs[1:4]]
+    assert rates == [6, 12, 18]
+
+
+def test_deeplab_normalises_as_the_weights_ask(weights_file, photo, normalised):
+    path, network = weights_file("resnet50", "msra")
+    model = deeplabv3("resnet50", 4, path).eval()
+    with torch.no_grad():
+        found = model.backbone.network.forward_features(
+            (photo[None] - model.backbone.mean) / model.backbone.std, ["res4"]
+        )["res4"]
+    wanted = original_maps(network, photo, MSRA, normalised)["res4"]  # not dilated
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert any(key.endswith("backbone.mean") for key in model.state_dict())
+
+
+@pytest.mark.parametrize("scale, shift", [(255, 0), (4, -2)])
+def test_deeplab_refuses_other_ranges(scale, shift, photo):
+    model = deeplabv3("resnet18", 4).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match="0..1"):
+        model(photo[None] * scale + shift)
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def test_weights_of_another_network(weights_file):
+    path, _ = weights_file("resnet18", "msra")
+    with pytest.raises(WeightsError, match="holds a resnet18, not a resnet50"):
+        fpn_backbone("resnet50", path)
+
+
+def test_another_stride_than_the_weights(weights_file):
+    path, _ = weights_file("resnet50", "msra")
+    with pytest.raises(WeightsError, match="stride_in_1x1"):
+        fpn_backbone("resnet50", path, stride_in_1x1=False)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [("vgg16", {}, "dilated ResNet"), ("resnet18", {"output_stride": 32}, "16 or 8")],
+)
+def test_what_deeplab_cannot_do(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        deeplabv3(name, 4, **options)
