@@ -13,7 +13,8 @@ PACKAGE = "resnet_backbone"
 # A module may import its own layer and lower ones: tools -> these -> weights -> models -> torch.
 RANK = {"models": 0, "weights": 1, "builtin": 1, "config": 2, "": 2}
 RANK |= dict.fromkeys(("detection", "adapters", "engine", "data", "report"), 2)
-RANK["classification"] = 3  # where data and engine meet
+RANK["deploy"] = 1
+RANK |= {"classification": 3, "benchmark": 3}  # where data and engine meet, and all together
 STRANGERS = {"detection", "data", "engine"}  # these do not import one another
 SOURCES = sorted(path for top in (PACKAGE, "tools", "tests") for path in (ROOT / top).rglob("*.py"))
 IN_PACKAGE = [path for path in SOURCES if path.relative_to(ROOT).parts[0] == PACKAGE]

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Measure the loader, a training step or inference against the programs people use today.
+"""Measure the loader, training, inference and the FPN backbone beside what people use today.
 
   python tools/benchmark.py loader                   # images/s of one core
   python tools/benchmark.py train --dtype bf16       # ResNet-50 steps beside torchvision's
-  python tools/benchmark.py infer --batch 1 16
+  python tools/benchmark.py infer --batch 1 16       # forward passes beside torchvision's
+  python tools/benchmark.py fpn --compile            # R-50-FPN beside Detectron2's
 
 All candidates take turns within one run, in an order that rotates, so that a machine that slows
 down does so for all of them. Printed are the median and the range of images/s over the repeats,
@@ -32,11 +33,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from tqdm import tqdm
 
-from resnet_backbone import build_model
+from resnet_backbone.benchmark.turns import (
+    Run,
+    interleave,
+    print_table,
+    random_images,
+    relative_difference,
+    summarize,
+    waiter,
+)
 from resnet_backbone.data.augment import PaperAugmentation
 from resnet_backbone.data.batch import DataError
 from resnet_backbone.data.imagenet import ImageFiles, list_images
@@ -48,7 +55,6 @@ from resnet_backbone.engine.distributed import World
 from resnet_backbone.engine.networks import NetworkSpec
 from resnet_backbone.engine.optimizer import build_sgd
 from resnet_backbone.engine.step import StepOptions, TrainStep
-from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.weights import get_preprocessing
 from resnet_backbone.weights.inputs import InputNormalizer
 
@@ -70,57 +76,19 @@ With --images a last measurement trains our model on batches from the loader: im
 share of the time that the step waits for data."""
 
 INFER_HELP = """\
-Forward passes without gradients on normalised images that lie on the device. "folded" has the
-batch norms within the convolutions. The reference is torchvision's model in its default form."""
+Forward passes in inference mode on normalised fp32 images that lie on the device, contiguous. All
+networks have the same weights. Candidates:
+  torchvision           the reference: its model in its default form
+  ours, as built        build_model(...).eval(), nothing else
+  optimized             resnet_backbone.optimize_for_inference, in fp32 and bf16
+  compile               the same with torch.compile; compilation is not timed
+  onnxruntime, OpenVINO with --runtimes: the network that tools/export.py writes, on the CPU"""
 
-Run = Callable[[], int]  # processes some images and says how many
-
-
-def interleave(runs: dict[str, Run], repeats: int, wait: Callable[[], None]) -> dict[str, list]:
-    """Images/s of each candidate in each repeat, after one turn each that is not counted."""
-    names = list(runs)
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=(repeats + 1) * len(names), desc="measuring", unit="turn") as bar:
-        for repeat in range(repeats + 1):
-            first = repeat % len(names)
-            for name in names[first:] + names[:first]:
-                wait()
-                start = time.perf_counter()
-                images = runs[name]()
-                wait()
-                if repeat:
-                    rates[name].append(images / (time.perf_counter() - start))
-                bar.update()
-    return rates
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def summarize(rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """A row for each candidate; the first one is the reference."""
-    reference = next(iter(rates.values()))
-    return [
-        {
-            "name": name,
-            "images_per_s": spread(values),
-            "ratio": spread([v / r for v, r in zip(values, reference, strict=True)]),
-            "measurements": values,
-        }
-        for name, values in rates.items()
-    ]
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'':34}{'images/s':>10}  {'range':19}{'ratio':>7}  range")
-    for row in rows:
-        speed, ratio = row["images_per_s"], row["ratio"]
-        speeds = f"{speed['low']:.1f} ... {speed['high']:.1f}"
-        ratios = f"{ratio['low']:.2f} ... {ratio['high']:.2f}"
-        print(
-            f"{row['name']:34}{speed['median']:10.1f}  {speeds:19}{ratio['median']:7.2f}  {ratios}"
-        )
+FPN_HELP = """\
+R-50-FPN with frozen BN, stem and res2 frozen, one image, random equal weights. The reference is
+Detectron2's build_resnet_fpn_backbone as it comes; ours is build_paper_resnet_fpn_backbone as it
+comes, and after resnet_backbone.optimize_for_inference. A training pass is forward and backward of
+the backbone. Memory is that of a fresh process for each candidate (Linux, CPU)."""
 
 
 def run_loader(args: argparse.Namespace) -> dict[str, Any]:
@@ -183,11 +151,6 @@ def build_step(network: str, dtype: str, channels_last: bool, compiled: str, dev
     return TrainStep(model, optimizer, StepOptions(amp=amp, compile=compiled), World(device=device))
 
 
-def random_images(batch: int, size: int, channels_last: bool, device) -> torch.Tensor:
-    images = torch.randn(batch, 3, size, size, device=device)
-    return images.to(memory_format=torch.channels_last) if channels_last else images
-
-
 def train_steps(step: TrainStep, images, labels, count: int) -> int:
     for iteration in range(count):
         step(images, labels, iteration)
@@ -201,7 +164,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
     steps = {}
     for name, network, dtype, channels_last, compiled in variants(args):
         step = build_step(network, dtype, channels_last, compiled, device)
-        images = random_images(args.batch, args.size, channels_last, device)
+        images = random_images((args.batch, 3, args.size, args.size), channels_last, device)
         runs[name] = partial(train_steps, step, images, labels, args.steps)
         steps[name] = step
     rows = summarize(interleave(runs, args.repeats, waiter(device)))
@@ -254,67 +217,88 @@ def real_data(step: TrainStep, args: argparse.Namespace, device) -> dict[str, fl
     return {"images_per_s": total * args.batch / seconds, "data_share": waited / seconds}
 
 
-def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """Puts each batch norm into its convolution, in place; for evaluation."""
-    for conv in model.modules():
-        if isinstance(conv, ConvNorm) and isinstance(conv.norm, nn.BatchNorm2d):
-            norm = conv.norm
-            conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight,
-                conv.bias,
-                norm.running_mean,
-                norm.running_var,
-                norm.eps,
-                norm.weight,
-                norm.bias,
-            )
-            conv.norm = None
-    return model
-
-
 @torch.inference_mode()
-def forward(model: nn.Module, images, count: int) -> int:
+def forward(run: Callable, images: torch.Tensor, count: int) -> int:
     for _ in range(count):
-        model(images)
+        run(images)
     return count * len(images)
 
 
 def run_infer(args: argparse.Namespace) -> dict[str, Any]:
+    from resnet_backbone.benchmark import inference
+
     device = torch.device(args.device)
-    reference = NetworkSpec(f"torchvision/{args.model}", 1000).build().eval().to(device)
-    models = {f"torchvision {args.model}, fp32": (reference, torch.float32, False)}
-    for folded in (False, True):
-        for dtype in args.dtype:
-            model = build_model(args.model).eval()
-            model = fold_batch_norms(model) if folded else model
-            kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-            model = model.to(device, kind, memory_format=torch.channels_last)
-            name = f"ours, {dtype}, channels_last" + (", folded" if folded else "")
-            models[name] = (model, kind, True)
-    if args.compile:
-        for name, (model, *rest) in list(models.items())[1:]:
-            models[f"{name}, compile"] = (torch.compile(model), *rest)
+    if args.runtimes and device.type != "cpu":
+        raise ValueError("--runtimes measures CPUs: add --device cpu")
     result: dict[str, Any] = {}
     for batch in args.batch:
-        runs = {}
-        for name, (model, kind, channels_last) in models.items():
-            images = random_images(batch, args.size, channels_last, device).to(kind)
-            runs[name] = partial(forward, model, images, args.steps)
+        torch.compiler.reset()  # each batch size gets its own code, without dynamic shapes
+        found = inference.candidates(args.model, args.dtype, args.compile, device)
+        if args.runtimes:
+            found |= inference.runtimes(args.model, args.dtype, torch.get_num_threads())
+        images = torch.randn(batch, 3, args.size, args.size, device=device)
+        differences = output_differences(found, images)
+        runs = {name: partial(forward, run, images, args.steps) for name, run in found.items()}
         rows = summarize(interleave(runs, args.repeats, waiter(device)))
         print(f"batch {batch}:")
         print_table(rows)
-        result[f"batch_{batch}"] = rows
+        print_differences(differences)
+        result[f"batch_{batch}"] = {"rows": rows, "differences": differences}
     return result
 
 
-def waiter(device: torch.device) -> Callable[[], None]:
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+@torch.inference_mode()
+def output_differences(found: dict[str, Callable], images: torch.Tensor) -> dict[str, float]:
+    """Largest relative difference of each candidate's outputs from those of the first."""
+    (_, reference), *others = found.items()
+    expected = reference(images)
+    return {name: relative_difference(run(images), expected) for name, run in others}
+
+
+def print_differences(differences: dict[str, float]) -> None:
+    for name, value in differences.items():
+        print(f"{name:34}differs by {value:.1e} of the largest value")
+
+
+def fpn_pass(run: Callable, images: torch.Tensor, count: int) -> int:
+    for _ in range(count):
+        run(images)
+    return count * len(images)
+
+
+def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
+    from resnet_backbone.benchmark import fpn
+
+    device = torch.device(args.device)
+    images = torch.randn(1, 3, args.height, args.width, device=device)
+    differences = fpn.compare_both(device, images)
+    for precision, values in differences.items():
+        text = ", ".join(f"{name} {value:.1e}" for name, value in values.items())
+        print(f"ours differs from Detectron2's, relatively, in {precision}: {text}")
+    result: dict[str, Any] = {"differences": differences}
+    found = fpn.build_candidates(device, args.compile)
+    for kind in ("inference", "training"):
+        names = [name for name in found if name.startswith(kind)]
+        runs = {name: partial(fpn_pass, found[name], images, args.steps) for name in names}
+        rows = summarize(interleave(runs, args.repeats, waiter(device)))
+        print_table(rows)
+        result[kind] = rows
+    if device.type == "cpu" and not args.no_memory:
+        result["memory_mb"] = {
+            name: fpn.measure_memory(name, tuple(images.shape))
+            for name in tqdm(found, desc="memory", unit="process")
+            if not name.endswith("compile")
+        }
+        print("memory of a process that does one pass, MB (compiled ones are not measured):")
+        for name, value in result["memory_mb"].items():
+            print(f"{name:44}{value['peak']:8.0f} at most, {value['before']:.0f} before the pass")
+    return result
 
 
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """What a number needs beside it."""
     versions = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "timm", "numpy", "pillow", "simplejpeg"):
+    for name in VERSIONS:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -344,6 +328,19 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
+VERSIONS = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "detectron2",
+    "onnxruntime",
+    "openvino",
+)
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -352,6 +349,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_loader_arguments(commands)
     add_model_arguments(commands, "train", TRAIN_HELP)
     add_model_arguments(commands, "infer", INFER_HELP)
+    add_fpn_arguments(commands)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     if args.command != "loader":
@@ -359,6 +357,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             args.device = "cuda" if torch.cuda.is_available() else "cpu"
         if args.device == "cuda" and not torch.cuda.is_available():
             parser.error("--device cuda, but PyTorch sees no GPU here")
+        if args.command == "fpn":
+            return args
         if args.batch is None:
             size = 256 if args.device == "cuda" else 16
             args.batch = size if args.command == "train" else [1, size]
@@ -410,6 +410,25 @@ def add_model_arguments(commands, name: str, text: str) -> None:
         parser.add_argument("--workers", type=int, default=8, help="of --images (default: 8)")
     else:
         parser.add_argument("--batch", type=positive, nargs="+", help=text.format(", and 1"))
+        parser.add_argument(
+            "--runtimes", action="store_true", help="onnxruntime and OpenVINO too (CPU)"
+        )
+    add_common_arguments(parser, repeats=5)
+
+
+def add_fpn_arguments(commands) -> None:
+    parser = commands.add_parser(
+        "fpn",
+        description=FPN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="the R-50-FPN backbone beside Detectron2's",
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--height", type=positive, default=800, help="default: 800")
+    parser.add_argument("--width", type=positive, default=1216, help="default: 1216")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--no-memory", action="store_true", help="speed alone")
+    parser.add_argument("--steps", type=positive, default=1, help="of one turn (default: 1)")
     add_common_arguments(parser, repeats=5)
 
 
@@ -429,7 +448,7 @@ def positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    commands = {"loader": run_loader, "train": run_train, "infer": run_infer}
+    commands = {"loader": run_loader, "train": run_train, "infer": run_infer, "fpn": run_fpn}
     about = provenance(args)
     try:
         result = commands[args.command](args)

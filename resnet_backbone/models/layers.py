@@ -31,13 +31,8 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features) - eps)
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The map ``x * scale + shift`` that this layer computes; both of shape (C,)."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
     def forward(self, x: Tensor) -> Tensor:
-        scale, shift = self.scale_and_shift()
+        scale, shift = scale_and_shift(self)
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
@@ -56,6 +51,20 @@ class FrozenBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
+
+
+def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm | FrozenBatchNorm2d) -> tuple:
+    """The map ``x * scale + shift`` of a batch norm with fixed statistics.
+
+    Both have shape (C,) and at least single precision.
+    """
+    variance = norm.running_var
+    variance = variance.to(torch.promote_types(variance.dtype, torch.float32))
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = norm.weight * scale
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else norm.bias + shift
 
 
 def build_norm(norm: Norm, channels: int) -> nn.Module | None:
@@ -92,7 +101,10 @@ class ConvNorm(nn.Conv2d):
 
     The padding keeps the size at stride 1. There is a bias only where there is no norm.
     A frozen batch norm is folded into the kernel at each call, ``conv(x, w * scale, shift)``:
-    the same function and gradients with one pass less over the feature map.
+    the same function and gradients with one pass less over the feature map. So is a batch norm
+    in evaluation mode when no gradients are recorded, where the kernel is smaller than the map.
+    Nothing is kept between calls, so that changed weights always count;
+    :func:`resnet_backbone.optimize_for_inference` folds once and for all.
     """
 
     def __init__(
@@ -118,11 +130,29 @@ class ConvNorm(nn.Conv2d):
         self.norm = norm_layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.norm, FrozenBatchNorm2d):
-            scale, shift = self.norm.scale_and_shift()
-            return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+        if isinstance(self.norm, FrozenBatchNorm2d) or self._folding_pays(x):
+            scale, shift = scale_and_shift(self.norm)
+            weight = self.weight * scale[:, None, None, None]
+            dtype = self.weight.dtype
+            return self._conv_forward(x, weight.to(dtype), shift.to(dtype))
         x = super().forward(x)
         return x if self.norm is None else self.norm(x)
+
+    def _folding_pays(self, x: Tensor) -> bool:
+        """Whether the norm is a constant map here, and the kernel smaller than the output.
+
+        Exported and compiled graphs keep the norm, which their optimizers fold; so does a norm
+        whose hooks want its input.
+        """
+        norm = self.norm
+        if type(norm) is not nn.BatchNorm2d or norm.training or torch.is_grad_enabled():
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if norm.running_var is None or norm._forward_hooks or norm._forward_pre_hooks:
+            return False
+        pixels = x[:, 0].numel() // (self.stride[0] * self.stride[1])
+        return pixels >= self.weight[0].numel()
 
 
 class ConvNormAct(ConvNorm):

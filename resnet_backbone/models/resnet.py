@@ -79,7 +79,7 @@ class ResidualBlock(nn.Module):
             gate = torch.sigmoid(self.gate(x))
             y = gate * y + (1 - gate) * self.shortcut(x)
         elif self.shortcut is not None:
-            y = y + self.shortcut(x)
+            y += self.shortcut(x)
         return self.activation(y)
 
 
@@ -325,6 +325,7 @@ class ResNet(StagedNetwork):
             self.linear = nn.Linear(channels, num_classes)
         init_residual_network(self, activation, zero_init_residual)
         self.freeze(freeze_at)
+        self.to(memory_format=torch.channels_last)
 
     def forward_head(self, x: Tensor) -> Tensor:
         return self.linear(global_average_pool(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from resnet_backbone.models.layers import ConvNormAct, Norm, global_average_pool
@@ -60,6 +61,7 @@ class CifarResNet(StagedNetwork):
             self.linear = nn.Linear(channels, num_classes)
         init_residual_network(self, activation, zero_init_residual)
         self.freeze(freeze_at)
+        self.to(memory_format=torch.channels_last)
 
     def forward_head(self, x: Tensor) -> Tensor:
         return self.linear(global_average_pool(x))

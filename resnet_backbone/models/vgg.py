@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,6 +79,7 @@ class VGG(StagedNetwork):
             self.dropout = nn.Dropout(dropout)
         init_he(self, activation)
         self.freeze(freeze_at)
+        self.to(memory_format=torch.channels_last)
 
     def forward_head(self, x: Tensor) -> Tensor:
         x = F.adaptive_avg_pool2d(x, 7).flatten(1)

@@ -1,0 +1,1 @@
+"""What tools/benchmark.py measures: candidates that take turns, and their table."""
