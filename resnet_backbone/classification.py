@@ -109,9 +109,9 @@ class Job:
         model = self.spec.build()
         if self.config.train.sync_bn and self.world.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        if self.config.train.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        return model.to(self.device)
+        last = self.config.train.channels_last
+        layout = torch.channels_last if last else torch.contiguous_format
+        return model.to(self.device, memory_format=layout)
 
     def prepare(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
         images = self.normalizer(batch.images, batch.shift)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw a trained detector's detections on images and videos.
+"""Draw what a trained detector or segmentation model finds in images and videos.
 
 With a run of tools/train_net.py, on one image, on a folder, on what a pattern matches:
 
@@ -13,6 +13,9 @@ With a config and a checkpoint, also as one sheet and as numbers:
       --input photos/ --sheet sheet.png --json detections.json MODEL.WEIGHTS model_final.pth
 
 Any config key can be overridden by trailing pairs, for example INPUT.MIN_SIZE_TEST 480.
+A checkpoint that was trained on other input than the config gives it (INPUT.FORMAT,
+MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1) is refused with the line to write;
+RESNET_BACKBONE.WEIGHTS_INPUT set takes these values from the checkpoint.
 Small pictures are enlarged before drawing; boxes in the JSON file are x0, y0, x1, y1 in pixels of
 the original image (turned upright as its EXIF data says). Exit status: 0, all inputs were done;
 1, some could not be read (they are named at the end); 2, nothing was done, with the reason.
@@ -37,7 +40,11 @@ from tqdm import tqdm
 
 from resnet_backbone.detection import visualize
 from resnet_backbone.detection.cli import UsageError, load_config, one_line_errors
+from resnet_backbone.detection.draw_segments import draw_output
+from resnet_backbone.detection.handover import prepare_weights
+from resnet_backbone.detection.outputs import describe_output
 from resnet_backbone.detection.predictor import Predictor, UnreadableError, read_bgr, read_video
+from resnet_backbone.detection.segmentation import detects_objects
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -154,8 +161,11 @@ def build_config(args: argparse.Namespace):
         if "MODEL.WEIGHTS" not in args.opts[::2]:
             opts += ["MODEL.WEIGHTS", find_weights(args.run)]
     cfg = load_config(config, opts + args.opts)
+    for line in prepare_weights(cfg, given=args.opts[::2]):
+        print(f"weights: {line}")
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence
     return cfg
 
 
@@ -172,6 +182,8 @@ def find_weights(run: str) -> str:
 
 def find_class_names(cfg) -> list[str]:
     """The run's class names, else the data set's, else none, with a line that says so."""
+    if not detects_objects(cfg):
+        return []
     retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     number = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
     choices = [list(cfg.RESNET_BACKBONE.CLASS_NAMES)]
@@ -193,6 +205,7 @@ class Demo:
 
     def __init__(self, predictor, class_names: list[str], args: argparse.Namespace):
         self.predictor, self.class_names, self.args = predictor, class_names, args
+        self.label_names = list(predictor.cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES)
         self.detections: list[dict] = []
         self.pictures: list[tuple[str, np.ndarray]] = []
 
@@ -221,16 +234,11 @@ class Demo:
         return sum(numbers)
 
     def _detect(self, bgr: np.ndarray, where: dict) -> tuple[int, np.ndarray]:
-        found = self.predictor(bgr)["instances"].to("cpu")
-        boxes = found.pred_boxes.tensor.float().tolist()
-        classes, scores = found.pred_classes.tolist(), found.scores.tolist()
-        for index, score, box in zip(classes, scores, boxes, strict=True):
-            name = self.class_names[index] if self.class_names else index
-            box = [round(value, 2) for value in box]
-            self.detections.append({**where, "class": name, "score": round(score, 5), "box": box})
+        output, names = self.predictor(bgr), (self.class_names, self.label_names)
+        found = describe_output(output, *names)
+        self.detections += [{**where, **entry} for entry in found]
         rgb = np.ascontiguousarray(bgr[:, :, ::-1])
-        drawn = visualize.draw_detections(rgb, found, self.class_names, self.args.confidence)
-        return len(found), drawn
+        return len(found), draw_output(rgb, output, *names, self.args.confidence)
 
     def _keep(self, path: Path, picture: np.ndarray) -> None:
         if self.args.sheet and len(self.pictures) < self.args.sheet_max:

@@ -5,20 +5,28 @@ On your own data in PASCAL VOC layout, from ImageNet weights:
 
   python tools/train_net.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
       --voc-root VOCdevkit/VOC2007 --train-set trainval --test-set test --output-dir output/r50 \\
-      --weights resnet50_msra.safetensors RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra
+      --weights detectron2://ImageNetPretrained/MSRA/R-50.pkl
 
-From what tools/train_classifier.py trained; its channel order, mean, standard deviation and stride
-position are taken over:
+--weights takes over the input that the weights were trained on (INPUT.FORMAT, MODEL.PIXEL_MEAN,
+MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1): it is MODEL.WEIGHTS FILE with
+RESNET_BACKBONE.WEIGHTS_INPUT set. With MODEL.WEIGHTS alone these keys are checked, and a config
+that differs is refused with the line to write. FILE is what tools/train_classifier.py wrote; a
+.pth, .pkl, .safetensors or folder of torchvision, timm, Hugging Face, Caffe2 or Detectron2; a name
+such as torchvision://resnet50/IMAGENET1K_V2, timm://resnet50.a1_in1k, hf://microsoft/resnet-50,
+detectron2://... or https://...; or a whole detector's checkpoint, also of other classes. A file
+that does not say its input needs RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra, caffe_vgg or
+torchvision:
 
   python tools/train_net.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
-      --voc-root ... --weights output/resnet50/final.safetensors
+      --voc-root ... --weights resnet50_msra.safetensors RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra
 
 On COCO-style JSON:
 
   python tools/train_net.py --config-file configs/detection/coco/faster_rcnn_R_50_FPN.yaml \\
       --coco-json train.json val.json --image-root train_images val_images
 
-Continue after an interruption with --resume; evaluate only, with --eval-only MODEL.WEIGHTS FILE.
+Continue after an interruption with --resume; evaluate only, with --eval-only MODEL.WEIGHTS FILE,
+or --weights FILE to take over its input.
 Anything in the config can be overridden by trailing pairs, for example
 SOLVER.IMS_PER_BATCH 4 (learning rate and iterations follow by the linear rule) or
 SOLVER.AMP.ENABLED True (mixed precision; bf16 on a CPU).
@@ -60,8 +68,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--weights",
-        metavar="FILE.safetensors",
-        help="start from a classifier's weights and take over the input that they were trained on",
+        metavar="FILE",
+        help="MODEL.WEIGHTS FILE, and take over the input that these weights were trained on",
     )
     parser.add_argument("--num-gpus", type=int, default=1, help="GPUs on this machine (default: 1)")
     parser.add_argument("--dist-url", default="auto", help="tcp:// address for several GPUs")
@@ -70,12 +78,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.num_gpus > max(1, torch.cuda.device_count()):
         raise UsageError(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()} here")
-    if args.weights and args.eval_only:
-        raise UsageError(
-            "--weights is where a training starts; --eval-only takes a detector: MODEL.WEIGHTS "
-            "RUN/model_final.pth"
-        )
     return args
+
+
+def find_last_checkpoint(folder: str) -> str:
+    """The checkpoint from which a run goes on; "" where there is none."""
+    mark = os.path.join(folder, "last_checkpoint")
+    if not os.path.isfile(mark):
+        return ""
+    with open(mark) as file:
+        return os.path.join(folder, file.read().strip())
 
 
 def set_up(args: argparse.Namespace):
@@ -84,17 +96,17 @@ def set_up(args: argparse.Namespace):
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
-    from resnet_backbone.detection.handover import take_over
+    from resnet_backbone.detection.handover import prepare_weights
     from resnet_backbone.detection.schedule import scale_schedule
 
     cfg = load_config(args.config_file, args.opts)
-    taken = take_over(cfg, args.weights, given=args.opts[::2]) if args.weights else []
     if args.output_dir:
         cfg.OUTPUT_DIR = args.output_dir
     if args.eval_only:  # a run's own config and results stay as they are
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "eval")
-    resumes = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if not args.eval_only and not resumes:
+    last = find_last_checkpoint(cfg.OUTPUT_DIR) if args.resume and not args.eval_only else ""
+    taken = prepare_weights(cfg, given=args.opts[::2], weights=args.weights or "", resume_from=last)
+    if not args.eval_only and not last:
         refuse_frozen_random(cfg)
     planned = load_config(args.config_file, [])
     scaled = scale_schedule(cfg, planned, given=args.opts[::2])

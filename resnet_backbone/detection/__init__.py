@@ -12,7 +12,9 @@ except ImportError as error:
 from resnet_backbone.detection.backbones import PaperResNet, PaperVGG
 from resnet_backbone.detection.checkpoint import Checkpointer
 from resnet_backbone.detection.config import add_resnet_backbone_config
+from resnet_backbone.detection.handover import take_over
 from resnet_backbone.detection.heads import PaperRes5ROIHeads, VGGBoxHead
+from resnet_backbone.detection.projects import DeepLabResNet
 
 
 def setup_environment() -> None:
@@ -21,9 +23,11 @@ def setup_environment() -> None:
 
 __all__ = [
     "Checkpointer",
+    "DeepLabResNet",
     "PaperRes5ROIHeads",
     "PaperResNet",
     "PaperVGG",
     "VGGBoxHead",
     "add_resnet_backbone_config",
+    "take_over",
 ]

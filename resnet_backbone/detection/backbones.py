@@ -5,13 +5,15 @@ from __future__ import annotations
 from functools import partial
 from itertools import pairwise
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from resnet_backbone.detection.config import backbone_node
+from resnet_backbone.detection.config import UsageError, backbone_node
+from resnet_backbone.detection.inputs import StatesInput, config_input, origin_input
 from resnet_backbone.models import VGG, ResNet
 from resnet_backbone.models.layers import NORMS, Norm
 from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
@@ -28,12 +30,21 @@ class BackboneContract(Backbone):
         return {name: ShapeSpec(**self.features[name]._asdict()) for name in self.out_features}
 
 
-class PaperResNet(ResNet, BackboneContract):
+class PaperResNet(StatesInput, ResNet, BackboneContract):
     """:class:`resnet_backbone.models.ResNet` as a Detectron2 backbone; same arguments and keys."""
 
 
-class PaperVGG(VGG, BackboneContract):
+class PaperVGG(StatesInput, VGG, BackboneContract):
     """:class:`resnet_backbone.models.VGG` as a Detectron2 backbone; same arguments and keys."""
+
+
+class PaperFPN(FPN):
+    """Detectron2's FPN that refuses weights of other input before it takes any of its own."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if isinstance(self.bottom_up, StatesInput):
+            self.bottom_up.check_settings(state_dict, prefix + "bottom_up.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def resolve_norm(name: str) -> Norm:
@@ -88,10 +99,12 @@ def _refuse_other_variants(cfg: CfgNode) -> None:
 
 
 @BACKBONE_REGISTRY.register()
-def build_paper_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaperResNet:
+def build_paper_resnet_backbone(
+    cfg: CfgNode, input_shape: ShapeSpec, network_class: type[PaperResNet] = PaperResNet
+) -> PaperResNet:
     """ResNet-18/34/50/101/152 or a plain twin, returning ``MODEL.RESNETS.OUT_FEATURES``."""
     resnets, node = cfg.MODEL.RESNETS, backbone_node(cfg)
-    return PaperResNet(
+    network = network_class(
         resnets.DEPTH,
         in_channels=input_shape.channels,
         dilations=(1, 1, node.RES4_DILATION, resnets.RES5_DILATION),
@@ -102,13 +115,14 @@ def build_paper_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaperRe
         caffe_pool=node.CAFFE_POOL,
         **resnet_options(cfg),
     )
+    return _with_input(cfg, network)
 
 
 @BACKBONE_REGISTRY.register()
 def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaperVGG:
     """VGG-11/13/16/19 convolutions, returning ``RESNET_BACKBONE.VGG.OUT_FEATURES``."""
     vgg = backbone_node(cfg).VGG
-    return PaperVGG(
+    network = PaperVGG(
         vgg.DEPTH,
         in_channels=input_shape.channels,
         norm=resolve_norm(vgg.NORM),
@@ -116,6 +130,26 @@ def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaperVGG:
         out_features=vgg.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
+    return _with_input(cfg, network)
+
+
+def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
+    weights = cfg.MODEL.WEIGHTS
+    if weights and backbone_node(cfg).WEIGHTS_INPUT == "set":
+        raise UsageError(
+            f"RESNET_BACKBONE.WEIGHTS_INPUT is set, but nobody has read {weights} yet: call "
+            "resnet_backbone.detection.take_over(cfg, cfg.MODEL.WEIGHTS) before the model is built"
+        )
+    network.input_settings = config_input(cfg)
+    known = origin_input(weights)
+    network.origin = None if known is None else (weights, known)
+    return in_memory_format(cfg, network)
+
+
+def in_memory_format(cfg: CfgNode, module: nn.Module) -> nn.Module:
+    """Stores kernels as ``RESNET_BACKBONE.CHANNELS_LAST`` says; values and keys stay."""
+    last = backbone_node(cfg).CHANNELS_LAST
+    return module.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block) -> FPN:
@@ -133,7 +167,7 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block) -> FPN:
             f"FPN needs strides that double, got {strides}: "
             "remove the dilation (RES4_DILATION, RES5_DILATION) or choose other IN_FEATURES"
         )
-    return FPN(
+    pyramid = PaperFPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
@@ -141,6 +175,7 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+    return in_memory_format(cfg, pyramid)
 
 
 @BACKBONE_REGISTRY.register()

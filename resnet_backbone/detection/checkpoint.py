@@ -1,69 +1,55 @@
-"""Detectron2's checkpointer with safetensors backbones, and a check of their input."""
+"""Detectron2's checkpointer for weights from any source, checked before anything is loaded."""
 
 from __future__ import annotations
 
-import logging
-import os
+import re
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
-from resnet_backbone.models import StagedNetwork
-from resnet_backbone.weights.files import check_architecture, load_tensors, read_weights
-from resnet_backbone.weights.preprocessing import (
-    Preprocessing,
-    WeightsError,
-    get_preprocessing,
-    same_mean,
-    same_std,
+from resnet_backbone.detection.files import (
+    PREPROCESSING_KEY,
+    DetectorFile,
+    cached_by_detectron2,
+    open_weights,
+    without_query,
 )
+from resnet_backbone.detection.fit import (
+    add_folded_statistics,
+    refuse_folded,
+    refuse_misfit,
+    report_random,
+)
+from resnet_backbone.detection.inputs import (
+    describe_input,
+    differences,
+    networks,
+    origin_input,
+    origin_name,
+    refuse_other_input,
+)
+from resnet_backbone.models import StagedNetwork
+from resnet_backbone.weights.architecture import COUNTER
+from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
+from resnet_backbone.weights.loading import check_architecture, check_settings, fitting_tensors
+from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, get_preprocessing
+from resnet_backbone.weights.reading import read_network, single_precision
 
-logger = logging.getLogger(__name__)
-
-# Where a path says what the weights expect (Detectron2's model zoo, ImageNet section).
-KNOWN_ORIGINS = {
-    "ImageNetPretrained/MSRA/": "msra",
-    "ImageNetPretrained/torchvision/": "torchvision",
-}
-
-# Layers of the ImageNet networks that a detector runs per region.
-HEAD_LAYERS = {
-    "roi_heads.res5.": "res5.",
-    "roi_heads.box_head.fc6.": "fc6.",
-    "roi_heads.box_head.fc7.": "fc7.",
-}
-
-
-def _networks(model: nn.Module) -> list[StagedNetwork]:
-    return [module for module in model.modules() if isinstance(module, StagedNetwork)]
+__all__ = ["Checkpointer", "check_input", "describe_input", "find_network", "load_backbone"]
 
 
 def find_network(model: nn.Module) -> StagedNetwork:
     """The one network of this package inside a detector."""
-    for network in _networks(model):
+    for network in networks(model):
         return network
     raise WeightsError(
         "this detector has none of our backbones: set MODEL.BACKBONE.NAME, for example to "
         "build_paper_resnet_fpn_backbone"
-    )
-
-
-def describe_input(model: nn.Module) -> Preprocessing | None:
-    """The input that a Detectron2 meta-architecture feeds its backbone.
-
-    None if it does not say, or if the backbone is not one of ours.
-    """
-    mean, networks = getattr(model, "pixel_mean", None), _networks(model)
-    if mean is None or getattr(model, "input_format", None) not in ("RGB", "BGR") or not networks:
-        return None
-    return Preprocessing(
-        model.input_format,
-        255.0,
-        tuple(mean.flatten().tolist()),
-        tuple(model.pixel_std.flatten().tolist()),
-        stride_in_1x1=getattr(networks[0], "stride_in_1x1", None),
-        source="a Detectron2 config",
     )
 
 
@@ -76,35 +62,26 @@ def check_input(model: nn.Module, expected: Preprocessing, where: str) -> None:
     network, actual = find_network(model), describe_input(model)
     if actual is None:
         raise WeightsError(f"{where}: INPUT.FORMAT must be RGB or BGR to use these weights")
-    wrong = []
-    if actual.channel_order != expected.channel_order:
-        wrong.append(("INPUT.FORMAT", actual.channel_order, expected.channel_order))
-    mean, std = expected.pixel_mean_255(), expected.pixel_std_255()
-    if not same_mean(actual.mean, mean):
-        wrong.append(("MODEL.PIXEL_MEAN", _numbers(actual.mean), _numbers(mean)))
-    if not same_std(actual.std, std):
-        wrong.append(("MODEL.PIXEL_STD", _numbers(actual.std), _numbers(std)))
-    if wrong:
-        found = ", ".join(f"{key} is {have}" for key, have, _ in wrong)
-        mend = " ".join(f'{key} "{want}"' for key, _, want in wrong)
-        raise WeightsError(f"{where} was trained on other input: {found}; set {mend}")
+    refuse_other_input(actual, expected, where)
     check_architecture(network, expected, where)
 
 
-def _numbers(values) -> str:
-    return "[" + ", ".join(f"{value:.6g}" for value in values) + "]"
-
-
 class Checkpointer(DetectionCheckpointer):
-    """:class:`DetectionCheckpointer` that also reads our ``.safetensors`` backbones.
+    """:class:`DetectionCheckpointer` for weights from any source, which loads all or nothing.
 
-    Checkpoints that it writes carry their preprocessing and class names; loading one into a
-    detector with other input settings or another stride is refused, and so is resuming or
-    evaluating it with other classes. Files of other origins load as in Detectron2, but must fill
-    the whole backbone, and are checked where their preprocessing is named or known.
+    What :func:`resnet_backbone.weights.read_checkpoint` reads, and ``catalog://`` names and
+    addresses that Detectron2 knows, are told apart by their content. Weights of a backbone or a
+    classifier go into the backbone, res5 of C4 and fc6, fc7 of a VGG into the region head. Whole
+    detectors, ours or of Detectron2's zoo, load as Detectron2 does it. Files are read as data:
+    nothing in them is executed.
+
+    Weights that were trained on another input or stride than the detector's are refused, where
+    they, their origin or `preprocessing` say it. So are weights that lack tensors of the backbone
+    or have others in another shape, and checkpoints with other classes than those of `class_names`
+    when they are resumed or evaluated. The detector is unchanged after an error.
 
     Args:
-        preprocessing: see :func:`resnet_backbone.weights.read_weights`.
+        preprocessing: see :func:`resnet_backbone.weights.read_checkpoint`.
         class_names: of the detector, in order; empty: not known, not checked.
     """
 
@@ -124,84 +101,143 @@ class Checkpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs) -> None:
         described = describe_input(self.model)
         if described is not None:
-            kwargs["preprocessing"] = described.to_json()
+            kwargs[PREPROCESSING_KEY] = described.to_json()
         super().save(name, class_names=self.class_names, **kwargs)
 
-    def load(self, path: str, checkpointables: list[str] | None = None):
-        """Loads a file; ``checkpointables=[]`` means weights to start from, of any classes."""
-        if path and path.endswith(".safetensors"):
-            local = self.path_manager.get_local_path(path)
-            load_backbone(self.model, local, self.preprocessing)
+    def load(
+        self, path: str, checkpointables: list[str] | None = None, *, needs_detector: bool = False
+    ) -> dict[str, Any]:
+        """Loads weights; see :class:`Checkpointer`.
+
+        Args:
+            checkpointables: None resumes a training or evaluates: a detector's checkpoint must
+                fill every layer. ``[]`` means weights to start a training from, of any classes:
+                other parts than the backbone may be missing.
+            needs_detector: refuses weights of a backbone alone.
+
+        Returns:
+            What a detector's checkpoint holds beside its weights and `checkpointables`.
+
+        Raises:
+            WeightsError: with the file, the reason and what to write.
+        """
+        file = open_weights(path) if path else None
+        if path and file is None:
+            if needs_detector:
+                raise WeightsError(
+                    f"MODEL.WEIGHTS {path} holds a backbone or a classifier alone; give a "
+                    "checkpoint of a whole detector, such as output/run/model_final.pth"
+                )
+            source, _ = without_query(path)
+            load_backbone(self.model, cached_by_detectron2(source) or source, self.preprocessing)
             self.logger.info(f"Loaded the backbone from {path}")
             return {}
-        file = path.partition("?")[0] if path else ""  # a query belongs to DetectionCheckpointer
-        if file and "://" not in file and not os.path.isfile(file):
-            raise WeightsError(f"{file}: no such file; check MODEL.WEIGHTS or the path")
-        self._loading, self._same_classes = path, checkpointables is None
-        return super().load(path, checkpointables)
+        self._file, self._source, self._starts = file, path, checkpointables is not None
+        try:
+            return super().load(file.path if file else path, checkpointables)
+        finally:
+            self._parsed_url_during_load = None  # else it could not be used after an error
 
-    def _load_model(self, checkpoint):
-        model, path = self.model, self._loading
-        described = checkpoint.pop("preprocessing", None)
-        known = self.preprocessing or next((v for k, v in KNOWN_ORIGINS.items() if k in path), "")
-        if isinstance(described, str):
-            check_input(model, Preprocessing.from_json(described), path)
-        elif known:
-            check_input(model, get_preprocessing(known), path)
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        return self._file.read()
+
+    def _load_model(self, checkpoint: dict[str, Any]):
+        file: DetectorFile = self._file
+        expected = detector_input(file, self._source, self.preprocessing)
+        if expected is not None:
+            check_input(self.model, expected, self._source)
+        checkpoint.pop(PREPROCESSING_KEY, None)
         classes = checkpoint.pop("class_names", None) or self.class_names
-        if self._same_classes and self.class_names and classes != self.class_names:
+        if not self._starts and self.class_names and classes != self.class_names:
             raise WeightsError(
-                f"{path} was trained on the classes {classes}, these data have "
+                f"{self._source} was trained on the classes {classes}, these data have "
                 f"{self.class_names}: use the config.yaml of its run, or set "
                 "RESNET_BACKBONE.CLASS_NAMES to its classes"
             )
-        incompatible = super()._load_model(checkpoint)
-        _refuse_incomplete(model, incompatible, path)
-        return incompatible
+        checkpoint["model"] = _named_for(self.model, checkpoint, self._source)
+        refuse_misfit(self.model, checkpoint["model"], self._source, whole=not self._starts)
+        return super()._load_model(checkpoint)
 
 
-def _refuse_incomplete(model: nn.Module, incompatible, path: str) -> None:
-    """A backbone that keeps random layers after loading would train to something poor, silently."""
-    prefixes = [name for name, child in model.named_modules() if isinstance(child, StagedNetwork)]
-    layers = tuple(f"{name}." for name in (*prefixes, "roi_heads.res5"))
-    # Detectron1's files have the statistics folded into scale and shift
-    not_needed = ("num_batches_tracked", "running_mean", "running_var")
-    lacking = [*incompatible.missing_keys, *(k for k, *_ in incompatible.incorrect_shapes)]
-    lacking = [k for k in lacking if k.startswith(layers) and not k.endswith(not_needed)]
-    if lacking:
+def _named_for(model: nn.Module, checkpoint: dict[str, Any], where: str) -> dict[str, Tensor]:
+    """The tensors under the detector's names."""
+    tensors = checkpoint["model"]
+    if all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    if checkpoint.pop("matching_heuristics", False):
+        is_caffe2 = checkpoint.get("__author__") == "Caffe2"
+        tensors = align_and_update_state_dicts(model.state_dict(), tensors, is_caffe2)
+        add_folded_statistics(model, tensors, where)
+    return tensors
+
+
+def detector_input(file: DetectorFile, source: str, name: str) -> Preprocessing | None:
+    """The input that a detector's checkpoint was trained on; None if nobody says it.
+
+    Args:
+        source: as the user wrote it.
+        name: of ``PREPROCESSINGS``, for a file that does not say it; "" for none.
+
+    Raises:
+        WeightsError: the file and `name` say different things.
+    """
+    stated, named = file.stated_input(), get_preprocessing(name) if name else None
+    if stated is None:
+        return named or origin_input(source)
+    if named is not None and differences(stated, named):
         raise WeightsError(
-            f"{path} does not fill the backbone: {len(lacking)} tensors are missing or of another "
-            f"shape, such as {lacking[0]}; is it another depth, or another library's file? "
-            "(torchvision's: save it as .safetensors, see README, Weights)"
+            f"{source} carries its own preprocessing, which is not {name!r}: leave "
+            "RESNET_BACKBONE.WEIGHTS_PREPROCESSING out"
         )
+    return stated
 
 
-def load_backbone(model: nn.Module, path: str, preprocessing: str = "") -> None:
+def load_backbone(model: nn.Module, source: str, preprocessing: str = "") -> None:
     """Loads ImageNet weights into a detector: backbone, C4's res5, VGG's fc6 and fc7.
+
+    Args:
+        source, preprocessing: see :func:`resnet_backbone.weights.read_checkpoint`.
 
     Raises:
         WeightsError: input or stride mismatch, missing or wrongly shaped tensors. The detector
             is unchanged then.
     """
-    tensors, expected = read_weights(path, preprocessing)
-    check_input(model, expected, path)
-    head = _head_tensors(model, tensors, path)
-    load_tensors(find_network(model), tensors, path)
-    model.load_state_dict(head, strict=False)
+    weights = read_network(source, preprocessing or origin_name(source))
+    network = find_network(model)
+    check_input(model, expected_input(weights.preprocessing, weights.stated), source)
+    tensors = single_precision(weights.tensors)
+    fitting = fitting_tensors(network, tensors, source)
+    check_settings(network, weights.stated, source)
+    refuse_folded(network, fitting, source)
+    head = _head_tensors(model, tensors, source)
+    network.load_state_dict(fitting, strict=False)
+    state = model.state_dict()
+    for key, value in head.items():
+        state[key].copy_(value)
+
+
+def expected_input(found: Preprocessing, network: ModelSpec | None) -> Preprocessing:
+    """A preprocessing with the stride that the weights of other libraries always have."""
+    if found.stride_in_1x1 is None and network and re.match("torchvision/|timm/", network.name):
+        return replace(found, stride_in_1x1=False)
+    return found
 
 
 def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Tensors for the layers that a detector keeps in its region head."""
-    head = {}
+    """Tensors for the layers that a detector keeps in its region head.
+
+    A VGG file without classifier is whole; its fc6 and fc7 then start at random.
+    """
+    head, random = {}, []
     for key, own in model.state_dict().items():
         target = next((prefix for prefix in HEAD_LAYERS if key.startswith(prefix)), None)
-        if target is None or key.endswith("num_batches_tracked"):
+        if target is None or key.endswith(COUNTER):
             continue
         source = HEAD_LAYERS[target] + key[len(target) :]
         if source not in tensors:
-            if source.startswith("res5."):
-                raise WeightsError(f"{path} lacks {source}, a layer of the C4 head")
-            logger.warning("%s has no %s: this layer starts at random", path, source)
+            if source.startswith("res5.") or {"fc6.weight", "fc7.weight"} & tensors.keys():
+                raise WeightsError(f"{path} lacks {source}, a layer of this detector's region head")
+            random.append(key)
         elif tensors[source].shape != own.shape:
             raise WeightsError(
                 f"{path}: {source} has shape {tuple(tensors[source].shape)}, the head needs "
@@ -209,4 +245,5 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
             )
         else:
             head[key] = tensors[source]
+    report_random(random, path)
     return head

@@ -23,6 +23,15 @@ from resnet_backbone.detection.config import (
 )
 from resnet_backbone.detection.data import find_voc_classes, register_voc
 from resnet_backbone.detection.data.coco import register_coco
+from resnet_backbone.detection.projects import add_project_keys
+from resnet_backbone.detection.segmentation import (
+    add_label_arguments,
+    check_annotations,
+    detects_objects,
+    labels_pixels,
+    register_label_paths,
+    set_class_counts,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +78,7 @@ def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     if config_file:
         if not os.path.isfile(config_file):
             raise UsageError(f"{config_file}: no such config; configs/detection has ready ones")
+        _merge(cfg, lambda: add_project_keys(cfg, config_file, overrides))
         _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
     joined = next((word for word in overrides[::2] if "=" in word), None)
     if joined:
@@ -147,6 +157,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="image folders of the two JSON files; one folder serves both",
     )
+    add_label_arguments(data)
     data.add_argument(
         "--bad-data",
         choices=("drop", "refuse"),
@@ -165,6 +176,8 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UsageError("give --voc-root or --coco-json, not both")
     if args.voc_root:
         _register_voc_paths(cfg, args)
+    elif args.sem_seg:
+        register_label_paths(cfg, args, _image_roots(args))
     elif args.coco_json:
         _register_coco_paths(cfg, args)
     else:
@@ -179,17 +192,21 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> None:
         images = DatasetCatalog.get(name)
         boxes = sum(len(image.get("annotations", ())) for image in images)
         logger.info("data set %s: %d images, %d boxes", name, len(images), boxes)
-    classes = _common_classes(cfg)
-    cfg.RESNET_BACKBONE.CLASS_NAMES = classes
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
-    cfg.MODEL.RETINANET.NUM_CLASSES = len(classes)
+        if name in cfg.DATASETS.TRAIN and not args.eval_only:
+            check_annotations(cfg, name, images)
+    things, labels = [], []
+    if detects_objects(cfg):
+        things = _common_classes(cfg, "CLASS_NAMES", "thing_classes")
+    if labels_pixels(cfg):
+        labels = _common_classes(cfg, "STUFF_CLASS_NAMES", "stuff_classes")
+    set_class_counts(cfg, things, labels)
 
 
-def _common_classes(cfg: CfgNode) -> list[str]:
-    """The class names that all data sets agree on, and with them ``CLASS_NAMES`` if it is set."""
-    classes, source = list(cfg.RESNET_BACKBONE.CLASS_NAMES), "RESNET_BACKBONE.CLASS_NAMES"
+def _common_classes(cfg: CfgNode, key: str, kind: str) -> list[str]:
+    """The class names that all data sets agree on, and with them the config key if it is set."""
+    classes, source = list(cfg.RESNET_BACKBONE[key]), f"RESNET_BACKBONE.{key}"
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        found = list(MetadataCatalog.get(name).thing_classes)
+        found = list(MetadataCatalog.get(name).get(kind, []))
         if classes and found != classes:
             raise UsageError(
                 f"data set {name} has the classes {found}, {source} has {classes}: both need the "
@@ -214,10 +231,18 @@ def _register_voc_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
         register_voc(name, args.voc_root, split, classes, difficult, args.bad_data, decode)
 
 
-def _register_coco_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _image_roots(args: argparse.Namespace) -> list[str]:
     if not args.image_root or len(args.image_root) > 2:
-        raise UsageError("--coco-json TRAIN TEST needs --image-root DIR, or one for each file")
-    roots = (args.image_root * 2)[:2]
+        option, got = "--coco-json" if args.coco_json else "--sem-seg", args.image_root or ["none"]
+        raise UsageError(
+            f"{option} TRAIN TEST needs --image-root DIR, or one for each file; got "
+            f"{' '.join(got)} (KEY VALUE pairs go elsewhere than after these folders)"
+        )
+    return (args.image_root * 2)[:2]
+
+
+def _register_coco_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
+    roots = _image_roots(args)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("train:coco",), ("test:coco",)
     for name, file, root in zip(("train:coco", "test:coco"), args.coco_json, roots, strict=True):
         register_coco(name, file, root, args.bad_data, decode=name == "test:coco")

@@ -24,11 +24,17 @@ DEFAULTS = CfgNode(
             "NORM": "",
             "OUT_FEATURES": ["conv5"],  # or conv3, conv4, conv5, pool5 for FPN
         },
-        # Weights: the input they were trained on, where a file does not carry it:
-        # msra, caffe_vgg or torchvision.
+        # Weights: what happens to INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and
+        # MODEL.RESNETS.STRIDE_IN_1X1, which must be what MODEL.WEIGHTS were trained with.
+        # check: other values are an error; set: they get the values of the weights (by the tools,
+        # or by resnet_backbone.detection.take_over before the model is built).
+        "WEIGHTS_INPUT": "check",
+        # The input they were trained on, where a file does not carry it: msra, caffe_vgg or
+        # torchvision.
         "WEIGHTS_PREPROCESSING": "",
         # Data
         "CLASS_NAMES": [],  # in order; empty: from the data. Kept with the run and its checkpoints
+        "STUFF_CLASS_NAMES": [],  # of label pictures, label 0 first; as CLASS_NAMES
         "TRAIN_ON_DIFFICULT": False,  # VOC's difficult boxes; Faster R-CNN leaves them out
         # Training
         "REFERENCE_BATCH": 0,  # batch that BASE_LR, STEPS, MAX_ITER are meant for; 0: no scaling

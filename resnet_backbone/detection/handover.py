@@ -1,95 +1,196 @@
-"""``--weights FILE``: a detector takes over what a classifier's weights file says of its input."""
+"""``RESNET_BACKBONE.WEIGHTS_INPUT``: a config's input keys are checked against weights, or set."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
+from resnet_backbone.detection.checkpoint import detector_input, expected_input
 from resnet_backbone.detection.config import UsageError, backbone_node
-from resnet_backbone.models.resnet import DEPTHS, BottleneckBlock
+from resnet_backbone.detection.files import cached_by_detectron2, open_weights, without_query
+from resnet_backbone.detection.inputs import (
+    FORMAT,
+    MEAN,
+    STD,
+    STRIDE,
+    config_input,
+    has_bottlenecks,
+    origin_name,
+    refuse_other_input,
+)
+from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.weights import Preprocessing, WeightsError
-from resnet_backbone.weights.files import Description, describe_weights
+from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.weights.files import describe_weights
 from resnet_backbone.weights.preprocessing import same_mean, same_std
 
-STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
+logger = logging.getLogger(__name__)
+
+NODE_KEY, NAME_KEY = "RESNET_BACKBONE.WEIGHTS_INPUT", "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"
 # Norms with the tensors of batch norm.
 BATCH_NORMS = ("BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 
 
-def take_over(cfg: CfgNode, path: str, given: Collection[str] = ()) -> list[str]:
-    """Sets ``MODEL.WEIGHTS`` and the input that the weights were trained on, in place.
+def prepare_weights(
+    cfg: CfgNode, given: Collection[str] = (), *, weights: str = "", resume_from: str = ""
+) -> list[str]:
+    """Does what ``RESNET_BACKBONE.WEIGHTS_INPUT`` says, before data are read or a model is built.
 
-    What a file says of its input (``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``,
-    ``MODEL.RESNETS.STRIDE_IN_1X1``) replaces the config's values; the network that it names is
-    compared with the config's, which stays. A file without preprocessing follows
-    ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``.
+    "check" compares the config's input keys with what the weights were trained on, "set" takes
+    them over (see :func:`take_over`) and leaves "check" behind: the config is then final.
 
     Args:
         cfg: not frozen.
-        path: ``.safetensors``, for example ``final.safetensors`` of ``tools/train_classifier.py``.
-        given: keys that the user set; a value of theirs that contradicts the file is an error.
+        given: keys that the user set; a value of theirs that contradicts the weights is an error.
+        weights: ``--weights FILE``: ``MODEL.WEIGHTS FILE`` and "set".
+        resume_from: a checkpoint that is loaded in place of ``MODEL.WEIGHTS``.
 
     Returns:
-        What was taken over, one line each.
+        What was set, or could not be checked, one line each.
 
     Raises:
-        UsageError: ``MODEL.WEIGHTS`` among the given keys, a contradiction, another network.
-        WeightsError: the file is missing or damaged, or does not say its input.
+        UsageError: another value of the key, a contradiction, another network.
+        WeightsError: the weights are missing, damaged, or were trained on other input.
     """
-    if "MODEL.WEIGHTS" in given:
-        raise UsageError(f"--weights {path} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: give one")
-    if not path.endswith(".safetensors"):
-        raise UsageError(
-            f"--weights {path}: takes a classifier's .safetensors; a detector's checkpoint goes "
-            f"on from MODEL.WEIGHTS {path}"
-        )
-    found = describe_weights(path, backbone_node(cfg).WEIGHTS_PREPROCESSING)
+    mode = cfg.RESNET_BACKBONE.WEIGHTS_INPUT
+    if mode not in ("check", "set"):
+        raise UsageError(f"{NODE_KEY} is check or set, not {mode!r}")
+    if weights:
+        if "MODEL.WEIGHTS" in given:
+            raise UsageError(f"--weights {weights} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: give one")
+        if mode == "check" and NODE_KEY in given:
+            raise UsageError(f"--weights {weights} sets the input keys: leave {NODE_KEY} out")
+        cfg.MODEL.WEIGHTS, mode = weights, "set"
+    source, lines = resume_from or cfg.MODEL.WEIGHTS, []
+    if source:
+        follow = _take_over_input if mode == "set" else check_weights
+        lines = follow(cfg, source, given)
+    cfg.RESNET_BACKBONE.WEIGHTS_INPUT = "check"
+    return lines
+
+
+def check_weights(cfg: CfgNode, source: str, given: Collection[str] = ()) -> list[str]:
+    """Compares a config with what weights say of their input and network; it is not changed.
+
+    Args:
+        given: not looked at: all values count, whoever set them.
+
+    Returns:
+        A line for a detector's checkpoint that says no input and cannot be checked.
+
+    Raises:
+        WeightsError: another input, with the keys, both values and what to write; weights of a
+            backbone that say no input.
+        UsageError: another network.
+    """
+    found, actual = _describe(cfg, source), config_input(cfg)
     if found.model:
-        _check_network(cfg, network_keys(found.model, path), found.model["name"], path)
-    lines = [f"{path}: a {found.model['name']}" if found.model else f"{path}: a network unnamed"]
-    lines[0] += f", trained on {found.preprocessing.source or 'data that it does not name'}"
-    for key, value in _input_keys(cfg, found).items():
-        lines += _set(cfg, key, value, key in given, path)
+        _check_network(cfg, network_keys(found.model, source), found.model.name, source)
+    if found.input is None:
+        return [f"{source} does not say which input it was trained on: taken to be the config's"]
+    if actual is None:
+        raise WeightsError(f"{source}: INPUT.FORMAT must be RGB or BGR to use these weights")
+    refuse_other_input(actual, found.input, source)
+    return []
+
+
+def take_over(cfg: CfgNode, source: str, given: Collection[str] = ()) -> list[str]:
+    """Sets ``MODEL.WEIGHTS`` and the input that the weights were trained on, in place.
+
+    What weights say of their input (``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``,
+    ``MODEL.RESNETS.STRIDE_IN_1X1``) replaces the config's values; the network that they name is
+    compared with the config's, which stays. Weights without preprocessing follow
+    ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``.
+
+    Args:
+        cfg: not frozen; without the node ``RESNET_BACKBONE`` its defaults count.
+        source: of a backbone, a classifier or a whole detector; see
+            :class:`resnet_backbone.detection.Checkpointer`.
+        given: see :func:`prepare_weights`.
+
+    Returns, raises: see :func:`prepare_weights`.
+    """
+    lines = _take_over_input(cfg, source, given)
+    cfg.MODEL.WEIGHTS = source
+    if "RESNET_BACKBONE" in cfg:
+        cfg.RESNET_BACKBONE.WEIGHTS_INPUT = "check"
+    return lines
+
+
+def with_weights_input(cfg: CfgNode) -> CfgNode:
+    """A copy of a config, after :func:`take_over` where the config says "set"."""
+    copy = cfg.clone()
+    if copy.MODEL.WEIGHTS and backbone_node(copy).WEIGHTS_INPUT == "set":
+        copy.defrost()
+        for line in take_over(copy, copy.MODEL.WEIGHTS):
+            logger.info("weights: %s", line)
+    return copy
+
+
+def _take_over_input(cfg: CfgNode, source: str, given: Collection[str]) -> list[str]:
+    found = _describe(cfg, source)
+    if found.input is None:
+        raise WeightsError(
+            f"{source} does not say which input it was trained on: name it ({NAME_KEY} msra, "
+            f"caffe_vgg or torchvision), or set {FORMAT}, {MEAN}, {STD} and {STRIDE} yourself with "
+            f"{NODE_KEY} check"
+        )
+    if found.model:
+        _check_network(cfg, network_keys(found.model, source), found.model.name, source)
+    what = "a detector" if found.is_detector else "a network unnamed"
+    lines = [f"{source}: a {found.model.name}" if found.model else f"{source}: {what}"]
+    lines[0] += f", trained on {found.input.source or 'data that it does not name'}"
+    for key, value in _input_keys(cfg, found.input).items():
+        lines += _set(cfg, key, value, key in given, source)
     if found.has_mean_image:
         lines.append(
             "MODEL.PIXEL_MEAN holds the channel means of the file's mean image, which fits "
             "no image of another size"
         )
-    cfg.MODEL.WEIGHTS = path
     return lines
 
 
-def _input_keys(cfg: CfgNode, found: Description) -> dict[str, Any]:
-    """The config's input settings as the file asks for them."""
-    expected: Preprocessing = found.preprocessing
+class _Described(NamedTuple):
+    """What weights say of themselves."""
+
+    input: Preprocessing | None
+    model: ModelSpec | None = None
+    has_mean_image: bool = False
+    is_detector: bool = False
+
+
+def _describe(cfg: CfgNode, source: str) -> _Described:
+    name, detector = backbone_node(cfg).WEIGHTS_PREPROCESSING, open_weights(source)
+    if detector is not None:
+        return _Described(detector_input(detector, source, name), is_detector=True)
+    source, _ = without_query(source)
+    path = cached_by_detectron2(source) or source
+    found = describe_weights(path, name or origin_name(path))
+    model = ModelSpec(**found.model) if found.model else None
+    return _Described(expected_input(found.preprocessing, model), model, found.has_mean_image)
+
+
+def _input_keys(cfg: CfgNode, expected: Preprocessing) -> dict[str, Any]:
+    """The config's input settings as the weights ask for them."""
     wanted = {
-        "INPUT.FORMAT": expected.channel_order,
-        "MODEL.PIXEL_MEAN": [round(value, 4) for value in expected.pixel_mean_255()],
-        "MODEL.PIXEL_STD": [round(value, 4) for value in expected.pixel_std_255()],
+        FORMAT: expected.channel_order,
+        MEAN: [round(value, 4) for value in expected.pixel_mean_255()],
+        STD: [round(value, 4) for value in expected.pixel_std_255()],
     }
-    stride = expected.stride_in_1x1
-    if stride is None and re.match("torchvision/|timm/", found.model.get("name", "")):
-        stride = False  # theirs is always in the 3x3
-    if stride is not None and _has_bottlenecks(cfg):
-        wanted[STRIDE] = stride
+    if expected.stride_in_1x1 is not None and has_bottlenecks(cfg):
+        wanted[STRIDE] = expected.stride_in_1x1
     return wanted
-
-
-def _has_bottlenecks(cfg: CfgNode) -> bool:
-    """False where the backbone is known to have no block that ``STRIDE_IN_1X1`` could move."""
-    if "vgg" in cfg.MODEL.BACKBONE.NAME:
-        return False
-    return DEPTHS.get(cfg.MODEL.RESNETS.DEPTH, (BottleneckBlock,))[0] is BottleneckBlock
 
 
 def _set(cfg: CfgNode, key: str, value: Any, given: bool, path: str) -> list[str]:
     """Sets one key; the line that says so, none where it has that value already."""
     have = read_key(cfg, key)
-    same = {"MODEL.PIXEL_MEAN": same_mean, "MODEL.PIXEL_STD": same_std}.get(key)
+    same = {MEAN: same_mean, STD: same_std}.get(key)
     agree = same(have, value) if same else have == value
     if given and not agree:
         raise UsageError(
@@ -102,21 +203,23 @@ def _set(cfg: CfgNode, key: str, value: Any, given: bool, path: str) -> list[str
 
 
 def read_key(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
+    """The value of a dotted key; of our node also where a config was made without it."""
+    if key.startswith("RESNET_BACKBONE."):
+        cfg, key = backbone_node(cfg), key.removeprefix("RESNET_BACKBONE.")
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
 
 
-def network_keys(model: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The config keys that build the network of a file's metadata, with their values.
+def network_keys(model: ModelSpec, path: str) -> dict[str, Any]:
+    """The config keys that build the network that weights name, with their values.
 
     Raises:
         WeightsError: a network that no backbone here is.
     """
-    match = re.fullmatch(r"(?:(?:torchvision|timm)/)?(resnet|plain|vgg)(\d+)(_bn)?", model["name"])
+    match = re.fullmatch(r"(?:(?:torchvision|timm)/)?(resnet|plain|vgg)(\d+)(_bn)?", model.name)
     family, depth = (match[1], int(match[2])) if match else ("", 0)
-    options = model["options"]
+    options = model.options
     keys = {"RESNET_BACKBONE.ACTIVATION": options.get("activation", "relu")}
     if family == "vgg" and depth in VGG_DEPTHS:
         norm = options.get("norm", "BN" if match[3] else "")
@@ -131,7 +234,7 @@ def network_keys(model: Mapping[str, Any], path: str) -> dict[str, Any]:
             "RESNET_BACKBONE.CAFFE_POOL": options.get("caffe_pool", False),
         }
     known = f"ResNet-{'/'.join(map(str, DEPTHS))}, their plain twins, VGG-11/13/16/19"
-    raise WeightsError(f"{path} is a {model['name']}; detectors here have {known}: train one")
+    raise WeightsError(f"{path} is a {model.name}; detectors here have {known}: train one")
 
 
 def _check_network(cfg: CfgNode, keys: Mapping[str, Any], name: str, path: str) -> None:

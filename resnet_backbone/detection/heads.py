@@ -10,7 +10,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_backbone.detection.backbones import resnet_options
+from resnet_backbone.detection.backbones import in_memory_format, resnet_options
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import init_residual_network, resnet_stage
@@ -37,7 +37,7 @@ class PaperRes5ROIHeads(Res5ROIHeads):
             **resnet_options(cfg),
         )
         init_residual_network(stage, node.ACTIVATION, node.ZERO_INIT_RESIDUAL)
-        return stage, channels
+        return in_memory_format(cfg, stage), channels
 
 
 @ROI_BOX_HEAD_REGISTRY.register()

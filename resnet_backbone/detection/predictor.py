@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from detectron2.data.transforms import ResizeShortestEdge
 from torch import nn
 
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.handover import with_weights_input
 from resnet_backbone.detection.trainer import AutocastModel, Trainer, uses_cpu_autocast
-from resnet_backbone.weights import WeightsError
 
 
 class UnreadableError(ValueError):
@@ -33,17 +31,19 @@ class Predictor:
 
     Args:
         cfg: a detector's config; ``MODEL.WEIGHTS`` names its checkpoint and ``SOLVER.AMP.ENABLED``
-            turns bf16 on where ``MODEL.DEVICE`` is cpu. It is not changed.
+            turns bf16 on where ``MODEL.DEVICE`` is cpu. It is not changed: with
+            ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set", a copy follows the weights.
 
     Raises:
-        UsageError: ``MODEL.WEIGHTS`` is empty, cannot be read, or lacks parameters.
-        WeightsError: the weights were trained on other input than the config gives them.
+        UsageError: ``MODEL.WEIGHTS`` is empty.
+        WeightsError: the weights cannot be read, lack parameters or have them in another shape,
+            or were trained on other input than the config gives them.
     """
 
     def __init__(self, cfg: CfgNode):
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             raise UsageError(f"INPUT.FORMAT is RGB or BGR, not {cfg.INPUT.FORMAT!r}")
-        self.cfg = cfg.clone()
+        self.cfg = with_weights_input(cfg)
         detector = Trainer.build_model(self.cfg)
         load_detector(self.cfg, detector)
         detector.eval()
@@ -74,7 +74,7 @@ def load_detector(cfg: CfgNode, model: nn.Module) -> None:
     """Loads ``MODEL.WEIGHTS`` into every parameter and statistic of a detector.
 
     Raises:
-        UsageError, WeightsError: as :class:`Predictor`. The detector is useless then.
+        UsageError, WeightsError: as :class:`Predictor`. The detector is unchanged then.
     """
     weights = cfg.MODEL.WEIGHTS
     if not weights:
@@ -82,31 +82,7 @@ def load_detector(cfg: CfgNode, model: nn.Module) -> None:
             "MODEL.WEIGHTS is empty: add MODEL.WEIGHTS FILE, a checkpoint that tools/train_net.py "
             "wrote, such as output/run/model_final.pth"
         )
-    if "://" not in weights and not os.path.isfile(weights.partition("?")[0]):
-        raise UsageError(f"MODEL.WEIGHTS {weights}: no such file")
-    every = {
-        name: value
-        for name, value in model.state_dict().items()
-        if value.is_floating_point() and name not in ("pixel_mean", "pixel_std")
-    }
-    for value in every.values():
-        value.fill_(math.nan)  # what is not loaded stays so
-    try:
-        Trainer.build_checkpointer(cfg, model).load(weights)
-    except WeightsError:
-        raise
-    except Exception as error:  # an unpickler raises nearly anything on a broken file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(
-            f"MODEL.WEIGHTS {weights}: not a readable checkpoint ({reason})"
-        ) from error
-    lacking = [name for name, value in every.items() if not bool(value.isfinite().all())]
-    if lacking:
-        raise UsageError(
-            f"MODEL.WEIGHTS {weights}: {len(lacking)} of the detector's {len(every)} tensors "
-            f"are missing, of another shape, or not finite, such as {lacking[-1]}; give a "
-            "checkpoint of the whole detector, with the config that it was trained with"
-        )
+    Trainer.build_checkpointer(cfg, model).load(weights, needs_detector=True)
 
 
 def read_bgr(path: Path) -> np.ndarray:

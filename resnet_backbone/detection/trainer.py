@@ -24,6 +24,9 @@ from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint import Checkpointer
 from resnet_backbone.detection.evaluation import build_evaluator
+from resnet_backbone.detection.handover import with_weights_input
+from resnet_backbone.detection.projects import import_project
+from resnet_backbone.detection.segmentation import mapper_options
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +93,12 @@ class Trainer(DefaultTrainer):
 
     What differs from :class:`DefaultTrainer`: weights are checked against the config when they
     are loaded, ``SOLVER.AMP`` works on CPUs (bf16), convolutions run in channels_last, VOC and
-    COCO data sets bring their evaluator, unreadable images do not end a run.
+    COCO data sets bring their evaluator, unreadable images do not end a run. With
+    ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set", the config's input keys follow ``MODEL.WEIGHTS``.
     """
 
     def __init__(self, cfg: CfgNode):
+        cfg = with_weights_input(cfg)
         plain = cfg.clone()
         plain.defrost()
         plain.SOLVER.AMP.ENABLED = cfg.SOLVER.AMP.ENABLED and not uses_cpu_autocast(cfg)
@@ -113,11 +118,18 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):
-        return build_detection_train_loader(cfg, mapper=TolerantMapper(cfg, True))
+        mapper = TolerantMapper(cfg, True, **mapper_options(cfg))
+        return build_detection_train_loader(cfg, mapper=mapper)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         return build_detection_test_loader(cfg, dataset_name, mapper=TolerantMapper(cfg, False))
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR":
+            return import_project("deeplab").build_lr_scheduler(cfg, optimizer)
+        return super().build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
@@ -136,7 +148,7 @@ class Trainer(DefaultTrainer):
             model,
             cfg.OUTPUT_DIR,
             preprocessing=cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING,
-            class_names=cfg.RESNET_BACKBONE.CLASS_NAMES,
+            class_names=[*cfg.RESNET_BACKBONE.CLASS_NAMES, *cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES],
             **checkpointables,
         )
 

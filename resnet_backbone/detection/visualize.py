@@ -81,7 +81,7 @@ def draw_detections(
         for score, index, box in sorted(found, key=lambda entry: -entry[0])
         if score >= threshold
     ]
-    return _draw(image, marks)
+    return draw_marks(image, marks)
 
 
 def draw_ground_truth(
@@ -100,7 +100,7 @@ def draw_ground_truth(
         Mark(tuple(map(float, box)), class_name(class_names, int(index)), class_colour(int(index)))
         for box, index in zip(boxes, classes, strict=True)
     ]
-    return _draw(image, marks)
+    return draw_marks(image, marks)
 
 
 def enlargement(height: int, width: int) -> float:
@@ -180,8 +180,11 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(path, size)
 
 
-def _draw(image: np.ndarray, marks: Sequence[Mark]) -> np.ndarray:
-    """Boxes, the first mark's on top, then labels, the first mark's at the best place."""
+def draw_marks(image: np.ndarray, marks: Sequence[Mark], frames: bool = True) -> np.ndarray:
+    """Boxes, the first mark's on top, then labels, the first mark's at the best place.
+
+    With ``frames=False``, labels alone.
+    """
     picture = Image.fromarray(image).convert("RGB")
     scale = enlargement(picture.height, picture.width)
     if scale > 1:
@@ -191,7 +194,7 @@ def _draw(image: np.ndarray, marks: Sequence[Mark]) -> np.ndarray:
     line = max(2, round(side / 190))
     font = _font(max(12, round(side / (34 if len(marks) <= 12 else 42))))
     boxes = [_clip([scale * value for value in mark.box], picture.size) for mark in marks]
-    for box, mark in reversed(list(zip(boxes, marks, strict=True))):
+    for box, mark in reversed(list(zip(boxes, marks, strict=True)) if frames else []):
         around = (box[0] - 1, box[1] - 1, box[2] + 1, box[3] + 1)
         pen.rectangle(around, outline="black", width=line + 2)  # seen on ground of its own colour
         pen.rectangle(box, outline=mark.colour, width=line)

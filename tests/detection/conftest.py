@@ -1,6 +1,7 @@
 """What the Detectron2 tests share: configs, random weights, a tiny data set."""
 
 import importlib.util
+import json
 import logging
 from pathlib import Path
 
@@ -8,11 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 from torch import nn
+
+from resnet_backbone.weights import Preprocessing
 
 PROJECT = Path(__file__).resolve().parents[2]
 CONFIGS = PROJECT / "configs" / "detection"
 COLOURS = {"bar": (220, 40, 40), "box": (40, 60, 230)}
+INPUT = Preprocessing("RGB", 255.0, (130.0, 121.5, 110.0), (60.0, 61.0, 62.5), source="our digits")
 SPLITS = {"train": range(6), "test": range(6, 8)}
 
 
@@ -123,6 +128,24 @@ def images():
         image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
         inputs.append(dict(image=image, instances=instances, height=size[0], width=size[1]))
     return inputs
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Function (network, preprocessing, options) -> a file with that metadata and no network."""
+
+    from resnet_backbone.weights.files import MEAN_IMAGE_KEY, METADATA_KEY, MODEL_KEY
+
+    def write(name="resnet18", expected=INPUT, mean_image=False, **options) -> str:
+        notes = {} if expected is None else {METADATA_KEY: expected.to_json()}
+        if name:
+            spec = {"name": name, "num_classes": 10, "options": options}
+            notes[MODEL_KEY] = json.dumps(spec)
+        key = MEAN_IMAGE_KEY if mean_image else "x"
+        save_file({key: torch.zeros(3, 2, 2)}, tmp_path / "file.safetensors", notes)
+        return str(tmp_path / "file.safetensors")
+
+    return write
 
 
 @pytest.fixture

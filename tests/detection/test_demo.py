@@ -121,20 +121,32 @@ def test_bf16_gives_float_boxes_in_the_image(run):
     assert found.pred_boxes.tensor.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["", "nowhere.pth", "broken.pth", "backbone.pth"])
-def test_weights_of_less_than_a_detector_are_refused(run, tmp_path, name):
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("", "MODEL.WEIGHTS is empty"),
+        ("nowhere.pth", "nowhere.pth: no such file; check MODEL.WEIGHTS"),
+        ("broken.pth", "broken.pth is damaged|broken.pth holds"),
+        ("part.pth", "part.pth lacks .* weights of less than the whole detector"),
+        ("backbone.pth", "MODEL.WEIGHTS .*backbone.pth holds a backbone or a classifier alone"),
+    ],
+)
+def test_weights_of_less_than_a_detector_are_refused(run, tmp_path, name, message):
     whole = torch.load(run / "model_final.pth", weights_only=True)["model"]
     part = {key: value for key, value in whole.items() if key.startswith("backbone.")}
-    torch.save({"model": part}, tmp_path / "backbone.pth")
+    torch.save({"model": part}, tmp_path / "part.pth")
+    prefix = "backbone.bottom_up."
+    bare = {key.removeprefix(prefix): v for key, v in part.items() if key.startswith(prefix)}
+    torch.save(bare, tmp_path / "backbone.pth")
     (tmp_path / "broken.pth").write_bytes(b"torn")
-    with pytest.raises(UsageError, match="MODEL.WEIGHTS") as caught:
+    with pytest.raises((UsageError, WeightsError), match=message) as caught:
         Predictor(config("MODEL.WEIGHTS", str(tmp_path / name) if name else ""))
     assert "\n" not in str(caught.value)
 
 
 def test_other_classes_are_refused(run):
     cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"), "MODEL.ROI_HEADS.NUM_CLASSES", "5")
-    with pytest.raises(UsageError, match="of another shape"):
+    with pytest.raises(WeightsError, match="of another shape.* is the number of classes another"):
         Predictor(cfg)
 
 
@@ -145,6 +157,22 @@ def test_wrong_preprocessing_is_refused(run, photos, tmp_path, capsys):
     assert call(run, *arguments) == 2
     assert_one_line(capsys, "INPUT.FORMAT is RGB", "set INPUT.FORMAT")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_input_can_follow_the_checkpoint(run, photos, tmp_path, capsys):
+    """A base config of other input, and WEIGHTS_INPUT set; what the user says too must agree."""
+    config_file = tmp_path / "config.yaml"
+    config_file.write_text((run / "config.yaml").read_text().replace("FORMAT: BGR", "FORMAT: RGB"))
+    arguments = ["--config-file", config_file, "--input", photos, "--json", tmp_path / "a.json"]
+    arguments = [*map(str, arguments), "MODEL.WEIGHTS", str(run / "model_final.pth")]
+    with pytest.raises(SystemExit):
+        demo.main(arguments)
+    assert_one_line(capsys, "INPUT.FORMAT is RGB", 'set INPUT.FORMAT "BGR"')
+    demo.main([*arguments, "RESNET_BACKBONE.WEIGHTS_INPUT", "set"])
+    assert "weights: INPUT.FORMAT RGB -> BGR" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        demo.main([*arguments, "RESNET_BACKBONE.WEIGHTS_INPUT", "set", "INPUT.FORMAT", "RGB"])
+    assert_one_line(capsys, "INPUT.FORMAT RGB contradicts")
 
 
 def test_one_image_to_a_file(run, photos, tmp_path, capsys):

@@ -27,8 +27,10 @@ def model(make_cfg, small):
 def test_another_librarys_file_does_not_start_a_random_backbone(model, tmp_path):
     path = str(tmp_path / "torchvision.pth")
     torch.save(resnet18().state_dict(), path)
-    with pytest.raises(WeightsError, match="does not fill the backbone: .* README, Weights"):
+    with pytest.raises(WeightsError, match="torchvision.pth does not say which input"):
         Checkpointer(model).load(path, checkpointables=[])
+    with pytest.raises(WeightsError, match='PIXEL_MEAN is .*; set INPUT.FORMAT "RGB" MODEL.PIX'):
+        Checkpointer(model, preprocessing="torchvision").load(path, checkpointables=[])
 
 
 def test_a_backbone_of_another_shape_is_refused(model, tmp_path):
@@ -69,7 +71,7 @@ def test_a_checkpoint_without_statistics_is_not_evaluated(make_cfg, small, model
     state = {k: v for k, v in model.state_dict().items() if "running_" not in k}
     path = str(tmp_path / "model.pth")
     torch.save({"model": state}, path)
-    with pytest.raises(UsageError, match="running_"):
+    with pytest.raises(WeightsError, match="running_"):
         load_detector(make_cfg(CONFIG, **small, MODEL__WEIGHTS=path), model)
 
 
@@ -93,7 +95,8 @@ def test_data_sets_with_other_class_orders_are_refused(make_cfg, tmp_path):
         write_coco(tmp_path / f"{name}.json", classes)
         register_coco(f"refusals:{name}", str(tmp_path / f"{name}.json"), str(tmp_path))
     cfg = make_cfg(CONFIG, DATASETS__TRAIN=("refusals:one",), DATASETS__TEST=("refusals:two",))
-    arguments = type("Arguments", (), dict(voc_root=None, coco_json=None, bad_data="drop"))()
+    paths = dict(voc_root=None, coco_json=None, sem_seg=None, eval_only=False, bad_data="drop")
+    arguments = type("Arguments", (), paths)()
     with pytest.raises(UsageError, match="same names in the same order"):
         set_up_data(cfg, arguments)
 

@@ -16,6 +16,8 @@ from detectron2.data.datasets import register_pascal_voc
 from detectron2.engine import DefaultPredictor, DefaultTrainer
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 
+from resnet_backbone.weights import WeightsError
+
 NAMES = {"train": "upstream_train", "test": "upstream_test"}
 
 
@@ -69,6 +71,13 @@ def test_default_trainer_trains_resumes_and_predicts(cfg, tmp_path):
 
     cfg.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    for key, value in (("INPUT.FORMAT", "RGB"), ("MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675])):
+        other = cfg.clone()
+        other.merge_from_list([key, value])
+        with pytest.raises(WeightsError, match=f"trained on other input: {key} is .*; set {key}"):
+            DefaultPredictor(other)
+        with pytest.raises(WeightsError, match=f"trained on other input: {key} is .*; set {key}"):
+            Trainer(other).resume_or_load(resume=True)
     image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
     found = DefaultPredictor(cfg)(image)["instances"]
     again.model.eval()

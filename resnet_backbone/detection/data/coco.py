@@ -42,7 +42,7 @@ def scan_coco(
     Raises:
         DataError: no such file, or it is not JSON.
     """
-    categories, problems = _inspect(json_file)
+    categories, problems = inspect_json(json_file)
     report = DataReport(json_file, problems=list(problems))
     if not categories:
         return [], report
@@ -132,7 +132,7 @@ def register_coco(
         ValueError: `name` is registered already with other arguments.
     """
     json_file, image_root = os.path.abspath(json_file), os.path.abspath(image_root)
-    categories, problems = _inspect(json_file)
+    categories, problems = inspect_json(json_file)
     if not categories:
         raise DataError("\n".join([f"{json_file} cannot be used:", *list_problems(problems, 10)]))
     options = {"on_bad": on_bad, "decode": decode}
@@ -147,7 +147,7 @@ def register_coco(
     register_once(name, lambda: load_coco_instances(json_file, image_root, **options), metadata)
 
 
-def _inspect(json_file: str):
+def inspect_json(json_file: str):
     """Categories {id: name} by rising id, and problems; no categories if the file is unusable."""
     if not os.path.isfile(json_file):
         raise DataError(f"{json_file} does not exist; give the path of a COCO annotation file")

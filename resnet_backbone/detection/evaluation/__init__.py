@@ -1,4 +1,4 @@
-"""Evaluation of detectors: VOC (area and 11-point AP) and COCO."""
+"""Evaluation: VOC (area and 11-point AP), COCO (boxes and masks), semantic, panoptic."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from .coco import build_coco_evaluator
+from .panoptic import PanopticEvaluator
+from .segmentation import build_panoptic_evaluators, build_semantic_evaluator
 from .voc import VOCEvaluator, format_table
 from .voc_ap import evaluate_voc
 
 __all__ = [
+    "PanopticEvaluator",
     "VOCEvaluator",
     "build_coco_evaluator",
     "build_evaluator",
@@ -21,6 +24,9 @@ EVALUATORS = {
     "voc": VOCEvaluator,
     "pascal_voc": VOCEvaluator,
     "coco": build_coco_evaluator,
+    "sem_seg": build_semantic_evaluator,
+    "cityscapes_sem_seg": build_semantic_evaluator,
+    "coco_panoptic_seg": build_panoptic_evaluators,
 }
 """MetadataCatalog's evaluator_type -> callable(dataset_name, output_dir)."""
 
@@ -29,7 +35,7 @@ def build_evaluator(dataset_name: str, output_dir: str | None = None) -> Dataset
     """The evaluator that suits a registered data set.
 
     Args:
-        dataset_name: its metadata's evaluator_type decides: "voc", "pascal_voc" or "coco".
+        dataset_name: its metadata's evaluator_type decides, see :data:`EVALUATORS`.
         output_dir: folder for the result files; None writes none.
 
     Raises:

@@ -1,0 +1,234 @@
+"""Data sets with label pictures: semantic segmentation from folders, panoptic from COCO's format.
+
+A label picture is an 8-bit grey PNG of its image's size and name whose pixels are class numbers;
+255 is ignored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from .catalog import register_once
+from .coco import inspect_json, scan_coco
+from .panoptic import CLASSES_FILE, IGNORE, label_name, read_panoptic
+from .problems import DataError, DataReport, apply_policy, read_image_size
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+SAMPLE = 200
+"""Labels whose pixels are read when a data set is loaded, spread over it; of others the header."""
+
+
+def read_class_names(label_root: str) -> list[str]:
+    """Names of the labels 0, 1, ... from ``classes.txt`` in a label folder.
+
+    Raises:
+        DataError: no such file, no names, or more than fit.
+    """
+    path = Path(label_root) / CLASSES_FILE
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: write the classes, one a line, label 0 first")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    names = [name for name in names if name]
+    if not 1 < len(names) <= IGNORE:
+        raise DataError(f"{path} names {len(names)} classes; 2 to {IGNORE} are possible")
+    return names
+
+
+def register_semantic(
+    name: str, image_root: str, label_root: str, on_bad: str = "drop", decode: bool = False
+) -> None:
+    """Registers images and label pictures of the same names (and sub-folders) under `name`.
+
+    Metadata: stuff_classes (from ``classes.txt``), ignore_label 255, evaluator_type "sem_seg".
+
+    Args:
+        on_bad, decode: as :func:`resnet_backbone.detection.data.load_coco_instances`.
+
+    Raises:
+        DataError: a folder or ``classes.txt`` is missing; when the data set is loaded, what
+            `on_bad` says, and pixels that are no class.
+    """
+    image_root, label_root = os.path.abspath(image_root), os.path.abspath(label_root)
+    for folder in (image_root, label_root):
+        if not os.path.isdir(folder):
+            raise DataError(f"{folder}: no such folder")
+    classes = read_class_names(label_root)
+    options = {"on_bad": on_bad, "decode": decode}
+    metadata = {
+        "stuff_classes": classes,
+        "image_root": image_root,
+        "sem_seg_root": label_root,
+        "ignore_label": IGNORE,
+        "evaluator_type": "sem_seg",
+        **options,
+    }
+
+    def load() -> list[dict]:
+        report = DataReport(label_root)
+        records = _pair(image_root, label_root, report)
+        records = drop_bad_labels(records, len(classes), report, decode)
+        if not records:
+            report.add("empty-split", label_root, "no usable image with a label picture")
+        apply_policy(report, on_bad)
+        return records
+
+    register_once(name, load, metadata)
+
+
+def _pair(image_root: str, label_root: str, report: DataReport) -> list[dict]:
+    """A record for every label picture that has an image."""
+    images = {
+        label_name(path.relative_to(image_root).as_posix()): path
+        for path in sorted(Path(image_root).rglob("*"))
+        if path.suffix.lower() in IMAGES
+    }
+    records = []
+    for path in sorted(Path(label_root).rglob("*.png")):
+        image = images.get(path.relative_to(label_root).as_posix())
+        if image is None:
+            report.add("missing-image", str(path), f"no image of this name in {image_root}")
+            continue
+        records.append({"file_name": str(image), "sem_seg_file_name": str(path)})
+    return records
+
+
+def drop_bad_labels(
+    records: Sequence[dict], num_classes: int, report: DataReport, decode: bool = False
+) -> list[dict]:
+    """Leaves out images and labels that cannot be read or are of different sizes.
+
+    Args:
+        records: with ``file_name`` and ``sem_seg_file_name``; not changed.
+        report: gets the problems and the number of images.
+        decode: also find images that are cut short.
+
+    Returns:
+        Records with ``height``, ``width`` and ``image_id``.
+
+    Raises:
+        DataError: label pictures in colour or with a palette, which Detectron2 would turn into
+            other numbers without a word, or pixels that are no class.
+    """
+    report.num_images += len(records)
+    kept, step = [], max(1, len(records) // SAMPLE)
+    for number, record in enumerate(tqdm(records, desc="checking labels", disable=None)):
+        try:
+            width, height = read_image_size(record["file_name"], decode)
+            size = check_label(record["sem_seg_file_name"], num_classes, number % step == 0)
+        except OSError as error:
+            report.add("unreadable-image", record["file_name"], f"image or its label: {error}")
+            continue
+        if size != (width, height):
+            detail = f"the image is {width}x{height}, its label {size[0]}x{size[1]}"
+            report.add("size-mismatch", record["file_name"], detail)
+            continue
+        kept.append({"image_id": number, **record, "height": height, "width": width})
+    return kept
+
+
+def check_label(path: str, num_classes: int, pixels: bool) -> tuple[int, int]:
+    """Width and height of a label picture.
+
+    Raises:
+        OSError: it is missing or broken.
+        DataError: it is not 8-bit grey, or (with `pixels`) has a value that is no class.
+    """
+    with Image.open(path) as label:
+        size, mode = label.size, label.mode
+        values = np.unique(np.asarray(label)) if pixels and mode == "L" else np.empty(0)
+    if mode != "L":
+        raise DataError(
+            f"{path} is a picture of mode {mode}: labels are 8-bit grey, mode L, pixel = class "
+            "number (a palette picture p: Image.fromarray(numpy.asarray(p)).save(path))"
+        )
+    wrong = values[(values >= num_classes) & (values != IGNORE)]
+    if len(wrong):
+        raise DataError(f"{path} has label {wrong[0]}; there are {num_classes} classes from 0")
+    return size
+
+
+def register_panoptic(
+    name: str,
+    json_file: str,
+    image_root: str,
+    label_root: str,
+    panoptic_json: str,
+    panoptic_root: str = "",
+    on_bad: str = "drop",
+    decode: bool = False,
+) -> None:
+    """Registers what Panoptic FPN trains on: instances, "stuff" labels, and COCO's panoptic format.
+
+    It is Detectron2's "separated" form. Metadata: that of :func:`register_coco`, and
+    stuff_classes ("things" first), stuff_dataset_id_to_contiguous_id, panoptic_json,
+    panoptic_root, ignore_label 255, evaluator_type "coco_panoptic_seg".
+
+    Args:
+        label_root: label pictures: 0 things, then the stuff classes by rising category id
+            (Detectron2's ``prepare_panoptic_fpn.py``; tools/make_segmentation_labels.py).
+        panoptic_root: its pictures; empty: `panoptic_json` without ``.json``, as COCO has it.
+
+    Raises:
+        DataError: a missing file or folder, or JSON files that do not belong together.
+    """
+    paths = [json_file, image_root, label_root, panoptic_json]
+    json_file, image_root, label_root, panoptic_json = map(os.path.abspath, paths)
+    panoptic_root = os.path.abspath(panoptic_root or panoptic_json.removesuffix(".json"))
+    things, stuff = read_panoptic_categories(json_file, panoptic_json)
+    for folder in (image_root, label_root, panoptic_root):
+        if not os.path.isdir(folder):
+            raise DataError(f"{folder}: no such folder")
+    classes, options = ["things", *stuff.values()], {"on_bad": on_bad, "decode": decode}
+    metadata = {
+        "thing_classes": list(things.values()),
+        "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(things)},
+        "stuff_classes": classes,
+        "stuff_dataset_id_to_contiguous_id": {0: 0, **{c: i + 1 for i, c in enumerate(stuff)}},
+        "json_file": json_file,
+        "image_root": image_root,
+        "sem_seg_root": label_root,
+        "panoptic_json": panoptic_json,
+        "panoptic_root": panoptic_root,
+        "ignore_label": IGNORE,
+        "evaluator_type": "coco_panoptic_seg",
+        **options,
+    }
+
+    def load() -> list[dict]:
+        records, report = scan_coco(json_file, image_root, decode)
+        for record in records:
+            relative = os.path.relpath(record["file_name"], image_root)
+            record["sem_seg_file_name"] = os.path.join(label_root, label_name(relative))
+        report.num_images = 0  # counted again
+        records = drop_bad_labels(records, len(classes), report)
+        apply_policy(report, on_bad)
+        return records
+
+    register_once(name, load, metadata)
+
+
+def read_panoptic_categories(
+    json_file: str, panoptic_json: str
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Things and stuff {category id: name}, each by rising id.
+
+    Raises:
+        DataError: not COCO's panoptic format, no stuff, or other things than the instances have.
+    """
+    things, _ = inspect_json(json_file)
+    categories = read_panoptic(panoptic_json)["categories"]
+    entries = sorted((c["id"], c["name"], bool(c["isthing"])) for c in categories)
+    found = {number: name for number, name, is_thing in entries if is_thing}
+    stuff = {number: name for number, name, is_thing in entries if not is_thing}
+    if found != things or not stuff:
+        raise DataError(
+            f"{panoptic_json} has {len(found)} classes of things and {len(stuff)} of stuff, "
+            f"{json_file} has {len(things)} things: they need the same things, and some stuff"
+        )
+    return things, stuff

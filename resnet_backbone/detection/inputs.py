@@ -1,0 +1,218 @@
+"""What a detector feeds its backbone, and the refusal of weights that know another input.
+
+The facts are ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD`` and
+``MODEL.RESNETS.STRIDE_IN_1X1``. With a wrong one weights load without complaint and cost accuracy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from resnet_backbone.models import BottleneckBlock, StagedNetwork
+from resnet_backbone.models.resnet import DEPTHS
+from resnet_backbone.weights.architecture import COUNTER
+from resnet_backbone.weights.conventions import BY_ADDRESS
+from resnet_backbone.weights.keymaps.detectron2 import INPUT_SETTINGS
+from resnet_backbone.weights.preprocessing import (
+    PREPROCESSINGS,
+    Preprocessing,
+    WeightsError,
+    same_mean,
+    same_std,
+)
+from resnet_backbone.weights.sources import CATALOG
+
+FORMAT, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
+STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
+_ORDERS = ("RGB", "BGR")
+
+
+def config_input(cfg: CfgNode) -> Preprocessing | None:
+    """The input that a config gives its backbone; None if it is not an image in RGB or BGR."""
+    stride = cfg.MODEL.RESNETS.STRIDE_IN_1X1 if has_bottlenecks(cfg) else None
+    return _stated(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, stride)
+
+
+def describe_input(model: nn.Module) -> Preprocessing | None:
+    """The input that a Detectron2 meta-architecture gives its backbone.
+
+    None if it does not say, or if the backbone is not one of ours.
+    """
+    network = next(iter(networks(model)), None)
+    known, mean = getattr(network, "input_settings", None), getattr(model, "pixel_mean", None)
+    if known is not None or network is None or mean is None:
+        return known
+    # Made without a config: what the meta-architecture says, which of those for labels is no format
+    bottlenecks = any(isinstance(module, BottleneckBlock) for module in network.modules())
+    stride = network.stride_in_1x1 if bottlenecks else None
+    order = getattr(model, "input_format", None)
+    return _stated(order, mean.flatten().tolist(), model.pixel_std.flatten().tolist(), stride)
+
+
+def origin_input(source: str) -> Preprocessing | None:
+    """The input that published weights need, where their name or the end of their path says it.
+
+    Args:
+        source: such as ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, or a copy of it in a
+            folder ``ImageNetPretrained/MSRA``. Nothing is fetched or read.
+    """
+    source = CATALOG.get(source.removeprefix("catalog://"), source)
+    for address, known in BY_ADDRESS.items():
+        folder = address.split("/", 4)[-1]  # https: / / host / project / folder
+        if folder in source:
+            return known
+    return None
+
+
+def origin_name(path: str) -> str:
+    """The name in ``PREPROCESSINGS`` of a local file's :func:`origin_input`; "" for none."""
+    known = None if "://" in path else origin_input(path)
+    names = (name for name, one in PREPROCESSINGS.items() if known and one.same_input(known))
+    return next(names, "")
+
+
+def networks(model: nn.Module) -> list[StagedNetwork]:
+    """The networks of this package inside a detector."""
+    return [module for module in model.modules() if isinstance(module, StagedNetwork)]
+
+
+def has_bottlenecks(cfg: CfgNode) -> bool:
+    """False where the backbone is known to have no block that ``STRIDE_IN_1X1`` could move."""
+    if "vgg" in cfg.MODEL.BACKBONE.NAME:
+        return False
+    return DEPTHS.get(cfg.MODEL.RESNETS.DEPTH, (BottleneckBlock,))[0] is BottleneckBlock
+
+
+def _stated(order, mean, std, stride: bool | None) -> Preprocessing | None:
+    if order not in _ORDERS or len(mean) != 3 or len(std) != 3:
+        return None
+    return Preprocessing(
+        order, 255.0, tuple(mean), tuple(std), stride_in_1x1=stride, source="a Detectron2 config"
+    )
+
+
+def differences(actual: Preprocessing, expected: Preprocessing) -> list[tuple[str, Any, Any]]:
+    """(config key, value of `actual`, value of `expected`) for each key that matters and differs.
+
+    Strides are compared where both are known.
+    """
+    wanted_mean, wanted_std = expected.pixel_mean_255(), expected.pixel_std_255()
+    mean, std = actual.pixel_mean_255(), actual.pixel_std_255()
+    strides = actual.stride_in_1x1, expected.stride_in_1x1
+    found = []
+    if actual.channel_order != expected.channel_order:
+        found.append((FORMAT, actual.channel_order, expected.channel_order))
+    if not same_mean(mean, wanted_mean):
+        found.append((MEAN, _numbers(mean), _numbers(wanted_mean)))
+    if not same_std(std, wanted_std):
+        found.append((STD, _numbers(std), _numbers(wanted_std)))
+    if None not in strides and strides[0] != strides[1]:
+        found.append((STRIDE, *strides))
+    return found
+
+
+def refuse_other_input(actual: Preprocessing, expected: Preprocessing, where: str) -> None:
+    """Refuses weights that were trained on other input than a detector gives them.
+
+    Raises:
+        WeightsError: one line with each config key, its value and the right one to write.
+    """
+    wrong = differences(actual, expected)
+    if wrong:
+        found = ", ".join(f"{key} is {have}" for key, have, _ in wrong)
+        mend = " ".join(f'{key} "{want}"' for key, _, want in wrong)
+        raise WeightsError(f"{where} was trained on other input: {found}; set {mend}")
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.6g}" for value in values) + "]"
+
+
+def to_tensor(stated: Preprocessing) -> Tensor:
+    """float32 (8,): 0 for RGB or 1 for BGR, mean and std in 0..255, stride (-1: not known)."""
+    stride = -1.0 if stated.stride_in_1x1 is None else float(stated.stride_in_1x1)
+    order = float(_ORDERS.index(stated.channel_order))
+    return torch.tensor([order, *stated.pixel_mean_255(), *stated.pixel_std_255(), stride])
+
+
+def from_tensor(values: Tensor) -> Preprocessing:
+    """What :func:`to_tensor` wrote, also if it was rounded to half precision since.
+
+    Raises:
+        WeightsError: any other tensor.
+    """
+    order, *numbers, stride = values.float().tolist() if values.shape == (8,) else (-1.0, -1.0)
+    strides = {-1.0: None, 0.0: False, 1.0: True}
+    if order not in (0.0, 1.0) or stride not in strides or not all(map(math.isfinite, numbers)):
+        raise WeightsError(f"a checkpoint's {INPUT_SETTINGS} is not what this package writes")
+    return Preprocessing(
+        _ORDERS[int(order)],
+        255.0,
+        tuple(numbers[:3]),
+        tuple(numbers[3:]),
+        stride_in_1x1=strides[stride],
+        source="a detector's checkpoint",
+    )
+
+
+class StatesInput(nn.Module):
+    """A network that says in its detector's state dict which input it was trained on.
+
+    Where :attr:`input_settings` is known, the state dict of a module around this one has the entry
+    ``input_settings`` (see :func:`to_tensor`), and loading one that says otherwise is an error.
+    That holds for whatever loads and saves the detector, such as Detectron2's ``DefaultPredictor``
+    and ``DefaultTrainer``. State dicts without the entry load, and the network's own state dict
+    holds weights alone.
+
+    Attributes:
+        input_settings: what the config gives the network; None: not known, not checked.
+        origin: name and input of ``MODEL.WEIGHTS`` where the name alone says the input: state
+            dicts that do not speak for themselves are taken to come from there.
+    """
+
+    input_settings: Preprocessing | None = None
+    origin: tuple[str, Preprocessing] | None = None
+
+    def check_settings(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Refuses a detector's state dict whose part below `prefix` does not fit this network.
+
+        Raises:
+            WeightsError: the entry names another input; or it is there, but not all of the
+                network, which is so when Detectron2 leaves out tensors of another shape.
+        """
+        if self.input_settings is None or not prefix:
+            return
+        stated = state_dict.get(prefix + INPUT_SETTINGS)
+        if stated is not None:
+            refuse_other_input(self.input_settings, from_tensor(stated), "the checkpoint")
+            self._refuse_part(state_dict, prefix)
+        elif self.origin is not None and any(key.startswith(prefix) for key in state_dict):
+            name, expected = self.origin
+            refuse_other_input(self.input_settings, expected, f"MODEL.WEIGHTS {name}")
+
+    def _refuse_part(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        own = {f"{prefix}{key}" for key in self.state_dict()} | {prefix + INPUT_SETTINGS}
+        found = {key for key in state_dict if key.startswith(prefix)}
+        differ = sorted(key for key in own ^ found if not key.endswith(COUNTER))
+        if differ:
+            raise WeightsError(
+                f"the checkpoint is of another backbone: {len(differ)} tensors are in one of the "
+                f"two alone or of another shape, such as {differ[0]}; is it another depth? (to "
+                f"load a part of it, take {prefix}{INPUT_SETTINGS} out)"
+            )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if prefix and self.input_settings is not None:
+            destination[prefix + INPUT_SETTINGS] = to_tensor(self.input_settings)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.check_settings(state_dict, prefix)
+        state_dict.pop(prefix + INPUT_SETTINGS, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,204 @@
+"""A detector's state dict says which input it was trained on, to whatever loads it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultPredictor
+from detectron2.modeling import build_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resnet_backbone.detection import Checkpointer
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.inputs import from_tensor, to_tensor
+from resnet_backbone.detection.predictor import Predictor
+from resnet_backbone.weights import Preprocessing, WeightsError
+
+R18, R50 = "voc/faster_rcnn_R_18_FPN.yaml", "voc/faster_rcnn_R_50_FPN.yaml"
+KEY = "backbone.bottom_up.input_settings"
+STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
+OTHER_INPUTS = {
+    "INPUT.FORMAT": ("RGB", 'INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"'),
+    "MODEL.PIXEL_MEAN": (
+        [123.675, 116.28, 103.53],
+        r'is \[123.675, 116.28, 103.53\]; set MODEL.PIXEL_MEAN "\[103.53, 116.28, 123.675\]"',
+    ),
+    "MODEL.PIXEL_STD": ([58.0] * 3, r'is \[58, 58, 58\]; set MODEL.PIXEL_STD "\[1, 1, 1\]"'),
+    STRIDE: (False, f'{STRIDE} is False; set {STRIDE} "True"'),
+}
+
+
+@pytest.fixture
+def make(make_cfg, small):
+    """Function (config file, KEY=value...) -> config of a small detector."""
+
+    def run(file=R50, **keys):
+        tests = dict(MODEL__RPN__POST_NMS_TOPK_TEST=20, TEST__DETECTIONS_PER_IMAGE=6)
+        keys = small | tests | dict(MODEL__WEIGHTS="", INPUT__MIN_SIZE_TEST=96) | keys
+        return make_cfg(file, MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.0, **keys)
+
+    return run
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_unchanged(model, before):
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def save(checkpointer, cfg, folder):
+    """The config, MODEL.WEIGHTS being a detector of random weights that `checkpointer` saved."""
+    torch.manual_seed(0)
+    checkpointer(build_model(cfg), str(folder)).save("model")
+    cfg.MODEL.WEIGHTS = str(folder / "model.pth")
+    return cfg
+
+
+@pytest.mark.parametrize("writer", [DetectionCheckpointer, Checkpointer])
+def test_default_predictor_finds_what_ours_finds(make, tmp_path, writer):
+    cfg = save(writer, make(R18), tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    ours, theirs = (kind(cfg)(image)["instances"] for kind in (Predictor, DefaultPredictor))
+    assert len(ours) == len(theirs) > 0
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("key", OTHER_INPUTS)
+@pytest.mark.parametrize(
+    "writer, predictor",
+    # upstream's checkpointer writes no notes beside the state dict
+    [(Checkpointer, DefaultPredictor), (DetectionCheckpointer, Predictor)],
+)
+def test_predictors_refuse_other_input(make, tmp_path, writer, predictor, key):
+    cfg = save(writer, make(R50 if key == STRIDE else R18), tmp_path)
+    value, message = OTHER_INPUTS[key]
+    cfg.merge_from_list([key, value])
+    with pytest.raises(WeightsError, match=message) as caught:
+        predictor(cfg)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file", [R18, "voc/faster_rcnn_R_18_C4.yaml", "voc/faster_rcnn_VGG_16_FPN.yaml"]
+)
+def test_nothing_is_loaded_before_the_error(make, file):
+    state = build_model(make(file)).state_dict()
+    model = build_model(make(file, INPUT__FORMAT="RGB"))
+    before = state_of(model)
+    with pytest.raises(WeightsError, match="INPUT.FORMAT is RGB"):
+        model.load_state_dict(state)
+    assert_unchanged(model, before)
+
+
+def test_stride_counts_where_there_are_bottlenecks(make):
+    state = build_model(make(R18)).state_dict()
+    build_model(make(R18, **{STRIDE.replace(".", "__"): False})).load_state_dict(state)
+    assert state[KEY][-1] == -1
+
+
+def test_means_of_one_convention_are_one(make):
+    state = build_model(make(R18)).state_dict()
+    build_model(make(R18, MODEL__PIXEL_MEAN=[103.939, 116.779, 123.68])).load_state_dict(state)
+
+
+def test_foreign_states_load_strictly(make):
+    """Those of Detectron2, of older checkpoints, of a backbone alone."""
+    model = build_model(make(R18))
+    state = model.state_dict()
+    del state[KEY]
+    assert not any(model.load_state_dict(state, strict=True))
+    network = model.backbone.bottom_up
+    assert not any("input_settings" in key for key in network.state_dict())
+    assert not any(network.load_state_dict(network.state_dict(), strict=True))
+
+
+def test_a_detector_of_unknown_input_takes_every_state(make):
+    model = build_model(make(R18))
+    model.backbone.bottom_up.input_settings = None
+    model.load_state_dict(build_model(make(R18, INPUT__FORMAT="RGB")).state_dict(), strict=True)
+    assert KEY not in model.state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
+def test_it_survives_other_precisions(make, dtype):
+    state = {k: v.to(dtype) for k, v in build_model(make(R18)).state_dict().items()}
+    build_model(make(R18)).load_state_dict(state)
+    with pytest.raises(WeightsError, match="INPUT.FORMAT"):
+        build_model(make(R18, INPUT__FORMAT="RGB")).load_state_dict(state)
+    assert build_model(make(R18)).to(dtype).state_dict()[KEY].dtype == torch.float32
+
+
+def test_it_survives_copies_and_averages(make):
+    model = copy.deepcopy(build_model(make(R18)))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    assert torch.equal(averaged.module.state_dict()[KEY], model.state_dict()[KEY])
+
+
+@pytest.mark.parametrize("values", [[1.0], [2.0, *[1.0] * 7], [1.0] * 6 + [float("nan"), 1.0]])
+def test_damaged_settings(make, values):
+    state = build_model(make(R18)).state_dict()
+    state[KEY] = torch.tensor(values)
+    with pytest.raises(WeightsError, match="input_settings is not what this package writes"):
+        build_model(make(R18)).load_state_dict(state)
+
+
+colours = st.tuples(*[st.floats(0.5, 255, width=32)] * 3)
+
+
+@given(st.sampled_from(["RGB", "BGR"]), colours, colours, st.sampled_from([True, False, None]))
+def test_round_trip(order, mean, std, stride):
+    stated = Preprocessing(order, 255.0, mean, std, stride_in_1x1=stride)
+    again = from_tensor(to_tensor(stated))
+    assert (again.channel_order, again.mean, again.std) == (order, mean, std)
+    assert again.stride_in_1x1 is stride
+
+
+# Weights whose name says their input, with Detectron2's own trainer
+
+
+MSRA = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
+
+
+@pytest.mark.parametrize("source", [MSRA, "catalog://ImageNetPretrained/MSRA/R-50"])
+def test_names_of_the_zoo_speak_for_states_that_do_not(make, source):
+    foreign = build_model(make(R18)).state_dict()
+    del foreign[KEY]
+    build_model(make(R18, MODEL__WEIGHTS=source)).load_state_dict(foreign)
+    model = build_model(make(R18, MODEL__WEIGHTS=source, INPUT__FORMAT="RGB"))
+    before = state_of(model)
+    with pytest.raises(WeightsError, match=f'{source} was trained on .* set INPUT.FORMAT "BGR"'):
+        model.load_state_dict(foreign)
+    assert_unchanged(model, before)
+    own = build_model(make(R18, INPUT__FORMAT="RGB")).state_dict()
+    model.load_state_dict(own)  # a run that goes on from its own checkpoint
+
+
+def test_upstreams_checkpointer_refuses_the_zoos_weights(make, tmp_path, monkeypatch):
+    """As Detectron2's DefaultTrainer would start; the file is made here."""
+    cfg = make(R18, MODEL__WEIGHTS="detectron2://ImageNetPretrained/torchvision/R-50.pkl")
+    model, path = build_model(cfg), tmp_path / "R-50.pth"
+    torch.save(model.backbone.bottom_up.state_dict(), path)
+    checkpointer = DetectionCheckpointer(model)
+    monkeypatch.setattr(checkpointer.path_manager, "get_local_path", lambda *a, **k: str(path))
+    with pytest.raises(
+        WeightsError, match=r'torchvision/R-50.pkl was .* "\[123.675, 116.28, 103.5'
+    ):
+        checkpointer.load(f"{cfg.MODEL.WEIGHTS}?matching_heuristics=True")
+
+
+def test_set_needs_someone_to_set(make):
+    cfg = make(RESNET_BACKBONE__WEIGHTS_INPUT="set")
+    build_model(cfg)  # there is nothing to follow
+    cfg.MODEL.WEIGHTS = MSRA
+    with pytest.raises(UsageError, match=r"call resnet_backbone.detection.take_over\(cfg, cfg"):
+        build_model(cfg)

@@ -1,0 +1,255 @@
+"""Every config of configs/segmentation builds, takes a training step, and predicts its kind.
+
+A new config joins these tests by existing.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
+
+from detectron2.modeling import build_backbone, build_model  # noqa: E402
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks  # noqa: E402
+from detectron2.utils.events import EventStorage  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+from resnet_backbone.detection import DeepLabResNet, PaperResNet  # noqa: E402
+from resnet_backbone.detection.cli import UsageError, load_config  # noqa: E402
+from resnet_backbone.detection.segmentation import (  # noqa: E402
+    detects_objects,
+    labels_pixels,
+    mapper_options,
+    set_class_counts,
+)
+from resnet_backbone.detection.trainer import Trainer  # noqa: E402
+from resnet_backbone.weights import WeightsError  # noqa: E402
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "segmentation"
+CONFIGS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.glob("*/*.yaml"))
+DEEPLAB = "coco/deeplab_v3plus_R_50_OS16.yaml"
+TINY = {
+    "MODEL.FPN.OUT_CHANNELS": 32,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 20,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 8,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "TEST.DETECTIONS_PER_IMAGE": 5,
+}
+DEEPLAB_TINY = {"MODEL.SEM_SEG_HEAD.ASPP_CHANNELS": 32, "INPUT.CROP.ENABLED": False}
+POINT_TINY = {"MODEL.ROI_MASK_HEAD.FC_DIM": 32, "MODEL.POINT_HEAD.FC_DIM": 32}
+
+
+def load(name, *overrides, depth=18):
+    """A config with narrow heads on ResNet-18."""
+    keys = dict(TINY)
+    keys |= DEEPLAB_TINY if "deeplab" in name else {}
+    keys |= POINT_TINY if "pointrend" in name else {}
+    if "deeplab" in name and depth == 18:
+        keys["MODEL.RESNETS.RES5_MULTI_GRID"] = [1, 2]  # one rate for each block of res5
+    pairs = [str(word) for pair in keys.items() for word in pair]
+    own = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", str(depth), "MODEL.WEIGHTS", ""]
+    cfg = load_config(str(FOLDER / name), [*pairs, *own, *overrides])
+    things = ["a", "b", "c"] if detects_objects(cfg) else []
+    set_class_counts(cfg, things, ["background", "x", "y", "z"] if labels_pixels(cfg) else [])
+    return cfg
+
+
+def example(cfg, size=(64, 75)):
+    """An input of any size with what the model learns from."""
+    height, width = size
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    found = {"image": image, "height": 2 * height, "width": 2 * width, "image_id": 1}
+    if detects_objects(cfg):
+        boxes = [[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 70.0, 40.0]]
+        polygons = [[[x0, y0, x1, y0, x1, y1, x0, y1]] for x0, y0, x1, y1 in boxes]
+        masks = PolygonMasks(polygons)
+        if cfg.INPUT.MASK_FORMAT == "bitmask":
+            masks = BitMasks.from_polygon_masks(masks, height, width)
+        found["instances"] = Instances(
+            size, gt_boxes=Boxes(boxes), gt_classes=torch.tensor([0, 2]), gt_masks=masks
+        )
+    if labels_pixels(cfg):
+        found["sem_seg"] = torch.randint(0, 4, size, generator=generator)
+        found["sem_seg"][:5] = 255
+    return found
+
+
+def losses_of(cfg):
+    known = set()
+    if detects_objects(cfg):
+        known = {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"}
+    if "pointrend" in cfg.MODEL.ROI_HEADS.NAME.lower():
+        known |= {"loss_mask_point"}
+    return known | ({"loss_sem_seg"} if labels_pixels(cfg) else set())
+
+
+def test_there_is_a_config_for_each_family():
+    for family in ("mask_rcnn_R_50_FPN", "mask_rcnn_R_50_C4", "pointrend", "panoptic", "semantic"):
+        assert any(family in name for name in CONFIGS), family
+    for version in ("v3", "v3plus"):
+        assert {f"coco/deeplab_{version}_R_50_OS{stride}.yaml" for stride in (8, 16)} < set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_learns_and_predicts(name):
+    cfg = load(name)
+    torch.manual_seed(0)
+    model = Trainer.build_model(cfg)
+    head = "roi_heads.mask_head" if detects_objects(cfg) else "sem_seg_head"
+    with EventStorage():
+        losses = model.train()([example(cfg), example(cfg, (61, 90))])
+    assert set(losses) == losses_of(cfg)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    slopes = [p.grad for n, p in model.named_parameters() if n.startswith(head)]
+    assert slopes and all(slope is not None and slope.isfinite().all() for slope in slopes)
+    with torch.no_grad():
+        output = model.eval()([example(cfg)])[0]
+    if detects_objects(cfg):
+        assert output["instances"].pred_masks.shape[1:] == (128, 150)
+        assert len(output["instances"]) > 0
+    if labels_pixels(cfg):
+        assert output["sem_seg"].shape == (4, 128, 150)
+    assert ("panoptic_seg" in output) == (cfg.MODEL.META_ARCHITECTURE == "PanopticFPN")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_of_the_config_fit_its_input(name):
+    """MSRA's weights: BGR, 0..255, stride in the 1x1, which are Detectron2's defaults."""
+    cfg = load_config(str(FOLDER / name), ["MODEL.DEVICE", "cpu"])
+    assert "MSRA" in cfg.MODEL.WEIGHTS and f"R-{cfg.MODEL.RESNETS.DEPTH}" in cfg.MODEL.WEIGHTS
+    assert cfg.INPUT.FORMAT == "BGR" and cfg.MODEL.RESNETS.STRIDE_IN_1X1
+    assert cfg.RESNET_BACKBONE.REFERENCE_BATCH == cfg.SOLVER.IMS_PER_BATCH == 16
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "name, backbone",
+    [
+        (DEEPLAB, "backbone"),
+        ("coco/semantic_R_50_FPN.yaml", "backbone.bottom_up"),
+        ("coco/panoptic_R_50_FPN.yaml", "backbone.bottom_up"),
+    ],
+)
+def test_weights_load_and_another_stride_is_refused(name, backbone, data_root):
+    """Also where the model, like SemanticSegmentor, does not know its channel order."""
+    file = str(data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors")
+    named = ["RESNET_BACKBONE.WEIGHTS_PREPROCESSING", "msra"]
+    cfg = load(name, *named, depth=50)
+    model = build_model(cfg)
+    Trainer.build_checkpointer(cfg, model).load(file)
+    expected = load_file(file)["conv1.weight"].float()
+    assert torch.equal(model.get_submodule(backbone).stem.conv1.weight.detach(), expected)
+    for wrong in (["MODEL.RESNETS.STRIDE_IN_1X1", "False"], ["INPUT.FORMAT", "RGB"]):
+        cfg = load(name, *named, *wrong, depth=50)
+        with pytest.raises(WeightsError, match=wrong[0]):
+            Trainer.build_checkpointer(cfg, build_model(cfg)).load(file)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("coco/deeplab")])
+def test_deeplab_backbone_equals_detectron2s(name):
+    """Same dilations, multi-grid and strides: the project's own ResNet, with the basic stem, takes
+    our weights strictly and gives the same maps."""
+    cfg = load(name, "MODEL.RESNETS.NORM", "BN", depth=50)
+    torch.manual_seed(0)
+    ours = build_backbone(cfg).eval()
+    assert isinstance(ours, DeepLabResNet) and isinstance(ours, PaperResNet)
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_deeplab_backbone"
+    theirs = build_backbone(cfg).eval()
+    assert ours.output_shape() == theirs.output_shape()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    stride = int(name.partition("_OS")[2][:-5])
+    assert ours.output_shape()["res5"].stride == ours.size_divisibility == stride
+    x = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        expected, found = theirs(x), ours(x)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-4)
+
+
+def test_deeplab_backbone_without_our_node():
+    """Detectron2's own DeepLab script has the project's keys and not ours."""
+    from detectron2.config import get_cfg
+    from detectron2.projects.deeplab import add_deeplab_config
+
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    keys = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.STEM_TYPE", "basic", "MODEL.DEVICE", "cpu"]
+    cfg.merge_from_list(["MODEL.BACKBONE.NAME", "build_paper_resnet_deeplab_backbone", *keys])
+    cfg.merge_from_list(["MODEL.RESNETS.RES4_DILATION", 2, "MODEL.RESNETS.RES5_DILATION", 4])
+    cfg.MODEL.RESNETS.RES5_MULTI_GRID = [1, 2]
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    backbone = build_backbone(cfg)
+    rates = [block.conv2.dilation[0] for block in backbone.res5]
+    assert backbone.output_shape()["res5"].stride == 8 and rates == [4, 8]
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["MODEL.RESNETS.STEM_TYPE", "deeplab"], "STEM_TYPE deeplab is not a network of the paper"),
+        (["RESNET_BACKBONE.RES4_DILATION", "2"], "RESNET_BACKBONE.RES4_DILATION 2 contradicts"),
+        (["RESNET_BACKBONE.MULTI_GRID", "[1, 1]"], "leave RESNET_BACKBONE.MULTI_GRID out"),
+    ],
+)
+def test_deeplab_backbone_refuses(overrides, words):
+    with pytest.raises(UsageError, match=words):
+        build_backbone(load(DEEPLAB, *overrides))
+
+
+def test_deeplab_backbone_needs_the_projects_keys(make_cfg):
+    cfg = make_cfg(MODEL__BACKBONE__NAME="build_paper_resnet_deeplab_backbone")
+    with pytest.raises(UsageError, match="add_deeplab_config"):
+        build_backbone(cfg)
+
+
+@pytest.mark.parametrize("name", ["coco/pointrend_R_50_FPN.yaml", DEEPLAB])
+def test_a_detectron2_without_projects_is_told(name, monkeypatch):
+    import sys
+
+    for module in ("deeplab", "point_rend"):
+        monkeypatch.setitem(sys.modules, f"detectron2.projects.{module}", None)
+    with pytest.raises(UsageError, match="needs detectron2.projects.*pip install 'git"):
+        load_config(str(FOLDER / name), [])
+
+
+def test_crop_is_applied_after_resizing_and_filled_up():
+    from detectron2.data import transforms as T
+
+    cfg = load("cityscapes/deeplab_v3_R_101_OS16.yaml", "INPUT.CROP.ENABLED", "True")
+    cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (40, 80), "INPUT.CROP.SIZE", (48, 64)])
+    steps = T.AugmentationList(mapper_options(cfg)["augmentations"])
+    for _ in range(8):
+        given = T.AugInput(
+            torch.randint(1, 255, (50, 60, 3), dtype=torch.uint8).numpy(),
+            sem_seg=torch.ones(50, 60, dtype=torch.uint8).numpy(),
+        )
+        steps(given)
+        assert given.image.shape == (48, 64, 3) and given.sem_seg.shape == (48, 64)
+        assert set(given.sem_seg.ravel()) <= {1, 255}
+
+
+def test_poly_schedule_falls_to_nothing(make_cfg):
+    cfg = load(DEEPLAB, "SOLVER.MAX_ITER", "10", "SOLVER.WARMUP_ITERS", "0")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], cfg.SOLVER.BASE_LR)
+    schedule, rates = Trainer.build_lr_scheduler(cfg, optimizer), []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.01 * (1 - i / 10) ** 0.9 for i in range(10)])
+
+
+@pytest.mark.parametrize("depth, channels", [(34, 512), (50, 2048)])
+def test_c4_masks_read_the_depths_own_res5(depth, channels):
+    model = build_model(load("coco/mask_rcnn_R_50_C4.yaml", depth=depth))
+    assert model.roi_heads.mask_head[0].in_channels == channels
+    assert len(model.roi_heads.res5) == 3

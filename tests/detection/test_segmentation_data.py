@@ -1,0 +1,327 @@
+"""Ground truth made from instances, label pictures, and panoptic quality, on examples by hand."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
+
+from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
+
+from resnet_backbone.detection.data.panoptic import (  # noqa: E402
+    IGNORE,
+    decode_ids,
+    encode_ids,
+    make_labels,
+    make_stuff,
+    paint_instances,
+)
+from resnet_backbone.detection.data.problems import DataError  # noqa: E402
+from resnet_backbone.detection.data.segmentation import (  # noqa: E402
+    register_panoptic,
+    register_semantic,
+)
+from resnet_backbone.detection.evaluation.panoptic import (  # noqa: E402
+    match_segments,
+    panoptic_quality,
+)
+
+
+@pytest.fixture
+def register():
+    """Functions that register data sets which are taken away afterwards."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def box(x0, y0, x1, y1):
+    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+def annotation(number, category, x0, y0, x1, y1, crowd=0, image=1):
+    entry = {"id": number, "image_id": image, "category_id": category, "iscrowd": crowd}
+    size, area = [x0, y0, x1 - x0, y1 - y0], (x1 - x0) * (y1 - y0)
+    mask = box(x0, y0, x1, y1)
+    if crowd:
+        pixels = np.zeros((6, 8), np.uint8)
+        pixels[y0:y1, x0:x1] = 1
+        runs, value, counts = pixels.ravel(order="F").tolist(), 0, [0]
+        for pixel in runs:
+            if pixel != value:
+                value, counts = pixel, [*counts, 0]
+            counts[-1] += 1
+        mask = {"size": [6, 8], "counts": counts}
+    return entry | {"bbox": size, "area": area, "segmentation": mask}
+
+
+@pytest.fixture
+def scene(tmp_path):
+    """One image 8 wide and 6 high: a large and a small cat that overlap, two crowds of dogs, the
+    first partly below the large cat, and a second image without anything."""
+    annotations = [
+        annotation(1, 7, 3, 1, 5, 3),
+        annotation(2, 7, 0, 0, 4, 4),
+        annotation(3, 9, 2, 3, 8, 5, crowd=1),
+        annotation(4, 9, 7, 0, 8, 1, crowd=1),
+    ]
+    images = [
+        {"id": 1, "file_name": "a/one.jpg", "width": 8, "height": 6},
+        {"id": 2, "file_name": "two.jpg", "width": 5, "height": 4},
+    ]
+    categories = [{"id": 9, "name": "dog"}, {"id": 7, "name": "cat"}]
+    file = tmp_path / "instances.json"
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    file.write_text(json.dumps(content))
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for image in images:
+        pixels = np.zeros((image["height"], image["width"], 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / image["file_name"])
+    return tmp_path
+
+
+def read(path):
+    return np.asarray(Image.open(path))
+
+
+SEMANTIC = [  # 0 background, 1 cat, 2 dog; 255 its crowds
+    [1, 1, 1, 1, 0, 0, 0, 255],
+    [1, 1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 1, 1, 255, 255, 255, 255],
+    [0, 0, 255, 255, 255, 255, 255, 255],
+    [0, 0, 0, 0, 0, 0, 0, 0],
+]
+
+
+def test_semantic_labels_of_overlaps_and_crowds(scene):
+    counts = make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+    assert counts == {"images": 2, "segments": 5, "hidden": 0}
+    labels = scene / "labels"
+    assert read(labels / "semantic/a/one.png").tolist() == SEMANTIC
+    assert not read(labels / "semantic/two.png").any()
+    assert (labels / "semantic/classes.txt").read_text().split() == ["background", "cat", "dog"]
+    stuff = read(labels / "stuff/a/one.png")  # crowds are things
+    assert stuff.tolist() == (np.array(SEMANTIC) == 0).astype(int).tolist()
+    assert (labels / "stuff/classes.txt").read_text().split() == ["things", "background"]
+
+
+def test_panoptic_segments_of_overlaps_and_crowds(scene):
+    make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+    content = json.loads((scene / "labels/panoptic.json").read_text())
+    assert "made from instances" in content["info"]["description"].lower()
+    assert [(c["id"], c["isthing"]) for c in content["categories"]] == [(7, 1), (9, 1), (10, 0)]
+    entry = content["annotations"][0]
+    ids = decode_ids(read(scene / "labels/panoptic" / entry["file_name"]))
+    found = {s["id"]: s for s in entry["segments_info"]}
+    assert set(np.unique(ids).tolist()) == set(found)
+    small, large = found[ids[1, 3]], found[ids[0, 0]]
+    assert small["bbox"] == [3, 1, 2, 2] and small["area"] == 4  # whole: it lies on top
+    assert large["bbox"] == [0, 0, 4, 4] and large["area"] == 16 - 2
+    crowd, background = found[ids[4, 4]], found[ids[5, 0]]
+    assert ids[0, 7] == crowd["id"] and crowd["iscrowd"] == 1  # both dogs' crowds in one
+    assert crowd["area"] == 12 - 2 + 1 and crowd["category_id"] == 9
+    assert background["category_id"] == 10 and not background["iscrowd"]
+    assert sum(s["area"] for s in found.values()) == 48
+
+
+def test_what_is_wholly_hidden_has_no_segment():
+    whole, part = np.ones((2, 2), bool), np.array([[1, 1], [0, 0]], bool)
+    crowd = {"iscrowd": 1}
+    assert paint_instances([{}, {}, crowd], [part, whole, whole]).tolist() == [[1, 1], [2, 2]]
+    assert paint_instances([{}, {}], [whole, whole]).tolist() == [[2, 2], [2, 2]]
+
+
+def test_stuff_labels_of_a_panoptic_file(scene):
+    """From our own panoptic file they are what is made from the instances directly."""
+    make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+    assert make_stuff(str(scene / "labels/panoptic.json"), str(scene / "again"), "", False) == 2
+    for name in ("a/one.png", "two.png"):
+        assert np.array_equal(read(scene / "again" / name), read(scene / "labels/stuff" / name))
+    void = decode_ids(read(scene / "labels/panoptic/two.png")) * 0
+    Image.fromarray(encode_ids(void)).save(scene / "labels/panoptic/two.png")
+    make_stuff(str(scene / "labels/panoptic.json"), str(scene / "again"), "", False)
+    assert (read(scene / "again/two.png") == IGNORE).all()
+
+
+@given(st.lists(st.integers(0, 256**3 - 1), min_size=1, max_size=20))
+def test_ids_survive_the_picture(numbers):
+    ids = np.array([numbers], np.int32)
+    assert np.array_equal(decode_ids(encode_ids(ids)), ids)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c["annotations"][0].pop("segmentation"), "1 annotations have no mask"),
+        (lambda c: c["images"][1].update(file_name="a/one.png"), "label picture a/one.png"),
+        (lambda c: c.pop("categories"), "cannot be used"),
+        (
+            lambda c: c["categories"].extend({"id": i, "name": str(i)} for i in range(100, 360)),
+            "do not fit into 8-bit labels",
+        ),
+    ],
+)
+def test_instances_that_give_no_labels(scene, change, words):
+    content = json.loads((scene / "instances.json").read_text())
+    change(content)
+    (scene / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=words):
+        make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+
+
+@pytest.fixture
+def labelled(scene):
+    make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+    return scene
+
+
+def semantic(root, **options):
+    register_semantic("seg", str(root / "images"), str(root / "labels/semantic"), **options)
+    return DatasetCatalog.get("seg")
+
+
+def test_semantic_data_set(labelled, register):
+    records = semantic(labelled, on_bad="refuse")
+    assert [(r["height"], r["width"]) for r in records] == [(6, 8), (4, 5)]
+    assert records[0]["sem_seg_file_name"].endswith("semantic/a/one.png")
+    assert MetadataCatalog.get("seg").stuff_classes == ["background", "cat", "dog"]
+
+
+def test_panoptic_data_set(labelled, register):
+    labels = labelled / "labels"
+    paths = [labelled / "instances.json", labelled / "images", labels / "stuff"]
+    register_panoptic("pan", *map(str, paths), str(labels / "panoptic.json"), on_bad="refuse")
+    records = DatasetCatalog.get("pan")
+    assert [len(r["annotations"]) for r in records] == [4, 0]
+    assert records[0]["image_id"] == 1 and records[0]["sem_seg_file_name"].endswith("a/one.png")
+    meta = MetadataCatalog.get("pan")
+    assert meta.thing_classes == ["cat", "dog"] and meta.stuff_classes == ["things", "background"]
+    assert meta.stuff_dataset_id_to_contiguous_id == {0: 0, 10: 1}
+    content = json.loads((labels / "panoptic.json").read_text())
+    content["categories"].pop(0)
+    (labels / "panoptic.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="they need the same things"):
+        register_panoptic("pan2", *map(str, paths), str(labels / "panoptic.json"))
+
+
+def test_palette_labels_are_refused(labelled, register):
+    """Detectron2 would read a palette's brightness in place of its index, without a word."""
+    path = labelled / "labels/semantic/two.png"
+    picture = Image.fromarray(read(path).copy()).convert("P")
+    picture.save(path)
+    with pytest.raises(DataError, match="two.png is a picture of mode P: labels are 8-bit grey"):
+        semantic(labelled)
+
+
+def test_labels_beyond_the_classes_are_refused(labelled, register):
+    path = labelled / "labels/semantic/two.png"
+    Image.fromarray(read(path) + np.uint8(3)).save(path)
+    with pytest.raises(DataError, match="two.png has label 3; there are 3 classes"):
+        semantic(labelled)
+
+
+def test_bad_pairs_are_left_out_or_refused(labelled, register, caplog):
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(labelled / "labels/semantic/two.png")
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(labelled / "labels/semantic/three.png")
+    assert len(semantic(labelled)) == 1
+    assert "the image is 5x4, its label 5x5" in caplog.text and "three.png" in caplog.text
+    root, folder = str(labelled / "images"), str(labelled / "labels/semantic")
+    register_semantic("strict", root, folder, on_bad="refuse")
+    with pytest.raises(DataError, match="2 problems"):
+        DatasetCatalog.get("strict")
+
+
+def test_labels_without_names_are_refused(labelled, register):
+    (labelled / "labels/semantic/classes.txt").unlink()
+    with pytest.raises(DataError, match="classes.txt does not exist: write the classes"):
+        semantic(labelled)
+
+
+TRUE = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 4, 4]])
+TRUTH = [
+    {"id": 1, "category_id": 7, "iscrowd": 0},
+    {"id": 2, "category_id": 7, "iscrowd": 0},
+    {"id": 3, "category_id": 9, "iscrowd": 0},
+    {"id": 4, "category_id": 7, "iscrowd": 1},
+]
+
+
+def test_panoptic_quality_by_hand():
+    """A match of IoU 4/6, one missed, one found too much; void and a crowd cost nothing."""
+    found = np.array([[5, 5, 0, 6, 6, 6], [5, 5, 0, 0, 0, 6], [7, 7, 0, 0, 8, 8]])
+    classes = {5: 7, 6: 7, 7: 9, 8: 7}
+    counts = match_segments(TRUE, TRUTH, found, classes)
+    # 6 covers 2 of segment 2's 4 pixels and 2 of void: IoU 2 / (4 + 4 - 2 - 2) is not over .5,
+    # and half of it on void is not most of it; 8 lies on the crowd; 7 covers 2 of 4
+    assert counts[7] == {"iou": pytest.approx(4 / 6), "tp": 1, "fn": 1, "fp": 1}
+    assert counts[9] == {"fn": 1, "fp": 1}
+    quality = panoptic_quality(counts.values())
+    assert quality["PQ"] == pytest.approx((4 / 6 / 2 + 0) / 2)
+    assert quality["SQ"] == pytest.approx((4 / 6 + 0) / 2)
+    assert quality["RQ"] == pytest.approx((1 / 2 + 0) / 2)
+
+
+def test_void_is_no_part_of_the_union():
+    true, found = np.array([[1, 1, 0, 0]]), np.array([[5, 5, 5, 5]])
+    truth = [{"id": 1, "category_id": 7, "iscrowd": 0}]
+    assert match_segments(true, truth, found, {5: 7})[7] == {"iou": 1.0, "tp": 1}
+
+
+def test_the_truth_is_of_full_quality():
+    counts = match_segments(TRUE, TRUTH, TRUE, {1: 7, 2: 7, 3: 9})
+    assert panoptic_quality(counts.values()) == {"PQ": 1.0, "SQ": 1.0, "RQ": 1.0}
+    assert np.isnan(panoptic_quality([])["PQ"])
+
+
+@st.composite
+def images(draw):
+    """True and found ids (12 x 12) with classes; small blocks, so that many match."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    true = np.kron(rng.integers(0, 5, (3, 3)), np.ones((4, 4), int))
+    found = np.where(rng.random((12, 12)) < draw(st.floats(0, 0.6)), rng.integers(0, 5), true)
+    crowd = int(rng.integers(0, 5))
+    truth = [
+        {"id": int(i), "category_id": int(i) % 2 + 1, "iscrowd": int(i == crowd)}
+        for i in np.unique(true[true > 0])
+    ]
+    classes = {
+        int(i): int(rng.integers(1, 3)) if rng.random() < 0.2 else int(i) % 2 + 1
+        for i in np.unique(found[found > 0])
+    }
+    return true, truth, found, classes
+
+
+@given(images())
+@settings(deadline=None, max_examples=60)
+def test_panoptic_quality_equals_panopticapi(image):
+    """COCO's reference implementation, where it is installed (it is not on the package index)."""
+    evaluation = pytest.importorskip("panopticapi.evaluation")
+    import tempfile
+    from pathlib import Path
+
+    true, truth, found, classes = image
+    counts: Counter = match_segments(true, truth, found, classes)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, ids in (("gt", true), ("pred", found)):
+            (Path(folder) / name).mkdir()
+            Image.fromarray(encode_ids(ids.astype(np.int32))).save(f"{folder}/{name}/1.png")
+        areas = dict(zip(*map(np.ndarray.tolist, np.unique(true, return_counts=True)), strict=True))
+        gt = {"image_id": 1, "file_name": "1.png"}
+        gt["segments_info"] = [{**s, "area": areas[s["id"]]} for s in truth]
+        pred = {"image_id": 1, "file_name": "1.png"}
+        pred["segments_info"] = [{"id": i, "category_id": c} for i, c in classes.items()]
+        stat = evaluation.pq_compute_single_core(
+            0, [(gt, pred)], f"{folder}/gt", f"{folder}/pred", {1: {}, 2: {}}
+        )
+    for category in (1, 2):
+        theirs, ours = stat[category], counts.get(category, Counter())
+        assert (ours["tp"], ours["fp"], ours["fn"]) == (theirs.tp, theirs.fp, theirs.fn)
+        assert ours["iou"] == pytest.approx(theirs.iou)

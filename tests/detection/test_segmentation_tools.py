@@ -1,0 +1,281 @@
+"""tools/make_segmentation_labels.py, tools/train_net.py and tools/demo.py with masks, label
+pictures and panoptic segments, on generated pictures and on COCO images."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
+
+import torch  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
+
+from resnet_backbone.detection.draw_segments import draw_output  # noqa: E402
+from resnet_backbone.detection.outputs import describe_output  # noqa: E402
+from resnet_backbone.detection.visualize import class_colour  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "segmentation" / "coco"
+SMALL = [
+    *("MODEL.RESNETS.DEPTH", "18", "MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.RESNETS.NORM", "BN"),
+    *("MODEL.WEIGHTS", "", "MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "32", "MODEL.SEM_SEG_HEAD.CONVS_DIM", "32"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "50", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
+    *("SOLVER.MAX_ITER", "2", "SEED", "1", "DATALOADER.NUM_WORKERS", "0"),
+    *("TEST.DETECTIONS_PER_IMAGE", "5", "MODEL.DEVICE", "cpu"),
+]
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """Four grey pictures 96 x 64 with a red bar on a blue box, their instances, their labels."""
+    root = tmp_path_factory.mktemp("scenes")
+    (root / "images").mkdir()
+    rng, images, annotations = np.random.default_rng(0), [], []
+    for number in range(1, 5):
+        image = Image.fromarray(rng.integers(100, 150, (64, 96, 3), dtype=np.uint8))
+        x, y = (int(value) for value in rng.integers(2, 20, 2))
+        for category, corners, colour in (
+            (2, (x, y, x + 60, y + 40), (40, 60, 230)),
+            (1, (x + 20, y + 8, x + 36, y + 32), (220, 40, 40)),
+        ):
+            x0, y0, x1, y1 = corners
+            ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), colour)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": category,
+                    "iscrowd": 0,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
+                }
+            )
+        image.save(root / "images" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 64})
+    categories = [{"id": 1, "name": "bar"}, {"id": 2, "name": "box"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "instances.json").write_text(json.dumps(content))
+    command = ["--coco-json", str(root / "instances.json"), "--output", str(root / "labels")]
+    tool("make_segmentation_labels").main(command)
+    return root
+
+
+def data(scenes, kind):
+    instances, labels = str(scenes / "instances.json"), scenes / "labels"
+    words = ["--image-root", str(scenes / "images")]
+    if kind in ("instances", "panoptic"):
+        words += ["--coco-json", instances, instances]
+    if kind == "panoptic":
+        words += ["--panoptic-json", *[str(labels / "panoptic.json")] * 2]
+    if kind != "instances":
+        words += ["--sem-seg", *[str(labels / ("stuff" if kind == "panoptic" else kind))] * 2]
+    return words
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+def run(train_net, scenes, folder, config, kind, *overrides):
+    words = [*data(scenes, kind), "--output-dir", str(folder), *SMALL, *overrides]
+    return train_net(CONFIGS / config, *words)
+
+
+def draw(scenes, folder, output):
+    numbers = output.with_suffix(".json")
+    words = ["--run", folder, "--input", scenes / "images" / "1.png", "--output", output]
+    tool("demo").main([*map(str, words), "--json", str(numbers), "--confidence", "0"])
+    return json.loads(numbers.read_text())["detections"]
+
+
+def test_panoptic_from_labels_to_picture(train_net, scenes, tmp_path):
+    folder, picture = tmp_path / "run", tmp_path / "drawn.png"
+    code, lines = run(train_net, scenes, folder, "panoptic_R_50_FPN.yaml", "panoptic")
+    assert code == 0, lines
+    found = results(folder)
+    assert found.keys() == {"bbox", "segm", "sem_seg", "panoptic_seg"}
+    assert found["panoptic_seg"].keys() >= {"PQ", "SQ", "RQ", "PQ_th", "PQ_st"}
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 2
+    assert config["MODEL"]["SEM_SEG_HEAD"]["NUM_CLASSES"] == 2
+    assert config["RESNET_BACKBONE"]["STUFF_CLASS_NAMES"] == ["things", "background"]
+    entries = draw(scenes, folder, picture)
+    assert entries and all(entry["mask"]["size"] == [64, 96] for entry in entries)
+    assert Image.open(picture).height == 480
+
+
+def test_semantic_from_labels_to_picture(train_net, scenes, tmp_path):
+    folder, picture = tmp_path / "run", tmp_path / "drawn.png"
+    code, lines = run(train_net, scenes, folder, "semantic_R_50_FPN.yaml", "semantic")
+    assert code == 0, lines
+    assert 0 <= results(folder)["sem_seg"]["mIoU"] <= 100
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["RESNET_BACKBONE"]["STUFF_CLASS_NAMES"] == ["background", "bar", "box"]
+    entries = draw(scenes, folder, picture)
+    assert {entry["class"] for entry in entries} <= {"background", "bar", "box"}
+    assert sum(entry["share"] for entry in entries) == pytest.approx(1, abs=1e-4)
+    assert picture.is_file()
+    weights = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
+    again = [*data(scenes, "semantic"), "--eval-only", "--output-dir", str(folder), *weights]
+    code, lines = train_net(folder / "config.yaml", *again)
+    assert code == 0, lines
+    assert results(folder / "eval") == results(folder)
+
+
+@pytest.mark.parametrize(
+    "config, kind",
+    [
+        pytest.param("deeplab_v3plus_R_50_OS16.yaml", "semantic", marks=pytest.mark.slow),
+        pytest.param("deeplab_v3_R_50_OS8.yaml", "semantic", marks=pytest.mark.slow),
+        pytest.param("pointrend_R_50_FPN.yaml", "instances", marks=pytest.mark.slow),
+        pytest.param("mask_rcnn_R_50_C4.yaml", "instances", marks=pytest.mark.slow),
+    ],
+)
+def test_other_families_run(train_net, scenes, tmp_path, config, kind):
+    overrides = ["MODEL.RESNETS.RES5_MULTI_GRID", "[1, 2]"] if "deeplab" in config else []
+    overrides += ["MODEL.SEM_SEG_HEAD.ASPP_CHANNELS", "32"] if "deeplab" in config else []
+    code, lines = run(train_net, scenes, tmp_path, config, kind, *overrides)
+    assert code == 0, lines
+    assert ("sem_seg" if kind == "semantic" else "segm") in results(tmp_path)
+    draw(scenes, tmp_path, tmp_path / "drawn.png")  # reads the project's keys of config.yaml
+
+
+@pytest.mark.parametrize(
+    "config, kind, overrides, words",
+    [
+        ("semantic_R_50_FPN.yaml", "instances", [], "has no label pictures, which SemanticSeg"),
+        ("panoptic_R_50_FPN.yaml", "semantic", [], "needs --coco-json, --panoptic-json and --sem"),
+        ("mask_rcnn_R_50_FPN.yaml", "semantic", [], "GeneralizedRCNN has no use for label"),
+        ("mask_rcnn_R_50_FPN.yaml", "boxes", [], "8 of 8 boxes have no mask, which MODEL.MASK_ON"),
+        ("mask_rcnn_R_50_FPN.yaml", "rle", [], "8 of 8 masks are run-length encoded: set INPUT.M"),
+        (
+            "semantic_R_50_FPN.yaml",
+            "semantic",
+            ["RESNET_BACKBONE.STUFF_CLASS_NAMES", "['a', 'b', 'c']"],
+            "RESNET_BACKBONE.STUFF_CLASS_NAMES has ['a', 'b', 'c']",
+        ),
+    ],
+)
+def test_data_that_do_not_suit_the_model(
+    train_net, scenes, tmp_path, config, kind, overrides, words
+):
+    if kind in ("boxes", "rle"):
+        content = json.loads((scenes / "instances.json").read_text())
+        for entry in content["annotations"]:
+            entry.pop("segmentation")
+            if kind == "rle":
+                entry["segmentation"] = {"size": [64, 96], "counts": [0, 64 * 96]}
+        file = tmp_path / "instances.json"
+        file.write_text(json.dumps(content))
+        words_of_data = ["--coco-json", file, file, "--image-root", scenes / "images"]
+        code, lines = train_net(CONFIGS / config, *words_of_data, "--output-dir", tmp_path, *SMALL)
+    else:
+        code, lines = run(train_net, scenes, tmp_path, config, kind, *overrides)
+    assert code == 2 and lines[-1].startswith("error: ") and words in lines[-1], lines[-1]
+
+
+def test_overrides_behind_the_image_folders_are_explained(train_net, scenes, tmp_path):
+    root, labels = data(scenes, "semantic")[:2], data(scenes, "semantic")[2:]
+    words = ["--output-dir", tmp_path, *SMALL, *labels, *root, "SEED", "1"]
+    code, lines = train_net(CONFIGS / "semantic_R_50_FPN.yaml", *words)
+    assert code == 2 and "SEED 1 (KEY VALUE pairs go elsewhere than after these" in lines[-1]
+
+
+def test_label_tool_needs_one_input(capsys):
+    with pytest.raises(SystemExit) as stop:
+        tool("make_segmentation_labels").main(["--output", "x"])
+    assert stop.value.code == 2 and "--coco-json FILE or" in capsys.readouterr().err
+
+
+def near(pixel, colour):
+    return np.abs(np.asarray(pixel, int) - np.asarray(colour)).max() <= 3
+
+
+def half(colour):
+    """On grey 100, half transparent."""
+    return [50 + value / 2 for value in colour]
+
+
+@pytest.fixture
+def grey():
+    return np.full((480, 640, 3), 100, np.uint8)  # large enough not to be enlarged
+
+
+def test_masks_are_painted_where_they_are(grey):
+    masks = torch.zeros(2, 480, 640, dtype=torch.bool)
+    masks[0, 100:300, 100:300] = True
+    masks[1, 200:400, 200:400] = True
+    boxes = Boxes(torch.tensor([[100.0, 100, 300, 300], [200, 200, 400, 400]]))
+    scores, classes = torch.tensor([0.9, 0.3]), torch.tensor([0, 1])
+    fields = dict(pred_boxes=boxes, pred_masks=masks, scores=scores, pred_classes=classes)
+    output = {"instances": Instances((480, 640), **fields)}
+    drawn = draw_output(grey, output, ("cat", "dog"), threshold=0.2)
+    assert near(drawn[150, 150], half(class_colour(0)))
+    assert near(drawn[350, 350], half(class_colour(1)))
+    assert near(drawn[50, 500], (100, 100, 100)) and (grey == 100).all()
+    assert near(draw_output(grey, output, threshold=0.5)[350, 350], (100, 100, 100))
+    first, second = describe_output(output, ("cat", "dog"))
+    assert (first["class"], second["class"]) == ("cat", "dog")
+    from pycocotools import mask as mask_util
+
+    assert np.array_equal(mask_util.decode(first["mask"]), masks[0].numpy())
+
+
+def test_labels_are_painted_and_background_is_not(grey):
+    scores = torch.zeros(3, 480, 640)
+    scores[0] = 1
+    scores[2, 100:300, 100:300] = 2
+    drawn = draw_output(grey, {"sem_seg": scores}, label_names=("background", "cat", "dog"))
+    assert near(drawn[120, 120], half(class_colour(2))) and near(drawn[400, 500], (100,) * 3)
+    unnamed = draw_output(grey, {"sem_seg": scores})
+    assert near(unnamed[400, 20], half(class_colour(0)))
+    entries = describe_output({"sem_seg": scores}, label_names=("background", "cat", "dog"))
+    assert [entry["class"] for entry in entries] == ["background", "dog"]
+    assert entries[1]["share"] == pytest.approx(200 * 200 / (480 * 640), abs=1e-5)
+
+
+def test_panoptic_segments_are_painted(grey):
+    ids = torch.zeros(480, 640, dtype=torch.int32)
+    ids[:240], ids[300:, :200] = 1, 2
+    segments = [
+        {"id": 1, "isthing": False, "category_id": 1, "area": 240 * 640},
+        {"id": 2, "isthing": True, "category_id": 1, "score": 0.9, "instance_id": 0},
+    ]
+    drawn = draw_output(grey, {"panoptic_seg": (ids, segments)}, ("a", "cat"), ("things", "sky"))
+    assert near(drawn[320, 20], half(class_colour(1)))
+    assert near(drawn[270, 300], (100,) * 3)
+    assert not near(drawn[10, 10], (100,) * 3) and not near(drawn[10, 10], drawn[320, 20])
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_coco_images(train_net, data_root, tmp_path):
+    """Crowds, many sizes, images without an annotated mask: the real files, end to end."""
+    coco, words = data_root / "coco_mini", []
+    for split in ("train", "val"):
+        file = str(coco / "annotations" / f"instances_{split}2017.json")
+        out = str(tmp_path / split)
+        tool("make_segmentation_labels").main(["--coco-json", file, "--output", out])
+        words.append((file, str(coco / f"{split}2017"), f"{out}/panoptic.json", f"{out}/stuff"))
+    options = ("--coco-json", "--image-root", "--panoptic-json", "--sem-seg")
+    pairs = zip(*words, strict=True)
+    given = [word for option, pair in zip(options, pairs, strict=True) for word in (option, *pair)]
+    config = CONFIGS / "panoptic_R_50_FPN.yaml"
+    code, lines = train_net(config, *given, "--output-dir", tmp_path / "run", *SMALL)
+    assert code == 0, lines
+    assert results(tmp_path / "run").keys() == {"bbox", "segm", "sem_seg", "panoptic_seg"}

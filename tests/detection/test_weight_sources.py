@@ -1,0 +1,239 @@
+"""``MODEL.WEIGHTS`` and ``--weights`` from every kind of source, into detectors."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+pytest.importorskip("detectron2")
+
+from detectron2.data.detection_utils import read_image
+from detectron2.modeling import build_model
+
+from resnet_backbone.detection import Checkpointer, take_over
+from resnet_backbone.detection.checkpoint import find_network
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.handover import prepare_weights
+from resnet_backbone.models import build_model as build_network
+from resnet_backbone.weights import PREPROCESSINGS, WeightsError
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.export import export_checkpoint
+from resnet_backbone.weights.files import read_checkpoint
+
+R18 = "voc/faster_rcnn_R_18_FPN.yaml"
+
+
+@pytest.fixture
+def r18():
+    """A checkpoint of random weights with batch norms that are no identity."""
+    torch.manual_seed(0)
+    network = build_network("resnet18", 7)
+    for key, value in network.state_dict().items():
+        if "norm" in key and value.is_floating_point():
+            value.uniform_(0.5, 1.5)
+    tensors = {k: v for k, v in network.state_dict().items() if not k.endswith("tracked")}
+    return Checkpoint(tensors, ModelSpec("resnet18", 7), PREPROCESSINGS["torchvision"])
+
+
+def msra(name):
+    """A checkpoint as the zoo's, of random weights."""
+    network = build_network(name, 3)
+    tensors = {k: v for k, v in network.state_dict().items() if not k.endswith("tracked")}
+    return Checkpoint(tensors, ModelSpec(name, 3), PREPROCESSINGS["msra"])
+
+
+def into_detector(cfg, source):
+    """The config after --weights, and a detector with these weights."""
+    prepare_weights(cfg, weights=str(source))
+    model = build_model(cfg)
+    Checkpointer(model, preprocessing=cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING).load(
+        cfg.MODEL.WEIGHTS, checkpointables=[]
+    )
+    return model
+
+
+def assert_holds(module, tensors, prefix=""):
+    state = {k: v for k, v in module.state_dict().items() if not k.endswith("tracked")}
+    assert state
+    for key, value in state.items():
+        assert torch.equal(value, tensors[prefix + key].float()), key
+
+
+@pytest.mark.parametrize(
+    "kind, file, name",
+    [
+        ("resnet_backbone", "x.safetensors", ""),
+        ("torchvision", "x.pth", "torchvision"),
+        ("torchvision", "x.safetensors", ""),  # with our notes in its header
+        ("timm", "folder", ""),
+        ("huggingface", "folder", ""),
+        ("detectron2", "x.pkl", "torchvision"),
+        ("detectron2", "x.pth", "torchvision"),
+        ("caffe2", "x.pkl", "torchvision"),
+    ],
+)
+def test_every_kind_of_file(make_cfg, small, r18, tmp_path, kind, file, name):
+    export_checkpoint(r18, tmp_path / file, kind)
+    cfg = make_cfg(R18, **small, RESNET_BACKBONE__WEIGHTS_PREPROCESSING=name)
+    model = into_detector(cfg, tmp_path / file)
+    assert_holds(find_network(model), r18.tensors)
+    assert cfg.INPUT.FORMAT == "RGB" and cfg.MODEL.WEIGHTS == str(tmp_path / file)
+    assert cfg.MODEL.PIXEL_MEAN == pytest.approx([123.675, 116.28, 103.53])
+    assert cfg.MODEL.PIXEL_STD == pytest.approx([58.395, 57.12, 57.375])
+    assert cfg.RESNET_BACKBONE.WEIGHTS_INPUT == "check"
+
+
+def test_wrapped_prefixed_and_half_precision(make_cfg, small, r18, tmp_path):
+    """As training scripts save them: beside an optimizer, behind ``module.``"""
+    states = {f"module.{key}": value.half() for key, value in r18.tensors.items()}
+    torch.save({"state_dict": states, "epoch": 3}, tmp_path / "x.pth")
+    cfg = make_cfg(R18, **small, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="torchvision")
+    model = into_detector(cfg, tmp_path / "x.pth")
+    assert_holds(find_network(model), {k: v.half() for k, v in r18.tensors.items()})
+
+
+def test_libraries_own_networks(make_cfg, small, tmp_path):
+    keys = small | dict(RESNET_BACKBONE__WEIGHTS_PREPROCESSING="torchvision")
+    theirs = torchvision.models.resnet18(num_classes=3)
+    torch.save(theirs.state_dict(), tmp_path / "torchvision.pth")
+    model = into_detector(make_cfg(R18, **keys), tmp_path / "torchvision.pth")
+    assert torch.equal(find_network(model).res5[1].conv2.weight, theirs.layer4[1].conv2.weight)
+    theirs = timm.create_model("resnet18")
+    save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
+    model = into_detector(make_cfg(R18, **keys), tmp_path / "timm.safetensors")
+    assert torch.equal(find_network(model).stem.conv1.weight, theirs.conv1.weight)
+
+
+# Names and addresses
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """Downloads come from the folder ``served``; the caches are empty."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    fetched = []
+
+    def fetch(url, target, *_, **__):
+        fetched.append(url)
+        shutil.copy(folder / Path(target).name, target)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "iopath"))
+    return folder, fetched
+
+
+def caffe2_blobs(checkpoint, path):
+    """The zoo's R-50.pkl: no wrapping, norms under the names bn_gamma ..., a classifier fc1000."""
+    export_checkpoint(checkpoint, path, "caffe2")
+    blobs = np.load(path, allow_pickle=True)["blobs"]
+    spelling = {"_bn_s": "_bn_gamma", "_bn_b": "_bn_beta", "_bn_rm": "_bn_running_mean"}
+    renamed = {}
+    for key, value in blobs.items():
+        end = next((end for end in spelling if key.endswith(end)), "")
+        key = key.removesuffix(end) + spelling.get(end, "")
+        key = key.replace("_bn_riv", "_bn_running_var").replace("pred_", "fc1000_")
+        renamed[key] = value
+    path.write_bytes(pickle.dumps(renamed, protocol=2))
+
+
+def test_the_zoos_backbone_by_name(make_cfg, small, served):
+    """It speaks for itself: no name of a preprocessing is needed, and the input is checked."""
+    folder, fetched = served
+    weights, source = msra("resnet18"), "detectron2://ImageNetPretrained/MSRA/R-18.pkl"
+    caffe2_blobs(weights, folder / "R-18.pkl")
+    cfg = make_cfg(R18, **small, MODEL__WEIGHTS=source)
+    assert prepare_weights(cfg) == []
+    model = build_model(cfg)
+    Checkpointer(model).load(source, checkpointables=[])
+    assert_holds(find_network(model), weights.tensors)
+    assert len(fetched) == 1  # then from the cache
+    wrong = make_cfg(R18, **small, MODEL__WEIGHTS=source, INPUT__FORMAT="RGB")
+    with pytest.raises(WeightsError, match='INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"'):
+        prepare_weights(wrong)
+    take_over(wrong, source)
+    assert wrong.INPUT.FORMAT == "BGR"
+
+
+def test_detectron2s_cache_is_used(make_cfg, small, served, tmp_path):
+    path = tmp_path / "iopath" / "detectron2/ImageNetPretrained/MSRA/R-18.pkl"
+    path.parent.mkdir(parents=True)
+    weights = msra("resnet18")
+    export_checkpoint(weights, path, "caffe2")
+    model = into_detector(make_cfg(R18, **small), "detectron2://ImageNetPretrained/MSRA/R-18.pkl")
+    assert_holds(find_network(model), weights.tensors)
+    assert not served[1]
+
+
+def test_c4_from_the_zoo(make_cfg, served):
+    folder, _ = served
+    weights = msra("resnet18")
+    caffe2_blobs(weights, folder / "R-18.pkl")
+    cfg = make_cfg("voc/faster_rcnn_R_18_C4.yaml")
+    model = into_detector(cfg, "detectron2://ImageNetPretrained/MSRA/R-18.pkl")
+    assert_holds(model.roi_heads.res5, weights.tensors, "res5.")
+    assert "res5" not in find_network(model).stage_names
+
+
+def test_torchvision_by_name(make_cfg, small, r18, served):
+    folder, fetched = served
+    entry = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    export_checkpoint(r18, folder / entry.url.rpartition("/")[2], "torchvision")
+    cfg = make_cfg(R18, **small)
+    with pytest.raises(WeightsError, match="its sha256 begins with"):
+        into_detector(cfg, "torchvision://resnet18/IMAGENET1K_V1")
+    assert fetched == [entry.url]
+
+
+@pytest.mark.parametrize(
+    "source", ["torchvision://resnet19", "gopher://x/y.pth", "detectron2://no.pth"]
+)
+def test_unknown_names_are_one_line(make_cfg, served, source):
+    with pytest.raises((WeightsError, UsageError)) as caught:
+        prepare_weights(make_cfg(R18), weights=source)
+    assert "\n" not in str(caught.value)
+
+
+# The paper's own weights
+
+
+SLOW = [("FPN", "detectron2 .pkl"), ("FPN", "caffe2 .pkl"), ("C4", "huggingface ")]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    "head, kind",
+    [
+        ("FPN", "huggingface "),
+        ("C4", "detectron2 .pth"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    ],
+)
+def test_msra_resnet50_in_other_forms(make_cfg, small, data_root, tmp_path, head, kind):
+    """The backbone's maps of a real image are those of the original file, whatever the input."""
+    source = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
+    format, suffix = kind.split(" ")
+    export_checkpoint(read_checkpoint(source, "msra"), tmp_path / f"r50{suffix}", format)
+    image = next((data_root / "imagenet_val500").rglob("*.JPEG"))
+    maps = []
+    for path in (source, tmp_path / f"r50{suffix}"):
+        cfg = make_cfg(f"voc/faster_rcnn_R_50_{head}.yaml", **small)
+        says = format == "huggingface" and path != source
+        cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING = "" if says else "msra"
+        model = into_detector(cfg, path).eval()
+        assert cfg.INPUT.FORMAT == ("RGB" if says else "BGR")
+        pixels = read_image(str(image), format=cfg.INPUT.FORMAT).transpose(2, 0, 1)
+        batch = [{"image": torch.as_tensor(np.ascontiguousarray(pixels))}]
+        with torch.no_grad():
+            maps.append(find_network(model)(model.preprocess_image(batch).tensor))
+    for name, expected in maps[0].items():
+        torch.testing.assert_close(
+            maps[1][name], expected, rtol=0, atol=2e-4 * expected.abs().max()
+        )

@@ -1,0 +1,157 @@
+"""RESNET_BACKBONE.WEIGHTS_INPUT, check or set, in the tools and for users of the library."""
+
+import shlex
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model as build_detector
+
+from resnet_backbone.detection import Checkpointer
+from resnet_backbone.detection.handover import prepare_weights, take_over
+from resnet_backbone.detection.predictor import Predictor
+from resnet_backbone.models import build_model
+from resnet_backbone.weights import Preprocessing, WeightsError, save_weights
+
+R18, QUICKSTART = "voc/faster_rcnn_R_18_FPN.yaml", "quickstart/faster_rcnn_R_18_FPN.yaml"
+OURS = Preprocessing("RGB", 255.0, (130.0, 121.5, 110.0), (60.0, 61.0, 62.5), source="our digits")
+MODE = "RESNET_BACKBONE.WEIGHTS_INPUT"
+
+SMALL = """INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 MODEL.FPN.OUT_CHANNELS 16
+MODEL.ROI_BOX_HEAD.FC_DIM 16 SOLVER.AMP.ENABLED False SOLVER.IMS_PER_BATCH 2
+SOLVER.BASE_LR 0.0 SOLVER.WEIGHT_DECAY 0.0""".split()
+
+
+def train(train_net, data, output, path, *arguments):
+    where = ["--voc-root", data, "--train-set", "train", "--test-set", "test"]
+    options = ["--output-dir", output, "--weights", path, *arguments]
+    return train_net(QUICKSTART, *where, *options, *SMALL)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            [],
+            "was trained on other input: INPUT.FORMAT is BGR, MODEL.PIXEL_MEAN is [120, 120, 120]",
+        ),
+        (["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[130,121,110]"], "PIXEL_STD is [60, 60, 60]"),
+        ([MODE, "set", "INPUT.FORMAT", "BGR"], "INPUT.FORMAT BGR contradicts"),
+        ([MODE, "sometimes"], "RESNET_BACKBONE.WEIGHTS_INPUT is check or set, not 'sometimes'"),
+        (["MODEL.RESNETS.DEPTH", "34"], "DEPTH is 34; set MODEL.RESNETS.DEPTH 18"),
+    ],
+)
+def test_model_weights_are_checked_before_data_are_read(
+    train_net, write, tmp_path, arguments, message
+):
+    expected = Preprocessing("RGB", 255.0, (130.0, 121.5, 110.0), (30.0, 30.0, 30.0))
+    weights = ["MODEL.WEIGHTS", write(expected=expected), "--output-dir", tmp_path / "run"]
+    where = ["--voc-root", "/nowhere", "--train-set", "train", "--test-set", "test"]
+    code, lines = train_net(QUICKSTART, *where, *weights, *arguments)
+    assert code == 2 and message in lines[-1] and lines[-1].startswith("error: ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_line_to_write_is_right(train_net, write, tmp_path):
+    """What the error says, pasted into a shell, is accepted."""
+    where = ["--voc-root", "/nowhere", "--train-set", "train", "--test-set", "test"]
+    weights = ["MODEL.WEIGHTS", write(), "--output-dir", tmp_path / "run"]
+    _, lines = train_net(QUICKSTART, *where, *weights)
+    mend = shlex.split(lines[-1].partition("; set ")[2])
+    assert mend[::2] == ["INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"]
+    _, lines = train_net(QUICKSTART, *where, *weights, *mend)
+    assert "/nowhere" in lines[-1]
+
+
+def test_set_by_the_config(make_cfg, write):
+    cfg, path = make_cfg(R18, RESNET_BACKBONE__WEIGHTS_INPUT="set"), write()
+    assert prepare_weights(cfg) == []  # no weights, nothing to follow
+    cfg = make_cfg(R18, RESNET_BACKBONE__WEIGHTS_INPUT="set", MODEL__WEIGHTS=path)
+    assert "INPUT.FORMAT BGR -> RGB" in prepare_weights(cfg)
+    assert (cfg.INPUT.FORMAT, cfg.RESNET_BACKBONE.WEIGHTS_INPUT) == ("RGB", "check")
+    assert prepare_weights(cfg) == []  # and now they agree
+
+
+def test_a_library_user_needs_one_call(write):
+    """take_over works on a config without our node as well."""
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_paper_resnet_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    take_over(cfg, write())
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN) == ("RGB", [130.0, 121.5, 110.0])
+
+
+def test_detectors_say_their_input_too(make_cfg, small, tmp_path):
+    """Saved by our checkpointer, or by Detectron2's; an unknown one passes unless it is to set."""
+    made = make_cfg(R18, **small, INPUT__FORMAT="RGB", MODEL__PIXEL_STD=[58.0, 57.0, 57.0])
+    model = build_detector(made)
+    state = model.state_dict()
+    torch.save({"model": state}, tmp_path / "upstreams.pth")
+    Checkpointer(model, str(tmp_path)).save("ours")
+    for name in ("ours.pth", "upstreams.pth"):
+        cfg = make_cfg(R18, **small, MODEL__WEIGHTS=str(tmp_path / name))
+        with pytest.raises(
+            WeightsError, match=r'set INPUT.FORMAT "RGB" MODEL.PIXEL_STD "\[58, 57, '
+        ):
+            prepare_weights(cfg)
+        lines = take_over(cfg, str(tmp_path / name))
+        assert "INPUT.FORMAT BGR -> RGB" in lines and cfg.MODEL.PIXEL_STD == [58.0, 57.0, 57.0]
+    state.pop("backbone.bottom_up.input_settings")
+    torch.save({"model": state}, tmp_path / "unknown.pth")
+    cfg = make_cfg(R18, **small, MODEL__WEIGHTS=str(tmp_path / "unknown.pth"))
+    (line,) = prepare_weights(cfg)
+    assert line.endswith("does not say which input it was trained on: taken to be the config's")
+    with pytest.raises(WeightsError, match=r"does not say which input .*\.WEIGHTS_INPUT check"):
+        take_over(cfg, str(tmp_path / "unknown.pth"))
+    cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING = "torchvision"
+    take_over(cfg, str(tmp_path / "unknown.pth"))
+    assert cfg.INPUT.FORMAT == "RGB"
+
+
+def test_a_name_that_contradicts_a_detector(make_cfg, small, tmp_path):
+    Checkpointer(build_detector(make_cfg(R18, **small)), str(tmp_path)).save("x")
+    keys = dict(MODEL__WEIGHTS=str(tmp_path / "x.pth"))
+    prepare_weights(make_cfg(R18, **keys, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="msra"))
+    with pytest.raises(WeightsError, match="its own preprocessing, which is not 'torchvision'"):
+        prepare_weights(make_cfg(R18, **keys, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="torchvision"))
+
+
+def test_our_trainer_and_predictor_follow_set(make_cfg, small, tmp_path):
+    Checkpointer(build_detector(make_cfg(R18, **small, INPUT__FORMAT="RGB")), str(tmp_path)).save(
+        "x"
+    )
+    keys = dict(MODEL__WEIGHTS=str(tmp_path / "x.pth"), RESNET_BACKBONE__WEIGHTS_INPUT="set")
+    cfg = make_cfg(R18, **small, **keys)
+    cfg.freeze()
+    assert Predictor(cfg).cfg.INPUT.FORMAT == "RGB"
+    assert cfg.INPUT.FORMAT == "BGR"
+
+
+def test_resume_needs_its_own_checkpoint_alone(train_net, tiny_voc, tmp_path):
+    """The weights that a run started from may be gone; other input than the run's is refused."""
+    path, run = tmp_path / "final.safetensors", tmp_path / "run"
+    save_weights(build_model("resnet18", 10), path, OURS)
+    code, lines = train(train_net, tiny_voc, run, path, "SOLVER.MAX_ITER", "1")
+    assert code == 0, lines
+    before = (run / "config.yaml").read_text()
+    assert yaml.safe_load(before)["RESNET_BACKBONE"]["WEIGHTS_INPUT"] == "check"
+    path.unlink()
+    code, lines = train(train_net, tiny_voc, run, path, "--resume", "INPUT.FORMAT", "BGR")
+    assert code == 2 and "INPUT.FORMAT BGR contradicts" in lines[-1]
+    where = ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
+    again = [*where, "--output-dir", run, "--resume", *SMALL, "SOLVER.MAX_ITER", "2"]
+    code, lines = train_net(QUICKSTART, *again)
+    assert code == 2 and 'set INPUT.FORMAT "RGB" MODEL.PIXEL_MEAN "[130, 121.5, 110]"' in lines[-1]
+    assert (run / "config.yaml").read_text() == before
+    code, lines = train(train_net, tiny_voc, run, path, "--resume", "SOLVER.MAX_ITER", "2")
+    assert code == 0, lines
+    assert yaml.safe_load((run / "config.yaml").read_text())["MODEL"]["WEIGHTS"] == str(path)
+    code, lines = train_net(
+        QUICKSTART, "--eval-only", "--weights", run / "model_final.pth", *again[:8], *SMALL
+    )
+    assert code == 0, lines  # the base config is of another input
+    assert "INPUT.FORMAT BGR -> RGB" in (run / "eval" / "log.txt").read_text()
