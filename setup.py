@@ -25,6 +25,7 @@ def read_long_description() -> str:
 
 CORE = [
     "torch>=2.0",
+    "numpy>=1.23",
     "safetensors>=0.4",
 ]
 
@@ -81,8 +82,8 @@ QUICKSTART = [
 # nothing but torchvision; mmdetection's packages are the user's own.
 ADAPTERS = [
     "torchvision>=0.15",
-    "timm>=0.9.12",
-    "transformers>=4.48",
+    "timm>=1.0",
+    "transformers>=5.0",
 ]
 
 # tools/export.py: ONNX files, and their check in onnxruntime.

@@ -69,6 +69,10 @@ install_project() {
     say "installing the project and its dependencies: about 2 to 5 minutes and 6 GB, mostly PyTorch"
     "$PY" -m pip install -qq "${pins[@]+"${pins[@]}"}" -e "$ROOT[all]" ||
         fail "pip could not install the dependencies (see above); mend that and run this again"
+    # For the tests of adapters/mmdetection.py. Without its dependencies, most of which are here:
+    # it asks for opencv-python, which would overwrite opencv-python-headless.
+    "$PY" -m pip install -qq --no-deps "${pins[@]+"${pins[@]}"}" "mmengine>=0.10" addict yapf ||
+        fail "pip could not install mmengine (see above); run this again"
 }
 
 # Prints "absent", "partial" (the pinned build, files missing), "ready ..." or "broken ...".
