@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_backbone import build_model
 from resnet_backbone.data.reference import geometry_difference, load_images
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "benchmark.py"
@@ -107,25 +106,75 @@ def test_train_and_infer_run(tmp_path, capsys):
     options = ["--batch", "1", "2", "--output", str(path)]
     assert benchmark.main(["infer", *small, *options]) == 0
     result = json.loads(path.read_text())
-    assert len(result["batch_1"]) == len(result["batch_2"]) == 5
-    assert "folded" in capsys.readouterr().out
+    for batch in ("batch_1", "batch_2"):
+        assert [row["name"] for row in result[batch]["rows"]] == [
+            "torchvision resnet18, fp32",
+            "ours, fp32, as built",
+            "ours, fp32, optimized",
+            "ours, bf16, optimized",
+        ]
+        differences = list(result[batch]["differences"].values())
+        assert max(differences[:2]) < 1e-4 < differences[2] < 0.05
+    assert "differs by" in capsys.readouterr().out
 
 
-def test_folded_batch_norms_change_nothing():
-    torch.manual_seed(0)
-    model = build_model("resnet18", num_classes=5).eval()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 2)
-            torch.nn.init.normal_(module.weight, 1, 0.1)
-            torch.nn.init.normal_(module.bias, 0, 0.1)
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(images)
-        folded = benchmark.fold_batch_norms(model)
-        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
-        torch.testing.assert_close(folded(images), expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.slow
+def test_other_runtimes(tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    path = tmp_path / "infer.json"
+    small = ["--device", "cpu", "--model", "resnet18", "--size", "64", "--steps", "1"]
+    options = ["--repeats", "1", "--batch", "2", "--runtimes", "--output", str(path)]
+    assert benchmark.main(["infer", *small, *options]) == 0
+    differences = json.loads(path.read_text())["batch_2"]["differences"]
+    assert differences["onnxruntime, fp32"] < 1e-4 and differences["OpenVINO, fp32"] < 1e-4
+
+
+def test_fpn_beside_detectron2(tmp_path, capsys):
+    pytest.importorskip("detectron2")
+    path = tmp_path / "fpn.json"
+    options = ["--device", "cpu", "--height", "64", "--width", "96", "--repeats", "1"]
+    assert benchmark.main(["fpn", *options, "--no-memory", "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["differences"]["float32"]["outputs"] < 1e-4
+    assert max(result["differences"]["float64"].values()) < 1e-10
+    names = [row["name"] for kind in ("inference", "training") for row in result[kind]]
+    assert names == [
+        "inference: Detectron2, fp32",
+        "inference: ours, fp32, as built",
+        "inference: ours, fp32, optimized",
+        "inference: ours, bf16, optimized",
+        "training: Detectron2, fp32",
+        "training: ours, fp32, as built",
+        "training: ours, bf16 autocast, as built",
+    ]
+
+
+def test_fpn_comparison_sees_another_network():
+    """A wrong statistic, and a gradient that stops."""
+    pytest.importorskip("detectron2")
+    from resnet_backbone.benchmark import fpn
+
+    images = torch.randn(1, 3, 64, 96)
+    theirs, ours = fpn.build_pair()
+    ours.bottom_up.res4[2].conv2.norm.running_var.mul_(1.5)
+    found = fpn.compare(theirs, ours, images)
+    assert found["outputs"] > 1e-3 and found["gradient"] > 1e-3
+    ours.bottom_up.res3.requires_grad_(False)
+    with pytest.raises(ValueError, match="different parameters"):
+        fpn.compare(theirs, ours, images)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory_is_that_of_the_pass():
+    pytest.importorskip("detectron2")
+    from resnet_backbone.benchmark import fpn
+
+    name = "training: Detectron2, fp32"
+    small, large = (fpn.measure_memory(name, (1, 3, side, 640)) for side in (64, 512))
+    assert large["peak"] - large["before"] > 100 + small["peak"] - small["before"]
 
 
 @pytest.mark.parametrize(

@@ -214,9 +214,9 @@ def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
 
 def read_images(args: argparse.Namespace, checkpoint: Checkpoint) -> Samples:
     """The pictures to compare on: centre crops of a folder's, or those at hand."""
-    size = args.size or default_size(checkpoint)
-    if size < 1 or args.num_images < 1:
-        raise WeightsError("--size and --num-images are at least 1")
+    size = default_size(checkpoint) if args.size is None else args.size
+    if size < 32 or args.num_images < 1:
+        raise WeightsError("--size is at least 32 and --num-images at least 1")
     if args.images is None:
         return sample_images(size)
     from resnet_backbone.data.augment import resize_short_side
@@ -254,7 +254,8 @@ def report(comparison: Comparison, samples: Samples, a: str = "A", b: str = "B")
 def run_inspect(args: argparse.Namespace) -> int:
     found = inspect_source(args.source, stated_input(args), stated_model(args))
     print("\n".join(found.lines()))
-    option = " --preprocessing NAME" if found.missing else ""
+    name = "NAME" if found.missing else args.preprocessing
+    option = f" --preprocessing {name}" if name else ""
     print(f"next:          python tools/convert_weights.py convert {args.source} OUT{option}")
     return 0
 

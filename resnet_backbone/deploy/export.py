@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,6 @@ from resnet_backbone.weights.preprocessing import Preprocessing
 
 EXAMPLE_SIZE = (2, 224, 288)  # batch, height, width: all differ, none is 1
 DYNAMIC_DIMS = {0: "batch", 2: "height", 3: "width"}
-PREPROCESSING_KEY = "preprocessing"
 RGB = "RGB"
 
 Outputs = dict[str, Tensor]
@@ -153,7 +151,7 @@ def _name_dimensions(graph) -> None:
                 )
 
 
-def run_model(model: nn.Module) -> Runner:
+def run_model(model: Callable[[Tensor], Tensor | Outputs]) -> Runner:
     """PyTorch's own outputs by name."""
 
     @torch.no_grad()
@@ -207,9 +205,14 @@ def largest_difference(
                     f"{tuple(value.shape)} in PyTorch for images {tuple(images.shape)}"
                 )
             scale = value.abs().max().clamp_min(torch.finfo(value.dtype).tiny)
-            difference = float((found[name] - value).abs().max() / scale)
+            difference = finite_or_inf((found[name] - value).abs().max() / scale)
             largest[name] = max(largest.get(name, 0.0), difference)
     return largest
+
+
+def finite_or_inf(difference: Tensor) -> float:
+    """NaN, which no comparison finds too large, as infinity."""
+    return float(difference.nan_to_num(nan=float("inf")))
 
 
 def input_facts(preprocessing: Preprocessing, normalised: bool) -> dict:
@@ -222,12 +225,4 @@ def input_facts(preprocessing: Preprocessing, normalised: bool) -> dict:
         "value_range": preprocessing.value_range,
         "mean": list(preprocessing.mean),
         "std": list(preprocessing.std),
-    }
-
-
-def graph_metadata(preprocessing: Preprocessing, normalised: bool) -> dict[str, str]:
-    """Metadata of an ONNX file: its input, and the weights' own preprocessing."""
-    return {
-        "input": json.dumps(input_facts(preprocessing, normalised)),
-        PREPROCESSING_KEY: preprocessing.to_json(),
     }

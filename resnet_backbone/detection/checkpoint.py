@@ -236,7 +236,8 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
         source = HEAD_LAYERS[target] + key[len(target) :]
         if source not in tensors:
             if source.startswith("res5.") or {"fc6.weight", "fc7.weight"} & tensors.keys():
-                raise WeightsError(f"{path} lacks {source}, a layer of this detector's region head")
+                kind = "C4" if source.startswith("res5.") else "VGG"
+                raise WeightsError(f"{path} lacks {source}, a layer of the {kind} head")
             random.append(key)
         elif tensors[source].shape != own.shape:
             raise WeightsError(

@@ -11,7 +11,7 @@ from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
 from resnet_backbone.deploy import optimize_for_inference
-from resnet_backbone.deploy.export import export_program, run_model, run_program
+from resnet_backbone.deploy.export import export_program, finite_or_inf, run_model, run_program
 from resnet_backbone.deploy.export import largest_difference as compare_maps
 from resnet_backbone.detection.config import UsageError
 
@@ -55,9 +55,9 @@ def _detections(detector: nn.Module, image: Tensor, names: Sequence[str]) -> Det
     return (*fields, found.pred_masks) if "masks" in names else fields
 
 
-def run_detector(detector: nn.Module) -> Runner:
+def run_detector(detector: nn.Module, names: Sequence[str] = ()) -> Runner:
     """A detector as it is, in PyTorch: what exported ones are compared with."""
-    return torch.no_grad()(lambda image: _detections(detector, image, ()))
+    return torch.no_grad()(lambda image: _detections(detector, image, names))
 
 
 def export_torchscript(model: SingleImageDetector, image: Tensor, path: str | os.PathLike) -> None:
@@ -128,11 +128,12 @@ def largest_difference(
     Returns:
         boxes: the largest difference of a coordinate, as a fraction of the image's longer side.
         scores: the largest difference of a score.
+        masks: the largest difference of a mask's probability, where the reference gives masks.
 
     Raises:
         ValueError: another number of detections of a class, or none in any image.
     """
-    largest, total = {"boxes": 0.0, "scores": 0.0}, 0
+    largest: dict[str, float] = {}
     for image in images:
         expected, found = reference(image), exported(image)
         counts = [torch.bincount(values[1], minlength=1).tolist() for values in (expected, found)]
@@ -141,14 +142,22 @@ def largest_difference(
                 f"PyTorch finds {len(expected[0])} objects in an image of {tuple(image.shape)}, "
                 f"the exported graph {len(found[0])}, or others"
             )
-        total += len(expected[0])
-        for box, kind, score in zip(*expected[:3], strict=True):
-            same = found[1] == kind
-            apart = (found[0][same] - box).abs().amax(1) / max(image.shape[1:])
-            nearest = int(apart.argmin())
-            largest["boxes"] = max(largest["boxes"], float(apart[nearest]))
-            difference = abs(float(found[2][same][nearest] - score))
-            largest["scores"] = max(largest["scores"], difference)
-    if not total:
+        for index in range(len(expected[0])):
+            one = [values[index] for values in expected]
+            for name, value in _apart(one, found, max(image.shape[1:])).items():
+                largest[name] = max(largest.get(name, 0.0), value)
+    if not largest:
         raise ValueError("no objects were found in the images: the check would mean nothing")
     return largest
+
+
+def _apart(one: Sequence[Tensor], found: Detections, side: int) -> dict[str, float]:
+    """Differences of one detection from the nearest of its class."""
+    box, kind, score, *mask = one
+    same = [values[found[1] == kind] for values in found]
+    apart = (same[0] - box).abs().amax(1) / side
+    nearest = int(apart.nan_to_num(nan=float("inf")).argmin())
+    differences = {"boxes": apart[nearest], "scores": (same[2][nearest] - score).abs()}
+    if mask:
+        differences["masks"] = (same[3][nearest] - mask[0]).abs().max()
+    return {name: finite_or_inf(value) for name, value in differences.items()}

@@ -147,12 +147,6 @@ def _header_keys(path: Path) -> list[str]:
         return []
 
 
-def _query(source: str, query: str) -> dict[str, bool]:
-    if query.lower() not in ("matching_heuristics=true", "matching_heuristics=false"):
-        raise WeightsError(f"{source}?{query}: the only query is ?matching_heuristics=True")
-    return {"matching_heuristics": query.lower().endswith("true")}
-
-
 def locate(source: str) -> str:
     """The local path of a file or folder; remote ones are fetched once per machine.
 

@@ -94,7 +94,7 @@ def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, w
         WeightsError: naming a tensor and its shapes.
     """
     misfit = compare(model, tensors)
-    prefixes = (*_networks(model), RES5)
+    prefixes = (*(_networks(model) or ("backbone.",)), RES5)
     if not any(key.startswith(prefixes) for key in tensors):
         raise WeightsError(
             f"{where} has no tensor of this detector's backbone, whose names begin with "

@@ -31,6 +31,7 @@ from resnet_backbone.weights.sources import CATALOG
 FORMAT, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
 STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 _ORDERS = ("RGB", "BGR")
+_BARE = ("", "bottom_up.")  # where a network is in no detector, but alone or in an FPN
 
 
 def config_input(cfg: CfgNode) -> Preprocessing | None:
@@ -167,8 +168,8 @@ class StatesInput(nn.Module):
     Where :attr:`input_settings` is known, the state dict of a module around this one has the entry
     ``input_settings`` (see :func:`to_tensor`), and loading one that says otherwise is an error.
     That holds for whatever loads and saves the detector, such as Detectron2's ``DefaultPredictor``
-    and ``DefaultTrainer``. State dicts without the entry load, and the network's own state dict
-    holds weights alone.
+    and ``DefaultTrainer``. State dicts without the entry load, and those of the network or its
+    feature pyramid alone hold weights only.
 
     Attributes:
         input_settings: what the config gives the network; None: not known, not checked.
@@ -186,7 +187,7 @@ class StatesInput(nn.Module):
             WeightsError: the entry names another input; or it is there, but not all of the
                 network, which is so when Detectron2 leaves out tensors of another shape.
         """
-        if self.input_settings is None or not prefix:
+        if self.input_settings is None or prefix in _BARE:
             return
         stated = state_dict.get(prefix + INPUT_SETTINGS)
         if stated is not None:
@@ -209,7 +210,7 @@ class StatesInput(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if prefix and self.input_settings is not None:
+        if self.input_settings is not None and prefix not in _BARE:
             destination[prefix + INPUT_SETTINGS] = to_tensor(self.input_settings)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

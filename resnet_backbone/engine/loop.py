@@ -333,7 +333,7 @@ class Trainer:
         """Writes the weights that evaluations use into the run folder."""
         kept = self.checkpoints
         path = self.folder / name
-        run = Path(self.folder).resolve().name
+        run = Path(self.folder.path).resolve().name
         save_network(path, self.step.evaluated_model, kept.spec, kept.preprocessing, run)
         return path
 

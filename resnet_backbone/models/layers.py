@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 Norm = str | Callable[[int], nn.Module] | None
@@ -141,13 +142,13 @@ class ConvNorm(nn.Conv2d):
     def _folding_pays(self, x: Tensor) -> bool:
         """Whether the norm is a constant map here, and the kernel smaller than the output.
 
-        Exported and compiled graphs keep the norm, which their optimizers fold; so does a norm
-        whose hooks want its input.
+        Exported, traced and compiled graphs keep the norm, which their optimizers fold; so does a
+        norm whose hooks want its input.
         """
         norm = self.norm
         if type(norm) is not nn.BatchNorm2d or norm.training or torch.is_grad_enabled():
             return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, Proxy):
             return False
         if norm.running_var is None or norm._forward_hooks or norm._forward_pre_hooks:
             return False

@@ -56,12 +56,15 @@ def whole_conventions(reference: Checkpoint, other: Checkpoint) -> Iterator[Hypo
         std=right.std[::-1],
         mean_image=None,
     )
-    known = {"A's": right, "A's with the other channel order": turned}
-    known |= {f"{name}'s": published for name, published in PREPROCESSINGS.items()}
+    known = {
+        "A's preprocessing": right,
+        "A's preprocessing in the other channel order": turned,
+        **{f"the preprocessing {name}": known for name, known in PREPROCESSINGS.items()},
+    }
     for name, convention in known.items():
         if convention.stride_in_1x1 is None:
             convention = replace(convention, stride_in_1x1=own.stride_in_1x1)
-        text = f"{name} preprocessing ({_describe(convention)}) in place of its own"
+        text = f"{name} ({_describe(convention)}) in place of its own"
         yield Hypothesis(
             "preprocessing",
             f"{text} ({_describe(own)})",

@@ -29,9 +29,12 @@ def _transform(preprocessing: Preprocessing) -> str:
 
 def _ours(checkpoint: Checkpoint, path: Path) -> list[str]:
     return [
-        f'checkpoint = resnet_backbone.weights.read_checkpoint("{path}")',
-        "network = resnet_backbone.weights.verify.build_network(checkpoint)",
-        "normalize = resnet_backbone.weights.inputs.InputNormalizer(checkpoint.preprocessing)",
+        "from resnet_backbone.weights import read_checkpoint",
+        "from resnet_backbone.weights.inputs import InputNormalizer",
+        "from resnet_backbone.weights.verify import build_network",
+        f'checkpoint = read_checkpoint("{path}")',
+        "network = build_network(checkpoint)",
+        "normalize = InputNormalizer(checkpoint.preprocessing)  # of RGB bytes (N, 3, H, W)",
     ]
 
 

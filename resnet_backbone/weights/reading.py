@@ -118,6 +118,9 @@ def read_source(source: str | os.PathLike, preprocessing: str) -> Weights:
     tensors = dict(raw.tensors)
     mean_image = tensors.pop(MEAN_IMAGE_KEY, None)
     if mean_image is not None:
+        if mean_image.dim() != 3 or mean_image.shape[0] != 3:
+            shape = tuple(mean_image.shape)
+            raise WeightsError(f"{source}: {MEAN_IMAGE_KEY} has shape {shape}, not (3, H, W)")
         known = replace(known, mean_image=mean_image.float())
     origin = notes.origin or Origin("", str(source), raw.sha256, "", known.source)
     return Weights(tensors, known, notes.model, origin)
@@ -216,6 +219,8 @@ def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpe
         if stated is None and len(candidates) > 1:
             names = " and ".join(map(spell, candidates))
             raise ValueError(f"its tensors fit {names}: say which network it is")
+        if given is not None and read.stated is not None and given.name != read.stated.name:
+            raise ValueError(f"it says that it is a {read.stated.name}, not {given.name}")
         if read.stated is None and given is not None:
             check_stated(given, read.tensors)
     except ValueError as error:

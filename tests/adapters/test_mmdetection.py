@@ -132,6 +132,15 @@ def test_the_papers_weights(data_root):
         PaperResNet(50, data_preprocessor=MSRA, init_cfg=pretrained).init_weights()
 
 
+def test_what_no_tensor_shows_is_compared(weights_file):
+    path, _ = weights_file("resnet18", "msra", shortcut="A")
+    pretrained = dict(type="Pretrained", checkpoint=str(path))
+    options = dict(data_preprocessor=MSRA, init_cfg=pretrained)
+    PaperResNet(18, shortcut="A", **options).init_weights()
+    with pytest.raises(WeightsError, match="shortcut"):
+        PaperResNet(18, shortcut="none", **options).init_weights()
+
+
 @pytest.mark.parametrize("name", ["msra", "torchvision"])
 def test_settings_written_for_weights_pass_their_check(name):
     preprocessing = get_preprocessing(name)

@@ -1,10 +1,12 @@
 """What the command line refuses: one line that says what to write, and exit status 2."""
 
 import pytest
+import torch
 
 pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.cli import UsageError, load_config, one_line_errors
+from resnet_backbone.weights import PREPROCESSINGS
 
 QUICKSTART = "quickstart/faster_rcnn_R_18_FPN.yaml"
 VOC = "voc/faster_rcnn_R_18_FPN.yaml"
@@ -85,13 +87,16 @@ def test_frozen_random_layers(train_net, tmp_path, arguments):
     [
         ["--eval-only"],
         ["--resume"],
-        ["MODEL.WEIGHTS", "x.pth"],
+        ["MODEL.WEIGHTS", "{weights}"],
         ["MODEL.BACKBONE.FREEZE_AT", "0", "MODEL.RESNETS.NORM", "BN"],
         ["MODEL.BACKBONE.NAME", "build_vgg_fpn_backbone", "MODEL.BACKBONE.FREEZE_AT", "0"],
     ],
 )
-def test_layers_that_can_learn_or_have_weights(train_net, tmp_path, arguments):
+def test_layers_that_can_learn_or_have_weights(train_net, write, tmp_path, arguments):
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    torch.save({"model": {"backbone.x": torch.zeros(1)}}, tmp_path / "model_0000001.pth")
+    weights = write(expected=PREPROCESSINGS["msra"])
+    arguments = [word.format(weights=weights) for word in arguments]
     missing = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
     code, lines = train_net(VOC, "--output-dir", str(tmp_path), *missing, *arguments)
     assert code == 2 and "nowhere" in lines[-1]  # the data is what it then lacks

@@ -201,6 +201,21 @@ def test_nothing_matches(detector, tmp_path):
         Checkpointer(detector(), preprocessing="msra").load(str(tmp_path / "x.pth"), [])
 
 
+def test_a_detector_with_detectron2s_backbone(detector, tmp_path):
+    """Our trainer runs these too: their checkpoints must be whole, their input is not known."""
+    keys = dict(MODEL__RESNETS__RES2_OUT_CHANNELS=64, MODEL__RESNETS__NORM="BN")
+    keys |= dict(MODEL__BACKBONE__NAME="build_resnet_fpn_backbone")
+    model, other = detector(**keys), detector(**keys)
+    Checkpointer(model, str(tmp_path)).save("model")
+    Checkpointer(other).load(str(tmp_path / "model.pth"))
+    assert_holds(other, model.state_dict())
+    state = model.state_dict()
+    del state[f"{PREFIX}res4.1.conv2.weight"]
+    torch.save({"model": state}, tmp_path / "part.pth")
+    with pytest.raises(WeightsError, match="lacks 1 of .*res4.1.conv2.weight"):
+        Checkpointer(other).load(str(tmp_path / "part.pth"), [])
+
+
 @pytest.mark.parametrize("missing", ["res4.1.conv2.weight", "stem.conv1.norm.running_var"])
 def test_a_backbone_in_part_is_refused(detector, tmp_path, missing):
     state = detector().state_dict()

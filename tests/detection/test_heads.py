@@ -189,6 +189,7 @@ def test_vgg_head_gets_fc6_and_fc7(make_cfg, tmp_path, fc_dim):
     tensors |= {"fc6.weight": torch.randn(8, 512 * 49), "fc6.bias": torch.randn(8)}
     tensors |= {"fc7.weight": torch.randn(8, 8), "fc7.bias": torch.randn(8)}
     path = str(tmp_path / "vgg.safetensors")
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
     save_file(tensors, path, {METADATA_KEY: PREPROCESSINGS["caffe_vgg"].to_json()})
     keys = dict(MODEL__ROI_BOX_HEAD__FC_DIM=fc_dim, RESNET_BACKBONE__VGG__DEPTH=11)
     model = build_model(make_cfg(VGG, **keys, **CHEAP))

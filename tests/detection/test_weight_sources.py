@@ -1,12 +1,12 @@
 """``MODEL.WEIGHTS`` and ``--weights`` from every kind of source, into detectors."""
 
+import logging
 import pickle
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
@@ -104,10 +104,31 @@ def test_libraries_own_networks(make_cfg, small, tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "torchvision.pth")
     model = into_detector(make_cfg(R18, **keys), tmp_path / "torchvision.pth")
     assert torch.equal(find_network(model).res5[1].conv2.weight, theirs.layer4[1].conv2.weight)
-    theirs = timm.create_model("resnet18")
+    theirs = pytest.importorskip("timm").create_model("resnet18")
     save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
     model = into_detector(make_cfg(R18, **keys), tmp_path / "timm.safetensors")
     assert torch.equal(find_network(model).stem.conv1.weight, theirs.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    "kept, error", [((), ""), (("fc6.weight", "fc6.bias"), "lacks fc7.weight")]
+)
+def test_a_vggs_classifier_is_there_or_not(make_cfg, tmp_path, caplog, kept, error):
+    """Convolutions alone start a VGG detector, and a line says what is random; half is damage."""
+    tensors = build_network("vgg11", out_features=["conv5"]).state_dict()
+    head = {"fc6.weight": torch.zeros(8, 512 * 49), "fc6.bias": torch.zeros(8)}
+    tensors |= {key: head[key] for key in kept}
+    torch.save(tensors, tmp_path / "vgg.pth")
+    keys = dict(MODEL__ROI_BOX_HEAD__FC_DIM=8, RESNET_BACKBONE__VGG__DEPTH=11)
+    cfg = make_cfg("voc/faster_rcnn_VGG_16.yaml", **keys)
+    cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING = "caffe_vgg"
+    if error:
+        with pytest.raises(WeightsError, match=error):
+            into_detector(cfg, tmp_path / "vgg.pth")
+        return
+    with caplog.at_level(logging.INFO, logger="resnet_backbone"):
+        into_detector(cfg, tmp_path / "vgg.pth")
+    assert "start at random: roi_heads.box_head (4 tensors)" in caplog.text
 
 
 # Names and addresses

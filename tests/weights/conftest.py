@@ -41,7 +41,7 @@ def random_checkpoint():
         network = spec.build()
         randomise_statistics(network)
         tensors = {
-            key: value.detach()
+            key: value.detach().contiguous()
             for key, value in network.state_dict().items()
             if not key.endswith("num_batches_tracked")
         }

@@ -450,6 +450,17 @@ def test_networks_that_no_tensor_tells_apart(tmp_path):
         read_checkpoint(path, "msra")
     given = ModelSpec("cifar_plain8", 10)
     assert read_checkpoint(path, "msra", given).model == given
+    save_weights(residual, path, MSRA)
+    with pytest.raises(WeightsError, match="it says that it is a cifar_resnet8, not cifar_plain8"):
+        read_checkpoint(path, "msra", given)
+
+
+def test_a_mean_image_of_another_shape(small):
+    path, _ = small
+    notes = write_notes(MSRA, ModelSpec("cifar_resnet8", 5, {"shortcut": "B"}))
+    save_file({**load_file(path), "preprocessing.mean_image": torch.ones(4)}, path, notes)
+    with pytest.raises(WeightsError, match=r"mean_image has shape \(4,\), not \(3, H, W\)"):
+        read_checkpoint(path)
 
 
 def test_the_stems_pooling_is_compared(tmp_path):

@@ -1,0 +1,344 @@
+"""The fast form, by default and by optimize_for_inference: the same outputs, never stale ones."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from resnet_backbone import build_model, optimize_for_inference
+from resnet_backbone.deploy import InferenceNetwork, fold_bn
+from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
+from resnet_backbone.models.layers import ConvNorm
+from resnet_backbone.weights import get_preprocessing, load_weights, save_weights
+
+NAMES = ("resnet18", "resnet50", "cifar_resnet20", "vgg11_bn")
+LAST = torch.channels_last
+
+
+@torch.no_grad()
+def randomize(model: nn.Module) -> nn.Module:
+    """Norms that are not the identity, so that a misplaced one shows."""
+    for module in model.modules():
+        if getattr(module, "running_var", None) is not None:
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+            if module.weight is not None:
+                module.weight.uniform_(0.4, 0.8)
+                module.bias.normal_(0, 0.2)
+    return model
+
+
+def network(name="cifar_resnet8", seed=0, **options) -> StagedNetwork:
+    torch.manual_seed(seed)
+    if name.startswith("vgg"):  # its classifier is large and has no convolutions
+        options = {"out_features": ("conv5",), **options}
+        options.pop("num_classes", None)
+    return randomize(build_model(name, **options)).eval()
+
+
+def unfolded(model: nn.Module, images):
+    """The outputs by convolution, then norm: what is computed while gradients are recorded."""
+    with torch.enable_grad():
+        found = model(images)
+    if isinstance(found, dict):
+        return {name: value.detach() for name, value in found.items()}
+    return found.detach()
+
+
+def assert_close(found, expected, bound=1e-4):
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for name in expected:
+            assert_close(found[name], expected[name], bound)
+        return
+    assert found.dtype == expected.dtype
+    assert (found - expected).abs().max() <= bound * expected.abs().max()
+
+
+@pytest.fixture
+def norm_calls(monkeypatch):
+    """A list with one entry for each batch norm that ran."""
+    calls, original = [], nn.BatchNorm2d.forward
+
+    def forward(self, x):
+        calls.append(self)
+        return original(self, x)
+
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", forward)
+    return calls
+
+
+# The form in which networks are built
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_networks_are_channels_last(name):
+    model = network(name)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        kernels = [p for p in copied.parameters() if p.dim() == 4]
+        assert kernels and all(p.is_contiguous(memory_format=LAST) for p in kernels)
+
+
+def test_maps_are_channels_last_whatever_the_input():
+    model = network("resnet18", out_features=("res2", "res5"))
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        found = model(images), model(images.to(memory_format=LAST))
+    assert_close(*found, bound=1e-6)
+    for maps in found:
+        assert all(value.is_contiguous(memory_format=LAST) for value in maps.values())
+
+
+def test_files_are_as_before(tmp_path):
+    """Values, keys and strides in a file do not show the form in memory."""
+    model, path = network(), tmp_path / "w.safetensors"
+    save_weights(model, path, get_preprocessing("torchvision"))
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    assert tensors.keys() == model.state_dict().keys()
+    assert all(value.is_contiguous() for value in tensors.values())
+    other = build_model("cifar_resnet8")
+    load_weights(other, path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(unfolded(model, images), unfolded(other.eval(), images))
+    plain = {key: value.contiguous() for key, value in model.state_dict().items()}
+    other.load_state_dict(plain)
+    assert other.res2[0].conv1.weight.is_contiguous(memory_format=LAST)
+
+
+# Folding at each call
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folding_changes_nothing(name, norm_calls):
+    model, images = network(name, num_classes=5), torch.randn(4, 3, 96, 64)
+    expected = unfolded(model, images)
+    ran = len(norm_calls)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert_close(model(images), expected)
+    assert ran and len(norm_calls) < 3 * ran, "no layer was folded"
+
+
+def test_only_constant_norms_with_small_kernels_are_folded(norm_calls):
+    model, images = network(), torch.randn(16, 3, 32, 32)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def count(x=images) -> int:
+        norm_calls.clear()
+        model(x)
+        return len(norm_calls)
+
+    assert count() == len(norms), "gradients are recorded"
+    with torch.no_grad():
+        assert count() == 0
+        assert count(images[:1, :, :5, :5]) == len(norms), "kernels larger than the maps"
+        handle = norms[0].register_forward_hook(lambda *args: None)
+        assert count() == 1, "the hook must see the map"
+        handle.remove()
+        norms[1].train()
+        assert count() == 1, "batch statistics are no constants"
+        model.train()
+        assert count() == len(norms)
+
+
+def test_norms_of_every_kind_without_gradients():
+    images = torch.randn(4, 3, 32, 32)
+    kinds = {
+        "no affine": lambda channels: nn.BatchNorm2d(channels, affine=False),
+        "no statistics": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
+        "own class": type("Other", (nn.BatchNorm2d,), {"forward": lambda self, x: 2 * x}),
+        "frozen": FrozenBatchNorm2d,
+        "group": lambda channels: nn.GroupNorm(4, channels),
+    }
+    for kind in kinds.values():
+        model = network(norm=kind)
+        with torch.no_grad():
+            found = model(images)
+        assert_close(found, unfolded(model, images))
+
+
+CHANGES = {
+    "in place": lambda m: m.res2[0].conv1.weight.mul_(1.5),
+    "data": lambda m: m.stem.weight.data.mul_(0.5),
+    "data assigned": lambda m: setattr(m.stem.weight, "data", m.stem.weight.data * 1.25),
+    "gamma": lambda m: m.stem.norm.weight.data.add_(0.1),
+    "statistics": lambda m: m.res3[0].conv1.norm.running_var.mul_(2),
+    "training step": lambda m: (m.train()(torch.randn(4, 3, 32, 32)), m.eval()),
+    "load": lambda m: m.load_state_dict(network(seed=1).state_dict()),
+    "assign": lambda m: m.load_state_dict(network(seed=2).state_dict(), assign=True),
+    "double and back": lambda m: m.double().float(),
+    "contiguous": lambda m: m.to(memory_format=torch.contiguous_format),
+    "average": lambda m: torch._foreach_lerp_(
+        list(m.parameters()), list(network(seed=3).parameters()), 0.3
+    ),
+    "parameter": lambda m: setattr(
+        m.stem, "weight", nn.Parameter(torch.randn_like(m.stem.weight) / 5)
+    ),
+}
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.sampled_from(sorted(CHANGES)), min_size=1, max_size=4))
+def test_changed_weights_always_count(changes):
+    model, images = network(), torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        model(images)
+        for change in changes:
+            CHANGES[change](model)
+            assert_close(model(images), unfolded(model, images))
+
+
+def test_tracing_keeps_the_norms():
+    """So that a graph's own optimizer folds them, and shapes stay free."""
+    model = network(out_features=("res2", "res4"))
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(4, 3, 32, 32), strict=False)
+        assert "batch_norm" in str(traced.inlined_graph)
+        images = torch.randn(2, 3, 16, 40)
+        assert_close(traced(images), unfolded(model, images))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.05), (torch.float64, 1e-12)])
+def test_folding_in_other_precisions(dtype, bound):
+    model, images = network(), torch.randn(8, 3, 32, 32)
+    expected = unfolded(model.double(), images.double())
+    with torch.no_grad():
+        found = model.to(dtype)(images.to(dtype))
+    assert found.dtype == dtype
+    assert_close(found.double(), expected, bound)
+
+
+# fold_bn and optimize_for_inference
+
+
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN", "GN", ""])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11"])
+def test_fold_bn_in_double_precision(name, norm):
+    model = network(name, norm=norm, num_classes=3).double()
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    expected = unfolded(model, images)
+    before = len(model.state_dict())
+    assert_close(unfolded(fold_bn(model), images), expected, 1e-12)
+    left = [m.norm for m in model.modules() if isinstance(m, ConvNorm) and m.norm is not None]
+    assert bool(left) == (norm == "GN")
+    assert (len(model.state_dict()) == before) == (norm in ("GN", ""))
+
+
+def test_a_norm_of_batch_statistics_is_not_folded():
+    model = network(norm=lambda channels: nn.BatchNorm2d(channels, track_running_stats=False))
+    images = torch.randn(4, 3, 32, 32)
+    expected = unfolded(model, images)
+    assert_close(unfolded(fold_bn(model), images), expected, 1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_optimized_classifier(name, norm):
+    model = network(name, norm=norm, num_classes=5).train()
+    state = copy.deepcopy(model.state_dict())
+    images = torch.randn(2, 3, 96, 64)
+    fast = optimize_for_inference(model)
+    assert type(fast) is type(model) and not fast.training
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert_close(fast(images), unfolded(model.eval(), images))
+    assert_close(fast(images.to(memory_format=LAST)), unfolded(model, images))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), "the original has changed"
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_optimized_backbone(dtype, bound):
+    model = network("resnet18", out_features=("res3", "res5"))
+    images = torch.randn(2, 3, 96, 64)
+    fast = optimize_for_inference(model, dtype=dtype)
+    assert fast.features == model.features and fast.out_features == ("res3", "res5")
+    for x in (images, images.to(memory_format=LAST), images.double().float()):
+        assert_close(fast(x), unfolded(model, images), bound)
+    assert next(fast.parameters()).dtype == dtype
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert_close(copied(images), fast(images), 0)
+
+
+class Pyramid(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.lateral = body, nn.Conv2d(512, 8, 1)
+        self.out_channels = 8
+
+    def forward(self, x):
+        return {"p5": self.lateral(self.body(x)["res5"])}
+
+
+class Detection(nn.Module):
+    """As Detectron2's and torchvision's: a child ``backbone``, and heads in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Pyramid(network("resnet18", out_features=["res5"]))
+        self.res5 = nn.Sequential(*network("resnet18", out_features=["res5"]).res5)
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, images):
+        maps = self.backbone(images)["p5"]
+        return {"boxes": self.head(maps), "regions": self.res5(images.new_ones(2, 256, 7, 7))}
+
+
+def test_optimized_detector():
+    torch.manual_seed(0)
+    detector, images = Detection().eval(), torch.randn(1, 3, 96, 64)
+    expected = unfolded(detector, images)
+    plain = optimize_for_inference(detector)
+    assert type(plain) is Detection
+    assert_close(plain(images), expected)
+    fast = optimize_for_inference(detector, dtype=torch.bfloat16)
+    assert isinstance(fast.backbone, InferenceNetwork) and isinstance(fast.res5, InferenceNetwork)
+    assert fast.backbone.out_channels == 8, "attributes are the backbone's"
+    assert fast.backbone.lateral.weight.dtype == torch.bfloat16
+    assert fast.head.weight.dtype == torch.float32
+    assert_close(fast(images), expected, 0.03)
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (network, {"dtype": torch.int8}, "torch.int8 is not one of"),
+        (lambda: nn.Conv2d(3, 4, 1), {}, "Conv2d contains none of our networks"),
+        (
+            lambda: optimize_for_inference(network(), dtype=torch.bfloat16),
+            {},
+            "optimized before",
+        ),
+    ],
+)
+def test_refusals(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        optimize_for_inference(make(), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_compiled(dtype, bound):
+    import torch._inductor.config as inductor
+
+    model = network(out_features=("res2", "res4"))
+    fast = optimize_for_inference(model, dtype=dtype, compile=True)
+    for size in ((2, 3, 32, 32), (2, 3, 48, 32), (3, 3, 40, 64)):
+        images = torch.randn(size)
+        assert_close(fast(images), unfolded(model, images), bound)
+    assert not inductor.freezing, "other compiled models must not be frozen"
+
+
+@pytest.mark.slow
+def test_weights_are_constants_of_compiled_code():
+    from torch._inductor.utils import run_and_get_code
+
+    fast = optimize_for_inference(network(), compile=True)
+    _, code = run_and_get_code(fast, torch.randn(2, 3, 32, 32))
+    assert "_frozen_param" in "".join(code)
