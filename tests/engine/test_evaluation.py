@@ -121,7 +121,9 @@ def test_an_ensemble_averages_probabilities_with_each_own_preprocessing():
         parts = [m.eval()(n(loader.images)).double().softmax(1) for m, n in (first, second)]
     expected = Predictions.from_probabilities(sum(parts) / 2, loader.labels, torch.arange(COUNT))
     assert result.predictions.classes.tolist() == expected.classes.tolist()
-    torch.testing.assert_close(result.predictions.scores, expected.scores)
+    torch.testing.assert_close(
+        result.predictions.scores, expected.scores, rtol=1e-3, atol=1e-4
+    )  # logits of hundreds, and what is folded depends on the batch
     alone = evaluate([first], Full(), loader)
     assert evaluate([first, first], Full(), loader).top1_error == alone.top1_error
     torch.testing.assert_close(
