@@ -266,6 +266,59 @@ def test_optimized_backbone(dtype, bound):
         assert_close(copied(images), fast(images), 0)
 
 
+def fused_calls(call) -> int:
+    """How many convolutions did their ReLU themselves."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    names = [event.name for event in profile.events()]
+    return sum(name.startswith("mkldnn::_convolution_pointwise") for name in names)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("shortcut", ["A", "B", "C", "highway", "none"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_optimized_convolutions_do_sum_and_relu(name, shortcut):
+    model = network(name, shortcut=shortcut, out_features=("stem", "res2", "res3"))
+    images = torch.randn(2, 3, 64, 96)
+    fast = optimize_for_inference(model)
+    convolutions = sum(isinstance(module, ConvNorm) for module in fast.modules())
+    projections = {"C": len(fast.res2) + len(fast.res3), "A": 0, "none": 0}.get(
+        shortcut, 1 if name == "resnet18" else 2
+    )
+    plain_sums = len(fast.res2) + len(fast.res3) if shortcut in ("highway", "none") else 0
+    assert fused_calls(lambda: fast(images)) == convolutions - projections - plain_sums
+    assert_close(fast(images), unfolded(model, images), 1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_operators_stay_single_where_they_must():
+    model = network("resnet18", out_features=("res2",))
+    fast, images = optimize_for_inference(model), torch.randn(1, 3, 64, 64)
+    expected, everything = unfolded(model, images), 5
+    assert fused_calls(lambda: fast(images)) == everything
+
+    seen = []
+    for module in (fast.res2[0].conv2, fast.res2[0].activation):
+        handle = module.register_forward_hook(lambda *args: seen.append(args))
+        assert fused_calls(lambda: fast(images)) == everything - 1
+        handle.remove()
+    assert len(seen) == 2, "hooks see what they are registered for"
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_calls(lambda: fast(images)) == 0
+    assert fused_calls(lambda: copy.deepcopy(fast).double()(images.double())) == 0
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert fused_calls(lambda: fast(images)) == 0
+        assert_close(fast(images), expected)
+
+    wanting = images.clone().requires_grad_()
+    assert fused_calls(lambda: fast(wanting)["res2"].sum().backward()) == 0
+    assert wanting.grad.abs().sum() > 0
+    fast.res2[0].conv1.weight.requires_grad_()
+    assert fused_calls(lambda: fast(images)["res2"].sum().backward()) == 1, "the stem only"
+    assert fast.res2[0].conv1.weight.grad.abs().sum() > 0
+
+
 class Pyramid(nn.Module):
     def __init__(self, body):
         super().__init__()

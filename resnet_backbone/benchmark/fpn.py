@@ -50,8 +50,12 @@ def _autocast(device: str, bf16: bool) -> AbstractContextManager:
 
 
 def scalar_loss(maps: dict[str, Tensor]) -> Tensor:
-    """A stand-in for the heads: its gradient depends on every value of every map."""
-    return sum(value.float().square().mean() for value in maps.values())
+    """A stand-in for the heads: its gradient depends on every value of every map.
+
+    Divided last, since the gradient of ``mean`` is row-major whatever the map: the backward pass
+    of a head's convolution returns the map's own memory format.
+    """
+    return sum(value.float().square().sum() / value.numel() for value in maps.values())
 
 
 def build_pair(depth: int = 50) -> tuple[nn.Module, nn.Module]:

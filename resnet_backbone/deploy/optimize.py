@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from resnet_backbone.models.layers import ConvNorm, FrozenBatchNorm2d, scale_and_shift
+from resnet_backbone.models.layers import (
+    ConvNorm,
+    ConvNormAct,
+    FrozenBatchNorm2d,
+    scale_and_shift,
+)
 from resnet_backbone.models.network import StagedNetwork
 from resnet_backbone.models.resnet import ResidualBlock
 
@@ -24,8 +29,9 @@ def optimize_for_inference(
 ) -> nn.Module:
     """A fast copy of a model for inference; the model itself stays as it is.
 
-    Batch norms within our networks are folded into their convolutions, kernels are stored
-    channels_last, and nothing records gradients. At float32, outputs stay within 1e-4.
+    Batch norms within our networks are folded into their convolutions, on CPUs these also do the
+    residual sum and the ReLU, kernels are stored channels_last, and nothing records gradients.
+    At float32, outputs stay within 1e-4.
 
     Args:
         model: one of our classifiers or backbones, or any model that contains some, such as a
@@ -53,7 +59,7 @@ def optimize_for_inference(
     if not any(isinstance(module, ConvNorm) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} contains none of our networks")
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    model = fold_bn(model).to(memory_format=torch.channels_last)
+    model = fuse_activations(fold_bn(model)).to(memory_format=torch.channels_last)
     if dtype == torch.float32 and not compile:
         return model
     places = list(network_places(model))
@@ -78,6 +84,21 @@ def fold_bn(model: nn.Module) -> nn.Module:
             conv.weight = nn.Parameter(weight.detach().to(like.dtype), like.requires_grad)
             conv.bias = nn.Parameter(shift.detach().to(like.dtype), like.requires_grad)
             conv.norm = None
+    return model
+
+
+def fuse_activations(model: nn.Module) -> nn.Module:
+    """Lets folded convolutions of our networks do the residual sum and the ReLU, in place.
+
+    It holds for eager inference on CPUs (:func:`resnet_backbone.models.layers.can_fuse`). What is
+    not a convolution, a sum and a ReLU stays as it is.
+    """
+    for module in model.modules():
+        if isinstance(module, ConvNormAct):
+            module.fused = module.norm is None and isinstance(module.activation, nn.ReLU)
+        elif isinstance(module, ResidualBlock) and module.shortcut is not None:
+            is_sum = module.gate is None and module.last.norm is None
+            module.fused = is_sum and isinstance(module.activation, nn.ReLU)
     return model
 
 

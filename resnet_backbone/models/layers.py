@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -157,14 +157,61 @@ class ConvNorm(nn.Conv2d):
 
 
 class ConvNormAct(ConvNorm):
-    """:class:`ConvNorm` followed by its activation, the child ``activation``."""
+    """:class:`ConvNorm` followed by its activation, the child ``activation``.
+
+    Attributes:
+        fused: one pass for both where :func:`can_fuse` allows it; set by
+            :func:`resnet_backbone.optimize_for_inference`.
+    """
+
+    fused = False
 
     def __init__(self, *args, activation: str = "relu", **kwargs):
         super().__init__(*args, **kwargs)
         self.activation = build_activation(activation, self.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and can_fuse((x, self.weight), hidden=(self.activation,)):
+            return fused_convolution(self, x)
         return self.activation(super().forward(x))
+
+
+def can_fuse(tensors: Sequence[Tensor], hidden: Sequence[nn.Module]) -> bool:
+    """Whether :func:`fused_convolution` may run: eagerly on a CPU, without gradients.
+
+    Graphs that are exported, traced or compiled keep the single operators, which their
+    optimizers fuse.
+
+    Args:
+        tensors: input, kernel, and what is added.
+        hidden: the modules that would not be called; none may have a hook.
+    """
+    x = tensors[0]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, Proxy):
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in hidden):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if any(tensor.dtype != x.dtype for tensor in tensors) or not torch.backends.mkldnn.enabled:
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x.dtype == torch.float32
+
+
+def fused_convolution(conv: nn.Conv2d, x: Tensor, added: Tensor | None = None) -> Tensor:
+    """relu(conv(x)) or relu(conv(x) + added), without a pass of its own for sum and ReLU.
+
+    The operators are those that Inductor emits (PyTorch has no public name for them).
+    """
+    kernel = conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups
+    operator = torch.ops.mkldnn._convolution_pointwise
+    if added is None:
+        return operator(x, *kernel, "relu", [], "")
+    return operator.binary(x, added, *kernel, "add", 1.0, "relu", [], "")
 
 
 def freeze(module: nn.Module) -> None:

@@ -13,6 +13,8 @@ from resnet_backbone.models.layers import (
     ConvNormAct,
     Norm,
     build_activation,
+    can_fuse,
+    fused_convolution,
     global_average_pool,
     init_he,
 )
@@ -51,7 +53,9 @@ def build_shortcut(
 
 
 class ResidualBlock(nn.Module):
-    """activation(F(x) + shortcut(x)), equations 1 and 2; subclasses define F as ``residual``.
+    """activation(F(x) + shortcut(x)), equations 1 and 2; subclasses define F.
+
+    F is :meth:`inner`, followed by the convolution :attr:`last`.
 
     With ``shortcut="highway"`` the sum is gated, T * F(x) + (1 - T) * shortcut(x), where
     T = sigmoid(1x1 convolution of x) (Highway Networks, arXiv 1505.00387, the paper's related
@@ -59,6 +63,7 @@ class ResidualBlock(nn.Module):
     """
 
     expansion: int
+    fused = False  # as in ConvNormAct
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, shortcut: str, norm: Norm, act: str
@@ -70,16 +75,26 @@ class ResidualBlock(nn.Module):
             self.gate = nn.Conv2d(in_channels, out_channels, 1, stride=stride)
         self.activation = build_activation(act, out_channels)
 
-    def residual(self, x: Tensor) -> Tensor:
+    @property
+    def last(self) -> ConvNorm:
+        """The convolution whose output is added to the shortcut."""
+        raise NotImplementedError
+
+    def inner(self, x: Tensor) -> Tensor:
+        """F without its last convolution."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.residual(x)
+        y = self.inner(x)
+        added = None if self.shortcut is None else self.shortcut(x)
+        if self.fused and can_fuse((y, self.last.weight, added), (self.last, self.activation)):
+            return fused_convolution(self.last, y, added)
+        y = self.last(y)
         if self.gate is not None:
             gate = torch.sigmoid(self.gate(x))
-            y = gate * y + (1 - gate) * self.shortcut(x)
-        elif self.shortcut is not None:
-            y += self.shortcut(x)
+            y = gate * y + (1 - gate) * added
+        elif added is not None:
+            y += added
         return self.activation(y)
 
 
@@ -107,11 +122,11 @@ class BasicBlock(ResidualBlock):
         self.conv2 = ConvNorm(out_channels, out_channels, 3, **options)
 
     @property
-    def last_norm(self) -> nn.Module | None:
-        return self.conv2.norm
+    def last(self) -> ConvNorm:
+        return self.conv2
 
-    def residual(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x))
+    def inner(self, x: Tensor) -> Tensor:
+        return self.conv1(x)
 
 
 class BottleneckBlock(ResidualBlock):
@@ -144,11 +159,11 @@ class BottleneckBlock(ResidualBlock):
         self.conv3 = ConvNorm(width, out_channels, 1, norm=norm)
 
     @property
-    def last_norm(self) -> nn.Module | None:
-        return self.conv3.norm
+    def last(self) -> ConvNorm:
+        return self.conv3
 
-    def residual(self, x: Tensor) -> Tensor:
-        return self.conv3(self.conv2(self.conv1(x)))
+    def inner(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x))
 
 
 # The one depth table (Table 1): block and number of blocks in res2..res5 (conv2_x..conv5_x).
@@ -227,9 +242,9 @@ def init_residual_network(network: nn.Module, activation: str, zero_init_residua
         if zero_init_residual:
             if block.shortcut is None:
                 raise ValueError("zero_init_residual needs shortcuts, or all signals are zero")
-            if getattr(block.last_norm, "weight", None) is None:
+            if getattr(block.last.norm, "weight", None) is None:
                 raise ValueError("zero_init_residual needs a norm with a weight (gamma)")
-            nn.init.zeros_(block.last_norm.weight)
+            nn.init.zeros_(block.last.norm.weight)
 
 
 def resnet_stage(depth: int, stage: int, *, in_channels: int | None = None, **options):
