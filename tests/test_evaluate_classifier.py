@@ -20,8 +20,7 @@ from resnet_backbone.engine.evaluation import evaluate
 from resnet_backbone.engine.networks import NetworkSpec, save_network
 from resnet_backbone.engine.views import Centre, Dense, TenCrop
 from resnet_backbone.models import build_model
-from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError
-from resnet_backbone.weights.files import check_architecture
+from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.inputs import InputNormalizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -284,13 +283,14 @@ def test_wrong_input_is_one_line(main, files, monkeypatch, capsys, arguments, me
     assert re.search(message, error), error
 
 
-def test_messages_of_the_detection_side_name_our_options(main, files):
-    with torch.device("meta"):
-        model = build_model("resnet50")
-    with pytest.raises(WeightsError) as error:
-        check_architecture(model, PREPROCESSINGS["torchvision"], "r50.safetensors")
-    message = sys.modules["evaluate_classifier"].in_our_terms(str(error.value))
-    assert message.endswith("(--model-options stride_in_1x1=False)") and "MODEL." not in message
+def test_another_stride_is_mended_by_an_option_of_this_tool(main, tmp_path, capsys):
+    path = tmp_path / "r50.safetensors"
+    save_file({k: v.contiguous() for k, v in build_model("resnet50").state_dict().items()}, path)
+    arguments = ["--weights", str(path), "--imagenet-folder", str(tmp_path), "--model", "resnet50"]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--preprocessing", "torchvision", "--device", "cpu"])
+    line = capsys.readouterr().err.strip()
+    assert line.endswith("stride_in_1x1=False (--model-options stride_in_1x1=False)")
 
 
 @pytest.mark.slow

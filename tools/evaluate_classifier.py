@@ -12,7 +12,6 @@ import ast
 import datetime
 import logging
 import os
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,8 @@ from resnet_backbone.engine.step import AMP
 from resnet_backbone.engine.views import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
 from resnet_backbone.weights import WeightsError
 from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.loading import WrongStride
+from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger("resnet_backbone.evaluate_classifier")
 
@@ -243,8 +244,13 @@ def load_networks(
         model = spec.build()
         try:
             found = load_network(model, path, preprocessing)
+        except UnknownInput as error:
+            raise UsageError(str(UnknownInput(error.source, "--preprocessing"))) from error
+        except WrongStride as error:
+            option = f"--model-options stride_in_1x1={error.expected}"
+            raise UsageError(f"{error} ({option})") from error
         except WeightsError as error:
-            raise UsageError(in_our_terms(str(error))) from error
+            raise UsageError(str(error)) from error
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         model = model.to(world.device, memory_format=layout)
         models.append((model, InputNormalizer(found, world.device)))
@@ -255,16 +261,6 @@ def load_networks(
             + ", ".join(f"{spec.name} has {spec.num_classes}" for spec in specs)
         )
     return models, specs[0].num_classes
-
-
-def in_our_terms(message: str) -> str:
-    """Names this tool's options where the message names keys of a detection config."""
-    message = re.sub(
-        r" \(MODEL.RESNETS.STRIDE_IN_1X1 (\w+)\)", r" (--model-options stride_in_1x1=\1)", message
-    )
-    return message.replace(
-        "(RESNET_BACKBONE.WEIGHTS_PREPROCESSING in a config)", "(--preprocessing)"
-    )
 
 
 @dataclass(frozen=True)

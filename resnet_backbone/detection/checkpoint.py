@@ -25,6 +25,7 @@ from resnet_backbone.detection.fit import (
     report_random,
 )
 from resnet_backbone.detection.inputs import (
+    NAME_KEY,
     describe_input,
     differences,
     networks,
@@ -38,7 +39,7 @@ from resnet_backbone.weights.checkpoint import ModelSpec
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
 from resnet_backbone.weights.loading import check_architecture, check_settings, fitting_tensors
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, get_preprocessing
-from resnet_backbone.weights.reading import read_network, single_precision
+from resnet_backbone.weights.reading import UnknownInput, read_network, single_precision
 
 __all__ = ["Checkpointer", "check_input", "describe_input", "find_network", "load_backbone"]
 
@@ -186,8 +187,7 @@ def detector_input(file: DetectorFile, source: str, name: str) -> Preprocessing 
         return named or origin_input(source)
     if named is not None and differences(stated, named):
         raise WeightsError(
-            f"{source} carries its own preprocessing, which is not {name!r}: leave "
-            "RESNET_BACKBONE.WEIGHTS_PREPROCESSING out"
+            f"{source} carries its own preprocessing, which is not {name!r}: leave {NAME_KEY} out"
         )
     return stated
 
@@ -202,7 +202,10 @@ def load_backbone(model: nn.Module, source: str, preprocessing: str = "") -> Non
         WeightsError: input or stride mismatch, missing or wrongly shaped tensors. The detector
             is unchanged then.
     """
-    weights = read_network(source, preprocessing or origin_name(source))
+    try:
+        weights = read_network(source, preprocessing or origin_name(source))
+    except UnknownInput as error:
+        raise UnknownInput(source, NAME_KEY) from error
     network = find_network(model)
     check_input(model, expected_input(weights.preprocessing, weights.stated), source)
     tensors = single_precision(weights.tensors)

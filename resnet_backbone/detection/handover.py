@@ -15,6 +15,7 @@ from resnet_backbone.detection.files import cached_by_detectron2, open_weights, 
 from resnet_backbone.detection.inputs import (
     FORMAT,
     MEAN,
+    NAME_KEY,
     STD,
     STRIDE,
     config_input,
@@ -28,10 +29,11 @@ from resnet_backbone.weights import Preprocessing, WeightsError
 from resnet_backbone.weights.checkpoint import ModelSpec
 from resnet_backbone.weights.files import describe_weights
 from resnet_backbone.weights.preprocessing import same_mean, same_std
+from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger(__name__)
 
-NODE_KEY, NAME_KEY = "RESNET_BACKBONE.WEIGHTS_INPUT", "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"
+NODE_KEY = "RESNET_BACKBONE.WEIGHTS_INPUT"
 # Norms with the tensors of batch norm.
 BATCH_NORMS = ("BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN")
 
@@ -170,7 +172,10 @@ def _describe(cfg: CfgNode, source: str) -> _Described:
         return _Described(detector_input(detector, source, name), is_detector=True)
     source, _ = without_query(source)
     path = cached_by_detectron2(source) or source
-    found = describe_weights(path, name or origin_name(path))
+    try:
+        found = describe_weights(path, name or origin_name(path))
+    except UnknownInput as error:
+        raise UnknownInput(source, NAME_KEY) from error
     model = ModelSpec(**found.model) if found.model else None
     return _Described(expected_input(found.preprocessing, model), model, found.has_mean_image)
 

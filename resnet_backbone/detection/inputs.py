@@ -30,6 +30,7 @@ from resnet_backbone.weights.sources import CATALOG
 
 FORMAT, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
 STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
+NAME_KEY = "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"  # says the input of weights that do not
 _ORDERS = ("RGB", "BGR")
 _BARE = ("", "bottom_up.")  # where a network is in no detector, but alone or in an FPN
 

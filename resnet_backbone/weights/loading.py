@@ -31,7 +31,7 @@ def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: st
     if has_bottlenecks(model) and None not in (expected, actual) and expected != actual:
         raise WrongStride(
             f"{where} was trained with stride_in_1x1={expected}, this network has {actual}: "
-            f"build it with stride_in_1x1={expected} (MODEL.RESNETS.STRIDE_IN_1X1 {expected})",
+            f"build it with stride_in_1x1={expected}",
             expected,
         )
     for name, module in model.named_modules():

@@ -33,7 +33,21 @@ from resnet_backbone.weights.sources import Found, resolve
 
 
 class UnknownInput(WeightsError):
-    """Weights of which nobody says which input they were trained on."""
+    """Weights of which nobody says which input they were trained on.
+
+    Args:
+        source: of the weights.
+        option: where the caller's user says it: an option or a config key.
+    """
+
+    def __init__(self, source: str, option: str = ""):
+        *names, last = PREPROCESSINGS
+        where = f" ({option})" if option else ""
+        super().__init__(
+            f"{source} does not say which input it was trained on: name it{where}, "
+            f"{', '.join(names)} or {last}"
+        )
+        self.source = source
 
 
 class Weights(NamedTuple):
@@ -162,11 +176,7 @@ def convention(
     }
     known = [(who, value) for who, value in stated.items() if value is not None]
     if not known:
-        *names, last = PREPROCESSINGS
-        raise UnknownInput(
-            f"{source} does not say which input it was trained on: name it, {', '.join(names)} or "
-            f"{last} (RESNET_BACKBONE.WEIGHTS_PREPROCESSING in a config)"
-        )
+        raise UnknownInput(source)
     (who, first), *others = known
     for other, value in others:
         if not first.same_input(value):
