@@ -23,10 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, from_numpy
 
-from resnet_backbone.detection.inputs import from_tensor
 from resnet_backbone.weights.conventions import DETECTRON2
+from resnet_backbone.weights.input_settings import INPUT_SETTINGS, from_tensor
 from resnet_backbone.weights.keymaps import caffe2
-from resnet_backbone.weights.keymaps.detectron2 import INPUT_SETTINGS
 from resnet_backbone.weights.numpy_records import (
     NUMPY_AND_CONTAINERS,
     ArrayRecord,

@@ -6,11 +6,9 @@ The facts are ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD`` and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
@@ -18,7 +16,7 @@ from resnet_backbone.models import BottleneckBlock, StagedNetwork
 from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.conventions import BY_ADDRESS
-from resnet_backbone.weights.keymaps.detectron2 import INPUT_SETTINGS
+from resnet_backbone.weights.input_settings import INPUT_SETTINGS, from_tensor, to_tensor
 from resnet_backbone.weights.preprocessing import (
     PREPROCESSINGS,
     Preprocessing,
@@ -31,7 +29,6 @@ from resnet_backbone.weights.sources import CATALOG
 FORMAT, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
 STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 NAME_KEY = "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"  # says the input of weights that do not
-_ORDERS = ("RGB", "BGR")
 _BARE = ("", "bottom_up.")  # where a network is in no detector, but alone or in an FPN
 
 
@@ -92,7 +89,7 @@ def has_bottlenecks(cfg: CfgNode) -> bool:
 
 
 def _stated(order, mean, std, stride: bool | None) -> Preprocessing | None:
-    if order not in _ORDERS or len(mean) != 3 or len(std) != 3:
+    if order not in ("RGB", "BGR") or len(mean) != 3 or len(std) != 3:
         return None
     return Preprocessing(
         order, 255.0, tuple(mean), tuple(std), stride_in_1x1=stride, source="a Detectron2 config"
@@ -134,33 +131,6 @@ def refuse_other_input(actual: Preprocessing, expected: Preprocessing, where: st
 
 def _numbers(values: Sequence[float]) -> str:
     return "[" + ", ".join(f"{value:.6g}" for value in values) + "]"
-
-
-def to_tensor(stated: Preprocessing) -> Tensor:
-    """float32 (8,): 0 for RGB or 1 for BGR, mean and std in 0..255, stride (-1: not known)."""
-    stride = -1.0 if stated.stride_in_1x1 is None else float(stated.stride_in_1x1)
-    order = float(_ORDERS.index(stated.channel_order))
-    return torch.tensor([order, *stated.pixel_mean_255(), *stated.pixel_std_255(), stride])
-
-
-def from_tensor(values: Tensor) -> Preprocessing:
-    """What :func:`to_tensor` wrote, also if it was rounded to half precision since.
-
-    Raises:
-        WeightsError: any other tensor.
-    """
-    order, *numbers, stride = values.float().tolist() if values.shape == (8,) else (-1.0, -1.0)
-    strides = {-1.0: None, 0.0: False, 1.0: True}
-    if order not in (0.0, 1.0) or stride not in strides or not all(map(math.isfinite, numbers)):
-        raise WeightsError(f"a checkpoint's {INPUT_SETTINGS} is not what this package writes")
-    return Preprocessing(
-        _ORDERS[int(order)],
-        255.0,
-        tuple(numbers[:3]),
-        tuple(numbers[3:]),
-        stride_in_1x1=strides[stride],
-        source="a detector's checkpoint",
-    )
 
 
 class StatesInput(nn.Module):

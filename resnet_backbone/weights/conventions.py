@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from resnet_backbone.weights.input_settings import INPUT_SETTINGS, from_tensor
 from resnet_backbone.weights.preprocessing import PREPROCESSINGS, Preprocessing
 from resnet_backbone.weights.readers import RawFile
 
@@ -79,9 +80,16 @@ def torchvision_entry(wanted: Callable[[Any], bool]) -> Any | None:
 def convention_of_content(file: RawFile) -> Preprocessing | None:
     """The convention of a file that its content identifies.
 
-    Torchvision's files by their published hash, wherever they lie and whatever their name;
-    Detectron2's pickles by an ``__author__`` that stands for one script.
+    Detectors with our backbone by what they state; torchvision's files by their published hash,
+    wherever they lie and whatever their name; Detectron2's pickles by an ``__author__`` that
+    stands for one script.
+
+    Raises:
+        WeightsError: a detector states something unreadable.
     """
+    for key, value in file.tensors.items():
+        if key.endswith(f".{INPUT_SETTINGS}"):
+            return from_tensor(value)
     if file.container != "torch":
         return BY_AUTHOR.get(file.metadata.get("__author__", ""))
 

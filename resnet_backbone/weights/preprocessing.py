@@ -93,9 +93,19 @@ class Preprocessing:
         return tuple(value * 255.0 / self.value_range for value in self.std)
 
     def same_input(self, other: Preprocessing) -> bool:
-        """Whether both ask for the same tensors and network: all but source and test resize."""
-        irrelevant = dict(source="", resize_size=None, crop_size=None, interpolation="")
-        return replace(self, **irrelevant) == replace(other, **irrelevant)
+        """Whether both ask for the same tensors and network: all but source and test resize.
+
+        Means and standard deviations are compared in 0..255, up to their rounding to half
+        precision; a stride that one of them does not state is no difference.
+        """
+        strides = self.stride_in_1x1, other.stride_in_1x1
+        return (
+            self.channel_order == other.channel_order
+            and self.bn_eps == other.bn_eps
+            and (None in strides or strides[0] == strides[1])
+            and _close(self.pixel_mean_255(), other.pixel_mean_255(), rel_tol=1e-3, abs_tol=1e-3)
+            and _close(self.pixel_std_255(), other.pixel_std_255(), rel_tol=1e-3)
+        )
 
     def to_json(self) -> str:
         values = asdict(replace(self, mean_image=None))

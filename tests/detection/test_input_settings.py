@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from resnet_backbone.detection import Checkpointer
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.inputs import from_tensor, to_tensor
 from resnet_backbone.detection.predictor import Predictor
 from resnet_backbone.weights import Preprocessing, WeightsError
+from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.weights.input_settings import from_tensor, to_tensor
+from resnet_backbone.weights.reading import read_checkpoint
 
 R18, R50 = "voc/faster_rcnn_R_18_FPN.yaml", "voc/faster_rcnn_R_50_FPN.yaml"
 KEY = "backbone.bottom_up.input_settings"
@@ -150,6 +152,16 @@ def test_damaged_settings(make, values):
     state[KEY] = torch.tensor(values)
     with pytest.raises(WeightsError, match="input_settings is not what this package writes"):
         build_model(make(R18)).load_state_dict(state)
+
+
+def test_a_detectors_backbone_is_read_without_naming_its_input(make, tmp_path):
+    model, path = build_model(make(R18)), tmp_path / "detector.pth"
+    torch.save({"model": model.state_dict()}, path)
+    found = read_checkpoint(path, model=ModelSpec("resnet18"))
+    assert found.preprocessing.same_input(model.backbone.bottom_up.input_settings)
+    assert set(found.tensors) <= set(model.backbone.bottom_up.state_dict())
+    with pytest.raises(WeightsError, match="its content says another .* than 'torchvision'"):
+        read_checkpoint(path, "torchvision")
 
 
 colours = st.tuples(*[st.floats(0.5, 255, width=32)] * 3)

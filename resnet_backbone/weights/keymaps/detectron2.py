@@ -16,10 +16,10 @@ from resnet_backbone.models.resnet import STAGE_NAMES as RESNET_STAGES
 from resnet_backbone.models.vgg import STAGE_NAMES as VGG_STAGES
 from resnet_backbone.weights.architecture import FIRST_KEYS, HEAD_NAMES
 from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.weights.input_settings import INPUT_SETTINGS
 from resnet_backbone.weights.keymaps.support import check_support
 from resnet_backbone.weights.keymaps.table import Layout, Tensors, without_counters
 
-INPUT_SETTINGS = "input_settings"  # what our networks in a detector say of its input
 CONVERTED_HEAD = "stem.fc."  # the head in files of tools/convert-torchvision-to-d2.py
 BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.")
 
