@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from resnet_backbone.engine.signals import EXIT_STOPPED
-from resnet_backbone.weights.files import read_own_tensors
+from resnet_backbone.weights.files import read_header, read_own_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "train_classifier.py"
@@ -164,6 +164,8 @@ def test_results_of_a_run(uninterrupted):
     assert results["best_val_top1_error"] < 60  # chance is 90: it learns
     starts = json.loads((uninterrupted / "environment.json").read_text())["starts"]
     assert len(starts) == 1 and "train_classifier.py" in starts[0]["command"]
+    for name in ("best.safetensors", "final.safetensors"):
+        assert read_header(uninterrupted / name).origin.run == uninterrupted.name
 
 
 def test_a_finished_run_is_not_overwritten(uninterrupted, config):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
@@ -14,9 +12,8 @@ from torch import Tensor, nn
 from resnet_backbone.detection.files import (
     PREPROCESSING_KEY,
     DetectorFile,
-    cached_by_detectron2,
+    backbone_source,
     open_weights,
-    without_query,
 )
 from resnet_backbone.detection.fit import (
     add_folded_statistics,
@@ -30,12 +27,10 @@ from resnet_backbone.detection.inputs import (
     differences,
     networks,
     origin_input,
-    origin_name,
     refuse_other_input,
 )
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.weights.architecture import COUNTER
-from resnet_backbone.weights.checkpoint import ModelSpec
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
 from resnet_backbone.weights.loading import check_architecture, check_settings, fitting_tensors
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, get_preprocessing
@@ -129,8 +124,7 @@ class Checkpointer(DetectionCheckpointer):
                     f"MODEL.WEIGHTS {path} holds a backbone or a classifier alone; give a "
                     "checkpoint of a whole detector, such as output/run/model_final.pth"
                 )
-            source, _ = without_query(path)
-            load_backbone(self.model, cached_by_detectron2(source) or source, self.preprocessing)
+            load_backbone(self.model, backbone_source(path), self.preprocessing)
             self.logger.info(f"Loaded the backbone from {path}")
             return {}
         self._file, self._source, self._starts = file, path, checkpointables is not None
@@ -203,11 +197,11 @@ def load_backbone(model: nn.Module, source: str, preprocessing: str = "") -> Non
             is unchanged then.
     """
     try:
-        weights = read_network(source, preprocessing or origin_name(source))
+        weights = read_network(source, preprocessing or origin_input(source) or "")
     except UnknownInput as error:
         raise UnknownInput(source, NAME_KEY) from error
     network = find_network(model)
-    check_input(model, expected_input(weights.preprocessing, weights.stated), source)
+    check_input(model, weights.preprocessing, source)
     tensors = single_precision(weights.tensors)
     fitting = fitting_tensors(network, tensors, source)
     check_settings(network, weights.stated, source)
@@ -217,13 +211,6 @@ def load_backbone(model: nn.Module, source: str, preprocessing: str = "") -> Non
     state = model.state_dict()
     for key, value in head.items():
         state[key].copy_(value)
-
-
-def expected_input(found: Preprocessing, network: ModelSpec | None) -> Preprocessing:
-    """A preprocessing with the stride that the weights of other libraries always have."""
-    if found.stride_in_1x1 is None and network and re.match("torchvision/|timm/", network.name):
-        return replace(found, stride_in_1x1=False)
-    return found
 
 
 def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:

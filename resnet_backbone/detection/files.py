@@ -122,6 +122,15 @@ def open_weights(source: str) -> DetectorFile | None:
     return found
 
 
+def backbone_source(source: str) -> str:
+    """Where :mod:`resnet_backbone.weights` finds weights of a backbone: a file, or their name."""
+    source, _ = without_query(source)
+    scheme, separator, _ = source.partition("://")
+    if separator and scheme not in SCHEMES:  # of Detectron2's PathManager alone
+        return locate(source)
+    return cached_by_detectron2(source) or source
+
+
 def without_query(source: str) -> tuple[str, bool]:
     """A source without ``?matching_heuristics=True``, and whether it asks for that.
 

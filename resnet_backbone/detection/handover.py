@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
-from resnet_backbone.detection.checkpoint import detector_input, expected_input
+from resnet_backbone.detection.checkpoint import detector_input
 from resnet_backbone.detection.config import UsageError, backbone_node
-from resnet_backbone.detection.files import cached_by_detectron2, open_weights, without_query
+from resnet_backbone.detection.files import backbone_source, open_weights
 from resnet_backbone.detection.inputs import (
     FORMAT,
     MEAN,
@@ -20,7 +20,7 @@ from resnet_backbone.detection.inputs import (
     STRIDE,
     config_input,
     has_bottlenecks,
-    origin_name,
+    origin_input,
     refuse_other_input,
 )
 from resnet_backbone.models.resnet import DEPTHS
@@ -170,14 +170,13 @@ def _describe(cfg: CfgNode, source: str) -> _Described:
     name, detector = backbone_node(cfg).WEIGHTS_PREPROCESSING, open_weights(source)
     if detector is not None:
         return _Described(detector_input(detector, source, name), is_detector=True)
-    source, _ = without_query(source)
-    path = cached_by_detectron2(source) or source
+    path = backbone_source(source)
     try:
-        found = describe_weights(path, name or origin_name(path))
+        found = describe_weights(path, name or origin_input(source) or "")
     except UnknownInput as error:
         raise UnknownInput(source, NAME_KEY) from error
     model = ModelSpec(**found.model) if found.model else None
-    return _Described(expected_input(found.preprocessing, model), model, found.has_mean_image)
+    return _Described(found.preprocessing, model, found.has_mean_image)
 
 
 def _input_keys(cfg: CfgNode, expected: Preprocessing) -> dict[str, Any]:

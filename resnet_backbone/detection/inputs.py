@@ -6,6 +6,7 @@ The facts are ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD`` and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,6 @@ from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.conventions import BY_ADDRESS
 from resnet_backbone.weights.input_settings import INPUT_SETTINGS, from_tensor, to_tensor
 from resnet_backbone.weights.preprocessing import (
-    PREPROCESSINGS,
     Preprocessing,
     WeightsError,
     same_mean,
@@ -30,6 +30,20 @@ FORMAT, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
 STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 NAME_KEY = "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"  # says the input of weights that do not
 _BARE = ("", "bottom_up.")  # where a network is in no detector, but alone or in an FPN
+# Names of Detectron2's zoo for the detectors that our backbones fit, all trained on the defaults of
+# its config. Those of gn and syncbn have their stride elsewhere, dconv has other layers.
+ZOO = re.compile(
+    r"(COCO-\w+|LVISv\d.\d-\w+|Cityscapes|PascalVOC-Detection|Detectron1-Comparisons|Misc)"
+    r"/(?!\w*(gn|syncbn|dconv))\w+_R_(50|101)_\w+/"
+)
+ZOO_INPUT = Preprocessing(
+    "BGR",
+    255.0,
+    (103.53, 116.28, 123.675),
+    (1.0, 1.0, 1.0),
+    stride_in_1x1=True,
+    source="facebookresearch/detectron2, MODEL_ZOO.md and detectron2/config/defaults.py",
+)
 
 
 def config_input(cfg: CfgNode) -> Preprocessing | None:
@@ -59,21 +73,15 @@ def origin_input(source: str) -> Preprocessing | None:
 
     Args:
         source: such as ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, or a copy of it in a
-            folder ``ImageNetPretrained/MSRA``. Nothing is fetched or read.
+            folder ``ImageNetPretrained/MSRA``; detectors of Detectron2's zoo likewise. Nothing is
+            fetched or read.
     """
     source = CATALOG.get(source.removeprefix("catalog://"), source)
     for address, known in BY_ADDRESS.items():
         folder = address.split("/", 4)[-1]  # https: / / host / project / folder
         if folder in source:
             return known
-    return None
-
-
-def origin_name(path: str) -> str:
-    """The name in ``PREPROCESSINGS`` of a local file's :func:`origin_input`; "" for none."""
-    known = None if "://" in path else origin_input(path)
-    names = (name for name, one in PREPROCESSINGS.items() if known and one.same_input(known))
-    return next(names, "")
+    return ZOO_INPUT if ZOO.search(source) else None
 
 
 def networks(model: nn.Module) -> list[StagedNetwork]:
@@ -133,6 +141,10 @@ def _numbers(values: Sequence[float]) -> str:
     return "[" + ", ".join(f"{value:.6g}" for value in values) + "]"
 
 
+# What files with folded statistics leave out: they are then those of an identity.
+DERIVED = ("running_mean", "running_var")
+
+
 class StatesInput(nn.Module):
     """A network that says in its detector's state dict which input it was trained on.
 
@@ -155,28 +167,37 @@ class StatesInput(nn.Module):
         """Refuses a detector's state dict whose part below `prefix` does not fit this network.
 
         Raises:
-            WeightsError: the entry names another input; or it is there, but not all of the
-                network, which is so when Detectron2 leaves out tensors of another shape.
+            WeightsError: the entry names another input; the network's tensors are not all there,
+                which is so when Detectron2 leaves out those of another shape, or others are.
         """
         if self.input_settings is None or prefix in _BARE:
             return
         stated = state_dict.get(prefix + INPUT_SETTINGS)
         if stated is not None:
             refuse_other_input(self.input_settings, from_tensor(stated), "the checkpoint")
-            self._refuse_part(state_dict, prefix)
         elif self.origin is not None and any(key.startswith(prefix) for key in state_dict):
             name, expected = self.origin
             refuse_other_input(self.input_settings, expected, f"MODEL.WEIGHTS {name}")
+        self._refuse_part(state_dict, prefix)
 
     def _refuse_part(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-        own = {f"{prefix}{key}" for key in self.state_dict()} | {prefix + INPUT_SETTINGS}
+        """For those who load with ``strict=False`` and warn, as Detectron2's checkpointer."""
+        own = {prefix + key for key in self.state_dict()}
         found = {key for key in state_dict if key.startswith(prefix)}
-        differ = sorted(key for key in own ^ found if not key.endswith(COUNTER))
+        if not found:
+            raise WeightsError(
+                f"the checkpoint has nothing for the backbone, whose names begin with {prefix}; "
+                "resnet_backbone.detection.Checkpointer loads weights under other names (a part "
+                "of a detector has its own load_state_dict)"
+            )
+        left_out = tuple(f"{prefix}{name}." for name in (INPUT_SETTINGS, *self.left_out))
+        lacking = {key for key in own - found if not key.endswith(DERIVED)}
+        unknown = {key for key in found - own if not f"{key}.".startswith(left_out)}
+        differ = sorted(key for key in lacking | unknown if not key.endswith(COUNTER))
         if differ:
             raise WeightsError(
                 f"the checkpoint is of another backbone: {len(differ)} tensors are in one of the "
-                f"two alone or of another shape, such as {differ[0]}; is it another depth? (to "
-                f"load a part of it, take {prefix}{INPUT_SETTINGS} out)"
+                f"two alone or of another shape, such as {differ[0]}; is it another depth?"
             )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

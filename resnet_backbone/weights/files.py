@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from resnet_backbone.weights.loading import (
     check_settings,
     describe_model,
     fitting_tensors,
+    has_bottlenecks,
     load_tensors,
 )
 from resnet_backbone.weights.metadata import (
@@ -44,6 +45,7 @@ from resnet_backbone.weights.reading import (
     read_source,
     read_weights,
     single_precision,
+    stated_input,
 )
 from resnet_backbone.weights.sources import resolve
 
@@ -80,7 +82,9 @@ class Description(NamedTuple):
     has_mean_image: bool
 
 
-def describe_weights(path: str | os.PathLike, preprocessing: str = "") -> Description:
+def describe_weights(
+    path: str | os.PathLike, preprocessing: str | Preprocessing = ""
+) -> Description:
     """Reads what weights say of themselves; of our own files only the header.
 
     Args:
@@ -95,12 +99,13 @@ def describe_weights(path: str | os.PathLike, preprocessing: str = "") -> Descri
         notes = read_header(file)
         if notes.preprocessing is not None or found.preprocessing is not None:
             known = convention(str(path), found, notes, preprocessing)
+            known = stated_input(known, notes.model, str(path))
             model = {} if notes.model is None else asdict(notes.model)
             return Description(known, model, notes.has_mean_image)
     read = read_source(path, preprocessing)
-    has_mean_image = read.preprocessing.mean_image is not None
+    known = stated_input(read.preprocessing, read.stated, str(path))
     model = {} if read.stated is None else asdict(read.stated)
-    return Description(read.preprocessing, model, has_mean_image)
+    return Description(known, model, known.mean_image is not None)
 
 
 def read_header(path: str | os.PathLike) -> Notes:
@@ -147,9 +152,15 @@ def save_weights(
         metadata: further facts to write beside the preprocessing; ``MODEL_KEY`` names the
             network of another library.
         run: the training run that the weights come from.
+
+    Raises:
+        WeightsError: another suffix than ``.safetensors``; a preprocessing of another stride.
     """
     metadata = metadata or {}
     spec = None
+    if has_bottlenecks(model):
+        check_architecture(model, preprocessing, "what the preprocessing describes")
+        preprocessing = replace(preprocessing, stride_in_1x1=model.stride_in_1x1)
     if isinstance(model, StagedNetwork) and MODEL_KEY not in metadata:
         spec = describe_model(model)
     origin = Origin(run=run, reference=preprocessing.source) if run else None
@@ -175,7 +186,7 @@ def _write(
 
 
 def load_weights(
-    model: StagedNetwork, path: str | os.PathLike, preprocessing: str = ""
+    model: StagedNetwork, path: str | os.PathLike, preprocessing: str | Preprocessing = ""
 ) -> Preprocessing:
     """Loads weights into a network and returns the preprocessing that its input now needs.
 

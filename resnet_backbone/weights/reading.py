@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from resnet_backbone.models import list_models
+from resnet_backbone.models import BottleneckBlock, list_models
+from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.weights.architecture import (
     COUNTER,
     check_tensors,
@@ -45,7 +47,7 @@ class UnknownInput(WeightsError):
         where = f" ({option})" if option else ""
         super().__init__(
             f"{source} does not say which input it was trained on: name it{where}, "
-            f"{', '.join(names)} or {last}"
+            f"{', '.join(names)} or {last} (tools/convert_weights.py takes any other)"
         )
         self.source = source
 
@@ -79,14 +81,14 @@ def read_checkpoint(
             preprocessing; tensors of no network of this package, or of another than the file or
             ``model`` says.
     """
-    read = read_network(source, preprocessing)
+    read = read_network(source, preprocessing, model)
     spec = _network_of(read, model, str(source))
     tensors = {key: value for key, value in read.tensors.items() if not key.endswith(COUNTER)}
     return Checkpoint(tensors, spec, read.preprocessing, read.origin)
 
 
 def read_weights(
-    path: str | os.PathLike, preprocessing: str = ""
+    path: str | os.PathLike, preprocessing: str | Preprocessing = ""
 ) -> tuple[dict[str, Tensor], Preprocessing]:
     """Reads a network's weights and what they expect of their input.
 
@@ -108,14 +110,14 @@ def single_precision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_own_tensors(
-    path: str | os.PathLike, preprocessing: str = ""
+    path: str | os.PathLike, preprocessing: str | Preprocessing = ""
 ) -> tuple[dict[str, Tensor], Preprocessing]:
     """As :func:`read_weights`, with names, types and counters as they are in the file."""
     read = read_source(path, preprocessing)
     return read.tensors, read.preprocessing
 
 
-def read_source(source: str | os.PathLike, preprocessing: str) -> Weights:
+def read_source(source: str | os.PathLike, preprocessing: str | Preprocessing) -> Weights:
     """Tensors under the source's own names."""
     found = resolve(source)
     raw = read_tensors(found.path)
@@ -140,8 +142,18 @@ def read_source(source: str | os.PathLike, preprocessing: str) -> Weights:
     return Weights(tensors, known, notes.model, origin)
 
 
-def read_network(source: str | os.PathLike, preprocessing: str) -> Weights:
-    """Tensors under this package's names, those of the network that the file states, if any."""
+def read_network(
+    source: str | os.PathLike,
+    preprocessing: str | Preprocessing = "",
+    given: ModelSpec | None = None,
+) -> Weights:
+    """Tensors under this package's names, those of the network that the file states, if any.
+
+    The preprocessing says the stride of bottlenecks.
+
+    Args:
+        given: what the user says of the network.
+    """
     read = read_source(source, preprocessing)
     try:
         layout = recognize(read.tensors)
@@ -151,7 +163,54 @@ def read_network(source: str | os.PathLike, preprocessing: str) -> Weights:
     except ValueError as error:
         raise WeightsError(f"{source}: {one_line(error)}") from error
     origin = read.origin if read.origin.format else replace(read.origin, format=layout)
-    return read._replace(tensors=tensors, origin=origin)
+    known = read.preprocessing
+    if any(key.endswith("conv3.weight") for key in tensors):
+        known = with_stride(known, read.stated, given, str(source))
+    return read._replace(tensors=tensors, origin=origin, preprocessing=known)
+
+
+def with_stride(
+    known: Preprocessing, stated: ModelSpec | None, given: ModelSpec | None, source: str
+) -> Preprocessing:
+    """A preprocessing that says where bottlenecks have their stride, which no tensor shows.
+
+    Args:
+        stated, given: the network, as the file and as the user says.
+
+    Raises:
+        WeightsError: nobody says it, or two say different things.
+    """
+    of_network = _stride_of(stated or given)
+    found = {value for value in (known.stride_in_1x1, of_network) if value is not None}
+    if not found and stated is not None:
+        found = {constructor_options(stated.name)["stride_in_1x1"]}
+    if not found:
+        raise WeightsError(
+            f"{source}: nobody says where its bottlenecks have their stride; name a preprocessing "
+            "that does, such as msra or torchvision"
+        )
+    if len(found) > 1:
+        raise WeightsError(
+            f"{source}: its network has stride_in_1x1={of_network}, its preprocessing "
+            f"{known.stride_in_1x1}"
+        )
+    return replace(known, stride_in_1x1=found.pop())
+
+
+def stated_input(known: Preprocessing, stated: ModelSpec | None, source: str) -> Preprocessing:
+    """:func:`with_stride` by the name of the network alone, where no tensor was read."""
+    match = re.fullmatch(
+        r"(?:\w+/)?(?:\w+_)?(?:resnet|plain)(\d+)\w*", stated.name if stated else ""
+    )
+    block, _ = DEPTHS.get(int(match[1]) if match else 0, (None, ()))
+    return with_stride(known, stated, None, source) if block is BottleneckBlock else known
+
+
+def _stride_of(spec: ModelSpec | None) -> bool | None:
+    """What a network's name and options say; torchvision's and timm's have it in the 3x3."""
+    if spec is None:
+        return None
+    return False if "/" in spec.name else spec.options.get("stride_in_1x1")
 
 
 def convention(
@@ -181,8 +240,12 @@ def convention(
     for other, value in others:
         if not first.same_input(value):
             _contradiction(source, who, other)
-    if found.stride_in_1x1 not in (None, first.stride_in_1x1):
-        _contradiction(source, "the config.json beside it, by its stride,", who)
+        if first.stride_in_1x1 is None:
+            first = replace(first, stride_in_1x1=value.stride_in_1x1)
+    if found.stride_in_1x1 is not None:
+        if first.stride_in_1x1 not in (None, found.stride_in_1x1):
+            _contradiction(source, "the config.json beside it, by its stride,", who)
+        first = replace(first, stride_in_1x1=found.stride_in_1x1)
     return first
 
 
@@ -192,11 +255,14 @@ def _contradiction(source: str, first: str, second: str) -> None:
     raise WeightsError(f"{source}: {first} says another preprocessing than {second}")
 
 
-def check_stated(stated: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
-    """Refuses tensors that are not those of the network that a file says it is of.
+def check_stated(
+    stated: ModelSpec, tensors: Mapping[str, Tensor], who: str = "its metadata say"
+) -> None:
+    """Refuses tensors that are not those of the network that they are said to be of.
 
     Args:
         tensors: under this package's names.
+        who: says it, for the message.
 
     Raises:
         ValueError: another depth, shortcut, norm or number of classes, with both.
@@ -204,7 +270,7 @@ def check_stated(stated: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
     found = infer_models(tensors)[0]
     if stated.num_classes is None:  # not stated
         stated = replace(stated, num_classes=found.num_classes)
-    said = f"its metadata say {_spell(stated)}, its tensors {_spell(found)}"
+    said = f"{who} {_spell(stated)}, its tensors {_spell(found)}"
     name = stated.name.rpartition("/")[2]  # of another library's network
     same_family = {found.name, found.name.replace("resnet", "plain")}
     if name not in list_models() and name not in same_family:  # and may be of any size
@@ -232,35 +298,14 @@ def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpe
         if given is not None and read.stated is not None and given.name != read.stated.name:
             raise ValueError(f"it says that it is a {read.stated.name}, not {given.name}")
         if read.stated is None and given is not None:
-            check_stated(given, read.tensors)
+            check_stated(given, read.tensors, "you say")
     except ValueError as error:
         raise WeightsError(f"{source}: {one_line(error)}") from error
     spec = stated or candidates[0]
-    library, _, name = spec.name.rpartition("/")
+    name = spec.name.rpartition("/")[2]
     options = dict(spec.options)
     if "stride_in_1x1" in constructor_options(name) and any(
         key.endswith("conv3.weight") for key in read.tensors
     ):
-        options["stride_in_1x1"] = _stride(read, spec, bool(library), source)
+        options["stride_in_1x1"] = read.preprocessing.stride_in_1x1
     return ModelSpec(name, candidates[0].num_classes, options)
-
-
-def _stride(read: Weights, spec: ModelSpec, of_library: bool, source: str) -> bool:
-    """Where bottlenecks have their stride, which no tensor shows."""
-    stated = spec.options.get("stride_in_1x1")
-    if of_library:
-        stated = False  # torchvision's and timm's are always in the 3x3
-    elif stated is None and read.stated is not None:
-        stated = constructor_options(spec.name)["stride_in_1x1"]
-    known = {value for value in (read.preprocessing.stride_in_1x1, stated) if value is not None}
-    if len(known) == 1:
-        return known.pop()
-    if known:
-        raise WeightsError(
-            f"{source}: its network has stride_in_1x1={stated}, its preprocessing "
-            f"{read.preprocessing.stride_in_1x1}"
-        )
-    raise WeightsError(
-        f"{source}: nobody says where its bottlenecks have their stride; name a preprocessing "
-        "that does, such as msra or torchvision"
-    )

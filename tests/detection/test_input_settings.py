@@ -1,6 +1,9 @@
 """A detector's state dict says which input it was trained on, to whatever loads it."""
 
 import copy
+import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,9 @@ import torch
 
 pytest.importorskip("detectron2")
 
+import detectron2
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 from hypothesis import given
@@ -16,6 +21,8 @@ from hypothesis import strategies as st
 
 from resnet_backbone.detection import Checkpointer
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.handover import prepare_weights
+from resnet_backbone.detection.inputs import config_input, differences, origin_input
 from resnet_backbone.detection.predictor import Predictor
 from resnet_backbone.weights import Preprocessing, WeightsError
 from resnet_backbone.weights.checkpoint import ModelSpec
@@ -175,7 +182,82 @@ def test_round_trip(order, mean, std, stride):
     assert again.stride_in_1x1 is stride
 
 
+# What Detectron2 alone would load in part, with a warning
+
+
+@pytest.mark.parametrize("predictor", [DefaultPredictor, Predictor])
+def test_weights_of_other_names_are_refused(make, tmp_path, predictor):
+    state = {f"conv{n}.weight": torch.zeros(3) for n in range(4)}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match="nothing for the backbone|holds a backbone or"):
+        predictor(make(R18, MODEL__WEIGHTS=str(tmp_path / "x.pth")))
+
+
+@pytest.mark.parametrize("depths", [(18, 34), (34, 18), (50, 18)])
+def test_states_of_another_depth_are_refused_without_an_entry(make, depths):
+    saved, model = (build_model(make(R18, MODEL__RESNETS__DEPTH=depth)) for depth in depths)
+    state, before = state_of(saved), state_of(model)
+    del state[KEY]
+    with pytest.raises(WeightsError, match="the checkpoint is of another backbone"):
+        DetectionCheckpointer(model)._load_model({"model": state})
+    assert_unchanged(model, before)
+
+
+def test_folded_statistics_and_a_classifier_may_be_out_or_in(make):
+    model = build_model(make(R18))
+    state = {k: v + 1 for k, v in state_of(model).items() if "running" not in k and k != KEY}
+    state["backbone.bottom_up.linear.weight"] = torch.zeros(10, 512)
+    DetectionCheckpointer(model)._load_model({"model": dict(state)})
+    key = "backbone.bottom_up.stem.conv1.weight"
+    assert torch.equal(model.state_dict()[key], state[key])
+
+
 # Weights whose name says their input, with Detectron2's own trainer
+
+
+def zoo():
+    """(config, address) of each detector in the installed Detectron2's zoo, read as text."""
+    root = Path(detectron2.__file__).parent / "model_zoo"
+    text = (root / "model_zoo.py").read_text()
+    table = re.findall(r'"([\w./-]+)": "(\d+/[\w.]+\.pkl)"', text)
+    configs = root / "configs"
+    return [(configs / f"{name}.yaml", f"detectron2://{name}/{end}") for name, end in table]
+
+
+def test_detectors_of_the_zoo_are_known_as_their_configs_say():
+    known = 0
+    for config, address in zoo():
+        if not config.exists():  # LazyConfigs
+            assert origin_input(address) is None
+            continue
+        cfg = get_cfg()
+        cfg.merge_from_file(str(config), allow_unsafe=True)
+        found, stated = origin_input(address), config_input(cfg)
+        if found is None:
+            assert re.search("X_1|gn|syncbn|dconv", config.name), config
+        else:
+            assert not differences(stated, found) and stated.stride_in_1x1, config
+            known += 1
+    assert known > 30
+
+
+ZOO = "COCO-Detection/faster_rcnn_R_50_FPN_3x/137849458/model_final_280758.pkl"
+
+
+@pytest.mark.parametrize("keys", [{"INPUT__FORMAT": "RGB"}, {"MODEL__PIXEL_STD": [58.0] * 3}])
+def test_a_detector_of_the_zoo_is_checked_by_its_name(make, tmp_path, keys):
+    path = tmp_path / "detectron2" / ZOO
+    path.parent.mkdir(parents=True)
+    state = build_model(make(R50)).state_dict()
+    arrays = {key: value.numpy() for key, value in state.items() if key != KEY}
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+    cfg = make(R50, MODEL__WEIGHTS=str(path))
+    assert prepare_weights(cfg) == []
+    DefaultPredictor(cfg)
+    wrong = make(R50, MODEL__WEIGHTS=str(path), **keys)
+    for load in (prepare_weights, DefaultPredictor, Predictor):
+        with pytest.raises(WeightsError, match="model_final_280758.pkl was trained on other input"):
+            load(wrong.clone())
 
 
 MSRA = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"

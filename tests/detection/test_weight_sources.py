@@ -15,6 +15,8 @@ pytest.importorskip("detectron2")
 
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
 
 from resnet_backbone.detection import Checkpointer, take_over
 from resnet_backbone.detection.checkpoint import find_network
@@ -24,7 +26,7 @@ from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.export import export_checkpoint
-from resnet_backbone.weights.files import read_checkpoint
+from resnet_backbone.weights.files import read_checkpoint, write_checkpoint
 
 R18 = "voc/faster_rcnn_R_18_FPN.yaml"
 
@@ -181,6 +183,31 @@ def test_the_zoos_backbone_by_name(make_cfg, small, served):
         prepare_weights(wrong)
     take_over(wrong, source)
     assert wrong.INPUT.FORMAT == "BGR"
+
+
+class Mine(PathHandler):
+    """A store of somebody's, as registered with Detectron2's PathManager."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def _get_supported_prefixes(self):
+        return ["mine://"]
+
+    def _get_local_path(self, path, force=False, **kwargs):
+        return str(self.folder / path.removeprefix("mine://"))
+
+
+def test_a_backbone_from_a_store_of_the_path_manager(make_cfg, small, tmp_path):
+    weights = msra("resnet18")
+    write_checkpoint(weights, tmp_path / "r18.safetensors")
+    PathManager.register_handler(Mine(tmp_path), allow_override=True)
+    cfg = make_cfg(R18, **small, MODEL__WEIGHTS="mine://r18.safetensors")
+    assert prepare_weights(cfg) == []
+    model = build_model(cfg)
+    Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    assert_holds(find_network(model), weights.tensors)
 
 
 def test_detectron2s_cache_is_used(make_cfg, small, served, tmp_path):

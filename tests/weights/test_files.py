@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,7 +29,13 @@ from resnet_backbone.weights import (
     write_checkpoint,
 )
 from resnet_backbone.weights.files import describe_weights, read_header
-from resnet_backbone.weights.metadata import MODEL_KEY, ORIGIN_KEY, SCHEMA_KEY, write_notes
+from resnet_backbone.weights.metadata import (
+    METADATA_KEY,
+    MODEL_KEY,
+    ORIGIN_KEY,
+    SCHEMA_KEY,
+    write_notes,
+)
 from resnet_backbone.weights.preprocessing import same_mean, same_std
 
 MSRA = PREPROCESSINGS["msra"]
@@ -426,13 +433,38 @@ def test_a_head_that_is_announced_is_there(small):
 def test_two_strides_in_one_file(tmp_path):
     path = tmp_path / "x.safetensors"
     model = build_model("resnet50", out_features=["res2"])
-    save_weights(model, path, PREPROCESSINGS["torchvision"])
-    with pytest.raises(WeightsError, match="its network has stride_in_1x1=True, its prepro.*False"):
-        read_checkpoint(path)
+    with pytest.raises(WeightsError, match="stride_in_1x1=False, this network has True"):
+        save_weights(model, path, PREPROCESSINGS["torchvision"])
+    assert not path.exists()
+    spec = {"name": "resnet50", "num_classes": None, "options": {"stride_in_1x1": True}}
+    notes = {METADATA_KEY: PREPROCESSINGS["torchvision"].to_json(), MODEL_KEY: json.dumps(spec)}
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, notes)
+    other = build_model("resnet50", out_features=["res2"], stride_in_1x1=False)
+    for read in (read_checkpoint, describe_weights, partial(load_weights, other)):
+        with pytest.raises(WeightsError, match="network has stride_in_1x1=True, its prepro.*False"):
+            read(path)
     save_file(load_file(path), path)
     assert read_checkpoint(path, "torchvision").model.options == {"stride_in_1x1": False}
-    with pytest.raises(WeightsError, match="nobody says where its bottlenecks have their stride"):
-        read_checkpoint(path, "caffe_vgg")
+    for read in (read_checkpoint, partial(load_weights, other)):
+        with pytest.raises(WeightsError, match="nobody says where its bottlenecks have their st"):
+            read(path, "caffe_vgg")
+
+
+@pytest.mark.parametrize("stride", [True, False])
+def test_a_file_says_the_stride_of_its_network(tmp_path, stride):
+    """Also where its preprocessing alone does not, as Caffe's for VGG."""
+    path = tmp_path / "x.safetensors"
+    model, other = (
+        build_model("resnet50", out_features=["res2", "res3"], stride_in_1x1=value)
+        for value in (stride, not stride)
+    )
+    save_weights(model, path, PREPROCESSINGS["caffe_vgg"])
+    assert describe_weights(path).preprocessing.stride_in_1x1 is stride
+    assert load_weights(model, path).stride_in_1x1 is stride
+    with pytest.raises(
+        WeightsError, match=f"in_1x1={stride}, this network has {not stride}"
+    ):
+        load_weights(other, path)
 
 
 def test_networks_that_no_tensor_tells_apart(tmp_path):
