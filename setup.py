@@ -65,6 +65,7 @@ DETECTION = [
     "cloudpickle>=2.0",
     "tensorboard>=2.9",
     "pycocotools>=2.0.6",
+    "hotcoco>=1.3",  # the same numbers, faster; without it pycocotools computes them
     "matplotlib>=3.6",
     "black>=22.0",
     "packaging>=21.0",

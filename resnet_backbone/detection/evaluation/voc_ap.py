@@ -56,16 +56,23 @@ def evaluate_voc(
     truth = _flatten(ground_truth, ("classes", "difficult"), len(class_names), "ground truth")
     found = _flatten(detections, ("classes", "scores"), len(class_names), "detections")
     _check_image_ids(found["image_ids"], truth["image_ids"])
+    place = {image: number for number, image in enumerate(truth["image_ids"])}
+    numbers = np.array([place[image] for image in found["image_ids"]], dtype=np.int64)
+    found["image"] = numbers[found["image"]]
+    found["iou"], found["match"] = _best_match(found, truth)
+    found["difficult"] = np.append(truth["difficult"], False)[found["match"]]
     thresholds = np.asarray(iou_thresholds, dtype=np.float64)
     # the last row is for the curves, so that they do not depend on what the caller asked for
     all_thresholds = np.append(thresholds, CURVE_IOU)
     ap_area, ap_11point, precisions, recalls = [], [], [], []
     counts = np.zeros((3, len(class_names)), dtype=int)
     for class_id in range(len(class_names)):
-        gt, det = _of_class(truth, class_id), _of_class(found, class_id)
-        num_difficult = int(gt["difficult"].sum())
-        counts[:, class_id] = len(gt["boxes"]) - num_difficult, num_difficult, len(det["boxes"])
-        precision, recall = _precision_recall(det, gt, all_thresholds)
+        difficult = truth["difficult"][truth["classes"] == class_id]
+        detected = found["classes"] == class_id
+        num_difficult, num_found = int(difficult.sum()), int(detected.sum())
+        counts[:, class_id] = len(difficult) - num_difficult, num_difficult, num_found
+        det = {key: found[key][detected] for key in ("scores", "iou", "match", "difficult")}
+        precision, recall = _precision_recall(det, counts[0, class_id], all_thresholds)
         curves = list(zip(recall, precision, strict=True))
         ap_area.append([average_precision(*curve) for curve in curves[:-1]])
         ap_11point.append([eleven_point_ap(*curve) for curve in curves[:-1]])
@@ -112,14 +119,14 @@ def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
     return float(np.append(_envelope(precision), 0.0)[first].sum() / 11.0)
 
 
-def pairwise_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
-    """IoU (N, M) of boxes (N, 4) and (M, 4) in inclusive pixel coordinates."""
-    left_top = np.maximum(boxes1[:, None, :2], boxes2[None, :, :2])
-    right_bottom = np.minimum(boxes1[:, None, 2:], boxes2[None, :, 2:])
-    intersection = np.maximum(right_bottom - left_top + 1.0, 0.0).prod(axis=2)
+def paired_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
+    """IoU (N,) of boxes (N, 4) with boxes (N, 4), in inclusive pixel coordinates."""
+    left_top = np.maximum(boxes1[:, :2], boxes2[:, :2])
+    right_bottom = np.minimum(boxes1[:, 2:], boxes2[:, 2:])
+    intersection = np.maximum(right_bottom - left_top + 1.0, 0.0).prod(axis=1)
     areas1, areas2 = ((b[:, 2:] - b[:, :2] + 1.0).prod(axis=1) for b in (boxes1, boxes2))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return intersection / (areas1[:, None] + areas2[None, :] - intersection)
+        return intersection / (areas1 + areas2 - intersection)
 
 
 def _envelope(precision: np.ndarray) -> np.ndarray:
@@ -128,11 +135,11 @@ def _envelope(precision: np.ndarray) -> np.ndarray:
 
 
 def _flatten(images, keys, num_classes: int, what: str) -> dict[str, np.ndarray]:
-    """All images' boxes in one table: boxes (N, 4), image index (N,) and the columns `keys`."""
+    """All boxes in one table: boxes (N, 4), image (N,) by its place, and the columns `keys`."""
     boxes = [np.asarray(i["boxes"], dtype=np.float64).reshape(-1, 4) for i in images]
     table = {
         "boxes": np.concatenate(boxes) if boxes else np.zeros((0, 4)),
-        "image": np.repeat([str(i["image_id"]) for i in images], [len(b) for b in boxes]),
+        "image": np.repeat(np.arange(len(images)), [len(b) for b in boxes]),
         "image_ids": [str(i["image_id"]) for i in images],
     }
     types = {"classes": np.int64, "difficult": bool, "scores": np.float64}
@@ -165,18 +172,13 @@ def _check_image_ids(detected: Sequence[str], known: Sequence[str]) -> None:
         )
 
 
-def _of_class(table, class_id: int) -> dict[str, np.ndarray]:
-    chosen = table["classes"] == class_id
-    return {k: v[chosen] for k, v in table.items() if k not in ("image_ids", "classes")}
-
-
-def _precision_recall(det, gt, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _precision_recall(
+    det: Mapping[str, np.ndarray], num_positive: int, thresholds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall (T, D) of one class, detections by falling score."""
     order = np.argsort(-det["scores"], kind="stable")
-    iou, match = _best_match(det, gt)
-    iou, match = iou[order], match[order]
+    iou, match, difficult = (det[key][order] for key in ("iou", "match", "difficult"))
     over = iou[None, :] > thresholds[:, None]
-    difficult = np.append(gt["difficult"], False)[match]  # match is -1 where there is none
     counted = over & ~difficult
     true = np.zeros_like(over)
     for row, matched in zip(true, counted, strict=True):
@@ -184,7 +186,6 @@ def _precision_recall(det, gt, thresholds: np.ndarray) -> tuple[np.ndarray, np.n
         row[places[np.unique(match[places], return_index=True)[1]]] = True
     true_sum = true.cumsum(axis=1, dtype=np.float64)
     false_sum = (~over | (counted & ~true)).cumsum(axis=1, dtype=np.float64)
-    num_positive = int((~gt["difficult"]).sum())
     recall = true_sum / num_positive if num_positive else np.full_like(true_sum, np.nan)
     # the sum is 0 as long as every detection matched a difficult ground truth
     precision = true_sum / np.maximum(true_sum + false_sum, np.finfo(np.float64).eps)
@@ -192,24 +193,28 @@ def _precision_recall(det, gt, thresholds: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def _best_match(det, gt) -> tuple[np.ndarray, np.ndarray]:
-    """Each detection's highest IoU in its image and that ground truth's index; -inf and -1."""
+    """Each detection's highest IoU with its class in its image, and that ground truth's index.
+
+    The first of several; -inf and -1 where there is none.
+    """
     iou = np.full(len(det["boxes"]), -np.inf)
     match = np.full(len(det["boxes"]), -1)
-    gt_of_image = _group(gt["image"])
-    for image, rows in _group(det["image"]).items():
-        columns = gt_of_image.get(image)
-        if columns is None:
-            continue
-        overlaps = pairwise_iou(det["boxes"][rows], gt["boxes"][columns])
-        iou[rows] = overlaps.max(axis=1)
-        match[rows] = columns[overlaps.argmax(axis=1)]
+    classes = 1 + max(gt["classes"].max(initial=0), det["classes"].max(initial=0))
+    wanted, given = (table["image"] * classes + table["classes"] for table in (det, gt))
+    order = np.argsort(given, kind="stable")
+    first, end = (np.searchsorted(given[order], wanted, side) for side in ("left", "right"))
+    rows = np.flatnonzero(end > first)
+    if not rows.size:
+        return iou, match
+    counts = (end - first)[rows]
+    starts = np.cumsum(counts) - counts  # of each row's pairs among all pairs
+    within = np.arange(counts.sum()) - np.repeat(starts, counts)
+    columns = order[np.repeat(first[rows], counts) + within]
+    overlaps = paired_iou(det["boxes"][np.repeat(rows, counts)], gt["boxes"][columns])
+    iou[rows] = np.maximum.reduceat(overlaps, starts)
+    is_best = overlaps >= np.repeat(iou[rows], counts)
+    # of boxes without an area the IoU is nan: never above a threshold, whatever they match
+    place = np.where(is_best, within, counts.max())
+    place = np.minimum(np.minimum.reduceat(place, starts), counts - 1)
+    match[rows] = columns[starts + place]
     return iou, match
-
-
-def _group(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Value -> the positions at which it stands, rising."""
-    if not len(values):
-        return {}
-    order = np.argsort(values, kind="stable")
-    distinct, starts = np.unique(values[order], return_index=True)
-    return dict(zip(distinct.tolist(), np.split(order, starts[1:]), strict=True))

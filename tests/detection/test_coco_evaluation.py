@@ -1,0 +1,189 @@
+"""COCO's numbers against pycocotools' and Detectron2's, by every engine."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, Instances
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as rle
+
+from resnet_backbone.detection.evaluation import build_evaluator
+from resnet_backbone.detection.evaluation.coco_ap import (
+    evaluate_coco,
+    run_hotcoco,
+    run_pycocotools,
+)
+
+SUMMARY = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+NAMES = {90: "dog", 7: "cat", 11: "owl"}  # not in order, and with gaps
+SIDE = 128
+ENGINES = [run_hotcoco, run_pycocotools]
+
+
+def box_mask(box):
+    x, y, w, h = (int(value) for value in box)
+    mask = np.zeros((SIDE, SIDE), np.uint8, order="F")
+    mask[y : y + h, x : x + w] = 1
+    found = rle.encode(mask)
+    return {**found, "counts": found["counts"].decode()}
+
+
+@st.composite
+def small_sets(draw):
+    """Coarse grids: equal IoUs and scores, crowds, duplicates, empty images and classes."""
+    corner, side = st.integers(0, 3).map(lambda x: 8 * x), st.integers(1, 12).map(lambda x: 8 * x)
+    box = st.tuples(corner, corner, side, side).map(lambda b: [float(value) for value in b])
+    category, score = st.sampled_from(list(NAMES)), st.sampled_from([0.1, 0.5, 0.9])
+    images = draw(st.integers(1, 3))
+    truth = draw(
+        st.lists(st.tuples(st.integers(1, images), category, box, st.booleans()), max_size=8)
+    )
+    found = draw(st.lists(st.tuples(st.integers(1, images), category, box, score), max_size=16))
+    return dataset(images, truth), [
+        dict(image_id=i, category_id=c, bbox=b, score=s, segmentation=box_mask(b))
+        for i, c, b, s in found
+    ]
+
+
+def dataset(images, truth):
+    return {
+        "images": [
+            {"id": i, "width": SIDE, "height": SIDE, "file_name": f"{i}.jpg"}
+            for i in range(1, images + 1)
+        ],
+        "categories": [{"id": key, "name": name} for key, name in NAMES.items()],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": i,
+                "category_id": c,
+                "bbox": b,
+                "area": b[2] * b[3],
+                "iscrowd": int(crowd),
+                "segmentation": box_mask(b),
+            }
+            for number, (i, c, b, crowd) in enumerate(truth, 1)
+        ],
+    }
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(small_sets(), st.sampled_from(["bbox", "segm"]))
+def test_engines_agree_on_adversarial_sets(sets, task):
+    first, second = (evaluate_coco(*sets, task, engine=engine) for engine in ENGINES)
+    np.testing.assert_array_equal(first.precision, second.precision)
+    np.testing.assert_equal(first.summary, second.summary)
+    np.testing.assert_equal(first.classes, second.classes)
+    assert list(first.summary) == SUMMARY and list(first.classes) == sorted(NAMES)
+
+
+def random_set(seed, images=12):
+    rng = np.random.default_rng(seed)
+    truth, found = [], []
+    for image in range(1, images + 1):
+        for _ in range(rng.integers(0, 5)):
+            corner, size = rng.integers(0, 60, 2), rng.integers(6, 64, 2)
+            category = int(rng.choice(list(NAMES)))
+            box = [*map(float, corner), *map(float, size)]
+            truth.append((image, category, box, bool(rng.random() < 0.1)))
+            for _ in range(3):
+                near = [*(corner + rng.integers(0, 6, 2)), *(size + rng.integers(-4, 5, 2))]
+                found.append((image, category, [float(v) for v in near], float(rng.random())))
+    return dataset(images, truth), found
+
+
+@pytest.fixture
+def register(tmp_path):
+    """Function (dataset) -> name of it, registered."""
+    names = []
+
+    def run(content):
+        name = f"coco_evaluation_test_{len(names)}"
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content))
+        classes = sorted(content["categories"], key=lambda one: one["id"])
+        MetadataCatalog.get(name).set(
+            json_file=str(path),
+            evaluator_type="coco",
+            thing_classes=[one["name"] for one in classes],
+            thing_dataset_id_to_contiguous_id={one["id"]: i for i, one in enumerate(classes)},
+        )
+        names.append(name)
+        return name
+
+    yield run
+    for name in names:
+        MetadataCatalog.pop(name)
+
+
+def run(evaluator, name, content, found):
+    """An evaluator's results for detections given as (image, category id, xywh, score)."""
+    contiguous = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+    evaluator.reset()
+    for image in content["images"]:
+        mine = [row for row in found if row[0] == image["id"]]
+        boxes = torch.tensor([row[2] for row in mine]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        instances = Instances(
+            (SIDE, SIDE),
+            pred_boxes=Boxes(boxes),
+            scores=torch.tensor([row[3] for row in mine], dtype=torch.float64),
+            pred_classes=torch.tensor([contiguous[row[1]] for row in mine], dtype=torch.int64),
+        )
+        evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
+    return evaluator.evaluate()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_detectron2s_numbers(register, tmp_path, seed):
+    content, found = random_set(seed)
+    name = register(content)
+    ours = run(build_evaluator(name, str(tmp_path / "ours")), name, content, found)["bbox"]
+    theirs = run(COCOEvaluator(name, use_fast_impl=False), name, content, found)["bbox"]
+    for key, value in theirs.items():
+        assert ours[key] == pytest.approx(value, abs=1e-6, nan_ok=True), key
+    assert set(ours) - set(theirs) == set(SUMMARY[6:])
+    assert 0 < ours["AP"] < 100
+    written = json.loads((tmp_path / "ours" / "coco_instances_results.json").read_text())
+    assert {row["category_id"] for row in written} <= set(NAMES)
+
+
+def test_nothing_found_and_nothing_to_find(register, caplog):
+    caplog.set_level(logging.WARNING)
+    content, _ = random_set(0)
+    name = register(content)
+    found = run(build_evaluator(name), name, content, [])["bbox"]
+    assert found["AP"] == found["AR100"] == 0 and "detected nothing at all" in caplog.text
+    empty = {**content, "annotations": []}
+    name = register(empty)
+    found = run(build_evaluator(name), name, empty, [(1, 90, [0.0, 0.0, 9.0, 9.0], 0.5)])["bbox"]
+    assert np.isnan([found["AP"], found["AP-dog"]]).all()
+    assert "has no ground truth boxes: AP is nan" in caplog.text
+
+
+def test_one_class_is_reported(register):
+    content, found = random_set(1)
+    content["categories"] = [one for one in content["categories"] if one["name"] == "dog"]
+    content["annotations"] = [one for one in content["annotations"] if one["category_id"] == 90]
+    name = register(content)
+    dogs = [row for row in found if row[1] == 90]
+    found = run(build_evaluator(name), name, content, dogs)["bbox"]
+    assert found["AP"] == found["AP-dog"] > 0
+
+
+def test_a_file_without_annotations_gets_a_result_file(register, tmp_path):
+    content, found = random_set(2)
+    content.pop("annotations")  # as in COCO's test-dev
+    name = register(content)
+    assert run(build_evaluator(name, str(tmp_path / "out")), name, content, found) == {}
+    written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert len(written) == len(found) and {row["category_id"] for row in written} <= set(NAMES)
