@@ -46,31 +46,25 @@ def draw_output(
         return draw_panoptic(image, ids.cpu().numpy(), segments, class_names, label_names)
     if "instances" in output:
         instances = output["instances"].to("cpu")
-        draw = draw_masks if instances.has("pred_masks") else draw_detections
-        return draw(image, instances, class_names, threshold)
+        if instances.has("pred_masks"):
+            image = paint_masks(image, instances[instances.scores >= threshold])
+        return draw_detections(image, instances, class_names, threshold)
     hidden = list(label_names).index(BACKGROUND) if BACKGROUND in label_names else -1
     labels = output["sem_seg"].argmax(0).cpu().numpy()
     return draw_label_picture(image, labels, label_names, hidden)
 
 
-def draw_masks(
-    image: np.ndarray,
-    instances: Instances,
-    class_names: Sequence[str] = (),
-    threshold: float = 0.5,
-) -> np.ndarray:
-    """As :func:`draw_detections`, with each instance's mask below its box.
+def paint_masks(image: np.ndarray, instances: Instances) -> np.ndarray:
+    """A copy of the image with each instance's mask in its class's colour.
 
     Args:
-        instances: as there, with ``pred_masks``, bool (N, H, W); lower scores are painted first.
+        instances: with ``pred_masks``, bool (N, H, W); lower scores are painted first.
     """
-    instances = instances.to("cpu")
-    kept = instances[instances.scores >= threshold]
-    painted = image
-    for index in kept.scores.argsort().tolist():
-        mask = kept.pred_masks[index].numpy().astype(bool)
-        painted = paint(painted, mask, class_colour(int(kept.pred_classes[index])))
-    return draw_detections(painted, instances, class_names, threshold)
+    painted = image.copy()
+    for index in instances.scores.argsort().tolist():
+        mask = instances.pred_masks[index].numpy().astype(bool)
+        painted = paint(painted, mask, class_colour(int(instances.pred_classes[index])))
+    return painted
 
 
 def draw_label_picture(

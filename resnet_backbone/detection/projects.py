@@ -15,10 +15,11 @@ from resnet_backbone.detection.backbones import PaperResNet, build_paper_resnet_
 from resnet_backbone.detection.config import DEFAULTS, UsageError, backbone_node
 
 DEEPLAB_BACKBONE = "build_paper_resnet_deeplab_backbone"
+DEEPLAB_HEADS = ("DeepLabV3Head", "DeepLabV3PlusHead")
 PROJECTS = {
     "add_deeplab_config": (
         "deeplab",
-        ("DeepLabV3Head", "DeepLabV3PlusHead", DEEPLAB_BACKBONE, "WarmupPolyLR"),
+        (*DEEPLAB_HEADS, DEEPLAB_BACKBONE, "WarmupPolyLR"),
     ),
     "add_pointrend_config": (
         "point_rend",
@@ -87,8 +88,8 @@ def build_paper_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
     ``RES5_MULTI_GRID``; dilations 1, 2 are output stride 16, 2, 4 are 8. ``STEM_TYPE`` is "basic".
 
     Raises:
-        UsageError: the config lacks these keys, wants the project's own stem, or says something
-            else under ``RESNET_BACKBONE``.
+        UsageError: the config lacks these keys, wants the project's own stem, says something else
+            under ``RESNET_BACKBONE``, or has a DeepLab head that does not suit the maps.
     """
     resnets, node = cfg.MODEL.RESNETS, backbone_node(cfg)
     if "RES5_MULTI_GRID" not in resnets:
@@ -112,4 +113,31 @@ def build_paper_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
     cfg.defrost()
     cfg.RESNET_BACKBONE = node.clone()
     cfg.RESNET_BACKBONE.merge_from_list([word for pair in ours.items() for word in pair])
-    return build_paper_resnet_backbone(cfg, input_shape, DeepLabResNet)
+    backbone = build_paper_resnet_backbone(cfg, input_shape, DeepLabResNet)
+    if cfg.MODEL.SEM_SEG_HEAD.NAME in DEEPLAB_HEADS:
+        _check_head(cfg, backbone)
+    return backbone
+
+
+def _check_head(cfg: CfgNode, backbone: DeepLabResNet) -> None:
+    """DeepLab's heads enlarge their finest map by ``COMMON_STRIDE`` and pool over whole crops."""
+    head, crop = cfg.MODEL.SEM_SEG_HEAD, cfg.INPUT.CROP
+    strides = {name: shape.stride for name, shape in backbone.output_shape().items()}
+    absent = [name for name in head.IN_FEATURES if name not in strides]
+    if absent:
+        raise UsageError(
+            f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {absent}, the backbone returns {list(strides)}: "
+            "set MODEL.RESNETS.OUT_FEATURES to match"
+        )
+    stride, finest = min((strides[name], name) for name in head.IN_FEATURES)
+    if head.COMMON_STRIDE != stride:
+        raise UsageError(
+            f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE {head.COMMON_STRIDE} is not the stride of {finest}, "
+            f"{stride}, by which {head.NAME} enlarges: set it to {stride}, or change "
+            "MODEL.RESNETS.RES4_DILATION and RES5_DILATION"
+        )
+    if crop.ENABLED and crop.TYPE != "absolute":
+        raise UsageError(
+            f"INPUT.CROP.TYPE {crop.TYPE}: {head.NAME} learns from crops of one size; set "
+            "INPUT.CROP.TYPE absolute INPUT.CROP.SIZE '[512, 512]'"
+        )

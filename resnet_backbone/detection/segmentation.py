@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.segmentation import register_panoptic, register_semantic
@@ -51,13 +52,14 @@ def register_label_paths(cfg: CfgNode, args: argparse.Namespace, roots: Sequence
     names = f"train:{kind}", f"test:{kind}"
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = names[:1], names[1:]
     panoptic_roots = args.panoptic_root or ("", "")
+    shared = roots[0] == roots[1] and args.sem_seg[0] != args.sem_seg[1]
     for i, name in enumerate(names):
         checks = dict(on_bad=args.bad_data, decode=i == 1)
         if panoptic:
             files = args.sem_seg[i], args.panoptic_json[i], panoptic_roots[i]
             register_panoptic(name, args.coco_json[i], roots[i], *files, **checks)
         else:
-            register_semantic(name, roots[i], args.sem_seg[i], **checks)
+            register_semantic(name, roots[i], args.sem_seg[i], shared_images=shared, **checks)
 
 
 def check_annotations(cfg: CfgNode, name: str, images: Sequence[dict]) -> None:
@@ -113,14 +115,11 @@ def mapper_options(cfg: CfgNode) -> dict:
     """
     if detects_objects(cfg) or not cfg.INPUT.CROP.ENABLED:
         return {}
-    sizes, crop = (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN), cfg.INPUT.CROP
-    ignore = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    crop, ignore = cfg.INPUT.CROP, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     largest_share = crop.get("SINGLE_CATEGORY_MAX_AREA", 1.0)
-    augmentations = [
-        T.ResizeShortestEdge(*sizes, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING),
-        T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, largest_share, ignore),
-        T.RandomFlip(),
-    ]
+    cropping = T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, largest_share, ignore)
+    resizing, *flipping = build_augmentation(cfg, is_train=True)
+    augmentations = [resizing, cropping, *flipping]
     if crop.TYPE == "absolute":
         augmentations.append(T.FixedSizeCrop(tuple(crop.SIZE), pad=True, seg_pad_value=ignore))
     return {"augmentations": augmentations}

@@ -21,6 +21,7 @@ from torch import nn
 from resnet_backbone import optimize_for_inference
 from resnet_backbone.benchmark.turns import randomize_norms
 from resnet_backbone.deploy import InferenceNetwork
+from resnet_backbone.deploy.export import Mismatch
 from resnet_backbone.detection import export
 from resnet_backbone.detection.config import UsageError
 
@@ -176,9 +177,9 @@ def test_other_detections_are_seen():
     assert check(boxes + 1, *right[1:])["boxes"] == pytest.approx(0.01)
     assert check(boxes * float("nan"), *right[1:])["boxes"] == float("inf")
     assert check(*right[:2], right[2] - 0.1)["scores"] == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="or others"):
+    with pytest.raises(Mismatch, match="or others"):
         check(boxes, torch.tensor([1, 1]), right[2])
-    with pytest.raises(ValueError, match="finds 2 objects .* graph 1"):
+    with pytest.raises(Mismatch, match="finds 2 objects .* graph 1"):
         check(*(value[:1] for value in right))
     with pytest.raises(ValueError, match="no objects"):
         none = tuple(value[:0] for value in right)

@@ -197,11 +197,44 @@ def test_deeplab_backbone_without_our_node():
         (["MODEL.RESNETS.STEM_TYPE", "deeplab"], "STEM_TYPE deeplab is not a network of the paper"),
         (["RESNET_BACKBONE.RES4_DILATION", "2"], "RESNET_BACKBONE.RES4_DILATION 2 contradicts"),
         (["RESNET_BACKBONE.MULTI_GRID", "[1, 1]"], "leave RESNET_BACKBONE.MULTI_GRID out"),
+        (["MODEL.SEM_SEG_HEAD.COMMON_STRIDE", "8"], "8 is not the stride of res2, 4, by which"),
+        (["MODEL.RESNETS.OUT_FEATURES", "['res5']"], r"names \['res2'\], the backbone returns"),
+        (
+            ["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "relative"],
+            "INPUT.CROP.TYPE relative: DeepLabV3PlusHead learns from crops of one size; set",
+        ),
     ],
 )
 def test_deeplab_backbone_refuses(overrides, words):
     with pytest.raises(UsageError, match=words):
         build_backbone(load(DEEPLAB, *overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (
+            ["MODEL.SEM_SEG_HEAD.COMMON_STRIDE", "8"],
+            "COMMON_STRIDE 8 is not the stride of res5, 16",
+        ),
+        (
+            ["MODEL.RESNETS.RES5_DILATION", "1"],
+            "16 is not the stride of res5, 32, by which DeepLabV3",
+        ),
+        (["INPUT.CROP.ENABLED", "True", "INPUT.CROP.TYPE", "relative_range"], "TYPE absolute"),
+    ],
+)
+def test_deeplab_v3_enlarges_by_its_stride(overrides, words):
+    """With another stride the map would be larger or smaller than the image, without a word."""
+    with pytest.raises(UsageError, match=words):
+        build_backbone(load("coco/deeplab_v3_R_50_OS16.yaml", *overrides))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("coco/deeplab")])
+def test_deeplab_crops_when_asked_to(name):
+    cfg = load(name, "INPUT.CROP.ENABLED", "True")
+    assert cfg.INPUT.CROP.TYPE == "absolute" and list(cfg.INPUT.CROP.SIZE) == [512, 512]
+    build_model(cfg)
 
 
 def test_deeplab_backbone_needs_the_projects_keys(make_cfg):
@@ -234,6 +267,17 @@ def test_crop_is_applied_after_resizing_and_filled_up():
         steps(given)
         assert given.image.shape == (48, 64, 3) and given.sem_seg.shape == (48, 64)
         assert set(given.sem_seg.ravel()) <= {1, 255}
+
+
+@pytest.mark.parametrize("flip, expected", [("none", []), ("horizontal", [0]), ("vertical", [1])])
+def test_crop_keeps_the_configs_flip(flip, expected):
+    from detectron2.data import transforms as T
+
+    overrides = ["INPUT.RANDOM_FLIP", flip, "INPUT.CROP.ENABLED", "True"]
+    steps = mapper_options(load(DEEPLAB, *overrides))["augmentations"]
+    flips = [step for step in steps if isinstance(step, T.RandomFlip)]
+    assert [int(step.vertical) for step in flips] == expected
+    assert all(step.horizontal != step.vertical for step in flips)
 
 
 def test_poly_schedule_falls_to_nothing(make_cfg):

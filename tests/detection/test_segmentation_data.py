@@ -1,7 +1,11 @@
 """Ground truth made from instances, label pictures, and panoptic quality, on examples by hand."""
 
 import json
+import re
+import shutil
+from argparse import Namespace
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from PIL import Image
 
 pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
 
+from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
 from resnet_backbone.detection.data.panoptic import (  # noqa: E402
@@ -27,9 +32,11 @@ from resnet_backbone.detection.data.segmentation import (  # noqa: E402
     register_semantic,
 )
 from resnet_backbone.detection.evaluation.panoptic import (  # noqa: E402
+    PanopticEvaluator,
     match_segments,
     panoptic_quality,
 )
+from resnet_backbone.detection.segmentation import register_label_paths  # noqa: E402
 
 
 @pytest.fixture
@@ -160,8 +167,14 @@ def test_ids_survive_the_picture(numbers):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda c: c["annotations"][0].pop("segmentation"), "1 annotations have no mask"),
+        (lambda c: c["annotations"][0].pop("segmentation"), "1 annotations have no usable mask"),
         (lambda c: c["images"][1].update(file_name="a/one.png"), "label picture a/one.png"),
+        (
+            lambda c: c["images"][1].update(file_name="../../two.jpg"),
+            "'../../two.jpg' does not lie",
+        ),
+        (lambda c: c["images"][1].update(file_name="/two.jpg"), "'/two.jpg' does not lie"),
+        (lambda c: c["images"][1].update(file_name=""), "file_name '' does not lie below"),
         (lambda c: c.pop("categories"), "cannot be used"),
         (
             lambda c: c["categories"].extend({"id": i, "name": str(i)} for i in range(100, 360)),
@@ -175,12 +188,87 @@ def test_instances_that_give_no_labels(scene, change, words):
     (scene / "instances.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=words):
         make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+    assert not (scene / "labels").exists()
+
+
+BAD_MASKS = [
+    ({"counts": [0, 48]}, "neither polygons nor run lengths with size and counts"),
+    ({"counts": [5, 5], "size": [2, 5]}, "size [2, 5], its image has height, width [6, 8]"),
+    ({"counts": [5, 5], "size": [6, 8]}, "do not add up to 48 pixels"),
+    ({"counts": [49, -1], "size": [6, 8]}, "do not add up to 48 pixels"),
+    ({"counts": "", "size": [6, 8]}, "its counts are no run lengths"),
+    ([[1, 2, 3, 4]], "no polygon has three points"),
+    ([[1, 2]], "no polygon has three points"),
+    ([[1, 2, 3, 4, 5, 6, 7]], "no polygon has three points"),
+    ([1, 2, 3, 4, 5, 6], "its polygons are not lists of numbers"),
+    ([[1, 2, 3, 4, 5, float("nan")]], "its polygons are not lists of numbers"),
+    ("x", "neither polygons nor run lengths"),
+]
+
+
+@pytest.mark.parametrize("segmentation, words", BAD_MASKS)
+def test_bad_masks_are_named(scene, segmentation, words):
+    content = json.loads((scene / "instances.json").read_text())
+    content["annotations"][1]["segmentation"] = segmentation
+    (scene / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=re.escape(words)) as error:
+        make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+    assert "instances.json: 1 annotations have no usable mask, such as id 2" in str(error.value)
+    assert not (scene / "labels").exists()
+
+
+def test_broken_run_lengths_are_named(scene):
+    content = json.loads((scene / "instances.json").read_text())
+    content["annotations"][0]["segmentation"] = {"counts": "\x01\x02", "size": [6, 8]}
+    (scene / "instances.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="annotation 1 of a/one.jpg: its run lengths cannot be"):
+        make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+
+
+def test_polygons_without_an_area_are_left_out(scene):
+    """Detectron2's loader trains without them, too."""
+    content = json.loads((scene / "instances.json").read_text())
+    content["annotations"][0]["segmentation"].insert(0, [1, 2, 3, 4])
+    (scene / "instances.json").write_text(json.dumps(content))
+    make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+    assert read(scene / "labels/semantic/a/one.png").tolist() == SEMANTIC
 
 
 @pytest.fixture
 def labelled(scene):
     make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
     return scene
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c.pop("annotations"), "no list annotations"),
+        (lambda c: c["annotations"][0].pop("file_name"), r"annotations\[0\] has no file_name"),
+        (lambda c: c["categories"][0].pop("id"), r"categories\[0\] has no id"),
+        (lambda c: c["annotations"][0].update(file_name="../one.png"), "'../one.png' does not lie"),
+        (lambda c: c["annotations"][0].update(file_name="/one.png"), "'/one.png' does not lie"),
+        (lambda c: c["annotations"][0].update(segments_info=3), "a/one.png.: segments_info is no"),
+        (
+            lambda c: c["annotations"][0]["segments_info"][0].update(category_id=99),
+            r"annotations\[0\] \(a/one.png\): segment 1 is of category 99, which is not in",
+        ),
+        (
+            lambda c: c["categories"].extend(
+                {"id": i, "name": str(i), "isthing": 0} for i in range(100, 360)
+            ),
+            "261 classes of stuff do not fit",
+        ),
+    ],
+)
+def test_panoptic_files_that_give_no_labels(labelled, change, words):
+    file = labelled / "labels/panoptic.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=words):
+        make_stuff(str(file), str(labelled / "again/stuff"), "", False)
+    assert not (labelled / "again").exists()
 
 
 def semantic(root, **options):
@@ -206,10 +294,64 @@ def test_panoptic_data_set(labelled, register):
     assert meta.thing_classes == ["cat", "dog"] and meta.stuff_classes == ["things", "background"]
     assert meta.stuff_dataset_id_to_contiguous_id == {0: 0, 10: 1}
     content = json.loads((labels / "panoptic.json").read_text())
-    content["categories"].pop(0)
+    content["categories"][0]["isthing"] = 0
     (labels / "panoptic.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="they need the same things"):
         register_panoptic("pan2", *map(str, paths), str(labels / "panoptic.json"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c, root: c["annotations"].pop(1), "image id 2 is not in annotations of"),
+        (lambda c, root: (root / "panoptic/two.png").unlink(), "panoptic picture: .*No such file"),
+        (
+            lambda c, root: Image.new("RGB", (8, 6)).save(root / "panoptic/two.png"),
+            "the image is 5x4, its panoptic picture 8x6",
+        ),
+    ],
+)
+def test_images_without_panoptic_segments(labelled, register, caplog, change, words):
+    """They would end the evaluation, after all the training."""
+    labels = labelled / "labels"
+    content = json.loads((labels / "panoptic.json").read_text())
+    change(content, labels)
+    (labels / "panoptic.json").write_text(json.dumps(content))
+    paths = [labelled / "instances.json", labelled / "images", labels / "stuff"]
+    paths = [*map(str, paths), str(labels / "panoptic.json")]
+    register_panoptic("pan", *paths)
+    assert [record["image_id"] for record in DatasetCatalog.get("pan")] == [1]
+    assert re.search(f"left out: missing-panoptic: .*two.jpg: {words}", caplog.text)
+    register_panoptic("strict", *paths, on_bad="refuse")
+    with pytest.raises(DataError, match=words):
+        DatasetCatalog.get("strict")
+
+
+def test_no_image_with_panoptic_segments(labelled, register):
+    """Such as the JSON of another split."""
+    labels = labelled / "labels"
+    content = json.loads((labels / "panoptic.json").read_text())
+    content["annotations"] = []
+    (labels / "panoptic.json").write_text(json.dumps(content))
+    paths = [labelled / "instances.json", labelled / "images", labels / "stuff"]
+    register_panoptic("pan", *map(str, paths), str(labels / "panoptic.json"))
+    with pytest.raises(DataError, match="no usable image with its"):
+        DatasetCatalog.get("pan")
+
+
+def test_evaluating_an_image_without_panoptic_segments(labelled, register):
+    """Of a data set that Detectron2 registered by itself."""
+    labels = labelled / "labels"
+    MetadataCatalog.get("pan").set(
+        panoptic_json=str(labels / "panoptic.json"),
+        panoptic_root=str(labels / "panoptic"),
+        thing_dataset_id_to_contiguous_id={},
+        stuff_dataset_id_to_contiguous_id={},
+    )
+    evaluator = PanopticEvaluator("pan")
+    MetadataCatalog.remove("pan")
+    with pytest.raises(DataError, match="image id 3 is not in annotations of .*panoptic.json"):
+        evaluator.process([{"image_id": 3}], [{}])
 
 
 def test_palette_labels_are_refused(labelled, register):
@@ -237,6 +379,69 @@ def test_bad_pairs_are_left_out_or_refused(labelled, register, caplog):
     register_semantic("strict", root, folder, on_bad="refuse")
     with pytest.raises(DataError, match="2 problems"):
         DatasetCatalog.get("strict")
+
+
+def names(records):
+    return [
+        tuple(str(Path(record[key]).name) for key in ("file_name", "sem_seg_file_name"))
+        for record in records
+    ]
+
+
+PAIRS = [("one.jpg", "one.png"), ("two.jpg", "two.png")]
+
+
+def test_images_and_labels_in_one_folder(labelled, register):
+    """The labels are not taken for images, which have their names as PNG."""
+    labels = labelled / "labels/semantic"
+    shutil.copytree(labelled / "images", labels, dirs_exist_ok=True)
+    register_semantic("seg", str(labels), str(labels), on_bad="refuse")
+    assert names(DatasetCatalog.get("seg")) == PAIRS
+
+
+@pytest.mark.parametrize("images, labels", [("x", "x/labels"), ("x/images", "x")])
+def test_one_folder_inside_the_other(labelled, register, images, labels):
+    """PNG images, too, are told from labels by where they lie."""
+    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(labelled / "images/two.png")
+    (labelled / "images/two.jpg").unlink()
+    for source, name in sorted(
+        [("images", images), ("labels/semantic", labels)], key=lambda x: len(x[1])
+    ):
+        shutil.copytree(labelled / source, labelled / name, dirs_exist_ok=True)
+    folders = str(labelled / images), str(labelled / labels)
+    register_semantic("seg", *folders, on_bad="refuse")
+    assert names(DatasetCatalog.get("seg")) == [PAIRS[0], ("two.png", "two.png")]
+
+
+def test_two_images_of_one_label_are_refused(labelled, register):
+    shutil.copy(labelled / "images/two.jpg", labelled / "images/two.jpeg")
+    with pytest.raises(DataError, match="two.jpeg and .*two.jpg would have one label picture, two"):
+        semantic(labelled)
+
+
+def test_images_without_a_label_are_reported(labelled, register, caplog):
+    (labelled / "labels/semantic/two.png").unlink()
+    assert names(semantic(labelled)) == PAIRS[:1]
+    assert re.search("left out: missing-label: .*two.jpg: no label picture two.png", caplog.text)
+    folders = str(labelled / "images"), str(labelled / "labels/semantic")
+    register_semantic("strict", *folders, on_bad="refuse")
+    with pytest.raises(DataError, match="missing-label"):
+        DatasetCatalog.get("strict")
+
+
+def test_one_image_folder_for_both_splits(labelled, register):
+    """The labels of each split say which images are its own."""
+    for split, name in (("train", "a/one.png"), ("test", "two.png")):
+        (labelled / split / "a").mkdir(parents=True)
+        for file in (name, "classes.txt"):
+            shutil.copy(labelled / "labels/semantic" / file, labelled / split / file)
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    labels = [str(labelled / split) for split in ("train", "test")]
+    args = Namespace(sem_seg=labels, panoptic_root=None, bad_data="refuse")
+    register_label_paths(cfg, args, [str(labelled / "images")] * 2)
+    assert names(DatasetCatalog.get(cfg.DATASETS.TRAIN[0])) == PAIRS[:1]
+    assert names(DatasetCatalog.get(cfg.DATASETS.TEST[0])) == PAIRS[1:]
 
 
 def test_labels_without_names_are_refused(labelled, register):
@@ -305,7 +510,6 @@ def test_panoptic_quality_equals_panopticapi(image):
     """COCO's reference implementation, where it is installed (it is not on the package index)."""
     evaluation = pytest.importorskip("panopticapi.evaluation")
     import tempfile
-    from pathlib import Path
 
     true, truth, found, classes = image
     counts: Counter = match_segments(true, truth, found, classes)

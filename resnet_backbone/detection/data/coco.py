@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -173,24 +173,29 @@ def _inspect_version(json_file: str, _mtime: int, _size: int):
     return dict(categories), tuple(problems)
 
 
-def _structure_problems(data: Any) -> Iterator[str]:
-    """What would stop load_coco_json: absent keys, repeated ids, unknown categories, odd boxes."""
+def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which of these lists a JSON lacks, else which of these keys their entries lack."""
     lists = data if isinstance(data, dict) else {}
-    missing = [key for key in REQUIRED_KEYS if not isinstance(lists.get(key), list)]
+    missing = [section for section in required if not isinstance(lists.get(section), list)]
     if missing:
-        yield f"not COCO's instances format: no list {', '.join(missing)}"
-        return
-    if not data["categories"]:
-        yield "the list of categories is empty"
-    incomplete = False
-    for section, keys in REQUIRED_KEYS.items():
+        return [f"no list {', '.join(missing)}, which COCO's format has"]
+    found = []
+    for section, keys in required.items():
         for position, entry in enumerate(data[section]):
             absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
             if absent:
-                incomplete = True
-                yield f"{section}[{position}] has no {', '.join(absent)}"
-    if incomplete:
+                found.append(f"{section}[{position}] has no {', '.join(absent)}")
+    return found
+
+
+def _structure_problems(data: Any) -> Iterator[str]:
+    """What would stop load_coco_json: absent keys, repeated ids, unknown categories, odd boxes."""
+    absent = absent_keys(data, REQUIRED_KEYS)
+    if absent:
+        yield from absent
         return
+    if not data["categories"]:
+        yield "the list of categories is empty"
     for section in REQUIRED_KEYS:
         for repeated, times in Counter(e["id"] for e in data[section]).items():
             if times > 1:

@@ -8,10 +8,7 @@ annotation of stuff, and numbers on it compare only with each other.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,11 +17,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from .coco import inspect_json
-from .problems import DataError, list_problems
-
-IGNORE = 255
-"""Label of pixels that neither train nor count; Detectron2's ``SEM_SEG_HEAD.IGNORE_VALUE``."""
+from .panoptic_files import IGNORE, check_names, label_name, read_instances, read_panoptic
+from .problems import DataError
 
 BACKGROUND = "background"
 CLASSES_FILE = "classes.txt"
@@ -121,11 +115,6 @@ def decode_ids(picture: np.ndarray) -> np.ndarray:
     return red + 256 * green + 65536 * blue
 
 
-def label_name(file_name: str) -> str:
-    """Path of an image's label picture below the label folder: the same, as PNG."""
-    return Path(file_name).with_suffix(".png").as_posix()
-
-
 def make_labels(json_file: str, output: str, progress: bool = True) -> dict[str, int]:
     """Writes panoptic and semantic ground truth for an instances JSON.
 
@@ -142,10 +131,10 @@ def make_labels(json_file: str, output: str, progress: bool = True) -> dict[str,
         Counts: images, segments, hidden (instances wholly covered by smaller ones).
 
     Raises:
-        DataError: not COCO's format, an annotation without a mask, too many classes, two images
-            with one label name.
+        DataError: what :func:`read_instances` refuses, before anything is written; run lengths
+            that cannot be decoded.
     """
-    coco, categories = _read_instances(json_file)
+    coco, categories = read_instances(json_file)
     root, background_id = Path(output), max(categories) + 1
     labels = {background_id: 0, **{category: i + 1 for i, category in enumerate(categories)}}
     stuff = {background_id: 1, **dict.fromkeys(categories, 0)}
@@ -189,14 +178,18 @@ def make_stuff(
         The number of pictures.
 
     Raises:
-        DataError: not COCO's panoptic format, or a picture is missing.
+        DataError: not COCO's panoptic format, file names that lead elsewhere, too many classes,
+            or a picture is missing.
     """
     content = read_panoptic(panoptic_json)
     root = Path(panoptic_root or panoptic_json.removesuffix(".json"))
     stuff = sorted((c["id"], c["name"]) for c in content["categories"] if not c["isthing"])
     labels = {entry["id"]: 0 for entry in content["categories"]}
     labels |= {category: i + 1 for i, (category, _) in enumerate(stuff)}
+    if len(stuff) >= IGNORE:
+        raise DataError(f"{panoptic_json}: {len(stuff)} classes of stuff do not fit into 8 bits")
     entries = content["annotations"]
+    check_names(panoptic_json, (entry["file_name"] for entry in entries))
     for entry in tqdm(entries, desc="stuff", disable=None if progress else True):
         try:
             with Image.open(root / entry["file_name"]) as picture:
@@ -209,50 +202,21 @@ def make_stuff(
     return len(entries)
 
 
-def read_panoptic(panoptic_json: str) -> dict:
-    """The content of a file in COCO's panoptic format.
-
-    Raises:
-        DataError: it is missing, no JSON, or lacks categories with "isthing" or annotations.
-    """
-    try:
-        with open(panoptic_json, encoding="utf-8") as file:
-            content = json.load(file)
-        lacking = [c["name"] for c in content["categories"] if "isthing" not in c]
-        lacking += [e["file_name"] for e in content["annotations"] if "segments_info" not in e]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{panoptic_json} is not COCO's panoptic format ({reason})") from error
-    if lacking:
-        raise DataError(f"{panoptic_json} is not COCO's panoptic format (see {lacking[0]})")
-    return content
-
-
-def _read_instances(json_file: str) -> tuple[COCO, dict[int, str]]:
-    """The indexed JSON and its categories by rising id, everything checked that is needed."""
-    categories, problems = inspect_json(json_file)
-    if problems:
-        raise DataError("\n".join([f"{json_file} cannot be used:", *list_problems(problems, 10)]))
-    if len(categories) >= IGNORE:
-        raise DataError(f"{json_file}: {len(categories)} classes do not fit into 8-bit labels")
-    with open(json_file, encoding="utf-8") as file, contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = json.load(file)
-        coco.createIndex()
-    bare = [entry["id"] for entry in coco.dataset["annotations"] if not entry.get("segmentation")]
-    if bare:
-        raise DataError(f"{json_file}: {len(bare)} annotations have no mask, such as id {bare[0]}")
-    names = Counter(label_name(image["file_name"]) for image in coco.dataset["images"])
-    name, times = names.most_common(1)[0] if names else ("", 0)
-    if times > 1:
-        raise DataError(f"{json_file}: {times} images would have the label picture {name}")
-    return coco, categories
-
-
 def _paint(coco: COCO, image: dict, annotations: Sequence[dict]) -> np.ndarray:
     if not annotations:
         return np.zeros((image["height"], image["width"]), np.int32)
-    return paint_instances(annotations, [coco.annToMask(entry) for entry in annotations])
+    return paint_instances(annotations, [_decode(coco, entry) for entry in annotations])
+
+
+def _decode(coco: COCO, annotation: dict) -> np.ndarray:
+    try:
+        return coco.annToMask(annotation)
+    except ValueError as error:
+        name = coco.imgs[annotation["image_id"]]["file_name"]
+        raise DataError(
+            f"annotation {annotation['id']} of {name}: its run lengths cannot be decoded "
+            f"({error}); mend it or take it out"
+        ) from error
 
 
 def _save(path: Path, picture: np.ndarray) -> None:

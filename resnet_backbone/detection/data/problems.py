@@ -39,7 +39,8 @@ class DataProblem:
 
     Attributes:
         kind: "missing-image", "unreadable-image", "size-mismatch", "missing-xml", "broken-xml",
-            "duplicate-id", "bad-box", "unknown-class", "empty-split" or "broken-json".
+            "missing-label", "missing-panoptic", "duplicate-id", "bad-box", "unknown-class",
+            "empty-split" or "broken-json".
         file: the file to look at: the image, its XML, the split file or the JSON.
         detail: what is wrong there, in words and numbers.
     """

@@ -7,7 +7,7 @@ A label picture is an 8-bit grey PNG of its image's size and name whose pixels a
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,12 @@ from tqdm import tqdm
 
 from .catalog import register_once
 from .coco import inspect_json, scan_coco
-from .panoptic import CLASSES_FILE, IGNORE, label_name, read_panoptic
+from .panoptic import CLASSES_FILE
+from .panoptic_files import IGNORE, label_name, read_panoptic
 from .problems import DataError, DataReport, apply_policy, read_image_size
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+LABELS = (".png",)
 SAMPLE = 200
 """Labels whose pixels are read when a data set is loaded, spread over it; of others the header."""
 
@@ -41,25 +43,33 @@ def read_class_names(label_root: str) -> list[str]:
 
 
 def register_semantic(
-    name: str, image_root: str, label_root: str, on_bad: str = "drop", decode: bool = False
+    name: str,
+    image_root: str,
+    label_root: str,
+    on_bad: str = "drop",
+    decode: bool = False,
+    shared_images: bool = False,
 ) -> None:
     """Registers images and label pictures of the same names (and sub-folders) under `name`.
 
+    One folder may hold both (every PNG there is a label), or have the other inside it.
     Metadata: stuff_classes (from ``classes.txt``), ignore_label 255, evaluator_type "sem_seg".
 
     Args:
         on_bad, decode: as :func:`resnet_backbone.detection.data.load_coco_instances`.
+        shared_images: other data sets have images in `image_root` too, so that images without a
+            label picture are no problem.
 
     Raises:
         DataError: a folder or ``classes.txt`` is missing; when the data set is loaded, what
-            `on_bad` says, and pixels that are no class.
+            `on_bad` says, two images of one label picture, and pixels that are no class.
     """
     image_root, label_root = os.path.abspath(image_root), os.path.abspath(label_root)
     for folder in (image_root, label_root):
         if not os.path.isdir(folder):
             raise DataError(f"{folder}: no such folder")
     classes = read_class_names(label_root)
-    options = {"on_bad": on_bad, "decode": decode}
+    options = {"on_bad": on_bad, "decode": decode, "shared_images": shared_images}
     metadata = {
         "stuff_classes": classes,
         "image_root": image_root,
@@ -71,7 +81,7 @@ def register_semantic(
 
     def load() -> list[dict]:
         report = DataReport(label_root)
-        records = _pair(image_root, label_root, report)
+        records = _pair(image_root, label_root, report, shared_images)
         records = drop_bad_labels(records, len(classes), report, decode)
         if not records:
             report.add("empty-split", label_root, "no usable image with a label picture")
@@ -81,21 +91,39 @@ def register_semantic(
     register_once(name, load, metadata)
 
 
-def _pair(image_root: str, label_root: str, report: DataReport) -> list[dict]:
+def _pair(image_root: str, label_root: str, report: DataReport, shared_images: bool) -> list[dict]:
     """A record for every label picture that has an image."""
-    images = {
-        label_name(path.relative_to(image_root).as_posix()): path
-        for path in sorted(Path(image_root).rglob("*"))
-        if path.suffix.lower() in IMAGES
-    }
+    labels = _list_files(label_root, LABELS, image_root)
+    images: dict[str, Path] = {}
+    for path in _list_files(image_root, IMAGES, label_root):
+        if image_root == label_root and path.suffix.lower() in LABELS:
+            continue
+        name = label_name(path.relative_to(image_root).as_posix())
+        if name in images:
+            raise DataError(
+                f"{images[name]} and {path} would have one label picture, {name}: rename one"
+            )
+        images[name] = path
     records = []
-    for path in sorted(Path(label_root).rglob("*.png")):
-        image = images.get(path.relative_to(label_root).as_posix())
+    for path in labels:
+        image = images.pop(label_name(path.relative_to(label_root).as_posix()), None)
         if image is None:
             report.add("missing-image", str(path), f"no image of this name in {image_root}")
             continue
         records.append({"file_name": str(image), "sem_seg_file_name": str(path)})
+    for name, path in images.items() if not shared_images else ():
+        report.add("missing-label", str(path), f"no label picture {name} in {label_root}")
     return records
+
+
+def _list_files(root: str, suffixes: Sequence[str], other: str) -> list[Path]:
+    """Files below a folder by their suffix, less those of the other folder if it lies inside."""
+    inside = Path(root) in Path(other).parents
+    return [
+        path
+        for path in sorted(Path(root).rglob("*"))
+        if path.suffix.lower() in suffixes and not (inside and Path(other) in path.parents)
+    ]
 
 
 def drop_bad_labels(
@@ -180,7 +208,9 @@ def register_panoptic(
     paths = [json_file, image_root, label_root, panoptic_json]
     json_file, image_root, label_root, panoptic_json = map(os.path.abspath, paths)
     panoptic_root = os.path.abspath(panoptic_root or panoptic_json.removesuffix(".json"))
-    things, stuff = read_panoptic_categories(json_file, panoptic_json)
+    content = read_panoptic(panoptic_json)
+    things, stuff = panoptic_categories(json_file, panoptic_json, content)
+    pictures = {entry["image_id"]: entry["file_name"] for entry in content["annotations"]}
     for folder in (image_root, label_root, panoptic_root):
         if not os.path.isdir(folder):
             raise DataError(f"{folder}: no such folder")
@@ -207,22 +237,63 @@ def register_panoptic(
             record["sem_seg_file_name"] = os.path.join(label_root, label_name(relative))
         report.num_images = 0  # counted again
         records = drop_bad_labels(records, len(classes), report)
+        records = _drop_without_panoptic(records, panoptic_json, panoptic_root, pictures, report)
+        if not records:
+            report.add("empty-split", panoptic_json, "no usable image with its two label pictures")
         apply_policy(report, on_bad)
         return records
 
     register_once(name, load, metadata)
 
 
-def read_panoptic_categories(
-    json_file: str, panoptic_json: str
+def _drop_without_panoptic(
+    records: Sequence[dict],
+    panoptic_json: str,
+    panoptic_root: str,
+    pictures: Mapping[int, str],
+    report: DataReport,
+) -> list[dict]:
+    """Leaves out images that panoptic quality could not be measured on.
+
+    Args:
+        pictures: file name of each image id, below `panoptic_root`.
+    """
+    kept = []
+    for record in records:
+        problem = f"image id {record['image_id']} is not in annotations of {panoptic_json}"
+        if record["image_id"] in pictures:
+            path = os.path.join(panoptic_root, pictures[record["image_id"]])
+            problem = _picture_problem(path, (record["width"], record["height"]))
+        if problem:
+            report.add("missing-panoptic", record["file_name"], problem)
+        else:
+            kept.append(record)
+    return kept
+
+
+def _picture_problem(path: str, size: tuple[int, int]) -> str | None:
+    try:
+        found = read_image_size(path)
+    except OSError as error:
+        return f"panoptic picture: {error}"
+    if found == size:
+        return None
+    return "the image is {}x{}, its panoptic picture {}x{}".format(*size, *found)
+
+
+def panoptic_categories(
+    json_file: str, panoptic_json: str, content: Mapping
 ) -> tuple[dict[int, str], dict[int, str]]:
     """Things and stuff {category id: name}, each by rising id.
 
+    Args:
+        content: of `panoptic_json`.
+
     Raises:
-        DataError: not COCO's panoptic format, no stuff, or other things than the instances have.
+        DataError: no stuff, or other things than the instances have.
     """
     things, _ = inspect_json(json_file)
-    categories = read_panoptic(panoptic_json)["categories"]
+    categories = content["categories"]
     entries = sorted((c["id"], c["name"], bool(c["isthing"])) for c in categories)
     found = {number: name for number, name, is_thing in entries if is_thing}
     stuff = {number: name for number, name, is_thing in entries if not is_thing}

@@ -5,7 +5,6 @@ Detectron2's COCOPanopticEvaluator needs panopticapi, which is not on the packag
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter, defaultdict
@@ -19,6 +18,8 @@ from PIL import Image
 from tabulate import tabulate
 
 from resnet_backbone.detection.data.panoptic import decode_ids
+from resnet_backbone.detection.data.panoptic_files import read_panoptic
+from resnet_backbone.detection.data.problems import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,8 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def __init__(self, dataset_name: str):
         metadata = MetadataCatalog.get(dataset_name)
-        self.root = metadata.panoptic_root
-        with open(metadata.panoptic_json, encoding="utf-8") as file:
-            content = json.load(file)
+        self.file, self.root = metadata.panoptic_json, metadata.panoptic_root
+        content = read_panoptic(self.file)
         self.truth = {entry["image_id"]: entry for entry in content["annotations"]}
         self.is_thing = {entry["id"]: bool(entry["isthing"]) for entry in content["categories"]}
         self.category = {
@@ -53,7 +53,11 @@ class PanopticEvaluator(DatasetEvaluator):
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for given, output in zip(inputs, outputs, strict=True):
-            truth = self.truth[given["image_id"]]
+            truth = self.truth.get(given["image_id"])
+            if truth is None:
+                raise DataError(
+                    f"image id {given['image_id']} is not in annotations of {self.file}"
+                )
             with Image.open(os.path.join(self.root, truth["file_name"])) as picture:
                 true_ids = decode_ids(np.asarray(picture.convert("RGB")))
             ids, segments = output["panoptic_seg"]
