@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from .catalog import register_once
 from .problems import DataError, DataReport, apply_policy, box_problem, check_image
-from .voc_files import find_image, find_voc_dir, parse_object, read_annotation, read_split, xml_path
+from .voc_files import find_image, find_voc_dir, read_annotation, read_split, xml_path
 
 
 def find_voc_classes(root: str, splits: Sequence[str]) -> list[str]:
@@ -33,7 +33,7 @@ def find_voc_classes(root: str, splits: Sequence[str]) -> list[str]:
             annotation = read_annotation(xml_path(voc_dir, image_id))
         except (OSError, ValueError):
             continue
-        names.update((o.findtext("name") or "").strip() for o in annotation.objects)
+        names.update(one.name for one in annotation.objects)
     names.discard("")
     if not names:
         raise DataError(f"{voc_dir}: no object with a class name in splits {', '.join(splits)}")
@@ -101,11 +101,9 @@ def _scan_image(voc_dir, image_id, class_ids, report, decode) -> dict | None:
 
 def _scan_objects(annotation, xml, size, class_ids, report) -> Iterator[dict]:
     """Yield the annotation of every good object; add the others to `report`."""
-    for element in annotation.objects:
-        try:
-            name, box, difficult = parse_object(element)
-        except ValueError as error:
-            report.add("bad-box", xml, str(error))
+    for name, box, difficult, problem in annotation.objects:
+        if problem:
+            report.add("bad-box", xml, problem)
             continue
         if name not in class_ids:
             near = difflib.get_close_matches(name, class_ids, n=1, cutoff=0.0)
@@ -119,11 +117,10 @@ def _scan_objects(annotation, xml, size, class_ids, report) -> Iterator[dict]:
         report.count(name, bool(difficult))
         # VOC's pixel indices are 1-based and inclusive: xmin 1, xmax W covers the image, which is
         # (0, W) in continuous coordinates (as in detectron2.data.datasets.pascal_voc)
-        box[0] -= 1.0
-        box[1] -= 1.0
+        xmin, ymin, xmax, ymax = box
         yield {
             "category_id": class_ids[name],
-            "bbox": box,
+            "bbox": [xmin - 1.0, ymin - 1.0, xmax, ymax],
             "bbox_mode": BoxMode.XYXY_ABS,
             "difficult": difficult,
         }

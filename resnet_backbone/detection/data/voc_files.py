@@ -10,20 +10,30 @@ from __future__ import annotations
 import os
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 from .problems import DataError
 
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
 
 
-@dataclass
-class VocAnnotation:
+class VocObject(NamedTuple):
+    """One `<object>`: box is (xmin, ymin, xmax, ymax) as in the file (1-based pixels)."""
+
+    name: str
+    box: tuple[float, ...] = ()
+    difficult: int = 0  # or 1
+    problem: str = ""  # why it has no name or no box; "" where it has
+
+
+class VocAnnotation(NamedTuple):
     """One XML file: `image_name` and `size` (width, height) are None where it has none."""
 
     image_name: str | None
     size: tuple[int, int] | None
-    objects: list[ET.Element]
+    objects: tuple[VocObject, ...]
 
 
 def find_voc_dir(root: str) -> str:
@@ -79,34 +89,43 @@ def read_annotation(path: str) -> VocAnnotation:
         FileNotFoundError: no such file.
         ValueError: not XML, or a size that is no number.
     """
+    stat = os.stat(path)
+    return _read_version(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache  # a run reads the same files while it checks, loads and evaluates
+def _read_version(path: str, _mtime: int, _size: int) -> VocAnnotation:
     try:
-        tree = ET.parse(path)
+        root = ET.parse(path).getroot()
     except ET.ParseError as error:
         raise ValueError(f"not well-formed XML: {error}") from error
-    width, height = (tree.findtext(f"size/{side}") or "0" for side in ("width", "height"))
+    width, height = (root.findtext(f"size/{side}") or "0" for side in ("width", "height"))
     size = int(float(width)), int(float(height))
-    name = (tree.findtext("filename") or "").strip() or None
+    name = (root.findtext("filename") or "").strip() or None
     # some annotation tools write 0 for a size that they do not know
-    return VocAnnotation(name, size if min(size) > 0 else None, tree.findall("object"))
+    objects = tuple(parse_object(element) for element in root.findall("object"))
+    return VocAnnotation(name, size if min(size) > 0 else None, objects)
 
 
-def parse_object(element: ET.Element) -> tuple[str, list[float], int]:
-    """Class name, [xmin, ymin, xmax, ymax] as in the file (1-based pixels), difficult 0 or 1.
-
-    Raises:
-        ValueError: no name or box, or a value that is no number.
-    """
-    name = (element.findtext("name") or "").strip()
+def parse_object(element: ET.Element) -> VocObject:
+    """One `<object>`; what is wrong with it is in its `problem`."""
+    parts = {child.tag: child for child in reversed(element)}  # the first of each name
+    name = _text(parts.get("name")).strip()
     if not name:
-        raise ValueError("object without a class name")
-    corners = [element.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
-    if None in corners:
-        raise ValueError(f"{name} without a complete <bndbox>")
-    difficult = element.findtext("difficult") or "0"
+        return VocObject("", problem="object without a class name")
+    corners = {child.tag: _text(child) for child in reversed(parts.get("bndbox", ()))}
+    if not corners.keys() >= set(CORNERS):
+        return VocObject(name, problem=f"{name} without a complete <bndbox>")
+    difficult = _text(parts.get("difficult")) or "0"
     try:
-        return name, [float(value) for value in corners], int(bool(float(difficult)))
+        box = tuple(float(corners[key]) for key in CORNERS)
+        return VocObject(name, box, int(bool(float(difficult))))
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        return VocObject(name, problem=f"{name}: {error}")
+
+
+def _text(element: ET.Element | None) -> str:
+    return "" if element is None else element.text or ""
 
 
 def xml_path(voc_dir: str, image_id: str) -> str:
