@@ -12,6 +12,7 @@ import ast
 import datetime
 import logging
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -302,7 +303,7 @@ def write_results(
 
     files = write_evaluation(folder, result, data.class_names, data.images.name_of)
     content = {
-        "command": "python tools/evaluate_classifier.py " + " ".join(args.arguments),
+        "command": shlex.join(["python", "tools/evaluate_classifier.py", *args.arguments]),
         "weights": args.weights,
         "data": args.imagenet_folder or args.flat or args.cifar10,
         **result.to_dict(),

@@ -7,6 +7,7 @@ import argparse
 import datetime
 import logging
 import os
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -147,7 +148,7 @@ def finish(job: Job, trainer: Trainer, stop: StopRequest) -> None:
     windows = job.data.source.num_samples / config.train.batch_size / config.output.log_every
     recent = trainer.recent_errors[-max(1, round(windows)) :]  # the last epoch
     content = {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "model": job.spec.name,
         "options": dict(job.spec.options),
         "parameters": networks.count_parameters(job.model),

@@ -38,6 +38,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 
 import torch
@@ -129,7 +130,7 @@ def write_results(cfg, results: dict, iterations: int | None) -> None:
     """OUTPUT_DIR/results.json: what was run and what came out; null where there is no number."""
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
     content = {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "train": list(cfg.DATASETS.TRAIN),
         "test": list(cfg.DATASETS.TEST),
         "weights": cfg.MODEL.WEIGHTS,

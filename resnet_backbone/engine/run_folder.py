@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,7 +73,7 @@ class RunFolder:
             starts = json.loads((self / ENVIRONMENT).read_text())["starts"]
         entry = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(sys.argv),
+            "command": shlex.join(["python", *sys.argv]),
             "revision": source_revision(),
             "versions": versions(),
             **hardware(device),

@@ -217,7 +217,7 @@ def _command(command: str | None) -> str:
     if not command:
         return ""
     command = re.sub(r"\b((?:val_)?root=)\S+", r"\1PATH", command)
-    script = re.sub(r"^\S*/(?=tools/\w+\.py)", "", command)
+    script = re.sub(r"^(?:python )?\S*/(?=tools/\w+\.py)", "", command)
     return f"`{'python ' if script.startswith('tools/') else ''}{script}`"
 
 
