@@ -1,0 +1,138 @@
+"""configs/detection/paper: every protocol builds, trains a step, and deviates as its files say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torchvision.ops import RoIPool
+
+from resnet_backbone.detection.schedule import scale_schedule
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detection" / "paper"
+NAMES = sorted(path.name for path in FOLDER.glob("*.yaml") if not path.name.startswith("Base"))
+# key -> value of VOC, of COCO; appendix A, Faster R-CNN and Fast R-CNN
+PROTOCOL = {
+    "INPUT.MIN_SIZE_TRAIN": ((600,),) * 2,
+    "INPUT.MAX_SIZE_TRAIN": (1000,) * 2,
+    "INPUT.MIN_SIZE_TEST": (600,) * 2,
+    "INPUT.MAX_SIZE_TEST": (1000,) * 2,
+    "MODEL.ANCHOR_GENERATOR.SIZES": ([[128, 256, 512]], [[64, 128, 256, 512]]),
+    "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": (16,) * 2,
+    "MODEL.RPN.BOUNDARY_THRESH": (0,) * 2,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": (300,) * 2,
+    "MODEL.RPN.SMOOTH_L1_BETA": (pytest.approx(1 / 9),) * 2,
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS": ([0.1, 0.5], [0.5]),
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (64,) * 2,
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": (0.3,) * 2,
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIPool",) * 2,
+    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (1.0,) * 2,
+    "SOLVER.BIAS_LR_FACTOR": (2.0,) * 2,
+    "SOLVER.WEIGHT_DECAY": (0.0005,) * 2,
+    "SOLVER.WEIGHT_DECAY_BIAS": (0.0,) * 2,
+    "SOLVER.STEPS": ((60000,), (240000,)),
+    "SOLVER.MAX_ITER": (80000, 320000),
+    "RESNET_BACKBONE.TRAIN_ON_DIFFICULT": (False,) * 2,
+}
+
+
+def value(cfg, key):
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def test_every_network_has_every_protocol():
+    networks = ("VGG_16", "R_50", "R_101", "R_152")
+    assert {
+        f"{data}_{net}.yaml" for data in ("voc_07", "voc_07_12", "coco") for net in networks
+    } == {*NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_protocol(make_cfg, name):
+    cfg, column = make_cfg(f"paper/{name}"), int(name.startswith("coco"))
+    for key, expected in PROTOCOL.items():
+        assert value(cfg, key) == expected[column], key
+    depth = re.search(r"R_(\d+)", name)
+    if depth:
+        assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.NORM) == (int(depth[1]), "FrozenBN")
+        assert cfg.MODEL.ROI_HEADS.NAME == "PaperRes5ROIHeads"
+    else:
+        assert cfg.MODEL.BACKBONE.FREEZE_AT == 2, "tuned from conv3_1 up"
+    text = (FOLDER / name).read_text()
+    assert f"--config-file configs/detection/paper/{name}" in text and "# Expected: " in text
+
+
+def test_the_deviations_say_detectron2s_defaults():
+    """In the base file the comment behind each key begins with the default."""
+    defaults, checked = get_cfg(), 0
+    path: list[str] = []
+    for line in (FOLDER / "Base-Paper.yaml").read_text().splitlines():
+        match = re.fullmatch(r"( *)([A-Z_0-9]+):(?: +(\S.*?) +# ([^;:]+).*)?", line)
+        if not match or match[2] == "VERSION":
+            continue
+        path[len(match[1]) // 2 :] = [match[2]]
+        if match[3] is None:
+            continue
+        default, said = value(defaults, ".".join(path)), match[4].partition(" (L1)")[0]
+        checked += 1
+        if said == "as for weights":
+            assert default is None
+        else:
+            assert str(default) == said, path
+    assert checked == 16
+
+
+@pytest.mark.parametrize("name", ["voc_07_R_50.yaml", "voc_07_VGG_16.yaml", "coco_R_50.yaml"])
+def test_a_step(make_cfg, small, name):
+    """Joint training with the protocol's sampling, solver and pooling, on a random image."""
+    small = small | dict(MODEL__RPN__PRE_NMS_TOPK_TRAIN=200, MODEL__RPN__POST_NMS_TOPK_TRAIN=50)
+    cfg = make_cfg(f"paper/{name}", MODEL__WEIGHTS="", SOLVER__IMS_PER_BATCH=1, **small)
+    planned = make_cfg(f"paper/{name}")
+    scale_schedule(cfg, planned, {"SOLVER.IMS_PER_BATCH"})
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    poolers = [module for module in model.modules() if isinstance(module, RoIPool)]
+    assert poolers and poolers[0].output_size == ((7, 7) if "VGG" in name else (14, 14))
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    rates = sorted({group["lr"] for group in optimizer.param_groups})
+    assert rates == pytest.approx([cfg.SOLVER.BASE_LR, 2 * cfg.SOLVER.BASE_LR])
+    target = Instances((160, 160))
+    target.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 140.0, 150.0]]))
+    target.gt_classes = torch.tensor([3])
+    image = torch.randint(0, 256, (3, 160, 160), dtype=torch.uint8)
+    with EventStorage():
+        losses = model([{"image": image, "instances": target, "height": 160, "width": 160}])
+    sum(losses.values()).backward()
+    optimizer.step()
+    scheduler.step()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_regions_of_little_overlap_are_not_trained_on(make_cfg, small):
+    """VOC: negatives have an IoU in [0.1, 0.5) (Fast R-CNN, section 2.3)."""
+    cfg = make_cfg("paper/voc_07_R_50.yaml", MODEL__WEIGHTS="", **small)
+    heads = build_model(cfg).roi_heads
+    target = Instances((200, 200))
+    target.gt_boxes = Boxes(torch.tensor([[0.0, 0.0, 100.0, 100.0]]))
+    target.gt_classes = torch.tensor([3])
+    given = Instances((200, 200))
+    given.proposal_boxes = Boxes(
+        torch.tensor([[0, 0, 100, 5.0], [0, 0, 100, 30.0], [0, 0, 100, 90.0], [150, 150, 160, 160]])
+    )
+    given.objectness_logits = torch.zeros(4)
+    with EventStorage():
+        (found,) = heads.label_and_sample_proposals([given], [target])
+    heights = found.proposal_boxes.tensor[:, 3].tolist()
+    labels = dict(zip(heights, found.gt_classes.tolist(), strict=True))
+    assert labels == {30.0: 20, 90.0: 3, 100.0: 3}
