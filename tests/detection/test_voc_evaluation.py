@@ -21,7 +21,7 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_backbone.detection.data import VOC_CLASSES, register_coco, register_voc
+from resnet_backbone.detection.data import VOC_CLASSES, DataError, register_coco, register_voc
 from resnet_backbone.detection.evaluation import (
     VOCEvaluator,
     build_evaluator,
@@ -279,7 +279,11 @@ def test_real_images_equal_detectron2(data_root, tmp_path, year):
     assert [c["AP50"] for c in saved["classes"]] == per_class
     detections = json.loads((tmp_path / "detections.json").read_text())
     assert len(detections) == sum(len(o["instances"]) for o in outputs)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["detections.json", "voc_results.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "detections.json",
+        "results",
+        "voc_results.json",
+    ]
 
 
 def perfect(name):
@@ -320,6 +324,60 @@ def test_perfect_detections(register, tmp_path):
         ("a", "dog"): [4, 4, 5, 5],
         ("b", "cat"): [1, 1, 7, 7],
     }
+
+
+def test_the_devkits_files(register, tmp_path):
+    """Read back, they hold the same detections, in VOC's pixels, and no two scores as one."""
+    name = register(IMAGES, ["cat", "a/b"])
+    inputs = DatasetCatalog.get(name)
+    scores = [0.5, 0.50000006, 0.25]
+    boxes = [[0, 0, 4, 4], [1.25, 0, 5, 4], [2, 2, 3, 3]]
+    evaluator = VOCEvaluator(name, str(tmp_path / "out"))
+    evaluator.process(inputs, [instances(boxes, scores, [0, 0, 1]), instances([], [], [])])
+    evaluator.evaluate()
+    folder = tmp_path / "out" / "results" / "VOC2007" / "Main"
+    assert {path.name for path in folder.iterdir()} == {
+        f"comp4_det_train_{label}.txt" for label in ("cat", "a_b")
+    }
+    rows = [line.split() for line in (folder / "comp4_det_train_cat.txt").read_text().splitlines()]
+    found = {np.float32(row[1]): [float(value) for value in row[2:]] for row in rows}
+    assert [row[0] for row in rows] == ["a", "a"]
+    assert found == {
+        np.float32(0.5): [1.0, 1.0, 4.0, 4.0],
+        np.float32(0.50000006): [2.25, 1.0, 5.0, 4.0],
+    }
+
+
+def test_a_split_without_annotations_is_written_and_not_scored(make_voc, tmp_path, caplog):
+    """As VOC 2012's test set, beside annotated ones in the same folder."""
+    root = make_voc(IMAGES)
+    make_voc({"t1": [], "t2": []}, split="test")
+    for image in ("t1", "t2"):
+        (root / "Annotations" / f"{image}.xml").unlink()
+    name = "voc_evaluation_test_server"
+    register_voc(name, root, "test", CLASSES, on_bad="refuse")
+    try:
+        inputs = DatasetCatalog.get(name)
+        assert [(one["image_id"], one["annotations"]) for one in inputs] == [("t1", []), ("t2", [])]
+        evaluator = VOCEvaluator(name, str(tmp_path / "out"))
+        evaluator.process(inputs, [instances([[0, 0, 4, 4]], [0.5], [1])] * 2)
+        with caplog.at_level("WARNING"):
+            assert evaluator.evaluate() == {}
+        assert "no annotations to score with; its detections are written to" in caplog.text
+        (file,) = (tmp_path / "out").rglob("comp4_det_test_dog.txt")
+        assert file.read_text() == "t1 0.5 1.00 1.00 4.00 4.00\nt2 0.5 1.00 1.00 4.00 4.00\n"
+        (root / "Annotations" / "t1.xml").write_text(
+            (root / "Annotations" / "a.xml").read_text().replace("a.jpg", "t1.jpg")
+        )
+        DatasetCatalog.remove(name)
+        register_voc(name + "2", root, "test", CLASSES, on_bad="refuse")
+        with pytest.raises(DataError, match="missing-xml"):  # one is annotated: the other is a gap
+            DatasetCatalog.get(name + "2")
+    finally:
+        for one in (name, name + "2"):
+            if one in DatasetCatalog.list():
+                DatasetCatalog.remove(one)
+            MetadataCatalog.pop(one)
 
 
 def test_nothing_detected(register, caplog):

@@ -63,6 +63,8 @@ class DataReport:
         problems: everything that is wrong, in the order of the split.
         boxes: good boxes per class that are not difficult, classes without any included.
         difficult: good boxes per class that are marked difficult (VOC only).
+        annotated: False for a split none of whose images has an XML file, such as VOC 2012's test
+            set: there is nothing to train on and nothing to compare with.
     """
 
     name: str
@@ -70,6 +72,7 @@ class DataReport:
     problems: list[DataProblem] = field(default_factory=list)
     boxes: Counter[str] = field(default_factory=Counter)
     difficult: Counter[str] = field(default_factory=Counter)
+    annotated: bool = True
 
     @property
     def bad_boxes(self) -> list[DataProblem]:

@@ -13,7 +13,14 @@ from tqdm import tqdm
 
 from .catalog import register_once
 from .problems import DataError, DataReport, apply_policy, box_problem, check_image
-from .voc_files import find_image, find_voc_dir, read_annotation, read_split, xml_path
+from .voc_files import (
+    NO_ANNOTATION,
+    find_image,
+    find_voc_dir,
+    read_annotation,
+    read_split,
+    xml_path,
+)
 
 
 def find_voc_classes(root: str, splits: Sequence[str]) -> list[str]:
@@ -50,7 +57,8 @@ def scan_voc(
     """Read and check a split in one pass; loader, check and evaluator all stand on this.
 
     Returns:
-        Detectron2 dicts of what is good (see :func:`load_voc_instances`), and what is not.
+        Detectron2 dicts of what is good (see :func:`load_voc_instances`), and what is not. Where
+        no image of the split has an XML file (VOC 2012's test set) they have no annotations.
 
     Raises:
         DataError: no such folder or split.
@@ -60,6 +68,7 @@ def scan_voc(
     split_file = os.path.join(voc_dir, "ImageSets", "Main", split + ".txt")
     report = DataReport(f"{voc_dir} split {split}", num_images=len(set(ids)))
     report.boxes.update(dict.fromkeys(class_names, 0))
+    report.annotated = any(os.path.isfile(xml_path(voc_dir, image_id)) for image_id in ids)
     class_ids = {name: index for index, name in enumerate(class_names)}
     records, seen = [], set()
     for image_id in tqdm(ids, desc=f"checking {split}", disable=None if progress else True):
@@ -79,7 +88,7 @@ def _scan_image(voc_dir, image_id, class_ids, report, decode) -> dict | None:
     """One Detectron2 dict, or None; adds to `report` what is wrong."""
     xml = xml_path(voc_dir, image_id)
     try:
-        annotation = read_annotation(xml)
+        annotation = read_annotation(xml) if report.annotated else NO_ANNOTATION
     except FileNotFoundError:
         report.add("missing-xml", xml, "no such file")
         return None

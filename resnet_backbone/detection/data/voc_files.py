@@ -36,6 +36,9 @@ class VocAnnotation(NamedTuple):
     objects: tuple[VocObject, ...]
 
 
+NO_ANNOTATION = VocAnnotation(None, None, ())
+
+
 def find_voc_dir(root: str) -> str:
     """The folder that holds `Annotations/`: `root` itself, or the only such folder inside it.
 

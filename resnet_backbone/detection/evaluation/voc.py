@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,8 @@ class VOCEvaluator(DatasetEvaluator):
         Args:
             dataset_name: of `register_voc` or Detectron2's own ("voc_2007_test"); its metadata
                 must have thing_classes, dirname and split.
-            output_dir: gets `voc_results.json` and `detections.json`; None writes nothing.
+            output_dir: gets `voc_results.json`, `detections.json`, and the devkit's files
+                `results/VOC<year>/Main/comp4_det_<split>_<class>.txt`; None writes nothing.
             max_dets_per_image: keep only so many best-scored detections of an image.
 
         Raises:
@@ -95,7 +96,8 @@ class VOCEvaluator(DatasetEvaluator):
         Returns:
             On the main process {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50, AP75,
             AP50-11pt (VOC 2007's 11-point), then "AP50-<class>"; nan for a class without ground
-            truth, which is left out of the means. None on the others.
+            truth, which is left out of the means. Nothing for a split that has no annotations at
+            all, such as VOC 2012's test set, whose server scores the files. None on the others.
 
         Raises:
             ValueError: detections in images or of classes that the data set does not have.
@@ -104,21 +106,32 @@ class VOCEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return None
         predictions = [image for of_process in gathered for image in of_process]
-        ground_truth = self._load_ground_truth()
-        self._warn(predictions, ground_truth)
+        ground_truth, annotated = self._load_ground_truth()
         voc_predictions = [{**p, "boxes": p["boxes"] + TO_VOC} for p in predictions]
         numbers = evaluate_voc(voc_predictions, ground_truth, self._metadata.thing_classes)
+        folder = "nowhere, for want of output_dir"
+        if self._output_dir:
+            os.makedirs(self._output_dir, exist_ok=True)
+            self._write("detections.json", self._to_json(predictions))
+            folder = write_comp4(predictions, self._metadata, self._output_dir)
+        if not annotated:
+            logger.warning(
+                "%s has no annotations to score with; its detections are written to %s",
+                self._dataset_name,
+                folder,
+            )
+            return OrderedDict()
+        self._warn(predictions, ground_truth)
         details = summarize(self._dataset_name, numbers)
         logger.info("VOC results of %s (%%):\n%s", self._dataset_name, format_table(details))
         if self._output_dir:
-            os.makedirs(self._output_dir, exist_ok=True)
             self._write("voc_results.json", details)
-            self._write("detections.json", self._to_json(predictions))
         bbox = {**details["summary"]}
         bbox.update({f"AP50-{c['class']}": c["AP50"] for c in details["classes"]})
         return OrderedDict(bbox={k: math.nan if v is None else v for k, v in bbox.items()})
 
-    def _load_ground_truth(self) -> list[dict[str, Any]]:
+    def _load_ground_truth(self) -> tuple[list[dict[str, Any]], bool]:
+        """For each image its boxes, and whether the split has annotations."""
         meta = self._metadata
         decode = meta.get("decode", False)  # as the loader did, see register_voc
         records, report = scan_voc(meta.dirname, meta.split, meta.thing_classes, decode)
@@ -129,7 +142,7 @@ class VOCEvaluator(DatasetEvaluator):
                 len(report.bad_boxes),
                 len(report.bad_files),
             )
-        return [
+        truth = [
             {
                 "image_id": r["image_id"],
                 "boxes": np.array([a["bbox"] for a in r["annotations"]]).reshape(-1, 4) + TO_VOC,
@@ -138,6 +151,7 @@ class VOCEvaluator(DatasetEvaluator):
             }
             for r in records
         ]
+        return truth, report.annotated
 
     def _warn(self, predictions, ground_truth) -> None:
         missed = {t["image_id"] for t in ground_truth} - {p["image_id"] for p in predictions}
@@ -183,6 +197,34 @@ class VOCEvaluator(DatasetEvaluator):
         with open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1 if isinstance(content, dict) else None)
         os.replace(temporary, path)
+
+
+def write_comp4(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder: str) -> str:
+    """Writes detections as the VOC devkit and its server read them, one file per class.
+
+    A line is image, score, xmin, ymin, xmax, ymax, in 1-based inclusive pixels. Scores have nine
+    digits, which tell any two different ones apart (Detectron2's three make ties).
+
+    Args:
+        predictions: image_id, boxes as Detectron2's, scores, classes of each image.
+        metadata: of the data set: thing_classes, split, and year if it has one.
+
+    Returns:
+        The folder of the files.
+    """
+    path = os.path.join(folder, "results", f"VOC{metadata.get('year', 2012)}", "Main")
+    os.makedirs(path, exist_ok=True)
+    lines: list[list[str]] = [[] for _ in metadata.thing_classes]
+    for image in predictions:
+        columns = image["boxes"] + TO_VOC, image["scores"], image["classes"]
+        for box, score, class_id in zip(*columns, strict=True):
+            corners = " ".join(f"{value:.2f}" for value in box)
+            lines[class_id].append(f"{image['image_id']} {score:.9g} {corners}\n")
+    for name, found in zip(metadata.thing_classes, lines, strict=True):
+        file = os.path.join(path, f"comp4_det_{metadata.split}_{name.replace('/', '_')}.txt")
+        with open(file, "w", encoding="utf-8") as stream:
+            stream.writelines(found)
+    return path
 
 
 def summarize(dataset_name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
