@@ -24,15 +24,15 @@ def read_long_description() -> str:
 
 
 CORE = [
-    "torch>=2.0",
+    "torch>=2.4",
     "numpy>=1.23",
     "safetensors>=0.4",
 ]
 
 # The trainer of tools/train_classifier.py: data, engine, report.
 CLASSIFICATION = [
-    "torch>=2.3",
-    "torchvision>=0.18",
+    "torch>=2.4",
+    "torchvision>=0.19",
     "numpy>=1.23",
     "pillow>=9.1",
     "simplejpeg>=1.8",
@@ -51,7 +51,7 @@ FAST = ['nvidia-nvimgcodec-cu12>=0.9,<1 ; platform_system == "Linux"']
 # What Detectron2 needs, without Detectron2 itself: it is not on the package index under its own
 # name, and a copy built from git must not be overwritten. tools/setup_env.sh installs it.
 DETECTION = [
-    "torchvision>=0.15",
+    "torchvision>=0.19",
     "numpy>=1.23",
     "pillow>=9.1",
     "tqdm>=4.60",
@@ -82,7 +82,7 @@ QUICKSTART = [
 # The backbone in other libraries' models: resnet_backbone.adapters. Torchvision's models need
 # nothing but torchvision; mmdetection's packages are the user's own.
 ADAPTERS = [
-    "torchvision>=0.15",
+    "torchvision>=0.19",
     "timm>=1.0",
     "transformers>=5.0",
 ]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -129,6 +130,42 @@ def test_inspect_of_tensors_that_fit_two_networks(run, tmp_path):
     assert status == 0 and "not stated" not in out and "plain18, 10 classes" in out
 
 
+def next_command(out):
+    line = out.splitlines()[-1]
+    assert line.startswith("next:          python tools/convert_weights.py convert ")
+    return shlex.split(line)[3:]
+
+
+def test_what_to_do_next_repeats_what_was_stated(run, tmp_path):
+    path = tmp_path / "a plain.safetensors"
+    save_file(random_checkpoint("plain18").tensors, path)
+    stated = "--channel-order BGR --value-range 255 --mean 10 20.5 -30 --std 1 2 3".split()
+    stated += "--stride-in-1x1 true --bn-eps 0.001".split()
+    both, *parts = ([], "NAME --model NAME"), (stated, "NAME"), (["--model", "plain18"], "NAME")
+    for given, missing in (both, *parts):
+        status, out, errors = run("inspect", path, *given)
+        assert status == 0, errors
+        assert out.count("not stated:") == (2 if given == [] else 1)
+        end = "--model NAME" if given == stated else f"--preprocessing {missing}"
+        assert next_command(out) == ["convert", str(path), "OUT", *given, *end.split()]
+    status, out, _ = run("inspect", path, *stated, "--model", "plain18")
+    command = next_command(out)
+    assert command[3:] == [*stated, "--model", "plain18"]
+    command[2] = tmp_path / "out.safetensors"
+    assert run(*command, *FAST)[0] == 0
+    status, out, _ = run("inspect", command[2])
+    assert next_command(out)[3:] == []
+
+
+def test_inspect_of_a_file_with_a_mean_image(run, tmp_path):
+    path, before = tmp_path / "image.safetensors", random_checkpoint("resnet18")
+    own = replace(before.preprocessing, mean_image=torch.rand(3, 32, 32) * 255)
+    write_checkpoint(replace(before, preprocessing=own), path)
+    status, out, errors = run("inspect", path)
+    assert status == 0, errors
+    assert "mean image:    32x32" in out and "11,181,642" in out
+
+
 @pytest.mark.data
 def test_inspect_of_the_released_weights(run, data_root):
     file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
@@ -198,6 +235,19 @@ def test_stated_input(run, silent, tmp_path):
     status, _, errors = run("convert", silent, tmp_path / "y.pth", "--to", "torchvision", *stated,
                             "--bn-eps", 1e-3, "--bn-eps-to", 1e-5, *FAST)  # fmt: skip
     assert status == 0, errors
+
+
+def test_a_named_input_with_other_values_says_so(run, silent, tmp_path):
+    out_file = tmp_path / "x.safetensors"
+    stated = ("--preprocessing", "msra", "--mean", 0, 0, 0, "--bn-eps", 1e-3)
+    assert run("convert", silent, out_file, *stated, *FAST)[0] == 0
+    own = read_checkpoint(out_file).preprocessing
+    assert own.mean == (0, 0, 0) and own.std == (1, 1, 1)
+    assert own.source.startswith("msra, with mean, bn_eps stated on the command line; Kaiming")
+    plain = run("convert", silent, tmp_path / "y.safetensors", *stated[:2], *FAST)
+    assert plain[0] == 0
+    source = read_checkpoint(tmp_path / "y.safetensors").preprocessing.source
+    assert source == get_preprocessing("msra").source
 
 
 def test_a_wrong_file_does_not_pass_the_check(run, tool, ours, tmp_path, monkeypatch):
@@ -290,6 +340,15 @@ def test_mean_image_is_dropped_only_when_asked(run, tmp_path):
     status, out, errors = run(*arguments, "--accept-channel-means")
     assert status == 0, errors
     assert "not exactly the same" in out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/weights.md"])
+def test_commands_that_are_written_down_parse(tool, page):
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^[ !]*python tools/convert_weights.py ([^-].*)$", text, re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        tool.build_parser().parse_args(shlex.split(command))
 
 
 @pytest.mark.data

@@ -11,6 +11,7 @@ from torch import nn
 
 from resnet_backbone import build_model, optimize_for_inference
 from resnet_backbone.deploy import InferenceNetwork, fold_bn
+from resnet_backbone.deploy.export import NormalisedNetwork
 from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
 from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.weights import get_preprocessing, load_weights, save_weights
@@ -147,20 +148,84 @@ def test_only_constant_norms_with_small_kernels_are_folded(norm_calls):
         assert count() == len(norms)
 
 
-def test_norms_of_every_kind_without_gradients():
-    images = torch.randn(4, 3, 32, 32)
-    kinds = {
-        "no affine": lambda channels: nn.BatchNorm2d(channels, affine=False),
-        "no statistics": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
-        "own class": type("Other", (nn.BatchNorm2d,), {"forward": lambda self, x: 2 * x}),
-        "frozen": FrozenBatchNorm2d,
-        "group": lambda channels: nn.GroupNorm(4, channels),
-    }
-    for kind in kinds.values():
-        model = network(norm=kind)
-        with torch.no_grad():
-            found = model(images)
-        assert_close(found, unfolded(model, images))
+class LikeDetectron2s(nn.Module):
+    """A frozen batch norm as Detectron2 and torchvision have it, a class of its own."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.eps = 1e-3
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x):
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+
+class Clamped(LikeDetectron2s):
+    """Not a linear map, with the same attributes."""
+
+    def forward(self, x):
+        return super().forward(x).clamp(max=6)
+
+
+KINDS = {
+    "no affine": lambda channels: nn.BatchNorm2d(channels, affine=False),
+    "no statistics": lambda channels: nn.BatchNorm2d(channels, track_running_stats=False),
+    "own class": type("Other", (nn.BatchNorm2d,), {"forward": lambda self, x: 2 * x}),
+    "same class": type("Same", (nn.BatchNorm2d,), {}),
+    "sync": nn.SyncBatchNorm,
+    "frozen": FrozenBatchNorm2d,
+    "foreign": LikeDetectron2s,
+    "clamped": Clamped,
+    "group": lambda channels: nn.GroupNorm(4, channels),
+}
+LEFT = {"no statistics", "own class", "clamped", "group"}  # by fold_bn
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_of_every_kind(kind):
+    images, model = torch.randn(4, 3, 32, 32), network(norm=KINDS[kind])
+    expected = unfolded(model, images)
+    with torch.no_grad():
+        assert_close(model(images), expected)
+    folded = fold_bn(copy.deepcopy(model))
+    assert_close(unfolded(folded, images), expected)
+    assert (folded.stem.norm is not None) == (kind in LEFT)
+
+
+def test_a_synchronised_norm_is_folded_at_each_call(monkeypatch):
+    model, images = network(norm="SyncBN"), torch.randn(16, 3, 32, 32)
+    expected = unfolded(model, images)
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", None)
+    with torch.no_grad():
+        assert_close(model(images), expected)
+
+
+def test_fold_bn_of_other_libraries():
+    """Their own classes, and through their own conversion."""
+    ops = pytest.importorskip("torchvision.ops")
+    layers = pytest.importorskip("detectron2.layers")
+    images, original = torch.randn(4, 3, 32, 32), network()
+    converted = layers.FrozenBatchNorm2d.convert_frozen_batchnorm(copy.deepcopy(original))
+    assert isinstance(converted.stem.norm, layers.FrozenBatchNorm2d)
+    models = [converted]
+    for norm in (ops.FrozenBatchNorm2d, lambda c: layers.get_norm("naiveSyncBN", c)):
+        models.append(network(norm=norm))
+    for model in models:
+        expected = unfolded(model, images)
+        assert_close(unfolded(fold_bn(model), images), expected)
+        assert model.stem.norm is None
+
+
+def test_fold_bn_leaves_a_norm_with_hooks():
+    model, seen = network(), []
+    model.stem.norm.register_forward_hook(lambda *args: seen.append(args))
+    fast = optimize_for_inference(model)
+    assert fast.stem.norm is not None and fast.res2[0].conv1.norm is None
+    assert_close(fast(torch.ones(1, 3, 32, 32)), unfolded(model, torch.ones(1, 3, 32, 32)))
+    assert len(seen) == 2
 
 
 CHANGES = {
@@ -314,9 +379,82 @@ def test_operators_stay_single_where_they_must():
     wanting = images.clone().requires_grad_()
     assert fused_calls(lambda: fast(wanting)["res2"].sum().backward()) == 0
     assert wanting.grad.abs().sum() > 0
-    fast.res2[0].conv1.weight.requires_grad_()
-    assert fused_calls(lambda: fast(images)["res2"].sum().backward()) == 1, "the stem only"
-    assert fast.res2[0].conv1.weight.grad.abs().sum() > 0
+    for parameter in (fast.res2[0].conv1.weight, fast.res2[0].conv1.bias):
+        parameter.requires_grad_()
+        assert fused_calls(lambda: fast(images)["res2"].sum().backward()) == 1, "the stem only"
+        assert parameter.grad.abs().sum() > 0
+        parameter.requires_grad_(False)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("change", ["activation", "subclass", "norm", "conv", "gate"])
+def test_layers_changed_after_optimizing_count(change):
+    fast, images = (
+        optimize_for_inference(network("resnet18", shortcut="C")),
+        torch.randn(1, 64, 16, 16),
+    )
+    block = fast.res2[0]
+    if change == "activation":
+        block.activation = block.conv1.activation = nn.Identity()
+    elif change == "subclass":
+        own = type("Own", (nn.ReLU,), {"forward": lambda self, x: x.abs()})
+        block.activation = block.conv1.activation = own()
+    elif change == "norm":
+        block.conv1.norm = block.conv2.norm = randomize(nn.BatchNorm2d(64)).eval()
+    elif change == "conv":
+        block.conv2 = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Tanh())
+    else:
+        block.gate = nn.Conv2d(64, 64, 1)
+    plain = copy.deepcopy(block)
+    plain.fused = plain.conv1.fused = False
+    with torch.no_grad():
+        assert_close(block(images), plain(images), 1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_modes_and_tensors_that_the_operators_do_not_know(monkeypatch):
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = network("resnet18", out_features=("res2",))
+    fast, images = optimize_for_inference(model), torch.randn(1, 3, 64, 64)
+
+    def run(x, of=None):
+        return (of or fast)(x)["res2"]
+
+    for of in (model, fast):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run(images, of)
+        assert counter.get_total_flops() > 5e7, "the operators are counted"
+    direction = torch.randn_like(images)
+    found, expected = (
+        torch.func.jvp(lambda x, of=of: run(x, of), (images,), (direction,))[1]
+        for of in (fast, model)
+    )
+    assert_close(found, expected.detach())
+    assert "mkldnn" not in str(make_fx(lambda x: run(x))(images).graph)
+    assert "mkldnn" not in str(torch.export.export(fast, (images,)).graph)
+    assert "mkldnn" not in str(torch.jit.trace(fast, images, strict=False).inlined_graph)
+    assert run(images.to("meta"), copy.deepcopy(fast).to("meta")).device.type == "meta"
+    other = type("Other", (torch.Tensor,), {})
+    assert type(run(images.as_subclass(other))) is other
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert fused_calls(lambda: run(images)) == 0
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 0.03), (torch.float64, 1e-5)])
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+def test_optimized_then_moved_to_another_precision(first, dtype, bound):
+    model = network("resnet18", out_features=("res3",))
+    images = torch.randn(2, 3, 64, 64)
+    moved = optimize_for_inference(model, dtype=first).to(dtype)
+    if first == torch.bfloat16:
+        assert moved.dtype == dtype, "images take the parameters' precision"
+        assert_close(moved(images), unfolded(model, images), 0.03)
+    else:
+        assert_close(
+            moved(images.to(dtype))["res3"].float(), unfolded(model, images)["res3"], bound
+        )
 
 
 class Pyramid(nn.Module):
@@ -358,6 +496,50 @@ def test_optimized_detector():
     assert_close(fast(images), expected, 0.03)
 
 
+@pytest.mark.parametrize("convention", ["msra", "torchvision"])
+def test_optimized_network_with_its_preprocessing(convention):
+    """Pixels are normalised in float32; the network alone is in bfloat16."""
+    model = NormalisedNetwork(network("resnet18", num_classes=5), get_preprocessing(convention))
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    expected = unfolded(model.eval(), pixels)
+    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    assert fast.mean.dtype == torch.float32 and isinstance(fast.network, InferenceNetwork)
+    for images in (pixels, pixels.float()):
+        assert_close(fast(images), expected, 0.03)
+    whole = InferenceNetwork(copy.deepcopy(model), torch.bfloat16, False)
+    assert_close(whole(pixels), expected, 0.03)
+
+
+def test_only_tensors_are_images():
+    fast = optimize_for_inference(network(), dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="a tensor of images, not a list"):
+        fast([torch.randn(3, 32, 32)])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_into_an_optimized_model(dtype, strict):
+    """Those of another optimized model only: folded ones."""
+    model, other = network(), network(seed=1)
+    fast, images = optimize_for_inference(model, dtype=dtype), torch.randn(2, 3, 32, 32)
+    prefix = "" if dtype == torch.float32 else "network."
+    state = {prefix + key: value for key, value in other.state_dict().items()}
+    with pytest.raises(RuntimeError, match="load into the original and optimize that"):
+        fast.load_state_dict(state, strict=strict)
+    assert_close(fast(images), unfolded(model, images), 0.03)
+    fast.load_state_dict(optimize_for_inference(other, dtype=dtype).state_dict(), strict=strict)
+    assert_close(fast(images), unfolded(other, images), 0.03)
+
+
+def test_compiled_code_takes_no_weights():
+    detector = optimize_for_inference(Detection().eval(), compile=True)
+    before = copy.deepcopy(detector.state_dict())
+    state = {key: value + 1 for key, value in before.items() if "backbone" in key}
+    with pytest.raises(RuntimeError, match="constants of its code"):
+        detector.load_state_dict(state, strict=False)
+    assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
+
+
 @pytest.mark.parametrize(
     "make, options, message",
     [
@@ -386,6 +568,17 @@ def test_compiled(dtype, bound):
         images = torch.randn(size)
         assert_close(fast(images), unfolded(model, images), bound)
     assert not inductor.freezing, "other compiled models must not be frozen"
+
+
+@pytest.mark.slow
+def test_compiled_then_moved_to_another_precision():
+    """Back in float32 the weights are rounded, also those of code that was compiled before."""
+    model, images = network(out_features=("res2",)), torch.randn(2, 3, 32, 32)
+    fast, eager = optimize_for_inference(model, compile=True), optimize_for_inference(model)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        fast, eager = fast.to(dtype), eager.to(dtype)
+        expected = {name: value.float() for name, value in eager(images.to(dtype)).items()}
+        assert_close(fast(images), expected, 1e-5 if dtype == torch.float32 else 0.03)
 
 
 @pytest.mark.slow

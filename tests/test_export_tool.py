@@ -1,5 +1,6 @@
 """tools/export.py and deploy/export.py: exported networks give PyTorch's outputs at any size."""
 
+import importlib.metadata
 import importlib.util
 import json
 from pathlib import Path
@@ -143,6 +144,53 @@ def test_nan_is_a_difference():
     assert not found["logits"] <= 1e-4
 
 
+@pytest.mark.parametrize("change", [lambda v: v[:, :1], lambda v: v[:1]])
+def test_another_shape_differs_too(weights, photos, tmp_path, capsys, monkeypatch, change):
+    original = export.run_program
+
+    def cut(path):
+        return lambda images: {k: change(v) for k, v in original(path)(images).items()}
+
+    monkeypatch.setattr(export, "run_program", cut)
+    arguments = ["--weights", weights, "--images", photos, "--format", "pt2"]
+    code, _, errors = run(capsys, *arguments, "--output", tmp_path / "net")
+    assert code == 1 and len(errors) == 1 and "differs: logits has shape" in errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_outputs_differ():
+    runs = [lambda x: {"res2": x, "res3": x}, lambda x: {"res2": x}]
+    for one, other in (runs, runs[::-1]):
+        with pytest.raises(export.Mismatch, match="res3"):
+            export.largest_difference(one, other, [torch.ones(2, 3)])
+
+
+def test_programs_need_no_onnx(weights, photos, tmp_path, capsys, monkeypatch):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(tool, "version", version)
+    arguments = ["--weights", weights, "--images", photos, "--format", "pt2"]
+    code, _, errors = run(capsys, *arguments, "--output", tmp_path / "net")
+    assert (code, errors) == (0, [])
+    facts = json.loads((tmp_path / "net.json").read_text())
+    assert facts["versions"] == {"torch": torch.__version__}
+
+
+def test_images_are_read_until_there_are_enough(tmp_path, monkeypatch):
+    """Four, or more until two sizes are among them; those of one size only up to four."""
+    opened, original = [], Image.open
+    monkeypatch.setattr(tool.Image, "open", lambda file: opened.append(file) or original(file))
+    for index in range(12):
+        width = 30 if index == 8 else 20
+        Image.fromarray(np.zeros((10, width, 3), np.uint8)).save(tmp_path / f"{index:02}.png")
+    assert [x.shape[3] for x in tool.read_images([tmp_path], 640)] == [20, 20, 20, 20, 30]
+    assert len(opened) == 9
+    opened.clear()
+    first = [tmp_path / "08.png", tmp_path]
+    assert len(tool.read_images(first, 640)) == len(opened) == 4
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -166,6 +214,7 @@ def test_wrong_combinations(capsys):
     for extra, message in (
         (["--config-file", "c.yaml", "--with-normalisation"], "exports a detector"),
         (["MODEL.MASK_ON", "True"], "belong to --config-file"),
+        (["--longest-side", "0"], "1 at least"),
     ):
         with pytest.raises(SystemExit):
             tool.parse_arguments([*base, *extra])

@@ -217,11 +217,13 @@ def real_data(step: TrainStep, args: argparse.Namespace, device) -> dict[str, fl
     return {"images_per_s": total * args.batch / seconds, "data_share": waited / seconds}
 
 
-@torch.inference_mode()
-def forward(run: Callable, images: torch.Tensor, count: int) -> int:
+def passes(run: Callable, images: torch.Tensor, count: int) -> int:
     for _ in range(count):
         run(images)
     return count * len(images)
+
+
+forward = torch.inference_mode()(passes)
 
 
 def run_infer(args: argparse.Namespace) -> dict[str, Any]:
@@ -260,12 +262,6 @@ def print_differences(differences: dict[str, float]) -> None:
         print(f"{name:34}differs by {value:.1e} of the largest value")
 
 
-def fpn_pass(run: Callable, images: torch.Tensor, count: int) -> int:
-    for _ in range(count):
-        run(images)
-    return count * len(images)
-
-
 def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
     from resnet_backbone.benchmark import fpn
 
@@ -279,7 +275,7 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
     found = fpn.build_candidates(device, args.compile)
     for kind in ("inference", "training"):
         names = [name for name in found if name.startswith(kind)]
-        runs = {name: partial(fpn_pass, found[name], images, args.steps) for name in names}
+        runs = {name: partial(passes, found[name], images, args.steps) for name in names}
         rows = summarize(interleave(runs, args.repeats, waiter(device)))
         print_table(rows)
         result[kind] = rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,10 @@ written is read back and compared with the source on pictures (--no-verify leave
 
 # Largest relative difference after rounding the kernels, a hundred layers deep.
 TOLERANCES = {None: TOLERANCE, "fp32": TOLERANCE, "fp16": 1e-2, "bf16": 5e-2}
+SOURCE_FACTS = (  # the names of add_source_arguments
+    *("preprocessing", "channel_order", "value_range", "mean", "std"),
+    *("stride_in_1x1", "bn_eps", "model"),
+)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
@@ -186,7 +191,11 @@ def stated_input(args: argparse.Namespace, suffix: str = "") -> Preprocessing | 
         facts["bn_eps"] = eps
     name = getattr(args, f"preprocessing{end}")
     if name:
-        return replace(get_preprocessing(name), **given, **facts)
+        named, changed = get_preprocessing(name), ", ".join({**given, **facts})
+        if not changed:
+            return named
+        source = f"{name}, with {changed} stated on the command line; {named.source}"
+        return replace(named, **given, **facts, source=source)
     if not given and not facts:
         return ""
     missing = [f"--{key.replace('_', '-')}{end.replace('_', '-')}" for key in get.keys() - given]
@@ -198,6 +207,18 @@ def stated_input(args: argparse.Namespace, suffix: str = "") -> Preprocessing | 
 def stated_model(args: argparse.Namespace, suffix: str = "") -> ModelSpec | None:
     name = getattr(args, f"model_{suffix}" if suffix else "model")
     return None if name is None else ModelSpec(name)
+
+
+def stated_options(args: argparse.Namespace) -> list[str]:
+    """The options that say of a source what it does not say itself, as they were given."""
+    options = []
+    for name in SOURCE_FACTS:
+        value = getattr(args, name)
+        if value not in (None, ""):
+            values = value if isinstance(value, list) else [value]
+            texts = [f"{x:.9g}" if isinstance(x, float) else x for x in values]
+            options += [f"--{name.replace('_', '-')}", *texts]
+    return options
 
 
 def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
@@ -254,9 +275,8 @@ def report(comparison: Comparison, samples: Samples, a: str = "A", b: str = "B")
 def run_inspect(args: argparse.Namespace) -> int:
     found = inspect_source(args.source, stated_input(args), stated_model(args))
     print("\n".join(found.lines()))
-    name = "NAME" if found.missing else args.preprocessing
-    option = f" --preprocessing {name}" if name else ""
-    print(f"next:          python tools/convert_weights.py convert {args.source} OUT{option}")
+    command = ["python", "tools/convert_weights.py", "convert", args.source, "OUT"]
+    print("next:         ", shlex.join([*command, *stated_options(args)]), *found.options)
     return 0
 
 

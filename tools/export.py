@@ -35,6 +35,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from resnet_backbone.deploy import export
+from resnet_backbone.deploy.export import Mismatch
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.weights import ModelSpec, Preprocessing, load_weights, read_checkpoint
 from resnet_backbone.weights.inputs import InputNormalizer
@@ -43,24 +44,21 @@ EPILOG = """\
 Every file is run on the images of --images (onnxruntime for ONNX), each at its own size (at most
 --longest-side), and compared with PyTorch. The largest difference is printed: of a network's
 outputs, relative to the largest value of that output; of a detector's boxes, as a fraction of the
-image's longer side, and of its scores. Above --tolerance nothing is written and the exit status is
-1. Give photographs of two sizes at least. NAME.json says what the input has to be, in the words
-that are in the ONNX file's metadata as well.
+image's longer side, and of its scores. Above --tolerance, or with other shapes or another number of
+detections, nothing is written and the exit status is 1. Give photographs of two sizes at least; the
+first four are enough. NAME.json says what the input has to be, in the words that are in the ONNX
+file's metadata as well.
 
 Without --with-normalisation the input is float32, normalised by the caller as NAME.json says; with
 it, RGB pixels in 0..255. A detector normalises by itself: float32, 0..255, in INPUT.FORMAT's order.
 Speed of each runtime: python tools/benchmark.py infer --runtimes; docs/guides/deployment.md."""
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-CHECKED = 4  # images of a folder
+CHECKED = 4  # images
 
 
 class ExportError(ValueError):
     """Something in the arguments or images; the message says what to change."""
-
-
-class Mismatch(Exception):
-    """An exported file does not give PyTorch's outputs."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +72,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--images", required=True, nargs="+", type=Path, help="photographs or a folder of them"
     )
-    parser.add_argument("--longest-side", type=int, default=640, help="of --images (default: 640)")
+    parser.add_argument(
+        "--longest-side", type=positive, default=640, help="of --images (default: 640)"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-4, help="default: 1e-4")
     network = parser.add_argument_group("network")
     network.add_argument("--model", help="its name, where the weights fit several")
@@ -102,21 +102,32 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("1 at least")
+    return number
+
+
 def read_images(paths: list[Path], longest_side: int) -> list[Tensor]:
-    """RGB uint8 (1, 3, H, W) each, upright, in at least two sizes."""
+    """The first images, RGB uint8 (1, 3, H, W) each, upright, in at least two sizes."""
     files: list[Path] = []
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         files += [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES or file == path]
     images: list[Tensor] = []
+    sizes: set[tuple[int, ...]] = set()
     for file in files:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
         image.thumbnail((longest_side, longest_side))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous()
-        if len(images) < CHECKED or len({tuple(x.shape) for x in images}) < 2:
+        if len(images) < CHECKED or tuple(pixels.shape) not in sizes:
             images.append(pixels)
-    if len({tuple(image.shape) for image in images}) < 2:
+            sizes.add(tuple(pixels.shape))
+        if len(images) >= CHECKED and len(sizes) >= 2:
+            return images
+    if len(sizes) < 2:
         raise ExportError("--images: give photographs of two sizes at least, to check both")
     return images
 
@@ -159,8 +170,7 @@ def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if "onnx" in args.format:
         path = folder / f"{name}.onnx"
         metadata = {"input": json.dumps(facts), "preprocessing": preprocessing.to_json()}
-        outputs = export.output_names(model)
-        export.write_onnx(program, path, inputs=["images"], outputs=outputs, metadata=metadata)
+        export.export_onnx(model, path, metadata=metadata, program=program)
         runners["onnx"] = export.run_onnx(path)
     differences = {
         kind: export.largest_difference(reference, run, check_batches(images, prepare))
@@ -240,7 +250,9 @@ def run(args: argparse.Namespace) -> None:
                 "nothing was written"
             )
         facts["weights"] = args.weights
-        facts["versions"] = {"torch": torch.__version__, "onnx": version("onnx")}
+        facts["versions"] = {"torch": torch.__version__}
+        if "onnx" in facts["differences"]:
+            facts["versions"]["onnx"] = version("onnx")
         text = json.dumps(facts, indent=1) + "\n"
         (folder / f"{args.output.name}.json").write_text(text)
         for file in sorted(folder.iterdir()):

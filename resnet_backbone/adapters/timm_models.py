@@ -24,20 +24,19 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
-    register_notrace_module,
 )
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from resnet_backbone.adapters.source import rgb_checkpoint
 from resnet_backbone.models import build_model
-from resnet_backbone.models.layers import ConvNorm, init_he
+from resnet_backbone.models.layers import init_he
+from resnet_backbone.models.resnet import DILATIONS
 from resnet_backbone.weights import WeightsError
 from resnet_backbone.weights.export_configs import timm_config
 
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "plain18", "plain34")
 STAGES = ("res2", "res3", "res4", "res5")
-DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}  # by output stride
 
 
 class PaperResNet(nn.Module):
@@ -192,8 +191,7 @@ class PaperResNet(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """TorchScript compiles the traced graph; it cannot read the modules themselves."""
-        with torch.enable_grad():  # as it is without, ConvNorm looks at the sizes of its input
-            return torch.fx.symbolic_trace(self)
+        return torch.fx.symbolic_trace(self)
 
 
 def from_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> dict[str, Any]:
@@ -277,6 +275,5 @@ def _entry_point(name: str) -> Callable[..., nn.Module]:
     return create
 
 
-register_notrace_module(ConvNorm)  # timm's tracer keeps it whole: it folds its norm by input size
 for _name in NETWORKS:
     register_model(_entry_point(_name))

@@ -21,12 +21,12 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
 from resnet_backbone.adapters.source import build_backbone, image_normalization
 from resnet_backbone.models import StagedNetwork
+from resnet_backbone.models.resnet import DILATIONS
 from resnet_backbone.weights import Preprocessing
 
 RESNET_LEVELS = ("res2", "res3", "res4", "res5")  # strides 4, 8, 16, 32
 VGG_LEVELS = ("conv3", "conv4", "conv5", "pool5")  # the same strides
-DILATIONS = {16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}  # by output stride, arXiv 1706.05587
-ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # arXiv 1706.05587, section 3.3
+ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}  # by output stride, arXiv 1706.05587, 3.3
 
 
 def fpn_backbone(
@@ -49,7 +49,8 @@ def fpn_backbone(
         name: a ResNet, plain or VGG network of ``list_models()``.
         weights: any source of weights, None for a fresh network.
         preprocessing: the name of the weights' convention, for files that do not carry theirs.
-        out_features: stages that feed the pyramid; by default those of strides 4, 8, 16, 32.
+        out_features: stages that feed the pyramid, in any order; by default those of strides 4,
+            8, 16, 32.
         out_channels: of every level of the pyramid.
         extra_blocks: torchvision's ``LastLevelMaxPool`` (the default) or ``LastLevelP6P7``.
         norm_layer: of the pyramid; none by default.
@@ -59,13 +60,14 @@ def fpn_backbone(
 
     Returns:
         (backbone, {"image_mean": RGB in 0..1, "image_std"}). The backbone maps normalised images
-        to an OrderedDict of maps "0", "1", ... and those of ``extra_blocks``.
+        to an OrderedDict of maps "0", "1", ..., finest first, and those of ``extra_blocks``.
 
     Raises:
         WeightsError: see :func:`resnet_backbone.adapters.source.build_backbone`.
     """
     levels = tuple(out_features) or (VGG_LEVELS if name.startswith("vgg") else RESNET_LEVELS)
     network, found = build_backbone(name, weights, preprocessing, out_features=levels, **options)
+    levels = [stage for stage in network.stage_names if stage in levels]  # the pyramid's order
     backbone = BackboneWithFPN(
         network,
         return_layers={level: str(index) for index, level in enumerate(levels)},
@@ -136,7 +138,7 @@ def deeplabv3(
         ValueError: another output stride, or a network that cannot be dilated.
         WeightsError: see :func:`resnet_backbone.adapters.source.build_backbone`.
     """
-    if output_stride not in DILATIONS:
+    if output_stride not in ATROUS_RATES:
         raise ValueError(f"output_stride is 16 or 8, not {output_stride}")
     if not name.startswith(("resnet", "plain")):
         raise ValueError(f"DeepLabV3 needs a dilated ResNet, {name!r} is none: use resnet50")

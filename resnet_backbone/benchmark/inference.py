@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resnet_backbone import build_model
 from resnet_backbone.benchmark.turns import randomize_norms
 from resnet_backbone.deploy import optimize_for_inference
-from resnet_backbone.deploy.export import export_onnx
+from resnet_backbone.deploy.export import export_onnx, run_onnx
 from resnet_backbone.engine.networks import NetworkSpec
 from resnet_backbone.weights.keymaps import from_torchvision
 
@@ -63,7 +63,7 @@ def runtimes(name: str, dtypes: list[str], threads: int) -> dict[str, Forward]:
         ValueError: a runtime, or onnx, is not installed.
     """
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import openvino
     except ImportError as error:
         raise ValueError("--runtimes needs: pip install onnxscript onnxruntime openvino") from error
@@ -71,19 +71,12 @@ def runtimes(name: str, dtypes: list[str], threads: int) -> dict[str, Forward]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(model, path)
+        run = run_onnx(path, threads)
         content = path.read_bytes()
-    found = {"onnxruntime, fp32": _onnxruntime(onnxruntime, content, threads)}
+    found = {"onnxruntime, fp32": lambda images: run(images)["logits"]}
     for dtype in dtypes:
         found[f"OpenVINO, {dtype}"] = _openvino(openvino, content, dtype, threads)
     return found
-
-
-def _onnxruntime(onnxruntime, content: bytes, threads: int) -> Forward:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
 def _openvino(openvino, content: bytes, dtype: str, threads: int) -> Forward:

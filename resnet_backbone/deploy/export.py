@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ RGB = "RGB"
 
 Outputs = dict[str, Tensor]
 Runner = Callable[[Tensor], Outputs]  # images -> outputs by name
+
+
+class Mismatch(ValueError):
+    """An exported file does not give PyTorch's outputs."""
 
 
 class NormalisedNetwork(nn.Module):
@@ -88,50 +93,34 @@ def export_onnx(
     in_channels: int = 3,
     dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
+    program: torch.export.ExportedProgram | None = None,
 ) -> None:
     """Writes a network as ONNX: input ``images``, outputs named as in :func:`output_names`.
 
     Args:
         model, in_channels, dtype: as for :func:`export_program`.
         metadata: facts to keep in the file's ``metadata_props``.
+        program: of :func:`export_program`, where it is there already.
 
     Raises:
         ValueError: onnx or onnxscript is not installed.
     """
-    write_onnx(
-        export_program(model, in_channels=in_channels, dtype=dtype),
-        path,
-        inputs=["images"],
-        outputs=output_names(model),
-        metadata=metadata or {},
-    )
-
-
-def write_onnx(
-    program: torch.export.ExportedProgram,
-    path: str | os.PathLike,
-    *,
-    inputs: Sequence[str],
-    outputs: Sequence[str],
-    metadata: Mapping[str, str],
-) -> None:
-    """Translates an exported program; the free dimensions of its first input get their names."""
     try:
         import onnx
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError("ONNX export needs: pip install onnx onnxscript") from error
     found = torch.onnx.export(
-        program,
+        program or export_program(model, in_channels=in_channels, dtype=dtype),
         (),
         dynamo=True,
         verbose=False,
-        input_names=list(inputs),
-        output_names=list(outputs),
+        input_names=["images"],
+        output_names=output_names(model),
     )
     proto = found.model_proto
     _name_dimensions(proto.graph)
-    for key, value in metadata.items():
+    for key, value in (metadata or {}).items():
         proto.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(proto)
     Path(path).write_bytes(proto.SerializeToString())
@@ -162,8 +151,8 @@ def run_model(model: Callable[[Tensor], Tensor | Outputs]) -> Runner:
     return run
 
 
-def run_onnx(path: str | os.PathLike) -> Runner:
-    """A file in onnxruntime, on the CPU.
+def onnx_session(path: str | os.PathLike, threads: int = 0) -> Any:
+    """An ``onnxruntime.InferenceSession`` of a file, on the CPU; 0 threads: its own choice.
 
     Raises:
         ValueError: onnxruntime is not installed.
@@ -171,8 +160,16 @@ def run_onnx(path: str | os.PathLike) -> Runner:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError("checking ONNX needs: pip install onnxruntime") from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        raise ValueError("running ONNX files needs: pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
+
+
+def run_onnx(path: str | os.PathLike, threads: int = 0) -> Runner:
+    """A file in onnxruntime, see :func:`onnx_session`."""
+    session = onnx_session(path, threads)
     names = [value.name for value in session.get_outputs()]
     image = session.get_inputs()[0].name
 
@@ -194,13 +191,18 @@ def largest_difference(
     """The largest absolute difference of each output over some batches of images.
 
     It is relative: a fraction of the largest magnitude in that output of the reference.
+
+    Raises:
+        Mismatch: an output of another shape, or without a counterpart.
     """
     largest: dict[str, float] = {}
     for images in batches:
         expected, found = reference(images), exported(images)
+        if found.keys() != expected.keys():
+            raise Mismatch(f"outputs are {list(found)} in the exported graph, not {list(expected)}")
         for name, value in expected.items():
             if found[name].shape != value.shape:
-                raise ValueError(
+                raise Mismatch(
                     f"{name} has shape {tuple(found[name].shape)} in the exported graph and "
                     f"{tuple(value.shape)} in PyTorch for images {tuple(images.shape)}"
                 )

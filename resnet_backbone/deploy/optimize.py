@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from resnet_backbone.models.layers import (
     ConvNorm,
     ConvNormAct,
     FrozenBatchNorm2d,
+    is_watched,
     scale_and_shift,
 )
 from resnet_backbone.models.network import StagedNetwork
 from resnet_backbone.models.resnet import ResidualBlock
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 def optimize_for_inference(
@@ -31,14 +33,14 @@ def optimize_for_inference(
 
     Batch norms within our networks are folded into their convolutions, on CPUs these also do the
     residual sum and the ReLU, kernels are stored channels_last, and nothing records gradients.
-    At float32, outputs stay within 1e-4.
+    At float32, outputs stay within 1e-4; where a ReLU is given NaN, it may make zero of it.
 
     Args:
         model: one of our classifiers or backbones, or any model that contains some, such as a
             detector of Detectron2 or torchvision.
-        dtype: torch.float32, or torch.bfloat16 or torch.float16. In a model with a child
-            ``backbone`` (a detector) only that child, with its feature pyramid, and the ``res5``
-            of a C4 head take it; proposals, boxes and the other heads stay in float32.
+        dtype: torch.float32, or torch.bfloat16 or torch.float16. In a model around our networks
+            only these take it, a child ``backbone`` (of a detector) with its feature pyramid, and
+            the ``res5`` of a C4 head; proposals, boxes and the other heads stay in float32.
         compile: also ``torch.compile`` these parts, with their weights as constants
             (Inductor's freezing, which is on only while they run). The first call of each
             image size compiles, for a minute or so; from the second size on, sizes are dynamic.
@@ -46,7 +48,8 @@ def optimize_for_inference(
     Returns:
         A model called as the original is. At float32 without ``compile`` it has the same class;
         otherwise the parts named above are :class:`InferenceNetwork`, whose attributes are those
-        of the network. Later changes of the original's weights do not reach it.
+        of the network. Later changes of the original's weights do not reach it. With ``compile``
+        it takes no others: ``load_state_dict`` is refused.
 
     Raises:
         ValueError: another dtype, a model without any of our networks, or one that was optimized
@@ -63,7 +66,7 @@ def optimize_for_inference(
     if dtype == torch.float32 and not compile:
         return model
     places = list(network_places(model))
-    if all(name != "backbone" for _, name in places):
+    if all(_is_stage(getattr(parent, name)) for parent, name in places):  # it is the network
         return InferenceNetwork(model, dtype, compile)
     for parent, name in places:
         setattr(parent, name, InferenceNetwork(getattr(parent, name), dtype, compile))
@@ -73,8 +76,9 @@ def optimize_for_inference(
 def fold_bn(model: nn.Module) -> nn.Module:
     """Puts the batch norms of our networks into their convolutions, in place; for evaluation.
 
-    ``BN``, ``SyncBN`` and ``FrozenBN`` with running statistics disappear, the convolutions get a
-    bias; other norms, and other libraries' layers, stay. Computed in double precision.
+    ``BN``, ``SyncBN`` and ``FrozenBN`` with running statistics disappear, also in the classes of
+    Detectron2 and torchvision, the convolutions get a bias; other norms, norms with hooks, and
+    other libraries' convolutions stay. Computed in double precision.
     """
     for conv in model.modules():
         if isinstance(conv, ConvNorm) and _is_foldable(conv.norm):
@@ -90,23 +94,29 @@ def fold_bn(model: nn.Module) -> nn.Module:
 def fuse_activations(model: nn.Module) -> nn.Module:
     """Lets folded convolutions of our networks do the residual sum and the ReLU, in place.
 
-    It holds for eager inference on CPUs (:func:`resnet_backbone.models.layers.can_fuse`). What is
-    not a convolution, a sum and a ReLU stays as it is.
+    Each call decides whether it can (:func:`resnet_backbone.models.layers.can_fuse`): in eager
+    inference on CPUs. What is not a convolution, a sum and a ReLU stays as it is.
     """
     for module in model.modules():
-        if isinstance(module, ConvNormAct):
-            module.fused = module.norm is None and isinstance(module.activation, nn.ReLU)
-        elif isinstance(module, ResidualBlock) and module.shortcut is not None:
-            is_sum = module.gate is None and module.last.norm is None
-            module.fused = is_sum and isinstance(module.activation, nn.ReLU)
+        if isinstance(module, (ConvNormAct, ResidualBlock)):
+            module.fused = True
     return model
 
 
 def _is_foldable(norm: nn.Module | None) -> bool:
-    return (
-        isinstance(norm, (_BatchNorm, FrozenBatchNorm2d))
-        and getattr(norm, "running_var", None) is not None
-    )
+    """Whether it is a batch norm with running statistics; other classes are tried out."""
+    if norm is None or is_watched(norm) or getattr(norm, "running_var", None) is None:
+        return False
+    if type(norm) in BATCH_NORMS:
+        return True
+    if not all(hasattr(norm, name) for name in ("running_mean", "weight", "bias", "eps")):
+        return False
+    norm = copy.deepcopy(norm).double().eval()
+    scale, shift = (value[:, None, None] for value in scale_and_shift(norm))
+    size = (2, len(norm.running_var), 2, 2)
+    x = torch.linspace(-100, 100, math.prod(size)).to(norm.running_var).view(size)
+    found, expected = norm(x), x * scale + shift
+    return found.shape == size and torch.allclose(found.to(x), expected, 1e-5, 1e-5)
 
 
 def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -122,25 +132,34 @@ def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _is_network(module: nn.Module, name: str) -> bool:
-    if isinstance(module, nn.Sequential) and len(module):
-        return all(isinstance(block, ResidualBlock) for block in module)
-    inside = any(isinstance(child, StagedNetwork) for child in module.modules())
-    return inside and (name == "backbone" or isinstance(module, StagedNetwork))
+    if isinstance(module, StagedNetwork) or _is_stage(module):
+        return True
+    return name == "backbone" and any(isinstance(child, ConvNorm) for child in module.modules())
+
+
+def _is_stage(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Sequential) or not len(module):
+        return False
+    return all(isinstance(block, ResidualBlock) for block in module)
 
 
 class InferenceNetwork(nn.Module):
     """A network that runs in another precision, compiled or not, without gradients.
 
     The first argument is images in any precision and memory format, and the outputs have that
-    precision again. Attributes that it does not have are the network's.
+    precision again; images of integers go to the network as they are, for outputs in float32.
+    Attributes that it does not have are the network's.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, compile: bool):
         super().__init__()
         self.network = network.to(dtype)
-        self.dtype = dtype
         self.compiled = compile
         self._set_run()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
 
     def _set_run(self) -> None:
         call = self.network.__call__
@@ -159,11 +178,29 @@ class InferenceNetwork(nn.Module):
         super().__setstate__(state)
         self._set_run()
 
+    def _apply(self, fn, recurse: bool = True) -> InferenceNetwork:
+        super()._apply(fn, recurse)
+        if self.compiled:  # its code is that of the parameters by identity, which _apply keeps
+            self.network = copy.deepcopy(self.network)
+            self._set_run()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if self.compiled:
+            raise RuntimeError(
+                "the weights of a compiled model are constants of its code: load into the "
+                "original and optimize that"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     @torch.no_grad()
     def forward(self, x: Tensor, *args, **kwargs) -> Any:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"the first argument is a tensor of images, not a {type(x).__name__}")
+        result = x.dtype if x.is_floating_point() else torch.float32
         with _freezing() if self.compiled else nullcontext():
-            output = self._run(x.to(self.dtype), *args, **kwargs)
-        return tree_map(lambda value: _cast(value, x.dtype), output)
+            output = self._run(_cast(x, self.dtype), *args, **kwargs)
+        return tree_map(lambda value: _cast(value, result), output)
 
 
 def _freezing() -> AbstractContextManager:

@@ -11,7 +11,14 @@ from detectron2.modeling import GeneralizedRCNN
 from torch import Tensor, nn
 
 from resnet_backbone.deploy import optimize_for_inference
-from resnet_backbone.deploy.export import export_program, finite_or_inf, run_model, run_program
+from resnet_backbone.deploy.export import (
+    Mismatch,
+    export_program,
+    finite_or_inf,
+    onnx_session,
+    run_model,
+    run_program,
+)
 from resnet_backbone.deploy.export import largest_difference as compare_maps
 from resnet_backbone.detection.config import UsageError
 
@@ -110,11 +117,7 @@ def export_backbone(
 
 def run_onnx(path: str | os.PathLike) -> Runner:
     """A file of :func:`export_onnx` in onnxruntime, on the CPU."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UsageError("checking ONNX needs: pip install onnxruntime") from error
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnx_session(path)
     return lambda image: tuple(map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
 
 
@@ -131,14 +134,15 @@ def largest_difference(
         masks: the largest difference of a mask's probability, where the reference gives masks.
 
     Raises:
-        ValueError: another number of detections of a class, or none in any image.
+        Mismatch: another number of detections of a class.
+        ValueError: none in any image.
     """
     largest: dict[str, float] = {}
     for image in images:
         expected, found = reference(image), exported(image)
         counts = [torch.bincount(values[1], minlength=1).tolist() for values in (expected, found)]
         if counts[0] != counts[1]:
-            raise ValueError(
+            raise Mismatch(
                 f"PyTorch finds {len(expected[0])} objects in an image of {tuple(image.shape)}, "
                 f"the exported graph {len(found[0])}, or others"
             )

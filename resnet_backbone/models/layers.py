@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import functional as F
+from torch.nn.modules import module as hooks
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Norm = str | Callable[[int], nn.Module] | None
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
@@ -55,7 +58,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def scale_and_shift(norm: nn.modules.batchnorm._BatchNorm | FrozenBatchNorm2d) -> tuple:
-    """The map ``x * scale + shift`` of a batch norm with fixed statistics.
+    """The map ``x * scale + shift`` of a batch norm with fixed statistics, of any class.
 
     Both have shape (C,) and at least single precision.
     """
@@ -97,6 +100,13 @@ def build_activation(name: str, channels: int) -> nn.Module:
     raise ValueError(f"unknown activation {name!r}: use one of {', '.join(ACTIVATIONS)}")
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether some hook wants to see the module called."""
+    own = module._forward_hooks or module._forward_pre_hooks
+    own = own or module._backward_hooks or module._backward_pre_hooks
+    return bool(own or hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
 class ConvNorm(nn.Conv2d):
     """A convolution followed by its norm, which is the child ``norm`` (Detectron2's key layout).
 
@@ -131,7 +141,7 @@ class ConvNorm(nn.Conv2d):
         self.norm = norm_layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.norm, FrozenBatchNorm2d) or self._folding_pays(x):
+        if self._folding_pays(x):
             scale, shift = scale_and_shift(self.norm)
             weight = self.weight * scale[:, None, None, None]
             dtype = self.weight.dtype
@@ -140,20 +150,33 @@ class ConvNorm(nn.Conv2d):
         return x if self.norm is None else self.norm(x)
 
     def _folding_pays(self, x: Tensor) -> bool:
-        """Whether the norm is a constant map here, and the kernel smaller than the output.
+        """Whether the norm is frozen, or constant here and the kernel smaller than the output.
 
-        Exported, traced and compiled graphs keep the norm, which their optimizers fold; so does a
-        norm whose hooks want its input.
+        Exported, traced and compiled graphs keep a norm that is not frozen, their optimizers fold
+        it. A norm with hooks is called.
         """
         norm = self.norm
-        if type(norm) is not nn.BatchNorm2d or norm.training or torch.is_grad_enabled():
+        if norm is None or is_watched(norm):
+            return False
+        if type(norm) is FrozenBatchNorm2d:
+            return True
+        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_var is None:
+            return False
+        if norm.training or torch.is_grad_enabled():
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, Proxy):
             return False
-        if norm.running_var is None or norm._forward_hooks or norm._forward_pre_hooks:
-            return False
         pixels = x[:, 0].numel() // (self.stride[0] * self.stride[1])
         return pixels >= self.weight[0].numel()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if self.norm is None and any(key.startswith(prefix + "norm.") for key in state_dict):
+            raise RuntimeError(
+                f"the weights have {prefix}norm, which this network has not. Where it was folded "
+                "(optimize_for_inference): load into the original and optimize that; otherwise "
+                "build the network with their norm"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class ConvNormAct(ConvNorm):
@@ -171,31 +194,39 @@ class ConvNormAct(ConvNorm):
         self.activation = build_activation(activation, self.out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused and can_fuse((x, self.weight), hidden=(self.activation,)):
+        if self.fused and can_fuse(self, self.activation, x):
             return fused_convolution(self, x)
         return self.activation(super().forward(x))
 
 
-def can_fuse(tensors: Sequence[Tensor], hidden: Sequence[nn.Module]) -> bool:
-    """Whether :func:`fused_convolution` may run: eagerly on a CPU, without gradients.
+def can_fuse(
+    conv: nn.Module, activation: nn.Module, x: Tensor, added: Tensor | None = None
+) -> bool:
+    """Whether :func:`fused_convolution` may replace ``activation(conv(x) + added)``.
 
-    Graphs that are exported, traced or compiled keep the single operators, which their
-    optimizers fuse.
-
-    Args:
-        tensors: input, kernel, and what is added.
-        hidden: the modules that would not be called; none may have a hook.
+    That is for a :class:`ConvNorm` without norm and a ReLU, in eager mode on a CPU, without
+    derivatives, on plain tensors. Graphs that are exported, traced or compiled keep the single
+    operators, which their optimizers fuse; so do modes that count operators. A module with hooks
+    is called; ``conv`` is called anyway where nothing is added.
     """
-    x = tensors[0]
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, Proxy):
         return False
-    if any(module._forward_hooks or module._forward_pre_hooks for module in hidden):
+    if type(conv) not in (ConvNorm, ConvNormAct) or type(activation) is not nn.ReLU:
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if conv.norm is not None or is_watched(activation) or (added is not None and is_watched(conv)):
         return False
-    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    recording = torch.is_grad_enabled()
+    for value in (x, conv.weight, conv.bias, added):
+        if value is None:
+            continue
+        if type(value) not in (Tensor, nn.Parameter) or (recording and value.requires_grad):
+            return False
+        if not value.is_cpu or value.dtype != x.dtype:
+            return False
+    if forward_ad._current_level >= 0 or _get_current_dispatch_mode() is not None:
         return False
-    if any(tensor.dtype != x.dtype for tensor in tensors) or not torch.backends.mkldnn.enabled:
+    onednn = torch.backends.mkldnn
+    if not (onednn.is_available() and onednn.enabled) or torch.is_autocast_enabled("cpu"):
         return False
     if x.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -205,7 +236,8 @@ def can_fuse(tensors: Sequence[Tensor], hidden: Sequence[nn.Module]) -> bool:
 def fused_convolution(conv: nn.Conv2d, x: Tensor, added: Tensor | None = None) -> Tensor:
     """relu(conv(x)) or relu(conv(x) + added), without a pass of its own for sum and ReLU.
 
-    The operators are those that Inductor emits (PyTorch has no public name for them).
+    The operators are those that Inductor emits (PyTorch has no public name for them). Their ReLU
+    makes zero of NaN.
     """
     kernel = conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups
     operator = torch.ops.mkldnn._convolution_pointwise

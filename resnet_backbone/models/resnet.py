@@ -87,8 +87,9 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
         added = None if self.shortcut is None else self.shortcut(x)
-        if self.fused and can_fuse((y, self.last.weight, added), (self.last, self.activation)):
-            return fused_convolution(self.last, y, added)
+        if self.fused and added is not None and self.gate is None:
+            if can_fuse(self.last, self.activation, y, added):
+                return fused_convolution(self.last, y, added)
         y = self.last(y)
         if self.gate is not None:
             gate = torch.sigmoid(self.gate(x))
@@ -176,6 +177,8 @@ DEPTHS: dict[int, tuple[type[ResidualBlock], tuple[int, int, int, int]]] = {
 }
 STAGE_WIDTHS = (64, 128, 256, 512)  # channels of the 3x3 convolutions in res2..res5
 STAGE_NAMES = ("stem", "res2", "res3", "res4", "res5")
+# Dilations of res2..res5 by output stride (arXiv 1606.00915, 1706.05587).
+DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 
 
 class Stem(nn.Module):

@@ -34,8 +34,11 @@ VISIBLE_OPTIONS = ("shortcut", "norm", "activation", "in_channels")  # those tha
 Shapes = dict[str, tuple[int, ...]]
 
 
-def infer_model(tensors: Mapping[str, Tensor]) -> ModelSpec:
-    """The network that tensors under this package's key names belong to.
+def infer_models(tensors: Mapping[str, Tensor]) -> list[ModelSpec]:
+    """Every network that has these tensors and another function than the others in the list.
+
+    More than one fits where no block has a projection: shortcuts of option A, identities and no
+    shortcuts at all have no tensors. The residual network is the first.
 
     Only options that differ from the name's defaults are set. What tensors do not show is not:
     ``stride_in_1x1``, ``caffe_pool``, ``dilations``, and the kind of batch norm (FrozenBN and
@@ -44,25 +47,12 @@ def infer_model(tensors: Mapping[str, Tensor]) -> ModelSpec:
     :func:`deepest_stage`) the shallowest network with these stages is named, for its stages are
     the same.
 
-    Raises:
-        ValueError: for tensors of another network (saying what was found), for missing, unknown
-            and wrongly shaped ones (naming a key), and for tensors that fit two networks.
-    """
-    candidates = infer_models(tensors)
-    if len(candidates) > 1:
-        names = " and ".join(spell(spec) for spec in candidates)
-        raise ValueError(f"these tensors fit {names}, which differ: say which network it is")
-    return candidates[0]
-
-
-def infer_models(tensors: Mapping[str, Tensor]) -> list[ModelSpec]:
-    """Every network that has these tensors and another function than the others in the list.
-
-    More than one fits where no block has a projection: shortcuts of option A, identities and no
-    shortcuts at all have no tensors. The residual network is the first.
+    Args:
+        tensors: under this package's key names.
 
     Raises:
-        ValueError: see :func:`infer_model`.
+        ValueError: for tensors of another network (saying what was found), and for missing,
+            unknown and wrongly shaped ones (naming a key).
     """
     shapes = _shapes(tensors)
     first = _first_key(shapes)

@@ -62,6 +62,9 @@ class ModelSpec:
             raise ValueError(f"num_classes {classes!r} is not a number of classes")
         if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
             raise ValueError(f"options {options!r} are not constructor arguments")
+        for key in ("stride_in_1x1", "caffe_pool"):
+            if not isinstance(options.get(key, False), bool):
+                raise ValueError(f"{key} {options[key]!r} is not true or false")
         return cls(found["name"], classes, options)
 
 

@@ -11,9 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from resnet_backbone.models import list_models
 from resnet_backbone.weights.input_settings import INPUT_SETTINGS, from_tensor
-from resnet_backbone.weights.preprocessing import PREPROCESSINGS, Preprocessing
-from resnet_backbone.weights.readers import RawFile
+from resnet_backbone.weights.preprocessing import (
+    PREPROCESSINGS,
+    Preprocessing,
+    WeightsError,
+    one_line,
+)
+from resnet_backbone.weights.readers import PREPROCESSING_KEY, RawFile
 
 MODEL_ZOO = "facebookresearch/detectron2, MODEL_ZOO.md and detectron2/checkpoint/catalog.py"
 GROUP_NORM_CONFIG = "facebookresearch/detectron2, configs/Misc/mask_rcnn_R_50_FPN_3x_gn.yaml"
@@ -44,6 +50,10 @@ BY_ADDRESS: dict[str, Preprocessing] = {
 }
 # ``__author__`` of a Detectron2 pickle -> convention, where the script that writes it says so.
 BY_AUTHOR: dict[str, Preprocessing] = {"torchvision": _CONVERTED}
+# The networks of this package that torchvision and timm have under the same names.
+LIBRARY_NETWORKS = tuple(name for name in list_models() if name.startswith(("resnet", "vgg")))
+# timm's retired names of weights for these networks, "tv_resnet50" and "gluon_resnet50_v1b".
+_RETIRED = re.compile(r"^(?:tv|ssl|swsl)_(?=resnet)|^gluon_(resnet\d+)_v1b$")
 FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling, as in preprocessor_config.json
 
 
@@ -77,19 +87,77 @@ def torchvision_entry(wanted: Callable[[Any], bool]) -> Any | None:
     return None
 
 
+class OtherNetwork(WeightsError):
+    """Weights of a network with the tensors of one of ours and another function."""
+
+
+def check_timm_network(config: Mapping[str, Any], where: str) -> None:
+    """Refuses timm's relatives of our networks that no tensor shows, such as resnetblur50.
+
+    Args:
+        config: ``architecture`` and, where they are written, ``model_args``, ``global_pool``.
+        where: the config, for the message.
+
+    Raises:
+        OtherNetwork: another architecture, or arguments that make it another function.
+    """
+    architecture = _short(str(config["architecture"]).partition(".")[0])
+    if _RETIRED.sub(r"\1", architecture) not in LIBRARY_NETWORKS:
+        raise OtherNetwork(
+            f"{where}: timm's {architecture} is not among this package's networks, which are "
+            f"{', '.join(LIBRARY_NETWORKS)}: use it in timm itself"
+        )
+    arguments = dict(config.get("model_args") or {})
+    pools = {config.get("global_pool", "avg"), arguments.pop("global_pool", "avg")}
+    changed = sorted(arguments.keys() - {"num_classes", "in_chans"})
+    if changed or not pools <= {"avg", "fastavg", "", None}:
+        what = _short(", ".join(changed)) or "global_pool"
+        raise OtherNetwork(
+            f"{where}: timm builds this {architecture} with {what} of its own, which can make it "
+            "another function: use it in timm itself"
+        )
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:80]
+
+
+def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
+    """Refuses transformers' ResNets that are none of ours and have the same tensors.
+
+    Raises:
+        OtherNetwork: another activation, or a first stage that halves the resolution.
+        ValueError: ``downsample_in_bottleneck`` is not true or false.
+    """
+    for key, ours in (("hidden_act", "relu"), ("downsample_in_first_stage", False)):
+        value = config.get(key, ours)
+        if value != ours:
+            raise OtherNetwork(
+                f"{where}: {key} is {_short(repr(value))}, in this package's networks it is "
+                f"{ours!r}: the same tensors are another function, use them in transformers itself"
+            )
+    if not isinstance(config.get("downsample_in_bottleneck", False), bool):
+        raise ValueError("downsample_in_bottleneck is not true or false")
+
+
 def convention_of_content(file: RawFile) -> Preprocessing | None:
     """The convention of a file that its content identifies.
 
-    Detectors with our backbone by what they state; torchvision's files by their published hash,
-    wherever they lie and whatever their name; Detectron2's pickles by an ``__author__`` that
-    stands for one script.
+    Detectors with our backbone, and files that this package writes for Detectron2, by what they
+    state; torchvision's files by their published hash, wherever they lie and whatever their name;
+    Detectron2's pickles by an ``__author__`` that stands for one script.
 
     Raises:
-        WeightsError: a detector states something unreadable.
+        WeightsError: it states something unreadable.
     """
-    for key, value in file.tensors.items():
-        if key.endswith(f".{INPUT_SETTINGS}"):
-            return from_tensor(value)
+    try:
+        for key, value in file.tensors.items():
+            if key.endswith(f".{INPUT_SETTINGS}"):
+                return from_tensor(value)
+        if file.container in ("torch", "pickle") and PREPROCESSING_KEY in file.metadata:
+            return Preprocessing.from_json(file.metadata[PREPROCESSING_KEY])
+    except WeightsError as error:
+        raise WeightsError(f"{file.path}: {one_line(error)}") from error
     if file.container != "torch":
         return BY_AUTHOR.get(file.metadata.get("__author__", ""))
 

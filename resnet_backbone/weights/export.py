@@ -33,7 +33,7 @@ from resnet_backbone.weights.files import write_checkpoint
 from resnet_backbone.weights.keymaps import LAYOUTS
 from resnet_backbone.weights.metadata import write_notes
 from resnet_backbone.weights.preprocessing import WeightsError
-from resnet_backbone.weights.readers import SUFFIXES
+from resnet_backbone.weights.readers import PREPROCESSING_KEY, SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -234,9 +234,10 @@ def _file_bytes(
         return safetensors_files(tensors, _notes(checkpoint))["model.safetensors"]
     if format == "torchvision":
         return torch_bytes(tensors)
+    stated = {PREPROCESSING_KEY: checkpoint.preprocessing.to_json()}
     if format == "caffe2":
-        return pickle_bytes(tensors, lambda arrays: {"blobs": arrays})
-    wrapping = {"__author__": "resnet_backbone", "matching_heuristics": True}
+        return pickle_bytes(tensors, lambda arrays: {"blobs": arrays, **stated})
+    wrapping = {"__author__": "resnet_backbone", "matching_heuristics": True, **stated}
     if suffix == ".pkl":
         return pickle_bytes(tensors, lambda arrays: {"model": arrays, **wrapping})
     return torch_bytes({"model": tensors, **wrapping})

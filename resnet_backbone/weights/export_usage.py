@@ -79,8 +79,12 @@ def _detectron2(checkpoint: Checkpoint, path: Path) -> list[str]:
     ]
     if model.name.startswith("resnet"):
         lines.append(f"MODEL.RESNETS.DEPTH {model.name.removeprefix('resnet')}")
+        if model.options.get("norm") == "GN":
+            lines.append("MODEL.RESNETS.NORM GN")
     if "res2.0.conv3.weight" in checkpoint.tensors:
         lines.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {preprocessing.stride_in_1x1}")
+    elif model.name.startswith("resnet"):
+        lines.append("MODEL.RESNETS.RES2_OUT_CHANNELS 64")
     return lines
 
 

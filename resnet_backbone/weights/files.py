@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.weights.checkpoint import Checkpoint, Origin
+from resnet_backbone.weights.export_files import write_file
 from resnet_backbone.weights.loading import (
     check_architecture,
     check_settings,
@@ -176,13 +177,7 @@ def _write(
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     if preprocessing.mean_image is not None:
         tensors[MEAN_IMAGE_KEY] = preprocessing.mean_image.detach().cpu().contiguous()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        # not save_file, whose files only their owner can read
-        temporary.write_bytes(save(tensors, notes))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(save(tensors, notes), path)  # not save_file, whose files only their owner can read
 
 
 def load_weights(

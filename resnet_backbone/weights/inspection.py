@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -13,7 +13,13 @@ from torch import Tensor
 from resnet_backbone.weights.architecture import COUNTER, infer_models, spell
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.keymaps import LAYOUTS, recognize
-from resnet_backbone.weights.preprocessing import PREPROCESSINGS, Preprocessing, WeightsError
+from resnet_backbone.weights.metadata import MEAN_IMAGE_KEY
+from resnet_backbone.weights.preprocessing import (
+    PREPROCESSINGS,
+    Preprocessing,
+    WeightsError,
+    one_line,
+)
 from resnet_backbone.weights.readers import read_tensors
 from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
 from resnet_backbone.weights.sources import resolve
@@ -32,6 +38,7 @@ class Inspection:
         models: the networks that they fit.
         checkpoint: all of it, where nothing is missing.
         missing: what nobody says, and how to say it.
+        options: of tools/convert_weights.py that say it.
     """
 
     source: str
@@ -41,7 +48,8 @@ class Inspection:
     tensors: dict[str, Tensor]
     models: tuple[ModelSpec, ...]
     checkpoint: Checkpoint | None
-    missing: tuple[str, ...] = field(default=())
+    missing: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The findings as text, one fact a line, each behind its name."""
@@ -87,23 +95,27 @@ def inspect_source(
             package, contradictions.
     """
     raw = read_tensors(resolve(source).path)
+    weights = {key: value for key, value in raw.tensors.items() if key != MEAN_IMAGE_KEY}
     try:
-        layout = recognize(raw.tensors)
-        tensors = LAYOUTS[layout].to_ours(raw.tensors)
+        layout = recognize(weights)
+        tensors = LAYOUTS[layout].to_ours(weights)
         models = tuple(infer_models(tensors))
     except ValueError as error:
-        raise WeightsError(f"{source}: {error}") from error
+        raise WeightsError(f"{source}: {one_line(error)}") from error
     tensors = {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
-    checkpoint, missing = None, []
+    checkpoint, missing, options = None, [], []
+    ambiguous = len(models) > 1 and model is None
     try:
         checkpoint = read_checkpoint(source, preprocessing, model)
     except UnknownInput:
-        missing = _unknown_input(tensors)
+        missing, options = _unknown_input(tensors), ["--preprocessing NAME"]
     except WeightsError:
-        if len(models) == 1 or model is not None:
+        if not ambiguous:
             raise
+    if checkpoint is None and ambiguous:
         names = " or --model ".join(spec.name for spec in models)
-        missing = [f"which of these networks it is: add --model {names}"]
+        missing.append(f"which of these networks it is: add --model {names}")
+        options.append("--model NAME")
     return Inspection(
         str(source),
         raw.container,
@@ -113,6 +125,7 @@ def inspect_source(
         models,
         checkpoint,
         tuple(missing),
+        tuple(options),
     )
 
 

@@ -104,7 +104,8 @@ def check_settings(model: StagedNetwork, stated: ModelSpec | None, where: str) -
 
 
 def _setting(spec: ModelSpec, key: str) -> object:
-    return spec.options.get(key, constructor_options(spec.name).get(key))
+    defaults = constructor_options(spec.name.rpartition("/")[2])
+    return spec.options.get(key, defaults.get(key))
 
 
 def load_tensors(model: StagedNetwork, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -27,6 +27,11 @@ _ARGUMENTS = frozenset(
 )
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# What files of well-known trainings hold beside the weights -> how to get the weights alone.
+REMEDIES = {
+    ("argparse", "Namespace"): ": where you trust the file, save its weights alone with "
+    "torch.save(torch.load(FILE, weights_only=False)['model'], 'weights.pth')",
+}
 _MARK = object()
 
 
@@ -154,7 +159,8 @@ class Machine:
         if not isinstance(module, str) or not isinstance(name, str):
             raise Refused("a name that is not text")
         if (module, name) not in self.names:
-            raise Refused(f"{module[:80]}.{name[:80]}, which is code and not data")
+            mend = REMEDIES.get((module, name), "")
+            raise Refused(f"{module[:80]}.{name[:80]}, which is code and not data{mend}")
         self.stack.append(self.names[module, name])
 
     def _do_reduce(self, _) -> None:

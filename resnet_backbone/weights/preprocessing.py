@@ -116,10 +116,10 @@ class Preprocessing:
     def from_json(cls, text: str) -> Preprocessing:
         try:
             return cls(**json.loads(text))
-        except (TypeError, KeyError, ValueError, RecursionError) as error:
+        except (ArithmeticError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, WeightsError):
                 raise
-            raise WeightsError(f"unreadable preprocessing metadata: {error}") from error
+            raise WeightsError(f"unreadable preprocessing metadata: {one_line(error)}") from error
 
 
 PREPROCESSINGS: dict[str, Preprocessing] = {

@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.numpy_records import (
     NUMPY_AND_CONTAINERS,
     ArrayRecord,
@@ -40,6 +41,13 @@ DTYPES = (
 )
 MAX_JSON = 10_000_000  # bytes of an index; those of the largest networks have a tenth
 WRAPPERS = ("state_dict", "model", "blobs")
+MAX_WRAPPERS = 8  # within one another; real files have two
+PREPROCESSING_KEY = "preprocessing"  # beside the weights: Preprocessing.to_json()
+STATED = ("__author__", PREPROCESSING_KEY)  # texts beside the weights that are handed on
+VARIANCES = ("running_var", "_riv")  # ends of their names; Caffe2's "riv" is one too
+# sha256 of torchvision's VGG16_Weights.IMAGENET1K_FEATURES, which by its documentation has no
+# values in classifier.*: they are NaN.
+FEATURES_ONLY = "88682ab5"
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
@@ -49,15 +57,17 @@ class RawFile:
 
     Attributes:
         tensors: as they are in the file, contiguous, finite, on the CPU.
-        metadata: of safetensors; ``__author__`` of Detectron2's pickles.
+        metadata: of safetensors; of other files the texts ``STATED`` beside the weights.
         sha256: of the file; empty for a sharded one.
         container: "safetensors", "sharded safetensors", "torch" or "pickle".
+        path: of the file, for messages.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     sha256: str = ""
     container: str = ""
+    path: str = ""
 
 
 def read_tensors(path: str | os.PathLike) -> RawFile:
@@ -80,8 +90,11 @@ def read_tensors(path: str | os.PathLike) -> RawFile:
             found = _read_sharded(path)
         else:
             data = path.read_bytes()
-            found = _read(path.suffix, data)
-            found = RawFile(*found, hashlib.sha256(data).hexdigest(), CONTAINERS[path.suffix])
+            tensors, metadata = _read(path.suffix, data)
+            sha256 = hashlib.sha256(data).hexdigest()
+            if sha256.startswith(FEATURES_ONLY):
+                tensors = {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
+            found = RawFile(tensors, metadata, sha256, CONTAINERS[path.suffix])
         _check(found.tensors, path)
     except WeightsError:
         raise
@@ -91,7 +104,7 @@ def read_tensors(path: str | os.PathLike) -> RawFile:
             raise WeightsError(f"{path}: refused, it holds {cause}") from error
         kind = CONTAINERS.get(path.suffix, "safetensors index")
         raise WeightsError(f"{path}: not a whole {kind} file ({cause})") from error
-    return found
+    return replace(found, path=str(path))
 
 
 def find_file(path: str | os.PathLike) -> Path:
@@ -130,8 +143,8 @@ def _read(suffix: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         fill = _nothing_to_fill
     else:
         loaded, fill = read_torch(data)
-    author = loaded.get("__author__") if isinstance(loaded, dict) else None
-    metadata = {"__author__": author} if isinstance(author, str) else {}
+    beside = loaded if isinstance(loaded, dict) else {}
+    metadata = {key: beside[key] for key in STATED if isinstance(beside.get(key), str)}
     return _to_tensors(unwrap(loaded), fill, len(data)), metadata
 
 
@@ -156,15 +169,17 @@ def unwrap(loaded: Any) -> dict[str, Any]:
     Raises:
         ValueError: there is none, or more than one.
     """
-    while isinstance(loaded, dict):
+    for _ in range(MAX_WRAPPERS):
+        if not isinstance(loaded, dict):
+            break
         inner = [key for key in WRAPPERS if isinstance(loaded.get(key), dict)]
         if len(inner) > 1:
             raise ValueError(f"both {' and '.join(inner)} hold weights: save one of them alone")
         if not inner:
             break
-        if loaded[inner[0]] is loaded:
-            raise ValueError("it holds itself")
         loaded = loaded[inner[0]]
+    else:
+        raise ValueError(f"it holds itself, or more than {MAX_WRAPPERS} wrappings of its weights")
     if not isinstance(loaded, dict):
         raise ValueError(f"its content is of type {_kind(loaded)}, not a state dict")
     bad = next((key for key in loaded if not isinstance(key, str)), None)
@@ -208,9 +223,20 @@ def _check(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise Refused("no tensors")
     for key, value in tensors.items():
         if value.dtype not in DTYPES:
-            raise Refused(f"{key[:80]} as {value.dtype}; weights are floats or integers")
-        if not torch.isfinite(value).all():
-            raise WeightsError(f"{path}: {key[:80]} has NaN or infinite values")
+            raise Refused(f"{key[:80]} as {value.dtype}; weights are floats")
+        if not value.is_floating_point():
+            if value.dim() > 0 and not key.endswith(COUNTER):
+                raise Refused(
+                    f"{key[:80]} as {value.dtype}; weights are floats: save the network before it "
+                    "was quantized"
+                )
+            continue
+        if not torch.isfinite(value.float()).all():  # networks are built in that precision
+            raise WeightsError(f"{path}: {key[:80]} has NaN or infinite values in float32")
+        if key.endswith(VARIANCES) and (value < 0).any():
+            raise WeightsError(
+                f"{path}: {key[:80]} has negative values, but it is a variance: the file is damaged"
+            )
 
 
 def _read_sharded(index: Path) -> RawFile:

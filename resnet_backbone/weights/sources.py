@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -16,7 +17,11 @@ from resnet_backbone.weights.conventions import (
     BY_ADDRESS,
     DETECTRON1,
     DETECTRON2,
+    LIBRARY_NETWORKS,
     PYTORCH,
+    OtherNetwork,
+    check_hugging_face_network,
+    check_timm_network,
     hugging_face_preprocessing,
     published_hash,
     timm_preprocessing,
@@ -104,8 +109,10 @@ def _cached(url: str) -> Path:
         raise WeightsError(f"{url}: not the address of a file")
     if Path(names[-1]).suffix not in SUFFIXES:
         raise WeightsError(f"{url}: only {', '.join(SUFFIXES)} files are read here")
-    target = Path(torch.hub.get_dir(), "resnet_backbone", parts.hostname, *names)
-    return download(url, target)
+    folder = Path(torch.hub.get_dir(), "resnet_backbone", parts.hostname, *names[:-1])
+    if parts.query or parts.netloc.lower() != parts.hostname:  # another file under the same path
+        folder /= hashlib.sha256(f"{parts.netloc}?{parts.query}".encode()).hexdigest()[:16]
+    return download(url, folder / names[-1])
 
 
 def download(url: str, target: Path, sha256: str = "") -> Path:
@@ -138,6 +145,11 @@ def _from_torchvision(name: str) -> Found:
         entries = get_model_weights(model)
     except ValueError as error:
         raise WeightsError(f"torchvision://{name}: torchvision has no {model!r}") from error
+    if model.lower() not in LIBRARY_NETWORKS:
+        known = ", ".join(LIBRARY_NETWORKS)
+        raise WeightsError(
+            f"torchvision://{name}: {model} is not among this package's networks, which are {known}"
+        )
     entry = entry or "DEFAULT"
     if entry not in entries.__members__:
         known = ", ".join(entries.__members__)
@@ -164,6 +176,7 @@ def _from_timm(name: str) -> Found:
         raise WeightsError(
             f"timm://{name}: {error} timm.list_pretrained() gives the names"
         ) from error
+    check_timm_network(config.to_dict(), f"timm://{name}")
     preprocessing = timm_preprocessing(config.to_dict(), f"timm.get_pretrained_cfg({name!r})")
     if config.hf_hub_id:
         return replace(_from_hugging_face(config.hf_hub_id), preprocessing=preprocessing)
@@ -209,17 +222,21 @@ def _described(found: Found) -> Found:
     config = _read_json(folder / "config.json")
     try:
         if "pretrained_cfg" in config or "architecture" in config:
-            config = config.get("pretrained_cfg", config)
-            return replace(found, preprocessing=timm_preprocessing(config, "timm's config.json"))
+            inner = config.get("pretrained_cfg", config)
+            check_timm_network({**inner, **config}, str(folder / "config.json"))
+            return replace(found, preprocessing=timm_preprocessing(inner, "timm's config.json"))
+        check_hugging_face_network(config, str(folder / "config.json"))
         stride = config.get("downsample_in_bottleneck", False) if config else None
         processor = _read_json(folder / "preprocessor_config.json")
         if not processor:
             return replace(found, stride_in_1x1=stride)
         return replace(found, preprocessing=hugging_face_preprocessing(processor, stride))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+    except OtherNetwork:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise WeightsError(
             f"{folder}: config.json or preprocessor_config.json cannot be understood "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
 
 

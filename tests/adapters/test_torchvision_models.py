@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.segmentation import deeplabv3_resnet50
+from torchvision.models.segmentation import DeepLabV3, deeplabv3_resnet50
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from resnet_backbone.adapters.torchvision_models import (
@@ -16,6 +16,7 @@ from resnet_backbone.adapters.torchvision_models import (
     deeplabv3,
     fpn_backbone,
 )
+from resnet_backbone.deploy import InferenceNetwork, optimize_for_inference
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import WeightsError, get_preprocessing, load_weights
 
@@ -183,6 +184,37 @@ def test_levels_have_the_strides_of_torchvisions():
         assert {key: x.shape[-1] for key, x in maps.items()} == {
             "0": 32, "1": 16, "2": 8, "3": 4, "pool": 2
         }  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [("res5", "res3"), ("res3", "res5")])
+def test_levels_come_in_any_order(order):
+    backbone, _ = fpn_backbone("resnet18", out_features=order)
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, 64, 64))
+    assert [x.shape[-1] for x in maps.values()] == [8, 2, 1]
+
+
+def relative(found, wanted):
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def test_optimized_faster_rcnn(randomise, photo):
+    model = randomise(detector(FasterRCNN, "resnet18", None)).eval()
+    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    assert type(fast) is FasterRCNN and isinstance(fast.backbone, InferenceNetwork)
+    assert fast.roi_heads.box_head.fc6.weight.dtype == torch.float32
+    with torch.no_grad():
+        maps, wanted = fast.backbone(photo[None]), model.backbone(photo[None])
+        assert fast([photo])[0]["boxes"].shape[1] == 4
+    assert all(relative(maps[key], wanted[key]) < 0.03 for key in wanted)
+
+
+def test_optimized_deeplab(randomise, photo):
+    model = randomise(deeplabv3("resnet18", 4)).eval()
+    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    assert type(fast) is DeepLabV3 and isinstance(fast.backbone, InferenceNetwork)
+    with torch.no_grad():
+        assert relative(fast(photo[None])["out"], model(photo[None])["out"]) < 0.03
 
 
 # --- against torchvision's own -------------------------------------------------------------------

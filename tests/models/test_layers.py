@@ -232,6 +232,39 @@ def test_frozen_norm_folds_into_the_convolution(stride, kernel_size):
     assert not list(conv.norm.parameters())
 
 
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "global hook", "own class"])
+def test_a_frozen_norm_that_must_be_called_is(kind):
+    conv, seen = ConvNorm(3, 6, 3, norm=random_frozen_norm).double(), []
+    x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    expected = conv(x)
+    if kind == "hook":
+        handle = conv.norm.register_forward_hook(lambda *args: seen.append(args))
+    elif kind == "pre-hook":
+        handle = conv.norm.register_forward_pre_hook(lambda *args: seen.append(args))
+    elif kind == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, *args: seen.append(args) if module is conv.norm else None
+        )
+    else:
+        conv.norm.__class__ = type(
+            "Other", (FrozenBatchNorm2d,), {"forward": lambda self, x: seen.append(x) or 2 * x}
+        )
+        expected = 2 * F.conv2d(x, conv.weight, padding=1)
+    found = conv(x)
+    if kind != "own class":
+        handle.remove()
+        conv(x)
+    assert len(seen) == 1
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_norm_in_the_weights_that_the_network_has_not():
+    source, target = build_model("cifar_resnet8"), build_model("cifar_resnet8", norm="")
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="stem.norm, .*build the network with their norm"):
+            target.load_state_dict(source.state_dict(), strict=strict)
+
+
 def test_frozen_norm_starts_as_the_identity():
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(FrozenBatchNorm2d(4).double()(x), x, rtol=1e-6, atol=1e-6)

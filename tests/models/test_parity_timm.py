@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from resnet_backbone.models import build_model
+from resnet_backbone.models.resnet import DILATIONS
 from resnet_backbone.weights.keymaps import from_torchvision
 
 timm = pytest.importorskip("timm")
 
 STAGES = ("res2", "res3", "res4", "res5")
-DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 
 
 @pytest.fixture

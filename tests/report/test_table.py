@@ -100,7 +100,9 @@ def runs(make_run):
     def make(config, errors, name="", overrides=(), **results):
         made = []
         for seed, error in errors.items():
-            command = f"python /home/me/x/tools/train_classifier.py data.root=/secret/x train.seed={seed}"
+            command = (
+                f"python /home/me/x/tools/train_classifier.py data.root=/secret/x train.seed={seed}"
+            )
             content = {
                 "command": command,
                 "val_top1_error": error,

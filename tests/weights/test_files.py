@@ -378,11 +378,17 @@ def test_files_of_before_the_schema_stay_readable(small):
         (MODEL_KEY, "[1]", "unreadable resnet_backbone.model"),
         (MODEL_KEY, '{"name": 1}', "unreadable resnet_backbone.model"),
         (MODEL_KEY, '{"name": "resnet18", "options": [1]}', "unreadable resnet_backbone.model"),
+        *((MODEL_KEY, json.dumps({"name": "resnet50", "options": {key: value}}),
+           f"unreadable resnet_backbone.model .*{key} .* is not true or false")
+          for key in ("stride_in_1x1", "caffe_pool") for value in ([], "False", 0, None)),
         (ORIGIN_KEY, '{"from": "x"}', "unreadable resnet_backbone.origin"),
         (ORIGIN_KEY, '{"file": 1}', "unreadable resnet_backbone.origin"),
         ("resnet_backbone.preprocessing", "[" * 10**5, "unreadable resnet_backbone.preproc"),
+        *(("resnet_backbone.preprocessing", json.dumps({**json.loads(MSRA.to_json()), key: value}),
+           "unreadable resnet_backbone.preprocessing .*too large")
+          for key, value in (("mean", [10**400, 0, 0]), ("value_range", 10**400))),
     ],
-)
+)  # fmt: skip
 def test_metadata_that_cannot_be_read(small, key, value, message):
     rewrite(small[0], **{key: value})
     for read in (read_checkpoint, describe_weights, lambda path: load_weights(small[1], path)):
@@ -461,9 +467,7 @@ def test_a_file_says_the_stride_of_its_network(tmp_path, stride):
     save_weights(model, path, PREPROCESSINGS["caffe_vgg"])
     assert describe_weights(path).preprocessing.stride_in_1x1 is stride
     assert load_weights(model, path).stride_in_1x1 is stride
-    with pytest.raises(
-        WeightsError, match=f"in_1x1={stride}, this network has {not stride}"
-    ):
+    with pytest.raises(WeightsError, match=f"in_1x1={stride}, this network has {not stride}"):
         load_weights(other, path)
 
 

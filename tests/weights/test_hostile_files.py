@@ -230,6 +230,27 @@ def bombs() -> dict[str, tuple[str, bytes, str]]:
     }
 
 
+def cycle(length: int) -> dict:
+    """Wrappings of which the last holds the first."""
+    first = inner = {}
+    for _ in range(length - 1):
+        inner["model"] = {}
+        inner = inner["model"]
+    inner["model"] = first
+    return first
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_cyclic_wrappings_end(tmp_path, suffix, length):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(pickle.dumps(cycle(length), 2)) if suffix == ".pkl" else torch.save(
+        cycle(length), path
+    )
+    with pytest.raises(WeightsError, match="holds itself"):
+        read_tensors(path)
+
+
 @pytest.mark.parametrize("name", list(bombs()))
 def test_bombs_do_not_go_off(tmp_path, monkeypatch, name):
     monkeypatch.setattr(pickles, "MAX_OPERATIONS", 100_000)  # the true bound takes seconds to reach

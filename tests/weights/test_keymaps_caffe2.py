@@ -13,7 +13,7 @@ from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names  #
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet  # noqa: E402
 
 from resnet_backbone.models import build_model  # noqa: E402
-from resnet_backbone.weights.architecture import infer_model  # noqa: E402
+from resnet_backbone.weights.architecture import infer_models  # noqa: E402
 from resnet_backbone.weights.checkpoint import ModelSpec  # noqa: E402
 from resnet_backbone.weights.keymaps import LAYOUTS, recognize  # noqa: E402
 from resnet_backbone.weights.keymaps.table import without_counters  # noqa: E402
@@ -128,7 +128,7 @@ def test_the_function_is_that_of_detectron2(name, fused, tmp_path):
     theirs = read_by_detectron2(blobs, tmp_path / "R.pkl", name, "FrozenBN")
     ours = build_model(name, out_features=STAGES).eval()
     tensors = CAFFE2.to_ours(blobs)
-    assert infer_model(tensors) == ModelSpec(name, 7)
+    assert infer_models(tensors) == [ModelSpec(name, 7)]
     ours.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("linear")})
     images = torch.randn(1, 3, 64, 64)
     expected = theirs(images)
@@ -153,7 +153,7 @@ def test_one_norm_without_statistics_is_damage():
     blobs = blobs_of(random_tensors("resnet18"), "resnet18")
     del blobs["res4_0_branch2b_bn_rm"], blobs["res4_0_branch2b_bn_riv"]
     with pytest.raises(ValueError, match="missing, the first is res4.0.conv2.norm.running_mean"):
-        infer_model(CAFFE2.to_ours(blobs))
+        infer_models(CAFFE2.to_ours(blobs))
 
 
 def test_detectors_and_solvers_blobs_are_left_out():
@@ -204,4 +204,4 @@ def test_unknown_blobs(key, message):
 def test_bias_before_group_norm():
     blobs = blobs_of(random_tensors("resnet18", "GN"), "resnet18", "GN")
     with pytest.raises(ValueError, match="has no stem.conv1.bias"):
-        infer_model(CAFFE2.to_ours({**blobs, "conv1_b": torch.ones(64)}))
+        infer_models(CAFFE2.to_ours({**blobs, "conv1_b": torch.ones(64)}))

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model as build_detector  # noqa: E402
 
 from resnet_backbone.detection import add_resnet_backbone_config  # noqa: E402
 from resnet_backbone.models import build_model  # noqa: E402
-from resnet_backbone.weights.architecture import infer_model  # noqa: E402
+from resnet_backbone.weights.architecture import infer_models  # noqa: E402
 from resnet_backbone.weights.checkpoint import ModelSpec  # noqa: E402
 from resnet_backbone.weights.keymaps import LAYOUTS, recognize  # noqa: E402
 from resnet_backbone.weights.keymaps.table import without_counters  # noqa: E402
@@ -81,7 +81,7 @@ def test_detectron2s_detectors(name):
     state = detector_state(DETECTORS[name])
     assert recognize(state) == "detectron2"
     tensors = DETECTRON2.to_ours(state)
-    assert infer_model(tensors) == ModelSpec("resnet50")
+    assert infer_models(tensors) == [ModelSpec("resnet50")]
     with torch.device("meta"):
         ours = without_counters(build_model("resnet50", out_features=["res5"]).state_dict())
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in ours.items()}
@@ -104,7 +104,7 @@ def test_our_detectors(file, found, size):
     state = detector_state({}, file)
     assert recognize(state) == "detectron2"
     tensors = DETECTRON2.to_ours(state)
-    assert infer_model(tensors) == found
+    assert infer_models(tensors) == [found]
     assert len(tensors) == size
     assert ("fc6.weight" in tensors) == (size == 30)
 
@@ -125,7 +125,7 @@ def test_unknown_parts_of_a_detector(key):
             prefix="backbone.bottom_up."
         )
     state["pixel_mean"] = torch.ones(3)
-    assert infer_model(DETECTRON2.to_ours(state)) == ModelSpec("resnet18")
+    assert infer_models(DETECTRON2.to_ours(state)) == [ModelSpec("resnet18")]
     with pytest.raises(ValueError, match=f"key '{key}' is not one of a Detectron2 ResNet"):
         DETECTRON2.to_ours({**state, key: torch.ones(1)})
 
@@ -142,7 +142,7 @@ def test_another_box_head_of_a_resnet_detector_is_left_out():
     with torch.device("meta"):
         state = build_model("resnet18", out_features=["res5"]).state_dict(prefix="backbone.")
     state["roi_heads.box_head.fc6.weight"] = torch.ones(1)
-    assert infer_model(DETECTRON2.to_ours(state)) == ModelSpec("resnet18")
+    assert infer_models(DETECTRON2.to_ours(state)) == [ModelSpec("resnet18")]
 
 
 def test_no_backbone():

@@ -1,6 +1,8 @@
 """Every kind of file, against torch's, numpy's and safetensors' own readers."""
 
+import argparse
 import collections
+import hashlib
 import io
 import json
 import pickle
@@ -17,7 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from resnet_backbone.models import build_model
-from resnet_backbone.weights import WeightsError
+from resnet_backbone.weights import WeightsError, readers
+from resnet_backbone.weights.architecture import COUNTER
+from resnet_backbone.weights.conventions import published_hash
 from resnet_backbone.weights.pickles import MAX_OPERATIONS
 from resnet_backbone.weights.readers import DTYPES, read_tensors
 
@@ -34,8 +38,9 @@ def assert_same(found, expected):
 def unusual_tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     base = torch.randn(6, 8)
+    kinds = {dtype: "weight" if dtype.is_floating_point else COUNTER for dtype in DTYPES}
     return {
-        **{str(dtype): torch.tensor([[1, 0, 1]]).to(dtype) for dtype in DTYPES},
+        **{f"{dtype}.{name}": torch.tensor([[1, 0, 1]]).to(dtype) for dtype, name in kinds.items()},
         "view": base[2:4, 1:5],
         "transposed": base.t(),
         "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
@@ -97,9 +102,16 @@ arrays = np_st.arrays(
 @given(array=arrays, fortran=st.booleans(), protocol=st.integers(1, 5))
 def test_arrays_of_any_kind(tmp_path, array, fortran, protocol):
     array = np.asfortranarray(array) if fortran else array
-    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": array}, protocol))
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({COUNTER: array}, protocol))
     native = array.astype(array.dtype.newbyteorder("="))
-    assert_same(read_tensors(tmp_path / "x.pkl").tensors, {"a": torch.from_numpy(native.copy())})
+    expected = {COUNTER: torch.from_numpy(native.copy())}
+    with np.errstate(over="ignore"):
+        overflows = native.dtype == np.float64 and np.isinf(native.astype(np.float32)).any()
+    if overflows:
+        with pytest.raises(WeightsError, match="in float32"):
+            read_tensors(tmp_path / "x.pkl")
+    else:
+        assert_same(read_tensors(tmp_path / "x.pkl").tensors, expected)
 
 
 def python2_pickle(arrays: dict[str, np.ndarray]) -> bytes:
@@ -179,20 +191,51 @@ class Other:
         ({"model": WEIGHTS, "state_dict": WEIGHTS}, "both state_dict and model hold weights"),
         ({"a": torch.tensor([1.0, float("nan")])}, "a has NaN or infinite"),
         ({"a": torch.ones(2), "b": torch.full((2,), float("inf")).half()}, "b has NaN or inf"),
+        ({"a": torch.tensor([1.0, 1e300]).double()}, "a has NaN or infinite values in float32"),
+        ({"bn1.running_var": torch.tensor([1.0, -0.1])}, "running_var has negative values, but it"),
+        ({"res_conv1_bn_riv": torch.tensor([-0.1])}, "bn_riv has negative values, but it is a va"),
+        ({"conv1_bn_running_var": torch.tensor([-0.1])}, "_running_var has negative values"),
+        ({"a.weight": torch.ones(2, dtype=torch.int8)}, "a.weight as torch.int8; weights are flo"),
+        ({"a.weight": torch.ones(2, dtype=torch.bool)}, "before it was quantized"),
         ({}, "no tensors"),
         ({"state_dict": {}, "epoch": 1}, "no tensors"),
         ([torch.ones(2)], "its content is of type list, not a state dict"),
         (torch.ones(2), "its content is of type tensor"),
         ({1: torch.ones(2)}, "a key is of type int"),
         ({"a": torch.ones(2, dtype=torch.complex64)}, "ComplexFloatStorage, which is code"),
-        ({"a": Other()}, "Other, which is code and not data"),
+        ({"a": Other()}, "Other, which is code and not data$"),
+        ({"model": WEIGHTS, "args": argparse.Namespace(lr=0.1)},
+         "argparse.Namespace, which is code and not data: .*torch.save.*'model'"),
         (nn.Linear(2, 2), "torch.nn.modules.linear.Linear, which is code and not data"),
     ],
-)
+)  # fmt: skip
 def test_other_content_is_named(tmp_path, content, message):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(WeightsError, match=message):
         read_tensors(tmp_path / "x.pth")
+
+
+def test_the_remedy_for_torchvisions_reference_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": WEIGHTS, "args": argparse.Namespace(lr=0.1)}, "x.pth")
+    with pytest.raises(WeightsError) as error:
+        read_tensors("x.pth")
+    exec(str(error.value).partition("save its weights alone with ")[2].replace("FILE", "'x.pth'"))
+    assert_same(read_tensors("weights.pth").tensors, WEIGHTS)
+
+
+def test_torchvisions_vgg16_without_classifier(tmp_path, monkeypatch):
+    """IMAGENET1K_FEATURES, by its documentation, lacks the values of its classifier."""
+    models = pytest.importorskip("torchvision").models
+    entry = models.VGG16_Weights.IMAGENET1K_FEATURES
+    assert published_hash(entry) == readers.FEATURES_ONLY
+    path, kernel = tmp_path / "x.pth", torch.ones(2)
+    torch.save({"features.0.weight": kernel, "classifier.0.bias": kernel / 0 - kernel / 0}, path)
+    with pytest.raises(WeightsError, match="classifier.0.bias has NaN"):
+        read_tensors(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(readers, "FEATURES_ONLY", digest[:8])
+    assert list(read_tensors(path).tensors) == ["features.0.weight"]
 
 
 def write_kinds(folder):

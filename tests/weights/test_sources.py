@@ -133,9 +133,15 @@ def test_torchvisions_files_are_known_by_their_hash(resnet18, tmp_path, monkeypa
     "name, message",
     [
         ("torchvision://resnet19", "torchvision has no 'resnet19'"),
+        ("torchvision://fcn_resnet50", "fcn_resnet50 is not among this package's networks"),
+        ("torchvision://fasterrcnn_resnet50_fpn", "is not among this package's networks, which"),
+        ("torchvision://resnext50_32x4d", "is not among this package's networks, which are resn"),
         ("torchvision://resnet50/V3", "has IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT, not 'V3'"),
         ("timm://resnet50.zz", "resnet50.zz: .*list_pretrained"),
         ("timm://resnet", "timm://resnet: .*list_pretrained"),
+        ("timm://resnetblur50.bt_in1k", "timm's resnetblur50 is not among this package's networks"),
+        ("timm://resnet50d.ra2_in1k", "timm://resnet50d.ra2_in1k: timm's resnet50d is not among"),
+        ("timm://wide_resnet50_2.tv_in1k", "timm's wide_resnet50_2 is not among this package's"),
         ("catalog://x", "known are ImageNetPretrained/MSRA/R-50"),
         ("ftp://host/x.pth", "unknown kind of source; known are local paths, torchvision://"),
         ("http://host/x.pth", "unknown kind of source.*https://"),
@@ -148,10 +154,11 @@ def test_torchvisions_files_are_known_by_their_hash(resnet18, tmp_path, monkeypa
         ("detectron2://ImageNetPretrained/MSRA/R-50.pkl", "dl.fbaipublicfiles.com/detectron2/Ima"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_had(hub, name, message):
+def test_what_cannot_be_had(hub, snapshot, name, message):
     with pytest.raises(WeightsError, match=message) as error:
         resolve(name)
     assert len(str(error.value).splitlines()) == 1
+    assert not hub["calls"] or "put it at" in str(error.value)
 
 
 MSRA, CONVERTED = PREPROCESSINGS["msra"], PREPROCESSINGS["torchvision"]
@@ -192,6 +199,20 @@ def test_files_of_one_name_have_two_places(hub, tmp_path):
         hub[f"https://dl.fbaipublicfiles.com/detectron2/{name}"] = tmp_path / "file"
         places.add(resolve(f"detectron2://{name}").path)
     assert len(places) == 2
+
+
+@pytest.mark.parametrize("first, second", [("x.pth?id=1", "x.pth?id=2"), ("x.pth", "x.pth?id=1"),
+                                           (":8443/x.pth", "/x.pth")])  # fmt: skip
+def test_addresses_that_differ_in_their_query_have_two_places(hub, tmp_path, first, second):
+    found = []
+    for number, end in enumerate((first, second)):
+        url = f"https://host{end if end[0] in ':/' else f'/{end}'}"
+        hub[url] = tmp_path / str(number)
+        hub[url].write_text(url)
+        found.append(resolve(url).path)
+        assert found[-1].read_text() == url and found[-1].name == "x.pth"
+        assert resolve(url).path == found[-1]
+    assert len(set(found)) == 2 and len(hub["calls"]) == 2
 
 
 def test_group_norm_strides_in_the_3x3(hub, tmp_path):
@@ -273,6 +294,52 @@ def test_timms_config_beside_its_weights(tmp_path):
         read_checkpoint(tmp_path / "other.safetensors")
 
 
+def as_timm(folder, architecture, **changes):
+    """A folder with timm's config.json."""
+    config = {"architecture": architecture, "num_classes": 3, "global_pool": "avg", **changes}
+    known = timm.get_pretrained_cfg("resnet18.a1_in1k").to_dict()
+    (folder / "config.json").write_text(json.dumps({**config, "pretrained_cfg": known}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "tv_resnet50", "ssl_resnet18",
+    "gluon_resnet101_v1b", "resnet152", "vgg11", "vgg16_bn"])  # fmt: skip
+def test_timms_networks_that_are_ours(tmp_path, name):
+    arguments = {"num_classes": 3, "in_chans": 3, "global_pool": "avg"}
+    assert resolve(as_timm(tmp_path, name, model_args=arguments)).preprocessing is not None
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        *((name, {}) for name in ("resnetblur18", "resnetblur50", "resnetaa50", "resnet18d",
+          "resnet50_clip", "resnet50_gn", "resnetv2_50", "wide_resnet50_2", "resnext50_32x4d",
+          "paper_resnet50", "gluon_resnet50_v1d", "seresnet50", "resnet26", "resnet", 5)),
+        ("resnet18", {"model_args": {"act_layer": "silu"}}),
+        ("resnet18", {"model_args": {"num_classes": 3, "output_stride": 8}}),
+        ("resnet18", {"model_args": {"global_pool": "max"}}),
+        ("vgg16", {"global_pool": "max"}),
+        ("resnet18", {"model_args": {"a\nb" * 100: 1}}),
+    ],
+)  # fmt: skip
+def test_timms_look_alikes_are_refused(tmp_path, name, changes):
+    what = f"timm builds this {name} with" if changes else f"timm's {name} is not among this"
+    with pytest.raises(WeightsError, match=f"config.json: {what}.* timm itself$") as error:
+        resolve(as_timm(tmp_path, name, **changes))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": "gelu"}, {"hidden_act": None}, {"downsample_in_first_stage": True}]
+)
+def test_hugging_faces_look_alikes_are_refused(tmp_path, change):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "relu"}))
+    resolve(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(change))
+    with pytest.raises(WeightsError, match=f"config.json: {next(iter(change))} is .*transformers"):
+        resolve(tmp_path)
+
+
 def write_hugging_face(folder, depth=18, stride_in_1x1=False):
     torch.manual_seed(0)
     kind = dict(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512])
@@ -348,6 +415,10 @@ def test_kinds_of_preprocessor(change, expected):
         ("config.json", "{"),
         ("config.json", "[]"),
         ("config.json", json.dumps({"architecture": "resnet18", "pretrained_cfg": {}})),
+        ("config.json", json.dumps({"architecture": "resnet18", "pretrained_cfg": 5})),
+        ("config.json", json.dumps({"architecture": "resnet18", "global_pool": []})),
+        ("config.json", json.dumps({"architecture": "resnet18", "model_args": 5})),
+        ("config.json", json.dumps({"pretrained_cfg": {}})),
         ("config.json", json.dumps({"downsample_in_bottleneck": "yes"})),
         ("preprocessor_config.json", json.dumps(PROCESSOR | {"image_std": [0, 1, 1]})),
         ("preprocessor_config.json", json.dumps(PROCESSOR | {"image_mean": None})),

@@ -27,7 +27,7 @@ class Layout:
         matches: keys -> whether they look like this library's; a cheap look, ``to_ours`` checks.
         to_ours: the library's tensors -> the same under this package's keys, without
             ``num_batches_tracked``. ValueError for a key that the library's networks of the
-            paper do not have; that none is missing is for ``infer_model`` to say.
+            paper do not have; that none is missing is for ``infer_models`` to say.
         from_ours: (tensors, network) -> the library's tensors, whole for a strict load there.
             ValueError for a network that the library does not have, with those that do.
 

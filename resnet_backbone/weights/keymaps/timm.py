@@ -1,7 +1,7 @@
 """timm's key names: ResNets as torchvision's, VGGs with a classifier of convolutions.
 
 What torchvision's layout says of biases before batch norms holds here. timm's ``resnet50_gn`` is
-read too: group norms in place of the batch norms under the same names.
+not read: its tensors are those of a ResNet with batch norm that has lost its statistics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from resnet_backbone.weights.keymaps.table import (
 from resnet_backbone.weights.keymaps.torchvision import (
     TORCHVISION,
     find_vgg,
-    from_torchvision,
     resnet_to_torchvision,
     vgg_features,
     vgg_to_torchvision,
@@ -40,7 +39,7 @@ def _matches(keys: Collection[str]) -> bool:
 
 def _to_ours(tensors: Tensors) -> dict[str, Tensor]:
     if not any(key.startswith("features.") for key in tensors):
-        return without_counters(from_torchvision(tensors))
+        return TORCHVISION.to_ours(tensors)
     table = {**vgg_features(find_vgg(tensors)), **dict(_VGG_HEAD)}
     flat = {
         key: value.flatten(1) if key in _KERNELS and value.dim() == 4 else value
