@@ -188,3 +188,17 @@ def test_wrong_arguments_are_one_line(arguments, message, capsys):
     assert benchmark.main(arguments) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0]
+
+
+def test_evaluation_beside_pycocotools_and_detectron2(tmp_path, capsys):
+    pytest.importorskip("detectron2")
+    small = "--coco-images 5 --coco-detections 9 --voc-images 4 --voc-detections 6 --repeats 1"
+    path = tmp_path / "evaluate.json"
+    assert benchmark.main(["evaluate", *small.split(), "--output", str(path)]) == 0
+    result = json.loads(path.read_text())
+    for data in ("coco", "voc"):
+        reference, ours = result[data]["numbers"].values()
+        assert len(result[data]["rows"]) == 2 and reference.keys() == ours.keys()
+    reference, ours = result["coco"]["numbers"].values()
+    assert reference == pytest.approx(ours, abs=1e-12, nan_ok=True) and len(ours) == 12
+    assert "numbers differ by" in capsys.readouterr().out

@@ -540,6 +540,18 @@ def test_compiled_code_takes_no_weights():
     assert all(torch.equal(value, before[key]) for key, value in detector.state_dict().items())
 
 
+def test_a_feature_pyramid_of_detectron2_takes_the_precision_as_a_whole():
+    pytest.importorskip("detectron2")
+    from resnet_backbone.detection.reference import build_fpn
+
+    pyramid = build_fpn(True, 18).eval()
+    fast = optimize_for_inference(pyramid, dtype=torch.bfloat16)
+    assert isinstance(fast, InferenceNetwork) and fast.size_divisibility == 32
+    assert {parameter.dtype for parameter in fast.parameters()} == {torch.bfloat16}
+    images = torch.randn(1, 3, 64, 96)
+    assert_close(fast(images), unfolded(pyramid, images), 0.05)
+
+
 @pytest.mark.parametrize(
     "make, options, message",
     [

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Measure the loader, training, inference and the FPN backbone beside what people use today.
+"""Measure loader, training, inference, FPN backbone and evaluation beside what people use today.
 
   python tools/benchmark.py loader                   # images/s of one core
   python tools/benchmark.py train --dtype bf16       # ResNet-50 steps beside torchvision's
   python tools/benchmark.py infer --batch 1 16       # forward passes beside torchvision's
   python tools/benchmark.py fpn --compile            # R-50-FPN beside Detectron2's
+  python tools/benchmark.py evaluate                 # COCO and VOC AP beside the references
 
 All candidates take turns within one run, in an order that rotates, so that a machine that slows
 down does so for all of them. Printed are the median and the range of images/s over the repeats,
@@ -30,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -89,6 +91,13 @@ R-50-FPN with frozen BN, stem and res2 frozen, one image, random equal weights. 
 Detectron2's build_resnet_fpn_backbone as it comes; ours is build_paper_resnet_fpn_backbone as it
 comes, and after resnet_backbone.optimize_for_inference. A training pass is forward and backward of
 the backbone. Memory is that of a fresh process for each candidate (Linux, CPU)."""
+
+EVALUATE_HELP = """\
+Random sets, their detections in memory. COCO: the twelve numbers from the content of an instances
+file and a result list, by the engine that the evaluator takes, beside pycocotools. VOC: from what
+the model returns and the annotation files to all AP, beside Detectron2's evaluator, which rounds
+scores to three digits and breaks the ties differently. Both read the files once, in a first turn
+that is not counted."""
 
 
 def run_loader(args: argparse.Namespace) -> dict[str, Any]:
@@ -291,6 +300,36 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        from resnet_backbone.detection.evaluation.timing import coco_runs, quietly, voc_runs
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+    def measure(runs: dict[str, Callable], images: int) -> dict[str, Any]:
+        last: dict[str, dict[str, float]] = {}
+
+        def timed(name: str) -> int:
+            last[name] = quietly(runs[name])
+            return images
+
+        rates = interleave({name: partial(timed, name) for name in runs}, args.repeats, lambda: 0)
+        rows = summarize(rates)
+        expected, *others = last.values()
+        print_table(rows)
+        for name, numbers in zip(list(last)[1:], others, strict=True):
+            differences = (abs(numbers[key] - expected[key]) for key in expected)
+            print(f"{name}: numbers differ by {max(differences):.1e} at most")
+        return {"rows": rows, "numbers": last}
+
+    coco = coco_runs(args.coco_images, 80, args.coco_detections)
+    result = {"coco": measure(coco, args.coco_images)}
+    with TemporaryDirectory() as folder:
+        with voc_runs(Path(folder) / "VOC", args.voc_images, 20, args.voc_detections) as voc:
+            result["voc"] = measure(voc, args.voc_images)
+    return result
+
+
 def provenance(args: argparse.Namespace) -> dict[str, Any]:
     """What a number needs beside it."""
     versions = {"python": platform.python_version()}
@@ -334,6 +373,8 @@ VERSIONS = (
     "detectron2",
     "onnxruntime",
     "openvino",
+    "hotcoco",
+    "pycocotools",
 )
 
 
@@ -346,9 +387,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_model_arguments(commands, "train", TRAIN_HELP)
     add_model_arguments(commands, "infer", INFER_HELP)
     add_fpn_arguments(commands)
+    add_evaluate_arguments(commands)
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    if args.command != "loader":
+    if args.command not in ("loader", "evaluate"):
         if args.device == "auto":
             args.device = "cuda" if torch.cuda.is_available() else "cpu"
         if args.device == "cuda" and not torch.cuda.is_available():
@@ -428,6 +470,22 @@ def add_fpn_arguments(commands) -> None:
     add_common_arguments(parser, repeats=5)
 
 
+def add_evaluate_arguments(commands) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        description=EVALUATE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="COCO and VOC evaluation beside pycocotools' and Detectron2's",
+    )
+    for data, images, detections in (("coco", 2000, 100), ("voc", 5000, 50)):
+        for what, number in (("images", images), ("detections", detections)):
+            text = "per image " if what == "detections" else ""
+            parser.add_argument(
+                f"--{data}-{what}", type=positive, default=number, help=f"{text}({number})"
+            )
+    add_common_arguments(parser, repeats=3)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument(
         "--repeats", type=positive, default=repeats, help=f"turns (default: {repeats})"
@@ -444,7 +502,13 @@ def positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    commands = {"loader": run_loader, "train": run_train, "infer": run_infer, "fpn": run_fpn}
+    commands = {
+        "loader": run_loader,
+        "train": run_train,
+        "infer": run_infer,
+        "fpn": run_fpn,
+        "evaluate": run_evaluate,
+    }
     about = provenance(args)
     try:
         result = commands[args.command](args)

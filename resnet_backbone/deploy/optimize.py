@@ -38,9 +38,10 @@ def optimize_for_inference(
     Args:
         model: one of our classifiers or backbones, or any model that contains some, such as a
             detector of Detectron2 or torchvision.
-        dtype: torch.float32, or torch.bfloat16 or torch.float16. In a model around our networks
-            only these take it, a child ``backbone`` (of a detector) with its feature pyramid, and
-            the ``res5`` of a C4 head; proposals, boxes and the other heads stay in float32.
+        dtype: torch.float32, or torch.bfloat16 or torch.float16. A network and a backbone take it
+            as a whole; in a model around our networks only these do, a child ``backbone`` (of a
+            detector) with its feature pyramid, and the ``res5`` of a C4 head; proposals, boxes
+            and the other heads stay in float32.
         compile: also ``torch.compile`` these parts, with their weights as constants
             (Inductor's freezing, which is on only while they run). The first call of each
             image size compiles, for a minute or so; from the second size on, sizes are dynamic.
@@ -66,7 +67,8 @@ def optimize_for_inference(
     if dtype == torch.float32 and not compile:
         return model
     places = list(network_places(model))
-    if all(_is_stage(getattr(parent, name)) for parent, name in places):  # it is the network
+    is_backbone = hasattr(model, "output_shape")  # Detectron2's contract: a feature pyramid
+    if is_backbone or all(_is_stage(getattr(parent, name)) for parent, name in places):
         return InferenceNetwork(model, dtype, compile)
     for parent, name in places:
         setattr(parent, name, InferenceNetwork(getattr(parent, name), dtype, compile))
