@@ -403,13 +403,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def add_loader_arguments(commands) -> None:
-    loader = commands.add_parser(
-        "loader",
-        description=LOADER_HELP,
+def add_command(commands, name: str, text: str, about: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="JPEG to a training crop, beside torchvision's PIL transforms",
+        help=about,
     )
+
+
+def add_loader_arguments(commands) -> None:
+    about = "JPEG to a training crop, beside torchvision's PIL transforms"
+    loader = add_command(commands, "loader", LOADER_HELP, about)
     loader.add_argument(
         "--images",
         help="folder of JPEG files, or 'synthetic' (default: VOC's in $RESNET_BACKBONE_DATA or "
@@ -426,12 +431,7 @@ def add_loader_arguments(commands) -> None:
 
 
 def add_model_arguments(commands, name: str, text: str) -> None:
-    parser = commands.add_parser(
-        name,
-        description=text,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        help=text.partition(".")[0].replace("\n", " "),
-    )
+    parser = add_command(commands, name, text, text.partition(".")[0].replace("\n", " "))
     parser.add_argument("--model", default="resnet50", help="default: resnet50")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
@@ -455,12 +455,7 @@ def add_model_arguments(commands, name: str, text: str) -> None:
 
 
 def add_fpn_arguments(commands) -> None:
-    parser = commands.add_parser(
-        "fpn",
-        description=FPN_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="the R-50-FPN backbone beside Detectron2's",
-    )
+    parser = add_command(commands, "fpn", FPN_HELP, "the R-50-FPN backbone beside Detectron2's")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--height", type=positive, default=800, help="default: 800")
     parser.add_argument("--width", type=positive, default=1216, help="default: 1216")
@@ -471,12 +466,8 @@ def add_fpn_arguments(commands) -> None:
 
 
 def add_evaluate_arguments(commands) -> None:
-    parser = commands.add_parser(
-        "evaluate",
-        description=EVALUATE_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="COCO and VOC evaluation beside pycocotools' and Detectron2's",
-    )
+    about = "COCO and VOC evaluation beside pycocotools' and Detectron2's"
+    parser = add_command(commands, "evaluate", EVALUATE_HELP, about)
     for data, images, detections in (("coco", 2000, 100), ("voc", 5000, 50)):
         for what, number in (("images", images), ("detections", detections)):
             text = "per image " if what == "detections" else ""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from resnet_backbone.models import BottleneckBlock, StagedNetwork
 from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.weights.architecture import COUNTER
-from resnet_backbone.weights.conventions import BY_ADDRESS
+from resnet_backbone.weights.conventions import BY_ADDRESS, DETECTRON2_DEFAULT
 from resnet_backbone.weights.input_settings import INPUT_SETTINGS, from_tensor, to_tensor
 from resnet_backbone.weights.preprocessing import (
     Preprocessing,
@@ -35,14 +35,6 @@ _BARE = ("", "bottom_up.")  # where a network is in no detector, but alone or in
 ZOO = re.compile(
     r"(COCO-\w+|LVISv\d.\d-\w+|Cityscapes|PascalVOC-Detection|Detectron1-Comparisons|Misc)"
     r"/(?!\w*(gn|syncbn|dconv))\w+_R_(50|101)_\w+/"
-)
-ZOO_INPUT = Preprocessing(
-    "BGR",
-    255.0,
-    (103.53, 116.28, 123.675),
-    (1.0, 1.0, 1.0),
-    stride_in_1x1=True,
-    source="facebookresearch/detectron2, MODEL_ZOO.md and detectron2/config/defaults.py",
 )
 
 
@@ -81,7 +73,7 @@ def origin_input(source: str) -> Preprocessing | None:
         folder = address.split("/", 4)[-1]  # https: / / host / project / folder
         if folder in source:
             return known
-    return ZOO_INPUT if ZOO.search(source) else None
+    return DETECTRON2_DEFAULT if ZOO.search(source) else None
 
 
 def networks(model: nn.Module) -> list[StagedNetwork]:

@@ -31,14 +31,15 @@ PYTORCH = "https://download.pytorch.org/models/"
 
 _MSRA = replace(PREPROCESSINGS["msra"], source=f"{MODEL_ZOO}; {PREPROCESSINGS['msra'].source}")
 _CONVERTED = replace(PREPROCESSINGS["torchvision"], source=CONVERT_SCRIPT)
-_GROUP_NORM = Preprocessing(  # Detectron2's default input, which that config leaves as it is
+DETECTRON2_DEFAULT = Preprocessing(
     "BGR",
     255.0,
     (103.53, 116.28, 123.675),
     (1.0, 1.0, 1.0),
-    stride_in_1x1=False,
-    source=GROUP_NORM_CONFIG,
+    stride_in_1x1=True,
+    source="facebookresearch/detectron2, MODEL_ZOO.md and detectron2/config/defaults.py",
 )
+_GROUP_NORM = replace(DETECTRON2_DEFAULT, stride_in_1x1=False, source=GROUP_NORM_CONFIG)
 
 # Beginning of an address -> convention of all weights there.
 BY_ADDRESS: dict[str, Preprocessing] = {

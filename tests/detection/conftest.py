@@ -149,6 +149,27 @@ def write(tmp_path):
 
 
 @pytest.fixture
+def tiny_training():
+    """Overrides for a quick training of the quickstart's config that leaves weights as they are."""
+    keys = """INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 MODEL.FPN.OUT_CHANNELS 16
+    MODEL.ROI_BOX_HEAD.FC_DIM 16 SOLVER.AMP.ENABLED False SOLVER.IMS_PER_BATCH 2
+    SOLVER.BASE_LR 0.0 SOLVER.WEIGHT_DECAY 0.0"""
+    return keys.split()
+
+
+@pytest.fixture
+def train(train_net, tiny_voc, tiny_training):
+    """Function (run folder, weights, argument...) -> exit status and lines of stderr."""
+
+    def run(output, weights, *arguments):
+        where = ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
+        options = ["--output-dir", output, "--weights", weights, *arguments]
+        return train_net("quickstart/faster_rcnn_R_18_FPN.yaml", *where, *options, *tiny_training)
+
+    return run
+
+
+@pytest.fixture
 def train_net(capsys):
     """Function (config file, argument...) -> exit status and lines of stderr, in this process.
 

@@ -217,24 +217,13 @@ def test_one_line_before_any_work(train_net, write, tmp_path, arguments, message
     assert not (tmp_path / "run").exists()
 
 
-SMALL = """INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 MODEL.FPN.OUT_CHANNELS 16
-MODEL.ROI_BOX_HEAD.FC_DIM 16 SOLVER.AMP.ENABLED False SOLVER.IMS_PER_BATCH 2
-SOLVER.BASE_LR 0.0 SOLVER.WEIGHT_DECAY 0.0""".split()
-
-
-def train(train_net, data, output, path, *arguments):
-    where = ["--voc-root", data, "--train-set", "train", "--test-set", "test"]
-    options = ["--output-dir", output, "--weights", path, *arguments]
-    return train_net(QUICKSTART, *where, *options, *SMALL)
-
-
-def test_trains_from_a_classifier_and_resumes(train_net, tiny_voc, tmp_path):
+def test_trains_from_a_classifier_and_resumes(train, tmp_path):
     """With a learning rate of 0 the backbone stays what the file holds, its head left out."""
     path, run = tmp_path / "final.safetensors", tmp_path / "run"
     spec = {"name": "resnet18", "num_classes": 10, "options": {}}
     network = build_model("resnet18", 10)
     save_weights(network, path, OURS, {MODEL_KEY: json.dumps(spec)})
-    code, lines = train(train_net, tiny_voc, run, path, "SOLVER.MAX_ITER", "1")
+    code, lines = train(run, path, "SOLVER.MAX_ITER", "1")
     assert code == 0, lines
     log = (run / "log.txt").read_text()
     assert "weights: INPUT.FORMAT BGR -> RGB" in log
@@ -251,13 +240,13 @@ def test_trains_from_a_classifier_and_resumes(train_net, tiny_voc, tmp_path):
     file = load_file(path)
     assert all(torch.equal(theirs[key], file[key]) for key in weights)
     assert not any("linear" in key for key in theirs)
-    code, lines = train(train_net, tiny_voc, run, path, "--resume", "SOLVER.MAX_ITER", "2")
+    code, lines = train(run, path, "--resume", "SOLVER.MAX_ITER", "2")
     assert code == 0, lines
     assert "Starting training from iteration 1" in (run / "log.txt").read_text()
 
 
 @pytest.mark.slow
-def test_from_the_classification_trainer(train_net, tiny_voc, tmp_path):
+def test_from_the_classification_trainer(train, tmp_path):
     """The files of the one tool go into the other, weight by weight."""
     tool = [sys.executable, str(PROJECT / "tools" / "train_classifier.py"), "--config-file"]
     config = PROJECT / "configs" / "classification" / "quickstart" / "resnet18.yaml"
@@ -272,7 +261,7 @@ def test_from_the_classification_trainer(train_net, tiny_voc, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     path, run = tmp_path / "classifier" / "final.safetensors", tmp_path / "run"
-    code, lines = train(train_net, tiny_voc, run, path, "SOLVER.MAX_ITER", "1")
+    code, lines = train(run, path, "SOLVER.MAX_ITER", "1")
     assert code == 0, lines
     saved, file = torch.load(run / "model_final.pth"), load_file(path)
     prefix = "backbone.bottom_up."

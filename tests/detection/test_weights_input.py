@@ -21,16 +21,6 @@ R18, QUICKSTART = "voc/faster_rcnn_R_18_FPN.yaml", "quickstart/faster_rcnn_R_18_
 OURS = Preprocessing("RGB", 255.0, (130.0, 121.5, 110.0), (60.0, 61.0, 62.5), source="our digits")
 MODE = "RESNET_BACKBONE.WEIGHTS_INPUT"
 
-SMALL = """INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 MODEL.FPN.OUT_CHANNELS 16
-MODEL.ROI_BOX_HEAD.FC_DIM 16 SOLVER.AMP.ENABLED False SOLVER.IMS_PER_BATCH 2
-SOLVER.BASE_LR 0.0 SOLVER.WEIGHT_DECAY 0.0""".split()
-
-
-def train(train_net, data, output, path, *arguments):
-    where = ["--voc-root", data, "--train-set", "train", "--test-set", "test"]
-    options = ["--output-dir", output, "--weights", path, *arguments]
-    return train_net(QUICKSTART, *where, *options, *SMALL)
-
 
 @pytest.mark.parametrize(
     "arguments, message",
@@ -131,27 +121,27 @@ def test_our_trainer_and_predictor_follow_set(make_cfg, small, tmp_path):
     assert cfg.INPUT.FORMAT == "BGR"
 
 
-def test_resume_needs_its_own_checkpoint_alone(train_net, tiny_voc, tmp_path):
+def test_resume_needs_its_own_checkpoint_alone(train, train_net, tiny_voc, tiny_training, tmp_path):
     """The weights that a run started from may be gone; other input than the run's is refused."""
     path, run = tmp_path / "final.safetensors", tmp_path / "run"
     save_weights(build_model("resnet18", 10), path, OURS)
-    code, lines = train(train_net, tiny_voc, run, path, "SOLVER.MAX_ITER", "1")
+    code, lines = train(run, path, "SOLVER.MAX_ITER", "1")
     assert code == 0, lines
     before = (run / "config.yaml").read_text()
     assert yaml.safe_load(before)["RESNET_BACKBONE"]["WEIGHTS_INPUT"] == "check"
     path.unlink()
-    code, lines = train(train_net, tiny_voc, run, path, "--resume", "INPUT.FORMAT", "BGR")
+    code, lines = train(run, path, "--resume", "INPUT.FORMAT", "BGR")
     assert code == 2 and "INPUT.FORMAT BGR contradicts" in lines[-1]
     where = ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
-    again = [*where, "--output-dir", run, "--resume", *SMALL, "SOLVER.MAX_ITER", "2"]
+    again = [*where, "--output-dir", run, "--resume", *tiny_training, "SOLVER.MAX_ITER", "2"]
     code, lines = train_net(QUICKSTART, *again)
     assert code == 2 and 'set INPUT.FORMAT "RGB" MODEL.PIXEL_MEAN "[130, 121.5, 110]"' in lines[-1]
     assert (run / "config.yaml").read_text() == before
-    code, lines = train(train_net, tiny_voc, run, path, "--resume", "SOLVER.MAX_ITER", "2")
+    code, lines = train(run, path, "--resume", "SOLVER.MAX_ITER", "2")
     assert code == 0, lines
     assert yaml.safe_load((run / "config.yaml").read_text())["MODEL"]["WEIGHTS"] == str(path)
     code, lines = train_net(
-        QUICKSTART, "--eval-only", "--weights", run / "model_final.pth", *again[:8], *SMALL
+        QUICKSTART, "--eval-only", "--weights", run / "model_final.pth", *again[:8], *tiny_training
     )
     assert code == 0, lines  # the base config is of another input
     assert "INPUT.FORMAT BGR -> RGB" in (run / "eval" / "log.txt").read_text()
