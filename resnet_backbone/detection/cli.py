@@ -21,7 +21,7 @@ from resnet_backbone.detection.config import (
     add_resnet_backbone_config,
     backbone_node,
 )
-from resnet_backbone.detection.data import find_voc_classes, register_voc
+from resnet_backbone.detection.data import VOC_CLASSES, find_voc_classes, register_voc
 from resnet_backbone.detection.data.coco import register_coco
 from resnet_backbone.detection.projects import add_project_keys
 from resnet_backbone.detection.segmentation import (
@@ -34,6 +34,8 @@ from resnet_backbone.detection.segmentation import (
 )
 
 logger = logging.getLogger(__name__)
+
+VOC_2012_TEST = "voc_2012_test"
 
 
 def one_line_errors(main: Callable) -> Callable:
@@ -249,7 +251,14 @@ def _register_coco_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
-    """Lets our loaders read and check a data set that Detectron2 registered by itself."""
+    """Lets our loaders read and check a data set that Detectron2 registered by itself.
+
+    Also VOC 2012's test set, which has no annotations and which Detectron2 does not know.
+    """
+    if name == VOC_2012_TEST and name not in DatasetCatalog.list():
+        root = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "VOC2012")
+        register_voc(name, root, "test", VOC_CLASSES, on_bad=on_bad, decode=True)
+        return
     if name not in DatasetCatalog.list():
         near = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

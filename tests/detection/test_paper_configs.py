@@ -9,12 +9,14 @@ import torch
 pytest.importorskip("detectron2")
 
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torchvision.ops import RoIPool
 
+from resnet_backbone.detection.cli import _adopt
 from resnet_backbone.detection.schedule import scale_schedule
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detection" / "paper"
@@ -53,7 +55,9 @@ def value(cfg, key):
 def test_every_network_has_every_protocol():
     networks = ("VGG_16", "R_50", "R_101", "R_152")
     assert {
-        f"{data}_{net}.yaml" for data in ("voc_07", "voc_07_12", "coco") for net in networks
+        f"{data}_{net}.yaml"
+        for data in ("voc_07", "voc_07_12", "voc_07_12_test12", "coco")
+        for net in networks
     } == {*NAMES}
 
 
@@ -136,3 +140,26 @@ def test_regions_of_little_overlap_are_not_trained_on(make_cfg, small):
     heights = found.proposal_boxes.tensor[:, 3].tolist()
     labels = dict(zip(heights, found.gt_classes.tolist(), strict=True))
     assert labels == {30.0: 20, 90.0: 3, 100.0: 3}
+
+
+def test_vocs_test_set_of_2012(make_cfg, make_voc, monkeypatch):
+    """Detectron2 does not know it: images without annotations, for the server's files."""
+    root = make_voc({"t": []}, folder="VOC2012", split="test")
+    (root / "Annotations" / "t.xml").unlink()
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root.parent))
+    cfg = make_cfg("paper/voc_07_12_test12_R_50.yaml")
+    (name,) = cfg.DATASETS.TEST
+    try:
+        for _ in range(2):
+            _adopt(name, cfg, "refuse")
+            (image,) = DatasetCatalog.get(name)
+            assert (image["image_id"], image["annotations"]) == ("t", [])
+        metadata = MetadataCatalog.get(name)
+        assert (metadata.year, metadata.split, metadata.thing_classes[0]) == (
+            2012,
+            "test",
+            "aeroplane",
+        )
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name)
