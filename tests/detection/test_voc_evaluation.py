@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("detectron2")
 
@@ -283,7 +284,15 @@ def test_real_images_equal_detectron2(data_root, tmp_path, year):
         "detections.json",
         "results",
         "voc_results.json",
+        "voc_results.png",
     ]
+    with Image.open(tmp_path / "voc_results.png") as picture:
+        assert picture.width > 1000
+    errors = saved["errors"]
+    assert [row["class"] for row in errors] == list(VOC_CLASSES)
+    assert sum(row["correct"] for row in errors) > 0
+    counts = {row["class"]: row["ground_truth"] for row in saved["classes"]}
+    assert {row["class"]: row["objects"] for row in errors} == counts
 
 
 def perfect(name):

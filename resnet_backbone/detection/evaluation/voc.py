@@ -18,6 +18,8 @@ from tabulate import tabulate
 
 from ..data.voc import scan_voc
 from .voc_ap import COCO_IOU_THRESHOLDS, evaluate_voc
+from .voc_errors import analyse_errors
+from .voc_plots import draw_voc
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ class VOCEvaluator(DatasetEvaluator):
         Args:
             dataset_name: of `register_voc` or Detectron2's own ("voc_2007_test"); its metadata
                 must have thing_classes, dirname and split.
-            output_dir: gets `voc_results.json`, `detections.json`, and the devkit's files
+            output_dir: gets `voc_results.json`, its picture `voc_results.png` (precision-recall
+                curves, errors by kind), `detections.json`, and the devkit's files
                 `results/VOC<year>/Main/comp4_det_<split>_<class>.txt`; None writes nothing.
             max_dets_per_image: keep only so many best-scored detections of an image.
 
@@ -122,10 +125,12 @@ class VOCEvaluator(DatasetEvaluator):
             )
             return OrderedDict()
         self._warn(predictions, ground_truth)
-        details = summarize(self._dataset_name, numbers)
+        errors = analyse_errors(voc_predictions, ground_truth, self._metadata.thing_classes)
+        details = {**summarize(self._dataset_name, numbers), "errors": errors}
         logger.info("VOC results of %s (%%):\n%s", self._dataset_name, format_table(details))
         if self._output_dir:
             self._write("voc_results.json", details)
+            draw_voc(numbers, errors, os.path.join(self._output_dir, "voc_results.png"))
         bbox = {**details["summary"]}
         bbox.update({f"AP50-{c['class']}": c["AP50"] for c in details["classes"]})
         return OrderedDict(bbox={k: math.nan if v is None else v for k, v in bbox.items()})

@@ -53,14 +53,7 @@ def evaluate_voc(
         ValueError: a detection in an image that is not in `ground_truth`, an image id twice in
             `ground_truth`, a class number out of range, or arrays whose shapes disagree.
     """
-    truth = _flatten(ground_truth, ("classes", "difficult"), len(class_names), "ground truth")
-    found = _flatten(detections, ("classes", "scores"), len(class_names), "detections")
-    _check_image_ids(found["image_ids"], truth["image_ids"])
-    place = {image: number for number, image in enumerate(truth["image_ids"])}
-    numbers = np.array([place[image] for image in found["image_ids"]], dtype=np.int64)
-    found["image"] = numbers[found["image"]]
-    found["iou"], found["match"] = _best_match(found, truth)
-    found["difficult"] = np.append(truth["difficult"], False)[found["match"]]
+    truth, found = read_boxes(detections, ground_truth, class_names)
     thresholds = np.asarray(iou_thresholds, dtype=np.float64)
     # the last row is for the curves, so that they do not depend on what the caller asked for
     all_thresholds = np.append(thresholds, CURVE_IOU)
@@ -92,6 +85,27 @@ def evaluate_voc(
         "precision": precisions,
         "recall": recalls,
     }
+
+
+def read_boxes(detections, ground_truth, class_names) -> tuple[dict, dict]:
+    """The arguments of :func:`evaluate_voc` as tables of all boxes: ground truth, detections.
+
+    Both have boxes (N, 4), image (N,), a place in `ground_truth`, and classes (N,); the first has
+    difficult, the second scores, iou and match of :func:`match_boxes`, and whether that match is
+    difficult.
+
+    Raises:
+        ValueError: as :func:`evaluate_voc`.
+    """
+    truth = _flatten(ground_truth, ("classes", "difficult"), len(class_names), "ground truth")
+    found = _flatten(detections, ("classes", "scores"), len(class_names), "detections")
+    _check_image_ids(found["image_ids"], truth["image_ids"])
+    place = {image: number for number, image in enumerate(truth["image_ids"])}
+    numbers = np.array([place[image] for image in found["image_ids"]], dtype=np.int64)
+    found["image"] = numbers[found["image"]]
+    found["iou"], found["match"] = match_boxes(found, truth)
+    found["difficult"] = np.append(truth["difficult"], False)[found["match"]]
+    return truth, found
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray) -> float:
@@ -192,29 +206,37 @@ def _precision_recall(
     return precision, recall
 
 
-def _best_match(det, gt) -> tuple[np.ndarray, np.ndarray]:
-    """Each detection's highest IoU with its class in its image, and that ground truth's index.
+def match_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Each detection's highest IoU in its image, with its class or with all others.
 
-    The first of several; -inf and -1 where there is none.
+    Args:
+        det, gt: tables with boxes, image and classes.
+
+    Returns:
+        IoU (N,), and the row of that ground truth, the first of several; -inf and -1 where there
+        is none.
     """
     iou = np.full(len(det["boxes"]), -np.inf)
     match = np.full(len(det["boxes"]), -1)
-    classes = 1 + max(gt["classes"].max(initial=0), det["classes"].max(initial=0))
-    wanted, given = (table["image"] * classes + table["classes"] for table in (det, gt))
+    wanted, given = det["image"], gt["image"]
+    if same_class:
+        classes = 1 + max(gt["classes"].max(initial=0), det["classes"].max(initial=0))
+        wanted, given = (table["image"] * classes + table["classes"] for table in (det, gt))
     order = np.argsort(given, kind="stable")
     first, end = (np.searchsorted(given[order], wanted, side) for side in ("left", "right"))
-    rows = np.flatnonzero(end > first)
+    rows = np.repeat(np.arange(len(wanted)), end - first)  # one pair of boxes for each
+    within = np.arange(len(rows)) - np.repeat(np.cumsum(end - first) - (end - first), end - first)
+    columns = order[first[rows] + within]
+    if not same_class:
+        pairs = det["classes"][rows] != gt["classes"][columns]
+        rows, columns = rows[pairs], columns[pairs]
     if not rows.size:
         return iou, match
-    counts = (end - first)[rows]
-    starts = np.cumsum(counts) - counts  # of each row's pairs among all pairs
-    within = np.arange(counts.sum()) - np.repeat(starts, counts)
-    columns = order[np.repeat(first[rows], counts) + within]
-    overlaps = paired_iou(det["boxes"][np.repeat(rows, counts)], gt["boxes"][columns])
-    iou[rows] = np.maximum.reduceat(overlaps, starts)
-    is_best = overlaps >= np.repeat(iou[rows], counts)
+    overlaps = paired_iou(det["boxes"][rows], gt["boxes"][columns])
+    found, starts, counts = np.unique(rows, return_index=True, return_counts=True)
+    iou[found] = np.maximum.reduceat(overlaps, starts)
     # of boxes without an area the IoU is nan: never above a threshold, whatever they match
-    place = np.where(is_best, within, counts.max())
-    place = np.minimum(np.minimum.reduceat(place, starts), counts - 1)
-    match[rows] = columns[starts + place]
+    place = np.where(overlaps >= iou[rows], np.arange(len(rows)), len(rows))
+    place = np.minimum(np.minimum.reduceat(place, starts), starts + counts - 1)
+    match[found] = columns[place]
     return iou, match
