@@ -50,6 +50,7 @@ from resnet_backbone.detection.cli import (
     one_line_errors,
     refuse_frozen_random,
     set_up_data,
+    take_back_overrides,
 )
 
 logger = logging.getLogger("resnet_backbone.detection.train_net")
@@ -65,7 +66,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate MODEL.WEIGHTS; results go to the folder eval inside the run folder",
+        help="evaluate --weights FILE or MODEL.WEIGHTS, without these the run folder's "
+        "model_final.pth; results go to the folder eval inside the run folder",
     )
     parser.add_argument(
         "--weights",
@@ -77,6 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_arguments(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
+    take_back_overrides(args)
     if args.num_gpus > max(1, torch.cuda.device_count()):
         raise UsageError(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()} here")
     return args
@@ -103,6 +106,9 @@ def set_up(args: argparse.Namespace):
     cfg = load_config(args.config_file, args.opts)
     if args.output_dir:
         cfg.OUTPUT_DIR = args.output_dir
+    own = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    if args.eval_only and not args.weights and "MODEL.WEIGHTS" not in args.opts[::2]:
+        cfg.MODEL.WEIGHTS = own if os.path.isfile(own) else cfg.MODEL.WEIGHTS
     if args.eval_only:  # a run's own config and results stay as they are
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "eval")
     last = find_last_checkpoint(cfg.OUTPUT_DIR) if args.resume and not args.eval_only else ""

@@ -141,6 +141,7 @@ def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
             "resnet_backbone.detection.take_over(cfg, cfg.MODEL.WEIGHTS) before the model is built"
         )
     network.input_settings = config_input(cfg)
+    network.weights_preprocessing = backbone_node(cfg).WEIGHTS_PREPROCESSING
     known = origin_input(weights)
     network.origin = None if known is None else (weights, known)
     return in_memory_format(cfg, network)

@@ -124,7 +124,7 @@ class Checkpointer(DetectionCheckpointer):
                     f"MODEL.WEIGHTS {path} holds a backbone or a classifier alone; give a "
                     "checkpoint of a whole detector, such as output/run/model_final.pth"
                 )
-            load_backbone(self.model, backbone_source(path), self.preprocessing)
+            load_backbone(self.model, backbone_source(path), self._named_input())
             self.logger.info(f"Loaded the backbone from {path}")
             return {}
         self._file, self._source, self._starts = file, path, checkpointables is not None
@@ -133,12 +133,17 @@ class Checkpointer(DetectionCheckpointer):
         finally:
             self._parsed_url_during_load = None  # else it could not be used after an error
 
+    def _named_input(self) -> str:
+        """The preprocessing that its maker names, or else the config of the backbone."""
+        known = (network.weights_preprocessing for network in networks(self.model))
+        return self.preprocessing or next(known, "")
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         return self._file.read()
 
     def _load_model(self, checkpoint: dict[str, Any]):
         file: DetectorFile = self._file
-        expected = detector_input(file, self._source, self.preprocessing)
+        expected = detector_input(file, self._source, self._named_input())
         if expected is not None:
             check_input(self.model, expected, self._source)
         checkpoint.pop(PREPROCESSING_KEY, None)

@@ -197,11 +197,26 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> None:
         if name in cfg.DATASETS.TRAIN and not args.eval_only:
             check_annotations(cfg, name, images)
     things, labels = [], []
+    given = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
     if detects_objects(cfg):
         things = _common_classes(cfg, "CLASS_NAMES", "thing_classes")
     if labels_pixels(cfg):
         labels = _common_classes(cfg, "STUFF_CLASS_NAMES", "stuff_classes")
     set_class_counts(cfg, things, labels)
+    for key in ("ROI_HEADS", "RETINANET", "SEM_SEG_HEAD"):
+        count, wanted = cfg.MODEL[key].NUM_CLASSES, given.get(f"MODEL.{key}.NUM_CLASSES")
+        if wanted is not None and str(count) != wanted:
+            raise UsageError(
+                f"MODEL.{key}.NUM_CLASSES {wanted}, but the data have {count} classes: leave it out"
+            )
+
+
+def take_back_overrides(args: argparse.Namespace) -> None:
+    """Gives KEY VALUE pairs behind ``--image-root DIR`` back to the config, in place."""
+    roots = args.image_root or []
+    is_key = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD").fullmatch
+    first = next((i for i, word in enumerate(roots) if i and is_key(word)), len(roots))
+    args.image_root, args.opts = roots[:first] or None, [*roots[first:], *args.opts]
 
 
 def _common_classes(cfg: CfgNode, key: str, kind: str) -> list[str]:

@@ -125,8 +125,12 @@ def refuse_other_input(actual: Preprocessing, expected: Preprocessing, where: st
     wrong = differences(actual, expected)
     if wrong:
         found = ", ".join(f"{key} is {have}" for key, have, _ in wrong)
-        mend = " ".join(f'{key} "{want}"' for key, _, want in wrong)
+        mend = " ".join(f"{key} {_quoted(want)}" for key, _, want in wrong)
         raise WeightsError(f"{where} was trained on other input: {found}; set {mend}")
+
+
+def _quoted(value: Any) -> str:
+    return str(value) if isinstance(value, bool) else f'"{value}"'
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -150,10 +154,12 @@ class StatesInput(nn.Module):
         input_settings: what the config gives the network; None: not known, not checked.
         origin: name and input of ``MODEL.WEIGHTS`` where the name alone says the input: state
             dicts that do not speak for themselves are taken to come from there.
+        weights_preprocessing: the config's ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``.
     """
 
     input_settings: Preprocessing | None = None
     origin: tuple[str, Preprocessing] | None = None
+    weights_preprocessing: str = ""
 
     def check_settings(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
         """Refuses a detector's state dict whose part below `prefix` does not fit this network.

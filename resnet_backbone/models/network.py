@@ -36,6 +36,7 @@ class StagedNetwork(nn.Module):
     def __init__(self, stage_names: Sequence[str], out_features: Iterable[str] | None):
         super().__init__()
         self.features: dict[str, Feature] = {}
+        out_features = [out_features] if isinstance(out_features, str) else out_features
         self.out_features = tuple(out_features or ())
         unknown = [name for name in self.out_features if name not in stage_names]
         if unknown:

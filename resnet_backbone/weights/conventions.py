@@ -152,11 +152,11 @@ def convention_of_content(file: RawFile) -> Preprocessing | None:
         WeightsError: it states something unreadable.
     """
     try:
+        if file.container in ("torch", "pickle") and PREPROCESSING_KEY in file.metadata:
+            return Preprocessing.from_json(file.metadata[PREPROCESSING_KEY])
         for key, value in file.tensors.items():
             if key.endswith(f".{INPUT_SETTINGS}"):
                 return from_tensor(value)
-        if file.container in ("torch", "pickle") and PREPROCESSING_KEY in file.metadata:
-            return Preprocessing.from_json(file.metadata[PREPROCESSING_KEY])
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {one_line(error)}") from error
     if file.container != "torch":

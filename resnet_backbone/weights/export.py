@@ -30,6 +30,7 @@ from resnet_backbone.weights.export_files import (
 )
 from resnet_backbone.weights.export_usage import usage
 from resnet_backbone.weights.files import write_checkpoint
+from resnet_backbone.weights.input_settings import INPUT_SETTINGS, to_tensor
 from resnet_backbone.weights.keymaps import LAYOUTS
 from resnet_backbone.weights.metadata import write_notes
 from resnet_backbone.weights.preprocessing import WeightsError
@@ -237,6 +238,8 @@ def _file_bytes(
     stated = {PREPROCESSING_KEY: checkpoint.preprocessing.to_json()}
     if format == "caffe2":
         return pickle_bytes(tensors, lambda arrays: {"blobs": arrays, **stated})
+    # under the name that our networks in a detector have it: its own loader then checks it too
+    tensors = {**tensors, INPUT_SETTINGS: to_tensor(checkpoint.preprocessing)}
     wrapping = {"__author__": "resnet_backbone", "matching_heuristics": True, **stated}
     if suffix == ".pkl":
         return pickle_bytes(tensors, lambda arrays: {"model": arrays, **wrapping})

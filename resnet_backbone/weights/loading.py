@@ -137,7 +137,9 @@ def fitting_tensors(
         if value.shape != tensors[key].shape:
             raise WeightsError(
                 f"{where}: {key} has shape {tuple(tensors[key].shape)}, "
-                f"this network needs {tuple(value.shape)}" + _difference(model, tensors)
+                f"this network needs {tuple(value.shape)}"
+                + (_classes(tensors[key]) if key == "linear.weight" else "")
+                + _difference(model, tensors)
             )
     left_out = tuple(f"{name}." for name in model.left_out)
     for key in tensors:
@@ -147,6 +149,13 @@ def fitting_tensors(
                 + _difference(model, tensors)
             )
     return {key: tensors[key] for key in own}
+
+
+def _classes(weight: Tensor) -> str:
+    return (
+        f"; build it with num_classes={len(weight)}, load, and put a new layer in place of "
+        "network.linear (a backbone, with out_features, takes files of any classes)"
+    )
 
 
 def _difference(model: StagedNetwork, tensors: Mapping[str, Tensor]) -> str:

@@ -20,6 +20,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from resnet_backbone.weights.architecture import COUNTER
+from resnet_backbone.weights.input_settings import INPUT_SETTINGS
 from resnet_backbone.weights.numpy_records import (
     NUMPY_AND_CONTAINERS,
     ArrayRecord,
@@ -119,12 +120,12 @@ def find_file(path: str | os.PathLike) -> Path:
             if (path / name).is_file():
                 return path / name
         raise WeightsError(f"{path} is a folder with none of {', '.join(FOLDER_FILES)}")
+    if not path.exists():
+        raise WeightsError(f"{path}: no such file; check the path")
     if path.suffix not in SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
         raise WeightsError(
             f"{path}: only {', '.join(SUFFIXES)} files, *{INDEX_SUFFIX} and folders are read here"
         )
-    if not path.exists():
-        raise WeightsError(f"{path}: no such file; check the path")
     if not path.is_file():
         raise WeightsError(f"{path} is no regular file")
     return path
@@ -145,7 +146,9 @@ def _read(suffix: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         loaded, fill = read_torch(data)
     beside = loaded if isinstance(loaded, dict) else {}
     metadata = {key: beside[key] for key in STATED if isinstance(beside.get(key), str)}
-    return _to_tensors(unwrap(loaded), fill, len(data)), metadata
+    tensors = _to_tensors(unwrap(loaded), fill, len(data))
+    tensors.pop(INPUT_SETTINGS, None)  # of a backbone for Detectron2; PREPROCESSING_KEY says it too
+    return tensors, metadata
 
 
 CONTAINERS = {".safetensors": "safetensors", ".pkl": "pickle"} | dict.fromkeys(

@@ -91,14 +91,14 @@ def test_caffe_vgg16(detector, data_root, kind):
         (
             "msra",
             dict(MODEL__RESNETS__STRIDE_IN_1X1=False),
-            'set MODEL.RESNETS.STRIDE_IN_1X1 "True"$',
+            "set MODEL.RESNETS.STRIDE_IN_1X1 True$",
         ),
         ("msra", dict(INPUT__FORMAT="RGB"), 'INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"'),
         ("msra", RGB, r'set INPUT.FORMAT "BGR" MODEL.PIXEL_MEAN "\[103.939, 116.779, 123.68\]" MO'),
         ("msra", dict(MODEL__RESNETS__DEPTH=101), "the first is res4.6.conv1.weight"),
         ("", {}, "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"),
         ("torchvision", {}, 'INPUT.FORMAT is BGR.*set INPUT.FORMAT "RGB"'),
-        ("torchvision", RGB, "STRIDE_IN_1X1 is True; set MODEL.RESNETS.STRIDE_IN_1X1 .False"),
+        ("torchvision", RGB, "STRIDE_IN_1X1 is True; set MODEL.RESNETS.STRIDE_IN_1X1 False"),
         ("caffe", {}, "unknown preprocessing 'caffe': use one of msra"),
     ],
 )
@@ -182,7 +182,7 @@ def test_our_checkpoints_carry_their_preprocessing(detector, tmp_path):
 def test_our_checkpoints_carry_their_stride(detector, tmp_path):
     file, key = "voc/faster_rcnn_R_50_FPN.yaml", "MODEL__RESNETS__STRIDE_IN_1X1"
     Checkpointer(detector(file), str(tmp_path)).save("model")
-    with pytest.raises(WeightsError, match='set MODEL.RESNETS.STRIDE_IN_1X1 "True"'):
+    with pytest.raises(WeightsError, match="set MODEL.RESNETS.STRIDE_IN_1X1 True"):
         Checkpointer(detector(file, **{key: False})).load(str(tmp_path / "model.pth"))
 
 

@@ -1,11 +1,18 @@
 """What the command line refuses: one line that says what to write, and exit status 2."""
 
+import argparse
+
 import pytest
 import torch
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.detection.cli import UsageError, load_config, one_line_errors
+from resnet_backbone.detection.cli import (
+    UsageError,
+    load_config,
+    one_line_errors,
+    take_back_overrides,
+)
 from resnet_backbone.weights import PREPROCESSINGS
 
 QUICKSTART = "quickstart/faster_rcnn_R_18_FPN.yaml"
@@ -41,6 +48,28 @@ def test_one_line_that_says_what_to_write(train_net, overrides, message, tmp_pat
     assert message.split(".*")[0] in lines[-1] and message.split(".*")[-1] in lines[-1]
     assert len([line for line in lines if "error: " in line]) == 1
     assert not any("Traceback" in line for line in lines)
+
+
+def test_another_number_of_classes_than_the_data_have(train_net, tiny_voc, tmp_path):
+    where = ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
+    options = ["--output-dir", tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.WEIGHTS", ""]
+    free = ["MODEL.BACKBONE.FREEZE_AT", "0"]
+    code, lines = train_net(QUICKSTART, *where, *options, *free)
+    assert code == 2 and "NUM_CLASSES 3, but the data have 2 classes: leave it out" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "words, roots, overrides",
+    [
+        (["a", "SEED", "1"], ["a"], ["SEED", "1"]),
+        (["a", "B", "MODEL.WEIGHTS", "x"], ["a", "B"], ["MODEL.WEIGHTS", "x"]),
+        (["a", "b"], ["a", "b"], []),
+    ],
+)
+def test_overrides_behind_image_folders(words, roots, overrides):
+    args = argparse.Namespace(image_root=words, opts=["SOLVER.MAX_ITER", "1"])
+    take_back_overrides(args)
+    assert (args.image_root, args.opts) == (roots, [*overrides, "SOLVER.MAX_ITER", "1"])
 
 
 def test_unknown_config_file(train_net):

@@ -19,13 +19,15 @@ from detectron2.modeling import build_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_backbone.detection import Checkpointer
+from resnet_backbone.detection import Checkpointer, take_over
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.handover import prepare_weights
 from resnet_backbone.detection.inputs import config_input, differences, origin_input
 from resnet_backbone.detection.predictor import Predictor
-from resnet_backbone.weights import Preprocessing, WeightsError
-from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.models import build_model as build_network
+from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.export import export_checkpoint
 from resnet_backbone.weights.input_settings import from_tensor, to_tensor
 from resnet_backbone.weights.reading import read_checkpoint
 
@@ -39,7 +41,7 @@ OTHER_INPUTS = {
         r'is \[123.675, 116.28, 103.53\]; set MODEL.PIXEL_MEAN "\[103.53, 116.28, 123.675\]"',
     ),
     "MODEL.PIXEL_STD": ([58.0] * 3, r'is \[58, 58, 58\]; set MODEL.PIXEL_STD "\[1, 1, 1\]"'),
-    STRIDE: (False, f'{STRIDE} is False; set {STRIDE} "True"'),
+    STRIDE: (False, f"{STRIDE} is False; set {STRIDE} True"),
 }
 
 
@@ -288,6 +290,37 @@ def test_upstreams_checkpointer_refuses_the_zoos_weights(make, tmp_path, monkeyp
         WeightsError, match=r'torchvision/R-50.pkl was .* "\[123.675, 116.28, 103.5'
     ):
         checkpointer.load(f"{cfg.MODEL.WEIGHTS}?matching_heuristics=True")
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_exported_backbones_are_checked_by_upstreams_loader(make, tmp_path, suffix):
+    network = build_network("resnet50", 3)
+    tensors = {k: v for k, v in network.state_dict().items() if not k.endswith("tracked")}
+    spec = ModelSpec("resnet50", 3, {"stride_in_1x1": True})
+    path = tmp_path / f"r50{suffix}"
+    export_checkpoint(Checkpoint(tensors, spec, PREPROCESSINGS["msra"]), path, "detectron2")
+    right = make(R50, MODEL__WEIGHTS=str(path))
+    model = DefaultPredictor(right).model
+    assert torch.equal(
+        model.backbone.bottom_up.stem.conv1.weight.cpu(), tensors["stem.conv1.weight"]
+    )
+    for key, value in ((STRIDE, False), ("INPUT.FORMAT", "RGB")):
+        wrong = right.clone()
+        wrong.merge_from_list([key, value])
+        with pytest.raises(WeightsError, match=f"{key} is {value}"):
+            DefaultPredictor(wrong)
+    assert read_checkpoint(path).preprocessing.same_input(PREPROCESSINGS["msra"])
+
+
+def test_the_configs_name_of_an_input_counts_in_scripts_too(make, tmp_path):
+    """README: take_over, build_model, Checkpointer(model).load."""
+    network, path = build_network("resnet18", 3), tmp_path / "r18.pth"
+    torch.save({f"{k}": v for k, v in network.state_dict().items()}, path)
+    cfg = make(R18, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="torchvision")
+    take_over(cfg, str(path))
+    model = build_model(cfg)
+    Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    assert torch.equal(model.backbone.bottom_up.stem.conv1.weight, network.stem.conv1.weight)
 
 
 def test_set_needs_someone_to_set(make):

@@ -302,10 +302,12 @@ def test_archives_of_another_kind(tmp_path):
 def test_paths_that_are_no_weights(tmp_path):
     with pytest.raises(WeightsError, match="folder with none of model.safetensors"):
         read_tensors(tmp_path)
+    (tmp_path / "x.onnx").touch()
     with pytest.raises(WeightsError, match="x.onnx: only .safetensors, .pth"):
         read_tensors(tmp_path / "x.onnx")
-    with pytest.raises(WeightsError, match="no such file"):
-        read_tensors(tmp_path / "x.pth")
+    for name in ("x.pth", "x"):
+        with pytest.raises(WeightsError, match="no such file"):
+            read_tensors(tmp_path / name)
 
 
 def write_shards(folder) -> None:
