@@ -216,7 +216,7 @@ def take_back_overrides(args: argparse.Namespace) -> None:
     roots = args.image_root or []
     is_key = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD").fullmatch
     first = next((i for i, word in enumerate(roots) if i and is_key(word)), len(roots))
-    args.image_root, args.opts = roots[:first] or None, [*roots[first:], *args.opts]
+    args.image_root, args.opts = roots[:first] or None, [*args.opts, *roots[first:]]
 
 
 def _common_classes(cfg: CfgNode, key: str, kind: str) -> list[str]:

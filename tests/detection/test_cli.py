@@ -69,7 +69,7 @@ def test_another_number_of_classes_than_the_data_have(train_net, tiny_voc, tmp_p
 def test_overrides_behind_image_folders(words, roots, overrides):
     args = argparse.Namespace(image_root=words, opts=["SOLVER.MAX_ITER", "1"])
     take_back_overrides(args)
-    assert (args.image_root, args.opts) == (roots, [*overrides, "SOLVER.MAX_ITER", "1"])
+    assert (args.image_root, args.opts) == (roots, ["SOLVER.MAX_ITER", "1", *overrides])
 
 
 def test_unknown_config_file(train_net):

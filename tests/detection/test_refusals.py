@@ -96,7 +96,7 @@ def test_data_sets_with_other_class_orders_are_refused(make_cfg, tmp_path):
         register_coco(f"refusals:{name}", str(tmp_path / f"{name}.json"), str(tmp_path))
     cfg = make_cfg(CONFIG, DATASETS__TRAIN=("refusals:one",), DATASETS__TEST=("refusals:two",))
     paths = dict(voc_root=None, coco_json=None, sem_seg=None, eval_only=False, bad_data="drop")
-    arguments = type("Arguments", (), paths)()
+    arguments = type("Arguments", (), {"opts": [], **paths})()
     with pytest.raises(UsageError, match="same names in the same order"):
         set_up_data(cfg, arguments)
 

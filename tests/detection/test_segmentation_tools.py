@@ -189,11 +189,14 @@ def test_data_that_do_not_suit_the_model(
     assert code == 2 and lines[-1].startswith("error: ") and words in lines[-1], lines[-1]
 
 
-def test_overrides_behind_the_image_folders_are_explained(train_net, scenes, tmp_path):
+def test_overrides_behind_the_image_folders(train_net, scenes, tmp_path):
     root, labels = data(scenes, "semantic")[:2], data(scenes, "semantic")[2:]
-    words = ["--output-dir", tmp_path, *SMALL, *labels, *root, "SEED", "1"]
-    code, lines = train_net(CONFIGS / "semantic_R_50_FPN.yaml", *words)
-    assert code == 2 and "SEED 1 (KEY VALUE pairs go elsewhere than after these" in lines[-1]
+    words = ["--output-dir", tmp_path, *SMALL, *labels, *root]
+    code, lines = train_net(CONFIGS / "semantic_R_50_FPN.yaml", *words, "SEED", "7")
+    assert code == 0, lines
+    assert "SEED: 7" in (tmp_path / "config.yaml").read_text()
+    code, lines = train_net(CONFIGS / "semantic_R_50_FPN.yaml", *words, "second", "third")
+    assert code == 2 and "second third (KEY VALUE pairs go elsewhere than after these" in lines[-1]
 
 
 def test_label_tool_needs_one_input(capsys):

@@ -211,6 +211,7 @@ def test_contradicting_name_and_other_paths(file, tmp_path):
     with pytest.raises(WeightsError, match="carries its own preprocessing, which is not 'torch"):
         read_weights(path, "torchvision")
     assert read_weights(path, "msra")[1] == MSRA
+    (tmp_path / "x.onnx").touch()
     with pytest.raises(WeightsError, match="only .safetensors, .pth, .* are read here"):
         read_weights(tmp_path / "x.onnx", "msra")
     with pytest.raises(WeightsError, match="no such file"):
