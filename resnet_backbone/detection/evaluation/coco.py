@@ -12,6 +12,7 @@ from detectron2.evaluation import COCOEvaluator
 from tabulate import tabulate
 
 from .coco_ap import TASKS, CocoNumbers, evaluate_coco
+from .warnings import warn_if_empty
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class PerClassCOCOEvaluator(COCOEvaluator):
         if not self._do_evaluation:
             logger.info("%s has no annotations: detections are written, not scored", self._name)
             return
-        self._warn(results)
+        annotated = bool(self._coco_api.dataset["annotations"])
+        warn_if_empty(logger, self._name, bool(results), annotated)
         for task in sorted(tasks):
             numbers = evaluate_coco(
                 self._coco_api.dataset,
@@ -82,16 +84,6 @@ class PerClassCOCOEvaluator(COCOEvaluator):
 
     def _class_names(self) -> dict[int, str]:
         return {one["id"]: one["name"] for one in self._coco_api.dataset["categories"]}
-
-    def _warn(self, results: Sequence[Mapping[str, Any]]) -> None:
-        if not results:
-            logger.warning(
-                "%s: the model detected nothing at all, so AP is 0; is it trained, and does"
-                " MODEL.ROI_HEADS.SCORE_THRESH_TEST let anything through?",
-                self._name,
-            )
-        if not self._coco_api.dataset["annotations"]:
-            logger.warning("%s has no ground truth boxes: AP is nan", self._name)
 
     def _table(self, numbers: CocoNumbers) -> str:
         values = [100 * value for value in numbers.summary.values()]

@@ -17,9 +17,10 @@ from detectron2.utils import comm
 from tabulate import tabulate
 
 from ..data.voc import scan_voc
-from .voc_ap import COCO_IOU_THRESHOLDS, evaluate_voc
-from .voc_errors import analyse_errors
+from .voc_ap import COCO_IOU_THRESHOLDS, read_boxes, score_boxes
+from .voc_errors import count_errors
 from .voc_plots import draw_voc
+from .warnings import warn_if_empty
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,9 @@ class VOCEvaluator(DatasetEvaluator):
         predictions = [image for of_process in gathered for image in of_process]
         ground_truth, annotated = self._load_ground_truth()
         voc_predictions = [{**p, "boxes": p["boxes"] + TO_VOC} for p in predictions]
-        numbers = evaluate_voc(voc_predictions, ground_truth, self._metadata.thing_classes)
+        names = self._metadata.thing_classes
+        tables = read_boxes(voc_predictions, ground_truth, names)
+        numbers = score_boxes(*tables, names)
         folder = "nowhere, for want of output_dir"
         if self._output_dir:
             os.makedirs(self._output_dir, exist_ok=True)
@@ -125,7 +128,7 @@ class VOCEvaluator(DatasetEvaluator):
             )
             return OrderedDict()
         self._warn(predictions, ground_truth)
-        errors = analyse_errors(voc_predictions, ground_truth, self._metadata.thing_classes)
+        errors = count_errors(*tables, names)
         details = {**summarize(self._dataset_name, numbers), "errors": errors}
         logger.info("VOC results of %s (%%):\n%s", self._dataset_name, format_table(details))
         if self._output_dir:
@@ -169,14 +172,9 @@ class VOCEvaluator(DatasetEvaluator):
                 len(ground_truth),
                 min(missed),
             )
-        if not any(len(p["scores"]) for p in predictions):
-            logger.warning(
-                "%s: the model detected nothing at all, so AP is 0; is it trained, and does"
-                " MODEL.ROI_HEADS.SCORE_THRESH_TEST let anything through?",
-                self._dataset_name,
-            )
-        if not any(len(t["classes"]) for t in ground_truth):
-            logger.warning("%s has no ground truth boxes: AP is nan", self._dataset_name)
+        detected = any(len(p["scores"]) for p in predictions)
+        annotated = any(len(t["classes"]) for t in ground_truth)
+        warn_if_empty(logger, self._dataset_name, detected, annotated)
 
     def _to_json(self, predictions) -> list[dict[str, Any]]:
         """Detections in COCO's result format: bbox is [x, y, width, height], 0-based."""

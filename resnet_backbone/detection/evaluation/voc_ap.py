@@ -53,7 +53,18 @@ def evaluate_voc(
         ValueError: a detection in an image that is not in `ground_truth`, an image id twice in
             `ground_truth`, a class number out of range, or arrays whose shapes disagree.
     """
-    truth, found = read_boxes(detections, ground_truth, class_names)
+    return score_boxes(
+        *read_boxes(detections, ground_truth, class_names), class_names, iou_thresholds
+    )
+
+
+def score_boxes(
+    truth: Mapping[str, np.ndarray],
+    found: Mapping[str, np.ndarray],
+    class_names: Sequence[str],
+    iou_thresholds: Sequence[float] = COCO_IOU_THRESHOLDS,
+) -> dict[str, Any]:
+    """:func:`evaluate_voc` for the tables of :func:`read_boxes`."""
     thresholds = np.asarray(iou_thresholds, dtype=np.float64)
     # the last row is for the curves, so that they do not depend on what the caller asked for
     all_thresholds = np.append(thresholds, CURVE_IOU)

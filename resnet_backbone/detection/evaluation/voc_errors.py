@@ -42,7 +42,13 @@ def analyse_errors(
     Raises:
         ValueError: as :func:`.voc_ap.evaluate_voc`.
     """
-    truth, found = read_boxes(detections, ground_truth, class_names)
+    return count_errors(*read_boxes(detections, ground_truth, class_names), class_names)
+
+
+def count_errors(
+    truth: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], class_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """:func:`analyse_errors` for the tables of :func:`.voc_ap.read_boxes`."""
     others, _ = match_boxes(found, truth, same_class=False)
     rows = []
     for class_id, name in enumerate(class_names):
