@@ -39,6 +39,20 @@ DEFAULTS = CfgNode(
         # Training
         "REFERENCE_BATCH": 0,  # batch that BASE_LR, STEPS, MAX_ITER are meant for; 0: no scaling
         "CHANNELS_LAST": True,  # memory format of the convolutions: faster, same results
+        "EPOCHS": 0.0,  # above 0: SOLVER.MAX_ITER is so many passes over the training images
+        "ACCUMULATE": 1,  # parts of SOLVER.IMS_PER_BATCH that go through the network in turn
+        "BEST_METRIC": "",  # TASK/NAME such as bbox/AP50; its best checkpoint: model_best.pth
+        "EARLY_STOP": 0,  # evaluations without a better BEST_METRIC that end a run; 0: never
+        # The paper's improvements (appendix B). Global context is part of the trained head, the
+        # rest belongs to testing.
+        "GLOBAL_CONTEXT": False,  # the whole image's feature beside each region's
+        "TEST": {
+            "BOX_REFINEMENT": False,  # pool again at the regressed boxes, NMS at .3, box voting
+            "SCALES": [],  # short sides, e.g. [200, 400, 600, 800, 1000]: maxout over two of them
+            "FLIP": False,  # the mirrored image too; scores and boxes are averaged
+            "NMS": "hard",  # or soft-NMS (arXiv 1704.04503): linear, gaussian
+            "ENSEMBLE": [],  # run folders of further detectors: proposals and scores united
+        },
     }
 )
 
