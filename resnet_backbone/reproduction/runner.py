@@ -1,0 +1,136 @@
+"""Running steps: each once, in a folder of its own."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from resnet_backbone.reproduction.plan import PlanError
+from resnet_backbone.reproduction.steps import Step
+
+logger = logging.getLogger(__name__)
+
+DONE = "step.json"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Runner:
+    """Runs the steps that are not done; what is done stays.
+
+    A step is done when its folder has a ``step.json``, written after its command. The folder's
+    name has the hash of everything that the result depends on: other inputs lie in another
+    folder, and nothing is overwritten.
+
+    Args:
+        root: of the project: commands run there.
+        output: folder of the steps.
+    """
+
+    def __init__(self, root: Path, output: Path):
+        self.root, self.output = root, output
+
+    def run(self, steps: Sequence[Step], stages: Sequence[str]) -> int:
+        """Runs those of the stages, in order.
+
+        Returns:
+            0, or the exit status of the command that ended otherwise: 75 where it was stopped.
+
+        Raises:
+            PlanError: a step of another stage is needed and not done, another process works in
+                the same folder, a command did not leave its product.
+        """
+        with self._alone() as lock:
+            for number, step in enumerate(steps, 1):
+                if step.stage not in stages or is_done(step):
+                    continue
+                for needed in step.inputs:
+                    if not is_done(needed):
+                        raise PlanError(
+                            f"{step.name} needs {needed.name}: add --stage {needed.stage}"
+                        )
+                status = self._run_one(step, f"{number}/{len(steps)}", lock)
+                if status:
+                    return status
+        return 0
+
+    def _run_one(self, step: Step, place: str, lock: int) -> int:
+        shown = show(step, self.root)
+        logger.info("\n== %s %s\n%s", place, step.name, shown)
+        step.folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        status = run_command(step.words(), self.root, lock)
+        if status:
+            logger.error(
+                "%s ended with status %d; the same command goes on from here", step.name, status
+            )
+            return status
+        if not step.path.exists():
+            raise PlanError(f"{step.name} left no {step.path}; see its output above")
+        content = {
+            "step": step.name,
+            "key": step.key,
+            "command": shown,
+            "inputs": {needed.name: needed.key for needed in step.inputs},
+            "seconds": round(time.monotonic() - started, 1),
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        temporary = step.folder / f"{DONE}.tmp"
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, step.folder / DONE)
+        logger.info("-- %s: %.0f s", step.name, content["seconds"])
+        return 0
+
+    @contextmanager
+    def _alone(self) -> Iterator[int]:
+        self.output.mkdir(parents=True, exist_ok=True)
+        with open(self.output / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise PlanError(
+                    f"another process works in {self.output}: wait for it, or choose another "
+                    "--output"
+                ) from None
+            yield file.fileno()
+
+
+def run_command(words: Sequence[str], root: Path, lock: int) -> int:
+    """Exit status of a tool; signals that ask to stop are passed on, and waited for.
+
+    Args:
+        words: name of the tool, arguments.
+        root: of the project.
+        lock: open file that it holds too: should this process be killed, the lock stays.
+    """
+    # in a session of its own, else a terminal's Ctrl-C would reach it twice
+    command = [sys.executable, str(root / "tools" / words[0]), *words[1:]]
+    process = subprocess.Popen(command, cwd=root, pass_fds=(lock,), start_new_session=True)
+    former = {
+        number: signal.signal(number, lambda number, _: process.send_signal(number))
+        for number in STOP_SIGNALS
+    }
+    try:
+        return process.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def is_done(step: Step) -> bool:
+    return (step.folder / DONE).is_file() and step.path.exists()
+
+
+def show(step: Step, root: Path) -> str:
+    """The command as it would be typed in the folder of the project."""
+    tool, *arguments = (word.replace(f"{root}/", "") for word in step.words())
+    return shlex.join(["python", f"tools/{tool}", *arguments])
