@@ -14,7 +14,9 @@ PACKAGE = "resnet_backbone"
 RANK = {"models": 0, "weights": 1, "builtin": 1, "config": 2, "": 2}
 RANK |= dict.fromkeys(("detection", "adapters", "engine", "data", "report"), 2)
 RANK["deploy"] = 1
+RANK["reproduction"] = 2
 RANK |= {"classification": 3, "benchmark": 3}  # where data and engine meet, and all together
+RANK["comparison"] = 3  # where detection and report meet
 STRANGERS = {"detection", "data", "engine"}  # these do not import one another
 SOURCES = sorted(path for top in (PACKAGE, "tools", "tests") for path in (ROOT / top).rglob("*.py"))
 IN_PACKAGE = [path for path in SOURCES if path.relative_to(ROOT).parts[0] == PACKAGE]

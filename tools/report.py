@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -67,6 +68,19 @@ examples:
 Runs of the same network and recipe make one row, mean and standard deviation over their seeds.
 Runs shorter than the published recipe are marked. Below the tables stand the command, hardware
 and date of every run."""
+
+DETECTION_EPILOG = """\
+examples:
+  python tools/report.py detection --run output/vgg16_fpn --run output/r50_fpn \\
+      --output docs/results/detection.md
+  python tools/report.py detection --run output/vgg_seed* output/r50_seed* --voc-root VOC2007 \\
+      --rows output/improvements/results.json --output detection.md
+
+Runs that differ in their seeds alone make one row; a folder of seeds (tools/train_net.py --seeds)
+stands for all of them. Each ResNet is compared with the VGG of the same head, data and schedule:
+the gain with its standard error, per class, curves, errors by kind, and pictures of what one of
+them finds and the other misses. Pictures go to the folder that has the file's name without .md.
+Curves and pictures need the images: --voc-root, where the runs' own is elsewhere."""
 
 
 def split_label(text: str) -> tuple[str, str]:
@@ -157,6 +171,21 @@ def table(args: argparse.Namespace) -> None:
     print(text, path, sep="")
 
 
+def detection(args: argparse.Namespace) -> None:
+    from resnet_backbone.comparison import write_detection_report  # needs Detectron2
+
+    write_detection_report(
+        [folder for group in args.runs for folder in group],
+        args.output,
+        voc_root=args.voc_root,
+        rows_files=args.rows,
+        note=args.note,
+        score=args.score,
+        command=args.command_line,
+    )
+    print(args.output)
+
+
 def add_curves(commands) -> None:
     parser = commands.add_parser(
         "curves",
@@ -243,18 +272,80 @@ def add_table(commands) -> None:
     parser.set_defaults(run=table)
 
 
+def markdown_file(text: str) -> str:
+    if not text.endswith(".md"):
+        raise argparse.ArgumentTypeError(f"{text} has no suffix .md")
+    return text
+
+
+def score_threshold(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no score between 0 and 1")
+    return value
+
+
+def add_detection(commands) -> None:
+    parser = commands.add_parser(
+        "detection",
+        help="report detection runs: the gain over VGG-16, published numbers, plots, pictures",
+        description="Write a Markdown report of detection runs, with plots and pictures.",
+        epilog=DETECTION_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--run",
+        dest="runs",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="run folders of tools/train_net.py, or folders of seeds; may be given several times",
+    )
+    parser.add_argument("--output", required=True, type=markdown_file, metavar="FILE.md")
+    parser.add_argument(
+        "--voc-root",
+        metavar="DIR",
+        help="folder of the test set (default: as in the runs' commands)",
+    )
+    parser.add_argument(
+        "--rows",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="results.json of tools/evaluate_detector.py: the improvements in testing; may be"
+        " given several times",
+    )
+    parser.add_argument(
+        "--note", default="", metavar="TEXT", help="a paragraph to add, such as where data are from"
+    )
+    parser.add_argument(
+        "--score",
+        type=score_threshold,
+        default=0.5,
+        metavar="S",
+        help="detections in the pictures have at least this score (default: %(default)s)",
+    )
+    parser.set_defaults(run=detection)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_curves, add_responses, add_table):
+    for add in (add_curves, add_responses, add_table, add_detection):
         add(commands)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(words)
+    args.command_line = shlex.join(["python", "tools/report.py", *words])
     try:
         args.run(args)
     except (OSError, ValueError) as error:

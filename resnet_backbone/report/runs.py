@@ -74,14 +74,18 @@ def load_run(folder: str | os.PathLike) -> Run:
         )
     return Run(
         folder.resolve(),
-        _read(folder / CONFIG, yaml.safe_load),
-        _read(folder / RESULTS, json.loads),
+        read_table(folder / CONFIG) if (folder / CONFIG).is_file() else {},
+        read_table(folder / RESULTS) if (folder / RESULTS).is_file() else {},
     )
 
 
-def _read(path: Path, parse) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def read_table(path: Path) -> dict[str, Any]:
+    """Content of a JSON or YAML file that is a table of keys.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    parse = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:

@@ -206,7 +206,7 @@ def _provenance(run: Run) -> str:
         _command(results.get("command")),
         results.get("evaluated_on") and f"evaluated on {results['evaluated_on']}",
         results.get("hours") and f"{results['hours']:.1f} h",
-        _hardware(results.get("hardware")),
+        hardware_text(results.get("hardware")),
         results.get("date"),
     ]
     return f"- {run.network.title}{seed}: " + "; ".join(str(fact) for fact in facts if fact)
@@ -221,7 +221,8 @@ def _command(command: str | None) -> str:
     return f"`{'python ' if script.startswith('tools/') else ''}{script}`"
 
 
-def _hardware(hardware: Mapping[str, Any] | str | None) -> str:
+def hardware_text(hardware: Mapping[str, Any] | str | None) -> str:
+    """The GPU, or the CPU with its threads, of a result's "hardware"; "" where there is none."""
     if not isinstance(hardware, Mapping):
         return str(hardware or "")
     if hardware.get("gpu"):

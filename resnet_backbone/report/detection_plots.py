@@ -1,0 +1,245 @@
+"""Pictures of detection results: gain per class, curves, errors by kind, losses, time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from resnet_backbone.report.curves import LOSS, smooth
+from resnet_backbone.report.detector_gain import Gain
+from resnet_backbone.report.detector_runs import DetectorGroup
+from resnet_backbone.report.picture import COLORS
+
+OURS, REFERENCE = COLORS[0], COLORS[1]  # the first ResNet and the first VGG, in every picture
+
+
+def detector_colors(groups: Sequence[DetectorGroup]) -> dict[str, str]:
+    """A colour for each detector's label, the same in every picture."""
+    others = [color for color in COLORS if color not in (OURS, REFERENCE)]
+    colors = {}
+    for group in groups:
+        first = REFERENCE if group.first.family == "VGG" else OURS
+        free = [color for color in (first, *others) if color not in colors.values()]
+        colors[group.label] = free[0] if free else first
+    return colors
+
+
+class Curves(NamedTuple):
+    """Interpolated precision of one detector's runs, 0..1.
+
+    Attributes:
+        label, color: of the detector.
+        precision: (runs, classes, R) at R levels of recall from 0 to 1; nan for classes without
+            ground truth.
+    """
+
+    label: str
+    color: str
+    precision: np.ndarray
+
+
+def plot_class_gains(gains: Sequence[Gain]) -> Figure:
+    """A bar for the gain of each class, largest first, a dot for each pair of runs."""
+    figure = Figure(figsize=(8, 1.2 + 0.27 * _class_count(gains[0])), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(gains)))
+    figure.set_size_inches(2.5 + 5.5 * len(gains), figure.get_figheight())
+    for axes, gain in zip(panels, gains, strict=True):
+        _draw_class_gains(axes, gain)
+    return figure
+
+
+def _class_count(gain: Gain) -> int:
+    return len(gain.ours.first.classes)
+
+
+def _draw_class_gains(axes: Axes, gain: Gain) -> None:
+    found = {name: gain.of_class(name) for name in gain.ours.first.classes}
+    shown = sorted((-d.mean, name) for name, d in found.items() if d is not None)
+    names = [name for _, name in shown]
+    means = [-mean for mean, _ in shown]
+    axes.barh(names, means, color=[OURS if m >= 0 else REFERENCE for m in means], alpha=0.6)
+    pairs = [gain.class_pairs(name) for name in names]
+    if max(map(len, pairs), default=0) > 1:
+        for row, values in enumerate(pairs):
+            axes.plot(values, [row] * len(values), "o", color="black", markersize=2.5, alpha=0.6)
+    overall = gain.of(gain.ours.first.class_metric)
+    if overall is not None:
+        text = f"mean {overall.mean:+.2f}"
+        axes.axvline(overall.mean, color="black", linewidth=1, linestyle="--", label=text)
+        axes.legend(fontsize="small", loc="lower right")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", labelsize="small", length=0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(f"{gain.ours.first.class_metric}, points")
+    axes.set_title(gain.label, fontsize="medium")
+
+
+def plot_mean_curves(curves: Sequence[Curves]) -> Figure:
+    """Mean over the classes of the interpolated precision, thin for each run, bold their mean."""
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for one in curves:
+        _draw_curves(axes, np.nanmean(one.precision, axis=1), one.color, one.label)
+    _finish_curves(axes, 0.2)
+    axes.set_xlabel("recall")
+    axes.set_ylabel("precision, interpolated, mean over classes")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def plot_class_curves(curves: Sequence[Curves], class_names: Sequence[str]) -> Figure:
+    """The interpolated precision of every class in a panel of its own."""
+    known = ~np.isnan(curves[0].precision).all(axis=(0, 2))
+    shown = [i for i in range(len(class_names)) if known[i]]
+    columns = min(5, max(1, len(shown)))
+    rows = max(1, math.ceil(len(shown) / columns))
+    figure = Figure(figsize=(2.1 * columns, 1.8 * rows + 0.5), layout="constrained")
+    panels = np.ravel(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False))
+    for axes, index in zip(panels, shown, strict=False):
+        for one in curves:
+            _draw_curves(axes, one.precision[:, index], one.color, one.label)
+        _finish_curves(axes, 0.5)
+        axes.set_title(class_names[index], fontsize="small", pad=3)
+        axes.tick_params(labelsize="x-small")
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    figure.supxlabel("recall", fontsize="small")
+    figure.supylabel("precision, interpolated", fontsize="small")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(curves), fontsize="small")
+    return figure
+
+
+def _draw_curves(axes: Axes, runs: np.ndarray, color: str, label: str) -> None:
+    recall = np.linspace(0, 1, runs.shape[-1])
+    if len(runs) > 1:
+        axes.plot(recall, runs.T, color=color, linewidth=0.6, alpha=0.5)
+    axes.plot(recall, runs.mean(axis=0), color=color, linewidth=1.8, label=label)
+
+
+def _finish_curves(axes: Axes, step: float) -> None:
+    ticks = np.arange(0, 1.01, step)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=ticks, yticks=ticks)
+    axes.grid(alpha=0.3)
+
+
+def error_shares(errors: Sequence[Mapping]) -> dict[str, float]:
+    """Errors of one run by kind, summed over the classes, in percent of the objects.
+
+    Args:
+        errors: a row for each class: class, objects, and a count for each kind.
+    """
+    objects = sum(row["objects"] for row in errors)
+    kinds = [key for key in (errors[0] if errors else ()) if key not in ("class", "objects")]
+    return {kind: 100 * sum(row[kind] for row in errors) / max(1, objects) for kind in kinds}
+
+
+def plot_errors_by_kind(
+    shares: Mapping[str, Sequence[Mapping[str, float]]], colors: Mapping[str, str]
+) -> Figure:
+    """Kinds of errors beside each other: bars are means over the runs, dots single runs.
+
+    Args:
+        shares: detector -> for each run the result of :func:`error_shares`.
+        colors: of :func:`detector_colors`.
+    """
+    kinds = list(next(iter(shares.values()))[0])
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(shares)
+    for number, (label, runs) in enumerate(shares.items()):
+        places = np.arange(len(kinds)) - 0.4 + width * (number + 0.5)
+        values = np.array([[run[kind] for kind in kinds] for run in runs])
+        means = values.mean(axis=0)
+        axes.bar(places, means, 0.94 * width, color=colors[label], alpha=0.65, label=label)
+        for place, mean, top in zip(places, means, values.max(axis=0), strict=True):
+            where = dict(xytext=(0, 4), textcoords="offset points", ha="center")
+            axes.annotate(f"{mean:.1f}", (place, top), fontsize="x-small", **where)
+        if len(runs) > 1:
+            for row in values:
+                axes.plot(places, row, "o", color="black", markersize=2.5, alpha=0.6)
+    axes.set_xticks(range(len(kinds)), [_kind_text(kind) for kind in kinds])
+    axes.set_ylabel("% of the objects")
+    axes.margins(y=0.12)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _kind_text(kind: str) -> str:
+    return "missed\n(any score)" if kind == "missed" else kind
+
+
+def plot_losses(groups: Sequence[DetectorGroup], colors: Mapping[str, str]) -> Figure | None:
+    """Training losses, smoothed over a twentieth of the run; None where no run kept any."""
+    metrics = {group.label: [run.metrics() for run in group.runs] for group in groups}
+    names = {name for runs in metrics.values() for one in runs for name in one}
+    parts = sorted(name for name in names if name.startswith("loss_"))
+    shown = [LOSS, *parts] if LOSS in names else parts
+    if not shown:
+        return None
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.4), layout="constrained")
+    panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axes, name in zip(panels, shown, strict=False):
+        for label, runs in metrics.items():
+            _draw_losses(axes, [one[name] for one in runs if name in one], colors[label], label)
+        axes.set_title(name.replace("_", " "), fontsize="small")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize="small")
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    figure.supxlabel("iteration", fontsize="small")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(groups), fontsize="small")
+    return figure
+
+
+def _draw_losses(axes: Axes, runs, color: str, label: str) -> None:
+    for number, (iterations, values) in enumerate(runs):
+        smoothed = smooth(values, max(1, len(values) // 20))
+        width = 1.6 if len(runs) == 1 else 1.0
+        name = label if number == 0 else None
+        axes.plot(iterations, smoothed, color=color, linewidth=width, alpha=0.85, label=name)
+
+
+class Point(NamedTuple):
+    """A detector in the picture of accuracy and time."""
+
+    label: str
+    seconds: float  # per image
+    ap50: float  # percent
+    spread: float | None = None
+    color: str = "0.35"
+
+
+def plot_accuracy_and_time(points: Sequence[Point]) -> Figure:
+    """AP50 against seconds per image, each point named."""
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for point in points:
+        error = None if point.spread is None else [point.spread]
+        axes.errorbar([point.seconds], [point.ap50], error, fmt="o", color=point.color, capsize=3)
+        axes.annotate(
+            point.label,
+            (point.seconds, point.ap50),
+            xytext=(6, 5),
+            textcoords="offset points",
+            fontsize="small",
+        )
+    axes.set_xlim(0, 1.25 * max(point.seconds for point in points))
+    axes.margins(y=0.2)
+    axes.set_xlabel("seconds per image")
+    axes.set_ylabel("AP50 (%)")
+    axes.grid(alpha=0.3)
+    return figure

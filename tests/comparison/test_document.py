@@ -1,0 +1,165 @@
+"""The report of made-up runs, through the command line."""
+
+import importlib.util
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from resnet_backbone.comparison import document, sheet
+
+PROJECT = Path(__file__).resolve().parents[2]
+PICTURES = {
+    "gain_per_class.png",
+    "precision_recall.png",
+    "precision_recall_classes.png",
+    "errors.png",
+    "losses.png",
+}
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """The module tools/report.py."""
+    spec = importlib.util.spec_from_file_location("report_tool", PROJECT / "tools" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def runs(make_run):
+    """Three runs of a better ResNet and two of a VGG."""
+    found = [make_run("r50", seed, 0.95) for seed in (1, 2, 3)]
+    return [str(path) for path in (*found, *(make_run("vgg", seed, 0.4) for seed in (1, 2)))]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Plots are made but not drawn, which takes most of the time."""
+    monkeypatch.setattr(document, "save_png", lambda figure, path: path.write_bytes(b""))
+
+
+def report(tool, runs, output, *options) -> int:
+    return tool.main(["detection", "--run", *runs, "--output", str(output), *options])
+
+
+def listing(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_report(tool, runs, tmp_path):
+    output = tmp_path / "docs" / "detection.md"
+    note = ["--note", "Cut from VOC.", "--score", "0.4"]
+    assert report(tool, runs, output, *note) == 0
+    text = output.read_text()
+    assert listing(output.parent) == {"detection.md", "detection"}
+    assert listing(output.with_suffix("")) == PICTURES | {"misses_R-50-FPN.jpg"}
+    shown = set(re.findall(r"!\[[^]]*\]\(detection/([^)]+)\)", text))
+    assert shown == listing(output.with_suffix(""))
+    ap50 = {}
+    for run in runs:
+        content = json.loads((Path(run) / "results.json").read_text())
+        ap50.setdefault(Path(run).name[:3], []).append(content["results"]["bbox"]["AP50"])
+    gain = sum(ap50["r50"]) / 3 - sum(ap50["vgg"]) / 2
+    assert gain > 5 and f"**{gain:.2f} points of AP50 above** VGG-16-FPN (3 and 2 runs;" in text
+    assert "\n\nCut from VOC.\n\n" in text
+    assert re.search(r"Of \d+ objects, R-50-FPN finds \d+ that VGG-16-FPN misses; the other", text)
+    assert "`python tools/train_net.py --voc-root VOC2007 --test-set test SEED 2`" in text
+    assert str(tmp_path) not in text
+    assert "Seconds per image: not measured for VGG-16-FPN, R-50-FPN." in text
+
+
+def test_seconds_and_rows(quick, tool, make_run, tmp_path):
+    runs = [str(make_run("r50", 1, seconds_per_image=0.5)), str(make_run("vgg", 1))]
+    rows = tmp_path / "rows.json"
+    row = {"name": "baseline", "results": {"bbox": {"AP50": 20.0}}, "seconds_per_image": 0.7}
+    rows.write_text(json.dumps({"rows": [row]}))
+    output = tmp_path / "r.md"
+    assert report(tool, runs, output, "--rows", str(rows)) == 0
+    text = output.read_text()
+    assert "| baseline | 20.00 | 0.7 | 48.4 / 27.2 | - |" in text
+    assert "(r/accuracy_time.png)" in text and "not measured for VGG-16-FPN." in text
+
+
+def test_without_images_the_rest_is_there(quick, tool, runs, voc, tmp_path):
+    shutil.rmtree(voc)
+    output = tmp_path / "r.md"
+    assert report(tool, runs, output) == 0
+    text = output.read_text()
+    assert listing(output.with_suffix("")) == {"gain_per_class.png", "errors.png", "losses.png"}
+    assert len(re.findall(r"^No (curves|pictures): the images of test:test", text, re.M)) == 2
+
+
+def test_a_single_detector(quick, tool, runs, tmp_path):
+    output = tmp_path / "r.md"
+    assert report(tool, runs[:3], output) == 0
+    text = output.read_text()
+    assert "No VGG and ResNet of the same head, data and schedule." in text
+    assert "No pictures: they need a VGG and a ResNet" in text
+
+
+def test_coco_has_tables_but_no_curves(quick, tool, make_run, tmp_path):
+    runs = []
+    for network, value in (("r50", 3.0), ("vgg", 4.5)):
+        bbox = {"AP": value, "AP50": 2 * value, "APs": 1.0, "AP-cat": value, "AP-dog": value}
+        runs.append(make_run(network, 1, results={"bbox": bbox}))
+        (runs[-1] / "inference/test:test/voc_results.json").unlink()
+    output = tmp_path / "r.md"
+    assert report(tool, map(str, runs), output) == 0
+    text = output.read_text()
+    assert "R-50-FPN is **3.00 points of AP50 below** VGG-16-FPN" in text
+    assert "## AP per class" in text and "| cat | 4.50 | 3.00 | −1.50 |" in text
+    assert text.count(": they need runs on a single test set in VOC layout.") == 2
+    assert "Not measured: a run has no errors" in text
+
+
+def test_all_or_nothing(tool, runs, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "docs" / "r.md"
+    output.parent.mkdir()
+    output.write_text("before")
+    monkeypatch.setattr(document, "save_png", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    assert report(tool, runs, output) == 1
+    assert "error: full" in capsys.readouterr().err
+    assert listing(output.parent) == {"r.md"} and output.read_text() == "before"
+
+
+def test_pictures_of_an_earlier_report_go(quick, tool, runs, voc, tmp_path):
+    output = tmp_path / "r.md"
+    assert report(tool, runs, output) == 0
+    (output.with_suffix("") / "own.txt").write_text("kept")
+    shutil.rmtree(voc)
+    assert report(tool, runs, output) == 0
+    shown = set(re.findall(r"\(r/([^)]+)\)", output.read_text()))
+    assert listing(output.with_suffix("")) == shown | {"own.txt"}
+
+
+def test_errors_take_one_line(quick, tool, runs, tmp_path, capsys):
+    output = tmp_path / "r.md"
+    twice = tmp_path / "again"
+    shutil.copytree(runs[0], twice)
+    for given, message in (
+        ([*runs, str(twice)], "the same recipe and seed 1"),
+        ([str(tmp_path)], "has no results.json"),
+    ):
+        assert report(tool, given, output) == 1
+        captured = capsys.readouterr().err.strip().splitlines()
+        assert message in captured[-1] and captured[-1].startswith("error: ")
+        assert not output.exists()
+    for bad in (["--score", "2"], ["--output", "x.txt"]):
+        with pytest.raises(SystemExit, match="2"):
+            tool.main(["detection", "--run", runs[0], "--output", str(output), *bad])
+
+
+def test_sheets_stay_small():
+    noise = Image.effect_noise((1600, 1200), 90).convert("RGB")
+    content = sheet._compress(noise)
+    assert len(content) < sheet.MAX_BYTES
+    with Image.open(io.BytesIO(content)) as picture:
+        assert picture.format == "JPEG" and picture.width < 1600
+    plain = sheet._compress(Image.new("RGB", (1600, 1200)))
+    assert Image.open(io.BytesIO(plain)).size == (1600, 1200)

@@ -1,0 +1,179 @@
+"""Detections beside the ground truth: curves and misses against loops over the boxes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from resnet_backbone.comparison.evidence import (
+    NoEvidence,
+    interpolated_precision,
+    load_evidence,
+    load_truth,
+)
+from resnet_backbone.comparison.misses import find_misses, object_scores, select_misses
+from resnet_backbone.report.detector_runs import load_detector_run
+
+
+def load(folder):
+    run = load_detector_run(folder)
+    truth = load_truth(run)
+    return truth, load_evidence(run, truth)
+
+
+def iou(a, b) -> float:
+    """Of boxes in inclusive pixels."""
+    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+def matches(truth, folder, class_id):
+    """(score, image, place in it or None) of a class's detections, best first."""
+    rows = json.loads((folder / "inference/test:test/detections.json").read_text())
+    images = {image["image_id"]: image for image in truth.images}
+    found = []
+    for row in rows:
+        if row["category_id"] != class_id:
+            continue
+        x, y, width, height = row["bbox"]
+        box, image = (x + 1, y + 1, x + width, y + height), images[row["image_id"]]
+        overlaps = [
+            (iou(box, other), -place)
+            for place, other in enumerate(image["boxes"])
+            if image["classes"][place] == class_id
+        ]
+        best, place = max(overlaps, default=(0.0, 0))
+        found.append((row["score"], row["image_id"], -place if best > 0.5 else None))
+    return sorted(found, key=lambda entry: -entry[0])
+
+
+def curve_by_loop(truth, folder, class_id, levels) -> list[float]:
+    images = {image["image_id"]: image for image in truth.images}
+    objects = sum(
+        1
+        for image in truth.images
+        for kind, hard in zip(image["classes"], image["difficult"], strict=True)
+        if kind == class_id and not hard
+    )
+    taken, right, wrong, points = set(), 0, 0, []
+    for _, image, place in matches(truth, folder, class_id):
+        if place is not None and images[image]["difficult"][place]:
+            pass
+        elif place is None or (image, place) in taken:
+            wrong += 1
+        else:
+            taken.add((image, place))
+            right += 1
+        if right + wrong:
+            points.append((right / objects, right / (right + wrong)))
+    return [max((p for r, p in points if r >= level), default=0.0) for level in levels]
+
+
+def test_curves_equal_a_loop(make_run):
+    folder = make_run("r50", 1, 0.7)
+    truth, evidence = load(folder)
+    levels = np.linspace(0, 1, 21)
+    curves = interpolated_precision(evidence.numbers, 21)
+    for class_id in range(3):
+        expected = curve_by_loop(truth, folder, class_id, levels)
+        assert curves[class_id].tolist() == pytest.approx(expected)
+    assert 0 < curves.mean() < 1
+
+
+def test_boxes_are_vocs_pixels(make_run):
+    folder = make_run("r50", 1)
+    _, evidence = load(folder)
+    rows = json.loads((folder / "inference/test:test/detections.json").read_text())
+    x, y, width, height = rows[0]["bbox"]  # 0-based, the right and lower side exclusive
+    assert evidence.found["boxes"][0] == pytest.approx([x + 1, y + 1, x + width, y + height])
+
+
+def test_a_class_without_objects_has_no_curve():
+    recall = [np.array([0.5, 1.0]), np.array([np.nan])]
+    precision = [np.array([1.0, 0.4]), np.array([0.0])]
+    numbers = {"recall": recall, "precision": precision, "num_ground_truth": np.array([2, 0])}
+    curves = interpolated_precision(numbers, 3)
+    assert curves[0].tolist() == [1.0, 1.0, 0.4] and np.isnan(curves[1]).all()
+
+
+def misses_by_loop(truth, finder, other, score) -> dict[tuple[str, int], float]:
+    """(image, place) -> gap, by the rule that the report states."""
+    best = {}
+    for folder in (*finder, *other):
+        best[folder] = {}
+        for class_id in range(3):
+            for value, image, place in matches(truth, folder, class_id):
+                key = image, place
+                best[folder][key] = max(value, best[folder].get(key, 0.0))
+    gaps = {}
+    for image in truth.images:
+        for place, hard in enumerate(image["difficult"]):
+            key = image["image_id"], place
+            mine = [best[folder].get(key, 0.0) for folder in finder]
+            theirs = [best[folder].get(key, 0.0) for folder in other]
+            found = sum(value >= score for value in mine)
+            if not hard and 2 * found > len(mine) and not any(v >= score for v in theirs):
+                gaps[key] = sum(mine) / len(mine) - max(theirs)
+    return gaps
+
+
+@pytest.mark.parametrize("score", [0.3, 0.6])
+def test_misses_equal_a_loop(make_run, score):
+    finder = [make_run("r50", seed, 0.95) for seed in (1, 2, 3)]
+    other = [make_run("vgg", seed, 0.4) for seed in (1, 2)]
+    truth, _ = load(finder[0])
+    runs = [[load(folder)[1] for folder in group] for group in (finder, other)]
+    gaps = find_misses(*runs, score)
+    table = runs[0][0].truth
+    starts = np.searchsorted(table["image"], table["image"])
+    found = {
+        (truth.images[table["image"][row]]["image_id"], row - starts[row]): gaps[row]
+        for row in np.flatnonzero(~np.isnan(gaps))
+    }
+    expected = misses_by_loop(truth, finder, other, score)
+    assert found == pytest.approx(expected) and len(expected) > 2
+    selected = select_misses(*runs, 10, score)
+    seen, wanted = set(), []  # one of a class and of an image, largest gap first
+    images = {image["image_id"]: image for image in truth.images}
+    for (image, place), gap in sorted(expected.items(), key=lambda item: -item[1]):
+        kind = images[image]["classes"][place]
+        if not {("class", kind), ("image", image)} & seen:
+            seen |= {("class", kind), ("image", image)}
+            wanted.append(gap)
+    assert [miss.gap for miss in selected] == pytest.approx(wanted)
+    assert len(select_misses(*runs, 1, score)) == 1
+    for miss in selected:
+        assert object_scores(runs[0][miss.run])[miss.row] >= score
+
+
+def test_other_annotations_are_refused(make_run, voc):
+    folder = make_run("r50", 1)
+    for xml in sorted((voc / "Annotations").iterdir())[:4]:
+        xml.write_text(xml.read_text().replace("<object>", "<object><difficult>1</difficult>"))
+    with pytest.raises(ValueError, match="gives AP50 .* give the --voc-root"):
+        load(folder)
+
+
+def test_what_is_missing_is_named(make_run, voc, tmp_path, monkeypatch):
+    folder = make_run("r50", 1)
+    run = load_detector_run(folder)
+    truth = load_truth(run)
+    with pytest.raises(NoEvidence, match="no folder /nowhere"):
+        load_truth(run, "/nowhere")
+    assert load_truth(run, str(voc)).num_boxes == truth.num_boxes == 48
+    (folder / "inference/test:test/detections.json").write_text("[{}]")
+    with pytest.raises(ValueError, match=r"detections\.json is damaged"):
+        load_evidence(run, truth)
+    (folder / "inference/test:test/detections.json").unlink()
+    with pytest.raises(NoEvidence, match=r"r50_s1 has no detections\.json"):
+        load_evidence(run, truth)
+    run.results["command"] = "python tools/train_net.py"
+    with pytest.raises(NoEvidence, match="give their folder with --voc-root"):
+        load_truth(run)
+    run.results["test"] = ["voc_2007_test"]  # Detectron2's own name
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(voc.parent))
+    assert load_truth(run).num_boxes == 48

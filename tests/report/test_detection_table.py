@@ -1,0 +1,216 @@
+"""Tables of detection results and their provenance."""
+
+import json
+
+import pytest
+
+from resnet_backbone.report.detection_table import (
+    class_section,
+    improvements_section,
+    load_rows,
+    published_section,
+    reductions,
+    results_section,
+)
+from resnet_backbone.report.detector_gain import find_gains
+from resnet_backbone.report.detector_provenance import (
+    clean_command,
+    provenance_section,
+    rows_provenance,
+)
+from resnet_backbone.report.detector_runs import group_runs, load_detector_runs
+from resnet_backbone.report.published_detection import (
+    IMPROVEMENTS,
+    PUBLISHED,
+    VOC_CLASSES,
+    published_gain,
+)
+
+# Typed from the paper's Tables 7, 8 and 9, not read from the package.
+PAPER = {("voc", 16): 73.2, ("voc", 101): 76.4, ("coco", 16): 21.2, ("coco", 101): 27.2}
+TABLE_9 = [
+    ((48.4, 27.2), None),
+    ((49.9, 29.9), None),
+    ((51.1, 30.0), (53.3, 32.2)),
+    ((53.8, 32.5), (55.7, 34.9)),
+    (None, (59.0, 37.4)),
+]
+TF = {("voc", 16): 75.7, ("voc", 101): 79.8, ("coco", 16): 30.2, ("coco", 152): 36.1}
+
+
+def test_published_numbers():
+    found = {(p.task, p.depth): p.paper.value for p in PUBLISHED if p.paper}
+    assert found == PAPER
+    found = {(p.task, p.depth): p.public for p in PUBLISHED}
+    assert {k: n.value for k, n in found.items() if "tf-faster-rcnn" in n.source} == TF
+    assert [(row.val, row.test_dev) for row in IMPROVEMENTS] == TABLE_9
+    assert all(n.data and n.source for p in PUBLISHED for n in (p.paper, p.public) if n)
+    for task, gains in {"voc": (3.2, 4.1), "coco": (6.0, 5.2)}.items():
+        assert tuple(number.value for number in published_gain(task)) == gains
+
+
+def cells(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.fixture
+def voc_groups(make_detector):
+    """Groups of a ResNet-50 with AP50 30, 32, 34 and a VGG-16 with 20, 23 of VOC's classes."""
+    made = [("r", s, v, False) for s, v in enumerate((30.0, 32.0, 34.0))]
+    made += [("v", s, v, True) for s, v in enumerate((20.0, 23.0))]
+    folders = []
+    for name, seed, value, vgg in made:
+        classes = dict.fromkeys(VOC_CLASSES, value)
+        folders.append(make_detector(f"{name}{seed}", seed, classes, vgg))
+        (folders[-1] / "log.txt").write_text(
+            "data set test:test: 800 images, 2411 boxes\n"
+            "data set train:train: 2400 images, 5765 boxes\n"
+            "PyTorch                 2.1.0 @/home/me/torch\n"
+            "detectron2              0.6 @/home/me/detectron2\n"
+            "  - CPU capability usage: AVX512\n"
+        )
+        (folders[-1] / "events.out.tfevents.1735819200.host.1.0").write_text("")
+    return group_runs(load_detector_runs(folders))
+
+
+def test_results(voc_groups):
+    header, _, vgg, resnet, gain = cells(results_section(voc_groups, find_gains(voc_groups)))
+    assert header[4:] == ["AP50", "AP50, 11-point", "AP", "AP75"]
+    assert vgg[:4] == ["VGG-16-FPN (reduced)", "vgg.pth", "0, 1", "600"]
+    assert vgg[4] == "21.50 ± 2.12" and resnet[4:6] == ["32.00 ± 2.00", "33.00 ± 2.00"]
+    assert gain[0] == "**R-50-FPN minus VGG-16-FPN**"
+    assert gain[4] == "**+10.50 ± 1.89 (+7.00 to +14.00)**"  # sqrt(4 / 3 + 4.5 / 2) = 1.893
+
+
+def test_a_single_seed_has_no_spread(make_detector):
+    folders = [make_detector("r", 1, {"cat": 30.0}), make_detector("v", 1, {"cat": 35.0}, vgg=True)]
+    groups = group_runs(load_detector_runs(folders))
+    _, _, vgg, resnet, gain = cells(results_section(groups, find_gains(groups)))
+    assert (vgg[0], vgg[4], resnet[4], gain[4]) == ("VGG-16-FPN", "35.00", "30.00", "**−5.00**")
+
+
+def test_beside_published_numbers(voc_groups):
+    text = published_section(voc_groups, find_gains(voc_groups))
+    voc, coco = (cells(part) for part in text.split("**COCO, AP**"))
+    rows = {row[0]: row for row in voc}
+    ours = "`train` (2,400 images) → `test` (800 images), 320 px"
+    assert rows["VGG-16"][1] == "73.2" and rows["VGG-16"][3] == "75.7"
+    assert rows["VGG-16"][5:] == ["21.50 ± 2.12 (VGG-16-FPN)", ours]
+    assert rows["ResNet-50"][1:3] == ["none", "-"]
+    assert rows["ResNet-50"][5:] == ["32.00 ± 2.00 (R-50-FPN)", ours]
+    assert rows["ResNet-101"][5:] == ["not measured", "-"]
+    gain = rows["gain, ResNet-101 over VGG-16"]
+    assert (gain[1], gain[3]) == ("+3.2", "+4.1") and gain[5].startswith("+10.50 ± 1.89")
+    assert all(row[5] == "not measured" for row in coco[2:])
+
+
+def test_own_data_stands_beside_nothing(make_detector):
+    groups = group_runs(load_detector_runs([make_detector("r", 1, {"cat": 30.0})]))
+    assert "30.00" not in published_section(groups, [])
+    assert reductions(groups[0]) == []
+
+
+def test_classes(make_detector):
+    details = {"classes": [{"class": c, "ground_truth": n} for c, n in (("cat", 3), ("dog", 4))]}
+    folders = [
+        make_detector("r1", 1, {"cat": 30.0, "dog": 10.0}, details=details),
+        make_detector("r2", 2, {"cat": 34.0, "dog": 20.0}, details=details),
+        make_detector("v1", 1, {"cat": 20.0, "dog": 40.0}, vgg=True, details=details),
+    ]
+    groups = group_runs(load_detector_runs(folders))
+    header, _, cat, dog, mean = cells(class_section(groups, find_gains(groups)))
+    assert header[:2] == ["class", "objects"]
+    assert cat == ["cat", "3", "20.00", "32.00 ± 2.83", "+12.00"]
+    assert dog == ["dog", "4", "40.00", "15.00 ± 7.07", "−25.00"]
+    assert mean == ["**mean**", "7", "30.00", "23.50 ± 4.95", "−6.50"]
+
+
+def test_reduced_runs_say_how(voc_groups):
+    assert reductions(voc_groups[0]) == [
+        "1,200 images seen in training, not 160,000",
+        "trained on 2,400 images, not 5,011",
+        "measured on 800 images, not 4,952",
+        "short side 320 px, not 600",
+    ]
+
+
+def test_full_runs_are_not_reduced(make_detector):
+    config = {"INPUT.MIN_SIZE_TEST": 600}
+    results = {"iterations": 18_000, "images_per_batch": 16}
+    classes = dict.fromkeys(VOC_CLASSES, 80.0)
+    folder = make_detector("r", 1, classes, config=config, results=results)
+    (folder / "log.txt").write_text(
+        "data set test:test: 4952 images, 1 boxes\ndata set train:train: 16551 images, 1 boxes\n"
+    )
+    (group,) = group_runs(load_detector_runs([folder]))
+    assert reductions(group) == []
+
+
+def test_provenance(voc_groups):
+    text = provenance_section(voc_groups)
+    assert "**R-50-FPN**: evaluated on 800 images." in text
+    assert (
+        "- seed 2, AP50 34.00; CPU (AVX512); PyTorch 2.1.0, Detectron2 0.6; 2025-01-02  \n"
+        "  `python tools/train_net.py --voc-root VOC SEED 2`"
+    ) in text
+    assert "/home" not in text
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        (None, "not recorded"),
+        ("/a/b/tools/train_net.py --x ../y/z", "python tools/train_net.py --x z"),
+        (
+            "python tools/t.py --weights=/a/w.pth K '(1, 2)'",
+            "python tools/t.py --weights=w.pth K '(1, 2)'",
+        ),
+        (
+            "python tools/t.py --config-file configs/a.yaml",
+            "python tools/t.py --config-file configs/a.yaml",
+        ),
+        ("python tools/t.py detectron2://a/b.pkl ~/c", "python tools/t.py detectron2://a/b.pkl c"),
+    ],
+)
+def test_commands_without_folders_of_the_machine(given, expected):
+    assert clean_command(given) == expected
+
+
+def test_improvements(tmp_path):
+    file = tmp_path / "results.json"
+    rows = [
+        {
+            "name": "baseline",
+            "results": {"bbox": {"AP50": 20.0, "AP": 9.0}},
+            "seconds_per_image": 0.5,
+        },
+        {"name": "+refinement", "results": {"bbox": {"AP50": 21.0, "AP": 9.5}}},
+        {
+            "name": "soft-NMS",
+            "results": {"bbox": {"AP50": 20.5, "AP": 9.1}},
+            "seconds_per_image": 1,
+        },
+    ]
+    rows.append({"name": "+multi-scale", "AP50": 24.0, "date": "2025-01-02T10:00:00+00:00"})
+    rows[1] |= {"hardware": {"gpu": "a GPU"}, "precision": "fp32"}
+    file.write_text(json.dumps({"command": "python /a/tools/x.py --run /b/r50", "rows": rows}))
+    header, _, *found = cells(improvements_section(load_rows(file)))
+    assert header[1:4] == ["**ours**, AP50", "**ours**, AP", "s/image"]
+    assert found[0] == ["baseline", "20.00", "9.00", "0.5", "48.4 / 27.2", "-"]
+    assert found[1] == ["+refinement", "21.00", "9.50", "not measured", "49.9 / 29.9", "-"]
+    assert found[2][0] == "soft-NMS" and found[2][4:] == ["-", "-"]
+    unmeasured = ["not measured"] * 3
+    assert found[3] == ["+ global context", *unmeasured, "51.1 / 30.0", "53.3 / 32.2"]
+    assert [row[0] for row in found[4:]] == ["+multi-scale", "ensemble of 3"]
+    assert rows_provenance(file) == (
+        "Improvements in testing: a GPU; fp32; 2025-01-02  \n`python tools/x.py --run r50`"
+    )
+
+
+@pytest.mark.parametrize("content", [{}, {"rows": []}, {"rows": [{"name": "a"}]}, {"rows": [3]}])
+def test_files_without_rows(tmp_path, content):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has no rows"):
+        load_rows(file)

@@ -1,0 +1,106 @@
+"""The gain over VGG: numbers against a by-hand computation, words for every sign."""
+
+import math
+
+import numpy as np
+import pytest
+
+from resnet_backbone.report.detector_gain import describe_gain, difference, find_gains
+from resnet_backbone.report.detector_runs import group_runs, load_detector_runs
+
+
+def test_difference_by_hand():
+    ours, reference = [10.0, 12.0, 17.0], [7.0, 9.0]
+    found = difference(ours, reference)
+    error = math.sqrt(np.var(ours, ddof=1) / 3 + np.var(reference, ddof=1) / 2)
+    pairs = [a - b for a in ours for b in reference]
+    assert found.mean == 5.0 and found.error == pytest.approx(error)
+    assert (found.low, found.high, found.pairs) == (min(pairs), max(pairs), 6) == (1.0, 10.0, 6)
+
+
+def test_one_value_has_no_error():
+    assert difference([10.0, 12.0], [7.0]).error is None
+    assert difference([], [7.0]) is None
+
+
+@pytest.fixture
+def gain_of(make_detector):
+    """Function: AP50 of a ResNet's seeds and of a VGG's -> their gain."""
+
+    def make(ours, reference, **options):
+        folders = [make_detector(f"r{i}", i, {"cat": v}, **options) for i, v in enumerate(ours)]
+        folders += [
+            make_detector(f"v{i}", i, {"cat": v}, vgg=True) for i, v in enumerate(reference)
+        ]
+        (gain,) = find_gains(group_runs(load_detector_runs(folders)))
+        return gain
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "ours, reference, words, not_words",
+    [
+        (
+            [30.0, 31.0],
+            [20.0, 21.0],
+            ["**10.00 points of AP50 above**", "Every run of R-50"],
+            "below",
+        ),
+        ([20.0, 21.0], [30.0, 31.0], ["**10.00 points of AP50 below**", "is below every"], "above"),
+        ([20.0, 30.0], [21.0, 27.0], ["**1.00 points of AP50 above**", "do not tell"], "Every"),
+        ([20.0], [30.0], ["10.00 points of AP50 below", "may be chance", "one run each"], "error "),
+        ([20.0, 21.0], [30.0], ["2 and 1 runs", "not measured on both sides"], "Every"),
+        ([20.0, 22.0], [20.0, 22.0], ["have the same AP50", "do not tell"], "above"),
+        (
+            [30.0, 21.0, 30.0, 30.0],
+            [22.0, 21.5, 22.0, 22.0],
+            ["5.88 points of AP50 above", "either order", "−1.00 to +8.50 over the 16 pairs"],
+            "Every",
+        ),
+    ],
+)
+def test_words(gain_of, ours, reference, words, not_words):
+    text = describe_gain(gain_of(ours, reference))
+    for word in words:
+        assert word in text
+    assert not_words not in text
+    assert text.startswith("R-50-FPN ") and text.endswith(".")
+
+
+def test_missing_numbers(gain_of):
+    assert describe_gain(gain_of([1.0], [2.0]), "AP90").endswith("AP90 is not measured.")
+
+
+def test_classes(gain_of):
+    gain = gain_of([30.0, 31.0], [20.0, 24.0])
+    assert gain.of_class("cat").mean == 8.5 and gain.of_class("cow") is None
+    assert sorted(gain.class_pairs("cat")) == [6.0, 7.0, 10.0, 11.0]
+
+
+def test_what_else_differs(gain_of):
+    assert gain_of([1.0], [2.0]).differences == ()
+
+
+def test_the_nearest_vgg_of_the_same_schedule(make_detector):
+    folders = [
+        make_detector("r", 1, {"cat": 3.0}),
+        make_detector("far", 1, {"cat": 2.0}, vgg=True, config={"SOLVER.BASE_LR": 0.1}),
+        make_detector("long", 1, {"cat": 9.0}, vgg=True, results={"iterations": 900}),
+        make_detector("c4", 1, {"cat": 9.0}, config={"MODEL.BACKBONE.NAME": "build_vgg_backbone"}),
+    ]
+    (gain,) = find_gains(group_runs(load_detector_runs(folders)))
+    assert gain.of("AP50").mean == 1.0
+    assert gain.differences == ("SOLVER.BASE_LR 0.005 / 0.1",)
+    near = make_detector("near", 1, {"cat": 5.0}, vgg=True)
+    (gain,) = find_gains(group_runs(load_detector_runs([*folders, near])))
+    assert gain.of("AP50").mean == -2.0 and gain.differences == ()
+
+
+@pytest.mark.parametrize(
+    "config", [{"INPUT.MIN_SIZE_TEST": 600}, {"DATASETS.TRAIN": ["a"]}, {"MODEL.WEIGHTS": ""}]
+)
+def test_other_data_or_sizes_make_no_pair(make_detector, config):
+    folders = [make_detector("r", 1, {"cat": 3.0}, config=config)]
+    folders.append(make_detector("v", 1, {"cat": 2.0}, vgg=True))
+    assert find_gains(group_runs(load_detector_runs(folders))) == []
