@@ -63,7 +63,7 @@ def register_label_paths(cfg: CfgNode, args: argparse.Namespace, roots: Sequence
 
 
 def check_annotations(cfg: CfgNode, name: str, images: Sequence[dict]) -> None:
-    """Refuses training data without the masks or label pictures that the model learns from.
+    """Refuses training data without the boxes, masks or label pictures that the model learns from.
 
     Raises:
         UsageError: what is missing, and what to give.
@@ -73,9 +73,14 @@ def check_annotations(cfg: CfgNode, name: str, images: Sequence[dict]) -> None:
             f"data set {name} has no label pictures, which {cfg.MODEL.META_ARCHITECTURE} needs: "
             "give --sem-seg TRAIN TEST (tools/make_segmentation_labels.py makes them from masks)"
         )
-    if not (detects_objects(cfg) and cfg.MODEL.MASK_ON):
+    if not detects_objects(cfg):
         return
-    objects = [a for image in images for a in image["annotations"] if not a.get("iscrowd", 0)]
+    boxes = (a for image in images for a in image.get("annotations", ()))
+    objects = [entry for entry in boxes if not entry.get("iscrowd", 0)]
+    if not objects:
+        raise UsageError(f"data set {name} has no boxes to learn from: train on an annotated one")
+    if not cfg.MODEL.MASK_ON:
+        return
     bare = sum(not entry.get("segmentation") for entry in objects)
     if bare:
         raise UsageError(

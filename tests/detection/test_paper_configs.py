@@ -56,7 +56,7 @@ def test_every_network_has_every_protocol():
     networks = ("VGG_16", "R_50", "R_101", "R_152")
     assert {
         f"{data}_{net}.yaml"
-        for data in ("voc_07", "voc_07_12", "voc_07_12_test12", "coco")
+        for data in ("voc_07", "voc_07_12", "voc_07_12_test12", "coco", "coco_trainval")
         for net in networks
     } == {*NAMES}
 

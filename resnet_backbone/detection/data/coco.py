@@ -37,13 +37,14 @@ def scan_coco(
     """Read and check a COCO JSON in one pass; loader and check both stand on this.
 
     Returns:
-        Detectron2 dicts of what is good (see :func:`load_coco_instances`), and what is not.
+        Detectron2 dicts of what is good (see :func:`load_coco_instances`), and what is not. A file
+        without the list "annotations" (COCO's image_info, for its server) gives images without.
 
     Raises:
         DataError: no such file, or it is not JSON.
     """
     categories, problems = inspect_json(json_file)
-    report = DataReport(json_file, problems=list(problems))
+    report = DataReport(json_file, problems=list(problems), annotated=is_annotated(json_file))
     if not categories:
         return [], report
     records = load_coco_json(json_file, image_root)
@@ -149,6 +150,18 @@ def register_coco(
 
 def inspect_json(json_file: str):
     """Categories {id: name} by rising id, and problems; no categories if the file is unusable."""
+    return _inspect(json_file)[:2]
+
+
+def is_annotated(json_file: str) -> bool:
+    """False for a list of images without the key "annotations", such as COCO's image_info files.
+
+    There is nothing in it to train on and nothing to compare detections with.
+    """
+    return _inspect(json_file)[2]
+
+
+def _inspect(json_file: str):
     if not os.path.isfile(json_file):
         raise DataError(f"{json_file} does not exist; give the path of a COCO annotation file")
     stat = os.stat(json_file)
@@ -162,15 +175,19 @@ def _inspect_version(json_file: str, _mtime: int, _size: int):
             data = json.load(file)
     except ValueError as error:
         raise DataError(f"{json_file} is not JSON: {error}") from error
+    annotated = not isinstance(data, dict) or "annotations" in data
+    if not annotated:
+        data["annotations"] = []
     problems = list(_structure_problems(data))
     if problems:
-        return {}, tuple(DataProblem("broken-json", json_file, detail) for detail in problems)
+        found = tuple(DataProblem("broken-json", json_file, detail) for detail in problems)
+        return {}, found, annotated
     images = {image["id"] for image in data["images"]}
     orphans = [a for a in data["annotations"] if a["image_id"] not in images]
     detail = "annotation {id} is of image {image_id}, which is not in images"
     problems = [DataProblem("bad-box", json_file, detail.format(**a)) for a in orphans]
     categories = sorted((c["id"], c["name"]) for c in data["categories"])
-    return dict(categories), tuple(problems)
+    return dict(categories), tuple(problems), annotated
 
 
 def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:

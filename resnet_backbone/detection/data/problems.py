@@ -64,7 +64,8 @@ class DataReport:
         boxes: good boxes per class that are not difficult, classes without any included.
         difficult: good boxes per class that are marked difficult (VOC only).
         annotated: False for a split none of whose images has an XML file, such as VOC 2012's test
-            set: there is nothing to train on and nothing to compare with.
+            set, and for COCO's lists of images alone: there is nothing to train on and nothing to
+            compare with.
     """
 
     name: str

@@ -16,6 +16,8 @@ from .warnings import warn_if_empty
 
 logger = logging.getLogger(__name__)
 
+RESULT_FILE = "coco_instances_results.json"
+
 
 class PerClassCOCOEvaluator(COCOEvaluator):
     """Detectron2's evaluator with all twelve numbers, fast, for users' own JSON files too.
@@ -41,9 +43,7 @@ class PerClassCOCOEvaluator(COCOEvaluator):
             return super()._eval_predictions(predictions, img_ids)
         self._to_dataset_ids(results)
         if self._output_dir:
-            path = os.path.join(self._output_dir, "coco_instances_results.json")
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(results, file)
+            write_results(os.path.join(self._output_dir, RESULT_FILE), results)
         if not self._do_evaluation:
             logger.info("%s has no annotations: detections are written, not scored", self._name)
             return
@@ -91,6 +91,18 @@ class PerClassCOCOEvaluator(COCOEvaluator):
         names = self._class_names()
         rows = [(names[key], 100 * value) for key, value in numbers.classes.items()]
         return f"{summary}\n{tabulate(rows, ['class', 'AP'], floatfmt='.2f')}"
+
+
+def write_results(path: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Writes detections in COCO's result format: complete, or the file stays as it was."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(results, file)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 def build_coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:

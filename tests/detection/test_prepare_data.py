@@ -1,0 +1,513 @@
+"""tools/prepare_data.py on miniature archives and on real data."""
+
+import hashlib
+import importlib.util
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("detectron2")
+
+from PIL import Image
+
+from resnet_backbone.detection.data import official, unpack
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
+TRAINVAL, TEST = "VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar"
+DOG = [("dog", (1, 1, 20, 30)), ("cat", (5, 5, 30, 35), 1)]
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("prepare_data", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load()
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Function (argument...) -> exit status, stdout, stderr."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            code = tool.main([*map(str, arguments), "--workers", "1"])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def jpeg(seed) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def voc_files(splits, objects=DOG) -> dict[str, bytes]:
+    """Archive names -> contents of a VOC 2007 with these {split: ids}."""
+    corners = ("xmin", "ymin", "xmax", "ymax")
+    files = {}
+    for split, ids in splits.items():
+        files[f"VOCdevkit/VOC2007/ImageSets/Main/{split}.txt"] = "\n".join(ids).encode()
+        files[f"VOCdevkit/VOC2007/ImageSets/Main/dog_{split}.txt"] = f"{ids[0]}  1".encode()
+        for image_id in ids:
+            found = "".join(
+                f"<object><name>{name}</name><difficult>{(rest or [0])[0]}</difficult><bndbox>"
+                + "".join(f"<{k}>{v}</{k}>" for k, v in zip(corners, box, strict=True))
+                + "</bndbox></object>"
+                for name, box, *rest in objects
+            )
+            xml = f"<annotation><size><width>60</width><height>40</height></size>{found}"
+            files[f"VOCdevkit/VOC2007/Annotations/{image_id}.xml"] = f"{xml}</annotation>".encode()
+            files[f"VOCdevkit/VOC2007/JPEGImages/{image_id}.jpg"] = jpeg(int(image_id))
+    return files
+
+
+def write_tar(path, files) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_zip(path, files) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def declare(monkeypatch):
+    """Function (archive, gives) that makes a file the official archive of its name."""
+    monkeypatch.setattr(unpack, "ARCHIVES", {})
+
+    def declare(path, md5=True):
+        content = path.read_bytes()
+        unpack.ARCHIVES[path.name] = official.Archive(
+            len(content),
+            hashlib.sha256(content).hexdigest(),
+            hashlib.md5(content).hexdigest() if md5 else "",
+        )
+        return path
+
+    return declare
+
+
+@pytest.fixture
+def voc(tmp_path, declare, monkeypatch):
+    """Both official archives of 2007, in small, and their counts."""
+    counts = {
+        ("VOC2007", "trainval"): official.Counts(3, 3, 3),
+        ("VOC2007", "test"): official.Counts(2, 2, 2),
+    }
+    monkeypatch.setattr("resnet_backbone.detection.data.trees.COUNTS", counts)
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    ids = {
+        TRAINVAL: {"trainval": ("000001", "000002", "000003")},
+        TEST: {"test": ("000004", "000005")},
+    }
+    return [declare(write_tar(folder / name, voc_files(splits))) for name, splits in ids.items()]
+
+
+def tree_of(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_archives_become_detectron2s_folders(run, voc, tmp_path):
+    root, report, pictures = tmp_path / "data", tmp_path / "report.json", tmp_path / "pictures"
+    options = ["--json", report, "--pictures", pictures]
+    code, out, _ = run("voc", root, "--archives", *voc, *options)
+    assert code == 0, out
+    assert "md5 and sha256 are the official archive's" in out and "complete and readable" in out
+    assert out.splitlines()[-4] == f"for the configs: export DETECTRON2_DATASETS={root}"
+    with tarfile.open(voc[1]) as tar:
+        stored = tar.extractfile("VOCdevkit/VOC2007/JPEGImages/000004.jpg").read()
+    assert (root / "VOC2007/JPEGImages/000004.jpg").read_bytes() == stored
+    assert len(tree_of(root)) == 14 and not [name for name in tree_of(root) if ".part" in name]
+    (found,) = json.loads(report.read_text())
+    assert (found["official"], found["damaged"], found["decoded_images"]) == ("VOC2007", False, 5)
+    assert found["splits"].keys() == {"trainval", "test"}, "lists of a class are no splits"
+    assert found["splits"]["trainval"]["boxes_per_class"]["dog"] == 3
+    assert found["splits"]["trainval"]["difficult_per_class"] == {"cat": 3}
+    names = {"VOC2007_classes.png", "VOC2007_test.jpg", "VOC2007_trainval.jpg"}
+    assert tree_of(pictures) == names
+    assert all(min(Image.open(pictures / name).size) > 300 for name in names)
+
+
+def test_a_second_call_changes_nothing(run, voc, tmp_path):
+    root = tmp_path / "data"
+    run("voc", root, "--archives", *voc)
+    image = root / "VOC2007/JPEGImages/000001.jpg"
+    image.write_bytes(image.read_bytes()[::-1])  # of the same size
+    other = root / "VOC2007/Annotations/000002.xml"
+    other.write_text("<annotation/>")
+    (root / "VOC2007/JPEGImages/000003.jpg").unlink()
+    before = image.read_bytes()
+    code, out, _ = run("voc", root, "--archives", *voc)
+    assert "1 files unpacked, 6 were there" in out and "0 files unpacked, 6 were there" in out
+    assert image.read_bytes() == before and other.read_text() == "<annotation/>"
+    assert f"1 files were there with another size and stay as they are, the first is {other}" in out
+    assert code == 1 and f"{image}: cannot identify image file" in out
+
+
+def test_an_interrupted_call_leaves_whole_files_only(run, voc, tmp_path, monkeypatch):
+    root, copy, calls = tmp_path / "data", unpack.shutil.copyfileobj, []
+
+    def stop(source, target, length):
+        calls.append(1)
+        if len(calls) == 5:
+            target.write(source.read(100))
+            raise KeyboardInterrupt
+        copy(source, target, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unpack.shutil, "copyfileobj", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("voc", root, "--archives", *voc)
+    assert len(tree_of(root)) == 4
+    (root / "VOC2007/JPEGImages/.000003.jpg.part").write_bytes(b"killed while writing")
+    code, out, _ = run("voc", root, "--archives", *voc)
+    assert code == 0 and "4 files unpacked, 4 were there" in out
+    assert len(tree_of(root)) == 14
+
+
+def test_another_archive_is_refused_before_anything_is_written(run, voc, tmp_path):
+    root, path = tmp_path / "data", voc[1]
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1
+    path.write_bytes(content)
+    code, _, err = run("voc", root, "--archives", *voc)
+    assert code == 2 and not root.exists()
+    assert str(path) in err and "download it again" in err
+    assert hashlib.md5(content).hexdigest() in err and unpack.ARCHIVES[TEST].md5 in err
+    path.write_bytes(content[:-1024])
+    code, _, err = run("voc", root, "--archives", *voc)
+    assert code == 2 and "stopped early: go on with it" in err and not root.exists()
+
+
+def test_unverified_and_unpublished_archives(run, voc, declare, tmp_path):
+    unpack.ARCHIVES.pop(TEST)
+    trainval = write_tar(voc[0], voc_files({"trainval": ("000001", "000002", "000003")}, DOG[:1]))
+    code, out, _ = run("voc", tmp_path / "data", "--archives", *voc, "--unverified")
+    md5 = hashlib.md5(voc[1].read_bytes()).hexdigest()
+    assert f"{TEST}: md5 {md5}" in out and "none is published for a file of this name" in out
+    assert f"{TRAINVAL}: NOT the official archive" in out
+    assert code == 1 and "0 difficult boxes, officially 3" in out
+    declare(trainval, md5=False)
+    code, out, _ = run("voc", tmp_path / "data", "--archives", trainval)
+    assert "sha256 is the official archive's; md5" in out and "none is published" in out
+
+
+@pytest.mark.parametrize("place", ["data", "header", "between"])
+def test_a_truncated_archive_writes_nothing(run, voc, tmp_path, place):
+    with tarfile.open(voc[0]) as tar:
+        start = tar.getmembers()[-1].offset
+    with open(voc[0], "r+b") as file:
+        file.truncate(start + {"data": 700, "header": 100, "between": 0}[place])
+    code, _, err = run("voc", tmp_path / "data", "--archives", voc[0], "--unverified")
+    assert code == 2 and not (tmp_path / "data").exists()
+    assert err.count("\n") == 1 and f"{voc[0]} is damaged or no archive" in err
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.jpg", "/tmp/evil.jpg", "VOC2007/../../evil.jpg", "C:/evil"]
+)
+@pytest.mark.parametrize("write", [write_tar, write_zip])
+def test_names_that_lead_out_of_the_folder_are_refused(run, tmp_path, name, write):
+    path = write(tmp_path / "a.archive", {"VOC2007/JPEGImages/1.jpg": b"1", name: b"2"})
+    code, _, err = run("voc", tmp_path / "data", "--archives", path)
+    assert code == 2 and repr(name) in err and "leads out of the folder" in err
+    assert not (tmp_path / "data").exists() and not list(tmp_path.rglob("evil*"))
+
+
+def test_links_and_hidden_files_are_left_out(run, voc, tmp_path):
+    with tarfile.open(voc[0], "a") as tar:
+        link = tarfile.TarInfo("VOCdevkit/VOC2007/JPEGImages/000009.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        tar.addfile(tarfile.TarInfo("VOCdevkit/VOC2007/._JPEGImages"))
+    run("voc", tmp_path / "data", "--archives", voc[0], "--unverified")
+    assert len(tree_of(tmp_path / "data")) == 8
+
+
+def test_archives_of_something_else(run, tmp_path):
+    path = write_zip(tmp_path / "x.zip", {"train2017/1.jpg": b"1"})
+    code, _, err = run("voc", tmp_path / "data", "--archives", path)
+    assert code == 2 and "this is no archive of VOC" in err
+    code, _, err = run("voc", tmp_path / "data", "--archives", tmp_path / "no.tar")
+    assert code == 2 and "no such archive" in err
+
+
+def test_a_full_disk_is_told_before(run, voc, tmp_path, monkeypatch):
+    monkeypatch.setattr(unpack.shutil, "disk_usage", lambda _: type("usage", (), {"free": 20000}))
+    code, _, err = run("voc", tmp_path / "data", "--archives", *voc)
+    assert code == 2 and "8 files need 0.0 GB" in err and "make room" in err
+    assert not (tmp_path / "data").exists()
+
+
+def test_what_is_missing_and_corrupt_is_named(run, voc, tmp_path):
+    root, report = tmp_path / "data", tmp_path / "report.json"
+    run("voc", root, "--archives", *voc)
+    folder = root / "VOC2007"
+    image = folder / "JPEGImages/000002.jpg"
+    image.write_bytes(image.read_bytes()[:-200])
+    (folder / "Annotations/000001.xml").unlink()
+    (folder / "JPEGImages/000004.jpg").unlink()
+    (folder / "JPEGImages/000099.jpg").write_bytes(jpeg(9))
+    code, out, _ = run("voc", root, "--json", report)
+    assert code == 1 and "something is missing or corrupt" in out
+    (found,) = json.loads(report.read_text())
+    kinds = {
+        name: [(p["kind"], Path(p["file"]).name) for p in split["problems"]]
+        for name, split in found["splits"].items()
+    }
+    assert kinds == {
+        "trainval": [("missing-xml", "000001.xml"), ("unreadable-image", "000002.jpg")],
+        "test": [("missing-image", "000004.jpg")],
+    }
+    assert [Path(file).name for file in found["unlisted_images"]] == ["000099.jpg"]
+    assert "1 images are in no split (left alone), the first is " in out
+    assert f"missing-xml: python tools/prepare_data.py voc {root} --archives {TRAINVAL}" in out
+    assert f"missing-image: python tools/prepare_data.py voc {root} --archives {TEST}" in out
+    assert "unreadable-image: delete these files, then python" in out
+    assert "trainval: 2 boxes, officially 3" in out
+    code, out, _ = run("voc", root, "--quick", "--splits", "trainval")
+    assert code == 1 and "unreadable-image" not in out, "its header is whole"
+    assert "only the headers" in out and "missing-image" not in out
+
+
+def test_the_mending_mends(run, voc, tmp_path):
+    root = tmp_path / "data"
+    run("voc", root, "--archives", *voc)
+    (root / "VOC2007/Annotations/000001.xml").unlink()
+    (root / "VOC2007/JPEGImages/000004.jpg").write_bytes(b"no image")
+    assert run("voc", root)[0] == 1
+    (root / "VOC2007/JPEGImages/000004.jpg").unlink()
+    assert run("voc", root, "--archives", *voc)[0] == 0
+
+
+@pytest.fixture
+def coco(tmp_path, declare, monkeypatch):
+    """Archives of COCO 2017, in small: two training images, one of val, two of test."""
+    counts = {
+        ("coco", "instances_train2017"): official.Counts(2, 2),
+        ("coco", "instances_val2017"): official.Counts(1, 1),
+        ("coco", "image_info_test-dev2017"): official.Counts(1),
+    }
+    monkeypatch.setattr("resnet_backbone.detection.data.trees.COUNTS", counts)
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    ids = {"train2017": (1, 2), "val2017": (3,), "test2017": (4, 5)}
+    contents = {
+        f"{name}.zip": {f"{name}/{i:012d}.jpg": jpeg(i) for i in numbers}
+        for name, numbers in ids.items()
+    }
+
+    def listing(numbers, annotated=True) -> bytes:
+        content = {"categories": [{"id": 18, "name": "dog"}], "images": [], "annotations": []}
+        for i in numbers:
+            image = {"id": i, "file_name": f"{i:012d}.jpg", "width": 60, "height": 40}
+            content["images"].append(image)
+            entry = {"id": i, "image_id": i, "category_id": 18, "bbox": [2, 3, 10, 10]}
+            content["annotations"].append({**entry, "area": 100, "iscrowd": 0})
+        if not annotated:
+            content.pop("annotations")
+        return json.dumps(content).encode()
+
+    contents["annotations_trainval2017.zip"] = {
+        "annotations/instances_train2017.json": listing((1, 2)),
+        "annotations/instances_val2017.json": listing((3,)),
+        "annotations/captions_val2017.json": b"{}",
+    }
+    contents["image_info_test2017.zip"] = {
+        "annotations/image_info_test-dev2017.json": listing((4,), annotated=False)
+    }
+    return {name: declare(write_zip(folder / name, files)) for name, files in contents.items()}
+
+
+def test_coco(run, coco, tmp_path):
+    root, report = tmp_path / "data", tmp_path / "report.json"
+    code, out, _ = run("coco", root, "--archives", *coco.values(), "--json", report)
+    assert code == 0, out
+    assert {path.name for path in (root / "coco").iterdir()} == {
+        "annotations",
+        "train2017",
+        "val2017",
+        "test2017",
+    }
+    (found,) = json.loads(report.read_text())
+    splits = found["splits"]
+    assert {name: (s["images"], s["boxes"]) for name, s in splits.items()} == {
+        "instances_train2017": (2, 2),
+        "instances_val2017": (1, 1),
+        "image_info_test-dev2017": (1, None),
+    }
+    (unlisted,) = found["unlisted_images"]
+    assert unlisted == str(root / "coco/test2017/000000000005.jpg"), "it is not in test-dev"
+    (root / "coco/train2017/000000000002.jpg").write_bytes(jpeg(2)[:-300])
+    code, out, _ = run("coco", root / "coco")
+    assert code == 1 and "000000000002.jpg: image file is truncated" in out
+    assert f"then python tools/prepare_data.py coco {root} --archives train2017.zip" in out
+
+
+def test_coco_without_its_images(run, coco, tmp_path):
+    root = tmp_path / "data"
+    archives = [coco["annotations_trainval2017.zip"], coco["val2017.zip"]]
+    code, out, _ = run("coco", root, "--archives", *archives)
+    assert code == 1 and "train2017, the images of instances_train2017, does not exist" in out
+    assert "unpack train2017.zip, or name what you need with --splits" in out
+    assert run("coco", root, "--splits", "instances_val2017")[0] == 0
+
+
+def test_a_damaged_zip(run, coco, tmp_path):
+    path = coco["val2017.zip"]
+    content = bytearray(path.read_bytes())
+    content[200] ^= 255  # in the image: the central directory is whole
+    path.write_bytes(content)
+    code, _, err = run("coco", tmp_path / "data", "--archives", path, "--unverified")
+    assert code == 2 and "Bad CRC-32" in err and not tree_of(tmp_path / "data")
+
+
+def test_data_of_ones_own(run, make_voc, tmp_path):
+    root = make_voc({"a": [("dog", (1, 1, 9, 9))], "b": [("cat", (2, 2, 2, 5))]})
+    code, out, _ = run("voc", root)
+    assert code == 0 and "as data of your own" in out and "bad-box: 1" in out
+    assert "training leaves these boxes out" in out and "officially" not in out
+    (root / "JPEGImages/b.jpg").unlink()
+    code, out, _ = run("voc", root)
+    assert code == 1 and "take them out of train" in out
+    renamed = root.rename(tmp_path / "VOC2007")
+    assert "officially" not in run("voc", renamed, "--own")[1]
+
+
+def test_json_files_of_ones_own(run, coco, tmp_path):
+    root = tmp_path / "data"
+    run("coco", root, "--archives", *coco.values())
+    files = [tmp_path / part / "labels.json" for part in ("train", "val")]
+    for file in files:
+        file.parent.mkdir()
+        (root / f"coco/annotations/instances_{file.parent.name}2017.json").rename(file)
+    folders = [root / "coco/train2017", root / "coco/val2017"]
+    options = ["--pictures", tmp_path / "pictures"]
+    code, out, _ = run("coco", "--coco-json", *files, "--image-root", *folders, *options)
+    assert code == 0 and "as data of your own" in out
+    names = {"coco_classes.png", "coco_train_labels.jpg", "coco_val_labels.jpg"}
+    assert tree_of(tmp_path / "pictures") == names
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["voc", "nowhere"], "has no folder in VOC layout"),
+        (["coco", "nowhere"], "has annotations/"),
+        (["coco", "--coco-json", "a.json"], "belong together"),
+        (["voc", "--coco-json", "a.json", "--image-root", "b"], "is for 'coco'"),
+        (["coco", "--coco-json", "a", "b", "c", "--image-root", "x", "y"], "one for each file"),
+        (["coco", "--coco-json", "no.json", "--image-root", "x"], "no.json does not exist"),
+    ],
+)
+def test_wrong_arguments_are_one_line(run, arguments, message):
+    code, _, err = run(*arguments)
+    assert code == 2 and message in err.splitlines()[-1]
+
+
+def test_the_default_folder_is_detectron2s(monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/somewhere")
+    assert tool.parse_arguments(["voc"]).root == Path("/somewhere")
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    assert tool.parse_arguments(["voc"]).root == Path("datasets")
+
+
+def test_official_numbers_agree_with_one_another():
+    counts = official.COUNTS
+    for year in ("VOC2007", "VOC2012"):
+        train, val, both = (counts[year, split] for split in ("train", "val", "trainval"))
+        for what in ("images", "boxes", "difficult"):
+            assert getattr(train, what) + getattr(val, what) == getattr(both, what)
+    for what in ("images", "boxes"):  # 2017 is another division of 2014
+        assert (
+            len(
+                {
+                    sum(
+                        getattr(counts["coco", f"instances_{part}{year}"], what)
+                        for part in ("train", "val")
+                    )
+                    for year in (2014, 2017)
+                }
+            )
+            == 1
+        )
+    archives = official.ARCHIVES.values()
+    assert len({archive.sha256 for archive in archives}) == len(official.ARCHIVES) == 16
+    assert {len(archive.sha256) for archive in archives} == {64}
+    for (folder, split), _ in counts.items():
+        assert official.archive_of(folder, split) and official.archive_of(
+            folder, split, images=True
+        )
+
+
+def test_md5_sums_are_torchvisions():
+    voc = pytest.importorskip("torchvision.datasets.voc").DATASET_YEAR_DICT
+    for key in ("2007", "2007-test", "2012"):
+        assert official.ARCHIVES[voc[key]["url"].rsplit("/", 1)[-1]].md5 == voc[key]["md5"]
+
+
+def test_folders_are_detectron2s():
+    from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
+
+    for folder, file in _PREDEFINED_SPLITS_COCO["coco"].values():
+        assert f"coco/{official.coco_image_folder(Path(file).stem)}" == folder
+
+
+@pytest.mark.data
+def test_real_archives(run, data_root, declare, tmp_path):
+    """Real images and annotations, packed as the official archives are."""
+    source = data_root / "VOCdevkit/VOC2007"
+    ids = (source / "ImageSets/Main/mini_test.txt").read_text().split()[:12]
+    files = {"VOCdevkit/VOC2007/ImageSets/Main/test.txt": "\n".join(ids).encode()}
+    for part in (
+        f"{folder}/{i}{end}"
+        for i in ids
+        for folder, end in (("Annotations", ".xml"), ("JPEGImages", ".jpg"))
+    ):
+        files[f"VOCdevkit/VOC2007/{part}"] = (source / part).read_bytes()
+    path = declare(write_tar(tmp_path / TEST, files))
+    code, out, _ = run("voc", tmp_path / "data", "--archives", path)
+    assert code == 1 and "12 images, officially 4,952" in out
+    assert run("voc", tmp_path / "data", "--own")[0] == 0
+
+
+@pytest.mark.data
+def test_real_folders(run, data_root, tmp_path):
+    code, out, _ = run("voc", data_root / "VOCdevkit", "--quick", "--splits", "test")
+    assert code == 1 and "test: 800 images, officially 4,952" in out
+    assert "test: 1,961 boxes, officially 12,032" in out
+    code, out, _ = run("voc", data_root / "BCCD", "--quick")
+    assert code == 0 and "bad-box: 2" in out and "data of your own: only the headers" in out
+    report = tmp_path / "r.json"
+    root = data_root / "coco_mini"
+    pair = ["--coco-json", root / "annotations/instances_val2017.json"]
+    code, out, _ = run("coco", *pair, "--image-root", root / "val2017", "--json", report)
+    (found,) = json.loads(report.read_text())
+    content = json.loads(Path(pair[1]).read_text())
+    assert code == 0 and found["splits"]["instances_val2017"]["boxes"] == len(
+        content["annotations"]
+    )
+    code, out, _ = run("coco", root, "--quick")
+    assert code == 1 and "30 images, officially 118,287" in out
+    assert f"rename this folder to coco, export DETECTRON2_DATASETS={root.parent.resolve()}" in out
