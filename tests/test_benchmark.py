@@ -202,3 +202,76 @@ def test_evaluation_beside_pycocotools_and_detectron2(tmp_path, capsys):
     reference, ours = result["coco"]["numbers"].values()
     assert reference == pytest.approx(ours, abs=1e-12, nan_ok=True) and len(ours) == 12
     assert "numbers differ by" in capsys.readouterr().out
+
+
+DETECT = "detect --height 64 --width 96 --regions 4 --proposals 6 --repeats 1 --no-memory".split()
+
+
+@pytest.mark.parametrize("arch", [pytest.param("fpn", marks=pytest.mark.slow), "c4"])
+def test_detectors_beside_detectron2(tmp_path, capsys, arch):
+    pytest.importorskip("detectron2")
+    path = tmp_path / "detect.json"
+    kinds = ["inference", "training"] if arch == "fpn" else ["inference"]
+    arguments = [*DETECT, "--arch", arch, "--kind", *kinds, "--output", str(path)]
+    assert benchmark.main(arguments) == 0
+    result = json.loads(path.read_text())
+    found = result[f"{arch}, inference, 6 proposals"]
+    assert [row["name"] for row in found["rows"]] == [
+        "Detectron2, fp32",
+        "ours, fp32, as built",
+        "ours, fp32, optimized",
+        "ours, bf16, optimized",
+    ]
+    built, optimized, half = found["differences"].values()
+    for values in (built, optimized):
+        assert values["detections"] > 2 and values["unmatched"] == 0 and values["score"] < 1e-4
+    assert 1e-6 < half["score"] < 0.2
+    if "training" in kinds:
+        steps = result[f"{arch}, training step, 4 regions"]
+        assert [row["name"] for row in steps["rows"]] == [
+            "Detectron2, fp32",
+            "ours, fp32, as built",
+            "ours, bf16 autocast, as built",
+        ]
+        single, half = steps["differences"].values()
+        assert len(single) == 4 and max(single.values()) < 1e-3
+        assert 1e-6 < max(half.values()) < 0.1 and steps["data_seconds"] > 0
+    assert "s/image" in capsys.readouterr().out
+
+
+def test_detections_are_compared_by_class_and_place():
+    pytest.importorskip("detectron2")
+    from detectron2.structures import Boxes, Instances
+
+    from resnet_backbone.detection.measured import detections_differ
+
+    def detections(boxes, scores, classes):
+        values = Boxes(torch.tensor(boxes)), torch.tensor(scores), torch.tensor(classes)
+        names = "pred_boxes", "scores", "pred_classes"
+        return [Instances((100, 100), **dict(zip(names, values, strict=True)))]
+
+    square, other = [10.0, 10.0, 50.0, 50.0], [60.0, 60.0, 90.0, 90.0]
+    expected = detections([square, other], [0.9, 0.5], [1, 2])
+    swapped = detections([other, square], [0.5, 0.875], [2, 1])
+    found = detections_differ(swapped, expected)
+    assert found["detections"] == 2 and found["unmatched"] == 0
+    assert found["score"] == pytest.approx(0.025)
+    for boxes, classes in (([square, other], [1, 3]), ([square, square], [1, 2])):
+        assert detections_differ(detections(boxes, [0.9, 0.5], classes), expected) == {
+            "detections": 2,
+            "unmatched": 0.5,
+            "score": 0.0,
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory_of_a_detector_grows_with_its_regions():
+    pytest.importorskip("detectron2")
+    from resnet_backbone.benchmark.detect import REFERENCE, Setting, measure_memory
+
+    few, many = (
+        measure_memory(Setting("c4", number, 8, 64, 96, 1), "inference", REFERENCE)
+        for number in (4, 100)
+    )
+    assert many["peak"] - many["before"] > 100 + few["peak"] - few["before"]

@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PLANS = sorted((ROOT / "configs" / "reproduction").glob("*.yaml"))
 
 
+START = "title: x\ndata: built-in\nnetworks: {A: {detect: {config: [a.yaml]}}}\n"
+
+
 @pytest.fixture
 def tool():
     spec = importlib.util.spec_from_file_location("reproduce", ROOT / "tools" / "reproduce.py")
@@ -111,6 +114,52 @@ def test_given_weights_take_the_place_of_the_classifier(options, tmp_path):
     assert changed(steps, mini(options, **given)) == {"detect_VGG-16_seed1", "report"}
 
 
+def test_places_of_weights_and_data_do_not_enter_the_key(options, tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vgg.pth").write_bytes(b"the same")
+    one, two = (
+        mini(options, weights={"VGG-16": tmp_path / name / "vgg.pth"}) for name in ("one", "two")
+    )
+    assert not changed(one, two)
+    paper = read_plan(ROOT / "configs" / "reproduction" / "paper.yaml")
+    before = {step.name: step for step in build_steps(paper, options)}
+    options.imagenet.rename(tmp_path / "moved")
+    moved = replace(options, imagenet=tmp_path / "moved")
+    assert not changed(before, {step.name: step for step in build_steps(paper, moved)})
+
+
+def test_official_data_do_not_matter_to_a_plan_on_built_in_data(options, tmp_path):
+    before = mini(options)
+    assert not changed(before, mini(options, datasets=tmp_path))
+    assert not changed(before, mini(options, datasets=tmp_path / "absent"))
+
+
+def test_words_of_a_plan_may_be_numbers_and_single(options, tmp_path):
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "title: x\ndata: built-in\nseeds: 3\nnetworks:\n  A:\n    detect:\n"
+        "      config: configs/detection/quickstart/faster_rcnn_R_18_FPN.yaml\n"
+        "      overrides: [SOLVER.MAX_ITER, 2]\n"
+    )
+    weights = tmp_path / "weights"
+    weights.touch()
+    steps = build_steps(read_plan(path), replace(options, weights={"A": weights}))
+    (step,) = (step for step in steps if step.stage == "detect")
+    assert step.folder.name == f"detect_A_seed3-{step.key}"
+    assert step.command[step.command.index("SOLVER.MAX_ITER") + 1] == "2"
+
+
+def test_only_what_is_left_to_do_needs_a_gpu(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(Runner, "run", lambda self, steps, stages: 0)
+    (tmp_path / "imagenet").mkdir()
+    words = ["--scale", "paper", "--imagenet", str(tmp_path / "imagenet"), "--output"]
+    assert tool.main([*words, str(tmp_path / "out"), "--stage", "report"]) == 0
+    assert tool.main([*words, str(tmp_path / "out"), "--stage", "detect"]) == 1
+    assert "meant for GPUs" in capsys.readouterr().err
+
+
 def test_what_cannot_be_meant_is_refused(options, tmp_path):
     with pytest.raises(PlanError, match="no VGG_16; its networks: VGG-16, ResNet-18"):
         mini(options, weights={"VGG_16": tmp_path})
@@ -129,6 +178,9 @@ def test_what_cannot_be_meant_is_refused(options, tmp_path):
         ("title: x\ndata: official\n", "the key networks is missing"),
         ("title: x\ndata: official\nnetworks: {A: {detec: 1}}\n", "A: unknown key detec"),
         ("title: x\ndata: mine\nnetworks: {}\n", "data is built-in or official"),
+        ("title: x\ndata: built-in\nnetworks: [A]\n", "networks: give at least one"),
+        (f"{START}seeds: [1, 1]\n", "give integers, each once"),
+        (f"{START}improvements: [contxt]\n", "no improvement 'contxt'; known are baseline"),
         ("[1]", "expected keys"),
         ("a: [", "cannot be read"),
     ],
@@ -164,9 +216,16 @@ with open({log!r}, "a") as file:
 if name == os.environ.get("FAIL"):
     sys.exit(3)
 if name == os.environ.get("SLOW"):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    status = os.environ.get("STATUS", "75")  # "": dies of the signal
+    if status:
+        asked = []
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
     Path({log!r} + ".slow").touch()
-    time.sleep(60)
+    end = time.monotonic() + 60
+    while not (status and asked) and time.monotonic() < end:
+        time.sleep(0.02)
+    if status != "0":
+        sys.exit(75)
 flag = next((flag for flag in ("--output-dir", "--output") if flag in words), "convert")
 place = Path(words[words.index(flag) + (2 if flag == "convert" else 1)])
 files = dict(make_quickstart_data="dataset.json", train_classifier="final.safetensors",
@@ -252,12 +311,14 @@ sys.exit(t.run(t.Options(Path({root!r}), Path({output!r}))))
 """
 
 
-def test_sigterm_reaches_the_tool_and_two_runs_do_not_mix(project):
+@pytest.mark.parametrize(("status", "redone"), [("75", True), ("", True), ("0", False)])
+def test_sigterm_reaches_the_tool_and_two_runs_do_not_mix(project, status, redone):
+    """Also where the tool dies of it, and where it ends before it takes notice."""
     options, log = project
     code = CHILD.format(
         tests=str(ROOT / "tests"), root=str(options.root), output=str(options.output)
     )
-    environment = {**os.environ, "SLOW": "train_net"}
+    environment = {**os.environ, "SLOW": "train_net", "STATUS": status}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     try:
         deadline = time.monotonic() + 60
@@ -272,4 +333,4 @@ def test_sigterm_reaches_the_tool_and_two_runs_do_not_mix(project):
     finally:
         process.kill()
     assert run(options) == 0
-    assert ran(log) == [*ALL[:8], *ALL[7:]]
+    assert ran(log) == [*ALL[:8], *ALL[7 if redone else 8 :]]

@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from resnet_backbone.reproduction import (
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         print_plan(plan, steps, stages, args.num_gpus)
         if args.plan:
             return 0
-        refuse_without_gpu(steps)
+        refuse_without_gpu(step for step in steps if step.stage in stages and not is_done(step))
         status = Runner(ROOT, output).run(steps, stages)
     except (PlanError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def refuse_without_gpu(steps: list[Step]) -> None:
+def refuse_without_gpu(steps: Iterable[Step]) -> None:
     import torch
 
     if any(s.training and s.training.gpu for s in steps) and not torch.cuda.is_available():

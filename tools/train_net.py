@@ -25,11 +25,29 @@ On COCO-style JSON:
   python tools/train_net.py --config-file configs/detection/coco/faster_rcnn_R_50_FPN.yaml \\
       --coco-json train.json val.json --image-root train_images val_images
 
-Continue after an interruption with --resume; evaluate only, with --eval-only MODEL.WEIGHTS FILE,
-or --weights FILE to take over its input.
+Evaluate only, with --eval-only MODEL.WEIGHTS FILE, or --weights FILE to take over its input.
 Anything in the config can be overridden by trailing pairs, for example
-SOLVER.IMS_PER_BATCH 4 (learning rate and iterations follow by the linear rule) or
-SOLVER.AMP.ENABLED True (mixed precision; bf16 on a CPU).
+SOLVER.IMS_PER_BATCH 4 (learning rate and iterations follow by the linear rule),
+SOLVER.AMP.ENABLED True (mixed precision; bf16 on a CPU), RESNET_BACKBONE.ACCUMULATE 8 (16 images
+per batch, two at a time), RESNET_BACKBONE.EPOCHS 12,
+TEST.EVAL_PERIOD 1000 RESNET_BACKBONE.BEST_METRIC bbox/AP50 RESNET_BACKBONE.EARLY_STOP 5 (keeps
+model_best.pth, ends after five evaluations that were not better).
+
+--resume goes on after an interruption with exactly the images, random numbers and rates that an
+uninterrupted run would have had. SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint after the iteration
+at hand and exit with status 75; a second Ctrl-C interrupts at once.
+
+Several seeds, one after the other, each in its own folder, with mean and spread in seeds.json:
+
+  python tools/train_net.py ... --output-dir output/r50 --seeds 1 2 3
+
+Several processes; the batch is divided among them:
+
+  python tools/train_net.py ... --num-gpus 8
+  python tools/train_net.py ... --num-gpus 8 --num-machines 2 --machine-rank 0 \\
+      --dist-url tcp://first-machine:29500
+  torchrun --nproc-per-node 8 tools/train_net.py ...
+  python tools/train_net.py ... --num-processes 2 MODEL.DEVICE cpu
 """
 
 from __future__ import annotations
@@ -41,8 +59,6 @@ import os
 import shlex
 import sys
 
-import torch
-
 from resnet_backbone.detection.cli import (
     UsageError,
     add_data_arguments,
@@ -52,6 +68,9 @@ from resnet_backbone.detection.cli import (
     set_up_data,
     take_back_overrides,
 )
+from resnet_backbone.detection.launch import add_launch_arguments, plan_launch, run_processes
+from resnet_backbone.detection.run_folder import check_folder, config_digest, has_ended, saved_seed
+from resnet_backbone.detection.seeds import read_seeds, seed_folder, train_seeds
 
 logger = logging.getLogger("resnet_backbone.detection.train_net")
 
@@ -74,65 +93,81 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="MODEL.WEIGHTS FILE, and take over the input that these weights were trained on",
     )
-    parser.add_argument("--num-gpus", type=int, default=1, help="GPUs on this machine (default: 1)")
-    parser.add_argument("--dist-url", default="auto", help="tcp:// address for several GPUs")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        metavar="N",
+        help="one run for each of these seeds, in seed_N inside the run folder; what is complete "
+        "is left as it is, what was interrupted goes on",
+    )
+    parser.add_argument("--seed-run", type=int, help=argparse.SUPPRESS)  # one run of --seeds
+    add_launch_arguments(parser)
     add_data_arguments(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
     take_back_overrides(args)
-    if args.num_gpus > max(1, torch.cuda.device_count()):
-        raise UsageError(f"--num-gpus {args.num_gpus}: there are {torch.cuda.device_count()} here")
+    args.arguments = list(sys.argv[1:] if argv is None else argv)
     return args
 
 
-def find_last_checkpoint(folder: str) -> str:
-    """The checkpoint from which a run goes on; "" where there is none."""
-    mark = os.path.join(folder, "last_checkpoint")
-    if not os.path.isfile(mark):
-        return ""
-    with open(mark) as file:
-        return os.path.join(folder, file.read().strip())
-
-
 def set_up(args: argparse.Namespace):
-    """The final config of a run, printed and saved as OUTPUT_DIR/config.yaml."""
+    """The final config of a run, printed and saved as OUTPUT_DIR/config.yaml.
+
+    Returns:
+        None where the run has ended already.
+    """
     from detectron2.engine import default_setup
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
     from resnet_backbone.detection.handover import prepare_weights
-    from resnet_backbone.detection.schedule import scale_schedule
+    from resnet_backbone.detection.sampling import BatchPlan, limit_workers
+    from resnet_backbone.detection.schedule import check_training, follow_processes, plan_schedule
 
-    cfg = load_config(args.config_file, args.opts)
+    cfg, given = load_config(args.config_file, args.opts), args.opts[::2]
     if args.output_dir:
         cfg.OUTPUT_DIR = args.output_dir
+    if args.seed_run is not None:
+        cfg.OUTPUT_DIR, cfg.SEED = seed_folder(cfg.OUTPUT_DIR, args.seed_run), args.seed_run
+        args.resume = True
     own = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-    if args.eval_only and not args.weights and "MODEL.WEIGHTS" not in args.opts[::2]:
+    if args.eval_only and not args.weights and "MODEL.WEIGHTS" not in given:
         cfg.MODEL.WEIGHTS = own if os.path.isfile(own) else cfg.MODEL.WEIGHTS
     if args.eval_only:  # a run's own config and results stay as they are
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "eval")
-    last = find_last_checkpoint(cfg.OUTPUT_DIR) if args.resume and not args.eval_only else ""
-    taken = prepare_weights(cfg, given=args.opts[::2], weights=args.weights or "", resume_from=last)
-    if not args.eval_only and not last:
-        refuse_frozen_random(cfg)
-    planned = load_config(args.config_file, [])
-    scaled = scale_schedule(cfg, planned, given=args.opts[::2])
-    cfg.RESNET_BACKBONE.REFERENCE_BATCH = 0  # done: config.yaml must not be scaled again
+    last = "" if args.eval_only else check_folder(cfg.OUTPUT_DIR, args.resume)
+    taken = prepare_weights(cfg, given=given, weights=args.weights or "", resume_from=last)
+    scaled = []
+    if not args.eval_only:
+        if not last:
+            refuse_frozen_random(cfg)
+        check_training(cfg)
+        scaled = follow_processes(cfg, comm.get_world_size())
+        BatchPlan.from_config(cfg)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="resnet_backbone", abbrev_name="rb")
     for line in taken:
         logger.info("weights: %s", line)
+    num_images = set_up_data(cfg, args)
     if not args.eval_only:
+        planned = load_config(args.config_file, [])
+        scaled += plan_schedule(cfg, planned, given, num_images)
         for line in scaled:
             logger.info("schedule: %s", line)
-    set_up_data(cfg, args)
+    cfg.RESNET_BACKBONE.REFERENCE_BATCH = 0  # done: config.yaml must not be scaled again
+    limit_workers(cfg)
     if cfg.SEED < 0:  # so that config.yaml and results.json say what was drawn
-        cfg.SEED = comm.shared_random_seed()
+        drawn = comm.shared_random_seed()
+        cfg.SEED = saved_seed(cfg.OUTPUT_DIR, drawn) if args.resume else drawn
     cfg.freeze()
+    if not args.eval_only and has_ended(cfg, last, is_seed=args.seed_run is not None):
+        logger.info("%s: the run has ended, see results.json", cfg.OUTPUT_DIR)
+        return None
+    comm.synchronize()  # every process has read config.yaml
     default_setup(cfg, args)  # writes config.yaml: only what has passed so far replaces one
     return cfg
 
 
-def write_results(cfg, results: dict, iterations: int | None) -> None:
+def write_results(cfg, results: dict, **training) -> None:
     """OUTPUT_DIR/results.json: what was run and what came out; null where there is no number."""
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
     content = {
@@ -140,9 +175,9 @@ def write_results(cfg, results: dict, iterations: int | None) -> None:
         "train": list(cfg.DATASETS.TRAIN),
         "test": list(cfg.DATASETS.TEST),
         "weights": cfg.MODEL.WEIGHTS,
-        "iterations": iterations,
         "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
         "seed": cfg.SEED,
+        **training,
         "results": results,
     }
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN
@@ -152,32 +187,70 @@ def write_results(cfg, results: dict, iterations: int | None) -> None:
     logger.info("results are in %s", path)
 
 
-def run(args: argparse.Namespace) -> None:
+def train(cfg, resume: bool) -> None:
+    from detectron2.utils import comm
+
+    from resnet_backbone.detection.signals import StopRequest
+    from resnet_backbone.detection.trainer import Trainer
+
+    with StopRequest() as stop:
+        trainer = Trainer(cfg, stop)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+    if comm.is_main_process():
+        write_results(
+            cfg,
+            trainer.results,
+            iterations=trainer.iterations,
+            ended_early=trainer.evaluation.has_ended,
+            best=trainer.evaluation.best,
+            processes=comm.get_world_size(),
+            accumulate=cfg.RESNET_BACKBONE.ACCUMULATE,
+            config_sha256=config_digest(cfg),
+        )
+
+
+def evaluate(cfg) -> None:
     from detectron2.utils import comm
 
     from resnet_backbone.detection.predictor import load_detector
     from resnet_backbone.detection.trainer import Trainer
 
-    cfg = set_up(args)
-    if args.eval_only:
-        model = Trainer.build_model(cfg)
-        load_detector(cfg, model)
-        results, iterations = Trainer.test(cfg, model), None
-    else:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        results, iterations = trainer.results, trainer.max_iter
+    model = Trainer.build_model(cfg)
+    load_detector(cfg, model)
+    results = Trainer.test(cfg, model)
     if comm.is_main_process() and results:
-        write_results(cfg, results, iterations)
+        write_results(cfg, results, iterations=None)
+
+
+def run(args: argparse.Namespace) -> None:
+    """What each process does."""
+    cfg = set_up(args)
+    if cfg is None:
+        return
+    if args.eval_only:
+        evaluate(cfg)
+    else:
+        train(cfg, args.resume)
+
+
+def run_seeds(args: argparse.Namespace, output: str) -> None:
+    if args.eval_only or "SEED" in args.opts[::2]:
+        raise UsageError("--seeds trains, with the seeds that it names: no --eval-only, no SEED")
+    if "WORLD_SIZE" in os.environ or args.num_machines > 1:
+        raise UsageError("--seeds starts processes on one machine, by --num-gpus: no torchrun")
+    train_seeds(__file__, args.arguments, read_seeds(args.seeds), output)
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    from detectron2.engine import launch
-
-    launch(run, args.num_gpus, dist_url=args.dist_url, args=(args,))
+    cfg = load_config(args.config_file, args.opts)
+    launch = plan_launch(args, cfg.MODEL.DEVICE)
+    if args.seeds and args.seed_run is None:
+        run_seeds(args, args.output_dir or cfg.OUTPUT_DIR)
+    else:
+        run_processes(launch, run, args)
 
 
 if __name__ == "__main__":

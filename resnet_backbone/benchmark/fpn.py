@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_backbone.benchmark.memory import report_peak, run_fresh
 from resnet_backbone.benchmark.turns import randomize_norms, relative_difference
 from resnet_backbone.deploy import optimize_for_inference
 
@@ -136,23 +133,9 @@ def compare_both(device: torch.device, images: Tensor) -> dict[str, dict[str, fl
 
 
 def measure_memory(name: str, shape: tuple[int, ...]) -> dict[str, float]:
-    """Peak resident memory of a fresh process that does one pass, and before it, in MB.
-
-    Both are ``VmHWM`` (Linux), which is reset before the pass so that building does not count.
-    ``before`` has PyTorch, Detectron2 and the weights. glibc returns freed blocks of 128 kB and
-    more at once in that process.
-    """
-    code = (
-        "from resnet_backbone.benchmark.fpn import report_memory; "
-        f"report_memory({name!r}, {tuple(shape)!r}, {torch.get_num_threads()})"
-    )
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, env=environment)
-    if done.returncode:
-        lines = done.stderr.decode().strip().splitlines() or ["no message"]
-        raise ValueError(f"memory of {name}: {lines[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    """Peak resident memory of a fresh process that does one pass, and before it, in MB."""
+    call = f"report_memory({name!r}, {tuple(shape)!r}, {torch.get_num_threads()})"
+    return run_fresh(f"from resnet_backbone.benchmark.fpn import report_memory; {call}", name)
 
 
 def report_memory(name: str, shape: tuple[int, ...], threads: int) -> None:
@@ -164,18 +147,4 @@ def report_memory(name: str, shape: tuple[int, ...], threads: int) -> None:
     run = next(run for key, run in passes if key == name)
     del theirs, ours, passes
     images = torch.randn(shape)
-    before = _reset_peak()
-    run(images)
-    print(json.dumps({"before": before, "peak": _status("VmHWM")}))
-
-
-def _reset_peak() -> float:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return _status("VmHWM")
-
-
-def _status(field: str) -> float:
-    with open("/proc/self/status") as file:
-        line = next(line for line in file if line.startswith(field))
-    return int(line.split()[1]) / 1000
+    report_peak(lambda: run(images))

@@ -39,9 +39,10 @@ def optimize_for_inference(
         model: one of our classifiers or backbones, or any model that contains some, such as a
             detector of Detectron2 or torchvision.
         dtype: torch.float32, or torch.bfloat16 or torch.float16. A network and a backbone take it
-            as a whole; in a model around our networks only these do, a child ``backbone`` (of a
-            detector) with its feature pyramid, and the ``res5`` of a C4 head; proposals, boxes
-            and the other heads stay in float32.
+            as a whole; in a model around our networks only these do, and of a detector
+            ``backbone`` with its feature pyramid, the ``res5`` of a C4 head, the convolution of
+            the proposal network and ``box_head``; the last layers, which give scores and boxes,
+            and all that follows stay in float32.
         compile: also ``torch.compile`` these parts, with their weights as constants
             (Inductor's freezing, which is on only while they run). The first call of each
             image size compiles, for a minute or so; from the second size on, sizes are dynamic.
@@ -72,6 +73,9 @@ def optimize_for_inference(
         return InferenceNetwork(model, dtype, compile)
     for parent, name in places:
         setattr(parent, name, InferenceNetwork(getattr(parent, name), dtype, compile))
+    if dtype != torch.float32:
+        for parent, name in list(head_places(model)):
+            setattr(parent, name, InferenceNetwork(getattr(parent, name), dtype, False))
     return model
 
 
@@ -131,6 +135,19 @@ def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
             yield model, name
         else:
             yield from network_places(child)
+
+
+def head_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """(parent, name of the child) of a detector's hidden layers that see all maps or regions.
+
+    Detectron2's and torchvision's: the convolution before the proposals' scores, and ``box_head``.
+    """
+    for parent in model.modules():
+        proposes = any(hasattr(parent, name) for name in ("objectness_logits", "cls_logits"))
+        for name, child in parent.named_children():
+            if name == "box_head" or (name == "conv" and proposes):
+                if any(True for _ in child.parameters()):
+                    yield parent, name
 
 
 def _is_network(module: nn.Module, name: str) -> bool:

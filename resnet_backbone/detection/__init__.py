@@ -14,6 +14,7 @@ from resnet_backbone.detection.checkpoint import Checkpointer
 from resnet_backbone.detection.config import add_resnet_backbone_config
 from resnet_backbone.detection.handover import take_over
 from resnet_backbone.detection.heads import PaperRes5ROIHeads, VGGBoxHead
+from resnet_backbone.detection.improvements import improve, with_global_context
 from resnet_backbone.detection.projects import DeepLabResNet
 
 
@@ -29,5 +30,7 @@ __all__ = [
     "PaperVGG",
     "VGGBoxHead",
     "add_resnet_backbone_config",
+    "improve",
     "take_over",
+    "with_global_context",
 ]

@@ -12,7 +12,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from resnet_backbone.detection.config import UsageError, backbone_node
+from resnet_backbone.detection.config import UsageError, backbone_node, refuse_ignored_context
 from resnet_backbone.detection.inputs import StatesInput, config_input, origin_input
 from resnet_backbone.models import VGG, ResNet
 from resnet_backbone.models.layers import NORMS, Norm
@@ -134,6 +134,7 @@ def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaperVGG:
 
 
 def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
+    refuse_ignored_context(cfg)
     weights = cfg.MODEL.WEIGHTS
     if weights and backbone_node(cfg).WEIGHTS_INPUT == "set":
         raise UsageError(

@@ -14,6 +14,10 @@ from collections.abc import Callable, Iterator
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.build import (
+    filter_images_with_few_keypoints,
+    filter_images_with_only_crowd_annotations,
+)
 from yaml import YAMLError
 
 from resnet_backbone.detection.config import (
@@ -32,34 +36,46 @@ from resnet_backbone.detection.segmentation import (
     register_label_paths,
     set_class_counts,
 )
+from resnet_backbone.detection.signals import EXIT_STOPPED, Stopped
 
 logger = logging.getLogger(__name__)
 
 VOC_2012_TEST = "voc_2012_test"
 
 
+ONE_LINE = (ValueError, OSError, FloatingPointError, Stopped)
+
+
 def one_line_errors(main: Callable) -> Callable:
     """Wrong input (ValueError, OSError) and divergence end a tool with one line, exit status 2.
 
-    With the environment variable ``RESNET_BACKBONE_TRACEBACK`` set, the traceback is shown.
+    A stop by a signal does so with ``EXIT_STOPPED``. With the environment variable
+    ``RESNET_BACKBONE_TRACEBACK`` set, the traceback is shown.
     """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
-        except (ValueError, OSError, FloatingPointError) as error:
+        except ONE_LINE as error:
             if os.environ.get("RESNET_BACKBONE_TRACEBACK"):
                 raise
-            message = diverged(error) if isinstance(error, FloatingPointError) else error
-            print(f"error: {message}", file=sys.stderr)
-            raise SystemExit(2) from None
+            message, status = outcome(error)
+            print(message, file=sys.stderr)
+            raise SystemExit(status) from None
 
     return wrapped
 
 
+def outcome(error: Exception) -> tuple[str, int]:
+    """The line and the exit status for one of :data:`ONE_LINE`."""
+    if isinstance(error, Stopped):
+        return f"stopped by {error}; go on with the same command and --resume", EXIT_STOPPED
+    return f"error: {diverged(error) if isinstance(error, FloatingPointError) else error}", 2
+
+
 def diverged(error: FloatingPointError) -> str:
-    """What to do about a loss or proposals that are not finite."""
+    """What to do about a loss, proposals or weights that are not finite."""
     first_line = str(error).partition("\n")[0]
     return (
         f"{first_line} Lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS or set "
@@ -168,8 +184,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> None:
+def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
     """Registers the data sets, checks them, and writes their names and classes into the config.
+
+    Returns:
+        The number of training images without those that Detectron2 leaves out.
 
     Raises:
         DataError: problems in the data with ``--bad-data refuse``, or nothing usable at all.
@@ -190,8 +209,10 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> None:
             "no data: give --voc-root DIR --train-set NAME --test-set NAME, or --coco-json TRAIN "
             "TEST --image-root DIR, or DATASETS.TRAIN and DATASETS.TEST"
         )
+    counts = {}
     for name in sorted({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}):
         images = DatasetCatalog.get(name)
+        counts[name] = count_usable(cfg, images)
         boxes = sum(len(image.get("annotations", ())) for image in images)
         logger.info("data set %s: %d images, %d boxes", name, len(images), boxes)
         if name in cfg.DATASETS.TRAIN and not args.eval_only:
@@ -209,14 +230,33 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> None:
             raise UsageError(
                 f"MODEL.{key}.NUM_CLASSES {wanted}, but the data have {count} classes: leave it out"
             )
+    return sum(counts[name] for name in cfg.DATASETS.TRAIN)
+
+
+def count_usable(cfg: CfgNode, images: list[dict]) -> int:
+    """The number of images that a training would use, as Detectron2's loader filters them."""
+    if not images or "annotations" not in images[0]:
+        return len(images)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        images = filter_images_with_only_crowd_annotations(images)
+    if cfg.MODEL.KEYPOINT_ON:
+        least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        images = filter_images_with_few_keypoints(images, least)
+    return len(images)
 
 
 def take_back_overrides(args: argparse.Namespace) -> None:
-    """Gives KEY VALUE pairs behind ``--image-root DIR`` back to the config, in place."""
-    roots = args.image_root or []
+    """Gives KEY VALUE pairs behind options with several values back to the config, in place.
+
+    These options are ``--image-root DIR ...`` and, where a tool has it, ``--seeds N ...``.
+    """
     is_key = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD").fullmatch
-    first = next((i for i, word in enumerate(roots) if i and is_key(word)), len(roots))
-    args.image_root, args.opts = roots[:first] or None, [*args.opts, *roots[first:]]
+    for option in ("image_root", "seeds"):
+        words = getattr(args, option, None) or []
+        first = next((i for i, word in enumerate(words) if i and is_key(word)), len(words))
+        args.opts = [*args.opts, *words[first:]]
+        if words:
+            setattr(args, option, words[:first])
 
 
 def _common_classes(cfg: CfgNode, key: str, kind: str) -> list[str]:

@@ -57,6 +57,13 @@ DEFAULTS = CfgNode(
 )
 
 
+CONTEXT_HEADS = {
+    "PaperRes5ROIHeads": "ContextRes5ROIHeads",
+    "StandardROIHeads": "ContextROIHeads",
+}
+"""MODEL.ROI_HEADS.NAME -> the same heads with global context."""
+
+
 def add_resnet_backbone_config(cfg: CfgNode) -> CfgNode:
     """Adds the node ``RESNET_BACKBONE`` with its defaults to a Detectron2 config, in place."""
     cfg.RESNET_BACKBONE = DEFAULTS.clone()
@@ -66,3 +73,13 @@ def add_resnet_backbone_config(cfg: CfgNode) -> CfgNode:
 def backbone_node(cfg: CfgNode) -> CfgNode:
     """The node, or its defaults for a config that was made without it."""
     return cfg.get("RESNET_BACKBONE", DEFAULTS)
+
+
+def refuse_ignored_context(cfg: CfgNode) -> None:
+    """Raises UsageError where ``GLOBAL_CONTEXT`` is set and the region heads would not have it."""
+    name = cfg.MODEL.ROI_HEADS.NAME
+    if backbone_node(cfg).GLOBAL_CONTEXT and name not in CONTEXT_HEADS.values():
+        raise UsageError(
+            f"RESNET_BACKBONE.GLOBAL_CONTEXT: MODEL.ROI_HEADS.NAME {name} has none; build the "
+            "model from with_global_context(cfg) of resnet_backbone.detection, as the tools here do"
+        )

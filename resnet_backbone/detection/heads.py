@@ -7,13 +7,21 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import Res5ROIHeads
+from detectron2.structures import Boxes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_backbone.detection.backbones import in_memory_format, resnet_options
 from resnet_backbone.detection.config import backbone_node
+from resnet_backbone.detection.pooling import with_stride
+from resnet_backbone.detection.regions import for_regions
 from resnet_backbone.models.layers import init_he
-from resnet_backbone.models.resnet import init_residual_network, resnet_stage
+from resnet_backbone.models.resnet import (
+    DEPTHS,
+    BottleneckBlock,
+    init_residual_network,
+    resnet_stage,
+)
 
 
 @ROI_HEADS_REGISTRY.register()
@@ -23,21 +31,50 @@ class PaperRes5ROIHeads(Res5ROIHeads):
     Detectron2's own class builds three bottlenecks whatever ``MODEL.RESNETS.DEPTH`` says, which
     is wrong at 18 and 34; this one builds the depth's own res5. Keys are the same,
     ``roi_heads.res5.*``.
+
+    Where only 1x1 convolutions carry res5's stride (the paper's bottlenecks), they read every
+    second pooled bin in each direction: the other three quarters are not pooled, and res5 has
+    stride 1. Outputs and gradients are the same.
     """
+
+    REGIONS_AT_ONCE = 128  # in inference: more would take memory, fewer would take time
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        options = super().from_config(cfg, input_shape)
+        with_stride(options["pooler"], cls._strides(cfg)[0])
+        return options
+
+    @classmethod
+    def _strides(cls, cfg: CfgNode) -> tuple[int, int]:
+        """Stride of the pooling and of res5."""
+        resnets = cfg.MODEL.RESNETS
+        if resnets.RES5_DILATION > 1:
+            return 1, 1
+        is_bottleneck = DEPTHS[resnets.DEPTH][0] is BottleneckBlock
+        return (2, 1) if is_bottleneck and resnets.STRIDE_IN_1X1 else (1, 2)
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Module, int]:
         node, dilation = backbone_node(cfg), cfg.MODEL.RESNETS.RES5_DILATION
+        options = resnet_options(cfg)
         stage, channels = resnet_stage(
             cfg.MODEL.RESNETS.DEPTH,
             5,
-            stride=1 if dilation > 1 else 2,
+            stride=cls._strides(cfg)[1],
             dilation=dilation,
             multi_grid=node.MULTI_GRID,
-            **resnet_options(cfg),
+            **options,
         )
         init_residual_network(stage, node.ACTIVATION, node.ZERO_INIT_RESIDUAL)
-        return in_memory_format(cfg, stage), channels
+        return in_memory_format(cfg, for_regions(stage)), channels
+
+    def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
+        """Maps (N, C, H, W) and the boxes of N images -> res5 of R regions, (R, C', h, w)."""
+        regions = self.pooler(features, boxes)
+        if torch.is_grad_enabled() or len(regions) <= self.REGIONS_AT_ONCE:
+            return self.res5(regions)
+        return torch.cat([self.res5(part) for part in regions.split(self.REGIONS_AT_ONCE)])
 
 
 @ROI_BOX_HEAD_REGISTRY.register()

@@ -15,7 +15,7 @@ from torch import nn
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.handover import with_weights_input
-from resnet_backbone.detection.trainer import AutocastModel, Trainer, uses_cpu_autocast
+from resnet_backbone.detection.trainer import Trainer, for_testing
 
 
 class UnreadableError(ValueError):
@@ -25,7 +25,8 @@ class UnreadableError(ValueError):
 class Predictor:
     """Detectron2's DefaultPredictor with checked weights and bf16 mixed precision on CPUs.
 
-    In fp32 it gives the detections that DefaultPredictor gives for the same config and weights.
+    ``RESNET_BACKBONE.TEST`` adds the paper's improvements. Without them, in fp32, it gives the
+    detections that DefaultPredictor gives for the same config and weights.
     Weights that belong to other input settings, and weights of less than the whole detector (a
     backbone alone, other classes), are refused: the detections would be noise.
 
@@ -47,7 +48,7 @@ class Predictor:
         detector = Trainer.build_model(self.cfg)
         load_detector(self.cfg, detector)
         detector.eval()
-        self.model = AutocastModel(detector) if uses_cpu_autocast(self.cfg) else detector
+        self.model = for_testing(self.cfg, detector)
         shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         self.resize = ResizeShortestEdge([shortest, shortest], longest)
 
@@ -67,7 +68,8 @@ class Predictor:
             image = image[:, :, ::-1]
         resized = self.resize.get_transform(image).apply_image(image)
         pixels = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
-        return self.model([{"image": pixels, "height": height, "width": width}])[0]
+        entry = {"image": pixels, "height": height, "width": width, "original": image}
+        return self.model([entry])[0]
 
 
 def load_detector(cfg: CfgNode, model: nn.Module) -> None:

@@ -5,34 +5,139 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from resnet_backbone.detection.config import UsageError
+
+# Names of numbers in evaluations, so that a misspelt BEST_METRIC costs no training.
+AVERAGES = ("AP", "AP50", "AP75", "AP50-11pt", "APs", "APm", "APl")
+RECALLS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def scale_schedule(cfg: CfgNode, planned: CfgNode, given: Collection[str] = ()) -> list[str]:
+def check_training(cfg: CfgNode) -> None:
+    """Refuses keys of a training that are out of range or contradict one another.
+
+    Raises:
+        UsageError: which, and what to write.
+    """
+    node, period = cfg.RESNET_BACKBONE, cfg.TEST.EVAL_PERIOD
+    for key, value in (
+        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
+        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER),
+        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD),
+        ("RESNET_BACKBONE.ACCUMULATE", node.ACCUMULATE),
+    ):
+        if value < 1:
+            raise UsageError(f"{key} {value}: it is at least 1")
+    for key in ("EPOCHS", "EARLY_STOP"):
+        if node[key] < 0:
+            raise UsageError(f"RESNET_BACKBONE.{key} {node[key]}: it is at least 0")
+    if node.EARLY_STOP and not node.BEST_METRIC:
+        raise UsageError(
+            "RESNET_BACKBONE.EARLY_STOP needs RESNET_BACKBONE.BEST_METRIC, such as bbox/AP50"
+        )
+    if node.BEST_METRIC and period < 1:
+        raise UsageError(
+            "RESNET_BACKBONE.BEST_METRIC needs evaluations to choose from: set TEST.EVAL_PERIOD, "
+            "in iterations"
+        )
+    task, _, name = node.BEST_METRIC.rpartition("/")
+    if node.BEST_METRIC and not task:
+        raise UsageError(
+            f"RESNET_BACKBONE.BEST_METRIC {node.BEST_METRIC}: write TASK/NAME, such as bbox/AP50"
+        )
+    per_class = name.startswith(("AP-", "AP50-"))
+    if task in ("bbox", "segm") and name not in (*AVERAGES, *RECALLS) and not per_class:
+        raise UsageError(
+            f"RESNET_BACKBONE.BEST_METRIC {node.BEST_METRIC}: choose {task}/ and one of "
+            f"{', '.join((*AVERAGES, *RECALLS))}"
+        )
+
+
+def check_early_stop(cfg: CfgNode) -> None:
+    """Refuses an early stop that no run could come to; after the schedule is known.
+
+    Raises:
+        UsageError: how many evaluations there are.
+    """
+    patience = cfg.RESNET_BACKBONE.EARLY_STOP
+    evaluations = -(-cfg.SOLVER.MAX_ITER // max(1, cfg.TEST.EVAL_PERIOD))
+    if patience >= evaluations > 0:
+        raise UsageError(
+            f"RESNET_BACKBONE.EARLY_STOP {patience} can never end this run: {cfg.SOLVER.MAX_ITER} "
+            f"iterations have {evaluations} evaluations (TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD})"
+        )
+
+
+def follow_processes(cfg: CfgNode, processes: int) -> list[str]:
+    """Detectron2's ``SOLVER.REFERENCE_WORLD_SIZE``: the batch follows the number of processes.
+
+    Works in place; the linear rule then does the rest.
+
+    Returns:
+        What was done, at most one line.
+    """
+    solver, node = cfg.SOLVER, cfg.RESNET_BACKBONE
+    reference, solver.REFERENCE_WORLD_SIZE = solver.REFERENCE_WORLD_SIZE, 0
+    if reference in (0, processes):
+        return []
+    before = solver.IMS_PER_BATCH
+    if before % reference:
+        raise UsageError(
+            f"SOLVER.IMS_PER_BATCH {before} does not divide by SOLVER.REFERENCE_WORLD_SIZE "
+            f"{reference}"
+        )
+    node.REFERENCE_BATCH = node.REFERENCE_BATCH or before
+    solver.IMS_PER_BATCH = before // reference * processes
+    return [
+        f"SOLVER.IMS_PER_BATCH {before} x {processes} / {reference} processes = "
+        f"{solver.IMS_PER_BATCH} (SOLVER.REFERENCE_WORLD_SIZE {reference})"
+    ]
+
+
+def scale_schedule(
+    cfg: CfgNode, planned: CfgNode, given: Collection[str] = (), num_images: int = 0
+) -> list[str]:
     """Adapts learning rate and iterations to the batch, in place; does nothing when they agree.
 
     The values of ``SOLVER`` are meant for ``RESNET_BACKBONE.REFERENCE_BATCH`` images. With
     ``SOLVER.IMS_PER_BATCH`` images instead, the learning rate is multiplied by their ratio and
-    ``MAX_ITER`` and ``STEPS`` are divided by it, so that as many images are seen. Steps that a very
-    short schedule has no room for are left out.
+    ``MAX_ITER`` and ``STEPS`` are divided by it, so that as many images are seen. With
+    ``RESNET_BACKBONE.EPOCHS`` above 0 ``MAX_ITER`` is so many passes over the images. Steps that a
+    very short schedule has no room for are left out.
 
     Args:
         cfg: the config of the run, not frozen.
         planned: the same without the user's overrides.
         given: keys that the user set; they stay as they are. With ``SOLVER.MAX_ITER`` given,
-            the steps keep their share of the schedule.
+            the steps keep their share of the schedule, and ``EPOCHS`` of a file do not count.
+        num_images: of an epoch; needed for ``EPOCHS``.
 
     Returns:
         What was done, one line per key.
 
     Raises:
-        ValueError: a batch or a schedule of less than one.
+        UsageError: a batch or a schedule of less than one; ``EPOCHS`` and ``MAX_ITER`` both given.
     """
-    reference, batch = cfg.RESNET_BACKBONE.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
+    node = cfg.RESNET_BACKBONE
+    reference, batch = node.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if min(batch, cfg.SOLVER.MAX_ITER, planned.SOLVER.MAX_ITER) < 1:
-        raise ValueError("SOLVER.IMS_PER_BATCH and SOLVER.MAX_ITER are at least 1")
+        raise UsageError("SOLVER.IMS_PER_BATCH and SOLVER.MAX_ITER are at least 1")
+    counts_iterations = "SOLVER.MAX_ITER" in given
+    if counts_iterations and node.EPOCHS and "RESNET_BACKBONE.EPOCHS" in given:
+        raise UsageError("give RESNET_BACKBONE.EPOCHS or SOLVER.MAX_ITER, not both")
     ratio = batch / reference if reference > 0 else 1.0
     solver, before = cfg.SOLVER, planned.SOLVER
-    if "SOLVER.MAX_ITER" not in given:
+    why = {
+        "BASE_LR": f"x {batch} / {reference} images per batch",
+        "MAX_ITER": f"x {reference} / {batch} images per batch",
+    }
+    if counts_iterations:
+        node.EPOCHS = 0.0
+    elif node.EPOCHS:
+        solver.MAX_ITER = max(1, round(node.EPOCHS * num_images / batch))
+        why["MAX_ITER"] = f"{node.EPOCHS:g} epochs x {num_images} images / {batch} per batch"
+    else:
         solver.MAX_ITER = max(1, round(before.MAX_ITER / ratio))
     share = solver.MAX_ITER / before.MAX_ITER
     if "SOLVER.BASE_LR" not in given:
@@ -44,11 +149,43 @@ def scale_schedule(cfg: CfgNode, planned: CfgNode, given: Collection[str] = ()) 
         # a shorter schedule needs no shorter warm-up
         longest = max(1, solver.MAX_ITER // 4)
         solver.WARMUP_ITERS = min(round(before.WARMUP_ITERS * max(share, 1.0)), longest)
-    why = f"for {batch} images per batch, planned for {reference}"
-    if ratio == 1:
-        why = f"for {solver.MAX_ITER} iterations, planned for {before.MAX_ITER}"
+    of_length = f"SOLVER.MAX_ITER {solver.MAX_ITER}, planned {before.MAX_ITER}"
     return [
-        f"SOLVER.{key} {before[key]} -> {solver[key]} ({why})"
+        f"SOLVER.{key} {before[key]} -> {solver[key]} ({why.get(key, of_length)})"
         for key in ("BASE_LR", "MAX_ITER", "STEPS", "WARMUP_ITERS")
         if f"SOLVER.{key}" not in given and solver[key] != before[key]
+    ]
+
+
+def plan_schedule(
+    cfg: CfgNode, planned: CfgNode, given: Collection[str], num_images: int
+) -> list[str]:
+    """:func:`scale_schedule`, then the whole arithmetic as lines; the config is checked with it.
+
+    Raises:
+        UsageError: see :func:`scale_schedule`, :func:`check_early_stop`.
+    """
+    lines = scale_schedule(cfg, planned, given, num_images)
+    check_early_stop(cfg)
+    return [*lines, *describe_schedule(cfg, num_images, comm.get_world_size())]
+
+
+def describe_schedule(cfg: CfgNode, num_images: int, processes: int = 1) -> list[str]:
+    """The arithmetic of a run: images, batch, iterations, epochs.
+
+    Args:
+        num_images: of an epoch, after those without boxes are left out.
+        processes: one for each GPU.
+    """
+    solver, parts = cfg.SOLVER, cfg.RESNET_BACKBONE.ACCUMULATE
+    batch, iterations = solver.IMS_PER_BATCH, solver.MAX_ITER
+    epochs = iterations * batch / num_images
+    steps = ", ".join(str(step) for step in solver.STEPS) or "no step"
+    return [
+        f"SOLVER.IMS_PER_BATCH {batch} = {processes} (processes) x {parts} "
+        f"(RESNET_BACKBONE.ACCUMULATE) x {batch // (processes * parts)} (images at a time)",
+        f"{iterations} iterations x {batch} images / {num_images} training images = "
+        f"{epochs:.2f} epochs",
+        f"learning rate {solver.BASE_LR:g}, warm-up {solver.WARMUP_ITERS} iterations, x "
+        f"{solver.GAMMA:g} at {steps}",
     ]

@@ -1,57 +1,71 @@
-"""Detectron2's trainer with safe loading, CPU mixed precision, our data and our evaluation."""
+"""Detectron2's trainer with safe loading, exact resumption, our data and our evaluation."""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
+import weakref
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetMapper,
-    build_detection_test_loader,
-    build_detection_train_loader,
-)
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.engine.hooks import IterationTimer, LRScheduler
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventStorage,
+    EventWriter,
+    TensorboardXWriter,
+)
+from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from tqdm import tqdm
 
-from resnet_backbone.detection.checkpoint import Checkpointer
 from resnet_backbone.detection.evaluation import build_evaluator
 from resnet_backbone.detection.handover import with_weights_input
+from resnet_backbone.detection.hooks import (
+    Checkpoints,
+    Evaluation,
+    Metrics,
+    MetricsFile,
+    ProgressBar,
+    RepeatablePreciseBN,
+)
+from resnet_backbone.detection.improvements import improve, read_switches, with_global_context
+from resnet_backbone.detection.pooling import with_fast_poolers
+from resnet_backbone.detection.precision import with_exact_scores
 from resnet_backbone.detection.projects import import_project
+from resnet_backbone.detection.sampling import TrainingLoader, build_loader
+from resnet_backbone.detection.saving import AtomicCheckpointer, find_last_checkpoint
+from resnet_backbone.detection.schedule import check_training
 from resnet_backbone.detection.segmentation import mapper_options
+from resnet_backbone.detection.signals import Stopped, StopRequest, Watched
+from resnet_backbone.detection.stepping import Stepper, distribute
 
 logger = logging.getLogger(__name__)
 
 
 class TolerantMapper(DatasetMapper):
-    """:class:`DatasetMapper` that replaces an image which became unreadable during training.
+    """:class:`DatasetMapper` that gives None for an image which became unreadable during training.
 
-    The image read before it, augmented anew, takes its place; where there is none yet,
-    Detectron2's loader draws another one. In evaluation nothing is replaced: the error names the
-    file.
+    The loader then takes another one in its place. In evaluation nothing is replaced: the error
+    names the file.
     """
-
-    _spare: dict | None = None
 
     def __call__(self, dataset_dict: dict) -> dict | None:
         try:
-            mapped = super().__call__(dataset_dict)
+            return super().__call__(dataset_dict)
         except Exception as error:
             where = dataset_dict["file_name"]
             if not self.is_train:
                 raise OSError(f"{where}: cannot be read ({error})") from error
             logger.warning("%s: left out of training, cannot be read (%s)", where, error)
-            return None if self._spare is None else super().__call__(self._spare)
-        self._spare = dataset_dict
-        return mapped
+            return None
 
 
 def uses_cpu_autocast(cfg: CfgNode) -> bool:
@@ -59,7 +73,7 @@ def uses_cpu_autocast(cfg: CfgNode) -> bool:
 
 
 class AutocastModel(nn.Module):
-    """Runs a detector under bf16 autocast on the CPU; Detectron2's AMPTrainer is CUDA-only."""
+    """Runs a detector under bf16 autocast on the CPU, for evaluation."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -70,46 +84,127 @@ class AutocastModel(nn.Module):
             return self.model(inputs)
 
 
-class ProgressBar(HookBase):
-    """A bar with losses, rate and the time left; for terminals."""
+def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """The model as evaluations run it: improved as ``RESNET_BACKBONE.TEST`` says, in its precision.
 
-    def before_train(self) -> None:
-        self.bar = tqdm(
-            total=self.trainer.max_iter, initial=self.trainer.start_iter, unit="it", smoothing=0.1
-        )
-
-    def after_step(self) -> None:
-        latest = self.trainer.storage.latest()
-        losses = {k: f"{v[0]:.3f}" for k, v in latest.items() if "loss" in k}
-        self.bar.set_postfix(losses, refresh=False)
-        self.bar.update()
-
-    def after_train(self) -> None:
-        self.bar.close()
+    Raises:
+        UsageError, WeightsError: see :func:`improve`.
+    """
+    bare = model.model if isinstance(model, AutocastModel) else model
+    tested = improve(cfg, bare)
+    return AutocastModel(tested) if uses_cpu_autocast(cfg) else tested
 
 
 class Trainer(DefaultTrainer):
     """Trains and evaluates a detector with one of our backbones from a config.
 
-    What differs from :class:`DefaultTrainer`: weights are checked against the config when they
-    are loaded, ``SOLVER.AMP`` works on CPUs (bf16), convolutions run in channels_last, VOC and
-    COCO data sets bring their evaluator, unreadable images do not end a run. With
-    ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set", the config's input keys follow ``MODEL.WEIGHTS``.
+    What differs from :class:`DefaultTrainer`: a run that was interrupted at any moment goes on
+    exactly (every random number is a function of ``SEED``, iteration and process); weights are
+    checked against the config when they are loaded; batches go through the network in
+    ``RESNET_BACKBONE.ACCUMULATE`` parts; ``SOLVER.AMP`` works on CPUs (bf16); several processes
+    work on CPUs (gloo); convolutions run in channels_last; VOC and COCO data sets bring their
+    evaluator; unreadable images do not end a run. With ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set",
+    the config's input keys follow ``MODEL.WEIGHTS``.
+
+    Args:
+        stop: asked after each step; the run then ends with :class:`Stopped` and a checkpoint.
+
+    Raises:
+        UsageError: keys that contradict one another, a batch that cannot be divided.
     """
 
-    def __init__(self, cfg: CfgNode):
+    watching: StopRequest | None = None  # of the run in this process, for its evaluations
+
+    def __init__(self, cfg: CfgNode, stop: StopRequest | None = None):
+        TrainerBase.__init__(self)  # and not DefaultTrainer's, whose step and loader are others
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
         cfg = with_weights_input(cfg)
-        plain = cfg.clone()
-        plain.defrost()
-        plain.SOLVER.AMP.ENABLED = cfg.SOLVER.AMP.ENABLED and not uses_cpu_autocast(cfg)
-        super().__init__(plain)
-        self.cfg = cfg
-        if uses_cpu_autocast(cfg):
-            self.model = AutocastModel(self.model)  # for the steps; checkpoints hold the bare one
+        check_training(cfg)
+        self.cfg, self.stop = cfg, stop or StopRequest()
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        self._trainer = Stepper(cfg, distribute(model), loader, optimizer, self.stop)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        own = weakref.proxy(self)
+        self.checkpointer = self.build_checkpointer(cfg, model, trainer=own)
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.stopping = ""  # the signal that ends the run
+        self.register_hooks(self.build_hooks())
+
+    def train(self) -> None:
+        """Trains from ``start_iter`` to ``max_iter``, or until an early stop.
+
+        Raises:
+            Stopped: a signal came; the checkpoint to go on from is written.
+            FloatingPointError: losses or weights are not finite; no checkpoint holds them.
+        """
+        logger.info("Starting training from iteration %d", self.start_iter)
+        Trainer.watching = self.stop
+        with EventStorage(self.start_iter) as self.storage:
+            self.before_train()
+            try:
+                self._finish_resumed_iteration()
+                while self.iter + 1 < self.max_iter and not self.evaluation.has_ended:
+                    self.iter += 1
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                if self.evaluation.has_ended:
+                    self.checkpoints.save(final=True)
+            except Stopped as stopped:
+                self.stopping = str(stopped)
+                self.checkpoints.save()
+                raise
+            except FloatingPointError as error:
+                raise FloatingPointError(self._explain(error)) from error
+            finally:
+                Trainer.watching = None
+                self.after_train()
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self.results)
+
+    def _finish_resumed_iteration(self) -> None:
+        """What was left to do for the checkpoint's iteration when it was written."""
+        self.iter = self.start_iter - 1
+        if self.iter >= 0:
+            self.storage.iter = self.iter
+            for hook in (self.evaluation, self.metrics):
+                hook.after_step()
+
+    def run_step(self) -> None:
+        report = self._trainer.run(self.iter)
+        self.stopping = report.stop
+        if comm.is_main_process():
+            self.storage.put_scalar("data_time", report.data_time)
+            self.storage.put_scalars(**{"total_loss": sum(report.losses.values())})
+            if len(report.losses) > 1:
+                self.storage.put_scalars(**report.losses)
+
+    def _explain(self, error: FloatingPointError) -> str:
+        group = LRScheduler.get_best_param_group_id(self.optimizer)
+        rate = self.optimizer.param_groups[group]["lr"]
+        last = find_last_checkpoint(self.cfg.OUTPUT_DIR)
+        return (
+            f"iteration {self.iter}, learning rate {rate:.4g}: {error}. The last good checkpoint: "
+            f"{last or 'none'}."
+        )
+
+    @property
+    def results(self) -> dict:
+        """The last evaluation of a run, by task: {"bbox": {"AP50": percent, ...}}."""
+        return self.evaluation.results
+
+    @property
+    def iterations(self) -> int:
+        """Iterations that are done."""
+        return self.iter + 1
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        model = build_model(cfg)
+        read_switches(cfg)  # before hours of training, not after them
+        model = with_exact_scores(with_fast_poolers(build_model(with_global_context(cfg))))
         millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
         logger.info("%s with %.1f M parameters", cfg.MODEL.BACKBONE.NAME, millions)
         if cfg.RESNET_BACKBONE.CHANNELS_LAST:
@@ -117,13 +212,17 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode):
+    def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:
         mapper = TolerantMapper(cfg, True, **mapper_options(cfg))
-        return build_detection_train_loader(cfg, mapper=mapper)
+        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        return build_loader(cfg, mapper, seed)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
-        return build_detection_test_loader(cfg, dataset_name, mapper=TolerantMapper(cfg, False))
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=TolerantMapper(cfg, False))
+        if cls.watching is None:
+            return loader
+        return Watched(loader, cls.watching, len(loader.dataset))
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
@@ -138,36 +237,56 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
-        if uses_cpu_autocast(cfg) and not isinstance(model, AutocastModel):
-            model = AutocastModel(model)
-        return super().test(cfg, model, evaluators)
+        return super().test(cfg, for_testing(cfg, model), evaluators)
 
     @classmethod
-    def build_checkpointer(cls, cfg: CfgNode, model: nn.Module, **checkpointables) -> Checkpointer:
-        return Checkpointer(
+    def build_checkpointer(cls, cfg: CfgNode, model: nn.Module, **options) -> AtomicCheckpointer:
+        return AtomicCheckpointer(
             model,
             cfg.OUTPUT_DIR,
             preprocessing=cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING,
             class_names=[*cfg.RESNET_BACKBONE.CLASS_NAMES, *cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES],
-            **checkpointables,
+            **options,
         )
 
     def build_hooks(self) -> list[HookBase | None]:
-        made: DetectionCheckpointer = self.checkpointer  # by DefaultTrainer; ours takes its place
-        self.checkpointer = self.build_checkpointer(self.cfg, made.model, **made.checkpointables)
-        hooks = super().build_hooks()
-        if comm.is_main_process() and sys.stderr.isatty():
-            hooks.append(ProgressBar())
-        return hooks
+        cfg, node, model = self.cfg, self.cfg.RESNET_BACKBONE, self.checkpointer.model
+        best = self.build_checkpointer(cfg, model, marks_last=False)
+        self.checkpoints = Checkpoints(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        self.evaluation = Evaluation(
+            lambda: self.test(cfg, model),
+            cfg.TEST.EVAL_PERIOD,
+            node.BEST_METRIC,
+            node.EARLY_STOP,
+            best,
+        )
+        self.metrics = Metrics()
+        shows_bar = comm.is_main_process() and sys.stderr.isatty()
+        return [
+            IterationTimer(),
+            LRScheduler(),
+            self._precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
+            self.checkpoints,
+            self.evaluation,
+            self.metrics,
+            ProgressBar() if shows_bar else None,
+        ]
 
-    def build_writers(self) -> list:
+    def _precise_bn(self) -> HookBase | None:
+        """True BN statistics before each evaluation, if a batch norm learns them."""
+        if not get_bn_modules(self.model):
+            return None
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        period, images = cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER
+        return RepeatablePreciseBN(period, self.model, self.build_train_loader(cfg), images)
+
+    def build_writers(self) -> list[EventWriter]:
+        if not comm.is_main_process():
+            return []
         writers = [
-            JSONWriter(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json")),
-            TensorboardXWriter(self.cfg.OUTPUT_DIR),
+            MetricsFile(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter),
+            TensorboardXWriter(self.cfg.OUTPUT_DIR, purge_step=self.start_iter),
         ]
         return writers if sys.stderr.isatty() else [CommonMetricPrinter(self.max_iter), *writers]
-
-    @property
-    def results(self) -> dict:
-        """The last evaluation of a run, by task: {"bbox": {"AP50": percent, ...}}."""
-        return getattr(self, "_last_eval_results", {})

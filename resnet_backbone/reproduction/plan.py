@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+IMPROVEMENTS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
+"""Rows of tools/evaluate_detector.py."""
+
 
 class PlanError(ValueError):
     """A plan or command line that cannot be meant; the message says what to write."""
@@ -83,23 +86,36 @@ def read_plan(path: Path, seeds: Sequence[int] | None = None) -> Plan:
     except (OSError, yaml.YAMLError) as error:
         raise PlanError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
     plan = _make(Plan, content, str(path))
-    networks = {name: _network(node, f"{path}: {name}") for name, node in plan.networks.items()}
     if plan.data not in ("built-in", "official"):
         raise PlanError(f"{path}: data is built-in or official, not {plan.data!r}")
-    return replace(plan, networks=networks, seeds=tuple(seeds or plan.seeds))
+    if not isinstance(plan.networks, Mapping) or not plan.networks:
+        raise PlanError(f"{path}: networks: give at least one, NAME: with detect: below it")
+    networks = {name: _network(node, f"{path}: {name}") for name, node in plan.networks.items()}
+    unknown = sorted({str(row) for row in plan.improvements} - set(IMPROVEMENTS))
+    if unknown:
+        known = ", ".join(IMPROVEMENTS)
+        raise PlanError(f"{path}: no improvement {unknown[0]!r}; known are {known}")
+    seeds = tuple(seeds or plan.seeds)
+    if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) for s in seeds):
+        raise PlanError(f"seeds {list(seeds)}: give integers, each once")
+    return replace(plan, networks=networks, seeds=seeds)
 
 
 def _network(node: Any, where: str) -> Network:
     network = _make(Network, node, where)
-    trainings = {
-        key: value and _make(Training, value, f"{where}: {key}")
-        for key, value in (("detect", network.detect), ("pretrain", network.pretrain))
-    }
-    return Network(**trainings, batch_norm=network.batch_norm)
+    pretrain = network.pretrain and _training(network.pretrain, f"{where}: pretrain")
+    return replace(network, detect=_training(network.detect, f"{where}: detect"), pretrain=pretrain)
+
+
+def _training(node: Any, where: str) -> Training:
+    """Words of a command, which YAML may have read as numbers."""
+    training = _make(Training, node, where)
+    config, overrides = (tuple(map(str, v)) for v in (training.config, training.overrides))
+    return replace(training, config=config, overrides=overrides)
 
 
 def _make(kind: type, node: Any, where: str) -> Any:
-    """An instance of a dataclass from a mapping; lists become tuples of their items."""
+    """An instance of a dataclass from a mapping; a single value is a tuple's only item."""
     if not isinstance(node, Mapping):
         raise PlanError(f"{where}: expected keys with values, found {node!r}")
     known = {item.name: item for item in fields(kind)}
@@ -109,4 +125,11 @@ def _make(kind: type, node: Any, where: str) -> Any:
     if unknown or absent:
         problem = f"unknown key {unknown[0]}" if unknown else f"the key {absent[0]} is missing"
         raise PlanError(f"{where}: {problem}; known are {', '.join(known)}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in node.items()})
+    lists = {item.name for item in fields(kind) if str(item.type).startswith("tuple")}
+    return kind(**{k: _items(v) if k in lists else v for k, v in node.items()})
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)

@@ -21,6 +21,7 @@ from resnet_backbone.reproduction.steps import Step
 logger = logging.getLogger(__name__)
 
 DONE = "step.json"
+STOPPED = 75  # what the tools end with when a signal asks them to stop
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -68,7 +69,7 @@ class Runner:
         logger.info("\n== %s %s\n%s", place, step.name, shown)
         step.folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        status = run_command(step.words(), self.root, lock)
+        status, stop = run_command(step.words(), self.root, lock)
         if status:
             logger.error(
                 "%s ended with status %d; the same command goes on from here", step.name, status
@@ -88,7 +89,7 @@ class Runner:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, step.folder / DONE)
         logger.info("-- %s: %.0f s", step.name, content["seconds"])
-        return 0
+        return STOPPED if stop else 0
 
     @contextmanager
     def _alone(self) -> Iterator[int]:
@@ -104,26 +105,36 @@ class Runner:
             yield file.fileno()
 
 
-def run_command(words: Sequence[str], root: Path, lock: int) -> int:
-    """Exit status of a tool; signals that ask to stop are passed on, and waited for.
+def run_command(words: Sequence[str], root: Path, lock: int) -> tuple[int, bool]:
+    """Runs a tool; signals that ask to stop are passed on, and waited for.
 
     Args:
         words: name of the tool, arguments.
         root: of the project.
         lock: open file that it holds too: should this process be killed, the lock stays.
+
+    Returns:
+        Its exit status, 75 where it was stopped by a signal that was passed on and 128 + its
+        number by another one, as in a shell; whether a signal was passed on.
     """
     # in a session of its own, else a terminal's Ctrl-C would reach it twice
     command = [sys.executable, str(root / "tools" / words[0]), *words[1:]]
     process = subprocess.Popen(command, cwd=root, pass_fds=(lock,), start_new_session=True)
-    former = {
-        number: signal.signal(number, lambda number, _: process.send_signal(number))
-        for number in STOP_SIGNALS
-    }
+    passed_on = []
+
+    def pass_on(number, frame) -> None:
+        passed_on.append(number)
+        process.send_signal(number)
+
+    former = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:
-        return process.wait()
+        status = process.wait()
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+    if status < 0:
+        status = STOPPED if -status in passed_on else 128 - status
+    return status, bool(passed_on)
 
 
 def is_done(step: Step) -> bool:

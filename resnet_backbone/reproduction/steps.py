@@ -27,6 +27,7 @@ class Step:
         command: tool of tools/ and its arguments; ``{here}`` is the step's own folder.
         inputs: steps whose folders the command reads.
         depends: digests of files and data that it reads beside these.
+        places: paths of those that the command names; only their digests enter the key.
         product: file in the folder that later steps read and that proves it complete.
         training: what the hours are stated for.
     """
@@ -38,12 +39,15 @@ class Step:
     product: str
     inputs: tuple[Step, ...] = ()
     depends: tuple[str, ...] = ()
+    places: tuple[Path, ...] = ()
     training: Training | None = field(default=None, compare=False)
 
     @cached_property
     def key(self) -> str:
         """Ten digits of the hash of all that the result depends on; places do not enter."""
-        words = [word.replace(str(self.output), "") for word in self.command]
+        words = list(self.command)
+        for place in (self.output, *self.places):
+            words = [word.replace(str(place), "") for word in words]
         keys = [step.key for step in self.inputs]
         return digest([__version__, words, keys, self.depends])[:10]
 
@@ -163,7 +167,7 @@ class _Builder:
         )  # fmt: skip
 
     def pretrain(self, name: str, training: Training, extra: tuple[str, ...]) -> Step:
-        overrides, depends = [*training.overrides, *extra], []
+        overrides, depends, places = [*training.overrides, *extra], [], []
         if self.plan.data == "official":
             if self.options.imagenet is None:
                 raise PlanError(
@@ -171,6 +175,7 @@ class _Builder:
                 )
             overrides.append(f"data.root={self.options.imagenet}")
             depends.append(tree_digest(self.options.imagenet))
+            places.append(self.options.imagenet)
         command = (
             *("train_classifier.py", "--config-file", *self.configs(training)),
             *("--output-dir", "{here}", "--resume", *self.processes(training)),
@@ -183,6 +188,7 @@ class _Builder:
             command,
             "final.safetensors",
             depends=(*depends, *self.config_digests(training)),
+            places=tuple(places),
             training=training,
         )
 
@@ -200,7 +206,7 @@ class _Builder:
         else:
             depends.append(file_digest(given))
             source = given
-        if self.options.datasets is not None:
+        if self.data_step is None and self.options.datasets is not None:
             depends.append(tree_digest(self.options.datasets))
         stated = self.options.preprocessing.get(name)
         command = (
@@ -221,6 +227,7 @@ class _Builder:
             "results.json",
             inputs=tuple(inputs),
             depends=tuple(depends),
+            places=(given,) if given else (),
             training=training,
         )
 

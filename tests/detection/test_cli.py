@@ -122,8 +122,9 @@ def test_frozen_random_layers(train_net, tmp_path, arguments):
     ],
 )
 def test_layers_that_can_learn_or_have_weights(train_net, write, tmp_path, arguments):
-    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    torch.save({"model": {"backbone.x": torch.zeros(1)}}, tmp_path / "model_0000001.pth")
+    if arguments == ["--resume"]:
+        (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+        torch.save({"model": {"backbone.x": torch.zeros(1)}}, tmp_path / "model_0000001.pth")
     weights = write(expected=PREPROCESSINGS["msra"])
     arguments = [word.format(weights=weights) for word in arguments]
     missing = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]

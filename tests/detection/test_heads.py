@@ -9,6 +9,8 @@ pytest.importorskip("detectron2")
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_box_head, build_model, build_roi_heads
+from detectron2.modeling.backbone.resnet import BasicBlock as D2BasicBlock
+from detectron2.modeling.backbone.resnet import ResNet as D2ResNet
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
@@ -51,7 +53,8 @@ def test_c4_head_is_the_depths_own_res5(make_cfg, depth):
     own = {key: value.shape for key, value in head.res5.state_dict().items()}
     assert own == {k: v for k, v in shapes.items() if not k.endswith("num_batches_tracked")}
     assert head.box_predictor.cls_score.in_features == channels
-    assert head.res5[0].shortcut.stride == (2, 2)
+    pooled = head.pooler.level_poolers[0].stride
+    assert (pooled, head.res5[0].shortcut.stride) == ((1, (2, 2)) if depth < 50 else (2, (1, 1)))
 
 
 def test_c4_head_follows_the_config(make_cfg):
@@ -60,7 +63,7 @@ def test_c4_head_follows_the_config(make_cfg):
     keys |= dict(MODEL__RESNETS__STRIDE_IN_1X1=False)
     head = build_c4_head(make_cfg("voc/faster_rcnn_R_50_C4.yaml", **keys))
     assert [block.conv2.dilation for block in head.res5] == [(2, 2), (4, 4), (8, 8)]
-    assert head.res5[0].shortcut.stride == (1, 1)
+    assert head.res5[0].shortcut.stride == (1, 1) and head.pooler.level_poolers[0].stride == 1
     for block in head.res5:
         assert isinstance(block.conv3.norm, nn.BatchNorm2d)
         assert not block.conv3.norm.weight.any()
@@ -69,25 +72,84 @@ def test_c4_head_follows_the_config(make_cfg):
     assert [block.gate.bias.unique().item() for block in head.res5] == [-3.0, -3.0]
 
 
-@pytest.mark.parametrize("stride_in_1x1", [True, False])
-def test_r50_head_equals_detectron2(make_cfg, randomise, stride_in_1x1):
-    """Res5ROIHeads' state loads strictly and gives the same scores and boxes in float64."""
-    keys = dict(MODEL__RESNETS__STRIDE_IN_1X1=stride_in_1x1, MODEL__ROI_HEADS__NUM_CLASSES=2)
+HEADS = {
+    "paper": dict(MODEL__RESNETS__STRIDE_IN_1X1=True),
+    "stride in the 3x3": dict(MODEL__RESNETS__STRIDE_IN_1X1=False),
+    "RoIPool": dict(MODEL__ROI_BOX_HEAD__POOLER_TYPE="ROIPool"),
+    "RoIAlign without offset": dict(MODEL__ROI_BOX_HEAD__POOLER_TYPE="ROIAlign"),
+    "odd bins": dict(MODEL__ROI_BOX_HEAD__POOLER_RESOLUTION=5),
+    "trained norms": dict(MODEL__RESNETS__NORM="BN"),
+}
+
+
+def detectron2s_c4_head(cfg, depth):
+    """Detectron2's head; at 18 and 34, where it has none, with Detectron2's own basic blocks."""
+    head = build_c4_head(cfg, Res5ROIHeads)
+    if depth >= 50:
+        return head
+    blocks = D2ResNet.make_stage(
+        D2BasicBlock,
+        BLOCKS[depth],
+        stride_per_block=[2] + [1] * (BLOCKS[depth] - 1),
+        in_channels=256,
+        out_channels=512,
+        norm="FrozenBN",
+    )
+    head.res5 = nn.Sequential(*blocks)
+    return head
+
+
+def head_gradients(head, features, proposals):
+    """Scores, deltas and maps of fixed regions, and all gradients of their weighted sum."""
+    features = features.clone().requires_grad_()
+    maps = head._shared_roi_transform([features], proposals)
+    scores, deltas = head.box_predictor(maps.mean(dim=[2, 3]))
+    weights = torch.linspace(-1, 1, scores.numel() + deltas.numel(), dtype=torch.float64)
+    torch.cat([scores.flatten(), deltas.flatten()]).mul(weights).sum().backward()
+    gradients = {name: p.grad for name, p in head.named_parameters()}
+    return {"maps": maps, "scores": scores, "deltas": deltas, "map gradient": features.grad} | {
+        name: value for name, value in gradients.items() if value is not None
+    }
+
+
+@pytest.mark.parametrize(
+    "depth, kind",
+    [(18, "paper"), (50, "paper"), (50, "stride in the 3x3")]
+    + [pytest.param(50, kind, marks=pytest.mark.slow) for kind in [*HEADS][2:]]
+    + [pytest.param(depth, "paper", marks=pytest.mark.slow) for depth in (34, 101, 152)],
+)
+def test_c4_head_equals_detectron2(make_cfg, randomise, depth, kind):
+    """Res5ROIHeads' state loads strictly; outputs and gradients are its own in float64.
+
+    Some boxes reach beyond the map, one is smaller than a cell, one is empty.
+    """
+    keys = dict(MODEL__RESNETS__DEPTH=depth, MODEL__ROI_HEADS__NUM_CLASSES=2, **HEADS[kind])
     cfg = make_cfg("voc/faster_rcnn_R_50_C4.yaml", **keys)
+    if depth < 50:
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
     with torch.device("meta"):
-        theirs, ours = build_c4_head(cfg, Res5ROIHeads), build_c4_head(cfg)
+        theirs, ours = detectron2s_c4_head(cfg, depth), build_c4_head(cfg)
     randomise(theirs)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
-    features = torch.rand(1, 1024, 6, 8, dtype=torch.float64)
-    corners = torch.tensor([[3, 4, 60, 70], [30, 20, 120, 90], [64, 2, 90, 50]]).double()
-    found = []
-    for head in (theirs.eval(), ours.eval()):
-        with torch.no_grad():
-            maps = head.res5(head.pooler([features], [Boxes(corners)]))
-            found.append((maps, *head.box_predictor(maps.mean(dim=[2, 3]))))
-    assert found[0][0].shape == (3, 2048, 7, 7)
-    for expected, value in zip(*found, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    for ours_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
+        ours_p.requires_grad_(theirs_p.requires_grad)
+    channels = 1024 if depth >= 50 else 256
+    features = torch.rand(2, channels, 6, 8, dtype=torch.float64)
+    boxes = [
+        Boxes(torch.tensor(corners))
+        for corners in ([[3, 4, 60, 70], [-40, 60, 20, 140]], [[7, 7, 9, 9], [40, 40, 40, 60]])
+    ]
+    for value in boxes:
+        value.tensor = value.tensor.double()
+    expected, found = (head_gradients(head, features, boxes) for head in (theirs, ours))
+    assert len(expected["maps"]) == 4 and expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    with torch.no_grad():
+        ours.REGIONS_AT_ONCE = 3
+        maps = ours.eval()._shared_roi_transform([features], boxes)
+        expected = theirs.eval()._shared_roi_transform([features], boxes)
+    torch.testing.assert_close(maps, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("file", [C4, DC5])

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_backbone.detection import add_resnet_backbone_config
-from resnet_backbone.detection.schedule import scale_schedule
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.schedule import (
+    check_early_stop,
+    check_training,
+    describe_schedule,
+    follow_processes,
+    scale_schedule,
+)
 
 
 def plan(max_iter=18000, steps=(12000, 16000), reference=16, batch=16):
@@ -39,7 +46,7 @@ def test_published_example():
     assert solver.BASE_LR == pytest.approx(0.0025)
     assert (solver.MAX_ITER, solver.STEPS) == (144000, (96000, 128000))
     assert solver.WARMUP_ITERS == 800
-    assert report[0] == "SOLVER.BASE_LR 0.02 -> 0.0025 (for 2 images per batch, planned for 16)"
+    assert report[0] == "SOLVER.BASE_LR 0.02 -> 0.0025 (x 2 / 16 images per batch)"
     assert len(report) == 4
 
 
@@ -61,8 +68,8 @@ def test_short_run_keeps_the_shape_and_says_why():
     solver, report = scale(plan(), MAX_ITER=90)
     assert (solver.STEPS, solver.WARMUP_ITERS, solver.BASE_LR) == ((60, 80), 22, 0.02)
     assert report == [
-        "SOLVER.STEPS (12000, 16000) -> (60, 80) (for 90 iterations, planned for 18000)",
-        "SOLVER.WARMUP_ITERS 100 -> 22 (for 90 iterations, planned for 18000)",
+        "SOLVER.STEPS (12000, 16000) -> (60, 80) (SOLVER.MAX_ITER 90, planned 18000)",
+        "SOLVER.WARMUP_ITERS 100 -> 22 (SOLVER.MAX_ITER 90, planned 18000)",
     ]
 
 
@@ -111,3 +118,76 @@ def test_detectron2_accepts_every_result(batch, max_iter, total):
         cfg.SOLVER = solver
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=solver.BASE_LR)
         build_lr_scheduler(cfg, optimizer)
+
+
+def test_epochs():
+    planned = plan(reference=16)
+    cfg = planned.clone()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.RESNET_BACKBONE.EPOCHS = 8, 12.5
+    report = scale_schedule(cfg, planned, ["SOLVER.IMS_PER_BATCH"], num_images=2400)
+    assert cfg.SOLVER.MAX_ITER == 3750 and cfg.SOLVER.STEPS == (2500, 3333)
+    assert cfg.SOLVER.BASE_LR == pytest.approx(0.01)
+    assert "SOLVER.MAX_ITER 18000 -> 3750 (12.5 epochs x 2400 images / 8 per batch)" in report
+    lines = describe_schedule(cfg, 2400, processes=2)
+    assert lines[0].startswith("SOLVER.IMS_PER_BATCH 8 = 2 (processes) x 1 (RESNET_BACKBONE.ACC")
+    assert lines[1] == "3750 iterations x 8 images / 2400 training images = 12.50 epochs"
+
+
+def test_epochs_of_a_file_and_iterations_of_the_command_line():
+    planned = plan()
+    planned.RESNET_BACKBONE.EPOCHS = 3.0
+    cfg = planned.clone()
+    cfg.SOLVER.MAX_ITER = 90
+    scale_schedule(cfg, planned, ["SOLVER.MAX_ITER"], num_images=100)
+    assert cfg.SOLVER.MAX_ITER == 90 and cfg.RESNET_BACKBONE.EPOCHS == 0
+    cfg = planned.clone()
+    with pytest.raises(
+        UsageError, match="give RESNET_BACKBONE.EPOCHS or SOLVER.MAX_ITER, not both"
+    ):
+        scale_schedule(cfg, planned, ["SOLVER.MAX_ITER", "RESNET_BACKBONE.EPOCHS"], 100)
+
+
+def test_reference_world_size():
+    """Detectron2's key: the same numbers as its auto_scale_workers."""
+    from detectron2.engine import DefaultTrainer
+
+    for processes in (1, 4, 8, 16):
+        planned = plan(reference=0)
+        planned.SOLVER.REFERENCE_WORLD_SIZE = 8
+        theirs = DefaultTrainer.auto_scale_workers(planned, processes).SOLVER
+        cfg = planned.clone()
+        report = follow_processes(cfg, processes)
+        scale_schedule(cfg, planned)
+        assert len(report) == (processes != 8)
+        for key in ("IMS_PER_BATCH", "MAX_ITER", "STEPS"):
+            assert cfg.SOLVER[key] == theirs[key], key
+        assert cfg.SOLVER.BASE_LR == pytest.approx(theirs.BASE_LR)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (dict(RESNET_BACKBONE__EARLY_STOP=2), "EARLY_STOP needs RESNET_BACKBONE.BEST_METRIC"),
+        (dict(RESNET_BACKBONE__BEST_METRIC="bbox/AP50"), "set TEST.EVAL_PERIOD"),
+        (dict(RESNET_BACKBONE__BEST_METRIC="AP", TEST__EVAL_PERIOD=5), "AP: write TASK/NAME"),
+        (
+            dict(RESNET_BACKBONE__BEST_METRIC="bbox/AP5O", TEST__EVAL_PERIOD=5),
+            "bbox/AP5O: choose bbox/ and one of AP, AP50",
+        ),
+        (dict(RESNET_BACKBONE__ACCUMULATE=0), "ACCUMULATE 0: it is at least 1"),
+        (dict(RESNET_BACKBONE__EPOCHS=-1.0), "EPOCHS -1.0: it is at least 0"),
+        (dict(SOLVER__CHECKPOINT_PERIOD=0), "CHECKPOINT_PERIOD 0: it is at least 1"),
+    ],
+)
+def test_contradictions(make_cfg, keys, message):
+    with pytest.raises(UsageError, match=message):
+        check_training(make_cfg(**keys))
+
+
+def test_early_stop_that_can_never_come(make_cfg):
+    best = dict(RESNET_BACKBONE__BEST_METRIC="coco/bbox/AP", TEST__EVAL_PERIOD=10)
+    cfg = make_cfg(SOLVER__MAX_ITER=35, RESNET_BACKBONE__EARLY_STOP=3, **best)
+    check_training(cfg), check_early_stop(cfg)
+    cfg.SOLVER.MAX_ITER = 30
+    with pytest.raises(UsageError, match="3 can never end this run: 30 iterations have 3 eval"):
+        check_early_stop(cfg)

@@ -1,0 +1,85 @@
+"""Further detectors of an ensemble, from their run folders."""
+
+from __future__ import annotations
+
+import os
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from resnet_backbone.detection.config import UsageError
+
+from .switches import check_scales
+
+
+def find_weights(run: str) -> str:
+    """``model_final.pth`` of a run, or its last checkpoint while it is not finished.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    final, last = os.path.join(run, "model_final.pth"), os.path.join(run, "last_checkpoint")
+    if os.path.isfile(final):
+        return final
+    if os.path.isfile(last):
+        with open(last) as file:
+            return os.path.join(run, os.path.basename(file.read().strip()))
+    raise UsageError(f"{run}: no model_final.pth and no checkpoint there; name a train_net.py run")
+
+
+def run_config(run: str, overrides: list[str]) -> CfgNode:
+    """The config of a run with its weights in ``MODEL.WEIGHTS``.
+
+    Args:
+        run: a folder that tools/train_net.py wrote.
+        overrides: ``KEY VALUE`` pairs.
+
+    Raises:
+        UsageError: no run there, or no weights in it yet.
+    """
+    from resnet_backbone.detection.cli import load_config  # imports what imports this package
+
+    config = os.path.join(run, "config.yaml")
+    if not os.path.isfile(config):
+        raise UsageError(f"{run}: no config.yaml there; name a folder that train_net.py wrote")
+    return load_config(config, [*overrides, "MODEL.WEIGHTS", find_weights(run)])
+
+
+def load_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
+    """The config and the detector of a run, in evaluation mode on the device of `cfg`.
+
+    Raises:
+        UsageError, WeightsError: no run there, see :func:`check_member`, or weights that do not
+            fit the run's config.
+    """
+    from resnet_backbone.detection.handover import prepare_weights
+    from resnet_backbone.detection.predictor import load_detector
+    from resnet_backbone.detection.trainer import Trainer
+
+    other = run_config(run, ["MODEL.DEVICE", cfg.MODEL.DEVICE])
+    check_member(cfg, other, run)
+    prepare_weights(other)
+    model = Trainer.build_model(other)
+    load_detector(other, model)
+    return other, model.eval()
+
+
+def check_member(cfg: CfgNode, other: CfgNode, run: str) -> None:
+    """Refuses a detector of other classes, or one whose images cannot be made from ours.
+
+    Raises:
+        UsageError: naming the run.
+    """
+    counts = [config.MODEL.ROI_HEADS.NUM_CLASSES for config in (cfg, other)]
+    names = [list(config.RESNET_BACKBONE.CLASS_NAMES) for config in (cfg, other)]
+    if counts[0] != counts[1] or names[0] != names[1]:
+        raise UsageError(
+            f"{run} has {counts[1]} classes {names[1]}, this detector has {counts[0]} "
+            f"{names[0]}: all need the same in the same order"
+        )
+    if other.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise UsageError(f"{run} is a {other.MODEL.META_ARCHITECTURE}, not GeneralizedRCNN")
+    check_scales(other, list(cfg.RESNET_BACKBONE.TEST.SCALES))
+    for config, where in ((cfg, "this detector"), (other, run)):
+        if config.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise UsageError(f"INPUT.FORMAT of {where} is {config.INPUT.FORMAT!r}, not RGB or BGR")

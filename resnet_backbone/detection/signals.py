@@ -1,0 +1,72 @@
+"""Stopping in good order when a scheduler or the user asks for it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sized
+from typing import Any
+
+from detectron2.utils import comm
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command with --resume
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ROUNDS = 10  # batches of an evaluation between two questions to the other processes
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and every process knows it."""
+
+
+class StopRequest:
+    """Remembers that SIGTERM, SIGUSR1 or SIGINT arrived; a second SIGINT interrupts at once.
+
+    A context manager, inside of which signals are looked out for.
+
+    Attributes:
+        name: of the signal that arrived at this process; "" for none.
+    """
+
+    def __init__(self):
+        self.name = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self.name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Watched:
+    """The batches of an evaluation; raises :class:`Stopped` on every process after a signal.
+
+    Processes ask each other equally often, also when they have different numbers of batches.
+
+    Args:
+        loader: this process's batches.
+        total: batches of all processes, which differ by at most one between them.
+    """
+
+    def __init__(self, loader: Sized, stop: StopRequest, total: int):
+        self.loader, self.stop, self.total = loader, stop, total
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        world = comm.get_world_size()
+        iterator = iter(self.loader)
+        for number in range(-(-self.total // world)):
+            if world == 1 or number % ROUNDS == 0:
+                names = [name for name in comm.all_gather(self.stop.name) if name]
+                if names:
+                    raise Stopped(names[0])
+            if number < len(self.loader):
+                yield next(iterator)

@@ -1,0 +1,170 @@
+"""Small trainings in processes of their own, for tests that stop and kill them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+PROJECT = Path(__file__).resolve().parents[2]
+CONFIG = PROJECT / "configs" / "detection" / "quickstart" / "faster_rcnn_R_18_FPN.yaml"
+TOOL = PROJECT / "tools" / "train_net.py"
+KEYS = {
+    "INPUT.MIN_SIZE_TRAIN": "(32, 40)",
+    "INPUT.MIN_SIZE_TEST": "32",
+    "MODEL.FPN.OUT_CHANNELS": "16",
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": "40",
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": "30",
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": "16",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": "8",
+    "MODEL.ROI_BOX_HEAD.FC_DIM": "16",
+    "MODEL.WEIGHTS": "",
+    "MODEL.BACKBONE.FREEZE_AT": "0",
+    "SOLVER.AMP.ENABLED": "False",
+    "SOLVER.IMS_PER_BATCH": "4",
+    "DATALOADER.NUM_WORKERS": "0",
+    "SEED": "3",
+}
+TIMING = {"time", "data_time", "rank_data_time", "eta_seconds"}
+BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+
+
+def write_pictures(root: Path, count: int = 9, upright: bool = True) -> Path:
+    """A VOC folder of noise with a bright square each; every third one upright, if asked for."""
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / name).mkdir(parents=True)
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        width, height = (48, 64) if upright and number % 3 == 0 else (64, 48)
+        pixels = rng.integers(60, 120, (height, width, 3), dtype=np.uint8)
+        x, y = (int(rng.integers(2, 20)) for _ in range(2))
+        pixels[y : y + 24, x : x + 24] = (230, 40 * (number % 2), 30)
+        Image.fromarray(pixels).save(root / "JPEGImages" / f"{number:06d}.png")
+        name, box = ("round", "square")[number % 2], BOX.format(x + 1, y + 1, x + 24, y + 24)
+        (root / "Annotations" / f"{number:06d}.xml").write_text(
+            f"<annotation><filename>{number:06d}.png</filename><size><width>{width}</width>"
+            f"<height>{height}</height><depth>3</depth></size>"
+            f"<object><name>{name}</name><difficult>0</difficult>{box}</object></annotation>"
+        )
+    names = [f"{number:06d}" for number in range(count)]
+    for split, chosen in (("train", names), ("test", names[:3])):
+        (root / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(chosen) + "\n")
+    return root
+
+
+def arguments(data: Path, output: Path, *options: str, **keys: object) -> list[str]:
+    """Of a small run; dots in keys are written as two underscores."""
+    changed = KEYS | {key.replace("__", "."): str(value) for key, value in keys.items()}
+    pairs = [word for pair in changed.items() for word in pair]
+    where = ["--voc-root", str(data), "--train-set", "train", "--test-set", "test"]
+    return ["--config-file", str(CONFIG), *where, "--output-dir", str(output), *options, *pairs]
+
+
+class Forked:
+    """The tool in a child of this process, which has imported everything already."""
+
+    def __init__(self, words: list[str], log: Path):
+        self.log = log
+        self.pid, self.status = os.fork(), None
+        if self.pid == 0:
+            self._work(words)
+
+    def _work(self, words: list[str]) -> None:
+        code = 1
+        try:
+            os.setsid()
+            file = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            spec = importlib.util.spec_from_file_location("train_net", TOOL)
+            tool = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(tool)
+            torch.set_num_threads(1)
+            tool.main(words)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.status is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if done else None
+        return self.status
+
+    def send(self, number: int, group: bool = False) -> None:
+        os.kill(-self.pid if group else self.pid, number)
+
+    def wait(self, timeout: float = 120) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                os.kill(-self.pid, 9)
+                raise TimeoutError(self.log.read_text())
+            time.sleep(0.02)
+        return self.status
+
+    def wait_until(self, condition, timeout: float = 120) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition() and self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+
+def start(words: list[str], **options) -> subprocess.Popen:
+    """The tool as a command."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    command = [*options.pop("prefix", [sys.executable, "-W", "ignore"]), str(TOOL), *words]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment, **streams, **options)
+
+
+def reached(folder: Path) -> int:
+    """The iteration of the newest checkpoint; -1 for none."""
+    mark = folder / "last_checkpoint"
+    name = mark.read_text() if mark.exists() else ""
+    return int(name[6:13]) if name[6:13].isdecimal() else 10**7 if name else -1
+
+
+def rows(folder: Path) -> list[dict]:
+    """Of metrics.json, without timings."""
+    lines = (folder / "metrics.json").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
+
+
+def read_results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def assert_same_tensors(first, second, where: str = "") -> None:
+    """Nested containers with equal values, tensors bit for bit."""
+    assert type(first) is type(second), where
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_same_tensors(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for number, pair in enumerate(zip(first, second, strict=True)):
+            assert_same_tensors(*pair, f"{where}/{number}")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    else:
+        assert first == second or (first != first and second != second), where
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    for name in ("model_final.pth", "model_best.pth"):
+        if (folder / name).exists() or (other / name).exists():
+            assert_same_tensors(torch.load(folder / name), torch.load(other / name), name)
+    assert rows(folder) == rows(other)
+    first, second = read_results(folder), read_results(other)
+    for key in ("results", "best", "iterations", "ended_early"):
+        assert first[key] == second[key], key

@@ -1,0 +1,175 @@
+"""tools/evaluate_detector.py: the rows, what is kept of them, and what is refused."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+import cv2
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from resnet_backbone.detection import Checkpointer
+from resnet_backbone.detection.predictor import Predictor
+from resnet_backbone.detection.trainer import Trainer
+
+PROJECT = Path(__file__).resolve().parents[2]
+CHEAP = dict(
+    MODEL__ROI_HEADS__NUM_CLASSES=2,
+    MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.01,
+    MODEL__ROI_BOX_HEAD__FC_DIM=16,
+    MODEL__FPN__OUT_CHANNELS=16,
+    MODEL__RPN__POST_NMS_TOPK_TEST=10,
+    INPUT__MIN_SIZE_TEST=60,
+    SOLVER__AMP__ENABLED=False,
+    RESNET_BACKBONE__CLASS_NAMES=["bar", "box"],
+)
+
+
+@pytest.fixture
+def make_run(make_cfg, tmp_path):
+    """Function (folder name, seed, KEY=value...) -> a run folder with a random detector."""
+
+    def make(name, seed=0, **keys):
+        file = "quickstart/faster_rcnn_R_18_FPN.yaml"
+        cfg = make_cfg(file, **(CHEAP | keys))
+        cfg.OUTPUT_DIR, cfg.SEED = str(tmp_path / name), seed
+        torch.manual_seed(seed)
+        model = Trainer.build_model(cfg).eval()
+        torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=2.0)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(cfg.dump())
+        names = cfg.RESNET_BACKBONE.CLASS_NAMES
+        Checkpointer(model, cfg.OUTPUT_DIR, class_names=names).save("model_final")
+        return str(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture
+def tool(capsys, tiny_voc):
+    """Function (argument...) -> exit status, lines of stdout and of stderr."""
+    path = PROJECT / "tools" / "evaluate_detector.py"
+    spec = importlib.util.spec_from_file_location("evaluate_detector", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = set(DatasetCatalog.list())
+
+    def run(*arguments):
+        data = ["--voc-root", tiny_voc, "--test-set", "test"]
+        try:
+            module.main([str(word) for word in (*arguments, *data)])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        for name in set(DatasetCatalog.list()) - before:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        printed = capsys.readouterr()
+        return code, printed.out.splitlines(), printed.err.splitlines()
+
+    return run
+
+
+def detections(folder, row):
+    (path,) = (folder / row).glob("inference/*/detections.json")
+    return json.loads(path.read_text())
+
+
+def test_all_rows(make_run, tool, tiny_voc, tmp_path):
+    run, output = make_run("plain"), tmp_path / "rows"
+    context = make_run("context", seed=1, RESNET_BACKBONE__GLOBAL_CONTEXT=True)
+    third = make_run("third", seed=2, INPUT__FORMAT="RGB", INPUT__MIN_SIZE_TEST=72)
+    command = ["--run", run, "--context-run", context, "--ensemble-run", third, "--output", output]
+    code, lines, errors = tool(*command)
+    assert code == 0, errors
+    names = ["baseline", "+refinement", "+context", "+multi-scale", "+ensemble"]
+    assert [line.split()[0] for line in lines[:5]] == names
+    content = json.loads((output / "results.json").read_text())
+    assert [row["name"] for row in content["rows"]] == names and not content["left_out"]
+    first, last = content["rows"][0], content["rows"][-1]
+    assert {"AP50", "AP", "AP75", "AP50-bar", "AP50-box"} <= first["results"]["bbox"].keys()
+    assert first["seconds_per_image"] > 0 and first["hardware"]["cpu"] and first["date"]
+    assert (first["run"], first["seed"], last["run"], last["seed"]) == (run, 0, context, 1)
+    assert first["switches"]["SCALES"] == [] and not first["switches"]["BOX_REFINEMENT"]
+    assert last["switches"]["SCALES"] == [20, 40, 60, 80, 100]  # the paper's, at 60 of 600 pixels
+    assert last["switches"]["ENSEMBLE"] == [third] and last["switches"]["BOX_REFINEMENT"]
+    table = (output / "results.md").read_text()
+    assert all(name in table for name in names) and "48.4 / 27.2" in table and "| bar |" in table
+
+    files = {name: (output / name.removeprefix("+") / "row.json") for name in names}
+    written = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    found = detections(output, "ensemble")
+    assert found and found != detections(output, "multi-scale")
+    check_detections(found, last["config"], tiny_voc, tmp_path)
+
+    code, lines, _ = tool(*command)
+    assert code == 0 and all(line.endswith("(kept)") for line in lines[:5])
+    assert written == {name: path.stat().st_mtime_ns for name, path in files.items()}
+    files["+refinement"].unlink()  # as if it had been interrupted there
+    model = torch.load(Path(third, "model_final.pth"), weights_only=False)
+    model["model"]["roi_heads.box_predictor.cls_score.bias"] += 1
+    torch.save(model, Path(third, "model_final.pth"))
+    code, lines, _ = tool(*command)
+    redone = [line.split()[0] for line in lines[:5] if not line.endswith("(kept)")]
+    assert code == 0 and redone == ["+refinement", "+ensemble"]
+
+
+def check_detections(found, config, voc, folder):
+    """What was evaluated is what a Predictor finds with the row's config."""
+    from resnet_backbone.detection.cli import load_config
+
+    (folder / "row.yaml").write_text(config)
+    predictor = Predictor(load_config(str(folder / "row.yaml"), []))
+    for image_id in {one["image_id"] for one in found}:
+        image = cv2.imread(str(voc / "JPEGImages" / f"{image_id}.jpg"))
+        instances = predictor(image)["instances"]
+        mine = [one for one in found if one["image_id"] == image_id]
+        scores = sorted(one["score"] for one in mine)
+        assert scores == pytest.approx(sorted(instances.scores.tolist()), abs=1e-5)
+        left = sorted(one["bbox"][0] for one in mine)
+        boxes = instances.pred_boxes.tensor
+        assert left == pytest.approx(sorted(boxes[:, 0].tolist()), abs=1e-2)
+
+
+def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path):
+    run, output = make_run("plain"), tmp_path / "rows"
+    rows = ["--rows", "baseline", "context", "ensemble"]
+    keys = ["RESNET_BACKBONE.TEST.FLIP", "True"]
+    code, lines, errors = tool("--run", run, *keys, "--output", output, *rows)
+    assert code == 0, errors
+    assert lines[:2] == [
+        "row context is left out: give --context-run DIR",
+        "row ensemble is left out: give --ensemble-run DIR ...",
+    ]
+    content = json.loads((output / "results.json").read_text())
+    assert [row["name"] for row in content["rows"]] == ["baseline"]
+    assert content["rows"][0]["switches"]["FLIP"] and set(content["left_out"]) == {
+        "context",
+        "ensemble",
+    }
+    assert "`ensemble` is left out" in (output / "results.md").read_text()
+
+
+def test_refusals(make_run, tool, tmp_path):
+    run = make_run("plain")
+    other = make_run("other", RESNET_BACKBONE__CLASS_NAMES=["box", "bar"])
+    context = make_run("context", RESNET_BACKBONE__GLOBAL_CONTEXT=True)
+    refused = {
+        "MODEL.WEIGHTS is set by --run": ["--run", run, "MODEL.WEIGHTS", "x"],
+        "nowhere: no config.yaml there": ["--run", "nowhere"],
+        "lacks RESNET_BACKBONE.GLOBAL_CONTEXT": ["--run", run, "--context-run", run + "/."],
+        "context has RESNET_BACKBONE.GLOBAL_CONTEXT: it belongs to --context-run": [
+            *("--run", context)
+        ],
+        "all need the same in the same order": ["--run", run, "--ensemble-run", other],
+        "no row is left to measure": ["--run", run, "--rows", "ensemble"],
+        "RESNET_BACKBONE.TEST.NMS 'none'": ["--run", run, "RESNET_BACKBONE.TEST.NMS", "none"],
+    }
+    for message, arguments in refused.items():
+        code, _, errors = tool("--output", tmp_path / "rows", *arguments)
+        assert code == 2 and len(errors) == 1 and message in errors[0], (message, errors)
+    assert not (tmp_path / "rows" / "results.json").exists()

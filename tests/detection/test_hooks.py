@@ -1,0 +1,184 @@
+"""Best weights, early stop, metrics and checkpoints, without a network to train."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("detectron2")
+
+from detectron2.utils.events import EventStorage
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.hooks import Checkpoints, Evaluation, Metrics, MetricsFile
+from resnet_backbone.detection.saving import (
+    AtomicWriter,
+    find_last_checkpoint,
+    refuse_not_finite,
+)
+from resnet_backbone.detection.signals import Stopped, StopRequest, Watched
+
+
+class Saved:
+    """A checkpointer that remembers."""
+
+    def __init__(self):
+        self.model, self.names = nn.Linear(1, 1), []
+
+    def save(self, name, **content):
+        self.names.append((name, content["iteration"]))
+
+
+def evaluate_all(values, patience=0, period=2, metric="bbox/AP50", state=None):
+    """The hook after a run that evaluates to these values."""
+    remaining, saved = list(values), Saved()
+    hook = Evaluation(
+        lambda: {"bbox": {"AP50": remaining.pop(0), "AP": 1.0}}, period, metric, patience, saved
+    )
+    if state:
+        hook.load_state_dict(state)
+    with EventStorage() as storage:
+        hook.trainer = SimpleNamespace(max_iter=period * len(values), storage=storage)
+        for iteration in range(period * len(values)):
+            hook.trainer.iter = storage.iter = iteration
+            hook.after_step()
+            if hook.has_ended:
+                break
+    return hook, saved.names, hook.trainer.iter + 1
+
+
+def test_best_weights():
+    hook, names, _ = evaluate_all([1.0, math.nan, 3.0, 3.0, 2.0])
+    assert names == [("model_best", 1), ("model_best", 5)]
+    assert hook.best == {"metric": "bbox/AP50", "value": 3.0, "iterations": 6}
+    assert hook.results["bbox"]["AP50"] == 2.0
+    hook, names, _ = evaluate_all([1.0, 2.0], metric="")
+    assert names == [] and hook.best is None
+
+
+def test_the_best_is_remembered():
+    first, _, _ = evaluate_all([5.0])
+    state = json.loads(json.dumps(first.state_dict()))
+    state["evaluated"] = 0
+    hook, names, _ = evaluate_all([4.0, 6.0], state=state)
+    assert names == [("model_best", 3)] and hook.best["value"] == 6.0
+    other, names, _ = evaluate_all([4.0], metric="bbox/AP", state=state)
+    assert other.best["metric"] == "bbox/AP" and names  # another metric starts anew
+
+
+def test_early_stop():
+    hook, _, done = evaluate_all([3.0, 2.0, math.nan, 9.0], patience=2)
+    assert hook.has_ended and done == 6
+    hook, _, done = evaluate_all([3.0, 2.0, 4.0, 1.0], patience=2)
+    assert not hook.has_ended and done == 8
+    state = evaluate_all([3.0, 2.0], patience=2)[0].state_dict()  # counts on after a resume
+    state["evaluated"] = 0
+    assert evaluate_all([1.0, 1.0], patience=2, state=state)[2] == 2
+
+
+def test_unknown_metric():
+    with pytest.raises(UsageError, match="bbox/AP60: the evaluation gives bbox/AP50, bbox/AP"):
+        evaluate_all([1.0], metric="bbox/AP60")
+
+
+def run_checkpoints(stopping="", iterations=5, period=2):
+    hook = Checkpoints(Saved(), period)
+    for iteration in range(iterations):
+        last = iteration == iterations - 1
+        hook.trainer = SimpleNamespace(
+            iter=iteration, max_iter=iterations + bool(stopping), stopping=stopping if last else ""
+        )
+        hook.after_step()
+    return hook
+
+
+def test_checkpoints():
+    names = run_checkpoints().checkpointer.names
+    assert names == [("model_0000001", 1), ("model_0000003", 3), ("model_final", 4)]
+
+
+def test_a_stop_saves_then_raises():
+    with pytest.raises(Stopped, match="SIGTERM"):
+        run_checkpoints("SIGTERM")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_saved(bad):
+    hook = Checkpoints(Saved(), 1)
+    hook.trainer = SimpleNamespace(iter=0, max_iter=9, stopping="")
+    refuse_not_finite(hook.checkpointer.model)
+    hook.checkpointer.model.bias.data.fill_(bad)
+    with pytest.raises(FloatingPointError, match=r"not finite \(bias\), no checkpoint is written"):
+        hook.after_step()
+    assert hook.checkpointer.names == []
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    writer = AtomicWriter(nn.Linear(1, 1), str(tmp_path))
+    assert find_last_checkpoint(str(tmp_path)) == ""
+    writer.save("a", iteration=1)
+
+    def fail(content, path):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise RuntimeError("enforce fail at inline_container.cc\nunexpected pos")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        for name in ("a", "b"):
+            with pytest.raises(OSError, match=f"{name}.pth cannot be written .enforce fail at in"):
+                writer.save(name, iteration=2)
+    assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / "a.pth")
+    assert torch.load(tmp_path / "a.pth")["iteration"] == 1 and not (tmp_path / "b.pth").exists()
+    writer.marks_last = False
+    writer.save("best", iteration=3)
+    assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / "a.pth")
+
+
+def write_metrics(path, start, end, state=None):
+    """Rows of a loss that is its iteration; the state at the end."""
+    hook = Metrics()
+    if state:
+        hook.load_state_dict(state)
+    trainer = SimpleNamespace(
+        stopping="", evaluation=SimpleNamespace(evaluated=0), build_writers=None
+    )
+    trainer.build_writers = lambda: [MetricsFile(str(path), start)]
+    hook.trainer = trainer
+    with EventStorage(start) as trainer.storage:
+        hook.before_train()
+        for trainer.iter in range(start, end):
+            trainer.storage.iter = trainer.iter
+            trainer.storage.put_scalar("loss", float(trainer.iter))
+            trainer.storage.put_scalar("time", 1.0)
+            if trainer.iter == 24:
+                trainer.storage.put_scalar("AP", 5.0, smoothing_hint=False)
+            state = hook.state_dict()
+            hook.after_step()
+    return state
+
+
+def test_metrics_of_a_run_in_two_halves(tmp_path):
+    write_metrics(tmp_path / "whole.json", 0, 60)
+    state = write_metrics(tmp_path / "halves.json", 0, 33)  # in the middle of a window
+    with open(tmp_path / "halves.json", "a") as file:
+        file.write('{"iteration": 39, "loss": 7}\n{"iteration": 40, "lo')  # killed while writing
+    write_metrics(tmp_path / "halves.json", 33, 60, json.loads(json.dumps(state)))
+    text = (tmp_path / "whole.json").read_text()
+    assert (tmp_path / "halves.json").read_text() == text
+    assert [json.loads(line)["iteration"] for line in text.splitlines()] == [19, 24, 39, 59]
+
+
+def test_a_watched_evaluation():
+    stop = StopRequest()
+    batches = Watched(["a", "b", "c"], stop, total=3)
+    assert list(batches) == ["a", "b", "c"] and len(batches) == 3
+    seen = []
+    with pytest.raises(Stopped, match="SIGTERM"):
+        for batch in batches:
+            seen.append(batch)
+            stop.name = "SIGTERM"
+    assert seen == ["a"]

@@ -1,0 +1,367 @@
+"""The improvements in whole detectors, against loops over single regions (by_hand.py)."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+import by_hand
+from detectron2.engine import defaults
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from PIL import Image
+
+from resnet_backbone.detection import improve, improvements, with_global_context
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.improvements import ImprovedDetector, Member, Switches
+from resnet_backbone.detection.trainer import AutocastModel, Trainer, for_testing
+
+FAMILIES = {
+    "C4": dict(file="voc/faster_rcnn_R_18_C4.yaml"),
+    "VGG": dict(file="voc/faster_rcnn_VGG_16.yaml", RESNET_BACKBONE__VGG__DEPTH=11),
+    "FPN": dict(file="voc/faster_rcnn_R_18_FPN.yaml", MODEL__FPN__OUT_CHANNELS=16),
+}
+CHEAP = dict(
+    MODEL__ROI_HEADS__NUM_CLASSES=3,
+    MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.02,
+    MODEL__ROI_BOX_HEAD__FC_DIM=16,
+    MODEL__ROI_BOX_HEAD__POOLER_RESOLUTION=4,
+    MODEL__RPN__PRE_NMS_TOPK_TEST=100,
+    MODEL__RPN__POST_NMS_TOPK_TEST=4,
+    INPUT__MIN_SIZE_TEST=64,
+    INPUT__MAX_SIZE_TEST=96,
+)
+SIZES = ((61, 83), (47, 93))  # the long side of the second meets MAX_SIZE_TEST
+AREA = 30 * 30  # in place of 224 x 224: these regions are small
+built = {}
+
+
+@pytest.fixture
+def detector(make_cfg, monkeypatch):
+    """Function (family, seed, KEY=value...) -> config and model whose scores and boxes differ."""
+    monkeypatch.setattr(improvements.member, "CANONICAL_AREA", AREA)
+    monkeypatch.setattr(by_hand, "AREA", AREA)
+
+    def make(family, seed=0, **keys):
+        name = f"{family} {seed} {keys}"
+        if name not in built:
+            cfg = make_cfg(**(FAMILIES[family] | CHEAP | keys))
+            torch.manual_seed(seed)
+            built[name] = cfg, build_model(with_global_context(cfg)).eval()
+            spread(built[name][1])
+        cfg, model = built[name]
+        return cfg.clone(), model
+
+    return make
+
+
+@torch.no_grad()
+def spread(model):
+    """Scales the last two layers so that logits and deltas have a standard deviation of 1.5."""
+    seen = {}
+    predictor = model.roi_heads.box_predictor
+    for name, layer in (("cls_score", predictor.cls_score), ("bbox_pred", predictor.bbox_pred)):
+        layer.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out))
+    model([{"image": entry["image"]} for entry in make_inputs("BGR")])
+    for name, out in seen.items():
+        layer = getattr(predictor, name)
+        layer._forward_hooks.clear()
+        centred = out - out.mean(dim=0)
+        layer.weight *= 1.5 / centred.std()
+        layer.bias -= out.mean(dim=0) * 1.5 / centred.std()
+
+
+def make_inputs(image_format, short=64, longest=96):
+    """Two inputs of odd sizes, with the originals, as a Predictor gives them."""
+    entries = []
+    for seed, (height, width) in enumerate(SIZES):
+        rng = np.random.default_rng(seed)
+        coarse = rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+        rgb = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BILINEAR))
+        original = np.ascontiguousarray(rgb if image_format == "RGB" else rgb[:, :, ::-1])
+        picture = by_hand.resized(original, short, longest)
+        pixels = torch.tensor(picture.transpose(2, 0, 1).copy())
+        entries.append(dict(image=pixels, height=height, width=width, original=original))
+    return entries
+
+
+def compare(outputs, expected, inputs, sizes):
+    """Outputs of a detector, and lists of `by_hand.detect`."""
+    for output, wanted, entry, size in zip(outputs, expected, inputs, sizes, strict=True):
+        found, to = output["instances"], (entry["height"], entry["width"])
+        boxes = torch.tensor([by_hand.change(box, size, to) for *_, box in wanted])
+        assert len(found) == len(wanted) > 0
+        assert found.pred_classes.tolist() == [c for c, *_ in wanted]
+        scores = torch.tensor([score for _, score, _ in wanted])
+        torch.testing.assert_close(found.scores, scores, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.pred_boxes.tensor, boxes, rtol=1e-3, atol=5e-2)
+
+
+def check_by_hand(detectors, switches):
+    """The same detections of both images, alone and as a batch, as in plain loops."""
+    cfg = detectors[0][0]
+    members = [Member(*pair, switches.scales, switches.flip) for pair in detectors]
+    improved = ImprovedDetector(members, switches).eval()
+    inputs = make_inputs(cfg.INPUT.FORMAT)[: 2 if len(members) == 1 else 1]
+    expected, sizes = [], []
+    with torch.no_grad():
+        for entry in inputs:
+            given = entry["original"], cfg.INPUT.FORMAT, switches.scales, switches.flip
+            eyes = [by_hand.Eye(*pair, *given) for pair in detectors]
+            expected.append(by_hand.detect(eyes, switches.refinement, switches.nms))
+            sizes.append(eyes[0].size)
+    for entry, *wanted in zip(inputs, expected, sizes, strict=True):
+        compare(improved([entry]), wanted[:1], [entry], wanted[1:])
+
+
+ONE_BY_ONE = [
+    Switches(),
+    Switches(refinement=True),
+    Switches(scales=(40, 64, 88, 120)),
+    Switches(scales=(48, 80)),  # the proposals' scale is not among them
+    Switches(scales=(96,)),
+    Switches(flip=True),
+    Switches(nms="linear"),
+    Switches(nms="gaussian"),
+    Switches(refinement=True, nms="gaussian"),
+    Switches(refinement=True, scales=(48, 64, 96), flip=True),
+]
+
+
+@pytest.mark.parametrize("switches", ONE_BY_ONE, ids=str)
+def test_each_switch_by_hand(detector, switches):
+    check_by_hand([detector("FPN")], switches)
+
+
+@pytest.mark.parametrize("family", ["C4", "VGG"])
+def test_other_heads_by_hand(detector, family):
+    check_by_hand([detector(family)], Switches(refinement=True, scales=(48, 64, 96)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_global_context_by_hand(detector, family):
+    one = detector(family, RESNET_BACKBONE__GLOBAL_CONTEXT=True)
+    check_by_hand([one], Switches(scales=(48, 64, 96), flip=family == "FPN"))
+
+
+def test_ensemble_by_hand(detector):
+    """Other backbones, heads, sizes, channel orders and normalisations; one with context."""
+    other = dict(INPUT__FORMAT="RGB", INPUT__MIN_SIZE_TEST=80, INPUT__MAX_SIZE_TEST=112)
+    other |= dict(MODEL__PIXEL_MEAN=[123.7, 116.3, 103.5], MODEL__PIXEL_STD=[58.4, 57.1, 57.4])
+    first = detector("FPN", RESNET_BACKBONE__GLOBAL_CONTEXT=True)
+    check_by_hand([first, detector("VGG", seed=1, **other)], Switches(flip=True))
+    three = [first, detector("FPN", seed=1, **other), detector("FPN", seed=2)]
+    check_by_hand(three, Switches(refinement=True, scales=(64, 96), nms="linear"))
+
+
+def test_class_agnostic_boxes_by_hand(detector):
+    one = detector("FPN", MODEL__ROI_BOX_HEAD__CLS_AGNOSTIC_BBOX_REG=True)
+    check_by_hand([one, detector("FPN", seed=1)], Switches(refinement=True))
+
+
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_off_is_detectron2s_inference(detector, family, context):
+    """Bit for bit, in a batch of different sizes and one by one."""
+    cfg, model = detector(family, RESNET_BACKBONE__GLOBAL_CONTEXT=context)
+    assert improve(cfg, model) is model
+    inputs = make_inputs(cfg.INPUT.FORMAT)
+    improved = ImprovedDetector([Member(cfg, model)]).eval()
+    with torch.no_grad():
+        for batch in (inputs, inputs[:1], inputs[1:]):
+            for ours, theirs in zip(improved(batch), model(batch), strict=True):
+                check_equal(ours["instances"], theirs["instances"])
+
+
+def check_equal(ours: Instances, theirs: Instances):
+    assert len(theirs) and set(ours.get_fields()) == set(theirs.get_fields())
+    assert torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
+    assert torch.equal(ours.scores, theirs.scores)
+    assert torch.equal(ours.pred_classes, theirs.pred_classes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_gives_what_its_images_give(detector, family):
+    """Padding to the largest image is seen by no region, up to the last layers' borders."""
+    cfg, model = detector(family)
+    switches = Switches(refinement=True, scales=(64, 96), flip=True)
+    improved = ImprovedDetector([Member(cfg, model, (64, 96), True)], switches).eval()
+    entry = make_inputs(cfg.INPUT.FORMAT)[0]
+    with torch.no_grad():
+        (alone,), pair = improved([entry]), improved([entry, entry])
+    for output in pair:
+        ours, theirs = output["instances"], alone["instances"]
+        assert ours.pred_classes.tolist() == theirs.pred_classes.tolist()
+        torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-5)
+        boxes = theirs.pred_boxes.tensor
+        torch.testing.assert_close(ours.pred_boxes.tensor, boxes, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("context", [False, True])
+def test_no_proposals(detector, family, context, monkeypatch):
+    """An image without proposals, alone and beside one that has some."""
+    cfg, model = detector(family, RESNET_BACKBONE__GLOBAL_CONTEXT=context)
+    inputs = make_inputs(cfg.INPUT.FORMAT)
+    switches = Switches(refinement=True, scales=(64, 96), flip=True)
+    member = Member(cfg, model, switches.scales, switches.flip)
+    improved, propose = ImprovedDetector([member], switches).eval(), member.propose
+
+    def few(sight):
+        return [propose(sight)[0][:0], *propose(sight)[1:]]
+
+    monkeypatch.setattr(member, "propose", few)
+    assert len(improved(inputs[:1])[0]["instances"]) == 0
+    first, second = improved(inputs)
+    assert len(first["instances"]) == 0 and len(second["instances"]) > 0
+
+
+def test_nothing_above_the_threshold(detector):
+    cfg, model = detector("FPN", MODEL__ROI_HEADS__SCORE_THRESH_TEST=1.0)
+    for nms, refinement in itertools.product(("hard", "linear", "gaussian"), (False, True)):
+        switches = Switches(refinement=refinement, nms=nms)
+        improved = ImprovedDetector([Member(cfg, model)], switches).eval()
+        for output in improved(make_inputs(cfg.INPUT.FORMAT)):
+            assert len(output["instances"]) == 0
+            assert output["instances"].pred_boxes.tensor.shape == (0, 4)
+
+
+def test_features_are_computed_once(detector):
+    """One pass of the backbone per scale and mirror image, one of the proposals per detector."""
+    cfg, model = detector("FPN")
+    calls = {"backbone": 0, "proposals": 0}
+    for name, module in (("backbone", model.backbone), ("proposals", model.proposal_generator)):
+        module.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+    switches = Switches(refinement=True, scales=(48, 64, 96), flip=True)
+    ImprovedDetector([Member(cfg, model, switches.scales, True)], switches).eval()(
+        make_inputs(cfg.INPUT.FORMAT)
+    )
+    assert calls == {"backbone": 6, "proposals": 1}
+
+
+def test_switches_of_the_config(detector):
+    keys = dict(
+        RESNET_BACKBONE__TEST__BOX_REFINEMENT=True,
+        RESNET_BACKBONE__TEST__SCALES=[96, 64],
+        RESNET_BACKBONE__TEST__FLIP=True,
+        RESNET_BACKBONE__TEST__NMS="linear",
+    )
+    cfg, model = detector("FPN", **keys)
+    improved = improve(cfg, model)
+    wanted = Switches(refinement=True, scales=(64, 96), flip=True, nms="linear")
+    by_parts = ImprovedDetector([Member(cfg, model, (64, 96), True)], wanted).eval()
+    assert not improved.training
+    inputs = make_inputs(cfg.INPUT.FORMAT)
+    for ours, theirs in zip(improved(inputs), by_parts(inputs), strict=True):
+        check_equal(ours["instances"], theirs["instances"])
+
+
+REFUSED = {
+    "NMS 'soft' is not one of hard, linear, gaussian": dict(NMS="soft"),
+    "short sides in whole pixels": dict(SCALES=[200, 200]),
+    "short sides": dict(SCALES=[0]),
+    "turn one of the two off": dict(FLIP=True, TEST__AUG__ENABLED=True),
+    "MODEL.META_ARCHITECTURE is RetinaNet": dict(FLIP=True, META="RetinaNet"),
+    "INPUT.MIN_SIZE_TEST": dict(SCALES=[200], INPUT__MIN_SIZE_TEST=0),
+    "no config.yaml there": dict(ENSEMBLE=["nowhere"]),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_contradictions_are_refused(make_cfg, detector, message):
+    cfg, model = detector("FPN")
+    keys = dict(REFUSED[message])
+    cfg.INPUT.MIN_SIZE_TEST = keys.pop("INPUT__MIN_SIZE_TEST", 64)
+    cfg.TEST.AUG.ENABLED = keys.pop("TEST__AUG__ENABLED", False)
+    cfg.MODEL.META_ARCHITECTURE = keys.pop("META", "GeneralizedRCNN")
+    for key, value in keys.items():
+        cfg.RESNET_BACKBONE.TEST[key] = value
+    with pytest.raises(UsageError, match=message):
+        improve(cfg, model)
+
+
+def test_evaluations_of_a_training_follow_the_switches(detector, monkeypatch):
+    cfg, model = detector("FPN", RESNET_BACKBONE__TEST__FLIP=True, DATASETS__TEST=("voc_2007_val",))
+    monkeypatch.setattr(Trainer, "build_test_loader", lambda cfg, name: ["a batch"])
+    monkeypatch.setattr(Trainer, "build_evaluator", lambda cfg, name: None)
+    run = []
+    monkeypatch.setattr(defaults, "inference_on_dataset", lambda *given: run.append(given) or {})
+    Trainer.test(cfg, model)
+    ((tested, *_),) = run
+    assert isinstance(tested, ImprovedDetector) and tested.members[0].model is model
+    cfg.RESNET_BACKBONE.TEST.NMS = "soft"
+    with pytest.raises(UsageError, match="NMS 'soft'"):
+        Trainer.build_model(cfg)  # at the start of a training
+
+
+def test_masks_are_those_of_the_detector(detector):
+    cfg, model = detector("FPN", MODEL__MASK_ON=True, MODEL__ROI_MASK_HEAD__CONV_DIM=8)
+    inputs = make_inputs(cfg.INPUT.FORMAT)
+    improved = ImprovedDetector([Member(cfg, model)]).eval()
+    with torch.no_grad():
+        for ours, theirs in zip(improved(inputs), model(inputs), strict=True):
+            check_equal(ours["instances"], theirs["instances"])
+            assert torch.equal(ours["instances"].pred_masks, theirs["instances"].pred_masks)
+
+
+def test_cascade_heads_are_refused(make_cfg):
+    cfg = make_cfg(**(FAMILIES["FPN"] | CHEAP), MODEL__ROI_HEADS__NAME="CascadeROIHeads")
+    cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = True
+    cfg.RESNET_BACKBONE.TEST.FLIP = True
+    with pytest.raises(UsageError, match="not for CascadeROIHeads"):
+        improve(cfg, build_model(cfg))
+
+
+def test_the_file_gives_other_scales(detector, tmp_path):
+    """Without "original" they are made from file_name; a file of another size is refused."""
+    cfg, model = detector("FPN")
+    improved = ImprovedDetector([Member(cfg, model, (64, 96))], Switches(scales=(64, 96))).eval()
+    entry = make_inputs(cfg.INPUT.FORMAT)[0]
+    expected = improved([entry])[0]["instances"]
+    path = tmp_path / "image.png"
+    Image.fromarray(entry.pop("original")[:, :, ::-1].copy()).save(path)  # BGR
+    entry["file_name"] = str(path)
+    check_equal(improved([entry])[0]["instances"], expected)
+    with pytest.raises(ValueError, match="is 83 x 61, its input says 83 x 60"):
+        improved([{**entry, "height": 60}])
+    del entry["file_name"]
+    assert len(improved([entry])[0]["instances"]) > 0
+
+
+def test_detectron2s_augmentation(detector):
+    """TEST.AUG: the union of GeneralizedRCNNWithTTA, with our backbones and heads."""
+    for family, context in (("C4", True), ("VGG", False), ("FPN", True)):
+        keys = dict(TEST__AUG__ENABLED=True, TEST__AUG__MIN_SIZES=(48, 64))
+        cfg, model = detector(family, RESNET_BACKBONE__GLOBAL_CONTEXT=context, **keys)
+        augmented = improve(cfg, model)
+        entry = make_inputs(cfg.INPUT.FORMAT)[0]
+        with torch.no_grad():
+            found = augmented([entry])[0]["instances"]
+            single = {round(x, 4) for x in model([entry])[0]["instances"].scores.tolist()}
+        assert len(found) > 0
+        assert {round(x, 4) for x in found.scores.tolist()} - single  # from other scales
+
+
+def test_mixed_precision_on_a_cpu(detector):
+    keys = dict(SOLVER__AMP__ENABLED=True, RESNET_BACKBONE__TEST__BOX_REFINEMENT=True)
+    keys |= dict(RESNET_BACKBONE__TEST__SCALES=[64, 96], RESNET_BACKBONE__TEST__FLIP=True)
+    keys |= dict(MODEL__ROI_BOX_HEAD__POOLER_TYPE="ROIAlignV2")  # RoIPool has no bf16 on CPUs
+    for family in FAMILIES:
+        cfg, model = detector(family, RESNET_BACKBONE__GLOBAL_CONTEXT=True, **keys)
+        tested = for_testing(cfg, AutocastModel(model))  # as in the middle of a training
+        assert isinstance(tested, AutocastModel) and isinstance(tested.model, ImprovedDetector)
+        inputs = make_inputs(cfg.INPUT.FORMAT)
+        exact = improve(cfg, model)(inputs)
+        for ours, theirs in zip(tested.eval()(inputs), exact, strict=True):
+            found, wanted = ours["instances"], theirs["instances"]
+            assert found.scores.dtype == torch.float32 and len(found) > 0
+            assert abs(found.scores[0] - wanted.scores[0]) < 0.1
+
+
+def test_training_mode_is_refused(detector):
+    cfg, model = detector("FPN")
+    with pytest.raises(RuntimeError, match="inference"):
+        ImprovedDetector([Member(cfg, model)]).train()(make_inputs("BGR"))

@@ -1,0 +1,195 @@
+"""Several processes: by Detectron2's options, by torchrun, on two hosts; on CPUs."""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.launch import Launch, add_launch_arguments, plan_launch
+from resnet_backbone.detection.signals import EXIT_STOPPED
+
+from runs import arguments, reached, read_results, rows, start, write_pictures  # isort: skip
+
+# Norms that see one image at a time.
+PER_IMAGE = {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.NORM": "", "TEST.EVAL_PERIOD": 2}
+RUN = dict(SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__BASE_LR=0.001)
+RUN |= {key.replace(".", "__"): value for key, value in PER_IMAGE.items()}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def plan(*words, device="cpu"):
+    parser = argparse.ArgumentParser()
+    add_launch_arguments(parser)
+    return plan_launch(parser.parse_args(words), device)
+
+
+def test_plans():
+    assert plan().world == 1 and not plan().uses_gpus
+    two = plan("--num-processes", "2")
+    assert (two.world, two.url[:16]) == (2, "tcp://127.0.0.1:")
+    words = ["--num-machines", "2", "--machine-rank", "1", "--dist-url", "tcp://a:1"]
+    assert plan("--num-processes", "3", *words) == Launch(3, 2, 1, "tcp://a:1", False)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--num-gpus", "0"], "--num-gpus 0: it is at least 1"),
+        (["--num-gpus", "99"], "there are [0-9]+ here; --num-processes trains on CPUs"),
+        (["--num-gpus", "1", "--num-processes", "2"], "not both"),
+        (["--machine-rank", "1"], "with --num-machines 1 it is 0 to 0"),
+        (["--num-machines", "2"], "needs --dist-url tcp://HOST:PORT of machine 0"),
+    ],
+)
+def test_refused(words, message):
+    with pytest.raises(UsageError, match=message):
+        plan(*words)
+
+
+def test_torchrun_and_own_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="torchrun has started the processes"):
+        plan("--num-processes", "2")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "VOC2007", count=7)
+
+
+def run(data, folder, *options, prefix=None, **keys):
+    extra = {"prefix": prefix} if prefix else {}
+    process = start(arguments(data, folder, *options, **(RUN | keys)), **extra)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """One process that takes the four images of a batch in two parts."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    run(data, folder, RESNET_BACKBONE__ACCUMULATE=2)
+    return folder
+
+
+def assert_like(folder, alone):
+    """The same images, losses, weights to rounding, evaluation; each file written once."""
+    ours, theirs = rows(folder), rows(alone)
+    assert [row["iteration"] for row in ours] == [row["iteration"] for row in theirs] == [1, 2]
+    for name in ("total_loss", "loss_cls", "loss_rpn_cls", "lr"):
+        assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-4), name
+    first, second = (torch.load(one / "model_final.pth")["model"] for one in (folder, alone))
+    moved = torch.load(alone / "model_0000001.pth")["model"]
+    for name, value in second.items():
+        if value.is_floating_point():
+            step = (value - moved[name]).abs().max()
+            assert (first[name] - value).abs().max() <= 0.02 * step + 1e-6, name
+    assert read_results(folder)["processes"] == 2
+    assert (
+        read_results(folder)["results"]["bbox"].keys()
+        == read_results(alone)["results"]["bbox"].keys()
+    )
+    assert len(list(folder.glob("events.out.tfevents*"))) == 1
+    assert len((folder / "inference/test:test/detections.json").read_bytes()) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["own", "torchrun"])
+def test_two_processes(data, alone, tmp_path, launcher):
+    folder = tmp_path / "run"
+    if launcher == "own":
+        output = run(data, folder, "--num-processes", "2")
+    else:
+        output = run(data, folder, prefix=TORCHRUN)
+    assert "SOLVER.IMS_PER_BATCH 4 = 2 (processes) x 1" in output
+    assert output.count("schedule: SOLVER.IMS_PER_BATCH") == 1  # said once
+    assert_like(folder, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["own", "torchrun"])
+def test_a_signal_to_one_process_stops_both(data, tmp_path, launcher):
+    folder = tmp_path / "run"
+    keys = RUN | dict(SOLVER__MAX_ITER=10**5, TEST__EVAL_PERIOD=0, SOLVER__CHECKPOINT_PERIOD=3)
+    options = ["--num-processes", "2"] if launcher == "own" else []
+    extra = {} if launcher == "own" else {"prefix": TORCHRUN}
+    process = start(arguments(data, folder, *options, **keys), **extra)
+    deadline = time.monotonic() + 300
+    while reached(folder) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    workers = []
+    for pid in map(int, found.stdout.split()):
+        with open(f"/proc/{pid}/cmdline") as file:
+            if "spawn_main" in (words := file.read()) or "train_net" in words:
+                workers.append(pid)
+    assert len(workers) == 2, found.stdout
+    os.kill(workers[-1], signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == (EXIT_STOPPED if launcher == "own" else 1), output[-3000:]
+    lines = [line for line in output.splitlines() if line.startswith("stopped by SIGTERM; go on")]
+    assert len(lines) == (1 if launcher == "own" else 2)
+    last = reached(folder)
+    assert torch.load(folder / f"model_{last:07d}.pth")["iteration"] == last
+    run(data, folder, "--resume", *options, **extra, **(keys | dict(SOLVER__MAX_ITER=last + 2)))
+    assert read_results(folder)["iterations"] == last + 2
+
+
+@pytest.mark.slow
+def test_errors_are_said_once(data, tmp_path):
+    process = start(arguments(data, tmp_path / "run", "--num-processes", "3", **RUN))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert output.count("SOLVER.IMS_PER_BATCH 4 does not divide into 3 processes x 1 parts") == 1
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces that see each other as 10.77.0.1 and 10.77.0.2."""
+    if not shutil.which("ip") or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and the command ip")
+    names = [f"rb{os.getpid()}{letter}" for letter in "ab"]
+    links = [f"v{os.getpid()}{letter}" for letter in "ab"]
+
+    def ip(*words):
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"ip {' '.join(words)}: {done.stderr.strip()}")
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", links[0], "type", "veth", "peer", "name", links[1])
+        for number, (name, link) in enumerate(zip(names, links, strict=True), 1):
+            ip("link", "set", link, "netns", name)
+            ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", link)
+            ip("-n", name, "link", "set", link, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield list(zip(names, links, strict=True))
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_hosts(data, alone, tmp_path, hosts):
+    folder = tmp_path / "run"
+    url = ["--num-machines", "2", "--dist-url", "tcp://10.77.0.1:29501"]
+    processes = []
+    for rank, (name, link) in enumerate(hosts):
+        prefix = ["ip", "netns", "exec", name, sys.executable, "-W", "ignore"]
+        words = arguments(data, folder, *url, "--machine-rank", str(rank), **RUN)
+        processes.append(start(words, prefix=prefix, env={"GLOO_SOCKET_IFNAME": link}))
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs[0][-3000:]
+    assert_like(folder, alone)

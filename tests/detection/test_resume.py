@@ -1,0 +1,171 @@
+"""Trainings that are killed, signalled and resumed end as those that nobody interrupted."""
+
+import random
+import shutil
+import signal
+import time
+from signal import SIGINT, SIGUSR1
+
+import pytest
+import yaml
+
+pytest.importorskip("detectron2")
+
+import resnet_backbone.detection.trainer  # noqa: F401  so that forked processes have it
+from resnet_backbone.detection.signals import EXIT_STOPPED
+
+from runs import (  # isort: skip
+    Forked,
+    arguments,
+    assert_same_run,
+    reached,
+    read_results,
+    rows,
+    write_pictures,
+)
+
+# With all that has state: a warm-up, steps, momentum, parts, evaluations, the best weights.
+RUN = dict(
+    SOLVER__MAX_ITER=10,
+    SOLVER__STEPS="(5, 8)",
+    SOLVER__CHECKPOINT_PERIOD=2,
+    TEST__EVAL_PERIOD=4,
+    RESNET_BACKBONE__BEST_METRIC="bbox/AP50",
+    RESNET_BACKBONE__ACCUMULATE=2,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "VOC2007")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    process = Forked(arguments(data, folder, **RUN), folder.parent / "log")
+    assert process.wait() == 0, process.log.read_text()[-3000:]
+    return folder
+
+
+def test_an_uninterrupted_run(uninterrupted):
+    assert [row["iteration"] for row in rows(uninterrupted)] == [3, 7, 9]
+    assert all({"total_loss", "lr", "bbox/AP50"} <= row.keys() for row in rows(uninterrupted))
+    results = read_results(uninterrupted)
+    assert results["best"]["iterations"] in (4, 8, 10) and not results["ended_early"]
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(data, uninterrupted, tmp_path, workers):
+    """kill -9 twice, between and while checkpoints, evaluations and rows are written."""
+    seed = random.SystemRandom().randrange(10**6)
+    rng = random.Random(seed)
+    folder = tmp_path / f"killed-{seed}"  # the seed is in every message
+    keys = RUN | dict(DATALOADER__NUM_WORKERS=workers)
+    words = arguments(data, folder, "--resume", **keys)
+    for first, last in ((0, 3), (4, 7)):
+        process = Forked(words, tmp_path / "log")
+        wanted = rng.randint(first, last)
+        process.wait_until(lambda wanted=wanted: reached(folder) >= wanted)
+        time.sleep(rng.uniform(0, 1))
+        assert process.poll() is None, process.log.read_text()[-3000:]
+        process.send(signal.SIGKILL)
+        process.wait()
+    process = Forked(words, tmp_path / "log")
+    assert process.wait() == 0, process.log.read_text()[-3000:]
+    assert process.log.read_text().count("Starting training from iteration") == 3
+    assert_same_run(folder, uninterrupted)
+    assert not list(folder.glob("*.partial*"))
+
+
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (SIGUSR1, SIGINT))],
+)
+def test_signals(data, uninterrupted, tmp_path, number):
+    """To the whole process group, loader workers included."""
+    folder = tmp_path / "run"
+    keys = RUN | dict(SOLVER__CHECKPOINT_PERIOD=10**6, DATALOADER__NUM_WORKERS=1)
+    process = Forked(arguments(data, folder, **keys), tmp_path / "log")
+    process.wait_until(lambda: (folder / "metrics.json").exists())
+    time.sleep(0.3)
+    process.send(number, group=True)
+    assert process.wait() == EXIT_STOPPED, process.log.read_text()[-3000:]
+    last = process.log.read_text().splitlines()[-1]
+    assert last == f"stopped by {number.name}; go on with the same command and --resume"
+    assert 0 <= reached(folder) < 9
+    again = Forked(arguments(data, folder, "--resume", **RUN), tmp_path / "log")
+    assert again.wait() == 0, again.log.read_text()[-3000:]
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation_ends_it(data, uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    process = Forked(arguments(data, folder, **RUN), tmp_path / "log")
+    process.wait_until(lambda: (folder / "log.txt").exists())
+    process.wait_until(lambda: "Start inference" in (folder / "log.txt").read_text())
+    process.send(signal.SIGTERM)
+    assert process.wait() == EXIT_STOPPED, process.log.read_text()[-3000:]
+    assert reached(folder) in (3, 4)  # 4 if the evaluation was over already
+    again = Forked(arguments(data, folder, "--resume", **RUN), tmp_path / "log")
+    assert again.wait() == 0, again.log.read_text()[-3000:]
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_at_once(data, tmp_path):
+    folder = tmp_path / "run"
+    keys = RUN | dict(SOLVER__MAX_ITER=10**5, TEST__EVAL_PERIOD=10**5)
+    process = Forked(arguments(data, folder, **keys), tmp_path / "log")
+    process.wait_until(lambda: reached(folder) >= 2)
+    for _ in range(200):
+        if process.poll() is not None:
+            break
+        process.send(signal.SIGINT)
+        time.sleep(0.01)
+    assert process.wait(20) not in (0, EXIT_STOPPED)
+    assert "KeyboardInterrupt" in process.log.read_text() or process.status == 1
+
+
+@pytest.mark.slow
+def test_an_ended_run_stays_and_others_are_not_overwritten(data, uninterrupted, tmp_path):
+    before = {path.name: path.read_bytes() for path in uninterrupted.iterdir() if path.is_file()}
+    process = Forked(arguments(data, uninterrupted, "--resume", **RUN), tmp_path / "log")
+    assert process.wait() == 0 and "the run has ended" in process.log.read_text()
+    process = Forked(arguments(data, uninterrupted, **RUN), tmp_path / "log")
+    assert process.wait() == 2
+    assert "holds a run: --resume goes on with it" in process.log.read_text().splitlines()[-1]
+    other = RUN | dict(SOLVER__BASE_LR=0.5)
+    process = Forked(arguments(data, uninterrupted, "--resume", **other), tmp_path / "log")
+    assert process.wait() == 2
+    last = process.log.read_text().splitlines()[-1]
+    assert "was started with another SOLVER.BASE_LR: go on with the same" in last
+    after = {path.name: path.read_bytes() for path in uninterrupted.iterdir() if path.is_file()}
+    before.pop("log.txt"), after.pop("log.txt")
+    assert before == after
+
+
+@pytest.mark.slow
+def test_other_keys_may_change_and_are_named(data, uninterrupted, tmp_path):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    keys = RUN | dict(SOLVER__MAX_ITER=12, SEED=4)
+    process = Forked(arguments(data, folder, "--resume", **keys), tmp_path / "log")
+    assert process.wait() == 0, process.log.read_text()[-3000:]
+    assert "resumed with another SEED: 3 -> 4" in process.log.read_text()
+    assert [row["iteration"] for row in rows(folder) if "total_loss" in row] == [3, 7, 9, 11]
+
+
+@pytest.mark.slow
+def test_a_drawn_seed_is_kept(data, tmp_path):
+    folder = tmp_path / "run"
+    keys = dict(SOLVER__MAX_ITER=10**5, SOLVER__CHECKPOINT_PERIOD=1, SEED=-1)
+    process = Forked(arguments(data, folder, **keys), tmp_path / "log")
+    process.wait_until(lambda: reached(folder) >= 0)
+    process.send(signal.SIGTERM)
+    assert process.wait() == EXIT_STOPPED
+    seeds = [yaml.safe_load((folder / "config.yaml").read_text())["SEED"]]
+    keys = keys | dict(SOLVER__MAX_ITER=reached(folder) + 2)
+    assert Forked(arguments(data, folder, "--resume", **keys), tmp_path / "log").wait() == 0
+    seeds.append(yaml.safe_load((folder / "config.yaml").read_text())["SEED"])
+    assert seeds[0] == seeds[1] == read_results(folder)["seed"] >= 0

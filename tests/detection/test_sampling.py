@@ -1,0 +1,195 @@
+"""Which images make up which iteration, on any number of processes and from any iteration on."""
+
+import random
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+pytest.importorskip("hypothesis")
+
+from detectron2.data import DatasetCatalog
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.sampling import (
+    AugmentedImages,
+    BatchPlan,
+    ImageStream,
+    TrainingLoader,
+    build_loader,
+    limit_workers,
+    repeat_factors,
+)
+
+WIDE = [number % 3 != 0 for number in range(50)]
+
+
+def parts(count, plan, start=0, size=20, wide=None, factors=None):
+    """`count` parts of a process, from iteration `start` on."""
+    stream = ImageStream(5, np.arange(size), factors)
+    loader = TrainingLoader(None, stream, plan, wide)
+    return list(islice(loader.samples(start), count))
+
+
+@settings(deadline=None)
+@given(
+    accumulate=st.integers(1, 3),
+    processes=st.integers(1, 3),
+    part=st.integers(1, 3),
+    start=st.integers(0, 9),
+    grouped=st.booleans(),
+)
+def test_parts(accumulate, processes, part, start, grouped):
+    wide = WIDE if grouped else None
+    batch, count = part * accumulate * processes, 12 * accumulate
+    of_rank = []
+    for rank in range(processes):
+        plan = BatchPlan(batch, accumulate, processes, rank)
+        whole = parts(count + start * accumulate, plan, wide=wide)
+        assert parts(count, plan, start, wide=wide) == whole[start * accumulate :]  # goes on
+        assert {len(one) for one in whole} == {part}
+        if grouped:
+            assert all(len({WIDE[index] for _, index in one}) == 1 for one in whole)
+        of_rank.append(whole)
+    places = [place for whole in of_rank for one in whole for place, _ in one]
+    assert len(places) == len(set(places))  # no image of an epoch twice
+    # one process with as many parts takes the same ones, in the same order
+    alone = parts(len(of_rank[0]) * processes, BatchPlan(batch, accumulate * processes), wide=wide)
+    rounds = len(of_rank[0]) // accumulate
+    dealt = [
+        one
+        for number in range(rounds)
+        for whole in of_rank
+        for one in whole[number * accumulate : (number + 1) * accumulate]
+    ]
+    assert dealt == alone
+
+
+def test_epochs_are_permutations():
+    samples = [one[0] for one in parts(60, BatchPlan(1))]
+    assert [place for place, _ in samples] == list(range(60))
+    epochs = [[index for _, index in samples[first : first + 20]] for first in (0, 20, 40)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_repeat_factors_on_average():
+    factors = np.array([0.25, 1.0, 2.5])
+    counts = np.bincount(
+        np.concatenate([ImageStream(1, np.arange(3), factors).epoch(i) for i in range(4000)])
+    )
+    assert np.allclose(counts / 4000, factors, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ((6, 2, 2), "6 does not divide into 2 processes x 2 parts .*: choose a multiple of 4"),
+        ((3, 2, 1), "3 does not divide into 1 process x 2 parts"),
+        ((4, 0, 1), "ACCUMULATE 0: it is at least 1"),
+    ],
+)
+def test_batches_that_cannot_be_divided(values, message):
+    with pytest.raises(UsageError, match=message):
+        BatchPlan(*values)
+
+
+def draw(image):
+    """A mapper that draws from every generator that Detectron2's augmentations use."""
+    if image == "broken":
+        return None
+    return image, random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_augmentation_is_a_function_of_the_place():
+    images = AugmentedImages([f"{number}" for number in range(20)], draw, seed=5)
+    found = {}
+    for workers in (0, 2):
+        plan = BatchPlan(4, 2)
+        loader = TrainingLoader(images, ImageStream(5, np.arange(20)), plan, None, workers)
+        torch.rand(workers + 1), np.random.rand(workers + 1)  # what was drawn before is no matter
+        found[workers] = list(islice(loader.start(0), 12))
+        later = list(islice(loader.start(4), 4))
+        assert later == found[workers][8:]
+    assert found[0] == found[2]
+    drawn = {sample[1:] for part in found[0] for sample in part}
+    assert len(drawn) == 24  # also for an image that comes again in the next epoch
+
+
+def test_unreadable_images_are_replaced_by_the_same_ones():
+    images = ["broken", "a", "b", "broken", "c"]
+    data = AugmentedImages(images, draw, seed=0)
+    first = [data[place, 0] for place in range(30)]
+    assert first == [data[place, 0] for place in range(30)]
+    assert {found[0] for found in first} == {"a", "b", "c"}
+    with pytest.raises(OSError, match="in a row cannot be read"):
+        AugmentedImages(["broken"] * 3, draw, seed=0)[0, 0]
+
+
+@pytest.fixture
+def registered():
+    """Two data sets with a common and a rare class, and one without boxes."""
+    sizes = {"sampling_a": 6, "sampling_b": 3}
+
+    def make(name):
+        return [
+            {
+                "file_name": f"{name}{number}",
+                "width": 4,
+                "height": 3,
+                "annotations": [{"category_id": int(number == 0), "iscrowd": 0}],
+            }
+            for number in range(sizes[name])
+        ] + [{"file_name": "empty", "width": 4, "height": 3, "annotations": []}]
+
+    for name in sizes:
+        DatasetCatalog.register(name, lambda name=name: make(name))
+    yield tuple(sizes)
+    for name in sizes:
+        DatasetCatalog.remove(name)
+
+
+@pytest.mark.parametrize(
+    "sampler", ["RepeatFactor", "Weighted", "WeightedCategory", "RandomSubset", ""]
+)
+def test_detectron2s_samplers(make_cfg, registered, sampler):
+    from detectron2.data.build import _train_loader_from_config
+
+    keys = dict(DATASETS__TRAIN=registered, DATALOADER__SAMPLER_TRAIN=f"{sampler}TrainingSampler")
+    cfg = make_cfg(DATALOADER__REPEAT_THRESHOLD=0.9, **keys)
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.5
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("sampling_b", 2.5)]
+    loader = build_loader(cfg, draw, seed=1)
+    assert len(loader.dataset) == 9  # those without boxes are left out
+    theirs = _train_loader_from_config(cfg, mapper=draw)["sampler"]
+    if hasattr(theirs, "_int_part"):
+        wanted = (theirs._int_part + theirs._frac_part).double().numpy()
+        assert np.allclose(loader.stream.factors, wanted, rtol=1e-6)
+        assert loader.stream.factors.max() > 1.2
+    else:
+        assert loader.stream.factors is None
+        assert len(set(loader.stream.epoch(0))) == (4 if sampler == "RandomSubset" else 9)
+
+
+def test_refused_samplers(make_cfg, registered):
+    cfg = make_cfg(DATASETS__TRAIN=registered, DATALOADER__SAMPLER_TRAIN="Other")
+    with pytest.raises(UsageError, match="SAMPLER_TRAIN 'Other': choose TrainingSampler, "):
+        build_loader(cfg, draw, seed=1)
+    cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("sampling_b", 0.0)]
+    with pytest.raises(UsageError, match="factors are above 0"):
+        repeat_factors(cfg, [])
+
+
+def test_workers_and_cores(make_cfg, monkeypatch):
+    from resnet_backbone.detection import sampling
+
+    monkeypatch.setattr(sampling, "available_cores", lambda: 3)
+    for workers, wanted in ((4, 3), (2, 2), (0, 0)):
+        cfg = make_cfg(DATALOADER__NUM_WORKERS=workers)
+        limit_workers(cfg)
+        assert cfg.DATALOADER.NUM_WORKERS == wanted

@@ -1,0 +1,63 @@
+"""--seeds: runs of several seeds, their mean and spread."""
+
+import json
+import statistics
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.seeds import format_summary, read_seeds, summarize
+
+from runs import arguments, read_results, start, write_pictures  # isort: skip
+
+
+def test_seeds_of_the_command_line():
+    assert read_seeds(["3", "0"]) == [3, 0]
+    for words, message in ((["1", "x"], "whole numbers"), (["1", "1"], "twice"), (["-1"], "whole")):
+        with pytest.raises(UsageError, match=message):
+            read_seeds(words)
+
+
+def test_mean_and_sample_deviation():
+    numbers = {1: {"AP": 1.0, "AP-cat": 5.0}, 2: {"AP": 2.0, "AP-cat": None}, 4: {"AP": 6.0}}
+    found = summarize(numbers)["results"]
+    assert found["AP"] == {"mean": 3.0, "std": pytest.approx(7**0.5), "values": [1.0, 2.0, 6.0]}
+    assert found["AP-cat"] == {"mean": None, "std": None, "values": [5.0, None, None]}
+    assert summarize({1: {"AP": 1.0}})["results"]["AP"]["std"] is None
+    lines = format_summary(summarize(numbers)).splitlines()
+    assert lines[2].split() == ["AP", "3.00", "2.65", "1.00", "2.00", "6.00"]
+    assert lines[3].split() == ["AP-cat", "-", "-", "5.00", "-", "-"]
+
+
+@pytest.mark.slow
+def test_two_seeds(tmp_path):
+    data, folder = write_pictures(tmp_path / "VOC2007", count=4), tmp_path / "runs"
+    keys = dict(SOLVER__MAX_ITER=1, SOLVER__IMS_PER_BATCH=2)
+
+    def run(*options, **changes):
+        words = arguments(data, folder, "--seeds", "1", "2", *options, **(keys | changes))
+        del words[words.index("SEED") : words.index("SEED") + 2]
+        process = start(words)
+        return process.communicate(timeout=300)[0], process.returncode
+
+    output, code = run()
+    assert code == 0, output[-3000:]
+    summary = json.loads((folder / "seeds.json").read_text())
+    runs = [read_results(folder / f"seed_{seed}") for seed in (1, 2)]
+    assert [one["seed"] for one in runs] == summary["seeds"] == [1, 2]
+    values = [one["results"]["bbox"]["AP50"] for one in runs]
+    found = summary["results"]["bbox/AP50"]
+    assert found["values"] == values
+    assert found["mean"] == pytest.approx(statistics.mean(values))
+    assert found["std"] == pytest.approx(statistics.stdev(values))
+    before = (folder / "seed_1" / "model_final.pth").stat().st_mtime_ns
+    (folder / "seed_2" / "results.json").unlink()  # interrupted before it was written
+    output, code = run()
+    assert code == 0 and output.count("the run has ended") == 1, output[-3000:]
+    assert (folder / "seed_1" / "model_final.pth").stat().st_mtime_ns == before
+    assert json.loads((folder / "seeds.json").read_text())["results"] == summary["results"]
+    output, code = run(SOLVER__MAX_ITER=2)
+    assert code == 2 and "seed_1 was started with another SOLVER.MAX_ITER" in output
+    assert json.loads((folder / "seeds.json").read_text())["results"] == summary["results"]

@@ -1,0 +1,174 @@
+"""One step: parts of a batch, mixed precision, numbers that are not finite."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("detectron2")
+
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from resnet_backbone.detection.sampling import BatchPlan
+from resnet_backbone.detection.signals import StopRequest
+from resnet_backbone.detection.stepping import NotFiniteError, Stepper
+
+
+def take_first(labels, num_samples, positive_fraction, bg_label):
+    """Detectron2's subsample_labels without chance."""
+    positive = torch.nonzero((labels != -1) & (labels != bg_label)).squeeze(1)
+    negative = torch.nonzero(labels == bg_label).squeeze(1)
+    count = min(len(positive), int(num_samples * positive_fraction))
+    return positive[:count], negative[: num_samples - count]
+
+
+def fixed_proposals(proposals, logits, sizes, *options):
+    """In place of those that the network likes best, which rounding can change."""
+    found = []
+    for height, width in sizes:
+        corners = torch.tensor([[x, y] for x in range(0, width - 40, 8) for y in (0, 12, 20)])
+        boxes = torch.cat([corners, corners + torch.tensor([36, 44])], 1).float()
+        instances = Instances((height, width))
+        instances.proposal_boxes = Boxes(boxes)
+        instances.objectness_logits = torch.zeros(len(boxes))
+        found.append(instances)
+    return found
+
+
+def make_images(count):
+    generator = torch.Generator().manual_seed(0)
+    images = []
+    for number in range(count):
+        instances = Instances((64, 96))
+        x = 4.0 * number
+        instances.gt_boxes = Boxes(torch.tensor([[x, 6, x + 30, 50], [x + 40, 10, x + 60, 40]]))
+        instances.gt_classes = torch.tensor([0, 1])
+        pixels = torch.randint(0, 256, (3, 64, 96), generator=generator, dtype=torch.uint8)
+        images.append(dict(image=pixels, instances=instances, height=64, width=96))
+    return images
+
+
+class Parts:
+    """A loader of fixed parts."""
+
+    def __init__(self, images, accumulate):
+        self.plan = BatchPlan(len(images), accumulate)
+        self.stream = SimpleNamespace(seed=1)
+        size = self.plan.part
+        self.parts = [images[first : first + size] for first in range(0, len(images), size)]
+
+    def start(self, iteration):
+        while True:
+            yield from self.parts
+
+
+@pytest.fixture
+def cfg(make_cfg):
+    small = dict(MODEL__FPN__OUT_CHANNELS=16, MODEL__ROI_BOX_HEAD__FC_DIM=16)
+    small |= dict(MODEL__RPN__BATCH_SIZE_PER_IMAGE=16, MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE=8)
+    small |= dict(MODEL__RPN__PRE_NMS_TOPK_TRAIN=200, MODEL__RPN__POST_NMS_TOPK_TRAIN=100)
+    keys = dict(MODEL__WEIGHTS="", MODEL__RESNETS__NORM="FrozenBN", MODEL__BACKBONE__FREEZE_AT=0)
+    keys |= dict(MODEL__FPN__NORM="", MODEL__ROI_HEADS__NUM_CLASSES=2, SOLVER__AMP__ENABLED=False)
+    return make_cfg("quickstart/faster_rcnn_R_18_FPN.yaml", **small, **keys)
+
+
+@pytest.fixture
+def gradients(cfg, monkeypatch):
+    """Function (images, accumulate, amp) -> gradients by name of the tool's step."""
+    monkeypatch.setattr("detectron2.modeling.proposal_generator.rpn.subsample_labels", take_first)
+    monkeypatch.setattr(
+        "detectron2.modeling.proposal_generator.rpn.find_top_rpn_proposals", fixed_proposals
+    )
+    monkeypatch.setattr("detectron2.modeling.roi_heads.roi_heads.subsample_labels", take_first)
+    torch.manual_seed(0)
+    model = build_model(cfg).double()
+
+    def compute(images, accumulate, amp=False):
+        cfg.SOLVER.AMP.ENABLED = amp
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        stepper = Stepper(cfg, model, Parts(images, accumulate), optimizer, StopRequest())
+        with EventStorage():
+            report = stepper.run(0)
+        assert report.stop == "" and math.isfinite(sum(report.losses.values()))
+        return {name: p.grad.clone() for name, p in model.named_parameters()}, report.losses
+
+    compute.model = model
+    return compute
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_parts_give_the_gradients_of_the_whole_batch(gradients, accumulate):
+    images, model = make_images(4), gradients.model
+    found, means = gradients(images, accumulate)
+    model.zero_grad()
+    with EventStorage():
+        losses = model(images)  # by hand: forward, sum, backward
+    sum(losses.values()).backward()
+    for name, loss in losses.items():
+        assert means[name] == pytest.approx(loss.item(), rel=1e-5)
+    assert sum(bool(parameter.grad.any()) for parameter in model.parameters()) > 20
+    for name, parameter in model.named_parameters():
+        largest = parameter.grad.abs().max()
+        assert (found[name] - parameter.grad).abs().max() <= 1e-5 * largest, name
+
+
+def test_bf16_takes_the_same_path(gradients):
+    images = make_images(2)
+    gradients.model.float()
+    exact, losses = gradients(images, 2)
+    found, rounded = gradients(images, 2, amp=True)
+    assert all(rounded[name] == pytest.approx(losses[name], rel=0.1) for name in losses)
+    assert any((found[name] != exact[name]).any() for name in exact)
+    weight = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.nn.functional.cosine_similarity(found[weight], exact[weight]).min() > 0.9
+
+
+class Linear(nn.Module):
+    """Loss x^T w of a part; what it draws shows how it was seeded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.drawn = []
+
+    def forward(self, part):
+        self.drawn.append(torch.rand(1).item())
+        if isinstance(part[0], str):
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.\nmore")
+        return {"loss": (torch.stack(part).mean(0) * self.weight).sum()}
+
+
+def run_linear(cfg, images, accumulate, iteration=0):
+    model = Linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    stepper = Stepper(cfg, model, Parts(images, accumulate), optimizer, StopRequest())
+    return model, lambda: stepper.run(iteration)
+
+
+def test_update_and_seeds_by_hand(cfg):
+    images = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])]
+    model, step = run_linear(cfg, images, 2)
+    report = step()
+    assert model.weight.tolist() == [1 - 2, 1 - 1] and report.losses == {"loss": 3.0}
+    again, step = run_linear(cfg, images, 2)
+    step()
+    assert again.drawn == model.drawn and len(set(model.drawn)) == 2
+    later, step = run_linear(cfg, images, 2, iteration=1)
+    step()
+    assert not set(later.drawn) & set(model.drawn)
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([math.nan, 0.0]), "diverged"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_not_finite(cfg, bad, place):
+    images = [torch.ones(2), torch.ones(2)]
+    images[place] = bad
+    model, step = run_linear(cfg, images, 2)
+    with pytest.raises(NotFiniteError, match="loss nan|Predicted boxes or scores") as caught:
+        step()
+    assert "\n" not in str(caught.value)
+    assert model.weight.tolist() == [1.0, 1.0]
