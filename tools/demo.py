@@ -42,6 +42,7 @@ from resnet_backbone.detection import visualize
 from resnet_backbone.detection.cli import UsageError, load_config, one_line_errors
 from resnet_backbone.detection.draw_segments import draw_output
 from resnet_backbone.detection.handover import prepare_weights
+from resnet_backbone.detection.improvements.ensemble import find_weights
 from resnet_backbone.detection.outputs import describe_output
 from resnet_backbone.detection.predictor import Predictor, UnreadableError, read_bgr, read_video
 from resnet_backbone.detection.segmentation import detects_objects
@@ -169,17 +170,6 @@ def build_config(args: argparse.Namespace):
     return cfg
 
 
-def find_weights(run: str) -> str:
-    """model_final.pth of a run, or its last checkpoint while it is not finished."""
-    final, last = os.path.join(run, "model_final.pth"), os.path.join(run, "last_checkpoint")
-    if os.path.isfile(final):
-        return final
-    if os.path.isfile(last):
-        with open(last) as file:
-            return os.path.join(run, os.path.basename(file.read().strip()))
-    raise UsageError(f"--run {run}: no checkpoint there yet; give MODEL.WEIGHTS FILE")
-
-
 def find_class_names(cfg) -> list[str]:
     """The run's class names, else the data set's, else none, with a line that says so."""
     if not detects_objects(cfg):
@@ -235,6 +225,9 @@ class Demo:
 
     def _detect(self, bgr: np.ndarray, where: dict) -> tuple[int, np.ndarray]:
         output, names = self.predictor(bgr), (self.class_names, self.label_names)
+        if "instances" in output:  # soft-NMS lowers scores after the threshold
+            instances = output["instances"]
+            output["instances"] = instances[instances.scores >= self.args.confidence]
         found = describe_output(output, *names)
         self.detections += [{**where, **entry} for entry in found]
         rgb = np.ascontiguousarray(bgr[:, :, ::-1])

@@ -49,6 +49,7 @@ from resnet_backbone.detection.cli import (
     set_up_data,
     take_back_overrides,
 )
+from resnet_backbone.detection.config import DEFAULTS
 
 ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
 PAPER_SCALES = (200, 400, 600, 800, 1000)  # of images that are otherwise tested at 600
@@ -111,11 +112,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--ensemble-run", action="append", nargs="+", metavar="DIR", help="further detectors"
     )
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="(default: all)")
+    parser.add_argument(
+        "--rows", nargs="+", default=list(ROWS), metavar="ROW", help="(default: all)"
+    )
     parser.add_argument(
         "--scales",
         nargs="+",
-        type=int,
         metavar="N",
         help="short sides (default: the paper's 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST "
         "of the detector over the paper's 600)",
@@ -124,8 +126,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_arguments(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
-    take_back_overrides(args)
     args.ensemble_run = [run for runs in args.ensemble_run or () for run in runs]
+    take_back_overrides(args, "ensemble_run", "rows", "scales")
+    unknown = [row for row in args.rows if row not in ROWS]
+    if unknown:
+        raise UsageError(f"--rows {unknown[0]}: the rows are {', '.join(ROWS)}")
+    try:
+        args.scales = [int(scale) for scale in args.scales or ()]
+    except ValueError:
+        raise UsageError(f"--scales {' '.join(args.scales)}: short sides in pixels") from None
     args.eval_only, args.command = True, ["python", *sys.argv]
     taken = sorted(set(args.opts[::2]) & set(OF_THE_ROWS))
     if taken:
@@ -138,18 +147,19 @@ def read_runs(args: argparse.Namespace) -> dict:
     from resnet_backbone.detection.handover import prepare_weights
     from resnet_backbone.detection.improvements.ensemble import check_member, run_config
 
-    off = ["RESNET_BACKBONE.TEST.ENSEMBLE", "[]", "RESNET_BACKBONE.TEST.SCALES", "[]"]
-    off += ["RESNET_BACKBONE.TEST.BOX_REFINEMENT", "False", "TEST.AUG.ENABLED", "False"]
+    off = ["TEST.AUG.ENABLED", "False"]  # what the runs' own evaluations had on
+    for key, value in DEFAULTS.TEST.items():
+        off += [f"RESNET_BACKBONE.TEST.{key}", str(value)]
     if not torch.cuda.is_available():
         off += ["MODEL.DEVICE", "cpu"]
     runs = [run for run in (args.run, args.context_run) if run]
     found = {run: run_config(run, [*off, *args.opts]) for run in runs}
-    for run, cfg in found.items():
-        prepare_weights(cfg, given=args.opts[::2])
-        if cfg.RESNET_BACKBONE.GLOBAL_CONTEXT != (run == args.context_run):
-            with_it = cfg.RESNET_BACKBONE.GLOBAL_CONTEXT
-            has, option = ("has", "--context-run") if with_it else ("lacks", "--run")
+    for run, wanted in ((args.run, False), (args.context_run, True)):
+        if run and found[run].RESNET_BACKBONE.GLOBAL_CONTEXT != wanted:
+            has, option = ("lacks", "--run") if wanted else ("has", "--context-run")
             raise UsageError(f"{run} {has} RESNET_BACKBONE.GLOBAL_CONTEXT: it belongs to {option}")
+    for cfg in found.values():
+        prepare_weights(cfg, given=args.opts[::2])
     first = found[args.run]
     set_up_data(first, args)
     if len(first.DATASETS.TEST) != 1:

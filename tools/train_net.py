@@ -105,7 +105,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_arguments(parser)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
-    take_back_overrides(args)
+    take_back_overrides(args, "seeds")
     args.arguments = list(sys.argv[1:] if argv is None else argv)
     return args
 

@@ -245,13 +245,14 @@ def count_usable(cfg: CfgNode, images: list[dict]) -> int:
     return len(images)
 
 
-def take_back_overrides(args: argparse.Namespace) -> None:
+def take_back_overrides(args: argparse.Namespace, *options: str) -> None:
     """Gives KEY VALUE pairs behind options with several values back to the config, in place.
 
-    These options are ``--image-root DIR ...`` and, where a tool has it, ``--seeds N ...``.
+    Args:
+        options: beside ``image_root``; their values are lists of words, or None.
     """
     is_key = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD").fullmatch
-    for option in ("image_root", "seeds"):
+    for option in ("image_root", *options):
         words = getattr(args, option, None) or []
         first = next((i for i, word in enumerate(words) if i and is_key(word)), len(words))
         args.opts = [*args.opts, *words[first:]]

@@ -220,7 +220,8 @@ class Metrics(HookBase):
         for name, kept in self._scalars.items():
             for value, iteration in kept["values"]:
                 self.trainer.storage.put_scalar(name, value, kept["smoothed"], iteration)
-        self._writers = self.trainer.build_writers()
+        if comm.is_main_process():
+            self._writers = self.trainer.build_writers()
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1

@@ -26,6 +26,7 @@ from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.sampling import available_cores
 from resnet_backbone.detection.signals import EXIT_STOPPED, STOP_SIGNALS
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 60.0  # seconds that processes have to end once one of them has
 
 
@@ -110,6 +111,12 @@ def plan_launch(args: argparse.Namespace, device: str) -> Launch:
         raise UsageError(
             "torchrun has started the processes: leave --num-gpus, --num-processes and "
             "--num-machines out"
+        )
+    missing = [key for key in TORCHRUN if key not in os.environ]
+    if "WORLD_SIZE" in os.environ and missing:
+        raise UsageError(
+            f"the environment has WORLD_SIZE but not {', '.join(missing)}: start with torchrun, "
+            "or unset WORLD_SIZE"
         )
     return launch
 

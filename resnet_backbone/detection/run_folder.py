@@ -21,7 +21,11 @@ CONFIG, RESULTS = "config.yaml", "results.json"
 # Where and how fast a run computes; everything else makes it another run.
 PLACES = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS")
 # Checkpoints hold what these say, so other values would have no effect.
-KEPT = ("SOLVER.BASE_LR", "SOLVER.MOMENTUM", "SOLVER.WEIGHT_DECAY")
+KEPT = tuple(
+    f"SOLVER.{key}"
+    for key in ("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV")
+    + ("WEIGHT_DECAY", "WEIGHT_DECAY_BIAS", "WEIGHT_DECAY_NORM")
+)
 
 
 def check_folder(folder: str, resume: bool) -> str:

@@ -173,7 +173,7 @@ class TrainingLoader:
         num_workers: int = 0,
     ):
         self.dataset, self.stream, self.plan = dataset, stream, plan
-        self.wide, self.num_workers = wide, num_workers
+        self.wide, self.num_workers, self.seed = wide, num_workers, stream.seed
 
     def samples(self, iteration: int = 0) -> Iterator[list[Sample]]:
         """This process's parts from an iteration on, as places and indices."""
@@ -233,7 +233,10 @@ def usable_images(cfg: CfgNode, name: str) -> list[dict]:
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     proposals = None
     if cfg.MODEL.LOAD_PROPOSALS:
-        proposals = [cfg.DATASETS.PROPOSAL_FILES_TRAIN[list(cfg.DATASETS.TRAIN).index(name)]]
+        files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN, strict=False))
+        if name not in files:
+            raise UsageError(f"MODEL.LOAD_PROPOSALS: DATASETS.PROPOSAL_FILES_TRAIN lacks {name}'s")
+        proposals = [files[name]]
     return get_detection_dataset_dicts(
         [name],
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ class AtomicWriter(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         try:
             torch.save(content, path + PARTIAL)
-        except RuntimeError as error:  # of PyTorch's file writer
+        except (OSError, RuntimeError) as error:  # the second is of PyTorch's file writer
+            with suppress(FileNotFoundError):
+                os.remove(path + PARTIAL)  # a full disk has its room back
             cause = " ".join(str(error).split())
             raise OSError(f"{path} cannot be written ({cause})") from error
         os.replace(path + PARTIAL, path)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,12 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.randomness import STEP, seed_everything
-from resnet_backbone.detection.sampling import TrainingLoader
+from resnet_backbone.detection.sampling import BatchPlan, TrainingLoader
 from resnet_backbone.detection.signals import StopRequest
+
+logger = logging.getLogger(__name__)
 
 SIGNAL_DELAY = 0.5  # seconds within which a signal to a whole process group reaches each of it
 
@@ -53,6 +57,39 @@ def distribute(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
+class OtherLoader:
+    """What a subclass's ``build_train_loader`` gave, such as Detectron2's own loader, as parts.
+
+    It cannot be asked for the images of an iteration: a run that goes on starts it anew.
+
+    Args:
+        loader: endless; each item is this process's images of a batch.
+    """
+
+    def __init__(self, cfg: CfgNode, loader: Iterable):
+        self.loader, self.plan = loader, BatchPlan.from_config(cfg)
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+
+    def start(self, iteration: int) -> Iterator:
+        """See :meth:`TrainingLoader.start`.
+
+        Raises:
+            UsageError: a batch does not divide into ``RESNET_BACKBONE.ACCUMULATE`` parts.
+        """
+        if iteration:
+            logger.warning("the images of a loader of one's own do not go on where they were")
+        count = self.plan.accumulate
+        for images in self.loader:
+            if count > 1 and len(images) % count:
+                raise UsageError(
+                    f"the loader gave {len(images)} images, which do not divide into {count} "
+                    "parts (RESNET_BACKBONE.ACCUMULATE)"
+                )
+            size = len(images) // count
+            for part in range(count):
+                yield images[part * size : (part + 1) * size] if count > 1 else images
+
+
 class Stepper:
     """Forward, backward and update for one batch.
 
@@ -66,7 +103,7 @@ class Stepper:
         self,
         cfg: CfgNode,
         model: nn.Module,
-        data_loader: TrainingLoader,
+        data_loader: TrainingLoader | Iterable,
         optimizer: torch.optim.Optimizer,
         stop: StopRequest,
     ):
@@ -76,7 +113,9 @@ class Stepper:
             optimizer,
             stop,
         )
-        self.plan, self.seed = data_loader.plan, data_loader.stream.seed
+        is_ours = hasattr(data_loader, "start") and hasattr(data_loader, "plan")
+        self._parts = data_loader if is_ours else OtherLoader(cfg, data_loader)
+        self.plan, self.seed = self._parts.plan, self._parts.seed
         self.device, self.amp = torch.device(cfg.MODEL.DEVICE).type, cfg.SOLVER.AMP.ENABLED
         scaled = self.amp and self.device == "cuda"
         self.grad_scaler = torch.amp.GradScaler(self.device, enabled=scaled)
@@ -156,7 +195,7 @@ class Stepper:
             return next(self._batches)
 
     def _start(self, iteration: int, part: int) -> Iterator[list[dict]]:
-        batches = self.data_loader.start(iteration)
+        batches = self._parts.start(iteration)
         for _ in range(part):
             next(batches)
         return batches

@@ -119,7 +119,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)  # and not DefaultTrainer's, whose step and loader are others
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = with_weights_input(cfg)
+        cfg = self.auto_scale_workers(with_weights_input(cfg), comm.get_world_size())
         check_training(cfg)
         self.cfg, self.stop = cfg, stop or StopRequest()
         model = self.build_model(cfg)
@@ -133,8 +133,11 @@ class Trainer(DefaultTrainer):
         self.stopping = ""  # the signal that ends the run
         self.register_hooks(self.build_hooks())
 
-    def train(self) -> None:
+    def train(self) -> dict:
         """Trains from ``start_iter`` to ``max_iter``, or until an early stop.
+
+        Returns:
+            :attr:`results`.
 
         Raises:
             Stopped: a signal came; the checkpoint to go on from is written.
@@ -164,6 +167,7 @@ class Trainer(DefaultTrainer):
                 self.after_train()
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self.results)
+        return self.results
 
     def _finish_resumed_iteration(self) -> None:
         """What was left to do for the checkpoint's iteration when it was written."""
@@ -268,8 +272,8 @@ class Trainer(DefaultTrainer):
             self._precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
             self.checkpoints,
             self.evaluation,
-            self.metrics,
             ProgressBar() if shows_bar else None,
+            self.metrics,  # last, so that what other hooks measure is written
         ]
 
     def _precise_bn(self) -> HookBase | None:
@@ -283,8 +287,6 @@ class Trainer(DefaultTrainer):
         return RepeatablePreciseBN(period, self.model, self.build_train_loader(cfg), images)
 
     def build_writers(self) -> list[EventWriter]:
-        if not comm.is_main_process():
-            return []
         writers = [
             MetricsFile(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter),
             TensorboardXWriter(self.cfg.OUTPUT_DIR, purge_step=self.start_iter),

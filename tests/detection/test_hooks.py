@@ -131,6 +131,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
         for name in ("a", "b"):
             with pytest.raises(OSError, match=f"{name}.pth cannot be written .enforce fail at in"):
                 writer.save(name, iteration=2)
+    assert not list(tmp_path.glob("*.partial"))
     assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / "a.pth")
     assert torch.load(tmp_path / "a.pth")["iteration"] == 1 and not (tmp_path / "b.pth").exists()
     writer.marks_last = False
@@ -170,6 +171,13 @@ def test_metrics_of_a_run_in_two_halves(tmp_path):
     text = (tmp_path / "whole.json").read_text()
     assert (tmp_path / "halves.json").read_text() == text
     assert [json.loads(line)["iteration"] for line in text.splitlines()] == [19, 24, 39, 59]
+
+
+def test_other_processes_write_no_metrics(tmp_path, monkeypatch):
+    """Also where a subclass's build_writers gives writers to each process, as Detectron2's may."""
+    monkeypatch.setattr("resnet_backbone.detection.hooks.comm.is_main_process", lambda: False)
+    write_metrics(tmp_path / "metrics.json", 0, 20)
+    assert not (tmp_path / "metrics.json").exists()
 
 
 def test_a_watched_evaluation():

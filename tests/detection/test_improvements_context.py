@@ -11,6 +11,7 @@ from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection import Checkpointer, with_global_context
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.export import SingleImageDetector, export_torchscript
 from resnet_backbone.detection.improvements.context import (
     add_whole_image,
     join_context,
@@ -173,3 +174,21 @@ def test_weights_without_context_are_refused(build, family, tmp_path):
         ):
             Checkpointer(model).load(str(tmp_path / file))
     Checkpointer(context).load(str(tmp_path / "context.pth"))
+
+
+@pytest.mark.parametrize("family", ["C4", "FPN"])
+def test_an_exported_detector_sees_the_whole_of_other_images(build, family, tmp_path):
+    """Traced on one image, run on a larger one with another number of proposals."""
+    model = build(family, **ON, MODEL__RPN__POST_NMS_TOPK_TEST=40).eval()
+    predictor = model.roi_heads.box_predictor
+    torch.nn.init.normal_(predictor.cls_score.weight)
+    predictor.test_score_thresh = 0.01
+    images = [torch.rand(3, *size) * 255 for size in ((64, 96), (96, 160))]
+    single = SingleImageDetector(model)
+    export_torchscript(single, images[0], tmp_path / "detector.pt")
+    exported = torch.jit.load(tmp_path / "detector.pt")
+    for image in images:
+        expected = single(image)
+        assert len(expected[0])
+        for ours, theirs in zip(exported(image), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

@@ -59,6 +59,13 @@ def test_torchrun_and_own_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="torchrun has started the processes"):
         plan("--num-processes", "2")
+    for key in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(key, "0")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(UsageError, match="has WORLD_SIZE but not MASTER_PORT: start with torch"):
+        plan()
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert plan().world == 1
 
 
 @pytest.fixture(scope="module")

@@ -224,6 +224,35 @@ def test_a_truncated_archive_writes_nothing(run, voc, tmp_path, place):
     assert err.count("\n") == 1 and f"{voc[0]} is damaged or no archive" in err
 
 
+@pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_compressed_archive_writes_nothing(run, tmp_path, kind, damage):
+    """Also where it can be read to the end and only the checksum tells."""
+    archive = tmp_path / f"mine.tar.{kind}"
+    noise = np.random.default_rng(0).bytes(200_000)
+    with tarfile.open(archive, f"w:{kind}") as tar:
+        info = tarfile.TarInfo("VOC2007/JPEGImages/1.jpg")
+        info.size = len(noise)
+        tar.addfile(info, io.BytesIO(noise))
+    content = bytearray(archive.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 255
+    archive.write_bytes(content[:middle] if damage == "cut" else content)
+    code, _, err = run("voc", tmp_path / "data", "--archives", archive)
+    assert code == 2 and not (tmp_path / "data").exists()
+    assert err.count("\n") == 1 and f"{archive} is damaged or no archive" in err
+
+
+def test_a_zip_with_a_password_is_one_line(run, tmp_path):
+    archive = write_zip(tmp_path / "mine.zip", {"train2017/1.jpg": b"abc"})
+    content = bytearray(archive.read_bytes())
+    for mark, flag in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.find(mark) + flag] |= 1  # "encrypted"
+    archive.write_bytes(content)
+    code, _, err = run("coco", tmp_path / "data", "--archives", archive)
+    assert code == 2 and err.count("\n") == 1 and "password" in err
+
+
 @pytest.mark.parametrize(
     "name", ["../evil.jpg", "/tmp/evil.jpg", "VOC2007/../../evil.jpg", "C:/evil"]
 )

@@ -185,6 +185,12 @@ def test_refused_samplers(make_cfg, registered):
         repeat_factors(cfg, [])
 
 
+def test_proposals_that_are_not_named(make_cfg, registered):
+    cfg = make_cfg(DATASETS__TRAIN=registered, MODEL__LOAD_PROPOSALS=True)
+    with pytest.raises(UsageError, match="PROPOSAL_FILES_TRAIN lacks sampling_a's"):
+        build_loader(cfg, draw, seed=1)
+
+
 def test_workers_and_cores(make_cfg, monkeypatch):
     from resnet_backbone.detection import sampling
 

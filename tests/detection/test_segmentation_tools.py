@@ -195,6 +195,7 @@ def test_overrides_behind_the_image_folders(train_net, scenes, tmp_path):
     code, lines = train_net(CONFIGS / "semantic_R_50_FPN.yaml", *words, "SEED", "7")
     assert code == 0, lines
     assert "SEED: 7" in (tmp_path / "config.yaml").read_text()
+    words[1] = tmp_path / "another"
     code, lines = train_net(CONFIGS / "semantic_R_50_FPN.yaml", *words, "second", "third")
     assert code == 2 and "second third (KEY VALUE pairs go elsewhere than after these" in lines[-1]
 

@@ -1,7 +1,6 @@
 """One step: parts of a batch, mixed precision, numbers that are not finite."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.sampling import BatchPlan
 from resnet_backbone.detection.signals import StopRequest
 from resnet_backbone.detection.stepping import NotFiniteError, Stepper
@@ -57,7 +57,7 @@ class Parts:
 
     def __init__(self, images, accumulate):
         self.plan = BatchPlan(len(images), accumulate)
-        self.stream = SimpleNamespace(seed=1)
+        self.seed = 1
         size = self.plan.part
         self.parts = [images[first : first + size] for first in range(0, len(images), size)]
 
@@ -160,6 +160,30 @@ def test_update_and_seeds_by_hand(cfg):
     later, step = run_linear(cfg, images, 2, iteration=1)
     step()
     assert not set(later.drawn) & set(model.drawn)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loader_of_ones_own(cfg, accumulate):
+    """An iterable over lists, such as Detectron2's build_detection_train_loader gives."""
+    cfg.SOLVER.IMS_PER_BATCH, cfg.RESNET_BACKBONE.ACCUMULATE, cfg.SEED = 2, accumulate, 1
+    batches = [[torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])], [torch.ones(2)] * 2]
+    model = Linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    stepper = Stepper(cfg, model, batches, optimizer, StopRequest())
+    assert stepper.data_loader is batches
+    stepper.run(0)
+    assert model.weight.tolist() == [1 - 2, 1 - 1]
+    stepper.run(1)
+    assert model.weight.tolist() == [-1 - 1, 0 - 1]
+    assert len(set(model.drawn)) == 2 * accumulate
+
+
+def test_a_loader_whose_batches_do_not_divide(cfg):
+    cfg.SOLVER.IMS_PER_BATCH, cfg.RESNET_BACKBONE.ACCUMULATE = 2, 2
+    optimizer = torch.optim.SGD(Linear().parameters(), lr=1.0)
+    stepper = Stepper(cfg, Linear(), [[torch.ones(2)] * 3], optimizer, StopRequest())
+    with pytest.raises(UsageError, match="gave 3 images, which do not divide into 2 parts"):
+        stepper.run(0)
 
 
 @pytest.mark.parametrize("bad", [torch.tensor([math.nan, 0.0]), "diverged"])

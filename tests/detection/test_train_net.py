@@ -137,6 +137,58 @@ def test_resume_continues(trained, train_net, tiny_voc, tmp_path):
     assert trained_at == [2, 4]
 
 
+def test_a_subclass_as_detectron2_teaches(make_cfg, tiny_voc, tmp_path):
+    """Its own loader, hook before the last one, evaluator and writers; the batch by processes."""
+    from detectron2.data import DatasetMapper, build_detection_train_loader
+    from detectron2.engine import HookBase
+    from detectron2.evaluation import DatasetEvaluator
+    from detectron2.utils.events import CommonMetricPrinter, JSONWriter
+
+    from resnet_backbone.detection.data import register_voc
+    from resnet_backbone.detection.trainer import Trainer
+
+    class LossHook(HookBase):
+        def after_step(self):
+            self.trainer.storage.put_scalar("validation_loss", 7.0, smoothing_hint=False)
+
+    class Constant(DatasetEvaluator):
+        def evaluate(self):
+            return {"bbox": {"AP50": 42.0}}
+
+    class Own(Trainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            mapper = DatasetMapper(cfg, is_train=True, augmentations=[])
+            return build_detection_train_loader(cfg, mapper=mapper)
+
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name):
+            return Constant()
+
+        def build_hooks(self):
+            hooks = super().build_hooks()
+            hooks.insert(-1, LossHook())
+            return hooks
+
+        def build_writers(self):
+            file = f"{self.cfg.OUTPUT_DIR}/metrics.json"
+            return [CommonMetricPrinter(self.max_iter), JSONWriter(file)]
+
+    register_voc("own:train", str(tiny_voc), "train", ["bar", "box"])
+    register_voc("own:test", str(tiny_voc), "test", ["bar", "box"], decode=True)
+    keys = {key.replace(".", "__"): value for key, value in SMALL.items()}
+    keys |= dict(SOLVER__MAX_ITER=2, SOLVER__REFERENCE_WORLD_SIZE=2, SOLVER__IMS_PER_BATCH=4)
+    keys |= dict(DATASETS__TRAIN=("own:train",), DATASETS__TEST=("own:test",), MODEL__WEIGHTS="")
+    keys |= dict(MODEL__ROI_HEADS__NUM_CLASSES=2, MODEL__BACKBONE__FREEZE_AT=0)
+    keys |= dict(DATALOADER__NUM_WORKERS=0, OUTPUT_DIR=str(tmp_path))
+    trainer = Own(make_cfg(CONFIG, **keys))
+    trainer.resume_or_load(resume=False)
+    assert trainer.train() == {"bbox": {"AP50": 42.0}}
+    last = read_metrics(tmp_path)[-1]
+    assert (last["iteration"], last["validation_loss"], last["bbox/AP50"]) == (3, 7.0, 42.0)
+    assert trainer.iterations == 4 and trainer.cfg.SOLVER.IMS_PER_BATCH == 2
+
+
 @pytest.mark.slow
 def test_resume_after_kill(tiny_voc, tmp_path):
     keys = dict(SOLVER__MAX_ITER="2000", SOLVER__CHECKPOINT_PERIOD="3")

@@ -8,7 +8,9 @@ all, and what is there already is left alone, so an interrupted call can be repe
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import lzma
 import os
 import shutil
 import tarfile
@@ -26,6 +28,14 @@ from .official import ARCHIVES
 from .problems import DataError
 
 BLOCK = 1 << 20  # bytes read at a time
+DAMAGE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+)
 DISK_BLOCK = 4096  # a file takes a multiple of these
 
 
@@ -185,6 +195,8 @@ class _Tar:
         self.file.fileobj.seek(self.file.offset)  # tarfile is content with a header cut short
         if self.file.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("unexpected end of data")
+        while self.file.fileobj.read(BLOCK):
+            pass  # to the checksum at the end of a compressed file
         return _place(self.path, kind, files)
 
     def open(self, member: Member) -> IO[bytes]:
@@ -214,8 +226,11 @@ def _open(path: Path) -> Iterator[_Tar | _Zip]:
         archive = (_Zip if zipfile.is_zipfile(path) else _Tar)(path)
         with archive.file:
             yield archive
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path} is damaged or no archive ({error}): download it again") from error
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} is damaged or no archive ({reason}): download it again") from error
+    except RuntimeError as error:  # zipfile: a password, an unknown compression
+        raise DataError(f"{path} cannot be unpacked ({error})") from error
 
 
 def _place(path: Path, kind: str, files) -> list[Member]:
@@ -225,7 +240,7 @@ def _place(path: Path, kind: str, files) -> list[Member]:
         parts = PurePosixPath(name.removeprefix("./")).parts
         if name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
             raise DataError(f"{path} has a file {name!r}, which leads out of the folder: refused")
-        if any(part.startswith(".") for part in parts):
+        if not parts or any(part.startswith(".") for part in parts):
             continue  # what file managers leave
         parts = parts[1:] if kind == "voc" and parts[0] == "VOCdevkit" else parts
         if len(parts) < 2 or (kind == "voc") != parts[0].startswith("VOC"):

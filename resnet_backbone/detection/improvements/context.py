@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ShapeSpec, shapes_to_tensor
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import (
     FastRCNNOutputLayers,
@@ -71,12 +71,14 @@ def add_whole_image(boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -
     """The regions (Ri, 4) of each image, and behind them the image itself, without padding.
 
     Args:
-        sizes: (height, width) of each image.
+        sizes: (height, width) of each image; scalar tensors in a trace, which records them.
     """
-    return [
-        torch.cat([regions, regions.new_tensor([[0, 0, width, height]])])
-        for regions, (height, width) in zip(boxes, sizes, strict=True)
-    ]
+    found = []
+    for regions, (height, width) in zip(boxes, sizes, strict=True):
+        corner = shapes_to_tensor([width, height], device=regions.device).to(regions.dtype)
+        image = torch.cat([torch.zeros_like(corner), corner])
+        found.append(torch.cat([regions, image[None]]))
+    return found
 
 
 def join_context(features: Tensor, counts: Sequence[int]) -> Tensor:
@@ -92,7 +94,7 @@ def join_context(features: Tensor, counts: Sequence[int]) -> Tensor:
     joined = []
     for of_image in features.split([count + 1 for count in counts]):
         regions, image = of_image[:-1], of_image[-1:]
-        joined.append(torch.cat([regions, image.expand(len(regions), -1)], dim=1))
+        joined.append(torch.cat([regions, image.expand_as(regions)], dim=1))
     return torch.cat(joined)
 
 
@@ -123,7 +125,7 @@ class GlobalContext:
         boxes = [image.proposal_boxes.tensor for image in proposals]
         regions = add_whole_image(boxes, [image.image_size for image in proposals])
         features = region_features(self, maps, [Boxes(region) for region in regions])
-        return self.box_predictor(join_context(features, [len(box) for box in boxes]))
+        return self.box_predictor(join_context(features, [box.shape[0] for box in boxes]))
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]):
         """Losses in training, else a list of detections; as ``StandardROIHeads._forward_box``."""
