@@ -78,7 +78,7 @@ def test_weights_flow_from_stage_to_stage(options):
 def test_a_key_changes_with_what_a_step_depends_on_and_not_with_places(options, tmp_path):
     before = mini(options)
     assert not changed(before, mini(options, output=tmp_path / "elsewhere"))
-    detectors = {name for name in before if name.startswith(("detect", "report"))}
+    detectors = {name for name in before if name.startswith(("detect", "improve", "report"))}
     assert changed(before, mini(options, detection=["SOLVER.MAX_ITER", "7"])) == detectors
     pretrained = set(before) - {"data"}
     assert changed(before, mini(options, classification=["schedule.scale=0.5"])) == pretrained
@@ -93,7 +93,7 @@ def test_a_key_changes_with_a_config_and_with_those_it_builds_on(options, tmp_pa
     base = tmp_path / "configs" / "detection" / "Base-RCNN-FPN.yaml"
     base.write_text(base.read_text() + "# another\n")
     found = changed(before, mini(options, root=tmp_path))
-    assert found == {"detect_VGG-16_seed1", "detect_ResNet-18_seed1", "report"}
+    assert found == {name for name in before if name.startswith(("detect", "improve", "report"))}
 
 
 def test_given_weights_take_the_place_of_the_classifier(options, tmp_path):
@@ -101,7 +101,7 @@ def test_given_weights_take_the_place_of_the_classifier(options, tmp_path):
     weights.write_bytes(b"one")
     given = {"weights": {"VGG-16": weights}, "preprocessing": {"VGG-16": "caffe_vgg"}}
     steps = mini(options, **given)
-    assert not any(name.endswith("_VGG-16") for name in steps)
+    assert not {"pretrain_VGG-16", "bn_VGG-16", "convert_VGG-16"} & steps.keys()
     detect = steps["detect_VGG-16_seed1"]
     assert str(weights) in detect.command
     assert detect.command[-4:] == (
@@ -111,7 +111,11 @@ def test_given_weights_take_the_place_of_the_classifier(options, tmp_path):
         "1",
     )
     weights.write_bytes(b"two")
-    assert changed(steps, mini(options, **given)) == {"detect_VGG-16_seed1", "report"}
+    assert changed(steps, mini(options, **given)) == {
+        "detect_VGG-16_seed1",
+        "improve_VGG-16",
+        "report",
+    }
 
 
 def test_places_of_weights_and_data_do_not_enter_the_key(options, tmp_path):
@@ -131,8 +135,26 @@ def test_places_of_weights_and_data_do_not_enter_the_key(options, tmp_path):
 
 def test_official_data_do_not_matter_to_a_plan_on_built_in_data(options, tmp_path):
     before = mini(options)
-    assert not changed(before, mini(options, datasets=tmp_path))
     assert not changed(before, mini(options, datasets=tmp_path / "absent"))
+
+
+def test_of_the_official_data_those_of_the_plan_count(options, tmp_path):
+    plan = read_plan(ROOT / "configs" / "reproduction" / "paper.yaml")
+    (tmp_path / "VOC2007" / "ImageSets").mkdir(parents=True)
+    (tmp_path / "VOC2012").mkdir()
+
+    def keys():
+        steps = build_steps(plan, replace(options, datasets=tmp_path))
+        return {step.name: step.key for step in steps}
+
+    before = keys()
+    (tmp_path / "coco").mkdir()
+    assert keys() == before
+    (tmp_path / "VOC2007" / "ImageSets" / "Main").mkdir()
+    after = keys()
+    assert {name for name in before if before[name] != after[name]} == {
+        name for name in before if name.startswith(("detect", "improve", "report"))
+    }
 
 
 def test_words_of_a_plan_may_be_numbers_and_single(options, tmp_path):
@@ -229,7 +251,7 @@ if name == os.environ.get("SLOW"):
 flag = next((flag for flag in ("--output-dir", "--output") if flag in words), "convert")
 place = Path(words[words.index(flag) + (2 if flag == "convert" else 1)])
 files = dict(make_quickstart_data="dataset.json", train_classifier="final.safetensors",
-    train_net="results.json")
+    train_net="results.json", evaluate_detector="results.json")
 path = place / files[name] if name in files else place
 path.parent.mkdir(parents=True, exist_ok=True)
 path.write_text("done")
@@ -258,7 +280,8 @@ def run(options: Options, stages=STAGES) -> int:
 
 
 ALL = ["make_quickstart_data", *["train_classifier"] * 2, *["recompute_bn"] * 2,
-       *["convert_weights"] * 2, *["train_net"] * 2, "report"]  # fmt: skip
+       *["convert_weights"] * 2, *["train_net"] * 2,
+       *["evaluate_detector"] * 2, "report"]  # fmt: skip
 
 
 def test_each_step_runs_once(project):
@@ -268,7 +291,7 @@ def test_each_step_runs_once(project):
     assert run(options) == 0
     assert ran(log) == ALL
     assert run(replace(options, detection=("SEED2", "1"))) == 0
-    assert ran(log)[len(ALL) :] == ["train_net", "train_net", "report"]
+    assert ran(log)[len(ALL) :] == ALL[-5:]
     step = mini(options)["bn_VGG-16"]
     content = json.loads((step.folder / "step.json").read_text())
     assert content["key"] == step.key

@@ -52,6 +52,7 @@ from resnet_backbone.report.detector_runs import DetectorGroup, group_runs, load
 from resnet_backbone.report.picture import save_png
 
 PAIRS, PAIRS_BACK = 6, 2  # objects shown that the ResNet finds, and the other way round
+BASELINE = "baseline"  # the row of a detector as it was trained
 PICTURES = ("gain_per_class.png", "precision_recall.png", "precision_recall_classes.png")
 PICTURES += ("errors.png", "losses.png", "accuracy_time.png", "misses_*.jpg")
 
@@ -122,10 +123,11 @@ def write_detection_report(
     groups = group_runs(load_detector_runs(folders))
     gains = find_gains(groups)
     tables = [load_rows(Path(file)) for file in rows_files]
+    improved = [rows for rows in tables if len(rows) > 1]  # one row is a measurement of time
     report = Report(output.with_suffix("").name)
     _add_results(report, groups, gains, note)
-    if tables:
-        report.add("## Improvements in testing", *map(improvements_section, tables), IMPROVEMENTS)
+    if improved:
+        report.add("## Improvements in testing", *map(improvements_section, improved), IMPROVEMENTS)
     _add_classes(report, groups, gains)
     try:
         truth, evidence = load_all(groups, voc_root)
@@ -138,8 +140,8 @@ def write_detection_report(
     _add_time(report, groups, [row for rows in tables for row in rows])
     _add_misses(report, groups, gains, truth, evidence, reason, score)
     made = f"This page: `{clean_command(command)}`" if command else ""
-    improved = [rows_provenance(Path(file)) for file in rows_files]
-    report.add("## How", provenance_section(groups), *improved, made)
+    sources = [rows_provenance(Path(file)) for file in rows_files]
+    report.add("## How", provenance_section(groups), *sources, made)
     write_whole(output, report)
 
 
@@ -211,17 +213,22 @@ def _add_losses(report: Report, groups: Sequence[DetectorGroup]) -> None:
 
 def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Row]) -> None:
     report.add("## Accuracy and time")
-    points, colors = [], detector_colors(groups)
+    points, colors, without = [], detector_colors(groups), []
+    timed = [row for row in rows if row.seconds is not None]
+    plain = [row for row in timed if row.name == BASELINE]
+    measured = {Path(row.run).resolve(): row.seconds for row in plain if row.run}
     for group in groups:
-        seconds, values = group.seconds_per_image(), group.values("AP50")
+        seconds, values = group.seconds_per_image(measured), group.values("AP50")
+        if seconds is None:
+            without.append(group.label)
         if seconds is not None and values:
             spread = statistics.stdev(values) if len(values) > 1 else None
             ap50, color = statistics.fmean(values), colors[group.label]
             points.append(Point(group.label, seconds, ap50, spread, color))
-    points += [Point(r.name, r.seconds, r.numbers["AP50"]) for r in rows if r.seconds is not None]
+    others = [row for row in timed if row not in plain]
+    points += [Point(row.name, row.seconds, row.numbers["AP50"]) for row in others]
     if points:
         report.show("accuracy_time.png", plot_accuracy_and_time(points), "AP50 and seconds")
-    without = [group.label for group in groups if group.seconds_per_image() is None]
     if without:
         report.add(f"Seconds per image: not measured for {', '.join(without)}.")
 

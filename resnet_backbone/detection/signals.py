@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator, Sized
 from typing import Any
 
@@ -11,6 +12,11 @@ from detectron2.utils import comm
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command with --resume
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 ROUNDS = 10  # batches of an evaluation between two questions to the other processes
+
+
+SIGNAL_DELAY = 0.5  # seconds within which a signal to a whole process group reaches each of it
+# What reading from a loader raises when a worker has ended, or while it hands a tensor over.
+WORKER_ENDED = (RuntimeError, OSError, EOFError)
 
 
 class Stopped(Exception):
@@ -38,6 +44,20 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def leave_workers(self) -> None:
+        """To be called once a loader has workers: only reading from it then says that one ended.
+
+        PyTorch's handler of SIGCHLD raises wherever the program is, also in the middle of a step.
+        """
+        if self._before:
+            self._before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+
+    def explains(self, error: Exception) -> bool:
+        """Whether a loader failed because the signal that stops the run ended its workers too."""
+        if isinstance(error, WORKER_ENDED):
+            time.sleep(SIGNAL_DELAY)
+        return isinstance(error, WORKER_ENDED) and bool(self.name)
+
     def _remember(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
         if number == signal.SIGINT:
@@ -62,11 +82,20 @@ class Watched:
 
     def __iter__(self) -> Iterator:
         world = comm.get_world_size()
-        iterator = iter(self.loader)
-        for number in range(-(-self.total // world)):
+        iterator, rounds = iter(self.loader), -(-self.total // world)
+        self.stop.leave_workers()
+        for number in range(rounds):
             if world == 1 or number % ROUNDS == 0:
                 names = [name for name in comm.all_gather(self.stop.name) if name]
                 if names:
                     raise Stopped(names[0])
             if number < len(self.loader):
-                yield next(iterator)
+                try:
+                    images = next(iterator)
+                except Exception as error:
+                    asks_again = world == 1 or (number // ROUNDS + 1) * ROUNDS < rounds
+                    if not asks_again or not self.stop.explains(error):
+                        raise
+                    name = self.stop.name
+                    raise Stopped(next(filter(None, comm.all_gather(name)))) from error
+                yield images

@@ -23,8 +23,6 @@ from resnet_backbone.detection.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
-SIGNAL_DELAY = 0.5  # seconds within which a signal to a whole process group reaches each of it
-
 
 @dataclass(frozen=True)
 class StepReport:
@@ -187,12 +185,13 @@ class Stepper:
             if self._batches is None:
                 self._batches = self._start(iteration, part)
             return next(self._batches)
-        except RuntimeError:
-            time.sleep(SIGNAL_DELAY)
-            if not self.stop.name:
+        except Exception as error:
+            if not self.stop.explains(error):
                 raise
             self._batches = self._start(iteration, part)
             return next(self._batches)
+        finally:
+            self.stop.leave_workers()
 
     def _start(self, iteration: int, part: int) -> Iterator[list[dict]]:
         batches = self._parts.start(iteration)

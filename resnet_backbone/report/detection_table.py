@@ -171,11 +171,12 @@ def _gain_rows(task: str, gains: Sequence[Gain]) -> list[list[str]]:
 
 
 class Row(NamedTuple):
-    """A row of tools/evaluate_detector.py: AP in percent, seconds per image if measured."""
+    """A row of tools/evaluate_detector.py: AP in percent, seconds per image if measured, run."""
 
     name: str
     numbers: dict[str, float]
     seconds: float | None
+    run: str = ""
 
 
 def load_rows(path: Path) -> list[Row]:
@@ -202,7 +203,7 @@ def _read_row(row: dict) -> Row:
     numbers = numbers.get("bbox", numbers)
     kept = {k: float(v) for k, v in numbers.items() if k in METRICS and v is not None}
     name = row.get("name") or row.get("row") or row.get("label") or ""
-    return Row(str(name), kept, row.get("seconds_per_image"))
+    return Row(str(name), kept, row.get("seconds_per_image"), str(row.get("run", "")))
 
 
 def improvements_section(rows: Sequence[Row]) -> str:

@@ -221,10 +221,14 @@ class DetectorGroup:
         found = [run.classes.get(name) for run in self.runs]
         return [float(value) for value in found if value is not None]
 
-    def seconds_per_image(self) -> float | None:
-        """Mean over the runs that measured it."""
-        found = [run.results.get("seconds_per_image") for run in self.runs]
-        found = [float(value) for value in found if value]
+    def seconds_per_image(self, measured: Mapping[Path, float]) -> float | None:
+        """Mean over the runs for which it was measured.
+
+        Args:
+            measured: by run folder, resolved.
+        """
+        folders = [run.folder.resolve() for run in self.runs]
+        found = [measured[folder] for folder in folders if folder in measured]
         return statistics.fmean(found) if found else None
 
     def differing_keys(self, other: DetectorGroup) -> dict[str, tuple[Any, Any]]:

@@ -62,14 +62,17 @@ class Plan:
         data: "built-in", or "official": data sets that the user has.
         networks: by name; the first one is what the others are compared with.
         seeds: of the detectors.
-        improvements: rows of tools/evaluate_detector.py on the last network; empty: none.
+        improvements: rows of tools/evaluate_detector.py on the last network; the others have the
+            baseline, for its seconds per image.
+        datasets: folders in $DETECTRON2_DATASETS that official data lie in.
     """
 
     title: str
     data: str
     networks: dict[str, Network]
     seeds: tuple[int, ...] = (1,)
-    improvements: tuple[str, ...] = ()
+    improvements: tuple[str, ...] = ("baseline",)
+    datasets: tuple[str, ...] = ()
 
 
 def read_plan(path: Path, seeds: Sequence[int] | None = None) -> Plan:
@@ -98,6 +101,8 @@ def read_plan(path: Path, seeds: Sequence[int] | None = None) -> Plan:
     seeds = tuple(seeds or plan.seeds)
     if not seeds or len(set(seeds)) < len(seeds) or not all(isinstance(s, int) for s in seeds):
         raise PlanError(f"seeds {list(seeds)}: give integers, each once")
+    if "ensemble" in plan.improvements and len(seeds) < 2:
+        raise PlanError(f"seeds {list(seeds)}: the row ensemble needs two or more")
     return replace(plan, networks=networks, seeds=seeds)
 
 

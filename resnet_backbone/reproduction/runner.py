@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 DONE = "step.json"
 STOPPED = 75  # what the tools end with when a signal asks them to stop
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# by what is passed on to the tool: it does not know of its terminal
+STOP_SIGNALS = {number: number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+STOP_SIGNALS[signal.SIGHUP] = signal.SIGTERM
 
 
 class Runner:
@@ -123,8 +125,8 @@ def run_command(words: Sequence[str], root: Path, lock: int) -> tuple[int, bool]
     passed_on = []
 
     def pass_on(number, frame) -> None:
-        passed_on.append(number)
-        process.send_signal(number)
+        passed_on.append(STOP_SIGNALS[number])
+        process.send_signal(STOP_SIGNALS[number])
 
     former = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     try:

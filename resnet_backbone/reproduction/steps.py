@@ -123,12 +123,12 @@ class _Builder:
             for name, network in plan.networks.items()
         }
         yield from (step for seeds in detectors.values() for step in seeds)
-        rows = []
-        if plan.improvements:
-            last = list(plan.networks)[-1]
-            found = list(self.improve(last, prepared[last], detectors[last]))
-            yield from found
-            rows = found[-1:]
+        found = [
+            list(self.improve(name, prepared[name], detectors[name])) for name in plan.networks
+        ]
+        yield from (step for steps in found for step in steps[:-1])
+        rows = [steps[-1] for steps in found]
+        yield from rows
         yield self.report(detectors, rows)
 
     def step(self, stage: str, name: str, command: tuple[str, ...], product: str, **rest) -> Step:
@@ -207,7 +207,8 @@ class _Builder:
             depends.append(file_digest(given))
             source = given
         if self.data_step is None and self.options.datasets is not None:
-            depends.append(tree_digest(self.options.datasets))
+            folders = (self.options.datasets / name for name in self.plan.datasets)
+            depends += map(tree_digest, folders)
         stated = self.options.preprocessing.get(name)
         command = (
             *("train_net.py", "--config-file", *self.configs(training)),
@@ -235,7 +236,9 @@ class _Builder:
         self, name: str, prepared: tuple[Step, ...], detectors: Sequence[Step]
     ) -> Iterator[Step]:
         """The detector with context, where its row is asked for, then all rows."""
-        rows, inputs = self.plan.improvements, list(detectors)
+        is_last = name == list(self.plan.networks)[-1]
+        rows = self.plan.improvements if is_last else ("baseline",)
+        inputs = [detectors[0]]
         command = ["evaluate_detector.py", "--run", str(detectors[0].folder)]
         if set(rows) - {"baseline", "refinement"}:
             extra = ("RESNET_BACKBONE.GLOBAL_CONTEXT", "True")
@@ -245,8 +248,9 @@ class _Builder:
             yield context
             command += ["--context-run", str(context.folder)]
             inputs.append(context)
-        for other in detectors[1:]:
+        for other in detectors[1:] if "ensemble" in rows else ():
             command += ["--ensemble-run", str(other.folder)]
+            inputs.append(other)
         yield self.step(
             "improve",
             f"improve_{name}",

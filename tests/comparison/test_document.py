@@ -75,15 +75,30 @@ def test_report(tool, runs, tmp_path):
 
 
 def test_seconds_and_rows(quick, tool, make_run, tmp_path):
-    runs = [str(make_run("r50", 1, seconds_per_image=0.5)), str(make_run("vgg", 1))]
+    runs = [str(make_run("r50", 1)), str(make_run("vgg", 1))]
     rows = tmp_path / "rows.json"
     row = {"name": "baseline", "results": {"bbox": {"AP50": 20.0}}, "seconds_per_image": 0.7}
-    rows.write_text(json.dumps({"rows": [row]}))
+    refined = {**row, "name": "+refinement"}
+    rows.write_text(json.dumps({"rows": [{**row, "run": runs[0]}, refined]}))
     output = tmp_path / "r.md"
     assert report(tool, runs, output, "--rows", str(rows)) == 0
     text = output.read_text()
     assert "| baseline | 20.00 | 0.7 | 48.4 / 27.2 | - |" in text
-    assert "(r/accuracy_time.png)" in text and "not measured for VGG-16-FPN." in text
+    assert "(r/accuracy_time.png)" in text
+    assert "Seconds per image: not measured for VGG-16-FPN." in text
+
+
+def test_a_baseline_alone_is_a_time_and_no_improvement(quick, tool, make_run, tmp_path):
+    runs = [str(make_run(name, 1)) for name in ("r50", "vgg")]
+    files = []
+    for run in runs:
+        files.append(tmp_path / f"{Path(run).name}.json")
+        row = {"name": "baseline", "results": {"bbox": {"AP50": 20.0}}, "seconds_per_image": 0.7}
+        files[-1].write_text(json.dumps({"rows": [{**row, "run": run}]}))
+    assert report(tool, runs, tmp_path / "r.md", *(f"--rows={file}" for file in files)) == 0
+    text = (tmp_path / "r.md").read_text()
+    assert "## Improvements in testing" not in text and "Seconds per image: not" not in text
+    assert "(r/accuracy_time.png)" in text
 
 
 def test_without_images_the_rest_is_there(quick, tool, runs, voc, tmp_path):

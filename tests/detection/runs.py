@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,8 @@ class Forked:
             code = 0
         except SystemExit as stop:
             code = stop.code
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
 

@@ -190,3 +190,22 @@ def test_a_watched_evaluation():
             seen.append(batch)
             stop.name = "SIGTERM"
     assert seen == ["a"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ConnectionRefusedError, EOFError])
+def test_an_evaluation_whose_workers_the_signal_ended(error):
+    class Workers(list):
+        def __iter__(self):
+            yield self[0]
+            raise error("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    stop = StopRequest()
+    batches = iter(Watched(Workers("abc"), stop, total=3))
+    next(batches)
+    with pytest.raises(error, match="DataLoader worker"):
+        next(batches)  # no signal to this process: it is an error
+    batches = iter(Watched(Workers("abc"), stop, total=3))
+    next(batches)
+    stop.explains = lambda error: bool(setattr(stop, "name", "SIGTERM") or stop.name)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        next(batches)

@@ -8,11 +8,8 @@ from signal import SIGINT, SIGUSR1
 
 import pytest
 import yaml
-from torch import nn
 
 pytest.importorskip("detectron2")
-
-from detectron2.solver import build_optimizer
 
 import resnet_backbone.detection.trainer  # noqa: F401  so that forked processes have it
 from resnet_backbone.detection.config import UsageError
@@ -155,21 +152,13 @@ def test_an_ended_run_stays_and_others_are_not_overwritten(data, uninterrupted, 
     "key, value", [("WEIGHT_DECAY_NORM", 0.1), ("BIAS_LR_FACTOR", 2.0), ("NESTEROV", True)]
 )
 def test_keys_that_the_optimizers_state_holds(make_cfg, tmp_path, key, value):
-    """Detectron2's optimizer takes them from the checkpoint: another value would do nothing."""
+    """The parameter groups come from the checkpoint: another value would do nothing."""
     cfg = make_cfg(None, OUTPUT_DIR=str(tmp_path))
     (tmp_path / "config.yaml").write_text(cfg.dump())
     assert not has_ended(cfg, "model_0000001.pth")
     cfg.SOLVER[key] = value
     with pytest.raises(UsageError, match=f"was started with another SOLVER.{key}: go on with"):
         has_ended(cfg, "model_0000001.pth")
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
-    changed, first = (build_optimizer(one, model) for one in (cfg, make_cfg(None)))
-    assert changed.param_groups[-1].keys() == first.param_groups[-1].keys()
-    before = [[*map(repr, group.items())] for group in first.state_dict()["param_groups"]]
-    changed.load_state_dict(first.state_dict())
-    assert [
-        [*map(repr, group.items())] for group in changed.state_dict()["param_groups"]
-    ] == before
 
 
 @pytest.mark.slow

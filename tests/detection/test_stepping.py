@@ -1,7 +1,13 @@
 """One step: parts of a batch, mixed precision, numbers that are not finite."""
 
+import itertools
 import math
+import multiprocessing
+import os
+import subprocess
+import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +19,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.sampling import BatchPlan
+from resnet_backbone.detection.sampling import (
+    AugmentedImages,
+    BatchPlan,
+    ImageStream,
+    TrainingLoader,
+)
 from resnet_backbone.detection.signals import StopRequest
 from resnet_backbone.detection.stepping import NotFiniteError, Stepper
 
@@ -184,6 +195,31 @@ def test_a_loader_whose_batches_do_not_divide(cfg):
     stepper = Stepper(cfg, Linear(), [[torch.ones(2)] * 3], optimizer, StopRequest())
     with pytest.raises(UsageError, match="gave 3 images, which do not divide into 2 parts"):
         stepper.run(0)
+
+
+def as_tensor(number):
+    return torch.tensor([float(number), 1.0])
+
+
+def test_workers_that_a_signal_ends(cfg):
+    """Nothing is raised in the middle of a step, and the next one has its images."""
+    images = AugmentedImages(list(range(8)), as_tensor, 1)
+    loader = TrainingLoader(images, ImageStream(1, np.arange(8)), BatchPlan(2), None, 1)
+    model, seen = Linear(), []
+    model.register_forward_pre_hook(lambda module, given: seen.append(torch.stack(given[0])))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with StopRequest() as stop:
+        stepper = Stepper(cfg, model, loader, optimizer, stop)
+        stepper.run(0)
+        (worker,) = multiprocessing.active_children()
+        # from another process: PyTorch's workers end quietly when their parent tells them to
+        subprocess.run(["kill", "-TERM", str(worker.pid), str(os.getpid())], check=True)
+        while worker.is_alive() or not stop.name:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert stepper.run(1).stop == "SIGTERM" and stepper.run(2).stop == "SIGTERM"
+    wanted = [torch.stack(part) for part in itertools.islice(loader.start(0), 3)]
+    assert torch.equal(torch.cat(seen), torch.cat(wanted))
 
 
 @pytest.mark.parametrize("bad", [torch.tensor([math.nan, 0.0]), "diverged"])
