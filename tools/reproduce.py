@@ -43,7 +43,9 @@ of the training set, then fixed), convert (tools/convert_weights.py: Detectron2'
 Each step lies in a folder of its own in --output, named after the hash of its command, configs,
 weights and data. What is done is not done again; after an interruption (SIGTERM and Ctrl-C write a
 checkpoint) the same command goes on. The hash has this package's version, not its code: after a
-change of the code give another --output. Plans: configs/reproduction; own ones: --scale FILE.yaml."""
+change of the code give another --output.
+
+Plans: configs/reproduction; own ones: --scale FILE.yaml."""
 
 
 def name_and_value(text: str) -> tuple[str, str]:
