@@ -72,7 +72,8 @@ def check_early_stop(cfg: CfgNode) -> None:
 def follow_processes(cfg: CfgNode, processes: int) -> list[str]:
     """Detectron2's ``SOLVER.REFERENCE_WORLD_SIZE``: the batch follows the number of processes.
 
-    Works in place; the linear rule then does the rest.
+    Works in place; the linear rule then does the rest. Periods (``TEST.EVAL_PERIOD``,
+    ``SOLVER.CHECKPOINT_PERIOD``) stay as they are, in iterations.
 
     Returns:
         What was done, at most one line.

@@ -36,7 +36,12 @@ from resnet_backbone.detection.hooks import (
     ProgressBar,
     RepeatablePreciseBN,
 )
-from resnet_backbone.detection.improvements import improve, read_switches, with_global_context
+from resnet_backbone.detection.improvements import (
+    check_ensemble,
+    improve,
+    read_switches,
+    with_global_context,
+)
 from resnet_backbone.detection.pooling import with_fast_poolers
 from resnet_backbone.detection.precision import with_exact_scores
 from resnet_backbone.detection.projects import import_project
@@ -121,6 +126,7 @@ class Trainer(DefaultTrainer):
             setup_logger()
         cfg = self.auto_scale_workers(with_weights_input(cfg), comm.get_world_size())
         check_training(cfg)
+        check_ensemble(cfg)
         self.cfg, self.stop = cfg, stop or StopRequest()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)

@@ -155,7 +155,7 @@ def test_a_signal_to_one_process_stops_both(data, tmp_path, launcher):
 @pytest.mark.slow
 def test_errors_are_said_once(data, tmp_path):
     process = start(arguments(data, tmp_path / "run", "--num-processes", "3", **RUN))
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 2
     assert output.count("SOLVER.IMS_PER_BATCH 4 does not divide into 3 processes x 1 parts") == 1
 

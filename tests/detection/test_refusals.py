@@ -12,7 +12,7 @@ from resnet_backbone.detection.cli import set_up_data
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.coco import register_coco
 from resnet_backbone.detection.predictor import load_detector
-from resnet_backbone.detection.trainer import TolerantMapper
+from resnet_backbone.detection.trainer import TolerantMapper, Trainer
 from resnet_backbone.models import ResNet
 from resnet_backbone.weights import WeightsError
 
@@ -111,3 +111,9 @@ def test_an_image_that_breaks_during_training_is_left_out(make_cfg, tiny_voc):
     assert mapper(dict(broken)) is None
     with pytest.raises(OSError, match="gone.jpg"):
         TolerantMapper(make_cfg(CONFIG), False)(dict(broken))
+
+
+def test_runs_of_an_ensemble_are_looked_for_before_training(make_cfg):
+    cfg = make_cfg(CONFIG, RESNET_BACKBONE__TEST__ENSEMBLE=["nowhere"])
+    with pytest.raises(UsageError, match="nowhere: no config.yaml there"):
+        Trainer(cfg)

@@ -2,6 +2,7 @@
 
 from .context import ContextRes5ROIHeads, ContextROIHeads, with_global_context
 from .detector import ImprovedDetector, improve
+from .ensemble import check_ensemble
 from .member import Member
 from .switches import Switches, read_switches
 from .voting import select_detections, soft_nms, vote_boxes
@@ -12,6 +13,7 @@ __all__ = [
     "ImprovedDetector",
     "Member",
     "Switches",
+    "check_ensemble",
     "improve",
     "read_switches",
     "select_detections",

@@ -7,7 +7,7 @@ import os
 from detectron2.config import CfgNode
 from torch import nn
 
-from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.config import UsageError, backbone_node
 
 from .switches import check_scales
 
@@ -43,6 +43,16 @@ def run_config(run: str, overrides: list[str]) -> CfgNode:
     if not os.path.isfile(config):
         raise UsageError(f"{run}: no config.yaml there; name a folder that train_net.py wrote")
     return load_config(config, [*overrides, "MODEL.WEIGHTS", find_weights(run)])
+
+
+def check_ensemble(cfg: CfgNode) -> None:
+    """:func:`check_member` for the runs of ``TEST.ENSEMBLE``, before hours of training.
+
+    Raises:
+        UsageError: naming the run.
+    """
+    for run in backbone_node(cfg).TEST.ENSEMBLE:
+        check_member(cfg, run_config(run, []), run)
 
 
 def load_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
