@@ -202,7 +202,8 @@ def test_optimized_faster_rcnn(randomise, photo):
     model = randomise(detector(FasterRCNN, "resnet18", None)).eval()
     fast = optimize_for_inference(model, dtype=torch.bfloat16)
     assert type(fast) is FasterRCNN and isinstance(fast.backbone, InferenceNetwork)
-    assert fast.roi_heads.box_head.fc6.weight.dtype == torch.float32
+    assert fast.roi_heads.box_head.fc6.weight.dtype == torch.bfloat16
+    assert fast.roi_heads.box_predictor.cls_score.weight.dtype == torch.float32
     with torch.no_grad():
         maps, wanted = fast.backbone(photo[None]), model.backbone(photo[None])
         assert fast([photo])[0]["boxes"].shape[1] == 4
