@@ -26,9 +26,10 @@ from resnet_backbone.engine.cli import launch, one_line_errors, set_up_logging
 from resnet_backbone.engine.distributed import World, join
 from resnet_backbone.engine.evaluation import EvaluationResult, evaluate
 from resnet_backbone.engine.networks import NetworkSpec, load_network, read_spec
-from resnet_backbone.engine.run_folder import hardware, source_revision, versions, write_json
+from resnet_backbone.engine.run_folder import hardware, source_revision, versions
 from resnet_backbone.engine.step import AMP
 from resnet_backbone.engine.views import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
+from resnet_backbone.files import write_json
 from resnet_backbone.weights import WeightsError
 from resnet_backbone.weights.inputs import InputNormalizer
 from resnet_backbone.weights.loading import WrongStride

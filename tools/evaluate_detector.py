@@ -50,6 +50,7 @@ from resnet_backbone.detection.cli import (
     take_back_overrides,
 )
 from resnet_backbone.detection.config import DEFAULTS
+from resnet_backbone.files import sha256, write_json, write_text
 
 ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
 PAPER_SCALES = (200, 400, 600, 800, 1000)  # of images that are otherwise tested at 600
@@ -224,14 +225,6 @@ def fingerprint(row: Row) -> str:
     return digest.hexdigest()
 
 
-def sha256(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def evaluate(row: Row) -> dict:
     """Runs a row's detector over the test set."""
     from detectron2.evaluation import inference_on_dataset
@@ -270,8 +263,6 @@ def evaluate(row: Row) -> dict:
 
 def measure(row: Row) -> tuple[dict, bool]:
     """The row's numbers and whether they were there already."""
-    from resnet_backbone.engine.run_folder import write_json
-
     path, wanted = Path(row.cfg.OUTPUT_DIR, "row.json"), fingerprint(row)
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -313,8 +304,6 @@ def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
 
 
 def write_results(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str]) -> None:
-    from resnet_backbone.engine.run_folder import write_json, write_text
-
     folder = Path(args.output)
     content = {"command": shlex.join(args.command), "rows": rows, "left_out": left_out}
     write_json(folder / "results.json", content)

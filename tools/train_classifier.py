@@ -28,9 +28,9 @@ from resnet_backbone.engine.run_folder import (
     RunFolder,
     hardware,
     holds_run,
-    write_json,
 )
 from resnet_backbone.engine.signals import EXIT_STOPPED, StopRequest
+from resnet_backbone.files import write_json
 
 logger = logging.getLogger("resnet_backbone.train_classifier")
 

@@ -71,6 +71,7 @@ from resnet_backbone.detection.cli import (
 from resnet_backbone.detection.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.detection.run_folder import check_folder, config_digest, has_ended, saved_seed
 from resnet_backbone.detection.seeds import read_seeds, seed_folder, train_seeds
+from resnet_backbone.files import write_json
 
 logger = logging.getLogger("resnet_backbone.detection.train_net")
 
@@ -181,9 +182,7 @@ def write_results(cfg, results: dict, **training) -> None:
         "results": results,
     }
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN
-    with open(path + ".tmp", "w") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-    os.replace(path + ".tmp", path)
+    write_json(path, content, allow_nan=False)
     logger.info("results are in %s", path)
 
 

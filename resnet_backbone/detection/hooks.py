@@ -20,6 +20,7 @@ from tqdm import tqdm
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.saving import AtomicCheckpointer, refuse_not_finite
 from resnet_backbone.detection.signals import Stopped
+from resnet_backbone.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -178,9 +179,7 @@ class MetricsFile(EventWriter):
             with open(path, encoding="utf-8") as file:
                 kept = [line for line in file if _iteration(line) < start]
         self._written = max(map(_iteration, kept), default=-1)
-        with open(path + ".partial", "w", encoding="utf-8") as file:
-            file.writelines(kept)
-        os.replace(path + ".partial", path)
+        write_text(path, "".join(kept))
         self._file = open(path, "a", encoding="utf-8")
 
     def write(self) -> None:

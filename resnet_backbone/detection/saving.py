@@ -12,6 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from resnet_backbone.detection.checkpoint import Checkpointer
+from resnet_backbone.files import write_text
 
 LAST = "last_checkpoint"  # a file in the run folder that names its newest checkpoint
 PARTIAL = ".partial"
@@ -50,10 +51,7 @@ class AtomicWriter(DetectionCheckpointer):
             self.tag_last_checkpoint(f"{name}.pth")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        mark = os.path.join(self.save_dir, LAST)
-        with open(mark + PARTIAL, "w", encoding="utf-8") as file:
-            file.write(last_filename_basename)
-        os.replace(mark + PARTIAL, mark)
+        write_text(os.path.join(self.save_dir, LAST), last_filename_basename)
 
 
 class AtomicCheckpointer(Checkpointer, AtomicWriter):

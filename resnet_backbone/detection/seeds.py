@@ -19,6 +19,7 @@ from tabulate import tabulate
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.signals import STOP_SIGNALS
+from resnet_backbone.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +65,7 @@ def train_seeds(script: str, arguments: Sequence[str], seeds: Sequence[int], out
     summary = summarize(results)
     path = os.path.join(output, SUMMARY)
     content = {"command": shlex.join(["python", *sys.argv]), "seeds": list(seeds), **summary}
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, allow_nan=False)
-    os.replace(path + ".partial", path)
+    write_json(path, content, allow_nan=False)
     print(format_summary(summary))
     print(f"mean and spread of {len(seeds)} seeds are in {path}")
 

@@ -20,10 +20,11 @@ from resnet_backbone.engine.checkpoints import Checkpoints
 from resnet_backbone.engine.distributed import World
 from resnet_backbone.engine.networks import save_network
 from resnet_backbone.engine.optimizer import LearningRate
-from resnet_backbone.engine.run_folder import RunFolder, write_json
+from resnet_backbone.engine.run_folder import RunFolder
 from resnet_backbone.engine.schedule import Schedule
 from resnet_backbone.engine.signals import Stopped, StopRequest
 from resnet_backbone.engine.step import TrainStep
+from resnet_backbone.files import write_json
 from resnet_backbone.weights import WeightsError
 
 logger = logging.getLogger(__name__)

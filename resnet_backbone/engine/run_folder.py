@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-import os
 import platform
 import shlex
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from resnet_backbone.engine.checkpoints import iterations_in
+from resnet_backbone.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -27,20 +27,6 @@ CONFIG, METRICS, RESULTS, ENVIRONMENT = (
     "environment.json",
 )
 PACKAGES = ("resnet_backbone", "torch", "torchvision", "timm", "numpy", "omegaconf", "safetensors")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file in one go: the old one stands until the new one is complete."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def holds_run(folder: str | Path) -> bool:

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from resnet_backbone.files import sha256
 from resnet_backbone.reproduction.plan import PlanError
-
-CHUNK = 1 << 22
 
 
 def digest(content: object) -> str:
@@ -25,14 +24,10 @@ def file_digest(path: Path) -> str:
     Raises:
         PlanError: it cannot be read.
     """
-    found = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(CHUNK):
-                found.update(chunk)
+        return sha256(path)
     except OSError as error:
         raise PlanError(f"{path}: {error.strerror or error}") from error
-    return found.hexdigest()
 
 
 def config_files(path: Path) -> Iterator[Path]:

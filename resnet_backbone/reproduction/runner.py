@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
-import os
 import shlex
 import signal
 import subprocess
@@ -15,16 +13,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from resnet_backbone.engine.signals import EXIT_STOPPED, STOP_SIGNALS
+from resnet_backbone.files import write_json
 from resnet_backbone.reproduction.plan import PlanError
 from resnet_backbone.reproduction.steps import Step
 
 logger = logging.getLogger(__name__)
 
 DONE = "step.json"
-STOPPED = 75  # what the tools end with when a signal asks them to stop
 # by what is passed on to the tool: it does not know of its terminal
-STOP_SIGNALS = {number: number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-STOP_SIGNALS[signal.SIGHUP] = signal.SIGTERM
+PASSED_ON = {**{number: number for number in STOP_SIGNALS}, signal.SIGHUP: signal.SIGTERM}
 
 
 class Runner:
@@ -87,11 +85,9 @@ class Runner:
             "seconds": round(time.monotonic() - started, 1),
             "date": time.strftime("%Y-%m-%d"),
         }
-        temporary = step.folder / f"{DONE}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, step.folder / DONE)
+        write_json(step.folder / DONE, content, indent=1)
         logger.info("-- %s: %.0f s", step.name, content["seconds"])
-        return STOPPED if stop else 0
+        return EXIT_STOPPED if stop else 0
 
     @contextmanager
     def _alone(self) -> Iterator[int]:
@@ -125,17 +121,17 @@ def run_command(words: Sequence[str], root: Path, lock: int) -> tuple[int, bool]
     passed_on = []
 
     def pass_on(number, frame) -> None:
-        passed_on.append(STOP_SIGNALS[number])
-        process.send_signal(STOP_SIGNALS[number])
+        passed_on.append(PASSED_ON[number])
+        process.send_signal(PASSED_ON[number])
 
-    former = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    former = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
         status = process.wait()
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
     if status < 0:
-        status = STOPPED if -status in passed_on else 128 - status
+        status = EXIT_STOPPED if -status in passed_on else 128 - status
     return status, bool(passed_on)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,8 @@ from typing import Any
 
 from detectron2.evaluation import COCOEvaluator
 from tabulate import tabulate
+
+from resnet_backbone.files import write_json
 
 from .coco_ap import TASKS, CocoNumbers, evaluate_coco
 from .warnings import warn_if_empty
@@ -95,14 +96,7 @@ class PerClassCOCOEvaluator(COCOEvaluator):
 
 def write_results(path: str, results: Sequence[Mapping[str, Any]]) -> None:
     """Writes detections in COCO's result format: complete, or the file stays as it was."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(results, file)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+    write_json(path, results, indent=None)
 
 
 def build_coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:

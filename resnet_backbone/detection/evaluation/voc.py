@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -15,6 +14,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from tabulate import tabulate
+
+from resnet_backbone.files import write_json
 
 from ..data.voc import scan_voc
 from .voc_ap import COCO_IOU_THRESHOLDS, read_boxes, score_boxes
@@ -196,10 +197,7 @@ class VOCEvaluator(DatasetEvaluator):
     def _write(self, name: str, content: Any) -> None:
         """Write JSON so that a reader never sees half a file."""
         path = os.path.join(self._output_dir, name)
-        temporary = f"{path}.{os.getpid()}.tmp"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1 if isinstance(content, dict) else None)
-        os.replace(temporary, path)
+        write_json(path, content, indent=1 if isinstance(content, dict) else None)
 
 
 def write_comp4(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder: str) -> str:
