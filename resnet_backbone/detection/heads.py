@@ -6,6 +6,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling.poolers import convert_boxes_to_pooler_format
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from resnet_backbone.detection.backbones import in_memory_format, resnet_options
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.pooling import with_stride
-from resnet_backbone.detection.regions import for_regions
+from resnet_backbone.detection.regions import for_regions, projections_on_map
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import (
     DEPTHS,
@@ -71,10 +72,14 @@ class PaperRes5ROIHeads(Res5ROIHeads):
 
     def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
         """Maps (N, C, H, W) and the boxes of N images -> res5 of R regions, (R, C', h, w)."""
-        regions = self.pooler(features, boxes)
+        pool, res5 = self.pooler.level_poolers[0], self.res5
+        maps, regions = features[0], convert_boxes_to_pooler_format(boxes)
+        projections = projections_on_map(res5, pool, maps, len(regions))
+        if projections is not None:
+            maps, res5 = projections.of_map(maps), projections.stage_of
         if torch.is_grad_enabled() or len(regions) <= self.REGIONS_AT_ONCE:
-            return self.res5(regions)
-        return torch.cat([self.res5(part) for part in regions.split(self.REGIONS_AT_ONCE)])
+            return res5(pool(maps, regions))
+        return torch.cat([res5(pool(maps, part)) for part in regions.split(self.REGIONS_AT_ONCE)])
 
 
 @ROI_BOX_HEAD_REGISTRY.register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class RegionAlign(ROIAlign):
 
     def forward(self, features: Tensor, regions: Tensor) -> Tensor:
         """(N, C, H, W), (R, 5) of (image, x0, y0, x1, y1) -> (R, C, rows, columns)."""
-        if not _reads_rows(features) or not len(regions):
+        if not self.sums_rows(features) or not len(regions):
             bins = super().forward(features, regions)
             return bins[:, :, :: self.stride, :: self.stride]
         precision = torch.promote_types(features.dtype, torch.float32)
@@ -51,6 +52,18 @@ class RegionAlign(ROIAlign):
         )
         sums = sums.view(len(regions), *bags.shape, -1).permute(0, 3, 1, 2)
         return sums.to(features.dtype)
+
+    @property
+    def bins(self) -> int:
+        """Bins of a region that are computed."""
+        return math.prod(-(-size // self.stride) for size in self.output_size)
+
+    @staticmethod
+    def sums_rows(features: Tensor) -> bool:
+        """Whether bags are the faster way here; graphs that are traced keep the one operator."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
+            return False
+        return features.device.type == "cpu" and features.is_floating_point()
 
     def _bags(self, shape: torch.Size, regions: Tensor) -> Bags:
         _, height, width, _ = shape
@@ -158,13 +171,6 @@ def outer_product(y: Axis, x: Axis) -> Bags:
     cells = y.cells.flatten()[entry_y] + x.cells.flatten()[entry_x]
     weights = y.weights.flatten()[entry_y] * x.weights.flatten()[entry_x]
     return Bags(cells, weights, offsets, (rows, columns))
-
-
-def _reads_rows(features: Tensor) -> bool:
-    """Whether bags are the faster way here; graphs that are traced keep the one operator."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
-        return False
-    return features.device.type == "cpu" and features.is_floating_point()
 
 
 def with_stride(pooler: ROIPooler, stride: int = 1) -> ROIPooler:

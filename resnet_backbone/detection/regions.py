@@ -1,12 +1,16 @@
-"""Convolutions of many small maps, the regions of a C4 head, as matrix products on CPUs."""
+"""res5 of many small maps, the regions of a C4 head, on CPUs: matrix products, no work twice."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_backbone.models.layers import ConvNorm, ConvNormAct
+from resnet_backbone.detection.pooling import RegionAlign
+from resnet_backbone.models.layers import ConvNorm, ConvNormAct, is_watched
+from resnet_backbone.models.resnet import BottleneckBlock
 
 
 class RegionConvNorm(ConvNorm):
@@ -43,6 +47,57 @@ def for_regions(stage: nn.Module) -> nn.Module:
     for module in stage.modules():
         module.__class__ = kinds.get(type(module), type(module))
     return stage
+
+
+class Projections(NamedTuple):
+    """A stage of bottlenecks whose first 1x1 convolutions are computed on the map, not on regions.
+
+    These are ``conv1`` and ``shortcut`` of the first block, side by side.
+    """
+
+    stage: nn.Sequential
+    weight: Tensor  # (width + out_channels, in_channels, 1, 1)
+    bias: Tensor  # (width + out_channels,)
+
+    def of_map(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, width + out_channels, H, W), without the bias."""
+        return pointwise(x, self.weight, None)
+
+    def stage_of(self, bins: Tensor) -> Tensor:
+        """The stage's output for regions, from bins that were pooled from :meth:`of_map`."""
+        block, width = self.stage[0], self.stage[0].conv1.out_channels
+        bias = self.bias.to(bins.dtype)[:, None, None]
+        y = block.conv1.activation(bins[:, :width] + bias[:width])
+        y = block.join(block.conv2(y), bins[:, width:] + bias[width:])
+        for block in self.stage[1:]:
+            y = block(y)
+        return y
+
+
+def projections_on_map(
+    stage: nn.Module, pool: nn.Module, maps: Tensor, regions: int
+) -> Projections | None:
+    """:class:`Projections` where they are the same function and less work.
+
+    A sum over cells, RoIAlign, and a 1x1 convolution commute, but for the bias, since samples
+    outside of the map count as zero. 1,000 regions of an 800x1216 image have 13 times as many bins
+    as its map has cells.
+    """
+    if not (isinstance(pool, RegionAlign) and pool.sums_rows(maps)) or is_watched(stage):
+        return None
+    if regions * pool.bins <= maps[:, 0].numel():
+        return None
+    block = stage[0] if isinstance(stage, nn.Sequential) else None
+    if type(block) is not BottleneckBlock or block.gate is not None or is_watched(block):
+        return None
+    convs = block.conv1, block.shortcut
+    for conv in convs:
+        if not isinstance(conv, ConvNorm) or conv.stride != (1, 1) or is_watched(conv):
+            return None
+        if not conv.can_fold():
+            return None
+    (weight, bias), (more_weight, more_bias) = (conv.folded() for conv in convs)
+    return Projections(stage, torch.cat((weight, more_weight)), torch.cat((bias, more_bias)))
 
 
 def suits_matrix_product(conv: nn.Conv2d, x: Tensor) -> bool:

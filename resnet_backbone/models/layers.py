@@ -142,12 +142,30 @@ class ConvNorm(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._folding_pays(x):
-            scale, shift = scale_and_shift(self.norm)
-            weight = self.weight * scale[:, None, None, None]
-            dtype = self.weight.dtype
-            return self._conv_forward(x, weight.to(dtype), shift.to(dtype))
+            return self._conv_forward(x, *self.folded())
         x = super().forward(x)
         return x if self.norm is None else self.norm(x)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Kernel and bias of convolution and norm in one, where :meth:`can_fold`."""
+        if self.norm is None:
+            return self.weight, self.bias
+        scale, shift = scale_and_shift(self.norm)
+        weight = self.weight * scale[:, None, None, None]
+        return weight.to(self.weight.dtype), shift.to(self.weight.dtype)
+
+    def can_fold(self) -> bool:
+        """Whether the norm, if any, is constant for this call: frozen, or without gradients."""
+        norm = self.norm
+        if norm is None:
+            return True
+        if is_watched(norm):
+            return False
+        if type(norm) is FrozenBatchNorm2d:
+            return True
+        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_var is None:
+            return False
+        return not (norm.training or torch.is_grad_enabled())
 
     def _folding_pays(self, x: Tensor) -> bool:
         """Whether the norm is frozen, or constant here and the kernel smaller than the output.
@@ -155,15 +173,10 @@ class ConvNorm(nn.Conv2d):
         Exported, traced and compiled graphs keep a norm that is not frozen, their optimizers fold
         it. A norm with hooks is called.
         """
-        norm = self.norm
-        if norm is None or is_watched(norm):
+        if self.norm is None or not self.can_fold():
             return False
-        if type(norm) is FrozenBatchNorm2d:
+        if type(self.norm) is FrozenBatchNorm2d:
             return True
-        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm) or norm.running_var is None:
-            return False
-        if norm.training or torch.is_grad_enabled():
-            return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, Proxy):
             return False
         pixels = x[:, 0].numel() // (self.stride[0] * self.stride[1])

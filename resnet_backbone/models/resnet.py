@@ -87,14 +87,17 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x)
         added = None if self.shortcut is None else self.shortcut(x)
-        if self.fused and added is not None and self.gate is None:
-            if can_fuse(self.last, self.activation, y, added):
-                return fused_convolution(self.last, y, added)
+        if self.gate is None:
+            return self.join(y, added)
+        gate = torch.sigmoid(self.gate(x))
+        return self.activation(gate * self.last(y) + (1 - gate) * added)
+
+    def join(self, y: Tensor, added: Tensor | None) -> Tensor:
+        """activation(last(y) + added), of :meth:`inner`'s output and the shortcut's."""
+        if self.fused and added is not None and can_fuse(self.last, self.activation, y, added):
+            return fused_convolution(self.last, y, added)
         y = self.last(y)
-        if self.gate is not None:
-            gate = torch.sigmoid(self.gate(x))
-            y = gate * y + (1 - gate) * added
-        elif added is not None:
+        if added is not None:
             y += added
         return self.activation(y)
 

@@ -6,7 +6,13 @@ import torch
 pytest.importorskip("detectron2")
 
 from resnet_backbone import optimize_for_inference
-from resnet_backbone.detection.regions import RegionConvNorm, RegionConvNormAct, for_regions
+from resnet_backbone.detection.pooling import RegionAlign, StridedPool
+from resnet_backbone.detection.regions import (
+    RegionConvNorm,
+    RegionConvNormAct,
+    for_regions,
+    projections_on_map,
+)
 from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.models.resnet import resnet_stage
 
@@ -87,3 +93,66 @@ def test_only_convolutions_of_this_package_change():
             assert isinstance(module, RegionConvNorm) and isinstance(module, kinds[name])
         else:
             assert type(module) is kinds[name]
+
+
+# Projections of pooled bins, or bins pooled from projections: the same to rounding.
+# 7x7 bins each, a map of 60 cells: two regions have more bins than the map has cells.
+POOL = RegionAlign((14, 14), 1 / 16, 0, stride=2)
+REGIONS = torch.tensor([[0, 5, 9, 130, 90], [0, -40, -40, 30, 200], [0, 70, 60, 75, 66.0]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(norm="FrozenBN"), dict(norm=""), dict(norm="FrozenBN", activation="prelu")],
+)
+def test_projections_are_the_same_function(options):
+    _, stage = (stage.double() for stage in stages(**options))
+    maps = torch.randn(1, 64, 6, 10, dtype=torch.float64)
+    found = []
+    for on_map in (False, True):
+        leaf = maps.clone().requires_grad_()
+        if on_map:
+            projections = projections_on_map(stage, POOL, leaf, len(REGIONS))
+            y = projections.stage_of(POOL(projections.of_map(leaf), REGIONS.double()))
+        else:
+            y = stage(POOL(leaf, REGIONS.double()))
+        stage.zero_grad()
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+        gradients = [p.grad.clone() for p in stage.parameters() if p.grad is not None]
+        found.append([y, leaf.grad, *gradients])
+    assert found[0][0].shape == (3, 512, 7, 7) and len(found[0]) > 10
+    for expected, value in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_projections_only_where_they_are_the_same_and_pay():
+    maps = torch.randn(1, 64, 6, 10)
+
+    def chosen(stage, pool=POOL, maps=maps, regions=2):
+        return projections_on_map(stage, pool, maps, regions) is not None
+
+    frozen = stages(norm="FrozenBN")[1]
+    assert chosen(frozen) and not chosen(frozen, regions=1)
+    assert not chosen(frozen, pool=StridedPool(POOL, 2))
+    assert not chosen(frozen, maps=maps.to("meta"))
+    for options in (
+        dict(norm="GN"),
+        dict(norm="FrozenBN", shortcut="A"),
+        dict(norm="FrozenBN", shortcut="none"),
+        dict(norm="FrozenBN", shortcut="highway"),
+        dict(norm="FrozenBN", stride=2),
+        dict(norm="FrozenBN", stride=2, stride_in_1x1=False),
+    ):
+        assert not chosen(stages(**options)[1]), options
+    trained = stages(norm="BN")[1]
+    assert not chosen(trained)
+    with torch.no_grad():
+        assert not chosen(trained) and chosen(trained.eval())
+    assert not chosen(trained)  # with gradients, its affine parameters learn as they are
+    basic = for_regions(resnet_stage(18, 3, in_channels=64, norm="FrozenBN")[0])
+    assert not chosen(basic)
+    for module in (frozen, frozen[0], frozen[0].conv1, frozen[0].shortcut.norm):
+        handle = module.register_forward_hook(lambda *_: None)
+        assert not chosen(frozen)
+        handle.remove()
+    assert chosen(frozen)
