@@ -21,6 +21,18 @@ from resnet_backbone.weights.preprocessing import same_mean, same_std
 
 STAGES = ("res2", "res3", "res4", "res5")
 STYLES = {"caffe": True, "pytorch": False}  # the stride in the 1x1, or in the 3x3
+# Arguments of mmdetection's ResNet that this one takes with their defaults only.
+DEFAULTS = dict(
+    conv_cfg=None,
+    dcn=None,
+    stage_with_dcn=(False,) * 4,
+    plugins=None,
+    deep_stem=False,
+    avg_down=False,
+    with_cp=False,
+    stem_channels=64,
+    base_channels=64,
+)
 
 
 @MODELS.register_module()
@@ -38,7 +50,7 @@ class PaperResNet(BaseModule):
         style: "caffe" puts a bottleneck's stride into its 1x1 convolution (the paper and its
             weights), "pytorch" into the 3x3 (torchvision's).
         dilations: of the four stages, all their blocks. A dilated stage keeps the size of its
-            input; mmdetection's ``strides`` follow from that.
+            input; ``strides`` follow from that, and others are refused.
         frozen_stages: -1 for none, 0 for the stem, n for the stem and n stages.
         norm_cfg: ``type`` BN, SyncBN or GN, and ``requires_grad``.
         norm_eval: batch norms keep their statistics in training.
@@ -47,7 +59,9 @@ class PaperResNet(BaseModule):
             ``bgr_to_rgb``), which weights are checked against; needed where there are weights.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, with ``preprocessing="msra"`` where
             the file does not carry its own; any source of weights.
-        **options: further arguments of :class:`~resnet_backbone.models.ResNet`, as ``shortcut``.
+        **options: further arguments of :class:`~resnet_backbone.models.ResNet`, as ``shortcut``;
+            of mmdetection's ``ResNet`` the others too (``dcn``, ``with_cp``, ...), with the values
+            that they have there by default.
 
     Raises:
         ValueError: a value outside of the above.
@@ -78,6 +92,7 @@ class PaperResNet(BaseModule):
             raise ValueError(f"frozen_stages is -1 to {len(STAGES)}, not {frozen_stages}")
         if not out_indices or not set(out_indices) <= set(range(len(STAGES))):
             raise ValueError(f"out_indices are some of 0, 1, 2, 3, not {tuple(out_indices)}")
+        _take_defaults(options, dilations)
         norm = {"type": "BN", "requires_grad": True, **(norm_cfg or {})}
         if len(norm) > 2:
             raise ValueError(f"norm_cfg has type and requires_grad, not {sorted(norm)}")
@@ -131,6 +146,20 @@ class PaperResNet(BaseModule):
         check_architecture(self.network, checkpoint.preprocessing, weights)
         check_settings(self.network, checkpoint.model, weights)
         load_tensors(self.network, checkpoint.tensors, weights)
+
+
+def _take_defaults(options: dict, dilations: Sequence[int]) -> None:
+    """Takes arguments of mmdetection's ``ResNet`` out of ``options``, and refuses other values."""
+    strides = tuple(2 if index and rate == 1 else 1 for index, rate in enumerate(dilations))
+    for name, expected in {"strides": strides, **DEFAULTS}.items():
+        value = options.pop(name, expected)
+        value = tuple(value) if isinstance(expected, tuple) else value
+        if value != expected:
+            reason = f" with dilations {tuple(dilations)}" if name == "strides" else ""
+            raise ValueError(
+                f"PaperResNet has {name}={expected}{reason}, not {value}: leave {name} out, or "
+                "take mmdetection's own ResNet"
+            )
 
 
 def data_preprocessor_for(preprocessing: Preprocessing) -> dict:

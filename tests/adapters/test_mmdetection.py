@@ -187,3 +187,26 @@ def test_bad_values(options):
         PaperResNet(18, **options)
     with pytest.raises(WeightsError, match="Pretrained"):
         PaperResNet(18, init_cfg=dict(type="Kaiming")).init_weights()
+
+
+def test_mmdetections_other_arguments_with_their_defaults():
+    """As mmdetection's DC5 config has them."""
+    backbone = PaperResNet(
+        50, strides=[1, 2, 2, 1], dilations=(1, 1, 1, 2), dcn=None, with_cp=False, deep_stem=False
+    )
+    with torch.no_grad():
+        sizes = [x.shape[-1] for x in backbone.eval()(torch.rand(1, 3, 64, 64))]
+    assert sizes == [16, 8, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(strides=(1, 2, 2, 1)), r"strides=\(1, 2, 2, 2\) with dilations"),
+        (dict(dcn=dict(type="DCNv2")), "leave dcn out"),
+        (dict(with_cp=True), "with_cp=False, not True"),
+    ],
+)
+def test_mmdetections_other_arguments_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        PaperResNet(50, **options)
