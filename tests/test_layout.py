@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "resnet_backbone"
 # A module may import its own layer and lower ones: tools -> these -> weights -> models -> torch.
-RANK = {"files": 0, "models": 0, "weights": 1, "builtin": 1, "config": 2, "": 2}
+RANK = {"files": 0, "signals": 0, "models": 0, "weights": 1, "builtin": 1, "config": 2, "": 2}
 RANK |= dict.fromkeys(("detection", "adapters", "engine", "data", "report"), 2)
 RANK["deploy"] = 1
 RANK["reproduction"] = 2

@@ -227,6 +227,20 @@ def test_the_plan_is_printed_with_hours_and_nothing_is_run(tool, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_is_shown_before_its_data_are_there(tool, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    words = ["--scale", "paper", "--imagenet", str(tmp_path / "imagenet"), "--output"]
+    assert tool.main([*words, str(tmp_path / "out"), "--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "expected: about 84 hours" in shown
+    absent = shown.partition("not there yet: ")[2]
+    assert all(
+        name in absent for name in ("/imagenet, ", "/datasets/VOC2007, ", "/datasets/VOC2012")
+    )
+    assert tool.main([*words, str(tmp_path / "out")]) == 1
+    assert "imagenet: no such folder of data" in capsys.readouterr().err
+
+
 # -- running: with tools of a few lines ------------------------------------------------------------
 
 STUB = """

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from resnet_backbone.engine.signals import EXIT_STOPPED
+from resnet_backbone.signals import EXIT_STOPPED
 from resnet_backbone.weights.files import read_header, read_own_tensors
 
 ROOT = Path(__file__).resolve().parents[1]

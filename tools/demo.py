@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         print(f"error: {len(problems)} of {len(inputs)} inputs not done", file=sys.stderr)
-        raise SystemExit(1)
+        raise SystemExit(2 if len(problems) == len(inputs) else 1)
 
 
 if __name__ == "__main__":

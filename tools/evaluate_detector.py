@@ -34,22 +34,15 @@ import logging
 import os
 import shlex
 import sys
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from resnet_backbone.detection.cli import (
-    UsageError,
-    add_data_arguments,
-    one_line_errors,
-    set_up_data,
-    take_back_overrides,
-)
+from resnet_backbone.detection.cli import UsageError, one_line_errors, take_back_overrides
 from resnet_backbone.detection.config import DEFAULTS
+from resnet_backbone.detection.data_arguments import add_data_arguments, set_up_data
 from resnet_backbone.files import sha256, write_json, write_text
 
 ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
@@ -75,31 +68,6 @@ class Row(NamedTuple):
     @property
     def label(self) -> str:
         return self.name if self.name == "baseline" else f"+{self.name}"
-
-
-class Timed(nn.Module):
-    """A detector that measures its seconds per image; the first batch, which warms up, apart."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model, self.batches = model, []
-
-    def forward(self, inputs: list[dict]) -> list[dict]:
-        start = self._now()
-        outputs = self.model(inputs)
-        self.batches.append((self._now() - start, len(inputs)))
-        return outputs
-
-    @staticmethod
-    def _now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    @property
-    def seconds_per_image(self) -> float:
-        counted = self.batches[1:] or self.batches
-        return sum(seconds for seconds, _ in counted) / sum(images for _, images in counted)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -205,8 +173,12 @@ def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str
     return rows, left_out
 
 
-def fingerprint(row: Row) -> str:
-    """Changes with the row's settings, with the weights of its detectors and with the data."""
+def fingerprint(row: Row, weights_sha256: str) -> str:
+    """Changes with the row's settings, with the weights of its detectors and with the data.
+
+    Args:
+        weights_sha256: of ``MODEL.WEIGHTS``.
+    """
     from detectron2.data import DatasetCatalog
 
     from resnet_backbone.detection.improvements.ensemble import find_weights
@@ -216,8 +188,9 @@ def fingerprint(row: Row) -> str:
     cfg.OUTPUT_DIR = ""
     digest = hashlib.sha256(cfg.dump().encode())
     others = cfg.RESNET_BACKBONE.TEST.ENSEMBLE
-    for path in (cfg.MODEL.WEIGHTS, *map(find_weights, others)):
-        digest.update(sha256(path).encode())
+    digest.update(weights_sha256.encode())
+    for run in others:
+        digest.update(sha256(find_weights(run)).encode())
     for run in others:
         digest.update(Path(run, "config.yaml").read_bytes())
     images = DatasetCatalog.get(cfg.DATASETS.TEST[0])
@@ -230,8 +203,10 @@ def evaluate(row: Row) -> dict:
     from detectron2.evaluation import inference_on_dataset
     from tqdm import tqdm
 
+    from resnet_backbone.detection.evaluation.speed import Timed
     from resnet_backbone.detection.predictor import load_detector
-    from resnet_backbone.detection.trainer import Trainer, for_testing
+    from resnet_backbone.detection.testing import for_testing
+    from resnet_backbone.detection.trainer import Trainer
     from resnet_backbone.engine.run_folder import hardware
 
     cfg = row.cfg
@@ -247,10 +222,9 @@ def evaluate(row: Row) -> dict:
     return {
         "name": row.label,
         "results": {"bbox": numbers},
-        "seconds_per_image": model.seconds_per_image,
+        **model.speed._asdict(),
         "run": row.run,
         "weights": cfg.MODEL.WEIGHTS,
-        "weights_sha256": sha256(cfg.MODEL.WEIGHTS),
         "seed": cfg.SEED,
         "switches": dict(cfg.RESNET_BACKBONE.TEST),
         "global_context": cfg.RESNET_BACKBONE.GLOBAL_CONTEXT,
@@ -263,13 +237,14 @@ def evaluate(row: Row) -> dict:
 
 def measure(row: Row) -> tuple[dict, bool]:
     """The row's numbers and whether they were there already."""
-    path, wanted = Path(row.cfg.OUTPUT_DIR, "row.json"), fingerprint(row)
+    path, weights = Path(row.cfg.OUTPUT_DIR, "row.json"), sha256(row.cfg.MODEL.WEIGHTS)
+    wanted = fingerprint(row, weights)
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept.get("fingerprint") == wanted:
             return kept, True
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {**evaluate(row), "fingerprint": wanted}
+    found = {**evaluate(row), "weights_sha256": weights, "fingerprint": wanted}
     write_json(path, found)
     return found, False
 

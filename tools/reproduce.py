@@ -60,7 +60,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--scale", required=True, metavar="NAME", help="mini, paper, or a YAML file"
+        "--scale", required=True, metavar="NAME", help="mini, paper, paper_coco, or a YAML file"
     )
     parser.add_argument(
         "--stage",
@@ -71,7 +71,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="(default: output/reproduction/SCALE)"
     )
-    parser.add_argument("--plan", action="store_true", help="print the commands and stop")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the commands and stop; data need not be there yet",
+    )
     parser.add_argument(
         "--weights",
         type=name_and_value,
@@ -122,6 +126,7 @@ def read_options(args: argparse.Namespace, output: Path) -> Options:
         preprocessing=dict(args.preprocessing),
         imagenet=args.imagenet and args.imagenet.resolve(),
         datasets=Path(datasets).resolve() if datasets else None,
+        data_may_be_absent=args.plan,
         num_gpus=args.num_gpus,
         classification=[word for word in words if "=" in word],
         detection=[word for word in words if "=" not in word],
@@ -152,6 +157,16 @@ def print_plan(plan: Plan, steps: list[Step], stages: tuple[str, ...], num_gpus:
         print(f"GPUs: {num_gpus}; trainings without an estimate: {unknown}")
 
 
+def print_absent_data(plan: Plan, options: Options) -> None:
+    folders = [options.imagenet] if options.imagenet else []
+    if options.datasets:
+        folders += [options.datasets / name for name in plan.datasets]
+    absent = [str(folder) for folder in folders if not folder.is_dir()]
+    if absent:
+        print(f"\nnot there yet: {', '.join(absent)}")
+        print("with these data there, the steps that read them get other folders")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs what is not done; returns the exit status."""
     args = parse_arguments(argv)
@@ -161,9 +176,11 @@ def main(argv: list[str] | None = None) -> int:
         path = find_plan(args.scale)
         plan = read_plan(path, args.seeds)
         output = (args.output or ROOT / "output" / "reproduction" / path.stem).resolve()
-        steps = build_steps(plan, read_options(args, output))
+        options = read_options(args, output)
+        steps = build_steps(plan, options)
         print_plan(plan, steps, stages, args.num_gpus)
         if args.plan:
+            print_absent_data(plan, options)
             return 0
         refuse_without_gpu(step for step in steps if step.stage in stages and not is_done(step))
         status = Runner(ROOT, output).run(steps, stages)

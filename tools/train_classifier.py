@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ from resnet_backbone.engine.run_folder import (
     hardware,
     holds_run,
 )
-from resnet_backbone.engine.signals import EXIT_STOPPED, StopRequest
+from resnet_backbone.engine.signals import StopRequest
 from resnet_backbone.files import write_json
+from resnet_backbone.signals import EXIT_STOPPED
 
 logger = logging.getLogger("resnet_backbone.train_classifier")
 
@@ -182,25 +184,23 @@ def train(config: Config, args: argparse.Namespace, world: World) -> None:
     goes_on = args.resume and iterations_in(folder / "checkpoints")
     job = Job(config, world, folder, "" if goes_on else config.model.weights)
     trainer = job.trainer(stop)
-    stop.install()  # from here on there is something to save
-    if args.resume:
-        begun = trainer.resume()
-        job.take_input(trainer.checkpoints.preprocessing)
-        at = f"going on at iteration {trainer.iteration}" if begun else "no checkpoint, starting"
-        logger.info("%s: %s", folder.path, at)
-    logger.info(
-        "%s, %.2f M parameters; %d training images, batch %d; evaluated on %s",
-        job.spec.name,
-        networks.count_parameters(job.model) / 1e6,
-        job.data.source.num_samples,
-        config.train.batch_size,
-        job.data.evaluated_on,
-    )
-    try:
+    with stop, closing(folder):  # from here on there is something to save
+        if args.resume:
+            begun = trainer.resume()
+            job.take_input(trainer.checkpoints.preprocessing)
+            at = trainer.iteration
+            found = f"going on at iteration {at}" if begun else "no checkpoint, starting"
+            logger.info("%s: %s", folder.path, found)
+        logger.info(
+            "%s, %.2f M parameters; %d training images, batch %d; evaluated on %s",
+            job.spec.name,
+            networks.count_parameters(job.model) / 1e6,
+            job.data.source.num_samples,
+            config.train.batch_size,
+            job.data.evaluated_on,
+        )
         trainer.run()
         finish(job, trainer, stop)
-    finally:
-        folder.close()
 
 
 def newest_weights(folder: Path) -> str:

@@ -59,17 +59,29 @@ import os
 import shlex
 import sys
 
+import torch
+
 from resnet_backbone.detection.cli import (
     UsageError,
-    add_data_arguments,
     load_config,
     one_line_errors,
     refuse_frozen_random,
-    set_up_data,
     take_back_overrides,
 )
+from resnet_backbone.detection.data_arguments import (
+    add_data_arguments,
+    check_data_arguments,
+    set_up_data,
+)
+from resnet_backbone.detection.evaluation.expected import UnexpectedResults, check_results
 from resnet_backbone.detection.launch import add_launch_arguments, plan_launch, run_processes
-from resnet_backbone.detection.run_folder import check_folder, config_digest, has_ended, saved_seed
+from resnet_backbone.detection.run_folder import (
+    check_folder,
+    config_digest,
+    has_ended,
+    saved_results,
+    saved_seed,
+)
 from resnet_backbone.detection.seeds import read_seeds, seed_folder, train_seeds
 from resnet_backbone.files import write_json
 
@@ -121,7 +133,8 @@ def set_up(args: argparse.Namespace):
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
-    from resnet_backbone.detection.handover import prepare_weights
+    from resnet_backbone.detection.handover import prepare_weights, require_weights
+    from resnet_backbone.detection.improvements import check_ensemble, read_switches
     from resnet_backbone.detection.sampling import BatchPlan, limit_workers
     from resnet_backbone.detection.schedule import check_training, follow_processes, plan_schedule
 
@@ -137,18 +150,25 @@ def set_up(args: argparse.Namespace):
     if args.eval_only:  # a run's own config and results stay as they are
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "eval")
     last = "" if args.eval_only else check_folder(cfg.OUTPUT_DIR, args.resume)
-    taken = prepare_weights(cfg, given=given, weights=args.weights or "", resume_from=last)
     scaled = []
     if not args.eval_only:
-        if not last:
+        if not last and not args.weights:
             refuse_frozen_random(cfg)
         check_training(cfg)
         scaled = follow_processes(cfg, comm.get_world_size())
         BatchPlan.from_config(cfg)
+    read_switches(cfg)
+    check_data_arguments(cfg, args)  # before weights are fetched
+    taken = prepare_weights(cfg, given=given, weights=args.weights or "", resume_from=last)
+    if args.eval_only:
+        require_weights(cfg)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="resnet_backbone", abbrev_name="rb")
     for line in taken:
         logger.info("weights: %s", line)
+    if args.resume and not last and args.seed_run is None:
+        logger.info("--resume: %s has no checkpoint, the run starts", cfg.OUTPUT_DIR)
     num_images = set_up_data(cfg, args)
+    check_ensemble(cfg)
     if not args.eval_only:
         planned = load_config(args.config_file, [])
         scaled += plan_schedule(cfg, planned, given, num_images)
@@ -162,14 +182,23 @@ def set_up(args: argparse.Namespace):
     cfg.freeze()
     if not args.eval_only and has_ended(cfg, last, is_seed=args.seed_run is not None):
         logger.info("%s: the run has ended, see results.json", cfg.OUTPUT_DIR)
+        check_results(cfg, saved_results(cfg.OUTPUT_DIR))
         return None
     comm.synchronize()  # every process has read config.yaml
     default_setup(cfg, args)  # writes config.yaml: only what has passed so far replaces one
     return cfg
 
 
-def write_results(cfg, results: dict, **training) -> None:
-    """OUTPUT_DIR/results.json: what was run and what came out; null where there is no number."""
+def write_results(cfg, results: dict, speed, **training) -> None:
+    """OUTPUT_DIR/results.json: what was run and what came out; null where there is no number.
+
+    Args:
+        speed: of the evaluation in this process, or None.
+    """
+    from detectron2.utils import comm
+
+    from resnet_backbone.engine.run_folder import hardware
+
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
     content = {
         "command": shlex.join(["python", *sys.argv]),
@@ -178,6 +207,10 @@ def write_results(cfg, results: dict, **training) -> None:
         "weights": cfg.MODEL.WEIGHTS,
         "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
         "seed": cfg.SEED,
+        "processes": comm.get_world_size(),
+        "seconds_per_image": speed and speed.seconds_per_image,
+        "images_at_a_time": speed and speed.images_at_a_time,
+        "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
         **training,
         "results": results,
     }
@@ -192,21 +225,28 @@ def train(cfg, resume: bool) -> None:
     from resnet_backbone.detection.signals import StopRequest
     from resnet_backbone.detection.trainer import Trainer
 
+    unexpected = None
     with StopRequest() as stop:
         trainer = Trainer(cfg, stop)
         trainer.resume_or_load(resume=resume)
-        trainer.train()
+        try:
+            trainer.train()
+        except UnexpectedResults as error:  # the run is complete
+            unexpected = error
     if comm.is_main_process():
         write_results(
-            cfg,
+            trainer.cfg,
             trainer.results,
-            iterations=trainer.iterations,
+            trainer.evaluation.speed,
+            iterations=trainer.iter,
             ended_early=trainer.evaluation.has_ended,
             best=trainer.evaluation.best,
-            processes=comm.get_world_size(),
             accumulate=cfg.RESNET_BACKBONE.ACCUMULATE,
             config_sha256=config_digest(cfg),
         )
+    if unexpected:
+        comm.synchronize()  # the launcher ends the others as soon as one fails
+        raise unexpected
 
 
 def evaluate(cfg) -> None:
@@ -219,7 +259,8 @@ def evaluate(cfg) -> None:
     load_detector(cfg, model)
     results = Trainer.test(cfg, model)
     if comm.is_main_process() and results:
-        write_results(cfg, results, iterations=None)
+        write_results(cfg, results, Trainer.speed, iterations=None)
+        check_results(cfg, results)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -47,6 +47,7 @@ from resnet_backbone.report.detector_provenance import (
     clean_command,
     provenance_section,
     rows_provenance,
+    timing,
 )
 from resnet_backbone.report.detector_runs import DetectorGroup, group_runs, load_detector_runs
 from resnet_backbone.report.picture import save_png
@@ -213,7 +214,7 @@ def _add_losses(report: Report, groups: Sequence[DetectorGroup]) -> None:
 
 def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Row]) -> None:
     report.add("## Accuracy and time")
-    points, colors, without = [], detector_colors(groups), []
+    points, colors, without, own = [], detector_colors(groups), [], []
     timed = [row for row in rows if row.seconds is not None]
     plain = [row for row in timed if row.name == BASELINE]
     measured = {Path(row.run).resolve(): row.seconds for row in plain if row.run}
@@ -221,6 +222,8 @@ def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Ro
         seconds, values = group.seconds_per_image(measured), group.values("AP50")
         if seconds is None:
             without.append(group.label)
+        elif not any(run.folder.resolve() in measured for run in group.runs):
+            own.append(group)
         if seconds is not None and values:
             spread = statistics.stdev(values) if len(values) > 1 else None
             ap50, color = statistics.fmean(values), colors[group.label]
@@ -229,6 +232,10 @@ def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Ro
     points += [Point(row.name, row.seconds, row.numbers["AP50"]) for row in others]
     if points:
         report.show("accuracy_time.png", plot_accuracy_and_time(points), "AP50 and seconds")
+    if own:
+        names = ", ".join(group.label for group in own)
+        ways = dict.fromkeys(timing(run) for group in own for run in group.runs)
+        report.add(f"Seconds per image of {names}: the runs' own evaluations ({'; '.join(ways)}).")
     if without:
         report.add(f"Seconds per image: not measured for {', '.join(without)}.")
 

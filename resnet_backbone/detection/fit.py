@@ -103,7 +103,9 @@ def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, w
     reshaped = [key for key in misfit.reshaped if whole or not CLASS_LAYERS.match(key)]
     if reshaped:
         key = reshaped[0]
-        hint = "; is the number of classes another?" if CLASS_LAYERS.match(key) else ""
+        hint = ""
+        if CLASS_LAYERS.match(key):
+            hint = "; is the number of classes, or RESNET_BACKBONE.GLOBAL_CONTEXT, another?"
         raise WeightsError(
             f"{where}: {len(reshaped)} tensors are of another shape, such as {key}: "
             f"{tuple(misfit.reshaped[key].shape)}, this detector has "

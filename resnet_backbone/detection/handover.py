@@ -76,6 +76,19 @@ def prepare_weights(
     return lines
 
 
+def require_weights(cfg: CfgNode) -> None:
+    """For a detector that is not trained.
+
+    Raises:
+        UsageError: ``MODEL.WEIGHTS`` is empty.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise UsageError(
+            "MODEL.WEIGHTS is empty: add MODEL.WEIGHTS FILE, a checkpoint that tools/train_net.py "
+            "wrote, such as output/run/model_final.pth"
+        )
+
+
 def check_weights(cfg: CfgNode, source: str, given: Collection[str] = ()) -> list[str]:
     """Compares a config with what weights say of their input and network; it is not changed.
 
@@ -144,7 +157,7 @@ def _take_over_input(cfg: CfgNode, source: str, given: Collection[str]) -> list[
         )
     if found.model:
         _check_network(cfg, network_keys(found.model, source), found.model.name, source)
-    what = "a detector" if found.is_detector else "a network unnamed"
+    what = "a detector" if found.is_detector else "a network that it does not name"
     lines = [f"{source}: a {found.model.name}" if found.model else f"{source}: {what}"]
     lines[0] += f", trained on {found.input.source or 'data that it does not name'}"
     for key, value in _input_keys(cfg, found.input).items():

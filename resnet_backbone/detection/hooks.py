@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from detectron2.engine import HookBase
@@ -15,12 +15,14 @@ from detectron2.engine.hooks import PreciseBN
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
+from torch import nn
 from tqdm import tqdm
 
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.evaluation.speed import Speed
 from resnet_backbone.detection.saving import AtomicCheckpointer, refuse_not_finite
-from resnet_backbone.detection.signals import Stopped
 from resnet_backbone.files import write_text
+from resnet_backbone.signals import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +32,22 @@ WINDOW = 20  # iterations between two rows of metrics, and over which they take 
 
 
 class RepeatablePreciseBN(PreciseBN):
-    """Detectron2's, on the same images each time, whatever was computed before."""
+    """Detectron2's, on the same images each time, whatever was computed before.
+
+    Args:
+        build_loader: called when statistics are first needed: the seed of the run is known then.
+        num_iter: batches.
+    """
+
+    def __init__(
+        self, period: int, model: nn.Module, build_loader: Callable[[], Iterable], num_iter: int
+    ):
+        super().__init__(period, model, None, num_iter)
+        self._build_loader = build_loader
 
     def update_stats(self) -> None:
+        if self._data_loader is None:
+            self._data_loader = self._build_loader()
         self._data_iter = None
         super().update_stats()
 
@@ -74,7 +89,8 @@ class Evaluation(HookBase):
     """Evaluates every `period` iterations and at the end, keeps the best weights, ends early.
 
     Args:
-        evaluate: gives results such as {"bbox": {"AP50": percent}} on the main process.
+        evaluate: gives results such as {"bbox": {"AP50": percent}} on the main process, and how
+            long they took.
         period: in iterations; 0: at the end alone.
         metric: such as "bbox/AP50", larger is better; "" keeps no best weights.
         patience: evaluations in a row without a better metric that end the run; 0: never.
@@ -82,13 +98,14 @@ class Evaluation(HookBase):
 
     Attributes:
         results: of the last evaluation.
+        speed: of the last evaluation in this process; no part of checkpoints, as all timings.
         evaluated: iterations that were done at that time.
         best: {"metric", "value", "iterations"}, or None.
     """
 
     def __init__(
         self,
-        evaluate: Callable[[], Any],
+        evaluate: Callable[[], tuple[Any, Speed | None]],
         period: int,
         metric: str,
         patience: int,
@@ -97,6 +114,7 @@ class Evaluation(HookBase):
         self._evaluate, self.period, self.metric = evaluate, period, metric
         self.patience, self.checkpointer = patience, checkpointer
         self.results: dict[str, Any] = {}
+        self.speed: Speed | None = None
         self.best: dict[str, Any] | None = None
         self._without_gain, self.evaluated = 0, 0
 
@@ -109,7 +127,8 @@ class Evaluation(HookBase):
         done = self.trainer.iter + 1
         is_due = self.period > 0 and done % self.period == 0
         if (is_due or done >= self.trainer.max_iter) and done != self.evaluated:
-            self.results = comm.all_gather(_plain(self._evaluate() or {}))[0]
+            results, self.speed = self._evaluate()
+            self.results = comm.all_gather(_plain(results or {}))[0]
             numbers = flatten_results_dict(self.results)
             self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
             if self.metric and numbers:

@@ -24,7 +24,7 @@ from torch import multiprocessing
 from resnet_backbone.detection.cli import ONE_LINE, outcome
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.sampling import available_cores
-from resnet_backbone.detection.signals import EXIT_STOPPED, STOP_SIGNALS
+from resnet_backbone.signals import EXIT_STOPPED, STOP_SIGNALS, handled
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 60.0  # seconds that processes have to end once one of them has
@@ -204,9 +204,8 @@ def _watch(processes: list) -> int:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
 
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     status, deadline = 0, float("inf")
-    try:
+    with handled(STOP_SIGNALS, forward):
         while alive := [process for process in processes if process.is_alive()]:
             wait([process.sentinel for process in alive], timeout=1.0)
             failed = [code for process in processes if (code := process.exitcode)]
@@ -219,9 +218,6 @@ def _watch(processes: list) -> int:
             if time.monotonic() > deadline:
                 for process in alive:
                     process.kill()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return status or next((code for process in processes if (code := process.exitcode)), 0)
 
 

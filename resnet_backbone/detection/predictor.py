@@ -14,8 +14,9 @@ from detectron2.data.transforms import ResizeShortestEdge
 from torch import nn
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.handover import with_weights_input
-from resnet_backbone.detection.trainer import Trainer, for_testing
+from resnet_backbone.detection.handover import require_weights, with_weights_input
+from resnet_backbone.detection.testing import for_testing
+from resnet_backbone.detection.trainer import Trainer
 
 
 class UnreadableError(ValueError):
@@ -78,13 +79,8 @@ def load_detector(cfg: CfgNode, model: nn.Module) -> None:
     Raises:
         UsageError, WeightsError: as :class:`Predictor`. The detector is unchanged then.
     """
-    weights = cfg.MODEL.WEIGHTS
-    if not weights:
-        raise UsageError(
-            "MODEL.WEIGHTS is empty: add MODEL.WEIGHTS FILE, a checkpoint that tools/train_net.py "
-            "wrote, such as output/run/model_final.pth"
-        )
-    Trainer.build_checkpointer(cfg, model).load(weights, needs_detector=True)
+    require_weights(cfg)
+    Trainer.build_checkpointer(cfg, model).load(cfg.MODEL.WEIGHTS, needs_detector=True)
 
 
 def read_bgr(path: Path) -> np.ndarray:
@@ -97,6 +93,8 @@ def read_bgr(path: Path) -> np.ndarray:
         return np.ascontiguousarray(read_image(str(path), format="BGR"))
     except Exception as error:  # Pillow's decoders raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "<_io." in reason:  # Pillow names its own file object
+            reason = "no image that Pillow knows"
         raise UnreadableError(f"{path}: cannot be read ({reason})") from error
 
 

@@ -6,9 +6,26 @@ import random
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
 
 # The first word of a seed: what its random numbers are for.
 ORDER, SUBSET, AUGMENTATION, REPLACEMENT, STEP = range(5)
+
+
+def seed_of(cfg: CfgNode) -> int:
+    """``SEED``; where it is negative one that is drawn, the same for all processes."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+
+
+def with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    """A copy of a config with another ``SEED``, frozen if it is."""
+    copy = cfg.clone()
+    copy.defrost()
+    copy.SEED = seed
+    if cfg.is_frozen():
+        copy.freeze()
+    return copy
 
 
 def make_rng(purpose: int, *place: int) -> np.random.Generator:

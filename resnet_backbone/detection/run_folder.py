@@ -71,11 +71,8 @@ def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
     """
     if not last:
         return False
-    path = os.path.join(cfg.OUTPUT_DIR, RESULTS)
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            if json.load(file).get("config_sha256") == config_digest(cfg):
-                return True
+    if _read_results(cfg.OUTPUT_DIR).get("config_sha256") == config_digest(cfg):
+        return True
     before, after = _read_config(cfg.OUTPUT_DIR), _flat(yaml.safe_load(cfg.dump()))
     changed = [key for key in after if key not in PLACES and before.get(key) != after[key]]
     if not before or not changed:
@@ -89,6 +86,19 @@ def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
     for key in changed:
         logger.warning("resumed with another %s: %s -> %s", key, before.get(key), after[key])
     return False
+
+
+def saved_results(folder: str) -> dict[str, Any]:
+    """The last evaluation of a run that has ended, by task."""
+    return _read_results(folder).get("results", {})
+
+
+def _read_results(folder: str) -> dict[str, Any]:
+    path = os.path.join(folder, RESULTS)
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def _read_config(folder: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from resnet_backbone.detection.checkpoint import Checkpointer
-from resnet_backbone.files import write_text
+from resnet_backbone.files import put_in_place, write_text
 
 LAST = "last_checkpoint"  # a file in the run folder that names its newest checkpoint
 PARTIAL = ".partial"
@@ -41,12 +41,12 @@ class AtomicWriter(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", path)
         try:
             torch.save(content, path + PARTIAL)
+            put_in_place(path + PARTIAL, path)
         except (OSError, RuntimeError) as error:  # the second is of PyTorch's file writer
             with suppress(FileNotFoundError):
                 os.remove(path + PARTIAL)  # a full disk has its room back
             cause = " ".join(str(error).split())
             raise OSError(f"{path} cannot be written ({cause})") from error
-        os.replace(path + PARTIAL, path)
         if self.marks_last:
             self.tag_last_checkpoint(f"{name}.pth")
 

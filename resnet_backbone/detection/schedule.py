@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.evaluation.expected import check_expectations
 
 # Names of numbers in evaluations, so that a misspelt BEST_METRIC costs no training.
 AVERAGES = ("AP", "AP50", "AP75", "AP50-11pt", "APs", "APm", "APl")
@@ -21,6 +22,7 @@ def check_training(cfg: CfgNode) -> None:
         UsageError: which, and what to write.
     """
     node, period = cfg.RESNET_BACKBONE, cfg.TEST.EVAL_PERIOD
+    check_expectations(cfg)
     for key, value in (
         ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
         ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER),

@@ -7,9 +7,7 @@ import logging
 import math
 import os
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,8 +16,8 @@ from detectron2.evaluation.testing import flatten_results_dict
 from tabulate import tabulate
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.signals import STOP_SIGNALS
 from resnet_backbone.files import write_json
+from resnet_backbone.signals import EXIT_STOPPED, run_child
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +56,9 @@ def train_seeds(script: str, arguments: Sequence[str], seeds: Sequence[int], out
     for number, seed in enumerate(seeds, 1):
         print(f"seed {seed} ({number} of {len(seeds)}): {seed_folder(output, seed)}", flush=True)
         command = [sys.executable, script, *arguments, "--seed-run", str(seed)]
-        status = _run(command)
-        if status:
-            raise SystemExit(status)
+        status, stop = run_child(command)
+        if status or stop:  # a run may end well before it takes notice of a signal
+            raise SystemExit(status or EXIT_STOPPED)
     results = {seed: _read_results(seed_folder(output, seed)) for seed in seeds}
     summary = summarize(results)
     path = os.path.join(output, SUMMARY)
@@ -68,22 +66,6 @@ def train_seeds(script: str, arguments: Sequence[str], seeds: Sequence[int], out
     write_json(path, content, allow_nan=False)
     print(format_summary(summary))
     print(f"mean and spread of {len(seeds)} seeds are in {path}")
-
-
-def _run(command: Sequence[str]) -> int:
-    """Exit status of a command; signals to this process go on to it."""
-    process = subprocess.Popen(command)
-
-    def forward(number: int, frame: Any) -> None:
-        process.send_signal(signal.SIGTERM)  # Ctrl-C has reached it by itself
-
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
 
 
 def _read_results(folder: str) -> dict[str, float | None]:

@@ -5,44 +5,20 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator, Sized
-from typing import Any
 
 from detectron2.utils import comm
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command with --resume
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from resnet_backbone import signals
+from resnet_backbone.signals import Stopped
+
 ROUNDS = 10  # batches of an evaluation between two questions to the other processes
-
-
 SIGNAL_DELAY = 0.5  # seconds within which a signal to a whole process group reaches each of it
 # What reading from a loader raises when a worker has ended, or while it hands a tensor over.
 WORKER_ENDED = (RuntimeError, OSError, EOFError)
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and every process knows it."""
-
-
-class StopRequest:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT arrived; a second SIGINT interrupts at once.
-
-    A context manager, inside of which signals are looked out for.
-
-    Attributes:
-        name: of the signal that arrived at this process; "" for none.
-    """
-
-    def __init__(self):
-        self.name = ""
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+class StopRequest(signals.StopRequest):
+    """Also tells what a signal to the whole process group did to loader workers."""
 
     def leave_workers(self) -> None:
         """To be called once a loader has workers: only reading from it then says that one ended.
@@ -57,11 +33,6 @@ class StopRequest:
         if isinstance(error, WORKER_ENDED):
             time.sleep(SIGNAL_DELAY)
         return isinstance(error, WORKER_ENDED) and bool(self.name)
-
-    def _remember(self, number: int, frame: Any) -> None:
-        self.name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Watched:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.randomness import STEP, seed_everything
+from resnet_backbone.detection.randomness import STEP, seed_everything, seed_of
 from resnet_backbone.detection.sampling import BatchPlan, TrainingLoader
 from resnet_backbone.detection.signals import StopRequest
 
@@ -66,7 +66,7 @@ class OtherLoader:
 
     def __init__(self, cfg: CfgNode, loader: Iterable):
         self.loader, self.plan = loader, BatchPlan.from_config(cfg)
-        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.seed = seed_of(cfg)
 
     def start(self, iteration: int) -> Iterator:
         """See :meth:`TrainingLoader.start`.
@@ -105,18 +105,18 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         stop: StopRequest,
     ):
-        self.model, self.data_loader, self.optimizer, self.stop = (
-            model.train(),
-            data_loader,
-            optimizer,
-            stop,
-        )
-        is_ours = hasattr(data_loader, "start") and hasattr(data_loader, "plan")
-        self._parts = data_loader if is_ours else OtherLoader(cfg, data_loader)
-        self.plan, self.seed = self._parts.plan, self._parts.seed
+        self.model, self.optimizer, self.stop = model.train(), optimizer, stop
+        self.read_from(cfg, data_loader)
         self.device, self.amp = torch.device(cfg.MODEL.DEVICE).type, cfg.SOLVER.AMP.ENABLED
         scaled = self.amp and self.device == "cuda"
         self.grad_scaler = torch.amp.GradScaler(self.device, enabled=scaled)
+
+    def read_from(self, cfg: CfgNode, data_loader: TrainingLoader | Iterable) -> None:
+        """Takes the images and the seed of another loader from the next step on."""
+        self.data_loader = data_loader
+        is_ours = hasattr(data_loader, "start") and hasattr(data_loader, "plan")
+        self._parts = data_loader if is_ours else OtherLoader(cfg, data_loader)
+        self.plan, self.seed = self._parts.plan, self._parts.seed
         self._batches: Iterator | None = None
 
     def run(self, iteration: int) -> StepReport:
@@ -200,7 +200,7 @@ class Stepper:
         return batches
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"optimizer": self.optimizer.state_dict()}
+        state = {"optimizer": self.optimizer.state_dict(), "seed": self.seed}
         if self.grad_scaler.is_enabled():
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state

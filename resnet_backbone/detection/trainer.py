@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import weakref
+from collections.abc import Iterable
 
 import torch
 from detectron2.config import CfgNode
@@ -13,7 +14,7 @@ from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import (
@@ -27,6 +28,8 @@ from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from resnet_backbone.detection.evaluation import build_evaluator
+from resnet_backbone.detection.evaluation.expected import check_results
+from resnet_backbone.detection.evaluation.speed import Speed, Timed
 from resnet_backbone.detection.handover import with_weights_input
 from resnet_backbone.detection.hooks import (
     Checkpoints,
@@ -38,19 +41,22 @@ from resnet_backbone.detection.hooks import (
 )
 from resnet_backbone.detection.improvements import (
     check_ensemble,
-    improve,
+    keep_members,
     read_switches,
     with_global_context,
 )
 from resnet_backbone.detection.pooling import with_fast_poolers
 from resnet_backbone.detection.precision import with_exact_scores
 from resnet_backbone.detection.projects import import_project
+from resnet_backbone.detection.randomness import seed_of, with_seed
 from resnet_backbone.detection.sampling import TrainingLoader, build_loader
 from resnet_backbone.detection.saving import AtomicCheckpointer, find_last_checkpoint
 from resnet_backbone.detection.schedule import check_training
 from resnet_backbone.detection.segmentation import mapper_options
-from resnet_backbone.detection.signals import Stopped, StopRequest, Watched
+from resnet_backbone.detection.signals import StopRequest, Watched
 from resnet_backbone.detection.stepping import Stepper, distribute
+from resnet_backbone.detection.testing import for_testing
+from resnet_backbone.signals import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -73,33 +79,6 @@ class TolerantMapper(DatasetMapper):
             return None
 
 
-def uses_cpu_autocast(cfg: CfgNode) -> bool:
-    return cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu"
-
-
-class AutocastModel(nn.Module):
-    """Runs a detector under bf16 autocast on the CPU, for evaluation."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.model(inputs)
-
-
-def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """The model as evaluations run it: improved as ``RESNET_BACKBONE.TEST`` says, in its precision.
-
-    Raises:
-        UsageError, WeightsError: see :func:`improve`.
-    """
-    bare = model.model if isinstance(model, AutocastModel) else model
-    tested = improve(cfg, bare)
-    return AutocastModel(tested) if uses_cpu_autocast(cfg) else tested
-
-
 class Trainer(DefaultTrainer):
     """Trains and evaluates a detector with one of our backbones from a config.
 
@@ -109,7 +88,8 @@ class Trainer(DefaultTrainer):
     ``RESNET_BACKBONE.ACCUMULATE`` parts; ``SOLVER.AMP`` works on CPUs (bf16); several processes
     work on CPUs (gloo); convolutions run in channels_last; VOC and COCO data sets bring their
     evaluator; unreadable images do not end a run. With ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set",
-    the config's input keys follow ``MODEL.WEIGHTS``.
+    the config's input keys follow ``MODEL.WEIGHTS``. With ``SEED`` -1 the seed that is drawn is
+    part of checkpoints, and whoever goes on from one takes it up; ``cfg.SEED`` says it.
 
     Args:
         stop: asked after each step; the run then ends with :class:`Stopped` and a checkpoint.
@@ -119,6 +99,7 @@ class Trainer(DefaultTrainer):
     """
 
     watching: StopRequest | None = None  # of the run in this process, for its evaluations
+    speed: Speed | None = None  # of the last evaluation in this process
 
     def __init__(self, cfg: CfgNode, stop: StopRequest | None = None):
         TrainerBase.__init__(self)  # and not DefaultTrainer's, whose step and loader are others
@@ -127,6 +108,8 @@ class Trainer(DefaultTrainer):
         cfg = self.auto_scale_workers(with_weights_input(cfg), comm.get_world_size())
         check_training(cfg)
         check_ensemble(cfg)
+        self._seed_is_drawn = cfg.SEED < 0
+        cfg = with_seed(cfg, seed_of(cfg))
         self.cfg, self.stop = cfg, stop or StopRequest()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -148,10 +131,12 @@ class Trainer(DefaultTrainer):
         Raises:
             Stopped: a signal came; the checkpoint to go on from is written.
             FloatingPointError: losses or weights are not finite; no checkpoint holds them.
+            UnexpectedResults: see ``TEST.EXPECTED_RESULTS``; the run is complete.
         """
         logger.info("Starting training from iteration %d", self.start_iter)
-        Trainer.watching = self.stop
-        with EventStorage(self.start_iter) as self.storage:
+        Trainer.watching, Trainer.speed = self.stop, None
+        self.iter = self.start_iter
+        with keep_members(), EventStorage(self.start_iter) as self.storage:
             self.before_train()
             try:
                 self._finish_resumed_iteration()
@@ -162,6 +147,7 @@ class Trainer(DefaultTrainer):
                     self.after_step()
                 if self.evaluation.has_ended:
                     self.checkpoints.save(final=True)
+                self.iter += 1  # as in TrainerBase: only after_train of a complete run sees it
             except Stopped as stopped:
                 self.stopping = str(stopped)
                 self.checkpoints.save()
@@ -171,8 +157,7 @@ class Trainer(DefaultTrainer):
             finally:
                 Trainer.watching = None
                 self.after_train()
-        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
-            verify_results(self.cfg, self.results)
+        check_results(self.cfg, self.results)
         return self.results
 
     def _finish_resumed_iteration(self) -> None:
@@ -206,10 +191,12 @@ class Trainer(DefaultTrainer):
         """The last evaluation of a run, by task: {"bbox": {"AP50": percent, ...}}."""
         return self.evaluation.results
 
-    @property
-    def iterations(self) -> int:
-        """Iterations that are done."""
-        return self.iter + 1
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        seed = state["_trainer"].get("seed", self.cfg.SEED)
+        if self._seed_is_drawn and seed != self.cfg.SEED:
+            self.cfg = with_seed(self.cfg, seed)
+            self._trainer.read_from(self.cfg, self.build_train_loader(self.cfg))
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -224,8 +211,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:
         mapper = TolerantMapper(cfg, True, **mapper_options(cfg))
-        seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        return build_loader(cfg, mapper, seed)
+        return build_loader(cfg, mapper, seed_of(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
@@ -247,7 +233,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
-        return super().test(cfg, for_testing(cfg, model), evaluators)
+        timed = Timed(for_testing(cfg, model))
+        results = super().test(cfg, timed, evaluators)
+        Trainer.speed = timed.speed
+        return results
 
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model: nn.Module, **options) -> AtomicCheckpointer:
@@ -264,7 +253,7 @@ class Trainer(DefaultTrainer):
         best = self.build_checkpointer(cfg, model, marks_last=False)
         self.checkpoints = Checkpoints(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
         self.evaluation = Evaluation(
-            lambda: self.test(cfg, model),
+            lambda: (self.test(cfg, model), Trainer.speed),
             cfg.TEST.EVAL_PERIOD,
             node.BEST_METRIC,
             node.EARLY_STOP,
@@ -286,11 +275,16 @@ class Trainer(DefaultTrainer):
         """True BN statistics before each evaluation, if a batch norm learns them."""
         if not get_bn_modules(self.model):
             return None
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0
-        period, images = cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER
-        return RepeatablePreciseBN(period, self.model, self.build_train_loader(cfg), images)
+
+        def build_loader() -> Iterable:
+            cfg = self.cfg.clone()
+            cfg.defrost()
+            cfg.DATALOADER.NUM_WORKERS = 0
+            return self.build_train_loader(cfg)
+
+        test = self.cfg.TEST
+        batches = test.PRECISE_BN.NUM_ITER
+        return RepeatablePreciseBN(test.EVAL_PERIOD, self.model, build_loader, batches)
 
     def build_writers(self) -> list[EventWriter]:
         writers = [

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from resnet_backbone.engine.networks import NetworkSpec, load_exactly, save_network
+from resnet_backbone.files import put_in_place
 from resnet_backbone.weights import Preprocessing, WeightsError
 
 logger = logging.getLogger(__name__)
@@ -66,10 +67,7 @@ class Checkpoints:
         if averaged is not None:
             save_network(partial / AVERAGED, averaged, *facts)
         torch.save(state, partial / STATE)
-        for path in partial.iterdir():
-            _to_disk(path)
-        os.rename(partial, final)
-        _to_disk(self.folder)
+        put_in_place(partial, final)
         self._remove_old()
         return final
 
@@ -121,12 +119,3 @@ def iterations_in(folder: Path) -> list[int]:
     """Iterations with a complete checkpoint in a ``checkpoints`` folder, rising."""
     names = [path.name for path in folder.glob("*")] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or a folder's table of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

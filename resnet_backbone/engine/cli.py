@@ -12,7 +12,7 @@ from pathlib import Path
 
 from resnet_backbone.engine.distributed import leave
 from resnet_backbone.engine.loop import TrainingDiverged
-from resnet_backbone.engine.signals import EXIT_STOPPED, Stopped
+from resnet_backbone.signals import EXIT_STOPPED, Stopped
 
 SHOW_TRACEBACK = "RESNET_BACKBONE_TRACEBACK"
 

@@ -22,9 +22,10 @@ from resnet_backbone.engine.networks import save_network
 from resnet_backbone.engine.optimizer import LearningRate
 from resnet_backbone.engine.run_folder import RunFolder
 from resnet_backbone.engine.schedule import Schedule
-from resnet_backbone.engine.signals import Stopped, StopRequest
+from resnet_backbone.engine.signals import StopRequest
 from resnet_backbone.engine.step import TrainStep
 from resnet_backbone.files import write_json
+from resnet_backbone.signals import Stopped
 from resnet_backbone.weights import WeightsError
 
 logger = logging.getLogger(__name__)

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Iterator
-from typing import Any
 
+from resnet_backbone import signals
 from resnet_backbone.engine.distributed import World
-
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command with --resume
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from resnet_backbone.signals import Stopped
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and every process knows it."""
-
-
-class StopRequest:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT arrived; a second SIGINT interrupts at once."""
+class StopRequest(signals.StopRequest):
+    """A signal to any process of a run stops all of them."""
 
     def __init__(self, world: World):
-        self.world, self.name = world, ""
-
-    def install(self) -> StopRequest:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
-        return self
-
-    def _remember(self, number: int, frame: Any) -> None:
-        self.name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        super().__init__()
+        self.world = world
 
     def raise_if_any(self) -> None:
         """Raises :class:`Stopped` on every process once any of them was signalled.

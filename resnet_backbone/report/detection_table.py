@@ -217,13 +217,18 @@ def improvements_section(rows: Sequence[Row]) -> str:
         seconds = NOT_MEASURED if row.seconds is None else f"{row.seconds:.3g}"
         paper = next((i for i in IMPROVEMENTS if any(k in row.name.lower() for k in i.keys)), None)
         place = IMPROVEMENTS.index(paper) if paper else place
-        cells.append((place, paper, [row.name, *numbers, seconds, *_paper_cells(paper)]))
+        cells.append((place, paper, [_spaced(row.name), *numbers, seconds, *_paper_cells(paper)]))
     measured = [paper for _, paper, _ in cells]
     for place, paper in enumerate(IMPROVEMENTS):
         if paper not in measured:
             nothing = [NOT_MEASURED] * (len(used) + 1)
             cells.append((place, paper, [paper.name, *nothing, *_paper_cells(paper)]))
     return markdown(header, [row for _, _, row in sorted(cells, key=lambda cell: cell[0])])
+
+
+def _spaced(name: str) -> str:
+    """As the paper's rows: "+ refinement", whatever follows the plus sign."""
+    return f"+ {name[1:].lstrip()}" if name.startswith("+") else name
 
 
 def _paper_cells(paper) -> list[str]:

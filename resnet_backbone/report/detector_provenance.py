@@ -106,6 +106,14 @@ def hardware(run: DetectorRun) -> str:
     return f"hardware {NOT_RECORDED}"
 
 
+def timing(run: DetectorRun) -> str:
+    """How the seconds per image of the run's own evaluation were measured."""
+    count, processes = (run.results.get(key) or 1 for key in ("images_at_a_time", "processes"))
+    facts = [hardware(run), f"{count} image{'s' * (count > 1)} at a time"]
+    facts += [f"{processes} processes beside one another"] if processes > 1 else []
+    return ", ".join(facts)
+
+
 def versions(run: DetectorRun) -> str:
     """Versions of PyTorch and Detectron2, as the log has them."""
     found = re.findall(r"^(PyTorch|detectron2)\s+(\S+) @", run.log, re.MULTILINE)

@@ -73,6 +73,11 @@ class DetectorRun:
         return self.results.get("iterations")
 
     @property
+    def seconds_per_image(self) -> float | None:
+        """Of one process in the run's own evaluation; None where it was not measured."""
+        return self.results.get("seconds_per_image")
+
+    @property
     def planned_iterations(self) -> int | None:
         """More than :attr:`iterations` where the run ended early."""
         return self.config.get("SOLVER.MAX_ITER", self.iterations)
@@ -225,10 +230,13 @@ class DetectorGroup:
         """Mean over the runs for which it was measured.
 
         Args:
-            measured: by run folder, resolved.
+            measured: apart from the runs, by run folder, resolved; where there is none of them
+                the runs' own evaluations count.
         """
         folders = [run.folder.resolve() for run in self.runs]
-        found = [measured[folder] for folder in folders if folder in measured]
+        apart = [measured[folder] for folder in folders if folder in measured]
+        own = [run.seconds_per_image for run in self.runs if run.seconds_per_image is not None]
+        found = apart or own
         return statistics.fmean(found) if found else None
 
     def differing_keys(self, other: DetectorGroup) -> dict[str, tuple[Any, Any]]:

@@ -5,24 +5,20 @@ from __future__ import annotations
 import fcntl
 import logging
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from resnet_backbone.engine.signals import EXIT_STOPPED, STOP_SIGNALS
 from resnet_backbone.files import write_json
 from resnet_backbone.reproduction.plan import PlanError
 from resnet_backbone.reproduction.steps import Step
+from resnet_backbone.signals import EXIT_STOPPED, run_child
 
 logger = logging.getLogger(__name__)
 
 DONE = "step.json"
-# by what is passed on to the tool: it does not know of its terminal
-PASSED_ON = {**{number: number for number in STOP_SIGNALS}, signal.SIGHUP: signal.SIGTERM}
 
 
 class Runner:
@@ -104,35 +100,15 @@ class Runner:
 
 
 def run_command(words: Sequence[str], root: Path, lock: int) -> tuple[int, bool]:
-    """Runs a tool; signals that ask to stop are passed on, and waited for.
+    """:func:`run_child` of a tool.
 
     Args:
         words: name of the tool, arguments.
         root: of the project.
         lock: open file that it holds too: should this process be killed, the lock stays.
-
-    Returns:
-        Its exit status, 75 where it was stopped by a signal that was passed on and 128 + its
-        number by another one, as in a shell; whether a signal was passed on.
     """
-    # in a session of its own, else a terminal's Ctrl-C would reach it twice
     command = [sys.executable, str(root / "tools" / words[0]), *words[1:]]
-    process = subprocess.Popen(command, cwd=root, pass_fds=(lock,), start_new_session=True)
-    passed_on = []
-
-    def pass_on(number, frame) -> None:
-        passed_on.append(PASSED_ON[number])
-        process.send_signal(PASSED_ON[number])
-
-    former = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    try:
-        status = process.wait()
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    if status < 0:
-        status = EXIT_STOPPED if -status in passed_on else 128 - status
-    return status, bool(passed_on)
+    return run_child(command, cwd=root, pass_fds=(lock,))
 
 
 def is_done(step: Step) -> bool:

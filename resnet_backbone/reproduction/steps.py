@@ -74,6 +74,8 @@ class Options:
         weights: file of each network that is not pre-trained.
         preprocessing: their input, where they do not carry it.
         imagenet, datasets: folders of official data.
+        data_may_be_absent: for plans that are only shown; the keys of steps that read the data
+            are then not those of a run.
         num_gpus: GPUs, or processes.
         classification, detection: overrides for every training of the kind.
     """
@@ -84,6 +86,7 @@ class Options:
     preprocessing: Mapping[str, str] = field(default_factory=dict)
     imagenet: Path | None = None
     datasets: Path | None = None
+    data_may_be_absent: bool = False
     num_gpus: int = 1
     classification: Sequence[str] = ()
     detection: Sequence[str] = ()
@@ -174,7 +177,7 @@ class _Builder:
                     f"{name}: pre-training needs --imagenet DIR; or give --weights {name}=FILE"
                 )
             overrides.append(f"data.root={self.options.imagenet}")
-            depends.append(tree_digest(self.options.imagenet))
+            depends.append(self.data_digest(self.options.imagenet))
             places.append(self.options.imagenet)
         command = (
             *("train_classifier.py", "--config-file", *self.configs(training)),
@@ -208,7 +211,7 @@ class _Builder:
             source = given
         if self.data_step is None and self.options.datasets is not None:
             folders = (self.options.datasets / name for name in self.plan.datasets)
-            depends += map(tree_digest, folders)
+            depends += map(self.data_digest, folders)
         stated = self.options.preprocessing.get(name)
         command = (
             *("train_net.py", "--config-file", *self.configs(training)),
@@ -278,6 +281,11 @@ class _Builder:
         for path in training.config:
             for file in config_files(self.options.root / path):
                 yield file_digest(file)
+
+    def data_digest(self, folder: Path) -> str:
+        if self.options.data_may_be_absent and not folder.is_dir():
+            return "absent"
+        return tree_digest(folder)
 
     def processes(self, training: Training) -> tuple[str, ...]:
         count = min(self.options.num_gpus, training.batch or self.options.num_gpus)

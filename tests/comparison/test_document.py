@@ -101,6 +101,30 @@ def test_a_baseline_alone_is_a_time_and_no_improvement(quick, tool, make_run, tm
     assert "(r/accuracy_time.png)" in text
 
 
+def test_seconds_of_the_runs_own_evaluations(quick, tool, make_run, tmp_path, monkeypatch):
+    """Where no row of tools/evaluate_detector.py has measured the run; it says on what."""
+    drawn = []
+    plot = document.plot_accuracy_and_time
+    monkeypatch.setattr(
+        document, "plot_accuracy_and_time", lambda points: drawn.extend(points) or plot(points)
+    )
+    own = dict(images_at_a_time=2, hardware={"device": "cpu", "cpu": "Some CPU", "threads": 1})
+    runs = [
+        str(make_run(name, seed, seconds_per_image=seconds, **own))
+        for name, seed, seconds in (("r50", 1, 0.5), ("r50", 2, 0.7), ("vgg", 1, 0.3))
+    ]
+    row = {"name": "baseline", "results": {"bbox": {"AP50": 20.0}}, "seconds_per_image": 0.25}
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps({"rows": [{**row, "run": runs[2]}]}))
+    output = tmp_path / "r.md"
+    assert report(tool, runs, output, "--rows", str(rows)) == 0
+    seconds = {point.label: point.seconds for point in drawn}
+    assert seconds == {"R-50-FPN": pytest.approx(0.6), "VGG-16-FPN": 0.25}
+    text = output.read_text()
+    assert "Seconds per image of R-50-FPN: the runs' own evaluations (Some CPU" in text
+    assert "2 images at a time)." in text and "image: not measured" not in text
+
+
 def test_without_images_the_rest_is_there(quick, tool, runs, voc, tmp_path):
     shutil.rmtree(voc)
     output = tmp_path / "r.md"

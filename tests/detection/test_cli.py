@@ -29,6 +29,8 @@ VOC = "voc/faster_rcnn_R_18_FPN.yaml"
         (["SOLVER.BASE_LR=1"], "write 'SOLVER.BASE_LR 1' and not 'SOLVER.BASE_LR=1': KEY VALUE"),
         (["SEED", "1", "A.B=c=d"], "write 'A.B c=d' and not 'A.B=c=d'"),
         (["SOLVER.BASE_LR"], "come in pairs, KEY VALUE"),
+        (["SOLVER.MAX_ITER", "MODEL.DEVICE", "cpu"], "KEY VALUE: SOLVER.MAX_ITER has no value"),
+        (["RESNET_BACKBONE.TEST.NMS", "softer"], "RESNET_BACKBONE.TEST.NMS"),
         (["--quick"], "unrecognized arguments: --quick"),
         (["--num-gpus", "99"], "--num-gpus 99: there are "),
         ([], "no data: give --voc-root DIR --train-set NAME --test-set NAME, or --coco-json"),
@@ -48,6 +50,13 @@ def test_one_line_that_says_what_to_write(train_net, overrides, message, tmp_pat
     assert message.split(".*")[0] in lines[-1] and message.split(".*")[-1] in lines[-1]
     assert len([line for line in lines if "error: " in line]) == 1
     assert not any("Traceback" in line for line in lines)
+
+
+def test_whole_numbers_where_the_config_has_a_float():
+    words = ["RESNET_BACKBONE.EPOCHS", "12", "SOLVER.BASE_LR", "1", "SOLVER.MAX_ITER", "7"]
+    cfg = load_config("", words)
+    found = cfg.RESNET_BACKBONE.EPOCHS, cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER
+    assert found == (12.0, 1.0, 7) and list(map(type, found)) == [float, float, int]
 
 
 def test_another_number_of_classes_than_the_data_have(train_net, tiny_voc, tmp_path):
@@ -130,6 +139,44 @@ def test_layers_that_can_learn_or_have_weights(train_net, write, tmp_path, argum
     missing = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
     code, lines = train_net(VOC, "--output-dir", str(tmp_path), *missing, *arguments)
     assert code == 2 and "nowhere" in lines[-1]  # the data is what it then lacks
+
+
+NOWHERE = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (NOWHERE, "nowhere is no VOC folder"),
+        (["--voc-root", "{voc}", "--train-set", "train", "--test-set", "val"], "test, train"),
+        (["--coco-json", "{voc}", "b.json", "--image-root", "{voc}"], "b.json does not exist"),
+        (["--coco-json", "{voc}", "{voc}", "--image-root", "gone"], "gone does not exist"),
+        (["DATASETS.TRAIN", "('coco_2017_trian',)"], "did you mean coco_2017_train?"),
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER 0: it is at least 1"),
+    ],
+)
+@pytest.mark.parametrize("mode", [[], ["--eval-only"]])
+def test_cheap_mistakes_are_found_before_weights_are_fetched(
+    train_net, tiny_voc, tmp_path, monkeypatch, words, message, mode
+):
+    fetched = []
+    monkeypatch.setattr(
+        "resnet_backbone.detection.handover.prepare_weights", lambda *a, **k: fetched.append(a)
+    )
+    words = [word.format(voc=tiny_voc) for word in words]
+    weights = ["--weights", "detectron2://ImageNetPretrained/MSRA/R-18.pkl"]
+    code, lines = train_net(QUICKSTART, "--output-dir", str(tmp_path), *mode, *weights, *words)
+    if mode and "SOLVER.MAX_ITER" in words:
+        message = "no data"  # a schedule means nothing to an evaluation
+    assert code == 2 and message in lines[-1] and not fetched
+
+
+def test_an_evaluation_without_weights_reads_no_data(train_net, tiny_voc, tmp_path):
+    data = ["--voc-root", str(tiny_voc), "--test-set", "test"]
+    keys = ["--output-dir", str(tmp_path), "--eval-only", "MODEL.WEIGHTS", ""]
+    code, lines = train_net(QUICKSTART, *data, *keys)
+    assert code == 2 and lines[-1].startswith("error: MODEL.WEIGHTS is empty: add MODEL.WEIGHTS")
+    assert not list(tmp_path.iterdir())
 
 
 def test_divergence_says_what_to_do(capsys):

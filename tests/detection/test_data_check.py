@@ -186,7 +186,7 @@ def test_empty_split_is_refused_by_every_policy(make_voc, policy):
     root = make_voc({})
     report = check(root)
     assert kinds(report) == ["empty-split"]
-    with pytest.raises(DataError, match="no usable image"):
+    with pytest.raises(DataError, match="^.* cannot be used: empty-split: .*: no usable image$"):
         apply_policy(report, policy)
     with pytest.raises(DataError, match="no usable image"):
         load_voc_instances(root, "train", ["dog"], on_bad=policy)
@@ -288,6 +288,14 @@ def test_coco_file_itself(coco, tmp_path):
     (tmp_path / "text.json").write_text("{")
     with pytest.raises(DataError, match="is not JSON"):
         register_coco("data_check_test_text", str(tmp_path / "text.json"), coco.root)
+
+
+def test_wrong_image_root_is_one_line_that_names_an_image(coco, tmp_path):
+    with pytest.raises(DataError) as caught:
+        load_coco_instances(coco(), str(tmp_path / "elsewhere"))
+    message = str(caught.value)
+    assert "no usable image: 2 missing-image, such as " in message and "\n" not in message
+    assert str(tmp_path / "elsewhere") in message
 
 
 def test_register_coco(coco):

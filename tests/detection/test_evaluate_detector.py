@@ -1,5 +1,6 @@
 """tools/evaluate_detector.py: the rows, what is kept of them, and what is refused."""
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -71,6 +72,7 @@ def tool(capsys, tiny_voc):
         printed = capsys.readouterr()
         return code, printed.out.splitlines(), printed.err.splitlines()
 
+    run.module = module
     return run
 
 
@@ -93,6 +95,9 @@ def test_all_rows(make_run, tool, tiny_voc, tmp_path):
     first, last = content["rows"][0], content["rows"][-1]
     assert {"AP50", "AP", "AP75", "AP50-bar", "AP50-box"} <= first["results"]["bbox"].keys()
     assert first["seconds_per_image"] > 0 and first["hardware"]["cpu"] and first["date"]
+    assert first["images_at_a_time"] == 1
+    content = Path(run, "model_final.pth").read_bytes()
+    assert first["weights_sha256"] == hashlib.sha256(content).hexdigest()
     assert (first["run"], first["seed"], last["run"], last["seed"]) == (run, 0, context, 1)
     assert first["switches"]["SCALES"] == [] and not first["switches"]["BOX_REFINEMENT"]
     assert last["switches"]["SCALES"] == [20, 40, 60, 80, 100]  # the paper's, at 60 of 600 pixels
@@ -133,6 +138,15 @@ def check_detections(found, config, voc, folder):
         left = sorted(one["bbox"][0] for one in mine)
         boxes = instances.pred_boxes.tensor
         assert left == pytest.approx(sorted(boxes[:, 0].tolist()), abs=1e-2)
+
+
+def test_weights_are_hashed_once_a_row(make_run, tool, tmp_path, monkeypatch):
+    run, hashed = make_run("plain"), []
+    keep = tool.module.sha256
+    monkeypatch.setattr(tool.module, "sha256", lambda path: hashed.append(path) or keep(path))
+    code, _, errors = tool("--run", run, "--output", tmp_path / "rows", "--rows", "baseline")
+    assert code == 0, errors
+    assert hashed == [f"{run}/model_final.pth"]
 
 
 def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,8 @@ from resnet_backbone.detection.saving import (
     find_last_checkpoint,
     refuse_not_finite,
 )
-from resnet_backbone.detection.signals import Stopped, StopRequest, Watched
+from resnet_backbone.detection.signals import StopRequest, Watched
+from resnet_backbone.signals import Stopped
 
 
 class Saved:
@@ -36,7 +38,11 @@ def evaluate_all(values, patience=0, period=2, metric="bbox/AP50", state=None):
     """The hook after a run that evaluates to these values."""
     remaining, saved = list(values), Saved()
     hook = Evaluation(
-        lambda: {"bbox": {"AP50": remaining.pop(0), "AP": 1.0}}, period, metric, patience, saved
+        lambda: ({"bbox": {"AP50": remaining.pop(0), "AP": 1.0}}, None),
+        period,
+        metric,
+        patience,
+        saved,
     )
     if state:
         hook.load_state_dict(state)
@@ -137,6 +143,31 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     writer.marks_last = False
     writer.save("best", iteration=3)
     assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / "a.pth")
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch):
+    """A power cut after any step leaves last_checkpoint with a whole checkpoint."""
+    writer, done = AtomicWriter(nn.Linear(1, 1), str(tmp_path)), []
+    replace = os.replace
+
+    def note_fsync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if os.path.isfile(path):
+            assert path.endswith("tmp") or torch.load(path)["iteration"] == 1
+        done.append(f"fsync {os.path.basename(path).partition('.')[0]}")
+
+    def note_replace(old, new):
+        done.append(f"named {os.path.basename(new)}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    writer.save("a", iteration=1)
+    folder = tmp_path.name.partition(".")[0]
+    assert done == [
+        *("fsync a", "named a.pth", f"fsync {folder}"),
+        *("fsync last_checkpoint", "named last_checkpoint", f"fsync {folder}"),
+    ]
 
 
 def write_metrics(path, start, end, state=None):

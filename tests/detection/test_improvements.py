@@ -17,7 +17,8 @@ from PIL import Image
 from resnet_backbone.detection import improve, improvements, with_global_context
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.improvements import ImprovedDetector, Member, Switches
-from resnet_backbone.detection.trainer import AutocastModel, Trainer, for_testing
+from resnet_backbone.detection.testing import AutocastModel, for_testing
+from resnet_backbone.detection.trainer import Trainer
 
 FAMILIES = {
     "C4": dict(file="voc/faster_rcnn_R_18_C4.yaml"),
@@ -290,7 +291,8 @@ def test_evaluations_of_a_training_follow_the_switches(detector, monkeypatch):
     run = []
     monkeypatch.setattr(defaults, "inference_on_dataset", lambda *given: run.append(given) or {})
     Trainer.test(cfg, model)
-    ((tested, *_),) = run
+    ((timed, *_),) = run
+    tested = timed.model
     assert isinstance(tested, ImprovedDetector) and tested.members[0].model is model
     cfg.RESNET_BACKBONE.TEST.NMS = "soft"
     with pytest.raises(UsageError, match="NMS 'soft'"):

@@ -15,7 +15,7 @@ pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.launch import Launch, add_launch_arguments, plan_launch
-from resnet_backbone.detection.signals import EXIT_STOPPED
+from resnet_backbone.signals import EXIT_STOPPED
 
 from runs import arguments, reached, read_results, rows, start, write_pictures  # isort: skip
 

@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torchvision.ops import RoIPool
 
-from resnet_backbone.detection.cli import _adopt
+from resnet_backbone.detection.data_arguments import _adopt
 from resnet_backbone.detection.schedule import scale_schedule
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detection" / "paper"

@@ -14,7 +14,7 @@ pytest.importorskip("detectron2")
 import resnet_backbone.detection.trainer  # noqa: F401  so that forked processes have it
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.run_folder import has_ended
-from resnet_backbone.detection.signals import EXIT_STOPPED
+from resnet_backbone.signals import EXIT_STOPPED
 
 from runs import (  # isort: skip
     Forked,

@@ -1,14 +1,24 @@
 """--seeds: runs of several seeds, their mean and spread."""
 
 import json
+import os
+import signal
 import statistics
+import threading
+import time
 
 import pytest
 
 pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.seeds import format_summary, read_seeds, summarize
+from resnet_backbone.detection.seeds import (
+    format_summary,
+    read_seeds,
+    summarize,
+    train_seeds,
+)
+from resnet_backbone.signals import EXIT_STOPPED
 
 from runs import arguments, read_results, start, write_pictures  # isort: skip
 
@@ -29,6 +39,38 @@ def test_mean_and_sample_deviation():
     lines = format_summary(summarize(numbers)).splitlines()
     assert lines[2].split() == ["AP", "3.00", "2.65", "1.00", "2.00", "6.00"]
     assert lines[3].split() == ["AP-cat", "-", "-", "5.00", "-", "-"]
+
+
+TOOL = """
+import pathlib, signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+seed, status, folder = sys.argv[-1], int(sys.argv[1]), pathlib.Path(sys.argv[2])
+(folder / seed).touch()
+deadline = time.monotonic() + 60
+while not asked and time.monotonic() < deadline:
+    time.sleep(0.02)
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("status", [0, 75])
+def test_a_signal_ends_the_run_and_starts_no_other(tmp_path, status):
+    """Also where the run of a seed ends well before it takes notice."""
+    (tmp_path / "tool.py").write_text(TOOL)
+
+    def stop():
+        while not (tmp_path / "4").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(SystemExit) as ended:
+        words = [str(status), str(tmp_path)]
+        train_seeds(str(tmp_path / "tool.py"), words, [4, 5], str(tmp_path / "output"))
+    thread.join()
+    assert ended.value.code == EXIT_STOPPED and not (tmp_path / "5").exists()
 
 
 @pytest.mark.slow

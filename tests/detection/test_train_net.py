@@ -74,6 +74,9 @@ def test_writes_everything(trained):
     assert 0 <= results["results"]["bbox"]["AP50"] <= 100
     assert {"AP", "AP50", "AP50-bar", "AP50-box"} <= results["results"]["bbox"].keys()
     assert torch.load(folder / "model_final.pth")["iteration"] == 2
+    assert 0 < results["seconds_per_image"] < 60
+    assert (results["images_at_a_time"], results["processes"]) == (1, 1)
+    assert results["hardware"]["device"] == "cpu" and results["hardware"]["cpu"]
 
 
 def test_config_of_the_run(trained):
@@ -107,6 +110,22 @@ def test_eval_only_gives_the_same_numbers(trained, train_net, tiny_voc, tmp_path
     assert code == 0, lines
     assert read_results(tmp_path / "eval")["results"] == read_results(folder)["results"]
     assert [path.name for path in tmp_path.iterdir()] == ["eval"]
+
+
+def test_results_that_are_not_as_expected(trained, train_net, tiny_voc, tmp_path):
+    """They are written, then the tool fails; when it is run again as well."""
+    keys = dict(TEST__EXPECTED_RESULTS="[['bbox', 'AP50', 101.0, 0.5]]", SOLVER__MAX_ITER="1")
+    keys |= dict(MODEL__WEIGHTS=str(trained[0] / "model_final.pth"))
+    folder = tmp_path / "run"
+    for option, place in ((), folder), (("--resume",), folder), (("--eval-only",), folder / "eval"):
+        code, lines = train_net(CONFIG, *command(tiny_voc, folder, *option, **keys))
+        assert code == 1 and lines[-1].startswith("error: TEST.EXPECTED_RESULTS: bbox/AP50 is ")
+        assert lines[-1].endswith(", expected 101 +- 0.5")
+        results = read_results(place)
+        assert 0 <= results["results"]["bbox"]["AP50"] <= 100 and results["seconds_per_image"] > 0
+    assert read_results(folder)["iterations"] == 1
+    log = (folder / "log.txt").read_text()
+    assert log.count("Starting training") == 1 and log.count("the run has ended") == 1
 
 
 def test_eval_only_with_the_saved_config(trained, train_net, tiny_voc, tmp_path):
@@ -186,7 +205,7 @@ def test_a_subclass_as_detectron2_teaches(make_cfg, tiny_voc, tmp_path):
     assert trainer.train() == {"bbox": {"AP50": 42.0}}
     last = read_metrics(tmp_path)[-1]
     assert (last["iteration"], last["validation_loss"], last["bbox/AP50"]) == (3, 7.0, 42.0)
-    assert trainer.iterations == 4 and trainer.cfg.SOLVER.IMS_PER_BATCH == 2
+    assert trainer.iter == 4 and trainer.cfg.SOLVER.IMS_PER_BATCH == 2
 
 
 @pytest.mark.slow

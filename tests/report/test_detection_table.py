@@ -198,11 +198,11 @@ def test_improvements(tmp_path):
     header, _, *found = cells(improvements_section(load_rows(file)))
     assert header[1:4] == ["**ours**, AP50", "**ours**, AP", "s/image"]
     assert found[0] == ["baseline", "20.00", "9.00", "0.5", "48.4 / 27.2", "-"]
-    assert found[1] == ["+refinement", "21.00", "9.50", "not measured", "49.9 / 29.9", "-"]
+    assert found[1] == ["+ refinement", "21.00", "9.50", "not measured", "49.9 / 29.9", "-"]
     assert found[2][0] == "soft-NMS" and found[2][4:] == ["-", "-"]
     unmeasured = ["not measured"] * 3
     assert found[3] == ["+ global context", *unmeasured, "51.1 / 30.0", "53.3 / 32.2"]
-    assert [row[0] for row in found[4:]] == ["+multi-scale", "ensemble of 3"]
+    assert [row[0] for row in found[4:]] == ["+ multi-scale", "ensemble of 3"]
     assert rows_provenance(file) == (
         "Improvements in testing: a GPU; fp32; 2025-01-02  \n`python tools/x.py --run r50`"
     )

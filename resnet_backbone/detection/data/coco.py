@@ -53,7 +53,7 @@ def scan_coco(
         annotation["category_id"] = ids[annotation["category_id"]]
     records = drop_bad(records, list(categories.values()), report, decode, progress)
     if not records:
-        report.add("empty-split", json_file, "no usable image")
+        report.add_empty(json_file)
     return records, report
 
 

@@ -89,6 +89,15 @@ class DataReport:
         """Append a :class:`DataProblem`."""
         self.problems.append(DataProblem(kind, str(file), detail))
 
+    def add_empty(self, file: str, what: str = "no usable image") -> None:
+        """Append that nothing of the split is left, and why."""
+        kinds = Counter(problem.kind for problem in self.bad_files)
+        if kinds:
+            first = next(p for p in self.bad_files if p.kind == kinds.most_common(1)[0][0])
+            counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+            what += f": {counts}, such as {first.file} ({first.detail})"
+        self.add("empty-split", file, what)
+
     def count(self, class_name: str, difficult: bool = False) -> None:
         """Count one good box."""
         (self.difficult if difficult else self.boxes)[class_name] += 1
@@ -132,7 +141,9 @@ def apply_policy(report: DataReport, policy: str) -> None:
         raise ValueError(f"bad-data policy {policy!r} is not known; use one of {POLICIES}")
     fatal = [p for p in report.problems if p.kind in FATAL_KINDS]
     if fatal:
-        raise DataError("\n".join([f"{report.name} cannot be used:", *list_problems(fatal, 10)]))
+        more = f"; and {len(fatal) - 10} more" if len(fatal) > 10 else ""
+        listed = "; ".join(map(str, fatal[:10]))
+        raise DataError(f"{report.name} cannot be used: {listed}{more}")
     if report.problems and policy == "refuse":
         head = (
             f"{report.name} has {len(report.problems)} problems;"

@@ -84,7 +84,7 @@ def register_semantic(
         records = _pair(image_root, label_root, report, shared_images)
         records = drop_bad_labels(records, len(classes), report, decode)
         if not records:
-            report.add("empty-split", label_root, "no usable image with a label picture")
+            report.add_empty(label_root, "no usable image with a label picture")
         apply_policy(report, on_bad)
         return records
 
@@ -239,7 +239,7 @@ def register_panoptic(
         records = drop_bad_labels(records, len(classes), report)
         records = _drop_without_panoptic(records, panoptic_json, panoptic_root, pictures, report)
         if not records:
-            report.add("empty-split", panoptic_json, "no usable image with its two label pictures")
+            report.add_empty(panoptic_json, "no usable image with its two label pictures")
         apply_policy(report, on_bad)
         return records
 

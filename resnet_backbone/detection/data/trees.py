@@ -44,8 +44,10 @@ def find_coco_folder(root: str | os.PathLike) -> Path:
     """`root` or its folder coco: the one that holds annotations/.
 
     Raises:
-        DataError: neither does.
+        DataError: neither does, or there is no such folder.
     """
+    if not Path(root).is_dir():
+        raise DataError(f"there is no folder {root}: name that of COCO, or --archives to unpack")
     for place in (Path(root), Path(root) / "coco"):
         if (place / "annotations").is_dir():
             return place

@@ -80,7 +80,7 @@ def scan_voc(
         if record is not None:
             records.append(record)
     if not records:
-        report.add("empty-split", split_file, "no usable image")
+        report.add_empty(split_file)
     return records, report
 
 

@@ -59,7 +59,8 @@ def find_voc_dir(root: str) -> str:
         raise DataError(f"{root} holds several VOC folders; give one of: {', '.join(found)}")
     raise DataError(
         f"{root} is no VOC folder: neither it nor a folder inside it has Annotations/;"
-        " give the folder that holds Annotations/, JPEGImages/ and ImageSets/"
+        " give the folder that holds Annotations/, JPEGImages/ and ImageSets/ (--voc-root, or for"
+        " registered names DETECTRON2_DATASETS, the folder of VOC2007 and VOC2012)"
     )
 
 

@@ -2,7 +2,7 @@
 
 from .context import ContextRes5ROIHeads, ContextROIHeads, with_global_context
 from .detector import ImprovedDetector, improve
-from .ensemble import check_ensemble
+from .ensemble import check_ensemble, keep_members
 from .member import Member
 from .switches import Switches, read_switches
 from .voting import select_detections, soft_nms, vote_boxes
@@ -15,6 +15,7 @@ __all__ = [
     "Switches",
     "check_ensemble",
     "improve",
+    "keep_members",
     "read_switches",
     "select_detections",
     "soft_nms",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
+import torch
 from detectron2.config import CfgNode
 from torch import nn
 
@@ -55,8 +60,40 @@ def check_ensemble(cfg: CfgNode) -> None:
         check_member(cfg, run_config(run, []), run)
 
 
+_kept: ContextVar[dict[str, tuple[CfgNode, nn.Module]] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def keep_members() -> Iterator[None]:
+    """Inside, :func:`load_run` reads each run once; what it read waits in the CPU's memory.
+
+    For trainings with several evaluations: one at a time may use the detectors.
+    """
+    before = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(before)
+
+
 def load_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
     """The config and the detector of a run, in evaluation mode on the device of `cfg`.
+
+    Raises: see :func:`read_run`.
+    """
+    kept = _kept.get()
+    if kept is None:
+        return read_run(run, cfg)
+    if run not in kept:
+        other, model = read_run(run, cfg)
+        kept[run] = other, model.cpu()
+    other, model = kept[run]
+    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    return other, (model if on_cpu else copy.deepcopy(model).to(cfg.MODEL.DEVICE)).eval()
+
+
+def read_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
+    """What :func:`load_run` gives, from the run's files.
 
     Raises:
         UsageError, WeightsError: no run there, see :func:`check_member`, or weights that do not

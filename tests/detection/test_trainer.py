@@ -1,0 +1,284 @@
+"""The trainer's contract with hooks is Detectron2's; a drawn seed; expected results."""
+
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("detectron2")
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import verify_results
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.evaluation.expected import (
+    UnexpectedResults,
+    check_expectations,
+    check_results,
+)
+from resnet_backbone.detection.improvements import ensemble
+from resnet_backbone.detection.sampling import (
+    AugmentedImages,
+    BatchPlan,
+    ImageStream,
+    TrainingLoader,
+)
+from resnet_backbone.detection.saving import AtomicWriter
+from resnet_backbone.detection.trainer import Trainer
+
+SCORES = [1.0, 5.0, 3.0, 9.0, 2.0, 4.0]
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, images):
+        return {"loss": (torch.stack(images).mean(0) * self.weight).sum()}
+
+
+class Recorder(HookBase):
+    """Notes what a hook sees."""
+
+    def __init__(self, events):
+        self.events = events
+
+    def _note(self, name):
+        self.events.append((name, self.trainer.iter, self.trainer.storage.iter))
+
+    def before_train(self):
+        self.events.append(("before_train", self.trainer.iter, self.trainer.max_iter))
+
+    def before_step(self):
+        self._note("before_step")
+
+    def after_step(self):
+        self._note("after_step")
+
+    def after_train(self):
+        self._note("after_train")
+
+
+class Small:
+    """A trainer of a few numbers with Detectron2's own hooks beside those it has."""
+
+    fails_at = -1
+
+    @classmethod
+    def build_model(cls, cfg):
+        return Linear()
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return itertools.repeat([torch.ones(2), torch.zeros(2)])
+
+    @classmethod
+    def test(cls, cfg, model):
+        return {"bbox": {"AP50": 42.0}}
+
+    def build_writers(self):
+        return []
+
+    def build_hooks(self):
+        self.events, self.saved, scores = [], [], iter(SCORES)
+        folder = f"{self.cfg.OUTPUT_DIR}/theirs"
+        keeper = DetectionCheckpointer(self.model, folder)
+        periodic = hooks.PeriodicCheckpointer(keeper, 2, max_to_keep=1, file_prefix="theirs")
+        best = SimpleNamespace(save=lambda name, iteration: self.saved.append((name, iteration)))
+
+        def evaluate():
+            self.events.append(("evaluate", self.iter, None))
+            return {"probe": {"score": next(scores)}}
+
+        return [
+            *super().build_hooks(),
+            periodic,
+            hooks.EvalHook(2, evaluate),
+            hooks.BestCheckpointer(2, best, "probe/score"),
+            Recorder(self.events),
+        ]
+
+    def run_step(self):
+        if self.iter == self.fails_at:
+            raise ValueError("a broken image")
+        super().run_step()
+
+
+class Theirs(Small, DefaultTrainer):
+    """The reference."""
+
+
+class Ours(Small, Trainer):
+    @classmethod
+    def build_checkpointer(cls, cfg, model, marks_last=True, **options):
+        return AtomicWriter(model, cfg.OUTPUT_DIR, **options)
+
+
+@pytest.fixture
+def cfg(make_cfg, tmp_path):
+    keys = dict(SOLVER__IMS_PER_BATCH=2, SOLVER__MAX_ITER=5, SOLVER__CHECKPOINT_PERIOD=2)
+    keys |= dict(SOLVER__STEPS=(), SOLVER__AMP__ENABLED=False, TEST__EVAL_PERIOD=2, SEED=1)
+    return make_cfg("quickstart/faster_rcnn_R_18_FPN.yaml", OUTPUT_DIR=str(tmp_path), **keys)
+
+
+def make(kind, cfg, folder, resume=False, **keys):
+    """A trainer, ready to train."""
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR = str(folder)
+    (folder / "theirs").mkdir(parents=True, exist_ok=True)
+    for key, value in keys.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    trainer = kind(cfg)
+    trainer.resume_or_load(resume=resume)
+    return trainer
+
+
+def run_all(kind, cfg, folder):
+    """What hooks saw and saved: in three iterations, five more, and some of which one fails."""
+    seen = []
+    for resume, length, fails_at in ((False, 3, -1), (True, 8, -1), (True, 12, 10)):
+        trainer = make(kind, cfg, folder, resume, SOLVER__MAX_ITER=length)
+        trainer.fails_at = fails_at
+        if fails_at < 0:
+            trainer.train()
+        else:
+            with pytest.raises(ValueError, match="a broken image"):
+                trainer.train()
+        files = sorted(path.name for path in (folder / "theirs").iterdir())
+        seen.append((trainer.start_iter, trainer.iter, trainer.events, trainer.saved, files))
+    return seen
+
+
+def test_hooks_see_what_they_see_in_detectron2(cfg, tmp_path):
+    """Iterations before, in and after a training; after a resumption; after an error."""
+    ours, theirs = (run_all(kind, cfg, tmp_path / kind.__name__) for kind in (Ours, Theirs))
+    assert [run[:2] for run in theirs] == [(0, 3), (3, 8), (8, 10)]
+    assert "theirs_final.pth" in theirs[0][-1] and theirs[1][3]  # its hooks did something
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert mine == reference
+
+
+def test_after_an_early_stop_hooks_see_the_iterations_that_are_done(cfg, tmp_path):
+    keys = dict(RESNET_BACKBONE__BEST_METRIC="bbox/AP50", RESNET_BACKBONE__EARLY_STOP=1)
+    trainer = make(Ours, cfg, tmp_path / "run", SOLVER__MAX_ITER=20, **keys)
+    trainer.train()
+    assert trainer.events[-1] == ("after_train", 4, 4) and trainer.iter == 4
+    assert torch.load(tmp_path / "run" / "model_final.pth")["iteration"] == 3
+
+
+def as_tensor(number):
+    return torch.tensor([float(number), float(number**2)])
+
+
+class Normed(Linear):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, images):
+        numbers = torch.stack(images)
+        return {"loss": (self.norm(numbers) * self.weight + numbers * self.weight).sum()}
+
+
+class Shuffled(Ours):
+    """With images in the order that the seed says, and batch norms."""
+
+    @classmethod
+    def build_model(cls, cfg):
+        return Normed()
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        images = AugmentedImages(list(range(9)), as_tensor, cfg.SEED)
+        stream = ImageStream(cfg.SEED, np.arange(9))
+        return TrainingLoader(images, stream, BatchPlan(2))
+
+
+def test_a_drawn_seed_is_taken_up_again(cfg, tmp_path):
+    """For the images and for precise batch norm."""
+    keys = dict(TEST__PRECISE_BN__ENABLED=True, TEST__PRECISE_BN__NUM_ITER=2)
+    drawn = make(Shuffled, cfg, tmp_path / "run", SEED=-1, **keys)
+    seed = drawn.cfg.SEED
+    assert seed >= 0 and cfg.SEED == 1
+    drawn.fails_at = 3
+    with pytest.raises(ValueError, match="broken"):
+        drawn.train()
+    again = make(Shuffled, cfg, tmp_path / "run", True, SEED=-1, **keys)
+    assert (again.start_iter, again.cfg.SEED) == (2, seed)
+    again.train()
+    whole = make(Shuffled, cfg, tmp_path / "whole", SEED=seed, **keys)
+    whole.train()
+    ended, wanted = (
+        torch.load(tmp_path / name / "model_final.pth")["model"] for name in ("run", "whole")
+    )
+    for key, value in wanted.items():
+        assert torch.equal(ended[key], value), key
+    other = make(Shuffled, cfg, tmp_path / "run", True, SEED=seed + 1, **keys)
+    assert other.cfg.SEED == other._trainer.seed == seed + 1  # who gives a seed has it
+
+
+def test_members_of_an_ensemble_are_read_once_in_a_training(cfg, tmp_path, monkeypatch):
+    reads = []
+
+    def read_run(run, cfg):
+        reads.append(run)
+        return cfg, nn.Linear(1, 1)
+
+    class Ensemble(Ours):
+        @classmethod
+        def test(cls, cfg, model):
+            on_meta = cfg.clone()
+            on_meta.defrost()
+            on_meta.MODEL.DEVICE = "meta"  # stands for a GPU
+            (_, here), (_, there) = ensemble.load_run("a", cfg), ensemble.load_run("a", on_meta)
+            assert (here.weight.device.type, there.weight.device.type) == ("cpu", "meta")
+            return {"bbox": {"AP50": 42.0}}
+
+    monkeypatch.setattr(ensemble, "read_run", read_run)
+    make(Ensemble, cfg, tmp_path / "run").train()
+    assert reads == ["a"]
+    ensemble.load_run("a", cfg)
+    assert reads == ["a", "a"]  # a training of its own may find other weights there
+
+
+RESULTS = {"bbox": {"AP": 31.0, "AP50": float("nan")}, "segm": {"AP": 20.0}}
+
+
+@pytest.mark.parametrize(
+    "expected, message",
+    [
+        ([["bbox", "AP", 31.4, 0.5], ["segm", "AP", 20.0, 0]], ""),
+        ([["bbox", "AP", 31.5, 0.4]], "bbox/AP is 31, expected 31.5 +- 0.4"),
+        ([["bbox", "AP50", 40.0, 100]], "bbox/AP50 is nan, expected 40 +- 100"),
+        ([["bbox", "AP75", 1, 100]], "bbox/AP75 is not measured, expected 1 +- 100"),
+    ],
+)
+def test_expected_results_pass_where_they_do_in_detectron2(cfg, expected, message):
+    cfg.TEST.EXPECTED_RESULTS = expected
+    check_expectations(cfg)
+    if not message:
+        assert verify_results(cfg, RESULTS)
+        check_results(cfg, RESULTS)
+        return
+    with pytest.raises(SystemExit):
+        verify_results(cfg, RESULTS)
+    with pytest.raises(UnexpectedResults) as caught:
+        check_results(cfg, RESULTS)
+    assert str(caught.value) == f"TEST.EXPECTED_RESULTS: {message}"
+
+
+def test_a_task_that_was_not_evaluated_is_not_as_expected(cfg):
+    cfg.TEST.EXPECTED_RESULTS = [["keypoints", "AP", 1, 1]]
+    with pytest.raises(UnexpectedResults, match="keypoints/AP is not measured"):
+        check_results(cfg, RESULTS)
+
+
+@pytest.mark.parametrize("entry", [["bbox", "AP", 1], ["bbox", "AP", "38", 1], "bbox/AP"])
+def test_expectations_that_cannot_be_compared(cfg, tmp_path, entry):
+    with pytest.raises(UsageError, match=r"write \[task, metric, expected, tolerance\]"):
+        make(Ours, cfg, tmp_path / "run", TEST__EXPECTED_RESULTS=[entry])

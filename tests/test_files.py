@@ -1,0 +1,63 @@
+"""Files that are whole or not there, after a power cut as well."""
+
+import os
+
+import pytest
+
+from resnet_backbone import files
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What was done to the disk, in order: ("fsync", file name, its size), ("replace", names)."""
+    done, replace = [], os.replace
+
+    def note_fsync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        size = None if os.path.isdir(path) else os.path.getsize(path)
+        done.append(("fsync", os.path.basename(path), size))
+
+    def note_replace(old, new):
+        done.append(("replace", os.path.basename(old), os.path.basename(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    return done
+
+
+def test_text_is_on_the_disk_before_it_has_its_name(tmp_path, steps):
+    files.write_text(tmp_path / "a.txt", "four")
+    temporary = f"a.txt.{os.getpid()}.tmp"
+    assert steps == [
+        ("fsync", temporary, 4),
+        ("replace", temporary, "a.txt"),
+        ("fsync", tmp_path.name, None),
+    ]
+    assert (tmp_path / "a.txt").read_text() == "four"
+
+
+def test_a_folder_and_what_is_in_it(tmp_path, steps):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "state").write_text("12")
+    files.put_in_place(tmp_path / "new", tmp_path / "5")
+    assert steps == [
+        ("fsync", "state", 2),
+        ("replace", "new", "5"),
+        ("fsync", tmp_path.name, None),
+    ]
+    assert (tmp_path / "5" / "state").read_text() == "12"
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    before = (tmp_path / "a.json").read_text()
+
+    def fail(descriptor):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="no space left"):
+        files.write_json(tmp_path / "a.json", {"a": 2})
+    assert (tmp_path / "a.json").read_text() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
