@@ -35,7 +35,8 @@ model_best.pth, ends after five evaluations that were not better).
 
 --resume goes on after an interruption with exactly the images, random numbers and rates that an
 uninterrupted run would have had. SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint after the iteration
-at hand and exit with status 75; a second Ctrl-C interrupts at once.
+at hand and exit with status 75; a second Ctrl-C interrupts at once. Wrong input exits with 2,
+results that are not those of TEST.EXPECTED_RESULTS with 1, after results.json was written.
 
 Several seeds, one after the other, each in its own folder, with mean and spread in seeds.json:
 

@@ -1,0 +1,83 @@
+"""Every detection config starts: an iteration, an evaluation, a checkpoint."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from resnet_backbone.detection.data import load_voc_instances
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection"
+NAMES = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.glob("*/*.yaml")
+    if not path.name.startswith("Base-")
+)
+# Small, but the paper's anchors of 128 pixels lie inside the image.
+SMALL = """INPUT.MIN_SIZE_TRAIN (160,) INPUT.MAX_SIZE_TRAIN 240 INPUT.MIN_SIZE_TEST 160
+INPUT.MAX_SIZE_TEST 240 MODEL.RPN.POST_NMS_TOPK_TRAIN 50 MODEL.RPN.POST_NMS_TOPK_TEST 20
+MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 16 MODEL.FPN.OUT_CHANNELS 16 MODEL.ROI_BOX_HEAD.FC_DIM 16
+SOLVER.IMS_PER_BATCH 1 SOLVER.MAX_ITER 1 DATALOADER.NUM_WORKERS 0 TEST.PRECISE_BN.NUM_ITER 2
+SOLVER.AMP.ENABLED False MODEL.BACKBONE.FREEZE_AT 0""".split()
+
+
+@pytest.fixture
+def data(tiny_voc, tmp_path):
+    """Function (whether as COCO) -> options for the tiny VOC data set."""
+
+    def options(coco: bool) -> list:
+        if not coco:
+            return ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
+        for split in ("train", "test"):
+            records = load_voc_instances(tiny_voc, split, ["bar", "box"])
+            write_coco(tmp_path / f"{split}.json", records)
+        files = [tmp_path / "train.json", tmp_path / "test.json"]
+        return ["--coco-json", *files, "--image-root", tiny_voc / "JPEGImages"]
+
+    return options
+
+
+def write_coco(path, records):
+    images, annotations = [], []
+    for number, record in enumerate(records):
+        name = record["file_name"].rsplit("/", 1)[-1]
+        size = {"height": record["height"], "width": record["width"]}
+        images.append({"id": number, "file_name": name, **size})
+        for found in record["annotations"]:
+            x, y, right, bottom = found["bbox"]
+            box = [x, y, right - x, bottom - y]
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": found["category_id"],
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(("bar", "box"))]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_starts(train_net, data, tmp_path, name):
+    run = tmp_path / "run"
+    free = ["MODEL.RESNETS.NORM", "BN", "MODEL.WEIGHTS", ""]
+    if name.startswith("quickstart"):
+        free += ["RESNET_BACKBONE.VGG.NORM", "BN"]
+    where = ["--output-dir", run, *data("coco" in name)]
+    code, lines = train_net(name, *where, *SMALL, *free)
+    assert code == 0, lines[-1:]
+    rows = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
+    losses = {key: value for row in rows for key, value in row.items() if "loss" in key}
+    assert {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"} <= losses.keys()
+    assert all(math.isfinite(value) for value in losses.values()) and losses["loss_rpn_cls"] > 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["iterations"] == 1 and 0 <= results["results"]["bbox"]["AP50"] <= 100
+    assert (run / "model_final.pth").is_file()
