@@ -66,15 +66,22 @@ def run_child(command: Sequence[str], **options: Any) -> tuple[int, bool]:
         Its exit status, 75 where it was stopped by a signal that was passed on and 128 + its
         number by another one, as in a shell; whether a signal was passed on.
     """
-    # in a session of its own, else a terminal's Ctrl-C would reach it twice
-    process = subprocess.Popen(command, start_new_session=True, **options)
-    passed_on = []
+    started, passed_on = [], []
 
     def pass_on(number: int, frame: Any) -> None:
         passed_on.append(PASSED_ON[number])
-        process.send_signal(PASSED_ON[number])
+        for process in started:
+            process.send_signal(PASSED_ON[number])
 
-    with handled(PASSED_ON, pass_on):
+    numbers = set(PASSED_ON)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+        numbers.remove(signal.SIGHUP)
+    with handled(numbers, pass_on):
+        # in a session of its own, else a terminal's Ctrl-C would reach it twice
+        process = subprocess.Popen(command, start_new_session=True, **options)
+        started.append(process)
+        for number in [*passed_on]:  # since before it was started
+            process.send_signal(number)
         status = process.wait()
     if status < 0:
         status = EXIT_STOPPED if -status in passed_on else 128 - status

@@ -363,7 +363,7 @@ def test_sigterm_reaches_the_tool_and_two_runs_do_not_mix(project, status, redon
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.05)
-        with pytest.raises(PlanError, match="another process works in"):
+        with pytest.raises(BlockingIOError, match="another process works in"):
             run(options)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 75

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -64,6 +65,25 @@ def test_signals_are_passed_on(tmp_path, sent, received):
     thread.join()
     pid, session = (tmp_path / "child").read_text().split()
     assert pid == session and signal.getsignal(sent) == before
+
+
+def test_under_nohup_the_terminal_may_go():
+    code = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_child(python(code)) == (0, False)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_a_signal_while_the_child_is_being_started(monkeypatch):
+    class Slow(subprocess.Popen):
+        def __init__(self, *words, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__(*words, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    assert run_child(python("import time; time.sleep(60)")) == (EXIT_STOPPED, True)
 
 
 def test_a_child_that_dies_of_what_was_passed_on(tmp_path):

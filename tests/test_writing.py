@@ -1,5 +1,6 @@
 """Files that are whole or not there, after a power cut as well."""
 
+import errno
 import os
 
 import pytest
@@ -43,10 +44,28 @@ def test_a_folder_and_what_is_in_it(tmp_path, steps):
     files.put_in_place(tmp_path / "new", tmp_path / "5")
     assert steps == [
         ("fsync", "state", 2),
+        ("fsync", "new", None),
         ("replace", "new", "5"),
         ("fsync", tmp_path.name, None),
     ]
     assert (tmp_path / "5" / "state").read_text() == "12"
+
+
+def test_file_systems_that_cannot_wait_for_folders(tmp_path, monkeypatch):
+    def fail(code, only_folders):
+        def fsync(descriptor):
+            if os.path.isdir(f"/proc/self/fd/{descriptor}") or not only_folders:
+                raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    fail(errno.EINVAL, True)
+    files.write_text(tmp_path / "a.txt", "four")
+    assert (tmp_path / "a.txt").read_text() == "four"
+    for code, only_folders in ((errno.EIO, True), (errno.EINVAL, False)):
+        fail(code, only_folders)
+        with pytest.raises(OSError, match=os.strerror(code)):
+            files.write_text(tmp_path / "b.txt", "four")
 
 
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):

@@ -74,7 +74,11 @@ from resnet_backbone.detection.data_arguments import (
     check_data_arguments,
     set_up_data,
 )
-from resnet_backbone.detection.evaluation.expected import UnexpectedResults, check_results
+from resnet_backbone.detection.evaluation.expected import (
+    UnexpectedResults,
+    check_expectations,
+    check_results,
+)
 from resnet_backbone.detection.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.detection.run_folder import (
     check_folder,
@@ -145,6 +149,7 @@ def set_up(args: argparse.Namespace):
     if args.seed_run is not None:
         cfg.OUTPUT_DIR, cfg.SEED = seed_folder(cfg.OUTPUT_DIR, args.seed_run), args.seed_run
         args.resume = True
+        cfg.TEST.EXPECTED_RESULTS = []  # of one seed, which must not keep the others from running
     own = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     if args.eval_only and not args.weights and "MODEL.WEIGHTS" not in given:
         cfg.MODEL.WEIGHTS = own if os.path.isfile(own) else cfg.MODEL.WEIGHTS
@@ -259,9 +264,10 @@ def evaluate(cfg) -> None:
     model = Trainer.build_model(cfg)
     load_detector(cfg, model)
     results = Trainer.test(cfg, model)
-    if comm.is_main_process() and results:
-        write_results(cfg, results, Trainer.speed, iterations=None)
-        check_results(cfg, results)
+    if comm.is_main_process():
+        if results:
+            write_results(cfg, results, Trainer.speed, iterations=None)
+        check_results(cfg, results or {})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -275,12 +281,22 @@ def run(args: argparse.Namespace) -> None:
         train(cfg, args.resume)
 
 
-def run_seeds(args: argparse.Namespace, output: str) -> None:
+def run_seeds(args: argparse.Namespace, cfg) -> None:
     if args.eval_only or "SEED" in args.opts[::2]:
         raise UsageError("--seeds trains, with the seeds that it names: no --eval-only, no SEED")
     if "WORLD_SIZE" in os.environ or args.num_machines > 1:
         raise UsageError("--seeds starts processes on one machine, by --num-gpus: no torchrun")
-    train_seeds(__file__, args.arguments, read_seeds(args.seeds), output)
+    check_expectations(cfg)
+    seeds, output = read_seeds(args.seeds), args.output_dir or cfg.OUTPUT_DIR
+    train_seeds(__file__, args.arguments, seeds, output)
+    wrong = []
+    for seed in seeds:
+        try:
+            check_results(cfg, saved_results(seed_folder(output, seed)))
+        except UnexpectedResults as error:
+            wrong.append(f"seed {seed}: {error}")
+    if wrong:
+        raise UnexpectedResults("; ".join(wrong))
 
 
 @one_line_errors
@@ -289,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(args.config_file, args.opts)
     launch = plan_launch(args, cfg.MODEL.DEVICE)
     if args.seeds and args.seed_run is None:
-        run_seeds(args, args.output_dir or cfg.OUTPUT_DIR)
+        run_seeds(args, cfg)
     else:
         run_processes(launch, run, args)
 

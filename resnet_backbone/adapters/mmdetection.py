@@ -153,7 +153,7 @@ def _take_defaults(options: dict, dilations: Sequence[int]) -> None:
     strides = tuple(2 if index and rate == 1 else 1 for index, rate in enumerate(dilations))
     for name, expected in {"strides": strides, **DEFAULTS}.items():
         value = options.pop(name, expected)
-        value = tuple(value) if isinstance(expected, tuple) else value
+        value = tuple(value) if isinstance(value, list) else value
         if value != expected:
             reason = f" with dilations {tuple(dilations)}" if name == "strides" else ""
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY
-from detectron2.modeling.poolers import convert_boxes_to_pooler_format
+from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from resnet_backbone.detection.backbones import in_memory_format, resnet_options
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.pooling import with_stride
 from resnet_backbone.detection.regions import for_regions, projections_on_map
-from resnet_backbone.models.layers import init_he
+from resnet_backbone.models.layers import init_he, is_watched
 from resnet_backbone.models.resnet import (
     DEPTHS,
     BottleneckBlock,
@@ -72,12 +72,15 @@ class PaperRes5ROIHeads(Res5ROIHeads):
 
     def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
         """Maps (N, C, H, W) and the boxes of N images -> res5 of R regions, (R, C', h, w)."""
+        if type(self.pooler) is not ROIPooler or is_watched(self.pooler):
+            return self.res5(self.pooler(features, boxes))
         pool, res5 = self.pooler.level_poolers[0], self.res5
         maps, regions = features[0], convert_boxes_to_pooler_format(boxes)
-        projections = projections_on_map(res5, pool, maps, len(regions))
+        projections = projections_on_map(res5, pool, maps, regions.shape[0])
         if projections is not None:
             maps, res5 = projections.of_map(maps), projections.stage_of
-        if torch.is_grad_enabled() or len(regions) <= self.REGIONS_AT_ONCE:
+        is_graph = torch.jit.is_tracing() or torch.compiler.is_compiling()  # of any number
+        if torch.is_grad_enabled() or is_graph or len(regions) <= self.REGIONS_AT_ONCE:
             return res5(pool(maps, regions))
         return torch.cat([res5(pool(maps, part)) for part in regions.split(self.REGIONS_AT_ONCE)])
 

@@ -28,6 +28,7 @@ from resnet_backbone.signals import EXIT_STOPPED, STOP_SIGNALS, handled
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = 60.0  # seconds that processes have to end once one of them has
+INTERRUPTED = 5.0  # the same after a second Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,12 @@ def _join(url: str, uses_gpus: bool, **place: int) -> None:
 
 def _watch(processes: list) -> int:
     """Waits for all, ends them when one fails; the exit status of the first that failed."""
+    interrupts = 0
 
     def forward(number: int, frame: Any) -> None:
-        # Ctrl-C has reached them by itself, and a second one would interrupt them at once
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        # a terminal's Ctrl-C has reached them by itself, a second one interrupts them at once
         for process in processes:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
@@ -212,9 +216,11 @@ def _watch(processes: list) -> int:
             if failed and not status:
                 # a process that was ended by a signal has a negative code
                 status = failed[0] if failed[0] > 0 else 128 - failed[0]
-                deadline = time.monotonic() + PATIENCE
+                deadline = min(deadline, time.monotonic() + PATIENCE)
                 if status != EXIT_STOPPED:
                     forward(signal.SIGTERM, None)
+            if interrupts > 1:
+                deadline = min(deadline, time.monotonic() + INTERRUPTED)
             if time.monotonic() > deadline:
                 for process in alive:
                     process.kill()

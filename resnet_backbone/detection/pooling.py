@@ -94,8 +94,8 @@ class RegionAlign(ROIAlign):
 class StridedPool(nn.Module):
     """Pools regions and keeps every ``stride``-th bin in each direction.
 
-    Maps of half precision are pooled in single precision: torchvision's kernels need the precision
-    of the regions, and convert it by themselves under a GPU's autocast alone.
+    Maps of half precision are pooled in single precision: torchvision's kernels need one precision
+    for maps and regions, and see to it by themselves under a GPU's autocast alone.
     """
 
     def __init__(self, pool: nn.Module, stride: int):
@@ -104,7 +104,8 @@ class StridedPool(nn.Module):
         self.stride = stride
 
     def forward(self, features: Tensor, regions: Tensor) -> Tensor:
-        bins = self.pool(features.to(regions.dtype), regions)
+        precision = torch.promote_types(features.dtype, regions.dtype)
+        bins = self.pool(features.to(precision), regions.to(precision))
         return bins[:, :, :: self.stride, :: self.stride].to(features.dtype)
 
 

@@ -49,6 +49,9 @@ def for_regions(stage: nn.Module) -> nn.Module:
     return stage
 
 
+CONVOLUTIONS = (ConvNorm, ConvNormAct, RegionConvNorm, RegionConvNormAct)
+
+
 class Projections(NamedTuple):
     """A stage of bottlenecks whose first 1x1 convolutions are computed on the map, not on regions.
 
@@ -83,7 +86,9 @@ def projections_on_map(
     outside of the map count as zero. 1,000 regions of an 800x1216 image have 13 times as many bins
     as its map has cells.
     """
-    if not (isinstance(pool, RegionAlign) and pool.sums_rows(maps)) or is_watched(stage):
+    if not (isinstance(pool, RegionAlign) and pool.sums_rows(maps)):
+        return None
+    if is_watched(stage) or is_watched(pool):
         return None
     if regions * pool.bins <= maps[:, 0].numel():
         return None
@@ -92,7 +97,7 @@ def projections_on_map(
         return None
     convs = block.conv1, block.shortcut
     for conv in convs:
-        if not isinstance(conv, ConvNorm) or conv.stride != (1, 1) or is_watched(conv):
+        if type(conv) not in CONVOLUTIONS or conv.stride != (1, 1) or is_watched(conv):
             return None
         if not conv.can_fold():
             return None

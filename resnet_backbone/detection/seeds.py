@@ -16,7 +16,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from tabulate import tabulate
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.files import write_json
+from resnet_backbone.files import alone, write_json
 from resnet_backbone.signals import EXIT_STOPPED, run_child
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,16 @@ def train_seeds(script: str, arguments: Sequence[str], seeds: Sequence[int], out
     Raises:
         SystemExit: with the status of a run that did not end well; the others' folders stay, and
             the same command goes on.
+        BlockingIOError: another process trains seeds in this folder.
     """
-    for number, seed in enumerate(seeds, 1):
-        print(f"seed {seed} ({number} of {len(seeds)}): {seed_folder(output, seed)}", flush=True)
-        command = [sys.executable, script, *arguments, "--seed-run", str(seed)]
-        status, stop = run_child(command)
-        if status or stop:  # a run may end well before it takes notice of a signal
-            raise SystemExit(status or EXIT_STOPPED)
+    with alone(output) as lock:
+        for number, seed in enumerate(seeds, 1):
+            place = f"{number} of {len(seeds)}"
+            print(f"seed {seed} ({place}): {seed_folder(output, seed)}", flush=True)
+            command = [sys.executable, script, *arguments, "--seed-run", str(seed)]
+            status, stop = run_child(command, pass_fds=(lock,))
+            if status or stop:  # a run may end well before it takes notice of a signal
+                raise SystemExit(status or EXIT_STOPPED)
     results = {seed: _read_results(seed_folder(output, seed)) for seed in seeds}
     summary = summarize(results)
     path = os.path.join(output, SUMMARY)

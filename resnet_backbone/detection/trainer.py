@@ -137,8 +137,8 @@ class Trainer(DefaultTrainer):
         Trainer.watching, Trainer.speed = self.stop, None
         self.iter = self.start_iter
         with keep_members(), EventStorage(self.start_iter) as self.storage:
-            self.before_train()
             try:
+                self.before_train()
                 self._finish_resumed_iteration()
                 while self.iter + 1 < self.max_iter and not self.evaluation.has_ended:
                     self.iter += 1

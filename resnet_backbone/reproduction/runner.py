@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from resnet_backbone.files import write_json
+from resnet_backbone.files import alone, write_json
 from resnet_backbone.reproduction.plan import PlanError
 from resnet_backbone.reproduction.steps import Step
 from resnet_backbone.signals import EXIT_STOPPED, run_child
@@ -43,10 +41,11 @@ class Runner:
             0, or the exit status of the command that ended otherwise: 75 where it was stopped.
 
         Raises:
-            PlanError: a step of another stage is needed and not done, another process works in
-                the same folder, a command did not leave its product.
+            PlanError: a step of another stage is needed and not done, a command did not leave its
+                product.
+            BlockingIOError: another process works in the same folder.
         """
-        with self._alone() as lock:
+        with alone(self.output) as lock:
             for number, step in enumerate(steps, 1):
                 if step.stage not in stages or is_done(step):
                     continue
@@ -84,19 +83,6 @@ class Runner:
         write_json(step.folder / DONE, content, indent=1)
         logger.info("-- %s: %.0f s", step.name, content["seconds"])
         return EXIT_STOPPED if stop else 0
-
-    @contextmanager
-    def _alone(self) -> Iterator[int]:
-        self.output.mkdir(parents=True, exist_ok=True)
-        with open(self.output / ".lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise PlanError(
-                    f"another process works in {self.output}: wait for it, or choose another "
-                    "--output"
-                ) from None
-            yield file.fileno()
 
 
 def run_command(words: Sequence[str], root: Path, lock: int) -> tuple[int, bool]:

@@ -210,9 +210,8 @@ def test_the_papers_own_weights(make_cfg, data_root):
         (["MODEL.WEIGHTS", "x.pth"], "error: --weights "),
     ],
 )
-def test_one_line_before_any_work(train_net, write, tmp_path, arguments, message):
-    options = ["--output-dir", str(tmp_path / "run"), "--weights", write(), *arguments]
-    code, lines = train_net(QUICKSTART, *options)
+def test_one_line_before_any_work(train, write, tmp_path, arguments, message):
+    code, lines = train(tmp_path / "run", write(), *arguments)
     assert code == 2 and message in lines[-1]
     assert not (tmp_path / "run").exists()
 

@@ -152,6 +152,42 @@ def test_c4_head_equals_detectron2(make_cfg, randomise, depth, kind):
     torch.testing.assert_close(maps, expected, rtol=1e-9, atol=1e-9)
 
 
+def boxes_in_a_map(count):
+    corners = torch.rand(count, 2) * 60
+    return torch.cat([corners, corners + 5 + 60 * torch.rand(count, 2)], 1)
+
+
+def test_c4_head_that_is_traced_takes_any_number_of_regions(make_cfg):
+    head = build_c4_head(make_cfg(C4)).eval()
+    head.REGIONS_AT_ONCE = 3
+
+    class Call(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = head
+
+        def forward(self, features, boxes):
+            return self.head._shared_roi_transform([features], [Boxes(boxes)])
+
+    features = torch.rand(1, 256, 6, 8)
+    with torch.no_grad():
+        traced = torch.jit.trace(Call(), (features, boxes_in_a_map(8)), check_trace=False)
+        for count in (2, 8, 13):
+            boxes = boxes_in_a_map(count)
+            expected = head.res5(head.pooler([features], [Boxes(boxes)]))
+            torch.testing.assert_close(traced(features, boxes), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_c4_head_calls_a_pooler_with_hooks(make_cfg):
+    head, seen = build_c4_head(make_cfg(C4)).eval(), []
+    head.pooler.register_forward_hook(lambda module, inputs, bins: seen.append(bins))
+    features, boxes = torch.rand(1, 256, 6, 8), Boxes(boxes_in_a_map(5))
+    with torch.no_grad():
+        found = head._shared_roi_transform([features], [boxes])
+        assert [bins.shape for bins in seen] == [(5, 256, 14, 14)]
+        torch.testing.assert_close(found, head.res5(seen[0]))
+
+
 @pytest.mark.parametrize("file", [C4, DC5])
 def test_resnet18_detector_trains(make_cfg, images, file):
     keys = dict(MODEL__ROI_BOX_HEAD__FC_DIM=16, MODEL__BACKBONE__FREEZE_AT=0)

@@ -1,11 +1,13 @@
 """Several processes: by Detectron2's options, by torchrun, on two hosts; on CPUs."""
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
+from resnet_backbone.detection import launch
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.launch import Launch, add_launch_arguments, plan_launch
 from resnet_backbone.signals import EXIT_STOPPED
@@ -66,6 +69,36 @@ def test_torchrun_and_own_processes(monkeypatch):
         plan()
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert plan().world == 1
+
+
+def stubborn(ready):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.set()
+    time.sleep(30)
+
+
+def test_a_second_interrupt_ends_processes_that_no_terminal_reaches(monkeypatch):
+    monkeypatch.setattr(launch, "INTERRUPTED", 0.1)
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=stubborn, args=(ready,))
+    process.start()
+    alive, former = [], signal.getsignal(signal.SIGINT)
+
+    def interrupt():
+        ready.wait()
+        while signal.getsignal(signal.SIGINT) is former:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2)
+        alive.append(process.is_alive())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert launch._watch([process]) == 128 + signal.SIGKILL
+    thread.join()
+    assert alive == [True]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
+from torchvision.ops import roi_pool
 
 from resnet_backbone.detection.pooling import RegionAlign, with_fast_poolers, with_stride
 
@@ -120,6 +121,14 @@ def test_a_detectors_poolers_become_fast(make_cfg, small):
     assert [type(level) for level in pooler.level_poolers] == [RegionAlign] * 4
     torch.testing.assert_close(pooler(features, boxes), expected, rtol=1e-5, atol=1e-5)
     assert with_fast_poolers(model).roi_heads.box_pooler.level_poolers == pooler.level_poolers
+
+
+def test_double_precision_maps_are_pooled_by_roi_pool():
+    features = torch.randn(1, 4, 12, 16, dtype=torch.float64)
+    corners = torch.tensor([[3.0, 4, 60, 70], [100, 20, 250, 180]])
+    expected = roi_pool(features, [corners.double()], 7, SCALE)
+    found = with_stride(ROIPooler(7, (SCALE,), 0, "ROIPool"))([features], [Boxes(corners)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_half_precision_maps_are_pooled_by_roi_pool():

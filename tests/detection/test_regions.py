@@ -151,7 +151,7 @@ def test_projections_only_where_they_are_the_same_and_pay():
     assert not chosen(trained)  # with gradients, its affine parameters learn as they are
     basic = for_regions(resnet_stage(18, 3, in_channels=64, norm="FrozenBN")[0])
     assert not chosen(basic)
-    for module in (frozen, frozen[0], frozen[0].conv1, frozen[0].shortcut.norm):
+    for module in (POOL, frozen, frozen[0], frozen[0].conv1, frozen[0].shortcut.norm):
         handle = module.register_forward_hook(lambda *_: None)
         assert not chosen(frozen)
         handle.remove()

@@ -1,5 +1,6 @@
 """--seeds: runs of several seeds, their mean and spread."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,8 +19,10 @@ from resnet_backbone.detection.seeds import (
     summarize,
     train_seeds,
 )
+from resnet_backbone.files import alone
 from resnet_backbone.signals import EXIT_STOPPED
 
+import runs  # isort: skip
 from runs import arguments, read_results, start, write_pictures  # isort: skip
 
 
@@ -71,6 +74,39 @@ def test_a_signal_ends_the_run_and_starts_no_other(tmp_path, status):
         train_seeds(str(tmp_path / "tool.py"), words, [4, 5], str(tmp_path / "output"))
     thread.join()
     assert ended.value.code == EXIT_STOPPED and not (tmp_path / "5").exists()
+
+
+def test_expectations_are_looked_at_when_all_seeds_are_done(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("train_net", runs.TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    expected, values = "[['bbox', 'AP50', 50.0, 1.0]]", {1: 20.0, 2: 50.5, 3: 80.0}
+
+    def train(script, words, seeds, output):
+        assert seeds == list(values)
+        for seed, value in values.items():
+            folder = tmp_path / f"seed_{seed}"
+            folder.mkdir(exist_ok=True)
+            content = {"results": {"bbox": {"AP50": value}}}
+            (folder / "results.json").write_text(json.dumps(content))
+
+    monkeypatch.setattr(tool, "train_seeds", train)
+    words = arguments(tmp_path, tmp_path, "--seeds", "1", "2", "3", TEST__EXPECTED_RESULTS=expected)
+    del words[words.index("SEED") : words.index("SEED") + 2]
+    with pytest.raises(SystemExit) as ended:
+        tool.main(words)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 1 and "seed 2" not in said
+    for seed, value in ((1, 20), (3, 80)):
+        text = f"seed {seed}: TEST.EXPECTED_RESULTS: bbox/AP50 is {value}, expected 50 +- 1"
+        assert text in said
+    values |= {1: 49.5, 3: 50.0}
+    tool.main(words)
+
+
+def test_two_commands_do_not_train_in_one_folder(tmp_path):
+    with alone(tmp_path), pytest.raises(BlockingIOError, match="another process works in"):
+        train_seeds("never.py", [], [1], str(tmp_path))
 
 
 @pytest.mark.slow

@@ -126,6 +126,8 @@ def test_results_that_are_not_as_expected(trained, train_net, tiny_voc, tmp_path
     assert read_results(folder)["iterations"] == 1
     log = (folder / "log.txt").read_text()
     assert log.count("Starting training") == 1 and log.count("the run has ended") == 1
+    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, "--seed-run", "4", **keys))
+    assert code == 0, lines  # whoever started the runs of all seeds looks at them
 
 
 def test_eval_only_with_the_saved_config(trained, train_net, tiny_voc, tmp_path):

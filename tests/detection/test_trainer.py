@@ -163,6 +163,23 @@ def test_hooks_see_what_they_see_in_detectron2(cfg, tmp_path):
         assert mine == reference
 
 
+class Broken(HookBase):
+    def before_train(self):
+        raise ValueError("no room on the disk")
+
+
+def test_hooks_see_the_end_of_a_training_that_did_not_start(cfg, tmp_path):
+    seen = []
+    for kind in (Ours, Theirs):
+        trainer = make(kind, cfg, tmp_path / kind.__name__)
+        trainer.register_hooks([Broken()])
+        with pytest.raises(ValueError, match="no room"):
+            trainer.train()
+        seen.append(trainer.events)
+    assert seen[0] == seen[1] == [("before_train", 0, 5), ("after_train", 0, 0)]
+    assert Trainer.watching is None
+
+
 def test_after_an_early_stop_hooks_see_the_iterations_that_are_done(cfg, tmp_path):
     keys = dict(RESNET_BACKBONE__BEST_METRIC="bbox/AP50", RESNET_BACKBONE__EARLY_STOP=1)
     trainer = make(Ours, cfg, tmp_path / "run", SOLVER__MAX_ITER=20, **keys)
