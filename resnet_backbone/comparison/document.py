@@ -19,6 +19,7 @@ from resnet_backbone.comparison.evidence import (
     load_all,
 )
 from resnet_backbone.comparison.misses import RULE, SCORE, find_misses, select_misses
+from resnet_backbone.comparison.runs import with_defaults
 from resnet_backbone.comparison.sheet import Pair, Section, make_sheet
 from resnet_backbone.detection.evaluation.voc_ap import CURVE_IOU
 from resnet_backbone.report.detection_plots import (
@@ -121,7 +122,7 @@ def write_detection_report(
             different test sets.
     """
     output = Path(output)
-    groups = group_runs(load_detector_runs(folders))
+    groups = group_runs(with_defaults(load_detector_runs(folders)))
     gains = find_gains(groups)
     tables = [load_rows(Path(file)) for file in rows_files]
     improved = [rows for rows in tables if len(rows) > 1]  # one row is a measurement of time

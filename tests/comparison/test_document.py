@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from resnet_backbone.comparison import document, sheet
@@ -72,6 +73,20 @@ def test_report(tool, runs, tmp_path):
     assert "`python tools/train_net.py --voc-root VOC2007 --test-set test SEED 2`" in text
     assert str(tmp_path) not in text
     assert "Seconds per image: not measured for VGG-16-FPN, R-50-FPN." in text
+
+
+def test_runs_of_an_earlier_version_have_its_defaults(quick, tool, make_run, tmp_path):
+    """A key that came later does not part them, unless a later run has another value."""
+    runs = [make_run("r50", seed) for seed in (1, 2, 3)]
+    for run, value in zip(runs[1:], (1, 8), strict=True):
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert "ACCUMULATE" not in config["RESNET_BACKBONE"]
+        config["RESNET_BACKBONE"]["ACCUMULATE"] = value
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert report(tool, map(str, runs), tmp_path / "r.md") == 0
+    text = (tmp_path / "r.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| R-50-FPN ")]
+    assert [row[2] for row in rows[:2]] == ["1, 2", "3"]
 
 
 def test_seconds_and_rows(quick, tool, make_run, tmp_path):

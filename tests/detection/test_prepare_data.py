@@ -443,7 +443,8 @@ def test_json_files_of_ones_own(run, coco, tmp_path):
     "arguments, message",
     [
         (["voc", "nowhere"], "has no folder in VOC layout"),
-        (["coco", "nowhere"], "has annotations/"),
+        (["coco", "nowhere"], "there is no folder nowhere: name that of COCO"),
+        (["coco", "."], "has annotations/"),
         (["coco", "--coco-json", "a.json"], "belong together"),
         (["voc", "--coco-json", "a.json", "--image-root", "b"], "is for 'coco'"),
         (["coco", "--coco-json", "a", "b", "c", "--image-root", "x", "y"], "one for each file"),

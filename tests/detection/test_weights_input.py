@@ -22,6 +22,15 @@ OURS = Preprocessing("RGB", 255.0, (130.0, 121.5, 110.0), (60.0, 61.0, 62.5), so
 MODE = "RESNET_BACKBONE.WEIGHTS_INPUT"
 
 
+@pytest.fixture
+def where(tmp_path):
+    """Options for a VOC folder whose one image is missing, which shows when data are read."""
+    (tmp_path / "VOC2007" / "Annotations").mkdir(parents=True)
+    (tmp_path / "VOC2007" / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "VOC2007" / "ImageSets" / "Main" / "train.txt").write_text("missing\n")
+    return ["--voc-root", tmp_path / "VOC2007", "--train-set", "train", "--test-set", "train"]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -36,25 +45,23 @@ MODE = "RESNET_BACKBONE.WEIGHTS_INPUT"
     ],
 )
 def test_model_weights_are_checked_before_data_are_read(
-    train_net, write, tmp_path, arguments, message
+    train_net, write, where, tmp_path, arguments, message
 ):
     expected = Preprocessing("RGB", 255.0, (130.0, 121.5, 110.0), (30.0, 30.0, 30.0))
     weights = ["MODEL.WEIGHTS", write(expected=expected), "--output-dir", tmp_path / "run"]
-    where = ["--voc-root", "/nowhere", "--train-set", "train", "--test-set", "test"]
     code, lines = train_net(QUICKSTART, *where, *weights, *arguments)
     assert code == 2 and message in lines[-1] and lines[-1].startswith("error: ")
     assert not (tmp_path / "run").exists()
 
 
-def test_the_line_to_write_is_right(train_net, write, tmp_path):
+def test_the_line_to_write_is_right(train_net, write, where, tmp_path):
     """What the error says, pasted into a shell, is accepted."""
-    where = ["--voc-root", "/nowhere", "--train-set", "train", "--test-set", "test"]
     weights = ["MODEL.WEIGHTS", write(), "--output-dir", tmp_path / "run"]
     _, lines = train_net(QUICKSTART, *where, *weights)
     mend = shlex.split(lines[-1].partition("; set ")[2])
     assert mend[::2] == ["INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"]
     _, lines = train_net(QUICKSTART, *where, *weights, *mend)
-    assert "/nowhere" in lines[-1]
+    assert "VOC2007" in lines[-1] and "set " not in lines[-1]
 
 
 def test_set_by_the_config(make_cfg, write):
