@@ -11,6 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
+from PIL import UnidentifiedImageError
 from torch import nn
 
 from resnet_backbone.detection.config import UsageError
@@ -91,10 +92,10 @@ def read_bgr(path: Path) -> np.ndarray:
     """
     try:
         return np.ascontiguousarray(read_image(str(path), format="BGR"))
+    except UnidentifiedImageError as error:  # its message names Pillow's own file object
+        raise UnreadableError(f"{path}: cannot be read (no image that Pillow knows)") from error
     except Exception as error:  # Pillow's decoders raise nearly anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "<_io." in reason:  # Pillow names its own file object
-            reason = "no image that Pillow knows"
         raise UnreadableError(f"{path}: cannot be read ({reason})") from error
 
 
