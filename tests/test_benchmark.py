@@ -239,6 +239,14 @@ def test_detectors_beside_detectron2(tmp_path, capsys, arch):
     assert "s/image" in capsys.readouterr().out
 
 
+def test_losses_are_compared_by_their_ratio():
+    pytest.importorskip("detectron2")
+    from resnet_backbone.benchmark.detect import losses_differ
+
+    found = losses_differ({"a": 1.5, "b": 0.0, "c": 0.1}, {"a": -2.0, "b": 0.0, "c": 0.0})
+    assert found == {"a": 1.75, "b": 0.0, "c": float("inf")}
+
+
 def test_detections_are_compared_by_class_and_place():
     pytest.importorskip("detectron2")
     from detectron2.structures import Boxes, Instances

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -99,8 +100,12 @@ def build_passes(
 
 
 def losses_differ(found: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
-    """Relative difference of each loss from the reference's."""
-    return {name: abs(found[name] - value) / abs(value) for name, value in expected.items()}
+    """Relative difference of each loss from the reference's; infinite where that alone is 0."""
+
+    def relative(difference: float, value: float) -> float:
+        return difference / value if value else math.inf if difference else 0.0
+
+    return {n: relative(abs(found[n] - value), abs(value)) for n, value in expected.items()}
 
 
 def measure_memory(setting: Setting, kind: str, name: str) -> dict[str, float]:

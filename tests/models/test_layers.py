@@ -258,6 +258,21 @@ def test_a_frozen_norm_that_must_be_called_is(kind):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_frozen_norm_whose_gradients_are_watched_is_called(kind, everywhere):
+    conv, seen = ConvNorm(3, 6, 3, norm=random_frozen_norm), []
+    if everywhere:
+        register = getattr(nn.modules.module, f"register_module_{kind}")
+    else:
+        register = getattr(conv.norm, f"register_{kind}")
+    handle = register(lambda module, *args: seen.append(module) if module is conv.norm else None)
+    for _ in range(2):
+        conv(torch.randn(2, 3, 7, 7, requires_grad=True)).sum().backward()
+        handle.remove()
+    assert seen == [conv.norm]
+
+
 def test_a_norm_in_the_weights_that_the_network_has_not():
     source, target = build_model("cifar_resnet8"), build_model("cifar_resnet8", norm="")
     for strict in (True, False):
