@@ -59,12 +59,15 @@ def test_statuses_of_a_child_that_nobody_stopped(code, status):
 )
 def test_signals_are_passed_on(tmp_path, sent, received):
     """The child is out of reach of the terminal, which would signal it a second time."""
-    before = signal.getsignal(sent)
-    thread = signalled(tmp_path / "child", sent)
-    assert run_child(python(WAIT, tmp_path / "child")) == (received, True)
-    thread.join()
-    pid, session = (tmp_path / "child").read_text().split()
-    assert pid == session and signal.getsignal(sent) == before
+    before = signal.signal(sent, signal.default_int_handler)  # nohup's tests ignore SIGHUP
+    try:
+        thread = signalled(tmp_path / "child", sent)
+        assert run_child(python(WAIT, tmp_path / "child")) == (received, True)
+        thread.join()
+        pid, session = (tmp_path / "child").read_text().split()
+        assert pid == session and signal.getsignal(sent) == signal.default_int_handler
+    finally:
+        signal.signal(sent, before)
 
 
 def test_under_nohup_the_terminal_may_go():

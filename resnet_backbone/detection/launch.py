@@ -212,10 +212,7 @@ def _watch(processes: list) -> int:
     with handled(STOP_SIGNALS, forward):
         while alive := [process for process in processes if process.is_alive()]:
             wait([process.sentinel for process in alive], timeout=1.0)
-            failed = [code for process in processes if (code := process.exitcode)]
-            if failed and not status:
-                # a process that was ended by a signal has a negative code
-                status = failed[0] if failed[0] > 0 else 128 - failed[0]
+            if not status and (status := _first_failure(processes)):
                 deadline = min(deadline, time.monotonic() + PATIENCE)
                 if status != EXIT_STOPPED:
                     forward(signal.SIGTERM, None)
@@ -224,7 +221,13 @@ def _watch(processes: list) -> int:
             if time.monotonic() > deadline:
                 for process in alive:
                     process.kill()
-    return status or next((code for process in processes if (code := process.exitcode)), 0)
+    return status or _first_failure(processes)
+
+
+def _first_failure(processes: list) -> int:
+    """Exit status of the first process that failed, 0 for none."""
+    code = next((code for process in processes if (code := process.exitcode)), 0)
+    return code if code >= 0 else 128 - code  # it was ended by a signal
 
 
 def _free_port() -> int:

@@ -101,6 +101,18 @@ def test_a_second_interrupt_ends_processes_that_no_terminal_reaches(monkeypatch)
     assert alive == [True]
 
 
+@pytest.mark.parametrize("end, status", [((0, 3, 5), 3), ((0, -9, 5), 137), ((0, 0, 0), 0)])
+def test_status_of_processes_that_ended_before_they_were_looked_at(end, status):
+    class Ended:
+        def __init__(self, exitcode):
+            self.exitcode = exitcode
+
+        def is_alive(self):
+            return False
+
+    assert launch._watch([Ended(code) for code in end]) == status
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures") / "VOC2007", count=7)
