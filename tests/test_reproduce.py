@@ -75,6 +75,15 @@ def test_weights_flow_from_stage_to_stage(options):
     assert "train.recompute_bn=False" in steps["pretrain_ResNet-18"].command
 
 
+def test_the_plans_note_stands_on_its_page(options, tmp_path):
+    plan = read_plan(ROOT / "configs" / "reproduction" / "mini.yaml")
+    with_note, without = (build_steps(replace(plan, note=n), options)[-1] for n in ("As {x}.", ""))
+    place = with_note.command.index("--note")
+    assert with_note.words()[place + 1] == "As {x}."
+    assert with_note.command[:place] + with_note.command[place + 2 :] == without.command
+    assert "short" in plan.note
+
+
 def test_a_key_changes_with_what_a_step_depends_on_and_not_with_places(options, tmp_path):
     before = mini(options)
     assert not changed(before, mini(options, output=tmp_path / "elsewhere"))

@@ -65,6 +65,7 @@ class Plan:
         improvements: rows of tools/evaluate_detector.py on the last network; the others have the
             baseline, for its seconds per image.
         datasets: folders in $DETECTRON2_DATASETS that official data lie in.
+        note: a paragraph for the page with the results.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Plan:
     seeds: tuple[int, ...] = (1,)
     improvements: tuple[str, ...] = ("baseline",)
     datasets: tuple[str, ...] = ()
+    note: str = ""
 
 
 def read_plan(path: Path, seeds: Sequence[int] | None = None) -> Plan:

@@ -269,6 +269,8 @@ class _Builder:
             command += ["--run", str(step.folder)]
         for step in rows:
             command += ["--rows", str(step.path)]
+        if self.plan.note:
+            command += ["--note", self.plan.note]
         command += ["--output", "{here}/detection.md"]
         return self.step("report", "report", tuple(command), "detection.md", inputs=(*runs, *rows))
 
