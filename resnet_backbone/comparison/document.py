@@ -6,7 +6,7 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ from resnet_backbone.report.detection_table import (
     published_section,
     reductions,
     results_section,
+    short_name,
 )
 from resnet_backbone.report.detector_gain import Gain, describe_gain, find_gains
 from resnet_backbone.report.detector_provenance import (
@@ -56,7 +57,7 @@ from resnet_backbone.report.picture import save_png
 PAIRS, PAIRS_BACK = 6, 2  # objects shown that the ResNet finds, and the other way round
 BASELINE = "baseline"  # the row of a detector as it was trained
 PICTURES = ("gain_per_class.png", "precision_recall.png", "precision_recall_classes.png")
-PICTURES += ("errors.png", "losses.png", "accuracy_time.png", "misses_*.jpg")
+PICTURES += ("errors.png", "losses.png", "accuracy_time*.png", "misses_*.jpg")
 
 SPREAD = """\
 AP in percent: mean ± sample standard deviation over the seeds (one seed: no spread). Gains: \
@@ -129,7 +130,10 @@ def write_detection_report(
     report = Report(output.with_suffix("").name)
     _add_results(report, groups, gains, note)
     if improved:
-        report.add("## Improvements in testing", *map(improvements_section, improved), IMPROVEMENTS)
+        report.add("## Improvements in testing")
+        for rows in improved:
+            report.add(improvements_section(rows), _elsewhere(groups, rows[0]))
+        report.add(IMPROVEMENTS)
     _add_classes(report, groups, gains)
     try:
         truth, evidence = load_all(groups, voc_root)
@@ -213,11 +217,20 @@ def _add_losses(report: Report, groups: Sequence[DetectorGroup]) -> None:
         report.show("losses.png", figure, "training losses, a line for each run")
 
 
+def _elsewhere(groups: Sequence[DetectorGroup], row: Row) -> str:
+    """Says that a row was evaluated on other images than the runs; empty where it was not."""
+    if row.test in ((), tuple(groups[0].first.test)):
+        return ""
+    names = " and ".join(f"`{short_name(name)}`" for name in row.test)
+    return f"Measured on {names}: these numbers compare with each other, not with the runs' above."
+
+
 def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Row]) -> None:
     report.add("## Accuracy and time")
     points, colors, without, own = [], detector_colors(groups), [], []
     timed = [row for row in rows if row.seconds is not None]
-    plain = [row for row in timed if row.name == BASELINE]
+    here = [row for row in timed if not _elsewhere(groups, row)]
+    plain = [row for row in here if row.name == BASELINE]
     measured = {Path(row.run).resolve(): row.seconds for row in plain if row.run}
     for group in groups:
         seconds, values = group.seconds_per_image(measured), group.values("AP50")
@@ -229,8 +242,8 @@ def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Ro
             spread = statistics.stdev(values) if len(values) > 1 else None
             ap50, color = statistics.fmean(values), colors[group.label]
             points.append(Point(group.label, seconds, ap50, spread, color))
-    others = [row for row in timed if row not in plain]
-    points += [Point(row.name, row.seconds, row.numbers["AP50"]) for row in others]
+    labels = {run.folder.resolve(): group.label for group in groups for run in group.runs}
+    points += [_row_point(row, labels, colors) for row in here if row not in plain]
     if points:
         report.show("accuracy_time.png", plot_accuracy_and_time(points), "AP50 and seconds")
     if own:
@@ -239,6 +252,20 @@ def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Ro
         report.add(f"Seconds per image of {names}: the runs' own evaluations ({'; '.join(ways)}).")
     if without:
         report.add(f"Seconds per image: not measured for {', '.join(without)}.")
+    elsewhere = [row for row in timed if row not in here]
+    for place, test in enumerate(dict.fromkeys(row.test for row in elsewhere), 2):
+        found = [row for row in elsewhere if row.test == test]
+        points = [_row_point(row, labels, colors) for row in found]
+        report.add(_elsewhere(groups, found[0]))
+        name = f"accuracy_time_{place}.png"
+        report.show(name, plot_accuracy_and_time(points), "AP50 and seconds of these rows")
+
+
+def _row_point(row: Row, labels: Mapping[Path, str], colors: Mapping[str, str]) -> Point:
+    """A baseline has its run's label and colour."""
+    label = labels.get(Path(row.run).resolve()) if row.name == BASELINE else None
+    color = {"color": colors[label]} if label else {}
+    return Point(label or row.name, row.seconds, row.numbers["AP50"], **color)
 
 
 def _add_misses(report, groups, gains: Sequence[Gain], truth, evidence, reason, score) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from resnet_backbone.report.detector_gain import Difference, Gain, signed
 from resnet_backbone.report.detector_runs import ELEVEN_POINT, DetectorGroup, DetectorRun
 from resnet_backbone.report.published_detection import (
@@ -106,8 +108,12 @@ def data_text(group: DetectorGroup) -> str:
 
 def _dataset_text(run: DetectorRun, name: str) -> str:
     size = run.size_of(name)
-    short = name.partition(":")[2] or name  # "test:val" is the split val of --voc-root
-    return f"`{short}`" + (f" ({size[0]:,} images)" if size else "")
+    return f"`{short_name(name)}`" + (f" ({size[0]:,} images)" if size else "")
+
+
+def short_name(dataset: str) -> str:
+    """ "val" of "test:val", the split val of --voc-root."""
+    return dataset.partition(":")[2] or dataset
 
 
 def published_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
@@ -171,12 +177,20 @@ def _gain_rows(task: str, gains: Sequence[Gain]) -> list[list[str]]:
 
 
 class Row(NamedTuple):
-    """A row of tools/evaluate_detector.py: AP in percent, seconds per image if measured, run."""
+    """A row of tools/evaluate_detector.py.
+
+    Attributes:
+        numbers: AP in percent.
+        seconds: per image, if measured.
+        run: folder of the detector.
+        test: data sets that it was evaluated on; empty: not known.
+    """
 
     name: str
     numbers: dict[str, float]
     seconds: float | None
     run: str = ""
+    test: tuple[str, ...] = ()
 
 
 def load_rows(path: Path) -> list[Row]:
@@ -203,7 +217,16 @@ def _read_row(row: dict) -> Row:
     numbers = numbers.get("bbox", numbers)
     kept = {k: float(v) for k, v in numbers.items() if k in METRICS and v is not None}
     name = row.get("name") or row.get("row") or row.get("label") or ""
-    return Row(str(name), kept, row.get("seconds_per_image"), str(row.get("run", "")))
+    run, test = str(row.get("run", "")), _test_sets(row.get("config"))
+    return Row(str(name), kept, row.get("seconds_per_image"), run, test)
+
+
+def _test_sets(config: str | None) -> tuple[str, ...]:
+    """As a config's YAML has them; empty where they are not to be found."""
+    try:
+        return tuple(yaml.safe_load(config or "")["DATASETS"]["TEST"])
+    except (yaml.YAMLError, KeyError, TypeError):
+        return ()
 
 
 def improvements_section(rows: Sequence[Row]) -> str:
