@@ -227,15 +227,19 @@ def _elsewhere(groups: Sequence[DetectorGroup], row: Row) -> str:
 
 def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Row]) -> None:
     report.add("## Accuracy and time")
-    points, colors, without, own = [], detector_colors(groups), [], []
+    points, colors, without, own, others = [], detector_colors(groups), [], [], []
     timed = [row for row in rows if row.seconds is not None]
     here = [row for row in timed if not _elsewhere(groups, row)]
-    plain = [row for row in here if row.name == BASELINE]
-    measured = {Path(row.run).resolve(): row.seconds for row in plain if row.run}
+    elsewhere = [row for row in timed if row not in here]
+    measured, borrowed = (
+        {Path(row.run).resolve(): row.seconds for row in some if row.name == BASELINE and row.run}
+        for some in (here, elsewhere)
+    )
     for group in groups:
         seconds, values = group.seconds_per_image(measured), group.values("AP50")
         if seconds is None:
-            without.append(group.label)
+            seconds = group.seconds_per_image(borrowed)
+            (without if seconds is None else others).append(group.label)
         elif not any(run.folder.resolve() in measured for run in group.runs):
             own.append(group)
         if seconds is not None and values:
@@ -243,16 +247,17 @@ def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Ro
             ap50, color = statistics.fmean(values), colors[group.label]
             points.append(Point(group.label, seconds, ap50, spread, color))
     labels = {run.folder.resolve(): group.label for group in groups for run in group.runs}
-    points += [_row_point(row, labels, colors) for row in here if row not in plain]
+    points += [_row_point(row, labels, colors) for row in here if row.name != BASELINE]
     if points:
         report.show("accuracy_time.png", plot_accuracy_and_time(points), "AP50 and seconds")
     if own:
         names = ", ".join(group.label for group in own)
         ways = dict.fromkeys(timing(run) for group in own for run in group.runs)
         report.add(f"Seconds per image of {names}: the runs' own evaluations ({'; '.join(ways)}).")
+    if others:
+        report.add(f"Seconds per image of {', '.join(others)}: those of the rows on other images.")
     if without:
         report.add(f"Seconds per image: not measured for {', '.join(without)}.")
-    elsewhere = [row for row in timed if row not in here]
     for place, test in enumerate(dict.fromkeys(row.test for row in elsewhere), 2):
         found = [row for row in elsewhere if row.test == test]
         points = [_row_point(row, labels, colors) for row in found]

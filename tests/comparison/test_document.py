@@ -225,19 +225,21 @@ def test_rows_on_other_images_are_told_apart(quick, tool, make_run, tmp_path, mo
     monkeypatch.setattr(
         document, "plot_accuracy_and_time", lambda points: drawn.append(points) or plot(points)
     )
-    runs = [str(make_run(name, 1, seconds_per_image=0.5)) for name in ("r50", "vgg")]
+    runs = [str(make_run("r50", 1)), str(make_run("vgg", 1, seconds_per_image=0.5))]
     config = yaml.safe_dump({"DATASETS": {"TEST": ["test:few"]}})
     row = {"name": "baseline", "results": {"bbox": {"AP50": 20.0}}, "seconds_per_image": 0.7}
     row |= {"config": config, "run": runs[0]}
     refined = {**row, "name": "+refinement", "seconds_per_image": 0.9}
+    vgg = {**row, "run": runs[1], "seconds_per_image": 0.8}
     rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps({"rows": [row, refined]}))
+    rows.write_text(json.dumps({"rows": [row, refined, vgg]}))
     assert report(tool, runs, tmp_path / "r.md", "--rows", str(rows)) == 0
     assert [{point.label: point.seconds for point in points} for points in drawn] == [
-        {"VGG-16-FPN": 0.5, "R-50-FPN": 0.5},
-        {"R-50-FPN": 0.7, "+refinement": 0.9},
+        {"VGG-16-FPN": 0.5, "R-50-FPN": 0.7},
+        {"R-50-FPN": 0.7, "+refinement": 0.9, "VGG-16-FPN": 0.8},
     ]
     assert drawn[0][1].color == drawn[1][0].color
     text = (tmp_path / "r.md").read_text()
+    assert "Seconds per image of R-50-FPN: those of the rows on other images." in text
     assert text.count("Measured on `few`: these numbers compare with each other") == 2
     assert "(r/accuracy_time_2.png)" in text and (tmp_path / "r" / "accuracy_time_2.png").is_file()
