@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from resnet_backbone.report.curves import LOSS, smooth
 from resnet_backbone.report.detector_gain import Gain
@@ -224,20 +226,23 @@ class Point(NamedTuple):
 
 
 def plot_accuracy_and_time(points: Sequence[Point]) -> Figure:
-    """AP50 against seconds per image, each point named."""
+    """AP50 against seconds per image; logarithmic where times differ much."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
-    for point in points:
+    for point, marker in zip(points, cycle("osD^vP*X"), strict=False):
         error = None if point.spread is None else [point.spread]
-        axes.errorbar([point.seconds], [point.ap50], error, fmt="o", color=point.color, capsize=3)
-        axes.annotate(
-            point.label,
-            (point.seconds, point.ap50),
-            xytext=(6, 5),
-            textcoords="offset points",
-            fontsize="small",
-        )
-    axes.set_xlim(0, 1.25 * max(point.seconds for point in points))
+        place = ([point.seconds], [point.ap50], error)
+        axes.errorbar(*place, fmt=marker, color=point.color, capsize=3, label=point.label)
+    figure.legend(loc="outside right upper", fontsize="small")
+    times = [point.seconds for point in points]
+    if max(times) > 5 * min(times):
+        axes.set_xscale("log")
+        axes.set_xlim(min(times) / 1.5, 2.5 * max(times))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(0, 1.25 * max(times))
     axes.margins(y=0.2)
     axes.set_xlabel("seconds per image")
     axes.set_ylabel("AP50 (%)")

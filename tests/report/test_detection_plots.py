@@ -89,6 +89,18 @@ def test_losses(groups, make_detector):
 
 def test_accuracy_and_time():
     points = [Point("a", 0.5, 40.0, 1.0), Point("b", 2.0, 45.0)]
-    (axes,) = plot_accuracy_and_time(points).axes
-    assert [text.get_text() for text in axes.texts] == ["a", "b"]
+    figure = plot_accuracy_and_time(points)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     assert axes.get_xlim()[1] > 2.0
+
+
+def test_times_that_differ_much_are_on_a_logarithmic_axis():
+    points = [Point("slow", 9.6, 20.0), Point("fast", 0.45, 18.0)]
+    figure = plot_accuracy_and_time(points)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert axes.get_xscale() == "log" and low < 0.45 and high > 9.6
+    texts = [text.get_text() for text in axes.get_xticklabels()]
+    assert {"0.5", "1", "2", "5", "10"} <= set(texts)
