@@ -66,11 +66,13 @@ def run_child(command: Sequence[str], **options: Any) -> tuple[int, bool]:
         Its exit status, 75 where it was stopped by a signal that was passed on and 128 + its
         number by another one, as in a shell; whether a signal was passed on.
     """
-    started, passed_on = [], []
+    process, passed_on, early = None, [], []
 
     def pass_on(number: int, frame: Any) -> None:
         passed_on.append(PASSED_ON[number])
-        for process in started:
+        if process is None:
+            early.append(PASSED_ON[number])
+        else:
             process.send_signal(PASSED_ON[number])
 
     numbers = set(PASSED_ON)
@@ -79,8 +81,7 @@ def run_child(command: Sequence[str], **options: Any) -> tuple[int, bool]:
     with handled(numbers, pass_on):
         # in a session of its own, else a terminal's Ctrl-C would reach it twice
         process = subprocess.Popen(command, start_new_session=True, **options)
-        started.append(process)
-        for number in [*passed_on]:  # since before it was started
+        for number in early:
             process.send_signal(number)
         status = process.wait()
     if status < 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from resnet_backbone.benchmark.memory import report_peak, run_fresh
-from resnet_backbone.benchmark.turns import randomize_norms
+from resnet_backbone.benchmark.turns import randomize_norms, relative_difference
 from resnet_backbone.deploy import optimize_for_inference
 from resnet_backbone.detection.measured import (
     GivenProposals,
@@ -100,12 +99,11 @@ def build_passes(
 
 
 def losses_differ(found: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
-    """Relative difference of each loss from the reference's; infinite where that alone is 0."""
-
-    def relative(difference: float, value: float) -> float:
-        return difference / value if value else math.inf if difference else 0.0
-
-    return {n: relative(abs(found[n] - value), abs(value)) for n, value in expected.items()}
+    """:func:`relative_difference` of each loss from the reference's."""
+    return {
+        name: relative_difference(torch.tensor(found[name]), torch.tensor(value))
+        for name, value in expected.items()
+    }
 
 
 def measure_memory(setting: Setting, kind: str, name: str) -> dict[str, float]:

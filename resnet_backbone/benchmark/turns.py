@@ -73,9 +73,13 @@ def waiter(device: torch.device) -> Callable[[], None]:
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest absolute difference, as a fraction of the largest expected magnitude."""
+    """The largest absolute difference, as a fraction of the largest expected magnitude.
+
+    0 where both are 0 everywhere, infinite where the expected one alone is.
+    """
     found, expected = found.float(), expected.float()
-    return float((found - expected).abs().max() / expected.abs().max())
+    difference = (found - expected).abs().max()
+    return float(difference / expected.abs().max()) if difference else 0.0
 
 
 @torch.no_grad()

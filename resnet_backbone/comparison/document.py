@@ -260,10 +260,9 @@ def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Ro
         report.add(f"Seconds per image: not measured for {', '.join(without)}.")
     for place, test in enumerate(dict.fromkeys(row.test for row in elsewhere), 2):
         found = [row for row in elsewhere if row.test == test]
-        points = [_row_point(row, labels, colors) for row in found]
+        figure = plot_accuracy_and_time([_row_point(row, labels, colors) for row in found])
         report.add(_elsewhere(groups, found[0]))
-        name = f"accuracy_time_{place}.png"
-        report.show(name, plot_accuracy_and_time(points), "AP50 and seconds of these rows")
+        report.show(f"accuracy_time_{place}.png", figure, "AP50 and seconds of these rows")
 
 
 def _row_point(row: Row, labels: Mapping[Path, str], colors: Mapping[str, str]) -> Point:

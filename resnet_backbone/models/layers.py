@@ -102,10 +102,11 @@ def build_activation(name: str, channels: int) -> nn.Module:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether some hook wants to see the module called."""
-    return any(
-        getattr(module, f"_{kind}_hooks") or getattr(hooks, f"_global_{kind}_hooks")
-        for kind in ("forward", "forward_pre", "backward", "backward_pre")
-    )
+    own = module._forward_hooks or module._forward_pre_hooks
+    own = own or module._backward_hooks or module._backward_pre_hooks
+    everywhere = hooks._global_forward_hooks or hooks._global_forward_pre_hooks
+    everywhere = everywhere or hooks._global_backward_hooks or hooks._global_backward_pre_hooks
+    return bool(own or everywhere)
 
 
 class ConvNorm(nn.Conv2d):

@@ -116,13 +116,18 @@ def test_a_baseline_alone_is_a_time_and_no_improvement(quick, tool, make_run, tm
     assert "(r/accuracy_time.png)" in text
 
 
-def test_seconds_of_the_runs_own_evaluations(quick, tool, make_run, tmp_path, monkeypatch):
-    """Where no row of tools/evaluate_detector.py has measured the run; it says on what."""
-    drawn = []
-    plot = document.plot_accuracy_and_time
+@pytest.fixture
+def drawn(monkeypatch) -> list[list]:
+    """The points of each picture of accuracy and time."""
+    pictures, plot = [], document.plot_accuracy_and_time
     monkeypatch.setattr(
-        document, "plot_accuracy_and_time", lambda points: drawn.extend(points) or plot(points)
+        document, "plot_accuracy_and_time", lambda points: pictures.append(points) or plot(points)
     )
+    return pictures
+
+
+def test_seconds_of_the_runs_own_evaluations(quick, drawn, tool, make_run, tmp_path):
+    """Where no row of tools/evaluate_detector.py has measured the run; it says on what."""
     own = dict(images_at_a_time=2, hardware={"device": "cpu", "cpu": "Some CPU", "threads": 1})
     runs = [
         str(make_run(name, seed, seconds_per_image=seconds, **own))
@@ -133,7 +138,8 @@ def test_seconds_of_the_runs_own_evaluations(quick, tool, make_run, tmp_path, mo
     rows.write_text(json.dumps({"rows": [{**row, "run": runs[2]}]}))
     output = tmp_path / "r.md"
     assert report(tool, runs, output, "--rows", str(rows)) == 0
-    seconds = {point.label: point.seconds for point in drawn}
+    (points,) = drawn
+    seconds = {point.label: point.seconds for point in points}
     assert seconds == {"R-50-FPN": pytest.approx(0.6), "VGG-16-FPN": 0.25}
     text = output.read_text()
     assert "Seconds per image of R-50-FPN: the runs' own evaluations (Some CPU" in text
@@ -219,12 +225,7 @@ def test_sheets_stay_small():
     assert Image.open(io.BytesIO(plain)).size == (1600, 1200)
 
 
-def test_rows_on_other_images_are_told_apart(quick, tool, make_run, tmp_path, monkeypatch):
-    drawn = []
-    plot = document.plot_accuracy_and_time
-    monkeypatch.setattr(
-        document, "plot_accuracy_and_time", lambda points: drawn.append(points) or plot(points)
-    )
+def test_rows_on_other_images_are_told_apart(quick, drawn, tool, make_run, tmp_path):
     runs = [str(make_run("r50", 1)), str(make_run("vgg", 1, seconds_per_image=0.5))]
     config = yaml.safe_dump({"DATASETS": {"TEST": ["test:few"]}})
     row = {"name": "baseline", "results": {"bbox": {"AP50": 20.0}}, "seconds_per_image": 0.7}
