@@ -43,6 +43,7 @@ class DataConfig:
     std: str = "one"  # one (the paper subtracts the mean only), channel, or imagenet
     mean_samples: int = 10000  # images that the mean of ImageNet-sized data is computed from
     augmentation: str = "paper"  # paper, inception, pad_crop (CIFAR), shift (no flip), none
+    padding: str = "mean"  # pad_crop, shift: mean (zero once it is subtracted) or black
     short_side: list[int] = field(default_factory=lambda: [256, 480])  # paper: range of the resize
     crop: int = 224  # training crop, pixels
     color_noise: str = "cuda_convnet"  # cuda_convnet, fb_resnet_torch (two scalings), none
@@ -145,6 +146,7 @@ CHOICES = {
     "data.mean": ("channel", "pixel", "imagenet"),
     "data.std": ("one", "channel", "imagenet"),
     "data.augmentation": ("paper", "inception", "pad_crop", "shift", "none"),
+    "data.padding": ("mean", "black"),
     "data.color_noise": ("cuda_convnet", "fb_resnet_torch", "none"),
     "optimizer.momentum_form": ("caffe", "pytorch"),
     "schedule.policy": ("steps", "plateau", "cosine"),

@@ -20,6 +20,7 @@ from resnet_backbone.weights.conversion import (
     fold_bn,
     to_bn_eps,
     to_dtype,
+    to_unit_responses,
     use_channel_means,
 )
 from resnet_backbone.weights.export import FORMATS, check_target, export_checkpoint
@@ -161,6 +162,11 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--value-range-to", type=float, choices=(1.0, 255.0))
     group.add_argument("--fold-std", action="store_true", help="std becomes 1 in the value range")
     group.add_argument("--fold-bn", action="store_true", help="batch norms become biases")
+    group.add_argument(
+        "--unit-responses",
+        action="store_true",
+        help="VGG without norms: every layer's responses to the pictures get standard deviation 1",
+    )
     group.add_argument("--bn-eps-to", type=float, metavar="EPS")
     group.add_argument("--dtype", choices=DTYPES, help="of kernels; vectors are fp32")
     group.add_argument(
@@ -303,9 +309,13 @@ def converted(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
 def run_convert(args: argparse.Namespace) -> int:
     check_target(args.out, args.to, args.overwrite)
     source = read(args.source, args)
+    samples = read_images(args, source)
     if args.accept_channel_means:
         source = use_channel_means(source)
         print("from here on with the channel means, which is not exactly the same")
+    if args.unit_responses:
+        source = to_unit_responses(source, samples.images)
+        print(f"every layer's responses have standard deviation 1 on {samples.text}")
     exported = export_checkpoint(
         converted(source, args),
         args.out,
@@ -319,7 +329,6 @@ def run_convert(args: argparse.Namespace) -> int:
         return 0
     written = exported.checkpoint
     back = read_checkpoint(args.out, written.preprocessing, written.model)
-    samples = read_images(args, source)
     comparison = compare(source, back, samples.images, TOLERANCES[args.dtype])
     report(comparison, samples, "source", str(args.out))
     return 0 if comparison.equal else 1

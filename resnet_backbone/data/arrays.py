@@ -22,9 +22,12 @@ class ArraySource:
         labels: int64 (N,).
         stream: which samples make up an iteration.
         class_names: one per class.
-        augmentation: "pad_crop" (the paper's CIFAR augmentation: 4 black pixels on each side, a
-            random crop of the image's size, horizontal flip), "shift" (the same without flip, for
-            digits) or "none".
+        augmentation: "pad_crop" (the paper's CIFAR augmentation: 4 pixels of padding on each side,
+            a random crop of the image's size, horizontal flip), "shift" (the same without flip,
+            for digits) or "none".
+        padding: pixels (3, H, W) or (3, 1, 1), RGB, 0..255, that a crop shows where it leaves the
+            image. With the training set's mean the padding is zero once the mean is subtracted, to
+            half a grey level, as in fb.resnet.torch. None: black.
         device: where the arrays lie and batches are made.
     """
 
@@ -36,6 +39,7 @@ class ArraySource:
         class_names: Sequence[str],
         *,
         augmentation: str = "pad_crop",
+        padding: Tensor | None = None,
         device: torch.device | str = "cpu",
     ):
         if augmentation not in ("pad_crop", "shift", "none"):
@@ -43,10 +47,11 @@ class ArraySource:
         self.stream, self.class_names = stream, tuple(class_names)
         self.augmentation, self.device = augmentation, torch.device(device)
         self.size = tuple(images.shape[2:])
-        pad = PAD if augmentation != "none" else 0
         # rows of whole pixels: a gather reads three bytes in a row and gives channels_last
-        padded = torch.nn.functional.pad(images, (pad,) * 4).permute(0, 2, 3, 1).contiguous()
-        self.padded = padded.to(self.device)
+        self.pixels = images.permute(0, 2, 3, 1).contiguous().to(self.device)
+        fill = torch.zeros(3, 1, 1) if padding is None else padding
+        fill = fill.round().to(torch.uint8).permute(1, 2, 0)
+        self.padding = fill.expand(*self.size, 3).to(self.device)
         self.labels = labels.to(self.device)
 
     @property
@@ -69,11 +74,15 @@ class ArraySource:
         indices = torch.from_numpy(self.stream.batch(iteration)[0])
         rows, columns = self._windows(iteration, len(indices))
         indices, rows, columns = (t.to(self.device) for t in (indices, rows, columns))
-        pixels = self.padded[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+        height, width = self.size
+        inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]
+        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+        pixels = self.pixels[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+        pixels = torch.where(inside[..., None], pixels, self.padding)
         return Batch(pixels.permute(0, 3, 1, 2), self.labels[indices])
 
     def _windows(self, iteration: int, count: int) -> tuple[Tensor, Tensor]:
-        """Rows (n, H) and columns (n, W) of each image's crop in its padded image."""
+        """Rows (n, H) and columns (n, W) of each image's crop; outside the image is padding."""
         height, width = self.size
         stream = self.stream
         rows = np.broadcast_to(np.arange(height), (count, height))
@@ -81,7 +90,7 @@ class ArraySource:
         if self.augmentation != "none":
             # drawn for the whole batch, so that any number of processes sees the same images
             rng = np.random.default_rng([stream.seed, AUGMENTATION, iteration])
-            top, left = rng.integers(0, 2 * PAD + 1, size=(2, stream.batch_size))
+            top, left = rng.integers(-PAD, PAD + 1, size=(2, stream.batch_size))
             flip = rng.random(stream.batch_size) < 0.5
             mine = slice(stream.rank * count, (stream.rank + 1) * count)
             rows = rows + top[mine, None]
@@ -89,6 +98,10 @@ class ArraySource:
                 columns = np.where(flip[mine, None], columns[:, ::-1], columns)
             columns = columns + left[mine, None]
         return torch.from_numpy(np.ascontiguousarray(rows)), torch.from_numpy(columns.copy())
+
+
+def _within(places: Tensor, size: int) -> Tensor:
+    return (places >= 0) & (places < size)
 
 
 def mean_image(images: Tensor) -> Tensor:

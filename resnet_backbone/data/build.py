@@ -99,18 +99,28 @@ def _arrays(config: Config, rank: int, world: int, device) -> ClassificationData
         tests, test_labels = read_digits(train=False)
     mean, std = channel_statistics(images)
     image = mean_image(images) if data.mean == "pixel" else None
+    preprocessing = preprocessing_from(data, mean, std, image, f"training set of {data.format}")
     source = ArraySource(
         images,
         labels,
         stream_of(config, len(labels), rank, world),
         names,
         augmentation=data.augmentation,
+        padding=_padding(data, preprocessing),
         device=device,
     )
     evaluation = EvaluationArrays(tests.to(device), test_labels)
-    where = f"training set of {data.format}"
-    preprocessing = preprocessing_from(data, mean, std, image, where)
     return ClassificationData(source, evaluation, preprocessing, tuple(names), tested_on)
+
+
+def _padding(data: DataConfig, preprocessing: Preprocessing) -> Tensor | None:
+    """Pixels (3, H, W), RGB, 0..255, around a training image: those that normalise to zero."""
+    if data.padding == "black":
+        return None
+    mean = preprocessing.mean_image
+    if mean is None:
+        mean = torch.tensor(preprocessing.mean)[:, None, None]
+    return mean.flip(0) if preprocessing.channel_order == "BGR" else mean
 
 
 def _synthetic(config: Config, rank: int, world: int, device) -> ClassificationData:

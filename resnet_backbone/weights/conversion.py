@@ -7,6 +7,7 @@ What is bit-exact, and what rounds:
 - std: a factor per input channel moves into the first convolution; one rounding to fp32 (none
   where the factors are powers of two);
 - batch norm folded into convolutions: computed in float64, one rounding to fp32;
+- unit responses: a factor per layer of a VGG; one rounding to fp32 each;
 - fp16 and bf16: rounding is the purpose; back to fp32 is bit-exact.
 
 What cannot be converted is an error: the stride's place is another function, and another mean
@@ -18,12 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from resnet_backbone.models.layers import ConvNormAct
 from resnet_backbone.weights.architecture import FIRST_KEYS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.inputs import InputNormalizer
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -208,6 +212,62 @@ def without_norm(model: ModelSpec) -> ModelSpec:
         options = {key: value for key, value in model.options.items() if key != "norm"}
         return replace(model, name=model.name.removesuffix("_bn"), options=options)
     return replace(model, options={**model.options, "norm": ""})
+
+
+def to_unit_responses(checkpoint: Checkpoint, images: Tensor) -> Checkpoint:
+    """A VGG without norms whose responses after each ReLU have a standard deviation of 1.
+
+    Layer l's kernel is multiplied by s(l-1) / s(l) and its bias by 1 / s(l), s being the standard
+    deviation before. A ReLU network is homogeneous: every stage's features are divided by one
+    number, and with fc6 in the checkpoint, which takes over the last one, the logits stay the same.
+    No accuracy is added, but steps of one size suit all layers (arXiv 1511.06856, section 3).
+
+    Args:
+        images: uint8 (N, 3, H, W), RGB; the standard deviations are taken over them.
+
+    Raises:
+        WeightsError: another network than a VGG without norms; a layer that never responds.
+    """
+    from resnet_backbone.weights.verify import build_network
+
+    if not checkpoint.model.name.startswith("vgg") or norm_layers(checkpoint.tensors):
+        raise WeightsError(
+            f"only a VGG without norms is rescaled, and this is {checkpoint.model.name}: norms "
+            "level the responses of the others"
+        )
+    scales = _response_scales(build_network(checkpoint), checkpoint.preprocessing, images)
+    tensors, before = dict(checkpoint.tensors), 1.0
+    for layer, scale in scales.items():
+        if not scale > 0:
+            raise WeightsError(f"{layer} responds to none of the images: give others, or more")
+        tensors[f"{layer}.weight"] = (tensors[f"{layer}.weight"].double() * before / scale).float()
+        tensors[f"{layer}.bias"] = (tensors[f"{layer}.bias"].double() / scale).float()
+        before = scale
+    if "fc6.weight" in tensors:
+        tensors["fc6.weight"] = (tensors["fc6.weight"].double() * before).float()
+    return replace(checkpoint, tensors=tensors)
+
+
+@torch.inference_mode()
+def _response_scales(network, preprocessing: Preprocessing, images: Tensor) -> dict[str, float]:
+    """Layer -> standard deviation of its output over the images, in the order of the layers."""
+    sums: dict[str, list[float]] = {}
+
+    def add(name, module, inputs, output):
+        count, first, second = sums.setdefault(name, [0, 0.0, 0.0])
+        values = output.double()
+        sums[name] = [count + values.numel(), first + values.sum(), second + (values**2).sum()]
+
+    for name, module in network.named_modules():
+        if isinstance(module, ConvNormAct):
+            module.register_forward_hook(partial(add, name))
+    normalize = InputNormalizer(preprocessing)
+    for image in images.split(1):
+        network(normalize(image))
+    return {
+        name: float((second / count - (first / count) ** 2).sqrt())
+        for name, (count, first, second) in sums.items()
+    }
 
 
 def to_bn_eps(checkpoint: Checkpoint, eps: float) -> Checkpoint:

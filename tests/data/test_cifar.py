@@ -2,18 +2,23 @@
 
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms import functional as F
 
+from resnet_backbone.config import load_config
 from resnet_backbone.data.arrays import PAD, ArraySource, channel_statistics, mean_image
 from resnet_backbone.data.batch import DataError
+from resnet_backbone.data.build import build_data
 from resnet_backbone.data.cifar import CLASS_NAMES, TEST_FILES, TRAIN_FILES, read_cifar10
 from resnet_backbone.data.stream import SampleStream
+from resnet_backbone.weights.inputs import InputNormalizer
 
 PER_FILE = 12
+BASE = Path(__file__).parents[2] / "configs/classification/cifar10/Base-CIFAR10.yaml"
 
 
 class Python2Pickler(pickle._Pickler):
@@ -110,10 +115,11 @@ def test_a_label_above_nine_is_no_cifar10(both_versions):
         read_cifar10(both_versions[0], train=False)
 
 
-def source(images, augmentation, batch_size=8, rank=0, world=1) -> ArraySource:
+def source(images, augmentation, batch_size=8, rank=0, world=1, padding=None) -> ArraySource:
     stream = SampleStream(len(images), batch_size, 7, rank, world)
+    labels = torch.arange(len(images))
     return ArraySource(
-        images, torch.arange(len(images)), stream, CLASS_NAMES, augmentation=augmentation
+        images, labels, stream, CLASS_NAMES, augmentation=augmentation, padding=padding
     )
 
 
@@ -146,6 +152,28 @@ def test_crops_are_torchvisions_pad_crop_flip(images, augmentation, flips):
     if flips:
         share = sum(flipped for _, flipped in found) / len(found)
         assert 0.3 < share < 0.7
+
+
+@pytest.mark.parametrize("mean", ["pixel", "channel"])
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_padding_is_zero_once_the_mean_is_subtracted(both_versions, mean, order):
+    """To half a grey level; black padding, which was the only one, is far from it."""
+    options = [f"data.root={both_versions[0]}", f"data.mean={mean}", f"data.channel_order={order}"]
+    options.append("train.batch_size=8")
+    for padding, largest in (("mean", 0.5), ("black", 255)):
+        config = load_config([BASE], [*options, f"data.padding={padding}"])
+        data = build_data(config, Path("."))
+        normalize = InputNormalizer(data.preprocessing)
+        outside = []
+        for iteration in range(20):
+            rows, columns = data.source._windows(iteration, 8)
+            lost = ((rows < 0) | (rows > 31))[:, :, None] | ((columns < 0) | (columns > 31))[
+                :, None
+            ]
+            pixels = normalize(data.source.batch(iteration).images).permute(0, 2, 3, 1)
+            outside.append(pixels[lost].abs())
+        assert 0 < torch.cat(outside).max() <= largest
+        assert padding == "mean" or torch.cat(outside).max() > 10
 
 
 def test_without_augmentation_images_stay(images):

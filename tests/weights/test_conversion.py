@@ -15,10 +15,12 @@ from resnet_backbone.weights.conversion import (
     fold_bn,
     to_bn_eps,
     to_dtype,
+    to_unit_responses,
     use_channel_means,
 )
 from resnet_backbone.weights.files import read_checkpoint
-from resnet_backbone.weights.verify import compare
+from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.verify import build_network, compare
 
 STDS = st.tuples(*[st.floats(0.1, 300)] * 3)
 SMALL = ("resnet18", "plain18", "cifar_resnet20")
@@ -179,6 +181,50 @@ def test_mean_image_follows(small, pictures):
     for step, after in every_conversion(before).items():
         assert relative(before, after, images) < 1e-5, step
     assert relative(use_channel_means(before), small, images) == 0
+
+
+@pytest.mark.data
+def test_unit_responses_of_the_released_vgg(vgg_convolutions, pictures):
+    """Standard deviation 1 after each layer; every stage is the old one divided by a number."""
+    after = to_unit_responses(vgg_convolutions, pictures)
+    assert stds(after, pictures) == pytest.approx([1.0] * 13, rel=1e-4)
+    assert max(stds(vgg_convolutions, pictures)) > 300
+    stages = ("conv1", "conv2", "conv3", "conv4", "conv5")
+    with torch.inference_mode():
+        old, new = (
+            build_network(checkpoint).forward_features(
+                InputNormalizer(checkpoint.preprocessing)(pictures), stages
+            )
+            for checkpoint in (vgg_convolutions, after)
+        )
+    for stage in stages:
+        ratio = (old[stage].std() / new[stage].std()).item()
+        torch.testing.assert_close(new[stage] * ratio, old[stage], rtol=1e-3, atol=1e-4 * ratio)
+
+
+def stds(checkpoint, pictures):
+    found = []
+    network = build_network(checkpoint)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda m, x, y: found.append(y.relu().std().item()))
+    with torch.inference_mode():
+        network(InputNormalizer(checkpoint.preprocessing)(pictures))
+    return found
+
+
+def test_unit_responses_keep_the_logits(random_checkpoint):
+    checkpoint = random_checkpoint("vgg11", "caffe_vgg")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    after = to_unit_responses(checkpoint, images)
+    assert not torch.equal(after.tensors["fc6.weight"], checkpoint.tensors["fc6.weight"])
+    assert relative(checkpoint, after, images) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["vgg11_bn", "resnet18"])
+def test_only_a_vgg_without_norms_gets_unit_responses(random_checkpoint, name):
+    with pytest.raises(WeightsError, match="norms level the responses"):
+        to_unit_responses(random_checkpoint(name), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 def test_folded_network_has_biases_and_no_norms(small):
