@@ -3,21 +3,21 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "resnet_backbone"
-# A module may import its own layer and lower ones: tools -> these -> weights -> models -> torch.
-RANK = {"files": 0, "signals": 0, "models": 0, "weights": 1, "builtin": 1, "config": 2, "": 2}
-RANK |= dict.fromkeys(("detection", "adapters", "engine", "data", "report"), 2)
-RANK["deploy"] = 1
-RANK["reproduction"] = 2
-RANK |= {"classification": 3, "benchmark": 3}  # where data and engine meet, and all together
-RANK["comparison"] = 3  # where detection and report meet
-STRANGERS = {"detection", "data", "engine"}  # these do not import one another
+# A folder may import those of its own rank and of lower ones:
+# cli -> {classification, detection, adapters, report} -> {fast, runtime, weights} -> models.
+RANK = {"models": 0, "weights": 1, "fast": 1, "runtime": 1, "": 1}
+RANK |= dict.fromkeys(("classification", "detection", "adapters", "report"), 2) | {"cli": 3}
+STRANGERS = {"classification", "detection"}  # these do not import one another
+LARGEST_FOLDER = 15  # files
 SOURCES = sorted(path for top in (PACKAGE, "tools", "tests") for path in (ROOT / top).rglob("*.py"))
 IN_PACKAGE = [path for path in SOURCES if path.relative_to(ROOT).parts[0] == PACKAGE]
 
@@ -82,20 +82,76 @@ def test_detectron2_stays_in_detection(path):
 
 @every_module
 def test_nothing_imports_upward(path):
-    upward = {layer for layer in layers_imported(path) if RANK[layer] > RANK.get(layer_of(path), 2)}
-    assert not upward, "tools -> {detection, ...} -> weights -> models -> torch"
+    upward = {layer for layer in layers_imported(path) if RANK[layer] > RANK[layer_of(path)]}
+    assert not upward, "cli -> {detection, ...} -> {fast, runtime, weights} -> models"
 
 
 @every_module
 def test_every_part_has_a_layer(path):
-    assert layer_of(path) in RANK, "give the new folder or module its place in RANK"
+    assert layer_of(path) in RANK, "give the new folder its place in RANK"
 
 
 @every_module
-def test_detection_data_and_engine_are_strangers(path):
+def test_classification_and_detection_are_strangers(path):
     own = layer_of(path)
     if own in STRANGERS:
         assert not layers_imported(path) & (STRANGERS - {own})
+
+
+def test_no_circles():
+    """Imports inside functions counted; a package's __init__ stands for what it imports."""
+    names = {module_name(path): path for path in IN_PACKAGE}
+    graph = {}
+    for name, path in names.items():
+        graph[name] = {found for found in map(partial(nearest, names), imported_names(path))}
+        graph[name] -= {None, name}
+    circles = [part for part in components(graph) if len(part) > 1]
+    assert not circles, "modules that import one another"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def nearest(names, dotted: str) -> str | None:
+    """The module that an imported name is, or lies in."""
+    while dotted and dotted not in names:
+        dotted = dotted.rpartition(".")[0]
+    return dotted or None
+
+
+def components(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Strongly connected parts of a graph."""
+
+    def reached(start: str) -> set[str]:
+        found, left = set(), [start]
+        while left:
+            for name in graph[left.pop()] - found:
+                found.add(name)
+                left.append(name)
+        return found
+
+    reach = {name: reached(name) for name in graph}
+    parts = {frozenset({a} | {b for b in reach[a] if a in reach[b]}) for a in graph}
+    return [set(part) for part in parts]
+
+
+def test_a_circle_is_seen():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert sorted(map(sorted, components(graph))) == [["a", "b", "c"], ["d"]]
+
+
+def test_folders_are_small():
+    counts = Counter(path.parent for path in IN_PACKAGE)
+    too_large = {str(folder): n for folder, n in counts.items() if n > LARGEST_FOLDER}
+    assert not too_large
+
+
+@every_module
+def test_imports_are_absolute(path):
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    assert not [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level]
 
 
 @every_module

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from resnet_backbone import files
+from resnet_backbone.runtime import files
 
 
 @pytest.fixture

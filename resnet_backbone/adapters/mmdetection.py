@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_backbone.models import ResNet, build_model
 from resnet_backbone.weights import Preprocessing, WeightsError, read_checkpoint
-from resnet_backbone.weights.loading import check_architecture, check_settings, load_tensors
+from resnet_backbone.weights.load import check_architecture, check_settings, load_tensors
 from resnet_backbone.weights.preprocessing import same_mean, same_std
 
 STAGES = ("res2", "res3", "res4", "res5")

@@ -12,8 +12,8 @@ from resnet_backbone.weights import (
     get_preprocessing,
     read_checkpoint,
 )
-from resnet_backbone.weights.conversion import convert_input
-from resnet_backbone.weights.loading import check_architecture, load_tensors
+from resnet_backbone.weights.convert import convert_input
+from resnet_backbone.weights.load import check_architecture, load_tensors
 
 
 def rgb_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> Checkpoint:

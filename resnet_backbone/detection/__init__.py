@@ -9,13 +9,13 @@ except ImportError as error:
         "or run bash tools/setup_env.sh; the networks alone (resnet_backbone.models) work without"
     ) from error
 
-from resnet_backbone.detection.backbones import PaperResNet, PaperVGG
-from resnet_backbone.detection.checkpoint import Checkpointer
+from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
+from resnet_backbone.detection.checkpoint.handover import take_over
 from resnet_backbone.detection.config import add_resnet_backbone_config
-from resnet_backbone.detection.handover import take_over
-from resnet_backbone.detection.heads import PaperRes5ROIHeads, VGGBoxHead
-from resnet_backbone.detection.improvements import improve, with_global_context
-from resnet_backbone.detection.projects import DeepLabResNet
+from resnet_backbone.detection.inference import improve, with_global_context
+from resnet_backbone.detection.modeling.backbones import PaperResNet, PaperVGG
+from resnet_backbone.detection.modeling.heads import PaperRes5ROIHeads, VGGBoxHead
+from resnet_backbone.detection.modeling.projects import DeepLabResNet
 
 
 def setup_environment() -> None:

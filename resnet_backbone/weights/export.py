@@ -18,7 +18,7 @@ from torch import Tensor
 
 from resnet_backbone.weights.architecture import deepest_stage
 from resnet_backbone.weights.checkpoint import Checkpoint
-from resnet_backbone.weights.conversion import convert_input, use_channel_means
+from resnet_backbone.weights.convert import convert_input, use_channel_means
 from resnet_backbone.weights.export_configs import hugging_face_configs, timm_config
 from resnet_backbone.weights.export_files import (
     json_bytes,

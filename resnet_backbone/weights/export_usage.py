@@ -31,7 +31,7 @@ def _ours(checkpoint: Checkpoint, path: Path) -> list[str]:
     return [
         "from resnet_backbone.weights import read_checkpoint",
         "from resnet_backbone.weights.inputs import InputNormalizer",
-        "from resnet_backbone.weights.verify import build_network",
+        "from resnet_backbone.weights.compare import build_network",
         f'checkpoint = read_checkpoint("{path}")',
         "network = build_network(checkpoint)",
         "normalize = InputNormalizer(checkpoint.preprocessing)  # of RGB bytes (N, 3, H, W)",

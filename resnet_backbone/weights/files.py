@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.weights.checkpoint import Checkpoint, Origin
 from resnet_backbone.weights.export_files import write_file
-from resnet_backbone.weights.loading import (
+from resnet_backbone.weights.load import (
     check_architecture,
     check_settings,
     describe_model,

@@ -30,7 +30,7 @@ def sample_images(size: int) -> Samples:
         size: side in pixels.
     """
     try:
-        from resnet_backbone.builtin import load_photograph
+        from resnet_backbone.runtime.builtin import load_photograph
 
         squares = [np.array(_square(load_photograph(name), size)) for name in PHOTOGRAPHS]
     except ImportError:

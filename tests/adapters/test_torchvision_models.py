@@ -16,7 +16,7 @@ from resnet_backbone.adapters.torchvision_models import (
     deeplabv3,
     fpn_backbone,
 )
-from resnet_backbone.deploy import InferenceNetwork, optimize_for_inference
+from resnet_backbone.fast import InferenceNetwork, optimize_for_inference
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import WeightsError, get_preprocessing, load_weights
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from resnet_backbone.comparison import document, sheet
+from resnet_backbone.report import document, sheet
 
 PROJECT = Path(__file__).resolve().parents[2]
 PICTURES = {
@@ -26,9 +26,7 @@ PICTURES = {
 @pytest.fixture(scope="session")
 def tool():
     """The module tools/report.py."""
-    spec = importlib.util.spec_from_file_location("report_tool", PROJECT / "tools" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("resnet_backbone.cli.report")
     return module
 
 

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from resnet_backbone.comparison.evidence import (
+from resnet_backbone.report.detector_runs import load_detector_run
+from resnet_backbone.report.evidence import (
     NoEvidence,
     interpolated_precision,
     load_evidence,
     load_truth,
 )
-from resnet_backbone.comparison.misses import find_misses, object_scores, select_misses
-from resnet_backbone.report.detector_runs import load_detector_run
+from resnet_backbone.report.misses import find_misses, object_scores, select_misses
 
 
 def load(folder):

@@ -178,9 +178,7 @@ def train_net(capsys):
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.utils.logger import setup_logger
 
-    spec = importlib.util.spec_from_file_location("train_net", PROJECT / "tools" / "train_net.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = importlib.import_module("resnet_backbone.cli.train_net")
     before = set(DatasetCatalog.list())
 
     def run(config, *arguments):

@@ -84,9 +84,7 @@ class Forked:
             os.dup2(file, 1)
             os.dup2(file, 2)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-            spec = importlib.util.spec_from_file_location("train_net", TOOL)
-            tool = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(tool)
+            tool = importlib.import_module("resnet_backbone.cli.train_net")
             torch.set_num_threads(1)
             tool.main(words)
             code = 0

@@ -9,7 +9,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from resnet_backbone.detection import Checkpointer
-from resnet_backbone.detection.checkpoint import describe_input, find_network, load_backbone
+from resnet_backbone.detection.checkpoint.checkpointer import (
+    describe_input,
+    find_network,
+    load_backbone,
+)
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import (
     PREPROCESSINGS,

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.detection.cli import (
+from resnet_backbone.detection.engine.command_line import (
     UsageError,
     load_config,
     one_line_errors,
@@ -161,7 +161,8 @@ def test_cheap_mistakes_are_found_before_weights_are_fetched(
 ):
     fetched = []
     monkeypatch.setattr(
-        "resnet_backbone.detection.handover.prepare_weights", lambda *a, **k: fetched.append(a)
+        "resnet_backbone.detection.checkpoint.handover.prepare_weights",
+        lambda *a, **k: fetched.append(a),
     )
     words = [word.format(voc=tiny_voc) for word in words]
     weights = ["--weights", "detectron2://ImageNetPretrained/MSRA/R-18.pkl"]

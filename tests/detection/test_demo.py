@@ -15,10 +15,10 @@ import torch  # noqa: E402
 from detectron2.engine import DefaultPredictor  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from resnet_backbone.detection.cli import UsageError, load_config  # noqa: E402
-from resnet_backbone.detection.predictor import Predictor, read_video  # noqa: E402
-from resnet_backbone.detection.trainer import Trainer  # noqa: E402
-from resnet_backbone.detection.visualize import video_writer  # noqa: E402
+from resnet_backbone.detection.engine.command_line import UsageError, load_config  # noqa: E402
+from resnet_backbone.detection.engine.trainer import Trainer  # noqa: E402
+from resnet_backbone.detection.inference.predictor import Predictor, read_video  # noqa: E402
+from resnet_backbone.detection.inference.visualize import video_writer  # noqa: E402
 from resnet_backbone.weights import WeightsError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,9 +33,7 @@ TINY = [
 
 
 def load_tool():
-    spec = importlib.util.spec_from_file_location("demo", ROOT / "tools" / "demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("resnet_backbone.cli.demo")
     return module
 
 

@@ -13,8 +13,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from resnet_backbone.detection import Checkpointer
-from resnet_backbone.detection.files import open_detector_file, open_weights
-from resnet_backbone.detection.predictor import load_detector
+from resnet_backbone.detection.checkpoint.files import open_detector_file, open_weights
+from resnet_backbone.detection.inference.predictor import load_detector
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError, save_weights
 

@@ -14,8 +14,8 @@ import cv2
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from resnet_backbone.detection import Checkpointer
-from resnet_backbone.detection.predictor import Predictor
-from resnet_backbone.detection.trainer import Trainer
+from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.detection.inference.predictor import Predictor
 
 PROJECT = Path(__file__).resolve().parents[2]
 CHEAP = dict(
@@ -53,10 +53,7 @@ def make_run(make_cfg, tmp_path):
 @pytest.fixture
 def tool(capsys, tiny_voc):
     """Function (argument...) -> exit status, lines of stdout and of stderr."""
-    path = PROJECT / "tools" / "evaluate_detector.py"
-    spec = importlib.util.spec_from_file_location("evaluate_detector", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("resnet_backbone.cli.evaluate_detector")
     before = set(DatasetCatalog.list())
 
     def run(*arguments):
@@ -125,7 +122,7 @@ def test_all_rows(make_run, tool, tiny_voc, tmp_path):
 
 def check_detections(found, config, voc, folder):
     """What was evaluated is what a Predictor finds with the row's config."""
-    from resnet_backbone.detection.cli import load_config
+    from resnet_backbone.detection.engine.command_line import load_config
 
     (folder / "row.yaml").write_text(config)
     predictor = Predictor(load_config(str(folder / "row.yaml"), []))

@@ -19,16 +19,14 @@ from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from torch import nn
 
 from resnet_backbone import optimize_for_inference
-from resnet_backbone.benchmark.turns import randomize_norms
-from resnet_backbone.deploy import InferenceNetwork
-from resnet_backbone.deploy.export import Mismatch
-from resnet_backbone.detection import export
+from resnet_backbone.cli.benchmark.interleaved import randomize_norms
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.inference import export
+from resnet_backbone.fast import InferenceNetwork
+from resnet_backbone.fast.export import Mismatch
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "export.py"
-spec = importlib.util.spec_from_file_location("export_tool", TOOL)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = importlib.import_module("resnet_backbone.cli.export")
 
 FPN, C4 = "coco/faster_rcnn_R_50_FPN.yaml", "coco/faster_rcnn_R_50_C4.yaml"
 LAST = torch.channels_last

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("detectron2")
 
+from resnet_backbone.detection.checkpoint.handover import take_over
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.handover import take_over
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError, save_weights
 from resnet_backbone.weights.files import METADATA_KEY, MODEL_KEY

@@ -17,7 +17,7 @@ from detectron2.utils.events import EventStorage
 from torchvision.ops import RoIPool
 
 from resnet_backbone.detection import PaperRes5ROIHeads, VGGBoxHead
-from resnet_backbone.detection.checkpoint import load_backbone
+from resnet_backbone.detection.checkpoint.checkpointer import load_backbone
 from resnet_backbone.models import BasicBlock, BottleneckBlock
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError, save_weights

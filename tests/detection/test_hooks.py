@@ -13,15 +13,15 @@ pytest.importorskip("detectron2")
 
 from detectron2.utils.events import EventStorage
 
-from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.hooks import Checkpoints, Evaluation, Metrics, MetricsFile
-from resnet_backbone.detection.saving import (
+from resnet_backbone.detection.checkpoint.saving import (
     AtomicWriter,
     find_last_checkpoint,
     refuse_not_finite,
 )
-from resnet_backbone.detection.signals import StopRequest, Watched
-from resnet_backbone.signals import Stopped
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.engine.hooks import Checkpoints, Evaluation, Metrics, MetricsFile
+from resnet_backbone.detection.engine.signals import StopRequest, Watched
+from resnet_backbone.runtime.signals import Stopped
 
 
 class Saved:
@@ -206,7 +206,9 @@ def test_metrics_of_a_run_in_two_halves(tmp_path):
 
 def test_other_processes_write_no_metrics(tmp_path, monkeypatch):
     """Also where a subclass's build_writers gives writers to each process, as Detectron2's may."""
-    monkeypatch.setattr("resnet_backbone.detection.hooks.comm.is_main_process", lambda: False)
+    monkeypatch.setattr(
+        "resnet_backbone.detection.engine.hooks.comm.is_main_process", lambda: False
+    )
     write_metrics(tmp_path / "metrics.json", 0, 20)
     assert not (tmp_path / "metrics.json").exists()
 

@@ -14,11 +14,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from PIL import Image
 
-from resnet_backbone.detection import improve, improvements, with_global_context
+from resnet_backbone.detection import improve, with_global_context
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.improvements import ImprovedDetector, Member, Switches
-from resnet_backbone.detection.testing import AutocastModel, for_testing
-from resnet_backbone.detection.trainer import Trainer
+from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.detection.inference import ImprovedDetector, Member, Switches, member
+from resnet_backbone.detection.inference.testing import AutocastModel, for_testing
 
 FAMILIES = {
     "C4": dict(file="voc/faster_rcnn_R_18_C4.yaml"),
@@ -43,7 +43,7 @@ built = {}
 @pytest.fixture
 def detector(make_cfg, monkeypatch):
     """Function (family, seed, KEY=value...) -> config and model whose scores and boxes differ."""
-    monkeypatch.setattr(improvements.member, "CANONICAL_AREA", AREA)
+    monkeypatch.setattr(member, "CANONICAL_AREA", AREA)
     monkeypatch.setattr(by_hand, "AREA", AREA)
 
     def make(family, seed=0, **keys):

@@ -11,13 +11,13 @@ from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection import Checkpointer, with_global_context
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.export import SingleImageDetector, export_torchscript
-from resnet_backbone.detection.improvements.context import (
+from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.detection.inference.export import SingleImageDetector, export_torchscript
+from resnet_backbone.detection.modeling.context import (
     add_whole_image,
     join_context,
     region_features,
 )
-from resnet_backbone.detection.trainer import Trainer
 from resnet_backbone.weights import WeightsError
 
 FAMILIES = {

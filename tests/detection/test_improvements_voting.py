@@ -10,9 +10,9 @@ pytest.importorskip("detectron2")
 import by_hand
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
 
-from resnet_backbone.detection.improvements import select_detections, soft_nms, vote_boxes
-from resnet_backbone.detection.improvements.detector import best_boxes
-from resnet_backbone.detection.improvements.member import choose_scales, mirror
+from resnet_backbone.detection.inference import select_detections, soft_nms, vote_boxes
+from resnet_backbone.detection.inference.detector import best_boxes
+from resnet_backbone.detection.inference.member import choose_scales, mirror
 
 SIZE = (50, 60)
 numbers = st.integers(0, 6)

@@ -20,10 +20,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_backbone.detection import Checkpointer, take_over
+from resnet_backbone.detection.checkpoint.handover import prepare_weights
+from resnet_backbone.detection.checkpoint.inputs import config_input, differences, origin_input
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.handover import prepare_weights
-from resnet_backbone.detection.inputs import config_input, differences, origin_input
-from resnet_backbone.detection.predictor import Predictor
+from resnet_backbone.detection.inference.predictor import Predictor
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec

@@ -15,10 +15,10 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.detection import launch
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.launch import Launch, add_launch_arguments, plan_launch
-from resnet_backbone.signals import EXIT_STOPPED
+from resnet_backbone.detection.engine import launch
+from resnet_backbone.detection.engine.launch import Launch, add_launch_arguments, plan_launch
+from resnet_backbone.runtime.signals import EXIT_STOPPED
 
 from runs import arguments, reached, read_results, rows, start, write_pictures  # isort: skip
 

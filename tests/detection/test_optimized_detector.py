@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from resnet_backbone import optimize_for_inference
-from resnet_backbone.deploy import InferenceNetwork
+from resnet_backbone.fast import InferenceNetwork
 
 FILES = {name: f"voc/faster_rcnn_{name}.yaml" for name in ("R_18_FPN", "R_18_C4", "VGG_16")}
 CHEAP = dict(MODEL__RPN__POST_NMS_TOPK_TEST=20, MODEL__ROI_BOX_HEAD__FC_DIM=16)

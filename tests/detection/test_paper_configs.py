@@ -16,8 +16,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torchvision.ops import RoIPool
 
-from resnet_backbone.detection.data_arguments import _adopt
-from resnet_backbone.detection.schedule import scale_schedule
+from resnet_backbone.detection.data.arguments import _adopt
+from resnet_backbone.detection.engine.schedule import scale_schedule
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detection" / "paper"
 NAMES = sorted(path.name for path in FOLDER.glob("*.yaml") if not path.name.startswith("Base"))

@@ -11,7 +11,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torchvision.ops import roi_pool
 
-from resnet_backbone.detection.pooling import RegionAlign, with_fast_poolers, with_stride
+from resnet_backbone.detection.modeling.poolers import RegionAlign, with_fast_poolers, with_stride
 
 SCALE = 1 / 16
 MAP = (2, 5, 11, 17)

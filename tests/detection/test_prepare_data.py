@@ -15,7 +15,7 @@ pytest.importorskip("detectron2")
 
 from PIL import Image
 
-from resnet_backbone.detection.data import official, unpack
+from resnet_backbone.detection.data.preparation import official, unpack
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
 TRAINVAL, TEST = "VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar"
@@ -23,9 +23,7 @@ DOG = [("dog", (1, 1, 20, 30)), ("cat", (5, 5, 30, 35), 1)]
 
 
 def load():
-    spec = importlib.util.spec_from_file_location("prepare_data", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("resnet_backbone.cli.prepare_data")
     return module
 
 
@@ -114,7 +112,7 @@ def voc(tmp_path, declare, monkeypatch):
         ("VOC2007", "trainval"): official.Counts(3, 3, 3),
         ("VOC2007", "test"): official.Counts(2, 2, 2),
     }
-    monkeypatch.setattr("resnet_backbone.detection.data.trees.COUNTS", counts)
+    monkeypatch.setattr("resnet_backbone.detection.data.preparation.trees.COUNTS", counts)
     folder = tmp_path / "archives"
     folder.mkdir()
     ids = {
@@ -338,7 +336,7 @@ def coco(tmp_path, declare, monkeypatch):
         ("coco", "instances_val2017"): official.Counts(1, 1),
         ("coco", "image_info_test-dev2017"): official.Counts(1),
     }
-    monkeypatch.setattr("resnet_backbone.detection.data.trees.COUNTS", counts)
+    monkeypatch.setattr("resnet_backbone.detection.data.preparation.trees.COUNTS", counts)
     folder = tmp_path / "archives"
     folder.mkdir()
     ids = {"train2017": (1, 2), "val2017": (3,), "test2017": (4, 5)}

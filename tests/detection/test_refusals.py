@@ -9,10 +9,10 @@ from torchvision.models import resnet18
 
 from resnet_backbone.detection import Checkpointer
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.data.arguments import set_up_data
 from resnet_backbone.detection.data.coco import register_coco
-from resnet_backbone.detection.data_arguments import set_up_data
-from resnet_backbone.detection.predictor import load_detector
-from resnet_backbone.detection.trainer import TolerantMapper, Trainer
+from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
+from resnet_backbone.detection.inference.predictor import load_detector
 from resnet_backbone.models import ResNet
 from resnet_backbone.weights import WeightsError
 

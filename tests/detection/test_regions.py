@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("detectron2")
 
 from resnet_backbone import optimize_for_inference
-from resnet_backbone.detection.pooling import RegionAlign, StridedPool
-from resnet_backbone.detection.regions import (
+from resnet_backbone.detection.modeling.poolers import RegionAlign, StridedPool
+from resnet_backbone.detection.modeling.regions import (
     RegionConvNorm,
     RegionConvNormAct,
     for_regions,

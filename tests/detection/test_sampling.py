@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.sampling import (
+from resnet_backbone.detection.data.sampling import (
     AugmentedImages,
     BatchPlan,
     ImageStream,
@@ -192,7 +192,7 @@ def test_proposals_that_are_not_named(make_cfg, registered):
 
 
 def test_workers_and_cores(make_cfg, monkeypatch):
-    from resnet_backbone.detection import sampling
+    from resnet_backbone.detection.data import sampling
 
     monkeypatch.setattr(sampling, "available_cores", lambda: 3)
     for workers, wanted in ((4, 3), (2, 2), (0, 0)):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from resnet_backbone.detection import add_resnet_backbone_config
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.schedule import (
+from resnet_backbone.detection.engine.schedule import (
     check_early_stop,
     check_training,
     describe_schedule,

@@ -13,16 +13,15 @@ import pytest
 pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.seeds import (
+from resnet_backbone.detection.engine.seeds import (
     format_summary,
     read_seeds,
     summarize,
     train_seeds,
 )
-from resnet_backbone.files import alone
-from resnet_backbone.signals import EXIT_STOPPED
+from resnet_backbone.runtime.files import alone
+from resnet_backbone.runtime.signals import EXIT_STOPPED
 
-import runs  # isort: skip
 from runs import arguments, read_results, start, write_pictures  # isort: skip
 
 
@@ -77,12 +76,10 @@ def test_a_signal_ends_the_run_and_starts_no_other(tmp_path, status):
 
 
 def test_expectations_are_looked_at_when_all_seeds_are_done(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("train_net", runs.TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = importlib.import_module("resnet_backbone.cli.train_net")
     expected, values = "[['bbox', 'AP50', 50.0, 1.0]]", {1: 20.0, 2: 50.5, 3: 80.0}
 
-    def train(script, words, seeds, output):
+    def train(module, words, seeds, output):
         assert seeds == list(values)
         for seed, value in values.items():
             folder = tmp_path / f"seed_{seed}"
@@ -123,9 +120,9 @@ def test_two_seeds(tmp_path):
     output, code = run()
     assert code == 0, output[-3000:]
     summary = json.loads((folder / "seeds.json").read_text())
-    runs = [read_results(folder / f"seed_{seed}") for seed in (1, 2)]
-    assert [one["seed"] for one in runs] == summary["seeds"] == [1, 2]
-    values = [one["results"]["bbox"]["AP50"] for one in runs]
+    results = [read_results(folder / f"seed_{seed}") for seed in (1, 2)]
+    assert [one["seed"] for one in results] == summary["seeds"] == [1, 2]
+    values = [one["results"]["bbox"]["AP50"] for one in results]
     found = summary["results"]["bbox/AP50"]
     assert found["values"] == values
     assert found["mean"] == pytest.approx(statistics.mean(values))

@@ -18,6 +18,7 @@ pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be importe
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
+from resnet_backbone.detection.data.label_arguments import register_label_paths  # noqa: E402
 from resnet_backbone.detection.data.panoptic import (  # noqa: E402
     IGNORE,
     decode_ids,
@@ -36,7 +37,6 @@ from resnet_backbone.detection.evaluation.panoptic import (  # noqa: E402
     match_segments,
     panoptic_quality,
 )
-from resnet_backbone.detection.segmentation import register_label_paths  # noqa: E402
 
 
 @pytest.fixture

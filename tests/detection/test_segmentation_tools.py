@@ -15,9 +15,9 @@ pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be importe
 import torch  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
-from resnet_backbone.detection.draw_segments import draw_output  # noqa: E402
-from resnet_backbone.detection.outputs import describe_output  # noqa: E402
-from resnet_backbone.detection.visualize import class_colour  # noqa: E402
+from resnet_backbone.detection.inference.draw_segments import draw_output  # noqa: E402
+from resnet_backbone.detection.inference.outputs import describe_output  # noqa: E402
+from resnet_backbone.detection.inference.visualize import class_colour  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "segmentation" / "coco"
@@ -33,9 +33,7 @@ SMALL = [
 
 
 def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"resnet_backbone.cli.{name}")
     return module
 
 

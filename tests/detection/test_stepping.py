@@ -19,14 +19,14 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.sampling import (
+from resnet_backbone.detection.data.sampling import (
     AugmentedImages,
     BatchPlan,
     ImageStream,
     TrainingLoader,
 )
-from resnet_backbone.detection.signals import StopRequest
-from resnet_backbone.detection.stepping import NotFiniteError, Stepper
+from resnet_backbone.detection.engine.signals import StopRequest
+from resnet_backbone.detection.engine.step import NotFiniteError, Stepper
 
 
 def take_first(labels, num_samples, positive_fraction, bg_label):

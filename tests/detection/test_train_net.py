@@ -166,7 +166,7 @@ def test_a_subclass_as_detectron2_teaches(make_cfg, tiny_voc, tmp_path):
     from detectron2.utils.events import CommonMetricPrinter, JSONWriter
 
     from resnet_backbone.detection.data import register_voc
-    from resnet_backbone.detection.trainer import Trainer
+    from resnet_backbone.detection.engine.trainer import Trainer
 
     class LossHook(HookBase):
         def after_step(self):

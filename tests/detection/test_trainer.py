@@ -14,21 +14,21 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import verify_results
 
+from resnet_backbone.detection.checkpoint.saving import AtomicWriter
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.evaluation.expected import (
-    UnexpectedResults,
-    check_expectations,
-    check_results,
-)
-from resnet_backbone.detection.improvements import ensemble
-from resnet_backbone.detection.sampling import (
+from resnet_backbone.detection.data.sampling import (
     AugmentedImages,
     BatchPlan,
     ImageStream,
     TrainingLoader,
 )
-from resnet_backbone.detection.saving import AtomicWriter
-from resnet_backbone.detection.trainer import Trainer
+from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.detection.evaluation.expected import (
+    UnexpectedResults,
+    check_expectations,
+    check_results,
+)
+from resnet_backbone.detection.inference import ensemble
 
 SCORES = [1.0, 5.0, 3.0, 9.0, 2.0, 4.0]
 

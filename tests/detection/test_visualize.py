@@ -10,8 +10,8 @@ import torch  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from resnet_backbone.detection import visualize  # noqa: E402
-from resnet_backbone.detection.predictor import UnreadableError, read_bgr, read_video  # noqa: E402
+from resnet_backbone.detection.inference import visualize  # noqa: E402
+from resnet_backbone.detection.inference.predictor import UnreadableError, read_bgr, read_video  # noqa: E402
 
 GREY = np.full((500, 700, 3), 90, np.uint8)
 BOX = (300.0, 200.0, 450.0, 380.0)

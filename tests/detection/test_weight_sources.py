@@ -19,9 +19,9 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
 from resnet_backbone.detection import Checkpointer, take_over
-from resnet_backbone.detection.checkpoint import find_network
+from resnet_backbone.detection.checkpoint.checkpointer import find_network
+from resnet_backbone.detection.checkpoint.handover import prepare_weights
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.handover import prepare_weights
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec

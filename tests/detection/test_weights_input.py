@@ -12,8 +12,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model as build_detector
 
 from resnet_backbone.detection import Checkpointer
-from resnet_backbone.detection.handover import prepare_weights, take_over
-from resnet_backbone.detection.predictor import Predictor
+from resnet_backbone.detection.checkpoint.handover import prepare_weights, take_over
+from resnet_backbone.detection.inference.predictor import Predictor
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import Preprocessing, WeightsError, save_weights
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from resnet_backbone.config import load_config, to_yaml
+from resnet_backbone.classification.config import load_config, to_yaml
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -17,9 +17,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def tool():
     """The module tools/report.py."""
-    spec = importlib.util.spec_from_file_location("report_tool", PROJECT / "tools" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module("resnet_backbone.cli.report")
     return module
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_backbone.engine.metrics import Predictions, confusion_matrix, per_class_error
+from resnet_backbone.classification.metrics import Predictions, confusion_matrix, per_class_error
 from resnet_backbone.report.evaluation import confusion_rows, plot_confusion, write_evaluation
 
 NAMES = ["cat", 'dog, "big"', "cow", "class 3"]

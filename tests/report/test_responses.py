@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from resnet_backbone.engine.networks import NetworkSpec, describe, save_network
+from resnet_backbone.classification.networks import NetworkSpec, describe, save_network
 from resnet_backbone.models import BottleneckBlock, build_model
 from resnet_backbone.models.layers import freeze
 from resnet_backbone.report import layer_responses, plot_responses, responses

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from resnet_backbone.models import list_models
 from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, ModelSpec, WeightsError
-from resnet_backbone.weights.conversion import (
+from resnet_backbone.weights.compare import build_network, compare
+from resnet_backbone.weights.convert import (
     convert_input,
     first_convolution,
     fold_bn,
@@ -20,7 +21,6 @@ from resnet_backbone.weights.conversion import (
 )
 from resnet_backbone.weights.files import read_checkpoint
 from resnet_backbone.weights.inputs import InputNormalizer
-from resnet_backbone.weights.verify import build_network, compare
 
 STDS = st.tuples(*[st.floats(0.1, 300)] * 3)
 SMALL = ("resnet18", "plain18", "cifar_resnet20")

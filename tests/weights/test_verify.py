@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from resnet_backbone.weights import WeightsError, get_preprocessing
-from resnet_backbone.weights.conversion import convert_input, fold_bn, to_dtype
+from resnet_backbone.weights.compare import build_network, compare, difference
+from resnet_backbone.weights.convert import convert_input, fold_bn, to_dtype
 from resnet_backbone.weights.diagnosis import double_hypotheses, single_hypotheses
 from resnet_backbone.weights.samples import sample_images
-from resnet_backbone.weights.verify import build_network, compare, difference
 
 TURNED_MEAN = (123.68, 116.779, 103.939)
 
@@ -174,7 +174,7 @@ def test_outputs_that_are_no_numbers_are_not_equal():
 def test_sample_images_without_scikit_image(monkeypatch):
     import sys
 
-    monkeypatch.setitem(sys.modules, "resnet_backbone.builtin", None)
+    monkeypatch.setitem(sys.modules, "resnet_backbone.runtime.builtin", None)
     images, text = sample_images(40)
     assert images.shape == (4, 3, 40, 40) and images.dtype == torch.uint8
     assert "noise" in text and "--images" in text

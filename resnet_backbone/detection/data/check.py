@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .coco import scan_coco
-from .problems import DataError, DataProblem, DataReport, apply_policy
-from .voc import scan_voc
+from resnet_backbone.detection.data.coco import scan_coco
+from resnet_backbone.detection.data.problems import DataError, DataProblem, DataReport, apply_policy
+from resnet_backbone.detection.data.voc import scan_voc
 
 __all__ = ["DataError", "DataProblem", "DataReport", "apply_policy", "check_coco", "check_voc"]
 

@@ -13,8 +13,8 @@ from detectron2.data.datasets.coco import load_coco_json
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from .catalog import register_once
-from .problems import (
+from resnet_backbone.detection.data.catalog import register_once
+from resnet_backbone.detection.data.problems import (
     DataError,
     DataProblem,
     DataReport,

@@ -17,8 +17,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from .panoptic_files import IGNORE, check_names, label_name, read_instances, read_panoptic
-from .problems import DataError
+from resnet_backbone.detection.data.panoptic_files import (
+    IGNORE,
+    check_names,
+    label_name,
+    read_instances,
+    read_panoptic,
+)
+from resnet_backbone.detection.data.problems import DataError
 
 BACKGROUND = "background"
 CLASSES_FILE = "classes.txt"

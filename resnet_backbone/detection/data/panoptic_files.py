@@ -12,8 +12,8 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from .coco import absent_keys, inspect_json
-from .problems import DataError, list_problems
+from resnet_backbone.detection.data.coco import absent_keys, inspect_json
+from resnet_backbone.detection.data.problems import DataError, list_problems
 
 IGNORE = 255
 """Label of pixels that neither train nor count; Detectron2's ``SEM_SEG_HEAD.IGNORE_VALUE``."""

@@ -1,6 +1,6 @@
 """The built-in detection set: handwritten digits on photographs, written in PASCAL VOC layout.
 
-Digits and photographs are those of :mod:`resnet_backbone.builtin`; nothing is downloaded.
+Digits and photographs are those of :mod:`resnet_backbone.runtime.builtin`; nothing is downloaded.
 """
 
 import json
@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from resnet_backbone.builtin import (
+from resnet_backbone.runtime.builtin import (
     BACKGROUNDS,
     CLASS_NAMES,
     crop_photograph,

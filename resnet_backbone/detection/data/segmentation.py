@@ -14,11 +14,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .catalog import register_once
-from .coco import inspect_json, scan_coco
-from .panoptic import CLASSES_FILE
-from .panoptic_files import IGNORE, label_name, read_panoptic
-from .problems import DataError, DataReport, apply_policy, read_image_size
+from resnet_backbone.detection.data.catalog import register_once
+from resnet_backbone.detection.data.coco import inspect_json, scan_coco
+from resnet_backbone.detection.data.panoptic import CLASSES_FILE
+from resnet_backbone.detection.data.panoptic_files import IGNORE, label_name, read_panoptic
+from resnet_backbone.detection.data.problems import (
+    DataError,
+    DataReport,
+    apply_policy,
+    read_image_size,
+)
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 LABELS = (".png",)

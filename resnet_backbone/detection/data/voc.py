@@ -11,9 +11,15 @@ from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from .catalog import register_once
-from .problems import DataError, DataReport, apply_policy, box_problem, check_image
-from .voc_files import (
+from resnet_backbone.detection.data.catalog import register_once
+from resnet_backbone.detection.data.problems import (
+    DataError,
+    DataReport,
+    apply_policy,
+    box_problem,
+    check_image,
+)
+from resnet_backbone.detection.data.voc_files import (
     NO_ANNOTATION,
     find_image,
     find_voc_dir,

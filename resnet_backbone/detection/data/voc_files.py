@@ -13,7 +13,7 @@ import xml.etree.ElementTree as ET
 from functools import cache
 from typing import NamedTuple
 
-from .problems import DataError
+from resnet_backbone.detection.data.problems import DataError
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")

@@ -5,11 +5,14 @@ from __future__ import annotations
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
-from .coco import build_coco_evaluator
-from .panoptic import PanopticEvaluator
-from .segmentation import build_panoptic_evaluators, build_semantic_evaluator
-from .voc import VOCEvaluator, format_table
-from .voc_ap import evaluate_voc
+from resnet_backbone.detection.evaluation.coco import build_coco_evaluator
+from resnet_backbone.detection.evaluation.panoptic import PanopticEvaluator
+from resnet_backbone.detection.evaluation.segmentation import (
+    build_panoptic_evaluators,
+    build_semantic_evaluator,
+)
+from resnet_backbone.detection.evaluation.voc import VOCEvaluator, format_table
+from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc
 
 __all__ = [
     "PanopticEvaluator",

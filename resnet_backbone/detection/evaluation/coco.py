@@ -10,10 +10,9 @@ from typing import Any
 from detectron2.evaluation import COCOEvaluator
 from tabulate import tabulate
 
-from resnet_backbone.files import write_json
-
-from .coco_ap import TASKS, CocoNumbers, evaluate_coco
-from .warnings import warn_if_empty
+from resnet_backbone.detection.evaluation.coco_ap import TASKS, CocoNumbers, evaluate_coco
+from resnet_backbone.detection.evaluation.warnings import warn_if_empty
+from resnet_backbone.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import numpy as np
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, SemSegEvaluator
 from PIL import Image
 
-from .coco import build_coco_evaluator
-from .panoptic import PanopticEvaluator
+from resnet_backbone.detection.evaluation.coco import build_coco_evaluator
+from resnet_backbone.detection.evaluation.panoptic import PanopticEvaluator
 
 
 def read_labels(path: str, dtype=int) -> np.ndarray:

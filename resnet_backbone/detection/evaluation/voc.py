@@ -15,13 +15,12 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from tabulate import tabulate
 
-from resnet_backbone.files import write_json
-
-from ..data.voc import scan_voc
-from .voc_ap import COCO_IOU_THRESHOLDS, read_boxes, score_boxes
-from .voc_errors import count_errors
-from .voc_plots import draw_voc
-from .warnings import warn_if_empty
+from resnet_backbone.detection.data.voc import scan_voc
+from resnet_backbone.detection.evaluation.voc_ap import COCO_IOU_THRESHOLDS, read_boxes, score_boxes
+from resnet_backbone.detection.evaluation.voc_errors import count_errors
+from resnet_backbone.detection.evaluation.voc_plots import draw_voc
+from resnet_backbone.detection.evaluation.warnings import warn_if_empty
+from resnet_backbone.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 

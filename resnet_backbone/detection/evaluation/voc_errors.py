@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .voc_ap import CURVE_IOU, match_boxes, read_boxes
+from resnet_backbone.detection.evaluation.voc_ap import CURVE_IOU, match_boxes, read_boxes
 
 KINDS = ("correct", "localisation", "confusion", "background", "duplicate")
 WEAK_IOU = 0.1

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from .voc_errors import KINDS
+from resnet_backbone.detection.evaluation.voc_errors import KINDS
 
 COLOURS = ("#2e7d32", "#f9a825", "#ef6c00", "#616161", "#1565c0")  # of KINDS
 

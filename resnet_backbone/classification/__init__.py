@@ -1,0 +1,1 @@
+"""The ImageNet and CIFAR-10 trainer."""

@@ -1,0 +1,336 @@
+"""True batch-norm statistics: mean and variance over the training set, computed after training.
+
+The released weights' statistics are "strictly computed using average (not moving average) on a
+sufficiently large training batch after the training procedure" (KaimingHe/deep-residual-networks,
+README). The moving averages of training lag behind the weights and weigh the last batches most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from resnet_backbone.classification.evaluation import gather
+from resnet_backbone.runtime.distributed import World
+from resnet_backbone.weights.inputs import InputNormalizer
+
+LAYER_INPUTS = ("batch", "population")
+
+
+class BatchNormError(ValueError):
+    """Statistics that cannot be computed; the message says why."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations of each channel, kept in float64.
+
+    Parts are merged with the formula of Chan, Golub and LeVeque (1979), which does not subtract
+    large numbers from each other as sums of squares do.
+    """
+
+    count: int
+    mean: Tensor
+    deviations: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> Moments:
+        """Of a layer's input, (N, C, ...): in fp32 within the batch, or in fp64 if it is fp64."""
+        x = x.detach()
+        x = x if x.dtype == torch.float64 else x.float()
+        others = [dim for dim in range(x.dim()) if dim != 1]
+        mean = x.mean(others, keepdim=True)
+        variance = (x - mean).square_().mean(others)  # four times as fast as var_mean
+        mean = mean.flatten()
+        count = x.numel() // x.shape[1]
+        return cls(count, mean.double(), variance.double() * count)
+
+    def __add__(self, other: Moments) -> Moments:
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        between = delta**2 * (self.count * other.count / count)
+        return Moments(count, mean, self.deviations + other.deviations + between)
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance (divided by the count)."""
+        return self.deviations / self.count
+
+    def cpu(self) -> Moments:
+        return Moments(self.count, self.mean.cpu(), self.deviations.cpu())
+
+
+@dataclass(frozen=True)
+class BatchNormReport:
+    """What :func:`recompute_statistics` did.
+
+    Attributes:
+        layers: names of the layers with new statistics, in the order in which they ran.
+        unused: batch norms through which no image went; they are unchanged.
+        num_images: over all processes.
+        layer_inputs, micro_batch: as asked for.
+    """
+
+    layers: tuple[str, ...]
+    unused: tuple[str, ...]
+    num_images: int
+    layer_inputs: str
+    micro_batch: int
+
+
+def recompute_statistics(
+    model: nn.Module,
+    batches: Iterable,
+    normalizer: InputNormalizer | None = None,
+    *,
+    layer_inputs: str = "batch",
+    micro_batch: int = 0,
+    world: World | None = None,
+    autocast: torch.dtype | None = None,
+) -> BatchNormReport:
+    """Replaces the running statistics of all batch norms by those of the given images.
+
+    Each gets the mean and the population variance of its input over all images and positions,
+    merged in float64. Layers other than batch norms are in evaluation mode meanwhile (no
+    dropout). Frozen batch norms are constants and are left alone. Modes, momentum and
+    ``num_batches_tracked`` are as before afterwards; after an error the statistics are, too.
+
+    Args:
+        model: a network, as it is, compiled or in DDP.
+        batches: this process's part of the training set, with the augmentation of training:
+            batches with ``images`` (and ``shift``) for ``normalizer``, or plain tensors.
+        normalizer: the network's preprocessing; ``None`` for batches that are its input.
+        layer_inputs: what the layers before each batch norm do meanwhile.
+            "batch" (default): they normalise by the statistics of their micro-batch, as in
+            training. One pass. The result depends on ``micro_batch``, a little.
+            "population": they normalise by their new statistics, as in testing, so that each
+            layer's statistics are exactly those of what it will see, whatever the batch size. One
+            pass for each batch norm, as far as that layer; ``batches`` must be iterable again and
+            give the same images.
+        micro_batch: images that are normalised together, 0 for a whole batch. Give that of
+            training, 32 in the paper; the rest of a batch is a smaller one.
+        world: the processes that share the training set; all call this function and get the same
+            statistics. With SyncBatchNorm and "batch" they need equal numbers of batches.
+        autocast: ``torch.bfloat16`` or ``torch.float16``, the precision of training.
+
+    Raises:
+        BatchNormError: no batch norm, no images, input that is not finite.
+    """
+    if layer_inputs not in LAYER_INPUTS:
+        raise BatchNormError(f"layer_inputs is {layer_inputs!r}: use {', '.join(LAYER_INPUTS)}")
+    network = _bare(model)
+    layers = {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
+    }
+    if not layers:
+        raise BatchNormError("the network has no batch norm with running statistics")
+    work = _Pass(network, layers, batches, normalizer, micro_batch, world or World(), autocast)
+    with torch.no_grad(), _prepared(network, layers.values()):
+        if layer_inputs == "batch":
+            order = work.under_batch_statistics()
+        else:
+            order = work.under_population_statistics()
+    unused = tuple(name for name in layers if name not in order)
+    return BatchNormReport(order, unused, work.num_images, layer_inputs, micro_batch)
+
+
+class TrainingImages:
+    """This process's part of the first images of training: with all of them, each exactly once.
+
+    With SyncBN, which needs as many batches on each process, whole iterations only: the last
+    images of the epoch, fewer than a batch, are left out.
+
+    Args:
+        source: batches by iteration, see ``resnet_backbone.classification.data``.
+        count: images over all processes; 0 for one epoch.
+        batch_size: of an iteration, over all processes.
+        world: the processes.
+        before_each: called before each batch, equally often on all processes.
+        sync_bn: whether the network has SyncBN.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        count: int,
+        batch_size: int,
+        world: World,
+        before_each: Callable[[], None] = lambda: None,
+        sync_bn: bool = False,
+    ):
+        self.source, self.count = source, count or source.num_samples
+        if sync_bn:
+            self.count = max(1, self.count // batch_size) * batch_size
+        self.batch_size, self.world, self.before_each = batch_size, world, before_each
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.source.batches(0))
+        local = self.batch_size // self.world.size
+        for first in range(0, self.count, self.batch_size):
+            self.before_each()
+            batch = next(batches)
+            left = max(0, self.count - first - self.world.rank * local)
+            if left:
+                yield type(batch)(*(None if part is None else part[:left] for part in batch))
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer that was wanted."""
+
+
+class _Pass:
+    """Runs the images through the network and collects moments of layers' inputs."""
+
+    def __init__(self, network, layers, batches, normalizer, micro_batch, world, autocast):
+        self.network, self.layers, self.batches = network, layers, batches
+        self.normalizer, self.micro_batch = normalizer, micro_batch
+        self.world, self.autocast = world, autocast
+        self.num_images = 0
+
+    def under_batch_statistics(self) -> tuple[str, ...]:
+        for layer in self.layers.values():
+            layer.train()
+        found = self.collect(self.layers)
+        for name, moments in found.items():
+            _write(self.layers[name], moments)
+        return tuple(found)
+
+    def under_population_statistics(self) -> tuple[str, ...]:
+        if iter(self.batches) is self.batches:
+            raise BatchNormError(
+                "layer_inputs 'population' reads the batches many times: give "
+                "something that can be iterated again, such as a list or loader"
+            )
+        order = self.world.broadcast(self.order_of_layers())
+        for name in order:
+            _write(self.layers[name], self.collect([name], stop=True)[name])
+        return order
+
+    def order_of_layers(self) -> tuple[str, ...]:
+        """The layers in the order in which the first micro-batch meets them."""
+        order: list[str] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda module, args, name=name: order.append(name))
+            for name, layer in self.layers.items()
+        ]
+        try:
+            for inputs in self.inputs():
+                self.forward(inputs)
+                break
+        finally:
+            for hook in hooks:
+                hook.remove()
+        twice = sorted({name for name in order if order.count(name) > 1})
+        if twice:
+            raise BatchNormError(
+                f"{twice[0]} runs more than once in a forward pass: use layer_inputs 'batch'"
+            )
+        return tuple(order)
+
+    def collect(self, names: Iterable[str], stop: bool = False) -> dict[str, Moments]:
+        """Moments of the inputs of some layers over all images of all processes."""
+        found: dict[str, Moments] = {}
+
+        def hook_of(name: str):
+            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+                new = Moments.of(args[0])
+                found[name] = found[name] + new if name in found else new
+                if stop:
+                    raise _Reached
+
+            return hook
+
+        hooks = [self.layers[name].register_forward_pre_hook(hook_of(name)) for name in names]
+        images = 0
+        try:
+            for inputs in self.inputs():
+                images += len(inputs)
+                with suppress(_Reached):
+                    self.forward(inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return self.merge(found, images)
+
+    def inputs(self) -> Iterator[Tensor]:
+        """The network's input, one micro-batch after the other."""
+        device = next(self.network.parameters()).device
+        for batch in self.batches:
+            images = getattr(batch, "images", batch)
+            if self.normalizer is not None:
+                images = self.normalizer(images, getattr(batch, "shift", None))
+            yield from images.to(device).split(self.micro_batch or len(images))
+
+    def forward(self, inputs: Tensor) -> None:
+        with torch.autocast(
+            inputs.device.type, dtype=self.autocast, enabled=self.autocast is not None
+        ):
+            self.network(inputs)
+
+    def merge(self, found: dict[str, Moments], images: int) -> dict[str, Moments]:
+        """Merges what all processes found, in the order of their ranks: the same on each."""
+        mine = {name: moments.cpu() for name, moments in found.items()}
+        shares = gather((mine, images), self.world)
+        merged: dict[str, Moments] = {}
+        for part, _ in shares:
+            for name, moments in part.items():
+                merged[name] = merged[name] + moments if name in merged else moments
+        self.num_images = sum(images for _, images in shares)
+        if not self.num_images:
+            raise BatchNormError("there are no images to compute statistics from")
+        for name, moments in merged.items():
+            if not (moments.mean.isfinite().all() and moments.deviations.isfinite().all()):
+                raise BatchNormError(f"the input of {name} is not finite; did training diverge?")
+        return merged
+
+
+def _write(layer: _BatchNorm, moments: Moments) -> None:
+    layer.running_mean.copy_(moments.mean)
+    layer.running_var.copy_(moments.variance)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The network without DDP and ``torch.compile`` around it."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+@contextmanager
+def _prepared(network: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Evaluation mode, and batch norms that do not change by themselves."""
+    layers: Sequence[_BatchNorm] = tuple(layers)
+    modes = [(module, module.training) for module in network.modules()]
+    momenta = [layer.momentum for layer in layers]
+    buffers = [(b, b.clone()) for layer in layers for b in layer.buffers(recurse=False)]
+    network.eval()
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    except BaseException:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        raise
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, training in modes:
+            module.training = training
+        for buffer, before in buffers:
+            if not buffer.is_floating_point():  # num_batches_tracked
+                buffer.copy_(before)

@@ -1,0 +1,1 @@
+"""Classification data: ImageNet, CIFAR-10, shards, built-in digits, augmentation, loader."""

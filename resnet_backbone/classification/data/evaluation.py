@@ -1,0 +1,236 @@
+"""Images to evaluate on: every one exactly once, however many processes share them.
+
+    files = EvaluationFiles(samples, protocol.short_sides, protocol.prepare)
+    loader = EvaluationLoader(files, 64, workers=8, rank=world.rank, world=world.size)
+    result = evaluate([(model, normalizer)], protocol, loader, world=world)
+
+with ``protocol`` from ``engine.views`` and ``evaluate`` from ``engine.evaluation``. For arrays in
+memory the first line is ``EvaluationArrays(images, labels)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from resnet_backbone.classification.data.augment import resize_short_side
+from resnet_backbone.classification.data.batch import DataError
+from resnet_backbone.classification.data.decode import BadImage, read_rgb
+from resnet_backbone.classification.data.loader import Running, init_worker
+
+
+class BadSample(NamedTuple):
+    """An image that cannot be read. Evaluation reports it and puts nothing in its place."""
+
+    index: int
+    label: int
+    name: str
+    reason: str
+
+
+class EvaluationItem(NamedTuple):
+    """One image: uint8 (3, H, W) RGB at each short side, its class, its place in the data set."""
+
+    images: tuple[Tensor, ...]
+    label: int
+    index: int
+
+
+class EvaluationBatch(NamedTuple):
+    """What the loader yields.
+
+    Attributes:
+        images: for each short side uint8 (N, 3, H, W), or a list of N tensors (3, H, W) where
+            their sizes differ.
+        labels: int64 (N,).
+        indices: int64 (N,), places in the data set.
+        bad: the images that could not be read; they are not among the N.
+    """
+
+    images: tuple[Tensor | list[Tensor], ...]
+    labels: Tensor
+    indices: Tensor
+    bad: tuple[BadSample, ...] = ()
+
+
+class EvaluationFiles:
+    """Image files, map-style: ``files[i]`` is an :class:`EvaluationItem` or a :class:`BadSample`.
+
+    Args:
+        samples: (path, label) of each image.
+        short_sides: sizes in pixels to which the short side is scaled, the aspect ratio kept;
+            ``None`` leaves the image as it is.
+        prepare: applied to each scaled image in the worker, uint8 (3, H, W) -> the same; such as
+            a crop, so that less is sent on.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[tuple[str | Path, int]],
+        short_sides: Sequence[int | None] = (None,),
+        prepare: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.samples, self.prepare = samples, prepare
+        self.short_sides = tuple(short_sides)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def name_of(self, index: int) -> str:
+        return str(self.samples[index][0])
+
+    def __getitem__(self, index: int) -> EvaluationItem | BadSample:
+        path, label = self.samples[index]
+        try:
+            whole = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
+        except BadImage as error:
+            return BadSample(index, label, str(path), error.reason)
+        images = []
+        for size in self.short_sides:
+            image = whole if size is None else resize_short_side(whole, size)
+            images.append(image if self.prepare is None else self.prepare(image))
+        return EvaluationItem(tuple(images), label, index)
+
+
+class EvaluationArrays:
+    """Images in memory or on the device, given as they are.
+
+    Args:
+        images: uint8 (N, 3, H, W), RGB.
+        labels: int64 (N,).
+    """
+
+    short_sides = (None,)
+
+    def __init__(self, images: Tensor, labels: Tensor):
+        self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels).cpu().long()
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4 or self.images.shape[1] != 3:
+            raise DataError(
+                f"evaluation images are uint8 (N, 3, H, W), not {self.images.dtype} "
+                f"{tuple(self.images.shape)}"
+            )
+        if self.labels.shape != self.images.shape[:1]:
+            raise DataError(f"{len(self.images)} images, but labels {tuple(self.labels.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name_of(self, index: int) -> str:
+        return f"image {index}"
+
+    def __getitem__(self, index: int) -> EvaluationItem:
+        return EvaluationItem((self.images[index],), int(self.labels[index]), index)
+
+    def batch(self, indices: range) -> EvaluationBatch:
+        """The images of a range, without a copy."""
+        part = slice(indices.start, indices.stop, indices.step)
+        return EvaluationBatch((self.images[part],), self.labels[part], torch.tensor(indices))
+
+
+class EvaluationLoader:
+    """Batches of this process's part of a data set, in order.
+
+    Process ``rank`` of ``world`` takes the images rank, rank + world, rank + 2 world ...: nothing
+    is added to make the parts equal and nothing is left out, so that processes may have different
+    numbers of batches, or none.
+
+    Args:
+        dataset: :class:`EvaluationFiles` or :class:`EvaluationArrays`.
+        batch_size: images of a batch of this process; its last batch may be smaller.
+        workers: processes that read and scale; 0 does it in this one. Arrays need none.
+        pin_memory: page-locked batches, for faster copies to a GPU.
+
+    Attributes:
+        num_images: of the whole data set, over all processes.
+    """
+
+    def __init__(
+        self,
+        dataset: EvaluationFiles | EvaluationArrays,
+        batch_size: int,
+        *,
+        workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool = False,
+    ):
+        if not 0 <= rank < world:
+            raise DataError(f"rank {rank} is not one of {world} processes")
+        if batch_size < 1 or workers < 0:
+            raise DataError(f"batch size {batch_size} and {workers} workers: give 1, 0 or more")
+        if not len(dataset):
+            raise DataError("the evaluation set has no images")
+        self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
+        self.pin_memory = pin_memory
+        self.part = range(rank, len(dataset), world)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.dataset)
+
+    def name_of(self, index: int) -> str:
+        """The path of an image, or its number."""
+        return self.dataset.name_of(index)
+
+    def __len__(self) -> int:
+        return -(-len(self.part) // self.batch_size)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        if isinstance(self.dataset, EvaluationArrays):
+            for first in range(0, len(self.part), self.batch_size):
+                yield self.dataset.batch(self.part[first : first + self.batch_size])
+            return
+        loader = DataLoader(
+            self.dataset,
+            self.batch_size,
+            sampler=self.part,
+            num_workers=min(self.workers, len(self)),
+            collate_fn=collate,
+            pin_memory=self.pin_memory,
+            # a signal to the whole group must leave the main process its images
+            worker_init_fn=init_worker if self.workers else None,
+        )
+        running = Running(loader)
+        try:
+            for batch in running:
+                yield batch._replace(images=tuple(map(_unpack, batch.images)))
+        finally:
+            running.close()
+
+
+class _Ragged(NamedTuple):
+    """Images of different sizes laid end to end: one block of shared memory a batch, not many."""
+
+    flat: Tensor
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def collate(items: Sequence[EvaluationItem | BadSample]) -> EvaluationBatch:
+    """Makes a batch in the worker; ``images`` are packed for the way to the main process."""
+    bad = tuple(item for item in items if isinstance(item, BadSample))
+    good = [item for item in items if not isinstance(item, BadSample)]
+    return EvaluationBatch(
+        tuple(_pack(images) for images in zip(*(item.images for item in good), strict=True)),
+        torch.tensor([item.label for item in good], dtype=torch.int64),
+        torch.tensor([item.index for item in good], dtype=torch.int64),
+        bad,
+    )
+
+
+def _pack(images: Sequence[Tensor]) -> Tensor | _Ragged:
+    shapes = tuple(tuple(image.shape) for image in images)
+    if len(set(shapes)) == 1:
+        return torch.stack(tuple(images))
+    return _Ragged(torch.cat([image.reshape(-1) for image in images]), shapes)
+
+
+def _unpack(images: Tensor | _Ragged) -> Tensor | list[Tensor]:
+    if isinstance(images, Tensor):
+        return images
+    parts = images.flat.split([torch.Size(shape).numel() for shape in images.shapes])
+    return [part.view(shape) for part, shape in zip(parts, images.shapes, strict=True)]

@@ -1,0 +1,252 @@
+"""A classification run made from its config: data, network, trainer and evaluation together.
+
+This is where ``data`` and ``engine``, which do not know one another, meet.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from resnet_backbone.classification import networks
+from resnet_backbone.classification.batch_norm import (
+    BatchNormReport,
+    TrainingImages,
+    recompute_statistics,
+)
+from resnet_backbone.classification.checkpoints import Checkpoints
+from resnet_backbone.classification.config import Config, ConfigError
+from resnet_backbone.classification.data.build import ClassificationData, build_data
+from resnet_backbone.classification.data.evaluation import EvaluationLoader
+from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
+from resnet_backbone.classification.networks import NetworkSpec
+from resnet_backbone.classification.optimizer import LearningRate, build_sgd
+from resnet_backbone.classification.protocols import Centre, Full
+from resnet_backbone.classification.run_folder import RunFolder
+from resnet_backbone.classification.schedule import Schedule
+from resnet_backbone.classification.signals import StopRequest
+from resnet_backbone.classification.step import AMP, StepOptions, TrainStep
+from resnet_backbone.classification.trainer import LoopOptions, Trainer
+from resnet_backbone.runtime.distributed import World
+from resnet_backbone.weights import Preprocessing
+from resnet_backbone.weights.inputs import InputNormalizer
+
+logger = logging.getLogger(__name__)
+
+
+def check_processes(config: Config, world: World) -> None:
+    train = config.train
+    if train.batch_size % world.size:
+        raise ConfigError(
+            f"train.batch_size {train.batch_size} does not divide over {world.size} processes"
+        )
+    local = train.batch_size // world.size
+    if train.micro_batch and local % train.micro_batch:
+        raise ConfigError(
+            f"{world.size} processes have {local} images each, no multiple of train.micro_batch "
+            f"{train.micro_batch}"
+        )
+
+
+def make_schedule(config: Config) -> Schedule:
+    values = asdict(config.schedule)
+    values.pop("scale")
+    for name in ("patience", "threshold", "drops"):
+        value = values.pop(f"plateau_{name}")
+        values["max_drops" if name == "drops" else name] = value
+    return Schedule(**values)
+
+
+def make_protocol(config: Config) -> Full | Centre:
+    chosen = config.evaluation
+    return Full() if chosen.protocol == "full" else Centre(chosen.short_side, chosen.crop)
+
+
+class Job:
+    """One run: its data, network and trainer, made from the config.
+
+    Args:
+        weights: file to start from or to evaluate; the input is then what it says, and not the
+            config's. Empty: He initialisation.
+    """
+
+    def __init__(self, config: Config, world: World, folder: RunFolder, weights: str | Path = ""):
+        self.config, self.world, self.folder = config, world, folder
+        self.device = world.device
+        self.protocol = make_protocol(config)
+        self.data: ClassificationData = build_data(
+            config,
+            folder.path,
+            rank=world.rank,
+            world=world.size,
+            device=self.device,
+            prepare=self.protocol.prepare,
+        )
+        classes = config.model.num_classes or len(self.data.class_names)
+        if classes < len(self.data.class_names):
+            raise ConfigError(
+                f"model.num_classes is {classes}, the data have {len(self.data.class_names)} "
+                "classes: give as many, or 0"
+            )
+        self.spec = NetworkSpec(config.model.name, classes, config.model.options)
+        self.model = self._network()
+        self.take_input(networks.describe(self.model, self.data.preprocessing))
+        if weights:
+            self.take_input(networks.load_network(self.model, weights, config.model.preprocessing))
+            logger.info("%s, with its own mean, order and range of the input", weights)
+
+    def take_input(self, preprocessing: Preprocessing) -> None:
+        """Normalises images as weights expect them from here on."""
+        self.preprocessing = preprocessing
+        self.normalizer = InputNormalizer(preprocessing, self.device)
+
+    def _network(self) -> nn.Module:
+        torch.manual_seed(self.config.train.seed)  # the same first weights on all processes
+        model = self.spec.build()
+        if self.config.train.sync_bn and self.world.size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        last = self.config.train.channels_last
+        layout = torch.channels_last if last else torch.contiguous_format
+        return model.to(self.device, memory_format=layout)
+
+    def prepare(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        images = self.normalizer(batch.images, batch.shift)
+        if not self.config.train.channels_last:
+            images = images.contiguous()
+        return images, batch.labels.to(self.device, non_blocking=True)
+
+    def loader(self) -> EvaluationLoader:
+        return EvaluationLoader(
+            self.data.evaluation,
+            self.config.evaluation.batch_size,
+            workers=self.config.data.workers,
+            rank=self.world.rank,
+            world=self.world.size,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def evaluate(self, model: nn.Module, stop: StopRequest | None = None) -> EvaluationResult:
+        loader = self.loader()
+        if stop is not None:
+            loader = Watched(loader, stop, self.world)
+        return evaluate(
+            [(model, self.normalizer)],
+            self.protocol,
+            loader,
+            world=self.world,
+            autocast=AMP[self.config.train.amp],
+            channels_last=self.config.train.channels_last,
+            max_bad_images=self.config.evaluation.max_bad_images,
+        )
+
+    def validate(self, model: nn.Module, stop: StopRequest) -> dict[str, float]:
+        return as_metrics(self.evaluate(model, stop))
+
+    def trainer(self, stop: StopRequest) -> Trainer:
+        config = self.config
+        chosen = config.optimizer
+        optimizer = build_sgd(
+            self.model, chosen.momentum, chosen.weight_decay, chosen.decay_norm_and_bias
+        )
+        train = config.train
+        options = StepOptions(
+            amp=train.amp,
+            micro_batch=train.micro_batch,
+            clip_norm=chosen.clip_norm,
+            compile=train.compile,
+            ema=train.ema,
+            label_smoothing=config.loss.label_smoothing,
+            seed=train.seed,
+        )
+        output = config.output
+        return Trainer(
+            TrainStep(self.model, optimizer, options, self.world, self.mixer()),
+            self.data.source,
+            self.prepare,
+            schedule=make_schedule(config),
+            rate=LearningRate(optimizer, chosen.momentum_form),
+            validate=self.validate,
+            checkpoints=Checkpoints(
+                self.folder.path,
+                self.spec,
+                self.preprocessing,
+                keep=output.keep,
+                keep_every=output.keep_every,
+            ),
+            folder=self.folder,
+            stop=stop,
+            options=LoopOptions(
+                config.schedule.iterations,
+                train.batch_size,
+                output.log_every,
+                config.evaluation.every,
+                output.checkpoint_every,
+            ),
+        )
+
+    def mixer(self):
+        loss = self.config.loss
+        if not loss.mixup and not loss.cutmix:
+            return None
+        from resnet_backbone.classification.data.mix import BatchMixer
+
+        return BatchMixer(
+            self.spec.num_classes,
+            loss.mixup,
+            loss.cutmix,
+            seed=self.config.train.seed + 1000003 * self.world.rank,
+        )
+
+    def true_statistics(
+        self, model: nn.Module, stop: StopRequest | None = None, layer_inputs: str = "batch"
+    ) -> BatchNormReport:
+        """Replaces the moving averages of BN by averages over the training set, in place."""
+        train = self.config.train
+        images = TrainingImages(
+            self.data.source,
+            train.recompute_bn_samples,
+            train.batch_size,
+            self.world,
+            before_each=stop.raise_if_any if stop else lambda: None,
+            sync_bn=train.sync_bn,
+        )
+        return recompute_statistics(
+            model,
+            images,
+            self.normalizer,
+            layer_inputs=layer_inputs,
+            micro_batch=train.micro_batch or train.batch_size // self.world.size,
+            world=self.world,
+            autocast=AMP[train.amp],
+        )
+
+
+class Watched:
+    """An evaluation loader that ends the evaluation when a signal arrives."""
+
+    def __init__(self, loader: EvaluationLoader, stop: StopRequest, world: World):
+        self.loader, self.stop = loader, stop
+        share = -(-loader.num_images // world.size)
+        self.rounds = -(-share // loader.batch_size)
+
+    num_images = property(lambda self: self.loader.num_images)
+
+    def name_of(self, index: int) -> str:
+        return self.loader.name_of(index)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        return self.stop.watch(self.loader, self.rounds)
+
+
+def as_metrics(result: EvaluationResult) -> dict[str, float]:
+    found = {"val_top1_error": result.top1_error, "val_loss": result.cross_entropy}
+    if result.top5_error is not None:
+        found["val_top5_error"] = result.top5_error
+    return found

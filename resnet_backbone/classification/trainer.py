@@ -1,0 +1,358 @@
+"""The training loop: every state it has is in its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from resnet_backbone.classification.checkpoints import Checkpoints
+from resnet_backbone.classification.networks import save_network
+from resnet_backbone.classification.optimizer import LearningRate
+from resnet_backbone.classification.run_folder import RunFolder
+from resnet_backbone.classification.schedule import Schedule
+from resnet_backbone.classification.signals import StopRequest
+from resnet_backbone.classification.step import TrainStep
+from resnet_backbone.runtime.distributed import World
+from resnet_backbone.runtime.files import write_json
+from resnet_backbone.runtime.signals import Stopped
+from resnet_backbone.weights import WeightsError
+
+logger = logging.getLogger(__name__)
+
+BEST, FINAL, DIVERGED = "best.safetensors", "final.safetensors", "diverged.json"
+LOG_SECONDS = 15  # between lines where there is no progress bar
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no number any more."""
+
+
+class Source(Protocol):
+    """Training data: see ``resnet_backbone.classification.data``."""
+
+    num_samples: int
+
+    def batches(self, first_iteration: int) -> Iterable[Any]: ...
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """Lengths in iterations; ``batch_size`` counts the images of one, over all processes."""
+
+    iterations: int
+    batch_size: int
+    log_every: int = 20
+    evaluate_every: int = 0
+    checkpoint_every: int = 1000
+
+
+class Window:
+    """Losses and errors since the last row of metrics; they stay on the device until then."""
+
+    def __init__(self, length: int, device: torch.device):
+        self.losses = torch.zeros(length, device=device)
+        self.wrong = torch.zeros((), device=device)
+        self.filled = 0
+        self.data_seconds, self.started = 0.0, time.perf_counter()
+
+    def add(self, loss: Tensor, wrong: Tensor) -> None:
+        self.losses[self.filled] = loss
+        self.wrong += wrong
+        self.filled += 1
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def restart(self) -> None:
+        self.wrong.zero_()
+        self.filled, self.data_seconds, self.started = 0, 0.0, time.perf_counter()
+
+    def state_dict(self, world: World) -> dict:
+        """The mean over processes, which all of them resume from; all call this."""
+        return {
+            "losses": (world.sum(self.losses.clone()) / world.size).cpu(),
+            "wrong": (world.sum(self.wrong.clone()) / world.size).cpu(),
+            "filled": self.filled,
+            "data_seconds": self.data_seconds,
+            "elapsed": self.elapsed,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        if len(state["losses"]) == len(self.losses):
+            self.losses.copy_(state["losses"])
+            self.wrong.copy_(state["wrong"])
+            self.filled, self.data_seconds = state["filled"], state["data_seconds"]
+            self.started = time.perf_counter() - state["elapsed"]
+
+
+class Trainer:
+    """Trains, logs, evaluates, writes checkpoints, and goes on from one.
+
+    Args:
+        step: makes an iteration.
+        source: batches by iteration.
+        prepare: turns a batch into (normalised images, labels) on the device.
+        schedule, rate: the learning rate, and what sets it.
+        validate: (model, stop request) -> numbers, "val_top1_error" (%) among them.
+        checkpoints, folder: where things go.
+        stop: signals.
+        options: lengths.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        source: Source,
+        prepare: Callable[[Any], tuple[Tensor, Tensor]],
+        *,
+        schedule: Schedule,
+        rate: LearningRate,
+        validate: Callable[[nn.Module, StopRequest], dict[str, float]],
+        checkpoints: Checkpoints,
+        folder: RunFolder,
+        stop: StopRequest,
+        options: LoopOptions,
+    ):
+        self.step, self.source, self.prepare = step, source, prepare
+        self.schedule, self.rate, self.validate = schedule, rate, validate
+        self.checkpoints, self.folder, self.stop = checkpoints, folder, stop
+        self.options, self.world = options, step.world
+        self.iteration, self.evaluated_at, self.best = 0, 0, math.inf
+        self.seconds = 0.0  # of training, over all starts
+        self.latest: dict[str, float] = {}
+        self.window = Window(options.log_every, self.world.device)
+        self.recent_errors: list[float] = []
+
+    # -- going on --------------------------------------------------------------------------------
+
+    def resume(self) -> bool:
+        """Loads the newest checkpoint, if there is one.
+
+        Raises:
+            WeightsError: none can be read, or not the same one on all processes.
+            ValueError: the data set has another number of images than when the run began.
+        """
+        state = self.checkpoints.load_latest(self.step.model, clean=self.world.is_main)
+        found = -1 if state is None else state["iteration"]
+        if self.world.any(found != self.world.broadcast(found)):
+            raise WeightsError(
+                f"{self.checkpoints.folder}: the processes read different checkpoints; is the run "
+                "folder shared by all machines?"
+            )
+        if state is None:
+            if self.world.is_main:
+                self.folder.keep_metrics(lambda row: False)
+            return False
+        if state["num_samples"] != self.source.num_samples:
+            raise ValueError(
+                f"the run began with {state['num_samples']} training images, now there are "
+                f"{self.source.num_samples}: bring them back, or start in another output.dir"
+            )
+        self.step.load_state_dict(state["step"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.window.load_state_dict(state["window"])
+        for name in ("iteration", "evaluated_at", "best", "seconds", "latest", "recent_errors"):
+            setattr(self, name, state[name])
+        if self.world.is_main:
+            self.folder.keep_metrics(self._is_kept)
+        return True
+
+    def _is_kept(self, row: dict) -> bool:
+        limit = self.evaluated_at if "val_top1_error" in row else self.iteration
+        return row.get("iteration", math.inf) <= limit
+
+    def state_dict(self) -> dict:
+        names = ("iteration", "evaluated_at", "best", "seconds", "latest", "recent_errors")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "num_samples": self.source.num_samples,
+            "step": self.step.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "window": self.window.state_dict(self.world),
+        }
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains to the end.
+
+        Raises:
+            Stopped: a signal arrived; a checkpoint of the last finished iteration is written.
+            TrainingDiverged: the loss became NaN or infinite.
+        """
+        options = self.options
+        bar = self._bar()
+        try:
+            self._evaluate_if_due()
+            batches = iter(self.source.batches(self.iteration))
+            if not self.window.filled:
+                self.window.restart()
+            while self.iteration < options.iterations:
+                self.stop.raise_if_any()
+                self._iterate(next_timed(batches, self.window))
+                bar.update()
+                last = self.iteration == options.iterations
+                if last or self.iteration % options.log_every == 0:
+                    self._log(bar)
+                if last or self.iteration % options.checkpoint_every == 0:
+                    self.save()
+                self._evaluate_if_due()
+        except (Stopped, OSError, ValueError) as error:
+            # data that fails on one of several processes leaves the others waiting for it
+            if isinstance(error, Stopped) or self.world.size == 1:
+                self.save()
+            raise
+        finally:
+            batches = None  # ends the loader's processes before anything else does
+            bar.close()
+
+    def _bar(self) -> tqdm:
+        shown = self.world.is_main and sys.stderr.isatty()
+        total = self.options.iterations
+        self._last_line = 0.0
+        return tqdm(total=total, initial=self.iteration, unit="it", disable=not shown)
+
+    def _iterate(self, batch: Any) -> None:
+        self.rate.set(self.schedule.at(self.iteration))
+        images, labels = self.prepare(batch)
+        self.window.add(*self.step(images, labels, self.iteration))
+        self.iteration += 1
+
+    def _log(self, bar: tqdm) -> None:
+        window, options = self.window, self.options
+        losses = self._check_losses()
+        error = self.world.sum(window.wrong.clone()).item() / (window.filled * options.batch_size)
+        elapsed = window.elapsed
+        self.seconds += elapsed
+        row = {
+            "iteration": self.iteration,
+            "epoch": self.iteration * options.batch_size / self.source.num_samples,
+            "lr": self.schedule.at(self.iteration - 1),
+            "train_loss": sum(losses) / len(losses),
+            "train_error": 100.0 * error,
+            "images_per_second": window.filled * options.batch_size / elapsed,
+            "data_seconds": window.data_seconds / window.filled,
+            "step_seconds": elapsed / window.filled,
+        }
+        window.restart()
+        self.recent_errors = [*self.recent_errors[-49:], row["train_error"]]
+        if self.schedule.observe_training(row["train_error"]):
+            logger.info("iteration %d: warm-up ends, error %.1f %%", self.iteration, 100 * error)
+        if self.world.is_main:
+            self.folder.add_metrics(row)
+            self._show(bar, row)
+
+    def _show(self, bar: tqdm, row: dict) -> None:
+        text = (
+            f"loss {row['train_loss']:.3f}, error {row['train_error']:.1f} %, lr {row['lr']:.2g}, "
+            f"data {1000 * row['data_seconds']:.1f} of {1000 * row['step_seconds']:.0f} ms, "
+            f"{row['images_per_second']:.0f} images/s"
+        )
+        if not bar.disable:
+            bar.set_postfix_str(text)
+        elif time.monotonic() - self._last_line > LOG_SECONDS:
+            self._last_line = time.monotonic()
+            left = (self.options.iterations - self.iteration) * row["step_seconds"] / 60
+            total = self.options.iterations
+            logger.info("iteration %d/%d: %s, %.0f min left", self.iteration, total, text, left)
+
+    def _check_losses(self) -> list[float]:
+        """The window's losses, averaged over processes; stops the run if one is no number."""
+        losses = self.world.sum(self.window.losses[: self.window.filled].clone())
+        losses = [value / self.world.size for value in losses.tolist()]
+        bad = [place for place, value in enumerate(losses) if not math.isfinite(value)]
+        if bad:
+            self._stop_diverged(self.iteration - len(losses) + bad[0], losses[: bad[0] + 1])
+        return losses
+
+    def _stop_diverged(self, step: int, losses: list[float]) -> None:
+        found = self.checkpoints.iterations()
+        good = f"{self.checkpoints.folder}/{found[-1]:08d}" if found else "none yet"
+        if self.world.is_main:
+            history = [repr(value) for value in losses]
+            content = {"iteration": step, "losses": history, "last_good_checkpoint": good}
+            write_json(self.folder / DIVERGED, content)
+        before = ", ".join(f"{value:.3g}" for value in losses[-6:-1]) or "none in this window"
+        raise TrainingDiverged(
+            f"the loss is {losses[-1]} at iteration {step} (learning rate "
+            f"{self.schedule.at(step):.3g}; losses before it: {before}); last good checkpoint: "
+            f"{good}; history: {self.folder / DIVERGED}. Lower schedule.lr or set "
+            "optimizer.clip_norm, and start again in another output.dir"
+        )
+
+    # -- what happens between iterations -----------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes a checkpoint, unless the loss or the weights are no numbers."""
+        if self.window.filled:
+            self._check_losses()
+        finite = [value.isfinite().all() for value in self.step.model.parameters()]
+        if not torch.stack(finite).all():
+            self._stop_diverged(self.iteration, [math.nan])
+        average_buffers(self.step, self.world)
+        state, averaged = self.state_dict(), self.step.ema and self.step.evaluated_model
+        if self.world.is_main:
+            self.checkpoints.save(self.iteration, self.step.model, state, averaged)
+        self.world.barrier()
+
+    def _evaluate_if_due(self) -> None:
+        every, last = self.options.evaluate_every, self.iteration == self.options.iterations
+        due = last or (every and self.iteration and self.iteration % every == 0)
+        if not due or self.evaluated_at == self.iteration:
+            return
+        if self.window.filled:
+            self._check_losses()
+        started = time.perf_counter()
+        average_buffers(self.step, self.world)
+        found = self.validate(self.step.evaluated_model, self.stop)
+        self.evaluated_at, self.latest = self.iteration, found
+        error = found["val_top1_error"]
+        if self.schedule.observe_validation(error):
+            rate = self.schedule.at(self.iteration)
+            logger.info("iteration %d: plateau, learning rate %.3g", self.iteration, rate)
+        if self.world.is_main:
+            self.folder.add_metrics({"iteration": self.iteration, **found})
+            logger.info("iteration %d: validation error %.2f %%", self.iteration, error)
+        if error < self.best:
+            self.best = error
+            if self.world.is_main:
+                self.write_weights(BEST)
+        self.window.started += time.perf_counter() - started  # evaluation is not training time
+
+    def write_weights(self, name: str) -> Path:
+        """Writes the weights that evaluations use into the run folder."""
+        kept = self.checkpoints
+        path = self.folder / name
+        run = Path(self.folder.path).resolve().name
+        save_network(path, self.step.evaluated_model, kept.spec, kept.preprocessing, run)
+        return path
+
+
+def next_timed(batches: Any, window: Window) -> Any:
+    """The next batch; the time spent waiting for it goes to the window."""
+    started = time.perf_counter()
+    batch = next(batches)
+    window.data_seconds += time.perf_counter() - started
+    return batch
+
+
+def average_buffers(step: TrainStep, world: World) -> None:
+    """Gives all processes the mean of their BN statistics, in place."""
+    if world.size > 1:
+        models = {id(model): model for model in (step.model, step.evaluated_model)}
+        for buffer in (b for model in models.values() for b in model.buffers()):
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= world.size

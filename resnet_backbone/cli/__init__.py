@@ -1,0 +1,1 @@
+"""The commands, one module each: run as ``python tools/COMMAND.py``."""

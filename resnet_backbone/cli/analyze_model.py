@@ -1,0 +1,300 @@
+#!/usr/bin/env python
+"""Compare every network's parameters and multiply-adds with the published ones."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import sys
+from decimal import Decimal
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+import torch
+
+from resnet_backbone.models import StagedNetwork, build_model, list_models
+from resnet_backbone.models.analysis import analyze, count_multiply_adds, count_parameters
+
+EPILOG = """\
+examples:
+  python tools/analyze_model.py
+  python tools/analyze_model.py 'resnet*' --json
+  python tools/analyze_model.py --model resnet50 --option stride_in_1x1=False
+  python tools/analyze_model.py --model vgg16 --option 'out_features=["conv5"]' --input-size 600
+
+Exit status: 0 when every row agrees with the published numbers, 1 when one differs, 2 for a
+wrong argument."""
+
+NOTES = """\
+Multiply-adds are in 1e9, for one 224x224 image (CIFAR networks: 32x32); biases, norms, pooling and
+additions are not counted. "conv" counts convolutions, "+linear" the linear layers as well.
+Published parameters, which must agree to the digit:
+  [t] torchvision's metadata; with BN less the convolutions' biases, which the norm cancels and
+      our networks do not have (vgg16_bn: 138,365,992 - 4,224)
+  [A] torchvision's less the projections of option B (18 and 34 layers: 173,824)
+  [n] 97,216 n - 21,926 for 6n+2 layers, which rounds to the paper's Table 6 (0.27M ... 19.4M)
+Published multiply-adds, which must agree within one unit of their last digit:
+  paper        arXiv 1512.03385, Table 1, and section 4.1 for VGG; compared with "conv". One digit
+               does not tell its rounding: 3.856 stands there as 3.8, 7.568 as 7.6.
+  torchvision  its metadata; compared with "+linear".
+With "+linear" only VGG-16 would be further from the paper: 15.470 and 15.3. ResNet-34 rounds to
+the paper's 3.6 with option A (3.644), which its Table 2 uses; with option B (3.663) it does not."""
+
+
+class Row(NamedTuple):
+    """A network, and what others publish about it; numbers as they are printed there."""
+
+    name: str
+    options: dict[str, object]
+    parameters: int
+    source: str
+    paper: str = ""  # 1e9 multiply-adds, convolutions
+    torchvision: str = ""  # 1e9 multiply-adds, convolutions and linear layers
+
+
+def cifar_row(name: str) -> Row:
+    blocks = (int(re.sub(r"\D", "", name)) - 2) // 6
+    return Row(name, {}, 97_216 * blocks - 21_926, "n")
+
+
+OPTION_A, STRIDE_3X3 = {"shortcut": "A"}, {"stride_in_1x1": False}
+
+REFERENCES = (
+    Row("resnet18", {}, 11_689_512, "t", "1.8", "1.814"),
+    Row("resnet34", {}, 21_797_672, "t", "3.6", "3.664"),
+    Row("resnet18", OPTION_A, 11_689_512 - 173_824, "A", "1.8"),
+    Row("resnet34", OPTION_A, 21_797_672 - 173_824, "A", "3.6"),
+    Row("resnet50", {}, 25_557_032, "t", "3.8"),
+    Row("resnet101", {}, 44_549_160, "t", "7.6"),
+    Row("resnet152", {}, 60_192_808, "t", "11.3"),
+    Row("resnet50", STRIDE_3X3, 25_557_032, "t", torchvision="4.089"),
+    Row("resnet101", STRIDE_3X3, 44_549_160, "t", torchvision="7.801"),
+    Row("resnet152", STRIDE_3X3, 60_192_808, "t", torchvision="11.514"),
+    Row("plain18", {}, 11_689_512 - 173_824, "A", "1.8"),
+    Row("plain34", {}, 21_797_672 - 173_824, "A", "3.6"),
+    *(cifar_row(name) for name in list_models() if name.startswith("cifar")),
+    Row("vgg11", {}, 132_863_336, "t", torchvision="7.609"),
+    Row("vgg13", {}, 133_047_848, "t", torchvision="11.308"),
+    Row("vgg16", {}, 138_357_544, "t", "15.3", "15.470"),
+    Row("vgg19", {}, 143_667_240, "t", "19.6", "19.632"),
+    Row("vgg11_bn", {}, 132_868_840 - 2_752, "t", torchvision="7.609"),
+    Row("vgg13_bn", {}, 133_053_736 - 2_944, "t", torchvision="11.308"),
+    Row("vgg16_bn", {}, 138_365_992 - 4_224, "t", torchvision="15.470"),
+    Row("vgg19_bn", {}, 143_678_248 - 5_504, "t", torchvision="19.632"),
+)
+
+
+def within_last_digit(count: int, published: str) -> bool:
+    """Whether a count is at most one unit of the last printed digit from ``published`` (1e9)."""
+    if not published:
+        return True
+    unit = Decimal(1).scaleb(Decimal(published).as_tuple().exponent)
+    return abs(Decimal(count) / 10**9 - Decimal(published)) <= unit
+
+
+def compare(reference: Row) -> dict[str, object]:
+    """Our numbers beside the published ones; the key ``ok`` tells whether they agree."""
+    with torch.device("meta"):
+        model = build_model(reference.name, **reference.options)
+    size = 32 if reference.name.startswith("cifar") else 224
+    counts, parameters = count_multiply_adds(model, size), count_parameters(model)
+    ok = (
+        parameters == reference.parameters
+        and within_last_digit(counts.convolutions, reference.paper)
+        and within_last_digit(counts.total, reference.torchvision)
+    )
+    return {
+        "name": reference.name,
+        "options": reference.options,
+        "input_size": size,
+        "parameters": parameters,
+        "published_parameters": reference.parameters,
+        "parameters_source": reference.source,
+        "multiply_adds_convolutions": counts.convolutions,
+        "multiply_adds": counts.total,
+        "paper_multiply_adds_1e9": reference.paper or None,
+        "torchvision_multiply_adds_1e9": reference.torchvision or None,
+        "ok": ok,
+    }
+
+
+def select(patterns: list[str]) -> list[Row]:
+    """The references of the networks whose names match, all of them without a pattern.
+
+    Raises:
+        ValueError: a pattern matches nothing, or a named network has no reference.
+    """
+    missing = set(list_models()) - {row.name for row in REFERENCES}
+    if missing:
+        raise ValueError(f"no published numbers for {', '.join(sorted(missing))}: add a row")
+    for pattern in patterns:
+        if not any(fnmatch(row.name, pattern) for row in REFERENCES):
+            raise ValueError(f"no network is named {pattern!r}: use {', '.join(list_models())}")
+    return [
+        row for row in REFERENCES if not patterns or any(fnmatch(row.name, p) for p in patterns)
+    ]
+
+
+def format_table(header: list[str], rows: list[list[str]], num_left: int = 1) -> str:
+    """Columns padded to their width; the first ``num_left`` are aligned to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [
+            cell.ljust(width) if index < num_left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def format_options(options: dict[str, object]) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items())
+
+
+def comparison_table(results: list[dict]) -> str:
+    rows = [
+        [
+            f"{r['name']} {format_options(r['options'])}".rstrip(),
+            f"{r['parameters']:,}",
+            f"{r['published_parameters']:,} [{r['parameters_source']}]",
+            f"{r['multiply_adds_convolutions'] / 1e9:.4f}",
+            f"{r['multiply_adds'] / 1e9:.4f}",
+            r["paper_multiply_adds_1e9"] or "-",
+            r["torchvision_multiply_adds_1e9"] or "-",
+            "ok" if r["ok"] else "DIFFERS",
+        ]
+        for r in results
+    ]
+    header = ["network", "parameters", "published", "conv", "+linear", "paper", "torchvision", ""]
+    return format_table(header, rows)
+
+
+def stage_rows(model: StagedNetwork, input_size: tuple[int, int]) -> list[dict[str, object]]:
+    """One row per stage and layer of the head, and the total."""
+    rows = []
+    for stage in analyze(model, input_size):
+        feature = model.features.get(stage.name)
+        if feature is None and stage.parameters == 0:
+            continue  # dropout
+        rows.append(
+            {
+                "name": stage.name,
+                "output_size": list(stage.output_shape[1:]),
+                "channels": stage.output_shape[0],
+                "stride": feature.stride if feature else None,
+                "parameters": stage.parameters,
+                "multiply_adds": stage.multiply_adds,
+            }
+        )
+    total = {key: sum(row[key] for row in rows) for key in ("parameters", "multiply_adds")}
+    blank = {"name": "total", "output_size": [], "channels": None, "stride": None}
+    return [*rows, {**blank, **total}]
+
+
+def stage_table(rows: list[dict]) -> str:
+    header = ["stage", "output", "channels", "stride", "parameters", "multiply-adds"]
+    cells = [
+        [
+            row["name"],
+            "x".join(map(str, row["output_size"])),
+            str(row["channels"] or ""),
+            str(row["stride"] or ""),
+            f"{row['parameters']:,}",
+            f"{row['multiply_adds']:,}",
+        ]
+        for row in rows
+    ]
+    return format_table(header, cells)
+
+
+def parse_option(text: str) -> tuple[str, object]:
+    """ "key=value" -> (key, value); values are Python literals, anything else is a string."""
+    key, separator, value = text.partition("=")
+    if not (key and separator):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "224" or "600x1000" (height x width) -> (height, width)."""
+    try:
+        numbers = [int(number) for number in text.split("x")]
+        height, width = numbers * 2 if len(numbers) == 1 else numbers
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither SIZE nor HEIGHTxWIDTH") from None
+    return height, width
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="patterns; default all networks")
+    parser.add_argument("--model", metavar="NAME", help="show the stages of this network instead")
+    parser.add_argument(
+        "--option",
+        dest="options",
+        action="append",
+        default=[],
+        type=parse_option,
+        metavar="KEY=VALUE",
+        help="with --model: an argument of the network, such as shortcut=A; may be repeated",
+    )
+    parser.add_argument(
+        "--input-size",
+        type=parse_size,
+        metavar="SIZE|HxW",
+        help="with --model: size of the image; default 224, and 32 for the CIFAR networks",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def show_stages(args: argparse.Namespace) -> int:
+    with torch.device("meta"):
+        model = build_model(args.model, **dict(args.options))
+    side = 32 if args.model.startswith("cifar") else 224
+    size = args.input_size or (side, side)
+    rows = stage_rows(model, size)
+    if args.json:
+        print(json.dumps({"model": args.model, "input_size": size, "stages": rows}, indent=2))
+    else:
+        print(args.model, format_options(dict(args.options)), f"at {size[0]}x{size[1]}")
+        print(stage_table(rows))
+    return 0
+
+
+def show_comparison(args: argparse.Namespace) -> int:
+    results = [compare(reference) for reference in select(args.names)]
+    differing = sum(not result["ok"] for result in results)
+    if args.json:
+        print(json.dumps(results, indent=2))
+    else:
+        print(comparison_table(results), NOTES, sep="\n\n")
+        print(f"\n{len(results)} rows, {differing} differ from the published numbers")
+    return 1 if differing else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not args.model and (args.options or args.input_size):
+        parser.error("--option and --input-size need --model")
+    if args.model and args.names:
+        parser.error("give either networks to compare or --model")
+    try:
+        return show_stages(args) if args.model else show_comparison(args)
+    except (ValueError, TypeError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

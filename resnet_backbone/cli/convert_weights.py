@@ -1,0 +1,362 @@
+#!/usr/bin/env python
+"""Look at weights of ResNets and VGGs, convert them for another library, compare two files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from resnet_backbone.models import list_models
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.compare import TOLERANCE, Comparison, compare
+from resnet_backbone.weights.convert import (
+    DTYPES,
+    convert_input,
+    fold_bn,
+    to_bn_eps,
+    to_dtype,
+    to_unit_responses,
+    use_channel_means,
+)
+from resnet_backbone.weights.export import FORMATS, check_target, export_checkpoint
+from resnet_backbone.weights.inspect import default_size, inspect_source
+from resnet_backbone.weights.preprocessing import (
+    PREPROCESSINGS,
+    Preprocessing,
+    WeightsError,
+    get_preprocessing,
+)
+from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
+from resnet_backbone.weights.samples import Samples, sample_images
+
+EPILOG = """\
+examples:
+  What is this file, and what does it not say?
+    python tools/convert_weights.py inspect resnet50.pth
+  Weights of a library, downloaded by name, as a file that says all of it:
+    python tools/convert_weights.py convert torchvision://resnet50/IMAGENET1K_V2 r50.safetensors
+  The paper's released weights for transformers; the test names what they were trained on:
+    python tools/convert_weights.py convert resnet50_msra.safetensors r50_hf --to huggingface \\
+        --preprocessing msra
+  A network of tools/train_classifier.py for Detectron2, with PIXEL_STD [1, 1, 1]:
+    python tools/convert_weights.py convert output/resnet50/final.safetensors r50.pkl \\
+        --to detectron2 --fold-std
+  Are these two the same network, and if not, what was mixed up?
+    python tools/convert_weights.py verify r50.safetensors r50.pkl --preprocessing-b msra
+
+SOURCE, A and B are a file (.safetensors, .pth, .pt, .bin, .ckpt, .pkl), a folder of transformers
+or timm, or a name: torchvision://resnet50/IMAGENET1K_V2, timm://resnet50.a1_in1k,
+hf://microsoft/resnet-50, detectron2://ImageNetPretrained/MSRA/R-101.pkl, https://...
+Nothing in a file is executed.
+
+Guide: docs/guides/weights.md. Exit status: 0, or for verify and convert 1 where outputs differ; 2
+for wrong input."""
+
+CONVERT_EPILOG = """\
+formats (--to):
+  resnet_backbone  .safetensors that carries network, preprocessing and origin (default)
+  torchvision      .pth or .safetensors; RGB in 0..1, stride in the 3x3
+  timm             a folder for timm.create_model("local-dir:FOLDER"); RGB, 0..1, stride in the 3x3
+  huggingface      a folder for from_pretrained; RGB in 0..1
+  detectron2       .pkl or .pth for MODEL.WEIGHTS
+  caffe2           .pkl with the blob names of MSRA's and Detectron1's files
+
+The channel order of libraries that take only RGB is folded into the first convolution. What is
+written is read back and compared with the source on pictures (--no-verify leaves that out)."""
+
+# Largest relative difference after rounding the kernels, a hundred layers deep.
+TOLERANCES = {None: TOLERANCE, "fp32": TOLERANCE, "fp16": 1e-2, "bf16": 5e-2}
+SOURCE_FACTS = (  # the names of add_source_arguments
+    *("preprocessing", "channel_order", "value_range", "mean", "std"),
+    *("stride_in_1x1", "bn_eps", "model"),
+)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> None:
+    """What a source does not say itself."""
+    whose = f" of {suffix.upper()}" if suffix else ""
+    group = parser.add_argument_group(f"what the source{whose} does not say itself")
+    end = f"-{suffix}" if suffix else ""
+    group.add_argument(
+        f"--preprocessing{end}",
+        default="",
+        metavar="NAME",
+        help=f"a published convention: {', '.join(PREPROCESSINGS)}",
+    )
+    group.add_argument(f"--channel-order{end}", choices=("RGB", "BGR"))
+    group.add_argument(f"--value-range{end}", type=float, choices=(1.0, 255.0))
+    for name in ("mean", "std"):
+        group.add_argument(
+            f"--{name}{end}",
+            nargs=3,
+            type=float,
+            metavar="X",
+            help="per channel, in that order and range",
+        )
+    group.add_argument(
+        f"--stride-in-1x1{end}",
+        choices=("true", "false"),
+        help="where bottlenecks have their stride; no tensor shows it",
+    )
+    group.add_argument(f"--bn-eps{end}", type=float, metavar="EPS")
+    group.add_argument(
+        f"--model{end}",
+        metavar="NAME",
+        help="network, where its tensors fit two (plain and option A): " + ", ".join(list_models()),
+    )
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pictures to compare on")
+    group.add_argument(
+        "--images", metavar="DIR", help="folder; default: photographs inside scikit-image"
+    )
+    group.add_argument("--num-images", type=int, default=8, metavar="N", help="of DIR; default 8")
+    group.add_argument("--size", type=int, metavar="PIXELS", help="side; default 224, CIFAR 32")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=layout)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    inspect = commands.add_parser("inspect", help="say what weights are, and what they do not say")
+    inspect.add_argument("source", metavar="SOURCE")
+    add_source_arguments(inspect)
+    convert = commands.add_parser(
+        "convert",
+        help="write weights in another form",
+        epilog=CONVERT_EPILOG,
+        formatter_class=layout,
+    )
+    convert.add_argument("source", metavar="SOURCE")
+    convert.add_argument("out", metavar="OUT", type=Path)
+    add_conversion_arguments(convert)
+    add_source_arguments(convert)
+    add_image_arguments(convert)
+    verify = commands.add_parser("verify", help="run two on the same pictures")
+    verify.add_argument("a", metavar="A", help="the reference")
+    verify.add_argument("b", metavar="B")
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help=f"largest difference, in units of A's largest output; default {TOLERANCE}",
+    )
+    for suffix in ("a", "b"):
+        add_source_arguments(verify, suffix)
+    add_image_arguments(verify)
+    return parser
+
+
+def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("conversion")
+    group.add_argument("--to", default="resnet_backbone", choices=FORMATS, metavar="FORMAT")
+    group.add_argument("--channel-order-to", default="", choices=("RGB", "BGR"))
+    group.add_argument("--value-range-to", type=float, choices=(1.0, 255.0))
+    group.add_argument("--fold-std", action="store_true", help="std becomes 1 in the value range")
+    group.add_argument("--fold-bn", action="store_true", help="batch norms become biases")
+    group.add_argument(
+        "--unit-responses",
+        action="store_true",
+        help="VGG without norms: every layer's responses to the pictures get standard deviation 1",
+    )
+    group.add_argument("--bn-eps-to", type=float, metavar="EPS")
+    group.add_argument("--dtype", choices=DTYPES, help="of kernels; vectors are fp32")
+    group.add_argument(
+        "--accept-channel-means",
+        action="store_true",
+        help="drop a per-pixel mean image that the format cannot hold; not exact",
+    )
+    group.add_argument("--shard-size", type=int, metavar="BYTES", help="of huggingface files")
+    group.add_argument("--overwrite", action="store_true")
+    group.add_argument("--no-verify", action="store_true", help="do not run what was written")
+
+
+def stated_input(args: argparse.Namespace, suffix: str = "") -> Preprocessing | str:
+    """The preprocessing that the command line states for a source; "" if none.
+
+    Raises:
+        WeightsError: only a part of one.
+    """
+    end = f"_{suffix}" if suffix else ""
+    get = {name: getattr(args, name + end) for name in ("channel_order", "value_range")}
+    get |= {name: getattr(args, name + end) for name in ("mean", "std")}
+    given = {name: value for name, value in get.items() if value is not None}
+    facts = {}
+    stride, eps = getattr(args, f"stride_in_1x1{end}"), getattr(args, f"bn_eps{end}")
+    if stride is not None:
+        facts["stride_in_1x1"] = stride == "true"
+    if eps is not None:
+        facts["bn_eps"] = eps
+    name = getattr(args, f"preprocessing{end}")
+    if name:
+        named, changed = get_preprocessing(name), ", ".join({**given, **facts})
+        if not changed:
+            return named
+        source = f"{name}, with {changed} stated on the command line; {named.source}"
+        return replace(named, **given, **facts, source=source)
+    if not given and not facts:
+        return ""
+    missing = [f"--{key.replace('_', '-')}{end.replace('_', '-')}" for key in get.keys() - given]
+    if missing:
+        raise WeightsError(f"an input that is stated needs {', '.join(sorted(missing))} too")
+    return Preprocessing(**given, **facts, source="stated on the command line")
+
+
+def stated_model(args: argparse.Namespace, suffix: str = "") -> ModelSpec | None:
+    name = getattr(args, f"model_{suffix}" if suffix else "model")
+    return None if name is None else ModelSpec(name)
+
+
+def stated_options(args: argparse.Namespace) -> list[str]:
+    """The options that say of a source what it does not say itself, as they were given."""
+    options = []
+    for name in SOURCE_FACTS:
+        value = getattr(args, name)
+        if value not in (None, ""):
+            values = value if isinstance(value, list) else [value]
+            texts = [f"{x:.9g}" if isinstance(x, float) else x for x in values]
+            options += [f"--{name.replace('_', '-')}", *texts]
+    return options
+
+
+def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
+    """A source with what the command line says of it."""
+    try:
+        return read_checkpoint(source, stated_input(args, suffix), stated_model(args, suffix))
+    except UnknownInput as error:
+        option = "--preprocessing" + (f"-{suffix}" if suffix else "")
+        raise WeightsError(
+            f"{source} does not say which input it was trained on: add {option} "
+            f"{'|'.join(PREPROCESSINGS)}, or see inspect"
+        ) from error
+
+
+def read_images(args: argparse.Namespace, checkpoint: Checkpoint) -> Samples:
+    """The pictures to compare on: centre crops of a folder's, or those at hand."""
+    size = default_size(checkpoint) if args.size is None else args.size
+    if size < 32 or args.num_images < 1:
+        raise WeightsError("--size is at least 32 and --num-images at least 1")
+    if args.images is None:
+        return sample_images(size)
+    from resnet_backbone.classification.data.augment import resize_short_side
+    from resnet_backbone.classification.data.decode import read_rgb
+    from resnet_backbone.classification.protocols import centre_crop
+
+    files = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise WeightsError(f"--images {args.images}: no pictures there")
+    chosen = files[:: max(1, len(files) // args.num_images)][: args.num_images]
+    pictures = [torch.from_numpy(read_rgb(file)).permute(2, 0, 1) for file in chosen]
+    crops = [centre_crop(resize_short_side(picture, size), size) for picture in pictures]
+    return Samples(torch.stack(crops), f"{len(crops)} of {len(files)} pictures in {args.images}")
+
+
+def report(comparison: Comparison, samples: Samples, a: str = "A", b: str = "B") -> None:
+    """Prints a comparison."""
+    print(f"on {samples.text}, {samples.images.shape[-1]} pixels")
+    print(comparison.difference)
+    if comparison.equal:
+        print(f"{a} and {b} are equal within {comparison.tolerance:g}")
+    elif comparison.explanation:
+        print(f"{a} and {b} DIFFER as they do where this is wrong about {b} (or about {a}):")
+        for text in comparison.explanation:
+            print(f"  {text}")
+        print(f"with that they agree; {comparison.explained}")
+    else:
+        print(
+            f"{a} and {b} DIFFER, and none of {comparison.num_tried} known mistakes (stride, "
+            "channel order, mean, std, range, pooling, BN eps) explains it: the "
+            "weights themselves may differ"
+        )
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    found = inspect_source(args.source, stated_input(args), stated_model(args))
+    print("\n".join(found.lines()))
+    command = ["python", "tools/convert_weights.py", "convert", args.source, "OUT"]
+    print("next:         ", shlex.join([*command, *stated_options(args)]), *found.options)
+    return 0
+
+
+def converted(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint with the conversions that were asked for, in this order."""
+    rules = FORMATS[args.to]
+    value_range = args.value_range_to or rules.value_range
+    if rules.value_range not in (None, value_range):
+        raise WeightsError(f"{args.to} files are used with pixels in 0..{rules.value_range:g}")
+    if rules.rgb and args.channel_order_to == "BGR":
+        raise WeightsError(f"{args.to} takes RGB only")
+    checkpoint = convert_input(
+        checkpoint, channel_order=args.channel_order_to, value_range=value_range
+    )
+    if args.fold_std:
+        checkpoint = convert_input(checkpoint, std=(1.0, 1.0, 1.0))
+    if args.bn_eps_to is not None:
+        checkpoint = to_bn_eps(checkpoint, args.bn_eps_to)
+    if args.fold_bn:
+        checkpoint = fold_bn(checkpoint)
+    return checkpoint if args.dtype is None else to_dtype(checkpoint, args.dtype)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    check_target(args.out, args.to, args.overwrite)
+    source = read(args.source, args)
+    samples = read_images(args, source)
+    if args.accept_channel_means:
+        source = use_channel_means(source)
+        print("from here on with the channel means, which is not exactly the same")
+    if args.unit_responses:
+        source = to_unit_responses(source, samples.images)
+        print(f"every layer's responses have standard deviation 1 on {samples.text}")
+    exported = export_checkpoint(
+        converted(source, args),
+        args.out,
+        args.to,
+        overwrite=args.overwrite,
+        shard_size=args.shard_size,
+    )
+    print(f"wrote {args.out} ({args.to}); use it so:")
+    print("\n".join(f"  {line}" for line in exported.usage.splitlines()))
+    if args.no_verify:
+        return 0
+    written = exported.checkpoint
+    back = read_checkpoint(args.out, written.preprocessing, written.model)
+    comparison = compare(source, back, samples.images, TOLERANCES[args.dtype])
+    report(comparison, samples, "source", str(args.out))
+    return 0 if comparison.equal else 1
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    a, b = read(args.a, args, "a"), read(args.b, args, "b")
+    samples = read_images(args, a)
+    comparison = compare(a, b, samples.images, args.tolerance)
+    report(comparison, samples)
+    half = {value.dtype for value in b.tensors.values()} - {torch.float32}
+    if half and comparison.tolerance < comparison.difference.relative < TOLERANCES["bf16"]:
+        print("B is stored in half precision: --tolerance 0.05 allows for its rounding")
+    return 0 if comparison.equal else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    run = {"inspect": run_inspect, "convert": run_convert, "verify": run_verify}[args.command]
+    try:
+        return run(args)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("RESNET_BACKBONE_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+#!/usr/bin/env python
+"""Draw what a trained detector or segmentation model finds in images and videos.
+
+With a run of tools/train_net.py, on one image, on a folder, on what a pattern matches:
+
+  python tools/demo.py --run output/r50 --input street.jpg --output street_detected.jpg
+  python tools/demo.py --run output/r50 --input photos/ 'more/*.png' --output detected/
+  python tools/demo.py --run output/r50 --input drive.mp4 --output drive_detected.mp4
+
+With a config and a checkpoint, also as one sheet and as numbers:
+
+  python tools/demo.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
+      --input photos/ --sheet sheet.png --json detections.json MODEL.WEIGHTS model_final.pth
+
+Any config key can be overridden by trailing pairs, for example INPUT.MIN_SIZE_TEST 480.
+A checkpoint that was trained on other input than the config gives it (INPUT.FORMAT,
+MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1) is refused with the line to write;
+RESNET_BACKBONE.WEIGHTS_INPUT set takes these values from the checkpoint.
+Small pictures are enlarged before drawing; boxes in the JSON file are x0, y0, x1, y1 in pixels of
+the original image (turned upright as its EXIF data says). Exit status: 0, all inputs were done;
+1, some could not be read (they are named at the end); 2, nothing was done, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from tqdm import tqdm
+
+from resnet_backbone.detection.checkpoint.handover import prepare_weights
+from resnet_backbone.detection.data.label_arguments import detects_objects
+from resnet_backbone.detection.engine.command_line import UsageError, load_config, one_line_errors
+from resnet_backbone.detection.inference import visualize
+from resnet_backbone.detection.inference.draw_segments import draw_output
+from resnet_backbone.detection.inference.ensemble import find_weights
+from resnet_backbone.detection.inference.outputs import describe_output
+from resnet_backbone.detection.inference.predictor import (
+    Predictor,
+    UnreadableError,
+    read_bgr,
+    read_video,
+)
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_argument_group("model", "One of the two.")
+    model.add_argument("--run", metavar="DIR", help="run folder of tools/train_net.py")
+    model.add_argument("--config-file", metavar="FILE", help="YAML; add MODEL.WEIGHTS FILE")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="images, folders, videos, globs"
+    )
+    parser.add_argument("--output", metavar="PATH", help="folder, or file for a single input")
+    parser.add_argument("--confidence", type=float, default=0.5, help="least score (default: 0.5)")
+    parser.add_argument("--sheet", metavar="FILE", help="one picture of all results, e.g. s.png")
+    parser.add_argument("--sheet-columns", type=int, default=4, metavar="N", help="(default: 4)")
+    parser.add_argument(
+        "--sheet-max", type=int, default=12, metavar="N", help="most pictures on it (default: 12)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="detections as numbers")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    args = parser.parse_intermixed_args(argv)
+    if bool(args.run) == bool(args.config_file):
+        raise UsageError("give --run DIR, or --config-file FILE with MODEL.WEIGHTS FILE")
+    if not (args.output or args.sheet or args.json):
+        raise UsageError("nothing to write: give --output, --sheet or --json")
+    if not 0 <= args.confidence <= 1:
+        raise UsageError(f"--confidence {args.confidence}: it lies between 0 and 1")
+    if args.sheet and Path(args.sheet).suffix.lower() not in IMAGES:
+        raise UsageError(f"--sheet {args.sheet}: name an image file, such as sheet.png")
+    if args.sheet_columns < 1 or args.sheet_max < 1:
+        raise UsageError("--sheet-columns and --sheet-max are at least 1")
+    return args
+
+
+def find_inputs(words: list[str]) -> list[Path]:
+    """Files named by paths, folders (their images and videos) and patterns, each once.
+
+    Raises:
+        UsageError: a word that names nothing.
+    """
+    found: dict[Path, None] = {}
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            paths = _media(path.iterdir())
+        elif path.exists():
+            paths = [path]
+        else:
+            paths = _media(map(Path, glob.glob(word, recursive=True)))
+        if not paths:
+            kind = "no image or video in this folder" if path.is_dir() else "no such file or match"
+            raise UsageError(f"--input {word}: {kind}")
+        found |= dict.fromkeys(paths)
+    return list(found)
+
+
+def _media(paths) -> list[Path]:
+    return sorted(p for p in paths if p.suffix.lower() in IMAGES + VIDEOS and p.is_file())
+
+
+def plan_outputs(inputs: list[Path], output: str | None) -> list[Path | None]:
+    """The file to write for each input; equal names get a number.
+
+    Raises:
+        UsageError: a file for several inputs.
+    """
+    if output is None:
+        return [None] * len(inputs)
+    suffix = Path(output).suffix.lower()
+    if suffix in IMAGES + VIDEOS and not os.path.isdir(output):
+        if len(inputs) > 1:
+            raise UsageError(f"--output {output}: a file for {len(inputs)} inputs; name a folder")
+        if (suffix in VIDEOS) != is_video(inputs[0]):
+            raise UsageError(f"--output {output}: {inputs[0]} is of the other kind, image or video")
+        if suffix in VIDEOS and suffix != ".mp4":
+            raise UsageError(f"--output {output}: videos are written as .mp4")
+        return [Path(output)]
+    planned: dict[Path, None] = {}
+    for path in inputs:
+        kept = path.suffix if path.suffix.lower() in IMAGES else ".png"
+        kept = ".mp4" if is_video(path) else kept
+        name, number = Path(output) / (path.stem + kept), 1
+        while name in planned:
+            number += 1
+            name = Path(output) / f"{path.stem}_{number}{kept}"
+        planned[name] = None
+    return list(planned)
+
+
+def refuse_to_overwrite(inputs: list[Path], outputs: list[str | Path | None]) -> None:
+    """Raises UsageError if something to write is something to read."""
+    read = {path.resolve() for path in inputs}
+    for path in filter(None, outputs):
+        if Path(path).resolve() in read:
+            raise UsageError(f"{path} is an input and would be overwritten; write elsewhere")
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in VIDEOS
+
+
+def build_config(args: argparse.Namespace):
+    """The detector's config: the run's or the given one, with weights, device and threshold."""
+    opts = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
+    config = args.config_file
+    if args.run:
+        config = os.path.join(args.run, "config.yaml")
+        if not os.path.isfile(config):
+            raise UsageError(f"--run {args.run}: no config.yaml there; name a train_net.py run")
+        if "MODEL.WEIGHTS" not in args.opts[::2]:
+            opts += ["MODEL.WEIGHTS", find_weights(args.run)]
+    cfg = load_config(config, opts + args.opts)
+    for line in prepare_weights(cfg, given=args.opts[::2]):
+        print(f"weights: {line}")
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence
+    cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence
+    return cfg
+
+
+def find_class_names(cfg) -> list[str]:
+    """The run's class names, else the data set's, else none, with a line that says so."""
+    if not detects_objects(cfg):
+        return []
+    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    number = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    choices = [list(cfg.RESNET_BACKBONE.CLASS_NAMES)]
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        choices.append(list(MetadataCatalog.get(name).get("thing_classes", [])))
+    for names in choices:
+        if len(names) == number:
+            return names
+    print(
+        f"note: the names of the {number} classes are not known, so numbers are written; give "
+        "RESNET_BACKBONE.CLASS_NAMES \"['first', 'second', ...]\"",
+        file=sys.stderr,
+    )
+    return []
+
+
+class Demo:
+    """Detects, draws and writes; keeps the detections and the pictures of the sheet."""
+
+    def __init__(self, predictor, class_names: list[str], args: argparse.Namespace):
+        self.predictor, self.class_names, self.args = predictor, class_names, args
+        self.label_names = list(predictor.cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES)
+        self.detections: list[dict] = []
+        self.pictures: list[tuple[str, np.ndarray]] = []
+
+    def image(self, path: Path, output: Path | None) -> int:
+        """Does one image; returns the number of detections. UnreadableError: it is broken."""
+        number, picture = self._detect(read_bgr(path), {"file": str(path)})
+        if output:
+            visualize.save_image(output, picture)
+        self._keep(path, picture)
+        return number
+
+    def video(self, path: Path, output: Path | None) -> int:
+        """Does one video, frame by frame; the frame with most detections goes on the sheet."""
+        rate, count, frames = read_video(path)
+        numbers, best = [], None
+        with visualize.video_writer(output, rate) if output else nullcontext() as write:
+            bar = tqdm(frames, total=count, desc=path.name, unit="frame", leave=False, disable=None)
+            for index, frame in enumerate(bar):
+                number, picture = self._detect(frame, {"file": str(path), "frame": index})
+                if write:
+                    write(picture)
+                if number > max(numbers, default=-1):
+                    best = picture
+                numbers.append(number)
+        self._keep(path, best)
+        return sum(numbers)
+
+    def _detect(self, bgr: np.ndarray, where: dict) -> tuple[int, np.ndarray]:
+        output, names = self.predictor(bgr), (self.class_names, self.label_names)
+        if "instances" in output:  # soft-NMS lowers scores after the threshold
+            instances = output["instances"]
+            output["instances"] = instances[instances.scores >= self.args.confidence]
+        found = describe_output(output, *names)
+        self.detections += [{**where, **entry} for entry in found]
+        rgb = np.ascontiguousarray(bgr[:, :, ::-1])
+        return len(found), draw_output(rgb, output, *names, self.args.confidence)
+
+    def _keep(self, path: Path, picture: np.ndarray) -> None:
+        if self.args.sheet and len(self.pictures) < self.args.sheet_max:
+            self.pictures.append((path.name, picture))
+
+    def write_sheet(self, path: Path) -> None:
+        captions = [caption for caption, _ in self.pictures]
+        pictures = [picture for _, picture in self.pictures]
+        sheet = visualize.contact_sheet(pictures, self.args.sheet_columns, captions)
+        visualize.save_image(path, sheet)
+
+    def write_json(self, path: Path, unreadable: list[str]) -> None:
+        """Detections with where they come from; boxes are xyxy in pixels of the original image."""
+        content = {
+            "weights": self.predictor.cfg.MODEL.WEIGHTS,
+            "confidence": self.args.confidence,
+            "unreadable": unreadable,
+            "detections": self.detections,
+        }
+        with visualize.written_whole(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def run(demo: Demo, inputs: list[Path], outputs: list[Path | None]) -> list[str]:
+    """Does all inputs, a line for each; returns what is wrong with those that cannot be read."""
+    problems = []
+    with tqdm(total=len(inputs), unit="file", disable=None) as bar:
+        for path, output in zip(inputs, outputs, strict=True):
+            start = time.perf_counter()
+            try:
+                number = (demo.video if is_video(path) else demo.image)(path, output)
+                seconds = time.perf_counter() - start
+                bar.write(f"{path}: {number} detections, {seconds:.2f} s")
+            except UnreadableError as error:
+                problems.append(str(error))
+            bar.update()
+    return problems
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    inputs = find_inputs(args.input)
+    outputs = plan_outputs(inputs, args.output)
+    refuse_to_overwrite(inputs, [*outputs, args.sheet, args.json])
+    cfg = build_config(args)
+    demo = Demo(Predictor(cfg), find_class_names(cfg), args)
+    problems = run(demo, inputs, outputs)
+    if args.sheet and demo.pictures:
+        demo.write_sheet(Path(args.sheet))
+    if args.json:
+        demo.write_json(Path(args.json), problems)
+    for written in filter(None, (args.output, args.sheet, args.json)):
+        if os.path.exists(written):
+            print(f"written: {written}")
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
+        print(f"error: {len(problems)} of {len(inputs)} inputs not done", file=sys.stderr)
+        raise SystemExit(2 if len(problems) == len(inputs) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+#!/usr/bin/env python
+"""Evaluate a classifier, or an ensemble, as the paper did: every image exactly once.
+
+Prints top-1 and top-5 error and cross-entropy. With --output also writes results.json,
+predictions.csv, per_class.csv, confusion.csv and confusion.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import logging
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from resnet_backbone.classification.command_line import launch, one_line_errors, set_up_logging
+from resnet_backbone.classification.data.cifar import CLASS_NAMES, read_cifar10
+from resnet_backbone.classification.data.evaluation import (
+    EvaluationArrays,
+    EvaluationFiles,
+    EvaluationLoader,
+)
+from resnet_backbone.classification.data.imagenet import (
+    read_class_list,
+    read_flat_folder,
+    read_image_folder,
+)
+from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
+from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
+from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
+from resnet_backbone.classification.run_folder import hardware, source_revision, versions
+from resnet_backbone.classification.step import AMP
+from resnet_backbone.runtime.distributed import World, join
+from resnet_backbone.runtime.files import write_json
+from resnet_backbone.weights import WeightsError
+from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.load import WrongStride
+from resnet_backbone.weights.reading import UnknownInput
+
+logger = logging.getLogger("resnet_backbone.evaluate_classifier")
+
+EPILOG = """\
+examples:
+  A network of tools/train_classifier.py, whose file names its network and its input:
+    python tools/evaluate_classifier.py --weights output/resnet50/final.safetensors \\
+        --imagenet-folder imagenet/val
+  The paper's 10-crop testing (Tables 2 and 3) and its multi-scale dense testing (Table 4):
+    python tools/evaluate_classifier.py --weights final.safetensors --protocol ten_crop \\
+        --imagenet-folder imagenet/val --num-gpus 8 --amp bf16
+    python tools/evaluate_classifier.py --weights final.safetensors --protocol dense --flip \\
+        --imagenet-folder imagenet/val --batch-size 16 --output output/dense
+  The authors' released weights, which say neither, on ten of the thousand classes:
+    python tools/evaluate_classifier.py --weights resnet50_msra.safetensors --model resnet50 \\
+        --preprocessing msra --imagenet-folder some_classes --class-list wnid_index.txt
+  Weights that torchvision or others published (the stride is on the 3x3 there):
+    python tools/evaluate_classifier.py --weights resnet50_tv.safetensors --model resnet50 \\
+        --model-options stride_in_1x1=False --preprocessing torchvision --imagenet-folder val
+  An ensemble, a flat folder with a label list, CIFAR-10:
+    python tools/evaluate_classifier.py --weights a.safetensors b.safetensors \\
+        --flat ILSVRC2012_img_val --labels val_labels.txt --class-list LOC_synset_mapping.txt
+    python tools/evaluate_classifier.py --weights output/resnet20/final.safetensors \\
+        --cifar10 cifar10
+
+Dense testing averages class scores over all positions of the whole image at each of --sizes, then
+over sizes (and mirrored images). --pooling sliding is the network as a convolution, 7x7 pooling
+windows and fc as a 1x1 convolution; global_pool is its ordinary forward pass at each size.
+--softmax says whether scores become probabilities at each position, in each view, or at the end.
+The paper leaves these open; the defaults are those of VGG, to which it refers. A per-pixel mean has
+one size: dense testing subtracts the channel means in its place.
+
+With several processes (--num-gpus, or torchrun) each image is still evaluated exactly once, and
+the numbers are those of one process. Unreadable images end the evaluation; with --max-bad-images N
+up to N of them are listed in results.json and count as wrong.
+Exit status: 0, or 2 for wrong input."""
+
+ONLY_FOR = {
+    "resize": ("centre", "ten_crop"),
+    "crop": ("centre", "ten_crop"),
+    "sizes": ("dense",),
+    "flip": ("dense",),
+    "pooling": ("dense",),
+    "softmax": ("dense",),
+    "window": ("dense",),
+}
+
+
+class UsageError(ValueError):
+    """Arguments that do not fit together; the message says what to change."""
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("networks")
+    group.add_argument(
+        "--weights",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".safetensors; several: ensemble",
+    )
+    group.add_argument(
+        "--model",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="network of files that do not say theirs, one for all or one each: resnet50, "
+        "torchvision/NAME, timm/NAME (tools/analyze_model.py lists ours)",
+    )
+    group.add_argument(
+        "--model-options",
+        nargs="+",
+        default=[],
+        type=parse_option,
+        metavar="KEY=VALUE",
+        help="arguments of --model, such as stride_in_1x1=False",
+    )
+    group.add_argument("--num-classes", type=int, help="of --model (default: 1000; CIFAR nets: 10)")
+    group.add_argument(
+        "--preprocessing",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="input of files that do not say theirs, one for all or one each: msra, caffe_vgg, "
+        "torchvision",
+    )
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data, one of")
+    chosen = group.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--imagenet-folder", metavar="DIR", help="DIR/<wnid>/<image>")
+    chosen.add_argument("--flat", metavar="DIR", help="images in one folder, with --labels")
+    chosen.add_argument("--cifar10", metavar="DIR", help="the test set, binary or Python version")
+    group.add_argument(
+        "--labels", metavar="FILE", help="'name wnid' or 'name index' lines of --flat"
+    )
+    group.add_argument(
+        "--class-list",
+        metavar="FILE",
+        help="'wnid index' lines; needed where the data have only some of the network's classes",
+    )
+    group.add_argument(
+        "--max-bad-images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="unreadable images that may count as wrong (default: 0, stop at the first)",
+    )
+
+
+def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("protocol")
+    group.add_argument(
+        "--protocol", choices=tuple(PROTOCOLS), help="(default: centre; with --cifar10: full)"
+    )
+    group.add_argument("--resize", type=int, help="centre, ten_crop: short side (default: 256)")
+    group.add_argument("--crop", type=int, help="centre, ten_crop: side of crops (default: 224)")
+    group.add_argument(
+        "--sizes", type=int, nargs="+", help="dense: short sides (default: 224 256 384 480 640)"
+    )
+    group.add_argument(
+        "--flip", action="store_true", default=None, help="dense: mirrored views, too"
+    )
+    group.add_argument("--pooling", choices=POOLINGS, help="dense (default: sliding)")
+    group.add_argument("--softmax", choices=SOFTMAXES, help="dense (default: per_view)")
+    group.add_argument("--window", type=int, help="dense, sliding: pooling window (default: 7)")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_network_arguments(parser)
+    add_data_arguments(parser)
+    add_protocol_arguments(parser)
+    group = parser.add_argument_group("running")
+    group.add_argument("--batch-size", type=int, default=64, help="per process (default: 64)")
+    group.add_argument("--workers", type=int, default=4, help="loader processes (default: 4)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
+    group.add_argument("--amp", choices=tuple(AMP), default="none", help="mixed precision")
+    group.add_argument(
+        "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory format"
+    )
+    group.add_argument("--output", metavar="DIR", help="folder for results")
+    args = parser.parse_args(argv)
+    args.arguments = list(sys.argv[1:] if argv is None else argv)
+    if bool(args.flat) != bool(args.labels):
+        raise UsageError("--flat DIR and --labels FILE go together")
+    if args.cifar10 and args.class_list:
+        raise UsageError("--class-list is for --imagenet-folder and --flat")
+    return args
+
+
+def parse_option(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def make_protocol(args: argparse.Namespace) -> Protocol:
+    name = args.protocol or ("full" if args.cifar10 else "centre")
+    settings = {key: getattr(args, key) for key in ONLY_FOR if getattr(args, key) is not None}
+    for key in settings:
+        if name not in ONLY_FOR[key]:
+            raise UsageError(f"--{key} is for protocol {' and '.join(ONLY_FOR[key])}, not {name}")
+    if args.cifar10 and name != "full":
+        raise UsageError(f"CIFAR-10 images are tested as they are: --protocol full, not {name}")
+    return PROTOCOLS[name](**settings)
+
+
+def one_each(values: list[str], args: argparse.Namespace, option: str) -> list[str]:
+    """One value for each weights file; a single one is for those files that need it."""
+    if len(values) not in (0, 1, len(args.weights)):
+        raise UsageError(f"{option}: give one for all, or one for each of the weights files")
+    return values if len(values) > 1 else (values or [""]) * len(args.weights)
+
+
+def network_spec(path: str, name: str, args: argparse.Namespace) -> tuple[NetworkSpec, bool]:
+    """The network of a weights file, and whether the file says it; else the arguments do."""
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: no such file; give --weights a .safetensors file")
+    found = read_spec(path)
+    if found is not None:
+        if len(args.model) == len(args.weights) and name != found.name:
+            raise UsageError(f"{path} is of {found.name}, not {name}: leave out --model")
+        return found, True
+    if not name:
+        raise UsageError(f"{path} does not say which network it is of: give --model NAME")
+    classes = args.num_classes or (10 if name.startswith("cifar_") else 1000)
+    return NetworkSpec(name, classes, dict(args.model_options)), False
+
+
+def load_networks(
+    args: argparse.Namespace, world: World
+) -> tuple[list[tuple[torch.nn.Module, InputNormalizer]], int]:
+    """The networks with their preprocessing, and their number of classes."""
+    models, specs = [], []
+    names = one_each(args.model, args, "--model")
+    inputs = one_each(args.preprocessing, args, "--preprocessing")
+    for path, name, preprocessing in zip(args.weights, names, inputs, strict=True):
+        spec, own = network_spec(path, name, args)
+        if own and len(args.preprocessing) < len(args.weights):
+            preprocessing = ""  # the one for all is for files without their own
+        model = spec.build()
+        try:
+            found = load_network(model, path, preprocessing)
+        except UnknownInput as error:
+            raise UsageError(str(UnknownInput(error.source, "--preprocessing"))) from error
+        except WrongStride as error:
+            option = f"--model-options stride_in_1x1={error.expected}"
+            raise UsageError(f"{error} ({option})") from error
+        except WeightsError as error:
+            raise UsageError(str(error)) from error
+        layout = torch.channels_last if args.channels_last else torch.contiguous_format
+        model = model.to(world.device, memory_format=layout)
+        models.append((model, InputNormalizer(found, world.device)))
+        specs.append(spec)
+    if len({spec.num_classes for spec in specs}) > 1:
+        raise UsageError(
+            "an ensemble needs networks of the same classes: "
+            + ", ".join(f"{spec.name} has {spec.num_classes}" for spec in specs)
+        )
+    return models, specs[0].num_classes
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images, and a name for each of the network's classes."""
+
+    images: EvaluationFiles | EvaluationArrays
+    class_names: tuple[str, ...]
+
+
+def read_data(args: argparse.Namespace, protocol: Protocol, num_classes: int) -> Data:
+    if args.cifar10:
+        if num_classes != len(CLASS_NAMES):
+            raise UsageError(f"the network has {num_classes} classes, CIFAR-10 has 10")
+        return Data(EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CLASS_NAMES)
+    classes = read_class_list(args.class_list) if args.class_list else None
+    if args.imagenet_folder:
+        files = read_image_folder(args.imagenet_folder, classes, num_classes if classes else 0)
+        known = len(files.class_names)
+    else:
+        files = read_flat_folder(args.flat, args.labels, classes, num_classes)
+        named = [name for name in files.class_names if not name.startswith("class ")]
+        known = len(named) or num_classes  # indices need no names
+    if not classes and known != num_classes:
+        raise UsageError(
+            f"{args.imagenet_folder or args.labels} has {known} classes, the network "
+            f"{num_classes}: which of them are these? Give --class-list FILE with a line 'wnid "
+            "index' for each"
+        )
+    images = EvaluationFiles(files.samples, protocol.short_sides, protocol.prepare)
+    return Data(images, files.class_names)
+
+
+def write_results(
+    args: argparse.Namespace, world: World, data: Data, result: EvaluationResult
+) -> None:
+    folder = Path(args.output)
+    from resnet_backbone.report.evaluation import write_evaluation
+
+    files = write_evaluation(folder, result, data.class_names, data.images.name_of)
+    content = {
+        "command": shlex.join(["python", "tools/evaluate_classifier.py", *args.arguments]),
+        "weights": args.weights,
+        "data": args.imagenet_folder or args.flat or args.cifar10,
+        **result.to_dict(),
+        "amp": args.amp,
+        "processes": world.size,
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware(world.device),
+        "versions": versions(),
+        "revision": source_revision(),
+    }
+    write_json(folder / "results.json", content)
+    logger.info("written: %s, %s", folder / "results.json", ", ".join(f.name for f in files))
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    protocol = make_protocol(args)
+    if args.num_gpus > 1 and "WORLD_SIZE" not in os.environ:
+        launch("resnet_backbone.cli.evaluate_classifier", args.num_gpus, args.arguments)
+    world = join(args.device)
+    set_up_logging(None, world.is_main)
+    models, num_classes = load_networks(args, world)
+    data = read_data(args, protocol, num_classes)
+    loader = EvaluationLoader(
+        data.images,
+        args.batch_size,
+        workers=args.workers,
+        rank=world.rank,
+        world=world.size,
+        pin_memory=world.device.type == "cuda",
+    )
+    result = evaluate(
+        models,
+        protocol,
+        loader,
+        world=world,
+        autocast=AMP[args.amp],
+        channels_last=args.channels_last,
+        max_bad_images=args.max_bad_images,
+    )
+    if world.is_main:
+        logger.info("%s", result)
+        if args.output:
+            write_results(args, world, data, result)
+
+
+if __name__ == "__main__":
+    main()

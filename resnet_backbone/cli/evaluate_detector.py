@@ -1,0 +1,318 @@
+#!/usr/bin/env python
+"""Evaluate a detector with the paper's improvements, one row each (appendix B, Table 9).
+
+  python tools/evaluate_detector.py --run output/r101 --context-run output/r101_context \\
+      --ensemble-run output/r152 output/r50 --voc-root VOCdevkit/VOC2007 --test-set test \\
+      --output output/improvements
+
+Rows, each with all before it that were asked for by --rows:
+
+  baseline      the detector of --run as it was trained
+  refinement    box refinement: pooling again at the regressed boxes, NMS at .3, box voting
+  context       global context: the detector of --context-run, which was trained with
+                RESNET_BACKBONE.GLOBAL_CONTEXT True, takes the place of --run's
+  multi-scale   regions are pooled on two of several scales and merged by their maximum (--scales)
+  ensemble      together with the detectors of --ensemble-run
+
+A row without its run is named and left out. Each row is kept in --output as soon as it is done:
+the same command goes on after an interruption, and does rows anew whose weights, settings or data
+have changed. --output gets results.json (AP, AP per class, seconds per image, and where each number
+comes from) and results.md, with the paper's COCO numbers in columns of their own.
+
+Trailing KEY VALUE pairs hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
+RESNET_BACKBONE.TEST.FLIP True or RESNET_BACKBONE.TEST.NMS gaussian. The members of an ensemble keep
+the settings of their own runs. To evaluate with Detectron2's own test-time augmentation instead:
+python tools/train_net.py --eval-only ... TEST.AUG.ENABLED True
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shlex
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from resnet_backbone.detection.config import DEFAULTS
+from resnet_backbone.detection.data.arguments import add_data_arguments, set_up_data
+from resnet_backbone.detection.engine.command_line import (
+    UsageError,
+    one_line_errors,
+    take_back_overrides,
+)
+from resnet_backbone.runtime.files import sha256, write_json, write_text
+
+ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
+PAPER_SCALES = (200, 400, 600, 800, 1000)  # of images that are otherwise tested at 600
+OF_THE_ROWS = (  # keys that rows and other options set
+    "MODEL.WEIGHTS",
+    "OUTPUT_DIR",
+    "RESNET_BACKBONE.GLOBAL_CONTEXT",
+    "RESNET_BACKBONE.TEST.BOX_REFINEMENT",
+    "RESNET_BACKBONE.TEST.SCALES",
+    "RESNET_BACKBONE.TEST.ENSEMBLE",
+    "TEST.AUG.ENABLED",
+)
+
+
+class Row(NamedTuple):
+    """A row to measure; `cfg` has all its switches, `run` is the folder of its detector."""
+
+    name: str
+    run: str
+    cfg: object
+
+    @property
+    def label(self) -> str:
+        return self.name if self.name == "baseline" else f"+{self.name}"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, metavar="DIR", help="run of tools/train_net.py")
+    parser.add_argument(
+        "--context-run", metavar="DIR", help="one with RESNET_BACKBONE.GLOBAL_CONTEXT"
+    )
+    parser.add_argument(
+        "--ensemble-run", action="append", nargs="+", metavar="DIR", help="further detectors"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", default=list(ROWS), metavar="ROW", help="(default: all)"
+    )
+    parser.add_argument(
+        "--scales",
+        nargs="+",
+        metavar="N",
+        help="short sides (default: the paper's 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST "
+        "of the detector over the paper's 600)",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
+    add_data_arguments(parser)
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    args = parser.parse_intermixed_args(argv)
+    args.ensemble_run = [run for runs in args.ensemble_run or () for run in runs]
+    take_back_overrides(args, "ensemble_run", "rows", "scales")
+    unknown = [row for row in args.rows if row not in ROWS]
+    if unknown:
+        raise UsageError(f"--rows {unknown[0]}: the rows are {', '.join(ROWS)}")
+    try:
+        args.scales = [int(scale) for scale in args.scales or ()]
+    except ValueError:
+        raise UsageError(f"--scales {' '.join(args.scales)}: short sides in pixels") from None
+    args.eval_only, args.command = True, ["python", *sys.argv]
+    taken = sorted(set(args.opts[::2]) & set(OF_THE_ROWS))
+    if taken:
+        raise UsageError(f"{taken[0]} is set by --run and --rows: leave it out")
+    return args
+
+
+def read_runs(args: argparse.Namespace) -> dict:
+    """The configs of --run and --context-run, with the data that they are evaluated on."""
+    from resnet_backbone.detection.checkpoint.handover import prepare_weights
+    from resnet_backbone.detection.inference.ensemble import check_member, run_config
+
+    off = ["TEST.AUG.ENABLED", "False"]  # what the runs' own evaluations had on
+    for key, value in DEFAULTS.TEST.items():
+        off += [f"RESNET_BACKBONE.TEST.{key}", str(value)]
+    if not torch.cuda.is_available():
+        off += ["MODEL.DEVICE", "cpu"]
+    runs = [run for run in (args.run, args.context_run) if run]
+    found = {run: run_config(run, [*off, *args.opts]) for run in runs}
+    for run, wanted in ((args.run, False), (args.context_run, True)):
+        if run and found[run].RESNET_BACKBONE.GLOBAL_CONTEXT != wanted:
+            has, option = ("lacks", "--run") if wanted else ("has", "--context-run")
+            raise UsageError(f"{run} {has} RESNET_BACKBONE.GLOBAL_CONTEXT: it belongs to {option}")
+    for cfg in found.values():
+        prepare_weights(cfg, given=args.opts[::2])
+    first = found[args.run]
+    set_up_data(first, args)
+    if len(first.DATASETS.TEST) != 1:
+        raise UsageError(f"DATASETS.TEST {first.DATASETS.TEST}: rows are of one test set")
+    for run in runs[1:]:
+        check_member(first, found[run], run)
+        found[run].DATASETS = first.DATASETS.clone()
+    for run in args.ensemble_run:  # before hours of the other rows
+        check_member(first, run_config(run, ["MODEL.DEVICE", first.MODEL.DEVICE]), run)
+    return found
+
+
+def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str, str]]:
+    """The rows in the paper's order, and those left out, with the reason."""
+    from resnet_backbone.detection.inference import read_switches
+
+    rows, left_out, run, switches = [], {}, args.run, {}
+    lacking = {
+        "context": not args.context_run and "give --context-run DIR",
+        "ensemble": not args.ensemble_run and "give --ensemble-run DIR ...",
+    }
+    for name in (name for name in ROWS if name in args.rows):
+        if lacking.get(name):
+            left_out[name] = lacking[name]
+            continue
+        if name == "context":
+            run = args.context_run
+        short = runs[run].INPUT.MIN_SIZE_TEST
+        scaled = [round(scale * short / 600) for scale in PAPER_SCALES]
+        switches |= {
+            "refinement": {"BOX_REFINEMENT": True},
+            "multi-scale": {"SCALES": list(args.scales or scaled)},
+            "ensemble": {"ENSEMBLE": list(args.ensemble_run)},
+        }.get(name, {})
+        cfg = runs[run].clone()
+        for key, value in switches.items():
+            cfg.RESNET_BACKBONE.TEST[key] = value
+        cfg.OUTPUT_DIR = os.path.join(args.output, name)
+        cfg.freeze()
+        read_switches(cfg)
+        rows.append(Row(name, run, cfg))
+    return rows, left_out
+
+
+def fingerprint(row: Row, weights_sha256: str) -> str:
+    """Changes with the row's settings, with the weights of its detectors and with the data.
+
+    Args:
+        weights_sha256: of ``MODEL.WEIGHTS``.
+    """
+    from detectron2.data import DatasetCatalog
+
+    from resnet_backbone.detection.inference.ensemble import find_weights
+
+    cfg = row.cfg.clone()
+    cfg.defrost()
+    cfg.OUTPUT_DIR = ""
+    digest = hashlib.sha256(cfg.dump().encode())
+    others = cfg.RESNET_BACKBONE.TEST.ENSEMBLE
+    digest.update(weights_sha256.encode())
+    for run in others:
+        digest.update(sha256(find_weights(run)).encode())
+    for run in others:
+        digest.update(Path(run, "config.yaml").read_bytes())
+    images = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    digest.update(json.dumps(images, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def evaluate(row: Row) -> dict:
+    """Runs a row's detector over the test set."""
+    from detectron2.evaluation import inference_on_dataset
+    from tqdm import tqdm
+
+    from resnet_backbone.classification.run_folder import hardware
+    from resnet_backbone.detection.engine.trainer import Trainer
+    from resnet_backbone.detection.evaluation.speed import Timed
+    from resnet_backbone.detection.inference.predictor import load_detector
+    from resnet_backbone.detection.inference.testing import for_testing
+
+    cfg = row.cfg
+    detector = Trainer.build_model(cfg)
+    load_detector(cfg, detector)
+    model, data = Timed(for_testing(cfg, detector)).eval(), cfg.DATASETS.TEST[0]
+    loader = Trainer.build_test_loader(cfg, data)
+    bar = tqdm(loader, desc=row.label, unit="batch", disable=None)
+    results = inference_on_dataset(model, bar, Trainer.build_evaluator(cfg, data))
+    if "bbox" not in results:
+        raise UsageError(f"data set {data} has no annotations to score with")
+    numbers = {key: None if value != value else value for key, value in results["bbox"].items()}
+    return {
+        "name": row.label,
+        "results": {"bbox": numbers},
+        **model.speed._asdict(),
+        "run": row.run,
+        "weights": cfg.MODEL.WEIGHTS,
+        "seed": cfg.SEED,
+        "switches": dict(cfg.RESNET_BACKBONE.TEST),
+        "global_context": cfg.RESNET_BACKBONE.GLOBAL_CONTEXT,
+        "precision": "bf16" if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu" else "fp32",
+        "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": cfg.dump(),
+    }
+
+
+def measure(row: Row) -> tuple[dict, bool]:
+    """The row's numbers and whether they were there already."""
+    path, weights = Path(row.cfg.OUTPUT_DIR, "row.json"), sha256(row.cfg.MODEL.WEIGHTS)
+    wanted = fingerprint(row, weights)
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept.get("fingerprint") == wanted:
+            return kept, True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {**evaluate(row), "weights_sha256": weights, "fingerprint": wanted}
+    write_json(path, found)
+    return found, False
+
+
+def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
+    """Markdown: our numbers and the paper's, then AP per class."""
+    from resnet_backbone.report.detection_table import Row as Measured
+    from resnet_backbone.report.detection_table import improvements_section
+    from resnet_backbone.report.table import markdown
+
+    measured = [
+        Measured(
+            row["name"],
+            {key: value for key, value in row["results"]["bbox"].items() if value is not None},
+            row["seconds_per_image"],
+        )
+        for row in rows
+    ]
+    parts = [improvements_section(measured)]
+    parts += [f"`{name}` is left out: {reason}." for name, reason in left_out.items()]
+    bbox = [row["results"]["bbox"] for row in rows]
+    prefix = "AP50-" if any(key.startswith("AP50-") for key in bbox[0]) else "AP-"
+    names = [key for key in bbox[0] if key.startswith(prefix) and key != "AP50-11pt"]
+    cells = [
+        [key.removeprefix(prefix), *("-" if b[key] is None else f"{b[key]:.2f}" for b in bbox)]
+        for key in names
+    ]
+    if cells:
+        header = [f"{prefix[:-1]} of", *(row["name"] for row in rows)]
+        parts.append(markdown(header, cells))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_results(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str]) -> None:
+    folder = Path(args.output)
+    content = {"command": shlex.join(args.command), "rows": rows, "left_out": left_out}
+    write_json(folder / "results.json", content)
+    write_text(folder / "results.md", format_tables(rows, left_out))
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    rows, left_out = plan_rows(args, read_runs(args))
+    for name, reason in left_out.items():
+        print(f"row {name} is left out: {reason}")
+    if not rows:
+        raise UsageError("no row is left to measure")
+    done = []
+    for row in rows:
+        found, kept = measure(row)
+        numbers = found["results"]["bbox"]
+        columns = "  ".join(f"{key} {_text(numbers.get(key))}" for key in ("AP50", "AP", "AP75"))
+        seconds = f"{found['seconds_per_image']:.3f} s per image"
+        print(f"{row.label:12}  {columns}  {seconds}{'  (kept)' if kept else ''}", flush=True)
+        done.append(found)
+        write_results(args, done, left_out)
+    print(f"written: {Path(args.output, 'results.json')}, {Path(args.output, 'results.md')}")
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+#!/usr/bin/env python
+"""Export a network or a detector for other runtimes, and check it there on real images.
+
+A network (classifier, or backbone with --out-features) becomes NAME.pt2 (torch.export) and
+NAME.onnx, both for any batch size, height and width:
+
+  python tools/export.py --weights resnet50.safetensors --output exported/resnet50 \\
+      --images photo1.jpg photo2.jpg
+  python tools/export.py --weights torchvision://resnet50/IMAGENET1K_V2 --out-features res3 res5 \\
+      --with-normalisation --output exported/backbone --images photos/
+
+A detector of tools/train_net.py (Faster or Mask R-CNN) becomes NAME.ts (TorchScript) and
+NAME.onnx, one image of any size at a time, and its backbone, pyramid included, NAME_backbone.pt2:
+
+  python tools/export.py --config-file output/run/config.yaml \\
+      --weights output/run/model_final.pth --output exported/detector --images photos/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from resnet_backbone.fast import export
+from resnet_backbone.fast.export import Mismatch
+from resnet_backbone.models import StagedNetwork
+from resnet_backbone.weights import ModelSpec, Preprocessing, load_weights, read_checkpoint
+from resnet_backbone.weights.inputs import InputNormalizer
+
+EPILOG = """\
+Every file is run on the images of --images (onnxruntime for ONNX), each at its own size (at most
+--longest-side), and compared with PyTorch. The largest difference is printed: of a network's
+outputs, relative to the largest value of that output; of a detector's boxes, as a fraction of the
+image's longer side, and of its scores. Above --tolerance, or with other shapes or another number of
+detections, nothing is written and the exit status is 1. Give photographs of two sizes at least; the
+first four are enough. NAME.json says what the input has to be, in the words that are in the ONNX
+file's metadata as well.
+
+Without --with-normalisation the input is float32, normalised by the caller as NAME.json says; with
+it, RGB pixels in 0..255. A detector normalises by itself: float32, 0..255, in INPUT.FORMAT's order.
+Speed of each runtime: python tools/benchmark.py infer --runtimes; docs/guides/deployment.md."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+CHECKED = 4  # images
+
+
+class ExportError(ValueError):
+    """Something in the arguments or images; the message says what to change."""
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--weights", required=True, help="a file or name, as everywhere in this package"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="NAME", help="without suffix")
+    parser.add_argument(
+        "--images", required=True, nargs="+", type=Path, help="photographs or a folder of them"
+    )
+    parser.add_argument(
+        "--longest-side", type=positive, default=640, help="of --images (default: 640)"
+    )
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="default: 1e-4")
+    network = parser.add_argument_group("network")
+    network.add_argument("--model", help="its name, where the weights fit several")
+    network.add_argument("--preprocessing", default="", help="where the weights do not say it")
+    network.add_argument(
+        "--out-features", nargs="+", metavar="STAGE", help="a backbone: res2 ... res5"
+    )
+    network.add_argument(
+        "--format", nargs="+", choices=("pt2", "onnx"), default=["pt2", "onnx"], help="both"
+    )
+    network.add_argument(
+        "--with-normalisation", action="store_true", help="the graph takes RGB pixels in 0..255"
+    )
+    network.add_argument(
+        "--input-type", choices=("uint8", "float32"), default="uint8", help="of those pixels"
+    )
+    detector = parser.add_argument_group("detector")
+    detector.add_argument("--config-file", help="of its run; makes --weights a detector's")
+    detector.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    args = parser.parse_intermixed_args(argv)
+    if args.config_file and (args.out_features or args.with_normalisation or args.model):
+        parser.error("--config-file exports a detector: leave the network's arguments out")
+    if args.opts and not args.config_file:
+        parser.error(f"{args.opts[0]}: config overrides belong to --config-file")
+    return args
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("1 at least")
+    return number
+
+
+def read_images(paths: list[Path], longest_side: int) -> list[Tensor]:
+    """The first images, RGB uint8 (1, 3, H, W) each, upright, in at least two sizes."""
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES or file == path]
+    images: list[Tensor] = []
+    sizes: set[tuple[int, ...]] = set()
+    for file in files:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+        image.thumbnail((longest_side, longest_side))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous()
+        if len(images) < CHECKED or tuple(pixels.shape) not in sizes:
+            images.append(pixels)
+            sizes.add(tuple(pixels.shape))
+        if len(images) >= CHECKED and len(sizes) >= 2:
+            return images
+    if len(sizes) < 2:
+        raise ExportError("--images: give photographs of two sizes at least, to check both")
+    return images
+
+
+def build_network(args: argparse.Namespace) -> tuple[StagedNetwork, Preprocessing, ModelSpec]:
+    given = ModelSpec(args.model) if args.model else None
+    checkpoint = read_checkpoint(args.weights, args.preprocessing, given)
+    options = {"out_features": args.out_features} if args.out_features else {}
+    network = checkpoint.model.build(**options)
+    preprocessing = load_weights(network, args.weights, args.preprocessing)
+    return network.eval(), preprocessing, checkpoint.model
+
+
+def check_batches(images: list[Tensor], prepare) -> Iterator[Tensor]:
+    """Each image alone, and the first one with its mirror image as a batch of two."""
+    yield from map(prepare, images)
+    yield prepare(torch.cat([images[0], images[0].flip(3)]))
+
+
+def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    network, preprocessing, spec = build_network(args)
+    images = read_images(args.images, args.longest_side)
+    model: nn.Module = network
+    normalise = InputNormalizer(preprocessing)
+    dtype, prepare = torch.float32, normalise
+    reference = export.run_model(network)
+    if args.with_normalisation:
+        model = export.NormalisedNetwork(network, preprocessing).eval()
+        dtype = torch.uint8 if args.input_type == "uint8" else torch.float32
+        prepare = partial(torch.Tensor.to, dtype=dtype)
+        reference = export.run_model(lambda pixels: network(normalise(pixels.to(torch.uint8))))
+    program = export.export_program(model, dtype=dtype)
+    name = args.output.name
+    facts = export.input_facts(preprocessing, args.with_normalisation)
+    facts |= {"dtype": str(dtype).removeprefix("torch.")}
+    runners = {}
+    if "pt2" in args.format:
+        torch.export.save(program, folder / f"{name}.pt2")
+        runners["pt2"] = export.run_program(folder / f"{name}.pt2")
+    if "onnx" in args.format:
+        path = folder / f"{name}.onnx"
+        metadata = {"input": json.dumps(facts), "preprocessing": preprocessing.to_json()}
+        export.export_onnx(model, path, metadata=metadata, program=program)
+        runners["onnx"] = export.run_onnx(path)
+    differences = {
+        kind: export.largest_difference(reference, run, check_batches(images, prepare))
+        for kind, run in runners.items()
+    }
+    return {
+        "model": json.loads(spec.to_json()),
+        "input": facts,
+        "outputs": {
+            output: network.features[output]._asdict() if output in network.features else {}
+            for output in export.output_names(model)
+        },
+        "preprocessing": json.loads(preprocessing.to_json()),
+        "differences": differences,
+    }
+
+
+def export_detector(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from resnet_backbone.detection.engine.command_line import load_config
+    from resnet_backbone.detection.inference import export as detectors
+    from resnet_backbone.detection.inference.predictor import Predictor
+
+    fixed = ["MODEL.WEIGHTS", args.weights, "MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", "False"]
+    predictor = Predictor(load_config(args.config_file, [*args.opts, *fixed]))
+    cfg, detector = predictor.cfg, predictor.model
+    model = detectors.SingleImageDetector(detector).eval()
+    flip = cfg.INPUT.FORMAT == "BGR"
+    images = [image[0].float() for image in read_images(args.images, args.longest_side)]
+    images = [image.flip(0) if flip else image for image in images]
+    name = args.output.name
+    detectors.export_torchscript(model, images[0], folder / f"{name}.ts")
+    detectors.export_onnx(model, images[0], folder / f"{name}.onnx")
+    runners = {
+        "ts": torch.jit.load(str(folder / f"{name}.ts")),
+        "onnx": detectors.run_onnx(folder / f"{name}.onnx"),
+    }
+    reference = detectors.run_detector(detector, model.names)
+    differences = {
+        kind: detectors.largest_difference(reference, run, images) for kind, run in runners.items()
+    }
+    path = folder / f"{name}_backbone.pt2"
+    differences["backbone.pt2"] = detectors.export_backbone(detector, path, images)
+    return {
+        "config_file": args.config_file,
+        "input": {
+            "layout": "CHW, one image",
+            "dtype": "float32",
+            "normalisation": "in the graph",
+            "channel_order": cfg.INPUT.FORMAT,
+            "value_range": 255,
+            "shorter_side": cfg.INPUT.MIN_SIZE_TEST,
+        },
+        "outputs": dict.fromkeys(model.names, {}),
+        "differences": differences,
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    """Exports into a temporary folder beside the output; the files move when they are right."""
+    parent = args.output.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as temporary:
+        folder = Path(temporary)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracers warn of what the check would find
+            export_any = export_detector if args.config_file else export_network
+            facts = export_any(args, folder)
+        wrong = []
+        for kind, values in facts["differences"].items():
+            for output, value in values.items():
+                print(f"{kind:14}{output:10}largest difference from PyTorch {value:.1e}")
+                if not value <= args.tolerance:
+                    wrong.append(f"{output} of {kind} by {value:.1e}")
+        if wrong:
+            raise Mismatch(
+                f"{', '.join(wrong)} from PyTorch, more than --tolerance {args.tolerance:g}: "
+                "nothing was written"
+            )
+        facts["weights"] = args.weights
+        facts["versions"] = {"torch": torch.__version__}
+        if "onnx" in facts["differences"]:
+            facts["versions"]["onnx"] = version("onnx")
+        text = json.dumps(facts, indent=1) + "\n"
+        (folder / f"{args.output.name}.json").write_text(text)
+        for file in sorted(folder.iterdir()):
+            target = parent / file.name
+            file.replace(target)
+            print(f"written: {target}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        run(args)
+    except Mismatch as error:
+        print(f"export.py: differs: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"export.py: {error}".splitlines()[0], file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

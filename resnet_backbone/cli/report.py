@@ -1,0 +1,358 @@
+#!/usr/bin/env python
+"""Make pictures and tables of results from what training runs leave."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from resnet_backbone.classification.data.augment import resize_short_side
+from resnet_backbone.classification.data.cifar import read_cifar10
+from resnet_backbone.classification.data.decode import read_rgb
+from resnet_backbone.classification.data.imagenet import EXTENSIONS
+from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
+from resnet_backbone.classification.protocols import centre_crop
+from resnet_backbone.report import (
+    layer_responses,
+    load_run,
+    plot_errors,
+    plot_responses,
+    plot_training,
+    results_table,
+)
+from resnet_backbone.report.paper import parse_network
+from resnet_backbone.report.responses import Responses, responses_table
+from resnet_backbone.weights.inputs import InputNormalizer
+
+DETECTION, CLASSIFICATION = "metrics.json", "metrics.jsonl"
+
+CURVES_EPILOG = """\
+examples:
+  python tools/report.py curves --run output/r50 --output curves.png
+  python tools/report.py curves --run output/r50="pre-trained" --run output/scratch=scratch \\
+      --output docs/curves.png
+  python tools/report.py curves --run output/plain20 --run output/plain56 \\
+      --run output/resnet20 --run output/resnet56 --output fig6.png
+
+Runs of tools/train_net.py (metrics.json): total loss and AP50, where the run evaluated
+(TEST.EVAL_PERIOD above 0, or at its end).
+Runs of tools/train_classifier.py (metrics.jsonl): the paper's Fig. 4 and 6, error against
+iterations, training dashed, test bold; plain and residual networks in panels of their own. Runs
+of the same network, such as several seeds, share a colour; the legend has their mean test error.
+Runs that are still going on, or were resumed, can be drawn too."""
+
+RESPONSES_EPILOG = """\
+examples:
+  python tools/report.py responses --weights output/plain56/final.safetensors \\
+      --weights output/resnet56/final.safetensors --cifar10 cifar10 --output fig7.png
+  python tools/report.py responses --weights resnet50_msra.safetensors=ResNet-50 \\
+      --model resnet50 --preprocessing msra --images imagenet/val --output responses.png
+
+A layer's response is the output of its BN, before the nonlinearity and the addition; its
+standard deviation is taken over images, channels and positions. The paper finds residual networks
+below plain ones, and deeper residual networks below shallower ones. The weights of
+tools/train_classifier.py name their network and input; others need --model and --preprocessing."""
+
+TABLE_EPILOG = """\
+examples:
+  python tools/report.py table --run output/resnet20 --run output/resnet20_seed2 --output t.md
+  python tools/report.py table --run output/cifar10/* --output docs/results/cifar10.md
+
+Runs of the same network and recipe make one row, mean and standard deviation over their seeds.
+Runs shorter than the published recipe are marked. Below the tables stand the command, hardware
+and date of every run."""
+
+DETECTION_EPILOG = """\
+examples:
+  python tools/report.py detection --run output/vgg16_fpn --run output/r50_fpn \\
+      --output docs/results/detection.md
+  python tools/report.py detection --run output/vgg_seed* output/r50_seed* --voc-root VOC2007 \\
+      --rows output/improvements/results.json --output detection.md
+
+Runs that differ in their seeds alone make one row; a folder of seeds (tools/train_net.py --seeds)
+stands for all of them. Each ResNet is compared with the VGG of the same head, data and schedule:
+the gain with its standard error, per class, curves, errors by kind, and pictures of what one of
+them finds and the other misses. Pictures go to the folder that has the file's name without .md.
+Curves and pictures need the images: --voc-root, where the runs' own is elsewhere."""
+
+
+def split_label(text: str) -> tuple[str, str]:
+    """ "PATH" or "PATH=LABEL" -> (path, label or ""); an existing path may have a "=" itself."""
+    path, _, label = (text, "", "") if os.path.exists(text) else text.rpartition("=")
+    return (path, label) if path else (text, "")
+
+
+def parse_run(text: str) -> tuple[str, str]:
+    """Split "DIR" or "DIR=LABEL" into (path of the metrics file, label).
+
+    The label of a detection run is its folder's name by default, that of a classification run is
+    empty: its config names the network.
+
+    Raises:
+        argparse.ArgumentTypeError: there are no metrics.
+    """
+    folder, label = split_label(text)
+    candidates = [os.path.join(folder, name) for name in (CLASSIFICATION, DETECTION)]
+    path = next((p for p in (folder, *candidates) if os.path.isfile(p)), None)
+    if path is None:
+        raise argparse.ArgumentTypeError(
+            f"{folder} has neither {DETECTION} nor {CLASSIFICATION}; give the folder of a training"
+            " run"
+        )
+    if not label and not path.endswith(CLASSIFICATION):
+        label = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    return path, label
+
+
+def curves(args: argparse.Namespace) -> None:
+    paths, labels = zip(*args.runs, strict=True)
+    kinds = {path.endswith(CLASSIFICATION) for path in paths}
+    if len(kinds) > 1:
+        raise ValueError("detection and classification runs: draw them in pictures of their own")
+    if kinds == {True}:
+        runs = [load_run(os.path.dirname(path)) for path in paths]
+        plot_errors(runs, args.output, labels, args.together)
+    else:
+        plot_training(paths, args.output, labels)
+    print(args.output)
+
+
+def read_images(folder: Path, count: int) -> Tensor:
+    """Centre crops, uint8 (N, 3, 224, 224), of at most ``count`` images spread over a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    if not files:
+        raise ValueError(f"{folder} holds no images: give a folder of JPEG or PNG files")
+    chosen = files[:: max(1, len(files) // count)][:count]
+    crops = []
+    for path in chosen:
+        pixels = torch.from_numpy(resize_short_side(read_rgb(path), 256)).permute(2, 0, 1)
+        crops.append(centre_crop(pixels, 224))
+    return torch.stack(crops)
+
+
+def responses(args: argparse.Namespace) -> None:
+    if args.cifar10:
+        images = read_cifar10(args.cifar10, train=False)[0][: args.num_images]
+    else:
+        images = read_images(Path(args.images), args.num_images)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    drawn, rows = [], {}
+    for file, label in map(split_label, args.weights):
+        spec = NetworkSpec(args.model, 1000) if args.model else read_spec(file)
+        if spec is None:
+            raise ValueError(f"{file} does not name its network: give --model")
+        model = spec.build()
+        preprocessing = load_network(model, file, args.preprocessing)
+        network = parse_network(spec.name, spec.options)
+        label = label or network.title
+        if label in rows:
+            raise ValueError(f"two networks are named {label!r}: write --weights FILE=LABEL")
+        model = model.to(device, memory_format=torch.channels_last)
+        rows[label] = layer_responses(model, InputNormalizer(preprocessing, device)(images))
+        drawn.append(Responses(label, network, [std for _, std in rows[label]]))
+    plot_responses(drawn, args.output)
+    if args.json:
+        Path(args.json).write_text(json.dumps({"images": len(images), "std": rows}, indent=1))
+    print(responses_table(rows), args.output, sep="\n")
+
+
+def table(args: argparse.Namespace) -> None:
+    text = results_table([load_run(folder) for group in args.runs for folder in group])
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(text, path, sep="")
+
+
+def detection(args: argparse.Namespace) -> None:
+    from resnet_backbone.report import write_detection_report  # needs Detectron2
+
+    write_detection_report(
+        [folder for group in args.runs for folder in group],
+        args.output,
+        voc_root=args.voc_root,
+        rows_files=args.rows,
+        note=args.note,
+        score=args.score,
+        command=args.command_line,
+    )
+    print(args.output)
+
+
+def add_curves(commands) -> None:
+    parser = commands.add_parser(
+        "curves",
+        help="draw training curves: loss and AP50 of detection, errors of classification",
+        description="Draw training curves of one or more runs, as a PNG picture.",
+        epilog=CURVES_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--run",
+        dest="runs",
+        action="append",
+        required=True,
+        type=parse_run,
+        metavar="DIR[=LABEL]",
+        help="the folder of a training run (or its metrics file) and its name in the legend;"
+        " may be given several times",
+    )
+    parser.add_argument("--output", required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="classification: plain and residual networks in one panel",
+    )
+    parser.set_defaults(run=curves)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of images: give 1 or more")
+    return int(text)
+
+
+def add_responses(commands) -> None:
+    parser = commands.add_parser(
+        "responses",
+        help="draw the standard deviations of layer responses (the paper's Fig. 7)",
+        description="Draw the standard deviations of layer responses (the paper's Fig. 7).",
+        epilog=RESPONSES_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--weights",
+        action="append",
+        required=True,
+        metavar="FILE[=LABEL]",
+        help=".safetensors file and its name in the legend; may be given several times",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--cifar10", metavar="DIR", help="CIFAR-10: its test images are used")
+    source.add_argument(
+        "--images", metavar="DIR", help="folder of images, centre crops of 224 (short side 256)"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers, by layer name")
+    parser.add_argument(
+        "--num-images", type=positive, default=1000, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--model", metavar="NAME", help="network of weights that do not say it")
+    parser.add_argument(
+        "--preprocessing", default="", metavar="NAME", help="their input, such as msra"
+    )
+    parser.set_defaults(run=responses)
+
+
+def add_table(commands) -> None:
+    parser = commands.add_parser(
+        "table",
+        help="tabulate classification results beside the paper's",
+        description="Write a Markdown table of classification results beside the paper's.",
+        epilog=TABLE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--run",
+        dest="runs",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="run folders of tools/train_classifier.py; may be given several times",
+    )
+    parser.add_argument("--output", required=True, metavar="FILE.md", help="table to write")
+    parser.set_defaults(run=table)
+
+
+def markdown_file(text: str) -> str:
+    if not text.endswith(".md"):
+        raise argparse.ArgumentTypeError(f"{text} has no suffix .md")
+    return text
+
+
+def score_threshold(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no score between 0 and 1")
+    return value
+
+
+def add_detection(commands) -> None:
+    parser = commands.add_parser(
+        "detection",
+        help="report detection runs: the gain over VGG-16, published numbers, plots, pictures",
+        description="Write a Markdown report of detection runs, with plots and pictures.",
+        epilog=DETECTION_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--run",
+        dest="runs",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="run folders of tools/train_net.py, or folders of seeds; may be given several times",
+    )
+    parser.add_argument("--output", required=True, type=markdown_file, metavar="FILE.md")
+    parser.add_argument(
+        "--voc-root",
+        metavar="DIR",
+        help="folder of the test set (default: as in the runs' commands)",
+    )
+    parser.add_argument(
+        "--rows",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="results.json of tools/evaluate_detector.py: the improvements in testing; may be"
+        " given several times",
+    )
+    parser.add_argument(
+        "--note", default="", metavar="TEXT", help="a paragraph to add, such as where data are from"
+    )
+    parser.add_argument(
+        "--score",
+        type=score_threshold,
+        default=0.5,
+        metavar="S",
+        help="detections in the pictures have at least this score (default: %(default)s)",
+    )
+    parser.set_defaults(run=detection)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (add_curves, add_responses, add_table, add_detection):
+        add(commands)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(words)
+    args.command_line = shlex.join(["python", "tools/report.py", *words])
+    try:
+        args.run(args)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

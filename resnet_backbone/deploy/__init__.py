@@ -1,5 +1,0 @@
-"""Networks made fast for inference, and exported to other runtimes."""
-
-from resnet_backbone.deploy.optimize import InferenceNetwork, fold_bn, optimize_for_inference
-
-__all__ = ["InferenceNetwork", "fold_bn", "optimize_for_inference"]

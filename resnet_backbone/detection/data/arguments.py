@@ -1,0 +1,225 @@
+"""The tools' options that name data sets by path, and what becomes of them in a config."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.build import (
+    filter_images_with_few_keypoints,
+    filter_images_with_only_crowd_annotations,
+)
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.data import VOC_CLASSES, find_voc_classes, register_voc
+from resnet_backbone.detection.data.coco import register_coco
+from resnet_backbone.detection.data.label_arguments import (
+    add_label_arguments,
+    check_annotations,
+    detects_objects,
+    labels_pixels,
+    register_label_paths,
+    set_class_counts,
+)
+from resnet_backbone.detection.data.problems import DataError
+from resnet_backbone.detection.data.voc_files import find_voc_dir, read_split
+
+logger = logging.getLogger(__name__)
+
+VOC_2012_TEST = "voc_2012_test"
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that name a data set by path."""
+    data = parser.add_argument_group(
+        "data", "By path, or by registered names with DATASETS.TRAIN and DATASETS.TEST."
+    )
+    data.add_argument("--voc-root", metavar="DIR", help="folder with Annotations/, JPEGImages/")
+    data.add_argument("--train-set", metavar="NAME", help="split in ImageSets/Main, e.g. trainval")
+    data.add_argument("--test-set", metavar="NAME", help="split in ImageSets/Main, e.g. test")
+    data.add_argument(
+        "--coco-json",
+        nargs=2,
+        metavar=("TRAIN", "TEST"),
+        help="instances JSON files to train on and to evaluate on",
+    )
+    data.add_argument(
+        "--image-root",
+        nargs="+",
+        metavar="DIR",
+        help="image folders of the two JSON files; one folder serves both",
+    )
+    add_label_arguments(data)
+    data.add_argument(
+        "--bad-data",
+        choices=("drop", "refuse"),
+        default="drop",
+        help="missing or broken files and boxes: go on without them, or stop (default: drop)",
+    )
+
+
+def check_data_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Refuses what shows without reading the data, so that nothing is fetched or scanned in vain.
+
+    Raises:
+        UsageError: options that contradict one another or lack something, names of data sets that
+            are not registered.
+        DataError: a folder, file or split that is not there.
+    """
+    if args.voc_root and args.coco_json:
+        raise UsageError("give --voc-root or --coco-json, not both")
+    if args.voc_root:
+        splits, folder = _voc_splits(args), find_voc_dir(args.voc_root)
+        for split in splits:
+            read_split(folder, split)
+    elif args.sem_seg or args.coco_json:
+        given = [args.coco_json, args.sem_seg, args.panoptic_json, args.panoptic_root]
+        roots = _image_roots(args)
+        for path in (path for paths in (*given, roots) for path in paths or ()):
+            if not os.path.exists(path):
+                raise DataError(f"{path} does not exist")
+    else:
+        known = [*DatasetCatalog.list(), VOC_2012_TEST]
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UsageError(f"no data set is registered as {name!r}{hint}")
+        if not cfg.DATASETS.TRAIN or not cfg.DATASETS.TEST:
+            raise UsageError(
+                "no data: give --voc-root DIR --train-set NAME --test-set NAME, or --coco-json "
+                "TRAIN TEST --image-root DIR, or DATASETS.TRAIN and DATASETS.TEST"
+            )
+
+
+def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
+    """Registers the data sets, checks them, and writes their names and classes into the config.
+
+    Returns:
+        The number of training images without those that Detectron2 leaves out.
+
+    Raises:
+        UsageError, DataError: see :func:`check_data_arguments`; problems in the data with
+            ``--bad-data refuse``, or nothing usable at all.
+    """
+    check_data_arguments(cfg, args)
+    if args.voc_root:
+        _register_voc_paths(cfg, args)
+    elif args.sem_seg:
+        register_label_paths(cfg, args, _image_roots(args))
+    elif args.coco_json:
+        _register_coco_paths(cfg, args)
+    else:
+        for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+            _adopt(name, cfg, args.bad_data)
+    counts = {}
+    for name in sorted({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}):
+        images = DatasetCatalog.get(name)
+        counts[name] = count_usable(cfg, images)
+        boxes = sum(len(image.get("annotations", ())) for image in images)
+        logger.info("data set %s: %d images, %d boxes", name, len(images), boxes)
+        if name in cfg.DATASETS.TRAIN and not args.eval_only:
+            check_annotations(cfg, name, images)
+    things, labels = [], []
+    given = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
+    if detects_objects(cfg):
+        things = _common_classes(cfg, "CLASS_NAMES", "thing_classes")
+    if labels_pixels(cfg):
+        labels = _common_classes(cfg, "STUFF_CLASS_NAMES", "stuff_classes")
+    set_class_counts(cfg, things, labels)
+    for key in ("ROI_HEADS", "RETINANET", "SEM_SEG_HEAD"):
+        count, wanted = cfg.MODEL[key].NUM_CLASSES, given.get(f"MODEL.{key}.NUM_CLASSES")
+        if wanted is not None and str(count) != wanted:
+            raise UsageError(
+                f"MODEL.{key}.NUM_CLASSES {wanted}, but the data have {count} classes: leave it out"
+            )
+    return sum(counts[name] for name in cfg.DATASETS.TRAIN)
+
+
+def count_usable(cfg: CfgNode, images: list[dict]) -> int:
+    """The number of images that a training would use, as Detectron2's loader filters them."""
+    if not images or "annotations" not in images[0]:
+        return len(images)
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        images = filter_images_with_only_crowd_annotations(images)
+    if cfg.MODEL.KEYPOINT_ON:
+        least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        images = filter_images_with_few_keypoints(images, least)
+    return len(images)
+
+
+def _common_classes(cfg: CfgNode, key: str, kind: str) -> list[str]:
+    """The class names that all data sets agree on, and with them the config key if it is set."""
+    classes, source = list(cfg.RESNET_BACKBONE[key]), f"RESNET_BACKBONE.{key}"
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        found = list(MetadataCatalog.get(name).get(kind, []))
+        if classes and found != classes:
+            raise UsageError(
+                f"data set {name} has the classes {found}, {source} has {classes}: both need the "
+                "same names in the same order (COCO JSON: the order of the category ids)"
+            )
+        classes, source = found, f"data set {name}"
+    return classes
+
+
+def _voc_splits(args: argparse.Namespace) -> tuple[str, str]:
+    train_set = args.train_set or (args.test_set if args.eval_only else None)
+    if not train_set or not args.test_set:
+        raise UsageError("--voc-root needs --train-set NAME and --test-set NAME")
+    return train_set, args.test_set
+
+
+def _register_voc_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
+    splits = _voc_splits(args)
+    classes = list(cfg.RESNET_BACKBONE.CLASS_NAMES) or find_voc_classes(args.voc_root, splits)
+    keep = cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"train:{splits[0]}",), (f"test:{splits[1]}",)
+    for name, split, difficult, decode in (
+        (cfg.DATASETS.TRAIN[0], splits[0], keep, False),
+        (cfg.DATASETS.TEST[0], splits[1], True, True),
+    ):
+        register_voc(name, args.voc_root, split, classes, difficult, args.bad_data, decode)
+
+
+def _image_roots(args: argparse.Namespace) -> list[str]:
+    if not args.image_root or len(args.image_root) > 2:
+        option, got = "--coco-json" if args.coco_json else "--sem-seg", args.image_root or ["none"]
+        raise UsageError(
+            f"{option} TRAIN TEST needs --image-root DIR, or one for each file; got "
+            f"{' '.join(got)} (KEY VALUE pairs go elsewhere than after these folders)"
+        )
+    return (args.image_root * 2)[:2]
+
+
+def _register_coco_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
+    roots = _image_roots(args)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("train:coco",), ("test:coco",)
+    for name, file, root in zip(("train:coco", "test:coco"), args.coco_json, roots, strict=True):
+        register_coco(name, file, root, args.bad_data, decode=name == "test:coco")
+
+
+def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
+    """Lets our loaders read and check a data set that Detectron2 registered by itself.
+
+    Also VOC 2012's test set, which has no annotations and which Detectron2 does not know.
+    """
+    if name == VOC_2012_TEST and name not in DatasetCatalog.list():
+        root = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "VOC2012")
+        register_voc(name, root, "test", VOC_CLASSES, on_bad=on_bad, decode=True)
+        return
+    known, tested = MetadataCatalog.get(name), name in cfg.DATASETS.TEST
+    if known.get("evaluator_type") not in ("pascal_voc", "coco") or known.get("adopted"):
+        return
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+    if known.evaluator_type == "coco":
+        register_coco(name, known.json_file, known.image_root, on_bad, decode=tested)
+    else:
+        difficult = tested or cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
+        classes = list(known.thing_classes)
+        register_voc(name, known.dirname, known.split, classes, difficult, on_bad, decode=tested)
+    MetadataCatalog.get(name).adopted = True

@@ -1,0 +1,1 @@
+"""Official archives unpacked and whole folders checked."""

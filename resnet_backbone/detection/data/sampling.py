@@ -1,0 +1,299 @@
+"""Which images make up which iteration: a pure function, so a training can go on anywhere."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data.samplers import RepeatFactorTrainingSampler
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.engine.randomness import (
+    AUGMENTATION,
+    ORDER,
+    REPLACEMENT,
+    SUBSET,
+    make_rng,
+    seed_everything,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_REPLACEMENTS = 20  # unreadable images in a row that are replaced by others
+Sample = tuple[int, int]  # place in the stream, index of the image
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """All epochs of a training set, each shuffled anew, laid end to end.
+
+    Args:
+        seed: of the run.
+        indices: the images that are trained on.
+        factors: how often each of them comes in an epoch on average; None: once. As in
+            Detectron2's RepeatFactorTrainingSampler fractions are rounded at random (arXiv
+            1908.03195, appendix B.2).
+    """
+
+    seed: int
+    indices: np.ndarray
+    factors: np.ndarray | None = None
+
+    def epoch(self, number: int) -> np.ndarray:
+        """The images of one epoch in their order: int64."""
+        rng = make_rng(ORDER, self.seed, number)
+        indices = self.indices
+        if self.factors is not None:
+            whole = np.floor(self.factors)
+            repeats = whole + (rng.random(len(indices)) < self.factors - whole)
+            indices = np.repeat(indices, repeats.astype(np.int64))
+        return rng.permutation(indices)
+
+    def __iter__(self) -> Iterator[Sample]:
+        epochs = (self.epoch(number).tolist() for number in itertools.count())
+        return enumerate(itertools.chain.from_iterable(epochs))
+
+
+def group(stream: Iterable[Sample], size: int, wide: Sequence[bool] | None) -> Iterator[list]:
+    """Cuts a stream into lists of `size` samples, all wide or all not if `wide` is given.
+
+    Args:
+        wide: of each image, whether it is wider than high; None: images are not told apart.
+    """
+    buckets: tuple[list, list] = [], []
+    for sample in stream:
+        bucket = buckets[wide is not None and wide[sample[1]]]
+        bucket.append(sample)
+        if len(bucket) == size:
+            yield bucket[:]
+            bucket.clear()
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a batch (``SOLVER.IMS_PER_BATCH``) is divided.
+
+    A batch is ``processes * accumulate`` parts. Each process takes `accumulate` consecutive ones
+    through the network in turn. The images of a part have one orientation, so where processes and
+    `accumulate` have the same product, training is the same.
+
+    Attributes:
+        part: images of a part.
+    """
+
+    batch: int
+    accumulate: int = 1
+    processes: int = 1
+    rank: int = 0
+    part: int = field(init=False)
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise UsageError(f"RESNET_BACKBONE.ACCUMULATE {self.accumulate}: it is at least 1")
+        parts = self.processes * self.accumulate
+        if self.batch < 1 or self.batch % parts:
+            raise UsageError(
+                f"SOLVER.IMS_PER_BATCH {self.batch} does not divide into {self.processes} "
+                f"process{'es' * (self.processes > 1)} x {self.accumulate} parts "
+                f"(RESNET_BACKBONE.ACCUMULATE): choose a multiple of {parts}"
+            )
+        object.__setattr__(self, "part", self.batch // parts)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> BatchPlan:
+        node = cfg.RESNET_BACKBONE
+        world = comm.get_world_size(), comm.get_rank()
+        return cls(cfg.SOLVER.IMS_PER_BATCH, node.ACCUMULATE, *world)
+
+    def number(self, iteration: int, part: int) -> int:
+        """The place of this process's part among all parts of a run."""
+        place = self.rank * self.accumulate + part
+        return iteration * self.processes * self.accumulate + place
+
+    def own(self, parts: Iterable[list], iteration: int) -> Iterator[list]:
+        """This process's parts of a run's, from an iteration on."""
+        per_iteration = self.processes * self.accumulate
+        first = self.rank * self.accumulate
+        for number, part in enumerate(parts):
+            now, place = divmod(number, per_iteration)
+            if now >= iteration and first <= place < first + self.accumulate:
+                yield part
+
+
+class AugmentedImages(Dataset):
+    """Mapped images by :data:`Sample`; each draws its random numbers for its place alone.
+
+    An image for which the mapper gives None is replaced by another one, the same one whenever
+    this place is read.
+
+    Raises:
+        OSError: too many of them in a row.
+    """
+
+    def __init__(self, images: Sequence[dict], mapper: Callable[[dict], Any], seed: int):
+        self.images, self.mapper, self.seed = images, mapper, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, sample: Sample) -> Any:
+        place, index = sample
+        others = make_rng(REPLACEMENT, self.seed, place)
+        for _ in range(MAX_REPLACEMENTS):
+            seed_everything(AUGMENTATION, self.seed, place)
+            mapped = self.mapper(self.images[index])
+            if mapped is not None:
+                return mapped
+            index = int(others.integers(len(self.images)))
+        raise OSError(f"{MAX_REPLACEMENTS} training images in a row cannot be read; see the log")
+
+
+class TrainingLoader:
+    """An endless iterable over this process's parts of batches: lists of mapped images.
+
+    What it gives for an iteration depends on the seed alone: not on the number of workers, nor on
+    what was read before.
+    """
+
+    def __init__(
+        self,
+        dataset: AugmentedImages,
+        stream: ImageStream,
+        plan: BatchPlan,
+        wide: Sequence[bool] | None = None,
+        num_workers: int = 0,
+    ):
+        self.dataset, self.stream, self.plan = dataset, stream, plan
+        self.wide, self.num_workers, self.seed = wide, num_workers, stream.seed
+
+    def samples(self, iteration: int = 0) -> Iterator[list[Sample]]:
+        """This process's parts from an iteration on, as places and indices."""
+        return self.plan.own(group(self.stream, self.plan.part, self.wide), iteration)
+
+    def start(self, iteration: int) -> Iterator[list]:
+        """The parts from an iteration on, `accumulate` for each."""
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.samples(iteration),
+            num_workers=self.num_workers,
+            collate_fn=list,
+        )
+        return iter(loader)
+
+    def __iter__(self) -> Iterator[list]:
+        return self.start(0)
+
+
+def build_loader(cfg: CfgNode, mapper: Callable[[dict], Any], seed: int) -> TrainingLoader:
+    """The training images of a config, as ``DATALOADER`` says.
+
+    Raises:
+        UsageError: an unknown sampler, a batch that cannot be divided, images without sizes.
+    """
+    plan = BatchPlan.from_config(cfg)
+    images = [image for name in cfg.DATASETS.TRAIN for image in usable_images(cfg, name)]
+    indices, factors = np.arange(len(images)), None
+    sampler = cfg.DATALOADER.SAMPLER_TRAIN
+    if sampler == "RandomSubsetTrainingSampler":
+        share = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 0)  # a key of some versions of Detectron2
+        count = int(len(images) * share)
+        if not 0 < count <= len(images):
+            raise UsageError(
+                f"DATALOADER.RANDOM_SUBSET_RATIO {share} of {len(images)} images is {count}: set a "
+                "share above 0 and at most 1"
+            )
+        indices = make_rng(SUBSET, seed).permutation(len(images))[:count]
+    elif sampler != "TrainingSampler":
+        factors = repeat_factors(cfg, images)
+    wide = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        if not all("width" in image and "height" in image for image in images):
+            raise UsageError(
+                "DATALOADER.ASPECT_RATIO_GROUPING needs the width and height of each image, which "
+                "the data set does not give: set it False"
+            )
+        wide = [image["width"] > image["height"] for image in images]
+    logger.info("training on %d images, sampler %s", len(indices), sampler)
+    dataset = AugmentedImages(DatasetFromList(images, copy=False), mapper, seed)
+    stream = ImageStream(seed, indices, factors)
+    return TrainingLoader(dataset, stream, plan, wide, cfg.DATALOADER.NUM_WORKERS)
+
+
+def usable_images(cfg: CfgNode, name: str) -> list[dict]:
+    """A registered data set without the images that Detectron2 leaves out of training."""
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    proposals = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN, strict=False))
+        if name not in files:
+            raise UsageError(f"MODEL.LOAD_PROPOSALS: DATASETS.PROPOSAL_FILES_TRAIN lacks {name}'s")
+        proposals = [files[name]]
+    return get_detection_dataset_dicts(
+        [name],
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=keypoints,
+        proposal_files=proposals,
+    )
+
+
+def repeat_factors(cfg: CfgNode, images: Sequence[dict]) -> np.ndarray:
+    """How often each image comes in an epoch under Detectron2's samplers with repetition.
+
+    Args:
+        images: of all training sets, in their order.
+
+    Raises:
+        UsageError: ``DATALOADER.SAMPLER_TRAIN`` is none of them.
+    """
+    loader, sampler = cfg.DATALOADER, cfg.DATALOADER.SAMPLER_TRAIN
+
+    def by_category(some: Sequence[dict]) -> np.ndarray:
+        rule = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
+        return rule(some, loader.REPEAT_THRESHOLD, sqrt=loader.REPEAT_SQRT).double().numpy()
+
+    if sampler == "RepeatFactorTrainingSampler":
+        return by_category(images)
+    if sampler not in ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"):
+        raise UsageError(
+            f"DATALOADER.SAMPLER_TRAIN {sampler!r}: choose TrainingSampler, "
+            "RepeatFactorTrainingSampler, RandomSubsetTrainingSampler, WeightedTrainingSampler or "
+            "WeightedCategoryTrainingSampler"
+        )
+    # a key of some versions of Detectron2
+    weights, found = dict(cfg.DATASETS.get("TRAIN_REPEAT_FACTOR", ())), []
+    unknown = weights.keys() - set(cfg.DATASETS.TRAIN)
+    if unknown:
+        raise UsageError(f"DATASETS.TRAIN_REPEAT_FACTOR names {sorted(unknown)}, not trained on")
+    for name in cfg.DATASETS.TRAIN:
+        own = usable_images(cfg, name)
+        factors = np.full(len(own), float(weights.get(name, 1)))
+        if sampler == "WeightedCategoryTrainingSampler":
+            factors *= by_category(own)
+        found.append(factors)
+    factors = np.concatenate(found)
+    if factors.min() <= 0:
+        raise UsageError("DATASETS.TRAIN_REPEAT_FACTOR: factors are above 0")
+    return factors / factors.min() if sampler == "WeightedCategoryTrainingSampler" else factors
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def limit_workers(cfg: CfgNode) -> None:
+    """At most as many loader workers as cores, in place; more would wait for one another."""
+    cores, workers = available_cores(), cfg.DATALOADER.NUM_WORKERS
+    if workers > cores:
+        cfg.DATALOADER.NUM_WORKERS = cores
+        logger.info("DATALOADER.NUM_WORKERS %d -> %d, the cores of this machine", workers, cores)

@@ -1,0 +1,290 @@
+"""What happens between the steps of a training: checkpoints, evaluation, metrics, a bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import PreciseBN
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
+from torch import nn
+from tqdm import tqdm
+
+from resnet_backbone.detection.checkpoint.saving import AtomicCheckpointer, refuse_not_finite
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.evaluation.speed import Speed
+from resnet_backbone.runtime.files import write_text
+from resnet_backbone.runtime.signals import Stopped
+
+logger = logging.getLogger(__name__)
+
+BEST = "model_best"
+TIMINGS = ("time", "data_time", "eta_seconds")  # of a process, not of a run
+WINDOW = 20  # iterations between two rows of metrics, and over which they take medians
+
+
+class RepeatablePreciseBN(PreciseBN):
+    """Detectron2's, on the same images each time, whatever was computed before.
+
+    Args:
+        build_loader: called when statistics are first needed: the seed of the run is known then.
+        num_iter: batches.
+    """
+
+    def __init__(
+        self, period: int, model: nn.Module, build_loader: Callable[[], Iterable], num_iter: int
+    ):
+        super().__init__(period, model, None, num_iter)
+        self._build_loader = build_loader
+
+    def update_stats(self) -> None:
+        if self._data_loader is None:
+            self._data_loader = self._build_loader()
+        self._data_iter = None
+        super().update_stats()
+
+
+class Checkpoints(HookBase):
+    """Saves every `period` iterations, after the last one, and when the run is asked to stop.
+
+    What is saved is the state before the evaluation and the metrics of its iteration, which are
+    done again by whoever goes on from it.
+
+    Raises:
+        Stopped: on every process, with the checkpoint written.
+    """
+
+    def __init__(self, checkpointer: AtomicCheckpointer, period: int):
+        self.checkpointer, self.period, self._saved = checkpointer, period, -1
+
+    def after_step(self) -> None:
+        done, stopping = self.trainer.iter + 1, self.trainer.stopping
+        if stopping or done % self.period == 0 or done >= self.trainer.max_iter:
+            self.save()
+        if stopping:
+            raise Stopped(stopping)
+
+    def save(self, final: bool = False) -> None:
+        """Saves this iteration, once; `final`: as the end of the run."""
+        iteration = self.trainer.iter
+        if self._saved == iteration and not final:
+            return
+        refuse_not_finite(self.checkpointer.model)
+        final = final or iteration + 1 >= self.trainer.max_iter
+        name = "model_final" if final else f"model_{iteration:07d}"
+        self.checkpointer.save(name, iteration=iteration)
+        self._saved = iteration
+        comm.synchronize()  # no process leaves while the main one is writing
+
+
+class Evaluation(HookBase):
+    """Evaluates every `period` iterations and at the end, keeps the best weights, ends early.
+
+    Args:
+        evaluate: gives results such as {"bbox": {"AP50": percent}} on the main process, and how
+            long they took.
+        period: in iterations; 0: at the end alone.
+        metric: such as "bbox/AP50", larger is better; "" keeps no best weights.
+        patience: evaluations in a row without a better metric that end the run; 0: never.
+        checkpointer: writes ``model_best.pth``.
+
+    Attributes:
+        results: of the last evaluation.
+        speed: of the last evaluation in this process; no part of checkpoints, as all timings.
+        evaluated: iterations that were done at that time.
+        best: {"metric", "value", "iterations"}, or None.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], tuple[Any, Speed | None]],
+        period: int,
+        metric: str,
+        patience: int,
+        checkpointer: AtomicCheckpointer,
+    ):
+        self._evaluate, self.period, self.metric = evaluate, period, metric
+        self.patience, self.checkpointer = patience, checkpointer
+        self.results: dict[str, Any] = {}
+        self.speed: Speed | None = None
+        self.best: dict[str, Any] | None = None
+        self._without_gain, self.evaluated = 0, 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the run ends early."""
+        return 0 < self.patience <= self._without_gain
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        is_due = self.period > 0 and done % self.period == 0
+        if (is_due or done >= self.trainer.max_iter) and done != self.evaluated:
+            results, self.speed = self._evaluate()
+            self.results = comm.all_gather(_plain(results or {}))[0]
+            numbers = flatten_results_dict(self.results)
+            self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
+            if self.metric and numbers:
+                self._compare(numbers, done)
+            self.evaluated = done
+            comm.synchronize()
+
+    def _compare(self, numbers: dict[str, float], done: int) -> None:
+        if self.metric not in numbers:
+            raise UsageError(
+                f"RESNET_BACKBONE.BEST_METRIC {self.metric}: the evaluation gives "
+                f"{', '.join(numbers)}"
+            )
+        value = numbers[self.metric]
+        before = self.best["value"] if self.best else -math.inf
+        if value > before:  # never for nan
+            self.best = {"metric": self.metric, "value": value, "iterations": done}
+            self._without_gain = 0
+            refuse_not_finite(self.checkpointer.model)
+            self.checkpointer.save(BEST, iteration=done - 1, best=self.best)
+            logger.info("best %s so far: %.3f; %s.pth is written", self.metric, value, BEST)
+            return
+        self._without_gain += 1
+        logger.info(
+            "%s %.3f, the best is %.3f after %d iterations; %d evaluations without a better one",
+            self.metric,
+            value,
+            before,
+            self.best["iterations"] if self.best else 0,
+            self._without_gain,
+        )
+        if self.has_ended:
+            logger.info("the run ends early: RESNET_BACKBONE.EARLY_STOP %d", self.patience)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "results": self.results,
+            "best": self.best,
+            "without_gain": self._without_gain,
+            "evaluated": self.evaluated,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.results, self.evaluated = state["results"], state["evaluated"]
+        if state["best"] and state["best"]["metric"] == self.metric:
+            self.best, self._without_gain = state["best"], state["without_gain"]
+
+
+def _plain(results: Any) -> Any:
+    """Nested dicts of Python's own numbers."""
+    if isinstance(results, dict):
+        return {key: _plain(value) for key, value in results.items()}
+    return float(results)
+
+
+class MetricsFile(EventWriter):
+    """Detectron2's ``metrics.json``, a JSON object a line, each iteration once.
+
+    Args:
+        path: rows of later iterations, and half a row at its end, are removed from it.
+        start: first iteration of this process.
+    """
+
+    def __init__(self, path: str, start: int = 0):
+        kept: list[str] = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                kept = [line for line in file if _iteration(line) < start]
+        self._written = max(map(_iteration, kept), default=-1)
+        write_text(path, "".join(kept))
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self) -> None:
+        rows: dict[int, dict] = defaultdict(dict)
+        latest = get_event_storage().latest_with_smoothing_hint(WINDOW)
+        for name, (value, iteration) in latest.items():
+            if iteration > self._written:
+                rows[iteration][name] = value
+        for iteration, row in sorted(rows.items()):
+            row["iteration"] = self._written = iteration
+            self._file.write(json.dumps(row, sort_keys=True) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _iteration(line: str) -> float:
+    """Of a row of metrics; infinite for half a row."""
+    try:
+        return json.loads(line)["iteration"] if line.endswith("\n") else math.inf
+    except ValueError:
+        return math.inf
+
+
+class Metrics(HookBase):
+    """Writes what the storage holds, every :data:`WINDOW` iterations and after evaluations.
+
+    The values that the next rows need are part of checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self._writers: list[EventWriter] = []
+        self._scalars: dict[str, dict] = {}
+
+    def before_train(self) -> None:
+        for name, kept in self._scalars.items():
+            for value, iteration in kept["values"]:
+                self.trainer.storage.put_scalar(name, value, kept["smoothed"], iteration)
+        if comm.is_main_process():
+            self._writers = self.trainer.build_writers()
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % WINDOW == 0 or self.trainer.evaluation.evaluated == done:
+            for writer in self._writers:
+                writer.write()
+
+    def after_train(self) -> None:
+        """After an error the last values are written; after a stop whoever goes on does it."""
+        for writer in self._writers:
+            if not self.trainer.stopping and not isinstance(writer, CommonMetricPrinter):
+                writer.write()
+            writer.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        storage = self.trainer.storage
+        hints, first = storage.smoothing_hints(), self.trainer.iter - WINDOW
+        scalars = {
+            name: {
+                "smoothed": hints[name],
+                "values": [[v, i] for v, i in buffer.values()[-1000:] if i > first]
+                or [list(buffer.values()[-1])],
+            }
+            for name, buffer in storage.histories().items()
+            if name not in TIMINGS
+        }
+        return {"scalars": scalars}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scalars = state["scalars"]
+
+
+class ProgressBar(HookBase):
+    """A bar with losses, rate and the time left; for terminals."""
+
+    def before_train(self) -> None:
+        self.bar = tqdm(
+            total=self.trainer.max_iter, initial=self.trainer.start_iter, unit="it", smoothing=0.1
+        )
+
+    def after_step(self) -> None:
+        latest = self.trainer.storage.latest()
+        losses = {k: f"{v[0]:.3f}" for k, v in latest.items() if "loss" in k}
+        self.bar.set_postfix(losses, refresh=False)
+        self.bar.update()
+
+    def after_train(self) -> None:
+        self.bar.close()

@@ -1,0 +1,116 @@
+"""One training with several seeds: a run for each, and what they have in common."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.evaluation.testing import flatten_results_dict
+from tabulate import tabulate
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.runtime.files import alone, write_json
+from resnet_backbone.runtime.signals import EXIT_STOPPED, run_child
+
+logger = logging.getLogger(__name__)
+
+SUMMARY = "seeds.json"
+
+
+def read_seeds(words: Sequence[str]) -> list[int]:
+    """The seeds of ``--seeds 1 2 3``.
+
+    Raises:
+        UsageError: no whole numbers of at least 0, or one of them twice.
+    """
+    if not all(word.isdecimal() for word in words):
+        raise UsageError(f"--seeds {' '.join(words)}: whole numbers, such as --seeds 1 2 3")
+    seeds = [int(word) for word in words]
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {' '.join(words)}: one of them is there twice")
+    return seeds
+
+
+def seed_folder(output_dir: str, seed: int) -> str:
+    return os.path.join(output_dir, f"seed_{seed}")
+
+
+def train_seeds(module: str, arguments: Sequence[str], seeds: Sequence[int], output: str) -> None:
+    """Runs a training tool for each seed in a process of its own, then writes the summary.
+
+    Args:
+        module: of the tool; it gets `arguments` and ``--seed-run N``.
+        output: folder of the runs ``seed_N``, and of ``seeds.json``.
+
+    Raises:
+        SystemExit: with the status of a run that did not end well; the others' folders stay, and
+            the same command goes on.
+        BlockingIOError: another process trains seeds in this folder.
+    """
+    with alone(output) as lock:
+        for number, seed in enumerate(seeds, 1):
+            place = f"{number} of {len(seeds)}"
+            print(f"seed {seed} ({place}): {seed_folder(output, seed)}", flush=True)
+            command = [sys.executable, "-m", module, *arguments, "--seed-run", str(seed)]
+            status, stop = run_child(command, pass_fds=(lock,))
+            if status or stop:  # a run may end well before it takes notice of a signal
+                raise SystemExit(status or EXIT_STOPPED)
+    results = {seed: _read_results(seed_folder(output, seed)) for seed in seeds}
+    summary = summarize(results)
+    path = os.path.join(output, SUMMARY)
+    content = {"command": shlex.join(["python", *sys.argv]), "seeds": list(seeds), **summary}
+    write_json(path, content, allow_nan=False)
+    print(format_summary(summary))
+    print(f"mean and spread of {len(seeds)} seeds are in {path}")
+
+
+def _read_results(folder: str) -> dict[str, float | None]:
+    """Every number of a run's results.json, by TASK/NAME."""
+    with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
+        content = json.load(file)
+    numbers = flatten_results_dict(content["results"])
+    if content.get("best"):
+        numbers[f"best {content['best']['metric']}"] = content["best"]["value"]
+    return numbers
+
+
+def summarize(results: dict[int, dict[str, float | None]]) -> dict[str, Any]:
+    """Mean and sample standard deviation of every number over seeds.
+
+    Args:
+        results: by seed; None or NaN where a run has no such number.
+
+    Returns:
+        {"results": {name: {"mean", "std", "values"}}}, values in the order of the seeds; mean is
+        None where a seed has no number, std also for one seed.
+    """
+    names = dict.fromkeys(name for numbers in results.values() for name in numbers)
+    table = {}
+    for name in names:
+        values = [numbers.get(name) for numbers in results.values()]
+        values = [None if value is None or math.isnan(value) else value for value in values]
+        whole = None not in values
+        table[name] = {
+            "mean": statistics.fmean(values) if whole else None,
+            "std": statistics.stdev(values) if whole and len(values) > 1 else None,
+            "values": values,
+        }
+    return {"results": table}
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """A table with a row for each number."""
+    rows = [
+        (name, found["mean"], found["std"], *found["values"])
+        for name, found in summary["results"].items()
+    ]
+    count = len(rows[0]) - 3 if rows else 0
+    headers = ["", "mean", "std", *[f"run {number}" for number in range(1, count + 1)]]
+    return tabulate(rows, headers=headers, floatfmt=".2f", missingval="-")

@@ -1,0 +1,294 @@
+"""Detectron2's trainer with safe loading, exact resumption, our data and our evaluation."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Iterable
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine.hooks import IterationTimer, LRScheduler
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import (
+    CommonMetricPrinter,
+    EventStorage,
+    EventWriter,
+    TensorboardXWriter,
+)
+from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+
+from resnet_backbone.detection.checkpoint.handover import with_weights_input
+from resnet_backbone.detection.checkpoint.saving import AtomicCheckpointer, find_last_checkpoint
+from resnet_backbone.detection.data.label_arguments import mapper_options
+from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader
+from resnet_backbone.detection.engine.hooks import (
+    Checkpoints,
+    Evaluation,
+    Metrics,
+    MetricsFile,
+    ProgressBar,
+    RepeatablePreciseBN,
+)
+from resnet_backbone.detection.engine.randomness import seed_of, with_seed
+from resnet_backbone.detection.engine.schedule import check_training
+from resnet_backbone.detection.engine.signals import StopRequest, Watched
+from resnet_backbone.detection.engine.step import Stepper, distribute
+from resnet_backbone.detection.evaluation import build_evaluator
+from resnet_backbone.detection.evaluation.expected import check_results
+from resnet_backbone.detection.evaluation.speed import Speed, Timed
+from resnet_backbone.detection.inference import (
+    check_ensemble,
+    keep_members,
+    read_switches,
+    with_global_context,
+)
+from resnet_backbone.detection.inference.testing import for_testing
+from resnet_backbone.detection.modeling.poolers import with_fast_poolers
+from resnet_backbone.detection.modeling.precision import with_exact_scores
+from resnet_backbone.detection.modeling.projects import import_project
+from resnet_backbone.runtime.signals import Stopped
+
+logger = logging.getLogger(__name__)
+
+
+class TolerantMapper(DatasetMapper):
+    """:class:`DatasetMapper` that gives None for an image which became unreadable during training.
+
+    The loader then takes another one in its place. In evaluation nothing is replaced: the error
+    names the file.
+    """
+
+    def __call__(self, dataset_dict: dict) -> dict | None:
+        try:
+            return super().__call__(dataset_dict)
+        except Exception as error:
+            where = dataset_dict["file_name"]
+            if not self.is_train:
+                raise OSError(f"{where}: cannot be read ({error})") from error
+            logger.warning("%s: left out of training, cannot be read (%s)", where, error)
+            return None
+
+
+class Trainer(DefaultTrainer):
+    """Trains and evaluates a detector with one of our backbones from a config.
+
+    What differs from :class:`DefaultTrainer`: a run that was interrupted at any moment goes on
+    exactly (every random number is a function of ``SEED``, iteration and process); weights are
+    checked against the config when they are loaded; batches go through the network in
+    ``RESNET_BACKBONE.ACCUMULATE`` parts; ``SOLVER.AMP`` works on CPUs (bf16); several processes
+    work on CPUs (gloo); convolutions run in channels_last; VOC and COCO data sets bring their
+    evaluator; unreadable images do not end a run. With ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set",
+    the config's input keys follow ``MODEL.WEIGHTS``. With ``SEED`` -1 the seed that is drawn is
+    part of checkpoints, and whoever goes on from one takes it up; ``cfg.SEED`` says it.
+
+    Args:
+        stop: asked after each step; the run then ends with :class:`Stopped` and a checkpoint.
+
+    Raises:
+        UsageError: keys that contradict one another, a batch that cannot be divided.
+    """
+
+    watching: StopRequest | None = None  # of the run in this process, for its evaluations
+    speed: Speed | None = None  # of the last evaluation in this process
+
+    def __init__(self, cfg: CfgNode, stop: StopRequest | None = None):
+        TrainerBase.__init__(self)  # and not DefaultTrainer's, whose step and loader are others
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(with_weights_input(cfg), comm.get_world_size())
+        check_training(cfg)
+        check_ensemble(cfg)
+        self._seed_is_drawn = cfg.SEED < 0
+        cfg = with_seed(cfg, seed_of(cfg))
+        self.cfg, self.stop = cfg, stop or StopRequest()
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        self._trainer = Stepper(cfg, distribute(model), loader, optimizer, self.stop)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        own = weakref.proxy(self)
+        self.checkpointer = self.build_checkpointer(cfg, model, trainer=own)
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.stopping = ""  # the signal that ends the run
+        self.register_hooks(self.build_hooks())
+
+    def train(self) -> dict:
+        """Trains from ``start_iter`` to ``max_iter``, or until an early stop.
+
+        Returns:
+            :attr:`results`.
+
+        Raises:
+            Stopped: a signal came; the checkpoint to go on from is written.
+            FloatingPointError: losses or weights are not finite; no checkpoint holds them.
+            UnexpectedResults: see ``TEST.EXPECTED_RESULTS``; the run is complete.
+        """
+        logger.info("Starting training from iteration %d", self.start_iter)
+        Trainer.watching, Trainer.speed = self.stop, None
+        self.iter = self.start_iter
+        with keep_members(), EventStorage(self.start_iter) as self.storage:
+            try:
+                self.before_train()
+                self._finish_resumed_iteration()
+                while self.iter + 1 < self.max_iter and not self.evaluation.has_ended:
+                    self.iter += 1
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                if self.evaluation.has_ended:
+                    self.checkpoints.save(final=True)
+                self.iter += 1  # as in TrainerBase: only after_train of a complete run sees it
+            except Stopped as stopped:
+                self.stopping = str(stopped)
+                self.checkpoints.save()
+                raise
+            except FloatingPointError as error:
+                raise FloatingPointError(self._explain(error)) from error
+            finally:
+                Trainer.watching = None
+                self.after_train()
+        check_results(self.cfg, self.results)
+        return self.results
+
+    def _finish_resumed_iteration(self) -> None:
+        """What was left to do for the checkpoint's iteration when it was written."""
+        self.iter = self.start_iter - 1
+        if self.iter >= 0:
+            self.storage.iter = self.iter
+            for hook in (self.evaluation, self.metrics):
+                hook.after_step()
+
+    def run_step(self) -> None:
+        report = self._trainer.run(self.iter)
+        self.stopping = report.stop
+        if comm.is_main_process():
+            self.storage.put_scalar("data_time", report.data_time)
+            self.storage.put_scalars(**{"total_loss": sum(report.losses.values())})
+            if len(report.losses) > 1:
+                self.storage.put_scalars(**report.losses)
+
+    def _explain(self, error: FloatingPointError) -> str:
+        group = LRScheduler.get_best_param_group_id(self.optimizer)
+        rate = self.optimizer.param_groups[group]["lr"]
+        last = find_last_checkpoint(self.cfg.OUTPUT_DIR)
+        return (
+            f"iteration {self.iter}, learning rate {rate:.4g}: {error}. The last good checkpoint: "
+            f"{last or 'none'}."
+        )
+
+    @property
+    def results(self) -> dict:
+        """The last evaluation of a run, by task: {"bbox": {"AP50": percent, ...}}."""
+        return self.evaluation.results
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        seed = state["_trainer"].get("seed", self.cfg.SEED)
+        if self._seed_is_drawn and seed != self.cfg.SEED:
+            self.cfg = with_seed(self.cfg, seed)
+            self._trainer.read_from(self.cfg, self.build_train_loader(self.cfg))
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        read_switches(cfg)  # before hours of training, not after them
+        model = with_exact_scores(with_fast_poolers(build_model(with_global_context(cfg))))
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        logger.info("%s with %.1f M parameters", cfg.MODEL.BACKBONE.NAME, millions)
+        if cfg.RESNET_BACKBONE.CHANNELS_LAST:
+            model = model.to(memory_format=torch.channels_last)
+        return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:
+        mapper = TolerantMapper(cfg, True, **mapper_options(cfg))
+        return build_loader(cfg, mapper, seed_of(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=TolerantMapper(cfg, False))
+        if cls.watching is None:
+            return loader
+        return Watched(loader, cls.watching, len(loader.dataset))
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR":
+            return import_project("deeplab").build_lr_scheduler(cfg, optimizer)
+        return super().build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_"))
+        return build_evaluator(dataset_name, folder)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
+        timed = Timed(for_testing(cfg, model))
+        results = super().test(cfg, timed, evaluators)
+        Trainer.speed = timed.speed
+        return results
+
+    @classmethod
+    def build_checkpointer(cls, cfg: CfgNode, model: nn.Module, **options) -> AtomicCheckpointer:
+        return AtomicCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            preprocessing=cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING,
+            class_names=[*cfg.RESNET_BACKBONE.CLASS_NAMES, *cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES],
+            **options,
+        )
+
+    def build_hooks(self) -> list[HookBase | None]:
+        cfg, node, model = self.cfg, self.cfg.RESNET_BACKBONE, self.checkpointer.model
+        best = self.build_checkpointer(cfg, model, marks_last=False)
+        self.checkpoints = Checkpoints(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+        self.evaluation = Evaluation(
+            lambda: (self.test(cfg, model), Trainer.speed),
+            cfg.TEST.EVAL_PERIOD,
+            node.BEST_METRIC,
+            node.EARLY_STOP,
+            best,
+        )
+        self.metrics = Metrics()
+        shows_bar = comm.is_main_process() and sys.stderr.isatty()
+        return [
+            IterationTimer(),
+            LRScheduler(),
+            self._precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
+            self.checkpoints,
+            self.evaluation,
+            ProgressBar() if shows_bar else None,
+            self.metrics,  # last, so that what other hooks measure is written
+        ]
+
+    def _precise_bn(self) -> HookBase | None:
+        """True BN statistics before each evaluation, if a batch norm learns them."""
+        if not get_bn_modules(self.model):
+            return None
+
+        def build_loader() -> Iterable:
+            cfg = self.cfg.clone()
+            cfg.defrost()
+            cfg.DATALOADER.NUM_WORKERS = 0
+            return self.build_train_loader(cfg)
+
+        test = self.cfg.TEST
+        batches = test.PRECISE_BN.NUM_ITER
+        return RepeatablePreciseBN(test.EVAL_PERIOD, self.model, build_loader, batches)
+
+    def build_writers(self) -> list[EventWriter]:
+        writers = [
+            MetricsFile(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter),
+            TensorboardXWriter(self.cfg.OUTPUT_DIR, purge_step=self.start_iter),
+        ]
+        return writers if sys.stderr.isatty() else [CommonMetricPrinter(self.max_iter), *writers]

@@ -1,0 +1,167 @@
+"""Detectors as TorchScript and ONNX, for any image size, and their comparison with PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.modeling import GeneralizedRCNN
+from torch import Tensor, nn
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.fast import optimize_for_inference
+from resnet_backbone.fast.export import (
+    Mismatch,
+    export_program,
+    finite_or_inf,
+    onnx_session,
+    run_model,
+    run_program,
+)
+from resnet_backbone.fast.export import largest_difference as compare_maps
+
+ONNX_OPSET = 17  # RoIAlign as Detectron2 aligns it needs 16
+Detections = tuple[Tensor, ...]
+Runner = Callable[[Tensor], Detections]
+
+
+class SingleImageDetector(nn.Module):
+    """A detector of one image, of tensors alone, with its batch norms folded.
+
+    Maps (3, H, W) float32 in 0..255, channels in the order of ``INPUT.FORMAT``, to the tensors
+    named in ``names``: ``boxes`` (n, 4) xyxy in pixels of that image, ``classes`` (n,), ``scores``
+    (n,), best first, and with a mask head ``masks`` (n, 1, 28, 28), probabilities within the box.
+    Resizing the image (``INPUT.MIN_SIZE_TEST``) is left to the caller; normalisation is included.
+
+    Raises:
+        UsageError: not a GeneralizedRCNN (Faster or Mask R-CNN, or one with a C4 head).
+    """
+
+    def __init__(self, detector: nn.Module):
+        super().__init__()
+        if type(detector) is not GeneralizedRCNN:  # PanopticFPN derives from it
+            raise UsageError(
+                f"{type(detector).__name__} cannot be exported as a whole, only GeneralizedRCNN "
+                "(Faster and Mask R-CNN)"
+            )
+        self.detector = optimize_for_inference(detector)
+        has_masks = getattr(detector.roi_heads, "mask_on", False)
+        self.names = ("boxes", "classes", "scores") + ("masks",) * has_masks
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Detections:
+        with patch_builtin_len():  # len() of a traced tensor
+            return _detections(self.detector, image, self.names)
+
+
+def _detections(detector: nn.Module, image: Tensor, names: Sequence[str]) -> Detections:
+    found = detector.inference([{"image": image}], do_postprocess=False)[0]
+    fields = (found.pred_boxes.tensor, found.pred_classes, found.scores)
+    return (*fields, found.pred_masks) if "masks" in names else fields
+
+
+def run_detector(detector: nn.Module, names: Sequence[str] = ()) -> Runner:
+    """A detector as it is, in PyTorch: what exported ones are compared with."""
+    return torch.no_grad()(lambda image: _detections(detector, image, names))
+
+
+def export_torchscript(model: SingleImageDetector, image: Tensor, path: str | os.PathLike) -> None:
+    """Writes the detector as TorchScript, traced on an image with detections of any size."""
+    torch.jit.trace(model, (image,), check_trace=False).save(str(path))
+
+
+def export_onnx(model: SingleImageDetector, image: Tensor, path: str | os.PathLike) -> None:
+    """Writes the detector as ONNX with input ``image`` of any height and width.
+
+    By PyTorch's TorchScript-based exporter: ``torch.export`` stops in Detectron2's
+    ``find_top_rpn_proposals``, whose Python ``if`` depends on the values of a tensor.
+
+    Raises:
+        UsageError: onnx is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+    except ImportError as error:
+        raise UsageError("ONNX export needs: pip install onnx onnxscript") from error
+    axes = {name: {0: "detections"} for name in model.names}
+    torch.onnx.export(
+        model,
+        (image,),
+        str(path),
+        dynamo=False,
+        opset_version=ONNX_OPSET,
+        input_names=["image"],
+        output_names=list(model.names),
+        dynamic_axes={"image": {1: "height", 2: "width"}, **axes},
+    )
+
+
+def export_backbone(
+    detector: nn.Module, path: str | os.PathLike, images: Iterable[Tensor]
+) -> dict[str, float]:
+    """Writes the detector's backbone, pyramid included, as a ``torch.export`` program.
+
+    Its input are normalised images, (N, 3, H, W), H and W multiples of ``size_divisibility``.
+
+    Returns:
+        The largest relative difference of each map from PyTorch's over the images.
+    """
+    backbone = detector.backbone
+    multiple = max(1, backbone.size_divisibility)
+    torch.export.save(export_program(backbone, multiple=multiple), str(path))
+    batches = [detector.preprocess_image([{"image": image}]).tensor for image in images]
+    return compare_maps(run_model(backbone), run_program(path), batches)
+
+
+def run_onnx(path: str | os.PathLike) -> Runner:
+    """A file of :func:`export_onnx` in onnxruntime, on the CPU."""
+    session = onnx_session(path)
+    return lambda image: tuple(map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
+
+
+def largest_difference(
+    reference: Runner, exported: Runner, images: Iterable[Tensor]
+) -> dict[str, float]:
+    """How far exported detections are from PyTorch's over some images.
+
+    Each detection is compared with the exported one of its class whose box is nearest.
+
+    Returns:
+        boxes: the largest difference of a coordinate, as a fraction of the image's longer side.
+        scores: the largest difference of a score.
+        masks: the largest difference of a mask's probability, where the reference gives masks.
+
+    Raises:
+        Mismatch: another number of detections of a class.
+        ValueError: none in any image.
+    """
+    largest: dict[str, float] = {}
+    for image in images:
+        expected, found = reference(image), exported(image)
+        counts = [torch.bincount(values[1], minlength=1).tolist() for values in (expected, found)]
+        if counts[0] != counts[1]:
+            raise Mismatch(
+                f"PyTorch finds {len(expected[0])} objects in an image of {tuple(image.shape)}, "
+                f"the exported graph {len(found[0])}, or others"
+            )
+        for index in range(len(expected[0])):
+            one = [values[index] for values in expected]
+            for name, value in _apart(one, found, max(image.shape[1:])).items():
+                largest[name] = max(largest.get(name, 0.0), value)
+    if not largest:
+        raise ValueError("no objects were found in the images: the check would mean nothing")
+    return largest
+
+
+def _apart(one: Sequence[Tensor], found: Detections, side: int) -> dict[str, float]:
+    """Differences of one detection from the nearest of its class."""
+    box, kind, score, *mask = one
+    same = [values[found[1] == kind] for values in found]
+    apart = (same[0] - box).abs().amax(1) / side
+    nearest = int(apart.nan_to_num(nan=float("inf")).argmin())
+    differences = {"boxes": apart[nearest], "scores": (same[2][nearest] - score).abs()}
+    if mask:
+        differences["masks"] = (same[3][nearest] - mask[0]).abs().max()
+    return {name: finite_or_inf(value) for name, value in differences.items()}

@@ -1,0 +1,230 @@
+"""One detector on a batch of images: at several scales, and mirrored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, Res5ROIHeads, StandardROIHeads
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.modeling.context import (
+    GlobalContext,
+    add_whole_image,
+    join_context,
+    region_features,
+)
+
+CANONICAL_AREA = 224**2  # pixels of a region in the image of its scale
+Size = tuple[int, int]  # height, width
+
+
+class View(NamedTuple):
+    """A batch of images at one scale, and its feature maps."""
+
+    images: ImageList
+    maps: dict[str, Tensor]
+
+    @property
+    def sizes(self) -> list[Size]:
+        """(height, width) of each image, without padding."""
+        return self.images.image_sizes
+
+
+class Sight(NamedTuple):
+    """All that one detector computes once for a batch."""
+
+    reference: View  # at the detector's own test scale, that of proposals and boxes
+    views: list[View]  # one per scale
+    mirrored: list[View]  # the same of the mirrored images, or empty
+
+
+class Member(nn.Module):
+    """A detector with the input that it was trained on.
+
+    Boxes are in pixels of its images at its own test scale ("reference").
+
+    Args:
+        cfg: its own config: ``INPUT.FORMAT`` and the test size.
+        model: in the memory, with its weights.
+        scales: short sides of the images on which regions are pooled, ascending; empty: the test
+            scale. The long side's limit, ``INPUT.MAX_SIZE_TEST``, is meant for the test scale and
+            grows in proportion.
+        flip: regions are pooled on the mirrored images as well.
+
+    Raises:
+        UsageError: a model without proposals, or with region heads of another kind.
+    """
+
+    def __init__(
+        self, cfg: CfgNode, model: GeneralizedRCNN, scales: Sequence[int] = (), flip: bool = False
+    ):
+        super().__init__()
+        heads = model.roi_heads
+        known = isinstance(heads, (Res5ROIHeads, StandardROIHeads))
+        if not known or not isinstance(heads.box_predictor, FastRCNNOutputLayers):
+            raise UsageError(
+                f"RESNET_BACKBONE.TEST is for StandardROIHeads and C4's heads, not for "
+                f"{type(heads).__name__} (MODEL.ROI_HEADS.NAME)"
+            )
+        if model.proposal_generator is None:
+            raise UsageError("RESNET_BACKBONE.TEST needs a region proposal network in the model")
+        self.model, self.flip = model, flip
+        self.format = cfg.INPUT.FORMAT
+        self.short, self.long = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        self.scales = list(scales) or [self.short]
+
+    def see(self, images: list[Tensor], sources: Sequence[np.ndarray]) -> Sight:
+        """Feature maps of a batch; nothing is computed twice.
+
+        Args:
+            images: (C, H, W) each, at the test scale, in this detector's channel order.
+            sources: (H, W, C) each, of the original size, in its channel order; read for other
+                scales than the test scale only.
+        """
+        pyramid = [
+            images if short == self.short else [self.resize(source, short) for source in sources]
+            for short in self.scales
+        ]
+        views = [self._view(level) for level in pyramid]
+        known = self.short in self.scales
+        reference = views[self.scales.index(self.short)] if known else self._view(images)
+        levels = pyramid if self.flip else []
+        mirrored = [self._view([image.flip(-1) for image in level]) for level in levels]
+        return Sight(reference, views, mirrored)
+
+    def resize(self, source: np.ndarray, short: int) -> Tensor:
+        """An image (H, W, C) with its short side of `short` pixels, (C, H, W); 0 leaves it."""
+        longest = round(self.long * short / self.short) if short else self.long
+        transform = ResizeShortestEdge([short, short], longest).get_transform(source)
+        resized = transform.apply_image(source)
+        return torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+
+    def _view(self, images: list[Tensor]) -> View:
+        batch = self.model.preprocess_image([{"image": image} for image in images])
+        return View(batch, self.model.backbone(batch.tensor))
+
+    def propose(self, sight: Sight) -> list[Tensor]:
+        """The proposals (Ri, 4) of each image."""
+        view = sight.reference
+        proposals, _ = self.model.proposal_generator(view.images, view.maps, None)
+        return [image.proposal_boxes.tensor for image in proposals]
+
+    def predict(self, sight: Sight, boxes: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Scores and regresses regions; with `flip` the mean of the image and its mirror image.
+
+        Args:
+            boxes: (Ri, 4) regions of each image.
+
+        Returns:
+            For each image scores (Ri, K + 1), the background last, and boxes (Ri, K, 4).
+        """
+        found = self._predict(sight.views, sight.reference.sizes, boxes)
+        if not sight.mirrored:
+            return found
+        widths = [width for _, width in sight.reference.sizes]
+        turned = [mirror(box, width) for box, width in zip(boxes, widths, strict=True)]
+        other = self._predict(sight.mirrored, sight.reference.sizes, turned)
+        back = [(s, mirror(b, width)) for (s, b), width in zip(other, widths, strict=True)]
+        return [mean_predictions(pair) for pair in zip(found, back, strict=True)]
+
+    def _predict(
+        self, views: list[View], sizes: list[Size], boxes: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        heads = self.model.roi_heads
+        if isinstance(heads, GlobalContext):
+            features = self._features(views, sizes, add_whole_image(boxes, sizes))
+            features = join_context(features, [len(box) for box in boxes])
+        else:
+            features = self._features(views, sizes, boxes)
+        predictor = heads.box_predictor
+        logits = predictor(features)
+        pairs = zip(sizes, boxes, strict=True)
+        proposals = [Instances(size, proposal_boxes=Boxes(box)) for size, box in pairs]
+        scores = predictor.predict_probs(logits, proposals)
+        regressed = predictor.predict_boxes(logits, proposals)
+        shape = (-1, predictor.num_classes, 4)  # one box for all classes is repeated
+        return [
+            (s.float(), b.float().unflatten(1, (-1, 4)).expand(len(b), *shape[1:]))
+            for s, b in zip(scores, regressed, strict=True)
+        ]
+
+    def _features(self, views: list[View], sizes: list[Size], boxes: list[Tensor]) -> Tensor:
+        """(R, D): of the only scale, or the elementwise maximum over the two of each region."""
+        scaled = [
+            [
+                box * ratio(size, to, box)
+                for size, to, box in zip(sizes, view.sizes, boxes, strict=True)
+            ]
+            for view in views
+        ]
+        if len(views) == 1:
+            return self._pool(views[0], scaled[0])
+        areas = torch.stack([Boxes(torch.cat(level)).area() for level in scaled], dim=1)
+        merged = None
+        for view, level, chosen in zip(views, scaled, choose_scales(areas).unbind(1), strict=True):
+            if merged is not None and not chosen.any():
+                continue
+            masks = chosen.split([len(box) for box in boxes])
+            found = self._pool(view, [box[mask] for box, mask in zip(level, masks, strict=True)])
+            if merged is None:
+                merged = found.new_full((len(chosen), found.shape[1]), -torch.inf)
+            merged[chosen] = torch.maximum(merged[chosen], found)
+        return merged
+
+    def _pool(self, view: View, boxes: list[Tensor]) -> Tensor:
+        return region_features(self.model.roi_heads, view.maps, [Boxes(box) for box in boxes])
+
+
+def choose_scales(areas: Tensor) -> Tensor:
+    """The two adjacent scales of each region (paper, appendix B; arXiv 1504.06066).
+
+    One is the scale at which the region's area is nearest 224 x 224 pixels, the other the nearer
+    of that scale's two neighbours.
+
+    Args:
+        areas: (R, S) of each region at each scale, in pixels, ascending in S.
+
+    Returns:
+        (R, S), True at the two, or at the only one where S is 1.
+    """
+    distances = (areas - CANONICAL_AREA).abs()
+    best = distances.argmin(dim=1, keepdim=True)
+    chosen = torch.zeros_like(areas, dtype=torch.bool).scatter(1, best, True)
+    beside = torch.nn.functional.pad(distances, (1, 1), value=torch.inf)
+    below, above = beside.gather(1, best), beside.gather(1, best + 2)
+    if areas.shape[1] == 1:
+        return chosen
+    return chosen.scatter(1, torch.where(below <= above, best - 1, best + 1), True)
+
+
+def ratio(size: Size, to: Size, boxes: Tensor) -> Tensor:
+    """What takes boxes (xyxy) of an image of one size to the same image of another, (4,)."""
+    (height, width), (new_height, new_width) = size, to
+    return boxes.new_tensor([new_width / width, new_height / height] * 2)
+
+
+def change_frame(
+    boxes: Sequence[Tensor], sizes: Sequence[Size], to: Sequence[Size]
+) -> list[Tensor]:
+    """Boxes (..., 4) of each image in pixels of the same image of another size."""
+    return [box * ratio(*frame, box) for box, *frame in zip(boxes, sizes, to, strict=True)]
+
+
+def mirror(boxes: Tensor, width: int) -> Tensor:
+    """Boxes (..., 4) in the image that is mirrored left to right; its own inverse."""
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    return torch.stack([width - x1, y0, width - x0, y1], dim=-1)
+
+
+def mean_predictions(predictions: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The mean scores and the mean boxes of several predictions for the same regions."""
+    scores, boxes = zip(*predictions, strict=True)
+    return torch.stack(scores).mean(dim=0), torch.stack(boxes).mean(dim=0)

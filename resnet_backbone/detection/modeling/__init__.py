@@ -1,0 +1,1 @@
+"""Backbones, heads and poolers for Detectron2."""

@@ -1,0 +1,230 @@
+"""Networks as torch.export programs and ONNX files, for any batch size, height and width."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_backbone.fast.optimize import fold_bn
+from resnet_backbone.models.network import StagedNetwork
+from resnet_backbone.weights.preprocessing import Preprocessing
+
+EXAMPLE_SIZE = (2, 224, 288)  # batch, height, width: all differ, none is 1
+DYNAMIC_DIMS = {0: "batch", 2: "height", 3: "width"}
+RGB = "RGB"
+
+Outputs = dict[str, Tensor]
+Runner = Callable[[Tensor], Outputs]  # images -> outputs by name
+
+
+class Mismatch(ValueError):
+    """An exported file does not give PyTorch's outputs."""
+
+
+class NormalisedNetwork(nn.Module):
+    """A network with its preprocessing: (N, 3, H, W) RGB, 0..255, uint8 or float, to its outputs.
+
+    Channel order, range, mean and standard deviation are those of the weights; a per-pixel mean
+    image is not used, its channel means are. Resizing is left to the caller.
+    """
+
+    def __init__(self, network: StagedNetwork, preprocessing: Preprocessing):
+        super().__init__()
+        self.network = network
+        self.order = [RGB.index(channel) for channel in preprocessing.channel_order]
+        mean, std = preprocessing.pixel_mean_255(), preprocessing.pixel_std_255()
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", 1 / torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @property
+    def out_features(self) -> tuple[str, ...]:
+        return self.network.out_features
+
+    def forward(self, images: Tensor) -> Tensor | Outputs:
+        images = images.to(self.mean.dtype)[:, self.order]
+        return self.network((images - self.mean) * self.scale)
+
+
+def export_program(
+    model: nn.Module,
+    *,
+    in_channels: int = 3,
+    dtype: torch.dtype = torch.float32,
+    multiple: int = 1,
+) -> torch.export.ExportedProgram:
+    """The graph of a network with its batch norms folded, for ``torch.export.save``.
+
+    Batch size, height and width are free; height and width must exceed the largest stride.
+
+    Args:
+        model: a classifier, a backbone, or a :class:`NormalisedNetwork`. It stays as it is.
+        dtype: of the images: torch.float32, or torch.uint8 for a :class:`NormalisedNetwork`.
+        multiple: of which height and width are; a feature pyramid needs its
+            ``size_divisibility``.
+    """
+    model = fold_bn(copy.deepcopy(model).cpu().eval().requires_grad_(False))
+    batch, height, width = EXAMPLE_SIZE
+    example = torch.zeros(batch, in_channels, height, width, dtype=dtype)
+    sizes = {dim: torch.export.Dim.DYNAMIC for dim in DYNAMIC_DIMS}
+    if multiple > 1:
+        sizes[0] = torch.export.Dim("batch")
+        for dim in (2, 3):  # above twice the multiple, or the pyramid's last level is one pixel
+            sizes[dim] = multiple * torch.export.Dim(f"{DYNAMIC_DIMS[dim]}_units", min=3)
+    with torch.no_grad():
+        return torch.export.export(model, (example,), dynamic_shapes=(sizes,))
+
+
+def output_names(model: nn.Module) -> list[str]:
+    """Names of the outputs in an exported graph: the backbone's features, or "logits"."""
+    return list(model.out_features) or ["logits"]
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    in_channels: int = 3,
+    dtype: torch.dtype = torch.float32,
+    metadata: Mapping[str, str] | None = None,
+    program: torch.export.ExportedProgram | None = None,
+) -> None:
+    """Writes a network as ONNX: input ``images``, outputs named as in :func:`output_names`.
+
+    Args:
+        model, in_channels, dtype: as for :func:`export_program`.
+        metadata: facts to keep in the file's ``metadata_props``.
+        program: of :func:`export_program`, where it is there already.
+
+    Raises:
+        ValueError: onnx or onnxscript is not installed.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError("ONNX export needs: pip install onnx onnxscript") from error
+    found = torch.onnx.export(
+        program or export_program(model, in_channels=in_channels, dtype=dtype),
+        (),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=output_names(model),
+    )
+    proto = found.model_proto
+    _name_dimensions(proto.graph)
+    for key, value in (metadata or {}).items():
+        proto.metadata_props.add(key=key, value=value)
+    onnx.checker.check_model(proto)
+    Path(path).write_bytes(proto.SerializeToString())
+
+
+def _name_dimensions(graph) -> None:
+    """s77 becomes batch and so on, also within the expressions of the outputs' sizes."""
+    symbols = {}
+    dims = graph.input[0].type.tensor_type.shape.dim
+    for index, name in DYNAMIC_DIMS.items():
+        symbols[dims[index].dim_param] = name
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(
+                    r"\w+", lambda match: symbols.get(match[0], match[0]), dim.dim_param
+                )
+
+
+def run_model(model: Callable[[Tensor], Tensor | Outputs]) -> Runner:
+    """PyTorch's own outputs by name."""
+
+    @torch.no_grad()
+    def run(images: Tensor) -> Outputs:
+        found = model(images)
+        return found if isinstance(found, dict) else {"logits": found}
+
+    return run
+
+
+def onnx_session(path: str | os.PathLike, threads: int = 0) -> Any:
+    """An ``onnxruntime.InferenceSession`` of a file, on the CPU; 0 threads: its own choice.
+
+    Raises:
+        ValueError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError("running ONNX files needs: pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
+
+
+def run_onnx(path: str | os.PathLike, threads: int = 0) -> Runner:
+    """A file in onnxruntime, see :func:`onnx_session`."""
+    session = onnx_session(path, threads)
+    names = [value.name for value in session.get_outputs()]
+    image = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Outputs:
+        found = session.run(None, {image: images.contiguous().numpy()})
+        return dict(zip(names, map(torch.from_numpy, found), strict=True))
+
+    return run
+
+
+def run_program(path: str | os.PathLike) -> Runner:
+    """A file of ``torch.export.save``, read anew."""
+    return run_model(torch.export.load(str(path)).module())
+
+
+def largest_difference(
+    reference: Runner, exported: Runner, batches: Iterable[Tensor]
+) -> dict[str, float]:
+    """The largest absolute difference of each output over some batches of images.
+
+    It is relative: a fraction of the largest magnitude in that output of the reference.
+
+    Raises:
+        Mismatch: an output of another shape, or without a counterpart.
+    """
+    largest: dict[str, float] = {}
+    for images in batches:
+        expected, found = reference(images), exported(images)
+        if found.keys() != expected.keys():
+            raise Mismatch(f"outputs are {list(found)} in the exported graph, not {list(expected)}")
+        for name, value in expected.items():
+            if found[name].shape != value.shape:
+                raise Mismatch(
+                    f"{name} has shape {tuple(found[name].shape)} in the exported graph and "
+                    f"{tuple(value.shape)} in PyTorch for images {tuple(images.shape)}"
+                )
+            scale = value.abs().max().clamp_min(torch.finfo(value.dtype).tiny)
+            difference = finite_or_inf((found[name] - value).abs().max() / scale)
+            largest[name] = max(largest.get(name, 0.0), difference)
+    return largest
+
+
+def finite_or_inf(difference: Tensor) -> float:
+    """NaN, which no comparison finds too large, as infinity."""
+    return float(difference.nan_to_num(nan=float("inf")))
+
+
+def input_facts(preprocessing: Preprocessing, normalised: bool) -> dict:
+    """What the input of an exported graph must be, in words and numbers, for JSON and ONNX."""
+    facts = {"layout": "NCHW", "normalisation": "in the graph" if normalised else "by the caller"}
+    if normalised:
+        return facts | {"channel_order": RGB, "value_range": 255}
+    return facts | {
+        "channel_order": preprocessing.channel_order,
+        "value_range": preprocessing.value_range,
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+    }

@@ -1,0 +1,1 @@
+"""What any run needs: signals, processes, whole files, built-in pictures."""

@@ -1,0 +1,308 @@
+"""Exact conversions of a checkpoint: the same function of the same picture in another form.
+
+What is bit-exact, and what rounds:
+
+- channel order: the first convolution's input channels, mean and std change places; bit-exact;
+- value range: mean and std are other numbers for the same grey levels; no tensor changes;
+- std: a factor per input channel moves into the first convolution; one rounding to fp32 (none
+  where the factors are powers of two);
+- batch norm folded into convolutions: computed in float64, one rounding to fp32;
+- unit responses: a factor per layer of a VGG; one rounding to fp32 each;
+- fp16 and bf16: rounding is the purpose; back to fp32 is bit-exact.
+
+What cannot be converted is an error: the stride's place is another function, and another mean
+cannot be moved into a bias because convolutions pad with zeros, which here means "mean pixel".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from resnet_backbone.models.layers import ConvNormAct
+from resnet_backbone.weights.architecture import FIRST_KEYS
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SAME = 1e-6  # relative; two ways of writing one mean or std, such as 103.939 / 255 * 255
+
+
+def first_convolution(tensors: dict[str, Tensor]) -> str:
+    """Key of the kernel that sees the image, of shape (out_channels, 3, height, width).
+
+    Raises:
+        WeightsError: no such kernel, or one for other than three channels.
+    """
+    for key in FIRST_KEYS:
+        if key in tensors:
+            if tensors[key].dim() != 4 or tensors[key].shape[1] != 3:
+                shape = tuple(tensors[key].shape)
+                raise WeightsError(f"{key} has shape {shape}: only colour images are converted")
+            return key
+    raise WeightsError(
+        f"no first convolution ({', '.join(FIRST_KEYS)}): only networks of this package are "
+        "converted"
+    )
+
+
+def convert_input(
+    checkpoint: Checkpoint,
+    *,
+    channel_order: str = "",
+    value_range: float | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    stride_in_1x1: bool | None = None,
+) -> Checkpoint:
+    """The same network for input in another form; what is left out stays as it is.
+
+    Args:
+        channel_order: "RGB" or "BGR".
+        value_range: 1.0 or 255.0.
+        mean, std: in the new order and range. The mean must be the checkpoint's own; the
+            difference between the two stds goes into the first convolution.
+        stride_in_1x1: must be the checkpoint's own.
+
+    Returns:
+        A new checkpoint; tensors that did not change are shared with the old one.
+
+    Raises:
+        WeightsError: another mean or stride, see the module's first lines.
+    """
+    own_stride = checkpoint.preprocessing.stride_in_1x1
+    if stride_in_1x1 is not None and own_stride is not None and stride_in_1x1 != own_stride:
+        raise WeightsError(
+            f"stride_in_1x1 {own_stride} cannot become {stride_in_1x1}: with the stride on the "
+            "other convolution the kernels see other pixels, no weights give the same function; "
+            f"build the network with stride_in_1x1={own_stride}, or train it anew"
+        )
+    if channel_order and channel_order != checkpoint.preprocessing.channel_order:
+        checkpoint = _reversed_channels(checkpoint)
+    if value_range is not None:
+        checkpoint = _with_range(checkpoint, value_range)
+    if mean is not None:
+        _check_mean(checkpoint.preprocessing, mean)
+    if std is not None:
+        checkpoint = _with_std(checkpoint, std)
+    return checkpoint
+
+
+def _reversed_channels(checkpoint: Checkpoint) -> Checkpoint:
+    key = first_convolution(checkpoint.tensors)
+    old = checkpoint.preprocessing
+    image = old.mean_image
+    new = replace(
+        old,
+        channel_order=old.channel_order[::-1],
+        mean=old.mean[::-1],
+        std=old.std[::-1],
+        mean_image=None if image is None else image.flip(0),
+    )
+    tensors = {**checkpoint.tensors, key: checkpoint.tensors[key].flip(1)}
+    return replace(checkpoint, tensors=tensors, preprocessing=new)
+
+
+def _with_range(checkpoint: Checkpoint, value_range: float) -> Checkpoint:
+    old = checkpoint.preprocessing
+    if value_range == old.value_range:
+        return checkpoint
+    if value_range not in (1.0, 255.0):
+        raise WeightsError(f"value_range is 1.0 or 255.0, not {value_range}")
+
+    def scaled(values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(value * value_range / old.value_range for value in values)
+
+    image = old.mean_image
+    new = replace(
+        old,
+        value_range=value_range,
+        mean=scaled(old.mean),
+        std=scaled(old.std),
+        mean_image=None if image is None else image * (value_range / old.value_range),
+    )
+    return replace(checkpoint, preprocessing=new)
+
+
+def _check_mean(own: Preprocessing, mean: Sequence[float]) -> None:
+    pairs = zip(own.mean, mean, strict=False)
+    same = all(math.isclose(a, b, rel_tol=SAME, abs_tol=SAME) for a, b in pairs)
+    if len(mean) != 3 or not same:
+        raise WeightsError(
+            f"mean {list(own.mean)} cannot become {list(mean)}: a bias would make up for it inside "
+            "the image but not at its border, where convolutions pad with zeros, that is with "
+            "the mean; keep the checkpoint's own mean"
+        )
+
+
+def _with_std(checkpoint: Checkpoint, std: Sequence[float]) -> Checkpoint:
+    old = checkpoint.preprocessing
+    std = tuple(float(value) for value in std)
+    if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):
+        raise WeightsError(f"std is three positive numbers, not {list(std)}")
+    if std == old.std:
+        return checkpoint
+    key = first_convolution(checkpoint.tensors)
+    ratios = [new / own for new, own in zip(std, old.std, strict=True)]
+    factors = torch.tensor(ratios, dtype=torch.float64)[:, None, None]
+    kernel = (checkpoint.tensors[key].double() * factors).float()
+    return replace(
+        checkpoint,
+        tensors={**checkpoint.tensors, key: kernel},
+        preprocessing=replace(old, std=std),
+    )
+
+
+def use_channel_means(checkpoint: Checkpoint) -> Checkpoint:
+    """Drops the per-pixel mean image. Not exact: the channel means take its place."""
+    new = replace(checkpoint.preprocessing, mean_image=None)
+    return replace(checkpoint, preprocessing=new)
+
+
+def norm_layers(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the norm layers: "res2.0.conv1.norm", ..."""
+    return [key.removesuffix(".weight") for key in tensors if key.endswith(".norm.weight")]
+
+
+def fold_bn(checkpoint: Checkpoint) -> Checkpoint:
+    """Every batch norm as a factor and a bias of the convolution before it.
+
+    In evaluation the same function; there is nothing left to train as batch norm, and no way
+    back. Folded tensors are fp32, whatever the convolutions were.
+
+    Raises:
+        WeightsError: nothing to fold, or a norm that depends on the image (GN).
+    """
+    tensors = checkpoint.tensors
+    if not norm_layers(tensors):
+        raise WeightsError("no batch norms to fold: the network has none, or they are folded")
+    folded = {}
+    for key, value in tensors.items():
+        layer, _, name = key.rpartition(".")
+        if name == "weight" and f"{layer}.norm.weight" in tensors:
+            kernel, bias = _folded(tensors, layer, checkpoint.preprocessing.bn_eps)
+            folded |= {key: kernel, f"{layer}.bias": bias}
+        elif not layer.endswith(".norm"):
+            folded[key] = value
+    return replace(checkpoint, tensors=folded, model=without_norm(checkpoint.model))
+
+
+def _folded(tensors: dict[str, Tensor], layer: str, eps: float) -> tuple[Tensor, Tensor]:
+    """Kernel and bias of a convolution with its batch norm; fp32."""
+    if f"{layer}.norm.running_var" not in tensors:
+        raise WeightsError(f"{layer}.norm has no running statistics: only batch norms are folded")
+    gamma, beta, mean, var = (
+        tensors[f"{layer}.norm.{name}"].double()
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = gamma / (var + eps).sqrt()
+    kernel = tensors[f"{layer}.weight"].double() * scale[:, None, None, None]
+    return kernel.float(), (beta - mean * scale).float()
+
+
+def without_norm(model: ModelSpec) -> ModelSpec:
+    """The same network with convolution biases in place of norms."""
+    if model.name.endswith("_bn"):  # vgg16_bn without its norms is vgg16
+        options = {key: value for key, value in model.options.items() if key != "norm"}
+        return replace(model, name=model.name.removesuffix("_bn"), options=options)
+    return replace(model, options={**model.options, "norm": ""})
+
+
+def to_unit_responses(checkpoint: Checkpoint, images: Tensor) -> Checkpoint:
+    """A VGG without norms whose responses after each ReLU have a standard deviation of 1.
+
+    Layer l's kernel is multiplied by s(l-1) / s(l) and its bias by 1 / s(l), s being the standard
+    deviation before. A ReLU network is homogeneous: every stage's features are divided by one
+    number, and with fc6 in the checkpoint, which takes over the last one, the logits stay the same.
+    No accuracy is added, but steps of one size suit all layers (arXiv 1511.06856, section 3).
+
+    Args:
+        images: uint8 (N, 3, H, W), RGB; the standard deviations are taken over them.
+
+    Raises:
+        WeightsError: another network than a VGG without norms; a layer that never responds.
+    """
+    from resnet_backbone.weights.compare import build_network
+
+    if not checkpoint.model.name.startswith("vgg") or norm_layers(checkpoint.tensors):
+        raise WeightsError(
+            f"only a VGG without norms is rescaled, and this is {checkpoint.model.name}: norms "
+            "level the responses of the others"
+        )
+    scales = _response_scales(build_network(checkpoint), checkpoint.preprocessing, images)
+    tensors, before = dict(checkpoint.tensors), 1.0
+    for layer, scale in scales.items():
+        if not scale > 0:
+            raise WeightsError(f"{layer} responds to none of the images: give others, or more")
+        tensors[f"{layer}.weight"] = (tensors[f"{layer}.weight"].double() * before / scale).float()
+        tensors[f"{layer}.bias"] = (tensors[f"{layer}.bias"].double() / scale).float()
+        before = scale
+    if "fc6.weight" in tensors:
+        tensors["fc6.weight"] = (tensors["fc6.weight"].double() * before).float()
+    return replace(checkpoint, tensors=tensors)
+
+
+@torch.inference_mode()
+def _response_scales(network, preprocessing: Preprocessing, images: Tensor) -> dict[str, float]:
+    """Layer -> standard deviation of its output over the images, in the order of the layers."""
+    sums: dict[str, list[float]] = {}
+
+    def add(name, module, inputs, output):
+        count, first, second = sums.setdefault(name, [0, 0.0, 0.0])
+        values = output.double()
+        sums[name] = [count + values.numel(), first + values.sum(), second + (values**2).sum()]
+
+    for name, module in network.named_modules():
+        if isinstance(module, ConvNormAct):
+            module.register_forward_hook(partial(add, name))
+    normalize = InputNormalizer(preprocessing)
+    for image in images.split(1):
+        network(normalize(image))
+    return {
+        name: float((second / count - (first / count) ** 2).sqrt())
+        for name, (count, first, second) in sums.items()
+    }
+
+
+def to_bn_eps(checkpoint: Checkpoint, eps: float) -> Checkpoint:
+    """The same function with another epsilon in the batch norms: their factors make up for it.
+
+    Exact in evaluation, up to one rounding to fp32; training normalises with the batches' own
+    variances and the new epsilon.
+    """
+    old = checkpoint.preprocessing.bn_eps
+    tensors = dict(checkpoint.tensors)
+    for norm in norm_layers(tensors):
+        if f"{norm}.running_var" in tensors:
+            var = tensors[f"{norm}.running_var"].double()
+            gamma = tensors[f"{norm}.weight"].double() * ((var + eps) / (var + old)).sqrt()
+            tensors[f"{norm}.weight"] = gamma.float()
+    new = replace(checkpoint.preprocessing, bn_eps=eps)
+    return replace(checkpoint, tensors=tensors, preprocessing=new)
+
+
+def to_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """Kernels and matrices as "fp32", "fp16" or "bf16".
+
+    Vectors (norms, biases, slopes) stay fp32: they are few, and a batch norm's variances go beyond
+    fp16, up to 83,600 in the MSRA ResNet-50. A network runs in fp32 whatever the file holds.
+
+    Raises:
+        WeightsError: a value beyond fp16's largest, 65504.
+    """
+    if dtype not in DTYPES:
+        raise WeightsError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    tensors = {}
+    for key, value in checkpoint.tensors.items():
+        tensors[key] = value.to(DTYPES[dtype] if value.dim() > 1 else torch.float32)
+        if not torch.isfinite(tensors[key]).all():
+            raise WeightsError(
+                f"{key} has values up to {value.abs().max():.3g}, too large for {dtype}: use bf16"
+            )
+    return replace(checkpoint, tensors=tensors)

@@ -1,0 +1,256 @@
+"""Batches do not depend on workers or on where a run starts; bad images; signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from resnet_backbone.classification.data.augment import PaperAugmentation, resize_short_side
+from resnet_backbone.classification.data.bad_images import BadImageReport
+from resnet_backbone.classification.data.batch import Batch, DataError
+from resnet_backbone.classification.data.decode import read_rgb
+from resnet_backbone.classification.data.imagenet import ImageFiles, read_image_folder
+from resnet_backbone.classification.data.loader import LoaderSource
+from resnet_backbone.classification.data.modern import InceptionAugmentation
+from resnet_backbone.classification.data.region import EncodedImage
+from resnet_backbone.classification.data.statistics import compute_mean
+from resnet_backbone.classification.data.stream import SampleStream, sample_rng
+
+AUGMENT = PaperAugmentation(size=16, short_side=(18, 40))
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@pytest.fixture
+def root(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("n01", "n02", "n03"):
+        (tmp_path / name).mkdir()
+        for i in range(7):
+            pixels = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((52, 44)).save(tmp_path / name / f"{i}.JPEG")
+    return tmp_path
+
+
+@pytest.fixture
+def dataset(root) -> ImageFiles:
+    return read_image_folder(root)
+
+
+def batches(dataset, first=0, count=4, *, workers=0, augment=AUGMENT, seed=5, **options):
+    stream = SampleStream(len(dataset), 6, seed)
+    made = LoaderSource(dataset, stream, augment, workers=workers, **options).batches(first)
+    found = [next(made) for _ in range(count)]
+    made.close()
+    return found
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]):
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        assert (a.shift is None) == (b.shift is None)
+        assert a.shift is None or torch.equal(a.shift, b.shift)
+
+
+def test_a_batch_is_what_its_functions_say(dataset):
+    batch = batches(dataset)[2]
+    indices, epochs = SampleStream(21, 6, 5).batch(2)
+    assert batch.labels.tolist() == [dataset.labels[i] for i in indices]
+    for place, (index, epoch) in enumerate(zip(indices, epochs, strict=True)):
+        data = EncodedImage(dataset[int(index)].data)
+        expected = AUGMENT(data, sample_rng(5, int(epoch), int(index)))
+        assert torch.equal(batch.images[place], expected.image)
+        np.testing.assert_array_equal(batch.shift[place], expected.shift)
+    assert batch.images.shape == (6, 3, 16, 16) and batch.images.dtype == torch.uint8
+    assert batch.shift.dtype == torch.float32 and batch.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "augment", [AUGMENT, InceptionAugmentation(size=16, randaugment=9)], ids=["paper", "modern"]
+)
+def test_any_number_of_workers_and_any_start_give_the_same_batches(dataset, augment):
+    whole = batches(dataset, 0, 6, augment=augment)
+    torch.manual_seed(1)  # a generator that the workers inherit
+    assert_same(batches(dataset, 0, 6, workers=1, augment=augment), whole)
+    assert_same(batches(dataset, 2, 4, workers=3, augment=augment), whole[2:])
+    assert not torch.equal(whole[0].images, batches(dataset, seed=6, augment=augment)[0].images)
+
+
+def test_properties(dataset):
+    source = LoaderSource(dataset, SampleStream(21, 6), AUGMENT)
+    assert (source.num_samples, source.num_classes) == (21, 3)
+    assert source.class_names == ("n01", "n02", "n03")
+    with pytest.raises(DataError, match="21 samples, the stream 20"):
+        LoaderSource(dataset, SampleStream(20, 5), AUGMENT)
+    with pytest.raises(DataError, match="workers"):
+        LoaderSource(dataset, SampleStream(21, 6), AUGMENT, workers=-1)
+
+
+def test_bad_images_are_replaced_alike_and_reported(dataset, root, tmp_path):
+    good = batches(dataset, 0, 7)
+    (root / "n02" / "3.JPEG").write_bytes(b"")
+    broken = dataset.samples.index((root / "n02" / "3.JPEG", 1))
+    report = BadImageReport(tmp_path / "bad_images.txt", 1)
+    found = batches(dataset, 0, 7, report=report)
+    assert_same(batches(dataset, 0, 7, workers=2), found)
+    assert report.path.read_text() == f"bad\t{root / 'n02' / '3.JPEG'}\tthe file is empty\n"
+    places = np.concatenate([SampleStream(21, 6, 5).batch(i)[0] for i in range(7)])
+    same = [
+        torch.equal(a, b)
+        for ours, theirs in zip(found, good, strict=True)
+        for a, b in zip(ours.images, theirs.images, strict=True)
+    ]
+    assert same == (places != broken).tolist()
+
+
+def test_too_many_bad_images_stop_the_run(dataset, root, tmp_path):
+    for i in range(3):
+        (root / "n01" / f"{i}.JPEG").write_bytes(b"nonsense")
+    report = BadImageReport(tmp_path / "bad_images.txt", 2, "data.max_bad_images")
+    with pytest.raises(DataError, match="3 images cannot be read, 2 are allowed") as caught:
+        batches(dataset, 0, 10, workers=1, report=report)
+    assert "data.max_bad_images" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_went_away_is_one_line(dataset, root, workers):
+    for path in root.glob("*/*.JPEG"):
+        path.unlink()
+    with pytest.raises(DataError, match="is the data still there") as caught:
+        batches(dataset, workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_converted_images_are_used_and_reported(dataset, root, tmp_path):
+    Image.open(root / "n01" / "0.JPEG").convert("CMYK").save(root / "n01" / "0.JPEG")
+    report = BadImageReport(tmp_path / "r.txt", 0)
+    batches(dataset, 0, 4, report=report)
+    assert report.path.read_text() == f"converted\t{root / 'n01' / '0.JPEG'}\tCMYK\n"
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(word) for word in file.read().split()]
+
+
+def wait_until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_dropping_the_iterator_ends_the_workers_soon(dataset):
+    before = set(children(os.getpid()))
+    made = LoaderSource(dataset, SampleStream(21, 6), AUGMENT, workers=2).batches(0)
+    next(made)
+    workers = set(children(os.getpid())) - before
+    assert len(workers) == 2
+    start = time.monotonic()
+    del made
+    assert not any(map(alive, workers)) and time.monotonic() - start < 5
+
+
+PROGRAM = """
+import os, signal, sys
+from resnet_backbone.classification.data.augment import PaperAugmentation
+from resnet_backbone.classification.data.imagenet import read_image_folder
+from resnet_backbone.classification.data.loader import LoaderSource
+from resnet_backbone.classification.data.stream import SampleStream
+
+stop = []
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda *_: stop.append(1))
+dataset = read_image_folder(sys.argv[1])
+augment = PaperAugmentation(size=16, short_side=(18, 40))
+batches = LoaderSource(dataset, SampleStream(21, 6), augment, workers=2).batches(0)
+next(batches)
+print("ready", flush=True)
+after = 0
+for batch in batches:
+    after += bool(stop)
+    if after == 20:  # more than were made ahead: the workers are at work after the signal
+        print("saved", flush=True)
+        break
+sys.exit(3)  # with the iterator alive
+"""
+
+
+def test_signals_to_the_group_leave_the_workers_to_the_main_process(root):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(root)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=environment,
+    )
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    for number in (signal.SIGUSR1, signal.SIGINT, signal.SIGTERM):
+        os.killpg(process.pid, number)
+    output, errors = process.communicate(timeout=60)
+    assert (output, process.returncode) == ("saved\n", 3), errors
+    assert errors == ""
+
+
+def test_workers_end_when_the_main_process_is_killed(root):
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(root)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(map(alive, workers)))
+
+
+def test_mean_image(dataset, root):
+    mean = compute_mean(dataset, size=16, short_side=20, progress=False)
+    total = np.zeros((16, 16, 3))
+    for path, _ in dataset.samples:
+        resized = resize_short_side(read_rgb(path), 20)
+        top, left = round((resized.shape[0] - 16) / 2), round((resized.shape[1] - 16) / 2)
+        total += resized[top : top + 16, left : left + 16]
+    expected = (total / 21).transpose(2, 0, 1)
+    np.testing.assert_allclose(mean.image, expected, rtol=1e-6)
+    np.testing.assert_allclose(mean.channels, expected.mean((1, 2)), rtol=1e-6)
+    assert mean.num_images == 21 and mean.image.dtype == torch.float32
+    assert torch.equal(
+        mean.image, compute_mean(dataset, size=16, short_side=20, workers=1, progress=False).image
+    )
+
+
+def test_mean_of_a_subset_leaves_out_and_counts_bad_images(dataset, root):
+    options = {"size": 16, "short_side": 20, "progress": False}
+    first = compute_mean(dataset, num_images=9, **options)
+    assert first.num_images == 9
+    assert torch.equal(first.image, compute_mean(dataset, num_images=9, **options).image)
+    other = compute_mean(dataset, num_images=9, seed=1, **options)
+    assert not torch.equal(first.image, other.image)
+    for path in root.glob("n01/*.JPEG"):
+        path.write_bytes(b"")
+    report = BadImageReport()
+    assert compute_mean(dataset, report=report, **options).num_images == 14
+    assert report.num_bad == 7
+    for path in root.glob("*/*.JPEG"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="has no mean"):
+        compute_mean(dataset, **options)

@@ -1,0 +1,273 @@
+"""Batch-norm statistics against direct computations in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from resnet_backbone.classification.batch_norm import (
+    LAYER_INPUTS,
+    BatchNormError,
+    Moments,
+    TrainingImages,
+    recompute_statistics,
+)
+from resnet_backbone.classification.data.arrays import ArraySource
+from resnet_backbone.classification.data.batch import Batch
+from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.models import FrozenBatchNorm2d, build_model
+from resnet_backbone.runtime.distributed import World
+from resnet_backbone.weights import Preprocessing
+from resnet_backbone.weights.inputs import InputNormalizer
+
+
+def inputs(count=12, size=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, size, size, generator=generator) * 2 + 1
+
+
+def small(seed=0):
+    """A residual network of float64 whose batch norms are far from the identity."""
+    torch.manual_seed(seed)
+    model = build_model("cifar_resnet8", shortcut="B").double()
+    for layer in batch_norms(model).values():
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+        nn.init.normal_(layer.bias)
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 3)
+    return model
+
+
+def batch_norms(model):
+    return {k: m for k, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+
+def inputs_of(model, x):
+    """name -> the input of each batch norm in a forward pass, in the mode the model is in."""
+    found = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, name=name: found.update({name: args[0]}))
+        for name, layer in batch_norms(model).items()
+    ]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def assert_statistics(layer, x, name):
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    torch.testing.assert_close(layer.running_mean, mean, rtol=1e-10, atol=1e-12, msg=name)
+    torch.testing.assert_close(layer.running_var, var, rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_under_batch_statistics_equals_a_direct_computation():
+    model, x = small(), inputs(10).double()
+    expected = copy.deepcopy(model).train()
+    parts = [inputs_of(expected, part) for part in (*x[:8].split(3), x[8:])]
+    recompute_statistics(model, [x[:8], x[8:]], micro_batch=3)
+    for name, layer in batch_norms(model).items():
+        assert_statistics(layer, torch.cat([part[name] for part in parts]), name)
+
+
+def test_the_micro_batch_matters_and_is_reported():
+    one, other = small(), small()
+    batches = [inputs(12).double()]
+    report = recompute_statistics(one, batches)
+    assert (report.micro_batch, report.num_images) == (0, 12)
+    assert recompute_statistics(other, batches, micro_batch=2).micro_batch == 2
+    assert not torch.allclose(
+        one.res4[0].conv2.norm.running_var, other.res4[0].conv2.norm.running_var
+    )
+    # the first batch norm sees convolutions of the images only
+    torch.testing.assert_close(one.stem.norm.running_var, other.stem.norm.running_var)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 5])
+def test_population_statistics_are_those_of_testing(micro_batch):
+    model, x = small(), inputs(7).double()
+    report = recompute_statistics(
+        model, x.split(4), layer_inputs="population", micro_batch=micro_batch
+    )
+    assert set(report.layers) == set(batch_norms(model)) and not report.unused
+    assert report.layers[0] == "stem.norm" and report.num_images == 7
+    for name, found in inputs_of(model.eval(), x).items():
+        assert_statistics(batch_norms(model)[name], found, name)
+
+
+def test_two_kinds_of_layer_inputs_differ():
+    one, other, x = small(), small(), inputs(8).double()
+    recompute_statistics(one, x.split(2))
+    recompute_statistics(other, x.split(2), layer_inputs="population")
+    first, second = (m.res4[0].conv2.norm.running_mean for m in (one, other))
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_what_is_not_a_statistic_stays():
+    model = small()
+    model.res2[0].conv1.norm.momentum = None
+    model.res3.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items() if "running" not in k}
+    modes = [m.training for m in model.modules()]
+    momenta = [m.momentum for m in batch_norms(model).values()]
+    for layer_inputs in ("batch", "population"):
+        recompute_statistics(model, [inputs().double()], layer_inputs=layer_inputs)
+        after = model.state_dict()
+        assert all(torch.equal(before[k], after[k]) for k in before)
+        assert modes == [m.training for m in model.modules()]
+        assert momenta == [m.momentum for m in batch_norms(model).values()]
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_after_an_error_everything_is_as_before():
+    model = small()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    bad = inputs().double()
+    bad[3, 1, 2, 2] = float("nan")
+    with pytest.raises(BatchNormError, match="the input of stem.norm is not finite"):
+        recompute_statistics(model, [inputs().double(), bad])
+
+    def broken():
+        yield inputs().double()
+        raise OSError("disk is gone")
+
+    with pytest.raises(OSError, match="disk is gone"):
+        recompute_statistics(model, broken())
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert {m.momentum for m in batch_norms(model).values()} == {0.1}
+    assert all(m.training for m in model.modules())
+
+
+def test_frozen_and_unused_layers():
+    model = small()
+    model.freeze(1)
+    model.aside = nn.BatchNorm2d(3)
+    frozen = model.stem.norm
+    assert isinstance(frozen, FrozenBatchNorm2d)
+    constants = frozen.running_mean.clone()
+    report = recompute_statistics(model, [inputs().double()])
+    assert torch.equal(frozen.running_mean, constants)
+    assert report.unused == ("aside",) and torch.equal(model.aside.running_mean, torch.zeros(3))
+    assert "stem.norm" not in report.layers
+    model.freeze(5)
+    del model.aside
+    with pytest.raises(BatchNormError, match="no batch norm with running statistics"):
+        recompute_statistics(model, [inputs().double()])
+
+
+def test_dropout_is_off():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).double().train()
+    x = inputs().double()
+    recompute_statistics(model, [x])
+    with torch.no_grad():
+        assert_statistics(model[2], model[1](x), "after dropout")
+
+
+def test_batches_of_the_trainer():
+    """uint8 images with colour noise go through the preprocessing."""
+    preprocessing = Preprocessing("BGR", 255.0, (100.0, 110.0, 120.0), (60.0, 61.0, 62.0))
+    normalizer = InputNormalizer(preprocessing)
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    shift = torch.randn(6, 3) * 10
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    recompute_statistics(model, [Batch(images, torch.zeros(6), shift)], normalizer)
+    pixels = (images.double() + shift.double()[:, :, None, None]).flip(1)
+    expected = pixels.mean((0, 2, 3)) - torch.tensor([100.0, 110.0, 120.0])
+    expected /= torch.tensor([60.0, 61.0, 62.0])
+    torch.testing.assert_close(model[0].running_mean.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_use():
+    model = small()
+    with pytest.raises(BatchNormError, match="'both': use batch, population"):
+        recompute_statistics(model, [], layer_inputs="both")
+    with pytest.raises(BatchNormError, match="there are no images"):
+        recompute_statistics(model, [])
+    with pytest.raises(BatchNormError, match="can be iterated again"):
+        recompute_statistics(model, iter([inputs().double()]), layer_inputs="population")
+    shared = nn.BatchNorm2d(3).double()
+    with pytest.raises(BatchNormError, match="0 runs more than once"):
+        twice = nn.Sequential(shared, shared)
+        recompute_statistics(twice, [inputs().double()], layer_inputs="population")
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_unwrapped():
+    model, other = small(), small()
+    recompute_statistics(torch.compile(model), [inputs().double()])
+    recompute_statistics(other, [inputs().double()])
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    offset=st.sampled_from([0.0, 1e3, -1e6]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_merged_moments_are_those_of_all_values(sizes, offset, seed):
+    """Far from zero, where a sum of squares would lose all digits of the variance."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.randn(n, 2, 3, dtype=torch.double, generator=generator) + offset for n in sizes]
+    merged = Moments.of(parts[0])
+    for part in parts[1:]:
+        merged = merged + Moments.of(part)
+    rows = torch.cat(parts).transpose(0, 1).flatten(1)
+    assert merged.count == rows.shape[1]
+    torch.testing.assert_close(merged.mean, rows.mean(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(merged.variance, rows.var(1, correction=0), rtol=1e-7, atol=1e-9)
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    x = inputs(9).double()
+    mine = [x[0:3], x[5:9]] if rank == 0 else [x[3:5]]  # unequal shares
+    for layer_inputs in LAYER_INPUTS:
+        model = small()
+        report = recompute_statistics(model, mine, layer_inputs=layer_inputs, world=World(rank, 2))
+        torch.save((report, model.state_dict()), f"{folder}/{layer_inputs}{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_statistics_of_one(tmp_path):
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    x = inputs(9).double()
+    for layer_inputs in LAYER_INPUTS:
+        model = small()
+        expected = recompute_statistics(model, [x[0:3], x[5:9], x[3:5]], layer_inputs=layer_inputs)
+        states = []
+        for rank in range(2):
+            file = tmp_path / f"{layer_inputs}{rank}.pt"
+            report, state = torch.load(file, weights_only=False)
+            assert report == expected and report.num_images == 9
+            for name, value in model.state_dict().items():
+                torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
+            states.append(state)
+        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 7, 12, 29])
+def test_training_images_are_each_there_once(world_size, count):
+    """29 images in batches of 12, over several processes: nothing twice, nothing left out."""
+    seen = []
+    for rank in range(world_size):
+        stream = SampleStream(29, 12, 5, rank, world_size)
+        images = torch.zeros(29, 3, 4, 4, dtype=torch.uint8)
+        source = ArraySource(images, torch.arange(29), stream, ["x"], augmentation="none")
+        calls = []
+        world = World(rank, world_size)
+        part = TrainingImages(source, count, 12, world, before_each=lambda c=calls: c.append(1))
+        batches = list(part)
+        assert all(len(batch.images) == len(batch.labels) > 0 for batch in batches)
+        assert len(calls) == -(-(count or 29) // 12)
+        seen += [label for batch in batches for label in batch.labels.tolist()]
+    assert len(seen) == len(set(seen)) == (count or 29)

@@ -1,0 +1,191 @@
+"""Checkpoints and the run folder: atomic, kept as asked, damaged ones passed over aloud."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+
+from resnet_backbone.classification import checkpoints as module
+from resnet_backbone.classification.checkpoints import STATE, WEIGHTS, Checkpoints
+from resnet_backbone.classification.networks import (
+    NetworkSpec,
+    describe,
+    load_network,
+    read_spec,
+    save_network,
+)
+from resnet_backbone.classification.run_folder import METRICS, RunFolder, holds_run
+from resnet_backbone.models import build_model
+from resnet_backbone.weights import Preprocessing, WeightsError, load_weights
+
+SPEC = NetworkSpec("cifar_resnet8", 10, {"shortcut": "B"})
+INPUT = Preprocessing("RGB", 255.0, (120.0, 121.0, 122.0), (1.0, 1.0, 1.0), source="test")
+
+
+def make(tmp_path, **options) -> Checkpoints:
+    return Checkpoints(tmp_path, SPEC, INPUT, **options)
+
+
+def test_newest_and_multiples_stay(tmp_path):
+    kept = make(tmp_path, keep=2, keep_every=30)
+    for iteration in range(10, 80, 10):
+        kept.save(iteration, SPEC.build(), {"iteration": iteration})
+    assert kept.iterations() == [30, 60, 70]
+    assert make(tmp_path).load_latest(SPEC.build()) == {"iteration": 70}
+
+
+def test_weights_carry_network_and_input(tmp_path):
+    model = SPEC.build()
+    path = make(tmp_path).save(5, model, {}) / WEIGHTS
+    assert read_spec(path) == SPEC
+    again = read_spec(path).build()
+    assert load_weights(again, path) == INPUT
+    for key, value in model.state_dict().items():
+        if "num_batches" not in key:
+            assert torch.equal(again.state_dict()[key], value)
+
+
+def test_mean_image_travels(tmp_path):
+    image = torch.rand(3, 32, 32) * 255
+    path = tmp_path / "w.safetensors"
+    save_network(path, SPEC.build(), SPEC, Preprocessing(**{**INPUT.__dict__, "mean_image": image}))
+    found = load_weights(SPEC.build(), path)
+    assert torch.equal(found.mean_image, image)
+
+
+def test_a_write_that_fails_leaves_the_old_ones(tmp_path, monkeypatch):
+    kept = make(tmp_path)
+    kept.save(1, SPEC.build(), {"iteration": 1})
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        kept.save(2, SPEC.build(), {"iteration": 2})
+    assert kept.iterations() == [1]
+    assert kept.load_latest(SPEC.build()) == {"iteration": 1}
+    assert [path.name for path in kept.folder.iterdir()] == ["00000001"]  # the rest is removed
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, STATE])
+@pytest.mark.parametrize("damage", ["cut", "gone", "nan"])
+def test_damaged_checkpoints_are_passed_over_aloud(tmp_path, caplog, name, damage):
+    kept = make(tmp_path)
+    model = SPEC.build()
+    kept.save(1, model, {"iteration": 1})
+    if damage == "nan":
+        if name == STATE:
+            pytest.skip("the state has no such check")
+        model.linear.bias.data[3] = float("nan")
+    folder = kept.save(2, model, {"iteration": 2})
+    if damage == "cut":
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+    elif damage == "gone":
+        (folder / name).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert kept.load_latest(SPEC.build()) == {"iteration": 1}
+    assert "00000002 cannot be used" in caplog.text
+    assert kept.iterations() == [1]  # the damaged one is set aside, and not counted again
+    kept.save(2, SPEC.build(), {"iteration": 2})
+    kept.load_latest(SPEC.build())
+    shutil.rmtree(kept.folder / "00000001")
+    assert kept.load_latest(SPEC.build()) == {"iteration": 2}
+    kept.save(1, SPEC.build(), {"iteration": 1})
+    for path in kept.folder.glob("*/" + STATE):
+        path.write_bytes(b"")
+    with pytest.raises(WeightsError, match="none of 2 checkpoints"):
+        kept.load_latest(SPEC.build())
+
+
+def test_nothing_to_load(tmp_path):
+    assert make(tmp_path).load_latest(SPEC.build()) is None
+
+
+def test_another_network_is_not_filled(tmp_path):
+    make(tmp_path).save(1, SPEC.build(), {"iteration": 1})
+    with pytest.raises(WeightsError):
+        make(tmp_path).load_latest(build_model("cifar_resnet14", shortcut="B"))
+
+
+@pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "timm/resnet10t"])
+def test_other_libraries_networks(tmp_path, name):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    spec = NetworkSpec(name, 7)
+    model = spec.build()
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 7)
+    path = tmp_path / "w.safetensors"
+    save_network(path, model, spec, describe(model, INPUT))
+    again = read_spec(path).build()
+    load_network(again, path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key
+    with pytest.raises(WeightsError, match="another network"):
+        load_network(NetworkSpec(name, 8).build(), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("resnet51", "resnet5"),
+        ("torchvision/googlnet", "torchvision/googlenet"),
+        ("timm/resnet50x", "timm/resnet50"),
+        ("keras/resnet50", "torchvision/<name>"),
+    ],
+)
+def test_unknown_names_have_a_hint(name, hint):
+    with pytest.raises(ValueError, match=hint):
+        NetworkSpec(name, 10).build()
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(ValueError, match="model.options"):
+        NetworkSpec("resnet18", 10, {"shortcutt": "A"}).build()
+
+
+def test_description_follows_the_network():
+    bottleneck = describe(build_model("resnet50", num_classes=2, stride_in_1x1=False), INPUT)
+    assert bottleneck.stride_in_1x1 is False and bottleneck.bn_eps == 1e-5
+    assert describe(build_model("resnet50", num_classes=2), INPUT).stride_in_1x1 is True
+    for other in ("torchvision/resnet50", "timm/resnet50"):
+        assert describe(NetworkSpec(other, 2).build(), INPUT).stride_in_1x1 is False
+    assert describe(build_model("resnet18", num_classes=2), INPUT).stride_in_1x1 is None
+    googlenet = NetworkSpec("torchvision/googlenet", 2, {"init_weights": False}).build()
+    assert describe(googlenet, INPUT).bn_eps == 0.001
+
+
+def test_metrics_are_cut_to_the_checkpoint(tmp_path, caplog):
+    folder = RunFolder(tmp_path, tensorboard=False)
+    for iteration in (10, 20, 30):
+        folder.add_metrics({"iteration": iteration})
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"iteration": 4')  # killed while writing
+    folder.keep_metrics(lambda row: row["iteration"] <= 20)
+    rows = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert rows == [{"iteration": 10}, {"iteration": 20}]
+    assert "incomplete line" in caplog.text
+
+
+def test_each_start_is_recorded(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert not holds_run(tmp_path)
+    for size in (1, 2):
+        folder.start("a: 1\n", torch.device("cpu"), size)
+    starts = json.loads((tmp_path / "environment.json").read_text())["starts"]
+    assert [start["processes"] for start in starts] == [1, 2]
+    assert starts[0]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_tensorboard_has_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = RunFolder(tmp_path)
+    folder.add_metrics({"iteration": 5, "train_loss": 2.5})
+    folder.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(5, 2.5)]

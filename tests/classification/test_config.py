@@ -1,0 +1,150 @@
+"""The classification config: what it refuses, and that what it prints can be read again."""
+
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from resnet_backbone.classification.config import (
+    Config,
+    ConfigError,
+    ScheduleConfig,
+    differences,
+    get,
+    key_names,
+    load_config,
+    nearest_key,
+    scale_schedule,
+    to_yaml,
+)
+
+SYNTHETIC = ["data.format=synthetic"]
+
+
+def refusal(*overrides, files=()):
+    with pytest.raises(ConfigError) as caught:
+        load_config(files, [*SYNTHETIC, *overrides])
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("schedule.itterations=5", "did you mean schedule.iterations?"),
+        ("batch_size=5", "did you mean train.batch_size?"),
+        ("train.batchsize=5", "did you mean train.batch_size?"),
+        ("trian.batch_size=3", "did you mean train.batch_size?"),
+        ("evaluaton.batch_size=3", "did you mean evaluation.batch_size?"),
+        ("traim.seed=3", "did you mean train.seed?"),
+        ("train.batch_size=many", "could not be converted to Integer"),
+        ("schedule.milestones=[a]", "schedule.milestones"),
+        ("train=5", "write train.<key>=value"),
+        ("train.seed", "key=value"),
+        ("data.format=cifar", "did you mean cifar10?"),
+        ("train.amp=fp8", "none, bf16, fp16"),
+        ("schedule.iterations=0", "give 1 or more"),
+        ("schedule.lr=0", "above 0"),
+        ("schedule.lr=nan", "above 0"),
+        ("schedule.scale=0", "above 0"),
+        ("train.micro_batch=100", "no multiple"),
+        ("schedule.milestones=[600000]", "reach past"),
+        ("schedule.milestones=[5,3]", "must rise"),
+        ("data.crop=300", "data.short_side"),
+        ("schedule.milestones=[-5,10]", "rise from above 0"),
+        ("schedule.gamma=-1", "schedule.gamma"),
+        ("schedule.lr=inf", "above 0"),
+        ("optimizer.momentum=1.5", "below 1"),
+        ("schedule.warmup_iterations=600001", "more than"),
+        ("data.rand_augment=true", "inception"),
+        ("data.class_list=x", "format imagenet"),
+        ("train.ema=1", "below 1"),
+        ("loss.label_smoothing=1.5", "below 1"),
+        ("schedule.warmup_until_error=80", "warmup_lr"),
+        ("data.augmentation=pad_crop", "cifar10"),
+        ("data.format=cifar10", "augmentation"),
+        ("data.format=imagenet", "data.root=PATH"),
+    ],
+)
+def test_wrong_values_are_refused_in_one_line(override, hint):
+    assert hint in refusal(override)
+
+
+def test_combinations():
+    assert "remove one" in refusal("schedule.policy=cosine", "schedule.milestones=[5]")
+    assert "evaluation.every" in refusal("schedule.policy=plateau", "evaluation.every=0")
+    linear = ("schedule.warmup_iterations=5", "schedule.warmup_lr=.01")
+    assert "set one" in refusal(*linear, "schedule.warmup_until_error=80")
+
+
+def test_the_mean_image_fits_the_evaluation():
+    with pytest.raises(ConfigError, match="evaluation.crop 192"):
+        load_config([], ["data.root=x", "data.mean=pixel", "evaluation.crop=192"])
+    load_config([], ["data.root=x", "data.mean=channel", "evaluation.crop=192"])
+
+
+def test_model_is_short_for_its_name():
+    assert load_config([], [*SYNTHETIC, "model=torchvision/googlenet"]).model.name == (
+        "torchvision/googlenet"
+    )
+    options = load_config([], [*SYNTHETIC, "model.options.shortcut=A"]).model.options
+    assert options == {"shortcut": "A"}
+
+
+def test_base_files_and_overlays_merge_in_order(tmp_path):
+    (tmp_path / "base.yaml").write_text("schedule: {lr: 0.2, iterations: 70}\ntrain: {seed: 5}\n")
+    (tmp_path / "sub").mkdir()
+    top = tmp_path / "sub" / "top.yaml"
+    top.write_text("_BASE_: ../base.yaml\nschedule: {lr: 0.3}\n")
+    (tmp_path / "more.yaml").write_text("schedule: {iterations: 90}\n")
+    config = load_config([top, tmp_path / "more.yaml"], [*SYNTHETIC, "train.seed=6"])
+    assert (config.schedule.lr, config.schedule.iterations, config.train.seed) == (0.3, 90, 6)
+
+
+def test_bad_files_are_named(tmp_path):
+    loop = tmp_path / "loop.yaml"
+    loop.write_text("_BASE_: loop.yaml\n")
+    assert "leads back" in refusal(files=[loop])
+    assert "no such config" in refusal(files=[tmp_path / "none.yaml"])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\n")
+    assert "not YAML" in refusal(files=[broken])
+    unknown = tmp_path / "unknown.yaml"
+    unknown.write_text("schedule: {learning_rate: 1}\n")
+    message = refusal(files=[unknown])
+    assert str(unknown) in message and "schedule.learning_rate" in message
+
+
+@given(st.floats(1e-3, 10), st.integers(1, 10**6))
+def test_scale_shortens_everything_alike_and_once(scale, iterations):
+    schedule = ScheduleConfig(iterations, scale, milestones=[iterations // 2], warmup_iterations=9)
+    scale_schedule(schedule)
+    assert schedule.iterations == max(1, round(iterations * scale))
+    assert schedule.milestones == [round(iterations // 2 * scale)]
+    assert schedule.warmup_iterations == round(9 * scale)
+    before = asdict(schedule)
+    scale_schedule(schedule)
+    assert schedule.scale == 1 and asdict(schedule) == before
+
+
+def test_printed_config_reads_back(tmp_path):
+    overrides = [*SYNTHETIC, "model.options.shortcut=C", "schedule.scale=0.5", "train.seed=9"]
+    config = load_config([], overrides)
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    again = load_config([tmp_path / "c.yaml"])
+    assert asdict(again) == asdict(config)
+    assert differences(again, config) == []
+    assert differences(config, load_config([], [*SYNTHETIC, "model.options.shortcut=C"])) == [
+        "schedule.iterations",
+        "train.seed",
+    ]
+
+
+def test_every_key_is_reachable():
+    names = list(key_names())
+    assert len(names) == len(set(names)) > 50
+    for name in names:
+        get(Config(), name)
+        assert nearest_key(name + "s") == name

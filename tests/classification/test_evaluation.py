@@ -1,0 +1,303 @@
+"""evaluate(): exact counts, ensembles, refusals, and two processes that equal one."""
+
+import json
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from resnet_backbone.classification.evaluation import EvaluationError, evaluate
+from resnet_backbone.classification.metrics import Predictions
+from resnet_backbone.classification.protocols import Centre, Dense, Full
+from resnet_backbone.models import build_model
+from resnet_backbone.runtime.distributed import World
+from resnet_backbone.weights import Preprocessing
+from resnet_backbone.weights.inputs import InputNormalizer
+
+GREY = Preprocessing("RGB", 255.0, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))
+BGR = Preprocessing("BGR", 255.0, (90.0, 95.0, 100.0), (1.0, 1.0, 1.0))
+COUNT = 23
+
+
+class Batch(NamedTuple):
+    images: tuple
+    labels: torch.Tensor
+    indices: torch.Tensor
+    bad: tuple = ()
+
+
+class Bad(NamedTuple):
+    index: int
+    label: int
+    name: str
+    reason: str
+
+
+class Loader:
+    """The part of a process of COUNT random images; "bad" ones, by index, cannot be read."""
+
+    def __init__(self, batch_size=4, rank=0, world=1, bad=(), classes=10, count=COUNT):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randint(
+            0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator
+        )
+        self.labels = torch.randint(0, classes, (count,), generator=generator)
+        self.part = torch.arange(rank, count, world).split(batch_size) if rank < count else ()
+        self.num_images, self.bad = count, set(bad)
+
+    def __iter__(self):
+        for part in self.part:
+            keep = torch.tensor([int(i) not in self.bad for i in part])
+            bad = [int(i) for i in part[~keep]]
+            good = part[keep]
+            yield Batch(
+                (self.images[good],) if len(good) else (),
+                self.labels[good],
+                good,
+                tuple(Bad(i, int(self.labels[i]), self.name_of(i), "is damaged") for i in bad),
+            )
+
+    def __len__(self):
+        return len(self.part)
+
+    def name_of(self, index):
+        return f"folder/{index}.jpg"
+
+
+def network(seed=0, classes=10, preprocessing=GREY):
+    torch.manual_seed(seed)
+    model = build_model("cifar_resnet8", num_classes=classes)
+    nn.init.normal_(model.linear.weight)
+    return model, InputNormalizer(preprocessing)
+
+
+class Constant(nn.Module):
+    """The same logits for every image."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, x):
+        return self.logits.expand(len(x), -1)
+
+
+def test_numbers_equal_a_direct_computation():
+    model, normalizer = network()
+    loader = Loader()
+    result = evaluate([(model, normalizer)], Full(), loader)
+    with torch.no_grad():
+        logits = model.eval()(normalizer(loader.images)).double()
+    order = logits.argsort(1, descending=True)
+    right = order == loader.labels[:, None]
+    assert result.top1_error == 100 * (COUNT - int(right[:, :1].sum())) / COUNT
+    assert result.top5_error == 100 * (COUNT - int(right[:, :5].sum())) / COUNT
+    assert 0 < result.top5_error < result.top1_error < 100
+    expected = nn.functional.cross_entropy(logits, loader.labels).item()
+    assert result.cross_entropy == pytest.approx(expected, rel=1e-5)
+    assert result.predictions.classes.tolist() == order[:, :5].tolist()
+    scores = logits.softmax(1).gather(1, order[:, :5]).float()
+    torch.testing.assert_close(result.predictions.scores, scores)
+    assert result.confusion.sum() == COUNT
+    assert int(result.confusion.diagonal().sum()) == int(right[:, 0].sum())
+    assert (result.num_images, result.num_classes, result.num_models) == (COUNT, 10, 1)
+
+
+def test_batch_size_does_not_matter():
+    results = [evaluate([network()], Full(), Loader(size)) for size in (1, 7, 50)]
+    for result in results[1:]:
+        assert result.predictions.classes.tolist() == results[0].predictions.classes.tolist()
+        assert result.top1_error == results[0].top1_error
+
+
+def test_an_ensemble_averages_probabilities_with_each_own_preprocessing():
+    first, second = network(0), network(1, preprocessing=BGR)
+    loader = Loader()
+    result = evaluate([first, second], Full(), loader)
+    assert result.num_models == 2
+    with torch.no_grad():
+        parts = [m.eval()(n(loader.images)).double().softmax(1) for m, n in (first, second)]
+    expected = Predictions.from_probabilities(sum(parts) / 2, loader.labels, torch.arange(COUNT))
+    assert result.predictions.classes.tolist() == expected.classes.tolist()
+    torch.testing.assert_close(
+        result.predictions.scores, expected.scores, rtol=1e-3, atol=1e-4
+    )  # logits of hundreds, and what is folded depends on the batch
+    alone = evaluate([first], Full(), loader)
+    assert evaluate([first, first], Full(), loader).top1_error == alone.top1_error
+    torch.testing.assert_close(
+        evaluate([first, first], Full(), loader).predictions.scores, alone.predictions.scores
+    )
+
+
+def test_modes_come_back():
+    model, normalizer = network()
+    model.train()
+    model.res3.eval()
+    statistics = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    evaluate([(model, normalizer)], Full(), Loader())
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in statistics.items())
+
+
+def test_autocast_gives_nearly_the_same():
+    exact, rough = (
+        evaluate([network()], Full(), Loader(), autocast=t) for t in (None, torch.bfloat16)
+    )
+    difference = (exact.predictions.scores[:, 0] - rough.predictions.scores[:, 0]).abs().max()
+    assert 0 < difference < 0.1
+
+
+def test_unreadable_images_stop_or_count_as_wrong():
+    with pytest.raises(EvaluationError, match=r"^folder/5.jpg: is damaged; .*--max-bad-images N"):
+        evaluate([network()], Full(), Loader(bad=[5]))
+    with pytest.raises(EvaluationError, match=r"folder/5.jpg: is damaged \(and 1 more\)"):
+        evaluate([network()], Full(), Loader(bad=[6, 5]), max_bad_images=1)
+    loader = Loader(batch_size=2, bad=[4, 5, 6])  # 4 and 5 are a whole batch
+    result = evaluate([network()], Full(), loader, max_bad_images=3)
+    clean = evaluate([network()], Full(), Loader())
+    right = clean.predictions.top1 == clean.predictions.labels
+    still_right = int(right.sum()) - int(right[[4, 5, 6]].sum())
+    assert result.top1_error == 100 * (COUNT - still_right) / COUNT
+    assert (result.num_images, len(result.predictions)) == (COUNT, COUNT - 3)
+    assert [bad.index for bad in result.bad] == [4, 5, 6]
+    assert result.to_dict()["bad"][0]["name"] == "folder/4.jpg"
+    assert "3 of them unreadable and counted as wrong" in str(result)
+    with pytest.raises(EvaluationError, match="no readable image"):
+        evaluate([network()], Full(), Loader(bad=range(COUNT)), max_bad_images=COUNT)
+
+
+class NotANumber(nn.Module):
+    """NaN for the images whose first red value is that of image 9."""
+
+    def forward(self, x):
+        logits = x.mean((2, 3)).repeat(1, 2)
+        ninth = GREY.mean[0] + x[:, 0, 0, 0] * GREY.std[0]
+        return torch.where(
+            (ninth.round() == Loader().images[9, 0, 0, 0])[:, None], torch.nan, logits
+        )
+
+
+def test_scores_that_are_not_finite_name_the_image():
+    models = [network(classes=6), (NotANumber(), InputNormalizer(GREY))]
+    with pytest.raises(EvaluationError, match=r"folder/9.jpg \(index 9\): the scores of network 2"):
+        evaluate(models, Full(), Loader(classes=6))
+
+
+def test_few_classes_have_no_top5():
+    constant = (Constant(0.0, 1.0, -1.0), InputNormalizer(GREY))
+    result = evaluate([constant], Full(), Loader(classes=3))
+    assert result.top5_error is None and "top-5 error not defined" in str(result)
+    assert result.predictions.classes.tolist() == [[1, 0, 2]] * COUNT
+    assert result.per_class_error == [100.0, 0.0, 100.0]
+    assert json.loads(result.to_json())["top5_error"] is None
+
+
+def test_classes_without_images():
+    result = evaluate([network(classes=12)], Full(), Loader(classes=3))
+    assert result.per_class_error[3:] == [None] * 9
+    assert result.confusion.shape == (12, 12)
+
+
+def test_json_has_the_protocol():
+    found = json.loads(evaluate([network()], Centre(None, 8), Loader()).to_json())
+    assert found["protocol"] == {"name": "centre", "resize": None, "crop": 8}
+    assert found["images_per_second"] > 0 and "predictions" not in found
+
+
+class Partial(Loader):
+    num_images = property(lambda self: 40, lambda self, value: None)
+
+
+class Twice(Loader):
+    def __iter__(self):
+        yield from super().__iter__()
+        yield next(super().__iter__())
+
+
+@pytest.mark.parametrize(
+    "models, loader, protocol, message",
+    [
+        ([], Loader(), Full(), "at least one network"),
+        ([network(classes=9)], Loader(), Full(), "label 9, but the network has classes 0 to 8"),
+        ([network(), network(classes=11)], Loader(), Full(), "network 2 has 11 classes, the first"),
+        ([network()], Loader(), Dense((8, 16), window=2), "wants each image at 2 sizes.*gives 1"),
+        ([network()], Partial(), Full(), "23 images were evaluated, the data set has 40"),
+        ([network()], Twice(), Full(), "image 0 was evaluated twice"),
+    ],
+)
+def test_refusals(models, loader, protocol, message):
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(models, protocol, loader)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_gives_the_same_scores():
+    (model, normalizer), loader = network(), Loader()
+    cpu = evaluate([(model, normalizer)], Full(), loader)
+    gpu = evaluate([(model.cuda(), InputNormalizer(GREY, "cuda"))], Full(), loader)
+    torch.testing.assert_close(gpu.predictions.scores, cpu.predictions.scores, rtol=0, atol=0.01)
+
+
+def attempt(rank, world, **options):
+    loader = Loader(rank=rank, world=world.size, **options)
+    try:
+        return evaluate([network()], Full(), loader, world=world, max_bad_images=1)
+    except EvaluationError as error:
+        return str(error)
+
+
+CASES = {
+    "clean": {},
+    "one bad image": {"bad": [4]},
+    "fewer images than processes": {"count": 1},
+    "one too many on one process": {"bad": [1, 3]},
+    "one on each, together too many": {"bad": [1, 2]},
+    "labels that one process has": {"classes": 11, "count": 8},
+}
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    found = {name: attempt(rank, World(rank, 2), **case) for name, case in CASES.items()}
+    try:
+        evaluate([network()], Full(), Loader(), world=World(rank, 2))
+    except EvaluationError as error:
+        found["not sharded"] = str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for name in ("clean", "one bad image", "fewer images than processes"):
+        alone = attempt(0, World(), **CASES[name])
+        for result in (found[0][name], found[1][name]):
+            assert_same(result, alone, name)
+    for rank in range(2):
+        assert "folder/1.jpg: is damaged (and 1 more)" in found[rank]["one too many on one process"]
+        assert (
+            "folder/1.jpg: is damaged (and 1 more)" in found[rank]["one on each, together too many"]
+        )
+        assert "was evaluated twice" in found[rank]["not sharded"]
+        assert "label 10, but the network has" in found[rank]["labels that one process has"]
+
+
+def assert_same(result, expected, name):
+    for field in ("num_images", "top1_error", "top5_error", "per_class_error", "num_classes"):
+        assert getattr(result, field) == getattr(expected, field), (name, field)
+    assert [tuple(bad) for bad in result.bad] == [tuple(bad) for bad in expected.bad]
+    assert torch.equal(result.confusion, expected.confusion)
+    for column in ("indices", "labels", "classes"):
+        assert torch.equal(
+            getattr(result.predictions, column), getattr(expected.predictions, column)
+        ), (name, column)
+    torch.testing.assert_close(result.predictions.scores, expected.predictions.scores)
+    assert result.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-6)

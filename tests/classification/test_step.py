@@ -1,0 +1,237 @@
+"""The step path: optimizer arithmetic, micro-batches, mixed precision, averaging, compile."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from resnet_backbone.classification.networks import logits_of
+from resnet_backbone.classification.optimizer import LearningRate, build_sgd
+from resnet_backbone.classification.step import StepOptions, TrainStep
+from resnet_backbone.models import build_model
+from resnet_backbone.runtime.distributed import World
+
+
+def batch(count=8, classes=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 16, 16, generator=generator)
+    return images, torch.randint(0, classes, (count,), generator=generator)
+
+
+def make(model=None, rate=0.05, mixer=None, weight_decay=1e-4, **options):
+    torch.manual_seed(0)
+    model = model or build_model("cifar_resnet8")
+    optimizer = build_sgd(model, 0.9, weight_decay)
+    LearningRate(optimizer).set(rate)
+    return TrainStep(model, optimizer, StepOptions(**options), World(), mixer)
+
+
+def weights(step):
+    return torch.cat([p.detach().flatten() for p in step.model.parameters()])
+
+
+@pytest.mark.parametrize("form", ["caffe", "pytorch"])
+def test_momentum_forms_by_hand(form):
+    """A rate that changes all the time, against the two update rules written out in float64."""
+    start, gradients = 3.0, [1.0, -2.0, 0.5, 4.0, 1.0, 1.0]
+    rates = [0.1, 0.1, 0.01, 0.02, 0.02, 0.001]
+    parameter = nn.Parameter(torch.tensor([start], dtype=torch.float64))
+    holder = nn.Module()
+    holder.weight = parameter
+    optimizer = build_sgd(holder, 0.9, 0.01)
+    setter = LearningRate(optimizer, form)
+    w, v = start, 0.0
+    for gradient, rate in zip(gradients, rates, strict=True):
+        setter.set(rate)
+        parameter.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        g = gradient + 0.01 * w
+        if form == "caffe":
+            v = 0.9 * v + rate * g
+            w -= v
+        else:
+            v = 0.9 * v + g
+            w -= rate * v
+        assert parameter.item() == pytest.approx(w, rel=1e-12)
+
+
+def test_unknown_momentum_form():
+    with pytest.raises(ValueError, match="caffe or pytorch"):
+        LearningRate(build_sgd(nn.Linear(1, 1), 0.9, 0), "nesterov")
+
+
+def test_weight_decay_can_leave_out_norms_and_biases():
+    model = build_model("cifar_resnet8")
+    everything = build_sgd(model, 0.9, 1e-4).param_groups
+    assert len(everything) == 1
+    decayed, plain = build_sgd(model, 0.9, 1e-4, decay_norm_and_bias=False).param_groups
+    assert plain["weight_decay"] == 0 and all(p.ndim == 1 for p in plain["params"])
+    assert decayed["weight_decay"] == 1e-4 and all(p.ndim > 1 for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(everything[0]["params"])
+
+
+def test_a_step_is_plain_sgd():
+    step = make(rate=0.1, weight_decay=0.0)
+    reference = copy.deepcopy(step.model).train()
+    images, labels = batch()
+    loss, wrong = step(images, labels, 0)
+    logits = reference(images)
+    expected = nn.functional.cross_entropy(logits, labels)
+    expected.backward()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter -= 0.1 * parameter.grad
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert wrong.item() == (logits.argmax(1) != labels).sum().item()
+    for ours, theirs in zip(step.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_micro_batches_share_the_gradient_and_have_their_own_statistics():
+    """Without BN, micro-batches change nothing; with BN, each is normalised by itself."""
+    images, labels = batch(8)
+    whole = make(build_model("cifar_resnet8", norm=""), rate=0.01)
+    parts = make(copy.deepcopy(whole.model), rate=0.01, micro_batch=2)
+    assert whole(images, labels, 0)[0] == pytest.approx(
+        parts(images, labels, 0)[0].item(), rel=1e-5
+    )
+    torch.testing.assert_close(weights(whole), weights(parts))
+
+    parts = make(micro_batch=4)
+    reference = copy.deepcopy(parts.model).train()
+    loss, _ = parts(images, labels, 0)
+    halves = [
+        nn.functional.cross_entropy(reference(images[part]), labels[part])
+        for part in (slice(0, 4), slice(4, 8))
+    ]
+    assert loss.item() == pytest.approx(sum(half.item() for half in halves) / 2, rel=1e-6)
+    norm = next(m for m in parts.model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert norm.num_batches_tracked == 2
+    assert make()(images, labels, 0)[0] != loss  # statistics of 8 are others
+
+
+def test_clipping_bounds_the_update():
+    images, labels = batch()
+    step = make(rate=1.0, clip_norm=0.01, weight_decay=0.0)
+    before = weights(step)
+    step(images, labels, 0)
+    assert (weights(step) - before).norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_label_smoothing():
+    images, labels = batch()
+    step = make(label_smoothing=0.1)
+    reference = copy.deepcopy(step.model).train()
+    expected = nn.functional.cross_entropy(reference(images), labels, label_smoothing=0.1)
+    assert step(images, labels, 0)[0].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_bf16_is_near_fp32():
+    images, labels = batch(16)
+    exact, rough = make(), make(amp="bf16")
+    assert rough(images, labels, 0)[0].item() == pytest.approx(
+        exact(images, labels, 0)[0].item(), rel=0.02
+    )
+    assert (weights(exact) - weights(rough)).norm() < 0.1 * (
+        weights(exact) - weights(make())
+    ).norm()
+    assert all(p.dtype == torch.float32 for p in rough.model.parameters())
+
+
+def test_ema_by_hand():
+    step = make(ema=0.9)
+    images, labels = batch()
+    average = None
+    for iteration in range(4):
+        step(images, labels, iteration)
+        now = weights(step)
+        average = now if average is None else 0.9 * average + 0.1 * now
+    found = torch.cat([p.flatten() for p in step.evaluated_model.parameters()])
+    torch.testing.assert_close(found, average)
+    assert isinstance(step.ema, AveragedModel) and step.evaluated_model is not step.model
+    running = [m.running_mean for m in step.evaluated_model.modules() if hasattr(m, "running_mean")]
+    assert any(mean.abs().sum() > 0 for mean in running)
+
+
+def test_mixed_labels():
+    def mixer(images, labels, iteration):
+        return images, nn.functional.one_hot(labels, 10).float() * 0.7 + 0.03
+
+    images, labels = batch()
+    step = make(mixer=mixer)
+    reference = copy.deepcopy(step.model).train()
+    logits = reference(images)
+    expected = nn.functional.cross_entropy(logits, mixer(images, labels, 0)[1])
+    loss, wrong = step(images, labels, 0)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert wrong.item() == (logits.argmax(1) != labels).sum().item()
+
+
+def test_auxiliary_classifiers_count():
+    """GoogLeNet returns three logits in training; the loss is main + 0.3 (first + second)."""
+    main, first, second = (torch.randn(2, 5) for _ in range(3))
+    logits, others = logits_of((main, first, second))
+    assert logits is main and [weight for weight, _ in others] == [0.3, 0.3]
+    assert logits_of((main, None, None)) == (main, [])
+    assert logits_of(main) == (main, [])
+
+    class ThreeHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            flat = x.flatten(1)[:, :5] * self.scale
+            return flat, -flat, None
+
+    images, labels = batch(classes=5)
+    step = make(ThreeHeads())
+    flat = images.flatten(1)[:, :5]
+    cross = nn.functional.cross_entropy
+    expected = cross(flat, labels) + 0.3 * cross(-flat, labels)
+    assert step(images, labels, 0)[0].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_random_layers_depend_on_the_iteration_alone():
+    """Dropout draws from (seed, iteration): a resumed run has no generator state to restore."""
+    images, labels = batch(32)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 10))
+
+    def loss(iteration, seed=0):
+        return make(copy.deepcopy(model), rate=0.0, seed=seed)(images, labels, iteration)[0].item()
+
+    first = loss(3)
+    torch.rand(7)
+    assert loss(3) == first
+    assert loss(4) != first and loss(3, seed=1) != first
+
+
+def test_state_goes_on_bit_for_bit():
+    images, labels = batch()
+    whole, first = make(ema=0.5), make(ema=0.5)
+    for iteration in range(4):
+        whole(images, labels, iteration)
+    for iteration in range(2):
+        first(images, labels, iteration)
+    second = make(copy.deepcopy(first.model), ema=0.5)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for iteration in range(2, 4):
+        second(images, labels, iteration)
+    assert torch.equal(weights(whole), weights(second))
+    np.testing.assert_array_equal(
+        *[[p.sum().item() for p in s.evaluated_model.parameters()] for s in (whole, second)]
+    )
+
+
+@pytest.mark.slow
+def test_compiled_step_is_the_same_and_leaves_no_traces():
+    images, labels = batch()
+    plain, compiled = make(), make(compile="default")
+    assert compiled(images, labels, 0)[0].item() == pytest.approx(
+        plain(images, labels, 0)[0].item(), rel=1e-5
+    )
+    torch.testing.assert_close(weights(plain), weights(compiled), rtol=1e-4, atol=1e-6)
+    assert not any("_orig_mod" in key for key in compiled.model.state_dict())

@@ -1,0 +1,372 @@
+"""tools/convert_weights.py as a user runs it."""
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from resnet_backbone.models import build_model
+from resnet_backbone.weights import (
+    Checkpoint,
+    ModelSpec,
+    get_preprocessing,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "convert_weights.py"
+FAST = ("--size", "32")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    module = importlib.import_module("resnet_backbone.cli.convert_weights")
+    return module
+
+
+@pytest.fixture
+def run(tool, capsys):
+    """Function arguments -> (exit status, what was printed, the errors)."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        try:
+            status = tool.main([str(argument) for argument in arguments])
+        except SystemExit as stopped:
+            status = stopped.code
+        return (status, *capsys.readouterr())
+
+    return call
+
+
+def random_checkpoint(name, **options):
+    torch.manual_seed(0)
+    network = build_model(name, 10, **options)
+    for key, value in network.state_dict().items():
+        if key.endswith("running_mean"):
+            value.normal_(std=0.2)
+    tensors = {
+        key: value.contiguous()
+        for key, value in network.state_dict().items()
+        if not key.endswith("tracked")
+    }
+    own = replace(get_preprocessing("msra"), stride_in_1x1=None)
+    return Checkpoint(tensors, ModelSpec(name, 10, options), own)
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """ResNet-18 that says all of itself."""
+    path = tmp_path_factory.mktemp("ours") / "r18.safetensors"
+    write_checkpoint(random_checkpoint("resnet18"), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def silent(tmp_path_factory):
+    """The same tensors, which say nothing."""
+    path = tmp_path_factory.mktemp("silent") / "silent.safetensors"
+    save_file(random_checkpoint("resnet18").tensors, path)
+    return path
+
+
+def assert_one_line(result, *words):
+    status, _, errors = result
+    assert status == 2
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    assert all(word in errors for word in words), errors
+
+
+def test_help_teaches():
+    for command in ([], ["inspect"], ["convert"], ["verify"]):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", TOOL, *command, "--help"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert max(map(len, done.stdout.splitlines())) <= 100
+        if not command:
+            assert "examples:" in done.stdout and "Exit status" in done.stdout
+
+
+def test_inspect_says_what_is_missing(run, silent):
+    status, out, _ = run("inspect", silent)
+    assert status == 0
+    assert "resnet18, 10 classes" in out and "11,181,642" in out
+    assert "not stated:" in out and "--preprocessing msra, caffe_vgg, torchvision" in out
+    assert "convert" in out.splitlines()[-1]
+    status, out, _ = run("inspect", silent, "--preprocessing", "torchvision")
+    assert status == 0 and "not stated" not in out
+    assert "RGB, 0..1, mean [0.485, 0.456, 0.406]" in out
+
+
+def test_inspect_of_our_own(run, ours):
+    status, out, _ = run("inspect", ours)
+    assert status == 0 and "not stated" not in out
+    assert "BGR, 0..255, mean [103.939, 116.779, 123.68], std [1.0, 1.0, 1.0]" in out
+    assert "key names:     resnet_backbone" in out
+
+
+def test_inspect_of_tensors_that_fit_two_networks(run, tmp_path):
+    path = tmp_path / "plain.safetensors"
+    save_file(random_checkpoint("plain18").tensors, path)
+    status, out, _ = run("inspect", path, "--preprocessing", "msra")
+    assert status == 0 and "add --model resnet18 or --model plain18" in out
+    status, out, _ = run("inspect", path, "--preprocessing", "msra", "--model", "plain18")
+    assert status == 0 and "not stated" not in out and "plain18, 10 classes" in out
+
+
+def next_command(out):
+    line = out.splitlines()[-1]
+    assert line.startswith("next:          python tools/convert_weights.py convert ")
+    return shlex.split(line)[3:]
+
+
+def test_what_to_do_next_repeats_what_was_stated(run, tmp_path):
+    path = tmp_path / "a plain.safetensors"
+    save_file(random_checkpoint("plain18").tensors, path)
+    stated = "--channel-order BGR --value-range 255 --mean 10 20.5 -30 --std 1 2 3".split()
+    stated += "--stride-in-1x1 true --bn-eps 0.001".split()
+    both, *parts = ([], "NAME --model NAME"), (stated, "NAME"), (["--model", "plain18"], "NAME")
+    for given, missing in (both, *parts):
+        status, out, errors = run("inspect", path, *given)
+        assert status == 0, errors
+        assert out.count("not stated:") == (2 if given == [] else 1)
+        end = "--model NAME" if given == stated else f"--preprocessing {missing}"
+        assert next_command(out) == ["convert", str(path), "OUT", *given, *end.split()]
+    status, out, _ = run("inspect", path, *stated, "--model", "plain18")
+    command = next_command(out)
+    assert command[3:] == [*stated, "--model", "plain18"]
+    command[2] = tmp_path / "out.safetensors"
+    assert run(*command, *FAST)[0] == 0
+    status, out, _ = run("inspect", command[2])
+    assert next_command(out)[3:] == []
+
+
+def test_inspect_of_a_file_with_a_mean_image(run, tmp_path):
+    path, before = tmp_path / "image.safetensors", random_checkpoint("resnet18")
+    own = replace(before.preprocessing, mean_image=torch.rand(3, 32, 32) * 255)
+    write_checkpoint(replace(before, preprocessing=own), path)
+    status, out, errors = run("inspect", path)
+    assert status == 0, errors
+    assert "mean image:    32x32" in out and "11,181,642" in out
+
+
+@pytest.mark.data
+def test_inspect_of_the_released_weights(run, data_root):
+    file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
+    status, out, _ = run("inspect", file)
+    assert status == 0
+    assert "213 float32, 54 float16" in out and "25,557,032" in out
+    assert "where its bottlenecks have their stride" in out
+
+
+TARGETS = {
+    "resnet_backbone": "x.safetensors",
+    "torchvision": "x.pth",
+    "timm": "x",
+    "huggingface": "x",
+    "detectron2": "x.pkl",
+    "caffe2": "x.pkl",
+}
+
+
+@pytest.mark.parametrize("format, name", TARGETS.items())
+def test_convert_to_every_format(format, name, run, ours, tmp_path):
+    status, out, errors = run("convert", ours, tmp_path / name, "--to", format, *FAST)
+    assert status == 0, errors
+    assert "equal within 0.0001" in out and "photographs" in out
+    if format in ("torchvision", "timm", "huggingface"):
+        assert "Normalize([0.485019608, 0.457956863, 0.407603922]" in out
+    if format in ("detectron2", "caffe2"):
+        assert "INPUT.FORMAT BGR" in out
+
+
+def test_all_conversions_at_once(run, ours, tmp_path):
+    out_file = tmp_path / "x.safetensors"
+    options = ["--channel-order-to", "RGB", "--value-range-to", 1, "--fold-std", "--fold-bn"]
+    status, out, errors = run("convert", ours, out_file, *options, "--dtype", "bf16", *FAST)
+    assert status == 0, errors
+    assert "equal within 0.05" in out
+    back = read_checkpoint(out_file)
+    own = back.preprocessing
+    assert (own.channel_order, own.value_range, own.std) == ("RGB", 1.0, (1.0, 1.0, 1.0))
+    assert back.model.options["norm"] == ""
+    assert back.tensors["res2.0.conv1.weight"].dtype == torch.bfloat16
+
+
+def test_fold_std_for_detectron2(run, silent, tmp_path):
+    status, out, _ = run(
+        "convert", silent, tmp_path / "x.pkl", "--to", "detectron2", "--fold-std",
+        "--preprocessing", "torchvision", *FAST,
+    )  # fmt: skip
+    assert status == 0
+    assert "MODEL.PIXEL_STD [1, 1, 1]" in out and "INPUT.FORMAT RGB" in out
+    assert "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]" in out
+
+
+def test_stated_input(run, silent, tmp_path):
+    stated = ["--channel-order", "BGR", "--value-range", 255, "--std", 1, 2, 3]
+    stated += ["--mean", 10, 20, 30]
+    out_file = tmp_path / "x.safetensors"
+    status, _, errors = run("convert", silent, out_file, *stated, "--bn-eps", 1e-3, *FAST)
+    assert status == 0, errors
+    own = read_checkpoint(out_file).preprocessing
+    assert (own.mean, own.std, own.bn_eps) == ((10, 20, 30), (1, 2, 3), 1e-3)
+    part = run("convert", silent, tmp_path / "y.safetensors", *stated[:4])
+    assert_one_line(part, "--mean, --std")
+    refused = run("convert", silent, tmp_path / "y.pth", "--to", "torchvision", *stated,
+                  "--bn-eps", 1e-3)  # fmt: skip
+    assert_one_line(refused, "BN eps 0.001", "--bn-eps-to 1e-05")
+    status, _, errors = run("convert", silent, tmp_path / "y.pth", "--to", "torchvision", *stated,
+                            "--bn-eps", 1e-3, "--bn-eps-to", 1e-5, *FAST)  # fmt: skip
+    assert status == 0, errors
+
+
+def test_a_named_input_with_other_values_says_so(run, silent, tmp_path):
+    out_file = tmp_path / "x.safetensors"
+    stated = ("--preprocessing", "msra", "--mean", 0, 0, 0, "--bn-eps", 1e-3)
+    assert run("convert", silent, out_file, *stated, *FAST)[0] == 0
+    own = read_checkpoint(out_file).preprocessing
+    assert own.mean == (0, 0, 0) and own.std == (1, 1, 1)
+    assert own.source.startswith("msra, with mean, bn_eps stated on the command line; Kaiming")
+    plain = run("convert", silent, tmp_path / "y.safetensors", *stated[:2], *FAST)
+    assert plain[0] == 0
+    source = read_checkpoint(tmp_path / "y.safetensors").preprocessing.source
+    assert source == get_preprocessing("msra").source
+
+
+def test_a_wrong_file_does_not_pass_the_check(run, tool, ours, tmp_path, monkeypatch):
+    """The check after writing reads the file, not the memory."""
+
+    def read_damaged(*args):
+        found = read_checkpoint(*args)
+        if "x.safetensors" not in str(args[0]):
+            return found
+        tensors = {**found.tensors, "linear.weight": found.tensors["linear.weight"].flip(0)}
+        return replace(found, tensors=tensors)
+
+    monkeypatch.setattr(tool, "read_checkpoint", read_damaged)
+    status, out, _ = run("convert", ours, tmp_path / "x.safetensors", *FAST)
+    assert status == 1 and "DIFFER" in out and "none of" in out
+    status, out, _ = run("convert", ours, tmp_path / "x2.safetensors", "--no-verify")
+    assert status == 0 and "photographs" not in out
+
+
+def test_verify_says_equal_and_what_is_wrong(run, ours, silent):
+    status, out, _ = run("verify", ours, silent, "--preprocessing-b", "caffe_vgg", *FAST)
+    assert status == 0 and "equal within 0.0001" in out
+    order = ["--channel-order-b", "RGB", "--value-range-b", 255, "--std-b", 1, 1, 1]
+    order += ["--mean-b", 103.939, 116.779, 123.68]
+    status, out, _ = run("verify", ours, silent, *order, *FAST)
+    assert status == 1 and "DIFFER" in out
+    assert "channel order BGR in place of RGB" in out
+    status, out, _ = run("verify", ours, silent, *order, *FAST, "--tolerance", 2)
+    assert status == 0
+
+
+def test_verify_on_a_folder(run, ours, tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        pixels = rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.jpg")
+    status, out, errors = run("verify", ours, ours, "--images", tmp_path, "--num-images", 2, *FAST)
+    assert status == 0, errors
+    assert "2 of 3 pictures" in out
+
+
+@pytest.mark.data
+def test_verify_finds_the_stride_of_the_released_weights(run, data_root, tmp_path):
+    file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
+    pictures = data_root / "imagenet_val500"
+    status, out, _ = run(
+        "verify", file, file, "--preprocessing-a", "msra", "--preprocessing-b", "msra",
+        "--stride-in-1x1-b", "false", "--images", pictures, "--num-images", 2, "--size", 64,
+    )  # fmt: skip
+    assert status == 1
+    assert "stride_in_1x1 True in place of False" in out
+
+
+def test_wrong_input_is_one_line(run, ours, silent, tmp_path):
+    out = tmp_path / "x.safetensors"
+    assert_one_line(run("inspect", tmp_path / "no.pth"), "no.pth", "no such file")
+    assert_one_line(run("convert", silent, out), "silent.safetensors", "--preprocessing msra|")
+    assert_one_line(run("verify", ours, silent), "--preprocessing-b msra|")
+    assert_one_line(run("convert", ours, ours), "there already", "--overwrite")
+    assert_one_line(run("convert", ours, tmp_path / "x.onnx"), ".safetensors")
+    assert_one_line(run("convert", ours, out, "--preprocessing", "torchvision"), "carries its own")
+    assert_one_line(run("convert", ours, out, "--preprocessing", "imagenet"), "imagenet", "msra")
+    assert_one_line(
+        run("convert", silent, out, "--preprocessing", "msra", "--model", "vgg16"), "vgg16"
+    )
+    assert_one_line(
+        run(
+            "convert", ours, tmp_path / "x.pth", "--to", "torchvision", "--channel-order-to", "BGR"
+        ),
+        "RGB only",
+    )
+    assert_one_line(run("verify", ours, ours, "--images", tmp_path), "no pictures")
+    assert_one_line(run("verify", ours, ours, "--size", 0), "at least 32")
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no picture")
+    assert_one_line(run("verify", ours, ours, "--images", tmp_path), "bad.jpg")
+    broken = tmp_path / "broken.pkl"
+    broken.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    assert_one_line(run("inspect", broken), "broken.pkl", "refused")
+    assert not out.exists()
+
+
+def test_mean_image_is_dropped_only_when_asked(run, tmp_path):
+    path = tmp_path / "image.safetensors"
+    before = random_checkpoint("resnet18")
+    own = replace(before.preprocessing, mean_image=torch.rand(3, 32, 32) * 255)
+    write_checkpoint(replace(before, preprocessing=own), path)
+    arguments = ("convert", path, tmp_path / "x.pth", "--to", "torchvision", *FAST)
+    assert_one_line(run(*arguments), "mean image", "--accept-channel-means")
+    status, out, errors = run(*arguments, "--accept-channel-means")
+    assert status == 0, errors
+    assert "not exactly the same" in out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/weights.md"])
+def test_commands_that_are_written_down_parse(tool, page):
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^[ !]*python tools/convert_weights.py ([^-].*)$", text, re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        tool.build_parser().parse_args(shlex.split(command))
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_every_command_of_the_guide(data_root, tmp_path):
+    guide = (ROOT / "docs" / "guides" / "weights.md").read_text(encoding="utf-8")
+    file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
+    (tmp_path / "resnet50_msra.safetensors").symlink_to(file)
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    blocks = re.findall(r"```bash\n(.*?)```", guide, re.DOTALL)
+    commands = "".join(blocks).replace("\\\n", " ").splitlines()
+    assert len(commands) == 11
+    for command in commands:
+        line = command.replace("python ", f"{sys.executable} -W ignore ")
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+        assert "Traceback" not in done.stderr
+        if "verify" in command and command.startswith("!"):
+            assert "stride_in_1x1 True in place of False" in done.stdout
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "ResNetForImageClassification" in done.stdout, done.stderr

@@ -1,0 +1,226 @@
+"""tools/prepare_imagenet.py and tools/make_shards.py on miniature archives."""
+
+import importlib.util
+import io
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_backbone.classification.data.archives import (
+    TRAIN_IMAGES,
+    VAL_IMAGES,
+    check_counts,
+    read_labels,
+)
+from resnet_backbone.classification.data.batch import DataError
+from resnet_backbone.classification.data.imagenet import read_flat_folder, read_image_folder
+from resnet_backbone.classification.data.shards import TarShards
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+# The kit's numbers, in an order that is not that of the wnids.
+IDS = {1: "n00000003", 2: "n00000001", 3: "n00000002"}
+TRUTH = [3, 1, 1, 2, 3, 2]
+ANY = ["--train-images", "0", "--val-images", "0", "--classes", "0"]
+
+
+def load(name):
+    module = importlib.import_module(f"resnet_backbone.cli.{name}")
+    return module
+
+
+prepare, make_shards = load("prepare_imagenet"), load("make_shards")
+
+
+def jpeg(seed) -> bytes:
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def tar_of(files: dict[str, bytes], mode="w") -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def meta_mat() -> bytes:
+    savemat = pytest.importorskip("scipy.io").savemat
+    rows = [(number, wnid, "words", "gloss", 0) for number, wnid in IDS.items()]
+    rows.append((4, "n00000009", "animal", "an inner node", 3))
+    kinds = [(name, object) for name in ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")]
+    synsets = np.array(rows, dtype=kinds).reshape(-1, 1)
+    stream = io.BytesIO()
+    savemat(stream, {"synsets": synsets})
+    return stream.getvalue()
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """Folder with the three official archives, in small."""
+    folder = tmp_path / "archives"
+    folder.mkdir()
+    inner = {
+        f"{wnid}.tar": tar_of({f"{wnid}_{i}.JPEG": jpeg(10 * n + i) for i in range(2 + n)})
+        for n, wnid in enumerate(IDS.values())
+    }
+    (folder / "train.tar").write_bytes(tar_of(inner))
+    val = {f"ILSVRC2012_val_{i:08d}.JPEG": jpeg(100 + i) for i in range(1, len(TRUTH) + 1)}
+    (folder / "val.tar").write_bytes(tar_of(val))
+    kit = {
+        "kit/data/meta.mat": meta_mat(),
+        "kit/data/ILSVRC2012_validation_ground_truth.txt": "\n".join(map(str, TRUTH)).encode(),
+    }
+    (folder / "devkit.tar.gz").write_bytes(tar_of(kit, "w:gz"))
+    return folder
+
+
+def call(tmp_path, archives, *options, train=True, labels=True):
+    arguments = [str(tmp_path / "imagenet")]
+    if train:
+        arguments += ["--train-archive", str(archives / "train.tar")]
+    arguments += ["--val-archive", str(archives / "val.tar")]
+    if labels:
+        arguments += ["--devkit", str(archives / "devkit.tar.gz")]
+    return prepare.main([*arguments, *options])
+
+
+def test_the_kits_numbers_become_the_right_classes(tmp_path, archives):
+    assert call(tmp_path, archives, *ANY) == 0
+    train = read_image_folder(tmp_path / "imagenet" / "train")
+    val = read_image_folder(tmp_path / "imagenet" / "val")
+    assert train.class_names == val.class_names == ("n00000001", "n00000002", "n00000003")
+    assert Counter(train.labels.tolist()) == {0: 3, 1: 4, 2: 2}
+    found = {Path(path).name: label for path, label in val.samples}
+    expected = [sorted(IDS.values()).index(IDS[number]) for number in TRUTH]
+    assert [found[name] for name in sorted(found)] == expected
+    assert [number - 1 for number in TRUTH] != expected  # the trap
+    with tarfile.open(archives / "val.tar") as tar:
+        member = tar.extractfile("ILSVRC2012_val_00000002.JPEG").read()
+    name = tmp_path / "imagenet/val" / IDS[TRUTH[1]] / "ILSVRC2012_val_00000002.JPEG"
+    assert name.read_bytes() == member
+
+
+def test_flat_layout(tmp_path, archives):
+    assert call(tmp_path, archives, "--flat-val", *ANY) == 0
+    root = tmp_path / "imagenet"
+    val = read_flat_folder(root / "val", root / "val_labels.txt")
+    assert val.labels.tolist() == [sorted(IDS.values()).index(IDS[n]) for n in TRUTH]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_labels_from_a_file_of_wnids(tmp_path, archives, named):
+    names = [f"ILSVRC2012_val_{i:08d}.JPEG " if named else "" for i in range(1, 7)]
+    path = tmp_path / "labels.txt"
+    path.write_text("".join(f"{n}{IDS[k]}\n" for n, k in zip(names, TRUTH, strict=True)))
+    options = ["--val-labels", str(path), *ANY]
+    assert call(tmp_path, archives, *options, labels=False, train=False) == 0
+    val = read_image_folder(tmp_path / "imagenet" / "val")
+    assert Counter(val.labels.tolist()) == {0: 2, 1: 2, 2: 2}
+
+
+def test_a_file_of_numbers_is_refused(tmp_path):
+    path = tmp_path / "truth.txt"
+    path.write_text("490\n361\n")
+    with pytest.raises(DataError, match="'490' is not a wnid .* --devkit"):
+        read_labels(path)
+
+
+def test_an_interrupted_call_goes_on(tmp_path, archives):
+    root = tmp_path / "imagenet"
+    partial = root / "train" / ".n00000002.partial"
+    partial.mkdir(parents=True)
+    (partial / "half.JPEG").write_bytes(b"half an image")
+    assert call(tmp_path, archives, *ANY) == 0
+    kept = root / "train" / "n00000001" / "n00000001_0.JPEG"
+    kept.write_bytes(b"untouched")
+    lost = next((root / "val" / "n00000003").iterdir())
+    content = lost.read_bytes()
+    lost.unlink()
+    assert call(tmp_path, archives, *ANY) == 0
+    assert kept.read_bytes() == b"untouched" and lost.read_bytes() == content
+    assert not partial.exists() and len(read_image_folder(root / "train")) == 9
+
+
+def test_wrong_counts_are_told(tmp_path, archives, capsys):
+    assert call(tmp_path, archives) == 1
+    errors = capsys.readouterr().err
+    assert "has 9 images, 1,281,167 are expected" in errors
+    assert "has 6 images, 50,000 are expected" in errors
+    assert "3 classes, 1000 are expected" in errors
+
+
+def test_right_counts_of_classes():
+    train = {f"n{i:08d}": 1300 for i in range(985)} | {f"n{i:08d}": 732 for i in range(985, 1000)}
+    train["n00000000"] += TRAIN_IMAGES - sum(train.values()) - 60
+    found = check_counts(train, TRAIN_IMAGES, 1000, "train")
+    assert len(found) == 2 and "n00000000 has" in found[1]
+    val = {f"n{i:08d}": 50 for i in range(1000)}
+    assert check_counts(val, VAL_IMAGES, 1000, "val") == []
+    val["n00000003"], val["n00000004"] = 49, 51
+    assert len(check_counts(val, VAL_IMAGES, 1000, "val")) == 2
+
+
+def test_check_images_lists_the_bad_ones(tmp_path, archives, capsys):
+    assert call(tmp_path, archives, *ANY) == 0
+    root = tmp_path / "imagenet"
+    broken = root / "train" / "n00000002" / "n00000002_1.JPEG"
+    broken.write_bytes(broken.read_bytes()[:200])
+    odd = root / "val" / "n00000001" / "ILSVRC2012_val_00000004.JPEG"
+    Image.open(odd).convert("CMYK").save(odd)
+    assert prepare.main([str(root), "--check-images", "--workers", "1", *ANY]) == 1
+    assert "1 bad images, 1 unusual ones" in capsys.readouterr().out
+    lines = sorted((root / "bad_images.txt").read_text().splitlines())
+    assert lines[0].startswith(f"bad\t{broken}\t") and lines[1] == f"converted\t{odd}\tCMYK"
+
+
+@pytest.mark.parametrize("archive", ["train.tar", "val.tar", "devkit.tar.gz"])
+def test_damaged_and_exchanged_archives_are_one_line(tmp_path, archives, capsys, archive):
+    path = archives / archive
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert call(tmp_path, archives, *ANY) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("prepare_imagenet.py: ") and archive in error[-1]
+    path.write_bytes(tar_of({"readme.txt": b"x"}))
+    assert call(tmp_path / "other", archives, *ANY) == 2
+    assert archive in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_members_cannot_leave_the_folder(tmp_path, archives):
+    inner = tar_of({"../../../evil.JPEG": jpeg(0)})
+    (archives / "train.tar").write_bytes(tar_of({"../n00000005.tar": inner}))
+    assert call(tmp_path, archives, *ANY) == 1  # its classes are not those of val
+    assert (tmp_path / "imagenet/train/n00000005/evil.JPEG").is_file()
+    assert not list(tmp_path.glob("evil*")) and not list(tmp_path.parent.glob("evil*"))
+
+
+def test_missing_arguments_and_folders(tmp_path, archives, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main([str(tmp_path), "--val-archive", str(archives / "val.tar")])
+    assert prepare.main([str(tmp_path)]) == 2
+    assert "neither train nor val" in capsys.readouterr().err
+
+
+def test_make_shards(tmp_path, archives, capsys):
+    pytest.importorskip("webdataset")
+    call(tmp_path, archives, *ANY)
+    train, folder = str(tmp_path / "imagenet/train"), tmp_path / "shards"
+    assert make_shards.main(["write", train, str(folder), "--samples-per-shard", "4"]) == 0
+    dataset = TarShards(folder)
+    assert dataset.group_sizes == (4, 4, 1)
+    assert Counter(dataset.labels.tolist()) == {0: 3, 1: 4, 2: 2}
+    classes = tmp_path / "classes.txt"
+    classes.write_text("cat\ndog\nbird\n")
+    assert make_shards.main(["index", str(folder), "--class-list", str(classes)]) == 0
+    assert TarShards(folder).class_names == ("cat", "dog", "bird")
+    assert make_shards.main(["write", train, str(folder)]) == 2
+    assert "not empty" in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""The built-in detection set: valid VOC layout, tight boxes, honest separation, no half sets."""
+
+import filecmp
+import hashlib
+import importlib.util
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import PIL
+import pytest
+from PIL import Image
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
+
+from resnet_backbone.detection.data import quickstart  # noqa: E402
+from resnet_backbone.runtime import builtin  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+NUMBERS = {"num_train": 12, "num_test": 6, "image_size": 128, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    output = tmp_path_factory.mktemp("quickstart") / "data"
+    return output, quickstart.generate(output, **NUMBERS)
+
+
+def read_ids(output: Path, split: str) -> list[str]:
+    return (output / "ImageSets" / "Main" / f"{split}.txt").read_text().split()
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = [sorted(p.relative_to(top) for p in top.rglob("*") if p.is_file()) for top in (a, b)]
+    return names[0] == names[1] and not any(filecmp.cmpfiles(a, b, names[0], shallow=False)[1:])
+
+
+def test_layout_is_voc(built):
+    output, summary = built
+    for split, total in (("train", 12), ("test", 6)):
+        assert len(read_ids(output, split)) == total
+    for image_id in read_ids(output, "train") + read_ids(output, "test"):
+        root = ElementTree.parse(output / "Annotations" / f"{image_id}.xml").getroot()
+        with Image.open(output / "JPEGImages" / root.findtext("filename")) as picture:
+            assert (picture.format, picture.mode) == ("JPEG", "RGB")
+            assert picture.size == (128, 128)
+        size = [int(root.findtext(f"size/{tag}")) for tag in ("width", "height", "depth")]
+        assert size == [128, 128, 3]
+        objects = root.findall("object")
+        assert 1 <= len(objects) <= 5
+        assert len(objects) == len(summary["images"][image_id]["digits"])
+        for item in objects:
+            assert item.findtext("name") in builtin.CLASS_NAMES
+            assert item.findtext("pose") == "Unspecified"
+            assert (item.findtext("truncated"), item.findtext("difficult")) == ("0", "0")
+            bounds = {child.tag: child.text for child in item.find("bndbox")}
+            assert all(re.fullmatch(r"\d+", text) for text in bounds.values())
+            assert 1 <= int(bounds["xmin"]) <= int(bounds["xmax"]) <= 128
+            assert 1 <= int(bounds["ymin"]) <= int(bounds["ymax"]) <= 128
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_boxes_are_tight_around_the_ink(split):
+    for index in range(15):
+        scene = quickstart.compose_scene(split, index)
+        for digit in scene.digits:
+            ys, xs = np.nonzero(digit.ink >= builtin.VISIBLE)
+            assert digit.box == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+
+
+def test_boxes_are_where_the_picture_differs_from_the_photograph():
+    """Independent of the generator's own masks: compares the pixels with the bare photograph."""
+    for index in range(15):
+        scene = quickstart.compose_scene("train", index)
+        change = np.abs(scene.image.astype(int) - scene.photograph).max(axis=2)
+        outside = np.ones(change.shape, bool)
+        for x0, y0, x1, y1 in (digit.box for digit in scene.digits):
+            outside[y0:y1, x0:x1] = False
+            for edge in (
+                change[y0, x0:x1],
+                change[y1 - 1, x0:x1],
+                change[y0:y1, x0],
+                change[y0:y1, x1 - 1],
+            ):
+                assert edge.max() > 10, "a side of the box touches no ink"
+        assert change[outside].max(initial=0) == 0
+
+
+def test_boxes_hardly_overlap():
+    for index in range(30):
+        boxes = [digit.box for digit in quickstart.compose_scene("train", index).digits]
+        for number, a in enumerate(boxes):
+            for b in boxes[:number]:
+                width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+                height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+                areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+                assert width * height / (sum(areas) - width * height) < 0.2
+
+
+def test_annotations_say_what_was_drawn(built):
+    output, summary = built
+    labels = builtin.load_scans()[1]
+    for image_id, source in summary["images"].items():
+        root = ElementTree.parse(output / "Annotations" / f"{image_id}.xml").getroot()
+        names = [item.findtext("name") for item in root.findall("object")]
+        assert names == [builtin.CLASS_NAMES[labels[index]] for index in source["digits"]]
+        assert root.findtext("source/image").endswith(source["background"])
+    split, number = "test", 4
+    scene = quickstart.compose_scene(split, number, NUMBERS["image_size"], NUMBERS["seed"])
+    root = ElementTree.parse(output / "Annotations" / "test_00004.xml").getroot()
+    x0, y0, x1, y1 = scene.digits[0].box
+    bounds = root.find("object/bndbox")
+    found = [int(bounds.findtext(tag)) for tag in ("xmin", "ymin", "xmax", "ymax")]
+    assert found == [x0 + 1, y0 + 1, x1, y1], "1-based and inclusive"
+
+
+def test_train_and_test_share_no_digit_and_no_photograph(built):
+    _, summary = built
+    digits, photographs = {}, {}
+    for split in ("train", "test"):
+        sources = [s for name, s in summary["images"].items() if name.startswith(split)]
+        digits[split] = {index for source in sources for index in source["digits"]}
+        photographs[split] = {source["background"] for source in sources}
+        assert digits[split] <= set(builtin.digit_indices(split))
+    assert not digits["train"] & digits["test"]
+    assert not photographs["train"] & photographs["test"]
+    assert not set(builtin.digit_indices("train")) & set(builtin.digit_indices("test"))
+    assert not set(builtin.BACKGROUNDS["train"]) & set(builtin.BACKGROUNDS["test"])
+
+
+def test_photographs_differ_in_their_pixels():
+    names = [name for split in builtin.BACKGROUNDS.values() for name in split]
+    assert len({builtin.load_photograph(name).tobytes() for name in names}) == len(names)
+
+
+def test_same_seed_same_files_another_seed_another_set(built, tmp_path):
+    output, summary = built
+    assert quickstart.generate(tmp_path / "again", **NUMBERS) == summary
+    assert same_files(output, tmp_path / "again")
+    other = quickstart.generate(tmp_path / "other", **(NUMBERS | {"seed": 4}))
+    assert other["images"] != summary["images"]
+
+
+@pytest.mark.parametrize(
+    "split, expected",
+    [("train", "e1e494b264ab35937d3e59fb0dc85fb2"), ("test", "630ae6277229634681317d10ff6be0c2")],
+)
+def test_the_pictures_stay_the_same(split, expected):
+    """The numbers in docs/results rest on them."""
+    versions = [library.__version__.partition(".")[0] for library in (PIL, np)]
+    if versions != ["13", "2"]:
+        pytest.skip("other versions of Pillow and NumPy may draw slightly other pixels")
+    found = hashlib.sha256()
+    for index in range(4):
+        scene = quickstart.compose_scene(split, index)
+        found.update(scene.image.tobytes())
+        digits = [(digit.name, digit.index, digit.box) for digit in scene.digits]
+        found.update(repr((scene.background, digits)).encode())
+    assert found.hexdigest()[:32] == expected
+
+
+def test_a_larger_set_keeps_the_first_pictures(built, tmp_path):
+    output, _ = built
+    quickstart.generate(tmp_path / "larger", **(NUMBERS | {"num_train": 14}))
+    for name in ("train_00003.jpg", "test_00003.jpg"):
+        assert filecmp.cmp(
+            output / "JPEGImages" / name, tmp_path / "larger" / "JPEGImages" / name, shallow=False
+        )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_nothing(tmp_path, error):
+    calls = []
+
+    def stop():
+        calls.append(1)
+        if len(calls) == 14:
+            raise error
+
+    with pytest.raises(error):
+        quickstart.generate(tmp_path / "data", **NUMBERS, on_image=stop)
+    assert list(tmp_path.iterdir()) == []
+    assert not quickstart.is_complete(tmp_path / "data", NUMBERS)
+
+
+def test_an_interrupted_replacement_keeps_the_old_set(tmp_path):
+    quickstart.generate(tmp_path / "data", **NUMBERS)
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.generate(
+            tmp_path / "data", **(NUMBERS | {"seed": 9}), overwrite=True, on_image=stop
+        )
+    assert quickstart.is_complete(tmp_path / "data", NUMBERS)
+
+
+def test_existing_folders_are_safe(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="data"):
+            quickstart.generate(tmp_path / "data", **NUMBERS, overwrite=overwrite)
+    assert (tmp_path / "data" / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("change", [{"num_train": 0}, {"image_size": 95}, {"seed": -1}])
+def test_bad_numbers_are_refused(tmp_path, change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        quickstart.generate(tmp_path / "data", **(NUMBERS | change))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "skimage", None)
+    with pytest.raises(ImportError, match=r"pip install resnet_backbone\[quickstart\]"):
+        builtin.load_photograph.__wrapped__("coffee")
+
+
+def test_command_line(tmp_path, capsys):
+    command = importlib.import_module("resnet_backbone.cli.make_quickstart_data")
+    output = tmp_path / "data"
+    arguments = ["--output", str(output), "--num-train", "2", "--num-test", "1"]
+    assert command.main(arguments) == 0
+    assert json.loads((output / quickstart.SUMMARY).read_text())["settings"]["num_train"] == 2
+    assert command.main(arguments) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert command.main([*arguments, "--seed", "5"]) == 1
+    assert len(capsys.readouterr().err.strip().splitlines()) >= 1
+    assert command.main([*arguments, "--seed", "5", "--overwrite"]) == 0

@@ -1,0 +1,93 @@
+"""tools/recompute_bn.py on a run's folder."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from resnet_backbone.classification.data.arrays import ArraySource
+from resnet_backbone.classification.data.cifar import CLASS_NAMES, read_cifar10
+from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.classification.networks import NetworkSpec, read_spec, save_network
+from resnet_backbone.weights import Preprocessing, read_weights
+from resnet_backbone.weights.inputs import InputNormalizer
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "recompute_bn.py"
+GREY = Preprocessing("RGB", 255.0, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))
+
+
+@pytest.fixture(scope="module")
+def main():
+    module = importlib.import_module("resnet_backbone.cli.recompute_bn")
+    return module.main
+
+
+@pytest.fixture
+def run(tmp_path, tiny_cifar10):
+    torch.manual_seed(0)
+    spec = NetworkSpec("cifar_resnet8", 10)
+    save_network(tmp_path / "final.safetensors", spec.build(), spec, GREY)
+    (tmp_path / "config.yaml").write_text(
+        f"""
+model: {{name: cifar_resnet8}}
+data: {{format: cifar10, root: {tiny_cifar10}, augmentation: pad_crop}}
+schedule: {{iterations: 5}}
+train: {{batch_size: 40, micro_batch: 8, seed: 3, device: cpu}}
+evaluation: {{protocol: full, batch_size: 16}}
+"""
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("layer_inputs", ["batch", "population"])
+def test_new_statistics(main, run, tiny_cifar10, capsys, layer_inputs):
+    before = (run / "final.safetensors").read_bytes()
+    main(["--run", str(run), "--layer-inputs", layer_inputs, "--images", "70"])
+    out = capsys.readouterr().out
+    assert "7 batch norms from 70 images, 8 normalised together" in out
+    assert "before: top-1 error" in out and "after:  top-1 error" in out
+    assert (run / "final.safetensors").read_bytes() == before
+    new = run / "true_bn.safetensors"
+    assert read_spec(new) == NetworkSpec("cifar_resnet8", 10)
+    tensors, preprocessing = read_weights(new)
+    assert preprocessing == GREY
+    # the first batch norm sees the convolved first 70 images of training
+    images, labels = read_cifar10(tiny_cifar10, train=True)
+    source = ArraySource(images, labels, SampleStream(200, 40, 3), CLASS_NAMES)
+    x = torch.cat([InputNormalizer(GREY)(source.batch(i).images) for i in range(2)])[:70]
+    seen = torch.nn.functional.conv2d(x, tensors["stem.weight"], padding=1).double()
+    mean, var = tensors["stem.norm.running_mean"], tensors["stem.norm.running_var"]
+    torch.testing.assert_close(mean.double(), seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(var.double(), seen.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_all_images_by_default_and_another_file(main, run, capsys):
+    (run / "final.safetensors").rename(run / "other.safetensors")
+    arguments = [
+        "--weights",
+        str(run / "other.safetensors"),
+        "--output",
+        str(run / "x.safetensors"),
+    ]
+    main(["--run", str(run), *arguments, "--micro-batch", "20", "train.batch_size=40"])
+    assert "from 200 images, 20 normalised together" in capsys.readouterr().out
+    assert load_file(run / "x.safetensors").keys() == load_file(run / "other.safetensors").keys()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--run", "nowhere"], "nowhere has no config.yaml"),
+        (["--run", ".", "--weights", "gone.safetensors"], "gone.safetensors: no such file"),
+        (["--run", ".", "--images", "-1"], "give 0 or more"),
+        (["--run", ".", "train.batchsize=3"], "did you mean train.batch_size"),
+    ],
+)
+def test_wrong_input_is_one_line(main, run, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(run)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(error.splitlines()) == 1 and message in error

@@ -1,0 +1,357 @@
+"""tools/train_classifier.py as users run it: killed, signalled, resumed, misused."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from resnet_backbone.runtime.signals import EXIT_STOPPED
+from resnet_backbone.weights.files import read_header, read_own_tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tools" / "train_classifier.py"
+TIMING = ("images_per_second", "data_seconds", "step_seconds")
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, arguments)]
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments, timeout=300) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT
+    )
+
+
+def start(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_cifar10) -> Path:
+    """Everything that has state: averaged weights, micro-batches, warm-up, plateau, best."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(
+        f"""
+model: {{name: cifar_resnet8}}
+data: {{format: cifar10, root: {tiny_cifar10}, augmentation: pad_crop, mean: pixel}}
+optimizer: {{weight_decay: 0.001}}
+schedule:
+  {{iterations: 60, lr: 0.05, policy: plateau, plateau_patience: 1, plateau_threshold: 5,
+   warmup_lr: 0.01, warmup_until_error: 80}}
+train: {{batch_size: 24, micro_batch: 8, ema: 0.9, seed: 3, recompute_bn: true}}
+evaluation: {{protocol: full, every: 14, batch_size: 16}}
+output: {{log_every: 5, checkpoint_every: 4, tensorboard: false}}
+"""
+    )
+    return path
+
+
+def rows(folder: Path) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in found]
+
+
+def reached(folder: Path) -> int:
+    """The newest checkpoint's iteration."""
+    names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")]
+    return max(map(int, names), default=0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    done = run("--config-file", config, "--output-dir", folder)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return folder
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    for name in ("final.safetensors", "best.safetensors"):
+        first, second = load_file(folder / name), load_file(other / name)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), f"{name}: {key}"
+    assert rows(folder) == rows(other)
+
+
+def test_killed_at_random_moments_the_run_ends_bit_for_bit_the_same(
+    config, uninterrupted, tmp_path
+):
+    """kill -9 twice, somewhere in the run, 200 images an epoch and batches of 24: mid-epoch."""
+    seed = random.SystemRandom().randrange(10**6)
+    rng = random.Random(seed)
+    folder = tmp_path / f"killed-{seed}"  # the seed is in every message
+    kills = 0
+    for first, last in ((1, 25), (26, 50)):
+        process = start("--config-file", config, "--output-dir", folder, "--resume")
+        wanted = rng.randint(first, last)
+        while reached(folder) < wanted and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))  # between checkpoints, or while one is written
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert kills == 2, "the process ended before it could be killed"
+    done = run("--config-file", config, "--output-dir", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "going on at iteration" in done.stdout
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_its_iterations(config, uninterrupted, tmp_path):
+    folder = tmp_path / "damaged"
+    process = start("--config-file", config, "--output-dir", folder)
+    while reached(folder) < 12 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    newest = folder / "checkpoints" / f"{reached(folder):08d}" / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    done = run("--output-dir", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "cannot be used" in done.stdout and "going on at iteration" in done.stdout
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_write_a_checkpoint_and_exit_with_their_own_status(
+    config, uninterrupted, tmp_path, number
+):
+    folder = tmp_path / "signalled"
+    process = start("--config-file", config, "--output-dir", folder, "output.checkpoint_every=1000")
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    asked = time.monotonic()
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, output
+    assert time.monotonic() - asked < 10
+    assert number.name in output and "--resume" in output
+    assert 5 <= reached(folder) < 60
+    # with the run's own config, and no other argument
+    done = run("--output-dir", folder, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, uninterrupted)
+
+
+def test_results_of_a_run(uninterrupted):
+    results = json.loads((uninterrupted / "results.json").read_text())
+    assert results["parameters"] == 97216 - 21926 and results["iterations"] == 60
+    assert results["bn_statistics"] == "training set"
+    evaluations = [row for row in rows(uninterrupted) if "val_top1_error" in row]
+    assert [row["iteration"] for row in evaluations] == [14, 28, 42, 56, 60]
+    assert results["with_moving_averages"]["val_top1_error"] == evaluations[-1]["val_top1_error"]
+    assert results["best_val_top1_error"] == min(row["val_top1_error"] for row in evaluations)
+    assert results["best_val_top1_error"] < 60  # chance is 90: it learns
+    starts = json.loads((uninterrupted / "environment.json").read_text())["starts"]
+    assert len(starts) == 1 and "train_classifier.py" in starts[0]["command"]
+    for name in ("best.safetensors", "final.safetensors"):
+        assert read_header(uninterrupted / name).origin.run == uninterrupted.name
+
+
+def test_a_finished_run_is_not_overwritten(uninterrupted, config):
+    before = (uninterrupted / "final.safetensors").read_bytes()
+    refused = run("--config-file", config, "--output-dir", uninterrupted)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    changed = run(
+        "--config-file", config, "--output-dir", uninterrupted, "--resume", "train.seed=9"
+    )
+    assert changed.returncode == 2 and "train.seed" in changed.stderr
+    assert (uninterrupted / "final.safetensors").read_bytes() == before
+
+
+def test_eval_only_gives_the_runs_own_number(uninterrupted):
+    results = json.loads((uninterrupted / "results.json").read_text())
+    before = sorted(path.name for path in uninterrupted.iterdir())
+    done = run("--output-dir", uninterrupted, "--eval-only")
+    assert done.returncode == 0, done.stderr
+    assert f"top-1 error {results['val_top1_error']:.2f} %" in done.stdout
+    assert sorted(path.name for path in uninterrupted.iterdir()) == before
+
+
+def test_an_ended_run_stays_as_it_is(uninterrupted):
+    before = (uninterrupted / "results.json").read_bytes()
+    done = run("--output-dir", uninterrupted, "--resume")
+    assert done.returncode == 0 and "the run has ended" in done.stdout
+    assert (uninterrupted / "results.json").read_bytes() == before
+
+
+def test_weights_bring_their_own_input(uninterrupted, config, tmp_path):
+    """A network trained on RGB minus the mean image, evaluated and tuned by a BGR config."""
+    results = json.loads((uninterrupted / "results.json").read_text())
+    weights = f"model.weights={uninterrupted / 'final.safetensors'}"
+    other = (*("--config-file", config), "data.channel_order=BGR", "data.std=channel", weights)
+    done = run(*other, "--output-dir", tmp_path / "x", "--eval-only")
+    assert f"top-1 error {results['val_top1_error']:.2f} %" in done.stdout, done.stderr
+    assert not (tmp_path / "x").exists()
+    tuned = ("schedule.iterations=3", "schedule.lr=1e-6", "schedule.warmup_lr=1e-6", "train.ema=0")
+    done = run(*other, *tuned, "train.recompute_bn=false", "--output-dir", tmp_path / "tuned")
+    assert done.returncode == 0, done.stderr
+    found = read_own_tensors(tmp_path / "tuned" / "final.safetensors")[1]
+    assert found.channel_order == "RGB" and found.std == (1, 1, 1)
+    assert found.mean_image.shape == (3, 32, 32)
+    # --eval-only of this run takes what it trained, not what it started from
+    done = run("--output-dir", tmp_path / "tuned", "--eval-only")
+    assert "tuned/final.safetensors: top-1" in done.stdout, done.stderr
+
+
+def test_a_changed_data_set_is_no_resumption(config, tiny_cifar10, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_cifar10, data)
+    short = ("--config-file", config, f"data.root={data}", "--output-dir", tmp_path / "run")
+    process = start(*short)
+    while not reached(tmp_path / "run") and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    (data / "data_batch_5.bin").write_bytes((data / "data_batch_5.bin").read_bytes()[: 3073 * 9])
+    refused = run("--output-dir", tmp_path / "run", "--resume")
+    assert refused.returncode == 2 and "200 training images, now there are 169" in refused.stderr
+
+
+def test_divergence_stops_with_step_history_and_last_good_checkpoint(config, tmp_path):
+    folder = tmp_path / "nan"
+    done = run(
+        *("--config-file", config, "--output-dir", folder, "schedule.lr=1e20"),
+        *("schedule.warmup_until_error=0", "schedule.warmup_lr=0"),
+    )
+    assert done.returncode == 3, done.stdout + done.stderr
+    message = done.stderr.strip()
+    assert "\n" not in message and "at iteration" in message and "schedule.lr" in message
+    report = json.loads((folder / "diverged.json").read_text())
+    assert report["losses"][-1] in ("nan", "inf") and str(report["iteration"]) in message
+    assert report["last_good_checkpoint"] in message
+    for path in (folder / "checkpoints").glob("*/model.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ([], "give --config-file"),
+        (["--output-dir", "nowhere", "--resume"], "nowhere holds no run"),
+        (["--config-file", "none.yaml"], "no such config file"),
+        (["CONFIG", "schedule.lrr=1"], "schedule.lr"),
+        (["CONFIG", "model=cifar_resnet21"], "6n+2"),
+        (["CONFIG", "model=resnet500"], "did you mean"),
+        (["CONFIG", "data.root=/nowhere"], "/nowhere: no CIFAR-10 here"),
+        (["CONFIG", "train.device=cuda"], "no GPU"),
+        (["CONFIG", "model.num_classes=5"], "model.num_classes"),
+        (["CONFIG", "train.seed", "5"], "train.seed=2"),
+    ],
+)
+def test_misuse_is_one_line(arguments, hint, config, tmp_path, monkeypatch, capsys):
+    if "cuda" in str(arguments) and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    if arguments[:1] == ["CONFIG"]:
+        arguments = ["--config-file", str(config), "--output-dir", "out", *arguments[1:]]
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        import train_classifier
+    finally:
+        sys.path.pop(0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.raises(SystemExit) as caught:
+        train_classifier.main(arguments)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert hint in error and error.count("\n") == 1 and error.startswith("error: ")
+
+
+def test_two_processes_train_as_one(config, tmp_path):
+    """torchrun with two gloo processes: the same images; without BN, the same weights."""
+    plain = (
+        *("model.options.norm=", "train.micro_batch=0", "schedule.iterations=8", "train.ema=0"),
+        *("train.recompute_bn=false", "schedule.warmup_until_error=0", "schedule.warmup_lr=0"),
+        *("schedule.lr=0.005", "train.device=cpu"),
+    )
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder, processes in zip(folders, (1, 2), strict=True):
+        arguments = ("--config-file", config, "--output-dir", folder, "--num-gpus", processes)
+        done = run(*arguments, *plain)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(folder / "final.safetensors") for folder in folders)
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-4)
+    first, second = (rows(folder) for folder in folders)
+    assert [row["iteration"] for row in first] == [row["iteration"] for row in second]
+    assert first[0]["train_loss"] == pytest.approx(second[0]["train_loss"], rel=1e-4)
+    assert first[-1]["val_top1_error"] == pytest.approx(second[-1]["val_top1_error"], abs=2.6)
+    starts = json.loads((folders[1] / "environment.json").read_text())["starts"]
+    assert starts[0]["processes"] == 2
+
+
+TWO = ("train.micro_batch=4", "train.device=cpu", "output.checkpoint_every=1000")
+
+
+def processes_of(launcher: int) -> list[int]:
+    """The training processes that a launcher started."""
+    found = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+@pytest.mark.parametrize(
+    "whom", ["one process", pytest.param("the launcher", marks=pytest.mark.slow)]
+)
+def test_all_processes_agree_to_stop(config, tmp_path, whom):
+    """SIGUSR1 to one of two processes, or to what launched them: both stop, with one status."""
+    folder = tmp_path / "two"
+    arguments = ("--config-file", config, "--output-dir", folder, "--num-gpus", 2, *TWO)
+    launcher = start(*arguments)
+    while not (folder / "metrics.jsonl").exists() and launcher.poll() is None:
+        time.sleep(0.01)
+    assert launcher.poll() is None, launcher.communicate()[0]
+    trainers = processes_of(launcher.pid)
+    assert len(trainers) == 2
+    os.kill(trainers[1] if whom == "one process" else launcher.pid, signal.SIGUSR1)
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == EXIT_STOPPED, output
+    assert 5 <= reached(folder) < 60
+    done = run("--output-dir", folder, "--resume", "--num-gpus", 2)
+    assert done.returncode == 0, done.stderr
+    assert rows(folder)[-1]["iteration"] == 60
+
+
+@pytest.mark.slow
+def test_two_machines(config, tmp_path):
+    """Two torchrun agents, as on two machines, give what one process gives (without BN)."""
+    folder = tmp_path / "nodes"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += ["--master-addr=127.0.0.1", "--master-port=29517"]
+    script = command("--config-file", config, "--output-dir", folder, *TWO)[3:]
+    agents = [
+        subprocess.Popen(
+            [*torchrun, f"--node-rank={rank}", *script, "schedule.iterations=6"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert json.loads((folder / "results.json").read_text())["iterations"] == 6

@@ -1,0 +1,154 @@
+"""tools/train_classifier.py on image files: loader workers, bad images, means, kill and resume."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from resnet_backbone.weights.files import read_own_tensors
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "tools" / "train_classifier.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+SMALL = (
+    *("model=resnet18", "data.crop=32", "data.short_side=[36,60]", "data.mean_samples=20"),
+    *("evaluation.short_side=36", "evaluation.crop=32", "evaluation.batch_size=8"),
+    *("schedule.iterations=12", "schedule.lr=0.01", "evaluation.every=5", "train.batch_size=8"),
+    *("train.micro_batch=4", "train.recompute_bn=false", "output.log_every=2"),
+    *("output.checkpoint_every=2", "output.tensorboard=false", "loss.mixup=0.2"),
+)
+
+
+def arguments(*more) -> list[str]:
+    return [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, more)]
+
+
+def run(*more) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        arguments(*more), capture_output=True, text=True, timeout=300, env=ENVIRONMENT
+    )
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Three classes of seven photographs' worth of noise; one file is no image at all."""
+    root = tmp_path_factory.mktemp("imagenet")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 7), ("val", 3)):
+        for number, name in enumerate(("n01", "n02", "n03")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                size = (int(rng.integers(40, 70)), int(rng.integers(40, 70)), 3)
+                pixels = rng.integers(0, 100, size) + 50 * number
+                path = root / split / name / f"{index}.JPEG"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    (root / "train" / "n02" / "3.JPEG").write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, images) -> Path:
+    path = tmp_path_factory.mktemp("config") / "images.yaml"
+    path.write_text(f"data: {{root: {images}, mean: pixel, workers: 0}}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    done = run("--config-file", config, *SMALL, "--output-dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_killed_with_workers_it_ends_as_without_any(config, uninterrupted, tmp_path):
+    """kill -9 of the whole process group, with two workers; then on with one."""
+    folder = tmp_path / "killed"
+    wanted = random.SystemRandom().choice([1, 3, 5, 7])
+    process = subprocess.Popen(
+        arguments("--config-file", config, *SMALL, "--output-dir", folder, "data.workers=2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    while process.poll() is None:
+        names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")]
+        if max(map(int, names), default=0) >= wanted:
+            break
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()[0]
+    process.kill()
+    process.communicate()
+    done = run("--output-dir", folder, "--resume", "data.workers=1")
+    assert done.returncode == 0, done.stderr
+    first, second = (load_file(f / "final.safetensors") for f in (folder, uninterrupted))
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+def test_bad_images_are_reported_and_limited(config, uninterrupted, tmp_path):
+    lines = (uninterrupted / "bad_images.txt").read_text().splitlines()
+    assert len(lines) == 1 and "n02/3.JPEG" in lines[0]
+    done = run(
+        *("--config-file", config, *SMALL, "--output-dir", tmp_path / "x", "data.max_bad_images=0"),
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "data.max_bad_images" in done.stderr and "n02/3.JPEG" in done.stderr
+
+
+def test_the_mean_is_the_training_sets(images, uninterrupted):
+    """Against Pillow and NumPy: centre crops of the 20 readable training images."""
+    crops = []
+    for path in sorted((images / "train").glob("*/*")):
+        if path.read_bytes() == b"no image":
+            continue
+        with Image.open(path) as image:
+            width, height = image.size
+            scale = 36 / min(width, height)
+            size = (36, int(height * scale)) if width < height else (int(width * scale), 36)
+            pixels = np.asarray(image.convert("RGB").resize(size, Image.BILINEAR), np.float64)
+        top, left = (round((extent - 32) / 2) for extent in pixels.shape[:2])
+        crops.append(pixels[top : top + 32, left : left + 32])
+    expected = np.mean(crops, axis=0).transpose(2, 0, 1)
+    found = read_own_tensors(uninterrupted / "final.safetensors")[1]
+    assert found.channel_order == "RGB" and found.value_range == 255 and found.std == (1, 1, 1)
+    # mean_samples=20 leaves one of the 21 files out, which may be a readable one
+    assert np.abs(found.mean_image.numpy() - expected).mean() < 6
+    np.testing.assert_allclose(found.mean, found.mean_image.mean((1, 2)), atol=1e-3)
+    assert np.abs(np.array(found.mean) - expected.mean((1, 2))).max() < 3
+
+
+def test_another_set_of_classes_is_refused(images, config, tmp_path):
+    other = tmp_path / "val"
+    for name in ("n01", "n02", "n09"):
+        (other / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(other / name / "0.png")
+    done = run(
+        *("--config-file", config, *SMALL, "--output-dir", tmp_path / "x"),
+        f"data.val_root={other}",
+    )
+    assert done.returncode == 2 and "n09" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchvision/googlenet", "timm/resnet10t", "resnet18"])
+def test_other_networks_and_the_modern_overlay(config, tmp_path, name):
+    modern = ROOT / "configs/classification/imagenet/modern.yaml"
+    done = run(
+        *("--config-file", config, modern, *SMALL, "--output-dir", tmp_path / "run"),
+        *(f"model={name}", "schedule.warmup_iterations=2", "schedule.iterations=4"),
+        *("data.crop=64", "data.short_side=[72,80]", "train.recompute_bn=true"),
+        *("evaluation.short_side=72", "evaluation.crop=64"),
+    )
+    assert done.returncode == 0, done.stderr
+    _, found = read_own_tensors(tmp_path / "run" / "final.safetensors")
+    assert found.mean_image is None and min(found.std) > 20

@@ -1,0 +1,109 @@
+"""What a command that is run for another one makes of signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from resnet_backbone.runtime.signals import EXIT_STOPPED, StopRequest, run_child
+
+WAIT = """
+import os, pathlib, signal, sys, time
+got = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: got.append(number))
+pathlib.Path(sys.argv[1]).write_text(f"{os.getpid()} {os.getsid(0)}")
+deadline = time.monotonic() + 60
+while not got and time.monotonic() < deadline:
+    time.sleep(0.02)
+sys.exit(got[0])
+"""
+
+
+def python(code, *words):
+    return [sys.executable, "-c", code, *map(str, words)]
+
+
+def signalled(path, number):
+    """Sends a signal to this process once the child has written its file."""
+
+    def work():
+        while not (path.exists() and path.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    "code, status",
+    [("import sys; sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 128 + 9)],
+)
+def test_statuses_of_a_child_that_nobody_stopped(code, status):
+    assert run_child(python(code)) == (status, False)
+
+
+@pytest.mark.parametrize(
+    "sent, received",
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGHUP, signal.SIGTERM),
+    ],
+)
+def test_signals_are_passed_on(tmp_path, sent, received):
+    """The child is out of reach of the terminal, which would signal it a second time."""
+    before = signal.signal(sent, signal.default_int_handler)  # nohup's tests ignore SIGHUP
+    try:
+        thread = signalled(tmp_path / "child", sent)
+        assert run_child(python(WAIT, tmp_path / "child")) == (received, True)
+        thread.join()
+        pid, session = (tmp_path / "child").read_text().split()
+        assert pid == session and signal.getsignal(sent) == signal.default_int_handler
+    finally:
+        signal.signal(sent, before)
+
+
+def test_under_nohup_the_terminal_may_go():
+    code = "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_child(python(code)) == (0, False)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_a_signal_while_the_child_is_being_started(monkeypatch):
+    class Slow(subprocess.Popen):
+        def __init__(self, *words, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().__init__(*words, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Slow)
+    assert run_child(python("import time; time.sleep(60)")) == (EXIT_STOPPED, True)
+
+
+def test_a_child_that_dies_of_what_was_passed_on(tmp_path):
+    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('x'); time.sleep(60)"
+    thread = signalled(tmp_path / "child", signal.SIGTERM)
+    assert run_child(python(code, tmp_path / "child")) == (EXIT_STOPPED, True)
+    thread.join()
+
+
+def test_a_request_remembers_and_a_second_interrupt_is_one():
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.name == "SIGUSR1"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) == before
