@@ -308,7 +308,7 @@ def write_results(
     args: argparse.Namespace, world: World, data: Data, result: EvaluationResult
 ) -> None:
     folder = Path(args.output)
-    from resnet_backbone.report.evaluation import write_evaluation
+    from resnet_backbone.report.table import write_evaluation
 
     files = write_evaluation(folder, result, data.class_names, data.images.name_of)
     content = {

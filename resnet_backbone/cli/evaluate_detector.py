@@ -255,19 +255,10 @@ def measure(row: Row) -> tuple[dict, bool]:
 
 def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
     """Markdown: our numbers and the paper's, then AP per class."""
-    from resnet_backbone.report.detection_table import Row as Measured
-    from resnet_backbone.report.detection_table import improvements_section
+    from resnet_backbone.report.detection_table import improvements_section, read_row
     from resnet_backbone.report.table import markdown
 
-    measured = [
-        Measured(
-            row["name"],
-            {key: value for key, value in row["results"]["bbox"].items() if value is not None},
-            row["seconds_per_image"],
-        )
-        for row in rows
-    ]
-    parts = [improvements_section(measured)]
+    parts = [improvements_section([read_row(row) for row in rows])]
     parts += [f"`{name}` is left out: {reason}." for name, reason in left_out.items()]
     bbox = [row["results"]["bbox"] for row in rows]
     prefix = "AP50-" if any(key.startswith("AP50-") for key in bbox[0]) else "AP-"

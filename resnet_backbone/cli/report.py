@@ -19,19 +19,18 @@ from resnet_backbone.classification.data.decode import read_rgb
 from resnet_backbone.classification.data.imagenet import EXTENSIONS
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.classification.protocols import centre_crop
-from resnet_backbone.report import (
+from resnet_backbone.report.detection_plots import plot_training
+from resnet_backbone.report.plots import (
+    Responses,
     layer_responses,
-    load_run,
     plot_errors,
     plot_responses,
-    plot_training,
-    results_table,
+    responses_table,
 )
-from resnet_backbone.report.paper import parse_network
-from resnet_backbone.report.responses import Responses, responses_table
+from resnet_backbone.report.published import parse_network
+from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_run
+from resnet_backbone.report.table import results_table
 from resnet_backbone.weights.inputs import InputNormalizer
-
-DETECTION, CLASSIFICATION = "metrics.json", "metrics.jsonl"
 
 CURVES_EPILOG = """\
 examples:
@@ -45,7 +44,7 @@ Runs of tools/train_net.py (metrics.json): total loss and AP50, where the run ev
 (TEST.EVAL_PERIOD above 0, or at its end).
 Runs of tools/train_classifier.py (metrics.jsonl): the paper's Fig. 4 and 6, error against
 iterations, training dashed, test bold; plain and residual networks in panels of their own. Runs
-of the same network, such as several seeds, share a colour; the legend has their mean test error.
+of the same network, such as several seeds, share a color; the legend has their mean test error.
 Runs that are still going on, or were resumed, can be drawn too."""
 
 RESPONSES_EPILOG = """\
@@ -75,12 +74,16 @@ examples:
       --output docs/results/detection.md
   python tools/report.py detection --run output/vgg_seed* output/r50_seed* --voc-root VOC2007 \\
       --rows output/improvements/results.json --output detection.md
+  python tools/report.py detection --run output/r50 output/r101 --reference output/r50 \\
+      --output r101_over_r50.md
 
 Runs that differ in their seeds alone make one row; a folder of seeds (tools/train_net.py --seeds)
-stands for all of them. Each ResNet is compared with the VGG of the same head, data and schedule:
-the gain with its standard error, per class, curves, errors by kind, and pictures of what one of
-them finds and the other misses. Pictures go to the folder that has the file's name without .md.
-Curves and pictures need the images: --voc-root, where the runs' own is elsewhere."""
+stands for all of them. Any detectors can be compared: each ResNet with the VGG of the same head,
+data and schedule, or all others with the one that --reference names, or else with the first.
+The page has the gain with its standard error and its 95 % interval over test images, AP per class,
+curves, errors by kind, and pictures of what one finds and the other misses. Pictures go to the
+folder that has the file's name without .md. Curves, intervals and pictures need the images:
+--voc-root, where the runs' own is elsewhere."""
 
 
 def split_label(text: str) -> tuple[str, str]:
@@ -99,21 +102,21 @@ def parse_run(text: str) -> tuple[str, str]:
         argparse.ArgumentTypeError: there are no metrics.
     """
     folder, label = split_label(text)
-    candidates = [os.path.join(folder, name) for name in (CLASSIFICATION, DETECTION)]
+    candidates = [os.path.join(folder, name) for name in (METRICS, DETECTOR_METRICS)]
     path = next((p for p in (folder, *candidates) if os.path.isfile(p)), None)
     if path is None:
         raise argparse.ArgumentTypeError(
-            f"{folder} has neither {DETECTION} nor {CLASSIFICATION}; give the folder of a training"
+            f"{folder} has neither {DETECTOR_METRICS} nor {METRICS}; give the folder of a training"
             " run"
         )
-    if not label and not path.endswith(CLASSIFICATION):
+    if not label and not path.endswith(METRICS):
         label = os.path.basename(os.path.dirname(os.path.abspath(path)))
     return path, label
 
 
 def curves(args: argparse.Namespace) -> None:
     paths, labels = zip(*args.runs, strict=True)
-    kinds = {path.endswith(CLASSIFICATION) for path in paths}
+    kinds = {path.endswith(METRICS) for path in paths}
     if len(kinds) > 1:
         raise ValueError("detection and classification runs: draw them in pictures of their own")
     if kinds == {True}:
@@ -125,7 +128,7 @@ def curves(args: argparse.Namespace) -> None:
 
 
 def read_images(folder: Path, count: int) -> Tensor:
-    """Centre crops, uint8 (N, 3, 224, 224), of at most ``count`` images spread over a folder."""
+    """Center crops, uint8 (N, 3, 224, 224), of at most ``count`` images spread over a folder."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     if not files:
         raise ValueError(f"{folder} holds no images: give a folder of JPEG or PNG files")
@@ -172,13 +175,14 @@ def table(args: argparse.Namespace) -> None:
 
 
 def detection(args: argparse.Namespace) -> None:
-    from resnet_backbone.report import write_detection_report  # needs Detectron2
+    from resnet_backbone.report.document import write_detection_report  # needs Detectron2
 
     write_detection_report(
         [folder for group in args.runs for folder in group],
         args.output,
         voc_root=args.voc_root,
         rows_files=args.rows,
+        reference=args.reference,
         note=args.note,
         score=args.score,
         command=args.command_line,
@@ -237,7 +241,7 @@ def add_responses(commands) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--cifar10", metavar="DIR", help="CIFAR-10: its test images are used")
     source.add_argument(
-        "--images", metavar="DIR", help="folder of images, centre crops of 224 (short side 256)"
+        "--images", metavar="DIR", help="folder of images, center crops of 224 (short side 256)"
     )
     parser.add_argument("--output", required=True, metavar="FILE.png", help="picture to write")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers, by layer name")
@@ -310,6 +314,12 @@ def add_detection(commands) -> None:
         "--voc-root",
         metavar="DIR",
         help="folder of the test set (default: as in the runs' commands)",
+    )
+    parser.add_argument(
+        "--reference",
+        metavar="DIR",
+        help="run folder that all other detectors are compared with (default: for each ResNet the"
+        " VGG of the same head, data and schedule; without any, the first detector)",
     )
     parser.add_argument(
         "--rows",

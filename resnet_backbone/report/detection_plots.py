@@ -1,8 +1,9 @@
-"""Pictures of detection results: gain per class, curves, errors by kind, losses, time."""
+"""Plots of detection runs: training and learning curves, gain per class, errors, time."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import NamedTuple
@@ -12,16 +13,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from resnet_backbone.report.curves import LOSS, smooth
-from resnet_backbone.report.detector_gain import Gain
-from resnet_backbone.report.detector_runs import DetectorGroup
-from resnet_backbone.report.picture import COLORS
+from resnet_backbone.report.gain import DetectorGroup, Gain
+from resnet_backbone.report.plots import COLORS, assign_colors, save_png
+from resnet_backbone.report.runs import Metrics, load_metrics, smooth
 
+LOSS, AP50 = "total_loss", "bbox/AP50"  # of Detectron2's metrics.json
 OURS, REFERENCE = COLORS[0], COLORS[1]  # the first ResNet and the first VGG, in every picture
 
 
 def detector_colors(groups: Sequence[DetectorGroup]) -> dict[str, str]:
-    """A colour for each detector's label, the same in every picture."""
+    """A color for each detector's label, the same in every picture."""
     others = [color for color in COLORS if color not in (OURS, REFERENCE)]
     colors = {}
     for group in groups:
@@ -29,6 +30,113 @@ def detector_colors(groups: Sequence[DetectorGroup]) -> dict[str, str]:
         free = [color for color in (first, *others) if color not in colors.values()]
         colors[group.label] = free[0] if free else first
     return colors
+
+
+def plot_training(
+    metrics_paths: Sequence[str | os.PathLike],
+    output_png: str | os.PathLike,
+    labels: Sequence[str] | None = None,
+) -> None:
+    """Draw total loss (smoothed over a twentieth of the run, the raw one pale) and AP50 of runs.
+
+    Args:
+        metrics_paths: `metrics.json` files of Detectron2, one per run.
+        output_png: the picture, written in one go; its folder is made.
+        labels: one per run; by default the name of the folder that holds the file.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: no runs, another number of labels than of runs, or a file without metrics.
+    """
+    paths = [os.path.abspath(path) for path in metrics_paths]
+    if not paths:
+        raise ValueError("no runs to draw; give at least one metrics.json")
+    if labels is None:
+        labels = [os.path.basename(os.path.dirname(path)) for path in paths]
+    if len(labels) != len(paths):
+        raise ValueError(f"{len(paths)} runs but {len(labels)} labels; give one label per run")
+    save_png(draw_training([load_metrics(path) for path in paths], labels), output_png)
+
+
+def draw_training(runs: Sequence[Metrics], labels: Sequence[str]) -> Figure:
+    """The figure of :func:`plot_training`."""
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    loss_axes, ap_axes = figure.subplots(2, 1, sharex=True)
+    colors = assign_colors(range(len(runs)))
+    for index, (metrics, label) in enumerate(zip(runs, labels, strict=True)):
+        if LOSS in metrics:
+            loss_axes.plot(*metrics[LOSS], color=colors[index], alpha=0.25, linewidth=0.8)
+            _draw_losses(loss_axes, [metrics[LOSS]], colors[index], label)
+        _draw_learning(ap_axes, [metrics], colors[index], label)
+    loss_axes.set_ylabel("total loss")
+    _finish_training(loss_axes)
+    _finish_training(ap_axes)
+    ap_axes.set(xlabel="iteration", ylabel="AP50 (%)")
+    return figure
+
+
+def plot_learning(groups: Sequence[DetectorGroup], colors: Mapping[str, str]) -> Figure | None:
+    """AP50 against the iteration, a line for each run; None where none evaluated on its way."""
+    runs = {group.label: [run.metrics() for run in group.runs] for group in groups}
+    if not any(len(one[AP50][0]) > 1 for found in runs.values() for one in found if AP50 in one):
+        return None
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for label, found in runs.items():
+        _draw_learning(axes, found, colors[label], label)
+    _finish_training(axes)
+    axes.set(xlabel="iteration", ylabel="AP50 (%)")
+    return figure
+
+
+def _draw_learning(axes: Axes, runs: Sequence[Metrics], color: str, label: str) -> None:
+    for number, metrics in enumerate(one for one in runs if AP50 in one):
+        style = dict(color=color, marker="o", markersize=4, label=None if number else label)
+        axes.plot(*metrics[AP50], **style)
+
+
+def _finish_training(axes: Axes) -> None:
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "not in these runs", ha="center", transform=axes.transAxes)
+
+
+def plot_losses(groups: Sequence[DetectorGroup], colors: Mapping[str, str]) -> Figure | None:
+    """Training losses, smoothed over a twentieth of the run; None where no run has any."""
+    metrics = {group.label: [run.metrics() for run in group.runs] for group in groups}
+    names = {name for runs in metrics.values() for one in runs for name in one}
+    parts = sorted(name for name in names if name.startswith("loss_"))
+    shown = [LOSS, *parts] if LOSS in names else parts
+    if not shown:
+        return None
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.4), layout="constrained")
+    panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axes, name in zip(panels, shown, strict=False):
+        for label, runs in metrics.items():
+            _draw_losses(axes, [one[name] for one in runs if name in one], colors[label], label)
+        axes.set_title(name.replace("_", " "), fontsize="small")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize="small")
+    for axes in panels[len(shown) :]:
+        axes.set_visible(False)
+    figure.supxlabel("iteration", fontsize="small")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(groups), fontsize="small")
+    return figure
+
+
+def _draw_losses(axes: Axes, runs, color: str, label: str) -> None:
+    for number, (iterations, values) in enumerate(runs):
+        smoothed = smooth(values, max(1, len(values) // 20))
+        width = 1.6 if len(runs) == 1 else 1.0
+        name = label if number == 0 else None
+        axes.plot(iterations, smoothed, color=color, linewidth=width, alpha=0.85, label=name)
 
 
 class Curves(NamedTuple):
@@ -178,41 +286,6 @@ def plot_errors_by_kind(
 
 def _kind_text(kind: str) -> str:
     return "missed\n(any score)" if kind == "missed" else kind
-
-
-def plot_losses(groups: Sequence[DetectorGroup], colors: Mapping[str, str]) -> Figure | None:
-    """Training losses, smoothed over a twentieth of the run; None where no run kept any."""
-    metrics = {group.label: [run.metrics() for run in group.runs] for group in groups}
-    names = {name for runs in metrics.values() for one in runs for name in one}
-    parts = sorted(name for name in names if name.startswith("loss_"))
-    shown = [LOSS, *parts] if LOSS in names else parts
-    if not shown:
-        return None
-    columns = min(3, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.4), layout="constrained")
-    panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    for axes, name in zip(panels, shown, strict=False):
-        for label, runs in metrics.items():
-            _draw_losses(axes, [one[name] for one in runs if name in one], colors[label], label)
-        axes.set_title(name.replace("_", " "), fontsize="small")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize="small")
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
-    figure.supxlabel("iteration", fontsize="small")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(groups), fontsize="small")
-    return figure
-
-
-def _draw_losses(axes: Axes, runs, color: str, label: str) -> None:
-    for number, (iterations, values) in enumerate(runs):
-        smoothed = smooth(values, max(1, len(values) // 20))
-        width = 1.6 if len(runs) == 1 else 1.0
-        name = label if number == 0 else None
-        axes.plot(iterations, smoothed, color=color, linewidth=width, alpha=0.85, label=name)
 
 
 class Point(NamedTuple):

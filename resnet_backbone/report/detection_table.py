@@ -1,40 +1,26 @@
-"""Markdown tables of detection results: ours, beside published ones, per class."""
+"""Markdown tables of detection runs: results, published numbers, classes, provenance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
-from resnet_backbone.report.detector_gain import Difference, Gain, signed
-from resnet_backbone.report.detector_runs import ELEVEN_POINT, DetectorGroup, DetectorRun
-from resnet_backbone.report.published_detection import (
-    IMPROVEMENTS,
-    METRIC,
-    NAMES,
-    PROTOCOLS,
-    PUBLISHED,
-    Number,
-    Published,
-    published_gain,
-    task_of,
-)
-from resnet_backbone.report.runs import read_table
-from resnet_backbone.report.table import markdown, mean_and_spread
+from resnet_backbone.report.gain import NONE, DetectorGroup, Difference, Gain, gain_text, signed
+from resnet_backbone.report.published import DETECTORS, IMPROVEMENTS, TASKS, Number, task_of
+from resnet_backbone.report.runs import ELEVEN_POINT, DetectorRun, read_table
+from resnet_backbone.report.table import hardware_text, markdown, mean_and_spread
 
 METRICS = {"AP50": "AP50", ELEVEN_POINT: "AP50, 11-point", "AP": "AP", "AP75": "AP75"}
-NOT_MEASURED, NONE = "not measured", "-"
-
-
-def gain_text(found: Difference | None) -> str:
-    """ "+3.21 ± 0.45 (+2.50 to +4.01)": mean, standard error, range over pairs of runs."""
-    if found is None:
-        return NONE
-    if found.error is None:
-        return signed(found.mean)
-    return f"{signed(found.mean)} ± {found.error:.2f} ({signed(found.low)} to {signed(found.high)})"
+NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
+EVENTS = re.compile(r"events\.out\.tfevents\.(\d{9,11})\.")  # TensorBoard names a file by its start
+# Detectron2 has had no release since 0.6; builds of others carry numbers of their own.
+DETECTRON2_BUILDS = {"0.7.2": "main of 2024-04-17 (sal-detectron2 0.7.2)"}
 
 
 def results_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
@@ -42,17 +28,21 @@ def results_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> s
     used = {key: text for key, text in METRICS.items() if any(g.values(key) for g in groups)}
     rows = []
     for group in groups:
-        first = group.first
         start = [group.label + (" (reduced)" if reductions(group) else "")]
-        start += [first.weights or "none", _seeds(group)]
-        start.append(_iterations(group))
-        rows.append(start + [mean_and_spread(group.values(key)) for key in used])
+        start += [group.first.weights or "none", _seeds(group), _iterations(group)]
+        rows.append(start + [_number_text(group, key) for key in used])
     for gain in gains:
-        numbers = [f"**{gain_text(gain.of(key))}**" for key in used]
+        numbers = [f"**{gain_text(gain, key)}**" for key in used]
         rows.append([f"**{gain.label}**", "", "", "", *numbers])
     table = markdown(["detector", "weights", "seeds", "iterations", *used.values()], rows)
     notes = [f"- {g.label}: {', '.join(g.particulars)}" for g in groups if g.particulars]
     return "\n\n".join([table, "\n".join(notes)] if notes else [table])
+
+
+def _number_text(group: DetectorGroup, key: str) -> str:
+    interval = group.interval(key)
+    text = mean_and_spread(group.values(key))
+    return text if interval is None else f"{text} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def _iterations(group: DetectorGroup) -> str:
@@ -63,7 +53,7 @@ def _iterations(group: DetectorGroup) -> str:
 
 
 def _seeds(group: DetectorGroup) -> str:
-    return ", ".join(NONE if seed is None else str(seed) for seed in group.seeds)
+    return ", ".join(NONE if run.seed is None else str(run.seed) for run in group.runs)
 
 
 def task_of_run(run: DetectorRun) -> str:
@@ -73,42 +63,39 @@ def task_of_run(run: DetectorRun) -> str:
 def reductions(group: DetectorGroup) -> list[str]:
     """How far a group's training and test stay below the published protocol of its data."""
     run = group.first
-    protocol = PROTOCOLS.get(task_of_run(run))
-    if protocol is None:
+    task = TASKS.get(task_of_run(run))
+    if task is None:
         return []
     notes = []
-    whole = protocol.iterations * protocol.images_per_batch
+    whole = task.iterations * task.images_per_batch
     if run.iterations is not None and run.images_per_batch:
         seen = run.iterations * run.images_per_batch
         if seen < whole:
             notes.append(f"{seen:,} images seen in training, not {whole:,}")
-    for sets, least, verb in (
-        (run.config.get("DATASETS.TRAIN", ()), protocol.train_images, "trained on"),
-        (run.test, protocol.test_images, "measured on"),
+    for names, least, verb in (
+        (run.train, task.train_images, "trained on"),
+        (run.test, task.test_images, "measured on"),
     ):
-        sizes = [run.size_of(name) for name in sets]
-        if sizes and all(sizes) and sum(size[0] for size in sizes) < least:
-            notes.append(f"{verb} {sum(size[0] for size in sizes):,} images, not {least:,}")
+        images = run.images_of(names)
+        if images and images < least:
+            notes.append(f"{verb} {images:,} images, not {least:,}")
     side = run.config.get("INPUT.MIN_SIZE_TEST")
-    if side and side < protocol.short_side:
-        notes.append(f"short side {side} px, not {protocol.short_side}")
+    if side and side < task.short_side:
+        notes.append(f"short side {side} px, not {task.short_side}")
     return notes
 
 
 def data_text(group: DetectorGroup) -> str:
     """ "train (2,400 images) → test (800 images), 320 px"."""
     run = group.first
-    sides = (
-        " + ".join(_dataset_text(run, name) for name in names)
-        for names in (run.config.get("DATASETS.TRAIN", ()), run.test)
-    )
+    sides = [" + ".join(_dataset_text(run, n) for n in names) for names in (run.train, run.test)]
     side = run.config.get("INPUT.MIN_SIZE_TEST")
     return " → ".join(sides) + (f", {side} px" if side else "")
 
 
 def _dataset_text(run: DetectorRun, name: str) -> str:
-    size = run.size_of(name)
-    return f"`{short_name(name)}`" + (f" ({size[0]:,} images)" if size else "")
+    images = run.images_of([name])
+    return f"`{short_name(name)}`" + (f" ({images:,} images)" if images else "")
 
 
 def short_name(dataset: str) -> str:
@@ -117,63 +104,50 @@ def short_name(dataset: str) -> str:
 
 
 def published_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
-    """The paper's number, the best public reimplementation's and ours, each with its data."""
+    """Published numbers beside ours, where ours were measured on the same images."""
+    run = groups[0].first  # all groups have one test set
+    task = task_of_run(run)
+    if not task or not TASKS[task].has_test_set(run.test, run.images_of(run.test)):
+        tests = " and ".join(task.test for task in TASKS.values())
+        return f"Published numbers are of {tests}; these runs were measured on other images."
+    metric, rows = TASKS[task].metric, []
+    left: list[DetectorGroup | Gain] = [*groups, *gains]
+    for one in (one for one in DETECTORS if one.task == task):
+        mine = [found for found in left if _networks(found) == (one.network, one.over)]
+        sign = "+" if one.over else ""
+        start = [_name(one.network, one.over)]
+        start += [*_cells(one.paper, sign), *_cells(one.public, sign)]
+        rows += [[*start, *_our_cells(found, metric)] for found in mine]
+        rows += [] if mine else [[*start, NOT_MEASURED, NONE]]
+        left = [found for found in left if found not in mine]
+    for found in left:
+        rows.append([_name(*_networks(found)), *_cells(None) * 2, *_our_cells(found, metric)])
     header = ["network", "paper", "its data", "public", "its data", "**ours**", "its data"]
-    parts = []
-    for task, name in NAMES.items():
-        mine = [group for group in groups if task_of_run(group.first) == task]
-        rows = [
-            row
-            for one in PUBLISHED
-            if one.task == task
-            for row in _published_rows(one, [g for g in mine if _is(one, g)])
-        ]
-        rows += [_unpublished_row(g) for g in mine if not any(_is(p, g) for p in PUBLISHED)]
-        rows += _gain_rows(task, [gain for gain in gains if gain.ours in mine])
-        parts += [f"**{name}**", markdown(header, rows)]
-    return "\n\n".join(parts)
+    return "\n\n".join([f"**{TASKS[task].name}**", markdown(header, rows)])
 
 
-def _is(one: Published, group: DetectorGroup) -> bool:
-    first = group.first
-    same = (one.family, one.depth) == (first.family, first.depth)
-    return same and not first.title.startswith("plain") and one.task == task_of_run(first)
+def _networks(found: DetectorGroup | Gain):
+    """Family and depth of a group; of a gain also those of the other group."""
+    one, other = (found.ours, found.reference) if isinstance(found, Gain) else (found, None)
+    first, second = one.first, other and other.first
+    return (first.family, first.depth), second and (second.family, second.depth)
 
 
-def _published_cells(number: Number | None) -> list[str]:
-    return ["none", NONE] if number is None else [f"{number.value:.1f}", _source(number)]
+def _name(network: tuple[str, int], over: tuple[str, int] | None) -> str:
+    name = f"{network[0]}-{network[1]}"
+    return name if over is None else f"gain, {name} over {over[0]}-{over[1]}"
 
 
-def _source(number: Number) -> str:
-    return f"{number.data} ({number.source})"
+def _cells(number: Number | None, sign: str = "") -> list[str]:
+    if number is None:
+        return ["none", NONE]
+    return [f"{number.value:{sign}.1f}", f"{number.data} ({number.source})"]
 
 
-def _our_cells(group: DetectorGroup, task: str) -> list[str]:
-    return [f"{mean_and_spread(group.values(METRIC[task]))} ({group.label})", data_text(group)]
-
-
-def _published_rows(one: Published, groups: Sequence[DetectorGroup]) -> list[list[str]]:
-    name = f"{'VGG' if one.family == 'VGG' else 'ResNet'}-{one.depth}"
-    start = [name, *_published_cells(one.paper), *_published_cells(one.public)]
-    return [[*start, *_our_cells(group, one.task)] for group in groups] or [
-        [*start, NOT_MEASURED, NONE]
-    ]
-
-
-def _unpublished_row(group: DetectorGroup) -> list[str]:
-    name = group.first.title
-    return [name, *["none", NONE] * 2, *_our_cells(group, task_of_run(group.first))]
-
-
-def _gain_rows(task: str, gains: Sequence[Gain]) -> list[list[str]]:
-    start = ["gain, ResNet-101 over VGG-16"]
-    for number in published_gain(task):
-        start += [f"{number.value:+.1f}", _source(number)]
-    rows = [
-        [*start, f"{gain_text(gain.of(METRIC[task]))} ({gain.label})", data_text(gain.ours)]
-        for gain in gains
-    ]
-    return rows or [[*start, NOT_MEASURED, NONE]]
+def _our_cells(found: DetectorGroup | Gain, metric: str) -> list[str]:
+    if isinstance(found, Gain):
+        return [f"{gain_text(found, metric)} ({found.label})", data_text(found.ours)]
+    return [f"{_number_text(found, metric)} ({found.label})", data_text(found)]
 
 
 class Row(NamedTuple):
@@ -194,16 +168,13 @@ class Row(NamedTuple):
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Reads the rows of an evaluation: name, results (bbox), seconds per image.
+    """Read the rows of an evaluation: name, results (bbox), seconds per image.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a damaged file, or one without rows.
     """
-    content = read_table(path).get("rows")
-    if isinstance(content, dict):
-        content = [{"name": name, **row} for name, row in content.items()]
-    rows = [_read_row(row) for row in content or () if isinstance(row, dict)]
+    rows = [read_row(row) for row in _raw_rows(read_table(path)) if isinstance(row, dict)]
     if not rows or any(not row.name or "AP50" not in row.numbers for row in rows):
         raise ValueError(
             f"{path} has no rows with a name and AP50: give results.json of "
@@ -212,52 +183,57 @@ def load_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _read_row(row: dict) -> Row:
+def _raw_rows(content: Mapping[str, Any]) -> list[Any]:
+    rows = content.get("rows") or ()
+    if isinstance(rows, dict):
+        return [{"name": name, **row} for name, row in rows.items()]
+    return list(rows)
+
+
+def read_row(row: Mapping[str, Any]) -> Row:
+    """A row as tools/evaluate_detector.py records it."""
     numbers = row.get("results", row)
     numbers = numbers.get("bbox", numbers)
     kept = {k: float(v) for k, v in numbers.items() if k in METRICS and v is not None}
     name = row.get("name") or row.get("row") or row.get("label") or ""
-    run, test = str(row.get("run", "")), _test_sets(row.get("config"))
-    return Row(str(name), kept, row.get("seconds_per_image"), run, test)
-
-
-def _test_sets(config: str | None) -> tuple[str, ...]:
-    """As a config's YAML has them; empty where they are not to be found."""
-    try:
-        return tuple(yaml.safe_load(config or "")["DATASETS"]["TEST"])
+    try:  # the test sets are in the config's YAML
+        test = tuple(yaml.safe_load(row.get("config") or "")["DATASETS"]["TEST"])
     except (yaml.YAMLError, KeyError, TypeError):
-        return ()
+        test = ()
+    return Row(str(name), kept, row.get("seconds_per_image"), str(row.get("run", "")), test)
 
 
 def improvements_section(rows: Sequence[Row]) -> str:
-    """Our rows, and the paper's beside those of the same name, in its order."""
+    """Our rows; on COCO val the paper's beside those of the same name, in its order."""
     used = {key: text for key, text in METRICS.items() if any(key in row.numbers for row in rows)}
     header = ["row", *(f"**ours**, {text}" for text in used.values()), "s/image"]
-    header += ["paper, COCO val, AP50 / AP", "paper, COCO test-dev, AP50 / AP"]
     cells, place = [], -1  # in the paper's order, rows of other names after the one before
     for row in rows:
         numbers = [f"{row.numbers[key]:.2f}" if key in row.numbers else NONE for key in used]
         seconds = NOT_MEASURED if row.seconds is None else f"{row.seconds:.3g}"
         paper = next((i for i in IMPROVEMENTS if any(k in row.name.lower() for k in i.keys)), None)
         place = IMPROVEMENTS.index(paper) if paper else place
-        cells.append((place, paper, [_spaced(row.name), *numbers, seconds, *_paper_cells(paper)]))
+        name = f"+ {row.name[1:].lstrip()}" if row.name.startswith("+") else row.name
+        cells.append((place, paper, [name, *numbers, seconds]))
+    if not is_coco(rows):
+        return markdown(header, [row for _, _, row in cells])
+    header += ["paper, COCO val, AP50 / AP", "paper, COCO test-dev, AP50 / AP"]
     measured = [paper for _, paper, _ in cells]
+    nothing = [NOT_MEASURED] * (len(used) + 1)
     for place, paper in enumerate(IMPROVEMENTS):
         if paper not in measured:
-            nothing = [NOT_MEASURED] * (len(used) + 1)
-            cells.append((place, paper, [paper.name, *nothing, *_paper_cells(paper)]))
-    return markdown(header, [row for _, _, row in sorted(cells, key=lambda cell: cell[0])])
+            cells.append((place, paper, [paper.name, *nothing]))
+    cells.sort(key=lambda cell: cell[0])
+    return markdown(header, [[*row, *_paper_cells(paper)] for _, paper, row in cells])
 
 
-def _spaced(name: str) -> str:
-    """As the paper's rows: "+ refinement", whatever follows the plus sign."""
-    return f"+ {name[1:].lstrip()}" if name.startswith("+") else name
+def is_coco(rows: Sequence[Row]) -> bool:
+    """Whether rows were measured on the images of the paper's Table 9."""
+    return all(TASKS["coco"].has_test_set(row.test, None) for row in rows)
 
 
 def _paper_cells(paper) -> list[str]:
-    if paper is None:
-        return [NONE, NONE]
-    pairs = (paper.val, paper.test_dev)
+    pairs = (paper.val, paper.test_dev) if paper else (None, None)
     return [NONE if pair is None else f"{pair[0]:.1f} / {pair[1]:.1f}" for pair in pairs]
 
 
@@ -282,3 +258,100 @@ def _class_gain(found: Difference | None) -> str:
     if found is None:
         return NONE
     return signed(found.mean) + ("" if found.error is None else f" ± {found.error:.2f}")
+
+
+def provenance_section(groups: Sequence[DetectorGroup], commands: Mapping[str, str]) -> str:
+    """For every detector what it was evaluated on, how it is reduced, and each run's command.
+
+    Args:
+        commands: of :func:`~resnet_backbone.report.table.show_commands`.
+    """
+    parts = []
+    for group in groups:
+        lines = [f"**{group.label}**: {_evaluated(group.first)}."]
+        notes = reductions(group)
+        if notes:
+            lines.append(f"**Reduced**, against the published protocol: {'; '.join(notes)}.")
+        parts.append("\n".join([*lines, "", *(_run_text(run, commands) for run in group.runs)]))
+    return "\n\n".join(parts)
+
+
+def rows_provenance(path: Path, commands: Mapping[str, str]) -> str:
+    """Command, hardware and dates of the rows of tools/evaluate_detector.py."""
+    content = read_table(path)
+    rows = _raw_rows(content)
+    facts = [
+        " and ".join(dict.fromkeys(filter(None, texts)))
+        for texts in (
+            [hardware_text(row.get("hardware")) for row in rows],
+            [str(row.get("precision") or "") for row in rows],
+            [str(row.get("date") or "")[:10] for row in rows],
+        )
+    ]
+    known = "; ".join(fact for fact in facts if fact) or f"hardware {NOT_RECORDED}"
+    command = commands.get(content.get("command"), NOT_RECORDED)
+    return f"Improvements in testing: {known}  \n`{command}`"
+
+
+def _evaluated(run: DetectorRun) -> str:
+    images, objects = run.images_of(run.test), run.objects
+    parts = [f"{images:,} images"] if images else []
+    if objects:
+        difficult = sum(row["difficult"] for row in run.details["classes"])
+        parts.append(f"{sum(objects.values()):,} boxes")
+        parts += [f"{difficult:,} difficult ones (which count neither way)"] if difficult else []
+    return "evaluated on " + (", ".join(parts) or f"{' + '.join(run.test)}, size {NOT_RECORDED}")
+
+
+def _run_text(run: DetectorRun, commands: Mapping[str, str]) -> str:
+    seed = NOT_RECORDED if run.seed is None else run.seed
+    score = run.numbers.get("AP50")
+    facts = [hardware(run), versions(run), date(run)]
+    known = "; ".join(fact for fact in facts if fact)
+    command = commands.get(run.results.get("command"), NOT_RECORDED)
+    return (
+        f"- seed {seed}, AP50 {NONE if score is None else f'{score:.2f}'}; {known}  \n  `{command}`"
+    )
+
+
+def hardware(run: DetectorRun) -> str:
+    """The GPU or CPU, from results.json or the environment that the log has."""
+    given = hardware_text(run.results.get("hardware"))
+    if given:
+        return given
+    gpus = re.findall(r"^GPU \d[\d,]*\s+(.+?)(?: \(arch.*)?$", run.log, re.MULTILINE)
+    if gpus and run.config.get("MODEL.DEVICE") != "cpu":
+        return gpus[0].strip()
+    if run.config.get("MODEL.DEVICE") == "cpu":
+        capability = re.search(r"CPU capability usage: (\S+)", run.log)
+        return f"CPU ({capability[1]})" if capability else "CPU"
+    return f"hardware {NOT_RECORDED}"
+
+
+def timing(run: DetectorRun) -> str:
+    """How the seconds per image of the run's own evaluation were measured."""
+    count, processes = (run.results.get(key) or 1 for key in ("images_at_a_time", "processes"))
+    facts = [hardware(run), f"{count} image{'s' * (count > 1)} at a time"]
+    facts += [f"{processes} processes beside one another"] if processes > 1 else []
+    return ", ".join(facts)
+
+
+def versions(run: DetectorRun) -> str:
+    """PyTorch's version and Detectron2's build, as the log has them."""
+    found = dict(re.findall(r"^(PyTorch|detectron2)\s+(\S+) @", run.log, re.MULTILINE))
+    if "detectron2" in found:
+        build = found.pop("detectron2")
+        found["Detectron2"] = DETECTRON2_BUILDS.get(build, build)
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def date(run: DetectorRun) -> str:
+    """Day of the results, or of the run's first start as TensorBoard's file says; "" else."""
+    given = run.results.get("date")
+    if given:
+        return str(given)[:10]
+    starts = [EVENTS.match(name) for name in os.listdir(run.folder)]
+    starts = [int(match[1]) for match in starts if match]
+    if not starts:
+        return ""
+    return datetime.fromtimestamp(min(starts), timezone.utc).strftime("%Y-%m-%d")

@@ -22,6 +22,7 @@ from resnet_backbone.report.detection_plots import (
     plot_class_curves,
     plot_class_gains,
     plot_errors_by_kind,
+    plot_learning,
     plot_losses,
     plot_mean_curves,
 )
@@ -29,51 +30,62 @@ from resnet_backbone.report.detection_table import (
     Row,
     class_section,
     improvements_section,
+    is_coco,
     load_rows,
+    provenance_section,
     published_section,
     reductions,
     results_section,
-    short_name,
-)
-from resnet_backbone.report.detector_gain import Gain, describe_gain, find_gains
-from resnet_backbone.report.detector_provenance import (
-    clean_command,
-    provenance_section,
     rows_provenance,
+    short_name,
     timing,
 )
-from resnet_backbone.report.detector_runs import DetectorGroup, group_runs, load_detector_runs
-from resnet_backbone.report.evidence import (
-    NoEvidence,
-    Truth,
+from resnet_backbone.report.detections import (
+    DRAWS,
+    NoDetections,
     interpolated_precision,
     load_all,
+    resample_groups,
+    with_defaults,
 )
-from resnet_backbone.report.misses import RULE, SCORE, find_misses, select_misses
-from resnet_backbone.report.picture import save_png
-from resnet_backbone.report.sheet import Pair, Section, make_sheet
-from resnet_backbone.report.versions import with_defaults
+from resnet_backbone.report.gain import DetectorGroup, Gain, describe_gain, find_gains, group_runs
+from resnet_backbone.report.pictures import (
+    RULE,
+    SCORE,
+    Pair,
+    Section,
+    find_misses,
+    make_sheet,
+    select_misses,
+)
+from resnet_backbone.report.plots import save_png
+from resnet_backbone.report.runs import load_detector_runs, read_table
+from resnet_backbone.report.table import WHERE, show_commands
 
-PAIRS, PAIRS_BACK = 6, 2  # objects shown that the ResNet finds, and the other way round
+PAIRS, PAIRS_BACK = 6, 2  # objects shown that a detector finds, and the other way round
 BASELINE = "baseline"  # the row of a detector as it was trained
 PICTURES = ("gain_per_class.png", "precision_recall.png", "precision_recall_classes.png")
-PICTURES += ("errors.png", "losses.png", "accuracy_time*.png", "misses_*.jpg")
+PICTURES += ("errors.png", "losses.png", "learning.png", "accuracy_time*.png", "misses_*.jpg")
 
 SPREAD = """\
 AP in percent: mean ± sample standard deviation over the seeds (one seed: no spread). Gains: \
 difference of the means ± its standard error, and the smallest and largest difference of two runs, \
 one of each detector. AP50 is the area under the curve (VOC 2010 and later), 11-point is VOC \
 2007's, AP the mean over IoU .5:.95."""
+INTERVALS = f"""\
+In brackets: 95 % intervals (percentiles) over {DRAWS:,} test sets drawn with replacement from the \
+test images; of a gain, with the same images for both detectors. They hold for these trained \
+networks: training again is what the spread over seeds is of."""
 SOURCES = """\
 Paper: arXiv 1512.03385. Public: the best number of tf-faster-rcnn, Detectron2's model zoo and \
 MoCo's Detectron2 config for this network; of the gains, that of tf-faster-rcnn, which has both \
-networks. Numbers compare only where their data are the same."""
+networks. Numbers compare only where their training data are the same too."""
 ERRORS = """\
 Of each class as many best-scored detections are looked at as it has objects (Hoiem et al., ECCV \
-2012; IoU .5): correct, localisation (IoU .1 to .5 with an object of the class), confusion (with \
+2012; IoU .5): correct, localization (IoU .1 to .5 with an object of the class), confusion (with \
 one of another class), background, duplicate. Missed are the objects that no detection found at \
 any score. All in percent of the objects, summed over the classes."""
-IMPROVEMENTS = """\
+TABLE_9 = """\
 Ours beside the paper's Table 9 (ResNet-101 on COCO, each row on top of the one above; test-dev: \
 trained on trainval)."""
 
@@ -103,17 +115,20 @@ def write_detection_report(
     output: str | os.PathLike,
     voc_root: str | None = None,
     rows_files: Sequence[str | os.PathLike] = (),
+    reference: str | os.PathLike | None = None,
     note: str = "",
     score: float = SCORE,
     command: str = "",
 ) -> None:
-    """Writes the report, and its pictures into the folder beside it that has its name.
+    """Write the report, and its pictures into the folder beside it that has its name.
 
     Args:
         folders: run folders of tools/train_net.py, or folders of several seeds.
         output: Markdown file, written last and only if nothing goes wrong.
         voc_root: of the test set; by default as the runs' commands have it.
         rows_files: results.json of tools/evaluate_detector.py.
+        reference: run folder that the others are compared with, see
+            :func:`~resnet_backbone.report.gain.find_gains`.
         note: a paragraph on the data.
         score: from which on a detection counts in the pictures, 0..1.
         command: that makes this report.
@@ -122,45 +137,50 @@ def write_detection_report(
         OSError, ValueError: a run that has not ended, damaged files, the same seed twice, runs of
             different test sets.
     """
-    output = Path(output)
+    output, rows_files = Path(output), [Path(file) for file in rows_files]
     groups = group_runs(with_defaults(load_detector_runs(folders)))
-    gains = find_gains(groups)
-    tables = [load_rows(Path(file)) for file in rows_files]
-    improved = [rows for rows in tables if len(rows) > 1]  # one row is a measurement of time
+    gains = find_gains(groups, None if reference is None else Path(reference))
+    tables = [load_rows(file) for file in rows_files]
+    truth, detections, reason = None, [], ""
+    try:
+        truth, detections = load_all(groups, voc_root)
+        resample_groups(groups, detections, len(truth.images))
+    except NoDetections as error:
+        reason = str(error)
     report = Report(output.with_suffix("").name)
     _add_results(report, groups, gains, note)
-    if improved:
-        report.add("## Improvements in testing")
-        for rows in improved:
-            report.add(improvements_section(rows), _elsewhere(groups, rows[0]))
-        report.add(IMPROVEMENTS)
+    _add_improvements(report, groups, tables)
     _add_classes(report, groups, gains)
-    try:
-        truth, evidence = load_all(groups, voc_root)
-        reason = ""
-    except NoEvidence as error:
-        truth, evidence, reason = None, [], str(error)
-    _add_curves(report, groups, truth, evidence, reason)
+    report.add("## Precision and recall")
+    if truth is None:
+        report.add(f"Neither curves nor intervals: {reason}.")
+    else:
+        _add_curves(report, groups, truth.classes, detections)
     _add_errors(report, groups)
-    _add_losses(report, groups)
+    _add_training(report, groups)
     _add_time(report, groups, [row for rows in tables for row in rows])
-    _add_misses(report, groups, gains, truth, evidence, reason, score)
-    made = f"This page: `{clean_command(command)}`" if command else ""
-    sources = [rows_provenance(Path(file)) for file in rows_files]
-    report.add("## How", provenance_section(groups), *sources, made)
+    report.add("## What one finds and the other misses")
+    if truth is None or not gains:
+        report.add(f"No pictures: {reason or 'there is one detector only'}.")
+    else:
+        for gain in gains:
+            sides = [detections[groups.index(group)] for group in (gain.ours, gain.reference)]
+            _add_sheet(report, gain, *sides, truth, score)
+    _add_provenance(report, groups, rows_files, command)
     write_whole(output, report)
 
 
 def _add_results(report: Report, groups, gains: Sequence[Gain], note: str) -> None:
     report.add("# Detection: our runs beside published numbers")
     sentences = [f"- {describe_gain(gain)} {_fairness(gain)}" for gain in gains]
-    report.add("\n".join(sentences) or "No VGG and ResNet of the same head, data and schedule.")
+    report.add("\n".join(sentences) or "One detector: there is nothing to compare it with.")
     if any(map(reductions, groups)):
         report.add(
             "**Reduced runs**: training, data or image size stay below the published protocol, see "
             "[How](#how). Their numbers compare with each other, not with published ones."
         )
     report.add(note, "## Results", results_section(groups, gains), SPREAD)
+    report.add(INTERVALS if any(group.draws for group in groups) else "")
     report.add("## Beside published numbers", published_section(groups, gains), SOURCES)
 
 
@@ -168,6 +188,14 @@ def _fairness(gain: Gain) -> str:
     if not gain.differences:
         return "Apart from the network and its input, their configs are the same."
     return f"Their configs also differ in: {'; '.join(gain.differences)}."
+
+
+def _add_improvements(report: Report, groups, tables: Sequence[Sequence[Row]]) -> None:
+    improved = [rows for rows in tables if len(rows) > 1]  # one row is a measurement of time
+    report.add("## Improvements in testing" if improved else "")
+    for rows in improved:
+        report.add(improvements_section(rows), _elsewhere(groups, rows[0]))
+        report.add(TABLE_9 if is_coco(rows) else "Each row adds to the one above.")
 
 
 def _add_classes(report: Report, groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> None:
@@ -178,19 +206,15 @@ def _add_classes(report: Report, groups: Sequence[DetectorGroup], gains: Sequenc
     report.add(class_section(groups, gains))
 
 
-def _add_curves(report: Report, groups, truth: Truth | None, evidence, reason: str) -> None:
-    report.add("## Precision and recall")
-    if truth is None:
-        report.add(f"No curves: {reason}.")
-        return
+def _add_curves(report: Report, groups, classes: Sequence[str], detections) -> None:
     curves, colors = [], detector_colors(groups)
-    for group, runs in zip(groups, evidence, strict=True):
+    for group, runs in zip(groups, detections, strict=True):
         precision = np.array([interpolated_precision(run.numbers) for run in runs])
         curves.append(Curves(group.label, colors[group.label], precision))
     report.add(f"At IoU {CURVE_IOU:g}; thin lines are single runs, bold ones their mean.")
     report.show("precision_recall.png", plot_mean_curves(curves), "precision and recall")
-    classes = plot_class_curves(curves, truth.classes)
-    report.show("precision_recall_classes.png", classes, "precision and recall of each class")
+    figure = plot_class_curves(curves, classes)
+    report.show("precision_recall_classes.png", figure, "precision and recall of each class")
 
 
 def _add_errors(report: Report, groups: Sequence[DetectorGroup]) -> None:
@@ -208,13 +232,16 @@ def _add_errors(report: Report, groups: Sequence[DetectorGroup]) -> None:
     )
 
 
-def _add_losses(report: Report, groups: Sequence[DetectorGroup]) -> None:
+def _add_training(report: Report, groups: Sequence[DetectorGroup]) -> None:
     report.add("## Training")
-    figure = plot_losses(groups, detector_colors(groups))
-    if figure is None:
-        report.add("No losses: the runs have no metrics.json.")
+    colors = detector_colors(groups)
+    learning, losses = plot_learning(groups, colors), plot_losses(groups, colors)
+    if learning is not None:
+        report.show("learning.png", learning, "AP50 during training, a line for each run")
+    if losses is not None:
+        report.show("losses.png", losses, "training losses, a line for each run")
     else:
-        report.show("losses.png", figure, "training losses, a line for each run")
+        report.add("No losses: the runs have no metrics.json.")
 
 
 def _elsewhere(groups: Sequence[DetectorGroup], row: Row) -> str:
@@ -226,38 +253,27 @@ def _elsewhere(groups: Sequence[DetectorGroup], row: Row) -> str:
 
 
 def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Row]) -> None:
+    """The detectors and the rows on the same images in one plot, other images in further ones."""
     report.add("## Accuracy and time")
-    points, colors, without, own, others = [], detector_colors(groups), [], [], []
+    colors = detector_colors(groups)
+    labels = {run.folder.resolve(): group.label for group in groups for run in group.runs}
     timed = [row for row in rows if row.seconds is not None]
-    here = [row for row in timed if not _elsewhere(groups, row)]
-    elsewhere = [row for row in timed if row not in here]
-    measured, borrowed = (
-        {Path(row.run).resolve(): row.seconds for row in some if row.name == BASELINE and row.run}
-        for some in (here, elsewhere)
-    )
+    elsewhere = [row for row in timed if _elsewhere(groups, row)]
+    here = [row for row in timed if row not in elsewhere]
+    points, sources = [], {}
     for group in groups:
-        seconds, values = group.seconds_per_image(measured), group.values("AP50")
-        if seconds is None:
-            seconds = group.seconds_per_image(borrowed)
-            (without if seconds is None else others).append(group.label)
-        elif not any(run.folder.resolve() in measured for run in group.runs):
-            own.append(group)
+        seconds, source = _seconds(group, here, elsewhere)
+        sources.setdefault(source, []).append(group.label)
+        values = group.values("AP50")
         if seconds is not None and values:
             spread = statistics.stdev(values) if len(values) > 1 else None
-            ap50, color = statistics.fmean(values), colors[group.label]
-            points.append(Point(group.label, seconds, ap50, spread, color))
-    labels = {run.folder.resolve(): group.label for group in groups for run in group.runs}
+            ap50 = statistics.fmean(values)
+            points.append(Point(group.label, seconds, ap50, spread, colors[group.label]))
     points += [_row_point(row, labels, colors) for row in here if row.name != BASELINE]
     if points:
         report.show("accuracy_time.png", plot_accuracy_and_time(points), "AP50 and seconds")
-    if own:
-        names = ", ".join(group.label for group in own)
-        ways = dict.fromkeys(timing(run) for group in own for run in group.runs)
-        report.add(f"Seconds per image of {names}: the runs' own evaluations ({'; '.join(ways)}).")
-    if others:
-        report.add(f"Seconds per image of {', '.join(others)}: those of the rows on other images.")
-    if without:
-        report.add(f"Seconds per image: not measured for {', '.join(without)}.")
+    for source, names in sources.items():
+        report.add(f"Seconds per image of {', '.join(names)}: {source}." if source else "")
     for place, test in enumerate(dict.fromkeys(row.test for row in elsewhere), 2):
         found = [row for row in elsewhere if row.test == test]
         figure = plot_accuracy_and_time([_row_point(row, labels, colors) for row in found])
@@ -265,25 +281,33 @@ def _add_time(report: Report, groups: Sequence[DetectorGroup], rows: Sequence[Ro
         report.show(f"accuracy_time_{place}.png", figure, "AP50 and seconds of these rows")
 
 
+def _seconds(
+    group: DetectorGroup, here: Sequence[Row], elsewhere: Sequence[Row]
+) -> tuple[float | None, str]:
+    """Seconds per image of a group, and from where: rows here ("") come first."""
+    ways = "; ".join(dict.fromkeys(timing(run) for run in group.runs))
+    found = {
+        "": group.seconds_per_image(_baselines(here)),
+        f"the runs' own evaluations ({ways})": group.seconds_per_image(),
+        "the rows on other images": group.seconds_per_image(_baselines(elsewhere)),
+    }
+    known = ((seconds, source) for source, seconds in found.items() if seconds is not None)
+    return next(known, (None, "not measured"))
+
+
+def _baselines(rows: Sequence[Row]) -> dict[Path, float]:
+    """Seconds per image of runs as they were trained, by their folders."""
+    return {Path(r.run).resolve(): r.seconds for r in rows if r.name == BASELINE and r.run}
+
+
 def _row_point(row: Row, labels: Mapping[Path, str], colors: Mapping[str, str]) -> Point:
-    """A baseline has its run's label and colour."""
+    """A baseline has its run's label and color."""
     label = labels.get(Path(row.run).resolve()) if row.name == BASELINE else None
     color = {"color": colors[label]} if label else {}
     return Point(label or row.name, row.seconds, row.numbers["AP50"], **color)
 
 
-def _add_misses(report, groups, gains: Sequence[Gain], truth, evidence, reason, score) -> None:
-    report.add("## What one finds and the other misses")
-    if not gains or truth is None:
-        why = reason if gains else "they need a VGG and a ResNet of the same head and schedule"
-        report.add(f"No pictures: {why}.")
-        return
-    for gain in gains:
-        ours, reference = (evidence[groups.index(g)] for g in (gain.ours, gain.reference))
-        _add_sheet(report, gain, ours, reference, truth, score)
-
-
-def _add_sheet(report: Report, gain: Gain, ours, reference, truth: Truth, score: float) -> None:
+def _add_sheet(report: Report, gain: Gain, ours, reference, truth, score: float) -> None:
     label, other = gain.ours.label, gain.reference.label
     counts = [
         int(np.isfinite(find_misses(*pair, score)).sum())
@@ -319,8 +343,17 @@ def _add_sheet(report: Report, gain: Gain, ours, reference, truth: Truth, score:
     )
 
 
+def _add_provenance(report: Report, groups, rows_files: Sequence[Path], command: str) -> None:
+    recorded = [run.results.get("command") for group in groups for run in group.runs]
+    recorded += [read_table(file).get("command") for file in rows_files]
+    commands = show_commands([*recorded, command])
+    report.add("## How", WHERE, provenance_section(groups, commands))
+    report.add(*(rows_provenance(file, commands) for file in rows_files))
+    report.add(f"This page: `{commands[command]}`" if command else "")
+
+
 def write_whole(output: Path, report: Report) -> None:
-    """Writes pictures and text to a temporary folder first, then puts them in place."""
+    """Write pictures and text to a temporary folder first, then put them in place."""
     folder = output.with_suffix("")
     output.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{output.stem}.", dir=output.parent))

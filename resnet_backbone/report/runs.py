@@ -1,26 +1,117 @@
-"""Run folders of the classification trainer: config.yaml, metrics.jsonl, results.json."""
+"""Run folders of the two trainers: metrics, resolved config and results."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import yaml
 
-from resnet_backbone.report.curves import Metrics, load_metrics
-from resnet_backbone.report.paper import Network, parse_network
+from resnet_backbone.report.published import Network, parse_network
 
-METRICS, CONFIG, RESULTS = "metrics.jsonl", "config.yaml", "results.json"
+Metrics = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> iterations (N,), values (N,)
+
+CONFIG, RESULTS = "config.yaml", "results.json"
+METRICS, DETECTOR_METRICS = "metrics.jsonl", "metrics.json"  # of our trainer, of Detectron2's
+VOC_RESULTS, LOG = "voc_results.json", "log.txt"
+PER_CLASS = ("AP50-", "AP-")  # of VOC's evaluator, of COCO's
+ELEVEN_POINT = "AP50-11pt"
+
+logger = logging.getLogger(__name__)
+
+
+def load_metrics(path: str | os.PathLike) -> Metrics:
+    """Read a metrics file: one JSON object per line, each with "iteration".
+
+    Where a resumed run wrote an iteration again, the later value counts. Lines that are not JSON
+    (the last one of a run that is still writing or was killed) are skipped with a warning.
+
+    Returns:
+        For each number in the file (total_loss, lr, "bbox/AP50", ...): iterations (N,), rising,
+        and values (N,).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: nothing in the file can be used.
+    """
+    series: dict[str, dict[int, float]] = {}
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                iteration = int(entry["iteration"])
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s line %d is incomplete, skipped", path, number)
+                continue
+            for key, value in entry.items():
+                if isinstance(value, (int, float)):
+                    series.setdefault(key, {})[iteration] = value
+    if not series:
+        raise ValueError(f"{path} has no metrics; give the metrics file of a training run")
+    rows = {key: sorted(values.items()) for key, values in series.items()}
+    return {
+        key: (np.array([i for i, _ in row]), np.array([v for _, v in row], dtype=np.float64))
+        for key, row in rows.items()
+    }
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Centered running mean over `window` values (fewer at the ends); nan is left out.
+
+    Raises:
+        ValueError: window below 1.
+    """
+    if window < 1:
+        raise ValueError(f"window is {window}; give 1 or more")
+    good = np.isfinite(values)
+    places = np.arange(len(values))
+    start = np.maximum(places - (window - 1) // 2, 0)
+    stop = np.minimum(places + window // 2 + 1, len(values))
+    total = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(good)])
+    with np.errstate(invalid="ignore"):
+        return (total[stop] - total[start]) / (count[stop] - count[start])
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Content of a JSON or YAML file that holds a mapping.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    parse = json.loads if path.suffix == ".json" else yaml.safe_load
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged ({reason}): copy it again from the run") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a mapping: copy it again from the run")
+    return content
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("data.format", "cifar10") ... of a nested config."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder.
+    """A run folder of tools/train_classifier.py.
 
     Attributes:
         folder: of the run.
@@ -45,6 +136,11 @@ class Run:
         return found or ("cifar10" if self.network.cifar else "imagenet")
 
     @property
+    def numbers(self) -> dict[str, Any]:
+        """Errors in percent by name: val_top1_error, and others."""
+        return self.results
+
+    @property
     def iterations(self) -> int | None:
         """Iterations that it trains for."""
         planned = self.config.get("schedule", {}).get("iterations")
@@ -55,12 +151,12 @@ class Run:
         return self.results.get("seed", self.config.get("train", {}).get("seed"))
 
     def metrics(self) -> Metrics:
-        """Series by name, see :func:`~resnet_backbone.report.curves.load_metrics`."""
+        """Series by name, see :func:`load_metrics`."""
         return load_metrics(self.folder / METRICS)
 
 
 def load_run(folder: str | os.PathLike) -> Run:
-    """Reads a run's config and results, where it has them.
+    """Read a classification run's config and results, where it has them.
 
     Raises:
         FileNotFoundError: no such folder, or none of the files that a run leaves.
@@ -79,27 +175,192 @@ def load_run(folder: str | os.PathLike) -> Run:
     )
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """Content of a JSON or YAML file that is a table of keys.
+@dataclass(frozen=True)
+class DetectorRun:
+    """A run folder of tools/train_net.py.
+
+    Attributes:
+        folder: of the run.
+        config: its resolved config, "MODEL.RESNETS.DEPTH" -> 50.
+        results: content of results.json.
+        details: content of voc_results.json; empty where the run has none (COCO).
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    results: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> dict[str, float | None]:
+        """AP in percent by name: AP, AP50, AP75, and others."""
+        return self.results["results"]["bbox"]
+
+    @property
+    def class_metric(self) -> str:
+        """ "AP50" or "AP": what the numbers per class are."""
+        return next((p[:-1] for p in PER_CLASS if _of_classes(self.numbers, p)), "AP50")
+
+    @property
+    def classes(self) -> dict[str, float | None]:
+        """AP in percent by class; None for a class without ground truth."""
+        return _of_classes(self.numbers, self.class_metric + "-")
+
+    @property
+    def objects(self) -> dict[str, int]:
+        """Boxes that count, by class; empty where voc_results.json is missing."""
+        return {row["class"]: row["ground_truth"] for row in self.details.get("classes", ())}
+
+    @property
+    def seed(self) -> int | None:
+        return self.results.get("seed", self.config.get("SEED"))
+
+    @property
+    def iterations(self) -> int | None:
+        return self.results.get("iterations")
+
+    @property
+    def planned_iterations(self) -> int | None:
+        """More than :attr:`iterations` where the run ended early."""
+        return self.config.get("SOLVER.MAX_ITER", self.iterations)
+
+    @property
+    def images_per_batch(self) -> int | None:
+        return self.results.get("images_per_batch", self.config.get("SOLVER.IMS_PER_BATCH"))
+
+    @property
+    def train(self) -> list[str]:
+        return list(self.config.get("DATASETS.TRAIN", ()))
+
+    @property
+    def test(self) -> list[str]:
+        return list(self.results.get("test") or self.config.get("DATASETS.TEST", ()))
+
+    @property
+    def weights(self) -> str:
+        """File name of the weights that it began with; "" for none."""
+        given = self.config.get("MODEL.WEIGHTS", self.results.get("weights")) or ""
+        return given.rstrip("/").rpartition("/")[2]
+
+    @property
+    def family(self) -> str:
+        if "vgg" in self.config.get("MODEL.BACKBONE.NAME", ""):
+            return "VGG"
+        return "plain" if self.config.get("RESNET_BACKBONE.SHORTCUT") == "none" else "ResNet"
+
+    @property
+    def depth(self) -> int:
+        key = "RESNET_BACKBONE.VGG.DEPTH" if self.family == "VGG" else "MODEL.RESNETS.DEPTH"
+        return int(self.config.get(key, 0))
+
+    @property
+    def head(self) -> str:
+        """ "FPN", "C4" (a single map; for VGG conv5_3), "DC5" or "RetinaNet"."""
+        if self.config.get("MODEL.META_ARCHITECTURE") == "RetinaNet":
+            return "RetinaNet"
+        if "fpn" in self.config.get("MODEL.BACKBONE.NAME", ""):
+            return "FPN"
+        return "DC5" if "res5" in self.config.get("MODEL.ROI_HEADS.IN_FEATURES", ()) else "C4"
+
+    @property
+    def title(self) -> str:
+        """Such as "R-50-FPN", "VGG-16"."""
+        network = f"{'R' if self.family == 'ResNet' else self.family}-{self.depth}"
+        return network if (self.family, self.head) == ("VGG", "C4") else f"{network}-{self.head}"
+
+    def metrics(self) -> Metrics:
+        """Series by name; empty where the run kept none."""
+        path = self.folder / DETECTOR_METRICS
+        return load_metrics(path) if path.is_file() else {}
+
+    @property
+    def inference(self) -> Path:
+        """Folder of what its evaluation on the first test set wrote."""
+        return self.folder / "inference" / self.test[0].replace("/", "_")
+
+    @cached_property
+    def log(self) -> str:
+        path = self.folder / LOG
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+    def images_of(self, datasets: Iterable[str]) -> int | None:
+        """Images of some data sets, as the log has them; None where it lacks one."""
+        pattern = r"data set {}: (\d+) images, \d+ boxes"
+        found = [re.findall(pattern.format(re.escape(name)), self.log) for name in datasets]
+        return sum(int(numbers[-1]) for numbers in found) if found and all(found) else None
+
+
+def _of_classes(numbers: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        key.removeprefix(prefix): value
+        for key, value in numbers.items()
+        if key.startswith(prefix) and key != ELEVEN_POINT
+    }
+
+
+def load_detector_run(folder: str | os.PathLike) -> DetectorRun:
+    """Read a detection run that has ended.
 
     Raises:
-        ValueError: a damaged file.
+        FileNotFoundError: no results.json or no config.yaml.
+        ValueError: a damaged file, or results without boxes.
     """
-    parse = json.loads if path.suffix == ".json" else yaml.safe_load
-    try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged ({reason}): copy it again from the run") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no table of keys: copy it again from the run")
-    return content
+    folder = Path(folder)
+    for name in (RESULTS, CONFIG):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}: it is not a run folder of tools/train_net.py, or the "
+                "run has not ended (continue it with --resume)"
+            )
+    config, results = dict(flatten(read_table(folder / CONFIG))), read_table(folder / RESULTS)
+    if not (results.get("results") or {}).get("bbox"):
+        raise ValueError(f"{folder / RESULTS} has no results of boxes: evaluate the run first")
+    run = DetectorRun(folder.resolve(), config, results)
+    path = run.inference / VOC_RESULTS if run.test else folder / VOC_RESULTS
+    run.details.update(read_table(path) if path.is_file() else {})
+    return run
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("data.format", "cifar10") ... of a nested config."""
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+def load_detector_runs(folders: Iterable[str | os.PathLike]) -> list[DetectorRun]:
+    """Read runs; a folder of seeds (seed_1, seed_2, ...) stands for all of them.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`load_detector_run`.
+    """
+    runs = []
+    for folder in map(Path, folders):
+        seeds = [path for path in folder.glob("seed_*") if path.is_dir()]
+        whole = not seeds or (folder / RESULTS).is_file()
+        order = sorted(seeds, key=lambda path: (int(re.sub(r"\D", "", path.name) or 0), path.name))
+        runs += map(load_detector_run, [folder] if whole else order)
+    return runs
+
+
+AnyRun = TypeVar("AnyRun", Run, DetectorRun)
+
+
+class Group(Generic[AnyRun]):
+    """Runs of one network and recipe that differ in their seeds alone, by rising seed.
+
+    Attributes:
+        runs: at least one.
+        first: of them.
+
+    Raises:
+        ValueError: two runs have the same seed.
+    """
+
+    def __init__(self, runs: Sequence[AnyRun]):
+        self.runs = sorted(runs, key=lambda run: (run.seed is None, run.seed or 0))
+        self.first = self.runs[0]
+        for seed in {run.seed for run in self.runs if run.seed is not None}:
+            same = [str(run.folder) for run in self.runs if run.seed == seed]
+            if len(same) > 1:
+                raise ValueError(
+                    f"{' and '.join(same)} have the same recipe and seed {seed}: give one of them"
+                )
+
+    def values(self, key: str) -> list[float]:
+        """One number of every run that has it, in percent."""
+        found = [run.numbers.get(key) for run in self.runs]
+        return [float(value) for value in found if value is not None]

@@ -1,15 +1,23 @@
-"""Tables of results: the paper's numbers and ours, each in their own columns."""
+"""Tables of classification results, and what all tables share."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import os
 import re
+import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from resnet_backbone.report.paper import published, recipe_iterations
-from resnet_backbone.report.runs import Run, flatten
+import numpy as np
+
+from resnet_backbone.report.plots import plot_confusion, save_png
+from resnet_backbone.report.published import published, recipe_iterations
+from resnet_backbone.report.runs import Group, Run, flatten
 
 # Keys of a config that change where or how fast a run trains, not what it trains.
 NOT_RECIPE = re.compile(
@@ -19,68 +27,9 @@ NOT_RECIPE = re.compile(
 LENGTH = ("schedule.iterations", "schedule.milestones", "schedule.warmup_iterations")
 
 
-class Group:
-    """Runs of one network and recipe that differ in their seeds."""
-
-    def __init__(self, runs: Sequence[Run]):
-        self.runs = sorted(runs, key=lambda run: (run.seed is None, run.seed or 0))
-        self.first = self.runs[0]
-        self.network = self.first.network
-        seeds = [run.seed for run in self.runs if run.seed is not None]
-        for seed in set(seeds):
-            same = [run.folder.name for run in self.runs if run.seed == seed]
-            if len(same) > 1:
-                raise ValueError(
-                    f"runs {' and '.join(same)} have the same recipe and seed {seed}: give one "
-                    "of them"
-                )
-
-    def values(self, key: str) -> list[float]:
-        found = [run.results.get(key) for run in self.runs]
-        return [float(value) for value in found if value is not None]
-
-    @property
-    def is_shortened(self) -> bool:
-        iterations = self.first.iterations
-        return iterations is not None and iterations < recipe_iterations(self.network)
-
-
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups runs of the same network and recipe: plain before residual, by depth, full ones first.
-
-    Raises:
-        ValueError: a run without an error, or two runs of one group with the same seed.
-    """
-    if not runs:
-        raise ValueError("no runs to tabulate; give at least one run folder")
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        if run.results.get("val_top1_error") is None:
-            raise ValueError(
-                f"{run.folder} has no results.json with val_top1_error: the run has not ended, "
-                "go on with --resume"
-            )
-        groups.setdefault(_identity(run), []).append(run)
-    return sorted((Group(members) for members in groups.values()), key=_order)
-
-
-def _identity(run: Run) -> str:
-    recipe = {key: value for key, value in flatten(run.config) if not NOT_RECIPE.match(key)}
-    for key in ("model.name", "model.num_classes"):
-        recipe.pop(key, None)
-    return json.dumps([run.network, run.iterations, recipe], sort_keys=True, default=str)
-
-
-def _order(group: Group) -> tuple:
-    network = group.network
-    return (
-        group.first.data_format,
-        ("plain", "ResNet").index(network.family) if network.family in ("plain", "ResNet") else 2,
-        network.family,
-        network.depth,
-        network.shortcut,
-        -(group.first.iterations or 0),
-    )
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -91,12 +40,110 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
+def hardware_text(hardware: Mapping[str, Any] | str | None) -> str:
+    """The GPU, or the CPU with its threads, of a result's "hardware"; "" where there is none."""
+    if not isinstance(hardware, Mapping):
+        return str(hardware or "")
+    if hardware.get("gpu"):
+        return str(hardware["gpu"])
+    threads = hardware.get("threads")
+    return f"{hardware.get('cpu', 'CPU')}{f', {threads} threads' if threads else ''}"
+
+
+WHERE = "Commands run in the folder of the project; `ROOT` is the folder of data and runs."
+
+
+def show_commands(commands: Iterable[str | None]) -> dict[str | None, str]:
+    """Commands as they can be run again, without the folders of one machine.
+
+    The project's own files are relative to its folder. Other paths are below ``$ROOT``, the folder
+    that all other paths of all commands share: no two files look alike.
+
+    Returns:
+        Command as recorded -> text; those that were not recorded have none.
+    """
+    given = [command for command in dict.fromkeys(commands) if command]
+    words = {command: _project_words(command) for command in given}
+    paths = [path for line in words.values() for path in map(_absolute_path, line) if path]
+    parents = {os.path.dirname(path) for path in paths}
+    root = os.path.commonpath(parents).rstrip("/") if parents else ""
+    return {command: " ".join(_quote(word, root) for word in words[command]) for command in given}
+
+
+def _project_words(command: str) -> list[str]:
+    """Words of a command with the files of the project relative to its folder."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    script = next((word for word in words[:2] if re.search(r"(^|/)tools/\w+\.py$", word)), "")
+    project = script.rpartition("tools/")[0]
+    if project:
+        words = [re.sub(rf"(^|=){re.escape(project)}", r"\1", word) for word in words]
+    if script:
+        words = ["python", *words[words.index(script.removeprefix(project)) :]]
+    return words
+
+
+def _absolute_path(word: str) -> str:
+    """The absolute path that a word is or ends in, as in "data.root=/a/b"; "" for others."""
+    match = re.match(r"(?:[\w.-]+=)?(/.*)$", word)
+    return os.path.normpath(match[1]) if match else ""
+
+
+def _quote(word: str, root: str) -> str:
+    path = _absolute_path(word) if root else ""
+    if not path:
+        return shlex.quote(word)
+    key = word[: word.index("/")]
+    return f"{key}$ROOT{shlex.quote(path.removeprefix(root))}"
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group[Run]]:
+    """Group runs of the same network and recipe: plain before residual, by depth, full ones first.
+
+    Raises:
+        ValueError: a run without an error, or two runs of one group with the same seed.
+    """
+    if not runs:
+        raise ValueError("no runs to tabulate; give at least one run folder")
+    members: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.results.get("val_top1_error") is None:
+            raise ValueError(
+                f"{run.folder} has no results.json with val_top1_error: the run has not ended, "
+                "continue it with --resume"
+            )
+        members.setdefault(_identity(run), []).append(run)
+    return sorted(map(Group, members.values()), key=_order)
+
+
+def _identity(run: Run) -> str:
+    recipe = {key: value for key, value in flatten(run.config) if not NOT_RECIPE.match(key)}
+    for key in ("model.name", "model.num_classes"):
+        recipe.pop(key, None)
+    return json.dumps([run.network, run.iterations, recipe], sort_keys=True, default=str)
+
+
+def _order(group: Group) -> tuple:
+    network = group.first.network
+    return (
+        group.first.data_format,
+        ("plain", "ResNet").index(network.family) if network.family in ("plain", "ResNet") else 2,
+        network.family,
+        network.depth,
+        network.shortcut,
+        -(group.first.iterations or 0),
+    )
+
+
 def _common(group: Group) -> dict[str, str]:
     parameters = group.first.results.get("parameters")
-    paper = published(group.network)
+    network = group.first.network
+    paper = published(network)
     return {
-        "network": group.network.title,
-        "n": str(group.network.blocks or "-"),
+        "network": network.title,
+        "n": str(network.blocks or "-"),
         "parameters": f"{parameters:,}" if parameters else "-",
         "paper": f"{paper.error} ({paper.source})" if paper and paper.source else "-",
         "multi-scale": (paper.multi_scale if paper else "") or "-",
@@ -126,8 +173,8 @@ IMAGENET_COLUMNS = {
     "parameters": "parameters",
     "paper": "paper, 10-crop top-1 / top-5",
     "multi-scale": "paper, multi-scale",
-    "others": "others, centre crop top-1",
-    "top-1": "**ours**, centre crop top-1",
+    "others": "others, center crop top-1",
+    "top-1": "**ours**, center crop top-1",
     "top-5": "**ours**, top-5",
     "training": "ours, training",
     "seeds": "seeds",
@@ -151,23 +198,19 @@ while they train, at the end of training. Paper: arXiv 1512.03385; "about" is re
 
 def _remark(group: Group, others: Sequence[Group]) -> str:
     """What sets a row apart: a shortened schedule, the 45k split, what its sisters do not have."""
-    notes = []
-    if group.is_shortened:
-        notes.append(f"**shortened**: the recipe has {recipe_iterations(group.network):,}")
+    notes, network = [], group.first.network
+    whole, done = recipe_iterations(network), group.first.iterations
+    if done is not None and done < whole:
+        notes.append(f"**shortened**: the recipe has {whole:,}")
     mine = dict(flatten(group.first.config))
     if mine.get("data.split") == "45k":
         notes.append("45k/5k split")
-    sisters = [dict(flatten(g.first.config)) for g in others if g.network == group.network]
+    sisters = [dict(flatten(g.first.config)) for g in others if g.first.network == network]
     keys = {k for sister in sisters for k in mine if k in sister and sister[k] != mine[k]}
     for key in sorted(keys):
         if not NOT_RECIPE.match(key) and key not in (*LENGTH, "data.split"):
             notes.append(f"{key}={mine[key]}")
     return "; ".join(notes)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def results_table(runs: Sequence[Run]) -> str:
@@ -183,8 +226,10 @@ def results_table(runs: Sequence[Run]) -> str:
         used = [key for key in columns if key != "remark" or any(row[key] for row in rows)]
         cells = [[row[key] for key in used] for row in rows]
         parts += [f"### {title}", markdown([columns[key] for key in used], cells)]
-    parts += [NOTE, "Runs:"]
-    parts.append("\n".join(_provenance(run) for group in groups for run in group.runs))
+    commands = [run.results.get("command") for group in groups for run in group.runs]
+    shown = show_commands(commands)
+    parts += [NOTE, f"Runs. {WHERE}"]
+    parts.append("\n".join(_provenance(run, shown) for group in groups for run in group.runs))
     return "\n\n".join(parts) + "\n"
 
 
@@ -198,12 +243,13 @@ def _by_data(groups: Sequence[Group]):
         yield title, columns, members
 
 
-def _provenance(run: Run) -> str:
+def _provenance(run: Run, commands: Mapping[str, str]) -> str:
     results = run.results
+    command = commands.get(results.get("command"))
     seed = "" if run.seed is None else f", seed {run.seed}"
     facts = [
         f"{results['val_top1_error']:.2f} %",
-        _command(results.get("command")),
+        command and f"`{command}`",
         results.get("evaluated_on") and f"evaluated on {results['evaluated_on']}",
         results.get("hours") and f"{results['hours']:.1f} h",
         hardware_text(results.get("hardware")),
@@ -212,20 +258,63 @@ def _provenance(run: Run) -> str:
     return f"- {run.network.title}{seed}: " + "; ".join(str(fact) for fact in facts if fact)
 
 
-def _command(command: str | None) -> str:
-    """The command in code marks, with PATH in place of the data's folder on one machine."""
-    if not command:
-        return ""
-    command = re.sub(r"\b((?:val_)?root=)\S+", r"\1PATH", command)
-    script = re.sub(r"^(?:python )?\S*/(?=tools/\w+\.py)", "", command)
-    return f"`{'python ' if script.startswith('tools/') else ''}{script}`"
+def write_evaluation(
+    folder: Path, result: Any, class_names: Sequence[str], name_of: Callable[[int], str]
+) -> list[Path]:
+    """Write predictions.csv, per_class.csv, confusion.csv and confusion.png.
+
+    Args:
+        folder: made if it is not there.
+        result: an ``EvaluationResult`` of resnet_backbone.classification.
+        class_names: one for each of the network's classes.
+        name_of: index of an image -> its path.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "predictions.csv": prediction_rows(result.predictions, class_names, name_of),
+        "per_class.csv": per_class_rows(result, class_names),
+        "confusion.csv": confusion_rows(result.confusion.numpy(), class_names),
+    }
+    for name, rows in tables.items():
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        (folder / name).write_text(text.getvalue(), encoding="utf-8")
+    save_png(plot_confusion(result.confusion.numpy(), class_names), folder / "confusion.png")
+    return [folder / name for name in (*tables, "confusion.png")]
 
 
-def hardware_text(hardware: Mapping[str, Any] | str | None) -> str:
-    """The GPU, or the CPU with its threads, of a result's "hardware"; "" where there is none."""
-    if not isinstance(hardware, Mapping):
-        return str(hardware or "")
-    if hardware.get("gpu"):
-        return str(hardware["gpu"])
-    threads = hardware.get("threads")
-    return f"{hardware.get('cpu', 'CPU')}{f', {threads} threads' if threads else ''}"
+def prediction_rows(
+    predictions: Any, class_names: Sequence[str], name_of: Callable[[int], str]
+) -> Iterable[list]:
+    """A row for each readable image: its label, then its best classes with their scores."""
+    best = predictions.classes.shape[1]
+    columns = [f"{kind}{rank + 1}" for rank in range(best) for kind in ("class", "name", "score")]
+    yield ["index", "image", "label", "label_name", *columns]
+    columns = (predictions.indices, predictions.labels, predictions.classes, predictions.scores)
+    for index, label, classes, scores in zip(*(c.tolist() for c in columns), strict=True):
+        row = [index, name_of(index), label, class_names[label]]
+        for number, score in zip(classes, scores, strict=True):
+            row += [number, class_names[number], f"{score:.6g}"]
+        yield row
+
+
+def per_class_rows(result: Any, class_names: Sequence[str]) -> Iterable[list]:
+    """A row for each class with images: their number and the top-1 error in percent."""
+    yield ["class", "name", "images", "top1_error"]
+    bad = np.bincount([bad.label for bad in result.bad], minlength=result.num_classes)
+    counts = result.confusion.sum(1).numpy() + bad
+    for number, error in enumerate(result.per_class_error):
+        if error is not None:
+            yield [number, class_names[number], int(counts[number]), f"{error:.4f}"]
+
+
+def confusion_rows(confusion: np.ndarray, class_names: Sequence[str]) -> Iterable[list]:
+    """Counts: a row for each class with images, a column for each class in the matrix."""
+    rows = np.flatnonzero(confusion.sum(1))
+    columns = np.flatnonzero(confusion.sum(1) + confusion.sum(0))
+    yield ["label \\ predicted", *(class_names[column] for column in columns)]
+    for row in rows:
+        yield [class_names[row], *(int(confusion[row, column]) for column in columns)]

@@ -1,24 +1,25 @@
-"""Run folders of the trainers, as small as they can be."""
+"""Run folders of the trainers, as small as they can be, and made-up detectors on a VOC folder."""
 
 import copy
-import importlib.util
 import json
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from resnet_backbone.classification.config import load_config, to_yaml
+from resnet_backbone.cli import report
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
 def tool():
-    """The module tools/report.py."""
-    module = importlib.import_module("resnet_backbone.cli.report")
-    return module
+    """The module of tools/report.py."""
+    return report
 
 
 @cache
@@ -108,3 +109,115 @@ def make_detector(tmp_path):
         return folder
 
     return make
+
+
+CLASSES = ["cat", "cow", "dog"]
+SIZE = 200, 150
+NETWORKS = {"r50": "build_paper_resnet_fpn_backbone", "vgg": "build_vgg_fpn_backbone"}
+
+
+@pytest.fixture
+def voc(make_voc):
+    """A VOC folder: 12 pictures with four objects each, some of them difficult."""
+    rng = np.random.default_rng(0)
+    images = {}
+    for number in range(12):
+        corners = np.array([[5, 5], [105, 5], [5, 80], [105, 80]]) + rng.integers(0, 10, (4, 2))
+        far = corners + rng.integers(30, 60, (4, 2))
+        boxes = [tuple(map(int, (*a, *b))) for a, b in zip(corners, far, strict=True)]
+        kinds = rng.choice(CLASSES, 4)
+        images[f"{number:06d}"] = [
+            (str(kind), box, int(rng.random() < 0.15))
+            for kind, box in zip(kinds, boxes, strict=True)
+        ]
+    root = make_voc(images, "VOC2007", "test", size=SIZE)
+    for image_id in images:
+        pixels = rng.integers(0, 255, (SIZE[1], SIZE[0], 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(root / "JPEGImages" / f"{image_id}.jpg")
+    return root
+
+
+@pytest.fixture
+def make_voc_run(voc, tmp_path):
+    """Function (network, seed, chance to find an object) -> run folder as train_net leaves it."""
+
+    pytest.importorskip("detectron2")
+    from resnet_backbone.detection.data.voc import scan_voc
+    from resnet_backbone.detection.evaluation.voc import TO_VOC, summarize
+    from resnet_backbone.detection.evaluation.voc_ap import read_boxes, score_boxes
+    from resnet_backbone.detection.evaluation.voc_errors import count_errors
+
+    def make(network, seed, chance=0.6, **results):
+        rng = np.random.default_rng([seed, len(network), ord(network[0])])
+        records, _ = scan_voc(str(voc), "test", CLASSES)
+        truth, rows, predictions = [], [], []
+        for record in records:
+            boxes = np.array([a["bbox"] for a in record["annotations"]], dtype=float)
+            kinds = [a["category_id"] for a in record["annotations"]]
+            difficult = [a["difficult"] for a in record["annotations"]]
+            same = {"image_id": record["image_id"]}
+            truth.append(
+                {**same, "boxes": boxes + TO_VOC, "classes": kinds, "difficult": difficult}
+            )
+            found = [
+                (box + rng.normal(0, 3, 4), kind if rng.random() < 0.9 else int(rng.integers(3)))
+                for box, kind in zip(boxes, kinds, strict=True)
+                if rng.random() < chance
+            ]
+            found += [(np.array([60.0, 60, 90, 90]) + rng.normal(0, 9), int(rng.integers(3)))]
+            scores = rng.random(len(found)).round(6)
+            corners = np.array([box for box, _ in found])
+            labels = [kind for _, kind in found]
+            predictions.append(
+                {**same, "boxes": corners + TO_VOC, "scores": scores, "classes": labels}
+            )
+            rows += [
+                {
+                    **same,
+                    "category_id": kind,
+                    "bbox": [*box[:2].round(3).tolist(), *(box[2:] - box[:2]).round(3).tolist()],
+                    "score": float(score),
+                }
+                for box, kind, score in zip(corners, labels, scores, strict=True)
+            ]
+        tables = read_boxes(predictions, truth, CLASSES)
+        details = summarize("test:test", score_boxes(*tables, CLASSES))
+        details["errors"] = count_errors(*tables, CLASSES)
+        folder = tmp_path / f"{network}_s{seed}"
+        write_run(folder, voc, network, seed, details, rows, results)
+        return folder
+
+    return make
+
+
+def write_run(folder, voc, network, seed, details, rows, results) -> None:
+    inference = folder / "inference" / "test:test"
+    inference.mkdir(parents=True)
+    config = {
+        "SEED": seed,
+        "DATASETS": {"TRAIN": ["train:train"], "TEST": ["test:test"]},
+        "INPUT": {"MIN_SIZE_TEST": 320, "MIN_SIZE_TRAIN": [320]},
+        "MODEL": {
+            "DEVICE": "cpu",
+            "WEIGHTS": f"/data/{network}.pth",
+            "BACKBONE": {"NAME": NETWORKS[network]},
+            "RESNETS": {"DEPTH": 50},
+        },
+        "RESNET_BACKBONE": {"CLASS_NAMES": CLASSES, "VGG": {"DEPTH": 16}},
+    }
+    bbox = {**details["summary"]} | {f"AP50-{c['class']}": c["AP50"] for c in details["classes"]}
+    outcome = {
+        "command": f"python tools/train_net.py --voc-root {voc} --test-set test SEED {seed}",
+        "test": ["test:test"],
+        "iterations": 600,
+        "images_per_batch": 2,
+        "seed": seed,
+        "results": {"bbox": bbox},
+        **results,
+    }
+    metrics = [{"iteration": i, "total_loss": 2.0 - i / 20} for i in range(20)]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "results.json").write_text(json.dumps(outcome))
+    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    (inference / "voc_results.json").write_text(json.dumps(details))
+    (inference / "detections.json").write_text(json.dumps(rows))

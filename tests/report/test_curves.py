@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from resnet_backbone.report.curves import load_metrics, plot_training, smooth
 
 from resnet_backbone.report import curves
-from resnet_backbone.report.curves import load_metrics, plot_training, smooth
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from resnet_backbone.report.detection_plots import (
     plot_losses,
     plot_mean_curves,
 )
-from resnet_backbone.report.detector_gain import find_gains
-from resnet_backbone.report.detector_runs import group_runs, load_detector_runs
-from resnet_backbone.report.picture import COLORS
+from resnet_backbone.report.gain import find_gains, group_runs
+from resnet_backbone.report.plots import COLORS
+from resnet_backbone.report.runs import load_detector_runs
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def groups(make_detector):
     return group_runs(load_detector_runs(folders))
 
 
-def test_colours_belong_to_networks(groups):
+def test_colors_belong_to_networks(groups):
     assert detector_colors(groups) == {"VGG-16-FPN": REFERENCE, "R-50-FPN": OURS}
     assert OURS != REFERENCE and {OURS, REFERENCE} <= set(COLORS)
 
@@ -47,7 +47,7 @@ def test_class_gains(groups):
     names = [label.get_text() for label in axes.get_yticklabels()]
     bars = [(bar.get_width(), bar.get_facecolor()[:3]) for bar in axes.patches]
     assert names == ["cat", "dog"] and [width for width, _ in bars] == [12.0, -27.0]
-    assert bars[0][1] != bars[1][1]  # a loss has another colour
+    assert bars[0][1] != bars[1][1]  # a loss has another color
     dots = {tuple(sorted(line.get_xdata())) for line in axes.lines if line.get_marker() == "o"}
     assert dots == {(10.0, 10.0, 14.0, 14.0), (-34.0, -30.0, -24.0, -20.0)}
     assert axes.get_legend().texts[0].get_text() == "mean -7.50"

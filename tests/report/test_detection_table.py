@@ -3,28 +3,21 @@
 import json
 
 import pytest
-
 from resnet_backbone.report.detection_table import (
     class_section,
     improvements_section,
     load_rows,
+    provenance_section,
     published_section,
     reductions,
     results_section,
-)
-from resnet_backbone.report.detector_gain import find_gains
-from resnet_backbone.report.detector_provenance import (
-    clean_command,
-    provenance_section,
     rows_provenance,
+    versions,
 )
-from resnet_backbone.report.detector_runs import group_runs, load_detector_runs
-from resnet_backbone.report.published_detection import (
-    IMPROVEMENTS,
-    PUBLISHED,
-    VOC_CLASSES,
-    published_gain,
-)
+from resnet_backbone.report.gain import find_gains, group_runs
+from resnet_backbone.report.published import DETECTORS, IMPROVEMENTS, TASKS, VOC_CLASSES
+from resnet_backbone.report.runs import load_detector_runs
+from resnet_backbone.report.table import show_commands
 
 # Typed from the paper's Tables 7, 8 and 9, not read from the package.
 PAPER = {("voc", 16): 73.2, ("voc", 101): 76.4, ("coco", 16): 21.2, ("coco", 101): 27.2}
@@ -39,14 +32,14 @@ TF = {("voc", 16): 75.7, ("voc", 101): 79.8, ("coco", 16): 30.2, ("coco", 152): 
 
 
 def test_published_numbers():
-    found = {(p.task, p.depth): p.paper.value for p in PUBLISHED if p.paper}
-    assert found == PAPER
-    found = {(p.task, p.depth): p.public for p in PUBLISHED}
+    single = [p for p in DETECTORS if p.over is None]
+    assert {(p.task, p.network[1]): p.paper.value for p in single if p.paper} == PAPER
+    found = {(p.task, p.network[1]): p.public for p in single}
     assert {k: n.value for k, n in found.items() if "tf-faster-rcnn" in n.source} == TF
     assert [(row.val, row.test_dev) for row in IMPROVEMENTS] == TABLE_9
-    assert all(n.data and n.source for p in PUBLISHED for n in (p.paper, p.public) if n)
-    for task, gains in {"voc": (3.2, 4.1), "coco": (6.0, 5.2)}.items():
-        assert tuple(number.value for number in published_gain(task)) == gains
+    assert all(n.data and n.source for p in DETECTORS for n in (p.paper, p.public) if n)
+    gains = {p.task: (p.paper.value, p.public.value) for p in DETECTORS if p.over}
+    assert gains == {"voc": (3.2, 4.1), "coco": (6.0, 5.2)}
 
 
 def cells(text: str) -> list[list[str]]:
@@ -90,25 +83,54 @@ def test_a_single_seed_has_no_spread(make_detector):
     assert (vgg[0], vgg[4], resnet[4], gain[4]) == ("VGG-16-FPN", "35.00", "30.00", "**−5.00**")
 
 
-def test_beside_published_numbers(voc_groups):
-    text = published_section(voc_groups, find_gains(voc_groups))
-    voc, coco = (cells(part) for part in text.split("**COCO, AP**"))
-    rows = {row[0]: row for row in voc}
-    ours = "`train` (2,400 images) → `test` (800 images), 320 px"
+@pytest.fixture
+def on_voc_2007(make_detector):
+    """Function: depth and AP50 of ResNets -> their groups and a VGG-16's, on VOC 2007 test."""
+
+    def make(depths, images=4952, **options):
+        classes = [dict.fromkeys(VOC_CLASSES, value) for value in (70.0, *depths.values())]
+        folders = [make_detector("v", 1, classes[0], vgg=True, **options)]
+        for depth, found in zip(depths, classes[1:], strict=True):
+            config = {"MODEL.RESNETS.DEPTH": depth, **options.get("config", {})}
+            folders.append(make_detector(f"r{depth}", 1, found, config=config))
+        for folder in folders:
+            log = f"data set test:test: {images} images, 9 boxes\n"
+            (folder / "log.txt").write_text(log + "data set train:train: 5011 images, 9 boxes\n")
+        groups = group_runs(load_detector_runs(folders))
+        return groups, find_gains(groups)
+
+    return make
+
+
+def test_beside_published_numbers(on_voc_2007):
+    text = published_section(*on_voc_2007({101: 74.5, 18: 60.0}))
+    assert "COCO" not in text
+    rows = {row[0]: row for row in cells(text)}
+    ours = "`train` (5,011 images) → `test` (4,952 images), 320 px"
     assert rows["VGG-16"][1] == "73.2" and rows["VGG-16"][3] == "75.7"
-    assert rows["VGG-16"][5:] == ["21.50 ± 2.12 (VGG-16-FPN)", ours]
-    assert rows["ResNet-50"][1:3] == ["none", "-"]
-    assert rows["ResNet-50"][5:] == ["32.00 ± 2.00 (R-50-FPN)", ours]
-    assert rows["ResNet-101"][5:] == ["not measured", "-"]
+    assert rows["VGG-16"][5:] == ["70.00 (VGG-16-FPN)", ours]
+    assert rows["ResNet-50"][1:3] == ["none", "-"] and rows["ResNet-50"][5] == "not measured"
+    assert rows["ResNet-101"][5] == "74.50 (R-101-FPN)"
+    assert rows["ResNet-18"][1:5] == ["none", "-"] * 2 and rows["ResNet-18"][5][:5] == "60.00"
     gain = rows["gain, ResNet-101 over VGG-16"]
-    assert (gain[1], gain[3]) == ("+3.2", "+4.1") and gain[5].startswith("+10.50 ± 1.89")
-    assert all(row[5] == "not measured" for row in coco[2:])
+    assert (gain[1], gain[3]) == ("+3.2", "+4.1") and gain[5].startswith("+4.50 (R-101-FPN minus")
 
 
-def test_own_data_stands_beside_nothing(make_detector):
+def test_the_gain_of_another_network_has_a_row_of_its_own(on_voc_2007):
+    rows = {row[0]: row for row in cells(published_section(*on_voc_2007({50: 75.0})))}
+    assert rows["gain, ResNet-101 over VGG-16"][5] == "not measured"
+    assert rows["gain, ResNet-50 over VGG-16"][1:5] == ["none", "-"] * 2
+    assert rows["gain, ResNet-50 over VGG-16"][5] == "+5.00 (R-50-FPN minus VGG-16-FPN)"
+
+
+def test_other_images_stand_beside_nothing(on_voc_2007, make_detector):
+    assert "73.2" not in published_section(*on_voc_2007({50: 75.0}, images=800))
     groups = group_runs(load_detector_runs([make_detector("r", 1, {"cat": 30.0})]))
-    assert "30.00" not in published_section(groups, [])
+    assert "measured on other images" in published_section(groups, [])
     assert reductions(groups[0]) == []
+    assert TASKS["voc"].has_test_set(["voc_2007_test"], None)
+    assert not TASKS["voc"].has_test_set(["voc_2012_val"], None)
+    assert TASKS["coco"].has_test_set(["coco_2017_val"], 5000)
 
 
 def test_classes(make_detector):
@@ -148,33 +170,22 @@ def test_full_runs_are_not_reduced(make_detector):
 
 
 def test_provenance(voc_groups):
-    text = provenance_section(voc_groups)
+    commands = show_commands(run.results["command"] for group in voc_groups for run in group.runs)
+    text = provenance_section(voc_groups, commands)
     assert "**R-50-FPN**: evaluated on 800 images." in text
     assert (
         "- seed 2, AP50 34.00; CPU (AVX512); PyTorch 2.1.0, Detectron2 0.6; 2025-01-02  \n"
-        "  `python tools/train_net.py --voc-root VOC SEED 2`"
+        "  `python tools/train_net.py --voc-root $ROOT/VOC SEED 2`"
     ) in text
     assert "/home" not in text
 
 
-@pytest.mark.parametrize(
-    "given, expected",
-    [
-        (None, "not recorded"),
-        ("/a/b/tools/train_net.py --x ../y/z", "python tools/train_net.py --x z"),
-        (
-            "python tools/t.py --weights=/a/w.pth K '(1, 2)'",
-            "python tools/t.py --weights=w.pth K '(1, 2)'",
-        ),
-        (
-            "python tools/t.py --config-file configs/a.yaml",
-            "python tools/t.py --config-file configs/a.yaml",
-        ),
-        ("python tools/t.py detectron2://a/b.pkl ~/c", "python tools/t.py detectron2://a/b.pkl c"),
-    ],
-)
-def test_commands_without_folders_of_the_machine(given, expected):
-    assert clean_command(given) == expected
+def test_detectron2_is_named_by_its_date(voc_groups):
+    run = voc_groups[0].first
+    (run.folder / "log.txt").write_text("detectron2   0.7.2 @/site/detectron2\n")
+    assert versions(load_detector_runs([run.folder])[0]) == (
+        "Detectron2 main of 2024-04-17 (sal-detectron2 0.7.2)"
+    )
 
 
 def test_improvements(tmp_path):
@@ -193,8 +204,11 @@ def test_improvements(tmp_path):
         },
     ]
     rows.append({"name": "+multi-scale", "AP50": 24.0, "date": "2025-01-02T10:00:00+00:00"})
+    for row in rows:
+        row["config"] = "DATASETS: {TEST: [coco_2014_val]}"
     rows[1] |= {"hardware": {"gpu": "a GPU"}, "precision": "fp32"}
-    file.write_text(json.dumps({"command": "python /a/tools/x.py --run /b/r50", "rows": rows}))
+    command = "python /a/tools/x.py --run /b/r50"
+    file.write_text(json.dumps({"command": command, "rows": rows}))
     header, _, *found = cells(improvements_section(load_rows(file)))
     assert header[1:4] == ["**ours**, AP50", "**ours**, AP", "s/image"]
     assert found[0] == ["baseline", "20.00", "9.00", "0.5", "48.4 / 27.2", "-"]
@@ -203,9 +217,13 @@ def test_improvements(tmp_path):
     unmeasured = ["not measured"] * 3
     assert found[3] == ["+ global context", *unmeasured, "51.1 / 30.0", "53.3 / 32.2"]
     assert [row[0] for row in found[4:]] == ["+ multi-scale", "ensemble of 3"]
-    assert rows_provenance(file) == (
-        "Improvements in testing: a GPU; fp32; 2025-01-02  \n`python tools/x.py --run r50`"
+    assert rows_provenance(file, show_commands([command])) == (
+        "Improvements in testing: a GPU; fp32; 2025-01-02  \n`python tools/x.py --run $ROOT/r50`"
     )
+    rows[0]["config"] = "DATASETS: {TEST: [voc_2007_test]}"  # the paper's are of COCO
+    file.write_text(json.dumps({"rows": rows}))
+    header, _, *found = cells(improvements_section(load_rows(file)))
+    assert header[-1] == "s/image" and len(found) == 4
 
 
 @pytest.mark.parametrize("content", [{}, {"rows": []}, {"rows": [{"name": "a"}]}, {"rows": [3]}])

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from resnet_backbone.classification.metrics import Predictions, confusion_matrix, per_class_error
-from resnet_backbone.report.evaluation import confusion_rows, plot_confusion, write_evaluation
+from resnet_backbone.report.plots import plot_confusion
+from resnet_backbone.report.table import confusion_rows, write_evaluation
 
 NAMES = ["cat", 'dog, "big"', "cow", "class 3"]
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from resnet_backbone.classification.networks import NetworkSpec, describe, save_network
 from resnet_backbone.models import BottleneckBlock, build_model
 from resnet_backbone.models.layers import freeze
-from resnet_backbone.report import layer_responses, plot_responses, responses
-from resnet_backbone.report.paper import parse_network
-from resnet_backbone.report.responses import Responses
+from resnet_backbone.report import plots
+from resnet_backbone.report.plots import Responses, layer_responses, plot_responses
+from resnet_backbone.report.published import parse_network
 from resnet_backbone.weights import Preprocessing
 
 
@@ -118,7 +118,7 @@ def test_wrong_arguments(network, images, tmp_path):
 
 def test_picture_has_the_panels_of_fig7(monkeypatch, tmp_path):
     figures = []
-    monkeypatch.setattr(responses, "save_png", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_png", lambda figure, path: figures.append(figure))
     names = ("cifar_plain20", "cifar_plain56", "cifar_resnet20", "cifar_resnet56")
     stds = [[1.0, 3.0, 2.0], [2.0, 1.0, 4.0], [0.5, 0.7, 0.2], [0.1, 0.3, 0.2]]
     curves = []

@@ -1,11 +1,16 @@
 """Tables of results beside the paper's."""
 
+import os
+import shlex
+import subprocess
+import sys
+
 import pytest
 
 from resnet_backbone.models import list_models
-from resnet_backbone.report import load_run, results_table
-from resnet_backbone.report.paper import PUBLISHED, parse_network, published, recipe_iterations
-from resnet_backbone.report.table import group_runs, mean_and_spread
+from resnet_backbone.report.published import ERRORS, parse_network, published, recipe_iterations
+from resnet_backbone.report.runs import load_run
+from resnet_backbone.report.table import group_runs, mean_and_spread, results_table, show_commands
 
 # Typed from the paper's tables, not read from the package.
 PAPER = {
@@ -42,7 +47,7 @@ def test_published_numbers():
 
 
 def test_every_published_network_can_be_built():
-    for name, _ in PUBLISHED:
+    for name, _ in ERRORS:
         assert name in list_models() or name == "torchvision/googlenet"
 
 
@@ -80,6 +85,45 @@ def test_lengths_of_the_recipes():
         600_000,
         370_000,
     ]
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("/a/b/tools/train_net.py --x ../y/z", "python tools/train_net.py --x ../y/z"),
+        (
+            "python tools/t.py --weights=/a/w.pth K '(1, 2)'",
+            "python tools/t.py --weights=$ROOT/w.pth K '(1, 2)'",
+        ),
+        (
+            "/p/tools/t.py --config-file /p/configs/a.yaml /d/x /d/y/z",
+            "python tools/t.py --config-file configs/a.yaml $ROOT/x $ROOT/y/z",
+        ),
+        ("python tools/t.py detectron2://a/b.pkl", "python tools/t.py detectron2://a/b.pkl"),
+    ],
+)
+def test_commands_without_folders_of_the_machine(given, expected):
+    assert show_commands([given, None]) == {given: expected}
+
+
+def test_two_files_do_not_look_alike(tmp_path):
+    """The text runs again where ROOT is set."""
+    files = [tmp_path / name / "w x.txt" for name in ("one", "two")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(file.parent.name)
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "t.py").write_text(
+        "import sys; print([open(f.rpartition('=')[2]).read() for f in sys.argv[1:]])"
+    )
+    command = shlex.join([f"{tmp_path}/tools/t.py", str(files[0]), f"data.root={files[1]}"])
+    other = f"tools/t.py {tmp_path.parent}/other"
+    shown = show_commands([command, other])[command]
+    assert str(tmp_path) not in shown
+    environment = {**os.environ, "ROOT": str(tmp_path.parent)}
+    words = shown.replace("python ", f"{sys.executable} ", 1)
+    done = subprocess.run(words, shell=True, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.stdout.decode() == "['one', 'two']\n", done.stderr
 
 
 def test_mean_and_spread():
@@ -143,7 +187,7 @@ def test_cifar10_rows(runs):
 def test_every_run_stands_with_its_command(runs):
     table = results_table(runs("cifar10/resnet20", {1: 8.1, 2: 8.3}))
     assert (
-        "- ResNet-20, seed 2: 8.30 %; `python tools/train_classifier.py data.root=PATH "
+        "- ResNet-20, seed 2: 8.30 %; `python tools/train_classifier.py data.root=$ROOT/x "
         "train.seed=2`; a CPU, 2 threads; 2025-01-02"
     ) in table
     assert "secret" not in table and "/home" not in table

@@ -14,7 +14,7 @@ from resnet_backbone.detection.inference.visualize import (
     draw_ground_truth,
     save_image,
 )
-from resnet_backbone.report.picture import COLORS, save_png
+from resnet_backbone.report.plots import COLORS, save_png
 
 COLUMNS = 4
 PARTS = {"trainval": ("train", "val")}  # splits that another one unites

@@ -1,6 +1,5 @@
 """The report of made-up runs, through the command line."""
 
-import importlib.util
 import io
 import json
 import re
@@ -11,7 +10,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from resnet_backbone.report import document, sheet
+pytest.importorskip("detectron2")
+
+from resnet_backbone.report import document, pictures
 
 PROJECT = Path(__file__).resolve().parents[2]
 PICTURES = {
@@ -23,18 +24,11 @@ PICTURES = {
 }
 
 
-@pytest.fixture(scope="session")
-def tool():
-    """The module tools/report.py."""
-    module = importlib.import_module("resnet_backbone.cli.report")
-    return module
-
-
 @pytest.fixture
-def runs(make_run):
+def runs(make_voc_run):
     """Three runs of a better ResNet and two of a VGG."""
-    found = [make_run("r50", seed, 0.95) for seed in (1, 2, 3)]
-    return [str(path) for path in (*found, *(make_run("vgg", seed, 0.4) for seed in (1, 2)))]
+    found = [make_voc_run("r50", seed, 0.95) for seed in (1, 2, 3)]
+    return [str(path) for path in (*found, *(make_voc_run("vgg", seed, 0.4) for seed in (1, 2)))]
 
 
 @pytest.fixture
@@ -73,9 +67,9 @@ def test_report(tool, runs, tmp_path):
     assert "Seconds per image: not measured for VGG-16-FPN, R-50-FPN." in text
 
 
-def test_runs_of_an_earlier_version_have_its_defaults(quick, tool, make_run, tmp_path):
+def test_runs_of_an_earlier_version_have_its_defaults(quick, tool, make_voc_run, tmp_path):
     """A key that came later does not part them, unless a later run has another value."""
-    runs = [make_run("r50", seed) for seed in (1, 2, 3)]
+    runs = [make_voc_run("r50", seed) for seed in (1, 2, 3)]
     for run, value in zip(runs[1:], (1, 8), strict=True):
         config = yaml.safe_load((run / "config.yaml").read_text())
         assert "ACCUMULATE" not in config["RESNET_BACKBONE"]
@@ -87,8 +81,8 @@ def test_runs_of_an_earlier_version_have_its_defaults(quick, tool, make_run, tmp
     assert [row[2] for row in rows[:2]] == ["1, 2", "3"]
 
 
-def test_seconds_and_rows(quick, tool, make_run, tmp_path):
-    runs = [str(make_run("r50", 1)), str(make_run("vgg", 1))]
+def test_seconds_and_rows(quick, tool, make_voc_run, tmp_path):
+    runs = [str(make_voc_run("r50", 1)), str(make_voc_run("vgg", 1))]
     rows = tmp_path / "rows.json"
     row = {"name": "baseline", "results": {"bbox": {"AP50": 20.0}}, "seconds_per_image": 0.7}
     refined = {**row, "name": "+refinement"}
@@ -101,8 +95,8 @@ def test_seconds_and_rows(quick, tool, make_run, tmp_path):
     assert "Seconds per image: not measured for VGG-16-FPN." in text
 
 
-def test_a_baseline_alone_is_a_time_and_no_improvement(quick, tool, make_run, tmp_path):
-    runs = [str(make_run(name, 1)) for name in ("r50", "vgg")]
+def test_a_baseline_alone_is_a_time_and_no_improvement(quick, tool, make_voc_run, tmp_path):
+    runs = [str(make_voc_run(name, 1)) for name in ("r50", "vgg")]
     files = []
     for run in runs:
         files.append(tmp_path / f"{Path(run).name}.json")
@@ -124,11 +118,11 @@ def drawn(monkeypatch) -> list[list]:
     return pictures
 
 
-def test_seconds_of_the_runs_own_evaluations(quick, drawn, tool, make_run, tmp_path):
+def test_seconds_of_the_runs_own_evaluations(quick, drawn, tool, make_voc_run, tmp_path):
     """Where no row of tools/evaluate_detector.py has measured the run; it says on what."""
     own = dict(images_at_a_time=2, hardware={"device": "cpu", "cpu": "Some CPU", "threads": 1})
     runs = [
-        str(make_run(name, seed, seconds_per_image=seconds, **own))
+        str(make_voc_run(name, seed, seconds_per_image=seconds, **own))
         for name, seed, seconds in (("r50", 1, 0.5), ("r50", 2, 0.7), ("vgg", 1, 0.3))
     ]
     row = {"name": "baseline", "results": {"bbox": {"AP50": 20.0}}, "seconds_per_image": 0.25}
@@ -161,11 +155,11 @@ def test_a_single_detector(quick, tool, runs, tmp_path):
     assert "No pictures: they need a VGG and a ResNet" in text
 
 
-def test_coco_has_tables_but_no_curves(quick, tool, make_run, tmp_path):
+def test_coco_has_tables_but_no_curves(quick, tool, make_voc_run, tmp_path):
     runs = []
     for network, value in (("r50", 3.0), ("vgg", 4.5)):
         bbox = {"AP": value, "AP50": 2 * value, "APs": 1.0, "AP-cat": value, "AP-dog": value}
-        runs.append(make_run(network, 1, results={"bbox": bbox}))
+        runs.append(make_voc_run(network, 1, results={"bbox": bbox}))
         (runs[-1] / "inference/test:test/voc_results.json").unlink()
     output = tmp_path / "r.md"
     assert report(tool, map(str, runs), output) == 0
@@ -215,16 +209,16 @@ def test_errors_take_one_line(quick, tool, runs, tmp_path, capsys):
 
 def test_sheets_stay_small():
     noise = Image.effect_noise((1600, 1200), 90).convert("RGB")
-    content = sheet._compress(noise)
-    assert len(content) < sheet.MAX_BYTES
+    content = pictures._compress(noise)
+    assert len(content) < pictures.MAX_BYTES
     with Image.open(io.BytesIO(content)) as picture:
         assert picture.format == "JPEG" and picture.width < 1600
-    plain = sheet._compress(Image.new("RGB", (1600, 1200)))
+    plain = pictures._compress(Image.new("RGB", (1600, 1200)))
     assert Image.open(io.BytesIO(plain)).size == (1600, 1200)
 
 
-def test_rows_on_other_images_are_told_apart(quick, drawn, tool, make_run, tmp_path):
-    runs = [str(make_run("r50", 1)), str(make_run("vgg", 1, seconds_per_image=0.5))]
+def test_rows_on_other_images_are_told_apart(quick, drawn, tool, make_voc_run, tmp_path):
+    runs = [str(make_voc_run("r50", 1)), str(make_voc_run("vgg", 1, seconds_per_image=0.5))]
     config = yaml.safe_dump({"DATASETS": {"TEST": ["test:few"]}})
     row = {"name": "baseline", "results": {"bbox": {"AP50": 20.0}}, "seconds_per_image": 0.7}
     row |= {"config": config, "run": runs[0]}

@@ -1,4 +1,4 @@
-"""A sheet of pictures: what one detector finds and the other misses."""
+"""Objects that one detector finds and another misses: chosen by a rule, and drawn on a sheet."""
 
 from __future__ import annotations
 
@@ -19,13 +19,91 @@ from resnet_backbone.detection.inference.visualize import (
     draw_marks,
     enlargement,
 )
-from resnet_backbone.report.evidence import Evidence, Truth
-from resnet_backbone.report.misses import SCORE
+from resnet_backbone.report.detections import RunDetections, Truth
 
 GREEN, ORANGE, BLUE = (60, 220, 60), (230, 120, 20), (40, 130, 220)
 MAX_BYTES = 600_000
 TILE = 400, 320  # largest width and height of a picture, in pixels
 COLUMNS = 4
+SCORE = 0.5  # from which on a detection counts
+RULE = """\
+A run finds an object if a detection of its class, with a score of at least {score:g}, overlaps it \
+by an IoU above {iou:g}, and no other object of that class more. Looked at are the objects, \
+difficult ones left out, that {finder} finds in more than half of its runs and {other} in none. \
+Shown is for each class the object with the largest gap: mean score of {finder}'s best detection \
+on it less the largest score of {other}'s. The largest gaps come first, an image only once."""
+
+
+class Miss(NamedTuple):
+    """An object that one detector finds and the other misses.
+
+    Attributes:
+        row: of the object in the table of the ground truth.
+        gap: of the scores, 0..1.
+        run: the finder's first run that finds it.
+    """
+
+    row: int
+    gap: float
+    run: int
+
+
+def object_scores(run: RunDetections) -> np.ndarray:
+    """For each object of the ground truth the score of the best detection on it, 0 without one.
+
+    A detection is on the object of its class with the highest IoU, if that is above .5.
+
+    Returns:
+        (objects,), 0..1.
+    """
+    found = run.found
+    scores = np.zeros(len(run.truth["classes"]))
+    over = found["iou"] > CURVE_IOU
+    np.maximum.at(scores, found["match"][over], found["scores"][over])
+    return scores
+
+
+def find_misses(
+    finder: Sequence[RunDetections], other: Sequence[RunDetections], score: float = SCORE
+) -> np.ndarray:
+    """Objects found by most runs of one detector and by none of the other, see :data:`RULE`.
+
+    Returns:
+        (objects,) the gap of the scores; nan where the object is none of them.
+    """
+    mine, theirs = (np.array([object_scores(e) for e in runs]) for runs in (finder, other))
+    most = 2 * (mine >= score).sum(axis=0) > len(mine)
+    chosen = most & (theirs < score).all(axis=0) & ~finder[0].truth["difficult"]
+    return np.where(chosen, mine.mean(axis=0) - theirs.max(axis=0), np.nan)
+
+
+def select_misses(
+    finder: Sequence[RunDetections],
+    other: Sequence[RunDetections],
+    count: int,
+    score: float = SCORE,
+) -> list[Miss]:
+    """At most `count` objects by :data:`RULE`: one of a class and of an image, largest gap first.
+
+    Args:
+        finder, other: runs of the two detectors, of the same ground truth.
+        count: most objects.
+        score: from which on an object counts as found, 0..1.
+    """
+    truth, gaps = finder[0].truth, find_misses(finder, other, score)
+    rows = np.flatnonzero(~np.isnan(gaps))
+    rows = rows[np.argsort(-gaps[rows], kind="stable")]
+    selected: list[Miss] = []
+    classes, images = set(), set()
+    for row in rows.tolist():
+        class_id, image = int(truth["classes"][row]), int(truth["image"][row])
+        if class_id in classes or image in images or len(selected) == count:
+            continue
+        classes.add(class_id)
+        images.add(image)
+        first = next(i for i, run in enumerate(finder) if object_scores(run)[row] >= score)
+        selected.append(Miss(row, float(gaps[row]), first))
+    return selected
 
 
 class Pair(NamedTuple):
@@ -37,8 +115,8 @@ class Pair(NamedTuple):
     """
 
     row: int
-    left: Evidence
-    right: Evidence
+    left: RunDetections
+    right: RunDetections
 
 
 class Section(NamedTuple):
@@ -70,16 +148,16 @@ def draw_pair(pair: Pair, truth: Truth, score: float = SCORE) -> tuple[list[np.n
     photo = photo.resize([round(scale * side) for side in photo.size], Image.BICUBIC)
     _draw_objects(photo, table, pair.row, scale)
     pictures, captions = [], []
-    for evidence, colour in ((pair.left, ORANGE), (pair.right, BLUE)):
-        marks = _marks(evidence, int(table["image"][pair.row]), truth, score, scale, colour)
+    for run, color in ((pair.left, ORANGE), (pair.right, BLUE)):
+        marks = _marks(run, int(table["image"][pair.row]), truth, score, scale, color)
         pictures.append(draw_marks(np.asarray(photo), marks))
-        seed = "" if evidence.run.seed is None else f", seed {evidence.run.seed}"
-        captions.append(f"{evidence.run.title}{seed}: {_outcome(evidence, pair.row, score, name)}")
+        seed = "" if run.run.seed is None else f", seed {run.run.seed}"
+        captions.append(f"{run.run.title}{seed}: {_outcome(run, pair.row, score, name)}")
     return pictures, captions
 
 
-def _outcome(evidence: Evidence, row: int, score: float, name: str) -> str:
-    found = evidence.found
+def _outcome(run: RunDetections, row: int, score: float, name: str) -> str:
+    found = run.found
     on = (found["match"] == row) & (found["iou"] > CURVE_IOU) & (found["scores"] >= score)
     return f"{name} {found['scores'][on].max():.2f}" if on.any() else f"{name} missed"
 
@@ -94,15 +172,15 @@ def _draw_objects(photo: Image.Image, table, row: int, scale: float) -> None:
         pen.rectangle([*(box[:2] - width / 2), *(box[2:] + width / 2)], outline=GREEN, width=width)
 
 
-def _marks(evidence: Evidence, image: int, truth, score: float, scale: float, colour) -> list[Mark]:
-    found = evidence.found
+def _marks(run: RunDetections, image: int, truth, score: float, scale: float, color) -> list[Mark]:
+    found = run.found
     shown = np.flatnonzero((found["image"] == image) & (found["scores"] >= score))
     shown = shown[np.argsort(-found["scores"][shown], kind="stable")]
     return [
         Mark(
             tuple(scale * (found["boxes"][i] - TO_VOC)),
             f"{truth.classes[int(found['classes'][i])]} {found['scores'][i]:.2f}",
-            colour,
+            color,
         )
         for i in shown
     ]

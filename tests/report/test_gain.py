@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from resnet_backbone.report.detector_gain import describe_gain, difference, find_gains
-from resnet_backbone.report.detector_runs import group_runs, load_detector_runs
+from resnet_backbone.report.gain import describe_gain, difference, find_gains, group_runs
+from resnet_backbone.report.runs import load_detector_runs
 
 
 def test_difference_by_hand():

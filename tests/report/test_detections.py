@@ -5,20 +5,22 @@ import json
 import numpy as np
 import pytest
 
-from resnet_backbone.report.detector_runs import load_detector_run
-from resnet_backbone.report.evidence import (
-    NoEvidence,
+pytest.importorskip("detectron2")
+
+from resnet_backbone.report.detections import (
+    NoDetections,
     interpolated_precision,
-    load_evidence,
+    load_detections,
     load_truth,
 )
-from resnet_backbone.report.misses import find_misses, object_scores, select_misses
+from resnet_backbone.report.pictures import find_misses, object_scores, select_misses
+from resnet_backbone.report.runs import load_detector_run
 
 
 def load(folder):
     run = load_detector_run(folder)
     truth = load_truth(run)
-    return truth, load_evidence(run, truth)
+    return truth, load_detections(run, truth)
 
 
 def iou(a, b) -> float:
@@ -73,8 +75,8 @@ def curve_by_loop(truth, folder, class_id, levels) -> list[float]:
     return [max((p for r, p in points if r >= level), default=0.0) for level in levels]
 
 
-def test_curves_equal_a_loop(make_run):
-    folder = make_run("r50", 1, 0.7)
+def test_curves_equal_a_loop(make_voc_run):
+    folder = make_voc_run("r50", 1, 0.7)
     truth, evidence = load(folder)
     levels = np.linspace(0, 1, 21)
     curves = interpolated_precision(evidence.numbers, 21)
@@ -84,8 +86,8 @@ def test_curves_equal_a_loop(make_run):
     assert 0 < curves.mean() < 1
 
 
-def test_boxes_are_vocs_pixels(make_run):
-    folder = make_run("r50", 1)
+def test_boxes_are_vocs_pixels(make_voc_run):
+    folder = make_voc_run("r50", 1)
     _, evidence = load(folder)
     rows = json.loads((folder / "inference/test:test/detections.json").read_text())
     x, y, width, height = rows[0]["bbox"]  # 0-based, the right and lower side exclusive
@@ -122,9 +124,9 @@ def misses_by_loop(truth, finder, other, score) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.parametrize("score", [0.3, 0.6])
-def test_misses_equal_a_loop(make_run, score):
-    finder = [make_run("r50", seed, 0.95) for seed in (1, 2, 3)]
-    other = [make_run("vgg", seed, 0.4) for seed in (1, 2)]
+def test_misses_equal_a_loop(make_voc_run, score):
+    finder = [make_voc_run("r50", seed, 0.95) for seed in (1, 2, 3)]
+    other = [make_voc_run("vgg", seed, 0.4) for seed in (1, 2)]
     truth, _ = load(finder[0])
     runs = [[load(folder)[1] for folder in group] for group in (finder, other)]
     gaps = find_misses(*runs, score)
@@ -150,29 +152,29 @@ def test_misses_equal_a_loop(make_run, score):
         assert object_scores(runs[0][miss.run])[miss.row] >= score
 
 
-def test_other_annotations_are_refused(make_run, voc):
-    folder = make_run("r50", 1)
+def test_other_annotations_are_refused(make_voc_run, voc):
+    folder = make_voc_run("r50", 1)
     for xml in sorted((voc / "Annotations").iterdir())[:4]:
         xml.write_text(xml.read_text().replace("<object>", "<object><difficult>1</difficult>"))
     with pytest.raises(ValueError, match="gives AP50 .* give the --voc-root"):
         load(folder)
 
 
-def test_what_is_missing_is_named(make_run, voc, tmp_path, monkeypatch):
-    folder = make_run("r50", 1)
+def test_what_is_missing_is_named(make_voc_run, voc, tmp_path, monkeypatch):
+    folder = make_voc_run("r50", 1)
     run = load_detector_run(folder)
     truth = load_truth(run)
-    with pytest.raises(NoEvidence, match="no folder /nowhere"):
+    with pytest.raises(NoDetections, match="no folder /nowhere"):
         load_truth(run, "/nowhere")
     assert load_truth(run, str(voc)).num_boxes == truth.num_boxes == 48
     (folder / "inference/test:test/detections.json").write_text("[{}]")
     with pytest.raises(ValueError, match=r"detections\.json is damaged"):
-        load_evidence(run, truth)
+        load_detections(run, truth)
     (folder / "inference/test:test/detections.json").unlink()
-    with pytest.raises(NoEvidence, match=r"r50_s1 has no detections\.json"):
-        load_evidence(run, truth)
+    with pytest.raises(NoDetections, match=r"r50_s1 has no detections\.json"):
+        load_detections(run, truth)
     run.results["command"] = "python tools/train_net.py"
-    with pytest.raises(NoEvidence, match="give their folder with --voc-root"):
+    with pytest.raises(NoDetections, match="give their folder with --voc-root"):
         load_truth(run)
     run.results["test"] = ["voc_2007_test"]  # Detectron2's own name
     monkeypatch.setenv("DETECTRON2_DATASETS", str(voc.parent))

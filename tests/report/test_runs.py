@@ -5,11 +5,8 @@ import json
 import pytest
 
 from resnet_backbone.report.detection_table import results_section
-from resnet_backbone.report.detector_runs import (
-    group_runs,
-    load_detector_run,
-    load_detector_runs,
-)
+from resnet_backbone.report.gain import group_runs
+from resnet_backbone.report.runs import load_detector_run, load_detector_runs
 
 AP = {"cat": 20.0, "dog": 40.0}
 

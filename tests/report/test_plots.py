@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_backbone.report import errors, load_run, plot_errors
-from resnet_backbone.report.errors import error_range, lr_drops, smooth_between
+from resnet_backbone.report import plots
+from resnet_backbone.report.plots import error_range, lr_drops, plot_errors, smooth_between
+from resnet_backbone.report.runs import load_run
 
 
 def rows(iterations=1000, drops=(), train=30.0, test=20.0, every=10):
@@ -26,7 +27,7 @@ def rows(iterations=1000, drops=(), train=30.0, test=20.0, every=10):
 def drawn(monkeypatch):
     """List that receives each figure in place of being saved."""
     figures = []
-    monkeypatch.setattr(errors, "save_png", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save_png", lambda figure, path: figures.append(figure))
     return figures
 
 
@@ -66,7 +67,7 @@ def test_the_axis_holds_the_ends_of_all_curves(finals, limits):
     assert error_range(finals) == limits
 
 
-def test_plain_and_residual_networks_have_panels_and_depths_have_colours(make_run, drawn, tmp_path):
+def test_plain_and_residual_networks_have_panels_and_depths_have_colors(make_run, drawn, tmp_path):
     metrics = rows(20_000, [10_000], train=26.0, every=100)
     names = ("resnet56", "plain20", "plain56", "resnet20")
     runs = [load_run(make_run(name, f"cifar10/{name}", metrics=metrics)) for name in names]
@@ -102,7 +103,7 @@ def test_one_family_or_together_is_one_panel(make_run, drawn, tmp_path):
     assert test[0].get_xdata()[-1] == 1000 and drawn[1].axes[0].get_xlabel() == "iterations"
 
 
-def test_seeds_share_colour_and_entry(make_run, drawn, tmp_path):
+def test_seeds_share_color_and_entry(make_run, drawn, tmp_path):
     runs = [load_run(make_run(f"s{seed}", metrics=rows(test=20.0 + seed))) for seed in (1, 2, 3)]
     plot_errors(runs, tmp_path / "a.png")
     (axes,) = drawn[0].axes

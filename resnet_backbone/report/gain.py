@@ -1,0 +1,315 @@
+"""Groups of detection runs, and the gain of one group over another in numbers and words."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from resnet_backbone.report.runs import DetectorRun, Group
+
+# Keys of a config that change where, how fast or how often a run does something, not what it
+# trains. Of MODEL.WEIGHTS the file's name counts.
+NOT_RECIPE = re.compile(
+    r"(SEED|OUTPUT_DIR|VIS_PERIOD|VERSION|CUDNN_BENCHMARK|GLOBAL\.HACK|MODEL\.(DEVICE|WEIGHTS)"
+    r"|DATALOADER\.NUM_WORKERS|SOLVER\.CHECKPOINT_PERIOD|TEST\.EVAL_PERIOD"
+    r"|RESNET_BACKBONE\.(CHANNELS_LAST|REFERENCE_BATCH|WEIGHTS_INPUT|BEST_METRIC))$"
+)
+# Keys that make the network what it is, or say where another one's stages are tapped.
+NETWORK = re.compile(
+    r"MODEL\.(RESNETS\.|BACKBONE\.NAME$|PIXEL_|FPN\.IN_FEATURES$|RPN\.IN_FEATURES$"
+    r"|ROI_HEADS\.IN_FEATURES$)|INPUT\.FORMAT$"
+    r"|RESNET_BACKBONE\.(VGG\.|SHORTCUT|ACTIVATION|CAFFE_POOL|WEIGHTS_PREPROCESSING$)"
+)
+SAME = ("DATASETS.TRAIN", "INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST")
+CLEAR = 2.0  # standard errors from which on the text calls two detectors told apart
+COVERAGE = 95  # percent, of the intervals
+NONE = "-"
+
+
+class DetectorGroup(Group[DetectorRun]):
+    """Runs of one detector and recipe.
+
+    Attributes:
+        label: its title, with a letter where other groups have the same title.
+        particulars: what those groups do not have, "KEY value".
+        draws: metric -> (R,) its mean over the runs on each of R resampled test sets, in percent,
+            the same test sets for all groups; empty where the boxes were not read.
+    """
+
+    def __init__(self, runs: Sequence[DetectorRun]):
+        super().__init__(runs)
+        self.label = self.first.title
+        self.particulars: tuple[str, ...] = ()
+        self.draws: dict[str, np.ndarray] = {}
+
+    def class_values(self, name: str) -> list[float]:
+        """AP of a class in every run."""
+        found = [run.classes.get(name) for run in self.runs]
+        return [float(value) for value in found if value is not None]
+
+    def interval(self, key: str) -> tuple[float, float] | None:
+        """The 95 % interval of a metric over the resampled test sets."""
+        return _interval(self.draws[key]) if key in self.draws else None
+
+    def seconds_per_image(self, measured: Mapping[Path, float] | None = None) -> float | None:
+        """Mean over the runs for which it was measured; None without any.
+
+        Args:
+            measured: by run folder, resolved; by default what the runs' own evaluations took.
+        """
+        if measured is None:
+            found = [run.results.get("seconds_per_image") for run in self.runs]
+        else:
+            found = [measured.get(run.folder.resolve()) for run in self.runs]
+        found = [seconds for seconds in found if seconds is not None]
+        return statistics.fmean(found) if found else None
+
+    def differing_keys(self, other: DetectorGroup) -> dict[str, tuple[Any, Any]]:
+        """Keys of the recipe -> their values here and there; those of one side alone left out."""
+        mine, theirs = self.first.config, other.first.config
+        return {
+            key: (value, theirs[key])
+            for key, value in mine.items()
+            if key in theirs and theirs[key] != value and not NOT_RECIPE.match(key)
+        }
+
+
+def group_runs(runs: Sequence[DetectorRun]) -> list[DetectorGroup]:
+    """Group runs that differ in their seeds alone: VGG first, then by depth and head.
+
+    Raises:
+        ValueError: no runs, the same seed twice, or runs of different test sets.
+    """
+    if not runs:
+        raise ValueError("no runs to report; give at least one run folder")
+    _check_same_test(runs)
+    members: dict[str, list[DetectorRun]] = {}
+    for run in runs:
+        recipe = {key: value for key, value in run.config.items() if not NOT_RECIPE.match(key)}
+        parts = [recipe, run.weights, run.planned_iterations, run.images_per_batch]
+        members.setdefault(json.dumps(parts, sort_keys=True, default=str), []).append(run)
+    groups = [DetectorGroup(group) for group in members.values()]
+    groups.sort(key=lambda g: (g.first.family != "VGG", g.first.depth, g.first.head))
+    for group in groups:
+        _name_apart(group, [g for g in groups if g.first.title == group.first.title])
+    return groups
+
+
+def _check_same_test(runs: Sequence[DetectorRun]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        mine, theirs = ({"data": one.test, "classes": sorted(one.classes)} for one in (first, run))
+        if run.objects and first.objects:
+            mine["objects"], theirs["objects"] = first.objects, run.objects
+        wrong = next((key for key in mine if mine[key] != theirs[key]), None)
+        if wrong:
+            what = f": {mine[wrong]} and {theirs[wrong]}" if wrong == "data" else f" ({wrong})"
+            raise ValueError(
+                f"{first.folder} and {run.folder} were evaluated on different test sets{what}; "
+                "give runs of one test set"
+            )
+
+
+def _name_apart(group: DetectorGroup, same: Sequence[DetectorGroup]) -> None:
+    """Where several groups have one title: a letter in the label, and what is particular."""
+    if len(same) == 1:
+        return
+    group.label = f"{group.first.title} {chr(ord('a') + same.index(group))}"
+    notes: dict[str, str] = {}
+    for other in same:
+        if other.first.weights != group.first.weights:
+            notes["weights"] = group.first.weights or "no weights"
+        planned = group.first.planned_iterations
+        if other.first.planned_iterations != planned:
+            notes["length"] = f"{planned} iterations"
+        for key, (value, _) in group.differing_keys(other).items():
+            if key not in ("SOLVER.MAX_ITER", "SOLVER.STEPS"):
+                notes[key] = f"{key} {value!r}"
+    group.particulars = tuple(notes[key] for key in sorted(notes))
+
+
+class Difference(NamedTuple):
+    """Mean of one set of values less that of another.
+
+    Attributes:
+        mean: the difference.
+        error: its standard error, of two independent samples (Welch); None with a single value
+            on either side.
+        low, high: the smallest and the largest difference of two values, one from each set.
+        pairs: how many such pairs there are.
+    """
+
+    mean: float
+    error: float | None
+    low: float
+    high: float
+    pairs: int
+
+
+def difference(values: Sequence[float], reference: Sequence[float]) -> Difference | None:
+    """What `values` have over `reference`; None where one of them is empty."""
+    if not values or not reference:
+        return None
+    error = None
+    if len(values) > 1 and len(reference) > 1:
+        parts = [statistics.variance(v) / len(v) for v in (values, reference)]
+        error = math.sqrt(sum(parts))
+    return Difference(
+        statistics.fmean(values) - statistics.fmean(reference),
+        error,
+        min(values) - max(reference),
+        max(values) - min(reference),
+        len(values) * len(reference),
+    )
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Two groups: one, and the one that it is compared with."""
+
+    ours: DetectorGroup
+    reference: DetectorGroup
+
+    @property
+    def label(self) -> str:
+        return f"{self.ours.label} minus {self.reference.label}"
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """What they do not share beside the network, "KEY here / there"; empty for a fair pair."""
+        a, b = self.ours.first, self.reference.first
+        sides = {
+            key: values
+            for key, values in self.ours.differing_keys(self.reference).items()
+            if not NETWORK.match(key)
+        }
+        if a.planned_iterations != b.planned_iterations:
+            sides["SOLVER.MAX_ITER"] = a.planned_iterations, b.planned_iterations
+        if bool(a.weights) != bool(b.weights) or (a.title == b.title and a.weights != b.weights):
+            sides["MODEL.WEIGHTS"] = a.weights or "none", b.weights or "none"
+        return tuple(f"{key} {here} / {there}" for key, (here, there) in sides.items())
+
+    def of(self, key: str) -> Difference | None:
+        return difference(self.ours.values(key), self.reference.values(key))
+
+    def of_class(self, name: str) -> Difference | None:
+        return difference(self.ours.class_values(name), self.reference.class_values(name))
+
+    def class_pairs(self, name: str) -> list[float]:
+        """The difference of every pair of runs."""
+        reference = self.reference.class_values(name)
+        return [a - b for a in self.ours.class_values(name) for b in reference]
+
+    def interval(self, key: str) -> tuple[float, float] | None:
+        """The 95 % interval of the gain: both detectors on the same resampled test sets."""
+        ours, reference = self.ours.draws.get(key), self.reference.draws.get(key)
+        return None if ours is None or reference is None else _interval(ours - reference)
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(draws, [(100 - COVERAGE) / 2, (100 + COVERAGE) / 2])
+    return float(low), float(high)
+
+
+def find_gains(groups: Sequence[DetectorGroup], reference: Path | None = None) -> list[Gain]:
+    """What is compared with what.
+
+    Args:
+        groups: of :func:`group_runs`.
+        reference: folder of a run with whose group all others are compared. By default each
+            ResNet is compared with the VGG of the same head, data, sizes and schedule (of several
+            with the one whose config differs least); without any such pair, all groups with the
+            first one.
+
+    Raises:
+        ValueError: no group has the reference.
+    """
+    if reference is not None:
+        path = reference.resolve()
+        chosen = next((g for g in groups if path in [r.folder for r in g.runs]), None)
+        if chosen is None:
+            raise ValueError(f"{reference} is not one of the run folders: add it with --run")
+        return [Gain(group, chosen) for group in groups if group is not chosen]
+    gains = []
+    for group in groups:
+        rivals = [g for g in groups if g.first.family == "VGG" != group.first.family]
+        pairs = [Gain(group, rival) for rival in rivals if _matches(group.first, rival.first)]
+        if pairs:
+            gains.append(min(pairs, key=lambda gain: len(gain.differences)))
+    return gains or [Gain(group, groups[0]) for group in groups[1:]]
+
+
+def _matches(a: DetectorRun, b: DetectorRun) -> bool:
+    return (
+        (a.head, a.planned_iterations, a.images_per_batch, bool(a.weights))
+        == (b.head, b.planned_iterations, b.images_per_batch, bool(b.weights))
+    ) and all(a.config.get(key) == b.config.get(key) for key in SAME)
+
+
+def signed(value: float) -> str:
+    """ "+3.21"; a minus sign as long as the plus."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def gain_text(gain: Gain, key: str) -> str:
+    """ "+3.21 ± 0.45 (+2.50 to +4.01) [+1.90, +4.50]", as far as it was measured.
+
+    Mean, standard error, range over pairs of runs, 95 % interval over test images.
+    """
+    found, interval = gain.of(key), gain.interval(key)
+    if found is None:
+        return NONE
+    text = signed(found.mean)
+    if found.error is not None:
+        text += f" ± {found.error:.2f} ({signed(found.low)} to {signed(found.high)})"
+    return text + (f" [{signed(interval[0])}, {signed(interval[1])}]" if interval else "")
+
+
+def describe_gain(gain: Gain, key: str = "AP50") -> str:
+    """What the numbers say, in words, whatever the sign."""
+    found = gain.of(key)
+    if found is None:
+        return f"{gain.label}: {key} is not measured."
+    ours, reference = gain.ours.label, gain.reference.label
+    if found.mean == 0:
+        text = f"{ours} and {reference} have the same {key}"
+    else:
+        side = "above" if found.mean > 0 else "below"
+        text = f"{ours} is **{abs(found.mean):.2f} points of {key} {side}** {reference}"
+    counts = [len(group.runs) for group in (gain.ours, gain.reference)]
+    notes = [f"{counts[0]} and {counts[1]} runs"]
+    if counts[0] == counts[1]:
+        notes = ["one run each" if counts[0] == 1 else f"{counts[0]} runs each"]
+    if found.error is not None:
+        notes.append(f"standard error of the difference {found.error:.2f}")
+        pairs = f"from {signed(found.low)} to {signed(found.high)} over the {found.pairs} pairs"
+        notes.append(f"{pairs} of runs")
+    interval = gain.interval(key)
+    if interval:
+        low, high = map(signed, interval)
+        notes.append(f"{COVERAGE} % interval over test images {low} to {high}")
+    sentences = [f"{text} ({'; '.join(notes)}).", _verdict(found, ours, reference)]
+    if interval and not interval[0] <= 0 <= interval[1]:
+        sentences.append("The choice of test images does not explain it.")
+    elif interval:
+        sentences.append("Other test images may turn it round.")
+    return " ".join(sentences)
+
+
+def _verdict(found: Difference, ours: str, reference: str) -> str:
+    if found.error is None:
+        return "The spread over seeds is not measured, so training by chance may turn it round."
+    if abs(found.mean) < CLEAR * found.error or found.mean == 0:
+        return f"That is less than {CLEAR:g} standard errors: these runs do not tell the two apart."
+    if found.low > 0 or found.high < 0:
+        side = "above" if found.mean > 0 else "below"
+        return f"Every run of {ours} is {side} every run of {reference}."
+    return "Single runs come out in either order."

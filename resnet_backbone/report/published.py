@@ -1,0 +1,267 @@
+"""Published results as they are printed, each with its data and its source.
+
+"paper" is arXiv 1512.03385. Reimplementations of detectors are the best of the sources named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class PublishedErrors(NamedTuple):
+    """What is printed about one classifier.
+
+    Attributes:
+        error: CIFAR-10 test error; on ImageNet top-1 / top-5, 10-crop. Of the paper.
+        source: where the paper has it.
+        multi_scale: ImageNet top-1 / top-5, multi-scale dense testing (paper, Table 4).
+        others: what others report: CIFAR-10 with the 50k split; ImageNet top-1, center crop.
+    """
+
+    error: str
+    source: str
+    multi_scale: str = ""
+    others: str = ""
+
+
+# By network and shortcut option; plain networks have the option "none".
+ERRORS: dict[tuple[str, str], PublishedErrors] = {
+    # Table 6; reimplementations, and akamaster/pytorch_resnet_cifar10's README for 32 and 44
+    ("cifar_resnet20", "A"): PublishedErrors("8.75", "Table 6", others="8.0-8.8"),
+    ("cifar_resnet32", "A"): PublishedErrors("7.51", "Table 6", others="7.37"),
+    ("cifar_resnet44", "A"): PublishedErrors("7.17", "Table 6", others="6.90"),
+    ("cifar_resnet56", "A"): PublishedErrors("6.97", "Table 6", others="6.6-7.4"),
+    ("cifar_resnet110", "A"): PublishedErrors(
+        "6.43, mean 6.61 ± 0.16", "Table 6, best of 5", others="6.3-7.1"
+    ),
+    ("cifar_resnet1202", "A"): PublishedErrors("7.93", "Table 6"),
+    # read off the curves of Fig. 6, left; it has no numbers for 32 and 44
+    ("cifar_plain20", "none"): PublishedErrors("about 9", "Fig. 6", others="9.3-9.9"),
+    ("cifar_plain56", "none"): PublishedErrors("about 13", "Fig. 6", others="12.5-13.5"),
+    ("cifar_plain110", "none"): PublishedErrors("above 60", "Fig. 6"),
+    # Tables 2, 3 and 4; others: torchvision V1 for 18 and 34, the released weights for 50 and more
+    ("plain18", "none"): PublishedErrors("27.94 / -", "Table 2"),
+    ("plain34", "none"): PublishedErrors("28.54 / 10.02", "Tables 2, 3"),
+    ("resnet18", "A"): PublishedErrors("27.88 / -", "Table 2"),
+    ("resnet18", "B"): PublishedErrors("-", "", others="30.24"),
+    ("resnet34", "A"): PublishedErrors("25.03 / 7.76", "Tables 2, 3"),
+    ("resnet34", "B"): PublishedErrors("24.52 / 7.46", "Table 3", "21.84 / 5.71", "26.69"),
+    ("resnet34", "C"): PublishedErrors("24.19 / 7.40", "Table 3", "21.53 / 5.60"),
+    ("resnet50", "B"): PublishedErrors("22.85 / 6.71", "Table 3", "20.74 / 5.25", "24.7"),
+    ("resnet101", "B"): PublishedErrors("21.75 / 6.05", "Table 3", "19.87 / 4.60", "23.6"),
+    ("resnet152", "B"): PublishedErrors("21.43 / 5.71", "Table 3", "19.38 / 4.49", "23.0"),
+    ("vgg16", ""): PublishedErrors("28.07 / 9.33", "Table 3", "24.4 / 7.1"),
+    ("torchvision/googlenet", ""): PublishedErrors("- / 9.15", "Table 3", "- / 7.89"),
+}
+
+
+class Network(NamedTuple):
+    """A network's name taken apart.
+
+    Attributes:
+        family: "ResNet", "plain", "VGG", or the name itself where it is another network.
+        depth: number of layers; 0 for other networks.
+        cifar: whether it is one of the 6n+2 layers for CIFAR-10.
+        shortcut: "A", "B", "C", "highway" or "none"; "" outside of these families.
+        others: further options that make it another network than the paper's.
+    """
+
+    family: str
+    depth: int
+    cifar: bool
+    shortcut: str
+    others: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """Such as "ResNet-34 A", "plain-20", "VGG-16"."""
+        title = f"{self.family}-{self.depth}" if self.depth else self.family
+        if self.shortcut not in ("", "none", "A" if self.cifar else "B"):
+            title += f" {self.shortcut}"
+        extra = ", ".join(f"{key}={value}" for key, value in self.others.items())
+        return f"{title} ({extra})" if extra else title
+
+    @property
+    def blocks(self) -> int | None:
+        """n of the 6n+2 layers."""
+        return (self.depth - 2) // 6 if self.cifar else None
+
+
+def parse_network(name: str, options: Mapping[str, Any] | None = None) -> Network:
+    """Takes a model's name and options apart; any name is accepted."""
+    others = dict(options or {})
+    if others.get("stride_in_1x1") is True:
+        del others["stride_in_1x1"]  # the paper, and the default
+    vgg = re.fullmatch(r"vgg(\d+)", name)
+    if vgg:
+        return Network("VGG", int(vgg[1]), False, "", others)
+    match = re.fullmatch(r"(cifar_)?(resnet|plain)(\d+)", name)
+    if not match:
+        return Network(name, 0, False, "", others)
+    cifar = match[1] is not None
+    shortcut = str(others.pop("shortcut", "A" if cifar else "B"))
+    if match[2] == "plain":
+        shortcut = "none"
+    family = "plain" if shortcut == "none" else "ResNet"
+    return Network(family, int(match[3]), cifar, shortcut, others)
+
+
+def published(network: Network) -> PublishedErrors | None:
+    """What is printed about exactly this network, or None."""
+    if network.others:
+        return None
+    prefix = "cifar_" if network.cifar else ""
+    depth = network.depth or ""
+    return ERRORS.get((f"{prefix}{network.family.lower()}{depth}", network.shortcut))
+
+
+def recipe_iterations(network: Network) -> int:
+    """Length of the published training: sections 3.4 and 4.2; VGG's is of arXiv 1409.1556."""
+    if network.cifar:
+        return 64_000
+    return 370_000 if network.family == "VGG" else 600_000
+
+
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike"
+    " person pottedplant sheep sofa train tvmonitor"
+).split()
+COCO_CLASS_COUNT = 80
+
+TF = "tf-faster-rcnn"
+ZOO = "Detectron2's model zoo"
+VOC_DATA = "VOC 07+12 trainval → 07 test"
+COCO_DATA = "COCO 2014 train → val"
+COCO_35K = "COCO 2014 trainval35k → minival"
+COCO_2017 = "COCO train2017 → val2017"
+
+
+class Number(NamedTuple):
+    """One published number in percent, what it was trained on → measured on, who printed it."""
+
+    value: float
+    data: str
+    source: str
+
+
+class Published(NamedTuple):
+    """The paper's number and the best public reimplementation's; the other network of a gain."""
+
+    task: str  # a key of TASKS
+    network: tuple[str, int]  # family, depth
+    paper: Number | None
+    public: Number | None
+    over: tuple[str, int] | None = None  # for a gain: the network that it is a gain over
+
+
+class Task(NamedTuple):
+    """A benchmark with published numbers, and the smallest protocol behind them.
+
+    Attributes:
+        name: with the metric.
+        metric: of its published numbers.
+        test: what they were measured on.
+        names: pattern of Detectron2's names of these test sets.
+        sizes: images of these test sets.
+        iterations, images_per_batch: of the training.
+        train_images, test_images: the smallest sets that the paper uses.
+        short_side: of an image in the test, in pixels.
+    """
+
+    name: str
+    metric: str
+    test: str
+    names: str
+    sizes: tuple[int, ...]
+    iterations: int
+    images_per_batch: int
+    train_images: int
+    test_images: int
+    short_side: int
+
+    def has_test_set(self, names: Sequence[str], images: int | None) -> bool:
+        """Whether these test sets of so many images are what the numbers were measured on."""
+        known = len(names) == 1 and re.fullmatch(self.names, names[0]) is not None
+        return known or images in self.sizes
+
+
+# Faster R-CNN, arXiv 1506.01497, section 3.3, for VOC 07; the paper's appendix A for COCO.
+TASKS = {
+    "voc": Task(
+        *("PASCAL VOC, AP50", "AP50", "VOC 2007 test", "voc_2007_test", (4_952,)),
+        *(80_000, 2, 5_011, 4_952, 600),
+    ),
+    "coco": Task(
+        *("COCO, AP", "AP", "COCO val", "coco_20(14|17)_(val|minival)", (5_000, 40_504)),
+        *(320_000, 16, 80_000, 40_000, 600),
+    ),
+}
+
+
+def task_of(classes: Sequence[str], metric: str) -> str:
+    """ "voc" or "coco" by the classes of a result and the metric they have; "" for other data."""
+    if set(classes) == set(VOC_CLASSES):
+        return "voc"
+    return "coco" if len(classes) == COCO_CLASS_COUNT and metric == "AP" else ""
+
+
+def _gain(task: str, paper: tuple[float, float], public: tuple[float, float], *sources: str):
+    """ResNet-101 minus VGG-16, both numbers from one source."""
+    numbers = (
+        Number(round(high - low, 1), data, f"{source}: {high:.1f} − {low:.1f}")
+        for (high, low), data, source in zip(
+            (paper, public), sources[::2], sources[1::2], strict=True
+        )
+    )
+    return Published(task, ("ResNet", 101), *numbers, over=("VGG", 16))
+
+
+MOCO = "MoCo's Detectron2 config, C4, mean of 5"
+DETECTORS = (
+    Published(
+        *("voc", ("VGG", 16)),
+        Number(73.2, VOC_DATA, "Table 7"),
+        Number(75.7, VOC_DATA, f"{TF}, conv5"),
+    ),
+    Published("voc", ("ResNet", 50), None, Number(81.3, VOC_DATA, MOCO)),
+    Published(
+        *("voc", ("ResNet", 101)),
+        Number(76.4, VOC_DATA, "Table 7"),
+        Number(79.8, VOC_DATA, f"{TF}, C4"),
+    ),
+    _gain("voc", (76.4, 73.2), (79.8, 75.7), VOC_DATA, "Table 7", VOC_DATA, TF),
+    Published(
+        *("coco", ("VGG", 16)),
+        Number(21.2, COCO_DATA, "Table 8"),
+        Number(30.2, COCO_35K, f"{TF}, conv5"),
+    ),
+    Published("coco", ("ResNet", 50), None, Number(40.2, COCO_2017, f"{ZOO}, FPN, 3x")),
+    Published(
+        *("coco", ("ResNet", 101)),
+        Number(27.2, COCO_DATA, "Table 8"),
+        Number(42.0, COCO_2017, f"{ZOO}, FPN, 3x"),
+    ),
+    Published("coco", ("ResNet", 152), None, Number(36.1, COCO_35K, f"{TF}, C4")),
+    _gain("coco", (27.2, 21.2), (35.4, 30.2), COCO_DATA, "Table 8", COCO_35K, TF),
+)
+
+
+class Improvement(NamedTuple):
+    """A row of Table 9: ResNet-101, COCO; AP50 and AP in percent, None where not printed."""
+
+    name: str
+    keys: tuple[str, ...]  # words in the names of our rows
+    val: tuple[float, float] | None  # trained on train, measured on val
+    test_dev: tuple[float, float] | None  # trained on trainval
+
+
+# Each row adds to the one above.
+IMPROVEMENTS = (
+    Improvement("baseline", ("baseline",), (48.4, 27.2), None),
+    Improvement("+ box refinement", ("refinement",), (49.9, 29.9), None),
+    Improvement("+ global context", ("context",), (51.1, 30.0), (53.3, 32.2)),
+    Improvement("+ multi-scale testing", ("multi",), (53.8, 32.5), (55.7, 34.9)),
+    Improvement("ensemble of 3", ("ensemble",), None, (59.0, 37.4)),
+)
