@@ -221,3 +221,16 @@ def write_run(folder, voc, network, seed, details, rows, results) -> None:
     (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     (inference / "voc_results.json").write_text(json.dumps(details))
     (inference / "detections.json").write_text(json.dumps(rows))
+
+
+@pytest.fixture
+def metrics_file(tmp_path):
+    """Function that writes lines to NAME/metrics.json and returns its path."""
+
+    def write(*entries, name="run", tail=""):
+        path = tmp_path / name / "metrics.json"
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps(e) + "\n" for e in entries) + tail)
+        return path
+
+    return write

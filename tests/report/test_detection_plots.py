@@ -1,10 +1,14 @@
 """Pictures of detection results: what they draw."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from resnet_backbone.report import detection_plots
 from resnet_backbone.report.detection_plots import (
     OURS,
     REFERENCE,
@@ -16,8 +20,10 @@ from resnet_backbone.report.detection_plots import (
     plot_class_curves,
     plot_class_gains,
     plot_errors_by_kind,
+    plot_learning,
     plot_losses,
     plot_mean_curves,
+    plot_training,
 )
 from resnet_backbone.report.gain import find_gains, group_runs
 from resnet_backbone.report.plots import COLORS
@@ -87,6 +93,20 @@ def test_losses(groups, make_detector):
     assert plot_losses(bare, detector_colors(bare)) is None
 
 
+def test_learning_curves(groups):
+    assert plot_learning(groups, detector_colors(groups)) is None  # no evaluation on the way
+    for group in groups:
+        for run in group.runs:
+            lines = [{"iteration": i, "bbox/AP50": i + run.seed} for i in (4, 9)]
+            with open(run.folder / "metrics.json", "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+    (axes,) = plot_learning(groups, detector_colors(groups)).axes
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[4, 9]] * 4
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[5, 10], [6, 11]] * 2
+    assert [line.get_color() for line in axes.lines] == [REFERENCE] * 2 + [OURS] * 2
+    assert [t.get_text() for t in axes.get_legend().texts] == ["VGG-16-FPN", "R-50-FPN"]
+
+
 def test_accuracy_and_time():
     points = [Point("a", 0.5, 40.0, 1.0), Point("b", 2.0, 45.0)]
     figure = plot_accuracy_and_time(points)
@@ -104,3 +124,84 @@ def test_times_that_differ_much_are_on_a_logarithmic_axis():
     assert axes.get_xscale() == "log" and low < 0.45 and high > 9.6
     texts = [text.get_text() for text in axes.get_xticklabels()]
     assert {"0.5", "1", "2", "5", "10"} <= set(texts)
+
+
+def losses(count=100):
+    return [{"iteration": i, "total_loss": 3 - 0.02 * i, "lr": 0.01} for i in range(count)]
+
+
+def test_plot_shows_every_run(metrics_file, tmp_path, monkeypatch):
+    drawn, draw = [], detection_plots.draw_training
+    monkeypatch.setattr(
+        detection_plots, "draw_training", lambda *args: drawn.append(draw(*args)) or drawn[0]
+    )
+    first = metrics_file(*losses(), {"iteration": 99, "bbox/AP50": 40.0}, name="first")
+    second = metrics_file(*losses(50), name="second")
+    output = tmp_path / "new" / "curves.png"
+    plot_training([first, second], output, ["with", "without"])
+    loss_axes, ap_axes = drawn[0].axes
+    labels = [[text.get_text() for text in axes.get_legend().texts] for axes in drawn[0].axes]
+    assert labels == [["with", "without"], ["with"]]
+    assert [len(line.get_xdata()) for line in loss_axes.lines] == [100, 100, 50, 50]
+    assert ap_axes.lines[0].get_ydata().tolist() == [40.0]
+    with Image.open(output) as picture:
+        assert picture.format == "PNG" and min(picture.size) > 400
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_default_labels_are_folder_names(metrics_file, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(detection_plots, "draw_training", lambda runs, labels: seen.extend(labels))
+    monkeypatch.setattr(detection_plots, "save_png", lambda figure, path: None)
+    plot_training(
+        [metrics_file(*losses(), name="one"), metrics_file(*losses(), name="two")],
+        tmp_path / "c.png",
+    )
+    assert seen == ["one", "two"]
+
+
+def test_wrong_runs(metrics_file, tmp_path):
+    output, good = tmp_path / "c.png", metrics_file(*losses())
+    with pytest.raises(ValueError, match="no runs"):
+        plot_training([], output)
+    with pytest.raises(ValueError, match="1 runs but 2 labels"):
+        plot_training([good], output, ["a", "b"])
+    with pytest.raises(ValueError, match="has no metrics"):
+        plot_training([metrics_file(name="empty")], output)
+    with pytest.raises(FileNotFoundError):
+        plot_training([tmp_path / "none.json"], output)
+    assert not output.exists()
+
+
+def test_curves_command_line(tool, metrics_file, tmp_path, capsys):
+    path, output = metrics_file(*losses(), name="a=b"), tmp_path / "c.png"
+    assert tool.parse_run(str(path.parent)) == (str(path), "a=b")
+    assert tool.parse_run(f"{path.parent}=my label") == (str(path), "my label")
+    assert tool.parse_run(f"{path}=x") == (str(path), "x")
+    assert tool.main(["curves", "--run", f"{path.parent}=x", "--output", str(output)]) == 0
+    assert output.is_file()
+    assert (
+        tool.main(["curves", "--run", str(metrics_file(name="empty")), "--output", str(output)])
+        == 1
+    )
+    assert "has no metrics" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["curves", "--output", "x.png"]])
+def test_command_line_needs_its_arguments(tool, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(arguments)
+
+
+def test_command_line_names_the_missing_file(tool, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(["curves", "--run", str(tmp_path / "no"), "--output", "x.png"])
+    assert "has neither metrics.json nor metrics.jsonl" in capsys.readouterr().err
+
+
+def test_curves_do_not_need_detectron2(metrics_file, tmp_path):
+    code = "import sys; sys.modules['detectron2'] = None; from resnet_backbone.cli import report; "
+    code += "sys.exit(report.main(sys.argv[1:]))"
+    words = ["curves", "--run", str(metrics_file(*losses())), "--output", str(tmp_path / "c.png")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,11 +7,15 @@ import pytest
 
 pytest.importorskip("detectron2")
 
+from resnet_backbone.detection.evaluation.voc import summarize
+from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc
 from resnet_backbone.report.detections import (
     NoDetections,
+    draw_images,
     interpolated_precision,
     load_detections,
     load_truth,
+    resample,
 )
 from resnet_backbone.report.pictures import find_misses, object_scores, select_misses
 from resnet_backbone.report.runs import load_detector_run
@@ -152,6 +156,42 @@ def test_misses_equal_a_loop(make_voc_run, score):
         assert object_scores(runs[0][miss.run])[miss.row] >= score
 
 
+@pytest.mark.parametrize("digits", [6, 1])  # many equal scores
+def test_resampling_equals_repeated_images(make_voc_run, digits):
+    """A draw's metrics against VOC's evaluation of a set that really has the copies."""
+    truth, run = load(make_voc_run("r50", 1, 0.8))
+    run.found["scores"] = run.found["scores"].round(digits)
+    counts = draw_images(len(truth.images), 30)
+    assert counts.shape == (30, 12) and (counts.sum(axis=1) == 12).all()
+    counts[0] = 0
+    counts[0, [2, 5]] = 1, 11  # classes without objects
+    found = resample(run, counts)
+    for draw, row in enumerate(counts):
+        images = [(place, copy) for place, count in enumerate(row) for copy in range(count)]
+        objects = [{**truth.images[place], "image_id": f"{place} {n}"} for place, n in images]
+        boxes = [
+            {key: run.found[key][run.found["image"] == place] for key in ("boxes", "scores")}
+            | {"classes": run.found["classes"][run.found["image"] == place]}
+            | {"image_id": f"{place} {copy}"}
+            for place, copy in images
+        ]
+        expected = summarize("", evaluate_voc(boxes, objects, truth.classes))["summary"]
+        assert {key: value[draw] for key, value in found.items()} == pytest.approx(expected)
+
+
+def test_an_image_drawn_once_each_gives_the_runs_numbers(make_voc_run):
+    truth, run = load(make_voc_run("vgg", 1))
+    found = resample(run, np.ones((1, len(truth.images)), dtype=int))
+    names = ("AP", "AP50", "AP75", "AP50-11pt")
+    assert {n: found[n][0] for n in names} == pytest.approx(
+        {n: run.run.numbers[n] for n in names}, abs=0.1
+    )
+
+
+def num_boxes(truth) -> int:
+    return sum(len(image["classes"]) for image in truth.images)
+
+
 def test_other_annotations_are_refused(make_voc_run, voc):
     folder = make_voc_run("r50", 1)
     for xml in sorted((voc / "Annotations").iterdir())[:4]:
@@ -166,7 +206,7 @@ def test_what_is_missing_is_named(make_voc_run, voc, tmp_path, monkeypatch):
     truth = load_truth(run)
     with pytest.raises(NoDetections, match="no folder /nowhere"):
         load_truth(run, "/nowhere")
-    assert load_truth(run, str(voc)).num_boxes == truth.num_boxes == 48
+    assert num_boxes(load_truth(run, str(voc))) == num_boxes(truth) == 48
     (folder / "inference/test:test/detections.json").write_text("[{}]")
     with pytest.raises(ValueError, match=r"detections\.json is damaged"):
         load_detections(run, truth)
@@ -178,4 +218,4 @@ def test_what_is_missing_is_named(make_voc_run, voc, tmp_path, monkeypatch):
         load_truth(run)
     run.results["test"] = ["voc_2007_test"]  # Detectron2's own name
     monkeypatch.setenv("DETECTRON2_DATASETS", str(voc.parent))
-    assert load_truth(run).num_boxes == 48
+    assert num_boxes(load_truth(run)) == 48

@@ -62,9 +62,11 @@ def test_report(tool, runs, tmp_path):
     assert gain > 5 and f"**{gain:.2f} points of AP50 above** VGG-16-FPN (3 and 2 runs;" in text
     assert "\n\nCut from VOC.\n\n" in text
     assert re.search(r"Of \d+ objects, R-50-FPN finds \d+ that VGG-16-FPN misses; the other", text)
-    assert "`python tools/train_net.py --voc-root VOC2007 --test-set test SEED 2`" in text
+    assert "`python tools/train_net.py --voc-root $ROOT/VOC2007 --test-set test SEED 2`" in text
+    assert re.search(r"\| R-50-FPN .*\d ± \d+\.\d+ \[\d+\.\d+, \d+\.\d+\] \|", text)
+    assert re.search(r"95 % interval over test images \+\d+\.\d+ to \+\d+\.\d+\)", text)
     assert str(tmp_path) not in text
-    assert "Seconds per image: not measured for VGG-16-FPN, R-50-FPN." in text
+    assert "Seconds per image of VGG-16-FPN, R-50-FPN: not measured." in text
 
 
 def test_runs_of_an_earlier_version_have_its_defaults(quick, tool, make_voc_run, tmp_path):
@@ -90,9 +92,10 @@ def test_seconds_and_rows(quick, tool, make_voc_run, tmp_path):
     output = tmp_path / "r.md"
     assert report(tool, runs, output, "--rows", str(rows)) == 0
     text = output.read_text()
-    assert "| baseline | 20.00 | 0.7 | 48.4 / 27.2 | - |" in text
+    assert "| baseline | 20.00 | 0.7 |\n| + refinement | 20.00 | 0.7 |" in text
+    assert "48.4" not in text  # the paper's Table 9 is of COCO
     assert "(r/accuracy_time.png)" in text
-    assert "Seconds per image: not measured for VGG-16-FPN." in text
+    assert "Seconds per image of VGG-16-FPN: not measured." in text
 
 
 def test_a_baseline_alone_is_a_time_and_no_improvement(quick, tool, make_voc_run, tmp_path):
@@ -104,7 +107,7 @@ def test_a_baseline_alone_is_a_time_and_no_improvement(quick, tool, make_voc_run
         files[-1].write_text(json.dumps({"rows": [{**row, "run": run}]}))
     assert report(tool, runs, tmp_path / "r.md", *(f"--rows={file}" for file in files)) == 0
     text = (tmp_path / "r.md").read_text()
-    assert "## Improvements in testing" not in text and "Seconds per image: not" not in text
+    assert "## Improvements in testing" not in text and "not measured." not in text
     assert "(r/accuracy_time.png)" in text
 
 
@@ -135,7 +138,7 @@ def test_seconds_of_the_runs_own_evaluations(quick, drawn, tool, make_voc_run, t
     assert seconds == {"R-50-FPN": pytest.approx(0.6), "VGG-16-FPN": 0.25}
     text = output.read_text()
     assert "Seconds per image of R-50-FPN: the runs' own evaluations (Some CPU" in text
-    assert "2 images at a time)." in text and "image: not measured" not in text
+    assert "2 images at a time)." in text and ": not measured" not in text
 
 
 def test_without_images_the_rest_is_there(quick, tool, runs, voc, tmp_path):
@@ -144,15 +147,30 @@ def test_without_images_the_rest_is_there(quick, tool, runs, voc, tmp_path):
     assert report(tool, runs, output) == 0
     text = output.read_text()
     assert listing(output.with_suffix("")) == {"gain_per_class.png", "errors.png", "losses.png"}
-    assert len(re.findall(r"^No (curves|pictures): the images of test:test", text, re.M)) == 2
+    found = re.findall(r"^(Neither curves nor intervals|No pictures): the images of", text, re.M)
+    assert len(found) == 2 and "In brackets" not in text
 
 
 def test_a_single_detector(quick, tool, runs, tmp_path):
     output = tmp_path / "r.md"
     assert report(tool, runs[:3], output) == 0
     text = output.read_text()
-    assert "No VGG and ResNet of the same head, data and schedule." in text
-    assert "No pictures: they need a VGG and a ResNet" in text
+    assert "One detector: there is nothing to compare it with." in text
+    assert "No pictures: there is one detector only." in text
+
+
+def test_two_resnets_are_compared(quick, tool, make_voc_run, tmp_path):
+    runs = [make_voc_run("r50", 1), make_voc_run("vgg", 1), make_voc_run("r50", 2)]
+    config = yaml.safe_load((runs[2] / "config.yaml").read_text())
+    config["MODEL"]["RESNETS"]["DEPTH"] = 101
+    (runs[2] / "config.yaml").write_text(yaml.safe_dump(config))
+    output = tmp_path / "r.md"
+    options = ["--reference", str(runs[0])]
+    assert report(tool, map(str, runs), output, *options) == 0
+    text = output.read_text()
+    for label in ("VGG-16-FPN minus R-50-FPN", "R-101-FPN minus R-50-FPN"):
+        assert f"| **{label}** |" in text
+    assert (output.with_suffix("") / "misses_R-101-FPN.jpg").is_file()
 
 
 def test_coco_has_tables_but_no_curves(quick, tool, make_voc_run, tmp_path):
@@ -233,6 +251,6 @@ def test_rows_on_other_images_are_told_apart(quick, drawn, tool, make_voc_run, t
     ]
     assert drawn[0][1].color == drawn[1][0].color
     text = (tmp_path / "r.md").read_text()
-    assert "Seconds per image of R-50-FPN: those of the rows on other images." in text
+    assert "Seconds per image of R-50-FPN: the rows on other images." in text
     assert text.count("Measured on `few`: these numbers compare with each other") == 2
     assert "(r/accuracy_time_2.png)" in text and (tmp_path / "r" / "accuracy_time_2.png").is_file()

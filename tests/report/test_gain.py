@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from resnet_backbone.report.gain import describe_gain, difference, find_gains, group_runs
+from resnet_backbone.report.gain import describe_gain, difference, find_gains, gain_text, group_runs
 from resnet_backbone.report.runs import load_detector_runs
 
 
@@ -49,8 +49,13 @@ def gain_of(make_detector):
         ),
         ([20.0, 21.0], [30.0, 31.0], ["**10.00 points of AP50 below**", "is below every"], "above"),
         ([20.0, 30.0], [21.0, 27.0], ["**1.00 points of AP50 above**", "do not tell"], "Every"),
-        ([20.0], [30.0], ["10.00 points of AP50 below", "may be chance", "one run each"], "error "),
-        ([20.0, 21.0], [30.0], ["2 and 1 runs", "not measured on both sides"], "Every"),
+        (
+            [20.0],
+            [30.0],
+            ["10.00 points of AP50 below", "training by chance", "one run each"],
+            "error ",
+        ),
+        ([20.0, 21.0], [30.0], ["2 and 1 runs", "spread over seeds is not measured"], "Every"),
         ([20.0, 22.0], [20.0, 22.0], ["have the same AP50", "do not tell"], "above"),
         (
             [30.0, 21.0, 30.0, 30.0],
@@ -100,7 +105,39 @@ def test_the_nearest_vgg_of_the_same_schedule(make_detector):
 @pytest.mark.parametrize(
     "config", [{"INPUT.MIN_SIZE_TEST": 600}, {"DATASETS.TRAIN": ["a"]}, {"MODEL.WEIGHTS": ""}]
 )
-def test_other_data_or_sizes_make_no_pair(make_detector, config):
+def test_a_pair_of_one_recipe_goes_before_others(make_detector, config):
     folders = [make_detector("r", 1, {"cat": 3.0}, config=config)]
     folders.append(make_detector("v", 1, {"cat": 2.0}, vgg=True))
-    assert find_gains(group_runs(load_detector_runs(folders))) == []
+    (gain,) = find_gains(group_runs(load_detector_runs(folders)))  # nothing else to compare
+    assert [text.partition(" ")[0] for text in gain.differences] == list(config)
+    deep = make_detector("r101", 1, {"cat": 5.0}, config={"MODEL.RESNETS.DEPTH": 101})
+    (gain,) = find_gains(group_runs(load_detector_runs([*folders, deep])))
+    assert gain.label == "R-101-FPN minus VGG-16-FPN" and gain.differences == ()
+
+
+def test_any_detector_can_be_the_reference(make_detector, tmp_path):
+    deep = {"MODEL.RESNETS.DEPTH": 101, "SOLVER.MAX_ITER": 900}
+    folders = [make_detector("r50", 1, {"cat": 3.0}, config={"SOLVER.MAX_ITER": 600})]
+    folders.append(make_detector("r101", 1, {"cat": 5.0}, config=deep))
+    groups = group_runs(load_detector_runs(folders))
+    for reference, label in ((None, "R-101-FPN minus R-50"), (folders[1], "R-50-FPN minus R-101")):
+        (gain,) = find_gains(groups, reference)
+        assert gain.label == f"{label}-FPN"
+    assert gain.differences == ("SOLVER.MAX_ITER 600 / 900",)
+    with pytest.raises(ValueError, match="is not one of the run folders"):
+        find_gains(groups, tmp_path)
+
+
+def test_intervals_are_of_paired_draws(gain_of):
+    gain = gain_of([30.0], [20.0])
+    assert gain.interval("AP50") is None and "interval" not in describe_gain(gain)
+    draws = np.arange(1000.0)
+    gain.ours.draws, gain.reference.draws = {"AP50": draws + 10}, {"AP50": draws}
+    assert gain.ours.interval("AP50") == pytest.approx((34.975, 984.025))
+    assert gain.interval("AP50") == pytest.approx((10.0, 10.0))
+    text = describe_gain(gain)
+    assert "one run each; 95 % interval over test images +10.00 to +10.00" in text
+    assert "choice of test images does not explain it" in text
+    assert gain_text(gain, "AP50") == "+10.00 [+10.00, +10.00]"
+    gain.reference.draws = {"AP50": draws[::-1]}
+    assert "Other test images may turn it round." in describe_gain(gain)

@@ -119,7 +119,7 @@ def test_a_resumed_and_killed_run_can_be_drawn(make_run, drawn, tmp_path, caplog
     folder = make_run("r", metrics=[*rows(), again], tail='{"iteration": 1010, "tr')
     plot_errors([load_run(folder)], tmp_path / "a.png")
     assert curves_of(drawn[0].axes[0], "-")[0].get_ydata()[-1] == 7
-    assert "is incomplete, passed over" in caplog.text
+    assert "is incomplete, skipped" in caplog.text
 
 
 def test_a_run_that_has_not_evaluated_yet_shows_its_training(make_run, drawn, tmp_path):
@@ -151,7 +151,7 @@ def test_a_damaged_file_is_named(make_run):
     with pytest.raises(ValueError, match=r"results\.json is damaged"):
         load_run(folder)
     (folder / "results.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"results\.json is no table"):
+    with pytest.raises(ValueError, match=r"results\.json does not hold a mapping"):
         load_run(folder)
 
 

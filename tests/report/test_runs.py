@@ -1,12 +1,13 @@
-"""Run folders of detectors, and their groups."""
+"""Metrics, run folders of detectors, and their groups."""
 
 import json
 
+import numpy as np
 import pytest
 
 from resnet_backbone.report.detection_table import results_section
 from resnet_backbone.report.gain import group_runs
-from resnet_backbone.report.runs import load_detector_run, load_detector_runs
+from resnet_backbone.report.runs import load_detector_run, load_detector_runs, load_metrics, smooth
 
 AP = {"cat": 20.0, "dog": 40.0}
 
@@ -57,7 +58,7 @@ def test_seeds_of_one_recipe_are_one_group(make_detector):
     moved = {"OUTPUT_DIR": "x", "MODEL.WEIGHTS": "/elsewhere/weights.pth", "MODEL.DEVICE": "cuda"}
     second = make_detector("b", 2, {"cat": 30.0, "dog": 50.0}, config=moved)
     (group,) = groups(second, make_detector("a", 1, AP))
-    assert group.seeds == [1, 2] and group.label == "R-50-FPN"
+    assert [run.seed for run in group.runs] == [1, 2] and group.label == "R-50-FPN"
     assert group.values("AP50") == [30.0, 40.0]
     assert group.class_values("dog") == [40.0, 50.0]
 
@@ -75,7 +76,9 @@ def test_an_early_end_does_not_separate_seeds(make_detector):
     config = {"SOLVER.MAX_ITER": 600}
     early = make_detector("b", 2, AP, config=config, results={"iterations": 400})
     (group,) = groups(make_detector("a", 1, AP, config=config), early)
-    assert group.seeds == [1, 2] and "| 400 to 600 |" in results_section([group], [])
+    assert [run.seed for run in group.runs] == [1, 2] and "| 400 to 600 |" in results_section(
+        [group], []
+    )
 
 
 def test_vgg_comes_first(make_detector):
@@ -98,10 +101,12 @@ def test_a_folder_of_seeds(make_detector, tmp_path):
 def test_sizes_are_the_logs_last(make_detector):
     folder = make_detector("a", 1, AP)
     run = load_detector_run(folder)
-    assert run.size_of("test:test") is None
+    assert run.images_of(["test:test"]) is None
     text = "data set test:test: 5 images, 9 boxes\ndata set test:test: 800 images, 2411 boxes\n"
     (folder / "log.txt").write_text(text + "data set test:test2: 7 images, 7 boxes\n")
-    assert load_detector_run(folder).size_of("test:test") == (800, 2411)
+    run = load_detector_run(folder)
+    assert run.images_of(["test:test"]) == 800 and run.images_of([]) is None
+    assert run.images_of(["test:test", "test:test2"]) == 807
 
 
 def test_refusals(make_detector, tmp_path):
@@ -126,7 +131,7 @@ def test_broken_folders(make_detector):
     with pytest.raises(ValueError, match="has no results of boxes"):
         load_detector_run(folder)
     (folder / "results.json").write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match=r"results\.json is no table"):
+    with pytest.raises(ValueError, match=r"results\.json does not hold a mapping"):
         load_detector_run(folder)
     (folder / "results.json").write_text("{")
     with pytest.raises(ValueError, match=r"results\.json is damaged"):
@@ -134,3 +139,36 @@ def test_broken_folders(make_detector):
     (folder / "config.yaml").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.yaml"):
         load_detector_run(folder)
+
+
+def losses(count=100):
+    return [{"iteration": i, "total_loss": 3 - 0.02 * i, "lr": 0.01} for i in range(count)]
+
+
+def test_load(metrics_file):
+    path = metrics_file(*losses(3), {"iteration": 2, "bbox/AP50": 41.5, "note": "text"})
+    metrics = load_metrics(path)
+    assert set(metrics) == {"iteration", "total_loss", "lr", "bbox/AP50"}
+    assert [a.tolist() for a in metrics["total_loss"]] == [[0, 1, 2], [3, 2.98, 2.96]]
+    assert [a.tolist() for a in metrics["bbox/AP50"]] == [[2], [41.5]]
+
+
+def test_resumed_run_keeps_the_last_value(metrics_file):
+    again = [{"iteration": i, "total_loss": 9.0} for i in (1, 2, 3)]
+    metrics = load_metrics(metrics_file(*losses(3), *again))
+    assert [a.tolist() for a in metrics["total_loss"]] == [[0, 1, 2, 3], [3, 9, 9, 9]]
+
+
+@pytest.mark.parametrize("tail", ['{"iteration": 3, "total_l', "17\n", '{"total_loss": 1}\n', "\n"])
+def test_incomplete_lines_are_skipped(metrics_file, tail, caplog):
+    metrics = load_metrics(metrics_file(*losses(3), tail=tail))
+    assert metrics["total_loss"][0].tolist() == [0, 1, 2]
+    assert ("line 4 is incomplete" in caplog.text) == bool(tail.strip())
+
+
+def test_smooth():
+    values = np.array([0.0, 3.0, 6.0, np.nan, 12.0])
+    np.testing.assert_allclose(smooth(values, 3), [1.5, 3, 4.5, 9, 12])
+    np.testing.assert_array_equal(smooth(values, 1), values)
+    with pytest.raises(ValueError, match="window is 0"):
+        smooth(values, 0)

@@ -224,12 +224,12 @@ def test_imagenet_columns(runs):
     assert row["network"] == "ResNet-34 C"
     assert row["paper, 10-crop top-1 / top-5"] == "24.19 / 7.40 (Table 3)"
     assert row["paper, multi-scale"] == "21.53 / 5.60"
-    assert (row["**ours**, centre crop top-1"], row["**ours**, top-5"]) == ("26.10", "8.50")
+    assert (row["**ours**, center crop top-1"], row["**ours**, top-5"]) == ("26.10", "8.50")
     assert "remark" not in header  # nothing to remark
     other = runs("imagenet/resnet18", {1: 30.5})  # the paper has option A only
     header, _, values = cells(results_table(other))
     assert values[header.index("paper, 10-crop top-1 / top-5")] == "-"
-    assert values[header.index("others, centre crop top-1")] == "30.24"
+    assert values[header.index("others, center crop top-1")] == "30.24"
 
 
 def test_only_the_error_is_needed(make_run):
@@ -250,7 +250,7 @@ def test_other_data_has_no_paper_columns(make_run):
 
 def test_refusals(runs, make_run):
     twice = [*runs("cifar10/resnet20", {1: 8.0}), *runs("cifar10/resnet20", {1: 8.0}, "again")]
-    with pytest.raises(ValueError, match="cifar10_resnet20_1 and again_1 have the same recipe"):
+    with pytest.raises(ValueError, match="cifar10_resnet20_1 and .*again_1 have the same recipe"):
         results_table(twice)
     with pytest.raises(ValueError, match="has not ended"):
         results_table([load_run(make_run("going", metrics=[{"iteration": 1, "lr": 1}]))])
