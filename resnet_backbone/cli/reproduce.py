@@ -4,48 +4,342 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import hashlib
+import json
 import os
+import re
+import shlex
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from resnet_backbone.cli.reproduction import (
-    STAGES,
-    Plan,
-    PlanError,
-    Runner,
-    Step,
-    build_steps,
-    read_plan,
-)
-from resnet_backbone.cli.reproduction.runner import is_done, show
-from resnet_backbone.cli.reproduction.steps import Options
+import torch
+import yaml
+
+from resnet_backbone import __version__
+from resnet_backbone.runtime.files import alone, sha256, write_json
+from resnet_backbone.runtime.signals import EXIT_STOPPED, run_child
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = ROOT / "configs" / "reproduction"
+DONE = "step.json"  # written into a step's folder after its command
+# Keys with their defaults; None: needed.
+PLAN = dict(title=None, steps=None, networks={}, seeds=[1], words={}, note="")
+STEP = dict(command=None, makes=None, datasets=[], seeds=False, batch=0, hours=0, gpu="", basis="")
+# How a tool is told the input of weights that do not carry it.
+STATED = {"train_net.py": "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"}
+STATED["convert_weights.py"] = "--preprocessing"
+OVERRIDDEN = {"train_classifier.py": True, "train_net.py": False}  # by --set's words with "="
 
 EPILOG = """\
 examples:
   python tools/reproduce.py --scale mini
       all stages on built-in data, at most 30 minutes on two CPU cores
+  python tools/reproduce.py --scale voc07 --voc-root VOCdevkit/VOC2007 \\
+      --weights VGG-16=vgg16_caffe.pth --preprocessing VGG-16=caffe_vgg \\
+      --weights ResNet-50=R-50.pkl --preprocessing ResNet-50=msra
+      VGG-16 and ResNet-50 with FPN on VOC 2007 at 320 px, for CPUs
   python tools/reproduce.py --scale paper --imagenet imagenet --num-gpus 8 --plan
-      prints the commands of the paper's protocol with the GPU hours to expect, and runs nothing
-  python tools/reproduce.py --scale paper --num-gpus 8 \\
-      --weights VGG-16=vgg16.pth --preprocessing VGG-16=caffe_vgg \\
-      --weights ResNet-101=R-101.pkl --preprocessing ResNet-101=msra
-      detection alone, from weights that are there; VOC lies in $DETECTRON2_DATASETS
+      prints the commands of the paper's protocol with the hours to expect, and runs nothing
 
-stages: data (built-in), pretrain (tools/train_classifier.py), bn (tools/recompute_bn.py: statistics
-of the training set, then fixed), convert (tools/convert_weights.py: Detectron2's format), detect
-(tools/train_net.py, once a seed), improve (tools/evaluate_detector.py), report (tools/report.py).
-
-Each step lies in a folder of its own in --output, named after the hash of its command, configs,
-weights and data. What is done is not done again; after an interruption (SIGTERM and Ctrl-C write a
-checkpoint) the same command goes on. The hash has this package's version, not its code: after a
+Each step has a folder of its own in --output, named after the hash of its command, configs, weights
+and data. What is done is not done again; after an interruption (SIGTERM and Ctrl-C write a
+checkpoint) the same command continues. The hash has this package's version, not its code: after a
 change of the code give another --output.
 
-Plans: configs/reproduction; own ones: --scale FILE.yaml."""
+A plan (configs/reproduction/NAME.yaml, or your own FILE.yaml) has a title and steps. A step has a
+command of tools/, and the file that it makes in its folder. Its stage is its name up to "_". Steps
+with "seeds: true" run once for each of the plan's seeds. Only what the last step needs is run.
+hours: of one gpu, or of one core; basis: what they are from; batch: the most GPUs of use; datasets:
+folders in $DETECTRON2_DATASETS that the step reads.
+In commands {here} is the step's folder, {NAME} the file that another step makes, {NAME/} that
+step's folder ({NAME[0]/} with the first seed), {NETWORK} weights of the plan's networks: given by
+--weights, or made by the step that "networks" names. {imagenet}, {voc-root}, {seed}, {gpus} and
+{note} are what they say, further {words} are the plan's own."""
+
+
+class PlanError(ValueError):
+    """An invalid plan or command line; the message says what to write."""
+
+
+class Loader(yaml.SafeLoader):
+    """Passes over tags that Detectron2's own loader knows, such as tuples."""
+
+
+Loader.add_multi_constructor("", lambda loader, suffix, node: None)
+
+
+def read_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (OSError, yaml.YAMLError) as error:
+        raise PlanError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+
+
+def checked(node: Any, keys: dict[str, Any], where: str) -> dict[str, Any]:
+    """A mapping of these keys, with their defaults."""
+    if not isinstance(node, dict):
+        raise PlanError(f"{where}: expected keys with values, found {node!r}")
+    missing = {key for key, value in keys.items() if value is None} - node.keys()
+    for wrong, problem in ((node.keys() - keys, "is unknown"), (missing, "is missing")):
+        if wrong:
+            known = ", ".join(keys)
+            raise PlanError(f"{where}: the key {min(map(str, wrong))} {problem}; keys are {known}")
+    for key, value in node.items():
+        if keys[key] is not None and not isinstance(value, type(keys[key])) and key != "hours":
+            kind = {list: "a list", dict: "keys with values"}.get(type(keys[key]), "a value")
+            raise PlanError(f"{where}: {key} {value!r}: expected {kind}, such as {keys[key]!r}")
+    return {**keys, **node}
+
+
+def read_plan(path: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
+    """A plan as its file has it, with defaults; `seeds` replace its own.
+
+    Raises:
+        PlanError: no such file, unknown or missing keys, impossible values.
+    """
+    plan = checked(read_yaml(path), PLAN, str(path))
+    if not isinstance(plan["steps"], dict) or not plan["steps"]:
+        raise PlanError(f"{path}: steps: give at least one, NAME: with command: and makes: below")
+    plan["steps"] = {k: checked(v, STEP, f"{path}: {k}") for k, v in plan["steps"].items()}
+    plan["seeds"] = given = list(seeds or plan["seeds"])
+    if not given or len(set(given)) < len(given) or not all(isinstance(s, int) for s in given):
+        raise PlanError(f"seeds {given}: give integers, each once")
+    return plan
+
+
+def digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror or error}") from error
+
+
+def config_digests(path: Path) -> Iterator[str]:
+    """Of a YAML config and, from ``_BASE_`` to ``_BASE_``, those that it builds on."""
+    yield file_digest(path)
+    bases = (read_yaml(path) or {}).get("_BASE_", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        yield from config_digests(path.parent / base)
+
+
+def tree_digest(folder: Path) -> str:
+    """Of a data set's folder: when files were added to or taken from it, two levels deep."""
+    folders = [folder, *folder.glob("*/"), *folder.glob("*/*/")]
+    return digest(sorted([str(f.relative_to(folder)), f.stat().st_mtime_ns] for f in folders))
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One command with a folder of its own.
+
+    Attributes:
+        words: tool of tools/ and its arguments.
+        product: the file that it makes, which proves it complete.
+        key: ten digits of the hash of all that the result depends on.
+        node: as the plan has it.
+    """
+
+    name: str
+    folder: Path
+    words: tuple[str, ...]
+    product: Path
+    key: str
+    inputs: tuple[Step, ...]
+    node: dict[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return self.name.partition("_")[0]
+
+    def is_done(self) -> bool:
+        return (self.folder / DONE).is_file() and self.product.exists()
+
+    def shown(self, root: Path) -> str:
+        """The command as it would be typed in the folder of the project."""
+        return shlex.join(["python", *(w.replace(f"{root}/", "") for w in self.words)])
+
+
+class Value(NamedTuple):
+    """A word of a command, what stands for it in the hash, and the step that it is from."""
+
+    text: str
+    identity: str
+    step: Step | None = None
+
+
+class Builder:
+    """From a plan and the command line to steps; ``build`` of the last step makes all of them."""
+
+    def __init__(self, plan: dict[str, Any], args: argparse.Namespace):
+        self.plan, self.args = plan, args
+        self.steps: dict[str, list[Step]] = {}
+        self.absent: set[Path] = set()  # data that are not there
+        for name in (*args.weights, *args.preprocessing):
+            if name not in plan["networks"]:
+                known = ", ".join(plan["networks"])
+                raise PlanError(f"the plan has no {name}; its networks: {known}")
+
+    def build(self, name: str) -> list[Step]:
+        """The step, once for each seed, after the steps that it needs."""
+        if name not in self.steps:
+            seeds = self.plan["seeds"] if self.plan["steps"][name]["seeds"] else [None]
+            self.steps[name] = [self._step(name, seed) for seed in seeds]
+        return self.steps[name]
+
+    def _step(self, name: str, seed: int | None) -> Step:
+        args, node = self.args, self.plan["steps"][name]
+        given = shlex.split(node["command"])
+        tool, networks = given[0], {word[1:-1] for word in given}
+        stated = [
+            args.preprocessing[n] for n in args.preprocessing if n in networks & {*args.weights}
+        ]
+        given += [STATED[tool], *stated] if stated else []
+        given += [word for word in args.set if OVERRIDDEN.get(tool) == ("=" in word)]
+        values = [value for word in given for value in self._expand(word, node, seed)]
+        configs = [args.root / v.text for v in values if v.text.startswith("configs/")]
+        depends = [key for path in configs for key in config_digests(path)]
+        if args.datasets:
+            depends += [self._folder(args.datasets / data).identity for data in node["datasets"]]
+        key = digest([__version__, [value.identity for value in values], depends])[:10]
+        name += "" if seed is None else f"_seed{seed}"
+        folder = args.output / f"{name}-{key}"
+        words = [value.text.replace("{here}", str(folder)) for value in values]
+        words[0] = str(args.root / "tools" / tool)
+        inputs = tuple(dict.fromkeys(value.step for value in values if value.step))
+        return Step(name, folder, tuple(words), folder / node["makes"], key, inputs, node)
+
+    def _expand(self, word: str, node: dict[str, Any], seed: int | None) -> list[Value]:
+        """A word of a command; alone, a name in braces may stand for several words or none."""
+        names = re.findall(r"\{([^{}]+)\}", word)
+        if [f"{{{name}}}" for name in names] == [word]:
+            return self._values(names[0], node, seed)
+        value = Value(word, word)
+        for name in names:
+            (found,) = self._values(name, node, seed)
+            sides = zip(value[:2], found[:2], strict=True)
+            texts = (text.replace(f"{{{name}}}", part) for text, part in sides)
+            value = Value(*texts, found.step or value.step)
+        return [value]
+
+    def _values(self, name: str, node: dict[str, Any], seed: int | None) -> list[Value]:
+        args, plan = self.args, self.plan
+        if name == "here":
+            return [Value("{here}", "")]
+        if name in ("seed", "note"):
+            text = (
+                plan["note"] if name == "note" else str(plan["seeds"][0] if seed is None else seed)
+            )
+            return [Value(text, text)]
+        if name == "gpus":
+            count = str(min(args.num_gpus, node["batch"] or args.num_gpus))
+            return [Value(word, word) for word in ("--num-gpus", count) if count != "1"]
+        if name in plan["words"]:
+            words = shlex.split(plan["words"][name])
+            return [value for word in words for value in self._expand(word, node, seed)]
+        if name in ("imagenet", "voc-root"):
+            folder = getattr(args, name.replace("-", "_"))
+            if folder is None:
+                networks = "".join(f", or --weights {n}=FILE" for n in plan["networks"])
+                raise PlanError(f"the plan needs --{name} DIR{networks}")
+            return [self._folder(folder)]
+        if name in args.weights:
+            return [Value(str(args.weights[name]), file_digest(args.weights[name]))]
+        if name in plan["networks"] and not plan["networks"][name]:
+            raise PlanError(f"{name} is not pre-trained by this plan: give --weights {name}=FILE")
+        match = re.fullmatch(r"(.+?)(?:\[(\d+)\])?(/?)", plan["networks"].get(name, name))
+        if match[1] not in plan["steps"]:
+            raise PlanError(f"{{{name}}} is neither a step nor a network nor words of the plan")
+        steps = self.build(match[1])
+        steps = steps[int(match[2]) :][:1] if match[2] else steps
+        paths = (step.folder if match[3] else step.product for step in steps)
+        return [Value(str(p), f"{s.name} {s.key}", s) for p, s in zip(paths, steps, strict=True)]
+
+    def _folder(self, folder: Path) -> Value:
+        if folder.is_dir():
+            return Value(str(folder), tree_digest(folder))
+        if not self.args.plan:
+            raise PlanError(f"{folder}: no such folder of data")
+        self.absent.add(folder)
+        return Value(str(folder), "absent")
+
+
+def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[Step], set[Path]]:
+    """The steps that the plan's last one needs, in the plan's order; data that are not there.
+
+    Raises:
+        PlanError: weights for a network that the plan does not have, neither weights nor data to
+            train a network, unknown names in braces, unreadable files.
+    """
+    builder = Builder(plan, args)
+    try:
+        builder.build(list(plan["steps"])[-1])
+    except RecursionError:
+        raise PlanError("steps of the plan need one another in a circle") from None
+    return [s for name in plan["steps"] for s in builder.steps.get(name, ())], builder.absent
+
+
+def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path = ROOT) -> int:
+    """Run the commands of the stages that are not done, in order.
+
+    Returns:
+        0, or the exit status of the command that ended otherwise: 75 where it was stopped.
+
+    Raises:
+        PlanError: a step of another stage is needed and not done, a command did not leave its
+            product.
+        BlockingIOError: another process works in the same folder.
+    """
+    with alone(output) as lock:
+        for number, step in enumerate(steps, 1):
+            if step.stage not in stages or step.is_done():
+                continue
+            for needed in step.inputs:
+                if not needed.is_done():
+                    raise PlanError(f"{step.name} needs {needed.name}: add --stage {needed.stage}")
+            print(f"\n== {number}/{len(steps)} {step.name}\n{step.shown(root)}", flush=True)
+            step.folder.mkdir(parents=True, exist_ok=True)
+            started = time.monotonic()
+            # the child holds the lock too: should this process be killed, the lock stays
+            status, stop = run_child([sys.executable, *step.words], cwd=root, pass_fds=(lock,))
+            if status:
+                print(f"{step.name} ended with status {status}; the same command continues it")
+                return status
+            if not step.product.exists():
+                raise PlanError(f"{step.name} left no {step.product}; see its output above")
+            seconds = round(time.monotonic() - started, 1)
+            content = dict(step=step.name, key=step.key, command=step.shown(root))
+            content["inputs"] = {needed.name: needed.key for needed in step.inputs}
+            content |= dict(seconds=seconds, date=time.strftime("%Y-%m-%d"))
+            write_json(step.folder / DONE, content, indent=1)
+            print(f"-- {step.name}: {seconds:.0f} s", flush=True)
+            if stop:
+                return EXIT_STOPPED
+    return 0
+
+
+def print_plan(title: str, steps: Sequence[Step], stages: Sequence[str], root: Path) -> None:
+    """The steps of the stages with their commands, and the hours to expect of those to do."""
+    print(f"{title}: {len(steps)} steps")
+    hours: dict[str, float] = {}
+    for step in (step for step in steps if step.stage in stages):
+        state, node = "done" if step.is_done() else "to do", step.node
+        print(f"\n[{step.stage}] {step.name}: {state}\n  {step.shown(root)}")
+        if node["hours"] and state == "to do":
+            unit = node["gpu"] or "core"
+            hours[unit] = hours.get(unit, 0) + node["hours"]
+            print(f"  about {node['hours']:g} hours of one {unit}: {node['basis']}")
+    for unit, total in hours.items():
+        print(
+            f"\nexpected: about {total:.0f} hours of one {unit}, beside steps without an estimate"
+        )
 
 
 def name_and_value(text: str) -> tuple[str, str]:
@@ -55,151 +349,74 @@ def name_and_value(text: str) -> tuple[str, str]:
     return name, value
 
 
+def resolved(text: str) -> Path:
+    return Path(text).resolve()
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--scale", required=True, metavar="NAME", help="mini, paper, paper_coco, or a YAML file"
-    )
-    parser.add_argument(
-        "--stage",
-        action="append",
-        choices=("all", *STAGES),
-        help="stage to run; may be given several times (default: all)",
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="(default: output/reproduction/SCALE)"
-    )
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="print the commands and stop; data need not be there yet",
-    )
-    parser.add_argument(
-        "--weights",
-        type=name_and_value,
-        action="append",
-        default=[],
-        metavar="NETWORK=FILE",
-        help="weights of a network: its pre-training is left out",
-    )
-    parser.add_argument(
-        "--preprocessing",
-        type=name_and_value,
-        action="append",
-        default=[],
-        metavar="NETWORK=NAME",
-        help="input of these weights where they do not carry it: msra, caffe_vgg, torchvision",
-    )
-    parser.add_argument("--imagenet", type=Path, metavar="DIR", help="folder with train and val")
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="(default: 1)")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="N", help="of the detectors (default: the plan's)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        nargs="+",
-        default=[],
-        metavar="WORD",
-        help="overrides for all trainings: key=value for classifiers, KEY VALUE for detectors",
-    )
-    return parser.parse_args(argv)
-
-
-def find_plan(scale: str) -> Path:
-    path = Path(scale) if scale.endswith((".yaml", ".yml")) else PLANS / f"{scale}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(found.stem for found in PLANS.glob("*.yaml")))
-        raise PlanError(f"--scale {scale}: no plan {path}; there are {known}")
-    return path
-
-
-def read_options(args: argparse.Namespace, output: Path) -> Options:
-    words = [word for group in args.set for word in group]
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=layout)
+    add = parser.add_argument
+    pairs: dict[str, Any] = dict(type=name_and_value, action="append", default=[])
+    text = "mini, voc07, paper, paper_coco, or FILE.yaml"
+    add("--scale", required=True, metavar="NAME", help=text)
+    add("--stage", action="append", metavar="STAGE", help="may be repeated (default: all)")
+    add("--output", type=resolved, metavar="DIR", help="(default: output/reproduction/SCALE)")
+    add("--plan", action="store_true", help="print the commands and stop; data may be missing")
+    add("--weights", metavar="NETWORK=FILE", help="in place of its pre-training", **pairs)
+    text = "input of these weights where they do not carry it: msra, caffe_vgg, torchvision"
+    add("--preprocessing", metavar="NETWORK=NAME", help=text, **pairs)
+    add("--imagenet", type=resolved, metavar="DIR", help="folder with train and val")
+    text = "folder of VOC 2007 (default: $DETECTRON2_DATASETS/VOC2007)"
+    add("--voc-root", type=resolved, metavar="DIR", help=text)
+    add("--num-gpus", type=int, default=1, metavar="N", help="(default: 1)")
+    add("--seeds", type=int, nargs="+", metavar="N", help="of the detectors (default: the plan's)")
+    text = "overrides for all trainings: key=value for classifiers, KEY VALUE for detectors"
+    add("--set", action="extend", nargs="+", default=[], metavar="WORD", help=text)
+    args = parser.parse_args(argv)
+    args.weights = {name: resolved(file) for name, file in args.weights}
+    args.preprocessing, args.root = dict(args.preprocessing), ROOT
     datasets = os.environ.get("DETECTRON2_DATASETS")
-    return Options(
-        root=ROOT,
-        output=output,
-        weights={name: Path(file).resolve() for name, file in args.weights},
-        preprocessing=dict(args.preprocessing),
-        imagenet=args.imagenet and args.imagenet.resolve(),
-        datasets=Path(datasets).resolve() if datasets else None,
-        data_may_be_absent=args.plan,
-        num_gpus=args.num_gpus,
-        classification=[word for word in words if "=" in word],
-        detection=[word for word in words if "=" not in word],
-    )
-
-
-def print_plan(plan: Plan, steps: list[Step], stages: tuple[str, ...], num_gpus: int) -> None:
-    """The steps of the stages with their commands, and the hours to expect of those to do."""
-    print(f"{plan.title}: {len(steps)} steps")
-    hours: dict[str, float] = {}
-    unknown = 0
-    for step in steps:
-        if step.stage not in stages:
-            continue
-        done, training = is_done(step), step.training
-        state = "done" if done else "to do"
-        print(f"\n[{step.stage}] {step.name}: {state}\n  {show(step, ROOT)}")
-        if training is None or done:
-            continue
-        if training.hours:
-            hours[training.gpu] = hours.get(training.gpu, 0) + training.hours
-            print(f"  about {training.hours:g} hours of one {training.gpu}: {training.basis}")
-        else:
-            unknown += 1
-    for gpu, total in hours.items():
-        print(f"\nexpected: about {total:.0f} hours of one {gpu}; calculated, not measured")
-    if hours:
-        print(f"GPUs: {num_gpus}; trainings without an estimate: {unknown}")
-
-
-def print_absent_data(plan: Plan, options: Options) -> None:
-    folders = [options.imagenet] if options.imagenet else []
-    if options.datasets:
-        folders += [options.datasets / name for name in plan.datasets]
-    absent = [str(folder) for folder in folders if not folder.is_dir()]
-    if absent:
-        print(f"\nnot there yet: {', '.join(absent)}")
-        print("with these data there, the steps that read them get other folders")
+    args.datasets = resolved(datasets) if datasets else None
+    args.voc_root = args.voc_root or (args.datasets and args.datasets / "VOC2007")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs what is not done; returns the exit status."""
+    """Run what is not done; returns the exit status."""
     args = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    stages = STAGES if not args.stage or "all" in args.stage else tuple(args.stage)
     try:
-        path = find_plan(args.scale)
-        plan = read_plan(path, args.seeds)
-        output = (args.output or ROOT / "output" / "reproduction" / path.stem).resolve()
-        options = read_options(args, output)
-        steps = build_steps(plan, options)
-        print_plan(plan, steps, stages, args.num_gpus)
+        is_file = args.scale.endswith((".yaml", ".yml"))
+        file = Path(args.scale) if is_file else PLANS / f"{args.scale}.yaml"
+        if not file.is_file():
+            known = ", ".join(sorted(found.stem for found in PLANS.glob("*.yaml")))
+            raise PlanError(f"--scale {args.scale}: no plan {file}; there are {known}")
+        args.output = args.output or ROOT / "output" / "reproduction" / file.stem
+        plan = read_plan(file, args.seeds)
+        steps, absent = build_steps(plan, args)
+        known = list(dict.fromkeys(step.stage for step in steps))
+        stages = known if not args.stage or "all" in args.stage else args.stage
+        if set(stages) - set(known):
+            raise PlanError(f"--stage: the stages of this plan are {', '.join(known)}")
+        print_plan(plan["title"], steps, stages, ROOT)
         if args.plan:
-            print_absent_data(plan, options)
+            if absent:
+                print(f"\nnot there yet: {', '.join(map(str, sorted(absent)))}")
+                print("with these data there, the steps that read them get other folders")
             return 0
-        refuse_without_gpu(step for step in steps if step.stage in stages and not is_done(step))
-        status = Runner(ROOT, output).run(steps, stages)
+        left = [step for step in steps if step.stage in stages and not step.is_done()]
+        if any(step.node["gpu"] for step in left) and not torch.cuda.is_available():
+            raise PlanError(
+                "this plan is meant for GPUs and there is none here: --plan shows its steps, "
+                "--scale mini runs on a CPU"
+            )
+        status = run(steps, stages, args.output)
     except (PlanError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if not status and "report" in stages:
-        print(f"\nresults: {steps[-1].path}")
+    if not status and steps[-1].stage in stages:
+        print(f"\nresults: {steps[-1].product}")
     return status
-
-
-def refuse_without_gpu(steps: Iterable[Step]) -> None:
-    import torch
-
-    if any(s.training and s.training.gpu for s in steps) and not torch.cuda.is_available():
-        raise PlanError(
-            "this plan is meant for GPUs and there is none here: --plan shows its steps, "
-            "--scale mini runs on a CPU"
-        )
 
 
 if __name__ == "__main__":
