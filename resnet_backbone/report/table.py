@@ -156,35 +156,25 @@ def _common(group: Group) -> dict[str, str]:
     }
 
 
+FIRST = {"network": "network", "n": "n", "parameters": "parameters"}
+LAST = {key: key for key in ("seeds", "iterations", "remark")}
+TRAINING = {"training": "ours, training"}
 CIFAR10_COLUMNS = {
-    "network": "network",
-    "n": "n",
-    "parameters": "parameters",
-    "paper": "paper",
-    "others": "others, 50k split",
-    "top-1": "**ours**",
-    "training": "ours, training",
-    "seeds": "seeds",
-    "iterations": "iterations",
-    "remark": "remark",
+    **FIRST,
+    **{"paper": "paper", "others": "others, 50k split", "top-1": "**ours**"},
+    **TRAINING,
+    **LAST,
 }
 IMAGENET_COLUMNS = {
-    "network": "network",
-    "parameters": "parameters",
-    "paper": "paper, 10-crop top-1 / top-5",
-    "multi-scale": "paper, multi-scale",
+    **{key: text for key, text in FIRST.items() if key != "n"},
+    **{"paper": "paper, 10-crop top-1 / top-5", "multi-scale": "paper, multi-scale"},
     "others": "others, center crop top-1",
-    "top-1": "**ours**, center crop top-1",
-    "top-5": "**ours**, top-5",
-    "training": "ours, training",
-    "seeds": "seeds",
-    "iterations": "iterations",
-    "remark": "remark",
+    **{"top-1": "**ours**, center crop top-1", "top-5": "**ours**, top-5"},
+    **TRAINING,
+    **LAST,
 }
 OTHER_COLUMNS = {
-    key: text
-    for key, text in {**CIFAR10_COLUMNS, "top-1": "**ours**"}.items()
-    if key not in ("n", "paper", "others")
+    key: text for key, text in CIFAR10_COLUMNS.items() if key not in ("n", "paper", "others")
 }
 TITLES = {
     "cifar10": ("CIFAR-10, test error (%)", CIFAR10_COLUMNS),

@@ -1,250 +1,250 @@
 """tools/reproduce.py: plans, the hashes of steps, and what happens when they are interrupted."""
 
-import importlib.util
+import argparse
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from resnet_backbone.cli.reproduction import PlanError, Runner, build_steps, read_plan
-from resnet_backbone.cli.reproduction.runner import is_done
-from resnet_backbone.cli.reproduction.steps import STAGES, Options
+from resnet_backbone.cli import reproduce
+from resnet_backbone.cli.reproduce import PlanError, build_steps, main, parse_arguments, read_plan
 
 ROOT = Path(__file__).resolve().parents[2]
-PLANS = sorted((ROOT / "configs" / "reproduction").glob("*.yaml"))
-
-
-START = "title: x\ndata: built-in\nnetworks: {A: {detect: {config: [a.yaml]}}}\n"
-
-
-@pytest.fixture
-def tool():
-    module = importlib.import_module("resnet_backbone.cli.reproduce")
-    return module
+PLANS = sorted(reproduce.PLANS.glob("*.yaml"))
+START = "title: x\nsteps:\n  report: {command: report.py, makes: a"
 
 
 @pytest.fixture
-def options(tmp_path) -> Options:
-    (tmp_path / "imagenet").mkdir()
-    return Options(ROOT, tmp_path / "output", imagenet=tmp_path / "imagenet")
+def steps_of(tmp_path, monkeypatch):
+    """Function (scale or file, words of the command line) -> steps by name; all data are there."""
+    for name in ("imagenet", "datasets/VOC2007/ImageSets", "datasets/VOC2012", "datasets/coco"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
 
+    def steps(scale="mini", *words, **changes):
+        file = reproduce.PLANS / f"{scale}.yaml" if isinstance(scale, str) else scale
+        given = ["--scale", str(file), "--output", str(tmp_path / "out"), *map(str, words)]
+        args = parse_arguments(["--imagenet", str(tmp_path / "imagenet"), *given])
+        args = argparse.Namespace(**{**vars(args), **changes})
+        return {step.name: step for step in build_steps(read_plan(file, args.seeds), args)[0]}
 
-def mini(options: Options, **changes):
-    plan = read_plan(ROOT / "configs" / "reproduction" / "mini.yaml")
-    return {step.name: step for step in build_steps(plan, replace(options, **changes))}
+    return steps
 
 
 def changed(before: dict, after: dict) -> set[str]:
     return {name for name in before if before[name].key != after[name].key}
 
 
+def with_prefix(steps: dict, *prefixes: str) -> set[str]:
+    return {name for name in steps if name.startswith(prefixes)}
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_every_plan_makes_steps_whose_configs_are_there(path, options):
-    steps = build_steps(read_plan(path), options)
-    assert [s.stage for s in steps] == sorted((s.stage for s in steps), key=STAGES.index)
-    for step in steps:
-        assert (ROOT / "tools" / step.command[0]).is_file()
-        for word in step.command:
+def test_every_plan_makes_steps_whose_configs_are_there(path, steps_of, tmp_path):
+    (tmp_path / "w").touch()
+    networks = read_plan(path)["networks"]
+    given = [f"{name}={tmp_path / 'w'}" for name, step in networks.items() if not step]
+    steps = steps_of(path, *(word for pair in given for word in ("--weights", pair)))
+    assert len({step.folder for step in steps.values()}) == len(steps)
+    done = set()
+    for step in steps.values():
+        assert Path(step.words[0]).is_file() and {s.name for s in step.inputs} <= done
+        for word in step.words:
             assert not word.startswith("configs/") or (ROOT / word).is_file()
-    places = {step.folder for step in steps}
-    assert len(places) == len(steps)
+            assert "{" not in word
+        done.add(step.name)
+    assert list(steps)[-1] == "report"
 
 
-def test_detectors_differ_in_network_and_seed_alone(options):
-    steps = mini(options)
-    vgg, resnet = (steps[f"detect_{name}_seed1"].command for name in ("VGG-16", "ResNet-18"))
+def test_detectors_differ_in_network_and_seed_alone(steps_of):
+    steps = steps_of("mini", "--seeds", 1, 2)
+    vgg, resnet = (steps[f"detect_{name}_seed2"].words for name in ("VGG-16", "ResNet-18"))
     assert [w for w in vgg if w not in resnet and "VGG" not in w] == []
     extra = [w for w in resnet if w not in vgg and "R_18" not in w and "ResNet-18" not in w]
     assert extra == ["MODEL.RESNETS.NORM", "FrozenBN"]  # what VGG's config says itself
+    runs = [str(steps[f"detect_VGG-16_seed{seed}"].folder) for seed in (1, 2)]
+    words = steps["report"].words
+    assert list(words[words.index("--run") + 1 :][:2]) == runs
+    assert steps["improve_VGG-16"].words[2] == runs[0]
 
 
-def test_weights_flow_from_stage_to_stage(options):
-    steps = mini(options)
+def test_weights_flow_from_stage_to_stage(steps_of):
+    steps = steps_of()
     bn, convert = steps["bn_ResNet-18"], steps["convert_ResNet-18"]
-    assert str(steps["pretrain_ResNet-18"].folder) in bn.command
-    assert str(bn.path) in convert.command
-    assert str(convert.path) in steps["detect_ResNet-18_seed1"].command
-    assert "train.recompute_bn=False" in steps["pretrain_ResNet-18"].command
+    assert str(steps["pretrain_ResNet-18"].folder) in bn.words
+    assert str(bn.product) in convert.words
+    assert str(convert.product) in steps["detect_ResNet-18_seed1"].words
+    assert "train.recompute_bn=False" in steps["pretrain_ResNet-18"].words
 
 
-def test_the_plans_note_stands_on_its_page(options, tmp_path):
-    plan = read_plan(ROOT / "configs" / "reproduction" / "mini.yaml")
-    with_note, without = (build_steps(replace(plan, note=n), options)[-1] for n in ("As {x}.", ""))
-    place = with_note.command.index("--note")
-    assert with_note.words()[place + 1] == "As {x}."
-    assert with_note.command[:place] + with_note.command[place + 2 :] == without.command
-    assert "short" in plan.note
+def test_the_plans_note_stands_on_its_page(steps_of, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    text = f"{START}}}\nnote: As {{x}}.\n".replace("report.py", "'report.py --note {note}'")
+    plan.write_text(text)
+    assert steps_of(plan)["report"].words[1:] == ("--note", "As {x}.")
+    assert any("short" in word for word in steps_of()["report"].words)
 
 
-def test_a_key_changes_with_what_a_step_depends_on_and_not_with_places(options, tmp_path):
-    before = mini(options)
-    assert not changed(before, mini(options, output=tmp_path / "elsewhere"))
-    detectors = {name for name in before if name.startswith(("detect", "improve", "report"))}
-    assert changed(before, mini(options, detection=["SOLVER.MAX_ITER", "7"])) == detectors
+def test_a_key_changes_with_what_a_step_depends_on_and_not_with_places(steps_of, tmp_path):
+    before = steps_of()
+    assert not changed(before, steps_of(output=tmp_path / "elsewhere"))
+    detectors = with_prefix(before, "detect", "improve", "report")
+    assert changed(before, steps_of("mini", "--set", "SOLVER.MAX_ITER", 7)) == detectors
     pretrained = set(before) - {"data"}
-    assert changed(before, mini(options, classification=["schedule.scale=0.5"])) == pretrained
+    assert changed(before, steps_of("mini", "--set", "schedule.scale=0.5")) == pretrained
+    words = steps_of("mini", "--set", "schedule.scale=0.5", "A", "1")
+    assert words["pretrain_VGG-16"].words[-1] == "schedule.scale=0.5"
+    assert words["detect_VGG-16_seed1"].words[-2:] == ("A", "1")
 
 
-def test_a_key_changes_with_a_config_and_with_those_it_builds_on(options, tmp_path):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    before = mini(options, root=tmp_path)
-    assert not changed(mini(options), before)
-    (tmp_path / "configs").unlink()
-    subprocess.run(["cp", "-r", ROOT / "configs", tmp_path / "configs"], check=True)
+def test_a_key_changes_with_a_config_and_with_those_it_builds_on(steps_of, tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    before = steps_of(root=tmp_path)
+    assert not changed(steps_of(), before)
     base = tmp_path / "configs" / "detection" / "Base-RCNN-FPN.yaml"
     base.write_text(base.read_text() + "# another\n")
-    found = changed(before, mini(options, root=tmp_path))
-    assert found == {name for name in before if name.startswith(("detect", "improve", "report"))}
+    found = changed(before, steps_of(root=tmp_path))
+    assert found == with_prefix(before, "detect", "improve", "report")
 
 
-def test_given_weights_take_the_place_of_the_classifier(options, tmp_path):
-    weights = tmp_path / "vgg.pth"
-    weights.write_bytes(b"one")
-    given = {"weights": {"VGG-16": weights}, "preprocessing": {"VGG-16": "caffe_vgg"}}
-    steps = mini(options, **given)
-    assert not {"pretrain_VGG-16", "bn_VGG-16", "convert_VGG-16"} & steps.keys()
-    detect = steps["detect_VGG-16_seed1"]
-    assert str(weights) in detect.command
-    assert detect.command[-4:] == (
-        "RESNET_BACKBONE.WEIGHTS_PREPROCESSING",
-        "caffe_vgg",
-        "SEED",
-        "1",
+def test_given_weights_take_the_place_of_the_classifier(steps_of, tmp_path):
+    files = [tmp_path / "one.pth", tmp_path / "moved.pth"]
+    for file in files:
+        file.write_bytes(b"one")
+    stated = ["--preprocessing", "VGG-16=caffe_vgg", "--weights"]
+    before, moved = (steps_of("mini", *stated, f"VGG-16={file}") for file in files)
+    assert not with_prefix(before, "pretrain_VGG", "bn_VGG", "convert_VGG")
+    detect = before["detect_VGG-16_seed1"]
+    assert str(files[0]) in detect.words
+    assert detect.words[-2:] == ("RESNET_BACKBONE.WEIGHTS_PREPROCESSING", "caffe_vgg")
+    assert "caffe_vgg" not in before["detect_ResNet-18_seed1"].words
+    assert not changed(before, moved)  # the place does not enter
+    files[0].write_bytes(b"two")
+    after = steps_of(
+        "mini", "--weights", f"VGG-16={files[0]}", "--preprocessing", "VGG-16=caffe_vgg"
     )
-    weights.write_bytes(b"two")
-    assert changed(steps, mini(options, **given)) == {
-        "detect_VGG-16_seed1",
-        "improve_VGG-16",
-        "report",
-    }
+    assert changed(before, after) == {"detect_VGG-16_seed1", "improve_VGG-16", "report"}
 
 
-def test_places_of_weights_and_data_do_not_enter_the_key(options, tmp_path):
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "vgg.pth").write_bytes(b"the same")
-    one, two = (
-        mini(options, weights={"VGG-16": tmp_path / name / "vgg.pth"}) for name in ("one", "two")
+def test_voc07_is_the_experiment_of_its_configs(steps_of, tmp_path, capsys):
+    files = {name: tmp_path / f"{name}.pth" for name in ("VGG-16", "ResNet-50")}
+    words = []
+    for (name, file), stated in zip(files.items(), ("caffe_vgg", "msra"), strict=True):
+        file.write_text(name)
+        words += ["--weights", f"{name}={file}", "--preprocessing", f"{name}={stated}"]
+    steps = steps_of("voc07", *words)
+    detectors = [f"detect_{name}_seed1" for name in files]
+    assert list(steps) == ["convert_VGG-16", *detectors, "report"]
+    convert, vgg, resnet, report = (step.words[1:] for step in steps.values())
+    product = str(steps["convert_VGG-16"].product)
+    assert convert[:3] == ("convert", str(files["VGG-16"]), product)
+    assert convert[3:] == (
+        *("--unit-responses", "--size", "320", "--overwrite", "--preprocessing", "caffe_vgg"),
     )
-    assert not changed(one, two)
-    paper = read_plan(ROOT / "configs" / "reproduction" / "paper.yaml")
-    before = {step.name: step for step in build_steps(paper, options)}
-    options.imagenet.rename(tmp_path / "moved")
-    moved = replace(options, imagenet=tmp_path / "moved")
-    assert not changed(before, {step.name: step for step in build_steps(paper, moved)})
+    root = str(tmp_path / "datasets/VOC2007")
+    data = ("--voc-root", root, "--train-set", "trainval", "--test-set", "test")
+    for found, config, weights in ((vgg, "VGG_16", product), (resnet, "R_50", files["ResNet-50"])):
+        assert found[1] == f"configs/detection/voc07/faster_rcnn_{config}_FPN.yaml"
+        place = found.index("--voc-root")
+        assert found[place : place + 6] == data
+        assert found[found.index("--weights") + 1] == str(weights)
+    assert "WEIGHTS_PREPROCESSING" not in " ".join(vgg)  # the converted file carries its input
+    assert resnet[-1] == "msra"
+    (tmp_path / "VOC").mkdir()
+    other = steps_of("voc07", *words, "--voc-root", tmp_path / "VOC")
+    assert str(tmp_path / "VOC") in other["report"].words
+    assert main(["--scale", "voc07", "--plan", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "about 18 hours of one core: one core of an AMD EPYC with AVX512-bf16" in shown
+    assert "about 29 hours" in shown
 
 
-def test_official_data_do_not_matter_to_a_plan_on_built_in_data(options, tmp_path):
-    before = mini(options)
-    assert not changed(before, mini(options, datasets=tmp_path / "absent"))
+def test_places_of_data_do_not_enter_the_key(steps_of, tmp_path):
+    before = steps_of("paper")
+    (tmp_path / "imagenet").rename(tmp_path / "moved")
+    assert not changed(before, steps_of("paper", "--imagenet", tmp_path / "moved"))
+    (tmp_path / "moved" / "train").mkdir()
+    after = steps_of("paper", "--imagenet", tmp_path / "moved")
+    assert changed(before, after) == set(before)
 
 
-def test_of_the_official_data_those_of_the_plan_count(options, tmp_path):
-    plan = read_plan(ROOT / "configs" / "reproduction" / "paper.yaml")
-    (tmp_path / "VOC2007" / "ImageSets").mkdir(parents=True)
-    (tmp_path / "VOC2012").mkdir()
-
-    def keys():
-        steps = build_steps(plan, replace(options, datasets=tmp_path))
-        return {step.name: step.key for step in steps}
-
-    before = keys()
-    (tmp_path / "coco").mkdir()
-    assert keys() == before
-    (tmp_path / "VOC2007" / "ImageSets" / "Main").mkdir()
-    after = keys()
-    assert {name for name in before if before[name] != after[name]} == {
-        name for name in before if name.startswith(("detect", "improve", "report"))
-    }
+def test_of_the_official_data_those_of_the_plan_count(steps_of, tmp_path, monkeypatch):
+    before, mini = steps_of("paper"), steps_of()
+    (tmp_path / "datasets" / "coco" / "more").mkdir()
+    assert not changed(before, steps_of("paper"))
+    (tmp_path / "datasets" / "VOC2007" / "ImageSets" / "Main").mkdir()
+    found = changed(before, steps_of("paper"))
+    assert found == with_prefix(before, "detect", "improve", "report")
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    assert not changed(mini, steps_of())
 
 
-def test_words_of_a_plan_may_be_numbers_and_single(options, tmp_path):
-    path = tmp_path / "plan.yaml"
-    path.write_text(
-        "title: x\ndata: built-in\nseeds: 3\nnetworks:\n  A:\n    detect:\n"
-        "      config: configs/detection/quickstart/faster_rcnn_R_18_FPN.yaml\n"
-        "      overrides: [SOLVER.MAX_ITER, 2]\n"
-    )
-    weights = tmp_path / "weights"
-    weights.touch()
-    steps = build_steps(read_plan(path), replace(options, weights={"A": weights}))
-    (step,) = (step for step in steps if step.stage == "detect")
-    assert step.folder.name == f"detect_A_seed3-{step.key}"
-    assert step.command[step.command.index("SOLVER.MAX_ITER") + 1] == "2"
-
-
-def test_only_what_is_left_to_do_needs_a_gpu(tool, tmp_path, monkeypatch, capsys):
+def test_only_what_is_left_to_do_needs_a_gpu(steps_of, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(Runner, "run", lambda self, steps, stages: 0)
-    (tmp_path / "imagenet").mkdir()
+    monkeypatch.setattr(reproduce, "run", lambda *args: 0)
     words = ["--scale", "paper", "--imagenet", str(tmp_path / "imagenet"), "--output"]
-    assert tool.main([*words, str(tmp_path / "out"), "--stage", "report"]) == 0
-    assert tool.main([*words, str(tmp_path / "out"), "--stage", "detect"]) == 1
+    assert main([*words, str(tmp_path / "out"), "--stage", "report"]) == 0
+    assert main([*words, str(tmp_path / "out"), "--stage", "detect"]) == 1
     assert "meant for GPUs" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "out"), "--stage", "data"]) == 1
+    assert "the stages of this plan are pretrain, convert, bn, detect" in capsys.readouterr().err
 
 
-def test_what_cannot_be_meant_is_refused(options, tmp_path):
+def test_what_cannot_be_meant_is_refused(steps_of, tmp_path):
     with pytest.raises(PlanError, match="no VGG_16; its networks: VGG-16, ResNet-18"):
-        mini(options, weights={"VGG_16": tmp_path})
-    paper = read_plan(ROOT / "configs" / "reproduction" / "paper.yaml")
-    with pytest.raises(PlanError, match="give --weights VGG-16=FILE"):
-        build_steps(paper, replace(options, imagenet=None))
+        steps_of("mini", "--weights", f"VGG_16={tmp_path}")
+    with pytest.raises(PlanError, match="--imagenet DIR, or --weights VGG-16=FILE"):
+        steps_of("paper", imagenet=None)
     with pytest.raises(PlanError, match="no such folder"):
-        build_steps(paper, replace(options, imagenet=tmp_path / "absent"))
+        steps_of("paper", imagenet=tmp_path / "absent")
     with pytest.raises(PlanError, match="absent.pth"):
-        mini(options, weights={"VGG-16": tmp_path / "absent.pth"})
+        steps_of("mini", "--weights", f"VGG-16={tmp_path / 'absent.pth'}")
+    with pytest.raises(PlanError, match="give --weights VGG-16=FILE"):
+        steps_of("voc07")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("title: x\ndata: official\n", "the key networks is missing"),
-        ("title: x\ndata: official\nnetworks: {A: {detec: 1}}\n", "A: unknown key detec"),
-        ("title: x\ndata: mine\nnetworks: {}\n", "data is built-in or official"),
-        ("title: x\ndata: built-in\nnetworks: [A]\n", "networks: give at least one"),
-        (f"{START}seeds: [1, 1]\n", "give integers, each once"),
-        (f"{START}improvements: [contxt]\n", "no improvement 'contxt'; known are baseline"),
+        ("title: x\n", "the key steps is missing"),
+        ("title: x\nsteps: {A: {comand: 1}}\n", "A: the key comand is unknown"),
+        ("title: x\nsteps: [A]\n", "steps: give at least one"),
+        (f"{START}, batch: two}}\n", "batch 'two': expected a value, such as 0"),
+        (f"{START}}}\nseeds: [1, 1]\n", "give integers, each once"),
+        (f"{START}}}\nseeds: 3\n", "seeds 3: expected a list, such as [1]"),
+        (f"{START}}}\n".replace("report.py", "'report.py {B}'"), "{B} is neither a step nor"),
+        (f"{START}}}\n".replace("report.py", "'report.py {report}'"), "in a circle"),
         ("[1]", "expected keys"),
         ("a: [", "cannot be read"),
     ],
 )
-def test_bad_plans_are_refused_in_one_line(tmp_path, text, message, tool, capsys):
+def test_bad_plans_are_refused_in_one_line(tmp_path, text, message, capsys):
     path = tmp_path / "plan.yaml"
     path.write_text(text)
-    assert tool.main(["--scale", str(path), "--output", str(tmp_path / "out")]) == 1
+    assert main(["--scale", str(path), "--output", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_the_plan_is_printed_with_hours_and_nothing_is_run(tool, tmp_path, capsys):
-    (tmp_path / "imagenet").mkdir()
-    words = ["--scale", "paper", "--imagenet", str(tmp_path / "imagenet"), "--num-gpus", "8"]
-    assert tool.main([*words, "--output", str(tmp_path / "out"), "--plan"]) == 0
+def test_a_plan_is_shown_before_its_data_are_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+    words = ["--scale", "paper", "--imagenet", str(tmp_path / "imagenet"), "--output"]
+    assert main([*words, str(tmp_path / "out"), "--num-gpus", "8", "--plan"]) == 0
     shown = capsys.readouterr().out
     assert "expected: about 84 hours of one H100" in shown  # 38 + 15.3 + 31
     assert "--num-gpus 8" in shown
     assert "--num-gpus 2" in shown  # detectors: 2 images a step
     assert not (tmp_path / "out").exists()
-
-
-def test_a_plan_is_shown_before_its_data_are_there(tool, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
-    words = ["--scale", "paper", "--imagenet", str(tmp_path / "imagenet"), "--output"]
-    assert tool.main([*words, str(tmp_path / "out"), "--plan"]) == 0
-    shown = capsys.readouterr().out
-    assert "expected: about 84 hours" in shown
     absent = shown.partition("not there yet: ")[2]
-    assert all(
-        name in absent for name in ("/imagenet, ", "/datasets/VOC2007, ", "/datasets/VOC2012")
-    )
-    assert tool.main([*words, str(tmp_path / "out")]) == 1
+    for name in ("/imagenet", "/datasets/VOC2007", "/datasets/VOC2012"):
+        assert f"{tmp_path}{name}" in absent
+    assert main([*words, str(tmp_path / "out")]) == 1
     assert "imagenet: no such folder of data" in capsys.readouterr().err
 
 
@@ -280,24 +280,37 @@ path.write_text("done")
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    """A project with the real configs and tools that note that they ran."""
+def project(tmp_path):
+    """A project with the real configs and tools that note that they ran; its log."""
     root, log = tmp_path / "project", tmp_path / "log"
     (root / "tools").mkdir(parents=True)
     (root / "configs").symlink_to(ROOT / "configs")
-    text = STUB.format(log=str(log))
-    for step in mini(Options(root, tmp_path / "out")).values():
-        (root / "tools" / step.command[0]).write_text(text)
+    for step in mini(root):
+        (root / "tools" / Path(step.words[0]).name).write_text(STUB.format(log=str(log)))
     log.touch()
-    return Options(root, tmp_path / "out"), log
+    return root, log
+
+
+def mini(root: Path, *words: str) -> list:
+    args = parse_arguments(["--scale", "mini", "--output", str(root.parent / "out"), *words])
+    args.root = root
+    return build_steps(read_plan(reproduce.PLANS / "mini.yaml"), args)[0]
+
+
+def by_name(root: Path, name: str):
+    (step,) = (step for step in mini(root) if step.name == name)
+    return step
 
 
 def ran(log: Path) -> list[str]:
     return log.read_text().split()
 
 
-def run(options: Options, stages=STAGES) -> int:
-    return Runner(options.root, options.output).run(list(mini(options).values()), stages)
+STAGES = ("data", "pretrain", "bn", "convert", "detect", "improve", "report")
+
+
+def run(root: Path, stages=STAGES, words=()) -> int:
+    return reproduce.run(mini(root, *words), stages, root.parent / "out", root)
 
 
 ALL = ["make_quickstart_data", *["train_classifier"] * 2, *["recompute_bn"] * 2,
@@ -306,75 +319,73 @@ ALL = ["make_quickstart_data", *["train_classifier"] * 2, *["recompute_bn"] * 2,
 
 
 def test_each_step_runs_once(project):
-    options, log = project
-    assert run(options) == 0
+    root, log = project
+    assert run(root) == 0
     assert ran(log) == ALL
-    assert run(options) == 0
+    assert run(root) == 0
     assert ran(log) == ALL
-    assert run(replace(options, detection=("SEED2", "1"))) == 0
+    assert run(root, words=("--set", "SEED2", "1")) == 0
     assert ran(log)[len(ALL) :] == ALL[-5:]
-    step = mini(options)["bn_VGG-16"]
+    step = by_name(root, "bn_VGG-16")
     content = json.loads((step.folder / "step.json").read_text())
     assert content["key"] == step.key
     assert content["command"].startswith("python tools/recompute_bn.py --run ")
 
 
 def test_stages_run_alone_and_say_what_they_need(project):
-    options, log = project
-    assert run(options, ("data", "pretrain")) == 0
+    root, log = project
+    assert run(root, ("data", "pretrain")) == 0
     assert ran(log) == ALL[:3]
     with pytest.raises(PlanError, match="convert_VGG-16 needs bn_VGG-16: add --stage bn"):
-        run(options, ("convert",))
+        run(root, ("convert",))
     assert ran(log) == ALL[:3]
 
 
 def test_a_failed_step_ends_the_run_and_is_done_again(project, monkeypatch):
-    options, log = project
+    root, log = project
     monkeypatch.setenv("FAIL", "recompute_bn")
-    assert run(options) == 3
+    assert run(root) == 3
     assert ran(log) == ALL[:4]
     monkeypatch.delenv("FAIL")
-    assert run(options) == 0
+    assert run(root) == 0
     assert ran(log) == [*ALL[:4], *ALL[3:]]
 
 
 def test_a_tool_that_leaves_nothing_is_an_error(project):
-    options, log = project
-    (options.root / "tools" / "recompute_bn.py").write_text("")
+    root, log = project
+    (root / "tools" / "recompute_bn.py").write_text("")
     with pytest.raises(PlanError, match="bn_VGG-16 left no .*true_bn.safetensors"):
-        run(options)
-    assert not is_done(mini(options)["bn_VGG-16"])
-
-
-CHILD = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_reproduce as t
-sys.exit(t.run(t.Options(Path({root!r}), Path({output!r}))))
-"""
+        run(root)
+    assert not by_name(root, "bn_VGG-16").is_done()
 
 
 @pytest.mark.parametrize(("status", "redone"), [("75", True), ("", True), ("0", False)])
-def test_sigterm_reaches_the_tool_and_two_runs_do_not_mix(project, status, redone):
+def test_sigterm_reaches_the_tool_and_two_runs_do_not_mix(project, monkeypatch, status, redone):
     """Also where the tool dies of it, and where it ends before it takes notice."""
-    options, log = project
-    code = CHILD.format(
-        tests=str(ROOT / "tests"), root=str(options.root), output=str(options.output)
-    )
-    environment = {**os.environ, "SLOW": "train_net", "STATUS": status}
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
-    try:
+    root, log = project
+    monkeypatch.setenv("SLOW", "train_net")
+    monkeypatch.setenv("STATUS", status)
+    refusals, missed = [], []
+
+    def interrupt():
         deadline = time.monotonic() + 60
-        while not Path(f"{log}.slow").exists():
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.05)
-        with pytest.raises(BlockingIOError, match="another process works in"):
-            run(options)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 75
+        while not Path(f"{log}.slow").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        try:
+            run(root)
+        except BlockingIOError as error:
+            refusals.append(str(error))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: missed.append(1))
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        assert run(root) == 75
     finally:
-        process.kill()
-    assert run(options) == 0
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+    assert "another process works in" in refusals[0] and not missed
+    monkeypatch.delenv("SLOW")
+    assert run(root) == 0
     assert ran(log) == [*ALL[:8], *ALL[7 if redone else 8 :]]
