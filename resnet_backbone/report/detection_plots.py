@@ -104,6 +104,23 @@ def _finish_training(axes: Axes) -> None:
         axes.text(0.5, 0.5, "not in these runs", ha="center", transform=axes.transAxes)
 
 
+def _grid(count: int, columns: int, width: float, height: float, **options) -> tuple:
+    """A figure and its `count` panels of so many inches, at most so many columns wide."""
+    columns = min(columns, count)
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
+    panels = np.ravel(figure.subplots(rows, columns, squeeze=False, **options))
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels[:count]
+
+
+def _shared_legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    where = dict(loc="outside upper center", ncols=len(labels), fontsize="small")
+    figure.legend(handles, labels, **where)
+
+
 def plot_losses(groups: Sequence[DetectorGroup], colors: Mapping[str, str]) -> Figure | None:
     """Training losses, smoothed over a twentieth of the run; None where no run has any."""
     metrics = {group.label: [run.metrics() for run in group.runs] for group in groups}
@@ -112,22 +129,16 @@ def plot_losses(groups: Sequence[DetectorGroup], colors: Mapping[str, str]) -> F
     shown = [LOSS, *parts] if LOSS in names else parts
     if not shown:
         return None
-    columns = min(3, len(shown))
-    rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.4), layout="constrained")
-    panels = np.ravel(figure.subplots(rows, columns, squeeze=False))
-    for axes, name in zip(panels, shown, strict=False):
+    figure, panels = _grid(len(shown), columns=3, width=3.3, height=2.5)
+    for axes, name in zip(panels, shown, strict=True):
         for label, runs in metrics.items():
             _draw_losses(axes, [one[name] for one in runs if name in one], colors[label], label)
         axes.set_title(name.replace("_", " "), fontsize="small")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize="small")
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
     figure.supxlabel("iteration", fontsize="small")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(groups), fontsize="small")
+    _shared_legend(figure, panels[0])
     return figure
 
 
@@ -155,16 +166,12 @@ class Curves(NamedTuple):
 
 def plot_class_gains(gains: Sequence[Gain]) -> Figure:
     """A bar for the gain of each class, largest first, a dot for each pair of runs."""
-    figure = Figure(figsize=(8, 1.2 + 0.27 * _class_count(gains[0])), layout="constrained")
+    height = 1.2 + 0.27 * len(gains[0].ours.first.classes)
+    figure = Figure(figsize=(2.5 + 5.5 * len(gains), height), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(gains)))
-    figure.set_size_inches(2.5 + 5.5 * len(gains), figure.get_figheight())
     for axes, gain in zip(panels, gains, strict=True):
         _draw_class_gains(axes, gain)
     return figure
-
-
-def _class_count(gain: Gain) -> int:
-    return len(gain.ours.first.classes)
 
 
 def _draw_class_gains(axes: Axes, gain: Gain) -> None:
@@ -208,22 +215,16 @@ def plot_class_curves(curves: Sequence[Curves], class_names: Sequence[str]) -> F
     """The interpolated precision of every class in a panel of its own."""
     known = ~np.isnan(curves[0].precision).all(axis=(0, 2))
     shown = [i for i in range(len(class_names)) if known[i]]
-    columns = min(5, max(1, len(shown)))
-    rows = max(1, math.ceil(len(shown) / columns))
-    figure = Figure(figsize=(2.1 * columns, 1.8 * rows + 0.5), layout="constrained")
-    panels = np.ravel(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False))
-    for axes, index in zip(panels, shown, strict=False):
+    figure, panels = _grid(len(shown), columns=5, width=2.1, height=1.8, sharex=True, sharey=True)
+    for axes, index in zip(panels, shown, strict=True):
         for one in curves:
             _draw_curves(axes, one.precision[:, index], one.color, one.label)
         _finish_curves(axes, 0.5)
         axes.set_title(class_names[index], fontsize="small", pad=3)
         axes.tick_params(labelsize="x-small")
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
     figure.supxlabel("recall", fontsize="small")
     figure.supylabel("precision, interpolated", fontsize="small")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(curves), fontsize="small")
+    _shared_legend(figure, panels[0])
     return figure
 
 

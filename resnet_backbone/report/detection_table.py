@@ -21,6 +21,10 @@ NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
 EVENTS = re.compile(r"events\.out\.tfevents\.(\d{9,11})\.")  # TensorBoard names a file by its start
 # Detectron2 has had no release since 0.6; builds of others carry numbers of their own.
 DETECTRON2_BUILDS = {"0.7.2": "main of 2024-04-17 (sal-detectron2 0.7.2)"}
+SOURCES = """\
+Paper: arXiv 1512.03385. Public: the best number of tf-faster-rcnn, Detectron2's model zoo and \
+MoCo's Detectron2 config for this network; of the gains, that of tf-faster-rcnn, which has both \
+networks. Numbers compare only where their training data are the same too."""
 
 
 def results_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
@@ -123,7 +127,7 @@ def published_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) ->
     for found in left:
         rows.append([_name(*_networks(found)), *_cells(None) * 2, *_our_cells(found, metric)])
     header = ["network", "paper", "its data", "public", "its data", "**ours**", "its data"]
-    return "\n\n".join([f"**{TASKS[task].name}**", markdown(header, rows)])
+    return "\n\n".join([f"**{TASKS[task].name}**", markdown(header, rows), SOURCES])
 
 
 def _networks(found: DetectorGroup | Gain):

@@ -76,10 +76,6 @@ INTERVALS = f"""\
 In brackets: 95 % intervals (percentiles) over {DRAWS:,} test sets drawn with replacement from the \
 test images; of a gain, with the same images for both detectors. They hold for these trained \
 networks: training again is what the spread over seeds is of."""
-SOURCES = """\
-Paper: arXiv 1512.03385. Public: the best number of tf-faster-rcnn, Detectron2's model zoo and \
-MoCo's Detectron2 config for this network; of the gains, that of tf-faster-rcnn, which has both \
-networks. Numbers compare only where their training data are the same too."""
 ERRORS = """\
 Of each class as many best-scored detections are looked at as it has objects (Hoiem et al., ECCV \
 2012; IoU .5): correct, localization (IoU .1 to .5 with an object of the class), confusion (with \
@@ -181,7 +177,7 @@ def _add_results(report: Report, groups, gains: Sequence[Gain], note: str) -> No
         )
     report.add(note, "## Results", results_section(groups, gains), SPREAD)
     report.add(INTERVALS if any(group.draws for group in groups) else "")
-    report.add("## Beside published numbers", published_section(groups, gains), SOURCES)
+    report.add("## Beside published numbers", published_section(groups, gains))
 
 
 def _fairness(gain: Gain) -> str:

@@ -149,7 +149,7 @@ def make_voc_run(voc, tmp_path):
 
     def make(network, seed, chance=0.6, **results):
         rng = np.random.default_rng([seed, len(network), ord(network[0])])
-        records, _ = scan_voc(str(voc), "test", CLASSES)
+        records, _ = scan_voc(str(voc), "test", CLASSES, decode=False)
         truth, rows, predictions = [], [], []
         for record in records:
             boxes = np.array([a["bbox"] for a in record["annotations"]], dtype=float)
