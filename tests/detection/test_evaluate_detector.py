@@ -100,7 +100,8 @@ def test_all_rows(make_run, tool, tiny_voc, tmp_path):
     assert last["switches"]["SCALES"] == [20, 40, 60, 80, 100]  # the paper's, at 60 of 600 pixels
     assert last["switches"]["ENSEMBLE"] == [third] and last["switches"]["BOX_REFINEMENT"]
     table = (output / "results.md").read_text()
-    assert all(name in table for name in names) and "48.4 / 27.2" in table and "| bar |" in table
+    assert all(name in table for name in names) and "| bar |" in table
+    assert "48.4" not in table  # the paper's rows are of COCO val
 
     files = {name: (output / name.removeprefix("+") / "row.json") for name in names}
     written = {name: path.stat().st_mtime_ns for name, path in files.items()}
