@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
+CONFIGS = "resnet_backbone.configs"  # the folder configs, as data of the wheel
 
 
 def read_version() -> str:
@@ -90,6 +91,8 @@ ADAPTERS = [
 # tools/export.py: ONNX files, and their check in onnxruntime.
 EXPORT = [
     "numpy>=1.23",
+    "pillow>=9.1",
+    "simplejpeg>=1.8",
     "onnx>=1.16",
     "onnxscript>=0.5",
     "onnxruntime>=1.18",
@@ -97,6 +100,7 @@ EXPORT = [
 
 DEV = [
     "pytest>=7.4",
+    "pytest-xdist>=3.3",
     "hypothesis>=6.80",
     "ruff>=0.6",
     "openvino>=2024.1",  # beside onnxruntime in tools/benchmark.py infer
@@ -109,7 +113,10 @@ setup(
     long_description=read_long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["resnet_backbone", "resnet_backbone.*"]),
+    packages=[*find_packages(include=["resnet_backbone", "resnet_backbone.*"]), CONFIGS],
+    package_dir={CONFIGS: "configs"},
+    package_data={CONFIGS: ["**/*.yaml"]},
+    entry_points={"console_scripts": ["resnet-backbone = resnet_backbone.cli:main"]},
     python_requires=">=3.10",
     install_requires=CORE,
     extras_require={
@@ -128,6 +135,7 @@ setup(
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Image Recognition",
     ],
 )

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Compare every network's parameters and multiply-adds with the published ones."""
 
-import sys
-
 from resnet_backbone.cli.analyze_model import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Measure loader, training, inference, detectors and evaluation beside what people use today."""
 
-import sys
-
-from resnet_backbone.cli.benchmark.main import main
+from resnet_backbone.cli.benchmark import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

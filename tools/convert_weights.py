@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Look at weights of ResNets and VGGs, convert them for another library, compare two files."""
 
-import sys
-
 from resnet_backbone.cli.convert_weights import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

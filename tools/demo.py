@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Draw what a trained detector or segmentation model finds in images and videos."""
 
-import sys
-
 from resnet_backbone.cli.demo import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

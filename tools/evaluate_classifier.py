@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Evaluate a classifier, or an ensemble, as the paper did: every image exactly once."""
 
-import sys
-
 from resnet_backbone.cli.evaluate_classifier import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

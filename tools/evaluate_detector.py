@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Evaluate a detector with the paper's improvements, one row each (appendix B, Table 9)."""
 
-import sys
-
 from resnet_backbone.cli.evaluate_detector import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Export a network or a detector for other runtimes, and check it there on real images."""
 
-import sys
-
 from resnet_backbone.cli.export import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

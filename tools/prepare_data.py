@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Unpack the official archives of PASCAL VOC or COCO, and check what is there."""
 
-import sys
-
 from resnet_backbone.cli.prepare_data import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

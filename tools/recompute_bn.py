@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Replace batch-norm statistics by true averages over the training set, as the paper does."""
 
-import sys
-
 from resnet_backbone.cli.recompute_bn import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

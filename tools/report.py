@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Make pictures and tables of results from what training runs leave."""
 
-import sys
-
 from resnet_backbone.cli.report import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

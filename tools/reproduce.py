@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Reproduce the paper's comparison of backbones in detection: from pre-training to the table."""
 
-import sys
-
 from resnet_backbone.cli.reproduce import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Train any network of the package on ImageNet, CIFAR-10 or the built-in data, as the paper did."""
 
-import sys
-
 from resnet_backbone.cli.train_classifier import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
 """Train and evaluate a detector with one of the paper's backbones."""
 
-import sys
-
 from resnet_backbone.cli.train_net import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -16,6 +16,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from resnet_backbone.runtime.configs import find_config
+
 
 class ConfigError(ValueError):
     """A config that cannot work; the message names the key and what to write instead."""
@@ -222,7 +224,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     """Merges config files and overrides onto the defaults, and checks the result.
 
     Args:
-        files: YAML files, later ones on top.
+        files: YAML files or names of ours (see :func:`find_config`), later ones on top.
         overrides: "key=value", for example "schedule.scale=0.05"; "model=NAME" is short for
             "model.name=NAME".
 
@@ -231,7 +233,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     """
     merged = OmegaConf.structured(Config)
     for file in files:
-        merged = _merge(merged, _read(Path(file)), str(file))
+        merged = _merge(merged, _read(_find(file)), str(file))
     for override in overrides:
         merged = _merge(merged, _parse(override), override)
     config = OmegaConf.to_object(merged)
@@ -240,11 +242,18 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     return config
 
 
+def _find(file: str | Path) -> Path:
+    try:
+        return find_config(file, "classification")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: _BASE_ leads back to this file")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file; see configs/classification")
+        raise ConfigError(f"{path}: no such config file, named by _BASE_")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # what YAML parsers raise has no common base

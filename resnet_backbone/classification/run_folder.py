@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from resnet_backbone.classification.checkpoints import iterations_in
 from resnet_backbone.runtime.files import write_json, write_text
+from resnet_backbone.runtime.provenance import (
+    command_line,
+    date,
+    hardware,
+    source_revision,
+    versions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,6 @@ CONFIG, METRICS, RESULTS, ENVIRONMENT = (
     "results.json",
     "environment.json",
 )
-PACKAGES = ("resnet_backbone", "torch", "torchvision", "timm", "numpy", "omegaconf", "safetensors")
 
 
 def holds_run(folder: str | Path) -> bool:
@@ -58,8 +58,8 @@ class RunFolder:
         if (self / ENVIRONMENT).exists():
             starts = json.loads((self / ENVIRONMENT).read_text())["starts"]
         entry = {
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", *sys.argv]),
+            "date": date(),
+            "command": command_line(),
             "revision": source_revision(),
             "versions": versions(),
             **hardware(device),
@@ -97,48 +97,3 @@ class RunFolder:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def source_revision() -> str:
-    """The git commit of this source tree with "+changes" if it differs, or "unknown"."""
-    here = Path(__file__).resolve().parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
-def hardware(device: torch.device) -> dict:
-    """What the run computes on."""
-    found = {"device": device.type, "cpu": _cpu_name(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-        found["cuda"] = torch.version.cuda
-    return found
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -1,1 +1,68 @@
-"""The commands, one module each: run as ``python tools/COMMAND.py``."""
+"""The commands, one module each: ``resnet-backbone COMMAND``; in a checkout also tools/*.py."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+
+PROGRAM = "resnet-backbone"
+COMMANDS = {
+    "train-net": "train and evaluate a detector",
+    "train-classifier": "train a classifier on ImageNet, CIFAR-10 or the built-in data",
+    "evaluate-detector": "evaluate a detector with each of the paper's improvements in testing",
+    "evaluate-classifier": "error rates of weights: center crop, ten crops, dense, ensembles",
+    "demo": "draw what a detector finds in images, videos or a camera's pictures",
+    "convert-weights": "inspect weights, convert them for another library, compare two files",
+    "prepare-data": "unpack and check data sets, write shards and label images",
+    "export": "export a network or a detector to ONNX, torch.export or TorchScript",
+    "report": "tables, curves and pages of runs beside the published numbers",
+    "reproduce": "run a whole plan of the paper's experiments and write its page",
+    "benchmark": "measure speed and memory beside torchvision and Detectron2",
+    "analyze-model": "parameters and multiply-adds beside the published ones",
+    "recompute-bn": "recompute a classifier's BN statistics on its training set",
+}
+"""Name -> what it does, in one line. The module has the name with underscores."""
+
+
+def help_text() -> str:
+    lines = "\n".join(f"  {name:21}{about}" for name, about in COMMANDS.items())
+    return (
+        f"usage: {PROGRAM} COMMAND [ARGUMENT ...]\n\ncommands:\n{lines}\n\n"
+        f"{PROGRAM} COMMAND --help explains each. In a checkout python tools/COMMAND.py runs it too."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; returns its exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if words else 2
+    name, *arguments = words
+    if name == "--version":
+        from resnet_backbone import __version__
+
+        print(__version__)
+        return 0
+    name = name.replace("_", "-")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        print(f"error: no command {name!r}; {hint}See {PROGRAM} --help", file=sys.stderr)
+        return 2
+    try:
+        command = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    except ImportError as error:
+        if os.environ.get("RESNET_BACKBONE_TRACEBACK"):
+            raise
+        absent = isinstance(error, ModuleNotFoundError)
+        hint = "; pip install 'resnet_backbone[all]' installs all that commands need"
+        print(f"error: {name}: {error}{hint if absent else ''}", file=sys.stderr)
+        return 2
+    before, sys.argv = sys.argv, [f"{PROGRAM} {name}", *arguments]  # usage lines, command_line()
+    try:
+        return command.main() or 0
+    finally:
+        sys.argv = before

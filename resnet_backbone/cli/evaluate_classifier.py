@@ -34,10 +34,10 @@ from resnet_backbone.classification.data.imagenet import (
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
-from resnet_backbone.classification.run_folder import hardware, source_revision, versions
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.runtime.distributed import World, join
 from resnet_backbone.runtime.files import write_json
+from resnet_backbone.runtime.provenance import hardware, source_revision, versions
 from resnet_backbone.weights import WeightsError
 from resnet_backbone.weights.inputs import InputNormalizer
 from resnet_backbone.weights.load import WrongStride

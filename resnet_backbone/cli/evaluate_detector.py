@@ -207,7 +207,7 @@ def evaluate(row: Row) -> dict:
     from detectron2.evaluation import inference_on_dataset
     from tqdm import tqdm
 
-    from resnet_backbone.classification.run_folder import hardware
+    from resnet_backbone.runtime.provenance import hardware
     from resnet_backbone.detection.engine.trainer import Trainer
     from resnet_backbone.detection.evaluation.speed import Timed
     from resnet_backbone.detection.inference.predictor import load_detector

@@ -31,13 +31,13 @@ from resnet_backbone.classification.run_folder import (
     CONFIG,
     RESULTS,
     RunFolder,
-    hardware,
     holds_run,
 )
 from resnet_backbone.classification.signals import StopRequest
 from resnet_backbone.classification.trainer import FINAL, Trainer
 from resnet_backbone.runtime.distributed import World, join
 from resnet_backbone.runtime.files import write_json
+from resnet_backbone.runtime.provenance import hardware
 from resnet_backbone.runtime.signals import EXIT_STOPPED
 
 logger = logging.getLogger("resnet_backbone.train_classifier")

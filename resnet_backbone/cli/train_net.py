@@ -207,7 +207,7 @@ def write_results(cfg, results: dict, speed, **training) -> None:
     """
     from detectron2.utils import comm
 
-    from resnet_backbone.classification.run_folder import hardware
+    from resnet_backbone.runtime.provenance import hardware
 
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
     content = {

@@ -83,7 +83,7 @@ def test_overrides_behind_image_folders(words, roots, overrides):
 
 def test_unknown_config_file(train_net):
     code, lines = train_net("voc/nothing.yaml")
-    assert code == 2 and "no such config; configs/detection has ready ones" in lines[-1]
+    assert code == 2 and "no such config file; " in lines[-1] and "configs/detection" in lines[-1]
 
 
 @pytest.mark.parametrize(

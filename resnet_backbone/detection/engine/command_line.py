@@ -22,6 +22,7 @@ from resnet_backbone.detection.config import (
 )
 from resnet_backbone.detection.evaluation.expected import UnexpectedResults
 from resnet_backbone.detection.modeling.projects import add_project_keys
+from resnet_backbone.runtime.configs import find_config
 from resnet_backbone.runtime.signals import EXIT_STOPPED, Stopped
 
 ONE_LINE = (ValueError, OSError, FloatingPointError, Stopped)
@@ -73,16 +74,19 @@ def diverged(error: FloatingPointError) -> str:
 def load_config(config_file: str, overrides: list[str]) -> CfgNode:
     """Detectron2's defaults + ours + a YAML file + ``KEY VALUE`` pairs.
 
+    Args:
+        config_file: path, or name of a config of ours; see :func:`find_config`.
+
     Raises:
-        UsageError: no such file, a key that does not exist (with the nearest one that does), a
+        ValueError: no such file, with the nearest name.
+        UsageError: a key that does not exist (with the nearest one that does), a
             value of the wrong type, ``key=value`` in place of ``KEY VALUE``.
     """
     cfg = add_resnet_backbone_config(get_cfg())
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if config_file:
-        if not os.path.isfile(config_file):
-            raise UsageError(f"{config_file}: no such config; configs/detection has ready ones")
+        config_file = str(find_config(config_file, "detection"))
         _merge(cfg, lambda: add_project_keys(cfg, config_file, overrides))
         _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
     joined = next((word for word in overrides[::2] if "=" in word), None)
