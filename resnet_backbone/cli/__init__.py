@@ -30,7 +30,7 @@ def help_text() -> str:
     lines = "\n".join(f"  {name:21}{about}" for name, about in COMMANDS.items())
     return (
         f"usage: {PROGRAM} COMMAND [ARGUMENT ...]\n\ncommands:\n{lines}\n\n"
-        f"{PROGRAM} COMMAND --help explains each. In a checkout python tools/COMMAND.py runs it too."
+        f"{PROGRAM} COMMAND --help explains each. In a checkout, tools/COMMAND.py runs it too."
     )
 
 

@@ -207,11 +207,11 @@ def evaluate(row: Row) -> dict:
     from detectron2.evaluation import inference_on_dataset
     from tqdm import tqdm
 
-    from resnet_backbone.runtime.provenance import hardware
     from resnet_backbone.detection.engine.trainer import Trainer
     from resnet_backbone.detection.evaluation.speed import Timed
     from resnet_backbone.detection.inference.predictor import load_detector
     from resnet_backbone.detection.inference.testing import for_testing
+    from resnet_backbone.runtime.provenance import hardware
 
     cfg = row.cfg
     detector = Trainer.build_model(cfg)

@@ -1,6 +1,5 @@
 """tools/benchmark.py: that it measures what it says."""
 
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -8,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet_backbone.cli.benchmark.loader_reference import geometry_difference, load_images
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark.py"
-benchmark = importlib.import_module("resnet_backbone.cli.benchmark.main")
+from resnet_backbone.cli import benchmark
+from resnet_backbone.cli.benchmark import classification
+from resnet_backbone.cli.benchmark.classification import geometry_difference, load_images
+from resnet_backbone.cli.benchmark.interleaved import measure, measure_memory
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,7 @@ def test_turns_alternate_and_ratios_are_of_the_same_repeat():
         return 10
 
     runs = {"slow": lambda: run("slow", 0.04), "fast": lambda: run("fast", 0.01)}
-    rows = benchmark.summarize(benchmark.interleave(runs, 4, lambda: None))
+    rows = measure(runs, 4)
     assert order == ["slow", "fast", "fast", "slow"] * 2 + ["slow", "fast"]
     assert rows[0]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert len(rows[1]["measurements"]) == 4 and rows[1]["ratio"]["low"] > 1.2
@@ -64,9 +63,7 @@ def test_loader_reports_speed_geometry_and_provenance(tmp_path, capsys):
 def test_geometry_check_sees_half_a_pixel(monkeypatch):
     images = load_images(None, 2, 90)
     good = geometry_difference(images)
-    import resnet_backbone.cli.benchmark.loader_reference as reference
-
-    monkeypatch.setattr(reference, "resize_crop", shifted(reference.resize_crop))
+    monkeypatch.setattr(classification, "resize_crop", shifted(classification.resize_crop))
     assert good["mean"] < 0.05 < geometry_difference(images)["mean"]
 
 
@@ -152,26 +149,29 @@ def test_fpn_beside_detectron2(tmp_path, capsys):
 def test_fpn_comparison_sees_another_network():
     """A wrong statistic, and a gradient that stops."""
     pytest.importorskip("detectron2")
-    from resnet_backbone.cli.benchmark import fpn
+    from resnet_backbone.cli.benchmark.pyramid import build_pyramids, compare_pyramids
 
     images = torch.randn(1, 3, 64, 96)
-    theirs, ours = fpn.build_pair()
+    theirs, ours = build_pyramids()
     ours.bottom_up.res4[2].conv2.norm.running_var.mul_(1.5)
-    found = fpn.compare(theirs, ours, images)
+    found = compare_pyramids(theirs, ours, images)
     assert found["outputs"] > 1e-3 and found["gradient"] > 1e-3
     ours.bottom_up.res3.requires_grad_(False)
     with pytest.raises(ValueError, match="different parameters"):
-        fpn.compare(theirs, ours, images)
+        compare_pyramids(theirs, ours, images)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_is_that_of_the_pass():
     pytest.importorskip("detectron2")
-    from resnet_backbone.cli.benchmark import fpn
+    from resnet_backbone.cli.benchmark.pyramid import REFERENCE, pyramid_candidates
 
-    name = "training: Detectron2, fp32"
-    small, large = (fpn.measure_memory(name, (1, 3, side, 640)) for side in (64, 512))
+    small, large = (
+        measure_memory(pyramid_candidates, (1, 3, side, 640), [("training", REFERENCE)])
+        for side in (64, 512)
+    )
+    (small,), (large,) = small.values(), large.values()
     assert large["peak"] - large["before"] > 100 + small["peak"] - small["before"]
 
 
@@ -239,7 +239,7 @@ def test_detectors_beside_detectron2(tmp_path, capsys, arch):
 
 def test_losses_are_compared_by_their_ratio():
     pytest.importorskip("detectron2")
-    from resnet_backbone.cli.benchmark.detect import losses_differ
+    from resnet_backbone.cli.benchmark.detectors import losses_differ
 
     found = losses_differ({"a": 1.5, "b": 0.0, "c": 0.1}, {"a": -2.0, "b": 0.0, "c": 0.0})
     assert found == {"a": 1.75, "b": 0.0, "c": float("inf")}
@@ -274,10 +274,14 @@ def test_detections_are_compared_by_class_and_place():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_of_a_detector_grows_with_its_regions():
     pytest.importorskip("detectron2")
-    from resnet_backbone.cli.benchmark.detect import REFERENCE, Setting, measure_memory
+    from resnet_backbone.cli.benchmark.detectors import detector_candidates
+    from resnet_backbone.cli.benchmark.pyramid import REFERENCE
 
     few, many = (
-        measure_memory(Setting("c4", number, 8, 64, 96, 1), "inference", REFERENCE)
+        measure_memory(
+            detector_candidates, ("c4", number, 8, 64, 96, 1), [("inference", REFERENCE)]
+        )
         for number in (4, 100)
     )
+    (few,), (many,) = few.values(), many.values()
     assert many["peak"] - many["before"] > 100 + few["peak"] - few["before"]

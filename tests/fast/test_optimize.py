@@ -542,9 +542,10 @@ def test_compiled_code_takes_no_weights():
 
 def test_a_feature_pyramid_of_detectron2_takes_the_precision_as_a_whole():
     pytest.importorskip("detectron2")
-    from resnet_backbone.cli.benchmark.reference import build_fpn
+    from resnet_backbone.detection.engine.command_line import load_config
+    from resnet_backbone.detection.engine.trainer import Trainer
 
-    pyramid = build_fpn(True, 18).eval()
+    pyramid = Trainer.build_model(load_config("coco/faster_rcnn_R_18_FPN", [])).backbone.eval()
     fast = optimize_for_inference(pyramid, dtype=torch.bfloat16)
     assert isinstance(fast, InferenceNetwork) and fast.size_divisibility == 32
     assert {parameter.dtype for parameter in fast.parameters()} == {torch.bfloat16}

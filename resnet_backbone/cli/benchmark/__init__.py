@@ -1,1 +1,224 @@
-"""What tools/benchmark.py measures: candidates that take turns, and their table."""
+"""Measure loader, training, inference, detectors and evaluation beside what people use today.
+
+  python tools/benchmark.py loader                   # images/s of one core
+  python tools/benchmark.py train --dtype bf16       # ResNet-50 steps beside torchvision's
+  python tools/benchmark.py infer --batch 1 16       # forward passes beside torchvision's
+  python tools/benchmark.py fpn --compile            # R-50-FPN beside Detectron2's
+  python tools/benchmark.py detect --arch fpn c4     # Faster R-CNN steps beside Detectron2's
+  python tools/benchmark.py evaluate                 # COCO and VOC AP beside the references
+
+All candidates take turns within one run, in an order that rotates, so that a machine that slows
+down does so for all of them. Printed are the median and the range of images/s over the repeats,
+and the median and range of the ratio to the reference within the same repeat. --output FILE.json
+keeps all single measurements with the command, date, hardware and versions.
+
+Nothing else should run on the machine. `python tools/benchmark.py COMMAND --help` says what lies
+within each timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_backbone.runtime.files import write_json
+from resnet_backbone.runtime.provenance import command_line, date, hardware, versions
+
+# command -> module, what it measures, what lies within each timing
+COMMANDS = {
+    "loader": (
+        "classification",
+        "JPEG to a training crop, beside torchvision's PIL transforms",
+        """\
+Images are files in memory, in one process on one thread. Candidates:
+  reference     Pillow and torchvision's v1 transforms: decode, Resize(short side in 256..480),
+                crop of 224, flip, ToTensor, color noise, Normalize, stack: normalized floats
+  ours          to stacked bytes and color shifts: what goes to the device, which normalizes them
+  ours, whole   the same with every JPEG decoded whole (as without nvidia-nvimgcodec)
+  ours + norm   to normalized floats, by the device's own code on this core: all that the
+                reference does
+The geometry check compares our crops with Pillow's resize of the same boxes.""",
+    ),
+    "train": (
+        "classification",
+        "training steps of a classifier, beside torchvision's model",
+        """\
+A step is forward, loss, backward and SGD on normalized images that lie on the device. The
+reference is torchvision's model in its default form: fp32, contiguous. On a GPU torchvision's
+(and, with --timm, timm's) model also runs in our settings: channels_last, and bf16 if asked.
+With --images a last measurement trains our model on batches from the loader: images/s, and the
+share of the time that the step waits for data.""",
+    ),
+    "infer": (
+        "classification",
+        "forward passes of a classifier, beside torchvision's model",
+        """\
+Forward passes in inference mode on normalized fp32 images that lie on the device, contiguous. All
+networks have the same weights. Candidates:
+  torchvision           the reference: its model in its default form
+  ours, as built        build_model(...).eval(), nothing else
+  optimized             resnet_backbone.optimize_for_inference, in fp32 and bf16
+  compile               the same with torch.compile; compilation is not timed
+  onnxruntime, OpenVINO with --runtimes: the network that tools/export.py writes, on the CPU""",
+    ),
+    "fpn": (
+        "pyramid",
+        "the R-50-FPN backbone beside Detectron2's",
+        """\
+R-50-FPN with frozen BN, stem and res2 frozen, one image, random equal weights. The reference is
+Detectron2's build_resnet_fpn_backbone as it comes; ours is build_paper_resnet_fpn_backbone as it
+comes, and after resnet_backbone.optimize_for_inference. A training pass is forward and backward of
+the backbone. Memory is that of a fresh process for each candidate (Linux, CPU).""",
+    ),
+    "detect": (
+        "detectors",
+        "Faster R-CNN R-50-FPN and R-50-C4 beside Detectron2's, on the CPU",
+        """\
+Faster R-CNN R-50 with 80 classes on one image of 800x1216. The reference is Detectron2's own model
+(its backbone, its heads, fp32, as it comes); ours is what our trainer builds, with the same
+settings and the same random weights, in these forms:
+  ours, fp32, as built   nothing has to be done
+  ours, fp32, optimized  resnet_backbone.optimize_for_inference(model)
+  ours, bf16, optimized  the same with dtype=torch.bfloat16
+  ours, bf16 autocast    training with SOLVER.AMP.ENABLED True, which works on CPUs
+Inference is the call of the model, from the image to detections. A training step is forward,
+backward and SGD, of 512 sampled regions. In all of them the proposal network does its work, and
+then the region head gets the same given boxes, since random weights propose nothing sensible; by
+--proposals 1000 (Detectron2's number) and 300 (the paper's). Outputs are compared before the
+measurement: detections by class and overlap, losses with the same sampling. Data is the time to
+read and augment one JPEG, beside a step. Memory is that of a fresh process for each candidate.
+
+On two quiet cores a turn of C4 takes two to three minutes and one of FPN half a minute.""",
+    ),
+    "evaluate": (
+        "detectors",
+        "COCO and VOC evaluation beside pycocotools' and Detectron2's",
+        """\
+Random sets, their detections in memory. COCO: the twelve numbers from the content of an instances
+file and a result list, by the engine that the evaluator takes, beside pycocotools. VOC: from what
+the model returns and the annotation files to all AP, beside Detectron2's evaluator, which rounds
+scores to three digits and breaks the ties differently. Both read the files once, in a first turn
+that is not counted.""",
+    ),
+}
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions as they are written; each option with its default, if it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, False)
+        return super()._get_help_string(action) if has_default else action.help
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    commands = parser.add_subparsers(dest="command", required=True)
+    loader, train, infer, fpn, detect, evaluate = (
+        commands.add_parser(name, description=text, formatter_class=Help, help=about)
+        for name, (_, about, text) in COMMANDS.items()
+    )
+    add_loader_arguments(loader)
+    for one in (train, infer):
+        add_model_arguments(one, trains=one is train)
+    add_detector_arguments(fpn, detect)
+    for data, images, found in (("coco", 2000, 100), ("voc", 5000, 50)):
+        for what, number in ((f"{data}-images", images), (f"{data}-detections", found)):
+            text = "per image" if number == found else "of the set"
+            evaluate.add_argument(f"--{what}", type=positive, default=number, help=text)
+    repeats = {loader: 7, train: 5, infer: 5, fpn: 5, detect: 3, evaluate: 3}
+    for one, number in repeats.items():
+        one.add_argument("--repeats", type=positive, default=number, help="turns")
+        one.add_argument("--output", type=Path, help="JSON file for all measurements")
+    args = parser.parse_args(argv)
+    if getattr(args, "device", "cpu") == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but PyTorch sees no GPU here")
+    if args.command in ("train", "infer") and args.batch is None:
+        size = 256 if args.device == "cuda" else 16
+        args.batch = size if args.command == "train" else [1, size]
+    return args
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("1 at least")
+    return number
+
+
+def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "folder of JPEG files, or 'synthetic' (default: VOC's in $RESNET_BACKBONE_DATA)"
+    parser.add_argument("--images", help=text)
+    parser.add_argument("--count", type=positive, default=300, help="images")
+    text = "encode the images anew, to see how file size matters (default: as they are)"
+    parser.add_argument("--jpeg-quality", type=int, help=text)
+    parser.add_argument("--batch", type=positive, default=50, help="images stacked")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, trains: bool) -> None:
+    add = parser.add_argument
+    add("--model", default="resnet50", help="name of the network")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="of ours")
+    add("--compile", action="store_true", help="also with torch.compile")
+    add("--size", type=positive, default=224, help="of the images")
+    add("--steps", type=positive, default=3, help="of one turn")
+    text = "images (default: 16 on a CPU, 256 on a GPU{})"
+    if trains:
+        add("--batch", type=positive, help=text.format(""))
+        add("--timm", action="store_true", help="timm's model too")
+        add("--images", help="folder of JPEG files to train on at the end")
+        add("--workers", type=int, default=8, help="of --images")
+    else:
+        add("--batch", type=positive, nargs="+", help=text.format(", and 1"))
+        add("--runtimes", action="store_true", help="onnxruntime and OpenVINO too (CPU)")
+
+
+def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.ArgumentParser) -> None:
+    fpn.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    for parser in (fpn, detect):
+        parser.add_argument("--height", type=positive, default=800, help="of the image")
+        parser.add_argument("--width", type=positive, default=1216, help="of the image")
+        parser.add_argument("--no-memory", action="store_true", help="speed alone")
+    fpn.add_argument("--compile", action="store_true", help="also with torch.compile")
+    fpn.add_argument("--steps", type=positive, default=1, help="of one turn")
+    add, kinds = detect.add_argument, ["inference", "training"]
+    add("--arch", nargs="+", choices=("fpn", "c4"), default=["fpn", "c4"], help="detectors")
+    add("--kind", nargs="+", choices=kinds, default=kinds, help="passes")
+    text = "boxes that the head gets in inference, a table each"
+    add("--proposals", type=positive, nargs="+", default=[1000, 300], help=text)
+    add("--regions", type=positive, default=512, help="of an image in training")
+    add("--batch", type=positive, default=1, help="images")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    device = torch.device(getattr(args, "device", "cpu"))
+    about = {
+        "command": command_line("benchmark", argv),
+        "date": date(),
+        **hardware(device),
+        "cpus": len(os.sched_getaffinity(0)),
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "versions": versions(),
+    }
+    try:
+        module = importlib.import_module(f"{__name__}.{COMMANDS[args.command][0]}")
+        result: dict[str, Any] = getattr(module, f"run_{args.command}")(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    about["threads"] = torch.get_num_threads()
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.output, {**about, **result}, indent=1)
+        print(f"written: {args.output}")
+    return 0

@@ -1,42 +1,175 @@
-"""What a measurement of whole detectors needs: given regions, steps, how detections differ."""
+"""Faster R-CNN beside Detectron2's, whole passes and steps; AP beside the reference evaluators."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
+import logging
 import statistics
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detectron2.structures import Boxes, Instances, pairwise_iou
-from detectron2.utils.events import EventStorage
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.ops import box_iou, clip_boxes_to_image
+from tqdm import tqdm
 
-from resnet_backbone.cli.benchmark.reference import detector_config
-from resnet_backbone.detection.engine.trainer import TolerantMapper
+from resnet_backbone.cli.benchmark.interleaved import (
+    measure,
+    measure_memory,
+    randomize_norms,
+    relative_difference,
+)
+from resnet_backbone.cli.benchmark.pyramid import (
+    Pass,
+    as_text,
+    candidates,
+    config,
+    mixed,
+    repeat,
+)
+from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
+from resnet_backbone.detection.evaluation.coco_ap import evaluate_coco, run_hotcoco, run_pycocotools
+from resnet_backbone.detection.evaluation.voc import VOCEvaluator
+from resnet_backbone.detection.reference import (
+    GivenProposals,
+    PascalVOCDetectionEvaluator,
+    build_reference,
+    detections,
+    losses_of,
+    objects,
+    voc_metadata,
+)
+
+CALIBRATION = 16  # regions
+WIDTH, HEIGHT = 640, 480  # of the images of an evaluation
 
 
-class GivenProposals(nn.Module):
-    """A proposal network that does all of its work and then returns given boxes.
+class Setting(NamedTuple):
+    """What a pass works on."""
 
-    Those of random weights are alike and few, and ours would differ from the reference's in their
-    last bits and so in their order.
+    arch: str  # fpn or c4
+    proposals: int  # per image, in inference
+    regions: int  # per image, in training
+    height: int
+    width: int
+    batch: int
+
+
+def run_detect(args: argparse.Namespace) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for arch in args.arch:
+        size = args.regions, args.height, args.width, args.batch
+        settings = [Setting(arch, number, *size) for number in args.proposals]
+        pair = build_detectors(max(settings, key=lambda setting: setting.proposals))
+        names, step = [], f"training step, {args.regions} regions"
+        for kind in args.kind:
+            for setting in settings if kind == "inference" else settings[:1]:
+                number = f"inference, {setting.proposals} proposals"
+                title = f"{arch}, {number if kind == 'inference' else step}"
+                found = candidates(*pair, kind, prepare_detector(kind, setting))
+                passes = {n: found[n] for n in found if not n.endswith("compile")}
+                result[title] = compare_and_measure(title, passes, DIFFERENCE[kind], args)
+            names += [(kind, name) for name in passes]
+            if kind == "training":
+                result[title]["data_seconds"] = report_data(result[title]["rows"])
+        if not args.no_memory:
+            found = measure_memory(detector_candidates, tuple(settings[0]), names)
+            result[f"{arch}, memory_mb"] = found
+    return result
+
+
+def compare_and_measure(title: str, prepared: dict, compare: Callable, args) -> dict[str, Any]:
+    """Compares the outputs of all passes with those of the first, then lets them take turns."""
+    passes = {name: prepare() for name, prepare in prepared.items()}
+    (_, reference), *others = passes.items()
+    expected = reference()
+    differences = {name: compare(run(), expected) for name, run in others}
+    runs = {name: lambda run=run: repeat(run, 1) * args.batch for name, run in passes.items()}
+    print(f"{title}:")
+    rows = measure(runs, args.repeats)
+    for name, values in differences.items():
+        print(f"{name} differs from the reference by: {as_text(values)}")
+    return {"rows": rows, "differences": differences}
+
+
+def report_data(rows: list[dict[str, Any]]) -> float:
+    """Prints what reading an image takes beside the fastest step; returns its seconds."""
+    seconds, rate = mapper_seconds(), max(row["images_per_s"]["median"] for row in rows)
+    print(f"data: {1000 * seconds:.0f} ms an image, {seconds * rate:.1%} of the fastest step")
+    return seconds
+
+
+def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
+    """Detectron2's detector and ours with the same random weights.
+
+    Scales of the last layer are such that some scores are high.
     """
+    cfg, pair = config(setting.arch, setting.regions), []
+    for build in (build_reference, Trainer.build_model):
+        torch.manual_seed(0)
+        pair.append(build(cfg))
+    theirs, ours = pair
+    randomize_norms(theirs)
+    inputs, boxes = random_inputs(setting)
+    spread_scores(theirs, inputs[:1], boxes[:CALIBRATION])
+    ours.load_state_dict(theirs.state_dict())
+    for model in pair:
+        model.proposal_generator = GivenProposals(model.proposal_generator, boxes)
+    return theirs, ours
 
-    def __init__(self, network: nn.Module, boxes: Tensor):
-        super().__init__()
-        self.network = network
-        self.boxes = boxes
 
-    def forward(self, images, features, targets=None):
-        _, losses = self.network(images, features, targets)
-        return [self._proposals(size) for size in images.image_sizes], losses
+def prepare_detector(kind: str, setting: Setting) -> Callable[..., Pass]:
+    inputs, _ = random_inputs(setting)
 
-    def _proposals(self, size: tuple[int, int]) -> Instances:
-        scores = torch.linspace(5, -5, len(self.boxes))
-        return Instances(size, proposal_boxes=Boxes(self.boxes), objectness_logits=scores)
+    def prepare(model: nn.Module, bf16: bool = False) -> Pass:
+        if kind == "inference":
+            return partial(infer_detector, model, inputs, setting.proposals)
+        # a rate of 0 keeps the weights for the next turn, at the same work
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4)
+        return partial(train_step, model, optimizer, inputs, bf16)
+
+    return prepare
+
+
+def detector_candidates(setting: tuple, kind: str) -> dict[str, Callable[[], Pass]]:
+    """For :func:`measure_memory`."""
+    prepare = prepare_detector(kind, Setting(*setting))
+    return candidates(*build_detectors(Setting(*setting)), kind, prepare)
+
+
+@torch.no_grad()
+def infer_detector(model: nn.Module, inputs: list[dict], proposals: int) -> list:
+    """Detections of images, of the first ``proposals`` boxes."""
+    model.eval()
+    given = model.proposal_generator
+    boxes, given.boxes = given.boxes, given.boxes[:proposals]
+    try:
+        return [output["instances"] for output in model(inputs)]
+    finally:
+        given.boxes = boxes
+
+
+def train_step(
+    model: nn.Module, optimizer, inputs: list[dict], bf16: bool = False
+) -> dict[str, float]:
+    """One step with the same sampling of anchors and regions each time; returns the losses."""
+    model.train()
+    torch.manual_seed(0)
+    with mixed("cpu", bf16):
+        losses = losses_of(model, inputs)
+    optimizer.zero_grad(set_to_none=True)
+    sum(losses.values()).backward()
+    optimizer.step()
+    return {name: float(value.detach()) for name, value in losses.items()}
 
 
 def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -47,61 +180,48 @@ def random_boxes(count: int, height: int, width: int, generator: torch.Generator
     return torch.cat([corners, corners + sides], 1)
 
 
-def build_inputs(size: tuple[int, int], batch: int, count: int) -> tuple[list[dict], Tensor]:
-    """Images of (height, width) with seven objects each, and ``count`` boxes to propose.
+def random_inputs(setting: Setting) -> tuple[list[dict], Tensor]:
+    """Images with seven objects each, and enough boxes to propose.
 
     The boxes are random, every fourth is near an object.
     """
-    generator = torch.Generator().manual_seed(0)
-    objects = random_boxes(7, *size, generator)
-    inputs = []
-    for _ in range(batch):
+    generator, size = torch.Generator().manual_seed(0), (setting.height, setting.width)
+    real = random_boxes(7, *size, generator)
+    truth, inputs = objects(size, real, torch.arange(7) * 11), []
+    for _ in range(setting.batch):
         image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
-        classes = torch.arange(7) * 11
-        instances = Instances(size, gt_boxes=Boxes(objects), gt_classes=classes)
-        inputs.append({"image": image, "instances": instances, "height": size[0], "width": size[1]})
-    boxes = random_boxes(count, *size, generator)
-    near = objects.repeat(len(boxes) // len(objects) + 1, 1)[: len(boxes) : 4]
+        inputs.append({"image": image, "instances": truth, "height": size[0], "width": size[1]})
+    boxes = random_boxes(max(setting.proposals, setting.regions), *size, generator)
+    near = real.repeat(len(boxes) // len(real) + 1, 1)[: len(boxes) : 4]
     boxes[::4] = near * (0.95 + 0.1 * torch.rand(near.shape, generator=generator))
     boxes = torch.cat([boxes[:, :2].minimum(boxes[:, 2:]), boxes[:, :2].maximum(boxes[:, 2:])], 1)
-    boxes[:, 0::2].clamp_(0, size[1])
-    boxes[:, 1::2].clamp_(0, size[0])
-    return inputs, boxes
+    return inputs, clip_boxes_to_image(boxes, size)
 
 
 @torch.no_grad()
 def spread_scores(model: nn.Module, inputs: list[dict], boxes: Tensor) -> None:
     """Scales the last layer's weights: logits with a standard deviation of 2, deltas of 0.1."""
     model.eval()
-    found = []
-    hook = model.roi_heads.box_predictor.register_forward_hook(lambda *call: found.append(call[2]))
-    network = model.proposal_generator
+    predictor, network, found = model.roi_heads.box_predictor, model.proposal_generator, []
+    hook = predictor.register_forward_hook(lambda *call: found.append(call[2]))
     model.proposal_generator = GivenProposals(network, boxes)
     model(inputs)
     model.proposal_generator = network
     hook.remove()
     scores, deltas = found[0]
-    predictor = model.roi_heads.box_predictor
     predictor.cls_score.weight.mul_(2 / scores.std(0).mean())
     predictor.bbox_pred.weight.mul_(0.1 / deltas.std(0).mean())
 
 
-def train_step(
-    model: nn.Module, optimizer, inputs: list[dict], bf16: bool = False
-) -> dict[str, float]:
-    """One step with the same sampling of anchors and regions each time; returns the losses."""
-    model.train()
-    torch.manual_seed(0)
-    with EventStorage():
-        with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
-            losses = model(inputs)
-    optimizer.zero_grad(set_to_none=True)
-    sum(losses.values()).backward()
-    optimizer.step()
-    return {name: float(value.detach()) for name, value in losses.items()}
+def losses_differ(found: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
+    """:func:`relative_difference` of each loss from the reference's."""
+    return {
+        name: relative_difference(torch.tensor(found[name]), torch.tensor(value))
+        for name, value in expected.items()
+    }
 
 
-def detections_differ(found: list[Instances], expected: list[Instances]) -> dict[str, float]:
+def detections_differ(found: list, expected: list) -> dict[str, float]:
     """How detections differ from the reference's.
 
     Returns:
@@ -114,7 +234,7 @@ def detections_differ(found: list[Instances], expected: list[Instances]) -> dict
         count += len(theirs)
         if not len(ours) or not len(theirs):
             continue
-        overlap = pairwise_iou(theirs.pred_boxes, ours.pred_boxes)
+        overlap = box_iou(theirs.pred_boxes.tensor, ours.pred_boxes.tensor)
         overlap[theirs.pred_classes[:, None] != ours.pred_classes] = 0
         best, index = overlap.max(1)
         is_match = best >= 0.9
@@ -124,18 +244,144 @@ def detections_differ(found: list[Instances], expected: list[Instances]) -> dict
     return {"detections": count, "unmatched": 1 - matched / max(1, count), "score": score}
 
 
-def mapper_seconds(folder: Path, calls: int = 10) -> float:
+def mapper_seconds(calls: int = 10) -> float:
     """Median time of reading and augmenting one training image of 500x375, in one process."""
-    path = folder / "image.jpg"
     noise = np.random.default_rng(0).integers(0, 256, (47, 63, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((500, 375), Image.BICUBIC).save(path, quality=90)
     annotation = {"bbox": [10.0, 20.0, 300.0, 200.0], "bbox_mode": 0, "category_id": 1}
-    record = {"file_name": str(path), "height": 375, "width": 500, "image_id": 0}
+    record = {"height": 375, "width": 500, "image_id": 0}
     record["annotations"] = [{**annotation, "iscrowd": 0}] * 5
-    mapper = TolerantMapper(detector_config("fpn", True), True)
-    times = []
-    for _ in range(calls + 1):
-        start = time.perf_counter()
-        mapper(record)
-        times.append(time.perf_counter() - start)
+    mapper, times = TolerantMapper(config("fpn"), True), []
+    with TemporaryDirectory() as folder:
+        record["file_name"] = str(Path(folder, "image.jpg"))
+        picture = Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC)
+        picture.save(record["file_name"], quality=90)
+        for _ in range(calls + 1):
+            start = time.perf_counter()
+            mapper(record)
+            times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
+
+
+DIFFERENCE = {"inference": detections_differ, "training": losses_differ}
+
+# Evaluation
+
+
+def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    coco = coco_runs(random_set(args.coco_images, 80, args.coco_detections))
+    result = {"coco": measure_evaluators(coco, args.coco_images, args.repeats)}
+    found = random_set(args.voc_images, 20, args.voc_detections)
+    with TemporaryDirectory() as folder, voc_runs(Path(folder), found) as runs:
+        result["voc"] = measure_evaluators(runs, args.voc_images, args.repeats)
+    return result
+
+
+def measure_evaluators(runs: dict[str, Callable], images: int, repeats: int) -> dict[str, Any]:
+    """Lets evaluations take turns, without what they print and log, and compares their numbers."""
+    numbers: dict[str, dict[str, float]] = {}
+
+    def run(name: str) -> int:
+        with contextlib.redirect_stdout(io.StringIO()):
+            numbers[name] = runs[name]()
+        return images
+
+    logging.disable(logging.INFO)
+    try:
+        rows = measure({name: partial(run, name) for name in runs}, repeats)
+    finally:
+        logging.disable(logging.NOTSET)
+    expected, ours = (numbers[name] for name in runs)
+    difference = max(abs(ours[key] - expected[key]) for key in expected)
+    print(f"{[*runs][1]}: numbers differ by {difference:.1e} at most")
+    return {"rows": rows, "numbers": numbers}
+
+
+def random_set(images: int, classes: int, count: int) -> list[tuple[np.ndarray, ...]]:
+    """Objects of images, and ``count`` detections each, most of which lie near an object.
+
+    Returns:
+        For each image boxes (N, 4) as (x, y, width, height) in whole pixels and their classes;
+        boxes, classes and scores of the detections.
+    """
+    rng, found = np.random.default_rng(0), []
+    for _ in range(images):
+        real = rng.integers(1, 12)
+        corners = rng.integers(1, (WIDTH // 2, HEIGHT // 2), (real, 2))
+        sizes = rng.integers(8, (WIDTH // 2, HEIGHT // 2), (real, 2))
+        boxes, kinds = np.hstack([corners, sizes]).astype(float), rng.integers(0, classes, real)
+        near = rng.integers(0, real, count)
+        guesses = boxes[near] * np.exp(rng.normal(0, 0.15, (count, 4)))
+        right = rng.random(count) < 0.7
+        labels = np.where(right, kinds[near], rng.integers(0, classes, count))
+        found.append((boxes, kinds, guesses.round(1), labels, rng.random(count).round(4)))
+    return found
+
+
+def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
+    """Evaluations of one random set; the first is the reference, pycocotools."""
+    truth: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for image, (boxes, kinds, *found) in enumerate(images, start=1):
+        for box, kind in zip(boxes.tolist(), kinds.tolist(), strict=True):
+            same = dict(id=len(truth) + 1, image_id=image, category_id=kind + 1, iscrowd=0)
+            truth.append(same | dict(bbox=box, area=box[2] * box[3]))
+        for box, label, score in zip(*(values.tolist() for values in found), strict=True):
+            results.append(dict(image_id=image, category_id=label + 1, bbox=box, score=score))
+    dataset = {
+        "images": [dict(id=i, width=WIDTH, height=HEIGHT) for i in range(1, len(images) + 1)],
+        "categories": [dict(id=c, name=str(c)) for c in range(1, 81)],
+        "annotations": truth,
+    }
+    engines = {"pycocotools": run_pycocotools, "ours (hotcoco)": run_hotcoco}
+
+    def run(engine: Callable) -> dict[str, float]:
+        return evaluate_coco(dataset, results, engine=engine).summary
+
+    return {name: partial(run, engine) for name, engine in engines.items()}
+
+
+@contextlib.contextmanager
+def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dict[str, Callable]]:
+    """Evaluations of one random set in VOC layout; the first is the reference, Detectron2's.
+
+    Each takes the detections as the model gives them and reads the annotations from their files.
+    """
+    for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (folder / part).mkdir(parents=True)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "image.jpg")
+    outputs = []
+    for number, (boxes, kinds, found, labels, scores) in enumerate(tqdm(images, "VOC files")):
+        name = f"{number:06d}"
+        (folder / "JPEGImages" / f"{name}.jpg").symlink_to(folder / "image.jpg")
+        (folder / "Annotations" / f"{name}.xml").write_text(voc_xml(boxes, kinds))
+        corners = torch.tensor(np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])).float()
+        scores = torch.tensor(scores.round(3), dtype=torch.float32)
+        instances = detections((HEIGHT, WIDTH), corners, scores, torch.tensor(labels))
+        outputs.append(({"image_id": name}, {"instances": instances}))
+    lines = "".join(f"{given['image_id']}\n" for given, _ in outputs)
+    (folder / "ImageSets" / "Main" / "test.txt").write_text(lines)
+
+    def run(evaluator) -> dict[str, float]:
+        evaluator.reset()
+        for given, output in outputs:
+            evaluator.process([given], [output])
+        found = evaluator.evaluate()["bbox"]
+        return {key: found[key] for key in ("AP", "AP50", "AP75")}
+
+    with voc_metadata(str(folder), "test", [f"class{number}" for number in range(20)]) as name:
+        yield {
+            "Detectron2's evaluator": lambda: run(PascalVOCDetectionEvaluator(name)),
+            "ours": lambda: run(VOCEvaluator(name)),
+        }
+
+
+def voc_xml(boxes: np.ndarray, kinds: np.ndarray) -> str:
+    text = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
+    for (x, y, width, height), kind in zip(boxes.astype(int), kinds, strict=True):
+        corners = dict(xmin=x, ymin=y, xmax=x + width - 1, ymax=y + height - 1)
+        box = "".join(f"<{name}>{value}</{name}>" for name, value in corners.items())
+        text += (
+            f"<object><name>class{kind}</name><pose>-</pose><truncated>0</truncated>"
+            f"<difficult>0</difficult><bndbox>{box}</bndbox></object>"
+        )
+    return f"<annotation>{text}</annotation>"

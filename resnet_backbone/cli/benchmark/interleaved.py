@@ -1,8 +1,12 @@
-"""Candidates take turns within one run; speed is compared within each turn."""
+"""Candidates take turns within one run; speed is compared within each turn. Peak memory."""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +18,20 @@ from tqdm import tqdm
 Run = Callable[[], int]  # processes some images and says how many
 
 
-def interleave(runs: dict[str, Run], repeats: int, wait: Callable[[], None]) -> dict[str, list]:
-    """Images/s of each candidate in each repeat, after one turn each that is not counted."""
+def measure(
+    runs: dict[str, Run], repeats: int, wait: Callable[[], Any] = lambda: None
+) -> list[dict[str, Any]]:
+    """Measures, prints a table, and returns a row for each candidate.
+
+    Args:
+        runs: by name, the reference first; their order rotates from repeat to repeat.
+        repeats: turns of each, after one that is not counted.
+        wait: returns when the device has done what it was given.
+
+    Returns:
+        For each its name, its images/s in all repeats, their median and range, and the median
+        and range of the ratio to the reference within the same repeat.
+    """
     names = list(runs)
     rates: dict[str, list[float]] = {name: [] for name in names}
     with tqdm(total=(repeats + 1) * len(names), desc="measuring", unit="turn") as bar:
@@ -29,45 +45,23 @@ def interleave(runs: dict[str, Run], repeats: int, wait: Callable[[], None]) -> 
                 if repeat:
                     rates[name].append(images / (time.perf_counter() - start))
                 bar.update()
-    return rates
+    rows = []
+    print(f"{'':34}{'images/s':>10}  {'range':19}{'s/image':>9}{'ratio':>7}  range")
+    for name, values in rates.items():
+        pairs = zip(values, rates[names[0]], strict=True)
+        speed, ratio = spread(values), spread([v / reference for v, reference in pairs])
+        rows.append({"name": name, "images_per_s": speed, "ratio": ratio, "measurements": values})
+        median = f"{1 / speed['median']:9.4f}{ratio['median']:7.2f}"
+        ends = [f"{x['low']:.2f} ... {x['high']:.2f}" for x in (speed, ratio)]
+        print(f"{name:34}{speed['median']:10.2f}  {ends[0]:19}{median}  {ends[1]}")
+    return rows
 
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def summarize(rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """A row for each candidate; the first one is the reference."""
-    reference = next(iter(rates.values()))
-    return [
-        {
-            "name": name,
-            "images_per_s": spread(values),
-            "ratio": spread([v / r for v, r in zip(values, reference, strict=True)]),
-            "measurements": values,
-        }
-        for name, values in rates.items()
-    ]
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'':34}{'images/s':>10}  {'range':19}{'ratio':>7}  range")
-    for row in rows:
-        speed, ratio = row["images_per_s"], row["ratio"]
-        speeds = f"{speed['low']:.1f} ... {speed['high']:.1f}"
-        ratios = f"{ratio['low']:.2f} ... {ratio['high']:.2f}"
-        print(
-            f"{row['name']:34}{speed['median']:10.1f}  {speeds:19}{ratio['median']:7.2f}  {ratios}"
-        )
-
-
-def random_images(shape: tuple[int, ...], channels_last: bool, device) -> torch.Tensor:
-    """Normalised images, (N, C, H, W)."""
-    images = torch.randn(shape, device=device)
-    return images.to(memory_format=torch.channels_last) if channels_last else images
-
-
-def waiter(device: torch.device) -> Callable[[], None]:
+def waiter(device: torch.device) -> Callable[[], Any]:
     """Waits until the device has done what it was given."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
@@ -94,3 +88,58 @@ def randomize_norms(model: nn.Module) -> None:
             module.running_var.uniform_(0.8, 1.2)
             module.weight.uniform_(0.4, 0.6)
             module.bias.normal_(0, 0.1)
+
+
+def measure_memory(
+    build: Callable[[Any, str], dict[str, Callable]], setting: Any, passes: list[tuple[str, str]]
+) -> dict[str, dict[str, float]]:
+    """Peak resident memory of passes, each in a process of its own, and before it, in MB (Linux).
+
+    glibc returns freed blocks of 128 kB and more at once in these processes.
+
+    Args:
+        build: a module's function of the setting and a kind, to candidates by name: functions
+            that prepare a pass.
+        setting: a plain value, whose ``repr`` goes to the process.
+        passes: (kind, name) of each.
+
+    Raises:
+        ValueError: a process failed; with its last line.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+    found = {}
+    for kind, name in tqdm(passes, desc="memory", unit="process"):
+        code = (
+            f"import torch; torch.set_num_threads({torch.get_num_threads()}); "
+            f"from {__name__} import report_peak; from {build.__module__} import {build.__name__}; "
+            f"report_peak({build.__name__}({setting!r}, {kind!r})[{name!r}]())"
+        )
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        done = subprocess.run(command, capture_output=True, env=environment)
+        if done.returncode:
+            lines = done.stderr.decode().strip().splitlines() or ["no message"]
+            raise ValueError(f"memory of {kind}: {name}: {lines[-1]}")
+        found[f"{kind}: {name}"] = json.loads(done.stdout.splitlines()[-1])
+    print("memory of a process that does one pass, MB (compiled ones are not measured):")
+    for name, value in found.items():
+        print(f"{name:44}{value['peak']:8.0f} at most, {value['before']:.0f} before the pass")
+    return found
+
+
+def report_peak(run: Callable[[], Any]) -> None:
+    """Prints the peak resident memory during a call and before it, in MB, as JSON.
+
+    Both are ``VmHWM``, which is reset before the call so that building does not count; ``before``
+    has the libraries and the weights.
+    """
+
+    def peak() -> float:
+        with open("/proc/self/status") as file:
+            line = next(line for line in file if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1000
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = peak()
+    run()
+    print(json.dumps({"before": before, "peak": peak()}))

@@ -1,0 +1,390 @@
+"""Loader, training and inference of classifiers beside torchvision's transforms and models."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.transforms import functional as TF
+
+from resnet_backbone import build_model
+from resnet_backbone.classification.data.augment import PaperAugmentation, draw_crop, resize_crop
+from resnet_backbone.classification.data.batch import DataError
+from resnet_backbone.classification.data.color import colour_shift
+from resnet_backbone.classification.data.imagenet import ImageFiles, list_images
+from resnet_backbone.classification.data.loader import LoaderSource
+from resnet_backbone.classification.data.region import EncodedImage, partial_decoding
+from resnet_backbone.classification.data.stream import SampleStream, sample_rng
+from resnet_backbone.classification.networks import NetworkSpec
+from resnet_backbone.classification.optimizer import build_sgd
+from resnet_backbone.classification.step import StepOptions, TrainStep
+from resnet_backbone.cli.benchmark.interleaved import (
+    Run,
+    measure,
+    randomize_norms,
+    relative_difference,
+    waiter,
+)
+from resnet_backbone.fast import optimize_for_inference
+from resnet_backbone.fast.export import export_onnx, run_onnx
+from resnet_backbone.runtime.distributed import World
+from resnet_backbone.weights import get_preprocessing
+from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.keymaps import from_torchvision
+
+Forward = Callable[[Tensor], Tensor]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PREPROCESSING = get_preprocessing("torchvision")
+PASSES = itertools.count(1)
+
+# Loader
+
+
+def run_loader(args: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    folder = None if args.images == "synthetic" else args.images or default_images()
+    images = load_images(folder, args.count, args.jpeg_quality)
+    size = statistics.mean(map(len, images)) / 1000
+    print(f"{len(images)} images of {size:.0f} kB on average, from {folder or 'noise'}")
+    ours = partial(our_pass, images, args.batch)
+    runs = {"reference": partial(reference_pass, images, args.batch), "ours": ours}
+    if partial_decoding():
+        runs["ours, whole"] = partial(ours, in_parts=False)
+    else:
+        print("nvidia-nvimgcodec is not installed: all JPEGs are decoded whole")
+    runs["ours + norm"] = partial(ours, normalizer=InputNormalizer(PREPROCESSING))
+    rows = measure(runs, args.repeats)
+    geometry = geometry_difference(images)
+    print(
+        f"geometry: {geometry['mean']:.4f} gray levels mean, {geometry['max']} at most, from "
+        "Pillow's resize of the same boxes"
+    )
+    return {"rows": rows, "geometry": geometry, "mean_kilobytes": size}
+
+
+def default_images() -> str:
+    """The VOC images that the tests use."""
+    here = Path(__file__).resolve().parents[3]
+    root = Path(os.environ.get("RESNET_BACKBONE_DATA", here.parent / "shared" / "data"))
+    folder = root / "VOCdevkit" / "VOC2007" / "JPEGImages"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give --images DIR, or --images synthetic")
+    return str(folder)
+
+
+def load_images(folder: str | None, count: int, quality: int | None, seed: int = 0) -> list[bytes]:
+    """JPEG files in memory.
+
+    Args:
+        folder: of images, spread evenly over its sorted names; None makes synthetic ones of
+            500 x 375, noise smoothed to the file size of a photograph.
+        quality: encodes the images anew at this JPEG quality; None leaves them as they are.
+
+    Raises:
+        DataError: a folder without images.
+    """
+    if folder is None:
+        return [_synthetic_jpeg(seed + i, quality or 90) for i in range(count)]
+    root = Path(folder)
+    names = list_images(root) if root.is_dir() else []
+    if not names:
+        what = "holds no images" if root.is_dir() else "no such folder"
+        raise DataError(f"{root}: {what}; give a folder of JPEG files with --images")
+    chosen = [names[i * len(names) // count] for i in range(min(count, len(names)))]
+    files = [(root / name).read_bytes() for name in dict.fromkeys(chosen)]
+    return files if quality is None else [_encode(_open(data), quality) for data in files]
+
+
+def reference_sample(data: bytes, rng: Generator) -> Tensor:
+    """One image through torchvision's v1 transforms: normalized float32 (3, 224, 224)."""
+    image = TF.resize(_open(data), int(rng.integers(256, 481)))
+    top, left = (int(rng.integers(n - 224 + 1)) for n in (image.height, image.width))
+    image = TF.crop(image, top, left, 224, 224)
+    if rng.random() < 0.5:
+        image = TF.hflip(image)
+    shift = colour_shift(PaperAugmentation().colour_noise, rng) / 255
+    tensor = transforms.ToTensor()(image) + torch.from_numpy(shift)[:, None, None]
+    return TF.normalize(tensor, PREPROCESSING.mean, PREPROCESSING.std)
+
+
+def batches(images: Sequence[bytes], size: int) -> Iterator[list[tuple[bytes, Generator]]]:
+    """One pass over the images, each with its random numbers, which are others in every pass."""
+    number = next(PASSES)
+    for first in range(0, len(images), size):
+        part = enumerate(images[first : first + size], start=first)
+        yield [(data, sample_rng(0, number, index)) for index, data in part]
+
+
+def reference_pass(images: Sequence[bytes], batch: int) -> int:
+    """To normalized float batches, all by torchvision's transforms; returns how many images."""
+    for part in batches(images, batch):
+        torch.stack([reference_sample(data, rng) for data, rng in part])
+    return len(images)
+
+
+def our_pass(
+    images: Sequence[bytes],
+    batch: int,
+    normalizer: InputNormalizer | None = None,
+    in_parts: bool = True,
+) -> int:
+    """To batches of bytes and color shifts, as they go to the device; returns how many images.
+
+    Args:
+        normalizer: normalizes them here.
+        in_parts: decode only what a crop needs.
+    """
+    augment = PaperAugmentation()
+    for part in batches(images, batch):
+        made = [augment(EncodedImage(data, partial=in_parts), rng) for data, rng in part]
+        stacked = torch.stack([sample.image for sample in made])
+        shift = torch.from_numpy(np.stack([sample.shift for sample in made]))
+        if normalizer:
+            normalizer(stacked, shift)
+    return len(images)
+
+
+def geometry_difference(images: Sequence[bytes]) -> dict[str, float]:
+    """How far our crops are from Pillow's resize of the same boxes, in gray levels of 255.
+
+    Returns:
+        "mean" and "max" absolute difference, "images".
+    """
+    means, largest = [], 0
+    for index, data in enumerate(images):
+        image = EncodedImage(data)
+        crop = draw_crop(image.height, image.width, sample_rng(0, 0, index))
+        left, top, right, bottom = crop.box(224)
+        box = (left, top, min(right, image.width), min(bottom, image.height))
+        theirs = _open(data).resize((224, 224), Image.Resampling.BILINEAR, box=box)
+        ours = resize_crop(image, crop).permute(1, 2, 0).numpy()
+        difference = np.abs(ours.astype(np.int16) - np.asarray(theirs))
+        means.append(difference.mean())
+        largest = max(largest, int(difference.max()))
+    return {"mean": float(np.mean(means)), "max": largest, "images": len(images)}
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _encode(image: Image.Image, quality: int) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
+
+
+def _synthetic_jpeg(seed: int, quality: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    pixels = np.zeros((375, 500, 3))
+    for cells, strength in ((6, 90), (40, 40), (160, 30)):  # large shapes, edges, texture
+        coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
+        layer = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
+        pixels += (np.asarray(layer, dtype=np.float64) - 128) * (strength / 128)
+    return _encode(Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8)), quality)
+
+
+# Training
+
+
+def variants(args: argparse.Namespace) -> Iterator[tuple[str, str, str, bool, str]]:
+    """(name, network, dtype, channels_last, compile mode); the first is the reference."""
+    yield f"torchvision {args.model}, fp32", f"torchvision/{args.model}", "fp32", False, "none"
+    libraries = [("ours", args.model)]
+    if args.device == "cuda":
+        libraries.append(("torchvision", f"torchvision/{args.model}"))
+    if args.timm:
+        libraries.append(("timm", f"timm/{args.model}"))
+    for library, network in libraries:
+        for dtype in args.dtype:
+            name = f"{library}, {dtype}, channels_last"
+            yield name, network, dtype, True, "none"
+            if args.compile:
+                yield f"{name}, compile", network, dtype, True, "default"
+
+
+def build_step(network: str, dtype: str, channels_last: bool, compiled: str, device) -> TrainStep:
+    model = NetworkSpec(network, 1000).build().to(device)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    optimizer = build_sgd(model, 0.9, 1e-4)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    amp = "none" if dtype == "fp32" else dtype
+    return TrainStep(model, optimizer, StepOptions(amp=amp, compile=compiled), World(device=device))
+
+
+def train_steps(step: TrainStep, images: Tensor, labels: Tensor, count: int) -> int:
+    for iteration in range(count):
+        step(images, labels, iteration)
+    return count * len(images)
+
+
+def run_train(args: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device(args.device)
+    labels = torch.randint(0, 1000, (args.batch,), device=device)
+    runs: dict[str, Run] = {}
+    steps = {}
+    for name, network, dtype, channels_last, compiled in variants(args):
+        steps[name] = build_step(network, dtype, channels_last, compiled, device)
+        images = torch.randn(args.batch, 3, args.size, args.size, device=device)
+        if channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        runs[name] = partial(train_steps, steps[name], images, labels, args.steps)
+    rows = measure(runs, args.repeats, waiter(device))
+    if not args.images:
+        return {"rows": rows}
+    own = [row for row in rows if row["name"].startswith("ours")]
+    name = max(own, key=lambda row: row["images_per_s"]["median"])["name"]
+    found = real_data(steps[name], args, device)
+    print(
+        f"real data, {name}: {found['images_per_s']:.1f} images/s ({args.workers} workers), "
+        f"{found['data_share']:.1%} of the time waiting for data"
+    )
+    return {"rows": rows, "real_data": {**found, "name": name}}
+
+
+def real_data(step: TrainStep, args: argparse.Namespace, device) -> dict[str, float]:
+    """Trains on batches from the loader: images/s and the share of time that waits for them."""
+    names = list_images(Path(args.images))
+    if not names:
+        raise DataError(f"{args.images} holds no images")
+    labels = [i % 1000 for i in range(len(names))]
+    dataset = ImageFiles(args.images, names, labels, [str(i) for i in range(1000)])
+    stream = SampleStream(len(dataset), args.batch)
+    source = LoaderSource(
+        dataset, stream, PaperAugmentation(size=args.size), workers=args.workers, prefetch=4
+    )
+    normalizer, wait = InputNormalizer(PREPROCESSING, device), waiter(device)
+    warm_up, total = max(2, args.workers), args.steps * args.repeats
+    waited = begin = 0.0
+    batches = source.batches(0)
+    for iteration in range(warm_up + total):
+        if iteration == warm_up:
+            wait()
+            begin, waited = time.perf_counter(), 0.0
+        start = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - start
+        images = normalizer(batch.images, batch.shift)
+        step(images, batch.labels.to(device, non_blocking=True), iteration)
+        if device.type == "cuda":  # else the queue would hide where the time goes
+            torch.cuda.current_stream().synchronize()
+    wait()
+    seconds = time.perf_counter() - begin
+    batches.close()
+    return {"images_per_s": total * args.batch / seconds, "data_share": waited / seconds}
+
+
+# Inference
+
+
+def run_infer(args: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device(args.device)
+    if args.runtimes and device.type != "cpu":
+        raise ValueError("--runtimes measures CPUs: add --device cpu")
+    result: dict[str, Any] = {}
+    for batch in args.batch:
+        torch.compiler.reset()  # each batch size gets its own code, without dynamic shapes
+        found = candidates(args.model, args.dtype, args.compile, device)
+        if args.runtimes:
+            found |= runtimes(args.model, args.dtype, torch.get_num_threads())
+        images = torch.randn(batch, 3, args.size, args.size, device=device)
+        differences = output_differences(found, images)
+        runs = {name: partial(infer, run, images, args.steps) for name, run in found.items()}
+        print(f"batch {batch}:")
+        rows = measure(runs, args.repeats, waiter(device))
+        for name, value in differences.items():
+            print(f"{name:34}differs by {value:.1e} of the largest value")
+        result[f"batch_{batch}"] = {"rows": rows, "differences": differences}
+    return result
+
+
+@torch.inference_mode()
+def infer(run: Forward, images: Tensor, count: int) -> int:
+    for _ in range(count):
+        run(images)
+    return count * len(images)
+
+
+@torch.inference_mode()
+def output_differences(found: dict[str, Forward], images: Tensor) -> dict[str, float]:
+    """Largest relative difference of each candidate's outputs from those of the first."""
+    (_, reference), *others = found.items()
+    expected = reference(images)
+    return {name: relative_difference(run(images), expected) for name, run in others}
+
+
+def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """torchvision's model in its default form, and ours with the same weights, for inference."""
+    torch.manual_seed(0)
+    reference = NetworkSpec(f"torchvision/{name}", 1000).build().eval()
+    randomize_norms(reference)
+    options = {} if name.startswith("vgg") else {"stride_in_1x1": False}
+    ours = build_model(name, **options).eval()
+    ours.load_state_dict(from_torchvision(reference.state_dict()))
+    return reference, ours
+
+
+def candidates(
+    name: str, dtypes: list[str], compiled: bool, device: torch.device
+) -> dict[str, Forward]:
+    """Name -> forward pass on normalized float32 images; the first is the reference."""
+    reference, ours = (model.to(device) for model in build_pair(name))
+    found: dict[str, Forward] = {
+        f"torchvision {name}, fp32": reference,
+        "ours, fp32, as built": ours,
+    }
+    for dtype in dtypes:
+        optimize, key = partial(optimize_for_inference, ours, dtype=DTYPES[dtype]), f"ours, {dtype}"
+        found[f"{key}, optimized"] = optimize()
+        if compiled:
+            found[f"{key}, optimized, compile"] = optimize(compile=True)
+    return found
+
+
+def runtimes(name: str, dtypes: list[str], threads: int) -> dict[str, Forward]:
+    """The same network exported to ONNX, in onnxruntime (fp32) and OpenVINO, on the CPU.
+
+    Raises:
+        ValueError: a runtime, or onnx, is not installed.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+        import openvino
+    except ImportError as error:
+        raise ValueError("--runtimes needs: pip install onnxscript onnxruntime openvino") from error
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(build_pair(name)[1], path)
+        run = run_onnx(path, threads)
+        network = openvino.Core().read_model(path.read_bytes())
+    found = {"onnxruntime, fp32": lambda images: run(images)["logits"]}
+    for dtype in dtypes:
+        settings = {
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[dtype],
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        compiled = openvino.compile_model(network, "CPU", settings)
+        found[f"OpenVINO, {dtype}"] = partial(_openvino, compiled)
+    return found
+
+
+def _openvino(compiled, images: Tensor) -> Tensor:
+    return torch.from_numpy(np.array(compiled(images.numpy())[0]))

@@ -1,0 +1,178 @@
+"""R-50-FPN: Detectron2's own backbone beside ours, in inference and in training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resnet_backbone.cli.benchmark.interleaved import (
+    measure,
+    measure_memory,
+    randomize_norms,
+    relative_difference,
+    waiter,
+)
+from resnet_backbone.detection.engine.command_line import load_config
+from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.detection.reference import build_reference
+from resnet_backbone.fast import optimize_for_inference
+
+BF16 = torch.bfloat16
+REFERENCE = "Detectron2, fp32"
+KINDS = ("inference", "training")
+OPTIMIZED: dict[str, dict] = {
+    "ours, fp32, optimized": {},
+    "ours, fp32, optimized, compile": {"compile": True},
+    "ours, bf16, optimized": {"dtype": BF16},
+    "ours, bf16, optimized, compile": {"dtype": BF16, "compile": True},
+}
+"""Name -> arguments of optimize_for_inference."""
+Pass = Callable[[], Any]
+
+
+def candidates(
+    theirs: nn.Module, ours: nn.Module, kind: str, prepare: Callable[..., Pass]
+) -> dict[str, Callable[[], Pass]]:
+    """Functions that prepare the passes of a kind, by name; the first is the reference.
+
+    Args:
+        kind: "inference" or "training".
+        prepare: a network, and in training ``bf16``, to a pass.
+    """
+
+    def optimized(options: dict) -> Pass:
+        return prepare(optimize_for_inference(ours, **options))
+
+    found: dict[str, Callable[[], Pass]] = {REFERENCE: partial(prepare, theirs)}
+    found["ours, fp32, as built"] = partial(prepare, ours)
+    if kind == "training":
+        found["ours, bf16 autocast, as built"] = partial(prepare, ours, bf16=True)
+        return found
+    return found | {name: partial(optimized, options) for name, options in OPTIMIZED.items()}
+
+
+def mixed(device: str, bf16: bool) -> AbstractContextManager:
+    return torch.autocast(device, dtype=BF16) if bf16 else nullcontext()
+
+
+def config(arch: str, regions: int = 512):
+    """Faster R-CNN R-50 with 80 classes, of Detectron2's model zoo.
+
+    Args:
+        arch: "fpn" or "c4".
+        regions: per image in training.
+    """
+    options = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": str(regions),
+        "INPUT.MIN_SIZE_TRAIN": "(800,)",
+    }
+    words = [word for pair in options.items() for word in pair]
+    return load_config(f"coco/faster_rcnn_R_50_{arch.upper()}", words)
+
+
+def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
+    device, shape = torch.device(args.device), (1, 3, args.height, args.width)
+    images = torch.randn(shape, device=device)
+    pair = tuple(network.to(device) for network in build_pyramids())
+    differences = {"float32": compare_pyramids(*pair, images)}
+    result: dict[str, Any] = {"differences": differences}
+    names = []
+    for kind in KINDS:
+        found = candidates(*pair, kind, prepare_pyramid(kind, images))
+        names += [(kind, name) for name in found if not name.endswith("compile")]
+        runs = {
+            f"{kind}: {name}": partial(repeat, prepare(), args.steps)
+            for name, prepare in found.items()
+            if args.compile or not name.endswith("compile")
+        }
+        result[kind] = measure(runs, args.repeats, waiter(device))
+    corner = images[:, :, :256, :320].double()
+    differences["float64"] = compare_pyramids(*(network.double() for network in pair), corner)
+    for precision, values in differences.items():
+        print(f"ours differs from Detectron2's, relatively, in {precision}: {as_text(values)}")
+    if device.type == "cpu" and not args.no_memory:
+        result["memory_mb"] = measure_memory(pyramid_candidates, shape, names)
+    return result
+
+
+def build_pyramids() -> tuple[nn.Module, nn.Module]:
+    """Detectron2's ResNet-FPN and ours with the same random weights, each as it comes.
+
+    Both map (N, 3, H, W) to a dict of p2 ... p6. Norms, stem and res2 are frozen: the defaults.
+    """
+    torch.manual_seed(0)
+    theirs, ours = (
+        build(config("fpn")).backbone for build in (build_reference, Trainer.build_model)
+    )
+    randomize_norms(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def prepare_pyramid(kind: str, images: Tensor) -> Callable[..., Pass]:
+    run = train_pyramid if kind == "training" else torch.no_grad()(nn.Module.__call__)
+    return lambda model, **options: partial(run, model, images, **options)
+
+
+def pyramid_candidates(shape: tuple[int, ...], kind: str) -> dict[str, Callable[[], Pass]]:
+    """On random images, for :func:`measure_memory`."""
+    return candidates(*build_pyramids(), kind, prepare_pyramid(kind, torch.randn(shape)))
+
+
+def train_pyramid(model: nn.Module, images: Tensor, bf16: bool = False) -> dict[str, Tensor]:
+    """Forward and backward of a fixed scalar of all maps; returns the maps.
+
+    The scalar stands in for the heads: its gradient depends on every value of every map. It is
+    divided last, since the gradient of ``mean`` is row-major whatever the map: the backward pass
+    of a head's convolution returns the map's own memory format.
+    """
+    model.zero_grad(set_to_none=True)
+    with mixed(images.device.type, bf16):
+        maps = model(images)
+    sum(value.float().square().sum() / value.numel() for value in maps.values()).backward()
+    return maps
+
+
+def repeat(run: Pass, count: int) -> int:
+    for _ in range(count):
+        run()
+    return count
+
+
+def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict[str, float]:
+    """Relative differences of ours from the reference in one training pass.
+
+    Returns:
+        outputs: the largest of any pyramid level, of that level's largest value.
+        gradient: norm of the difference of the whole gradient, of the gradient's norm.
+        gradient_worst: the largest of any parameter, of that parameter's largest gradient. In
+            single precision it jumps where a ReLU's input is a rounding error away from zero,
+            between any two implementations.
+    """
+    maps, gradients = [], []
+    for model in (theirs, ours):
+        maps.append({name: value.detach() for name, value in train_pyramid(model, images).items()})
+        named = model.named_parameters()
+        gradients.append({name: p.grad for name, p in named if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    expected, found = gradients
+    if expected.keys() != found.keys():
+        raise ValueError("the two networks train different parameters")
+    whole = torch.cat([value.flatten() for value in expected.values()])
+    error = torch.cat([(found[name] - value).flatten() for name, value in expected.items()])
+    return {
+        "outputs": max(relative_difference(maps[1][name], maps[0][name]) for name in maps[0]),
+        "gradient": float(error.norm() / whole.norm()),
+        "gradient_worst": max(relative_difference(found[n], expected[n]) for n in expected),
+    }
+
+
+def as_text(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1e}" for name, value in values.items())
