@@ -41,6 +41,42 @@ def test_wrong_words_end_it_at_once(arguments, message):
     assert done.stdout == "" and len(done.stderr.splitlines()) == 1
 
 
+def set_up(*arguments, **environment):
+    return subprocess.run(
+        ["bash", str(ROOT / "tools" / "setup_env.sh"), *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_set_up_explains_itself_and_installs_nothing(tmp_path):
+    done = set_up("--help", VENV=str(tmp_path / "venv"))
+    assert done.returncode == 0 and "PYTHON=python3.12 bash tools/setup_env.sh" in done.stdout
+    assert "#" not in done.stdout.splitlines()[0] and not (tmp_path / "venv").exists()
+    done = set_up("--now", VENV=str(tmp_path / "venv"))
+    assert done.returncode and "unknown argument --now" in done.stderr
+
+
+def test_set_up_takes_a_newer_python(tmp_path):
+    """Where 3.15 is the only one; this one has no ensurepip, which ends the set-up."""
+    script = """#!/bin/sh
+    case "$2" in
+        *"< (3, 10)"*) exit 0 ;;
+        *"%d.%d"*) echo 3.15 ;;
+        *) exit 1 ;;
+    esac
+    """
+    for minor in ("", *(f".{n}" for n in range(10, 15))):
+        (tmp_path / f"python3{minor}").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3.15").write_text(script)
+    for file in tmp_path.iterdir():
+        file.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = set_up(PATH=path, VENV=str(tmp_path / "venv"))
+    assert "python3.15 cannot create environments" in done.stderr
+
+
 def results(folder: Path, **content) -> str:
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(content))

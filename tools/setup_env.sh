@@ -5,9 +5,11 @@
 #   bash tools/setup_env.sh
 #   PYTHON=python3.12 bash tools/setup_env.sh       # choose the Python (3.10 or newer)
 #   VENV=/path/to/venv bash tools/setup_env.sh      # another place, or an environment you have
+#   bash tools/setup_env.sh --help                  # these lines
 #
 # An environment that this script did not create keeps its packages where setup.py's ranges allow,
-# and always its Detectron2; constraints.txt applies only to an environment created here.
+# and always its Detectron2. constraints.txt, the exact versions that are tested, applies only to an
+# environment created here with Python 3.10 to 3.13; a newer Python gets what setup.py's ranges allow.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -17,6 +19,7 @@ PY="$VENV/bin/python"
 STAMP="$VENV/.resnet_backbone_ready"      # written last: the set-up is complete
 CREATED="$VENV/.resnet_backbone_created"  # this script made the environment
 D2_REQUIREMENT="$ROOT/tools/detectron2-requirements.txt"
+NEWEST_PINNED=13  # constraints.txt is for Python 3.10 up to this 3.x
 
 say() { printf '[set-up] %s\n' "$*"; }
 fail() { printf '[set-up] error: %s\n' "$*" >&2; exit 1; }
@@ -26,21 +29,23 @@ fingerprint() {  # changes with every file that decides what is installed, and w
     (cd "$ROOT" && cksum setup.py constraints.txt tools/detectron2-requirements.txt)
 }
 
-is_suitable() {  # is_suitable PYTHON NEWEST_MINOR
-    "$1" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, $2))" 2>/dev/null
-}
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
+
+is_suitable() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+
+is_pinned() { "$PY" -c "import sys; sys.exit(sys.version_info[:2] > (3, $NEWEST_PINNED))"; }
 
 find_python() {  # prints the Python to create the environment with
     if [ -n "${PYTHON:-}" ]; then
-        is_suitable "$PYTHON" 99 || fail "PYTHON=$PYTHON is not a Python 3.10 or newer; name another one"
+        is_suitable "$PYTHON" || fail "PYTHON=$PYTHON is not a Python 3.10 or newer; name another one"
         echo "$PYTHON"
         return
     fi
     local candidate
-    for candidate in python3 python3.12 python3.11 python3.10 python3.13; do
-        is_suitable "$candidate" 13 && echo "$candidate" && return
+    for candidate in python3 python3.{12,11,13,10} python3.{14..20}; do
+        is_suitable "$candidate" && echo "$candidate" && return
     done
-    fail "no Python 3.10 to 3.13 found; install one (Debian, Ubuntu: apt install python3 python3-venv) or set PYTHON=/path/to/python"
+    fail "no Python 3.10 or newer found; install one (Debian, Ubuntu: apt install python3 python3-venv) or set PYTHON=/path/to/python"
 }
 
 create_environment() {
@@ -61,8 +66,10 @@ create_environment() {
 
 install_project() {
     local pins=()
-    if [ -e "$CREATED" ]; then
+    if [ -e "$CREATED" ] && is_pinned; then
         pins=(-c "$ROOT/constraints.txt")
+    elif [ -e "$CREATED" ]; then
+        say "this Python is newer than those of constraints.txt: the newest versions that fit"
     else
         say "using the packages of $VENV where they fit (it was not created here)"
     fi
@@ -137,6 +144,10 @@ provide_detectron2() {
 }
 
 main() {
+    case "${1:-}" in
+        -h | --help) usage; return ;;
+        ?*) fail "unknown argument $1; see --help" ;;
+    esac
     if [ -x "$PY" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint)" ]; then
         return
     fi
@@ -148,4 +159,4 @@ main() {
     say "ready: $PY"
 }
 
-main
+main "$@"

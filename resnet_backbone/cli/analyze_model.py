@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Compare every network's parameters and multiply-adds with the published ones."""
 
 from __future__ import annotations
@@ -94,11 +93,16 @@ def within_last_digit(count: int, published: str) -> bool:
     return abs(Decimal(count) / 10**9 - Decimal(published)) <= unit
 
 
+def build_on_meta(name: str, options: dict[str, object]) -> tuple[StagedNetwork, int]:
+    """A network without memory for its weights, and the side of its images."""
+    with torch.device("meta"):
+        model = build_model(name, **options)
+    return model, 32 if name.startswith("cifar") else 224
+
+
 def compare(reference: Row) -> dict[str, object]:
     """Our numbers beside the published ones; the key ``ok`` tells whether they agree."""
-    with torch.device("meta"):
-        model = build_model(reference.name, **reference.options)
-    size = 32 if reference.name.startswith("cifar") else 224
+    model, size = build_on_meta(reference.name, reference.options)
     counts, parameters = count_multiply_adds(model, size), count_parameters(model)
     ok = (
         parameters == reference.parameters
@@ -132,21 +136,19 @@ def select(patterns: list[str]) -> list[Row]:
     for pattern in patterns:
         if not any(fnmatch(row.name, pattern) for row in REFERENCES):
             raise ValueError(f"no network is named {pattern!r}: use {', '.join(list_models())}")
-    return [
-        row for row in REFERENCES if not patterns or any(fnmatch(row.name, p) for p in patterns)
-    ]
+    wanted = patterns or ["*"]
+    return [row for row in REFERENCES if any(fnmatch(row.name, pattern) for pattern in wanted)]
 
 
-def format_table(header: list[str], rows: list[list[str]], num_left: int = 1) -> str:
-    """Columns padded to their width; the first ``num_left`` are aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def format_table(rows: list[dict[str, str]]) -> str:
+    """Columns padded to their width, the first aligned to the left; the keys are the header."""
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
     lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [
-            cell.ljust(width) if index < num_left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+    for first, *others in cells:
+        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
     return "\n".join(lines)
 
 
@@ -154,25 +156,20 @@ def format_options(options: dict[str, object]) -> str:
     return " ".join(f"{key}={value}" for key, value in options.items())
 
 
-def comparison_table(results: list[dict]) -> str:
-    rows = [
-        [
-            f"{r['name']} {format_options(r['options'])}".rstrip(),
-            f"{r['parameters']:,}",
-            f"{r['published_parameters']:,} [{r['parameters_source']}]",
-            f"{r['multiply_adds_convolutions'] / 1e9:.4f}",
-            f"{r['multiply_adds'] / 1e9:.4f}",
-            r["paper_multiply_adds_1e9"] or "-",
-            r["torchvision_multiply_adds_1e9"] or "-",
-            "ok" if r["ok"] else "DIFFERS",
-        ]
-        for r in results
-    ]
-    header = ["network", "parameters", "published", "conv", "+linear", "paper", "torchvision", ""]
-    return format_table(header, rows)
+def comparison_row(r: dict) -> dict[str, str]:
+    return {
+        "network": f"{r['name']} {format_options(r['options'])}".rstrip(),
+        "parameters": f"{r['parameters']:,}",
+        "published": f"{r['published_parameters']:,} [{r['parameters_source']}]",
+        "conv": f"{r['multiply_adds_convolutions'] / 1e9:.4f}",
+        "+linear": f"{r['multiply_adds'] / 1e9:.4f}",
+        "paper": r["paper_multiply_adds_1e9"] or "-",
+        "torchvision": r["torchvision_multiply_adds_1e9"] or "-",
+        "": "ok" if r["ok"] else "DIFFERS",
+    }
 
 
-def stage_rows(model: StagedNetwork, input_size: tuple[int, int]) -> list[dict[str, object]]:
+def stage_results(model: StagedNetwork, input_size: tuple[int, int]) -> list[dict[str, object]]:
     """One row per stage and layer of the head, and the total."""
     rows = []
     for stage in analyze(model, input_size):
@@ -194,20 +191,15 @@ def stage_rows(model: StagedNetwork, input_size: tuple[int, int]) -> list[dict[s
     return [*rows, {**blank, **total}]
 
 
-def stage_table(rows: list[dict]) -> str:
-    header = ["stage", "output", "channels", "stride", "parameters", "multiply-adds"]
-    cells = [
-        [
-            row["name"],
-            "x".join(map(str, row["output_size"])),
-            str(row["channels"] or ""),
-            str(row["stride"] or ""),
-            f"{row['parameters']:,}",
-            f"{row['multiply_adds']:,}",
-        ]
-        for row in rows
-    ]
-    return format_table(header, cells)
+def stage_row(r: dict) -> dict[str, str]:
+    return {
+        "stage": r["name"],
+        "output": "x".join(map(str, r["output_size"])),
+        "channels": str(r["channels"] or ""),
+        "stride": str(r["stride"] or ""),
+        "parameters": f"{r['parameters']:,}",
+        "multiply-adds": f"{r['multiply_adds']:,}",
+    }
 
 
 def parse_option(text: str) -> tuple[str, object]:
@@ -235,38 +227,28 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="patterns; default all networks")
-    parser.add_argument("--model", metavar="NAME", help="show the stages of this network instead")
-    parser.add_argument(
-        "--option",
-        dest="options",
-        action="append",
-        default=[],
-        type=parse_option,
-        metavar="KEY=VALUE",
-        help="with --model: an argument of the network, such as shortcut=A; may be repeated",
-    )
-    parser.add_argument(
-        "--input-size",
-        type=parse_size,
-        metavar="SIZE|HxW",
-        help="with --model: size of the image; default 224, and 32 for the CIFAR networks",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="patterns; default all networks")
+    add("--model", metavar="NAME", help="show the stages of this network instead")
+    text = "with --model: an argument of the network, such as shortcut=A; may be repeated"
+    how = dict(action="append", default=[], type=parse_option, metavar="KEY=VALUE")
+    add("--option", dest="options", help=text, **how)
+    text = "with --model: size of the image; default 224, and 32 for the CIFAR networks"
+    add("--input-size", type=parse_size, metavar="SIZE|HxW", help=text)
+    add("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
 def show_stages(args: argparse.Namespace) -> int:
-    with torch.device("meta"):
-        model = build_model(args.model, **dict(args.options))
-    side = 32 if args.model.startswith("cifar") else 224
+    options = dict(args.options)
+    model, side = build_on_meta(args.model, options)
     size = args.input_size or (side, side)
-    rows = stage_rows(model, size)
+    results = stage_results(model, size)
     if args.json:
-        print(json.dumps({"model": args.model, "input_size": size, "stages": rows}, indent=2))
+        print(json.dumps({"model": args.model, "input_size": size, "stages": results}, indent=2))
     else:
-        print(args.model, format_options(dict(args.options)), f"at {size[0]}x{size[1]}")
-        print(stage_table(rows))
+        print(args.model, format_options(options), f"at {size[0]}x{size[1]}")
+        print(format_table([stage_row(result) for result in results]))
     return 0
 
 
@@ -276,7 +258,7 @@ def show_comparison(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(results, indent=2))
     else:
-        print(comparison_table(results), NOTES, sep="\n\n")
+        print(format_table([comparison_row(r) for r in results]), NOTES, sep="\n\n")
         print(f"\n{len(results)} rows, {differing} differ from the published numbers")
     return 1 if differing else 0
 

@@ -1,18 +1,20 @@
-#!/usr/bin/env python
 """Look at weights of ResNets and VGGs, convert them for another library, compare two files."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import ImageOps
 
+from resnet_backbone.cli.pictures import find_pictures, read_picture, to_tensor
 from resnet_backbone.models import list_models
+from resnet_backbone.runtime.provenance import command_line
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.compare import TOLERANCE, Comparison, compare
 from resnet_backbone.weights.convert import (
@@ -72,54 +74,30 @@ written is read back and compared with the source on pictures (--no-verify leave
 
 # Largest relative difference after rounding the kernels, a hundred layers deep.
 TOLERANCES = {None: TOLERANCE, "fp32": TOLERANCE, "fp16": 1e-2, "bf16": 5e-2}
-SOURCE_FACTS = (  # the names of add_source_arguments
-    *("preprocessing", "channel_order", "value_range", "mean", "std"),
-    *("stride_in_1x1", "bn_eps", "model"),
-)
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+INPUT = ("channel_order", "value_range", "mean", "std")  # all of it, where no name says it
+SOURCE_FACTS = ("preprocessing", *INPUT, "stride_in_1x1", "bn_eps", "model")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> None:
-    """What a source does not say itself."""
-    whose = f" of {suffix.upper()}" if suffix else ""
+    """What a source does not say itself: an option for each of :data:`SOURCE_FACTS`."""
+    whose, end = (f" of {suffix.upper()}", f"-{suffix}") if suffix else ("", "")
     group = parser.add_argument_group(f"what the source{whose} does not say itself")
-    end = f"-{suffix}" if suffix else ""
-    group.add_argument(
-        f"--preprocessing{end}",
-        default="",
-        metavar="NAME",
-        help=f"a published convention: {', '.join(PREPROCESSINGS)}",
-    )
-    group.add_argument(f"--channel-order{end}", choices=("RGB", "BGR"))
-    group.add_argument(f"--value-range{end}", type=float, choices=(1.0, 255.0))
+
+    def add(name: str, **options: Any) -> None:
+        group.add_argument(f"--{name}{end}", **options)
+
+    published = f"a published convention: {', '.join(PREPROCESSINGS)}"
+    add("preprocessing", metavar="NAME", help=published)
+    add("channel-order", choices=("RGB", "BGR"))
+    add("value-range", type=float, choices=(1.0, 255.0))
     for name in ("mean", "std"):
-        group.add_argument(
-            f"--{name}{end}",
-            nargs=3,
-            type=float,
-            metavar="X",
-            help="per channel, in that order and range",
-        )
-    group.add_argument(
-        f"--stride-in-1x1{end}",
-        choices=("true", "false"),
-        help="where bottlenecks have their stride; no tensor shows it",
-    )
-    group.add_argument(f"--bn-eps{end}", type=float, metavar="EPS")
-    group.add_argument(
-        f"--model{end}",
-        metavar="NAME",
-        help="network, where its tensors fit two (plain and option A): " + ", ".join(list_models()),
-    )
-
-
-def add_image_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("pictures to compare on")
-    group.add_argument(
-        "--images", metavar="DIR", help="folder; default: photographs inside scikit-image"
-    )
-    group.add_argument("--num-images", type=int, default=8, metavar="N", help="of DIR; default 8")
-    group.add_argument("--size", type=int, metavar="PIXELS", help="side; default 224, CIFAR 32")
+        text = "per channel, in that order and range"
+        add(name, nargs=3, type=float, metavar="X", help=text)
+    text = "where bottlenecks have their stride; no tensor shows it"
+    add("stride-in-1x1", choices=("true", "false"), help=text)
+    add("bn-eps", type=float, metavar="EPS")
+    text = "network, where its tensors fit two (plain and option A): " + ", ".join(list_models())
+    add("model", metavar="NAME", help=text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -127,31 +105,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="say what weights are, and what they do not say")
-    inspect.add_argument("source", metavar="SOURCE")
-    add_source_arguments(inspect)
+    text = "write weights in another form"
     convert = commands.add_parser(
-        "convert",
-        help="write weights in another form",
-        epilog=CONVERT_EPILOG,
-        formatter_class=layout,
+        "convert", help=text, epilog=CONVERT_EPILOG, formatter_class=layout
     )
-    convert.add_argument("source", metavar="SOURCE")
+    verify = commands.add_parser("verify", help="run two on the same pictures")
+    for command in (inspect, convert):
+        command.add_argument("source", metavar="SOURCE")
+        add_source_arguments(command)
     convert.add_argument("out", metavar="OUT", type=Path)
     add_conversion_arguments(convert)
-    add_source_arguments(convert)
-    add_image_arguments(convert)
-    verify = commands.add_parser("verify", help="run two on the same pictures")
     verify.add_argument("a", metavar="A", help="the reference")
     verify.add_argument("b", metavar="B")
-    verify.add_argument(
-        "--tolerance",
-        type=float,
-        default=TOLERANCE,
-        help=f"largest difference, in units of A's largest output; default {TOLERANCE}",
-    )
+    text = f"largest difference, in units of A's largest output; default {TOLERANCE}"
+    verify.add_argument("--tolerance", type=float, default=TOLERANCE, help=text)
     for suffix in ("a", "b"):
         add_source_arguments(verify, suffix)
-    add_image_arguments(verify)
+    for command in (convert, verify):
+        group = command.add_argument_group("pictures to compare on")
+        text = "folder; default: photographs inside scikit-image"
+        group.add_argument("--images", metavar="DIR", help=text)
+        text = "of DIR; default 8"
+        group.add_argument("--num-images", type=int, default=8, metavar="N", help=text)
+        group.add_argument("--size", type=int, metavar="PIXELS", help="side; default 224, CIFAR 32")
     return parser
 
 
@@ -179,58 +155,55 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-verify", action="store_true", help="do not run what was written")
 
 
-def stated_input(args: argparse.Namespace, suffix: str = "") -> Preprocessing | str:
-    """The preprocessing that the command line states for a source; "" if none.
-
-    Raises:
-        WeightsError: only a part of one.
-    """
+def stated(args: argparse.Namespace, suffix: str = "") -> dict[str, Any]:
+    """What the command line says of a source, by the names of :data:`SOURCE_FACTS`."""
     end = f"_{suffix}" if suffix else ""
-    get = {name: getattr(args, name + end) for name in ("channel_order", "value_range")}
-    get |= {name: getattr(args, name + end) for name in ("mean", "std")}
-    given = {name: value for name, value in get.items() if value is not None}
-    facts = {}
-    stride, eps = getattr(args, f"stride_in_1x1{end}"), getattr(args, f"bn_eps{end}")
-    if stride is not None:
-        facts["stride_in_1x1"] = stride == "true"
-    if eps is not None:
-        facts["bn_eps"] = eps
-    name = getattr(args, f"preprocessing{end}")
-    if name:
-        named, changed = get_preprocessing(name), ", ".join({**given, **facts})
-        if not changed:
-            return named
-        source = f"{name}, with {changed} stated on the command line; {named.source}"
-        return replace(named, **given, **facts, source=source)
-    if not given and not facts:
-        return ""
-    missing = [f"--{key.replace('_', '-')}{end.replace('_', '-')}" for key in get.keys() - given]
-    if missing:
-        raise WeightsError(f"an input that is stated needs {', '.join(sorted(missing))} too")
-    return Preprocessing(**given, **facts, source="stated on the command line")
-
-
-def stated_model(args: argparse.Namespace, suffix: str = "") -> ModelSpec | None:
-    name = getattr(args, f"model_{suffix}" if suffix else "model")
-    return None if name is None else ModelSpec(name)
+    found = {name: getattr(args, name + end) for name in SOURCE_FACTS}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def stated_options(args: argparse.Namespace) -> list[str]:
-    """The options that say of a source what it does not say itself, as they were given."""
+    """The same as it was given."""
     options = []
-    for name in SOURCE_FACTS:
-        value = getattr(args, name)
-        if value not in (None, ""):
-            values = value if isinstance(value, list) else [value]
-            texts = [f"{x:.9g}" if isinstance(x, float) else x for x in values]
-            options += [f"--{name.replace('_', '-')}", *texts]
+    for name, value in stated(args).items():
+        values = value if isinstance(value, list) else [value]
+        texts = [f"{x:.9g}" if isinstance(x, float) else x for x in values]
+        options += [f"--{name.replace('_', '-')}", *texts]
     return options
+
+
+def stated_source(
+    args: argparse.Namespace, suffix: str = ""
+) -> tuple[Preprocessing | str, ModelSpec | None]:
+    """The preprocessing and network that the command line states; "" and None where it does not.
+
+    Raises:
+        WeightsError: only a part of a preprocessing.
+    """
+    facts = stated(args, suffix)
+    model = ModelSpec(facts.pop("model")) if "model" in facts else None
+    if "stride_in_1x1" in facts:
+        facts["stride_in_1x1"] = facts["stride_in_1x1"] == "true"
+    name = facts.pop("preprocessing", "")
+    if name:
+        named, changed = get_preprocessing(name), ", ".join(facts)
+        if changed:
+            source = f"{name}, with {changed} stated on the command line; {named.source}"
+            named = replace(named, **facts, source=source)
+        return named, model
+    if not facts:
+        return "", model
+    end = f"-{suffix}" if suffix else ""
+    missing = [f"--{key.replace('_', '-')}{end}" for key in INPUT if key not in facts]
+    if missing:
+        raise WeightsError(f"an input that is stated needs {', '.join(sorted(missing))} too")
+    return Preprocessing(**facts, source="stated on the command line"), model
 
 
 def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
     """A source with what the command line says of it."""
     try:
-        return read_checkpoint(source, stated_input(args, suffix), stated_model(args, suffix))
+        return read_checkpoint(source, *stated_source(args, suffix))
     except UnknownInput as error:
         option = "--preprocessing" + (f"-{suffix}" if suffix else "")
         raise WeightsError(
@@ -240,22 +213,15 @@ def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
 
 
 def read_images(args: argparse.Namespace, checkpoint: Checkpoint) -> Samples:
-    """The pictures to compare on: centre crops of a folder's, or those at hand."""
+    """The pictures to compare on: center crops of a folder's, or those at hand."""
     size = default_size(checkpoint) if args.size is None else args.size
     if size < 32 or args.num_images < 1:
         raise WeightsError("--size is at least 32 and --num-images at least 1")
     if args.images is None:
         return sample_images(size)
-    from resnet_backbone.classification.data.augment import resize_short_side
-    from resnet_backbone.classification.data.decode import read_rgb
-    from resnet_backbone.classification.protocols import centre_crop
-
-    files = sorted(p for p in Path(args.images).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise WeightsError(f"--images {args.images}: no pictures there")
+    files = find_pictures([args.images])
     chosen = files[:: max(1, len(files) // args.num_images)][: args.num_images]
-    pictures = [torch.from_numpy(read_rgb(file)).permute(2, 0, 1) for file in chosen]
-    crops = [centre_crop(resize_short_side(picture, size), size) for picture in pictures]
+    crops = [to_tensor(ImageOps.fit(read_picture(file), (size, size))) for file in chosen]
     return Samples(torch.stack(crops), f"{len(crops)} of {len(files)} pictures in {args.images}")
 
 
@@ -279,10 +245,10 @@ def report(comparison: Comparison, samples: Samples, a: str = "A", b: str = "B")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    found = inspect_source(args.source, stated_input(args), stated_model(args))
+    found = inspect_source(args.source, *stated_source(args))
     print("\n".join(found.lines()))
-    command = ["python", "tools/convert_weights.py", "convert", args.source, "OUT"]
-    print("next:         ", shlex.join([*command, *stated_options(args)]), *found.options)
+    words = ["convert", args.source, "OUT", *stated_options(args)]
+    print("next:         ", command_line("convert-weights", words), *found.options)
     return 0
 
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Export a network or a detector for other runtimes, and check it there on real images.
 
 A network (classifier, or backbone with --out-features) becomes NAME.pt2 (torch.export) and
@@ -7,7 +6,7 @@ NAME.onnx, both for any batch size, height and width:
   python tools/export.py --weights resnet50.safetensors --output exported/resnet50 \\
       --images photo1.jpg photo2.jpg
   python tools/export.py --weights torchvision://resnet50/IMAGENET1K_V2 --out-features res3 res5 \\
-      --with-normalisation --output exported/backbone --images photos/
+      --with-normalization --output exported/backbone --images photos/
 
 A detector of tools/train_net.py (Faster or Mask R-CNN) becomes NAME.ts (TorchScript) and
 NAME.onnx, one image of any size at a time, and its backbone, pyramid included, NAME_backbone.pt2:
@@ -29,14 +28,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from resnet_backbone.cli.pictures import find_pictures, read_picture, to_tensor
 from resnet_backbone.fast import export
 from resnet_backbone.fast.export import Mismatch
 from resnet_backbone.models import StagedNetwork
+from resnet_backbone.runtime.files import put_in_place, write_json
 from resnet_backbone.weights import ModelSpec, Preprocessing, load_weights, read_checkpoint
 from resnet_backbone.weights.inputs import InputNormalizer
 
@@ -49,53 +48,36 @@ detections, nothing is written and the exit status is 1. Give photographs of two
 first four are enough. NAME.json says what the input has to be, in the words that are in the ONNX
 file's metadata as well.
 
-Without --with-normalisation the input is float32, normalised by the caller as NAME.json says; with
-it, RGB pixels in 0..255. A detector normalises by itself: float32, 0..255, in INPUT.FORMAT's order.
+Without --with-normalization the input is float32, normalized by the caller as NAME.json says; with
+it, RGB pixels in 0..255. A detector normalizes by itself: float32, 0..255, in INPUT.FORMAT's order.
 Speed of each runtime: python tools/benchmark.py infer --runtimes; docs/guides/deployment.md."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 CHECKED = 4  # images
-
-
-class ExportError(ValueError):
-    """Something in the arguments or images; the message says what to change."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--weights", required=True, help="a file or name, as everywhere in this package"
-    )
-    parser.add_argument("--output", required=True, type=Path, metavar="NAME", help="without suffix")
-    parser.add_argument(
-        "--images", required=True, nargs="+", type=Path, help="photographs or a folder of them"
-    )
-    parser.add_argument(
-        "--longest-side", type=positive, default=640, help="of --images (default: 640)"
-    )
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="default: 1e-4")
-    network = parser.add_argument_group("network")
-    network.add_argument("--model", help="its name, where the weights fit several")
-    network.add_argument("--preprocessing", default="", help="where the weights do not say it")
-    network.add_argument(
-        "--out-features", nargs="+", metavar="STAGE", help="a backbone: res2 ... res5"
-    )
-    network.add_argument(
-        "--format", nargs="+", choices=("pt2", "onnx"), default=["pt2", "onnx"], help="both"
-    )
-    network.add_argument(
-        "--with-normalisation", action="store_true", help="the graph takes RGB pixels in 0..255"
-    )
-    network.add_argument(
-        "--input-type", choices=("uint8", "float32"), default="uint8", help="of those pixels"
-    )
-    detector = parser.add_argument_group("detector")
-    detector.add_argument("--config-file", help="of its run; makes --weights a detector's")
-    detector.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    add = parser.add_argument
+    add("--weights", required=True, help="a file or name, as everywhere in this package")
+    add("--output", required=True, type=Path, metavar="NAME", help="without suffix")
+    add("--images", required=True, nargs="+", type=Path, help="photographs or a folder of them")
+    add("--longest-side", type=positive, default=640, help="of --images (default: 640)")
+    add("--tolerance", type=float, default=1e-4, help="default: 1e-4")
+    add = parser.add_argument_group("network").add_argument
+    add("--model", help="its name, where the weights fit several")
+    add("--preprocessing", default="", help="where the weights do not say it")
+    add("--out-features", nargs="+", metavar="STAGE", help="a backbone: res2 ... res5")
+    add("--format", nargs="+", choices=("pt2", "onnx"), default=["pt2", "onnx"], help="both")
+    text = "the graph takes RGB pixels in 0..255"
+    add("--with-normalization", action="store_true", help=text)
+    add("--input-type", choices=("uint8", "float32"), default="uint8", help="of those pixels")
+    add = parser.add_argument_group("detector").add_argument
+    add("--config-file", help="of its run; makes --weights a detector's")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
-    if args.config_file and (args.out_features or args.with_normalisation or args.model):
+    if args.config_file and (args.out_features or args.with_normalization or args.model):
         parser.error("--config-file exports a detector: leave the network's arguments out")
     if args.opts and not args.config_file:
         parser.error(f"{args.opts[0]}: config overrides belong to --config-file")
@@ -110,25 +92,20 @@ def positive(text: str) -> int:
 
 
 def read_images(paths: list[Path], longest_side: int) -> list[Tensor]:
-    """The first images, RGB uint8 (1, 3, H, W) each, upright, in at least two sizes."""
-    files: list[Path] = []
-    for path in paths:
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        files += [file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES or file == path]
+    """The first images, RGB uint8 (1, 3, H, W) each, in at least two sizes."""
     images: list[Tensor] = []
     sizes: set[tuple[int, ...]] = set()
-    for file in files:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-        image.thumbnail((longest_side, longest_side))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous()
+    for file in find_pictures(paths):
+        picture = read_picture(file)
+        picture.thumbnail((longest_side, longest_side))
+        pixels = to_tensor(picture)[None]
         if len(images) < CHECKED or tuple(pixels.shape) not in sizes:
             images.append(pixels)
             sizes.add(tuple(pixels.shape))
         if len(images) >= CHECKED and len(sizes) >= 2:
             return images
     if len(sizes) < 2:
-        raise ExportError("--images: give photographs of two sizes at least, to check both")
+        raise ValueError("--images: give photographs of two sizes at least, to check both")
     return images
 
 
@@ -154,14 +131,14 @@ def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     normalise = InputNormalizer(preprocessing)
     dtype, prepare = torch.float32, normalise
     reference = export.run_model(network)
-    if args.with_normalisation:
+    if args.with_normalization:
         model = export.NormalisedNetwork(network, preprocessing).eval()
         dtype = torch.uint8 if args.input_type == "uint8" else torch.float32
         prepare = partial(torch.Tensor.to, dtype=dtype)
         reference = export.run_model(lambda pixels: network(normalise(pixels.to(torch.uint8))))
     program = export.export_program(model, dtype=dtype)
     name = args.output.name
-    facts = export.input_facts(preprocessing, args.with_normalisation)
+    facts = export.input_facts(preprocessing, args.with_normalization)
     facts |= {"dtype": str(dtype).removeprefix("torch.")}
     runners = {}
     if "pt2" in args.format:
@@ -238,27 +215,31 @@ def run(args: argparse.Namespace) -> None:
             warnings.simplefilter("ignore")  # tracers warn of what the check would find
             export_any = export_detector if args.config_file else export_network
             facts = export_any(args, folder)
-        wrong = []
-        for kind, values in facts["differences"].items():
-            for output, value in values.items():
-                print(f"{kind:14}{output:10}largest difference from PyTorch {value:.1e}")
-                if not value <= args.tolerance:
-                    wrong.append(f"{output} of {kind} by {value:.1e}")
-        if wrong:
-            raise Mismatch(
-                f"{', '.join(wrong)} from PyTorch, more than --tolerance {args.tolerance:g}: "
-                "nothing was written"
-            )
+        refuse_differences(facts["differences"], args.tolerance)
         facts["weights"] = args.weights
         facts["versions"] = {"torch": torch.__version__}
         if "onnx" in facts["differences"]:
             facts["versions"]["onnx"] = version("onnx")
-        text = json.dumps(facts, indent=1) + "\n"
-        (folder / f"{args.output.name}.json").write_text(text)
+        write_json(folder / f"{args.output.name}.json", facts, indent=1)
         for file in sorted(folder.iterdir()):
             target = parent / file.name
-            file.replace(target)
+            put_in_place(file, target)
             print(f"written: {target}")
+
+
+def refuse_differences(differences: dict[str, dict[str, float]], tolerance: float) -> None:
+    """Prints the differences of each file's outputs; raises Mismatch where one is too large."""
+    wrong = []
+    for kind, values in differences.items():
+        for output, value in values.items():
+            print(f"{kind:14}{output:10}largest difference from PyTorch {value:.1e}")
+            if not value <= tolerance:
+                wrong.append(f"{output} of {kind} by {value:.1e}")
+    if wrong:
+        raise Mismatch(
+            f"{', '.join(wrong)} from PyTorch, more than --tolerance {tolerance:g}: "
+            "nothing was written"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -266,10 +247,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
     except Mismatch as error:
-        print(f"export.py: differs: {error}", file=sys.stderr)
+        print(f"error: differs: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"export.py: {error}".splitlines()[0], file=sys.stderr)
+        print(f"error: {error}".splitlines()[0], file=sys.stderr)
         return 2
     return 0
 

@@ -38,17 +38,7 @@ def test_turns_alternate_and_ratios_are_of_the_same_repeat():
 
 def test_loader_reports_speed_geometry_and_provenance(tmp_path, capsys):
     path = tmp_path / "out" / "loader.json"
-    arguments = [
-        "loader",
-        "--images",
-        "synthetic",
-        "--count",
-        "3",
-        "--repeats",
-        "1",
-        "--batch",
-        "2",
-    ]
+    arguments = "loader --images synthetic --count 3 --repeats 1 --batch 2".split()
     assert benchmark.main([*arguments, "--output", str(path)]) == 0
     result = json.loads(path.read_text())
     names = [row["name"] for row in result["rows"]]

@@ -1,6 +1,5 @@
 """tools/convert_weights.py as a user runs it."""
 
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from resnet_backbone.cli import convert_weights as tool
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import (
     Checkpoint,
@@ -24,18 +24,11 @@ from resnet_backbone.weights import (
 )
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "convert_weights.py"
 FAST = ("--size", "32")
 
 
-@pytest.fixture(scope="module")
-def tool():
-    module = importlib.import_module("resnet_backbone.cli.convert_weights")
-    return module
-
-
 @pytest.fixture
-def run(tool, capsys):
+def run(capsys):
     """Function arguments -> (exit status, what was printed, the errors)."""
 
     def call(*arguments):
@@ -87,17 +80,12 @@ def assert_one_line(result, *words):
     assert all(word in errors for word in words), errors
 
 
-def test_help_teaches():
+def test_help_teaches(run):
     for command in ([], ["inspect"], ["convert"], ["verify"]):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", TOOL, *command, "--help"],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        assert max(map(len, done.stdout.splitlines())) <= 100
+        status, out, _ = run(*command, "--help")
+        assert status == 0 and max(map(len, out.splitlines())) <= 100
         if not command:
-            assert "examples:" in done.stdout and "Exit status" in done.stdout
+            assert "examples:" in out and "Exit status" in out
 
 
 def test_inspect_says_what_is_missing(run, silent):
@@ -247,7 +235,7 @@ def test_a_named_input_with_other_values_says_so(run, silent, tmp_path):
     assert source == get_preprocessing("msra").source
 
 
-def test_a_wrong_file_does_not_pass_the_check(run, tool, ours, tmp_path, monkeypatch):
+def test_a_wrong_file_does_not_pass_the_check(run, ours, tmp_path, monkeypatch):
     """The check after writing reads the file, not the memory."""
 
     def read_damaged(*args):
@@ -340,7 +328,7 @@ def test_mean_image_is_dropped_only_when_asked(run, tmp_path):
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guides/weights.md"])
-def test_commands_that_are_written_down_parse(tool, page):
+def test_commands_that_are_written_down_parse(page):
     text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^[ !]*python tools/convert_weights.py ([^-].*)$", text, re.MULTILINE)
     assert len(commands) >= 3

@@ -1,7 +1,6 @@
-"""tools/export.py and deploy/export.py: exported networks give PyTorch's outputs at any size."""
+"""tools/export.py and fast/export.py: exported networks give PyTorch's outputs at any size."""
 
 import importlib.metadata
-import importlib.util
 import json
 from pathlib import Path
 
@@ -17,13 +16,12 @@ import onnx
 import onnxruntime
 
 from resnet_backbone import build_model
+from resnet_backbone.cli import export as tool
+from resnet_backbone.cli import pictures
 from resnet_backbone.cli.benchmark.interleaved import randomize_norms
 from resnet_backbone.fast import export
 from resnet_backbone.weights import get_preprocessing, save_weights
 from resnet_backbone.weights.inputs import InputNormalizer
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "export.py"
-tool = importlib.import_module("resnet_backbone.cli.export")
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def photos(tmp_path_factory) -> Path:
 def run(capsys, *arguments) -> tuple[int, str, list[str]]:
     code = tool.main([str(argument) for argument in arguments])
     found = capsys.readouterr()
-    errors = [line for line in found.err.splitlines() if line.startswith("export.py")]
+    errors = [line for line in found.err.splitlines() if line.startswith("error: ")]
     return code, found.out, errors
 
 
@@ -85,7 +83,7 @@ def test_pixels_in_features_out(weights, photos, tmp_path, capsys, kind):
     code, _, errors = run(
         capsys,
         *("--weights", weights, "--images", photos, "--output", output, "--format", "onnx"),
-        *("--with-normalisation", "--input-type", kind, "--out-features", "res2", "res4"),
+        *("--with-normalization", "--input-type", kind, "--out-features", "res2", "res4"),
     )
     assert (code, errors) == (0, [])
     session = onnxruntime.InferenceSession(f"{output}.onnx")
@@ -177,8 +175,8 @@ def test_programs_need_no_onnx(weights, photos, tmp_path, capsys, monkeypatch):
 
 def test_images_are_read_until_there_are_enough(tmp_path, monkeypatch):
     """Four, or more until two sizes are among them; those of one size only up to four."""
-    opened, original = [], Image.open
-    monkeypatch.setattr(tool.Image, "open", lambda file: opened.append(file) or original(file))
+    opened, original = [], pictures.read_rgb
+    monkeypatch.setattr(pictures, "read_rgb", lambda file: opened.append(file) or original(file))
     for index in range(12):
         width = 30 if index == 8 else 20
         Image.fromarray(np.zeros((10, width, 3), np.uint8)).save(tmp_path / f"{index:02}.png")
@@ -210,7 +208,7 @@ def test_errors_are_one_line(weights, photos, tmp_path, capsys, change, message)
 def test_wrong_combinations(capsys):
     base = ["--weights", "w", "--images", "i", "--output", "o"]
     for extra, message in (
-        (["--config-file", "c.yaml", "--with-normalisation"], "exports a detector"),
+        (["--config-file", "c.yaml", "--with-normalization"], "exports a detector"),
         (["MODEL.MASK_ON", "True"], "belong to --config-file"),
         (["--longest-side", "0"], "1 at least"),
     ):

@@ -1,8 +1,6 @@
 """Whole detectors as TorchScript and ONNX, and optimize_for_inference on them."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,14 +17,12 @@ from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
 from torch import nn
 
 from resnet_backbone import optimize_for_inference
+from resnet_backbone.cli import export as tool
 from resnet_backbone.cli.benchmark.interleaved import randomize_norms
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.inference import export
 from resnet_backbone.fast import InferenceNetwork
 from resnet_backbone.fast.export import Mismatch
-
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "export.py"
-tool = importlib.import_module("resnet_backbone.cli.export")
 
 FPN, C4 = "coco/faster_rcnn_R_50_FPN.yaml", "coco/faster_rcnn_R_50_C4.yaml"
 LAST = torch.channels_last

@@ -1,11 +1,6 @@
-"""Counts against the paper, torchvision and a computation by hand; the command line."""
+"""Counts against the paper, torchvision and a computation by hand."""
 
-import importlib
-import json
-import subprocess
-import sys
 from functools import lru_cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +10,6 @@ from torch import nn
 from resnet_backbone.models import build_model
 from resnet_backbone.models.analysis import analyze, count_multiply_adds, count_parameters
 
-TOOL = Path(__file__).parents[2] / "tools" / "analyze_model.py"
 PAPER = {  # 1e9 multiply-adds: arXiv 1512.03385, Table 1, and section 4.1 for VGG
     "resnet18": 1.8,
     "plain18": 1.8,
@@ -33,18 +27,6 @@ PAPER = {  # 1e9 multiply-adds: arXiv 1512.03385, Table 1, and section 4.1 for V
 def build_on_meta(name, **options):
     with torch.device("meta"):
         return build_model(name, **options)
-
-
-@pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    return importlib.import_module("analyze_model")
-
-
-def run_tool(*args):
-    return subprocess.run(
-        [sys.executable, str(TOOL), *args], capture_output=True, text=True, timeout=300
-    )
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -115,63 +97,3 @@ def test_model_is_left_as_it_was():
     count_multiply_adds(model, 32)
     assert model.training and not any(m._forward_hooks for m in model.modules())
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-
-
-def test_tool_compares():
-    done = run_tool("resnet[15]0", "resnet34", "vgg16")
-    assert done.returncode == 0, done.stderr
-    rows = [line for line in done.stdout.splitlines() if line.startswith(("resnet", "vgg16"))]
-    assert len(rows) == 5 and all(row.endswith("ok") for row in rows)
-    assert "3.6440" in done.stdout and "5 rows, 0 differ" in done.stdout
-
-
-def test_tool_notices_a_difference(tool, monkeypatch, capsys):
-    rows = {row.name: row for row in tool.REFERENCES if not row.options}
-    wrong = [
-        rows["vgg11"]._replace(parameters=1),
-        rows["resnet18"]._replace(paper="1.9", torchvision="1.816"),
-        rows["resnet18"]._replace(paper="1.6"),
-        rows["resnet18"]._replace(paper="1.9"),
-    ]
-    monkeypatch.setattr(tool, "select", lambda names: wrong)
-    assert tool.main([]) == 1
-    table = capsys.readouterr().out
-    assert table.count("DIFFERS") == 3 and "4 rows, 3 differ" in table
-
-
-def test_tool_shows_stages(tool, capsys):
-    args = ("--model", "resnet50", "--option", "stride_in_1x1=False", "--input-size", "224x320")
-    assert tool.main(args) == 0
-    table = capsys.readouterr().out
-    res4 = next(line.split() for line in table.splitlines() if line.startswith("res4"))
-    assert res4[1:5] == ["14x20", "1024", "16", "7,098,368"]
-    assert tool.main([*args, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["stages"]
-    assert rows[-1]["parameters"] == 25_557_032
-    assert rows[-1]["multiply_adds"] == sum(row["multiply_adds"] for row in rows[:-1])
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (("--model", "resnet51"), "did you mean 'resnet50'"),
-        (("nothing*",), "no network is named 'nothing*'"),
-        (("--option", "a=b"), "need --model"),
-        (("--model", "vgg11", "--input-size", "10y"), "neither SIZE nor HEIGHTxWIDTH"),
-        (("--model", "vgg11", "--option", "norm"), "not of the form key=value"),
-    ],
-)
-def test_tool_refuses(tool, args, message, capsys):
-    try:
-        status = tool.main(list(args))
-    except SystemExit as exit_:
-        status = exit_.code
-    assert status == 2 and message in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_tool_on_every_network():
-    done = run_tool("--json")
-    rows = json.loads(done.stdout)
-    assert done.returncode == 0 and all(row["ok"] for row in rows)
-    assert len(rows) == 31

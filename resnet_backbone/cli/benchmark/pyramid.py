@@ -61,16 +61,18 @@ def mixed(device: str, bf16: bool) -> AbstractContextManager:
     return torch.autocast(device, dtype=BF16) if bf16 else nullcontext()
 
 
-def config(arch: str, regions: int = 512):
+def config(arch: str, regions: int = 512, head: int = 1024):
     """Faster R-CNN R-50 with 80 classes, of Detectron2's model zoo.
 
     Args:
         arch: "fpn" or "c4".
         regions: per image in training.
+        head: channels of the linear layers of "fpn".
     """
     options = {
         "MODEL.DEVICE": "cpu",
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": str(regions),
+        "MODEL.ROI_BOX_HEAD.FC_DIM": str(head),
         "INPUT.MIN_SIZE_TRAIN": "(800,)",
     }
     words = [word for pair in options.items() for word in pair]

@@ -1,0 +1,166 @@
+"""resnet-backbone: its commands, and the same commands as scripts of a checkout."""
+
+import importlib
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resnet_backbone import cli
+from resnet_backbone.runtime import provenance
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_help_lists_every_command_without_torch():
+    code = "import sys; from resnet_backbone.cli import main; main(['--help']); "
+    code += "assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    words = {line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert words == set(cli.COMMANDS) and max(map(len, done.stdout.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_a_module_and_a_door(name):
+    module = name.replace("-", "_")
+    assert importlib.util.find_spec(f"resnet_backbone.cli.{module}")
+    door = (ROOT / "tools" / f"{module}.py").read_text()
+    assert f"from resnet_backbone.cli.{module} import main\n" in door
+    assert len(door.splitlines()) < 10
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["train-nett"], "error: no command 'train-nett'; did you mean train-net? "),
+        (["convert_weigths"], "did you mean convert-weights? "),
+        (["xyz"], "error: no command 'xyz'; See resnet-backbone --help"),
+    ],
+)
+def test_unknown_commands(words, message, capsys):
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+class Command:
+    def __init__(self, outcome):
+        self.outcome, self.argv = outcome, None
+
+    def main(self):
+        self.argv = list(sys.argv)
+        if isinstance(self.outcome, Exception | SystemExit):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.mark.parametrize("outcome, status", [(None, 0), (0, 0), (3, 3), (SystemExit(75), 75)])
+def test_commands_return_a_status_or_exit(outcome, status, monkeypatch):
+    command, before = Command(outcome), list(sys.argv)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: command)
+    try:
+        found = cli.main(["demo", "--x", "1"])
+    except SystemExit as stopped:
+        found = stopped.code
+    assert found == status and sys.argv == before
+    assert command.argv == ["resnet-backbone demo", "--x", "1"]
+
+
+def test_what_is_not_installed_is_one_line(monkeypatch, capsys):
+    def absent(name):
+        raise ModuleNotFoundError("No module named 'omegaconf'", name="omegaconf")
+
+    monkeypatch.setattr(cli.importlib, "import_module", absent)
+    assert cli.main(["train-classifier"]) == 2
+    error = capsys.readouterr().err
+    assert "No module named 'omegaconf'; pip install 'resnet_backbone[all]'" in error
+
+
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        (["tools/demo.py", "a b"], "python tools/demo.py 'a b'"),
+        (["resnet-backbone train-net", "--x"], "resnet-backbone train-net --x"),
+        ([f"{ROOT}/resnet_backbone/cli/train_net.py", "--x"], "python tools/train_net.py --x"),
+    ],
+)
+def test_the_command_that_runs_can_be_typed_again(argv, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert provenance.command_line() == expected
+
+
+def test_another_command_is_written_as_this_one_was(monkeypatch, tmp_path):
+    words = ["convert", "a b"]
+    monkeypatch.setattr(sys, "argv", ["tools/demo.py"])
+    door = provenance.command_line("convert-weights", words)
+    assert shlex.split(door) == ["python", "tools/convert_weights.py", *words]
+    for argv, source in ((["resnet-backbone demo"], ROOT), (["python"], tmp_path)):
+        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(provenance, "SOURCE", source)
+        found = shlex.split(provenance.command_line("convert-weights", words))
+        assert found == ["resnet-backbone", "convert-weights", *words]
+
+
+def test_an_installed_package_has_no_revision(monkeypatch, tmp_path):
+    """Not that of a repository around it."""
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    monkeypatch.setattr(provenance, "SOURCE", tmp_path / "site-packages")
+    assert provenance.source_revision() == "unknown"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with nothing but the package, from a wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source, site = folder / "source", folder / "site"
+    names = ("resnet_backbone", "configs", "setup.py", "pyproject.toml", "README.md")
+    source.mkdir()
+    for name in names:
+        subprocess.run(["cp", "-r", ROOT / name, source / name], check=True)
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    subprocess.run([*pip, *build], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--target", site, wheel], check=True
+    )
+    subprocess.run(["rm", "-r", source], check=True)
+    return site
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_without_the_checkout(installed, make_voc, tmp_path):
+    pytest.importorskip("detectron2")
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONWARNINGS": "ignore"}
+
+    def run(*words):
+        command = [sys.executable, installed / "bin" / "resnet-backbone", *words]
+        return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+
+    voc = make_voc({f"{i}": [("a", (3, 3, 15, 9))] for i in range(4)})
+    data = ["--voc-root", voc, "--train-set", "train", "--test-set", "train"]
+    small = "MODEL.WEIGHTS '' MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.NORM BN SOLVER.MAX_ITER 2"
+    small += " SOLVER.IMS_PER_BATCH 2 INPUT.MIN_SIZE_TRAIN (32,) INPUT.MIN_SIZE_TEST 32"
+    small += " MODEL.ROI_BOX_HEAD.FC_DIM 8 MODEL.FPN.OUT_CHANNELS 8 DATALOADER.NUM_WORKERS 0"
+    small += " SOLVER.STEPS () SOLVER.WARMUP_ITERS 0 MODEL.DEVICE cpu"
+    config = ["--config-file", "voc/faster_rcnn_R_18_FPN"]
+    done = run("train-net", *config, *data, "--output-dir", "out", *shlex.split(small))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (work / "out" / "model_final.pth").is_file()
+    command = '"command": "resnet-backbone train-net --config-file voc/faster_rcnn_R_18_FPN'
+    assert command in (work / "out" / "results.json").read_text()
+    code = "import resnet_backbone; print(resnet_backbone.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=work, env=environment, capture_output=True, text=True
+    )
+    assert found.stdout.startswith(str(installed))
+    done = run("train-classifier", "--config-file", "cifar10/resnet20.yml")
+    assert done.returncode == 2 and "did you mean cifar10/resnet20?" in done.stderr
+    done = run("train-classifier", "--config-file", "cifar10/resnet20", "data.root=nowhere")
+    assert done.returncode == 2 and "nowhere: no CIFAR-10 here" in done.stderr
