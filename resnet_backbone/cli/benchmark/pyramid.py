@@ -110,9 +110,8 @@ def build_pyramids() -> tuple[nn.Module, nn.Module]:
     Both map (N, 3, H, W) to a dict of p2 ... p6. Norms, stem and res2 are frozen: the defaults.
     """
     torch.manual_seed(0)
-    theirs, ours = (
-        build(config("fpn")).backbone for build in (build_reference, Trainer.build_model)
-    )
+    cfg = config("fpn", head=1)  # the backbone alone is used
+    theirs, ours = build_reference(cfg).backbone, Trainer.build_model(cfg).backbone
     randomize_norms(theirs)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
