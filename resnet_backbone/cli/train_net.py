@@ -57,7 +57,6 @@ import argparse
 import json
 import logging
 import os
-import shlex
 import sys
 
 import torch
@@ -88,6 +87,7 @@ from resnet_backbone.detection.evaluation.expected import (
     check_expectations,
     check_results,
 )
+from resnet_backbone.runtime.configs import find_config
 from resnet_backbone.runtime.files import write_json
 
 logger = logging.getLogger("resnet_backbone.detection.train_net")
@@ -97,7 +97,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config-file", required=True, help="YAML under configs/detection")
+    parser.add_argument(
+        "--config-file", required=True, help="a file, or a name such as voc/faster_rcnn_R_50_FPN"
+    )
     parser.add_argument("--output-dir", help="run folder (default: OUTPUT_DIR of the config)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument(
@@ -207,11 +209,11 @@ def write_results(cfg, results: dict, speed, **training) -> None:
     """
     from detectron2.utils import comm
 
-    from resnet_backbone.runtime.provenance import hardware
+    from resnet_backbone.runtime.provenance import command_line, hardware
 
     path = os.path.join(cfg.OUTPUT_DIR, "results.json")
     content = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "train": list(cfg.DATASETS.TRAIN),
         "test": list(cfg.DATASETS.TEST),
         "weights": cfg.MODEL.WEIGHTS,
@@ -306,6 +308,7 @@ def run_seeds(args: argparse.Namespace, cfg) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
+    args.config_file = str(find_config(args.config_file, "detection"))  # Detectron2 reads it too
     cfg = load_config(args.config_file, args.opts)
     launch = plan_launch(args, cfg.MODEL.DEVICE)
     if args.seeds and args.seed_run is None:
