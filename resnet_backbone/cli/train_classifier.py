@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="config and overlays, merged in order; ready ones are in configs/classification",
+        help="config and overlays, merged in order; files, or names below configs/classification",
     )
     parser.add_argument("--output-dir", metavar="DIR", help="run folder, short for output.dir=DIR")
     parser.add_argument(
