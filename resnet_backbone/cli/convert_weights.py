@@ -246,7 +246,7 @@ def read_images(args: argparse.Namespace, checkpoint: Checkpoint) -> Samples:
         raise WeightsError("--size is at least 32 and --num-images at least 1")
     if args.images is None:
         return sample_images(size)
-    from resnet_backbone.classification.data.augment import resize_short_side
+    from resnet_backbone.classification.data.crops import resize_short_side
     from resnet_backbone.classification.data.decode import read_rgb
     from resnet_backbone.classification.protocols import centre_crop
 

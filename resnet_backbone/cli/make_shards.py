@@ -20,7 +20,6 @@ from functools import partial
 
 from tqdm import tqdm
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import (
     name_classes,
@@ -29,6 +28,7 @@ from resnet_backbone.classification.data.imagenet import (
     read_image_folder,
 )
 from resnet_backbone.classification.data.shards import index_shards, write_shards
+from resnet_backbone.classification.data.stream import DataError
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

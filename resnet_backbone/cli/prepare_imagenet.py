@@ -45,12 +45,12 @@ from resnet_backbone.classification.data.archives import (
     read_labels,
 )
 from resnet_backbone.classification.data.bad_images import BadImageReport, inspect_file
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.imagenet import (
     ImageFiles,
     read_flat_folder,
     read_image_folder,
 )
+from resnet_backbone.classification.data.stream import DataError
 
 SHOWN = 10  # problems printed
 CHUNK = 64  # images handed to a process at a time

@@ -17,8 +17,7 @@ from resnet_backbone.classification.batch_norm import (
     recompute_statistics,
 )
 from resnet_backbone.classification.data.arrays import ArraySource
-from resnet_backbone.classification.data.batch import Batch
-from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.classification.data.stream import Batch, SampleStream
 from resnet_backbone.models import FrozenBatchNorm2d, build_model
 from resnet_backbone.runtime.distributed import World
 from resnet_backbone.weights import Preprocessing

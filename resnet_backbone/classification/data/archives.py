@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.imagenet import EXTENSIONS
+from resnet_backbone.classification.data.stream import DataError
 
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # arXiv 1409.0575, table 2
 IMAGES_PER_CLASS = (732, 1300)  # the same table: the smallest and the largest training class

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import BadImage, decode, read_bytes
+from resnet_backbone.classification.data.stream import DataError
 
 BAD, CONVERTED = "bad", "converted"
 MAX_CONVERTED = 1000  # lines; a data set of nothing but such images needs no list of them

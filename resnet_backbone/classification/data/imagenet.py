@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import read_bytes
+from resnet_backbone.classification.data.stream import DataError
 
 EXTENSIONS = frozenset(
     ".jpeg .jpg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm".split()

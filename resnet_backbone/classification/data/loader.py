@@ -17,11 +17,10 @@ from torch.utils.data import DataLoader
 
 from resnet_backbone.classification.data.augment import Augmented
 from resnet_backbone.classification.data.bad_images import BAD, CONVERTED, BadImageReport, ImageNote
-from resnet_backbone.classification.data.batch import Batch, DataError
+from resnet_backbone.classification.data.crops import EncodedImage
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import EncodedSample
-from resnet_backbone.classification.data.region import EncodedImage
-from resnet_backbone.classification.data.stream import SampleStream, sample_rng
+from resnet_backbone.classification.data.stream import Batch, DataError, SampleStream, sample_rng
 
 REPLACEMENT = 2  # the first word of a seed, beside those in `stream`
 MAX_REPLACEMENTS = 100

@@ -18,9 +18,9 @@ from pathlib import Path
 import fsspec
 import numpy as np
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import EXTENSIONS, EncodedSample, ImageFiles
+from resnet_backbone.classification.data.stream import DataError
 
 INDEX_NAME = "index.npz"
 SHARD_PATTERN = "shard-%06d.tar"
@@ -132,7 +132,7 @@ def write_shards(
     Args:
         folder: a new or empty local folder.
         seed: of the order in which samples are dealt to the shards; None keeps the data set's.
-            Shuffled samples make neighbouring shards as good as the whole for mixing.
+            Shuffled samples make neighboring shards as good as the whole for mixing.
         progress: wraps the iteration over the samples, such as ``tqdm``.
 
     Raises:

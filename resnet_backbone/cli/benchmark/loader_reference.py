@@ -11,12 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from resnet_backbone.classification.data.augment import PaperAugmentation, draw_crop, resize_crop
-from resnet_backbone.classification.data.batch import DataError
-from resnet_backbone.classification.data.color import colour_shift
+from resnet_backbone.classification.data.augment import PaperAugmentation, color_shift
+from resnet_backbone.classification.data.crops import EncodedImage, draw_crop, resize_crop
 from resnet_backbone.classification.data.imagenet import list_images
-from resnet_backbone.classification.data.region import EncodedImage
-from resnet_backbone.classification.data.stream import sample_rng
+from resnet_backbone.classification.data.stream import DataError, sample_rng
 from resnet_backbone.weights import get_preprocessing
 from resnet_backbone.weights.inputs import InputNormalizer
 
@@ -47,7 +45,7 @@ def load_images(folder: str | None, count: int, quality: int | None, seed: int =
     return files if quality is None else [_encode(_open(data), quality) for data in files]
 
 
-def reference_sample(data: bytes, rng: np.random.Generator, colour_noise: str) -> Tensor:
+def reference_sample(data: bytes, rng: np.random.Generator, color_noise: str) -> Tensor:
     """One image through torchvision's v1 transforms: normalised float32 (3, 224, 224)."""
     from torchvision import transforms
     from torchvision.transforms import functional as TF
@@ -58,7 +56,7 @@ def reference_sample(data: bytes, rng: np.random.Generator, colour_noise: str) -
     if rng.random() < 0.5:
         image = TF.hflip(image)
     tensor = transforms.ToTensor()(image)
-    tensor = tensor + torch.from_numpy(colour_shift(colour_noise, rng) / 255)[:, None, None]
+    tensor = tensor + torch.from_numpy(color_shift(color_noise, rng) / 255)[:, None, None]
     p = get_preprocessing(NORMALIZATION)
     return TF.normalize(tensor, p.mean, p.std)
 
@@ -86,7 +84,7 @@ class LoaderMethods:
     def reference(self) -> int:
         """To a normalised float batch, all by torchvision's transforms."""
         for part in self._batches():
-            torch.stack([reference_sample(d, r, self.augment.colour_noise) for d, r in part])
+            torch.stack([reference_sample(d, r, self.augment.color_noise) for d, r in part])
         return len(self.images)
 
     def ours(self, normalize: bool = False, partial: bool = True) -> int:

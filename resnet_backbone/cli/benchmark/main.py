@@ -39,11 +39,10 @@ import torch
 from tqdm import tqdm
 
 from resnet_backbone.classification.data.augment import PaperAugmentation
-from resnet_backbone.classification.data.batch import DataError
+from resnet_backbone.classification.data.crops import partial_decoding
 from resnet_backbone.classification.data.imagenet import ImageFiles, list_images
 from resnet_backbone.classification.data.loader import LoaderSource
-from resnet_backbone.classification.data.region import partial_decoding
-from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.classification.data.stream import DataError, SampleStream
 from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.optimizer import build_sgd
 from resnet_backbone.classification.step import StepOptions, TrainStep

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import (
     check_same_classes,
@@ -15,6 +14,7 @@ from resnet_backbone.classification.data.imagenet import (
     read_flat_folder,
     read_image_folder,
 )
+from resnet_backbone.classification.data.stream import DataError
 
 CLASSES = {"n03": ["a.JPEG", "b.jpg"], "n01": ["c.png"], "n02": ["d.JPEG", "e.Jpeg", "f.webp"]}
 

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from resnet_backbone.classification.data.augment import PaperAugmentation
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import read_image_folder
 from resnet_backbone.classification.data.loader import LoaderSource
@@ -21,7 +20,7 @@ from resnet_backbone.classification.data.shards import (
     index_shards,
     write_shards,
 )
-from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.classification.data.stream import DataError, SampleStream
 
 webdataset = pytest.importorskip("webdataset")
 
