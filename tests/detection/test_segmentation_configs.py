@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from resnet_backbone.detection import DeepLabResNet, PaperResNet  # noqa: E402
-from resnet_backbone.detection.data.label_arguments import (  # noqa: E402
+from resnet_backbone.detection.data.arguments import (  # noqa: E402
     detects_objects,
     labels_pixels,
     mapper_options,

@@ -235,7 +235,8 @@ def _read_index(url: str) -> dict[str, np.ndarray]:
             content = file.read()
     except (OSError, ImportError, ValueError) as error:
         raise DataError(
-            f"{url}: no {INDEX_NAME} to be read ({error}); tools/make_shards.py index writes it"
+            f"{url}: {INDEX_NAME} cannot be read ({error}); write it with "
+            "tools/prepare_data.py shards index"
         ) from error
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:

@@ -135,7 +135,7 @@ def test_flat_folder_with_the_classes_of_training(flat, root, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("490\n361\n171\n", "prepare_imagenet.py --devkit"),
+        ("490\n361\n171\n", "prepare_data.py imagenet --devkit"),
         ("", "empty"),
         ("v1.JPEG n01\nv2.JPEG\nv3.JPEG n01\n", "line 2"),
         ("v1.JPEG n01\nv1.JPEG n02\n", "twice"),

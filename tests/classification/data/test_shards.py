@@ -130,7 +130,7 @@ def test_pickled_and_forked_readers_open_their_own_files(shards):
 
 
 def test_damaged_shards_and_indices_are_told(shards, folder, tmp_path):
-    with pytest.raises(DataError, match="make_shards.py index"):
+    with pytest.raises(DataError, match="prepare_data.py shards index"):
         TarShards(tmp_path)
     with pytest.raises(DataError, match="no .tar files"):
         index_shards(tmp_path)

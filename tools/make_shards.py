@@ -1,9 +1,0 @@
-#!/usr/bin/env python
-"""Write a data set as tar shards for an object store, or index shards that are there."""
-
-import sys
-
-from resnet_backbone.cli.make_shards import main
-
-if __name__ == "__main__":
-    sys.exit(main())
