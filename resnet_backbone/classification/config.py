@@ -326,7 +326,7 @@ def _combinations(config: Config) -> Iterator[str]:
         yield "schedule.warmup_until_error needs schedule.warmup_lr (the paper: 0.01)"
     if train.micro_batch and train.batch_size % train.micro_batch:
         size, part = train.batch_size, train.micro_batch
-        yield f"train.batch_size {size} is no multiple of train.micro_batch {part}"
+        yield f"train.batch_size {size} is not a multiple of train.micro_batch {part}"
     if train.ema >= 1:
         yield f"train.ema is {train.ema}; give a decay below 1, such as 0.9999"
     if config.loss.label_smoothing >= 1:
@@ -345,8 +345,8 @@ def _combinations(config: Config) -> Iterator[str]:
         yield "data.rand_augment belongs to data.augmentation=inception: set both or none"
     if data.class_list and data.format != "imagenet":
         yield "data.class_list is for data.format imagenet; shards hold their classes"
-    centre = config.evaluation.protocol == "centre" and data.format in ("imagenet", "shards")
-    if centre and data.mean == "pixel" and config.evaluation.crop != data.crop:
+    cropped = config.evaluation.protocol == "centre" and data.format in ("imagenet", "shards")
+    if cropped and data.mean == "pixel" and config.evaluation.crop != data.crop:
         yield (
             f"data.mean pixel fits images of data.crop {data.crop}, not of evaluation.crop "
             f"{config.evaluation.crop}: make them equal or set data.mean=channel"

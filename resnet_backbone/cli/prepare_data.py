@@ -106,7 +106,7 @@ Make panoptic and semantic ground truth from COCO instances, or "stuff" labels f
 
 The first writes labels/train/semantic (every class and background), labels/train/stuff (things,
 background), labels/train/panoptic and panoptic.json. It is made from instances: the smaller of two
-overlapping instances lies on top, crowds are ignored, and all that is no instance is one class,
+overlapping instances lies on top, crowds are ignored, and every other pixel is of one class,
 background. The second writes, for annotations of stuff as COCO has them, what Panoptic FPN's
 semantic head learns: 0 things, then the classes of stuff by rising id, 255 where nothing is
 annotated."""

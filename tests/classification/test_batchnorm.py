@@ -261,7 +261,7 @@ def test_training_images_are_each_there_once(world_size, count):
     for rank in range(world_size):
         stream = SampleStream(29, 12, 5, rank, world_size)
         images = torch.zeros(29, 3, 4, 4, dtype=torch.uint8)
-        source = ArraySource(images, torch.arange(29), stream, ["x"], augmentation="none")
+        source = ArraySource(images, torch.arange(29), stream, augmentation="none")
         calls = []
         world = World(rank, world_size)
         part = TrainingImages(source, count, 12, world, before_each=lambda c=calls: c.append(1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -31,7 +31,6 @@ class ArraySource:
         images: uint8 (N, 3, H, W), RGB.
         labels: int64 (N,).
         stream: which samples make up an iteration.
-        class_names: one per class.
         augmentation: "pad_crop" (the paper's CIFAR augmentation: 4 pixels of padding on each side,
             a random crop of the image's size, horizontal flip), "shift" (the same without flip,
             for digits) or "none".
@@ -46,7 +45,6 @@ class ArraySource:
         images: Tensor,
         labels: Tensor,
         stream: SampleStream,
-        class_names: Sequence[str],
         *,
         augmentation: str = "pad_crop",
         padding: Tensor | None = None,
@@ -54,8 +52,8 @@ class ArraySource:
     ):
         if augmentation not in ("pad_crop", "shift", "none"):
             raise DataError(f"unknown augmentation {augmentation!r}: use pad_crop, shift or none")
-        self.stream, self.class_names = stream, tuple(class_names)
-        self.augmentation, self.device = augmentation, torch.device(device)
+        self.stream, self.augmentation = stream, augmentation
+        self.device = torch.device(device)
         self.size = tuple(images.shape[2:])
         # rows of whole pixels: a gather reads three bytes in a row and gives channels_last
         self.pixels = images.permute(0, 2, 3, 1).contiguous().to(self.device)
@@ -67,10 +65,6 @@ class ArraySource:
     @property
     def num_samples(self) -> int:
         return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
 
     def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
         """Batches without end, from any iteration on."""
@@ -120,7 +114,7 @@ class SyntheticSource:
     Args:
         batch_size: of this process.
         shape: (3, H, W).
-        class_names: one per class.
+        num_classes: labels are 0 to this less 1.
         num_samples: how many images count as an epoch.
         device: where the batch lies.
         seed: of the bytes.
@@ -130,21 +124,17 @@ class SyntheticSource:
         self,
         batch_size: int,
         shape: tuple[int, int, int],
-        class_names: Sequence[str],
+        num_classes: int,
         num_samples: int,
         device: torch.device | str = "cpu",
         seed: int = 0,
     ):
         generator = torch.Generator().manual_seed(seed)
         images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8, generator=generator)
-        labels = torch.randint(0, len(class_names), (batch_size,), generator=generator)
+        labels = torch.randint(0, num_classes, (batch_size,), generator=generator)
         images = images.to(device, memory_format=torch.channels_last)
         self.batch = Batch(images, labels.to(device))
-        self.num_samples, self.class_names = num_samples, tuple(class_names)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+        self.num_samples = num_samples
 
     def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
         while True:

@@ -43,7 +43,7 @@ class BadImageReport:
     """Counts unusual images and lists each once in a file that outlives the run.
 
     A line is ``kind<TAB>path<TAB>reason``. The file is only ever appended to, under a lock:
-    several processes may share it, and a resumed run goes on with it. All counts are of
+    several processes may share it, and a resumed run continues it. All counts are of
     different files, over all of these processes and runs.
 
     Args:

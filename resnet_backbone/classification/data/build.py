@@ -128,7 +128,6 @@ def _arrays(config: Config, world: World) -> ClassificationData:
         images,
         labels,
         _stream(config, len(labels), world),
-        names,
         augmentation=data.augmentation,
         padding=_padding(data, preprocessing),
         device=world.device,
@@ -153,7 +152,7 @@ def _synthetic(config: Config, world: World) -> ClassificationData:
     shape = (3, data.synthetic_size, data.synthetic_size)
     names = tuple(f"class_{number}" for number in range(data.synthetic_classes))
     samples = data.synthetic_samples
-    source = SyntheticSource(local, shape, names, samples, world.device, world.rank)
+    source = SyntheticSource(local, shape, len(names), samples, world.device, world.rank)
     count = min(samples, 2 * config.evaluation.batch_size)
     tests = torch.zeros((count, *shape), dtype=torch.uint8)
     evaluation = EvaluationArrays(tests, torch.arange(count) % len(names))
@@ -235,7 +234,14 @@ def _training_input(
     """
     if data.mean == "imagenet" and data.std != "channel":
         return preprocessing_from(data, (0.0,) * 3, (1.0,) * 3, None, "")
-    settings = (data.channel_order, data.mean, data.std, data.crop, data.short_side[0])
+    settings = (
+        data.class_list,
+        data.channel_order,
+        data.mean,
+        data.std,
+        data.crop,
+        data.short_side[0],
+    )
     root = data.root if "://" in data.root else Path(data.root).resolve()
     made_from = f"{len(train)} images of {root}, {data.mean_samples} used, {settings}"
     kept = world.broadcast(kept_input(folder, made_from) if world.is_main else None)

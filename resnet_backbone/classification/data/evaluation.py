@@ -4,8 +4,9 @@
     loader = EvaluationLoader(files, 64, workers=8, rank=world.rank, world=world.size)
     result = evaluate([(model, normalizer)], protocol, loader, world=world)
 
-with ``protocol`` from ``engine.views`` and ``evaluate`` from ``engine.evaluation``. For arrays in
-memory the first line is ``EvaluationArrays(images, labels)``.
+with ``protocol`` from ``classification.protocols`` and ``evaluate`` from
+``classification.evaluation``. For arrays in memory the first line is
+``EvaluationArrays(images, labels)``.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import signal
@@ -31,8 +32,6 @@ Augmentation = Callable[[EncodedImage, np.random.Generator], Augmented]
 
 class EncodedDataset(Protocol):
     """``ImageFiles``, ``TarShards``, or anything like them."""
-
-    class_names: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -237,14 +236,6 @@ class LoaderSource:
     def num_samples(self) -> int:
         return len(self.dataset)
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.dataset.class_names)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(self.dataset.class_names)
-
     def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
         """Batches without end; close or drop the iterator to end the workers.
 
@@ -252,7 +243,7 @@ class LoaderSource:
             DataError: more bad images than the report allows, or nothing readable.
         """
         maker = BatchMaker(self.dataset, self.augment, self.stream.seed)
-        order = StreamOrder(self.stream, first_iteration)
+        order = map(self._samples, itertools.count(first_iteration))
         made = read_batches(maker, order, self.workers, self.prefetch, self.pin_memory)
         try:
             for images, labels, shift, notes, failure in made:
@@ -263,17 +254,7 @@ class LoaderSource:
         finally:
             made.close()
 
-
-@dataclass(frozen=True)
-class StreamOrder:
-    """(index, epoch) pairs of each iteration, from ``first`` on."""
-
-    stream: SampleStream
-    first: int = 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        iteration = self.first
-        while True:
-            indices, epochs = self.stream.batch(iteration)
-            yield list(zip(indices.tolist(), epochs.tolist(), strict=True))
-            iteration += 1
+    def _samples(self, iteration: int) -> list[tuple[int, int]]:
+        """(index, epoch) pairs of this process's part of an iteration."""
+        indices, epochs = self.stream.batch(iteration)
+        return list(zip(indices.tolist(), epochs.tolist(), strict=True))

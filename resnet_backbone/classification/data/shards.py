@@ -105,7 +105,7 @@ class TarShards:
             try:
                 filesystem.get_file(remote, os.fspath(temporary))
                 if temporary.stat().st_size != self._shard_bytes[shard]:
-                    raise OSError(f"{self.url}/{name} has not the size that its index says")
+                    raise OSError(f"{self.url}/{name}: its size differs from the index")
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -243,9 +243,9 @@ def _read_index(url: str) -> dict[str, np.ndarray]:
             index = dict(file)
         known = int(index["format"]) == 1
     except Exception as error:  # numpy and zipfile raise errors of many types
-        raise DataError(f"{url}/{INDEX_NAME} is damaged: write it anew") from error
+        raise DataError(f"{url}/{INDEX_NAME} is damaged: write it again") from error
     if not known:
-        raise DataError(f"{url}/{INDEX_NAME} was written by another version: write it anew")
+        raise DataError(f"{url}/{INDEX_NAME} was written by another version: write it again")
     return index
 
 

@@ -180,5 +180,7 @@ def kept_input(folder: Path, made_from: str) -> Preprocessing | None:
             found = Preprocessing.from_json(file.metadata()[INPUT_KEY])
             image = file.get_tensor("mean_image") if "mean_image" in file.keys() else None  # noqa: SIM118
     except Exception as error:
-        raise DataError(f"{path} cannot be read ({error}); remove it to compute it anew") from error
+        raise DataError(
+            f"{path} cannot be read ({error}); remove it, and it is computed again"
+        ) from error
     return Preprocessing(**{**found.__dict__, "mean_image": image})

@@ -41,7 +41,7 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class SampleStream:
-    """All epochs of a data set, each shuffled anew, laid end to end and cut into batches.
+    """All epochs of a data set, each in another random order, laid end to end and cut into batches.
 
     Iteration ``t`` takes the samples ``t * batch_size ... (t + 1) * batch_size - 1`` of this
     stream: every sample exactly once an epoch, no batch smaller than the others, no sample left

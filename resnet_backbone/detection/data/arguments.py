@@ -72,7 +72,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--bad-data",
         choices=("drop", "refuse"),
         default="drop",
-        help="missing or broken files and boxes: go on without them, or stop (default: drop)",
+        help="missing or broken files and boxes: leave them out, or stop (default: drop)",
     )
 
 
@@ -130,10 +130,10 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
     else:
         for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
             _adopt(name, cfg, args.bad_data)
-    counts = {}
+    num_training = 0
     for name in sorted({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}):
         images = DatasetCatalog.get(name)
-        counts[name] = count_usable(cfg, images)
+        num_training += cfg.DATASETS.TRAIN.count(name) * count_usable(cfg, images)
         boxes = sum(len(image.get("annotations", ())) for image in images)
         logger.info("data set %s: %d images, %d boxes", name, len(images), boxes)
         if name in cfg.DATASETS.TRAIN and not args.eval_only:
@@ -151,7 +151,7 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
             raise UsageError(
                 f"MODEL.{key}.NUM_CLASSES {wanted}, but the data have {count} classes: leave it out"
             )
-    return sum(counts[name] for name in cfg.DATASETS.TRAIN)
+    return num_training
 
 
 def count_usable(cfg: CfgNode, images: list[dict]) -> int:

@@ -64,7 +64,7 @@ def drop_bad(
     decode: bool = False,
     progress: bool = False,
 ) -> list[dict]:
-    """Leave out images that cannot be used and boxes that are no boxes.
+    """Leave out unusable images and invalid boxes.
 
     Args:
         dataset_dicts: Detectron2 dicts with contiguous category ids; not changed.

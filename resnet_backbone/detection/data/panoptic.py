@@ -286,7 +286,7 @@ def check_names(json_file: str, file_names: Iterable[Any]) -> None:
 
 
 def _check_masks(json_file: str, coco: COCO) -> None:
-    """Refuses annotations whose segmentation is no mask, and leaves useless polygons out."""
+    """Refuses annotations without a valid mask, and leaves useless polygons out."""
     problems = {}
     for entry in coco.dataset["annotations"]:
         image = coco.imgs[entry["image_id"]]
@@ -304,7 +304,7 @@ def _check_masks(json_file: str, coco: COCO) -> None:
 
 
 def mask_problem(segmentation: Any, height: int, width: int) -> str | None:
-    """Why a COCO segmentation is no mask of an image of this size, or None."""
+    """Why a COCO segmentation is not a valid mask of an image of this size, or None."""
     if not segmentation:
         return "it has no segmentation"
     if isinstance(segmentation, list):
@@ -319,7 +319,7 @@ def mask_problem(segmentation: Any, height: int, width: int) -> str | None:
     if isinstance(counts, list):
         whole = all(isinstance(n, int) and n >= 0 for n in counts) and sum(counts) == height * width
         return None if whole else f"its run lengths do not add up to {height * width} pixels"
-    return None if counts and isinstance(counts, str) else "its counts are no run lengths"
+    return None if counts and isinstance(counts, str) else "its counts are not run lengths"
 
 
 def _is_coordinate(value: Any) -> bool:
@@ -357,7 +357,7 @@ def _panoptic_problems(content: Any) -> Iterator[str]:
         where = f"annotations[{position}] ({entry['file_name']})"
         segments = entry["segments_info"]
         if absent_keys({"segments_info": segments}, {"segments_info": ("id", "category_id")}):
-            yield f"{where}: segments_info is no list of segments with id and category_id"
+            yield f"{where}: segments_info is not a list of segments with id and category_id"
             return
         for segment in segments:
             if segment["category_id"] not in categories:

@@ -27,7 +27,7 @@ BOX_KINDS = ("bad-box", "unknown-class")
 """Kinds that cost one box; every other kind costs an image, or the whole data set."""
 
 FATAL_KINDS = ("empty-split", "broken-json")
-"""Kinds that no policy can go on from."""
+"""Kinds that make a data set unusable under any policy."""
 
 POLICIES = ("refuse", "drop")
 
@@ -152,7 +152,7 @@ def apply_policy(report: DataReport, policy: str) -> None:
     if report.problems and policy == "refuse":
         head = (
             f"{report.name} has {len(report.problems)} problems;"
-            " mend them, or go on without these boxes and images with `--bad-data drop`:"
+            " mend them, or train without these boxes and images with `--bad-data drop`:"
         )
         raise DataError("\n".join([head, *list_problems(report.problems, 10)]))
     for problem in report.problems:
@@ -169,7 +169,7 @@ def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
         decode: decode every pixel too, which finds truncated files (slower, about 5 ms an image).
 
     Raises:
-        OSError: the file is missing, is no image, or is cut short.
+        OSError: the file is missing, is not an image, or is truncated.
     """
     try:
         with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""Which images make up which iteration: a pure function, so a training can go on anywhere."""
+"""Which images make up which iteration: a pure function, so that a training resumes anywhere."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Sample = tuple[int, int]  # place in the stream, index of the image
 
 @dataclass(frozen=True)
 class ImageStream:
-    """All epochs of a training set, each shuffled anew, laid end to end.
+    """All epochs of a training set, each in another random order, laid end to end.
 
     Args:
         seed: of the run.

@@ -67,11 +67,11 @@ def register_semantic(
     Args:
         on_bad, decode: as :func:`resnet_backbone.detection.data.load_coco_instances`.
         shared_images: other data sets have images in `image_root` too, so that images without a
-            label picture are no problem.
+            label picture are not reported.
 
     Raises:
         DataError: a folder or ``classes.txt`` is missing; when the data set is loaded, what
-            `on_bad` says, two images of one label picture, and pixels that are no class.
+            `on_bad` says, two images of one label picture, and pixels that are not a class.
     """
     image_root, label_root = os.path.abspath(image_root), os.path.abspath(label_root)
     for folder in (image_root, label_root):
@@ -149,7 +149,7 @@ def drop_bad_labels(
 
     Raises:
         DataError: label pictures in color or with a palette, which Detectron2 would turn into
-            other numbers without a word, or pixels that are no class.
+            other numbers without a warning, or pixels that are not a class.
     """
     report.num_images += len(records)
     kept, step = [], max(1, len(records) // SAMPLE)
@@ -173,7 +173,7 @@ def check_label(path: str, num_classes: int, pixels: bool) -> tuple[int, int]:
 
     Raises:
         OSError: it is missing or broken.
-        DataError: it is not 8-bit gray, or (with `pixels`) has a value that is no class.
+        DataError: it is not 8-bit gray, or (with `pixels`) has a value that is not a class.
     """
     with Image.open(path) as label:
         size, mode = label.size, label.mode

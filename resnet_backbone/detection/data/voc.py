@@ -104,7 +104,7 @@ def read_annotation(path: str) -> VocAnnotation:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not XML, or a size that is no number.
+        ValueError: not XML, or a size that is not a number.
     """
     stat = os.stat(path)
     return _read_version(path, stat.st_mtime_ns, stat.st_size)
@@ -190,6 +190,13 @@ def scan_voc(
     progress: bool = False,
 ) -> tuple[list[dict], DataReport]:
     """Read and check a split in one pass; loader, check and evaluator all stand on this.
+
+    Args:
+        root: the folder that holds `Annotations/`, or a VOCdevkit folder with one such inside.
+        split: name of a file in `ImageSets/Main`, without `.txt`.
+        class_names: the classes to train on; position = category_id.
+        decode: decode every image, which finds truncated ones (minutes for VOC's 16,551).
+        progress: show a progress bar on a terminal.
 
     Returns:
         Detectron2 dicts of what is good (see :func:`load_voc_instances`), and what is not. Where
@@ -283,15 +290,7 @@ def check_voc(
     size than their XML says; boxes of zero or negative size, not finite, or outside the image by
     more than a pixel; classes that are not in `class_names`; ids listed twice; an empty split.
 
-    Args:
-        root: the folder that holds `Annotations/`, or a VOCdevkit folder with one such inside.
-        split: name of a file in `ImageSets/Main`, without `.txt`.
-        class_names: the classes to train on.
-        decode: decode every image, which finds truncated ones (minutes for VOC's 16,551).
-        progress: show a progress bar on a terminal.
-
-    Raises:
-        DataError: no such folder or split.
+    Args and errors are those of :func:`scan_voc`.
     """
     return scan_voc(root, split, class_names, decode, progress)[1]
 
@@ -307,13 +306,11 @@ def load_voc_instances(
     """Load a split as Detectron2 dicts.
 
     Args:
-        root: the folder that holds `Annotations/`, or a VOCdevkit folder with one such inside.
-        split: name of a file in `ImageSets/Main`, without `.txt`.
-        class_names: position = category_id.
+        root, split, class_names: see :func:`scan_voc`.
         use_difficult: keep boxes marked difficult. Detectron2 does; the paper, like Faster R-CNN,
             trains without.
         on_bad: "drop" logs what :func:`check_voc` finds and leaves it out, "refuse" raises.
-        decode: also find (and leave out) images that are cut short; reads every pixel.
+        decode: also find (and leave out) truncated images; reads every pixel.
 
     Returns:
         One dict per image: file_name, image_id (str), height, width (pixels) and annotations,

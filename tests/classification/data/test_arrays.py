@@ -14,7 +14,6 @@ from torchvision.transforms import functional as F
 from resnet_backbone.classification.config import load_config
 from resnet_backbone.classification.data import arrays
 from resnet_backbone.classification.data.arrays import (
-    CIFAR10_CLASSES,
     PAD,
     TEST_FILES,
     TRAIN_FILES,
@@ -128,9 +127,7 @@ def test_a_label_above_nine_is_no_cifar10(both_versions):
 def source(images, augmentation, batch_size=8, rank=0, world=1, padding=None) -> ArraySource:
     stream = SampleStream(len(images), batch_size, 7, rank, world)
     labels = torch.arange(len(images))
-    return ArraySource(
-        images, labels, stream, CIFAR10_CLASSES, augmentation=augmentation, padding=padding
-    )
+    return ArraySource(images, labels, stream, augmentation=augmentation, padding=padding)
 
 
 @pytest.fixture

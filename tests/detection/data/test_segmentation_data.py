@@ -196,7 +196,7 @@ BAD_MASKS = [
     ({"counts": [5, 5], "size": [2, 5]}, "size [2, 5], its image has height, width [6, 8]"),
     ({"counts": [5, 5], "size": [6, 8]}, "do not add up to 48 pixels"),
     ({"counts": [49, -1], "size": [6, 8]}, "do not add up to 48 pixels"),
-    ({"counts": "", "size": [6, 8]}, "its counts are no run lengths"),
+    ({"counts": "", "size": [6, 8]}, "its counts are not run lengths"),
     ([[1, 2, 3, 4]], "no polygon has three points"),
     ([[1, 2]], "no polygon has three points"),
     ([[1, 2, 3, 4, 5, 6, 7]], "no polygon has three points"),

@@ -80,7 +80,7 @@ class Counts:
         images: listed in the split.
         boxes: annotated boxes; of VOC those that are not difficult, of COCO crowds too. None for
             test sets whose annotations are not public.
-        difficult: of VOC; None where nobody counts them.
+        difficult: of VOC; None where no count is published.
     """
 
     images: int

@@ -149,7 +149,7 @@ def _write_all(folder: Path, settings: dict, on_image: Callable[[], object] | No
                 on_image()
         (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
     credits = [
-        f"{s}: {n} ({license})\n" for s in BACKGROUNDS for n, license in BACKGROUNDS[s].items()
+        f"{s}: {n} ({terms})\n" for s in BACKGROUNDS for n, terms in BACKGROUNDS[s].items()
     ]
     (folder / "README.txt").write_text(_README + "".join(credits), encoding="utf-8")
     summary = {"settings": settings, "class_names": list(CLASS_NAMES), "images": images}
