@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Unpack the official archives of PASCAL VOC or COCO, and check what is there."""
+"""Unpack the official archives of a data set, check what is there, make what trainings need."""
 
 from resnet_backbone.cli.prepare_data import main
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -23,109 +23,126 @@ class ConfigError(ValueError):
     """A config that cannot work; the message names the key and what to write instead."""
 
 
+def one_of(*choices: str) -> Any:
+    """A field with one of these values, the first by default."""
+    return field(default=choices[0], metadata={"choices": choices})
+
+
+def number(default: float, *, least: float) -> Any:
+    """A field with a number that is at least `least`."""
+    return field(default=default, metadata={"least": least})
+
+
 @dataclass
 class ModelConfig:
     name: str = "resnet50"  # list_models(), torchvision/<name> or timm/<name>
-    num_classes: int = 0  # 0: as many as the data has
+    num_classes: int = number(0, least=0)  # 0: as many as the data has
     options: dict[str, Any] = field(default_factory=dict)  # constructor arguments: shortcut: "A"
-    weights: str = ""  # .safetensors to start from; empty: He initialisation
+    weights: str = ""  # .safetensors to start from; empty: He initialization
     preprocessing: str = ""  # of weights that do not carry theirs: msra, caffe_vgg, torchvision
 
 
 @dataclass
 class DataConfig:
-    format: str = "imagenet"  # imagenet, shards, cifar10, digits, synthetic
+    format: str = one_of("imagenet", "shards", "cifar10", "digits", "synthetic")
     root: str = ""  # folder of the data set
     val_root: str = ""  # folder of validation images; empty: as the format says
     val_labels: str = ""  # label list of a flat validation folder
     class_list: str = ""  # file "wnid index" per line, for a part of the classes
-    split: str = "50k"  # cifar10: 50k trains on all; 45k holds 5k out for validation
-    channel_order: str = "RGB"  # what the network sees; BGR as in the MSRA models
-    mean: str = "channel"  # channel or pixel (the training set's own), or imagenet (torchvision's)
-    std: str = "one"  # one (the paper subtracts the mean only), channel, or imagenet
-    mean_samples: int = 10000  # images that the mean of ImageNet-sized data is computed from
-    augmentation: str = "paper"  # paper, inception, pad_crop (CIFAR), shift (no flip), none
-    padding: str = "mean"  # pad_crop, shift: mean (zero once it is subtracted) or black
+    split: str = one_of("50k", "45k")  # cifar10: 50k trains on all; 45k holds 5k out for validation
+    channel_order: str = one_of("RGB", "BGR")  # what the network sees; BGR as in the MSRA models
+    # the training set's own, or torchvision's of ImageNet
+    mean: str = one_of("channel", "pixel", "imagenet")
+    std: str = one_of("one", "channel", "imagenet")  # one: the paper subtracts the mean only
+    # images that the mean of ImageNet-sized data is computed from
+    mean_samples: int = number(10000, least=1)
+    # shift: pad_crop without flip
+    augmentation: str = one_of("paper", "inception", "pad_crop", "shift", "none")
+    # of pad_crop and shift; mean: zero once it is subtracted
+    padding: str = one_of("mean", "black")
     short_side: list[int] = field(default_factory=lambda: [256, 480])  # paper: range of the resize
-    crop: int = 224  # training crop, pixels
-    color_noise: str = "cuda_convnet"  # cuda_convnet, fb_resnet_torch (two scalings), none
+    crop: int = number(224, least=1)  # training crop, pixels
+    color_noise: str = one_of("cuda_convnet", "fb_resnet_torch", "none")  # two published scalings
     rand_augment: bool = False
-    workers: int = 4  # loader processes per GPU
-    max_bad_images: int = 100  # unreadable training images before the run stops
-    synthetic_samples: int = 1280
-    synthetic_size: int = 224
-    synthetic_classes: int = 1000
+    workers: int = number(4, least=0)  # loader processes per GPU
+    max_bad_images: int = number(100, least=0)  # unreadable training images before the run stops
+    synthetic_samples: int = number(1280, least=1)
+    synthetic_size: int = number(224, least=1)
+    synthetic_classes: int = number(1000, least=2)
 
 
 @dataclass
 class LossConfig:
-    label_smoothing: float = 0.0
-    mixup: float = 0.0  # alpha; 0: off
-    cutmix: float = 0.0  # alpha; 0: off
+    label_smoothing: float = number(0.0, least=0)
+    mixup: float = number(0.0, least=0)  # alpha; 0: off
+    cutmix: float = number(0.0, least=0)  # alpha; 0: off
 
 
 @dataclass
 class OptimizerConfig:
-    momentum: float = 0.9
-    momentum_form: str = "caffe"  # caffe: v = m v + lr g (the paper); pytorch: v = m v + g
-    weight_decay: float = 1e-4
+    momentum: float = number(0.9, least=0)
+    momentum_form: str = one_of("caffe", "pytorch")  # v = m v + lr g (the paper) or v = m v + g
+    weight_decay: float = number(1e-4, least=0)
     decay_norm_and_bias: bool = True  # the paper decays every parameter
-    clip_norm: float = 0.0  # largest gradient norm; 0: off
+    clip_norm: float = number(0.0, least=0)  # largest gradient norm; 0: off
 
 
 @dataclass
 class ScheduleConfig:
-    iterations: int = 600000
+    iterations: int = number(600000, least=1)
     scale: float = 1.0  # multiplies iterations, milestones and warm-up: a shortened run
     lr: float = 0.1
-    policy: str = "steps"  # steps, plateau, cosine
+    policy: str = one_of("steps", "plateau", "cosine")
     milestones: list[int] = field(default_factory=list)  # steps: iterations where lr *= gamma
     gamma: float = 0.1
-    plateau_patience: int = 5  # plateau: evaluations without progress before lr *= gamma
-    plateau_threshold: float = (
-        0.1  # plateau: progress is this many points of top-1 error (absolute)
-    )
-    plateau_drops: int = 3  # plateau: largest number of drops
-    warmup_lr: float = 0.0  # learning rate during (error) or at the start of (linear) warm-up
-    warmup_iterations: int = 0  # linear warm-up
-    warmup_until_error: float = 0.0  # warm-up until the training error is below this (%); 0: off
+    # plateau: evaluations without progress before lr *= gamma
+    plateau_patience: int = number(5, least=1)
+    # plateau: progress is this many points of top-1 error (absolute)
+    plateau_threshold: float = number(0.1, least=0)
+    plateau_drops: int = number(3, least=0)  # plateau: largest number of drops
+    # learning rate during (error) or at the start of (linear) warm-up
+    warmup_lr: float = number(0.0, least=0)
+    warmup_iterations: int = number(0, least=0)  # linear warm-up
+    # warm-up until the training error is below this (%); 0: off
+    warmup_until_error: float = number(0.0, least=0)
 
 
 @dataclass
 class TrainConfig:
-    batch_size: int = 256  # of one iteration, over all GPUs and micro-batches
-    micro_batch: int = (
-        0  # images that go through the network, and its BN, at once; 0: all of a GPU's
-    )
-    amp: str = "none"  # none, bf16, fp16
+    batch_size: int = number(256, least=1)  # of one iteration, over all GPUs and micro-batches
+    # images that go through the network, and its BN, at once; 0: all of a GPU's
+    micro_batch: int = number(0, least=0)
+    amp: str = one_of("none", "bf16", "fp16")
     channels_last: bool = True
-    compile: str = "none"  # none, default, reduce-overhead (CUDA graphs), max-autotune
-    ema: float = 0.0  # decay of the averaged weights; 0: off
+    # reduce-overhead: CUDA graphs
+    compile: str = one_of("none", "default", "reduce-overhead", "max-autotune")
+    ema: float = number(0.0, least=0)  # decay of the averaged weights; 0: off
     sync_bn: bool = False
     recompute_bn: bool = True  # true BN statistics over the training set, after training
-    recompute_bn_samples: int = 0  # images they are computed from; 0: the whole set once
-    device: str = "auto"  # auto, cpu, cuda
-    threads: int = 0  # CPU threads; 0: PyTorch's choice
-    seed: int = 1
+    # images they are computed from; 0: the whole set once
+    recompute_bn_samples: int = number(0, least=0)
+    device: str = one_of("auto", "cpu", "cuda")
+    threads: int = number(0, least=0)  # CPU threads; 0: PyTorch's choice
+    seed: int = number(1, least=0)
 
 
 @dataclass
 class EvaluationConfig:
-    protocol: str = "centre"  # centre (short side, centre crop) or full (the image as it is)
+    protocol: str = one_of("centre", "full")  # full: the image as it is
     short_side: int = 256
     crop: int = 224
-    batch_size: int = 256
-    every: int = 5000  # iterations; 0: only at the end
-    max_bad_images: int = 0
+    batch_size: int = number(256, least=1)
+    every: int = number(5000, least=0)  # iterations; 0: only at the end
+    max_bad_images: int = number(0, least=0)
 
 
 @dataclass
 class OutputConfig:
     dir: str = ""  # run folder; empty: output/<name of the config file>
-    log_every: int = 20  # iterations
-    checkpoint_every: int = 1000  # iterations
-    keep: int = 2  # newest checkpoints that stay
-    keep_every: int = 0  # iterations whose multiples stay for good; 0: none
+    log_every: int = number(20, least=1)  # iterations
+    checkpoint_every: int = number(1000, least=1)  # iterations
+    keep: int = number(2, least=1)  # newest checkpoints that stay
+    keep_every: int = number(0, least=0)  # iterations whose multiples stay for good; 0: none
     tensorboard: bool = True
 
 
@@ -139,60 +156,6 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
-
-
-CHOICES = {
-    "data.format": ("imagenet", "shards", "cifar10", "digits", "synthetic"),
-    "data.split": ("50k", "45k"),
-    "data.channel_order": ("RGB", "BGR"),
-    "data.mean": ("channel", "pixel", "imagenet"),
-    "data.std": ("one", "channel", "imagenet"),
-    "data.augmentation": ("paper", "inception", "pad_crop", "shift", "none"),
-    "data.padding": ("mean", "black"),
-    "data.color_noise": ("cuda_convnet", "fb_resnet_torch", "none"),
-    "optimizer.momentum_form": ("caffe", "pytorch"),
-    "schedule.policy": ("steps", "plateau", "cosine"),
-    "train.amp": ("none", "bf16", "fp16"),
-    "train.compile": ("none", "default", "reduce-overhead", "max-autotune"),
-    "train.device": ("auto", "cpu", "cuda"),
-    "evaluation.protocol": ("centre", "full"),
-}
-LEAST = {
-    "data.crop": 1,
-    "data.workers": 0,
-    "data.max_bad_images": 0,
-    "data.mean_samples": 1,
-    "data.synthetic_samples": 1,
-    "data.synthetic_size": 1,
-    "data.synthetic_classes": 2,
-    "loss.label_smoothing": 0,
-    "loss.mixup": 0,
-    "loss.cutmix": 0,
-    "model.num_classes": 0,
-    "optimizer.momentum": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.clip_norm": 0,
-    "schedule.iterations": 1,
-    "schedule.plateau_patience": 1,
-    "schedule.plateau_threshold": 0,
-    "schedule.plateau_drops": 0,
-    "schedule.warmup_lr": 0,
-    "schedule.warmup_until_error": 0,
-    "schedule.warmup_iterations": 0,
-    "train.batch_size": 1,
-    "train.micro_batch": 0,
-    "train.ema": 0,
-    "train.recompute_bn_samples": 0,
-    "train.threads": 0,
-    "train.seed": 0,
-    "evaluation.batch_size": 1,
-    "evaluation.every": 0,
-    "evaluation.max_bad_images": 0,
-    "output.log_every": 1,
-    "output.checkpoint_every": 1,
-    "output.keep": 1,
-    "output.keep_every": 0,
-}
 
 
 def key_names(node: Any = Config, prefix: str = "") -> Iterator[str]:
@@ -323,16 +286,23 @@ def get(config: Config, key: str) -> Any:
 
 def check(config: Config) -> None:
     """Refuses values and combinations that cannot work."""
-    for key, choices in CHOICES.items():
-        if get(config, key) not in choices:
-            near = difflib.get_close_matches(str(get(config, key)), choices, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ConfigError(f"{key} is {get(config, key)!r}; use {', '.join(choices)}{hint}")
-    for key, least in LEAST.items():
-        if not get(config, key) >= least:
-            raise ConfigError(f"{key} is {get(config, key)}; give {least} or more")
+    for group in fields(config):
+        values = getattr(config, group.name)
+        for item in fields(values):
+            _check_value(f"{group.name}.{item.name}", getattr(values, item.name), item.metadata)
     for problem in _combinations(config):
         raise ConfigError(problem)
+
+
+def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
+    """Compares a value with the metadata of its field, see :func:`one_of` and :func:`number`."""
+    choices = limits.get("choices", (value,))
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"{key} is {value!r}; use {', '.join(choices)}{hint}")
+    if "least" in limits and not value >= limits["least"]:
+        raise ConfigError(f"{key} is {value}; give {limits['least']} or more")
 
 
 def _combinations(config: Config) -> Iterator[str]:
@@ -365,7 +335,7 @@ def _combinations(config: Config) -> Iterator[str]:
         yield "schedule.warmup_until_error needs schedule.warmup_lr (the paper: 0.01)"
     if train.micro_batch and train.batch_size % train.micro_batch:
         size, part = train.batch_size, train.micro_batch
-        yield f"train.batch_size {size} is no multiple of train.micro_batch {part}"
+        yield f"train.batch_size {size} is not a multiple of train.micro_batch {part}"
     if train.ema >= 1:
         yield f"train.ema is {train.ema}; give a decay below 1, such as 0.9999"
     if config.loss.label_smoothing >= 1:
@@ -384,8 +354,8 @@ def _combinations(config: Config) -> Iterator[str]:
         yield "data.rand_augment belongs to data.augmentation=inception: set both or none"
     if data.class_list and data.format != "imagenet":
         yield "data.class_list is for data.format imagenet; shards hold their classes"
-    centre = config.evaluation.protocol == "centre" and data.format in ("imagenet", "shards")
-    if centre and data.mean == "pixel" and config.evaluation.crop != data.crop:
+    cropped = config.evaluation.protocol == "centre" and data.format in ("imagenet", "shards")
+    if cropped and data.mean == "pixel" and config.evaluation.crop != data.crop:
         yield (
             f"data.mean pixel fits images of data.crop {data.crop}, not of evaluation.crop "
             f"{config.evaluation.crop}: make them equal or set data.mean=channel"

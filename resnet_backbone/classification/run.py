@@ -20,7 +20,8 @@ from resnet_backbone.classification.batch_norm import (
 )
 from resnet_backbone.classification.checkpoints import Checkpoints
 from resnet_backbone.classification.config import Config, ConfigError
-from resnet_backbone.classification.data.build import ClassificationData, build_data
+from resnet_backbone.classification.data.augment import BatchMixer
+from resnet_backbone.classification.data.build import build_data
 from resnet_backbone.classification.data.evaluation import EvaluationLoader
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import NetworkSpec
@@ -78,14 +79,7 @@ class Job:
         self.config, self.world, self.folder = config, world, folder
         self.device = world.device
         self.protocol = make_protocol(config)
-        self.data: ClassificationData = build_data(
-            config,
-            folder.path,
-            rank=world.rank,
-            world=world.size,
-            device=self.device,
-            prepare=self.protocol.prepare,
-        )
+        self.data = build_data(config, folder.path, world, self.protocol.prepare)
         classes = config.model.num_classes or len(self.data.class_names)
         if classes < len(self.data.class_names):
             raise ConfigError(
@@ -192,8 +186,6 @@ class Job:
         loss = self.config.loss
         if not loss.mixup and not loss.cutmix:
             return None
-        from resnet_backbone.classification.data.mix import BatchMixer
-
         return BatchMixer(
             self.spec.num_classes,
             loss.mixup,

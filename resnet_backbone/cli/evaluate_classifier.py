@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from resnet_backbone.classification.command_line import launch, one_line_errors, set_up_logging
-from resnet_backbone.classification.data.cifar import CLASS_NAMES, read_cifar10
+from resnet_backbone.classification.data.arrays import CIFAR10_CLASSES, read_cifar10
 from resnet_backbone.classification.data.evaluation import (
     EvaluationArrays,
     EvaluationFiles,
@@ -283,9 +283,9 @@ class Data:
 
 def read_data(args: argparse.Namespace, protocol: Protocol, num_classes: int) -> Data:
     if args.cifar10:
-        if num_classes != len(CLASS_NAMES):
+        if num_classes != len(CIFAR10_CLASSES):
             raise UsageError(f"the network has {num_classes} classes, CIFAR-10 has 10")
-        return Data(EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CLASS_NAMES)
+        return Data(EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES)
     classes = read_class_list(args.class_list) if args.class_list else None
     if args.imagenet_folder:
         files = read_image_folder(args.imagenet_folder, classes, num_classes if classes else 0)

@@ -1,59 +1,141 @@
 #!/usr/bin/env python
-"""Unpack the official archives of PASCAL VOC or COCO, and check what is there.
+"""Unpack the official archives of a data set, check what is there, make what trainings need.
 
-  export DETECTRON2_DATASETS=$HOME/datasets
-  python tools/prepare_data.py voc --archives VOCtrainval_06-Nov-2007.tar VOCtest_06-Nov-2007.tar \\
-      VOCtrainval_11-May-2012.tar
-  python tools/prepare_data.py coco --archives train2017.zip val2017.zip \\
-      annotations_trainval2017.zip
+  python tools/prepare_data.py voc --help        PASCAL VOC, or your own data in its layout
+  python tools/prepare_data.py coco --help       COCO, or your own data in its format
+  python tools/prepare_data.py imagenet --help   ImageNet
+  python tools/prepare_data.py shards --help     tar shards of an image folder, for object stores
+  python tools/prepare_data.py digits --help     the built-in detection set
+  python tools/prepare_data.py labels --help     label pictures for segmentation
 
-compares the archives with their published checksums, and gives VOC2007/, VOC2012/ and coco/ in the
-folder, where Detectron2 and the configs of this project find them. Then, and without --archives at
-once, it checks: the layout, the numbers of images and boxes against the official ones, missing
-files, every image by decoding it (--quick: only its header), every annotation.
-
-  python tools/prepare_data.py voc my_data --own --pictures checked/
-  python tools/prepare_data.py coco --coco-json train.json --image-root images/
-
-checks data of your own in these layouts. --pictures DIR gets a chart of the boxes per class and
-sheets of images with their boxes; --json FILE gets everything that was found.
-
-An interrupted call can be repeated: what is unpacked stays. Exit status: 0 when all is well, 1 when
-something is missing, corrupt, or not as many as it should be, 2 for a wrong argument or an unusable
-archive. Boxes that training leaves out (of no size, outside the image) are listed, and no reason
-for 1.
+An interrupted call can be repeated: what is there already stays. Exit status: 0 when all is well, 1
+when something is missing, corrupt, or not as many as it should be, 2 for a wrong argument or
+unusable files.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
-from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.data.preparation.overview import draw_classes, draw_samples
-from resnet_backbone.detection.data.preparation.tree_report import TreeCheck, summary, to_json
-from resnet_backbone.detection.data.preparation.trees import (
-    check_coco_files,
-    check_coco_tree,
-    check_voc_tree,
-    find_coco_folder,
-    find_voc_folders,
+from tqdm import tqdm
+
+from resnet_backbone.classification.command_line import one_line_errors
+from resnet_backbone.classification.data import archives
+from resnet_backbone.classification.data.imagenet import (
+    name_classes,
+    read_class_list,
+    read_flat_folder,
+    read_image_folder,
 )
-from resnet_backbone.detection.data.preparation.unpack import unpack, verify_archive
-from resnet_backbone.detection.engine.command_line import one_line_errors
-from resnet_backbone.detection.inference.visualize import written_whole
+from resnet_backbone.classification.data.shards import index_shards, write_shards
+
+SHOWN = 10  # problems printed
+
+DETECTION = """\
+compares the archives with their published checksums, and gives {folders} in the folder, where
+Detectron2 and the configs of this project find them. Then, and without --archives at once, it
+checks: the layout, the numbers of images and boxes against the official ones, missing files, every
+image by decoding it (--quick: only its header), every annotation.
+
+  python tools/prepare_data.py {own}
+
+checks data of your own in this layout. --pictures DIR gets a chart of the boxes per class and
+sheets of images with their boxes; --json FILE gets everything that was found. Boxes that training
+leaves out (of no size, outside the image) are listed, and no reason for status 1."""
+VOC = f"""\
+Unpack the official archives of PASCAL VOC, and check what is there.
+
+  export DETECTRON2_DATASETS=$HOME/datasets
+  python tools/prepare_data.py voc --archives VOCtrainval_06-Nov-2007.tar VOCtest_06-Nov-2007.tar \\
+      VOCtrainval_11-May-2012.tar
+
+{DETECTION.format(folders="VOC2007/ and VOC2012/", own="voc my_data --own --pictures checked/")}"""
+COCO = f"""\
+Unpack the official archives of COCO, and check what is there.
+
+  export DETECTRON2_DATASETS=$HOME/datasets
+  python tools/prepare_data.py coco --archives train2017.zip val2017.zip \\
+      annotations_trainval2017.zip
+
+{DETECTION.format(folders="coco/", own="coco --coco-json train.json --image-root images/")}"""
+IMAGENET = """\
+Build the ImageNet folders from the official archives, or check folders that are there.
+
+  python tools/prepare_data.py imagenet imagenet \\
+      --train-archive ILSVRC2012_img_train.tar \\
+      --val-archive ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
+
+gives imagenet/train/<wnid>/*.JPEG and imagenet/val/<wnid>/*.JPEG. With --flat-val the validation
+images stay in one folder, and imagenet/val_labels.txt has a line 'name wnid' for each.
+
+The labels of the validation set are numbers in an order of the development kit's own; sorted
+wnids, by which networks count classes, are in another one. They are converted by the kit's table,
+or taken from a file of wnids (--val-labels).
+
+  python tools/prepare_data.py imagenet imagenet --check-images
+
+reads every image (hours on one core; see --workers) and lists what cannot be read, and what is
+not an ordinary image, in imagenet/bad_images.txt. The archives come from image-net.org, after
+registration."""
+SHARDS = """\
+Write a data set as tar shards for an object store, or index shards that are there.
+
+  python tools/prepare_data.py shards write imagenet/train shards/train
+  python tools/prepare_data.py shards index shards/train --class-list wnids.txt
+
+The shards are in WebDataset's layout (<key>.jpeg and <key>.cls in each tar), so other programs
+read them too. The file index.npz beside them says where each image lies: with it the trainer
+reads exact epochs and resumes at any sample. Copy the folder as it is to a bucket, and train from
+s3://BUCKET/train (needs fsspec's package for that store: s3fs, gcsfs, ...)."""
+DIGITS = """\
+Write the built-in detection set (handwritten digits on photographs) in PASCAL VOC layout.
+
+  python tools/prepare_data.py digits --output output/quickstart/data
+
+Takes a few seconds and no network. A folder that already holds the same set is left as it is."""
+LABELS = """\
+Make panoptic and semantic ground truth from COCO instances, or "stuff" labels from panoptic.
+
+  python tools/prepare_data.py labels --coco-json instances_train.json --output labels/train
+  python tools/prepare_data.py labels --panoptic-json panoptic_train2017.json \\
+      --output panoptic_stuff_train2017
+
+The first writes labels/train/semantic (every class and background), labels/train/stuff (things,
+background), labels/train/panoptic and panoptic.json. It is made from instances: the smaller of two
+overlapping instances lies on top, crowds are ignored, and every other pixel is of one class,
+background. The second writes, for annotations of stuff as COCO has them, what Panoptic FPN's
+semantic head learns: 0 things, then the classes of stuff by rising id, 255 where nothing is
+annotated."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("kind", choices=("voc", "coco"), help="layout of the data")
+    options = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, **options)
+    commands = parser.add_subparsers(dest="kind", required=True, metavar="DATA")
+    for name, description, add_options in (
+        ("voc", VOC, add_detection_options),
+        ("coco", COCO, add_detection_options),
+        ("imagenet", IMAGENET, add_imagenet_options),
+        ("shards", SHARDS, add_shards_options),
+        ("digits", DIGITS, add_digits_options),
+        ("labels", LABELS, add_labels_options),
+    ):
+        about = description.partition("\n")[0]
+        add_options(commands.add_parser(name, help=about, description=description, **options))
+    args = parser.parse_args(argv)
+    if getattr(args, "workers", 1) < 1:
+        raise ValueError(f"--workers {args.workers}: at least 1 is needed")
+    return args
+
+
+def add_detection_options(parser: argparse.ArgumentParser) -> None:
+    def add_list(option: str, metavar: str, about: str) -> None:
+        parser.add_argument(option, nargs="+", default=[], metavar=metavar, help=about)
+
     parser.add_argument(
         "root",
         nargs="?",
@@ -62,24 +144,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="folder of data sets, or one VOC or COCO folder (default: $DETECTRON2_DATASETS, else "
         "datasets)",
     )
-    parser.add_argument("--archives", nargs="+", default=[], metavar="FILE", help="to unpack first")
+    add_list("--archives", "FILE", "to unpack first")
     parser.add_argument(
         "--unverified", action="store_true", help="unpack archives that are not the official ones"
     )
     parser.add_argument(
         "--own", action="store_true", help="data of your own: do not compare with official counts"
     )
-    parser.add_argument(
-        "--splits",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="check only these: trainval, test (VOC), instances_val2017 (COCO), ...",
+    add_list(
+        "--splits", "NAME", "check only these: trainval, test (VOC), instances_val2017 (COCO), ..."
     )
-    parser.add_argument("--coco-json", nargs="+", default=[], metavar="FILE", help="files to check")
-    parser.add_argument(
-        "--image-root", nargs="+", default=[], metavar="DIR", help="their images, one or one each"
-    )
+    add_list("--coco-json", "FILE", "COCO: files to check")
+    add_list("--image-root", "DIR", "COCO: their images, one or one each")
     parser.add_argument("--quick", action="store_true", help="read the headers of images only")
     parser.add_argument(
         "--workers",
@@ -89,69 +165,154 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a report there")
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        raise UsageError(f"--workers {args.workers}: at least 1 is needed")
-    if bool(args.coco_json) != bool(args.image_root):
-        raise UsageError("--coco-json and --image-root belong together")
-    if args.coco_json and (args.kind == "voc" or args.archives):
-        raise UsageError("--coco-json is for 'coco' without --archives")
-    if len(args.image_root) not in (0, 1, len(args.coco_json)):
-        raise UsageError("--image-root needs one folder, or one for each file of --coco-json")
-    return args
+    parser.set_defaults(run=prepare_detection)
 
 
-def unpack_all(args: argparse.Namespace) -> None:
-    """All archives are compared with their checksums before the first is unpacked."""
-    for archive in args.archives:
-        print(verify_archive(archive, args.unverified), flush=True)
-    for archive in args.archives:
-        done = unpack(archive, args.root, args.kind)
-        print(f"{archive}: {done.written:,} files unpacked, {done.kept:,} were there", flush=True)
-        if done.differing:
-            print(
-                f"{archive}: {len(done.differing):,} files were there with another size and stay "
-                f"as they are, the first is {done.differing[0]}; delete them to unpack them again"
-            )
+def prepare_detection(args: argparse.Namespace) -> int:
+    from resnet_backbone.cli import prepare_detection_data  # Detectron2 is imported here only
+
+    return prepare_detection_data.unpack_and_check(args)
 
 
-def check(args: argparse.Namespace) -> list[TreeCheck]:
-    """Every folder that is there, or the files that were named."""
-    workers = 0 if args.quick else args.workers
-    if args.coco_json:
-        roots = args.image_root * (len(args.coco_json) if len(args.image_root) == 1 else 1)
-        return [check_coco_files(zip(args.coco_json, roots, strict=True), workers)]
-    if args.kind == "coco":
-        return [check_coco_tree(find_coco_folder(args.root), args.own, args.splits, workers)]
-    folders = find_voc_folders(args.root)
-    return [check_voc_tree(folder, args.own, args.splits, workers) for folder in folders]
+def add_imagenet_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="where train/ and val/ are or will be")
+    parser.add_argument("--train-archive", help="ILSVRC2012_img_train.tar")
+    parser.add_argument("--val-archive", help="ILSVRC2012_img_val.tar")
+    labels = parser.add_mutually_exclusive_group()
+    labels.add_argument("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, which has the val labels")
+    labels.add_argument(
+        "--val-labels", help="file of 'name wnid' lines, or of wnids in the order of the images"
+    )
+    parser.add_argument("--flat-val", action="store_true", help="one folder and a label list")
+    parser.add_argument(
+        "--check-images", action="store_true", help="read every image and report the bad ones"
+    )
+    parser.add_argument("--workers", type=int, default=4, help="of --check-images (default: 4)")
+    for option, default in (
+        ("--train-images", archives.TRAIN_IMAGES),
+        ("--val-images", archives.VAL_IMAGES),
+        ("--classes", archives.CLASSES),
+    ):
+        about = "how many there should be (default: %(default)s; 0: any number)"
+        parser.add_argument(option, type=int, default=default, metavar="N", help=about)
+    parser.set_defaults(run=prepare_imagenet)
 
 
-def draw(trees: list[TreeCheck], folder: Path) -> None:
-    for tree in trees:
-        name = Path(tree.folder).resolve().name if Path(tree.folder).is_dir() else tree.kind
-        chart = folder / f"{name}_classes.png"
-        if draw_classes(tree, chart):
-            print(f"boxes per class: {chart}")
-        for split in tree.splits:
-            sheet = folder / f"{name}_{split.name}.jpg"
-            if draw_samples(split, sheet):
-                print(f"images of {split.name}: {sheet}")
+def prepare_imagenet(args: argparse.Namespace) -> int:
+    if args.val_archive:  # the quick one first: a wrong label file shows before an hour is gone
+        if not (args.devkit or args.val_labels):
+            raise ValueError("--val-archive needs --devkit or --val-labels")
+        read = archives.devkit_labels if args.devkit else archives.read_labels
+        labels = read(args.devkit or args.val_labels)
+        bar = partial(tqdm, desc="validation images", unit="img")
+        archives.extract_val(args.val_archive, args.folder / "val", labels, args.flat_val, bar)
+    if args.train_archive:
+        bar = partial(tqdm, desc="training classes", unit="class")
+        archives.extract_train(args.train_archive, args.folder / "train", bar)
+    sets = archives.open_sets(args.folder)
+    expected = {"train": args.train_images, "val": args.val_images}
+    problems = archives.count_problems(sets, expected, args.classes)
+    for name, dataset in sets.items():
+        print(f"{name}: {len(dataset):,} images in {len(set(dataset.labels.tolist())):,} classes")
+    if args.check_images:
+        report = archives.read_every_image(sets, args.folder, args.workers)
+        print(f"{report.num_bad} bad images, {report.num_converted} unusual ones: {report.path}")
+        problems += [f"{path}: {reason}" for path, reason in report.bad.items()]
+    for problem in problems[:SHOWN]:
+        print(f"problem: {problem}", file=sys.stderr)
+    if len(problems) > SHOWN:
+        print(f"problem: and {len(problems) - SHOWN} more", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def add_shards_options(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser("write", help="write shards and their index")
+    write.add_argument("images", help="folder <class>/<image>, or a flat one with --labels")
+    write.add_argument("folder", help="new local folder for the shards")
+    write.add_argument("--labels", help="file of 'name label' lines for a flat folder")
+    write.add_argument(
+        "--samples-per-shard", type=int, default=1000, help="default: 1000, about 110 MB"
+    )
+    write.add_argument(
+        "--seed", type=int, default=0, help="of the order; -1 keeps the folder's (default: 0)"
+    )
+    index = commands.add_parser("index", help="write the index of existing shards")
+    index.add_argument("folder", help="local folder of *.tar")
+    for command in (write, index):
+        command.add_argument("--class-list", help="file of 'wnid index' lines, or of wnids")
+    parser.set_defaults(run=make_shards)
+
+
+def make_shards(args: argparse.Namespace) -> None:
+    classes = read_class_list(args.class_list) if args.class_list else None
+    if args.command == "index":
+        bar = partial(tqdm, desc="shards", unit="shard")
+        index_shards(args.folder, name_classes(classes or {}), bar)
+        return
+    if args.samples_per_shard < 1:
+        raise ValueError(f"--samples-per-shard {args.samples_per_shard}: at least 1 is needed")
+    if args.labels:
+        dataset = read_flat_folder(args.images, args.labels, classes)
+    else:
+        dataset = read_image_folder(args.images, classes)
+    seed = None if args.seed < 0 else args.seed
+    bar = partial(tqdm, desc="images", unit="img", total=len(dataset))
+    write_shards(dataset, args.folder, args.samples_per_shard, seed, bar)
+
+
+def add_digits_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to create")
+    parser.add_argument("--num-train", type=int, default=600, help="training pictures (600)")
+    parser.add_argument("--num-test", type=int, default=150, help="test pictures (150)")
+    parser.add_argument("--image-size", type=int, default=160, help="side in pixels (160)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another set (0)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a set made with other settings"
+    )
+    parser.set_defaults(run=make_digits)
+
+
+def make_digits(args: argparse.Namespace) -> None:
+    from resnet_backbone.detection.data.preparation import quickstart
+
+    settings = {key: getattr(args, key) for key in ("num_train", "num_test", "image_size", "seed")}
+    if quickstart.is_complete(args.output, settings):
+        print(f"{args.output}: complete already, nothing to do")
+        return
+    with tqdm(total=args.num_train + args.num_test, unit="picture", disable=None) as bar:
+        overwrite = args.overwrite
+        quickstart.generate(args.output, **settings, overwrite=overwrite, on_image=bar.update)
+    print(f"{args.output}: {args.num_train} train and {args.num_test} test pictures")
+
+
+def add_labels_options(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--coco-json", metavar="FILE", help="instances in COCO's format")
+    source.add_argument("--panoptic-json", metavar="FILE", help="COCO's panoptic format")
+    parser.add_argument(
+        "--panoptic-root", metavar="DIR", help="its pictures (default: its name without .json)"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    parser.set_defaults(run=make_segmentation_labels)
+
+
+def make_segmentation_labels(args: argparse.Namespace) -> None:
+    from resnet_backbone.detection.data.panoptic import make_labels, make_stuff
+
+    if args.panoptic_json:
+        number = make_stuff(args.panoptic_json, args.output, args.panoptic_root or "")
+        print(f"written: {args.output}, {number} label pictures")
+        return
+    counts = make_labels(args.coco_json, args.output)
+    print("written: {}, {images} images, {segments} segments".format(args.output, **counts))
+    print("made from instances; {hidden} of them lie wholly under smaller ones".format(**counts))
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    unpack_all(args)
-    trees = check(args)
-    for tree in trees:
-        print(f"\n{summary(tree)}")
-    if args.json:
-        with written_whole(args.json) as temporary:
-            temporary.write_text(json.dumps([to_json(tree) for tree in trees], indent=1))
-    if args.pictures:
-        draw(trees, args.pictures)
-    return 1 if any(tree.damaged for tree in trees) else 0
+    return args.run(args) or 0
 
 
 if __name__ == "__main__":

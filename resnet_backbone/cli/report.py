@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnet_backbone.classification.data.augment import resize_short_side
-from resnet_backbone.classification.data.cifar import read_cifar10
+from resnet_backbone.classification.data.arrays import read_cifar10
+from resnet_backbone.classification.data.crops import resize_short_side
 from resnet_backbone.classification.data.decode import read_rgb
 from resnet_backbone.classification.data.imagenet import EXTENSIONS
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec

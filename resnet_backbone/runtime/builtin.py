@@ -1,4 +1,4 @@
-"""The built-in pictures: handwritten digits drawn on photographs, for detection and classification.
+"""Built-in pictures: handwritten digits drawn on photographs, for detection and classification.
 
 Every pixel is real and comes with two declared dependencies, so nothing is downloaded: the digits
 are scikit-learn's ``load_digits`` (1,797 scans of 8x8 cells), the backgrounds are photographs that
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Only photographs that scikit-image ships inside its wheel, with the licence it states for each.
+# Only photographs that scikit-image ships inside its wheel, with the license it states for each.
 BACKGROUNDS = {
     "train": {
         "astronaut": "NASA, public domain",
@@ -33,7 +33,10 @@ BACKGROUNDS = {
     },
 }
 TEST_SHARE = 0.3  # the last 30 % of the digits; the scans are ordered by writer
-DIGIT_PIXELS = (24, 72)  # height and width of the pasted 8x8 cell grid
+DIGIT_PIXELS = (24, 72)  # height and width of the pasted 8x8 cell grid in detection scenes
+CROP = 64  # side in pixels of a classification image: a digit of the scenes with its surroundings
+CROP_DIGIT_PIXELS = (36, 54)  # of the 8x8 cell grid in a classification image
+OFF_CENTER = 6  # pixels at most, in each direction
 VISIBLE = 0.3  # ink at or above this strength counts as part of the digit
 
 
@@ -104,7 +107,7 @@ def tight_box(ink: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _pick_colour(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _pick_color(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return an RGB ink, 0 to 255, lighter or darker than the patch by a random, legible step."""
     mean, spread = patch.mean(), patch.std()
     step = rng.uniform(80, 150) + 0.5 * spread
@@ -128,6 +131,30 @@ def draw_ink(
     place = slice(top, top + ink.shape[0]), slice(left, left + ink.shape[1])
     alpha = np.zeros(canvas.shape[:2], np.float32)
     alpha[place] = ink
-    colour = _pick_colour(canvas[place], rng)
+    color = _pick_color(canvas[place], rng)
     blend = (alpha * rng.uniform(0.85, 1.0))[..., None]
-    return canvas * (1 - blend) + colour * blend, alpha
+    return canvas * (1 - blend) + color * blend, alpha
+
+
+def draw_digit_crop(split: str, number: int, index: int) -> np.ndarray:
+    """Draw classification image ``number`` of a split: scan ``index`` amid a photograph.
+
+    Scale, scans and photographs are those of the detection scenes, so that a network that is
+    pre-trained on these knows what the detector is going to look at.
+
+    Returns:
+        uint8 (64, 64, 3), RGB.
+    """
+    rng = np.random.default_rng([list(BACKGROUNDS).index(split), number])
+    photograph = crop_photograph(str(rng.choice(sorted(BACKGROUNDS[split]))), CROP, rng)
+    ink = render_ink(index, rng, CROP_DIGIT_PIXELS)
+    top, left = (_place(extent, rng) for extent in ink.shape)
+    canvas, _ = draw_ink(photograph.astype(np.float32), ink, left, top, rng)
+    return canvas.round().astype(np.uint8)
+
+
+def _place(extent: int, rng: np.random.Generator) -> int:
+    """Return where ink of some height or width begins: near the middle, and inside the crop."""
+    middle = (CROP - extent) // 2
+    off = min(OFF_CENTER, middle)
+    return middle + int(rng.integers(-off, off + 1))

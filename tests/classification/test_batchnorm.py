@@ -17,8 +17,7 @@ from resnet_backbone.classification.batch_norm import (
     recompute_statistics,
 )
 from resnet_backbone.classification.data.arrays import ArraySource
-from resnet_backbone.classification.data.batch import Batch
-from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.classification.data.stream import Batch, SampleStream
 from resnet_backbone.models import FrozenBatchNorm2d, build_model
 from resnet_backbone.runtime.distributed import World
 from resnet_backbone.weights import Preprocessing
@@ -262,7 +261,7 @@ def test_training_images_are_each_there_once(world_size, count):
     for rank in range(world_size):
         stream = SampleStream(29, 12, 5, rank, world_size)
         images = torch.zeros(29, 3, 4, 4, dtype=torch.uint8)
-        source = ArraySource(images, torch.arange(29), stream, ["x"], augmentation="none")
+        source = ArraySource(images, torch.arange(29), stream, augmentation="none")
         calls = []
         world = World(rank, world_size)
         part = TrainingImages(source, count, 12, world, before_each=lambda c=calls: c.append(1))

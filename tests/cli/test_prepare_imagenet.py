@@ -1,7 +1,8 @@
-"""tools/prepare_imagenet.py and tools/make_shards.py on miniature archives."""
+"""prepare-data for ImageNet and tar shards, on miniature archives."""
 
-import importlib.util
+import importlib
 import io
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,9 +17,10 @@ from resnet_backbone.classification.data.archives import (
     check_counts,
     read_labels,
 )
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.imagenet import read_flat_folder, read_image_folder
 from resnet_backbone.classification.data.shards import TarShards
+from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.cli import prepare_data
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # The kit's numbers, in an order that is not that of the wnids.
@@ -27,12 +29,12 @@ TRUTH = [3, 1, 1, 2, 3, 2]
 ANY = ["--train-images", "0", "--val-images", "0", "--classes", "0"]
 
 
-def load(name):
-    module = importlib.import_module(f"resnet_backbone.cli.{name}")
-    return module
-
-
-prepare, make_shards = load("prepare_imagenet"), load("make_shards")
+def run(*arguments) -> int:
+    """The exit status of prepare-data."""
+    try:
+        return prepare_data.main(list(map(str, arguments)))
+    except SystemExit as stop:
+        return stop.code
 
 
 def jpeg(seed) -> bytes:
@@ -84,13 +86,13 @@ def archives(tmp_path):
 
 
 def call(tmp_path, archives, *options, train=True, labels=True):
-    arguments = [str(tmp_path / "imagenet")]
+    arguments = ["imagenet", str(tmp_path / "imagenet")]
     if train:
         arguments += ["--train-archive", str(archives / "train.tar")]
     arguments += ["--val-archive", str(archives / "val.tar")]
     if labels:
         arguments += ["--devkit", str(archives / "devkit.tar.gz")]
-    return prepare.main([*arguments, *options])
+    return run(*arguments, *options)
 
 
 def test_the_kits_numbers_become_the_right_classes(tmp_path, archives):
@@ -176,7 +178,7 @@ def test_check_images_lists_the_bad_ones(tmp_path, archives, capsys):
     broken.write_bytes(broken.read_bytes()[:200])
     odd = root / "val" / "n00000001" / "ILSVRC2012_val_00000004.JPEG"
     Image.open(odd).convert("CMYK").save(odd)
-    assert prepare.main([str(root), "--check-images", "--workers", "1", *ANY]) == 1
+    assert run("imagenet", root, "--check-images", "--workers", "1", *ANY) == 1
     assert "1 bad images, 1 unusual ones" in capsys.readouterr().out
     lines = sorted((root / "bad_images.txt").read_text().splitlines())
     assert lines[0].startswith(f"bad\t{broken}\t") and lines[1] == f"converted\t{odd}\tCMYK"
@@ -189,7 +191,7 @@ def test_damaged_and_exchanged_archives_are_one_line(tmp_path, archives, capsys,
     path.write_bytes(whole[: len(whole) // 2])
     assert call(tmp_path, archives, *ANY) == 2
     error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1].startswith("prepare_imagenet.py: ") and archive in error[-1]
+    assert error[-1].startswith("error: ") and archive in error[-1]
     path.write_bytes(tar_of({"readme.txt": b"x"}))
     assert call(tmp_path / "other", archives, *ANY) == 2
     assert archive in capsys.readouterr().err.strip().splitlines()[-1]
@@ -204,9 +206,11 @@ def test_members_cannot_leave_the_folder(tmp_path, archives):
 
 
 def test_missing_arguments_and_folders(tmp_path, archives, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        prepare.main([str(tmp_path), "--val-archive", str(archives / "val.tar")])
-    assert prepare.main([str(tmp_path)]) == 2
+    assert run("imagenet", tmp_path, "--val-archive", archives / "val.tar") == 2
+    assert "needs --devkit or --val-labels" in capsys.readouterr().err
+    assert run("imagenet", tmp_path, "--workers", "0") == 2
+    assert "--workers 0: at least 1" in capsys.readouterr().err
+    assert run("imagenet", tmp_path) == 2
     assert "neither train nor val" in capsys.readouterr().err
 
 
@@ -214,13 +218,26 @@ def test_make_shards(tmp_path, archives, capsys):
     pytest.importorskip("webdataset")
     call(tmp_path, archives, *ANY)
     train, folder = str(tmp_path / "imagenet/train"), tmp_path / "shards"
-    assert make_shards.main(["write", train, str(folder), "--samples-per-shard", "4"]) == 0
+    assert run("shards", "write", train, folder, "--samples-per-shard", "4") == 0
     dataset = TarShards(folder)
     assert dataset.group_sizes == (4, 4, 1)
     assert Counter(dataset.labels.tolist()) == {0: 3, 1: 4, 2: 2}
     classes = tmp_path / "classes.txt"
     classes.write_text("cat\ndog\nbird\n")
-    assert make_shards.main(["index", str(folder), "--class-list", str(classes)]) == 0
+    assert run("shards", "index", folder, "--class-list", classes) == 0
     assert TarShards(folder).class_names == ("cat", "dog", "bird")
-    assert make_shards.main(["write", train, str(folder)]) == 2
+    assert run("shards", "write", train, folder) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_imagenet_and_shards_need_no_detectron2(tmp_path, archives, monkeypatch):
+    for name in ("detectron2", "fvcore", "resnet_backbone.detection"):
+        monkeypatch.setitem(sys.modules, name, None)  # an ImportError for whoever imports it
+    importlib.reload(prepare_data)
+    assert call(tmp_path, archives, *ANY) == 0
+
+
+@pytest.mark.parametrize("kind", ["voc", "coco", "imagenet", "shards", "digits", "labels"])
+def test_each_kind_explains_itself(kind, capsys):
+    assert run(kind, "--help") == 0
+    assert f"python tools/prepare_data.py {kind} " in capsys.readouterr().out

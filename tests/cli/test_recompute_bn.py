@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from resnet_backbone.classification.data.arrays import ArraySource
-from resnet_backbone.classification.data.cifar import CLASS_NAMES, read_cifar10
+from resnet_backbone.classification.data.arrays import ArraySource, read_cifar10
 from resnet_backbone.classification.data.stream import SampleStream
 from resnet_backbone.classification.networks import NetworkSpec, read_spec, save_network
 from resnet_backbone.weights import Preprocessing, read_weights
@@ -32,7 +31,7 @@ def run(tmp_path, tiny_cifar10):
     (tmp_path / "config.yaml").write_text(
         f"""
 model: {{name: cifar_resnet8}}
-data: {{format: cifar10, root: {tiny_cifar10}, augmentation: pad_crop}}
+data: {{format: cifar10, root: {tiny_cifar10}, augmentation: pad_crop, padding: black}}
 schedule: {{iterations: 5}}
 train: {{batch_size: 40, micro_batch: 8, seed: 3, device: cpu}}
 evaluation: {{protocol: full, batch_size: 16}}
@@ -55,7 +54,7 @@ def test_new_statistics(main, run, tiny_cifar10, capsys, layer_inputs):
     assert preprocessing == GREY
     # the first batch norm sees the convolved first 70 images of training
     images, labels = read_cifar10(tiny_cifar10, train=True)
-    source = ArraySource(images, labels, SampleStream(200, 40, 3), CLASS_NAMES)
+    source = ArraySource(images, labels, SampleStream(200, 40, 3))
     x = torch.cat([InputNormalizer(GREY)(source.batch(i).images) for i in range(2)])[:70]
     seen = torch.nn.functional.conv2d(x, tensors["stem.weight"], padding=1).double()
     mean, var = tensors["stem.norm.running_mean"], tensors["stem.norm.running_var"]

@@ -271,7 +271,7 @@ if name == os.environ.get("SLOW"):
         sys.exit(75)
 flag = next((flag for flag in ("--output-dir", "--output") if flag in words), "convert")
 place = Path(words[words.index(flag) + (2 if flag == "convert" else 1)])
-files = dict(make_quickstart_data="dataset.json", train_classifier="final.safetensors",
+files = dict(prepare_data="dataset.json", train_classifier="final.safetensors",
     train_net="results.json", evaluate_detector="results.json")
 path = place / files[name] if name in files else place
 path.parent.mkdir(parents=True, exist_ok=True)
@@ -313,7 +313,7 @@ def run(root: Path, stages=STAGES, words=()) -> int:
     return reproduce.run(mini(root, *words), stages, root.parent / "out", root)
 
 
-ALL = ["make_quickstart_data", *["train_classifier"] * 2, *["recompute_bn"] * 2,
+ALL = ["prepare_data", *["train_classifier"] * 2, *["recompute_bn"] * 2,
        *["convert_weights"] * 2, *["train_net"] * 2,
        *["evaluate_detector"] * 2, "report"]  # fmt: skip
 

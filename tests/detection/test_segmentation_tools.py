@@ -1,4 +1,4 @@
-"""tools/make_segmentation_labels.py, tools/train_net.py and tools/demo.py with masks, label
+"""tools/prepare_data.py labels, tools/train_net.py and tools/demo.py with masks, label
 pictures and panoptic segments, on generated pictures and on COCO images."""
 
 import importlib.util
@@ -68,8 +68,14 @@ def scenes(tmp_path_factory) -> Path:
     categories = [{"id": 1, "name": "bar"}, {"id": 2, "name": "box"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / "instances.json").write_text(json.dumps(content))
-    command = ["--coco-json", str(root / "instances.json"), "--output", str(root / "labels")]
-    tool("make_segmentation_labels").main(command)
+    command = [
+        "labels",
+        "--coco-json",
+        str(root / "instances.json"),
+        "--output",
+        str(root / "labels"),
+    ]
+    tool("prepare_data").main(command)
     return root
 
 
@@ -200,8 +206,11 @@ def test_overrides_behind_the_image_folders(train_net, scenes, tmp_path):
 
 def test_label_tool_needs_one_input(capsys):
     with pytest.raises(SystemExit) as stop:
-        tool("make_segmentation_labels").main(["--output", "x"])
-    assert stop.value.code == 2 and "--coco-json FILE or" in capsys.readouterr().err
+        tool("prepare_data").main(["labels", "--output", "x"])
+    assert (
+        stop.value.code == 2
+        and "--coco-json --panoptic-json is required" in capsys.readouterr().err
+    )
 
 
 def near(pixel, colour):
@@ -272,7 +281,7 @@ def test_coco_images(train_net, data_root, tmp_path):
     for split in ("train", "val"):
         file = str(coco / "annotations" / f"instances_{split}2017.json")
         out = str(tmp_path / split)
-        tool("make_segmentation_labels").main(["--coco-json", file, "--output", out])
+        tool("prepare_data").main(["labels", "--coco-json", file, "--output", out])
         words.append((file, str(coco / f"{split}2017"), f"{out}/panoptic.json", f"{out}/stuff"))
     options = ("--coco-json", "--image-root", "--panoptic-json", "--sem-seg")
     pairs = zip(*words, strict=True)

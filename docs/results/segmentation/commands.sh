@@ -1,6 +1,6 @@
 # The exact commands of docs/results/segmentation.md, one per run. train12.json is COCO's instances file
 # with each category replaced by its super-category; labels12 is what
-#   python tools/make_segmentation_labels.py --coco-json output/seg/train12.json --output output/seg/labels12
+#   python tools/prepare_data.py labels --coco-json output/seg/train12.json --output output/seg/labels12
 # wrote.
 
 python tools/train_net.py --config-file configs/segmentation/coco/mask_rcnn_R_50_FPN.yaml --image-root coco_mini/train2017 --coco-json output/seg/train12.json output/seg/train12.json MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 64 MODEL.RPN.POST_NMS_TOPK_TEST 300 MODEL.RPN.POST_NMS_TOPK_TRAIN 500 SOLVER.BASE_LR 0.01 SOLVER.CLIP_GRADIENTS.ENABLED True SOLVER.CLIP_GRADIENTS.CLIP_TYPE norm SOLVER.CLIP_GRADIENTS.CLIP_VALUE 5.0 MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK True SOLVER.MAX_ITER 220 SOLVER.STEPS '(180,205)' --weights weights/resnet50_msra_bgr_fp16.safetensors RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra --output-dir output/seg/mask_rcnn_R_50_FPN INPUT.MIN_SIZE_TRAIN '(192,)' INPUT.MIN_SIZE_TEST 192 SOLVER.IMS_PER_BATCH 2 SOLVER.WARMUP_ITERS 30 SOLVER.AMP.ENABLED True SEED 1 DATALOADER.NUM_WORKERS 0

@@ -1,4 +1,4 @@
-"""The official ILSVRC2012 archives to folders that ``imagenet.py`` reads."""
+"""The official ILSVRC2012 archives to folders that ``imagenet.py`` reads, and checks of these."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ import os
 import re
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from resnet_backbone.classification.data.batch import DataError
-from resnet_backbone.classification.data.imagenet import EXTENSIONS
+from tqdm import tqdm
+
+from resnet_backbone.classification.data.bad_images import BadImageReport, inspect_file
+from resnet_backbone.classification.data.imagenet import (
+    EXTENSIONS,
+    ImageFiles,
+    read_flat_folder,
+    read_image_folder,
+)
+from resnet_backbone.classification.data.stream import DataError
 
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # arXiv 1409.0575, table 2
 IMAGES_PER_CLASS = (732, 1300)  # the same table: the smallest and the largest training class
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+CHUNK = 64  # images handed to a process at a time
 
 Progress = Callable[[Iterable], Iterable]
 
@@ -173,6 +184,54 @@ def check_counts(counts: Mapping[str, int], images: int, classes: int, where: st
             if count != 50:
                 problems.append(f"{where}: {wnid} has {count} images, not 50")
     return problems
+
+
+def open_sets(folder: Path) -> dict[str, ImageFiles]:
+    """The data sets that are in a folder: "train", "val".
+
+    Raises:
+        DataError: neither is there, or one of them cannot be listed.
+    """
+    sets = {}
+    if (folder / "train").is_dir():
+        sets["train"] = read_image_folder(folder / "train")
+    val = folder / "val"
+    if labels_file(val).is_file():
+        sets["val"] = read_flat_folder(val, labels_file(val))
+    elif val.is_dir():
+        sets["val"] = read_image_folder(val)
+    if not sets:
+        raise DataError(f"{folder} has neither train nor val: give the archives to unpack")
+    return sets
+
+
+def count_problems(
+    sets: Mapping[str, ImageFiles], images: Mapping[str, int], classes: int
+) -> list[str]:
+    """Wrong numbers of images and classes; see :func:`check_counts`.
+
+    Args:
+        sets: by name, as :func:`open_sets` gives them.
+        images: how many each should have.
+    """
+    problems = []
+    for name, dataset in sets.items():
+        counts = Counter(dataset.class_names[label] for label in dataset.labels)
+        problems += check_counts(counts, images[name], classes, str(dataset.root))
+    if len({dataset.class_names for dataset in sets.values()}) > 1:
+        problems.append("train and val have different classes")
+    return problems
+
+
+def read_every_image(sets: Mapping[str, ImageFiles], folder: Path, workers: int) -> BadImageReport:
+    """Decodes all images in several processes; what is found goes to ``bad_images.txt``."""
+    report = BadImageReport(folder / "bad_images.txt")
+    paths = [dataset.name(i) for dataset in sets.values() for i in range(len(dataset))]
+    with ProcessPoolExecutor(workers) as pool:
+        found = pool.map(inspect_file, paths, chunksize=CHUNK)
+        for note in filter(None, tqdm(found, total=len(paths), desc="images", unit="img")):
+            report.add(note)
+    return report
 
 
 @contextmanager

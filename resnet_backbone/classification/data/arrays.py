@@ -1,17 +1,27 @@
-"""Small data sets that lie in memory, on the device where the network runs."""
+"""Data sets in memory: CIFAR-10 as it is published, the built-in digits, synthetic images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import pickle
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_backbone.classification.data.batch import Batch, DataError
-from resnet_backbone.classification.data.stream import AUGMENTATION, SampleStream
+from resnet_backbone.classification.data.stream import AUGMENTATION, Batch, DataError, SampleStream
+from resnet_backbone.runtime.builtin import digit_indices, draw_digit_crop, load_scans
 
 PAD = 4  # pixels on each side (paper, section 4.2)
+CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+SHAPE = (3, 32, 32)
+RECORD = 1 + 3 * 32 * 32  # one label byte, then the R, G and B planes
+TRAIN_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
+TEST_FILES = ("test_batch",)
+HELD_OUT = 5000  # the paper's validation images (section 4.2): here the last of the 50,000
+COPIES = {"train": 4, "test": 2}  # drawings of each scanned digit
 
 
 class ArraySource:
@@ -21,13 +31,12 @@ class ArraySource:
         images: uint8 (N, 3, H, W), RGB.
         labels: int64 (N,).
         stream: which samples make up an iteration.
-        class_names: one per class.
         augmentation: "pad_crop" (the paper's CIFAR augmentation: 4 pixels of padding on each side,
             a random crop of the image's size, horizontal flip), "shift" (the same without flip,
             for digits) or "none".
         padding: pixels (3, H, W) or (3, 1, 1), RGB, 0..255, that a crop shows where it leaves the
             image. With the training set's mean the padding is zero once the mean is subtracted, to
-            half a grey level, as in fb.resnet.torch. None: black.
+            half a gray level, as in fb.resnet.torch. None: black.
         device: where the arrays lie and batches are made.
     """
 
@@ -36,7 +45,6 @@ class ArraySource:
         images: Tensor,
         labels: Tensor,
         stream: SampleStream,
-        class_names: Sequence[str],
         *,
         augmentation: str = "pad_crop",
         padding: Tensor | None = None,
@@ -44,8 +52,8 @@ class ArraySource:
     ):
         if augmentation not in ("pad_crop", "shift", "none"):
             raise DataError(f"unknown augmentation {augmentation!r}: use pad_crop, shift or none")
-        self.stream, self.class_names = stream, tuple(class_names)
-        self.augmentation, self.device = augmentation, torch.device(device)
+        self.stream, self.augmentation = stream, augmentation
+        self.device = torch.device(device)
         self.size = tuple(images.shape[2:])
         # rows of whole pixels: a gather reads three bytes in a row and gives channels_last
         self.pixels = images.permute(0, 2, 3, 1).contiguous().to(self.device)
@@ -57,10 +65,6 @@ class ArraySource:
     @property
     def num_samples(self) -> int:
         return len(self.labels)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
 
     def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
         """Batches without end, from any iteration on."""
@@ -104,23 +108,146 @@ def _within(places: Tensor, size: int) -> Tensor:
     return (places >= 0) & (places < size)
 
 
-def mean_image(images: Tensor) -> Tensor:
-    """The per-pixel mean of uint8 images (N, 3, H, W): float32 (3, H, W), 0..255."""
-    total = torch.zeros(images.shape[1:], dtype=torch.float64)
-    for part in images.split(4096):
-        total += part.to(torch.float64).sum(0)
-    return (total / len(images)).float()
+class SyntheticSource:
+    """One batch of random bytes, made on the device and given again and again.
+
+    Args:
+        batch_size: of this process.
+        shape: (3, H, W).
+        num_classes: labels are 0 to this less 1.
+        num_samples: how many images count as an epoch.
+        device: where the batch lies.
+        seed: of the bytes.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        num_samples: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8, generator=generator)
+        labels = torch.randint(0, num_classes, (batch_size,), generator=generator)
+        images = images.to(device, memory_format=torch.channels_last)
+        self.batch = Batch(images, labels.to(device))
+        self.num_samples = num_samples
+
+    def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
+        while True:
+            yield self.batch
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over all pixels, 0..255."""
-    first = torch.zeros(images.shape[1], dtype=torch.float64)
-    second = torch.zeros_like(first)
-    for part in images.split(4096):
-        values = part.to(torch.float64)
-        first += values.sum((0, 2, 3))
-        second += (values**2).sum((0, 2, 3))
-    count = images.numel() / images.shape[1]
-    mean = first / count
-    std = (second / count - mean**2).clamp_min(0).sqrt()
-    return tuple(mean.tolist()), tuple(std.tolist())
+def read_cifar10(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Reads the training or the test set.
+
+    Args:
+        root: a folder with the files of the binary version (``data_batch_1.bin`` ...) or of the
+            Python version (``data_batch_1`` ...), or one that holds such a folder under its
+            official name.
+
+    Returns:
+        (images, uint8 (N, 3, 32, 32), RGB; labels, int64 (N,)), in the official order.
+
+    Raises:
+        DataError: a missing, short or damaged file.
+    """
+    folder, suffix = _find(Path(root))
+    read = _read_binary if suffix else _read_python
+    parts = [read(folder / f"{name}{suffix}") for name in (TRAIN_FILES if train else TEST_FILES)]
+    images = torch.from_numpy(np.concatenate([images for images, _ in parts]))
+    labels = torch.from_numpy(np.concatenate([labels for _, labels in parts]))
+    return images, labels
+
+
+def _find(root: Path) -> tuple[Path, str]:
+    for folder in (root, root / "cifar-10-batches-bin", root / "cifar-10-batches-py"):
+        for suffix in (".bin", ""):
+            if (folder / f"{TRAIN_FILES[0]}{suffix}").is_file():
+                return folder, suffix
+    raise DataError(
+        f"{root}: no CIFAR-10 here; data.root is the folder that holds data_batch_1.bin (binary "
+        "version) or data_batch_1 (Python version) and the other files"
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); fetch CIFAR-10 again"
+        ) from error
+
+
+def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    raw = _read_bytes(path)
+    if not raw or len(raw) % RECORD:
+        raise DataError(f"{path}: {len(raw)} bytes are no whole records; fetch CIFAR-10 again")
+    records = np.frombuffer(raw, np.uint8).reshape(-1, RECORD)
+    return _checked(path, records[:, 1:], records[:, 0])
+
+
+class _Unpickler(pickle.Unpickler):
+    """Arrays, bytes and lists only: nothing in the file is run."""
+
+    ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    }
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_python(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    _read_bytes(path)
+    try:
+        with path.open("rb") as file:
+            table = _Unpickler(file, encoding="bytes").load()
+        return _checked(path, np.asarray(table[b"data"]), np.asarray(table[b"labels"]))
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: not a file of CIFAR-10's Python version ({error}); fetch it again"
+        ) from error
+
+
+def _checked(path: Path, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), RECORD - 1):
+        raise DataError(f"{path}: {pixels.dtype} {pixels.shape} are not CIFAR-10's images")
+    if labels.min() < 0 or labels.max() >= len(CIFAR10_CLASSES):
+        raise DataError(f"{path}: labels reach {labels.max()}; is it CIFAR-100? Give CIFAR-10")
+    return pixels.reshape(-1, *SHAPE), labels.astype(np.int64)
+
+
+def read_digits(train: bool) -> tuple[Tensor, Tensor]:
+    """The built-in digits, each on a piece of a photograph; drawn once and kept in memory.
+
+    Scan, place, size, turn, color and photograph differ from drawing to drawing; the same
+    library versions give the same pixels. Train and test share neither scan nor photograph.
+
+    Returns:
+        (images uint8 (N, 3, 64, 64), RGB; labels int64 (N,), indices into
+        ``runtime.builtin.CLASS_NAMES``); N is
+        5,032 for training and 1,078 for testing. Shared with other callers: do not change it.
+
+    Raises:
+        ImportError: scikit-learn or scikit-image is missing.
+    """
+    return _draw_digits("train" if train else "test")
+
+
+@cache
+def _draw_digits(split: str) -> tuple[Tensor, Tensor]:
+    chosen = [index for _ in range(COPIES[split]) for index in digit_indices(split)]
+    crops = [draw_digit_crop(split, number, index) for number, index in enumerate(chosen)]
+    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+    return images, torch.from_numpy(load_scans()[1][chosen].astype(np.int64))

@@ -1,9 +1,11 @@
-"""Geometry of images: the paper's training crop, and resizing as torchvision's transforms do it."""
+"""Augmentation: the paper's, that of later recipes, and mixing of whole batches."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +13,36 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_backbone.classification.data.batch import DataError
-from resnet_backbone.classification.data.color import check_colour_noise, colour_shift
-from resnet_backbone.classification.data.region import EncodedImage
+from resnet_backbone.classification.data.crops import (
+    EncodedImage,
+    center_corner,
+    draw_crop,
+    draw_inception_crop,
+    resize_crop,
+    resize_short_side,
+    to_image,
+)
+from resnet_backbone.classification.data.stream import DataError
+
+MIXING = 4  # the first word of a seed, beside those in `stream`, `loader` and `statistics`
+NOISE_STRENGTH = 0.1  # standard deviation of each component's factor (AlexNet, section 4.1)
+
+# Principal axes of ImageNet's RGB values, one a column; rows R, G, B (fb.resnet.torch,
+# datasets/imagenet.lua).
+AXES = np.array(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+)
+
+# By what the factor is multiplied, in gray levels of 0..255. AlexNet's text says eigenvalues; the
+# published programs differ by a square root.
+SCALINGS: dict[str, tuple[float, float, float]] = {
+    # standard deviations along the axes (cuda-convnet2, AlexNet's own program): noise of 12.2,
+    # 3.7 and 2.0 gray levels
+    "cuda_convnet": (121.78, 37.09, 19.72),
+    # eigenvalues of the covariance of values in 0..1 (fb.resnet.torch): 5.5, 0.48 and 0.11
+    "fb_resnet_torch": (0.2175 * 255, 0.0188 * 255, 0.0045 * 255),
+}
+COLOR_NOISES = (*SCALINGS, "none")
 
 
 class Augmented(NamedTuple):
@@ -21,163 +50,51 @@ class Augmented(NamedTuple):
 
     Attributes:
         image: uint8 (3, size, size), RGB.
-        shift: float32 (3,) or None, see :class:`resnet_backbone.classification.data.batch.Batch`.
+        shift: float32 (3,) or None, see :class:`resnet_backbone.classification.data.stream.Batch`.
     """
 
     image: Tensor
     shift: np.ndarray | None = None
 
 
-class Span(NamedTuple):
-    """One axis of a crop of a resized image.
-
-    The crop begins ``skip`` pixels of the result after the pixel ``start`` of the image: the
-    resizing filter of its first pixel does not look further back than ``start``.
-
-    Attributes:
-        start: pixel of the image, before resizing.
-        skip: pixels of the result.
-        scale: pixels of the image for one of the result.
-    """
-
-    start: int
-    skip: int
-    scale: float
+def check_color_noise(name: str) -> None:
+    """DataError for an unknown name."""
+    if name not in COLOR_NOISES:
+        raise DataError(f"color noise is one of {', '.join(COLOR_NOISES)}, not {name!r}")
 
 
-class Crop(NamedTuple):
-    """A square crop of a resized image."""
-
-    y: Span
-    x: Span
-
-    def box(self, size: int) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) in pixels of the image before resizing.
-
-        Pillow's ``resize((size, size), BILINEAR, box=...)`` gives the same pixels, within a grey
-        level or two.
-        """
-        left, top = (span.start + span.skip * span.scale for span in (self.x, self.y))
-        return left, top, left + size * self.x.scale, top + size * self.y.scale
-
-
-def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) after the short side becomes ``size``; the long one truncated, as
-    torchvision's ``Resize`` does."""
-    if height <= width:
-        return size, int(size * width / height)
-    return int(size * height / width), size
-
-
-def resize_short_side(image: np.ndarray | Tensor, size: int) -> np.ndarray | Tensor:
-    """Resizes like torchvision's ``Resize(size, antialias=True)`` of a uint8 tensor, bilinear.
+def color_shift(name: str, rng: np.random.Generator) -> np.ndarray | None:
+    """AlexNet's color noise of one image, along the principal axes of ImageNet's colors.
 
     Args:
-        image: uint8, numpy (H, W, 3) or torch (3, H, W).
-        size: of the short side, pixels.
+        name: "cuda_convnet" or "fb_resnet_torch", the two published scalings, or "none".
 
     Returns:
-        uint8, of the same kind and layout; ``image`` itself where it has that size.
+        float32 (3,), gray levels to add to R, G, B; None for "none".
     """
-    tensor = image if isinstance(image, Tensor) else torch.from_numpy(image).permute(2, 0, 1)
-    shape = resized_shape(*tensor.shape[1:], size)
-    if shape == tuple(tensor.shape[1:]):
-        return image
-    resized = F.interpolate(tensor[None], shape, mode="bilinear", antialias=True)[0]
-    return resized if isinstance(image, Tensor) else resized.permute(1, 2, 0).contiguous().numpy()
-
-
-def centre_corner(height: int, width: int, size: int) -> tuple[int, int]:
-    """(top, left) of the centre crop, rounded as torchvision's ``CenterCrop`` does."""
-    return round((height - size) / 2.0), round((width - size) / 2.0)
-
-
-def draw_crop(
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    size: int = 224,
-    short_side: tuple[int, int] = (256, 480),
-) -> Crop:
-    """A random crop of the image resized to a random short side (paper, section 3.4).
-
-    The short side is uniform over the whole numbers of the range, the place uniform over those
-    of the resized image. The corner is then moved to the nearest place, at most half a pixel of
-    the image away, from which the crop can be resized without the rest of the image.
-    """
-    shape = resized_shape(height, width, int(rng.integers(short_side[0], short_side[1] + 1)))
-    y = _draw_span(height, shape[0], size, rng)
-    return Crop(y, _draw_span(width, shape[1], size, rng))
-
-
-def _draw_span(length: int, resized: int, size: int, rng: np.random.Generator) -> Span:
-    scale = length / resized
-    place = int(rng.integers(0, resized - size + 1))
-    # The bilinear filter reaches max(1, scale) pixels of the image from the centre of a result's
-    # pixel; beyond `skip` of these it does not reach the pixel before `start`.
-    skip = min(place, max(1, math.ceil(0.5 / scale - 0.5)))
-    last = math.floor(length - (skip + size) * scale + 1e-6)
-    return Span(min(round((place - skip) * scale), max(last, 0)), skip, scale)
-
-
-def resize_crop(image: EncodedImage, crop: Crop, size: int = 224) -> Tensor:
-    """The pixels of a crop: uint8 (3, size, size), antialiased bilinear.
-
-    torch resizes from a whole pixel on and looks at nothing outside of what it is given. So a
-    region is resized that begins a little before the crop, and that part is cut off.
-    """
-    bottom, right = _span_end(crop.y, size, image.height), _span_end(crop.x, size, image.width)
-    region = image.region(crop.y.start, crop.x.start, bottom, right)
-    shape = [
-        _result_length(bottom - crop.y.start, crop.y, size),
-        _result_length(right - crop.x.start, crop.x, size),
-    ]
-    resized = torch.ops.aten._upsample_bilinear2d_aa(
-        torch.from_numpy(region).permute(2, 0, 1)[None],
-        shape,
-        False,
-        1 / crop.y.scale,
-        1 / crop.x.scale,
-    )
-    rows, columns = (slice(span.skip, span.skip + size) for span in crop)
-    return resized[0, :, rows, columns]
-
-
-def _span_end(span: Span, size: int, limit: int) -> int:
-    """The end of the region: as far as the filter of the last pixel reaches."""
-    last = (span.skip + size - 0.5) * span.scale
-    return min(limit, span.start + math.ceil(last + max(1.0, span.scale)))
-
-
-def _result_length(region: int, span: Span, size: int) -> int:
-    # torch leaves out the resizing of an axis whose length stays the same, whatever the scale
-    length = span.skip + size
-    return length + 1 if region == length and span.scale != 1 else length
-
-
-def to_image(pixels: Tensor, flip: bool) -> Tensor:
-    """A contiguous copy of (3, H, W), mirrored left to right if asked."""
-    return pixels.flip(2) if flip else pixels.contiguous()
+    if name == "none":
+        return None
+    return (AXES @ (rng.normal(0.0, NOISE_STRENGTH, 3) * SCALINGS[name])).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class PaperAugmentation:
-    """The paper's training augmentation (section 3.4): scale, crop, flip, colour noise.
+    """The paper's training augmentation (section 3.4): scale, crop, flip, color noise.
 
     Args:
         size: of the crop, pixels.
         short_side: first and last length of the short side.
         flip: probability of mirroring left to right.
-        colour_noise: "cuda_convnet", "fb_resnet_torch" or "none".
+        color_noise: "cuda_convnet", "fb_resnet_torch" or "none".
     """
 
     size: int = 224
     short_side: tuple[int, int] = (256, 480)
     flip: float = 0.5
-    colour_noise: str = "cuda_convnet"
+    color_noise: str = "cuda_convnet"
 
     def __post_init__(self):
-        check_colour_noise(self.colour_noise)
+        check_color_noise(self.color_noise)
         shortest, longest = self.short_side
         if not self.size <= shortest <= longest:
             raise DataError(
@@ -188,13 +105,13 @@ class PaperAugmentation:
     def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Augmented:
         crop = draw_crop(image.height, image.width, rng, self.size, self.short_side)
         flip = rng.random() < self.flip
-        shift = None if self.colour_noise == "none" else colour_shift(self.colour_noise, rng)
+        shift = color_shift(self.color_noise, rng)
         return Augmented(to_image(resize_crop(image, crop, self.size), flip), shift)
 
 
 @dataclass(frozen=True)
-class CentreCrop:
-    """Resizes the short side and cuts the centre, as torchvision's ``Resize``, ``CenterCrop``."""
+class CenterCrop:
+    """Resizes the short side and cuts the center, as torchvision's ``Resize``, ``CenterCrop``."""
 
     size: int = 224
     short_side: int = 256
@@ -206,7 +123,111 @@ class CentreCrop:
     def __call__(self, image: EncodedImage, rng: np.random.Generator | None = None) -> Augmented:
         pixels = image.region(0, 0, image.height, image.width)
         resized = torch.from_numpy(resize_short_side(pixels, self.short_side)).permute(2, 0, 1)
-        top, left = centre_corner(*resized.shape[1:], self.size)
+        top, left = center_corner(*resized.shape[1:], self.size)
         return Augmented(
             to_image(resized[:, top : top + self.size, left : left + self.size], False)
         )
+
+
+@dataclass(frozen=True)
+class InceptionAugmentation:
+    """Random-resized crop, flip, optional RandAugment and color noise.
+
+    Args:
+        size: of the crop, pixels.
+        area, ratio: see :func:`draw_inception_crop`.
+        flip: probability of mirroring left to right.
+        randaugment: magnitude of torchvision's ``RandAugment`` (0..30), None for none.
+        randaugment_ops: its number of operations.
+        color_noise: "cuda_convnet", "fb_resnet_torch" or "none".
+    """
+
+    size: int = 224
+    area: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    randaugment: int | None = None
+    randaugment_ops: int = 2
+    color_noise: str = "none"
+
+    def __post_init__(self):
+        check_color_noise(self.color_noise)
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise DataError(f"area is 0 < first <= last <= 1, not {self.area}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise DataError(f"ratio is 0 < first <= last, not {self.ratio}")
+        if self.randaugment is not None and not 0 <= self.randaugment <= 30:
+            raise DataError(f"RandAugment's magnitude is 0..30, not {self.randaugment}")
+        if self.randaugment is not None:
+            _ = self._transform  # imported here, not by every worker
+
+    def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Augmented:
+        box = draw_inception_crop(image.height, image.width, rng, self.area, self.ratio)
+        flip = rng.random() < self.flip
+        shift = color_shift(self.color_noise, rng)
+        region = torch.from_numpy(image.region(*box)).permute(2, 0, 1)[None]
+        shape = (self.size, self.size)
+        pixels = F.interpolate(region, shape, mode="bilinear", antialias=True)[0]
+        pixels = to_image(pixels, flip)
+        if self.randaugment is not None:
+            with _torch_seed(int(rng.integers(2**63))):
+                pixels = self._transform(pixels)
+        return Augmented(pixels, shift)
+
+    @cached_property
+    def _transform(self):
+        from torchvision.transforms import v2  # seconds; most runs do without
+
+        return v2.RandAugment(self.randaugment_ops, self.randaugment)
+
+
+@contextmanager
+def _torch_seed(seed: int) -> Iterator[None]:
+    """Lets torchvision's transforms, which draw from torch's generator, depend on `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+class BatchMixer:
+    """Mixes each batch by one of torchvision's ``MixUp`` and ``CutMix``, chosen at random.
+
+    It comes after normalization, as in torchvision's references. What it draws is a function of
+    the seed and the iteration, so a resumed run mixes the same way.
+
+    Args:
+        num_classes: of the soft labels.
+        mixup, cutmix: the alpha of each (arXiv 1710.09412, 1905.04899); 0 leaves it out.
+        seed: of the run; give each process its own, or all mix the same way.
+    """
+
+    def __init__(self, num_classes: int, mixup: float = 0.2, cutmix: float = 1.0, seed: int = 0):
+        from torchvision.transforms import v2
+
+        if mixup < 0 or cutmix < 0 or not (mixup or cutmix):
+            raise DataError(f"mixup and cutmix are alphas >= 0, one of them > 0: {mixup}, {cutmix}")
+        self.num_classes, self.seed = num_classes, seed
+        self._transforms = []
+        if mixup:
+            self._transforms.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
+        if cutmix:
+            self._transforms.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+
+    def __call__(self, images: Tensor, labels: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
+        """Mixes a batch.
+
+        Args:
+            images: float (N, 3, H, W), normalized.
+            labels: int64 (N,).
+            iteration: counted from 0.
+
+        Returns:
+            (images of the same shape, soft labels float32 (N, num_classes)); a batch of one is
+            returned unmixed.
+        """
+        if len(labels) < 2:
+            return images, F.one_hot(labels, self.num_classes).float()
+        seed = np.random.default_rng([self.seed, MIXING, iteration]).integers(2**63)
+        with _torch_seed(int(seed)):
+            chosen = int(torch.randint(len(self._transforms), ()))
+            return self._transforms[chosen](images, labels)

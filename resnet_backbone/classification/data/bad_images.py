@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import BadImage, decode, read_bytes
+from resnet_backbone.classification.data.stream import DataError
 
 BAD, CONVERTED = "bad", "converted"
 MAX_CONVERTED = 1000  # lines; a data set of nothing but such images needs no list of them
@@ -43,7 +43,7 @@ class BadImageReport:
     """Counts unusual images and lists each once in a file that outlives the run.
 
     A line is ``kind<TAB>path<TAB>reason``. The file is only ever appended to, under a lock:
-    several processes may share it, and a resumed run goes on with it. All counts are of
+    several processes may share it, and a resumed run continues it. All counts are of
     different files, over all of these processes and runs.
 
     Args:

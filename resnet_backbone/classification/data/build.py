@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from resnet_backbone.classification.config import Config, DataConfig
-from resnet_backbone.classification.data.arrays import ArraySource, channel_statistics, mean_image
-from resnet_backbone.classification.data.batch import DataError
-from resnet_backbone.classification.data.cifar import CLASS_NAMES, HELD_OUT, read_cifar10
+from resnet_backbone.classification.data.arrays import (
+    CIFAR10_CLASSES,
+    HELD_OUT,
+    ArraySource,
+    SyntheticSource,
+    read_cifar10,
+    read_digits,
+)
+from resnet_backbone.classification.data.augment import (
+    CenterCrop,
+    InceptionAugmentation,
+    PaperAugmentation,
+)
+from resnet_backbone.classification.data.bad_images import BadImageReport
 from resnet_backbone.classification.data.evaluation import EvaluationArrays, EvaluationFiles
-from resnet_backbone.classification.data.stream import SampleStream
-from resnet_backbone.classification.data.synthetic import SyntheticSource
-from resnet_backbone.weights import PREPROCESSINGS, Preprocessing
+from resnet_backbone.classification.data.imagenet import (
+    ImageFiles,
+    check_same_classes,
+    class_indices,
+    read_class_list,
+    read_flat_folder,
+    read_image_folder,
+)
+from resnet_backbone.classification.data.loader import LoaderSource
+from resnet_backbone.classification.data.shards import TarShards
+from resnet_backbone.classification.data.statistics import (
+    channel_statistics,
+    compute_mean,
+    keep_input,
+    kept_input,
+    mean_image,
+    preprocessing_from,
+)
+from resnet_backbone.classification.data.stream import DataError, SampleStream
+from resnet_backbone.runtime.builtin import CLASS_NAMES as DIGITS
+from resnet_backbone.runtime.distributed import World
+from resnet_backbone.weights import Preprocessing
 
-INPUT_FILE = "input.safetensors"  # in the run folder: the statistics, so that none is made twice
-INPUT_KEY, MADE_FROM = "preprocessing", "made_from"
+BAD_IMAGES = "bad_images.txt"  # in the run folder
+RAND_AUGMENT = 9  # magnitude, as in torchvision's recipes
 
 
 @dataclass(frozen=True)
@@ -46,44 +76,41 @@ class ClassificationData:
 def build_data(
     config: Config,
     folder: Path,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | str = "cpu",
-    prepare: Any = None,
+    world: World | None = None,
+    prepare: Callable[[Tensor], Tensor] | None = None,
 ) -> ClassificationData:
-    """Reads the data set that a config names.
+    """Reads the data set that a config names. Called by all processes of a run together.
 
     Args:
-        config: the whole config; ``data`` and ``train`` matter here.
-        folder: of the run; computed means are kept there.
-        rank, world: of this process.
-        device: where arrays lie.
+        config: the whole config; ``data``, ``train`` and ``evaluation`` matter here.
+        folder: of the run; the computed mean is kept there.
+        world: this process among those of the run; arrays lie on its device. By default one
+            process on the CPU.
         prepare: of the evaluation protocol, see ``EvaluationFiles``.
 
     Raises:
         DataError: missing or damaged data.
     """
+    world = World() if world is None else world
     if config.data.format == "synthetic":
-        return _synthetic(config, rank, world, device)
+        return _synthetic(config, world)
     if config.data.format in ("imagenet", "shards"):
-        from resnet_backbone.classification.data.build_files import build_files
-
-        return build_files(config, folder, rank=rank, world=world, prepare=prepare)
-    return _arrays(config, rank, world, device)
+        return _encoded(config, folder, world, prepare)
+    return _arrays(config, world)
 
 
-def stream_of(config: Config, num_samples: int, rank: int, world: int, **options) -> SampleStream:
+def _stream(config: Config, num_samples: int, world: World, **options: Any) -> SampleStream:
+    train = config.train
     return SampleStream(
-        num_samples, config.train.batch_size, config.train.seed, rank, world, **options
+        num_samples, train.batch_size, train.seed, world.rank, world.size, **options
     )
 
 
-def _arrays(config: Config, rank: int, world: int, device) -> ClassificationData:
+def _arrays(config: Config, world: World) -> ClassificationData:
     """Data sets that fit into memory."""
     data = config.data
     if data.format == "cifar10":
-        names, tested_on = CLASS_NAMES, "CIFAR-10 test"
+        names, tested_on = CIFAR10_CLASSES, "CIFAR-10 test"
         images, labels = read_cifar10(data.root, train=True)
         tests, test_labels = read_cifar10(data.root, train=False)
         if data.split == "45k":
@@ -91,10 +118,7 @@ def _arrays(config: Config, rank: int, world: int, device) -> ClassificationData
             tests, test_labels = images[-HELD_OUT:], labels[-HELD_OUT:]
             images, labels = images[:-HELD_OUT], labels[:-HELD_OUT]
     else:
-        from resnet_backbone.classification.data.digits import CLASS_NAMES as names
-        from resnet_backbone.classification.data.digits import read_digits
-
-        tested_on = "built-in digits, test"
+        names, tested_on = DIGITS, "built-in digits, test"
         images, labels = read_digits(train=True)
         tests, test_labels = read_digits(train=False)
     mean, std = channel_statistics(images)
@@ -103,18 +127,17 @@ def _arrays(config: Config, rank: int, world: int, device) -> ClassificationData
     source = ArraySource(
         images,
         labels,
-        stream_of(config, len(labels), rank, world),
-        names,
+        _stream(config, len(labels), world),
         augmentation=data.augmentation,
         padding=_padding(data, preprocessing),
-        device=device,
+        device=world.device,
     )
-    evaluation = EvaluationArrays(tests.to(device), test_labels)
+    evaluation = EvaluationArrays(tests.to(world.device), test_labels)
     return ClassificationData(source, evaluation, preprocessing, tuple(names), tested_on)
 
 
 def _padding(data: DataConfig, preprocessing: Preprocessing) -> Tensor | None:
-    """Pixels (3, H, W), RGB, 0..255, around a training image: those that normalise to zero."""
+    """Pixels (3, H, W), RGB, 0..255, around a training image: those that normalize to zero."""
     if data.padding == "black":
         return None
     mean = preprocessing.mean_image
@@ -123,67 +146,120 @@ def _padding(data: DataConfig, preprocessing: Preprocessing) -> Tensor | None:
     return mean.flip(0) if preprocessing.channel_order == "BGR" else mean
 
 
-def _synthetic(config: Config, rank: int, world: int, device) -> ClassificationData:
+def _synthetic(config: Config, world: World) -> ClassificationData:
     data = config.data
-    local = config.train.batch_size // world
+    local = config.train.batch_size // world.size
     shape = (3, data.synthetic_size, data.synthetic_size)
     names = tuple(f"class_{number}" for number in range(data.synthetic_classes))
-    source = SyntheticSource(local, shape, names, data.synthetic_samples, device, rank)
-    count = min(data.synthetic_samples, 2 * config.evaluation.batch_size)
+    samples = data.synthetic_samples
+    source = SyntheticSource(local, shape, len(names), samples, world.device, world.rank)
+    count = min(samples, 2 * config.evaluation.batch_size)
     tests = torch.zeros((count, *shape), dtype=torch.uint8)
     evaluation = EvaluationArrays(tests, torch.arange(count) % len(names))
-    grey = (127.5,) * 3
-    preprocessing = preprocessing_from(data, grey, (74.0,) * 3, None, "synthetic data")
+    gray, spread = (127.5,) * 3, (74.0,) * 3
+    preprocessing = preprocessing_from(data, gray, spread, None, "synthetic data")
     return ClassificationData(source, evaluation, preprocessing, names, "synthetic images")
 
 
-def preprocessing_from(
+def _encoded(
+    config: Config, folder: Path, world: World, prepare: Callable[[Tensor], Tensor] | None
+) -> ClassificationData:
+    """ImageNet-sized data: class folders, a flat validation folder, tar shards."""
+    data = config.data
+    train = read_training_set(data)
+    val = read_validation_set(data, train)
+    groups = {"group_sizes": train.group_sizes} if isinstance(train, TarShards) else {}
+    report = BadImageReport(folder / BAD_IMAGES, data.max_bad_images, "data.max_bad_images")
+    source = LoaderSource(
+        train,
+        _stream(config, len(train), world, **groups),
+        augmentation_of(data),
+        workers=data.workers,
+        report=report,
+    )
+    preprocessing = _training_input(data, train, folder, world, report)
+    sides = (config.evaluation.short_side,) if config.evaluation.protocol == "centre" else (None,)
+    evaluation = EvaluationFiles(val.samples, sides, prepare)
+    names = tuple(train.class_names)
+    return ClassificationData(source, evaluation, preprocessing, names, f"{val.root}")
+
+
+def read_training_set(data: DataConfig) -> ImageFiles | TarShards:
+    """``root/train/<class>/<image>``, or ``root/<class>/<image>``, or shards in ``root``."""
+    if data.format == "shards":
+        return TarShards(data.root)
+    classes = read_class_list(data.class_list) if data.class_list else None
+    root = Path(data.root)
+    return read_image_folder(root / "train" if (root / "train").is_dir() else root, classes)
+
+
+def read_validation_set(data: DataConfig, train: ImageFiles | TarShards) -> ImageFiles:
+    """``val_root``, by default ``root/val``: class folders, or flat with ``val_labels``."""
+    root = Path(data.val_root or Path(data.root) / "val")
+    if not root.is_dir():
+        raise DataError(f"{root}: no validation images; give their folder with data.val_root=PATH")
+    classes = class_indices(train)
+    if data.val_labels:
+        return read_flat_folder(root, data.val_labels, classes, train.num_classes)
+    if not any(entry.is_dir() for entry in root.iterdir()):
+        raise DataError(
+            f"{root} has no class folders: give the label list of a flat folder with "
+            "data.val_labels=FILE (tools/prepare_data.py imagenet writes it)"
+        )
+    if isinstance(train, ImageFiles) and not data.class_list:  # else a part of the classes will do
+        check_same_classes(train, read_image_folder(root))
+    return read_image_folder(root, classes, train.num_classes)
+
+
+def augmentation_of(data: DataConfig) -> CenterCrop | InceptionAugmentation | PaperAugmentation:
+    """The training augmentation that a config names."""
+    if data.augmentation == "none":
+        return CenterCrop(data.crop, data.short_side[0])
+    if data.augmentation == "inception":
+        magnitude = RAND_AUGMENT if data.rand_augment else None
+        return InceptionAugmentation(data.crop, randaugment=magnitude, color_noise=data.color_noise)
+    return PaperAugmentation(data.crop, tuple(data.short_side), color_noise=data.color_noise)
+
+
+def _training_input(
     data: DataConfig,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    image: Tensor | None,
-    where: str,
+    train: ImageFiles | TarShards,
+    folder: Path,
+    world: World,
+    report: BadImageReport,
 ) -> Preprocessing:
-    """The input that a config asks for.
+    """The input with the training set's mean, computed once by all processes together.
 
-    Args:
-        mean, std: of the training set's channels R, G, B, 0..255.
-        image: its per-pixel mean (3, H, W), R, G, B, 0..255, or None.
-        where: what they were computed from.
+    It is kept in the run folder, and taken from there for the same data set and settings.
     """
-    known = PREPROCESSINGS["torchvision"]
-    if data.mean == "imagenet":
-        mean, image, where = known.pixel_mean_255(), None, "torchvision's mean of ImageNet"
-    if data.std == "one":
-        std = (1.0, 1.0, 1.0)
-    elif data.std == "imagenet":
-        std = known.pixel_std_255()
-    if data.channel_order == "BGR":
-        mean, std = mean[::-1], std[::-1]
-        image = None if image is None else image.flip(0)
-    return Preprocessing(data.channel_order, 255.0, mean, std, source=where, mean_image=image)
-
-
-def keep_input(folder: Path, preprocessing: Preprocessing, made_from: str) -> None:
-    """Writes a computed preprocessing into the run folder, with what it was computed from."""
-    image = preprocessing.mean_image
-    tensors = {} if image is None else {"mean_image": image.contiguous()}
-    temporary = folder / f"{INPUT_FILE}.tmp"
-    save_file(tensors, temporary, {INPUT_KEY: preprocessing.to_json(), MADE_FROM: made_from})
-    temporary.replace(folder / INPUT_FILE)
-
-
-def kept_input(folder: Path, made_from: str) -> Preprocessing | None:
-    """The preprocessing that :func:`keep_input` wrote; None if there is none of this origin."""
-    path = folder / INPUT_FILE
-    if not path.is_file():
-        return None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            if file.metadata()[MADE_FROM] != made_from:
-                return None
-            found = Preprocessing.from_json(file.metadata()[INPUT_KEY])
-            image = file.get_tensor("mean_image") if "mean_image" in file.keys() else None  # noqa: SIM118
-    except Exception as error:
-        raise DataError(f"{path} cannot be read ({error}); remove it to compute it anew") from error
-    return Preprocessing(**{**found.__dict__, "mean_image": image})
+    if data.mean == "imagenet" and data.std != "channel":
+        return preprocessing_from(data, (0.0,) * 3, (1.0,) * 3, None, "")
+    settings = (
+        data.class_list,
+        data.channel_order,
+        data.mean,
+        data.std,
+        data.crop,
+        data.short_side[0],
+    )
+    root = data.root if "://" in data.root else Path(data.root).resolve()
+    made_from = f"{len(train)} images of {root}, {data.mean_samples} used, {settings}"
+    kept = world.broadcast(kept_input(folder, made_from) if world.is_main else None)
+    if kept is not None:
+        return kept
+    found = compute_mean(
+        train,
+        num_images=data.mean_samples,
+        size=data.crop,
+        short_side=data.short_side[0],
+        workers=data.workers,
+        report=report,
+        progress=world.is_main and sys.stderr.isatty(),
+        world=world,
+    )
+    image = found.image if data.mean == "pixel" else None
+    where = f"center crops of {found.num_images} training images"
+    made = preprocessing_from(data, found.channels, found.std, image, where)
+    if world.is_main:
+        keep_input(folder, made, made_from)
+    return made

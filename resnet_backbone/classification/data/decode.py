@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 EXIF_ORIENTATION = 0x0112
 SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 STANDALONE_MARKERS = frozenset(range(0xD0, 0xD8)) | {0x01}
-MODE_NAMES = {"P": "palette", "1": "bitmap", "LA": "grey with alpha", "PA": "palette with alpha"}
-MODE_NAMES |= dict.fromkeys(("I", "I;16", "I;16B", "I;16L"), "16-bit grey")
+MODE_NAMES = {"P": "palette", "1": "bitmap", "LA": "gray with alpha", "PA": "palette with alpha"}
+MODE_NAMES |= dict.fromkeys(("I", "I;16", "I;16B", "I;16L"), "16-bit gray")
 HARMLESS = "extraneous bytes before marker"  # libjpeg's warning about padding: nothing is lost
 
 
@@ -70,8 +70,8 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 def decode(data: bytes, name: str | os.PathLike = "<bytes>") -> Decoded:
     """Decodes an image of any format that Pillow knows.
 
-    CMYK (Adobe's inverted form too), palettes, grey levels and bitmaps become RGB as by Pillow's
-    ``convert``; transparency is dropped, as torchvision's ImageFolder does; of 16-bit grey levels
+    CMYK (Adobe's inverted form too), palettes, gray levels and bitmaps become RGB as by Pillow's
+    ``convert``; transparency is dropped, as torchvision's ImageFolder does; of 16-bit gray levels
     the high byte is kept, as libpng does. The EXIF orientation is applied: what a person sees is
     what the network sees (torchvision's ImageFolder leaves such images lying on their side).
 
@@ -100,7 +100,7 @@ def decode_plain_jpeg(data: bytes, name: str | os.PathLike) -> np.ndarray | None
         None where the decoder passes, and Pillow is to judge.
 
     Raises:
-        BadImage: libjpeg would fill the missing part with grey.
+        BadImage: libjpeg would fill the missing part with gray.
     """
     try:
         return simplejpeg.decode_jpeg(data, "RGB")
@@ -112,7 +112,7 @@ def decode_plain_jpeg(data: bytes, name: str | os.PathLike) -> np.ndarray | None
 
 
 def is_plain_jpeg(data: bytes) -> bool:
-    """Whether a JPEG has 8-bit grey or RGB pixels that are stored upright.
+    """Whether a JPEG has 8-bit gray or RGB pixels that are stored upright.
 
     False also where the header is damaged: Pillow is to judge.
     """

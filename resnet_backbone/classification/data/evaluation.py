@@ -4,8 +4,9 @@
     loader = EvaluationLoader(files, 64, workers=8, rank=world.rank, world=world.size)
     result = evaluate([(model, normalizer)], protocol, loader, world=world)
 
-with ``protocol`` from ``engine.views`` and ``evaluate`` from ``engine.evaluation``. For arrays in
-memory the first line is ``EvaluationArrays(images, labels)``.
+with ``protocol`` from ``classification.protocols`` and ``evaluate`` from
+``classification.evaluation``. For arrays in memory the first line is
+``EvaluationArrays(images, labels)``.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from resnet_backbone.classification.data.augment import resize_short_side
-from resnet_backbone.classification.data.batch import DataError
+from resnet_backbone.classification.data.crops import resize_short_side
 from resnet_backbone.classification.data.decode import BadImage, read_rgb
 from resnet_backbone.classification.data.loader import Running, init_worker
+from resnet_backbone.classification.data.stream import DataError
 
 
 class BadSample(NamedTuple):

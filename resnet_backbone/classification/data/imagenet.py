@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import read_bytes
+from resnet_backbone.classification.data.stream import DataError
 
 EXTENSIONS = frozenset(
     ".jpeg .jpg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm".split()
 )
 DEVKIT_HINT = (
     "numbers alone are the development kit's ILSVRC2012_IDs, whose order is not that of the "
-    "sorted wnids: let tools/prepare_imagenet.py --devkit convert them, or write one "
+    "sorted wnids: let tools/prepare_data.py imagenet --devkit convert them, or write one "
     "'name wnid' a line"
 )
 
@@ -235,7 +235,7 @@ def name_classes(classes: Mapping[str, int], num_classes: int = 0) -> tuple[str,
 def _existing_folder(root: str | os.PathLike) -> Path:
     root = Path(root)
     if not root.is_dir():
-        raise DataError(f"{root}: no such folder; tools/prepare_imagenet.py builds it")
+        raise DataError(f"{root}: no such folder; tools/prepare_data.py imagenet builds it")
     return root
 
 

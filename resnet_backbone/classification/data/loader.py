@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import multiprocessing
 import os
 import signal
@@ -17,11 +18,10 @@ from torch.utils.data import DataLoader
 
 from resnet_backbone.classification.data.augment import Augmented
 from resnet_backbone.classification.data.bad_images import BAD, CONVERTED, BadImageReport, ImageNote
-from resnet_backbone.classification.data.batch import Batch, DataError
+from resnet_backbone.classification.data.crops import EncodedImage
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import EncodedSample
-from resnet_backbone.classification.data.region import EncodedImage
-from resnet_backbone.classification.data.stream import SampleStream, sample_rng
+from resnet_backbone.classification.data.stream import Batch, DataError, SampleStream, sample_rng
 
 REPLACEMENT = 2  # the first word of a seed, beside those in `stream`
 MAX_REPLACEMENTS = 100
@@ -32,8 +32,6 @@ Augmentation = Callable[[EncodedImage, np.random.Generator], Augmented]
 
 class EncodedDataset(Protocol):
     """``ImageFiles``, ``TarShards``, or anything like them."""
-
-    class_names: tuple[str, ...]
 
     def __len__(self) -> int: ...
 
@@ -238,14 +236,6 @@ class LoaderSource:
     def num_samples(self) -> int:
         return len(self.dataset)
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.dataset.class_names)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(self.dataset.class_names)
-
     def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
         """Batches without end; close or drop the iterator to end the workers.
 
@@ -253,7 +243,7 @@ class LoaderSource:
             DataError: more bad images than the report allows, or nothing readable.
         """
         maker = BatchMaker(self.dataset, self.augment, self.stream.seed)
-        order = StreamOrder(self.stream, first_iteration)
+        order = map(self._samples, itertools.count(first_iteration))
         made = read_batches(maker, order, self.workers, self.prefetch, self.pin_memory)
         try:
             for images, labels, shift, notes, failure in made:
@@ -264,17 +254,7 @@ class LoaderSource:
         finally:
             made.close()
 
-
-@dataclass(frozen=True)
-class StreamOrder:
-    """(index, epoch) pairs of each iteration, from ``first`` on."""
-
-    stream: SampleStream
-    first: int = 0
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        iteration = self.first
-        while True:
-            indices, epochs = self.stream.batch(iteration)
-            yield list(zip(indices.tolist(), epochs.tolist(), strict=True))
-            iteration += 1
+    def _samples(self, iteration: int) -> list[tuple[int, int]]:
+        """(index, epoch) pairs of this process's part of an iteration."""
+        indices, epochs = self.stream.batch(iteration)
+        return list(zip(indices.tolist(), epochs.tolist(), strict=True))

@@ -18,9 +18,9 @@ from pathlib import Path
 import fsspec
 import numpy as np
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import EXTENSIONS, EncodedSample, ImageFiles
+from resnet_backbone.classification.data.stream import DataError
 
 INDEX_NAME = "index.npz"
 SHARD_PATTERN = "shard-%06d.tar"
@@ -105,7 +105,7 @@ class TarShards:
             try:
                 filesystem.get_file(remote, os.fspath(temporary))
                 if temporary.stat().st_size != self._shard_bytes[shard]:
-                    raise OSError(f"{self.url}/{name} has not the size that its index says")
+                    raise OSError(f"{self.url}/{name}: its size differs from the index")
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -132,7 +132,7 @@ def write_shards(
     Args:
         folder: a new or empty local folder.
         seed: of the order in which samples are dealt to the shards; None keeps the data set's.
-            Shuffled samples make neighbouring shards as good as the whole for mixing.
+            Shuffled samples make neighboring shards as good as the whole for mixing.
         progress: wraps the iteration over the samples, such as ``tqdm``.
 
     Raises:
@@ -235,16 +235,17 @@ def _read_index(url: str) -> dict[str, np.ndarray]:
             content = file.read()
     except (OSError, ImportError, ValueError) as error:
         raise DataError(
-            f"{url}: no {INDEX_NAME} to be read ({error}); tools/make_shards.py index writes it"
+            f"{url}: {INDEX_NAME} cannot be read ({error}); write it with "
+            "tools/prepare_data.py shards index"
         ) from error
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             index = dict(file)
         known = int(index["format"]) == 1
     except Exception as error:  # numpy and zipfile raise errors of many types
-        raise DataError(f"{url}/{INDEX_NAME} is damaged: write it anew") from error
+        raise DataError(f"{url}/{INDEX_NAME} is damaged: write it again") from error
     if not known:
-        raise DataError(f"{url}/{INDEX_NAME} was written by another version: write it anew")
+        raise DataError(f"{url}/{INDEX_NAME} was written by another version: write it again")
     return index
 
 

@@ -1,15 +1,33 @@
-"""Which samples make up which iteration: a pure function, so a run can go on anywhere."""
+"""Which samples make up which iteration: a pure function, so that a run resumes anywhere."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
-
-from resnet_backbone.classification.data.batch import DataError
+from torch import Tensor
 
 ORDER, AUGMENTATION = 0, 1  # the first word of a seed: what the random numbers are for
+
+
+class DataError(ValueError):
+    """Data that cannot be used as asked; the message says what, where and how to mend it."""
+
+
+class Batch(NamedTuple):
+    """A training batch of one process.
+
+    Attributes:
+        images: uint8 (N, 3, H, W), RGB; augmented, not normalized.
+        labels: int64 (N,).
+        shift: float32 (N, 3) or None: color noise, gray levels to add to R, G, B of each image.
+    """
+
+    images: Tensor
+    labels: Tensor
+    shift: Tensor | None = None
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -23,7 +41,7 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class SampleStream:
-    """All epochs of a data set, each shuffled anew, laid end to end and cut into batches.
+    """All epochs of a data set, each in another random order, laid end to end and cut into batches.
 
     Iteration ``t`` takes the samples ``t * batch_size ... (t + 1) * batch_size - 1`` of this
     stream: every sample exactly once an epoch, no batch smaller than the others, no sample left
@@ -37,7 +55,7 @@ class SampleStream:
         seed: of the run.
         group_sizes: sizes of consecutive runs of samples that lie together (tar shards), or
             empty. Then the order of groups is shuffled, and samples are shuffled within
-            ``groups_together`` neighbouring groups: reading stays sequential enough.
+            ``groups_together`` neighboring groups: reading stays sequential enough.
         shuffle: False gives the samples in order.
     """
 

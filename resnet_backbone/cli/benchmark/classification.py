@@ -23,13 +23,16 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from resnet_backbone import build_model
-from resnet_backbone.classification.data.augment import PaperAugmentation, draw_crop, resize_crop
-from resnet_backbone.classification.data.batch import DataError
-from resnet_backbone.classification.data.color import colour_shift
+from resnet_backbone.classification.data.augment import PaperAugmentation, color_shift
+from resnet_backbone.classification.data.crops import (
+    EncodedImage,
+    draw_crop,
+    partial_decoding,
+    resize_crop,
+)
 from resnet_backbone.classification.data.imagenet import ImageFiles, list_images
 from resnet_backbone.classification.data.loader import LoaderSource
-from resnet_backbone.classification.data.region import EncodedImage, partial_decoding
-from resnet_backbone.classification.data.stream import SampleStream, sample_rng
+from resnet_backbone.classification.data.stream import DataError, SampleStream, sample_rng
 from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.optimizer import build_sgd
 from resnet_backbone.classification.step import StepOptions, TrainStep
@@ -117,7 +120,7 @@ def reference_sample(data: bytes, rng: Generator) -> Tensor:
     image = TF.crop(image, top, left, 224, 224)
     if rng.random() < 0.5:
         image = TF.hflip(image)
-    shift = colour_shift(PaperAugmentation().colour_noise, rng) / 255
+    shift = color_shift(PaperAugmentation().color_noise, rng) / 255
     tensor = transforms.ToTensor()(image) + torch.from_numpy(shift)[:, None, None]
     return TF.normalize(tensor, PREPROCESSING.mean, PREPROCESSING.std)
 

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import logging
 import os
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -15,22 +16,30 @@ from detectron2.data.build import (
 )
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.data import VOC_CLASSES, find_voc_classes, register_voc
 from resnet_backbone.detection.data.coco import register_coco
-from resnet_backbone.detection.data.label_arguments import (
-    add_label_arguments,
-    check_annotations,
-    detects_objects,
-    labels_pixels,
-    register_label_paths,
-    set_class_counts,
-)
 from resnet_backbone.detection.data.problems import DataError
-from resnet_backbone.detection.data.voc_files import find_voc_dir, read_split
+from resnet_backbone.detection.data.segmentation import register_panoptic, register_semantic
+from resnet_backbone.detection.data.voc import (
+    VOC_CLASSES,
+    find_voc_classes,
+    find_voc_dir,
+    read_split,
+    register_voc,
+)
 
 logger = logging.getLogger(__name__)
 
 VOC_2012_TEST = "voc_2012_test"
+
+
+def detects_objects(cfg: CfgNode) -> bool:
+    """Whether the model finds boxes: every one but the purely semantic."""
+    return cfg.MODEL.META_ARCHITECTURE != "SemanticSegmentor"
+
+
+def labels_pixels(cfg: CfgNode) -> bool:
+    """Whether the model learns from label pictures."""
+    return cfg.MODEL.META_ARCHITECTURE in ("SemanticSegmentor", "PanopticFPN")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,12 +62,17 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="image folders of the two JSON files; one folder serves both",
     )
-    add_label_arguments(data)
+    pair = dict(nargs=2, metavar=("TRAIN", "TEST"))
+    data.add_argument("--sem-seg", **pair, help="folders of label pictures, with classes.txt")
+    data.add_argument("--panoptic-json", **pair, help="panoptic JSON files, beside --coco-json")
+    data.add_argument(
+        "--panoptic-root", **pair, help="their pictures (default: the JSON's name without .json)"
+    )
     data.add_argument(
         "--bad-data",
         choices=("drop", "refuse"),
         default="drop",
-        help="missing or broken files and boxes: go on without them, or stop (default: drop)",
+        help="missing or broken files and boxes: leave them out, or stop (default: drop)",
     )
 
 
@@ -116,10 +130,10 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
     else:
         for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
             _adopt(name, cfg, args.bad_data)
-    counts = {}
+    num_training = 0
     for name in sorted({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}):
         images = DatasetCatalog.get(name)
-        counts[name] = count_usable(cfg, images)
+        num_training += cfg.DATASETS.TRAIN.count(name) * count_usable(cfg, images)
         boxes = sum(len(image.get("annotations", ())) for image in images)
         logger.info("data set %s: %d images, %d boxes", name, len(images), boxes)
         if name in cfg.DATASETS.TRAIN and not args.eval_only:
@@ -137,7 +151,7 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
             raise UsageError(
                 f"MODEL.{key}.NUM_CLASSES {wanted}, but the data have {count} classes: leave it out"
             )
-    return sum(counts[name] for name in cfg.DATASETS.TRAIN)
+    return num_training
 
 
 def count_usable(cfg: CfgNode, images: list[dict]) -> int:
@@ -200,6 +214,85 @@ def _register_coco_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("train:coco",), ("test:coco",)
     for name, file, root in zip(("train:coco", "test:coco"), args.coco_json, roots, strict=True):
         register_coco(name, file, root, args.bad_data, decode=name == "test:coco")
+
+
+def register_label_paths(cfg: CfgNode, args: argparse.Namespace, roots: Sequence[str]) -> None:
+    """Registers ``--sem-seg`` folders, alone or with ``--coco-json`` and ``--panoptic-json``.
+
+    Args:
+        cfg: gets the names under ``DATASETS``, in place.
+        roots: image folders for training and test.
+    """
+    if not labels_pixels(cfg):
+        raise UsageError(
+            f"--sem-seg: {cfg.MODEL.META_ARCHITECTURE} has no use for label pictures; take "
+            "a semantic or panoptic config of configs/segmentation"
+        )
+    panoptic = detects_objects(cfg)
+    if panoptic and not (args.coco_json and args.panoptic_json):
+        raise UsageError("Panoptic FPN needs --coco-json, --panoptic-json and --sem-seg")
+    kind = "panoptic" if panoptic else "sem_seg"
+    names = f"train:{kind}", f"test:{kind}"
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = names[:1], names[1:]
+    panoptic_roots = args.panoptic_root or ("", "")
+    shared = roots[0] == roots[1] and args.sem_seg[0] != args.sem_seg[1]
+    for i, name in enumerate(names):
+        checks = dict(on_bad=args.bad_data, decode=i == 1)
+        if panoptic:
+            files = args.sem_seg[i], args.panoptic_json[i], panoptic_roots[i]
+            register_panoptic(name, args.coco_json[i], roots[i], *files, **checks)
+        else:
+            register_semantic(name, roots[i], args.sem_seg[i], shared_images=shared, **checks)
+
+
+def check_annotations(cfg: CfgNode, name: str, images: Sequence[dict]) -> None:
+    """Refuses training data without the boxes, masks or label pictures that the model learns from.
+
+    Raises:
+        UsageError: what is missing, and what to give.
+    """
+    if labels_pixels(cfg) and not all("sem_seg_file_name" in image for image in images):
+        raise UsageError(
+            f"data set {name} has no label pictures, which {cfg.MODEL.META_ARCHITECTURE} needs: "
+            "give --sem-seg TRAIN TEST (tools/prepare_data.py labels makes them from masks)"
+        )
+    if not detects_objects(cfg):
+        return
+    boxes = (a for image in images for a in image.get("annotations", ()))
+    objects = [entry for entry in boxes if not entry.get("iscrowd", 0)]
+    if not objects:
+        raise UsageError(f"data set {name} has no boxes to learn from: train on an annotated one")
+    if not cfg.MODEL.MASK_ON:
+        return
+    bare = sum(not entry.get("segmentation") for entry in objects)
+    if bare:
+        raise UsageError(
+            f"data set {name}: {bare} of {len(objects)} boxes have no mask, which MODEL.MASK_ON "
+            "needs: give --coco-json with segmentations, or set MODEL.MASK_ON False"
+        )
+    encoded = sum(isinstance(entry["segmentation"], dict) for entry in objects)
+    if encoded and cfg.INPUT.MASK_FORMAT == "polygon":
+        raise UsageError(
+            f"data set {name}: {encoded} of {len(objects)} masks are run-length encoded: set "
+            "INPUT.MASK_FORMAT bitmask"
+        )
+
+
+def set_class_counts(cfg: CfgNode, things: Sequence[str], labels: Sequence[str]) -> None:
+    """Writes names and numbers of classes into the config, in place.
+
+    Args:
+        things: classes of boxes and masks; empty for a purely semantic model.
+        labels: classes of label pictures; empty for a detector.
+    """
+    cfg.RESNET_BACKBONE.CLASS_NAMES = list(things)
+    cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES = list(labels)
+    if things:
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(things)
+    if labels:
+        cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(labels)
+    if "POINT_HEAD" in cfg.MODEL:
+        cfg.MODEL.POINT_HEAD.NUM_CLASSES = len(things or labels)
 
 
 def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:

@@ -13,15 +13,15 @@ from detectron2.data.datasets.coco import load_coco_json
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.catalog import register_once
 from resnet_backbone.detection.data.problems import (
     DataError,
     DataProblem,
     DataReport,
-    apply_policy,
+    ScannedDataset,
     box_problem,
     check_image,
     list_problems,
+    register_once,
 )
 
 REQUIRED_KEYS = {
@@ -64,7 +64,7 @@ def drop_bad(
     decode: bool = False,
     progress: bool = False,
 ) -> list[dict]:
-    """Leave out images that cannot be used and boxes that are no boxes.
+    """Leave out unusable images and invalid boxes.
 
     Args:
         dataset_dicts: Detectron2 dicts with contiguous category ids; not changed.
@@ -97,6 +97,25 @@ def drop_bad(
     return kept
 
 
+def check_coco(
+    json_file: str, image_root: str, decode: bool = False, progress: bool = True
+) -> DataReport:
+    """Find what is wrong with a COCO JSON; the loader leaves out exactly this.
+
+    Reported: images and boxes as in ``check_voc``; and as "broken-json", which nothing can be left
+    out of: missing keys, ids used twice, categories that are not there.
+
+    Args:
+        json_file: instances in COCO's format.
+        image_root: folder that its file_names are relative to.
+        decode, progress: as in ``check_voc``.
+
+    Raises:
+        DataError: no such file, or it is not JSON.
+    """
+    return scan_coco(json_file, image_root, decode, progress)[1]
+
+
 def load_coco_instances(
     json_file: str, image_root: str, on_bad: str = "drop", decode: bool = False
 ) -> list[dict]:
@@ -115,9 +134,11 @@ def load_coco_instances(
     Raises:
         DataError: no such file, not COCO's format, no usable image, or a problem with "refuse".
     """
-    records, report = scan_coco(json_file, image_root, decode)
-    apply_policy(report, on_bad)
-    return records
+    return _dataset(json_file, image_root, on_bad, decode)()
+
+
+def _dataset(json_file: str, image_root: str, on_bad: str, decode: bool) -> ScannedDataset:
+    return ScannedDataset(lambda: scan_coco(json_file, image_root, decode), on_bad)
 
 
 def register_coco(
@@ -145,7 +166,7 @@ def register_coco(
         "evaluator_type": "coco",
         **options,
     }
-    register_once(name, lambda: load_coco_instances(json_file, image_root, **options), metadata)
+    register_once(name, _dataset(json_file, image_root, **options), metadata)
 
 
 def inspect_json(json_file: str):

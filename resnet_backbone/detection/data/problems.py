@@ -1,28 +1,33 @@
-"""What can be wrong with a detection data set, and what to do about it.
+"""What can be wrong with a detection data set, what to do about it, and registering the rest.
 
-Loaders and checks share this file, so that a loader leaves out exactly what the check reports.
+A data set is scanned once: its check, its loader and its evaluator share the records and the report
+of that scan, so that a loader leaves out exactly what the check reports.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
+import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from typing import Any
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tabulate import tabulate
 
 logger = logging.getLogger(__name__)
 
+Scan = Callable[[], tuple[list[dict], "DataReport"]]
+"""Reads a data set: Detectron2's dicts of what is good in it, and the report of what is not."""
+
 BOX_KINDS = ("bad-box", "unknown-class")
 """Kinds that cost one box; every other kind costs an image, or the whole data set."""
 
 FATAL_KINDS = ("empty-split", "broken-json")
-"""Kinds that no policy can go on from."""
+"""Kinds that make a data set unusable under any policy."""
 
 POLICIES = ("refuse", "drop")
 
@@ -147,7 +152,7 @@ def apply_policy(report: DataReport, policy: str) -> None:
     if report.problems and policy == "refuse":
         head = (
             f"{report.name} has {len(report.problems)} problems;"
-            " mend them, or go on without these boxes and images with `--bad-data drop`:"
+            " mend them, or train without these boxes and images with `--bad-data drop`:"
         )
         raise DataError("\n".join([head, *list_problems(report.problems, 10)]))
     for problem in report.problems:
@@ -164,14 +169,8 @@ def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
         decode: decode every pixel too, which finds truncated files (slower, about 5 ms an image).
 
     Raises:
-        OSError: the file is missing, is no image, or is cut short.
+        OSError: the file is missing, is not an image, or is truncated.
     """
-    stat = os.stat(path)
-    return _read_version(path, decode, stat.st_mtime_ns, stat.st_size)
-
-
-@cache  # a run asks for the same images while it checks, loads and evaluates
-def _read_version(path: str, decode: bool, _mtime: int, _size: int) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -239,3 +238,68 @@ def box_problem(box: Sequence[float], size: tuple[int, int], origin: int = 0) ->
     if min(x1, y1) < origin - 1 or x2 > size[0] + 1 or y2 > size[1] + 1:
         return f"{text} lies outside the {size[0]}x{size[1]} image"
     return None
+
+
+class ScannedDataset:
+    """A registered data set: read and checked when it is first asked for, and only then.
+
+    Called without arguments, as Detectron2's catalog does, it gives the records to use.
+
+    Args:
+        scan: reads the data set.
+        on_bad: policy for what is wrong, see :func:`apply_policy`.
+        select: what the loader takes of the records; by default all of them.
+    """
+
+    def __init__(
+        self,
+        scan: Scan,
+        on_bad: str = "drop",
+        select: Callable[[list[dict]], list[dict]] = list,
+    ):
+        self._scan, self._on_bad, self._select = scan, on_bad, select
+        self._pickled, self._report, self._accepted = b"", None, False
+
+    def scan(self) -> tuple[list[dict], DataReport]:
+        """New copies of all usable records, and the report."""
+        if self._report is None:
+            records, self._report = self._scan()
+            self._pickled = pickle.dumps(records)  # smaller than the dicts, and nobody changes it
+        return pickle.loads(self._pickled), self._report
+
+    def __call__(self) -> list[dict]:
+        """New copies of the records that the loader takes.
+
+        Raises:
+            DataError: see :func:`apply_policy`.
+        """
+        records, report = self.scan()
+        if not self._accepted:
+            apply_policy(report, self._on_bad)
+            self._accepted = True
+        return self._select(records)
+
+
+def register_once(name: str, dataset: ScannedDataset, metadata: Mapping[str, Any]) -> None:
+    """Registers `name` with Detectron2's catalogs; the same registration again does nothing.
+
+    Raises:
+        ValueError: `name` is registered with other metadata.
+    """
+    if name in DatasetCatalog:
+        known = MetadataCatalog.get(name)
+        changed = [key for key, value in metadata.items() if known.get(key) != value]
+        if changed:
+            raise ValueError(
+                f"data set {name!r} is registered already with another {', '.join(changed)};"
+                " choose another name"
+            )
+        return
+    DatasetCatalog.register(name, dataset)
+    MetadataCatalog.get(name).set(**metadata)
+
+
+def registered_scan(name: str) -> ScannedDataset | None:
+    """The registered data set, whose scan others may share; None if other code registered it."""
+    found = DatasetCatalog[name] if name in DatasetCatalog else None
+    return found if isinstance(found, ScannedDataset) else None

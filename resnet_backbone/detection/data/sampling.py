@@ -1,4 +1,4 @@
-"""Which images make up which iteration: a pure function, so a training can go on anywhere."""
+"""Which images make up which iteration: a pure function, so that a training resumes anywhere."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.data.arguments import detects_objects
 from resnet_backbone.detection.engine.randomness import (
     AUGMENTATION,
     ORDER,
@@ -34,7 +37,7 @@ Sample = tuple[int, int]  # place in the stream, index of the image
 
 @dataclass(frozen=True)
 class ImageStream:
-    """All epochs of a training set, each shuffled anew, laid end to end.
+    """All epochs of a training set, each in another random order, laid end to end.
 
     Args:
         seed: of the run.
@@ -226,6 +229,24 @@ def build_loader(cfg: CfgNode, mapper: Callable[[dict], Any], seed: int) -> Trai
     dataset = AugmentedImages(DatasetFromList(images, copy=False), mapper, seed)
     stream = ImageStream(seed, indices, factors)
     return TrainingLoader(dataset, stream, plan, wide, cfg.DATALOADER.NUM_WORKERS)
+
+
+def mapper_options(cfg: CfgNode) -> dict:
+    """Arguments of the training ``DatasetMapper`` that differ from Detectron2's default.
+
+    A purely semantic model with ``INPUT.CROP.ENABLED`` crops after resizing, as Detectron2's
+    DeepLab does, and pads smaller images to the crop, whose size its pooling is built for.
+    """
+    if detects_objects(cfg) or not cfg.INPUT.CROP.ENABLED:
+        return {}
+    crop, ignore = cfg.INPUT.CROP, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    largest_share = crop.get("SINGLE_CATEGORY_MAX_AREA", 1.0)
+    cropping = T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, largest_share, ignore)
+    resizing, *flipping = build_augmentation(cfg, is_train=True)
+    augmentations = [resizing, cropping, *flipping]
+    if crop.TYPE == "absolute":
+        augmentations.append(T.FixedSizeCrop(tuple(crop.SIZE), pad=True, seg_pad_value=ignore))
+    return {"augmentations": augmentations}
 
 
 def usable_images(cfg: CfgNode, name: str) -> list[dict]:

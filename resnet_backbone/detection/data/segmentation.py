@@ -1,6 +1,6 @@
 """Data sets with label pictures: semantic segmentation from folders, panoptic from COCO's format.
 
-A label picture is an 8-bit grey PNG of its image's size and name whose pixels are class numbers;
+A label picture is an 8-bit gray PNG of its image's size and name whose pixels are class numbers;
 255 is ignored.
 """
 
@@ -14,15 +14,19 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.catalog import register_once
 from resnet_backbone.detection.data.coco import inspect_json, scan_coco
-from resnet_backbone.detection.data.panoptic import CLASSES_FILE
-from resnet_backbone.detection.data.panoptic_files import IGNORE, label_name, read_panoptic
+from resnet_backbone.detection.data.panoptic import (
+    CLASSES_FILE,
+    IGNORE,
+    label_name,
+    read_panoptic,
+)
 from resnet_backbone.detection.data.problems import (
     DataError,
     DataReport,
-    apply_policy,
+    ScannedDataset,
     read_image_size,
+    register_once,
 )
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
@@ -63,11 +67,11 @@ def register_semantic(
     Args:
         on_bad, decode: as :func:`resnet_backbone.detection.data.load_coco_instances`.
         shared_images: other data sets have images in `image_root` too, so that images without a
-            label picture are no problem.
+            label picture are not reported.
 
     Raises:
         DataError: a folder or ``classes.txt`` is missing; when the data set is loaded, what
-            `on_bad` says, two images of one label picture, and pixels that are no class.
+            `on_bad` says, two images of one label picture, and pixels that are not a class.
     """
     image_root, label_root = os.path.abspath(image_root), os.path.abspath(label_root)
     for folder in (image_root, label_root):
@@ -84,16 +88,15 @@ def register_semantic(
         **options,
     }
 
-    def load() -> list[dict]:
+    def scan() -> tuple[list[dict], DataReport]:
         report = DataReport(label_root)
         records = _pair(image_root, label_root, report, shared_images)
         records = drop_bad_labels(records, len(classes), report, decode)
         if not records:
             report.add_empty(label_root, "no usable image with a label picture")
-        apply_policy(report, on_bad)
-        return records
+        return records, report
 
-    register_once(name, load, metadata)
+    register_once(name, ScannedDataset(scan, on_bad), metadata)
 
 
 def _pair(image_root: str, label_root: str, report: DataReport, shared_images: bool) -> list[dict]:
@@ -145,8 +148,8 @@ def drop_bad_labels(
         Records with ``height``, ``width`` and ``image_id``.
 
     Raises:
-        DataError: label pictures in colour or with a palette, which Detectron2 would turn into
-            other numbers without a word, or pixels that are no class.
+        DataError: label pictures in color or with a palette, which Detectron2 would turn into
+            other numbers without a warning, or pixels that are not a class.
     """
     report.num_images += len(records)
     kept, step = [], max(1, len(records) // SAMPLE)
@@ -170,14 +173,14 @@ def check_label(path: str, num_classes: int, pixels: bool) -> tuple[int, int]:
 
     Raises:
         OSError: it is missing or broken.
-        DataError: it is not 8-bit grey, or (with `pixels`) has a value that is no class.
+        DataError: it is not 8-bit gray, or (with `pixels`) has a value that is not a class.
     """
     with Image.open(path) as label:
         size, mode = label.size, label.mode
         values = np.unique(np.asarray(label)) if pixels and mode == "L" else np.empty(0)
     if mode != "L":
         raise DataError(
-            f"{path} is a picture of mode {mode}: labels are 8-bit grey, mode L, pixel = class "
+            f"{path} is a picture of mode {mode}: labels are 8-bit gray, mode L, pixel = class "
             "number (a palette picture p: Image.fromarray(numpy.asarray(p)).save(path))"
         )
     wrong = values[(values >= num_classes) & (values != IGNORE)]
@@ -204,7 +207,7 @@ def register_panoptic(
 
     Args:
         label_root: label pictures: 0 things, then the stuff classes by rising category id
-            (Detectron2's ``prepare_panoptic_fpn.py``; tools/make_segmentation_labels.py).
+            (Detectron2's ``prepare_panoptic_fpn.py``; tools/prepare_data.py labels).
         panoptic_root: its pictures; empty: `panoptic_json` without ``.json``, as COCO has it.
 
     Raises:
@@ -235,7 +238,7 @@ def register_panoptic(
         **options,
     }
 
-    def load() -> list[dict]:
+    def scan() -> tuple[list[dict], DataReport]:
         records, report = scan_coco(json_file, image_root, decode)
         for record in records:
             relative = os.path.relpath(record["file_name"], image_root)
@@ -245,10 +248,9 @@ def register_panoptic(
         records = _drop_without_panoptic(records, panoptic_json, panoptic_root, pictures, report)
         if not records:
             report.add_empty(panoptic_json, "no usable image with its two label pictures")
-        apply_policy(report, on_bad)
-        return records
+        return records, report
 
-    register_once(name, load, metadata)
+    register_once(name, ScannedDataset(scan, on_bad), metadata)
 
 
 def _drop_without_panoptic(

@@ -1,32 +1,161 @@
-"""Data sets in PASCAL VOC layout, VOC's own or a user's, as Detectron2 data sets."""
+"""Data sets in PASCAL VOC layout, VOC's own or a user's, as Detectron2 data sets.
+
+    ROOT/Annotations/ID.xml   ROOT/JPEGImages/ID.jpg   ROOT/ImageSets/Main/SPLIT.txt
+
+VOC's own folders and those of annotation tools, which leave tags out and write other numbers.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import NamedTuple
 
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.catalog import register_once
 from resnet_backbone.detection.data.problems import (
     DataError,
     DataReport,
-    apply_policy,
+    ScannedDataset,
     box_problem,
     check_image,
+    register_once,
 )
-from resnet_backbone.detection.data.voc_files import (
-    NO_ANNOTATION,
-    find_image,
-    find_voc_dir,
-    read_annotation,
-    read_split,
-    xml_path,
-)
+
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+
+
+class VocObject(NamedTuple):
+    """One `<object>`: box is (xmin, ymin, xmax, ymax) as in the file (1-based pixels)."""
+
+    name: str
+    box: tuple[float, ...] = ()
+    difficult: int = 0  # or 1
+    problem: str = ""  # why it has no name or no box; "" where it has
+
+
+class VocAnnotation(NamedTuple):
+    """One XML file: `image_name` and `size` (width, height) are None where it has none."""
+
+    image_name: str | None
+    size: tuple[int, int] | None
+    objects: tuple[VocObject, ...]
+
+
+NO_ANNOTATION = VocAnnotation(None, None, ())
+
+
+def find_voc_dir(root: str) -> str:
+    """The folder that holds `Annotations/`: `root` itself, or the only such folder inside it.
+
+    Raises:
+        DataError: there is none, or there are several to choose from (all are named).
+    """
+    root = os.fspath(root)
+    if os.path.isdir(os.path.join(root, "Annotations")):
+        return root
+    parents = [root, os.path.join(root, "VOCdevkit")]
+    inside = [
+        os.path.join(p, d) for p in parents if os.path.isdir(p) for d in sorted(os.listdir(p))
+    ]
+    found = [d for d in inside if os.path.isdir(os.path.join(d, "Annotations"))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{root} holds several VOC folders; give one of: {', '.join(found)}")
+    raise DataError(
+        f"{root} is no VOC folder: neither it nor a folder inside it has Annotations/;"
+        " give the folder that holds Annotations/, JPEGImages/ and ImageSets/ (--voc-root, or for"
+        " registered names DETECTRON2_DATASETS, the folder of VOC2007 and VOC2012)"
+    )
+
+
+def read_split(voc_dir: str, split: str) -> list[str]:
+    """Image ids of `ImageSets/Main/SPLIT.txt`, in its order, repetitions included.
+
+    Blank lines are skipped, and so is the second column (1, 0 or -1) of VOC's per-class lists.
+
+    Raises:
+        DataError: no such split; the message names those that exist.
+    """
+    folder = os.path.join(voc_dir, "ImageSets", "Main")
+    path = os.path.join(folder, split + ".txt")
+    if not os.path.isfile(path):
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        splits = ", ".join(n[:-4] for n in names if n.endswith(".txt"))
+        raise DataError(f"{path} does not exist; splits there: {splits or 'none'}")
+    with open(path, encoding="utf-8-sig") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    columns = [re.fullmatch(r"(.*\S)\s+[+-]?[01]", line) for line in lines]
+    if lines and all(columns):
+        return [column.group(1) for column in columns]
+    return lines
+
+
+def read_annotation(path: str) -> VocAnnotation:
+    """Read one XML file; every tag but `<object>`'s name and bndbox may be missing.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not XML, or a size that is not a number.
+    """
+    stat = os.stat(path)
+    return _read_version(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache  # a run reads the same files for the classes and for the boxes
+def _read_version(path: str, _mtime: int, _size: int) -> VocAnnotation:
+    try:
+        root = ET.parse(path).getroot()
+    except ET.ParseError as error:
+        raise ValueError(f"not well-formed XML: {error}") from error
+    width, height = (root.findtext(f"size/{side}") or "0" for side in ("width", "height"))
+    size = int(float(width)), int(float(height))
+    name = (root.findtext("filename") or "").strip() or None
+    # some annotation tools write 0 for a size that they do not know
+    objects = tuple(parse_object(element) for element in root.findall("object"))
+    return VocAnnotation(name, size if min(size) > 0 else None, objects)
+
+
+def parse_object(element: ET.Element) -> VocObject:
+    """One `<object>`; what is wrong with it is in its `problem`."""
+    parts = {child.tag: child for child in reversed(element)}  # the first of each name
+    name = _text(parts.get("name")).strip()
+    if not name:
+        return VocObject("", problem="object without a class name")
+    corners = {child.tag: _text(child) for child in reversed(parts.get("bndbox", ()))}
+    if not corners.keys() >= set(CORNERS):
+        return VocObject(name, problem=f"{name} without a complete <bndbox>")
+    difficult = _text(parts.get("difficult")) or "0"
+    try:
+        box = tuple(float(corners[key]) for key in CORNERS)
+        return VocObject(name, box, int(bool(float(difficult))))
+    except ValueError as error:
+        return VocObject(name, problem=f"{name}: {error}")
+
+
+def _text(element: ET.Element | None) -> str:
+    return "" if element is None else element.text or ""
+
+
+def xml_path(voc_dir: str, image_id: str) -> str:
+    """Where the annotation of an image lies."""
+    return os.path.join(voc_dir, "Annotations", image_id + ".xml")
+
+
+def find_image(voc_dir: str, image_id: str, image_name: str | None) -> str:
+    """Path of the image: the suffix of `<filename>` first, then whichever exists."""
+    stem = os.path.join(voc_dir, "JPEGImages", image_id)
+    stated = os.path.splitext(image_name)[1] if image_name else ""
+    paths = [stem + suffix for suffix in dict.fromkeys((stated or ".jpg", *IMAGE_SUFFIXES))]
+    return next((path for path in paths if os.path.isfile(path)), paths[0])
 
 
 def find_voc_classes(root: str, splits: Sequence[str]) -> list[str]:
@@ -61,6 +190,13 @@ def scan_voc(
     progress: bool = False,
 ) -> tuple[list[dict], DataReport]:
     """Read and check a split in one pass; loader, check and evaluator all stand on this.
+
+    Args:
+        root: the folder that holds `Annotations/`, or a VOCdevkit folder with one such inside.
+        split: name of a file in `ImageSets/Main`, without `.txt`.
+        class_names: the classes to train on; position = category_id.
+        decode: decode every image, which finds truncated ones (minutes for VOC's 16,551).
+        progress: show a progress bar on a terminal.
 
     Returns:
         Detectron2 dicts of what is good (see :func:`load_voc_instances`), and what is not. Where
@@ -141,6 +277,24 @@ def _scan_objects(annotation, xml, size, class_ids, report) -> Iterator[dict]:
         }
 
 
+def check_voc(
+    root: str,
+    split: str,
+    class_names: Sequence[str],
+    decode: bool = False,
+    progress: bool = True,
+) -> DataReport:
+    """Find what is wrong with a split in VOC layout; the loader leaves out exactly this.
+
+    Reported: XML that is missing or broken; images that are missing, no images, or of another
+    size than their XML says; boxes of zero or negative size, not finite, or outside the image by
+    more than a pixel; classes that are not in `class_names`; ids listed twice; an empty split.
+
+    Args and errors are those of :func:`scan_voc`.
+    """
+    return scan_voc(root, split, class_names, decode, progress)[1]
+
+
 def load_voc_instances(
     root: str,
     split: str,
@@ -152,13 +306,11 @@ def load_voc_instances(
     """Load a split as Detectron2 dicts.
 
     Args:
-        root: the folder that holds `Annotations/`, or a VOCdevkit folder with one such inside.
-        split: name of a file in `ImageSets/Main`, without `.txt`.
-        class_names: position = category_id.
+        root, split, class_names: see :func:`scan_voc`.
         use_difficult: keep boxes marked difficult. Detectron2 does; the paper, like Faster R-CNN,
             trains without.
         on_bad: "drop" logs what :func:`check_voc` finds and leaves it out, "refuse" raises.
-        decode: also find (and leave out) images that are cut short; reads every pixel.
+        decode: also find (and leave out) truncated images; reads every pixel.
 
     Returns:
         One dict per image: file_name, image_id (str), height, width (pixels) and annotations,
@@ -168,11 +320,24 @@ def load_voc_instances(
     Raises:
         DataError: no such folder or split, no usable image, or a problem with "refuse".
     """
-    records, report = scan_voc(root, split, class_names, decode)
-    apply_policy(report, on_bad)
-    if not use_difficult:
-        for record in records:
-            record["annotations"] = [a for a in record["annotations"] if not a["difficult"]]
+    return _dataset(root, split, class_names, use_difficult, on_bad, decode)()
+
+
+def _dataset(
+    root: str,
+    split: str,
+    class_names: Sequence[str],
+    use_difficult: bool,
+    on_bad: str,
+    decode: bool,
+) -> ScannedDataset:
+    select = list if use_difficult else _without_difficult
+    return ScannedDataset(lambda: scan_voc(root, split, class_names, decode), on_bad, select)
+
+
+def _without_difficult(records: list[dict]) -> list[dict]:
+    for record in records:
+        record["annotations"] = [a for a in record["annotations"] if not a["difficult"]]
     return records
 
 
@@ -208,8 +373,4 @@ def register_voc(
         "evaluator_type": "voc",
         **options,
     }
-
-    def load() -> list[dict]:
-        return load_voc_instances(voc_dir, split, classes, **options)
-
-    register_once(name, load, metadata)
+    register_once(name, _dataset(voc_dir, split, classes, **options), metadata)

@@ -29,8 +29,7 @@ from torch import nn
 
 from resnet_backbone.detection.checkpoint.handover import with_weights_input
 from resnet_backbone.detection.checkpoint.saving import AtomicCheckpointer, find_last_checkpoint
-from resnet_backbone.detection.data.label_arguments import mapper_options
-from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader
+from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader, mapper_options
 from resnet_backbone.detection.engine.hooks import (
     Checkpoints,
     Evaluation,

@@ -17,8 +17,7 @@ from detectron2.utils import comm
 from PIL import Image
 from tabulate import tabulate
 
-from resnet_backbone.detection.data.panoptic import decode_ids
-from resnet_backbone.detection.data.panoptic_files import read_panoptic
+from resnet_backbone.detection.data.panoptic import decode_ids, read_panoptic
 from resnet_backbone.detection.data.problems import DataError
 
 logger = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from tabulate import tabulate
 
+from resnet_backbone.detection.data.problems import registered_scan
 from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation.voc_ap import COCO_IOU_THRESHOLDS, read_boxes, score_boxes
 from resnet_backbone.detection.evaluation.voc_errors import count_errors
@@ -141,8 +142,11 @@ class VOCEvaluator(DatasetEvaluator):
     def _load_ground_truth(self) -> tuple[list[dict[str, Any]], bool]:
         """For each image its boxes, and whether the split has annotations."""
         meta = self._metadata
-        decode = meta.get("decode", False)  # as the loader did, see register_voc
-        records, report = scan_voc(meta.dirname, meta.split, meta.thing_classes, decode)
+        dataset = registered_scan(self._dataset_name)
+        if dataset is None:  # Detectron2 or other code registered it
+            records, report = scan_voc(meta.dirname, meta.split, meta.thing_classes)
+        else:
+            records, report = dataset.scan()
         if report.problems:
             logger.warning(
                 "%s: evaluated without %d bad boxes and %d bad files; check_voc names them",

@@ -1,4 +1,4 @@
-"""The paper's crop against Pillow, resizing against torchvision, the noise against its sources."""
+"""The paper's augmentation, Inception's with RandAugment, the color noise, and mixed batches."""
 
 import io
 from dataclasses import replace
@@ -6,25 +6,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
+from resnet_backbone.classification.config import DataConfig
 from resnet_backbone.classification.data.augment import (
-    CentreCrop,
-    Crop,
+    AXES,
+    COLOR_NOISES,
+    SCALINGS,
+    BatchMixer,
+    CenterCrop,
+    InceptionAugmentation,
     PaperAugmentation,
-    Span,
-    draw_crop,
-    resize_crop,
-    resize_short_side,
-    resized_shape,
+    color_shift,
 )
-from resnet_backbone.classification.data.batch import DataError
-from resnet_backbone.classification.data.color import AXES, SCALINGS, colour_shift
-from resnet_backbone.classification.data.region import EncodedImage
-from resnet_backbone.classification.data.stream import sample_rng
+from resnet_backbone.classification.data.crops import EncodedImage, draw_inception_crop
+from resnet_backbone.classification.data.stream import DataError, sample_rng
 
 
 def pixels(height, width, seed=0, coarse=12) -> np.ndarray:
@@ -39,83 +36,17 @@ def image_of(array) -> EncodedImage:
     return EncodedImage(stream.getvalue())
 
 
-def by_pillow(array, crop, size) -> np.ndarray:
-    left, top, right, bottom = crop.box(size)
-    box = left, top, min(right, array.shape[1]), min(bottom, array.shape[0])  # rounding errors
-    return np.array(Image.fromarray(array).resize((size, size), Image.BILINEAR, box=box))
+@pytest.fixture(scope="module")
+def array() -> np.ndarray:
+    return pixels(300, 400)
 
 
-def difference(ours, reference) -> np.ndarray:
-    return np.abs(ours.numpy().transpose(1, 2, 0).astype(int) - reference)
+@pytest.fixture(scope="module")
+def image(array) -> EncodedImage:
+    return image_of(array)
 
 
-@given(st.integers(1, 700), st.integers(1, 700), st.integers(1, 480))
-@settings(max_examples=80, deadline=None)
-def test_resized_shape_is_torchvisions(height, width, size):
-    if max(height, width) / min(height, width) > 60:
-        return
-    array = np.zeros((height, width, 3), np.uint8)
-    expected = v2.functional.resize(torch.from_numpy(array).permute(2, 0, 1), [size])
-    assert resized_shape(height, width, size) == tuple(expected.shape[1:])
-
-
-@given(st.integers(20, 300), st.integers(20, 300), st.integers(20, 300))
-@settings(max_examples=30, deadline=None)
-def test_resize_short_side_equals_torchvision(height, width, size):
-    array = pixels(height, width)
-    tensor = torch.from_numpy(array).permute(2, 0, 1)
-    expected = v2.functional.resize(tensor, [size], antialias=True).numpy()
-    np.testing.assert_array_equal(resize_short_side(tensor, size).numpy(), expected)
-    np.testing.assert_array_equal(resize_short_side(array, size).transpose(2, 0, 1), expected)
-    pillow = Image.fromarray(array).resize(expected.shape[:0:-1], Image.BILINEAR)
-    assert np.abs(expected.transpose(1, 2, 0).astype(int) - np.array(pillow)).max() <= 2
-
-
-@given(st.integers(3, 900), st.integers(3, 900), st.integers(0, 10**6))
-@settings(max_examples=100, deadline=None)
-def test_crops_equal_pillows_at_the_same_box(height, width, seed):
-    if max(height, width) / min(height, width) > 20:
-        return
-    array = pixels(height, width, seed)
-    crop = draw_crop(height, width, np.random.default_rng(seed), 64, (72, 140))
-    found = difference(resize_crop(image_of(array), crop, 64), by_pillow(array, crop, 64))
-    assert found.max() <= 2
-
-
-@pytest.mark.parametrize("short_side", [254, 255, 256, 257, 258])
-def test_a_region_as_long_as_its_result_is_resized_all_the_same(short_side):
-    """torch leaves out the resizing of an axis whose length stays the same."""
-    array = pixels(short_side, short_side + 30, coarse=80)
-    scale = short_side / 256
-    for span in (Span(0, 0, scale), Span(int(short_side - 225 * scale), 1, scale)):
-        crop = Crop(span, span)
-        found = difference(resize_crop(image_of(array), crop), by_pillow(array, crop, 224))
-        assert found.max() <= 2, span
-
-
-@given(st.integers(1, 900), st.integers(1, 900), st.integers(0, 10**6))
-@settings(max_examples=200, deadline=None)
-def test_drawn_crops_lie_in_the_image(height, width, seed):
-    crop = draw_crop(height, width, np.random.default_rng(seed))
-    left, top, right, bottom = crop.box(224)
-    assert left >= 0 and top >= 0 and right <= width + 1e-3 and bottom <= height + 1e-3
-
-
-def test_short_sides_and_places_are_uniform():
-    rng = np.random.default_rng(0)
-    crops = [draw_crop(375, 500, rng) for _ in range(6000)]
-    sides = np.array([round(375 / crop.y.scale) for crop in crops])
-    assert sides.min() == 256 and sides.max() == 480
-    counts = np.bincount(sides - 256, minlength=225)
-    assert counts.min() > 5 and abs(sides.mean() - 368) < 3
-    room = np.array([500 - 224 * crop.x.scale for crop in crops])
-    places = np.array([crop.box(224)[0] for crop in crops]) / room
-    assert np.abs(np.histogram(places, 10, (0, 1))[0] / 6000 - 0.1).max() < 0.02
-    assert (places == 0).any() and places.max() > 0.99
-
-
-def test_flip_is_a_mirror_image_and_half_of_all():
-    image = image_of(pixels(300, 400))
+def test_flip_is_a_mirror_image_and_half_of_all(image):
     never, always = PaperAugmentation(flip=0.0), PaperAugmentation(flip=1.0)
     a, b = (augment(image, sample_rng(0, 0, 5)).image for augment in (never, always))
     assert torch.equal(a.flip(2), b) and not torch.equal(a, b)
@@ -130,7 +61,7 @@ def test_the_result_is_ready_to_be_sent():
     image, shift = PaperAugmentation()(image_of(pixels(260, 260)), sample_rng(0, 0, 0))
     assert image.shape == (3, 224, 224) and image.dtype == torch.uint8 and image.is_contiguous()
     assert shift.shape == (3,) and shift.dtype == np.float32
-    quiet = replace(PaperAugmentation(), colour_noise="none")
+    quiet = replace(PaperAugmentation(), color_noise="none")
     assert quiet(image_of(pixels(260, 260)), sample_rng(0, 0, 0)).shift is None
 
 
@@ -139,7 +70,7 @@ def test_the_result_is_ready_to_be_sent():
 )
 def test_noise_has_the_published_standard_deviations(name, expected):
     rng = np.random.default_rng(0)
-    shifts = np.stack([colour_shift(name, rng) for _ in range(4000)])
+    shifts = np.stack([color_shift(name, rng) for _ in range(4000)])
     along = shifts @ AXES  # the axes are orthonormal
     np.testing.assert_allclose(along.std(0), expected, rtol=0.1)
     assert np.abs(along.mean(0)).max() < 0.5
@@ -151,39 +82,123 @@ def test_axes_are_orthonormal_and_the_scalings_differ_by_a_square_root():
     np.testing.assert_allclose(roots, SCALINGS["cuda_convnet"], rtol=0.15)
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"colour_noise": "alexnet"}, "cuda_convnet, fb_resnet_torch, none"),
-        ({"short_side": (200, 480)}, "no crop of 224"),
-        ({"short_side": (480, 256)}, "first <= last"),
-    ],
-)
-def test_impossible_augmentations_are_refused(options, message):
-    with pytest.raises(DataError, match=message):
-        PaperAugmentation(**options)
-
-
-@given(st.integers(10, 400), st.integers(10, 400))
-@settings(max_examples=20, deadline=None)
-def test_centre_crop_equals_torchvision(height, width):
+@pytest.mark.parametrize("height, width", [(10, 13), (64, 400), (399, 65), (74, 74), (151, 230)])
+def test_center_crop_equals_torchvision(height, width):
     array = pixels(height, width)
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     reference = v2.Compose([v2.Resize(74, antialias=True), v2.CenterCrop(65)])(tensor)
-    assert torch.equal(CentreCrop(65, 74)(image_of(array)).image, reference)
+    assert torch.equal(CenterCrop(65, 74)(image_of(array)).image, reference)
 
 
-@pytest.mark.data
-def test_geometry_on_real_images(data_root):
-    paths = sorted((data_root / "VOCdevkit/VOC2007/JPEGImages").glob("*.jpg"))[::64]
-    if not paths:
-        pytest.skip("no VOC images")
-    means = []
-    for index, path in enumerate(paths):
-        image = EncodedImage(path.read_bytes())
-        crop = draw_crop(image.height, image.width, sample_rng(0, 0, index))
-        reference = by_pillow(np.array(Image.open(path).convert("RGB")), crop, 224)
-        found = difference(resize_crop(image, crop), reference)
-        assert found.max() <= 3
-        means.append(found.mean())
-    assert np.mean(means) <= 0.05
+def test_crop_is_torchvisions_of_the_same_box(array, image):
+    rng = np.random.default_rng(3)
+    top, left, bottom, right = draw_inception_crop(300, 400, np.random.default_rng(3))
+    augmented = InceptionAugmentation(flip=0.0)(image, rng)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    expected = v2.functional.resized_crop(
+        tensor, top, left, bottom - top, right - left, [224, 224], antialias=True
+    )
+    assert torch.equal(augmented.image, expected)
+
+
+def test_randaugment_is_a_function_of_the_sample(image):
+    augment = InceptionAugmentation(randaugment=9)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    first = augment(image, sample_rng(0, 2, 7)).image
+    torch.manual_seed(2)
+    torch.rand(5)
+    assert torch.equal(first, augment(image, sample_rng(0, 2, 7)).image)
+    others = [augment(image, sample_rng(0, 2, i)).image for i in range(4)]
+    assert not any(torch.equal(first, other) for other in others)
+    torch.set_rng_state(state)
+
+
+def test_randaugment_changes_pixels_and_leaves_torchs_generator_alone(image):
+    state = torch.get_rng_state()
+    with_it = [InceptionAugmentation(randaugment=15)(image, sample_rng(0, 0, i)) for i in range(5)]
+    without = [InceptionAugmentation()(image, sample_rng(0, 0, i)) for i in range(5)]
+    changed = [not torch.equal(a.image, b.image) for a, b in zip(with_it, without, strict=True)]
+    assert sum(changed) >= 3
+    assert torch.equal(state, torch.get_rng_state())
+    assert with_it[0].image.shape == (3, 224, 224) and with_it[0].image.dtype == torch.uint8
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, 3, 8, 8, generator=generator), torch.tensor([0, 1, 2, 3, 4, 0])
+
+
+def test_a_mix_is_a_function_of_seed_and_iteration(batch):
+    mixer = BatchMixer(5)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    images, labels = mixer(*batch, 7)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.rand(4)
+    again, _ = BatchMixer(5)(*batch, 7)
+    assert torch.equal(images, again)
+    assert not torch.equal(images, mixer(*batch, 8)[0])
+    assert not torch.equal(images, BatchMixer(5, seed=1)(*batch, 7)[0])
+    assert labels.shape == (6, 5) and images.shape == batch[0].shape
+
+
+def test_labels_follow_the_images_of_mixup(batch):
+    images, labels = batch
+    mixed, soft = BatchMixer(5, mixup=1.0, cutmix=0)(images, labels, 0)
+    torch.testing.assert_close(soft.sum(1), torch.ones(6))
+    share = soft[1, 1]  # image 1 is mixed with image 0
+    assert 0 < share < 1 and torch.isclose(soft[1, 0], 1 - share)
+    torch.testing.assert_close(mixed[1], share * images[1] + (1 - share) * images[0])
+
+
+def test_labels_follow_the_area_of_cutmix(batch):
+    images, labels = batch
+    for iteration in range(5):
+        mixed, soft = BatchMixer(5, mixup=0, cutmix=1.0)(images, labels, iteration)
+        kept = (mixed[2] == images[2]).all(0).float().mean()
+        pasted = (mixed[2] == images[1]).all(0).float().mean()
+        assert kept + pasted == 1
+        assert torch.isclose(soft[2, 2], kept, atol=1e-6)
+
+
+def test_both_are_used(batch):
+    mixer, pasted = BatchMixer(5), []
+    for iteration in range(20):
+        mixed, _ = mixer(*batch, iteration)
+        pasted.append(bool(((mixed == batch[0]) | (mixed == batch[0].roll(1, 0))).all()))
+    assert 3 < sum(pasted) < 17
+
+
+def test_a_batch_of_one_is_not_mixed():
+    images, labels = torch.randn(1, 3, 8, 8), torch.tensor([2])
+    mixed, soft = BatchMixer(5)(images, labels, 0)
+    assert torch.equal(mixed, images) and soft.tolist() == [[0, 0, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0, "cutmix": 0}, {"mixup": -1}])
+def test_nothing_to_mix_is_refused(options):
+    with pytest.raises(DataError, match="alphas"):
+        BatchMixer(5, **options)
+
+
+@pytest.mark.parametrize(
+    "kind, options, message",
+    [
+        (PaperAugmentation, {"color_noise": "alexnet"}, "cuda_convnet, fb_resnet_torch, none"),
+        (PaperAugmentation, {"short_side": (200, 480)}, "no crop of 224"),
+        (PaperAugmentation, {"short_side": (480, 256)}, "first <= last"),
+        (InceptionAugmentation, {"area": (0.0, 1.0)}, "area"),
+        (InceptionAugmentation, {"ratio": (2.0, 1.0)}, "ratio"),
+        (InceptionAugmentation, {"randaugment": 31}, "0..30"),
+        (InceptionAugmentation, {"color_noise": "pca"}, "color noise"),
+    ],
+)
+def test_impossible_augmentations_are_refused(kind, options, message):
+    with pytest.raises(DataError, match=message):
+        kind(**options)
+
+
+def test_the_config_offers_the_noises_that_there_are():
+    assert DataConfig.__dataclass_fields__["color_noise"].metadata["choices"] == COLOR_NOISES

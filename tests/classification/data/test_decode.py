@@ -57,7 +57,7 @@ def test_plain_jpegs_equal_pillow(height, width, mode, progressive, subsampling,
         ("CMYK", "JPEG", "CMYK"),
         ("P", "PNG", "palette"),
         ("RGBA", "PNG", "RGBA"),
-        ("LA", "PNG", "grey with alpha"),
+        ("LA", "PNG", "gray with alpha"),
         ("1", "PNG", "bitmap"),
         ("RGB", "PNG", ""),
         ("L", "PNG", ""),
@@ -82,14 +82,14 @@ def test_adobe_cmyk_is_not_read_as_a_negative():
     assert decode(data).pixels.min() > 230
 
 
-def test_16_bit_grey_keeps_the_high_byte():
+def test_16_bit_gray_keeps_the_high_byte():
     levels = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21
     decoded = decode(encoded(Image.fromarray(levels), "PNG"))
-    assert decoded.note == "16-bit grey"
+    assert decoded.note == "16-bit gray"
     np.testing.assert_array_equal(decoded.pixels, np.repeat(levels[..., None] >> 8, 3, axis=2))
 
 
-def test_16_bit_colour_keeps_the_high_byte():
+def test_16_bit_color_keeps_the_high_byte():
     levels = RNG.integers(0, 65536, (5, 7, 3), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     header = struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)
@@ -154,7 +154,7 @@ def test_a_truncated_jpeg_is_bad(part):
 def test_missing_scan_lines_are_bad_although_pillow_reads_them():
     data = encoded(picture(300, 200), quality=90)
     cut = data[: len(data) // 2] + b"\xff\xd9"
-    Image.open(io.BytesIO(cut)).load()  # fills the rest with grey
+    Image.open(io.BytesIO(cut)).load()  # fills the rest with gray
     with pytest.raises(BadImage, match="truncated or damaged"):
         decode(cut)
 

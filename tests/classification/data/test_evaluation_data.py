@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.evaluation import (
     BadSample,
     EvaluationArrays,
     EvaluationFiles,
     EvaluationLoader,
 )
+from resnet_backbone.classification.data.stream import DataError
 
 
 def arrays(count, size=4):
@@ -67,7 +67,7 @@ def test_files(files, workers):
         assert torch.equal(image, torch.from_numpy(original).permute(2, 0, 1))
     assert [tuple(image.shape) for image in first.images[1]] == [(3, 10, 15), (3, 12, 10)]
     assert first.labels.tolist() == [10, 11] and first.indices.tolist() == [0, 1]
-    assert second.images[0].shape == (1, 3, 20, 30)  # its neighbour is bad
+    assert second.images[0].shape == (1, 3, 20, 30)  # its neighbor is bad
     assert second.labels.tolist() == [12] and second.indices.tolist() == [2]
     (bad,) = second.bad
     assert bad[:3] == (3, 13, str(samples[3][0])) and "truncated" in bad.reason
@@ -75,7 +75,7 @@ def test_files(files, workers):
     assert loader.name_of(4) == str(samples[4][0])
 
 
-def test_resize_is_torchvisions_to_a_grey_level(files):
+def test_resize_is_torchvisions_to_a_gray_level(files):
     transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is missing")
     samples, pixels = files
     data = EvaluationFiles(samples, (9, 64))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import (
     check_same_classes,
@@ -15,6 +14,7 @@ from resnet_backbone.classification.data.imagenet import (
     read_flat_folder,
     read_image_folder,
 )
+from resnet_backbone.classification.data.stream import DataError
 
 CLASSES = {"n03": ["a.JPEG", "b.jpg"], "n01": ["c.png"], "n02": ["d.JPEG", "e.Jpeg", "f.webp"]}
 
@@ -135,7 +135,7 @@ def test_flat_folder_with_the_classes_of_training(flat, root, tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("490\n361\n171\n", "prepare_imagenet.py --devkit"),
+        ("490\n361\n171\n", "prepare_data.py imagenet --devkit"),
         ("", "empty"),
         ("v1.JPEG n01\nv2.JPEG\nv3.JPEG n01\n", "line 2"),
         ("v1.JPEG n01\nv1.JPEG n02\n", "twice"),

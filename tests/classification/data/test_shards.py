@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from resnet_backbone.classification.data.augment import PaperAugmentation
-from resnet_backbone.classification.data.batch import DataError
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import read_image_folder
 from resnet_backbone.classification.data.loader import LoaderSource
@@ -21,7 +20,7 @@ from resnet_backbone.classification.data.shards import (
     index_shards,
     write_shards,
 )
-from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.classification.data.stream import DataError, SampleStream
 
 webdataset = pytest.importorskip("webdataset")
 
@@ -131,7 +130,7 @@ def test_pickled_and_forked_readers_open_their_own_files(shards):
 
 
 def test_damaged_shards_and_indices_are_told(shards, folder, tmp_path):
-    with pytest.raises(DataError, match="make_shards.py index"):
+    with pytest.raises(DataError, match="prepare_data.py shards index"):
         TarShards(tmp_path)
     with pytest.raises(DataError, match="no .tar files"):
         index_shards(tmp_path)

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_backbone.classification.data.batch import DataError
-from resnet_backbone.classification.data.stream import SampleStream, sample_rng
+from resnet_backbone.classification.data.stream import DataError, SampleStream, sample_rng
 
 
 def take(stream: SampleStream, iterations: int) -> np.ndarray:
@@ -46,7 +45,7 @@ def test_a_batch_over_the_end_of_an_epoch_says_so():
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 4))
-def test_shards_are_read_whole_and_neighbours_together(sizes, together):
+def test_shards_are_read_whole_and_neighbors_together(sizes, together):
     total = sum(sizes)
     groups = {"group_sizes": tuple(sizes), "groups_together": together}
     order = SampleStream(total, 1, seed=4, **groups).epoch_order(2)

@@ -19,8 +19,13 @@ from resnet_backbone.detection.data.preparation.official import (
 )
 from resnet_backbone.detection.data.preparation.tree_report import SplitCheck, TreeCheck
 from resnet_backbone.detection.data.problems import DataError, read_image_size
-from resnet_backbone.detection.data.voc import VOC_CLASSES, find_voc_classes, scan_voc
-from resnet_backbone.detection.data.voc_files import IMAGE_SUFFIXES, read_split
+from resnet_backbone.detection.data.voc import (
+    IMAGE_SUFFIXES,
+    VOC_CLASSES,
+    find_voc_classes,
+    read_split,
+    scan_voc,
+)
 
 CHUNK = 64  # images handed to a process at a time
 SAMPLES = 20  # images of a split that are kept for a picture

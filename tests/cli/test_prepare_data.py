@@ -1,7 +1,6 @@
-"""tools/prepare_data.py on miniature archives and on real data."""
+"""prepare-data for VOC and COCO, on miniature archives and on real data."""
 
 import hashlib
-import importlib.util
 import io
 import json
 import tarfile
@@ -15,19 +14,11 @@ pytest.importorskip("detectron2")
 
 from PIL import Image
 
+from resnet_backbone.cli import prepare_data as tool
 from resnet_backbone.detection.data.preparation import official, unpack
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
 TRAINVAL, TEST = "VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar"
 DOG = [("dog", (1, 1, 20, 30)), ("cat", (5, 5, 30, 35), 1)]
-
-
-def load():
-    module = importlib.import_module("resnet_backbone.cli.prepare_data")
-    return module
-
-
-tool = load()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import filecmp
 import hashlib
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -17,10 +16,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
 
-from resnet_backbone.detection.data import quickstart  # noqa: E402
+from resnet_backbone.cli import prepare_data  # noqa: E402
+from resnet_backbone.detection.data.preparation import quickstart  # noqa: E402
 from resnet_backbone.runtime import builtin  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NUMBERS = {"num_train": 12, "num_test": 6, "image_size": 128, "seed": 3}
 
 
@@ -223,13 +223,13 @@ def test_a_missing_library_is_named(monkeypatch):
 
 
 def test_command_line(tmp_path, capsys):
-    command = importlib.import_module("resnet_backbone.cli.make_quickstart_data")
     output = tmp_path / "data"
-    arguments = ["--output", str(output), "--num-train", "2", "--num-test", "1"]
-    assert command.main(arguments) == 0
+    arguments = ["digits", "--output", str(output), "--num-train", "2", "--num-test", "1"]
+    assert prepare_data.main(arguments) == 0
     assert json.loads((output / quickstart.SUMMARY).read_text())["settings"]["num_train"] == 2
-    assert command.main(arguments) == 0
+    assert prepare_data.main(arguments) == 0
     assert "complete already" in capsys.readouterr().out
-    assert command.main([*arguments, "--seed", "5"]) == 1
-    assert len(capsys.readouterr().err.strip().splitlines()) >= 1
-    assert command.main([*arguments, "--seed", "5", "--overwrite"]) == 0
+    with pytest.raises(SystemExit, match="2"):
+        prepare_data.main([*arguments, "--seed", "5"])
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+    assert prepare_data.main([*arguments, "--seed", "5", "--overwrite"]) == 0

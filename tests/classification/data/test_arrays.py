@@ -1,7 +1,9 @@
-"""CIFAR-10 files and the in-memory source, against torchvision's reader and transforms."""
+"""Data sets in memory: CIFAR-10 and its crops against torchvision's, the built-in digits."""
 
+import hashlib
 import pickle
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +12,18 @@ import torch
 from torchvision.transforms import functional as F
 
 from resnet_backbone.classification.config import load_config
+from resnet_backbone.classification.data import arrays
 from resnet_backbone.classification.data.arrays import (
     PAD,
-    ArraySource,
-    channel_statistics,
-    mean_image,
-)
-from resnet_backbone.classification.data.batch import DataError
-from resnet_backbone.classification.data.build import build_data
-from resnet_backbone.classification.data.cifar import (
-    CLASS_NAMES,
     TEST_FILES,
     TRAIN_FILES,
+    ArraySource,
     read_cifar10,
 )
-from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.classification.data.build import build_data
+from resnet_backbone.classification.data.statistics import channel_statistics, mean_image
+from resnet_backbone.classification.data.stream import DataError, SampleStream
+from resnet_backbone.runtime import builtin
 from resnet_backbone.weights.inputs import InputNormalizer
 
 PER_FILE = 12
@@ -128,9 +127,7 @@ def test_a_label_above_nine_is_no_cifar10(both_versions):
 def source(images, augmentation, batch_size=8, rank=0, world=1, padding=None) -> ArraySource:
     stream = SampleStream(len(images), batch_size, 7, rank, world)
     labels = torch.arange(len(images))
-    return ArraySource(
-        images, labels, stream, CLASS_NAMES, augmentation=augmentation, padding=padding
-    )
+    return ArraySource(images, labels, stream, augmentation=augmentation, padding=padding)
 
 
 @pytest.fixture
@@ -141,22 +138,18 @@ def images():
 @pytest.mark.parametrize(("augmentation", "flips"), [("pad_crop", True), ("shift", False)])
 def test_crops_are_torchvisions_pad_crop_flip(images, augmentation, flips):
     """Each image is one of the 81 crops (and their mirror images) that torchvision can make."""
-    found = set()
-    made = source(images, augmentation)
+    crops = {}
+    for label, image in enumerate(images):
+        padded = F.pad(image, [PAD])
+        for place in range(81):
+            crop = F.crop(padded, place // 9, place % 9, 32, 32)
+            crops[label, F.hflip(crop).numpy().tobytes()] = place, True
+            crops[label, crop.numpy().tobytes()] = place, False
+    found, made = set(), source(images, augmentation)
     for iteration in range(30):
         batch = made.batch(iteration)
-        for pixels, label in zip(batch.images, batch.labels, strict=True):
-            padded = F.pad(images[label], [PAD])
-            for place in range(81):
-                crop = F.crop(padded, place // 9, place % 9, 32, 32)
-                if torch.equal(pixels, crop):
-                    found.add((place, False))
-                    break
-                if torch.equal(pixels, F.hflip(crop)):
-                    found.add((place, True))
-                    break
-            else:
-                pytest.fail("not a crop of the padded image")
+        for pixels, label in zip(batch.images, batch.labels.tolist(), strict=True):
+            found.add(crops[label, pixels.contiguous().numpy().tobytes()])
     assert {place for place, _ in found} > set(range(0, 81, 8))
     assert any(flipped for _, flipped in found) == flips
     if flips:
@@ -167,7 +160,7 @@ def test_crops_are_torchvisions_pad_crop_flip(images, augmentation, flips):
 @pytest.mark.parametrize("mean", ["pixel", "channel"])
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
 def test_padding_is_zero_once_the_mean_is_subtracted(both_versions, mean, order):
-    """To half a grey level; black padding, which was the only one, is far from it."""
+    """To half a gray level; black padding, which was the only one, is far from it."""
     options = [f"data.root={both_versions[0]}", f"data.mean={mean}", f"data.channel_order={order}"]
     options.append("train.batch_size=8")
     for padding, largest in (("mean", 0.5), ("black", 255)):
@@ -213,3 +206,106 @@ def test_statistics_against_numpy(images):
 def test_unknown_augmentation(images):
     with pytest.raises(DataError, match="pad_crop, shift or none"):
         source(images, "flip")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A quarter of the built-in digits, which take seconds to draw, and what they are drawn from.
+
+    Returns:
+        For each split images, labels, indices of scans, names of photographs.
+    """
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    found, patch = {}, pytest.MonkeyPatch()
+    patch.setattr(arrays, "COPIES", {"train": 1, "test": 1})
+    arrays._draw_digits.cache_clear()
+    for split in ("train", "test"):
+        used: dict[str, set] = {"render_ink": set(), "crop_photograph": set()}
+        with patch.context() as spies:
+            for name, seen in used.items():
+                spies.setattr(builtin, name, noting(seen, getattr(builtin, name)))
+            found[split] = *arrays.read_digits(split == "train"), *used.values()
+    yield found
+    patch.undo()
+    arrays._draw_digits.cache_clear()
+
+
+def noting(seen, draw):
+    """A function that draws and notes its first argument."""
+    return lambda first, *rest: (seen.add(first), draw(first, *rest))[1]
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 1258), ("test", 539)])
+def test_digits(digits, split, count):
+    images, labels, scans, photographs = digits[split]
+    assert (images.dtype, tuple(images.shape)) == (torch.uint8, (count, 3, 64, 64))
+    assert (labels.dtype, tuple(labels.shape)) == (torch.int64, (count,))
+    assert images.is_contiguous()
+    assert labels.bincount(minlength=10).min() > 0.08 * count
+    assert len({image.numpy().tobytes() for image in images}) == count
+    assert labels.tolist() == list(builtin.load_scans()[1][builtin.digit_indices(split)])
+    assert scans == set(builtin.digit_indices(split))
+    assert photographs == set(builtin.BACKGROUNDS[split])
+    assert arrays.read_digits(split == "train")[0] is images  # kept in memory
+
+
+def test_train_and_test_digits_share_no_scan_and_no_photograph(digits):
+    train, test = (scans | photographs for _, _, scans, photographs in digits.values())
+    assert not train & test
+
+
+def test_more_drawings_keep_the_first_ones_and_differ(digits, monkeypatch):
+    monkeypatch.setattr(arrays, "digit_indices", lambda split: builtin.digit_indices(split)[:40])
+    monkeypatch.setattr(arrays, "COPIES", {"test": 2})
+    images, labels = arrays._draw_digits.__wrapped__("test")
+    assert torch.equal(images[:40], digits["test"][0][:40])
+    assert torch.equal(labels[:40], labels[40:])
+    assert (images[:40] != images[40:]).flatten(1).any(1).all()
+
+
+def test_every_digit_lies_inside_and_is_visible(digits, monkeypatch):
+    """Against the bare photograph, drawn with the same random numbers."""
+    heights, centers = [], []
+    monkeypatch.setattr(builtin, "draw_ink", lambda canvas, *_: (canvas, None))
+    for number, index in enumerate(list(builtin.digit_indices("train"))[:150]):
+        drawn = digits["train"][0][number].permute(1, 2, 0).numpy().astype(int)
+        change = np.abs(drawn - builtin.draw_digit_crop("train", number, index)).max(axis=2)
+        rows, columns = np.nonzero(change > 10)
+        assert len(rows) > 40 and change.max() > 50
+        heights.append(np.ptp(rows) + 1)
+        centers.append((rows.mean(), columns.mean()))
+    assert 30 <= min(heights) <= 40 and 48 <= max(heights) <= 64
+    assert (np.std(centers, axis=0) > 2).all(), "digits are moved off the middle"
+    assert (np.abs(np.array(centers) - 32) < 6 + 6).all(), "and stay near it"
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install resnet_backbone\[quickstart\]"):
+        builtin.load_scans.__wrapped__()
+
+
+def test_digits_as_training_data(digits, tmp_path):
+    config = load_config([], ["data.format=digits", "data.augmentation=shift", "data.std=channel",
+                              "evaluation.protocol=full", "train.batch_size=16"])  # fmt: skip
+    data = build_data(config, tmp_path)
+    assert data.class_names == builtin.CLASS_NAMES and len(data.class_names) == 10
+    assert (data.source.num_samples, data.evaluated_on) == (1258, "built-in digits, test")
+    images = digits["train"][0].float()
+    assert data.preprocessing.channel_order == "RGB"
+    assert data.preprocessing.mean == pytest.approx(images.mean((0, 2, 3)).tolist(), abs=0.01)
+    assert data.preprocessing.std == pytest.approx(
+        images.transpose(0, 1).flatten(1).std(1).tolist(), abs=0.01
+    )
+    assert tuple(data.source.batch(0).images.shape) == (16, 3, 64, 64)
+
+
+def test_pixels_of_digits_stay_the_same(digits):
+    """Numbers in docs/results rest on them; with these versions of Pillow and NumPy."""
+    import PIL
+
+    if PIL.__version__.partition(".")[0] != "13" or np.__version__.partition(".")[0] != "2":
+        pytest.skip("other versions draw slightly other pixels")
+    found = hashlib.sha256(digits["test"][0][:20].numpy().tobytes()).hexdigest()
+    assert found[:16] == "a6f978d9f9c21b73"

@@ -148,9 +148,7 @@ def _write_all(folder: Path, settings: dict, on_image: Callable[[], object] | No
             if on_image is not None:
                 on_image()
         (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
-    credits = [
-        f"{s}: {n} ({licence})\n" for s in BACKGROUNDS for n, licence in BACKGROUNDS[s].items()
-    ]
+    credits = [f"{s}: {n} ({terms})\n" for s in BACKGROUNDS for n, terms in BACKGROUNDS[s].items()]
     (folder / "README.txt").write_text(_README + "".join(credits), encoding="utf-8")
     summary = {"settings": settings, "class_names": list(CLASS_NAMES), "images": images}
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")

@@ -20,8 +20,9 @@ from resnet_backbone.detection.data import (
     load_coco_instances,
     load_voc_instances,
     register_coco,
+    voc,
 )
-from resnet_backbone.detection.data.problems import read_image_size
+from resnet_backbone.detection.data.problems import registered_scan
 
 BOX = (2, 3, 10, 8)
 BCCD_BAD = ["BloodImage_00338.xml", "BloodImage_00343.xml"]
@@ -316,13 +317,22 @@ def test_register_coco(coco):
         MetadataCatalog.pop(name)
 
 
-def test_an_image_is_decoded_once_until_it_changes(tmp_path, monkeypatch):
-    path = tmp_path / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)).save(path)
-    assert read_image_size(str(path), decode=True) == (40, 30)
-    with monkeypatch.context() as patch:
-        patch.setattr(Image, "open", lambda path: pytest.fail("opened again"))
-        assert read_image_size(str(path), decode=True) == (40, 30)
-    path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(OSError):
-        read_image_size(str(path), decode=True)
+def test_a_registered_set_is_scanned_once(make_voc, monkeypatch, caplog):
+    """The loader, as often as it is asked, and the evaluator share one scan and its warnings."""
+    boxes = [("dog", (1, 1, 9, 9)), ("dog", (2, 2, 2, 5)), ("dog", (3, 3, 9, 9), 1)]
+    root, name, scans = make_voc({"a": boxes}), "data_check_test_once", []
+    monkeypatch.setattr(voc, "scan_voc", lambda *a, f=voc.scan_voc: scans.append(a) or f(*a))
+    try:
+        voc.register_voc(name, root, "train", ["dog"], use_difficult=False)
+        first = DatasetCatalog.get(name)
+        first[0]["annotations"][0]["bbox"] = "changed by its user"
+        (again,) = DatasetCatalog.get(name)
+        assert [entry["bbox"] for entry in again["annotations"]] == [[0, 0, 9, 9]]
+        records, report = registered_scan(name).scan()
+        assert len(records[0]["annotations"]) == 2 and report.boxes["dog"] == 1
+        assert len(report.problems) == 1
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name)
+    assert len(scans) == 1 and caplog.text.count("left out: bad-box") == 1
+    assert registered_scan("voc_2007_test") is None and registered_scan("no such set") is None

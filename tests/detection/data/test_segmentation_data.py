@@ -18,7 +18,7 @@ pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be importe
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
-from resnet_backbone.detection.data.label_arguments import register_label_paths  # noqa: E402
+from resnet_backbone.detection.data.arguments import register_label_paths  # noqa: E402
 from resnet_backbone.detection.data.panoptic import (  # noqa: E402
     IGNORE,
     decode_ids,
@@ -196,7 +196,7 @@ BAD_MASKS = [
     ({"counts": [5, 5], "size": [2, 5]}, "size [2, 5], its image has height, width [6, 8]"),
     ({"counts": [5, 5], "size": [6, 8]}, "do not add up to 48 pixels"),
     ({"counts": [49, -1], "size": [6, 8]}, "do not add up to 48 pixels"),
-    ({"counts": "", "size": [6, 8]}, "its counts are no run lengths"),
+    ({"counts": "", "size": [6, 8]}, "its counts are not run lengths"),
     ([[1, 2, 3, 4]], "no polygon has three points"),
     ([[1, 2]], "no polygon has three points"),
     ([[1, 2, 3, 4, 5, 6, 7]], "no polygon has three points"),
@@ -359,7 +359,7 @@ def test_palette_labels_are_refused(labelled, register):
     path = labelled / "labels/semantic/two.png"
     picture = Image.fromarray(read(path).copy()).convert("P")
     picture.save(path)
-    with pytest.raises(DataError, match="two.png is a picture of mode P: labels are 8-bit grey"):
+    with pytest.raises(DataError, match="two.png is a picture of mode P: labels are 8-bit gray"):
         semantic(labelled)
 
 

@@ -1,0 +1,87 @@
+"""What prepare-data does for VOC and COCO: unpacking, checking, reporting."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.data.preparation.tree_report import (
+    TreeCheck,
+    draw_classes,
+    draw_samples,
+    summary,
+    to_json,
+)
+from resnet_backbone.detection.data.preparation.trees import (
+    check_coco_files,
+    check_coco_tree,
+    check_voc_tree,
+    find_coco_folder,
+    find_voc_folders,
+)
+from resnet_backbone.detection.data.preparation.unpack import unpack, verify_archive
+from resnet_backbone.runtime.files import write_text
+
+
+def unpack_and_check(args: argparse.Namespace) -> int:
+    """Runs the subcommands voc and coco; returns the exit status."""
+    check_arguments(args)
+    unpack_all(args)
+    trees = check(args)
+    for tree in trees:
+        print(f"\n{summary(tree)}")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        write_text(args.json, json.dumps([to_json(tree) for tree in trees], indent=1))
+    if args.pictures:
+        draw(trees, args.pictures)
+    return 1 if any(tree.damaged for tree in trees) else 0
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    if bool(args.coco_json) != bool(args.image_root):
+        raise UsageError("--coco-json and --image-root belong together")
+    if args.coco_json and (args.kind == "voc" or args.archives):
+        raise UsageError("--coco-json is for 'coco' without --archives")
+    if len(args.image_root) not in (0, 1, len(args.coco_json)):
+        raise UsageError("--image-root needs one folder, or one for each file of --coco-json")
+
+
+def unpack_all(args: argparse.Namespace) -> None:
+    """All archives are compared with their checksums before the first is unpacked."""
+    for archive in args.archives:
+        print(verify_archive(archive, args.unverified), flush=True)
+    for archive in args.archives:
+        done = unpack(archive, args.root, args.kind)
+        print(f"{archive}: {done.written:,} files unpacked, {done.kept:,} were there", flush=True)
+        if done.differing:
+            print(
+                f"{archive}: {len(done.differing):,} files were there with another size and stay "
+                f"as they are, the first is {done.differing[0]}; delete them to unpack them again"
+            )
+
+
+def check(args: argparse.Namespace) -> list[TreeCheck]:
+    """Every folder that is there, or the files that were named."""
+    workers = 0 if args.quick else args.workers
+    if args.coco_json:
+        roots = args.image_root * (len(args.coco_json) if len(args.image_root) == 1 else 1)
+        return [check_coco_files(zip(args.coco_json, roots, strict=True), workers)]
+    if args.kind == "coco":
+        return [check_coco_tree(find_coco_folder(args.root), args.own, args.splits, workers)]
+    folders = find_voc_folders(args.root)
+    return [check_voc_tree(folder, args.own, args.splits, workers) for folder in folders]
+
+
+def draw(trees: list[TreeCheck], folder: Path) -> None:
+    for tree in trees:
+        name = Path(tree.folder).resolve().name if Path(tree.folder).is_dir() else tree.kind
+        chart = folder / f"{name}_classes.png"
+        if draw_classes(tree, chart):
+            print(f"boxes per class: {chart}")
+        for split in tree.splits:
+            sheet = folder / f"{name}_{split.name}.jpg"
+            if draw_samples(split, sheet):
+                print(f"images of {split.name}: {sheet}")
