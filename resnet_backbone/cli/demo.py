@@ -16,8 +16,9 @@ Any config key can be overridden by trailing pairs, for example INPUT.MIN_SIZE_T
 A checkpoint that was trained on other input than the config gives it (INPUT.FORMAT,
 MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1) is refused with the line to write;
 RESNET_BACKBONE.WEIGHTS_INPUT set takes these values from the checkpoint.
-Small pictures are enlarged before drawing; boxes in the JSON file are x0, y0, x1, y1 in pixels of
-the original image (turned upright as its EXIF data says). Exit status: 0, all inputs were done;
+RESNET_BACKBONE.TEST.PRECISION bfloat16 is mixed precision, faster on most recent CPUs and GPUs.
+Small pictures are enlarged before drawing. Boxes in the JSON file are x0, y0, x1, y1 in pixels of
+the original image, turned upright as its EXIF data says. Exit status: 0, all inputs were done;
 1, some could not be read (they are named at the end); 2, nothing was done, with the reason.
 """
 
@@ -25,32 +26,38 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.handover import prepare_weights
+from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.arguments import detects_objects
-from resnet_backbone.detection.engine.command_line import UsageError, load_config, one_line_errors
-from resnet_backbone.detection.inference import visualize
-from resnet_backbone.detection.inference.draw_segments import draw_output
-from resnet_backbone.detection.inference.ensemble import find_weights
-from resnet_backbone.detection.inference.outputs import describe_output
-from resnet_backbone.detection.inference.predictor import (
-    Predictor,
+from resnet_backbone.detection.engine.command_line import load_config, one_line_errors
+from resnet_backbone.detection.inference.draw import draw_output
+from resnet_backbone.detection.inference.media import (
     UnreadableError,
+    contact_sheet,
     read_bgr,
     read_video,
+    save_image,
+    video_writer,
 )
+from resnet_backbone.detection.inference.predictor import (
+    Predictor,
+    describe_output,
+    find_class_names,
+    run_config,
+)
+from resnet_backbone.runtime.files import write_json
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -111,7 +118,7 @@ def find_inputs(words: list[str]) -> list[Path]:
     return list(found)
 
 
-def _media(paths) -> list[Path]:
+def _media(paths: Iterable[Path]) -> list[Path]:
     return sorted(p for p in paths if p.suffix.lower() in IMAGES + VIDEOS and p.is_file())
 
 
@@ -158,15 +165,11 @@ def is_video(path: Path) -> bool:
 
 def build_config(args: argparse.Namespace):
     """The detector's config: the run's or the given one, with weights, device and threshold."""
-    opts = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
-    config = args.config_file
     if args.run:
-        config = os.path.join(args.run, "config.yaml")
-        if not os.path.isfile(config):
-            raise UsageError(f"--run {args.run}: no config.yaml there; name a train_net.py run")
-        if "MODEL.WEIGHTS" not in args.opts[::2]:
-            opts += ["MODEL.WEIGHTS", find_weights(args.run)]
-    cfg = load_config(config, opts + args.opts)
+        cfg = run_config(args.run, args.opts)
+    else:
+        device = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
+        cfg = load_config(args.config_file, [*device, *args.opts])
     for line in prepare_weights(cfg, given=args.opts[::2]):
         print(f"weights: {line}")
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence
@@ -175,32 +178,21 @@ def build_config(args: argparse.Namespace):
     return cfg
 
 
-def find_class_names(cfg) -> list[str]:
-    """The run's class names, else the data set's, else none, with a line that says so."""
-    if not detects_objects(cfg):
-        return []
-    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    number = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    choices = [list(cfg.RESNET_BACKBONE.CLASS_NAMES)]
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        choices.append(list(MetadataCatalog.get(name).get("thing_classes", [])))
-    for names in choices:
-        if len(names) == number:
-            return names
-    print(
-        f"note: the names of the {number} classes are not known, so numbers are written; give "
-        "RESNET_BACKBONE.CLASS_NAMES \"['first', 'second', ...]\"",
-        file=sys.stderr,
-    )
-    return []
-
-
 class Demo:
     """Detects, draws and writes; keeps the detections and the pictures of the sheet."""
 
-    def __init__(self, predictor, class_names: list[str], args: argparse.Namespace):
-        self.predictor, self.class_names, self.args = predictor, class_names, args
-        self.label_names = list(predictor.cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES)
+    def __init__(self, predictor: Predictor, args: argparse.Namespace):
+        self.predictor, self.args = predictor, args
+        cfg, names = predictor.cfg, []
+        if detects_objects(cfg):
+            names = find_class_names(cfg)
+            if not names:
+                print(
+                    "note: the names of the classes are not known, so numbers are written; give "
+                    "RESNET_BACKBONE.CLASS_NAMES \"['first', 'second', ...]\"",
+                    file=sys.stderr,
+                )
+        self.names = names, list(cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES)
         self.detections: list[dict] = []
         self.pictures: list[tuple[str, np.ndarray]] = []
 
@@ -208,7 +200,7 @@ class Demo:
         """Does one image; returns the number of detections. UnreadableError: it is broken."""
         number, picture = self._detect(read_bgr(path), {"file": str(path)})
         if output:
-            visualize.save_image(output, picture)
+            save_image(output, picture)
         self._keep(path, picture)
         return number
 
@@ -216,7 +208,7 @@ class Demo:
         """Does one video, frame by frame; the frame with most detections goes on the sheet."""
         rate, count, frames = read_video(path)
         numbers, best = [], None
-        with visualize.video_writer(output, rate) if output else nullcontext() as write:
+        with video_writer(output, rate) if output else nullcontext() as write:
             bar = tqdm(frames, total=count, desc=path.name, unit="frame", leave=False, disable=None)
             for index, frame in enumerate(bar):
                 number, picture = self._detect(frame, {"file": str(path), "frame": index})
@@ -229,24 +221,22 @@ class Demo:
         return sum(numbers)
 
     def _detect(self, bgr: np.ndarray, where: dict) -> tuple[int, np.ndarray]:
-        output, names = self.predictor(bgr), (self.class_names, self.label_names)
+        output = self.predictor(bgr)
         if "instances" in output:  # soft-NMS lowers scores after the threshold
             instances = output["instances"]
             output["instances"] = instances[instances.scores >= self.args.confidence]
-        found = describe_output(output, *names)
+        found = describe_output(output, *self.names)
         self.detections += [{**where, **entry} for entry in found]
         rgb = np.ascontiguousarray(bgr[:, :, ::-1])
-        return len(found), draw_output(rgb, output, *names, self.args.confidence)
+        return len(found), draw_output(rgb, output, *self.names, self.args.confidence)
 
     def _keep(self, path: Path, picture: np.ndarray) -> None:
         if self.args.sheet and len(self.pictures) < self.args.sheet_max:
             self.pictures.append((path.name, picture))
 
     def write_sheet(self, path: Path) -> None:
-        captions = [caption for caption, _ in self.pictures]
-        pictures = [picture for _, picture in self.pictures]
-        sheet = visualize.contact_sheet(pictures, self.args.sheet_columns, captions)
-        visualize.save_image(path, sheet)
+        captions, pictures = zip(*self.pictures, strict=True)
+        save_image(path, contact_sheet(pictures, self.args.sheet_columns, captions))
 
     def write_json(self, path: Path, unreadable: list[str]) -> None:
         """Detections with where they come from; boxes are xyxy in pixels of the original image."""
@@ -256,8 +246,8 @@ class Demo:
             "unreadable": unreadable,
             "detections": self.detections,
         }
-        with visualize.written_whole(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content, indent=1, ensure_ascii=False)
 
 
 def run(demo: Demo, inputs: list[Path], outputs: list[Path | None]) -> list[str]:
@@ -283,8 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs = find_inputs(args.input)
     outputs = plan_outputs(inputs, args.output)
     refuse_to_overwrite(inputs, [*outputs, args.sheet, args.json])
-    cfg = build_config(args)
-    demo = Demo(Predictor(cfg), find_class_names(cfg), args)
+    demo = Demo(Predictor(build_config(args)), args)
     problems = run(demo, inputs, outputs)
     if args.sheet and demo.pictures:
         demo.write_sheet(Path(args.sheet))

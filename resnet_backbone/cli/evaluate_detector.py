@@ -15,39 +15,49 @@ Rows, each with all before it that were asked for by --rows:
   ensemble      together with the detectors of --ensemble-run
 
 A row without its run is named and left out. Each row is kept in --output as soon as it is done:
-the same command goes on after an interruption, and does rows anew whose weights, settings or data
-have changed. --output gets results.json (AP, AP per class, seconds per image, and where each number
-comes from) and results.md, with the paper's COCO numbers in columns of their own.
+after an interruption, the same command continues with the next one. Rows whose weights, settings or
+data have changed are measured again. --output gets results.json (AP, AP per class, seconds per
+image, and where each number comes from) and results.md, with the paper's COCO numbers beside ours.
 
 Trailing KEY VALUE pairs hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
-RESNET_BACKBONE.TEST.FLIP True or RESNET_BACKBONE.TEST.NMS gaussian. The members of an ensemble keep
-the settings of their own runs. To evaluate with Detectron2's own test-time augmentation instead:
+RESNET_BACKBONE.TEST.FLIP True, RESNET_BACKBONE.TEST.NMS gaussian or
+RESNET_BACKBONE.TEST.PRECISION bfloat16. The members of an ensemble keep the settings of their own
+runs. To evaluate with Detectron2's own test-time augmentation instead:
 python tools/train_net.py --eval-only ... TEST.AUG.ENABLED True
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
 import os
-import shlex
-import sys
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from resnet_backbone.detection.config import DEFAULTS
+from resnet_backbone.detection.checkpoint.handover import prepare_weights
+from resnet_backbone.detection.config import DEFAULTS, UsageError
 from resnet_backbone.detection.data.arguments import add_data_arguments, set_up_data
-from resnet_backbone.detection.engine.command_line import (
-    UsageError,
-    one_line_errors,
-    take_back_overrides,
+from resnet_backbone.detection.engine.command_line import one_line_errors, take_back_overrides
+from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.detection.evaluation.results import data_digest, timed_inference
+from resnet_backbone.detection.inference import for_testing, read_switches
+from resnet_backbone.detection.inference.predictor import (
+    check_member,
+    find_weights,
+    run_config,
+    trained_detector,
 )
+from resnet_backbone.report.detection_table import improvements_section, read_row
+from resnet_backbone.report.table import markdown
 from resnet_backbone.runtime.files import sha256, write_json, write_text
+from resnet_backbone.runtime.provenance import command_line, date, hardware
 
 ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
 PAPER_SCALES = (200, 400, 600, 800, 1000)  # of images that are otherwise tested at 600
@@ -67,7 +77,7 @@ class Row(NamedTuple):
 
     name: str
     run: str
-    cfg: object
+    cfg: Any
 
     @property
     def label(self) -> str:
@@ -108,7 +118,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.scales = [int(scale) for scale in args.scales or ()]
     except ValueError:
         raise UsageError(f"--scales {' '.join(args.scales)}: short sides in pixels") from None
-    args.eval_only, args.command = True, ["python", *sys.argv]
+    args.eval_only = True
     taken = sorted(set(args.opts[::2]) & set(OF_THE_ROWS))
     if taken:
         raise UsageError(f"{taken[0]} is set by --run and --rows: leave it out")
@@ -117,14 +127,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_runs(args: argparse.Namespace) -> dict:
     """The configs of --run and --context-run, with the data that they are evaluated on."""
-    from resnet_backbone.detection.checkpoint.handover import prepare_weights
-    from resnet_backbone.detection.inference.ensemble import check_member, run_config
-
     off = ["TEST.AUG.ENABLED", "False"]  # what the runs' own evaluations had on
     for key, value in DEFAULTS.TEST.items():
         off += [f"RESNET_BACKBONE.TEST.{key}", str(value)]
-    if not torch.cuda.is_available():
-        off += ["MODEL.DEVICE", "cpu"]
     runs = [run for run in (args.run, args.context_run) if run]
     found = {run: run_config(run, [*off, *args.opts]) for run in runs}
     for run, wanted in ((args.run, False), (args.context_run, True)):
@@ -147,8 +152,6 @@ def read_runs(args: argparse.Namespace) -> dict:
 
 def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str, str]]:
     """The rows in the paper's order, and those left out, with the reason."""
-    from resnet_backbone.detection.inference import read_switches
-
     rows, left_out, run, switches = [], {}, args.run, {}
     lacking = {
         "context": not args.context_run and "give --context-run DIR",
@@ -177,96 +180,76 @@ def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str
     return rows, left_out
 
 
-def fingerprint(row: Row, weights_sha256: str) -> str:
-    """Changes with the row's settings, with the weights of its detectors and with the data.
+def fingerprint(row: Row, data: str, digest: Callable[[Any], str]) -> str:
+    """Changes with the row's settings, the weights of its detectors and the data.
 
     Args:
-        weights_sha256: of ``MODEL.WEIGHTS``.
+        data: of :func:`data_digest`.
+        digest: of a file.
     """
-    from detectron2.data import DatasetCatalog
-
-    from resnet_backbone.detection.inference.ensemble import find_weights
-
     cfg = row.cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
-    digest = hashlib.sha256(cfg.dump().encode())
-    others = cfg.RESNET_BACKBONE.TEST.ENSEMBLE
-    digest.update(weights_sha256.encode())
-    for run in others:
-        digest.update(sha256(find_weights(run)).encode())
-    for run in others:
-        digest.update(Path(run, "config.yaml").read_bytes())
-    images = DatasetCatalog.get(cfg.DATASETS.TEST[0])
-    digest.update(json.dumps(images, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    parts = [cfg.dump(), data, digest(cfg.MODEL.WEIGHTS)]
+    for run in cfg.RESNET_BACKBONE.TEST.ENSEMBLE:
+        parts += [digest(find_weights(run)), digest(os.path.join(run, "config.yaml"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def evaluate(row: Row) -> dict:
+def evaluate(row: Row, detector: torch.nn.Module) -> dict:
     """Runs a row's detector over the test set."""
-    from detectron2.evaluation import inference_on_dataset
-    from tqdm import tqdm
-
-    from resnet_backbone.detection.engine.trainer import Trainer
-    from resnet_backbone.detection.evaluation.speed import Timed
-    from resnet_backbone.detection.inference.predictor import load_detector
-    from resnet_backbone.detection.inference.testing import for_testing
-    from resnet_backbone.runtime.provenance import hardware
-
-    cfg = row.cfg
-    detector = Trainer.build_model(cfg)
-    load_detector(cfg, detector)
-    model, data = Timed(for_testing(cfg, detector)).eval(), cfg.DATASETS.TEST[0]
+    cfg, data = row.cfg, row.cfg.DATASETS.TEST[0]
     loader = Trainer.build_test_loader(cfg, data)
-    bar = tqdm(loader, desc=row.label, unit="batch", disable=None)
-    results = inference_on_dataset(model, bar, Trainer.build_evaluator(cfg, data))
+    batches = tqdm(loader, desc=row.label, unit="batch", disable=None)
+    evaluator = Trainer.build_evaluator(cfg, data)
+    results, speed = timed_inference(for_testing(cfg, detector), batches, evaluator)
     if "bbox" not in results:
         raise UsageError(f"data set {data} has no annotations to score with")
     numbers = {key: None if value != value else value for key, value in results["bbox"].items()}
     return {
         "name": row.label,
         "results": {"bbox": numbers},
-        **model.speed._asdict(),
+        **speed._asdict(),
         "run": row.run,
         "weights": cfg.MODEL.WEIGHTS,
         "seed": cfg.SEED,
         "switches": dict(cfg.RESNET_BACKBONE.TEST),
         "global_context": cfg.RESNET_BACKBONE.GLOBAL_CONTEXT,
-        "precision": "bf16" if cfg.SOLVER.AMP.ENABLED and cfg.MODEL.DEVICE == "cpu" else "fp32",
+        "precision": cfg.RESNET_BACKBONE.TEST.PRECISION,
         "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": date(),
         "config": cfg.dump(),
     }
 
 
-def measure(row: Row) -> tuple[dict, bool]:
-    """The row's numbers and whether they were there already."""
-    path, weights = Path(row.cfg.OUTPUT_DIR, "row.json"), sha256(row.cfg.MODEL.WEIGHTS)
-    wanted = fingerprint(row, weights)
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+def measure(rows: list[Row], runs: dict) -> Iterator[tuple[dict, bool]]:
+    """Each row's numbers, and whether they were there already.
+
+    Weights are hashed once, and rows of the same run share its detector.
+    """
+    digest, data = functools.cache(sha256), data_digest(rows[0].cfg.DATASETS.TEST[0])
+    detector = functools.lru_cache(maxsize=1)(lambda run: trained_detector(runs[run]))
+    for row in rows:
+        path, wanted = Path(row.cfg.OUTPUT_DIR, "row.json"), fingerprint(row, data, digest)
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if kept.get("fingerprint") == wanted:
-            return kept, True
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {**evaluate(row), "weights_sha256": weights, "fingerprint": wanted}
-    write_json(path, found)
-    return found, False
+            yield kept, True
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = {**evaluate(row, detector(row.run)), "fingerprint": wanted}
+        found["weights_sha256"] = digest(row.cfg.MODEL.WEIGHTS)
+        write_json(path, found)
+        yield found, False
 
 
 def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
     """Markdown: our numbers and the paper's, then AP per class."""
-    from resnet_backbone.report.detection_table import improvements_section, read_row
-    from resnet_backbone.report.table import markdown
-
+    bbox = [row["results"]["bbox"] for row in rows]
     parts = [improvements_section([read_row(row) for row in rows])]
     parts += [f"`{name}` is left out: {reason}." for name, reason in left_out.items()]
-    bbox = [row["results"]["bbox"] for row in rows]
     prefix = "AP50-" if any(key.startswith("AP50-") for key in bbox[0]) else "AP-"
     names = [key for key in bbox[0] if key.startswith(prefix) and key != "AP50-11pt"]
-    cells = [
-        [key.removeprefix(prefix), *("-" if b[key] is None else f"{b[key]:.2f}" for b in bbox)]
-        for key in names
-    ]
+    cells = [[key.removeprefix(prefix), *(_text(b[key]) for b in bbox)] for key in names]
     if cells:
         header = [f"{prefix[:-1]} of", *(row["name"] for row in rows)]
         parts.append(markdown(header, cells))
@@ -275,7 +258,7 @@ def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
 
 def write_results(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str]) -> None:
     folder = Path(args.output)
-    content = {"command": shlex.join(args.command), "rows": rows, "left_out": left_out}
+    content = {"command": command_line(), "rows": rows, "left_out": left_out}
     write_json(folder / "results.json", content)
     write_text(folder / "results.md", format_tables(rows, left_out))
 
@@ -284,14 +267,14 @@ def write_results(args: argparse.Namespace, rows: list[dict], left_out: dict[str
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    rows, left_out = plan_rows(args, read_runs(args))
+    runs = read_runs(args)
+    rows, left_out = plan_rows(args, runs)
     for name, reason in left_out.items():
         print(f"row {name} is left out: {reason}")
     if not rows:
         raise UsageError("no row is left to measure")
     done = []
-    for row in rows:
-        found, kept = measure(row)
+    for row, (found, kept) in zip(rows, measure(rows, runs), strict=True):
         numbers = found["results"]["bbox"]
         columns = "  ".join(f"{key} {_text(numbers.get(key))}" for key in ("AP50", "AP", "AP75"))
         seconds = f"{found['seconds_per_image']:.3f} s per image"

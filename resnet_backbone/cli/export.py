@@ -170,7 +170,8 @@ def export_detector(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from resnet_backbone.detection.inference import export as detectors
     from resnet_backbone.detection.inference.predictor import Predictor
 
-    fixed = ["MODEL.WEIGHTS", args.weights, "MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", "False"]
+    fixed = ["MODEL.WEIGHTS", args.weights, "MODEL.DEVICE", "cpu"]
+    fixed += ["RESNET_BACKBONE.TEST.PRECISION", "float32"]
     predictor = Predictor(load_config(args.config_file, [*args.opts, *fixed]))
     cfg, detector = predictor.cfg, predictor.model
     model = detectors.SingleImageDetector(detector).eval()

@@ -82,7 +82,7 @@ from resnet_backbone.detection.engine.run_folder import (
     saved_seed,
 )
 from resnet_backbone.detection.engine.seeds import read_seeds, seed_folder, train_seeds
-from resnet_backbone.detection.evaluation.expected import (
+from resnet_backbone.detection.evaluation.results import (
     UnexpectedResults,
     check_expectations,
     check_results,
@@ -222,6 +222,7 @@ def write_results(cfg, results: dict, speed, **training) -> None:
         "processes": comm.get_world_size(),
         "seconds_per_image": speed and speed.seconds_per_image,
         "images_at_a_time": speed and speed.images_at_a_time,
+        "test_precision": cfg.RESNET_BACKBONE.TEST.PRECISION,
         "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
         **training,
         "results": results,

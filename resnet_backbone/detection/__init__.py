@@ -12,8 +12,10 @@ except ImportError as error:
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.checkpoint.handover import take_over
 from resnet_backbone.detection.config import add_resnet_backbone_config
-from resnet_backbone.detection.inference import improve, with_global_context
+from resnet_backbone.detection.inference import improve
 from resnet_backbone.detection.modeling.backbones import PaperResNet, PaperVGG
+from resnet_backbone.detection.modeling.build import build_detector
+from resnet_backbone.detection.modeling.context import with_global_context
 from resnet_backbone.detection.modeling.heads import PaperRes5ROIHeads, VGGBoxHead
 from resnet_backbone.detection.modeling.projects import DeepLabResNet
 
@@ -30,6 +32,7 @@ __all__ = [
     "PaperVGG",
     "VGGBoxHead",
     "add_resnet_backbone_config",
+    "build_detector",
     "improve",
     "take_over",
     "with_global_context",

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 
 
 class UsageError(ValueError):
-    """A command line or config that cannot be meant; the message says what to write."""
+    """An invalid command line or config; the message says what to write."""
 
 
 DEFAULTS = CfgNode(
@@ -52,6 +52,9 @@ DEFAULTS = CfgNode(
             "FLIP": False,  # the mirrored image too; scores and boxes are averaged
             "NMS": "hard",  # or soft-NMS (arXiv 1704.04503): linear, gaussian
             "ENSEMBLE": [],  # run folders of further detectors: proposals and scores united
+            # Of evaluations and predictions, on CPUs and GPUs: float32, or mixed precision in
+            # bfloat16 or float16. SOLVER.AMP is training's.
+            "PRECISION": "float32",
         },
     }
 )

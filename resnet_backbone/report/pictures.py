@@ -13,12 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from resnet_backbone.detection.evaluation.voc import TO_VOC
 from resnet_backbone.detection.evaluation.voc_ap import CURVE_IOU
-from resnet_backbone.detection.inference.visualize import (
-    Mark,
-    contact_sheet,
-    draw_marks,
-    enlargement,
-)
+from resnet_backbone.detection.inference.draw import Mark, draw_marks, enlargement
+from resnet_backbone.detection.inference.media import contact_sheet
 from resnet_backbone.report.detections import RunDetections, Truth
 
 GREEN, ORANGE, BLUE = (60, 220, 60), (230, 120, 20), (40, 130, 220)

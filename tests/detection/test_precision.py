@@ -9,7 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.modeling.precision import FullConv2d, FullLinear, with_exact_scores
+from resnet_backbone.detection.modeling.build import FullConv2d, FullLinear, with_exact_scores
 
 FPN = "voc/faster_rcnn_R_18_FPN.yaml"
 

@@ -15,9 +15,11 @@ pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be importe
 import torch  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
-from resnet_backbone.detection.inference.draw_segments import draw_output  # noqa: E402
-from resnet_backbone.detection.inference.outputs import describe_output  # noqa: E402
-from resnet_backbone.detection.inference.visualize import class_colour  # noqa: E402
+from resnet_backbone.detection.inference.draw import (
+    class_color,  # noqa: E402
+    draw_output,  # noqa: E402
+)
+from resnet_backbone.detection.inference.predictor import describe_output  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "segmentation" / "coco"
@@ -236,8 +238,8 @@ def test_masks_are_painted_where_they_are(grey):
     fields = dict(pred_boxes=boxes, pred_masks=masks, scores=scores, pred_classes=classes)
     output = {"instances": Instances((480, 640), **fields)}
     drawn = draw_output(grey, output, ("cat", "dog"), threshold=0.2)
-    assert near(drawn[150, 150], half(class_colour(0)))
-    assert near(drawn[350, 350], half(class_colour(1)))
+    assert near(drawn[150, 150], half(class_color(0)))
+    assert near(drawn[350, 350], half(class_color(1)))
     assert near(drawn[50, 500], (100, 100, 100)) and (grey == 100).all()
     assert near(draw_output(grey, output, threshold=0.5)[350, 350], (100, 100, 100))
     first, second = describe_output(output, ("cat", "dog"))
@@ -252,9 +254,9 @@ def test_labels_are_painted_and_background_is_not(grey):
     scores[0] = 1
     scores[2, 100:300, 100:300] = 2
     drawn = draw_output(grey, {"sem_seg": scores}, label_names=("background", "cat", "dog"))
-    assert near(drawn[120, 120], half(class_colour(2))) and near(drawn[400, 500], (100,) * 3)
+    assert near(drawn[120, 120], half(class_color(2))) and near(drawn[400, 500], (100,) * 3)
     unnamed = draw_output(grey, {"sem_seg": scores})
-    assert near(unnamed[400, 20], half(class_colour(0)))
+    assert near(unnamed[400, 20], half(class_color(0)))
     entries = describe_output({"sem_seg": scores}, label_names=("background", "cat", "dog"))
     assert [entry["class"] for entry in entries] == ["background", "dog"]
     assert entries[1]["share"] == pytest.approx(200 * 200 / (480 * 640), abs=1e-5)
@@ -268,7 +270,7 @@ def test_panoptic_segments_are_painted(grey):
         {"id": 2, "isthing": True, "category_id": 1, "score": 0.9, "instance_id": 0},
     ]
     drawn = draw_output(grey, {"panoptic_seg": (ids, segments)}, ("a", "cat"), ("things", "sky"))
-    assert near(drawn[320, 20], half(class_colour(1)))
+    assert near(drawn[320, 20], half(class_color(1)))
     assert near(drawn[270, 300], (100,) * 3)
     assert not near(drawn[10, 10], (100,) * 3) and not near(drawn[10, 10], drawn[320, 20])
 

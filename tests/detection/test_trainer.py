@@ -23,12 +23,12 @@ from resnet_backbone.detection.data.sampling import (
     TrainingLoader,
 )
 from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.evaluation.expected import (
+from resnet_backbone.detection.evaluation.results import (
     UnexpectedResults,
     check_expectations,
     check_results,
 )
-from resnet_backbone.detection.inference import ensemble
+from resnet_backbone.detection.inference import predictor
 
 SCORES = [1.0, 5.0, 3.0, 9.0, 2.0, 4.0]
 
@@ -252,14 +252,14 @@ def test_members_of_an_ensemble_are_read_once_in_a_training(cfg, tmp_path, monke
             on_meta = cfg.clone()
             on_meta.defrost()
             on_meta.MODEL.DEVICE = "meta"  # stands for a GPU
-            (_, here), (_, there) = ensemble.load_run("a", cfg), ensemble.load_run("a", on_meta)
+            (_, here), (_, there) = predictor.load_run("a", cfg), predictor.load_run("a", on_meta)
             assert (here.weight.device.type, there.weight.device.type) == ("cpu", "meta")
             return {"bbox": {"AP50": 42.0}}
 
-    monkeypatch.setattr(ensemble, "read_run", read_run)
+    monkeypatch.setattr(predictor, "read_run", read_run)
     make(Ensemble, cfg, tmp_path / "run").train()
     assert reads == ["a"]
-    ensemble.load_run("a", cfg)
+    predictor.load_run("a", cfg)
     assert reads == ["a", "a"]  # a training of its own may find other weights there
 
 

@@ -36,7 +36,7 @@ from resnet_backbone.cli.benchmark.pyramid import (
     repeat,
 )
 from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
-from resnet_backbone.detection.evaluation.coco_ap import evaluate_coco, run_hotcoco, run_pycocotools
+from resnet_backbone.detection.evaluation.coco import evaluate_coco, run_hotcoco, run_pycocotools
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator
 from resnet_backbone.detection.reference import (
     GivenProposals,

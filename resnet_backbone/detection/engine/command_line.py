@@ -20,7 +20,7 @@ from resnet_backbone.detection.config import (
     add_resnet_backbone_config,
     backbone_node,
 )
-from resnet_backbone.detection.evaluation.expected import UnexpectedResults
+from resnet_backbone.detection.evaluation.results import UnexpectedResults
 from resnet_backbone.detection.modeling.projects import add_project_keys
 from resnet_backbone.runtime.configs import find_config
 from resnet_backbone.runtime.signals import EXIT_STOPPED, Stopped

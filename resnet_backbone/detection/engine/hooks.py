@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.saving import AtomicCheckpointer, refuse_not_finite
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.evaluation.speed import Speed
+from resnet_backbone.detection.evaluation.results import Speed
 from resnet_backbone.runtime.files import write_text
 from resnet_backbone.runtime.signals import Stopped
 

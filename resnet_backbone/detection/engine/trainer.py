@@ -15,7 +15,6 @@ from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -43,17 +42,14 @@ from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.engine.signals import StopRequest, Watched
 from resnet_backbone.detection.engine.step import Stepper, distribute
 from resnet_backbone.detection.evaluation import build_evaluator
-from resnet_backbone.detection.evaluation.expected import check_results
-from resnet_backbone.detection.evaluation.speed import Speed, Timed
+from resnet_backbone.detection.evaluation.results import Speed, Timed, check_results
 from resnet_backbone.detection.inference import (
     check_ensemble,
+    for_testing,
     keep_members,
     read_switches,
-    with_global_context,
 )
-from resnet_backbone.detection.inference.testing import for_testing
-from resnet_backbone.detection.modeling.poolers import with_fast_poolers
-from resnet_backbone.detection.modeling.precision import with_exact_scores
+from resnet_backbone.detection.modeling.build import build_detector
 from resnet_backbone.detection.modeling.projects import import_project
 from resnet_backbone.runtime.signals import Stopped
 
@@ -200,12 +196,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         read_switches(cfg)  # before hours of training, not after them
-        model = with_exact_scores(with_fast_poolers(build_model(with_global_context(cfg))))
-        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        logger.info("%s with %.1f M parameters", cfg.MODEL.BACKBONE.NAME, millions)
-        if cfg.RESNET_BACKBONE.CHANNELS_LAST:
-            model = model.to(memory_format=torch.channels_last)
-        return model
+        return build_detector(cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainingLoader:

@@ -6,8 +6,8 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from resnet_backbone.detection.evaluation.coco import build_coco_evaluator
-from resnet_backbone.detection.evaluation.panoptic import PanopticEvaluator
-from resnet_backbone.detection.evaluation.segmentation import (
+from resnet_backbone.detection.evaluation.panoptic import (
+    PanopticEvaluator,
     build_panoptic_evaluators,
     build_semantic_evaluator,
 )

@@ -17,11 +17,10 @@ from tabulate import tabulate
 
 from resnet_backbone.detection.data.problems import registered_scan
 from resnet_backbone.detection.data.voc import scan_voc
+from resnet_backbone.detection.evaluation.results import warn_if_empty
 from resnet_backbone.detection.evaluation.voc_ap import COCO_IOU_THRESHOLDS, read_boxes, score_boxes
-from resnet_backbone.detection.evaluation.voc_errors import count_errors
-from resnet_backbone.detection.evaluation.voc_plots import draw_voc
-from resnet_backbone.detection.evaluation.warnings import warn_if_empty
-from resnet_backbone.runtime.files import write_json
+from resnet_backbone.detection.evaluation.voc_errors import count_errors, draw_voc
+from resnet_backbone.runtime.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,17 @@ class VOCEvaluator(DatasetEvaluator):
     class without ground truth does not enter the mean. On equal input the numbers agree.
     What `check_voc` reports (bad boxes, unusable images) is not part of the ground truth, as it
     is not part of what the loader gives.
+
+    Args:
+        dataset_name: of `register_voc` or Detectron2's own ("voc_2007_test"); its metadata must
+            have thing_classes, dirname and split.
+        output_dir: gets `voc_results.json`, its picture `voc_results.png` (precision-recall
+            curves, errors by kind), `detections.json`, and the devkit's files
+            `results/VOC<year>/Main/comp4_det_<split>_<class>.txt`; None writes nothing.
+        max_dets_per_image: keep only so many best-scored detections of an image.
+
+    Raises:
+        ValueError: the metadata lacks one of the three.
     """
 
     def __init__(
@@ -46,18 +56,6 @@ class VOCEvaluator(DatasetEvaluator):
         output_dir: str | None = None,
         max_dets_per_image: int | None = None,
     ):
-        """
-        Args:
-            dataset_name: of `register_voc` or Detectron2's own ("voc_2007_test"); its metadata
-                must have thing_classes, dirname and split.
-            output_dir: gets `voc_results.json`, its picture `voc_results.png` (precision-recall
-                curves, errors by kind), `detections.json`, and the devkit's files
-                `results/VOC<year>/Main/comp4_det_<split>_<class>.txt`; None writes nothing.
-            max_dets_per_image: keep only so many best-scored detections of an image.
-
-        Raises:
-            ValueError: the metadata lacks one of the three.
-        """
         metadata = MetadataCatalog.get(dataset_name)
         missing = [k for k in ("thing_classes", "dirname", "split") if metadata.get(k) is None]
         if missing:
@@ -69,14 +67,14 @@ class VOCEvaluator(DatasetEvaluator):
         self._metadata = metadata
         self._output_dir = output_dir
         self._max_dets = max_dets_per_image
-        self._predictions: list[dict[str, Any]] = []
+        self.reset()
 
     def reset(self) -> None:
-        """Forget all predictions."""
-        self._predictions = []
+        """Forgets all predictions."""
+        self._predictions: list[dict[str, Any]] = []
 
     def process(self, inputs, outputs) -> None:
-        """Keep the detections of some images.
+        """Keeps the detections of some images.
 
         Args:
             inputs: dicts with image_id.
@@ -96,7 +94,7 @@ class VOCEvaluator(DatasetEvaluator):
             )
 
     def evaluate(self) -> OrderedDict | None:
-        """Gather the predictions of all processes and compute AP. Call it on every process.
+        """Gathers the predictions of all processes and computes AP. All processes must call it.
 
         Returns:
             On the main process {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50, AP75,
@@ -116,11 +114,11 @@ class VOCEvaluator(DatasetEvaluator):
         names = self._metadata.thing_classes
         tables = read_boxes(voc_predictions, ground_truth, names)
         numbers = score_boxes(*tables, names)
-        folder = "nowhere, for want of output_dir"
-        if self._output_dir:
-            os.makedirs(self._output_dir, exist_ok=True)
-            self._write("detections.json", self._to_json(predictions))
-            folder = write_comp4(predictions, self._metadata, self._output_dir)
+        output, folder = self._output_dir, "no folder: there is no output_dir"
+        if output:
+            folder = write_comp4(predictions, self._metadata, output)
+            path = os.path.join(output, "detections.json")
+            write_json(path, self._to_json(predictions), indent=None)
         if not annotated:
             logger.warning(
                 "%s has no annotations to score with; its detections are written to %s",
@@ -132,11 +130,10 @@ class VOCEvaluator(DatasetEvaluator):
         errors = count_errors(*tables, names)
         details = {**summarize(self._dataset_name, numbers), "errors": errors}
         logger.info("VOC results of %s (%%):\n%s", self._dataset_name, format_table(details))
-        if self._output_dir:
-            self._write("voc_results.json", details)
-            draw_voc(numbers, errors, os.path.join(self._output_dir, "voc_results.png"))
-        bbox = {**details["summary"]}
-        bbox.update({f"AP50-{c['class']}": c["AP50"] for c in details["classes"]})
+        if output:
+            write_json(os.path.join(output, "voc_results.json"), details, indent=1)
+            draw_voc(numbers, errors, os.path.join(output, "voc_results.png"))
+        bbox = details["summary"] | {f"AP50-{c['class']}": c["AP50"] for c in details["classes"]}
         return OrderedDict(bbox={k: math.nan if v is None else v for k, v in bbox.items()})
 
     def _load_ground_truth(self) -> tuple[list[dict[str, Any]], bool]:
@@ -197,11 +194,6 @@ class VOCEvaluator(DatasetEvaluator):
             )
         ]
 
-    def _write(self, name: str, content: Any) -> None:
-        """Write JSON so that a reader never sees half a file."""
-        path = os.path.join(self._output_dir, name)
-        write_json(path, content, indent=1 if isinstance(content, dict) else None)
-
 
 def write_comp4(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder: str) -> str:
     """Writes detections as the VOC devkit and its server read them, one file per class.
@@ -225,14 +217,13 @@ def write_comp4(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder:
             corners = " ".join(f"{value:.2f}" for value in box)
             lines[class_id].append(f"{image['image_id']} {score:.9g} {corners}\n")
     for name, found in zip(metadata.thing_classes, lines, strict=True):
-        file = os.path.join(path, f"comp4_det_{metadata.split}_{name.replace('/', '_')}.txt")
-        with open(file, "w", encoding="utf-8") as stream:
-            stream.writelines(found)
+        file = f"comp4_det_{metadata.split}_{name.replace('/', '_')}.txt"
+        write_text(os.path.join(path, file), "".join(found))
     return path
 
 
 def summarize(dataset_name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn :func:`evaluate_voc`'s arrays at .5:.95 into the content of `voc_results.json`.
+    """Turns :func:`evaluate_voc`'s arrays at .5:.95 into the content of `voc_results.json`.
 
     Returns:
         {"dataset", "summary": {AP, AP50, AP75, AP50-11pt}, "classes": [{class, AP, AP50, AP75,
@@ -279,4 +270,4 @@ def format_table(results: Mapping[str, Any]) -> str:
     empty = [c["class"] for c in results["classes"] if c["AP50"] is None]
     if not empty:
         return table
-    return f"{table}\nnot in the mean, for want of ground truth: {', '.join(empty)}"
+    return f"{table}\nnot in the mean, without ground truth: {', '.join(empty)}"

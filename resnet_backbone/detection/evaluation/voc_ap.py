@@ -120,25 +120,16 @@ def read_boxes(detections, ground_truth, class_names) -> tuple[dict, dict]:
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray) -> float:
-    """Area under the precision envelope (VOC 2010 and later), 0..1; nan if recall is nan.
+    """Area under the precision envelope (VOC 2010 and later), 0..1.
 
     Args:
         recall, precision: (D,), by falling score; D may be 0, which gives 0.
     """
-    if np.isnan(recall).any():
-        return float("nan")
-    steps = np.diff(recall, prepend=0.0)
-    return float(np.sum(steps * _envelope(precision)))
+    return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)))
 
 
 def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
-    """Mean over recall 0, .1, ... 1 of the best precision at or above it (VOC 2007), 0..1.
-
-    Args:
-        recall, precision: as in :func:`average_precision`.
-    """
-    if np.isnan(recall).any():
-        return float("nan")
+    """Mean over recall 0, .1, ... 1 of the best precision at or above it (VOC 2007), 0..1."""
     # these very floats, 0.30000000000000004 included, decide ties with the devkit's Python port
     first = np.searchsorted(recall, np.arange(0.0, 1.1, 0.1), side="left")
     return float(np.append(_envelope(precision), 0.0)[first].sum() / 11.0)

@@ -1,28 +1,27 @@
-"""The paper's improvements of detection (appendix B), each a switch of the config."""
+"""Detection with a trained model: the paper's improvements (appendix B), pictures, export."""
 
-from resnet_backbone.detection.inference.detector import ImprovedDetector, improve
-from resnet_backbone.detection.inference.ensemble import check_ensemble, keep_members
+from resnet_backbone.detection.inference.detector import ImprovedDetector, Switches, read_switches
 from resnet_backbone.detection.inference.member import Member
-from resnet_backbone.detection.inference.switches import Switches, read_switches
-from resnet_backbone.detection.inference.voting import select_detections, soft_nms, vote_boxes
-from resnet_backbone.detection.modeling.context import (
-    ContextRes5ROIHeads,
-    ContextROIHeads,
-    with_global_context,
+from resnet_backbone.detection.inference.predictor import (
+    Predictor,
+    check_ensemble,
+    for_testing,
+    improve,
+    keep_members,
 )
+from resnet_backbone.detection.inference.voting import select_detections, soft_nms, vote_boxes
 
 __all__ = [
-    "ContextROIHeads",
-    "ContextRes5ROIHeads",
     "ImprovedDetector",
     "Member",
+    "Predictor",
     "Switches",
     "check_ensemble",
+    "for_testing",
     "improve",
     "keep_members",
     "read_switches",
     "select_detections",
     "soft_nms",
     "vote_boxes",
-    "with_global_context",
 ]

@@ -24,6 +24,7 @@ from resnet_backbone.detection.modeling.context import (
 
 CANONICAL_AREA = 224**2  # pixels of a region in the image of its scale
 Size = tuple[int, int]  # height, width
+Predictions = list[tuple[Tensor, Tensor]]  # of each image: scores (R, K + 1), boxes (R, K, 4)
 
 
 class View(NamedTuple):
@@ -38,11 +39,11 @@ class View(NamedTuple):
         return self.images.image_sizes
 
 
-class Sight(NamedTuple):
-    """All that one detector computes once for a batch."""
+class ImageViews(NamedTuple):
+    """A batch of images as one detector sees them; all that it computes once for the batch."""
 
     reference: View  # at the detector's own test scale, that of proposals and boxes
-    views: list[View]  # one per scale
+    scaled: list[View]  # one per scale
     mirrored: list[View]  # the same of the mirrored images, or empty
 
 
@@ -53,7 +54,7 @@ class Member(nn.Module):
 
     Args:
         cfg: its own config: ``INPUT.FORMAT`` and the test size.
-        model: in the memory, with its weights.
+        model: with its weights.
         scales: short sides of the images on which regions are pooled, ascending; empty: the test
             scale. The long side's limit, ``INPUT.MAX_SIZE_TEST``, is meant for the test scale and
             grows in proportion.
@@ -81,7 +82,7 @@ class Member(nn.Module):
         self.short, self.long = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         self.scales = list(scales) or [self.short]
 
-    def see(self, images: list[Tensor], sources: Sequence[np.ndarray]) -> Sight:
+    def view_images(self, images: list[Tensor], sources: Sequence[np.ndarray]) -> ImageViews:
         """Feature maps of a batch; nothing is computed twice.
 
         Args:
@@ -98,7 +99,7 @@ class Member(nn.Module):
         reference = views[self.scales.index(self.short)] if known else self._view(images)
         levels = pyramid if self.flip else []
         mirrored = [self._view([image.flip(-1) for image in level]) for level in levels]
-        return Sight(reference, views, mirrored)
+        return ImageViews(reference, views, mirrored)
 
     def resize(self, source: np.ndarray, short: int) -> Tensor:
         """An image (H, W, C) with its short side of `short` pixels, (C, H, W); 0 leaves it."""
@@ -111,13 +112,13 @@ class Member(nn.Module):
         batch = self.model.preprocess_image([{"image": image} for image in images])
         return View(batch, self.model.backbone(batch.tensor))
 
-    def propose(self, sight: Sight) -> list[Tensor]:
+    def propose(self, views: ImageViews) -> list[Tensor]:
         """The proposals (Ri, 4) of each image."""
-        view = sight.reference
-        proposals, _ = self.model.proposal_generator(view.images, view.maps, None)
+        images, maps = views.reference
+        proposals, _ = self.model.proposal_generator(images, maps, None)
         return [image.proposal_boxes.tensor for image in proposals]
 
-    def predict(self, sight: Sight, boxes: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def predict(self, views: ImageViews, boxes: list[Tensor]) -> Predictions:
         """Scores and regresses regions; with `flip` the mean of the image and its mirror image.
 
         Args:
@@ -126,18 +127,16 @@ class Member(nn.Module):
         Returns:
             For each image scores (Ri, K + 1), the background last, and boxes (Ri, K, 4).
         """
-        found = self._predict(sight.views, sight.reference.sizes, boxes)
-        if not sight.mirrored:
+        found = self._predict(views.scaled, views.reference.sizes, boxes)
+        if not views.mirrored:
             return found
-        widths = [width for _, width in sight.reference.sizes]
+        widths = [width for _, width in views.reference.sizes]
         turned = [mirror(box, width) for box, width in zip(boxes, widths, strict=True)]
-        other = self._predict(sight.mirrored, sight.reference.sizes, turned)
+        other = self._predict(views.mirrored, views.reference.sizes, turned)
         back = [(s, mirror(b, width)) for (s, b), width in zip(other, widths, strict=True)]
         return [mean_predictions(pair) for pair in zip(found, back, strict=True)]
 
-    def _predict(
-        self, views: list[View], sizes: list[Size], boxes: list[Tensor]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _predict(self, views: list[View], sizes: list[Size], boxes: list[Tensor]) -> Predictions:
         heads = self.model.roi_heads
         if isinstance(heads, GlobalContext):
             features = self._features(views, sizes, add_whole_image(boxes, sizes))
@@ -187,7 +186,7 @@ def choose_scales(areas: Tensor) -> Tensor:
     """The two adjacent scales of each region (paper, appendix B; arXiv 1504.06066).
 
     One is the scale at which the region's area is nearest 224 x 224 pixels, the other the nearer
-    of that scale's two neighbours.
+    of that scale's two neighbors.
 
     Args:
         areas: (R, S) of each region at each scale, in pixels, ascending in S.

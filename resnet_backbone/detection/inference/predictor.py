@@ -1,44 +1,58 @@
-"""A trained detector for one image at a time, and readers of images and videos for it."""
+"""Trained detectors as evaluations and predictions run them: improved, in their precision."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
-import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
+from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
-from PIL import UnidentifiedImageError
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.structures import Instances
+from pycocotools import mask as mask_util
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from resnet_backbone.detection.checkpoint.handover import require_weights, with_weights_input
-from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.inference.testing import for_testing
-
-
-class UnreadableError(ValueError):
-    """An image or a video that cannot be read; the message names it."""
+from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
+from resnet_backbone.detection.checkpoint.handover import (
+    prepare_weights,
+    require_weights,
+    with_weights_input,
+)
+from resnet_backbone.detection.checkpoint.saving import find_last_checkpoint
+from resnet_backbone.detection.config import UsageError, backbone_node
+from resnet_backbone.detection.engine.command_line import load_config
+from resnet_backbone.detection.inference.detector import (
+    PRECISIONS,
+    ImprovedDetector,
+    check_scales,
+    read_precision,
+    read_switches,
+)
+from resnet_backbone.detection.inference.member import Member
+from resnet_backbone.detection.modeling.build import build_detector
 
 
 class Predictor:
-    """Detectron2's DefaultPredictor with checked weights and bf16 mixed precision on CPUs.
+    """Detectron2's DefaultPredictor with checked weights, for one image at a time.
 
-    ``RESNET_BACKBONE.TEST`` adds the paper's improvements. Without them, in fp32, it gives the
-    detections that DefaultPredictor gives for the same config and weights.
+    ``RESNET_BACKBONE.TEST`` adds the paper's improvements and names the precision. Without them,
+    in float32, it gives the detections that DefaultPredictor gives for the same config and weights.
     Weights that belong to other input settings, and weights of less than the whole detector (a
     backbone alone, other classes), are refused: the detections would be noise.
 
     Args:
-        cfg: a detector's config; ``MODEL.WEIGHTS`` names its checkpoint and ``SOLVER.AMP.ENABLED``
-            turns bf16 on where ``MODEL.DEVICE`` is cpu. It is not changed: with
+        cfg: a detector's config; ``MODEL.WEIGHTS`` names its checkpoint. It is not changed: with
             ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set", a copy follows the weights.
 
     Raises:
-        UsageError: ``MODEL.WEIGHTS`` is empty.
+        UsageError: ``MODEL.WEIGHTS`` is empty; see also :func:`improve`.
         WeightsError: the weights cannot be read, lack parameters or have them in another shape,
             or were trained on other input than the config gives them.
     """
@@ -47,10 +61,7 @@ class Predictor:
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             raise UsageError(f"INPUT.FORMAT is RGB or BGR, not {cfg.INPUT.FORMAT!r}")
         self.cfg = with_weights_input(cfg)
-        detector = Trainer.build_model(self.cfg)
-        load_detector(self.cfg, detector)
-        detector.eval()
-        self.model = for_testing(self.cfg, detector)
+        self.model = for_testing(self.cfg, trained_detector(self.cfg))
         shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         self.resize = ResizeShortestEdge([shortest, shortest], longest)
 
@@ -74,6 +85,126 @@ class Predictor:
         return self.model([entry])[0]
 
 
+def find_class_names(cfg: CfgNode) -> list[str]:
+    """Names of what a detector's boxes hold: the run's, else the data set's, else none."""
+    retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    number = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    metadata = (MetadataCatalog.get(n) for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN))
+    choices = (list(one.get("thing_classes", [])) for one in metadata)
+    choices = [list(backbone_node(cfg).CLASS_NAMES), *choices]
+    return next((names for names in choices if len(names) == number), [])
+
+
+def describe_output(
+    output: dict, class_names: Sequence[str] = (), label_names: Sequence[str] = ()
+) -> list[dict]:
+    """What a model found in one image, as numbers for JSON.
+
+    Args:
+        output: of a Detectron2 model for one image.
+        class_names, label_names: of boxes and masks, and of label pictures; empty: numbers.
+
+    Returns:
+        For each instance: class, score, box (x0, y0, x1, y1 in pixels) and, if it has one, mask
+        (COCO's compressed run-length encoding). For a purely semantic model, for each class of
+        the label picture: class and share of the pixels, 0..1, largest first.
+    """
+    if "instances" in output:
+        return _describe_instances(output["instances"].to("cpu"), class_names)
+    labels, counts = np.unique(output["sem_seg"].argmax(0).cpu().numpy(), return_counts=True)
+    shares = counts / counts.sum()
+    return [
+        {"class": _name(label_names, int(labels[i])), "share": round(float(shares[i]), 5)}
+        for i in np.argsort(-shares)
+    ]
+
+
+def _describe_instances(found: Instances, class_names: Sequence[str]) -> list[dict]:
+    entries = []
+    for i, box in enumerate(found.pred_boxes.tensor.float().tolist()):
+        entry = {
+            "class": _name(class_names, int(found.pred_classes[i])),
+            "score": round(float(found.scores[i]), 5),
+            "box": [round(value, 2) for value in box],
+        }
+        if found.has("pred_masks"):
+            pixels = np.asfortranarray(found.pred_masks[i].numpy().astype(np.uint8))
+            encoded = mask_util.encode(pixels)
+            entry["mask"] = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+        entries.append(entry)
+    return entries
+
+
+def _name(names: Sequence[str], index: int) -> str | int:
+    return names[index] if names else index
+
+
+class AutocastModel(nn.Module):
+    """Runs a detector in mixed precision, on the device type and with the dtype given."""
+
+    def __init__(self, model: nn.Module, device_type: str, dtype: torch.dtype):
+        super().__init__()
+        self.model, self.training = model, model.training
+        self.device_type, self.dtype = device_type, dtype
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        with torch.autocast(self.device_type, dtype=self.dtype):
+            return self.model(inputs)
+
+
+def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """The model as evaluations run it: :func:`improve`, in ``RESNET_BACKBONE.TEST.PRECISION``.
+
+    The precision is the same on CPUs and GPUs, whatever ``SOLVER.AMP`` says about training.
+
+    Raises:
+        UsageError, WeightsError: see :func:`improve`.
+    """
+    tested, dtype = improve(cfg, model), PRECISIONS[read_precision(cfg)]
+    if dtype is torch.float32:
+        return tested
+    return AutocastModel(tested, torch.device(cfg.MODEL.DEVICE).type, dtype)
+
+
+def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """A detector with the improvements that ``RESNET_BACKBONE.TEST`` asks for.
+
+    ``TEST.AUG.ENABLED``, Detectron2's own test-time augmentation, is honored as well.
+
+    Args:
+        cfg: the detector's own; ``TEST.ENSEMBLE`` names the runs of the others, which are loaded
+            here.
+        model: with or without ``DistributedDataParallel``.
+
+    Returns:
+        `model` itself where all switches are off.
+
+    Raises:
+        UsageError: see :func:`read_switches`, :class:`Member`; other classes in an ensemble.
+        WeightsError: of a run of the ensemble.
+    """
+    switches = read_switches(cfg)
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    if cfg.TEST.AUG.ENABLED:
+        return GeneralizedRCNNWithTTA(cfg, bare).train(model.training)
+    if not switches.any:
+        return model
+    detectors = [(cfg, bare), *(load_run(run, cfg) for run in switches.ensemble)]
+    members = [Member(*one, switches.scales, switches.flip) for one in detectors]
+    return ImprovedDetector(members, switches).train(model.training)
+
+
+def trained_detector(cfg: CfgNode) -> nn.Module:
+    """The detector of a config with ``MODEL.WEIGHTS``, in evaluation mode.
+
+    Raises:
+        UsageError, WeightsError: as :class:`Predictor`.
+    """
+    model = build_detector(cfg)
+    load_detector(cfg, model)
+    return model.eval()
+
+
 def load_detector(cfg: CfgNode, model: nn.Module) -> None:
     """Loads ``MODEL.WEIGHTS`` into every parameter and statistic of a detector.
 
@@ -81,41 +212,115 @@ def load_detector(cfg: CfgNode, model: nn.Module) -> None:
         UsageError, WeightsError: as :class:`Predictor`. The detector is unchanged then.
     """
     require_weights(cfg)
-    Trainer.build_checkpointer(cfg, model).load(cfg.MODEL.WEIGHTS, needs_detector=True)
+    node = backbone_node(cfg)
+    names = [*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES]
+    checkpointer = Checkpointer(model, preprocessing=node.WEIGHTS_PREPROCESSING, class_names=names)
+    checkpointer.load(cfg.MODEL.WEIGHTS, needs_detector=True)
 
 
-def read_bgr(path: Path) -> np.ndarray:
-    """An image as BGR uint8 (H, W, 3), upright as its EXIF data says.
+def find_weights(run: str) -> str:
+    """``model_final.pth`` of a run, or its last checkpoint while it is not finished.
 
     Raises:
-        UnreadableError: broken, or not an image.
+        UsageError: there is neither.
     """
+    final = os.path.join(run, "model_final.pth")
+    found = final if os.path.isfile(final) else find_last_checkpoint(run)
+    if not found:
+        raise UsageError(
+            f"{run}: no model_final.pth and no checkpoint there; name a train_net.py run"
+        )
+    return found
+
+
+def run_config(run: str, overrides: list[str]) -> CfgNode:
+    """The config of a run with its weights in ``MODEL.WEIGHTS``, on this machine's device.
+
+    Args:
+        run: a folder that tools/train_net.py wrote.
+        overrides: ``KEY VALUE`` pairs; ``MODEL.WEIGHTS`` among them replaces the run's weights.
+
+    Raises:
+        UsageError: no run there, or no weights in it yet.
+    """
+    config = os.path.join(run, "config.yaml")
+    if not os.path.isfile(config):
+        raise UsageError(f"{run}: no config.yaml there; name a folder that train_net.py wrote")
+    own = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
+    own += [] if "MODEL.WEIGHTS" in overrides[::2] else ["MODEL.WEIGHTS", find_weights(run)]
+    return load_config(config, [*own, *overrides])
+
+
+def check_ensemble(cfg: CfgNode) -> None:
+    """:func:`check_member` for the runs of ``TEST.ENSEMBLE``, before hours of training.
+
+    Raises:
+        UsageError: naming the run.
+    """
+    for run in backbone_node(cfg).TEST.ENSEMBLE:
+        check_member(cfg, run_config(run, []), run)
+
+
+def check_member(cfg: CfgNode, other: CfgNode, run: str) -> None:
+    """Refuses a detector of other classes, or one whose images cannot be made from ours.
+
+    Raises:
+        UsageError: naming the run.
+    """
+    counts = [config.MODEL.ROI_HEADS.NUM_CLASSES for config in (cfg, other)]
+    names = [list(config.RESNET_BACKBONE.CLASS_NAMES) for config in (cfg, other)]
+    if counts[0] != counts[1] or names[0] != names[1]:
+        raise UsageError(
+            f"{run} has {counts[1]} classes {names[1]}, this detector has {counts[0]} "
+            f"{names[0]}: all need the same in the same order"
+        )
+    if other.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise UsageError(f"{run} is a {other.MODEL.META_ARCHITECTURE}, not GeneralizedRCNN")
+    check_scales(other, list(cfg.RESNET_BACKBONE.TEST.SCALES))
+    for config, where in ((cfg, "this detector"), (other, run)):
+        if config.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise UsageError(f"INPUT.FORMAT of {where} is {config.INPUT.FORMAT!r}, not RGB or BGR")
+
+
+_kept: ContextVar[dict[str, tuple[CfgNode, nn.Module]]] = ContextVar("kept")
+
+
+@contextmanager
+def keep_members() -> Iterator[None]:
+    """Inside, :func:`load_run` reads each run once and keeps its detector in the CPU's memory.
+
+    For several evaluations in one process; one at a time may use the detectors.
+    """
+    token = _kept.set({})
     try:
-        return np.ascontiguousarray(read_image(str(path), format="BGR"))
-    except UnidentifiedImageError as error:  # its message names Pillow's own file object
-        raise UnreadableError(f"{path}: cannot be read (no image that Pillow knows)") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UnreadableError(f"{path}: cannot be read ({reason})") from error
+        yield
+    finally:
+        _kept.reset(token)
 
 
-def read_video(path: Path) -> tuple[float, int, Iterator[np.ndarray]]:
-    """Frames per second, the number of frames that the file states, and the BGR uint8 frames.
+def load_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
+    """The config and the detector of a run, in evaluation mode on the device of `cfg`.
 
     Raises:
-        UnreadableError: OpenCV finds no frame in it.
+        UsageError, WeightsError: see :func:`read_run`.
     """
-    capture = cv2.VideoCapture(str(path))
-    is_frame, first = capture.read()
-    if not is_frame:
-        raise UnreadableError(f"{path}: cannot be read as a video (OpenCV finds no frame)")
+    kept = _kept.get({})
+    if run not in kept:
+        other, model = read_run(run, cfg)
+        kept[run] = other, model.cpu()
+    other, model = kept[run]
+    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    return other, (model if on_cpu else copy.deepcopy(model).to(cfg.MODEL.DEVICE)).eval()
 
-    def frames() -> Iterator[np.ndarray]:
-        going, frame = is_frame, first
-        while going:
-            yield frame
-            going, frame = capture.read()
-        capture.release()
 
-    rate, count = (capture.get(key) for key in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
-    return rate if rate > 0 else 25.0, max(1, int(count)), frames()
+def read_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
+    """What :func:`load_run` gives, from the run's files.
+
+    Raises:
+        UsageError, WeightsError: no run there, see :func:`check_member`, or weights that do not
+            fit the run's config.
+    """
+    other = run_config(run, ["MODEL.DEVICE", cfg.MODEL.DEVICE])
+    check_member(cfg, other, run)
+    prepare_weights(other)
+    return other, trained_detector(other)

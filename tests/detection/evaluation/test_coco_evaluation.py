@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as rle
 
 from resnet_backbone.detection.evaluation import build_evaluator
-from resnet_backbone.detection.evaluation.coco_ap import (
+from resnet_backbone.detection.evaluation.coco import (
     evaluate_coco,
     run_hotcoco,
     run_pycocotools,
@@ -181,9 +181,17 @@ def test_one_class_is_reported(register):
 
 
 def test_a_file_without_annotations_gets_a_result_file(register, tmp_path):
+    """It is complete, or stays as it was."""
     content, found = random_set(2)
     content.pop("annotations")  # as in COCO's test-dev
-    name = register(content)
-    assert run(build_evaluator(name, str(tmp_path / "out")), name, content, found) == {}
-    written = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    name, path = register(content), tmp_path / "out" / "coco_instances_results.json"
+    evaluator = build_evaluator(name, str(path.parent))
+    assert run(evaluator, name, content, found) == {}
+    before = path.read_text()
+    written = json.loads(before)
     assert len(written) == len(found) and {row["category_id"] for row in written} <= set(NAMES)
+    rows = [dict(image_id=1, category_id=0, bbox=[0, 0, 9, 9], score=s) for s in (0.5, object())]
+    with pytest.raises(TypeError):
+        evaluator._eval_predictions([{"instances": rows}])
+    assert path.read_text() == before
+    assert not list(path.parent.glob("*.tmp"))

@@ -323,7 +323,7 @@ def test_perfect_detections(register, tmp_path):
     text = (tmp_path / "new" / "voc_results.json").read_text()
     assert "NaN" not in text
     table = format_table(json.loads(text))
-    assert "for want of ground truth: emu" in table and "100.00" in table
+    assert "without ground truth: emu" in table and "100.00" in table
     boxes = {
         (d["image_id"], d["category"]): d["bbox"]
         for d in json.loads((tmp_path / "new" / "detections.json").read_text())
@@ -355,6 +355,11 @@ def test_the_devkits_files(register, tmp_path):
         np.float32(0.5): [1.0, 1.0, 4.0, 4.0],
         np.float32(0.50000006): [2.25, 1.0, 5.0, 4.0],
     }
+    with open(folder / "comp4_det_train_cat.txt") as file:  # replaced as a whole, not written over
+        evaluator.reset()
+        evaluator.evaluate()
+        assert len(file.readlines()) == 2
+    assert not (folder / "comp4_det_train_cat.txt").read_text()
 
 
 def test_a_split_without_annotations_is_written_and_not_scored(make_voc, tmp_path, caplog):

@@ -1,7 +1,6 @@
 """tools/evaluate_detector.py: the rows, what is kept of them, and what is refused."""
 
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 
@@ -13,11 +12,12 @@ pytest.importorskip("detectron2")
 import cv2
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from resnet_backbone.detection import Checkpointer
-from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.cli import evaluate_detector
+from resnet_backbone.detection import Checkpointer, build_detector
+from resnet_backbone.detection.engine.command_line import load_config
+from resnet_backbone.detection.evaluation import voc
 from resnet_backbone.detection.inference.predictor import Predictor
 
-PROJECT = Path(__file__).resolve().parents[2]
 CHEAP = dict(
     MODEL__ROI_HEADS__NUM_CLASSES=2,
     MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.01,
@@ -25,7 +25,6 @@ CHEAP = dict(
     MODEL__FPN__OUT_CHANNELS=16,
     MODEL__RPN__POST_NMS_TOPK_TEST=10,
     INPUT__MIN_SIZE_TEST=60,
-    SOLVER__AMP__ENABLED=False,
     RESNET_BACKBONE__CLASS_NAMES=["bar", "box"],
 )
 
@@ -39,7 +38,7 @@ def make_run(make_cfg, tmp_path):
         cfg = make_cfg(file, **(CHEAP | keys))
         cfg.OUTPUT_DIR, cfg.SEED = str(tmp_path / name), seed
         torch.manual_seed(seed)
-        model = Trainer.build_model(cfg).eval()
+        model = build_detector(cfg).eval()
         torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=2.0)
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(cfg.dump())
@@ -51,15 +50,15 @@ def make_run(make_cfg, tmp_path):
 
 
 @pytest.fixture
-def tool(capsys, tiny_voc):
+def tool(capsys, tiny_voc, monkeypatch):
     """Function (argument...) -> exit status, lines of stdout and of stderr."""
-    module = importlib.import_module("resnet_backbone.cli.evaluate_detector")
+    monkeypatch.setattr(voc, "draw_voc", lambda *given: None)  # a fifth of the time
     before = set(DatasetCatalog.list())
 
     def run(*arguments):
         data = ["--voc-root", tiny_voc, "--test-set", "test"]
         try:
-            module.main([str(word) for word in (*arguments, *data)])
+            evaluate_detector.main([str(word) for word in (*arguments, *data)])
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -69,7 +68,6 @@ def tool(capsys, tiny_voc):
         printed = capsys.readouterr()
         return code, printed.out.splitlines(), printed.err.splitlines()
 
-    run.module = module
     return run
 
 
@@ -123,8 +121,6 @@ def test_all_rows(make_run, tool, tiny_voc, tmp_path):
 
 def check_detections(found, config, voc, folder):
     """What was evaluated is what a Predictor finds with the row's config."""
-    from resnet_backbone.detection.engine.command_line import load_config
-
     (folder / "row.yaml").write_text(config)
     predictor = Predictor(load_config(str(folder / "row.yaml"), []))
     for image_id in {one["image_id"] for one in found}:
@@ -138,18 +134,14 @@ def check_detections(found, config, voc, folder):
         assert left == pytest.approx(sorted(boxes[:, 0].tolist()), abs=1e-2)
 
 
-def test_weights_are_hashed_once_a_row(make_run, tool, tmp_path, monkeypatch):
-    run, hashed = make_run("plain"), []
-    keep = tool.module.sha256
-    monkeypatch.setattr(tool.module, "sha256", lambda path: hashed.append(path) or keep(path))
-    code, _, errors = tool("--run", run, "--output", tmp_path / "rows", "--rows", "baseline")
-    assert code == 0, errors
-    assert hashed == [f"{run}/model_final.pth"]
-
-
-def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path):
-    run, output = make_run("plain"), tmp_path / "rows"
-    rows = ["--rows", "baseline", "context", "ensemble"]
+def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path, monkeypatch):
+    """And what rows share is read once: weights are hashed, and their detector is built."""
+    run, output, used = make_run("plain", SOLVER__AMP__ENABLED=True), tmp_path / "rows", []
+    for name in ("sha256", "trained_detector"):
+        keep = getattr(evaluate_detector, name)
+        spy = lambda given, name=name, keep=keep: used.append(name) or keep(given)  # noqa: E731
+        monkeypatch.setattr(evaluate_detector, name, spy)
+    rows = ["--rows", "baseline", "refinement", "context", "ensemble"]
     keys = ["RESNET_BACKBONE.TEST.FLIP", "True"]
     code, lines, errors = tool("--run", run, *keys, "--output", output, *rows)
     assert code == 0, errors
@@ -158,11 +150,11 @@ def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path):
         "row ensemble is left out: give --ensemble-run DIR ...",
     ]
     content = json.loads((output / "results.json").read_text())
-    assert [row["name"] for row in content["rows"]] == ["baseline"]
-    assert content["rows"][0]["switches"]["FLIP"] and set(content["left_out"]) == {
-        "context",
-        "ensemble",
-    }
+    assert used == ["sha256", "trained_detector"]
+    assert [row["name"] for row in content["rows"]] == ["baseline", "+refinement"]
+    assert content["rows"][0]["switches"]["FLIP"]
+    assert {row["precision"] for row in content["rows"]} == {"float32"}  # whatever training had
+    assert set(content["left_out"]) == {"context", "ensemble"}
     assert "`ensemble` is left out" in (output / "results.md").read_text()
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc
-from resnet_backbone.detection.evaluation.voc_errors import KINDS, analyse_errors
+from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc, read_boxes
+from resnet_backbone.detection.evaluation.voc_errors import KINDS, count_errors
 
 NAMES = ["cat", "dog"]
 
@@ -42,7 +42,7 @@ def test_by_hand():
             [
                 ((1, 1, 10, 10), 0, 0.9),  # correct
                 ((1, 1, 10, 9), 0, 0.8),  # duplicate
-                ((21, 1, 40, 12), 0, 0.7),  # IoU 100 / 240: localisation
+                ((21, 1, 40, 12), 0, 0.7),  # IoU 100 / 240: localization
                 ((1, 21, 10, 30), 0, 0.6),  # a dog: confusion
                 ((1, 41, 10, 50), 0, 0.55),  # difficult: neither way
                 ((41, 1, 50, 10), 0, 0.4),  # correct, but the sixth that counts
@@ -51,7 +51,7 @@ def test_by_hand():
         ),
         image("b", [((1, 1, 5, 5), 0, 0.5), ((1, 1, 5, 5), 1, 0.1)], "scores"),  # background
     ]
-    cat, dog = analyse_errors(found, truth, NAMES)
+    cat, dog = count_errors(*read_boxes(found, truth, NAMES), NAMES)
     assert cat == {
         "class": "cat",
         "objects": 5,
@@ -87,7 +87,7 @@ def small_sets(draw):
 def test_counts_agree_with_the_curves(sets):
     """What is found at all is the curve's last recall; the kinds never exceed the objects."""
     numbers = evaluate_voc(*sets, NAMES)
-    for class_id, row in enumerate(analyse_errors(*sets, NAMES)):
+    for class_id, row in enumerate(count_errors(*read_boxes(*sets, NAMES), NAMES)):
         objects = numbers["num_ground_truth"][class_id]
         assert row["objects"] == objects
         assert sum(row[kind] for kind in KINDS) <= objects

@@ -12,7 +12,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO, _get_builtin_metadata
 
 from resnet_backbone.detection.data import check_coco, load_coco_instances
-from resnet_backbone.detection.evaluation.coco import RESULT_FILE, write_results
+from resnet_backbone.detection.evaluation.coco import RESULT_FILE
 
 CATEGORIES = [{"id": 90, "name": "bar"}, {"id": 7, "name": "box"}]
 CONFIG = "quickstart/faster_rcnn_R_18_FPN.yaml"
@@ -143,12 +143,3 @@ def test_the_papers_trainval_protocol(registered, train_net, small, tmp_path):
     assert len(images) == 6
     rows = json.loads((tmp_path / f"run/inference/{DATASETS[2]}/{RESULT_FILE}").read_text())
     assert {row["image_id"] for row in rows} == {106, 107}
-
-
-def test_the_result_file_is_whole_or_as_before(tmp_path):
-    path = tmp_path / RESULT_FILE
-    write_results(str(path), [{"image_id": 1}])
-    with pytest.raises(TypeError):
-        write_results(str(path), [{"image_id": 1}, {"image_id": object()}])
-    assert json.loads(path.read_text()) == [{"image_id": 1}]
-    assert [file.name for file in tmp_path.iterdir()] == [RESULT_FILE]

@@ -1,7 +1,6 @@
 """tools/demo.py on a tiny untrained detector: inputs, outputs, errors, and the same detections as
 Detectron2's own predictor."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -15,10 +14,16 @@ import torch  # noqa: E402
 from detectron2.engine import DefaultPredictor  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from resnet_backbone.detection.engine.command_line import UsageError, load_config  # noqa: E402
-from resnet_backbone.detection.engine.trainer import Trainer  # noqa: E402
-from resnet_backbone.detection.inference.predictor import Predictor, read_video  # noqa: E402
-from resnet_backbone.detection.inference.visualize import video_writer  # noqa: E402
+from resnet_backbone.cli import demo  # noqa: E402
+from resnet_backbone.detection import Checkpointer, build_detector  # noqa: E402
+from resnet_backbone.detection.config import UsageError  # noqa: E402
+from resnet_backbone.detection.engine.command_line import load_config  # noqa: E402
+from resnet_backbone.detection.inference.media import read_video, video_writer  # noqa: E402
+from resnet_backbone.detection.inference.predictor import (  # noqa: E402
+    Predictor,
+    find_class_names,
+    run_config,
+)
 from resnet_backbone.weights import WeightsError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,17 +32,8 @@ TINY = [
     *("MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "16"),
     *("MODEL.ROI_BOX_HEAD.FC_DIM", "16", "MODEL.ROI_HEADS.NUM_CLASSES", "3"),
     *("MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "6"),
-    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "SOLVER.AMP.ENABLED", "False"),
-    *("INPUT.MIN_SIZE_TEST", "96"),
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "INPUT.MIN_SIZE_TEST", "96"),
 ]
-
-
-def load_tool():
-    module = importlib.import_module("resnet_backbone.cli.demo")
-    return module
-
-
-demo = load_tool()
 
 
 def config(*overrides):
@@ -50,8 +46,8 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     cfg = config("OUTPUT_DIR", str(folder), "RESNET_BACKBONE.CLASS_NAMES", "['a', 'b', 'c']")
     torch.manual_seed(0)
-    model = Trainer.build_model(cfg)
-    Trainer.build_checkpointer(cfg, model).save("model_final")
+    model, names = build_detector(cfg), cfg.RESNET_BACKBONE.CLASS_NAMES
+    Checkpointer(model, cfg.OUTPUT_DIR, class_names=names).save("model_final")
     (folder / "config.yaml").write_text(cfg.dump())
     return folder
 
@@ -102,7 +98,7 @@ def test_the_same_detections_as_detectron2(run):
 def test_rgb_detectors_get_rgb(tmp_path):
     """A detector built for RGB sees a BGR image with its channels turned."""
     cfg = config("INPUT.FORMAT", "RGB", "OUTPUT_DIR", str(tmp_path))
-    Trainer.build_checkpointer(cfg, Trainer.build_model(cfg)).save("model")
+    Checkpointer(build_detector(cfg), cfg.OUTPUT_DIR).save("model")
     cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
     seen = []
     predictor = Predictor(cfg)
@@ -112,11 +108,13 @@ def test_rgb_detectors_get_rgb(tmp_path):
     assert not predictor.model.training
 
 
-def test_bf16_gives_float_boxes_in_the_image(run):
-    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"), "SOLVER.AMP.ENABLED", "True")
-    found = Predictor(cfg)(noise(60, 90))["instances"]
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_gives_float_boxes_in_the_image(run, precision):
+    keys = ["RESNET_BACKBONE.TEST.PRECISION", precision]
+    found = Predictor(config("MODEL.WEIGHTS", str(run / "model_final.pth"), *keys))(noise(60, 90))
+    found = found["instances"]
     assert len(found) and found.image_size == (60, 90)
-    assert found.pred_boxes.tensor.isfinite().all()
+    assert found.pred_boxes.tensor.isfinite().all() and found.scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -174,14 +172,21 @@ def test_the_input_can_follow_the_checkpoint(run, photos, tmp_path, capsys):
 
 
 def test_one_image_to_a_file(run, photos, tmp_path, capsys):
-    output = tmp_path / "new" / "drawn.png"
-    assert call(run, "--input", photos / "wide.png", "--output", output) == 0
+    """Drawn, and in the JSON file as the predictor returns it: in pixels of the original."""
+    output, numbers = tmp_path / "new" / "drawn.png", tmp_path / "a.json"
+    assert call(run, "--input", photos / "wide.png", "--output", output, "--json", numbers) == 0
     drawn = np.asarray(Image.open(output))
     assert drawn.shape == (480, 720, 3)
     enlarged = Image.fromarray(noise(60, 90)).resize((720, 480), Image.BICUBIC)
     assert (drawn != np.asarray(enlarged)).any()
     line = capsys.readouterr().out.splitlines()[0]
     assert "wide.png: 6 detections, " in line and line.endswith(" s")
+    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"))
+    found = Predictor(cfg)(noise(60, 90)[:, :, ::-1])["instances"]
+    written = json.loads(numbers.read_text())["detections"]
+    boxes = torch.tensor([entry["box"] for entry in written])
+    torch.testing.assert_close(boxes, found.pred_boxes.tensor, rtol=0, atol=0.02)
+    assert found.image_size == (60, 90)
 
 
 def test_folder_to_folder_with_sheet_and_numbers(run, photos, tmp_path):
@@ -201,17 +206,6 @@ def test_folder_to_folder_with_sheet_and_numbers(run, photos, tmp_path):
         assert entry["class"] in ("a", "b", "c") and 0 <= entry["score"] <= 1
 
 
-def test_boxes_are_in_pixels_of_the_original(run, photos, tmp_path):
-    """The JSON file has what the predictor returns, whatever sizes are used on the way."""
-    call(run, "--input", photos / "wide.png", "--json", tmp_path / "a.json")
-    written = json.loads((tmp_path / "a.json").read_text())["detections"]
-    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"))
-    found = Predictor(cfg)(noise(60, 90)[:, :, ::-1])["instances"]
-    boxes = torch.tensor([entry["box"] for entry in written])
-    torch.testing.assert_close(boxes, found.pred_boxes.tensor, rtol=0, atol=0.02)
-    assert found.image_size == (60, 90)
-
-
 def test_globs_config_file_and_sheet_max(run, photos, tmp_path):
     arguments = ["--config-file", run / "config.yaml", "--confidence", "0"]
     arguments += ["--input", photos / "*.*", photos / "wide.png", "--output", tmp_path / "out"]
@@ -219,12 +213,6 @@ def test_globs_config_file_and_sheet_max(run, photos, tmp_path):
     demo.main([*map(str, arguments), "MODEL.WEIGHTS", str(run / "model_final.pth")])
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tall.jpg", "wide.png"]
     assert Image.open(tmp_path / "s.png").width < 480  # one tall picture
-
-
-def test_confidence(run, photos, tmp_path, capsys):
-    arguments = ("--input", photos / "wide.png", "--json", tmp_path / "a.json")
-    assert call(run, *arguments, "--confidence", "0.99") == 0
-    assert json.loads((tmp_path / "a.json").read_text())["detections"] == []
 
 
 def test_video(run, tmp_path, capsys):
@@ -260,25 +248,27 @@ def test_the_last_checkpoint_serves_until_there_is_a_final_one(run, photos, tmp_
     unfinished.mkdir()
     shutil.copy(run / "config.yaml", unfinished)
     with pytest.raises(UsageError, match="no checkpoint there"):
-        demo.find_weights(str(unfinished))
+        run_config(str(unfinished), [])
     shutil.copy(run / "model_final.pth", unfinished / "model_0000199.pth")
     (unfinished / "last_checkpoint").write_text("model_0000199.pth")
     assert call(unfinished, "--input", photos, "--output", tmp_path / "out") == 0
 
 
 def test_missing_names_are_said_and_numbered(run, photos, tmp_path, capsys):
-    arguments = ("--input", photos, "--json", tmp_path / "a.json")
+    arguments = ("--input", photos / "wide.png", "--json", tmp_path / "a.json")
     assert call(run, *arguments, "RESNET_BACKBONE.CLASS_NAMES", "[]") == 0
-    assert "names of the 3 classes are not known" in capsys.readouterr().err
+    assert "names of the classes are not known" in capsys.readouterr().err
     found = json.loads((tmp_path / "a.json").read_text())["detections"]
-    assert {entry["class"] for entry in found} <= {0, 1, 2}
+    assert found and {entry["class"] for entry in found} <= {0, 1, 2}
+    assert call(run, *arguments, "--confidence", "0.99") == 0
+    assert json.loads((tmp_path / "a.json").read_text())["detections"] == []
 
 
 def test_names_of_the_data_set_serve(run):
     from detectron2.data import MetadataCatalog
 
     MetadataCatalog.get("demo_names").thing_classes = ["x", "y", "z"]
-    assert demo.find_class_names(config("DATASETS.TEST", "('demo_names',)")) == ["x", "y", "z"]
+    assert find_class_names(config("DATASETS.TEST", "('demo_names',)")) == ["x", "y", "z"]
     MetadataCatalog.remove("demo_names")
 
 
