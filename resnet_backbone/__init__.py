@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resnet_backbone.fast import optimize_for_inference
-    from resnet_backbone.models import build_model, list_models
+    from resnet_backbone.fast import build_model, optimize_for_inference
+    from resnet_backbone.models import list_models
     from resnet_backbone.weights import load_weights
 
 __version__ = "0.1.0"
@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 _PLACES = {
-    "build_model": "models",
+    "build_model": "fast",
     "list_models": "models",
     "load_weights": "weights",
     "optimize_for_inference": "fast",

@@ -14,7 +14,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resnet_backbone.models import ResNet, build_model
+from resnet_backbone import build_model
+from resnet_backbone.models import ResNet
 from resnet_backbone.weights import Preprocessing, WeightsError, read_checkpoint
 from resnet_backbone.weights.load import check_architecture, check_settings, load_tensors
 from resnet_backbone.weights.preprocessing import same_mean, same_std

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 
-from resnet_backbone.models import StagedNetwork, build_model
+from resnet_backbone import build_model
+from resnet_backbone.models import StagedNetwork
 from resnet_backbone.weights import (
     Checkpoint,
     Preprocessing,

@@ -1,5 +1,6 @@
-"""Networks made fast for inference, and exported to other runtimes."""
+"""Networks made fast: folding, inference, regions on CPUs, and export to other runtimes."""
 
-from resnet_backbone.fast.optimize import InferenceNetwork, fold_bn, optimize_for_inference
+from resnet_backbone.fast.folding import fold_bn, fold_each_call
+from resnet_backbone.fast.optimize import InferenceNetwork, optimize_for_inference
 
-__all__ = ["InferenceNetwork", "fold_bn", "optimize_for_inference"]
+__all__ = ["InferenceNetwork", "fold_bn", "fold_each_call", "optimize_for_inference"]

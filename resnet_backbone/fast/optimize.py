@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from resnet_backbone.models.layers import (
-    ConvNorm,
-    ConvNormAct,
-    FrozenBatchNorm2d,
-    is_watched,
-    scale_and_shift,
-)
+from resnet_backbone.fast.folding import fold_bn
+from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.models.network import StagedNetwork
 from resnet_backbone.models.resnet import ResidualBlock
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 def optimize_for_inference(
@@ -31,9 +23,8 @@ def optimize_for_inference(
 ) -> nn.Module:
     """A fast copy of a model for inference; the model itself stays as it is.
 
-    Batch norms within our networks are folded into their convolutions, on CPUs these also do the
-    residual sum and the ReLU, kernels are stored channels_last, and nothing records gradients.
-    At float32, outputs stay within 1e-4; where a ReLU is given NaN, it may make zero of it.
+    Batch norms within our networks are folded into their convolutions, kernels are stored
+    channels_last, and nothing records gradients. At float32, outputs stay within 1e-4.
 
     Args:
         model: one of our classifiers or backbones, or any model that contains some, such as a
@@ -64,7 +55,7 @@ def optimize_for_inference(
     if not any(isinstance(module, ConvNorm) for module in model.modules()):
         raise ValueError(f"{type(model).__name__} contains none of our networks")
     model = copy.deepcopy(model).eval().requires_grad_(False)
-    model = fuse_activations(fold_bn(model)).to(memory_format=torch.channels_last)
+    model = fold_bn(model).to(memory_format=torch.channels_last)
     if dtype == torch.float32 and not compile:
         return model
     places = list(network_places(model))
@@ -77,52 +68,6 @@ def optimize_for_inference(
         for parent, name in list(head_places(model)):
             setattr(parent, name, InferenceNetwork(getattr(parent, name), dtype, False))
     return model
-
-
-def fold_bn(model: nn.Module) -> nn.Module:
-    """Puts the batch norms of our networks into their convolutions, in place; for evaluation.
-
-    ``BN``, ``SyncBN`` and ``FrozenBN`` with running statistics disappear, also in the classes of
-    Detectron2 and torchvision, the convolutions get a bias; other norms, norms with hooks, and
-    other libraries' convolutions stay. Computed in double precision.
-    """
-    for conv in model.modules():
-        if isinstance(conv, ConvNorm) and _is_foldable(conv.norm):
-            like = conv.weight
-            scale, shift = scale_and_shift(copy.deepcopy(conv.norm).double())
-            weight = like.double() * scale[:, None, None, None]
-            conv.weight = nn.Parameter(weight.detach().to(like.dtype), like.requires_grad)
-            conv.bias = nn.Parameter(shift.detach().to(like.dtype), like.requires_grad)
-            conv.norm = None
-    return model
-
-
-def fuse_activations(model: nn.Module) -> nn.Module:
-    """Lets folded convolutions of our networks do the residual sum and the ReLU, in place.
-
-    Each call decides whether it can (:func:`resnet_backbone.models.layers.can_fuse`): in eager
-    inference on CPUs. What is not a convolution, a sum and a ReLU stays as it is.
-    """
-    for module in model.modules():
-        if isinstance(module, (ConvNormAct, ResidualBlock)):
-            module.fused = True
-    return model
-
-
-def _is_foldable(norm: nn.Module | None) -> bool:
-    """Whether it is a batch norm with running statistics; other classes are tried out."""
-    if norm is None or is_watched(norm) or getattr(norm, "running_var", None) is None:
-        return False
-    if type(norm) in BATCH_NORMS:
-        return True
-    if not all(hasattr(norm, name) for name in ("running_mean", "weight", "bias", "eps")):
-        return False
-    norm = copy.deepcopy(norm).double().eval()
-    scale, shift = (value[:, None, None] for value in scale_and_shift(norm))
-    size = (2, len(norm.running_var), 2, 2)
-    x = torch.linspace(-100, 100, math.prod(size)).to(norm.running_var).view(size)
-    found, expected = norm(x), x * scale + shift
-    return found.shape == size and torch.allclose(found.to(x), expected, 1e-5, 1e-5)
 
 
 def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -219,7 +164,7 @@ class InferenceNetwork(nn.Module):
         result = x.dtype if x.is_floating_point() else torch.float32
         with _freezing() if self.compiled else nullcontext():
             output = self._run(_cast(x, self.dtype), *args, **kwargs)
-        return tree_map(lambda value: _cast(value, result), output)
+        return _cast(output, result)
 
 
 def _freezing() -> AbstractContextManager:
@@ -233,5 +178,12 @@ def _freezing() -> AbstractContextManager:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    is_float = isinstance(value, Tensor) and value.is_floating_point()
-    return value.to(dtype) if is_float else value
+    """All floating-point tensors within dicts, lists and tuples in another precision."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return type(value)((key, _cast(item, dtype)) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        items = [_cast(item, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value

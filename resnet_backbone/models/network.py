@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch.fx
 from torch import Tensor, nn
 
 from resnet_backbone.models.layers import freeze
@@ -20,10 +22,11 @@ class Feature(NamedTuple):
 class StagedNetwork(nn.Module):
     """A classifier, or a backbone that returns the feature maps of named stages.
 
-    Subclasses add their stages with :meth:`add_stage` in the order in which they run, then call
-    :meth:`add_head` or set no head, and define ``forward_head``. At the end of the constructor
-    they store their kernels as ``torch.channels_last``: the same values under the same keys, and
-    every map then takes that form, in which convolutions on CPUs are faster (GPUs: not measured).
+    Subclasses add their stages with :meth:`add_stage` in the order in which they run, then the
+    layers of the head, and define :meth:`forward_head`. At the end of the constructor they store
+    their kernels as ``torch.channels_last``: the same values under the same keys, and every map
+    then takes that form, in which convolutions on CPUs are faster (GPUs: not measured). Networks
+    can be traced (``torch.jit``, ``torch.fx``), exported, compiled and scripted.
 
     Attributes:
         features: name -> :class:`Feature`, one entry per stage that was built, in order.
@@ -60,7 +63,7 @@ class StagedNetwork(nn.Module):
         """Feature maps by stage name.
 
         Args:
-            x: images, (N, in_channels, H, W), normalised as the weights ask.
+            x: images, (N, in_channels, H, W), normalized as the weights ask.
             names: stages to return; ``None`` returns every one.
 
         Returns:
@@ -83,12 +86,20 @@ class StagedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         """Logits (N, num_classes) of a classifier, or the dict of ``out_features``."""
-        if x.dim() != 4:
+        if isinstance(x, Tensor) and x.dim() != 4:  # torch.fx traces with a stand-in
             raise ValueError(f"expected images of shape (N, C, H, W), got {tuple(x.shape)}")
         if self.is_classifier:
             last = self.stage_names[-1]
             return self.forward_head(self.forward_features(x, [last])[last])
         return self.forward_features(x, self.out_features)
+
+    def __prepare_scriptable__(self) -> torch.fx.GraphModule:
+        """``torch.jit.script`` compiles the traced graph; it cannot read the modules themselves."""
+        traced = torch.fx.symbolic_trace(copy.deepcopy(self))
+        for node in traced.graph.nodes:
+            node.type = None  # of forward's annotations, which name two types of output
+        traced.recompile()
+        return traced
 
     def freeze(self, freeze_at: int) -> StagedNetwork:
         """Freezes the first ``freeze_at`` stages in place (1 = the stem, or VGG's conv1).

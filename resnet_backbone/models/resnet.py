@@ -13,8 +13,6 @@ from resnet_backbone.models.layers import (
     ConvNormAct,
     Norm,
     build_activation,
-    can_fuse,
-    fused_convolution,
     global_average_pool,
     init_he,
 )
@@ -53,9 +51,7 @@ def build_shortcut(
 
 
 class ResidualBlock(nn.Module):
-    """activation(F(x) + shortcut(x)), equations 1 and 2; subclasses define F.
-
-    F is :meth:`inner`, followed by the convolution :attr:`last`.
+    """activation(F(x) + shortcut(x)), equations 1 and 2; subclasses define F as :meth:`residual`.
 
     With ``shortcut="highway"`` the sum is gated, T * F(x) + (1 - T) * shortcut(x), where
     T = sigmoid(1x1 convolution of x) (Highway Networks, arXiv 1505.00387, the paper's related
@@ -63,7 +59,6 @@ class ResidualBlock(nn.Module):
     """
 
     expansion: int
-    fused = False  # as in ConvNormAct
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, shortcut: str, norm: Norm, act: str
@@ -77,28 +72,20 @@ class ResidualBlock(nn.Module):
 
     @property
     def last(self) -> ConvNorm:
-        """The convolution whose output is added to the shortcut."""
+        """The last convolution of F."""
         raise NotImplementedError
 
-    def inner(self, x: Tensor) -> Tensor:
-        """F without its last convolution."""
+    def residual(self, x: Tensor) -> Tensor:
+        """F(x)."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        added = None if self.shortcut is None else self.shortcut(x)
-        if self.gate is None:
-            return self.join(y, added)
-        gate = torch.sigmoid(self.gate(x))
-        return self.activation(gate * self.last(y) + (1 - gate) * added)
-
-    def join(self, y: Tensor, added: Tensor | None) -> Tensor:
-        """activation(last(y) + added), of :meth:`inner`'s output and the shortcut's."""
-        if self.fused and added is not None and can_fuse(self.last, self.activation, y, added):
-            return fused_convolution(self.last, y, added)
-        y = self.last(y)
-        if added is not None:
-            y += added
+        y = self.residual(x)
+        if self.gate is not None:
+            gate = torch.sigmoid(self.gate(x))
+            y = gate * y + (1 - gate) * self.shortcut(x)
+        elif self.shortcut is not None:
+            y += self.shortcut(x)
         return self.activation(y)
 
 
@@ -129,8 +116,8 @@ class BasicBlock(ResidualBlock):
     def last(self) -> ConvNorm:
         return self.conv2
 
-    def inner(self, x: Tensor) -> Tensor:
-        return self.conv1(x)
+    def residual(self, x: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x))
 
 
 class BottleneckBlock(ResidualBlock):
@@ -166,8 +153,8 @@ class BottleneckBlock(ResidualBlock):
     def last(self) -> ConvNorm:
         return self.conv3
 
-    def inner(self, x: Tensor) -> Tensor:
-        return self.conv2(self.conv1(x))
+    def residual(self, x: Tensor) -> Tensor:
+        return self.conv3(self.conv2(self.conv1(x)))
 
 
 # The one depth table (Table 1): block and number of blocks in res2..res5 (conv2_x..conv5_x).
@@ -238,7 +225,7 @@ def make_stage(
 
 
 def init_residual_network(network: nn.Module, activation: str, zero_init_residual: bool) -> None:
-    """He initialisation, closed Highway gates and, on request, a zero last gamma per block."""
+    """He initialization, closed Highway gates and, on request, a zero last gamma per block."""
     init_he(network, activation)
     for block in network.modules():
         if not isinstance(block, ResidualBlock):

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_backbone.models import FrozenBatchNorm2d, build_model
+from resnet_backbone import build_model
+from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.weights import get_preprocessing, save_weights
 
 NORMS = (torch.nn.BatchNorm2d, FrozenBatchNorm2d)

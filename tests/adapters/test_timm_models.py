@@ -20,8 +20,8 @@ from torchvision.models.feature_extraction import (
     get_graph_node_names,
 )
 
+from resnet_backbone import build_model
 from resnet_backbone.adapters.timm_models import NETWORKS, PaperResNet, from_checkpoint
-from resnet_backbone.models import build_model
 from resnet_backbone.weights import WeightsError, get_preprocessing, load_weights
 
 NAMES = [f"paper_{name}" for name in NETWORKS]

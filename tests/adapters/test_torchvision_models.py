@@ -10,6 +10,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.segmentation import DeepLabV3, deeplabv3_resnet50
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
+from resnet_backbone import build_model
 from resnet_backbone.adapters.torchvision_models import (
     RESNET_LEVELS,
     VGG_LEVELS,
@@ -17,7 +18,6 @@ from resnet_backbone.adapters.torchvision_models import (
     fpn_backbone,
 )
 from resnet_backbone.fast import InferenceNetwork, optimize_for_inference
-from resnet_backbone.models import build_model
 from resnet_backbone.weights import WeightsError, get_preprocessing, load_weights
 
 MSRA, TORCHVISION = get_preprocessing("msra"), get_preprocessing("torchvision")

@@ -14,27 +14,33 @@ from torch import nn
 
 from resnet_backbone.detection.checkpoint.inputs import StatesInput, config_input, origin_input
 from resnet_backbone.detection.config import UsageError, backbone_node, refuse_ignored_context
+from resnet_backbone.fast import fold_each_call
 from resnet_backbone.models import VGG, ResNet
 from resnet_backbone.models.layers import NORMS, Norm
 from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
 
 
-class BackboneContract(Backbone):
-    """``output_shape`` from the network's feature table.
+class PaperBackbone(StatesInput):
+    """What makes a :class:`~resnet_backbone.models.StagedNetwork` a Detectron2 backbone.
 
-    The networks work at any input size, so ``size_divisibility`` is 0 and there are no
-    ``padding_constraints`` (Detectron2's defaults); FPN states its own.
+    ``output_shape`` is the network's feature table. The networks work at any input size, so
+    ``size_divisibility`` is 0 and there are no ``padding_constraints`` (Detectron2's defaults); FPN
+    states its own. Constant batch norms fold at each call.
     """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        fold_each_call(self)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {name: ShapeSpec(**self.features[name]._asdict()) for name in self.out_features}
 
 
-class PaperResNet(StatesInput, ResNet, BackboneContract):
+class PaperResNet(PaperBackbone, ResNet, Backbone):
     """:class:`resnet_backbone.models.ResNet` as a Detectron2 backbone; same arguments and keys."""
 
 
-class PaperVGG(StatesInput, VGG, BackboneContract):
+class PaperVGG(PaperBackbone, VGG, Backbone):
     """:class:`resnet_backbone.models.VGG` as a Detectron2 backbone; same arguments and keys."""
 
 

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.modeling.backbones import in_memory_format, resnet_options
 from resnet_backbone.detection.modeling.poolers import with_stride
-from resnet_backbone.detection.modeling.regions import for_regions, projections_on_map
-from resnet_backbone.models.layers import init_he, is_watched
+from resnet_backbone.fast.folding import is_watched
+from resnet_backbone.fast.regions import for_regions, projections_on_map
+from resnet_backbone.fast.roi_align import RegionAlign
+from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import (
     DEPTHS,
     BottleneckBlock,
@@ -76,9 +78,10 @@ class PaperRes5ROIHeads(Res5ROIHeads):
             return self.res5(self.pooler(features, boxes))
         pool, res5 = self.pooler.level_poolers[0], self.res5
         maps, regions = features[0], convert_boxes_to_pooler_format(boxes)
-        projections = projections_on_map(res5, pool, maps, regions.shape[0])
-        if projections is not None:
-            maps, res5 = projections.of_map(maps), projections.stage_of
+        if isinstance(pool, RegionAlign) and pool.sums_rows(maps) and not is_watched(pool):
+            projections = projections_on_map(res5, maps, regions.shape[0] * pool.bins)
+            if projections is not None:
+                maps, res5 = projections.of_map(maps), projections.stage_of
         is_graph = torch.jit.is_tracing() or torch.compiler.is_compiling()  # of any number
         if torch.is_grad_enabled() or is_graph or len(regions) <= self.REGIONS_AT_ONCE:
             return res5(pool(maps, regions))

@@ -24,7 +24,7 @@ from resnet_backbone.models import FrozenBatchNorm2d
 
 STAGES = ["stem", "res2", "res3", "res4", "res5"]
 VGG_STAGES = ["conv1", "conv2", "conv3", "conv4", "conv5", "pool5"]
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "detection"
 RUNNABLE = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("*/faster_rcnn_*.yaml"))
 RESNET, FPN, P6P7 = (f"build_paper_resnet{kind}_backbone" for kind in ("", "_fpn", "_p6p7"))
 VGG, VGG_FPN = "build_vgg_backbone", "build_vgg_fpn_backbone"
@@ -72,7 +72,7 @@ def test_detectors_of_all_configs_build(make_cfg, file):
         model = build_model(cfg)
     kind = PaperVGG if "VGG" in file else PaperResNet
     networks = [module for module in model.modules() if isinstance(module, kind)]
-    assert [network.depth for network in networks] == [int(re.search(r"\d+", file)[0])]
+    assert [network.depth for network in networks] == [int(re.search(r"\d+", Path(file).name)[0])]
     assert ("p2" in model.backbone.output_shape()) == ("FPN" in file)
 
 

@@ -3,16 +3,14 @@
 import pytest
 import torch
 
-pytest.importorskip("detectron2")
-
 from resnet_backbone import optimize_for_inference
-from resnet_backbone.detection.modeling.poolers import RegionAlign, StridedPool
-from resnet_backbone.detection.modeling.regions import (
+from resnet_backbone.fast.regions import (
     RegionConvNorm,
     RegionConvNormAct,
     for_regions,
     projections_on_map,
 )
+from resnet_backbone.fast.roi_align import RegionAlign
 from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.models.resnet import resnet_stage
 
@@ -112,7 +110,7 @@ def test_projections_are_the_same_function(options):
     for on_map in (False, True):
         leaf = maps.clone().requires_grad_()
         if on_map:
-            projections = projections_on_map(stage, POOL, leaf, len(REGIONS))
+            projections = projections_on_map(stage, leaf, len(REGIONS) * POOL.bins)
             y = projections.stage_of(POOL(projections.of_map(leaf), REGIONS.double()))
         else:
             y = stage(POOL(leaf, REGIONS.double()))
@@ -128,13 +126,11 @@ def test_projections_are_the_same_function(options):
 def test_projections_only_where_they_are_the_same_and_pay():
     maps = torch.randn(1, 64, 6, 10)
 
-    def chosen(stage, pool=POOL, maps=maps, regions=2):
-        return projections_on_map(stage, pool, maps, regions) is not None
+    def chosen(stage, bins=61):
+        return projections_on_map(stage, maps, bins) is not None
 
     frozen = stages(norm="FrozenBN")[1]
-    assert chosen(frozen) and not chosen(frozen, regions=1)
-    assert not chosen(frozen, pool=StridedPool(POOL, 2))
-    assert not chosen(frozen, maps=maps.to("meta"))
+    assert chosen(frozen) and not chosen(frozen, bins=60)
     for options in (
         dict(norm="GN"),
         dict(norm="FrozenBN", shortcut="A"),
@@ -151,7 +147,7 @@ def test_projections_only_where_they_are_the_same_and_pay():
     assert not chosen(trained)  # with gradients, its affine parameters learn as they are
     basic = for_regions(resnet_stage(18, 3, in_channels=64, norm="FrozenBN")[0])
     assert not chosen(basic)
-    for module in (POOL, frozen, frozen[0], frozen[0].conv1, frozen[0].shortcut.norm):
+    for module in (frozen, frozen[0], frozen[0].conv1, frozen[0].shortcut.norm):
         handle = module.register_forward_hook(lambda *_: None)
         assert not chosen(frozen)
         handle.remove()
