@@ -14,7 +14,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resnet_backbone import build_model
+from resnet_backbone.fast import build_model
 from resnet_backbone.models import ResNet
 from resnet_backbone.weights import Preprocessing, WeightsError, read_checkpoint
 from resnet_backbone.weights.load import check_architecture, check_settings, load_tensors
@@ -130,7 +130,7 @@ class PaperResNet(BaseModule):
         return self
 
     def init_weights(self) -> None:
-        """Loads the weights of ``init_cfg``; without, the network keeps its He initialisation.
+        """Loads the weights of ``init_cfg``; without, the network keeps its He initialization.
 
         Raises:
             WeightsError: weights that need another ``data_preprocessor`` or ``style``.

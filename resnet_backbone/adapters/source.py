@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from resnet_backbone import build_model
+from resnet_backbone.fast import build_model
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.weights import (
     Checkpoint,
@@ -51,11 +51,11 @@ def image_normalization(preprocessing: Preprocessing) -> dict[str, list[float]]:
 def build_backbone(
     name: str, weights: str | os.PathLike | None = None, preprocessing: str = "", **options
 ) -> tuple[StagedNetwork, Preprocessing]:
-    """A network for RGB images in 0..1, with weights or freshly initialised, and its normalisation.
+    """A network for RGB images in 0..1, with weights or freshly initialized, and its normalization.
 
     With weights, the network is built as they say (stride, shortcut, norm); its batch norms are
     constants and its first two stages frozen, unless ``norm`` and ``freeze_at`` say otherwise.
-    Without weights nothing is frozen and the normalisation is torchvision's.
+    Without weights nothing is frozen and the normalization is torchvision's.
 
     Args:
         name: of ``list_models()``; weights of another network are an error.

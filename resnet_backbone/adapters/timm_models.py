@@ -28,8 +28,8 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from resnet_backbone import build_model
 from resnet_backbone.adapters.source import rgb_checkpoint
+from resnet_backbone.fast import build_model
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import DILATIONS
 from resnet_backbone.weights import WeightsError

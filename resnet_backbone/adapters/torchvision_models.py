@@ -1,8 +1,8 @@
 """The backbones in torchvision's detectors and in its DeepLabV3.
 
-torchvision's detectors are given RGB images in 0..1 and normalise them with their own
+torchvision's detectors are given RGB images in 0..1 and normalize them with their own
 ``image_mean`` and ``image_std``, whose defaults are right for torchvision's weights only. So
-:func:`fpn_backbone` returns both, backbone and normalisation, for weights that were converted to
+:func:`fpn_backbone` returns both, backbone and normalization, for weights that were converted to
 this input.
 """
 
@@ -40,7 +40,7 @@ def fpn_backbone(
     norm_layer: Callable[..., nn.Module] | None = None,
     **options,
 ) -> tuple[BackboneWithFPN, dict[str, list[float]]]:
-    """torchvision's feature pyramid on one of our networks, and the normalisation that it needs.
+    """torchvision's feature pyramid on one of our networks, and the normalization that it needs.
 
     ``backbone, norm = fpn_backbone(...)``, then ``FasterRCNN(backbone, num_classes, **norm)``; the
     same for ``RetinaNet`` and ``MaskRCNN``.
@@ -59,7 +59,7 @@ def fpn_backbone(
             weights that have batch norm.
 
     Returns:
-        (backbone, {"image_mean": RGB in 0..1, "image_std"}). The backbone maps normalised images
+        (backbone, {"image_mean": RGB in 0..1, "image_std"}). The backbone maps normalized images
         to an OrderedDict of maps "0", "1", ..., finest first, and those of ``extra_blocks``.
 
     Raises:
@@ -82,8 +82,8 @@ def fpn_backbone(
 class NormalizedBackbone(nn.Module):
     """What DeepLabV3 needs of a backbone: RGB images in 0..1 -> {"out": res5, "aux": res4}.
 
-    torchvision's segmentation models leave normalisation to the caller. Here it is part of the
-    model, and of its state dict. Images that have been normalised already, or are in 0..255, are
+    torchvision's segmentation models leave normalization to the caller. Here it is part of the
+    model, and of its state dict. Images that have been normalized already, or are in 0..255, are
     refused (values outside of -0.5..1.5; some augmentations leave 0..1 a little).
     """
 
@@ -108,7 +108,7 @@ class NormalizedBackbone(nn.Module):
         if low < -0.5 or high > 1.5:
             raise ValueError(
                 f"expected RGB images in 0..1, found values from {low:.3g} to {high:.3g}: "
-                "this model normalises its input itself"
+                "this model normalizes its input itself"
             )
 
 
@@ -124,7 +124,7 @@ def deeplabv3(
 ) -> DeepLabV3:
     """torchvision's DeepLabV3 (arXiv 1706.05587) on one of our dilated ResNets.
 
-    It takes RGB images in 0..1, (N, 3, H, W), and normalises them itself. It returns {"out": logits
+    It takes RGB images in 0..1, (N, 3, H, W), and normalizes them itself. It returns {"out": logits
     (N, num_classes, H, W)} and, with ``aux_loss``, "aux", those of an FCN head on res4.
 
     Args:

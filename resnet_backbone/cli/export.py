@@ -132,7 +132,7 @@ def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     dtype, prepare = torch.float32, normalise
     reference = export.run_model(network)
     if args.with_normalization:
-        model = export.NormalisedNetwork(network, preprocessing).eval()
+        model = export.NormalizedNetwork(network, preprocessing).eval()
         dtype = torch.uint8 if args.input_type == "uint8" else torch.float32
         prepare = partial(torch.Tensor.to, dtype=dtype)
         reference = export.run_model(lambda pixels: network(normalise(pixels.to(torch.uint8))))

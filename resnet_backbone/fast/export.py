@@ -28,7 +28,7 @@ class Mismatch(ValueError):
     """An exported file does not give PyTorch's outputs."""
 
 
-class NormalisedNetwork(nn.Module):
+class NormalizedNetwork(nn.Module):
     """A network with its preprocessing: (N, 3, H, W) RGB, 0..255, uint8 or float, to its outputs.
 
     Channel order, range, mean and standard deviation are those of the weights; a per-pixel mean
@@ -64,8 +64,8 @@ def export_program(
     Batch size, height and width are free; height and width must exceed the largest stride.
 
     Args:
-        model: a classifier, a backbone, or a :class:`NormalisedNetwork`. It stays as it is.
-        dtype: of the images: torch.float32, or torch.uint8 for a :class:`NormalisedNetwork`.
+        model: a classifier, a backbone, or a :class:`NormalizedNetwork`. It stays as it is.
+        dtype: of the images: torch.float32, or torch.uint8 for a :class:`NormalizedNetwork`.
         multiple: of which height and width are; a feature pyramid needs its
             ``size_divisibility``.
     """
@@ -217,10 +217,10 @@ def finite_or_inf(difference: Tensor) -> float:
     return float(difference.nan_to_num(nan=float("inf")))
 
 
-def input_facts(preprocessing: Preprocessing, normalised: bool) -> dict:
+def input_facts(preprocessing: Preprocessing, normalized: bool) -> dict:
     """What the input of an exported graph must be, in words and numbers, for JSON and ONNX."""
-    facts = {"layout": "NCHW", "normalisation": "in the graph" if normalised else "by the caller"}
-    if normalised:
+    facts = {"layout": "NCHW", "normalisation": "in the graph" if normalized else "by the caller"}
+    if normalized:
         return facts | {"channel_order": RGB, "value_range": 255}
     return facts | {
         "channel_order": preprocessing.channel_order,

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from resnet_backbone import models
 from resnet_backbone.models.layers import (
     ConvNorm,
     ConvNormAct,
     FrozenBatchNorm2d,
     scale_and_shift,
 )
+from resnet_backbone.models.network import StagedNetwork
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
@@ -74,6 +77,11 @@ class FoldingConvNorm(ConvNorm):
 
 class FoldingConvNormAct(ConvNormAct, FoldingConvNorm):
     """:class:`ConvNormAct` in the same way."""
+
+
+def build_model(name: str, num_classes: int | None = None, **options: Any) -> StagedNetwork:
+    """:func:`resnet_backbone.models.build_model`, then :func:`fold_each_call`."""
+    return fold_each_call(models.build_model(name, num_classes, **options))
 
 
 def fold_each_call(model: nn.Module) -> nn.Module:

@@ -48,7 +48,7 @@ def list_models() -> list[str]:
 
 
 def build_model(name: str, num_classes: int | None = None, **options) -> StagedNetwork:
-    """Builds a network by name, with freshly initialised weights.
+    """Builds a network by name, with freshly initialized weights.
 
     Args:
         name: one of :func:`list_models`, or ``cifar_resnet<6n+2>`` / ``cifar_plain<6n+2>``.

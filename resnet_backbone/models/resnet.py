@@ -70,11 +70,6 @@ class ResidualBlock(nn.Module):
             self.gate = nn.Conv2d(in_channels, out_channels, 1, stride=stride)
         self.activation = build_activation(act, out_channels)
 
-    @property
-    def last(self) -> ConvNorm:
-        """The last convolution of F."""
-        raise NotImplementedError
-
     def residual(self, x: Tensor) -> Tensor:
         """F(x)."""
         raise NotImplementedError
@@ -112,10 +107,6 @@ class BasicBlock(ResidualBlock):
         )
         self.conv2 = ConvNorm(out_channels, out_channels, 3, **options)
 
-    @property
-    def last(self) -> ConvNorm:
-        return self.conv2
-
     def residual(self, x: Tensor) -> Tensor:
         return self.conv2(self.conv1(x))
 
@@ -148,10 +139,6 @@ class BottleneckBlock(ResidualBlock):
         self.conv1 = ConvNormAct(in_channels, width, 1, stride=stride_1x1, **options)
         self.conv2 = ConvNormAct(width, width, 3, stride=stride_3x3, dilation=dilation, **options)
         self.conv3 = ConvNorm(width, out_channels, 1, norm=norm)
-
-    @property
-    def last(self) -> ConvNorm:
-        return self.conv3
 
     def residual(self, x: Tensor) -> Tensor:
         return self.conv3(self.conv2(self.conv1(x)))
@@ -235,9 +222,10 @@ def init_residual_network(network: nn.Module, activation: str, zero_init_residua
         if zero_init_residual:
             if block.shortcut is None:
                 raise ValueError("zero_init_residual needs shortcuts, or all signals are zero")
-            if getattr(block.last.norm, "weight", None) is None:
+            last = block.conv3 if isinstance(block, BottleneckBlock) else block.conv2
+            if getattr(last.norm, "weight", None) is None:
                 raise ValueError("zero_init_residual needs a norm with a weight (gamma)")
-            nn.init.zeros_(block.last.norm.weight)
+            nn.init.zeros_(last.norm.weight)
 
 
 def resnet_stage(depth: int, stage: int, *, in_channels: int | None = None, **options):

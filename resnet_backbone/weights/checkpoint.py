@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from resnet_backbone.fast import fold_each_call
-from resnet_backbone.models import StagedNetwork, build_model
+from resnet_backbone.fast import build_model
+from resnet_backbone.models import StagedNetwork
 from resnet_backbone.weights.preprocessing import Preprocessing
 
 
@@ -41,7 +41,7 @@ class ModelSpec:
         """
         options = {**self.options, **options}
         try:
-            return fold_each_call(build_model(self.name, self.num_classes, **options))
+            return build_model(self.name, self.num_classes, **options)
         except TypeError as error:
             raise ValueError(f"model.options {options}: {error}") from error
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from resnet_backbone import build_model, optimize_for_inference
 from resnet_backbone.fast import InferenceNetwork
-from resnet_backbone.fast.export import NormalisedNetwork
+from resnet_backbone.fast.export import NormalizedNetwork
 from resnet_backbone.weights import get_preprocessing, load_weights, save_weights
 
 NAMES = ("resnet18", "resnet50", "cifar_resnet20", "vgg11_bn")
@@ -142,7 +142,7 @@ def test_optimized_detector():
 @pytest.mark.parametrize("convention", ["msra", "torchvision"])
 def test_optimized_network_with_its_preprocessing(convention):
     """Pixels are normalised in float32; the network alone is in bfloat16."""
-    model = NormalisedNetwork(network("resnet18", num_classes=5), get_preprocessing(convention))
+    model = NormalizedNetwork(network("resnet18", num_classes=5), get_preprocessing(convention))
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     expected = unfolded(model.eval(), pixels)
     fast = optimize_for_inference(model, dtype=torch.bfloat16)

@@ -1,0 +1,78 @@
+"""What Detectron2's tests/modeling/test_backbone.py asks of its backbones, asked of ours.
+
+Its two tests script build_resnet_backbone and build_resnet_fpn_backbone (with GN) and compare one
+map. Here every builder is scripted, traced, exported and compiled, and all maps are compared.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from detectron2.export.torchscript_patch import patch_nonscriptable_classes
+from detectron2.modeling import build_backbone
+
+R, V = ["res2", "res3", "res4", "res5"], ["conv3", "conv4", "conv5", "pool5"]
+RESNET_FPN = dict(MODEL__RESNETS__OUT_FEATURES=R, MODEL__FPN__IN_FEATURES=R)
+BACKBONES = {
+    "build_paper_resnet_backbone": dict(MODEL__RESNETS__DEPTH=50),
+    "build_paper_resnet_fpn_backbone": RESNET_FPN
+    | dict(MODEL__FPN__NORM="GN", MODEL__RESNETS__NORM="GN"),
+    "build_paper_resnet_p6p7_backbone": dict(
+        MODEL__RESNETS__OUT_FEATURES=R[1:], MODEL__FPN__IN_FEATURES=R[1:]
+    ),
+    "build_vgg_backbone": {},
+    "build_vgg_fpn_backbone": dict(RESNET_BACKBONE__VGG__OUT_FEATURES=V, MODEL__FPN__IN_FEATURES=V),
+    "build_paper_resnet_deeplab_backbone": dict(
+        MODEL__RESNETS__STEM_TYPE="basic",
+        MODEL__RESNETS__OUT_FEATURES=["res2", "res5"],
+        MODEL__RESNETS__RES5_MULTI_GRID=[1, 2],
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def scriptable():
+    """Detectron2's own preparation of FPN for torch.jit.script, undone afterwards."""
+    from detectron2.modeling.backbone import FPN, ResNet
+
+    patch_nonscriptable_classes()
+    yield
+    for kind in (FPN, ResNet):
+        del kind.__prepare_scriptable__
+
+
+@pytest.fixture(params=BACKBONES)
+def backbone(request, make_cfg):
+    name, keys = request.param, BACKBONES[request.param]
+    cfg = make_cfg()
+    if "deeplab" in name:
+        pytest.importorskip("detectron2.projects.deeplab").add_deeplab_config(cfg)
+    small = dict(MODEL__RESNETS__DEPTH=18, RESNET_BACKBONE__VGG__DEPTH=11)
+    small |= dict(MODEL__BACKBONE__NAME=name, MODEL__FPN__OUT_CHANNELS=32)
+    for key, value in (small | keys).items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    torch.manual_seed(0)
+    return build_backbone(cfg).eval()
+
+
+@torch.no_grad()
+def assert_same_maps(graph, backbone, sizes=((2, 3, 64, 96), (1, 3, 128, 64))):
+    for size in sizes:
+        images = torch.rand(size)
+        found, expected = graph(images), backbone(images)
+        assert list(found) == list(expected)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_every_backbone_as_a_graph(backbone):
+    images = torch.rand(2, 3, 64, 96)
+    assert_same_maps(torch.jit.script(backbone), backbone)
+    with torch.no_grad():
+        assert_same_maps(torch.jit.trace(backbone, images, strict=False), backbone)
+        program = torch.export.export(backbone, (images,))
+    assert_same_maps(program.module(), backbone, ((2, 3, 64, 96),))
+    assert_same_maps(torch.compile(backbone, backend="eager", fullgraph=True), backbone)
+    if not hasattr(backbone, "bottom_up"):  # torch.fx cannot read Detectron2's FPN
+        assert_same_maps(torch.fx.symbolic_trace(backbone), backbone)
