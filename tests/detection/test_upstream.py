@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,25 +105,30 @@ ENV_MODULE = """
 from resnet_backbone import detection
 
 def setup_environment():
-    pass
+    detection.was_set_up = True
 """
 REGISTERED = """
 import sys
 import detectron2  # alone
 from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.utils.env import setup_custom_environment
+
 assert "build_paper_resnet_backbone" in BACKBONE_REGISTRY, "not registered"
+setup_custom_environment(sys.argv[1])
+assert sys.modules["resnet_backbone.detection"].was_set_up
 """
 
 
-@pytest.mark.parametrize("module", ["resnet_backbone.detection", "plugin.py"])
-def test_env_module(tmp_path, module):
-    """DETECTRON2_ENV_MODULE (detectron2/utils/env.py) brings our backbones to any script."""
-    if module == "plugin.py":
-        module = str(tmp_path / module)
-        Path(module).write_text(ENV_MODULE)
+def test_env_module(tmp_path):
+    """DETECTRON2_ENV_MODULE (detectron2/utils/env.py) brings our backbones to any script.
+
+    It may name our module, or a file that imports it.
+    """
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(ENV_MODULE)
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", REGISTERED],
-        env=os.environ | {"DETECTRON2_ENV_MODULE": module},
+        [sys.executable, "-W", "ignore", "-c", REGISTERED, str(plugin)],
+        env=os.environ | {"DETECTRON2_ENV_MODULE": "resnet_backbone.detection"},
         capture_output=True,
         text=True,
     )
