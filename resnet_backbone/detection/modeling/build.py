@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.modeling.context import with_global_context
-from resnet_backbone.detection.modeling.poolers import with_fast_poolers
+from resnet_backbone.detection.modeling.heads import with_fast_poolers
+from resnet_backbone.fast.folding import change_classes
 
 logger = logging.getLogger(__name__)
 LAST_LAYERS = ("cls_score", "bbox_pred", "objectness_logits", "anchor_deltas")
@@ -66,8 +67,8 @@ def with_exact_scores(model: nn.Module) -> nn.Module:
     NMS follow them in single precision. Without mixed precision nothing changes.
     """
     kinds = {nn.Linear: FullLinear, nn.Conv2d: FullConv2d}
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in LAST_LAYERS and type(module) in kinds:
-            if getattr(module, "kernel_size", (1, 1)) == (1, 1):
-                module.__class__ = kinds[type(module)]
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if name in LAST_LAYERS and getattr(layer, "kernel_size", (1, 1)) == (1, 1):
+                setattr(parent, name, change_classes(layer, kinds))
     return model

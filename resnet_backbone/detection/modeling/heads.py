@@ -1,10 +1,10 @@
-"""Region heads: res5 per region (C4) for every depth, and VGG-16's fc6 and fc7."""
+"""Region heads: res5 per region (C4) for every depth, VGG-16's fc6 and fc7, fast poolers."""
 
 from __future__ import annotations
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec
+from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.modeling.roi_heads import Res5ROIHeads
@@ -14,10 +14,9 @@ from torch.nn import functional as F
 
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.modeling.backbones import in_memory_format, resnet_options
-from resnet_backbone.detection.modeling.poolers import with_stride
 from resnet_backbone.fast.folding import is_watched
 from resnet_backbone.fast.regions import for_regions, projections_on_map
-from resnet_backbone.fast.roi_align import RegionAlign
+from resnet_backbone.fast.roi_align import RegionAlign, StridedPool
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import (
     DEPTHS,
@@ -25,6 +24,31 @@ from resnet_backbone.models.resnet import (
     init_residual_network,
     resnet_stage,
 )
+
+
+def with_stride(pooler: ROIPooler, stride: int = 1) -> ROIPooler:
+    """Gives the levels of a pooler their fast form, in place.
+
+    RoIAlign becomes :class:`RegionAlign`; others are pooled in full, and every ``stride``-th bin is
+    kept.
+    """
+    levels = pooler.level_poolers
+    for index, level in enumerate(levels):
+        if type(level) is ROIAlign:
+            levels[index] = RegionAlign(
+                level.output_size, level.spatial_scale, level.sampling_ratio, level.aligned, stride
+            )
+        elif not isinstance(level, (RegionAlign, StridedPool)):
+            levels[index] = StridedPool(level, stride)
+    return pooler
+
+
+def with_fast_poolers(model: nn.Module) -> nn.Module:
+    """:func:`with_stride` for all poolers of a detector, in place; results stay."""
+    for module in model.modules():
+        if isinstance(module, ROIPooler):
+            with_stride(module)
+    return model
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -10,7 +10,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torchvision.ops import roi_pool
 
-from resnet_backbone.detection.modeling.poolers import with_fast_poolers, with_stride
+from resnet_backbone.detection.modeling.heads import with_fast_poolers, with_stride
 from resnet_backbone.fast.roi_align import RegionAlign
 
 SCALE = 1 / 16
