@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_backbone.classification.evaluation import gather
-from resnet_backbone.runtime.distributed import World
+from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights.inputs import InputNormalizer
 
 LAYER_INPUTS = ("batch", "population")
 
 
-class BatchNormError(ValueError):
+class BatchNormError(UsageError):
     """Statistics that cannot be computed; the message says why."""
 
 
@@ -109,13 +109,13 @@ def recompute_statistics(
             batches with ``images`` (and ``shift``) for ``normalizer``, or plain tensors.
         normalizer: the network's preprocessing; ``None`` for batches that are its input.
         layer_inputs: what the layers before each batch norm do meanwhile.
-            "batch" (default): they normalise by the statistics of their micro-batch, as in
+            "batch" (default): they normalize by the statistics of their micro-batch, as in
             training. One pass. The result depends on ``micro_batch``, a little.
-            "population": they normalise by their new statistics, as in testing, so that each
+            "population": they normalize by their new statistics, as in testing, so that each
             layer's statistics are exactly those of what it will see, whatever the batch size. One
             pass for each batch norm, as far as that layer; ``batches`` must be iterable again and
             give the same images.
-        micro_batch: images that are normalised together, 0 for a whole batch. Give that of
+        micro_batch: images that are normalized together, 0 for a whole batch. Give that of
             training, 32 in the paper; the rest of a batch is a smaller one.
         world: the processes that share the training set; all call this function and get the same
             statistics. With SyncBatchNorm and "batch" they need equal numbers of batches.
@@ -280,7 +280,7 @@ class _Pass:
     def merge(self, found: dict[str, Moments], images: int) -> dict[str, Moments]:
         """Merges what all processes found, in the order of their ranks: the same on each."""
         mine = {name: moments.cpu() for name, moments in found.items()}
-        shares = gather((mine, images), self.world)
+        shares = self.world.gather((mine, images))
         merged: dict[str, Moments] = {}
         for part, _ in shares:
             for name, moments in part.items():

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from resnet_backbone.classification.networks import NetworkSpec, load_exactly, save_network
-from resnet_backbone.runtime.files import put_in_place
+from resnet_backbone.runtime.files import whole_file
+from resnet_backbone.runtime.run_folder import METRICS
 from resnet_backbone.weights import Preprocessing, WeightsError
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS, AVERAGED, STATE = "model.safetensors", "averaged.safetensors", "state.pt"
-PARTIAL, DAMAGED = ".partial-", ".damaged"
+FOLDER, DAMAGED = "checkpoints", ".damaged"
+LEFT_BEHIND = (".*.tmp", ".partial-*")  # what a kill can leave; the second by earlier versions
 
 
 class Checkpoints:
@@ -43,7 +45,7 @@ class Checkpoints:
         keep: int = 2,
         keep_every: int = 0,
     ):
-        self.folder = Path(folder) / "checkpoints"
+        self.folder = Path(folder) / FOLDER
         self.spec, self.preprocessing = spec, preprocessing
         self.keep, self.keep_every = keep, keep_every
 
@@ -59,15 +61,14 @@ class Checkpoints:
         final = self.folder / f"{iteration:08d}"
         if final.exists():
             return final
-        partial = self.folder / f"{PARTIAL}{iteration:08d}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         facts = (self.spec, self.preprocessing, self.folder.resolve().parent.name)
-        save_network(partial / WEIGHTS, model, *facts)
-        if averaged is not None:
-            save_network(partial / AVERAGED, averaged, *facts)
-        torch.save(state, partial / STATE)
-        put_in_place(partial, final)
+        with whole_file(final) as partial:
+            partial.mkdir()
+            save_network(partial / WEIGHTS, model, *facts)
+            if averaged is not None:
+                save_network(partial / AVERAGED, averaged, *facts)
+            torch.save(state, partial / STATE)
         self._remove_old()
         return final
 
@@ -94,8 +95,9 @@ class Checkpoints:
         Raises:
             WeightsError: there are checkpoints, and none can be read.
         """
-        for left in self.folder.glob(f"{PARTIAL}*") if clean else ():
-            shutil.rmtree(left, ignore_errors=True)
+        for pattern in LEFT_BEHIND if clean else ():
+            for left in self.folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
         damaged: list[Path] = []
         found = self.iterations()
         for iteration in reversed(found):
@@ -116,6 +118,26 @@ class Checkpoints:
 
 
 def iterations_in(folder: Path) -> list[int]:
-    """Iterations with a complete checkpoint in a ``checkpoints`` folder, rising."""
+    """Iterations with a complete checkpoint in a folder of checkpoints, rising."""
     names = [path.name for path in folder.glob("*")] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdigit())
+
+
+def has_checkpoint(run: str | Path) -> bool:
+    """Whether a run folder has a checkpoint to go on from."""
+    return bool(iterations_in(Path(run) / FOLDER))
+
+
+def holds_run(run: str | Path) -> bool:
+    """Whether a folder has checkpoints or metrics that a new run would mix with."""
+    return has_checkpoint(run) or (Path(run) / METRICS).exists()
+
+
+def newest_weights(run: str | Path) -> str:
+    """The weights of a run's newest checkpoint that evaluations use; empty if there is none."""
+    found = iterations_in(Path(run) / FOLDER)
+    if not found:
+        return ""
+    newest = Path(run) / FOLDER / f"{found[-1]:08d}"
+    averaged = newest / AVERAGED
+    return str(averaged if averaged.is_file() else newest / WEIGHTS)

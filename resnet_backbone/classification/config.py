@@ -17,10 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from resnet_backbone.runtime.configs import find_config
-
-
-class ConfigError(ValueError):
-    """A config that cannot work; the message names the key and what to write instead."""
+from resnet_backbone.runtime.errors import UsageError
 
 
 def one_of(*choices: str) -> Any:
@@ -192,7 +189,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
             "model.name=NAME".
 
     Raises:
-        ConfigError: unknown key (with the nearest one), wrong type, impossible combination.
+        UsageError: unknown key (with the nearest one), wrong type, impossible combination.
     """
     merged = OmegaConf.structured(Config)
     for file in files:
@@ -209,20 +206,20 @@ def _find(file: str | Path) -> Path:
     try:
         return find_config(file, "classification")
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise UsageError(str(error)) from error
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     if path.resolve() in seen:
-        raise ConfigError(f"{path}: _BASE_ leads back to this file")
+        raise UsageError(f"{path}: _BASE_ leads back to this file")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file, named by _BASE_")
+        raise UsageError(f"{path}: no such config file, named by _BASE_")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # what YAML parsers raise has no common base
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: a config is a table of keys")
+        raise UsageError(f"{path}: a config is a table of keys")
     base = loaded.pop("_BASE_", None)
     if base is None:
         return loaded
@@ -232,17 +229,15 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
 def _parse(override: str) -> DictConfig:
     key, equals, value = override.partition("=")
     if not equals:
-        raise ConfigError(
-            f"{override!r}: overrides are written key=value, for example train.seed=2"
-        )
+        raise UsageError(f"{override!r}: overrides are written key=value, for example train.seed=2")
     if key == "model":
         key = "model.name"
     if key in {item.name for item in fields(Config)}:
-        raise ConfigError(f"{override!r}: {key} is a group; write {key}.<key>=value")
+        raise UsageError(f"{override!r}: {key} is a group; write {key}.<key>=value")
     try:
         return OmegaConf.from_dotlist([f"{key}={value}"])
     except Exception as error:
-        raise ConfigError(f"{override!r}: {' '.join(str(error).split())}") from error
+        raise UsageError(f"{override!r}: {' '.join(str(error).split())}") from error
 
 
 def _merge(onto: DictConfig, update: DictConfig, where: str) -> DictConfig:
@@ -252,10 +247,10 @@ def _merge(onto: DictConfig, update: DictConfig, where: str) -> DictConfig:
         unknown = [key for key in _leaves(update) if key not in set(key_names())]
         if not unknown:
             message = f"{where}: {error.full_key}: {str(error).splitlines()[0]}"
-            raise ConfigError(message) from error
+            raise UsageError(message) from error
         near = nearest_key(unknown[0])
         hint = f"did you mean {near}?" if near else "see resnet_backbone/classification/config.py"
-        raise ConfigError(f"{where}: unknown key {unknown[0]}: {hint}") from error
+        raise UsageError(f"{where}: unknown key {unknown[0]}: {hint}") from error
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -270,7 +265,7 @@ def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
 def scale_schedule(schedule: ScheduleConfig) -> None:
     """Applies ``scale`` in place to iterations, milestones and warm-up, and sets it to 1."""
     if not schedule.scale > 0:
-        raise ConfigError(f"schedule.scale is {schedule.scale}; give a number above 0")
+        raise UsageError(f"schedule.scale is {schedule.scale}; give a number above 0")
     if schedule.scale != 1:
         schedule.iterations = max(1, round(schedule.iterations * schedule.scale))
         schedule.milestones = [round(value * schedule.scale) for value in schedule.milestones]
@@ -291,7 +286,7 @@ def check(config: Config) -> None:
         for item in fields(values):
             _check_value(f"{group.name}.{item.name}", getattr(values, item.name), item.metadata)
     for problem in _combinations(config):
-        raise ConfigError(problem)
+        raise UsageError(problem)
 
 
 def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
@@ -300,9 +295,9 @@ def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{key} is {value!r}; use {', '.join(choices)}{hint}")
+        raise UsageError(f"{key} is {value!r}; use {', '.join(choices)}{hint}")
     if "least" in limits and not value >= limits["least"]:
-        raise ConfigError(f"{key} is {value}; give {limits['least']} or more")
+        raise UsageError(f"{key} is {value}; give {limits['least']} or more")
 
 
 def _combinations(config: Config) -> Iterator[str]:

@@ -19,17 +19,18 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from resnet_backbone.classification import metrics
 from resnet_backbone.classification.metrics import Predictions
 from resnet_backbone.classification.protocols import Member, Protocol
-from resnet_backbone.runtime.distributed import World
+from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights.inputs import InputNormalizer
 
 
-class EvaluationError(ValueError):
+class EvaluationError(UsageError):
     """An evaluation that would give a wrong number; the message says what and where."""
 
 
@@ -110,7 +111,7 @@ def evaluate(
 
     Args:
         models: (network, its preprocessing) of each member of the ensemble.
-        protocol: see ``engine.views``.
+        protocol: see ``classification.protocols``.
         loader: this process's part of the images, see the module's description.
         world: the processes that share the data set; every one of them calls this function and
             gets the whole result. ``None``: this one alone.
@@ -133,7 +134,7 @@ def evaluate(
     start = time.perf_counter()
     with torch.inference_mode(), _evaluation_mode(members):
         run.all_batches(_progress_bar(loader, world, progress))
-    shares = gather(run.share(), world)
+    shares = world.gather(run.share())
     if run.failure is not None:
         raise run.failure
     for rank, share in enumerate(shares):
@@ -239,8 +240,8 @@ def check_bad(bad: Sequence[Any], most: int) -> None:
         first = min(bad)
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise EvaluationError(
-            f"{first.name}: {first.reason}{more}; mend the file, or let up to N such images count "
-            "as wrong with max_bad_images (--max-bad-images N)"
+            f"{first.name}: {first.reason}{more}; repair the file, or let up to N such images "
+            "count as wrong with max_bad_images (--max-bad-images N)"
         )
 
 
@@ -294,22 +295,9 @@ def _to(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Te
     return [image.to(device, non_blocking=True) for image in images]
 
 
-def gather(value: Any, world: World) -> list[Any]:
-    """The objects of all processes, by rank, on each of them."""
-    if world.size == 1:
-        return [value]
-    values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value, group=world.control)
-    return values
-
-
 def _progress_bar(loader: Iterable, world: World, progress: bool | None) -> Iterable:
     wanted = sys.stderr.isatty() if progress is None else progress
     if not wanted or not world.is_main:
-        return loader
-    try:
-        from tqdm import tqdm
-    except ImportError:
         return loader
     return tqdm(loader, desc="evaluation", unit="batch", leave=False)
 

@@ -25,7 +25,7 @@ class NetworkSpec(ModelSpec):
     """A network of this package, of torchvision (``torchvision/<name>``) or of timm."""
 
     def build(self, **options: Any) -> nn.Module:
-        """Builds the network with freshly initialised weights.
+        """Builds the network with freshly initialized weights.
 
         Args:
             **options: constructor arguments added to the specification's own.
@@ -151,7 +151,3 @@ def load_exactly(model: nn.Module, path: str | Path, preprocessing: str = "") ->
         )
     model.load_state_dict(tensors)
     return found
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -32,7 +32,7 @@ class Member:
     """A network with its own preprocessing: uint8 RGB images -> logits.
 
     Args:
-        model: maps normalised images (N, 3, H, W) to logits (N, num_classes): one of our
+        model: maps normalized images (N, 3, H, W) to logits (N, num_classes): one of our
             networks or any other (torchvision, timm), as it is, compiled or in DDP.
         normalizer: its preprocessing; it also says on which device it runs.
         autocast: ``torch.bfloat16`` or ``torch.float16`` for mixed precision.
@@ -56,7 +56,7 @@ class Member:
         return getattr(self.model, "_orig_mod", self.model)
 
     def run(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """A function of the normalised images, in the wanted precision."""
+        """A function of the normalized images, in the wanted precision."""
         inputs = self.normalizer(images)
         if not self.channels_last:
             inputs = inputs.contiguous()

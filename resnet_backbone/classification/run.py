@@ -1,10 +1,8 @@
-"""A classification run made from its config: data, network, trainer and evaluation together.
-
-This is where ``data`` and ``engine``, which do not know one another, meet.
-"""
+"""A classification run made from its config: data, network, trainer and evaluation together."""
 
 from __future__ import annotations
 
+import datetime
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -19,20 +17,23 @@ from resnet_backbone.classification.batch_norm import (
     recompute_statistics,
 )
 from resnet_backbone.classification.checkpoints import Checkpoints
-from resnet_backbone.classification.config import Config, ConfigError
+from resnet_backbone.classification.config import Config
 from resnet_backbone.classification.data.augment import BatchMixer
 from resnet_backbone.classification.data.build import build_data
 from resnet_backbone.classification.data.evaluation import EvaluationLoader
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import NetworkSpec
-from resnet_backbone.classification.optimizer import LearningRate, build_sgd
+from resnet_backbone.classification.optimizer import LearningRate, Schedule, build_sgd
 from resnet_backbone.classification.protocols import Centre, Full
-from resnet_backbone.classification.run_folder import RunFolder
-from resnet_backbone.classification.schedule import Schedule
-from resnet_backbone.classification.signals import StopRequest
 from resnet_backbone.classification.step import AMP, StepOptions, TrainStep
-from resnet_backbone.classification.trainer import LoopOptions, Trainer
-from resnet_backbone.runtime.distributed import World
+from resnet_backbone.classification.trainer import FINAL, LoopOptions, Trainer
+from resnet_backbone.models.analysis import count_parameters
+from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.files import write_json
+from resnet_backbone.runtime.processes import World
+from resnet_backbone.runtime.provenance import command_line, hardware
+from resnet_backbone.runtime.run_folder import RESULTS, RunFolder
+from resnet_backbone.runtime.signals import StopRequest, Watched
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.inputs import InputNormalizer
 
@@ -42,12 +43,12 @@ logger = logging.getLogger(__name__)
 def check_processes(config: Config, world: World) -> None:
     train = config.train
     if train.batch_size % world.size:
-        raise ConfigError(
+        raise UsageError(
             f"train.batch_size {train.batch_size} does not divide over {world.size} processes"
         )
     local = train.batch_size // world.size
     if train.micro_batch and local % train.micro_batch:
-        raise ConfigError(
+        raise UsageError(
             f"{world.size} processes have {local} images each, no multiple of train.micro_batch "
             f"{train.micro_batch}"
         )
@@ -67,12 +68,14 @@ def make_protocol(config: Config) -> Full | Centre:
     return Full() if chosen.protocol == "full" else Centre(chosen.short_side, chosen.crop)
 
 
-class Job:
+class ClassificationRun:
     """One run: its data, network and trainer, made from the config.
 
     Args:
+        world: the processes that share the run; all of them make it.
+        folder: where means, reports and results go.
         weights: file to start from or to evaluate; the input is then what it says, and not the
-            config's. Empty: He initialisation.
+            config's. Empty: He initialization.
     """
 
     def __init__(self, config: Config, world: World, folder: RunFolder, weights: str | Path = ""):
@@ -82,18 +85,18 @@ class Job:
         self.data = build_data(config, folder.path, world, self.protocol.prepare)
         classes = config.model.num_classes or len(self.data.class_names)
         if classes < len(self.data.class_names):
-            raise ConfigError(
+            raise UsageError(
                 f"model.num_classes is {classes}, the data have {len(self.data.class_names)} "
                 "classes: give as many, or 0"
             )
         self.spec = NetworkSpec(config.model.name, classes, config.model.options)
         self.model = self._network()
-        self.take_input(networks.describe(self.model, self.data.preprocessing))
+        self.use_input(networks.describe(self.model, self.data.preprocessing))
         if weights:
-            self.take_input(networks.load_network(self.model, weights, config.model.preprocessing))
+            self.use_input(networks.load_network(self.model, weights, config.model.preprocessing))
             logger.info("%s, with its own mean, order and range of the input", weights)
 
-    def take_input(self, preprocessing: Preprocessing) -> None:
+    def use_input(self, preprocessing: Preprocessing) -> None:
         """Normalises images as weights expect them from here on."""
         self.preprocessing = preprocessing
         self.normalizer = InputNormalizer(preprocessing, self.device)
@@ -126,7 +129,8 @@ class Job:
     def evaluate(self, model: nn.Module, stop: StopRequest | None = None) -> EvaluationResult:
         loader = self.loader()
         if stop is not None:
-            loader = Watched(loader, stop, self.world)
+            share = -(-loader.num_images // self.world.size)  # of the process with the most images
+            loader = Watched(loader, stop, -(-share // loader.batch_size))
         return evaluate(
             [(model, self.normalizer)],
             self.protocol,
@@ -182,16 +186,12 @@ class Job:
             ),
         )
 
-    def mixer(self):
+    def mixer(self) -> BatchMixer | None:
         loss = self.config.loss
         if not loss.mixup and not loss.cutmix:
             return None
-        return BatchMixer(
-            self.spec.num_classes,
-            loss.mixup,
-            loss.cutmix,
-            seed=self.config.train.seed + 1000003 * self.world.rank,
-        )
+        seed = self.config.train.seed + 1000003 * self.world.rank
+        return BatchMixer(self.spec.num_classes, loss.mixup, loss.cutmix, seed=seed)
 
     def true_statistics(
         self, model: nn.Module, stop: StopRequest | None = None, layer_inputs: str = "batch"
@@ -216,25 +216,43 @@ class Job:
             autocast=AMP[train.amp],
         )
 
-
-class Watched:
-    """An evaluation loader that ends the evaluation when a signal arrives."""
-
-    def __init__(self, loader: EvaluationLoader, stop: StopRequest, world: World):
-        self.loader, self.stop = loader, stop
-        share = -(-loader.num_images // world.size)
-        self.rounds = -(-share // loader.batch_size)
-
-    num_images = property(lambda self: self.loader.num_images)
-
-    def name_of(self, index: int) -> str:
-        return self.loader.name_of(index)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self):
-        return self.stop.watch(self.loader, self.rounds)
+    def finish(self, trainer: Trainer) -> None:
+        """Ends a run: true BN statistics, the final weights and results.json."""
+        config, step = self.config, trainer.step
+        moving = found = dict(trainer.latest)
+        norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
+        has_norms = any(isinstance(module, norms) for module in self.model.modules())
+        recompute = config.train.recompute_bn and has_norms
+        with step.shared_buffers():
+            if recompute:
+                self.true_statistics(step.evaluated_model, trainer.stop)
+                found = self.validate(step.evaluated_model, trainer.stop)
+            if not self.world.is_main:
+                return
+            trainer.write_weights(FINAL)
+        windows = self.data.source.num_samples / config.train.batch_size / config.output.log_every
+        recent = trainer.recent_errors[-max(1, round(windows)) :]  # the last epoch
+        content = {
+            "command": command_line(),
+            "model": self.spec.name,
+            "options": dict(self.spec.options),
+            "parameters": count_parameters(self.model),
+            "seed": config.train.seed,
+            "iterations": config.schedule.iterations,
+            "batch_size": config.train.batch_size,
+            **found,
+            "evaluated_on": self.data.evaluated_on,
+            "bn_statistics": "training set" if recompute else "moving averages",
+            "with_moving_averages": moving,
+            "best_val_top1_error": trainer.best,
+            "train_error": sum(recent) / len(recent) if recent else None,
+            "hours": trainer.seconds / 3600,
+            "date": datetime.date.today().isoformat(),
+            "hardware": hardware(self.device),
+        }
+        write_json(self.folder / RESULTS, content)
+        error = found["val_top1_error"]
+        logger.info("validation error %.2f %%; results: %s", error, self.folder.path)
 
 
 def as_metrics(result: EvaluationResult) -> dict[str, float]:

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_backbone.classification.networks import logits_of
-from resnet_backbone.runtime.distributed import World
+from resnet_backbone.runtime.processes import World
+from resnet_backbone.runtime.seeding import STEP, seed_everything
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,7 +32,7 @@ class StepOptions:
         compile: "none", or a mode of ``torch.compile``.
         ema: decay of the averaged weights; 0 means none are kept.
         label_smoothing: of the cross-entropy.
-        seed: of the run; dropout and mixing draw from (seed, iteration, rank).
+        seed: of the run; dropout and the like draw from (seed, iteration, rank).
     """
 
     amp: str = "none"
@@ -81,13 +82,12 @@ class TrainStep:
         """Makes one step.
 
         Args:
-            images: normalised float32 (N, C, H, W) on the device; labels: int64 (N,).
+            images: normalized float32 (N, C, H, W) on the device; labels: int64 (N,).
 
         Returns:
             (mean loss, number of wrong predictions) of this process, on the device.
         """
-        # no generator's state outlives an iteration, so resuming has none to restore
-        torch.manual_seed(hash((self.options.seed, iteration, self.world.rank)) % 2**63)
+        seed_everything(STEP, self.options.seed, iteration, self.world.rank)
         targets = labels
         if self.mixer is not None:
             images, targets = self.mixer(images, labels, iteration)
@@ -134,6 +134,41 @@ class TrainStep:
     def evaluated_model(self) -> nn.Module:
         """The weights that evaluations and final results use: the averaged ones if there are."""
         return self.model if self.ema is None else self.ema.module
+
+    def _own_buffers(self) -> list[Tensor]:
+        """What each of several processes has for itself: BN's statistics, and their averages."""
+        models = {id(model): model for model in (self.model, self.evaluated_model)}
+        buffers = (buffer for model in models.values() for buffer in model.buffers())
+        return [buffer for buffer in buffers if buffer.is_floating_point() and self.world.size > 1]
+
+    @contextlib.contextmanager
+    def shared_buffers(self) -> Iterator[list[Tensor]]:
+        """Inside, all processes have the mean of their BN statistics; afterwards their own again.
+
+        So it changes nothing of what a run computes later when it is evaluated or saved.
+
+        Yields:
+            This process's own statistics, for :meth:`load_buffers`; none with one process.
+        """
+        buffers = self._own_buffers()
+        own = [buffer.clone() for buffer in buffers]
+        try:
+            for buffer in buffers:
+                self.world.sum(buffer)
+                buffer /= self.world.size
+            yield own
+        finally:
+            for buffer, before in zip(buffers, own, strict=True):
+                buffer.copy_(before)
+
+    def load_buffers(self, saved: list[list[Tensor]]) -> None:
+        """Gives each process its own statistics again, from a list by rank.
+
+        Where there were other processes, all go on from the mean that the checkpoint holds.
+        """
+        if len(saved) == self.world.size:
+            for buffer, own in zip(self._own_buffers(), saved[self.world.rank], strict=True):
+                buffer.copy_(own)
 
     def state_dict(self) -> dict:
         """All but the model: optimizer, loss scale, averaged weights."""

@@ -12,30 +12,26 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from resnet_backbone.classification.checkpoints import Checkpoints
 from resnet_backbone.classification.networks import save_network
-from resnet_backbone.classification.optimizer import LearningRate
-from resnet_backbone.classification.run_folder import RunFolder
-from resnet_backbone.classification.schedule import Schedule
-from resnet_backbone.classification.signals import StopRequest
+from resnet_backbone.classification.optimizer import LearningRate, Schedule
 from resnet_backbone.classification.step import TrainStep
-from resnet_backbone.runtime.distributed import World
+from resnet_backbone.runtime.errors import Stopped, TrainingDiverged, UsageError
 from resnet_backbone.runtime.files import write_json
-from resnet_backbone.runtime.signals import Stopped
+from resnet_backbone.runtime.processes import World
+from resnet_backbone.runtime.run_folder import RunFolder
+from resnet_backbone.runtime.signals import StopRequest
 from resnet_backbone.weights import WeightsError
 
 logger = logging.getLogger(__name__)
 
 BEST, FINAL, DIVERGED = "best.safetensors", "final.safetensors", "diverged.json"
 LOG_SECONDS = 15  # between lines where there is no progress bar
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no number any more."""
+# What a trainer has beside its parts.
+STATE = ("iteration", "evaluated_at", "best", "seconds", "latest", "recent_errors")
 
 
 class Source(Protocol):
@@ -98,12 +94,12 @@ class Window:
 
 
 class Trainer:
-    """Trains, logs, evaluates, writes checkpoints, and goes on from one.
+    """Trains, logs, evaluates, writes checkpoints, and resumes from one exactly.
 
     Args:
         step: makes an iteration.
         source: batches by iteration.
-        prepare: turns a batch into (normalised images, labels) on the device.
+        prepare: turns a batch into (normalized images, labels) on the device.
         schedule, rate: the learning rate, and what sets it.
         validate: (model, stop request) -> numbers, "val_top1_error" (%) among them.
         checkpoints, folder: where things go.
@@ -135,14 +131,14 @@ class Trainer:
         self.window = Window(options.log_every, self.world.device)
         self.recent_errors: list[float] = []
 
-    # -- going on --------------------------------------------------------------------------------
+    # -- exact resume ----------------------------------------------------------------------------
 
     def resume(self) -> bool:
         """Loads the newest checkpoint, if there is one.
 
         Raises:
             WeightsError: none can be read, or not the same one on all processes.
-            ValueError: the data set has another number of images than when the run began.
+            UsageError: the data set has another number of images than when the run began.
         """
         state = self.checkpoints.load_latest(self.step.model, clean=self.world.is_main)
         found = -1 if state is None else state["iteration"]
@@ -156,14 +152,15 @@ class Trainer:
                 self.folder.keep_metrics(lambda row: False)
             return False
         if state["num_samples"] != self.source.num_samples:
-            raise ValueError(
+            raise UsageError(
                 f"the run began with {state['num_samples']} training images, now there are "
                 f"{self.source.num_samples}: bring them back, or start in another output.dir"
             )
         self.step.load_state_dict(state["step"])
+        self.step.load_buffers(state.get("buffers", []))  # earlier versions saved the mean alone
         self.schedule.load_state_dict(state["schedule"])
         self.window.load_state_dict(state["window"])
-        for name in ("iteration", "evaluated_at", "best", "seconds", "latest", "recent_errors"):
+        for name in STATE:
             setattr(self, name, state[name])
         if self.world.is_main:
             self.folder.keep_metrics(self._is_kept)
@@ -174,9 +171,8 @@ class Trainer:
         return row.get("iteration", math.inf) <= limit
 
     def state_dict(self) -> dict:
-        names = ("iteration", "evaluated_at", "best", "seconds", "latest", "recent_errors")
         return {
-            **{name: getattr(self, name) for name in names},
+            **{name: getattr(self, name) for name in STATE},
             "num_samples": self.source.num_samples,
             "step": self.step.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -269,7 +265,7 @@ class Trainer:
             logger.info("iteration %d/%d: %s, %.0f min left", self.iteration, total, text, left)
 
     def _check_losses(self) -> list[float]:
-        """The window's losses, averaged over processes; stops the run if one is no number."""
+        """The window's losses, averaged over processes; stops the run if one is NaN or infinite."""
         losses = self.world.sum(self.window.losses[: self.window.filled].clone())
         losses = [value / self.world.size for value in losses.tolist()]
         bad = [place for place, value in enumerate(losses) if not math.isfinite(value)]
@@ -295,17 +291,19 @@ class Trainer:
     # -- what happens between iterations -----------------------------------------------------------
 
     def save(self) -> None:
-        """Writes a checkpoint, unless the loss or the weights are no numbers."""
+        """Writes a checkpoint, unless the loss or the weights are NaN or infinite."""
         if self.window.filled:
             self._check_losses()
         finite = [value.isfinite().all() for value in self.step.model.parameters()]
         if not torch.stack(finite).all():
             self._stop_diverged(self.iteration, [math.nan])
-        average_buffers(self.step, self.world)
-        state, averaged = self.state_dict(), self.step.ema and self.step.evaluated_model
-        if self.world.is_main:
-            self.checkpoints.save(self.iteration, self.step.model, state, averaged)
-        self.world.barrier()
+        averaged = self.step.ema and self.step.evaluated_model
+        with self.step.shared_buffers() as own:
+            buffers = self.world.gather([buffer.cpu() for buffer in own])
+            state = {**self.state_dict(), "buffers": buffers}
+            if self.world.is_main:
+                self.checkpoints.save(self.iteration, self.step.model, state, averaged)
+            self.world.barrier()
 
     def _evaluate_if_due(self) -> None:
         every, last = self.options.evaluate_every, self.iteration == self.options.iterations
@@ -315,8 +313,12 @@ class Trainer:
         if self.window.filled:
             self._check_losses()
         started = time.perf_counter()
-        average_buffers(self.step, self.world)
-        found = self.validate(self.step.evaluated_model, self.stop)
+        with self.step.shared_buffers():
+            found = self.validate(self.step.evaluated_model, self.stop)
+            self._note_evaluation(found)
+        self.window.started += time.perf_counter() - started  # evaluation is not training time
+
+    def _note_evaluation(self, found: dict[str, float]) -> None:
         self.evaluated_at, self.latest = self.iteration, found
         error = found["val_top1_error"]
         if self.schedule.observe_validation(error):
@@ -329,7 +331,6 @@ class Trainer:
             self.best = error
             if self.world.is_main:
                 self.write_weights(BEST)
-        self.window.started += time.perf_counter() - started  # evaluation is not training time
 
     def write_weights(self, name: str) -> Path:
         """Writes the weights that evaluations use into the run folder."""
@@ -346,13 +347,3 @@ def next_timed(batches: Any, window: Window) -> Any:
     batch = next(batches)
     window.data_seconds += time.perf_counter() - started
     return batch
-
-
-def average_buffers(step: TrainStep, world: World) -> None:
-    """Gives all processes the mean of their BN statistics, in place."""
-    if world.size > 1:
-        models = {id(model): model for model in (step.model, step.evaluated_model)}
-        for buffer in (b for model in models.values() for b in model.buffers()):
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= world.size

@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.handover import prepare_weights
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.config_file import load_config
 from resnet_backbone.detection.data.arguments import detects_objects
-from resnet_backbone.detection.engine.command_line import load_config, one_line_errors
 from resnet_backbone.detection.inference.draw import draw_output
 from resnet_backbone.detection.inference.media import (
     UnreadableError,
@@ -57,6 +57,7 @@ from resnet_backbone.detection.inference.predictor import (
     find_class_names,
     run_config,
 )
+from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")

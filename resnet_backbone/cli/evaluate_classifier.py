@@ -11,15 +11,12 @@ import argparse
 import ast
 import datetime
 import logging
-import os
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from resnet_backbone.classification.command_line import launch, one_line_errors, set_up_logging
 from resnet_backbone.classification.data.arrays import CIFAR10_CLASSES, read_cifar10
 from resnet_backbone.classification.data.evaluation import (
     EvaluationArrays,
@@ -35,9 +32,18 @@ from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
 from resnet_backbone.classification.step import AMP
-from resnet_backbone.runtime.distributed import World, join
+from resnet_backbone.report.table import write_evaluation
+from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
-from resnet_backbone.runtime.provenance import hardware, source_revision, versions
+from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
+from resnet_backbone.runtime.processes import World, choose_device, current_world
+from resnet_backbone.runtime.provenance import (
+    command_line,
+    hardware,
+    source_revision,
+    versions,
+)
+from resnet_backbone.runtime.run_folder import set_up_logging
 from resnet_backbone.weights import WeightsError
 from resnet_backbone.weights.inputs import InputNormalizer
 from resnet_backbone.weights.load import WrongStride
@@ -88,10 +94,6 @@ ONLY_FOR = {
     "softmax": ("dense",),
     "window": ("dense",),
 }
-
-
-class UsageError(ValueError):
-    """Arguments that do not fit together; the message says what to change."""
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,12 +184,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--batch-size", type=int, default=64, help="per process (default: 64)")
     group.add_argument("--workers", type=int, default=4, help="loader processes (default: 4)")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
     group.add_argument("--amp", choices=tuple(AMP), default="none", help="mixed precision")
     group.add_argument(
         "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory format"
     )
     group.add_argument("--output", metavar="DIR", help="folder for results")
+    add_launch_arguments(parser)
     args = parser.parse_args(argv)
     args.arguments = list(sys.argv[1:] if argv is None else argv)
     if bool(args.flat) != bool(args.labels):
@@ -308,11 +310,9 @@ def write_results(
     args: argparse.Namespace, world: World, data: Data, result: EvaluationResult
 ) -> None:
     folder = Path(args.output)
-    from resnet_backbone.report.table import write_evaluation
-
     files = write_evaluation(folder, result, data.class_names, data.images.name_of)
     content = {
-        "command": shlex.join(["python", "tools/evaluate_classifier.py", *args.arguments]),
+        "command": command_line("evaluate-classifier", args.arguments),
         "weights": args.weights,
         "data": args.imagenet_folder or args.flat or args.cifar10,
         **result.to_dict(),
@@ -327,13 +327,10 @@ def write_results(
     logger.info("written: %s, %s", folder / "results.json", ", ".join(f.name for f in files))
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+def work(args: argparse.Namespace) -> None:
+    """What each process does."""
     protocol = make_protocol(args)
-    if args.num_gpus > 1 and "WORLD_SIZE" not in os.environ:
-        launch("resnet_backbone.cli.evaluate_classifier", args.num_gpus, args.arguments)
-    world = join(args.device)
+    world = current_world(choose_device(args.device))
     set_up_logging(None, world.is_main)
     models, num_classes = load_networks(args, world)
     data = read_data(args, protocol, num_classes)
@@ -358,6 +355,13 @@ def main(argv: list[str] | None = None) -> None:
         logger.info("%s", result)
         if args.output:
             write_results(args, world, data, result)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    make_protocol(args)  # refuses what does not fit before processes are started
+    run_processes(plan_launch(args, args.device, "--device cpu"), work, args)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.handover import prepare_weights
 from resnet_backbone.detection.config import DEFAULTS, UsageError
+from resnet_backbone.detection.config_file import take_back_overrides
 from resnet_backbone.detection.data.arguments import add_data_arguments, set_up_data
-from resnet_backbone.detection.engine.command_line import one_line_errors, take_back_overrides
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.evaluation.results import data_digest, timed_inference
 from resnet_backbone.detection.inference import for_testing, read_switches
@@ -56,6 +56,7 @@ from resnet_backbone.detection.inference.predictor import (
 )
 from resnet_backbone.report.detection_table import improvements_section, read_row
 from resnet_backbone.report.table import markdown
+from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import sha256, write_json, write_text
 from resnet_backbone.runtime.provenance import command_line, date, hardware
 

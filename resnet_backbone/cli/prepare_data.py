@@ -23,7 +23,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from resnet_backbone.classification.command_line import one_line_errors
 from resnet_backbone.classification.data import archives
 from resnet_backbone.classification.data.imagenet import (
     name_classes,
@@ -32,6 +31,7 @@ from resnet_backbone.classification.data.imagenet import (
     read_image_folder,
 )
 from resnet_backbone.classification.data.shards import index_shards, write_shards
+from resnet_backbone.runtime.errors import one_line_errors
 
 SHOWN = 10  # problems printed
 

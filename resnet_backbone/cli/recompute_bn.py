@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import sys
 from pathlib import Path
 
 from resnet_backbone.classification.batch_norm import LAYER_INPUTS
-from resnet_backbone.classification.command_line import launch, one_line_errors, set_up_logging
-from resnet_backbone.classification.config import ConfigError, load_config
+from resnet_backbone.classification.config import Config, load_config
 from resnet_backbone.classification.networks import save_network
-from resnet_backbone.classification.run import Job, check_processes
-from resnet_backbone.classification.run_folder import CONFIG, RunFolder
-from resnet_backbone.runtime.distributed import join
+from resnet_backbone.classification.run import ClassificationRun, check_processes
+from resnet_backbone.classification.trainer import FINAL
+from resnet_backbone.runtime.errors import UsageError, one_line_errors
+from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
+from resnet_backbone.runtime.processes import choose_device, current_world
+from resnet_backbone.runtime.run_folder import CONFIG, RunFolder, set_up_logging
 
 logger = logging.getLogger("resnet_backbone.recompute_bn")
 
@@ -33,8 +33,8 @@ examples:
 
 tools/train_classifier.py does this by itself after training, unless train.recompute_bn=False.
 Images come with the augmentation of training, in the batches of training: --micro-batch images are
-normalised together (the paper: 32 per GPU). --layer-inputs batch makes one pass, in which layers
-normalise by their micro-batch, as in training; population makes one pass for each batch norm, in
+normalized together (the paper: 32 per GPU). --layer-inputs batch makes one pass, in which layers
+normalize by their micro-batch, as in training; population makes one pass for each batch norm, in
 which the layers before it already have their new statistics, as in testing."""
 
 
@@ -54,46 +54,51 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--micro-batch", type=int, default=0, metavar="N", help="(default: that of the run)"
     )
     parser.add_argument("--layer-inputs", choices=LAYER_INPUTS, default="batch")
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine")
+    add_launch_arguments(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=PATH")
     args = parser.parse_intermixed_args(argv)
-    args.arguments = list(sys.argv[1:] if argv is None else argv)
     if args.images < 0 or args.micro_batch < 0:
-        raise ConfigError("--images and --micro-batch: give 0 or more")
+        raise UsageError("--images and --micro-batch: give 0 or more")
     return args
 
 
-@one_line_errors
-def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    if not (Path(args.run) / CONFIG).is_file():
-        raise ConfigError(f"{args.run} has no {CONFIG}: --run is a folder of train_classifier.py")
-    config = load_config([Path(args.run) / CONFIG], args.overrides)
-    if args.num_gpus > 1 and "WORLD_SIZE" not in os.environ:
-        launch("resnet_backbone.cli.recompute_bn", args.num_gpus, args.arguments)
-    world = join(config.train.device)
+def work(task: tuple[Config, argparse.Namespace]) -> None:
+    """What each process does."""
+    config, args = task
+    world = current_world(choose_device(config.train.device))
     set_up_logging(None, world.is_main)
     check_processes(config, world)
-    weights = Path(args.weights or Path(args.run) / "final.safetensors")
-    if not weights.is_file():
-        raise ConfigError(f"{weights}: no such file; give --weights FILE")
-    config.train.recompute_bn_samples = args.images
-    config.train.micro_batch = args.micro_batch or config.train.micro_batch
-    job = Job(config, world, RunFolder(args.run), weights)
-    logger.info("before: %s", job.evaluate(job.model))
-    report = job.true_statistics(job.model, layer_inputs=args.layer_inputs)
+    weights = Path(args.weights or Path(args.run) / FINAL)
+    run = ClassificationRun(config, world, RunFolder(args.run), weights)
+    logger.info("before: %s", run.evaluate(run.model))
+    report = run.true_statistics(run.model, layer_inputs=args.layer_inputs)
     logger.info(
-        "new statistics of %d batch norms from %d images, %d normalised together (%s)",
+        "new statistics of %d batch norms from %d images, %d normalized together (%s)",
         len(report.layers),
         report.num_images,
         report.micro_batch,
         report.layer_inputs,
     )
-    logger.info("after:  %s", job.evaluate(job.model))
+    logger.info("after:  %s", run.evaluate(run.model))
     if world.is_main:
         output = Path(args.output or Path(args.run) / "true_bn.safetensors")
-        save_network(output, job.model, job.spec, job.preprocessing)
+        save_network(output, run.model, run.spec, run.preprocessing)
         logger.info("written: %s", output)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    saved, weights = Path(args.run) / CONFIG, Path(args.weights or Path(args.run) / FINAL)
+    if not saved.is_file():
+        raise UsageError(f"{args.run} has no {CONFIG}: --run is a folder of train_classifier.py")
+    config = load_config([saved], args.overrides)
+    if not weights.is_file():
+        raise UsageError(f"{weights}: no such file; give --weights FILE")
+    config.train.recompute_bn_samples = args.images
+    config.train.micro_batch = args.micro_batch or config.train.micro_batch
+    launch = plan_launch(args, config.train.device, "train.device=cpu")
+    run_processes(launch, work, (config, args))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 
-
-class UsageError(ValueError):
-    """An invalid command line or config; the message says what to write."""
-
+from resnet_backbone.runtime.errors import UsageError
 
 DEFAULTS = CfgNode(
     {
@@ -76,6 +74,21 @@ def add_resnet_backbone_config(cfg: CfgNode) -> CfgNode:
 def backbone_node(cfg: CfgNode) -> CfgNode:
     """The node, or its defaults for a config that was made without it."""
     return cfg.get("RESNET_BACKBONE", DEFAULTS)
+
+
+def seed_of(cfg: CfgNode) -> int:
+    """``SEED``; where it is negative one that is drawn, the same for all processes."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+
+
+def with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    """A copy of a config with another ``SEED``, frozen if it is."""
+    copy = cfg.clone()
+    copy.defrost()
+    copy.SEED = seed
+    if cfg.is_frozen():
+        copy.freeze()
+    return copy
 
 
 def refuse_ignored_context(cfg: CfgNode) -> None:

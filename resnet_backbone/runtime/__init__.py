@@ -1,1 +1,1 @@
-"""What any run needs: signals, processes, whole files, built-in pictures."""
+"""What any run needs: processes, signals, seeds, whole files, run folders, errors in one line."""

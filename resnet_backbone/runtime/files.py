@@ -1,4 +1,4 @@
-"""Small things on files that every layer needs: written whole, told apart by their content."""
+"""Files that are whole or not there, also after a power cut, and errors that name the file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,54 @@ BLOCK = 1 << 20
 NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EISDIR, errno.EACCES, errno.ENOTSUP)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a file in one go: the old one stands until the new one is on the disk."""
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """The one way to write a file or a folder that others rely on.
+
+    Yields:
+        A path beside `path`, where the block writes a file or makes a folder of files. When the
+        block has ended that is on the disk and has its name; the old one stands until then. After
+        an error nothing is left of it.
+
+    Raises:
+        OSError: it cannot be written, and which one it is.
+    """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden: no checkpoint yet
     try:
-        temporary.write_text(text, encoding="utf-8")
-        put_in_place(temporary, path)
+        with naming(path):
+            yield temporary
+            put_in_place(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Errors of writing `path` say so; a full disk's own error names no file.
+
+    Raises:
+        OSError: also in place of the RuntimeError of PyTorch's file writer.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.strerror:
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from error
+        raise
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise OSError(f"{path} cannot be written ({' '.join(str(error).split())})") from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes text, UTF-8, by :func:`whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
@@ -57,6 +97,27 @@ def _to_disk(path: Path) -> None:
     except OSError as error:
         if not (path.is_dir() and error.errno in NO_FOLDERS):
             raise
+
+
+def keep_rows(path: str | os.PathLike, is_kept: Callable[[dict], bool]) -> tuple[list[dict], int]:
+    """Drops rows of a file with a JSON object a line, such as those that a run will write again.
+
+    Returns:
+        The rows that stay; the number of incomplete lines, which go.
+    """
+    kept, incomplete = [], 0
+    lines = Path(path).read_text(encoding="utf-8").splitlines(True) if os.path.exists(path) else []
+    for line in lines:
+        try:
+            row = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            row = None
+        incomplete += row is None
+        if row is not None and is_kept(row):
+            kept.append((line, row))
+    if len(kept) < len(lines):
+        write_text(path, "".join(line for line, _ in kept))
+    return [row for _, row in kept], incomplete
 
 
 @contextmanager

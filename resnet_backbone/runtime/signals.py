@@ -1,34 +1,42 @@
-"""Signals that ask a run to stop: remembered, or passed on to the processes that do the work."""
+"""Signals that ask a run to stop: remembered, watched for, or passed on to other processes."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run the same command with --resume
+from resnet_backbone.runtime.errors import EXIT_STOPPED, Stopped
+from resnet_backbone.runtime.processes import World, current_world
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # By what is passed on to a child: it does not know of the terminal that hangs up.
 PASSED_ON = {**{number: number for number in STOP_SIGNALS}, signal.SIGHUP: signal.SIGTERM}
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and every process knows it."""
+ROUNDS = 10  # batches of an evaluation between two questions to the other processes
+SIGNAL_DELAY = 0.5  # seconds within which a signal to a whole process group reaches each of it
+# What reading from a loader raises when a worker has ended, or while it hands a tensor over.
+WORKER_ENDED = (RuntimeError, OSError, EOFError)
 
 
 class StopRequest:
     """Remembers that SIGTERM, SIGUSR1 or SIGINT arrived; a second SIGINT interrupts at once.
 
-    A context manager, inside of which signals are looked out for.
+    A context manager, inside of which signals are looked out for. A signal to any process of a run
+    stops all of them.
+
+    Args:
+        world: the processes of the run; default: those that are joined now.
 
     Attributes:
         name: of the signal that arrived at this process; "" for none.
     """
 
-    def __init__(self):
+    def __init__(self, world: World | None = None):
         self.name = ""
+        self.world = world or current_world()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -38,11 +46,71 @@ class StopRequest:
     def __exit__(self, *error: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
 
     def _remember(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def raise_if_any(self) -> None:
+        """Raises :class:`Stopped` on every process once any of them was signaled.
+
+        All processes must call it equally often.
+        """
+        if self.world.any(bool(self.name)):
+            raise Stopped(next(filter(None, self.world.gather(self.name))))
+
+    def leave_workers(self) -> None:
+        """To be called once a loader has workers: only reading from it then says that one ended.
+
+        PyTorch's handler of SIGCHLD raises wherever the program is, also in the middle of a step.
+        """
+        if self._before:
+            self._before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
+
+    def explains(self, error: Exception) -> bool:
+        """Whether a loader failed because the signal that stops the run ended its workers too."""
+        if isinstance(error, WORKER_ENDED):
+            time.sleep(SIGNAL_DELAY)
+        return isinstance(error, WORKER_ENDED) and bool(self.name)
+
+
+class Watched:
+    """A loader of an evaluation; raises :class:`Stopped` on every process after a signal.
+
+    Processes ask each other equally often, also when they have different numbers of batches.
+
+    Args:
+        loader: this process's batches; its other attributes are this object's, too.
+        rounds: the largest number of batches that any process has.
+    """
+
+    def __init__(self, loader: Sized, stop: StopRequest, rounds: int):
+        self.loader, self.stop, self.rounds = loader, stop, rounds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["loader"], name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        alone = self.stop.world.size == 1
+        iterator = iter(self.loader)
+        self.stop.leave_workers()
+        for number in range(self.rounds):
+            if alone or number % ROUNDS == 0:
+                self.stop.raise_if_any()
+            if number < len(self.loader):
+                try:
+                    batch = next(iterator)
+                except Exception as error:
+                    asks_again = alone or (number // ROUNDS + 1) * ROUNDS < self.rounds
+                    if asks_again and self.stop.explains(error):
+                        self.stop.raise_if_any()
+                    raise
+                yield batch
 
 
 @contextmanager

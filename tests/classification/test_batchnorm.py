@@ -19,7 +19,7 @@ from resnet_backbone.classification.batch_norm import (
 from resnet_backbone.classification.data.arrays import ArraySource
 from resnet_backbone.classification.data.stream import Batch, SampleStream
 from resnet_backbone.models import FrozenBatchNorm2d, build_model
-from resnet_backbone.runtime.distributed import World
+from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.inputs import InputNormalizer
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from resnet_backbone.classification import checkpoints as module
-from resnet_backbone.classification.checkpoints import STATE, WEIGHTS, Checkpoints
+from resnet_backbone.classification.checkpoints import STATE, WEIGHTS, Checkpoints, holds_run
 from resnet_backbone.classification.networks import (
     NetworkSpec,
     describe,
@@ -16,8 +16,9 @@ from resnet_backbone.classification.networks import (
     read_spec,
     save_network,
 )
-from resnet_backbone.classification.run_folder import METRICS, RunFolder, holds_run
 from resnet_backbone.models import build_model
+from resnet_backbone.runtime.processes import World
+from resnet_backbone.runtime.run_folder import METRICS, RunFolder
 from resnet_backbone.weights import Preprocessing, WeightsError, load_weights
 
 SPEC = NetworkSpec("cifar_resnet8", 10, {"shortcut": "B"})
@@ -174,7 +175,7 @@ def test_each_start_is_recorded(tmp_path):
     folder = RunFolder(tmp_path)
     assert not holds_run(tmp_path)
     for size in (1, 2):
-        folder.start("a: 1\n", torch.device("cpu"), size)
+        folder.start("a: 1\n", World(size=size))
     starts = json.loads((tmp_path / "environment.json").read_text())["starts"]
     assert [start["processes"] for start in starts] == [1, 2]
     assert starts[0]["versions"]["torch"] == torch.__version__.partition("+")[0]

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from resnet_backbone.classification.config import (
     Config,
-    ConfigError,
     ScheduleConfig,
     differences,
     get,
@@ -18,12 +17,13 @@ from resnet_backbone.classification.config import (
     scale_schedule,
     to_yaml,
 )
+from resnet_backbone.runtime.errors import UsageError
 
 SYNTHETIC = ["data.format=synthetic"]
 
 
 def refusal(*overrides, files=()):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UsageError) as caught:
         load_config(files, [*SYNTHETIC, *overrides])
     message = str(caught.value)
     assert "\n" not in message
@@ -80,7 +80,7 @@ def test_combinations():
 
 
 def test_the_mean_image_fits_the_evaluation():
-    with pytest.raises(ConfigError, match="evaluation.crop 192"):
+    with pytest.raises(UsageError, match="evaluation.crop 192"):
         load_config([], ["data.root=x", "data.mean=pixel", "evaluation.crop=192"])
     load_config([], ["data.root=x", "data.mean=channel", "evaluation.crop=192"])
 

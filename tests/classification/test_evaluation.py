@@ -12,7 +12,7 @@ from resnet_backbone.classification.evaluation import EvaluationError, evaluate
 from resnet_backbone.classification.metrics import Predictions
 from resnet_backbone.classification.protocols import Centre, Dense, Full
 from resnet_backbone.models import build_model
-from resnet_backbone.runtime.distributed import World
+from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.inputs import InputNormalizer
 

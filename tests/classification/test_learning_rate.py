@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_backbone.classification.schedule import Schedule
+from resnet_backbone.classification.optimizer import Schedule
 
 
 def torch_rates(make, iterations):

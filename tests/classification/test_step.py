@@ -12,7 +12,8 @@ from resnet_backbone.classification.networks import logits_of
 from resnet_backbone.classification.optimizer import LearningRate, build_sgd
 from resnet_backbone.classification.step import StepOptions, TrainStep
 from resnet_backbone.models import build_model
-from resnet_backbone.runtime.distributed import World
+from resnet_backbone.runtime.processes import World
+from resnet_backbone.runtime.seeding import STEP, seed_everything
 
 
 def batch(count=8, classes=10, seed=0):
@@ -209,7 +210,17 @@ def test_random_layers_depend_on_the_iteration_alone():
     assert loss(4) != first and loss(3, seed=1) != first
 
 
-def test_state_goes_on_bit_for_bit():
+def test_random_numbers_are_those_of_every_python():
+    """Of a seeding that is documented, and not of Python's own hash."""
+    images, labels = batch(4)
+    step = make(nn.Sequential(nn.Flatten(), nn.Linear(768, 10)), seed=5)
+    step(images, labels, 3)
+    drawn = torch.rand(1)
+    seed_everything(STEP, 5, 3, 0)
+    assert torch.equal(drawn, torch.rand(1))
+
+
+def test_exact_resume_of_the_state():
     images, labels = batch()
     whole, first = make(ema=0.5), make(ema=0.5)
     for iteration in range(4):

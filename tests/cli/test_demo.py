@@ -17,7 +17,7 @@ from PIL import Image  # noqa: E402
 from resnet_backbone.cli import demo  # noqa: E402
 from resnet_backbone.detection import Checkpointer, build_detector  # noqa: E402
 from resnet_backbone.detection.config import UsageError  # noqa: E402
-from resnet_backbone.detection.engine.command_line import load_config  # noqa: E402
+from resnet_backbone.detection.config_file import load_config  # noqa: E402
 from resnet_backbone.detection.inference.media import read_video, video_writer  # noqa: E402
 from resnet_backbone.detection.inference.predictor import (  # noqa: E402
     Predictor,

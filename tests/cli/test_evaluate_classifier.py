@@ -297,7 +297,7 @@ def test_two_processes_write_the_results_of_one(main, files, tmp_path):
     alone = results(main, tmp_path / "one", *arguments)
     command = [sys.executable, str(SCRIPT), *map(str, arguments), *SMALL]
     subprocess.run(
-        [*command, "--num-gpus", "2", "--output", str(tmp_path / "two")],
+        [*command, "--num-processes", "2", "--output", str(tmp_path / "two")],
         check=True,
         capture_output=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

@@ -45,7 +45,7 @@ def test_new_statistics(main, run, tiny_cifar10, capsys, layer_inputs):
     before = (run / "final.safetensors").read_bytes()
     main(["--run", str(run), "--layer-inputs", layer_inputs, "--images", "70"])
     out = capsys.readouterr().out
-    assert "7 batch norms from 70 images, 8 normalised together" in out
+    assert "7 batch norms from 70 images, 8 normalized together" in out
     assert "before: top-1 error" in out and "after:  top-1 error" in out
     assert (run / "final.safetensors").read_bytes() == before
     new = run / "true_bn.safetensors"
@@ -71,7 +71,7 @@ def test_all_images_by_default_and_another_file(main, run, capsys):
         str(run / "x.safetensors"),
     ]
     main(["--run", str(run), *arguments, "--micro-batch", "20", "train.batch_size=40"])
-    assert "from 200 images, 20 normalised together" in capsys.readouterr().out
+    assert "from 200 images, 20 normalized together" in capsys.readouterr().out
     assert load_file(run / "x.safetensors").keys() == load_file(run / "other.safetensors").keys()
 
 

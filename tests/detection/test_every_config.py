@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("detectron2")
 
+from resnet_backbone.detection.config_file import load_config
 from resnet_backbone.detection.data import load_voc_instances
-from resnet_backbone.detection.engine.command_line import load_config
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.evaluation import voc
 

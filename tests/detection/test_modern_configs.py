@@ -11,7 +11,7 @@ pytest.importorskip("detectron2")
 import detectron2
 from detectron2.config import CfgNode, get_cfg
 
-from resnet_backbone.detection.engine.command_line import load_config
+from resnet_backbone.detection.config_file import load_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detection" / "modern"
 ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"

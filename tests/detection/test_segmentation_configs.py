@@ -16,14 +16,15 @@ from detectron2.utils.events import EventStorage  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from resnet_backbone.detection import DeepLabResNet, PaperResNet  # noqa: E402
+from resnet_backbone.detection.config_file import load_config  # noqa: E402
 from resnet_backbone.detection.data.arguments import (  # noqa: E402
     detects_objects,
     labels_pixels,
     set_class_counts,
 )
 from resnet_backbone.detection.data.sampling import mapper_options  # noqa: E402
-from resnet_backbone.detection.engine.command_line import UsageError, load_config  # noqa: E402
 from resnet_backbone.detection.engine.trainer import Trainer  # noqa: E402
+from resnet_backbone.runtime.errors import UsageError  # noqa: E402
 from resnet_backbone.weights import WeightsError  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "segmentation"

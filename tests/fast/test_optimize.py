@@ -185,7 +185,7 @@ def test_compiled_code_takes_no_weights():
 
 def test_a_feature_pyramid_of_detectron2_takes_the_precision_as_a_whole():
     pytest.importorskip("detectron2")
-    from resnet_backbone.detection.engine.command_line import load_config
+    from resnet_backbone.detection.config_file import load_config
     from resnet_backbone.detection.engine.trainer import Trainer
 
     pyramid = Trainer.build_model(load_config("coco/faster_rcnn_R_18_FPN", [])).backbone.eval()

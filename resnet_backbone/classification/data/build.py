@@ -47,7 +47,7 @@ from resnet_backbone.classification.data.statistics import (
 )
 from resnet_backbone.classification.data.stream import DataError, SampleStream
 from resnet_backbone.runtime.builtin import CLASS_NAMES as DIGITS
-from resnet_backbone.runtime.distributed import World
+from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import Preprocessing
 
 BAD_IMAGES = "bad_images.txt"  # in the run folder

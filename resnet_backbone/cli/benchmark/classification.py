@@ -45,7 +45,7 @@ from resnet_backbone.cli.benchmark.interleaved import (
 )
 from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.fast.export import export_onnx, run_onnx
-from resnet_backbone.runtime.distributed import World
+from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import get_preprocessing
 from resnet_backbone.weights.inputs import InputNormalizer
 from resnet_backbone.weights.keymaps import from_torchvision

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.arguments import detects_objects
-from resnet_backbone.detection.engine.randomness import (
+from resnet_backbone.runtime.processes import available_cores
+from resnet_backbone.runtime.seeding import (
     AUGMENTATION,
     ORDER,
     REPLACEMENT,
@@ -304,12 +304,6 @@ def repeat_factors(cfg: CfgNode, images: Sequence[dict]) -> np.ndarray:
     if factors.min() <= 0:
         raise UsageError("DATASETS.TRAIN_REPEAT_FACTOR: factors are above 0")
     return factors / factors.min() if sampler == "WeightedCategoryTrainingSampler" else factors
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def limit_workers(cfg: CfgNode) -> None:

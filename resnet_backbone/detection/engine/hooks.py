@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,10 +18,9 @@ from torch import nn
 from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.saving import AtomicCheckpointer, refuse_not_finite
-from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.evaluation.results import Speed
-from resnet_backbone.runtime.files import write_text
-from resnet_backbone.runtime.signals import Stopped
+from resnet_backbone.runtime.errors import Stopped, UsageError
+from resnet_backbone.runtime.files import keep_rows, naming
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +54,7 @@ class Checkpoints(HookBase):
     """Saves every `period` iterations, after the last one, and when the run is asked to stop.
 
     What is saved is the state before the evaluation and the metrics of its iteration, which are
-    done again by whoever goes on from it.
+    done again by whoever resumes from it.
 
     Raises:
         Stopped: on every process, with the checkpoint written.
@@ -193,13 +191,9 @@ class MetricsFile(EventWriter):
     """
 
     def __init__(self, path: str, start: int = 0):
-        kept: list[str] = []
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                kept = [line for line in file if _iteration(line) < start]
-        self._written = max(map(_iteration, kept), default=-1)
-        write_text(path, "".join(kept))
-        self._file = open(path, "a", encoding="utf-8")
+        rows, _ = keep_rows(path, lambda row: row["iteration"] < start)
+        self._written = max((row["iteration"] for row in rows), default=-1)
+        self._path, self._file = path, open(path, "a", encoding="utf-8")
 
     def write(self) -> None:
         rows: dict[int, dict] = defaultdict(dict)
@@ -207,21 +201,15 @@ class MetricsFile(EventWriter):
         for name, (value, iteration) in latest.items():
             if iteration > self._written:
                 rows[iteration][name] = value
-        for iteration, row in sorted(rows.items()):
-            row["iteration"] = self._written = iteration
-            self._file.write(json.dumps(row, sort_keys=True) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            for iteration, row in sorted(rows.items()):
+                row["iteration"] = self._written = iteration
+                self._file.write(json.dumps(row, sort_keys=True) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
-
-
-def _iteration(line: str) -> float:
-    """Of a row of metrics; infinite for half a row."""
-    try:
-        return json.loads(line)["iteration"] if line.endswith("\n") else math.inf
-    except ValueError:
-        return math.inf
+        with naming(self._path):
+            self._file.close()
 
 
 class Metrics(HookBase):
@@ -248,7 +236,7 @@ class Metrics(HookBase):
                 writer.write()
 
     def after_train(self) -> None:
-        """After an error the last values are written; after a stop whoever goes on does it."""
+        """After an error the last values are written; after a stop the resumed run does it."""
         for writer in self._writers:
             if not self.trainer.stopping and not isinstance(writer, CommonMetricPrinter):
                 writer.write()

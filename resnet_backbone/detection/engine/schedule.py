@@ -7,8 +7,8 @@ from collections.abc import Collection
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.evaluation.results import check_expectations
+from resnet_backbone.runtime.errors import UsageError
 
 # Names of numbers in evaluations, so that a misspelt BEST_METRIC costs no training.
 AVERAGES = ("AP", "AP50", "AP75", "AP50-11pt", "APs", "APm", "APl")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,9 +13,11 @@ from typing import Any
 from detectron2.evaluation.testing import flatten_results_dict
 from tabulate import tabulate
 
-from resnet_backbone.detection.config import UsageError
+from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError
 from resnet_backbone.runtime.files import alone, write_json
-from resnet_backbone.runtime.signals import EXIT_STOPPED, run_child
+from resnet_backbone.runtime.provenance import command_line
+from resnet_backbone.runtime.run_folder import read_results
+from resnet_backbone.runtime.signals import run_child
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +62,18 @@ def train_seeds(module: str, arguments: Sequence[str], seeds: Sequence[int], out
             status, stop = run_child(command, pass_fds=(lock,))
             if status or stop:  # a run may end well before it takes notice of a signal
                 raise SystemExit(status or EXIT_STOPPED)
-    results = {seed: _read_results(seed_folder(output, seed)) for seed in seeds}
+    results = {seed: _numbers(seed_folder(output, seed)) for seed in seeds}
     summary = summarize(results)
     path = os.path.join(output, SUMMARY)
-    content = {"command": shlex.join(["python", *sys.argv]), "seeds": list(seeds), **summary}
+    content = {"command": command_line(), "seeds": list(seeds), **summary}
     write_json(path, content, allow_nan=False)
     print(format_summary(summary))
     print(f"mean and spread of {len(seeds)} seeds are in {path}")
 
 
-def _read_results(folder: str) -> dict[str, float | None]:
+def _numbers(folder: str) -> dict[str, float | None]:
     """Every number of a run's results.json, by TASK/NAME."""
-    with open(os.path.join(folder, "results.json"), encoding="utf-8") as file:
-        content = json.load(file)
+    content = read_results(folder)
     numbers = flatten_results_dict(content["results"])
     if content.get("best"):
         numbers[f"best {content['best']['metric']}"] = content["best"]["value"]

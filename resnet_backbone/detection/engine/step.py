@@ -16,10 +16,11 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.config import seed_of
 from resnet_backbone.detection.data.sampling import BatchPlan, TrainingLoader
-from resnet_backbone.detection.engine.randomness import STEP, seed_everything, seed_of
-from resnet_backbone.detection.engine.signals import StopRequest
+from resnet_backbone.runtime.errors import TrainingDiverged, UsageError
+from resnet_backbone.runtime.seeding import STEP, seed_everything
+from resnet_backbone.runtime.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,6 @@ class StepReport:
     stop: str = ""
 
 
-class NotFiniteError(FloatingPointError):
-    """A loss is NaN or infinite; the weights are still those of the step before."""
-
-
 def distribute(model: nn.Module) -> nn.Module:
     """The model under DistributedDataParallel where there are several processes.
 
@@ -55,10 +52,10 @@ def distribute(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
 
 
-class OtherLoader:
+class CustomLoader:
     """What a subclass's ``build_train_loader`` gave, such as Detectron2's own loader, as parts.
 
-    It cannot be asked for the images of an iteration: a run that goes on starts it anew.
+    It cannot be asked for the images of an iteration: a resumed run starts it from its beginning.
 
     Args:
         loader: endless; each item is this process's images of a batch.
@@ -75,7 +72,7 @@ class OtherLoader:
             UsageError: a batch does not divide into ``RESNET_BACKBONE.ACCUMULATE`` parts.
         """
         if iteration:
-            logger.warning("the images of a loader of one's own do not go on where they were")
+            logger.warning("a custom loader restarts from its beginning on resume")
         count = self.plan.accumulate
         for images in self.loader:
             if count > 1 and len(images) % count:
@@ -88,7 +85,7 @@ class OtherLoader:
                 yield images[part * size : (part + 1) * size] if count > 1 else images
 
 
-class Stepper:
+class TrainStep:
     """Forward, backward and update for one batch.
 
     The batch goes through the network in ``RESNET_BACKBONE.ACCUMULATE`` parts whose gradients are
@@ -115,7 +112,7 @@ class Stepper:
         """Takes the images and the seed of another loader from the next step on."""
         self.data_loader = data_loader
         is_ours = hasattr(data_loader, "start") and hasattr(data_loader, "plan")
-        self._parts = data_loader if is_ours else OtherLoader(cfg, data_loader)
+        self._parts = data_loader if is_ours else CustomLoader(cfg, data_loader)
         self.plan, self.seed = self._parts.plan, self._parts.seed
         self._batches: Iterator | None = None
 
@@ -126,7 +123,7 @@ class Stepper:
             iteration: counted from 0; one more than that of the last call.
 
         Raises:
-            NotFiniteError: on every process, before any weight changes.
+            TrainingDiverged: on every process, before any weight changes.
         """
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -137,7 +134,7 @@ class Stepper:
             waited += time.perf_counter() - start
             seed_everything(STEP, self.seed, self.plan.number(iteration, part))
             is_last = part == self.plan.accumulate - 1
-            with nullcontext() if is_last else self._unsynchronised():
+            with nullcontext() if is_last else self._unsynchronized():
                 losses, problem = self._forward(images)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0) + loss.detach().float()
@@ -160,7 +157,7 @@ class Stepper:
             return {}, str(error).partition("\n")[0]
         return losses if isinstance(losses, dict) else {"total_loss": losses}, ""
 
-    def _unsynchronised(self) -> Any:
+    def _unsynchronized(self) -> Any:
         """Gradients of all but the last part stay in their process."""
         is_distributed = isinstance(self.model, DistributedDataParallel)
         return self.model.no_sync() if is_distributed else nullcontext()
@@ -176,7 +173,7 @@ class Stepper:
         found = next((text for text in problems if text), "")
         bad = [f"{key} {value:.4g}" for key, value in mean.items() if not math.isfinite(value)]
         if found or bad:
-            raise NotFiniteError(found or ", ".join(bad))
+            raise TrainingDiverged(found or ", ".join(bad))
         return StepReport(mean, max(times), next((name for name in names if name), ""))
 
     def _read(self, iteration: int, part: int) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Detectron2's trainer with safe loading, exact resumption, our data and our evaluation."""
+"""Detectron2's trainer with safe loading, exact resume, our data and our evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import logging
 import os
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode
@@ -28,6 +31,7 @@ from torch import nn
 
 from resnet_backbone.detection.checkpoint.handover import with_weights_input
 from resnet_backbone.detection.checkpoint.saving import AtomicCheckpointer, find_last_checkpoint
+from resnet_backbone.detection.config import seed_of, with_seed
 from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader, mapper_options
 from resnet_backbone.detection.engine.hooks import (
     Checkpoints,
@@ -37,10 +41,8 @@ from resnet_backbone.detection.engine.hooks import (
     ProgressBar,
     RepeatablePreciseBN,
 )
-from resnet_backbone.detection.engine.randomness import seed_of, with_seed
 from resnet_backbone.detection.engine.schedule import check_training
-from resnet_backbone.detection.engine.signals import StopRequest, Watched
-from resnet_backbone.detection.engine.step import Stepper, distribute
+from resnet_backbone.detection.engine.step import TrainStep, distribute
 from resnet_backbone.detection.evaluation import build_evaluator
 from resnet_backbone.detection.evaluation.results import Speed, Timed, check_results
 from resnet_backbone.detection.inference import (
@@ -51,9 +53,47 @@ from resnet_backbone.detection.inference import (
 )
 from resnet_backbone.detection.modeling.build import build_detector
 from resnet_backbone.detection.modeling.projects import import_project
-from resnet_backbone.runtime.signals import Stopped
+from resnet_backbone.runtime.errors import Stopped, TrainingDiverged
+from resnet_backbone.runtime.signals import StopRequest, Watched
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Watch:
+    """Of an evaluation: what may end it, and what is learned from it beside its results.
+
+    Attributes:
+        stop: a signal to any process raises :class:`Stopped` on all; None: nothing is watched for.
+        speed: of this process.
+    """
+
+    stop: StopRequest | None = None
+    speed: Speed | None = None
+
+
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def watching(stop: StopRequest | None = None) -> Iterator[Watch]:
+    """Inside, :meth:`Trainer.test`, a class method as in Detectron2, fills the :class:`Watch`."""
+    watch = Watch(stop)
+    before = _watch.set(watch)
+    try:
+        yield watch
+    finally:
+        _watch.reset(before)
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Refuses what cannot be trained or tested, before hours of training.
+
+    Raises:
+        UsageError: keys that contradict one another or are out of range, unfit ensemble members.
+    """
+    check_training(cfg)
+    check_ensemble(cfg)
 
 
 class TolerantMapper(DatasetMapper):
@@ -77,39 +117,37 @@ class TolerantMapper(DatasetMapper):
 class Trainer(DefaultTrainer):
     """Trains and evaluates a detector with one of our backbones from a config.
 
-    What differs from :class:`DefaultTrainer`: a run that was interrupted at any moment goes on
-    exactly (every random number is a function of ``SEED``, iteration and process); weights are
+    What differs from :class:`DefaultTrainer`: exact resume of a run that was interrupted at any
+    moment (every random number is a function of ``SEED``, iteration and process); weights are
     checked against the config when they are loaded; batches go through the network in
     ``RESNET_BACKBONE.ACCUMULATE`` parts; ``SOLVER.AMP`` works on CPUs (bf16); several processes
     work on CPUs (gloo); convolutions run in channels_last; VOC and COCO data sets bring their
     evaluator; unreadable images do not end a run. With ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set",
     the config's input keys follow ``MODEL.WEIGHTS``. With ``SEED`` -1 the seed that is drawn is
-    part of checkpoints, and whoever goes on from one takes it up; ``cfg.SEED`` says it.
+    part of checkpoints, and a resumed run takes it up; ``cfg.SEED`` says it.
 
     Args:
         stop: asked after each step; the run then ends with :class:`Stopped` and a checkpoint.
+        is_checked: `cfg` has passed :func:`check_config` already.
 
     Raises:
         UsageError: keys that contradict one another, a batch that cannot be divided.
     """
 
-    watching: StopRequest | None = None  # of the run in this process, for its evaluations
-    speed: Speed | None = None  # of the last evaluation in this process
-
-    def __init__(self, cfg: CfgNode, stop: StopRequest | None = None):
+    def __init__(self, cfg: CfgNode, stop: StopRequest | None = None, is_checked: bool = False):
         TrainerBase.__init__(self)  # and not DefaultTrainer's, whose step and loader are others
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(with_weights_input(cfg), comm.get_world_size())
-        check_training(cfg)
-        check_ensemble(cfg)
+        if not is_checked:
+            check_config(cfg)
         self._seed_is_drawn = cfg.SEED < 0
         cfg = with_seed(cfg, seed_of(cfg))
         self.cfg, self.stop = cfg, stop or StopRequest()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        self._trainer = Stepper(cfg, distribute(model), loader, optimizer, self.stop)
+        self._trainer = TrainStep(cfg, distribute(model), loader, optimizer, self.stop)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         own = weakref.proxy(self)
         self.checkpointer = self.build_checkpointer(cfg, model, trainer=own)
@@ -125,11 +163,10 @@ class Trainer(DefaultTrainer):
 
         Raises:
             Stopped: a signal came; the checkpoint to go on from is written.
-            FloatingPointError: losses or weights are not finite; no checkpoint holds them.
+            TrainingDiverged: losses or weights are not finite; no checkpoint holds them.
             UnexpectedResults: see ``TEST.EXPECTED_RESULTS``; the run is complete.
         """
         logger.info("Starting training from iteration %d", self.start_iter)
-        Trainer.watching, Trainer.speed = self.stop, None
         self.iter = self.start_iter
         with keep_members(), EventStorage(self.start_iter) as self.storage:
             try:
@@ -148,9 +185,8 @@ class Trainer(DefaultTrainer):
                 self.checkpoints.save()
                 raise
             except FloatingPointError as error:
-                raise FloatingPointError(self._explain(error)) from error
+                raise TrainingDiverged(self._explain(error)) from error
             finally:
-                Trainer.watching = None
                 self.after_train()
         check_results(self.cfg, self.results)
         return self.results
@@ -176,10 +212,16 @@ class Trainer(DefaultTrainer):
         group = LRScheduler.get_best_param_group_id(self.optimizer)
         rate = self.optimizer.param_groups[group]["lr"]
         last = find_last_checkpoint(self.cfg.OUTPUT_DIR)
+        found = str(error).partition("\n")[0].rstrip(".")
         return (
-            f"iteration {self.iter}, learning rate {rate:.4g}: {error}. The last good checkpoint: "
-            f"{last or 'none'}."
+            f"iteration {self.iter}, learning rate {rate:.4g}: {found}. The last good checkpoint: "
+            f"{last or 'none'}. Lower SOLVER.BASE_LR, raise SOLVER.WARMUP_ITERS or set "
+            "SOLVER.CLIP_GRADIENTS.ENABLED True, and start again"
         )
+
+    def _evaluate(self) -> tuple[dict, Speed | None]:
+        with watching(self.stop) as watch:
+            return self.test(self.cfg, self.checkpointer.model), watch.speed
 
     @property
     def results(self) -> dict:
@@ -206,9 +248,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         loader = build_detection_test_loader(cfg, dataset_name, mapper=TolerantMapper(cfg, False))
-        if cls.watching is None:
+        watch = _watch.get()
+        if watch is None or watch.stop is None:
             return loader
-        return Watched(loader, cls.watching, len(loader.dataset))
+        return Watched(loader, watch.stop, -(-len(loader.dataset) // comm.get_world_size()))
 
     @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
@@ -225,7 +268,8 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
         timed = Timed(for_testing(cfg, model))
         results = super().test(cfg, timed, evaluators)
-        Trainer.speed = timed.speed
+        if watch := _watch.get():
+            watch.speed = timed.speed
         return results
 
     @classmethod
@@ -243,7 +287,7 @@ class Trainer(DefaultTrainer):
         best = self.build_checkpointer(cfg, model, marks_last=False)
         self.checkpoints = Checkpoints(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
         self.evaluation = Evaluation(
-            lambda: (self.test(cfg, model), Trainer.speed),
+            self._evaluate,
             cfg.TEST.EVAL_PERIOD,
             node.BEST_METRIC,
             node.EARLY_STOP,

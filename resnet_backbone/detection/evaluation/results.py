@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from torch import nn
 
-from resnet_backbone.detection.config import UsageError
+from resnet_backbone.runtime.errors import UnexpectedResults, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,6 @@ def warn_if_empty(logger: logging.Logger, name: str, detected: bool, annotated: 
         )
     if not annotated:
         logger.warning("%s has no ground truth boxes: AP is nan", name)
-
-
-class UnexpectedResults(ValueError):
-    """Results that differ from ``TEST.EXPECTED_RESULTS``; the message names all that do."""
 
 
 def check_expectations(cfg: CfgNode) -> None:

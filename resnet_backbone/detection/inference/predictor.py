@@ -27,7 +27,7 @@ from resnet_backbone.detection.checkpoint.handover import (
 )
 from resnet_backbone.detection.checkpoint.saving import find_last_checkpoint
 from resnet_backbone.detection.config import UsageError, backbone_node
-from resnet_backbone.detection.engine.command_line import load_config
+from resnet_backbone.detection.config_file import load_config
 from resnet_backbone.detection.inference.detector import (
     PRECISIONS,
     ImprovedDetector,

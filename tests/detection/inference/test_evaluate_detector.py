@@ -14,7 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from resnet_backbone.cli import evaluate_detector
 from resnet_backbone.detection import Checkpointer, build_detector
-from resnet_backbone.detection.engine.command_line import load_config
+from resnet_backbone.detection.config_file import load_config
 from resnet_backbone.detection.evaluation import voc
 from resnet_backbone.detection.inference.predictor import Predictor
 

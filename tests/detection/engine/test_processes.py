@@ -1,13 +1,10 @@
-"""Several processes: by Detectron2's options, by torchrun, on two hosts; on CPUs."""
+"""Trainings in several processes: by Detectron2's options, by torchrun, on two hosts; on CPUs."""
 
-import argparse
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -15,10 +12,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.engine import launch
-from resnet_backbone.detection.engine.launch import Launch, add_launch_arguments, plan_launch
-from resnet_backbone.runtime.signals import EXIT_STOPPED
+from resnet_backbone.runtime.errors import EXIT_STOPPED
 
 from runs import arguments, reached, read_results, rows, start, write_pictures  # isort: skip
 
@@ -27,90 +21,6 @@ PER_IMAGE = {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.NORM": "", "TEST.EVAL_PERIOD
 RUN = dict(SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__BASE_LR=0.001)
 RUN |= {key.replace(".", "__"): value for key, value in PER_IMAGE.items()}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def plan(*words, device="cpu"):
-    parser = argparse.ArgumentParser()
-    add_launch_arguments(parser)
-    return plan_launch(parser.parse_args(words), device)
-
-
-def test_plans():
-    assert plan().world == 1 and not plan().uses_gpus
-    two = plan("--num-processes", "2")
-    assert (two.world, two.url[:16]) == (2, "tcp://127.0.0.1:")
-    words = ["--num-machines", "2", "--machine-rank", "1", "--dist-url", "tcp://a:1"]
-    assert plan("--num-processes", "3", *words) == Launch(3, 2, 1, "tcp://a:1", False)
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--num-gpus", "0"], "--num-gpus 0: it is at least 1"),
-        (["--num-gpus", "99"], "there are [0-9]+ here; --num-processes trains on CPUs"),
-        (["--num-gpus", "1", "--num-processes", "2"], "not both"),
-        (["--machine-rank", "1"], "with --num-machines 1 it is 0 to 0"),
-        (["--num-machines", "2"], "needs --dist-url tcp://HOST:PORT of machine 0"),
-    ],
-)
-def test_refused(words, message):
-    with pytest.raises(UsageError, match=message):
-        plan(*words)
-
-
-def test_torchrun_and_own_processes(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="torchrun has started the processes"):
-        plan("--num-processes", "2")
-    for key in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.setenv(key, "0")
-    monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(UsageError, match="has WORLD_SIZE but not MASTER_PORT: start with torch"):
-        plan()
-    monkeypatch.setenv("MASTER_PORT", "29500")
-    assert plan().world == 1
-
-
-def stubborn(ready):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ready.set()
-    time.sleep(30)
-
-
-def test_a_second_interrupt_ends_processes_that_no_terminal_reaches(monkeypatch):
-    monkeypatch.setattr(launch, "INTERRUPTED", 0.1)
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    process = context.Process(target=stubborn, args=(ready,))
-    process.start()
-    alive, former = [], signal.getsignal(signal.SIGINT)
-
-    def interrupt():
-        ready.wait()
-        while signal.getsignal(signal.SIGINT) is former:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(2)
-        alive.append(process.is_alive())
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    assert launch._watch([process]) == 128 + signal.SIGKILL
-    thread.join()
-    assert alive == [True]
-
-
-@pytest.mark.parametrize("end, status", [((0, 3, 5), 3), ((0, -9, 5), 137), ((0, 0, 0), 0)])
-def test_status_of_processes_that_ended_before_they_were_looked_at(end, status):
-    class Ended:
-        def __init__(self, exitcode):
-            self.exitcode = exitcode
-
-        def is_alive(self):
-            return False
-
-    assert launch._watch([Ended(code) for code in end]) == status
 
 
 @pytest.fixture(scope="module")

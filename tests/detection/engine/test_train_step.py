@@ -25,8 +25,9 @@ from resnet_backbone.detection.data.sampling import (
     ImageStream,
     TrainingLoader,
 )
-from resnet_backbone.detection.engine.signals import StopRequest
-from resnet_backbone.detection.engine.step import NotFiniteError, Stepper
+from resnet_backbone.detection.engine.step import TrainStep
+from resnet_backbone.runtime.errors import TrainingDiverged
+from resnet_backbone.runtime.signals import StopRequest
 
 
 def take_first(labels, num_samples, positive_fraction, bg_label):
@@ -101,7 +102,7 @@ def gradients(cfg, monkeypatch):
     def compute(images, accumulate, amp=False):
         cfg.SOLVER.AMP.ENABLED = amp
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        stepper = Stepper(cfg, model, Parts(images, accumulate), optimizer, StopRequest())
+        stepper = TrainStep(cfg, model, Parts(images, accumulate), optimizer, StopRequest())
         with EventStorage():
             report = stepper.run(0)
         assert report.stop == "" and math.isfinite(sum(report.losses.values()))
@@ -156,7 +157,7 @@ class Linear(nn.Module):
 def run_linear(cfg, images, accumulate, iteration=0):
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stepper = Stepper(cfg, model, Parts(images, accumulate), optimizer, StopRequest())
+    stepper = TrainStep(cfg, model, Parts(images, accumulate), optimizer, StopRequest())
     return model, lambda: stepper.run(iteration)
 
 
@@ -180,7 +181,7 @@ def test_a_loader_of_ones_own(cfg, accumulate):
     batches = [[torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])], [torch.ones(2)] * 2]
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stepper = Stepper(cfg, model, batches, optimizer, StopRequest())
+    stepper = TrainStep(cfg, model, batches, optimizer, StopRequest())
     assert stepper.data_loader is batches
     stepper.run(0)
     assert model.weight.tolist() == [1 - 2, 1 - 1]
@@ -192,7 +193,7 @@ def test_a_loader_of_ones_own(cfg, accumulate):
 def test_a_loader_whose_batches_do_not_divide(cfg):
     cfg.SOLVER.IMS_PER_BATCH, cfg.RESNET_BACKBONE.ACCUMULATE = 2, 2
     optimizer = torch.optim.SGD(Linear().parameters(), lr=1.0)
-    stepper = Stepper(cfg, Linear(), [[torch.ones(2)] * 3], optimizer, StopRequest())
+    stepper = TrainStep(cfg, Linear(), [[torch.ones(2)] * 3], optimizer, StopRequest())
     with pytest.raises(UsageError, match="gave 3 images, which do not divide into 2 parts"):
         stepper.run(0)
 
@@ -209,7 +210,7 @@ def test_workers_that_a_signal_ends(cfg):
     model.register_forward_pre_hook(lambda module, given: seen.append(torch.stack(given[0])))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with StopRequest() as stop:
-        stepper = Stepper(cfg, model, loader, optimizer, stop)
+        stepper = TrainStep(cfg, model, loader, optimizer, stop)
         stepper.run(0)
         (worker,) = multiprocessing.active_children()
         # from another process: PyTorch's workers end quietly when their parent tells them to
@@ -228,7 +229,7 @@ def test_not_finite(cfg, bad, place):
     images = [torch.ones(2), torch.ones(2)]
     images[place] = bad
     model, step = run_linear(cfg, images, 2)
-    with pytest.raises(NotFiniteError, match="loss nan|Predicted boxes or scores") as caught:
+    with pytest.raises(TrainingDiverged, match="loss nan|Predicted boxes or scores") as caught:
         step()
     assert "\n" not in str(caught.value)
     assert model.weight.tolist() == [1.0, 1.0]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 CONFIG = PROJECT / "configs" / "detection" / "quickstart" / "faster_rcnn_R_18_FPN.yaml"
 TOOL = PROJECT / "tools" / "train_net.py"
 KEYS = {

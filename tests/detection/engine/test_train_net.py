@@ -15,7 +15,7 @@ import yaml
 
 pytest.importorskip("detectron2")
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 CONFIG = "quickstart/faster_rcnn_R_18_FPN.yaml"
 SMALL = {
     "INPUT.MIN_SIZE_TRAIN": "(64,)",
@@ -253,7 +253,7 @@ def test_mixed_precision_on_cpu(train_net, tiny_voc, tmp_path, monkeypatch):
 def test_divergence(train_net, tiny_voc, tmp_path):
     keys = dict(SOLVER__BASE_LR="1e30", SOLVER__WARMUP_ITERS="0", SOLVER__MAX_ITER="9")
     code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys))
-    assert code == 2
+    assert code == 3
     assert lines[-1].startswith("error: ") and "Lower SOLVER.BASE_LR" in lines[-1]
 
 

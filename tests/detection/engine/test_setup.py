@@ -7,12 +7,8 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.detection.engine.command_line import (
-    UsageError,
-    load_config,
-    one_line_errors,
-    take_back_overrides,
-)
+from resnet_backbone.detection.config_file import load_config, take_back_overrides
+from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights import PREPROCESSINGS
 
 QUICKSTART = "quickstart/faster_rcnn_R_18_FPN.yaml"
@@ -161,7 +157,7 @@ def test_cheap_mistakes_are_found_before_weights_are_fetched(
 ):
     fetched = []
     monkeypatch.setattr(
-        "resnet_backbone.detection.checkpoint.handover.prepare_weights",
+        "resnet_backbone.detection.engine.setup.prepare_weights",
         lambda *a, **k: fetched.append(a),
     )
     words = [word.format(voc=tiny_voc) for word in words]
@@ -178,27 +174,3 @@ def test_an_evaluation_without_weights_reads_no_data(train_net, tiny_voc, tmp_pa
     code, lines = train_net(QUICKSTART, *data, *keys)
     assert code == 2 and lines[-1].startswith("error: MODEL.WEIGHTS is empty: add MODEL.WEIGHTS")
     assert not list(tmp_path.iterdir())
-
-
-def test_divergence_says_what_to_do(capsys):
-    @one_line_errors
-    def tool():
-        raise FloatingPointError("Loss became infinite or NaN at iteration=3!\nloss_dict = {}")
-
-    with pytest.raises(SystemExit) as stop:
-        tool()
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: Loss became infinite or NaN at iteration=3! Lower SOLVER.BASE_LR, raise "
-        "SOLVER.WARMUP_ITERS or set SOLVER.CLIP_GRADIENTS.ENABLED True, and start again\n"
-    )
-
-
-def test_traceback_on_request(monkeypatch):
-    @one_line_errors
-    def tool():
-        raise OSError("disk")
-
-    monkeypatch.setenv("RESNET_BACKBONE_TRACEBACK", "1")
-    with pytest.raises(OSError, match="disk"):
-        tool()

@@ -20,8 +20,8 @@ from resnet_backbone.detection.checkpoint.saving import (
 )
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.hooks import Checkpoints, Evaluation, Metrics, MetricsFile
-from resnet_backbone.detection.engine.signals import StopRequest, Watched
-from resnet_backbone.runtime.signals import Stopped
+from resnet_backbone.runtime.errors import Stopped
+from resnet_backbone.runtime.signals import StopRequest, Watched
 
 
 class Saved:
@@ -154,7 +154,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch):
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         if os.path.isfile(path):
             assert path.endswith("tmp") or torch.load(path)["iteration"] == 1
-        done.append(f"fsync {os.path.basename(path).partition('.')[0]}")
+        done.append(f"fsync {os.path.basename(path).lstrip('.').partition('.')[0]}")
 
     def note_replace(old, new):
         done.append(f"named {os.path.basename(new)}")
@@ -215,7 +215,7 @@ def test_other_processes_write_no_metrics(tmp_path, monkeypatch):
 
 def test_a_watched_evaluation():
     stop = StopRequest()
-    batches = Watched(["a", "b", "c"], stop, total=3)
+    batches = Watched(["a", "b", "c"], stop, rounds=3)
     assert list(batches) == ["a", "b", "c"] and len(batches) == 3
     seen = []
     with pytest.raises(Stopped, match="SIGTERM"):
@@ -233,11 +233,11 @@ def test_an_evaluation_whose_workers_the_signal_ended(error):
             raise error("DataLoader worker (pid 7) is killed by signal: Terminated.")
 
     stop = StopRequest()
-    batches = iter(Watched(Workers("abc"), stop, total=3))
+    batches = iter(Watched(Workers("abc"), stop, rounds=3))
     next(batches)
     with pytest.raises(error, match="DataLoader worker"):
         next(batches)  # no signal to this process: it is an error
-    batches = iter(Watched(Workers("abc"), stop, total=3))
+    batches = iter(Watched(Workers("abc"), stop, rounds=3))
     next(batches)
     stop.explains = lambda error: bool(setattr(stop, "name", "SIGTERM") or stop.name)
     with pytest.raises(Stopped, match="SIGTERM"):

@@ -22,7 +22,7 @@ from resnet_backbone.detection.data.sampling import (
     ImageStream,
     TrainingLoader,
 )
-from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.detection.engine.trainer import Trainer, watching
 from resnet_backbone.detection.evaluation.results import (
     UnexpectedResults,
     check_expectations,
@@ -177,7 +177,22 @@ def test_hooks_see_the_end_of_a_training_that_did_not_start(cfg, tmp_path):
             trainer.train()
         seen.append(trainer.events)
     assert seen[0] == seen[1] == [("before_train", 0, 5), ("after_train", 0, 0)]
-    assert Trainer.watching is None
+
+
+def test_an_evaluation_of_another_trainer_is_not_watched(cfg, tmp_path):
+    """What a training watches for, and how fast it was, is its own."""
+    seen = []
+
+    class Nested(Ours):
+        @classmethod
+        def test(cls, cfg, model):
+            with watching() as watch:  # an evaluation inside of the training's
+                seen.append(watch.stop)
+            return super().test(cfg, model)
+
+    trainer = make(Nested, cfg, tmp_path / "run")
+    trainer.train()
+    assert seen == [None] * 3 and not hasattr(Trainer, "watching") and not hasattr(Trainer, "speed")
 
 
 def test_after_an_early_stop_hooks_see_the_iterations_that_are_done(cfg, tmp_path):

@@ -13,8 +13,8 @@ pytest.importorskip("detectron2")
 
 import resnet_backbone.detection.engine.trainer  # noqa: F401  so that forked processes have it
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.engine.run_folder import has_ended
-from resnet_backbone.runtime.signals import EXIT_STOPPED
+from resnet_backbone.detection.engine.setup import has_ended
+from resnet_backbone.runtime.errors import EXIT_STOPPED
 
 from runs import (  # isort: skip
     Forked,

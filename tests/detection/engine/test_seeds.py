@@ -19,8 +19,8 @@ from resnet_backbone.detection.engine.seeds import (
     summarize,
     train_seeds,
 )
+from resnet_backbone.runtime.errors import EXIT_STOPPED
 from resnet_backbone.runtime.files import alone
-from resnet_backbone.runtime.signals import EXIT_STOPPED
 
 from runs import arguments, read_results, start, write_pictures  # isort: skip
 

@@ -1,32 +1,39 @@
-"""One process or many, on one machine or several: by Detectron2's options or by torchrun."""
+"""Starting a run's processes: on one machine or several, by options of the tools or by torchrun."""
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import re
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine.launch import DEFAULT_TIMEOUT
-from detectron2.utils import comm
 from torch import multiprocessing
 
-from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.data.sampling import available_cores
-from resnet_backbone.detection.engine.command_line import ONE_LINE, outcome
-from resnet_backbone.runtime.signals import EXIT_STOPPED, STOP_SIGNALS, handled
+from resnet_backbone.runtime.errors import (
+    EXIT_STOPPED,
+    ONE_LINE,
+    UsageError,
+    outcome,
+    wants_traceback,
+)
+from resnet_backbone.runtime.processes import available_cores, leave
+from resnet_backbone.runtime.signals import STOP_SIGNALS, handled
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TIMEOUT = datetime.timedelta(minutes=30)  # of collective operations, as in Detectron2
 PATIENCE = 60.0  # seconds that processes have to end once one of them has
 INTERRUPTED = 5.0  # the same after a second Ctrl-C
 
@@ -62,7 +69,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-processes",
         type=int,
         metavar="N",
-        help="processes of each machine, for training on CPUs (default: one for each GPU)",
+        help="processes of each machine, for CPUs (default: one for each GPU)",
     )
     group.add_argument("--num-machines", type=int, default=1, help="machines (default: 1)")
     group.add_argument("--machine-rank", type=int, default=0, help="this machine, counted from 0")
@@ -74,18 +81,18 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def plan_launch(args: argparse.Namespace, device: str) -> Launch:
+def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
     """Reads the options of :func:`add_launch_arguments`.
 
     Args:
-        device: ``MODEL.DEVICE``.
+        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        on_cpu: how the user asks for the CPU, such as "MODEL.DEVICE cpu".
 
     Raises:
         UsageError: GPUs that are not there, options that contradict one another.
     """
     gpus, count = args.num_gpus, torch.cuda.device_count()
-    given = [f"--{name.replace('_', '-')}" for name in ("num_gpus", "num_processes")]
-    for name, value in zip(given, (gpus, args.num_processes), strict=True):
+    for name, value in (("--num-gpus", gpus), ("--num-processes", args.num_processes)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value}: it is at least 1")
     if gpus and gpus > max(1, count):
@@ -94,11 +101,11 @@ def plan_launch(args: argparse.Namespace, device: str) -> Launch:
         )
     if gpus and args.num_processes and gpus != args.num_processes:
         raise UsageError("give --num-gpus or --num-processes, not both")
-    processes, on_gpu = gpus or args.num_processes or 1, device != "cpu"
-    if on_gpu and processes > count:
-        raise UsageError(
-            f"--num-processes {processes}: there are {count} GPUs here; give MODEL.DEVICE cpu"
-        )
+    processes = gpus or args.num_processes or 1
+    uses_gpus = device not in ("cpu", "auto") or (device == "auto" and count > 0)
+    if uses_gpus and processes > count:
+        have = f"there are {count} GPUs" if count else "there is no GPU"
+        raise UsageError(f"a GPU for each of {processes} processes: {have} here; give {on_cpu}")
     if not 0 <= args.machine_rank < args.num_machines:
         raise UsageError(
             f"--machine-rank {args.machine_rank}: with --num-machines {args.num_machines} it is 0 "
@@ -107,26 +114,33 @@ def plan_launch(args: argparse.Namespace, device: str) -> Launch:
     if args.num_machines > 1 and not re.fullmatch(r"tcp://.+:\d+", args.dist_url):
         raise UsageError("--num-machines needs --dist-url tcp://HOST:PORT of machine 0")
     url = args.dist_url if args.dist_url != "auto" else f"tcp://127.0.0.1:{_free_port()}"
-    launch = Launch(processes, args.num_machines, args.machine_rank, url, on_gpu)
-    if "WORLD_SIZE" in os.environ and launch.world > 1:
+    launch = Launch(processes, args.num_machines, args.machine_rank, url, uses_gpus)
+    _check_torchrun(launch)
+    return launch
+
+
+def _check_torchrun(launch: Launch) -> None:
+    if "WORLD_SIZE" not in os.environ:
+        return
+    if launch.world > 1:
         raise UsageError(
             "torchrun has started the processes: leave --num-gpus, --num-processes and "
             "--num-machines out"
         )
     missing = [key for key in TORCHRUN if key not in os.environ]
-    if "WORLD_SIZE" in os.environ and missing:
+    if missing:
         raise UsageError(
             f"the environment has WORLD_SIZE but not {', '.join(missing)}: start with torchrun, "
             "or unset WORLD_SIZE"
         )
-    return launch
 
 
 def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> None:
     """Calls ``run(argument)`` in every process of a run, and returns when all are done.
 
     Under torchrun this process is one of them; a single process is this one as well; others are
-    spawned, so `run` must be a function of a module. Signals to this process go on to them.
+    spawned, so `run` must be a function of a module. Signals to this process go on to them, and
+    what several of them say about an error is said once.
 
     Raises:
         SystemExit: with the status of a process that failed.
@@ -138,21 +152,20 @@ def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> 
     elif launch.world == 1:
         run(argument)
     else:
-        errors = multiprocessing.get_context("spawn").SimpleQueue()
-        started = multiprocessing.start_processes(
-            _work, (launch, run, argument, errors), launch.processes, join=False
-        )
-        status = _watch(started.processes)
-        messages = []
-        while not errors.empty():
-            messages.append(errors.get())
-        for message in dict.fromkeys(messages):  # what all say is said once
-            print(message, file=sys.stderr)
+        # files, not a queue: a long message cannot block, a killed process leaves no lock
+        with tempfile.TemporaryDirectory() as messages:
+            started = multiprocessing.start_processes(
+                _work, (launch, run, argument, messages), launch.processes, join=False
+            )
+            status = _watch(started.processes)
+            texts = [path.read_text(encoding="utf-8") for path in sorted(Path(messages).iterdir())]
+        for text in dict.fromkeys(texts):  # what all say is said once
+            print(text, file=sys.stderr)
         if status:
             raise SystemExit(status)
 
 
-def _work(local_rank: int, launch: Launch, run: Callable, argument: Any, errors: Any) -> None:
+def _work(local_rank: int, launch: Launch, run: Callable, argument: Any, messages: str) -> None:
     """One spawned process."""
     os.environ |= {"LOCAL_RANK": f"{local_rank}", "LOCAL_WORLD_SIZE": f"{launch.processes}"}
     try:
@@ -160,10 +173,11 @@ def _work(local_rank: int, launch: Launch, run: Callable, argument: Any, errors:
         _join(launch.url, launch.uses_gpus, rank=rank, world_size=launch.world)
         _call(run, argument)
     except ONE_LINE as error:
-        if os.environ.get("RESNET_BACKBONE_TRACEBACK"):
-            raise
+        if wants_traceback():
+            traceback.print_exc()
+            raise SystemExit(1) from None
         message, status = outcome(error)
-        errors.put(message)
+        Path(messages, f"{local_rank:06d}").write_text(message, encoding="utf-8")
         raise SystemExit(status) from None
     except Exception:  # PyTorch's wrapper would keep it to itself
         traceback.print_exc()
@@ -176,24 +190,27 @@ def _call(run: Callable, argument: Any) -> None:
     try:
         run(argument)
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def local_size() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _join(url: str, uses_gpus: bool, **place: int) -> None:
-    """Joins the process group, as Detectron2's ``launch`` does, which cannot choose its backend."""
-    local_rank, local_size = (int(os.environ[key]) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    """Joins the process group."""
     if uses_gpus:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, available_cores() // local_size))
+        torch.set_num_threads(max(1, available_cores() // local_size()))
     try:
         backend = "nccl" if uses_gpus else "gloo"
-        dist.init_process_group(backend, init_method=url, timeout=DEFAULT_TIMEOUT, **place)
+        dist.init_process_group(backend, init_method=url, timeout=TIMEOUT, **place)
     except (RuntimeError, ValueError) as error:
         cause = " ".join(str(error).split())[:300]
         raise UsageError(f"{url}: the processes do not find one another ({cause})") from error
-    comm.create_local_process_group(local_size)
-    comm.synchronize()
+    dist.barrier()
 
 
 def _watch(processes: list) -> int:

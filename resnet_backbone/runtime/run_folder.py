@@ -1,16 +1,17 @@
-"""One folder a run: config, environment, metrics, TensorBoard, checkpoints, results."""
+"""One folder a run: config, environment, log, metrics, results."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from resnet_backbone.classification.checkpoints import iterations_in
-from resnet_backbone.runtime.files import write_json, write_text
+from resnet_backbone.runtime.files import keep_rows, naming, write_json, write_text
+from resnet_backbone.runtime.processes import World
 from resnet_backbone.runtime.provenance import (
     command_line,
     date,
@@ -29,12 +30,6 @@ CONFIG, METRICS, RESULTS, ENVIRONMENT = (
 )
 
 
-def holds_run(folder: str | Path) -> bool:
-    """Whether a folder has checkpoints or results that a new run would mix with."""
-    folder = Path(folder)
-    return bool(iterations_in(folder / "checkpoints")) or (folder / METRICS).exists()
-
-
 class RunFolder:
     """Writes the files of a run, on the main process only.
 
@@ -43,7 +38,7 @@ class RunFolder:
         tensorboard: whether metrics also go to TensorBoard.
     """
 
-    def __init__(self, path: str | Path, tensorboard: bool = True):
+    def __init__(self, path: str | os.PathLike, tensorboard: bool = True):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         self.tensorboard, self._writer = tensorboard, None
@@ -51,7 +46,7 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def start(self, config_yaml: str, device: torch.device, world_size: int) -> None:
+    def start(self, config_yaml: str, world: World) -> None:
         """Writes the resolved config and, for each start of the run, a line on where it ran."""
         write_text(self / CONFIG, config_yaml)
         starts = []
@@ -62,27 +57,20 @@ class RunFolder:
             "command": command_line(),
             "revision": source_revision(),
             "versions": versions(),
-            **hardware(device),
-            "processes": world_size,
+            **hardware(world.device),
+            "processes": world.size,
         }
         write_json(self / ENVIRONMENT, {"starts": [*starts, entry]})
 
-    def keep_metrics(self, wanted: Callable[[dict], bool]) -> None:
+    def keep_metrics(self, is_kept: Callable[[dict], bool]) -> None:
         """Drops rows of metrics that a resumed run will write again."""
-        if not (self / METRICS).exists():
-            return
-        kept = []
-        for line in (self / METRICS).read_text(encoding="utf-8").splitlines():
-            try:
-                if wanted(json.loads(line)):
-                    kept.append(line + "\n")
-            except ValueError:
-                logger.warning("%s: an incomplete line is dropped", self / METRICS)
-        write_text(self / METRICS, "".join(kept))
+        if keep_rows(self / METRICS, is_kept)[1]:
+            logger.warning("%s: an incomplete line is dropped", self / METRICS)
 
     def add_metrics(self, row: dict) -> None:
         """Appends one row, which has "iteration", to metrics.jsonl and TensorBoard."""
-        with open(self / METRICS, "a", encoding="utf-8") as file:
+        path = self / METRICS
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if not self.tensorboard:
             return
@@ -97,3 +85,24 @@ class RunFolder:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def read_results(folder: str | os.PathLike) -> dict[str, Any]:
+    """A run's results.json; empty while the run has not ended."""
+    path = Path(folder) / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def set_up_logging(folder: Path | None, is_main: bool) -> None:
+    """Messages go to the terminal and to ``log.txt``; other processes show warnings only."""
+    root = logging.getLogger("resnet_backbone")
+    root.setLevel(logging.INFO if is_main else logging.WARNING)
+    root.propagate = False
+    root.handlers.clear()
+    form = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if folder is not None and is_main:
+        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(form)
+        root.addHandler(handler)

@@ -4,8 +4,10 @@ import errno
 import os
 
 import pytest
+import torch
 
 from resnet_backbone.runtime import files
+from resnet_backbone.runtime.run_folder import METRICS, RunFolder
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def steps(monkeypatch):
 
 def test_text_is_on_the_disk_before_it_has_its_name(tmp_path, steps):
     files.write_text(tmp_path / "a.txt", "four")
-    temporary = f"a.txt.{os.getpid()}.tmp"
+    temporary = f".a.txt.{os.getpid()}.tmp"
     assert steps == [
         ("fsync", temporary, 4),
         ("replace", temporary, "a.txt"),
@@ -66,6 +68,44 @@ def test_file_systems_that_cannot_wait_for_folders(tmp_path, monkeypatch):
         fail(code, only_folders)
         with pytest.raises(OSError, match=os.strerror(code)):
             files.write_text(tmp_path / "b.txt", "four")
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as from the system: without a name
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: files.write_text(path, "four"),
+        lambda path: files.write_json(path, [4]),
+        lambda path: RunFolder(path.parent, tensorboard=False).add_metrics({"iteration": 1}),
+    ],
+)
+def test_a_full_disk_is_named(tmp_path, monkeypatch, write):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    (tmp_path / METRICS).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/({METRICS}|a)'"):
+        write(tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+
+
+def test_a_full_disk_is_named_where_pytorch_writes(tmp_path):
+    with (
+        pytest.raises(OSError, match=f"{tmp_path}/a cannot be written"),
+        files.naming(tmp_path / "a"),
+    ):
+        torch.save(torch.zeros(10**6), "/dev/full")
+    with pytest.raises(RuntimeError, match="shapes"), files.naming(tmp_path / "a"):
+        raise RuntimeError("shapes differ")
+
+
+def test_rows_that_are_kept(tmp_path):
+    path = tmp_path / "rows"
+    assert files.keep_rows(path, lambda row: True) == ([], 0) and not path.exists()
+    path.write_text('{"a": 1}\n{"a": 2}\nnonsense\n{"a": 1}')
+    assert files.keep_rows(path, lambda row: row["a"] < 2) == ([{"a": 1}], 2)
+    assert path.read_text() == '{"a": 1}\n'
 
 
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):

@@ -1,0 +1,301 @@
+"""What happens once before a run: its config, its folder, its data and weights, and all checks."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from resnet_backbone.detection.checkpoint.handover import prepare_weights, require_weights
+from resnet_backbone.detection.checkpoint.saving import find_last_checkpoint
+from resnet_backbone.detection.config import backbone_node
+from resnet_backbone.detection.config_file import load_configs
+from resnet_backbone.detection.data.arguments import check_data_arguments, set_up_data
+from resnet_backbone.detection.data.sampling import BatchPlan, limit_workers
+from resnet_backbone.detection.engine.schedule import (
+    check_training,
+    follow_processes,
+    plan_schedule,
+)
+from resnet_backbone.detection.engine.seeds import seed_folder
+from resnet_backbone.detection.evaluation.results import Speed, check_results
+from resnet_backbone.detection.inference import check_ensemble, read_switches
+from resnet_backbone.runtime.configs import find_config
+from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.files import write_json
+from resnet_backbone.runtime.launch import local_size
+from resnet_backbone.runtime.provenance import (
+    command_line,
+    hardware,
+    source_revision,
+    versions,
+)
+from resnet_backbone.runtime.run_folder import CONFIG, RESULTS, read_results
+
+logger = logging.getLogger(__name__)
+
+# Where and how fast a run computes; everything else makes it another run.
+PLACES = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS")
+# Checkpoints hold what these say, so other values would have no effect.
+KEPT = tuple(
+    f"SOLVER.{key}"
+    for key in ("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV")
+    + ("WEIGHT_DECAY", "WEIGHT_DECAY_BIAS", "WEIGHT_DECAY_NORM")
+)
+
+
+@dataclass
+class RunPlan:
+    """What the command line asks for, before data and weights are looked at.
+
+    Attributes:
+        args: of tools/train_net.py.
+        cfg: config file and overrides, with the run's folder and seed.
+        planned: the config file alone: its ``SOLVER`` is what the linear rule starts from.
+        resume: whether to go on from the folder's last checkpoint.
+    """
+
+    args: argparse.Namespace
+    cfg: CfgNode
+    planned: CfgNode
+    resume: bool
+
+    @property
+    def given(self) -> list[str]:
+        """Keys that the user set."""
+        return self.args.opts[::2]
+
+    @property
+    def is_seed(self) -> bool:
+        """Whether it is one run of ``--seeds``."""
+        return self.args.seed_run is not None
+
+
+def read_plan(args: argparse.Namespace) -> RunPlan:
+    """The plan of a command line; one process reads it for all.
+
+    Raises:
+        UsageError: see :func:`resnet_backbone.detection.config_file.load_config`.
+    """
+    args.config_file = str(find_config(args.config_file, "detection"))  # Detectron2 reads it too
+    cfg, planned = load_configs(args.config_file, args.opts)
+    cfg.OUTPUT_DIR = args.output_dir or cfg.OUTPUT_DIR
+    if args.seed_run is not None:
+        cfg.OUTPUT_DIR, cfg.SEED = seed_folder(cfg.OUTPUT_DIR, args.seed_run), args.seed_run
+        cfg.TEST.EXPECTED_RESULTS = []  # of one seed, which must not keep the others from running
+    if args.eval_only:  # a run's own config and results stay as they are
+        own = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+        if not args.weights and "MODEL.WEIGHTS" not in args.opts[::2] and os.path.isfile(own):
+            cfg.MODEL.WEIGHTS = own
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "eval")
+    return RunPlan(args, cfg, planned, args.resume or args.seed_run is not None)
+
+
+def prepare_run(plan: RunPlan) -> CfgNode | None:
+    """Makes the final config of a run, printed and saved as OUTPUT_DIR/config.yaml.
+
+    Each process calls it. What costs nothing is checked first, then weights are opened, then the
+    data are read; the config file that is there is replaced when all of it has passed.
+
+    Returns:
+        The config, frozen; None where the run has ended already.
+
+    Raises:
+        UsageError, DataError, WeightsError: see the functions that it calls.
+        UnexpectedResults: a run that has ended, see ``TEST.EXPECTED_RESULTS``.
+    """
+    if comm.get_world_size() > 1:
+        comm.create_local_process_group(local_size())
+    args, cfg, trains = plan.args, plan.cfg, not plan.args.eval_only
+    last = check_folder(cfg.OUTPUT_DIR, plan.resume) if trains else ""
+    scaled = _check_training_keys(plan, last) if trains else []
+    read_switches(cfg)
+    check_data_arguments(cfg, args)  # before weights are fetched
+    lines = prepare_weights(cfg, given=plan.given, weights=args.weights or "", resume_from=last)
+    if not trains:
+        require_weights(cfg)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="resnet_backbone", abbrev_name="rb")
+    for line in lines:
+        logger.info("weights: %s", line)
+    if args.resume and not last:
+        logger.info("--resume: %s has no checkpoint, the run starts", cfg.OUTPUT_DIR)
+    num_images = set_up_data(cfg, args)
+    check_ensemble(cfg)
+    if trains:
+        for line in [*scaled, *plan_schedule(cfg, plan.planned, plan.given, num_images)]:
+            logger.info("schedule: %s", line)
+    cfg.RESNET_BACKBONE.REFERENCE_BATCH = 0  # done: config.yaml must not be scaled again
+    limit_workers(cfg)
+    if cfg.SEED < 0:  # so that config.yaml and results.json say what was drawn
+        drawn = comm.shared_random_seed()
+        cfg.SEED = _saved_config(cfg.OUTPUT_DIR).get("SEED", drawn) if plan.resume else drawn
+    cfg.freeze()
+    if trains and has_ended(cfg, last, plan.is_seed):
+        logger.info("%s: the run has ended, see %s", cfg.OUTPUT_DIR, RESULTS)
+        check_results(cfg, saved_results(cfg.OUTPUT_DIR))
+        return None
+    comm.synchronize()  # every process has read config.yaml
+    default_setup(cfg, args)  # writes config.yaml
+    return cfg
+
+
+def _check_training_keys(plan: RunPlan, last: str) -> list[str]:
+    """Refuses what cannot be trained; the lines that say how the batch follows the processes."""
+    if not last and not plan.args.weights:
+        refuse_frozen_random(plan.cfg)
+    check_training(plan.cfg)
+    scaled = follow_processes(plan.cfg, comm.get_world_size())
+    BatchPlan.from_config(plan.cfg)
+    return scaled
+
+
+def refuse_frozen_random(cfg: CfgNode) -> None:
+    """Layers without weights that cannot learn either would spoil a training silently.
+
+    Raises:
+        UsageError: ``MODEL.WEIGHTS`` is empty, and ``FREEZE_AT`` or FrozenBN keeps layers fixed.
+    """
+    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
+    key, norm = "MODEL.RESNETS.NORM", cfg.MODEL.RESNETS.NORM
+    if "vgg" in cfg.MODEL.BACKBONE.NAME:
+        key, norm = "RESNET_BACKBONE.VGG.NORM", backbone_node(cfg).VGG.NORM
+    found, mend = [], []
+    if freeze_at > 0:
+        found.append(f"the first {freeze_at} stages are frozen (MODEL.BACKBONE.FREEZE_AT)")
+        mend.append("MODEL.BACKBONE.FREEZE_AT 0")
+    if norm == "FrozenBN":
+        found.append(f"{key} is FrozenBN")
+        mend.append(f"{key} BN")
+    if found and not cfg.MODEL.WEIGHTS:
+        raise UsageError(
+            f"MODEL.WEIGHTS is empty but {' and '.join(found)}: random layers would never learn; "
+            f"give weights, or set {' '.join(mend)}"
+        )
+
+
+def check_folder(folder: str, resume: bool) -> str:
+    """The checkpoint from which a run in this folder resumes; "" where it starts.
+
+    Raises:
+        UsageError: there is a run, and it is not to be resumed; or some machines do not see it.
+    """
+    last = find_last_checkpoint(folder)
+    found = comm.all_gather(last and os.path.isfile(last))
+    if not resume and found[0]:
+        raise UsageError(
+            f"{folder} holds a run: --resume goes on with it; or choose another --output-dir"
+        )
+    if not all(found) and any(found):
+        raise UsageError(f"--resume: {folder} must be the same on every machine, on a shared disk")
+    if last and not found[0]:
+        raise UsageError(f"{last} is missing, which last_checkpoint in {folder} names")
+    return last
+
+
+def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
+    """Whether the folder's results are those of this config; says how it differs if they are not.
+
+    Keys that the version did not have which began the run are passed over.
+
+    Args:
+        last: the checkpoint to resume from; "" for none.
+        is_seed: a run of several seeds, which must all have one config.
+
+    Raises:
+        UsageError: a key that cannot change in the middle of a run.
+    """
+    before, after = _saved_config(cfg.OUTPUT_DIR), flat_config(cfg)
+    if not last or not before:
+        return False
+    common = [key for key in after if key in before and key not in PLACES]
+    changed = [key for key in common if before[key] != after[key]]
+    if not changed:
+        return read_results(cfg.OUTPUT_DIR).get("config_sha256") == config_digest(before)
+    refused = [key for key in changed if key in KEPT]
+    if is_seed or refused:
+        raise UsageError(
+            f"{cfg.OUTPUT_DIR} was started with another {', '.join(refused or changed)}: go on "
+            "with the same, or choose another --output-dir"
+        )
+    for key in changed:
+        logger.warning("resumed with another %s: %s -> %s", key, before[key], after[key])
+    return False
+
+
+def saved_results(folder: str) -> dict[str, Any]:
+    """The last evaluation of a run that has ended, by task."""
+    return read_results(folder).get("results", {})
+
+
+def config_digest(content: dict[str, Any]) -> str:
+    """Equal for configs, by :func:`flat_config`, that make the same run."""
+    kept = {key: value for key, value in content.items() if key not in PLACES}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def flat_config(cfg: CfgNode) -> dict[str, Any]:
+    """Values by dotted key, as they are in config.yaml."""
+    return _flat(yaml.safe_load(cfg.dump()))
+
+
+def _saved_config(folder: str) -> dict[str, Any]:
+    path = os.path.join(folder, CONFIG)
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return _flat(yaml.safe_load(file))
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: Any) -> None:
+    """OUTPUT_DIR/results.json: what was run and what came out; null where there is no number.
+
+    All processes may call it; the main one writes.
+
+    Args:
+        speed: of the evaluation in this process.
+        training: further numbers of a training.
+    """
+    if not comm.is_main_process():
+        return
+    path = os.path.join(cfg.OUTPUT_DIR, RESULTS)
+    content = {
+        "command": command_line(),
+        "train": list(cfg.DATASETS.TRAIN),
+        "test": list(cfg.DATASETS.TEST),
+        "weights": cfg.MODEL.WEIGHTS,
+        "images_per_batch": cfg.SOLVER.IMS_PER_BATCH,
+        "seed": cfg.SEED,
+        "processes": comm.get_world_size(),
+        "seconds_per_image": speed and speed.seconds_per_image,
+        "images_at_a_time": speed and speed.images_at_a_time,
+        "test_precision": cfg.RESNET_BACKBONE.TEST.PRECISION,
+        "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
+        "versions": versions(),
+        "revision": source_revision(),
+        **training,
+        "results": results,
+    }
+    content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN
+    write_json(path, content, allow_nan=False)
+    logger.info("results are in %s", path)

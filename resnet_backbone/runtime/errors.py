@@ -1,0 +1,78 @@
+"""How a command ends: at most one line on stderr, and an exit status.
+
+====== =====================================================================================
+status meaning
+====== =====================================================================================
+0      done
+1      done, but results differ from what was expected or from what they are compared with
+2      wrong input: command line, config, data or weights; a file that cannot be read or written
+3      a training diverged: its loss or its weights are NaN or infinite
+75     stopped by a signal; the same command with ``--resume`` goes on
+====== =====================================================================================
+
+With the environment variable ``RESNET_BACKBONE_TRACEBACK`` set, tracebacks are shown instead of
+lines. A status of 128 + N means what it means in a shell: ended by signal N.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_DIFFERENT, EXIT_WRONG_INPUT, EXIT_DIVERGED = 1, 2, 3
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+
+
+class UsageError(ValueError):
+    """An invalid command line, config or data set; the message says what to write instead."""
+
+
+class UnexpectedResults(ValueError):
+    """Results that differ from those that were expected; the message names all that do."""
+
+
+class TrainingDiverged(FloatingPointError):
+    """The loss or the weights are NaN or infinite."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and every process knows it; the message names the signal."""
+
+
+# FloatingPointError is also what Detectron2 raises; ImportError is a library that is not installed.
+ONE_LINE = (ValueError, OSError, ImportError, FloatingPointError, Stopped)
+
+
+def one_line_errors(main: Callable) -> Callable:
+    """Decorator: errors of a command become one line and the exit status of the table above."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except ONE_LINE as error:
+            if wants_traceback():
+                raise
+            message, status = outcome(error)
+            print(message, file=sys.stderr)
+            raise SystemExit(status) from None
+
+    return wrapped
+
+
+def wants_traceback() -> bool:
+    return bool(os.environ.get("RESNET_BACKBONE_TRACEBACK"))
+
+
+def outcome(error: Exception) -> tuple[str, int]:
+    """The line and the exit status for one of :data:`ONE_LINE`."""
+    if isinstance(error, Stopped):
+        return f"stopped by {error}; go on with the same command and --resume", EXIT_STOPPED
+    status = EXIT_WRONG_INPUT
+    if isinstance(error, UnexpectedResults):
+        status = EXIT_DIFFERENT
+    elif isinstance(error, FloatingPointError):
+        status = EXIT_DIVERGED
+    return f"error: {' '.join(str(error).split())}", status

@@ -1,0 +1,116 @@
+"""One process or many: which one this is, where it computes, and what all of them agree on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from resnet_backbone.runtime.errors import UsageError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all of a run. Its methods are called by all processes alike.
+
+    Attributes:
+        rank, size: of the process group; 0 and 1 without one.
+        device: where this process computes.
+        control: a CPU (gloo) group for flags and objects, so that asking does not wait for the GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """True on every process if the flag is set on any."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value.item())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over processes, in place; `values` are on :attr:`device`."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The objects of all processes, by rank, on each of them."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's object, on every process."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+
+def current_world(device: torch.device | str = "cpu") -> World:
+    """The processes that :mod:`resnet_backbone.runtime.launch` or others have joined together.
+
+    Without a process group it is this process alone. All processes call it equally often.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return World(device=torch.device(device))
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(device), _control_group())
+
+
+@cache
+def _control_group() -> Any:
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def leave() -> None:
+    """Leaves the process group, if there is one."""
+    _control_group.cache_clear()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """Turns "auto", "cpu" or "cuda" into this process's device.
+
+    Raises:
+        UsageError: there is no GPU, or none for this process.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("the device is cuda, but PyTorch sees no GPU here: use cpu or auto")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {local_rank} of this machine has no GPU: there are "
+            f"{torch.cuda.device_count()}; start that many processes"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

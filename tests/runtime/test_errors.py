@@ -1,0 +1,32 @@
+"""How commands end: the table of exit statuses, and one line."""
+
+import pytest
+
+from resnet_backbone.runtime import errors
+from resnet_backbone.runtime.errors import one_line_errors
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (errors.UsageError("write\n  this"), 2, "error: write this"),
+        (OSError(28, "No space left on device", "x.pth"), 2, "left on device: 'x.pth'"),
+        (ImportError("pip install it"), 2, "error: pip install it"),
+        (errors.UnexpectedResults("AP is 1"), 1, "error: AP is 1"),
+        (errors.TrainingDiverged("the loss is nan"), 3, "error: the loss is nan"),
+        (FloatingPointError("boxes\nare nan"), 3, "error: boxes are nan"),
+        (errors.Stopped("SIGTERM"), 75, "stopped by SIGTERM; go on with the same command and --"),
+    ],
+)
+def test_statuses(capsys, monkeypatch, error, status, line):
+    @one_line_errors
+    def tool():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        tool()
+    said = capsys.readouterr().err
+    assert ended.value.code == status and line in said and said.count("\n") == 1
+    monkeypatch.setenv("RESNET_BACKBONE_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        tool()

@@ -1,0 +1,129 @@
+"""Processes of a run: what is planned, what they say, how they end."""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from resnet_backbone.runtime import launch
+from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.launch import Launch, add_launch_arguments, plan_launch
+
+
+def plan(*words, device="cpu"):
+    parser = argparse.ArgumentParser()
+    add_launch_arguments(parser)
+    return plan_launch(parser.parse_args(words), device, "MODEL.DEVICE cpu")
+
+
+def test_plans():
+    assert plan().world == 1 and not plan().uses_gpus
+    two = plan("--num-processes", "2")
+    assert (two.world, two.url[:16]) == (2, "tcp://127.0.0.1:")
+    words = ["--num-machines", "2", "--machine-rank", "1", "--dist-url", "tcp://a:1"]
+    assert plan("--num-processes", "3", *words) == Launch(3, 2, 1, "tcp://a:1", False)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--num-gpus", "0"], "--num-gpus 0: it is at least 1"),
+        (["--num-gpus", "99"], "there are [0-9]+ here; --num-processes trains on CPUs"),
+        (["--num-gpus", "1", "--num-processes", "2"], "not both"),
+        (["--machine-rank", "1"], "with --num-machines 1 it is 0 to 0"),
+        (["--num-machines", "2"], "needs --dist-url tcp://HOST:PORT of machine 0"),
+    ],
+)
+def test_refused(words, message):
+    with pytest.raises(UsageError, match=message):
+        plan(*words)
+
+
+def test_torchrun_and_own_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="torchrun has started the processes"):
+        plan("--num-processes", "2")
+    for key in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(key, "0")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(UsageError, match="has WORLD_SIZE but not MASTER_PORT: start with torch"):
+        plan()
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert plan().world == 1
+
+
+def stubborn(ready):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready.set()
+    time.sleep(30)
+
+
+def test_a_second_interrupt_ends_processes_that_no_terminal_reaches(monkeypatch):
+    monkeypatch.setattr(launch, "INTERRUPTED", 0.1)
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=stubborn, args=(ready,))
+    process.start()
+    alive, former = [], signal.getsignal(signal.SIGINT)
+
+    def interrupt():
+        ready.wait()
+        while signal.getsignal(signal.SIGINT) is former:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2)
+        alive.append(process.is_alive())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert launch._watch([process]) == 128 + signal.SIGKILL
+    thread.join()
+    assert alive == [True]
+
+
+@pytest.mark.parametrize("end, status", [((0, 3, 5), 3), ((0, -9, 5), 137), ((0, 0, 0), 0)])
+def test_status_of_processes_that_ended_before_they_were_looked_at(end, status):
+    class Ended:
+        def __init__(self, exitcode):
+            self.exitcode = exitcode
+
+        def is_alive(self):
+            return False
+
+    assert launch._watch([Ended(code) for code in end]) == status
+
+
+LONG = """
+import os, sys, time
+from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.launch import Launch, _free_port, run_processes
+
+def run(how):
+    if how == "long":
+        raise UsageError("x" * 10**6)
+    if os.environ["LOCAL_RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    raise UsageError("what the first process says")
+
+if __name__ == "__main__":
+    run_processes(Launch(2, url=f"tcp://127.0.0.1:{_free_port()}"), run, sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("how", ["long", "killed"])
+def test_what_processes_say_reaches_the_user(tmp_path, how):
+    """A message larger than a pipe, said once; a process that was killed keeps nobody waiting."""
+    (tmp_path / "tool.py").write_text(LONG)
+    command = [sys.executable, "-W", "ignore", str(tmp_path / "tool.py"), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    if how == "long":
+        assert (done.returncode, done.stderr.count("x" * 10**6)) == (2, 1)
+    else:
+        assert done.returncode in (2, 137) and "what the first process says" in done.stderr
