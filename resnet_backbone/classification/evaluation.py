@@ -26,7 +26,7 @@ from resnet_backbone.classification import metrics
 from resnet_backbone.classification.metrics import Predictions
 from resnet_backbone.classification.protocols import Member, Protocol
 from resnet_backbone.runtime.distributed import World
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 
 class EvaluationError(ValueError):

@@ -33,7 +33,7 @@ from resnet_backbone.classification.step import AMP, StepOptions, TrainStep
 from resnet_backbone.classification.trainer import LoopOptions, Trainer
 from resnet_backbone.runtime.distributed import World
 from resnet_backbone.weights import Preprocessing
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 logger = logging.getLogger(__name__)
 

@@ -38,7 +38,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-from resnet_backbone.detection.checkpoint.handover import prepare_weights
+from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.data.label_arguments import detects_objects
 from resnet_backbone.detection.engine.command_line import UsageError, load_config, one_line_errors
 from resnet_backbone.detection.inference import visualize

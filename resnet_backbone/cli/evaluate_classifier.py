@@ -39,9 +39,9 @@ from resnet_backbone.runtime.distributed import World, join
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.provenance import hardware, source_revision, versions
 from resnet_backbone.weights import WeightsError
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.load import WrongStride
-from resnet_backbone.weights.reading import UnknownInput
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 logger = logging.getLogger("resnet_backbone.evaluate_classifier")
 

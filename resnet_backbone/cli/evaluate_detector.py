@@ -117,7 +117,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_runs(args: argparse.Namespace) -> dict:
     """The configs of --run and --context-run, with the data that they are evaluated on."""
-    from resnet_backbone.detection.checkpoint.handover import prepare_weights
+    from resnet_backbone.detection.checkpoint.input_check import prepare_weights
     from resnet_backbone.detection.inference.ensemble import check_member, run_config
 
     off = ["TEST.AUG.ENABLED", "False"]  # what the runs' own evaluations had on

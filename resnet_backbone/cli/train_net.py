@@ -140,7 +140,7 @@ def set_up(args: argparse.Namespace):
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
-    from resnet_backbone.detection.checkpoint.handover import prepare_weights, require_weights
+    from resnet_backbone.detection.checkpoint.input_check import prepare_weights, require_weights
     from resnet_backbone.detection.data.sampling import BatchPlan, limit_workers
     from resnet_backbone.detection.engine.schedule import (
         check_training,

@@ -161,7 +161,7 @@ def test_cheap_mistakes_are_found_before_weights_are_fetched(
 ):
     fetched = []
     monkeypatch.setattr(
-        "resnet_backbone.detection.checkpoint.handover.prepare_weights",
+        "resnet_backbone.detection.checkpoint.input_check.prepare_weights",
         lambda *a, **k: fetched.append(a),
     )
     words = [word.format(voc=tiny_voc) for word in words]

@@ -13,7 +13,7 @@ pytest.importorskip("detectron2")
 
 from detectron2.utils.events import EventStorage
 
-from resnet_backbone.detection.checkpoint.saving import (
+from resnet_backbone.detection.checkpoint.checkpointer import (
     AtomicWriter,
     find_last_checkpoint,
     refuse_not_finite,

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from resnet_backbone.weights import Checkpoint, WeightsError, get_preprocessing, read_checkpoint
-from resnet_backbone.weights.compare import build_network, outputs_of
+from resnet_backbone.weights.compare import outputs_of
 from resnet_backbone.weights.convert import convert_input, fold_bn, to_dtype
 from resnet_backbone.weights.export import FORMATS, export_checkpoint
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.load import build_network
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 SIDE = 64  # pixels; stated as the test's size too, so that no library resizes
 CLASSES = 7

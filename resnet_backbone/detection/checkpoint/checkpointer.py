@@ -1,20 +1,22 @@
-"""Detectron2's checkpointer for weights from any source, checked before anything is loaded."""
+"""Detectron2's checkpointer: weights from any source, checked before anything is loaded.
+
+Checkpoints are whole or not there, and never hold numbers that are not finite.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils import comm
 from torch import Tensor, nn
 
-from resnet_backbone.detection.checkpoint.files import (
-    PREPROCESSING_KEY,
-    DetectorFile,
-    backbone_source,
-    open_weights,
-)
+from resnet_backbone.detection.checkpoint.files import open_weights
 from resnet_backbone.detection.checkpoint.fit import (
     add_folded_statistics,
     refuse_folded,
@@ -24,19 +26,23 @@ from resnet_backbone.detection.checkpoint.fit import (
 from resnet_backbone.detection.checkpoint.inputs import (
     NAME_KEY,
     describe_input,
-    differences,
+    detector_input,
     networks,
     origin_input,
     refuse_other_input,
 )
 from resnet_backbone.models import StagedNetwork
+from resnet_backbone.runtime.files import put_in_place, write_text
 from resnet_backbone.weights.architecture import COUNTER
+from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
 from resnet_backbone.weights.load import check_architecture, check_settings, fitting_tensors
-from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, get_preprocessing
-from resnet_backbone.weights.reading import UnknownInput, read_network, single_precision
+from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
+from resnet_backbone.weights.readers import PREPROCESSING_KEY, RawFile
+from resnet_backbone.weights.reading import read_network, single_precision
 
-__all__ = ["Checkpointer", "check_input", "describe_input", "find_network", "load_backbone"]
+LAST = "last_checkpoint"  # a file in the run folder that names its newest checkpoint
+PARTIAL = ".partial"
 
 
 def find_network(model: nn.Module) -> StagedNetwork:
@@ -117,21 +123,23 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             WeightsError: with the file, the reason and what to write.
         """
-        file = open_weights(path) if path else None
-        if path and file is None:
+        if not path:
+            return super().load(path, checkpointables)
+        file = open_weights(path)
+        if not file.is_detector:
             if needs_detector:
                 raise WeightsError(
                     f"MODEL.WEIGHTS {path} holds a backbone or a classifier alone; give a "
                     "checkpoint of a whole detector, such as output/run/model_final.pth"
                 )
-            load_backbone(self.model, backbone_source(path), self._named_input())
+            load_backbone(self.model, file.source, self._named_input(), file.raw())
             self.logger.info(f"Loaded the backbone from {path}")
             return {}
         self._file, self._source, self._starts = file, path, checkpointables is not None
         try:
-            return super().load(file.path if file else path, checkpointables)
+            return super().load(str(file.file.path), checkpointables)
         finally:
-            self._parsed_url_during_load = None  # else it could not be used after an error
+            self._file = self._parsed_url_during_load = None  # else no use after an error
 
     def _named_input(self) -> str:
         """The preprocessing that its maker names, or else the config of the backbone."""
@@ -139,11 +147,10 @@ class Checkpointer(DetectionCheckpointer):
         return self.preprocessing or next(known, "")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        return self._file.read()
+        return self._file.content()
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        file: DetectorFile = self._file
-        expected = detector_input(file, self._source, self._named_input())
+        expected = detector_input(self._file, self._source, self._named_input())
         if expected is not None:
             check_input(self.model, expected, self._source)
         checkpoint.pop(PREPROCESSING_KEY, None)
@@ -162,8 +169,6 @@ class Checkpointer(DetectionCheckpointer):
 def _named_for(model: nn.Module, checkpoint: dict[str, Any], where: str) -> dict[str, Tensor]:
     """The tensors under the detector's names."""
     tensors = checkpoint["model"]
-    if all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     if checkpoint.pop("matching_heuristics", False):
         is_caffe2 = checkpoint.get("__author__") == "Caffe2"
         tensors = align_and_update_state_dicts(model.state_dict(), tensors, is_caffe2)
@@ -171,38 +176,20 @@ def _named_for(model: nn.Module, checkpoint: dict[str, Any], where: str) -> dict
     return tensors
 
 
-def detector_input(file: DetectorFile, source: str, name: str) -> Preprocessing | None:
-    """The input that a detector's checkpoint was trained on; None if nobody says it.
-
-    Args:
-        source: as the user wrote it.
-        name: of ``PREPROCESSINGS``, for a file that does not say it; "" for none.
-
-    Raises:
-        WeightsError: the file and `name` say different things.
-    """
-    stated, named = file.stated_input(), get_preprocessing(name) if name else None
-    if stated is None:
-        return named or origin_input(source)
-    if named is not None and differences(stated, named):
-        raise WeightsError(
-            f"{source} carries its own preprocessing, which is not {name!r}: leave {NAME_KEY} out"
-        )
-    return stated
-
-
-def load_backbone(model: nn.Module, source: str, preprocessing: str = "") -> None:
+def load_backbone(
+    model: nn.Module, source: str, preprocessing: str = "", raw: RawFile | None = None
+) -> None:
     """Loads ImageNet weights into a detector: backbone, C4's res5, VGG's fc6 and fc7.
 
     Args:
-        source, preprocessing: see :func:`resnet_backbone.weights.read_checkpoint`.
+        source, preprocessing, raw: see :func:`resnet_backbone.weights.read_checkpoint`.
 
     Raises:
         WeightsError: input or stride mismatch, missing or wrongly shaped tensors. The detector
             is unchanged then.
     """
     try:
-        weights = read_network(source, preprocessing or origin_input(source) or "")
+        weights = read_network(source, preprocessing or origin_input(source) or "", raw=raw)
     except UnknownInput as error:
         raise UnknownInput(source, NAME_KEY) from error
     network = find_network(model)
@@ -243,3 +230,73 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
             head[key] = tensors[source]
     report_random(random, path)
     return head
+
+
+# Saving
+
+
+class AtomicWriter(DetectionCheckpointer):
+    """:class:`DetectionCheckpointer` whose files appear under their names when they are whole.
+
+    Attributes:
+        marks_last: whether what is saved is what ``--resume`` goes on from.
+    """
+
+    marks_last = True
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As fvcore's, which writes in place.
+
+        Raises:
+            OSError: the file cannot be written; the one that it would replace is there.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: one.state_dict() for key, one in self.checkpointables.items()}
+        content = {"model": self.model.state_dict(), **states, **kwargs}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            torch.save(content, path + PARTIAL)
+            put_in_place(path + PARTIAL, path)
+        except (OSError, RuntimeError) as error:  # the second is of PyTorch's file writer
+            with suppress(FileNotFoundError):
+                os.remove(path + PARTIAL)  # a full disk has its room back
+            cause = " ".join(str(error).split())
+            raise OSError(f"{path} cannot be written ({cause})") from error
+        if self.marks_last:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        write_text(os.path.join(self.save_dir, LAST), last_filename_basename)
+
+
+class AtomicCheckpointer(Checkpointer, AtomicWriter):
+    """:class:`Checkpointer` that writes as :class:`AtomicWriter`."""
+
+    def __init__(self, *args: Any, marks_last: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.marks_last = marks_last
+
+
+def find_last_checkpoint(folder: str) -> str:
+    """The checkpoint from which a run goes on; "" where there is none."""
+    mark = os.path.join(folder, LAST)
+    if not os.path.isfile(mark):
+        return ""
+    with open(mark, encoding="utf-8") as file:
+        return os.path.join(folder, file.read().strip())
+
+
+def refuse_not_finite(model: nn.Module) -> None:
+    """All processes must call it.
+
+    Raises:
+        FloatingPointError: on every process, if any has a weight or statistic that is NaN or
+            infinite.
+    """
+    state = model.state_dict().items()
+    found = next((key for key, value in state if not value.isfinite().all()), "")
+    bad = [key for key in comm.all_gather(found) if key]
+    if bad:
+        raise FloatingPointError(f"the weights are not finite ({bad[0]}), no checkpoint is written")

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
-from resnet_backbone.weights.input_settings import INPUT_SETTINGS
-from resnet_backbone.weights.preprocessing import WeightsError
+from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
 
 logger = logging.getLogger(__name__)
 

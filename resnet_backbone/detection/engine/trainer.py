@@ -27,8 +27,11 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from resnet_backbone.detection.checkpoint.handover import with_weights_input
-from resnet_backbone.detection.checkpoint.saving import AtomicCheckpointer, find_last_checkpoint
+from resnet_backbone.detection.checkpoint.checkpointer import (
+    AtomicCheckpointer,
+    find_last_checkpoint,
+)
+from resnet_backbone.detection.checkpoint.input_check import with_weights_input
 from resnet_backbone.detection.data.label_arguments import mapper_options
 from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader
 from resnet_backbone.detection.engine.hooks import (

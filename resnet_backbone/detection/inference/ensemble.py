@@ -100,7 +100,7 @@ def read_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
         UsageError, WeightsError: no run there, see :func:`check_member`, or weights that do not
             fit the run's config.
     """
-    from resnet_backbone.detection.checkpoint.handover import prepare_weights
+    from resnet_backbone.detection.checkpoint.input_check import prepare_weights
     from resnet_backbone.detection.engine.trainer import Trainer
     from resnet_backbone.detection.inference.predictor import load_detector
 

@@ -14,7 +14,7 @@ from detectron2.data.transforms import ResizeShortestEdge
 from PIL import UnidentifiedImageError
 from torch import nn
 
-from resnet_backbone.detection.checkpoint.handover import require_weights, with_weights_input
+from resnet_backbone.detection.checkpoint.input_check import require_weights, with_weights_input
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.inference.testing import for_testing

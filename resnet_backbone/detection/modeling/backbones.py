@@ -138,8 +138,9 @@ def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
     weights = cfg.MODEL.WEIGHTS
     if weights and backbone_node(cfg).WEIGHTS_INPUT == "set":
         raise UsageError(
-            f"RESNET_BACKBONE.WEIGHTS_INPUT is set, but nobody has read {weights} yet: call "
-            "resnet_backbone.detection.take_over(cfg, cfg.MODEL.WEIGHTS) before the model is built"
+            f"RESNET_BACKBONE.WEIGHTS_INPUT is set, but {weights} has not been read: call "
+            "resnet_backbone.detection.use_weights_input(cfg, cfg.MODEL.WEIGHTS) before the model "
+            "is built"
         )
     network.input_settings = config_input(cfg)
     network.weights_preprocessing = backbone_node(cfg).WEIGHTS_PREPROCESSING

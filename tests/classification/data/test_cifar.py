@@ -25,7 +25,7 @@ from resnet_backbone.classification.data.cifar import (
     read_cifar10,
 )
 from resnet_backbone.classification.data.stream import SampleStream
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 PER_FILE = 12
 BASE = Path(__file__).parents[3] / "configs/classification/cifar10/Base-CIFAR10.yaml"
