@@ -20,8 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resnet_backbone.detection import Checkpointer, use_weights_input
+from resnet_backbone.detection.checkpoint.backbone_input import (
+    config_input,
+    differences,
+    origin_input,
+)
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
-from resnet_backbone.detection.checkpoint.inputs import config_input, differences, origin_input
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.inference.predictor import Predictor
 from resnet_backbone.models import build_model as build_network

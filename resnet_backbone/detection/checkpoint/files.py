@@ -1,20 +1,25 @@
-"""Files of ``MODEL.WEIGHTS``: found by name, told apart by their content, opened as data alone."""
+"""Files of detectors: found by name, told apart by their content, read as data, written whole."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from resnet_backbone.runtime.files import put_in_place, write_text
 from resnet_backbone.weights.conventions import DETECTRON2
 from resnet_backbone.weights.keymaps import caffe2
 from resnet_backbone.weights.preprocessing import (
@@ -34,6 +39,8 @@ from resnet_backbone.weights.readers import (
 )
 from resnet_backbone.weights.sources import SCHEMES, resolve
 
+LAST = "last_checkpoint"  # a file in the run folder that names its newest checkpoint
+PARTIAL = ".partial"
 CLASSIFIERS_ONLY = ("torchvision", "timm", "hf")  # schemes under which there is no detector here
 # How the names in a detector begin, in Detectron2 and in Detectron1.
 PARTS = ("backbone.", "roi_heads.", "proposal_generator.", "sem_seg_head.")
@@ -187,3 +194,50 @@ def cached_by_detectron2(source: str) -> str:
     url = re.sub("^detectron2://", DETECTRON2, source)
     path = Path(get_cache_dir(), urlparse(url).path.lstrip("/"))
     return str(path) if url.startswith(DETECTRON2) and path.is_file() else ""
+
+
+# Writing
+
+
+class AtomicWriter(DetectionCheckpointer):
+    """:class:`DetectionCheckpointer` whose files appear under their names when they are whole.
+
+    Attributes:
+        marks_last: whether ``--resume`` continues from what is saved.
+    """
+
+    marks_last = True
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As fvcore's, which writes in place.
+
+        Raises:
+            OSError: the file cannot be written; the one that it would replace is there.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: one.state_dict() for key, one in self.checkpointables.items()}
+        content = {"model": self.model.state_dict(), **states, **kwargs}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            torch.save(content, path + PARTIAL)
+            put_in_place(path + PARTIAL, path)
+        except (OSError, RuntimeError) as error:  # the second is of PyTorch's file writer
+            with suppress(FileNotFoundError):
+                os.remove(path + PARTIAL)  # a full disk has its room back
+            raise OSError(f"{path} cannot be written ({one_line(error)})") from error
+        if self.marks_last:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        write_text(os.path.join(self.save_dir, LAST), last_filename_basename)
+
+
+def find_last_checkpoint(folder: str) -> str:
+    """The checkpoint from which a run resumes; "" where there is none."""
+    mark = os.path.join(folder, LAST)
+    if not os.path.isfile(mark):
+        return ""
+    with open(mark, encoding="utf-8") as file:
+        return os.path.join(folder, file.read().strip())

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
-from resnet_backbone.detection.checkpoint.files import open_weights
-from resnet_backbone.detection.checkpoint.inputs import (
+from resnet_backbone.detection.checkpoint.backbone_input import (
     FORMAT,
     MEAN,
     NAME_KEY,
@@ -26,6 +25,7 @@ from resnet_backbone.detection.checkpoint.inputs import (
     origin_input,
     refuse_other_input,
 )
+from resnet_backbone.detection.checkpoint.files import open_weights
 from resnet_backbone.detection.config import UsageError, backbone_node
 from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS

@@ -12,7 +12,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from resnet_backbone.detection.checkpoint.checkpointer import find_last_checkpoint
+from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
 from resnet_backbone.detection.config import UsageError
 
 logger = logging.getLogger(__name__)

@@ -27,10 +27,8 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from resnet_backbone.detection.checkpoint.checkpointer import (
-    AtomicCheckpointer,
-    find_last_checkpoint,
-)
+from resnet_backbone.detection.checkpoint.checkpointer import AtomicCheckpointer
+from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
 from resnet_backbone.detection.checkpoint.input_check import with_weights_input
 from resnet_backbone.detection.data.label_arguments import mapper_options
 from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader

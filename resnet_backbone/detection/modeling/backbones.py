@@ -12,7 +12,11 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from resnet_backbone.detection.checkpoint.inputs import StatesInput, config_input, origin_input
+from resnet_backbone.detection.checkpoint.backbone_input import (
+    StatesInput,
+    config_input,
+    origin_input,
+)
 from resnet_backbone.detection.config import UsageError, backbone_node, refuse_ignored_context
 from resnet_backbone.models import VGG, ResNet
 from resnet_backbone.models.layers import NORMS, Norm

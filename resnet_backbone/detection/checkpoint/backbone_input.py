@@ -168,8 +168,8 @@ class StatesInput(nn.Module):
     Where :attr:`input_settings` is known, the state dict of a module around this one has the entry
     ``input_settings`` (see :meth:`Preprocessing.to_tensor`), and loading one that says otherwise is
     an error. That holds for whatever loads and saves the detector, such as Detectron2's
-    ``DefaultPredictor`` and ``DefaultTrainer``. State dicts without the entry load, and those of the network or its
-    feature pyramid alone hold weights only.
+    ``DefaultPredictor`` and ``DefaultTrainer``. State dicts without the entry load, and those of
+    the network or its feature pyramid alone hold weights only.
 
     Attributes:
         input_settings: what the config gives the network; None: not known, not checked.
