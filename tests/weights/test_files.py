@@ -453,7 +453,7 @@ def test_two_strides_in_one_file(tmp_path):
     save_file(load_file(path), path)
     assert read_checkpoint(path, "torchvision").model.options == {"stride_in_1x1": False}
     for read in (read_checkpoint, partial(load_weights, other)):
-        with pytest.raises(WeightsError, match="nobody says where its bottlenecks have their st"):
+        with pytest.raises(WeightsError, match="the stride of its bottlenecks is unknown"):
             read(path, "caffe_vgg")
 
 
