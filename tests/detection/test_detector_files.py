@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from resnet_backbone.detection.checkpoint.files import open_weights
 from resnet_backbone.detection.inference.predictor import load_detector
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError, save_weights
+from resnet_backbone.weights.readers import read_tensors
 
 R18 = "voc/faster_rcnn_R_18_FPN.yaml"
 PREFIX = "backbone.bottom_up."
@@ -82,11 +84,30 @@ def test_files_that_hold_no_detector(detector, tmp_path, content, message):
     assert_holds(model, before)
 
 
-def test_one_storage_under_many_names_is_refused(tmp_path):
-    one = torch.zeros(100_000)
-    torch.save({"model": {f"backbone.{index}": one[:] for index in range(50)}}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match="more than twice its own size"):
-        open_weights(str(tmp_path / "x.pth")).content()
+@pytest.mark.parametrize("make", [lambda x: x[:], lambda x: x], ids=["views", "one object"])
+def test_one_storage_under_many_names_is_refused(tmp_path, make):
+    """By the reader of detectors as by that of networks."""
+    one, path = torch.zeros(100_000), tmp_path / "x.pth"
+    torch.save({"model": {f"backbone.{index}": make(one) for index in range(50)}}, path)
+    for read in (lambda: open_weights(str(path)).content(), lambda: read_tensors(path)):
+        with pytest.raises(WeightsError, match="more than twice its own size"):
+            read()
+
+
+def test_two_state_dicts_are_refused(tmp_path):
+    state, path = {"backbone.x": torch.zeros(1)}, tmp_path / "x.pth"
+    torch.save({"model": state, "state_dict": state}, path)
+    for read in (lambda: open_weights(str(path)), lambda: read_tensors(path)):
+        with pytest.raises(WeightsError, match="both state_dict and model hold weights"):
+            read()
+
+
+def test_a_backbone_is_read_once(detector, tmp_path, monkeypatch):
+    path, reads, read_bytes = tmp_path / "x.pth", [], Path.read_bytes
+    torch.save(build_network("resnet18").state_dict(), path)
+    monkeypatch.setattr(Path, "read_bytes", lambda p: reads.append(p.name) or read_bytes(p))
+    Checkpointer(detector(), preprocessing="msra").load(str(path), [])
+    assert reads == ["x.pth"]
 
 
 @pytest.mark.parametrize("end", [0, 10, 5000, -1])
