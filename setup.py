@@ -25,15 +25,15 @@ def read_long_description() -> str:
 
 
 CORE = [
-    "torch>=2.4",
+    "torch>=2.6",
     "numpy>=1.23",
     "safetensors>=0.4",
 ]
 
 # The trainer of tools/train_classifier.py: data, engine, report.
 CLASSIFICATION = [
-    "torch>=2.4",
-    "torchvision>=0.19",
+    "torch>=2.6",
+    "torchvision>=0.21",
     "numpy>=1.23",
     "pillow>=9.1",
     "simplejpeg>=1.8",
@@ -52,7 +52,7 @@ FAST = ['nvidia-nvimgcodec-cu12>=0.9,<1 ; platform_system == "Linux"']
 # What Detectron2 needs, without Detectron2 itself: it is not on the package index under its own
 # name, and a copy built from git must not be overwritten. tools/setup_env.sh installs it.
 DETECTION = [
-    "torchvision>=0.19",
+    "torchvision>=0.21",
     "numpy>=1.23",
     "pillow>=9.1",
     "tqdm>=4.60",
@@ -83,7 +83,7 @@ QUICKSTART = [
 # The backbone in other libraries' models: resnet_backbone.adapters. Torchvision's models need
 # nothing but torchvision; mmdetection's packages are the user's own.
 ADAPTERS = [
-    "torchvision>=0.19",
+    "torchvision>=0.21",
     "timm>=1.0",
     "transformers>=5.0",
 ]

@@ -16,8 +16,8 @@ from transformers import ResNetBackbone, ResNetConfig
 
 from resnet_backbone.adapters.source import image_normalization, rgb_checkpoint
 from resnet_backbone.weights import Checkpoint, WeightsError
-from resnet_backbone.weights.export_configs import hugging_face_configs
 from resnet_backbone.weights.keymaps import LAYOUTS, check_support
+from resnet_backbone.weights.keymaps.huggingface import hugging_face_configs
 
 __all__ = ["backbone_config", "image_normalization", "load_backbone", "rgb_checkpoint"]
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.processes import World
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 LAYER_INPUTS = ("batch", "population")
 

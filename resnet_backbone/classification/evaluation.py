@@ -27,7 +27,7 @@ from resnet_backbone.classification.metrics import Predictions
 from resnet_backbone.classification.protocols import Member, Protocol
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.processes import World
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 
 class EvaluationError(UsageError):

@@ -35,7 +35,7 @@ from resnet_backbone.runtime.provenance import command_line, hardware
 from resnet_backbone.runtime.run_folder import RESULTS, RunFolder
 from resnet_backbone.runtime.signals import StopRequest, Watched
 from resnet_backbone.weights import Preprocessing
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 logger = logging.getLogger(__name__)
 

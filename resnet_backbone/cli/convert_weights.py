@@ -16,7 +16,8 @@ from resnet_backbone.cli.pictures import find_pictures, read_picture, to_tensor
 from resnet_backbone.models import list_models
 from resnet_backbone.runtime.provenance import command_line
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
-from resnet_backbone.weights.compare import TOLERANCE, Comparison, compare
+from resnet_backbone.weights.compare import TOLERANCE, Comparison, Samples, compare, sample_images
+from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.convert import (
     DTYPES,
     convert_input,
@@ -34,8 +35,7 @@ from resnet_backbone.weights.preprocessing import (
     WeightsError,
     get_preprocessing,
 )
-from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
-from resnet_backbone.weights.samples import Samples, sample_images
+from resnet_backbone.weights.reading import read_checkpoint
 
 EPILOG = """\
 examples:

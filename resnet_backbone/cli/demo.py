@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from resnet_backbone.detection.checkpoint.handover import prepare_weights
+from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.config_file import load_config
 from resnet_backbone.detection.data.arguments import detects_objects

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from resnet_backbone.detection.checkpoint.handover import prepare_weights
+from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import DEFAULTS, UsageError
 from resnet_backbone.detection.config_file import take_back_overrides
 from resnet_backbone.detection.data.arguments import add_data_arguments, set_up_data

@@ -37,7 +37,7 @@ from resnet_backbone.fast.export import Mismatch
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.runtime.files import put_in_place, write_json
 from resnet_backbone.weights import ModelSpec, Preprocessing, load_weights, read_checkpoint
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 EPILOG = """\
 Every file is run on the images of --images (onnxruntime for ONNX), each at its own size (at most

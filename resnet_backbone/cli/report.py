@@ -30,7 +30,7 @@ from resnet_backbone.report.plots import (
 from resnet_backbone.report.published import parse_network
 from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_run
 from resnet_backbone.report.table import results_table
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 CURVES_EPILOG = """\
 examples:

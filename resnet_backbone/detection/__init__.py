@@ -10,7 +10,7 @@ except ImportError as error:
     ) from error
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
-from resnet_backbone.detection.checkpoint.handover import take_over
+from resnet_backbone.detection.checkpoint.input_check import use_weights_input
 from resnet_backbone.detection.config import add_resnet_backbone_config
 from resnet_backbone.detection.inference import improve
 from resnet_backbone.detection.modeling.backbones import PaperResNet, PaperVGG
@@ -34,6 +34,6 @@ __all__ = [
     "add_resnet_backbone_config",
     "build_detector",
     "improve",
-    "take_over",
+    "use_weights_input",
     "with_global_context",
 ]

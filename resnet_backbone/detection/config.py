@@ -25,7 +25,7 @@ DEFAULTS = CfgNode(
         # Weights: what happens to INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and
         # MODEL.RESNETS.STRIDE_IN_1X1, which must be what MODEL.WEIGHTS were trained with.
         # check: other values are an error; set: they get the values of the weights (by the tools,
-        # or by resnet_backbone.detection.take_over before the model is built).
+        # or by resnet_backbone.detection.use_weights_input before the model is built).
         "WEIGHTS_INPUT": "check",
         # The input they were trained on, where a file does not carry it: msra, caffe_vgg or
         # torchvision.

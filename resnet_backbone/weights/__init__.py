@@ -1,27 +1,26 @@
 """What makes a checkpoint safe to use: its preprocessing travels with it and is checked."""
 
-from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec, Origin
-from resnet_backbone.weights.files import (
-    load_weights,
-    read_checkpoint,
-    read_weights,
-    save_weights,
-    write_checkpoint,
-)
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec, Origin, write_checkpoint
+from resnet_backbone.weights.load import build_network, load_weights, save_weights
 from resnet_backbone.weights.preprocessing import (
     PREPROCESSINGS,
+    InputNormalizer,
     Preprocessing,
     WeightsError,
     get_preprocessing,
 )
+from resnet_backbone.weights.reading import describe_weights, read_checkpoint, read_weights
 
 __all__ = [
     "PREPROCESSINGS",
     "Checkpoint",
+    "InputNormalizer",
     "ModelSpec",
     "Origin",
     "Preprocessing",
     "WeightsError",
+    "build_network",
+    "describe_weights",
     "get_preprocessing",
     "load_weights",
     "read_checkpoint",

@@ -1,17 +1,33 @@
-"""What a checkpoint is here: tensors that say of which network they are and what input it needs."""
+"""What a checkpoint is here: tensors that say of which network they are and what input it needs.
+
+Its file is of safetensors; the header carries the preprocessing, the network, where the weights
+came from and a version.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from resnet_backbone.fast import build_model
 from resnet_backbone.models import StagedNetwork
-from resnet_backbone.weights.preprocessing import Preprocessing
+from resnet_backbone.runtime.files import put_in_place
+from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, one_line
+
+METADATA_KEY = "resnet_backbone.preprocessing"
+MODEL_KEY = "resnet_backbone.model"  # the network's name, number of classes and options
+ORIGIN_KEY = "resnet_backbone.origin"
+SCHEMA_KEY = "resnet_backbone.schema"  # absent in files of before version 1
+SCHEMA = 1
+MEAN_IMAGE_KEY = "preprocessing.mean_image"  # a tensor beside the weights
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,7 @@ class ModelSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, **options: Any) -> StagedNetwork:
-        """Builds the network of this package with freshly initialised weights.
+        """Builds the network of this package with freshly initialized weights.
 
         Args:
             **options: constructor arguments added to the specification's own, for example
@@ -122,3 +138,120 @@ class Checkpoint:
     model: ModelSpec
     preprocessing: Preprocessing
     origin: Origin = Origin()
+
+    @property
+    def has_bottlenecks(self) -> bool:
+        """Whether the network has bottleneck blocks, that is, two places for its strides."""
+        return has_bottlenecks(self.tensors)
+
+    def metadata(self) -> dict[str, str]:
+        """The texts of its file's header."""
+        return FileMetadata(self.preprocessing, self.model, self.origin).texts()
+
+
+def has_bottlenecks(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors under this package's names are of a network with bottleneck blocks."""
+    return any(key.endswith("conv3.weight") for key in tensors)
+
+
+class FileMetadata(NamedTuple):
+    """What a file says of itself; None for parts that were not written.
+
+    Attributes:
+        has_mean_image: it holds a per-pixel mean beside the channel means.
+    """
+
+    preprocessing: Preprocessing | None
+    model: ModelSpec | None = None
+    origin: Origin | None = None
+    has_mean_image: bool = False
+
+    def texts(self) -> dict[str, str]:
+        """The header's texts; what is None is left out."""
+        keys = (METADATA_KEY, MODEL_KEY, ORIGIN_KEY)
+        parts = zip(keys, self[:3], strict=True)
+        texts = {key: part.to_json() for key, part in parts if part is not None}
+        return {SCHEMA_KEY: str(SCHEMA), **texts}
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str], where: str) -> FileMetadata:
+        """What a header says.
+
+        Args:
+            texts: of any safetensors file.
+            where: the file, for messages.
+
+        Raises:
+            WeightsError: written by a later version of this package, or unreadable.
+        """
+        schema = texts.get(SCHEMA_KEY, "0")
+        if not schema.isdecimal() or len(schema) > 9:
+            raise WeightsError(
+                f"{where}: unreadable {SCHEMA_KEY} in its metadata ({schema[:80]!r})"
+            )
+        if int(schema) > SCHEMA:
+            raise WeightsError(
+                f"{where} was written in form {schema}, this version of resnet_backbone reads "
+                f"up to {SCHEMA}: install a newer one"
+            )
+        kinds, parts = {METADATA_KEY: Preprocessing, MODEL_KEY: ModelSpec, ORIGIN_KEY: Origin}, []
+        for key, kind in kinds.items():
+            try:
+                parts.append(kind.from_json(texts[key]) if key in texts else None)
+            except (ValueError, RecursionError) as error:
+                raise WeightsError(
+                    f"{where}: unreadable {key} in its metadata ({one_line(error)})"
+                ) from error
+        return cls(*parts)
+
+    @classmethod
+    def read(cls, path: Path) -> FileMetadata:
+        """What a local safetensors file says of itself, without its weights.
+
+        Raises:
+            WeightsError: the file is missing, damaged or of a later version.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                texts, keys = file.metadata() or {}, file.keys()
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
+        return cls.from_texts(texts, str(path))._replace(has_mean_image=MEAN_IMAGE_KEY in keys)
+
+
+def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
+    """Writes a checkpoint as one of our files, atomically.
+
+    Args:
+        path: ``.safetensors``.
+
+    Raises:
+        WeightsError: another suffix.
+    """
+    write_tensors(checkpoint.tensors, checkpoint.preprocessing, checkpoint.metadata(), path)
+
+
+def write_tensors(
+    state: Mapping[str, Tensor],
+    preprocessing: Preprocessing,
+    texts: dict[str, str],
+    path: str | os.PathLike,
+) -> None:
+    """Writes tensors, the preprocessing's mean image and a header as a safetensors file."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path}: weights are written to .safetensors files")
+    tensors = {key: value.detach().contiguous() for key, value in state.items()}
+    if preprocessing.mean_image is not None:
+        tensors[MEAN_IMAGE_KEY] = preprocessing.mean_image.detach().cpu().contiguous()
+    write_file(save(tensors, texts), path)  # not save_file, whose files only their owner can read
+
+
+def write_file(data: bytes, path: Path) -> None:
+    """Writes a file whole or not at all: the old one stands until the new one is on the disk."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        put_in_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

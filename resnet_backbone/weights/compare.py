@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
-from resnet_backbone.weights.architecture import COUNTER, deepest_stage
+from resnet_backbone.models import StagedNetwork
+from resnet_backbone.weights.architecture import deepest_stage
 from resnet_backbone.weights.checkpoint import Checkpoint
 from resnet_backbone.weights.diagnosis import (
     Hypothesis,
@@ -18,13 +20,13 @@ from resnet_backbone.weights.diagnosis import (
     single_hypotheses,
     whole_conventions,
 )
-from resnet_backbone.weights.inputs import InputNormalizer
-from resnet_backbone.weights.load import fitting_tensors
-from resnet_backbone.weights.preprocessing import WeightsError
+from resnet_backbone.weights.load import build_network, network_on_meta
+from resnet_backbone.weights.preprocessing import InputNormalizer, WeightsError
 
 TOLERANCE = 1e-4  # of the largest output; fp32 rounding stays below 1e-5
 BATCH = 8
 EXACT = 1e-6  # relative: nothing will explain it better
+PHOTOGRAPHS = ("astronaut", "coffee", "rocket", "chelsea")  # in color
 SEARCH_SIZE = 96  # pixels of a side; a mistake shows on any part of an image
 
 
@@ -57,44 +59,6 @@ class Difference:
         if self.same_top1 is None:
             return text
         return text + f"; same top-1 class on {self.same_top1} of {self.num_images} images"
-
-
-def build_network(checkpoint: Checkpoint, where: str = "the checkpoint") -> StagedNetwork:
-    """The checkpoint's network with its weights in fp32, in evaluation mode.
-
-    Without head it is a backbone that returns its deepest stage. Stride and BN epsilon are those
-    of the preprocessing.
-
-    Raises:
-        WeightsError: tensors that do not fit the network.
-    """
-    network = _network_on_meta(checkpoint)
-    fitting = fitting_tensors(network, checkpoint.tensors, where)
-    state = {key: value.float().clone() for key, value in fitting.items()}
-    counters = [key for key in network.state_dict() if key.endswith(COUNTER)]
-    state |= {key: torch.zeros((), dtype=torch.long) for key in counters}
-    network.load_state_dict(state, assign=True)
-    return network.to(memory_format=torch.channels_last)  # as networks are built
-
-
-def _network_on_meta(checkpoint: Checkpoint) -> StagedNetwork:
-    """Without values, which would be drawn only to be overwritten."""
-    preprocessing, options = checkpoint.preprocessing, {}
-    if checkpoint.model.num_classes is None:
-        options["out_features"] = (deepest_stage(checkpoint.tensors),)
-    if preprocessing.stride_in_1x1 is not None and has_bottlenecks(checkpoint):
-        options["stride_in_1x1"] = preprocessing.stride_in_1x1
-    with torch.device("meta"):
-        network = checkpoint.model.build(**options).eval()
-    for module in network.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
-            module.eps = preprocessing.bn_eps
-    return network
-
-
-def has_bottlenecks(checkpoint: Checkpoint) -> bool:
-    """Whether the network has bottleneck blocks, that is, two places for its strides."""
-    return "res2.0.conv3.weight" in checkpoint.tensors
 
 
 @torch.inference_mode()
@@ -177,7 +141,7 @@ class _Runner:
         if not self.networks:
             self.networks[key] = build_network(checkpoint, where)
         elif key not in self.networks:
-            network = _network_on_meta(checkpoint)
+            network = network_on_meta(checkpoint)
             weights = next(iter(self.networks.values())).state_dict()
             network.load_state_dict(weights, assign=True)
             self.networks[key] = network
@@ -212,7 +176,7 @@ def _explain(
 
     What explains that part best is then tried on all images.
     """
-    part = _centre(images[:1], SEARCH_SIZE)
+    part = _center(images[:1], SEARCH_SIZE)
     target = _Runner(run.stage)(a, part, "A")
     singles = single_hypotheses(a, b)
     whole = [(hypothesis,) for hypothesis in whole_conventions(a, b)]
@@ -235,7 +199,7 @@ def _explain(
     return replace(found, num_tried=num_tried)
 
 
-def _centre(images: Tensor, size: int) -> Tensor:
+def _center(images: Tensor, size: int) -> Tensor:
     top, left = (max(extent - size, 0) // 2 for extent in images.shape[2:])
     return images[:, :, top : top + size, left : left + size]
 
@@ -244,3 +208,46 @@ def _applied(checkpoint: Checkpoint, hypotheses: Sequence[Hypothesis]) -> Checkp
     for hypothesis in hypotheses:
         checkpoint = hypothesis.apply(checkpoint)
     return checkpoint
+
+
+# Pictures to run two networks on by default
+
+
+class Samples(NamedTuple):
+    """Images and what they are.
+
+    Attributes:
+        images: uint8 (N, 3, size, size), RGB.
+        text: for a person: "4 photographs of scikit-image".
+    """
+
+    images: Tensor
+    text: str
+
+
+def sample_images(size: int) -> Samples:
+    """Photographs that lie inside scikit-image, or noise where it is not installed.
+
+    Args:
+        size: side in pixels.
+    """
+    try:
+        from resnet_backbone.runtime.builtin import load_photograph
+
+        squares = [np.array(_square(load_photograph(name), size)) for name in PHOTOGRAPHS]
+    except ImportError:
+        generator = torch.Generator().manual_seed(0)
+        shape = (len(PHOTOGRAPHS), 3, size, size)
+        noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return Samples(
+            noise, f"{len(noise)} images of noise, which is no picture: give --images DIR"
+        )
+    images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
+    return Samples(images, f"{len(images)} photographs of scikit-image")
+
+
+def _square(photograph, size: int):
+    """The center of a photograph, as PIL image."""
+    side = min(photograph.size)
+    left, top = ((extent - side) // 2 for extent in photograph.size)
+    return photograph.resize((size, size), box=(left, top, left + side, top + side))

@@ -1,22 +1,28 @@
-"""The input that known origins' weights were trained on, each with the place where that is said.
+"""The input that weights were trained on: what their origin says, and the one that all agree on.
 
-The one table of conventions. What a library keeps in a machine-readable form (torchvision, timm,
-Hugging Face) is read there and not copied. Of an unknown origin nothing is assumed.
+The one table of conventions, each with the place where it is written down. What a library keeps in
+a machine-readable form (torchvision, timm, Hugging Face) is read there and not copied. Of an
+unknown origin nothing is assumed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from resnet_backbone.models import list_models
-from resnet_backbone.weights.input_settings import INPUT_SETTINGS, from_tensor
+from resnet_backbone.models import BottleneckBlock
+from resnet_backbone.models.resnet import DEPTHS
+from resnet_backbone.weights.architecture import constructor_options
+from resnet_backbone.weights.checkpoint import FileMetadata, ModelSpec
 from resnet_backbone.weights.preprocessing import (
+    INPUT_SETTINGS,
     PREPROCESSINGS,
     Preprocessing,
     WeightsError,
+    get_preprocessing,
+    known_filter,
     one_line,
 )
 from resnet_backbone.weights.readers import PREPROCESSING_KEY, RawFile
@@ -51,11 +57,6 @@ BY_ADDRESS: dict[str, Preprocessing] = {
 }
 # ``__author__`` of a Detectron2 pickle -> convention, where the script that writes it says so.
 BY_AUTHOR: dict[str, Preprocessing] = {"torchvision": _CONVERTED}
-# The networks of this package that torchvision and timm have under the same names.
-LIBRARY_NETWORKS = tuple(name for name in list_models() if name.startswith(("resnet", "vgg")))
-# timm's retired names of weights for these networks, "tv_resnet50" and "gluon_resnet50_v1b".
-_RETIRED = re.compile(r"^(?:tv|ssl|swsl)_(?=resnet)|^gluon_(resnet\d+)_v1b$")
-FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling, as in preprocessor_config.json
 
 
 def torchvision_preprocessing(weights: Any) -> Preprocessing:
@@ -70,7 +71,7 @@ def torchvision_preprocessing(weights: Any) -> Preprocessing:
         source=f"torchvision.models.{weights}.transforms()",
         resize_size=transform.resize_size[0],
         crop_size=transform.crop_size[0],
-        interpolation=_known_filter(transform.interpolation.value),
+        interpolation=known_filter(transform.interpolation.value),
     )
 
 
@@ -88,59 +89,6 @@ def torchvision_entry(wanted: Callable[[Any], bool]) -> Any | None:
     return None
 
 
-class OtherNetwork(WeightsError):
-    """Weights of a network with the tensors of one of ours and another function."""
-
-
-def check_timm_network(config: Mapping[str, Any], where: str) -> None:
-    """Refuses timm's relatives of our networks that no tensor shows, such as resnetblur50.
-
-    Args:
-        config: ``architecture`` and, where they are written, ``model_args``, ``global_pool``.
-        where: the config, for the message.
-
-    Raises:
-        OtherNetwork: another architecture, or arguments that make it another function.
-    """
-    architecture = _short(str(config["architecture"]).partition(".")[0])
-    if _RETIRED.sub(r"\1", architecture) not in LIBRARY_NETWORKS:
-        raise OtherNetwork(
-            f"{where}: timm's {architecture} is not among this package's networks, which are "
-            f"{', '.join(LIBRARY_NETWORKS)}: use it in timm itself"
-        )
-    arguments = dict(config.get("model_args") or {})
-    pools = {config.get("global_pool", "avg"), arguments.pop("global_pool", "avg")}
-    changed = sorted(arguments.keys() - {"num_classes", "in_chans"})
-    if changed or not pools <= {"avg", "fastavg", "", None}:
-        what = _short(", ".join(changed)) or "global_pool"
-        raise OtherNetwork(
-            f"{where}: timm builds this {architecture} with {what} of its own, which can make it "
-            "another function: use it in timm itself"
-        )
-
-
-def _short(text: str) -> str:
-    return " ".join(text.split())[:80]
-
-
-def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
-    """Refuses transformers' ResNets that are none of ours and have the same tensors.
-
-    Raises:
-        OtherNetwork: another activation, or a first stage that halves the resolution.
-        ValueError: ``downsample_in_bottleneck`` is not true or false.
-    """
-    for key, ours in (("hidden_act", "relu"), ("downsample_in_first_stage", False)):
-        value = config.get(key, ours)
-        if value != ours:
-            raise OtherNetwork(
-                f"{where}: {key} is {_short(repr(value))}, in this package's networks it is "
-                f"{ours!r}: the same tensors are another function, use them in transformers itself"
-            )
-    if not isinstance(config.get("downsample_in_bottleneck", False), bool):
-        raise ValueError("downsample_in_bottleneck is not true or false")
-
-
 def convention_of_content(file: RawFile) -> Preprocessing | None:
     """The convention of a file that its content identifies.
 
@@ -156,7 +104,7 @@ def convention_of_content(file: RawFile) -> Preprocessing | None:
             return Preprocessing.from_json(file.metadata[PREPROCESSING_KEY])
         for key, value in file.tensors.items():
             if key.endswith(f".{INPUT_SETTINGS}"):
-                return from_tensor(value)
+                return Preprocessing.from_tensor(value)
     except WeightsError as error:
         raise WeightsError(f"{file.path}: {one_line(error)}") from error
     if file.container != "torch":
@@ -175,66 +123,117 @@ def published_hash(weights: Any) -> str:
     return match[1] if match else ""
 
 
-def timm_preprocessing(config: Mapping[str, Any], source: str) -> Preprocessing:
-    """The convention of a timm ``pretrained_cfg``; its test is at the size of training."""
-    size = config["input_size"][-1]
-    centred = config.get("crop_mode", "center") == "center" and config.get("crop_pct")
-    return Preprocessing(
-        "RGB",
-        1.0,
-        tuple(config["mean"]),
-        tuple(config["std"]),
-        stride_in_1x1=False,
-        source=source,
-        resize_size=int(size / config["crop_pct"]) if centred else None,
-        crop_size=size if centred else None,
-        interpolation=_known_filter(config.get("interpolation", "")),
-    )
+# What file, origin and user agree on
 
 
-def _known_filter(name: Any) -> str:
-    return name if name in FILTERS.values() else ""
-
-
-def hugging_face_preprocessing(
-    processor: Mapping[str, Any], stride_in_1x1: bool | None
-) -> Preprocessing:
-    """The convention of a ``preprocessor_config.json``.
+class UnknownInput(WeightsError):
+    """Weights whose preprocessing is unknown.
 
     Args:
-        stride_in_1x1: ``downsample_in_bottleneck`` of the config.json beside it.
+        source: of the weights.
+        option: where the caller's user says it: an option or a config key.
     """
-    value_range = 1.0
-    if not processor.get("do_rescale", True):
-        value_range = 255.0
-    elif "rescale_factor" in processor:
-        value_range = round(255.0 * processor["rescale_factor"], 6)
-    normalizes = processor.get("do_normalize", True)
-    resize, crop = _hugging_face_sizes(processor)
-    return Preprocessing(
-        "BGR" if processor.get("do_flip_channel_order") else "RGB",
-        value_range,
-        tuple(processor["image_mean"]) if normalizes else (0.0, 0.0, 0.0),
-        tuple(processor["image_std"]) if normalizes else (1.0, 1.0, 1.0),
-        stride_in_1x1=stride_in_1x1,
-        source="preprocessor_config.json and config.json beside the weights",
-        resize_size=resize,
-        crop_size=crop,
-        interpolation=FILTERS.get(processor.get("resample"), ""),
+
+    def __init__(self, source: str, option: str = ""):
+        *names, last = PREPROCESSINGS
+        where = f" ({option})" if option else ""
+        super().__init__(
+            f"{source} does not say which input it was trained on: name it{where}, "
+            f"{', '.join(names)} or {last} (tools/convert_weights.py takes any other)"
+        )
+        self.source = source
+
+
+def agreed_preprocessing(
+    source: str,
+    metadata: FileMetadata,
+    origin: Preprocessing | None,
+    content: Preprocessing | None,
+    given: str | Preprocessing,
+    stride_in_1x1: bool | None = None,
+) -> Preprocessing:
+    """The one preprocessing on which a file, its origin and the user agree.
+
+    Args:
+        source: the file, for messages.
+        origin: what the place that it comes from says.
+        content: what the file's content says beside its metadata.
+        given: by the user; "" for none.
+        stride_in_1x1: what a config.json beside the file says.
+
+    Raises:
+        UnknownInput: none of them says it.
+        WeightsError: two of them say different things.
+    """
+    stated = {
+        "its metadata": metadata.preprocessing,
+        "its origin": origin,
+        "its content": content,
+        repr(given) if isinstance(given, str) else "the given one": (
+            get_preprocessing(given) if given else None
+        ),
+    }
+    known = [(who, value) for who, value in stated.items() if value is not None]
+    if not known:
+        raise UnknownInput(source)
+    (who, first), *others = known
+    for other, value in others:
+        if not first.same_input(value):
+            _contradiction(source, who, other)
+        if first.stride_in_1x1 is None:
+            first = replace(first, stride_in_1x1=value.stride_in_1x1)
+    if stride_in_1x1 is not None:
+        if first.stride_in_1x1 not in (None, stride_in_1x1):
+            _contradiction(source, "the config.json beside it, by its stride,", who)
+        first = replace(first, stride_in_1x1=stride_in_1x1)
+    return first
+
+
+def _contradiction(source: str, first: str, second: str) -> None:
+    if first == "its metadata":
+        raise WeightsError(f"{source} carries its own preprocessing, which is not {second}")
+    raise WeightsError(f"{source}: {first} says another preprocessing than {second}")
+
+
+def with_stride(
+    known: Preprocessing, stated: ModelSpec | None, given: ModelSpec | None, source: str
+) -> Preprocessing:
+    """A preprocessing that says where bottlenecks have their stride, which no tensor shows.
+
+    Args:
+        stated, given: the network, as the file and as the user says.
+
+    Raises:
+        WeightsError: it is unknown, or file and user disagree.
+    """
+    of_network = _stride_of(stated or given)
+    found = {value for value in (known.stride_in_1x1, of_network) if value is not None}
+    if not found and stated is not None:
+        found = {constructor_options(stated.name)["stride_in_1x1"]}
+    if not found:
+        raise WeightsError(
+            f"{source}: the stride of its bottlenecks is unknown; name a preprocessing that has "
+            "it, such as msra or torchvision"
+        )
+    if len(found) > 1:
+        raise WeightsError(
+            f"{source}: its network has stride_in_1x1={of_network}, its preprocessing "
+            f"{known.stride_in_1x1}"
+        )
+    return replace(known, stride_in_1x1=found.pop())
+
+
+def stated_input(known: Preprocessing, stated: ModelSpec | None, source: str) -> Preprocessing:
+    """:func:`with_stride` by the name of the network alone, where no tensor was read."""
+    match = re.fullmatch(
+        r"(?:\w+/)?(?:\w+_)?(?:resnet|plain)(\d+)\w*", stated.name if stated else ""
     )
+    block, _ = DEPTHS.get(int(match[1]) if match else 0, (None, ()))
+    return with_stride(known, stated, None, source) if block is BottleneckBlock else known
 
 
-def _hugging_face_sizes(processor: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Shorter side and centre crop; (None, None) for tests of another kind."""
-    size = processor.get("size")
-    if isinstance(size, dict):
-        size = size.get("shortest_edge")
-    kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or ""
-    if not isinstance(size, int) or not processor.get("do_resize", True):
-        return None, None
-    if kind.startswith("ConvNext"):  # transformers' ConvNextImageProcessor.resize
-        crop_pct = processor.get("crop_pct") or 224 / 256
-        return (int(size / crop_pct), size) if size < 384 else (None, None)
-    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
-    crop = crop.get("height") if isinstance(crop, dict) else crop
-    return (size, crop) if crop else (None, None)
+def _stride_of(spec: ModelSpec | None) -> bool | None:
+    """What a network's name and options say; torchvision's and timm's have it in the 3x3."""
+    if spec is None:
+        return None
+    return False if "/" in spec.name else spec.options.get("stride_in_1x1")

@@ -3,7 +3,7 @@
 What is bit-exact, and what rounds:
 
 - channel order: the first convolution's input channels, mean and std change places; bit-exact;
-- value range: mean and std are other numbers for the same grey levels; no tensor changes;
+- value range: mean and std are other numbers for the same gray levels; no tensor changes;
 - std: a factor per input channel moves into the first convolution; one rounding to fp32 (none
   where the factors are powers of two);
 - batch norm folded into convolutions: computed in float64, one rounding to fp32;
@@ -27,8 +27,8 @@ from torch import Tensor
 from resnet_backbone.models.layers import ConvNormAct
 from resnet_backbone.weights.architecture import FIRST_KEYS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
-from resnet_backbone.weights.inputs import InputNormalizer
-from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
+from resnet_backbone.weights.load import build_network
+from resnet_backbone.weights.preprocessing import InputNormalizer, Preprocessing, WeightsError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAME = 1e-6  # relative; two ways of writing one mean or std, such as 103.939 / 255 * 255
@@ -44,7 +44,7 @@ def first_convolution(tensors: dict[str, Tensor]) -> str:
         if key in tensors:
             if tensors[key].dim() != 4 or tensors[key].shape[1] != 3:
                 shape = tuple(tensors[key].shape)
-                raise WeightsError(f"{key} has shape {shape}: only colour images are converted")
+                raise WeightsError(f"{key} has shape {shape}: only color images are converted")
             return key
     raise WeightsError(
         f"no first convolution ({', '.join(FIRST_KEYS)}): only networks of this package are "
@@ -228,8 +228,6 @@ def to_unit_responses(checkpoint: Checkpoint, images: Tensor) -> Checkpoint:
     Raises:
         WeightsError: another network than a VGG without norms; a layer that never responds.
     """
-    from resnet_backbone.weights.compare import build_network
-
     if not checkpoint.model.name.startswith("vgg") or norm_layers(checkpoint.tensors):
         raise WeightsError(
             f"only a VGG without norms is rescaled, and this is {checkpoint.model.name}: norms "
@@ -273,7 +271,7 @@ def _response_scales(network, preprocessing: Preprocessing, images: Tensor) -> d
 def to_bn_eps(checkpoint: Checkpoint, eps: float) -> Checkpoint:
     """The same function with another epsilon in the batch norms: their factors make up for it.
 
-    Exact in evaluation, up to one rounding to fp32; training normalises with the batches' own
+    Exact in evaluation, up to one rounding to fp32; training normalizes with the batches' own
     variances and the new epsilon.
     """
     old = checkpoint.preprocessing.bn_eps

@@ -85,7 +85,7 @@ def _describe(preprocessing: Preprocessing) -> str:
 
 def _architecture(reference: Checkpoint, other: Checkpoint) -> Iterator[Hypothesis]:
     own = other.preprocessing
-    if "res2.0.conv3.weight" in other.tensors and own.stride_in_1x1 is not None:
+    if other.has_bottlenecks and own.stride_in_1x1 is not None:
         right = not own.stride_in_1x1
         yield Hypothesis(
             "stride",
@@ -155,8 +155,8 @@ def _levels_of(fact: str, preprocessing: Preprocessing) -> Levels:
 
 def _known_levels(fact: str) -> dict[str, Levels]:
     """Where a mean or std is used -> its value."""
-    grey = {"mean": (0.0,) * 3, "std": (1.0,) * 3}[fact]
-    known = {f"no {fact}": grey, "half the range": (127.5,) * 3}
+    gray = {"mean": (0.0,) * 3, "std": (1.0,) * 3}[fact]
+    known = {f"no {fact}": gray, "half the range": (127.5,) * 3}
     if fact == "std":
         known["no std in 0..1"] = (255.0,) * 3
     return {**known, **{name: _levels_of(fact, p) for name, p in PREPROCESSINGS.items()}}

@@ -10,31 +10,32 @@ What no conversion can bring into a library is refused, with the formats that ta
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import pickle
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from resnet_backbone.runtime.files import put_in_place
 from resnet_backbone.weights.architecture import deepest_stage
-from resnet_backbone.weights.checkpoint import Checkpoint
+from resnet_backbone.weights.checkpoint import Checkpoint, write_checkpoint, write_file
 from resnet_backbone.weights.convert import convert_input, use_channel_means
-from resnet_backbone.weights.export_configs import hugging_face_configs, timm_config
-from resnet_backbone.weights.export_files import (
-    json_bytes,
-    pickle_bytes,
-    safetensors_files,
-    torch_bytes,
-    write_file,
-    write_folder,
-)
-from resnet_backbone.weights.export_usage import usage
-from resnet_backbone.weights.files import write_checkpoint
-from resnet_backbone.weights.input_settings import INPUT_SETTINGS, to_tensor
 from resnet_backbone.weights.keymaps import LAYOUTS
-from resnet_backbone.weights.metadata import write_notes
-from resnet_backbone.weights.preprocessing import WeightsError
-from resnet_backbone.weights.readers import PREPROCESSING_KEY, SUFFIXES
+from resnet_backbone.weights.keymaps.huggingface import hugging_face_configs
+from resnet_backbone.weights.keymaps.timm import timm_config
+from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
+from resnet_backbone.weights.readers import INDEX_SUFFIX, PREPROCESSING_KEY, SUFFIXES
+
+# What the writers of folders leave in them.
+FOLDER_PATTERNS = ("config.json", "preprocessor_config.json", "model*.safetensors*")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Format:
 
     Attributes:
         suffixes: of the file; empty: a folder.
-        value_range: that its users normalise in; None: any.
+        value_range: that its users normalize in; None: any.
         rgb: it takes nothing else.
         bn_eps: of its batch norms, which no file of its says; None: the file says it.
         whole: backbones that stop early do not fit its network.
@@ -112,7 +113,7 @@ def export_checkpoint(
     written = for_format(checkpoint, format, accept_channel_means=accept_channel_means)
     if format == "resnet_backbone":
         write_checkpoint(written, path)
-        return Exported(path, written, usage(written, format, path))
+        return Exported(path, written, _usage(written, format, path))
     try:
         tensors = LAYOUTS[format].from_ours(written.tensors, written.model)
     except ValueError as error:
@@ -121,8 +122,8 @@ def export_checkpoint(
         write_file(_file_bytes(tensors, written, format, path.suffix), path)
     else:
         files = _folder_files(tensors, written, format, shard_size)
-        write_folder(files, path)
-    return Exported(path, written, usage(written, format, path))
+        _write_folder(files, path)
+    return Exported(path, written, _usage(written, format, path))
 
 
 def check_target(path: Path, format: str, overwrite: bool) -> None:
@@ -202,14 +203,14 @@ def _with_stride(checkpoint: Checkpoint, format: str) -> Checkpoint:
         WeightsError: the library has it elsewhere.
     """
     preprocessing, model = checkpoint.preprocessing, checkpoint.model
-    if "res2.0.conv3.weight" not in checkpoint.tensors:
+    if not checkpoint.has_bottlenecks:
         if FORMATS[format].rgb:  # their configs say False for networks without bottlenecks too
             preprocessing = replace(preprocessing, stride_in_1x1=False)
         return replace(checkpoint, preprocessing=preprocessing)
     stride = preprocessing.stride_in_1x1
     stride = model.options.get("stride_in_1x1") if stride is None else stride
     if stride is None:
-        raise WeightsError("nobody says where these bottlenecks have their stride: state it")
+        raise WeightsError("the stride of these bottlenecks is unknown: state it")
     if stride and format in ("torchvision", "timm"):
         raise WeightsError(
             f"these weights have stride_in_1x1=True, {format} builds {model.name} with the stride "
@@ -223,27 +224,22 @@ def _with_stride(checkpoint: Checkpoint, format: str) -> Checkpoint:
     )
 
 
-def _notes(checkpoint: Checkpoint) -> dict[str, str]:
-    notes = write_notes(checkpoint.preprocessing, checkpoint.model, checkpoint.origin)
-    return {"format": "pt", **notes}  # transformers reads no file without the first
-
-
 def _file_bytes(
     tensors: dict[str, Tensor], checkpoint: Checkpoint, format: str, suffix: str
 ) -> bytes:
     if suffix == ".safetensors":
-        return safetensors_files(tensors, _notes(checkpoint))["model.safetensors"]
+        return _safetensors_files(tensors, checkpoint)["model.safetensors"]
     if format == "torchvision":
-        return torch_bytes(tensors)
+        return _torch_bytes(tensors)
     stated = {PREPROCESSING_KEY: checkpoint.preprocessing.to_json()}
     if format == "caffe2":
-        return pickle_bytes(tensors, lambda arrays: {"blobs": arrays, **stated})
+        return _pickle_bytes({"blobs": _to_arrays(tensors), **stated})
     # under the name that our networks in a detector have it: its own loader then checks it too
-    tensors = {**tensors, INPUT_SETTINGS: to_tensor(checkpoint.preprocessing)}
-    wrapping = {"__author__": "resnet_backbone", "matching_heuristics": True, **stated}
+    tensors = {**tensors, INPUT_SETTINGS: checkpoint.preprocessing.to_tensor()}
+    beside = {"__author__": "resnet_backbone", "matching_heuristics": True, **stated}
     if suffix == ".pkl":
-        return pickle_bytes(tensors, lambda arrays: {"model": arrays, **wrapping})
-    return torch_bytes({"model": tensors, **wrapping})
+        return _pickle_bytes({"model": _to_arrays(tensors), **beside})
+    return _torch_bytes({"model": tensors, **beside})
 
 
 def _folder_files(
@@ -252,5 +248,124 @@ def _folder_files(
     configs = {"config.json": timm_config(checkpoint)}
     if format == "huggingface":
         configs = hugging_face_configs(checkpoint)
-    files = {name: json_bytes(content) for name, content in configs.items()}
-    return {**files, **safetensors_files(tensors, _notes(checkpoint), shard_size)}
+    files = {name: _json_bytes(content) for name, content in configs.items()}
+    return {**files, **_safetensors_files(tensors, checkpoint, shard_size)}
+
+
+def _torch_bytes(content: Mapping[str, Any]) -> bytes:
+    """A file of ``torch.save``, which ``torch.load(weights_only=True)`` reads."""
+    stream = io.BytesIO()
+    torch.save(_contiguous(content), stream)
+    return stream.getvalue()
+
+
+def _contiguous(content: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            value = value.detach().clone(memory_format=torch.contiguous_format)
+        elif isinstance(value, Mapping):
+            value = _contiguous(value)
+        found[key] = value
+    return found
+
+
+def _to_arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    for key, value in tensors.items():
+        if value.dtype == torch.bfloat16:
+            raise WeightsError(f"{key} is bf16, which numpy does not have: convert to fp16 or fp32")
+    return {key: value.detach().contiguous().numpy() for key, value in tensors.items()}
+
+
+def _pickle_bytes(content: Mapping[str, Any]) -> bytes:
+    return pickle.dumps(content, protocol=2)  # Detectron1 is Python 2
+
+
+def _safetensors_files(
+    tensors: Mapping[str, Tensor], checkpoint: Checkpoint, shard_size: int | None = None
+) -> dict[str, bytes]:
+    """``model.safetensors``, or its shards with their index.
+
+    Args:
+        checkpoint: whose metadata each file has.
+        shard_size: bytes of tensors in one shard, unless a single tensor has more.
+    """
+    texts = {"format": "pt", **checkpoint.metadata()}  # transformers reads no file without it
+    tensors = {key: value.detach().contiguous() for key, value in tensors.items()}
+    shards = _split(tensors, shard_size)
+    if len(shards) == 1:
+        return {"model.safetensors": save_safetensors(tensors, texts)}
+    files, places = {}, {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        files[name] = save_safetensors(shard, texts)
+        places |= dict.fromkeys(shard, name)
+    total = sum(value.nbytes for value in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    return {**files, f"model{INDEX_SUFFIX}": _json_bytes(index)}
+
+
+def _split(tensors: dict[str, Tensor], shard_size: int | None) -> list[dict[str, Tensor]]:
+    if shard_size is None:
+        return [tensors]
+    if shard_size <= 0:
+        raise WeightsError(f"a shard size is positive, not {shard_size} bytes")
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for key, value in tensors.items():
+        if shards[-1] and filled + value.nbytes > shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][key] = value
+        filled += value.nbytes
+    return shards
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _write_folder(files: Mapping[str, bytes], path: Path) -> None:
+    """Writes a folder whole or not at all, in place of an earlier one of these writers.
+
+    Raises:
+        WeightsError: the folder that is there has something else in it.
+    """
+    if path.exists():
+        _check_replaceable(path)
+    new, old = (path.with_name(f"{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    try:
+        new.mkdir()
+        for name, data in files.items():
+            (new / name).write_bytes(data)
+        if path.exists():
+            os.replace(path, old)
+        try:
+            put_in_place(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    finally:
+        for left in (new, old):
+            if left.exists():
+                shutil.rmtree(left)
+
+
+def _check_replaceable(path: Path) -> None:
+    if not path.is_dir():
+        raise WeightsError(f"{path} is a file, a folder is written here")
+    for entry in path.iterdir():
+        if not any(entry.match(pattern) for pattern in FOLDER_PATTERNS):
+            raise WeightsError(f"{path} has {entry.name} in it: give a folder of its own")
+
+
+def _usage(checkpoint: Checkpoint, format: str, path: Path) -> str:
+    """Lines of Python or YAML that load a file, and what the pixels must become."""
+    lines, preprocessing = LAYOUTS[format].usage(checkpoint, path), checkpoint.preprocessing
+    has_test = format in ("torchvision", "timm", "huggingface")
+    if has_test and None in (preprocessing.resize_size, preprocessing.crop_size):
+        lines.append("# sizes of the test are the usual ones: the weights do not say theirs")
+    if format == "torchvision" and checkpoint.model.num_classes is None:
+        lines.append("# the weights have no head: torchvision's stays as it is initialized")
+    return "\n".join(lines)

@@ -10,10 +10,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from resnet_backbone.weights.architecture import COUNTER, infer_models, spell
-from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.architecture import infer_models, spell
+from resnet_backbone.weights.checkpoint import (
+    MEAN_IMAGE_KEY,
+    Checkpoint,
+    ModelSpec,
+    has_bottlenecks,
+)
+from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.keymaps import LAYOUTS, recognize
-from resnet_backbone.weights.metadata import MEAN_IMAGE_KEY
 from resnet_backbone.weights.preprocessing import (
     PREPROCESSINGS,
     Preprocessing,
@@ -21,7 +26,7 @@ from resnet_backbone.weights.preprocessing import (
     one_line,
 )
 from resnet_backbone.weights.readers import read_tensors
-from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
+from resnet_backbone.weights.reading import read_checkpoint, weights_alone
 from resnet_backbone.weights.sources import resolve
 
 
@@ -37,7 +42,7 @@ class Inspection:
         tensors: under this package's names.
         models: the networks that they fit.
         checkpoint: all of it, where nothing is missing.
-        missing: what nobody says, and how to say it.
+        missing: what is unknown, and how to say it.
         options: of tools/convert_weights.py that say it.
     """
 
@@ -98,15 +103,14 @@ def inspect_source(
     weights = {key: value for key, value in raw.tensors.items() if key != MEAN_IMAGE_KEY}
     try:
         layout = recognize(weights)
-        tensors = LAYOUTS[layout].to_ours(weights)
+        tensors = weights_alone(LAYOUTS[layout].to_ours(weights))
         models = tuple(infer_models(tensors))
     except ValueError as error:
         raise WeightsError(f"{source}: {one_line(error)}") from error
-    tensors = {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
     checkpoint, missing, options = None, [], []
     ambiguous = len(models) > 1 and model is None
     try:
-        checkpoint = read_checkpoint(source, preprocessing, model)
+        checkpoint = read_checkpoint(source, preprocessing, model, raw)
     except UnknownInput:
         missing, options = _unknown_input(tensors), ["--preprocessing NAME"]
     except WeightsError:
@@ -134,8 +138,8 @@ def _unknown_input(tensors: dict[str, Tensor]) -> list[str]:
         "the input that it was trained on; name it with --preprocessing "
         f"{', '.join(PREPROCESSINGS)}, or all of --channel-order --value-range --mean --std"
     ]
-    if "res2.0.conv3.weight" in tensors:
-        missing.append("where its bottlenecks have their stride; the same name says it")
+    if has_bottlenecks(tensors):
+        missing.append("the stride of its bottlenecks; the same name says it")
     return missing
 
 

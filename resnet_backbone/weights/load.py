@@ -1,19 +1,35 @@
-"""From tensors into a network: what does not fit is refused, and the network is then unchanged."""
+"""Weights into a network and out of it: what does not fit is refused, and nothing is changed."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from resnet_backbone.models import BottleneckBlock, FrozenBatchNorm2d, StagedNetwork
 from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.models.resnet import ResidualBlock, ZeroPadShortcut
-from resnet_backbone.weights.architecture import COUNTER, constructor_options, infer_models, spell
-from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.weights.architecture import (
+    COUNTER,
+    constructor_options,
+    deepest_stage,
+    infer_models,
+    spell,
+)
+from resnet_backbone.weights.checkpoint import (
+    MODEL_KEY,
+    Checkpoint,
+    FileMetadata,
+    ModelSpec,
+    Origin,
+    write_tensors,
+)
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
+from resnet_backbone.weights.reading import read_network, single_precision
 
 
 class WrongStride(WeightsError):
@@ -26,9 +42,8 @@ class WrongStride(WeightsError):
 
 def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: str) -> None:
     """Refuses weights whose stride position or BN epsilon differs from the network's."""
-    expected = preprocessing.stride_in_1x1
-    actual = getattr(model, "stride_in_1x1", None)
-    if has_bottlenecks(model) and None not in (expected, actual) and expected != actual:
+    expected, actual = preprocessing.stride_in_1x1, stride_of(model)
+    if None not in (expected, actual) and expected != actual:
         raise WrongStride(
             f"{where} was trained with stride_in_1x1={expected}, this network has {actual}: "
             f"build it with stride_in_1x1={expected}",
@@ -43,8 +58,11 @@ def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: st
                 )
 
 
-def has_bottlenecks(model: nn.Module) -> bool:
-    return any(isinstance(module, BottleneckBlock) for module in model.modules())
+def stride_of(model: nn.Module) -> bool | None:
+    """``stride_in_1x1`` of a network's bottlenecks, None where it has none."""
+    if any(isinstance(module, BottleneckBlock) for module in model.modules()):
+        return getattr(model, "stride_in_1x1", None)
+    return None
 
 
 def shortcut_of(model: nn.Module) -> str | None:
@@ -75,8 +93,9 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
     plain = shortcut_of(model) == "none"
     spec = candidates[-1] if plain else candidates[0]  # what has no tensors: shortcut, then plain
     options = dict(spec.options)
-    if has_bottlenecks(model):
-        options["stride_in_1x1"] = model.stride_in_1x1
+    stride = stride_of(model)
+    if stride is not None:
+        options["stride_in_1x1"] = stride
     pool = getattr(getattr(model, "stem", None), "pool", None)
     if pool is not None and pool.ceil_mode:
         options["caffe_pool"] = True
@@ -169,3 +188,93 @@ def _difference(model: StagedNetwork, tensors: Mapping[str, Tensor]) -> str:
     if len(set(names)) < 2:
         return ""
     return f" (the file is a {names[0]}, this network a {names[1]})"
+
+
+def load_weights(
+    model: StagedNetwork, path: str | os.PathLike, preprocessing: str | Preprocessing = ""
+) -> Preprocessing:
+    """Loads weights into a network and returns the preprocessing that its input now needs.
+
+    A backbone leaves out the file's head and deeper stages; everything it has must be in the
+    file with the same shape.
+
+    Args:
+        path, preprocessing: see :func:`read_checkpoint`.
+
+    Raises:
+        WeightsError: see :func:`read_weights`; also another ``stride_in_1x1``, BN epsilon or
+            shortcut than the weights were trained with, and missing, unknown or wrongly shaped
+            tensors. The network is unchanged then.
+    """
+    read = read_network(path, preprocessing)
+    check_architecture(model, read.preprocessing, str(path))
+    tensors = fitting_tensors(model, single_precision(read.tensors), str(path))
+    check_settings(model, read.stated, str(path))
+    model.load_state_dict(tensors, strict=False)
+    return read.preprocessing
+
+
+def save_weights(
+    model: nn.Module,
+    path: str | os.PathLike,
+    preprocessing: Preprocessing,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    run: str = "",
+) -> None:
+    """Writes a network's weights with their preprocessing as metadata, atomically.
+
+    Networks of this package are named too, wherever they have a name.
+
+    Args:
+        metadata: further facts to write beside the preprocessing; ``MODEL_KEY`` names the
+            network of another library.
+        run: the training run that the weights come from.
+
+    Raises:
+        WeightsError: another suffix than ``.safetensors``; a preprocessing of another stride.
+    """
+    metadata = metadata or {}
+    spec = None
+    stride = stride_of(model)
+    if stride is not None:
+        check_architecture(model, preprocessing, "what the preprocessing describes")
+        preprocessing = replace(preprocessing, stride_in_1x1=stride)
+    if isinstance(model, StagedNetwork) and MODEL_KEY not in metadata:
+        spec = describe_model(model)
+    origin = Origin(run=run, reference=preprocessing.source) if run else None
+    texts = {**FileMetadata(preprocessing, spec, origin).texts(), **metadata}
+    write_tensors(model.state_dict(), preprocessing, texts, path)
+
+
+def build_network(checkpoint: Checkpoint, where: str = "the checkpoint") -> StagedNetwork:
+    """The checkpoint's network with its weights in fp32, in evaluation mode.
+
+    Without head it is a backbone that returns its deepest stage. Stride and BN epsilon are those
+    of the preprocessing.
+
+    Raises:
+        WeightsError: tensors that do not fit the network.
+    """
+    network = network_on_meta(checkpoint)
+    fitting = fitting_tensors(network, checkpoint.tensors, where)
+    state = {key: value.float().clone() for key, value in fitting.items()}
+    counters = [key for key in network.state_dict() if key.endswith(COUNTER)]
+    state |= {key: torch.zeros((), dtype=torch.long) for key in counters}
+    network.load_state_dict(state, assign=True)
+    return network.to(memory_format=torch.channels_last)  # as networks are built
+
+
+def network_on_meta(checkpoint: Checkpoint) -> StagedNetwork:
+    """Without values, which would be drawn only to be overwritten."""
+    preprocessing, options = checkpoint.preprocessing, {}
+    if checkpoint.model.num_classes is None:
+        options["out_features"] = (deepest_stage(checkpoint.tensors),)
+    if preprocessing.stride_in_1x1 is not None and checkpoint.has_bottlenecks:
+        options["stride_in_1x1"] = preprocessing.stride_in_1x1
+    with torch.device("meta"):
+        network = checkpoint.model.build(**options).eval()
+    for module in network.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
+            module.eps = preprocessing.bn_eps
+    return network

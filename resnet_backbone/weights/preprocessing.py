@@ -1,4 +1,4 @@
-"""What a set of weights expects of its input: the facts whose mismatch is otherwise silent."""
+"""What weights expect of their input, facts whose mismatch is otherwise silent; the normalizer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
+
+ORDERS = ("RGB", "BGR")
+# End of the key in a detector's state dict that says which input its backbone was trained on.
+INPUT_SETTINGS = "input_settings"
+FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling, as in preprocessor_config.json
+USUAL_TEST = (256, 224)  # shorter side and crop; written where the weights do not say theirs
 
 
 class WeightsError(ValueError):
@@ -26,13 +34,13 @@ class Preprocessing:
 
     Attributes:
         channel_order: "RGB" or "BGR".
-        value_range: the largest pixel value before normalisation, 1.0 or 255.0.
+        value_range: the largest pixel value before normalization, 1.0 or 255.0.
         mean, std: per channel, in that order and range; input = (pixel - mean) / std.
         stride_in_1x1: where bottlenecks have their stride; ``None`` where there are none.
         bn_eps: epsilon of the batch norms.
-        resize_size: shorter side in pixels of the centre-crop test that the published accuracy
+        resize_size: shorter side in pixels of the center-crop test that the published accuracy
             belongs to, before cropping; None where it is not known.
-        crop_size: side in pixels of that test's square centre crop; None where it is not known.
+        crop_size: side in pixels of that test's square center crop; None where it is not known.
         interpolation: of that resize, "bilinear" or "bicubic"; "" where it is not known.
         source: where these values are written down.
         mean_image: (3, H, W) or None: the per-pixel mean in ``channel_order`` and
@@ -54,7 +62,7 @@ class Preprocessing:
     mean_image: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
-        if self.channel_order not in ("RGB", "BGR"):
+        if self.channel_order not in ORDERS:
             raise WeightsError(f"channel_order is RGB or BGR, not {self.channel_order!r}")
         for name in ("mean", "std"):  # JSON has lists
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
@@ -80,7 +88,7 @@ class Preprocessing:
                 f"{name} is a whole number above 0 or null",
                 size is not None and (type(size) is not int or size <= 0),
             )
-        filters = ("bilinear", "bicubic", "")
+        filters = (*FILTERS.values(), "")
         yield f"interpolation is one of {filters}", self.interpolation not in filters
         yield "source is text", not isinstance(self.source, str)
 
@@ -91,6 +99,12 @@ class Preprocessing:
     def pixel_std_255(self) -> tuple[float, ...]:
         """Standard deviation for pixels in 0..255: Detectron2's MODEL.PIXEL_STD."""
         return tuple(value * 255.0 / self.value_range for value in self.std)
+
+    def center_crop(self) -> tuple[int, int]:
+        """(shorter side, center crop) in pixels of the test; the usual one if it is not known."""
+        if self.resize_size is None or self.crop_size is None:
+            return USUAL_TEST
+        return self.resize_size, self.crop_size
 
     def same_input(self, other: Preprocessing) -> bool:
         """Whether both ask for the same tensors and network: all but source and test resize.
@@ -116,10 +130,40 @@ class Preprocessing:
     def from_json(cls, text: str) -> Preprocessing:
         try:
             return cls(**json.loads(text))
+        except WeightsError:
+            raise
         except (ArithmeticError, TypeError, ValueError, RecursionError) as error:
-            if isinstance(error, WeightsError):
-                raise
             raise WeightsError(f"unreadable preprocessing metadata: {one_line(error)}") from error
+
+    def to_tensor(self) -> Tensor:
+        """The entry ``INPUT_SETTINGS`` of a detector's state dict.
+
+        Returns:
+            float32 (8,): 0 for RGB or 1 for BGR, mean and std in 0..255, stride (-1: not known).
+        """
+        stride = -1.0 if self.stride_in_1x1 is None else float(self.stride_in_1x1)
+        order = float(ORDERS.index(self.channel_order))
+        return torch.tensor([order, *self.pixel_mean_255(), *self.pixel_std_255(), stride])
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> Preprocessing:
+        """What :meth:`to_tensor` wrote, also if it was rounded to half precision since.
+
+        Raises:
+            WeightsError: any other tensor.
+        """
+        order, *numbers, stride = values.float().tolist() if values.shape == (8,) else (-1.0, -1.0)
+        strides = {-1.0: None, 0.0: False, 1.0: True}
+        if order not in (0.0, 1.0) or stride not in strides or not all(map(math.isfinite, numbers)):
+            raise WeightsError(f"a checkpoint's {INPUT_SETTINGS} is not what this package writes")
+        return cls(
+            ORDERS[int(order)],
+            255.0,
+            tuple(numbers[:3]),
+            tuple(numbers[3:]),
+            stride_in_1x1=strides[stride],
+            source="a detector's checkpoint",
+        )
 
 
 PREPROCESSINGS: dict[str, Preprocessing] = {
@@ -165,8 +209,13 @@ def get_preprocessing(name: str | Preprocessing) -> Preprocessing:
     return PREPROCESSINGS[name]
 
 
+def known_filter(name: Any) -> str:
+    """A resize filter's name, "" for one that :class:`Preprocessing` does not have."""
+    return name if name in FILTERS.values() else ""
+
+
 def same_mean(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Equality of means in 0..255 within one grey level.
+    """Equality of means in 0..255 within one gray level.
 
     Detectron2's default (103.53, ...) and Caffe's (103.939, ...) are one convention; channels in
     the wrong order differ by 20.
@@ -183,3 +232,63 @@ def _close(first, second, **tolerance) -> bool:
     if len(first) != len(second):
         return False
     return all(math.isclose(a, b, **tolerance) for a, b in zip(first, second, strict=True))
+
+
+class InputNormalizer:
+    """Turns RGB bytes into a network's input, on the device where the network runs.
+
+    Color noise, channel order, mean and standard deviation are one affine map per image and
+    channel, so bytes travel to the device and only one pass is made over the floats.
+
+    Args:
+        preprocessing: what the weights expect. Its ``mean_image`` is subtracted from images of
+            exactly that size (the paper's per-pixel mean), its channel means from all others.
+        device: where images are normalized.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device | str = "cpu"):
+        self.preprocessing = preprocessing
+        self.device = torch.device(device)
+        self.order = ["RGB".index(c) for c in preprocessing.channel_order]
+        mean = torch.tensor(preprocessing.pixel_mean_255(), dtype=torch.float32)
+        std = torch.tensor(preprocessing.pixel_std_255(), dtype=torch.float32)
+        self.mean = mean.view(3, 1, 1).to(self.device)
+        self.scale = (1 / std).view(3, 1, 1).to(self.device)
+        image = preprocessing.mean_image
+        if image is not None:
+            image = image.float() * (255.0 / preprocessing.value_range)
+        self.mean_image = None if image is None else image.to(self.device)
+
+    def __call__(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Normalizes a batch.
+
+        Args:
+            images: uint8 (N, 3, H, W), RGB.
+            shift: float32 (N, 3), gray levels (0..255) added to the channels R, G, B of each
+                image: the color noise of training.
+
+        Returns:
+            float32 (N, 3, H, W) in the weights' channel order, channels_last.
+        """
+        images = images.to(self.device, non_blocking=True)
+        mean = self.mean
+        if self.mean_image is not None and self.mean_image.shape[1:] == images.shape[2:]:
+            mean = self.mean_image
+        if shift is not None:
+            shift = shift.to(self.device, non_blocking=True)
+            mean = mean - shift[:, self.order, None, None]
+        if self.order != [0, 1, 2]:
+            images = images[:, self.order]
+        images = images.to(torch.float32, memory_format=torch.channels_last)
+        if mean.shape[-2:] != (1, 1):
+            return images.sub_(mean).mul_(self.scale)
+        # Rows of whole pixels: three values that repeat, broadcast, are several times slower.
+        count, _, height, width = images.shape
+        rows = images.permute(0, 2, 3, 1).view(count, height, width * 3)
+        torch.addcmul(_row(-mean * self.scale, width), rows, _row(self.scale, width), out=rows)
+        return images
+
+
+def _row(values: Tensor, width: int) -> Tensor:
+    """(..., 3, 1, 1) -> (..., 1, width * 3): the values of one row of pixels."""
+    return values.reshape(-1, 1, 3).expand(-1, width, 3).reshape(-1, 1, width * 3)

@@ -10,8 +10,10 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +22,21 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from resnet_backbone.weights.architecture import COUNTER
-from resnet_backbone.weights.input_settings import INPUT_SETTINGS
-from resnet_backbone.weights.numpy_records import (
-    NUMPY_AND_CONTAINERS,
+from resnet_backbone.weights.pickles import (
+    NAMES,
     ArrayRecord,
+    DataUnpickler,
+    Inert,
     Latin1,
     Refused,
 )
-from resnet_backbone.weights.pickles import Machine
-from resnet_backbone.weights.preprocessing import WeightsError, one_line
+from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError, one_line
 from resnet_backbone.weights.torch_files import TensorRecord, read_torch
 
 INDEX_SUFFIX = ".safetensors.index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".pkl")
+CONTAINERS = {".safetensors": "safetensors", ".pkl": "pickle"}  # and "torch"
 # In a folder, the first of these is read: names that transformers and timm write.
 FOLDER_FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
 DTYPES = (
@@ -41,6 +44,7 @@ DTYPES = (
     *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool),
 )
 MAX_JSON = 10_000_000  # bytes of an index; those of the largest networks have a tenth
+MAX_GROWTH = 2  # tensors of a file together, in sizes of the file: more is one storage many times
 WRAPPERS = ("state_dict", "model", "blobs")
 MAX_WRAPPERS = 8  # within one another; real files have two
 PREPROCESSING_KEY = "preprocessing"  # beside the weights: Preprocessing.to_json()
@@ -50,6 +54,8 @@ VARIANCES = ("running_var", "_riv")  # ends of their names; Caffe2's "riv" is on
 # values in classifier.*: they are NaN.
 FEATURES_ONLY = "88682ab5"
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+
+Records = dict[str, Any]  # name -> a record or a tensor
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,50 @@ class RawFile:
     path: str = ""
 
 
-def read_tensors(path: str | os.PathLike) -> RawFile:
+@dataclass(frozen=True)
+class OpenFile:
+    """A whole file whose names are known; its tensors are copied when they are asked for.
+
+    Attributes:
+        weights: the state dict in it, without prefixes and momenta.
+        rest: what lies beside it, such as the state of a training; {} if it has no wrapping.
+        wrapper: the key of the state dict at the top of the file; "" if there is none.
+        metadata: see :class:`RawFile`.
+    """
+
+    path: Path
+    data: bytes = field(repr=False)
+    weights: Records
+    rest: dict[str, Any] = field(default_factory=dict)
+    wrapper: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights, checked for NaN, infinite numbers and negative variances.
+
+        Raises:
+            WeightsError: one of these, a damaged file, more numbers than it can hold.
+        """
+        with named_errors(self.path):
+            found = _to_tensors(self.weights, len(self.data))
+            check_numbers(found, self.path)
+            return found
+
+    def beside(self) -> dict[str, Any]:
+        """What lies beside the weights, with tensors in place of records.
+
+        Raises:
+            WeightsError: see :meth:`tensors`.
+        """
+        with named_errors(self.path):
+            return _to_tensors(self.rest, len(self.data))
+
+
+def read_tensors(path: str | os.PathLike, file: OpenFile | None = None) -> RawFile:
     """Reads the weights of a file, whatever its kind, and drops what is not weights.
 
     Wrappings (``{"model": ...}``, ``{"state_dict": ...}``, ``{"blobs": ...}``) with their
@@ -80,32 +129,28 @@ def read_tensors(path: str | os.PathLike) -> RawFile:
     Args:
         path: ``.safetensors``; ``.safetensors.index.json`` or a folder with it; torch's ``.pth``,
             ``.pt``, ``.bin``, ``.ckpt``, ``.tar``; ``.pkl`` of numpy arrays.
+        file: the same, where it is open already.
 
     Raises:
         WeightsError: missing, damaged or hostile file; values that are not tensors of finite
             numbers.
     """
     path = find_file(path)
-    try:
-        if path.name.endswith(INDEX_SUFFIX):
+    if path.name.endswith(INDEX_SUFFIX):
+        with named_errors(path):
             found = _read_sharded(path)
-        else:
-            data = path.read_bytes()
-            tensors, metadata = _read(path.suffix, data)
-            sha256 = hashlib.sha256(data).hexdigest()
-            if sha256.startswith(FEATURES_ONLY):
-                tensors = {k: v for k, v in tensors.items() if not k.startswith("classifier.")}
-            found = RawFile(tensors, metadata, sha256, CONTAINERS[path.suffix])
-        _check(found.tensors, path)
-    except WeightsError:
-        raise
-    except Exception as error:  # a hostile file can make a parser fail in any way
-        cause = one_line(error)
-        if isinstance(error, Refused):
-            raise WeightsError(f"{path}: refused, it holds {cause}") from error
-        kind = CONTAINERS.get(path.suffix, "safetensors index")
-        raise WeightsError(f"{path}: not a whole {kind} file ({cause})") from error
-    return replace(found, path=str(path))
+            check_numbers(found.tensors, path)
+    else:
+        file = file or open_file(path)
+        file.weights.pop(INPUT_SETTINGS, None)  # of a backbone for Detectron2, stated beside it too
+        if file.sha256.startswith(FEATURES_ONLY):
+            for key in [key for key in file.weights if key.startswith("classifier.")]:
+                del file.weights[key]
+        kind = container_of(path)
+        found = RawFile(file.tensors(), file.metadata, file.sha256, kind, str(path))
+    with named_errors(path):
+        _check_kinds(found.tensors)
+    return found
 
 
 def find_file(path: str | os.PathLike) -> Path:
@@ -131,56 +176,61 @@ def find_file(path: str | os.PathLike) -> Path:
     return path
 
 
-def _read(suffix: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not data:
-        raise ValueError("it is empty")
-    if suffix == ".safetensors":
-        return dict(sorted(load_safetensors(data).items())), safetensors_metadata(data)
-    if suffix == ".pkl":
-        stream = io.BytesIO(data)
-        loaded = Machine(NUMPY_AND_CONTAINERS).run(stream)
-        if stream.tell() != len(data):
-            raise ValueError(f"{len(data) - stream.tell()} bytes behind its end")
-        fill = _nothing_to_fill
-    else:
-        loaded, fill = read_torch(data)
-    beside = loaded if isinstance(loaded, dict) else {}
-    metadata = {key: beside[key] for key in STATED if isinstance(beside.get(key), str)}
-    tensors = _to_tensors(unwrap(loaded), fill, len(data))
-    tensors.pop(INPUT_SETTINGS, None)  # of a backbone for Detectron2; PREPROCESSING_KEY says it too
-    return tensors, metadata
+def open_file(path: Path) -> OpenFile:
+    """Opens a safetensors file, a pickle of numpy arrays, or a file of ``torch.save`` of any name.
+
+    Raises:
+        WeightsError: a file that is missing, damaged, or holds more than data.
+    """
+    with named_errors(path):
+        data = path.read_bytes()
+        container = container_of(path)
+        if not data:
+            raise ValueError("it is empty")
+        if container == "safetensors":
+            weights, metadata = dict(sorted(load_safetensors(data).items())), _metadata(data)
+            return OpenFile(path, data, weights, metadata=metadata)
+        loaded = _unpickle(io.BytesIO(data)) if container == "pickle" else read_torch(data)
+        weights, wrapper = unwrap(loaded), _wrapper(loaded)
+        for key, value in weights.items():
+            if not isinstance(value, (TensorRecord, ArrayRecord)):
+                raise Refused(f"{key[:80]} of type {_kind(value)}, which is not a tensor")
+        rest = {key: value for key, value in loaded.items() if key != wrapper} if wrapper else {}
+        metadata = {key: loaded[key] for key in STATED if isinstance(loaded.get(key), str)}
+        return OpenFile(path, data, weights, rest, wrapper, metadata)
 
 
-CONTAINERS = {".safetensors": "safetensors", ".pkl": "pickle"} | dict.fromkeys(
-    TORCH_SUFFIXES, "torch"
-)
+def container_of(path: Path) -> str:
+    """ "safetensors", "pickle" or "torch", by the file's name."""
+    return CONTAINERS.get(path.suffix, "torch")
 
 
-def safetensors_metadata(data: bytes) -> dict[str, str]:
-    """The metadata in the header of a safetensors file, which was parsed before."""
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Turns every error of a parser into one line that names the file."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:  # a hostile file can make a parser fail in any way
+        cause = one_line(error)
+        if isinstance(error, Refused):
+            raise WeightsError(f"{path}: refused, it holds {cause}") from error
+        kind = "safetensors index" if path.name.endswith(INDEX_SUFFIX) else container_of(path)
+        raise WeightsError(f"{path}: not a whole {kind} file ({cause})") from error
 
 
-def _nothing_to_fill(records: list) -> None:
-    """Arrays of a pickle have their bytes already."""
-
-
-def unwrap(loaded: Any) -> dict[str, Any]:
+def unwrap(loaded: Any) -> Records:
     """The state dict within a checkpoint, without prefixes and momenta.
 
     Raises:
         ValueError: there is none, or more than one.
     """
     for _ in range(MAX_WRAPPERS):
-        if not isinstance(loaded, dict):
+        wrapper = _wrapper(loaded)
+        if not wrapper:
             break
-        inner = [key for key in WRAPPERS if isinstance(loaded.get(key), dict)]
-        if len(inner) > 1:
-            raise ValueError(f"both {' and '.join(inner)} hold weights: save one of them alone")
-        if not inner:
-            break
-        loaded = loaded[inner[0]]
+        loaded = loaded[wrapper]
     else:
         raise ValueError(f"it holds itself, or more than {MAX_WRAPPERS} wrappings of its weights")
     if not isinstance(loaded, dict):
@@ -194,45 +244,62 @@ def unwrap(loaded: Any) -> dict[str, Any]:
     return found
 
 
+def _wrapper(loaded: Any) -> str:
+    """The key under which a dict holds weights; "" for a state dict itself."""
+    keys = WRAPPERS if isinstance(loaded, dict) else ()
+    inner = [key for key in keys if isinstance(loaded.get(key), dict)]
+    if len(inner) > 1:
+        raise ValueError(f"both {' and '.join(inner)} hold weights: save one of them alone")
+    return inner[0] if inner else ""
+
+
 def _shared_prefix(keys: Mapping[str, Any]) -> str:
     return next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in keys)), "")
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, Inert):
+        return value.name
     names = {TensorRecord: "tensor", ArrayRecord: "array", Latin1: "bytes"}
     return names.get(type(value), type(value).__name__)
 
 
-def _to_tensors(
-    values: Mapping[str, Any], fill: Callable[[list], None], file_size: int
-) -> dict[str, Tensor]:
-    for key, value in values.items():
-        if not isinstance(value, (TensorRecord, ArrayRecord)):
-            raise Refused(f"{key[:80]} of type {_kind(value)}, which is not a tensor")
-    if sum(value.nbytes for value in values.values()) > 2 * file_size:  # one storage in many keys
-        raise Refused(f"more than twice its own size of {file_size} bytes in tensors")
-    fill([value for value in values.values() if isinstance(value, TensorRecord)])
-    return {key: _to_tensor(value) for key, value in values.items()}
+def _to_tensors(content: Records, size: int) -> dict[str, Any]:
+    """Nested containers with a copy of the numbers for each reference to a record.
+
+    Args:
+        size: of the file; all copies together may have ``MAX_GROWTH`` times as many bytes.
+    """
+    memo: dict[int, Any] = {}
+    total = 0
+
+    def convert(value: Any) -> Any:
+        nonlocal total
+        if isinstance(value, (TensorRecord, ArrayRecord)):
+            total += value.nbytes
+            if total > MAX_GROWTH * size:
+                raise Refused(f"more than twice its own size of {size} bytes in tensors")
+            return value.tensor()
+        if not isinstance(value, (dict, list, tuple)):
+            return value.text if isinstance(value, Latin1) else value
+        if id(value) not in memo:
+            if isinstance(value, dict):
+                memo[id(value)] = {key: convert(inner) for key, inner in value.items()}
+            else:
+                memo[id(value)] = type(value)(convert(inner) for inner in value)
+        return memo[id(value)]
+
+    return convert(content)
 
 
-def _to_tensor(value: TensorRecord | ArrayRecord) -> Tensor:
-    if isinstance(value, TensorRecord):
-        return value.tensor()
-    return torch.from_numpy(value.array().copy())
+def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses what no training continues from.
 
-
-def _check(tensors: Mapping[str, Tensor], path: Path) -> None:
-    if not tensors:
-        raise Refused("no tensors")
+    Raises:
+        WeightsError: NaN or infinite numbers, negative variances.
+    """
     for key, value in tensors.items():
-        if value.dtype not in DTYPES:
-            raise Refused(f"{key[:80]} as {value.dtype}; weights are floats")
         if not value.is_floating_point():
-            if value.dim() > 0 and not key.endswith(COUNTER):
-                raise Refused(
-                    f"{key[:80]} as {value.dtype}; weights are floats: save the network before it "
-                    "was quantized"
-                )
             continue
         if not torch.isfinite(value.float()).all():  # networks are built in that precision
             raise WeightsError(f"{path}: {key[:80]} has NaN or infinite values in float32")
@@ -240,6 +307,37 @@ def _check(tensors: Mapping[str, Tensor], path: Path) -> None:
             raise WeightsError(
                 f"{path}: {key[:80]} has negative values, but it is a variance: the file is damaged"
             )
+
+
+def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
+    """Refuses other tensors than a network's."""
+    if not tensors:
+        raise Refused("no tensors")
+    for key, value in tensors.items():
+        if value.dtype not in DTYPES:
+            raise Refused(f"{key[:80]} as {value.dtype}; weights are floats")
+        if not value.is_floating_point() and value.dim() > 0 and not key.endswith(COUNTER):
+            raise Refused(
+                f"{key[:80]} as {value.dtype}; weights are floats: save the network before it "
+                "was quantized"
+            )
+
+
+# Containers
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """The metadata in the header of a safetensors file, which was parsed before."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+
+
+def _unpickle(stream: io.BytesIO) -> Any:
+    found = DataUnpickler(stream, NAMES).load()
+    behind = len(stream.getbuffer()) - stream.tell()
+    if behind:
+        raise ValueError(f"{behind} bytes behind its end")
+    return found
 
 
 def _read_sharded(index: Path) -> RawFile:
@@ -253,8 +351,7 @@ def _read_sharded(index: Path) -> RawFile:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for name in dict.fromkeys(places.values()):
-        shard = _shard_path(index, name)
-        data = shard.read_bytes()
+        data = _shard_path(index, name).read_bytes()
         found = load_safetensors(data)
         expected = {key for key, place in places.items() if place == name}
         wrong = sorted(expected ^ found.keys())
@@ -263,8 +360,8 @@ def _read_sharded(index: Path) -> RawFile:
                 f"{name} and the index differ in {len(wrong)} keys, such as {wrong[0]}"
             )
         tensors |= found
-        metadata |= safetensors_metadata(data)
-    return RawFile(tensors, metadata, "", "sharded safetensors")
+        metadata |= _metadata(data)
+    return RawFile(tensors, metadata, "", "sharded safetensors", str(index))
 
 
 def _shard_path(index: Path, name: Any) -> Path:

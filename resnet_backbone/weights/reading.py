@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from resnet_backbone.models import BottleneckBlock, list_models
-from resnet_backbone.models.resnet import DEPTHS
+from resnet_backbone.models import list_models
 from resnet_backbone.weights.architecture import (
     COUNTER,
     check_tensors,
@@ -19,37 +17,24 @@ from resnet_backbone.weights.architecture import (
     infer_models,
     spell,
 )
-from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec, Origin
-from resnet_backbone.weights.conventions import convention_of_content
-from resnet_backbone.weights.keymaps import LAYOUTS, recognize
-from resnet_backbone.weights.metadata import MEAN_IMAGE_KEY, Notes, read_notes
-from resnet_backbone.weights.preprocessing import (
-    PREPROCESSINGS,
-    Preprocessing,
-    WeightsError,
-    get_preprocessing,
-    one_line,
+from resnet_backbone.weights.checkpoint import (
+    MEAN_IMAGE_KEY,
+    Checkpoint,
+    FileMetadata,
+    ModelSpec,
+    Origin,
+    has_bottlenecks,
 )
-from resnet_backbone.weights.readers import read_tensors
-from resnet_backbone.weights.sources import Found, resolve
-
-
-class UnknownInput(WeightsError):
-    """Weights of which nobody says which input they were trained on.
-
-    Args:
-        source: of the weights.
-        option: where the caller's user says it: an option or a config key.
-    """
-
-    def __init__(self, source: str, option: str = ""):
-        *names, last = PREPROCESSINGS
-        where = f" ({option})" if option else ""
-        super().__init__(
-            f"{source} does not say which input it was trained on: name it{where}, "
-            f"{', '.join(names)} or {last} (tools/convert_weights.py takes any other)"
-        )
-        self.source = source
+from resnet_backbone.weights.conventions import (
+    agreed_preprocessing,
+    convention_of_content,
+    stated_input,
+    with_stride,
+)
+from resnet_backbone.weights.keymaps import LAYOUTS, recognize
+from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, one_line
+from resnet_backbone.weights.readers import RawFile, find_file, read_tensors
+from resnet_backbone.weights.sources import ResolvedSource, resolve
 
 
 class Weights(NamedTuple):
@@ -65,6 +50,7 @@ def read_checkpoint(
     source: str | os.PathLike,
     preprocessing: str | Preprocessing = "",
     model: ModelSpec | None = None,
+    raw: RawFile | None = None,
 ) -> Checkpoint:
     """Reads the weights of one network, with all that has to be known of them.
 
@@ -75,16 +61,16 @@ def read_checkpoint(
         preprocessing: a name of ``PREPROCESSINGS`` or a convention of your own, needed for
             weights whose origin does not say it; one that contradicts the origin is an error.
         model: the network, for weights that fit more than one and do not say which.
+        raw: the source's file, where it was read before.
 
     Raises:
         WeightsError: missing, damaged or hostile file, unknown keys, non-finite values, no
             preprocessing; tensors of no network of this package, or of another than the file or
             ``model`` says.
     """
-    read = read_network(source, preprocessing, model)
+    read = read_network(source, preprocessing, model, raw)
     spec = _network_of(read, model, str(source))
-    tensors = {key: value for key, value in read.tensors.items() if not key.endswith(COUNTER)}
-    return Checkpoint(tensors, spec, read.preprocessing, read.origin)
+    return Checkpoint(weights_alone(read.tensors), spec, read.preprocessing, read.origin)
 
 
 def read_weights(
@@ -106,7 +92,8 @@ def read_weights(
 
 
 def single_precision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.float() for key, value in tensors.items() if not key.endswith(COUNTER)}
+    """The weights in fp32, in which networks run."""
+    return {key: value.float() for key, value in weights_alone(tensors).items()}
 
 
 def read_own_tensors(
@@ -117,20 +104,26 @@ def read_own_tensors(
     return read.tensors, read.preprocessing
 
 
-def read_source(source: str | os.PathLike, preprocessing: str | Preprocessing) -> Weights:
-    """Tensors under the source's own names."""
+def read_source(
+    source: str | os.PathLike, preprocessing: str | Preprocessing, raw: RawFile | None = None
+) -> Weights:
+    """Tensors under the source's own names.
+
+    Args:
+        raw: the source's file, where it was read before.
+    """
     found = resolve(source)
-    raw = read_tensors(found.path)
+    raw = raw or read_tensors(found.path)
     if not raw.sha256.startswith(found.sha256):
         raise WeightsError(
             f"{found.path} is not {source}: its sha256 begins with {raw.sha256[:8]}, not "
             f"{found.sha256}; remove it, and it is fetched again"
         )
-    notes = read_notes(raw.metadata, str(found.path))
+    metadata = FileMetadata.from_texts(raw.metadata, str(found.path))
     content = None
-    if notes.preprocessing is None and found.preprocessing is None:
+    if metadata.preprocessing is None and found.preprocessing is None:
         content = convention_of_content(raw)
-    known = convention(str(source), found, notes, preprocessing, content)
+    known = _agreed(source, found, metadata, preprocessing, content)
     tensors = dict(raw.tensors)
     mean_image = tensors.pop(MEAN_IMAGE_KEY, None)
     if mean_image is not None:
@@ -138,14 +131,27 @@ def read_source(source: str | os.PathLike, preprocessing: str | Preprocessing) -
             shape = tuple(mean_image.shape)
             raise WeightsError(f"{source}: {MEAN_IMAGE_KEY} has shape {shape}, not (3, H, W)")
         known = replace(known, mean_image=mean_image.float())
-    origin = notes.origin or Origin("", str(source), raw.sha256, "", known.source)
-    return Weights(tensors, known, notes.model, origin)
+    origin = metadata.origin or Origin("", str(source), raw.sha256, "", known.source)
+    return Weights(tensors, known, metadata.model, origin)
+
+
+def _agreed(
+    source: str | os.PathLike,
+    found: ResolvedSource,
+    metadata: FileMetadata,
+    given: str | Preprocessing,
+    content: Preprocessing | None = None,
+) -> Preprocessing:
+    return agreed_preprocessing(
+        str(source), metadata, found.preprocessing, content, given, found.stride_in_1x1
+    )
 
 
 def read_network(
     source: str | os.PathLike,
     preprocessing: str | Preprocessing = "",
     given: ModelSpec | None = None,
+    raw: RawFile | None = None,
 ) -> Weights:
     """Tensors under this package's names, those of the network that the file states, if any.
 
@@ -153,8 +159,9 @@ def read_network(
 
     Args:
         given: what the user says of the network.
+        raw: the source's file, where it was read before.
     """
-    read = read_source(source, preprocessing)
+    read = read_source(source, preprocessing, raw)
     try:
         layout = recognize(read.tensors)
         tensors = LAYOUTS[layout].to_ours(read.tensors)
@@ -164,95 +171,9 @@ def read_network(
         raise WeightsError(f"{source}: {one_line(error)}") from error
     origin = read.origin if read.origin.format else replace(read.origin, format=layout)
     known = read.preprocessing
-    if any(key.endswith("conv3.weight") for key in tensors):
+    if has_bottlenecks(tensors):
         known = with_stride(known, read.stated, given, str(source))
     return read._replace(tensors=tensors, origin=origin, preprocessing=known)
-
-
-def with_stride(
-    known: Preprocessing, stated: ModelSpec | None, given: ModelSpec | None, source: str
-) -> Preprocessing:
-    """A preprocessing that says where bottlenecks have their stride, which no tensor shows.
-
-    Args:
-        stated, given: the network, as the file and as the user says.
-
-    Raises:
-        WeightsError: nobody says it, or two say different things.
-    """
-    of_network = _stride_of(stated or given)
-    found = {value for value in (known.stride_in_1x1, of_network) if value is not None}
-    if not found and stated is not None:
-        found = {constructor_options(stated.name)["stride_in_1x1"]}
-    if not found:
-        raise WeightsError(
-            f"{source}: nobody says where its bottlenecks have their stride; name a preprocessing "
-            "that does, such as msra or torchvision"
-        )
-    if len(found) > 1:
-        raise WeightsError(
-            f"{source}: its network has stride_in_1x1={of_network}, its preprocessing "
-            f"{known.stride_in_1x1}"
-        )
-    return replace(known, stride_in_1x1=found.pop())
-
-
-def stated_input(known: Preprocessing, stated: ModelSpec | None, source: str) -> Preprocessing:
-    """:func:`with_stride` by the name of the network alone, where no tensor was read."""
-    match = re.fullmatch(
-        r"(?:\w+/)?(?:\w+_)?(?:resnet|plain)(\d+)\w*", stated.name if stated else ""
-    )
-    block, _ = DEPTHS.get(int(match[1]) if match else 0, (None, ()))
-    return with_stride(known, stated, None, source) if block is BottleneckBlock else known
-
-
-def _stride_of(spec: ModelSpec | None) -> bool | None:
-    """What a network's name and options say; torchvision's and timm's have it in the 3x3."""
-    if spec is None:
-        return None
-    return False if "/" in spec.name else spec.options.get("stride_in_1x1")
-
-
-def convention(
-    source: str, found: Found, notes: Notes, name: str, content: Preprocessing | None = None
-) -> Preprocessing:
-    """The one preprocessing on which the file, its origin and the user agree.
-
-    Args:
-        content: what the file's content says beside its metadata.
-
-    Raises:
-        UnknownInput: nobody says it.
-        WeightsError: two of them say different things.
-    """
-    stated = {
-        "its metadata": notes.preprocessing,
-        "its origin": found.preprocessing,
-        "its content": content,
-        repr(name) if isinstance(name, str) else "the given one": (
-            get_preprocessing(name) if name else None
-        ),
-    }
-    known = [(who, value) for who, value in stated.items() if value is not None]
-    if not known:
-        raise UnknownInput(source)
-    (who, first), *others = known
-    for other, value in others:
-        if not first.same_input(value):
-            _contradiction(source, who, other)
-        if first.stride_in_1x1 is None:
-            first = replace(first, stride_in_1x1=value.stride_in_1x1)
-    if found.stride_in_1x1 is not None:
-        if first.stride_in_1x1 not in (None, found.stride_in_1x1):
-            _contradiction(source, "the config.json beside it, by its stride,", who)
-        first = replace(first, stride_in_1x1=found.stride_in_1x1)
-    return first
-
-
-def _contradiction(source: str, first: str, second: str) -> None:
-    if first == "its metadata":
-        raise WeightsError(f"{source} carries its own preprocessing, which is not {second}")
-    raise WeightsError(f"{source}: {first} says another preprocessing than {second}")
 
 
 def check_stated(
@@ -287,6 +208,11 @@ def _spell(spec: ModelSpec) -> str:
     return f"{spell(spec)} with {spec.num_classes or 'no'} classes"
 
 
+def weights_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without ``num_batches_tracked``."""
+    return {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
+
+
 def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpec:
     """The network, with the number of classes and the stride that its weights have."""
     stated = read.stated or given
@@ -304,8 +230,59 @@ def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpe
     spec = stated or candidates[0]
     name = spec.name.rpartition("/")[2]
     options = dict(spec.options)
-    if "stride_in_1x1" in constructor_options(name) and any(
-        key.endswith("conv3.weight") for key in read.tensors
-    ):
+    if "stride_in_1x1" in constructor_options(name) and has_bottlenecks(read.tensors):
         options["stride_in_1x1"] = read.preprocessing.stride_in_1x1
     return ModelSpec(name, candidates[0].num_classes, options)
+
+
+class Description(NamedTuple):
+    """What a weights file says of itself.
+
+    Attributes:
+        preprocessing: the input that it expects, without mean image.
+        model: {"name", "num_classes", "options"} of the network, empty if it does not say.
+        has_mean_image: it holds a per-pixel mean beside the channel means.
+    """
+
+    preprocessing: Preprocessing
+    model: dict
+    has_mean_image: bool
+
+
+def describe_weights(
+    path: str | os.PathLike, preprocessing: str | Preprocessing = "", raw: RawFile | None = None
+) -> Description:
+    """Reads what weights say of themselves; of our own files only the header.
+
+    Args:
+        path, preprocessing, raw: see :func:`read_checkpoint`.
+
+    Raises:
+        WeightsError: missing or damaged file, no preprocessing.
+    """
+    found = resolve(path)
+    file = find_file(found.path)
+    if file.suffix == ".safetensors":
+        said = FileMetadata.read(file)
+        if said.preprocessing is not None or found.preprocessing is not None:
+            known = _agreed(path, found, said, preprocessing)
+            return _description(known, said.model, said.has_mean_image, path)
+    read = read_source(path, preprocessing, raw)
+    has_mean_image = read.preprocessing.mean_image is not None
+    return _description(read.preprocessing, read.stated, has_mean_image, path)
+
+
+def _description(
+    known: Preprocessing, model: ModelSpec | None, has_mean_image: bool, path: str | os.PathLike
+) -> Description:
+    stated = {} if model is None else asdict(model)
+    return Description(stated_input(known, model, str(path)), stated, has_mean_image)
+
+
+def read_header(path: str | os.PathLike) -> FileMetadata:
+    """What a local safetensors file says of itself, without its weights.
+
+    Raises:
+        WeightsError: the file is missing, damaged or of a later version.
+    """
+    return FileMetadata.read(find_file(path))

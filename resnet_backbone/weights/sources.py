@@ -17,17 +17,17 @@ from resnet_backbone.weights.conventions import (
     BY_ADDRESS,
     DETECTRON1,
     DETECTRON2,
-    LIBRARY_NETWORKS,
     PYTORCH,
-    OtherNetwork,
-    check_hugging_face_network,
-    check_timm_network,
-    hugging_face_preprocessing,
     published_hash,
-    timm_preprocessing,
     torchvision_entry,
     torchvision_preprocessing,
 )
+from resnet_backbone.weights.keymaps.huggingface import (
+    check_hugging_face_network,
+    hugging_face_preprocessing,
+)
+from resnet_backbone.weights.keymaps.table import LIBRARY_NETWORKS, OtherNetwork
+from resnet_backbone.weights.keymaps.timm import check_timm_network, timm_preprocessing
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, one_line
 from resnet_backbone.weights.readers import FOLDER_FILES, MAX_JSON, SUFFIXES
 
@@ -41,12 +41,12 @@ CATALOG = {
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedSource:
     """A source as a local path.
 
     Attributes:
         path: a file, or a folder with one.
-        preprocessing: the origin's convention; None where nobody states it.
+        preprocessing: the origin's convention; None where it is unknown.
         stride_in_1x1: stated without the rest, by a config.json alone.
         sha256: hexadecimal digits that the file's must begin with; "" where none are published.
     """
@@ -57,7 +57,7 @@ class Found:
     sha256: str = ""
 
 
-def resolve(source: str | os.PathLike) -> Found:
+def resolve(source: str | os.PathLike) -> ResolvedSource:
     """Finds a source, and downloads it if need be.
 
     Args:
@@ -73,14 +73,14 @@ def resolve(source: str | os.PathLike) -> Found:
     scheme, separator, name = str(source).partition("://")
     if not separator:
         path = Path(source)
-        return _described(Found(path)) if _may_have_config(path) else Found(path)
+        return _described(ResolvedSource(path)) if _may_have_config(path) else ResolvedSource(path)
     if scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise WeightsError(f"{source}: unknown kind of source; known are local paths, {known}")
     return SCHEMES[scheme](name)
 
 
-def _from_https(name: str) -> Found:
+def _from_https(name: str) -> ResolvedSource:
     url = f"https://{name}"
     if url.startswith(PYTORCH):
         entry = torchvision_entry(lambda weights: weights.url == url)
@@ -88,14 +88,14 @@ def _from_https(name: str) -> Found:
             return _torchvision_file(entry)
     path = _cached(url)
     known = next((p for start, p in BY_ADDRESS.items() if url.startswith(start)), None)
-    return Found(path, known)
+    return ResolvedSource(path, known)
 
 
-def _from_detectron2(name: str) -> Found:
+def _from_detectron2(name: str) -> ResolvedSource:
     return _from_https((DETECTRON2 + name).removeprefix("https://"))
 
 
-def _from_catalog(name: str) -> Found:
+def _from_catalog(name: str) -> ResolvedSource:
     if name not in CATALOG:
         raise WeightsError(f"catalog://{name}: not known; known are {', '.join(CATALOG)}")
     return _from_https(CATALOG[name].removeprefix("https://"))
@@ -137,7 +137,7 @@ def download(url: str, target: Path, sha256: str = "") -> Path:
     return target
 
 
-def _from_torchvision(name: str) -> Found:
+def _from_torchvision(name: str) -> ResolvedSource:
     model, _, entry = name.partition("/")
     from torchvision.models import get_model_weights
 
@@ -157,15 +157,15 @@ def _from_torchvision(name: str) -> Found:
     return _torchvision_file(entries[entry])
 
 
-def _torchvision_file(weights: Any) -> Found:
+def _torchvision_file(weights: Any) -> ResolvedSource:
     """Torchvision's own cache is used, and its check of the hash in the file's name."""
     sha256 = published_hash(weights)
     target = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     path = download(weights.url, target, sha256)
-    return Found(path, torchvision_preprocessing(weights), sha256=sha256)
+    return ResolvedSource(path, torchvision_preprocessing(weights), sha256=sha256)
 
 
-def _from_timm(name: str) -> Found:
+def _from_timm(name: str) -> ResolvedSource:
     try:
         import timm
     except ImportError as error:
@@ -182,10 +182,10 @@ def _from_timm(name: str) -> Found:
         return replace(_from_hugging_face(config.hf_hub_id), preprocessing=preprocessing)
     if not config.url:
         raise WeightsError(f"timm://{name}: timm has this network without weights")
-    return Found(_cached(config.url), preprocessing)
+    return ResolvedSource(_cached(config.url), preprocessing)
 
 
-def _from_hugging_face(name: str) -> Found:
+def _from_hugging_face(name: str) -> ResolvedSource:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -200,7 +200,7 @@ def _from_hugging_face(name: str) -> Found:
                 )
             )
             if any((folder / file).is_file() for file in FOLDER_FILES):
-                return _described(Found(folder))
+                return _described(ResolvedSource(folder))
     except Exception as error:  # of the network, of the service, of its client
         cause = one_line(error)
         raise WeightsError(
@@ -216,7 +216,7 @@ def _may_have_config(path: Path) -> bool:
     return path.is_dir() or path.name in FOLDER_FILES
 
 
-def _described(found: Found) -> Found:
+def _described(found: ResolvedSource) -> ResolvedSource:
     """Adds what config.json and preprocessor_config.json beside the weights say."""
     folder = found.path if found.path.is_dir() else found.path.parent
     config = _read_json(folder / "config.json")
@@ -254,7 +254,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: unreadable ({error})") from error
 
 
-SCHEMES: dict[str, Callable[[str], Found]] = {
+SCHEMES: dict[str, Callable[[str], ResolvedSource]] = {
     "torchvision": _from_torchvision,
     "timm": _from_timm,
     "hf": _from_hugging_face,

@@ -12,20 +12,26 @@ import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_backbone.weights.numpy_records import NUMPY_AND_CONTAINERS, Refused, is_shape
-from resnet_backbone.weights.pickles import Machine
+from resnet_backbone.weights.pickles import (
+    NAMES,
+    DataUnpickler,
+    Refused,
+    StandIn,
+    inert,
+    is_shape,
+)
 
 ZIP_START = b"PK\x03\x04"
 # torch/serialization.py: the first two pickles of a file in the older form
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
-
 # torch/storage.py: what a storage's class says of its dtype
-STORAGE_DTYPES: dict[str, torch.dtype] = {
+STORAGE_DTYPES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -39,21 +45,36 @@ STORAGE_DTYPES: dict[str, torch.dtype] = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Storage:
-    """A named run of numbers; ``data`` is filled when it is read."""
+    """A named run of numbers in a file of ``torch.save``.
+
+    Attributes:
+        read: its bytes in the file.
+    """
 
     key: str
     dtype: torch.dtype
     count: int
-    data: Tensor | None = None
+    read: Callable[[Storage], bytes | memoryview]
 
     @property
-    def itemsize(self) -> int:
-        return torch.empty((), dtype=self.dtype).element_size()
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    @cached_property
+    def numbers(self) -> Tensor:
+        data = self.read(self)
+        if len(data) != self.nbytes:
+            raise Refused(f"storage {self.key[:80]} with {len(data)} bytes for {self.count}")
+        if not data:
+            return torch.empty(0, dtype=self.dtype)
+        if self.dtype is torch.bool:  # any other byte in a bool is undefined behavior
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8) != 0
+        return torch.frombuffer(bytearray(data), dtype=self.dtype)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TensorRecord:
     """What a pickle says of a tensor: a window on a storage, in elements."""
 
@@ -79,20 +100,20 @@ class TensorRecord:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.size) * self.storage.itemsize
+        return math.prod(self.size) * self.storage.dtype.itemsize
 
     def tensor(self) -> Tensor:
         """A contiguous copy, so that what else the storage holds is freed."""
-        window = self.storage.data.as_strided(self.size, self.stride, self.offset)
+        window = self.storage.numbers.as_strided(self.size, self.stride, self.offset)
         return window.clone(memory_format=torch.contiguous_format)
 
 
-def _rebuild_tensor(storage, offset, size, stride, *_: Any) -> TensorRecord:
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRecord:
     """Further arguments say whether it needs gradients, and its hooks: none for weights."""
     return TensorRecord(storage, offset, size, stride)
 
 
-def _rebuild_parameter(data: Any, *_: Any) -> TensorRecord:
+def _parameter(data: Any, *_: Any) -> TensorRecord:
     if not isinstance(data, TensorRecord):
         raise Refused("a parameter that is not a tensor")
     return data
@@ -104,23 +125,33 @@ def _size(values: Any = ()) -> tuple:
     return tuple(values)
 
 
-NAMES = {
-    **NUMPY_AND_CONTAINERS,
-    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): _size,
+TORCH_NAMES = {
+    **NAMES,
+    ("torch", "Size"): StandIn(_size),
+    ("torch", "device"): inert("torch.device"),
+    ("torch._utils", "_rebuild_tensor"): StandIn(_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): StandIn(_tensor),
+    ("torch._utils", "_rebuild_parameter"): StandIn(_parameter),
     **{("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()},
 }
+
+
+def read_torch(data: bytes) -> Any:
+    """The object of a ``torch.save`` file, with a record in place of each tensor.
+
+    Raises:
+        ValueError or another error of the parsers: not such a file, damaged, or not only data.
+    """
+    return _read_zip(data) if data[:4] == ZIP_START else _read_legacy(data)
 
 
 class _Storages:
     """The storages that a pickle refers to, by their keys."""
 
-    def __init__(self):
-        self.found: dict[str, Storage] = {}
+    def __init__(self, read: Callable[[Storage], bytes | memoryview]):
+        self.read, self.found = read, {}
 
-    def persistent(self, identity: Any) -> Storage:
+    def __call__(self, identity: Any) -> Storage:
         """("storage", dtype, key, device, count) -> storage; the older form adds its view."""
         if not isinstance(identity, tuple) or len(identity) not in (5, 6):
             raise Refused("a reference to something else than a storage")
@@ -131,35 +162,13 @@ class _Storages:
             raise Refused("a storage of an impossible size")
         if view and view[0] is not None:
             raise Refused("a storage that is part of another (torch before 0.4)")
-        storage = self.found.setdefault(key, Storage(key, dtype, count))
+        storage = self.found.setdefault(key, Storage(key, dtype, count, self.read))
         if (storage.dtype, storage.count) != (dtype, count):
             raise Refused(f"storage {key[:80]} with two dtypes or sizes")
         return storage
 
 
-def _numbers(data: bytes | memoryview, storage: Storage) -> Tensor:
-    if len(data) != storage.count * storage.itemsize:
-        raise Refused(f"storage {storage.key[:80]} with {len(data)} bytes for {storage.count}")
-    if not data:
-        return torch.empty(0, dtype=storage.dtype)
-    if storage.dtype is torch.bool:  # any other byte in a bool is undefined behaviour
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8) != 0
-    return torch.frombuffer(bytearray(data), dtype=storage.dtype)
-
-
-def read_torch(data: bytes) -> tuple[Any, Callable[[list[TensorRecord]], None]]:
-    """The object of a ``torch.save`` file, with a record in place of each tensor.
-
-    Returns:
-        (object, function that reads the storages of the records given to it)
-
-    Raises:
-        ValueError or another error of the parsers: not such a file, damaged, or not only data.
-    """
-    return _read_zip(data) if data[:4] == ZIP_START else _read_legacy(data)
-
-
-def _read_zip(data: bytes):
+def _read_zip(data: bytes) -> Any:
     archive = zipfile.ZipFile(io.BytesIO(data))
     entries = {info.filename: info for info in archive.infolist()}
     if len(entries) != len(archive.infolist()):
@@ -174,44 +183,33 @@ def _read_zip(data: bytes):
     folder = pickles[0].partition("/")[0]
     if f"{folder}/byteorder" in entries and archive.read(f"{folder}/byteorder") != b"little":
         raise Refused("numbers in big-endian byte order")
-    storages = _Storages()
-    found = Machine(NAMES, storages.persistent).run(io.BytesIO(archive.read(pickles[0])))
-
-    def fill(records: list[TensorRecord]) -> None:
-        for storage in {id(record.storage): record.storage for record in records}.values():
-            storage.data = _numbers(archive.read(f"{folder}/data/{storage.key}"), storage)
-
-    return found, fill
+    storages = _Storages(lambda storage: archive.read(f"{folder}/data/{storage.key}"))
+    return DataUnpickler(io.BytesIO(archive.read(pickles[0])), TORCH_NAMES, storages).load()
 
 
-def _read_legacy(data: bytes):
-    stream, storages = io.BytesIO(data), _Storages()
-    if Machine({}).run(stream) != LEGACY_MAGIC or Machine({}).run(stream) != LEGACY_VERSION:
+def _read_legacy(data: bytes) -> Any:
+    stream, places = io.BytesIO(data), {}
+    storages = _Storages(lambda storage: places[storage.key])
+    magic, version, system = (DataUnpickler(stream, {}).load() for _ in range(3))
+    if (magic, version) != (LEGACY_MAGIC, LEGACY_VERSION):
         raise Refused("another beginning than torch.save writes")
-    system = Machine({}).run(stream)
     if not isinstance(system, dict) or system.get("little_endian") is not True:
         raise Refused("numbers in big-endian byte order")
-    found = Machine(NAMES, storages.persistent).run(stream)
-    keys = Machine({}).run(stream)
+    found = DataUnpickler(stream, TORCH_NAMES, storages).load()
+    keys = DataUnpickler(stream, {}).load()
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise Refused("a list of storages that is none")
+        raise Refused("an invalid storage list")
     if sorted(keys) != sorted(storages.found):
         raise Refused("storages that its tensors do not refer to, or the reverse")
-    payload = memoryview(data)
-    places, position = {}, stream.tell()
+    position = stream.tell()
     for key in keys:
         storage = storages.found[key]
         (count,) = struct.unpack_from("<q", data, position)
-        size = storage.count * storage.itemsize
-        if count != storage.count or position + 8 + size > len(data):
+        end = position + 8 + storage.nbytes
+        if count != storage.count or end > len(data):
             raise Refused(f"storage {key[:80]} with {count} of {storage.count} numbers")
-        places[key] = payload[position + 8 : position + 8 + size]
-        position += 8 + size
+        places[key] = memoryview(data)[position + 8 : end]
+        position = end
     if position != len(data):
         raise Refused(f"{len(data) - position} bytes behind its end")
-
-    def fill(records: list[TensorRecord]) -> None:
-        for storage in {id(record.storage): record.storage for record in records}.values():
-            storage.data = _numbers(places[storage.key], storage)
-
-    return found, fill
+    return found

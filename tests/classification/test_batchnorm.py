@@ -21,7 +21,7 @@ from resnet_backbone.classification.data.stream import Batch, SampleStream
 from resnet_backbone.models import FrozenBatchNorm2d, build_model
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import Preprocessing
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 
 def inputs(count=12, size=9, seed=0):

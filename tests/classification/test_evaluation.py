@@ -14,7 +14,7 @@ from resnet_backbone.classification.protocols import Centre, Dense, Full
 from resnet_backbone.models import build_model
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import Preprocessing
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 GREY = Preprocessing("RGB", 255.0, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))
 BGR = Preprocessing("BGR", 255.0, (90.0, 95.0, 100.0), (1.0, 1.0, 1.0))

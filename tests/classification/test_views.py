@@ -23,7 +23,7 @@ from resnet_backbone.classification.protocols import (
 )
 from resnet_backbone.models import build_model, vgg
 from resnet_backbone.weights import Preprocessing
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 GREY = Preprocessing("RGB", 255.0, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))
 

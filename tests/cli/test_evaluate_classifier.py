@@ -21,7 +21,7 @@ from resnet_backbone.classification.networks import NetworkSpec, save_network
 from resnet_backbone.classification.protocols import Centre, Dense, TenCrop
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import Preprocessing
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "evaluate_classifier.py"

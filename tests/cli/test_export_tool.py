@@ -21,7 +21,7 @@ from resnet_backbone.cli import pictures
 from resnet_backbone.cli.benchmark.interleaved import randomize_norms
 from resnet_backbone.fast import export
 from resnet_backbone.weights import get_preprocessing, save_weights
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from resnet_backbone.classification.data.arrays import ArraySource, read_cifar10
 from resnet_backbone.classification.data.stream import SampleStream
 from resnet_backbone.classification.networks import NetworkSpec, read_spec, save_network
 from resnet_backbone.weights import Preprocessing, read_weights
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "recompute_bn.py"
 GREY = Preprocessing("RGB", 255.0, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from resnet_backbone.weights.files import read_own_tensors
+from resnet_backbone.weights.reading import read_own_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "train_classifier.py"

@@ -134,7 +134,7 @@ def images():
 def write(tmp_path):
     """Function (network, preprocessing, options) -> a file with that metadata and no network."""
 
-    from resnet_backbone.weights.files import MEAN_IMAGE_KEY, METADATA_KEY, MODEL_KEY
+    from resnet_backbone.weights.checkpoint import MEAN_IMAGE_KEY, METADATA_KEY, MODEL_KEY
 
     def write(name="resnet18", expected=INPUT, mean_image=False, **options) -> str:
         notes = {} if expected is None else {METADATA_KEY: expected.to_json()}

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from resnet_backbone.detection import Checkpointer
-from resnet_backbone.detection.checkpoint.files import open_detector_file, open_weights
+from resnet_backbone.detection.checkpoint.files import open_weights
 from resnet_backbone.detection.inference.predictor import load_detector
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError, save_weights
+from resnet_backbone.weights.readers import read_tensors
 
 R18 = "voc/faster_rcnn_R_18_FPN.yaml"
 PREFIX = "backbone.bottom_up."
@@ -52,7 +54,7 @@ def test_nothing_in_a_file_is_executed(detector, tmp_path, capsys):
         ("x.pkl", lambda x, p: p.write_bytes(pickle.dumps(x))),
     ):
         save({"model": {"backbone.x": np.zeros(1)}, "trainer": Evil()}, tmp_path / name)
-        with pytest.raises(WeightsError, match=rf"{name} holds .*print") as caught:
+        with pytest.raises(WeightsError, match=rf"{name}: refused, it holds .*print") as caught:
             Checkpointer(model).load(str(tmp_path / name))
         assert "\n" not in str(caught.value) and "executed" not in capsys.readouterr().out
     assert_holds(model, before)
@@ -61,8 +63,11 @@ def test_nothing_in_a_file_is_executed(detector, tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ([1, 2], "holds a list and no checkpoint"),
-        ({"model": {"backbone.x": "text"}}, "holds 'backbone.x', which is a str and no tensor"),
+        ([1, 2], "its content is of type list, not a state dict"),
+        (
+            {"model": {"backbone.x": "text"}},
+            "it holds backbone.x of type str, which is not a tensor",
+        ),
         ({"model": {"backbone.x": torch.tensor([float("nan")])}}, "backbone.x has NaN"),
         (
             {"model": {f"backbone.{i}": torch.zeros(9000) for i in range(1)}, "x": [[]] * 9},
@@ -79,11 +84,30 @@ def test_files_that_hold_no_detector(detector, tmp_path, content, message):
     assert_holds(model, before)
 
 
-def test_one_storage_under_many_names_is_refused(tmp_path):
-    one = torch.zeros(100_000)
-    torch.save({"model": {f"backbone.{index}": one[:] for index in range(50)}}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match="more than 2 times its own size"):
-        open_detector_file(tmp_path / "x.pth")
+@pytest.mark.parametrize("make", [lambda x: x[:], lambda x: x], ids=["views", "one object"])
+def test_one_storage_under_many_names_is_refused(tmp_path, make):
+    """By the reader of detectors as by that of networks."""
+    one, path = torch.zeros(100_000), tmp_path / "x.pth"
+    torch.save({"model": {f"backbone.{index}": make(one) for index in range(50)}}, path)
+    for read in (lambda: open_weights(str(path)).content(), lambda: read_tensors(path)):
+        with pytest.raises(WeightsError, match="more than twice its own size"):
+            read()
+
+
+def test_two_state_dicts_are_refused(tmp_path):
+    state, path = {"backbone.x": torch.zeros(1)}, tmp_path / "x.pth"
+    torch.save({"model": state, "state_dict": state}, path)
+    for read in (lambda: open_weights(str(path)), lambda: read_tensors(path)):
+        with pytest.raises(WeightsError, match="both state_dict and model hold weights"):
+            read()
+
+
+def test_a_backbone_is_read_once(detector, tmp_path, monkeypatch):
+    path, reads, read_bytes = tmp_path / "x.pth", [], Path.read_bytes
+    torch.save(build_network("resnet18").state_dict(), path)
+    monkeypatch.setattr(Path, "read_bytes", lambda p: reads.append(p.name) or read_bytes(p))
+    Checkpointer(detector(), preprocessing="msra").load(str(path), [])
+    assert reads == ["x.pth"]
 
 
 @pytest.mark.parametrize("end", [0, 10, 5000, -1])
@@ -91,7 +115,7 @@ def test_torn_files(detector, tmp_path, end):
     Checkpointer(detector(), str(tmp_path)).save("model")
     whole = (tmp_path / "model.pth").read_bytes()
     (tmp_path / "torn.pth").write_bytes(whole[:end])
-    with pytest.raises(WeightsError, match="torn.pth (is damaged|holds)"):
+    with pytest.raises(WeightsError, match="torn.pth: (not a whole torch file|refused, it holds)"):
         Checkpointer(detector()).load(str(tmp_path / "torn.pth"))
 
 
@@ -105,7 +129,7 @@ def test_read_as_torch_reads_it(detector, tmp_path):
     schedule = {"base_lrs": [0.1], "last_epoch": 7, "nested": (1, None, {"a": True})}
     Checkpointer(model, str(tmp_path), optimizer=optimizer).save("model", schedule=schedule)
     path = tmp_path / "model.pth"
-    expected, found = torch.load(path, weights_only=True), open_detector_file(path).read()
+    expected, found = torch.load(path, weights_only=True), open_weights(str(path)).content()
     assert found.keys() == expected.keys() and found["schedule"] == schedule
 
     def assert_same(a, b):
@@ -129,9 +153,9 @@ def test_content_decides_what_a_file_is(detector, tmp_path):
     save_weights(network, tmp_path / "backbone.safetensors", PREPROCESSINGS["msra"])
     torch.save(network.state_dict(), tmp_path / "backbone.pth")
     Checkpointer(detector(), str(tmp_path)).save("model")
-    assert open_weights(str(tmp_path / "backbone.safetensors")) is None
-    assert open_weights(str(tmp_path / "backbone.pth")) is None
-    assert open_weights(str(tmp_path / "model.pth")) is not None
+    kinds = {"backbone.safetensors": False, "backbone.pth": False, "model.pth": True}
+    for name, expected in kinds.items():
+        assert open_weights(str(tmp_path / name)).is_detector is expected, name
 
 
 def test_detectors_of_every_container(detector, make_cfg, small, tmp_path):

@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.detection.checkpoint.handover import take_over
+from resnet_backbone.detection.checkpoint.input_check import use_weights_input
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError, save_weights
-from resnet_backbone.weights.files import METADATA_KEY, MODEL_KEY
+from resnet_backbone.weights.checkpoint import METADATA_KEY, MODEL_KEY
 
 PROJECT = Path(__file__).resolve().parents[2]
 R18, R50 = "voc/faster_rcnn_R_18_FPN.yaml", "voc/faster_rcnn_R_50_FPN.yaml"
@@ -32,7 +32,7 @@ def with_stride(value):
 
 def test_input_is_taken_over(make_cfg, write):
     cfg, path = make_cfg(R18), write()
-    lines = take_over(cfg, path)
+    lines = use_weights_input(cfg, path)
     assert (cfg.INPUT.FORMAT, cfg.MODEL.WEIGHTS) == ("RGB", path)
     assert cfg.MODEL.PIXEL_MEAN == [130.0, 121.5, 110.0]
     assert cfg.MODEL.PIXEL_STD == [60.0, 61.0, 62.5]
@@ -44,15 +44,15 @@ def test_input_is_taken_over(make_cfg, write):
 
 def test_range_of_one_becomes_bytes(make_cfg, write):
     cfg = make_cfg(R50)
-    take_over(cfg, write("torchvision/resnet50", PREPROCESSINGS["torchvision"]))
+    use_weights_input(cfg, write("torchvision/resnet50", PREPROCESSINGS["torchvision"]))
     assert cfg.MODEL.PIXEL_MEAN == pytest.approx([123.675, 116.28, 103.53])
     assert cfg.MODEL.PIXEL_STD == pytest.approx([58.395, 57.12, 57.375])
 
 
 def test_what_agrees_is_not_mentioned(make_cfg, write):
     cfg, path = make_cfg(R18), write()
-    take_over(cfg, path)
-    assert len(take_over(cfg, path)) == 1
+    use_weights_input(cfg, path)
+    assert len(use_weights_input(cfg, path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_what_agrees_is_not_mentioned(make_cfg, write):
 def test_stride(make_cfg, write, file, name, stride, expected):
     """It stays as it is (True) where no block has a 1x1 that could carry it."""
     cfg = make_cfg(file)
-    lines = take_over(cfg, write(name, with_stride(stride)))
+    lines = use_weights_input(cfg, write(name, with_stride(stride)))
     assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is expected
     assert (f"{STRIDE} True -> False" in lines) == (not expected)
 
@@ -90,14 +90,14 @@ def test_contradictions_of_the_user_are_refused(make_cfg, write, file, key, valu
     cfg = make_cfg(file)
     cfg.merge_from_list([key, value])
     with pytest.raises(UsageError, match=message) as caught:
-        take_over(cfg, path, given=["SEED", key])
+        use_weights_input(cfg, path, given=["SEED", key])
     assert "\n" not in str(caught.value)
-    take_over(cfg, path, given=["SEED"])  # the same value in the config file is replaced
+    use_weights_input(cfg, path, given=["SEED"])  # the same value in the config file is replaced
 
 
 def test_what_the_user_says_rightly_stays(make_cfg, write):
     cfg = make_cfg(R18, MODEL__PIXEL_MEAN=[130.3, 121.4, 110.1], INPUT__FORMAT="RGB")
-    take_over(cfg, write(), given=["MODEL.PIXEL_MEAN", "INPUT.FORMAT"])
+    use_weights_input(cfg, write(), given=["MODEL.PIXEL_MEAN", "INPUT.FORMAT"])
     assert cfg.MODEL.PIXEL_MEAN == [130.3, 121.4, 110.1]
 
 
@@ -122,7 +122,7 @@ def test_other_networks_are_refused(make_cfg, write, file, keys, name, options, 
     cfg = make_cfg(file, **keys)
     before = cfg.dump()
     with pytest.raises(UsageError, match=message) as caught:
-        take_over(cfg, write(name, **options))
+        use_weights_input(cfg, write(name, **options))
     assert "\n" not in str(caught.value)
     assert cfg.dump() == before
 
@@ -130,7 +130,7 @@ def test_other_networks_are_refused(make_cfg, write, file, keys, name, options, 
 @pytest.mark.parametrize("name", ["cifar_resnet20", "torchvision/googlenet", "timm/resnet26"])
 def test_networks_that_no_detector_has(make_cfg, write, name):
     with pytest.raises(WeightsError, match=f"is a {name}; detectors here have ResNet-18/34/50"):
-        take_over(make_cfg(R18), write(name))
+        use_weights_input(make_cfg(R18), write(name))
 
 
 @pytest.mark.parametrize(
@@ -147,41 +147,41 @@ def test_networks_that_no_detector_has(make_cfg, write, name):
 )
 def test_networks_that_fit(make_cfg, write, file, keys, name, options):
     cfg = make_cfg(file, **keys)
-    take_over(cfg, write(name, **options))
+    use_weights_input(cfg, write(name, **options))
     assert cfg.MODEL.WEIGHTS and cfg.INPUT.FORMAT == "RGB"
 
 
 def test_a_file_without_preprocessing_needs_a_name(make_cfg, write):
     path = write("", None)
     with pytest.raises(WeightsError, match="RESNET_BACKBONE.WEIGHTS_PREPROCESSING"):
-        take_over(make_cfg(R50), path)
+        use_weights_input(make_cfg(R50), path)
     cfg = make_cfg(R50, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="torchvision")
-    take_over(cfg, path)
+    use_weights_input(cfg, path)
     assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("RGB", False)
     cfg = make_cfg(R50, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="msra")
     with pytest.raises(WeightsError, match="carries its own preprocessing, which is not 'msra'"):
-        take_over(cfg, write())
+        use_weights_input(cfg, write())
 
 
 def test_mean_image_gives_way_to_channel_means(make_cfg, write):
     cfg = make_cfg(R18)
-    lines = take_over(cfg, write(mean_image=True))
+    lines = use_weights_input(cfg, write(mean_image=True))
     assert cfg.MODEL.PIXEL_MEAN == [130.0, 121.5, 110.0]
     assert "channel means of the file's mean image" in lines[-1]
 
 
 def test_wrong_files(make_cfg, write, tmp_path):
     with pytest.raises(WeightsError, match="x.pth: no such file"):
-        take_over(make_cfg(R18), "x.pth")
+        use_weights_input(make_cfg(R18), "x.pth")
     with pytest.raises(WeightsError, match="nothing.safetensors: no such file"):
-        take_over(make_cfg(R18), str(tmp_path / "nothing.safetensors"))
+        use_weights_input(make_cfg(R18), str(tmp_path / "nothing.safetensors"))
     path = write()
     (tmp_path / "cut.safetensors").write_bytes(Path(path).read_bytes()[:40])
     with pytest.raises(WeightsError, match="cut.safetensors: not a whole safetensors file"):
-        take_over(make_cfg(R18), str(tmp_path / "cut.safetensors"))
+        use_weights_input(make_cfg(R18), str(tmp_path / "cut.safetensors"))
     save_file({}, path, {METADATA_KEY: OURS.to_json(), MODEL_KEY: "[1]"})
     with pytest.raises(WeightsError, match="unreadable resnet_backbone.model"):
-        take_over(make_cfg(R18), path)
+        use_weights_input(make_cfg(R18), path)
 
 
 @pytest.mark.data
@@ -193,7 +193,7 @@ def test_the_papers_own_weights(make_cfg, data_root):
         INPUT__FORMAT="RGB",
         MODEL__RESNETS__STRIDE_IN_1X1=False,
     )
-    take_over(cfg, path)
+    use_weights_input(cfg, path)
     assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("BGR", True)
     assert cfg.MODEL.PIXEL_MEAN == [103.939, 116.779, 123.68]
 

@@ -19,16 +19,19 @@ from detectron2.modeling import build_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_backbone.detection import Checkpointer, take_over
-from resnet_backbone.detection.checkpoint.handover import prepare_weights
-from resnet_backbone.detection.checkpoint.inputs import config_input, differences, origin_input
+from resnet_backbone.detection import Checkpointer, use_weights_input
+from resnet_backbone.detection.checkpoint.backbone_input import (
+    config_input,
+    differences,
+    origin_input,
+)
+from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.inference.predictor import Predictor
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.export import export_checkpoint
-from resnet_backbone.weights.input_settings import from_tensor, to_tensor
 from resnet_backbone.weights.reading import read_checkpoint
 
 R18, R50 = "voc/faster_rcnn_R_18_FPN.yaml", "voc/faster_rcnn_R_50_FPN.yaml"
@@ -179,7 +182,7 @@ colours = st.tuples(*[st.floats(0.5, 255, width=32)] * 3)
 @given(st.sampled_from(["RGB", "BGR"]), colours, colours, st.sampled_from([True, False, None]))
 def test_round_trip(order, mean, std, stride):
     stated = Preprocessing(order, 255.0, mean, std, stride_in_1x1=stride)
-    again = from_tensor(to_tensor(stated))
+    again = Preprocessing.from_tensor(stated.to_tensor())
     assert (again.channel_order, again.mean, again.std) == (order, mean, std)
     assert again.stride_in_1x1 is stride
 
@@ -313,11 +316,11 @@ def test_exported_backbones_are_checked_by_upstreams_loader(make, tmp_path, suff
 
 
 def test_the_configs_name_of_an_input_counts_in_scripts_too(make, tmp_path):
-    """README: take_over, build_model, Checkpointer(model).load."""
+    """README: use_weights_input, build_model, Checkpointer(model).load."""
     network, path = build_network("resnet18", 3), tmp_path / "r18.pth"
     torch.save({f"{k}": v for k, v in network.state_dict().items()}, path)
     cfg = make(R18, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="torchvision")
-    take_over(cfg, str(path))
+    use_weights_input(cfg, str(path))
     model = build_model(cfg)
     Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
     assert torch.equal(model.backbone.bottom_up.stem.conv1.weight, network.stem.conv1.weight)
@@ -327,5 +330,7 @@ def test_set_needs_someone_to_set(make):
     cfg = make(RESNET_BACKBONE__WEIGHTS_INPUT="set")
     build_model(cfg)  # there is nothing to follow
     cfg.MODEL.WEIGHTS = MSRA
-    with pytest.raises(UsageError, match=r"call resnet_backbone.detection.take_over\(cfg, cfg"):
+    with pytest.raises(
+        UsageError, match=r"call resnet_backbone.detection.use_weights_input\(cfg, "
+    ):
         build_model(cfg)

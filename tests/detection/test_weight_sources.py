@@ -18,15 +18,14 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
-from resnet_backbone.detection import Checkpointer, take_over
+from resnet_backbone.detection import Checkpointer, use_weights_input
 from resnet_backbone.detection.checkpoint.checkpointer import find_network
-from resnet_backbone.detection.checkpoint.handover import prepare_weights
+from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.models import build_model as build_network
-from resnet_backbone.weights import PREPROCESSINGS, WeightsError
+from resnet_backbone.weights import PREPROCESSINGS, WeightsError, read_checkpoint, write_checkpoint
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.export import export_checkpoint
-from resnet_backbone.weights.files import read_checkpoint, write_checkpoint
 
 R18 = "voc/faster_rcnn_R_18_FPN.yaml"
 
@@ -181,7 +180,7 @@ def test_the_zoos_backbone_by_name(make_cfg, small, served):
     wrong = make_cfg(R18, **small, MODEL__WEIGHTS=source, INPUT__FORMAT="RGB")
     with pytest.raises(WeightsError, match='INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"'):
         prepare_weights(wrong)
-    take_over(wrong, source)
+    use_weights_input(wrong, source)
     assert wrong.INPUT.FORMAT == "BGR"
 
 

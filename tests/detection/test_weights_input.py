@@ -12,7 +12,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_model as build_detector
 
 from resnet_backbone.detection import Checkpointer
-from resnet_backbone.detection.checkpoint.handover import prepare_weights, take_over
+from resnet_backbone.detection.checkpoint.input_check import prepare_weights, use_weights_input
 from resnet_backbone.detection.inference.predictor import Predictor
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import Preprocessing, WeightsError, save_weights
@@ -74,11 +74,11 @@ def test_set_by_the_config(make_cfg, write):
 
 
 def test_a_library_user_needs_one_call(write):
-    """take_over works on a config without our node as well."""
+    """use_weights_input works on a config without our node as well."""
     cfg = get_cfg()
     cfg.MODEL.BACKBONE.NAME = "build_paper_resnet_backbone"
     cfg.MODEL.RESNETS.DEPTH = 18
-    take_over(cfg, write())
+    use_weights_input(cfg, write())
     assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN) == ("RGB", [130.0, 121.5, 110.0])
 
 
@@ -95,7 +95,7 @@ def test_detectors_say_their_input_too(make_cfg, small, tmp_path):
             WeightsError, match=r'set INPUT.FORMAT "RGB" MODEL.PIXEL_STD "\[58, 57, '
         ):
             prepare_weights(cfg)
-        lines = take_over(cfg, str(tmp_path / name))
+        lines = use_weights_input(cfg, str(tmp_path / name))
         assert "INPUT.FORMAT BGR -> RGB" in lines and cfg.MODEL.PIXEL_STD == [58.0, 57.0, 57.0]
     state.pop("backbone.bottom_up.input_settings")
     torch.save({"model": state}, tmp_path / "unknown.pth")
@@ -103,9 +103,9 @@ def test_detectors_say_their_input_too(make_cfg, small, tmp_path):
     (line,) = prepare_weights(cfg)
     assert line.endswith("does not say which input it was trained on: taken to be the config's")
     with pytest.raises(WeightsError, match=r"does not say which input .*\.WEIGHTS_INPUT check"):
-        take_over(cfg, str(tmp_path / "unknown.pth"))
+        use_weights_input(cfg, str(tmp_path / "unknown.pth"))
     cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING = "torchvision"
-    take_over(cfg, str(tmp_path / "unknown.pth"))
+    use_weights_input(cfg, str(tmp_path / "unknown.pth"))
     assert cfg.INPUT.FORMAT == "RGB"
 
 

@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_backbone.models import list_models
-from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, ModelSpec, WeightsError
-from resnet_backbone.weights.compare import build_network, compare
+from resnet_backbone.weights import (
+    PREPROCESSINGS,
+    Checkpoint,
+    ModelSpec,
+    WeightsError,
+    read_checkpoint,
+)
+from resnet_backbone.weights.compare import compare
 from resnet_backbone.weights.convert import (
     convert_input,
     first_convolution,
@@ -19,8 +25,8 @@ from resnet_backbone.weights.convert import (
     to_unit_responses,
     use_channel_means,
 )
-from resnet_backbone.weights.files import read_checkpoint
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.load import build_network
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 STDS = st.tuples(*[st.floats(0.1, 300)] * 3)
 SMALL = ("resnet18", "plain18", "cifar_resnet20")
@@ -278,17 +284,17 @@ def test_every_network_has_a_first_convolution(name):
     assert first_convolution(state).endswith(".weight")
 
 
-def test_grey_images_are_refused(random_checkpoint):
-    grey = random_checkpoint("resnet18", "msra", in_channels=1)
-    with pytest.raises(WeightsError, match="only colour"):
-        convert_input(grey, channel_order="RGB")
+def test_gray_images_are_refused(random_checkpoint):
+    gray = random_checkpoint("resnet18", "msra", in_channels=1)
+    with pytest.raises(WeightsError, match="only color"):
+        convert_input(gray, channel_order="RGB")
     with pytest.raises(WeightsError, match="no first convolution"):
         first_convolution({"features.0.weight": torch.zeros(1, 3, 3, 3)})
 
 
 @pytest.mark.data
 def test_a_written_folded_network_is_read_back(small, tmp_path, pictures):
-    from resnet_backbone.weights.files import write_checkpoint
+    from resnet_backbone.weights import write_checkpoint
 
     folded = fold_bn(small)
     write_checkpoint(folded, tmp_path / "folded.safetensors")

@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ import torch
 from PIL import Image
 
 from resnet_backbone.weights import Checkpoint, WeightsError, get_preprocessing, read_checkpoint
-from resnet_backbone.weights.compare import build_network, outputs_of
+from resnet_backbone.weights.compare import outputs_of
 from resnet_backbone.weights.convert import convert_input, fold_bn, to_dtype
 from resnet_backbone.weights.export import FORMATS, export_checkpoint
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.load import build_network
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 SIDE = 64  # pixels; stated as the test's size too, so that no library resizes
 CLASSES = 7
@@ -565,3 +567,25 @@ def test_an_interrupted_write_leaves_the_old(
         export_checkpoint(random_checkpoint("resnet18"), path, format, overwrite=True)
     assert file.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("target, format", [("x.safetensors", "resnet_backbone"), ("x", "timm")])
+def test_files_are_on_the_disk_before_they_have_their_names(
+    tmp_path, monkeypatch, random_checkpoint, target, format
+):
+    """A power cut leaves the old file or folder, or the new one, whole."""
+    done, replace = [], os.replace
+
+    def note_replace(old, new):
+        done.append(("replace", Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(
+        os, "fsync", lambda d: done.append(("fsync", Path(os.readlink(f"/proc/self/fd/{d}")).name))
+    )
+    monkeypatch.setattr(os, "replace", note_replace)
+    export_checkpoint(random_checkpoint("resnet18"), tmp_path / target, format)
+    place = done.index(("replace", target))
+    written = [name for kind, name in done[:place] if kind == "fsync"]
+    assert any("safetensors" in name for name in written)
+    assert done[place + 1] == ("fsync", tmp_path.name)

@@ -28,15 +28,15 @@ from resnet_backbone.weights import (
     save_weights,
     write_checkpoint,
 )
-from resnet_backbone.weights.files import describe_weights, read_header
-from resnet_backbone.weights.metadata import (
+from resnet_backbone.weights.checkpoint import (
     METADATA_KEY,
     MODEL_KEY,
     ORIGIN_KEY,
     SCHEMA_KEY,
-    write_notes,
+    FileMetadata,
 )
 from resnet_backbone.weights.preprocessing import same_mean, same_std
+from resnet_backbone.weights.reading import describe_weights, read_header
 
 MSRA = PREPROCESSINGS["msra"]
 # The ten classes of imagenet_val500, in the order of all thousand
@@ -431,7 +431,7 @@ def test_metadata_that_contradict_the_tensors(small, spec, message):
 def test_a_head_that_is_announced_is_there(small):
     path, _ = small
     tensors = {key: value for key, value in load_file(path).items() if "linear" not in key}
-    notes = write_notes(MSRA, ModelSpec("cifar_resnet8", 5, {"shortcut": "B"}))
+    notes = FileMetadata(MSRA, ModelSpec("cifar_resnet8", 5, {"shortcut": "B"})).texts()
     save_file(tensors, path, notes)
     with pytest.raises(WeightsError, match="with 5 classes, .* linear.weight is missing"):
         read_checkpoint(path)
@@ -453,7 +453,7 @@ def test_two_strides_in_one_file(tmp_path):
     save_file(load_file(path), path)
     assert read_checkpoint(path, "torchvision").model.options == {"stride_in_1x1": False}
     for read in (read_checkpoint, partial(load_weights, other)):
-        with pytest.raises(WeightsError, match="nobody says where its bottlenecks have their st"):
+        with pytest.raises(WeightsError, match="the stride of its bottlenecks is unknown"):
             read(path, "caffe_vgg")
 
 
@@ -494,7 +494,7 @@ def test_networks_that_no_tensor_tells_apart(tmp_path):
 
 def test_a_mean_image_of_another_shape(small):
     path, _ = small
-    notes = write_notes(MSRA, ModelSpec("cifar_resnet8", 5, {"shortcut": "B"}))
+    notes = FileMetadata(MSRA, ModelSpec("cifar_resnet8", 5, {"shortcut": "B"})).texts()
     save_file({**load_file(path), "preprocessing.mean_image": torch.ones(4)}, path, notes)
     with pytest.raises(WeightsError, match=r"mean_image has shape \(4,\), not \(3, H, W\)"):
         read_checkpoint(path)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 
 def by_hand(images, preprocessing, shift=None, mean=None):

@@ -47,8 +47,8 @@ from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.fast.export import export_onnx, run_onnx
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import get_preprocessing
-from resnet_backbone.weights.inputs import InputNormalizer
 from resnet_backbone.weights.keymaps import from_torchvision
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 Forward = Callable[[Tensor], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -1,42 +1,54 @@
-"""Detectron2's checkpointer for weights from any source, checked before anything is loaded."""
+"""Detectron2's checkpointer: weights from any source, checked before anything is loaded.
+
+Checkpoints are whole or not there, and never hold numbers that are not finite.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.utils import comm
 from torch import Tensor, nn
 
-from resnet_backbone.detection.checkpoint.files import (
-    PREPROCESSING_KEY,
-    DetectorFile,
-    backbone_source,
-    open_weights,
-)
-from resnet_backbone.detection.checkpoint.fit import (
-    add_folded_statistics,
-    refuse_folded,
-    refuse_misfit,
-    report_random,
-)
-from resnet_backbone.detection.checkpoint.inputs import (
+from resnet_backbone.detection.checkpoint.backbone_input import (
     NAME_KEY,
     describe_input,
-    differences,
+    detector_input,
     networks,
     origin_input,
     refuse_other_input,
 )
-from resnet_backbone.models import StagedNetwork
+from resnet_backbone.detection.checkpoint.files import AtomicWriter, open_weights
+from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
 from resnet_backbone.weights.architecture import COUNTER
+from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
 from resnet_backbone.weights.load import check_architecture, check_settings, fitting_tensors
-from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, get_preprocessing
-from resnet_backbone.weights.reading import UnknownInput, read_network, single_precision
+from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, Preprocessing, WeightsError
+from resnet_backbone.weights.readers import PREPROCESSING_KEY, RawFile
+from resnet_backbone.weights.reading import read_network, single_precision
 
-__all__ = ["Checkpointer", "check_input", "describe_input", "find_network", "load_backbone"]
+logger = logging.getLogger(__name__)
+
+# The layers of Detectron2's detectors whose size follows the number of classes.
+CLASS_LAYERS = re.compile(
+    r"roi_heads\.box_predictor\."
+    r"|roi_heads\.mask_head\.(predictor|coarse_head\.prediction|point_head)\."
+    r"|roi_heads\.keypoint_head\.score_lowres\."
+    r"|head\.cls_score\."
+    r"|sem_seg_head\.(predictor|coarse_sem_seg_head\.predictor|point_head)\."
+)
+# Buffers that a config gives, or that nothing reads.
+NOT_WEIGHTS = re.compile(rf"pixel_(mean|std)$|.*\.(num_batches_tracked|{INPUT_SETTINGS})$")
+RES5 = "roi_heads.res5."
+BATCH_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def find_network(model: nn.Module) -> StagedNetwork:
@@ -117,21 +129,23 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             WeightsError: with the file, the reason and what to write.
         """
-        file = open_weights(path) if path else None
-        if path and file is None:
+        if not path:
+            return super().load(path, checkpointables)
+        file = open_weights(path)
+        if not file.is_detector:
             if needs_detector:
                 raise WeightsError(
                     f"MODEL.WEIGHTS {path} holds a backbone or a classifier alone; give a "
                     "checkpoint of a whole detector, such as output/run/model_final.pth"
                 )
-            load_backbone(self.model, backbone_source(path), self._named_input())
+            load_backbone(self.model, file.source, self._named_input(), file.raw())
             self.logger.info(f"Loaded the backbone from {path}")
             return {}
         self._file, self._source, self._starts = file, path, checkpointables is not None
         try:
-            return super().load(file.path if file else path, checkpointables)
+            return super().load(str(file.file.path), checkpointables)
         finally:
-            self._parsed_url_during_load = None  # else it could not be used after an error
+            self._file = self._parsed_url_during_load = None  # else no use after an error
 
     def _named_input(self) -> str:
         """The preprocessing that its maker names, or else the config of the backbone."""
@@ -139,11 +153,10 @@ class Checkpointer(DetectionCheckpointer):
         return self.preprocessing or next(known, "")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        return self._file.read()
+        return self._file.content()
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        file: DetectorFile = self._file
-        expected = detector_input(file, self._source, self._named_input())
+        expected = detector_input(self._file, self._source, self._named_input())
         if expected is not None:
             check_input(self.model, expected, self._source)
         checkpoint.pop(PREPROCESSING_KEY, None)
@@ -162,8 +175,6 @@ class Checkpointer(DetectionCheckpointer):
 def _named_for(model: nn.Module, checkpoint: dict[str, Any], where: str) -> dict[str, Tensor]:
     """The tensors under the detector's names."""
     tensors = checkpoint["model"]
-    if all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     if checkpoint.pop("matching_heuristics", False):
         is_caffe2 = checkpoint.get("__author__") == "Caffe2"
         tensors = align_and_update_state_dicts(model.state_dict(), tensors, is_caffe2)
@@ -171,38 +182,20 @@ def _named_for(model: nn.Module, checkpoint: dict[str, Any], where: str) -> dict
     return tensors
 
 
-def detector_input(file: DetectorFile, source: str, name: str) -> Preprocessing | None:
-    """The input that a detector's checkpoint was trained on; None if nobody says it.
-
-    Args:
-        source: as the user wrote it.
-        name: of ``PREPROCESSINGS``, for a file that does not say it; "" for none.
-
-    Raises:
-        WeightsError: the file and `name` say different things.
-    """
-    stated, named = file.stated_input(), get_preprocessing(name) if name else None
-    if stated is None:
-        return named or origin_input(source)
-    if named is not None and differences(stated, named):
-        raise WeightsError(
-            f"{source} carries its own preprocessing, which is not {name!r}: leave {NAME_KEY} out"
-        )
-    return stated
-
-
-def load_backbone(model: nn.Module, source: str, preprocessing: str = "") -> None:
+def load_backbone(
+    model: nn.Module, source: str, preprocessing: str = "", raw: RawFile | None = None
+) -> None:
     """Loads ImageNet weights into a detector: backbone, C4's res5, VGG's fc6 and fc7.
 
     Args:
-        source, preprocessing: see :func:`resnet_backbone.weights.read_checkpoint`.
+        source, preprocessing, raw: see :func:`resnet_backbone.weights.read_checkpoint`.
 
     Raises:
         WeightsError: input or stride mismatch, missing or wrongly shaped tensors. The detector
             is unchanged then.
     """
     try:
-        weights = read_network(source, preprocessing or origin_input(source) or "")
+        weights = read_network(source, preprocessing or origin_input(source) or "", raw=raw)
     except UnknownInput as error:
         raise UnknownInput(source, NAME_KEY) from error
     network = find_network(model)
@@ -243,3 +236,175 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
             head[key] = tensors[source]
     report_random(random, path)
     return head
+
+
+class AtomicCheckpointer(Checkpointer, AtomicWriter):
+    """:class:`Checkpointer` that writes as :class:`AtomicWriter`."""
+
+    def __init__(self, *args: Any, marks_last: bool = True, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.marks_last = marks_last
+
+
+def refuse_not_finite(model: nn.Module) -> None:
+    """All processes must call it.
+
+    Raises:
+        FloatingPointError: on every process, if any has a weight or statistic that is NaN or
+            infinite.
+    """
+    state = model.state_dict().items()
+    found = next((key for key, value in state if not value.isfinite().all()), "")
+    bad = [key for key in comm.all_gather(found) if key]
+    if bad:
+        raise FloatingPointError(f"the weights are not finite ({bad[0]}), no checkpoint is written")
+
+
+# What fits
+
+
+class Misfit(NamedTuple):
+    """Keys of a model and of a file that do not go together; all empty where all fit."""
+
+    missing: list[str]
+    reshaped: dict[str, Tensor]  # key of the model -> the file's tensor
+    unknown: list[str]
+
+
+def find_misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> Misfit:
+    """What a model lacks, what has another shape, and what of a backbone it has no layer for.
+
+    Args:
+        tensors: under the model's keys. Detectron2's matching of names leaves those that it found
+            no place for, also because of their shape, under the ends of keys.
+    """
+    own = {k: v for k, v in model.state_dict().items() if not NOT_WEIGHTS.match(k)}
+    found = {key: _named(key, tensors) for key in own}
+    reshaped = {k: v for k, v in found.items() if v is not None and v.shape != own[k].shape}
+    missing = [key for key in own if key not in tensors and key not in reshaped]
+    return Misfit(missing, reshaped, _unknown(model, own, tensors))
+
+
+def _named(key: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    parts = key.split(".")
+    names = (".".join(parts[index:]) for index in range(len(parts) - 1))
+    return next((tensors[name] for name in names if name in tensors), None)
+
+
+def _unknown(
+    model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+) -> list[str]:
+    """A deeper network's blocks; the stages and the head that a backbone leaves out are none."""
+    found = []
+    for prefix, network in _networks(model).items():
+        left_out = tuple(f"{name}." for name in network.left_out)
+        stages = re.compile(rf"({'|'.join(network.stage_names)})\.\d+\.")
+        for key in tensors:
+            name = key.removeprefix(prefix)
+            ours = name != key or stages.match(name)
+            known = key in own or NOT_WEIGHTS.match(key) or name.startswith(left_out)
+            if ours and not known:
+                found.append(key)
+    return found
+
+
+def _networks(model: nn.Module) -> dict[str, StagedNetwork]:
+    """Prefix of the keys -> network of this package."""
+    modules = model.named_modules()
+    return {f"{name}.": part for name, part in modules if isinstance(part, StagedNetwork)}
+
+
+def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, whole: bool) -> None:
+    """Refuses a checkpoint that does not fill all required layers.
+
+    Args:
+        whole: every tensor must be there, as for evaluation and resuming. Otherwise the backbone
+            must be, layers that depend on the number of classes may have another shape, and
+            other parts may be missing as a whole; a line says which then start at random.
+
+    Raises:
+        WeightsError: naming a tensor and its shapes.
+    """
+    misfit = find_misfit(model, tensors)
+    prefixes = (*(_networks(model) or ("backbone.",)), RES5)
+    if not any(key.startswith(prefixes) for key in tensors):
+        raise WeightsError(
+            f"{where} has no tensor of this detector's backbone, whose names begin with "
+            f"{prefixes[0]}; it has {min(tensors, default='none')}"
+        )
+    reshaped = [key for key in misfit.reshaped if whole or not CLASS_LAYERS.match(key)]
+    if reshaped:
+        key = reshaped[0]
+        hint = ""
+        if CLASS_LAYERS.match(key):
+            hint = "; is the number of classes, or RESNET_BACKBONE.GLOBAL_CONTEXT, another?"
+        raise WeightsError(
+            f"{where}: {len(reshaped)} tensors are of another shape, such as {key}: "
+            f"{tuple(misfit.reshaped[key].shape)}, this detector has "
+            f"{tuple(model.state_dict()[key].shape)}{hint}"
+        )
+    if misfit.unknown:
+        raise WeightsError(
+            f"{where}: this detector's backbone has no {misfit.unknown[0]}; is it another depth?"
+        )
+    lacking = [key for key in misfit.missing if whole or key.startswith(prefixes)]
+    if lacking:
+        raise WeightsError(
+            f"{where} lacks {len(lacking)} of this detector's tensors, such as {lacking[0]}; is it "
+            "of another architecture, or weights of less than the whole detector?"
+        )
+    report_random([*misfit.missing, *misfit.reshaped], where)
+
+
+def _part(key: str) -> str:
+    """The part of a detector that a tensor belongs to: ``roi_heads.mask_head.``"""
+    return ".".join(key.split(".")[:2]) + "."
+
+
+def report_random(keys: list[str], where: str) -> None:
+    """A line that names the parts whose tensors a file does not fill; none where it fills all."""
+    if keys:
+        parts = Counter(_part(key).rstrip(".") for key in keys)
+        listed = ", ".join(f"{part} ({count} tensors)" for part, count in parts.items())
+        logger.info(
+            "%s: layers of another number of classes, or not in the file, start at random: %s",
+            where,
+            listed,
+        )
+
+
+def add_folded_statistics(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Completes a file whose batch norms are a scale and a shift, such as Detectron1's, in place.
+
+    The statistics are folded into these: mean 0 and variance 1 - eps give the same function.
+
+    Raises:
+        WeightsError: see :func:`refuse_folded`.
+    """
+    if any(key.endswith("running_var") for key in tensors):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and f"{name}.weight" in tensors:
+            tensors[f"{name}.running_mean"] = torch.zeros(len(tensors[f"{name}.weight"]))
+            tensors[f"{name}.running_var"] = 1 - module.eps + tensors[f"{name}.running_mean"]
+    refuse_folded(model, tensors, where)
+
+
+def refuse_folded(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuses to train batch norms whose statistics are folded into their scale and shift.
+
+    Raises:
+        WeightsError: every variance in the file is that of an identity, and norms are not frozen.
+    """
+    variances = [value for key, value in tensors.items() if key.endswith("running_var")]
+    identity = FrozenBatchNorm2d(1).running_var
+    if not variances or not all(torch.allclose(value, identity, 0, 1e-6) for value in variances):
+        return
+    if all(bool((v == 1).all()) for k, v in tensors.items() if k.endswith("norm.weight")):
+        return  # a network that was never trained
+    for name, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS[1:]):
+            raise WeightsError(
+                f"{where} has the statistics of its batch norms folded in, with which {name} "
+                "cannot learn: set MODEL.RESNETS.NORM FrozenBN"
+            )

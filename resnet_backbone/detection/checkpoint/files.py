@@ -1,134 +1,138 @@
-"""Checkpoints of whole detectors: weights with the state of a training, read as data alone.
-
-Nothing in a file is executed; see :mod:`resnet_backbone.weights.pickles`.
-"""
+"""Files of detectors: found by name, told apart by their content, read as data, written whole."""
 
 from __future__ import annotations
 
-import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_safetensors
-from torch import Tensor, from_numpy
+from torch import Tensor
 
+from resnet_backbone.runtime.files import put_in_place, write_text
 from resnet_backbone.weights.conventions import DETECTRON2
-from resnet_backbone.weights.input_settings import INPUT_SETTINGS, from_tensor
 from resnet_backbone.weights.keymaps import caffe2
-from resnet_backbone.weights.numpy_records import (
-    NUMPY_AND_CONTAINERS,
-    ArrayRecord,
-    Latin1,
-    Refused,
+from resnet_backbone.weights.preprocessing import (
+    INPUT_SETTINGS,
+    Preprocessing,
+    WeightsError,
+    one_line,
 )
-from resnet_backbone.weights.pickles import Machine
-from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
-from resnet_backbone.weights.readers import INDEX_SUFFIX
+from resnet_backbone.weights.readers import (
+    INDEX_SUFFIX,
+    PREPROCESSING_KEY,
+    OpenFile,
+    RawFile,
+    named_errors,
+    open_file,
+    read_tensors,
+)
 from resnet_backbone.weights.sources import SCHEMES, resolve
-from resnet_backbone.weights.torch_files import TensorRecord, read_torch
 
-MAX_GROWTH = 2  # tensors of a file together, in sizes of the file: more is one storage many times
-PREPROCESSING_KEY = "preprocessing"  # of Checkpointer.save: Preprocessing.to_json()
+LAST = "last_checkpoint"  # a file in the run folder that names its newest checkpoint
+PARTIAL = ".partial"
 CLASSIFIERS_ONLY = ("torchvision", "timm", "hf")  # schemes under which there is no detector here
-WRAPPERS = ("model", "state_dict", "blobs")
 # How the names in a detector begin, in Detectron2 and in Detectron1.
 PARTS = ("backbone.", "roi_heads.", "proposal_generator.", "sem_seg_head.")
 CAFFE2_PARTS = tuple(part for part in caffe2.OTHER_PARTS if part != "__preserve__/")
 
 
 @dataclass(frozen=True)
-class DetectorFile:
-    """What a file of Detectron2's kind holds; tensors are read when they are asked for.
+class WeightsFile:
+    """What ``MODEL.WEIGHTS`` names; tensors are read when they are asked for.
 
     Attributes:
-        path: of the file, for messages.
-        content: ``{"model": {name: record of a tensor}, ...}`` as Detectron2's checkpointer has
-            it: beside the model the state of a training, or ``__author__`` and
-            ``matching_heuristics``. Files of Detectron1 and Caffe2 get both of these.
-        fill: reads the data of the records given to it.
+        source: of a backbone or a classifier, as :mod:`resnet_backbone.weights` finds it.
+        file: None where only its reader opens it: a folder, a safetensors file of a classifier.
+        is_detector: it holds a whole detector.
+        matching_heuristics: names are to be matched by their ends.
     """
 
-    path: str
-    content: dict[str, Any]
-    fill: Callable[[list], None]
+    source: str
+    file: OpenFile | None = None
+    is_detector: bool = False
+    matching_heuristics: bool = False
+
+    def raw(self) -> RawFile | None:
+        """The weights of a backbone or a classifier; None where they are still to be read."""
+        return None if self.file is None else read_tensors(self.file.path, self.file)
 
     def stated_input(self) -> Preprocessing | None:
-        """The input that it says it was trained on; None if it does not.
+        """The input that a detector says it was trained on; None if it does not.
 
         Raises:
             WeightsError: it says something unreadable.
         """
-        text = self.content.get(PREPROCESSING_KEY)
+        text = self.file.rest.get(PREPROCESSING_KEY)
         if isinstance(text, str):
             return Preprocessing.from_json(text)
-        settings = (key for key in self.content["model"] if key.endswith(f".{INPUT_SETTINGS}"))
-        for key in settings:
-            with _named_errors(self.path):
-                values = _to_tensor(self.content["model"][key], self.fill)
-            return from_tensor(values)
+        for key, value in self.file.weights.items():
+            if key.endswith(f".{INPUT_SETTINGS}"):
+                with named_errors(self.file.path):
+                    values = value if isinstance(value, Tensor) else value.tensor()
+                return Preprocessing.from_tensor(values)
         return None
 
-    def read(self) -> dict[str, Any]:
-        """The content with tensors in place of all records.
+    def content(self) -> dict[str, Any]:
+        """A detector in the form of Detectron2's checkpointer, ``{"model": {name: tensor}, ...}``.
+
+        Beside the model lies the state of a training, or ``__author__`` and
+        ``matching_heuristics``. Files of Detectron1 and Caffe2 get both of these.
 
         Raises:
-            WeightsError: it is damaged, holds more than data, or numbers that are not finite.
+            WeightsError: it is damaged, or holds numbers that are not finite.
         """
-        with _named_errors(self.path):
-            found = _walk(self.content, partial(_to_tensor, fill=self.fill), {})
-            for key, value in found["model"].items():
-                if not key.endswith(f".{INPUT_SETTINGS}") and not value.isfinite().all():
-                    raise ValueError(f"{key[:80]} has NaN or infinite values")
-            return found
+        file = self.file
+        if file.path.suffix == ".pkl" and not (
+            file.wrapper == "model" and "__author__" in file.rest
+        ):
+            rest = {"__author__": "Caffe2", "matching_heuristics": True}
+        else:
+            rest = file.beside()
+        if self.matching_heuristics:
+            rest["matching_heuristics"] = True
+        return {**rest, "model": file.tensors()}
 
 
-def open_weights(source: str) -> DetectorFile | None:
+def open_weights(source: str) -> WeightsFile:
     """Opens what ``MODEL.WEIGHTS`` names, and fetches it if need be.
 
-    Returns:
-        The file of a whole detector; None for weights of a backbone or a classifier, which
-        :func:`resnet_backbone.weights.read_weights` reads.
-
     Raises:
-        WeightsError: see :func:`open_detector_file`; an unknown name, no network.
+        WeightsError: an unknown name, no network; a file that is missing, damaged, or holds more
+            than data.
     """
-    source, heuristics = without_query(source)
-    scheme, separator, _ = source.partition("://")
+    name, heuristics = without_query(source)
+    scheme, separator, _ = name.partition("://")
     if separator and scheme in CLASSIFIERS_ONLY:
-        return None
-    path = Path(locate(source))
+        return WeightsFile(name)
+    path = Path(locate(name))
     if not path.exists():
         raise WeightsError(f"{path}: no such file; check MODEL.WEIGHTS or the path")
+    backbone = WeightsFile(_backbone_source(name, path))
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
-        return None
+        return backbone
     if path.suffix == ".safetensors" and not is_detector(_header_keys(path)):
-        return None
-    found = open_detector_file(path)
-    if not is_detector(found.content["model"]):
-        return None
-    if heuristics:
-        found.content["matching_heuristics"] = True
-    return found
+        return backbone
+    file = open_file(path)
+    return WeightsFile(backbone.source, file, is_detector(file.weights), heuristics)
 
 
-def backbone_source(source: str) -> str:
+def _backbone_source(name: str, path: Path) -> str:
     """Where :mod:`resnet_backbone.weights` finds weights of a backbone: a file, or their name."""
-    source, _ = without_query(source)
-    scheme, separator, _ = source.partition("://")
+    scheme, separator, _ = name.partition("://")
     if separator and scheme not in SCHEMES:  # of Detectron2's PathManager alone
-        return locate(source)
-    return cached_by_detectron2(source) or source
+        return str(path)
+    return cached_by_detectron2(name) or name
 
 
 def without_query(source: str) -> tuple[str, bool]:
@@ -182,8 +186,7 @@ def _fetched_by_detectron2(source: str) -> str:
     try:
         return PathManager.get_local_path(source)
     except Exception as error:  # of whatever handler serves this scheme
-        cause = " ".join(str(error).split())[:300]
-        raise WeightsError(f"{source} cannot be fetched ({cause})") from error
+        raise WeightsError(f"{source} cannot be fetched ({one_line(error)})") from error
 
 
 def cached_by_detectron2(source: str) -> str:
@@ -193,91 +196,48 @@ def cached_by_detectron2(source: str) -> str:
     return str(path) if url.startswith(DETECTRON2) and path.is_file() else ""
 
 
-def open_detector_file(path: str | os.PathLike) -> DetectorFile:
-    """Opens ``.safetensors``, ``.pkl`` of numpy arrays, or a file of ``torch.save`` of any name.
+# Writing
 
-    Raises:
-        WeightsError: a file that is missing, damaged, or holds more than data.
+
+class AtomicWriter(DetectionCheckpointer):
+    """:class:`DetectionCheckpointer` whose files appear under their names when they are whole.
+
+    Attributes:
+        marks_last: whether ``--resume`` continues from what is saved.
     """
-    path = Path(path)
-    with _named_errors(path):
-        data = path.read_bytes()
-        if path.suffix == ".safetensors":
-            return DetectorFile(str(path), {"model": load_safetensors(data)}, _nothing_to_fill)
-        if path.suffix == ".pkl":
-            stream = io.BytesIO(data)
-            found, fill = Machine(NUMPY_AND_CONTAINERS).run(stream), _nothing_to_fill
-            if stream.tell() != len(data):
-                raise Refused(f"{len(data) - stream.tell()} bytes behind its end")
-        else:
-            found, fill = read_torch(data)
-        content = _as_detectron2(found, is_pickle=path.suffix == ".pkl")
-        _refuse_growth(content, len(data))
-        return DetectorFile(str(path), content, fill)
+
+    marks_last = True
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """As fvcore's, which writes in place.
+
+        Raises:
+            OSError: the file cannot be written; the one that it would replace is there.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: one.state_dict() for key, one in self.checkpointables.items()}
+        content = {"model": self.model.state_dict(), **states, **kwargs}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            torch.save(content, path + PARTIAL)
+            put_in_place(path + PARTIAL, path)
+        except (OSError, RuntimeError) as error:  # the second is of PyTorch's file writer
+            with suppress(FileNotFoundError):
+                os.remove(path + PARTIAL)  # a full disk has its room back
+            raise OSError(f"{path} cannot be written ({one_line(error)})") from error
+        if self.marks_last:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        write_text(os.path.join(self.save_dir, LAST), last_filename_basename)
 
 
-def _as_detectron2(found: Any, is_pickle: bool) -> dict[str, Any]:
-    """The form of Detectron2's checkpointer, see ``DetectionCheckpointer._load_file``."""
-    if not isinstance(found, dict):
-        raise Refused(f"a {type(found).__name__} and no checkpoint")
-    inner = next((key for key in WRAPPERS if isinstance(found.get(key), dict)), None)
-    model = found if inner is None else found[inner]
-    rest = {} if inner is None else {key: value for key, value in found.items() if key != inner}
-    if is_pickle and not (inner == "model" and "__author__" in found):
-        model = {key: value for key, value in model.items() if not key.endswith("_momentum")}
-        rest = {"__author__": "Caffe2", "matching_heuristics": True}
-    for key, value in model.items():
-        if not isinstance(key, str) or not isinstance(value, (TensorRecord, ArrayRecord)):
-            raise Refused(f"{str(key)[:80]!r}, which is a {type(value).__name__} and no tensor")
-    return {"model": model, **rest}
-
-
-def _refuse_growth(content: dict[str, Any], size: int) -> None:
-    """Many keys for one storage would fill the memory from a small file."""
-    records: dict[int, TensorRecord | ArrayRecord] = {}
-    _walk(content, lambda record: records.setdefault(id(record), record), {})
-    if sum(record.nbytes for record in records.values()) > MAX_GROWTH * size:
-        raise Refused(f"more than {MAX_GROWTH} times its own size of {size} bytes in tensors")
-
-
-def _walk(value: Any, convert: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
-    """A copy of nested containers with ``convert(record)`` for each record, once per object."""
-    if id(value) in memo:
-        return memo[id(value)]
-    if isinstance(value, (TensorRecord, ArrayRecord)):
-        found = convert(value)
-    elif isinstance(value, dict):
-        found = {key: _walk(inner, convert, memo) for key, inner in value.items()}
-    elif isinstance(value, (list, tuple)):
-        found = type(value)(_walk(inner, convert, memo) for inner in value)
-    else:
-        return value.text if isinstance(value, Latin1) else value
-    memo[id(value)] = found
-    return found
-
-
-def _to_tensor(record: TensorRecord | ArrayRecord | Tensor, fill: Callable[[list], None]) -> Tensor:
-    if isinstance(record, Tensor):
-        return record
-    if isinstance(record, ArrayRecord):
-        return from_numpy(record.array().copy())
-    fill([record])
-    found = record.tensor()
-    record.storage.data = None
-    return found
-
-
-def _nothing_to_fill(records: list) -> None:
-    """Arrays of a pickle have their bytes already."""
-
-
-@contextmanager
-def _named_errors(path: str | os.PathLike) -> Iterator[None]:
-    try:
-        yield
-    except WeightsError:
-        raise
-    except Exception as error:  # a hostile file can make a parser fail in any way
-        cause = " ".join(f"{error}".split())[:300] or type(error).__name__
-        kind = "holds" if isinstance(error, Refused) else "is damaged or not what its name says:"
-        raise WeightsError(f"{path} {kind} {cause}") from error
+def find_last_checkpoint(folder: str) -> str:
+    """The checkpoint from which a run resumes; "" where there is none."""
+    mark = os.path.join(folder, LAST)
+    if not os.path.isfile(mark):
+        return ""
+    with open(mark, encoding="utf-8") as file:
+        return os.path.join(folder, file.read().strip())

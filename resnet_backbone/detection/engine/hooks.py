@@ -17,7 +17,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_
 from torch import nn
 from tqdm import tqdm
 
-from resnet_backbone.detection.checkpoint.saving import AtomicCheckpointer, refuse_not_finite
+from resnet_backbone.detection.checkpoint.checkpointer import AtomicCheckpointer, refuse_not_finite
 from resnet_backbone.detection.evaluation.results import Speed
 from resnet_backbone.runtime.errors import Stopped, UsageError
 from resnet_backbone.runtime.files import keep_rows, naming

@@ -17,8 +17,8 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from resnet_backbone.detection.checkpoint.handover import prepare_weights, require_weights
-from resnet_backbone.detection.checkpoint.saving import find_last_checkpoint
+from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
+from resnet_backbone.detection.checkpoint.input_check import prepare_weights, require_weights
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.config_file import load_configs
 from resnet_backbone.detection.data.arguments import check_data_arguments, set_up_data

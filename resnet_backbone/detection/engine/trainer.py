@@ -29,8 +29,9 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from resnet_backbone.detection.checkpoint.handover import with_weights_input
-from resnet_backbone.detection.checkpoint.saving import AtomicCheckpointer, find_last_checkpoint
+from resnet_backbone.detection.checkpoint.checkpointer import AtomicCheckpointer
+from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
+from resnet_backbone.detection.checkpoint.input_check import with_weights_input
 from resnet_backbone.detection.config import seed_of, with_seed
 from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader, mapper_options
 from resnet_backbone.detection.engine.hooks import (

@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
-from resnet_backbone.detection.checkpoint.handover import (
+from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
+from resnet_backbone.detection.checkpoint.input_check import (
     prepare_weights,
     require_weights,
     with_weights_input,
 )
-from resnet_backbone.detection.checkpoint.saving import find_last_checkpoint
 from resnet_backbone.detection.config import UsageError, backbone_node
 from resnet_backbone.detection.config_file import load_config
 from resnet_backbone.detection.inference.detector import (

@@ -12,7 +12,11 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from resnet_backbone.detection.checkpoint.inputs import StatesInput, config_input, origin_input
+from resnet_backbone.detection.checkpoint.backbone_input import (
+    StatesInput,
+    config_input,
+    origin_input,
+)
 from resnet_backbone.detection.config import UsageError, backbone_node, refuse_ignored_context
 from resnet_backbone.fast import fold_each_call
 from resnet_backbone.models import VGG, ResNet
@@ -144,8 +148,9 @@ def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
     weights = cfg.MODEL.WEIGHTS
     if weights and backbone_node(cfg).WEIGHTS_INPUT == "set":
         raise UsageError(
-            f"RESNET_BACKBONE.WEIGHTS_INPUT is set, but nobody has read {weights} yet: call "
-            "resnet_backbone.detection.take_over(cfg, cfg.MODEL.WEIGHTS) before the model is built"
+            f"RESNET_BACKBONE.WEIGHTS_INPUT is set, but {weights} has not been read: call "
+            "resnet_backbone.detection.use_weights_input(cfg, cfg.MODEL.WEIGHTS) before the model "
+            "is built"
         )
     network.input_settings = config_input(cfg)
     network.weights_preprocessing = backbone_node(cfg).WEIGHTS_PREPROCESSING

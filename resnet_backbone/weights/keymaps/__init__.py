@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from itertools import islice
+from pathlib import Path
 
 from torch import Tensor
 
 from resnet_backbone.weights.architecture import FIRST_KEYS
-from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.keymaps.caffe2 import CAFFE2
 from resnet_backbone.weights.keymaps.detectron2 import CONVERTED_HEAD, DETECTRON2
 from resnet_backbone.weights.keymaps.huggingface import HUGGINGFACE
-from resnet_backbone.weights.keymaps.support import check_support
-from resnet_backbone.weights.keymaps.table import Layout, Tensors, without_counters
+from resnet_backbone.weights.keymaps.table import (
+    Layout,
+    Tensors,
+    check_support,
+    without_counters,
+)
 from resnet_backbone.weights.keymaps.timm import TIMM
 from resnet_backbone.weights.keymaps.torchvision import TORCHVISION, from_torchvision
 
@@ -34,11 +39,20 @@ def _as_ours(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
     return dict(tensors)
 
 
+def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
+    return [
+        "from resnet_backbone.weights import InputNormalizer, build_network, read_checkpoint",
+        f'checkpoint = read_checkpoint("{path}")',
+        "network = build_network(checkpoint)",
+        "normalize = InputNormalizer(checkpoint.preprocessing)  # of RGB bytes (N, 3, H, W)",
+    ]
+
+
 # In the order in which they are tried.
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("resnet_backbone", _is_ours, without_counters, _as_ours),
+        Layout("resnet_backbone", _is_ours, without_counters, _as_ours, _usage),
         TORCHVISION,
         TIMM,
         HUGGINGFACE,

@@ -19,13 +19,14 @@ from torch import Tensor
 from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.weights.checkpoint import ModelSpec
-from resnet_backbone.weights.keymaps.support import check_support
+from resnet_backbone.weights.keymaps.detectron2 import config_lines
 from resnet_backbone.weights.keymaps.table import (
     OURS,
     Layout,
     Module,
     Tensors,
     cancel_biases,
+    check_support,
     inverse,
     rename,
     resnet_modules,
@@ -159,4 +160,4 @@ def _from_ours(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
     return rename(without_counters(tensors), inverse(table), OURS)
 
 
-CAFFE2 = Layout("caffe2", _matches, _to_ours, _from_ours)
+CAFFE2 = Layout("caffe2", _matches, _to_ours, _from_ours, config_lines)

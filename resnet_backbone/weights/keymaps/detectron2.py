@@ -9,16 +9,22 @@ Detectron2's checkpointer puts in its place. VGGs are those of this package's de
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 from torch import Tensor
 
 from resnet_backbone.models.resnet import STAGE_NAMES as RESNET_STAGES
 from resnet_backbone.models.vgg import STAGE_NAMES as VGG_STAGES
 from resnet_backbone.weights.architecture import FIRST_KEYS, HEAD_NAMES
-from resnet_backbone.weights.checkpoint import ModelSpec
-from resnet_backbone.weights.input_settings import INPUT_SETTINGS
-from resnet_backbone.weights.keymaps.support import check_support
-from resnet_backbone.weights.keymaps.table import Layout, Tensors, without_counters
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.keymaps.table import (
+    Layout,
+    Tensors,
+    check_support,
+    spell_numbers,
+    without_counters,
+)
+from resnet_backbone.weights.preprocessing import INPUT_SETTINGS
 
 CONVERTED_HEAD = "stem.fc."  # the head in files of tools/convert-torchvision-to-d2.py
 BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.")
@@ -95,4 +101,24 @@ def _from_ours(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
     return without_counters(tensors)
 
 
-DETECTRON2 = Layout("detectron2", _matches, _to_ours, _from_ours)
+def config_lines(checkpoint: Checkpoint, path: Path) -> list[str]:
+    """Keys of Detectron2's config with which a file is used."""
+    preprocessing, model = checkpoint.preprocessing, checkpoint.model
+    lines = [
+        f'MODEL.WEIGHTS "{path}"',
+        f"INPUT.FORMAT {preprocessing.channel_order}",
+        f"MODEL.PIXEL_MEAN {spell_numbers(preprocessing.pixel_mean_255())}",
+        f"MODEL.PIXEL_STD {spell_numbers(preprocessing.pixel_std_255())}",
+    ]
+    if model.name.startswith("resnet"):
+        lines.append(f"MODEL.RESNETS.DEPTH {model.name.removeprefix('resnet')}")
+        if model.options.get("norm") == "GN":
+            lines.append("MODEL.RESNETS.NORM GN")
+    if checkpoint.has_bottlenecks:
+        lines.append(f"MODEL.RESNETS.STRIDE_IN_1X1 {preprocessing.stride_in_1x1}")
+    elif model.name.startswith("resnet"):
+        lines.append("MODEL.RESNETS.RES2_OUT_CHANNELS 64")
+    return lines
+
+
+DETECTRON2 = Layout("detectron2", _matches, _to_ours, _from_ours, config_lines)

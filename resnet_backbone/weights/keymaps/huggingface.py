@@ -1,4 +1,4 @@
-"""Hugging Face transformers' key names of its ResNets.
+"""Hugging Face transformers' ResNets: key names, the configs beside weights, and conventions.
 
 ``ResNetForImageClassification`` has its network under ``resnet.``; ``ResNetModel`` and
 ``ResNetBackbone`` have not. Tensors with a head are written for the first, those without for the
@@ -7,25 +7,34 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from resnet_backbone.weights.checkpoint import ModelSpec
-from resnet_backbone.weights.keymaps.support import check_support
+from resnet_backbone.models import BottleneckBlock
+from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.keymaps.table import (
     OURS,
     Layout,
+    OtherNetwork,
     Tensors,
     check_statistics,
+    check_support,
+    in_channels,
     inverse,
     linear_keys,
     rename,
     resnet_modules,
+    shorten,
+    spell_transform,
     torch_keys,
     with_counters,
     without_counters,
 )
+from resnet_backbone.weights.preprocessing import FILTERS, Preprocessing
 
 _PREFIX = "resnet."
 _FIRST_KEY = "embedder.embedder.convolution.weight"
@@ -62,4 +71,127 @@ def _from_ours(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
     return with_counters(rename(tensors, inverse(table), OURS))
 
 
-HUGGINGFACE = Layout("huggingface", _matches, _to_ours, _from_ours)
+def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
+    """Refuses transformers' ResNets that are none of ours and have the same tensors.
+
+    Raises:
+        OtherNetwork: another activation, or a first stage that halves the resolution.
+        ValueError: ``downsample_in_bottleneck`` is not true or false.
+    """
+    for key, ours in (("hidden_act", "relu"), ("downsample_in_first_stage", False)):
+        value = config.get(key, ours)
+        if value != ours:
+            raise OtherNetwork(
+                f"{where}: {key} is {shorten(repr(value))}, in this package's networks it is "
+                f"{ours!r}: the same tensors are another function, use them in transformers itself"
+            )
+    if not isinstance(config.get("downsample_in_bottleneck", False), bool):
+        raise ValueError("downsample_in_bottleneck is not true or false")
+
+
+def hugging_face_preprocessing(
+    processor: Mapping[str, Any], stride_in_1x1: bool | None
+) -> Preprocessing:
+    """The convention of a ``preprocessor_config.json``.
+
+    Args:
+        stride_in_1x1: ``downsample_in_bottleneck`` of the config.json beside it.
+    """
+    value_range = 1.0
+    if not processor.get("do_rescale", True):
+        value_range = 255.0
+    elif "rescale_factor" in processor:
+        value_range = round(255.0 * processor["rescale_factor"], 6)
+    normalizes = processor.get("do_normalize", True)
+    resize, crop = _hugging_face_sizes(processor)
+    return Preprocessing(
+        "BGR" if processor.get("do_flip_channel_order") else "RGB",
+        value_range,
+        tuple(processor["image_mean"]) if normalizes else (0.0, 0.0, 0.0),
+        tuple(processor["image_std"]) if normalizes else (1.0, 1.0, 1.0),
+        stride_in_1x1=stride_in_1x1,
+        source="preprocessor_config.json and config.json beside the weights",
+        resize_size=resize,
+        crop_size=crop,
+        interpolation=FILTERS.get(processor.get("resample"), ""),
+    )
+
+
+def _hugging_face_sizes(processor: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Shorter side and center crop; (None, None) for tests of another kind."""
+    size = processor.get("size")
+    if isinstance(size, dict):
+        size = size.get("shortest_edge")
+    kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or ""
+    if not isinstance(size, int) or not processor.get("do_resize", True):
+        return None, None
+    if kind.startswith("ConvNext"):  # transformers' ConvNextImageProcessor.resize
+        crop_pct = processor.get("crop_pct") or 224 / 256
+        return (int(size / crop_pct), size) if size < 384 else (None, None)
+    crop = processor.get("crop_size") if processor.get("do_center_crop") else None
+    crop = crop.get("height") if isinstance(crop, dict) else crop
+    return (size, crop) if crop else (None, None)
+
+
+def hugging_face_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """``config.json`` and ``preprocessor_config.json`` of transformers."""
+    return {
+        "config.json": _hugging_face_model(checkpoint),
+        "preprocessor_config.json": _hugging_face_processor(checkpoint.preprocessing),
+    }
+
+
+def _hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    model = checkpoint.model
+    block, depths = DEPTHS[int(model.name.rpartition("resnet")[2])]
+    num_stages = len({key[:4] for key in checkpoint.tensors if key.startswith("res")})
+    config = {
+        "model_type": "resnet",
+        "architectures": ["ResNetModel"],
+        "num_channels": in_channels(checkpoint),
+        "embedding_size": 64,
+        "hidden_sizes": [width * block.expansion for width in STAGE_WIDTHS[:num_stages]],
+        "depths": list(depths[:num_stages]),
+        "layer_type": "bottleneck" if block is BottleneckBlock else "basic",
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": bool(checkpoint.preprocessing.stride_in_1x1),
+        "torch_dtype": "float32",
+    }
+    if model.num_classes is not None:
+        labels = {str(index): f"LABEL_{index}" for index in range(model.num_classes)}
+        config["architectures"] = ["ResNetForImageClassification"]
+        config["id2label"] = labels
+        config["label2id"] = {label: int(index) for index, label in labels.items()}
+    return config
+
+
+def _hugging_face_processor(preprocessing: Preprocessing) -> dict[str, Any]:
+    resize, crop = preprocessing.center_crop()
+    filters = {name: number for number, name in FILTERS.items()}
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": resize},
+        "resample": filters[preprocessing.interpolation or "bilinear"],
+        "do_center_crop": True,
+        "crop_size": {"height": crop, "width": crop},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
+
+
+def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
+    kind = "ResNetForImageClassification" if checkpoint.model.num_classes else "ResNetModel"
+    return [
+        f'network = transformers.{kind}.from_pretrained("{path}")',
+        f'processor = transformers.AutoImageProcessor.from_pretrained("{path}")',
+        "# which is " + spell_transform(checkpoint.preprocessing).removeprefix("transform = "),
+    ]
+
+
+HUGGINGFACE = Layout("huggingface", _matches, _to_ours, _from_ours, _usage)

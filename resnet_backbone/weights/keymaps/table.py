@@ -1,17 +1,20 @@
-"""What key maps share: tables of key pairs, and the tensors that only one side has."""
+"""What key maps share: tables of key pairs, tensors of one side alone, and what a library has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from resnet_backbone.models import list_models
 from resnet_backbone.models.resnet import DEPTHS
-from resnet_backbone.weights.architecture import COUNTER
-from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.weights.architecture import COUNTER, FIRST_KEYS, constructor_options
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
 
 Tensors = Mapping[str, Tensor]
 OURS = "the networks that this package and the library share"
@@ -30,6 +33,7 @@ class Layout:
             paper do not have; that none is missing is for ``infer_models`` to say.
         from_ours: (tensors, network) -> the library's tensors, whole for a strict load there.
             ValueError for a network that the library does not have, with those that do.
+        usage: (as it was written, where) -> lines of Python or YAML that load it.
 
     Both are pure; tensors are not copied unless their values change. ``to_ours`` of
     ``from_ours`` gives back the very tensors, and the other way round too wherever the docstring
@@ -40,6 +44,7 @@ class Layout:
     matches: Callable[[Collection[str]], bool]
     to_ours: Callable[[Tensors], dict[str, Tensor]]
     from_ours: Callable[[Tensors, ModelSpec], dict[str, Tensor]]
+    usage: Callable[[Checkpoint, Path], list[str]]
 
 
 class Module(NamedTuple):
@@ -186,3 +191,121 @@ def with_zero_biases(tensors: Tensors) -> dict[str, Tensor]:
         if module != key:
             completed[module + "bias"] = torch.zeros_like(value)
     return completed
+
+
+# What a library has
+
+# The networks of this package that torchvision and timm have under the same names.
+LIBRARY_NETWORKS = tuple(name for name in list_models() if name.startswith(("resnet", "vgg")))
+_SAME_TENSORS = {"FrozenBN": "BN", "SyncBN": "BN", None: ""}
+
+
+@dataclass(frozen=True)
+class Support:
+    """Networks that a library builds with the same function.
+
+    Attributes:
+        networks: (family, norm) pairs, norm being "BN", "GN" or "" for none.
+        stride_in_1x1: bottlenecks may have their stride in the first 1x1 convolution.
+        in_channels: images may have other than three channels.
+        dilations: stages are dilated as this package's are.
+    """
+
+    networks: frozenset[tuple[str, str]]
+    stride_in_1x1: bool = True
+    in_channels: bool = True
+    dilations: bool = False
+
+
+_BN_NETWORKS = frozenset({("ResNet", "BN"), ("VGG", ""), ("VGG", "BN")})
+SUPPORT = {
+    "torchvision": Support(_BN_NETWORKS, stride_in_1x1=False, in_channels=False),
+    "timm": Support(_BN_NETWORKS, stride_in_1x1=False),
+    "huggingface": Support(frozenset({("ResNet", "BN")})),
+    "detectron2": Support(_BN_NETWORKS | {("ResNet", "GN")}, dilations=True),
+    "caffe2": Support(frozenset({("ResNet", "BN"), ("ResNet", "GN"), ("VGG", "")}), dilations=True),
+}
+
+
+def check_support(library: str, model: ModelSpec) -> None:
+    """Refuses a network that a library does not have.
+
+    ``stride_in_1x1`` is looked at only where the specification has it.
+
+    Raises:
+        ValueError: saying why, and which layouts take the network.
+    """
+    problem = _problem(SUPPORT[library], model)
+    if problem:
+        others = [name for name, support in SUPPORT.items() if not _problem(support, model)]
+        able = " and ".join([*others, "resnet_backbone"])
+        raise ValueError(f"{library} has no such network: {problem}; layouts that do: {able}")
+
+
+def _problem(support: Support, model: ModelSpec) -> str:
+    options = {**constructor_options(model.name), **model.options}
+    family, norm = _family(model.name), _SAME_TENSORS.get(options["norm"], options["norm"])
+    if family == "CIFAR":
+        return f"{model.name} is one of the paper's CIFAR networks"
+    for key, usual in (("shortcut", "B"), ("activation", "relu"), ("caffe_pool", False)):
+        if options.get(key, usual) != usual:
+            return f"{model.name} has {key}={options[key]!r}"
+    if (family, norm) not in support.networks:
+        return f"{model.name} has norm={options['norm']!r}"
+    return _limits(support, model, options)
+
+
+def _limits(support: Support, model: ModelSpec, options: dict[str, Any]) -> str:
+    bottleneck = model.name in ("resnet50", "resnet101", "resnet152")
+    if model.options.get("stride_in_1x1") and bottleneck and not support.stride_in_1x1:
+        return "its bottlenecks have their stride in the 3x3 convolution (stride_in_1x1=False)"
+    if options["in_channels"] != 3 and not support.in_channels:
+        return f"its networks take 3 channels, not {options['in_channels']}"
+    dilated = max(options.get("dilations", (1,))) > 1 or options.get("multi_grid")
+    if dilated and not support.dilations:
+        return "it dilates the first block of a stage by the rate of the stage before"
+    return ""
+
+
+def _family(name: str) -> str:
+    if name.startswith("cifar"):
+        return "CIFAR"
+    return "VGG" if name.startswith("vgg") else "ResNet"
+
+
+def shorten(text: str) -> str:
+    """What a file says, for a message."""
+    return " ".join(text.split())[:80]
+
+
+class OtherNetwork(WeightsError):
+    """Weights of a network with the tensors of one of ours and another function."""
+
+
+def library_name(checkpoint: Checkpoint) -> str:
+    """The network's name in torchvision and timm, where batch norm is part of a VGG's."""
+    name = checkpoint.model.name.rpartition("/")[2].removesuffix("_bn")
+    with_norm = name.startswith("vgg") and any(".norm." in key for key in checkpoint.tensors)
+    return f"{name}_bn" if with_norm else name
+
+
+def in_channels(checkpoint: Checkpoint) -> int:
+    """Of the images that a checkpoint's network takes."""
+    key = next(key for key in FIRST_KEYS if key in checkpoint.tensors)
+    return checkpoint.tensors[key].shape[1]
+
+
+# How a written file is used
+
+
+def spell_numbers(values: Iterable[float]) -> str:
+    return "[" + ", ".join(f"{value:.9g}" for value in values) + "]"
+
+
+def spell_transform(preprocessing: Preprocessing) -> str:
+    resize, crop = preprocessing.center_crop()
+    mean, std = spell_numbers(preprocessing.mean), spell_numbers(preprocessing.std)
+    return (
+        f"transform = Compose([Resize({resize}), CenterCrop({crop}), ToTensor(), "
+        f"Normalize({mean}, {std})])  # RGB, 0..1"
+    )

@@ -8,12 +8,12 @@ not the same tensors.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from pathlib import Path
 
 from torch import Tensor
 
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
-from resnet_backbone.weights.checkpoint import ModelSpec
-from resnet_backbone.weights.keymaps.support import check_support
+from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.keymaps.table import (
     OURS,
     Layout,
@@ -21,10 +21,13 @@ from resnet_backbone.weights.keymaps.table import (
     Tensors,
     cancel_biases,
     check_statistics,
+    check_support,
     inverse,
+    library_name,
     linear_keys,
     rename,
     resnet_modules,
+    spell_transform,
     torch_keys,
     with_counters,
     with_zero_biases,
@@ -140,4 +143,18 @@ def _from_ours(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
     return resnet_to_torchvision(tensors)
 
 
-TORCHVISION = Layout("torchvision", _matches, _to_ours, _from_ours)
+def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
+    load = f'safetensors.torch.load_file("{path}")'
+    if path.suffix == ".pth":
+        load = f'torch.load("{path}", weights_only=True)'
+    classes = checkpoint.model.num_classes
+    arguments = "" if classes in (None, 1000) else f"num_classes={classes}"
+    strict = "" if classes else ", strict=False"
+    return [
+        f"network = torchvision.models.{library_name(checkpoint)}({arguments})",
+        f"network.load_state_dict({load}{strict})",
+        spell_transform(checkpoint.preprocessing),
+    ]
+
+
+TORCHVISION = Layout("torchvision", _matches, _to_ours, _from_ours, _usage)

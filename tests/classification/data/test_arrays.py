@@ -24,7 +24,7 @@ from resnet_backbone.classification.data.build import build_data
 from resnet_backbone.classification.data.statistics import channel_statistics, mean_image
 from resnet_backbone.classification.data.stream import DataError, SampleStream
 from resnet_backbone.runtime import builtin
-from resnet_backbone.weights.inputs import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 PER_FILE = 12
 BASE = Path(__file__).parents[3] / "configs/classification/cifar10/Base-CIFAR10.yaml"

@@ -13,11 +13,8 @@ pytest.importorskip("detectron2")
 
 from detectron2.utils.events import EventStorage
 
-from resnet_backbone.detection.checkpoint.saving import (
-    AtomicWriter,
-    find_last_checkpoint,
-    refuse_not_finite,
-)
+from resnet_backbone.detection.checkpoint.checkpointer import refuse_not_finite
+from resnet_backbone.detection.checkpoint.files import AtomicWriter, find_last_checkpoint
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.hooks import Checkpoints, Evaluation, Metrics, MetricsFile
 from resnet_backbone.runtime.errors import Stopped

@@ -14,7 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import verify_results
 
-from resnet_backbone.detection.checkpoint.saving import AtomicWriter
+from resnet_backbone.detection.checkpoint.files import AtomicWriter
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.sampling import (
     AugmentedImages,

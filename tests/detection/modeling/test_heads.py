@@ -21,7 +21,7 @@ from resnet_backbone.detection.checkpoint.checkpointer import load_backbone
 from resnet_backbone.models import BasicBlock, BottleneckBlock
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError, save_weights
-from resnet_backbone.weights.files import METADATA_KEY
+from resnet_backbone.weights.checkpoint import METADATA_KEY
 
 C4, DC5, VGG = (f"voc/faster_rcnn_{name}.yaml" for name in ("R_18_C4", "R_18_DC5", "VGG_16"))
 CHEAP = dict(

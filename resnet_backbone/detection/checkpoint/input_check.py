@@ -1,4 +1,8 @@
-"""``RESNET_BACKBONE.WEIGHTS_INPUT``: a config's input keys are checked against weights, or set."""
+"""``RESNET_BACKBONE.WEIGHTS_INPUT``: a config's input keys are checked against weights, or set.
+
+The keys are ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD`` and
+``MODEL.RESNETS.STRIDE_IN_1X1``. With a wrong one weights load without complaint and cost accuracy.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,26 @@ from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 
-from resnet_backbone.detection.checkpoint.checkpointer import detector_input
-from resnet_backbone.detection.checkpoint.files import backbone_source, open_weights
-from resnet_backbone.detection.checkpoint.inputs import (
+from resnet_backbone.detection.checkpoint.backbone_input import (
     FORMAT,
     MEAN,
     NAME_KEY,
     STD,
     STRIDE,
     config_input,
+    detector_input,
     has_bottlenecks,
     origin_input,
     refuse_other_input,
 )
+from resnet_backbone.detection.checkpoint.files import open_weights
 from resnet_backbone.detection.config import UsageError, backbone_node
 from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
-from resnet_backbone.weights import Preprocessing, WeightsError
+from resnet_backbone.weights import Preprocessing, WeightsError, describe_weights
 from resnet_backbone.weights.checkpoint import ModelSpec
-from resnet_backbone.weights.files import describe_weights
+from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.preprocessing import same_mean, same_std
-from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +46,8 @@ def prepare_weights(
 ) -> list[str]:
     """Does what ``RESNET_BACKBONE.WEIGHTS_INPUT`` says, before data are read or a model is built.
 
-    "check" compares the config's input keys with what the weights were trained on, "set" takes
-    them over (see :func:`take_over`) and leaves "check" behind: the config is then final.
+    "check" compares the config's input keys with what the weights were trained on, "set" replaces
+    them (see :func:`use_weights_input`) and leaves "check" behind: the config is then final.
 
     Args:
         cfg: not frozen.
@@ -70,7 +73,7 @@ def prepare_weights(
         cfg.MODEL.WEIGHTS, mode = weights, "set"
     source, lines = resume_from or cfg.MODEL.WEIGHTS, []
     if source:
-        follow = _take_over_input if mode == "set" else check_weights
+        follow = _use_input if mode == "set" else check_weights
         lines = follow(cfg, source, given)
     cfg.RESNET_BACKBONE.WEIGHTS_INPUT = "check"
     return lines
@@ -114,7 +117,7 @@ def check_weights(cfg: CfgNode, source: str, given: Collection[str] = ()) -> lis
     return []
 
 
-def take_over(cfg: CfgNode, source: str, given: Collection[str] = ()) -> list[str]:
+def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) -> list[str]:
     """Sets ``MODEL.WEIGHTS`` and the input that the weights were trained on, in place.
 
     What weights say of their input (``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``,
@@ -130,7 +133,7 @@ def take_over(cfg: CfgNode, source: str, given: Collection[str] = ()) -> list[st
 
     Returns, raises: see :func:`prepare_weights`.
     """
-    lines = _take_over_input(cfg, source, given)
+    lines = _use_input(cfg, source, given)
     cfg.MODEL.WEIGHTS = source
     if "RESNET_BACKBONE" in cfg:
         cfg.RESNET_BACKBONE.WEIGHTS_INPUT = "check"
@@ -138,16 +141,16 @@ def take_over(cfg: CfgNode, source: str, given: Collection[str] = ()) -> list[st
 
 
 def with_weights_input(cfg: CfgNode) -> CfgNode:
-    """A copy of a config, after :func:`take_over` where the config says "set"."""
+    """A copy of a config, after :func:`use_weights_input` where the config says "set"."""
     copy = cfg.clone()
     if copy.MODEL.WEIGHTS and backbone_node(copy).WEIGHTS_INPUT == "set":
         copy.defrost()
-        for line in take_over(copy, copy.MODEL.WEIGHTS):
+        for line in use_weights_input(copy, copy.MODEL.WEIGHTS):
             logger.info("weights: %s", line)
     return copy
 
 
-def _take_over_input(cfg: CfgNode, source: str, given: Collection[str]) -> list[str]:
+def _use_input(cfg: CfgNode, source: str, given: Collection[str]) -> list[str]:
     found = _describe(cfg, source)
     if found.input is None:
         raise WeightsError(
@@ -180,12 +183,11 @@ class _Described(NamedTuple):
 
 
 def _describe(cfg: CfgNode, source: str) -> _Described:
-    name, detector = backbone_node(cfg).WEIGHTS_PREPROCESSING, open_weights(source)
-    if detector is not None:
-        return _Described(detector_input(detector, source, name), is_detector=True)
-    path = backbone_source(source)
+    name, opened = backbone_node(cfg).WEIGHTS_PREPROCESSING, open_weights(source)
+    if opened.is_detector:
+        return _Described(detector_input(opened, source, name), is_detector=True)
     try:
-        found = describe_weights(path, name or origin_input(source) or "")
+        found = describe_weights(opened.source, name or origin_input(source) or "", opened.raw())
     except UnknownInput as error:
         raise UnknownInput(source, NAME_KEY) from error
     model = ModelSpec(**found.model) if found.model else None

@@ -13,14 +13,17 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from resnet_backbone.detection.checkpoint.files import WeightsFile
 from resnet_backbone.models import BottleneckBlock, StagedNetwork
 from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.conventions import BY_ADDRESS, DETECTRON2_DEFAULT
-from resnet_backbone.weights.input_settings import INPUT_SETTINGS, from_tensor, to_tensor
+from resnet_backbone.weights.load import stride_of
 from resnet_backbone.weights.preprocessing import (
+    INPUT_SETTINGS,
     Preprocessing,
     WeightsError,
+    get_preprocessing,
     same_mean,
     same_std,
 )
@@ -54,10 +57,13 @@ def describe_input(model: nn.Module) -> Preprocessing | None:
     if known is not None or network is None or mean is None:
         return known
     # Made without a config: what the meta-architecture says, which of those for labels is no format
-    bottlenecks = any(isinstance(module, BottleneckBlock) for module in network.modules())
-    stride = network.stride_in_1x1 if bottlenecks else None
-    order = getattr(model, "input_format", None)
-    return _stated(order, mean.flatten().tolist(), model.pixel_std.flatten().tolist(), stride)
+    order, std = getattr(model, "input_format", None), model.pixel_std
+    return _stated(order, mean.flatten().tolist(), std.flatten().tolist(), stride_of(network))
+
+
+def networks(model: nn.Module) -> list[StagedNetwork]:
+    """The networks of this package inside a detector."""
+    return [module for module in model.modules() if isinstance(module, StagedNetwork)]
 
 
 def origin_input(source: str) -> Preprocessing | None:
@@ -74,11 +80,6 @@ def origin_input(source: str) -> Preprocessing | None:
         if folder in source:
             return known
     return DETECTRON2_DEFAULT if ZOO.search(source) else None
-
-
-def networks(model: nn.Module) -> list[StagedNetwork]:
-    """The networks of this package inside a detector."""
-    return [module for module in model.modules() if isinstance(module, StagedNetwork)]
 
 
 def has_bottlenecks(cfg: CfgNode) -> bool:
@@ -137,6 +138,26 @@ def _numbers(values: Sequence[float]) -> str:
     return "[" + ", ".join(f"{value:.6g}" for value in values) + "]"
 
 
+def detector_input(file: WeightsFile, source: str, name: str) -> Preprocessing | None:
+    """The input that a detector's checkpoint was trained on; None if it is unknown.
+
+    Args:
+        source: as the user wrote it.
+        name: of ``PREPROCESSINGS``, for a file that does not say it; "" for none.
+
+    Raises:
+        WeightsError: the file and `name` say different things.
+    """
+    stated, named = file.stated_input(), get_preprocessing(name) if name else None
+    if stated is None:
+        return named or origin_input(source)
+    if named is not None and differences(stated, named):
+        raise WeightsError(
+            f"{source} carries its own preprocessing, which is not {name!r}: leave {NAME_KEY} out"
+        )
+    return stated
+
+
 # What files with folded statistics leave out: they are then those of an identity.
 DERIVED = ("running_mean", "running_var")
 
@@ -145,10 +166,10 @@ class StatesInput(nn.Module):
     """A network that says in its detector's state dict which input it was trained on.
 
     Where :attr:`input_settings` is known, the state dict of a module around this one has the entry
-    ``input_settings`` (see :func:`to_tensor`), and loading one that says otherwise is an error.
-    That holds for whatever loads and saves the detector, such as Detectron2's ``DefaultPredictor``
-    and ``DefaultTrainer``. State dicts without the entry load, and those of the network or its
-    feature pyramid alone hold weights only.
+    ``input_settings`` (see :meth:`Preprocessing.to_tensor`), and loading one that says otherwise is
+    an error. That holds for whatever loads and saves the detector, such as Detectron2's
+    ``DefaultPredictor`` and ``DefaultTrainer``. State dicts without the entry load, and those of
+    the network or its feature pyramid alone hold weights only.
 
     Attributes:
         input_settings: what the config gives the network; None: not known, not checked.
@@ -172,7 +193,9 @@ class StatesInput(nn.Module):
             return
         stated = state_dict.get(prefix + INPUT_SETTINGS)
         if stated is not None:
-            refuse_other_input(self.input_settings, from_tensor(stated), "the checkpoint")
+            refuse_other_input(
+                self.input_settings, Preprocessing.from_tensor(stated), "the checkpoint"
+            )
         elif self.origin is not None and any(key.startswith(prefix) for key in state_dict):
             name, expected = self.origin
             refuse_other_input(self.input_settings, expected, f"MODEL.WEIGHTS {name}")
@@ -201,7 +224,7 @@ class StatesInput(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.input_settings is not None and prefix not in _BARE:
-            destination[prefix + INPUT_SETTINGS] = to_tensor(self.input_settings)
+            destination[prefix + INPUT_SETTINGS] = self.input_settings.to_tensor()
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         self.check_settings(state_dict, prefix)
