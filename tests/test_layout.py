@@ -1,6 +1,7 @@
 """The layers of the package, enforced by reading every import statement."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -146,6 +147,21 @@ def test_folders_are_small():
     counts = Counter(path.parent for path in IN_PACKAGE)
     too_large = {str(folder): n for folder, n in counts.items() if n > LARGEST_FOLDER}
     assert not too_large
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_what_the_documents_name_is_there(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:resnet_backbone|configs|tools|tests)/[\w/.]+)`", text)
+    assert len(named) > 15
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_map_is_complete():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(resnet_backbone[\w/]*)` \|", text, re.MULTILINE))
+    folders = {str(path.parent.relative_to(ROOT)) for path in IN_PACKAGE} - {PACKAGE}
+    assert listed == folders
 
 
 @every_module
