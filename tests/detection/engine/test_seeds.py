@@ -57,12 +57,14 @@ sys.exit(status)
 
 
 @pytest.mark.parametrize("status", [0, 75])
-def test_a_signal_ends_the_run_and_starts_no_other(tmp_path, status):
+def test_a_signal_ends_the_run_and_starts_no_other(tmp_path, monkeypatch, status):
     """Also where the run of a seed ends well before it takes notice."""
-    (tmp_path / "tool.py").write_text(TOOL)
+    (tmp_path / "seed_tool.py").write_text(TOOL)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
     def stop():
-        while not (tmp_path / "4").exists():
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "4").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -70,7 +72,7 @@ def test_a_signal_ends_the_run_and_starts_no_other(tmp_path, status):
     thread.start()
     with pytest.raises(SystemExit) as ended:
         words = [str(status), str(tmp_path)]
-        train_seeds(str(tmp_path / "tool.py"), words, [4, 5], str(tmp_path / "output"))
+        train_seeds("seed_tool", words, [4, 5], str(tmp_path / "output"))
     thread.join()
     assert ended.value.code == EXIT_STOPPED and not (tmp_path / "5").exists()
 
