@@ -17,7 +17,8 @@ from resnet_backbone.weights import (
     save_weights,
 )
 from resnet_backbone.weights.checkpoint import MODEL_KEY
-from resnet_backbone.weights.reading import read_header, read_own_tensors
+from resnet_backbone.weights.inspect import read_header
+from resnet_backbone.weights.reading import read_own_tensors
 
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's auxiliary classifiers (arXiv 1409.4842, section 5)
 

@@ -17,7 +17,6 @@ from resnet_backbone.models import list_models
 from resnet_backbone.runtime.provenance import command_line
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.compare import TOLERANCE, Comparison, Samples, compare, sample_images
-from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.convert import (
     DTYPES,
     convert_input,
@@ -35,7 +34,7 @@ from resnet_backbone.weights.preprocessing import (
     WeightsError,
     get_preprocessing,
 )
-from resnet_backbone.weights.reading import read_checkpoint
+from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
 
 EPILOG = """\
 examples:

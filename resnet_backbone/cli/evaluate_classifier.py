@@ -45,9 +45,9 @@ from resnet_backbone.runtime.provenance import (
 )
 from resnet_backbone.runtime.run_folder import set_up_logging
 from resnet_backbone.weights import WeightsError
-from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.load import WrongStride
 from resnet_backbone.weights.preprocessing import InputNormalizer
+from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger("resnet_backbone.evaluate_classifier")
 

@@ -1,23 +1,27 @@
-"""What weights are and say of themselves, for a person who has found a file."""
+"""What weights are and say of themselves: for a program, and for a person who has found a file."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
+from resnet_backbone.models import BottleneckBlock
+from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.weights.architecture import infer_models, spell
 from resnet_backbone.weights.checkpoint import (
     MEAN_IMAGE_KEY,
     Checkpoint,
+    FileMetadata,
     ModelSpec,
     has_bottlenecks,
 )
-from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.keymaps import LAYOUTS, recognize
 from resnet_backbone.weights.preprocessing import (
     PREPROCESSINGS,
@@ -25,8 +29,15 @@ from resnet_backbone.weights.preprocessing import (
     WeightsError,
     one_line,
 )
-from resnet_backbone.weights.readers import read_tensors
-from resnet_backbone.weights.reading import read_checkpoint, weights_alone
+from resnet_backbone.weights.readers import RawFile, find_file, read_tensors
+from resnet_backbone.weights.reading import (
+    UnknownInput,
+    agreed_preprocessing,
+    read_checkpoint,
+    read_source,
+    weights_alone,
+    with_stride,
+)
 from resnet_backbone.weights.sources import resolve
 
 
@@ -173,3 +184,65 @@ def _describe_input(preprocessing: Preprocessing) -> dict[str, str]:
 def default_size(checkpoint: Checkpoint) -> int:
     """Side in pixels of images to try a network on."""
     return 32 if Path(checkpoint.model.name).name.startswith("cifar") else 224
+
+
+class Description(NamedTuple):
+    """What a weights file says of itself.
+
+    Attributes:
+        preprocessing: the input that it expects, without mean image.
+        model: {"name", "num_classes", "options"} of the network, empty if it does not say.
+        has_mean_image: it holds a per-pixel mean beside the channel means.
+    """
+
+    preprocessing: Preprocessing
+    model: dict
+    has_mean_image: bool
+
+
+def describe_weights(
+    path: str | os.PathLike, preprocessing: str | Preprocessing = "", raw: RawFile | None = None
+) -> Description:
+    """Reads what weights say of themselves; of our own files only the header.
+
+    Args:
+        path, preprocessing, raw: see :func:`read_checkpoint`.
+
+    Raises:
+        WeightsError: missing or damaged file, no preprocessing.
+    """
+    found = resolve(path)
+    file = find_file(found.path)
+    if file.suffix == ".safetensors":
+        said = FileMetadata.read(file)
+        if said.preprocessing is not None or found.preprocessing is not None:
+            known = agreed_preprocessing(str(path), found, said, preprocessing)
+            return _description(known, said.model, said.has_mean_image, path)
+    read = read_source(path, preprocessing, raw)
+    has_mean_image = read.preprocessing.mean_image is not None
+    return _description(read.preprocessing, read.stated, has_mean_image, path)
+
+
+def _description(
+    known: Preprocessing, model: ModelSpec | None, has_mean_image: bool, path: str | os.PathLike
+) -> Description:
+    stated = {} if model is None else asdict(model)
+    return Description(stated_input(known, model, str(path)), stated, has_mean_image)
+
+
+def read_header(path: str | os.PathLike) -> FileMetadata:
+    """What a local safetensors file says of itself, without its weights.
+
+    Raises:
+        WeightsError: the file is missing, damaged or of a later version.
+    """
+    return FileMetadata.read(find_file(path))
+
+
+def stated_input(known: Preprocessing, stated: ModelSpec | None, source: str) -> Preprocessing:
+    """:func:`with_stride` by the name of the network alone, where no tensor was read."""
+    match = re.fullmatch(
+        r"(?:\w+/)?(?:\w+_)?(?:resnet|plain)(\d+)\w*", stated.name if stated else ""
+    )
+    block, _ = DEPTHS.get(int(match[1]) if match else 0, (None, ()))
+    return with_stride(known, stated, None, source) if block is BottleneckBlock else known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,16 +25,34 @@ from resnet_backbone.weights.checkpoint import (
     Origin,
     has_bottlenecks,
 )
-from resnet_backbone.weights.conventions import (
-    agreed_preprocessing,
-    convention_of_content,
-    stated_input,
-    with_stride,
-)
 from resnet_backbone.weights.keymaps import LAYOUTS, recognize
-from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, one_line
-from resnet_backbone.weights.readers import RawFile, find_file, read_tensors
-from resnet_backbone.weights.sources import ResolvedSource, resolve
+from resnet_backbone.weights.preprocessing import (
+    PREPROCESSINGS,
+    Preprocessing,
+    WeightsError,
+    get_preprocessing,
+    one_line,
+)
+from resnet_backbone.weights.readers import RawFile, read_tensors
+from resnet_backbone.weights.sources import ResolvedSource, convention_of_content, resolve
+
+
+class UnknownInput(WeightsError):
+    """Weights whose preprocessing is unknown.
+
+    Args:
+        source: of the weights.
+        option: where the caller's user says it: an option or a config key.
+    """
+
+    def __init__(self, source: str, option: str = ""):
+        *names, last = PREPROCESSINGS
+        where = f" ({option})" if option else ""
+        super().__init__(
+            f"{source} does not say which input it was trained on: name it{where}, "
+            f"{', '.join(names)} or {last} (tools/convert_weights.py takes any other)"
+        )
+        self.source = source
 
 
 class Weights(NamedTuple):
@@ -123,7 +141,7 @@ def read_source(
     content = None
     if metadata.preprocessing is None and found.preprocessing is None:
         content = convention_of_content(raw)
-    known = _agreed(source, found, metadata, preprocessing, content)
+    known = agreed_preprocessing(str(source), found, metadata, preprocessing, content)
     tensors = dict(raw.tensors)
     mean_image = tensors.pop(MEAN_IMAGE_KEY, None)
     if mean_image is not None:
@@ -133,18 +151,6 @@ def read_source(
         known = replace(known, mean_image=mean_image.float())
     origin = metadata.origin or Origin("", str(source), raw.sha256, "", known.source)
     return Weights(tensors, known, metadata.model, origin)
-
-
-def _agreed(
-    source: str | os.PathLike,
-    found: ResolvedSource,
-    metadata: FileMetadata,
-    given: str | Preprocessing,
-    content: Preprocessing | None = None,
-) -> Preprocessing:
-    return agreed_preprocessing(
-        str(source), metadata, found.preprocessing, content, given, found.stride_in_1x1
-    )
 
 
 def read_network(
@@ -235,54 +241,87 @@ def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpe
     return ModelSpec(name, candidates[0].num_classes, options)
 
 
-class Description(NamedTuple):
-    """What a weights file says of itself.
-
-    Attributes:
-        preprocessing: the input that it expects, without mean image.
-        model: {"name", "num_classes", "options"} of the network, empty if it does not say.
-        has_mean_image: it holds a per-pixel mean beside the channel means.
-    """
-
-    preprocessing: Preprocessing
-    model: dict
-    has_mean_image: bool
+# What file, origin and user agree on
 
 
-def describe_weights(
-    path: str | os.PathLike, preprocessing: str | Preprocessing = "", raw: RawFile | None = None
-) -> Description:
-    """Reads what weights say of themselves; of our own files only the header.
+def agreed_preprocessing(
+    source: str,
+    found: ResolvedSource,
+    metadata: FileMetadata,
+    given: str | Preprocessing,
+    content: Preprocessing | None = None,
+) -> Preprocessing:
+    """The one preprocessing on which a file, its origin and the user agree.
 
     Args:
-        path, preprocessing, raw: see :func:`read_checkpoint`.
+        source: as the user wrote it, for messages.
+        given: by the user; "" for none.
+        content: what the file's content says beside its metadata.
 
     Raises:
-        WeightsError: missing or damaged file, no preprocessing.
+        UnknownInput: none of them says it.
+        WeightsError: two of them say different things.
     """
-    found = resolve(path)
-    file = find_file(found.path)
-    if file.suffix == ".safetensors":
-        said = FileMetadata.read(file)
-        if said.preprocessing is not None or found.preprocessing is not None:
-            known = _agreed(path, found, said, preprocessing)
-            return _description(known, said.model, said.has_mean_image, path)
-    read = read_source(path, preprocessing, raw)
-    has_mean_image = read.preprocessing.mean_image is not None
-    return _description(read.preprocessing, read.stated, has_mean_image, path)
+    stated = {
+        "its metadata": metadata.preprocessing,
+        "its origin": found.preprocessing,
+        "its content": content,
+        repr(given) if isinstance(given, str) else "the given one": (
+            get_preprocessing(given) if given else None
+        ),
+    }
+    known = [(who, value) for who, value in stated.items() if value is not None]
+    if not known:
+        raise UnknownInput(source)
+    (who, first), *others = known
+    for other, value in others:
+        if not first.same_input(value):
+            _contradiction(source, who, other)
+        if first.stride_in_1x1 is None:
+            first = replace(first, stride_in_1x1=value.stride_in_1x1)
+    if found.stride_in_1x1 is not None:
+        if first.stride_in_1x1 not in (None, found.stride_in_1x1):
+            _contradiction(source, "the config.json beside it, by its stride,", who)
+        first = replace(first, stride_in_1x1=found.stride_in_1x1)
+    return first
 
 
-def _description(
-    known: Preprocessing, model: ModelSpec | None, has_mean_image: bool, path: str | os.PathLike
-) -> Description:
-    stated = {} if model is None else asdict(model)
-    return Description(stated_input(known, model, str(path)), stated, has_mean_image)
+def _contradiction(source: str, first: str, second: str) -> None:
+    if first == "its metadata":
+        raise WeightsError(f"{source} carries its own preprocessing, which is not {second}")
+    raise WeightsError(f"{source}: {first} says another preprocessing than {second}")
 
 
-def read_header(path: str | os.PathLike) -> FileMetadata:
-    """What a local safetensors file says of itself, without its weights.
+def with_stride(
+    known: Preprocessing, stated: ModelSpec | None, given: ModelSpec | None, source: str
+) -> Preprocessing:
+    """A preprocessing that says where bottlenecks have their stride, which no tensor shows.
+
+    Args:
+        stated, given: the network, as the file and as the user says.
 
     Raises:
-        WeightsError: the file is missing, damaged or of a later version.
+        WeightsError: it is unknown, or file and user disagree.
     """
-    return FileMetadata.read(find_file(path))
+    of_network = _stride_of(stated or given)
+    found = {value for value in (known.stride_in_1x1, of_network) if value is not None}
+    if not found and stated is not None:
+        found = {constructor_options(stated.name)["stride_in_1x1"]}
+    if not found:
+        raise WeightsError(
+            f"{source}: the stride of its bottlenecks is unknown; name a preprocessing that has "
+            "it, such as msra or torchvision"
+        )
+    if len(found) > 1:
+        raise WeightsError(
+            f"{source}: its network has stride_in_1x1={of_network}, its preprocessing "
+            f"{known.stride_in_1x1}"
+        )
+    return replace(known, stride_in_1x1=found.pop())
+
+
+def _stride_of(spec: ModelSpec | None) -> bool | None:
+    """What a network's name and options say; torchvision's and timm's have it in the 3x3."""
+    if spec is None:
+        return None
+    return False if "/" in spec.name else spec.options.get("stride_in_1x1")

@@ -1,4 +1,9 @@
-"""From the name or address of weights to a local file, with the convention of its origin."""
+"""From the name or address of weights to a local file, with the input that its origin states.
+
+The one table of conventions, each with the place where it is written down. What a library keeps in
+a machine-readable form (torchvision, timm, Hugging Face) is read there and not copied. Of an
+unknown origin nothing is assumed.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +18,62 @@ from urllib.parse import urlsplit
 
 import torch.hub
 
-from resnet_backbone.weights.conventions import (
-    BY_ADDRESS,
-    DETECTRON1,
-    DETECTRON2,
-    PYTORCH,
-    published_hash,
-    torchvision_entry,
-    torchvision_preprocessing,
-)
 from resnet_backbone.weights.keymaps.huggingface import (
     check_hugging_face_network,
     hugging_face_preprocessing,
 )
 from resnet_backbone.weights.keymaps.table import LIBRARY_NETWORKS, OtherNetwork
 from resnet_backbone.weights.keymaps.timm import check_timm_network, timm_preprocessing
-from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, one_line
-from resnet_backbone.weights.readers import FOLDER_FILES, MAX_JSON, SUFFIXES
+from resnet_backbone.weights.keymaps.torchvision import (
+    published_hash,
+    torchvision_entry,
+    torchvision_preprocessing,
+)
+from resnet_backbone.weights.preprocessing import (
+    INPUT_SETTINGS,
+    PREPROCESSINGS,
+    Preprocessing,
+    WeightsError,
+    one_line,
+)
+from resnet_backbone.weights.readers import (
+    FOLDER_FILES,
+    MAX_JSON,
+    PREPROCESSING_KEY,
+    SUFFIXES,
+    RawFile,
+)
 
+MODEL_ZOO = "facebookresearch/detectron2, MODEL_ZOO.md and detectron2/checkpoint/catalog.py"
+GROUP_NORM_CONFIG = "facebookresearch/detectron2, configs/Misc/mask_rcnn_R_50_FPN_3x_gn.yaml"
+CONVERT_SCRIPT = "facebookresearch/detectron2, tools/convert-torchvision-to-d2.py"
+DETECTRON2, DETECTRON1 = (
+    f"https://dl.fbaipublicfiles.com/{name}/" for name in ("detectron2", "detectron")
+)
+PYTORCH = "https://download.pytorch.org/models/"
+
+_MSRA = replace(PREPROCESSINGS["msra"], source=f"{MODEL_ZOO}; {PREPROCESSINGS['msra'].source}")
+_CONVERTED = replace(PREPROCESSINGS["torchvision"], source=CONVERT_SCRIPT)
+DETECTRON2_DEFAULT = Preprocessing(
+    "BGR",
+    255.0,
+    (103.53, 116.28, 123.675),
+    (1.0, 1.0, 1.0),
+    stride_in_1x1=True,
+    source="facebookresearch/detectron2, MODEL_ZOO.md and detectron2/config/defaults.py",
+)
+_GROUP_NORM = replace(DETECTRON2_DEFAULT, stride_in_1x1=False, source=GROUP_NORM_CONFIG)
+
+# Beginning of an address -> convention of all weights there.
+BY_ADDRESS: dict[str, Preprocessing] = {
+    f"{DETECTRON2}ImageNetPretrained/MSRA/": _MSRA,
+    f"{DETECTRON2}ImageNetPretrained/torchvision/": _CONVERTED,
+    f"{DETECTRON1}ImageNetPretrained/MSRA/": _MSRA,
+    f"{DETECTRON1}ImageNetPretrained/47261647/": _GROUP_NORM,
+    f"{DETECTRON1}ImageNetPretrained/47592356/": _GROUP_NORM,
+}
+# ``__author__`` of a Detectron2 pickle -> convention, where the script that writes it says so.
+BY_AUTHOR: dict[str, Preprocessing] = {"torchvision": _CONVERTED}
 # Detectron2's names of Detectron1's files (detectron2/checkpoint/catalog.py) -> address.
 CATALOG = {
     "ImageNetPretrained/MSRA/R-50": f"{DETECTRON1}ImageNetPretrained/MSRA/R-50.pkl",
@@ -209,6 +252,35 @@ def _from_hugging_face(name: str) -> ResolvedSource:
             "that folder"
         ) from error
     raise WeightsError(f"hf://{name} has none of {', '.join(FOLDER_FILES)}")
+
+
+def convention_of_content(file: RawFile) -> Preprocessing | None:
+    """The convention of a file that its content identifies.
+
+    Detectors with our backbone, and files that this package writes for Detectron2, by what they
+    state; torchvision's files by their published hash, wherever they lie and whatever their name;
+    Detectron2's pickles by an ``__author__`` that stands for one script.
+
+    Raises:
+        WeightsError: it states something unreadable.
+    """
+    try:
+        if file.container in ("torch", "pickle") and PREPROCESSING_KEY in file.metadata:
+            return Preprocessing.from_json(file.metadata[PREPROCESSING_KEY])
+        for key, value in file.tensors.items():
+            if key.endswith(f".{INPUT_SETTINGS}"):
+                return Preprocessing.from_tensor(value)
+    except WeightsError as error:
+        raise WeightsError(f"{file.path}: {one_line(error)}") from error
+    if file.container != "torch":
+        return BY_AUTHOR.get(file.metadata.get("__author__", ""))
+
+    def is_this(weights: Any) -> bool:
+        digits = published_hash(weights)
+        return bool(digits) and file.sha256.startswith(digits)
+
+    published = torchvision_entry(is_this)
+    return None if published is None else torchvision_preprocessing(published)
 
 
 def _may_have_config(path: Path) -> bool:

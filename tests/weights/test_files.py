@@ -35,8 +35,8 @@ from resnet_backbone.weights.checkpoint import (
     SCHEMA_KEY,
     FileMetadata,
 )
+from resnet_backbone.weights.inspect import describe_weights, read_header
 from resnet_backbone.weights.preprocessing import same_mean, same_std
-from resnet_backbone.weights.reading import describe_weights, read_header
 
 MSRA = PREPROCESSINGS["msra"]
 # The ten classes of imagenet_val500, in the order of all thousand

@@ -21,7 +21,7 @@ from torch import nn
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import WeightsError, readers
 from resnet_backbone.weights.architecture import COUNTER
-from resnet_backbone.weights.conventions import published_hash
+from resnet_backbone.weights.keymaps.torchvision import published_hash
 from resnet_backbone.weights.pickles import MAX_OPERATIONS
 from resnet_backbone.weights.readers import DTYPES, read_tensors
 

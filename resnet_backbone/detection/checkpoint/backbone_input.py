@@ -17,7 +17,6 @@ from resnet_backbone.detection.checkpoint.files import WeightsFile
 from resnet_backbone.models import BottleneckBlock, StagedNetwork
 from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.weights.architecture import COUNTER
-from resnet_backbone.weights.conventions import BY_ADDRESS, DETECTRON2_DEFAULT
 from resnet_backbone.weights.load import stride_of
 from resnet_backbone.weights.preprocessing import (
     INPUT_SETTINGS,
@@ -27,7 +26,7 @@ from resnet_backbone.weights.preprocessing import (
     same_mean,
     same_std,
 )
-from resnet_backbone.weights.sources import CATALOG
+from resnet_backbone.weights.sources import BY_ADDRESS, CATALOG, DETECTRON2_DEFAULT
 
 FORMAT, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
 STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"

@@ -28,12 +28,11 @@ from resnet_backbone.detection.checkpoint.backbone_input import (
 from resnet_backbone.detection.checkpoint.files import AtomicWriter, open_weights
 from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
 from resnet_backbone.weights.architecture import COUNTER
-from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
 from resnet_backbone.weights.load import check_architecture, check_settings, fitting_tensors
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, Preprocessing, WeightsError
 from resnet_backbone.weights.readers import PREPROCESSING_KEY, RawFile
-from resnet_backbone.weights.reading import read_network, single_precision
+from resnet_backbone.weights.reading import UnknownInput, read_network, single_precision
 
 logger = logging.getLogger(__name__)
 

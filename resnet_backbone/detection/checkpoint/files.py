@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from resnet_backbone.runtime.files import put_in_place, write_text
-from resnet_backbone.weights.conventions import DETECTRON2
 from resnet_backbone.weights.keymaps import caffe2
 from resnet_backbone.weights.preprocessing import (
     INPUT_SETTINGS,
@@ -37,7 +36,7 @@ from resnet_backbone.weights.readers import (
     open_file,
     read_tensors,
 )
-from resnet_backbone.weights.sources import SCHEMES, resolve
+from resnet_backbone.weights.sources import DETECTRON2, SCHEMES, resolve
 
 LAST = "last_checkpoint"  # a file in the run folder that names its newest checkpoint
 PARTIAL = ".partial"

@@ -31,8 +31,8 @@ from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.weights import Preprocessing, WeightsError, describe_weights
 from resnet_backbone.weights.checkpoint import ModelSpec
-from resnet_backbone.weights.conventions import UnknownInput
 from resnet_backbone.weights.preprocessing import same_mean, same_std
+from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger(__name__)
 

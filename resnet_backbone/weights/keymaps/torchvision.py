@@ -1,4 +1,4 @@
-"""Torchvision's key names of ResNets and VGGs.
+"""Torchvision's key names of ResNets and VGGs, and the conventions of its weights.
 
 Torchvision's VGGs with batch norm have convolution biases, which the norm cancels; ours have
 none. ``running_mean - bias`` takes their place, and zeros are written for them: the same function,
@@ -7,8 +7,10 @@ not the same tensors.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from resnet_backbone.weights.keymaps.table import (
     with_zero_biases,
     without_counters,
 )
+from resnet_backbone.weights.preprocessing import Preprocessing, known_filter
 
 RESNET = "a torchvision ResNet"
 VGG = "a torchvision VGG"
@@ -155,6 +158,42 @@ def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
         f"network.load_state_dict({load}{strict})",
         spell_transform(checkpoint.preprocessing),
     ]
+
+
+def torchvision_preprocessing(weights: Any) -> Preprocessing:
+    """The convention of an entry such as ``ResNet50_Weights.IMAGENET1K_V2``, as it says itself."""
+    transform = weights.transforms()
+    return Preprocessing(
+        "RGB",
+        1.0,
+        tuple(transform.mean),
+        tuple(transform.std),
+        stride_in_1x1=False,
+        source=f"torchvision.models.{weights}.transforms()",
+        resize_size=transform.resize_size[0],
+        crop_size=transform.crop_size[0],
+        interpolation=known_filter(transform.interpolation.value),
+    )
+
+
+def torchvision_entry(wanted: Callable[[Any], bool]) -> Any | None:
+    """Torchvision's ResNet or VGG entry that fits; None if none does, or without torchvision."""
+    try:
+        from torchvision import models
+    except ImportError:
+        return None
+    for name in models.list_models(module=models):
+        if name.startswith(("resnet", "vgg")):
+            for weights in models.get_model_weights(name):
+                if wanted(weights):
+                    return weights
+    return None
+
+
+def published_hash(weights: Any) -> str:
+    """Digits with which the sha256 of an entry's file begins; "" where none are published."""
+    match = re.search(r"-([0-9a-f]{8,})\.", weights.url)
+    return match[1] if match else ""
 
 
 TORCHVISION = Layout("torchvision", _matches, _to_ours, _from_ours, _usage)
