@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnet_backbone.fast import build_model
 from resnet_backbone.models import StagedNetwork
-from resnet_backbone.runtime.files import put_in_place
+from resnet_backbone.runtime.files import whole_file
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, one_line
 
 METADATA_KEY = "resnet_backbone.preprocessing"
@@ -249,9 +249,5 @@ def write_tensors(
 
 def write_file(data: bytes, path: Path) -> None:
     """Writes a file whole or not at all: the old one stands until the new one is on the disk."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_bytes(data)
-        put_in_place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

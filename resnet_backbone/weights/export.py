@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from resnet_backbone.runtime.files import put_in_place
+from resnet_backbone.runtime.files import whole_file
 from resnet_backbone.weights.architecture import deepest_stage
 from resnet_backbone.weights.checkpoint import Checkpoint, write_checkpoint, write_file
 from resnet_backbone.weights.convert import convert_input, use_channel_means
@@ -333,23 +333,19 @@ def _write_folder(files: Mapping[str, bytes], path: Path) -> None:
     """
     if path.exists():
         _check_replaceable(path)
-    new, old = (path.with_name(f"{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    old = path.with_name(f"{path.name}.{os.getpid()}.old")
     try:
-        new.mkdir()
-        for name, data in files.items():
-            (new / name).write_bytes(data)
-        if path.exists():
-            os.replace(path, old)
-        try:
-            put_in_place(new, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
+        with whole_file(path) as new:
+            new.mkdir()
+            for name, data in files.items():
+                (new / name).write_bytes(data)
+            if path.exists():
+                os.replace(path, old)
     finally:
-        for left in (new, old):
-            if left.exists():
-                shutil.rmtree(left)
+        if old.exists() and path.exists():
+            shutil.rmtree(old)
+        elif old.exists():
+            os.replace(old, path)
 
 
 def _check_replaceable(path: Path) -> None:

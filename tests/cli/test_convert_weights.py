@@ -157,7 +157,7 @@ def test_inspect_of_the_released_weights(run, data_root):
     status, out, _ = run("inspect", file)
     assert status == 0
     assert "213 float32, 54 float16" in out and "25,557,032" in out
-    assert "where its bottlenecks have their stride" in out
+    assert "the stride of its bottlenecks" in out
 
 
 TARGETS = {

@@ -20,7 +20,6 @@ from resnet_backbone.models import build_model
 from resnet_backbone.weights import (
     PREPROCESSINGS,
     WeightsError,
-    conventions,
     load_weights,
     read_checkpoint,
     sources,
@@ -108,7 +107,7 @@ def test_another_file_in_torchvisions_place(hub, resnet18, tmp_path):
 )
 def test_torchvisions_own_transform(weights):
     """Each entry says it itself: one of them has another mean and std."""
-    found, transform = conventions.torchvision_preprocessing(weights), weights.transforms()
+    found, transform = sources.torchvision_preprocessing(weights), weights.transforms()
     image = torch.randint(0, 256, (3, found.crop_size, found.crop_size), dtype=torch.uint8)
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (found.mean, found.std))
     transform.resize_size = [found.crop_size]  # the image has that size
@@ -123,7 +122,7 @@ def test_torchvisions_files_are_known_by_their_hash(resnet18, tmp_path, monkeypa
         read_checkpoint(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(
-        conventions, "published_hash", lambda weights: digest[:8] if weights is V1 else "0" * 8
+        sources, "published_hash", lambda weights: digest[:8] if weights is V1 else "0" * 8
     )
     assert read_checkpoint(path).preprocessing.crop_size == 224
     with pytest.raises(WeightsError, match="its content says another preprocessing than 'msra'"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from iopath.common.file_io import get_cache_dir
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from resnet_backbone.runtime.files import put_in_place, write_text
+from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.keymaps import caffe2
 from resnet_backbone.weights.preprocessing import (
     INPUT_SETTINGS,
@@ -39,7 +38,6 @@ from resnet_backbone.weights.readers import (
 from resnet_backbone.weights.sources import DETECTRON2, SCHEMES, resolve
 
 LAST = "last_checkpoint"  # a file in the run folder that names its newest checkpoint
-PARTIAL = ".partial"
 CLASSIFIERS_ONLY = ("torchvision", "timm", "hf")  # schemes under which there is no detector here
 # How the names in a detector begin, in Detectron2 and in Detectron1.
 PARTS = ("backbone.", "roi_heads.", "proposal_generator.", "sem_seg_head.")
@@ -219,13 +217,10 @@ class AtomicWriter(DetectionCheckpointer):
         content = {"model": self.model.state_dict(), **states, **kwargs}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        try:
-            torch.save(content, path + PARTIAL)
-            put_in_place(path + PARTIAL, path)
-        except (OSError, RuntimeError) as error:  # the second is of PyTorch's file writer
-            with suppress(FileNotFoundError):
-                os.remove(path + PARTIAL)  # a full disk has its room back
-            raise OSError(f"{path} cannot be written ({one_line(error)})") from error
+        for left in Path(self.save_dir).glob(".*.pth.*.tmp"):  # by a process that was killed
+            left.unlink()
+        with whole_file(path) as temporary:
+            torch.save(content, temporary)
         if self.marks_last:
             self.tag_last_checkpoint(f"{name}.pth")
 

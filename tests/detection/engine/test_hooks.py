@@ -134,11 +134,13 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
         for name in ("a", "b"):
             with pytest.raises(OSError, match=f"{name}.pth cannot be written .enforce fail at in"):
                 writer.save(name, iteration=2)
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.tmp"))
+    (tmp_path / ".a.pth.7.tmp").touch()  # what a killed process leaves
     assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / "a.pth")
     assert torch.load(tmp_path / "a.pth")["iteration"] == 1 and not (tmp_path / "b.pth").exists()
     writer.marks_last = False
     writer.save("best", iteration=3)
+    assert not list(tmp_path.glob(".*.tmp"))
     assert find_last_checkpoint(str(tmp_path)) == str(tmp_path / "a.pth")
 
 

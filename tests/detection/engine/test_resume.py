@@ -77,7 +77,7 @@ def test_killed_at_random_moments(data, uninterrupted, tmp_path, workers):
     assert process.wait() == 0, process.log.read_text()[-3000:]
     assert process.log.read_text().count("Starting training from iteration") == 3
     assert_same_run(folder, uninterrupted)
-    assert not list(folder.glob("*.partial*"))
+    assert not list(folder.glob(".*.pth.*.tmp"))
 
 
 @pytest.mark.parametrize(
