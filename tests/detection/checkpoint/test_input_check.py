@@ -18,7 +18,7 @@ from resnet_backbone.models import build_model
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError, save_weights
 from resnet_backbone.weights.checkpoint import METADATA_KEY, MODEL_KEY
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[3]
 R18, R50 = "voc/faster_rcnn_R_18_FPN.yaml", "voc/faster_rcnn_R_50_FPN.yaml"
 VGG = "voc/faster_rcnn_VGG_16.yaml"
 QUICKSTART = "quickstart/faster_rcnn_R_18_FPN.yaml"
