@@ -1,6 +1,8 @@
 """Fixtures for all tests."""
 
+import logging
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,19 @@ import pytest
 from PIL import Image
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_open_logs():
+    """Takes away the log handlers that a test opened: pytest closes the streams that they have."""
+    yield
+    for name in ("detectron2", "fvcore", "resnet_backbone"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
+    if "detectron2.utils.logger" in sys.modules:
+        sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -173,10 +172,9 @@ def train(train_net, tiny_voc, tiny_training):
 def train_net(capsys):
     """Function (config file, argument...) -> exit status and lines of stderr, in this process.
 
-    Data sets that it registered and log handlers that it opened are taken away afterwards.
+    Data sets that it registered are taken away afterwards.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
-    from detectron2.utils.logger import setup_logger
 
     tool = importlib.import_module("resnet_backbone.cli.train_net")
     before = set(DatasetCatalog.list())
@@ -193,6 +191,3 @@ def train_net(capsys):
     for name in set(DatasetCatalog.list()) - before:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    setup_logger.cache_clear()
-    for name in ("detectron2", "fvcore", "resnet_backbone"):
-        logging.getLogger(name).handlers.clear()
