@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Draw what a trained detector or segmentation model finds in images and videos.
 
 With a run of tools/train_net.py, on one image, on a folder, on what a pattern matches:

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Evaluate a classifier, or an ensemble, as the paper did: every image exactly once.
 
 Prints top-1 and top-5 error and cross-entropy. With --output also writes results.json,

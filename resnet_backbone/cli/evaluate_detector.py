@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Evaluate a detector with the paper's improvements, one row each (appendix B, Table 9).
 
   python tools/evaluate_detector.py --run output/r101 --context-run output/r101_context \\
@@ -17,7 +16,7 @@ Rows, each with all before it that were asked for by --rows:
 A row without its run is named and left out. Each row is kept in --output as soon as it is done:
 after an interruption, the same command continues with the next one. Rows whose weights, settings or
 data have changed are measured again. --output gets results.json (AP, AP per class, seconds per
-image, and where each number comes from) and results.md, with the paper's COCO numbers beside ours.
+image, and where each number comes from) and results.md. On COCO it has the paper's numbers too.
 
 Trailing KEY VALUE pairs hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
 RESNET_BACKBONE.TEST.FLIP True, RESNET_BACKBONE.TEST.NMS gaussian or
@@ -244,7 +243,7 @@ def measure(rows: list[Row], runs: dict) -> Iterator[tuple[dict, bool]]:
 
 
 def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
-    """Markdown: our numbers and the paper's, then AP per class."""
+    """Markdown: our numbers, on COCO the paper's beside them, then AP per class."""
     bbox = [row["results"]["bbox"] for row in rows]
     parts = [improvements_section([read_row(row) for row in rows])]
     parts += [f"`{name}` is left out: {reason}." for name, reason in left_out.items()]

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Unpack the official archives of a data set, check what is there, make what trainings need.
 
   python tools/prepare_data.py voc --help        PASCAL VOC, or your own data in its layout

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Replace batch-norm statistics by true averages over the training set, as the paper does.
 
 Reads a run of tools/train_classifier.py (its config, data and weights) and writes new weights; the

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Make pictures and tables of results from what training runs leave."""
 
 from __future__ import annotations
@@ -6,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -30,6 +28,8 @@ from resnet_backbone.report.plots import (
 from resnet_backbone.report.published import parse_network
 from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_run
 from resnet_backbone.report.table import results_table
+from resnet_backbone.runtime.errors import EXIT_WRONG_INPUT
+from resnet_backbone.runtime.provenance import command_line
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 CURVES_EPILOG = """\
@@ -355,12 +355,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     words = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(words)
-    args.command_line = shlex.join(["python", "tools/report.py", *words])
+    args.command_line = command_line("report", words)
     try:
         args.run(args)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_WRONG_INPUT
     return 0
 
 

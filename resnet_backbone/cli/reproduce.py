@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Reproduce the paper's comparison of backbones in detection: from pre-training to the table."""
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ import torch
 import yaml
 
 from resnet_backbone import __version__
+from resnet_backbone.runtime.configs import config_folder
+from resnet_backbone.runtime.errors import EXIT_STOPPED, EXIT_WRONG_INPUT
 from resnet_backbone.runtime.files import alone, sha256, write_json
-from resnet_backbone.runtime.signals import EXIT_STOPPED, run_child
+from resnet_backbone.runtime.signals import run_child
 
 ROOT = Path(__file__).resolve().parents[2]
-PLANS = ROOT / "configs" / "reproduction"
+PLANS = config_folder() / "reproduction"
 DONE = "step.json"  # written into a step's folder after its command
 # Keys with their defaults; None: needed.
 PLAN = dict(title=None, steps=None, networks={}, seeds=[1], words={}, note="")
@@ -413,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
         status = run(steps, stages, args.output)
     except (PlanError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return EXIT_WRONG_INPUT
     if not status and steps[-1].stage in stages:
         print(f"\nresults: {steps[-1].product}")
     return status

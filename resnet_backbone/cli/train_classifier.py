@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Train any network of the package on ImageNet, CIFAR-10 or the built-in data, as the paper did."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Train and evaluate a detector with one of the paper's backbones.
 
 On your own data in PASCAL VOC layout, from ImageNet weights:

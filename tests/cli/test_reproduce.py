@@ -189,9 +189,9 @@ def test_only_what_is_left_to_do_needs_a_gpu(steps_of, tmp_path, monkeypatch, ca
     monkeypatch.setattr(reproduce, "run", lambda *args: 0)
     words = ["--scale", "paper", "--imagenet", str(tmp_path / "imagenet"), "--output"]
     assert main([*words, str(tmp_path / "out"), "--stage", "report"]) == 0
-    assert main([*words, str(tmp_path / "out"), "--stage", "detect"]) == 1
+    assert main([*words, str(tmp_path / "out"), "--stage", "detect"]) == 2
     assert "meant for GPUs" in capsys.readouterr().err
-    assert main([*words, str(tmp_path / "out"), "--stage", "data"]) == 1
+    assert main([*words, str(tmp_path / "out"), "--stage", "data"]) == 2
     assert "the stages of this plan are pretrain, convert, bn, detect" in capsys.readouterr().err
 
 
@@ -226,7 +226,7 @@ def test_what_cannot_be_meant_is_refused(steps_of, tmp_path):
 def test_bad_plans_are_refused_in_one_line(tmp_path, text, message, capsys):
     path = tmp_path / "plan.yaml"
     path.write_text(text)
-    assert main(["--scale", str(path), "--output", str(tmp_path / "out")]) == 1
+    assert main(["--scale", str(path), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
@@ -244,7 +244,7 @@ def test_a_plan_is_shown_before_its_data_are_there(tmp_path, monkeypatch, capsys
     absent = shown.partition("not there yet: ")[2]
     for name in ("/imagenet", "/datasets/VOC2007", "/datasets/VOC2012"):
         assert f"{tmp_path}{name}" in absent
-    assert main([*words, str(tmp_path / "out")]) == 1
+    assert main([*words, str(tmp_path / "out")]) == 2
     assert "imagenet: no such folder of data" in capsys.readouterr().err
 
 

@@ -182,7 +182,7 @@ def test_curves_command_line(tool, metrics_file, tmp_path, capsys):
     assert output.is_file()
     assert (
         tool.main(["curves", "--run", str(metrics_file(name="empty")), "--output", str(output)])
-        == 1
+        == 2
     )
     assert "has no metrics" in capsys.readouterr().err
 

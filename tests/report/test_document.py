@@ -193,7 +193,7 @@ def test_all_or_nothing(tool, runs, tmp_path, monkeypatch, capsys):
     output.parent.mkdir()
     output.write_text("before")
     monkeypatch.setattr(document, "save_png", lambda *args: (_ for _ in ()).throw(OSError("full")))
-    assert report(tool, runs, output) == 1
+    assert report(tool, runs, output) == 2
     assert "error: full" in capsys.readouterr().err
     assert listing(output.parent) == {"r.md"} and output.read_text() == "before"
 
@@ -216,7 +216,7 @@ def test_errors_take_one_line(quick, tool, runs, tmp_path, capsys):
         ([*runs, str(twice)], "the same recipe and seed 1"),
         ([str(tmp_path)], "has no results.json"),
     ):
-        assert report(tool, given, output) == 1
+        assert report(tool, given, output) == 2
         captured = capsys.readouterr().err.strip().splitlines()
         assert message in captured[-1] and captured[-1].startswith("error: ")
         assert not output.exists()

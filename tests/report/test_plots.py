@@ -167,5 +167,5 @@ def test_command_line(tool, make_run, tmp_path, capsys):
     other.mkdir()
     (other / "metrics.json").write_text('{"iteration": 1, "total_loss": 1}\n')
     arguments = ["curves", "--run", str(run), "--run", str(other), "--output", str(output)]
-    assert tool.main(arguments) == 1
+    assert tool.main(arguments) == 2
     assert "pictures of their own" in capsys.readouterr().err

@@ -195,7 +195,7 @@ def test_command_line_reads_folders_of_images(tool, weights, tmp_path, capsys):
     assert tool.main([*arguments, str(folder.parent)]) == 0
     assert "mine" in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
-    assert tool.main([*arguments, str(tmp_path / "empty")]) == 1
+    assert tool.main([*arguments, str(tmp_path / "empty")]) == 2
     assert "holds no images" in capsys.readouterr().err
 
 
@@ -205,7 +205,7 @@ def test_command_line_errors_are_one_line(tool, weights, cifar10, tmp_path, caps
     common = ["responses", "--cifar10", str(folder), "--output", str(output), "--weights"]
 
     def message(*words):
-        assert tool.main([*common, *map(str, words)]) == 1
+        assert tool.main([*common, *map(str, words)]) == 2
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1
         return error

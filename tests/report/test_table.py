@@ -263,5 +263,5 @@ def test_command_line(tool, runs, tmp_path, capsys):
     output = tmp_path / "new" / "table.md"
     assert tool.main(["table", "--run", *folders, "--output", str(output)]) == 0
     assert "8.25 ± 0.35" in output.read_text() and "8.25 ± 0.35" in capsys.readouterr().out
-    assert tool.main(["table", "--run", str(tmp_path), "--output", str(output)]) == 1
+    assert tool.main(["table", "--run", str(tmp_path), "--output", str(output)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
