@@ -29,6 +29,10 @@ class UsageError(ValueError):
     """An invalid command line, config or data set; the message says what to write instead."""
 
 
+class DataError(UsageError):
+    """Data that cannot be used as they are; the message says what, where and how to mend it."""
+
+
 class UnexpectedResults(ValueError):
     """Results that differ from those that were expected; the message names all that do."""
 

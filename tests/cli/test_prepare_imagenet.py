@@ -19,8 +19,8 @@ from resnet_backbone.classification.data.archives import (
 )
 from resnet_backbone.classification.data.imagenet import read_flat_folder, read_image_folder
 from resnet_backbone.classification.data.shards import TarShards
-from resnet_backbone.classification.data.stream import DataError
 from resnet_backbone.cli import prepare_data
+from resnet_backbone.runtime.errors import DataError
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # The kit's numbers, in an order that is not that of the wnids.

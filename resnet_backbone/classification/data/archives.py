@@ -22,7 +22,7 @@ from resnet_backbone.classification.data.imagenet import (
     read_flat_folder,
     read_image_folder,
 )
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # arXiv 1409.0575, table 2
 IMAGES_PER_CLASS = (732, 1300)  # the same table: the smallest and the largest training class

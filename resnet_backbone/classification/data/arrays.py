@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_backbone.classification.data.stream import AUGMENTATION, Batch, DataError, SampleStream
+from resnet_backbone.classification.data.stream import AUGMENTATION, Batch, SampleStream
 from resnet_backbone.runtime.builtin import digit_indices, draw_digit_crop, load_scans
+from resnet_backbone.runtime.errors import DataError
 
 PAD = 4  # pixels on each side (paper, section 4.2)
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())

@@ -22,7 +22,7 @@ from resnet_backbone.classification.data.crops import (
     resize_short_side,
     to_image,
 )
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 
 MIXING = 4  # the first word of a seed, beside those in `stream`, `loader` and `statistics`
 NOISE_STRENGTH = 0.1  # standard deviation of each component's factor (AlexNet, section 4.1)

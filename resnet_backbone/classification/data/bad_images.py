@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from resnet_backbone.classification.data.decode import BadImage, decode, read_bytes
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 
 BAD, CONVERTED = "bad", "converted"
 MAX_CONVERTED = 1000  # lines; a data set of nothing but such images needs no list of them

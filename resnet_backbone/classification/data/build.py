@@ -45,8 +45,9 @@ from resnet_backbone.classification.data.statistics import (
     mean_image,
     preprocessing_from,
 )
-from resnet_backbone.classification.data.stream import DataError, SampleStream
+from resnet_backbone.classification.data.stream import SampleStream
 from resnet_backbone.runtime.builtin import CLASS_NAMES as DIGITS
+from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import Preprocessing
 

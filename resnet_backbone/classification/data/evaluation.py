@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from resnet_backbone.classification.data.crops import resize_short_side
 from resnet_backbone.classification.data.decode import BadImage, read_rgb
 from resnet_backbone.classification.data.loader import Running, init_worker
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 
 
 class BadSample(NamedTuple):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from resnet_backbone.classification.data.decode import read_bytes
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 
 EXTENSIONS = frozenset(
     ".jpeg .jpg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm".split()

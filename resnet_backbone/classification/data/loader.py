@@ -21,7 +21,8 @@ from resnet_backbone.classification.data.bad_images import BAD, CONVERTED, BadIm
 from resnet_backbone.classification.data.crops import EncodedImage
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import EncodedSample
-from resnet_backbone.classification.data.stream import Batch, DataError, SampleStream, sample_rng
+from resnet_backbone.classification.data.stream import Batch, SampleStream, sample_rng
+from resnet_backbone.runtime.errors import DataError
 
 REPLACEMENT = 2  # the first word of a seed, beside those in `stream`
 MAX_REPLACEMENTS = 100

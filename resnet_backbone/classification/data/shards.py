@@ -20,7 +20,7 @@ import numpy as np
 
 from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import EXTENSIONS, EncodedSample, ImageFiles
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 
 INDEX_NAME = "index.npz"
 SHARD_PATTERN = "shard-%06d.tar"

@@ -17,7 +17,7 @@ from resnet_backbone.classification.config import DataConfig
 from resnet_backbone.classification.data.augment import CenterCrop
 from resnet_backbone.classification.data.bad_images import BadImageReport, ImageNote
 from resnet_backbone.classification.data.loader import BatchMaker, EncodedDataset, read_batches
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import put_in_place
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing

@@ -9,11 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from resnet_backbone.runtime.errors import DataError
+
 ORDER, AUGMENTATION = 0, 1  # the first word of a seed: what the random numbers are for
-
-
-class DataError(ValueError):
-    """Data that cannot be used as asked; the message says what, where and how to mend it."""
 
 
 class Batch(NamedTuple):

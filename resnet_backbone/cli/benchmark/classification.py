@@ -32,7 +32,7 @@ from resnet_backbone.classification.data.crops import (
 )
 from resnet_backbone.classification.data.imagenet import ImageFiles, list_images
 from resnet_backbone.classification.data.loader import LoaderSource
-from resnet_backbone.classification.data.stream import DataError, SampleStream, sample_rng
+from resnet_backbone.classification.data.stream import SampleStream, sample_rng
 from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.optimizer import build_sgd
 from resnet_backbone.classification.step import StepOptions, TrainStep
@@ -45,6 +45,7 @@ from resnet_backbone.cli.benchmark.interleaved import (
 )
 from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.fast.export import export_onnx, run_onnx
+from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import get_preprocessing
 from resnet_backbone.weights.keymaps import from_torchvision

@@ -6,7 +6,7 @@ from resnet_backbone.detection.data.coco import (
     load_coco_instances,
     register_coco,
 )
-from resnet_backbone.detection.data.problems import DataError, DataProblem, DataReport, apply_policy
+from resnet_backbone.detection.data.problems import DataProblem, DataReport, apply_policy
 from resnet_backbone.detection.data.voc import (
     VOC_CLASSES,
     check_voc,
@@ -14,6 +14,7 @@ from resnet_backbone.detection.data.voc import (
     load_voc_instances,
     register_voc,
 )
+from resnet_backbone.runtime.errors import DataError
 
 __all__ = [
     "VOC_CLASSES",

@@ -17,7 +17,6 @@ from detectron2.data.build import (
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.coco import register_coco
-from resnet_backbone.detection.data.problems import DataError
 from resnet_backbone.detection.data.segmentation import register_panoptic, register_semantic
 from resnet_backbone.detection.data.voc import (
     VOC_CLASSES,
@@ -26,6 +25,7 @@ from resnet_backbone.detection.data.voc import (
     read_split,
     register_voc,
 )
+from resnet_backbone.runtime.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from resnet_backbone.detection.data.problems import (
-    DataError,
     DataProblem,
     DataReport,
     ScannedDataset,
@@ -23,6 +22,7 @@ from resnet_backbone.detection.data.problems import (
     list_problems,
     register_once,
 )
+from resnet_backbone.runtime.errors import DataError
 
 REQUIRED_KEYS = {
     "categories": ("id", "name"),

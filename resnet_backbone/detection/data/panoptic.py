@@ -22,7 +22,8 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from resnet_backbone.detection.data.coco import absent_keys, inspect_json
-from resnet_backbone.detection.data.problems import DataError, list_problems
+from resnet_backbone.detection.data.problems import list_problems
+from resnet_backbone.runtime.errors import DataError
 
 BACKGROUND = "background"
 CLASSES_FILE = "classes.txt"

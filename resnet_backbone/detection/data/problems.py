@@ -18,6 +18,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from tabulate import tabulate
 
+from resnet_backbone.runtime.errors import DataError
+
 logger = logging.getLogger(__name__)
 
 Scan = Callable[[], tuple[list[dict], "DataReport"]]
@@ -32,10 +34,6 @@ FATAL_KINDS = ("empty-split", "broken-json")
 POLICIES = ("refuse", "drop")
 
 _EXIF_ORIENTATION = 0x0112
-
-
-class DataError(ValueError):
-    """The data set cannot be used as it is; the message says where and what to do."""
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from resnet_backbone.detection.data.panoptic import (
     read_panoptic,
 )
 from resnet_backbone.detection.data.problems import (
-    DataError,
     DataReport,
     ScannedDataset,
     read_image_size,
     register_once,
 )
+from resnet_backbone.runtime.errors import DataError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 LABELS = (".png",)

@@ -20,13 +20,13 @@ from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from resnet_backbone.detection.data.problems import (
-    DataError,
     DataReport,
     ScannedDataset,
     box_problem,
     check_image,
     register_once,
 )
+from resnet_backbone.runtime.errors import DataError
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")

@@ -18,8 +18,8 @@ from PIL import Image
 from tabulate import tabulate
 
 from resnet_backbone.detection.data.panoptic import decode_ids, read_panoptic
-from resnet_backbone.detection.data.problems import DataError
 from resnet_backbone.detection.evaluation.coco import build_coco_evaluator
+from resnet_backbone.runtime.errors import DataError
 
 logger = logging.getLogger(__name__)
 

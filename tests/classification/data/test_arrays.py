@@ -22,8 +22,9 @@ from resnet_backbone.classification.data.arrays import (
 )
 from resnet_backbone.classification.data.build import build_data
 from resnet_backbone.classification.data.statistics import channel_statistics, mean_image
-from resnet_backbone.classification.data.stream import DataError, SampleStream
+from resnet_backbone.classification.data.stream import SampleStream
 from resnet_backbone.runtime import builtin
+from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 PER_FILE = 12

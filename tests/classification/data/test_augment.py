@@ -21,7 +21,8 @@ from resnet_backbone.classification.data.augment import (
     color_shift,
 )
 from resnet_backbone.classification.data.crops import EncodedImage, draw_inception_crop
-from resnet_backbone.classification.data.stream import DataError, sample_rng
+from resnet_backbone.classification.data.stream import sample_rng
+from resnet_backbone.runtime.errors import DataError
 
 
 def pixels(height, width, seed=0, coarse=12) -> np.ndarray:

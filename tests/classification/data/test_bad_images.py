@@ -11,7 +11,7 @@ from resnet_backbone.classification.data.bad_images import (
     BadImageReport,
     ImageNote,
 )
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 
 
 def bad(path, reason="truncated"):

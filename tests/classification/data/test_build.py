@@ -12,7 +12,7 @@ from resnet_backbone.classification.config import load_config
 from resnet_backbone.classification.data import build
 from resnet_backbone.classification.data.build import build_data
 from resnet_backbone.classification.data.statistics import INPUT_FILE
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.processes import World
 
 OPTIONS = ["data.crop=16", "data.short_side=[18,20]", "data.mean=pixel", "data.workers=0"]

@@ -15,7 +15,7 @@ from resnet_backbone.classification.data.evaluation import (
     EvaluationFiles,
     EvaluationLoader,
 )
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 
 
 def arrays(count, size=4):

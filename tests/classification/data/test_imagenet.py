@@ -14,7 +14,7 @@ from resnet_backbone.classification.data.imagenet import (
     read_flat_folder,
     read_image_folder,
 )
-from resnet_backbone.classification.data.stream import DataError
+from resnet_backbone.runtime.errors import DataError
 
 CLASSES = {"n03": ["a.JPEG", "b.jpg"], "n01": ["c.png"], "n02": ["d.JPEG", "e.Jpeg", "f.webp"]}
 

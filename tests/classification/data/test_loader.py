@@ -18,7 +18,8 @@ from resnet_backbone.classification.data.decode import read_rgb
 from resnet_backbone.classification.data.imagenet import ImageFiles, read_image_folder
 from resnet_backbone.classification.data.loader import LoaderSource
 from resnet_backbone.classification.data.statistics import compute_mean
-from resnet_backbone.classification.data.stream import Batch, DataError, SampleStream, sample_rng
+from resnet_backbone.classification.data.stream import Batch, SampleStream, sample_rng
+from resnet_backbone.runtime.errors import DataError
 
 AUGMENT = PaperAugmentation(size=16, short_side=(18, 40))
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -20,7 +20,8 @@ from resnet_backbone.classification.data.shards import (
     index_shards,
     write_shards,
 )
-from resnet_backbone.classification.data.stream import DataError, SampleStream
+from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.runtime.errors import DataError
 
 webdataset = pytest.importorskip("webdataset")
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from resnet_backbone.classification.data.stream import DataError, SampleStream, sample_rng
+from resnet_backbone.classification.data.stream import SampleStream, sample_rng
+from resnet_backbone.runtime.errors import DataError
 
 
 def take(stream: SampleStream, iterations: int) -> np.ndarray:

@@ -12,7 +12,6 @@ from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
 from resnet_backbone.detection.data import (
-    DataError,
     apply_policy,
     check_coco,
     check_voc,
@@ -23,6 +22,7 @@ from resnet_backbone.detection.data import (
     voc,
 )
 from resnet_backbone.detection.data.problems import registered_scan
+from resnet_backbone.runtime.errors import DataError
 
 BOX = (2, 3, 10, 8)
 BCCD_BAD = ["BloodImage_00338.xml", "BloodImage_00343.xml"]

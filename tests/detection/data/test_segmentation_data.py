@@ -27,7 +27,6 @@ from resnet_backbone.detection.data.panoptic import (  # noqa: E402
     make_stuff,
     paint_instances,
 )
-from resnet_backbone.detection.data.problems import DataError  # noqa: E402
 from resnet_backbone.detection.data.segmentation import (  # noqa: E402
     register_panoptic,
     register_semantic,
@@ -37,6 +36,7 @@ from resnet_backbone.detection.evaluation.panoptic import (  # noqa: E402
     match_segments,
     panoptic_quality,
 )
+from resnet_backbone.runtime.errors import DataError  # noqa: E402
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from detectron2.structures import BoxMode
 
 from resnet_backbone.detection.data import (
     VOC_CLASSES,
-    DataError,
     find_voc_classes,
     load_voc_instances,
     register_voc,
 )
+from resnet_backbone.runtime.errors import DataError
 
 BOX = (2, 3, 10, 8)
 counter = itertools.count()

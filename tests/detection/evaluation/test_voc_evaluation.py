@@ -22,7 +22,7 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_backbone.detection.data import VOC_CLASSES, DataError, register_coco, register_voc
+from resnet_backbone.detection.data import VOC_CLASSES, register_coco, register_voc
 from resnet_backbone.detection.evaluation import (
     VOCEvaluator,
     build_evaluator,
@@ -31,6 +31,7 @@ from resnet_backbone.detection.evaluation import (
 )
 from resnet_backbone.detection.evaluation import voc as voc_module
 from resnet_backbone.detection.evaluation.voc_ap import COCO_IOU_THRESHOLDS
+from resnet_backbone.runtime.errors import DataError
 
 CLASSES = ["cat", "dog"]
 

@@ -18,7 +18,7 @@ from resnet_backbone.detection.data.preparation.official import (
     coco_image_folder,
 )
 from resnet_backbone.detection.data.preparation.tree_report import SplitCheck, TreeCheck
-from resnet_backbone.detection.data.problems import DataError, read_image_size
+from resnet_backbone.detection.data.problems import read_image_size
 from resnet_backbone.detection.data.voc import (
     IMAGE_SUFFIXES,
     VOC_CLASSES,
@@ -26,6 +26,7 @@ from resnet_backbone.detection.data.voc import (
     read_split,
     scan_voc,
 )
+from resnet_backbone.runtime.errors import DataError
 
 CHUNK = 64  # images handed to a process at a time
 SAMPLES = 20  # images of a split that are kept for a picture

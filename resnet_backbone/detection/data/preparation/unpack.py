@@ -25,7 +25,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from resnet_backbone.detection.data.preparation.official import ARCHIVES
-from resnet_backbone.detection.data.problems import DataError
+from resnet_backbone.runtime.errors import DataError
 
 BLOCK = 1 << 20  # bytes read at a time
 DAMAGE = (
