@@ -1,6 +1,7 @@
 """The layers of the package, enforced by reading every import statement."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -155,6 +156,14 @@ def test_what_the_documents_name_is_there(document):
     named = re.findall(r"`((?:resnet_backbone|configs|tools|tests)/[\w/.]+)`", text)
     assert len(named) > 15
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "tools").glob("*.sh")), ids=lambda p: p.name)
+def test_what_scripts_import_is_there(script):
+    pattern = r"^from (resnet_backbone[\w.]*) import ([\w, ]+?)(?: as \w+)?$"
+    for module, names in re.findall(pattern, script.read_text(encoding="utf-8"), re.MULTILINE):
+        found = importlib.import_module(module)
+        assert all(hasattr(found, name) for name in names.split(", ")), module
 
 
 def test_the_map_is_complete():
