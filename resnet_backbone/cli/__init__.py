@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import os
@@ -32,6 +33,14 @@ def help_text() -> str:
         f"usage: {PROGRAM} COMMAND [ARGUMENT ...]\n\ncommands:\n{lines}\n\n"
         f"{PROGRAM} COMMAND --help explains each. In a checkout, tools/COMMAND.py runs it too."
     )
+
+
+def positive(text: str) -> int:
+    """A number of things on a command line: the ``type`` of an option."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("1 at least")
+    return number
 
 
 def main(argv: list[str] | None = None) -> int:

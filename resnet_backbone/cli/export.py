@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resnet_backbone.cli import positive
 from resnet_backbone.cli.pictures import find_pictures, read_picture, to_tensor
 from resnet_backbone.fast import export
 from resnet_backbone.fast.export import Mismatch
@@ -82,13 +83,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.opts and not args.config_file:
         parser.error(f"{args.opts[0]}: config overrides belong to --config-file")
     return args
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("1 at least")
-    return number
 
 
 def read_images(paths: list[Path], longest_side: int) -> list[Tensor]:

@@ -17,6 +17,7 @@ from resnet_backbone.classification.data.decode import read_rgb
 from resnet_backbone.classification.data.imagenet import EXTENSIONS
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.classification.protocols import centre_crop
+from resnet_backbone.cli import positive
 from resnet_backbone.report.detection_plots import plot_training
 from resnet_backbone.report.plots import (
     Responses,
@@ -217,12 +218,6 @@ def add_curves(commands) -> None:
     parser.set_defaults(run=curves)
 
 
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of images: give 1 or more")
-    return int(text)
-
-
 def add_responses(commands) -> None:
     parser = commands.add_parser(
         "responses",
@@ -255,6 +250,18 @@ def add_responses(commands) -> None:
     parser.set_defaults(run=responses)
 
 
+def add_runs(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--run",
+        dest="runs",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help=f"{what}; may be given several times",
+    )
+
+
 def add_table(commands) -> None:
     parser = commands.add_parser(
         "table",
@@ -263,15 +270,7 @@ def add_table(commands) -> None:
         epilog=TABLE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--run",
-        dest="runs",
-        action="append",
-        nargs="+",
-        required=True,
-        metavar="DIR",
-        help="run folders of tools/train_classifier.py; may be given several times",
-    )
+    add_runs(parser, "run folders of tools/train_classifier.py")
     parser.add_argument("--output", required=True, metavar="FILE.md", help="table to write")
     parser.set_defaults(run=table)
 
@@ -300,15 +299,7 @@ def add_detection(commands) -> None:
         epilog=DETECTION_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--run",
-        dest="runs",
-        action="append",
-        nargs="+",
-        required=True,
-        metavar="DIR",
-        help="run folders of tools/train_net.py, or folders of seeds; may be given several times",
-    )
+    add_runs(parser, "run folders of tools/train_net.py, or folders of seeds")
     parser.add_argument("--output", required=True, type=markdown_file, metavar="FILE.md")
     parser.add_argument(
         "--voc-root",

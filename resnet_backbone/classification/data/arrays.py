@@ -14,6 +14,7 @@ from torch import Tensor
 from resnet_backbone.classification.data.stream import AUGMENTATION, Batch, SampleStream
 from resnet_backbone.runtime.builtin import digit_indices, draw_digit_crop, load_scans
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.seeding import make_rng
 
 PAD = 4  # pixels on each side (paper, section 4.2)
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
@@ -94,7 +95,7 @@ class ArraySource:
         columns = np.broadcast_to(np.arange(width), (count, width))
         if self.augmentation != "none":
             # drawn for the whole batch, so that any number of processes sees the same images
-            rng = np.random.default_rng([stream.seed, AUGMENTATION, iteration])
+            rng = make_rng(stream.seed, AUGMENTATION, iteration)
             top, left = rng.integers(-PAD, PAD + 1, size=(2, stream.batch_size))
             flip = rng.random(stream.batch_size) < 0.5
             mine = slice(stream.rank * count, (stream.rank + 1) * count)

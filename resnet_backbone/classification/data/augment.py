@@ -23,6 +23,7 @@ from resnet_backbone.classification.data.crops import (
     to_image,
 )
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.seeding import make_rng
 
 MIXING = 4  # the first word of a seed, beside those in `stream`, `loader` and `statistics`
 NOISE_STRENGTH = 0.1  # standard deviation of each component's factor (AlexNet, section 4.1)
@@ -227,7 +228,7 @@ class BatchMixer:
         """
         if len(labels) < 2:
             return images, F.one_hot(labels, self.num_classes).float()
-        seed = np.random.default_rng([self.seed, MIXING, iteration]).integers(2**63)
+        seed = make_rng(self.seed, MIXING, iteration).integers(2**63)
         with _torch_seed(int(seed)):
             chosen = int(torch.randint(len(self._transforms), ()))
             return self._transforms[chosen](images, labels)

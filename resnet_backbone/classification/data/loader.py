@@ -23,6 +23,7 @@ from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import EncodedSample
 from resnet_backbone.classification.data.stream import Batch, SampleStream, sample_rng
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.seeding import make_rng
 
 REPLACEMENT = 2  # the first word of a seed, beside those in `stream`
 MAX_REPLACEMENTS = 100
@@ -105,7 +106,7 @@ class BatchMaker:
             if not self.replace:
                 return None
             if chosen is None:
-                rng = np.random.default_rng([self.seed, REPLACEMENT, epoch, index])
+                rng = make_rng(self.seed, REPLACEMENT, epoch, index)
             chosen = int(rng.integers(len(self.dataset)))
         return (
             f"{MAX_REPLACEMENTS} samples in a row cannot be read, the last is {notes[-1][1]} "

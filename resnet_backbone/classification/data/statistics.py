@@ -20,6 +20,7 @@ from resnet_backbone.classification.data.loader import BatchMaker, EncodedDatase
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import put_in_place
 from resnet_backbone.runtime.processes import World
+from resnet_backbone.runtime.seeding import make_rng
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing
 
 BATCH = 64
@@ -106,7 +107,7 @@ def _subset(num_samples: int, num_images: int | None, seed: int) -> list[int]:
         return list(range(num_samples))
     if num_images < 1:
         raise DataError(f"a mean of {num_images} images; ask for one at least")
-    rng = np.random.default_rng([seed, MEAN_SUBSET])
+    rng = make_rng(seed, MEAN_SUBSET)
     return np.sort(rng.choice(num_samples, num_images, replace=False)).tolist()
 
 

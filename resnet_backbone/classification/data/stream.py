@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.seeding import make_rng
 
 ORDER, AUGMENTATION = 0, 1  # the first word of a seed: what the random numbers are for
 
@@ -34,7 +35,7 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     They depend on nothing else: not on the worker that draws them, the number of workers or
     processes, or on what was drawn before. Resuming therefore needs no generator states.
     """
-    return np.random.default_rng([seed, AUGMENTATION, epoch, index])
+    return make_rng(seed, AUGMENTATION, epoch, index)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class SampleStream:
     def _make_order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.num_samples)
-        rng = np.random.default_rng([self.seed, ORDER, epoch])
+        rng = make_rng(self.seed, ORDER, epoch)
         if not self.group_sizes:
             return rng.permutation(self.num_samples)
         starts = np.cumsum([0, *self.group_sizes[:-1]])

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from resnet_backbone.cli import positive
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.provenance import command_line, date, hardware, versions
 
@@ -145,13 +146,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         size = 256 if args.device == "cuda" else 16
         args.batch = size if args.command == "train" else [1, size]
     return args
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("1 at least")
-    return number
 
 
 def add_loader_arguments(parser: argparse.ArgumentParser) -> None:

@@ -268,7 +268,7 @@ def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: Any) -> None:
-    """OUTPUT_DIR/results.json: what was run and what came out; null where there is no number.
+    """OUTPUT_DIR/results.json: what was run and what came out. NaN becomes null.
 
     All processes may call it; the main one writes.
 
