@@ -59,6 +59,7 @@ DETECTION = [
     "fvcore>=0.1.5.post20221221",
     "iopath>=0.1.9",
     "yacs>=0.1.8",
+    "pyyaml>=5.4",
     "omegaconf>=2.1,<2.4",
     "hydra-core>=1.1",
     "termcolor>=1.1",

@@ -7,6 +7,9 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
+
+warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")  # Detectron2's
 
 PROGRAM = "resnet-backbone"
 COMMANDS = {

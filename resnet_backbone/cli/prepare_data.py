@@ -1,5 +1,6 @@
 """Unpack the official archives of a data set, check what is there, make what trainings need.
 
+  python tools/prepare_data.py own --help        your own images with boxes, in any common format
   python tools/prepare_data.py voc --help        PASCAL VOC, or your own data in its layout
   python tools/prepare_data.py coco --help       COCO, or your own data in its format
   python tools/prepare_data.py imagenet --help   ImageNet
@@ -90,6 +91,21 @@ The shards are in WebDataset's layout (<key>.jpeg and <key>.cls in each tar), so
 read them too. The file index.npz beside them says where each image lies: with it the trainer
 reads exact epochs and resumes at any sample. Copy the folder as it is to a bucket, and train from
 s3://BUCKET/train (needs fsspec's package for that store: s3fs, gcsfs, ...)."""
+OWN = """\
+Turn your own images with boxes into a data set to train on, and print the command that trains.
+
+  python tools/prepare_data.py own --images my_images --output my_data
+  python tools/prepare_data.py own --images photos --annotations xml --val 0.2 --output my_data
+  python tools/prepare_data.py own --images photos --annotations boxes.json --output my_data
+
+Reads VOC XML files, a COCO JSON, YOLO text files (class names in data.yaml or classes.txt), and
+downloads of Roboflow in these formats. Files lie beside the images or in a folder of their own.
+Folders called train, valid and test stay splits. Otherwise --val is the share of the images that
+validate, the same of every class where the numbers allow it.
+
+Every image is opened and every box is checked. What cannot be used is named, and left out. Images
+stay where they are; the output folder gets train.json and val.json in COCO's format, left_out.txt,
+a chart of the classes and sheets of images with their boxes to look at."""
 DIGITS = """\
 Write the built-in detection set (handwritten digits on photographs) in PASCAL VOC layout.
 
@@ -116,6 +132,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, **options)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="DATA")
     for name, description, add_options in (
+        ("own", OWN, add_own_options),
         ("voc", VOC, add_detection_options),
         ("coco", COCO, add_detection_options),
         ("imagenet", IMAGENET, add_imagenet_options),
@@ -171,6 +188,32 @@ def prepare_detection(args: argparse.Namespace) -> int:
     from resnet_backbone.cli import prepare_detection_data  # Detectron2 is imported here only
 
     return prepare_detection_data.unpack_and_check(args)
+
+
+def add_own_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="your images")
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="PATH",
+        help="folder of .xml or .txt files, a .json, or data.yaml (default: the images' folder)",
+    )
+    parser.add_argument(
+        "--format", choices=("voc", "coco", "yolo"), default="", help="default: found by itself"
+    )
+    parser.add_argument("--val", type=float, default=0.2, help="share that validates (0.2)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another split (0)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier call wrote"
+    )
+    parser.set_defaults(run=prepare_own)
+
+
+def prepare_own(args: argparse.Namespace) -> int:
+    from resnet_backbone.cli import prepare_detection_data  # Detectron2 is imported here only
+
+    return prepare_detection_data.convert_own(args)
 
 
 def add_imagenet_options(parser: argparse.ArgumentParser) -> None:

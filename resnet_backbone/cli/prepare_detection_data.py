@@ -1,12 +1,16 @@
-"""What prepare-data does for VOC and COCO: unpacking, checking, reporting."""
+"""What prepare-data does for detection: unpacking, converting, checking, reporting."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
+import torch
+
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.data.preparation.own import read_own, split_records, write_coco
 from resnet_backbone.detection.data.preparation.tree_report import (
     TreeCheck,
     draw_classes,
@@ -22,6 +26,7 @@ from resnet_backbone.detection.data.preparation.trees import (
     find_voc_folders,
 )
 from resnet_backbone.detection.data.preparation.unpack import unpack, verify_archive
+from resnet_backbone.detection.data.problems import list_problems
 from resnet_backbone.runtime.files import write_text
 
 
@@ -85,3 +90,61 @@ def draw(trees: list[TreeCheck], folder: Path) -> None:
             sheet = folder / f"{name}_{split.name}.jpg"
             if draw_samples(split, sheet):
                 print(f"images of {split.name}: {sheet}")
+
+
+SMALL = [
+    "INPUT.MIN_SIZE_TRAIN '(320,)' INPUT.MAX_SIZE_TRAIN 533",
+    "INPUT.MIN_SIZE_TEST 320 INPUT.MAX_SIZE_TEST 533",
+    "SOLVER.IMS_PER_BATCH 2 SOLVER.AMP.ENABLED True",
+]
+"""What makes a training on a CPU a matter of hours: half the size in pixels, bfloat16."""
+
+
+def convert_own(args: argparse.Namespace) -> int:
+    """Runs the subcommand own; returns the exit status."""
+    if not 0 < args.val < 1:
+        raise UsageError(f"--val {args.val:g}: it is a share, above 0 and below 1")
+    files = {split: args.output / f"{split}.json" for split in ("train", "val", "test")}
+    there = [str(file) for file in files.values() if file.exists()]
+    if there and not args.overwrite:
+        raise UsageError(f"{there[0]} is there already; give --overwrite or another --output")
+    images = args.images
+    splits, names, report = read_own(images, args.annotations or images, args.format)
+    if "train" not in splits:
+        splits["train"], splits["val"] = split_records(splits.pop(""), args.val, args.seed)
+    elif splits.pop("", []):
+        print("images outside the folders train, valid and test are left out")
+    args.output.mkdir(parents=True, exist_ok=True)
+    for split, file in files.items():
+        if split in splits:
+            write_coco(file, splits[split], names, images)
+        else:
+            file.unlink(missing_ok=True)
+    left_out = args.output / "left_out.txt"
+    write_text(left_out, "".join(f"{problem}\n" for problem in report.problems))
+    tree = check_coco_files([(files[split], images) for split in files if split in splits])
+    tree.folder = str(args.output)
+    print(f"\n{summary(tree)}")
+    if report.problems:
+        print(f"\nleft out ({left_out} has all):")
+        print("\n".join(list_problems(report.problems, 10)))
+    draw([tree], args.output)
+    print(f"\nLook at the pictures in {args.output} first. Then train:\n\n{training_command(args)}")
+    return 0
+
+
+def training_command(args: argparse.Namespace) -> str:
+    """The command that trains on the converted data, of a size for this machine."""
+    output = Path("output") / args.output.resolve().name
+    train, val, images = (
+        shlex.quote(str(path))
+        for path in (args.output / "train.json", args.output / "val.json", args.images)
+    )
+    lines = [
+        "resnet-backbone train-net --config-file voc/faster_rcnn_R_50_FPN",
+        f"--coco-json {train} {val} --image-root {images}",
+        f"--output-dir {shlex.quote(str(output))} RESNET_BACKBONE.EPOCHS 12",
+    ]
+    if not torch.cuda.is_available():
+        lines += SMALL
+    return " \\\n    ".join(lines)

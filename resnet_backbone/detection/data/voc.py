@@ -71,9 +71,10 @@ def find_voc_dir(root: str) -> str:
     if found:
         raise DataError(f"{root} holds several VOC folders; give one of: {', '.join(found)}")
     raise DataError(
-        f"{root} is no VOC folder: neither it nor a folder inside it has Annotations/;"
+        f"{root} is not a VOC folder: neither it nor a folder inside it has Annotations/;"
         " give the folder that holds Annotations/, JPEGImages/ and ImageSets/ (--voc-root, or for"
-        " registered names DETECTRON2_DATASETS, the folder of VOC2007 and VOC2012)"
+        " registered names DETECTRON2_DATASETS, the folder of VOC2007 and VOC2012), or turn images"
+        " and boxes in another layout into a data set with `prepare-data own`"
     )
 
 

@@ -144,7 +144,7 @@ def test_nested_roots(make_voc, tmp_path):
 def test_wrong_root_and_split(make_voc, tmp_path):
     (tmp_path / "empty").mkdir()
     for root in (tmp_path / "empty", tmp_path / "absent"):
-        with pytest.raises(DataError, match="is no VOC folder"):
+        with pytest.raises(DataError, match="is not a VOC folder"):
             load_voc_instances(root, "train", ["dog"])
     with pytest.raises(DataError, match="splits there: train"):
         load_voc_instances(make_voc({"a": []}), "val", ["dog"])

@@ -143,7 +143,7 @@ NOWHERE = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
 @pytest.mark.parametrize(
     "words, message",
     [
-        (NOWHERE, "nowhere is no VOC folder"),
+        (NOWHERE, "nowhere is not a VOC folder"),
         (["--voc-root", "{voc}", "--train-set", "train", "--test-set", "val"], "test, train"),
         (["--coco-json", "{voc}", "b.json", "--image-root", "{voc}"], "b.json does not exist"),
         (["--coco-json", "{voc}", "{voc}", "--image-root", "gone"], "gone does not exist"),

@@ -1,0 +1,343 @@
+"""A user's own boxes, as annotation tools leave them: read, split, and written as COCO JSON.
+
+Read are VOC's XML files beside the images or in a folder of their own, COCO's JSON, YOLO's text
+files, and Roboflow's downloads of these three, whose folders train, valid and test stay splits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import yaml
+from detectron2.structures import BoxMode
+from tqdm import tqdm
+
+from resnet_backbone.detection.data.coco import inspect_json, scan_coco
+from resnet_backbone.detection.data.problems import DataReport, box_problem, check_image
+from resnet_backbone.detection.data.voc import read_annotation
+from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.files import write_text
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
+"""Folder of a download -> name of the split."""
+
+FORMATS = ("voc", "coco", "yolo")
+
+
+def read_own(
+    images: Path, annotations: Path, kind: str = ""
+) -> tuple[dict[str, list[dict]], list[str], DataReport]:
+    """Reads all annotated images below a folder.
+
+    Args:
+        images: folder of the images; folders inside it count.
+        annotations: folder of XML or text files, or a COCO JSON.
+        kind: "voc", "coco" or "yolo"; "" finds out.
+
+    Returns:
+        The records of each split, ``{"": records}`` where the folders name none; the class names;
+        and the report of what is left out. A record is a Detectron2 dict with boxes as
+        XYXY_ABS; VOC's difficult objects have ``iscrowd`` 1, so that training leaves them out and
+        evaluation ignores them, as VOC does.
+
+    Raises:
+        DataError: no such folder, no annotations or several kinds of them, no usable image.
+    """
+    for path in (images, annotations):
+        if not path.exists():
+            raise DataError(f"{path} does not exist; name the folder that holds your files")
+    report = DataReport(str(annotations))
+    read = {"voc": _read_voc, "coco": _read_coco, "yolo": _read_yolo}
+    records, names = read[kind or _find_format(annotations)](images, annotations, report)
+    if not any(record["annotations"] for record in records):
+        report.add_empty(str(annotations), "no image with a box")
+        raise DataError(f"{annotations} cannot be used: {report.problems[-1].detail}")
+    splits = defaultdict(list)
+    for record in records:
+        folders = Path(record["file_name"]).relative_to(images).parts[:-1]
+        splits[record.pop("split", "") or _split_name(folders)].append(record)
+    if not {"train", "val"} <= set(splits):
+        return {"": records}, names, report
+    return dict(splits), names, report
+
+
+def _split_name(words: Iterable[str]) -> str:
+    return next((SPLITS[word.lower()] for word in words if word.lower() in SPLITS), "")
+
+
+def split_records(
+    records: Sequence[dict], share: float, seed: int = 0
+) -> tuple[list[dict], list[dict]]:
+    """Divides images into training and validation, each class by the same share where it can.
+
+    Images are grouped by the rarest of their classes; each group is shuffled and divided. The same
+    records, share and seed give the same split.
+
+    Args:
+        records: Detectron2 dicts.
+        share: of the images that validate, above 0 and below 1.
+
+    Raises:
+        DataError: a side would be empty.
+    """
+    number = Counter(one["category_id"] for record in records for one in record["annotations"])
+    groups = defaultdict(list)
+    for record in records:
+        classes = {one["category_id"] for one in record["annotations"]}
+        groups[min(classes, key=lambda c: (number[c], c), default=-1)].append(record)
+    validation, owed = set(), 0.0
+    for key in sorted(groups, key=lambda c: (number[c], c)):
+        group = sorted(groups[key], key=lambda record: record["file_name"])
+        random.Random(f"{seed} {key}").shuffle(group)
+        owed += share * len(group)  # what rounding leaves is made up for by the next group
+        taken = min(round(owed), len(group))
+        owed -= taken
+        validation.update(record["file_name"] for record in group[:taken])
+    sides = (
+        [r for r in records if r["file_name"] not in validation],
+        [r for r in records if r["file_name"] in validation],
+    )
+    if not all(sides):
+        raise DataError(f"{len(records)} images cannot be divided by --val {share:g}: change it")
+    return sides
+
+
+def write_coco(path: Path, records: Sequence[dict], names: Sequence[str], root: Path) -> None:
+    """Writes records as COCO JSON; file names are relative to ``root``, category ids start at 1."""
+    images, annotations = [], []
+    for number, record in enumerate(records, start=1):
+        name = Path(record["file_name"]).relative_to(root).as_posix()
+        size = {key: record[key] for key in ("width", "height")}
+        images.append({"id": number, "file_name": name, **size})
+        for one in record["annotations"]:
+            x0, y0, x1, y1 = one["bbox"]
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": one["category_id"] + 1,
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "area": (x1 - x0) * (y1 - y0),
+                "iscrowd": one["iscrowd"],
+            }
+            if one.get("segmentation"):
+                annotation["segmentation"] = one["segmentation"]
+            annotations.append(annotation)
+    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_text(path, json.dumps(content))
+
+
+def _find_format(annotations: Path) -> str:
+    if annotations.is_file():
+        kind = {".json": "coco", ".yaml": "yolo", ".yml": "yolo"}.get(annotations.suffix.lower())
+        if kind:
+            return kind
+        raise DataError(f"{annotations}: give a folder, a COCO .json or a YOLO data.yaml")
+    texts = (f for f in _files(annotations, ".txt") if not f.name.lower().startswith("readme"))
+    found = {
+        "voc": next(_files(annotations, ".xml"), None),
+        "coco": next(_files(annotations, ".json"), None),
+        "yolo": next((file for file in texts if _looks_like_yolo(file)), None),
+    }
+    kinds = [kind for kind, file in found.items() if file]
+    if len(kinds) == 1:
+        return kinds[0]
+    if kinds:
+        seen = ", ".join(str(found[kind]) for kind in kinds)
+        raise DataError(f"{annotations} has several kinds ({seen}); choose one with --format")
+    raise DataError(
+        f"{annotations} has no .xml (VOC), .json (COCO) or .txt (YOLO) with boxes; name their "
+        "folder with --annotations"
+    )
+
+
+def _looks_like_yolo(file: Path) -> bool:
+    try:
+        words = file.read_text(encoding="utf-8-sig").split("\n", 1)[0].split()
+        return len(words) >= 5 and words[0].isdecimal() and bool([float(w) for w in words])
+    except (OSError, ValueError):
+        return False
+
+
+def _files(folder: Path, *suffixes: str) -> Iterator[Path]:
+    """Files below a folder with one of these suffixes in any case, in the order of their names."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(suffixes) and not name.startswith("."):
+                yield Path(place, name)
+
+
+def _pair(
+    annotations: Iterable[Path], images: Path, top: Path, report: DataReport
+) -> Iterator[tuple[Path, Path]]:
+    """(annotation, image) of one name; images are looked for by their path, then by their name."""
+    by_path, by_name = {}, defaultdict(list)
+    for image in _files(images, *IMAGES):
+        by_path.setdefault(image.relative_to(images).with_suffix("").as_posix(), image)
+        by_name[image.stem].append(image)
+    used = set()
+    for file in annotations:
+        path = file.relative_to(top).with_suffix("").as_posix()
+        same_name = by_name[file.stem]
+        image = by_path.get(path) or by_path.get(path.replace("labels", "images", 1))
+        image = image or (same_name[0] if len(same_name) == 1 else None)
+        if image:
+            used.add(image)
+            yield file, image
+        else:
+            why = f"{len(same_name)} images have this name" if same_name else f"none in {images}"
+            report.add("missing-image", str(file), f"its image: {why}")
+    for image in sorted(set(by_path.values()) - used):
+        report.add("missing-xml", str(image), "no annotation file of this name")
+
+
+def _record(image: Path, size, report: DataReport) -> dict | None:
+    size = check_image(report, str(image), size, decode=True)
+    if size is None:
+        return None
+    name = str(image)
+    return dict(file_name=name, image_id=name, width=size[0], height=size[1], annotations=[])
+
+
+def _add_box(record: dict, category, box, report: DataReport, origin: int = 0, **more) -> None:
+    """Adds (x0, y0, x1, y1) to a record, or what is wrong with it to the report."""
+    size = record["width"], record["height"]
+    problem = box_problem(box, size, origin)
+    if problem:
+        report.add("bad-box", record["file_name"], f"{category} {problem}")
+        return
+    x0, y0, x1, y1 = box
+    box = [max(x0 - origin, 0.0), max(y0 - origin, 0.0), min(x1, size[0]), min(y1, size[1])]
+    one = {"category_id": category, "bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 0}
+    record["annotations"].append({**one, **more})
+
+
+def _read_voc(images: Path, annotations: Path, report: DataReport):
+    records = []
+    for xml, image in _pair(list(_files(annotations, ".xml")), images, annotations, report):
+        try:
+            annotation = read_annotation(str(xml))
+        except (OSError, ValueError) as error:
+            report.add("broken-xml", str(xml), str(error))
+            continue
+        record = _record(image, annotation.size, report)
+        if record is None:
+            continue
+        records.append(record)
+        for name, box, difficult, problem in annotation.objects:
+            if problem:
+                report.add("bad-box", str(xml), problem)
+            else:  # VOC counts pixels from 1
+                _add_box(record, name, box, report, origin=1, iscrowd=int(difficult))
+    return records, _number_classes(records)
+
+
+def _number_classes(records: list[dict]) -> list[str]:
+    """Replaces class names by their places in the sorted list, which is returned."""
+    names = sorted({one["category_id"] for record in records for one in record["annotations"]})
+    for one in (one for record in records for one in record["annotations"]):
+        one["category_id"] = names.index(one["category_id"])
+    return names
+
+
+def _read_coco(images: Path, annotations: Path, report: DataReport):
+    files = [annotations] if annotations.is_file() else list(_files(annotations, ".json"))
+    records = []
+    for file in files:
+        categories, problems = inspect_json(str(file))
+        if not categories:
+            report.problems += problems
+            continue
+        categories = list(categories.values())
+        found, of_file = scan_coco(str(file), _image_root(file, images), decode=True, progress=True)
+        report.problems += of_file.problems
+        words = [*file.parent.parts[len(annotations.parts) :], *re.split(r"[\W\d_]+", file.stem)]
+        for record in found:
+            record["split"] = _split_name(words) if len(files) > 1 else ""
+            for one in record["annotations"]:
+                one["category_id"] = categories[one["category_id"]]
+                one["bbox"] = BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS)
+                one.setdefault("iscrowd", 0)
+        records += found
+    return records, _number_classes(records)
+
+
+def _image_root(file: Path, images: Path) -> str:
+    """The folder that the file names of a COCO JSON are relative to: its own, or one in images."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    names = [image["file_name"] for image in content["images"]][:100]
+    folders = [file.parent, images, *sorted(path for path in images.rglob("*") if path.is_dir())]
+    folders = [folder for folder in folders if folder.is_relative_to(images)]
+    return str(max(folders, key=lambda folder: sum((folder / n).is_file() for n in names)))
+
+
+def _read_yolo(images: Path, annotations: Path, report: DataReport):
+    top = annotations.parent if annotations.is_file() else annotations
+    names = _yolo_names(annotations, top if annotations.is_file() else images)
+    skipped = ("classes.txt", "obj.names", "_darknet.labels")
+    texts = [f for f in _files(top, ".txt") if f.name not in skipped and _is_label(f)]
+    records = []
+    for text, image in tqdm(list(_pair(texts, images, top, report)), desc="reading", disable=None):
+        record = _record(image, None, report)
+        if record is None:
+            continue
+        records.append(record)
+        for number, line in enumerate(text.read_text(encoding="utf-8-sig").splitlines(), 1):
+            if line.strip():
+                _add_yolo_line(record, line, names, f"{text} line {number}", report)
+    return records, names
+
+
+def _is_label(file: Path) -> bool:
+    return _looks_like_yolo(file) or not file.stat().st_size  # an empty one: nothing to find
+
+
+def _add_yolo_line(record: dict, line: str, names: Sequence[str], where: str, report) -> None:
+    """``class x y width height``, or ``class x1 y1 x2 y2 ...`` of a polygon; image sides are 1."""
+    try:
+        category, *numbers = line.split()
+        category, numbers = int(category), [float(number) for number in numbers]
+    except ValueError:
+        report.add("bad-box", where, f"{line!r} is not a class number and coordinates")
+        return
+    if not 0 <= category < len(names) or len(numbers) < 4:
+        report.add("bad-box", where, f"{line!r}: class 0 to {len(names) - 1}, four numbers or more")
+        return
+    width, height = record["width"], record["height"]
+    points = [n * (height if k % 2 else width) for k, n in enumerate(numbers)]
+    if len(points) == 4:
+        x, y, w, h = points
+        _add_box(record, category, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), report)
+        return
+    xs, ys = points[::2], points[1::2]
+    box = (min(xs), min(ys), max(xs), max(ys))
+    _add_box(record, category, box, report, segmentation=[points])
+
+
+def _yolo_names(annotations: Path, images: Path) -> list[str]:
+    """Class names of data.yaml or classes.txt, beside the labels, above them or by the images."""
+    places = [annotations] if annotations.is_file() else []
+    for folder in dict.fromkeys((annotations, annotations.parent, images, images.parent)):
+        places += [folder / name for name in ("data.yaml", "dataset.yaml", "classes.txt")]
+    for file in filter(Path.is_file, places):
+        if file.suffix == ".txt":
+            return file.read_text(encoding="utf-8-sig").split()
+        try:
+            names = yaml.safe_load(file.read_text(encoding="utf-8-sig")).get("names")
+        except (yaml.YAMLError, AttributeError) as error:
+            raise DataError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+        names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
+        if isinstance(names, list) and names:
+            return [str(name) for name in names]
+        raise DataError(
+            f'{file} has no "names": add the class names, in the order of their numbers'
+        )
+    raise DataError(f"no data.yaml or classes.txt beside {annotations}: YOLO's class names")

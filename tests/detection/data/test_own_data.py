@@ -1,0 +1,252 @@
+"""A user's own boxes: every format gives the same data set, and nothing is lost without a word."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("detectron2")
+
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from resnet_backbone.cli import prepare_data
+from resnet_backbone.detection.data.coco import load_coco_instances
+from resnet_backbone.detection.data.preparation.own import read_own, split_records
+
+WIDTH, HEIGHT = 80, 40
+BOXES = {  # image -> (class, box as x0 y0 x1 y1 from 0)
+    "a": [("cat", (0, 0, 20, 30)), ("dog", (8, 4, 80, 40))],
+    "b": [("dog", (10, 20, 30, 40))],
+    "c.d": [("cat", (4, 4, 12, 36))],
+    "e": [("cat", (16, 8, 40, 24))],
+}
+NAMES = ["cat", "dog"]
+
+
+def images(folder: Path, names=BOXES) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(folder / f"{name}.jpg")
+    return folder
+
+
+def write_voc(folder: Path, names=BOXES) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        text = f"<annotation><filename>{name}.jpg</filename>" + "".join(
+            f"<object><name>{c}</name><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin>"
+            f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+            for c, (x0, y0, x1, y1) in BOXES[name]
+        )
+        (folder / f"{name}.xml").write_text(f"{text}</annotation>")
+
+
+def write_yolo(folder: Path, names=BOXES) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        lines = [
+            f"{NAMES.index(c)} {(x0 + x1) / 2 / WIDTH} {(y0 + y1) / 2 / HEIGHT} "
+            f"{(x1 - x0) / WIDTH} {(y1 - y0) / HEIGHT}\n"
+            for c, (x0, y0, x1, y1) in BOXES[name]
+        ]
+        (folder / f"{name}.txt").write_text("".join(lines))
+
+
+def write_coco(file: Path, names=BOXES, prefix="") -> None:
+    boxes = [(name, *box) for name in names for box in BOXES[name]]
+    sizes = {"width": WIDTH, "height": HEIGHT}
+    content = {
+        "categories": [{"id": 7, "name": "dog"}, {"id": 9, "name": "cat"}],
+        "images": [{"id": n, "file_name": f"{prefix}{n}.jpg", **sizes} for n in names],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": name,
+                "category_id": {"dog": 7, "cat": 9}[category],
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+            }
+            for number, (name, category, (x0, y0, x1, y1)) in enumerate(boxes)
+        ],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+def voc_beside(root):
+    write_voc(images(root / "data"))
+    return root / "data", root / "data"
+
+
+def voc_apart(root):
+    write_voc(root / "xml" / "deep")
+    return images(root / "data"), root / "xml"
+
+
+def coco_file(root):
+    write_coco(root / "all.json", prefix="sub/")
+    images(root / "data" / "sub")
+    return root / "data", root / "all.json"
+
+
+def coco_of_a_folder_inside(root):
+    write_coco(root / "all.json")
+    images(root / "data" / "sub")
+    return root / "data", root / "all.json"
+
+
+def yolo_folders(root):
+    write_yolo(root / "data" / "labels")
+    images(root / "data" / "images")
+    (root / "data" / "data.yaml").write_text("names: {0: cat, 1: dog}\nnc: 2\n")
+    return root / "data", root / "data"
+
+
+def yolo_beside(root):
+    write_yolo(images(root / "data"))
+    (root / "data" / "classes.txt").write_text("cat\ndog\n")
+    return root / "data", root / "data"
+
+
+def roboflow(write):
+    def make(root):
+        for folder, names in (("train", ["a", "b"]), ("valid", ["c.d"]), ("test", ["e"])):
+            write(images(root / "data" / folder, names), names)
+        (root / "data" / "data.yaml").write_text("names: [cat, dog]\n")
+        (root / "data" / "README.roboflow.txt").write_text("0 0 0 0 0\n")
+        return root / "data", root / "data"
+
+    return make
+
+
+def found(splits, names):
+    """Image -> its boxes, as in ``BOXES``."""
+    return {
+        Path(record["file_name"]).stem: [
+            (names[one["category_id"]], tuple(round(side, 3) for side in one["bbox"]))
+            for one in record["annotations"]
+        ]
+        for records in splits.values()
+        for record in records
+    }
+
+
+@pytest.mark.parametrize(
+    "make",
+    [voc_beside, voc_apart, coco_file, coco_of_a_folder_inside, yolo_folders, yolo_beside],
+    ids=lambda make: make.__name__,
+)
+def test_every_format_gives_the_same_boxes(tmp_path, make):
+    splits, names, report = read_own(*make(tmp_path))
+    assert found(splits, names) == BOXES and list(splits) == [""]
+    assert names == NAMES and report.problems == []
+
+
+@pytest.mark.parametrize(
+    "write",
+    [write_voc, write_yolo, lambda f, names: write_coco(f / "_annotations.coco.json", names)],
+    ids=["voc", "yolo", "coco"],
+)
+def test_folders_of_roboflow_stay_splits(tmp_path, write):
+    splits, names, _ = read_own(*roboflow(write)(tmp_path))
+    assert found(splits, names) == BOXES
+    assert {key: len(records) for key, records in splits.items()} == {
+        "train": 2,
+        "val": 1,
+        "test": 1,
+    }
+
+
+def test_what_is_left_out_is_named(tmp_path):
+    folder, _ = yolo_folders(tmp_path)
+    (folder / "labels" / "a.txt").write_text("0 .5 .5 .25 .25\n5 .5 .5 .1 .1\n0 .5 .5 0 .1\nx\n")
+    (folder / "labels" / "b.txt").unlink()
+    (folder / "labels" / "gone.txt").write_text("0 .5 .5 .25 .25\n")
+    (folder / "images" / "e.jpg").write_bytes(b"no image")
+    splits, names, report = read_own(folder, folder)
+    kinds = sorted(problem.kind for problem in report.problems)
+    assert kinds == ["bad-box"] * 3 + ["missing-image", "missing-xml", "unreadable-image"]
+    assert found(splits, names) == {"a": [("cat", (30, 15, 50, 25))], "c.d": BOXES["c.d"]}
+
+
+def test_a_polygon_gives_its_box(tmp_path):
+    folder, _ = yolo_beside(tmp_path)
+    (folder / "b.txt").write_text("1 .125 .5 .375 .5 .25 1\n")
+    splits, names, _ = read_own(folder, folder)
+    assert found(splits, names)["b"] == [("dog", (10, 20, 30, 40))]
+    (record,) = (r for r in splits[""] if r["file_name"].endswith("b.jpg"))
+    assert record["annotations"][0]["segmentation"] == [[10, 20, 30, 20, 20, 40]]
+
+
+@given(st.integers(2, 60), st.floats(0.05, 0.95), st.integers(0, 9))
+def test_a_split_takes_its_share_of_every_class(number, share, seed):
+    records = [
+        {"file_name": f"{n}.jpg", "annotations": [{"category_id": n % 3}]} for n in range(number)
+    ]
+    if not 1 <= round(share * number) < number:
+        return
+    train, val = split_records(records, share, seed)
+    assert sorted(r["file_name"] for r in train + val) == sorted(r["file_name"] for r in records)
+    assert abs(len(val) - share * number) <= 1
+    for category in range(3):
+        of_class = [r for r in records if r["annotations"][0]["category_id"] == category]
+        taken = [r for r in val if r["annotations"][0]["category_id"] == category]
+        assert abs(len(taken) - share * len(of_class)) <= 1.5
+    assert split_records(records[::-1], share, seed)[1] == val[::-1]
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*arguments):
+        try:
+            code = prepare_data.main(["own", *map(str, arguments)])
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "message"),
+    [
+        (voc_beside, ["--val", "1"], "--val 1"),
+        (voc_beside, ["--val", "0.01"], "cannot be divided by --val 0.01"),
+        (lambda root: (images(root / "data"),), [], "has no .xml (VOC), .json (COCO) or .txt"),
+        (lambda root: (root / "data",), [], "does not exist"),
+        (lambda r: write_yolo(voc_beside(r)[0]) or (r / "data",), [], "choose one with --format"),
+        (lambda r: write_yolo(images(r / "data")) or (r / "data",), [], "no data.yaml or classes"),
+    ],
+)
+def test_wrong_input_is_one_line(tmp_path, run, prepare, arguments, message):
+    folder = prepare(tmp_path)[0]
+    code, _, error = run("--images", folder, "--output", tmp_path / "out", *arguments)
+    assert code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_what_training_reads(tmp_path, run):
+    folder, _ = voc_beside(tmp_path)
+    arguments = ["--images", folder, "--output", tmp_path / "out", "--val", "0.25"]
+    code, printed, _ = run(*arguments)
+    assert code == 0 and "--coco-json" in printed and "resnet-backbone train-net" in printed
+    assert (tmp_path / "out" / "out_train.jpg").is_file()
+    splits = {
+        name: load_coco_instances(str(tmp_path / "out" / f"{name}.json"), str(folder))
+        for name in ("train", "val")
+    }
+    assert [len(splits["train"]), len(splits["val"])] == [3, 1]
+    before = (tmp_path / "out" / "train.json").read_bytes()
+    assert run(*arguments)[0] == 2  # what is there stays
+    assert run(*arguments, "--overwrite")[0] == 0
+    assert (tmp_path / "out" / "train.json").read_bytes() == before
+
+
+@pytest.mark.data
+def test_blood_cells(data_root):
+    splits, names, report = read_own(data_root / "BCCD", data_root / "BCCD")
+    assert names == ["Platelets", "RBC", "WBC"]
+    assert sum(len(record["annotations"]) for record in splits[""]) == 4886
+    assert [problem.kind for problem in report.problems] == ["bad-box"] * 2
