@@ -11,10 +11,15 @@ import pytest
 
 pytest.importorskip("detectron2")
 
+from resnet_backbone.detection.checkpoint.backbone_input import (
+    config_input,
+    refuse_other_input,
+)
 from resnet_backbone.detection.config_file import load_config
 from resnet_backbone.detection.data import load_voc_instances
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.evaluation import voc
+from resnet_backbone.weights import sources
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection"
 NAMES = sorted(
@@ -85,6 +90,18 @@ def amounts_to(name, overrides) -> str:
         del cfg.SOLVER[key]
     del cfg.TEST["EVAL_PERIOD"], cfg.MODEL.ROI_HEADS["NUM_CLASSES"]
     return f"{'coco' in name} {cfg.dump()}"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if not name.startswith(("quickstart/", "voc07/"))]
+)
+def test_weights_and_their_input(name, monkeypatch):
+    monkeypatch.setattr(sources, "download", lambda url, target, *_: target)
+    cfg = load_config(str(CONFIGS / name), [])
+    assert "://" in cfg.MODEL.WEIGHTS
+    refuse_other_input(config_input(cfg), sources.resolve(cfg.MODEL.WEIGHTS).preprocessing, name)
+    depth = "VGG" in name and "vgg16" or cfg.MODEL.RESNETS.DEPTH
+    assert str(depth) in cfg.MODEL.WEIGHTS
 
 
 @pytest.mark.slow
