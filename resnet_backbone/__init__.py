@@ -4,12 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from resnet_backbone.fast import build_model, optimize_for_inference
+    from resnet_backbone.fast import optimize_for_inference
     from resnet_backbone.models import list_models
-    from resnet_backbone.weights import load_weights
+    from resnet_backbone.weights import InputNormalizer, build_model, load_weights
 
 __version__ = "0.1.0"
 __all__ = [
+    "InputNormalizer",
     "__version__",
     "build_model",
     "list_models",
@@ -18,7 +19,8 @@ __all__ = [
 ]
 
 _PLACES = {
-    "build_model": "fast",
+    "InputNormalizer": "weights",
+    "build_model": "weights",
     "list_models": "models",
     "load_weights": "weights",
     "optimize_for_inference": "fast",

@@ -2,7 +2,7 @@
 
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec, Origin, write_checkpoint
 from resnet_backbone.weights.inspect import describe_weights
-from resnet_backbone.weights.load import build_network, load_weights, save_weights
+from resnet_backbone.weights.load import build_model, build_network, load_weights, save_weights
 from resnet_backbone.weights.preprocessing import (
     PREPROCESSINGS,
     InputNormalizer,
@@ -20,6 +20,7 @@ __all__ = [
     "Origin",
     "Preprocessing",
     "WeightsError",
+    "build_model",
     "build_network",
     "describe_weights",
     "get_preprocessing",

@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from resnet_backbone import fast
 from resnet_backbone.models import BottleneckBlock, FrozenBatchNorm2d, StagedNetwork
 from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.models.resnet import ResidualBlock, ZeroPadShortcut
@@ -188,6 +190,42 @@ def _difference(model: StagedNetwork, tensors: Mapping[str, Tensor]) -> str:
     if len(set(names)) < 2:
         return ""
     return f" (the file is a {names[0]}, this network a {names[1]})"
+
+
+def build_model(
+    name: str,
+    num_classes: int | None = None,
+    weights: str | os.PathLike = "",
+    preprocessing: str | Preprocessing = "",
+    **options: Any,
+) -> StagedNetwork:
+    """Builds a network by name, with published weights if they are given.
+
+    Args:
+        name, num_classes, options: see :func:`resnet_backbone.models.build_model`.
+        weights: a file, a folder, or an address such as ``torchvision://resnet50/IMAGENET1K_V2``,
+            see :func:`read_checkpoint`. Where ``stride_in_1x1`` is not given, it follows them.
+        preprocessing: for weights that do not say theirs, see :func:`read_checkpoint`.
+
+    Returns:
+        The network in training mode. With weights, its attribute ``preprocessing`` says which
+        input it needs, and ``InputNormalizer(network.preprocessing)`` makes that from images.
+
+    Raises:
+        ValueError: an unknown name.
+        WeightsError: see :func:`load_weights`.
+    """
+    network = fast.build_model(name, num_classes, **options)
+    if not weights:
+        return network
+    try:
+        network.preprocessing = load_weights(network, weights, preprocessing)
+    except WrongStride as error:
+        if "stride_in_1x1" in options:
+            raise
+        options["stride_in_1x1"] = error.expected
+        return build_model(name, num_classes, weights, preprocessing, **options)
+    return network
 
 
 def load_weights(

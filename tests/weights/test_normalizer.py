@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_backbone.weights import PREPROCESSINGS, Preprocessing
-from resnet_backbone.weights.preprocessing import InputNormalizer
+import resnet_backbone
+from resnet_backbone.weights import PREPROCESSINGS, InputNormalizer, Preprocessing, WeightsError
 
 
 def by_hand(images, preprocessing, shift=None, mean=None):
@@ -67,3 +68,18 @@ def test_mean_image_at_its_own_size_only(order, value_range):
     torch.testing.assert_close(
         normalizer(other).double(), by_hand(other, preprocessing), rtol=1e-5, atol=1e-4
     )
+
+
+def test_a_network_with_weights_in_one_call(tmp_path):
+    theirs = torchvision.models.resnet50().eval()
+    torch.save(theirs.state_dict(), tmp_path / "r50.pth")
+    source = dict(weights=tmp_path / "r50.pth", preprocessing="torchvision")
+    ours = resnet_backbone.build_model("resnet50", **source).eval()
+    normalize = resnet_backbone.InputNormalizer(ours.preprocessing)
+    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    transforms = torchvision.models.ResNet50_Weights.DEFAULT.transforms
+    with torch.no_grad():
+        wanted = theirs(transforms(crop_size=64, resize_size=64)(image))
+        torch.testing.assert_close(ours(normalize(image)), wanted, rtol=1e-3, atol=1e-3)
+    with pytest.raises(WeightsError, match="stride_in_1x1"):
+        resnet_backbone.build_model("resnet50", stride_in_1x1=True, **source)
