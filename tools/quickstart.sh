@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# The whole path on built-in data, no download of pictures: sets the environment up, pre-trains our
-# ResNet-18 as a classifier of handwritten digits, trains Faster R-CNN from these weights and, for
-# comparison, with the same schedule from scratch, evaluates both on held-out scenes, shows the gain
-# and draws the detections. At most 10 minutes on 2 CPU cores once .venv is there.
+# Trains a detector that finds handwritten digits on photographs, from nothing but built-in pictures.
+# It sets the environment up, pre-trains our ResNet-18 as a classifier of digits, trains Faster R-CNN
+# from these weights, evaluates it on held-out scenes and draws what it finds. At most 6 minutes on
+# 2 CPU cores once .venv is there.
 #
-#   bash tools/quickstart.sh [--seed N] [--output DIR] [key=value ...] [KEY VALUE ...]
+#   bash tools/quickstart.sh [--seed N] [--compare] [--output DIR] [key=value ...] [KEY VALUE ...]
 #
-#   --seed N      seed of the three trainings (1)
+#   --seed N      seed of the trainings (1)
+#   --compare     train the same detector from scratch too, and show the gain (4 minutes more)
 #   --output DIR  where everything goes (output/quickstart)
 #   key=value     overrides of the classifier's config, for example schedule.scale=0.1
 #   KEY VALUE     overrides of the detectors' config, for example SOLVER.MAX_ITER 20
@@ -20,6 +21,7 @@ case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 export VENV
 OUTPUT="$ROOT/output/quickstart"
 SEED=1
+COMPARE=
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"  # deprecations inside PyTorch and Detectron2
 CONFIG="$ROOT/configs/detection/quickstart/faster_rcnn_R_18_FPN.yaml"
 CLASSIFIER="$ROOT/configs/classification/quickstart/resnet18.yaml"
@@ -29,6 +31,7 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
 while [ $# -gt 0 ]; do
     case "$1" in
         -h | --help) usage; exit ;;
+        --compare) COMPARE=1; shift ;;
         --seed | --output)
             [ $# -ge 2 ] || { echo "quickstart: $1 needs a value; see --help" >&2; exit 2; }
             if [ "$1" = --seed ]; then SEED="$2"; else OUTPUT="$2"; fi
@@ -57,12 +60,28 @@ while [ $# -gt 0 ]; do  # "data.std=one" and "SOLVER.MAX_ITER 20" in any order
     esac
 done
 
-step() {  # step HEADING COMMAND...: runs it, says how long it took, stops the script if it fails
-    local heading="$1" start=$SECONDS
-    shift
-    printf '\n== %s\n' "$heading"
+# Seconds that the steps take on two cores; what is left is scaled by the speed of this machine.
+EXPECTED=(0 10 60 220 15)
+NAMES=("environment" "data: handwritten digits on photographs" "pre-training: a classifier of the digits"
+    "detection from the pre-trained weights" "drawing what the detector finds")
+if [ -n "$COMPARE" ]; then
+    EXPECTED=(0 10 60 220 220 15)
+    NAMES=("${NAMES[@]:0:4}" "detection from scratch, same schedule" "${NAMES[4]}")
+fi
+NUMBER=0
+SPENT=0 PLANNED=0
+
+step() {  # step COMMAND...: runs it, says how long it took, stops the script if it fails
+    local heading="$((NUMBER + 1))/${#NAMES[@]} ${NAMES[NUMBER]}" start=$SECONDS left=0 seconds
+    for seconds in "${EXPECTED[@]:NUMBER}"; do left=$((left + seconds)); done
+    if [ "$PLANNED" -ge 60 ]; then left=$((left * SPENT / PLANNED)); fi
+    printf '\n== %s (all will take about %d min %02d s more)\n' "$heading" $((left / 60)) $((left % 60))
     "$@" || { echo "quickstart: failed: $heading (see above)" >&2; exit 1; }
     printf -- '-- %d s\n' $((SECONDS - start))
+    if [ "$NUMBER" -gt 0 ]; then
+        SPENT=$((SPENT + SECONDS - start)) PLANNED=$((PLANNED + EXPECTED[NUMBER]))
+    fi
+    NUMBER=$((NUMBER + 1))
 }
 
 check_overrides() {  # both configs now: a key that does not exist shall not cost minutes
@@ -107,64 +126,104 @@ detect() {  # detect FOLDER [OPTION...]
         SEED "$SEED" ${OF_DETECTOR[@]+"${OF_DETECTOR[@]}"}
 }
 
-draw() {  # twelve held-out pictures, one by one and as a sheet; losses and AP50 of both runs
-    local id pictures=()
+draw() {  # twelve held-out pictures, one by one and as a sheet; losses and AP50
+    local id pictures=() runs=(--run "$RUN=pre-trained")
+    [ -z "$COMPARE" ] || runs+=(--run "$SCRATCH=from scratch")
     while read -r id; do
         pictures+=("$DATA/JPEGImages/$id.jpg")
     done < <(head -n 12 "$DATA/ImageSets/Main/test.txt")
-    "$VENV/bin/python" tools/demo.py --run "$RUN" --confidence 0.2 --input "${pictures[@]}" \
+    "$VENV/bin/python" tools/demo.py --run "$RUN" --input "${pictures[@]}" \
         --output "$OUTPUT/detections" --sheet "$OUTPUT/detections.png" || return
     [ -s "$OUTPUT/detections.png" ] || { echo "no picture $OUTPUT/detections.png" >&2; return 1; }
-    "$VENV/bin/python" tools/report.py curves --run "$RUN=pre-trained" --run "$SCRATCH=from scratch" \
-        --output "$OUTPUT/curves.png"
+    "$VENV/bin/python" tools/report.py curves "${runs[@]}" --output "$OUTPUT/curves.png"
 }
 
-print_results() {  # what was measured, read from the runs' own files
-    "$VENV/bin/python" - "$PRETRAIN" "$SCRATCH" "$RUN" <<'PYTHON'
+print_results() {  # what was measured, read from the runs' own files; fails if nothing is found
+    "$VENV/bin/python" - "$DATA" "$PRETRAIN" "$RUN" ${COMPARE:+"$SCRATCH"} <<'PYTHON'
 import json
-import os
 import sys
+import xml.etree.ElementTree as ET
+from collections import defaultdict
+from pathlib import Path
 
+from torch import tensor
+from torchvision.ops import box_iou
+
+CONFIDENCE = 0.5  # the demo's default
+data, classifier, *runs = map(Path, sys.argv[1:])
+
+
+def results(run):
+    return json.loads((run / "results.json").read_text())
+
+
+def boxes_of(image):
+    for item in ET.parse(data / "Annotations" / f"{image}.xml").iter("object"):
+        x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{key}")) for key in
+                          ("xmin", "ymin", "xmax", "ymax"))
+        yield item.findtext("name"), (x0 - 1, y0 - 1, x1, y1)
+
+
+def count(run):
+    """(digits found, digits, wrong boxes) in all held-out scenes, IoU 0.5 or more."""
+    detections = defaultdict(list)
+    (file,) = (run / "inference").glob("*/detections.json")
+    for one in sorted(json.loads(file.read_text()), key=lambda one: -one["score"]):
+        if one["score"] >= CONFIDENCE:
+            x, y, width, height = one["bbox"]
+            detections[one["image_id"]].append((one["category"], (x, y, x + width, y + height)))
+    found = digits = wrong = 0
+    for image in (data / "ImageSets" / "Main" / "test.txt").read_text().split():
+        left = list(boxes_of(image))
+        digits += len(left)
+        for name, box in detections[image]:
+            fits = [one for one in left if one[0] == name
+                    and box_iou(tensor([box]), tensor([one[1]])).item() >= 0.5]
+            found, wrong = found + bool(fits), wrong + (not fits)
+            for one in fits[:1]:
+                left.remove(one)
+    return found, digits, wrong
+
+
+learned = results(classifier)
+print("classifier: {val_top1_error:.1f} % error on {evaluated_on}, {iterations} iterations of "
+      "{batch_size} images".format(**learned))
 NAMES = ("AP50", "AP50-11pt", "AP", "AP75")
-classifier, scratch, run = (
-    json.load(open(os.path.join(folder, "results.json"))) for folder in sys.argv[1:]
-)
 rows = {}
-for label, found in (("from scratch", scratch), ("pre-trained", run)):
-    rows[label] = [found["results"]["bbox"].get(name) for name in NAMES]
-pairs = list(zip(*rows.values()))
-rows["gain"] = [None if None in pair else round(pair[1] - pair[0], 1) + 0.0 for pair in pairs]
-text = "classifier: {:.1f} % error on {}, {} iterations of {} images"
-print(text.format(*(classifier[key] for key in
-      ("val_top1_error", "evaluated_on", "iterations", "batch_size"))))
-print("detector, {iterations} iterations of {images_per_batch} scenes".format(**run))
+for run, label in zip(runs, ("pre-trained", "from scratch")):
+    rows[label] = [results(run)["results"]["bbox"].get(name) for name in NAMES]
+if len(rows) == 2:
+    rows["gain"] = [None if None in pair else pair[0] - pair[1] for pair in zip(*rows.values())]
+print("detector: {iterations} iterations of {images_per_batch} scenes".format(**results(runs[0])))
 print(f"{'':14}" + "".join(f"{name:>10}" for name in NAMES))
 for label, values in rows.items():
     sign = "+" if label == "gain" else ""
     cells = ("none" if value is None else format(value, f"{sign}.1f") for value in values)
     print(f"{label:14}" + "".join(f"{cell:>10}" for cell in cells))
-if (rows["from scratch"][0] or 0) < 5:
-    print("From scratch these iterations end before the detector has learned its first digits;"
-          "\nit takes several times as many, for example SOLVER.MAX_ITER 700 (docs/results).")
+found, digits, wrong = count(runs[0])
+line = f"found {found} of {digits} digits on the held-out scenes, with {wrong} wrong boxes"
+print(f"\n{line} (confidence {CONFIDENCE} or more)")
+if not found:
+    sys.exit("error: the detector found no digit; train longer, for example SOLVER.MAX_ITER 700")
 PYTHON
 }
 
 cd "$ROOT"
-step "1/7 environment" bash tools/setup_env.sh
-step "2/7 data: handwritten digits on photographs" make_data
+step bash tools/setup_env.sh
+step make_data
 clear_runs
-step "3/7 pre-training: a classifier of the digits, seed $SEED" pretrain
-step "4/7 detection from the pre-trained weights" detect "$RUN" --weights "$PRETRAIN/final.safetensors"
-step "5/7 detection from scratch, same schedule" detect "$SCRATCH"
-step "6/7 drawing detections on held-out scenes, and curves" draw
-step "7/7 results on the held-out scenes" print_results
+step pretrain
+step detect "$RUN" --weights "$PRETRAIN/final.safetensors"
+[ -z "$COMPARE" ] || step detect "$SCRATCH"
+step draw
 cat <<END
 
-done in $SECONDS s; everything lies in $OUTPUT
-  AP table, per class   $RUN/results.json  (from scratch: $SCRATCH/results.json)
+Done in $SECONDS s. Everything lies in $OUTPUT:
+  what it finds         $OUTPUT/detections.png  (each picture: detections/)
   losses, AP50          $OUTPUT/curves.png
-  model, config         $RUN/model_final.pth  $RUN/config.yaml
+  AP, per class         $RUN/results.json
+  detector, config      $RUN/model_final.pth  $RUN/config.yaml
   classifier            $PRETRAIN/final.safetensors
-  detections, one sheet $OUTPUT/detections.png
-  detections, each      $OUTPUT/detections/
+
 END
+print_results || { echo "quickstart: failed: results (see above)" >&2; exit 1; }

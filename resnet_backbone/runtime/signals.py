@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -32,10 +33,11 @@ class StopRequest:
 
     Attributes:
         name: of the signal that arrived at this process; "" for none.
+        step_seconds: how long a step takes, for the answer to a signal; 0: not known.
     """
 
     def __init__(self, world: World | None = None):
-        self.name = ""
+        self.name, self.step_seconds = "", 0.0
         self.world = world or current_world()
         self._before: dict[int, Any] = {}
 
@@ -50,6 +52,10 @@ class StopRequest:
 
     def _remember(self, number: int, frame: Any) -> None:
         self.name = signal.Signals(number).name
+        if self.world.is_main:  # os.write: this may interrupt a print
+            time_left = f", about {self.step_seconds:.0f} s" if self.step_seconds >= 1 else ""
+            answer = f"\n{self.name}: stopping after this iteration{time_left}\n"
+            os.write(2, answer.encode())
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -96,13 +96,16 @@ def test_a_child_that_dies_of_what_was_passed_on(tmp_path):
     thread.join()
 
 
-def test_a_request_remembers_and_a_second_interrupt_is_one():
+def test_a_request_remembers_and_a_second_interrupt_is_one(capfd):
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.name == "SIGUSR1"
+        assert "SIGUSR1: stopping after this iteration\n" in capfd.readouterr().err
+        stop.step_seconds = 29.7
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.name == "SIGINT"
+        assert "SIGINT: stopping after this iteration, about 30 s\n" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 BEST = "model_best"
 TIMINGS = ("time", "data_time", "eta_seconds")  # of a process, not of a run
+FIRST = 5  # iterations that are logged one by one
+LONG_HOURS = 24  # from which on a training on a CPU is warned of
 WINDOW = 20  # iterations between two rows of metrics, and over which they take medians
 
 
@@ -258,6 +260,39 @@ class Metrics(HookBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._scalars = state["scalars"]
+
+
+class FirstIterations(HookBase):
+    """Logs the losses of the first iterations, and how long the whole training will take."""
+
+    def before_train(self) -> None:
+        self._seconds: list[float] = []
+
+    def after_step(self) -> None:
+        if len(self._seconds) == FIRST:
+            return
+        latest = self.trainer.storage.latest()
+        self._seconds.append(self.trainer.stop.step_seconds)
+        losses = ", ".join(f"{k} {v[0]:.3f}" for k, v in latest.items() if "loss" in k)
+        logger.info("iteration %d: %s", self.trainer.iter, losses)
+        if len(self._seconds) < FIRST:
+            return
+        step = sorted(self._seconds[1:])[(FIRST - 1) // 2]  # the first one is slower
+        hours = step * (self.trainer.max_iter - self.trainer.iter - 1) / 3600
+        logger.info("%.2f s an iteration: about %s, evaluations apart", step, spell_hours(hours))
+        if hours > LONG_HOURS and next(self.trainer.model.parameters()).device.type == "cpu":
+            logger.warning(
+                "this training will take %s on this CPU: use a GPU, smaller images (INPUT."
+                "MIN_SIZE_TRAIN), SOLVER.AMP.ENABLED True, or fewer RESNET_BACKBONE.EPOCHS",
+                spell_hours(hours),
+            )
+
+
+def spell_hours(hours: float) -> str:
+    """ "12 min", "3.5 hours" or "2.1 days"."""
+    if hours < 1:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 class ProgressBar(HookBase):

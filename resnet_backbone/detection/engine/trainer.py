@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader
 from resnet_backbone.detection.engine.hooks import (
     Checkpoints,
     Evaluation,
+    FirstIterations,
     Metrics,
     MetricsFile,
     ProgressBar,
@@ -201,7 +203,9 @@ class Trainer(DefaultTrainer):
                 hook.after_step()
 
     def run_step(self) -> None:
+        start = time.perf_counter()
         report = self._trainer.run(self.iter)
+        self.stop.step_seconds = time.perf_counter() - start
         self.stopping = report.stop
         if comm.is_main_process():
             self.storage.put_scalar("data_time", report.data_time)
@@ -302,6 +306,7 @@ class Trainer(DefaultTrainer):
             self._precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
             self.checkpoints,
             self.evaluation,
+            FirstIterations() if comm.is_main_process() else None,
             ProgressBar() if shows_bar else None,
             self.metrics,  # last, so that what other hooks measure is written
         ]

@@ -16,7 +16,13 @@ from detectron2.utils.events import EventStorage
 from resnet_backbone.detection.checkpoint.checkpointer import refuse_not_finite
 from resnet_backbone.detection.checkpoint.files import AtomicWriter, find_last_checkpoint
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.engine.hooks import Checkpoints, Evaluation, Metrics, MetricsFile
+from resnet_backbone.detection.engine.hooks import (
+    Checkpoints,
+    Evaluation,
+    FirstIterations,
+    Metrics,
+    MetricsFile,
+)
 from resnet_backbone.runtime.errors import Stopped
 from resnet_backbone.runtime.signals import StopRequest, Watched
 
@@ -241,3 +247,25 @@ def test_an_evaluation_whose_workers_the_signal_ended(error):
     stop.explains = lambda error: bool(setattr(stop, "name", "SIGTERM") or stop.name)
     with pytest.raises(Stopped, match="SIGTERM"):
         next(batches)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told", "is_long"),
+    [(0.9, "0.90 s an iteration: about 2 min", False), (30, "about 34.7 days", True)],
+)
+def test_the_first_iterations_say_how_long_all_take(caplog, seconds, told, is_long):
+    hook, stop = FirstIterations(), SimpleNamespace(step_seconds=99.0)  # the first one is slow
+    storage = SimpleNamespace(latest=lambda: {"loss_cls": (0.5, 0), "lr": (0.1, 0)})
+    total = 100_005 if is_long else 105
+    hook.trainer = SimpleNamespace(
+        iter=0, max_iter=total, stop=stop, storage=storage, model=nn.Linear(1, 1)
+    )
+    with caplog.at_level("INFO"):
+        hook.before_train()
+        for hook.trainer.iter in range(8):
+            hook.after_step()
+            stop.step_seconds = seconds
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[:5] == [f"iteration {number}: loss_cls 0.500" for number in range(5)]
+    assert told in lines[5] and len(lines) == 6 + is_long
+    assert ("this training will take 34.7 days on this CPU" in lines[-1]) == is_long
