@@ -83,16 +83,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config-file", required=True, help="a file, or a name such as voc/faster_rcnn_R_50_FPN"
-    )
+    parser.add_argument("--config-file", help="a file, or a name: voc/faster_rcnn_R_50_FPN")
     parser.add_argument("--output-dir", help="run folder (default: OUTPUT_DIR of the config)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate --weights FILE or MODEL.WEIGHTS, without these the run folder's "
-        "model_final.pth; results go to the folder eval inside the run folder",
+        help="evaluate the run of --output-dir, or --weights FILE; a run's own config.yaml counts, "
+        "and KEY VALUE replaces what it says; results go to the folder eval in --output-dir",
     )
     parser.add_argument(
         "--weights",

@@ -170,7 +170,7 @@ def train(train_net, tiny_voc, tiny_training):
 
 @pytest.fixture
 def train_net(capsys):
-    """Function (config file, argument...) -> exit status and lines of stderr, in this process.
+    """Function (config file or None, argument...) -> exit status and lines of stderr, done here.
 
     Data sets that it registered are taken away afterwards.
     """
@@ -181,7 +181,8 @@ def train_net(capsys):
 
     def run(config, *arguments):
         try:
-            tool.main(["--config-file", str(CONFIGS / config), *map(str, arguments)])
+            file = [] if config is None else ["--config-file", str(CONFIGS / config)]
+            tool.main([*file, *map(str, arguments)])
             code = 0
         except SystemExit as stop:
             code = stop.code

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from resnet_backbone.detection.engine.schedule import (
 from resnet_backbone.detection.engine.seeds import seed_folder
 from resnet_backbone.detection.evaluation.results import Speed, check_results
 from resnet_backbone.detection.inference import check_ensemble, read_switches
+from resnet_backbone.detection.inference.predictor import run_config
 from resnet_backbone.runtime.configs import find_config
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import write_json
@@ -64,12 +65,14 @@ class RunPlan:
         cfg: config file and overrides, with the run's folder and seed.
         planned: the config file alone: its ``SOLVER`` is what the linear rule starts from.
         resume: whether to go on from the folder's last checkpoint.
+        lines: what the user is told of the config.
     """
 
     args: argparse.Namespace
     cfg: CfgNode
     planned: CfgNode
     resume: bool
+    lines: list[str] = field(default_factory=list)
 
     @property
     def given(self) -> list[str]:
@@ -88,18 +91,45 @@ def read_plan(args: argparse.Namespace) -> RunPlan:
     Raises:
         UsageError: see :func:`resnet_backbone.detection.config_file.load_config`.
     """
-    args.config_file = str(find_config(args.config_file, "detection"))  # Detectron2 reads it too
-    cfg, planned = load_configs(args.config_file, args.opts)
+    run = evaluated_run(args)
+    lines = []
+    if run:
+        cfg = planned = run_config(run, args.opts)
+        lines.append(f"all keys but those of the command line are those of {run}/{CONFIG}")
+        saved = _saved_config(run)
+        for key, value in zip(args.opts[::2], args.opts[1::2], strict=True):
+            if key in saved and str(saved[key]) != value:
+                lines.append(f"{key} {value} of the command line, the run had {saved[key]}")
+        args.config_file, args.weights = os.path.join(run, CONFIG), None
+    elif args.config_file:
+        args.config_file = str(find_config(args.config_file, "detection"))  # Detectron2 reads it
+        cfg, planned = load_configs(args.config_file, args.opts)
+    else:
+        raise UsageError("--config-file is missing; only --eval-only of a run's folder needs none")
     cfg.OUTPUT_DIR = args.output_dir or cfg.OUTPUT_DIR
     if args.seed_run is not None:
         cfg.OUTPUT_DIR, cfg.SEED = seed_folder(cfg.OUTPUT_DIR, args.seed_run), args.seed_run
         cfg.TEST.EXPECTED_RESULTS = []  # of one seed, which must not keep the others from running
     if args.eval_only:  # a run's own config and results stay as they are
-        own = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-        if not args.weights and "MODEL.WEIGHTS" not in args.opts[::2] and os.path.isfile(own):
-            cfg.MODEL.WEIGHTS = own
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "eval")
-    return RunPlan(args, cfg, planned, args.resume or args.seed_run is not None)
+    return RunPlan(args, cfg, planned, args.resume or args.seed_run is not None, lines)
+
+
+def evaluated_run(args: argparse.Namespace) -> str:
+    """The folder of the run that ``--eval-only`` is about, whose config counts; "" for none.
+
+    It is that of the weights, or without weights the output folder.
+    """
+    if not args.eval_only:
+        return ""
+    given = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
+    weights = args.weights or given.get("MODEL.WEIGHTS", "")
+    folder = os.path.dirname(weights) if weights else args.output_dir or ""
+    if not os.path.isfile(os.path.join(folder, CONFIG)):
+        return ""
+    if args.weights:
+        args.opts = [*args.opts, "MODEL.WEIGHTS", args.weights]
+    return folder
 
 
 def prepare_run(plan: RunPlan) -> CfgNode | None:
@@ -126,6 +156,8 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
     if not trains:
         require_weights(cfg)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="resnet_backbone", abbrev_name="rb")
+    for line in plan.lines:
+        logger.info("config: %s", line)
     for line in lines:
         logger.info("weights: %s", line)
     if args.resume and not last:

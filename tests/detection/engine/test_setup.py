@@ -107,7 +107,7 @@ FROZEN = (
 @pytest.mark.parametrize("arguments", [[], ["--resume"], ["MODEL.BACKBONE.FREEZE_AT", "0"]])
 def test_frozen_random_layers(train_net, tmp_path, arguments):
     """Also with --resume where there is nothing to go on from."""
-    code, lines = train_net(VOC, "--output-dir", str(tmp_path), *arguments)
+    code, lines = train_net(VOC, "--output-dir", str(tmp_path), *arguments, "MODEL.WEIGHTS", "")
     assert code == 2
     if len(arguments) == 2:
         frozen_norm = "empty but MODEL.RESNETS.NORM is FrozenBN: random layers would never learn"

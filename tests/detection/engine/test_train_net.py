@@ -91,7 +91,7 @@ def test_config_of_the_run(trained):
 def test_linear_rule_is_printed(trained):
     lines = (
         "SOLVER.BASE_LR 0.02 -> 0.005 (x 2 / 8 images per batch)",
-        "SOLVER.STEPS (150, 185) -> (2,) (SOLVER.MAX_ITER 3, planned 200)",
+        "SOLVER.STEPS (500, 640) -> (2,) (SOLVER.MAX_ITER 3, planned 700)",
         "SOLVER.IMS_PER_BATCH 2 = 1 (processes) x 1 (RESNET_BACKBONE.ACCUMULATE) x 2 (images at a",
         "3 iterations x 2 images / 6 training images = 1.00 epochs",
         "learning rate 0.005, warm-up 1 iterations, x 0.1 at 2",
@@ -130,14 +130,25 @@ def test_results_that_are_not_as_expected(trained, train_net, tiny_voc, tmp_path
     assert code == 0, lines  # whoever started the runs of all seeds looks at them
 
 
-def test_eval_only_with_the_saved_config(trained, train_net, tiny_voc, tmp_path):
-    folder, _ = trained
+@pytest.mark.parametrize("config", [None, "voc/faster_rcnn_R_50_C4.yaml"])
+def test_eval_only_takes_all_from_the_run(trained, train_net, tiny_voc, tmp_path, config):
+    folder = shutil.copytree(trained[0], tmp_path / "run")
     data = ["--voc-root", str(tiny_voc), "--train-set", "train", "--test-set", "test"]
-    weights = ["MODEL.WEIGHTS", str(folder / "model_final.pth")]
-    config = str(folder / "config.yaml")
-    code, lines = train_net(config, "--eval-only", "--output-dir", str(tmp_path), *data, *weights)
+    where = ["--eval-only", "--output-dir", str(folder), *data]
+    code, lines = train_net(config, *where)
     assert code == 0, lines
-    assert read_results(tmp_path / "eval")["results"] == read_results(folder)["results"]
+    assert read_results(folder / "eval")["results"] == read_results(folder)["results"]
+    told = (folder / "eval" / "log.txt").read_text()
+    assert f"all keys but those of the command line are those of {folder}/config.yaml" in told
+    code, lines = train_net(config, *where, "INPUT.MIN_SIZE_TEST", "48")
+    told = (folder / "eval" / "log.txt").read_text()
+    assert "INPUT.MIN_SIZE_TEST 48 of the command line, the run had 64" in told
+
+
+def test_a_config_is_needed(train_net, tmp_path):
+    for mode in ([], ["--eval-only"]):
+        code, lines = train_net(None, "--output-dir", tmp_path / "empty", *mode)
+        assert code == 2 and "--config-file is missing" in lines[-1] and len(lines) == 1
 
 
 def test_weights_of_other_input_are_refused(trained, train_net, tiny_voc, tmp_path):
