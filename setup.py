@@ -99,6 +99,9 @@ EXPORT = [
     "onnxruntime>=1.18",
 ]
 
+# The page of tools/demo.py --web. Not part of "all": it needs older versions of Pillow and others.
+WEB = ["gradio>=5"]
+
 DEV = [
     "pytest>=7.4",
     "pytest-xdist>=3.3",
@@ -128,6 +131,7 @@ setup(
         "quickstart": QUICKSTART,
         "adapters": ADAPTERS,
         "export": EXPORT,
+        "web": WEB,
         "dev": DEV,
         "all": CLASSIFICATION + SHARDS + FAST + DETECTION + QUICKSTART + ADAPTERS + EXPORT + DEV,
     },

@@ -11,6 +11,10 @@ With a config and a checkpoint, also as one sheet and as numbers:
   python tools/demo.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
       --input photos/ --sheet sheet.png --json detections.json MODEL.WEIGHTS model_final.pth
 
+As a page in the browser, to drop pictures on and to move the threshold:
+
+  python tools/demo.py --run output/r50 --web
+
 Any config key can be overridden by trailing pairs, for example INPUT.MIN_SIZE_TEST 480.
 A checkpoint that was trained on other input than the config gives it (INPUT.FORMAT,
 MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1) is refused with the line to write;
@@ -26,6 +30,7 @@ from __future__ import annotations
 import argparse
 import glob
 import logging
+import math
 import os
 import sys
 import time
@@ -60,6 +65,7 @@ from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+LEAST = 0.05  # score of detections that are known to the program, as in evaluations
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
@@ -71,8 +77,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--run", metavar="DIR", help="run folder of tools/train_net.py")
     model.add_argument("--config-file", metavar="FILE", help="YAML; add MODEL.WEIGHTS FILE")
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="images, folders, videos, globs"
+        "--input", nargs="+", default=[], metavar="PATH", help="images, folders, videos, globs"
     )
+    parser.add_argument("--web", action="store_true", help="open a page to try the detector on")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="of --web; 0.0.0.0: all machines (default: this one)"
+    )
+    parser.add_argument("--port", type=int, default=7860, help="of --web (default: 7860)")
     parser.add_argument("--output", metavar="PATH", help="folder, or file for a single input")
     parser.add_argument("--confidence", type=float, default=0.5, help="least score (default: 0.5)")
     parser.add_argument("--sheet", metavar="FILE", help="one picture of all results, e.g. s.png")
@@ -85,7 +96,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if bool(args.run) == bool(args.config_file):
         raise UsageError("give --run DIR, or --config-file FILE with MODEL.WEIGHTS FILE")
-    if not (args.output or args.sheet or args.json):
+    if args.web and args.input:
+        raise UsageError("give --web or --input, not both: the page takes pictures one by one")
+    if not (args.web or args.input):
+        raise UsageError("nothing to look at: give --input, or --web")
+    if not (args.web or args.output or args.sheet or args.json):
         raise UsageError("nothing to write: give --output, --sheet or --json")
     if not 0 <= args.confidence <= 1:
         raise UsageError(f"--confidence {args.confidence}: it lies between 0 and 1")
@@ -172,8 +187,9 @@ def build_config(args: argparse.Namespace):
         cfg = load_config(args.config_file, [*device, *args.opts])
     for line in prepare_weights(cfg, given=args.opts[::2]):
         print(f"weights: {line}")
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence
+    least = min(args.confidence, LEAST)  # so that "0 detections" can say what the best one was
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = least
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = least
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence
     return cfg
 
@@ -195,6 +211,7 @@ class Demo:
         self.names = names, list(cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES)
         self.detections: list[dict] = []
         self.pictures: list[tuple[str, np.ndarray]] = []
+        self.best = 0.0  # score of all that was found, shown or not
 
     def image(self, path: Path, output: Path | None) -> int:
         """Does one image; returns the number of detections. UnreadableError: it is broken."""
@@ -222,13 +239,21 @@ class Demo:
 
     def _detect(self, bgr: np.ndarray, where: dict) -> tuple[int, np.ndarray]:
         output = self.predictor(bgr)
-        if "instances" in output:  # soft-NMS lowers scores after the threshold
+        if "instances" in output:
             instances = output["instances"]
+            self.best = max([self.best, *instances.scores.tolist()])
             output["instances"] = instances[instances.scores >= self.args.confidence]
         found = describe_output(output, *self.names)
         self.detections += [{**where, **entry} for entry in found]
         rgb = np.ascontiguousarray(bgr[:, :, ::-1])
         return len(found), draw_output(rgb, output, *self.names, self.args.confidence)
+
+    def hint(self, number: int) -> str:
+        """What to do where nothing is shown, and something was found with a lower score."""
+        if number or self.best < LEAST:
+            return ""
+        lower = max(math.floor(self.best * 20) / 20, LEAST)
+        return f" (best score {self.best:.2f}; try --confidence {lower:g})"
 
     def _keep(self, path: Path, picture: np.ndarray) -> None:
         if self.args.sheet and len(self.pictures) < self.args.sheet_max:
@@ -255,11 +280,11 @@ def run(demo: Demo, inputs: list[Path], outputs: list[Path | None]) -> list[str]
     problems = []
     with tqdm(total=len(inputs), unit="file", disable=None) as bar:
         for path, output in zip(inputs, outputs, strict=True):
-            start = time.perf_counter()
+            start, demo.best = time.perf_counter(), 0.0
             try:
                 number = (demo.video if is_video(path) else demo.image)(path, output)
                 seconds = time.perf_counter() - start
-                bar.write(f"{path}: {number} detections, {seconds:.2f} s")
+                bar.write(f"{path}: {number} detections{demo.hint(number)}, {seconds:.2f} s")
             except UnreadableError as error:
                 problems.append(str(error))
             bar.update()
@@ -270,6 +295,10 @@ def run(demo: Demo, inputs: list[Path], outputs: list[Path | None]) -> list[str]
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    if args.web:
+        from resnet_backbone.cli.demo_page import serve  # Gradio is an extra
+
+        return serve(Demo(Predictor(build_config(args)), args))
     inputs = find_inputs(args.input)
     outputs = plan_outputs(inputs, args.output)
     refuse_to_overwrite(inputs, [*outputs, args.sheet, args.json])

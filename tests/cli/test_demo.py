@@ -2,6 +2,7 @@
 Detectron2's own predictor."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,10 @@ def call(run, *arguments) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+def out(capsys) -> str:
+    return capsys.readouterr().out
 
 
 def assert_one_line(capsys, *words: str) -> None:
@@ -260,8 +265,14 @@ def test_missing_names_are_said_and_numbered(run, photos, tmp_path, capsys):
     assert "names of the classes are not known" in capsys.readouterr().err
     found = json.loads((tmp_path / "a.json").read_text())["detections"]
     assert found and {entry["class"] for entry in found} <= {0, 1, 2}
+    capsys.readouterr()
     assert call(run, *arguments, "--confidence", "0.99") == 0
     assert json.loads((tmp_path / "a.json").read_text())["detections"] == []
+    best = max(entry["score"] for entry in found)
+    hint = re.search(
+        r"0 detections \(best score ([.\d]+); try --confidence ([.\d]+)\)", out(capsys)
+    )
+    assert float(hint[1]) == round(best, 2) and float(hint[2]) <= best
 
 
 def test_names_of_the_data_set_serve(run):
@@ -283,6 +294,8 @@ def test_names_of_the_data_set_serve(run):
         (["--input", "{photos}", "--sheet", "{photos}/wide.png"], ["is an input"]),
         (["--input", "{photos}", "--sheet", "sheet"], ["--sheet sheet", "sheet.png"]),
         (["--input", "{photos}"], ["nothing to write"]),
+        (["--output", "o"], ["nothing to look at: give --input, or --web"]),
+        (["--input", "{photos}", "--web"], ["--web or --input, not both"]),
         (["--input", "{photos}", "--output", "o", "--confidence", "2"], ["between 0 and 1"]),
         (["--input", "{photos}", "--output", "o", "--run", "{empty}"], ["no config.yaml"]),
         (["--input", "{photos}", "--output", "o", "MODEL.WEIGHTS", "no.pth"], ["no.pth"]),
@@ -305,3 +318,21 @@ def test_equal_names_do_not_overwrite_one_another():
     inputs = [Path("a/x.jpg"), Path("b/x.jpg"), Path("x.gif"), Path("x.avi")]
     expected = ["x.jpg", "x_2.jpg", "x.png", "x.mp4"]
     assert demo.plan_outputs(inputs, "out") == [Path("out") / name for name in expected]
+
+
+def test_the_page_shows_what_the_threshold_lets_through(run):
+    page = pytest.importorskip("resnet_backbone.cli.demo_page", exc_type=UsageError)
+    args = demo.parse_arguments(["--run", str(run), "--web"])
+    detect, show = (
+        f.fn
+        for f in page.build_page(demo.Demo(Predictor(run_config(str(run), [])), args)).fns.values()
+    )
+    output, drawn, rows, text, file = detect(noise(60, 90), 0.0)
+    scores = [row[1] for row in rows]
+    assert len(rows) == 6 and drawn.shape == (480, 720, 3) and text.startswith("6 detections")
+    assert len(json.loads(Path(file).read_text())["detections"]) == 6
+    _, rows, text, _ = show(noise(60, 90), output, sorted(scores)[3] + 5e-4)
+    assert 0 < len(rows) < 6
+    _, rows, text, _ = show(noise(60, 90), output, 0.999)
+    assert rows == [] and "move the threshold" in text
+    assert show(None, None, 0.5)[:2] == (None, [])
