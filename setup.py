@@ -102,6 +102,14 @@ EXPORT = [
 # The page of tools/demo.py --web. Not part of "all": it needs older versions of Pillow and others.
 WEB = ["gradio>=5"]
 
+# The site, tools/docs.sh.
+DOCS = [
+    "sphinx>=8.1",
+    "myst-parser>=4.0",
+    "furo>=2024.8",
+    "sphinxcontrib-mermaid>=1.0",
+]
+
 DEV = [
     "pytest>=7.4",
     "pytest-xdist>=3.3",
@@ -132,8 +140,17 @@ setup(
         "adapters": ADAPTERS,
         "export": EXPORT,
         "web": WEB,
+        "docs": DOCS,
         "dev": DEV,
-        "all": CLASSIFICATION + SHARDS + FAST + DETECTION + QUICKSTART + ADAPTERS + EXPORT + DEV,
+        "all": [
+            *(CLASSIFICATION + SHARDS + FAST + DETECTION),
+            *(QUICKSTART + ADAPTERS + EXPORT + DOCS + DEV),
+        ],
+        "dev": DEV,
+        "all": [
+            *(CLASSIFICATION + SHARDS + FAST + DETECTION),
+            *(QUICKSTART + ADAPTERS + EXPORT + DOCS + DEV),
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

@@ -24,8 +24,9 @@ class CifarResNet(StagedNetwork):
 
     Args:
         depth: 6n + 2: 20, 32, 44, 56, 110, 1202 in the paper (Table 6).
-        num_classes, in_channels, norm, activation, out_features, freeze_at,
-            zero_init_residual: as in :class:`~resnet_backbone.models.resnet.ResNet`.
+        num_classes, in_channels, norm, activation: as in
+            :class:`~resnet_backbone.models.resnet.ResNet`.
+        out_features, freeze_at, zero_init_residual: as there.
         shortcut: "A" is the paper's choice here; "none" is the plain twin.
     """
 

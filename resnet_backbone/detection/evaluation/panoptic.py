@@ -59,7 +59,7 @@ class PanopticEvaluator(DatasetEvaluator):
 
     Args:
         dataset_name: its metadata has panoptic_json, panoptic_root, and
-            thing_/stuff_dataset_id_to_contiguous_id.
+            thing_dataset_id_to_contiguous_id and stuff_dataset_id_to_contiguous_id.
     """
 
     def __init__(self, dataset_name: str):
