@@ -24,6 +24,7 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence"]
 myst_fence_as_directive = ["mermaid"]
 myst_heading_anchors = 4
+mermaid_fullscreen = False
 
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # those of torch's methods

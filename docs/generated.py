@@ -8,10 +8,12 @@ import ast
 import contextlib
 import io
 import re
+import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+Notes = dict[int, tuple[str, bool]]
 PACKAGE = Path(__file__).resolve().parents[1] / "resnet_backbone"
 
 
@@ -38,14 +40,14 @@ def classification_keys() -> str:
     """A table for each group of the classification config, in Markdown."""
     source = (PACKAGE / "classification" / "config.py").read_text(encoding="utf-8")
     classes = {c.name: c for c in ast.parse(source).body if isinstance(c, ast.ClassDef)}
-    lines = source.splitlines()
+    notes = read_comments(source)
     parts = []
     for group in _fields(classes["Config"]):
         parts.append(f"## {group.target.id}\n")
         keys = []
         for item in _fields(classes[group.annotation.id]):
             key = Key(f"{group.target.id}.{item.target.id}", *_default(item.value))
-            key.about, key.group = comments(lines, item.lineno, item.end_lineno)
+            key.about, key.group = comments(notes, item.lineno, item.end_lineno)
             keys.append(key)
         parts.append(table(keys))
     return "\n".join(parts)
@@ -82,36 +84,43 @@ def detection_keys() -> str:
     source = (PACKAGE / "detection" / "config.py").read_text(encoding="utf-8")
     assigned = (node for node in ast.parse(source).body if isinstance(node, ast.Assign))
     defaults = next(node for node in assigned if node.targets[0].id == "DEFAULTS")
-    return table(_detection_keys(defaults.value.args[0], source.splitlines(), "RESNET_BACKBONE."))
+    return table(_detection_keys(defaults.value.args[0], read_comments(source), "RESNET_BACKBONE."))
 
 
-def _detection_keys(node: ast.Dict, lines: list[str], prefix: str) -> Iterator[Key]:
+def _detection_keys(node: ast.Dict, notes: Notes, prefix: str) -> Iterator[Key]:
     for name, value in zip(node.keys, node.values, strict=True):
         if isinstance(value, ast.Dict):
-            yield from _detection_keys(value, lines, f"{prefix}{name.value}.")
+            yield from _detection_keys(value, notes, f"{prefix}{name.value}.")
             continue
-        about, group = comments(lines, name.lineno, value.end_lineno)
+        about, group = comments(notes, name.lineno, value.end_lineno)
         yield Key(prefix + name.value, _plain(value), about, group=group)
 
 
-def comments(lines: list[str], first: int, last: int) -> tuple[str, str]:
+def read_comments(source: str) -> Notes:
+    """Line -> its comment, and whether the line holds nothing else."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {
+        token.start[0]: (token.string.lstrip("# "), not token.line[: token.start[1]].strip())
+        for token in tokens
+        if token.type == tokenize.COMMENT
+    }
+
+
+def comments(notes: Notes, first: int, last: int) -> tuple[str, str]:
     """A key's own comment, and the one that heads its group.
 
     The comment at the end of its line is the key's own. Without one, the lines of comment above
     it are. Where both are there, those above head a group.
 
     Args:
-        lines: of the source.
+        notes: see :func:`read_comments`.
         first, last: numbers of the key's lines, from 1.
     """
     above: list[str] = []
-    for line in reversed(lines[: first - 1]):
-        if not line.strip().startswith("#"):
-            break
-        above.insert(0, line.strip().lstrip("# "))
-    end = re.search(r"""#\s(?!.*["'],?$)(.*)$""", lines[last - 1])
-    if end:
-        return end[1], " ".join(above)
+    while notes.get(first - len(above) - 1, ("", False))[1]:
+        above.insert(0, notes[first - len(above) - 1][0])
+    if last in notes:
+        return notes[last][0], " ".join(above)
     return " ".join(above), ""
 
 
@@ -139,10 +148,9 @@ def _heading(text: str) -> list[str]:
 def _code(text: str) -> str:
     """A comment as Markdown: config keys and names with an underscore are code."""
     text = text.replace("<", "&lt;").replace("|", "\\|").replace("*=", "\\*=")
-    text = re.sub(
-        r"(?<![`\w.])([a-z_.]*[a-z0-9]+_[a-z_0-9.]*[a-z0-9](?:\(\))?)(?![\w`])", r"`\1`", text
-    )
-    return re.sub(r"(?<![`\w])([A-Z][A-Z0-9]+(?:[._][A-Z0-9_*.]*[A-Z0-9*])+)", r"`\1`", text)
+    lower = r"(?<![`\w.])([a-z_.]*[a-z0-9]+_[a-z_0-9.]*[a-z0-9](?:\(\))?)(?![\w`])"
+    upper = r"(?<![`\w])([A-Z][A-Z0-9]+(?:[._][A-Z0-9_*.]*[A-Z0-9*])+)"
+    return re.sub(upper, r"`\1`", re.sub(lower, r"`\1`", text))
 
 
 def commands() -> str:

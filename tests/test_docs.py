@@ -133,9 +133,10 @@ def test_the_site_builds_without_warnings(tmp_path):
 
 def test_comments_of_config_keys(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
-    from generated import comments
+    from generated import comments, read_comments
 
-    lines = ["# Data", '"A": [],  # of A', "# of B", "# in two lines", '"B": "#",', '"C": 1,']
-    assert comments(lines, 2, 2) == ("of A", "Data")
-    assert comments(lines, 5, 5) == ("of B in two lines", "")
-    assert comments(lines, 6, 6) == ("", "")
+    lines = ("# Data", "A = 1  # of A", "# of B", "# in two lines", "B = '#'", "C = 1")
+    notes = read_comments("\n".join(lines))
+    assert comments(notes, 2, 2) == ("of A", "Data")
+    assert comments(notes, 5, 5) == ("of B in two lines", "")
+    assert comments(notes, 6, 6) == ("", "")
