@@ -146,11 +146,6 @@ setup(
             *(CLASSIFICATION + SHARDS + FAST + DETECTION),
             *(QUICKSTART + ADAPTERS + EXPORT + DOCS + DEV),
         ],
-        "dev": DEV,
-        "all": [
-            *(CLASSIFICATION + SHARDS + FAST + DETECTION),
-            *(QUICKSTART + ADAPTERS + EXPORT + DOCS + DEV),
-        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",
