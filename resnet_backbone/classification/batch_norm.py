@@ -7,25 +7,21 @@ README). The moving averages of training lag behind the weights and weigh the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
+from resnet_backbone.classification.networks import evaluation_mode
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 LAYER_INPUTS = ("batch", "population")
-
-
-class BatchNormError(UsageError):
-    """Statistics that cannot be computed; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +60,19 @@ class Moments:
         """Population variance (divided by the count)."""
         return self.deviations / self.count
 
-    def cpu(self) -> Moments:
-        return Moments(self.count, self.mean.cpu(), self.deviations.cpu())
 
-
-@dataclass(frozen=True)
-class BatchNormReport:
+class BatchNormReport(NamedTuple):
     """What :func:`recompute_statistics` did.
 
     Attributes:
         layers: names of the layers with new statistics, in the order in which they ran.
         unused: batch norms through which no image went; they are unchanged.
         num_images: over all processes.
-        layer_inputs, micro_batch: as asked for.
     """
 
     layers: tuple[str, ...]
     unused: tuple[str, ...]
     num_images: int
-    layer_inputs: str
-    micro_batch: int
 
 
 def recompute_statistics(
@@ -104,7 +93,6 @@ def recompute_statistics(
     ``num_batches_tracked`` are as before afterwards; after an error the statistics are, too.
 
     Args:
-        model: a network, as it is, compiled or in DDP.
         batches: this process's part of the training set, with the augmentation of training:
             batches with ``images`` (and ``shift``) for ``normalizer``, or plain tensors.
         normalizer: the network's preprocessing; ``None`` for batches that are its input.
@@ -122,28 +110,26 @@ def recompute_statistics(
         autocast: ``torch.bfloat16`` or ``torch.float16``, the precision of training.
 
     Raises:
-        BatchNormError: no batch norm, no images, input that is not finite.
+        UsageError: no batch norm, no images, input that is not finite.
     """
-    if layer_inputs not in LAYER_INPUTS:
-        raise BatchNormError(f"layer_inputs is {layer_inputs!r}: use {', '.join(LAYER_INPUTS)}")
-    network = _bare(model)
     layers = {
         name: layer
-        for name, layer in network.named_modules()
+        for name, layer in model.named_modules()
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None
     }
     if not layers:
-        raise BatchNormError("the network has no batch norm with running statistics")
-    work = _Pass(network, layers, batches, normalizer, micro_batch, world or World(), autocast)
-    with torch.no_grad(), _prepared(network, layers.values()):
+        raise UsageError("the network has no batch norm with running statistics")
+    work = _Pass(model, layers, batches, normalizer, micro_batch, world or World(), autocast)
+    with torch.no_grad(), evaluation_mode(model), _unchanged_by_itself(layers.values()):
         if layer_inputs == "batch":
             order = work.under_batch_statistics()
         else:
             order = work.under_population_statistics()
     unused = tuple(name for name in layers if name not in order)
-    return BatchNormReport(order, unused, work.num_images, layer_inputs, micro_batch)
+    return BatchNormReport(order, unused, work.num_images)
 
 
+@dataclass(frozen=True)
 class TrainingImages:
     """This process's part of the first images of training: with all of them, each exactly once.
 
@@ -159,27 +145,23 @@ class TrainingImages:
         sync_bn: whether the network has SyncBN.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        count: int,
-        batch_size: int,
-        world: World,
-        before_each: Callable[[], None] = lambda: None,
-        sync_bn: bool = False,
-    ):
-        self.source, self.count = source, count or source.num_samples
-        if sync_bn:
-            self.count = max(1, self.count // batch_size) * batch_size
-        self.batch_size, self.world, self.before_each = batch_size, world, before_each
+    source: Any
+    count: int
+    batch_size: int
+    world: World
+    before_each: Callable[[], None] = lambda: None
+    sync_bn: bool = False
 
     def __iter__(self) -> Iterator[Any]:
+        count = self.count or self.source.num_samples
+        if self.sync_bn:
+            count = max(1, count // self.batch_size) * self.batch_size
         batches = iter(self.source.batches(0))
         local = self.batch_size // self.world.size
-        for first in range(0, self.count, self.batch_size):
+        for first in range(0, count, self.batch_size):
             self.before_each()
             batch = next(batches)
-            left = max(0, self.count - first - self.world.rank * local)
+            left = max(0, count - first - self.world.rank * local)
             if left:
                 yield type(batch)(*(None if part is None else part[:left] for part in batch))
 
@@ -188,14 +170,18 @@ class _Reached(Exception):
     """Ends a forward pass at the layer that was wanted."""
 
 
+@dataclass
 class _Pass:
     """Runs the images through the network and collects moments of layers' inputs."""
 
-    def __init__(self, network, layers, batches, normalizer, micro_batch, world, autocast):
-        self.network, self.layers, self.batches = network, layers, batches
-        self.normalizer, self.micro_batch = normalizer, micro_batch
-        self.world, self.autocast = world, autocast
-        self.num_images = 0
+    network: nn.Module
+    layers: dict[str, _BatchNorm]
+    batches: Iterable
+    normalizer: InputNormalizer | None
+    micro_batch: int
+    world: World
+    autocast: torch.dtype | None
+    num_images: int = 0
 
     def under_batch_statistics(self) -> tuple[str, ...]:
         for layer in self.layers.values():
@@ -206,11 +192,6 @@ class _Pass:
         return tuple(found)
 
     def under_population_statistics(self) -> tuple[str, ...]:
-        if iter(self.batches) is self.batches:
-            raise BatchNormError(
-                "layer_inputs 'population' reads the batches many times: give "
-                "something that can be iterated again, such as a list or loader"
-            )
         order = self.world.broadcast(self.order_of_layers())
         for name in order:
             _write(self.layers[name], self.collect([name], stop=True)[name])
@@ -219,20 +200,13 @@ class _Pass:
     def order_of_layers(self) -> tuple[str, ...]:
         """The layers in the order in which the first micro-batch meets them."""
         order: list[str] = []
-        hooks = [
-            layer.register_forward_pre_hook(lambda module, args, name=name: order.append(name))
-            for name, layer in self.layers.items()
-        ]
-        try:
+        with self.hooked(self.layers, lambda name, _: order.append(name)):
             for inputs in self.inputs():
                 self.forward(inputs)
                 break
-        finally:
-            for hook in hooks:
-                hook.remove()
         twice = sorted({name for name in order if order.count(name) > 1})
         if twice:
-            raise BatchNormError(
+            raise UsageError(
                 f"{twice[0]} runs more than once in a forward pass: use layer_inputs 'batch'"
             )
         return tuple(order)
@@ -240,27 +214,32 @@ class _Pass:
     def collect(self, names: Iterable[str], stop: bool = False) -> dict[str, Moments]:
         """Moments of the inputs of some layers over all images of all processes."""
         found: dict[str, Moments] = {}
-
-        def hook_of(name: str):
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                new = Moments.of(args[0])
-                found[name] = found[name] + new if name in found else new
-                if stop:
-                    raise _Reached
-
-            return hook
-
-        hooks = [self.layers[name].register_forward_pre_hook(hook_of(name)) for name in names]
         images = 0
-        try:
+
+        def add(name: str, x: Tensor) -> None:
+            _add(found, name, Moments.of(x))
+            if stop:
+                raise _Reached
+
+        with self.hooked(names, add):
             for inputs in self.inputs():
                 images += len(inputs)
                 with suppress(_Reached):
                     self.forward(inputs)
+        return self.merge(found, images)
+
+    @contextmanager
+    def hooked(self, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Inside, some layers show their input before they run."""
+        hooks = [
+            self.layers[name].register_forward_pre_hook(lambda _, args, name=name: see(name, *args))
+            for name in names
+        ]
+        try:
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
-        return self.merge(found, images)
 
     def inputs(self) -> Iterator[Tensor]:
         """The network's input, one micro-batch after the other."""
@@ -279,19 +258,23 @@ class _Pass:
 
     def merge(self, found: dict[str, Moments], images: int) -> dict[str, Moments]:
         """Merges what all processes found, in the order of their ranks: the same on each."""
-        mine = {name: moments.cpu() for name, moments in found.items()}
+        mine = {n: Moments(m.count, m.mean.cpu(), m.deviations.cpu()) for n, m in found.items()}
         shares = self.world.gather((mine, images))
         merged: dict[str, Moments] = {}
         for part, _ in shares:
             for name, moments in part.items():
-                merged[name] = merged[name] + moments if name in merged else moments
+                _add(merged, name, moments)
         self.num_images = sum(images for _, images in shares)
         if not self.num_images:
-            raise BatchNormError("there are no images to compute statistics from")
+            raise UsageError("there are no images to compute statistics from")
         for name, moments in merged.items():
             if not (moments.mean.isfinite().all() and moments.deviations.isfinite().all()):
-                raise BatchNormError(f"the input of {name} is not finite; did training diverge?")
+                raise UsageError(f"the input of {name} is not finite; did training diverge?")
         return merged
+
+
+def _add(found: dict[str, Moments], name: str, moments: Moments) -> None:
+    found[name] = found[name] + moments if name in found else moments
 
 
 def _write(layer: _BatchNorm, moments: Moments) -> None:
@@ -299,26 +282,12 @@ def _write(layer: _BatchNorm, moments: Moments) -> None:
     layer.running_var.copy_(moments.variance)
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """The network without DDP and ``torch.compile`` around it."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
 @contextmanager
-def _prepared(network: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Evaluation mode, and batch norms that do not change by themselves."""
-    layers: Sequence[_BatchNorm] = tuple(layers)
-    modes = [(module, module.training) for module in network.modules()]
-    momenta = [layer.momentum for layer in layers]
-    buffers = [(b, b.clone()) for layer in layers for b in layer.buffers(recurse=False)]
-    network.eval()
-    for layer in layers:
+def _unchanged_by_itself(layers: Iterable[_BatchNorm]) -> Iterator[None]:
+    """Batch norms whose running statistics stay; after an error they are as before."""
+    momenta = [(layer, layer.momentum) for layer in layers]
+    buffers = [(b, b.clone()) for layer, _ in momenta for b in layer.buffers(recurse=False)]
+    for layer, _ in momenta:
         layer.momentum = 0.0
     try:
         yield
@@ -327,10 +296,8 @@ def _prepared(network: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[None
             buffer.copy_(before)
         raise
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
+        for layer, momentum in momenta:
             layer.momentum = momentum
-        for module, training in modes:
-            module.training = training
         for buffer, before in buffers:
             if not buffer.is_floating_point():  # num_batches_tracked
                 buffer.copy_(before)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,23 @@ from omegaconf.errors import OmegaConfBaseException
 from resnet_backbone.runtime.configs import find_config
 from resnet_backbone.runtime.errors import UsageError
 
+# Of numbers: how a value compares with a limit, and what to give.
+LIMITS = {
+    "least": (operator.ge, "{} or more"),
+    "most": (operator.le, "at most {}"),
+    "above": (operator.gt, "a number above {}"),
+    "below": (operator.lt, "a number below {}"),
+}
+
 
 def one_of(*choices: str) -> Any:
     """A field with one of these values, the first by default."""
     return field(default=choices[0], metadata={"choices": choices})
 
 
-def number(default: float, *, least: float) -> Any:
-    """A field with a number that is at least `least`."""
-    return field(default=default, metadata={"least": least})
+def number(default: float, **limits: float) -> Any:
+    """A field with a number; limits are ``least``, ``most``, ``above`` and ``below``."""
+    return field(default=default, metadata=limits)
 
 
 @dataclass
@@ -70,14 +79,14 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    label_smoothing: float = number(0.0, least=0)
+    label_smoothing: float = number(0.0, least=0, below=1)
     mixup: float = number(0.0, least=0)  # alpha; 0: off
     cutmix: float = number(0.0, least=0)  # alpha; 0: off
 
 
 @dataclass
 class OptimizerConfig:
-    momentum: float = number(0.9, least=0)
+    momentum: float = number(0.9, least=0, below=1)
     momentum_form: str = one_of("caffe", "pytorch")  # v = m v + lr g (the paper) or v = m v + g
     weight_decay: float = number(1e-4, least=0)
     decay_norm_and_bias: bool = True  # the paper decays every parameter
@@ -87,11 +96,13 @@ class OptimizerConfig:
 @dataclass
 class ScheduleConfig:
     iterations: int = number(600000, least=1)
-    scale: float = 1.0  # multiplies iterations, milestones and warm-up: a shortened run
-    lr: float = 0.1
+    scale: float = number(
+        1.0, above=0, below=math.inf
+    )  # multiplies iterations, milestones and warm-up: a shortened run
+    lr: float = number(0.1, above=0, below=math.inf)
     policy: str = one_of("steps", "plateau", "cosine")
     milestones: list[int] = field(default_factory=list)  # steps: iterations where lr *= gamma
-    gamma: float = 0.1
+    gamma: float = number(0.1, above=0, most=1)
     # plateau: evaluations without progress before lr *= gamma
     plateau_patience: int = number(5, least=1)
     # plateau: progress is this many points of top-1 error (absolute)
@@ -113,7 +124,7 @@ class TrainConfig:
     channels_last: bool = True
     # reduce-overhead: CUDA graphs
     compile: str = one_of("none", "default", "reduce-overhead", "max-autotune")
-    ema: float = number(0.0, least=0)  # decay of the averaged weights; 0: off
+    ema: float = number(0.0, least=0, below=1)  # decay of the averaged weights; 0: off
     sync_bn: bool = False
     recompute_bn: bool = True  # true BN statistics over the training set, after training
     # images they are computed from; 0: the whole set once
@@ -125,7 +136,7 @@ class TrainConfig:
 
 @dataclass
 class EvaluationConfig:
-    protocol: str = one_of("centre", "full")  # full: the image as it is
+    protocol: str = one_of("center", "full")  # full: the image as it is
     short_side: int = 256
     crop: int = 224
     batch_size: int = number(256, least=1)
@@ -155,29 +166,21 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
-def key_names(node: Any = Config, prefix: str = "") -> Iterator[str]:
+def key_names() -> Iterator[str]:
     """Every key: "model.name", "data.root" ..."""
-    for item in fields(node):
-        made = item.default_factory() if callable(item.default_factory) else item.default
-        if is_dataclass(made):
-            yield from key_names(made, f"{prefix}{item.name}.")
-        else:
-            yield prefix + item.name
+    for group in fields(Config):
+        for item in fields(group.default_factory):
+            yield f"{group.name}.{item.name}"
 
 
 def nearest_key(key: str) -> str:
-    """The known key that is most like an unknown one."""
-    names = list(key_names())
-    last = key.rpartition(".")[2]
-    same = [name for name in names if name.rpartition(".")[2] == last]
-    if same:
-        return max(same, key=lambda name: difflib.SequenceMatcher(None, key, name).ratio())
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    if near:
-        return near[0]
-    by_last = {name.rpartition(".")[2]: name for name in reversed(names)}
-    near = difflib.get_close_matches(last, by_last, n=1, cutoff=0.5)
-    return by_last[near[0]] if near else ""
+    """The known key that is most like an unknown one, first of all in its last word."""
+
+    def likeness(name: str) -> tuple[float, float]:
+        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], name.rpartition(".")[2])
+        return last.ratio(), difflib.SequenceMatcher(None, key, name).ratio()
+
+    return max(key_names(), key=likeness)
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -193,31 +196,26 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     """
     merged = OmegaConf.structured(Config)
     for file in files:
-        merged = _merge(merged, _read(_find(file)), str(file))
+        merged = _merge(merged, _read(find_config(file, "classification")), str(file))
     for override in overrides:
         merged = _merge(merged, _parse(override), override)
     config = OmegaConf.to_object(merged)
+    if config.evaluation.protocol == "centre":  # its name in runs of before
+        config.evaluation.protocol = "center"
+    _check_values(config)
     scale_schedule(config.schedule)
-    check(config)
+    for problem in _combinations(config):
+        raise UsageError(problem)
     return config
-
-
-def _find(file: str | Path) -> Path:
-    try:
-        return find_config(file, "classification")
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
     if path.resolve() in seen:
         raise UsageError(f"{path}: _BASE_ leads back to this file")
-    if not path.is_file():
-        raise UsageError(f"{path}: no such config file, named by _BASE_")
     try:
         loaded = OmegaConf.load(path)
     except Exception as error:  # what YAML parsers raise has no common base
-        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        raise UsageError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(loaded, DictConfig):
         raise UsageError(f"{path}: a config is a table of keys")
     base = loaded.pop("_BASE_", None)
@@ -248,8 +246,7 @@ def _merge(onto: DictConfig, update: DictConfig, where: str) -> DictConfig:
         if not unknown:
             message = f"{where}: {error.full_key}: {str(error).splitlines()[0]}"
             raise UsageError(message) from error
-        near = nearest_key(unknown[0])
-        hint = f"did you mean {near}?" if near else "see resnet_backbone/classification/config.py"
+        hint = f"did you mean {nearest_key(unknown[0])}?"
         raise UsageError(f"{where}: unknown key {unknown[0]}: {hint}") from error
 
 
@@ -264,8 +261,6 @@ def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def scale_schedule(schedule: ScheduleConfig) -> None:
     """Applies ``scale`` in place to iterations, milestones and warm-up, and sets it to 1."""
-    if not schedule.scale > 0:
-        raise UsageError(f"schedule.scale is {schedule.scale}; give a number above 0")
     if schedule.scale != 1:
         schedule.iterations = max(1, round(schedule.iterations * schedule.scale))
         schedule.milestones = [round(value * schedule.scale) for value in schedule.milestones]
@@ -279,65 +274,46 @@ def get(config: Config, key: str) -> Any:
     return getattr(getattr(config, group), name)
 
 
-def check(config: Config) -> None:
-    """Refuses values and combinations that cannot work."""
-    for group in fields(config):
-        values = getattr(config, group.name)
-        for item in fields(values):
-            _check_value(f"{group.name}.{item.name}", getattr(values, item.name), item.metadata)
-    for problem in _combinations(config):
-        raise UsageError(problem)
-
-
-def _check_value(key: str, value: Any, limits: Mapping[str, Any]) -> None:
-    """Compares a value with the metadata of its field, see :func:`one_of` and :func:`number`."""
-    choices = limits.get("choices", (value,))
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UsageError(f"{key} is {value!r}; use {', '.join(choices)}{hint}")
-    if "least" in limits and not value >= limits["least"]:
-        raise UsageError(f"{key} is {value}; give {limits['least']} or more")
+def _check_values(config: Config) -> None:
+    """Compares every value with the metadata of its field, see :func:`one_of`, :func:`number`."""
+    items = [item for group in fields(Config) for item in fields(group.default_factory)]
+    for key, item in zip(key_names(), items, strict=True):
+        value, limits, choices = get(config, key), item.metadata, item.metadata.get("choices")
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UsageError(f"{key} is {value!r}; use {', '.join(choices)}{hint}")
+        for limit, (holds, wanted) in LIMITS.items():
+            if limit in limits and not holds(value, limits[limit]):
+                raise UsageError(f"{key} is {value}; give {wanted.format(limits[limit])}")
 
 
 def _combinations(config: Config) -> Iterator[str]:
+    """What cannot work together."""
     data, schedule, train = config.data, config.schedule, config.train
-    if not 0 < schedule.lr < math.inf:
-        yield f"schedule.lr is {schedule.lr}; give a number above 0"
-    if not 0 < schedule.gamma <= 1:
-        yield f"schedule.gamma is {schedule.gamma}; give a factor above 0, at most 1"
-    if not config.optimizer.momentum < 1:
-        yield f"optimizer.momentum is {config.optimizer.momentum}; give a number below 1"
+    evaluation = config.evaluation
     if sorted({0, *schedule.milestones}) != [0, *schedule.milestones]:
         yield f"schedule.milestones {schedule.milestones} must rise from above 0"
     if schedule.policy != "steps" and schedule.milestones:
         yield f"schedule.milestones are for policy steps, not {schedule.policy}: remove one of them"
-    if schedule.policy == "steps" and any(m >= schedule.iterations for m in schedule.milestones):
+    if max(schedule.milestones, default=0) >= schedule.iterations:
         yield (
             f"schedule.milestones {schedule.milestones} reach past schedule.iterations "
             f"{schedule.iterations}: change both together with schedule.scale"
         )
-    if schedule.policy == "plateau" and not config.evaluation.every:
+    if schedule.policy == "plateau" and not evaluation.every:
         yield "schedule.policy plateau needs evaluations: set evaluation.every above 0"
     if schedule.warmup_iterations > schedule.iterations:
-        yield (
-            f"schedule.warmup_iterations {schedule.warmup_iterations} are more than "
-            f"schedule.iterations {schedule.iterations}"
-        )
+        yield f"schedule.warmup_iterations are more than {schedule.iterations} schedule.iterations"
     if schedule.warmup_iterations and schedule.warmup_until_error:
         yield "schedule.warmup_iterations and warmup_until_error are two kinds of warm-up: set one"
     if schedule.warmup_until_error and not schedule.warmup_lr:
         yield "schedule.warmup_until_error needs schedule.warmup_lr (the paper: 0.01)"
     if train.micro_batch and train.batch_size % train.micro_batch:
-        size, part = train.batch_size, train.micro_batch
-        yield f"train.batch_size {size} is not a multiple of train.micro_batch {part}"
-    if train.ema >= 1:
-        yield f"train.ema is {train.ema}; give a decay below 1, such as 0.9999"
-    if config.loss.label_smoothing >= 1:
-        yield f"loss.label_smoothing is {config.loss.label_smoothing}; give a number below 1"
+        yield f"train.micro_batch {train.micro_batch} does not divide {train.batch_size} images"
     if len(data.short_side) != 2 or not 0 < data.crop <= data.short_side[0] <= data.short_side[1]:
         yield f"data.short_side {data.short_side} must be [least, most], both at least data.crop"
-    if config.evaluation.crop > config.evaluation.short_side:
+    if evaluation.crop > evaluation.short_side:
         yield "evaluation.crop is larger than evaluation.short_side"
     small = data.format in ("cifar10", "digits")
     if small and data.augmentation not in ("pad_crop", "shift", "none"):
@@ -349,13 +325,13 @@ def _combinations(config: Config) -> Iterator[str]:
         yield "data.rand_augment belongs to data.augmentation=inception: set both or none"
     if data.class_list and data.format != "imagenet":
         yield "data.class_list is for data.format imagenet; shards hold their classes"
-    cropped = config.evaluation.protocol == "centre" and data.format in ("imagenet", "shards")
-    if cropped and data.mean == "pixel" and config.evaluation.crop != data.crop:
+    cropped = evaluation.protocol == "center" and data.format in ("imagenet", "shards")
+    if cropped and data.mean == "pixel" and evaluation.crop != data.crop:
         yield (
             f"data.mean pixel fits images of data.crop {data.crop}, not of evaluation.crop "
-            f"{config.evaluation.crop}: make them equal or set data.mean=channel"
+            f"{evaluation.crop}: make them equal or set data.mean=channel"
         )
-    if small and config.evaluation.protocol != "full":
+    if small and evaluation.protocol != "full":
         yield f"evaluation.protocol: {data.format} images are tested as they are: full"
     if data.format in ("imagenet", "shards", "cifar10") and not data.root:
         yield f"data.root is empty: give the folder of the {data.format} data, data.root=PATH"

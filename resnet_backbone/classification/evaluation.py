@@ -1,37 +1,123 @@
 """Evaluation of classifiers: exact counts for one network or several, in one process or many.
 
-    result = evaluate([(model, normalizer)], Centre(256, 224), loader)
+    result = evaluate([(model, normalizer)], Center(256, 224), loader)
     result.top1_error, result.top5_error, result.cross_entropy
 
-``loader`` yields batches with ``images`` (one entry for each of the protocol's short sides),
-``labels``, ``indices`` and ``bad``, and has ``num_images`` and ``name_of(index)``:
-``data.evaluation.EvaluationLoader``.
+Processes exchange what is kept of every single image, and not sums. It is put into the order of
+the data set before anything is computed, so any number of processes gives the same result to the
+last bit.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from resnet_backbone.classification import metrics
-from resnet_backbone.classification.metrics import Predictions
-from resnet_backbone.classification.protocols import Member, Protocol
+from resnet_backbone.classification.data.evaluation import (
+    BadSample,
+    EvaluationBatch,
+    EvaluationLoader,
+)
+from resnet_backbone.classification.networks import evaluation_mode
+from resnet_backbone.classification.protocols import Images, Member, Protocol
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
+TOP = 5  # classes that are kept of each image
 
-class EvaluationError(UsageError):
-    """An evaluation that would give a wrong number; the message says what and where."""
+
+@dataclass(frozen=True)
+class Predictions:
+    """What is kept of each image, one row for each.
+
+    Attributes:
+        indices: int64 (N,), places in the data set.
+        labels: int64 (N,).
+        classes: int64 (N, k), the classes with the highest scores, best first; k is 5, or the
+            number of classes where there are fewer. Of equal scores the lower class comes first.
+        scores: float32 (N, k), their probabilities.
+        log_likelihoods: float64 (N,), log of the probability of the label.
+    """
+
+    indices: Tensor
+    labels: Tensor
+    classes: Tensor
+    scores: Tensor
+    log_likelihoods: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @classmethod
+    def from_probabilities(
+        cls, probabilities: Tensor, labels: Tensor, indices: Tensor
+    ) -> Predictions:
+        """Records of a batch, on the CPU.
+
+        Args:
+            probabilities: (N, num_classes), on any device.
+            labels, indices: int64 (N,).
+        """
+        ranked, order = probabilities.sort(dim=1, descending=True, stable=True)
+        of_label = probabilities.gather(1, labels.to(probabilities.device)[:, None])[:, 0]
+        tiny = torch.finfo(torch.float64).tiny  # a probability may underflow; its log must not
+        return cls(
+            indices.cpu(),
+            labels.cpu(),
+            order[:, :TOP].cpu(),
+            ranked[:, :TOP].float().cpu(),
+            of_label.double().clamp_min(tiny).log().cpu(),
+        )
+
+    @classmethod
+    def merge(cls, parts: Sequence[Predictions]) -> Predictions:
+        """Joins records, in the order of the data set."""
+        names = tuple(cls.__dataclass_fields__)
+        columns = [torch.cat([getattr(part, name) for part in parts]) for name in names]
+        order = columns[0].argsort()
+        return cls(*(column[order] for column in columns))
+
+
+def top_k_error(predictions: Predictions, k: int, num_bad: int = 0) -> float:
+    """Percent of images whose label is not among the ``k`` (1 to 5) best classes.
+
+    Args:
+        num_bad: further images that could not be read; they count as wrong.
+    """
+    right = (predictions.classes[:, :k] == predictions.labels[:, None]).any(1).sum().item()
+    total = len(predictions) + num_bad
+    return 100.0 * (total - right) / total
+
+
+def confusion_matrix(predictions: Predictions, num_classes: int) -> Tensor:
+    """Counts, int64 (label, predicted class)."""
+    cells = predictions.labels * num_classes + predictions.classes[:, 0]
+    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def per_class_error(confusion: Tensor, bad_labels: Sequence[int] = ()) -> list[float | None]:
+    """Top-1 error of each class in percent; ``None`` for a class without images.
+
+    Args:
+        confusion: of :func:`confusion_matrix`.
+        bad_labels: classes of images that could not be read; they count as wrong.
+    """
+    bad = torch.bincount(torch.tensor(bad_labels, dtype=torch.int64), minlength=len(confusion))
+    totals = (confusion.sum(1) + bad).tolist()
+    right = confusion.diagonal().tolist()
+    return [100.0 * (n - r) / n if n else None for n, r in zip(totals, right, strict=True)]
+
+
+def cross_entropy(predictions: Predictions) -> float:
+    """Mean of -log(probability of the label), in nats."""
+    return -predictions.log_likelihoods.mean().item()
 
 
 @dataclass(frozen=True)
@@ -62,7 +148,7 @@ class EvaluationResult:
     per_class_error: list[float | None]
     confusion: Tensor
     predictions: Predictions
-    bad: tuple[Any, ...]
+    bad: tuple[BadSample, ...]
     protocol: dict
     num_models: int
     seconds: float
@@ -81,9 +167,6 @@ class EvaluationResult:
         values["images_per_second"] = self.num_images / self.seconds
         return values
 
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2)
-
     def __str__(self) -> str:
         top5 = "not defined" if self.top5_error is None else f"{self.top5_error:.2f} %"
         bad = f", {len(self.bad)} of them unreadable and counted as wrong" if self.bad else ""
@@ -96,13 +179,12 @@ class EvaluationResult:
 def evaluate(
     models: Sequence[tuple[nn.Module, InputNormalizer]],
     protocol: Protocol,
-    loader: Iterable,
+    loader: EvaluationLoader,
     *,
     world: World | None = None,
     autocast: torch.dtype | None = None,
     channels_last: bool = True,
     max_bad_images: int = 0,
-    progress: bool | None = None,
 ) -> EvaluationResult:
     """Evaluates a network, or several whose probabilities are averaged.
 
@@ -112,59 +194,47 @@ def evaluate(
     Args:
         models: (network, its preprocessing) of each member of the ensemble.
         protocol: see ``classification.protocols``.
-        loader: this process's part of the images, see the module's description.
+        loader: this process's part of the images, at each of the protocol's short sides.
         world: the processes that share the data set; every one of them calls this function and
             gets the whole result. ``None``: this one alone.
         autocast: ``torch.bfloat16`` or ``torch.float16`` for mixed precision.
         channels_last: memory format of the networks' input.
         max_bad_images: unreadable images, over all processes, up to which evaluation goes on and
             counts them as wrong.
-        progress: a progress bar on the main process; ``None``: where there is a terminal.
 
     Raises:
-        EvaluationError: too many unreadable images, scores that are not finite (with the image's
+        UsageError: too many unreadable images, scores that are not finite (with the image's
             name), labels that the networks do not have, networks with different numbers of
             classes, an image seen twice or not at all. With several processes, on all of them.
     """
-    world = world or World()
     members = [Member(m, n, autocast, channels_last) for m, n in models]
     if not members:
-        raise EvaluationError("evaluation needs at least one network")
-    run = _Run(members, protocol, loader, world, max_bad_images)
+        raise UsageError("evaluation needs at least one network")
+    run = _Run(members, protocol, loader, world or World(), max_bad_images)
     start = time.perf_counter()
-    with torch.inference_mode(), _evaluation_mode(members):
-        run.all_batches(_progress_bar(loader, world, progress))
-    shares = world.gather(run.share())
-    if run.failure is not None:
-        raise run.failure
-    for rank, share in enumerate(shares):
-        if share.failure:
-            raise EvaluationError(f"process {rank}: {share.failure}")
-    return _result(run, shares, time.perf_counter() - start)
+    hidden = None if run.world.is_main else True
+    bar = tqdm(loader, "evaluation", unit="batch", leave=False, disable=hidden)
+    with torch.inference_mode(), evaluation_mode(*(member.model for member in members)):
+        run.all_batches(bar)
+    return run.result(start)
 
 
-class _Share(NamedTuple):
-    """What one process found."""
-
-    predictions: Predictions | None
-    num_classes: int
-    bad: tuple[Any, ...]
-    failure: str
-
-
+@dataclass
 class _Run:
-    """The pass of one process over its images."""
+    """The pass of one process over its images, and the result of all."""
 
-    def __init__(self, members, protocol: Protocol, loader, world: World, max_bad_images: int):
-        self.members, self.protocol, self.loader = members, protocol, loader
-        self.world, self.max_bad_images = world, max_bad_images
-        self.parts: list[Predictions] = []
-        self.bad: list[Any] = []
-        self.num_classes = 0
-        self.data_seconds = 0.0
-        self.failure: Exception | None = None
+    members: Sequence[Member]
+    protocol: Protocol
+    loader: EvaluationLoader
+    world: World
+    max_bad_images: int
+    parts: list[Predictions] = field(default_factory=list)
+    bad: list[BadSample] = field(default_factory=list)
+    num_classes: int = 0
+    data_seconds: float = 0.0
+    failure: Exception | None = None
 
-    def all_batches(self, batches: Iterable) -> None:
+    def all_batches(self, batches: Iterable[EvaluationBatch]) -> None:
         """Evaluates all batches.
 
         After a failure the rest is read and not used: the loader may talk to the other processes,
@@ -182,17 +252,11 @@ class _Run:
                 return
             waiting_since = time.perf_counter()
 
-    def one_batch(self, batch) -> None:
+    def one_batch(self, batch: EvaluationBatch) -> None:
         self.bad.extend(batch.bad)
         check_bad(self.bad, self.max_bad_images)
         if not len(batch.labels):
             return
-        wanted = len(self.protocol.short_sides)
-        if len(batch.images) != wanted:
-            raise EvaluationError(
-                f"protocol {self.protocol.name} wants each image at {wanted} sizes, the loader "
-                f"gives {len(batch.images)}: make the data set with protocol.short_sides"
-            )
         total = 0
         for number, member in enumerate(self.members):
             images = [_to(scaled, member.normalizer.device) for scaled in batch.images]
@@ -202,113 +266,91 @@ class _Run:
         mean = total / len(self.members)
         self.parts.append(Predictions.from_probabilities(mean, batch.labels, batch.indices))
 
-    def check_scores(self, scores: Tensor, batch, number: int) -> None:
+    def check_scores(self, scores: Tensor, batch: EvaluationBatch, number: int) -> None:
         if scores.shape[1] != (self.num_classes or scores.shape[1]):
-            raise EvaluationError(
+            raise UsageError(
                 f"network {number + 1} has {scores.shape[1]} classes, the first {self.num_classes}"
             )
         self.num_classes = scores.shape[1]
         finite = scores.isfinite().all(1)
         if not finite.all():
             place = int((~finite).nonzero()[0, 0])
-            raise EvaluationError(
+            raise UsageError(
                 f"{self.name_of(batch, place)}: the scores of network {number + 1} are NaN or "
                 "infinite; are its weights or its preprocessing damaged, or fp16 too narrow?"
             )
         wrong = ((batch.labels < 0) | (batch.labels >= self.num_classes)).nonzero()
         if len(wrong):
             place = int(wrong[0, 0])
-            raise EvaluationError(
+            raise UsageError(
                 f"{self.name_of(batch, place)}: label {int(batch.labels[place])}, but the network "
                 f"has classes 0 to {self.num_classes - 1}"
             )
 
-    def name_of(self, batch, place: int) -> str:
+    def name_of(self, batch: EvaluationBatch, place: int) -> str:
         index = int(batch.indices[place])
-        name = getattr(self.loader, "name_of", lambda index: "an image")(index)
-        return f"{name} (index {index})"
+        return f"{self.loader.name_of(index)} (index {index})"
 
-    def share(self) -> _Share:
+    def result(self, start: float) -> EvaluationResult:
         failed = self.failure and (str(self.failure) or type(self.failure).__name__)
-        merged = Predictions.merge(self.parts) if self.parts else None
-        return _Share(merged, self.num_classes, tuple(self.bad), failed or "")
+        shares = self.world.gather((self.parts, self.num_classes, self.bad, failed))
+        if self.failure is not None:
+            raise self.failure
+        for rank, (*_, failure) in enumerate(shares):
+            if failure:
+                raise UsageError(f"process {rank}: {failure}")
+        parts, classes, bad, _ = zip(*shares, strict=True)
+        parts, bad = list(chain(*parts)), tuple(sorted(chain(*bad)))
+        check_bad(bad, self.max_bad_images)
+        if not parts:
+            raise UsageError("there is no readable image to evaluate on")
+        predictions, num_classes = Predictions.merge(parts), max(classes)
+        _check_complete(predictions, bad, self.loader.num_images)
+        confusion = confusion_matrix(predictions, num_classes)
+        top5 = top_k_error(predictions, TOP, len(bad)) if num_classes >= TOP else None
+        return EvaluationResult(
+            num_images=len(predictions) + len(bad),
+            num_classes=num_classes,
+            top1_error=top_k_error(predictions, 1, len(bad)),
+            top5_error=top5,
+            cross_entropy=cross_entropy(predictions),
+            per_class_error=per_class_error(confusion, [sample.label for sample in bad]),
+            confusion=confusion,
+            predictions=predictions,
+            bad=bad,
+            protocol=self.protocol.settings(),
+            num_models=len(self.members),
+            seconds=time.perf_counter() - start,
+            data_seconds=self.data_seconds,
+        )
 
 
-def check_bad(bad: Sequence[Any], most: int) -> None:
+def check_bad(bad: Sequence[BadSample], most: int) -> None:
     """Stops an evaluation that met more unreadable images than it may."""
     if len(bad) > most:
         first = min(bad)
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise EvaluationError(
+        raise UsageError(
             f"{first.name}: {first.reason}{more}; repair the file, or let up to N such images "
             "count as wrong with max_bad_images (--max-bad-images N)"
         )
 
 
-def _result(run: _Run, shares: Sequence[_Share], seconds: float) -> EvaluationResult:
-    bad = tuple(sorted(sample for share in shares for sample in share.bad))
-    check_bad(bad, run.max_bad_images)
-    parts = [share.predictions for share in shares if share.predictions is not None]
-    if not parts:
-        raise EvaluationError("there is no readable image to evaluate on")
-    predictions = Predictions.merge(parts)
-    _check_complete(predictions, bad, getattr(run.loader, "num_images", None))
-    num_classes = max(share.num_classes for share in shares)
-    confusion = metrics.confusion_matrix(predictions, num_classes)
-    top5 = None
-    if num_classes >= metrics.TOP:
-        top5 = metrics.top_k_error(predictions, metrics.TOP, len(bad))
-    return EvaluationResult(
-        num_images=len(predictions) + len(bad),
-        num_classes=num_classes,
-        top1_error=metrics.top_k_error(predictions, 1, len(bad)),
-        top5_error=top5,
-        cross_entropy=metrics.cross_entropy(predictions),
-        per_class_error=metrics.per_class_error(confusion, [sample.label for sample in bad]),
-        confusion=confusion,
-        predictions=predictions,
-        bad=bad,
-        protocol=run.protocol.settings(),
-        num_models=len(run.members),
-        seconds=seconds,
-        data_seconds=run.data_seconds,
-    )
-
-
-def _check_complete(predictions: Predictions, bad: Sequence[Any], expected: int | None) -> None:
+def _check_complete(predictions: Predictions, bad: Sequence[BadSample], expected: int) -> None:
     seen = sorted([*predictions.indices.tolist(), *(sample.index for sample in bad)])
     twice = [first for first, second in zip(seen, seen[1:], strict=False) if first == second]
     if twice:
-        raise EvaluationError(
+        raise UsageError(
             f"image {twice[0]} was evaluated twice: give each process its own rank of the loader"
         )
-    if expected is not None and len(seen) != expected:
-        raise EvaluationError(
+    if len(seen) != expected:
+        raise UsageError(
             f"{len(seen)} images were evaluated, the data set has {expected}: the loader's world "
             "must be the number of processes that evaluate"
         )
 
 
-def _to(images: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+def _to(images: Images, device: torch.device) -> Images:
     if isinstance(images, Tensor):
         return images.to(device, non_blocking=True)
     return [image.to(device, non_blocking=True) for image in images]
-
-
-def _progress_bar(loader: Iterable, world: World, progress: bool | None) -> Iterable:
-    wanted = sys.stderr.isatty() if progress is None else progress
-    if not wanted or not world.is_main:
-        return loader
-    return tqdm(loader, desc="evaluation", unit="batch", leave=False)
-
-
-@contextmanager
-def _evaluation_mode(members: Sequence[Member]) -> Iterator[None]:
-    modes = [(part, part.training) for member in members for part in member.model.modules()]
-    for member in members:
-        member.model.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

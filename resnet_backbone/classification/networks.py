@@ -1,14 +1,22 @@
-"""Classifiers by name: this package's, torchvision's and timm's."""
+"""Classifiers of this package, torchvision and timm by name, their weights, a run's checkpoints."""
 
 from __future__ import annotations
 
 import difflib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from resnet_backbone.models import StagedNetwork
+from resnet_backbone.runtime.files import whole_file
 from resnet_backbone.weights import (
     ModelSpec,
     Preprocessing,
@@ -20,6 +28,12 @@ from resnet_backbone.weights.checkpoint import MODEL_KEY
 from resnet_backbone.weights.inspect import read_header
 from resnet_backbone.weights.reading import read_own_tensors
 
+logger = logging.getLogger(__name__)
+
+WEIGHTS, AVERAGED, STATE = "model.safetensors", "averaged.safetensors", "state.pt"
+FOLDER, DAMAGED = "checkpoints", ".damaged"
+LEFT_BEHIND = (".*.tmp", ".partial-*")  # what a kill can leave; the second by earlier versions
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's auxiliary classifiers (arXiv 1409.4842, section 5)
 
 
@@ -55,9 +69,7 @@ def _from_torchvision(name: str, num_classes: int, options: dict) -> nn.Module:
 
     names = models.list_models(module=models)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean torchvision/{near[0]}?" if near else "see torchvision.models"
-        raise ValueError(f"torchvision has no classifier {name!r}: {hint}")
+        raise _unknown("torchvision", name, names)
     if name in ("googlenet", "inception_v3"):
         options.setdefault("init_weights", True)
     return models.get_model(name, weights=None, num_classes=num_classes, **options)
@@ -69,10 +81,13 @@ def _from_timm(name: str, num_classes: int, options: dict) -> nn.Module:
     except ImportError as error:
         raise ValueError("timm/ names need timm: pip install timm") from error
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"did you mean timm/{near[0]}?" if near else "see timm.list_models()"
-        raise ValueError(f"timm has no model {name!r}: {hint}")
+        raise _unknown("timm", name, timm.list_models())
     return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)
+
+
+def _unknown(library: str, name: str, names: list[str]) -> ValueError:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+    return ValueError(f"{library} has no classifier {name!r}: did you mean {library}/{near[0]}?")
 
 
 def logits_of(outputs: Any) -> tuple[Tensor, list[tuple[float, Tensor]]]:
@@ -83,10 +98,22 @@ def logits_of(outputs: Any) -> tuple[Tensor, list[tuple[float, Tensor]]]:
     return main, [(AUXILIARY_WEIGHT, other) for other in others if other is not None]
 
 
+@contextmanager
+def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
+    """Inside, networks are in evaluation mode; afterwards each module is in its own again."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def describe(model: nn.Module, preprocessing: Preprocessing) -> Preprocessing:
     """Adds to a preprocessing what the network itself settles: stride position and BN epsilon."""
-    norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
-    epsilons = {module.eps for module in model.modules() if isinstance(module, norms)}
+    epsilons = {module.eps for module in model.modules() if isinstance(module, NORMS)}
     values = {**preprocessing.__dict__, "stride_in_1x1": _stride_in_1x1(model)}
     if len(epsilons) == 1:
         values["bn_eps"] = epsilons.pop()
@@ -153,3 +180,101 @@ def load_exactly(model: nn.Module, path: str | Path, preprocessing: str = "") ->
         )
     model.load_state_dict(tensors)
     return found
+
+
+class Checkpoints:
+    """The folder ``checkpoints/<iteration>/`` of a run.
+
+    Each is written under another name and renamed when it is on the disk, so a kill at any moment
+    leaves the earlier ones and at most a folder that the next start removes.
+
+    Args:
+        folder: of the run.
+        spec, preprocessing: written into the weights.
+        keep: newest checkpoints that stay.
+        keep_every: iterations whose multiples stay for good; 0: none.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: NetworkSpec,
+        preprocessing: Preprocessing,
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+    ):
+        self.run = Path(folder)
+        self.spec, self.preprocessing = spec, preprocessing
+        self.keep, self.keep_every = keep, keep_every
+
+    def save(
+        self, iteration: int, model: nn.Module, state: dict, averaged: nn.Module | None = None
+    ) -> Path:
+        """Writes the checkpoint of an iteration, unless it is there already.
+
+        Args:
+            averaged: the network with averaged weights, written beside the others so that it can
+                be used before the run ends.
+        """
+        final = self.run / FOLDER / f"{iteration:08d}"
+        if final.exists():
+            return final
+        final.parent.mkdir(parents=True, exist_ok=True)
+        facts = (self.spec, self.preprocessing, self.run.resolve().name)
+        with whole_file(final) as partial:
+            partial.mkdir()
+            save_network(partial / WEIGHTS, model, *facts)
+            if averaged is not None:
+                save_network(partial / AVERAGED, averaged, *facts)
+            torch.save(state, partial / STATE)
+        for old in checkpoints_in(self.run)[: -self.keep]:
+            if not self.keep_every or int(old.name) % self.keep_every:
+                shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def load_latest(self, model: nn.Module, clean: bool = True) -> dict | None:
+        """Loads the newest checkpoint's weights; its state, or None if there is no checkpoint.
+
+        ``preprocessing`` is then what these weights expect. A damaged checkpoint is passed over
+        with a warning that names it, and set aside once an older one was loaded.
+
+        Args:
+            clean: whether to remove and set aside; for one process of a run.
+
+        Raises:
+            WeightsError: there are checkpoints, and none can be read.
+        """
+        for pattern in LEFT_BEHIND if clean else ():
+            for left in (self.run / FOLDER).glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
+        damaged: list[Path] = []
+        for folder in reversed(checkpoints_in(self.run)):
+            try:
+                state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+                self.preprocessing = load_exactly(model, folder / WEIGHTS)
+                for other in damaged if clean else ():
+                    os.replace(other, other.with_name(other.name + DAMAGED))
+                return state
+            except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+                damaged.append(folder)
+                problem = " ".join(str(error).split())
+                logger.warning("%s cannot be used (%s); trying an older one", folder, problem)
+        if damaged:
+            raise WeightsError(f"{self.run}: none of {len(damaged)} checkpoints can be read")
+        return None
+
+
+def checkpoints_in(run: str | Path) -> list[Path]:
+    """The folders of a run's complete checkpoints, oldest first; their names are iterations."""
+    found = (path for path in (Path(run) / FOLDER).glob("*") if path.name.isdigit())
+    return sorted(found, key=lambda path: int(path.name))
+
+
+def newest_weights(run: str | Path) -> str:
+    """The weights of a run's newest checkpoint that evaluations use; empty if there is none."""
+    found = checkpoints_in(run)
+    if not found:
+        return ""
+    averaged = found[-1] / AVERAGED
+    return str(averaged if averaged.is_file() else found[-1] / WEIGHTS)

@@ -5,7 +5,7 @@ before it is sent on (``prepare``), and turns the images into class probabilitie
 Networks run through a :class:`Member`, which holds one network with its own preprocessing.
 
 The paper's per-pixel mean has the size of its training crop. Where a protocol shows the network
-images of exactly that size (centre, ten_crop, CIFAR's full), the mean image is subtracted; at all
+images of exactly that size (center, ten_crop, CIFAR's full), the mean image is subtracted; at all
 other sizes (dense) ``InputNormalizer`` subtracts the channel means.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from resnet_backbone.classification.data.augment import center_crop
 from resnet_backbone.models import VGG, StagedNetwork
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
@@ -77,13 +78,11 @@ class Member:
 
     def position_logits(self, images: Tensor, window: int) -> Tensor:
         """The network applied convolutionally: float64 (N, num_classes, h, w)."""
-        network = self.network
+        network, last = self.network, self.network.stage_names[-1]
 
         def apply(inputs: Tensor) -> Tensor:
-            last = network.stage_names[-1]
-            return _head_as_convolution(
-                network, network.forward_features(inputs, [last])[last], window
-            )
+            maps = network.forward_features(inputs, [last])[last]
+            return _head_as_convolution(network, maps, window)
 
         return self.run(apply, images).double()
 
@@ -116,28 +115,6 @@ def by_size(function: Callable[[Tensor], Tensor], images: Images) -> Tensor:
     order = torch.tensor([place for places in groups.values() for place in places])
     joined = torch.cat(parts)
     return joined[order.argsort().to(joined.device)]
-
-
-def crop(image: Tensor, top: int, left: int, size: int) -> Tensor:
-    return image[..., top : top + size, left : left + size]
-
-
-def centre_crop(image: Tensor, size: int) -> Tensor:
-    """The middle of (..., H, W), with torchvision's rounding."""
-    height, width = image.shape[-2:]
-    if min(height, width) < size:
-        raise ValueError(
-            f"an image of {height}x{width} has no {size}x{size} crop: use a larger resize"
-        )
-    return crop(image, round((height - size) / 2), round((width - size) / 2), size)
-
-
-def five_crops(image: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Top left, top right, bottom left, bottom right and centre of (..., H, W)."""
-    middle = centre_crop(image, size)
-    bottom, right = image.shape[-2] - size, image.shape[-1] - size
-    corners = ((0, 0), (0, right), (bottom, 0), (bottom, right))
-    return (*(crop(image, top, left, size) for top, left in corners), middle)
 
 
 class Protocol:
@@ -182,17 +159,16 @@ class Full(Protocol):
 
 
 @dataclass(frozen=True)
-class Centre(Protocol):
-    """The centre crop of the scaled image: the released weights' "1-crop" (short side 256, 224).
+class _Cropped(Protocol):
+    """Square crops of the scaled image.
 
     Args:
-        resize: short side in pixels, or ``None`` to leave the image as it is.
+        resize: short side in pixels (the paper: 256), or ``None`` to leave the image as it is.
         crop: side of the square in pixels.
     """
 
     resize: int | None = 256
     crop: int = 224
-    name: ClassVar[str] = "centre"
 
     def __post_init__(self):
         if self.crop < 1 or (self.resize is not None and self.resize < self.crop):
@@ -204,37 +180,39 @@ class Centre(Protocol):
     def short_sides(self) -> tuple[int | None, ...]:
         return (self.resize,)
 
+
+@dataclass(frozen=True)
+class Center(_Cropped):
+    """The center crop of the scaled image: the released weights' "1-crop" (short side 256, 224)."""
+
+    name: ClassVar[str] = "center"
+
     def prepare(self, image: Tensor) -> Tensor:
-        return centre_crop(image, self.crop)
+        return center_crop(image, self.crop)
 
     def score(self, member: Member, images: Sequence[Images]) -> Tensor:
-        return by_size(lambda stack: member(centre_crop(stack, self.crop)).softmax(1), images[0])
+        return by_size(lambda stack: member(center_crop(stack, self.crop)).softmax(1), images[0])
 
 
 @dataclass(frozen=True)
-class TenCrop(Protocol):
-    """Four corners and the centre, and those of the mirrored image (paper, Tables 2 and 3).
+class TenCrop(_Cropped):
+    """Four corners and the center, and those of the mirrored image (paper, Tables 2 and 3).
 
     The softmax scores are averaged, as the released weights' README says. Crops are
     torchvision's ``TenCrop``. Each of the ten goes through the network as a batch of its own.
-
-    Args:
-        resize: short side in pixels (the paper: 256), or ``None`` for the image as it is.
-        crop: side of the squares in pixels.
     """
 
-    resize: int | None = 256
-    crop: int = 224
     name: ClassVar[str] = "ten_crop"
-    __post_init__ = Centre.__post_init__
-
-    @property
-    def short_sides(self) -> tuple[int | None, ...]:
-        return (self.resize,)
 
     def crops(self, image: Tensor) -> tuple[Tensor, ...]:
         """Ten of (..., crop, crop)."""
-        return five_crops(image, self.crop) + five_crops(image.flip(-1), self.crop)
+        return self._five(image) + self._five(image.flip(-1))
+
+    def _five(self, image: Tensor) -> tuple[Tensor, ...]:
+        size, middle = self.crop, center_crop(image, self.crop)
+        upper, lower = image[..., :size, :], image[..., -size:, :]
+        corners = (upper[..., :size], upper[..., -size:], lower[..., :size], lower[..., -size:])
+        return (*corners, middle)
 
     def score(self, member: Member, images: Sequence[Images]) -> Tensor:
         if isinstance(images[0], Tensor):
@@ -249,28 +227,23 @@ class Dense(Protocol):
     """Multi-scale fully convolutional testing (paper, section 3.4 and Table 4).
 
     The whole image at each short side goes through the network; the scores of all positions are
-    averaged within a view (a size, mirrored or not), then over the views, all alike.
-
-    What the paper leaves open is named here:
-
-    - ``pooling``. "sliding" is the fully convolutional form: the 7x7 average pooling with stride 1
-      and the fc layer as a 1x1 convolution (VGG: fc6 as a 7x7 convolution), one score for each
-      position. "global_pool" is the network's own forward pass at that size: one score from the
-      average over the whole map. For a linear head the mean of the scores is the score of the
-      mean, fc(mean(x)) = mean(fc(x)), so the two then differ only in weights: cells near the
-      border are in fewer windows. They also differ by the softmax of single positions, and in
-      VGG, whose fc6 and fc7 are not linear (its own forward pass averages pool5 to 7x7).
-    - ``softmax``. "per_view": logits averaged over positions, softmax, probabilities averaged over
-      views; "per_position": softmax at every position first; "at_end": all logits averaged, one
-      softmax.
-    - ``flip``. Whether the mirrored image is a view, too; the paper does not say.
-
-    The defaults are VGG's protocol (arXiv 1409.1556, section 3.2), to which the paper refers:
-    the class score map is averaged over positions, then "soft-max class posteriors" over views;
-    flips are off.
+    averaged within a view (a size, mirrored or not), then over the views, all alike. What the paper
+    leaves open is named here. The defaults are VGG's protocol (arXiv 1409.1556, section 3.2), to
+    which the paper refers: the class score map is averaged over positions, then "soft-max class
+    posteriors" over views.
 
     Args:
         sizes: short sides in pixels.
+        flip: whether the mirrored image is a view, too.
+        pooling: "sliding" is the fully convolutional form: the 7x7 average pooling with stride 1
+            and the fc layer as a 1x1 convolution (VGG: fc6 as a 7x7 convolution), one score for
+            each position. "global_pool" is the network's own forward pass at that size. For a
+            linear head, fc(mean(x)) = mean(fc(x)), they differ only in weights: cells near the
+            border are in fewer windows. They also differ by the softmax of single positions, and
+            in VGG, whose fc6 and fc7 are not linear.
+        softmax: "per_view": logits averaged over positions, softmax, probabilities averaged over
+            views; "per_position": softmax at every position first; "at_end": all logits averaged,
+            one softmax.
         window: side of the last map at the training size: 7 for ImageNet networks at 224.
     """
 
@@ -320,4 +293,4 @@ class Dense(Protocol):
         return logits.softmax(1) if self.softmax == "per_view" else logits
 
 
-PROTOCOLS: dict[str, type[Protocol]] = {kind.name: kind for kind in (Full, Centre, TenCrop, Dense)}
+PROTOCOLS: dict[str, type[Protocol]] = {kind.name: kind for kind in (Full, Center, TenCrop, Dense)}

@@ -16,16 +16,14 @@ from resnet_backbone.classification.batch_norm import (
     TrainingImages,
     recompute_statistics,
 )
-from resnet_backbone.classification.checkpoints import Checkpoints
 from resnet_backbone.classification.config import Config
 from resnet_backbone.classification.data.augment import BatchMixer
 from resnet_backbone.classification.data.build import build_data
 from resnet_backbone.classification.data.evaluation import EvaluationLoader
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
-from resnet_backbone.classification.networks import NetworkSpec
-from resnet_backbone.classification.optimizer import LearningRate, Schedule, build_sgd
-from resnet_backbone.classification.protocols import Centre, Full
-from resnet_backbone.classification.step import AMP, StepOptions, TrainStep
+from resnet_backbone.classification.networks import NORMS, Checkpoints, NetworkSpec
+from resnet_backbone.classification.protocols import Center, Full
+from resnet_backbone.classification.step import AMP, LearningRate, Schedule, TrainStep, build_sgd
 from resnet_backbone.classification.trainer import FINAL, LoopOptions, Trainer
 from resnet_backbone.models.analysis import count_parameters
 from resnet_backbone.runtime.errors import UsageError
@@ -56,16 +54,13 @@ def check_processes(config: Config, world: World) -> None:
 
 def make_schedule(config: Config) -> Schedule:
     values = asdict(config.schedule)
-    values.pop("scale")
-    for name in ("patience", "threshold", "drops"):
-        value = values.pop(f"plateau_{name}")
-        values["max_drops" if name == "drops" else name] = value
+    del values["scale"]
     return Schedule(**values)
 
 
-def make_protocol(config: Config) -> Full | Centre:
+def make_protocol(config: Config) -> Full | Center:
     chosen = config.evaluation
-    return Full() if chosen.protocol == "full" else Centre(chosen.short_side, chosen.crop)
+    return Full() if chosen.protocol == "full" else Center(chosen.short_side, chosen.crop)
 
 
 class ClassificationRun:
@@ -97,7 +92,7 @@ class ClassificationRun:
             logger.info("%s, with its own mean, order and range of the input", weights)
 
     def use_input(self, preprocessing: Preprocessing) -> None:
-        """Normalises images as weights expect them from here on."""
+        """Normalizes images as weights expect them from here on."""
         self.preprocessing = preprocessing
         self.normalizer = InputNormalizer(preprocessing, self.device)
 
@@ -116,8 +111,8 @@ class ClassificationRun:
             images = images.contiguous()
         return images, batch.labels.to(self.device, non_blocking=True)
 
-    def loader(self) -> EvaluationLoader:
-        return EvaluationLoader(
+    def evaluate(self, model: nn.Module, stop: StopRequest | None = None) -> EvaluationResult:
+        loader = EvaluationLoader(
             self.data.evaluation,
             self.config.evaluation.batch_size,
             workers=self.config.data.workers,
@@ -125,9 +120,6 @@ class ClassificationRun:
             world=self.world.size,
             pin_memory=self.device.type == "cuda",
         )
-
-    def evaluate(self, model: nn.Module, stop: StopRequest | None = None) -> EvaluationResult:
-        loader = self.loader()
         if stop is not None:
             share = -(-loader.num_images // self.world.size)  # of the process with the most images
             loader = Watched(loader, stop, -(-share // loader.batch_size))
@@ -142,16 +134,23 @@ class ClassificationRun:
         )
 
     def validate(self, model: nn.Module, stop: StopRequest) -> dict[str, float]:
-        return as_metrics(self.evaluate(model, stop))
+        result = self.evaluate(model, stop)
+        found = {"val_top1_error": result.top1_error, "val_loss": result.cross_entropy}
+        if result.top5_error is not None:
+            found["val_top5_error"] = result.top5_error
+        return found
 
     def trainer(self, stop: StopRequest) -> Trainer:
-        config = self.config
+        config, train, output = self.config, self.config.train, self.config.output
         chosen = config.optimizer
         optimizer = build_sgd(
             self.model, chosen.momentum, chosen.weight_decay, chosen.decay_norm_and_bias
         )
-        train = config.train
-        options = StepOptions(
+        step = TrainStep(
+            self.model,
+            optimizer,
+            self.world,
+            self.mixer(),
             amp=train.amp,
             micro_batch=train.micro_batch,
             clip_norm=chosen.clip_norm,
@@ -160,21 +159,15 @@ class ClassificationRun:
             label_smoothing=config.loss.label_smoothing,
             seed=train.seed,
         )
-        output = config.output
+        kept = {"keep": output.keep, "keep_every": output.keep_every}
         return Trainer(
-            TrainStep(self.model, optimizer, options, self.world, self.mixer()),
+            step,
             self.data.source,
             self.prepare,
             schedule=make_schedule(config),
             rate=LearningRate(optimizer, chosen.momentum_form),
             validate=self.validate,
-            checkpoints=Checkpoints(
-                self.folder.path,
-                self.spec,
-                self.preprocessing,
-                keep=output.keep,
-                keep_every=output.keep_every,
-            ),
+            checkpoints=Checkpoints(self.folder.path, self.spec, self.preprocessing, **kept),
             folder=self.folder,
             stop=stop,
             options=LoopOptions(
@@ -192,6 +185,11 @@ class ClassificationRun:
             return None
         seed = self.config.train.seed + 1000003 * self.world.rank
         return BatchMixer(self.spec.num_classes, loss.mixup, loss.cutmix, seed=seed)
+
+    @property
+    def normalized_together(self) -> int:
+        """Images that go through the network, and its BN, at once."""
+        return self.config.train.micro_batch or self.config.train.batch_size // self.world.size
 
     def true_statistics(
         self, model: nn.Module, stop: StopRequest | None = None, layer_inputs: str = "batch"
@@ -211,7 +209,7 @@ class ClassificationRun:
             images,
             self.normalizer,
             layer_inputs=layer_inputs,
-            micro_batch=train.micro_batch or train.batch_size // self.world.size,
+            micro_batch=self.normalized_together,
             world=self.world,
             autocast=AMP[train.amp],
         )
@@ -220,8 +218,7 @@ class ClassificationRun:
         """Ends a run: true BN statistics, the final weights and results.json."""
         config, step = self.config, trainer.step
         moving = found = dict(trainer.latest)
-        norms = (nn.BatchNorm2d, nn.SyncBatchNorm)
-        has_norms = any(isinstance(module, norms) for module in self.model.modules())
+        has_norms = any(isinstance(module, NORMS) for module in self.model.modules())
         recompute = config.train.recompute_bn and has_norms
         with step.shared_buffers():
             if recompute:
@@ -253,10 +250,3 @@ class ClassificationRun:
         write_json(self.folder / RESULTS, content)
         error = found["val_top1_error"]
         logger.info("validation error %.2f %%; results: %s", error, self.folder.path)
-
-
-def as_metrics(result: EvaluationResult) -> dict[str, float]:
-    found = {"val_top1_error": result.top1_error, "val_loss": result.cross_entropy}
-    if result.top5_error is not None:
-        found["val_top5_error"] = result.top5_error
-    return found

@@ -1,10 +1,11 @@
-"""The one step path: mixed precision, micro-batches, clipping, averaging, many processes."""
+"""The one step path, SGD as the paper's Caffe ran it, and the learning rate of every iteration."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,16 @@ from resnet_backbone.runtime.processes import World
 from resnet_backbone.runtime.seeding import STEP, seed_everything
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCHEDULE_STATE = ("warming_up", "drops", "waited", "best")  # what it has learned from the run
 
 
-@dataclass(frozen=True)
-class StepOptions:
-    """How a step is made.
+class TrainStep:
+    """One optimizer step on one batch, the same code for every setting.
 
-    Attributes:
+    Args:
+        model: on its device; its state dict never shows wrappers.
+        optimizer: with its learning rate set by the caller.
+        mixer: (images, labels, iteration) -> (images, soft labels), or None: mixup and the like.
         amp: "none", "bf16" or "fp16" (with loss scaling).
         micro_batch: images that pass the network at once, and share BN statistics; 0 means all
             that this process has. The paper's 256 is 8 x 32.
@@ -35,47 +39,34 @@ class StepOptions:
         seed: of the run; dropout and the like draw from (seed, iteration, rank).
     """
 
-    amp: str = "none"
-    micro_batch: int = 0
-    clip_norm: float = 0.0
-    compile: str = "none"
-    ema: float = 0.0
-    label_smoothing: float = 0.0
-    seed: int = 0
-
-
-class TrainStep:
-    """One optimizer step on one batch, the same code for every setting.
-
-    Args:
-        model: on its device; its state dict never shows wrappers.
-        optimizer: with its learning rate set by the caller.
-        mixer: (images, labels, iteration) -> (images, soft labels), or None: mixup and the like.
-    """
-
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        options: StepOptions,
         world: World,
         mixer: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None,
+        *,
+        amp: str = "none",
+        micro_batch: int = 0,
+        clip_norm: float = 0.0,
+        compile: str = "none",
+        ema: float = 0.0,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
     ):
-        self.model, self.optimizer, self.options = model, optimizer, options
-        self.world, self.mixer = world, mixer
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=options.label_smoothing)
+        self.model, self.optimizer, self.world, self.mixer = model, optimizer, world, mixer
+        self.dtype, self.micro_batch = AMP[amp], micro_batch
+        self.clip_norm, self.seed = clip_norm, seed
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.ema = None
-        if options.ema:
-            average = get_ema_multi_avg_fn(options.ema)
+        if ema:
+            average = get_ema_multi_avg_fn(ema)
             self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        fp16 = options.amp == "fp16"
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=fp16)
-        self.network: Any = model
-        if world.size > 1:
-            self.network = _distributed(model, world)
-        self.ddp = self.network if world.size > 1 else None
-        if options.compile != "none":
-            mode = None if options.compile == "default" else options.compile
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp == "fp16")
+        self.ddp = _distributed(model, world) if world.size > 1 else None
+        self.network: Any = self.ddp or model
+        if compile != "none":
+            mode = None if compile == "default" else compile
             self.network = torch.compile(self.network, mode=mode)
 
     def __call__(self, images: Tensor, labels: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
@@ -87,17 +78,18 @@ class TrainStep:
         Returns:
             (mean loss, number of wrong predictions) of this process, on the device.
         """
-        seed_everything(STEP, self.options.seed, iteration, self.world.rank)
+        seed_everything(STEP, self.seed, iteration, self.world.rank)
         targets = labels
         if self.mixer is not None:
             images, targets = self.mixer(images, labels, iteration)
-        size = self.options.micro_batch or len(images)
+        size = self.micro_batch or len(images)
         parts = list(zip(images.split(size), targets.split(size), strict=True))
         loss = torch.zeros((), device=images.device)
         wrong = torch.zeros((), device=images.device)
         self.model.train()
-        for number, (part, target) in enumerate(parts):
-            with self._sync_at_last(number == len(parts) - 1):
+        for number, (part, target) in enumerate(parts, 1):
+            waits = self.ddp is not None and number < len(parts)  # gradients are shared at the last
+            with self.ddp.no_sync() if waits else contextlib.nullcontext():
                 share, logits = self._forward(part, target)
                 self.scaler.scale(share * (len(part) / len(images))).backward()
             loss += share.detach() * (len(part) / len(images))
@@ -107,23 +99,18 @@ class TrainStep:
         return loss, wrong
 
     def _forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = AMP[self.options.amp]
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+        enabled = self.dtype is not None
+        with torch.autocast(images.device.type, dtype=self.dtype, enabled=enabled):
             logits, auxiliary = logits_of(self.network(images))
             loss = self.criterion(logits, targets)
             for weight, others in auxiliary:
                 loss = loss + weight * self.criterion(others, targets)
         return loss, logits
 
-    @contextlib.contextmanager
-    def _sync_at_last(self, is_last: bool) -> Iterator[None]:
-        with contextlib.nullcontext() if is_last or self.ddp is None else self.ddp.no_sync():
-            yield
-
     def _update(self) -> None:
-        if self.options.clip_norm:
+        if self.clip_norm:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -190,3 +177,134 @@ def _distributed(model: nn.Module, world: World) -> DistributedDataParallel:
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(model, device_ids=ids, **{option: False})
+
+
+def build_sgd(
+    model: nn.Module, momentum: float, weight_decay: float, decay_norm_and_bias: bool = True
+) -> torch.optim.SGD:
+    """SGD over a network's trainable parameters.
+
+    Args:
+        momentum, weight_decay: as in the paper, 0.9 and 1e-4.
+        decay_norm_and_bias: False leaves parameters of fewer than two dimensions (biases, BN)
+            undecayed.
+    """
+    decayed, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            chosen = decayed if decay_norm_and_bias or parameter.ndim > 1 else plain
+            chosen.append(parameter)
+    groups = [{"params": decayed}]
+    if plain:
+        groups.append({"params": plain, "weight_decay": 0.0})
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+
+
+class LearningRate:
+    """Sets an optimizer's learning rate, keeping the chosen form of momentum.
+
+    Caffe's update is v = m v + lr g, w -= v (the released models' README); PyTorch's is
+    v = m v + g, w -= lr v. They are the same while the rate stands still. When it changes, the
+    old steps in Caffe's v keep the rate they were made with; scaling PyTorch's v by old / new
+    does exactly that.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, form: str = "caffe"):
+        self.optimizer, self.form = optimizer, form
+
+    def set(self, rate: float) -> None:
+        old = self.optimizer.param_groups[0]["lr"]
+        if rate == old:
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.form == "caffe" and old > 0 and rate > 0:
+            states = self.optimizer.state.values()
+            buffers = [state.get("momentum_buffer") for state in states]
+            buffers = [buffer for buffer in buffers if buffer is not None]
+            if buffers:
+                torch._foreach_mul_(buffers, old / rate)
+
+
+@dataclass
+class Schedule:
+    """Learning rate by iteration (counted from 0), and by what evaluations show.
+
+    Args:
+        lr: the initial rate.
+        iterations: of the whole run.
+        policy: "steps" (times ``gamma`` at each milestone), "plateau" (times ``gamma`` when the
+            validation error stops falling: paper, section 3.4) or "cosine" (to 0, arXiv
+            1608.03983).
+        milestones: iterations, rising.
+        plateau_patience: evaluations in a row without progress.
+        plateau_threshold: what counts as progress, an absolute number of points of error. A
+            relative one, PyTorch's default, hardly ever fires on ImageNet.
+        plateau_drops: the largest number of drops.
+        warmup_lr: rate during warm-up by error, and at the start of linear warm-up.
+        warmup_iterations: linear warm-up.
+        warmup_until_error: warm-up lasts until the training error, %, is below this (paper,
+            section 4.2: the 110-layer network starts at 0.01 until it is below 80 %).
+    """
+
+    lr: float
+    iterations: int
+    policy: str = "steps"
+    milestones: Sequence[int] = ()
+    gamma: float = 0.1
+    plateau_patience: int = 5
+    plateau_threshold: float = 0.1
+    plateau_drops: int = 3
+    warmup_lr: float = 0.0
+    warmup_iterations: int = 0
+    warmup_until_error: float = 0.0
+
+    def __post_init__(self):
+        self.warming_up = self.warmup_until_error > 0
+        self.drops, self.waited, self.best = 0, 0, math.inf
+
+    def at(self, iteration: int) -> float:
+        """The learning rate of an iteration."""
+        if self.warming_up:
+            return self.warmup_lr
+        rate = self._without_warmup(iteration)
+        if iteration < self.warmup_iterations:
+            part = (iteration + 1) / self.warmup_iterations
+            return self.warmup_lr + (rate - self.warmup_lr) * part
+        return rate
+
+    def _without_warmup(self, iteration: int) -> float:
+        if self.policy == "cosine":
+            length = max(1, self.iterations - self.warmup_iterations)
+            done = max(0, iteration - self.warmup_iterations) / length
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        drops = self.drops
+        if self.policy == "steps":
+            drops = sum(iteration >= milestone for milestone in self.milestones)
+        return self.lr * self.gamma**drops
+
+    def observe_training(self, error: float) -> bool:
+        """Takes note of the training error, %; True if this ends the warm-up."""
+        ends = self.warming_up and error < self.warmup_until_error
+        self.warming_up &= not ends
+        return ends
+
+    def observe_validation(self, error: float) -> bool:
+        """Takes note of the validation error, %; True if this drops the rate."""
+        if self.policy != "plateau":
+            return False
+        if error < self.best - self.plateau_threshold:
+            self.best, self.waited = error, 0
+            return False
+        self.waited += 1
+        if self.waited < self.plateau_patience or self.drops >= self.plateau_drops:
+            return False
+        self.drops, self.waited = self.drops + 1, 0
+        return True
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in SCHEDULE_STATE}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in SCHEDULE_STATE:
+            setattr(self, name, state[name])

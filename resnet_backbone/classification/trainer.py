@@ -6,19 +6,16 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from resnet_backbone.classification.checkpoints import Checkpoints
-from resnet_backbone.classification.networks import save_network
-from resnet_backbone.classification.optimizer import LearningRate, Schedule
-from resnet_backbone.classification.step import TrainStep
+from resnet_backbone.classification.networks import Checkpoints, checkpoints_in, save_network
+from resnet_backbone.classification.step import LearningRate, Schedule, TrainStep
 from resnet_backbone.runtime.errors import Stopped, TrainingDiverged, UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World
@@ -32,14 +29,6 @@ BEST, FINAL, DIVERGED = "best.safetensors", "final.safetensors", "diverged.json"
 LOG_SECONDS = 15  # between lines where there is no progress bar
 # What a trainer has beside its parts.
 STATE = ("iteration", "evaluated_at", "best", "seconds", "latest", "recent_errors")
-
-
-class Source(Protocol):
-    """Training data: see ``resnet_backbone.classification.data``."""
-
-    num_samples: int
-
-    def batches(self, first_iteration: int) -> Iterable[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -98,7 +87,7 @@ class Trainer:
 
     Args:
         step: makes an iteration.
-        source: batches by iteration.
+        source: training data, with ``num_samples`` and ``batches(first_iteration)``.
         prepare: turns a batch into (normalized images, labels) on the device.
         schedule, rate: the learning rate, and what sets it.
         validate: (model, stop request) -> numbers, "val_top1_error" (%) among them.
@@ -110,7 +99,7 @@ class Trainer:
     def __init__(
         self,
         step: TrainStep,
-        source: Source,
+        source: Any,
         prepare: Callable[[Any], tuple[Tensor, Tensor]],
         *,
         schedule: Schedule,
@@ -144,8 +133,8 @@ class Trainer:
         found = -1 if state is None else state["iteration"]
         if self.world.any(found != self.world.broadcast(found)):
             raise WeightsError(
-                f"{self.checkpoints.folder}: the processes read different checkpoints; is the run "
-                "folder shared by all machines?"
+                f"{self.folder.path}: the processes read different checkpoints; is the run folder "
+                "shared by all machines?"
             )
         if state is None:
             if self.world.is_main:
@@ -197,7 +186,7 @@ class Trainer:
                 self.window.restart()
             while self.iteration < options.iterations:
                 self.stop.raise_if_any()
-                self._iterate(next_timed(batches, self.window))
+                self._iterate(batches)
                 bar.update()
                 last = self.iteration == options.iterations
                 if last or self.iteration % options.log_every == 0:
@@ -220,7 +209,10 @@ class Trainer:
         self._last_line = 0.0
         return tqdm(total=total, initial=self.iteration, unit="it", disable=not shown)
 
-    def _iterate(self, batch: Any) -> None:
+    def _iterate(self, batches: Iterator[Any]) -> None:
+        started = time.perf_counter()
+        batch = next(batches)
+        self.window.data_seconds += time.perf_counter() - started
         self.rate.set(self.schedule.at(self.iteration))
         images, labels = self.prepare(batch)
         self.window.add(*self.step(images, labels, self.iteration))
@@ -274,8 +266,7 @@ class Trainer:
         return losses
 
     def _stop_diverged(self, step: int, losses: list[float]) -> None:
-        found = self.checkpoints.iterations()
-        good = f"{self.checkpoints.folder}/{found[-1]:08d}" if found else "none yet"
+        good = str((checkpoints_in(self.folder.path) or ["none yet"])[-1])
         if self.world.is_main:
             history = [repr(value) for value in losses]
             content = {"iteration": step, "losses": history, "last_good_checkpoint": good}
@@ -292,8 +283,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint, unless the loss or the weights are NaN or infinite."""
-        if self.window.filled:
-            self._check_losses()
+        self._check_losses()
         finite = [value.isfinite().all() for value in self.step.model.parameters()]
         if not torch.stack(finite).all():
             self._stop_diverged(self.iteration, [math.nan])
@@ -310,8 +300,7 @@ class Trainer:
         due = last or (every and self.iteration and self.iteration % every == 0)
         if not due or self.evaluated_at == self.iteration:
             return
-        if self.window.filled:
-            self._check_losses()
+        self._check_losses()
         started = time.perf_counter()
         with self.step.shared_buffers():
             found = self.validate(self.step.evaluated_model, self.stop)
@@ -332,18 +321,8 @@ class Trainer:
             if self.world.is_main:
                 self.write_weights(BEST)
 
-    def write_weights(self, name: str) -> Path:
+    def write_weights(self, name: str) -> None:
         """Writes the weights that evaluations use into the run folder."""
-        kept = self.checkpoints
-        path = self.folder / name
-        run = Path(self.folder.path).resolve().name
-        save_network(path, self.step.evaluated_model, kept.spec, kept.preprocessing, run)
-        return path
-
-
-def next_timed(batches: Any, window: Window) -> Any:
-    """The next batch; the time spent waiting for it goes to the window."""
-    started = time.perf_counter()
-    batch = next(batches)
-    window.data_seconds += time.perf_counter() - started
-    return batch
+        kept, run = self.checkpoints, self.folder.path.resolve().name
+        model = self.step.evaluated_model
+        save_network(self.folder / name, model, kept.spec, kept.preprocessing, run)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from resnet_backbone.classification.data.arrays import CIFAR10_CLASSES, read_cifar10
 from resnet_backbone.classification.data.evaluation import (
     EvaluationArrays,
     EvaluationFiles,
@@ -27,6 +26,7 @@ from resnet_backbone.classification.data.imagenet import (
     read_flat_folder,
     read_image_folder,
 )
+from resnet_backbone.classification.data.sources import CIFAR10_CLASSES, read_cifar10
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
@@ -85,8 +85,8 @@ up to N of them are listed in results.json and count as wrong.
 Exit status: 0, or 2 for wrong input."""
 
 ONLY_FOR = {
-    "resize": ("centre", "ten_crop"),
-    "crop": ("centre", "ten_crop"),
+    "resize": ("center", "ten_crop"),
+    "crop": ("center", "ten_crop"),
     "sizes": ("dense",),
     "flip": ("dense",),
     "pooling": ("dense",),
@@ -157,10 +157,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("protocol")
     group.add_argument(
-        "--protocol", choices=tuple(PROTOCOLS), help="(default: centre; with --cifar10: full)"
+        "--protocol", choices=tuple(PROTOCOLS), help="(default: center; with --cifar10: full)"
     )
-    group.add_argument("--resize", type=int, help="centre, ten_crop: short side (default: 256)")
-    group.add_argument("--crop", type=int, help="centre, ten_crop: side of crops (default: 224)")
+    group.add_argument("--resize", type=int, help="center, ten_crop: short side (default: 256)")
+    group.add_argument("--crop", type=int, help="center, ten_crop: side of crops (default: 224)")
     group.add_argument(
         "--sizes", type=int, nargs="+", help="dense: short sides (default: 224 256 384 480 640)"
     )
@@ -209,7 +209,7 @@ def parse_option(text: str) -> tuple[str, object]:
 
 
 def make_protocol(args: argparse.Namespace) -> Protocol:
-    name = args.protocol or ("full" if args.cifar10 else "centre")
+    name = args.protocol or ("full" if args.cifar10 else "center")
     settings = {key: getattr(args, key) for key in ONLY_FOR if getattr(args, key) is not None}
     for key in settings:
         if name not in ONLY_FOR[key]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,7 +29,6 @@ from resnet_backbone.classification.data.imagenet import (
     read_flat_folder,
     read_image_folder,
 )
-from resnet_backbone.classification.data.shards import index_shards, write_shards
 from resnet_backbone.runtime.errors import one_line_errors
 
 SHOWN = 10  # problems printed
@@ -246,11 +244,9 @@ def prepare_imagenet(args: argparse.Namespace) -> int:
             raise ValueError("--val-archive needs --devkit or --val-labels")
         read = archives.devkit_labels if args.devkit else archives.read_labels
         labels = read(args.devkit or args.val_labels)
-        bar = partial(tqdm, desc="validation images", unit="img")
-        archives.extract_val(args.val_archive, args.folder / "val", labels, args.flat_val, bar)
+        archives.extract_val(args.val_archive, args.folder / "val", labels, args.flat_val)
     if args.train_archive:
-        bar = partial(tqdm, desc="training classes", unit="class")
-        archives.extract_train(args.train_archive, args.folder / "train", bar)
+        archives.extract_train(args.train_archive, args.folder / "train")
     sets = archives.open_sets(args.folder)
     expected = {"train": args.train_images, "val": args.val_images}
     problems = archives.count_problems(sets, expected, args.classes)
@@ -289,8 +285,7 @@ def add_shards_options(parser: argparse.ArgumentParser) -> None:
 def make_shards(args: argparse.Namespace) -> None:
     classes = read_class_list(args.class_list) if args.class_list else None
     if args.command == "index":
-        bar = partial(tqdm, desc="shards", unit="shard")
-        index_shards(args.folder, name_classes(classes or {}), bar)
+        archives.index_shards(args.folder, name_classes(classes or {}))
         return
     if args.samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard {args.samples_per_shard}: at least 1 is needed")
@@ -299,8 +294,7 @@ def make_shards(args: argparse.Namespace) -> None:
     else:
         dataset = read_image_folder(args.images, classes)
     seed = None if args.seed < 0 else args.seed
-    bar = partial(tqdm, desc="images", unit="img", total=len(dataset))
-    write_shards(dataset, args.folder, args.samples_per_shard, seed, bar)
+    archives.write_shards(dataset, args.folder, args.samples_per_shard, seed)
 
 
 def add_digits_options(parser: argparse.ArgumentParser) -> None:

@@ -75,8 +75,8 @@ def work(task: tuple[Config, argparse.Namespace]) -> None:
         "new statistics of %d batch norms from %d images, %d normalized together (%s)",
         len(report.layers),
         report.num_images,
-        report.micro_batch,
-        report.layer_inputs,
+        run.normalized_together,
+        args.layer_inputs,
     )
     logger.info("after:  %s", run.evaluate(run.model))
     if world.is_main:

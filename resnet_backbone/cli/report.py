@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnet_backbone.classification.data.arrays import read_cifar10
-from resnet_backbone.classification.data.crops import resize_short_side
+from resnet_backbone.classification.data.augment import center_crop, resize_short_side
 from resnet_backbone.classification.data.decode import read_rgb
 from resnet_backbone.classification.data.imagenet import EXTENSIONS
+from resnet_backbone.classification.data.sources import read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
-from resnet_backbone.classification.protocols import centre_crop
 from resnet_backbone.cli import positive
 from resnet_backbone.report.detection_plots import plot_training
 from resnet_backbone.report.plots import (
@@ -136,8 +135,8 @@ def read_images(folder: Path, count: int) -> Tensor:
     chosen = files[:: max(1, len(files) // count)][:count]
     crops = []
     for path in chosen:
-        pixels = torch.from_numpy(resize_short_side(read_rgb(path), 256)).permute(2, 0, 1)
-        crops.append(centre_crop(pixels, 224))
+        pixels = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
+        crops.append(center_crop(resize_short_side(pixels, 256), 224))
     return torch.stack(crops)
 
 

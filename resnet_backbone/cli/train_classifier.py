@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from resnet_backbone.classification.checkpoints import has_checkpoint, holds_run, newest_weights
 from resnet_backbone.classification.config import Config, differences, load_config, to_yaml
+from resnet_backbone.classification.networks import checkpoints_in, newest_weights
 from resnet_backbone.classification.run import ClassificationRun, check_processes
 from resnet_backbone.classification.trainer import FINAL
 from resnet_backbone.models.analysis import count_parameters
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
-from resnet_backbone.runtime.run_folder import CONFIG, RESULTS, RunFolder, set_up_logging
+from resnet_backbone.runtime.run_folder import CONFIG, METRICS, RESULTS, RunFolder, set_up_logging
 from resnet_backbone.runtime.signals import StopRequest
 
 logger = logging.getLogger("resnet_backbone.train_classifier")
@@ -111,9 +111,11 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def refuse_overwriting(args: argparse.Namespace, config: Config) -> None:
-    if not args.resume and not args.eval_only and holds_run(config.output.dir):
+    folder = config.output.dir
+    holds_run = checkpoints_in(folder) or (Path(folder) / METRICS).exists()
+    if holds_run and not args.resume and not args.eval_only:
         raise UsageError(
-            f"{config.output.dir} holds a run: --resume goes on with it; or choose another "
+            f"{folder} holds a run: --resume goes on with it; or choose another "
             "folder with --output-dir"
         )
 
@@ -127,7 +129,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     if world.is_main:
         folder.start(to_yaml(config), world)
         logger.info("resolved config (also in %s):\n%s", folder / CONFIG, to_yaml(config))
-    goes_on = resume and has_checkpoint(folder.path)
+    goes_on = resume and bool(checkpoints_in(folder.path))
     run = ClassificationRun(config, world, folder, "" if goes_on else config.model.weights)
     stop = StopRequest(world)
     trainer = run.trainer(stop)

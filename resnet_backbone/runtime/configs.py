@@ -6,6 +6,8 @@ import difflib
 import os
 from pathlib import Path
 
+from resnet_backbone.runtime.errors import UsageError
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -38,4 +40,4 @@ def find_config(name: str | os.PathLike, task: str) -> Path:
     wanted = str(path).removesuffix(".yaml") + ".yaml"
     near = difflib.get_close_matches(wanted.removeprefix(f"configs/{task}/"), sorted(names), n=1)
     hint = f"did you mean {near[0].removesuffix('.yaml')}? " if near else ""
-    raise ValueError(f"{name}: no such config file; {hint}Ready ones are in {configs / task}")
+    raise UsageError(f"{name}: no such config file; {hint}Ready ones are in {configs / task}")

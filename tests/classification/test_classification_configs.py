@@ -92,7 +92,7 @@ PAPER_IMAGENET = {  # section 3.4, and the released weights' README for BN and t
     "train.batch_size": 256,
     "train.micro_batch": 32,
     "train.recompute_bn": True,
-    "evaluation.protocol": "centre",
+    "evaluation.protocol": "center",
     "evaluation.short_side": 256,
     "evaluation.crop": 224,
 }

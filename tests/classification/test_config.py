@@ -49,13 +49,13 @@ def refusal(*overrides, files=()):
         ("schedule.lr=0", "above 0"),
         ("schedule.lr=nan", "above 0"),
         ("schedule.scale=0", "above 0"),
-        ("train.micro_batch=100", "not a multiple"),
+        ("train.micro_batch=100", "does not divide 256 images"),
         ("schedule.milestones=[600000]", "reach past"),
         ("schedule.milestones=[5,3]", "must rise"),
         ("data.crop=300", "data.short_side"),
         ("schedule.milestones=[-5,10]", "rise from above 0"),
         ("schedule.gamma=-1", "schedule.gamma"),
-        ("schedule.lr=inf", "above 0"),
+        ("schedule.lr=inf", "below inf"),
         ("optimizer.momentum=1.5", "below 1"),
         ("schedule.warmup_iterations=600001", "more than"),
         ("data.rand_augment=true", "inception"),
@@ -85,6 +85,12 @@ def test_the_mean_image_fits_the_evaluation():
     load_config([], ["data.root=x", "data.mean=channel", "evaluation.crop=192"])
 
 
+def test_the_former_name_of_the_protocol_is_read(tmp_path):
+    saved = tmp_path / "config.yaml"
+    saved.write_text("evaluation: {protocol: centre}\n")
+    assert load_config([saved], SYNTHETIC).evaluation.protocol == "center"
+
+
 def test_model_is_short_for_its_name():
     assert load_config([], [*SYNTHETIC, "model=torchvision/googlenet"]).model.name == (
         "torchvision/googlenet"
@@ -108,9 +114,11 @@ def test_bad_files_are_named(tmp_path):
     loop.write_text("_BASE_: loop.yaml\n")
     assert "leads back" in refusal(files=[loop])
     assert "no such config" in refusal(files=[tmp_path / "none.yaml"])
+    (tmp_path / "lost.yaml").write_text("_BASE_: nowhere.yaml\n")
+    assert "nowhere.yaml" in refusal(files=[tmp_path / "lost.yaml"])
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1\n")
-    assert "not YAML" in refusal(files=[broken])
+    assert "not a YAML file" in refusal(files=[broken])
     unknown = tmp_path / "unknown.yaml"
     unknown.write_text("schedule: {learning_rate: 1}\n")
     message = refusal(files=[unknown])

@@ -1,17 +1,28 @@
 """evaluate(): exact counts, ensembles, refusals, and two processes that equal one."""
 
 import json
-from typing import NamedTuple
+import math
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from resnet_backbone.classification.evaluation import EvaluationError, evaluate
-from resnet_backbone.classification.metrics import Predictions
-from resnet_backbone.classification.protocols import Centre, Dense, Full
+from resnet_backbone.classification.data.evaluation import BadSample, EvaluationBatch
+from resnet_backbone.classification.evaluation import (
+    Predictions,
+    confusion_matrix,
+    cross_entropy,
+    evaluate,
+    per_class_error,
+    top_k_error,
+)
+from resnet_backbone.classification.protocols import Center, Full
 from resnet_backbone.models import build_model
+from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.preprocessing import InputNormalizer
@@ -19,20 +30,6 @@ from resnet_backbone.weights.preprocessing import InputNormalizer
 GREY = Preprocessing("RGB", 255.0, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))
 BGR = Preprocessing("BGR", 255.0, (90.0, 95.0, 100.0), (1.0, 1.0, 1.0))
 COUNT = 23
-
-
-class Batch(NamedTuple):
-    images: tuple
-    labels: torch.Tensor
-    indices: torch.Tensor
-    bad: tuple = ()
-
-
-class Bad(NamedTuple):
-    index: int
-    label: int
-    name: str
-    reason: str
 
 
 class Loader:
@@ -52,11 +49,13 @@ class Loader:
             keep = torch.tensor([int(i) not in self.bad for i in part])
             bad = [int(i) for i in part[~keep]]
             good = part[keep]
-            yield Batch(
+            yield EvaluationBatch(
                 (self.images[good],) if len(good) else (),
                 self.labels[good],
                 good,
-                tuple(Bad(i, int(self.labels[i]), self.name_of(i), "is damaged") for i in bad),
+                tuple(
+                    BadSample(i, int(self.labels[i]), self.name_of(i), "is damaged") for i in bad
+                ),
             )
 
     def __len__(self):
@@ -151,21 +150,21 @@ def test_autocast_gives_nearly_the_same():
 
 
 def test_unreadable_images_stop_or_count_as_wrong():
-    with pytest.raises(EvaluationError, match=r"^folder/5.jpg: is damaged; .*--max-bad-images N"):
+    with pytest.raises(UsageError, match=r"^folder/5.jpg: is damaged; .*--max-bad-images N"):
         evaluate([network()], Full(), Loader(bad=[5]))
-    with pytest.raises(EvaluationError, match=r"folder/5.jpg: is damaged \(and 1 more\)"):
+    with pytest.raises(UsageError, match=r"folder/5.jpg: is damaged \(and 1 more\)"):
         evaluate([network()], Full(), Loader(bad=[6, 5]), max_bad_images=1)
     loader = Loader(batch_size=2, bad=[4, 5, 6])  # 4 and 5 are a whole batch
     result = evaluate([network()], Full(), loader, max_bad_images=3)
     clean = evaluate([network()], Full(), Loader())
-    right = clean.predictions.top1 == clean.predictions.labels
+    right = clean.predictions.classes[:, 0] == clean.predictions.labels
     still_right = int(right.sum()) - int(right[[4, 5, 6]].sum())
     assert result.top1_error == 100 * (COUNT - still_right) / COUNT
     assert (result.num_images, len(result.predictions)) == (COUNT, COUNT - 3)
     assert [bad.index for bad in result.bad] == [4, 5, 6]
     assert result.to_dict()["bad"][0]["name"] == "folder/4.jpg"
     assert "3 of them unreadable and counted as wrong" in str(result)
-    with pytest.raises(EvaluationError, match="no readable image"):
+    with pytest.raises(UsageError, match="no readable image"):
         evaluate([network()], Full(), Loader(bad=range(COUNT)), max_bad_images=COUNT)
 
 
@@ -182,7 +181,7 @@ class NotANumber(nn.Module):
 
 def test_scores_that_are_not_finite_name_the_image():
     models = [network(classes=6), (NotANumber(), InputNormalizer(GREY))]
-    with pytest.raises(EvaluationError, match=r"folder/9.jpg \(index 9\): the scores of network 2"):
+    with pytest.raises(UsageError, match=r"folder/9.jpg \(index 9\): the scores of network 2"):
         evaluate(models, Full(), Loader(classes=6))
 
 
@@ -192,7 +191,7 @@ def test_few_classes_have_no_top5():
     assert result.top5_error is None and "top-5 error not defined" in str(result)
     assert result.predictions.classes.tolist() == [[1, 0, 2]] * COUNT
     assert result.per_class_error == [100.0, 0.0, 100.0]
-    assert json.loads(result.to_json())["top5_error"] is None
+    assert result.to_dict()["top5_error"] is None
 
 
 def test_classes_without_images():
@@ -202,8 +201,8 @@ def test_classes_without_images():
 
 
 def test_json_has_the_protocol():
-    found = json.loads(evaluate([network()], Centre(None, 8), Loader()).to_json())
-    assert found["protocol"] == {"name": "centre", "resize": None, "crop": 8}
+    found = json.loads(json.dumps(evaluate([network()], Center(None, 8), Loader()).to_dict()))
+    assert found["protocol"] == {"name": "center", "resize": None, "crop": 8}
     assert found["images_per_second"] > 0 and "predictions" not in found
 
 
@@ -218,19 +217,18 @@ class Twice(Loader):
 
 
 @pytest.mark.parametrize(
-    "models, loader, protocol, message",
+    "models, loader, message",
     [
-        ([], Loader(), Full(), "at least one network"),
-        ([network(classes=9)], Loader(), Full(), "label 9, but the network has classes 0 to 8"),
-        ([network(), network(classes=11)], Loader(), Full(), "network 2 has 11 classes, the first"),
-        ([network()], Loader(), Dense((8, 16), window=2), "wants each image at 2 sizes.*gives 1"),
-        ([network()], Partial(), Full(), "23 images were evaluated, the data set has 40"),
-        ([network()], Twice(), Full(), "image 0 was evaluated twice"),
+        ([], Loader(), "at least one network"),
+        ([network(classes=9)], Loader(), "label 9, but the network has classes 0 to 8"),
+        ([network(), network(classes=11)], Loader(), "network 2 has 11 classes, the first"),
+        ([network()], Partial(), "23 images were evaluated, the data set has 40"),
+        ([network()], Twice(), "image 0 was evaluated twice"),
     ],
 )
-def test_refusals(models, loader, protocol, message):
-    with pytest.raises(EvaluationError, match=message):
-        evaluate(models, protocol, loader)
+def test_refusals(models, loader, message):
+    with pytest.raises(UsageError, match=message):
+        evaluate(models, Full(), loader)
 
 
 @pytest.mark.gpu
@@ -246,7 +244,7 @@ def attempt(rank, world, **options):
     loader = Loader(rank=rank, world=world.size, **options)
     try:
         return evaluate([network()], Full(), loader, world=world, max_bad_images=1)
-    except EvaluationError as error:
+    except UsageError as error:
         return str(error)
 
 
@@ -268,7 +266,7 @@ def work(rank, folder):
     found = {name: attempt(rank, World(rank, 2), **case) for name, case in CASES.items()}
     try:
         evaluate([network()], Full(), Loader(), world=World(rank, 2))
-    except EvaluationError as error:
+    except UsageError as error:
         found["not sharded"] = str(error)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -301,3 +299,81 @@ def assert_same(result, expected, name):
         ), (name, column)
     torch.testing.assert_close(result.predictions.scores, expected.predictions.scores)
     assert result.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-6)
+
+
+def predictions_of(scores, labels, indices=None):
+    indices = torch.arange(len(labels)) if indices is None else indices
+    return Predictions.from_probabilities(scores, labels, indices)
+
+
+@st.composite
+def scored(draw):
+    """Probabilities without ties, (N, C) with N in 1..40 and C in 2..12, and labels."""
+    number, classes = draw(st.integers(1, 40)), draw(st.integers(2, 12))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scores = torch.from_numpy(rng.dirichlet(np.ones(classes), number))
+    return scores, torch.from_numpy(rng.integers(0, classes, number))
+
+
+@settings(max_examples=25, deadline=None)
+@given(scored())
+def test_scikit_learn_agrees(case):
+    sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    scores, labels = case
+    number, classes = scores.shape
+    found = predictions_of(scores, labels)
+    names = list(range(classes))
+    for k in range(1, min(classes, 6)):
+        # scikit-learn wants (N,) scores of two classes, and warns where k is all classes
+        y_score = scores.numpy() if classes > 2 else scores[:, 1].numpy()
+        right = sklearn.top_k_accuracy_score(labels, y_score, k=k, labels=names, normalize=False)
+        assert top_k_error(found, k) == 100 * (number - int(right)) / number
+    expected = sklearn.confusion_matrix(labels, scores.argmax(1), labels=names)
+    confusion = confusion_matrix(found, classes)
+    assert confusion.tolist() == expected.tolist()
+    recall = sklearn.recall_score(
+        labels, scores.argmax(1), labels=names, average=None, zero_division=np.nan
+    )
+    for error, expected in zip(per_class_error(confusion), recall, strict=True):
+        assert (error is None) == math.isnan(expected)
+        assert error is None or error == pytest.approx(100 * (1 - expected), abs=1e-9)
+    assert cross_entropy(found) == pytest.approx(
+        sklearn.log_loss(labels, scores.numpy(), labels=names), rel=1e-12
+    )
+
+
+def test_ties_go_to_the_lower_class():
+    scores = torch.full((2, 8), 0.125, dtype=torch.float64)
+    found = predictions_of(scores, torch.tensor([4, 5]))
+    assert found.classes.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert top_k_error(found, 5) == 50.0
+    partly = torch.tensor([[0.2, 0.4, 0.0, 0.4]], dtype=torch.float64)
+    assert predictions_of(partly, torch.tensor([3])).classes.tolist() == [[1, 3, 0, 2]]
+
+
+def test_probability_zero_has_a_finite_loss():
+    found = predictions_of(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
+    assert 700 < cross_entropy(found) < 710
+
+
+@settings(max_examples=30, deadline=None)
+@given(scored(), st.integers(1, 7))
+def test_merged_parts_are_the_whole(case, world):
+    scores, labels = case
+    whole = predictions_of(scores, labels)
+    parts = []
+    for rank in range(world):
+        mine = torch.arange(len(labels))[rank::world]  # may be none
+        parts.append(predictions_of(scores[mine], labels[mine], mine))
+    merged = Predictions.merge(parts)
+    for name in Predictions.__dataclass_fields__:
+        assert torch.equal(getattr(merged, name), getattr(whole, name)), name
+
+
+def test_unreadable_images_count_as_wrong():
+    scores = torch.eye(3, dtype=torch.float64)
+    found = predictions_of(scores, torch.tensor([0, 1, 2]))
+    assert top_k_error(found, 1) == 0.0
+    assert top_k_error(found, 1, num_bad=1) == 25.0
+    assert per_class_error(confusion_matrix(found, 3), [2, 2, 2]) == [0.0, 0.0, 75.0]
+    assert per_class_error(confusion_matrix(found, 4), [3]) == [0.0, 0.0, 0.0, 100.0]

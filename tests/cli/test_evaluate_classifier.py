@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from resnet_backbone.classification.data.evaluation import EvaluationFiles, EvaluationLoader
 from resnet_backbone.classification.evaluation import evaluate
 from resnet_backbone.classification.networks import NetworkSpec, save_network
-from resnet_backbone.classification.protocols import Centre, Dense, TenCrop
+from resnet_backbone.classification.protocols import Center, Dense, TenCrop
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.preprocessing import InputNormalizer
@@ -98,7 +98,7 @@ def expected(files, names, protocol):
 @pytest.mark.parametrize(
     "arguments, protocol",
     [
-        (("--resize", "36", "--crop", "32"), Centre(36, 32)),
+        (("--resize", "36", "--crop", "32"), Center(36, 32)),
         (("--protocol", "ten_crop", "--resize", "36", "--crop", "32"), TenCrop(36, 32)),
         (
             "--protocol dense --sizes 32 40 --window 8 --flip --softmax at_end".split(),
@@ -133,10 +133,10 @@ def test_an_ensemble_keeps_each_preprocessing(main, files, tmp_path):
     weights = (files / "a.safetensors", files / "b.safetensors")
     arguments = ("--imagenet-folder", files / "val", "--resize", 36, "--crop", 32)
     found = results(main, tmp_path, "--weights", *weights, *arguments)
-    result = expected(files, "ab", Centre(36, 32))
+    result = expected(files, "ab", Center(36, 32))
     assert found["num_models"] == 2
     assert found["cross_entropy"] == pytest.approx(result.cross_entropy, rel=1e-6)
-    alone = expected(files, "a", Centre(36, 32)).cross_entropy
+    alone = expected(files, "a", Center(36, 32)).cross_entropy
     assert abs(found["cross_entropy"] - alone) > 1e-3
 
 
@@ -161,7 +161,7 @@ def test_flat_folder(main, files, tmp_path, labels):
     found = results(main, tmp_path, "--weights", weights, *arguments)
     assert list(found["per_class_error"]) == (["1", "2", "3"] if numbered else ["0", "1", "2"])
     if not numbered:
-        assert found["top1_error"] == expected(files, "a", Centre(36, 32)).top1_error
+        assert found["top1_error"] == expected(files, "a", Center(36, 32)).top1_error
 
 
 def test_part_of_the_classes(main, files, tmp_path):
@@ -259,7 +259,7 @@ def test_cifar10(main, tiny_cifar10, tmp_path):
         ),
         (
             "--weights a.safetensors --imagenet-folder val --protocol dense --crop 32",
-            "--crop is for protocol centre and ten_crop, not dense",
+            "--crop is for protocol center and ten_crop, not dense",
         ),
         (
             "--weights a.safetensors --imagenet-folder val --resize 32 --crop 40",

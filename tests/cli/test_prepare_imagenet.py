@@ -17,8 +17,11 @@ from resnet_backbone.classification.data.archives import (
     check_counts,
     read_labels,
 )
-from resnet_backbone.classification.data.imagenet import read_flat_folder, read_image_folder
-from resnet_backbone.classification.data.shards import TarShards
+from resnet_backbone.classification.data.imagenet import (
+    TarShards,
+    read_flat_folder,
+    read_image_folder,
+)
 from resnet_backbone.cli import prepare_data
 from resnet_backbone.runtime.errors import DataError
 

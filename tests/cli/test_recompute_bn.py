@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from resnet_backbone.classification.data.arrays import ArraySource, read_cifar10
-from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.classification.data.sources import ArraySource, SampleStream, read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, read_spec, save_network
 from resnet_backbone.weights import Preprocessing, read_weights
 from resnet_backbone.weights.preprocessing import InputNormalizer

@@ -106,7 +106,7 @@ def test_bad_images_are_reported_and_limited(config, uninterrupted, tmp_path):
 
 
 def test_the_mean_is_the_training_sets(images, uninterrupted):
-    """Against Pillow and NumPy: centre crops of the 20 readable training images."""
+    """Against Pillow and NumPy: center crops of the 20 readable training images."""
     crops = []
     for path in sorted((images / "train").glob("*/*")):
         if path.read_bytes() == b"no image":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resnet_backbone.classification.metrics import Predictions, confusion_matrix, per_class_error
+from resnet_backbone.classification.evaluation import Predictions, confusion_matrix, per_class_error
 from resnet_backbone.report.plots import plot_confusion
 from resnet_backbone.report.table import confusion_rows, write_evaluation
 

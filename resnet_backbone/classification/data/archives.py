@@ -1,4 +1,4 @@
-"""The official ILSVRC2012 archives to folders that ``imagenet.py`` reads, and checks of these."""
+"""The official ILSVRC2012 archives to folders, their check, and folders to tar shards."""
 
 from __future__ import annotations
 
@@ -8,31 +8,34 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from resnet_backbone.classification.data.bad_images import BadImageReport, inspect_file
 from resnet_backbone.classification.data.imagenet import (
-    EXTENSIONS,
+    INDEX_NAME,
     ImageFiles,
+    is_image,
     read_flat_folder,
     read_image_folder,
+    read_lines,
 )
+from resnet_backbone.classification.data.loader import BadImageReport, inspect_file
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.files import whole_file
 
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # arXiv 1409.0575, table 2
-IMAGES_PER_CLASS = (732, 1300)  # the same table: the smallest and the largest training class
+USUAL = {TRAIN_IMAGES: (732, 1300), VAL_IMAGES: (50, 50)}  # images of a class: the same table
 GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 CHUNK = 64  # images handed to a process at a time
+SHARD_PATTERN = "shard-%06d.tar"
 
-Progress = Callable[[Iterable], Iterable]
 
-
-def extract_train(archive: str | os.PathLike, folder: Path, progress: Progress = iter) -> None:
+def extract_train(archive: str | os.PathLike, folder: Path) -> None:
     """Unpacks ``ILSVRC2012_img_train.tar``, a tar of one tar per class, to ``folder/<wnid>/``.
 
     A class that is there already is left alone, so an interrupted call can be repeated.
@@ -45,29 +48,21 @@ def extract_train(archive: str | os.PathLike, folder: Path, progress: Progress =
         members = [m for m in outer.getmembers() if m.isfile() and m.name.endswith(".tar")]
         if not members:
             raise DataError(f"{archive} holds no <wnid>.tar: is it ILSVRC2012_img_train.tar?")
-        for member in progress(members):
+        for member in tqdm(members, desc="training classes", unit="class"):
             target = folder / Path(member.name).stem
             if target.is_dir():
                 continue
+            partial = target.with_name(f".{target.name}.partial")  # hidden: not a class folder
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
             with tarfile.open(fileobj=outer.extractfile(member), mode="r:") as inner:
-                _extract_images(inner, target)
-
-
-def _extract_images(tar: tarfile.TarFile, target: Path) -> None:
-    partial = target.with_name(f".{target.name}.partial")  # hidden: not a class folder
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for member in _images_in(tar):
-        _write(tar, member, partial / Path(member.name).name)
-    partial.rename(target)
+                for image in _images_in(inner):
+                    _extract(inner, image, partial)
+            partial.rename(target)
 
 
 def extract_val(
-    archive: str | os.PathLike,
-    folder: Path,
-    labels: Mapping[str, str],
-    flat: bool = False,
-    progress: Progress = iter,
+    archive: str | os.PathLike, folder: Path, labels: Mapping[str, str], flat: bool = False
 ) -> None:
     """Unpacks ``ILSVRC2012_img_val.tar`` to ``folder/<wnid>/``, or ``folder/`` if ``flat``.
 
@@ -81,21 +76,18 @@ def extract_val(
         DataError: not such an archive, or labels that do not belong to it.
     """
     with _open_tar(archive) as tar:
-        members = list(_images_in(tar))
-        names = {Path(member.name).name for member in members}
-        odd = sorted(names ^ set(labels))
+        members = {Path(member.name).name: member for member in _images_in(tar)}
+        odd = sorted(set(members) ^ set(labels))
         if odd:
             raise DataError(
-                f"{archive} has {len(names)} images, there are {len(labels)} labels, and "
+                f"{archive} has {len(members)} images, there are {len(labels)} labels, and "
                 f"{odd[0]} is only in one of them"
             )
-        for member in progress(members):
-            name = Path(member.name).name
+        for name, member in tqdm(members.items(), desc="validation images", unit="img"):
             place = folder if flat else folder / labels[name]
             place.mkdir(parents=True, exist_ok=True)
-            target = place / name
-            if not target.is_file():
-                _write(tar, member, target)
+            if not (place / name).is_file():
+                _extract(tar, member, place)
     if flat:
         lines = "".join(f"{name} {labels[name]}\n" for name in sorted(labels))
         labels_file(folder).write_text(lines, encoding="utf-8")
@@ -104,6 +96,29 @@ def extract_val(
 def labels_file(folder: Path) -> Path:
     """Where the labels of a flat folder are."""
     return folder.with_name(f"{folder.name}_labels.txt")
+
+
+@contextmanager
+def _open_tar(path: str | os.PathLike) -> Iterator[tarfile.TarFile]:
+    try:
+        with tarfile.open(path, "r:*") as tar:
+            yield tar
+    except (tarfile.TarError, EOFError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"{path}: {reason}; is the archive whole?") from error
+
+
+def _images_in(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    return (m for m in tar if m.isfile() and is_image(Path(m.name).name))
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    """Writes a member into a folder, whatever path it claims to have, whole or not at all."""
+    name = Path(member.name).name
+    temporary = folder / f".{name}.tmp"
+    with tar.extractfile(member) as source, open(temporary, "wb") as target:
+        tarfile.copyfileobj(source, target, member.size)  # a ReadError where the archive ends
+    os.replace(temporary, folder / name)
 
 
 def devkit_labels(archive: str | os.PathLike) -> dict[str, str]:
@@ -124,16 +139,21 @@ def devkit_labels(archive: str | os.PathLike) -> dict[str, str]:
             "file of 'name wnid' lines with --val-labels"
         ) from error
     with _open_tar(archive) as tar:
-        meta, truth = (_read_member(tar, archive, name) for name in ("meta.mat", GROUND_TRUTH))
+        files = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
     try:
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
         leaves = synsets[synsets["num_children"] == 0]
         wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
-        numbers = [int(word) for word in truth.split()]
-        names = (f"ILSVRC2012_val_{place:08d}.JPEG" for place in range(1, len(numbers) + 1))
-        return {name: wnids[number] for name, number in zip(names, numbers, strict=True)}
+        return _by_place([wnids[int(number)] for number in files[GROUND_TRUTH].split()])
     except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise DataError(f"{archive}: unreadable development kit ({error!r})") from error
+        raise DataError(
+            f"{archive}: unreadable ({error!r}); is it ILSVRC2012_devkit_t12.tar.gz?"
+        ) from error
+
+
+def _by_place(wnids: Sequence[str]) -> dict[str, str]:
+    """Validation image name -> wnid, from the wnids in the order of the names."""
+    return {f"ILSVRC2012_val_{place:08d}.JPEG": wnid for place, wnid in enumerate(wnids, 1)}
 
 
 def read_labels(path: str | os.PathLike) -> dict[str, str]:
@@ -144,26 +164,23 @@ def read_labels(path: str | os.PathLike) -> dict[str, str]:
     Raises:
         DataError: numbers, which say nothing without the development kit's table.
     """
-    try:
-        lines = [line.split() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    wnids = [words[-1] for words in lines]
+    lines = [line.split() for line in read_lines(path)]
+    wnids = [words[-1] for words in lines] or ["nothing"]
     odd = next((wnid for wnid in wnids if not re.fullmatch(r"n\d{8}", wnid)), None)
-    if odd is not None or not lines:
+    if odd is not None:
         raise DataError(
-            f"{path}: {odd or 'nothing'!r} is not a wnid such as n01440764; numbers are in the "
+            f"{path}: {odd!r} is not a wnid such as n01440764; numbers are in the "
             "development kit's own order: give the kit itself with --devkit"
         )
-    names = [
-        words[0] if len(words) > 1 else f"ILSVRC2012_val_{place:08d}.JPEG"
-        for place, words in enumerate(lines, 1)
-    ]
-    return dict(zip(names, wnids, strict=True))
+    names = (words[0] if len(words) > 1 else None for words in lines)
+    return {
+        name or by_place: wnid
+        for name, (by_place, wnid) in zip(names, _by_place(wnids).items(), strict=True)
+    }
 
 
 def check_counts(counts: Mapping[str, int], images: int, classes: int, where: str) -> list[str]:
-    """What is wrong with the number of images of each class; an empty list if nothing is.
+    """What is wrong with the numbers of images of each class.
 
     Args:
         images, classes: how many there should be; 0 is not checked.
@@ -174,15 +191,10 @@ def check_counts(counts: Mapping[str, int], images: int, classes: int, where: st
     total = sum(counts.values())
     if images and total != images:
         problems.append(f"{where} has {total:,} images, {images:,} are expected")
-    if images == TRAIN_IMAGES:
-        least, most = IMAGES_PER_CLASS
-        for wnid, count in counts.items():
-            if not least <= count <= most:
-                problems.append(f"{where}: {wnid} has {count} images, {least} to {most} are usual")
-    if images == VAL_IMAGES:
-        for wnid, count in counts.items():
-            if count != 50:
-                problems.append(f"{where}: {wnid} has {count} images, not 50")
+    least, most = USUAL.get(images, (0, total))
+    for wnid, count in counts.items():
+        if not least <= count <= most:
+            problems.append(f"{where}: {wnid} has {count} images, {least} to {most} are usual")
     return problems
 
 
@@ -192,10 +204,10 @@ def open_sets(folder: Path) -> dict[str, ImageFiles]:
     Raises:
         DataError: neither is there, or one of them cannot be listed.
     """
+    train, val = folder / "train", folder / "val"
     sets = {}
-    if (folder / "train").is_dir():
-        sets["train"] = read_image_folder(folder / "train")
-    val = folder / "val"
+    if train.is_dir():
+        sets["train"] = read_image_folder(train)
     if labels_file(val).is_file():
         sets["val"] = read_flat_folder(val, labels_file(val))
     elif val.is_dir():
@@ -234,36 +246,98 @@ def read_every_image(sets: Mapping[str, ImageFiles], folder: Path, workers: int)
     return report
 
 
-@contextmanager
-def _open_tar(path: str | os.PathLike) -> Iterator[tarfile.TarFile]:
+def write_shards(
+    dataset: ImageFiles,
+    folder: str | os.PathLike,
+    samples_per_shard: int = 1000,
+    seed: int | None = 0,
+) -> None:
+    """Writes a data set as tar shards in WebDataset's layout, and their index.
+
+    Args:
+        folder: a new or empty local folder.
+        seed: of the order in which samples are dealt to the shards; None keeps the data set's.
+            Shuffled samples make neighboring shards as good as the whole for mixing.
+
+    Raises:
+        DataError: the folder is not empty, or webdataset is not installed.
+        BadImage: a file cannot be read (its content is not looked at).
+    """
     try:
-        with tarfile.open(path, "r:*") as tar:
-            yield tar
-    except (tarfile.TarError, EOFError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{path}: {reason}; is the archive whole?") from error
+        from webdataset import ShardWriter
+    except ImportError as error:
+        raise DataError("writing shards needs webdataset: pip install webdataset") from error
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty: give a new folder for the shards")
+    order = np.arange(len(dataset))
+    if seed is not None:
+        order = np.random.default_rng(seed).permutation(order)
+    pattern = os.path.join(str(folder).replace("%", "%%"), SHARD_PATTERN)
+    with ShardWriter(pattern, maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
+        for place, index in enumerate(tqdm(order, desc="images", unit="img")):
+            data, label, name = dataset[int(index)]
+            extension = os.path.splitext(name)[1].lstrip(".").lower()
+            writer.write({"__key__": f"{place:09d}", extension: data, "cls": str(label).encode()})
+    index_shards(folder, dataset.class_names)
 
 
-def _images_in(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    for member in tar:
-        name = Path(member.name).name
-        if member.isfile() and not name.startswith("."):
-            if os.path.splitext(name)[1].lower() in EXTENSIONS:
-                yield member
+def index_shards(folder: str | os.PathLike, class_names: Sequence[str] = ()) -> None:
+    """Writes the index of the ``*.tar`` in a local folder, ours or anyone's in this layout.
+
+    Args:
+        class_names: one per class index; by default "class 0", "class 1", ...
+
+    Raises:
+        DataError: no shards, a damaged one, a sample without image or class.
+    """
+    folder = Path(folder)
+    shards = sorted(folder.glob("*.tar"))
+    if not shards:
+        raise DataError(f"{folder} has no .tar files")
+    found = [_samples_of(shard) for shard in tqdm(shards, desc="shards", unit="shard")]
+    rows = [row for samples in found for row in samples]
+    keys, offsets, sizes, labels = zip(*rows, strict=True)
+    names = tuple(class_names) or tuple(f"class {i}" for i in range(max(labels) + 1))
+    if max(labels) >= len(names):
+        raise DataError(f"{folder}: label {max(labels)}, but there are {len(names)} class names")
+    with whole_file(folder / INDEX_NAME) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            format=np.array(1),
+            shard_names=np.array([shard.name for shard in shards]),
+            shard_bytes=np.array([shard.stat().st_size for shard in shards], np.int64),
+            shard_counts=np.array([len(samples) for samples in found], np.int64),
+            keys=np.array(keys, np.bytes_),
+            offsets=np.array(offsets, np.int64),
+            sizes=np.array(sizes, np.int64),
+            labels=np.array(labels, np.int64),
+            class_names=np.array(names),
+        )
 
 
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
-    """Writes one member, whatever path it claims to have, so that it is there whole or not."""
-    content = tar.extractfile(member).read()
-    if len(content) != member.size:
-        raise tarfile.ReadError(f"{member.name} ends too early")
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, target)
-
-
-def _read_member(tar: tarfile.TarFile, archive: str | os.PathLike, name: str) -> bytes:
-    for member in tar.getmembers():
-        if member.isfile() and Path(member.name).name == name:
-            return tar.extractfile(member).read()
-    raise DataError(f"{archive} has no {name}: is it ILSVRC2012_devkit_t12.tar.gz?")
+def _samples_of(shard: Path) -> list[tuple[bytes, int, int, int]]:
+    """(file name, offset, size, label) of each sample of a shard."""
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                base, _, extension = os.path.basename(member.name).partition(".")
+                key = os.path.join(os.path.dirname(member.name), base)
+                if extension == "cls":
+                    labels[key] = int(tar.extractfile(member).read())
+                elif member.isfile() and is_image(f"x.{extension}"):
+                    images[key] = member
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise DataError(f"{shard}: not a whole shard ({error})") from error
+    if not images or set(images) != set(labels):
+        odd = min(set(images) ^ set(labels), default="none")
+        raise DataError(
+            f"{shard}: every sample needs <key>.<image extension> and <key>.cls; not so: {odd}"
+        )
+    return [
+        (os.fsencode(member.name), member.offset_data, member.size, labels[key])
+        for key, member in images.items()
+    ]

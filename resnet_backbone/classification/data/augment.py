@@ -1,11 +1,14 @@
-"""Augmentation: the paper's, that of later recipes, and mixing of whole batches."""
+"""Augmentation: the paper's, that of later recipes, and mixing of whole batches.
+
+Only what a crop needs is decoded and resized. Resizing gives what torchvision's transforms give.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -13,20 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_backbone.classification.data.crops import (
-    EncodedImage,
-    center_corner,
-    draw_crop,
-    draw_inception_crop,
-    resize_crop,
-    resize_short_side,
-    to_image,
-)
-from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.classification.data.decode import EncodedImage
+from resnet_backbone.classification.data.sources import MIXING
 from resnet_backbone.runtime.seeding import make_rng
 
-MIXING = 4  # the first word of a seed, beside those in `stream`, `loader` and `statistics`
 NOISE_STRENGTH = 0.1  # standard deviation of each component's factor (AlexNet, section 4.1)
+TRIES = 10  # of a random rectangle, before the largest allowed one in the center
+AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random rectangle, as in torchvision
 
 # Principal axes of ImageNet's RGB values, one a column; rows R, G, B (fb.resnet.torch,
 # datasets/imagenet.lua).
@@ -43,7 +39,149 @@ SCALINGS: dict[str, tuple[float, float, float]] = {
     # eigenvalues of the covariance of values in 0..1 (fb.resnet.torch): 5.5, 0.48 and 0.11
     "fb_resnet_torch": (0.2175 * 255, 0.0188 * 255, 0.0045 * 255),
 }
-COLOR_NOISES = (*SCALINGS, "none")
+
+
+class Span(NamedTuple):
+    """One axis of a crop of a resized image.
+
+    The crop begins ``skip`` pixels of the result after the pixel ``start`` of the image: the
+    resizing filter of its first pixel does not look further back than ``start``.
+
+    Attributes:
+        start: pixel of the image, before resizing.
+        skip: pixels of the result.
+        scale: pixels of the image for one of the result.
+    """
+
+    start: int
+    skip: int
+    scale: float
+
+
+class Crop(NamedTuple):
+    """A square crop of a resized image."""
+
+    y: Span
+    x: Span
+
+    def box(self, size: int) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in pixels of the image before resizing.
+
+        Pillow's ``resize((size, size), BILINEAR, box=...)`` gives the same pixels, within a gray
+        level or two.
+        """
+        left, top = (span.start + span.skip * span.scale for span in (self.x, self.y))
+        return left, top, left + size * self.x.scale, top + size * self.y.scale
+
+
+def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) once the short side is ``size``; the long one truncated, as torchvision's."""
+    if height <= width:
+        return size, int(size * width / height)
+    return int(size * height / width), size
+
+
+def resize_short_side(image: Tensor, size: int) -> Tensor:
+    """Resizes uint8 (3, H, W) like torchvision's ``Resize(size, antialias=True)``, bilinear."""
+    shape = resized_shape(*image.shape[1:], size)
+    if shape == tuple(image.shape[1:]):
+        return image
+    return F.interpolate(image[None], shape, mode="bilinear", antialias=True)[0]
+
+
+def center_crop(image: Tensor, size: int) -> Tensor:
+    """The middle of (..., H, W), with torchvision's rounding.
+
+    Raises:
+        ValueError: the image is smaller.
+    """
+    height, width = image.shape[-2:]
+    if min(height, width) < size:
+        raise ValueError(
+            f"an image of {height}x{width} has no {size}x{size} crop: use a larger resize"
+        )
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[..., top : top + size, left : left + size]
+
+
+def draw_crop(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    size: int = 224,
+    short_side: tuple[int, int] = (256, 480),
+) -> Crop:
+    """A random crop of the image resized to a random short side (paper, section 3.4).
+
+    The short side is uniform over the whole numbers of the range, the place uniform over those
+    of the resized image. The corner is then moved to the nearest place, at most half a pixel of
+    the image away, from which the crop can be resized without the rest of the image.
+    """
+    shape = resized_shape(height, width, int(rng.integers(short_side[0], short_side[1] + 1)))
+    y = _draw_span(height, shape[0], size, rng)
+    return Crop(y, _draw_span(width, shape[1], size, rng))
+
+
+def _draw_span(length: int, resized: int, size: int, rng: np.random.Generator) -> Span:
+    scale = length / resized
+    place = int(rng.integers(0, resized - size + 1))
+    # The bilinear filter reaches max(1, scale) pixels of the image from the center of a result's
+    # pixel; beyond `skip` of these it does not reach the pixel before `start`.
+    skip = min(place, max(1, math.ceil(0.5 / scale - 0.5)))
+    last = math.floor(length - (skip + size) * scale + 1e-6)
+    return Span(min(round((place - skip) * scale), max(last, 0)), skip, scale)
+
+
+def resize_crop(image: EncodedImage, crop: Crop, size: int = 224) -> Tensor:
+    """The pixels of a crop: uint8 (3, size, size), antialiased bilinear.
+
+    torch resizes from a whole pixel on and looks at nothing outside of what it is given. So a
+    region is resized that begins a little before the crop, and that part is cut off.
+    """
+    bottom, right = _span_end(crop.y, size, image.height), _span_end(crop.x, size, image.width)
+    region = image.region(crop.y.start, crop.x.start, bottom, right)
+    shape = [
+        _result_length(bottom - crop.y.start, crop.y, size),
+        _result_length(right - crop.x.start, crop.x, size),
+    ]
+    pixels, scales = torch.from_numpy(region).permute(2, 0, 1), (1 / crop.y.scale, 1 / crop.x.scale)
+    resized = torch.ops.aten._upsample_bilinear2d_aa(pixels[None], shape, False, *scales)
+    rows, columns = (slice(span.skip, span.skip + size) for span in crop)
+    return resized[0, :, rows, columns]
+
+
+def _span_end(span: Span, size: int, limit: int) -> int:
+    """The end of the region: as far as the filter of the last pixel reaches."""
+    last = (span.skip + size - 0.5) * span.scale
+    return min(limit, span.start + math.ceil(last + max(1.0, span.scale)))
+
+
+def _result_length(region: int, span: Span, size: int) -> int:
+    # torch leaves out the resizing of an axis whose length stays the same, whatever the scale
+    length = span.skip + size
+    return length + 1 if region == length and span.scale != 1 else length
+
+
+def draw_inception_crop(
+    height: int, width: int, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of a random rectangle (Szegedy et al. 2015, section 6).
+
+    The rules are those of torchvision's ``RandomResizedCrop``: ten tries of an area, uniform in
+    8 to 100 % of the image's, and a ratio of width to height, uniform in its logarithm in 3/4 to
+    4/3; then the largest center rectangle of an allowed shape.
+    """
+    for _ in range(TRIES):
+        target = height * width * rng.uniform(*AREA)
+        shape = math.exp(rng.uniform(*map(math.log, RATIO)))
+        w, h = round(math.sqrt(target * shape)), round(math.sqrt(target / shape))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            return top, left, top + h, left + w
+    h = min(height, max(1, round(width / RATIO[0])))
+    w = min(width, max(1, round(height * RATIO[1])))
+    top, left = (height - h) // 2, (width - w) // 2
+    return top, left, top + h, left + w
 
 
 class Augmented(NamedTuple):
@@ -51,17 +189,11 @@ class Augmented(NamedTuple):
 
     Attributes:
         image: uint8 (3, size, size), RGB.
-        shift: float32 (3,) or None, see :class:`resnet_backbone.classification.data.stream.Batch`.
+        shift: float32 (3,) or None, see :class:`resnet_backbone.classification.data.sources.Batch`.
     """
 
     image: Tensor
     shift: np.ndarray | None = None
-
-
-def check_color_noise(name: str) -> None:
-    """DataError for an unknown name."""
-    if name not in COLOR_NOISES:
-        raise DataError(f"color noise is one of {', '.join(COLOR_NOISES)}, not {name!r}")
 
 
 def color_shift(name: str, rng: np.random.Generator) -> np.ndarray | None:
@@ -78,13 +210,18 @@ def color_shift(name: str, rng: np.random.Generator) -> np.ndarray | None:
     return (AXES @ (rng.normal(0.0, NOISE_STRENGTH, 3) * SCALINGS[name])).astype(np.float32)
 
 
+def _flipped(pixels: Tensor, flip: bool) -> Tensor:
+    """A contiguous copy of (3, H, W), mirrored left to right if asked."""
+    return pixels.flip(2) if flip else pixels.contiguous()
+
+
 @dataclass(frozen=True)
 class PaperAugmentation:
     """The paper's training augmentation (section 3.4): scale, crop, flip, color noise.
 
     Args:
         size: of the crop, pixels.
-        short_side: first and last length of the short side.
+        short_side: first and last length of the short side, pixels; at least ``size``.
         flip: probability of mirroring left to right.
         color_noise: "cuda_convnet", "fb_resnet_torch" or "none".
     """
@@ -94,20 +231,11 @@ class PaperAugmentation:
     flip: float = 0.5
     color_noise: str = "cuda_convnet"
 
-    def __post_init__(self):
-        check_color_noise(self.color_noise)
-        shortest, longest = self.short_side
-        if not self.size <= shortest <= longest:
-            raise DataError(
-                f"short sides of {shortest} to {longest} pixels hold no crop of {self.size}: "
-                "size <= first <= last is needed"
-            )
-
     def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Augmented:
         crop = draw_crop(image.height, image.width, rng, self.size, self.short_side)
         flip = rng.random() < self.flip
         shift = color_shift(self.color_noise, rng)
-        return Augmented(to_image(resize_crop(image, crop, self.size), flip), shift)
+        return Augmented(_flipped(resize_crop(image, crop, self.size), flip), shift)
 
 
 @dataclass(frozen=True)
@@ -117,17 +245,10 @@ class CenterCrop:
     size: int = 224
     short_side: int = 256
 
-    def __post_init__(self):
-        if self.short_side < self.size:
-            raise DataError(f"a short side of {self.short_side} holds no crop of {self.size}")
-
     def __call__(self, image: EncodedImage, rng: np.random.Generator | None = None) -> Augmented:
-        pixels = image.region(0, 0, image.height, image.width)
-        resized = torch.from_numpy(resize_short_side(pixels, self.short_side)).permute(2, 0, 1)
-        top, left = center_corner(*resized.shape[1:], self.size)
-        return Augmented(
-            to_image(resized[:, top : top + self.size, left : left + self.size], False)
-        )
+        pixels = torch.from_numpy(image.region(0, 0, image.height, image.width)).permute(2, 0, 1)
+        crop = center_crop(resize_short_side(pixels, self.short_side), self.size)
+        return Augmented(crop.contiguous())
 
 
 @dataclass(frozen=True)
@@ -136,50 +257,34 @@ class InceptionAugmentation:
 
     Args:
         size: of the crop, pixels.
-        area, ratio: see :func:`draw_inception_crop`.
         flip: probability of mirroring left to right.
         randaugment: magnitude of torchvision's ``RandAugment`` (0..30), None for none.
-        randaugment_ops: its number of operations.
         color_noise: "cuda_convnet", "fb_resnet_torch" or "none".
     """
 
     size: int = 224
-    area: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     randaugment: int | None = None
-    randaugment_ops: int = 2
     color_noise: str = "none"
 
     def __post_init__(self):
-        check_color_noise(self.color_noise)
-        if not 0 < self.area[0] <= self.area[1] <= 1:
-            raise DataError(f"area is 0 < first <= last <= 1, not {self.area}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise DataError(f"ratio is 0 < first <= last, not {self.ratio}")
-        if self.randaugment is not None and not 0 <= self.randaugment <= 30:
-            raise DataError(f"RandAugment's magnitude is 0..30, not {self.randaugment}")
         if self.randaugment is not None:
-            _ = self._transform  # imported here, not by every worker
+            import torchvision.transforms.v2  # noqa: F401 - seconds; here, and not in each worker
 
     def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Augmented:
-        box = draw_inception_crop(image.height, image.width, rng, self.area, self.ratio)
+        box = draw_inception_crop(image.height, image.width, rng)
         flip = rng.random() < self.flip
         shift = color_shift(self.color_noise, rng)
         region = torch.from_numpy(image.region(*box)).permute(2, 0, 1)[None]
         shape = (self.size, self.size)
         pixels = F.interpolate(region, shape, mode="bilinear", antialias=True)[0]
-        pixels = to_image(pixels, flip)
+        pixels = _flipped(pixels, flip)
         if self.randaugment is not None:
+            from torchvision.transforms import v2
+
             with _torch_seed(int(rng.integers(2**63))):
-                pixels = self._transform(pixels)
+                pixels = v2.RandAugment(magnitude=self.randaugment)(pixels)
         return Augmented(pixels, shift)
-
-    @cached_property
-    def _transform(self):
-        from torchvision.transforms import v2  # seconds; most runs do without
-
-        return v2.RandAugment(self.randaugment_ops, self.randaugment)
 
 
 @contextmanager
@@ -205,14 +310,9 @@ class BatchMixer:
     def __init__(self, num_classes: int, mixup: float = 0.2, cutmix: float = 1.0, seed: int = 0):
         from torchvision.transforms import v2
 
-        if mixup < 0 or cutmix < 0 or not (mixup or cutmix):
-            raise DataError(f"mixup and cutmix are alphas >= 0, one of them > 0: {mixup}, {cutmix}")
         self.num_classes, self.seed = num_classes, seed
-        self._transforms = []
-        if mixup:
-            self._transforms.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
-        if cutmix:
-            self._transforms.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+        kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+        self._transforms = [kind(alpha=a, num_classes=num_classes) for kind, a in kinds if a]
 
     def __call__(self, images: Tensor, labels: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """Mixes a batch.
@@ -228,7 +328,6 @@ class BatchMixer:
         """
         if len(labels) < 2:
             return images, F.one_hot(labels, self.num_classes).float()
-        seed = make_rng(self.seed, MIXING, iteration).integers(2**63)
-        with _torch_seed(int(seed)):
+        with _torch_seed(int(make_rng(self.seed, MIXING, iteration).integers(2**63))):
             chosen = int(torch.randint(len(self._transforms), ()))
             return self._transforms[chosen](images, labels)

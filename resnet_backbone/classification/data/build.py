@@ -1,8 +1,7 @@
-"""From a config to training batches, evaluation images and what the weights will expect."""
+"""From a config to training batches, evaluation images and the input that follows from them."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,40 +11,39 @@ import torch
 from torch import Tensor
 
 from resnet_backbone.classification.config import Config, DataConfig
-from resnet_backbone.classification.data.arrays import (
-    CIFAR10_CLASSES,
-    HELD_OUT,
-    ArraySource,
-    SyntheticSource,
-    read_cifar10,
-    read_digits,
-)
 from resnet_backbone.classification.data.augment import (
     CenterCrop,
     InceptionAugmentation,
     PaperAugmentation,
 )
-from resnet_backbone.classification.data.bad_images import BadImageReport
 from resnet_backbone.classification.data.evaluation import EvaluationArrays, EvaluationFiles
 from resnet_backbone.classification.data.imagenet import (
+    EncodedDataset,
     ImageFiles,
+    TarShards,
     check_same_classes,
     class_indices,
     read_class_list,
     read_flat_folder,
     read_image_folder,
 )
-from resnet_backbone.classification.data.loader import LoaderSource
-from resnet_backbone.classification.data.shards import TarShards
-from resnet_backbone.classification.data.statistics import (
-    channel_statistics,
-    compute_mean,
-    keep_input,
-    kept_input,
-    mean_image,
-    preprocessing_from,
+from resnet_backbone.classification.data.loader import Augmentation, BadImageReport, LoaderSource
+from resnet_backbone.classification.data.sources import (
+    CIFAR10_CLASSES,
+    HELD_OUT,
+    ArraySource,
+    SampleStream,
+    SyntheticSource,
+    read_cifar10,
+    read_digits,
 )
-from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.classification.data.statistics import (
+    MEAN_BATCH,
+    MeanStatistics,
+    image_statistics,
+    preprocessing_from,
+    training_input,
+)
 from resnet_backbone.runtime.builtin import CLASS_NAMES as DIGITS
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.processes import World
@@ -92,7 +90,7 @@ def build_data(
     Raises:
         DataError: missing or damaged data.
     """
-    world = World() if world is None else world
+    world = world or World()
     if config.data.format == "synthetic":
         return _synthetic(config, world)
     if config.data.format in ("imagenet", "shards"):
@@ -100,10 +98,12 @@ def build_data(
     return _arrays(config, world)
 
 
-def _stream(config: Config, num_samples: int, world: World, **options: Any) -> SampleStream:
+def _stream(
+    config: Config, num_samples: int, world: World, group_sizes: tuple[int, ...] = ()
+) -> SampleStream:
     train = config.train
     return SampleStream(
-        num_samples, train.batch_size, train.seed, world.rank, world.size, **options
+        num_samples, train.batch_size, train.seed, world.rank, world.size, group_sizes
     )
 
 
@@ -122,9 +122,8 @@ def _arrays(config: Config, world: World) -> ClassificationData:
         names, tested_on = DIGITS, "built-in digits, test"
         images, labels = read_digits(train=True)
         tests, test_labels = read_digits(train=False)
-    mean, std = channel_statistics(images)
-    image = mean_image(images) if data.mean == "pixel" else None
-    preprocessing = preprocessing_from(data, mean, std, image, f"training set of {data.format}")
+    found = image_statistics(images.split(MEAN_BATCH), images.shape[1:])
+    preprocessing = preprocessing_from(data, found, f"training set of {data.format}")
     source = ArraySource(
         images,
         labels,
@@ -134,7 +133,7 @@ def _arrays(config: Config, world: World) -> ClassificationData:
         device=world.device,
     )
     evaluation = EvaluationArrays(tests.to(world.device), test_labels)
-    return ClassificationData(source, evaluation, preprocessing, tuple(names), tested_on)
+    return ClassificationData(source, evaluation, preprocessing, names, tested_on)
 
 
 def _padding(data: DataConfig, preprocessing: Preprocessing) -> Tensor | None:
@@ -157,8 +156,8 @@ def _synthetic(config: Config, world: World) -> ClassificationData:
     count = min(samples, 2 * config.evaluation.batch_size)
     tests = torch.zeros((count, *shape), dtype=torch.uint8)
     evaluation = EvaluationArrays(tests, torch.arange(count) % len(names))
-    gray, spread = (127.5,) * 3, (74.0,) * 3
-    preprocessing = preprocessing_from(data, gray, spread, None, "synthetic data")
+    gray = MeanStatistics(None, (127.5,) * 3, (74.0,) * 3, samples)
+    preprocessing = preprocessing_from(data, gray, "synthetic data")
     return ClassificationData(source, evaluation, preprocessing, names, "synthetic images")
 
 
@@ -169,23 +168,24 @@ def _encoded(
     data = config.data
     train = read_training_set(data)
     val = read_validation_set(data, train)
-    groups = {"group_sizes": train.group_sizes} if isinstance(train, TarShards) else {}
+    groups = train.group_sizes if isinstance(train, TarShards) else ()
     report = BadImageReport(folder / BAD_IMAGES, data.max_bad_images, "data.max_bad_images")
     source = LoaderSource(
         train,
-        _stream(config, len(train), world, **groups),
+        _stream(config, len(train), world, groups),
         augmentation_of(data),
         workers=data.workers,
         report=report,
     )
-    preprocessing = _training_input(data, train, folder, world, report)
-    sides = (config.evaluation.short_side,) if config.evaluation.protocol == "centre" else (None,)
-    evaluation = EvaluationFiles(val.samples, sides, prepare)
-    names = tuple(train.class_names)
-    return ClassificationData(source, evaluation, preprocessing, names, f"{val.root}")
+    preprocessing = training_input(data, train, folder, world, report)
+    whole = config.evaluation.protocol == "full"
+    evaluation = EvaluationFiles(
+        val.samples, (None if whole else config.evaluation.short_side,), prepare
+    )
+    return ClassificationData(source, evaluation, preprocessing, train.class_names, str(val.root))
 
 
-def read_training_set(data: DataConfig) -> ImageFiles | TarShards:
+def read_training_set(data: DataConfig) -> EncodedDataset:
     """``root/train/<class>/<image>``, or ``root/<class>/<image>``, or shards in ``root``."""
     if data.format == "shards":
         return TarShards(data.root)
@@ -194,14 +194,14 @@ def read_training_set(data: DataConfig) -> ImageFiles | TarShards:
     return read_image_folder(root / "train" if (root / "train").is_dir() else root, classes)
 
 
-def read_validation_set(data: DataConfig, train: ImageFiles | TarShards) -> ImageFiles:
+def read_validation_set(data: DataConfig, train: EncodedDataset) -> ImageFiles:
     """``val_root``, by default ``root/val``: class folders, or flat with ``val_labels``."""
     root = Path(data.val_root or Path(data.root) / "val")
     if not root.is_dir():
         raise DataError(f"{root}: no validation images; give their folder with data.val_root=PATH")
-    classes = class_indices(train)
+    classes, num_classes = class_indices(train), len(train.class_names)
     if data.val_labels:
-        return read_flat_folder(root, data.val_labels, classes, train.num_classes)
+        return read_flat_folder(root, data.val_labels, classes, num_classes)
     if not any(entry.is_dir() for entry in root.iterdir()):
         raise DataError(
             f"{root} has no class folders: give the label list of a flat folder with "
@@ -209,10 +209,10 @@ def read_validation_set(data: DataConfig, train: ImageFiles | TarShards) -> Imag
         )
     if isinstance(train, ImageFiles) and not data.class_list:  # else a part of the classes will do
         check_same_classes(train, read_image_folder(root))
-    return read_image_folder(root, classes, train.num_classes)
+    return read_image_folder(root, classes, num_classes)
 
 
-def augmentation_of(data: DataConfig) -> CenterCrop | InceptionAugmentation | PaperAugmentation:
+def augmentation_of(data: DataConfig) -> Augmentation:
     """The training augmentation that a config names."""
     if data.augmentation == "none":
         return CenterCrop(data.crop, data.short_side[0])
@@ -220,47 +220,3 @@ def augmentation_of(data: DataConfig) -> CenterCrop | InceptionAugmentation | Pa
         magnitude = RAND_AUGMENT if data.rand_augment else None
         return InceptionAugmentation(data.crop, randaugment=magnitude, color_noise=data.color_noise)
     return PaperAugmentation(data.crop, tuple(data.short_side), color_noise=data.color_noise)
-
-
-def _training_input(
-    data: DataConfig,
-    train: ImageFiles | TarShards,
-    folder: Path,
-    world: World,
-    report: BadImageReport,
-) -> Preprocessing:
-    """The input with the training set's mean, computed once by all processes together.
-
-    It is kept in the run folder, and taken from there for the same data set and settings.
-    """
-    if data.mean == "imagenet" and data.std != "channel":
-        return preprocessing_from(data, (0.0,) * 3, (1.0,) * 3, None, "")
-    settings = (
-        data.class_list,
-        data.channel_order,
-        data.mean,
-        data.std,
-        data.crop,
-        data.short_side[0],
-    )
-    root = data.root if "://" in data.root else Path(data.root).resolve()
-    made_from = f"{len(train)} images of {root}, {data.mean_samples} used, {settings}"
-    kept = world.broadcast(kept_input(folder, made_from) if world.is_main else None)
-    if kept is not None:
-        return kept
-    found = compute_mean(
-        train,
-        num_images=data.mean_samples,
-        size=data.crop,
-        short_side=data.short_side[0],
-        workers=data.workers,
-        report=report,
-        progress=world.is_main and sys.stderr.isatty(),
-        world=world,
-    )
-    image = found.image if data.mean == "pixel" else None
-    where = f"center crops of {found.num_images} training images"
-    made = preprocessing_from(data, found.channels, found.std, image, where)
-    if world.is_main:
-        keep_input(folder, made, made_from)
-    return made

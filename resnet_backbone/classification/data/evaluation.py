@@ -1,12 +1,8 @@
 """Images to evaluate on: every one exactly once, however many processes share them.
 
-    files = EvaluationFiles(samples, protocol.short_sides, protocol.prepare)
-    loader = EvaluationLoader(files, 64, workers=8, rank=world.rank, world=world.size)
-    result = evaluate([(model, normalizer)], protocol, loader, world=world)
-
-with ``protocol`` from ``classification.protocols`` and ``evaluate`` from
-``classification.evaluation``. For arrays in memory the first line is
-``EvaluationArrays(images, labels)``.
+files = EvaluationFiles(samples, protocol.short_sides, protocol.prepare)
+loader = EvaluationLoader(files, 64, workers=8, rank=world.rank, world=world.size)
+result = evaluate([(model, normalizer)], protocol, loader, world=world)
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from resnet_backbone.classification.data.crops import resize_short_side
+from resnet_backbone.classification.data.augment import resize_short_side
 from resnet_backbone.classification.data.decode import BadImage, read_rgb
 from resnet_backbone.classification.data.loader import Running, init_worker
 from resnet_backbone.runtime.errors import DataError
@@ -76,8 +72,7 @@ class EvaluationFiles:
         short_sides: Sequence[int | None] = (None,),
         prepare: Callable[[Tensor], Tensor] | None = None,
     ):
-        self.samples, self.prepare = samples, prepare
-        self.short_sides = tuple(short_sides)
+        self.samples, self.short_sides, self.prepare = samples, short_sides, prepare
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -91,10 +86,9 @@ class EvaluationFiles:
             whole = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
         except BadImage as error:
             return BadSample(index, label, str(path), error.reason)
-        images = []
-        for size in self.short_sides:
-            image = whole if size is None else resize_short_side(whole, size)
-            images.append(image if self.prepare is None else self.prepare(image))
+        images = [resize_short_side(whole, size) if size else whole for size in self.short_sides]
+        if self.prepare is not None:
+            images = map(self.prepare, images)
         return EvaluationItem(tuple(images), label, index)
 
 
@@ -106,26 +100,14 @@ class EvaluationArrays:
         labels: int64 (N,).
     """
 
-    short_sides = (None,)
-
     def __init__(self, images: Tensor, labels: Tensor):
-        self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels).cpu().long()
-        if self.images.dtype != torch.uint8 or self.images.dim() != 4 or self.images.shape[1] != 3:
-            raise DataError(
-                f"evaluation images are uint8 (N, 3, H, W), not {self.images.dtype} "
-                f"{tuple(self.images.shape)}"
-            )
-        if self.labels.shape != self.images.shape[:1]:
-            raise DataError(f"{len(self.images)} images, but labels {tuple(self.labels.shape)}")
+        self.images, self.labels = images, labels.cpu()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def name_of(self, index: int) -> str:
         return f"image {index}"
-
-    def __getitem__(self, index: int) -> EvaluationItem:
-        return EvaluationItem((self.images[index],), int(self.labels[index]), index)
 
     def batch(self, indices: range) -> EvaluationBatch:
         """The images of a range, without a copy."""
@@ -148,6 +130,7 @@ class EvaluationLoader:
 
     Attributes:
         num_images: of the whole data set, over all processes.
+        name_of: the path of an image, or its number.
     """
 
     def __init__(
@@ -160,23 +143,13 @@ class EvaluationLoader:
         world: int = 1,
         pin_memory: bool = False,
     ):
-        if not 0 <= rank < world:
-            raise DataError(f"rank {rank} is not one of {world} processes")
         if batch_size < 1 or workers < 0:
             raise DataError(f"batch size {batch_size} and {workers} workers: give 1, 0 or more")
         if not len(dataset):
             raise DataError("the evaluation set has no images")
         self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
-        self.pin_memory = pin_memory
-        self.part = range(rank, len(dataset), world)
-
-    @property
-    def num_images(self) -> int:
-        return len(self.dataset)
-
-    def name_of(self, index: int) -> str:
-        """The path of an image, or its number."""
-        return self.dataset.name_of(index)
+        self.pin_memory, self.part = pin_memory, range(rank, len(dataset), world)
+        self.num_images, self.name_of = len(dataset), dataset.name_of
 
     def __len__(self) -> int:
         return -(-len(self.part) // self.batch_size)

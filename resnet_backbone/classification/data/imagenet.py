@@ -1,26 +1,27 @@
-"""ImageNet and anything laid out like it: folders of classes, or a flat folder and a list."""
+"""ImageNet and anything laid out like it: class folders, a flat folder and a list, tar shards.
+
+Shards are in WebDataset's layout. An index beside them says where each image's bytes lie, which
+makes them a map-style data set: epochs are exact, and a run resumes at any sample.
+"""
 
 from __future__ import annotations
 
+import io
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import fsspec
 import numpy as np
 
-from resnet_backbone.classification.data.decode import read_bytes
+from resnet_backbone.classification.data.decode import BadImage, read_bytes
 from resnet_backbone.runtime.errors import DataError
 
 EXTENSIONS = frozenset(
     ".jpeg .jpg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm".split()
 )
-DEVKIT_HINT = (
-    "numbers alone are the development kit's ILSVRC2012_IDs, whose order is not that of the "
-    "sorted wnids: let tools/prepare_data.py imagenet --devkit convert them, or write one "
-    "'name wnid' a line"
-)
+INDEX_NAME = "index.npz"
 
 
 class EncodedSample(NamedTuple):
@@ -44,11 +45,11 @@ class ImageFiles:
     by page into every worker that counts references to them.
 
     Attributes:
-        root: the folder.
         labels: int64 (N,).
         class_names: one per class index.
 
     Args:
+        root: the folder.
         names: paths below ``root``.
     """
 
@@ -63,10 +64,6 @@ class ImageFiles:
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = tuple(class_names)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
 
     @property
     def samples(self) -> list[tuple[Path, int]]:
@@ -85,6 +82,77 @@ class ImageFiles:
         return os.path.join(self.root, os.fsdecode(self._names[index]))
 
 
+class TarShards:
+    """Images in tar shards, map-style, wherever fsspec reads: a folder, ``s3://``, ``https://``.
+
+    Each sample is one request for a range of bytes; before a URL, ``simplecache::`` copies shards
+    to this machine when they are first needed.
+
+    Attributes:
+        labels: int64 (N,).
+        class_names: one per class index.
+        group_sizes: samples of each shard, for ``SampleStream``: shards are shuffled, and samples
+            within some shards, so that reading stays near.
+
+    Args:
+        url: folder of the shards and their index.
+
+    Raises:
+        DataError: no index, or one that is not ours.
+    """
+
+    def __init__(self, url: str | os.PathLike):
+        self.url = os.fspath(url).rstrip("/")
+        index = _read_index(self.url)
+        self._shards = index["shard_names"]
+        self.group_sizes = tuple(index["shard_counts"].tolist())
+        self._ends = np.cumsum(self.group_sizes)
+        self._keys, self._offsets, self._sizes = index["keys"], index["offsets"], index["sizes"]
+        self.labels = index["labels"].astype(np.int64)
+        self.class_names = tuple(index["class_names"].tolist())
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _shard(self, index: int) -> str:
+        return f"{self.url}/{self._shards[np.searchsorted(self._ends, index, side='right')]}"
+
+    def name(self, index: int) -> str:
+        return f"{self._shard(index)}/{os.fsdecode(self._keys[index])}"
+
+    def __getitem__(self, index: int) -> EncodedSample:
+        """Reads one image's bytes; BadImage where the shard does not hold them."""
+        offset, size = int(self._offsets[index]), int(self._sizes[index])
+        try:  # each process has file systems of its own, which fsspec keeps
+            filesystem, path = fsspec.url_to_fs(self._shard(index))
+            data = filesystem.cat_file(path, start=offset, end=offset + size)
+        except OSError as error:
+            raise BadImage(self.name(index), error.strerror or str(error)) from error
+        if len(data) != size:
+            raise BadImage(self.name(index), "the shard is shorter than its index says")
+        return EncodedSample(data, int(self.labels[index]), self.name(index))
+
+
+EncodedDataset = ImageFiles | TarShards
+
+
+def _read_index(url: str) -> dict[str, np.ndarray]:
+    try:
+        with fsspec.open(f"{url}/{INDEX_NAME}", "rb") as file:
+            content = io.BytesIO(file.read())
+        with np.load(content, allow_pickle=False) as arrays:
+            index = dict(arrays)
+        known = int(index["format"]) == 1
+    except Exception as error:  # fsspec, numpy and zipfile raise errors of many types
+        raise DataError(
+            f"{url}: {INDEX_NAME} cannot be read ({error}); write it with "
+            "tools/prepare_data.py shards index"
+        ) from error
+    if not known:
+        raise DataError(f"{url}/{INDEX_NAME} was written by another version: write it again")
+    return index
+
+
 def read_image_folder(
     root: str | os.PathLike, classes: Mapping[str, int] | None = None, num_classes: int = 0
 ) -> ImageFiles:
@@ -100,7 +168,7 @@ def read_image_folder(
             ``classes``.
     """
     root = _existing_folder(root)
-    folders = sorted(entry.name for entry in os.scandir(root) if _is_class_folder(entry))
+    folders = sorted(path.name for path in root.glob("[!.]*") if path.is_dir())
     if not folders:
         raise DataError(
             f"{root} has no class folders: ROOT/<class>/<image> is expected; for a flat folder "
@@ -139,33 +207,26 @@ def read_flat_folder(
             listed twice or missing, or one that is not listed.
     """
     root = _existing_folder(root)
-    entries = _read_label_lines(Path(label_file))
+    entries = _read_labels(label_file)
     wnids = {label for label in entries.values() if not label.isdigit()}
     if classes is None:
         classes = {name: index for index, name in enumerate(sorted(wnids))}
     found, listed = set(list_images(root)), set(entries)
-    if listed - found:
+    if found != listed:
+        odd = min(found ^ listed)
+        where = f"listed in {label_file}" if odd in listed else f"in {root}"
         raise DataError(
-            f"{label_file} lists {len(listed - found)} images that are not in {root}, the first "
-            f"is {min(listed - found)}"
-        )
-    if found - listed:
-        raise DataError(
-            f"{root} has {len(found - listed)} images that {label_file} does not list, the "
-            f"first is {min(found - listed)}"
+            f"{root} and {label_file} differ in {len(found ^ listed)} images; the first, {odd}, is "
+            f"{where} alone"
         )
     unknown = wnids - set(classes)
     if unknown:
         raise DataError(f"{label_file}: class {min(unknown)} is not in the class list")
     names = sorted(entries)
     labels = [int(entries[n]) if entries[n].isdigit() else classes[entries[n]] for n in names]
-    known = name_classes(classes, num_classes)
+    known = name_classes(classes, num_classes) or name_classes({}, num_classes or max(labels) + 1)
     if max(labels) >= len(known):
-        if known:
-            raise DataError(
-                f"{label_file}: label {max(labels)}, but there are {len(known)} classes"
-            )
-        known = name_classes({}, num_classes or max(labels) + 1)
+        raise DataError(f"{label_file}: label {max(labels)}, but there are {len(known)} classes")
     return ImageFiles(root, names, labels, known)
 
 
@@ -175,8 +236,7 @@ def read_class_list(path: str | os.PathLike) -> dict[str, int]:
     What follows on a line, such as a readable name, is not read; so the usual
     ``LOC_synset_mapping.txt`` is such a list.
     """
-    path = Path(path)
-    lines = [line.split() for line in _read_text(path).splitlines() if line.strip()]
+    lines = [line.split() for line in read_lines(path)]
     numbered = [len(words) > 1 and words[1].isdigit() for words in lines]
     if not lines or any(numbered) != all(numbered):
         raise DataError(f"{path}: write 'wnid index' on every line, or a wnid alone on every line")
@@ -187,38 +247,31 @@ def read_class_list(path: str | os.PathLike) -> dict[str, int]:
     return classes
 
 
-def class_indices(dataset: ImageFiles) -> dict[str, int]:
+def class_indices(dataset: EncodedDataset) -> dict[str, int]:
     """Class name -> index of a data set, to read another one (validation) with."""
     return {name: index for index, name in enumerate(dataset.class_names)}
 
 
 def check_same_classes(train: ImageFiles, val: ImageFiles) -> None:
     """DataError unless training and validation have the same classes with the same indices."""
-    if train.class_names == val.class_names:
-        return
-    only_train = sorted(set(train.class_names) - set(val.class_names))
-    only_val = sorted(set(val.class_names) - set(train.class_names))
-    parts = [
-        f"{len(names)} only in {where} (the first is {names[0]})"
-        for names, where in ((only_train, "training"), (only_val, "validation"))
-        if names
-    ]
-    raise DataError(
-        f"training ({train.root}) and validation ({val.root}) have different classes: "
-        f"{', '.join(parts) or 'their order differs'}; both need the same, or one class list"
-    )
+    differing = sorted(set(train.class_names) ^ set(val.class_names))
+    if train.class_names != val.class_names:
+        named = f"{len(differing)}, the first is {differing[0]}" if differing else "their order"
+        raise DataError(
+            f"training ({train.root}) and validation ({val.root}) differ in classes ({named}); "
+            "both need the same, or one class list"
+        )
 
 
 def list_images(folder: Path) -> list[str]:
     """Sorted names of the image files directly in a folder, by extension; hidden ones left out."""
     with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if not entry.name.startswith(".")
-            and os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-            and entry.is_file()
-        )
+        return sorted(entry.name for entry in entries if is_image(entry.name) and entry.is_file())
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its extension, and not hidden."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def name_classes(classes: Mapping[str, int], num_classes: int = 0) -> tuple[str, ...]:
@@ -233,42 +286,36 @@ def name_classes(classes: Mapping[str, int], num_classes: int = 0) -> tuple[str,
 
 
 def _existing_folder(root: str | os.PathLike) -> Path:
-    root = Path(root)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"{root}: no such folder; tools/prepare_data.py imagenet builds it")
-    return root
+    return Path(root)
 
 
-def _is_class_folder(entry: os.DirEntry) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
-
-
-def _read_text(path: Path) -> str:
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """The lines of a text file that are not empty, stripped; DataError where it is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise DataError(f"{path}: {reason}") from error
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'not text'}") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
-def _read_label_lines(path: Path) -> dict[str, str]:
-    lines = [line.strip() for line in _read_text(path).splitlines()]
-    lines = [line for line in lines if line]
+def _read_labels(path: str | os.PathLike) -> dict[str, str]:
+    lines = read_lines(path)
     if not lines:
         raise DataError(f"{path} is empty: it needs a line 'name label' for each image")
-    if all(re.fullmatch(r"\d+", line) for line in lines):
-        raise DataError(f"{path}: {DEVKIT_HINT}")
-    return _unique_pairs(path, lines)
-
-
-def _unique_pairs(path: Path, lines: Iterable[str]) -> dict[str, str]:
+    if all(line.isdecimal() for line in lines):
+        raise DataError(
+            f"{path}: numbers alone are the development kit's ILSVRC2012_IDs, whose order is not "
+            "that of the sorted wnids: let tools/prepare_data.py imagenet --devkit convert them, "
+            "or write one 'name wnid' a line"
+        )
     entries: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        name, _, label = line.rpartition(" ") if " " in line else line.rpartition("\t")
-        name, label = name.strip(), label.strip()
-        if not name or not label:
+        name, *label = line.rsplit(maxsplit=1)
+        if not label:
             raise DataError(f"{path}: line {number} is not 'name label': {line!r}")
         if name in entries:
             raise DataError(f"{path}: {name} is listed twice")
-        entries[name] = label
+        entries[name] = label[0]
     return entries

@@ -1,15 +1,20 @@
-"""Training batches from encoded images: the same ones for any number of workers."""
+"""Training batches from encoded images: the same ones for any number of workers.
+
+Images that cannot be read are replaced by others, and reported.
+"""
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import itertools
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -17,29 +22,134 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from resnet_backbone.classification.data.augment import Augmented
-from resnet_backbone.classification.data.bad_images import BAD, CONVERTED, BadImageReport, ImageNote
-from resnet_backbone.classification.data.crops import EncodedImage
-from resnet_backbone.classification.data.decode import BadImage
-from resnet_backbone.classification.data.imagenet import EncodedSample
-from resnet_backbone.classification.data.stream import Batch, SampleStream, sample_rng
+from resnet_backbone.classification.data.decode import BadImage, EncodedImage, decode, read_bytes
+from resnet_backbone.classification.data.imagenet import EncodedDataset
+from resnet_backbone.classification.data.sources import REPLACEMENT, Batch, SampleStream, sample_rng
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.seeding import make_rng
 
-REPLACEMENT = 2  # the first word of a seed, beside those in `stream`
+BAD, CONVERTED = "bad", "converted"
+MAX_CONVERTED = 1000  # lines; a data set of nothing but such images needs no list of them
+SHOWN = 3  # bad files in the message that stops a run
 MAX_REPLACEMENTS = 100
 WORKER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 Augmentation = Callable[[EncodedImage, np.random.Generator], Augmented]
 
 
-class EncodedDataset(Protocol):
-    """``ImageFiles``, ``TarShards``, or anything like them."""
+class ImageNote(NamedTuple):
+    """What is worth telling about one image.
 
-    def __len__(self) -> int: ...
+    Attributes:
+        kind: "bad" (not readable) or "converted" (readable, but not an ordinary image).
+        path: file, or place in a shard.
+        reason: one line.
+    """
 
-    def __getitem__(self, index: int) -> EncodedSample: ...
+    kind: str
+    path: str
+    reason: str
 
-    def name(self, index: int) -> str: ...
+
+def inspect_file(path: str) -> ImageNote | None:
+    """Decodes an image file; what is worth telling about it, or None."""
+    try:
+        note = decode(read_bytes(path), path).note
+    except BadImage as bad:
+        return ImageNote(BAD, bad.path, bad.reason)
+    return ImageNote(CONVERTED, path, note) if note else None
+
+
+class BadImageReport:
+    """Counts unusual images and lists each once in a file that outlives the run.
+
+    A line is ``kind<TAB>path<TAB>reason``. The file is only ever appended to, under a lock:
+    several processes may share it, and a resumed run continues it. All counts are of
+    different files, over all of these processes and runs.
+
+    Args:
+        path: of the report, or None to keep it in memory.
+        max_bad_images: :meth:`add` raises DataError when there are more bad files; None for no
+            limit.
+        option: what the message tells to change.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike | None = None,
+        max_bad_images: int | None = None,
+        option: str = "max_bad_images",
+    ):
+        self.path = None if path is None else Path(path)
+        self.max_bad_images, self.option = max_bad_images, option
+        self._reasons: dict[tuple[str, str], str] = {}  # by kind and path
+        if self.path is not None and self.path.exists():
+            with self.path.open("rb") as file:
+                self._learn(file)
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """Path -> reason, in the order of discovery."""
+        return {path: reason for (kind, path), reason in self._reasons.items() if kind == BAD}
+
+    @property
+    def num_bad(self) -> int:
+        return len(self.bad)
+
+    @property
+    def num_converted(self) -> int:
+        return len(self._reasons) - self.num_bad
+
+    def add(self, *notes: ImageNote) -> None:
+        """Counts images, and lists those that are not in the report yet.
+
+        Raises:
+            DataError: more than ``max_bad_images`` bad ones.
+        """
+        new = self._unknown(ImageNote(*map(_one_line, note)) for note in notes)
+        if new and self.path is not None:
+            self._append(new)
+        self._reasons |= {(note.kind, note.path): note.reason for note in self._unknown(new)}
+        self.check()
+
+    def check(self) -> None:
+        """DataError when there are more bad images than allowed."""
+        if self.max_bad_images is None or self.num_bad <= self.max_bad_images:
+            return
+        first = "; ".join(f"{path} ({why})" for path, why in list(self.bad.items())[:SHOWN])
+        where = f", all are listed in {self.path}" if self.path else ""
+        raise DataError(
+            f"{self.num_bad} images cannot be read, {self.max_bad_images} are allowed: {first}"
+            f"{where}; mend or remove them, or raise {self.option}"
+        )
+
+    def _append(self, notes: list[ImageNote]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.truncate(self._learn(file))  # an earlier run may have died within a line
+            listed = self.num_converted < MAX_CONVERTED
+            for note in self._unknown(notes):
+                if listed or note.kind == BAD:
+                    file.write(os.fsencode("\t".join(note) + "\n"))
+
+    def _learn(self, file: BinaryIO) -> int:
+        """Takes over what is in the file; the length of its whole lines."""
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        for line in os.fsdecode(whole).splitlines():
+            kind, _, rest = line.partition("\t")
+            path, _, reason = rest.partition("\t")
+            self._reasons.setdefault((kind, path), reason)
+        return len(whole)
+
+    def _unknown(self, notes: Iterable[ImageNote]) -> list[ImageNote]:
+        return list({note[:2]: note for note in notes if note[:2] not in self._reasons}.values())
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.replace("\t", " ").splitlines())
 
 
 class WorkerBatch(NamedTuple):
@@ -49,14 +159,14 @@ class WorkerBatch(NamedTuple):
         images: uint8 (N, 3, size, size).
         labels: int64 (N,).
         shift: float32 (N, 3) or None.
-        notes: unusual images, as plain tuples.
+        notes: unusual images.
         failure: why the run must stop, or empty.
     """
 
     images: Tensor
     labels: Tensor
     shift: Tensor | None
-    notes: list[tuple[str, str, str]]
+    notes: list[ImageNote]
     failure: str = ""
 
 
@@ -78,56 +188,48 @@ class BatchMaker:
 
     def __getitem__(self, samples: list[tuple[int, int]]) -> WorkerBatch:
         """A batch of (index, epoch) pairs."""
-        notes: list[tuple[str, str, str]] = []
-        images, labels, shifts = [], [], []
-        for index, epoch in samples:
-            made = self._sample(index, epoch, notes)
-            if isinstance(made, str):
-                return WorkerBatch(torch.empty(0), torch.empty(0), None, notes, made)
-            if made is not None:
-                augmented, label = made
-                images.append(augmented.image)
-                labels.append(label)
-                shifts.append(augmented.shift)
+        notes: list[ImageNote] = []
+        nothing = torch.empty(0, dtype=torch.uint8)
+        try:
+            made = [self._sample(index, epoch, notes) for index, epoch in samples]
+        except DataError as error:
+            return WorkerBatch(nothing, nothing, None, notes, str(error))
+        made = [sample for sample in made if sample is not None]
+        images = torch.stack([augmented.image for augmented, _ in made]) if made else nothing
+        labels = torch.tensor([label for _, label in made], dtype=torch.int64)
         shift = None
-        if shifts and shifts[0] is not None:
-            shift = torch.from_numpy(np.stack(shifts))
-        stacked = torch.stack(images) if images else torch.empty(0, dtype=torch.uint8)
-        return WorkerBatch(stacked, torch.tensor(labels, dtype=torch.int64), shift, notes)
+        if made and made[0][0].shift is not None:
+            shift = torch.from_numpy(np.stack([augmented.shift for augmented, _ in made]))
+        return WorkerBatch(images, labels, shift, notes)
 
-    def _sample(self, index: int, epoch: int, notes: list) -> tuple[Augmented, int] | str | None:
-        """An augmented sample with its label; None to leave it out; a text to stop the run."""
-        chosen = None
+    def _sample(
+        self, index: int, epoch: int, notes: list[ImageNote]
+    ) -> tuple[Augmented, int] | None:
+        """An augmented sample with its label; None to leave it out."""
+        chosen, rng = index, None
         for _ in range(MAX_REPLACEMENTS):
             try:
-                return self._read(index if chosen is None else chosen, (epoch, index), notes)
+                data, label, name = self.dataset[chosen]
+                image = EncodedImage(data, name)
+                augmented = self.augment(image, sample_rng(self.seed, epoch, index))
             except BadImage as bad:
-                notes.append((BAD, bad.path, bad.reason))
-            if not self.replace:
-                return None
-            if chosen is None:
-                rng = make_rng(self.seed, REPLACEMENT, epoch, index)
-            chosen = int(rng.integers(len(self.dataset)))
-        return (
-            f"{MAX_REPLACEMENTS} samples in a row cannot be read, the last is {notes[-1][1]} "
-            f"({notes[-1][2]}); is the data still there?"
+                notes.append(ImageNote(BAD, bad.path, bad.reason))
+                if not self.replace:
+                    return None
+                rng = rng or make_rng(self.seed, REPLACEMENT, epoch, index)
+                chosen = int(rng.integers(len(self.dataset)))
+                continue
+            if image.note:
+                notes.append(ImageNote(CONVERTED, name, image.note))
+            return augmented, label
+        raise DataError(
+            f"{MAX_REPLACEMENTS} samples in a row cannot be read, the last is {notes[-1].path} "
+            f"({notes[-1].reason}); is the data still there?"
         )
-
-    def _read(self, index: int, moment: tuple[int, int], notes: list) -> tuple[Augmented, int]:
-        data, label, name = self.dataset[index]
-        image = EncodedImage(data, name)
-        augmented = self.augment(image, sample_rng(self.seed, *moment))
-        if image.note:
-            notes.append((CONVERTED, name, image.note))
-        return augmented, label
 
 
 def read_batches(
-    maker: BatchMaker,
-    batches: Iterable[list[tuple[int, int]]],
-    workers: int,
-    prefetch: int = 2,
-    pin_memory: bool = False,
+    maker: BatchMaker, batches: Iterable[list[tuple[int, int]]], workers: int
 ) -> Iterator[WorkerBatch]:
     """Makes batches in order, in this process or in others.
 
@@ -135,19 +237,17 @@ def read_batches(
         batches: (index, epoch) pairs of each.
         workers: processes; 0 makes the batches here. They leave signals to this process, which
             may want to write a checkpoint first, and end when the iterator is closed or dropped.
-        prefetch: batches that each worker makes ahead.
     """
-    several = {"prefetch_factor": prefetch, "worker_init_fn": init_worker} if workers else {}
-    loader = DataLoader(
-        maker,
-        sampler=batches,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        collate_fn=_unchanged,
-        **several,
+    running = Running(
+        DataLoader(
+            maker,
+            sampler=batches,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=init_worker if workers else None,
+        )
     )
-    running = Running(loader)
     try:
         yield from running
     finally:
@@ -185,10 +285,6 @@ class Running:
         atexit.unregister(self.close)
 
 
-def _unchanged(made: WorkerBatch) -> WorkerBatch:
-    return made
-
-
 def init_worker(_worker: int) -> None:
     for number in WORKER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -207,9 +303,7 @@ class LoaderSource:
             ``group_sizes``.
         augment: such as ``PaperAugmentation``.
         workers: processes that read, decode and augment; 0 does it in this one.
-        prefetch: batches that each worker makes ahead.
         report: counts bad images and limits their number; by default they are counted in memory.
-        pin_memory: for faster copies to a GPU; by default where there is one.
     """
 
     def __init__(
@@ -219,20 +313,10 @@ class LoaderSource:
         augment: Augmentation,
         *,
         workers: int = 0,
-        prefetch: int = 2,
         report: BadImageReport | None = None,
-        pin_memory: bool | None = None,
     ):
-        if len(dataset) != stream.num_samples:
-            raise DataError(
-                f"the data set has {len(dataset)} samples, the stream {stream.num_samples}"
-            )
-        if workers < 0 or prefetch < 1:
-            raise DataError(f"workers >= 0 and prefetch >= 1, not {workers} and {prefetch}")
         self.dataset, self.stream, self.augment = dataset, stream, augment
-        self.workers, self.prefetch = workers, prefetch
-        self.report = BadImageReport() if report is None else report
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.workers, self.report = workers, report or BadImageReport()
 
     @property
     def num_samples(self) -> int:
@@ -246,10 +330,10 @@ class LoaderSource:
         """
         maker = BatchMaker(self.dataset, self.augment, self.stream.seed)
         order = map(self._samples, itertools.count(first_iteration))
-        made = read_batches(maker, order, self.workers, self.prefetch, self.pin_memory)
+        made = read_batches(maker, order, self.workers)
         try:
             for images, labels, shift, notes, failure in made:
-                self.report.add(*(ImageNote(*note) for note in notes))
+                self.report.add(*notes)
                 if failure:
                     raise DataError(failure)
                 yield Batch(images, labels, shift)

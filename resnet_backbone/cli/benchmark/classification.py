@@ -23,19 +23,18 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from resnet_backbone import build_model
-from resnet_backbone.classification.data.augment import PaperAugmentation, color_shift
-from resnet_backbone.classification.data.crops import (
-    EncodedImage,
+from resnet_backbone.classification.data.augment import (
+    PaperAugmentation,
+    color_shift,
     draw_crop,
-    partial_decoding,
     resize_crop,
 )
+from resnet_backbone.classification.data.decode import EncodedImage, partial_decoding
 from resnet_backbone.classification.data.imagenet import ImageFiles, list_images
 from resnet_backbone.classification.data.loader import LoaderSource
-from resnet_backbone.classification.data.stream import SampleStream, sample_rng
+from resnet_backbone.classification.data.sources import SampleStream, sample_rng
 from resnet_backbone.classification.networks import NetworkSpec
-from resnet_backbone.classification.optimizer import build_sgd
-from resnet_backbone.classification.step import StepOptions, TrainStep
+from resnet_backbone.classification.step import TrainStep, build_sgd
 from resnet_backbone.cli.benchmark.interleaved import (
     Run,
     measure,
@@ -230,7 +229,7 @@ def build_step(network: str, dtype: str, channels_last: bool, compiled: str, dev
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     amp = "none" if dtype == "fp32" else dtype
-    return TrainStep(model, optimizer, StepOptions(amp=amp, compile=compiled), World(device=device))
+    return TrainStep(model, optimizer, World(device=device), amp=amp, compile=compiled)
 
 
 def train_steps(step: TrainStep, images: Tensor, labels: Tensor, count: int) -> int:
@@ -271,9 +270,8 @@ def real_data(step: TrainStep, args: argparse.Namespace, device) -> dict[str, fl
     labels = [i % 1000 for i in range(len(names))]
     dataset = ImageFiles(args.images, names, labels, [str(i) for i in range(1000)])
     stream = SampleStream(len(dataset), args.batch)
-    source = LoaderSource(
-        dataset, stream, PaperAugmentation(size=args.size), workers=args.workers, prefetch=4
-    )
+    augment = PaperAugmentation(size=args.size)
+    source = LoaderSource(dataset, stream, augment, workers=args.workers)
     normalizer, wait = InputNormalizer(PREPROCESSING, device), waiter(device)
     warm_up, total = max(2, args.workers), args.steps * args.repeats
     waited = begin = 0.0

@@ -6,12 +6,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from drawn_images import fill
 from PIL import Image
 
 from resnet_backbone.classification.config import load_config
-from resnet_backbone.classification.data import build
+from resnet_backbone.classification.data import statistics
 from resnet_backbone.classification.data.build import build_data
-from resnet_backbone.classification.data.statistics import INPUT_FILE
+from resnet_backbone.classification.data.decode import read_rgb
+from resnet_backbone.classification.data.imagenet import read_image_folder
+from resnet_backbone.classification.data.loader import BadImageReport
+from resnet_backbone.classification.data.statistics import (
+    INPUT_FILE,
+    compute_mean,
+    image_statistics,
+)
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.processes import World
 
@@ -23,15 +31,10 @@ OPTIONS += ["train.batch_size=4", "evaluation.crop=16", "evaluation.short_side=1
 def make_set(tmp_path):
     """Function: name, brightness -> a data set of two classes with four images each."""
 
-    def make(name, bright):
-        rng = np.random.default_rng(bright)
+    def make(name, bright=0):
         for split in ("train", "val"):
-            for label in ("a", "b"):
-                folder = tmp_path / name / split / label
-                folder.mkdir(parents=True)
-                for number in range(4):
-                    pixels = rng.integers(bright, bright + 60, (24, 30, 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{number}.png")
+            for path in fill(tmp_path / name / split, count=4, suffix=".png").glob("*/*.png"):
+                Image.open(path).point(lambda level: bright + level // 4).save(path)
         return tmp_path / name
 
     return make
@@ -44,12 +47,12 @@ def mean_of(root, run, world=None):
 
 
 def test_the_mean_is_kept_with_the_run(make_set, tmp_path, monkeypatch):
-    root, run = make_set("set", 20), tmp_path / "run"
+    root, run = make_set("set"), tmp_path / "run"
     first = mean_of(root, run)
     assert (run / INPUT_FILE).is_file() and [p.name for p in run.iterdir()] == [INPUT_FILE]
-    monkeypatch.setattr(build, "compute_mean", None)  # not called again
+    monkeypatch.setattr(statistics, "compute_mean", None)  # not called again
     again = mean_of(root, run)
-    assert torch.equal(again.mean_image, first.mean_image) and again.to_json() == first.to_json()
+    assert torch.equal(again.mean_image, first.mean_image) and again == first
 
 
 def test_the_kept_mean_is_not_of_another_data_set(make_set, tmp_path):
@@ -62,7 +65,7 @@ def test_the_kept_mean_is_not_of_another_data_set(make_set, tmp_path):
 
 
 def test_a_damaged_mean_is_named(make_set, tmp_path):
-    root, run = make_set("set", 20), tmp_path / "run"
+    root, run = make_set("set"), tmp_path / "run"
     mean_of(root, run)
     (run / INPUT_FILE).write_bytes(b"nothing")
     with pytest.raises(DataError, match=f"{INPUT_FILE} cannot be read .*; remove it"):
@@ -78,7 +81,7 @@ def _process(rank, size, root, run, rendezvous, queue):
 
 
 def test_processes_share_the_work_and_get_the_mean_of_one(make_set, tmp_path):
-    root, context = make_set("set", 20), multiprocessing.get_context("fork")
+    root, context = make_set("set"), multiprocessing.get_context("fork")
     queue, arguments = context.Queue(), (root, tmp_path / "run", tmp_path / "rendezvous")
     (tmp_path / "run").mkdir()
     children = [
@@ -91,3 +94,42 @@ def test_processes_share_the_work_and_get_the_mean_of_one(make_set, tmp_path):
         child.join(60)
     alone = mean_of(root, tmp_path / "alone")
     assert found == [(alone.to_json(), alone.mean_image.numpy().tobytes())] * 2
+
+
+def test_statistics_against_numpy():
+    images = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8)
+    values = images.numpy().astype(np.float64)
+    found = image_statistics(images.split(5), (3, 32, 32))
+    np.testing.assert_allclose(found.image, values.mean(0), atol=1e-4)
+    np.testing.assert_allclose(found.channels, values.mean((0, 2, 3)), rtol=1e-9)
+    np.testing.assert_allclose(found.std, values.std((0, 2, 3)), rtol=1e-9)
+
+
+SIZES = {"size": 16, "short_side": 44}  # the images' own short side: nothing is resized
+
+
+def test_mean_image(tmp_path):
+    dataset = read_image_folder(fill(tmp_path))
+    crops = [read_rgb(path)[14:30, 18:34].transpose(2, 0, 1) for path, _ in dataset.samples]
+    expected = np.mean(crops, axis=0, dtype=np.float64)
+    for workers in (0, 1):
+        mean = compute_mean(dataset, num_images=99, workers=workers, **SIZES)
+        np.testing.assert_allclose(mean.image, expected, rtol=1e-6)
+        np.testing.assert_allclose(mean.channels, expected.mean((1, 2)), rtol=1e-6)
+        assert mean.num_images == 14 and mean.image.dtype == torch.float32
+
+
+def test_mean_of_a_subset_leaves_out_and_counts_bad_images(tmp_path):
+    dataset = read_image_folder(fill(tmp_path))
+    first, again, whole = (compute_mean(dataset, num_images=n, **SIZES) for n in (9, 9, 14))
+    assert (first.num_images, whole.num_images) == (9, 14)
+    assert torch.equal(first.image, again.image) and not torch.equal(first.image, whole.image)
+    report = BadImageReport()
+    for path in tmp_path.glob("n01/*.JPEG"):
+        path.write_bytes(b"")
+    assert compute_mean(dataset, num_images=14, report=report, **SIZES).num_images == 7
+    assert report.num_bad == 7
+    for path in tmp_path.glob("n02/*.JPEG"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="has no mean"):
+        compute_mean(dataset, num_images=14, **SIZES)

@@ -1,30 +1,30 @@
-"""Reading image files: every kind that data sets are known to hold, and every way to be bad."""
+"""Reading image files, whole and in part: every kind that data sets hold, every way to be bad."""
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
+from drawn_images import encoded, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from resnet_backbone.classification.data.decode import BadImage, decode, is_plain_jpeg, read_rgb
+from resnet_backbone.classification.data import decode as module
+from resnet_backbone.classification.data.decode import (
+    BadImage,
+    EncodedImage,
+    decode,
+    is_plain_jpeg,
+    partial_decoding,
+    read_rgb,
+)
 
-RNG = np.random.default_rng(0)
-
-
-def picture(height=48, width=64, mode="RGB") -> Image.Image:
-    """A smooth picture, so that JPEG keeps it."""
-    coarse = RNG.integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC).convert(mode)
-
-
-def encoded(image, kind="JPEG", **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
+needs_partial = pytest.mark.skipif(
+    not partial_decoding(), reason="nvidia-nvimgcodec is not installed"
+)
 
 
 def by_pillow(data) -> np.ndarray:
@@ -32,23 +32,31 @@ def by_pillow(data) -> np.ndarray:
 
 
 @given(
-    st.integers(1, 70),
-    st.integers(1, 70),
+    st.integers(1, 90),
+    st.integers(1, 140),
     st.sampled_from(["RGB", "L"]),
     st.booleans(),
     st.sampled_from([0, 1, 2]),
     st.integers(20, 100),
+    st.data(),
 )
-@settings(max_examples=60, deadline=None)
-def test_plain_jpegs_equal_pillow(height, width, mode, progressive, subsampling, quality):
-    options = {"progressive": progressive, "quality": quality}
-    if mode == "RGB":
-        options["subsampling"] = subsampling
-    data = encoded(picture(height, width, mode), **options)
-    assert is_plain_jpeg(data)
-    decoded = decode(data)
-    assert decoded.note == ""
-    np.testing.assert_array_equal(decoded.pixels, by_pillow(data))
+@settings(max_examples=80, deadline=None)
+def test_plain_jpegs_and_any_region_equal_pillow(
+    height, width, mode, progressive, subsampling, quality, draw
+):
+    options = {"subsampling": subsampling} if mode == "RGB" else {}
+    image = picture(height, width, mode)
+    data = encoded(image, progressive=progressive, quality=quality, **options)
+    whole, note = decode(data)
+    assert is_plain_jpeg(data) and note == ""
+    np.testing.assert_array_equal(whole, by_pillow(data))
+    top, left = draw.draw(st.integers(0, height - 1)), draw.draw(st.integers(0, width - 1))
+    bottom = draw.draw(st.integers(top + 1, height))
+    right = draw.draw(st.integers(left + 1, width))
+    image = EncodedImage(data)
+    assert (image.height, image.width) == (height, width)
+    found = image.region(top, left, bottom, right)
+    np.testing.assert_array_equal(found, whole[top:bottom, left:right])
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,7 @@ def test_16_bit_gray_keeps_the_high_byte():
 
 
 def test_16_bit_color_keeps_the_high_byte():
-    levels = RNG.integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    levels = np.random.default_rng(0).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
     header = struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n"
@@ -100,16 +108,17 @@ def test_16_bit_color_keeps_the_high_byte():
     np.testing.assert_array_equal(decode(data).pixels, levels >> 8)
 
 
-@pytest.mark.parametrize("value", [70000, -1])
-def test_32_bit_pixels_have_no_known_range(value):
-    levels = np.full((4, 4), value, np.int32)
-    with pytest.raises(BadImage, match="32-bit pixels"):
-        decode(encoded(Image.fromarray(levels), "TIFF"))
-
-
-def test_floating_point_pixels_are_refused():
-    with pytest.raises(BadImage, match="floating-point"):
-        decode(encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"))
+@pytest.mark.parametrize(
+    "pixel, message",
+    [
+        (np.int32(70000), "32-bit pixels"),
+        (np.int32(-1), "32-bit pixels"),
+        (np.float32(0), "floating-point"),
+    ],
+)
+def test_pixels_without_a_known_range_are_refused(pixel, message):
+    with pytest.raises(BadImage, match=message):
+        decode(encoded(Image.fromarray(np.full((4, 4), pixel)), "TIFF"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -147,16 +156,19 @@ def test_exif_without_orientation_keeps_the_short_way():
 @settings(max_examples=40, deadline=None)
 def test_a_truncated_jpeg_is_bad(part):
     data = encoded(picture(300, 200), quality=90)
-    with pytest.raises(BadImage):
-        decode(data[: int(len(data) * part)])
+    cut = data[: int(len(data) * part)]
+    for read in (decode, lambda cut: EncodedImage(cut).region(0, 0, 8, 8)):
+        with pytest.raises(BadImage):
+            read(cut)
 
 
 def test_missing_scan_lines_are_bad_although_pillow_reads_them():
     data = encoded(picture(300, 200), quality=90)
     cut = data[: len(data) // 2] + b"\xff\xd9"
     Image.open(io.BytesIO(cut)).load()  # fills the rest with gray
-    with pytest.raises(BadImage, match="truncated or damaged"):
-        decode(cut)
+    for read in (decode, lambda cut: EncodedImage(cut, partial=False)):
+        with pytest.raises(BadImage, match="truncated or damaged"):
+            read(cut)
 
 
 def test_padding_between_segments_is_harmless():
@@ -207,3 +219,66 @@ def test_real_images_equal_pillow(data_root):
         pytest.skip("no VOC images")
     for path in paths:
         np.testing.assert_array_equal(read_rgb(path), by_pillow(path.read_bytes()))
+
+
+JPEG = encoded(picture(120, 150), quality=90)
+
+
+@pytest.fixture
+def whole_decodes(monkeypatch):
+    """Counts the images that are decoded whole."""
+    calls = []
+    monkeypatch.setattr(module, "decode", lambda *args: calls.append(args) or decode(*args))
+    return calls
+
+
+@needs_partial
+def test_plain_jpegs_are_decoded_in_part(whole_decodes):
+    EncodedImage(JPEG).region(10, 10, 60, 60)
+    assert not whole_decodes
+    EncodedImage(JPEG, partial=False).region(10, 10, 60, 60)
+    assert len(whole_decodes) == 1
+
+
+def test_unusual_images_are_decoded_whole_and_once(whole_decodes):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = EncodedImage(encoded(picture(120, 150), exif=exif))
+    assert (image.height, image.width, image.note) == (150, 120, "EXIF orientation 6")
+    image.region(0, 0, 10, 10)
+    image.region(5, 5, 10, 10)
+    assert len(whole_decodes) == 1
+    assert EncodedImage(encoded(picture(mode="CMYK"))).note == "CMYK"
+
+
+@needs_partial
+@pytest.mark.parametrize("height, width", [(375, 500), (33, 97), (17, 40)])
+def test_random_regions_of_real_sizes_equal_the_whole(height, width):
+    content = encoded(picture(height, width), quality=90)
+    whole, rng = decode(content).pixels, np.random.default_rng(0)
+    for _ in range(60):
+        top, left = int(rng.integers(height)), int(rng.integers(width))
+        bottom, right = int(rng.integers(top, height)) + 1, int(rng.integers(left, width)) + 1
+        found = EncodedImage(content).region(top, left, bottom, right)
+        np.testing.assert_array_equal(found, whole[top:bottom, left:right])
+
+
+def test_the_decoder_works_in_a_forked_process():
+    content = JPEG
+    expected = EncodedImage(content).region(7, 9, 80, 90).tobytes()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        found = EncodedImage(content).region(7, 9, 80, 90).tobytes()
+        os.write(writer, b"same" if found == expected else b"else")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 4) == b"same"
+
+
+def test_nothing_is_written_to_standard_error(capfd):
+    module._decoder.cache_clear()
+    EncodedImage(JPEG).region(0, 0, 8, 8)
+    with pytest.raises(BadImage):
+        EncodedImage(JPEG[:500]).region(0, 0, 8, 8)
+    assert capfd.readouterr().err == ""

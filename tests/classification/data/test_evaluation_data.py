@@ -52,6 +52,7 @@ def test_every_image_exactly_once(count, batch_size, world):
         for batch in batches:
             seen.update(batch.indices.tolist())
             assert torch.equal(batch.images[0], data.images[batch.indices])
+            assert data.name_of(int(batch.indices[0])) == f"image {batch.indices[0]}"
             assert torch.equal(batch.labels, data.labels[batch.indices])
     assert seen == collections.Counter(range(count))
 
@@ -73,18 +74,6 @@ def test_files(files, workers):
     assert bad[:3] == (3, 13, str(samples[3][0])) and "truncated" in bad.reason
     assert last.images[1].shape == (1, 3, 10, 10) and not last.bad
     assert loader.name_of(4) == str(samples[4][0])
-
-
-def test_resize_is_torchvisions_to_a_gray_level(files):
-    transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is missing")
-    samples, pixels = files
-    data = EvaluationFiles(samples, (9, 64))
-    for number in (0, 1, 4):
-        whole = torch.from_numpy(pixels[number]).permute(2, 0, 1)
-        for size, image in zip((9, 64), data[number].images, strict=True):
-            expected = transforms.Resize(size, antialias=True)(whole)
-            assert image.dtype == torch.uint8 and image.shape == expected.shape
-            assert (image.int() - expected.int()).abs().max() <= 1
 
 
 def test_files_are_shared_by_processes(files):
@@ -115,20 +104,9 @@ def test_bad_images_only(tmp_path):
     assert isinstance(data[0], BadSample)
 
 
-def test_arrays_are_map_style_too():
-    data = arrays(5)
-    item = data[3]
-    assert torch.equal(item.images[0], data.images[3]) and item[1:] == (3, 3)
-    assert data.name_of(3) == "image 3"
-
-
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: EvaluationArrays(torch.zeros(2, 3, 4, 4), torch.zeros(2)), "uint8"),
-        (lambda: EvaluationArrays(torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2)), "3, H"),
-        (lambda: EvaluationArrays(arrays(3).images, torch.zeros(2)), r"3 images, but labels \(2,"),
-        (lambda: EvaluationLoader(arrays(3), 2, rank=2, world=2), "rank 2 is not one of 2"),
         (lambda: EvaluationLoader(arrays(3), 0), "batch size 0"),
         (lambda: EvaluationLoader(EvaluationFiles([]), 2), "has no images"),
     ],

@@ -1,5 +1,6 @@
 """Batches do not depend on workers or on where a run starts; bad images; signals."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,35 +10,31 @@ import time
 import numpy as np
 import pytest
 import torch
+from drawn_images import fill
 from PIL import Image
 
 from resnet_backbone.classification.data.augment import InceptionAugmentation, PaperAugmentation
-from resnet_backbone.classification.data.bad_images import BadImageReport
-from resnet_backbone.classification.data.crops import EncodedImage, resize_short_side
-from resnet_backbone.classification.data.decode import read_rgb
+from resnet_backbone.classification.data.decode import EncodedImage
 from resnet_backbone.classification.data.imagenet import ImageFiles, read_image_folder
-from resnet_backbone.classification.data.loader import LoaderSource
-from resnet_backbone.classification.data.statistics import compute_mean
-from resnet_backbone.classification.data.stream import Batch, SampleStream, sample_rng
+from resnet_backbone.classification.data.loader import (
+    BAD,
+    CONVERTED,
+    MAX_CONVERTED,
+    BadImageReport,
+    ImageNote,
+    LoaderSource,
+)
+from resnet_backbone.classification.data.sources import Batch, SampleStream, sample_rng
 from resnet_backbone.runtime.errors import DataError
 
+CLASSES = ("n01", "n02", "n03")
 AUGMENT = PaperAugmentation(size=16, short_side=(18, 40))
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-def fill(folder):
-    rng = np.random.default_rng(0)
-    for name in ("n01", "n02", "n03"):
-        (folder / name).mkdir()
-        for i in range(7):
-            pixels = rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((52, 44)).save(folder / name / f"{i}.JPEG")
-    return folder
-
-
 @pytest.fixture
 def root(tmp_path):
-    return fill(tmp_path)
+    return fill(tmp_path, CLASSES)
 
 
 @pytest.fixture
@@ -82,15 +79,6 @@ def test_any_number_of_workers_and_any_start_give_the_same_batches(dataset, augm
     assert_same(batches(dataset, 0, 6, workers=1, augment=augment), whole)
     assert_same(batches(dataset, 2, 4, workers=3, augment=augment), whole[2:])
     assert not torch.equal(whole[0].images, batches(dataset, seed=6, augment=augment)[0].images)
-
-
-def test_impossible_sources_are_refused(dataset):
-    source = LoaderSource(dataset, SampleStream(21, 6), AUGMENT)
-    assert source.num_samples == 21
-    with pytest.raises(DataError, match="21 samples, the stream 20"):
-        LoaderSource(dataset, SampleStream(20, 5), AUGMENT)
-    with pytest.raises(DataError, match="workers"):
-        LoaderSource(dataset, SampleStream(21, 6), AUGMENT, workers=-1)
 
 
 def test_bad_images_are_replaced_alike_and_reported(dataset, root, tmp_path):
@@ -171,7 +159,7 @@ import os, signal, sys
 from resnet_backbone.classification.data.augment import PaperAugmentation
 from resnet_backbone.classification.data.imagenet import read_image_folder
 from resnet_backbone.classification.data.loader import LoaderSource
-from resnet_backbone.classification.data.stream import SampleStream
+from resnet_backbone.classification.data.sources import SampleStream
 
 stop = []
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -194,7 +182,7 @@ sys.exit(3)  # with the iterator alive
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     """Two running programs: to be interrupted and to be killed; importing torch takes seconds."""
-    root = fill(tmp_path_factory.mktemp("images"))
+    root = fill(tmp_path_factory.mktemp("images"), CLASSES)
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(root)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -228,35 +216,86 @@ def test_workers_end_when_the_main_process_is_killed(programs):
     wait_until(lambda: not any(map(alive, workers)))
 
 
-def test_mean_image(dataset, root):
-    mean = compute_mean(dataset, size=16, short_side=20, progress=False)
-    total = np.zeros((16, 16, 3))
-    for path, _ in dataset.samples:
-        resized = resize_short_side(read_rgb(path), 20)
-        top, left = round((resized.shape[0] - 16) / 2), round((resized.shape[1] - 16) / 2)
-        total += resized[top : top + 16, left : left + 16]
-    expected = (total / 21).transpose(2, 0, 1)
-    np.testing.assert_allclose(mean.image, expected, rtol=1e-6)
-    np.testing.assert_allclose(mean.channels, expected.mean((1, 2)), rtol=1e-6)
-    assert mean.num_images == 21 and mean.image.dtype == torch.float32
-    assert torch.equal(
-        mean.image, compute_mean(dataset, size=16, short_side=20, workers=1, progress=False).image
-    )
+def bad(path, reason="truncated"):
+    return ImageNote(BAD, path, reason)
 
 
-def test_mean_of_a_subset_leaves_out_and_counts_bad_images(dataset, root):
-    options = {"size": 16, "short_side": 20, "progress": False}
-    first = compute_mean(dataset, num_images=9, **options)
-    assert first.num_images == 9
-    assert torch.equal(first.image, compute_mean(dataset, num_images=9, **options).image)
-    other = compute_mean(dataset, num_images=9, seed=1, **options)
-    assert not torch.equal(first.image, other.image)
-    for path in root.glob("n01/*.JPEG"):
-        path.write_bytes(b"")
-    report = BadImageReport()
-    assert compute_mean(dataset, report=report, **options).num_images == 14
-    assert report.num_bad == 7
-    for path in root.glob("*/*.JPEG"):
-        path.write_bytes(b"")
-    with pytest.raises(DataError, match="has no mean"):
-        compute_mean(dataset, **options)
+def test_each_file_is_listed_once(tmp_path):
+    report = BadImageReport(tmp_path / "run" / "bad_images.txt")
+    report.add()
+    assert not report.path.exists()
+    report.add(bad("a"), bad("a"), ImageNote(CONVERTED, "c", "CMYK"))
+    report.add(bad("a", "another reason"), bad("b\tc", "two\nlines"))
+    assert report.path.read_text() == "bad\ta\ttruncated\nconverted\tc\tCMYK\nbad\tb c\ttwo lines\n"
+    assert (report.num_bad, report.num_converted) == (2, 1)
+    report.add(bad("b\tc"))
+    assert report.num_bad == 2
+
+
+def test_a_resumed_run_goes_on_with_the_report(tmp_path):
+    path = tmp_path / "bad_images.txt"
+    BadImageReport(path).add(bad("a"), bad("b"))
+    resumed = BadImageReport(path)
+    assert resumed.bad == {"a": "truncated", "b": "truncated"}
+    resumed.add(bad("a"), bad("c"))
+    assert path.read_text().count("\n") == 3
+
+
+def test_a_half_written_line_is_mended(tmp_path):
+    path = tmp_path / "bad_images.txt"
+    path.write_text("bad\ta\ttruncated\nbad\tb\ttrun")
+    report = BadImageReport(path)
+    assert report.num_bad == 1
+    report.add(bad("c"))
+    assert path.read_text() == "bad\ta\ttruncated\nbad\tc\ttruncated\n"
+
+
+def test_the_limit_stops_with_one_line(tmp_path):
+    report = BadImageReport(tmp_path / "r.txt", 4, "data.max_bad_images")
+    report.add(*(bad(str(i)) for i in range(4)))
+    with pytest.raises(DataError) as caught:
+        report.add(bad("the fifth"))
+    message = str(caught.value)
+    assert "5 images cannot be read, 4 are allowed: 0 (truncated); 1 (truncated)" in message
+    assert "r.txt" in message and "data.max_bad_images" in message and "\n" not in message
+    assert "the fifth" in report.path.read_text()
+    with pytest.raises(DataError):
+        BadImageReport(report.path, 4).check()
+
+
+def test_zero_allows_none_and_none_allows_all():
+    with pytest.raises(DataError):
+        BadImageReport(max_bad_images=0).add(bad("a"))
+    BadImageReport().add(*(bad(str(i)) for i in range(5000)))
+
+
+def test_unusual_images_are_counted_beyond_the_list(tmp_path):
+    report = BadImageReport(tmp_path / "r.txt", 0)
+    for i in range(MAX_CONVERTED + 50):
+        report.add(ImageNote(CONVERTED, f"c{i}", "CMYK"))
+    assert report.num_converted == MAX_CONVERTED + 50
+    assert report.path.read_text().count("\n") == MAX_CONVERTED
+
+
+def _add_many(path, first):
+    report = BadImageReport(path)
+    for i in range(40):
+        report.add(bad(f"image {(first + i) % 50}"))
+
+
+def test_processes_share_a_report(tmp_path):
+    path = tmp_path / "r.txt"
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_add_many, args=(path, 12 * i)) for i in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    lines = path.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 50
+
+
+def test_surrogates_in_names_survive(tmp_path):
+    path = tmp_path / "r.txt"
+    BadImageReport(path).add(bad("caf\udce9.jpg"))
+    assert BadImageReport(path).bad == {"caf\udce9.jpg": "truncated"}

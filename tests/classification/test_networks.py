@@ -1,4 +1,4 @@
-"""Checkpoints and the run folder: atomic, kept as asked, damaged ones passed over aloud."""
+"""Classifiers by name, their weights, checkpoints (damaged ones passed over aloud), run folders."""
 
 import json
 import logging
@@ -7,10 +7,13 @@ import shutil
 import pytest
 import torch
 
-from resnet_backbone.classification import checkpoints as module
-from resnet_backbone.classification.checkpoints import STATE, WEIGHTS, Checkpoints, holds_run
+from resnet_backbone.classification import networks as module
 from resnet_backbone.classification.networks import (
+    STATE,
+    WEIGHTS,
+    Checkpoints,
     NetworkSpec,
+    checkpoints_in,
     describe,
     load_network,
     read_spec,
@@ -29,11 +32,15 @@ def make(tmp_path, **options) -> Checkpoints:
     return Checkpoints(tmp_path, SPEC, INPUT, **options)
 
 
+def iterations(kept):
+    return [int(path.name) for path in checkpoints_in(kept.run)]
+
+
 def test_newest_and_multiples_stay(tmp_path):
     kept = make(tmp_path, keep=2, keep_every=30)
     for iteration in range(10, 80, 10):
         kept.save(iteration, SPEC.build(), {"iteration": iteration})
-    assert kept.iterations() == [30, 60, 70]
+    assert iterations(kept) == [30, 60, 70]
     assert make(tmp_path).load_latest(SPEC.build()) == {"iteration": 70}
 
 
@@ -66,20 +73,22 @@ def test_a_write_that_fails_leaves_the_old_ones(tmp_path, monkeypatch):
     monkeypatch.setattr(module.torch, "save", full_disk)
     with pytest.raises(OSError, match="No space"):
         kept.save(2, SPEC.build(), {"iteration": 2})
-    assert kept.iterations() == [1]
+    assert iterations(kept) == [1]
     assert kept.load_latest(SPEC.build()) == {"iteration": 1}
-    assert [path.name for path in kept.folder.iterdir()] == ["00000001"]  # the rest is removed
+    assert [path.name for path in (kept.run / "checkpoints").iterdir()] == [
+        "00000001"
+    ]  # the rest is removed
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, STATE])
-@pytest.mark.parametrize("damage", ["cut", "gone", "nan"])
+@pytest.mark.parametrize(
+    "name, damage",
+    [(WEIGHTS, "cut"), (WEIGHTS, "gone"), (WEIGHTS, "nan"), (STATE, "cut"), (STATE, "gone")],
+)
 def test_damaged_checkpoints_are_passed_over_aloud(tmp_path, caplog, name, damage):
     kept = make(tmp_path)
     model = SPEC.build()
     kept.save(1, model, {"iteration": 1})
     if damage == "nan":
-        if name == STATE:
-            pytest.skip("the state has no such check")
         model.linear.bias.data[3] = float("nan")
     folder = kept.save(2, model, {"iteration": 2})
     if damage == "cut":
@@ -90,13 +99,13 @@ def test_damaged_checkpoints_are_passed_over_aloud(tmp_path, caplog, name, damag
     with caplog.at_level(logging.WARNING):
         assert kept.load_latest(SPEC.build()) == {"iteration": 1}
     assert "00000002 cannot be used" in caplog.text
-    assert kept.iterations() == [1]  # the damaged one is set aside, and not counted again
+    assert iterations(kept) == [1]  # the damaged one is set aside, and not counted again
     kept.save(2, SPEC.build(), {"iteration": 2})
     kept.load_latest(SPEC.build())
-    shutil.rmtree(kept.folder / "00000001")
+    shutil.rmtree(kept.run / "checkpoints/00000001")
     assert kept.load_latest(SPEC.build()) == {"iteration": 2}
     kept.save(1, SPEC.build(), {"iteration": 1})
-    for path in kept.folder.glob("*/" + STATE):
+    for path in kept.run.glob("checkpoints/*/" + STATE):
         path.write_bytes(b"")
     with pytest.raises(WeightsError, match="none of 2 checkpoints"):
         kept.load_latest(SPEC.build())
@@ -173,7 +182,6 @@ def test_metrics_are_cut_to_the_checkpoint(tmp_path, caplog):
 
 def test_each_start_is_recorded(tmp_path):
     folder = RunFolder(tmp_path)
-    assert not holds_run(tmp_path)
     for size in (1, 2):
         folder.start("a: 1\n", World(size=size))
     starts = json.loads((tmp_path / "environment.json").read_text())["starts"]

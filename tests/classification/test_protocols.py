@@ -13,13 +13,13 @@ from resnet_backbone.classification.protocols import (
     POOLINGS,
     PROTOCOLS,
     SOFTMAXES,
-    Centre,
+    Center,
     Dense,
     Full,
     Member,
     TenCrop,
     by_size,
-    centre_crop,
+    center_crop,
 )
 from resnet_backbone.models import build_model, vgg
 from resnet_backbone.weights import Preprocessing
@@ -59,7 +59,7 @@ def shapes(crop):
 def test_crops_are_those_of_torchvision(shape):
     transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is missing")
     image = images(3, *shape)
-    assert torch.equal(centre_crop(image, 8), transforms.CenterCrop(8)(image))
+    assert torch.equal(center_crop(image, 8), transforms.CenterCrop(8)(image))
     ours = TenCrop(None, 8).crops(image)
     theirs = transforms.TenCrop(8)(image)
     assert len(ours) == len(theirs) == 10
@@ -79,7 +79,7 @@ def test_ten_crop_averages_softmax_scores():
     assert (scores - logits_first).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("protocol", [Full(), Centre(None, 8), TenCrop(None, 8)])
+@pytest.mark.parametrize("protocol", [Full(), Center(None, 8), TenCrop(None, 8)])
 def test_images_of_different_sizes_keep_their_order(protocol):
     sizes = [(9, 12), (11, 9), (9, 12), (8, 8), (11, 9)]
     parts = [images(3, *size, seed=seed) for seed, size in enumerate(sizes)]
@@ -99,9 +99,9 @@ def test_by_size_keeps_the_order(sizes):
     assert means.tolist() == list(range(len(sizes)))
 
 
-def test_prepare_does_not_change_the_centre_score():
+def test_prepare_does_not_change_the_center_score():
     batch = images(2, 3, 20, 15)
-    probe, protocol = member(Probe()), Centre(None, 8)
+    probe, protocol = member(Probe()), Center(None, 8)
     prepared = torch.stack([protocol.prepare(image) for image in batch])
     assert prepared.shape == (2, 3, 8, 8)
     assert torch.equal(protocol.score(probe, [prepared]), protocol.score(probe, [batch]))
@@ -113,7 +113,7 @@ def test_mean_image_is_subtracted_at_its_own_size_only():
     with_image = Preprocessing("RGB", 255.0, (1.0, 2.0, 3.0), (1, 1, 1), mean_image=mean_image)
     batch = images(1, 3, 9, 9)
     probe = member(Probe(), with_image)
-    Centre(None, 8).score(probe, [batch])
+    Center(None, 8).score(probe, [batch])
     assert torch.equal(probe.model.seen[-1][0], batch[0, :, :8, :8].float() - mean_image)
     Full().score(probe, [batch])
     channel = torch.tensor([1.0, 2.0, 3.0])[:, None, None]
@@ -243,7 +243,7 @@ def test_a_map_smaller_than_the_window_is_refused():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Centre(200, 224), "crop of 224 does not fit into a short side of 200"),
+        (lambda: Center(200, 224), "crop of 224 does not fit into a short side of 200"),
         (lambda: TenCrop(200, 224), "crop of 224 does not fit into a short side of 200"),
         (lambda: Dense(()), "give positive ones"),
         (lambda: Dense(pooling="max"), "knows no 'max': use sliding, global_pool"),
@@ -257,7 +257,7 @@ def test_impossible_settings(make, message):
 
 def test_images_smaller_than_the_crop():
     with pytest.raises(ValueError, match="6x9 has no 8x8 crop"):
-        Centre(None, 8).score(member(Probe()), [images(1, 3, 6, 9)])
+        Center(None, 8).score(member(Probe()), [images(1, 3, 6, 9)])
 
 
 def test_what_is_no_classifier():
@@ -277,7 +277,7 @@ def test_any_network():
         torchvision.squeezenet1_1(num_classes=7),
         timm.create_model("test_resnet", num_classes=7),
     ):
-        for protocol in (Full(), Centre(None, 32), TenCrop(None, 32)):
+        for protocol in (Full(), Center(None, 32), TenCrop(None, 32)):
             with torch.inference_mode():
                 scores = protocol.score(member(model), [batch])
             assert scores.shape == (2, 7)
@@ -300,9 +300,9 @@ def test_members_run_as_they_are_told():
 
 
 def test_settings_name_every_choice():
-    assert set(PROTOCOLS) == {"full", "centre", "ten_crop", "dense"}
-    assert Centre().settings() == {"name": "centre", "resize": 256, "crop": 224}
-    assert Centre().short_sides == TenCrop().short_sides == (256,)
+    assert set(PROTOCOLS) == {"full", "center", "ten_crop", "dense"}
+    assert Center().settings() == {"name": "center", "resize": 256, "crop": 224}
+    assert Center().short_sides == TenCrop().short_sides == (256,)
     assert Full().short_sides == (None,)
     assert Dense().settings() == {
         "name": "dense",

@@ -1,21 +1,28 @@
-"""Data sets in memory: CIFAR-10 as it is published, the built-in digits, synthetic images."""
+"""Which samples make up which iteration, and data sets in memory: CIFAR-10, digits, synthetic.
+
+The order of samples is a pure function, so that a run resumes anywhere.
+"""
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Iterator
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from resnet_backbone.classification.data.stream import AUGMENTATION, Batch, SampleStream
 from resnet_backbone.runtime.builtin import digit_indices, draw_digit_crop, load_scans
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.seeding import make_rng
 
+# What random numbers are for: the word after the run's seed.
+ORDER, AUGMENTATION, REPLACEMENT, MEAN_SUBSET, MIXING = range(5)
 PAD = 4  # pixels on each side (paper, section 4.2)
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 SHAPE = (3, 32, 32)
@@ -24,6 +31,94 @@ TRAIN_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_FILES = ("test_batch",)
 HELD_OUT = 5000  # the paper's validation images (section 4.2): here the last of the 50,000
 COPIES = {"train": 4, "test": 2}  # drawings of each scanned digit
+
+
+class Batch(NamedTuple):
+    """A training batch of one process.
+
+    Attributes:
+        images: uint8 (N, 3, H, W), RGB; augmented, not normalized.
+        labels: int64 (N,).
+        shift: float32 (N, 3) or None: color noise, gray levels to add to R, G, B of each image.
+    """
+
+    images: Tensor
+    labels: Tensor
+    shift: Tensor | None = None
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The random numbers that augment sample ``index`` in ``epoch``; they depend on nothing else.
+
+    Not on the worker or process that draws them, or on what was drawn before.
+    """
+    return make_rng(seed, AUGMENTATION, epoch, index)
+
+
+@dataclass(frozen=True)
+class SampleStream:
+    """All epochs of a data set, each in another random order, laid end to end and cut into batches.
+
+    Iteration ``t`` takes the samples ``t * batch_size ... (t + 1) * batch_size - 1`` of this
+    stream: every sample exactly once an epoch, no batch smaller than the others, no sample left
+    out (a batch may hold the end of one epoch and the start of the next). Process ``rank`` of
+    ``world`` takes its slice of each batch, so the stream is the same for any number of
+    processes.
+
+    Args:
+        num_samples: of the data set.
+        batch_size: of one iteration, over all processes.
+        seed: of the run.
+        group_sizes: sizes of consecutive runs of samples that lie together (tar shards), or
+            empty. Then the order of groups is shuffled, and samples are shuffled within
+            ``groups_together`` neighboring groups: reading stays sequential enough.
+    """
+
+    num_samples: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    group_sizes: tuple[int, ...] = ()
+    groups_together: int = 8
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise DataError("the training set has no samples")
+        if self.batch_size % self.world:
+            raise DataError(
+                f"batch size {self.batch_size} does not divide over {self.world} processes"
+            )
+
+    @lru_cache(maxsize=2)  # noqa: B019 - equal streams share their orders
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """The permutation of one epoch: int64 (num_samples,)."""
+        rng = make_rng(self.seed, ORDER, epoch)
+        if not self.group_sizes:
+            return rng.permutation(self.num_samples)
+        starts = np.cumsum([0, *self.group_sizes[:-1]])
+        groups = rng.permutation(len(starts))
+        parts = []
+        for first in range(0, len(groups), self.groups_together):
+            together = groups[first : first + self.groups_together]
+            samples = [starts[g] + np.arange(self.group_sizes[g]) for g in together]
+            parts.append(rng.permutation(np.concatenate(samples)))
+        return np.concatenate(parts)
+
+    def batch(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
+        """This process's part of an iteration (counted from 0).
+
+        Returns:
+            (indices of the samples, the epoch of each), int64 (batch_size / world,).
+        """
+        local = self.batch_size // self.world
+        first = iteration * self.batch_size + self.rank * local
+        epochs, places = np.divmod(np.arange(first, first + local), self.num_samples)
+        indices = np.empty(local, np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            indices[chosen] = self.epoch_order(int(epoch))[places[chosen]]
+        return indices, epochs
 
 
 class ArraySource:
@@ -52,8 +147,6 @@ class ArraySource:
         padding: Tensor | None = None,
         device: torch.device | str = "cpu",
     ):
-        if augmentation not in ("pad_crop", "shift", "none"):
-            raise DataError(f"unknown augmentation {augmentation!r}: use pad_crop, shift or none")
         self.stream, self.augmentation = stream, augmentation
         self.device = torch.device(device)
         self.size = tuple(images.shape[2:])
@@ -70,10 +163,7 @@ class ArraySource:
 
     def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
         """Batches without end, from any iteration on."""
-        iteration = first_iteration
-        while True:
-            yield self.batch(iteration)
-            iteration += 1
+        return map(self.batch, itertools.count(first_iteration))
 
     def batch(self, iteration: int) -> Batch:
         """This process's part of one iteration: uint8 (n, 3, H, W), labels."""
@@ -81,10 +171,10 @@ class ArraySource:
         rows, columns = self._windows(iteration, len(indices))
         indices, rows, columns = (t.to(self.device) for t in (indices, rows, columns))
         height, width = self.size
-        inside = _within(rows, height)[:, :, None] & _within(columns, width)[:, None, :]
-        rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-        pixels = self.pixels[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
-        pixels = torch.where(inside[..., None], pixels, self.padding)
+        rows_inside, columns_inside = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+        inside = (rows == rows_inside)[:, :, None] & (columns == columns_inside)[:, None, :]
+        place = indices[:, None, None], rows_inside[:, :, None], columns_inside[:, None, :]
+        pixels = torch.where(inside[..., None], self.pixels[place], self.padding)
         return Batch(pixels.permute(0, 3, 1, 2), self.labels[indices])
 
     def _windows(self, iteration: int, count: int) -> tuple[Tensor, Tensor]:
@@ -104,10 +194,6 @@ class ArraySource:
                 columns = np.where(flip[mine, None], columns[:, ::-1], columns)
             columns = columns + left[mine, None]
         return torch.from_numpy(np.ascontiguousarray(rows)), torch.from_numpy(columns.copy())
-
-
-def _within(places: Tensor, size: int) -> Tensor:
-    return (places >= 0) & (places < size)
 
 
 class SyntheticSource:
@@ -139,8 +225,7 @@ class SyntheticSource:
         self.num_samples = num_samples
 
     def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
-        while True:
-            yield self.batch
+        return itertools.repeat(self.batch)
 
 
 def read_cifar10(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
@@ -158,8 +243,8 @@ def read_cifar10(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
         DataError: a missing, short or damaged file.
     """
     folder, suffix = _find(Path(root))
-    read = _read_binary if suffix else _read_python
-    parts = [read(folder / f"{name}{suffix}") for name in (TRAIN_FILES if train else TEST_FILES)]
+    names = TRAIN_FILES if train else TEST_FILES
+    parts = [_read_file(folder / f"{name}{suffix}") for name in names]
     images = torch.from_numpy(np.concatenate([images for images, _ in parts]))
     labels = torch.from_numpy(np.concatenate([labels for _, labels in parts]))
     return images, labels
@@ -176,21 +261,25 @@ def _find(root: Path) -> tuple[Path, str]:
     )
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); fetch CIFAR-10 again"
-        ) from error
+        pixels, labels = _read_binary(path) if path.suffix else _read_python(path)
+        if pixels.dtype != np.uint8 or pixels.shape != (len(labels), RECORD - 1):
+            raise ValueError(f"{pixels.dtype} {pixels.shape} are not its images")
+    except Exception as error:  # damaged pickles raise errors of many types
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: not a file of CIFAR-10 ({reason}); fetch it again") from error
+    if labels.min() < 0 or labels.max() >= len(CIFAR10_CLASSES):
+        raise DataError(f"{path}: labels reach {labels.max()}; is it CIFAR-100? Give CIFAR-10")
+    return pixels.reshape(-1, *SHAPE), labels.astype(np.int64)
 
 
 def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    raw = _read_bytes(path)
-    if not raw or len(raw) % RECORD:
-        raise DataError(f"{path}: {len(raw)} bytes are no whole records; fetch CIFAR-10 again")
-    records = np.frombuffer(raw, np.uint8).reshape(-1, RECORD)
-    return _checked(path, records[:, 1:], records[:, 0])
+    records = np.fromfile(path, np.uint8)
+    if not len(records) or len(records) % RECORD:
+        raise ValueError(f"{len(records)} bytes are no whole records")
+    records = records.reshape(-1, RECORD)
+    return records[:, 1:], records[:, 0]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -211,23 +300,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_python(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    _read_bytes(path)
-    try:
-        with path.open("rb") as file:
-            table = _Unpickler(file, encoding="bytes").load()
-        return _checked(path, np.asarray(table[b"data"]), np.asarray(table[b"labels"]))
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: not a file of CIFAR-10's Python version ({error}); fetch it again"
-        ) from error
-
-
-def _checked(path: Path, pixels: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), RECORD - 1):
-        raise DataError(f"{path}: {pixels.dtype} {pixels.shape} are not CIFAR-10's images")
-    if labels.min() < 0 or labels.max() >= len(CIFAR10_CLASSES):
-        raise DataError(f"{path}: labels reach {labels.max()}; is it CIFAR-100? Give CIFAR-10")
-    return pixels.reshape(-1, *SHAPE), labels.astype(np.int64)
+    with path.open("rb") as file:
+        table = _Unpickler(file, encoding="bytes").load()
+    return np.asarray(table[b"data"]), np.asarray(table[b"labels"])
 
 
 def read_digits(train: bool) -> tuple[Tensor, Tensor]:
