@@ -31,6 +31,8 @@ from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 TOP = 5  # classes that are kept of each image
+RECORDED = ("num_images", "num_classes", "top1_error", "top5_error", "cross_entropy")
+RECORDED += ("protocol", "num_models", "seconds", "data_seconds")
 
 
 @dataclass(frozen=True)
@@ -85,82 +87,73 @@ class Predictions:
         return cls(*(column[order] for column in columns))
 
 
-def top_k_error(predictions: Predictions, k: int, num_bad: int = 0) -> float:
-    """Percent of images whose label is not among the ``k`` (1 to 5) best classes.
-
-    Args:
-        num_bad: further images that could not be read; they count as wrong.
-    """
-    right = (predictions.classes[:, :k] == predictions.labels[:, None]).any(1).sum().item()
-    total = len(predictions) + num_bad
-    return 100.0 * (total - right) / total
-
-
-def confusion_matrix(predictions: Predictions, num_classes: int) -> Tensor:
-    """Counts, int64 (label, predicted class)."""
-    cells = predictions.labels * num_classes + predictions.classes[:, 0]
-    return torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
-
-
-def per_class_error(confusion: Tensor, bad_labels: Sequence[int] = ()) -> list[float | None]:
-    """Top-1 error of each class in percent; ``None`` for a class without images.
-
-    Args:
-        confusion: of :func:`confusion_matrix`.
-        bad_labels: classes of images that could not be read; they count as wrong.
-    """
-    bad = torch.bincount(torch.tensor(bad_labels, dtype=torch.int64), minlength=len(confusion))
-    totals = (confusion.sum(1) + bad).tolist()
-    right = confusion.diagonal().tolist()
-    return [100.0 * (n - r) / n if n else None for n, r in zip(totals, right, strict=True)]
-
-
-def cross_entropy(predictions: Predictions) -> float:
-    """Mean of -log(probability of the label), in nats."""
-    return -predictions.log_likelihoods.mean().item()
-
-
 @dataclass(frozen=True)
 class EvaluationResult:
     """Errors of a whole data set.
 
     Attributes:
-        num_images: all of them, bad ones too.
-        num_classes: outputs of the networks.
-        top1_error, top5_error: percent of ``num_images``; bad images count as wrong. Top-5 is
-            ``None`` where there are fewer than five classes.
-        cross_entropy: mean over the images that could be read, nats.
-        per_class_error: top-1, percent, one for each class; ``None`` without images.
-        confusion: int64 (num_classes, num_classes), counts of (label, predicted), without bad
-            images.
         predictions: one row for each image that could be read, in the order of the data set.
-        bad: images that could not be read: index, label, name, reason of each.
+        bad: images that could not be read; they count as wrong.
+        num_classes: outputs of the networks.
         protocol: its name and settings.
         num_models: networks whose scores were averaged.
         seconds: duration; ``data_seconds`` of these this process waited for images.
     """
 
-    num_images: int
-    num_classes: int
-    top1_error: float
-    top5_error: float | None
-    cross_entropy: float
-    per_class_error: list[float | None]
-    confusion: Tensor
     predictions: Predictions
     bad: tuple[BadSample, ...]
+    num_classes: int
     protocol: dict
     num_models: int
     seconds: float
     data_seconds: float
+
+    @property
+    def num_images(self) -> int:
+        return len(self.predictions) + len(self.bad)
+
+    @property
+    def top1_error(self) -> float:
+        """Percent of the images, bad ones too."""
+        return self.top_k_error(1)
+
+    @property
+    def top5_error(self) -> float | None:
+        """As :attr:`top1_error`; ``None`` where there are fewer than five classes."""
+        return self.top_k_error(TOP) if self.num_classes >= TOP else None
+
+    def top_k_error(self, k: int) -> float:
+        """Percent of images whose label is not among the ``k`` (1 to 5) best classes."""
+        found = self.predictions
+        right = (found.classes[:, :k] == found.labels[:, None]).any(1).sum().item()
+        return 100.0 * (self.num_images - right) / self.num_images
+
+    @property
+    def cross_entropy(self) -> float:
+        """Mean of -log(probability of the label) over the images that could be read, nats."""
+        return -self.predictions.log_likelihoods.mean().item()
+
+    @property
+    def confusion(self) -> Tensor:
+        """Counts without bad images, int64 (label, predicted class)."""
+        cells = self.predictions.labels * self.num_classes + self.predictions.classes[:, 0]
+        return cells.bincount(minlength=self.num_classes**2).view(self.num_classes, -1)
+
+    @property
+    def per_class_error(self) -> list[float | None]:
+        """Top-1 error of each class, percent; ``None`` for a class without images."""
+        bad = torch.tensor([sample.label for sample in self.bad], dtype=torch.int64)
+        confusion = self.confusion
+        totals = confusion.sum(1) + bad.bincount(minlength=self.num_classes)
+        pairs = zip(totals.tolist(), confusion.diagonal().tolist(), strict=True)
+        return [100.0 * (total - right) / total if total else None for total, right in pairs]
 
     def to_dict(self) -> dict:
         """Everything but the confusion matrix and the predictions, as JSON types.
 
         ``per_class_error`` is a table of the classes that have images.
         """
-        left_out = ("confusion", "predictions")
-        values = {k: v for k, v in self.__dict__.items() if k not in left_out}
+        values = {name: getattr(self, name) for name in RECORDED}
         errors = enumerate(self.per_class_error)
         values["per_class_error"] = {c: error for c, error in errors if error is not None}
         values["bad"] = [sample._asdict() for sample in self.bad]
@@ -304,24 +297,12 @@ class _Run:
         check_bad(bad, self.max_bad_images)
         if not parts:
             raise UsageError("there is no readable image to evaluate on")
-        predictions, num_classes = Predictions.merge(parts), max(classes)
+        predictions = Predictions.merge(parts)
         _check_complete(predictions, bad, self.loader.num_images)
-        confusion = confusion_matrix(predictions, num_classes)
-        top5 = top_k_error(predictions, TOP, len(bad)) if num_classes >= TOP else None
+        seconds = time.perf_counter() - start
+        settings, count = self.protocol.settings(), len(self.members)
         return EvaluationResult(
-            num_images=len(predictions) + len(bad),
-            num_classes=num_classes,
-            top1_error=top_k_error(predictions, 1, len(bad)),
-            top5_error=top5,
-            cross_entropy=cross_entropy(predictions),
-            per_class_error=per_class_error(confusion, [sample.label for sample in bad]),
-            confusion=confusion,
-            predictions=predictions,
-            bad=bad,
-            protocol=self.protocol.settings(),
-            num_models=len(self.members),
-            seconds=time.perf_counter() - start,
-            data_seconds=self.data_seconds,
+            predictions, bad, max(classes), settings, count, seconds, self.data_seconds
         )
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -114,10 +115,8 @@ def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
 def describe(model: nn.Module, preprocessing: Preprocessing) -> Preprocessing:
     """Adds to a preprocessing what the network itself settles: stride position and BN epsilon."""
     epsilons = {module.eps for module in model.modules() if isinstance(module, NORMS)}
-    values = {**preprocessing.__dict__, "stride_in_1x1": _stride_in_1x1(model)}
-    if len(epsilons) == 1:
-        values["bn_eps"] = epsilons.pop()
-    return Preprocessing(**values)
+    epsilon = epsilons.pop() if len(epsilons) == 1 else preprocessing.bn_eps
+    return replace(preprocessing, stride_in_1x1=_stride_in_1x1(model), bn_eps=epsilon)
 
 
 def _stride_in_1x1(model: nn.Module) -> bool | None:
@@ -182,6 +181,7 @@ def load_exactly(model: nn.Module, path: str | Path, preprocessing: str = "") ->
     return found
 
 
+@dataclass
 class Checkpoints:
     """The folder ``checkpoints/<iteration>/`` of a run.
 
@@ -189,24 +189,17 @@ class Checkpoints:
     leaves the earlier ones and at most a folder that the next start removes.
 
     Args:
-        folder: of the run.
+        run: its folder.
         spec, preprocessing: written into the weights.
         keep: newest checkpoints that stay.
         keep_every: iterations whose multiples stay for good; 0: none.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        spec: NetworkSpec,
-        preprocessing: Preprocessing,
-        *,
-        keep: int = 2,
-        keep_every: int = 0,
-    ):
-        self.run = Path(folder)
-        self.spec, self.preprocessing = spec, preprocessing
-        self.keep, self.keep_every = keep, keep_every
+    run: Path
+    spec: NetworkSpec
+    preprocessing: Preprocessing
+    keep: int = 2
+    keep_every: int = 0
 
     def save(
         self, iteration: int, model: nn.Module, state: dict, averaged: nn.Module | None = None

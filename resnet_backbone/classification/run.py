@@ -24,7 +24,7 @@ from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import NORMS, Checkpoints, NetworkSpec
 from resnet_backbone.classification.protocols import Center, Full
 from resnet_backbone.classification.step import AMP, LearningRate, Schedule, TrainStep, build_sgd
-from resnet_backbone.classification.trainer import FINAL, LoopOptions, Trainer
+from resnet_backbone.classification.trainer import FINAL, Trainer
 from resnet_backbone.models.analysis import count_parameters
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import write_json
@@ -170,13 +170,11 @@ class ClassificationRun:
             checkpoints=Checkpoints(self.folder.path, self.spec, self.preprocessing, **kept),
             folder=self.folder,
             stop=stop,
-            options=LoopOptions(
-                config.schedule.iterations,
-                train.batch_size,
-                output.log_every,
-                config.evaluation.every,
-                output.checkpoint_every,
-            ),
+            iterations=config.schedule.iterations,
+            log_every=output.log_every,
+            evaluate_every=config.evaluation.every,
+            checkpoint_every=output.checkpoint_every,
+            batch_size=train.batch_size,
         )
 
     def mixer(self) -> BatchMixer | None:

@@ -200,6 +200,7 @@ def build_sgd(
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
 
 
+@dataclass
 class LearningRate:
     """Sets an optimizer's learning rate, keeping the chosen form of momentum.
 
@@ -209,8 +210,8 @@ class LearningRate:
     does exactly that.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, form: str = "caffe"):
-        self.optimizer, self.form = optimizer, form
+    optimizer: torch.optim.Optimizer
+    form: str = "caffe"  # or "pytorch"
 
     def set(self, rate: float) -> None:
         old = self.optimizer.param_groups[0]["lr"]

@@ -31,17 +31,6 @@ LOG_SECONDS = 15  # between lines where there is no progress bar
 STATE = ("iteration", "evaluated_at", "best", "seconds", "latest", "recent_errors")
 
 
-@dataclass(frozen=True)
-class LoopOptions:
-    """Lengths in iterations; ``batch_size`` counts the images of one, over all processes."""
-
-    iterations: int
-    batch_size: int
-    log_every: int = 20
-    evaluate_every: int = 0
-    checkpoint_every: int = 1000
-
-
 class Window:
     """Losses and errors since the last row of metrics; they stay on the device until then."""
 
@@ -82,6 +71,7 @@ class Window:
             self.started = time.perf_counter() - state["elapsed"]
 
 
+@dataclass
 class Trainer:
     """Trains, logs, evaluates, writes checkpoints, and resumes from one exactly.
 
@@ -93,31 +83,32 @@ class Trainer:
         validate: (model, stop request) -> numbers, "val_top1_error" (%) among them.
         checkpoints, folder: where things go.
         stop: signals.
-        options: lengths.
+        iterations: of the whole run, and between the rows of metrics, evaluations (0: only at the
+            end) and checkpoints.
+        batch_size: images of an iteration, over all processes.
     """
 
-    def __init__(
-        self,
-        step: TrainStep,
-        source: Any,
-        prepare: Callable[[Any], tuple[Tensor, Tensor]],
-        *,
-        schedule: Schedule,
-        rate: LearningRate,
-        validate: Callable[[nn.Module, StopRequest], dict[str, float]],
-        checkpoints: Checkpoints,
-        folder: RunFolder,
-        stop: StopRequest,
-        options: LoopOptions,
-    ):
-        self.step, self.source, self.prepare = step, source, prepare
-        self.schedule, self.rate, self.validate = schedule, rate, validate
-        self.checkpoints, self.folder, self.stop = checkpoints, folder, stop
-        self.options, self.world = options, step.world
+    step: TrainStep
+    source: Any
+    prepare: Callable[[Any], tuple[Tensor, Tensor]]
+    schedule: Schedule
+    rate: LearningRate
+    validate: Callable[[nn.Module, StopRequest], dict[str, float]]
+    checkpoints: Checkpoints
+    folder: RunFolder
+    stop: StopRequest
+    iterations: int
+    log_every: int
+    evaluate_every: int
+    checkpoint_every: int
+    batch_size: int
+
+    def __post_init__(self):
+        self.world = self.step.world
         self.iteration, self.evaluated_at, self.best = 0, 0, math.inf
         self.seconds = 0.0  # of training, over all starts
         self.latest: dict[str, float] = {}
-        self.window = Window(options.log_every, self.world.device)
+        self.window = Window(self.log_every, self.world.device)
         self.recent_errors: list[float] = []
 
     # -- exact resume ----------------------------------------------------------------------------
@@ -177,21 +168,20 @@ class Trainer:
             Stopped: a signal arrived; a checkpoint of the last finished iteration is written.
             TrainingDiverged: the loss became NaN or infinite.
         """
-        options = self.options
         bar = self._bar()
         try:
             self._evaluate_if_due()
             batches = iter(self.source.batches(self.iteration))
             if not self.window.filled:
                 self.window.restart()
-            while self.iteration < options.iterations:
+            while self.iteration < self.iterations:
                 self.stop.raise_if_any()
                 self._iterate(batches)
                 bar.update()
-                last = self.iteration == options.iterations
-                if last or self.iteration % options.log_every == 0:
+                last = self.iteration == self.iterations
+                if last or self.iteration % self.log_every == 0:
                     self._log(bar)
-                if last or self.iteration % options.checkpoint_every == 0:
+                if last or self.iteration % self.checkpoint_every == 0:
                     self.save()
                 self._evaluate_if_due()
         except (Stopped, OSError, ValueError) as error:
@@ -205,7 +195,7 @@ class Trainer:
 
     def _bar(self) -> tqdm:
         shown = self.world.is_main and sys.stderr.isatty()
-        total = self.options.iterations
+        total = self.iterations
         self._last_line = 0.0
         return tqdm(total=total, initial=self.iteration, unit="it", disable=not shown)
 
@@ -219,18 +209,18 @@ class Trainer:
         self.iteration += 1
 
     def _log(self, bar: tqdm) -> None:
-        window, options = self.window, self.options
+        window = self.window
         losses = self._check_losses()
-        error = self.world.sum(window.wrong.clone()).item() / (window.filled * options.batch_size)
+        error = self.world.sum(window.wrong.clone()).item() / (window.filled * self.batch_size)
         elapsed = window.elapsed
         self.seconds += elapsed
         row = {
             "iteration": self.iteration,
-            "epoch": self.iteration * options.batch_size / self.source.num_samples,
+            "epoch": self.iteration * self.batch_size / self.source.num_samples,
             "lr": self.schedule.at(self.iteration - 1),
             "train_loss": sum(losses) / len(losses),
             "train_error": 100.0 * error,
-            "images_per_second": window.filled * options.batch_size / elapsed,
+            "images_per_second": window.filled * self.batch_size / elapsed,
             "data_seconds": window.data_seconds / window.filled,
             "step_seconds": elapsed / window.filled,
         }
@@ -252,9 +242,9 @@ class Trainer:
             bar.set_postfix_str(text)
         elif time.monotonic() - self._last_line > LOG_SECONDS:
             self._last_line = time.monotonic()
-            left = (self.options.iterations - self.iteration) * row["step_seconds"] / 60
-            total = self.options.iterations
-            logger.info("iteration %d/%d: %s, %.0f min left", self.iteration, total, text, left)
+            left = (self.iterations - self.iteration) * row["step_seconds"] / 60
+            at = f"{self.iteration}/{self.iterations}"
+            logger.info("iteration %s: %s, %.0f min left", at, text, left)
 
     def _check_losses(self) -> list[float]:
         """The window's losses, averaged over processes; stops the run if one is NaN or infinite."""
@@ -296,7 +286,7 @@ class Trainer:
             self.world.barrier()
 
     def _evaluate_if_due(self) -> None:
-        every, last = self.options.evaluate_every, self.iteration == self.options.iterations
+        every, last = self.evaluate_every, self.iteration == self.iterations
         due = last or (every and self.iteration and self.iteration % every == 0)
         if not due or self.evaluated_at == self.iteration:
             return

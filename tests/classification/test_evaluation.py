@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from resnet_backbone.classification.data.evaluation import BadSample, EvaluationBatch
-from resnet_backbone.classification.evaluation import (
-    Predictions,
-    confusion_matrix,
-    cross_entropy,
-    evaluate,
-    per_class_error,
-    top_k_error,
-)
+from resnet_backbone.classification.evaluation import EvaluationResult, Predictions, evaluate
 from resnet_backbone.classification.protocols import Center, Full
 from resnet_backbone.models import build_model
 from resnet_backbone.runtime.errors import UsageError
@@ -53,9 +46,7 @@ class Loader:
                 (self.images[good],) if len(good) else (),
                 self.labels[good],
                 good,
-                tuple(
-                    BadSample(i, int(self.labels[i]), self.name_of(i), "is damaged") for i in bad
-                ),
+                tuple(BadSample(i, int(self.labels[i]), self.name_of(i), "damaged") for i in bad),
             )
 
     def __len__(self):
@@ -150,9 +141,9 @@ def test_autocast_gives_nearly_the_same():
 
 
 def test_unreadable_images_stop_or_count_as_wrong():
-    with pytest.raises(UsageError, match=r"^folder/5.jpg: is damaged; .*--max-bad-images N"):
+    with pytest.raises(UsageError, match=r"^folder/5.jpg: damaged; .*--max-bad-images N"):
         evaluate([network()], Full(), Loader(bad=[5]))
-    with pytest.raises(UsageError, match=r"folder/5.jpg: is damaged \(and 1 more\)"):
+    with pytest.raises(UsageError, match=r"folder/5.jpg: damaged \(and 1 more\)"):
         evaluate([network()], Full(), Loader(bad=[6, 5]), max_bad_images=1)
     loader = Loader(batch_size=2, bad=[4, 5, 6])  # 4 and 5 are a whole batch
     result = evaluate([network()], Full(), loader, max_bad_images=3)
@@ -280,10 +271,8 @@ def test_two_processes_equal_one(tmp_path):
         for result in (found[0][name], found[1][name]):
             assert_same(result, alone, name)
     for rank in range(2):
-        assert "folder/1.jpg: is damaged (and 1 more)" in found[rank]["one too many on one process"]
-        assert (
-            "folder/1.jpg: is damaged (and 1 more)" in found[rank]["one on each, together too many"]
-        )
+        assert "folder/1.jpg: damaged (and 1 more)" in found[rank]["one too many on one process"]
+        assert "folder/1.jpg: damaged (and 1 more)" in found[rank]["one on each, together too many"]
         assert "was evaluated twice" in found[rank]["not sharded"]
         assert "label 10, but the network has" in found[rank]["labels that one process has"]
 
@@ -301,9 +290,10 @@ def assert_same(result, expected, name):
     assert result.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-6)
 
 
-def predictions_of(scores, labels, indices=None):
-    indices = torch.arange(len(labels)) if indices is None else indices
-    return Predictions.from_probabilities(scores, labels, indices)
+def result_of(scores, labels, bad=()):
+    found = Predictions.from_probabilities(scores, labels, torch.arange(len(labels)))
+    bad = tuple(BadSample(0, label, "", "") for label in bad)
+    return EvaluationResult(found, bad, scores.shape[1], {}, 1, 1.0, 0.0)
 
 
 @st.composite
@@ -321,59 +311,57 @@ def test_scikit_learn_agrees(case):
     sklearn = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
     scores, labels = case
     number, classes = scores.shape
-    found = predictions_of(scores, labels)
+    found = result_of(scores, labels)
     names = list(range(classes))
     for k in range(1, min(classes, 6)):
         # scikit-learn wants (N,) scores of two classes, and warns where k is all classes
         y_score = scores.numpy() if classes > 2 else scores[:, 1].numpy()
         right = sklearn.top_k_accuracy_score(labels, y_score, k=k, labels=names, normalize=False)
-        assert top_k_error(found, k) == 100 * (number - int(right)) / number
+        assert found.top_k_error(k) == 100 * (number - int(right)) / number
     expected = sklearn.confusion_matrix(labels, scores.argmax(1), labels=names)
-    confusion = confusion_matrix(found, classes)
-    assert confusion.tolist() == expected.tolist()
+    assert found.confusion.tolist() == expected.tolist()
     recall = sklearn.recall_score(
         labels, scores.argmax(1), labels=names, average=None, zero_division=np.nan
     )
-    for error, expected in zip(per_class_error(confusion), recall, strict=True):
+    for error, expected in zip(found.per_class_error, recall, strict=True):
         assert (error is None) == math.isnan(expected)
         assert error is None or error == pytest.approx(100 * (1 - expected), abs=1e-9)
-    assert cross_entropy(found) == pytest.approx(
+    assert found.cross_entropy == pytest.approx(
         sklearn.log_loss(labels, scores.numpy(), labels=names), rel=1e-12
     )
 
 
 def test_ties_go_to_the_lower_class():
     scores = torch.full((2, 8), 0.125, dtype=torch.float64)
-    found = predictions_of(scores, torch.tensor([4, 5]))
-    assert found.classes.tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert top_k_error(found, 5) == 50.0
+    found = result_of(scores, torch.tensor([4, 5]))
+    assert found.predictions.classes.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert found.top5_error == 50.0
     partly = torch.tensor([[0.2, 0.4, 0.0, 0.4]], dtype=torch.float64)
-    assert predictions_of(partly, torch.tensor([3])).classes.tolist() == [[1, 3, 0, 2]]
+    assert result_of(partly, torch.tensor([3])).predictions.classes.tolist() == [[1, 3, 0, 2]]
 
 
 def test_probability_zero_has_a_finite_loss():
-    found = predictions_of(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
-    assert 700 < cross_entropy(found) < 710
+    found = result_of(torch.tensor([[1.0, 0.0]]), torch.tensor([1]))
+    assert 700 < found.cross_entropy < 710
 
 
 @settings(max_examples=30, deadline=None)
 @given(scored(), st.integers(1, 7))
 def test_merged_parts_are_the_whole(case, world):
     scores, labels = case
-    whole = predictions_of(scores, labels)
+    whole = Predictions.from_probabilities(scores, labels, torch.arange(len(labels)))
     parts = []
     for rank in range(world):
         mine = torch.arange(len(labels))[rank::world]  # may be none
-        parts.append(predictions_of(scores[mine], labels[mine], mine))
+        parts.append(Predictions.from_probabilities(scores[mine], labels[mine], mine))
     merged = Predictions.merge(parts)
     for name in Predictions.__dataclass_fields__:
         assert torch.equal(getattr(merged, name), getattr(whole, name)), name
 
 
 def test_unreadable_images_count_as_wrong():
-    scores = torch.eye(3, dtype=torch.float64)
-    found = predictions_of(scores, torch.tensor([0, 1, 2]))
-    assert top_k_error(found, 1) == 0.0
-    assert top_k_error(found, 1, num_bad=1) == 25.0
-    assert per_class_error(confusion_matrix(found, 3), [2, 2, 2]) == [0.0, 0.0, 75.0]
-    assert per_class_error(confusion_matrix(found, 4), [3]) == [0.0, 0.0, 0.0, 100.0]
+    scores, labels = torch.eye(3, dtype=torch.float64), torch.tensor([0, 1, 2])
+    assert result_of(scores, labels).top1_error == 0.0
+    assert result_of(scores, labels, [2]).top1_error == 25.0
+    assert result_of(scores, labels, [2, 2, 2]).per_class_error == [0.0, 0.0, 75.0]
+    assert result_of(torch.eye(3, 4), labels, [3]).per_class_error == [0.0, 0.0, 0.0, 100.0]

@@ -1,14 +1,14 @@
 """Tables and picture of an evaluation."""
 
 import csv
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from resnet_backbone.classification.evaluation import Predictions, confusion_matrix, per_class_error
+from resnet_backbone.classification.data.evaluation import BadSample
+from resnet_backbone.classification.evaluation import EvaluationResult, Predictions
 from resnet_backbone.report.plots import plot_confusion
 from resnet_backbone.report.table import confusion_rows, write_evaluation
 
@@ -19,14 +19,7 @@ def evaluation():
     """Labels cat, cat, dog; one cat is taken for class 3, which has no images; a bad dog."""
     scores = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.2, 0.1, 0.1, 0.6], [0.1, 0.7, 0.1, 0.1]])
     found = Predictions.from_probabilities(scores, torch.tensor([0, 0, 1]), torch.arange(3))
-    confusion = confusion_matrix(found, 4)
-    return SimpleNamespace(
-        predictions=found,
-        confusion=confusion,
-        per_class_error=per_class_error(confusion, [1]),
-        bad=[SimpleNamespace(label=1)],
-        num_classes=4,
-    )
+    return EvaluationResult(found, (BadSample(3, 1, "", ""),), 4, {}, 1, 1.0, 0.0)
 
 
 def rows(path):

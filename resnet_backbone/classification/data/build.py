@@ -32,6 +32,7 @@ from resnet_backbone.classification.data.sources import (
     CIFAR10_CLASSES,
     HELD_OUT,
     ArraySource,
+    Batch,
     SampleStream,
     SyntheticSource,
     read_cifar10,
@@ -152,7 +153,11 @@ def _synthetic(config: Config, world: World) -> ClassificationData:
     shape = (3, data.synthetic_size, data.synthetic_size)
     names = tuple(f"class_{number}" for number in range(data.synthetic_classes))
     samples = data.synthetic_samples
-    source = SyntheticSource(local, shape, len(names), samples, world.device, world.rank)
+    random = torch.Generator().manual_seed(world.rank)
+    images = torch.randint(0, 256, (local, *shape), dtype=torch.uint8, generator=random)
+    labels = torch.randint(0, len(names), (local,), generator=random)
+    images = images.to(world.device, memory_format=torch.channels_last)
+    source = SyntheticSource(Batch(images, labels.to(world.device)), samples)
     count = min(samples, 2 * config.evaluation.batch_size)
     tests = torch.zeros((count, *shape), dtype=torch.uint8)
     evaluation = EvaluationArrays(tests, torch.arange(count) % len(names))

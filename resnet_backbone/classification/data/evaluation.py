@@ -8,6 +8,7 @@ result = evaluate([(model, normalizer)], protocol, loader, world=world)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,7 @@ class EvaluationBatch(NamedTuple):
     bad: tuple[BadSample, ...] = ()
 
 
+@dataclass(frozen=True)
 class EvaluationFiles:
     """Image files, map-style: ``files[i]`` is an :class:`EvaluationItem` or a :class:`BadSample`.
 
@@ -66,13 +68,9 @@ class EvaluationFiles:
             a crop, so that less is sent on.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[tuple[str | Path, int]],
-        short_sides: Sequence[int | None] = (None,),
-        prepare: Callable[[Tensor], Tensor] | None = None,
-    ):
-        self.samples, self.short_sides, self.prepare = samples, short_sides, prepare
+    samples: Sequence[tuple[str | Path, int]]
+    short_sides: Sequence[int | None] = (None,)
+    prepare: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -92,16 +90,17 @@ class EvaluationFiles:
         return EvaluationItem(tuple(images), label, index)
 
 
+@dataclass(frozen=True)
 class EvaluationArrays:
     """Images in memory or on the device, given as they are.
 
     Args:
         images: uint8 (N, 3, H, W), RGB.
-        labels: int64 (N,).
+        labels: int64 (N,), on the CPU.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor):
-        self.images, self.labels = images, labels.cpu()
+    images: Tensor
+    labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)

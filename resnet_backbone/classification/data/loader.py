@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -291,6 +291,7 @@ def init_worker(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
+@dataclass(frozen=True)
 class LoaderSource:
     """Training batches of one process, without end, from any iteration on.
 
@@ -306,17 +307,11 @@ class LoaderSource:
         report: counts bad images and limits their number; by default they are counted in memory.
     """
 
-    def __init__(
-        self,
-        dataset: EncodedDataset,
-        stream: SampleStream,
-        augment: Augmentation,
-        *,
-        workers: int = 0,
-        report: BadImageReport | None = None,
-    ):
-        self.dataset, self.stream, self.augment = dataset, stream, augment
-        self.workers, self.report = workers, report or BadImageReport()
+    dataset: EncodedDataset
+    stream: SampleStream
+    augment: Augmentation
+    workers: int = 0
+    report: BadImageReport = field(default_factory=BadImageReport)
 
     @property
     def num_samples(self) -> int:

@@ -196,33 +196,12 @@ class ArraySource:
         return torch.from_numpy(np.ascontiguousarray(rows)), torch.from_numpy(columns.copy())
 
 
+@dataclass(frozen=True)
 class SyntheticSource:
-    """One batch of random bytes, made on the device and given again and again.
+    """One batch of this process, given again and again; ``num_samples`` count as an epoch."""
 
-    Args:
-        batch_size: of this process.
-        shape: (3, H, W).
-        num_classes: labels are 0 to this less 1.
-        num_samples: how many images count as an epoch.
-        device: where the batch lies.
-        seed: of the bytes.
-    """
-
-    def __init__(
-        self,
-        batch_size: int,
-        shape: tuple[int, int, int],
-        num_classes: int,
-        num_samples: int,
-        device: torch.device | str = "cpu",
-        seed: int = 0,
-    ):
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randint(0, 256, (batch_size, *shape), dtype=torch.uint8, generator=generator)
-        labels = torch.randint(0, num_classes, (batch_size,), generator=generator)
-        images = images.to(device, memory_format=torch.channels_last)
-        self.batch = Batch(images, labels.to(device))
-        self.num_samples = num_samples
+    batch: Batch
+    num_samples: int
 
     def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
         return itertools.repeat(self.batch)
