@@ -62,17 +62,11 @@ class Moments:
 
 
 class BatchNormReport(NamedTuple):
-    """What :func:`recompute_statistics` did.
+    """What :func:`recompute_statistics` did."""
 
-    Attributes:
-        layers: names of the layers with new statistics, in the order in which they ran.
-        unused: batch norms through which no image went; they are unchanged.
-        num_images: over all processes.
-    """
-
-    layers: tuple[str, ...]
-    unused: tuple[str, ...]
-    num_images: int
+    layers: tuple[str, ...]  # with new statistics, in the order in which they ran
+    unused: tuple[str, ...]  # batch norms through which no image went; they are unchanged
+    num_images: int  # over all processes
 
 
 def recompute_statistics(
@@ -135,22 +129,14 @@ class TrainingImages:
 
     With SyncBN, which needs as many batches on each process, whole iterations only: the last
     images of the epoch, fewer than a batch, are left out.
-
-    Args:
-        source: batches by iteration, see ``resnet_backbone.classification.data``.
-        count: images over all processes; 0 for one epoch.
-        batch_size: of an iteration, over all processes.
-        world: the processes.
-        before_each: called before each batch, equally often on all processes.
-        sync_bn: whether the network has SyncBN.
     """
 
-    source: Any
-    count: int
-    batch_size: int
+    source: Any  # batches by iteration, see `resnet_backbone.classification.data`
+    count: int  # images over all processes; 0 for one epoch
+    batch_size: int  # of an iteration, over all processes
     world: World
-    before_each: Callable[[], None] = lambda: None
-    sync_bn: bool = False
+    before_each: Callable[[], None] = lambda: None  # batch, equally often on all processes
+    sync_bn: bool = False  # whether the network has SyncBN
 
     def __iter__(self) -> Iterator[Any]:
         count = self.count or self.source.num_samples

@@ -39,20 +39,15 @@ RECORDED += ("protocol", "num_models", "seconds", "data_seconds")
 class Predictions:
     """What is kept of each image, one row for each.
 
-    Attributes:
-        indices: int64 (N,), places in the data set.
-        labels: int64 (N,).
-        classes: int64 (N, k), the classes with the highest scores, best first; k is 5, or the
-            number of classes where there are fewer. Of equal scores the lower class comes first.
-        scores: float32 (N, k), their probabilities.
-        log_likelihoods: float64 (N,), log of the probability of the label.
+    ``k`` is 5, or the number of classes where there are fewer. Of equal scores the lower class
+    comes first.
     """
 
-    indices: Tensor
-    labels: Tensor
-    classes: Tensor
-    scores: Tensor
-    log_likelihoods: Tensor
+    indices: Tensor  # int64 (N,), places in the data set
+    labels: Tensor  # int64 (N,)
+    classes: Tensor  # int64 (N, k), the classes with the highest scores, best first
+    scores: Tensor  # float32 (N, k), their probabilities
+    log_likelihoods: Tensor  # float64 (N,), log of the probability of the label
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -89,24 +84,15 @@ class Predictions:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Errors of a whole data set.
+    """Errors of a whole data set."""
 
-    Attributes:
-        predictions: one row for each image that could be read, in the order of the data set.
-        bad: images that could not be read; they count as wrong.
-        num_classes: outputs of the networks.
-        protocol: its name and settings.
-        num_models: networks whose scores were averaged.
-        seconds: duration; ``data_seconds`` of these this process waited for images.
-    """
-
-    predictions: Predictions
-    bad: tuple[BadSample, ...]
-    num_classes: int
-    protocol: dict
-    num_models: int
+    predictions: Predictions  # of the images that could be read, in the order of the data set
+    bad: tuple[BadSample, ...]  # the others; they count as wrong
+    num_classes: int  # outputs of the networks
+    protocol: dict  # its name and settings
+    num_models: int  # networks whose scores were averaged
     seconds: float
-    data_seconds: float
+    data_seconds: float  # of these this process waited for images
 
     @property
     def num_images(self) -> int:

@@ -187,19 +187,13 @@ class Checkpoints:
 
     Each is written under another name and renamed when it is on the disk, so a kill at any moment
     leaves the earlier ones and at most a folder that the next start removes.
-
-    Args:
-        run: its folder.
-        spec, preprocessing: written into the weights.
-        keep: newest checkpoints that stay.
-        keep_every: iterations whose multiples stay for good; 0: none.
     """
 
-    run: Path
+    run: Path  # its folder
     spec: NetworkSpec
     preprocessing: Preprocessing
-    keep: int = 2
-    keep_every: int = 0
+    keep: int = 2  # newest checkpoints that stay
+    keep_every: int = 0  # iterations whose multiples stay for good; 0: none
 
     def save(
         self, iteration: int, model: nn.Module, state: dict, averaged: nn.Module | None = None

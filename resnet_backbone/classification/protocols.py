@@ -18,7 +18,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from resnet_backbone.classification.data.augment import center_crop
 from resnet_backbone.models import VGG, StagedNetwork
@@ -29,32 +28,22 @@ POOLINGS = ("sliding", "global_pool")
 SOFTMAXES = ("per_position", "per_view", "at_end")
 
 
+@dataclass(frozen=True)
 class Member:
     """A network with its own preprocessing: uint8 RGB images -> logits.
 
     Args:
         model: maps normalized images (N, 3, H, W) to logits (N, num_classes): one of our
-            networks or any other (torchvision, timm), as it is, compiled or in DDP.
+            networks or any other (torchvision, timm).
         normalizer: its preprocessing; it also says on which device it runs.
         autocast: ``torch.bfloat16`` or ``torch.float16`` for mixed precision.
         channels_last: memory format of the network's input.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        normalizer: InputNormalizer,
-        autocast: torch.dtype | None = None,
-        channels_last: bool = True,
-    ):
-        # DDP's forward talks to the other processes, which may have fewer batches
-        self.model = model.module if isinstance(model, DistributedDataParallel) else model
-        self.normalizer, self.autocast, self.channels_last = normalizer, autocast, channels_last
-
-    @property
-    def network(self) -> nn.Module:
-        """The network without what ``torch.compile`` wrapped around it."""
-        return getattr(self.model, "_orig_mod", self.model)
+    model: nn.Module
+    normalizer: InputNormalizer
+    autocast: torch.dtype | None = None
+    channels_last: bool = True
 
     def run(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """A function of the normalized images, in the wanted precision."""
@@ -71,18 +60,18 @@ class Member:
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"{type(self.network).__name__} returns {kind} and not logits (N, num_classes): "
+                f"{type(self.model).__name__} returns {kind} and not logits (N, num_classes): "
                 "evaluation needs a classifier, with its head (our networks: without out_features)"
             )
         return logits.double()
 
     def position_logits(self, images: Tensor, window: int) -> Tensor:
         """The network applied convolutionally: float64 (N, num_classes, h, w)."""
-        network, last = self.network, self.network.stage_names[-1]
+        last = self.model.stage_names[-1]
 
         def apply(inputs: Tensor) -> Tensor:
-            maps = network.forward_features(inputs, [last])[last]
-            return _head_as_convolution(network, maps, window)
+            maps = self.model.forward_features(inputs, [last])[last]
+            return _head_as_convolution(self.model, maps, window)
 
         return self.run(apply, images).double()
 
@@ -132,7 +121,7 @@ class Protocol:
         return image
 
     def score(self, member: Member, images: Sequence[Images]) -> Tensor:
-        """Class probabilities.
+        """Class probabilities; here those of the single view that :meth:`prepare` makes.
 
         Args:
             member: the network.
@@ -141,7 +130,7 @@ class Protocol:
         Returns:
             float64 (N, num_classes), rows sum to 1.
         """
-        raise NotImplementedError
+        return by_size(lambda stack: member(self.prepare(stack)).softmax(1), images[0])
 
     def settings(self) -> dict:
         """The name and every setting, for records of a result."""
@@ -153,9 +142,6 @@ class Full(Protocol):
     """The image as it is: the paper's single view of CIFAR-10 (section 4.2)."""
 
     name: ClassVar[str] = "full"
-
-    def score(self, member: Member, images: Sequence[Images]) -> Tensor:
-        return by_size(lambda stack: member(stack).softmax(1), images[0])
 
 
 @dataclass(frozen=True)
@@ -189,9 +175,6 @@ class Center(_Cropped):
 
     def prepare(self, image: Tensor) -> Tensor:
         return center_crop(image, self.crop)
-
-    def score(self, member: Member, images: Sequence[Images]) -> Tensor:
-        return by_size(lambda stack: member(center_crop(stack, self.crop)).softmax(1), images[0])
 
 
 @dataclass(frozen=True)
@@ -267,10 +250,10 @@ class Dense(Protocol):
         return self.sizes
 
     def score(self, member: Member, images: Sequence[Images]) -> Tensor:
-        sliding_works = isinstance(member.network, StagedNetwork) and member.network.is_classifier
+        sliding_works = isinstance(member.model, StagedNetwork) and member.model.is_classifier
         if self.pooling == "sliding" and not sliding_works:
             raise ValueError(
-                f"dense testing of {type(member.network).__name__} needs pooling global_pool: only "
+                f"dense testing of {type(member.model).__name__} needs pooling global_pool: only "
                 "classifiers of this package are known as convolutions"
             )
         views = []

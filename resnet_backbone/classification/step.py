@@ -232,32 +232,25 @@ class Schedule:
     """Learning rate by iteration (counted from 0), and by what evaluations show.
 
     Args:
-        lr: the initial rate.
-        iterations: of the whole run.
         policy: "steps" (times ``gamma`` at each milestone), "plateau" (times ``gamma`` when the
             validation error stops falling: paper, section 3.4) or "cosine" (to 0, arXiv
             1608.03983).
-        milestones: iterations, rising.
-        plateau_patience: evaluations in a row without progress.
         plateau_threshold: what counts as progress, an absolute number of points of error. A
             relative one, PyTorch's default, hardly ever fires on ImageNet.
-        plateau_drops: the largest number of drops.
-        warmup_lr: rate during warm-up by error, and at the start of linear warm-up.
-        warmup_iterations: linear warm-up.
         warmup_until_error: warm-up lasts until the training error, %, is below this (paper,
             section 4.2: the 110-layer network starts at 0.01 until it is below 80 %).
     """
 
-    lr: float
-    iterations: int
+    lr: float  # the initial rate
+    iterations: int  # of the whole run
     policy: str = "steps"
-    milestones: Sequence[int] = ()
+    milestones: Sequence[int] = ()  # iterations, rising
     gamma: float = 0.1
-    plateau_patience: int = 5
+    plateau_patience: int = 5  # evaluations in a row without progress
     plateau_threshold: float = 0.1
-    plateau_drops: int = 3
-    warmup_lr: float = 0.0
-    warmup_iterations: int = 0
+    plateau_drops: int = 3  # the largest number of drops
+    warmup_lr: float = 0.0  # during warm-up by error, and at the start of linear warm-up
+    warmup_iterations: int = 0  # linear warm-up
     warmup_until_error: float = 0.0
 
     def __post_init__(self):

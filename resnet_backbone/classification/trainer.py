@@ -73,35 +73,23 @@ class Window:
 
 @dataclass
 class Trainer:
-    """Trains, logs, evaluates, writes checkpoints, and resumes from one exactly.
-
-    Args:
-        step: makes an iteration.
-        source: training data, with ``num_samples`` and ``batches(first_iteration)``.
-        prepare: turns a batch into (normalized images, labels) on the device.
-        schedule, rate: the learning rate, and what sets it.
-        validate: (model, stop request) -> numbers, "val_top1_error" (%) among them.
-        checkpoints, folder: where things go.
-        stop: signals.
-        iterations: of the whole run, and between the rows of metrics, evaluations (0: only at the
-            end) and checkpoints.
-        batch_size: images of an iteration, over all processes.
-    """
+    """Trains, logs, evaluates, writes checkpoints, and resumes from one exactly."""
 
     step: TrainStep
-    source: Any
-    prepare: Callable[[Any], tuple[Tensor, Tensor]]
+    source: Any  # training data, with `num_samples` and `batches(first_iteration)`
+    prepare: Callable[[Any], tuple[Tensor, Tensor]]  # a batch -> normalized images, labels
     schedule: Schedule
     rate: LearningRate
+    # -> numbers, "val_top1_error" (%) among them
     validate: Callable[[nn.Module, StopRequest], dict[str, float]]
     checkpoints: Checkpoints
     folder: RunFolder
     stop: StopRequest
     iterations: int
-    log_every: int
-    evaluate_every: int
+    log_every: int  # iterations, as those below
+    evaluate_every: int  # 0: only at the end
     checkpoint_every: int
-    batch_size: int
+    batch_size: int  # images of an iteration, over all processes
 
     def __post_init__(self):
         self.world = self.step.world
@@ -110,8 +98,6 @@ class Trainer:
         self.latest: dict[str, float] = {}
         self.window = Window(self.log_every, self.world.device)
         self.recent_errors: list[float] = []
-
-    # -- exact resume ----------------------------------------------------------------------------
 
     def resume(self) -> bool:
         """Loads the newest checkpoint, if there is one.
@@ -158,8 +144,6 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "window": self.window.state_dict(self.world),
         }
-
-    # -- the loop --------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Trains to the end.
@@ -268,8 +252,6 @@ class Trainer:
             f"{good}; history: {self.folder / DIVERGED}. Lower schedule.lr or set "
             "optimizer.clip_norm, and start again in another output.dir"
         )
-
-    # -- what happens between iterations -----------------------------------------------------------
 
     def save(self) -> None:
         """Writes a checkpoint, unless the loss or the weights are NaN or infinite."""

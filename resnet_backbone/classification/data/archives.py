@@ -164,19 +164,16 @@ def read_labels(path: str | os.PathLike) -> dict[str, str]:
     Raises:
         DataError: numbers, which say nothing without the development kit's table.
     """
-    lines = [line.split() for line in read_lines(path)]
-    wnids = [words[-1] for words in lines] or ["nothing"]
-    odd = next((wnid for wnid in wnids if not re.fullmatch(r"n\d{8}", wnid)), None)
-    if odd is not None:
+    rows = [line.split() for line in read_lines(path)]
+    odd = next((row[-1] for row in rows if not re.fullmatch(r"n\d{8}", row[-1])), None)
+    if odd or not rows:
         raise DataError(
-            f"{path}: {odd!r} is not a wnid such as n01440764; numbers are in the "
+            f"{path}: {odd or 'nothing'!r} is not a wnid such as n01440764; numbers are in the "
             "development kit's own order: give the kit itself with --devkit"
         )
-    names = (words[0] if len(words) > 1 else None for words in lines)
-    return {
-        name or by_place: wnid
-        for name, (by_place, wnid) in zip(names, _by_place(wnids).items(), strict=True)
-    }
+    by_place = _by_place([row[-1] for row in rows])
+    names = (row[0] if len(row) > 1 else name for row, name in zip(rows, by_place, strict=True))
+    return dict(zip(names, by_place.values(), strict=True))
 
 
 def check_counts(counts: Mapping[str, int], images: int, classes: int, where: str) -> list[str]:
@@ -220,12 +217,7 @@ def open_sets(folder: Path) -> dict[str, ImageFiles]:
 def count_problems(
     sets: Mapping[str, ImageFiles], images: Mapping[str, int], classes: int
 ) -> list[str]:
-    """Wrong numbers of images and classes; see :func:`check_counts`.
-
-    Args:
-        sets: by name, as :func:`open_sets` gives them.
-        images: how many each should have.
-    """
+    """Wrong numbers of images and classes of :func:`open_sets`; see :func:`check_counts`."""
     problems = []
     for name, dataset in sets.items():
         counts = Counter(dataset.class_names[label] for label in dataset.labels)

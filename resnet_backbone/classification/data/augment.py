@@ -46,16 +46,11 @@ class Span(NamedTuple):
 
     The crop begins ``skip`` pixels of the result after the pixel ``start`` of the image: the
     resizing filter of its first pixel does not look further back than ``start``.
-
-    Attributes:
-        start: pixel of the image, before resizing.
-        skip: pixels of the result.
-        scale: pixels of the image for one of the result.
     """
 
-    start: int
-    skip: int
-    scale: float
+    start: int  # pixel of the image, before resizing
+    skip: int  # pixels of the result
+    scale: float  # pixels of the image for one of the result
 
 
 class Crop(NamedTuple):
@@ -185,15 +180,10 @@ def draw_inception_crop(
 
 
 class Augmented(NamedTuple):
-    """What training sees of an image.
+    """What training sees of an image."""
 
-    Attributes:
-        image: uint8 (3, size, size), RGB.
-        shift: float32 (3,) or None, see :class:`resnet_backbone.classification.data.sources.Batch`.
-    """
-
-    image: Tensor
-    shift: np.ndarray | None = None
+    image: Tensor  # uint8 (3, size, size), RGB
+    shift: np.ndarray | None = None  # float32 (3,), see `sources.Batch`
 
 
 def color_shift(name: str, rng: np.random.Generator) -> np.ndarray | None:
@@ -217,19 +207,12 @@ def _flipped(pixels: Tensor, flip: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class PaperAugmentation:
-    """The paper's training augmentation (section 3.4): scale, crop, flip, color noise.
+    """The paper's training augmentation (section 3.4): scale, crop, flip, color noise."""
 
-    Args:
-        size: of the crop, pixels.
-        short_side: first and last length of the short side, pixels; at least ``size``.
-        flip: probability of mirroring left to right.
-        color_noise: "cuda_convnet", "fb_resnet_torch" or "none".
-    """
-
-    size: int = 224
-    short_side: tuple[int, int] = (256, 480)
-    flip: float = 0.5
-    color_noise: str = "cuda_convnet"
+    size: int = 224  # of the crop, pixels
+    short_side: tuple[int, int] = (256, 480)  # first and last, pixels; at least `size`
+    flip: float = 0.5  # probability of mirroring left to right
+    color_noise: str = "cuda_convnet"  # or fb_resnet_torch, none
 
     def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Augmented:
         crop = draw_crop(image.height, image.width, rng, self.size, self.short_side)
@@ -253,19 +236,12 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class InceptionAugmentation:
-    """Random-resized crop, flip, optional RandAugment and color noise.
+    """Random-resized crop, flip, optional RandAugment and color noise."""
 
-    Args:
-        size: of the crop, pixels.
-        flip: probability of mirroring left to right.
-        randaugment: magnitude of torchvision's ``RandAugment`` (0..30), None for none.
-        color_noise: "cuda_convnet", "fb_resnet_torch" or "none".
-    """
-
-    size: int = 224
-    flip: float = 0.5
-    randaugment: int | None = None
-    color_noise: str = "none"
+    size: int = 224  # of the crop, pixels
+    flip: float = 0.5  # probability of mirroring left to right
+    randaugment: int | None = None  # magnitude of torchvision's (0..30); None for none
+    color_noise: str = "none"  # or cuda_convnet, fb_resnet_torch
 
     def __post_init__(self):
         if self.randaugment is not None:

@@ -22,7 +22,6 @@ from resnet_backbone.classification.data.imagenet import (
     ImageFiles,
     TarShards,
     check_same_classes,
-    class_indices,
     read_class_list,
     read_flat_folder,
     read_image_folder,
@@ -56,21 +55,13 @@ RAND_AUGMENT = 9  # magnitude, as in torchvision's recipes
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """What training needs of its data.
+    """What training needs of its data."""
 
-    Attributes:
-        source: training batches by iteration, with ``num_samples``.
-        evaluation: every image once; for ``EvaluationLoader``.
-        preprocessing: mean, standard deviation and channel order of the input.
-        class_names: one per class.
-        evaluated_on: what the errors are measured on.
-    """
-
-    source: Any
-    evaluation: EvaluationFiles | EvaluationArrays
-    preprocessing: Preprocessing
+    source: Any  # training batches by iteration, with `num_samples`
+    evaluation: EvaluationFiles | EvaluationArrays  # every image once
+    preprocessing: Preprocessing  # mean, standard deviation and channel order of the input
     class_names: tuple[str, ...]
-    evaluated_on: str
+    evaluated_on: str  # what the errors are measured on
 
 
 def build_data(
@@ -204,9 +195,9 @@ def read_validation_set(data: DataConfig, train: EncodedDataset) -> ImageFiles:
     root = Path(data.val_root or Path(data.root) / "val")
     if not root.is_dir():
         raise DataError(f"{root}: no validation images; give their folder with data.val_root=PATH")
-    classes, num_classes = class_indices(train), len(train.class_names)
+    classes = {name: index for index, name in enumerate(train.class_names)}
     if data.val_labels:
-        return read_flat_folder(root, data.val_labels, classes, num_classes)
+        return read_flat_folder(root, data.val_labels, classes, len(classes))
     if not any(entry.is_dir() for entry in root.iterdir()):
         raise DataError(
             f"{root} has no class folders: give the label list of a flat folder with "
@@ -214,7 +205,7 @@ def read_validation_set(data: DataConfig, train: EncodedDataset) -> ImageFiles:
         )
     if isinstance(train, ImageFiles) and not data.class_list:  # else a part of the classes will do
         check_same_classes(train, read_image_folder(root))
-    return read_image_folder(root, classes, num_classes)
+    return read_image_folder(root, classes, len(classes))
 
 
 def augmentation_of(data: DataConfig) -> Augmentation:

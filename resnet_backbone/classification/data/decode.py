@@ -42,15 +42,10 @@ class BadImage(ValueError):
 
 
 class Decoded(NamedTuple):
-    """An image that was read.
+    """An image that was read."""
 
-    Attributes:
-        pixels: uint8 (H, W, 3), RGB, upright.
-        note: what was converted ("CMYK", "EXIF orientation 6"), empty for an ordinary image.
-    """
-
-    pixels: np.ndarray
-    note: str = ""
+    pixels: np.ndarray  # uint8 (H, W, 3), RGB, upright
+    note: str = ""  # what was converted ("CMYK", "EXIF orientation 6")
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:

@@ -40,20 +40,13 @@ class EvaluationItem(NamedTuple):
 
 
 class EvaluationBatch(NamedTuple):
-    """What the loader yields.
+    """What the loader yields."""
 
-    Attributes:
-        images: for each short side uint8 (N, 3, H, W), or a list of N tensors (3, H, W) where
-            their sizes differ.
-        labels: int64 (N,).
-        indices: int64 (N,), places in the data set.
-        bad: the images that could not be read; they are not among the N.
-    """
-
+    # for each short side uint8 (N, 3, H, W), or a list of N (3, H, W) where their sizes differ
     images: tuple[Tensor | list[Tensor], ...]
-    labels: Tensor
-    indices: Tensor
-    bad: tuple[BadSample, ...] = ()
+    labels: Tensor  # int64 (N,)
+    indices: Tensor  # int64 (N,), places in the data set
+    bad: tuple[BadSample, ...] = ()  # these are not among the N
 
 
 @dataclass(frozen=True)
@@ -61,14 +54,13 @@ class EvaluationFiles:
     """Image files, map-style: ``files[i]`` is an :class:`EvaluationItem` or a :class:`BadSample`.
 
     Args:
-        samples: (path, label) of each image.
         short_sides: sizes in pixels to which the short side is scaled, the aspect ratio kept;
             ``None`` leaves the image as it is.
         prepare: applied to each scaled image in the worker, uint8 (3, H, W) -> the same; such as
             a crop, so that less is sent on.
     """
 
-    samples: Sequence[tuple[str | Path, int]]
+    samples: Sequence[tuple[str | Path, int]]  # (path, label) of each
     short_sides: Sequence[int | None] = (None,)
     prepare: Callable[[Tensor], Tensor] | None = None
 
@@ -92,15 +84,10 @@ class EvaluationFiles:
 
 @dataclass(frozen=True)
 class EvaluationArrays:
-    """Images in memory or on the device, given as they are.
+    """Images in memory or on the device, given as they are."""
 
-    Args:
-        images: uint8 (N, 3, H, W), RGB.
-        labels: int64 (N,), on the CPU.
-    """
-
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # uint8 (N, 3, H, W), RGB
+    labels: Tensor  # int64 (N,), on the CPU
 
     def __len__(self) -> int:
         return len(self.labels)

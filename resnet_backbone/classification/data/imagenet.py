@@ -25,17 +25,11 @@ INDEX_NAME = "index.npz"
 
 
 class EncodedSample(NamedTuple):
-    """A sample as it is stored.
+    """A sample as it is stored."""
 
-    Attributes:
-        data: a whole image file.
-        label: class index.
-        name: path, or the place in a shard.
-    """
-
-    data: bytes
+    data: bytes  # a whole image file
     label: int
-    name: str
+    name: str  # path, or the place in a shard
 
 
 class ImageFiles:
@@ -245,11 +239,6 @@ def read_class_list(path: str | os.PathLike) -> dict[str, int]:
     if len(classes) != len(lines) or len(set(indices)) != len(lines):
         raise DataError(f"{path}: a class or an index stands there twice")
     return classes
-
-
-def class_indices(dataset: EncodedDataset) -> dict[str, int]:
-    """Class name -> index of a data set, to read another one (validation) with."""
-    return {name: index for index, name in enumerate(dataset.class_names)}
 
 
 def check_same_classes(train: ImageFiles, val: ImageFiles) -> None:

@@ -38,17 +38,11 @@ Augmentation = Callable[[EncodedImage, np.random.Generator], Augmented]
 
 
 class ImageNote(NamedTuple):
-    """What is worth telling about one image.
+    """What is worth telling about one image."""
 
-    Attributes:
-        kind: "bad" (not readable) or "converted" (readable, but not an ordinary image).
-        path: file, or place in a shard.
-        reason: one line.
-    """
-
-    kind: str
-    path: str
-    reason: str
+    kind: str  # "bad" (not readable) or "converted" (readable, but not an ordinary image)
+    path: str  # file, or place in a shard
+    reason: str  # one line
 
 
 def inspect_file(path: str) -> ImageNote | None:
@@ -61,11 +55,10 @@ def inspect_file(path: str) -> ImageNote | None:
 
 
 class BadImageReport:
-    """Counts unusual images and lists each once in a file that outlives the run.
+    """Counts unusual images and lists each once in a file, ``kind<TAB>path<TAB>reason`` a line.
 
-    A line is ``kind<TAB>path<TAB>reason``. The file is only ever appended to, under a lock:
-    several processes may share it, and a resumed run continues it. All counts are of
-    different files, over all of these processes and runs.
+    It is appended to under a lock: several processes may share it, and a resumed run continues
+    it. All counts are of different files, over all of these processes and runs.
 
     Args:
         path: of the report, or None to keep it in memory.
@@ -153,21 +146,13 @@ def _one_line(text: str) -> str:
 
 
 class WorkerBatch(NamedTuple):
-    """What a worker sends.
+    """What a worker sends."""
 
-    Attributes:
-        images: uint8 (N, 3, size, size).
-        labels: int64 (N,).
-        shift: float32 (N, 3) or None.
-        notes: unusual images.
-        failure: why the run must stop, or empty.
-    """
-
-    images: Tensor
-    labels: Tensor
-    shift: Tensor | None
+    images: Tensor  # uint8 (N, 3, size, size)
+    labels: Tensor  # int64 (N,)
+    shift: Tensor | None  # float32 (N, 3)
     notes: list[ImageNote]
-    failure: str = ""
+    failure: str = ""  # why the run must stop
 
 
 @dataclass(frozen=True)
@@ -176,15 +161,12 @@ class BatchMaker:
 
     A bad image is replaced by another sample, which is a function of the seed, the epoch and the
     bad one's index, and augmented by the random numbers of the bad one.
-
-    Args:
-        replace: False leaves bad images out: the batch is smaller.
     """
 
     dataset: EncodedDataset
     augment: Augmentation
     seed: int = 0
-    replace: bool = True
+    replace: bool = True  # else bad images are left out: the batch is smaller
 
     def __getitem__(self, samples: list[tuple[int, int]]) -> WorkerBatch:
         """A batch of (index, epoch) pairs."""
@@ -297,20 +279,12 @@ class LoaderSource:
 
     The batches are a function of the data set, the stream and the augmentation: the number of
     workers and the iteration at which a run starts change nothing.
-
-    Args:
-        dataset: encoded images.
-        stream: which samples make up an iteration, and the seed. For shards give it their
-            ``group_sizes``.
-        augment: such as ``PaperAugmentation``.
-        workers: processes that read, decode and augment; 0 does it in this one.
-        report: counts bad images and limits their number; by default they are counted in memory.
     """
 
     dataset: EncodedDataset
-    stream: SampleStream
+    stream: SampleStream  # has the seed; for shards give it their `group_sizes`
     augment: Augmentation
-    workers: int = 0
+    workers: int = 0  # processes that read, decode and augment; 0 does it in this one
     report: BadImageReport = field(default_factory=BadImageReport)
 
     @property

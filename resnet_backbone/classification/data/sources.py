@@ -34,17 +34,11 @@ COPIES = {"train": 4, "test": 2}  # drawings of each scanned digit
 
 
 class Batch(NamedTuple):
-    """A training batch of one process.
+    """A training batch of one process."""
 
-    Attributes:
-        images: uint8 (N, 3, H, W), RGB; augmented, not normalized.
-        labels: int64 (N,).
-        shift: float32 (N, 3) or None: color noise, gray levels to add to R, G, B of each image.
-    """
-
-    images: Tensor
-    labels: Tensor
-    shift: Tensor | None = None
+    images: Tensor  # uint8 (N, 3, H, W), RGB; augmented, not normalized
+    labels: Tensor  # int64 (N,)
+    shift: Tensor | None = None  # float32 (N, 3): color noise, gray levels to add to R, G, B
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
@@ -66,17 +60,14 @@ class SampleStream:
     processes.
 
     Args:
-        num_samples: of the data set.
-        batch_size: of one iteration, over all processes.
-        seed: of the run.
         group_sizes: sizes of consecutive runs of samples that lie together (tar shards), or
             empty. Then the order of groups is shuffled, and samples are shuffled within
             ``groups_together`` neighboring groups: reading stays sequential enough.
     """
 
-    num_samples: int
-    batch_size: int
-    seed: int = 0
+    num_samples: int  # of the data set
+    batch_size: int  # of one iteration, over all processes
+    seed: int = 0  # of the run
     rank: int = 0
     world: int = 1
     group_sizes: tuple[int, ...] = ()
@@ -284,6 +275,7 @@ def _read_python(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(table[b"data"]), np.asarray(table[b"labels"])
 
 
+@cache
 def read_digits(train: bool) -> tuple[Tensor, Tensor]:
     """The built-in digits, each on a piece of a photograph; drawn once and kept in memory.
 
@@ -292,17 +284,13 @@ def read_digits(train: bool) -> tuple[Tensor, Tensor]:
 
     Returns:
         (images uint8 (N, 3, 64, 64), RGB; labels int64 (N,), indices into
-        ``runtime.builtin.CLASS_NAMES``); N is
-        5,032 for training and 1,078 for testing. Shared with other callers: do not change it.
+        ``runtime.builtin.CLASS_NAMES``); N is 5,032 for training and 1,078 for testing.
+        Shared with other callers: do not change it.
 
     Raises:
         ImportError: scikit-learn or scikit-image is missing.
     """
-    return _draw_digits("train" if train else "test")
-
-
-@cache
-def _draw_digits(split: str) -> tuple[Tensor, Tensor]:
+    split = "train" if train else "test"
     chosen = [index for _ in range(COPIES[split]) for index in digit_indices(split)]
     crops = [draw_digit_crop(split, number, index) for number, index in enumerate(chosen)]
     images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()

@@ -31,18 +31,11 @@ INPUT_KEY, MADE_FROM = "preprocessing", "made_from"
 
 
 class MeanStatistics(NamedTuple):
-    """Means over images, RGB, gray levels 0..255.
+    """Means over images, RGB, gray levels 0..255."""
 
-    Attributes:
-        image: float32 (3, H, W), the per-pixel mean.
-        channels: its means over the pixels.
-        std: standard deviation of each channel over all pixels.
-        num_images: how many were averaged.
-    """
-
-    image: Tensor | None
-    channels: tuple[float, ...]
-    std: tuple[float, ...]
+    image: Tensor | None  # float32 (3, H, W), the per-pixel mean
+    channels: tuple[float, ...]  # its means over the pixels
+    std: tuple[float, ...]  # of each channel over all pixels
     num_images: int
 
 

@@ -282,7 +282,7 @@ def digits():
     pytest.importorskip("skimage")
     found, patch = {}, pytest.MonkeyPatch()
     patch.setattr(sources, "COPIES", {"train": 1, "test": 1})
-    sources._draw_digits.cache_clear()
+    sources.read_digits.cache_clear()
     for split in ("train", "test"):
         used: dict[str, set] = {"render_ink": set(), "crop_photograph": set()}
         with patch.context() as spies:
@@ -291,7 +291,7 @@ def digits():
             found[split] = *sources.read_digits(split == "train"), *used.values()
     yield found
     patch.undo()
-    sources._draw_digits.cache_clear()
+    sources.read_digits.cache_clear()
 
 
 def noting(seen, draw):
@@ -321,7 +321,7 @@ def test_train_and_test_digits_share_no_scan_and_no_photograph(digits):
 def test_more_drawings_keep_the_first_ones_and_differ(digits, monkeypatch):
     monkeypatch.setattr(sources, "digit_indices", lambda split: builtin.digit_indices(split)[:40])
     monkeypatch.setattr(sources, "COPIES", {"test": 2})
-    images, labels = sources._draw_digits.__wrapped__("test")
+    images, labels = sources.read_digits.__wrapped__(False)
     assert torch.equal(images[:40], digits["test"][0][:40])
     assert torch.equal(labels[:40], labels[40:])
     assert (images[:40] != images[40:]).flatten(1).any(1).all()
