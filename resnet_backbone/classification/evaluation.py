@@ -165,10 +165,7 @@ def evaluate(
     channels_last: bool = True,
     max_bad_images: int = 0,
 ) -> EvaluationResult:
-    """Evaluates a network, or several whose probabilities are averaged.
-
-    The networks are put into evaluation mode and afterwards back into the mode of each of their
-    modules.
+    """Evaluates a network, or several whose probabilities are averaged; their modes stay.
 
     Args:
         models: (network, its preprocessing) of each member of the ensemble.

@@ -42,14 +42,7 @@ class NetworkSpec(ModelSpec):
     """A network of this package, of torchvision (``torchvision/<name>``) or of timm."""
 
     def build(self, **options: Any) -> nn.Module:
-        """Builds the network with freshly initialized weights.
-
-        Args:
-            **options: constructor arguments added to the specification's own.
-
-        Raises:
-            ValueError: unknown name (with the nearest one) or option.
-        """
+        """As the base class builds ours; ValueError for an unknown name or option."""
         library, slash, name = self.name.partition("/")
         if not slash:
             return super().build(**options)
@@ -136,11 +129,7 @@ def save_network(
     preprocessing: Preprocessing,
     run: str = "",
 ) -> None:
-    """Writes weights that say which network they are of and which input they expect.
-
-    Args:
-        run: the training run that they come from.
-    """
+    """Writes weights that say of which network and training run they are, and their input."""
     save_weights(model, path, preprocessing, {MODEL_KEY: spec.to_json()}, run=run)
 
 

@@ -1,12 +1,9 @@
 """The test protocols of the paper: from an image to one probability for each class.
 
-A protocol says at which short sides it wants the image (``short_sides``), what may be cut off
-before it is sent on (``prepare``), and turns the images into class probabilities (``score``).
-Networks run through a :class:`Member`, which holds one network with its own preprocessing.
-
-The paper's per-pixel mean has the size of its training crop. Where a protocol shows the network
-images of exactly that size (center, ten_crop, CIFAR's full), the mean image is subtracted; at all
-other sizes (dense) ``InputNormalizer`` subtracts the channel means.
+A protocol says at which short sides it wants the image, what may be cut off before it is sent on,
+and turns the images into class probabilities. The paper's per-pixel mean has the size of its
+training crop. Where a protocol shows images of exactly that size (center, ten_crop, CIFAR's full),
+it is subtracted; at all other sizes (dense) ``InputNormalizer`` subtracts the channel means.
 """
 
 from __future__ import annotations

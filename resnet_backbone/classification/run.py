@@ -52,17 +52,6 @@ def check_processes(config: Config, world: World) -> None:
         )
 
 
-def make_schedule(config: Config) -> Schedule:
-    values = asdict(config.schedule)
-    del values["scale"]
-    return Schedule(**values)
-
-
-def make_protocol(config: Config) -> Full | Center:
-    chosen = config.evaluation
-    return Full() if chosen.protocol == "full" else Center(chosen.short_side, chosen.crop)
-
-
 class ClassificationRun:
     """One run: its data, network and trainer, made from the config.
 
@@ -76,7 +65,9 @@ class ClassificationRun:
     def __init__(self, config: Config, world: World, folder: RunFolder, weights: str | Path = ""):
         self.config, self.world, self.folder = config, world, folder
         self.device = world.device
-        self.protocol = make_protocol(config)
+        shown = config.evaluation
+        center = Center(shown.short_side, shown.crop)
+        self.protocol = Full() if shown.protocol == "full" else center
         self.data = build_data(config, folder.path, world, self.protocol.prepare)
         classes = config.model.num_classes or len(self.data.class_names)
         if classes < len(self.data.class_names):
@@ -160,11 +151,13 @@ class ClassificationRun:
             seed=train.seed,
         )
         kept = {"keep": output.keep, "keep_every": output.keep_every}
+        lengths = asdict(config.schedule)
+        del lengths["scale"]  # is applied
         return Trainer(
             step,
             self.data.source,
             self.prepare,
-            schedule=make_schedule(config),
+            schedule=Schedule(**lengths),
             rate=LearningRate(optimizer, chosen.momentum_form),
             validate=self.validate,
             checkpoints=Checkpoints(self.folder.path, self.spec, self.preprocessing, **kept),

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -73,19 +72,6 @@ def test_under_batch_statistics_equals_a_direct_computation():
         assert_statistics(layer, torch.cat([part[name] for part in parts]), name)
 
 
-def test_the_micro_batch_matters():
-    one, other = small(), small()
-    batches = [inputs(12).double()]
-    report = recompute_statistics(one, batches)
-    assert report.num_images == 12
-    recompute_statistics(other, batches, micro_batch=2)
-    assert not torch.allclose(
-        one.res4[0].conv2.norm.running_var, other.res4[0].conv2.norm.running_var
-    )
-    # the first batch norm sees convolutions of the images only
-    torch.testing.assert_close(one.stem.norm.running_var, other.stem.norm.running_var)
-
-
 @pytest.mark.parametrize("micro_batch", [0, 1, 5])
 def test_population_statistics_are_those_of_testing(micro_batch):
     model, x = small(), inputs(7).double()
@@ -96,14 +82,6 @@ def test_population_statistics_are_those_of_testing(micro_batch):
     assert report.layers[0] == "stem.norm" and report.num_images == 7
     for name, found in inputs_of(model.eval(), x).items():
         assert_statistics(batch_norms(model)[name], found, name)
-
-
-def test_two_kinds_of_layer_inputs_differ():
-    one, other, x = small(), small(), inputs(8).double()
-    recompute_statistics(one, x.split(2))
-    recompute_statistics(other, x.split(2), layer_inputs="population")
-    first, second = (m.res4[0].conv2.norm.running_mean for m in (one, other))
-    assert (first - second).abs().max() > 1e-3
 
 
 def test_what_is_not_a_statistic_stays():
@@ -209,35 +187,27 @@ def test_merged_moments_are_those_of_all_values(sizes, offset, seed):
     torch.testing.assert_close(merged.variance, rows.var(1, correction=0), rtol=1e-7, atol=1e-9)
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
-    x = inputs(9).double()
-    mine = [x[0:3], x[5:9]] if rank == 0 else [x[3:5]]  # unequal shares
+def statistics(world, parts):
+    found = {}
     for layer_inputs in LAYER_INPUTS:
         model = small()
-        report = recompute_statistics(model, mine, layer_inputs=layer_inputs, world=World(rank, 2))
-        torch.save((report, model.state_dict()), f"{folder}/{layer_inputs}{rank}.pt")
-    torch.distributed.destroy_process_group()
+        report = recompute_statistics(
+            model, parts[world.rank], layer_inputs=layer_inputs, world=world
+        )
+        found[layer_inputs] = report, model.state_dict()
+    return found
 
 
-def test_two_processes_give_the_statistics_of_one(tmp_path):
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+def test_two_processes_give_the_statistics_of_one(two_processes):
     x = inputs(9).double()
-    for layer_inputs in LAYER_INPUTS:
-        model = small()
-        expected = recompute_statistics(model, [x[0:3], x[5:9], x[3:5]], layer_inputs=layer_inputs)
-        states = []
-        for rank in range(2):
-            file = tmp_path / f"{layer_inputs}{rank}.pt"
-            report, state = torch.load(file, weights_only=False)
-            assert report == expected and report.num_images == 9
-            for name, value in model.state_dict().items():
-                torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-12)
-            states.append(state)
-        assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    parts = [[x[0:3], x[5:9]], [x[3:5]]]  # unequal shares
+    alone = statistics(World(), [parts[0] + parts[1]])
+    first, second = two_processes(statistics, parts)
+    for name, (expected, model) in alone.items():
+        assert first[name][0] == second[name][0] == expected and expected.num_images == 9
+        for key, value in model.items():
+            assert torch.equal(first[name][1][key], second[name][1][key])
+            torch.testing.assert_close(first[name][1][key], value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

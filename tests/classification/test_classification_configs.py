@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from resnet_backbone import build_model
-from resnet_backbone.classification.config import Config, key_names, load_config
+from resnet_backbone.classification.config import Config, get, key_names, load_config
 
 PROJECT = Path(__file__).resolve().parents[2]
 ROOT = PROJECT / "configs" / "classification"
@@ -47,11 +47,6 @@ def flat(path: Path) -> dict[str, object]:
     return dict(walk(stated, ""))
 
 
-def value_of(config: Config, key: str):
-    group, _, name = key.partition(".")
-    return getattr(getattr(config, group), name)
-
-
 def header(path: Path) -> str:
     """The comment lines that a file opens with, without their marks."""
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -75,46 +70,39 @@ def test_the_network_builds(path):
 
 
 # Written down from the paper, not read from the files.
-PAPER_IMAGENET = {  # section 3.4, and the released weights' README for BN and the momentum's form
-    "data.format": "imagenet",
+PAPER = {  # the released weights' README for BN and the momentum's form
     "data.mean": "pixel",
     "data.std": "one",
-    "data.augmentation": "paper",
-    "data.short_side": [256, 480],
-    "data.crop": 224,
     "optimizer.momentum": 0.9,
     "optimizer.momentum_form": "caffe",
     "optimizer.weight_decay": 1e-4,
     "optimizer.decay_norm_and_bias": True,
-    "schedule.iterations": 600_000,
     "schedule.lr": 0.1,
     "schedule.gamma": 0.1,
+    "train.recompute_bn": True,
+}
+PAPER_IMAGENET = PAPER | {  # section 3.4
+    "data.format": "imagenet",
+    "data.augmentation": "paper",
+    "data.short_side": [256, 480],
+    "data.crop": 224,
+    "schedule.iterations": 600_000,
     "train.batch_size": 256,
     "train.micro_batch": 32,
-    "train.recompute_bn": True,
     "evaluation.protocol": "center",
     "evaluation.short_side": 256,
     "evaluation.crop": 224,
 }
-PAPER_CIFAR10 = {  # section 4.2; trained on 50k
+PAPER_CIFAR10 = PAPER | {  # section 4.2; trained on 50k
     "data.format": "cifar10",
     "data.split": "50k",
-    "data.mean": "pixel",
-    "data.std": "one",
     "data.augmentation": "pad_crop",
     "data.color_noise": "none",
     "data.crop": 32,
-    "optimizer.momentum": 0.9,
-    "optimizer.momentum_form": "caffe",
-    "optimizer.weight_decay": 1e-4,
-    "optimizer.decay_norm_and_bias": True,
     "schedule.iterations": 64_000,
-    "schedule.lr": 0.1,
     "schedule.policy": "steps",
     "schedule.milestones": [32_000, 48_000],
-    "schedule.gamma": 0.1,
     "train.batch_size": 128,
-    "train.recompute_bn": True,
     "evaluation.protocol": "full",
 }
 VGG = {  # arXiv 1409.1556, section 3.1
@@ -132,7 +120,7 @@ NOT_OF_THE_PAPER = {
 
 
 def assert_recipe(config: Config, recipe: dict[str, object]) -> None:
-    assert {key: value_of(config, key) for key in recipe} == recipe
+    assert {key: get(config, key) for key in recipe} == recipe
 
 
 @each(IMAGENET)
@@ -184,7 +172,7 @@ def test_states_only_what_differs(path):
     below = load(path.parent / base) if base else load(ROOT / "imagenet" / "Base-ImageNet.yaml")
     stated = flat(path)
     stated.pop("model.name", None)  # a network's file names it, also where it is the default
-    same = [key for key, value in stated.items() if value_of(below, key) == value]
+    same = [key for key, value in stated.items() if get(below, key) == value]
     meant = {"schedule.plateau_patience", "schedule.plateau_threshold", "schedule.plateau_drops"}
     assert set(same) <= meant  # the rule of the plateau reads as one
 

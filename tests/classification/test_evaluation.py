@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -63,17 +62,6 @@ def network(seed=0, classes=10, preprocessing=GREY):
     return model, InputNormalizer(preprocessing)
 
 
-class Constant(nn.Module):
-    """The same logits for every image."""
-
-    def __init__(self, *logits):
-        super().__init__()
-        self.logits = nn.Parameter(torch.tensor(logits))
-
-    def forward(self, x):
-        return self.logits.expand(len(x), -1)
-
-
 def test_numbers_equal_a_direct_computation():
     model, normalizer = network()
     loader = Loader()
@@ -93,13 +81,6 @@ def test_numbers_equal_a_direct_computation():
     assert result.confusion.sum() == COUNT
     assert int(result.confusion.diagonal().sum()) == int(right[:, 0].sum())
     assert (result.num_images, result.num_classes, result.num_models) == (COUNT, 10, 1)
-
-
-def test_batch_size_does_not_matter():
-    results = [evaluate([network()], Full(), Loader(size)) for size in (1, 7, 50)]
-    for result in results[1:]:
-        assert result.predictions.classes.tolist() == results[0].predictions.classes.tolist()
-        assert result.top1_error == results[0].top1_error
 
 
 def test_an_ensemble_averages_probabilities_with_each_own_preprocessing():
@@ -130,14 +111,6 @@ def test_modes_come_back():
     evaluate([(model, normalizer)], Full(), Loader())
     assert modes == [m.training for m in model.modules()]
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in statistics.items())
-
-
-def test_autocast_gives_nearly_the_same():
-    exact, rough = (
-        evaluate([network()], Full(), Loader(), autocast=t) for t in (None, torch.bfloat16)
-    )
-    difference = (exact.predictions.scores[:, 0] - rough.predictions.scores[:, 0]).abs().max()
-    assert 0 < difference < 0.1
 
 
 def test_unreadable_images_stop_or_count_as_wrong():
@@ -177,18 +150,10 @@ def test_scores_that_are_not_finite_name_the_image():
 
 
 def test_few_classes_have_no_top5():
-    constant = (Constant(0.0, 1.0, -1.0), InputNormalizer(GREY))
-    result = evaluate([constant], Full(), Loader(classes=3))
+    result = evaluate([network(classes=3)], Full(), Loader(classes=3))
     assert result.top5_error is None and "top-5 error not defined" in str(result)
-    assert result.predictions.classes.tolist() == [[1, 0, 2]] * COUNT
-    assert result.per_class_error == [100.0, 0.0, 100.0]
+    assert result.predictions.classes.sort(1).values.tolist() == [[0, 1, 2]] * COUNT
     assert result.to_dict()["top5_error"] is None
-
-
-def test_classes_without_images():
-    result = evaluate([network(classes=12)], Full(), Loader(classes=3))
-    assert result.per_class_error[3:] == [None] * 9
-    assert result.confusion.shape == (12, 12)
 
 
 def test_json_has_the_protocol():
@@ -231,63 +196,45 @@ def test_a_gpu_gives_the_same_scores():
     torch.testing.assert_close(gpu.predictions.scores, cpu.predictions.scores, rtol=0, atol=0.01)
 
 
-def attempt(rank, world, **options):
-    loader = Loader(rank=rank, world=world.size, **options)
-    try:
-        return evaluate([network()], Full(), loader, world=world, max_bad_images=1)
-    except UsageError as error:
-        return str(error)
-
-
-CASES = {
-    "clean": {},
-    "one bad image": {"bad": [4]},
-    "fewer images than processes": {"count": 1},
+SAME = {"clean": {}, "one bad image": {"bad": [4]}, "fewer images than processes": {"count": 1}}
+REFUSED = {
     "one too many on one process": {"bad": [1, 3]},
     "one on each, together too many": {"bad": [1, 2]},
     "labels that one process has": {"classes": 11, "count": 8},
+    "not sharded": {"rank": 0, "world": 1},
 }
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
-    found = {name: attempt(rank, World(rank, 2), **case) for name, case in CASES.items()}
-    try:
-        evaluate([network()], Full(), Loader(), world=World(rank, 2))
-    except UsageError as error:
-        found["not sharded"] = str(error)
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def attempts(world):
+    found = {}
+    for name, options in (SAME | REFUSED).items():
+        loader = Loader(**{"rank": world.rank, "world": world.size, **options})
+        try:
+            found[name] = evaluate([network()], Full(), loader, world=world, max_bad_images=1)
+        except UsageError as error:
+            found[name] = str(error)
+    return found
 
 
-def test_two_processes_equal_one(tmp_path):
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    for name in ("clean", "one bad image", "fewer images than processes"):
-        alone = attempt(0, World(), **CASES[name])
-        for result in (found[0][name], found[1][name]):
-            assert_same(result, alone, name)
-    for rank in range(2):
-        assert "folder/1.jpg: damaged (and 1 more)" in found[rank]["one too many on one process"]
-        assert "folder/1.jpg: damaged (and 1 more)" in found[rank]["one on each, together too many"]
-        assert "was evaluated twice" in found[rank]["not sharded"]
-        assert "label 10, but the network has" in found[rank]["labels that one process has"]
+def test_two_processes_equal_one(two_processes):
+    alone = attempts(World())
+    for found in two_processes(attempts):
+        for name in SAME:
+            assert_same(found[name], alone[name])
+        too_many, spread, labels, twice = (found[name] for name in REFUSED)
+        assert "folder/1.jpg: damaged (and 1 more)" in too_many
+        assert "folder/1.jpg: damaged (and 1 more)" in spread
+        assert "label 10, but the network has" in labels
+        assert "was evaluated twice" in twice
 
 
-def assert_same(result, expected, name):
-    for field in ("num_images", "top1_error", "top5_error", "per_class_error", "num_classes"):
-        assert getattr(result, field) == getattr(expected, field), (name, field)
-    assert [tuple(bad) for bad in result.bad] == [tuple(bad) for bad in expected.bad]
-    assert torch.equal(result.confusion, expected.confusion)
-    for column in ("indices", "labels", "classes"):
-        assert torch.equal(
-            getattr(result.predictions, column), getattr(expected.predictions, column)
-        ), (name, column)
-    torch.testing.assert_close(result.predictions.scores, expected.predictions.scores)
-    assert result.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-6)
+def assert_same(result, expected):
+    ours, theirs = result.predictions, expected.predictions
+    for name in ("indices", "labels", "classes"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    torch.testing.assert_close(ours.scores, theirs.scores)
+    torch.testing.assert_close(ours.log_likelihoods, theirs.log_likelihoods, rtol=1e-6, atol=1e-6)
+    assert (result.bad, result.num_classes) == (expected.bad, expected.num_classes)
 
 
 def result_of(scores, labels, bad=()):

@@ -36,17 +36,6 @@ def test_the_papers_multiply_adds(name):
     assert abs(count.convolutions / 1e9 - PAPER[name]) <= 0.1
 
 
-def test_exact_multiply_adds():
-    """So that a change of the convention or of a network shows."""
-    expected = {
-        ("resnet34", "B"): 3_663_761_408,
-        ("resnet34", "A"): 3_644_493_824,
-        ("resnet50", "B"): 3_857_973_248,
-    }
-    for (name, shortcut), total in expected.items():
-        assert count_multiply_adds(build_on_meta(name, shortcut=shortcut)).total == total
-
-
 @pytest.mark.parametrize(
     "name",
     ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vgg11", "vgg16", "vgg19"],
@@ -83,12 +72,6 @@ def test_stages_sum_up(name):
     maps = model.forward_features(torch.empty(1, 3, 96, 96, device="meta"))
     shapes = {stage.name: stage.output_shape for stage in stages}
     assert {name: tuple(x.shape[1:]) for name, x in maps.items()}.items() <= shapes.items()
-
-
-def test_multiply_adds_grow_with_the_area():
-    model = build_on_meta("resnet18", out_features=("res5",))
-    small, large = (count_multiply_adds(model, size).total for size in (64, (128, 192)))
-    assert large == 6 * small
 
 
 def test_model_is_left_as_it_was():

@@ -177,27 +177,26 @@ def test_vgg_convolutions_alone():
         assert mapped.keys() == backbone.state_dict().keys()
 
 
-def test_unknown_vgg_key():
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        *(("vgg11", k) for k in ("neck.weight", "features.1.weight", "classifier.1.weight")),
+        ("vgg11", "features.0.scale"),
+        *(("resnet18", k) for k in ("layer5.0.conv1.weight", "module.conv1.weight")),
+        ("resnet18", "layer1.0.bn1.scale"),
+    ],
+)
+def test_unknown_keys(name, key):
     with torch.device("meta"):
-        state = torchvision.models.vgg11().state_dict()
-    for key in ("neck.weight", "features.1.weight", "classifier.1.weight", "features.0.scale"):
-        with pytest.raises(ValueError, match=f"key '{key}'"):
-            from_torchvision({**state, key: torch.ones(1)})
+        state = getattr(torchvision.models, name)().state_dict()
+    with pytest.raises(ValueError, match=f"key '{key}'"):
+        from_torchvision({**state, key: torch.ones(1)})
 
 
-def test_unknown_resnet_key():
-    for key in ("layer5.0.conv1.weight", "module.conv1.weight", "layer1.0.bn1.scale"):
-        with pytest.raises(ValueError, match=f"key '{key}'"):
-            from_torchvision({"conv1.weight": torch.ones(1), key: torch.ones(1)})
-
-
-def test_unknown_vgg():
+def test_incomplete_vgg():
     state = {f"features.{i}.weight": torch.ones(1, 1, 3, 3) for i in (0, 1, 2)}
     with pytest.raises(ValueError, match="indices of features: 0, 1, 2"):
         from_torchvision(state)
-
-
-def test_vgg_bias_before_a_norm_needs_its_mean():
     with torch.device("meta"):
         state = torchvision.models.vgg11_bn().state_dict()
     del state["features.1.running_mean"]

@@ -30,7 +30,8 @@ from resnet_backbone.runtime.files import whole_file
 
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # arXiv 1409.0575, table 2
 USUAL = {TRAIN_IMAGES: (732, 1300), VAL_IMAGES: (50, 50)}  # images of a class: the same table
-GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+META, GROUND_TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
+VAL_NAME = "ILSVRC2012_val_{:08d}.JPEG"
 CHUNK = 64  # images handed to a process at a time
 SHARD_PATTERN = "shard-%06d.tar"
 
@@ -139,21 +140,18 @@ def devkit_labels(archive: str | os.PathLike) -> dict[str, str]:
             "file of 'name wnid' lines with --val-labels"
         ) from error
     with _open_tar(archive) as tar:
-        files = {Path(m.name).name: tar.extractfile(m).read() for m in tar if m.isfile()}
+        members = [m for m in tar if Path(m.name).name in (META, GROUND_TRUTH)]
+        files = {Path(m.name).name: tar.extractfile(m).read() for m in members}
     try:
-        synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
+        synsets = loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"]
         leaves = synsets[synsets["num_children"] == 0]
         wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
-        return _by_place([wnids[int(number)] for number in files[GROUND_TRUTH].split()])
+        numbers = enumerate(files[GROUND_TRUTH].split(), 1)
+        return {VAL_NAME.format(place): wnids[int(number)] for place, number in numbers}
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DataError(
             f"{archive}: unreadable ({error!r}); is it ILSVRC2012_devkit_t12.tar.gz?"
         ) from error
-
-
-def _by_place(wnids: Sequence[str]) -> dict[str, str]:
-    """Validation image name -> wnid, from the wnids in the order of the names."""
-    return {f"ILSVRC2012_val_{place:08d}.JPEG": wnid for place, wnid in enumerate(wnids, 1)}
 
 
 def read_labels(path: str | os.PathLike) -> dict[str, str]:
@@ -171,9 +169,10 @@ def read_labels(path: str | os.PathLike) -> dict[str, str]:
             f"{path}: {odd or 'nothing'!r} is not a wnid such as n01440764; numbers are in the "
             "development kit's own order: give the kit itself with --devkit"
         )
-    by_place = _by_place([row[-1] for row in rows])
-    names = (row[0] if len(row) > 1 else name for row, name in zip(rows, by_place, strict=True))
-    return dict(zip(names, by_place.values(), strict=True))
+    return {
+        row[0] if len(row) > 1 else VAL_NAME.format(place): row[-1]
+        for place, row in enumerate(rows, 1)
+    }
 
 
 def check_counts(counts: Mapping[str, int], images: int, classes: int, where: str) -> list[str]:

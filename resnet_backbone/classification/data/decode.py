@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 EXIF_ORIENTATION = 0x0112
+ORIENTATION_TAGS = (b"\x01\x12", b"\x12\x01", b"Orientation")  # EXIF of both byte orders, XMP
+START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 MODE_NAMES = {"P": "palette", "1": "bitmap", "LA": "gray with alpha", "PA": "palette with alpha"}
 MODE_NAMES |= dict.fromkeys(("I", "I;16", "I;16B", "I;16L"), "16-bit gray")
 HARMLESS = "extraneous bytes before marker"  # libjpeg's warning about padding: nothing is lost
@@ -89,17 +92,37 @@ def decode(data: bytes, name: str | os.PathLike = "<bytes>") -> Decoded:
 
 
 def is_plain_jpeg(data: bytes) -> bool:
-    """Whether a JPEG has 8-bit gray or RGB pixels that are stored upright.
+    """Whether this is a JPEG of 8-bit gray or RGB pixels that are stored upright.
 
-    False also where the header is damaged: Pillow is to judge.
+    False also where the header is damaged: Pillow is to judge. It takes a tenth of a loader's time
+    to read each header itself.
     """
+    if not data.startswith(b"\xff\xd8"):
+        return False
+    place = 2
+    try:
+        while data[place] == 0xFF:
+            marker, length = struct.unpack_from(">BH", data, place + 1)
+            content = data[place + 4 : place + 2 + length]
+            if marker in START_OF_FRAME:
+                precision, height, _, components = struct.unpack_from(">BHHB", content)
+                return precision == 8 and height > 0 and components in (1, 3)
+            if marker == 0xE1 and any(tag in content for tag in ORIENTATION_TAGS):
+                if not _is_upright(data):
+                    return False
+            place += 2 + length
+    except (struct.error, IndexError):
+        pass
+    return False
+
+
+def _is_upright(data: bytes) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = JpegImageFile(io.BytesIO(data))  # reads the header alone
+            return _orientation(JpegImageFile(io.BytesIO(data))) == 1
         except Exception:  # damaged headers raise errors of many types
             return False
-        return image.mode in ("L", "RGB") and _orientation(image) == 1
 
 
 def _decode_by_pillow(data: bytes, name: str | os.PathLike) -> Decoded:

@@ -243,12 +243,12 @@ def read_class_list(path: str | os.PathLike) -> dict[str, int]:
 
 def check_same_classes(train: ImageFiles, val: ImageFiles) -> None:
     """DataError unless training and validation have the same classes with the same indices."""
-    differing = sorted(set(train.class_names) ^ set(val.class_names))
     if train.class_names != val.class_names:
-        named = f"{len(differing)}, the first is {differing[0]}" if differing else "their order"
+        ours, theirs = set(train.class_names), set(val.class_names)
         raise DataError(
-            f"training ({train.root}) and validation ({val.root}) differ in classes ({named}); "
-            "both need the same, or one class list"
+            f"training ({train.root}) and validation ({val.root}) need the same classes, or one "
+            f"class list; only the first has {', '.join(sorted(ours - theirs)[:3]) or 'none'}, "
+            f"only the second {', '.join(sorted(theirs - ours)[:3]) or 'none'}"
         )
 
 

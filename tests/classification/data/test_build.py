@@ -1,11 +1,8 @@
 """The input that is computed from a training set: of that set alone, by all processes together."""
 
-import multiprocessing
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from drawn_images import fill
 from PIL import Image
 
@@ -21,7 +18,6 @@ from resnet_backbone.classification.data.statistics import (
     image_statistics,
 )
 from resnet_backbone.runtime.errors import DataError
-from resnet_backbone.runtime.processes import World
 
 OPTIONS = ["data.crop=16", "data.short_side=[18,20]", "data.mean=pixel", "data.workers=0"]
 OPTIONS += ["train.batch_size=4", "evaluation.crop=16", "evaluation.short_side=18"]
@@ -72,28 +68,16 @@ def test_a_damaged_mean_is_named(make_set, tmp_path):
         mean_of(root, run)
 
 
-def _process(rank, size, root, run, rendezvous, queue):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
-    control = dist.new_group(backend="gloo")
-    found = mean_of(root, run, World(rank, size, torch.device("cpu"), control))
-    queue.put((found.to_json(), found.mean_image.numpy().tobytes()))
-    dist.destroy_process_group()
+def mean_on_each(world, root, run):
+    found = mean_of(root, run, world)
+    return found, found.mean_image
 
 
-def test_processes_share_the_work_and_get_the_mean_of_one(make_set, tmp_path):
-    root, context = make_set("set"), multiprocessing.get_context("fork")
-    queue, arguments = context.Queue(), (root, tmp_path / "run", tmp_path / "rendezvous")
-    (tmp_path / "run").mkdir()
-    children = [
-        context.Process(target=_process, args=(rank, 2, *arguments, queue)) for rank in (0, 1)
-    ]
-    for child in children:
-        child.start()
-    found = [queue.get(timeout=60) for _ in children]
-    for child in children:
-        child.join(60)
+def test_processes_share_the_work_and_get_the_mean_of_one(make_set, tmp_path, two_processes):
+    root, run = make_set("set"), tmp_path / "run"
     alone = mean_of(root, tmp_path / "alone")
-    assert found == [(alone.to_json(), alone.mean_image.numpy().tobytes())] * 2
+    for found, image in two_processes(mean_on_each, root, run):
+        assert found == alone and torch.equal(image, alone.mean_image)
 
 
 def test_statistics_against_numpy():

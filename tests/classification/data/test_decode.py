@@ -32,8 +32,8 @@ def by_pillow(data) -> np.ndarray:
 
 
 @given(
-    st.integers(1, 90),
-    st.integers(1, 140),
+    st.integers(1, 240),
+    st.integers(1, 320),
     st.sampled_from(["RGB", "L"]),
     st.booleans(),
     st.sampled_from([0, 1, 2]),
@@ -249,18 +249,6 @@ def test_unusual_images_are_decoded_whole_and_once(whole_decodes):
     image.region(5, 5, 10, 10)
     assert len(whole_decodes) == 1
     assert EncodedImage(encoded(picture(mode="CMYK"))).note == "CMYK"
-
-
-@needs_partial
-@pytest.mark.parametrize("height, width", [(375, 500), (33, 97), (17, 40)])
-def test_random_regions_of_real_sizes_equal_the_whole(height, width):
-    content = encoded(picture(height, width), quality=90)
-    whole, rng = decode(content).pixels, np.random.default_rng(0)
-    for _ in range(60):
-        top, left = int(rng.integers(height)), int(rng.integers(width))
-        bottom, right = int(rng.integers(top, height)) + 1, int(rng.integers(left, width)) + 1
-        found = EncodedImage(content).region(top, left, bottom, right)
-        np.testing.assert_array_equal(found, whole[top:bottom, left:right])
 
 
 def test_the_decoder_works_in_a_forked_process():

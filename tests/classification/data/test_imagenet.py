@@ -1,6 +1,5 @@
 """Class folders, flat folders with a label list, and tar shards, here and on other file systems."""
 
-import os
 import pickle
 import shutil
 
@@ -165,22 +164,8 @@ def test_different_classes_of_training_and_validation_are_refused(root, tmp_path
     (tmp_path / "other" / "n09").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "other" / "n09" / "a.png")
     train, val = read_image_folder(root), read_image_folder(tmp_path / "other")
-    with pytest.raises(DataError, match=r"\(4, the first is n01\)"):
+    with pytest.raises(DataError, match="first has n01, n02, n03, only the second n09"):
         check_same_classes(train, val)
-
-
-@pytest.mark.data
-def test_real_selection_of_ten_classes(data_root, tmp_path):
-    root = data_root / "imagenet_val500"
-    if not root.is_dir():
-        pytest.skip("no imagenet_val500")
-    path = tmp_path / "ten.txt"
-    path.write_text(
-        "\n".join(f"{folder.name} {i}" for i, folder in enumerate(sorted(root.iterdir()), 3))
-    )
-    dataset = read_image_folder(root, read_class_list(path), 1000)
-    assert len(dataset) == 500 and len(dataset.class_names) == 1000
-    assert set(dataset.labels.tolist()) == set(range(3, 13))
 
 
 @pytest.fixture(scope="module")
@@ -273,19 +258,6 @@ def test_exact_epochs_and_resume_with_groups(shards):
         assert torch.equal(ours.images, theirs.images)
     labels = torch.cat([batch.labels for batch in whole])[:24]
     assert sorted(labels.tolist()) == sorted(dataset.labels.tolist())
-
-
-def test_pickled_and_forked_readers_open_their_own_files(shards):
-    dataset = TarShards(shards)
-    first = dataset[0]
-    assert pickle.loads(pickle.dumps(dataset))[0] == first
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writer, b"same" if dataset[0] == first else b"else")
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reader, 4) == b"same" and dataset[0] == first
 
 
 def test_damaged_shards_and_indices_are_told(shards, folder, tmp_path):

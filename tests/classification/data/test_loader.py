@@ -98,15 +98,6 @@ def test_bad_images_are_replaced_alike_and_reported(dataset, root, tmp_path):
     assert same == (places != broken).tolist()
 
 
-def test_too_many_bad_images_stop_the_run(dataset, root, tmp_path):
-    for i in range(3):
-        (root / "n01" / f"{i}.JPEG").write_bytes(b"nonsense")
-    report = BadImageReport(tmp_path / "bad_images.txt", 2, "data.max_bad_images")
-    with pytest.raises(DataError, match="3 images cannot be read, 2 are allowed") as caught:
-        batches(dataset, 0, 10, workers=1, report=report)
-    assert "data.max_bad_images" in str(caught.value) and "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_went_away_is_one_line(dataset, root, workers):
     for path in root.glob("*/*.JPEG"):
@@ -266,7 +257,7 @@ def test_the_limit_stops_with_one_line(tmp_path):
 def test_zero_allows_none_and_none_allows_all():
     with pytest.raises(DataError):
         BadImageReport(max_bad_images=0).add(bad("a"))
-    BadImageReport().add(*(bad(str(i)) for i in range(5000)))
+    BadImageReport().add(*(bad(str(i)) for i in range(500)))
 
 
 def test_unusual_images_are_counted_beyond_the_list(tmp_path):
