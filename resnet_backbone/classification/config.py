@@ -60,10 +60,10 @@ class DataConfig:
     # the training set's own, or torchvision's of ImageNet
     mean: str = one_of("channel", "pixel", "imagenet")
     std: str = one_of("one", "channel", "imagenet")  # one: the paper subtracts the mean only
-    mean_samples: int = number(10000, least=1)  # images that a mean is computed from
+    mean_samples: int = number(10000, least=1)  # images for the mean of ImageNet-sized data
     # shift: pad_crop without flip
     augmentation: str = one_of("paper", "inception", "pad_crop", "shift", "none")
-    padding: str = one_of("mean", "black")  # of these two; mean: zero once it is subtracted
+    padding: str = one_of("mean", "black")  # of pad_crop and shift; mean: zero once subtracted
     short_side: list[int] = field(default_factory=lambda: [256, 480])  # paper: range of the resize
     crop: int = number(224, least=1)  # training crop, pixels
     color_noise: str = one_of("cuda_convnet", "fb_resnet_torch", "none")  # two published scalings
@@ -94,17 +94,18 @@ class OptimizerConfig:
 @dataclass
 class ScheduleConfig:
     iterations: int = number(600000, least=1)
-    scale: float = number(1.0, above=0, below=math.inf)  # of all lengths: a shortened run
+    scale: float = number(1.0, above=0, below=math.inf)  # of iterations, milestones and warm-up
     lr: float = number(0.1, above=0, below=math.inf)
     policy: str = one_of("steps", "plateau", "cosine")
     milestones: list[int] = field(default_factory=list)  # steps: iterations where lr *= gamma
     gamma: float = number(0.1, above=0, most=1)
     plateau_patience: int = number(5, least=1)  # evaluations without progress before a drop
     plateau_threshold: float = number(0.1, least=0)  # progress: points of top-1 error (absolute)
-    plateau_drops: int = number(3, least=0)  # largest number of drops
+    plateau_drops: int = number(3, least=0)  # largest number of drops of the rate
     warmup_lr: float = number(0.0, least=0)  # during (error) or at the start of (linear) warm-up
     warmup_iterations: int = number(0, least=0)  # linear warm-up
-    warmup_until_error: float = number(0.0, least=0)  # %, of training; 0: off
+    # warm-up until the training error is below this (%); 0: off
+    warmup_until_error: float = number(0.0, least=0)
 
 
 @dataclass
@@ -118,7 +119,7 @@ class TrainConfig:
     ema: float = number(0.0, least=0, below=1)  # decay of the averaged weights; 0: off
     sync_bn: bool = False
     recompute_bn: bool = True  # true BN statistics over the training set, after training
-    recompute_bn_samples: int = number(0, least=0)  # images for them; 0: the whole set once
+    recompute_bn_samples: int = number(0, least=0)  # training images used; 0: all of them once
     device: str = one_of("auto", "cpu", "cuda")
     threads: int = number(0, least=0)  # CPU threads; 0: PyTorch's choice
     seed: int = number(1, least=0)
