@@ -22,7 +22,7 @@ from resnet_backbone.classification.networks import (
 )
 from resnet_backbone.models import build_model
 from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.run_folder import METRICS, RunFolder
+from resnet_backbone.runtime.run_folder import RunFolder
 from resnet_backbone.weights import Preprocessing, WeightsError, load_weights
 
 SPEC = NetworkSpec("cifar_resnet8", 10, {"shortcut": "B"})
@@ -153,18 +153,6 @@ def test_description_follows_the_network():
     assert describe(build_model("resnet18", num_classes=2), INPUT).stride_in_1x1 is None
     googlenet = NetworkSpec("torchvision/googlenet", 2, {"init_weights": False}).build()
     assert describe(googlenet, INPUT).bn_eps == 0.001
-
-
-def test_metrics_are_cut_to_the_checkpoint(tmp_path, caplog):
-    folder = RunFolder(tmp_path, tensorboard=False)
-    for iteration in (10, 20, 30):
-        folder.add_metrics({"iteration": iteration})
-    with (tmp_path / METRICS).open("a") as file:
-        file.write('{"iteration": 4')  # killed while writing
-    folder.keep_metrics(lambda row: row["iteration"] <= 20)
-    rows = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
-    assert rows == [{"iteration": 10}, {"iteration": 20}]
-    assert "incomplete line" in caplog.text
 
 
 def test_each_start_is_recorded(tmp_path):
