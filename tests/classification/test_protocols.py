@@ -195,18 +195,10 @@ def test_dense_equals_loops_over_positions(make, monkeypatch):
         assert (results[one] - results[other]).abs().max() > 1e-6, (one, other)
 
 
-def test_dense_of_other_networks_needs_global_pooling():
+def test_dense_of_other_networks_with_global_pooling():
     probe, batch = member(Probe()), images(1, 3, 8, 8)
-    with pytest.raises(ValueError, match="Probe needs pooling global_pool"):
-        Dense((8,)).score(probe, [batch])
     scores = Dense((8,), pooling="global_pool").score(probe, [batch])
     torch.testing.assert_close(scores, Full().score(probe, [batch]))
-
-
-def test_a_map_smaller_than_the_window_is_refused():
-    network = member(build_model("cifar_resnet8"))
-    with pytest.raises(ValueError, match="8x8 window, but the last map is 7x9: use larger sizes"):
-        Dense((28,), window=8).score(network, [images(1, 3, 28, 36)])
 
 
 @pytest.mark.parametrize(
@@ -224,17 +216,25 @@ def test_impossible_settings(make, message):
         make()
 
 
-def test_images_smaller_than_the_crop():
-    with pytest.raises(ValueError, match="6x9 has no 8x8 crop"):
-        Center(None, 8).score(member(Probe()), [images(1, 3, 6, 9)])
-
-
-def test_what_is_no_classifier():
-    backbone = build_model("cifar_resnet8", out_features=["res4"])
-    with pytest.raises(ValueError, match="CifarResNet returns dict and not logits"):
-        Full().score(member(backbone), [images(1, 3, 32, 32)])
-    with pytest.raises(ValueError, match=r"Identity returns \(1, 3, 4, 4\) and not logits"):
-        Full().score(member(nn.Identity()), [images(1, 3, 4, 4)])
+@pytest.mark.parametrize(
+    "protocol, model, size, message",
+    [
+        (Center(None, 8), Probe(), (6, 9), "6x9 has no 8x8 crop"),
+        (Dense((8,)), Probe(), (8, 8), "Probe needs pooling global_pool"),
+        (
+            *(Dense((28,), window=8), build_model("cifar_resnet8"), (28, 36)),
+            "8x8 window, but the last map is 7x9: use larger sizes",
+        ),
+        (
+            *(Full(), build_model("cifar_resnet8", out_features=["res4"]), (32, 32)),
+            "CifarResNet returns dict and not logits",
+        ),
+        (Full(), nn.Identity(), (4, 4), r"Identity returns \(1, 3, 4, 4\) and not logits"),
+    ],
+)
+def test_what_cannot_be_scored(protocol, model, size, message):
+    with pytest.raises(ValueError, match=message):
+        protocol.score(member(model), [images(1, 3, *size)])
 
 
 def test_any_network():
