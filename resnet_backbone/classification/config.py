@@ -46,6 +46,7 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)  # constructor arguments: shortcut: "A"
     weights: str = ""  # .safetensors to start from; empty: He initialization
     preprocessing: str = ""  # of weights that do not carry theirs: msra, caffe_vgg, torchvision
+    new_head: bool = False  # fine-tuning: take all of weights but the last layer
 
 
 @dataclass
@@ -95,6 +96,7 @@ class OptimizerConfig:
 class ScheduleConfig:
     iterations: int = number(600000, least=1)
     scale: float = number(1.0, above=0, below=math.inf)  # of iterations, milestones and warm-up
+    epochs: float = number(0, least=0)  # passes over the data, in place of iterations; 0: off
     lr: float = number(0.1, above=0, below=math.inf)
     policy: str = one_of("steps", "plateau", "cosine")
     milestones: list[int] = field(default_factory=list)  # steps: iterations where lr *= gamma
@@ -183,21 +185,46 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
             "model.name=NAME".
 
     Raises:
-        UsageError: unknown key (with the nearest one), wrong type, impossible combination.
+        UsageError: all unknown keys (each with the nearest one) and wrong values in one line, or
+            all impossible combinations.
     """
-    merged = OmegaConf.structured(Config)
+    merged, problems = OmegaConf.structured(Config), []
     for file in files:
-        merged = _merge(merged, _read(find_config(file, "classification")), str(file))
+        merged = _merge(merged, _read(find_config(file, "classification")), str(file), problems)
+    planned = OmegaConf.to_object(merged)
     for override in overrides:
-        merged = _merge(merged, _parse(override), override)
+        try:
+            merged = _merge(merged, _parse(override), override, problems)
+        except UsageError as error:
+            problems.append(str(error))
     config = OmegaConf.to_object(merged)
     if config.evaluation.protocol == "centre":  # its name in runs of before
         config.evaluation.protocol = "center"
-    _check_values(config)
-    scale_schedule(config.schedule)
-    for problem in _combinations(config):
-        raise UsageError(problem)
+    problems += _wrong_values(config)
+    if not problems:  # what follows computes with the values
+        _follow(config, planned, {word.partition("=")[0] for word in overrides})
+        scale_schedule(config.schedule)
+        problems += _combinations(config)
+    if problems:
+        raise UsageError("; ".join(dict.fromkeys(problems)))
     return config
+
+
+def _follow(config: Config, planned: Config, given: set[str]) -> None:
+    """Lets what the user did not set follow what was set, in place.
+
+    Milestones and warm-up keep their shares of another number of iterations. The micro-batch
+    becomes the largest divisor of another batch.
+    """
+    schedule, train, before = config.schedule, config.train, planned.schedule
+    ratio = schedule.iterations / before.iterations
+    if "schedule.milestones" not in given:
+        schedule.milestones = _scaled(before.milestones, ratio, schedule.iterations)
+    if "schedule.warmup_iterations" not in given:
+        schedule.warmup_iterations = round(before.warmup_iterations * ratio)
+    if train.micro_batch and "train.micro_batch" not in given:
+        sizes = range(min(train.micro_batch, train.batch_size), 0, -1)
+        train.micro_batch = next(size for size in sizes if train.batch_size % size == 0)
 
 
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
@@ -229,16 +256,16 @@ def _parse(override: str) -> DictConfig:
         raise UsageError(f"{override!r}: {' '.join(str(error).split())}") from error
 
 
-def _merge(onto: DictConfig, update: DictConfig, where: str) -> DictConfig:
+def _merge(onto: DictConfig, update: DictConfig, where: str, problems: list[str]) -> DictConfig:
+    """The merged config, or ``onto`` with one problem more."""
     try:
         return OmegaConf.merge(onto, update)
     except OmegaConfBaseException as error:
         unknown = [key for key in _leaves(update) if key not in set(key_names())]
+        problems += [f"{where}: unknown key {k}: did you mean {nearest_key(k)}?" for k in unknown]
         if not unknown:
-            message = f"{where}: {error.full_key}: {str(error).splitlines()[0]}"
-            raise UsageError(message) from error
-        hint = f"did you mean {nearest_key(unknown[0])}?"
-        raise UsageError(f"{where}: unknown key {unknown[0]}: {hint}") from error
+            problems.append(f"{where}: {error.full_key}: {str(error).splitlines()[0]}")
+        return onto
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -250,13 +277,42 @@ def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield key
 
 
+def count_epochs(config: Config, num_images: int) -> str:
+    """Turns ``schedule.epochs`` into iterations, in place; the line that says so, "" without.
+
+    Milestones and warm-up keep their shares. Evaluations and checkpoints come once an epoch at
+    least.
+    """
+    schedule, batch = config.schedule, config.train.batch_size
+    if not schedule.epochs:
+        return ""
+    total = max(1, math.ceil(schedule.epochs * num_images / batch))
+    schedule.scale = total / schedule.iterations
+    scale_schedule(schedule)
+    epoch = max(1, math.ceil(num_images / batch))
+    config.output.checkpoint_every = min(config.output.checkpoint_every, epoch)
+    if config.evaluation.every:
+        config.evaluation.every = min(config.evaluation.every, epoch)
+    drops = f", rate drops at {schedule.milestones}" if schedule.milestones else ""
+    return (
+        f"{schedule.epochs:g} epochs of {num_images:,} images are {schedule.iterations:,} "
+        f"iterations of {batch}{drops}"
+    )
+
+
 def scale_schedule(schedule: ScheduleConfig) -> None:
     """Applies ``scale`` in place to iterations, milestones and warm-up, and sets it to 1."""
     if schedule.scale != 1:
         schedule.iterations = max(1, round(schedule.iterations * schedule.scale))
-        schedule.milestones = [round(value * schedule.scale) for value in schedule.milestones]
+        schedule.milestones = _scaled(schedule.milestones, schedule.scale, schedule.iterations)
         schedule.warmup_iterations = round(schedule.warmup_iterations * schedule.scale)
         schedule.scale = 1.0
+
+
+def _scaled(milestones: Sequence[int], factor: float, iterations: int) -> list[int]:
+    """Those that lie within a scaled schedule; a very short one has fewer."""
+    found = {round(value * factor) for value in milestones}
+    return sorted(value for value in found if 0 < value < iterations or factor == 1)
 
 
 def get(config: Config, key: str) -> Any:
@@ -265,7 +321,7 @@ def get(config: Config, key: str) -> Any:
     return getattr(getattr(config, group), name)
 
 
-def _check_values(config: Config) -> None:
+def _wrong_values(config: Config) -> Iterator[str]:
     """Compares every value with the metadata of its field, see :func:`one_of`, :func:`number`."""
     items = [item for group in fields(Config) for item in fields(group.default_factory)]
     for key, item in zip(key_names(), items, strict=True):
@@ -273,10 +329,10 @@ def _check_values(config: Config) -> None:
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise UsageError(f"{key} is {value!r}; use {', '.join(choices)}{hint}")
+            yield f"{key} is {value!r}; use {', '.join(choices)}{hint}"
         for limit, (holds, wanted) in LIMITS.items():
             if limit in limits and not holds(value, limits[limit]):
-                raise UsageError(f"{key} is {value}; give {wanted.format(limits[limit])}")
+                yield f"{key} is {value}; give {wanted.format(limits[limit])}"
 
 
 def _combinations(config: Config) -> Iterator[str]:

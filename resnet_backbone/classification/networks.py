@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from resnet_backbone.models import StagedNetwork
@@ -27,12 +30,14 @@ from resnet_backbone.weights import (
 )
 from resnet_backbone.weights.checkpoint import MODEL_KEY
 from resnet_backbone.weights.inspect import read_header
-from resnet_backbone.weights.reading import read_own_tensors
+from resnet_backbone.weights.load import check_architecture, check_settings, load_tensors
+from resnet_backbone.weights.reading import read_network, read_own_tensors, single_precision
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS, AVERAGED, STATE = "model.safetensors", "averaged.safetensors", "state.pt"
 FOLDER, DAMAGED = "checkpoints", ".damaged"
+CLASSES_KEY = "resnet_backbone.class_names"  # of a file's metadata: JSON, in the order of logits
 LEFT_BEHIND = (".*.tmp", ".partial-*")  # what a kill can leave; the second by earlier versions
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's auxiliary classifiers (arXiv 1409.4842, section 5)
@@ -128,9 +133,22 @@ def save_network(
     spec: NetworkSpec,
     preprocessing: Preprocessing,
     run: str = "",
+    class_names: Sequence[str] = (),
 ) -> None:
-    """Writes weights that say of which network and training run they are, and their input."""
-    save_weights(model, path, preprocessing, {MODEL_KEY: spec.to_json()}, run=run)
+    """Writes weights that say their network, training run, input and the names of the classes."""
+    facts = {MODEL_KEY: spec.to_json()}
+    if class_names:
+        facts[CLASSES_KEY] = json.dumps(list(class_names))
+    save_weights(model, path, preprocessing, facts, run=run)
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """The names of the classes that a file of :func:`save_network` states; [] where it does not."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [str(name) for name in json.loads((file.metadata() or {})[CLASSES_KEY])]
+    except (KeyError, OSError, SafetensorError, ValueError):
+        return []
 
 
 def read_spec(path: str | Path) -> NetworkSpec | None:
@@ -141,6 +159,23 @@ def read_spec(path: str | Path) -> NetworkSpec | None:
     """
     spec = read_header(path).model
     return None if spec is None else NetworkSpec(spec.name, spec.num_classes, spec.options)
+
+
+def load_all_but_head(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
+    """Loads the weights of a network with other classes; its last linear layer is left out.
+
+    Raises:
+        WeightsError: see :func:`load_network`.
+    """
+    *_, head = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
+    if not isinstance(model, StagedNetwork):
+        return load_exactly(model, path, preprocessing, own)
+    read = read_network(path, preprocessing)
+    check_architecture(model, read.preprocessing, str(path))
+    check_settings(model, read.stated, str(path))
+    load_tensors(model, single_precision({**read.tensors, **own}), str(path))
+    return read.preprocessing
 
 
 def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
@@ -157,9 +192,19 @@ def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") ->
     return load_exactly(model, path, preprocessing)
 
 
-def load_exactly(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
-    """Loads a file whose keys are those of the network, counters too: all or nothing."""
+def load_exactly(
+    model: nn.Module,
+    path: str | Path,
+    preprocessing: str = "",
+    instead: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Preprocessing:
+    """Loads a file whose keys are those of the network, counters too: all or nothing.
+
+    Args:
+        instead: tensors that take the place of the file's.
+    """
     tensors, found = read_own_tensors(path, preprocessing)
+    tensors = {**tensors, **instead}
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     wrong = [k for k in {**own, **tensors} if k not in tensors or own.get(k) != tensors[k].shape]
     if wrong:
@@ -183,6 +228,7 @@ class Checkpoints:
     preprocessing: Preprocessing
     keep: int = 2  # newest checkpoints that stay
     keep_every: int = 0  # iterations whose multiples stay for good; 0: none
+    class_names: Sequence[str] = ()
 
     def save(
         self, iteration: int, model: nn.Module, state: dict, averaged: nn.Module | None = None
@@ -197,7 +243,7 @@ class Checkpoints:
         if final.exists():
             return final
         final.parent.mkdir(parents=True, exist_ok=True)
-        facts = (self.spec, self.preprocessing, self.run.resolve().name)
+        facts = (self.spec, self.preprocessing, self.run.resolve().name, self.class_names)
         with whole_file(final) as partial:
             partial.mkdir()
             save_network(partial / WEIGHTS, model, *facts)

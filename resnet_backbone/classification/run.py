@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from resnet_backbone.classification.batch_norm import (
     TrainingImages,
     recompute_statistics,
 )
-from resnet_backbone.classification.config import Config
+from resnet_backbone.classification.config import Config, count_epochs
 from resnet_backbone.classification.data.augment import BatchMixer
 from resnet_backbone.classification.data.build import build_data
 from resnet_backbone.classification.data.evaluation import EvaluationLoader
@@ -75,16 +75,22 @@ class ClassificationRun:
                 f"model.num_classes is {classes}, the data have {len(self.data.class_names)} "
                 "classes: give as many, or 0"
             )
+        self.schedule_line = count_epochs(config, self.data.source.num_samples)
         self.spec = NetworkSpec(config.model.name, classes, config.model.options)
         self.model = self._network()
         self.use_input(networks.describe(self.model, self.data.preprocessing))
         if weights:
-            self.use_input(networks.load_network(self.model, weights, config.model.preprocessing))
+            new = config.model.new_head
+            load = networks.load_all_but_head if new else networks.load_network
+            self.use_input(load(self.model, weights, config.model.preprocessing))
             logger.info("%s, with its own mean, order and range of the input", weights)
 
     def use_input(self, preprocessing: Preprocessing) -> None:
         """Normalizes images as weights expect them from here on."""
-        self.preprocessing = preprocessing
+        sizes = {"resize_size": None, "crop_size": None}
+        if isinstance(self.protocol, Center):  # what evaluations of the weights begin with
+            sizes = {"resize_size": self.protocol.resize, "crop_size": self.protocol.crop}
+        self.preprocessing = replace(preprocessing, **sizes)
         self.normalizer = InputNormalizer(preprocessing, self.device)
 
     def _network(self) -> nn.Module:
@@ -151,8 +157,9 @@ class ClassificationRun:
             seed=train.seed,
         )
         kept = {"keep": output.keep, "keep_every": output.keep_every}
+        kept["class_names"] = self.data.class_names
         lengths = asdict(config.schedule)
-        del lengths["scale"]  # is applied
+        del lengths["scale"], lengths["epochs"]  # are applied
         return Trainer(
             step,
             self.data.source,

@@ -19,13 +19,14 @@ from resnet_backbone.classification.step import LearningRate, Schedule, TrainSte
 from resnet_backbone.runtime.errors import Stopped, TrainingDiverged, UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.run_folder import RunFolder
+from resnet_backbone.runtime.run_folder import RunFolder, spell_hours
 from resnet_backbone.runtime.signals import StopRequest
 from resnet_backbone.weights import WeightsError
 
 logger = logging.getLogger(__name__)
 
 BEST, FINAL, DIVERGED = "best.safetensors", "final.safetensors", "diverged.json"
+SAYS_HOW_LONG = 3  # iterations of a process; the first one is slower
 LOG_SECONDS = 15  # between lines where there is no progress bar
 # What a trainer has beside its parts.
 STATE = ("iteration", "evaluated_at", "best", "seconds", "latest", "recent_errors")
@@ -98,6 +99,7 @@ class Trainer:
         self.latest: dict[str, float] = {}
         self.window = Window(self.log_every, self.world.device)
         self.recent_errors: list[float] = []
+        self._begun = 0  # iterations of this process
 
     def resume(self) -> bool:
         """Loads the newest checkpoint, if there is one.
@@ -191,6 +193,11 @@ class Trainer:
         images, labels = self.prepare(batch)
         self.window.add(*self.step(images, labels, self.iteration))
         self.iteration += 1
+        self.stop.step_seconds = seconds = time.perf_counter() - started
+        self._begun += 1
+        if self._begun == SAYS_HOW_LONG and self.world.is_main:
+            hours = seconds * (self.iterations - self.iteration) / 3600
+            logger.info("%.2f s an iteration: about %s in all", seconds, spell_hours(hours))
 
     def _log(self, bar: tqdm) -> None:
         window = self.window
@@ -297,4 +304,5 @@ class Trainer:
         """Writes the weights that evaluations use into the run folder."""
         kept, run = self.checkpoints, self.folder.path.resolve().name
         model = self.step.evaluated_model
-        save_network(self.folder / name, model, kept.spec, kept.preprocessing, run)
+        facts = (kept.spec, kept.preprocessing, run, kept.class_names)
+        save_network(self.folder / name, model, *facts)

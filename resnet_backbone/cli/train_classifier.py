@@ -148,6 +148,8 @@ def train(config: Config, resume: bool, world: World) -> None:
             config.train.batch_size,
             run.data.evaluated_on,
         )
+        if run.schedule_line:
+            logger.info("%s", run.schedule_line)
         trainer.run()
         run.finish(trainer)
 
@@ -164,6 +166,7 @@ def evaluate_only(config: Config, given: str, world: World) -> None:
     if not weights:
         raise UsageError(f"{folder} has no weights: give model.weights=FILE")
     config.data.mean, config.data.std = "imagenet", "one"  # nothing to compute: the file says it
+    config.model.new_head = False
     with tempfile.TemporaryDirectory() as temporary:
         run = ClassificationRun(config, world, RunFolder(temporary), weights)
         logger.info("%s: %s", weights, run.evaluate(run.model))

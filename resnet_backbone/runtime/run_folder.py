@@ -106,3 +106,10 @@ def set_up_logging(folder: Path | None, is_main: bool) -> None:
     for handler in handlers:
         handler.setFormatter(form)
         root.addHandler(handler)
+
+
+def spell_hours(hours: float) -> str:
+    """ "12 min", "3.5 hours" or "2.1 days"."""
+    if hours < 1:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"

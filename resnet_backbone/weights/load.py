@@ -175,7 +175,8 @@ def fitting_tensors(
 def _classes(weight: Tensor) -> str:
     return (
         f"; build it with num_classes={len(weight)}, load, and put a new layer in place of "
-        "network.linear (a backbone, with out_features, takes files of any classes)"
+        "network.linear, which train-classifier does with model.new_head=true (a backbone, with "
+        "out_features, takes files of any classes)"
     )
 
 

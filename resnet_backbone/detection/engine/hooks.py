@@ -21,6 +21,7 @@ from resnet_backbone.detection.checkpoint.checkpointer import AtomicCheckpointer
 from resnet_backbone.detection.evaluation.results import Speed
 from resnet_backbone.runtime.errors import Stopped, UsageError
 from resnet_backbone.runtime.files import keep_rows, naming
+from resnet_backbone.runtime.run_folder import spell_hours
 
 logger = logging.getLogger(__name__)
 
@@ -286,13 +287,6 @@ class FirstIterations(HookBase):
                 "MIN_SIZE_TRAIN), SOLVER.AMP.ENABLED True, or fewer RESNET_BACKBONE.EPOCHS",
                 spell_hours(hours),
             )
-
-
-def spell_hours(hours: float) -> str:
-    """ "12 min", "3.5 hours" or "2.1 days"."""
-    if hours < 1:
-        return f"{hours * 60:.0f} min"
-    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 class ProgressBar(HookBase):
