@@ -310,7 +310,7 @@ def add_digits_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_digits(args: argparse.Namespace) -> None:
-    from resnet_backbone.detection.data.preparation import quickstart
+    from resnet_backbone.detection.data import quickstart
 
     settings = {key: getattr(args, key) for key in ("num_train", "num_test", "image_size", "seed")}
     if quickstart.is_complete(args.output, settings):

@@ -10,23 +10,19 @@ from pathlib import Path
 import torch
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.data.preparation.own import read_own, split_records, write_coco
-from resnet_backbone.detection.data.preparation.tree_report import (
+from resnet_backbone.detection.data.archives import unpack, verify_archive
+from resnet_backbone.detection.data.own import read_own, split_records, write_coco
+from resnet_backbone.detection.data.trees import (
     TreeCheck,
+    check_coco_files,
+    check_coco_tree,
+    check_voc_tree,
     draw_classes,
     draw_samples,
     summary,
     to_json,
 )
-from resnet_backbone.detection.data.preparation.trees import (
-    check_coco_files,
-    check_coco_tree,
-    check_voc_tree,
-    find_coco_folder,
-    find_voc_folders,
-)
-from resnet_backbone.detection.data.preparation.unpack import unpack, verify_archive
-from resnet_backbone.detection.data.problems import list_problems
+from resnet_backbone.detection.data.voc import find_voc_folders
 from resnet_backbone.runtime.files import write_text
 
 
@@ -75,7 +71,7 @@ def check(args: argparse.Namespace) -> list[TreeCheck]:
         roots = args.image_root * (len(args.coco_json) if len(args.image_root) == 1 else 1)
         return [check_coco_files(zip(args.coco_json, roots, strict=True), workers)]
     if args.kind == "coco":
-        return [check_coco_tree(find_coco_folder(args.root), args.own, args.splits, workers)]
+        return [check_coco_tree(args.root, args.own, args.splits, workers)]
     folders = find_voc_folders(args.root)
     return [check_voc_tree(folder, args.own, args.splits, workers) for folder in folders]
 
@@ -126,8 +122,8 @@ def convert_own(args: argparse.Namespace) -> int:
     tree.folder = str(args.output)
     print(f"\n{summary(tree)}")
     if report.problems:
-        print(f"\nleft out ({left_out} has all):")
-        print("\n".join(list_problems(report.problems, 10)))
+        print(f"\n{len(report.problems)} left out ({left_out} has all):")
+        print("\n".join(f"  {problem}" for problem in report.problems[:10]))
     draw([tree], args.output)
     print(f"\nLook at the pictures in {args.output} first. Then train:\n\n{training_command(args)}")
     return 0

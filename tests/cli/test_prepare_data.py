@@ -15,7 +15,7 @@ pytest.importorskip("detectron2")
 from PIL import Image
 
 from resnet_backbone.cli import prepare_data as tool
-from resnet_backbone.detection.data.preparation import official, unpack
+from resnet_backbone.detection.data import archives
 
 TRAINVAL, TEST = "VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar"
 DOG = [("dog", (1, 1, 20, 30)), ("cat", (5, 5, 30, 35), 1)]
@@ -82,15 +82,11 @@ def write_zip(path, files) -> Path:
 @pytest.fixture
 def declare(monkeypatch):
     """Function (archive, gives) that makes a file the official archive of its name."""
-    monkeypatch.setattr(unpack, "ARCHIVES", {})
+    monkeypatch.setattr(archives, "ARCHIVES", {})
 
-    def declare(path, md5=True):
+    def declare(path):
         content = path.read_bytes()
-        unpack.ARCHIVES[path.name] = official.Archive(
-            len(content),
-            hashlib.sha256(content).hexdigest(),
-            hashlib.md5(content).hexdigest() if md5 else "",
-        )
+        archives.ARCHIVES[path.name] = len(content), hashlib.sha256(content).hexdigest()
         return path
 
     return declare
@@ -100,10 +96,10 @@ def declare(monkeypatch):
 def voc(tmp_path, declare, monkeypatch):
     """Both official archives of 2007, in small, and their counts."""
     counts = {
-        ("VOC2007", "trainval"): official.Counts(3, 3, 3),
-        ("VOC2007", "test"): official.Counts(2, 2, 2),
+        ("VOC2007", "trainval"): archives.Counts(3, 3, 3),
+        ("VOC2007", "test"): archives.Counts(2, 2, 2),
     }
-    monkeypatch.setattr("resnet_backbone.detection.data.preparation.trees.COUNTS", counts)
+    monkeypatch.setattr("resnet_backbone.detection.data.trees.COUNTS", counts)
     folder = tmp_path / "archives"
     folder.mkdir()
     ids = {
@@ -122,7 +118,7 @@ def test_archives_become_detectron2s_folders(run, voc, tmp_path):
     options = ["--json", report, "--pictures", pictures]
     code, out, _ = run("voc", root, "--archives", *voc, *options)
     assert code == 0, out
-    assert "md5 and sha256 are the official archive's" in out and "complete and readable" in out
+    assert "sha256 is the official archive's" in out and "complete and readable" in out
     assert out.splitlines()[-4] == f"for the configs: export DETECTRON2_DATASETS={root}"
     with tarfile.open(voc[1]) as tar:
         stored = tar.extractfile("VOCdevkit/VOC2007/JPEGImages/000004.jpg").read()
@@ -155,7 +151,7 @@ def test_a_second_call_changes_nothing(run, voc, tmp_path):
 
 
 def test_an_interrupted_call_leaves_whole_files_only(run, voc, tmp_path, monkeypatch):
-    root, copy, calls = tmp_path / "data", unpack.shutil.copyfileobj, []
+    root, copy, calls = tmp_path / "data", archives.shutil.copyfileobj, []
 
     def stop(source, target, length):
         calls.append(1)
@@ -165,7 +161,7 @@ def test_an_interrupted_call_leaves_whole_files_only(run, voc, tmp_path, monkeyp
         copy(source, target, length)
 
     with monkeypatch.context() as patch:
-        patch.setattr(unpack.shutil, "copyfileobj", stop)
+        patch.setattr(archives.shutil, "copyfileobj", stop)
         with pytest.raises(KeyboardInterrupt):
             run("voc", root, "--archives", *voc)
     assert len(tree_of(root)) == 4
@@ -183,23 +179,20 @@ def test_another_archive_is_refused_before_anything_is_written(run, voc, tmp_pat
     code, _, err = run("voc", root, "--archives", *voc)
     assert code == 2 and not root.exists()
     assert str(path) in err and "download it again" in err
-    assert hashlib.md5(content).hexdigest() in err and unpack.ARCHIVES[TEST].md5 in err
+    assert hashlib.sha256(content).hexdigest() in err and archives.ARCHIVES[TEST][1] in err
     path.write_bytes(content[:-1024])
     code, _, err = run("voc", root, "--archives", *voc)
     assert code == 2 and "stopped early: go on with it" in err and not root.exists()
 
 
-def test_unverified_and_unpublished_archives(run, voc, declare, tmp_path):
-    unpack.ARCHIVES.pop(TEST)
-    trainval = write_tar(voc[0], voc_files({"trainval": ("000001", "000002", "000003")}, DOG[:1]))
+def test_unverified_and_unpublished_archives(run, voc, tmp_path):
+    archives.ARCHIVES.pop(TEST)
+    write_tar(voc[0], voc_files({"trainval": ("000001", "000002", "000003")}, DOG[:1]))
     code, out, _ = run("voc", tmp_path / "data", "--archives", *voc, "--unverified")
-    md5 = hashlib.md5(voc[1].read_bytes()).hexdigest()
-    assert f"{TEST}: md5 {md5}" in out and "none is published for a file of this name" in out
+    sha256 = hashlib.sha256(voc[1].read_bytes()).hexdigest()
+    assert f"{TEST}: sha256 {sha256}; none is published for a file of this name" in out
     assert f"{TRAINVAL}: NOT the official archive" in out
     assert code == 1 and "0 difficult boxes, officially 3" in out
-    declare(trainval, md5=False)
-    code, out, _ = run("voc", tmp_path / "data", "--archives", trainval)
-    assert "sha256 is the official archive's; md5" in out and "none is published" in out
 
 
 @pytest.mark.parametrize("place", ["data", "header", "between"])
@@ -272,7 +265,7 @@ def test_archives_of_something_else(run, tmp_path):
 
 
 def test_a_full_disk_is_told_before(run, voc, tmp_path, monkeypatch):
-    monkeypatch.setattr(unpack.shutil, "disk_usage", lambda _: type("usage", (), {"free": 20000}))
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: type("usage", (), {"free": 20000}))
     code, _, err = run("voc", tmp_path / "data", "--archives", *voc)
     assert code == 2 and "8 files need 0.0 GB" in err and "make room" in err
     assert not (tmp_path / "data").exists()
@@ -323,11 +316,11 @@ def test_the_mending_mends(run, voc, tmp_path):
 def coco(tmp_path, declare, monkeypatch):
     """Archives of COCO 2017, in small: two training images, one of val, two of test."""
     counts = {
-        ("coco", "instances_train2017"): official.Counts(2, 2),
-        ("coco", "instances_val2017"): official.Counts(1, 1),
-        ("coco", "image_info_test-dev2017"): official.Counts(1),
+        ("coco", "instances_train2017"): archives.Counts(2, 2),
+        ("coco", "instances_val2017"): archives.Counts(1, 1),
+        ("coco", "image_info_test-dev2017"): archives.Counts(1),
     }
-    monkeypatch.setattr("resnet_backbone.detection.data.preparation.trees.COUNTS", counts)
+    monkeypatch.setattr("resnet_backbone.detection.data.trees.COUNTS", counts)
     folder = tmp_path / "archives"
     folder.mkdir()
     ids = {"train2017": (1, 2), "val2017": (3,), "test2017": (4, 5)}
@@ -431,8 +424,8 @@ def test_json_files_of_ones_own(run, coco, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["voc", "nowhere"], "has no folder in VOC layout"),
-        (["coco", "nowhere"], "there is no folder nowhere: name that of COCO"),
+        (["voc", "nowhere"], "is not a VOC folder"),
+        (["coco", "nowhere"], "neither nowhere nor nowhere/coco has annotations/"),
         (["coco", "."], "has annotations/"),
         (["coco", "--coco-json", "a.json"], "belong together"),
         (["voc", "--coco-json", "a.json", "--image-root", "b"], "is for 'coco'"),
@@ -453,7 +446,7 @@ def test_the_default_folder_is_detectron2s(monkeypatch):
 
 
 def test_official_numbers_agree_with_one_another():
-    counts = official.COUNTS
+    counts = archives.COUNTS
     for year in ("VOC2007", "VOC2012"):
         train, val, both = (counts[year, split] for split in ("train", "val", "trainval"))
         for what in ("images", "boxes", "difficult"):
@@ -471,26 +464,19 @@ def test_official_numbers_agree_with_one_another():
             )
             == 1
         )
-    archives = official.ARCHIVES.values()
-    assert len({archive.sha256 for archive in archives}) == len(official.ARCHIVES) == 16
-    assert {len(archive.sha256) for archive in archives} == {64}
+    digests = {sha256 for _, sha256 in archives.ARCHIVES.values()}
+    assert len(digests) == len(archives.ARCHIVES) == 16 and set(map(len, digests)) == {64}
     for (folder, split), _ in counts.items():
-        assert official.archive_of(folder, split) and official.archive_of(
+        assert archives.archive_of(folder, split) and archives.archive_of(
             folder, split, images=True
         )
-
-
-def test_md5_sums_are_torchvisions():
-    voc = pytest.importorskip("torchvision.datasets.voc").DATASET_YEAR_DICT
-    for key in ("2007", "2007-test", "2012"):
-        assert official.ARCHIVES[voc[key]["url"].rsplit("/", 1)[-1]].md5 == voc[key]["md5"]
 
 
 def test_folders_are_detectron2s():
     from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO
 
     for folder, file in _PREDEFINED_SPLITS_COCO["coco"].values():
-        assert f"coco/{official.coco_image_folder(Path(file).stem)}" == folder
+        assert f"coco/{archives.coco_image_folder(Path(file).stem)}" == folder
 
 
 @pytest.mark.data

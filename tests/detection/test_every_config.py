@@ -11,12 +11,10 @@ import pytest
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.detection.checkpoint.backbone_input import (
-    config_input,
-    refuse_other_input,
-)
+from resnet_backbone.detection.checkpoint.files import refuse_other_input
+from resnet_backbone.detection.checkpoint.input_check import config_input
 from resnet_backbone.detection.config_file import load_config
-from resnet_backbone.detection.data import load_voc_instances
+from resnet_backbone.detection.data import scan_voc
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.evaluation import voc
 from resnet_backbone.weights import sources
@@ -43,7 +41,7 @@ def data(tiny_voc, tmp_path):
         if not coco:
             return ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
         for split in ("train", "test"):
-            records = load_voc_instances(tiny_voc, split, ["bar", "box"])
+            records, _ = scan_voc(tiny_voc, split, ["bar", "box"])
             write_coco(tmp_path / f"{split}.json", records)
         files = [tmp_path / "train.json", tmp_path / "test.json"]
         return ["--coco-json", *files, "--image-root", tiny_voc / "JPEGImages"]

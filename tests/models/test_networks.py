@@ -248,3 +248,8 @@ def test_deepcopy_and_pickle(copier, norm):
     with torch.no_grad():
         next(twin.parameters()).add_(1)
     assert not torch.equal(next(twin.parameters()), next(model.parameters()))
+
+
+def test_plain_networks_refuse_zero_init():
+    with pytest.raises(ValueError, match="needs shortcuts"):
+        ResNet(18, shortcut="none", zero_init_residual=True)

@@ -6,10 +6,12 @@ Checkpoints are whole or not there, and never hold numbers that are not finite.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -17,25 +19,29 @@ from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from resnet_backbone.detection.checkpoint.backbone_input import (
+from resnet_backbone.detection.checkpoint.files import (
+    LAST,
     NAME_KEY,
-    describe_input,
     detector_input,
-    networks,
+    open_weights,
     origin_input,
-    refuse_other_input,
 )
-from resnet_backbone.detection.checkpoint.files import AtomicWriter, open_weights
-from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
+from resnet_backbone.detection.checkpoint.input_check import (
+    check_input,
+    describe_input,
+    find_network,
+    networks,
+)
+from resnet_backbone.models import FrozenBatchNorm2d
+from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
-from resnet_backbone.weights.load import check_architecture, check_settings, fitting_tensors
-from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, Preprocessing, WeightsError
+from resnet_backbone.weights.load import check_settings, fitting_tensors
+from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
 from resnet_backbone.weights.readers import PREPROCESSING_KEY, RawFile
 from resnet_backbone.weights.reading import UnknownInput, read_network, single_precision
 
 logger = logging.getLogger(__name__)
-
 # The layers of Detectron2's detectors whose size follows the number of classes.
 CLASS_LAYERS = re.compile(
     r"roi_heads\.box_predictor\."
@@ -50,29 +56,6 @@ RES5 = "roi_heads.res5."
 BATCH_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
-def find_network(model: nn.Module) -> StagedNetwork:
-    """The one network of this package inside a detector."""
-    for network in networks(model):
-        return network
-    raise WeightsError(
-        "this detector has none of our backbones: set MODEL.BACKBONE.NAME, for example to "
-        "build_paper_resnet_fpn_backbone"
-    )
-
-
-def check_input(model: nn.Module, expected: Preprocessing, where: str) -> None:
-    """Refuses weights that were trained on other input than this detector gives them.
-
-    Raises:
-        WeightsError: naming the config key, its value and the right one.
-    """
-    network, actual = find_network(model), describe_input(model)
-    if actual is None:
-        raise WeightsError(f"{where}: INPUT.FORMAT must be RGB or BGR to use these weights")
-    refuse_other_input(actual, expected, where)
-    check_architecture(network, expected, where)
-
-
 class Checkpointer(DetectionCheckpointer):
     """:class:`DetectionCheckpointer` for weights from any source, which loads all or nothing.
 
@@ -80,7 +63,7 @@ class Checkpointer(DetectionCheckpointer):
     addresses that Detectron2 knows, are told apart by their content. Weights of a backbone or a
     classifier go into the backbone, res5 of C4 and fc6, fc7 of a VGG into the region head. Whole
     detectors, ours or of Detectron2's zoo, load as Detectron2 does it. Files are read as data:
-    nothing in them is executed.
+    nothing in them is executed. What is saved has its name when it is whole.
 
     Weights that were trained on another input or stride than the detector's are refused, where
     they, their origin or `preprocessing` say it. So are weights that lack tensors of the backbone
@@ -90,6 +73,7 @@ class Checkpointer(DetectionCheckpointer):
     Args:
         preprocessing: see :func:`resnet_backbone.weights.read_checkpoint`.
         class_names: of the detector, in order; empty: not known, not checked.
+        marks_last: whether ``--resume`` continues from what is saved.
     """
 
     def __init__(
@@ -99,31 +83,41 @@ class Checkpointer(DetectionCheckpointer):
         *,
         preprocessing: str = "",
         class_names: Sequence[str] = (),
+        marks_last: bool = True,
         **kwargs,
     ):
         super().__init__(model, save_dir, **kwargs)
-        self.preprocessing = preprocessing
+        self.preprocessing, self.marks_last = preprocessing, marks_last
         self.class_names = list(class_names)
 
     def save(self, name: str, **kwargs) -> None:
+        """As fvcore's, but after an OSError the file that it would replace is there."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content = {"model": self.model.state_dict(), "class_names": self.class_names}
+        content |= {key: one.state_dict() for key, one in self.checkpointables.items()}
         described = describe_input(self.model)
         if described is not None:
-            kwargs[PREPROCESSING_KEY] = described.to_json()
-        super().save(name, class_names=self.class_names, **kwargs)
+            content[PREPROCESSING_KEY] = described.to_json()
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        for left in Path(self.save_dir).glob(".*.pth.*.tmp"):  # by a process that was killed
+            left.unlink()
+        with whole_file(path) as temporary:
+            torch.save({**content, **kwargs}, temporary)
+        if self.marks_last:
+            write_text(os.path.join(self.save_dir, LAST), f"{name}.pth")
 
     def load(
         self, path: str, checkpointables: list[str] | None = None, *, needs_detector: bool = False
     ) -> dict[str, Any]:
-        """Loads weights; see :class:`Checkpointer`.
+        """Loads weights, and returns what a detector's checkpoint holds beside them.
 
         Args:
             checkpointables: None resumes a training or evaluates: a detector's checkpoint must
                 fill every layer. ``[]`` means weights to start a training from, of any classes:
                 other parts than the backbone may be missing.
             needs_detector: refuses weights of a backbone alone.
-
-        Returns:
-            What a detector's checkpoint holds beside its weights and `checkpointables`.
 
         Raises:
             WeightsError: with the file, the reason and what to write.
@@ -148,37 +142,32 @@ class Checkpointer(DetectionCheckpointer):
 
     def _named_input(self) -> str:
         """The preprocessing that its maker names, or else the config of the backbone."""
-        known = (network.weights_preprocessing for network in networks(self.model))
-        return self.preprocessing or next(known, "")
+        known = [network.weights_preprocessing for network in networks(self.model).values()]
+        return next(filter(None, (self.preprocessing, *known)), "")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return self._file.content()
 
     def _load_model(self, checkpoint: dict[str, Any]):
-        expected = detector_input(self._file, self._source, self._named_input())
+        model, tensors, where = self.model, checkpoint["model"], self._source
+        expected = detector_input(self._file, where, self._named_input())
         if expected is not None:
-            check_input(self.model, expected, self._source)
+            check_input(model, expected, where)
         checkpoint.pop(PREPROCESSING_KEY, None)
         classes = checkpoint.pop("class_names", None) or self.class_names
         if not self._starts and self.class_names and classes != self.class_names:
             raise WeightsError(
-                f"{self._source} was trained on the classes {classes}, these data have "
+                f"{where} was trained on the classes {classes}, these data have "
                 f"{self.class_names}: use the config.yaml of its run, or set "
                 "RESNET_BACKBONE.CLASS_NAMES to its classes"
             )
-        checkpoint["model"] = _named_for(self.model, checkpoint, self._source)
-        refuse_misfit(self.model, checkpoint["model"], self._source, whole=not self._starts)
+        if checkpoint.pop("matching_heuristics", False):
+            is_caffe2 = checkpoint.get("__author__") == "Caffe2"
+            tensors = align_and_update_state_dicts(model.state_dict(), tensors, is_caffe2)
+            add_folded_statistics(model, tensors, where)
+            checkpoint["model"] = tensors
+        refuse_misfit(model, tensors, where, whole=not self._starts)
         return super()._load_model(checkpoint)
-
-
-def _named_for(model: nn.Module, checkpoint: dict[str, Any], where: str) -> dict[str, Tensor]:
-    """The tensors under the detector's names."""
-    tensors = checkpoint["model"]
-    if checkpoint.pop("matching_heuristics", False):
-        is_caffe2 = checkpoint.get("__author__") == "Caffe2"
-        tensors = align_and_update_state_dicts(model.state_dict(), tensors, is_caffe2)
-        add_folded_statistics(model, tensors, where)
-    return tensors
 
 
 def load_backbone(
@@ -188,10 +177,6 @@ def load_backbone(
 
     Args:
         source, preprocessing, raw: see :func:`resnet_backbone.weights.read_checkpoint`.
-
-    Raises:
-        WeightsError: input or stride mismatch, missing or wrongly shaped tensors. The detector
-            is unchanged then.
     """
     try:
         weights = read_network(source, preprocessing or origin_input(source) or "", raw=raw)
@@ -222,8 +207,8 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
             continue
         source = HEAD_LAYERS[target] + key[len(target) :]
         if source not in tensors:
-            if source.startswith("res5.") or {"fc6.weight", "fc7.weight"} & tensors.keys():
-                kind = "C4" if source.startswith("res5.") else "VGG"
+            kind = "C4" if source.startswith("res5.") else "VGG"
+            if kind == "C4" or {"fc6.weight", "fc7.weight"} & tensors.keys():
                 raise WeightsError(f"{path} lacks {source}, a layer of the {kind} head")
             random.append(key)
         elif tensors[source].shape != own.shape:
@@ -237,21 +222,8 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
     return head
 
 
-class AtomicCheckpointer(Checkpointer, AtomicWriter):
-    """:class:`Checkpointer` that writes as :class:`AtomicWriter`."""
-
-    def __init__(self, *args: Any, marks_last: bool = True, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.marks_last = marks_last
-
-
 def refuse_not_finite(model: nn.Module) -> None:
-    """All processes must call it.
-
-    Raises:
-        FloatingPointError: on every process, if any has a weight or statistic that is NaN or
-            infinite.
-    """
+    """All processes must call it: a FloatingPointError on each, if any has NaN or infinity."""
     state = model.state_dict().items()
     found = next((key for key, value in state if not value.isfinite().all()), "")
     bad = [key for key in comm.all_gather(found) if key]
@@ -262,113 +234,76 @@ def refuse_not_finite(model: nn.Module) -> None:
 # What fits
 
 
-class Misfit(NamedTuple):
-    """Keys of a model and of a file that do not go together; all empty where all fit."""
-
-    missing: list[str]
-    reshaped: dict[str, Tensor]  # key of the model -> the file's tensor
-    unknown: list[str]
-
-
-def find_misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> Misfit:
-    """What a model lacks, what has another shape, and what of a backbone it has no layer for.
-
-    Args:
-        tensors: under the model's keys. Detectron2's matching of names leaves those that it found
-            no place for, also because of their shape, under the ends of keys.
-    """
-    own = {k: v for k, v in model.state_dict().items() if not NOT_WEIGHTS.match(k)}
-    found = {key: _named(key, tensors) for key in own}
-    reshaped = {k: v for k, v in found.items() if v is not None and v.shape != own[k].shape}
-    missing = [key for key in own if key not in tensors and key not in reshaped]
-    return Misfit(missing, reshaped, _unknown(model, own, tensors))
-
-
-def _named(key: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    parts = key.split(".")
-    names = (".".join(parts[index:]) for index in range(len(parts) - 1))
-    return next((tensors[name] for name in names if name in tensors), None)
-
-
-def _unknown(
-    model: nn.Module, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> list[str]:
-    """A deeper network's blocks; the stages and the head that a backbone leaves out are none."""
-    found = []
-    for prefix, network in _networks(model).items():
-        left_out = tuple(f"{name}." for name in network.left_out)
-        stages = re.compile(rf"({'|'.join(network.stage_names)})\.\d+\.")
-        for key in tensors:
-            name = key.removeprefix(prefix)
-            ours = name != key or stages.match(name)
-            known = key in own or NOT_WEIGHTS.match(key) or name.startswith(left_out)
-            if ours and not known:
-                found.append(key)
-    return found
-
-
-def _networks(model: nn.Module) -> dict[str, StagedNetwork]:
-    """Prefix of the keys -> network of this package."""
-    modules = model.named_modules()
-    return {f"{name}.": part for name, part in modules if isinstance(part, StagedNetwork)}
-
-
 def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, whole: bool) -> None:
     """Refuses a checkpoint that does not fill all required layers.
 
     Args:
+        tensors: under the model's keys, or, where Detectron2's matching of names found no place
+            for them, under the ends of keys.
         whole: every tensor must be there, as for evaluation and resuming. Otherwise the backbone
             must be, layers that depend on the number of classes may have another shape, and
             other parts may be missing as a whole; a line says which then start at random.
-
-    Raises:
-        WeightsError: naming a tensor and its shapes.
     """
-    misfit = find_misfit(model, tensors)
-    prefixes = (*(_networks(model) or ("backbone.",)), RES5)
+    own = {k: v.shape for k, v in model.state_dict().items() if not NOT_WEIGHTS.match(k)}
+    prefixes = (*(networks(model) or ("backbone.",)), RES5)
     if not any(key.startswith(prefixes) for key in tensors):
         raise WeightsError(
             f"{where} has no tensor of this detector's backbone, whose names begin with "
             f"{prefixes[0]}; it has {min(tensors, default='none')}"
         )
-    reshaped = [key for key in misfit.reshaped if whole or not CLASS_LAYERS.match(key)]
-    if reshaped:
-        key = reshaped[0]
-        hint = ""
+    found = {key: _shape(key, tensors) for key in own}
+    reshaped = [key for key, shape in found.items() if shape not in (None, own[key])]
+    refused = [key for key in reshaped if whole or not CLASS_LAYERS.match(key)]
+    if refused:
+        key, hint = refused[0], ""
         if CLASS_LAYERS.match(key):
             hint = "; is the number of classes, or RESNET_BACKBONE.GLOBAL_CONTEXT, another?"
         raise WeightsError(
-            f"{where}: {len(reshaped)} tensors are of another shape, such as {key}: "
-            f"{tuple(misfit.reshaped[key].shape)}, this detector has "
-            f"{tuple(model.state_dict()[key].shape)}{hint}"
+            f"{where}: {len(refused)} tensors are of another shape, such as {key}: "
+            f"{tuple(found[key])}, this detector has {tuple(own[key])}{hint}"
         )
-    if misfit.unknown:
+    unknown = next(_unknown(model, own, tensors), None)
+    if unknown:
         raise WeightsError(
-            f"{where}: this detector's backbone has no {misfit.unknown[0]}; is it another depth?"
+            f"{where}: this detector's backbone has no {unknown}; is it another depth?"
         )
-    lacking = [key for key in misfit.missing if whole or key.startswith(prefixes)]
+    missing = [key for key in own if key not in tensors and key not in reshaped]
+    lacking = [key for key in missing if whole or key.startswith(prefixes)]
     if lacking:
         raise WeightsError(
             f"{where} lacks {len(lacking)} of this detector's tensors, such as {lacking[0]}; is it "
             "of another architecture, or weights of less than the whole detector?"
         )
-    report_random([*misfit.missing, *misfit.reshaped], where)
+    report_random([*missing, *reshaped], where)
 
 
-def _part(key: str) -> str:
-    """The part of a detector that a tensor belongs to: ``roi_heads.mask_head.``"""
-    return ".".join(key.split(".")[:2]) + "."
+def _shape(key: str, tensors: Mapping[str, Tensor]) -> torch.Size | None:
+    """Of the tensor under the longest end of a key."""
+    parts = key.split(".")
+    names = (".".join(parts[index:]) for index in range(len(parts) - 1))
+    return next((tensors[name].shape for name in names if name in tensors), None)
+
+
+def _unknown(model: nn.Module, own: Iterable[str], tensors: Iterable[str]) -> Iterator[str]:
+    """A deeper network's blocks; the stages and the head that a backbone leaves out are none."""
+    for prefix, network in networks(model).items():
+        left_out = tuple(f"{name}." for name in network.left_out)
+        stages = re.compile(rf"({'|'.join(network.stage_names)})\.\d+\.")
+        for key in tensors:
+            name = key.removeprefix(prefix)
+            known = key in own or NOT_WEIGHTS.match(key) or name.startswith(left_out)
+            if not known and (name != key or stages.match(name)):
+                yield key
 
 
 def report_random(keys: list[str], where: str) -> None:
-    """A line that names the parts whose tensors a file does not fill; none where it fills all."""
+    """A line that names the parts whose tensors a file does not fill."""
     if keys:
-        parts = Counter(_part(key).rstrip(".") for key in keys)
-        listed = ", ".join(f"{part} ({count} tensors)" for part, count in parts.items())
+        parts = Counter(".".join(key.split(".")[:2]) for key in keys)
         logger.info(
             "%s: layers of another number of classes, or not in the file, start at random: %s",
             where,
-            listed,
+            ", ".join(f"{part} ({count} tensors)" for part, count in parts.items()),
         )
 
 
@@ -376,9 +311,6 @@ def add_folded_statistics(model: nn.Module, tensors: dict[str, Tensor], where: s
     """Completes a file whose batch norms are a scale and a shift, such as Detectron1's, in place.
 
     The statistics are folded into these: mean 0 and variance 1 - eps give the same function.
-
-    Raises:
-        WeightsError: see :func:`refuse_folded`.
     """
     if any(key.endswith("running_var") for key in tensors):
         return
@@ -392,8 +324,7 @@ def add_folded_statistics(model: nn.Module, tensors: dict[str, Tensor], where: s
 def refuse_folded(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuses to train batch norms whose statistics are folded into their scale and shift.
 
-    Raises:
-        WeightsError: every variance in the file is that of an identity, and norms are not frozen.
+    Then every variance in the file is that of an identity.
     """
     variances = [value for key, value in tensors.items() if key.endswith("running_var")]
     identity = FrozenBatchNorm2d(1).running_var

@@ -1,30 +1,33 @@
-"""Files of detectors: found by name, told apart by their content, read as data, written whole."""
+"""Files of detectors: found by name, told apart by their content, read as data; and their input.
+
+The input that weights were trained on is ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``,
+``MODEL.PIXEL_STD`` and ``MODEL.RESNETS.STRIDE_IN_1X1``. With a wrong one weights load without
+complaint and cost accuracy.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.keymaps import caffe2
 from resnet_backbone.weights.preprocessing import (
     INPUT_SETTINGS,
     Preprocessing,
     WeightsError,
+    get_preprocessing,
     one_line,
+    same_mean,
+    same_std,
 )
 from resnet_backbone.weights.readers import (
     INDEX_SUFFIX,
@@ -35,8 +38,24 @@ from resnet_backbone.weights.readers import (
     open_file,
     read_tensors,
 )
-from resnet_backbone.weights.sources import DETECTRON2, SCHEMES, resolve
+from resnet_backbone.weights.sources import (
+    BY_ADDRESS,
+    CATALOG,
+    DETECTRON2,
+    DETECTRON2_DEFAULT,
+    SCHEMES,
+    resolve,
+)
 
+FORMAT, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
+STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
+NAME_KEY = "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"  # says the input of weights that do not
+# Names of Detectron2's zoo for the detectors that our backbones fit, all trained on the defaults of
+# its config. Those of gn and syncbn have their stride elsewhere, dconv has other layers.
+ZOO = re.compile(
+    r"(COCO-\w+|LVISv\d.\d-\w+|Cityscapes|PascalVOC-Detection|Detectron1-Comparisons|Misc)"
+    r"/(?!\w*(gn|syncbn|dconv))\w+_R_(50|101)_\w+/"
+)
 LAST = "last_checkpoint"  # a file in the run folder that names its newest checkpoint
 CLASSIFIERS_ONLY = ("torchvision", "timm", "hf")  # schemes under which there is no detector here
 # How the names in a detector begin, in Detectron2 and in Detectron1.
@@ -46,30 +65,19 @@ CAFFE2_PARTS = tuple(part for part in caffe2.OTHER_PARTS if part != "__preserve_
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What ``MODEL.WEIGHTS`` names; tensors are read when they are asked for.
+    """What ``MODEL.WEIGHTS`` names; tensors are read when they are asked for."""
 
-    Attributes:
-        source: of a backbone or a classifier, as :mod:`resnet_backbone.weights` finds it.
-        file: None where only its reader opens it: a folder, a safetensors file of a classifier.
-        is_detector: it holds a whole detector.
-        matching_heuristics: names are to be matched by their ends.
-    """
-
-    source: str
-    file: OpenFile | None = None
-    is_detector: bool = False
-    matching_heuristics: bool = False
+    source: str  # of a backbone or a classifier, as resnet_backbone.weights finds it
+    file: OpenFile | None = None  # None where only its reader opens it: a folder, a library's name
+    is_detector: bool = False  # it holds a whole detector
+    matching_heuristics: bool = False  # names are to be matched by their ends
 
     def raw(self) -> RawFile | None:
         """The weights of a backbone or a classifier; None where they are still to be read."""
         return None if self.file is None else read_tensors(self.file.path, self.file)
 
     def stated_input(self) -> Preprocessing | None:
-        """The input that a detector says it was trained on; None if it does not.
-
-        Raises:
-            WeightsError: it says something unreadable.
-        """
+        """The input that a detector says it was trained on; None if it does not."""
         text = self.file.rest.get(PREPROCESSING_KEY)
         if isinstance(text, str):
             return Preprocessing.from_json(text)
@@ -84,18 +92,12 @@ class WeightsFile:
         """A detector in the form of Detectron2's checkpointer, ``{"model": {name: tensor}, ...}``.
 
         Beside the model lies the state of a training, or ``__author__`` and
-        ``matching_heuristics``. Files of Detectron1 and Caffe2 get both of these.
-
-        Raises:
-            WeightsError: it is damaged, or holds numbers that are not finite.
+        ``matching_heuristics``. Files of Detectron1 and Caffe2 get both of these. A WeightsError
+        if it is damaged, or holds numbers that are not finite.
         """
-        file = self.file
-        if file.path.suffix == ".pkl" and not (
-            file.wrapper == "model" and "__author__" in file.rest
-        ):
+        file, rest = self.file, self.file.beside()
+        if file.path.suffix == ".pkl" and (file.wrapper != "model" or "__author__" not in rest):
             rest = {"__author__": "Caffe2", "matching_heuristics": True}
-        else:
-            rest = file.beside()
         if self.matching_heuristics:
             rest["matching_heuristics"] = True
         return {**rest, "model": file.tensors()}
@@ -104,82 +106,45 @@ class WeightsFile:
 def open_weights(source: str) -> WeightsFile:
     """Opens what ``MODEL.WEIGHTS`` names, and fetches it if need be.
 
-    Raises:
-        WeightsError: an unknown name, no network; a file that is missing, damaged, or holds more
-            than data.
+    Detectron2's ``?matching_heuristics=True`` may follow. A WeightsError for an unknown name, no
+    network, a file that is missing, damaged, or holds more than data.
     """
-    name, heuristics = without_query(source)
+    query = re.fullmatch(r"(.*)\?matching_heuristics=(True|False)", source)
+    name = query[1] if query else source
     scheme, separator, _ = name.partition("://")
     if separator and scheme in CLASSIFIERS_ONLY:
         return WeightsFile(name)
     path = Path(locate(name))
     if not path.exists():
         raise WeightsError(f"{path}: no such file; check MODEL.WEIGHTS or the path")
-    backbone = WeightsFile(_backbone_source(name, path))
+    # where resnet_backbone.weights finds a backbone; other schemes are of the PathManager alone
+    known = not separator or scheme in SCHEMES
+    backbone = cached_by_detectron2(name) or name if known else str(path)
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
-        return backbone
-    if path.suffix == ".safetensors" and not is_detector(_header_keys(path)):
-        return backbone
+        return WeightsFile(backbone)
     file = open_file(path)
-    return WeightsFile(backbone.source, file, is_detector(file.weights), heuristics)
-
-
-def _backbone_source(name: str, path: Path) -> str:
-    """Where :mod:`resnet_backbone.weights` finds weights of a backbone: a file, or their name."""
-    scheme, separator, _ = name.partition("://")
-    if separator and scheme not in SCHEMES:  # of Detectron2's PathManager alone
-        return str(path)
-    return cached_by_detectron2(name) or name
-
-
-def without_query(source: str) -> tuple[str, bool]:
-    """A source without ``?matching_heuristics=True``, and whether it asks for that.
-
-    It is Detectron2's way to have names matched by their ends.
-    """
-    match = re.fullmatch(r"(.*)\?matching_heuristics=(True|False)", source)
-    return (match[1], match[2] == "True") if match else (source, False)
-
-
-def is_detector(keys: Iterable[str]) -> bool:
-    """Whether tensors of these names are a detector's, and not a backbone's or a classifier's."""
-    names = [key.removeprefix("module.") for key in keys]
-    return any(name.startswith((*PARTS, *CAFFE2_PARTS)) for name in names)
-
-
-def _header_keys(path: Path) -> list[str]:
-    """Names of tensors; none for a damaged file, of which its reader says what is wrong."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError):
-        return []
+    is_detector = any(key.startswith((*PARTS, *CAFFE2_PARTS)) for key in file.weights)
+    return WeightsFile(backbone, file, is_detector, query is not None and query[2] == "True")
 
 
 def locate(source: str) -> str:
     """The local path of a file or folder; remote ones are fetched once per machine.
 
-    Names of Detectron2 are looked for in its own cache first. Schemes that
-    :mod:`resnet_backbone.weights.sources` does not know are Detectron2's ``PathManager``'s.
+    Names of Detectron2 are looked for in its own cache first.
     """
-    scheme, separator, _ = source.partition("://")
-    if not separator:
-        return source
     cached = cached_by_detectron2(source)
-    if cached:
-        return cached
-    fetch = _resolved if scheme in SCHEMES else _fetched_by_detectron2
+    if cached or "://" not in source:
+        return cached or source
     if comm.get_local_rank() == 0:  # the other processes of this machine find the file
-        fetch(source)
+        _fetch(source)
     comm.synchronize()
-    return fetch(source)
+    return _fetch(source)
 
 
-def _resolved(source: str) -> str:
-    return str(resolve(source).path)
-
-
-def _fetched_by_detectron2(source: str) -> str:
+def _fetch(source: str) -> str:
+    """Schemes that our sources do not know are those of Detectron2's ``PathManager``."""
+    if source.partition("://")[0] in SCHEMES:
+        return str(resolve(source).path)
     try:
         return PathManager.get_local_path(source)
     except Exception as error:  # of whatever handler serves this scheme
@@ -193,45 +158,84 @@ def cached_by_detectron2(source: str) -> str:
     return str(path) if url.startswith(DETECTRON2) and path.is_file() else ""
 
 
-# Writing
+def origin_input(source: str) -> Preprocessing | None:
+    """The input that published weights need, where their name or the end of their path says it.
 
-
-class AtomicWriter(DetectionCheckpointer):
-    """:class:`DetectionCheckpointer` whose files appear under their names when they are whole.
-
-    Attributes:
-        marks_last: whether ``--resume`` continues from what is saved.
+    Args:
+        source: such as ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, or a copy of it in a
+            folder ``ImageNetPretrained/MSRA``; detectors of Detectron2's zoo likewise. Nothing is
+            fetched or read.
     """
+    source = CATALOG.get(source.removeprefix("catalog://"), source)
+    for address, known in BY_ADDRESS.items():
+        folder = address.split("/", 4)[-1]  # https: / / host / project / folder
+        if folder in source:
+            return known
+    return DETECTRON2_DEFAULT if ZOO.search(source) else None
 
-    marks_last = True
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        """As fvcore's, which writes in place.
+def detector_input(file: WeightsFile, source: str, name: str) -> Preprocessing | None:
+    """The input that a detector's checkpoint was trained on; None if it is unknown.
 
-        Raises:
-            OSError: the file cannot be written; the one that it would replace is there.
-        """
-        if not self.save_dir or not self.save_to_disk:
-            return
-        states = {key: one.state_dict() for key, one in self.checkpointables.items()}
-        content = {"model": self.model.state_dict(), **states, **kwargs}
-        path = os.path.join(self.save_dir, f"{name}.pth")
-        self.logger.info("Saving checkpoint to %s", path)
-        for left in Path(self.save_dir).glob(".*.pth.*.tmp"):  # by a process that was killed
-            left.unlink()
-        with whole_file(path) as temporary:
-            torch.save(content, temporary)
-        if self.marks_last:
-            self.tag_last_checkpoint(f"{name}.pth")
+    Args:
+        source: as the user wrote it.
+        name: of ``PREPROCESSINGS``, for a file that does not say it; "" for none. A WeightsError
+            if the file says another.
+    """
+    stated, named = file.stated_input(), get_preprocessing(name) if name else None
+    if stated is None:
+        return named or origin_input(source)
+    if named is not None and differences(stated, named):
+        raise WeightsError(
+            f"{source} carries its own preprocessing, which is not {name!r}: leave {NAME_KEY} out"
+        )
+    return stated
 
-    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        write_text(os.path.join(self.save_dir, LAST), last_filename_basename)
+
+def input_keys(known: Preprocessing) -> dict[str, Any]:
+    """The config's input keys with the values of an input; the stride is None where it is not."""
+    return {
+        FORMAT: known.channel_order,
+        MEAN: [round(value, 4) for value in known.pixel_mean_255()],
+        STD: [round(value, 4) for value in known.pixel_std_255()],
+        STRIDE: known.stride_in_1x1,
+    }
+
+
+def agree(key: str, have: Any, want: Any) -> bool:
+    """Whether two values of an input key are of one convention, as far as they are known."""
+    if key in (MEAN, STD):
+        return (same_mean if key == MEAN else same_std)(have, want)
+    return have == want or None in (have, want)
+
+
+def differences(actual: Preprocessing, expected: Preprocessing) -> dict[str, tuple[Any, Any]]:
+    """Values of `actual` and of `expected` for each config key that matters and differs."""
+    have, want = input_keys(actual), input_keys(expected)
+    return {key: (have[key], want[key]) for key in have if not agree(key, have[key], want[key])}
+
+
+def refuse_other_input(actual: Preprocessing | None, expected: Preprocessing, where: str) -> None:
+    """Refuses weights that were trained on other input than a detector gives them."""
+    if actual is None:
+        raise WeightsError(f"{where}: INPUT.FORMAT must be RGB or BGR to use these weights")
+    wrong = differences(actual, expected)
+    if wrong:
+        found = ", ".join(f"{key} is {_spell(have)}" for key, (have, _) in wrong.items())
+        mend = " ".join(
+            f"{key} {want}" if isinstance(want, bool) else f'{key} "{_spell(want)}"'
+            for key, (_, want) in wrong.items()
+        )
+        raise WeightsError(f"{where} was trained on other input: {found}; set {mend}")
+
+
+def _spell(value: Any) -> str:
+    if not isinstance(value, list):
+        return str(value)
+    return "[" + ", ".join(f"{number:.6g}" for number in value) + "]"
 
 
 def find_last_checkpoint(folder: str) -> str:
     """The checkpoint from which a run resumes; "" where there is none."""
-    mark = os.path.join(folder, LAST)
-    if not os.path.isfile(mark):
-        return ""
-    with open(mark, encoding="utf-8") as file:
-        return os.path.join(folder, file.read().strip())
+    mark = Path(folder, LAST)
+    return os.path.join(folder, mark.read_text("utf-8").strip()) if mark.is_file() else ""

@@ -1,7 +1,6 @@
-"""``RESNET_BACKBONE.WEIGHTS_INPUT``: a config's input keys are checked against weights, or set.
+"""What a config and a detector give their backbone, checked against weights, or set by them.
 
-The keys are ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD`` and
-``MODEL.RESNETS.STRIDE_IN_1X1``. With a wrong one weights load without complaint and cost accuracy.
+``RESNET_BACKBONE.WEIGHTS_INPUT`` says which.
 """
 
 from __future__ import annotations
@@ -12,33 +11,37 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
+from torch import Tensor, nn
 
-from resnet_backbone.detection.checkpoint.backbone_input import (
+from resnet_backbone.detection.checkpoint.files import (
     FORMAT,
     MEAN,
     NAME_KEY,
     STD,
     STRIDE,
-    config_input,
+    agree,
     detector_input,
-    has_bottlenecks,
+    input_keys,
+    open_weights,
     origin_input,
     refuse_other_input,
 )
-from resnet_backbone.detection.checkpoint.files import open_weights
 from resnet_backbone.detection.config import UsageError, backbone_node
+from resnet_backbone.models import BottleneckBlock, StagedNetwork
 from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.weights import Preprocessing, WeightsError, describe_weights
+from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.checkpoint import ModelSpec
-from resnet_backbone.weights.preprocessing import same_mean, same_std
+from resnet_backbone.weights.load import check_architecture, stride_of
+from resnet_backbone.weights.preprocessing import INPUT_SETTINGS
 from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger(__name__)
-
 NODE_KEY = "RESNET_BACKBONE.WEIGHTS_INPUT"
-# Norms with the tensors of batch norm.
-BATCH_NORMS = ("BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN")
+BATCH_NORMS = ("BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN")  # have the same tensors
+_BARE = ("", "bottom_up.")  # where a network is in no detector, but alone or in an FPN
+DERIVED = ("running_mean", "running_var")  # left out by files with folded statistics
 
 
 def prepare_weights(
@@ -47,16 +50,13 @@ def prepare_weights(
     """Does what ``RESNET_BACKBONE.WEIGHTS_INPUT`` says, before data are read or a model is built.
 
     "check" compares the config's input keys with what the weights were trained on, "set" replaces
-    them (see :func:`use_weights_input`) and leaves "check" behind: the config is then final.
+    them (see :func:`use_weights_input`) and leaves "check" behind: the config is then final. The
+    lines say what was set, or could not be checked.
 
     Args:
-        cfg: not frozen.
         given: keys that the user set; a value of theirs that contradicts the weights is an error.
         weights: ``--weights FILE``: ``MODEL.WEIGHTS FILE`` and "set".
         resume_from: a checkpoint that is loaded in place of ``MODEL.WEIGHTS``.
-
-    Returns:
-        What was set, or could not be checked, one line each.
 
     Raises:
         UsageError: another value of the key, a contradiction, another network.
@@ -65,26 +65,22 @@ def prepare_weights(
     mode = cfg.RESNET_BACKBONE.WEIGHTS_INPUT
     if mode not in ("check", "set"):
         raise UsageError(f"{NODE_KEY} is check or set, not {mode!r}")
-    if weights:
-        if "MODEL.WEIGHTS" in given:
-            raise UsageError(f"--weights {weights} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: give one")
-        if mode == "check" and NODE_KEY in given:
-            raise UsageError(f"--weights {weights} sets the input keys: leave {NODE_KEY} out")
-        cfg.MODEL.WEIGHTS, mode = weights, "set"
-    source, lines = resume_from or cfg.MODEL.WEIGHTS, []
-    if source:
-        follow = _use_input if mode == "set" else check_weights
-        lines = follow(cfg, source, given)
-    cfg.RESNET_BACKBONE.WEIGHTS_INPUT = "check"
+    if weights and "MODEL.WEIGHTS" in given:
+        raise UsageError(f"--weights {weights} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: give one")
+    if weights and mode == "check" and NODE_KEY in given:
+        raise UsageError(f"--weights {weights} sets the input keys: leave {NODE_KEY} out")
+    named, lines = weights or cfg.MODEL.WEIGHTS, []
+    source = resume_from or named
+    if source and (weights or mode == "set"):
+        lines = use_weights_input(cfg, source, given)
+    elif source:
+        lines = _check_input(cfg, source)
+    cfg.MODEL.WEIGHTS, cfg.RESNET_BACKBONE.WEIGHTS_INPUT = named, "check"
     return lines
 
 
 def require_weights(cfg: CfgNode) -> None:
-    """For a detector that is not trained.
-
-    Raises:
-        UsageError: ``MODEL.WEIGHTS`` is empty.
-    """
+    """A UsageError where ``MODEL.WEIGHTS`` is empty, for a detector that is not trained."""
     if not cfg.MODEL.WEIGHTS:
         raise UsageError(
             "MODEL.WEIGHTS is empty: add MODEL.WEIGHTS FILE, a checkpoint that tools/train_net.py "
@@ -92,28 +88,11 @@ def require_weights(cfg: CfgNode) -> None:
         )
 
 
-def check_weights(cfg: CfgNode, source: str, given: Collection[str] = ()) -> list[str]:
-    """Compares a config with what weights say of their input and network; it is not changed.
-
-    Args:
-        given: not looked at: all values count, whoever set them.
-
-    Returns:
-        A line for a detector's checkpoint that says no input and cannot be checked.
-
-    Raises:
-        WeightsError: another input, with the keys, both values and what to write; weights of a
-            backbone that say no input.
-        UsageError: another network.
-    """
-    found, actual = _describe(cfg, source), config_input(cfg)
-    if found.model:
-        _check_network(cfg, network_keys(found.model, source), found.model.name, source)
+def _check_input(cfg: CfgNode, source: str) -> list[str]:
+    found = _describe(cfg, source)
     if found.input is None:
         return [f"{source} does not say which input it was trained on: taken to be the config's"]
-    if actual is None:
-        raise WeightsError(f"{source}: INPUT.FORMAT must be RGB or BGR to use these weights")
-    refuse_other_input(actual, found.input, source)
+    refuse_other_input(config_input(cfg), found.input, source)
     return []
 
 
@@ -123,17 +102,27 @@ def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) ->
     What weights say of their input (``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``,
     ``MODEL.RESNETS.STRIDE_IN_1X1``) replaces the config's values; the network that they name is
     compared with the config's, which stays. Weights without preprocessing follow
-    ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``.
+    ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``. The rest is as for :func:`prepare_weights`.
 
     Args:
         cfg: not frozen; without the node ``RESNET_BACKBONE`` its defaults count.
         source: of a backbone, a classifier or a whole detector; see
             :class:`resnet_backbone.detection.Checkpointer`.
-        given: see :func:`prepare_weights`.
-
-    Returns, raises: see :func:`prepare_weights`.
     """
-    lines = _use_input(cfg, source, given)
+    found = _describe(cfg, source)
+    if found.input is None:
+        raise WeightsError(
+            f"{source} does not say which input it was trained on: name it ({NAME_KEY} msra, "
+            f"caffe_vgg or torchvision), or set {FORMAT}, {MEAN}, {STD} and {STRIDE} yourself with "
+            f"{NODE_KEY} check"
+        )
+    data = found.input.source or "data that it does not name"
+    lines = [f"{source}: a {found.name}, trained on {data}"]
+    for key, value in input_keys(found.input).items():
+        if key != STRIDE or (value is not None and has_bottlenecks(cfg)):
+            lines += _set(cfg, key, value, key in given, source)
+    if found.has_mean_image:
+        lines.append("MODEL.PIXEL_MEAN holds the channel means of the file's mean image")
     cfg.MODEL.WEIGHTS = source
     if "RESNET_BACKBONE" in cfg:
         cfg.RESNET_BACKBONE.WEIGHTS_INPUT = "check"
@@ -150,68 +139,31 @@ def with_weights_input(cfg: CfgNode) -> CfgNode:
     return copy
 
 
-def _use_input(cfg: CfgNode, source: str, given: Collection[str]) -> list[str]:
-    found = _describe(cfg, source)
-    if found.input is None:
-        raise WeightsError(
-            f"{source} does not say which input it was trained on: name it ({NAME_KEY} msra, "
-            f"caffe_vgg or torchvision), or set {FORMAT}, {MEAN}, {STD} and {STRIDE} yourself with "
-            f"{NODE_KEY} check"
-        )
-    if found.model:
-        _check_network(cfg, network_keys(found.model, source), found.model.name, source)
-    what = "a detector" if found.is_detector else "a network that it does not name"
-    lines = [f"{source}: a {found.model.name}" if found.model else f"{source}: {what}"]
-    lines[0] += f", trained on {found.input.source or 'data that it does not name'}"
-    for key, value in _input_keys(cfg, found.input).items():
-        lines += _set(cfg, key, value, key in given, source)
-    if found.has_mean_image:
-        lines.append(
-            "MODEL.PIXEL_MEAN holds the channel means of the file's mean image, which fits "
-            "no image of another size"
-        )
-    return lines
-
-
 class _Described(NamedTuple):
-    """What weights say of themselves."""
-
     input: Preprocessing | None
-    model: ModelSpec | None = None
+    name: str  # of the network
     has_mean_image: bool = False
-    is_detector: bool = False
 
 
 def _describe(cfg: CfgNode, source: str) -> _Described:
+    """Refuses weights of another network than the config's."""
     name, opened = backbone_node(cfg).WEIGHTS_PREPROCESSING, open_weights(source)
     if opened.is_detector:
-        return _Described(detector_input(opened, source, name), is_detector=True)
+        return _Described(detector_input(opened, source, name), "detector")
     try:
         found = describe_weights(opened.source, name or origin_input(source) or "", opened.raw())
     except UnknownInput as error:
         raise UnknownInput(source, NAME_KEY) from error
-    model = ModelSpec(**found.model) if found.model else None
-    return _Described(found.preprocessing, model, found.has_mean_image)
-
-
-def _input_keys(cfg: CfgNode, expected: Preprocessing) -> dict[str, Any]:
-    """The config's input settings as the weights ask for them."""
-    wanted = {
-        FORMAT: expected.channel_order,
-        MEAN: [round(value, 4) for value in expected.pixel_mean_255()],
-        STD: [round(value, 4) for value in expected.pixel_std_255()],
-    }
-    if expected.stride_in_1x1 is not None and has_bottlenecks(cfg):
-        wanted[STRIDE] = expected.stride_in_1x1
-    return wanted
+    if found.model:
+        _check_network(cfg, ModelSpec(**found.model), source)
+    what = found.model.get("name", "network that it does not name")
+    return _Described(found.preprocessing, what, found.has_mean_image)
 
 
 def _set(cfg: CfgNode, key: str, value: Any, given: bool, path: str) -> list[str]:
     """Sets one key; the line that says so, none where it has that value already."""
     have = read_key(cfg, key)
-    same = {MEAN: same_mean, STD: same_std}.get(key)
-    agree = same(have, value) if same else have == value
-    if given and not agree:
+    if given and not agree(key, have, value):
         raise UsageError(
             f"{key} {have} contradicts {path}, which was trained with {value}: leave {key} out"
         )
@@ -231,11 +183,7 @@ def read_key(cfg: CfgNode, key: str) -> Any:
 
 
 def network_keys(model: ModelSpec, path: str) -> dict[str, Any]:
-    """The config keys that build the network that weights name, with their values.
-
-    Raises:
-        WeightsError: a network that no backbone here is.
-    """
+    """The config keys that build the network that weights name, with their values."""
     match = re.fullmatch(r"(?:(?:torchvision|timm)/)?(resnet|plain|vgg)(\d+)(_bn)?", model.name)
     family, depth = (match[1], int(match[2])) if match else ("", 0)
     options = model.options
@@ -256,25 +204,147 @@ def network_keys(model: ModelSpec, path: str) -> dict[str, Any]:
     raise WeightsError(f"{path} is a {model.name}; detectors here have {known}: train one")
 
 
-def _check_network(cfg: CfgNode, keys: Mapping[str, Any], name: str, path: str) -> None:
+def _check_network(cfg: CfgNode, model: ModelSpec, path: str) -> None:
     """Refuses a file of another network than the config's; unknown backbones pass here."""
-    backbone, of_vgg = cfg.MODEL.BACKBONE.NAME, "MODEL.RESNETS.DEPTH" not in keys
+    keys, backbone = network_keys(model, path), cfg.MODEL.BACKBONE.NAME
+    of_vgg = "MODEL.RESNETS.DEPTH" not in keys
     if not backbone.startswith(("build_paper_resnet", "build_vgg")):
         return
     if backbone.startswith("build_vgg") != of_vgg:
         other = "VGG_16" if of_vgg else f"R_{keys['MODEL.RESNETS.DEPTH']}"
         raise UsageError(
-            f"{path} is a {name}, MODEL.BACKBONE.NAME is {backbone}: take a config such as "
+            f"{path} is a {model.name}, MODEL.BACKBONE.NAME is {backbone}: take a config such as "
             f"configs/detection/voc/faster_rcnn_{other}_FPN.yaml"
         )
-    differ = {key: value for key, value in keys.items() if not _agree(read_key(cfg, key), value)}
+    differ = {
+        key: value for key, value in keys.items() if not _same_setting(read_key(cfg, key), value)
+    }
     if differ:
         have = ", ".join(f"{key} is {read_key(cfg, key)!r}" for key in differ)
         mend = " ".join(
             f"{key} {value if value != '' else repr('')}" for key, value in differ.items()
         )
-        raise UsageError(f"{path} is a {name} of other settings: {have}; set {mend}")
+        raise UsageError(f"{path} is a {model.name} of other settings: {have}; set {mend}")
 
 
-def _agree(have: Any, value: Any) -> bool:
+def _same_setting(have: Any, value: Any) -> bool:
     return have == value or (have in BATCH_NORMS and value in BATCH_NORMS)
+
+
+def config_input(cfg: CfgNode) -> Preprocessing | None:
+    """The input that a config gives its backbone; None if it is not an image in RGB or BGR."""
+    stride = cfg.MODEL.RESNETS.STRIDE_IN_1X1 if has_bottlenecks(cfg) else None
+    return _stated(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, stride)
+
+
+def describe_input(model: nn.Module) -> Preprocessing | None:
+    """What a meta-architecture gives a backbone of ours; None if it has none or does not say."""
+    network = next(iter(networks(model).values()), None)
+    known, mean = getattr(network, "input_settings", None), getattr(model, "pixel_mean", None)
+    if known is not None or network is None or mean is None:
+        return known
+    # Made without a config: what the meta-architecture says, which of those for labels is no format
+    order, std = getattr(model, "input_format", None), model.pixel_std
+    return _stated(order, mean.flatten().tolist(), std.flatten().tolist(), stride_of(network))
+
+
+def networks(model: nn.Module) -> dict[str, StagedNetwork]:
+    """The networks of this package inside a detector, by the prefix of their keys."""
+    modules = model.named_modules()
+    return {f"{name}.": part for name, part in modules if isinstance(part, StagedNetwork)}
+
+
+def find_network(model: nn.Module) -> StagedNetwork:
+    """The one network of this package inside a detector."""
+    for network in networks(model).values():
+        return network
+    raise WeightsError(
+        "this detector has none of our backbones: set MODEL.BACKBONE.NAME, for example to "
+        "build_paper_resnet_fpn_backbone"
+    )
+
+
+def has_bottlenecks(cfg: CfgNode) -> bool:
+    """False where the backbone is known to have no block that ``STRIDE_IN_1X1`` could move."""
+    if "vgg" in cfg.MODEL.BACKBONE.NAME:
+        return False
+    return DEPTHS.get(cfg.MODEL.RESNETS.DEPTH, (BottleneckBlock,))[0] is BottleneckBlock
+
+
+def _stated(order, mean, std, stride: bool | None) -> Preprocessing | None:
+    if order not in ("RGB", "BGR") or len(mean) != 3 or len(std) != 3:
+        return None
+    return Preprocessing(
+        order, 255.0, tuple(mean), tuple(std), stride_in_1x1=stride, source="a Detectron2 config"
+    )
+
+
+def check_input(model: nn.Module, expected: Preprocessing, where: str) -> None:
+    """Refuses weights that were trained on other input than this detector gives them."""
+    network = find_network(model)
+    refuse_other_input(describe_input(model), expected, where)
+    check_architecture(network, expected, where)
+
+
+class StatesInput(nn.Module):
+    """A network that says in its detector's state dict which input it was trained on.
+
+    Where :attr:`input_settings` is known, the state dict of a module around this one has the entry
+    ``input_settings`` (see :meth:`Preprocessing.to_tensor`), and loading one that says otherwise is
+    an error. That holds for whatever loads and saves the detector, such as Detectron2's
+    ``DefaultPredictor`` and ``DefaultTrainer``. State dicts without the entry load, and those of
+    the network or its feature pyramid alone hold weights only.
+    """
+
+    # what the config gives the network; None: not known, not checked
+    input_settings: Preprocessing | None = None
+    # name and input of MODEL.WEIGHTS where the name alone says the input: state dicts that do not
+    # speak for themselves are taken to come from there
+    origin: tuple[str, Preprocessing] | None = None
+    weights_preprocessing: str = ""  # RESNET_BACKBONE.WEIGHTS_PREPROCESSING
+
+    def check_settings(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Refuses a detector's state dict whose part below `prefix` does not fit this network.
+
+        Its tensors are not all there when Detectron2 leaves out those of another shape.
+        """
+        if self.input_settings is None or prefix in _BARE:
+            return
+        stated = state_dict.get(prefix + INPUT_SETTINGS)
+        if stated is not None:
+            expected = Preprocessing.from_tensor(stated)
+            refuse_other_input(self.input_settings, expected, "the checkpoint")
+        elif self.origin is not None and any(key.startswith(prefix) for key in state_dict):
+            name, expected = self.origin
+            refuse_other_input(self.input_settings, expected, f"MODEL.WEIGHTS {name}")
+        self._refuse_part(state_dict, prefix)
+
+    def _refuse_part(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """For those who load with ``strict=False`` and warn, as Detectron2's checkpointer."""
+        own = {prefix + key for key in self.state_dict()}
+        found = {key for key in state_dict if key.startswith(prefix)}
+        if not found:
+            raise WeightsError(
+                f"the checkpoint has nothing for the backbone, whose names begin with {prefix}; "
+                "resnet_backbone.detection.Checkpointer loads weights under other names (a part "
+                "of a detector has its own load_state_dict)"
+            )
+        left_out = tuple(f"{prefix}{name}." for name in (INPUT_SETTINGS, *self.left_out))
+        lacking = {key for key in own - found if not key.endswith(DERIVED)}
+        unknown = {key for key in found - own if not f"{key}.".startswith(left_out)}
+        differ = sorted(key for key in lacking | unknown if not key.endswith(COUNTER))
+        if differ:
+            raise WeightsError(
+                f"the checkpoint is of another backbone: {len(differ)} tensors are in one of the "
+                f"two alone or of another shape, such as {differ[0]}; is it another depth?"
+            )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.input_settings is not None and prefix not in _BARE:
+            destination[prefix + INPUT_SETTINGS] = self.input_settings.to_tensor()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        self.check_settings(state_dict, prefix)
+        state_dict.pop(prefix + INPUT_SETTINGS, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)

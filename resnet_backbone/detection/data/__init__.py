@@ -1,33 +1,17 @@
-"""Detection data: VOC layout and COCO JSON, loading, registering and checking."""
+"""Detection data: VOC layout and COCO JSON, scanned and registered."""
 
-from resnet_backbone.detection.data.coco import (
-    check_coco,
-    drop_bad,
-    load_coco_instances,
-    register_coco,
-)
+from resnet_backbone.detection.data.coco import register_coco, scan_coco
 from resnet_backbone.detection.data.problems import DataProblem, DataReport, apply_policy
-from resnet_backbone.detection.data.voc import (
-    VOC_CLASSES,
-    check_voc,
-    find_voc_classes,
-    load_voc_instances,
-    register_voc,
-)
-from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.detection.data.voc import VOC_CLASSES, find_voc_classes, register_voc, scan_voc
 
 __all__ = [
     "VOC_CLASSES",
-    "DataError",
     "DataProblem",
     "DataReport",
     "apply_policy",
-    "check_coco",
-    "check_voc",
-    "drop_bad",
     "find_voc_classes",
-    "load_coco_instances",
-    "load_voc_instances",
     "register_coco",
     "register_voc",
+    "scan_coco",
+    "scan_voc",
 ]

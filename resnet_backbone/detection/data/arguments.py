@@ -10,10 +10,7 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.build import (
-    filter_images_with_few_keypoints,
-    filter_images_with_only_crowd_annotations,
-)
+from detectron2.data.build import get_detection_dataset_dicts
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.coco import register_coco
@@ -44,44 +41,28 @@ def labels_pixels(cfg: CfgNode) -> bool:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that name a data set by path."""
-    data = parser.add_argument_group(
-        "data", "By path, or by registered names with DATASETS.TRAIN and DATASETS.TEST."
-    )
+    about = "By path, or by registered names with DATASETS.TRAIN and DATASETS.TEST."
+    data = parser.add_argument_group("data", about)
     data.add_argument("--voc-root", metavar="DIR", help="folder with Annotations/, JPEGImages/")
     data.add_argument("--train-set", metavar="NAME", help="split in ImageSets/Main, e.g. trainval")
     data.add_argument("--test-set", metavar="NAME", help="split in ImageSets/Main, e.g. test")
-    data.add_argument(
-        "--coco-json",
-        nargs=2,
-        metavar=("TRAIN", "TEST"),
-        help="instances JSON files to train on and to evaluate on",
-    )
-    data.add_argument(
-        "--image-root",
-        nargs="+",
-        metavar="DIR",
-        help="image folders of the two JSON files; one folder serves both",
-    )
     pair = dict(nargs=2, metavar=("TRAIN", "TEST"))
+    data.add_argument("--coco-json", **pair, help="instances JSON files to train and evaluate on")
+    roots = "image folders of the two JSON files; one folder serves both"
+    data.add_argument("--image-root", nargs="+", metavar="DIR", help=roots)
     data.add_argument("--sem-seg", **pair, help="folders of label pictures, with classes.txt")
     data.add_argument("--panoptic-json", **pair, help="panoptic JSON files, beside --coco-json")
-    data.add_argument(
-        "--panoptic-root", **pair, help="their pictures (default: the JSON's name without .json)"
-    )
-    data.add_argument(
-        "--bad-data",
-        choices=("drop", "refuse"),
-        default="drop",
-        help="missing or broken files and boxes: leave them out, or stop (default: drop)",
-    )
+    pictures = "their pictures (default: the JSON's name without .json)"
+    data.add_argument("--panoptic-root", **pair, help=pictures)
+    policies = "missing or broken files and boxes: leave them out, or stop (default: drop)"
+    data.add_argument("--bad-data", choices=("drop", "refuse"), default="drop", help=policies)
 
 
 def check_data_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Refuses what shows without reading the data, so that nothing is fetched or scanned in vain.
 
     Raises:
-        UsageError: options that contradict one another or lack something, names of data sets that
-            are not registered.
+        UsageError: options that contradict one another or lack something, unknown names.
         DataError: a folder, file or split that is not there.
     """
     if args.voc_root and args.coco_json:
@@ -114,30 +95,26 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
     """Registers the data sets, checks them, and writes their names and classes into the config.
 
     Returns:
-        The number of training images without those that Detectron2 leaves out.
+        The number of images that a training would use.
 
     Raises:
-        UsageError, DataError: see :func:`check_data_arguments`; problems in the data with
-            ``--bad-data refuse``, or nothing usable at all.
+        UsageError, DataError: see :func:`check_data_arguments` and :func:`apply_policy`.
     """
     check_data_arguments(cfg, args)
-    if args.voc_root:
-        _register_voc_paths(cfg, args)
-    elif args.sem_seg:
-        register_label_paths(cfg, args, _image_roots(args))
-    elif args.coco_json:
-        _register_coco_paths(cfg, args)
+    if args.voc_root or args.sem_seg or args.coco_json:
+        register_paths(cfg, args)
     else:
         for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
             _adopt(name, cfg, args.bad_data)
     num_training = 0
     for name in sorted({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}):
         images = DatasetCatalog.get(name)
-        num_training += cfg.DATASETS.TRAIN.count(name) * count_usable(cfg, images)
         boxes = sum(len(image.get("annotations", ())) for image in images)
         logger.info("data set %s: %d images, %d boxes", name, len(images), boxes)
         if name in cfg.DATASETS.TRAIN and not args.eval_only:
             check_annotations(cfg, name, images)
+            usable = len(usable_images(cfg, name, check_consistency=False))
+            num_training += cfg.DATASETS.TRAIN.count(name) * usable
     things, labels = [], []
     given = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
     if detects_objects(cfg):
@@ -154,16 +131,11 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
     return num_training
 
 
-def count_usable(cfg: CfgNode, images: list[dict]) -> int:
-    """The number of images that a training would use, as Detectron2's loader filters them."""
-    if not images or "annotations" not in images[0]:
-        return len(images)
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        images = filter_images_with_only_crowd_annotations(images)
-    if cfg.MODEL.KEYPOINT_ON:
-        least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        images = filter_images_with_few_keypoints(images, least)
-    return len(images)
+def usable_images(cfg: CfgNode, name: str, **options) -> list[dict]:
+    """A registered data set without the images that Detectron2 leaves out of training."""
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    return get_detection_dataset_dicts([name], filter_empty, keypoints, **options)
 
 
 def _common_classes(cfg: CfgNode, key: str, kind: str) -> list[str]:
@@ -187,18 +159,6 @@ def _voc_splits(args: argparse.Namespace) -> tuple[str, str]:
     return train_set, args.test_set
 
 
-def _register_voc_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
-    splits = _voc_splits(args)
-    classes = list(cfg.RESNET_BACKBONE.CLASS_NAMES) or find_voc_classes(args.voc_root, splits)
-    keep = cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (f"train:{splits[0]}",), (f"test:{splits[1]}",)
-    for name, split, difficult, decode in (
-        (cfg.DATASETS.TRAIN[0], splits[0], keep, False),
-        (cfg.DATASETS.TEST[0], splits[1], True, True),
-    ):
-        register_voc(name, args.voc_root, split, classes, difficult, args.bad_data, decode)
-
-
 def _image_roots(args: argparse.Namespace) -> list[str]:
     if not args.image_root or len(args.image_root) > 2:
         option, got = "--coco-json" if args.coco_json else "--sem-seg", args.image_root or ["none"]
@@ -209,48 +169,47 @@ def _image_roots(args: argparse.Namespace) -> list[str]:
     return (args.image_root * 2)[:2]
 
 
-def _register_coco_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
-    roots = _image_roots(args)
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("train:coco",), ("test:coco",)
-    for name, file, root in zip(("train:coco", "test:coco"), args.coco_json, roots, strict=True):
-        register_coco(name, file, root, args.bad_data, decode=name == "test:coco")
+def register_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Registers what the options name, and writes the names into the config, in place."""
+    if args.voc_root:
+        kinds = splits = _voc_splits(args)
+        classes = list(cfg.RESNET_BACKBONE.CLASS_NAMES) or find_voc_classes(args.voc_root, splits)
+    else:
+        kinds, roots = [_kind(cfg, args)] * 2, _image_roots(args)
+    names = f"train:{kinds[0]}", f"test:{kinds[1]}"
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = names[:1], names[1:]
+    for i, name in enumerate(names):
+        checks = dict(on_bad=args.bad_data, decode=i == 1)
+        if args.voc_root:
+            difficult = i == 1 or cfg.RESNET_BACKBONE.TRAIN_ON_DIFFICULT
+            register_voc(name, args.voc_root, splits[i], classes, difficult, **checks)
+        elif kinds[i] == "coco":
+            register_coco(name, args.coco_json[i], roots[i], **checks)
+        elif kinds[i] == "panoptic":
+            files = args.sem_seg[i], args.panoptic_json[i], (args.panoptic_root or ("", ""))[i]
+            register_panoptic(name, args.coco_json[i], roots[i], *files, **checks)
+        else:
+            shared = roots[0] == roots[1] and args.sem_seg[0] != args.sem_seg[1]
+            register_semantic(name, roots[i], args.sem_seg[i], shared_images=shared, **checks)
 
 
-def register_label_paths(cfg: CfgNode, args: argparse.Namespace, roots: Sequence[str]) -> None:
-    """Registers ``--sem-seg`` folders, alone or with ``--coco-json`` and ``--panoptic-json``.
-
-    Args:
-        cfg: gets the names under ``DATASETS``, in place.
-        roots: image folders for training and test.
-    """
+def _kind(cfg: CfgNode, args: argparse.Namespace) -> str:
+    if not args.sem_seg:
+        return "coco"
     if not labels_pixels(cfg):
         raise UsageError(
             f"--sem-seg: {cfg.MODEL.META_ARCHITECTURE} has no use for label pictures; take "
             "a semantic or panoptic config of configs/segmentation"
         )
-    panoptic = detects_objects(cfg)
-    if panoptic and not (args.coco_json and args.panoptic_json):
+    if not detects_objects(cfg):
+        return "sem_seg"
+    if not (args.coco_json and args.panoptic_json):
         raise UsageError("Panoptic FPN needs --coco-json, --panoptic-json and --sem-seg")
-    kind = "panoptic" if panoptic else "sem_seg"
-    names = f"train:{kind}", f"test:{kind}"
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = names[:1], names[1:]
-    panoptic_roots = args.panoptic_root or ("", "")
-    shared = roots[0] == roots[1] and args.sem_seg[0] != args.sem_seg[1]
-    for i, name in enumerate(names):
-        checks = dict(on_bad=args.bad_data, decode=i == 1)
-        if panoptic:
-            files = args.sem_seg[i], args.panoptic_json[i], panoptic_roots[i]
-            register_panoptic(name, args.coco_json[i], roots[i], *files, **checks)
-        else:
-            register_semantic(name, roots[i], args.sem_seg[i], shared_images=shared, **checks)
+    return "panoptic"
 
 
 def check_annotations(cfg: CfgNode, name: str, images: Sequence[dict]) -> None:
-    """Refuses training data without the boxes, masks or label pictures that the model learns from.
-
-    Raises:
-        UsageError: what is missing, and what to give.
-    """
+    """Refuses training data without the boxes, masks or labels that the model learns from."""
     if labels_pixels(cfg) and not all("sem_seg_file_name" in image for image in images):
         raise UsageError(
             f"data set {name} has no label pictures, which {cfg.MODEL.META_ARCHITECTURE} needs: "
@@ -279,12 +238,7 @@ def check_annotations(cfg: CfgNode, name: str, images: Sequence[dict]) -> None:
 
 
 def set_class_counts(cfg: CfgNode, things: Sequence[str], labels: Sequence[str]) -> None:
-    """Writes names and numbers of classes into the config, in place.
-
-    Args:
-        things: classes of boxes and masks; empty for a purely semantic model.
-        labels: classes of label pictures; empty for a detector.
-    """
+    """Writes names and numbers of classes, of boxes and of label pictures, into the config."""
     cfg.RESNET_BACKBONE.CLASS_NAMES = list(things)
     cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES = list(labels)
     if things:

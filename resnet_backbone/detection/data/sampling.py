@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.samplers import RepeatFactorTrainingSampler
@@ -18,7 +18,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.data.arguments import detects_objects
+from resnet_backbone.detection.data.arguments import detects_objects, usable_images
 from resnet_backbone.runtime.processes import available_cores
 from resnet_backbone.runtime.seeding import (
     AUGMENTATION,
@@ -32,23 +32,21 @@ from resnet_backbone.runtime.seeding import (
 logger = logging.getLogger(__name__)
 
 MAX_REPLACEMENTS = 20  # unreadable images in a row that are replaced by others
+# Detectron2's samplers with repetition
+REPEATING = tuple(
+    f"{kind}TrainingSampler" for kind in ("RepeatFactor", "Weighted", "WeightedCategory")
+)
 Sample = tuple[int, int]  # place in the stream, index of the image
 
 
 @dataclass(frozen=True)
 class ImageStream:
-    """All epochs of a training set, each in another random order, laid end to end.
+    """All epochs of a training set, each in another random order, laid end to end."""
 
-    Args:
-        seed: of the run.
-        indices: the images that are trained on.
-        factors: how often each of them comes in an epoch on average; None: once. As in
-            Detectron2's RepeatFactorTrainingSampler fractions are rounded at random (arXiv
-            1908.03195, appendix B.2).
-    """
-
-    seed: int
-    indices: np.ndarray
+    seed: int  # of the run
+    indices: np.ndarray  # the images that are trained on
+    # How often each of them comes in an epoch on average; None: once. As in Detectron2's
+    # RepeatFactorTrainingSampler fractions are rounded at random (arXiv 1908.03195, appendix B.2).
     factors: np.ndarray | None = None
 
     def epoch(self, number: int) -> np.ndarray:
@@ -67,11 +65,7 @@ class ImageStream:
 
 
 def group(stream: Iterable[Sample], size: int, wide: Sequence[bool] | None) -> Iterator[list]:
-    """Cuts a stream into lists of `size` samples, all wide or all not if `wide` is given.
-
-    Args:
-        wide: of each image, whether it is wider than high; None: images are not told apart.
-    """
+    """Cuts a stream into lists of `size` samples, all wider than high or all not if `wide` says."""
     buckets: tuple[list, list] = [], []
     for sample in stream:
         bucket = buckets[wide is not None and wide[sample[1]]]
@@ -83,52 +77,51 @@ def group(stream: Iterable[Sample], size: int, wide: Sequence[bool] | None) -> I
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a batch (``SOLVER.IMS_PER_BATCH``) is divided.
+    """How a batch (``SOLVER.IMS_PER_BATCH``) is divided into ``processes * accumulate`` parts.
 
-    A batch is ``processes * accumulate`` parts. Each process takes `accumulate` consecutive ones
-    through the network in turn. The images of a part have one orientation, so where processes and
-    `accumulate` have the same product, training is the same.
-
-    Attributes:
-        part: images of a part.
+    Each process takes `accumulate` consecutive parts through the network in turn. The images of a
+    part have one orientation, so where processes and `accumulate` have the same product, training
+    is the same.
     """
 
     batch: int
     accumulate: int = 1
     processes: int = 1
     rank: int = 0
-    part: int = field(init=False)
 
     def __post_init__(self):
         if self.accumulate < 1:
             raise UsageError(f"RESNET_BACKBONE.ACCUMULATE {self.accumulate}: it is at least 1")
-        parts = self.processes * self.accumulate
-        if self.batch < 1 or self.batch % parts:
+        if self.batch < 1 or self.batch % self.num_parts:
             raise UsageError(
                 f"SOLVER.IMS_PER_BATCH {self.batch} does not divide into {self.processes} "
                 f"process{'es' * (self.processes > 1)} x {self.accumulate} parts "
-                f"(RESNET_BACKBONE.ACCUMULATE): choose a multiple of {parts}"
+                f"(RESNET_BACKBONE.ACCUMULATE): choose a multiple of {self.num_parts}"
             )
-        object.__setattr__(self, "part", self.batch // parts)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> BatchPlan:
-        node = cfg.RESNET_BACKBONE
-        world = comm.get_world_size(), comm.get_rank()
-        return cls(cfg.SOLVER.IMS_PER_BATCH, node.ACCUMULATE, *world)
+        accumulate = cfg.RESNET_BACKBONE.ACCUMULATE
+        return cls(cfg.SOLVER.IMS_PER_BATCH, accumulate, comm.get_world_size(), comm.get_rank())
+
+    @property
+    def num_parts(self) -> int:
+        return self.processes * self.accumulate
+
+    @property
+    def part(self) -> int:
+        """Images of a part."""
+        return self.batch // self.num_parts
 
     def number(self, iteration: int, part: int) -> int:
         """The place of this process's part among all parts of a run."""
-        place = self.rank * self.accumulate + part
-        return iteration * self.processes * self.accumulate + place
+        return iteration * self.num_parts + self.rank * self.accumulate + part
 
     def own(self, parts: Iterable[list], iteration: int) -> Iterator[list]:
         """This process's parts of a run's, from an iteration on."""
-        per_iteration = self.processes * self.accumulate
-        first = self.rank * self.accumulate
         for number, part in enumerate(parts):
-            now, place = divmod(number, per_iteration)
-            if now >= iteration and first <= place < first + self.accumulate:
+            is_own = number // self.accumulate % self.processes == self.rank
+            if is_own and number >= iteration * self.num_parts:
                 yield part
 
 
@@ -136,10 +129,7 @@ class AugmentedImages(Dataset):
     """Mapped images by :data:`Sample`; each draws its random numbers for its place alone.
 
     An image for which the mapper gives None is replaced by another one, the same one whenever
-    this place is read.
-
-    Raises:
-        OSError: too many of them in a row.
+    this place is read; too many in a row are an OSError.
     """
 
     def __init__(self, images: Sequence[dict], mapper: Callable[[dict], Any], seed: int):
@@ -160,6 +150,7 @@ class AugmentedImages(Dataset):
         raise OSError(f"{MAX_REPLACEMENTS} training images in a row cannot be read; see the log")
 
 
+@dataclass
 class TrainingLoader:
     """An endless iterable over this process's parts of batches: lists of mapped images.
 
@@ -167,18 +158,17 @@ class TrainingLoader:
     what was read before.
     """
 
-    def __init__(
-        self,
-        dataset: AugmentedImages,
-        stream: ImageStream,
-        plan: BatchPlan,
-        wide: Sequence[bool] | None = None,
-        num_workers: int = 0,
-    ):
-        self.dataset, self.stream, self.plan = dataset, stream, plan
-        self.wide, self.num_workers, self.seed = wide, num_workers, stream.seed
+    dataset: AugmentedImages
+    stream: ImageStream
+    plan: BatchPlan
+    wide: Sequence[bool] | None = None  # of each image, whether it is wider than high
+    num_workers: int = 0
 
-    def samples(self, iteration: int = 0) -> Iterator[list[Sample]]:
+    @property
+    def seed(self) -> int:
+        return self.stream.seed
+
+    def samples(self, iteration: int) -> Iterator[list[Sample]]:
         """This process's parts from an iteration on, as places and indices."""
         return self.plan.own(group(self.stream, self.plan.part, self.wide), iteration)
 
@@ -197,15 +187,10 @@ class TrainingLoader:
 
 
 def build_loader(cfg: CfgNode, mapper: Callable[[dict], Any], seed: int) -> TrainingLoader:
-    """The training images of a config, as ``DATALOADER`` says.
-
-    Raises:
-        UsageError: an unknown sampler, a batch that cannot be divided, images without sizes.
-    """
-    plan = BatchPlan.from_config(cfg)
-    images = [image for name in cfg.DATASETS.TRAIN for image in usable_images(cfg, name)]
-    indices, factors = np.arange(len(images)), None
-    sampler = cfg.DATALOADER.SAMPLER_TRAIN
+    """The training images of a config, as ``DATALOADER`` says; a UsageError if it cannot be."""
+    plan, sampler = BatchPlan.from_config(cfg), cfg.DATALOADER.SAMPLER_TRAIN
+    images = [image for name in cfg.DATASETS.TRAIN for image in training_images(cfg, name)]
+    indices, factors, wide = np.arange(len(images)), None, None
     if sampler == "RandomSubsetTrainingSampler":
         share = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 0)  # a key of some versions of Detectron2
         count = int(len(images) * share)
@@ -217,7 +202,6 @@ def build_loader(cfg: CfgNode, mapper: Callable[[dict], Any], seed: int) -> Trai
         indices = make_rng(SUBSET, seed).permutation(len(images))[:count]
     elif sampler != "TrainingSampler":
         factors = repeat_factors(cfg, images)
-    wide = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         if not all("width" in image and "height" in image for image in images):
             raise UsageError(
@@ -249,33 +233,25 @@ def mapper_options(cfg: CfgNode) -> dict:
     return {"augmentations": augmentations}
 
 
-def usable_images(cfg: CfgNode, name: str) -> list[dict]:
-    """A registered data set without the images that Detectron2 leaves out of training."""
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+def training_images(cfg: CfgNode, name: str) -> list[dict]:
+    """Of a registered data set, with precomputed proposals where the model takes them."""
     proposals = None
     if cfg.MODEL.LOAD_PROPOSALS:
         files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN, strict=False))
         if name not in files:
             raise UsageError(f"MODEL.LOAD_PROPOSALS: DATASETS.PROPOSAL_FILES_TRAIN lacks {name}'s")
         proposals = [files[name]]
-    return get_detection_dataset_dicts(
-        [name],
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-        proposal_files=proposals,
-    )
+    return usable_images(cfg, name, proposal_files=proposals)
 
 
 def repeat_factors(cfg: CfgNode, images: Sequence[dict]) -> np.ndarray:
-    """How often each image comes in an epoch under Detectron2's samplers with repetition.
-
-    Args:
-        images: of all training sets, in their order.
-
-    Raises:
-        UsageError: ``DATALOADER.SAMPLER_TRAIN`` is none of them.
-    """
+    """How often each image of all training sets comes in an epoch under :data:`REPEATING`."""
     loader, sampler = cfg.DATALOADER, cfg.DATALOADER.SAMPLER_TRAIN
+    if sampler not in REPEATING:
+        raise UsageError(
+            f"DATALOADER.SAMPLER_TRAIN {sampler!r}: choose TrainingSampler, "
+            f"RandomSubsetTrainingSampler, {', '.join(REPEATING)}"
+        )
 
     def by_category(some: Sequence[dict]) -> np.ndarray:
         rule = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
@@ -283,19 +259,13 @@ def repeat_factors(cfg: CfgNode, images: Sequence[dict]) -> np.ndarray:
 
     if sampler == "RepeatFactorTrainingSampler":
         return by_category(images)
-    if sampler not in ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"):
-        raise UsageError(
-            f"DATALOADER.SAMPLER_TRAIN {sampler!r}: choose TrainingSampler, "
-            "RepeatFactorTrainingSampler, RandomSubsetTrainingSampler, WeightedTrainingSampler or "
-            "WeightedCategoryTrainingSampler"
-        )
     # a key of some versions of Detectron2
     weights, found = dict(cfg.DATASETS.get("TRAIN_REPEAT_FACTOR", ())), []
     unknown = weights.keys() - set(cfg.DATASETS.TRAIN)
     if unknown:
         raise UsageError(f"DATASETS.TRAIN_REPEAT_FACTOR names {sorted(unknown)}, not trained on")
     for name in cfg.DATASETS.TRAIN:
-        own = usable_images(cfg, name)
+        own = training_images(cfg, name)
         factors = np.full(len(own), float(weights.get(name, 1)))
         if sampler == "WeightedCategoryTrainingSampler":
             factors *= by_category(own)

@@ -17,7 +17,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_
 from torch import nn
 from tqdm import tqdm
 
-from resnet_backbone.detection.checkpoint.checkpointer import AtomicCheckpointer, refuse_not_finite
+from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer, refuse_not_finite
 from resnet_backbone.detection.evaluation.results import Speed
 from resnet_backbone.runtime.errors import Stopped, UsageError
 from resnet_backbone.runtime.files import keep_rows, naming
@@ -63,7 +63,7 @@ class Checkpoints(HookBase):
         Stopped: on every process, with the checkpoint written.
     """
 
-    def __init__(self, checkpointer: AtomicCheckpointer, period: int):
+    def __init__(self, checkpointer: Checkpointer, period: int):
         self.checkpointer, self.period, self._saved = checkpointer, period, -1
 
     def after_step(self) -> None:
@@ -110,7 +110,7 @@ class Evaluation(HookBase):
         period: int,
         metric: str,
         patience: int,
-        checkpointer: AtomicCheckpointer,
+        checkpointer: Checkpointer,
     ):
         self._evaluate, self.period, self.metric = evaluate, period, metric
         self.patience, self.checkpointer = patience, checkpointer

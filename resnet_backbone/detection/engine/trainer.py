@@ -30,7 +30,7 @@ from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
-from resnet_backbone.detection.checkpoint.checkpointer import AtomicCheckpointer
+from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
 from resnet_backbone.detection.checkpoint.input_check import with_weights_input
 from resnet_backbone.detection.config import seed_of, with_seed
@@ -278,8 +278,8 @@ class Trainer(DefaultTrainer):
         return results
 
     @classmethod
-    def build_checkpointer(cls, cfg: CfgNode, model: nn.Module, **options) -> AtomicCheckpointer:
-        return AtomicCheckpointer(
+    def build_checkpointer(cls, cfg: CfgNode, model: nn.Module, **options) -> Checkpointer:
+        return Checkpointer(
             model,
             cfg.OUTPUT_DIR,
             preprocessing=cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING,

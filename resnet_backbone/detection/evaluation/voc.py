@@ -35,7 +35,7 @@ class VOCEvaluator(DatasetEvaluator):
     rounded, per-class results are given, AP is always the area under the curve (VOC 2010 and
     later) with the 11-point one of VOC 2007 beside it, any class names and years will do, and a
     class without ground truth does not enter the mean. On equal input the numbers agree.
-    What `check_voc` reports (bad boxes, unusable images) is not part of the ground truth, as it
+    What `scan_voc` reports (bad boxes, unusable images) is not part of the ground truth, as it
     is not part of what the loader gives.
 
     Args:
@@ -146,7 +146,7 @@ class VOCEvaluator(DatasetEvaluator):
             records, report = dataset.scan()
         if report.problems:
             logger.warning(
-                "%s: evaluated without %d bad boxes and %d bad files; check_voc names them",
+                "%s: evaluated without %d bad boxes and %d bad files; scan_voc names them",
                 self._dataset_name,
                 len(report.bad_boxes),
                 len(report.bad_files),

@@ -12,11 +12,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
 from torch import nn
 
-from resnet_backbone.detection.checkpoint.backbone_input import (
-    StatesInput,
-    config_input,
-    origin_input,
-)
+from resnet_backbone.detection.checkpoint.files import origin_input
+from resnet_backbone.detection.checkpoint.input_check import StatesInput, config_input
 from resnet_backbone.detection.config import UsageError, backbone_node, refuse_ignored_context
 from resnet_backbone.fast import fold_each_call
 from resnet_backbone.models import VGG, ResNet

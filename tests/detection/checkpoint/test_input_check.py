@@ -1,8 +1,8 @@
 """``tools/train_net.py --weights``: what a classifier's file says is taken over, or refused."""
 
-import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ pytest.importorskip("detectron2")
 from resnet_backbone.detection.checkpoint.input_check import use_weights_input
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.models import build_model
-from resnet_backbone.weights import PREPROCESSINGS, Preprocessing, WeightsError, save_weights
+from resnet_backbone.weights import Preprocessing, WeightsError, save_weights
 from resnet_backbone.weights.checkpoint import METADATA_KEY, MODEL_KEY
 
 PROJECT = Path(__file__).resolve().parents[3]
@@ -27,7 +27,7 @@ STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 
 
 def with_stride(value):
-    return Preprocessing(**{**OURS.__dict__, "stride_in_1x1": value})
+    return replace(OURS, stride_in_1x1=value)
 
 
 def test_input_is_taken_over(make_cfg, write):
@@ -40,19 +40,7 @@ def test_input_is_taken_over(make_cfg, write):
     assert "INPUT.FORMAT BGR -> RGB" in lines
     assert "MODEL.PIXEL_STD [1.0, 1.0, 1.0] -> [60.0, 61.0, 62.5]" in lines
     assert len(lines) == 4
-
-
-def test_range_of_one_becomes_bytes(make_cfg, write):
-    cfg = make_cfg(R50)
-    use_weights_input(cfg, write("torchvision/resnet50", PREPROCESSINGS["torchvision"]))
-    assert cfg.MODEL.PIXEL_MEAN == pytest.approx([123.675, 116.28, 103.53])
-    assert cfg.MODEL.PIXEL_STD == pytest.approx([58.395, 57.12, 57.375])
-
-
-def test_what_agrees_is_not_mentioned(make_cfg, write):
-    cfg, path = make_cfg(R18), write()
-    use_weights_input(cfg, path)
-    assert len(use_weights_input(cfg, path)) == 1
+    assert len(use_weights_input(cfg, path)) == 1  # what agrees is not mentioned
 
 
 @pytest.mark.parametrize(
@@ -179,7 +167,7 @@ def test_wrong_files(make_cfg, write, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(Path(path).read_bytes()[:40])
     with pytest.raises(WeightsError, match="cut.safetensors: not a whole safetensors file"):
         use_weights_input(make_cfg(R18), str(tmp_path / "cut.safetensors"))
-    save_file({}, path, {METADATA_KEY: OURS.to_json(), MODEL_KEY: "[1]"})
+    save_file({"x": torch.zeros(1)}, path, {METADATA_KEY: OURS.to_json(), MODEL_KEY: "[1]"})
     with pytest.raises(WeightsError, match="unreadable resnet_backbone.model"):
         use_weights_input(make_cfg(R18), path)
 
@@ -187,12 +175,8 @@ def test_wrong_files(make_cfg, write, tmp_path):
 @pytest.mark.data
 def test_the_papers_own_weights(make_cfg, data_root):
     path = str(data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors")
-    cfg = make_cfg(
-        R50,
-        RESNET_BACKBONE__WEIGHTS_PREPROCESSING="msra",
-        INPUT__FORMAT="RGB",
-        MODEL__RESNETS__STRIDE_IN_1X1=False,
-    )
+    keys = dict(INPUT__FORMAT="RGB", MODEL__RESNETS__STRIDE_IN_1X1=False)
+    cfg = make_cfg(R50, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="msra", **keys)
     use_weights_input(cfg, path)
     assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("BGR", True)
     assert cfg.MODEL.PIXEL_MEAN == [103.939, 116.779, 123.68]
@@ -205,8 +189,6 @@ def test_the_papers_own_weights(make_cfg, data_root):
     "arguments, message",
     [
         (["RESNET_BACKBONE.WEIGHTS_INPUT", "check"], "sets the input keys: leave RESNET_BACKBONE"),
-        (["INPUT.FORMAT", "BGR"], "error: INPUT.FORMAT BGR contradicts"),
-        (["MODEL.RESNETS.DEPTH", "34"], "DEPTH is 34; set MODEL.RESNETS.DEPTH 18"),
         (["MODEL.WEIGHTS", "x.pth"], "error: --weights "),
     ],
 )
@@ -216,12 +198,10 @@ def test_one_line_before_any_work(train, write, tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_trains_from_a_classifier_and_resumes(train, tmp_path):
+def test_trains_from_a_classifier(train, tmp_path):
     """With a learning rate of 0 the backbone stays what the file holds, its head left out."""
     path, run = tmp_path / "final.safetensors", tmp_path / "run"
-    spec = {"name": "resnet18", "num_classes": 10, "options": {}}
-    network = build_model("resnet18", 10)
-    save_weights(network, path, OURS, {MODEL_KEY: json.dumps(spec)})
+    save_weights(build_model("resnet18", 10), path, OURS)
     code, lines = train(run, path, "SOLVER.MAX_ITER", "1")
     assert code == 0, lines
     log = (run / "log.txt").read_text()
@@ -239,9 +219,6 @@ def test_trains_from_a_classifier_and_resumes(train, tmp_path):
     file = load_file(path)
     assert all(torch.equal(theirs[key], file[key]) for key in weights)
     assert not any("linear" in key for key in theirs)
-    code, lines = train(run, path, "--resume", "SOLVER.MAX_ITER", "2")
-    assert code == 0, lines
-    assert "Starting training from iteration 1" in (run / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -249,15 +226,12 @@ def test_from_the_classification_trainer(train, tmp_path):
     """The files of the one tool go into the other, weight by weight."""
     tool = [sys.executable, str(PROJECT / "tools" / "train_classifier.py"), "--config-file"]
     config = PROJECT / "configs" / "classification" / "quickstart" / "resnet18.yaml"
-    keys = ["data.format=synthetic", "data.synthetic_size=32", "data.synthetic_samples=16"]
-    keys += ["data.synthetic_classes=10", "data.augmentation=none", "data.channel_order=BGR"]
-    keys += ["schedule.iterations=2", "schedule.warmup_iterations=0", "train.batch_size=8"]
-    keys += ["data.crop=32", "data.short_side=[32,32]", "train.amp=none"]
-    done = subprocess.run(
-        [*tool, str(config), *keys, f"output.dir={tmp_path / 'classifier'}"],
-        capture_output=True,
-        text=True,
-    )
+    keys = """data.format=synthetic data.synthetic_size=32 data.synthetic_samples=16
+    data.synthetic_classes=10 data.augmentation=none data.channel_order=BGR data.crop=32
+    data.short_side=[32,32] schedule.iterations=2 schedule.warmup_iterations=0 train.batch_size=8
+    train.amp=none"""
+    command = [*tool, str(config), *keys.split(), f"output.dir={tmp_path / 'classifier'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path, run = tmp_path / "classifier" / "final.safetensors", tmp_path / "run"
     code, lines = train(run, path, "SOLVER.MAX_ITER", "1")

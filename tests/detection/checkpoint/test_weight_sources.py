@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
+from states import assert_holds
 
 from resnet_backbone.detection import Checkpointer, use_weights_input
 from resnet_backbone.detection.checkpoint.checkpointer import find_network
@@ -30,8 +32,7 @@ from resnet_backbone.weights.export import export_checkpoint
 R18 = "voc/faster_rcnn_R_18_FPN.yaml"
 
 
-@pytest.fixture
-def r18():
+def random_r18(preprocessing="msra"):
     """A checkpoint of random weights with batch norms that are no identity."""
     torch.manual_seed(0)
     network = build_network("resnet18", 7)
@@ -39,31 +40,20 @@ def r18():
         if "norm" in key and value.is_floating_point():
             value.uniform_(0.5, 1.5)
     tensors = {k: v for k, v in network.state_dict().items() if not k.endswith("tracked")}
-    return Checkpoint(tensors, ModelSpec("resnet18", 7), PREPROCESSINGS["torchvision"])
+    return Checkpoint(tensors, ModelSpec("resnet18", 7), PREPROCESSINGS[preprocessing])
 
 
-def msra(name):
-    """A checkpoint as the zoo's, of random weights."""
-    network = build_network(name, 3)
-    tensors = {k: v for k, v in network.state_dict().items() if not k.endswith("tracked")}
-    return Checkpoint(tensors, ModelSpec(name, 3), PREPROCESSINGS["msra"])
+@pytest.fixture
+def r18():
+    return random_r18("torchvision")
 
 
 def into_detector(cfg, source):
     """The config after --weights, and a detector with these weights."""
     prepare_weights(cfg, weights=str(source))
-    model = build_model(cfg)
-    Checkpointer(model, preprocessing=cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING).load(
-        cfg.MODEL.WEIGHTS, checkpointables=[]
-    )
+    model, named = build_model(cfg), cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING
+    Checkpointer(model, preprocessing=named).load(cfg.MODEL.WEIGHTS, checkpointables=[])
     return model
-
-
-def assert_holds(module, tensors, prefix=""):
-    state = {k: v for k, v in module.state_dict().items() if not k.endswith("tracked")}
-    assert state
-    for key, value in state.items():
-        assert torch.equal(value, tensors[prefix + key].float()), key
 
 
 @pytest.mark.parametrize(
@@ -155,13 +145,12 @@ def served(monkeypatch, tmp_path):
 def caffe2_blobs(checkpoint, path):
     """The zoo's R-50.pkl: no wrapping, norms under the names bn_gamma ..., a classifier fc1000."""
     export_checkpoint(checkpoint, path, "caffe2")
-    blobs = np.load(path, allow_pickle=True)["blobs"]
-    spelling = {"_bn_s": "_bn_gamma", "_bn_b": "_bn_beta", "_bn_rm": "_bn_running_mean"}
+    spelling = {"_bn_s$": "_bn_gamma", "_bn_b$": "_bn_beta", "_bn_rm$": "_bn_running_mean"}
+    spelling |= {"_bn_riv$": "_bn_running_var", "pred_": "fc1000_"}
     renamed = {}
-    for key, value in blobs.items():
-        end = next((end for end in spelling if key.endswith(end)), "")
-        key = key.removesuffix(end) + spelling.get(end, "")
-        key = key.replace("_bn_riv", "_bn_running_var").replace("pred_", "fc1000_")
+    for key, value in np.load(path, allow_pickle=True)["blobs"].items():
+        for ours, theirs in spelling.items():
+            key = re.sub(ours, theirs, key)
         renamed[key] = value
     path.write_bytes(pickle.dumps(renamed, protocol=2))
 
@@ -169,7 +158,7 @@ def caffe2_blobs(checkpoint, path):
 def test_the_zoos_backbone_by_name(make_cfg, small, served):
     """It speaks for itself: no name of a preprocessing is needed, and the input is checked."""
     folder, fetched = served
-    weights, source = msra("resnet18"), "detectron2://ImageNetPretrained/MSRA/R-18.pkl"
+    weights, source = random_r18(), "detectron2://ImageNetPretrained/MSRA/R-18.pkl"
     caffe2_blobs(weights, folder / "R-18.pkl")
     cfg = make_cfg(R18, **small, MODEL__WEIGHTS=source)
     assert prepare_weights(cfg) == []
@@ -199,7 +188,7 @@ class Mine(PathHandler):
 
 
 def test_a_backbone_from_a_store_of_the_path_manager(make_cfg, small, tmp_path):
-    weights = msra("resnet18")
+    weights = random_r18()
     write_checkpoint(weights, tmp_path / "r18.safetensors")
     PathManager.register_handler(Mine(tmp_path), allow_override=True)
     cfg = make_cfg(R18, **small, MODEL__WEIGHTS="mine://r18.safetensors")
@@ -212,7 +201,7 @@ def test_a_backbone_from_a_store_of_the_path_manager(make_cfg, small, tmp_path):
 def test_detectron2s_cache_is_used(make_cfg, small, served, tmp_path):
     path = tmp_path / "iopath" / "detectron2/ImageNetPretrained/MSRA/R-18.pkl"
     path.parent.mkdir(parents=True)
-    weights = msra("resnet18")
+    weights = random_r18()
     export_checkpoint(weights, path, "caffe2")
     model = into_detector(make_cfg(R18, **small), "detectron2://ImageNetPretrained/MSRA/R-18.pkl")
     assert_holds(find_network(model), weights.tensors)
@@ -221,7 +210,7 @@ def test_detectron2s_cache_is_used(make_cfg, small, served, tmp_path):
 
 def test_c4_from_the_zoo(make_cfg, served):
     folder, _ = served
-    weights = msra("resnet18")
+    weights = random_r18()
     caffe2_blobs(weights, folder / "R-18.pkl")
     cfg = make_cfg("voc/faster_rcnn_R_18_C4.yaml")
     model = into_detector(cfg, "detectron2://ImageNetPretrained/MSRA/R-18.pkl")
@@ -252,17 +241,11 @@ def test_unknown_names_are_one_line(make_cfg, served, source):
 
 
 SLOW = [("FPN", "detectron2 .pkl"), ("FPN", "caffe2 .pkl"), ("C4", "huggingface ")]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
 
 
 @pytest.mark.data
-@pytest.mark.parametrize(
-    "head, kind",
-    [
-        ("FPN", "huggingface "),
-        ("C4", "detectron2 .pth"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
-    ],
-)
+@pytest.mark.parametrize("head, kind", [("FPN", "huggingface "), ("C4", "detectron2 .pth"), *SLOW])
 def test_msra_resnet50_in_other_forms(make_cfg, small, data_root, tmp_path, head, kind):
     """The backbone's maps of a real image are those of the original file, whatever the input."""
     source = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
@@ -281,6 +264,5 @@ def test_msra_resnet50_in_other_forms(make_cfg, small, data_root, tmp_path, head
         with torch.no_grad():
             maps.append(find_network(model)(model.preprocess_image(batch).tensor))
     for name, expected in maps[0].items():
-        torch.testing.assert_close(
-            maps[1][name], expected, rtol=0, atol=2e-4 * expected.abs().max()
-        )
+        tolerance = 2e-4 * expected.abs().max()
+        torch.testing.assert_close(maps[1][name], expected, rtol=0, atol=tolerance)

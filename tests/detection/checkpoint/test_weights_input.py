@@ -34,10 +34,7 @@ def where(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (
-            [],
-            "was trained on other input: INPUT.FORMAT is BGR, MODEL.PIXEL_MEAN is [120, 120, 120]",
-        ),
+        ([], "trained on other input: INPUT.FORMAT is BGR, MODEL.PIXEL_MEAN is [120, 120, 120]"),
         (["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[130,121,110]"], "PIXEL_STD is [60, 60, 60]"),
         ([MODE, "set", "INPUT.FORMAT", "BGR"], "INPUT.FORMAT BGR contradicts"),
         ([MODE, "sometimes"], "RESNET_BACKBONE.WEIGHTS_INPUT is check or set, not 'sometimes'"),
@@ -89,11 +86,10 @@ def test_detectors_say_their_input_too(make_cfg, small, tmp_path):
     state = model.state_dict()
     torch.save({"model": state}, tmp_path / "upstreams.pth")
     Checkpointer(model, str(tmp_path)).save("ours")
+    mend = r'set INPUT.FORMAT "RGB" MODEL.PIXEL_STD "\[58, 57, '
     for name in ("ours.pth", "upstreams.pth"):
         cfg = make_cfg(R18, **small, MODEL__WEIGHTS=str(tmp_path / name))
-        with pytest.raises(
-            WeightsError, match=r'set INPUT.FORMAT "RGB" MODEL.PIXEL_STD "\[58, 57, '
-        ):
+        with pytest.raises(WeightsError, match=mend):
             prepare_weights(cfg)
         lines = use_weights_input(cfg, str(tmp_path / name))
         assert "INPUT.FORMAT BGR -> RGB" in lines and cfg.MODEL.PIXEL_STD == [58.0, 57.0, 57.0]
@@ -118,9 +114,8 @@ def test_a_name_that_contradicts_a_detector(make_cfg, small, tmp_path):
 
 
 def test_our_trainer_and_predictor_follow_set(make_cfg, small, tmp_path):
-    Checkpointer(build_detector(make_cfg(R18, **small, INPUT__FORMAT="RGB")), str(tmp_path)).save(
-        "x"
-    )
+    model = build_detector(make_cfg(R18, **small, INPUT__FORMAT="RGB"))
+    Checkpointer(model, str(tmp_path)).save("x")
     keys = dict(MODEL__WEIGHTS=str(tmp_path / "x.pth"), RESNET_BACKBONE__WEIGHTS_INPUT="set")
     cfg = make_cfg(R18, **small, **keys)
     cfg.freeze()
@@ -146,9 +141,10 @@ def test_resume_needs_its_own_checkpoint_alone(train, train_net, tiny_voc, tiny_
     assert (run / "config.yaml").read_text() == before
     code, lines = train(run, path, "--resume", "SOLVER.MAX_ITER", "2")
     assert code == 0, lines
+    assert "Starting training from iteration 1" in (run / "log.txt").read_text()
     assert yaml.safe_load((run / "config.yaml").read_text())["MODEL"]["WEIGHTS"] == str(path)
     code, lines = train_net(
         QUICKSTART, "--eval-only", "--weights", run / "model_final.pth", *again[:8], *tiny_training
     )
-    assert code == 0, lines  # the base config is of another input
-    assert "INPUT.FORMAT BGR -> RGB" in (run / "eval" / "log.txt").read_text()
+    assert code == 0, lines  # the input is the run's, not the base config's
+    assert f"those of the command line are those of {run}" in (run / "eval/log.txt").read_text()

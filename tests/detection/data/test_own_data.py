@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resnet_backbone.cli import prepare_data
-from resnet_backbone.detection.data.coco import load_coco_instances
-from resnet_backbone.detection.data.preparation.own import read_own, split_records
+from resnet_backbone.detection.data.coco import scan_coco
+from resnet_backbone.detection.data.own import read_own, split_records
 
 WIDTH, HEIGHT = 80, 40
 BOXES = {  # image -> (class, box as x0 y0 x1 y1 from 0)
@@ -56,20 +56,16 @@ def write_yolo(folder: Path, names=BOXES) -> None:
 
 
 def write_coco(file: Path, names=BOXES, prefix="") -> None:
-    boxes = [(name, *box) for name in names for box in BOXES[name]]
+    ids, annotations = {"dog": 7, "cat": 9}, []
+    for name in names:
+        for category, (x0, y0, x1, y1) in BOXES[name]:
+            one = {"id": len(annotations), "image_id": name, "category_id": ids[category]}
+            annotations.append({**one, "bbox": [x0, y0, x1 - x0, y1 - y0]})
     sizes = {"width": WIDTH, "height": HEIGHT}
     content = {
-        "categories": [{"id": 7, "name": "dog"}, {"id": 9, "name": "cat"}],
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
         "images": [{"id": n, "file_name": f"{prefix}{n}.jpg", **sizes} for n in names],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": name,
-                "category_id": {"dog": 7, "cat": 9}[category],
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-            }
-            for number, (name, category, (x0, y0, x1, y1)) in enumerate(boxes)
-        ],
+        "annotations": annotations,
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content))
@@ -85,16 +81,14 @@ def voc_apart(root):
     return images(root / "data"), root / "xml"
 
 
-def coco_file(root):
-    write_coco(root / "all.json", prefix="sub/")
+def coco_file(root, prefix="sub/"):
+    write_coco(root / "all.json", prefix=prefix)
     images(root / "data" / "sub")
     return root / "data", root / "all.json"
 
 
 def coco_of_a_folder_inside(root):
-    write_coco(root / "all.json")
-    images(root / "data" / "sub")
-    return root / "data", root / "all.json"
+    return coco_file(root, prefix="")
 
 
 def yolo_folders(root):
@@ -152,11 +146,7 @@ def test_every_format_gives_the_same_boxes(tmp_path, make):
 def test_folders_of_roboflow_stay_splits(tmp_path, write):
     splits, names, _ = read_own(*roboflow(write)(tmp_path))
     assert found(splits, names) == BOXES
-    assert {key: len(records) for key, records in splits.items()} == {
-        "train": 2,
-        "val": 1,
-        "test": 1,
-    }
+    assert {key: len(found) for key, found in splits.items()} == dict(train=2, val=1, test=1)
 
 
 def test_what_is_left_out_is_named(tmp_path):
@@ -182,9 +172,8 @@ def test_a_polygon_gives_its_box(tmp_path):
 
 @given(st.integers(2, 60), st.floats(0.05, 0.95), st.integers(0, 9))
 def test_a_split_takes_its_share_of_every_class(number, share, seed):
-    records = [
-        {"file_name": f"{n}.jpg", "annotations": [{"category_id": n % 3}]} for n in range(number)
-    ]
+    names = {f"{n}.jpg": [{"category_id": n % 3}] for n in range(number)}
+    records = [{"file_name": name, "annotations": boxes} for name, boxes in names.items()]
     if not 1 <= round(share * number) < number:
         return
     train, val = split_records(records, share, seed)
@@ -233,11 +222,8 @@ def test_the_command_writes_what_training_reads(tmp_path, run):
     code, printed, _ = run(*arguments)
     assert code == 0 and "--coco-json" in printed and "resnet-backbone train-net" in printed
     assert (tmp_path / "out" / "out_train.jpg").is_file()
-    splits = {
-        name: load_coco_instances(str(tmp_path / "out" / f"{name}.json"), str(folder))
-        for name in ("train", "val")
-    }
-    assert [len(splits["train"]), len(splits["val"])] == [3, 1]
+    files = [str(tmp_path / "out" / f"{name}.json") for name in ("train", "val")]
+    assert [len(scan_coco(file, str(folder))[0]) for file in files] == [3, 1]
     before = (tmp_path / "out" / "train.json").read_bytes()
     assert run(*arguments)[0] == 2  # what is there stays
     assert run(*arguments, "--overwrite")[0] == 0

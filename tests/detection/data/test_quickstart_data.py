@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,10 +18,9 @@ pytest.importorskip("skimage")
 pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
 
 from resnet_backbone.cli import prepare_data  # noqa: E402
-from resnet_backbone.detection.data.preparation import quickstart  # noqa: E402
+from resnet_backbone.detection.data import quickstart  # noqa: E402
 from resnet_backbone.runtime import builtin  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[3]
 NUMBERS = {"num_train": 12, "num_test": 6, "image_size": 128, "seed": 3}
 
 
@@ -80,13 +80,9 @@ def test_boxes_are_where_the_picture_differs_from_the_photograph():
         outside = np.ones(change.shape, bool)
         for x0, y0, x1, y1 in (digit.box for digit in scene.digits):
             outside[y0:y1, x0:x1] = False
-            for edge in (
-                change[y0, x0:x1],
-                change[y1 - 1, x0:x1],
-                change[y0:y1, x0],
-                change[y0:y1, x1 - 1],
-            ):
-                assert edge.max() > 10, "a side of the box touches no ink"
+            rows, columns = change[[y0, y1 - 1], x0:x1], change[y0:y1, [x0, x1 - 1]]
+            sides = (*rows.max(1), *columns.max(0))
+            assert min(sides) > 10, "a side of the box touches no ink"
         assert change[outside].max(initial=0) == 0
 
 
@@ -167,20 +163,13 @@ def test_a_larger_set_keeps_the_first_pictures(built, tmp_path):
     output, _ = built
     quickstart.generate(tmp_path / "larger", **(NUMBERS | {"num_train": 14}))
     for name in ("train_00003.jpg", "test_00003.jpg"):
-        assert filecmp.cmp(
-            output / "JPEGImages" / name, tmp_path / "larger" / "JPEGImages" / name, shallow=False
-        )
+        again = tmp_path / "larger" / "JPEGImages" / name
+        assert filecmp.cmp(output / "JPEGImages" / name, again, shallow=False)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_run_leaves_nothing(tmp_path, error):
-    calls = []
-
-    def stop():
-        calls.append(1)
-        if len(calls) == 14:
-            raise error
-
+    stop = Mock(side_effect=[*[None] * 13, error])
     with pytest.raises(error):
         quickstart.generate(tmp_path / "data", **NUMBERS, on_image=stop)
     assert list(tmp_path.iterdir()) == []
@@ -189,14 +178,10 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, error):
 
 def test_an_interrupted_replacement_keeps_the_old_set(tmp_path):
     quickstart.generate(tmp_path / "data", **NUMBERS)
-
-    def stop():
-        raise KeyboardInterrupt
-
+    stop = Mock(side_effect=KeyboardInterrupt)
+    numbers = NUMBERS | {"seed": 9}
     with pytest.raises(KeyboardInterrupt):
-        quickstart.generate(
-            tmp_path / "data", **(NUMBERS | {"seed": 9}), overwrite=True, on_image=stop
-        )
+        quickstart.generate(tmp_path / "data", **numbers, overwrite=True, on_image=stop)
     assert quickstart.is_complete(tmp_path / "data", NUMBERS)
 
 

@@ -1,7 +1,7 @@
 """Which images make up which iteration, on any number of processes and from any iteration on."""
 
 import random
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -24,6 +24,7 @@ from resnet_backbone.detection.data.sampling import (
     limit_workers,
     repeat_factors,
 )
+from resnet_backbone.detection.engine.trainer import TolerantMapper
 
 WIDE = [number % 3 != 0 for number in range(50)]
 
@@ -35,14 +36,11 @@ def parts(count, plan, start=0, size=20, wide=None, factors=None):
     return list(islice(loader.samples(start), count))
 
 
+few = st.integers(1, 3)
+
+
 @settings(deadline=None)
-@given(
-    accumulate=st.integers(1, 3),
-    processes=st.integers(1, 3),
-    part=st.integers(1, 3),
-    start=st.integers(0, 9),
-    grouped=st.booleans(),
-)
+@given(few, few, few, st.integers(0, 9), st.booleans())
 def test_parts(accumulate, processes, part, start, grouped):
     wide = WIDE if grouped else None
     batch, count = part * accumulate * processes, 12 * accumulate
@@ -59,14 +57,9 @@ def test_parts(accumulate, processes, part, start, grouped):
     assert len(places) == len(set(places))  # no image of an epoch twice
     # one process with as many parts takes the same ones, in the same order
     alone = parts(len(of_rank[0]) * processes, BatchPlan(batch, accumulate * processes), wide=wide)
-    rounds = len(of_rank[0]) // accumulate
-    dealt = [
-        one
-        for number in range(rounds)
-        for whole in of_rank
-        for one in whole[number * accumulate : (number + 1) * accumulate]
-    ]
-    assert dealt == alone
+    rounds = range(0, len(of_rank[0]), accumulate)
+    dealt = [whole[first : first + accumulate] for first in rounds for whole in of_rank]
+    assert list(chain.from_iterable(dealt)) == alone
 
 
 def test_epochs_are_permutations():
@@ -79,9 +72,8 @@ def test_epochs_are_permutations():
 
 def test_repeat_factors_on_average():
     factors = np.array([0.25, 1.0, 2.5])
-    counts = np.bincount(
-        np.concatenate([ImageStream(1, np.arange(3), factors).epoch(i) for i in range(4000)])
-    )
+    stream = ImageStream(1, np.arange(3), factors)
+    counts = np.bincount(np.concatenate([stream.epoch(number) for number in range(4000)]))
     assert np.allclose(counts / 4000, factors, atol=0.03)
 
 
@@ -131,35 +123,23 @@ def test_unreadable_images_are_replaced_by_the_same_ones():
 
 
 @pytest.fixture
-def registered():
-    """Two data sets with a common and a rare class, and one without boxes."""
-    sizes = {"sampling_a": 6, "sampling_b": 3}
-
-    def make(name):
-        return [
-            {
-                "file_name": f"{name}{number}",
-                "width": 4,
-                "height": 3,
-                "annotations": [{"category_id": int(number == 0), "iscrowd": 0}],
-            }
-            for number in range(sizes[name])
-        ] + [{"file_name": "empty", "width": 4, "height": 3, "annotations": []}]
-
-    for name in sizes:
-        DatasetCatalog.register(name, lambda name=name: make(name))
-    yield tuple(sizes)
-    for name in sizes:
-        DatasetCatalog.remove(name)
+def two_sets():
+    """Two data sets with a common and a rare class, and images without boxes."""
+    size, names = {"width": 4, "height": 3}, ("sampling_a", "sampling_b")
+    for name, count in zip(names, (6, 3), strict=True):
+        boxes = [[{"category_id": int(i == 0), "iscrowd": 0}] for i in range(count)]
+        images = [{"file_name": name, "annotations": found, **size} for found in (*boxes, [])]
+        DatasetCatalog.register(name, lambda images=images: images)
+    return names
 
 
 @pytest.mark.parametrize(
     "sampler", ["RepeatFactor", "Weighted", "WeightedCategory", "RandomSubset", ""]
 )
-def test_detectron2s_samplers(make_cfg, registered, sampler):
+def test_detectron2s_samplers(make_cfg, two_sets, sampler):
     from detectron2.data.build import _train_loader_from_config
 
-    keys = dict(DATASETS__TRAIN=registered, DATALOADER__SAMPLER_TRAIN=f"{sampler}TrainingSampler")
+    keys = dict(DATASETS__TRAIN=two_sets, DATALOADER__SAMPLER_TRAIN=f"{sampler}TrainingSampler")
     cfg = make_cfg(DATALOADER__REPEAT_THRESHOLD=0.9, **keys)
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.5
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("sampling_b", 2.5)]
@@ -175,8 +155,8 @@ def test_detectron2s_samplers(make_cfg, registered, sampler):
         assert len(set(loader.stream.epoch(0))) == (4 if sampler == "RandomSubset" else 9)
 
 
-def test_refused_samplers(make_cfg, registered):
-    cfg = make_cfg(DATASETS__TRAIN=registered, DATALOADER__SAMPLER_TRAIN="Other")
+def test_refused_samplers(make_cfg, two_sets):
+    cfg = make_cfg(DATASETS__TRAIN=two_sets, DATALOADER__SAMPLER_TRAIN="Other")
     with pytest.raises(UsageError, match="SAMPLER_TRAIN 'Other': choose TrainingSampler, "):
         build_loader(cfg, draw, seed=1)
     cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
@@ -185,8 +165,8 @@ def test_refused_samplers(make_cfg, registered):
         repeat_factors(cfg, [])
 
 
-def test_proposals_that_are_not_named(make_cfg, registered):
-    cfg = make_cfg(DATASETS__TRAIN=registered, MODEL__LOAD_PROPOSALS=True)
+def test_proposals_that_are_not_named(make_cfg, two_sets):
+    cfg = make_cfg(DATASETS__TRAIN=two_sets, MODEL__LOAD_PROPOSALS=True)
     with pytest.raises(UsageError, match="PROPOSAL_FILES_TRAIN lacks sampling_a's"):
         build_loader(cfg, draw, seed=1)
 
@@ -199,3 +179,15 @@ def test_workers_and_cores(make_cfg, monkeypatch):
         cfg = make_cfg(DATALOADER__NUM_WORKERS=workers)
         limit_workers(cfg)
         assert cfg.DATALOADER.NUM_WORKERS == wanted
+
+
+def test_an_image_that_breaks_during_training_is_left_out(make_cfg, tiny_voc):
+    """The loader takes another one in its place; evaluation ends."""
+    file = sorted((tiny_voc / "JPEGImages").iterdir())[0]
+    good = {"file_name": str(file), "image_id": "good", "annotations": []}
+    broken = {**good, "file_name": str(file.with_name("gone.jpg"))}
+    mapper = TolerantMapper(make_cfg(), True)
+    assert mapper(dict(good))["image_id"] == "good"
+    assert mapper(dict(broken)) is None
+    with pytest.raises(OSError, match="gone.jpg"):
+        TolerantMapper(make_cfg(), False)(dict(broken))

@@ -18,7 +18,7 @@ pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be importe
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
-from resnet_backbone.detection.data.arguments import register_label_paths  # noqa: E402
+from resnet_backbone.detection.data.arguments import register_paths  # noqa: E402
 from resnet_backbone.detection.data.panoptic import (  # noqa: E402
     IGNORE,
     decode_ids,
@@ -39,34 +39,33 @@ from resnet_backbone.detection.evaluation.panoptic import (  # noqa: E402
 from resnet_backbone.runtime.errors import DataError  # noqa: E402
 
 
-@pytest.fixture
-def register():
-    """Functions that register data sets which are taken away afterwards."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-
-
-def box(x0, y0, x1, y1):
-    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
-
-
-def annotation(number, category, x0, y0, x1, y1, crowd=0, image=1):
-    entry = {"id": number, "image_id": image, "category_id": category, "iscrowd": crowd}
-    size, area = [x0, y0, x1 - x0, y1 - y0], (x1 - x0) * (y1 - y0)
-    mask = box(x0, y0, x1, y1)
+def annotation(number, category, x0, y0, x1, y1, crowd=0):
+    mask = [[x0, y0, x1, y0, x1, y1, x0, y1]]
     if crowd:
         pixels = np.zeros((6, 8), np.uint8)
         pixels[y0:y1, x0:x1] = 1
-        runs, value, counts = pixels.ravel(order="F").tolist(), 0, [0]
-        for pixel in runs:
-            if pixel != value:
-                value, counts = pixel, [*counts, 0]
-            counts[-1] += 1
-        mask = {"size": [6, 8], "counts": counts}
-    return entry | {"bbox": size, "area": area, "segmentation": mask}
+        changes = np.flatnonzero(np.diff(pixels.ravel(order="F"), prepend=0, append=2))
+        mask = {"size": [6, 8], "counts": np.diff(changes, prepend=0).tolist()}
+    entry = {"id": number, "image_id": 1, "category_id": category, "iscrowd": crowd}
+    entry |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
+    return entry | {"segmentation": mask}
+
+
+def edit(file, change):
+    """Changes the content of a JSON file."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def label(root):
+    return make_labels(str(root / "instances.json"), str(root / "labels"))
+
+
+@pytest.fixture
+def labelled(scene):
+    label(scene)
+    return scene
 
 
 @pytest.fixture
@@ -109,7 +108,7 @@ SEMANTIC = [  # 0 background, 1 cat, 2 dog; 255 its crowds
 
 
 def test_semantic_labels_of_overlaps_and_crowds(scene):
-    counts = make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+    counts = label(scene)
     assert counts == {"images": 2, "segments": 5, "hidden": 0}
     labels = scene / "labels"
     assert read(labels / "semantic/a/one.png").tolist() == SEMANTIC
@@ -120,13 +119,12 @@ def test_semantic_labels_of_overlaps_and_crowds(scene):
     assert (labels / "stuff/classes.txt").read_text().split() == ["things", "background"]
 
 
-def test_panoptic_segments_of_overlaps_and_crowds(scene):
-    make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
-    content = json.loads((scene / "labels/panoptic.json").read_text())
+def test_panoptic_segments_of_overlaps_and_crowds(labelled):
+    content = json.loads((labelled / "labels/panoptic.json").read_text())
     assert "made from instances" in content["info"]["description"].lower()
     assert [(c["id"], c["isthing"]) for c in content["categories"]] == [(7, 1), (9, 1), (10, 0)]
     entry = content["annotations"][0]
-    ids = decode_ids(read(scene / "labels/panoptic" / entry["file_name"]))
+    ids = decode_ids(read(labelled / "labels/panoptic" / entry["file_name"]))
     found = {s["id"]: s for s in entry["segments_info"]}
     assert set(np.unique(ids).tolist()) == set(found)
     small, large = found[ids[1, 3]], found[ids[0, 0]]
@@ -142,20 +140,23 @@ def test_panoptic_segments_of_overlaps_and_crowds(scene):
 def test_what_is_wholly_hidden_has_no_segment():
     whole, part = np.ones((2, 2), bool), np.array([[1, 1], [0, 0]], bool)
     crowd = {"iscrowd": 1}
-    assert paint_instances([{}, {}, crowd], [part, whole, whole]).tolist() == [[1, 1], [2, 2]]
-    assert paint_instances([{}, {}], [whole, whole]).tolist() == [[2, 2], [2, 2]]
+    assert paint_instances((2, 2), [{}, {}, crowd], [part, whole, whole]).tolist() == [
+        [1, 1],
+        [2, 2],
+    ]
+    assert paint_instances((2, 2), [{}, {}], [whole, whole]).tolist() == [[2, 2], [2, 2]]
 
 
-def test_stuff_labels_of_a_panoptic_file(scene):
+def test_stuff_labels_of_a_panoptic_file(labelled):
     """From our own panoptic file they are what is made from the instances directly."""
-    make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
-    assert make_stuff(str(scene / "labels/panoptic.json"), str(scene / "again"), "", False) == 2
+    labels, again = labelled / "labels", labelled / "again"
+    assert make_stuff(str(labels / "panoptic.json"), str(again)) == 2
     for name in ("a/one.png", "two.png"):
-        assert np.array_equal(read(scene / "again" / name), read(scene / "labels/stuff" / name))
-    void = decode_ids(read(scene / "labels/panoptic/two.png")) * 0
-    Image.fromarray(encode_ids(void)).save(scene / "labels/panoptic/two.png")
-    make_stuff(str(scene / "labels/panoptic.json"), str(scene / "again"), "", False)
-    assert (read(scene / "again/two.png") == IGNORE).all()
+        assert np.array_equal(read(again / name), read(labels / "stuff" / name))
+    void = decode_ids(read(labels / "panoptic/two.png")) * 0
+    Image.fromarray(encode_ids(void)).save(labels / "panoptic/two.png")
+    make_stuff(str(labels / "panoptic.json"), str(again))
+    assert (read(again / "two.png") == IGNORE).all()
 
 
 @given(st.lists(st.integers(0, 256**3 - 1), min_size=1, max_size=20))
@@ -164,33 +165,17 @@ def test_ids_survive_the_picture(numbers):
     assert np.array_equal(decode_ids(encode_ids(ids)), ids)
 
 
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (lambda c: c["annotations"][0].pop("segmentation"), "1 annotations have no usable mask"),
-        (lambda c: c["images"][1].update(file_name="a/one.png"), "label picture a/one.png"),
-        (
-            lambda c: c["images"][1].update(file_name="../../two.jpg"),
-            "'../../two.jpg' does not lie",
-        ),
-        (lambda c: c["images"][1].update(file_name="/two.jpg"), "'/two.jpg' does not lie"),
-        (lambda c: c["images"][1].update(file_name=""), "file_name '' does not lie below"),
-        (lambda c: c.pop("categories"), "cannot be used"),
-        (
-            lambda c: c["categories"].extend({"id": i, "name": str(i)} for i in range(100, 360)),
-            "do not fit into 8-bit labels",
-        ),
-    ],
-)
-def test_instances_that_give_no_labels(scene, change, words):
-    content = json.loads((scene / "instances.json").read_text())
-    change(content)
-    (scene / "instances.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=words):
-        make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
-    assert not (scene / "labels").exists()
-
-
+MANY = [{"id": i, "name": str(i), "isthing": 0} for i in range(100, 360)]
+BELOW = "does not lie below the image folder"
+BAD_INSTANCES = [
+    (lambda c: c["annotations"][0].pop("segmentation"), "1 annotations have no usable mask"),
+    (lambda c: c["images"][1].update(file_name="a/one.png"), "label picture a/one.png"),
+    (lambda c: c["images"][1].update(file_name="../../two.jpg"), f"'../../two.jpg' {BELOW}"),
+    (lambda c: c["images"][1].update(file_name="/two.jpg"), f"'/two.jpg' {BELOW}"),
+    (lambda c: c["images"][1].update(file_name=""), f"file_name '' {BELOW}"),
+    (lambda c: c.pop("categories"), "cannot be used"),
+    (lambda c: c["categories"].extend(MANY), "do not fit into 8-bit labels"),
+]
 BAD_MASKS = [
     ({"counts": [0, 48]}, "neither polygons nor run lengths with size and counts"),
     ({"counts": [5, 5], "size": [2, 5]}, "size [2, 5], its image has height, width [6, 8]"),
@@ -198,7 +183,6 @@ BAD_MASKS = [
     ({"counts": [49, -1], "size": [6, 8]}, "do not add up to 48 pixels"),
     ({"counts": "", "size": [6, 8]}, "its counts are not run lengths"),
     ([[1, 2, 3, 4]], "no polygon has three points"),
-    ([[1, 2]], "no polygon has three points"),
     ([[1, 2, 3, 4, 5, 6, 7]], "no polygon has three points"),
     ([1, 2, 3, 4, 5, 6], "its polygons are not lists of numbers"),
     ([[1, 2, 3, 4, 5, float("nan")]], "its polygons are not lists of numbers"),
@@ -206,38 +190,37 @@ BAD_MASKS = [
 ]
 
 
-@pytest.mark.parametrize("segmentation, words", BAD_MASKS)
-def test_bad_masks_are_named(scene, segmentation, words):
-    content = json.loads((scene / "instances.json").read_text())
-    content["annotations"][1]["segmentation"] = segmentation
-    (scene / "instances.json").write_text(json.dumps(content))
+def with_mask(segmentation):
+    return lambda content: content["annotations"][1].update(segmentation=segmentation)
+
+
+@pytest.mark.parametrize(
+    "change, words", [*BAD_INSTANCES, *((with_mask(mask), words) for mask, words in BAD_MASKS)]
+)
+def test_instances_that_give_no_labels(scene, change, words):
+    edit(scene / "instances.json", change)
     with pytest.raises(DataError, match=re.escape(words)) as error:
-        make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
-    assert "instances.json: 1 annotations have no usable mask, such as id 2" in str(error.value)
+        label(scene)
+    if "mask" in str(error.value):
+        assert re.search("1 annotations have no usable mask, such as id [12]: ", str(error.value))
     assert not (scene / "labels").exists()
 
 
 def test_broken_run_lengths_are_named(scene):
-    content = json.loads((scene / "instances.json").read_text())
-    content["annotations"][0]["segmentation"] = {"counts": "\x01\x02", "size": [6, 8]}
-    (scene / "instances.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="annotation 1 of a/one.jpg: its run lengths cannot be"):
-        make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+    broken = {"counts": "\x01\x02", "size": [6, 8]}
+    edit(scene / "instances.json", with_mask(broken))
+    with pytest.raises(DataError, match="annotation 2 of a/one.jpg: its run lengths cannot be"):
+        label(scene)
 
 
 def test_polygons_without_an_area_are_left_out(scene):
     """Detectron2's loader trains without them, too."""
-    content = json.loads((scene / "instances.json").read_text())
-    content["annotations"][0]["segmentation"].insert(0, [1, 2, 3, 4])
-    (scene / "instances.json").write_text(json.dumps(content))
-    make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
+    edit(
+        scene / "instances.json",
+        lambda content: content["annotations"][0]["segmentation"].insert(0, [1, 2, 3, 4]),
+    )
+    label(scene)
     assert read(scene / "labels/semantic/a/one.png").tolist() == SEMANTIC
-
-
-@pytest.fixture
-def labelled(scene):
-    make_labels(str(scene / "instances.json"), str(scene / "labels"), progress=False)
-    return scene
 
 
 @pytest.mark.parametrize(
@@ -253,51 +236,45 @@ def labelled(scene):
             lambda c: c["annotations"][0]["segments_info"][0].update(category_id=99),
             r"annotations\[0\] \(a/one.png\): segment 1 is of category 99, which is not in",
         ),
-        (
-            lambda c: c["categories"].extend(
-                {"id": i, "name": str(i), "isthing": 0} for i in range(100, 360)
-            ),
-            "261 classes of stuff do not fit",
-        ),
+        (lambda c: c["categories"].extend(MANY), "261 classes of stuff do not fit"),
     ],
 )
 def test_panoptic_files_that_give_no_labels(labelled, change, words):
     file = labelled / "labels/panoptic.json"
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
+    edit(file, change)
     with pytest.raises(DataError, match=words):
-        make_stuff(str(file), str(labelled / "again/stuff"), "", False)
+        make_stuff(str(file), str(labelled / "again/stuff"))
     assert not (labelled / "again").exists()
 
 
-def semantic(root, **options):
-    register_semantic("seg", str(root / "images"), str(root / "labels/semantic"), **options)
-    return DatasetCatalog.get("seg")
+def semantic(root, name="seg", images="images", labels="labels/semantic", **options):
+    register_semantic(name, str(root / images), str(root / labels), **options)
+    return DatasetCatalog.get(name)
 
 
-def test_semantic_data_set(labelled, register):
+def panoptic(root, name="pan", **options):
+    parts = "instances.json", "images", "labels/stuff", "labels/panoptic.json"
+    register_panoptic(name, *(str(root / part) for part in parts), **options)
+    return DatasetCatalog.get(name)
+
+
+def test_semantic_data_set(labelled):
     records = semantic(labelled, on_bad="refuse")
     assert [(r["height"], r["width"]) for r in records] == [(6, 8), (4, 5)]
     assert records[0]["sem_seg_file_name"].endswith("semantic/a/one.png")
     assert MetadataCatalog.get("seg").stuff_classes == ["background", "cat", "dog"]
 
 
-def test_panoptic_data_set(labelled, register):
-    labels = labelled / "labels"
-    paths = [labelled / "instances.json", labelled / "images", labels / "stuff"]
-    register_panoptic("pan", *map(str, paths), str(labels / "panoptic.json"), on_bad="refuse")
-    records = DatasetCatalog.get("pan")
+def test_panoptic_data_set(labelled):
+    records = panoptic(labelled, on_bad="refuse")
     assert [len(r["annotations"]) for r in records] == [4, 0]
     assert records[0]["image_id"] == 1 and records[0]["sem_seg_file_name"].endswith("a/one.png")
     meta = MetadataCatalog.get("pan")
     assert meta.thing_classes == ["cat", "dog"] and meta.stuff_classes == ["things", "background"]
     assert meta.stuff_dataset_id_to_contiguous_id == {0: 0, 10: 1}
-    content = json.loads((labels / "panoptic.json").read_text())
-    content["categories"][0]["isthing"] = 0
-    (labels / "panoptic.json").write_text(json.dumps(content))
+    edit(labelled / "labels/panoptic.json", lambda c: c["categories"][0].update(isthing=0))
     with pytest.raises(DataError, match="they need the same things"):
-        register_panoptic("pan2", *map(str, paths), str(labels / "panoptic.json"))
+        panoptic(labelled, "pan2")
 
 
 @pytest.mark.parametrize(
@@ -311,35 +288,23 @@ def test_panoptic_data_set(labelled, register):
         ),
     ],
 )
-def test_images_without_panoptic_segments(labelled, register, caplog, change, words):
+def test_images_without_panoptic_segments(labelled, caplog, change, words):
     """They would end the evaluation, after all the training."""
-    labels = labelled / "labels"
-    content = json.loads((labels / "panoptic.json").read_text())
-    change(content, labels)
-    (labels / "panoptic.json").write_text(json.dumps(content))
-    paths = [labelled / "instances.json", labelled / "images", labels / "stuff"]
-    paths = [*map(str, paths), str(labels / "panoptic.json")]
-    register_panoptic("pan", *paths)
-    assert [record["image_id"] for record in DatasetCatalog.get("pan")] == [1]
+    edit(labelled / "labels/panoptic.json", lambda c: change(c, labelled / "labels"))
+    assert [record["image_id"] for record in panoptic(labelled)] == [1]
     assert re.search(f"left out: missing-panoptic: .*two.jpg: {words}", caplog.text)
-    register_panoptic("strict", *paths, on_bad="refuse")
     with pytest.raises(DataError, match=words):
-        DatasetCatalog.get("strict")
+        panoptic(labelled, "strict", on_bad="refuse")
 
 
-def test_no_image_with_panoptic_segments(labelled, register):
+def test_no_image_with_panoptic_segments(labelled):
     """Such as the JSON of another split."""
-    labels = labelled / "labels"
-    content = json.loads((labels / "panoptic.json").read_text())
-    content["annotations"] = []
-    (labels / "panoptic.json").write_text(json.dumps(content))
-    paths = [labelled / "instances.json", labelled / "images", labels / "stuff"]
-    register_panoptic("pan", *map(str, paths), str(labels / "panoptic.json"))
+    edit(labelled / "labels/panoptic.json", lambda c: c["annotations"].clear())
     with pytest.raises(DataError, match="no usable image with its"):
-        DatasetCatalog.get("pan")
+        panoptic(labelled)
 
 
-def test_evaluating_an_image_without_panoptic_segments(labelled, register):
+def test_evaluating_an_image_without_panoptic_segments(labelled):
     """Of a data set that Detectron2 registered by itself."""
     labels = labelled / "labels"
     MetadataCatalog.get("pan").set(
@@ -354,7 +319,7 @@ def test_evaluating_an_image_without_panoptic_segments(labelled, register):
         evaluator.process([{"image_id": 3}], [{}])
 
 
-def test_palette_labels_are_refused(labelled, register):
+def test_palette_labels_are_refused(labelled):
     """Detectron2 would read a palette's brightness in place of its index, without a word."""
     path = labelled / "labels/semantic/two.png"
     picture = Image.fromarray(read(path).copy()).convert("P")
@@ -363,73 +328,64 @@ def test_palette_labels_are_refused(labelled, register):
         semantic(labelled)
 
 
-def test_labels_beyond_the_classes_are_refused(labelled, register):
+def test_labels_beyond_the_classes_are_refused(labelled):
     path = labelled / "labels/semantic/two.png"
     Image.fromarray(read(path) + np.uint8(3)).save(path)
     with pytest.raises(DataError, match="two.png has label 3; there are 3 classes"):
         semantic(labelled)
 
 
-def test_bad_pairs_are_left_out_or_refused(labelled, register, caplog):
+def test_bad_pairs_are_left_out_or_refused(labelled, caplog):
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(labelled / "labels/semantic/two.png")
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(labelled / "labels/semantic/three.png")
     assert len(semantic(labelled)) == 1
     assert "the image is 5x4, its label 5x5" in caplog.text and "three.png" in caplog.text
-    root, folder = str(labelled / "images"), str(labelled / "labels/semantic")
-    register_semantic("strict", root, folder, on_bad="refuse")
     with pytest.raises(DataError, match="2 problems"):
-        DatasetCatalog.get("strict")
+        semantic(labelled, "strict", on_bad="refuse")
 
 
 def names(records):
-    return [
-        tuple(str(Path(record[key]).name) for key in ("file_name", "sem_seg_file_name"))
-        for record in records
-    ]
+    keys = "file_name", "sem_seg_file_name"
+    return [tuple(Path(record[key]).name for key in keys) for record in records]
 
 
 PAIRS = [("one.jpg", "one.png"), ("two.jpg", "two.png")]
 
 
-def test_images_and_labels_in_one_folder(labelled, register):
+def test_images_and_labels_in_one_folder(labelled):
     """The labels are not taken for images, which have their names as PNG."""
     labels = labelled / "labels/semantic"
     shutil.copytree(labelled / "images", labels, dirs_exist_ok=True)
-    register_semantic("seg", str(labels), str(labels), on_bad="refuse")
-    assert names(DatasetCatalog.get("seg")) == PAIRS
+    one = dict(images="labels/semantic", labels="labels/semantic")
+    assert names(semantic(labelled, **one, on_bad="refuse")) == PAIRS
 
 
 @pytest.mark.parametrize("images, labels", [("x", "x/labels"), ("x/images", "x")])
-def test_one_folder_inside_the_other(labelled, register, images, labels):
+def test_one_folder_inside_the_other(labelled, images, labels):
     """PNG images, too, are told from labels by where they lie."""
     Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(labelled / "images/two.png")
     (labelled / "images/two.jpg").unlink()
-    for source, name in sorted(
-        [("images", images), ("labels/semantic", labels)], key=lambda x: len(x[1])
-    ):
+    for source, name in ("images", images), ("labels/semantic", labels):
         shutil.copytree(labelled / source, labelled / name, dirs_exist_ok=True)
-    folders = str(labelled / images), str(labelled / labels)
-    register_semantic("seg", *folders, on_bad="refuse")
-    assert names(DatasetCatalog.get("seg")) == [PAIRS[0], ("two.png", "two.png")]
+    records = semantic(labelled, images=images, labels=labels, on_bad="refuse")
+    assert names(records) == [PAIRS[0], ("two.png", "two.png")]
 
 
-def test_two_images_of_one_label_are_refused(labelled, register):
+def test_two_images_of_one_label_are_refused(labelled):
     shutil.copy(labelled / "images/two.jpg", labelled / "images/two.jpeg")
     with pytest.raises(DataError, match="two.jpeg and .*two.jpg would have one label picture, two"):
         semantic(labelled)
 
 
-def test_images_without_a_label_are_reported(labelled, register, caplog):
+def test_images_without_a_label_are_reported(labelled, caplog):
     (labelled / "labels/semantic/two.png").unlink()
     assert names(semantic(labelled)) == PAIRS[:1]
     assert re.search("left out: missing-label: .*two.jpg: no label picture two.png", caplog.text)
-    folders = str(labelled / "images"), str(labelled / "labels/semantic")
-    register_semantic("strict", *folders, on_bad="refuse")
     with pytest.raises(DataError, match="missing-label"):
-        DatasetCatalog.get("strict")
+        semantic(labelled, "strict", on_bad="refuse")
 
 
-def test_one_image_folder_for_both_splits(labelled, register):
+def test_one_image_folder_for_both_splits(labelled):
     """The labels of each split say which images are its own."""
     for split, name in (("train", "a/one.png"), ("test", "two.png")):
         (labelled / split / "a").mkdir(parents=True)
@@ -438,13 +394,13 @@ def test_one_image_folder_for_both_splits(labelled, register):
     cfg = get_cfg()
     cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
     labels = [str(labelled / split) for split in ("train", "test")]
-    args = Namespace(sem_seg=labels, panoptic_root=None, bad_data="refuse")
-    register_label_paths(cfg, args, [str(labelled / "images")] * 2)
+    paths = dict(voc_root=None, sem_seg=labels, image_root=[str(labelled / "images")])
+    register_paths(cfg, Namespace(**paths, bad_data="refuse"))
     assert names(DatasetCatalog.get(cfg.DATASETS.TRAIN[0])) == PAIRS[:1]
     assert names(DatasetCatalog.get(cfg.DATASETS.TEST[0])) == PAIRS[1:]
 
 
-def test_labels_without_names_are_refused(labelled, register):
+def test_labels_without_names_are_refused(labelled):
     (labelled / "labels/semantic/classes.txt").unlink()
     with pytest.raises(DataError, match="classes.txt does not exist: write the classes"):
         semantic(labelled)

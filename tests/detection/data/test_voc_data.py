@@ -1,7 +1,6 @@
 """Loading and registering data in VOC layout."""
 
 import copy
-import itertools
 
 import pytest
 
@@ -14,30 +13,19 @@ from detectron2.structures import BoxMode
 from resnet_backbone.detection.data import (
     VOC_CLASSES,
     find_voc_classes,
-    load_voc_instances,
     register_voc,
+    scan_voc,
 )
 from resnet_backbone.runtime.errors import DataError
 
 BOX = (2, 3, 10, 8)
-counter = itertools.count()
-
-
-@pytest.fixture
-def name():
-    """A data set name that is taken out of the catalogs afterwards."""
-    name = f"voc_data_test_{next(counter)}"
-    yield name
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-    MetadataCatalog.pop(name, None)
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_real_voc_equals_detectron2(data_root, split):
     folder = str(data_root / "VOCdevkit" / "VOC2007")
-    ours = load_voc_instances(folder, split, VOC_CLASSES)
+    ours = scan_voc(folder, split, VOC_CLASSES)[0]
     stripped = copy.deepcopy(ours)
     for annotation in (a for record in stripped for a in record["annotations"]):
         assert annotation.pop("difficult") in (0, 1)
@@ -50,11 +38,10 @@ def test_real_voc_equals_detectron2(data_root, split):
 @pytest.mark.data
 def test_real_voc_without_difficult(data_root):
     devkit = str(data_root / "VOCdevkit")
-    everything = load_voc_instances(devkit, "mini_train", VOC_CLASSES)
-    easy = load_voc_instances(devkit, "mini_train", VOC_CLASSES, use_difficult=False)
-    assert len(easy) == len(everything)
+    everything, _ = scan_voc(devkit, "mini_train", VOC_CLASSES)
+    register_voc("voc_data_test", devkit, "mini_train", VOC_CLASSES, use_difficult=False)
     expected = [[a for a in r["annotations"] if not a["difficult"]] for r in everything]
-    assert [r["annotations"] for r in easy] == expected
+    assert [r["annotations"] for r in DatasetCatalog.get("voc_data_test")] == expected
     assert sum(map(len, expected)) < sum(len(r["annotations"]) for r in everything)
 
 
@@ -66,34 +53,19 @@ def test_real_class_names(data_root):
 
 def test_dict(make_voc):
     root = make_voc({"a": [("dog", BOX, 1), ("cat", (1.5, 1, 20, 10))]})
-    assert load_voc_instances(root, "train", ["cat", "dog"]) == [
-        {
-            "file_name": str(root / "JPEGImages" / "a.jpg"),
-            "image_id": "a",
-            "height": 10,
-            "width": 20,
-            "annotations": [
-                {
-                    "category_id": 1,
-                    "bbox": [1.0, 2.0, 10.0, 8.0],
-                    "bbox_mode": BoxMode.XYXY_ABS,
-                    "difficult": 1,
-                },
-                {
-                    "category_id": 0,
-                    "bbox": [0.5, 0.0, 20.0, 10.0],
-                    "bbox_mode": BoxMode.XYXY_ABS,
-                    "difficult": 0,
-                },
-            ],
-        }
-    ]
+    ((record,), _) = scan_voc(root, "train", ["cat", "dog"])
+    dog = {"category_id": 1, "bbox": [1.0, 2.0, 10.0, 8.0], "difficult": 1}
+    cat = {"category_id": 0, "bbox": [0.5, 0.0, 20.0, 10.0], "difficult": 0}
+    mode = {"bbox_mode": BoxMode.XYXY_ABS}
+    assert record.pop("annotations") == [dog | mode, cat | mode]
+    name = str(root / "JPEGImages" / "a.jpg")
+    assert record == {"file_name": name, "image_id": "a", "height": 10, "width": 20}
 
 
 @pytest.mark.parametrize("size", [None, (0, 0)])
 def test_size_comes_from_the_image_where_the_xml_has_none(make_voc, size):
     root = make_voc({"a": [("dog", BOX)]}, size=size)
-    (record,) = load_voc_instances(root, "train", ["dog"])
+    (record,) = scan_voc(root, "train", ["dog"])[0]
     assert (record["width"], record["height"]) == (20, 10)
 
 
@@ -101,9 +73,9 @@ def test_size_comes_from_the_image_where_the_xml_has_none(make_voc, size):
 def test_image_suffixes(make_voc, suffix):
     root = make_voc({"a": [("dog", BOX)]}, suffix=suffix)
     xml = root / "Annotations" / "a.xml"
-    assert load_voc_instances(root, "train", ["dog"])[0]["file_name"].endswith("a" + suffix)
+    assert scan_voc(root, "train", ["dog"])[0][0]["file_name"].endswith("a" + suffix)
     xml.write_text(xml.read_text().replace(f"a{suffix}", "a.tif"))  # a <filename> that is wrong
-    assert load_voc_instances(root, "train", ["dog"])[0]["file_name"].endswith("a" + suffix)
+    assert scan_voc(root, "train", ["dog"])[0][0]["file_name"].endswith("a" + suffix)
 
 
 @pytest.mark.parametrize(
@@ -118,36 +90,31 @@ def test_image_suffixes(make_voc, suffix):
 def test_split_file_forms(make_voc, text, ids):
     root = make_voc({"a": [("dog", BOX)], "b": []})
     (root / "ImageSets/Main/train.txt").write_text(text, encoding="utf-8")
-    assert [r["image_id"] for r in load_voc_instances(root, "train", ["dog"])] == ids
+    assert [r["image_id"] for r in scan_voc(root, "train", ["dog"])[0]] == ids
 
 
 def test_image_ids_may_end_in_a_number_after_a_space(make_voc):
     root = make_voc({"photo 1": [("dog", BOX)], "photo 2": []})
-    ids = [r["image_id"] for r in load_voc_instances(root, "train", ["dog"])]
+    ids = [r["image_id"] for r in scan_voc(root, "train", ["dog"])[0]]
     assert ids == ["photo 1", "photo 2"]
-
-
-def test_single_image_split(make_voc):
-    root = make_voc({"a": [("dog", BOX)]})
-    assert len(load_voc_instances(root, "train", ["dog"])) == 1
 
 
 def test_nested_roots(make_voc, tmp_path):
     make_voc({"a": [("dog", BOX)]}, folder="VOCdevkit/VOC2012")
     for root in (tmp_path, tmp_path / "VOCdevkit", tmp_path / "VOCdevkit" / "VOC2012"):
-        assert len(load_voc_instances(root, "train", ["dog"])) == 1
+        assert len(scan_voc(root, "train", ["dog"])[0]) == 1
     make_voc({"a": [("dog", BOX)]}, folder="VOCdevkit/VOC2007")
     with pytest.raises(DataError, match=r"several.*VOC2007.*VOC2012"):
-        load_voc_instances(tmp_path / "VOCdevkit", "train", ["dog"])
+        scan_voc(tmp_path / "VOCdevkit", "train", ["dog"])[0]
 
 
 def test_wrong_root_and_split(make_voc, tmp_path):
     (tmp_path / "empty").mkdir()
     for root in (tmp_path / "empty", tmp_path / "absent"):
         with pytest.raises(DataError, match="is not a VOC folder"):
-            load_voc_instances(root, "train", ["dog"])
+            scan_voc(root, "train", ["dog"])[0]
     with pytest.raises(DataError, match="splits there: train"):
-        load_voc_instances(make_voc({"a": []}), "val", ["dog"])
+        scan_voc(make_voc({"a": []}), "val", ["dog"])[0]
 
 
 def test_class_names(make_voc):
@@ -159,12 +126,12 @@ def test_class_names(make_voc):
         find_voc_classes(make_voc({"c": []}, folder="other"), ["train"])
 
 
-def test_register(make_voc, name):
+def test_register(make_voc):
     root = make_voc({"a": [("dog", BOX)], "b": [("cat", BOX, 1)]}, folder="VOC2012")
-    register_voc(name, root, "train", ["cat", "dog"], use_difficult=False)
-    register_voc(name, str(root), "train", ("cat", "dog"), use_difficult=False)
-    assert [len(r["annotations"]) for r in DatasetCatalog.get(name)] == [1, 0]
-    metadata = MetadataCatalog.get(name)
+    register_voc("voc_data_test", root, "train", ["cat", "dog"], use_difficult=False)
+    register_voc("voc_data_test", str(root), "train", ("cat", "dog"), use_difficult=False)
+    assert [len(r["annotations"]) for r in DatasetCatalog.get("voc_data_test")] == [1, 0]
+    metadata = MetadataCatalog.get("voc_data_test")
     assert metadata.thing_classes == ["cat", "dog"]
     assert (metadata.dirname, metadata.split, metadata.year) == (str(root), "train", 2012)
     assert metadata.evaluator_type == "voc"
@@ -179,13 +146,13 @@ def test_register(make_voc, name):
         ({"decode": True}, "decode"),
     ],
 )
-def test_register_again_with_other_arguments(make_voc, name, change, what):
+def test_register_again_with_other_arguments(make_voc, change, what):
     root = make_voc({"a": [("dog", BOX), ("cat", BOX)]})
     make_voc({"b": []}, split="test")
     arguments = {"split": "train", "class_names": ["cat", "dog"]}
-    register_voc(name, root, **arguments)
+    register_voc("voc_data_test", root, **arguments)
     with pytest.raises(ValueError, match=f"registered already with another {what}"):
-        register_voc(name, root, **{**arguments, **change})
+        register_voc("voc_data_test", root, **{**arguments, **change})
 
 
 def test_detectron2s_own_names_are_not_overwritten(make_voc):

@@ -13,8 +13,8 @@ pytest.importorskip("detectron2")
 
 from detectron2.utils.events import EventStorage
 
-from resnet_backbone.detection.checkpoint.checkpointer import refuse_not_finite
-from resnet_backbone.detection.checkpoint.files import AtomicWriter, find_last_checkpoint
+from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer, refuse_not_finite
+from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.hooks import (
     Checkpoints,
@@ -126,7 +126,7 @@ def test_weights_that_are_not_finite_are_not_saved(bad):
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
-    writer = AtomicWriter(nn.Linear(1, 1), str(tmp_path))
+    writer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
     assert find_last_checkpoint(str(tmp_path)) == ""
     writer.save("a", iteration=1)
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch):
     """A power cut after any step leaves last_checkpoint with a whole checkpoint."""
-    writer, done = AtomicWriter(nn.Linear(1, 1), str(tmp_path)), []
+    writer, done = Checkpointer(nn.Linear(1, 1), str(tmp_path)), []
     replace = os.replace
 
     def note_fsync(descriptor):

@@ -14,7 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import verify_results
 
-from resnet_backbone.detection.checkpoint.files import AtomicWriter
+from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.sampling import (
     AugmentedImages,
@@ -113,10 +113,17 @@ class Theirs(Small, DefaultTrainer):
     """The reference."""
 
 
+class Writer(Checkpointer):
+    """Reads what is no detector, too."""
+
+    load, _load_file = DetectionCheckpointer.load, DetectionCheckpointer._load_file
+    _load_model = DetectionCheckpointer._load_model
+
+
 class Ours(Small, Trainer):
     @classmethod
-    def build_checkpointer(cls, cfg, model, marks_last=True, **options):
-        return AtomicWriter(model, cfg.OUTPUT_DIR, **options)
+    def build_checkpointer(cls, cfg, model, **options):
+        return Writer(model, cfg.OUTPUT_DIR, **options)
 
 
 @pytest.fixture
@@ -314,3 +321,9 @@ def test_a_task_that_was_not_evaluated_is_not_as_expected(cfg):
 def test_expectations_that_cannot_be_compared(cfg, tmp_path, entry):
     with pytest.raises(UsageError, match=r"write \[task, metric, expected, tolerance\]"):
         make(Ours, cfg, tmp_path / "run", TEST__EXPECTED_RESULTS=[entry])
+
+
+def test_runs_of_an_ensemble_are_looked_for_before_training(cfg):
+    cfg.RESNET_BACKBONE.TEST.ENSEMBLE = ["nowhere"]
+    with pytest.raises(UsageError, match="nowhere: no config.yaml there"):
+        Trainer(cfg)

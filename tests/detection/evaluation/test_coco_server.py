@@ -11,7 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO, _get_builtin_metadata
 
-from resnet_backbone.detection.data import check_coco, load_coco_instances
+from resnet_backbone.detection.data import scan_coco
 from resnet_backbone.detection.evaluation.coco import RESULT_FILE
 
 CATEGORIES = [{"id": 90, "name": "bar"}, {"id": 7, "name": "box"}]
@@ -61,17 +61,16 @@ def files(tiny_voc, tmp_path):
 
 def test_a_list_of_images_passes_the_check(files):
     _, info, images = files
-    report = check_coco(info, images, progress=False)
+    records, report = scan_coco(info, images)
     assert not report.problems and not report.annotated and report.num_images == 2
-    records = load_coco_instances(info, images, on_bad="refuse")
     assert [record["annotations"] for record in records] == [[], []]
-    assert check_coco(files[0], images, progress=False).annotated
+    assert scan_coco(files[0], images)[1].annotated
 
 
 def test_an_empty_list_of_annotations_is_annotated(tiny_voc, tmp_path):
     content = {**coco_json(tiny_voc, range(2)), "annotations": []}
     path = write(tmp_path / "empty.json", content)
-    assert check_coco(path, str(tiny_voc / "JPEGImages"), progress=False).annotated
+    assert scan_coco(path, str(tiny_voc / "JPEGImages"))[1].annotated
 
 
 def test_training_evaluates_on_it_and_writes_the_servers_file(

@@ -25,10 +25,8 @@ from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import write_text
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# folder of a download -> name of the split
 SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
-"""Folder of a download -> name of the split."""
-
-FORMATS = ("voc", "coco", "yolo")
 
 
 def read_own(
@@ -224,15 +222,15 @@ def _read_voc(images: Path, annotations: Path, report: DataReport):
     records = []
     for xml, image in _pair(list(_files(annotations, ".xml")), images, annotations, report):
         try:
-            annotation = read_annotation(str(xml))
+            _, size, objects = read_annotation(str(xml))
         except (OSError, ValueError) as error:
             report.add("broken-xml", str(xml), str(error))
             continue
-        record = _record(image, annotation.size, report)
+        record = _record(image, size, report)
         if record is None:
             continue
         records.append(record)
-        for name, box, difficult, problem in annotation.objects:
+        for name, box, difficult, problem in objects:
             if problem:
                 report.add("bad-box", str(xml), problem)
             else:  # VOC counts pixels from 1
@@ -252,11 +250,11 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
     files = [annotations] if annotations.is_file() else list(_files(annotations, ".json"))
     records = []
     for file in files:
-        categories, problems = inspect_json(str(file))
-        if not categories:
-            report.problems += problems
+        inspected = inspect_json(str(file))
+        if not inspected.categories:
+            report.problems += inspected.problems
             continue
-        categories = list(categories.values())
+        categories = list(inspected.categories.values())
         found, of_file = scan_coco(str(file), _image_root(file, images), decode=True, progress=True)
         report.problems += of_file.problems
         words = [*file.parent.parts[len(annotations.parts) :], *re.split(r"[\W\d_]+", file.stem)]

@@ -23,6 +23,7 @@ from resnet_backbone.runtime.builtin import (
     load_scans,
     render_ink,
 )
+from resnet_backbone.runtime.files import whole_file
 
 MAX_COVER = 0.25  # no box may cover more than this part of another (so IoU stays below 0.15)
 SUMMARY = "dataset.json"  # its presence in the output folder means: complete
@@ -107,32 +108,24 @@ def compose_scene(split: str, index: int, image_size: int = 160, seed: int = 0) 
 def _annotation(scene: Scene, image_id: str) -> ElementTree.ElementTree:
     """Return the PASCAL VOC annotation of a scene; box sides become 1-based and inclusive."""
     root = ElementTree.Element("annotation")
-
-    def add(parent: ElementTree.Element, fields: dict) -> None:
-        for tag, value in fields.items():
-            ElementTree.SubElement(parent, tag).text = str(value)
-
+    _add(root, folder="quickstart", filename=f"{image_id}.jpg", segmented=0)
+    source = f"scikit-image {scene.background}"
+    _add(ElementTree.SubElement(root, "source"), database="digits on photographs", image=source)
     height, width, depth = scene.image.shape
-    add(root, {"folder": "quickstart", "filename": f"{image_id}.jpg", "segmented": 0})
-    source = {"database": "digits on photographs", "image": f"scikit-image {scene.background}"}
-    add(ElementTree.SubElement(root, "source"), source)
-    size = {"width": width, "height": height, "depth": depth}
-    add(ElementTree.SubElement(root, "size"), size)
+    _add(ElementTree.SubElement(root, "size"), width=width, height=height, depth=depth)
     for digit in scene.digits:
         item = ElementTree.SubElement(root, "object")
-        add(item, {"name": digit.name, "pose": "Unspecified", "truncated": 0, "difficult": 0})
+        _add(item, name=digit.name, pose="Unspecified", truncated=0, difficult=0)
         x0, y0, x1, y1 = digit.box
-        bounds = {"xmin": x0 + 1, "ymin": y0 + 1, "xmax": x1, "ymax": y1}
-        add(ElementTree.SubElement(item, "bndbox"), bounds)
+        bounds = ElementTree.SubElement(item, "bndbox")
+        _add(bounds, xmin=x0 + 1, ymin=y0 + 1, xmax=x1, ymax=y1)
     ElementTree.indent(root)
     return ElementTree.ElementTree(root)
 
 
-def _write_scene(folder: Path, image_id: str, scene: Scene) -> dict:
-    """Write one picture with its annotation; return what it was made from."""
-    Image.fromarray(scene.image).save(folder / "JPEGImages" / f"{image_id}.jpg", quality=90)
-    _annotation(scene, image_id).write(folder / "Annotations" / f"{image_id}.xml")
-    return {"background": scene.background, "digits": [digit.index for digit in scene.digits]}
+def _add(parent: ElementTree.Element, **texts: object) -> None:
+    for tag, text in texts.items():
+        ElementTree.SubElement(parent, tag).text = str(text)
 
 
 def _write_all(folder: Path, settings: dict, on_image: Callable[[], object] | None) -> dict:
@@ -144,7 +137,11 @@ def _write_all(folder: Path, settings: dict, on_image: Callable[[], object] | No
         ids = [f"{split}_{number:05d}" for number in range(settings[f"num_{split}"])]
         for number, image_id in enumerate(ids):
             scene = compose_scene(split, number, settings["image_size"], settings["seed"])
-            images[image_id] = _write_scene(folder, image_id, scene)
+            picture = Image.fromarray(scene.image)
+            picture.save(folder / "JPEGImages" / f"{image_id}.jpg", quality=90)
+            _annotation(scene, image_id).write(folder / "Annotations" / f"{image_id}.xml")
+            digits = [digit.index for digit in scene.digits]
+            images[image_id] = {"background": scene.background, "digits": digits}
             if on_image is not None:
                 on_image()
         (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
@@ -185,24 +182,16 @@ def generate(
     """Write the set to the folder ``output`` and return the content of its ``dataset.json``.
 
     Pictures are square with sides of ``image_size`` pixels. The same arguments and library
-    versions give the same files. The set is written beside ``output`` and moved there at the
-    end, so an interrupted run leaves no ``output``. ``on_image`` is called after each picture.
-
-    Raises: ValueError for a number out of range; FileExistsError if ``output`` exists
-    (``overwrite`` replaces a generated set, never another folder); ImportError if scikit-learn
-    or scikit-image is missing.
+    versions give the same files. An interrupted run leaves no ``output``. ``on_image`` is called
+    after each picture. A number out of range is a ValueError, an ``output`` that exists a
+    FileExistsError: ``overwrite`` replaces a generated set, never another folder.
     """
     output = Path(output).absolute()
     settings = dict(num_train=num_train, num_test=num_test, image_size=image_size, seed=seed)
     _check(output, settings, overwrite)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(output) as partial:
         summary = _write_all(partial, settings, on_image)
         if output.exists():
             shutil.rmtree(output)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return summary

@@ -1,1 +1,0 @@
-"""Official archives unpacked and whole folders checked."""

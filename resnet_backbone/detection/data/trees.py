@@ -1,0 +1,349 @@
+"""Checks whole folders of VOC and COCO, the official ones or a user's own in the same layout."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from tqdm.contrib.concurrent import process_map
+
+from resnet_backbone.detection.data.archives import COUNTS, Counts, archive_of, coco_image_folder
+from resnet_backbone.detection.data.coco import inspect_json, scan_coco
+from resnet_backbone.detection.data.problems import BOX_KINDS, DataReport, read_image_size
+from resnet_backbone.detection.data.voc import (
+    IMAGE_SUFFIXES,
+    VOC_CLASSES,
+    find_voc_classes,
+    list_splits,
+    read_split,
+    scan_voc,
+)
+from resnet_backbone.detection.inference.draw import draw_ground_truth
+from resnet_backbone.detection.inference.media import contact_sheet, save_image
+from resnet_backbone.report.plots import COLORS, save_png
+from resnet_backbone.runtime.errors import DataError
+
+SAMPLES = 20  # images of a split that are kept for a picture
+SHOWN = 5  # problems of a kind that are printed
+GONE = ("missing-image", "missing-xml")
+
+
+@dataclass
+class SplitCheck:
+    """What one split holds."""
+
+    name: str  # file in ImageSets/Main or in annotations, without its suffix
+    report: DataReport
+    class_names: list[str]  # position = category_id
+    files: list[str]  # images that can be opened
+    samples: list[dict]  # some of Detectron2's dicts
+    official: Counts | None = None  # what it should hold; None for a split that is not official
+
+    @property
+    def counts(self) -> Counts:
+        """What it holds; boxes are good ones."""
+        report = self.report
+        if not report.annotated:
+            return Counts(report.num_images)
+        return Counts(report.num_images, report.boxes.total(), report.difficult.total() or None)
+
+    def miscounts(self) -> list[str]:
+        """Where it is not what it should be: "2,400 images, officially 2,501"."""
+        found, bad = [], len(self.report.bad_boxes)
+        units = ("images", "boxes", "difficult boxes")
+        for unit, number, wanted in zip(units, self.counts, self.official or (), strict=False):
+            slack = bad if unit != "images" else 0
+            if wanted is not None and not wanted - slack <= (number or 0) <= wanted:
+                found.append(f"{number or 0:,} {unit}, officially {wanted:,}")
+        return found
+
+
+@dataclass
+class TreeCheck:
+    """What one VOC folder or one COCO folder holds."""
+
+    folder: str
+    kind: str  # "voc" or "coco"
+    official: str = ""  # its official name, "VOC2007", "VOC2012" or "coco"; "" for a user's own
+    splits: list[SplitCheck] = field(default_factory=list)  # those that could be read
+    absent: list[str] = field(default_factory=list)  # what is missing as a whole, how to mend it
+    unlisted: list[str] = field(default_factory=list)  # images that are in no split
+    decoded: int = 0  # images that were decoded; 0 where only their headers were read
+
+    @property
+    def damaged(self) -> bool:
+        """Whether something is missing, corrupt, or not as many as it should be."""
+        return bool(self.absent) or any(s.report.bad_files or s.miscounts() for s in self.splits)
+
+    def add_split(self, name: str, classes: list[str], records: list[dict], report: DataReport):
+        drawn = [record for record in records if record["annotations"]] or records
+        samples = drawn[:: max(1, len(drawn) // SAMPLES)][:SAMPLES]
+        files, official = [record["file_name"] for record in records], (self.official, name)
+        self.splits.append(SplitCheck(name, report, classes, files, samples, COUNTS.get(official)))
+
+    def finish(self, folders: Iterable[Path], listed: set[str], workers: int) -> TreeCheck:
+        """Finds images that are in no split, and decodes the others in several processes."""
+        ends = [f"*{suffix}" for suffix in IMAGE_SUFFIXES]
+        images = {str(file) for place in folders for end in ends for file in place.glob(end)}
+        self.unlisted = sorted(images - listed)
+        files = list(dict.fromkeys(file for split in self.splits for file in split.files))
+        if not workers or not files:
+            return self
+        options = dict(chunksize=64, desc="decoding", unit="img", disable=None)
+        found = process_map(_decode_problem, files, max_workers=workers, **options)
+        problems, self.decoded = dict(zip(files, found, strict=True)), len(files)
+        for split in self.splits:
+            for file in filter(problems.get, split.files):
+                split.report.add("unreadable-image", file, problems[file])
+            split.samples = [one for one in split.samples if not problems[one["file_name"]]]
+        return self
+
+
+def _decode_problem(path: str) -> str:
+    try:
+        read_image_size(path, decode=True)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def check_voc_tree(
+    folder: str | os.PathLike, own: bool = False, splits: Sequence[str] = (), workers: int = 0
+) -> TreeCheck:
+    """Checks a folder in VOC layout.
+
+    Args:
+        folder: holds Annotations/, JPEGImages/ and ImageSets/Main/.
+        own: a user's own data, also if the folder is called VOC2007 or VOC2012.
+        splits: names in ImageSets/Main; () takes all but VOC's lists per class.
+        workers: processes that decode every image; 0 reads headers only.
+
+    Raises:
+        DataError: a split that does not exist, or no class in any.
+    """
+    folder = Path(folder)
+    name, images, lists = folder.resolve().name, folder / "JPEGImages", folder / "ImageSets/Main"
+    tree = TreeCheck(str(folder), "voc", "" if own or name not in ("VOC2007", "VOC2012") else name)
+    tree.absent = [f"{part} does not exist" for part in (images, lists) if not part.is_dir()]
+    splits = splits or list_splits(folder)
+    if not splits:
+        tree.absent.append(f"{lists} lists no split, NAME.txt with ids")
+        return tree
+    classes = list(VOC_CLASSES) if tree.official else find_voc_classes(folder, splits)
+    listed = set()
+    for split in splits:
+        tree.add_split(split, classes, *scan_voc(folder, split, classes, progress=True))
+        stems = [str(images / image_id) for image_id in read_split(folder, split)]
+        listed.update(stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES)
+    return tree.finish([images], listed, workers)
+
+
+def check_coco_tree(
+    root: str | os.PathLike, own: bool = False, splits: Sequence[str] = (), workers: int = 0
+) -> TreeCheck:
+    """Checks a folder in COCO's layout: annotations/instances_NAME.json with the images in NAME/.
+
+    Args:
+        root: it, or the folder that has it as coco/.
+        own: a user's own data, also with COCO's names.
+        splits: "instances_val2017", ...; () takes all instances_* and image_info_*.
+
+    Raises:
+        DataError: no annotations/; a file that does not exist there or is not JSON.
+    """
+    folder = next(
+        (p for p in (Path(root), Path(root, "coco")) if (p / "annotations").is_dir()), None
+    )
+    if folder is None:
+        raise DataError(
+            f"neither {root} nor {Path(root, 'coco')} has annotations/: give the folder that "
+            "holds it, --archives to unpack, or --coco-json and --image-root"
+        )
+    tree, annotations = (
+        TreeCheck(str(folder), "coco", "" if own else "coco"),
+        folder / "annotations",
+    )
+    found = sorted(file.stem for file in annotations.glob("*.json"))
+    names = splits or [name for name in found if name.startswith(("instances_", "image_info_"))]
+    if not names:
+        tree.absent.append(f"{annotations} has no instances_*.json or image_info_*.json")
+    pairs = []
+    for name in names:
+        images = folder / coco_image_folder(name)
+        if images.is_dir():
+            pairs.append((annotations / f"{name}.json", images))
+            continue
+        archive = archive_of(tree.official, name, images=True)
+        tree.absent.append(
+            f"{images}, the images of {name}, does not exist: "
+            f"{f'unpack {archive}' if archive else 'bring it'}, or name what you need with --splits"
+        )
+    return check_coco_files(pairs, workers, tree)
+
+
+def check_coco_files(
+    pairs: Iterable[tuple[str, str]], workers: int = 0, tree: TreeCheck | None = None
+) -> TreeCheck:
+    """Checks a user's own files in COCO's format, wherever they are.
+
+    Args:
+        pairs: (JSON file, folder of its images) each.
+        tree: gets what is found; by default a new one.
+
+    Raises:
+        DataError: no such file, or it is not JSON.
+    """
+    pairs = [(Path(file), Path(images)) for file, images in pairs]
+    tree = tree or TreeCheck(", ".join(str(file) for file, _ in pairs), "coco")
+    unique, listed = len({file.stem for file, _ in pairs}) == len(pairs), set()
+    for file, images in pairs:
+        name = file.stem if unique else f"{file.parent.name}_{file.stem}"
+        records, report = scan_coco(str(file), str(images), progress=True)
+        classes = list(inspect_json(str(file)).categories.values())
+        tree.add_split(name, classes, records, report)
+        listed.update(record["file_name"] for record in records)
+        listed.update(problem.file for problem in report.problems)
+    return tree.finish({images for _, images in pairs}, listed, workers)
+
+
+def summary(tree: TreeCheck) -> str:
+    """Text: what was checked, the splits, the boxes per class, what is wrong, how to mend it."""
+    how = f"as the official {tree.official}" if tree.official else "as data of your own"
+    read = f"{tree.decoded:,} images decoded" if tree.decoded else "only the headers of images read"
+    lines = [f"{tree.folder}, checked {how}: {read}", "", *_tables(tree)]
+    if tree.unlisted:
+        number, first = len(tree.unlisted), tree.unlisted[0]
+        lines += ["", f"{number:,} images are in no split (left alone), the first is {first}"]
+    lines += [f"missing: {line}" for line in tree.absent]
+    for split in tree.splits:
+        lines += [f"count: {split.name}: {line}" for line in split.miscounts()]
+    for kind, problems in problems_by_kind(tree).items():
+        lines.append(f"{kind}: {len(problems):,}")
+        lines += [f"  {problem.file}: {problem.detail}" for problem in list(problems)[:SHOWN]]
+        if len(problems) > SHOWN:
+            lines.append(f"  ... and {len(problems) - SHOWN:,} more")
+    lines += [f"to mend: {line}" for line in dict.fromkeys(_mending(tree))]
+    lines.append("something is missing or corrupt" if tree.damaged else "complete and readable")
+    if tree.official:
+        place = Path(tree.folder).resolve()
+        rename = "" if place.name == tree.official else f"rename this folder to {tree.official}, "
+        lines.append(f"for the configs: {rename}export DETECTRON2_DATASETS={place.parent}")
+    return "\n".join(lines)
+
+
+def problems_by_kind(tree: TreeCheck) -> dict[str, dict]:
+    """Kind -> its problems -> the first split that each is in."""
+    found: dict[str, dict] = {}
+    for split in tree.splits:
+        for problem in split.report.problems:
+            found.setdefault(problem.kind, {}).setdefault(problem, split.name)
+    return dict(sorted(found.items()))
+
+
+def to_json(tree: TreeCheck) -> dict[str, Any]:
+    """The whole check, for files: counts, official counts, boxes per class, every problem."""
+    splits = {}
+    for split in tree.splits:
+        splits[split.name] = {
+            **split.counts._asdict(),
+            "official": split.official._asdict() if split.official else None,
+            "miscounts": split.miscounts(),
+            "boxes_per_class": dict(split.report.boxes),
+            "difficult_per_class": dict(split.report.difficult),
+            "problems": [problem._asdict() for problem in split.report.problems],
+        }
+    return {
+        "folder": tree.folder,
+        "kind": tree.kind,
+        "official": tree.official or None,
+        "damaged": tree.damaged,
+        "absent": tree.absent,
+        "unlisted_images": tree.unlisted,
+        "decoded_images": tree.decoded,
+        "splits": splits,
+    }
+
+
+def _tables(tree: TreeCheck) -> Iterator[str]:
+    """The splits; good boxes per class and split, VOC's difficult ones not counted."""
+    rows = []
+    for split in tree.splits:
+        numbers = ["-" if n is None else f"{n:,}" for n in split.counts]
+        verdict = "no such split" if tree.official else "-"
+        if split.official:
+            verdict = "differs" if split.miscounts() else "as published"
+        rows.append((split.name, *numbers, verdict))
+    headers = ("split", "images", "boxes", "difficult", "official")
+    yield tabulate(rows, headers, colalign=("left", "right", "right", "right", "left"))
+    shown = [split for split in tree.splits if split.report.annotated]
+    names = dict.fromkeys(name for split in shown for name in split.class_names)
+    rows = [(name, *(split.report.boxes[name] for split in shown)) for name in names]
+    yield "\n" + tabulate(rows, ["boxes of", *(split.name for split in shown)], intfmt=",")
+
+
+def _mending(tree: TreeCheck) -> Iterator[str]:
+    """What to do about each problem; lines repeat."""
+    root = Path(tree.folder).parent
+    for kind, problems in problems_by_kind(tree).items():
+        for split in problems.values():
+            archive = archive_of(tree.official, split, images=kind.endswith("-image"))
+            again = f"python tools/prepare_data.py {tree.kind} {root} --archives {archive}"
+            if kind in BOX_KINDS:
+                yield f"{kind}: training leaves these boxes out; correct them to keep them"
+            elif archive and kind in GONE:
+                yield f"{kind}: {again} (what is there stays)"
+            elif archive:
+                yield f"{kind}: delete these files, then {again}"
+            elif kind in GONE:
+                yield f"{kind}: bring these files back, or take them out of {split}"
+            else:
+                yield f"{kind}: replace or correct these files, or take them out of {split}"
+    if any(split.miscounts() for split in tree.splits):
+        yield "count: unpack the official archives, or give --own for data of your own or a part"
+
+
+def draw_classes(tree: TreeCheck, path: Path) -> bool:
+    """Writes a bar chart (PNG) of the boxes per class; False where no split is annotated."""
+    united = ("train", "val") if "trainval" in [split.name for split in tree.splits] else ()
+    shown = [split for split in tree.splits if split.report.annotated and split.name not in united]
+    names = list(dict.fromkeys(name for split in shown for name in split.class_names))
+    if not names:
+        return False
+    height = 1.2 + 0.1 * len(names) * max(2, len(shown))
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(shown)
+    for number, split in enumerate(shown):
+        counts = [split.report.boxes[name] for name in names]
+        places = np.arange(len(names)) + (number - (len(shown) - 1) / 2) * width
+        label = f"{split.name}: {sum(counts):,} boxes"
+        axes.barh(places, counts, width, label=label, color=COLORS[number % len(COLORS)])
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set(xscale="symlog", xlabel="boxes (logarithmic)", ylim=(len(names) - 0.4, -0.6))
+    axes.set_title(tree.folder, fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(fontsize=8, loc="outside lower left")
+    save_png(figure, path)
+    return True
+
+
+def draw_samples(split: SplitCheck, path: Path) -> bool:
+    """Writes a sheet of images with their boxes and classes; False where there is none to show."""
+    pictures = []
+    for record in split.samples:
+        found, image = record["annotations"], read_image(record["file_name"], "RGB")
+        boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in found]
+        classes = [a["category_id"] for a in found]
+        pictures.append(draw_ground_truth(image, boxes, classes, split.class_names))
+    if pictures:
+        captions = [Path(record["file_name"]).name for record in split.samples]
+        save_image(path, contact_sheet(pictures, 4, captions))
+    return bool(pictures)
