@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from resnet_backbone.classification.config import (
     Config,
     ScheduleConfig,
+    count_epochs,
     differences,
     get,
     key_names,
@@ -131,7 +132,9 @@ def test_scale_shortens_everything_alike_and_once(scale, iterations):
     schedule = ScheduleConfig(iterations, scale, milestones=[iterations // 2], warmup_iterations=9)
     scale_schedule(schedule)
     assert schedule.iterations == max(1, round(iterations * scale))
-    assert schedule.milestones == [round(iterations // 2 * scale)]
+    middle = round(iterations // 2 * scale)  # a very short schedule has no drop
+    is_inside = 0 < middle < schedule.iterations or scale == 1
+    assert schedule.milestones == [middle] * is_inside
     assert schedule.warmup_iterations == round(9 * scale)
     before = asdict(schedule)
     scale_schedule(schedule)
@@ -157,3 +160,34 @@ def test_every_key_is_reachable():
     for name in names:
         get(Config(), name)
         assert nearest_key(name + "s") == name
+
+
+def test_all_problems_are_told_at_once():
+    words = ["schedule.lrate=1", "train.amp=fp8", "modle.name=x", "schedule.lr=-1"]
+    message = refusal(*words, files=["imagenet/resnet50"])
+    for word in ("schedule.lrate", "train.amp is 'fp8'", "modle.name", "schedule.lr is -1"):
+        assert word in message
+    message = refusal("evaluation.crop=300", "schedule.policy=cosine", "data.crop=999")
+    assert "evaluation.crop is larger" in message and "data.short_side" in message
+
+
+def test_what_is_not_set_follows_what_is():
+    words = ["data.root=x", "schedule.iterations=6000", "train.batch_size=20"]
+    config = load_config(["imagenet/resnet50"], words)
+    planned = load_config(["imagenet/resnet50"], ["data.root=x"])
+    shares = [value / planned.schedule.iterations for value in planned.schedule.milestones]
+    assert config.schedule.milestones == [round(6000 * share) for share in shares]
+    assert config.train.micro_batch == 20 and planned.train.micro_batch == 32
+    assert (
+        load_config(["imagenet/resnet50"], [*words, "train.micro_batch=5"]).train.micro_batch == 5
+    )
+
+
+def test_epochs_become_iterations():
+    words = ["data.root=x", "schedule.epochs=9.5", "train.batch_size=20"]
+    config = load_config(["imagenet/resnet50"], words)
+    line = count_epochs(config, 1001)
+    assert config.schedule.iterations == 476 and "9.5 epochs of 1,001 images are 476" in line
+    assert config.evaluation.every == config.output.checkpoint_every == 51
+    assert config.schedule.milestones == [round(476 * share) for share in (0.25, 0.5, 0.75)]
+    assert count_epochs(load_config(["imagenet/resnet50"], ["data.root=x"]), 1001) == ""
