@@ -14,8 +14,11 @@ from tabulate import tabulate
 
 from resnet_backbone.detection.data.preparation.official import Counts, archive_of
 from resnet_backbone.detection.data.problems import BOX_KINDS, DataProblem, DataReport
-from resnet_backbone.detection.inference.draw import draw_ground_truth
-from resnet_backbone.detection.inference.media import contact_sheet, save_image
+from resnet_backbone.detection.inference.pictures import (
+    contact_sheet,
+    draw_ground_truth,
+    save_image,
+)
 from resnet_backbone.report.plots import COLORS, save_png
 
 SHOWN = 5  # problems of a kind that are printed
