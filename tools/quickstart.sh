@@ -89,7 +89,7 @@ check_overrides() {  # both configs now: a key that does not exist shall not cos
 import sys
 
 from resnet_backbone.classification.config import load_config as load_classification
-from resnet_backbone.detection.config_file import load_config
+from resnet_backbone.detection.config import load_config
 from resnet_backbone.runtime.errors import one_line_errors
 
 classifier, detector, *words = sys.argv[1:]

@@ -43,13 +43,12 @@ import torch
 from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
-from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.config_file import load_config
+from resnet_backbone.detection.config import UsageError, load_config
 from resnet_backbone.detection.data.arguments import detects_objects
-from resnet_backbone.detection.inference.draw import draw_output
-from resnet_backbone.detection.inference.media import (
+from resnet_backbone.detection.inference.pictures import (
     UnreadableError,
     contact_sheet,
+    draw_output,
     read_bgr,
     read_video,
     save_image,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_backbone.detection.inference.draw import draw_output
+from resnet_backbone.detection.inference.pictures import draw_output
 from resnet_backbone.detection.inference.predictor import describe_output
 from resnet_backbone.runtime.errors import UsageError
 

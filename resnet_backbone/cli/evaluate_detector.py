@@ -41,15 +41,19 @@ import torch
 from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
-from resnet_backbone.detection.config import DEFAULTS, UsageError
-from resnet_backbone.detection.config_file import take_back_overrides
+from resnet_backbone.detection.config import (
+    DEFAULTS,
+    UsageError,
+    read_switches,
+    take_back_overrides,
+)
 from resnet_backbone.detection.data.arguments import add_data_arguments, set_up_data
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.evaluation.results import data_digest, timed_inference
-from resnet_backbone.detection.inference import for_testing, read_switches
 from resnet_backbone.detection.inference.predictor import (
     check_member,
     find_weights,
+    for_testing,
     run_config,
     trained_detector,
 )

@@ -160,7 +160,7 @@ def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def export_detector(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from resnet_backbone.detection.config_file import load_config
+    from resnet_backbone.detection.config import load_config
     from resnet_backbone.detection.inference import export as detectors
     from resnet_backbone.detection.inference.predictor import Predictor
 

@@ -57,17 +57,15 @@ import argparse
 import os
 import sys
 
-from resnet_backbone.detection.config import CfgNode
-from resnet_backbone.detection.config_file import take_back_overrides
+from resnet_backbone.detection.config import CfgNode, take_back_overrides
 from resnet_backbone.detection.data.arguments import add_data_arguments
 from resnet_backbone.detection.engine.seeds import read_seeds, seed_folder, train_seeds
 from resnet_backbone.detection.engine.setup import (
     RunPlan,
     config_digest,
-    flat_config,
     prepare_run,
     read_plan,
-    saved_results,
+    run_keys,
     write_results,
 )
 from resnet_backbone.detection.engine.trainer import Trainer, watching
@@ -76,6 +74,7 @@ from resnet_backbone.detection.inference.predictor import trained_detector
 from resnet_backbone.runtime.errors import UnexpectedResults, UsageError, one_line_errors
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import current_world
+from resnet_backbone.runtime.run_folder import read_results
 from resnet_backbone.runtime.signals import StopRequest
 
 
@@ -117,7 +116,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def train(cfg: CfgNode, resume: bool) -> None:
     unexpected = None
     with StopRequest() as stop:
-        trainer = Trainer(cfg, stop, is_checked=True)
+        trainer = Trainer(cfg, stop)
         trainer.resume_or_load(resume=resume)
         try:
             trainer.train()
@@ -131,7 +130,7 @@ def train(cfg: CfgNode, resume: bool) -> None:
         ended_early=trainer.evaluation.has_ended,
         best=trainer.evaluation.best,
         accumulate=cfg.RESNET_BACKBONE.ACCUMULATE,
-        config_sha256=config_digest(flat_config(cfg)),
+        config_sha256=config_digest(run_keys(cfg)),
     )
     if unexpected:
         stop.world.barrier()  # the launcher ends the others as soon as one fails
@@ -169,7 +168,7 @@ def run_seeds(args: argparse.Namespace, cfg: CfgNode) -> None:
     wrong = []
     for seed in seeds:
         try:
-            check_results(cfg, saved_results(seed_folder(output, seed)))
+            check_results(cfg, read_results(seed_folder(output, seed)).get("results", {}))
         except UnexpectedResults as error:
             wrong.append(f"seed {seed}: {error}")
     if wrong:

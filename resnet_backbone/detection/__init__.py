@@ -12,12 +12,14 @@ except ImportError as error:
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.checkpoint.input_check import use_weights_input
 from resnet_backbone.detection.config import add_resnet_backbone_config
-from resnet_backbone.detection.inference import improve
-from resnet_backbone.detection.modeling.backbones import PaperResNet, PaperVGG
+from resnet_backbone.detection.inference.predictor import improve
+from resnet_backbone.detection.modeling.backbones import DeepLabResNet, PaperResNet, PaperVGG
 from resnet_backbone.detection.modeling.build import build_detector
-from resnet_backbone.detection.modeling.context import with_global_context
-from resnet_backbone.detection.modeling.heads import PaperRes5ROIHeads, VGGBoxHead
-from resnet_backbone.detection.modeling.projects import DeepLabResNet
+from resnet_backbone.detection.modeling.heads import (
+    PaperRes5ROIHeads,
+    VGGBoxHead,
+    with_global_context,
+)
 
 
 def setup_environment() -> None:

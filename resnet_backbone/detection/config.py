@@ -1,10 +1,24 @@
-"""Config keys that Detectron2 does not have, all under the node ``RESNET_BACKBONE``."""
+"""Configs: the keys under ``RESNET_BACKBONE``, which Detectron2 does not have, and what they say;
+reading of files and ``KEY VALUE`` overrides, with one line for what is wrong in them.
+"""
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode
-from detectron2.utils import comm
+import argparse
+import difflib
+import importlib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
+from yaml import YAMLError
+
+from resnet_backbone.runtime.configs import find_config
 from resnet_backbone.runtime.errors import UsageError
 
 DEFAULTS = CfgNode(
@@ -57,12 +71,29 @@ DEFAULTS = CfgNode(
     }
 )
 
+NMS_KINDS = ("hard", "linear", "gaussian")
+PRECISIONS = ("float32", "bfloat16", "float16")
+KEY = "RESNET_BACKBONE.TEST"
 
-CONTEXT_HEADS = {
-    "PaperRes5ROIHeads": "ContextRes5ROIHeads",
-    "StandardROIHeads": "ContextROIHeads",
-}
+DEEPLAB_BACKBONE = "build_paper_resnet_deeplab_backbone"
+DEEPLAB_HEADS = ("DeepLabV3Head", "DeepLabV3PlusHead")
+
+CONTEXT_HEADS = {"PaperRes5ROIHeads": "ContextRes5ROIHeads", "StandardROIHeads": "ContextROIHeads"}
 """MODEL.ROI_HEADS.NAME -> the same heads with global context."""
+
+
+PROJECTS = {
+    "add_deeplab_config": ("deeplab", (*DEEPLAB_HEADS, DEEPLAB_BACKBONE, "WarmupPolyLR")),
+    "add_pointrend_config": (
+        "point_rend",
+        ("PointRendROIHeads", "PointRendMaskHead", "PointRendSemSegHead"),
+    ),
+}
+"""Function that adds keys -> its module in ``detectron2.projects``, names that ask for it."""
+IS_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD").fullmatch
+
+# Detectron2's modules call it when they are imported; a user of the tools can do nothing about it.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 
 def add_resnet_backbone_config(cfg: CfgNode) -> CfgNode:
@@ -76,16 +107,27 @@ def backbone_node(cfg: CfgNode) -> CfgNode:
     return cfg.get("RESNET_BACKBONE", DEFAULTS)
 
 
+def flat_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config, or of its nested dicts, by dotted key."""
+    found = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            found |= flat_config(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
 def seed_of(cfg: CfgNode) -> int:
     """``SEED``; where it is negative one that is drawn, the same for all processes."""
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
 
-def with_seed(cfg: CfgNode, seed: int) -> CfgNode:
-    """A copy of a config with another ``SEED``, frozen if it is."""
+def with_keys(cfg: CfgNode, *pairs) -> CfgNode:
+    """A copy of a config with other values, given as KEY, value, KEY, ...; frozen if it is."""
     copy = cfg.clone()
     copy.defrost()
-    copy.SEED = seed
+    copy.merge_from_list(list(pairs))
     if cfg.is_frozen():
         copy.freeze()
     return copy
@@ -99,3 +141,162 @@ def refuse_ignored_context(cfg: CfgNode) -> None:
             f"RESNET_BACKBONE.GLOBAL_CONTEXT: MODEL.ROI_HEADS.NAME {name} has none; build the "
             "model from with_global_context(cfg) of resnet_backbone.detection, as the tools here do"
         )
+
+
+class Switches(NamedTuple):
+    """``RESNET_BACKBONE.TEST.*``."""
+
+    refinement: bool = False  # of boxes
+    scales: tuple[int, ...] = ()  # short sides in pixels, ascending; empty: the test scale alone
+    flip: bool = False  # the mirrored image too
+    nms: str = "hard"  # or linear, gaussian
+    ensemble: tuple[str, ...] = ()  # run folders of further detectors
+
+    @property
+    def any(self) -> bool:
+        return self != Switches()
+
+
+def read_switches(cfg: CfgNode) -> Switches:
+    """The switches; UsageError where they contradict one another or the detector's kind."""
+    node = backbone_node(cfg).TEST
+    read_precision(cfg)
+    scales, runs = tuple(sorted(node.SCALES)), tuple(node.ENSEMBLE)
+    switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, node.NMS, runs)
+    if switches.nms not in NMS_KINDS:
+        raise UsageError(f"{KEY}.NMS {switches.nms!r} is not one of {', '.join(NMS_KINDS)}")
+    check_scales(cfg, switches.scales)
+    if cfg.TEST.AUG.ENABLED and switches.any:
+        raise UsageError(
+            f"TEST.AUG.ENABLED is Detectron2's union of detections, {KEY}.* are the paper's "
+            "improvements: turn one of the two off"
+        )
+    wanted = switches.any or cfg.TEST.AUG.ENABLED
+    if wanted and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise UsageError(
+            f"{KEY}.* and TEST.AUG are for GeneralizedRCNN and its regions, "
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: turn them off"
+        )
+    return switches
+
+
+def read_precision(cfg: CfgNode) -> torch.dtype:
+    """``RESNET_BACKBONE.TEST.PRECISION``; UsageError where the region heads do not have it."""
+    name = backbone_node(cfg).TEST.PRECISION
+    if name not in PRECISIONS:
+        raise UsageError(f"{KEY}.PRECISION {name!r} is not one of {', '.join(PRECISIONS)}")
+    pooler = cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
+    if name != "float32" and pooler == "ROIPool" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        raise UsageError(
+            f"{KEY}.PRECISION {name}: MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool has float32 alone "
+            "on CPUs"
+        )
+    return getattr(torch, name)
+
+
+def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:
+    """Raises UsageError for invalid scales, and for a detector without a test scale."""
+    whole = all(isinstance(scale, int) and scale > 0 for scale in scales)
+    if not whole or len(set(scales)) < len(scales):
+        raise UsageError(
+            f"{KEY}.SCALES {list(scales)}: short sides in whole pixels, each once, such as "
+            "[200, 400, 600, 800, 1000]"
+        )
+    if scales and cfg.INPUT.MIN_SIZE_TEST <= 0:
+        raise UsageError(
+            f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST, the scale of the proposals, above 0"
+        )
+
+
+def load_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
+    """Detectron2's defaults + ours + a YAML file + ``KEY VALUE`` pairs.
+
+    Args:
+        config_file: path, or name of a config of ours; see :func:`find_config`.
+
+    Raises:
+        ValueError: no such file; no such key, a wrong type, ``key=value`` for ``KEY VALUE``.
+    """
+    return load_configs(config_file, overrides)[0]
+
+
+def load_configs(config_file: str, overrides: Sequence[str]) -> tuple[CfgNode, CfgNode]:
+    """The config of :func:`load_config`, and the same without the overrides."""
+    cfg = add_resnet_backbone_config(get_cfg())
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if config_file:
+        config_file = str(find_config(config_file, "detection"))
+        _merge(cfg, lambda: _add_project_keys(cfg, config_file, overrides))
+        _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
+    planned = cfg.clone()
+    _check_pairs(overrides)
+    _merge(cfg, lambda: cfg.merge_from_list(list(_as_typed(cfg, overrides))))
+    if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"MODEL.DEVICE {cfg.MODEL.DEVICE}: there is no GPU here; use cpu")
+    return cfg, planned
+
+
+def _check_pairs(overrides: Sequence[str]) -> None:
+    joined = next((word for word in overrides[::2] if "=" in word), None)
+    if joined:
+        raise UsageError(f"write {joined.replace('=', ' ', 1)!r} and not {joined!r}: KEY VALUE")
+    if len(overrides) % 2:
+        pairs = zip(overrides, [*overrides[1:], "SEED"], strict=True)
+        alone = next((word for word, after in pairs if IS_KEY(word) and IS_KEY(after)), None)
+        what = f"{alone} has no value" if alone else f"{' '.join(overrides)!r} has a rest"
+        raise UsageError(f"overrides come in pairs, KEY VALUE: {what}")
+
+
+def _as_typed(cfg: CfgNode, overrides: Sequence[str]) -> Iterator[str]:
+    """The overrides with whole numbers written as floats where the config has a float."""
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        node = cfg
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, CfgNode) else None
+        is_whole = re.fullmatch(r"[+-]?\d+", value)
+        yield from (key, value + ".0" if is_whole and isinstance(node, float) else value)
+
+
+def _merge(cfg: CfgNode, merge: Callable[[], None]) -> None:
+    try:
+        merge()
+    except (KeyError, ValueError, AssertionError, TypeError, AttributeError, YAMLError) as error:
+        # yacs says "Non-existent config key: A.B" (KeyError) in files and "Non-existent key: A.B"
+        # (AssertionError) in overrides
+        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
+        if not unknown:
+            raise UsageError(f"config: {' '.join(str(error).split())}") from error
+        near = difflib.get_close_matches(unknown[1], flat_config(cfg), n=1, cutoff=0.4)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise UsageError(f"there is no config key {unknown[1]}{hint}") from error
+
+
+def _add_project_keys(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> None:
+    """Registers Detectron2's projects that a config file or overrides name, and adds their keys."""
+    values = flat_config(CfgNode.load_yaml_with_base(config_file)).values()
+    named = {*overrides, *(value for value in values if isinstance(value, str))}
+    for add_keys, (project, names) in PROJECTS.items():
+        if named.intersection(names):
+            getattr(import_project(project), add_keys)(cfg)
+
+
+def import_project(name: str) -> ModuleType:
+    """``detectron2.projects.<name>``; importing registers its heads. UsageError: it is absent."""
+    try:
+        return importlib.import_module(f"detectron2.projects.{name}")
+    except ImportError as error:
+        raise UsageError(
+            f"this needs detectron2.projects.{name}, which this Detectron2 lacks ({error}): pip "
+            "install 'git+https://github.com/facebookresearch/detectron2.git' --no-build-isolation"
+        ) from error
+
+
+def take_back_overrides(args: argparse.Namespace, *options: str) -> None:
+    """Gives KEY VALUE pairs behind options with several words back to the config, in place."""
+    for option in ("image_root", *options):
+        words = getattr(args, option, None) or []
+        first = next((i for i, word in enumerate(words) if i and IS_KEY(word)), len(words))
+        args.opts = [*args.opts, *words[first:]]
+        if words:
+            setattr(args, option, words[:first])

@@ -53,11 +53,7 @@ class NormalizedNetwork(nn.Module):
 
 
 def export_program(
-    model: nn.Module,
-    *,
-    in_channels: int = 3,
-    dtype: torch.dtype = torch.float32,
-    multiple: int = 1,
+    model: nn.Module, *, in_channels: int = 3, dtype: torch.dtype = torch.float32, multiple: int = 1
 ) -> torch.export.ExportedProgram:
     """The graph of a network with its batch norms folded, for ``torch.export.save``.
 
@@ -101,9 +97,6 @@ def export_onnx(
         model, in_channels, dtype: as for :func:`export_program`.
         metadata: facts to keep in the file's ``metadata_props``.
         program: of :func:`export_program`, where it is there already.
-
-    Raises:
-        ValueError: onnx or onnxscript is not installed.
     """
     try:
         import onnx
@@ -128,16 +121,12 @@ def export_onnx(
 
 def _name_dimensions(graph) -> None:
     """s77 becomes batch and so on, also within the expressions of the outputs' sizes."""
-    symbols = {}
     dims = graph.input[0].type.tensor_type.shape.dim
-    for index, name in DYNAMIC_DIMS.items():
-        symbols[dims[index].dim_param] = name
+    symbols = {dims[index].dim_param: name for index, name in DYNAMIC_DIMS.items()}
     for value in (*graph.input, *graph.output, *graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param:
-                dim.dim_param = re.sub(
-                    r"\w+", lambda match: symbols.get(match[0], match[0]), dim.dim_param
-                )
+                dim.dim_param = re.sub(r"\w+", lambda m: symbols.get(m[0], m[0]), dim.dim_param)
 
 
 def run_model(model: Callable[[Tensor], Tensor | Outputs]) -> Runner:
@@ -152,11 +141,7 @@ def run_model(model: Callable[[Tensor], Tensor | Outputs]) -> Runner:
 
 
 def onnx_session(path: str | os.PathLike, threads: int = 0) -> Any:
-    """An ``onnxruntime.InferenceSession`` of a file, on the CPU; 0 threads: its own choice.
-
-    Raises:
-        ValueError: onnxruntime is not installed.
-    """
+    """An ``onnxruntime.InferenceSession`` of a file, on the CPU; 0 threads: its own choice."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -188,12 +173,9 @@ def run_program(path: str | os.PathLike) -> Runner:
 def largest_difference(
     reference: Runner, exported: Runner, batches: Iterable[Tensor]
 ) -> dict[str, float]:
-    """The largest absolute difference of each output over some batches of images.
+    """The largest difference of each output over some batches of images, or a Mismatch.
 
-    It is relative: a fraction of the largest magnitude in that output of the reference.
-
-    Raises:
-        Mismatch: an output of another shape, or without a counterpart.
+    It is a fraction of the largest magnitude in that output of the reference.
     """
     largest: dict[str, float] = {}
     for images in batches:

@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from resnet_backbone import models
-from resnet_backbone.models.layers import (
-    ConvNorm,
-    ConvNormAct,
-    FrozenBatchNorm2d,
-    scale_and_shift,
-)
+from resnet_backbone.models.layers import ConvNorm, ConvNormAct, FrozenBatchNorm2d, scale_and_shift
 from resnet_backbone.models.network import StagedNetwork
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -60,17 +55,13 @@ class FoldingConvNorm(ConvNorm):
         return not (norm.training or torch.is_grad_enabled())
 
     def _folding_pays(self, x: Tensor) -> bool:
-        """Whether the norm is frozen, or constant here and the kernel smaller than the output.
-
-        Exported, traced and compiled graphs keep a norm that is not frozen: their optimizers fold
-        it.
-        """
+        """Whether the norm is frozen, or constant here and the kernel smaller than the output."""
         if self.norm is None or not self.can_fold():
             return False
         if type(self.norm) is FrozenBatchNorm2d:
             return True
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, Proxy):
-            return False
+            return False  # graphs have optimizers of their own
         pixels = x[:, 0].numel() // (self.stride[0] * self.stride[1])
         return pixels >= self.weight[0].numel()
 
@@ -136,11 +127,8 @@ def is_watched(module: nn.Module) -> bool:
 def change_classes(model: nn.Module, kinds: Mapping[type, type]) -> nn.Module:
     """Replaces modules of some classes by ones of a subclass with the same content, in place.
 
-    Args:
-        kinds: class, exactly -> its subclass, which has no attributes of its own.
-
-    Returns:
-        The model; another module if it is of such a class itself.
+    `kinds` are class, exactly -> subclass without attributes of its own. It returns the model;
+    another module if it is of such a class itself.
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():

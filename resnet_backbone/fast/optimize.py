@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from resnet_backbone.fast.folding import fold_bn
 from resnet_backbone.models.layers import ConvNorm
@@ -29,14 +31,13 @@ def optimize_for_inference(
     Args:
         model: one of our classifiers or backbones, or any model that contains some, such as a
             detector of Detectron2 or torchvision.
-        dtype: torch.float32, or torch.bfloat16 or torch.float16. A network and a backbone take it
-            as a whole; in a model around our networks only these do, and of a detector
-            ``backbone`` with its feature pyramid, the ``res5`` of a C4 head, the convolution of
-            the proposal network and ``box_head``; the last layers, which give scores and boxes,
-            and all that follows stay in float32.
-        compile: also ``torch.compile`` these parts, with their weights as constants
-            (Inductor's freezing, which is on only while they run). The first call of each
-            image size compiles, for a minute or so; from the second size on, sizes are dynamic.
+        dtype: torch.float32, torch.bfloat16 or torch.float16. A network and a backbone take it as a
+            whole; in a model around our networks only these do, and of a detector ``backbone``
+            with its feature pyramid, the ``res5`` of a C4 head, the convolution of the proposal
+            network and ``box_head``; the last layers and all that follows stay in float32.
+        compile: also ``torch.compile`` these parts, with their weights as constants (Inductor's
+            freezing). The first call of each image size compiles, for a minute or so; from the
+            second size on, sizes are dynamic.
 
     Returns:
         A model called as the original is. At float32 without ``compile`` it has the same class;
@@ -45,8 +46,7 @@ def optimize_for_inference(
         it takes no others: ``load_state_dict`` is refused.
 
     Raises:
-        ValueError: another dtype, a model without any of our networks, or one that was optimized
-            before.
+        ValueError: another dtype, no network of ours in it, or one that was optimized before.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
@@ -162,28 +162,16 @@ class InferenceNetwork(nn.Module):
         if not isinstance(x, Tensor):
             raise TypeError(f"the first argument is a tensor of images, not a {type(x).__name__}")
         result = x.dtype if x.is_floating_point() else torch.float32
-        with _freezing() if self.compiled else nullcontext():
+        context = nullcontext()
+        if self.compiled:  # Inductor reads the flag at the first call of each shape
+            context = importlib.import_module("torch._inductor.config").patch(freezing=True)
+        with context:
             output = self._run(_cast(x, self.dtype), *args, **kwargs)
         return _cast(output, result)
 
 
-def _freezing() -> AbstractContextManager:
-    """Lets Inductor fold and pre-pack weights, if it compiles within this context.
-
-    The flag is read at the first call of each shape, not by ``torch.compile``.
-    """
-    import torch._inductor.config as inductor
-
-    return inductor.patch(freezing=True)
-
-
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """All floating-point tensors within dicts, lists and tuples in another precision."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return type(value)((key, _cast(item, dtype)) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        items = [_cast(item, dtype) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+    return tree_map_only(
+        Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, value
+    )

@@ -1,12 +1,16 @@
-"""res5 of many small maps, the regions of a C4 head, on CPUs: matrix products, no work twice."""
+"""The regions of a detector on CPUs: RoIAlign as weighted sums of whole rows, of all bins or of
+every second one, and res5 of many small maps as matrix products.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import roi_align
 
 from resnet_backbone.fast.folding import (
     FoldingConvNorm,
@@ -22,7 +26,7 @@ class RegionConvNorm(FoldingConvNorm):
     """:class:`FoldingConvNorm` for maps of 7x7 or so; same parameters, same function."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if suits_matrix_product(self, x):
+        if x.is_cpu and self.kernel_size == self.stride == (1, 1):
             return pointwise(x, weight, bias)
         if x.is_cpu and self.kernel_size == (3, 3):
             return self._conv_3x3(x, weight, bias)
@@ -32,7 +36,8 @@ class RegionConvNorm(FoldingConvNorm):
         if _is_half(x):
             plain = self.stride == (1, 1) and self.dilation == (1, 1)
             if plain and not torch.is_grad_enabled():  # patches are nine times the map: not kept
-                return pointwise(patches_3x3(x), _patch_weight(weight), bias)
+                weight = weight.permute(0, 2, 3, 1).flatten(1)
+                return pointwise(patches_3x3(x), weight, bias)
             return super()._conv_forward(x, weight, bias)
         y = super()._conv_forward(x.contiguous(), weight.contiguous(), bias)
         return y.contiguous(memory_format=torch.channels_last)
@@ -48,15 +53,9 @@ def for_regions(stage: nn.Module) -> nn.Module:
     oneDNN's convolutions of 7x7 maps in channels_last reach two thirds of the speed of matrix
     products in fp32 and half of it in bf16, its 3x3 in fp32 two thirds of that in row-major form.
     """
-    return change_classes(
-        stage,
-        {
-            ConvNorm: RegionConvNorm,
-            ConvNormAct: RegionConvNormAct,
-            FoldingConvNorm: RegionConvNorm,
-            FoldingConvNormAct: RegionConvNormAct,
-        },
-    )
+    kinds = dict.fromkeys((ConvNorm, FoldingConvNorm), RegionConvNorm)
+    kinds |= dict.fromkeys((ConvNormAct, FoldingConvNormAct), RegionConvNormAct)
+    return change_classes(stage, kinds)
 
 
 class Projections(NamedTuple):
@@ -105,16 +104,12 @@ def projections_on_map(stage: nn.Module, maps: Tensor, bins: int) -> Projections
         return None
     convs = block.conv1, block.shortcut
     for conv in convs:
-        if not isinstance(conv, RegionConvNorm) or conv.stride != (1, 1) or is_watched(conv):
+        if not isinstance(conv, RegionConvNorm) or conv.stride != (1, 1):
             return None
-        if not conv.can_fold():
+        if is_watched(conv) or not conv.can_fold():
             return None
-    (weight, bias), (more_weight, more_bias) = (conv.folded() for conv in convs)
-    return Projections(stage, torch.cat((weight, more_weight)), torch.cat((bias, more_bias)))
-
-
-def suits_matrix_product(conv: nn.Conv2d, x: Tensor) -> bool:
-    return x.is_cpu and conv.kernel_size == conv.stride == (1, 1)
+    weights, biases = zip(*(conv.folded() for conv in convs), strict=True)
+    return Projections(stage, torch.cat(weights), torch.cat(biases))
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -130,9 +125,166 @@ def patches_3x3(x: Tensor) -> Tensor:
     return torch.cat(shifted, 3).permute(0, 3, 1, 2)
 
 
-def _patch_weight(weight: Tensor) -> Tensor:
-    return weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
-
-
 def _is_half(x: Tensor) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")
+
+
+class RegionAlign(nn.Module):
+    """RoIAlign (arXiv 1703.06870), of whose bins every ``stride``-th is computed.
+
+    Equal to ``torchvision.ops.roi_align(...)[:, :, ::stride, ::stride]`` to rounding, and so is the
+    gradient. On a CPU each bin is a weighted sum of the cells around its samples, taken as whole
+    rows of a channels_last map (``F.embedding_bag``), and the result is channels_last:
+    torchvision's kernel reads one channel after the other, and its backward pass has one thread.
+    Coordinates and sums have at least single precision; Detectron2's ``ROIAlign`` rounds the
+    corners to the map's precision, in bf16 by up to two pixels in 1,000.
+
+    Args:
+        output_size: bins (rows, columns) of a region before the stride.
+        spatial_scale: of the map, 1 / stride of the backbone.
+        sampling_ratio: samples of a bin along each axis; 0: one per cell, rounded up.
+        aligned: ROIAlignV2, half a pixel further up and left.
+        stride: of the bins.
+    """
+
+    def __init__(
+        self,
+        output_size: tuple[int, int],
+        spatial_scale: float,
+        sampling_ratio: int,
+        aligned: bool = True,
+        stride: int = 1,
+    ):
+        super().__init__()
+        self.output_size, self.spatial_scale = output_size, spatial_scale
+        self.sampling_ratio, self.aligned, self.stride = sampling_ratio, aligned, stride
+
+    def forward(self, maps: Tensor, regions: Tensor) -> Tensor:
+        """(N, C, H, W), (R, 5) of (image, x0, y0, x1, y1) -> (R, C, rows, columns)."""
+        if not self.sums_rows(maps) or not len(regions):
+            grid = self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
+            bins = roi_align(maps, regions.to(maps.dtype), *grid)
+            return bins[:, :, :: self.stride, :: self.stride]
+        precision = torch.promote_types(maps.dtype, torch.float32)
+        cells = maps.to(precision).permute(0, 2, 3, 1)
+        with torch.no_grad():
+            entries, offsets, weights = self._bags(cells.shape, regions.to(precision))
+        rows, options = cells.flatten(0, 2), dict(mode="sum", per_sample_weights=weights)
+        sums = F.embedding_bag(entries, rows, offsets, **options)
+        bins = [-(-size // self.stride) for size in self.output_size]
+        return sums.view(len(regions), *bins, -1).permute(0, 3, 1, 2).to(maps.dtype)
+
+    @property
+    def bins(self) -> int:
+        """Bins of a region that are computed."""
+        return math.prod(-(-size // self.stride) for size in self.output_size)
+
+    @staticmethod
+    def sums_rows(maps: Tensor) -> bool:
+        """Whether bags are the faster way here; graphs that are traced keep the one operator."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
+            return False
+        return maps.device.type == "cpu" and maps.is_floating_point()
+
+    def _bags(self, shape: torch.Size, regions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, height, width, _ = shape
+        corners = regions[:, 1:] * self.spatial_scale - (0.5 if self.aligned else 0.0)
+        rows, columns = self.output_size
+        left, top, right, bottom = corners.unbind(1)
+        y = self._axis(top, bottom, rows, height)
+        x = self._axis(left, right, columns, width)
+        image = regions[:, 0].long() * height
+        y = y._replace(cells=(y.cells + image[:, None, None]) * width)
+        return outer_product(y, x)
+
+    def _axis(self, start: Tensor, end: Tensor, bins: int, size: int) -> Axis:
+        extent = end - start
+        if not self.aligned:
+            extent = extent.clamp(min=1)
+        if self.sampling_ratio > 0:
+            samples = torch.full_like(extent, self.sampling_ratio)
+        else:
+            samples = (extent / bins).ceil()
+        chosen = torch.arange(0, bins, self.stride).to(extent)
+        return axis_weights(start, extent / bins, chosen, samples, size)
+
+    def extra_repr(self) -> str:
+        grid = self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
+        return f"{grid}, stride={self.stride}"
+
+
+class StridedPool(nn.Module):
+    """Pools regions and keeps every ``stride``-th bin in each direction.
+
+    Maps of half precision are pooled in single precision: torchvision's kernels need one precision
+    for maps and regions, and see to it by themselves under a GPU's autocast alone.
+    """
+
+    def __init__(self, pool: nn.Module, stride: int):
+        super().__init__()
+        self.pool = pool
+        self.stride = stride
+
+    def forward(self, features: Tensor, regions: Tensor) -> Tensor:
+        precision = torch.promote_types(features.dtype, regions.dtype)
+        bins = self.pool(features.to(precision), regions.to(precision))
+        return bins[:, :, :: self.stride, :: self.stride].to(features.dtype)
+
+
+class Axis(NamedTuple):
+    """Bins of R regions along one axis as weighted cells of the map."""
+
+    cells: Tensor  # (R, bins, J): index of each cell
+    weights: Tensor  # (R, bins, J); zero from `reach` on
+    reach: Tensor  # (R,): cells of each bin of a region
+
+
+def axis_weights(start: Tensor, width: Tensor, bins: Tensor, samples: Tensor, size: int) -> Axis:
+    """The mean over the samples of each bin as a sum over cells, by linear interpolation.
+
+    RoIAlign's rules (arXiv 1703.06870): samples are spaced evenly in a bin, those more than one
+    cell beyond the map count as zero, those beyond the center of its last cell take its value.
+
+    Args:
+        start: (R,) where the first bin begins, in cells; 0 is the center of the first cell.
+        width: (R,) of a bin.
+        bins: (K,) numbers of the bins wanted.
+        samples: (R,) whole numbers, for each bin; below 1: the bin is zero.
+        size: cells of the map.
+    """
+    samples, width, start = (value[:, None, None] for value in (samples, width, start))
+    steps = torch.arange(max(1, int(samples.max()))).to(start)
+    at = start + bins[:, None] * width + (steps + 0.5) * width / samples.clamp(min=1)
+    counts = (steps < samples) & (at >= -1) & (at <= size)
+    at = torch.where(counts, at.clamp(0, size - 1), -1)
+    low = at.floor()
+    first = torch.where(counts, low, size).amin(2, keepdim=True).clamp(max=size - 1)
+    reach = (low.amax(2, keepdim=True) - first + 2).clamp(min=1).amax((1, 2)).long()
+    offset = torch.where(counts, low - first, 0).long()
+    share = counts / samples.clamp(min=1)
+    upper = torch.where(counts, at - low, 0) * share
+    weights = upper.new_zeros(*upper.shape[:2], int(reach.max()) + 1)
+    weights.scatter_add_(2, offset, share - upper).scatter_add_(2, offset + 1, upper)
+    cells = first.long() + torch.arange(int(reach.max()))
+    return Axis(cells.clamp(max=size - 1), weights[:, :, :-1], reach)
+
+
+def outer_product(y: Axis, x: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """Cells of all bins of all regions, the offset of each bin's first one, and weights.
+
+    Cells are ``y.cells + x.cells``, weights the products; all as ``F.embedding_bag`` takes them.
+    """
+    regions, rows, columns = len(y.cells), y.cells.shape[1], x.cells.shape[1]
+    lengths = (y.reach * x.reach).repeat_interleave(rows * columns)
+    offsets = lengths.cumsum(0) - lengths
+    bag = torch.arange(len(lengths)).repeat_interleave(lengths)
+    within = torch.arange(len(bag)) - offsets[bag]
+    reach = x.reach.repeat_interleave(rows * columns)[bag]
+    step_y = torch.div(within, reach, rounding_mode="floor")
+    number = torch.arange(regions * rows).view(regions, rows, 1).expand(-1, -1, columns)
+    entry_y = number.flatten()[bag] * y.cells.shape[2] + step_y
+    number = torch.arange(regions * columns).view(regions, 1, columns).expand(-1, rows, -1)
+    entry_x = number.flatten()[bag] * x.cells.shape[2] + within - step_y * reach
+    cells = y.cells.flatten()[entry_y] + x.cells.flatten()[entry_x]
+    weights = y.weights.flatten()[entry_y] * x.weights.flatten()[entry_x]
+    return cells, offsets, weights

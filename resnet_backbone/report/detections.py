@@ -17,8 +17,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from resnet_backbone.detection.config import backbone_node
-from resnet_backbone.detection.config_file import load_config
+from resnet_backbone.detection.config import backbone_node, load_config
 from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation.voc import TO_VOC
 from resnet_backbone.detection.evaluation.voc_ap import (

@@ -13,11 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from resnet_backbone.detection.evaluation.voc import TO_VOC
 from resnet_backbone.detection.evaluation.voc_ap import CURVE_IOU
-from resnet_backbone.detection.inference.draw import Mark, draw_marks, enlargement
-from resnet_backbone.detection.inference.media import contact_sheet
+from resnet_backbone.detection.inference.pictures import contact_sheet, draw_boxes, enlargement
 from resnet_backbone.report.detections import RunDetections, Truth
 
-GREEN, ORANGE, BLUE = (60, 220, 60), (230, 120, 20), (40, 130, 220)
+GREEN = 60, 220, 60
+ORANGE, BLUE = (0.9, 0.47, 0.08), (0.16, 0.51, 0.86)
 MAX_BYTES = 600_000
 TILE = 400, 320  # largest width and height of a picture, in pixels
 COLUMNS = 4
@@ -145,8 +145,9 @@ def draw_pair(pair: Pair, truth: Truth, score: float = SCORE) -> tuple[list[np.n
     _draw_objects(photo, table, pair.row, scale)
     pictures, captions = [], []
     for run, color in ((pair.left, ORANGE), (pair.right, BLUE)):
-        marks = _marks(run, int(table["image"][pair.row]), truth, score, scale, color)
-        pictures.append(draw_marks(np.asarray(photo), marks))
+        boxes, texts = _marks(run, int(table["image"][pair.row]), truth, score)
+        colors = [color] * len(texts)
+        pictures.append(draw_boxes(np.asarray(photo), scale * boxes, texts, colors))
         seed = "" if run.run.seed is None else f", seed {run.run.seed}"
         captions.append(f"{run.run.title}{seed}: {_outcome(run, pair.row, score, name)}")
     return pictures, captions
@@ -168,18 +169,13 @@ def _draw_objects(photo: Image.Image, table, row: int, scale: float) -> None:
         pen.rectangle([*(box[:2] - width / 2), *(box[2:] + width / 2)], outline=GREEN, width=width)
 
 
-def _marks(run: RunDetections, image: int, truth, score: float, scale: float, color) -> list[Mark]:
+def _marks(run: RunDetections, image: int, truth, score: float) -> tuple[np.ndarray, list[str]]:
+    """Boxes of a run's detections in an image, and their labels."""
     found = run.found
     shown = np.flatnonzero((found["image"] == image) & (found["scores"] >= score))
-    shown = shown[np.argsort(-found["scores"][shown], kind="stable")]
-    return [
-        Mark(
-            tuple(scale * (found["boxes"][i] - TO_VOC)),
-            f"{truth.classes[int(found['classes'][i])]} {found['scores'][i]:.2f}",
-            color,
-        )
-        for i in shown
-    ]
+    names = [truth.classes[index] for index in found["classes"][shown]]
+    pairs = zip(names, found["scores"][shown], strict=True)
+    return found["boxes"][shown] - TO_VOC, [f"{name} {value:.2f}" for name, value in pairs]
 
 
 def make_sheet(sections: Sequence[Section], truth: Truth, score: float = SCORE) -> bytes:

@@ -17,9 +17,11 @@ from PIL import Image  # noqa: E402
 
 from resnet_backbone.cli import demo  # noqa: E402
 from resnet_backbone.detection import Checkpointer, build_detector  # noqa: E402
-from resnet_backbone.detection.config import UsageError  # noqa: E402
-from resnet_backbone.detection.config_file import load_config  # noqa: E402
-from resnet_backbone.detection.inference.media import read_video, video_writer  # noqa: E402
+from resnet_backbone.detection.config import (
+    UsageError,  # noqa: E402
+    load_config,  # noqa: E402
+)
+from resnet_backbone.detection.inference.pictures import read_video, video_writer  # noqa: E402
 from resnet_backbone.detection.inference.predictor import (  # noqa: E402
     Predictor,
     find_class_names,

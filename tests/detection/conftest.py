@@ -1,6 +1,6 @@
 """What the Detectron2 tests share: configs, random weights, a tiny data set."""
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -18,6 +18,18 @@ CONFIGS = PROJECT / "configs" / "detection"
 COLOURS = {"bar": (220, 40, 40), "box": (40, 60, 230)}
 INPUT = Preprocessing("RGB", 255.0, (130.0, 121.5, 110.0), (60.0, 61.0, 62.5), source="our digits")
 SPLITS = {"train": range(6), "test": range(6, 8)}
+
+
+@pytest.fixture(autouse=True)
+def clean_catalogs():
+    """Data sets that a test registers are gone afterwards."""
+    catalogs = pytest.importorskip("detectron2.data.catalog")
+    catalogs = catalogs.DatasetCatalog, catalogs.MetadataCatalog
+    before = [set(catalog) for catalog in catalogs]
+    yield
+    for catalog, names in zip(catalogs, before, strict=True):
+        for name in set(catalog) - names:
+            del catalog[name]
 
 
 @pytest.fixture
@@ -41,6 +53,22 @@ def make_cfg():
         return cfg
 
     return make
+
+
+FAMILIES = {
+    "C4": dict(file="voc/faster_rcnn_R_18_C4.yaml"),
+    "VGG": dict(file="voc/faster_rcnn_VGG_16.yaml", RESNET_BACKBONE__VGG__DEPTH=11),
+    "FPN": dict(file="voc/faster_rcnn_R_18_FPN.yaml", MODEL__FPN__OUT_CHANNELS=16),
+}
+
+
+@pytest.fixture
+def make_family(make_cfg):
+    """Function (one of FAMILIES, KEY=value...) -> config of such a detector with small heads."""
+    cheap = dict(MODEL__ROI_HEADS__NUM_CLASSES=2, MODEL__ROI_BOX_HEAD__FC_DIM=16)
+    cheap |= dict(MODEL__ROI_BOX_HEAD__POOLER_RESOLUTION=4)
+    cheap |= dict(MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE=8, MODEL__RPN__POST_NMS_TOPK_TRAIN=10)
+    return lambda family, **keys: make_cfg(**(FAMILIES[family] | cheap | keys))
 
 
 @pytest.fixture
@@ -83,10 +111,8 @@ def write_scene(root: Path, image_id: str, seed: int) -> None:
     for name, (width, height), left in (("bar", (16, 40), 4), ("box", (36, 20), 52)):
         x, y = left + int(rng.integers(0, 8)), int(rng.integers(2, 20))
         ImageDraw.Draw(image).rectangle((x, y, x + width - 1, y + height - 1), COLOURS[name])
-        corners = zip(
-            ("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + width, y + height), strict=True
-        )
-        box = "".join(f"<{key}>{value}</{key}>" for key, value in corners)
+        box = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin>"
+        box += f"<xmax>{x + width}</xmax><ymax>{y + height}</ymax>"
         objects.append(
             f"<object><name>{name}</name><pose>Left</pose><truncated>0</truncated>"
             f"<difficult>0</difficult><bndbox>{box}</bndbox></object>"
@@ -113,6 +139,45 @@ def tiny_voc(tmp_path_factory) -> Path:
     return root
 
 
+CATEGORIES = {90: "bar", 7: "box"}  # not in order, and with gaps
+
+
+@pytest.fixture
+def tiny_coco(tiny_voc):
+    """Function (file, numbers of pictures, annotated) -> file of these in COCO's format.
+
+    Ids of images are 100 + number.
+    """
+    from resnet_backbone.detection.data import load_voc_instances
+
+    def write(path, numbers, annotated=True) -> str:
+        images, annotations = [], []
+        records = [
+            record
+            for split in SPLITS
+            for record in load_voc_instances(tiny_voc, split, list(CATEGORIES.values()))
+            if int(record["image_id"]) in numbers
+        ]
+        for record in records:
+            number, size = 100 + int(record["image_id"]), {"width": 96, "height": 64}
+            images.append({"id": number, "file_name": f"{record['image_id']}.jpg", **size})
+            for one in record["annotations"]:
+                x, y, right, bottom = one["bbox"]
+                box, key = [x, y, right - x, bottom - y], [*CATEGORIES][one["category_id"]]
+                entry = {"id": 10 * number + len(annotations), "image_id": number, "iscrowd": 0}
+                entry |= {"category_id": key, "bbox": box, "area": box[2] * box[3]}
+                annotations.append(entry)
+        categories = [{"id": key, "name": name} for key, name in CATEGORIES.items()]
+        content = {"categories": categories, "images": images, "annotations": annotations}
+        if not annotated:
+            content.pop("annotations")  # as in COCO's image_info files
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    return write
+
+
 @pytest.fixture
 def images():
     """Two Detectron2 inputs with instances, 60 x 84 and 64 x 75."""
@@ -121,9 +186,8 @@ def images():
     generator = torch.Generator().manual_seed(0)
     inputs = []
     for size in ((60, 84), (64, 75)):
-        instances = Instances(size)
-        instances.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 70.0, 40.0]]))
-        instances.gt_classes = torch.tensor([0, 1])
+        boxes = Boxes(torch.tensor([[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 70.0, 40.0]]))
+        instances = Instances(size, gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
         image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
         inputs.append(dict(image=image, instances=instances, height=size[0], width=size[1]))
     return inputs
@@ -170,14 +234,8 @@ def train(train_net, tiny_voc, tiny_training):
 
 @pytest.fixture
 def train_net(capsys):
-    """Function (config file or None, argument...) -> exit status and lines of stderr, done here.
-
-    Data sets that it registered are taken away afterwards.
-    """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
+    """Function (config file or None, argument...) -> exit status and lines of stderr, done here."""
     tool = importlib.import_module("resnet_backbone.cli.train_net")
-    before = set(DatasetCatalog.list())
 
     def run(config, *arguments):
         try:
@@ -188,7 +246,4 @@ def train_net(capsys):
             code = stop.code
         return code, capsys.readouterr().err.splitlines()
 
-    yield run
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return run

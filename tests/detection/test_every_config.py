@@ -13,8 +13,7 @@ pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.checkpoint.files import refuse_other_input
 from resnet_backbone.detection.checkpoint.input_check import config_input
-from resnet_backbone.detection.config_file import load_config
-from resnet_backbone.detection.data import scan_voc
+from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.evaluation import voc
 from resnet_backbone.weights import sources
@@ -34,43 +33,17 @@ SOLVER.AMP.ENABLED False MODEL.BACKBONE.FREEZE_AT 0""".split()
 
 
 @pytest.fixture
-def data(tiny_voc, tmp_path):
+def data(tiny_voc, tiny_coco, tmp_path):
     """Function (whether as COCO) -> options for the tiny VOC data set."""
 
     def options(coco: bool) -> list:
         if not coco:
             return ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
-        for split in ("train", "test"):
-            records, _ = scan_voc(tiny_voc, split, ["bar", "box"])
-            write_coco(tmp_path / f"{split}.json", records)
-        files = [tmp_path / "train.json", tmp_path / "test.json"]
-        return ["--coco-json", *files, "--image-root", tiny_voc / "JPEGImages"]
+        train = tiny_coco(tmp_path / "train.json", range(6))
+        test = tiny_coco(tmp_path / "test.json", range(6, 8))
+        return ["--coco-json", train, test, "--image-root", tiny_voc / "JPEGImages"]
 
     return options
-
-
-def write_coco(path, records):
-    images, annotations = [], []
-    for number, record in enumerate(records):
-        name = record["file_name"].rsplit("/", 1)[-1]
-        size = {"height": record["height"], "width": record["width"]}
-        images.append({"id": number, "file_name": name, **size})
-        for found in record["annotations"]:
-            x, y, right, bottom = found["bbox"]
-            box = [x, y, right - x, bottom - y]
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": found["category_id"],
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": 0,
-                }
-            )
-    categories = [{"id": number, "name": name} for number, name in enumerate(("bar", "box"))]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    path.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("detectron2")
 
+import detectron2
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -21,24 +21,14 @@ from resnet_backbone.detection.data import register_voc
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection" / "voc"
 LAZY, YAML = str(CONFIGS / "faster_rcnn_R_50_FPN_lazy.py"), "voc/faster_rcnn_R_50_FPN.yaml"
-TINY = [
-    "model.backbone.bottom_up.depth=18",
-    "model.backbone.bottom_up.norm=BN",
-    "model.backbone.bottom_up.freeze_at=0",
-    "model.backbone.out_channels=16",
-    "model.roi_heads.box_head.fc_dims=[8,16]",
-    "model.roi_heads.num_classes=2",
-    "model.roi_heads.batch_size_per_image=16",
-    "model.proposal_generator.post_nms_topk=[20,20]",
-    "dataloader.train.mapper.augmentations.0.short_edge_length=[64]",
-    "dataloader.test.mapper.augmentations.0.short_edge_length=64",
-    "dataloader.train.total_batch_size=2",
-    "dataloader.train.num_workers=0",
-    "dataloader.test.num_workers=0",
-    "train.device=cpu",
-    "train.max_iter=2",
-    "train.init_checkpoint=''",
-]
+TINY = """model.backbone.bottom_up.depth=18 model.backbone.bottom_up.norm=BN
+model.backbone.bottom_up.freeze_at=0 model.backbone.out_channels=16
+model.roi_heads.box_head.fc_dims=[8,16] model.roi_heads.num_classes=2
+model.roi_heads.batch_size_per_image=16 model.proposal_generator.post_nms_topk=[20,20]
+dataloader.train.mapper.augmentations.0.short_edge_length=[64]
+dataloader.test.mapper.augmentations.0.short_edge_length=64
+dataloader.train.total_batch_size=2 dataloader.train.num_workers=0 dataloader.test.num_workers=0
+train.device=cpu train.max_iter=2 train.init_checkpoint=''""".split()
 
 
 @pytest.fixture
@@ -48,14 +38,11 @@ def lazy():
 
 @pytest.fixture
 def tiny(lazy, tiny_voc, tmp_path):
-    """The config with a small model on the tiny data set, which is registered meanwhile."""
+    """The config with a small model on the tiny data set."""
     for split in ("train", "test"):
         register_voc(f"lazy_{split}", str(tiny_voc), split, ["bar", "box"])
     names = ["dataloader.train.dataset.names=lazy_train", "dataloader.test.dataset.names=lazy_test"]
-    yield LazyConfig.apply_overrides(lazy, [*TINY, *names, f"train.output_dir={tmp_path}"])
-    for split in ("train", "test"):
-        DatasetCatalog.remove(f"lazy_{split}")
-        MetadataCatalog.remove(f"lazy_{split}")
+    return LazyConfig.apply_overrides(lazy, [*TINY, *names, f"train.output_dir={tmp_path}"])
 
 
 def test_every_reference_resolves_and_it_can_be_saved(lazy, tmp_path):
@@ -82,8 +69,8 @@ def test_same_detector_as_yaml(lazy, make_cfg, images):
         head.box_predictor.test_score_thresh = 0.0
     with torch.no_grad():
         pairs = zip(theirs(images), ours(images), strict=True)
-    for expected, found in pairs:
-        expected, found = expected["instances"], found["instances"]
+    for pair in pairs:
+        expected, found = (output["instances"] for output in pair)
         assert len(expected) > 0
         assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
         assert torch.equal(found.scores, expected.scores)
@@ -91,10 +78,8 @@ def test_same_detector_as_yaml(lazy, make_cfg, images):
 
 def test_same_training_settings_as_yaml(lazy, make_cfg):
     cfg = make_cfg(YAML)
-    solver, model = (
-        cfg.SOLVER,
-        torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1)),
-    )
+    solver = cfg.SOLVER
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1))
     lazy.optimizer.params.model = model
     optimizer, expected = instantiate(lazy.optimizer), build_optimizer(cfg, model)
     for key in ("lr", "momentum", "weight_decay"):
@@ -130,19 +115,11 @@ def test_one_step(tiny):
     assert not torch.equal(model.backbone.bottom_up.res2[0].conv1.weight, before)
 
 
-def test_detectron2s_lazy_trainer(tiny, tmp_path, lazy_trainer):
+def test_detectron2s_lazy_trainer(tiny, tmp_path):
     """Upstream's do_train trains, evaluates with our evaluator and writes a checkpoint."""
-    lazy_trainer["do_train"](type("Arguments", (), {"resume": False}), tiny)
-    assert (tmp_path / "model_final.pth").is_file()
-    assert '"bbox/AP50"' in (tmp_path / "metrics.json").read_text()
-
-
-@pytest.fixture
-def lazy_trainer():
-    """Names of Detectron2's tools/lazyconfig_train_net.py, where its package ships the tools."""
-    import detectron2
-
     path = Path(detectron2.__file__).parents[1] / "tools" / "lazyconfig_train_net.py"
     if not path.is_file():
         pytest.skip(f"this Detectron2 comes without {path.name}")
-    return runpy.run_path(str(path))
+    runpy.run_path(str(path))["do_train"](type("Arguments", (), {"resume": False}), tiny)
+    assert (tmp_path / "model_final.pth").is_file()
+    assert '"bbox/AP50"' in (tmp_path / "metrics.json").read_text()

@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("detectron2")
 
 import detectron2
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import get_cfg
 
-from resnet_backbone.detection.config_file import load_config
+from resnet_backbone.detection.config import flat_config, load_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detection" / "modern"
 ZOO = Path(detectron2.__file__).parent / "model_zoo" / "configs"
@@ -54,22 +54,10 @@ def zoo_file(name: str) -> Path:
     return ZOO / folder / f"faster_rcnn_{rest}.yaml"
 
 
-def flat(node: CfgNode, prefix: str = "") -> dict:
-    """Every key with its value, less our own node."""
-    found = {}
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            found |= flat(value, f"{prefix}{key}.") if key != "RESNET_BACKBONE" else {}
-        else:
-            found[prefix + key] = value
-    return found
-
-
 def overrides(name: str) -> list[str]:
     """The config's debug override."""
-    match = re.search(
-        r"^# Debug: add (.*(?:\n# [A-Z_]+\.[A-Z_.]+ .*)*)", (FOLDER / name).read_text(), re.M
-    )
+    pattern = r"^# Debug: add (.*(?:\n# [A-Z_]+\.[A-Z_.]+ .*)*)"
+    match = re.search(pattern, (FOLDER / name).read_text(), re.M)
     return shlex.split(match[1].replace("\n# ", " "))
 
 
@@ -89,7 +77,8 @@ def test_equals_the_zoos_key_by_key(make_cfg, name):
     theirs.MODEL.DEVICE = "cpu"
     if "moco" in name:
         theirs.merge_from_list([item for pair in MOCO.items() for item in pair])
-    expected, found = flat(theirs), flat(ours)
+    expected, found = flat_config(theirs), flat_config(ours)
+    found = {key: value for key, value in found.items() if not key.startswith("RESNET_BACKBONE")}
     assert found.keys() == expected.keys()
     differing = {key for key in expected if found[key] != expected[key]}
     assert differing == DIFFERENCES[re.search("C4|DC5|FPN", name)[0]].keys()
@@ -100,10 +89,8 @@ def test_equals_the_zoos_key_by_key(make_cfg, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opens_with_its_story(name):
-    text = (FOLDER / name).read_text()
-    assert text.startswith(
-        "# python tools/train_net.py --config-file configs/detection/modern/" + name
-    )
+    text, folder = (FOLDER / name).read_text(), "configs/detection/modern"
+    assert text.startswith(f"# python tools/train_net.py --config-file {folder}/{name}")
     assert "# Your own data: --" in text and "# GPU hours: " in text
     stem = name.removesuffix(".yaml")
     if stem in PUBLISHED:

@@ -1,6 +1,7 @@
 """configs/detection/paper: every protocol builds, trains a step, and deviates as its files say."""
 
 import re
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,7 @@ PROTOCOL = {
 
 
 def value(cfg, key):
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
+    return reduce(getattr, key.split("."), cfg)
 
 
 def test_every_network_has_every_protocol():
@@ -111,9 +110,8 @@ def test_a_step(make_cfg, small, name):
     scheduler = build_lr_scheduler(cfg, optimizer)
     rates = sorted({group["lr"] for group in optimizer.param_groups})
     assert rates == pytest.approx([cfg.SOLVER.BASE_LR, 2 * cfg.SOLVER.BASE_LR])
-    target = Instances((160, 160))
-    target.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 140.0, 150.0]]))
-    target.gt_classes = torch.tensor([3])
+    boxes = Boxes(torch.tensor([[10.0, 10.0, 140.0, 150.0]]))
+    target = Instances((160, 160), gt_boxes=boxes, gt_classes=torch.tensor([3]))
     image = torch.randint(0, 256, (3, 160, 160), dtype=torch.uint8)
     with EventStorage():
         losses = model([{"image": image, "instances": target, "height": 160, "width": 160}])
@@ -127,14 +125,11 @@ def test_regions_of_little_overlap_are_not_trained_on(make_cfg, small):
     """VOC: negatives have an IoU in [0.1, 0.5) (Fast R-CNN, section 2.3)."""
     cfg = make_cfg("paper/voc_07_R_50.yaml", MODEL__WEIGHTS="", **small)
     heads = build_model(cfg).roi_heads
-    target = Instances((200, 200))
-    target.gt_boxes = Boxes(torch.tensor([[0.0, 0.0, 100.0, 100.0]]))
-    target.gt_classes = torch.tensor([3])
-    given = Instances((200, 200))
-    given.proposal_boxes = Boxes(
-        torch.tensor([[0, 0, 100, 5.0], [0, 0, 100, 30.0], [0, 0, 100, 90.0], [150, 150, 160, 160]])
-    )
-    given.objectness_logits = torch.zeros(4)
+    whole = Boxes(torch.tensor([[0.0, 0.0, 100.0, 100.0]]))
+    target = Instances((200, 200), gt_boxes=whole, gt_classes=torch.tensor([3]))
+    boxes = [[0, 0, 100, 5.0], [0, 0, 100, 30.0], [0, 0, 100, 90.0], [150, 150, 160, 160]]
+    fields = dict(proposal_boxes=Boxes(torch.tensor(boxes)), objectness_logits=torch.zeros(4))
+    given = Instances((200, 200), **fields)
     with EventStorage():
         (found,) = heads.label_and_sample_proposals([given], [target])
     heights = found.proposal_boxes.tensor[:, 3].tolist()
@@ -149,17 +144,10 @@ def test_vocs_test_set_of_2012(make_cfg, make_voc, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(root.parent))
     cfg = make_cfg("paper/voc_07_12_test12_R_50.yaml")
     (name,) = cfg.DATASETS.TEST
-    try:
-        for _ in range(2):
-            _adopt(name, cfg, "refuse")
-            (image,) = DatasetCatalog.get(name)
-            assert (image["image_id"], image["annotations"]) == ("t", [])
-        metadata = MetadataCatalog.get(name)
-        assert (metadata.year, metadata.split, metadata.thing_classes[0]) == (
-            2012,
-            "test",
-            "aeroplane",
-        )
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name)
+    for _ in range(2):
+        _adopt(name, cfg, "refuse")
+        (image,) = DatasetCatalog.get(name)
+        assert (image["image_id"], image["annotations"]) == ("t", [])
+    metadata = MetadataCatalog.get(name)
+    assert (metadata.year, metadata.split) == (2012, "test")
+    assert metadata.thing_classes[0] == "aeroplane"

@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image, ImageDraw
+from pycocotools import mask as mask_util
 
-pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
+pytest.importorskip("detectron2")
 
-import torch  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
+import torch
+from detectron2.structures import Boxes, Instances
 
-from resnet_backbone.detection.inference.draw import (
-    class_color,  # noqa: E402
-    draw_output,  # noqa: E402
-)
-from resnet_backbone.detection.inference.predictor import describe_output  # noqa: E402
+from resnet_backbone.detection.inference.pictures import class_color, draw_output
+from resnet_backbone.detection.inference.predictor import describe_output
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "segmentation" / "coco"
@@ -35,8 +33,7 @@ SMALL = [
 
 
 def tool(name):
-    module = importlib.import_module(f"resnet_backbone.cli.{name}")
-    return module
+    return importlib.import_module(f"resnet_backbone.cli.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -54,43 +51,27 @@ def scenes(tmp_path_factory) -> Path:
         ):
             x0, y0, x1, y1 = corners
             ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), colour)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": category,
-                    "iscrowd": 0,
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
-                    "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
-                }
-            )
+            entry = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
+            entry |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
+            outline = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+            annotations.append(entry | {"iscrowd": 0, "segmentation": outline})
         image.save(root / "images" / f"{number}.png")
         images.append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 64})
     categories = [{"id": 1, "name": "bar"}, {"id": 2, "name": "box"}]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / "instances.json").write_text(json.dumps(content))
-    command = [
-        "labels",
-        "--coco-json",
-        str(root / "instances.json"),
-        "--output",
-        str(root / "labels"),
-    ]
-    tool("prepare_data").main(command)
+    words = ["--coco-json", str(root / "instances.json"), "--output", str(root / "labels")]
+    tool("prepare_data").main(["labels", *words])
     return root
 
 
 def data(scenes, kind):
-    instances, labels = str(scenes / "instances.json"), scenes / "labels"
-    words = ["--image-root", str(scenes / "images")]
-    if kind in ("instances", "panoptic"):
-        words += ["--coco-json", instances, instances]
-    if kind == "panoptic":
-        words += ["--panoptic-json", *[str(labels / "panoptic.json")] * 2]
-    if kind != "instances":
-        words += ["--sem-seg", *[str(labels / ("stuff" if kind == "panoptic" else kind))] * 2]
-    return words
+    instances = ["--coco-json", *[str(scenes / "instances.json")] * 2]
+    panoptic = ["--panoptic-json", *[str(scenes / "labels" / "panoptic.json")] * 2]
+    folder = scenes / "labels" / ("stuff" if kind == "panoptic" else "semantic")
+    labels = ["--sem-seg", *[str(folder)] * 2]
+    words = {"instances": instances, "semantic": labels, "panoptic": instances + panoptic + labels}
+    return ["--image-root", str(scenes / "images"), *words[kind]]
 
 
 def results(folder):
@@ -143,13 +124,14 @@ def test_semantic_from_labels_to_picture(train_net, scenes, tmp_path):
     assert results(folder / "eval") == results(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, kind",
     [
-        pytest.param("deeplab_v3plus_R_50_OS16.yaml", "semantic", marks=pytest.mark.slow),
-        pytest.param("deeplab_v3_R_50_OS8.yaml", "semantic", marks=pytest.mark.slow),
-        pytest.param("pointrend_R_50_FPN.yaml", "instances", marks=pytest.mark.slow),
-        pytest.param("mask_rcnn_R_50_C4.yaml", "instances", marks=pytest.mark.slow),
+        ("deeplab_v3plus_R_50_OS16.yaml", "semantic"),
+        ("deeplab_v3_R_50_OS8.yaml", "semantic"),
+        ("pointrend_R_50_FPN.yaml", "instances"),
+        ("mask_rcnn_R_50_C4.yaml", "instances"),
     ],
 )
 def test_other_families_run(train_net, scenes, tmp_path, config, kind):
@@ -207,29 +189,24 @@ def test_overrides_behind_the_image_folders(train_net, scenes, tmp_path):
 
 
 def test_label_tool_needs_one_input(capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="2"):
         tool("prepare_data").main(["labels", "--output", "x"])
-    assert (
-        stop.value.code == 2
-        and "--coco-json --panoptic-json is required" in capsys.readouterr().err
-    )
+    assert "--coco-json --panoptic-json is required" in capsys.readouterr().err
+
+
+GREY = np.full((480, 640, 3), 100, np.uint8)  # large enough not to be enlarged
 
 
 def near(pixel, colour):
     return np.abs(np.asarray(pixel, int) - np.asarray(colour)).max() <= 3
 
 
-def half(colour):
-    """On grey 100, half transparent."""
-    return [50 + value / 2 for value in colour]
+def half(index):
+    """A class's color on grey 100, half transparent."""
+    return [50 + 255 * value / 2 for value in class_color(index)]
 
 
-@pytest.fixture
-def grey():
-    return np.full((480, 640, 3), 100, np.uint8)  # large enough not to be enlarged
-
-
-def test_masks_are_painted_where_they_are(grey):
+def test_masks_are_painted_where_they_are():
     masks = torch.zeros(2, 480, 640, dtype=torch.bool)
     masks[0, 100:300, 100:300] = True
     masks[1, 200:400, 200:400] = True
@@ -237,40 +214,38 @@ def test_masks_are_painted_where_they_are(grey):
     scores, classes = torch.tensor([0.9, 0.3]), torch.tensor([0, 1])
     fields = dict(pred_boxes=boxes, pred_masks=masks, scores=scores, pred_classes=classes)
     output = {"instances": Instances((480, 640), **fields)}
-    drawn = draw_output(grey, output, ("cat", "dog"), threshold=0.2)
-    assert near(drawn[150, 150], half(class_color(0)))
-    assert near(drawn[350, 350], half(class_color(1)))
-    assert near(drawn[50, 500], (100, 100, 100)) and (grey == 100).all()
-    assert near(draw_output(grey, output, threshold=0.5)[350, 350], (100, 100, 100))
+    drawn = draw_output(GREY, output, ("cat", "dog"), threshold=0.2)
+    assert near(drawn[150, 150], half(0))
+    assert near(drawn[350, 350], half(1))
+    assert near(drawn[50, 500], (100, 100, 100)) and (GREY == 100).all()
+    assert near(draw_output(GREY, output, threshold=0.5)[350, 350], (100, 100, 100))
     first, second = describe_output(output, ("cat", "dog"))
     assert (first["class"], second["class"]) == ("cat", "dog")
-    from pycocotools import mask as mask_util
-
     assert np.array_equal(mask_util.decode(first["mask"]), masks[0].numpy())
 
 
-def test_labels_are_painted_and_background_is_not(grey):
+def test_labels_are_painted_and_background_is_not():
     scores = torch.zeros(3, 480, 640)
     scores[0] = 1
     scores[2, 100:300, 100:300] = 2
-    drawn = draw_output(grey, {"sem_seg": scores}, label_names=("background", "cat", "dog"))
-    assert near(drawn[120, 120], half(class_color(2))) and near(drawn[400, 500], (100,) * 3)
-    unnamed = draw_output(grey, {"sem_seg": scores})
-    assert near(unnamed[400, 20], half(class_color(0)))
+    drawn = draw_output(GREY, {"sem_seg": scores}, label_names=("background", "cat", "dog"))
+    assert near(drawn[120, 120], half(2)) and near(drawn[400, 500], (100,) * 3)
+    unnamed = draw_output(GREY, {"sem_seg": scores})
+    assert near(unnamed[400, 20], half(0))
     entries = describe_output({"sem_seg": scores}, label_names=("background", "cat", "dog"))
     assert [entry["class"] for entry in entries] == ["background", "dog"]
     assert entries[1]["share"] == pytest.approx(200 * 200 / (480 * 640), abs=1e-5)
 
 
-def test_panoptic_segments_are_painted(grey):
+def test_panoptic_segments_are_painted():
     ids = torch.zeros(480, 640, dtype=torch.int32)
     ids[:240], ids[300:, :200] = 1, 2
     segments = [
         {"id": 1, "isthing": False, "category_id": 1, "area": 240 * 640},
         {"id": 2, "isthing": True, "category_id": 1, "score": 0.9, "instance_id": 0},
     ]
-    drawn = draw_output(grey, {"panoptic_seg": (ids, segments)}, ("a", "cat"), ("things", "sky"))
-    assert near(drawn[320, 20], half(class_color(1)))
+    drawn = draw_output(GREY, {"panoptic_seg": (ids, segments)}, ("a", "cat"), ("things", "sky"))
+    assert near(drawn[320, 20], half(1))
     assert near(drawn[270, 300], (100,) * 3)
     assert not near(drawn[10, 10], (100,) * 3) and not near(drawn[10, 10], drawn[320, 20])
 

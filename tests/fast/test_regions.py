@@ -1,16 +1,18 @@
-"""Convolutions of regions: the same function, gradients and optimized forms."""
+"""RoIAlign as sums of rows, and convolutions of regions: the same function and gradients."""
 
 import pytest
 import torch
+from small_networks import assert_close, randomize
+from torchvision.ops import roi_align
 
 from resnet_backbone import optimize_for_inference
 from resnet_backbone.fast.regions import (
+    RegionAlign,
     RegionConvNorm,
     RegionConvNormAct,
     for_regions,
     projections_on_map,
 )
-from resnet_backbone.fast.roi_align import RegionAlign
 from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.models.resnet import resnet_stage
 
@@ -18,15 +20,19 @@ from resnet_backbone.models.resnet import resnet_stage
 def stages(**options):
     """A plain stage of 64 -> 128 channels with random norms, and its twin for regions."""
     torch.manual_seed(0)
-    plain = resnet_stage(50, 3, in_channels=64, **options)[0]
-    for module in plain.modules():
-        if hasattr(module, "running_var"):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 1.5)
-            module.bias.data.normal_(0, 0.2)
+    plain = randomize(resnet_stage(50, 3, in_channels=64, **options)[0])
     twin = resnet_stage(50, 3, in_channels=64, **options)[0]
     twin.load_state_dict(plain.state_dict())
     return plain, for_regions(twin)
+
+
+def outputs_and_gradients(function, x, module=None):
+    """The output of x, and the gradients of its weighted sum by x and by a module's parameters."""
+    x = x.clone().requires_grad_()
+    y = function(x)
+    parameters = [p for p in module.parameters() if p.requires_grad] if module else []
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *parameters])]
 
 
 @pytest.mark.parametrize(
@@ -43,30 +49,21 @@ def test_same_function_and_gradients(options):
     plain, twin = (stage.double() for stage in stages(**options))
     assert any(type(module) is RegionConvNormAct for module in twin.modules())
     x = torch.randn(3, 64, 7, 6, dtype=torch.float64)
-    found = []
-    for stage in (plain, twin):
-        regions = x.clone().requires_grad_()
-        y = stage(regions)
-        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
-        gradients = [p.grad for p in stage.parameters() if p.grad is not None]
-        found.append([y, regions.grad, *gradients])
-        with torch.no_grad():
-            found[-1].append(stage.eval()(x))
-    assert len(found[0]) > 10
-    for expected, value in zip(*found, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+    expected, found = (outputs_and_gradients(stage, x, stage) for stage in (plain, twin))
+    assert len(expected) > 10
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(twin.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_bf16_autocast_stays_near_single_precision(recorded):
     plain, twin = stages(norm="FrozenBN")
     x = torch.randn(3, 64, 7, 7)
-    with torch.set_grad_enabled(recorded):
-        expected = plain(x)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = twin(x)
+    with torch.set_grad_enabled(recorded), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = twin(x)
     assert found.dtype == torch.bfloat16
-    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+    assert_close(found.float(), plain(x), 0.03)
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
@@ -74,23 +71,17 @@ def test_optimized(dtype, bound):
     plain, twin = stages(norm="FrozenBN")
     x = torch.randn(3, 64, 7, 7)
     with torch.no_grad():
-        expected = plain(x)
-        found = optimize_for_inference(twin, dtype=dtype)(x)
-    assert found.dtype == torch.float32
-    assert (found - expected).abs().max() < bound * expected.abs().max()
+        assert_close(optimize_for_inference(twin, dtype=dtype)(x), plain(x), bound)
 
 
 def test_only_convolutions_of_this_package_change():
-    stage = resnet_stage(50, 3, norm="BN")[0]
-    keys = list(stage.state_dict())
-    kinds = {name: type(module) for name, module in stage.named_modules()}
-    for_regions(stage)
-    assert list(stage.state_dict()) == keys
-    for name, module in stage.named_modules():
-        if issubclass(kinds[name], ConvNorm):
-            assert isinstance(module, RegionConvNorm) and isinstance(module, kinds[name])
+    plain, twin = stages(norm="BN")
+    assert list(twin.state_dict()) == list(plain.state_dict())
+    for before, module in zip(plain.modules(), twin.modules(), strict=True):
+        if isinstance(before, ConvNorm):
+            assert isinstance(module, RegionConvNorm) and isinstance(module, type(before))
         else:
-            assert type(module) is kinds[name]
+            assert type(module) is type(before)
 
 
 # Projections of pooled bins, or bins pooled from projections: the same to rounding.
@@ -100,27 +91,20 @@ REGIONS = torch.tensor([[0, 5, 9, 130, 90], [0, -40, -40, 30, 200], [0, 70, 60, 
 
 
 @pytest.mark.parametrize(
-    "options",
-    [dict(norm="FrozenBN"), dict(norm=""), dict(norm="FrozenBN", activation="prelu")],
+    "options", [dict(norm="FrozenBN"), dict(norm=""), dict(norm="FrozenBN", activation="prelu")]
 )
 def test_projections_are_the_same_function(options):
     _, stage = (stage.double() for stage in stages(**options))
     maps = torch.randn(1, 64, 6, 10, dtype=torch.float64)
-    found = []
-    for on_map in (False, True):
-        leaf = maps.clone().requires_grad_()
-        if on_map:
-            projections = projections_on_map(stage, leaf, len(REGIONS) * POOL.bins)
-            y = projections.stage_of(POOL(projections.of_map(leaf), REGIONS.double()))
-        else:
-            y = stage(POOL(leaf, REGIONS.double()))
-        stage.zero_grad()
-        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
-        gradients = [p.grad.clone() for p in stage.parameters() if p.grad is not None]
-        found.append([y, leaf.grad, *gradients])
-    assert found[0][0].shape == (3, 512, 7, 7) and len(found[0]) > 10
-    for expected, value in zip(*found, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
+
+    def on_map(leaf):
+        projections = projections_on_map(stage, leaf, len(REGIONS) * POOL.bins)
+        return projections.stage_of(POOL(projections.of_map(leaf), REGIONS.double()))
+
+    expected = outputs_and_gradients(lambda x: stage(POOL(x, REGIONS.double())), maps, stage)
+    found = outputs_and_gradients(on_map, maps, stage)
+    assert expected[0].shape == (3, 512, 7, 7) and len(expected) > 10
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_projections_only_where_they_are_the_same_and_pay():
@@ -152,3 +136,84 @@ def test_projections_only_where_they_are_the_same_and_pay():
         assert not chosen(frozen)
         handle.remove()
     assert chosen(frozen)
+
+
+# RoIAlign
+
+SCALE = 1 / 16
+MAP = (2, 5, 11, 17)
+ODD_BOXES = [
+    [5, 5, 5, 5],  # empty
+    [40, 40, 30, 50],  # upside down
+    [7, 7, 7.5, 7.5],  # far smaller than a cell
+    [-500, -500, -400, -400],  # beyond the map
+    [-20, -30, 4, 2],  # partly so
+    [0, 0, 272, 176],  # the whole map
+    [-1000, -1000, 10000, 9000],  # more than that
+    [16, 16, 48, 64],  # corners on borders of cells
+    [0, 50, 272, 58],  # flat
+]
+
+
+@pytest.fixture
+def regions():
+    """300 random boxes of 0.4 to 400 pixels, and those that are special, of two images."""
+    generator = torch.Generator().manual_seed(0)
+    center = torch.rand(300, 2, generator=generator) * torch.tensor([300.0, 200.0]) - 10
+    half = torch.exp(torch.rand(300, 2, generator=generator) * 7 - 1.6)
+    boxes = torch.cat([torch.cat([center - half, center + half], 1), torch.tensor(ODD_BOXES)])
+    image = torch.randint(0, 2, (len(boxes), 1), generator=generator)
+    return torch.cat([image, boxes], 1).double()
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("samples", [0, 1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(14, 14), (7, 5)])
+def test_equals_torchvision(regions, aligned, samples, stride, size):
+    torch.manual_seed(0)
+    features = torch.randn(MAP, dtype=torch.float64)
+    ours = RegionAlign(size, SCALE, samples, aligned, stride)
+
+    def theirs(maps):
+        return roi_align(maps, regions, size, SCALE, samples, aligned)[:, :, ::stride, ::stride]
+
+    expected, gradient = outputs_and_gradients(theirs, features)
+    found, own = outputs_and_gradients(lambda maps: ours(maps, regions), features)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(own, gradient, rtol=0, atol=1e-12 * len(regions))
+
+
+def test_single_precision_and_memory_formats(regions):
+    features = torch.randn(MAP)
+    expected = roi_align(features, regions.float(), (14, 14), SCALE, 0, True)
+    for form in (torch.contiguous_format, torch.channels_last):
+        found = RegionAlign((14, 14), SCALE, 0)(features.to(memory_format=form), regions)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_regions():
+    pool = RegionAlign((14, 14), SCALE, 0, stride=2)
+    assert pool(torch.rand(MAP), torch.zeros(0, 5)).shape == (0, 5, 7, 7)
+
+
+def test_bf16_keeps_the_corners():
+    """Detectron2's layer rounds 1001.3 to 1000 in bf16; only the map may be rounded."""
+    ROIAlign = pytest.importorskip("detectron2.layers").ROIAlign
+    features = torch.arange(80.0).expand(1, 3, 40, 80)  # whole numbers below 256: exact in bf16
+    regions = torch.tensor([[0, 1001.3, 30, 1101.3, 90]])
+    expected = ROIAlign((2, 2), SCALE, 0)(features, regions)
+    found = RegionAlign((2, 2), SCALE, 0)(features.bfloat16(), regions)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = ROIAlign((2, 2), SCALE, 0)(features.bfloat16(), regions)
+    assert not torch.equal(rounded, expected.bfloat16())
+
+
+def test_traced_graphs_keep_the_operator(regions):
+    features, regions = torch.randn(MAP), regions.float()
+    traced = torch.jit.trace(RegionAlign((14, 14), SCALE, 0, stride=2), (features, regions[:9]))
+    expected = roi_align(features, regions, (14, 14), SCALE, 0, True)[:, :, ::2, ::2]
+    torch.testing.assert_close(traced(features, regions), expected)

@@ -144,8 +144,7 @@ def make_voc_run(voc, tmp_path):
     pytest.importorskip("detectron2")
     from resnet_backbone.detection.data.voc import scan_voc
     from resnet_backbone.detection.evaluation.voc import TO_VOC, summarize
-    from resnet_backbone.detection.evaluation.voc_ap import read_boxes, score_boxes
-    from resnet_backbone.detection.evaluation.voc_errors import count_errors
+    from resnet_backbone.detection.evaluation.voc_ap import count_errors, read_boxes, score_boxes
 
     def make(network, seed, chance=0.6, **results):
         rng = np.random.default_rng([seed, len(network), ord(network[0])])

@@ -38,13 +38,13 @@ from resnet_backbone.cli.benchmark.pyramid import (
 from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
 from resnet_backbone.detection.evaluation.coco import evaluate_coco, run_hotcoco, run_pycocotools
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator
-from resnet_backbone.detection.reference import (
+from resnet_backbone.detection.modeling.build import (
     GivenProposals,
-    PascalVOCDetectionEvaluator,
     build_reference,
     detections,
     losses_of,
     objects,
+    reference_evaluator,
     voc_metadata,
 )
 
@@ -335,7 +335,7 @@ def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
     engines = {"pycocotools": run_pycocotools, "ours (hotcoco)": run_hotcoco}
 
     def run(engine: Callable) -> dict[str, float]:
-        return evaluate_coco(dataset, results, engine=engine).summary
+        return evaluate_coco(dataset, results, engine=engine)[0]
 
     return {name: partial(run, engine) for name, engine in engines.items()}
 
@@ -370,7 +370,7 @@ def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dic
 
     with voc_metadata(str(folder), "test", [f"class{number}" for number in range(20)]) as name:
         yield {
-            "Detectron2's evaluator": lambda: run(PascalVOCDetectionEvaluator(name)),
+            "Detectron2's evaluator": lambda: run(reference_evaluator(name)),
             "ours": lambda: run(VOCEvaluator(name)),
         }
 

@@ -18,9 +18,9 @@ from resnet_backbone.cli.benchmark.interleaved import (
     relative_difference,
     waiter,
 )
-from resnet_backbone.detection.config_file import load_config
+from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.reference import build_reference
+from resnet_backbone.detection.modeling.build import build_reference
 from resnet_backbone.fast import optimize_for_inference
 
 BF16 = torch.bfloat16

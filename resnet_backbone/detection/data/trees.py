@@ -26,8 +26,11 @@ from resnet_backbone.detection.data.voc import (
     read_split,
     scan_voc,
 )
-from resnet_backbone.detection.inference.draw import draw_ground_truth
-from resnet_backbone.detection.inference.media import contact_sheet, save_image
+from resnet_backbone.detection.inference.pictures import (
+    contact_sheet,
+    draw_ground_truth,
+    save_image,
+)
 from resnet_backbone.report.plots import COLORS, save_png
 from resnet_backbone.runtime.errors import DataError
 

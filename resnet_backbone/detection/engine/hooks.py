@@ -35,9 +35,7 @@ WINDOW = 20  # iterations between two rows of metrics, and over which they take 
 class RepeatablePreciseBN(PreciseBN):
     """Detectron2's, on the same images each time, whatever was computed before.
 
-    Args:
-        build_loader: called when statistics are first needed: the seed of the run is known then.
-        num_iter: batches.
+    `build_loader` is called when statistics are first needed: the seed of the run is known then.
     """
 
     def __init__(
@@ -54,13 +52,10 @@ class RepeatablePreciseBN(PreciseBN):
 
 
 class Checkpoints(HookBase):
-    """Saves every `period` iterations, after the last one, and when the run is asked to stop.
+    """Saves every `period` iterations, after the last one, and before it raises :class:`Stopped`.
 
     What is saved is the state before the evaluation and the metrics of its iteration, which are
     done again by whoever resumes from it.
-
-    Raises:
-        Stopped: on every process, with the checkpoint written.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int):
@@ -90,16 +85,14 @@ class Evaluation(HookBase):
     """Evaluates every `period` iterations and at the end, keeps the best weights, ends early.
 
     Args:
-        evaluate: gives results such as {"bbox": {"AP50": percent}} on the main process, and how
-            long they took.
+        evaluate: gives results such as {"bbox": {"AP50": percent}} on the main process, and speed.
         period: in iterations; 0: at the end alone.
         metric: such as "bbox/AP50", larger is better; "" keeps no best weights.
         patience: evaluations in a row without a better metric that end the run; 0: never.
         checkpointer: writes ``model_best.pth``.
 
     Attributes:
-        results: of the last evaluation.
-        speed: of the last evaluation in this process; no part of checkpoints, as all timings.
+        results, speed: of the last evaluation; the speed in this process.
         evaluated: iterations that were done at that time.
         best: {"metric", "value", "iterations"}, or None.
     """
@@ -114,9 +107,7 @@ class Evaluation(HookBase):
     ):
         self._evaluate, self.period, self.metric = evaluate, period, metric
         self.patience, self.checkpointer = patience, checkpointer
-        self.results: dict[str, Any] = {}
-        self.speed: Speed | None = None
-        self.best: dict[str, Any] | None = None
+        self.results, self.speed, self.best = {}, None, None
         self._without_gain, self.evaluated = 0, 0
 
     @property
@@ -153,24 +144,15 @@ class Evaluation(HookBase):
             logger.info("best %s so far: %.3f; %s.pth is written", self.metric, value, BEST)
             return
         self._without_gain += 1
-        logger.info(
-            "%s %.3f, the best is %.3f after %d iterations; %d evaluations without a better one",
-            self.metric,
-            value,
-            before,
-            self.best["iterations"] if self.best else 0,
-            self._without_gain,
-        )
+        when = self.best["iterations"] if self.best else 0
+        text = "%s %.3f, the best is %.3f after %d iterations; %d evaluations without a better one"
+        logger.info(text, self.metric, value, before, when, self._without_gain)
         if self.has_ended:
             logger.info("the run ends early: RESNET_BACKBONE.EARLY_STOP %d", self.patience)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "results": self.results,
-            "best": self.best,
-            "without_gain": self._without_gain,
-            "evaluated": self.evaluated,
-        }
+        state = {"results": self.results, "evaluated": self.evaluated}
+        return state | {"best": self.best, "without_gain": self._without_gain}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.results, self.evaluated = state["results"], state["evaluated"]
@@ -188,9 +170,7 @@ def _plain(results: Any) -> Any:
 class MetricsFile(EventWriter):
     """Detectron2's ``metrics.json``, a JSON object a line, each iteration once.
 
-    Args:
-        path: rows of later iterations, and half a row at its end, are removed from it.
-        start: first iteration of this process.
+    Rows from iteration `start` on, and half a row at the file's end, are removed first.
     """
 
     def __init__(self, path: str, start: int = 0):
@@ -248,15 +228,12 @@ class Metrics(HookBase):
     def state_dict(self) -> dict[str, Any]:
         storage = self.trainer.storage
         hints, first = storage.smoothing_hints(), self.trainer.iter - WINDOW
-        scalars = {
-            name: {
-                "smoothed": hints[name],
-                "values": [[v, i] for v, i in buffer.values()[-1000:] if i > first]
-                or [list(buffer.values()[-1])],
-            }
-            for name, buffer in storage.histories().items()
-            if name not in TIMINGS
-        }
+        scalars = {}
+        for name, buffer in storage.histories().items():
+            if name not in TIMINGS:
+                values = [list(pair) for pair in buffer.values()[-1000:]]
+                values = [pair for pair in values if pair[1] > first] or values[-1:]
+                scalars[name] = {"smoothed": hints[name], "values": values}
         return {"scalars": scalars}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -293,9 +270,8 @@ class ProgressBar(HookBase):
     """A bar with losses, rate and the time left; for terminals."""
 
     def before_train(self) -> None:
-        self.bar = tqdm(
-            total=self.trainer.max_iter, initial=self.trainer.start_iter, unit="it", smoothing=0.1
-        )
+        total, initial = self.trainer.max_iter, self.trainer.start_iter
+        self.bar = tqdm(total=total, initial=initial, unit="it", smoothing=0.1)
 
     def after_step(self) -> None:
         latest = self.trainer.storage.latest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import reduce
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -13,55 +14,42 @@ from resnet_backbone.runtime.errors import UsageError
 # Names of numbers in evaluations, so that a misspelt BEST_METRIC costs no training.
 AVERAGES = ("AP", "AP50", "AP75", "AP50-11pt", "APs", "APm", "APl")
 RECALLS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+LEAST = {
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "RESNET_BACKBONE.ACCUMULATE": 1,
+    "RESNET_BACKBONE.EPOCHS": 0,
+    "RESNET_BACKBONE.EARLY_STOP": 0,
+}
 
 
 def check_training(cfg: CfgNode) -> None:
-    """Refuses keys of a training that are out of range or contradict one another.
-
-    Raises:
-        UsageError: which, and what to write.
-    """
-    node, period = cfg.RESNET_BACKBONE, cfg.TEST.EVAL_PERIOD
+    """Raises UsageError for keys of a training that are out of range or contradict one another."""
     check_expectations(cfg)
-    for key, value in (
-        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
-        ("SOLVER.MAX_ITER", cfg.SOLVER.MAX_ITER),
-        ("SOLVER.CHECKPOINT_PERIOD", cfg.SOLVER.CHECKPOINT_PERIOD),
-        ("RESNET_BACKBONE.ACCUMULATE", node.ACCUMULATE),
-    ):
-        if value < 1:
-            raise UsageError(f"{key} {value}: it is at least 1")
-    for key in ("EPOCHS", "EARLY_STOP"):
-        if node[key] < 0:
-            raise UsageError(f"RESNET_BACKBONE.{key} {node[key]}: it is at least 0")
-    if node.EARLY_STOP and not node.BEST_METRIC:
-        raise UsageError(
-            "RESNET_BACKBONE.EARLY_STOP needs RESNET_BACKBONE.BEST_METRIC, such as bbox/AP50"
-        )
-    if node.BEST_METRIC and period < 1:
-        raise UsageError(
-            "RESNET_BACKBONE.BEST_METRIC needs evaluations to choose from: set TEST.EVAL_PERIOD, "
-            "in iterations"
-        )
-    task, _, name = node.BEST_METRIC.rpartition("/")
-    if node.BEST_METRIC and not task:
-        raise UsageError(
-            f"RESNET_BACKBONE.BEST_METRIC {node.BEST_METRIC}: write TASK/NAME, such as bbox/AP50"
-        )
-    per_class = name.startswith(("AP-", "AP50-"))
-    if task in ("bbox", "segm") and name not in (*AVERAGES, *RECALLS) and not per_class:
-        raise UsageError(
-            f"RESNET_BACKBONE.BEST_METRIC {node.BEST_METRIC}: choose {task}/ and one of "
-            f"{', '.join((*AVERAGES, *RECALLS))}"
-        )
+    for key, least in LEAST.items():
+        value = reduce(getattr, key.split("."), cfg)
+        if value < least:
+            raise UsageError(f"{key} {value}: it is at least {least}")
+    metric = cfg.RESNET_BACKBONE.BEST_METRIC
+    task, _, name = metric.rpartition("/")
+    known = name in (*AVERAGES, *RECALLS) or name.startswith(("AP-", "AP50-"))
+    if cfg.RESNET_BACKBONE.EARLY_STOP and not metric:
+        problem = "EARLY_STOP needs RESNET_BACKBONE.BEST_METRIC, such as bbox/AP50"
+    elif metric and cfg.TEST.EVAL_PERIOD < 1:
+        problem = "BEST_METRIC needs evaluations: set TEST.EVAL_PERIOD, in iterations"
+    elif metric and not task:
+        problem = f"BEST_METRIC {metric}: write TASK/NAME, such as bbox/AP50"
+    elif task in ("bbox", "segm") and not known:
+        choices = ", ".join((*AVERAGES, *RECALLS))
+        problem = f"BEST_METRIC {metric}: choose {task}/ and one of {choices}"
+    else:
+        return
+    raise UsageError(f"RESNET_BACKBONE.{problem}")
 
 
 def check_early_stop(cfg: CfgNode) -> None:
-    """Refuses an early stop that no run could come to; after the schedule is known.
-
-    Raises:
-        UsageError: how many evaluations there are.
-    """
+    """Raises UsageError for an early stop that a run, whose schedule is known, cannot come to."""
     patience = cfg.RESNET_BACKBONE.EARLY_STOP
     evaluations = -(-cfg.SOLVER.MAX_ITER // max(1, cfg.TEST.EVAL_PERIOD))
     if patience >= evaluations > 0:
@@ -74,27 +62,21 @@ def check_early_stop(cfg: CfgNode) -> None:
 def follow_processes(cfg: CfgNode, processes: int) -> list[str]:
     """Detectron2's ``SOLVER.REFERENCE_WORLD_SIZE``: the batch follows the number of processes.
 
-    Works in place; the linear rule then does the rest. Periods (``TEST.EVAL_PERIOD``,
-    ``SOLVER.CHECKPOINT_PERIOD``) stay as they are, in iterations.
-
-    Returns:
-        What was done, at most one line.
+    Works in place and returns what was done, at most one line; the linear rule then does the rest.
+    Periods (``TEST.EVAL_PERIOD``, ``SOLVER.CHECKPOINT_PERIOD``) stay as they are, in iterations.
     """
     solver, node = cfg.SOLVER, cfg.RESNET_BACKBONE
     reference, solver.REFERENCE_WORLD_SIZE = solver.REFERENCE_WORLD_SIZE, 0
     if reference in (0, processes):
         return []
-    before = solver.IMS_PER_BATCH
+    before, key = solver.IMS_PER_BATCH, f"SOLVER.REFERENCE_WORLD_SIZE {reference}"
     if before % reference:
-        raise UsageError(
-            f"SOLVER.IMS_PER_BATCH {before} does not divide by SOLVER.REFERENCE_WORLD_SIZE "
-            f"{reference}"
-        )
+        raise UsageError(f"SOLVER.IMS_PER_BATCH {before} does not divide by {key}")
     node.REFERENCE_BATCH = node.REFERENCE_BATCH or before
     solver.IMS_PER_BATCH = before // reference * processes
     return [
         f"SOLVER.IMS_PER_BATCH {before} x {processes} / {reference} processes = "
-        f"{solver.IMS_PER_BATCH} (SOLVER.REFERENCE_WORLD_SIZE {reference})"
+        f"{solver.IMS_PER_BATCH} ({key})"
     ]
 
 
@@ -163,23 +145,14 @@ def scale_schedule(
 def plan_schedule(
     cfg: CfgNode, planned: CfgNode, given: Collection[str], num_images: int
 ) -> list[str]:
-    """:func:`scale_schedule`, then the whole arithmetic as lines; the config is checked with it.
-
-    Raises:
-        UsageError: see :func:`scale_schedule`, :func:`check_early_stop`.
-    """
+    """:func:`scale_schedule`, :func:`check_early_stop`, then the whole arithmetic as lines."""
     lines = scale_schedule(cfg, planned, given, num_images)
     check_early_stop(cfg)
     return [*lines, *describe_schedule(cfg, num_images, comm.get_world_size())]
 
 
 def describe_schedule(cfg: CfgNode, num_images: int, processes: int = 1) -> list[str]:
-    """The arithmetic of a run: images, batch, iterations, epochs.
-
-    Args:
-        num_images: of an epoch, after those without boxes are left out.
-        processes: one for each GPU.
-    """
+    """The arithmetic of a run: batch, iterations, epochs of `num_images`, learning rate."""
     solver, parts = cfg.SOLVER, cfg.RESNET_BACKBONE.ACCUMULATE
     batch, iterations = solver.IMS_PER_BATCH, solver.MAX_ITER
     epochs = iterations * batch / num_images

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import statistics
@@ -19,23 +18,14 @@ from resnet_backbone.runtime.provenance import command_line
 from resnet_backbone.runtime.run_folder import read_results
 from resnet_backbone.runtime.signals import run_child
 
-logger = logging.getLogger(__name__)
-
-SUMMARY = "seeds.json"
-
 
 def read_seeds(words: Sequence[str]) -> list[int]:
-    """The seeds of ``--seeds 1 2 3``.
-
-    Raises:
-        UsageError: no whole numbers of at least 0, or one of them twice.
-    """
+    """The seeds of ``--seeds 1 2 3``; UsageError where they are not whole, or not different."""
     if not all(word.isdecimal() for word in words):
         raise UsageError(f"--seeds {' '.join(words)}: whole numbers, such as --seeds 1 2 3")
-    seeds = [int(word) for word in words]
-    if len(set(seeds)) < len(seeds):
+    if len(set(map(int, words))) < len(words):
         raise UsageError(f"--seeds {' '.join(words)}: one of them is there twice")
-    return seeds
+    return [int(word) for word in words]
 
 
 def seed_folder(output_dir: str, seed: int) -> str:
@@ -43,16 +33,14 @@ def seed_folder(output_dir: str, seed: int) -> str:
 
 
 def train_seeds(module: str, arguments: Sequence[str], seeds: Sequence[int], output: str) -> None:
-    """Runs a training tool for each seed in a process of its own, then writes the summary.
+    """Runs a training tool for each seed in a process of its own, then writes ``seeds.json``.
 
     Args:
         module: of the tool; it gets `arguments` and ``--seed-run N``.
-        output: folder of the runs ``seed_N``, and of ``seeds.json``.
+        output: folder of the runs ``seed_N``.
 
     Raises:
-        SystemExit: with the status of a run that did not end well; the others' folders stay, and
-            the same command goes on.
-        BlockingIOError: another process trains seeds in this folder.
+        SystemExit: with the status of a run that did not end well; the same command goes on.
     """
     with alone(output) as lock:
         for number, seed in enumerate(seeds, 1):
@@ -62,9 +50,8 @@ def train_seeds(module: str, arguments: Sequence[str], seeds: Sequence[int], out
             status, stop = run_child(command, pass_fds=(lock,))
             if status or stop:  # a run may end well before it takes notice of a signal
                 raise SystemExit(status or EXIT_STOPPED)
-    results = {seed: _numbers(seed_folder(output, seed)) for seed in seeds}
-    summary = summarize(results)
-    path = os.path.join(output, SUMMARY)
+    summary = summarize({seed: _numbers(seed_folder(output, seed)) for seed in seeds})
+    path = os.path.join(output, "seeds.json")
     content = {"command": command_line(), "seeds": list(seeds), **summary}
     write_json(path, content, allow_nan=False)
     print(format_summary(summary))
@@ -83,12 +70,9 @@ def _numbers(folder: str) -> dict[str, float | None]:
 def summarize(results: dict[int, dict[str, float | None]]) -> dict[str, Any]:
     """Mean and sample standard deviation of every number over seeds.
 
-    Args:
-        results: by seed; None or NaN where a run has no such number.
-
     Returns:
         {"results": {name: {"mean", "std", "values"}}}, values in the order of the seeds; mean is
-        None where a seed has no number, std also for one seed.
+        None where a seed has no number (None or NaN), std also for one seed.
     """
     names = dict.fromkeys(name for numbers in results.values() for name in numbers)
     table = {}

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +19,7 @@ from detectron2.utils.logger import setup_logger
 
 from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights, require_weights
-from resnet_backbone.detection.config import backbone_node
-from resnet_backbone.detection.config_file import load_configs
+from resnet_backbone.detection.config import backbone_node, flat_config, load_configs, read_switches
 from resnet_backbone.detection.data.arguments import check_data_arguments, set_up_data
 from resnet_backbone.detection.data.sampling import BatchPlan, limit_workers
 from resnet_backbone.detection.engine.schedule import (
@@ -30,18 +29,12 @@ from resnet_backbone.detection.engine.schedule import (
 )
 from resnet_backbone.detection.engine.seeds import seed_folder
 from resnet_backbone.detection.evaluation.results import Speed, check_results
-from resnet_backbone.detection.inference import check_ensemble, read_switches
-from resnet_backbone.detection.inference.predictor import run_config
+from resnet_backbone.detection.inference.predictor import check_ensemble, run_config
 from resnet_backbone.runtime.configs import find_config
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.launch import local_size
-from resnet_backbone.runtime.provenance import (
-    command_line,
-    hardware,
-    source_revision,
-    versions,
-)
+from resnet_backbone.runtime.provenance import command_line, hardware, source_revision, versions
 from resnet_backbone.runtime.run_folder import CONFIG, RESULTS, read_results
 
 logger = logging.getLogger(__name__)
@@ -49,48 +42,27 @@ logger = logging.getLogger(__name__)
 # Where and how fast a run computes; everything else makes it another run.
 PLACES = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS")
 # Checkpoints hold what these say, so other values would have no effect.
-KEPT = tuple(
-    f"SOLVER.{key}"
-    for key in ("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV")
-    + ("WEIGHT_DECAY", "WEIGHT_DECAY_BIAS", "WEIGHT_DECAY_NORM")
-)
+KEPT = "BASE_LR BIAS_LR_FACTOR MOMENTUM NESTEROV WEIGHT_DECAY WEIGHT_DECAY_BIAS WEIGHT_DECAY_NORM"
 
 
 @dataclass
 class RunPlan:
-    """What the command line asks for, before data and weights are looked at.
+    """What the command line asks for, before data and weights are looked at."""
 
-    Attributes:
-        args: of tools/train_net.py.
-        cfg: config file and overrides, with the run's folder and seed.
-        planned: the config file alone: its ``SOLVER`` is what the linear rule starts from.
-        resume: whether to go on from the folder's last checkpoint.
-        lines: what the user is told of the config.
-    """
-
-    args: argparse.Namespace
-    cfg: CfgNode
-    planned: CfgNode
-    resume: bool
-    lines: list[str] = field(default_factory=list)
+    args: argparse.Namespace  # of tools/train_net.py
+    cfg: CfgNode  # config file and overrides, with the run's folder and seed
+    planned: CfgNode  # the config file alone: its SOLVER is what the linear rule starts from
+    resume: bool  # whether to go on from the folder's last checkpoint
+    lines: list[str]  # what the user is told of the config
 
     @property
     def given(self) -> list[str]:
         """Keys that the user set."""
         return self.args.opts[::2]
 
-    @property
-    def is_seed(self) -> bool:
-        """Whether it is one run of ``--seeds``."""
-        return self.args.seed_run is not None
-
 
 def read_plan(args: argparse.Namespace) -> RunPlan:
-    """The plan of a command line; one process reads it for all.
-
-    Raises:
-        UsageError: see :func:`resnet_backbone.detection.config_file.load_config`.
-    """
+    """The plan of a command line; one process reads it for all. Errors as of ``load_config``."""
     run = evaluated_run(args)
     lines = []
     if run:
@@ -140,16 +112,18 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
 
     Returns:
         The config, frozen; None where the run has ended already.
-
-    Raises:
-        UsageError, DataError, WeightsError: see the functions that it calls.
-        UnexpectedResults: a run that has ended, see ``TEST.EXPECTED_RESULTS``.
     """
     if comm.get_world_size() > 1:
         comm.create_local_process_group(local_size())
     args, cfg, trains = plan.args, plan.cfg, not plan.args.eval_only
     last = check_folder(cfg.OUTPUT_DIR, plan.resume) if trains else ""
-    scaled = _check_training_keys(plan, last) if trains else []
+    scaled = []
+    if trains:
+        if not last and not args.weights:
+            refuse_frozen_random(cfg)
+        check_training(cfg)
+        scaled = follow_processes(cfg, comm.get_world_size())
+        BatchPlan.from_config(cfg)  # refuses batches that do not divide
     read_switches(cfg)
     check_data_arguments(cfg, args)  # before weights are fetched
     lines = prepare_weights(cfg, given=plan.given, weights=args.weights or "", resume_from=last)
@@ -173,31 +147,17 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
         drawn = comm.shared_random_seed()
         cfg.SEED = _saved_config(cfg.OUTPUT_DIR).get("SEED", drawn) if plan.resume else drawn
     cfg.freeze()
-    if trains and has_ended(cfg, last, plan.is_seed):
+    if trains and has_ended(cfg, last, args.seed_run is not None):
         logger.info("%s: the run has ended, see %s", cfg.OUTPUT_DIR, RESULTS)
-        check_results(cfg, saved_results(cfg.OUTPUT_DIR))
+        check_results(cfg, read_results(cfg.OUTPUT_DIR)["results"])
         return None
     comm.synchronize()  # every process has read config.yaml
     default_setup(cfg, args)  # writes config.yaml
     return cfg
 
 
-def _check_training_keys(plan: RunPlan, last: str) -> list[str]:
-    """Refuses what cannot be trained; the lines that say how the batch follows the processes."""
-    if not last and not plan.args.weights:
-        refuse_frozen_random(plan.cfg)
-    check_training(plan.cfg)
-    scaled = follow_processes(plan.cfg, comm.get_world_size())
-    BatchPlan.from_config(plan.cfg)
-    return scaled
-
-
 def refuse_frozen_random(cfg: CfgNode) -> None:
-    """Layers without weights that cannot learn either would spoil a training silently.
-
-    Raises:
-        UsageError: ``MODEL.WEIGHTS`` is empty, and ``FREEZE_AT`` or FrozenBN keeps layers fixed.
-    """
+    """Layers without weights that cannot learn either would spoil a training silently."""
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     key, norm = "MODEL.RESNETS.NORM", cfg.MODEL.RESNETS.NORM
     if "vgg" in cfg.MODEL.BACKBONE.NAME:
@@ -217,11 +177,7 @@ def refuse_frozen_random(cfg: CfgNode) -> None:
 
 
 def check_folder(folder: str, resume: bool) -> str:
-    """The checkpoint from which a run in this folder resumes; "" where it starts.
-
-    Raises:
-        UsageError: there is a run, and it is not to be resumed; or some machines do not see it.
-    """
+    """The checkpoint from which a run in this folder resumes, if it may; "" where it starts."""
     last = find_last_checkpoint(folder)
     found = comm.all_gather(last and os.path.isfile(last))
     if not resume and found[0]:
@@ -238,23 +194,17 @@ def check_folder(folder: str, resume: bool) -> str:
 def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
     """Whether the folder's results are those of this config; says how it differs if they are not.
 
-    Keys that the version did not have which began the run are passed over.
-
-    Args:
-        last: the checkpoint to resume from; "" for none.
-        is_seed: a run of several seeds, which must all have one config.
-
-    Raises:
-        UsageError: a key that cannot change in the middle of a run.
+    Keys that the version did not have which began the run are passed over. Runs of several seeds
+    must all have one config; of others some keys cannot change in the middle.
     """
-    before, after = _saved_config(cfg.OUTPUT_DIR), flat_config(cfg)
+    before, after = _saved_config(cfg.OUTPUT_DIR), run_keys(cfg)
     if not last or not before:
         return False
     common = [key for key in after if key in before and key not in PLACES]
     changed = [key for key in common if before[key] != after[key]]
     if not changed:
         return read_results(cfg.OUTPUT_DIR).get("config_sha256") == config_digest(before)
-    refused = [key for key in changed if key in KEPT]
+    refused = [key for key in changed if key.removeprefix("SOLVER.") in KEPT.split()]
     if is_seed or refused:
         raise UsageError(
             f"{cfg.OUTPUT_DIR} was started with another {', '.join(refused or changed)}: go on "
@@ -265,20 +215,15 @@ def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
     return False
 
 
-def saved_results(folder: str) -> dict[str, Any]:
-    """The last evaluation of a run that has ended, by task."""
-    return read_results(folder).get("results", {})
-
-
 def config_digest(content: dict[str, Any]) -> str:
-    """Equal for configs, by :func:`flat_config`, that make the same run."""
+    """Equal for configs, by :func:`run_keys`, that make the same run."""
     kept = {key: value for key, value in content.items() if key not in PLACES}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def flat_config(cfg: CfgNode) -> dict[str, Any]:
+def run_keys(cfg: CfgNode) -> dict[str, Any]:
     """Values by dotted key, as they are in config.yaml."""
-    return _flat(yaml.safe_load(cfg.dump()))
+    return flat_config(yaml.safe_load(cfg.dump()))
 
 
 def _saved_config(folder: str) -> dict[str, Any]:
@@ -286,31 +231,16 @@ def _saved_config(folder: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         return {}
     with open(path, encoding="utf-8") as file:
-        return _flat(yaml.safe_load(file))
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
+        return flat_config(yaml.safe_load(file))
 
 
 def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: Any) -> None:
-    """OUTPUT_DIR/results.json: what was run and what came out. NaN becomes null.
+    """OUTPUT_DIR/results.json: what was run and what came out; the main process writes.
 
-    All processes may call it; the main one writes.
-
-    Args:
-        speed: of the evaluation in this process.
-        training: further numbers of a training.
+    NaN becomes null. `speed` is that of the evaluation in this process, `training` further numbers.
     """
     if not comm.is_main_process():
         return
-    path = os.path.join(cfg.OUTPUT_DIR, RESULTS)
     content = {
         "command": command_line(),
         "train": list(cfg.DATASETS.TRAIN),
@@ -329,5 +259,6 @@ def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: 
         "results": results,
     }
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN
+    path = os.path.join(cfg.OUTPUT_DIR, RESULTS)
     write_json(path, content, allow_nan=False)
     logger.info("results are in %s", path)

@@ -7,11 +7,11 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,31 +25,19 @@ from resnet_backbone.runtime.signals import StopRequest
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What all processes know of a step.
+class StepReport(NamedTuple):
+    """What all processes know of a step."""
 
-    Attributes:
-        losses: mean over parts and processes, by name.
-        data_time: seconds that the slowest process waited for images.
-        stop: name of a signal that reached any process; "" for none.
-    """
-
-    losses: dict[str, float]
-    data_time: float
-    stop: str = ""
+    losses: dict[str, float]  # mean over parts and processes, by name
+    data_time: float  # seconds that the slowest process waited for images
+    stop: str = ""  # name of a signal that reached any process
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """The model under DistributedDataParallel where there are several processes.
-
-    As Detectron2's ``create_ddp_model``, which does not take models on a CPU.
-    """
-    if comm.get_world_size() == 1:
-        return model
+    """The model under DistributedDataParallel where there are several processes, on CPUs too."""
     on_gpu = next(model.parameters()).device.type == "cuda"
-    devices = [comm.get_local_rank()] if on_gpu else None
-    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+    options = {} if on_gpu else {"device_ids": None}
+    return create_ddp_model(model, broadcast_buffers=False, **options)
 
 
 class CustomLoader:
@@ -62,27 +50,21 @@ class CustomLoader:
     """
 
     def __init__(self, cfg: CfgNode, loader: Iterable):
-        self.loader, self.plan = loader, BatchPlan.from_config(cfg)
-        self.seed = seed_of(cfg)
+        self.loader, self.plan, self.seed = loader, BatchPlan.from_config(cfg), seed_of(cfg)
 
     def start(self, iteration: int) -> Iterator:
-        """See :meth:`TrainingLoader.start`.
-
-        Raises:
-            UsageError: a batch does not divide into ``RESNET_BACKBONE.ACCUMULATE`` parts.
-        """
+        """See :meth:`TrainingLoader.start`."""
         if iteration:
             logger.warning("a custom loader restarts from its beginning on resume")
         count = self.plan.accumulate
         for images in self.loader:
-            if count > 1 and len(images) % count:
+            size, rest = divmod(len(images), count)
+            if rest:
                 raise UsageError(
                     f"the loader gave {len(images)} images, which do not divide into {count} "
                     "parts (RESNET_BACKBONE.ACCUMULATE)"
                 )
-            size = len(images) // count
-            for part in range(count):
-                yield images[part * size : (part + 1) * size] if count > 1 else images
+            yield from (images[part * size : (part + 1) * size] for part in range(count))
 
 
 class TrainStep:
@@ -117,10 +99,7 @@ class TrainStep:
         self._batches: Iterator | None = None
 
     def run(self, iteration: int) -> StepReport:
-        """Does one step.
-
-        Args:
-            iteration: counted from 0; one more than that of the last call.
+        """Does one step; `iteration`, counted from 0, is one more than that of the last call.
 
         Raises:
             TrainingDiverged: on every process, before any weight changes.
@@ -134,7 +113,8 @@ class TrainStep:
             waited += time.perf_counter() - start
             seed_everything(STEP, self.seed, self.plan.number(iteration, part))
             is_last = part == self.plan.accumulate - 1
-            with nullcontext() if is_last else self._unsynchronized():
+            stays = not is_last and isinstance(self.model, DistributedDataParallel)
+            with self.model.no_sync() if stays else nullcontext():  # gradients in their process
                 losses, problem = self._forward(images)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0) + loss.detach().float()
@@ -157,11 +137,6 @@ class TrainStep:
             return {}, str(error).partition("\n")[0]
         return losses if isinstance(losses, dict) else {"total_loss": losses}, ""
 
-    def _unsynchronized(self) -> Any:
-        """Gradients of all but the last part stay in their process."""
-        is_distributed = isinstance(self.model, DistributedDataParallel)
-        return self.model.no_sync() if is_distributed else nullcontext()
-
     def _agree(self, sums: dict[str, Tensor], waited: float, problem: str) -> StepReport:
         """Exchanges losses and signals, before gradients are."""
         values = torch.stack([*sums.values()]).tolist() if sums else []
@@ -170,11 +145,10 @@ class TrainStep:
         losses, times, names, problems = zip(*comm.all_gather(own), strict=True)
         count = len(losses)
         mean = {key: sum(one.get(key, math.nan) for one in losses) / count for key in losses[0]}
-        found = next((text for text in problems if text), "")
         bad = [f"{key} {value:.4g}" for key, value in mean.items() if not math.isfinite(value)]
-        if found or bad:
-            raise TrainingDiverged(found or ", ".join(bad))
-        return StepReport(mean, max(times), next((name for name in names if name), ""))
+        if bad or any(problems):
+            raise TrainingDiverged(next(filter(None, problems), ", ".join(bad)))
+        return StepReport(mean, max(times), next(filter(None, names), ""))
 
     def _read(self, iteration: int, part: int) -> list[dict]:
         """The next part; loader workers that a signal to the whole group ended are replaced."""

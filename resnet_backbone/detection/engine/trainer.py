@@ -33,7 +33,7 @@ from torch import nn
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
 from resnet_backbone.detection.checkpoint.input_check import with_weights_input
-from resnet_backbone.detection.config import seed_of, with_seed
+from resnet_backbone.detection.config import import_project, read_switches, seed_of, with_keys
 from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader, mapper_options
 from resnet_backbone.detection.engine.hooks import (
     Checkpoints,
@@ -48,14 +48,8 @@ from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.engine.step import TrainStep, distribute
 from resnet_backbone.detection.evaluation import build_evaluator
 from resnet_backbone.detection.evaluation.results import Speed, Timed, check_results
-from resnet_backbone.detection.inference import (
-    check_ensemble,
-    for_testing,
-    keep_members,
-    read_switches,
-)
+from resnet_backbone.detection.inference.predictor import check_ensemble, for_testing, keep_members
 from resnet_backbone.detection.modeling.build import build_detector
-from resnet_backbone.detection.modeling.projects import import_project
 from resnet_backbone.runtime.errors import Stopped, TrainingDiverged
 from resnet_backbone.runtime.signals import StopRequest, Watched
 
@@ -64,15 +58,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Watch:
-    """Of an evaluation: what may end it, and what is learned from it beside its results.
+    """Of an evaluation: what may end it, and what is learned from it beside its results."""
 
-    Attributes:
-        stop: a signal to any process raises :class:`Stopped` on all; None: nothing is watched for.
-        speed: of this process.
-    """
-
-    stop: StopRequest | None = None
-    speed: Speed | None = None
+    stop: StopRequest | None = None  # a signal to any process raises Stopped on all
+    speed: Speed | None = None  # of this process
 
 
 _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
@@ -89,21 +78,10 @@ def watching(stop: StopRequest | None = None) -> Iterator[Watch]:
         _watch.reset(before)
 
 
-def check_config(cfg: CfgNode) -> None:
-    """Refuses what cannot be trained or tested, before hours of training.
-
-    Raises:
-        UsageError: keys that contradict one another or are out of range, unfit ensemble members.
-    """
-    check_training(cfg)
-    check_ensemble(cfg)
-
-
 class TolerantMapper(DatasetMapper):
-    """:class:`DatasetMapper` that gives None for an image which became unreadable during training.
+    """Gives None for an image which became unreadable during training: another one replaces it.
 
-    The loader then takes another one in its place. In evaluation nothing is replaced: the error
-    names the file.
+    In evaluation nothing is replaced: the error names the file.
     """
 
     def __call__(self, dataset_dict: dict) -> dict | None:
@@ -123,29 +101,24 @@ class Trainer(DefaultTrainer):
     What differs from :class:`DefaultTrainer`: exact resume of a run that was interrupted at any
     moment (every random number is a function of ``SEED``, iteration and process); weights are
     checked against the config when they are loaded; batches go through the network in
-    ``RESNET_BACKBONE.ACCUMULATE`` parts; ``SOLVER.AMP`` works on CPUs (bf16); several processes
-    work on CPUs (gloo); convolutions run in channels_last; VOC and COCO data sets bring their
-    evaluator; unreadable images do not end a run. With ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set",
-    the config's input keys follow ``MODEL.WEIGHTS``. With ``SEED`` -1 the seed that is drawn is
-    part of checkpoints, and a resumed run takes it up; ``cfg.SEED`` says it.
+    ``RESNET_BACKBONE.ACCUMULATE`` parts; ``SOLVER.AMP`` (bf16) and several processes (gloo) work on
+    CPUs; convolutions run in channels_last; VOC and COCO data sets bring their evaluator;
+    unreadable images do not end a run. With ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set", the config's
+    input keys follow ``MODEL.WEIGHTS``. With ``SEED`` -1 the seed that is drawn is part of
+    checkpoints, and a resumed run takes it up; ``cfg.SEED`` says it.
 
-    Args:
-        stop: asked after each step; the run then ends with :class:`Stopped` and a checkpoint.
-        is_checked: `cfg` has passed :func:`check_config` already.
-
-    Raises:
-        UsageError: keys that contradict one another, a batch that cannot be divided.
+    `stop` is asked after each step; the run then ends with :class:`Stopped` and a checkpoint.
     """
 
-    def __init__(self, cfg: CfgNode, stop: StopRequest | None = None, is_checked: bool = False):
+    def __init__(self, cfg: CfgNode, stop: StopRequest | None = None):
         TrainerBase.__init__(self)  # and not DefaultTrainer's, whose step and loader are others
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(with_weights_input(cfg), comm.get_world_size())
-        if not is_checked:
-            check_config(cfg)
+        check_training(cfg)
+        check_ensemble(cfg)
         self._seed_is_drawn = cfg.SEED < 0
-        cfg = with_seed(cfg, seed_of(cfg))
+        cfg = with_keys(cfg, "SEED", seed_of(cfg))
         self.cfg, self.stop = cfg, stop or StopRequest()
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -159,10 +132,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def train(self) -> dict:
-        """Trains from ``start_iter`` to ``max_iter``, or until an early stop.
-
-        Returns:
-            :attr:`results`.
+        """Trains from ``start_iter`` to ``max_iter``, or until an early stop; gives the results.
 
         Raises:
             Stopped: a signal came; the checkpoint to go on from is written.
@@ -237,7 +207,7 @@ class Trainer(DefaultTrainer):
         super().load_state_dict(state)
         seed = state["_trainer"].get("seed", self.cfg.SEED)
         if self._seed_is_drawn and seed != self.cfg.SEED:
-            self.cfg = with_seed(self.cfg, seed)
+            self.cfg = with_keys(self.cfg, "SEED", seed)
             self._trainer.read_from(self.cfg, self.build_train_loader(self.cfg))
 
     @classmethod
@@ -279,25 +249,17 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model: nn.Module, **options) -> Checkpointer:
-        return Checkpointer(
-            model,
-            cfg.OUTPUT_DIR,
-            preprocessing=cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING,
-            class_names=[*cfg.RESNET_BACKBONE.CLASS_NAMES, *cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES],
-            **options,
-        )
+        node = cfg.RESNET_BACKBONE
+        options["class_names"] = [*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES]
+        options["preprocessing"] = node.WEIGHTS_PREPROCESSING
+        return Checkpointer(model, cfg.OUTPUT_DIR, **options)
 
     def build_hooks(self) -> list[HookBase | None]:
         cfg, node, model = self.cfg, self.cfg.RESNET_BACKBONE, self.checkpointer.model
         best = self.build_checkpointer(cfg, model, marks_last=False)
         self.checkpoints = Checkpoints(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-        self.evaluation = Evaluation(
-            self._evaluate,
-            cfg.TEST.EVAL_PERIOD,
-            node.BEST_METRIC,
-            node.EARLY_STOP,
-            best,
-        )
+        choice = cfg.TEST.EVAL_PERIOD, node.BEST_METRIC, node.EARLY_STOP
+        self.evaluation = Evaluation(self._evaluate, *choice, best)
         self.metrics = Metrics()
         shows_bar = comm.is_main_process() and sys.stderr.isatty()
         return [
@@ -317,10 +279,7 @@ class Trainer(DefaultTrainer):
             return None
 
         def build_loader() -> Iterable:
-            cfg = self.cfg.clone()
-            cfg.defrost()
-            cfg.DATALOADER.NUM_WORKERS = 0
-            return self.build_train_loader(cfg)
+            return self.build_train_loader(with_keys(self.cfg, "DATALOADER.NUM_WORKERS", 0))
 
         test = self.cfg.TEST
         batches = test.PRECISE_BN.NUM_ITER

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
-
-from resnet_backbone.detection.evaluation.coco import build_coco_evaluator
-from resnet_backbone.detection.evaluation.panoptic import (
-    PanopticEvaluator,
-    build_panoptic_evaluators,
-    build_semantic_evaluator,
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    SemSegEvaluator,
 )
+from PIL import Image
+
+from resnet_backbone.detection.evaluation.coco import PanopticEvaluator, PerClassCOCOEvaluator
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator, format_table
 from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc
 
@@ -22,6 +24,37 @@ __all__ = [
     "evaluate_voc",
     "format_table",
 ]
+
+
+def read_labels(path: str, dtype=int) -> np.ndarray:
+    """A label picture as a new array (H, W); Detectron2's own reader fails with NumPy 2."""
+    with Image.open(path) as picture:
+        return np.array(picture, dtype=dtype)
+
+
+def build_semantic_evaluator(dataset_name: str, output_dir: str | None = None) -> SemSegEvaluator:
+    """Mean IoU and pixel accuracy over the classes that occur, with ``ignore_label`` left out.
+
+    It gives {"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", ...}} in percent.
+    """
+    return SemSegEvaluator(dataset_name, output_dir=output_dir, sem_seg_loading_fn=read_labels)
+
+
+def build_coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:
+    """COCO AP as by pycocotools' official implementation, against the metadata's json_file.
+
+    It gives {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs",
+    "ARm", "ARl", "AP-<class>"}} in percent; `output_dir` gets `coco_instances_results.json` and
+    `instances_predictions.pth`.
+    """
+    return PerClassCOCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
+
+
+def build_panoptic_evaluators(name: str, output_dir: str | None = None) -> DatasetEvaluators:
+    """COCO AP of boxes and masks, mean IoU of the labels, and panoptic quality."""
+    parts = [build(name, output_dir) for build in (build_coco_evaluator, build_semantic_evaluator)]
+    return DatasetEvaluators([*parts, PanopticEvaluator(name)])
+
 
 EVALUATORS = {
     "voc": VOCEvaluator,
@@ -35,14 +68,9 @@ EVALUATORS = {
 
 
 def build_evaluator(dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
-    """The evaluator that suits a registered data set.
+    """The evaluator that suits the evaluator_type of a registered data set, else ValueError.
 
-    Args:
-        dataset_name: its metadata's evaluator_type decides, see :data:`EVALUATORS`.
-        output_dir: folder for the result files; None writes none.
-
-    Raises:
-        ValueError: no such evaluator_type.
+    `output_dir` is the folder for the result files; None writes none.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in EVALUATORS:

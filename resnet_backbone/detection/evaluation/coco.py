@@ -1,6 +1,7 @@
-"""COCO evaluation inside Detectron2: the official twelve numbers, and AP per class.
+"""COCO's evaluations: the official twelve numbers, AP per class, and panoptic quality.
 
-They are computed by hotcoco where it is installed, else by pycocotools.
+The first two are computed by hotcoco where it is installed, else by pycocotools. Detectron2's
+COCOPanopticEvaluator needs panopticapi, which is not on the package index.
 """
 
 from __future__ import annotations
@@ -9,16 +10,22 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.utils import comm
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
+from resnet_backbone.detection.data.panoptic import decode_ids, read_panoptic
 from resnet_backbone.detection.evaluation.results import warn_if_empty
+from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import write_json
 
 try:
@@ -30,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 RESULT_FILE = "coco_instances_results.json"
 TASKS = ("bbox", "segm")
+GROUPS = (("all", "", (True, False)), ("things", "_th", (True,)), ("stuff", "_st", (False,)))
 SIZES = {"s": 1, "m": 2, "l": 3}  # end of a number's name -> place in COCOeval's arrays; 0 is all
 
 
@@ -65,9 +73,10 @@ class PerClassCOCOEvaluator(COCOEvaluator):
         classes = {one["id"]: one["name"] for one in dataset["categories"]}
         limits = self._max_dets_per_image
         for task in sorted(tasks):
-            found = evaluate_coco(dataset, results, task, max_detections=limits, image_ids=img_ids)
-            summary = {key: 100 * value for key, value in found.summary.items()}
-            per_class = {classes[key]: 100 * value for key, value in found.classes.items()}
+            options = dict(max_detections=limits, image_ids=img_ids)
+            summary, per_class = evaluate_coco(dataset, results, task, **options)
+            summary = {key: 100 * value for key, value in summary.items()}
+            per_class = {classes[key]: 100 * value for key, value in per_class.items()}
             table = tabulate([summary.values()], [*summary], floatfmt=".2f")
             table += "\n" + tabulate(per_class.items(), ["class", "AP"], floatfmt=".2f")
             logger.info("COCO results of %s, %s (%%):\n%s", name, task, table)
@@ -79,44 +88,13 @@ class PerClassCOCOEvaluator(COCOEvaluator):
         if contiguous is None:
             return
         ids = {value: key for key, value in contiguous.items()}
-        unknown = {result["category_id"] for result in results} - ids.keys()
-        if unknown:
-            raise ValueError(
-                f"the model found class {min(unknown)}, {self._metadata.name} has {len(ids)} "
-                "classes: is NUM_CLASSES that of the data?"
-            )
         for result in results:
+            if result["category_id"] not in ids:
+                raise ValueError(
+                    f"the model found class {result['category_id']}, {self._metadata.name} has "
+                    f"{len(ids)} classes: is NUM_CLASSES that of the data?"
+                )
             result["category_id"] = ids[result["category_id"]]
-
-
-def build_coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:
-    """COCO AP as by pycocotools' official implementation, against the JSON file as it is.
-
-    Args:
-        dataset_name: a registered data set whose metadata has json_file.
-        output_dir: gets `coco_instances_results.json` and `instances_predictions.pth`.
-
-    Returns:
-        An evaluator giving {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10",
-        "AR100", "ARs", "ARm", "ARl", "AP-<class>"}} in percent.
-    """
-    return PerClassCOCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
-
-
-class CocoNumbers(NamedTuple):
-    """Fractions; nan where there is no ground truth to find.
-
-    Attributes:
-        summary: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl; the middle three
-            AR are named after the limits of detections per image.
-        classes: category id -> AP.
-        precision: (10 IoU .5:.95, 101 recalls 0:1, classes, 4 areas, 3 limits of detections),
-            -1 where there is no ground truth.
-    """
-
-    summary: dict[str, float]
-    classes: dict[int, float]
-    precision: np.ndarray
 
 
 def evaluate_coco(
@@ -127,7 +105,7 @@ def evaluate_coco(
     max_detections: Sequence[int] = (1, 10, 100),
     image_ids: Sequence[int] | None = None,
     engine: Callable | None = None,
-) -> CocoNumbers:
+) -> tuple[dict[str, float], dict[int, float]]:
     """Scores detections as the official COCO evaluation does.
 
     Args:
@@ -137,6 +115,10 @@ def evaluate_coco(
         max_detections: three limits of detections per image, ascending.
         image_ids: of the images to evaluate on; None for all.
         engine: :func:`run_hotcoco` or :func:`run_pycocotools`; None takes the first that is there.
+
+    Returns:
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl (the middle three named
+        after the limits), and AP by category id; fractions, nan where there is no ground truth.
     """
     if task == "segm":  # else the box's area would stand for the mask's
         results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
@@ -149,7 +131,7 @@ def evaluate_coco(
     summary |= {f"AR{end}": _mean(recall[..., area, -1]) for end, area in SIZES.items()}
     ids = sorted(category["id"] for category in dataset["categories"])
     classes = {one: _mean(precision[:, :, place, 0, -1]) for place, one in enumerate(ids)}
-    return CocoNumbers(summary, classes, precision)
+    return summary, classes
 
 
 def _mean(values: np.ndarray) -> float:
@@ -157,16 +139,14 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
-def run_hotcoco(dataset, results, task, max_detections, image_ids) -> tuple[np.ndarray, np.ndarray]:
+def run_hotcoco(dataset, results, task, *limits) -> tuple[np.ndarray, np.ndarray]:
     """COCOeval's precision and recall arrays, as pycocotools' and a hundred times faster."""
     truth = hotcoco.COCO(dict(dataset))
     evaluation = hotcoco.COCOeval(truth, truth.loadRes(results), task)
-    return _arrays(evaluation, max_detections, image_ids)
+    return _arrays(evaluation, *limits)
 
 
-def run_pycocotools(
-    dataset, results, task, max_detections, image_ids
-) -> tuple[np.ndarray, np.ndarray]:
+def run_pycocotools(dataset, results, task, *limits) -> tuple[np.ndarray, np.ndarray]:
     """COCOeval's precision and recall arrays, by the reference implementation."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
@@ -178,7 +158,7 @@ def run_pycocotools(
             found = COCO()
             found.dataset = {**truth.dataset, "annotations": []}
             found.createIndex()
-        return _arrays(COCOeval(truth, found, task), max_detections, image_ids)
+        return _arrays(COCOeval(truth, found, task), *limits)
 
 
 def _arrays(evaluation, max_detections, image_ids) -> tuple[np.ndarray, np.ndarray]:
@@ -188,3 +168,115 @@ def _arrays(evaluation, max_detections, image_ids) -> tuple[np.ndarray, np.ndarr
     evaluation.evaluate()
     evaluation.accumulate()
     return tuple(np.asarray(evaluation.eval[name]) for name in ("precision", "recall"))
+
+
+class PanopticEvaluator(DatasetEvaluator):
+    """Gives {"panoptic_seg": {"PQ", "SQ", "RQ", and each "_th", "_st"}} in percent.
+
+    The metadata has panoptic_json, panoptic_root, thing_dataset_id_to_contiguous_id and
+    stuff_dataset_id_to_contiguous_id.
+    """
+
+    def __init__(self, dataset_name: str):
+        metadata = MetadataCatalog.get(dataset_name)
+        self.file, self.root = metadata.panoptic_json, metadata.panoptic_root
+        content = read_panoptic(self.file)
+        self.truth = {entry["image_id"]: entry for entry in content["annotations"]}
+        self.is_thing = {entry["id"]: bool(entry["isthing"]) for entry in content["categories"]}
+        things = metadata.thing_dataset_id_to_contiguous_id
+        stuff = metadata.stuff_dataset_id_to_contiguous_id
+        self.category = {(True, index): category for category, index in things.items()}
+        self.category |= {(False, index): category for category, index in stuff.items()}
+
+    def reset(self) -> None:
+        self.counts: dict[int, Counter] = defaultdict(Counter)
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for given, output in zip(inputs, outputs, strict=True):
+            truth = self.truth.get(given["image_id"])
+            if truth is None:
+                absent = f"image id {given['image_id']}"
+                raise DataError(f"{absent} is not in annotations of {self.file}")
+            with Image.open(os.path.join(self.root, truth["file_name"])) as picture:
+                true_ids = decode_ids(np.asarray(picture.convert("RGB")))
+            ids, segments = output["panoptic_seg"]
+            classes = {s["id"]: self.category[s["isthing"], s["category_id"]] for s in segments}
+            found = match_segments(true_ids, truth["segments_info"], ids.cpu().numpy(), classes)
+            for category, count in found.items():
+                self.counts[category].update(count)
+
+    def evaluate(self) -> dict | None:
+        gathered = comm.gather(dict(self.counts))
+        if not comm.is_main_process():
+            return None
+        total: dict[int, Counter] = defaultdict(Counter)
+        for part in gathered:
+            for category, count in part.items():
+                total[category].update(count)
+        result, rows = {}, []
+        for label, suffix, kinds in GROUPS:
+            counts = [n for category, n in total.items() if self.is_thing[category] in kinds]
+            quality = panoptic_quality(counts)
+            result |= {f"{key}{suffix}": 100 * value for key, value in quality.items()}
+            rows.append([label, *(100 * value for value in quality.values()), len(counts)])
+        head = ("", "PQ", "SQ", "RQ", "classes")
+        logger.info("panoptic quality:\n%s", tabulate(rows, head, floatfmt=".3f"))
+        return {"panoptic_seg": result}
+
+
+def match_segments(
+    true_ids: np.ndarray, truth: Iterable[dict], ids: np.ndarray, classes: Mapping[int, int]
+) -> dict[int, Counter]:
+    """Matches predicted and true segments of one image (IoU over .5, same class).
+
+    Args:
+        true_ids, ids: segment ids (H, W); 0 is void (no label, no prediction).
+        truth: ``segments_info`` with id, category_id, iscrowd. Crowds match nothing, and a
+            prediction that lies mostly on void and on crowds of its class counts for nothing.
+        classes: category id of each predicted segment.
+
+    Returns:
+        By category id: "iou" (sum over matches), "tp", "fp", "fn".
+    """
+    truth = {segment["id"]: segment for segment in truth}
+    pairs, areas = np.unique(
+        np.stack([true_ids.ravel(), ids.ravel()]).astype(np.int64), axis=1, return_counts=True
+    )
+    overlap = {(a, b): n for (a, b), n in zip(pairs.T.tolist(), areas.tolist(), strict=True)}
+    area, true_area = Counter(), Counter()
+    for (a, b), n in overlap.items():
+        true_area[a] += n
+        area[b] += n
+    counts: dict[int, Counter] = defaultdict(Counter)
+    matched = set()
+    for (a, b), n in overlap.items():
+        if a not in truth or b not in classes or truth[a].get("iscrowd"):
+            continue
+        category = truth[a]["category_id"]
+        iou = n / (true_area[a] + area[b] - n - overlap.get((0, b), 0))
+        if category == classes[b] and iou > 0.5:
+            counts[category].update(iou=iou, tp=1)
+            matched |= {("true", a), ("found", b)}
+    crowds = defaultdict(list)
+    for number, segment in truth.items():
+        if segment.get("iscrowd"):
+            crowds[segment["category_id"]].append(number)
+        elif ("true", number) not in matched:
+            counts[segment["category_id"]]["fn"] += 1
+    for number, category in classes.items():
+        excused = sum(overlap.get((a, number), 0) for a in (0, *crowds[category]))
+        if ("found", number) not in matched and excused <= 0.5 * area[number]:
+            counts[category]["fp"] += 1
+    return counts
+
+
+def panoptic_quality(counts: Iterable[Mapping]) -> dict[str, float]:
+    """PQ, SQ (mean IoU of matches) and RQ (F1) in 0..1, averaged over classes; NaN of none."""
+    rows = []
+    for count in counts:
+        tp = count["tp"]
+        weight = tp + 0.5 * count["fp"] + 0.5 * count["fn"]
+        if weight:
+            rows.append((count["iou"] / weight, count["iou"] / tp if tp else 0.0, tp / weight))
+    means = np.mean(rows, axis=0).tolist() if rows else [float("nan")] * 3
+    return dict(zip(("PQ", "SQ", "RQ"), means, strict=True))

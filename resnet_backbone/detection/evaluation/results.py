@@ -21,15 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class Speed(NamedTuple):
-    """Of one process.
+    """Of a detector in one process."""
 
-    Attributes:
-        seconds_per_image: mean, from the input in memory to the detections.
-        images_at_a_time: of the largest batch.
-    """
-
-    seconds_per_image: float
-    images_at_a_time: int
+    seconds_per_image: float  # mean, from the input in memory to the detections
+    images_at_a_time: int  # of the largest batch
 
 
 class Timed(nn.Module):
@@ -65,16 +60,7 @@ class Timed(nn.Module):
 def timed_inference(
     model: nn.Module, batches: Iterable, evaluator: DatasetEvaluator
 ) -> tuple[dict, Speed | None]:
-    """Detectron2's ``inference_on_dataset``, and how fast the detector was in this process.
-
-    Args:
-        model: as :func:`resnet_backbone.detection.inference.for_testing` gives it.
-        batches: of a test loader, with a length.
-
-    Returns:
-        The evaluator's results by task, empty on processes other than the main one; the speed,
-        None where this process had no image.
-    """
+    """Detectron2's ``inference_on_dataset``, and how fast the detector was in this process."""
     timed = Timed(model)
     return inference_on_dataset(timed, batches, evaluator), timed.speed
 
@@ -86,29 +72,16 @@ def data_digest(dataset_name: str) -> str:
 
 
 def warn_if_empty(logger: logging.Logger, name: str, detected: bool, annotated: bool) -> None:
-    """Says why AP is 0 or nan, where that has a simple reason.
-
-    Args:
-        name: of the data set.
-        detected: whether the model found anything.
-        annotated: whether there is anything to find.
-    """
+    """Says why AP is 0 or nan, where the model found nothing or there is nothing to find."""
     if not detected:
-        logger.warning(
-            "%s: the model detected nothing at all, so AP is 0; is it trained, and does"
-            " MODEL.ROI_HEADS.SCORE_THRESH_TEST let anything through?",
-            name,
-        )
+        text = "is it trained, and does MODEL.ROI_HEADS.SCORE_THRESH_TEST let anything through?"
+        logger.warning("%s: the model detected nothing at all, so AP is 0; %s", name, text)
     if not annotated:
         logger.warning("%s has no ground truth boxes: AP is nan", name)
 
 
 def check_expectations(cfg: CfgNode) -> None:
-    """Refuses ``TEST.EXPECTED_RESULTS`` that could not be compared, before hours of training.
-
-    Raises:
-        UsageError: the entry.
-    """
+    """Raises UsageError for ``TEST.EXPECTED_RESULTS`` that could not be compared."""
     for entry in cfg.TEST.EXPECTED_RESULTS:
         words = list(entry) if isinstance(entry, (list, tuple)) else []
         numbers = [isinstance(word, (int, float)) for word in words]
@@ -121,9 +94,6 @@ def check_expectations(cfg: CfgNode) -> None:
 
 def check_results(cfg: CfgNode, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Compares results with ``TEST.EXPECTED_RESULTS``, as Detectron2's ``verify_results``.
-
-    Args:
-        results: by task and metric.
 
     Raises:
         UnexpectedResults: a number is missing, not finite, or beyond its tolerance.

@@ -13,17 +13,25 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from resnet_backbone.detection.data.problems import registered_scan
 from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation.results import warn_if_empty
-from resnet_backbone.detection.evaluation.voc_ap import COCO_IOU_THRESHOLDS, read_boxes, score_boxes
-from resnet_backbone.detection.evaluation.voc_errors import count_errors, draw_voc
+from resnet_backbone.detection.evaluation.voc_ap import (
+    COCO_IOU_THRESHOLDS,
+    KINDS,
+    count_errors,
+    read_boxes,
+    score_boxes,
+)
 from resnet_backbone.runtime.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
+COLORS = ("#2e7d32", "#f9a825", "#ef6c00", "#616161", "#1565c0")  # of KINDS
 TO_VOC = np.array([1.0, 1.0, 0.0, 0.0])
 """Added to Detectron2's continuous (x0, y0, x1, y1) to get VOC's 1-based inclusive pixels."""
 
@@ -31,12 +39,11 @@ TO_VOC = np.array([1.0, 1.0, 0.0, 0.0])
 class VOCEvaluator(DatasetEvaluator):
     """Average precision of a data set in VOC layout.
 
-    Differs from Detectron2's `PascalVOCDetectionEvaluator` in that scores and boxes are not
-    rounded, per-class results are given, AP is always the area under the curve (VOC 2010 and
-    later) with the 11-point one of VOC 2007 beside it, any class names and years will do, and a
-    class without ground truth does not enter the mean. On equal input the numbers agree.
-    What `scan_voc` reports (bad boxes, unusable images) is not part of the ground truth, as it
-    is not part of what the loader gives.
+    On equal input the numbers agree with Detectron2's `PascalVOCDetectionEvaluator`. Other than
+    there scores and boxes are not rounded, per-class results are given, AP is always the area under
+    the curve (VOC 2010 and later) with the 11-point one of VOC 2007 beside it, any class names and
+    years will do, and a class without ground truth does not enter the mean. What `scan_voc`
+    reports is not part of the ground truth, as it is not part of what the loader gives.
 
     Args:
         dataset_name: of `register_voc` or Detectron2's own ("voc_2007_test"); its metadata must
@@ -45,9 +52,6 @@ class VOCEvaluator(DatasetEvaluator):
             curves, errors by kind), `detections.json`, and the devkit's files
             `results/VOC<year>/Main/comp4_det_<split>_<class>.txt`; None writes nothing.
         max_dets_per_image: keep only so many best-scored detections of an image.
-
-    Raises:
-        ValueError: the metadata lacks one of the three.
     """
 
     def __init__(
@@ -63,23 +67,15 @@ class VOCEvaluator(DatasetEvaluator):
                 f"data set {dataset_name!r} has no {', '.join(missing)} in its metadata;"
                 " register it with register_voc"
             )
-        self._dataset_name = dataset_name
-        self._metadata = metadata
-        self._output_dir = output_dir
-        self._max_dets = max_dets_per_image
+        self._dataset_name, self._metadata = dataset_name, metadata
+        self._output_dir, self._max_dets = output_dir, max_dets_per_image
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all predictions."""
         self._predictions: list[dict[str, Any]] = []
 
     def process(self, inputs, outputs) -> None:
-        """Keeps the detections of some images.
-
-        Args:
-            inputs: dicts with image_id.
-            outputs: dicts with instances: pred_boxes, scores, pred_classes.
-        """
+        """Keeps the detections of some images; arguments as of any ``DatasetEvaluator``."""
         for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
             scores = instances.scores.float().numpy()
@@ -101,9 +97,6 @@ class VOCEvaluator(DatasetEvaluator):
             AP50-11pt (VOC 2007's 11-point), then "AP50-<class>"; nan for a class without ground
             truth, which is left out of the means. Nothing for a split that has no annotations at
             all, such as VOC 2012's test set, whose server scores the files. None on the others.
-
-        Raises:
-            ValueError: detections in images or of classes that the data set does not have.
         """
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
@@ -120,11 +113,8 @@ class VOCEvaluator(DatasetEvaluator):
             path = os.path.join(output, "detections.json")
             write_json(path, self._to_json(predictions), indent=None)
         if not annotated:
-            logger.warning(
-                "%s has no annotations to score with; its detections are written to %s",
-                self._dataset_name,
-                folder,
-            )
+            text = "%s has no annotations to score with; its detections are written to %s"
+            logger.warning(text, self._dataset_name, folder)
             return OrderedDict()
         self._warn(predictions, ground_truth)
         errors = count_errors(*tables, names)
@@ -145,12 +135,9 @@ class VOCEvaluator(DatasetEvaluator):
         else:
             records, report = dataset.scan()
         if report.problems:
-            logger.warning(
-                "%s: evaluated without %d bad boxes and %d bad files; scan_voc names them",
-                self._dataset_name,
-                len(report.bad_boxes),
-                len(report.bad_files),
-            )
+            counts = len(report.bad_boxes), len(report.bad_files)
+            text = "%s: evaluated without %d bad boxes and %d bad files; scan_voc names them"
+            logger.warning(text, self._dataset_name, *counts)
         truth = [
             {
                 "image_id": r["image_id"],
@@ -166,12 +153,8 @@ class VOCEvaluator(DatasetEvaluator):
         missed = {t["image_id"] for t in ground_truth} - {p["image_id"] for p in predictions}
         if missed:
             logger.warning(
-                "%s: the model was not run on %d of %d images (such as %s); their objects count"
-                " as missed",
-                self._dataset_name,
-                len(missed),
-                len(ground_truth),
-                min(missed),
+                f"{self._dataset_name}: the model was not run on {len(missed)} of "
+                f"{len(ground_truth)} images (such as {min(missed)}); their objects count as missed"
             )
         detected = any(len(p["scores"]) for p in predictions)
         annotated = any(len(t["classes"]) for t in ground_truth)
@@ -180,33 +163,22 @@ class VOCEvaluator(DatasetEvaluator):
     def _to_json(self, predictions) -> list[dict[str, Any]]:
         """Detections in COCO's result format: bbox is [x, y, width, height], 0-based."""
         names = self._metadata.thing_classes
-        return [
-            {
-                "image_id": p["image_id"],
-                "category_id": int(class_id),
-                "category": names[class_id],
-                "bbox": [round(float(v), 3) for v in (x0, y0, x1 - x0, y1 - y0)],
-                "score": round(float(score), 6),
-            }
-            for p in predictions
-            for (x0, y0, x1, y1), score, class_id in zip(
-                p["boxes"], p["scores"], p["classes"], strict=True
-            )
-        ]
+        found = []
+        for image in predictions:
+            columns = (image[key].tolist() for key in ("boxes", "scores", "classes"))
+            for (x0, y0, x1, y1), score, index in zip(*columns, strict=True):
+                box = [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]
+                entry = {"category_id": index, "category": names[index], "bbox": box}
+                found.append({"image_id": image["image_id"], **entry, "score": round(score, 6)})
+        return found
 
 
 def write_comp4(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder: str) -> str:
     """Writes detections as the VOC devkit and its server read them, one file per class.
 
     A line is image, score, xmin, ymin, xmax, ymax, in 1-based inclusive pixels. Scores have nine
-    digits, which tell any two different ones apart (Detectron2's three make ties).
-
-    Args:
-        predictions: image_id, boxes as Detectron2's, scores, classes of each image.
-        metadata: of the data set: thing_classes, split, and year if it has one.
-
-    Returns:
-        The folder of the files.
+    digits, which tell any two different ones apart (Detectron2's three make ties). It returns the
+    folder of the files.
     """
     path = os.path.join(folder, "results", f"VOC{metadata.get('year', 2012)}", "Main")
     os.makedirs(path, exist_ok=True)
@@ -257,11 +229,7 @@ def _number(value: float) -> float | None:
 
 
 def format_table(results: Mapping[str, Any]) -> str:
-    """Per-class table of what `voc_results.json` holds, the mean in its last row.
-
-    Args:
-        results: of :func:`summarize`, or read back from the file.
-    """
+    """Per-class table of what :func:`summarize` gives, the mean in its last row."""
     headers = list(results["classes"][0])
     rows = [[c[h] for h in headers] for c in results["classes"]]
     counts = [sum(row[headers.index(k)] for row in rows) for k in headers[5:]]
@@ -271,3 +239,32 @@ def format_table(results: Mapping[str, Any]) -> str:
     if not empty:
         return table
     return f"{table}\nnot in the mean, without ground truth: {', '.join(empty)}"
+
+
+def draw_voc(
+    numbers: Mapping[str, Any], errors: Sequence[Mapping[str, Any]], path: str | os.PathLike
+) -> None:
+    """Writes the curves of ``evaluate_voc`` and the errors of ``count_errors`` as an image file."""
+    shown = [row for row in errors if row["objects"]]
+    figure = Figure(figsize=(12, max(4.0, 1.5 + 0.25 * len(shown))), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    colors = colormaps["tab20"](np.linspace(0, 1, 20))
+    for number, name in enumerate(numbers["class_names"]):
+        recall, precision = numbers["recall"][number], numbers["precision"][number]
+        if len(recall) and not np.isnan(recall).any():
+            left.plot(recall, precision, color=colors[number % 20], linewidth=1, label=name)
+    left.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision, IoU 0.5")
+    left.grid(alpha=0.3)
+    if left.lines:
+        left.legend(fontsize=7, ncols=2)
+    names = [f"{row['class']} ({row['objects']})" for row in shown]
+    start = np.zeros(len(shown))
+    for kind, color in zip(KINDS, COLORS, strict=True):
+        share = np.array([row[kind] / row["objects"] for row in shown])
+        right.barh(names, share, left=start, color=color, label=kind)
+        start = start + share
+    right.set(xlim=(0, 1), xlabel="of as many best-scored detections as there are objects")
+    right.invert_yaxis()
+    right.tick_params(axis="y", labelsize=7)
+    right.legend(fontsize=7, ncols=len(KINDS), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(path, dpi=110)

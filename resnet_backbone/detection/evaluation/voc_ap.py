@@ -1,6 +1,6 @@
-"""Average precision as the PASCAL VOC devkit computes it, for all classes and IoU thresholds.
+"""Average precision as the PASCAL VOC devkit computes it, and errors by kind. Needs NumPy only.
 
-Needs NumPy only. Rules of the devkit (VOCevaldet.m; also py-faster-rcnn's voc_eval.py):
+Rules of the devkit (VOCevaldet.m; also py-faster-rcnn's voc_eval.py):
 
 * a detection is matched to the ground truth of highest IoU in its image, taken or not;
 * it is right if that IoU is strictly above the threshold and no better-scored detection took
@@ -19,7 +19,11 @@ COCO_IOU_THRESHOLDS = tuple(t / 100.0 for t in range(50, 100, 5))
 """0.5, 0.55, ... 0.95"""
 
 CURVE_IOU = 0.5
-"""IoU threshold of the precision and recall arrays."""
+"""IoU threshold of the precision and recall arrays, and of errors by kind."""
+WEAK_IOU = 0.1
+"""Overlap from which on a wrong detection has to do with an object."""
+KINDS = ("correct", "localisation", "confusion", "background", "duplicate")
+"""Keys of `voc_results.json`; the British spelling is that of files that exist."""
 
 
 def evaluate_voc(
@@ -36,8 +40,7 @@ def evaluate_voc(
             integers that index `class_names`. Equal scores keep the order given here.
         ground_truth: one mapping per image of the set: image_id (unique), boxes (M, 4) likewise,
             classes (M,), difficult (M,) true or false.
-        class_names: C names.
-        iou_thresholds: T values in (0, 1).
+        class_names, iou_thresholds: C names, T values in (0, 1).
 
     Returns:
         dict of
@@ -53,9 +56,8 @@ def evaluate_voc(
         ValueError: a detection in an image that is not in `ground_truth`, an image id twice in
             `ground_truth`, a class number out of range, or arrays whose shapes disagree.
     """
-    return score_boxes(
-        *read_boxes(detections, ground_truth, class_names), class_names, iou_thresholds
-    )
+    tables = read_boxes(detections, ground_truth, class_names)
+    return score_boxes(*tables, class_names, iou_thresholds)
 
 
 def score_boxes(
@@ -85,14 +87,13 @@ def score_boxes(
     shape = len(class_names), len(thresholds)
     ap_area, ap_11point = (np.array(ap, dtype=float).reshape(shape) for ap in (ap_area, ap_11point))
     ap_area[counts[0] == 0] = ap_11point[counts[0] == 0] = np.nan
+    names = ("num_ground_truth", "num_difficult", "num_detections")
     return {
         "class_names": list(class_names),
         "iou_thresholds": thresholds,
         "ap_area": ap_area,
         "ap_11point": ap_11point,
-        "num_ground_truth": counts[0],
-        "num_difficult": counts[1],
-        "num_detections": counts[2],
+        **dict(zip(names, counts, strict=True)),
         "precision": precisions,
         "recall": recalls,
     }
@@ -103,10 +104,7 @@ def read_boxes(detections, ground_truth, class_names) -> tuple[dict, dict]:
 
     Both have boxes (N, 4), image (N,), a place in `ground_truth`, and classes (N,); the first has
     difficult, the second scores, iou and match of :func:`match_boxes`, and whether that match is
-    difficult.
-
-    Raises:
-        ValueError: as :func:`evaluate_voc`.
+    difficult. Errors are those of :func:`evaluate_voc`.
     """
     truth = _flatten(ground_truth, ("classes", "difficult"), len(class_names), "ground truth")
     found = _flatten(detections, ("classes", "scores"), len(class_names), "detections")
@@ -120,11 +118,7 @@ def read_boxes(detections, ground_truth, class_names) -> tuple[dict, dict]:
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray) -> float:
-    """Area under the precision envelope (VOC 2010 and later), 0..1.
-
-    Args:
-        recall, precision: (D,), by falling score; D may be 0, which gives 0.
-    """
+    """Area, 0..1, under the envelope of precision over recall, (D,) by falling score."""
     return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)))
 
 
@@ -196,16 +190,21 @@ def _precision_recall(
     iou, match, difficult = (det[key][order] for key in ("iou", "match", "difficult"))
     over = iou[None, :] > thresholds[:, None]
     counted = over & ~difficult
-    true = np.zeros_like(over)
-    for row, matched in zip(true, counted, strict=True):
-        places = np.flatnonzero(matched)
-        row[places[np.unique(match[places], return_index=True)[1]]] = True
+    true = np.array([_first_on_each(match, matched) for matched in counted]).reshape(over.shape)
     true_sum = true.cumsum(axis=1, dtype=np.float64)
     false_sum = (~over | (counted & ~true)).cumsum(axis=1, dtype=np.float64)
     recall = true_sum / num_positive if num_positive else np.full_like(true_sum, np.nan)
     # the sum is 0 as long as every detection matched a difficult ground truth
     precision = true_sum / np.maximum(true_sum + false_sum, np.finfo(np.float64).eps)
     return precision, recall
+
+
+def _first_on_each(match: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Which (D,) of the chosen detections, by falling score, are the first on their object."""
+    places = np.flatnonzero(chosen)
+    first = np.zeros(len(chosen), dtype=bool)
+    first[places[np.unique(match[places], return_index=True)[1]]] = True
+    return first
 
 
 def match_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -242,3 +241,44 @@ def match_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarra
     place = np.minimum(np.minimum.reduceat(place, starts), starts + counts - 1)
     match[found] = columns[place]
     return iou, match
+
+
+def count_errors(
+    truth: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], class_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Counts of each kind of error (Hoiem et al., ECCV 2012) with the devkit's matching at IoU 0.5.
+
+    Of a class with N objects (difficult ones not counted) the N best-scored detections are
+    looked at, so that classes and detectors compare. Those on difficult objects count neither
+    way. A detection that is not correct is a duplicate (IoU above 0.5 with an object that a
+    better-scored one took), else a localization error (IoU of 0.1 or more with an object of its
+    class), else a confusion (the same with an object of another class), else background.
+
+    Args:
+        truth, found: tables of :func:`read_boxes`.
+
+    Returns:
+        For each class {"class", "objects", one count for each of :data:`KINDS`, "missed"}: the
+        counts add up to at most the objects, and missed are the objects that none of the
+        detections found, however many there are.
+    """
+    others, _ = match_boxes(found, truth, same_class=False)
+    rows = []
+    for class_id, name in enumerate(class_names):
+        mine = np.flatnonzero(found["classes"] == class_id)
+        mine = mine[np.argsort(-found["scores"][mine], kind="stable")]
+        iou, match = found["iou"][mine], found["match"][mine]
+        over = iou > CURVE_IOU
+        first = _first_on_each(match, over)
+        ignored = over & found["difficult"][mine]
+        kinds = np.select(
+            [first, over, iou >= WEAK_IOU, others[mine] >= WEAK_IOU],
+            [KINDS.index(kind) for kind in ("correct", "duplicate", "localisation", "confusion")],
+            KINDS.index("background"),
+        )
+        counted = ~truth["difficult"] & (truth["classes"] == class_id)
+        objects = int(counted.sum())
+        counts = np.bincount(kinds[~ignored][:objects], minlength=len(KINDS)).tolist()
+        row = {"class": name, "objects": objects, **dict(zip(KINDS, counts, strict=True))}
+        rows.append({**row, "missed": objects - int((first & ~ignored).sum())})
+    return rows

@@ -1,6 +1,12 @@
 """Detection with a trained model: the paper's improvements (appendix B), pictures, export."""
 
-from resnet_backbone.detection.inference.detector import ImprovedDetector, Switches, read_switches
+from resnet_backbone.detection.config import Switches, read_switches
+from resnet_backbone.detection.inference.detector import (
+    ImprovedDetector,
+    select_detections,
+    soft_nms,
+    vote_boxes,
+)
 from resnet_backbone.detection.inference.member import Member
 from resnet_backbone.detection.inference.predictor import (
     Predictor,
@@ -9,7 +15,6 @@ from resnet_backbone.detection.inference.predictor import (
     improve,
     keep_members,
 )
-from resnet_backbone.detection.inference.voting import select_detections, soft_nms, vote_boxes
 
 __all__ = [
     "ImprovedDetector",

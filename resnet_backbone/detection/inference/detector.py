@@ -1,18 +1,19 @@
-"""Faster R-CNN with the paper's improvements at test time, and the switches that ask for them."""
+"""Faster R-CNN with the paper's improvements at test time (appendix B), from image to detection."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
+from detectron2.layers import batched_nms
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
-from resnet_backbone.detection.config import UsageError, backbone_node
+from resnet_backbone.detection.config import Switches
 from resnet_backbone.detection.inference.member import (
     ImageViews,
     Member,
@@ -21,104 +22,11 @@ from resnet_backbone.detection.inference.member import (
     change_frame,
     mean_predictions,
 )
-from resnet_backbone.detection.inference.voting import select_detections
 
-NMS_KINDS = ("hard", "linear", "gaussian")
-PRECISIONS = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-KEY = "RESNET_BACKBONE.TEST"
 REFINEMENT_NMS = 0.3
-
-
-@dataclass(frozen=True)
-class Switches:
-    """``RESNET_BACKBONE.TEST.*``.
-
-    Attributes:
-        refinement: box refinement.
-        scales: short sides in pixels, ascending; empty: the config's own test scale alone.
-        flip: the mirrored image too.
-        nms: hard, linear or gaussian.
-        ensemble: run folders of further detectors.
-    """
-
-    refinement: bool = False
-    scales: tuple[int, ...] = ()
-    flip: bool = False
-    nms: str = "hard"
-    ensemble: tuple[str, ...] = ()
-
-    @property
-    def any(self) -> bool:
-        return self != Switches()
-
-
-def read_switches(cfg: CfgNode) -> Switches:
-    """The switches of a config.
-
-    Raises:
-        UsageError: an invalid value, switches that contradict each other, or switches
-            for a detector without regions.
-    """
-    node = backbone_node(cfg).TEST
-    read_precision(cfg)
-    switches = Switches(
-        refinement=node.BOX_REFINEMENT,
-        scales=tuple(sorted(node.SCALES)),
-        flip=node.FLIP,
-        nms=node.NMS,
-        ensemble=tuple(node.ENSEMBLE),
-    )
-    if switches.nms not in NMS_KINDS:
-        raise UsageError(f"{KEY}.NMS {switches.nms!r} is not one of {', '.join(NMS_KINDS)}")
-    check_scales(cfg, switches.scales)
-    if cfg.TEST.AUG.ENABLED and switches.any:
-        raise UsageError(
-            f"TEST.AUG.ENABLED is Detectron2's union of detections, {KEY}.* are the paper's "
-            "improvements: turn one of the two off"
-        )
-    wanted = switches.any or cfg.TEST.AUG.ENABLED
-    if wanted and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        raise UsageError(
-            f"{KEY}.* and TEST.AUG are for GeneralizedRCNN and its regions, "
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: turn them off"
-        )
-    return switches
-
-
-def read_precision(cfg: CfgNode) -> str:
-    """``RESNET_BACKBONE.TEST.PRECISION``, a key of :data:`PRECISIONS`.
-
-    Raises:
-        UsageError: another value, or a precision that the region heads do not have.
-    """
-    name = backbone_node(cfg).TEST.PRECISION
-    if name not in PRECISIONS:
-        raise UsageError(f"{KEY}.PRECISION {name!r} is not one of {', '.join(PRECISIONS)}")
-    pooler = cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
-    if name != "float32" and pooler == "ROIPool" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
-        raise UsageError(
-            f"{KEY}.PRECISION {name}: MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool has float32 alone on "
-            "CPUs"
-        )
-    return name
-
-
-def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:
-    """Raises UsageError for invalid scales, and for a detector without a test scale."""
-    whole = all(isinstance(scale, int) and scale > 0 for scale in scales)
-    if not whole or len(set(scales)) < len(scales):
-        raise UsageError(
-            f"{KEY}.SCALES {list(scales)}: short sides in whole pixels, each once, such as "
-            "[200, 400, 600, 800, 1000]"
-        )
-    if scales and cfg.INPUT.MIN_SIZE_TEST <= 0:
-        raise UsageError(
-            f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST, the scale of the proposals, above 0"
-        )
+VOTING_IOU = 0.5
+SOFT_NMS_SIGMA = 0.5  # of the Gaussian (arXiv 1704.04503, section 6.1)
+SOFT_NMS_LEAST = 0.001  # decayed scores below it end a box, as in the authors' released code
 
 
 class ImprovedDetector(nn.Module):
@@ -179,7 +87,9 @@ class ImprovedDetector(nn.Module):
             sources = [original_image(entry, first.format) for entry in inputs]
         views = [first.view_images([entry["image"] for entry in inputs], sources)]
         for member in self.members[1:]:
-            turned = [in_format(source, first.format, member.format) for source in sources]
+            turned = sources
+            if member.format != first.format:
+                turned = [np.ascontiguousarray(source[:, :, ::-1]) for source in sources]
             resized = [member.resize(image, member.short) for image in turned]
             views.append(member.view_images(resized, turned))
         return views
@@ -199,36 +109,27 @@ class ImprovedDetector(nn.Module):
         found = []
         for member, view in zip(self.members, views, strict=True):
             own = view.reference.sizes
-            scores, regressed = zip(
-                *member.predict(view, change_frame(boxes, sizes, own)), strict=True
-            )
+            predictions = member.predict(view, change_frame(boxes, sizes, own))
+            scores, regressed = zip(*predictions, strict=True)
             found.append(zip(scores, change_frame(regressed, own, sizes), strict=True))
         return [mean_predictions(of_image) for of_image in zip(*found, strict=True)]
 
     def _select(self, scores: Tensor, boxes: Tensor, size: Size):
         predictor, refined = self.members[0].model.roi_heads.box_predictor, self.switches.refinement
-        return select_detections(
-            boxes,
-            scores,
-            size,
+        limits = dict(
             score_threshold=predictor.test_score_thresh,
             nms_threshold=REFINEMENT_NMS if refined else predictor.test_nms_thresh,
             most=predictor.test_topk_per_image,
-            nms=self.switches.nms,
-            vote=refined,
         )
+        return select_detections(boxes, scores, size, **limits, nms=self.switches.nms, vote=refined)
 
 
 def best_boxes(scores: Tensor, boxes: Tensor, size: Size) -> Tensor:
-    """The regions that box refinement pools again, (R', 4).
+    """The regions (R', 4) that box refinement pools again: each one's box of its best class.
 
     Args:
         scores: (R, K + 1), the background last.
-        boxes: (R, K, 4).
-        size: (height, width) of the image, to which they are clipped.
-
-    Returns:
-        Of each region the box of its best class; those without an area are left out.
+        boxes: (R, K, 4); they are clipped to the image, and left out without an area.
     """
     best = scores[:, :-1].argmax(dim=1)
     chosen = boxes[torch.arange(len(boxes), device=boxes.device), best]
@@ -239,11 +140,7 @@ def best_boxes(scores: Tensor, boxes: Tensor, size: Size) -> Tensor:
 
 
 def original_image(entry: dict, image_format: str) -> np.ndarray:
-    """The image of an input at its original size, (H, W, C); see :class:`ImprovedDetector`.
-
-    Raises:
-        ValueError: the file holds an image of another size than the input says.
-    """
+    """The image of an input at its original size, (H, W, C); see :class:`ImprovedDetector`."""
     if "original" in entry:
         return entry["original"]
     if "file_name" not in entry:
@@ -258,6 +155,116 @@ def original_image(entry: dict, image_format: str) -> np.ndarray:
     return image
 
 
-def in_format(image: np.ndarray, have: str, wanted: str) -> np.ndarray:
-    """An image (H, W, C) with its channels in the other order, where the two differ."""
-    return image if have == wanted else np.ascontiguousarray(image[:, :, ::-1])
+def select_detections(
+    boxes: Tensor,
+    scores: Tensor,
+    image_size: tuple[int, int],
+    *,
+    score_threshold: float,
+    nms_threshold: float,
+    most: int,
+    nms: str = "hard",
+    vote: bool = False,
+) -> Instances:
+    """Detections of one image; NMS is per class.
+
+    With hard NMS and without voting this is Detectron2's ``fast_rcnn_inference_single_image``.
+
+    Args:
+        boxes: (R, K, 4), xyxy in pixels, one box per region and class. They are clipped here.
+        scores: (R, K + 1), the background last.
+        image_size: (height, width).
+        score_threshold: boxes with higher scores take part in NMS.
+        nms_threshold: IoU from which hard NMS removes and linear soft-NMS decays.
+        most: the best so many are kept; all where it is negative.
+        nms: hard, linear or gaussian, see :func:`soft_nms`.
+        vote: :func:`vote_boxes` with all boxes of the class, those below the threshold included.
+
+    Returns:
+        pred_boxes, scores, pred_classes, best first.
+    """
+    finite = torch.isfinite(boxes).flatten(1).all(dim=1) & torch.isfinite(scores).all(dim=1)
+    boxes, scores = boxes[finite], scores[finite, :-1]
+    clipped = Boxes(boxes.reshape(-1, 4))
+    clipped.clip(image_size)
+    boxes = clipped.tensor.view(boxes.shape)
+    candidates = scores > score_threshold
+    classes = candidates.nonzero()[:, 1]
+    found, found_scores = boxes[candidates], scores[candidates]
+    if nms == "hard":
+        keep = batched_nms(found, found_scores, classes, nms_threshold)
+        kept_scores = found_scores[keep]
+    else:
+        keep, kept_scores = batched_soft_nms(found, found_scores, classes, nms, nms_threshold)
+    if most >= 0:
+        keep, kept_scores = keep[:most], kept_scores[:most]
+    kept, kept_classes = found[keep], classes[keep]
+    kept = vote_boxes(kept, kept_classes, boxes, scores) if vote else kept
+    fields = dict(pred_boxes=Boxes(kept), scores=kept_scores, pred_classes=kept_classes)
+    return Instances(image_size, **fields)
+
+
+def vote_boxes(kept: Tensor, classes: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
+    """Box voting (Gidaris and Komodakis, arXiv 1505.01749, section 5).
+
+    A kept box becomes the mean of the boxes of its class that overlap it with an IoU above .5,
+    itself included, weighted with max(0, score). Where these weights are all zero it stays.
+
+    Args:
+        kept, classes: (M, 4) and (M,), after NMS.
+        boxes, scores: (R, K, 4) and (R, K), all that there were before NMS.
+    """
+    voted = kept.clone()
+    for label in classes.unique():
+        mine, voters = classes == label, boxes[:, label]
+        weights = (box_iou(kept[mine], voters) > VOTING_IOU) * scores[:, label].clamp(min=0)
+        total = weights.sum(dim=1, keepdim=True)
+        with torch.autocast(boxes.device.type, enabled=False):  # bf16 has steps of 4 pixels at 600
+            mean = weights @ voters / total
+        voted[mine] = torch.where(total > 0, mean, kept[mine])
+    return voted
+
+
+def soft_nms(boxes: Tensor, scores: Tensor, kind: str, threshold: float) -> tuple[Tensor, Tensor]:
+    """Soft-NMS (arXiv 1704.04503): boxes (M, 4) near a better one keep a part of their score.
+
+    The best box is taken, the scores (M,) of all others are multiplied, and so on: `kind` linear
+    with 1 - IoU where the IoU is at least `threshold`, gaussian with exp(-IoU^2 / .5). What falls
+    below .001 is left out.
+
+    Returns:
+        Indices in the order in which they were taken, and their scores, descending.
+    """
+    overlaps, scores = box_iou(boxes, boxes), scores.clone()
+    taken, taken_scores = [], []
+    while len(taken) < len(boxes):
+        best = scores.argmax()
+        if scores[best] < SOFT_NMS_LEAST:
+            break
+        taken.append(best)
+        taken_scores.append(scores[best].clone())
+        overlap = overlaps[best].nan_to_num(0.0)
+        if kind == "linear":
+            decay = torch.where(overlap >= threshold, 1 - overlap, 1.0)
+        else:
+            decay = torch.exp(-(overlap**2) / SOFT_NMS_SIGMA)
+        scores *= decay
+        scores[best] = -1
+    if not taken:
+        return scores.new_zeros(0, dtype=torch.long), scores.new_zeros(0)
+    return torch.stack(taken), torch.stack(taken_scores)
+
+
+def batched_soft_nms(
+    boxes: Tensor, scores: Tensor, classes: Tensor, kind: str, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`soft_nms` within each class; indices into all boxes and scores, descending."""
+    indices, decayed = [classes.new_zeros(0)], [scores.new_zeros(0)]
+    for label in classes.unique():
+        mine = (classes == label).nonzero()[:, 0]
+        taken, taken_scores = soft_nms(boxes[mine], scores[mine], kind, threshold)
+        indices.append(mine[taken])
+        decayed.append(taken_scores)
+    kept, kept_scores = torch.cat(indices), torch.cat(decayed)
+    order = kept_scores.argsort(descending=True, stable=True)
+    return kept[order], kept_scores[order]

@@ -34,9 +34,6 @@ class SingleImageDetector(nn.Module):
     named in ``names``: ``boxes`` (n, 4) xyxy in pixels of that image, ``classes`` (n,), ``scores``
     (n,), best first, and with a mask head ``masks`` (n, 1, 28, 28), probabilities within the box.
     Resizing the image (``INPUT.MIN_SIZE_TEST``) is left to the caller; normalisation is included.
-
-    Raises:
-        UsageError: not a GeneralizedRCNN (Faster or Mask R-CNN, or one with a C4 head).
     """
 
     def __init__(self, detector: nn.Module):
@@ -50,21 +47,21 @@ class SingleImageDetector(nn.Module):
         has_masks = getattr(detector.roi_heads, "mask_on", False)
         self.names = ("boxes", "classes", "scores") + ("masks",) * has_masks
 
-    @torch.no_grad()
     def forward(self, image: Tensor) -> Detections:
         with patch_builtin_len():  # len() of a traced tensor
-            return _detections(self.detector, image, self.names)
-
-
-def _detections(detector: nn.Module, image: Tensor, names: Sequence[str]) -> Detections:
-    found = detector.inference([{"image": image}], do_postprocess=False)[0]
-    fields = (found.pred_boxes.tensor, found.pred_classes, found.scores)
-    return (*fields, found.pred_masks) if "masks" in names else fields
+            return run_detector(self.detector, self.names)(image)
 
 
 def run_detector(detector: nn.Module, names: Sequence[str] = ()) -> Runner:
     """A detector as it is, in PyTorch: what exported ones are compared with."""
-    return torch.no_grad()(lambda image: _detections(detector, image, names))
+
+    @torch.no_grad()
+    def run(image: Tensor) -> Detections:
+        found = detector.inference([{"image": image}], do_postprocess=False)[0]
+        fields = (found.pred_boxes.tensor, found.pred_classes, found.scores)
+        return (*fields, found.pred_masks) if "masks" in names else fields
+
+    return run
 
 
 def export_torchscript(model: SingleImageDetector, image: Tensor, path: str | os.PathLike) -> None:
@@ -77,25 +74,16 @@ def export_onnx(model: SingleImageDetector, image: Tensor, path: str | os.PathLi
 
     By PyTorch's TorchScript-based exporter: ``torch.export`` stops in Detectron2's
     ``find_top_rpn_proposals``, whose Python ``if`` depends on the values of a tensor.
-
-    Raises:
-        UsageError: onnx is not installed.
     """
     try:
         import onnx  # noqa: F401
     except ImportError as error:
         raise UsageError("ONNX export needs: pip install onnx onnxscript") from error
     axes = {name: {0: "detections"} for name in model.names}
-    torch.onnx.export(
-        model,
-        (image,),
-        str(path),
-        dynamo=False,
-        opset_version=ONNX_OPSET,
-        input_names=["image"],
-        output_names=list(model.names),
-        dynamic_axes={"image": {1: "height", 2: "width"}, **axes},
-    )
+    axes["image"] = {1: "height", 2: "width"}
+    names = dict(input_names=["image"], output_names=list(model.names), dynamic_axes=axes)
+    options = dict(dynamo=False, opset_version=ONNX_OPSET)
+    torch.onnx.export(model, (image,), str(path), **names, **options)
 
 
 def export_backbone(
@@ -103,10 +91,8 @@ def export_backbone(
 ) -> dict[str, float]:
     """Writes the detector's backbone, pyramid included, as a ``torch.export`` program.
 
-    Its input are normalised images, (N, 3, H, W), H and W multiples of ``size_divisibility``.
-
-    Returns:
-        The largest relative difference of each map from PyTorch's over the images.
+    Its input are normalised images, (N, 3, H, W), H and W multiples of ``size_divisibility``. It
+    returns the largest relative difference of each map from PyTorch's over the images.
     """
     backbone = detector.backbone
     multiple = max(1, backbone.size_divisibility)
@@ -129,9 +115,8 @@ def largest_difference(
     Each detection is compared with the exported one of its class whose box is nearest.
 
     Returns:
-        boxes: the largest difference of a coordinate, as a fraction of the image's longer side.
-        scores: the largest difference of a score.
-        masks: the largest difference of a mask's probability, where the reference gives masks.
+        The largest difference of "boxes" (of a coordinate, as a fraction of the image's longer
+        side), of "scores" and, where there are any, of "masks" (of a probability).
 
     Raises:
         Mismatch: another number of detections of a class.

@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.modeling.context import (
+from resnet_backbone.detection.modeling.heads import (
     GlobalContext,
     add_whole_image,
     join_context,
@@ -35,14 +35,13 @@ class View(NamedTuple):
 
     @property
     def sizes(self) -> list[Size]:
-        """(height, width) of each image, without padding."""
         return self.images.image_sizes
 
 
 class ImageViews(NamedTuple):
-    """A batch of images as one detector sees them; all that it computes once for the batch."""
+    """All that a detector computes once for a batch."""
 
-    reference: View  # at the detector's own test scale, that of proposals and boxes
+    reference: View  # at its own test scale, that of proposals and boxes
     scaled: list[View]  # one per scale
     mirrored: list[View]  # the same of the mirrored images, or empty
 
@@ -53,15 +52,10 @@ class Member(nn.Module):
     Boxes are in pixels of its images at its own test scale ("reference").
 
     Args:
-        cfg: its own config: ``INPUT.FORMAT`` and the test size.
-        model: with its weights.
+        cfg, model: its own config and the model with its weights.
         scales: short sides of the images on which regions are pooled, ascending; empty: the test
-            scale. The long side's limit, ``INPUT.MAX_SIZE_TEST``, is meant for the test scale and
-            grows in proportion.
+            scale. The limit ``INPUT.MAX_SIZE_TEST`` is that scale's and grows in proportion.
         flip: regions are pooled on the mirrored images as well.
-
-    Raises:
-        UsageError: a model without proposals, or with region heads of another kind.
     """
 
     def __init__(
@@ -83,12 +77,11 @@ class Member(nn.Module):
         self.scales = list(scales) or [self.short]
 
     def view_images(self, images: list[Tensor], sources: Sequence[np.ndarray]) -> ImageViews:
-        """Feature maps of a batch; nothing is computed twice.
+        """Feature maps of a batch in this detector's channel order; nothing is computed twice.
 
         Args:
-            images: (C, H, W) each, at the test scale, in this detector's channel order.
-            sources: (H, W, C) each, of the original size, in its channel order; read for other
-                scales than the test scale only.
+            images: (C, H, W) each, at the test scale.
+            sources: (H, W, C) each, of the original size; read for other scales only.
         """
         pyramid = [
             images if short == self.short else [self.resize(source, short) for source in sources]
@@ -119,13 +112,9 @@ class Member(nn.Module):
         return [image.proposal_boxes.tensor for image in proposals]
 
     def predict(self, views: ImageViews, boxes: list[Tensor]) -> Predictions:
-        """Scores and regresses regions; with `flip` the mean of the image and its mirror image.
+        """For each image's regions (Ri, 4) scores (Ri, K + 1), background last, boxes (Ri, K, 4).
 
-        Args:
-            boxes: (Ri, 4) regions of each image.
-
-        Returns:
-            For each image scores (Ri, K + 1), the background last, and boxes (Ri, K, 4).
+        With `flip` the mean of the image and its mirror image.
         """
         found = self._predict(views.scaled, views.reference.sizes, boxes)
         if not views.mirrored:
@@ -138,32 +127,25 @@ class Member(nn.Module):
 
     def _predict(self, views: list[View], sizes: list[Size], boxes: list[Tensor]) -> Predictions:
         heads = self.model.roi_heads
-        if isinstance(heads, GlobalContext):
-            features = self._features(views, sizes, add_whole_image(boxes, sizes))
+        has_context = isinstance(heads, GlobalContext)
+        regions = add_whole_image(boxes, sizes) if has_context else boxes
+        features, predictor = self._features(views, sizes, regions), heads.box_predictor
+        if has_context:
             features = join_context(features, [len(box) for box in boxes])
-        else:
-            features = self._features(views, sizes, boxes)
-        predictor = heads.box_predictor
         logits = predictor(features)
         pairs = zip(sizes, boxes, strict=True)
         proposals = [Instances(size, proposal_boxes=Boxes(box)) for size, box in pairs]
         scores = predictor.predict_probs(logits, proposals)
         regressed = predictor.predict_boxes(logits, proposals)
-        shape = (-1, predictor.num_classes, 4)  # one box for all classes is repeated
+        classes = predictor.num_classes  # one box for all of them is repeated
         return [
-            (s.float(), b.float().unflatten(1, (-1, 4)).expand(len(b), *shape[1:]))
+            (s.float(), b.float().unflatten(1, (-1, 4)).expand(-1, classes, -1))
             for s, b in zip(scores, regressed, strict=True)
         ]
 
     def _features(self, views: list[View], sizes: list[Size], boxes: list[Tensor]) -> Tensor:
         """(R, D): of the only scale, or the elementwise maximum over the two of each region."""
-        scaled = [
-            [
-                box * ratio(size, to, box)
-                for size, to, box in zip(sizes, view.sizes, boxes, strict=True)
-            ]
-            for view in views
-        ]
+        scaled = [change_frame(boxes, sizes, view.sizes) for view in views]
         if len(views) == 1:
             return self._pool(views[0], scaled[0])
         areas = torch.stack([Boxes(torch.cat(level)).area() for level in scaled], dim=1)
@@ -172,7 +154,7 @@ class Member(nn.Module):
             if merged is not None and not chosen.any():
                 continue
             masks = chosen.split([len(box) for box in boxes])
-            found = self._pool(view, [box[mask] for box, mask in zip(level, masks, strict=True)])
+            found = self._pool(view, [b[mask] for b, mask in zip(level, masks, strict=True)])
             if merged is None:
                 merged = found.new_full((len(chosen), found.shape[1]), -torch.inf)
             merged[chosen] = torch.maximum(merged[chosen], found)
@@ -183,16 +165,10 @@ class Member(nn.Module):
 
 
 def choose_scales(areas: Tensor) -> Tensor:
-    """The two adjacent scales of each region (paper, appendix B; arXiv 1504.06066).
+    """The two adjacent scales at which a region's area is nearest 224 x 224 pixels.
 
-    One is the scale at which the region's area is nearest 224 x 224 pixels, the other the nearer
-    of that scale's two neighbors.
-
-    Args:
-        areas: (R, S) of each region at each scale, in pixels, ascending in S.
-
-    Returns:
-        (R, S), True at the two, or at the only one where S is 1.
+    Paper, appendix B; arXiv 1504.06066: the best scale, and the nearer of its two neighbors. Areas
+    are (R, S) in pixels, ascending in S; of the result (R, S) these two are True.
     """
     distances = (areas - CANONICAL_AREA).abs()
     best = distances.argmin(dim=1, keepdim=True)
@@ -204,17 +180,14 @@ def choose_scales(areas: Tensor) -> Tensor:
     return chosen.scatter(1, torch.where(below <= above, best - 1, best + 1), True)
 
 
-def ratio(size: Size, to: Size, boxes: Tensor) -> Tensor:
-    """What takes boxes (xyxy) of an image of one size to the same image of another, (4,)."""
-    (height, width), (new_height, new_width) = size, to
-    return boxes.new_tensor([new_width / width, new_height / height] * 2)
-
-
 def change_frame(
     boxes: Sequence[Tensor], sizes: Sequence[Size], to: Sequence[Size]
 ) -> list[Tensor]:
     """Boxes (..., 4) of each image in pixels of the same image of another size."""
-    return [box * ratio(*frame, box) for box, *frame in zip(boxes, sizes, to, strict=True)]
+    changed = []
+    for box, (height, width), (new_height, new_width) in zip(boxes, sizes, to, strict=True):
+        changed.append(box * box.new_tensor([new_width / width, new_height / height] * 2))
+    return changed
 
 
 def mirror(boxes: Tensor, width: int) -> Tensor:

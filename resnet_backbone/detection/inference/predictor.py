@@ -13,9 +13,8 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import GeneralizedRCNNWithTTA
-from detectron2.structures import Instances
-from pycocotools import mask as mask_util
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,15 +25,15 @@ from resnet_backbone.detection.checkpoint.input_check import (
     require_weights,
     with_weights_input,
 )
-from resnet_backbone.detection.config import UsageError, backbone_node
-from resnet_backbone.detection.config_file import load_config
-from resnet_backbone.detection.inference.detector import (
-    PRECISIONS,
-    ImprovedDetector,
+from resnet_backbone.detection.config import (
+    UsageError,
+    backbone_node,
     check_scales,
+    load_config,
     read_precision,
     read_switches,
 )
+from resnet_backbone.detection.inference.detector import ImprovedDetector
 from resnet_backbone.detection.inference.member import Member
 from resnet_backbone.detection.modeling.build import build_detector
 
@@ -88,10 +87,10 @@ class Predictor:
 def find_class_names(cfg: CfgNode) -> list[str]:
     """Names of what a detector's boxes hold: the run's, else the data set's, else none."""
     retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    number = cfg.MODEL.RETINANET.NUM_CLASSES if retina else cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    metadata = (MetadataCatalog.get(n) for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN))
-    choices = (list(one.get("thing_classes", [])) for one in metadata)
-    choices = [list(backbone_node(cfg).CLASS_NAMES), *choices]
+    number = (cfg.MODEL.RETINANET if retina else cfg.MODEL.ROI_HEADS).NUM_CLASSES
+    choices = [list(backbone_node(cfg).CLASS_NAMES)]
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        choices.append(list(MetadataCatalog.get(name).get("thing_classes", [])))
     return next((names for names in choices if len(names) == number), [])
 
 
@@ -110,29 +109,19 @@ def describe_output(
         the label picture: class and share of the pixels, 0..1, largest first.
     """
     if "instances" in output:
-        return _describe_instances(output["instances"].to("cpu"), class_names)
+        found = []
+        for one in instances_to_coco_json(output["instances"].to("cpu"), img_id=0):
+            (x, y, width, height), name = one["bbox"], _name(class_names, one["category_id"])
+            box = [round(value, 2) for value in (x, y, x + width, y + height)]
+            mask = {"mask": one["segmentation"]} if "segmentation" in one else {}
+            found.append({"class": name, "score": round(one["score"], 5), "box": box, **mask})
+        return found
     labels, counts = np.unique(output["sem_seg"].argmax(0).cpu().numpy(), return_counts=True)
     shares = counts / counts.sum()
     return [
         {"class": _name(label_names, int(labels[i])), "share": round(float(shares[i]), 5)}
         for i in np.argsort(-shares)
     ]
-
-
-def _describe_instances(found: Instances, class_names: Sequence[str]) -> list[dict]:
-    entries = []
-    for i, box in enumerate(found.pred_boxes.tensor.float().tolist()):
-        entry = {
-            "class": _name(class_names, int(found.pred_classes[i])),
-            "score": round(float(found.scores[i]), 5),
-            "box": [round(value, 2) for value in box],
-        }
-        if found.has("pred_masks"):
-            pixels = np.asfortranarray(found.pred_masks[i].numpy().astype(np.uint8))
-            encoded = mask_util.encode(pixels)
-            entry["mask"] = {"size": encoded["size"], "counts": encoded["counts"].decode()}
-        entries.append(entry)
-    return entries
 
 
 def _name(names: Sequence[str], index: int) -> str | int:
@@ -156,11 +145,8 @@ def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """The model as evaluations run it: :func:`improve`, in ``RESNET_BACKBONE.TEST.PRECISION``.
 
     The precision is the same on CPUs and GPUs, whatever ``SOLVER.AMP`` says about training.
-
-    Raises:
-        UsageError, WeightsError: see :func:`improve`.
     """
-    tested, dtype = improve(cfg, model), PRECISIONS[read_precision(cfg)]
+    tested, dtype = improve(cfg, model), read_precision(cfg)
     if dtype is torch.float32:
         return tested
     return AutocastModel(tested, torch.device(cfg.MODEL.DEVICE).type, dtype)
@@ -172,16 +158,14 @@ def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
     ``TEST.AUG.ENABLED``, Detectron2's own test-time augmentation, is honored as well.
 
     Args:
-        cfg: the detector's own; ``TEST.ENSEMBLE`` names the runs of the others, which are loaded
-            here.
+        cfg: the detector's own; ``TEST.ENSEMBLE`` names runs that are loaded here.
         model: with or without ``DistributedDataParallel``.
 
     Returns:
         `model` itself where all switches are off.
 
     Raises:
-        UsageError: see :func:`read_switches`, :class:`Member`; other classes in an ensemble.
-        WeightsError: of a run of the ensemble.
+        UsageError, WeightsError: switches that do not suit the detector, unfit members.
     """
     switches = read_switches(cfg)
     bare = model.module if isinstance(model, DistributedDataParallel) else model
@@ -195,22 +179,14 @@ def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
 
 
 def trained_detector(cfg: CfgNode) -> nn.Module:
-    """The detector of a config with ``MODEL.WEIGHTS``, in evaluation mode.
-
-    Raises:
-        UsageError, WeightsError: as :class:`Predictor`.
-    """
+    """The detector of a config with its weights, in evaluation mode; see :func:`load_detector`."""
     model = build_detector(cfg)
     load_detector(cfg, model)
     return model.eval()
 
 
 def load_detector(cfg: CfgNode, model: nn.Module) -> None:
-    """Loads ``MODEL.WEIGHTS`` into every parameter and statistic of a detector.
-
-    Raises:
-        UsageError, WeightsError: as :class:`Predictor`. The detector is unchanged then.
-    """
+    """Loads ``MODEL.WEIGHTS`` into every parameter and statistic, or, after an error, into none."""
     require_weights(cfg)
     node = backbone_node(cfg)
     names = [*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES]
@@ -219,29 +195,19 @@ def load_detector(cfg: CfgNode, model: nn.Module) -> None:
 
 
 def find_weights(run: str) -> str:
-    """``model_final.pth`` of a run, or its last checkpoint while it is not finished.
-
-    Raises:
-        UsageError: there is neither.
-    """
+    """``model_final.pth`` of a run, or its last checkpoint; UsageError if there is neither."""
     final = os.path.join(run, "model_final.pth")
     found = final if os.path.isfile(final) else find_last_checkpoint(run)
     if not found:
-        raise UsageError(
-            f"{run}: no model_final.pth and no checkpoint there; name a train_net.py run"
-        )
+        text = "no model_final.pth and no checkpoint there; name a train_net.py run"
+        raise UsageError(f"{run}: {text}")
     return found
 
 
 def run_config(run: str, overrides: list[str]) -> CfgNode:
-    """The config of a run with its weights in ``MODEL.WEIGHTS``, on this machine's device.
+    """The config of a run's folder with its weights in ``MODEL.WEIGHTS``, on this machine's device.
 
-    Args:
-        run: a folder that tools/train_net.py wrote.
-        overrides: ``KEY VALUE`` pairs; ``MODEL.WEIGHTS`` among them replaces the run's weights.
-
-    Raises:
-        UsageError: no run there, or no weights in it yet.
+    `overrides` are ``KEY VALUE`` pairs; ``MODEL.WEIGHTS`` among them replaces the run's weights.
     """
     config = os.path.join(run, "config.yaml")
     if not os.path.isfile(config):
@@ -252,21 +218,13 @@ def run_config(run: str, overrides: list[str]) -> CfgNode:
 
 
 def check_ensemble(cfg: CfgNode) -> None:
-    """:func:`check_member` for the runs of ``TEST.ENSEMBLE``, before hours of training.
-
-    Raises:
-        UsageError: naming the run.
-    """
+    """:func:`check_member` for the runs of ``TEST.ENSEMBLE``, before hours of training."""
     for run in backbone_node(cfg).TEST.ENSEMBLE:
         check_member(cfg, run_config(run, []), run)
 
 
 def check_member(cfg: CfgNode, other: CfgNode, run: str) -> None:
-    """Refuses a detector of other classes, or one whose images cannot be made from ours.
-
-    Raises:
-        UsageError: naming the run.
-    """
+    """Raises UsageError for a detector of other classes, or with images unlike ours."""
     counts = [config.MODEL.ROI_HEADS.NUM_CLASSES for config in (cfg, other)]
     names = [list(config.RESNET_BACKBONE.CLASS_NAMES) for config in (cfg, other)]
     if counts[0] != counts[1] or names[0] != names[1]:
@@ -287,10 +245,7 @@ _kept: ContextVar[dict[str, tuple[CfgNode, nn.Module]]] = ContextVar("kept")
 
 @contextmanager
 def keep_members() -> Iterator[None]:
-    """Inside, :func:`load_run` reads each run once and keeps its detector in the CPU's memory.
-
-    For several evaluations in one process; one at a time may use the detectors.
-    """
+    """Inside, :func:`load_run` reads each run once and keeps its detector in the CPU's memory."""
     token = _kept.set({})
     try:
         yield
@@ -299,11 +254,7 @@ def keep_members() -> Iterator[None]:
 
 
 def load_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
-    """The config and the detector of a run, in evaluation mode on the device of `cfg`.
-
-    Raises:
-        UsageError, WeightsError: see :func:`read_run`.
-    """
+    """The config and the detector of a run, in evaluation mode on the device of `cfg`."""
     kept = _kept.get({})
     if run not in kept:
         other, model = read_run(run, cfg)
@@ -314,12 +265,7 @@ def load_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
 
 
 def read_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
-    """What :func:`load_run` gives, from the run's files.
-
-    Raises:
-        UsageError, WeightsError: no run there, see :func:`check_member`, or weights that do not
-            fit the run's config.
-    """
+    """What :func:`load_run` gives, from the run's files."""
     other = run_config(run, ["MODEL.DEVICE", cfg.MODEL.DEVICE])
     check_member(cfg, other, run)
     prepare_weights(other)

@@ -14,7 +14,14 @@ from torch import nn
 
 from resnet_backbone.detection.checkpoint.files import origin_input
 from resnet_backbone.detection.checkpoint.input_check import StatesInput, config_input
-from resnet_backbone.detection.config import UsageError, backbone_node, refuse_ignored_context
+from resnet_backbone.detection.config import (
+    DEEPLAB_BACKBONE,
+    DEEPLAB_HEADS,
+    DEFAULTS,
+    UsageError,
+    backbone_node,
+    refuse_ignored_context,
+)
 from resnet_backbone.fast import fold_each_call
 from resnet_backbone.models import VGG, ResNet
 from resnet_backbone.models.layers import NORMS, Norm
@@ -56,15 +63,14 @@ class PaperFPN(FPN):
 
 def resolve_norm(name: str) -> Norm:
     """Our layer for a name that we know, otherwise Detectron2's (LN, nnSyncBN, naiveSyncBN)."""
-    return name if name in ("", *NORMS) else partial(_detectron2_norm, name)
-
-
-def _detectron2_norm(name: str, channels: int) -> nn.Module:
+    if name in ("", *NORMS):
+        return name
     try:
-        return get_norm(name, channels)
+        get_norm(name, 1)
     except KeyError:
         known = ", ".join((*NORMS, "LN", "nnSyncBN", "naiveSyncBN"))
         raise ValueError(f"unknown NORM {name!r}: use one of {known}, or '' for none") from None
+    return partial(get_norm, name)
 
 
 def resnet_options(cfg: CfgNode) -> dict:
@@ -76,6 +82,7 @@ def resnet_options(cfg: CfgNode) -> dict:
         stride_in_1x1=resnets.STRIDE_IN_1X1,
         norm=resolve_norm(resnets.NORM),
         activation=node.ACTIVATION,
+        multi_grid=node.MULTI_GRID,
     )
 
 
@@ -85,24 +92,20 @@ def _refuse_other_variants(cfg: CfgNode) -> None:
     if resnets.DEPTH not in DEPTHS:
         known = ", ".join(map(str, DEPTHS))
         raise ValueError(f"MODEL.RESNETS.DEPTH {resnets.DEPTH} is not one of {known}")
-    res2_channels = STAGE_WIDTHS[0] * DEPTHS[resnets.DEPTH][0].expansion
     fixed = {
-        "NUM_GROUPS": (1,),
-        "WIDTH_PER_GROUP": (64,),
-        "STEM_OUT_CHANNELS": (64,),
-        "RES2_OUT_CHANNELS": (256, res2_channels),  # 256 is the default, at any depth
+        "NUM_GROUPS": 1,
+        "WIDTH_PER_GROUP": 64,
+        "STEM_OUT_CHANNELS": 64,
+        "RES2_OUT_CHANNELS": STAGE_WIDTHS[0] * DEPTHS[resnets.DEPTH][0].expansion,
+        "DEFORM_ON_PER_STAGE": [False] * 4,
     }
-    for key, allowed in fixed.items():
-        if resnets[key] not in allowed:
+    for key, only in fixed.items():
+        is_default = (key, resnets[key]) == ("RES2_OUT_CHANNELS", 256)  # at any depth
+        if resnets[key] != only and not is_default:
             raise ValueError(
                 f"MODEL.RESNETS.{key} {resnets[key]} is not a network of the paper: use "
-                f"{allowed[-1]}, or Detectron2's build_resnet_backbone"
+                f"{only}, or Detectron2's build_resnet_backbone"
             )
-    if any(resnets.DEFORM_ON_PER_STAGE):
-        raise ValueError(
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE is not supported: use Detectron2's "
-            "build_resnet_backbone for deformable convolutions"
-        )
 
 
 @BACKBONE_REGISTRY.register()
@@ -115,7 +118,6 @@ def build_paper_resnet_backbone(
         resnets.DEPTH,
         in_channels=input_shape.channels,
         dilations=(1, 1, node.RES4_DILATION, resnets.RES5_DILATION),
-        multi_grid=node.MULTI_GRID,
         out_features=resnets.OUT_FEATURES,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
         zero_init_residual=node.ZERO_INIT_RESIDUAL,
@@ -142,15 +144,15 @@ def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaperVGG:
 
 def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
     refuse_ignored_context(cfg)
-    weights = cfg.MODEL.WEIGHTS
-    if weights and backbone_node(cfg).WEIGHTS_INPUT == "set":
+    weights, node = cfg.MODEL.WEIGHTS, backbone_node(cfg)
+    if weights and node.WEIGHTS_INPUT == "set":
         raise UsageError(
             f"RESNET_BACKBONE.WEIGHTS_INPUT is set, but {weights} has not been read: call "
             "resnet_backbone.detection.use_weights_input(cfg, cfg.MODEL.WEIGHTS) before the model "
             "is built"
         )
     network.input_settings = config_input(cfg)
-    network.weights_preprocessing = backbone_node(cfg).WEIGHTS_PREPROCESSING
+    network.weights_preprocessing = node.WEIGHTS_PREPROCESSING
     known = origin_input(weights)
     network.origin = None if known is None else (weights, known)
     return in_memory_format(cfg, network)
@@ -177,14 +179,9 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block) -> FPN:
             f"FPN needs strides that double, got {strides}: "
             "remove the dilation (RES4_DILATION, RES5_DILATION) or choose other IN_FEATURES"
         )
-    pyramid = PaperFPN(
-        bottom_up=bottom_up,
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
-        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=top_block,
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
+    fpn = cfg.MODEL.FPN
+    options = dict(norm=fpn.NORM, top_block=top_block, fuse_type=fpn.FUSE_TYPE)
+    pyramid = PaperFPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, **options)
     return in_memory_format(cfg, pyramid)
 
 
@@ -208,3 +205,76 @@ def build_paper_resnet_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FP
 def build_vgg_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """A VGG with p2..p6; with IN_FEATURES conv3, conv4, conv5, pool5 at the ResNet's strides."""
     return _build_fpn(cfg, build_vgg_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+class DeepLabResNet(PaperResNet):
+    """A ResNet whose input is padded so that every map, enlarged by its stride, fits the labels.
+
+    DeepLab's heads enlarge by a fixed factor and so work only at sizes that the stride divides.
+    """
+
+    @property
+    def size_divisibility(self) -> int:
+        return max(shape.stride for shape in self.output_shape().values())
+
+
+@BACKBONE_REGISTRY.register()
+def build_paper_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DeepLabResNet:
+    """As ``build_resnet_deeplab_backbone`` of Detectron2's DeepLab, with the paper's networks.
+
+    Reads the project's keys ``MODEL.RESNETS.RES4_DILATION``, ``RES5_DILATION`` and
+    ``RES5_MULTI_GRID``; dilations 1, 2 are output stride 16, 2, 4 are 8. ``STEM_TYPE`` is "basic".
+
+    Raises:
+        UsageError: keys that are absent, contradict one another or do not suit the maps.
+    """
+    resnets, node = cfg.MODEL.RESNETS, backbone_node(cfg)
+    if "RES5_MULTI_GRID" not in resnets:
+        raise UsageError(
+            f"{DEEPLAB_BACKBONE} reads the keys of Detectron2's DeepLab: call "
+            "detectron2.projects.deeplab.add_deeplab_config(cfg) before the config file is merged"
+        )
+    if resnets.STEM_TYPE != "basic":
+        raise UsageError(
+            f"MODEL.RESNETS.STEM_TYPE {resnets.STEM_TYPE} is not a network of the paper: use "
+            "basic, or Detectron2's build_resnet_deeplab_backbone"
+        )
+    ours = {"RES4_DILATION": resnets.RES4_DILATION, "MULTI_GRID": list(resnets.RES5_MULTI_GRID)}
+    for key, value in ours.items():
+        if node[key] not in (DEFAULTS[key], value):
+            raise UsageError(
+                f"RESNET_BACKBONE.{key} {node[key]} contradicts MODEL.RESNETS, which says {value} "
+                f"and counts for {DEEPLAB_BACKBONE}: leave RESNET_BACKBONE.{key} out"
+            )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.RESNET_BACKBONE = node.clone()
+    cfg.RESNET_BACKBONE.merge_from_list([word for pair in ours.items() for word in pair])
+    backbone = build_paper_resnet_backbone(cfg, input_shape, DeepLabResNet)
+    if cfg.MODEL.SEM_SEG_HEAD.NAME in DEEPLAB_HEADS:
+        _check_head(cfg, backbone)
+    return backbone
+
+
+def _check_head(cfg: CfgNode, backbone: DeepLabResNet) -> None:
+    """DeepLab's heads enlarge their finest map by ``COMMON_STRIDE`` and pool over whole crops."""
+    head, crop = cfg.MODEL.SEM_SEG_HEAD, cfg.INPUT.CROP
+    strides = {name: shape.stride for name, shape in backbone.output_shape().items()}
+    absent = [name for name in head.IN_FEATURES if name not in strides]
+    if absent:
+        raise UsageError(
+            f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {absent}, the backbone returns {list(strides)}: "
+            "set MODEL.RESNETS.OUT_FEATURES to match"
+        )
+    stride, finest = min((strides[name], name) for name in head.IN_FEATURES)
+    if head.COMMON_STRIDE != stride:
+        raise UsageError(
+            f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE {head.COMMON_STRIDE} is not the stride of {finest}, "
+            f"{stride}, by which {head.NAME} enlarges: set it to {stride}, or change "
+            "MODEL.RESNETS.RES4_DILATION and RES5_DILATION"
+        )
+    if crop.ENABLED and crop.TYPE != "absolute":
+        raise UsageError(
+            f"INPUT.CROP.TYPE {crop.TYPE}: {head.NAME} learns from crops of one size; set "
+            "INPUT.CROP.TYPE absolute INPUT.CROP.SIZE '[512, 512]'"
+        )

@@ -1,20 +1,34 @@
-"""A detector from its config, as training, evaluation and prediction use it."""
+"""A detector from its config, as training, evaluation and prediction use it.
+
+Beside it Detectron2's own of the same config, and what comparisons with that need.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from resnet_backbone.detection.config import backbone_node
-from resnet_backbone.detection.modeling.context import with_global_context
-from resnet_backbone.detection.modeling.heads import with_fast_poolers
+from resnet_backbone.detection.modeling.heads import with_fast_poolers, with_global_context
 from resnet_backbone.fast.folding import change_classes
 
 logger = logging.getLogger(__name__)
+THEIRS = {
+    "build_paper_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "build_paper_resnet_backbone": "build_resnet_backbone",
+    "PaperRes5ROIHeads": "Res5ROIHeads",
+}
+"""Our registered name -> Detectron2's own of the same keys."""
 LAST_LAYERS = ("cls_score", "bbox_pred", "objectness_logits", "anchor_deltas")
 
 
@@ -25,11 +39,9 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     is fast on CPUs, :func:`with_exact_scores`, and channels_last convolutions where
     ``RESNET_BACKBONE.CHANNELS_LAST`` is set.
 
-    Args:
-        cfg: of the detector; ``MODEL.WEIGHTS`` is not loaded.
-
     Returns:
-        The model on ``MODEL.DEVICE``, in training mode, with Detectron2's parameter names.
+        The model on ``MODEL.DEVICE``, in training mode, with Detectron2's parameter names and
+        without ``MODEL.WEIGHTS``.
 
     Raises:
         UsageError: ``GLOBAL_CONTEXT`` with region heads that do not have it.
@@ -42,20 +54,20 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     return model
 
 
-class FullLinear(nn.Linear):
-    """``nn.Linear`` that autocast leaves alone: it computes in its weights' precision."""
+class _Full:
+    """A layer that autocast leaves alone: it computes in its weights' precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
 
-class FullConv2d(nn.Conv2d):
-    """``nn.Conv2d`` in the same way."""
+class FullLinear(_Full, nn.Linear):
+    """``nn.Linear`` out of mixed precision."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
+
+class FullConv2d(_Full, nn.Conv2d):
+    """``nn.Conv2d`` out of mixed precision."""
 
 
 def with_exact_scores(model: nn.Module) -> nn.Module:
@@ -72,3 +84,62 @@ def with_exact_scores(model: nn.Module) -> nn.Module:
             if name in LAST_LAYERS and getattr(layer, "kernel_size", (1, 1)) == (1, 1):
                 setattr(parent, name, change_classes(layer, kinds))
     return model
+
+
+def build_reference(cfg: CfgNode) -> nn.Module:
+    """The detector of a config as Detectron2 builds it, with its own ResNet and its own heads."""
+    cfg = cfg.clone()
+    for node in (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_HEADS):
+        node.NAME = THEIRS.get(node.NAME, node.NAME)
+    return build_model(cfg)
+
+
+def reference_evaluator(dataset_name: str) -> PascalVOCDetectionEvaluator:
+    """Detectron2's own evaluator of a data set in VOC layout."""
+    return PascalVOCDetectionEvaluator(dataset_name)
+
+
+class GivenProposals(nn.Module):
+    """A proposal network that does all of its work and then returns given boxes (R, 4).
+
+    Those of random weights are alike and few, and ours would differ from the reference's in their
+    last bits and so in their order.
+    """
+
+    def __init__(self, network: nn.Module, boxes: Tensor):
+        super().__init__()
+        self.network, self.boxes = network, boxes
+
+    def forward(self, images, features, targets=None):
+        _, losses = self.network(images, features, targets)
+        scores = torch.linspace(5, -5, len(self.boxes))
+        fields = dict(proposal_boxes=Boxes(self.boxes), objectness_logits=scores)
+        return [Instances(size, **fields) for size in images.image_sizes], losses
+
+
+def objects(size: tuple[int, int], boxes: Tensor, classes: Tensor) -> Instances:
+    """Ground truth of an image of (height, width): boxes (N, 4) and their classes (N,)."""
+    return Instances(size, gt_boxes=Boxes(boxes), gt_classes=classes)
+
+
+def detections(size: tuple[int, int], boxes: Tensor, scores: Tensor, classes: Tensor) -> Instances:
+    """What a detector returns for an image: boxes (N, 4), their scores (N,) and classes (N,)."""
+    return Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+
+
+def losses_of(model: nn.Module, inputs: list[dict]) -> dict[str, Tensor]:
+    """One forward pass in training, outside a trainer."""
+    with EventStorage():
+        return model(inputs)
+
+
+@contextmanager
+def voc_metadata(folder: str, split: str, class_names: Sequence[str]):
+    """Yields the name under which a folder in VOC layout is registered meanwhile."""
+    name = f"reference_{folder}"
+    facts = dict(dirname=folder, split=split, year=2012, thing_classes=list(class_names))
+    MetadataCatalog.get(name).set(evaluator_type="voc", **facts)
+    try:
+        yield name
+    finally:
+        MetadataCatalog.pop(name)

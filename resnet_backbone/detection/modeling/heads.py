@@ -1,22 +1,33 @@
-"""Region heads: res5 per region (C4) for every depth, VGG-16's fc6 and fc7, fast poolers."""
+"""Region heads: res5 per region (C4) for every depth, VGG-16's fc6 and fc7, global context.
+
+Global context (paper, appendix B) is the image as one more region: pooled and passed through the
+per-region layers like the others. Its feature, concatenated with a region's, goes to the classifier
+and the regressor, whose input is twice as wide; all of it is trained end to end.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ROIAlign, ShapeSpec
+from detectron2.layers import ROIAlign, ShapeSpec, shapes_to_tensor
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
-from detectron2.modeling.roi_heads import Res5ROIHeads
-from detectron2.structures import Boxes
+from detectron2.modeling.roi_heads import (
+    FastRCNNOutputLayers,
+    Res5ROIHeads,
+    ROIHeads,
+    StandardROIHeads,
+)
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_backbone.detection.config import backbone_node
+from resnet_backbone.detection.config import CONTEXT_HEADS, UsageError, backbone_node, with_keys
 from resnet_backbone.detection.modeling.backbones import in_memory_format, resnet_options
 from resnet_backbone.fast.folding import is_watched
-from resnet_backbone.fast.regions import for_regions, projections_on_map
-from resnet_backbone.fast.roi_align import RegionAlign, StridedPool
+from resnet_backbone.fast.regions import RegionAlign, StridedPool, for_regions, projections_on_map
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import (
     DEPTHS,
@@ -83,16 +94,9 @@ class PaperRes5ROIHeads(Res5ROIHeads):
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Module, int]:
-        node, dilation = backbone_node(cfg), cfg.MODEL.RESNETS.RES5_DILATION
-        options = resnet_options(cfg)
-        stage, channels = resnet_stage(
-            cfg.MODEL.RESNETS.DEPTH,
-            5,
-            stride=cls._strides(cfg)[1],
-            dilation=dilation,
-            multi_grid=node.MULTI_GRID,
-            **options,
-        )
+        resnets, node = cfg.MODEL.RESNETS, backbone_node(cfg)
+        options = dict(stride=cls._strides(cfg)[1], dilation=resnets.RES5_DILATION)
+        stage, channels = resnet_stage(resnets.DEPTH, 5, **options, **resnet_options(cfg))
         init_residual_network(stage, node.ACTIVATION, node.ZERO_INIT_RESIDUAL)
         return in_memory_format(cfg, for_regions(stage)), channels
 
@@ -140,3 +144,113 @@ class VGGBoxHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(F.relu(self.fc6(torch.flatten(x, 1))))
         return self.dropout(F.relu(self.fc7(x)))
+
+
+def with_global_context(cfg: CfgNode) -> CfgNode:
+    """The config with the region heads that ``RESNET_BACKBONE.GLOBAL_CONTEXT`` asks for.
+
+    It is `cfg` itself where the switch is off or the heads are named already, else a copy.
+    UsageError: there is no such form of the config's region heads.
+    """
+    name = cfg.MODEL.ROI_HEADS.NAME
+    if not backbone_node(cfg).GLOBAL_CONTEXT or name in CONTEXT_HEADS.values():
+        return cfg
+    if name not in CONTEXT_HEADS or cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise UsageError(
+            f"RESNET_BACKBONE.GLOBAL_CONTEXT is for GeneralizedRCNN with "
+            f"{' or '.join(CONTEXT_HEADS)}, not for {cfg.MODEL.META_ARCHITECTURE} with "
+            f"MODEL.ROI_HEADS.NAME {name}"
+        )
+    return with_keys(cfg, "MODEL.ROI_HEADS.NAME", CONTEXT_HEADS[name])
+
+
+def region_features(heads: ROIHeads, maps: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
+    """Features (R, D) after the per-region layers, before the classifier and the regressor.
+
+    Args:
+        heads: C4's (``Res5ROIHeads``) or ``StandardROIHeads``, and their subclasses.
+        boxes: regions of each image, R in all, in pixels of the network's input.
+    """
+    features = [maps[name] for name in heads.in_features]
+    if isinstance(heads, Res5ROIHeads):
+        return heads._shared_roi_transform(features, boxes).mean(dim=[2, 3])
+    return heads.box_head(heads.box_pooler(features, boxes)).flatten(1)
+
+
+def add_whole_image(boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The regions (Ri, 4) of each image, and behind them the image itself, (height, width) large.
+
+    Sizes are scalar tensors in a trace, which records them.
+    """
+    found = []
+    for regions, (height, width) in zip(boxes, sizes, strict=True):
+        corner = shapes_to_tensor([width, height], device=regions.device).to(regions.dtype)
+        image = torch.cat([torch.zeros_like(corner), corner])
+        found.append(torch.cat([regions, image[None]]))
+    return found
+
+
+def join_context(features: Tensor, counts: Sequence[int]) -> Tensor:
+    """Puts the whole image's feature behind those of its regions: (R + N, D) to (R, 2 D).
+
+    `counts` are numbers of regions of each of the N images, without the image itself.
+    """
+    joined = []
+    for of_image in features.split([count + 1 for count in counts]):
+        regions, image = of_image[:-1], of_image[-1:]
+        joined.append(torch.cat([regions, image.expand_as(regions)], dim=1))
+    return torch.cat(joined)
+
+
+class GlobalContext:
+    """What both kinds of region heads share; beside :class:`ROIHeads` in a class's bases."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        if not backbone_node(cfg).GLOBAL_CONTEXT:
+            raise UsageError(
+                f"MODEL.ROI_HEADS.NAME {cfg.MODEL.ROI_HEADS.NAME} needs "
+                "RESNET_BACKBONE.GLOBAL_CONTEXT True"
+            )
+        if cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON:
+            raise UsageError(
+                "RESNET_BACKBONE.GLOBAL_CONTEXT is for boxes: set MODEL.MASK_ON and "
+                "MODEL.KEYPOINT_ON False"
+            )
+        options = super().from_config(cfg, input_shape)
+        channels = options["box_predictor"].cls_score.in_features
+        options["box_predictor"] = FastRCNNOutputLayers(cfg, ShapeSpec(channels=2 * channels))
+        return options
+
+    def predict_with_context(
+        self, maps: dict[str, Tensor], proposals: list[Instances]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores (R, K + 1) before the softmax and box deltas (R, 4 K) of all proposals."""
+        boxes = [image.proposal_boxes.tensor for image in proposals]
+        regions = add_whole_image(boxes, [image.image_size for image in proposals])
+        features = region_features(self, maps, [Boxes(region) for region in regions])
+        return self.box_predictor(join_context(features, [box.shape[0] for box in boxes]))
+
+    def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]):
+        """Losses in training, else a list of detections; as ``StandardROIHeads._forward_box``."""
+        predictions = self.predict_with_context(features, proposals)
+        if self.training:
+            return self.box_predictor.losses(predictions, proposals)
+        return self.box_predictor.inference(predictions, proposals)[0]
+
+
+@ROI_HEADS_REGISTRY.register()
+class ContextROIHeads(GlobalContext, StandardROIHeads):
+    """``StandardROIHeads`` (VGG-16, DC5, FPN) with global context."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class ContextRes5ROIHeads(GlobalContext, PaperRes5ROIHeads):
+    """The C4 heads with global context: a region's feature is res5's, averaged over its cells."""
+
+    def forward(self, images, features, proposals, targets=None):
+        """As ``Res5ROIHeads.forward``: detections and losses."""
+        if self.training:
+            proposals = self.label_and_sample_proposals(proposals, targets)
+            return [], self._forward_box(features, proposals)
+        return self._forward_box(features, proposals), {}

@@ -31,7 +31,7 @@ from resnet_backbone.detection.data.segmentation import (  # noqa: E402
     register_panoptic,
     register_semantic,
 )
-from resnet_backbone.detection.evaluation.panoptic import (  # noqa: E402
+from resnet_backbone.detection.evaluation.coco import (  # noqa: E402
     PanopticEvaluator,
     match_segments,
     panoptic_quality,

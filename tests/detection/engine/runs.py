@@ -6,32 +6,22 @@ import os
 import subprocess
 import sys
 import time
-import traceback
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_flatten
 
 PROJECT = Path(__file__).resolve().parents[3]
 CONFIG = PROJECT / "configs" / "detection" / "quickstart" / "faster_rcnn_R_18_FPN.yaml"
 TOOL = PROJECT / "tools" / "train_net.py"
-KEYS = {
-    "INPUT.MIN_SIZE_TRAIN": "(32, 40)",
-    "INPUT.MIN_SIZE_TEST": "32",
-    "MODEL.FPN.OUT_CHANNELS": "16",
-    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": "40",
-    "MODEL.RPN.POST_NMS_TOPK_TRAIN": "30",
-    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": "16",
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": "8",
-    "MODEL.ROI_BOX_HEAD.FC_DIM": "16",
-    "MODEL.WEIGHTS": "",
-    "MODEL.BACKBONE.FREEZE_AT": "0",
-    "SOLVER.AMP.ENABLED": "False",
-    "SOLVER.IMS_PER_BATCH": "4",
-    "DATALOADER.NUM_WORKERS": "0",
-    "SEED": "3",
-}
+KEYS = """INPUT.MIN_SIZE_TRAIN (32,40) INPUT.MIN_SIZE_TEST 32 MODEL.FPN.OUT_CHANNELS 16
+MODEL.RPN.PRE_NMS_TOPK_TRAIN 40 MODEL.RPN.POST_NMS_TOPK_TRAIN 30 MODEL.RPN.BATCH_SIZE_PER_IMAGE 16
+MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8 MODEL.ROI_BOX_HEAD.FC_DIM 16 MODEL.BACKBONE.FREEZE_AT 0
+SOLVER.AMP.ENABLED False SOLVER.IMS_PER_BATCH 4 DATALOADER.NUM_WORKERS 0 SEED 3""".split()
+KEYS = dict(zip(KEYS[::2], KEYS[1::2], strict=True)) | {"MODEL.WEIGHTS": ""}
 TIMING = {"time", "data_time", "rank_data_time", "eta_seconds"}
 BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
 
@@ -40,20 +30,20 @@ def write_pictures(root: Path, count: int = 9, upright: bool = True) -> Path:
     """A VOC folder of noise with a bright square each; every third one upright, if asked for."""
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / name).mkdir(parents=True)
-    for number in range(count):
+    names = [f"{number:06d}" for number in range(count)]
+    for number, image_id in enumerate(names):
         rng = np.random.default_rng(number)
         width, height = (48, 64) if upright and number % 3 == 0 else (64, 48)
         pixels = rng.integers(60, 120, (height, width, 3), dtype=np.uint8)
         x, y = (int(rng.integers(2, 20)) for _ in range(2))
         pixels[y : y + 24, x : x + 24] = (230, 40 * (number % 2), 30)
-        Image.fromarray(pixels).save(root / "JPEGImages" / f"{number:06d}.png")
+        Image.fromarray(pixels).save(root / "JPEGImages" / f"{image_id}.png")
         name, box = ("round", "square")[number % 2], BOX.format(x + 1, y + 1, x + 24, y + 24)
-        (root / "Annotations" / f"{number:06d}.xml").write_text(
-            f"<annotation><filename>{number:06d}.png</filename><size><width>{width}</width>"
+        (root / "Annotations" / f"{image_id}.xml").write_text(
+            f"<annotation><filename>{image_id}.png</filename><size><width>{width}</width>"
             f"<height>{height}</height><depth>3</depth></size>"
             f"<object><name>{name}</name><difficult>0</difficult>{box}</object></annotation>"
         )
-    names = [f"{number:06d}" for number in range(count)]
     for split, chosen in (("train", names), ("test", names[:3])):
         (root / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(chosen) + "\n")
     return root
@@ -72,46 +62,30 @@ class Forked:
 
     def __init__(self, words: list[str], log: Path):
         self.log = log
-        self.pid, self.status = os.fork(), None
-        if self.pid == 0:
-            self._work(words)
+        self.process = get_context("fork").Process(target=self._work, args=(words,))
+        self.process.start()
+        self.pid = self.process.pid
 
     def _work(self, words: list[str]) -> None:
-        code = 1
-        try:
-            os.setsid()
-            file = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-            tool = importlib.import_module("resnet_backbone.cli.train_net")
-            torch.set_num_threads(1)
-            tool.main(words)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
+        os.setsid()
+        file = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2)
+        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+        torch.set_num_threads(1)
+        importlib.import_module("resnet_backbone.cli.train_net").main(words)
 
     def poll(self) -> int | None:
-        if self.status is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            self.status = os.waitstatus_to_exitcode(status) if done else None
-        return self.status
+        return self.process.exitcode
 
     def send(self, number: int, group: bool = False) -> None:
         os.kill(-self.pid if group else self.pid, number)
 
     def wait(self, timeout: float = 120) -> int:
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                os.kill(-self.pid, 9)
-                raise TimeoutError(self.log.read_text())
-            time.sleep(0.02)
-        return self.status
+        self.process.join(timeout)
+        if self.poll() is None:
+            os.kill(-self.pid, 9)
+            raise TimeoutError(self.log.read_text())
+        return self.poll()
 
     def wait_until(self, condition, timeout: float = 120) -> None:
         deadline = time.monotonic() + timeout
@@ -122,7 +96,8 @@ class Forked:
 def start(words: list[str], **options) -> subprocess.Popen:
     """The tool as a command."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    command = [*options.pop("prefix", [sys.executable, "-W", "ignore"]), str(TOOL), *words]
+    prefix = options.pop("prefix", None) or [sys.executable, "-W", "ignore"]
+    command = [*prefix, str(TOOL), *words]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, env=environment, **streams, **options)
 
@@ -144,27 +119,21 @@ def read_results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def assert_same_tensors(first, second, where: str = "") -> None:
+def assert_same_tensors(first, second) -> None:
     """Nested containers with equal values, tensors bit for bit."""
-    assert type(first) is type(second), where
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first:
-            assert_same_tensors(first[key], second[key], f"{where}/{key}")
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), where
-        for number, pair in enumerate(zip(first, second, strict=True)):
-            assert_same_tensors(*pair, f"{where}/{number}")
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    else:
-        assert first == second or (first != first and second != second), where
+    (values, form), (others, other_form) = tree_flatten(first), tree_flatten(second)
+    assert form == other_form
+    for value, other in zip(values, others, strict=True):
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, other)
+        else:
+            assert value == other or (value != value and other != other)
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
     for name in ("model_final.pth", "model_best.pth"):
         if (folder / name).exists() or (other / name).exists():
-            assert_same_tensors(torch.load(folder / name), torch.load(other / name), name)
+            assert_same_tensors(torch.load(folder / name), torch.load(other / name))
     assert rows(folder) == rows(other)
     first, second = read_results(folder), read_results(other)
     for key in ("results", "best", "iterations", "ended_early"):

@@ -21,6 +21,7 @@ PER_IMAGE = {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.NORM": "", "TEST.EVAL_PERIOD
 RUN = dict(SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__BASE_LR=0.001)
 RUN |= {key.replace(".", "__"): value for key, value in PER_IMAGE.items()}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCHERS = {"own": (["--num-processes", "2"], {}), "torchrun": ([], {"prefix": TORCHRUN})}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,7 @@ def data(tmp_path_factory):
 
 
 def run(data, folder, *options, prefix=None, **keys):
-    extra = {"prefix": prefix} if prefix else {}
-    process = start(arguments(data, folder, *options, **(RUN | keys)), **extra)
+    process = start(arguments(data, folder, *options, **(RUN | keys)), prefix=prefix)
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-4000:]
     return output
@@ -56,45 +56,36 @@ def assert_like(folder, alone):
         if value.is_floating_point():
             step = (value - moved[name]).abs().max()
             assert (first[name] - value).abs().max() <= 0.02 * step + 1e-6, name
-    assert read_results(folder)["processes"] == 2
-    assert (
-        read_results(folder)["results"]["bbox"].keys()
-        == read_results(alone)["results"]["bbox"].keys()
-    )
+    ours, theirs = read_results(folder), read_results(alone)
+    assert ours["processes"] == 2
+    assert ours["results"]["bbox"].keys() == theirs["results"]["bbox"].keys()
     assert len(list(folder.glob("events.out.tfevents*"))) == 1
     assert len((folder / "inference/test:test/detections.json").read_bytes()) > 10
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["own", "torchrun"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(data, alone, tmp_path, launcher):
     folder = tmp_path / "run"
-    if launcher == "own":
-        output = run(data, folder, "--num-processes", "2")
-    else:
-        output = run(data, folder, prefix=TORCHRUN)
+    output = run(data, folder, *LAUNCHERS[launcher][0], **LAUNCHERS[launcher][1])
     assert "SOLVER.IMS_PER_BATCH 4 = 2 (processes) x 1" in output
     assert output.count("schedule: SOLVER.IMS_PER_BATCH") == 1  # said once
     assert_like(folder, alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["own", "torchrun"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_signal_to_one_process_stops_both(data, tmp_path, launcher):
     folder = tmp_path / "run"
     keys = RUN | dict(SOLVER__MAX_ITER=10**5, TEST__EVAL_PERIOD=0, SOLVER__CHECKPOINT_PERIOD=3)
-    options = ["--num-processes", "2"] if launcher == "own" else []
-    extra = {} if launcher == "own" else {"prefix": TORCHRUN}
+    options, extra = LAUNCHERS[launcher]
     process = start(arguments(data, folder, *options, **keys), **extra)
     deadline = time.monotonic() + 300
     while reached(folder) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    workers = []
-    for pid in map(int, found.stdout.split()):
-        with open(f"/proc/{pid}/cmdline") as file:
-            if "spawn_main" in (words := file.read()) or "train_net" in words:
-                workers.append(pid)
+    command = ["pgrep", "-f", "-P", str(process.pid), "spawn_main|train_net"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    workers = list(map(int, found.stdout.split()))
     assert len(workers) == 2, found.stdout
     os.kill(workers[-1], signal.SIGTERM)
     output, _ = process.communicate(timeout=100)

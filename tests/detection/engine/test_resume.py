@@ -16,15 +16,8 @@ from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.setup import has_ended
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 
-from runs import (  # isort: skip
-    Forked,
-    arguments,
-    assert_same_run,
-    reached,
-    read_results,
-    rows,
-    write_pictures,
-)
+from runs import Forked, arguments, assert_same_run, reached  # isort: skip
+from runs import read_results, rows, write_pictures  # isort: skip
 
 # With all that has state: a warm-up, steps, momentum, parts, evaluations, the best weights.
 RUN = dict(
@@ -42,11 +35,17 @@ def data(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures") / "VOC2007")
 
 
+def finish(words, log):
+    """Runs to the end; the text of the log."""
+    process = Forked(words, log)
+    assert process.wait() == 0, log.read_text()[-3000:]
+    return log.read_text()
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    process = Forked(arguments(data, folder, **RUN), folder.parent / "log")
-    assert process.wait() == 0, process.log.read_text()[-3000:]
+    finish(arguments(data, folder, **RUN), folder.parent / "log")
     return folder
 
 
@@ -73,9 +72,7 @@ def test_killed_at_random_moments(data, uninterrupted, tmp_path, workers):
         assert process.poll() is None, process.log.read_text()[-3000:]
         process.send(signal.SIGKILL)
         process.wait()
-    process = Forked(words, tmp_path / "log")
-    assert process.wait() == 0, process.log.read_text()[-3000:]
-    assert process.log.read_text().count("Starting training from iteration") == 3
+    assert finish(words, tmp_path / "log").count("Starting training from iteration") == 3
     assert_same_run(folder, uninterrupted)
     assert not list(folder.glob(".*.pth.*.tmp"))
 
@@ -96,8 +93,7 @@ def test_signals(data, uninterrupted, tmp_path, number):
     last = process.log.read_text().splitlines()[-1]
     assert last == f"stopped by {number.name}; go on with the same command and --resume"
     assert 0 <= reached(folder) < 9
-    again = Forked(arguments(data, folder, "--resume", **RUN), tmp_path / "log")
-    assert again.wait() == 0, again.log.read_text()[-3000:]
+    finish(arguments(data, folder, "--resume", **RUN), tmp_path / "log")
     assert_same_run(folder, uninterrupted)
 
 
@@ -110,8 +106,7 @@ def test_a_signal_during_an_evaluation_ends_it(data, uninterrupted, tmp_path):
     process.send(signal.SIGTERM)
     assert process.wait() == EXIT_STOPPED, process.log.read_text()[-3000:]
     assert reached(folder) in (3, 4)  # 4 if the evaluation was over already
-    again = Forked(arguments(data, folder, "--resume", **RUN), tmp_path / "log")
-    assert again.wait() == 0, again.log.read_text()[-3000:]
+    finish(arguments(data, folder, "--resume", **RUN), tmp_path / "log")
     assert_same_run(folder, uninterrupted)
 
 
@@ -127,22 +122,22 @@ def test_a_second_interrupt_ends_at_once(data, tmp_path):
         process.send(signal.SIGINT)
         time.sleep(0.01)
     assert process.wait(20) not in (0, EXIT_STOPPED)
-    assert "KeyboardInterrupt" in process.log.read_text() or process.status == 1
+    assert "KeyboardInterrupt" in process.log.read_text() or process.poll() == 1
 
 
 @pytest.mark.slow
 def test_an_ended_run_stays_and_others_are_not_overwritten(data, uninterrupted, tmp_path):
     before = {path.name: path.read_bytes() for path in uninterrupted.iterdir() if path.is_file()}
-    process = Forked(arguments(data, uninterrupted, "--resume", **RUN), tmp_path / "log")
-    assert process.wait() == 0 and "the run has ended" in process.log.read_text()
-    process = Forked(arguments(data, uninterrupted, **RUN), tmp_path / "log")
-    assert process.wait() == 2
-    assert "holds a run: --resume goes on with it" in process.log.read_text().splitlines()[-1]
-    other = RUN | dict(SOLVER__BASE_LR=0.5)
-    process = Forked(arguments(data, uninterrupted, "--resume", **other), tmp_path / "log")
-    assert process.wait() == 2
-    last = process.log.read_text().splitlines()[-1]
-    assert "was started with another SOLVER.BASE_LR: go on with the same" in last
+    words = arguments(data, uninterrupted, "--resume", **RUN)
+    assert "the run has ended" in finish(words, tmp_path / "log")
+    other = arguments(data, uninterrupted, "--resume", **(RUN | dict(SOLVER__BASE_LR=0.5)))
+    refused = {
+        "holds a run: --resume goes on with it": arguments(data, uninterrupted, **RUN),
+        "was started with another SOLVER.BASE_LR: go on with the same": other,
+    }
+    for message, words in refused.items():
+        process = Forked(words, tmp_path / "log")
+        assert process.wait() == 2 and message in process.log.read_text().splitlines()[-1]
     after = {path.name: path.read_bytes() for path in uninterrupted.iterdir() if path.is_file()}
     before.pop("log.txt"), after.pop("log.txt")
     assert before == after
@@ -165,9 +160,8 @@ def test_keys_that_the_optimizers_state_holds(make_cfg, tmp_path, key, value):
 def test_other_keys_may_change_and_are_named(data, uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
     keys = RUN | dict(SOLVER__MAX_ITER=12, SEED=4)
-    process = Forked(arguments(data, folder, "--resume", **keys), tmp_path / "log")
-    assert process.wait() == 0, process.log.read_text()[-3000:]
-    assert "resumed with another SEED: 3 -> 4" in process.log.read_text()
+    log = finish(arguments(data, folder, "--resume", **keys), tmp_path / "log")
+    assert "resumed with another SEED: 3 -> 4" in log
     assert [row["iteration"] for row in rows(folder) if "total_loss" in row] == [3, 7, 9, 11]
 
 
@@ -181,6 +175,6 @@ def test_a_drawn_seed_is_kept(data, tmp_path):
     assert process.wait() == EXIT_STOPPED
     seeds = [yaml.safe_load((folder / "config.yaml").read_text())["SEED"]]
     keys = keys | dict(SOLVER__MAX_ITER=reached(folder) + 2)
-    assert Forked(arguments(data, folder, "--resume", **keys), tmp_path / "log").wait() == 0
+    finish(arguments(data, folder, "--resume", **keys), tmp_path / "log")
     seeds.append(yaml.safe_load((folder / "config.yaml").read_text())["SEED"])
     assert seeds[0] == seeds[1] == read_results(folder)["seed"] >= 0

@@ -77,6 +77,12 @@ def test_a_signal_ends_the_run_and_starts_no_other(tmp_path, monkeypatch, status
     assert ended.value.code == EXIT_STOPPED and not (tmp_path / "5").exists()
 
 
+def seeds_command(data, folder, *seeds, **keys):
+    words = arguments(data, folder, "--seeds", *seeds, **keys)
+    place = words.index("SEED")
+    return words[:place] + words[place + 2 :]
+
+
 def test_expectations_are_looked_at_when_all_seeds_are_done(tmp_path, monkeypatch, capsys):
     tool = importlib.import_module("resnet_backbone.cli.train_net")
     expected, values = "[['bbox', 'AP50', 50.0, 1.0]]", {1: 20.0, 2: 50.5, 3: 80.0}
@@ -90,8 +96,7 @@ def test_expectations_are_looked_at_when_all_seeds_are_done(tmp_path, monkeypatc
             (folder / "results.json").write_text(json.dumps(content))
 
     monkeypatch.setattr(tool, "train_seeds", train)
-    words = arguments(tmp_path, tmp_path, "--seeds", "1", "2", "3", TEST__EXPECTED_RESULTS=expected)
-    del words[words.index("SEED") : words.index("SEED") + 2]
+    words = seeds_command(tmp_path, tmp_path, "1", "2", "3", TEST__EXPECTED_RESULTS=expected)
     with pytest.raises(SystemExit) as ended:
         tool.main(words)
     said = capsys.readouterr().err.splitlines()[-1]
@@ -114,9 +119,7 @@ def test_two_seeds(tmp_path):
     keys = dict(SOLVER__MAX_ITER=1, SOLVER__IMS_PER_BATCH=2)
 
     def run(*options, **changes):
-        words = arguments(data, folder, "--seeds", "1", "2", *options, **(keys | changes))
-        del words[words.index("SEED") : words.index("SEED") + 2]
-        process = start(words)
+        process = start(seeds_command(data, folder, "1", "2", *options, **(keys | changes)))
         return process.communicate(timeout=300)[0], process.returncode
 
     output, code = run()

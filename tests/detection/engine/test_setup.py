@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.detection.config_file import load_config, take_back_overrides
+from resnet_backbone.detection.config import load_config, take_back_overrides
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights import PREPROCESSINGS
 
@@ -19,11 +19,9 @@ VOC = "voc/faster_rcnn_R_18_FPN.yaml"
     "overrides, message",
     [
         (["SOLVER.BASE_LRR", "1"], "no config key SOLVER.BASE_LRR; the nearest is SOLVER.BASE_LR"),
-        (["MODEL.RESNET.DEPTH", "18"], "the nearest is MODEL.RESNETS.DEPTH"),
         (["RESNET_BACKBONE.VGG.DEPHT", "11"], "the nearest is RESNET_BACKBONE.VGG.DEPTH"),
         (["SOLVER.BASE_LR", "fast"], "Type mismatch.*SOLVER.BASE_LR"),
         (["SOLVER.BASE_LR=1"], "write 'SOLVER.BASE_LR 1' and not 'SOLVER.BASE_LR=1': KEY VALUE"),
-        (["SEED", "1", "A.B=c=d"], "write 'A.B c=d' and not 'A.B=c=d'"),
         (["SOLVER.BASE_LR"], "come in pairs, KEY VALUE"),
         (["SOLVER.MAX_ITER", "MODEL.DEVICE", "cpu"], "KEY VALUE: SOLVER.MAX_ITER has no value"),
         (["RESNET_BACKBONE.TEST.NMS", "softer"], "RESNET_BACKBONE.TEST.NMS"),
@@ -31,13 +29,9 @@ VOC = "voc/faster_rcnn_R_18_FPN.yaml"
         (["--num-gpus", "99"], "--num-gpus 99: there are "),
         ([], "no data: give --voc-root DIR --train-set NAME --test-set NAME, or --coco-json"),
         (["DATASETS.TRAIN", "('voc_2007_trainva',)"], "did you mean voc_2007_trainval?"),
-        (["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"], "nowhere"),
         (["--voc-root", "nowhere"], "--voc-root needs --train-set NAME and --test-set NAME"),
         (["--coco-json", "a.json", "b.json"], "needs --image-root DIR, or one for each file"),
-        (["--coco-json", "a.json", "b.json", "--image-root", "x"], "a.json does not exist"),
         (["--voc-root", "x", "--coco-json", "a", "b"], "--voc-root or --coco-json, not both"),
-        (["SOLVER.IMS_PER_BATCH", "0"], "at least 1"),
-        (["MODEL.BACKBONE.FREEZE_AT", "1"], "WEIGHTS is empty but the first 1 stages are frozen"),
     ],
 )
 def test_one_line_that_says_what_to_write(train_net, overrides, message, tmp_path):
@@ -63,18 +57,12 @@ def test_another_number_of_classes_than_the_data_have(train_net, tiny_voc, tmp_p
     assert code == 2 and "NUM_CLASSES 3, but the data have 2 classes: leave it out" in lines[-1]
 
 
-@pytest.mark.parametrize(
-    "words, roots, overrides",
-    [
-        (["a", "SEED", "1"], ["a"], ["SEED", "1"]),
-        (["a", "B", "MODEL.WEIGHTS", "x"], ["a", "B"], ["MODEL.WEIGHTS", "x"]),
-        (["a", "b"], ["a", "b"], []),
-    ],
-)
-def test_overrides_behind_image_folders(words, roots, overrides):
-    args = argparse.Namespace(image_root=words, opts=["SOLVER.MAX_ITER", "1"])
-    take_back_overrides(args)
-    assert (args.image_root, args.opts) == (roots, ["SOLVER.MAX_ITER", "1", *overrides])
+def test_overrides_behind_image_folders():
+    pairs = (["a", "B"], ["MODEL.WEIGHTS", "x"]), (["a"], ["SEED", "1"]), (["a"], [])
+    for roots, overrides in pairs:
+        args = argparse.Namespace(image_root=[*roots, *overrides], opts=["SOLVER.MAX_ITER", "1"])
+        take_back_overrides(args)
+        assert (args.image_root, args.opts) == (roots, ["SOLVER.MAX_ITER", "1", *overrides])
 
 
 def test_unknown_config_file(train_net):
@@ -97,23 +85,19 @@ def test_broken_config_file(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-FROZEN = (
-    "MODEL.WEIGHTS is empty but the first 2 stages are frozen (MODEL.BACKBONE.FREEZE_AT) and "
-    "MODEL.RESNETS.NORM is FrozenBN: random layers would never learn; give weights, or set "
-    "MODEL.BACKBONE.FREEZE_AT 0 MODEL.RESNETS.NORM BN"
-)
+FROZEN = "MODEL.WEIGHTS is empty but {}: random layers would never learn; give weights, or set {}"
+STAGES = "the first 2 stages are frozen (MODEL.BACKBONE.FREEZE_AT)"
+FREE = "MODEL.BACKBONE.FREEZE_AT 0"
+NORM, BN = "MODEL.RESNETS.NORM is FrozenBN", "MODEL.RESNETS.NORM BN"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--resume"], ["MODEL.BACKBONE.FREEZE_AT", "0"]])
+@pytest.mark.parametrize("arguments", [[], ["--resume"], FREE.split()])
 def test_frozen_random_layers(train_net, tmp_path, arguments):
     """Also with --resume where there is nothing to go on from."""
     code, lines = train_net(VOC, "--output-dir", str(tmp_path), *arguments, "MODEL.WEIGHTS", "")
-    assert code == 2
-    if len(arguments) == 2:
-        frozen_norm = "empty but MODEL.RESNETS.NORM is FrozenBN: random layers would never learn"
-        assert frozen_norm in lines[-1] and lines[-1].endswith("set MODEL.RESNETS.NORM BN")
-    else:
-        assert lines[-1] == f"error: {FROZEN}"
+    both = FROZEN.format(f"{STAGES} and {NORM}", f"{FREE} {BN}")
+    message = FROZEN.format(NORM, BN) if len(arguments) == 2 else both
+    assert code == 2 and lines[-1] == f"error: {message}"
 
 
 @pytest.mark.parametrize(
@@ -157,8 +141,7 @@ def test_cheap_mistakes_are_found_before_weights_are_fetched(
 ):
     fetched = []
     monkeypatch.setattr(
-        "resnet_backbone.detection.engine.setup.prepare_weights",
-        lambda *a, **k: fetched.append(a),
+        "resnet_backbone.detection.engine.setup.prepare_weights", lambda *a, **k: fetched.append(a)
     )
     words = [word.format(voc=tiny_voc) for word in words]
     weights = ["--weights", "detectron2://ImageNetPretrained/MSRA/R-18.pkl"]

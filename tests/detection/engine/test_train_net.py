@@ -1,13 +1,7 @@
 """tools/train_net.py from start to end, on tiny and on real data."""
 
-import json
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,48 +9,22 @@ import yaml
 
 pytest.importorskip("detectron2")
 
-PROJECT = Path(__file__).resolve().parents[3]
+from runs import KEYS, arguments, read_results, rows, start  # isort: skip
+
 CONFIG = "quickstart/faster_rcnn_R_18_FPN.yaml"
-SMALL = {
-    "INPUT.MIN_SIZE_TRAIN": "(64,)",
-    "INPUT.MIN_SIZE_TEST": "64",
-    "MODEL.FPN.OUT_CHANNELS": "16",
-    "MODEL.ROI_BOX_HEAD.FC_DIM": "16",
-    "SOLVER.AMP.ENABLED": "False",
-    "SOLVER.IMS_PER_BATCH": "2",
-    "SOLVER.MAX_ITER": "3",
-    "SOLVER.CHECKPOINT_PERIOD": "2",
-}
+SMALL = dict(SOLVER__IMS_PER_BATCH=2, SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2)
 
 
-def command(data, output, *arguments, **changes):
-    """Arguments of a small run; data is a VOC folder with splits train and test."""
-    keys = SMALL | {key.replace("__", "."): value for key, value in changes.items()}
-    pairs = [word for pair in keys.items() for word in pair]
-    where = ["--voc-root", str(data), "--train-set", "train", "--test-set", "test"]
-    return [*where, "--output-dir", str(output), *arguments, *pairs]
-
-
-def start(arguments, config=CONFIG, **options):
-    """The tool in a process of its own."""
-    path = str(PROJECT / "configs" / "detection" / config)
-    tool = [sys.executable, "-W", "ignore", str(PROJECT / "tools" / "train_net.py")]
-    return subprocess.Popen([*tool, "--config-file", path, *arguments], text=True, **options)
-
-
-def read_results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def read_metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+def command(data, output, *options, **changes):
+    """Arguments of a small run behind --config-file; data is a VOC folder."""
+    return arguments(data, output, *options, **(SMALL | changes))[2:]
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_voc, tmp_path_factory):
     """(folder, output) of a run of three iterations in a process of its own."""
     folder = tmp_path_factory.mktemp("run") / "output"
-    process = start(command(tiny_voc, folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = start(arguments(tiny_voc, folder, **SMALL))
     output, _ = process.communicate()
     assert process.returncode == 0, output
     return folder, output
@@ -68,7 +36,7 @@ def test_writes_everything(trained):
     assert {"config.yaml", "log.txt", "metrics.json", "results.json"} <= names
     assert {"model_0000001.pth", "model_final.pth", "last_checkpoint"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
-    assert "total_loss" in read_metrics(folder)[0]
+    assert "total_loss" in rows(folder)[0]
     results = read_results(folder)
     assert (results["iterations"], results["images_per_batch"]) == (3, 2)
     assert 0 <= results["results"]["bbox"]["AP50"] <= 100
@@ -102,13 +70,10 @@ def test_linear_rule_is_printed(trained):
 
 
 def test_eval_only_gives_the_same_numbers(trained, train_net, tiny_voc, tmp_path):
-    folder, _ = trained
-    weights = str(folder / "model_final.pth")
-    code, lines = train_net(
-        CONFIG, *command(tiny_voc, tmp_path, "--eval-only", MODEL__WEIGHTS=weights)
-    )
+    weights = ["MODEL.WEIGHTS", str(trained[0] / "model_final.pth")]
+    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, "--eval-only"), *weights)
     assert code == 0, lines
-    assert read_results(tmp_path / "eval")["results"] == read_results(folder)["results"]
+    assert read_results(tmp_path / "eval")["results"] == read_results(trained[0])["results"]
     assert [path.name for path in tmp_path.iterdir()] == ["eval"]
 
 
@@ -142,7 +107,7 @@ def test_eval_only_takes_all_from_the_run(trained, train_net, tiny_voc, tmp_path
     assert f"all keys but those of the command line are those of {folder}/config.yaml" in told
     code, lines = train_net(config, *where, "INPUT.MIN_SIZE_TEST", "48")
     told = (folder / "eval" / "log.txt").read_text()
-    assert "INPUT.MIN_SIZE_TEST 48 of the command line, the run had 64" in told
+    assert "INPUT.MIN_SIZE_TEST 48 of the command line, the run had 32" in told
 
 
 def test_a_config_is_needed(train_net, tmp_path):
@@ -156,17 +121,6 @@ def test_weights_of_other_input_are_refused(trained, train_net, tiny_voc, tmp_pa
     keys = dict(MODEL__WEIGHTS=weights, INPUT__FORMAT="RGB")
     code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, "--eval-only", **keys))
     assert code == 2 and 'INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"' in lines[-1]
-
-
-def test_resume_continues(trained, train_net, tiny_voc, tmp_path):
-    """A copy of the finished run goes on from iteration 3 to 5."""
-    folder = shutil.copytree(trained[0], tmp_path / "run")
-    code, lines = train_net(CONFIG, *command(tiny_voc, folder, "--resume", SOLVER__MAX_ITER="5"))
-    assert code == 0, lines
-    assert "Starting training from iteration 3" in (folder / "log.txt").read_text()
-    assert torch.load(folder / "model_final.pth")["iteration"] == 4
-    trained_at = [row["iteration"] for row in read_metrics(folder) if "total_loss" in row]
-    assert trained_at == [2, 4]
 
 
 def test_a_subclass_as_detectron2_teaches(make_cfg, tiny_voc, tmp_path):
@@ -208,41 +162,23 @@ def test_a_subclass_as_detectron2_teaches(make_cfg, tiny_voc, tmp_path):
 
     register_voc("own:train", str(tiny_voc), "train", ["bar", "box"])
     register_voc("own:test", str(tiny_voc), "test", ["bar", "box"], decode=True)
-    keys = {key.replace(".", "__"): value for key, value in SMALL.items()}
-    keys |= dict(SOLVER__MAX_ITER=2, SOLVER__REFERENCE_WORLD_SIZE=2, SOLVER__IMS_PER_BATCH=4)
-    keys |= dict(DATASETS__TRAIN=("own:train",), DATASETS__TEST=("own:test",), MODEL__WEIGHTS="")
-    keys |= dict(MODEL__ROI_HEADS__NUM_CLASSES=2, MODEL__BACKBONE__FREEZE_AT=0)
-    keys |= dict(DATALOADER__NUM_WORKERS=0, OUTPUT_DIR=str(tmp_path))
+    keys = {key.replace(".", "__"): value for key, value in KEYS.items()}
+    keys |= dict(SOLVER__MAX_ITER=2, SOLVER__REFERENCE_WORLD_SIZE=2, OUTPUT_DIR=str(tmp_path))
+    keys |= dict(DATASETS__TRAIN=("own:train",), DATASETS__TEST=("own:test",))
+    keys |= dict(MODEL__ROI_HEADS__NUM_CLASSES=2)
     trainer = Own(make_cfg(CONFIG, **keys))
     trainer.resume_or_load(resume=False)
     assert trainer.train() == {"bbox": {"AP50": 42.0}}
-    last = read_metrics(tmp_path)[-1]
+    last = rows(tmp_path)[-1]
     assert (last["iteration"], last["validation_loss"], last["bbox/AP50"]) == (3, 7.0, 42.0)
     assert trainer.iter == 4 and trainer.cfg.SOLVER.IMS_PER_BATCH == 2
 
 
-@pytest.mark.slow
-def test_resume_after_kill(tiny_voc, tmp_path):
-    keys = dict(SOLVER__MAX_ITER="2000", SOLVER__CHECKPOINT_PERIOD="3")
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = start(command(tiny_voc, tmp_path, **keys), **quiet)
-    wanted, deadline = tmp_path / "model_0000005.pth", time.monotonic() + 300
-    while not wanted.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    last = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text())["iteration"]
-    keys["SOLVER__MAX_ITER"] = str(last + 4)
-    assert start(command(tiny_voc, tmp_path, "--resume", **keys), **quiet).wait() == 0
-    log = (tmp_path / "log.txt").read_text()
-    starts = re.findall(r"Starting training from iteration (\d+)", log)
-    assert starts == ["0", str(last + 1)]
-    assert torch.load(tmp_path / "model_final.pth")["iteration"] == last + 3
-    assert read_results(tmp_path)["iterations"] == last + 4
-
-
 def test_mixed_precision_on_cpu(train_net, tiny_voc, tmp_path, monkeypatch):
-    """Convolutions run in bf16 in training, in TEST.PRECISION in evaluations; weights stay fp32."""
+    """Convolutions run in bf16 in training, in TEST.PRECISION in evaluations; weights stay fp32.
+
+    Class names in an order of one's own are those of the run.
+    """
     from resnet_backbone.models.resnet import Stem
 
     seen, forward = set(), Stem.forward
@@ -254,11 +190,14 @@ def test_mixed_precision_on_cpu(train_net, tiny_voc, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Stem, "forward", spy)
     keys = dict(SOLVER__AMP__ENABLED="True", SOLVER__MAX_ITER="2")
+    keys |= dict(RESNET_BACKBONE__CLASS_NAMES="['box', 'bar']")
     code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys))
     assert code == 0, lines
     assert seen == {(True, torch.bfloat16), (False, torch.float32)}
     state = torch.load(tmp_path / "model_final.pth")["model"]
     assert {value.dtype for value in state.values()} <= {torch.float32, torch.int64}
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert config["RESNET_BACKBONE"]["CLASS_NAMES"] == ["box", "bar"]
 
 
 def test_divergence(train_net, tiny_voc, tmp_path):
@@ -268,21 +207,11 @@ def test_divergence(train_net, tiny_voc, tmp_path):
     assert lines[-1].startswith("error: ") and "Lower SOLVER.BASE_LR" in lines[-1]
 
 
-def test_custom_class_names(train_net, tiny_voc, tmp_path):
-    keys = dict(RESNET_BACKBONE__CLASS_NAMES="['box', 'bar']", SOLVER__MAX_ITER="1")
-    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys))
-    assert code == 0, lines
-    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert config["RESNET_BACKBONE"]["CLASS_NAMES"] == ["box", "bar"]
-
-
 @pytest.mark.data
 def test_coco_json(train_net, data_root, tmp_path):
-    files = [
-        data_root / "coco_mini" / "annotations" / f"instances_{x}2017.json"
-        for x in ("train", "val")
-    ]
-    roots = [data_root / "coco_mini" / f"{x}2017" for x in ("train", "val")]
+    coco, splits = data_root / "coco_mini", ("train2017", "val2017")
+    files = [coco / "annotations" / f"instances_{split}.json" for split in splits]
+    roots = [coco / split for split in splits]
     data = ["--coco-json", *map(str, files), "--image-root", *map(str, roots)]
     keys = command("", tmp_path, SOLVER__MAX_ITER="2")[6:]
     code, lines = train_net(CONFIG, *data, *keys)

@@ -15,6 +15,8 @@ from torch import nn
 pytest.importorskip("detectron2")
 
 from detectron2.modeling import build_model
+from detectron2.modeling.proposal_generator import rpn
+from detectron2.modeling.roi_heads import roi_heads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -44,10 +46,8 @@ def fixed_proposals(proposals, logits, sizes, *options):
     for height, width in sizes:
         corners = torch.tensor([[x, y] for x in range(0, width - 40, 8) for y in (0, 12, 20)])
         boxes = torch.cat([corners, corners + torch.tensor([36, 44])], 1).float()
-        instances = Instances((height, width))
-        instances.proposal_boxes = Boxes(boxes)
-        instances.objectness_logits = torch.zeros(len(boxes))
-        found.append(instances)
+        fields = dict(proposal_boxes=Boxes(boxes), objectness_logits=torch.zeros(len(boxes)))
+        found.append(Instances((height, width), **fields))
     return found
 
 
@@ -55,10 +55,9 @@ def make_images(count):
     generator = torch.Generator().manual_seed(0)
     images = []
     for number in range(count):
-        instances = Instances((64, 96))
         x = 4.0 * number
-        instances.gt_boxes = Boxes(torch.tensor([[x, 6, x + 30, 50], [x + 40, 10, x + 60, 40]]))
-        instances.gt_classes = torch.tensor([0, 1])
+        boxes = Boxes(torch.tensor([[x, 6, x + 30, 50], [x + 40, 10, x + 60, 40]]))
+        instances = Instances((64, 96), gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
         pixels = torch.randint(0, 256, (3, 64, 96), generator=generator, dtype=torch.uint8)
         images.append(dict(image=pixels, instances=instances, height=64, width=96))
     return images
@@ -91,11 +90,9 @@ def cfg(make_cfg):
 @pytest.fixture
 def gradients(cfg, monkeypatch):
     """Function (images, accumulate, amp) -> gradients by name of the tool's step."""
-    monkeypatch.setattr("detectron2.modeling.proposal_generator.rpn.subsample_labels", take_first)
-    monkeypatch.setattr(
-        "detectron2.modeling.proposal_generator.rpn.find_top_rpn_proposals", fixed_proposals
-    )
-    monkeypatch.setattr("detectron2.modeling.roi_heads.roi_heads.subsample_labels", take_first)
+    monkeypatch.setattr(rpn, "subsample_labels", take_first)
+    monkeypatch.setattr(rpn, "find_top_rpn_proposals", fixed_proposals)
+    monkeypatch.setattr(roi_heads, "subsample_labels", take_first)
     torch.manual_seed(0)
     model = build_model(cfg).double()
 
@@ -154,24 +151,21 @@ class Linear(nn.Module):
         return {"loss": (torch.stack(part).mean(0) * self.weight).sum()}
 
 
-def run_linear(cfg, images, accumulate, iteration=0):
+def step_of(cfg, loader, stop=None):
+    """A step of :class:`Linear` by SGD with rate 1."""
     model = Linear()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stepper = TrainStep(cfg, model, Parts(images, accumulate), optimizer, StopRequest())
-    return model, lambda: stepper.run(iteration)
+    return TrainStep(cfg, model, loader, optimizer, stop or StopRequest())
 
 
 def test_update_and_seeds_by_hand(cfg):
     images = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])]
-    model, step = run_linear(cfg, images, 2)
-    report = step()
-    assert model.weight.tolist() == [1 - 2, 1 - 1] and report.losses == {"loss": 3.0}
-    again, step = run_linear(cfg, images, 2)
-    step()
-    assert again.drawn == model.drawn and len(set(model.drawn)) == 2
-    later, step = run_linear(cfg, images, 2, iteration=1)
-    step()
-    assert not set(later.drawn) & set(model.drawn)
+    first, again, later = (step_of(cfg, Parts(images, 2)) for _ in range(3))
+    report = first.run(0)
+    assert first.model.weight.tolist() == [1 - 2, 1 - 1] and report.losses == {"loss": 3.0}
+    again.run(0), later.run(1)
+    assert again.model.drawn == first.model.drawn and len(set(first.model.drawn)) == 2
+    assert not set(later.model.drawn) & set(first.model.drawn)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -179,9 +173,8 @@ def test_a_loader_of_ones_own(cfg, accumulate):
     """An iterable over lists, such as Detectron2's build_detection_train_loader gives."""
     cfg.SOLVER.IMS_PER_BATCH, cfg.RESNET_BACKBONE.ACCUMULATE, cfg.SEED = 2, accumulate, 1
     batches = [[torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0])], [torch.ones(2)] * 2]
-    model = Linear()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stepper = TrainStep(cfg, model, batches, optimizer, StopRequest())
+    stepper = step_of(cfg, batches)
+    model = stepper.model
     assert stepper.data_loader is batches
     stepper.run(0)
     assert model.weight.tolist() == [1 - 2, 1 - 1]
@@ -192,10 +185,8 @@ def test_a_loader_of_ones_own(cfg, accumulate):
 
 def test_a_loader_whose_batches_do_not_divide(cfg):
     cfg.SOLVER.IMS_PER_BATCH, cfg.RESNET_BACKBONE.ACCUMULATE = 2, 2
-    optimizer = torch.optim.SGD(Linear().parameters(), lr=1.0)
-    stepper = TrainStep(cfg, Linear(), [[torch.ones(2)] * 3], optimizer, StopRequest())
     with pytest.raises(UsageError, match="gave 3 images, which do not divide into 2 parts"):
-        stepper.run(0)
+        step_of(cfg, [[torch.ones(2)] * 3]).run(0)
 
 
 def as_tensor(number):
@@ -206,11 +197,10 @@ def test_workers_that_a_signal_ends(cfg):
     """Nothing is raised in the middle of a step, and the next one has its images."""
     images = AugmentedImages(list(range(8)), as_tensor, 1)
     loader = TrainingLoader(images, ImageStream(1, np.arange(8)), BatchPlan(2), None, 1)
-    model, seen = Linear(), []
-    model.register_forward_pre_hook(lambda module, given: seen.append(torch.stack(given[0])))
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    seen = []
     with StopRequest() as stop:
-        stepper = TrainStep(cfg, model, loader, optimizer, stop)
+        stepper = step_of(cfg, loader, stop)
+        stepper.model.register_forward_pre_hook(lambda _, given: seen.append(torch.stack(given[0])))
         stepper.run(0)
         (worker,) = multiprocessing.active_children()
         # from another process: PyTorch's workers end quietly when their parent tells them to
@@ -228,8 +218,8 @@ def test_workers_that_a_signal_ends(cfg):
 def test_not_finite(cfg, bad, place):
     images = [torch.ones(2), torch.ones(2)]
     images[place] = bad
-    model, step = run_linear(cfg, images, 2)
+    stepper = step_of(cfg, Parts(images, 2))
     with pytest.raises(TrainingDiverged, match="loss nan|Predicted boxes or scores") as caught:
-        step()
+        stepper.run(0)
     assert "\n" not in str(caught.value)
-    assert model.weight.tolist() == [1.0, 1.0]
+    assert stepper.model.weight.tolist() == [1.0, 1.0]

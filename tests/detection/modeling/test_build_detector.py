@@ -1,4 +1,4 @@
-"""Scores and boxes under bf16 autocast."""
+"""What detectors are given: exact scores under autocast, fast poolers, optimized parts."""
 
 import pytest
 import torch
@@ -6,12 +6,20 @@ import torch
 pytest.importorskip("detectron2")
 
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
+from torch import nn
+from torchvision.ops import roi_pool
 
+from resnet_backbone import optimize_for_inference
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.modeling.build import FullConv2d, FullLinear, with_exact_scores
+from resnet_backbone.detection.modeling.heads import with_fast_poolers, with_stride
+from resnet_backbone.fast import InferenceNetwork
+from resnet_backbone.fast.regions import RegionAlign
 
 FPN = "voc/faster_rcnn_R_18_FPN.yaml"
+SCALE = 1 / 16
 
 
 def test_our_trainers_detectors_have_it(make_cfg, small):
@@ -46,16 +54,85 @@ def test_scores_are_in_single_precision_under_autocast(make_cfg, small):
     assert torch.equal(logits, expected)
 
 
-def test_trains_and_detects_under_autocast(make_cfg, small, images):
-    model = with_exact_scores(build_model(make_cfg(FPN, **small)))
-    with EventStorage(), torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = model(images)
-    assert {value.dtype for value in losses.values()} == {torch.float32}
-    sum(losses.values()).backward()
-    assert model.roi_heads.box_predictor.cls_score.weight.grad.any()
-    assert model.backbone.fpn_output2.weight.grad.any()
-    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        instances = model.eval()(images)[0]["instances"]
-    assert len(instances) and instances.scores.dtype == torch.float32
-    assert instances.pred_boxes.tensor.dtype == torch.float32
+@pytest.mark.parametrize("kind", ["ROIAlignV2", "ROIAlign", "ROIPool"])
+def test_pooler_of_every_second_bin(kind):
+    features = [torch.randn(1, 4, 12, 16)]
+    boxes = [Boxes(torch.tensor([[3.0, 4, 60, 70], [100, 20, 250, 180]]))]
+    expected = ROIPooler(14, (SCALE,), 0, kind)(features, boxes)[:, :, ::2, ::2]
+    found = with_stride(ROIPooler(14, (SCALE,), 0, kind), 2)(features, boxes)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_detectors_poolers_become_fast(make_cfg, small):
+    """Those of a pyramid, with the same results; twice is once."""
+    model = build_model(make_cfg(FPN, **small))
+    pooler = model.roi_heads.box_pooler
+    features = [torch.randn(1, 16, 64 // 2**i, 96 // 2**i) for i in range(4)]
+    boxes = [Boxes(torch.tensor([[3.0, 4, 60, 70], [10, 20, 350, 240], [0, 0, 200, 150]]))]
+    expected = pooler(features, boxes)
+    keys = list(model.state_dict())
+    assert with_fast_poolers(model) is model and list(model.state_dict()) == keys
+    assert [type(level) for level in pooler.level_poolers] == [RegionAlign] * 4
+    torch.testing.assert_close(pooler(features, boxes), expected, rtol=1e-5, atol=1e-5)
+    assert with_fast_poolers(model).roi_heads.box_pooler.level_poolers == pooler.level_poolers
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_maps_of_other_precisions_are_pooled_by_roi_pool(dtype):
+    features = torch.randn(1, 4, 12, 16).to(dtype)
+    corners = torch.tensor([[3.0, 4, 60, 70], [100, 20, 250, 180]])
+    expected = roi_pool(features.double(), [corners.double()], 7, SCALE)
+    found = with_stride(ROIPooler(7, (SCALE,), 0, "ROIPool"))([features], [Boxes(corners)])
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0)  # maxima of its values
+
+
+@pytest.fixture
+def detector(make_family):
+    """Function (family) -> a small detector in evaluation mode that is sure of itself."""
+
+    def build(family):
+        torch.manual_seed(0)
+        model = build_model(make_family(family, MODEL__RPN__POST_NMS_TOPK_TEST=20)).eval()
+        nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.1)
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("family", ["FPN", "C4", "VGG"])
+def test_layers_that_give_scores_and_boxes_stay_in_float32(detector, images, family):
+    head = "roi_heads.res5" if family == "C4" else "roi_heads.box_head"
+    half = {"backbone", "proposal_generator.rpn_head.conv", head}
+    model = detector(family)
+    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    modules = dict(fast.named_modules())
+    assert {key for key, value in modules.items() if isinstance(value, InferenceNetwork)} == half
+    for key, parameter in fast.named_parameters():
+        inside = any(key.startswith(part + ".") for part in half)
+        assert parameter.dtype == (torch.bfloat16 if inside else torch.float32), key
+    with torch.no_grad():
+        for output in fast(images):
+            instances = output["instances"]
+            assert instances.scores.dtype == instances.pred_boxes.tensor.dtype == torch.float32
+    assert model.proposal_generator.rpn_head.conv.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_scores_of_given_regions(detector, images, dtype, bound):
+    """Of the proposals of the original, since those of rounded scores come in another order."""
+    model = detector("FPN")
+    fast = optimize_for_inference(model, dtype=dtype)
+    with torch.no_grad():
+        prepared = model.preprocess_image(images)
+        proposals, _ = model.proposal_generator(prepared, model.backbone(prepared.tensor))
+        scores = []
+        for detector_ in (model, fast):
+            maps, heads = detector_.backbone(prepared.tensor), detector_.roi_heads
+            pooled = [maps[name] for name in heads.in_features]
+            regions = heads.box_pooler(pooled, [image.proposal_boxes for image in proposals])
+            scores.append(heads.box_predictor(heads.box_head(regions))[0])
+            objectness, _ = detector_.proposal_generator.rpn_head([maps["p4"]])
+            scores.append(objectness[0])
+    for expected, found in ((scores[0], scores[2]), (scores[1], scores[3])):
+        assert (found - expected).abs().max() < bound * expected.abs().max()

@@ -24,25 +24,20 @@ from resnet_backbone.weights import PREPROCESSINGS, WeightsError, save_weights
 from resnet_backbone.weights.checkpoint import METADATA_KEY
 
 C4, DC5, VGG = (f"voc/faster_rcnn_{name}.yaml" for name in ("R_18_C4", "R_18_DC5", "VGG_16"))
-CHEAP = dict(
-    MODEL__RPN__POST_NMS_TOPK_TRAIN=20,
-    MODEL__RPN__POST_NMS_TOPK_TEST=20,
-    MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE=16,
-    MODEL__ROI_HEADS__NUM_CLASSES=2,
-)
+CHEAP = dict(MODEL__RPN__POST_NMS_TOPK_TRAIN=20, MODEL__RPN__POST_NMS_TOPK_TEST=20)
+CHEAP |= dict(MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE=16, MODEL__ROI_HEADS__NUM_CLASSES=2)
 BLOCKS = {18: 2, 34: 3, 50: 3, 101: 3, 152: 3}
 
 
-def build_c4_head(cfg, kind=None):
+def build_c4_head(cfg, kind=build_roi_heads):
     """The head alone, on res4 of the config's depth."""
-    basic = cfg.MODEL.RESNETS.DEPTH < 50
-    shapes = {"res4": ShapeSpec(channels=256 if basic else 1024, stride=16)}
-    return kind(cfg, shapes) if kind else build_roi_heads(cfg, shapes)
+    channels = 256 if cfg.MODEL.RESNETS.DEPTH < 50 else 1024
+    return kind(cfg, {"res4": ShapeSpec(channels=channels, stride=16)})
 
 
 @pytest.mark.parametrize("depth", BLOCKS)
 def test_c4_head_is_the_depths_own_res5(make_cfg, depth):
-    cfg = make_cfg(C4, MODEL__RESNETS__DEPTH=depth)
+    cfg = make_cfg(C4, MODEL__RESNETS__DEPTH=depth, MODEL__RESNETS__STRIDE_IN_1X1=True)
     with torch.device("meta"):
         head = build_c4_head(cfg)
         res5 = build_network(f"resnet{depth}", out_features=["res5"]).res5
@@ -87,14 +82,9 @@ def detectron2s_c4_head(cfg, depth):
     head = build_c4_head(cfg, Res5ROIHeads)
     if depth >= 50:
         return head
-    blocks = D2ResNet.make_stage(
-        D2BasicBlock,
-        BLOCKS[depth],
-        stride_per_block=[2] + [1] * (BLOCKS[depth] - 1),
-        in_channels=256,
-        out_channels=512,
-        norm="FrozenBN",
-    )
+    count, sizes = BLOCKS[depth], dict(in_channels=256, out_channels=512, norm="FrozenBN")
+    strides = [2] + [1] * (count - 1)
+    blocks = D2ResNet.make_stage(D2BasicBlock, count, stride_per_block=strides, **sizes)
     head.res5 = nn.Sequential(*blocks)
     return head
 
@@ -106,10 +96,9 @@ def head_gradients(head, features, proposals):
     scores, deltas = head.box_predictor(maps.mean(dim=[2, 3]))
     weights = torch.linspace(-1, 1, scores.numel() + deltas.numel(), dtype=torch.float64)
     torch.cat([scores.flatten(), deltas.flatten()]).mul(weights).sum().backward()
-    gradients = {name: p.grad for name, p in head.named_parameters()}
-    return {"maps": maps, "scores": scores, "deltas": deltas, "map gradient": features.grad} | {
-        name: value for name, value in gradients.items() if value is not None
-    }
+    gradients = {name: p.grad for name, p in head.named_parameters() if p.grad is not None}
+    outputs = {"maps": maps, "scores": scores, "deltas": deltas, "map gradient": features.grad}
+    return outputs | gradients
 
 
 @pytest.mark.parametrize(
@@ -135,16 +124,13 @@ def test_c4_head_equals_detectron2(make_cfg, randomise, depth, kind):
         ours_p.requires_grad_(theirs_p.requires_grad)
     channels = 1024 if depth >= 50 else 256
     features = torch.rand(2, channels, 6, 8, dtype=torch.float64)
-    boxes = [
-        Boxes(torch.tensor(corners))
-        for corners in ([[3, 4, 60, 70], [-40, 60, 20, 140]], [[7, 7, 9, 9], [40, 40, 40, 60]])
-    ]
+    corners = [[[3, 4, 60, 70], [-40, 60, 20, 140]], [[7, 7, 9, 9], [40, 40, 40, 60]]]
+    boxes = [Boxes(torch.tensor(of_image)) for of_image in corners]
     for value in boxes:
         value.tensor = value.tensor.double()
     expected, found = (head_gradients(head, features, boxes) for head in (theirs, ours))
     assert len(expected["maps"]) == 4 and expected.keys() == found.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         ours.REGIONS_AT_ONCE = 3
         maps = ours.eval()._shared_roi_transform([features], boxes)
@@ -158,20 +144,15 @@ def boxes_in_a_map(count):
 
 
 def test_c4_head_that_is_traced_takes_any_number_of_regions(make_cfg):
-    head = build_c4_head(make_cfg(C4)).eval()
+    head = build_c4_head(make_cfg(C4)).eval().requires_grad_(False)
     head.REGIONS_AT_ONCE = 3
 
-    class Call(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = head
-
-        def forward(self, features, boxes):
-            return self.head._shared_roi_transform([features], [Boxes(boxes)])
+    def call(features, boxes):
+        return head._shared_roi_transform([features], [Boxes(boxes)])
 
     features = torch.rand(1, 256, 6, 8)
     with torch.no_grad():
-        traced = torch.jit.trace(Call(), (features, boxes_in_a_map(8)), check_trace=False)
+        traced = torch.jit.trace(call, (features, boxes_in_a_map(8)), check_trace=False)
         for count in (2, 8, 13):
             boxes = boxes_in_a_map(count)
             expected = head.res5(head.pooler([features], [Boxes(boxes)]))
@@ -188,11 +169,13 @@ def test_c4_head_calls_a_pooler_with_hooks(make_cfg):
         torch.testing.assert_close(found, head.res5(seen[0]))
 
 
-@pytest.mark.parametrize("file", [C4, DC5])
-def test_resnet18_detector_trains(make_cfg, images, file):
-    keys = dict(MODEL__ROI_BOX_HEAD__FC_DIM=16, MODEL__BACKBONE__FREEZE_AT=0)
-    model = build_model(make_cfg(file, MODEL__RESNETS__NORM="BN", **keys, **CHEAP)).train()
-    stage = model.roi_heads.res5 if file == C4 else model.backbone.res5
+@pytest.mark.parametrize("file", [C4, DC5, VGG])
+def test_detector_trains(make_cfg, images, file):
+    keys = dict(MODEL__ROI_BOX_HEAD__FC_DIM=16, RESNET_BACKBONE__VGG__DEPTH=11)
+    keys |= {} if file == VGG else dict(MODEL__BACKBONE__FREEZE_AT=0, MODEL__RESNETS__NORM="BN")
+    model = build_model(make_cfg(file, **keys, **CHEAP)).train()
+    stages = {C4: "roi_heads.res5", DC5: "backbone.res5", VGG: "roi_heads.box_head"}
+    stage = model.get_submodule(stages[file])
     before = {key: value.clone() for key, value in stage.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     with EventStorage():
@@ -202,6 +185,9 @@ def test_resnet18_detector_trains(make_cfg, images, file):
     optimizer.step()
     for key, value in stage.state_dict().items():
         assert torch.isfinite(value).all() and not torch.equal(value, before[key]), key
+    if file == VGG:
+        assert model.backbone.conv3[1].weight.grad.any()
+        assert all(p.grad is None for p in model.backbone.conv2.parameters())
     with torch.no_grad():
         assert len(model.eval()(images)) == 2
 
@@ -224,10 +210,9 @@ def test_vgg_detector_is_the_published_one(make_cfg):
     assert isinstance(pooler, RoIPool)
     assert (pooler.output_size, pooler.spatial_scale) == ((7, 7), 1 / 16)
     head = model.roi_heads.box_head
-    assert isinstance(head, VGGBoxHead)
-    assert (head.fc6.in_features, head.fc6.out_features) == (512 * 7 * 7, 4096)
-    assert (head.fc7.in_features, head.fc7.out_features) == (4096, 4096)
-    assert head.dropout.p == 0.5
+    assert isinstance(head, VGGBoxHead) and head.dropout.p == 0.5
+    sizes = [(layer.in_features, layer.out_features) for layer in (head.fc6, head.fc7)]
+    assert sizes == [(512 * 7 * 7, 4096), (4096, 4096)]
     assert model.roi_heads.box_predictor.cls_score.in_features == 4096
     frozen = {k[:5] for k, value in model.backbone.named_parameters() if not value.requires_grad}
     assert frozen == {"conv1", "conv2"}
@@ -238,8 +223,8 @@ def test_vgg_head_drops_only_in_training(make_cfg):
     cfg = make_cfg(VGG, MODEL__ROI_BOX_HEAD__FC_DIM=2000)
     head = build_box_head(cfg, ShapeSpec(channels=4, height=7, width=7))
     assert head.output_shape == ShapeSpec(channels=2000)
-    nn.init.constant_(head.fc6.weight, 0.1)
-    nn.init.constant_(head.fc7.weight, 0.1)
+    for layer in (head.fc6, head.fc7):
+        nn.init.constant_(layer.weight, 0.1)
     regions = torch.rand(3, 4, 7, 7)
     assert torch.equal(head.eval()(regions), head(regions))
     assert (head(regions) > 0).all()
@@ -249,23 +234,12 @@ def test_vgg_head_drops_only_in_training(make_cfg):
     assert (head(-100 * regions) == 0).all()  # ReLU after fc6
 
 
-def test_vgg_detector_trains(make_cfg, images):
-    cfg = make_cfg(VGG, MODEL__ROI_BOX_HEAD__FC_DIM=16, RESNET_BACKBONE__VGG__DEPTH=11, **CHEAP)
-    model = build_model(cfg).train()
-    with EventStorage():
-        losses = model(images)
-    sum(losses.values()).backward()
-    assert model.roi_heads.box_head.fc6.weight.grad.any()
-    assert model.backbone.conv3[1].weight.grad.any()
-    assert all(p.grad is None for p in model.backbone.conv2.parameters())
-
-
 def test_shared_res5_gets_imagenet_weights(make_cfg, tmp_path):
     network = build_network("resnet18")
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
-    save_weights(network, tmp_path / "r18.safetensors", PREPROCESSINGS["msra"])
+    save_weights(network, tmp_path / "r18.safetensors", PREPROCESSINGS["torchvision"])
     model = build_model(make_cfg(C4, **CHEAP))
     load_backbone(model, str(tmp_path / "r18.safetensors"))
     expected = network.state_dict()
@@ -276,7 +250,7 @@ def test_shared_res5_gets_imagenet_weights(make_cfg, tmp_path):
 
 def test_file_without_res5_is_refused_by_c4(make_cfg, tmp_path):
     network = build_network("resnet18", out_features=["res4"])
-    save_weights(network, tmp_path / "r18.safetensors", PREPROCESSINGS["msra"])
+    save_weights(network, tmp_path / "r18.safetensors", PREPROCESSINGS["torchvision"])
     with pytest.raises(WeightsError, match=r"lacks res5.0.* of the C4 head"):
         load_backbone(build_model(make_cfg(C4, **CHEAP)), str(tmp_path / "r18.safetensors"))
 
@@ -284,11 +258,11 @@ def test_file_without_res5_is_refused_by_c4(make_cfg, tmp_path):
 @pytest.mark.parametrize("fc_dim", [8, 12])
 def test_vgg_head_gets_fc6_and_fc7(make_cfg, tmp_path, fc_dim):
     tensors = build_network("vgg11", out_features=["conv5"]).state_dict()
-    tensors |= {"fc6.weight": torch.randn(8, 512 * 49), "fc6.bias": torch.randn(8)}
-    tensors |= {"fc7.weight": torch.randn(8, 8), "fc7.bias": torch.randn(8)}
+    for name, size in (("fc6", 512 * 49), ("fc7", 8)):
+        tensors |= {f"{name}.weight": torch.randn(8, size), f"{name}.bias": torch.randn(8)}
     path = str(tmp_path / "vgg.safetensors")
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    save_file(tensors, path, {METADATA_KEY: PREPROCESSINGS["caffe_vgg"].to_json()})
+    save_file(tensors, path, {METADATA_KEY: PREPROCESSINGS["torchvision"].to_json()})
     keys = dict(MODEL__ROI_BOX_HEAD__FC_DIM=fc_dim, RESNET_BACKBONE__VGG__DEPTH=11)
     model = build_model(make_cfg(VGG, **keys, **CHEAP))
     if fc_dim != 8:

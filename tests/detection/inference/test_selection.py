@@ -10,9 +10,13 @@ pytest.importorskip("detectron2")
 import by_hand
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
 
-from resnet_backbone.detection.inference import select_detections, soft_nms, vote_boxes
-from resnet_backbone.detection.inference.detector import best_boxes
-from resnet_backbone.detection.inference.member import choose_scales, mirror
+from resnet_backbone.detection.inference.detector import (
+    best_boxes,
+    select_detections,
+    soft_nms,
+    vote_boxes,
+)
+from resnet_backbone.detection.inference.member import choose_scales
 
 SIZE = (50, 60)
 numbers = st.integers(0, 6)
@@ -42,10 +46,8 @@ def test_hard_nms_is_detectron2s(seed, regions, classes):
     boxes, scores = random_predictions(seed, regions, classes)
     if regions > 2:
         boxes[0, 0, 1], scores[1, 0] = torch.nan, torch.inf
-    ours = select(boxes, scores)
-    theirs, _ = fast_rcnn_inference_single_image(
-        boxes.flatten(1).clone(), scores, SIZE, 0.05, 0.4, 9
-    )
+    ours, limits = select(boxes, scores), (SIZE, 0.05, 0.4, 9)
+    theirs, _ = fast_rcnn_inference_single_image(boxes.flatten(1).clone(), scores, *limits)
     assert torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
     assert torch.equal(ours.scores, theirs.scores)
     assert torch.equal(ours.pred_classes, theirs.pred_classes)
@@ -120,24 +122,6 @@ def test_two_adjacent_scales(sides, count):
         if count > 1:
             beside = [distances[i] for i in (used[0] - 1, used[-1] + 1) if 0 <= i < count]
             assert all(max(distances[i] for i in used) <= other for other in beside)
-
-
-def test_scales_of_the_paper():
-    """Short sides 200 to 1000: regions that are 224 pixels large at 600, at 200, and tiny."""
-    ratios = torch.tensor([200.0, 400, 600, 800, 1000]) / 600
-    areas = (torch.tensor([224.0, 672.0, 10.0, 2000.0])[:, None] * ratios) ** 2
-    assert choose_scales(areas).int().tolist() == [
-        [0, 1, 1, 0, 0],  # 149^2 is nearer to 224^2 than 299^2
-        [1, 1, 0, 0, 0],
-        [0, 0, 0, 1, 1],
-        [1, 1, 0, 0, 0],
-    ]
-
-
-def test_mirrored_boxes():
-    boxes = torch.tensor([[1.0, 2.0, 5.0, 8.0], [0.0, 0.0, 10.0, 4.0]])
-    assert mirror(boxes, 10).tolist() == [[5.0, 2.0, 9.0, 8.0], [0.0, 0.0, 10.0, 4.0]]
-    assert torch.equal(mirror(mirror(boxes, 10), 10), boxes)
 
 
 def test_regions_of_the_second_pass():
