@@ -16,7 +16,6 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.keymaps import caffe2
@@ -29,9 +28,7 @@ from resnet_backbone.weights.preprocessing import (
 from resnet_backbone.weights.readers import (
     INDEX_SUFFIX,
     PREPROCESSING_KEY,
-    OpenFile,
     RawFile,
-    named_errors,
     open_file,
     read_tensors,
 )
@@ -46,7 +43,7 @@ CAFFE2_PARTS = tuple(part for part in caffe2.OTHER_PARTS if part != "__preserve_
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What ``MODEL.WEIGHTS`` names; tensors are read when they are asked for.
+    """What ``MODEL.WEIGHTS`` names.
 
     Attributes:
         source: of a backbone or a classifier, as :mod:`resnet_backbone.weights` finds it.
@@ -56,7 +53,7 @@ class WeightsFile:
     """
 
     source: str
-    file: OpenFile | None = None
+    file: RawFile | None = None
     is_detector: bool = False
     matching_heuristics: bool = False
 
@@ -73,11 +70,9 @@ class WeightsFile:
         text = self.file.rest.get(PREPROCESSING_KEY)
         if isinstance(text, str):
             return Preprocessing.from_json(text)
-        for key, value in self.file.weights.items():
+        for key, value in self.file.tensors.items():
             if key.endswith(f".{INPUT_SETTINGS}"):
-                with named_errors(self.file.path):
-                    values = value if isinstance(value, Tensor) else value.tensor()
-                return Preprocessing.from_tensor(values)
+                return Preprocessing.from_tensor(value)
         return None
 
     def content(self) -> dict[str, Any]:
@@ -85,9 +80,6 @@ class WeightsFile:
 
         Beside the model lies the state of a training, or ``__author__`` and
         ``matching_heuristics``. Files of Detectron1 and Caffe2 get both of these.
-
-        Raises:
-            WeightsError: it is damaged, or holds numbers that are not finite.
         """
         file = self.file
         if file.path.suffix == ".pkl" and not (
@@ -95,10 +87,10 @@ class WeightsFile:
         ):
             rest = {"__author__": "Caffe2", "matching_heuristics": True}
         else:
-            rest = file.beside()
+            rest = dict(file.rest)
         if self.matching_heuristics:
             rest["matching_heuristics"] = True
-        return {**rest, "model": file.tensors()}
+        return {**rest, "model": file.tensors}
 
 
 def open_weights(source: str) -> WeightsFile:
@@ -121,7 +113,7 @@ def open_weights(source: str) -> WeightsFile:
     if path.suffix == ".safetensors" and not is_detector(_header_keys(path)):
         return backbone
     file = open_file(path)
-    return WeightsFile(backbone.source, file, is_detector(file.weights), heuristics)
+    return WeightsFile(backbone.source, file, is_detector(file.tensors), heuristics)
 
 
 def _backbone_source(name: str, path: Path) -> str:
