@@ -33,7 +33,7 @@ from resnet_backbone.fast import build_model
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import DILATIONS
 from resnet_backbone.weights import WeightsError
-from resnet_backbone.weights.keymaps.timm import timm_config
+from resnet_backbone.weights.keymaps.torchvision import timm_config
 
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "plain18", "plain34")
 STAGES = ("res2", "res3", "res4", "res5")

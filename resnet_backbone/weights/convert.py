@@ -27,6 +27,7 @@ from torch import Tensor
 from resnet_backbone.models.layers import ConvNormAct
 from resnet_backbone.weights.architecture import FIRST_KEYS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.keymaps.table import norm_layers
 from resnet_backbone.weights.load import build_network
 from resnet_backbone.weights.preprocessing import InputNormalizer, Preprocessing, WeightsError
 
@@ -85,8 +86,11 @@ def convert_input(
         )
     if channel_order and channel_order != checkpoint.preprocessing.channel_order:
         checkpoint = _reversed_channels(checkpoint)
-    if value_range is not None:
-        checkpoint = _with_range(checkpoint, value_range)
+    if value_range not in (None, 1.0, 255.0):
+        raise WeightsError(f"value_range is 1.0 or 255.0, not {value_range}")
+    if value_range not in (None, checkpoint.preprocessing.value_range):
+        new = checkpoint.preprocessing.with_range(value_range)
+        checkpoint = replace(checkpoint, preprocessing=new)
     if mean is not None:
         _check_mean(checkpoint.preprocessing, mean)
     if std is not None:
@@ -96,38 +100,9 @@ def convert_input(
 
 def _reversed_channels(checkpoint: Checkpoint) -> Checkpoint:
     key = first_convolution(checkpoint.tensors)
-    old = checkpoint.preprocessing
-    image = old.mean_image
-    new = replace(
-        old,
-        channel_order=old.channel_order[::-1],
-        mean=old.mean[::-1],
-        std=old.std[::-1],
-        mean_image=None if image is None else image.flip(0),
-    )
     tensors = {**checkpoint.tensors, key: checkpoint.tensors[key].flip(1)}
+    new = checkpoint.preprocessing.reversed_channels()
     return replace(checkpoint, tensors=tensors, preprocessing=new)
-
-
-def _with_range(checkpoint: Checkpoint, value_range: float) -> Checkpoint:
-    old = checkpoint.preprocessing
-    if value_range == old.value_range:
-        return checkpoint
-    if value_range not in (1.0, 255.0):
-        raise WeightsError(f"value_range is 1.0 or 255.0, not {value_range}")
-
-    def scaled(values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(value * value_range / old.value_range for value in values)
-
-    image = old.mean_image
-    new = replace(
-        old,
-        value_range=value_range,
-        mean=scaled(old.mean),
-        std=scaled(old.std),
-        mean_image=None if image is None else image * (value_range / old.value_range),
-    )
-    return replace(checkpoint, preprocessing=new)
 
 
 def _check_mean(own: Preprocessing, mean: Sequence[float]) -> None:
@@ -163,11 +138,6 @@ def use_channel_means(checkpoint: Checkpoint) -> Checkpoint:
     """Drops the per-pixel mean image. Not exact: the channel means take its place."""
     new = replace(checkpoint.preprocessing, mean_image=None)
     return replace(checkpoint, preprocessing=new)
-
-
-def norm_layers(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the norm layers: "res2.0.conv1.norm", ..."""
-    return [key.removesuffix(".weight") for key in tensors if key.endswith(".norm.weight")]
 
 
 def fold_bn(checkpoint: Checkpoint) -> Checkpoint:
@@ -276,11 +246,11 @@ def to_bn_eps(checkpoint: Checkpoint, eps: float) -> Checkpoint:
     """
     old = checkpoint.preprocessing.bn_eps
     tensors = dict(checkpoint.tensors)
-    for norm in norm_layers(tensors):
-        if f"{norm}.running_var" in tensors:
-            var = tensors[f"{norm}.running_var"].double()
-            gamma = tensors[f"{norm}.weight"].double() * ((var + eps) / (var + old)).sqrt()
-            tensors[f"{norm}.weight"] = gamma.float()
+    for layer in norm_layers(tensors):
+        if f"{layer}.norm.running_var" in tensors:
+            var = tensors[f"{layer}.norm.running_var"].double()
+            gamma = tensors[f"{layer}.norm.weight"].double() * ((var + eps) / (var + old)).sqrt()
+            tensors[f"{layer}.norm.weight"] = gamma.float()
     new = replace(checkpoint.preprocessing, bn_eps=eps)
     return replace(checkpoint, tensors=tensors, preprocessing=new)
 

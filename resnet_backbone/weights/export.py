@@ -30,7 +30,7 @@ from resnet_backbone.weights.checkpoint import Checkpoint, write_checkpoint, wri
 from resnet_backbone.weights.convert import convert_input, use_channel_means
 from resnet_backbone.weights.keymaps import LAYOUTS
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_configs
-from resnet_backbone.weights.keymaps.timm import timm_config
+from resnet_backbone.weights.keymaps.torchvision import timm_config
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
 from resnet_backbone.weights.readers import INDEX_SUFFIX, PREPROCESSING_KEY, SUFFIXES
 

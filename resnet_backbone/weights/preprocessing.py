@@ -94,11 +94,32 @@ class Preprocessing:
 
     def pixel_mean_255(self) -> tuple[float, ...]:
         """Mean for pixels in 0..255, in ``channel_order``: Detectron2's MODEL.PIXEL_MEAN."""
-        return tuple(value * 255.0 / self.value_range for value in self.mean)
+        return self.with_range(255.0).mean
 
     def pixel_std_255(self) -> tuple[float, ...]:
         """Standard deviation for pixels in 0..255: Detectron2's MODEL.PIXEL_STD."""
-        return tuple(value * 255.0 / self.value_range for value in self.std)
+        return self.with_range(255.0).std
+
+    def reversed_channels(self) -> Preprocessing:
+        """The same input in the other channel order."""
+        return replace(
+            self,
+            channel_order=self.channel_order[::-1],
+            mean=self.mean[::-1],
+            std=self.std[::-1],
+            mean_image=None if self.mean_image is None else self.mean_image.flip(0),
+        )
+
+    def with_range(self, value_range: float) -> Preprocessing:
+        """The same input with mean and std in 0..value_range."""
+        mean, std = (
+            tuple(value * value_range / self.value_range for value in values)
+            for values in (self.mean, self.std)
+        )
+        image = self.mean_image
+        if image is not None:
+            image = image * (value_range / self.value_range)
+        return replace(self, value_range=value_range, mean=mean, std=std, mean_image=image)
 
     def center_crop(self) -> tuple[int, int]:
         """(shorter side, center crop) in pixels of the test; the usual one if it is not known."""

@@ -23,9 +23,10 @@ from resnet_backbone.weights.keymaps.huggingface import (
     hugging_face_preprocessing,
 )
 from resnet_backbone.weights.keymaps.table import LIBRARY_NETWORKS, OtherNetwork
-from resnet_backbone.weights.keymaps.timm import check_timm_network, timm_preprocessing
 from resnet_backbone.weights.keymaps.torchvision import (
+    check_timm_network,
     published_hash,
+    timm_preprocessing,
     torchvision_entry,
     torchvision_preprocessing,
 )

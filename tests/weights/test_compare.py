@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from resnet_backbone.weights import WeightsError, get_preprocessing
-from resnet_backbone.weights.compare import compare, difference, sample_images
+from resnet_backbone.weights.compare import (
+    compare,
+    difference,
+    double_hypotheses,
+    sample_images,
+    single_hypotheses,
+)
 from resnet_backbone.weights.convert import convert_input, fold_bn, to_dtype
-from resnet_backbone.weights.diagnosis import double_hypotheses, single_hypotheses
 from resnet_backbone.weights.load import build_network
 
 TURNED_MEAN = (123.68, 116.779, 103.939)

@@ -25,7 +25,7 @@ from resnet_backbone.weights import (
     sources,
 )
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_preprocessing
-from resnet_backbone.weights.keymaps.timm import timm_preprocessing
+from resnet_backbone.weights.keymaps.torchvision import timm_preprocessing
 from resnet_backbone.weights.sources import download, resolve
 
 V1 = torchvision.models.ResNet18_Weights.IMAGENET1K_V1

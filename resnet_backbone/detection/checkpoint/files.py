@@ -18,7 +18,7 @@ from iopath.common.file_io import get_cache_dir
 from safetensors import SafetensorError, safe_open
 
 from resnet_backbone.runtime.files import whole_file, write_text
-from resnet_backbone.weights.keymaps import caffe2
+from resnet_backbone.weights.keymaps.detectron2 import OTHER_BLOBS
 from resnet_backbone.weights.preprocessing import (
     INPUT_SETTINGS,
     Preprocessing,
@@ -38,7 +38,7 @@ LAST = "last_checkpoint"  # a file in the run folder that names its newest check
 CLASSIFIERS_ONLY = ("torchvision", "timm", "hf")  # schemes under which there is no detector here
 # How the names in a detector begin, in Detectron2 and in Detectron1.
 PARTS = ("backbone.", "roi_heads.", "proposal_generator.", "sem_seg_head.")
-CAFFE2_PARTS = tuple(part for part in caffe2.OTHER_PARTS if part != "__preserve__/")
+CAFFE2_PARTS = tuple(part for part in OTHER_BLOBS if part != "__preserve__/")
 
 
 @dataclass(frozen=True)

@@ -17,22 +17,19 @@ from resnet_backbone.models import BottleneckBlock
 from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.keymaps.table import (
-    OURS,
     Layout,
     OtherNetwork,
     Tensors,
     check_statistics,
-    check_support,
     in_channels,
-    inverse,
     linear_keys,
     rename,
+    rename_back,
     resnet_modules,
     shorten,
     spell_transform,
     torch_keys,
     with_counters,
-    without_counters,
 )
 from resnet_backbone.weights.preprocessing import FILTERS, Preprocessing
 
@@ -47,10 +44,10 @@ def _block_layer(stage: int, block: int, layer: str) -> tuple[str, str]:
 
 
 _STEM = ("embedder.embedder.convolution", "embedder.embedder.normalization")
-_BACKBONE = dict(torch_keys(resnet_modules(_STEM, _block_layer)))
+_BACKBONE = torch_keys(resnet_modules(_STEM, _block_layer))
 _CLASSIFIER = {
     **{_PREFIX + theirs: ours for theirs, ours in _BACKBONE.items()},
-    **dict(linear_keys("classifier.1")),
+    **linear_keys({"classifier.1": "linear"}),
 }
 
 
@@ -58,17 +55,16 @@ def _matches(keys: Collection[str]) -> bool:
     return bool({_FIRST_KEY, _PREFIX + _FIRST_KEY} & set(keys))
 
 
-def _to_ours(tensors: Tensors) -> dict[str, Tensor]:
+def _read(tensors: Tensors) -> dict[str, Tensor]:
     table = _BACKBONE if _FIRST_KEY in tensors else _CLASSIFIER
-    ours = without_counters(rename(tensors, table, "a transformers ResNet"))
+    ours = rename(tensors, table, "a transformers ResNet")
     check_statistics(ours, "transformers' ResNets")
     return ours
 
 
-def _from_ours(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
-    check_support("huggingface", model)
+def _write(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
     table = _CLASSIFIER if "linear.weight" in tensors else _BACKBONE
-    return with_counters(rename(tensors, inverse(table), OURS))
+    return with_counters(rename_back(tensors, table))
 
 
 def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
@@ -190,8 +186,8 @@ def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
     return [
         f'network = transformers.{kind}.from_pretrained("{path}")',
         f'processor = transformers.AutoImageProcessor.from_pretrained("{path}")',
-        "# which is " + spell_transform(checkpoint.preprocessing).removeprefix("transform = "),
+        f"# which is {spell_transform(checkpoint.preprocessing)}",
     ]
 
 
-HUGGINGFACE = Layout("huggingface", _matches, _to_ours, _from_ours, _usage)
+HUGGINGFACE = Layout("huggingface", _matches, _read, _write, _usage)
