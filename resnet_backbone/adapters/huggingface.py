@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
-from resnet_backbone.adapters.source import image_normalization, rgb_checkpoint
+from resnet_backbone.adapters import image_normalization, rgb_checkpoint
 from resnet_backbone.weights import Checkpoint, WeightsError
 from resnet_backbone.weights.keymaps import LAYOUTS, check_support
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_configs

@@ -28,7 +28,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from resnet_backbone.adapters.source import rgb_checkpoint
+from resnet_backbone.adapters import rgb_checkpoint
 from resnet_backbone.fast import build_model
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import DILATIONS

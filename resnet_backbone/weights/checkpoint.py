@@ -49,8 +49,7 @@ class ModelSpec:
         """Builds the network of this package with freshly initialized weights.
 
         Args:
-            **options: constructor arguments added to the specification's own, for example
-                ``out_features``.
+            **options: constructor arguments added to the specification's own.
 
         Raises:
             ValueError: unknown name (with the nearest one) or option.
@@ -71,8 +70,8 @@ class ModelSpec:
         Raises:
             ValueError: the text is not what :meth:`to_json` writes.
         """
-        found = json.loads(text)
-        if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        found = _json_object(text)
+        if not isinstance(found.get("name"), str):
             raise ValueError("it has no network name")
         classes, options = found.get("num_classes"), found.get("options", {})
         if classes is not None and (type(classes) is not int or classes < 1):
@@ -111,15 +110,19 @@ class Origin:
         """The origin that metadata describe.
 
         Raises:
-            ValueError: the text is not what :meth:`to_json` writes.
+            ValueError, TypeError: the text is not what :meth:`to_json` writes.
         """
-        found = json.loads(text)
-        if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+        found = _json_object(text)
+        if not all(isinstance(value, str) for value in found.values()):
             raise ValueError("it is not an object of texts")
-        try:
-            return cls(**found)
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        return cls(**found)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it is not an object")
+    return found
 
 
 @dataclass(frozen=True)
@@ -168,18 +171,13 @@ class FileMetadata(NamedTuple):
 
     def texts(self) -> dict[str, str]:
         """The header's texts; what is None is left out."""
-        keys = (METADATA_KEY, MODEL_KEY, ORIGIN_KEY)
-        parts = zip(keys, self[:3], strict=True)
+        parts = zip(PARTS, self[:3], strict=True)
         texts = {key: part.to_json() for key, part in parts if part is not None}
         return {SCHEMA_KEY: str(SCHEMA), **texts}
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], where: str) -> FileMetadata:
-        """What a header says.
-
-        Args:
-            texts: of any safetensors file.
-            where: the file, for messages.
+        """What a header says; ``where`` is the file, for messages.
 
         Raises:
             WeightsError: written by a later version of this package, or unreadable.
@@ -194,11 +192,11 @@ class FileMetadata(NamedTuple):
                 f"{where} was written in form {schema}, this version of resnet_backbone reads "
                 f"up to {SCHEMA}: install a newer one"
             )
-        kinds, parts = {METADATA_KEY: Preprocessing, MODEL_KEY: ModelSpec, ORIGIN_KEY: Origin}, []
-        for key, kind in kinds.items():
+        parts = []
+        for key, kind in PARTS.items():
             try:
                 parts.append(kind.from_json(texts[key]) if key in texts else None)
-            except (ValueError, RecursionError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise WeightsError(
                     f"{where}: unreadable {key} in its metadata ({one_line(error)})"
                 ) from error
@@ -219,14 +217,14 @@ class FileMetadata(NamedTuple):
         return cls.from_texts(texts, str(path))._replace(has_mean_image=MEAN_IMAGE_KEY in keys)
 
 
+PARTS = {METADATA_KEY: Preprocessing, MODEL_KEY: ModelSpec, ORIGIN_KEY: Origin}
+
+
 def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
     """Writes a checkpoint as one of our files, atomically.
 
-    Args:
-        path: ``.safetensors``.
-
     Raises:
-        WeightsError: another suffix.
+        WeightsError: another suffix than ``.safetensors``.
     """
     write_tensors(checkpoint.tensors, checkpoint.preprocessing, checkpoint.metadata(), path)
 

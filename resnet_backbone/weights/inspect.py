@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
-from math import prod
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +26,12 @@ from resnet_backbone.weights.preprocessing import (
     PREPROCESSINGS,
     Preprocessing,
     WeightsError,
-    one_line,
 )
 from resnet_backbone.weights.readers import RawFile, find_file, read_tensors
 from resnet_backbone.weights.reading import (
     UnknownInput,
     agreed_preprocessing,
+    named,
     read_checkpoint,
     read_source,
     weights_alone,
@@ -47,8 +46,7 @@ class Inspection:
 
     Attributes:
         source: as it was given.
-        container: "safetensors", "pickle", ...
-        sha256: of the file; empty for a sharded one.
+        file: what lies there.
         layout: whose key names it has, a name of ``LAYOUTS``.
         tensors: under this package's names.
         models: the networks that they fit.
@@ -58,26 +56,27 @@ class Inspection:
     """
 
     source: str
-    container: str
-    sha256: str
+    file: RawFile
     layout: str
     tensors: dict[str, Tensor]
-    models: tuple[ModelSpec, ...]
-    checkpoint: Checkpoint | None
-    missing: tuple[str, ...] = ()
-    options: tuple[str, ...] = ()
+    models: list[ModelSpec]
+    checkpoint: Checkpoint | None = None
+    missing: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The findings as text, one fact a line, each behind its name."""
         size = sum(value.nbytes for value in self.tensors.values())
-        parameters = sum(prod(value.shape) for key, value in self._parameters())
+        statistics = ("running_mean", "running_var")
+        counts = [x.numel() for key, x in self.tensors.items() if not key.endswith(statistics)]
+        models = self.models if self.checkpoint is None else [self.checkpoint.model]
         text = {
             "source": self.source,
-            "container": f"{self.container}, {size / 1e6:.1f} MB of tensors",
-            "sha256": self.sha256 or "(several files)",
+            "container": f"{self.file.container}, {size / 1e6:.1f} MB of tensors",
+            "sha256": self.file.sha256 or "(several files)",
             "key names": self.layout,
-            "network": " or ".join(_describe(model) for model in self._models()),
-            "parameters": f"{parameters:,}",
+            "network": " or ".join(_describe(model) for model in models),
+            "parameters": f"{sum(counts):,}",
             "types": _count_dtypes(self.tensors),
         }
         if self.checkpoint is not None:
@@ -87,13 +86,6 @@ class Inspection:
             text["origin"] = ", ".join(part for part in known if part)
         lines = [f"{name + ':':15}{value}" for name, value in text.items()]
         return [*lines, *(f"{'not stated:':15}{text}" for text in self.missing)]
-
-    def _models(self) -> tuple[ModelSpec, ...]:
-        return self.models if self.checkpoint is None else (self.checkpoint.model,)
-
-    def _parameters(self) -> list[tuple[str, Tensor]]:
-        statistics = ("running_mean", "running_var")
-        return [item for item in self.tensors.items() if not item[0].endswith(statistics)]
 
 
 def inspect_source(
@@ -112,36 +104,25 @@ def inspect_source(
     """
     raw = read_tensors(resolve(source).path)
     weights = {key: value for key, value in raw.tensors.items() if key != MEAN_IMAGE_KEY}
-    try:
+    with named(source):
         layout = recognize(weights)
         tensors = weights_alone(LAYOUTS[layout].to_ours(weights))
-        models = tuple(infer_models(tensors))
-    except ValueError as error:
-        raise WeightsError(f"{source}: {one_line(error)}") from error
-    checkpoint, missing, options = None, [], []
+        models = infer_models(tensors)
+    found = Inspection(str(source), raw, layout, tensors, models)
     ambiguous = len(models) > 1 and model is None
     try:
-        checkpoint = read_checkpoint(source, preprocessing, model, raw)
+        return replace(found, checkpoint=read_checkpoint(source, preprocessing, model, raw))
     except UnknownInput:
-        missing, options = _unknown_input(tensors), ["--preprocessing NAME"]
+        found.missing.extend(_unknown_input(tensors))
+        found.options.append("--preprocessing NAME")
     except WeightsError:
         if not ambiguous:
             raise
-    if checkpoint is None and ambiguous:
+    if ambiguous:
         names = " or --model ".join(spec.name for spec in models)
-        missing.append(f"which of these networks it is: add --model {names}")
-        options.append("--model NAME")
-    return Inspection(
-        str(source),
-        raw.container,
-        raw.sha256,
-        layout,
-        tensors,
-        models,
-        checkpoint,
-        tuple(missing),
-        tuple(options),
-    )
+        found.missing.append(f"which of these networks it is: add --model {names}")
+        found.options.append("--model NAME")
+    return found
 
 
 def _unknown_input(tensors: dict[str, Tensor]) -> list[str]:
@@ -212,22 +193,21 @@ def describe_weights(
         WeightsError: missing or damaged file, no preprocessing.
     """
     found = resolve(path)
-    file = find_file(found.path)
+    file, said = find_file(found.path), None
     if file.suffix == ".safetensors":
         said = FileMetadata.read(file)
-        if said.preprocessing is not None or found.preprocessing is not None:
-            known = agreed_preprocessing(str(path), found, said, preprocessing)
-            return _description(known, said.model, said.has_mean_image, path)
-    read = read_source(path, preprocessing, raw)
-    has_mean_image = read.preprocessing.mean_image is not None
-    return _description(read.preprocessing, read.stated, has_mean_image, path)
-
-
-def _description(
-    known: Preprocessing, model: ModelSpec | None, has_mean_image: bool, path: str | os.PathLike
-) -> Description:
-    stated = {} if model is None else asdict(model)
-    return Description(stated_input(known, model, str(path)), stated, has_mean_image)
+    if said and (said.preprocessing is not None or found.preprocessing is not None):
+        known, model = agreed_preprocessing(str(path), found, said, preprocessing), said.model
+        has_mean_image = said.has_mean_image
+    else:
+        _, known, model, _ = read_source(path, preprocessing, raw)
+        has_mean_image = known.mean_image is not None
+    # the network's name alone says whether it has bottlenecks: no tensor was read
+    match = re.fullmatch(r"(?:\w+/)?(?:\w+_)?(?:resnet|plain)(\d+)\w*", model.name if model else "")
+    block, _ = DEPTHS.get(int(match[1]) if match else 0, (None, ()))
+    if block is BottleneckBlock:
+        known = with_stride(known, model, None, str(path))
+    return Description(known, asdict(model) if model else {}, has_mean_image)
 
 
 def read_header(path: str | os.PathLike) -> FileMetadata:
@@ -237,12 +217,3 @@ def read_header(path: str | os.PathLike) -> FileMetadata:
         WeightsError: the file is missing, damaged or of a later version.
     """
     return FileMetadata.read(find_file(path))
-
-
-def stated_input(known: Preprocessing, stated: ModelSpec | None, source: str) -> Preprocessing:
-    """:func:`with_stride` by the name of the network alone, where no tensor was read."""
-    match = re.fullmatch(
-        r"(?:\w+/)?(?:\w+_)?(?:resnet|plain)(\d+)\w*", stated.name if stated else ""
-    )
-    block, _ = DEPTHS.get(int(match[1]) if match else 0, (None, ()))
-    return with_stride(known, stated, None, source) if block is BottleneckBlock else known

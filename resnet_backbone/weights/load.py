@@ -129,15 +129,6 @@ def _setting(spec: ModelSpec, key: str) -> object:
     return spec.options.get(key, defaults.get(key))
 
 
-def load_tensors(model: StagedNetwork, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copies tensors into a network: all or nothing.
-
-    Raises:
-        WeightsError: see :func:`fitting_tensors`.
-    """
-    model.load_state_dict(fitting_tensors(model, tensors, where), strict=False)
-
-
 def fitting_tensors(
     model: StagedNetwork, tensors: Mapping[str, Tensor], where: str
 ) -> dict[str, Tensor]:
@@ -147,36 +138,36 @@ def fitting_tensors(
         WeightsError: missing, unknown or wrongly shaped tensors.
     """
     own = {k: v for k, v in model.state_dict().items() if not k.endswith(COUNTER)}
-    missing = [key for key in own if key not in tensors]
-    if missing:
-        raise WeightsError(
-            f"{where} lacks {len(missing)} tensors of this network, the first is {missing[0]}; "
-            "is it another depth or norm? (a backbone without head has out_features)"
-            + _difference(model, tensors)
-        )
-    for key, value in own.items():
-        if value.shape != tensors[key].shape:
-            raise WeightsError(
-                f"{where}: {key} has shape {tuple(tensors[key].shape)}, "
-                f"this network needs {tuple(value.shape)}"
-                + (_classes(tensors[key]) if key == "linear.weight" else "")
-                + _difference(model, tensors)
-            )
-    left_out = tuple(f"{name}." for name in model.left_out)
-    for key in tensors:
-        if key not in own and not key.endswith(COUNTER) and not key.startswith(left_out):
-            raise WeightsError(
-                f"{where}: this network has no {key}; is it another depth?"
-                + _difference(model, tensors)
-            )
+    problem = _misfit(own, tensors, tuple(f"{name}." for name in model.left_out))
+    if problem:
+        raise WeightsError(f"{where}{problem}{_difference(model, tensors)}")
     return {key: tensors[key] for key in own}
 
 
-def _classes(weight: Tensor) -> str:
-    return (
-        f"; build it with num_classes={len(weight)}, load, and put a new layer in place of "
-        "network.linear (a backbone, with out_features, takes files of any classes)"
-    )
+def _misfit(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], left_out: tuple[str, ...]
+) -> str:
+    """The first tensor that does not fit, behind the file's name; "" where all do."""
+    missing = [key for key in own if key not in tensors]
+    if missing:
+        return (
+            f" lacks {len(missing)} tensors of this network, the first is {missing[0]}; "
+            "is it another depth or norm? (a backbone without head has out_features)"
+        )
+    for key, value in own.items():
+        if value.shape != tensors[key].shape:
+            found, needed = tuple(tensors[key].shape), tuple(value.shape)
+            text = f": {key} has shape {found}, this network needs {needed}"
+            if key == "linear.weight":
+                text += (
+                    f"; build it with num_classes={found[0]}, load, and put a new layer in place "
+                    "of network.linear (a backbone, with out_features, takes files of any classes)"
+                )
+            return text
+    for key in tensors:
+        if key not in own and not key.endswith(COUNTER) and not key.startswith(left_out):
+            return f": this network has no {key}; is it another depth?"
+    return ""
 
 
 def _difference(model: StagedNetwork, tensors: Mapping[str, Tensor]) -> str:
@@ -245,11 +236,30 @@ def load_weights(
             tensors. The network is unchanged then.
     """
     read = read_network(path, preprocessing)
-    check_architecture(model, read.preprocessing, str(path))
-    tensors = fitting_tensors(model, single_precision(read.tensors), str(path))
-    check_settings(model, read.stated, str(path))
-    model.load_state_dict(tensors, strict=False)
+    _load(model, single_precision(read.tensors), read.preprocessing, read.stated, str(path))
     return read.preprocessing
+
+
+def load_checkpoint(model: StagedNetwork, checkpoint: Checkpoint, where: str) -> None:
+    """Loads a checkpoint into a network; see :func:`load_weights`.
+
+    Args:
+        where: the checkpoint's source, for messages.
+    """
+    _load(model, checkpoint.tensors, checkpoint.preprocessing, checkpoint.model, where)
+
+
+def _load(
+    model: StagedNetwork,
+    tensors: Mapping[str, Tensor],
+    preprocessing: Preprocessing,
+    stated: ModelSpec | None,
+    where: str,
+) -> None:
+    check_architecture(model, preprocessing, where)
+    fitting = fitting_tensors(model, tensors, where)
+    check_settings(model, stated, where)
+    model.load_state_dict(fitting, strict=False)
 
 
 def save_weights(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -96,14 +97,10 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], Preprocessing]:
     """Reads a network's weights and what they expect of their input.
 
-    Args:
-        path, preprocessing: see :func:`read_checkpoint`.
+    Args, raises: see :func:`read_checkpoint`.
 
     Returns:
         (state dict in our key names, fp32; preprocessing)
-
-    Raises:
-        WeightsError: missing or damaged file, unknown keys, non-finite values, no preprocessing.
     """
     read = read_network(path, preprocessing)
     return single_precision(read.tensors), read.preprocessing
@@ -125,11 +122,7 @@ def read_own_tensors(
 def read_source(
     source: str | os.PathLike, preprocessing: str | Preprocessing, raw: RawFile | None = None
 ) -> Weights:
-    """Tensors under the source's own names.
-
-    Args:
-        raw: the source's file, where it was read before.
-    """
+    """Tensors under the source's own names; see :func:`read_checkpoint`."""
     found = resolve(source)
     raw = raw or read_tensors(found.path)
     if not raw.sha256.startswith(found.sha256):
@@ -161,25 +154,31 @@ def read_network(
 ) -> Weights:
     """Tensors under this package's names, those of the network that the file states, if any.
 
-    The preprocessing says the stride of bottlenecks.
+    The preprocessing says the stride of bottlenecks. See :func:`read_checkpoint`.
 
     Args:
         given: what the user says of the network.
-        raw: the source's file, where it was read before.
     """
     read = read_source(source, preprocessing, raw)
-    try:
+    with named(source):
         layout = recognize(read.tensors)
         tensors = LAYOUTS[layout].to_ours(read.tensors)
         if read.stated is not None:
             check_stated(read.stated, tensors)
-    except ValueError as error:
-        raise WeightsError(f"{source}: {one_line(error)}") from error
     origin = read.origin if read.origin.format else replace(read.origin, format=layout)
     known = read.preprocessing
     if has_bottlenecks(tensors):
         known = with_stride(known, read.stated, given, str(source))
     return read._replace(tensors=tensors, origin=origin, preprocessing=known)
+
+
+@contextmanager
+def named(source: str | os.PathLike) -> Iterator[None]:
+    """Turns a ValueError into one line that names the source."""
+    try:
+        yield
+    except ValueError as error:
+        raise WeightsError(f"{source}: {one_line(error)}") from error
 
 
 def check_stated(
@@ -222,17 +221,15 @@ def weights_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpec:
     """The network, with the number of classes and the stride that its weights have."""
     stated = read.stated or given
-    try:
+    with named(source):
         candidates = infer_models(read.tensors)
         if stated is None and len(candidates) > 1:
             names = " and ".join(map(spell, candidates))
             raise ValueError(f"its tensors fit {names}: say which network it is")
-        if given is not None and read.stated is not None and given.name != read.stated.name:
-            raise ValueError(f"it says that it is a {read.stated.name}, not {given.name}")
+        if given is not None and given.name != stated.name:
+            raise ValueError(f"it says that it is a {stated.name}, not {given.name}")
         if read.stated is None and given is not None:
             check_stated(given, read.tensors, "you say")
-    except ValueError as error:
-        raise WeightsError(f"{source}: {one_line(error)}") from error
     spec = stated or candidates[0]
     name = spec.name.rpartition("/")[2]
     options = dict(spec.options)
@@ -303,25 +300,20 @@ def with_stride(
     Raises:
         WeightsError: it is unknown, or file and user disagree.
     """
-    of_network = _stride_of(stated or given)
-    found = {value for value in (known.stride_in_1x1, of_network) if value is not None}
-    if not found and stated is not None:
-        found = {constructor_options(stated.name)["stride_in_1x1"]}
-    if not found:
-        raise WeightsError(
-            f"{source}: the stride of its bottlenecks is unknown; name a preprocessing that has "
-            "it, such as msra or torchvision"
-        )
-    if len(found) > 1:
+    spec, of_network = stated or given, None
+    if spec is not None:  # torchvision's and timm's have it in the 3x3
+        of_network = False if "/" in spec.name else spec.options.get("stride_in_1x1")
+    if None not in (known.stride_in_1x1, of_network) and known.stride_in_1x1 != of_network:
         raise WeightsError(
             f"{source}: its network has stride_in_1x1={of_network}, its preprocessing "
             f"{known.stride_in_1x1}"
         )
-    return replace(known, stride_in_1x1=found.pop())
-
-
-def _stride_of(spec: ModelSpec | None) -> bool | None:
-    """What a network's name and options say; torchvision's and timm's have it in the 3x3."""
-    if spec is None:
-        return None
-    return False if "/" in spec.name else spec.options.get("stride_in_1x1")
+    stride = of_network if known.stride_in_1x1 is None else known.stride_in_1x1
+    if stride is None and stated is not None:
+        stride = constructor_options(stated.name)["stride_in_1x1"]
+    if stride is None:
+        raise WeightsError(
+            f"{source}: the stride of its bottlenecks is unknown; name a preprocessing that has "
+            "it, such as msra or torchvision"
+        )
+    return replace(known, stride_in_1x1=stride)

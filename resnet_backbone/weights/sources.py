@@ -116,16 +116,17 @@ def resolve(source: str | os.PathLike) -> ResolvedSource:
     """
     scheme, separator, name = str(source).partition("://")
     if not separator:
-        path = Path(source)
-        return _described(ResolvedSource(path)) if _may_have_config(path) else ResolvedSource(path)
+        found = ResolvedSource(Path(source))
+        # a config.json belongs to the file of the usual name beside it, and to no other
+        has_config = found.path.is_dir() or found.path.name in FOLDER_FILES
+        return _described(found) if has_config else found
     if scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise WeightsError(f"{source}: unknown kind of source; known are local paths, {known}")
     return SCHEMES[scheme](name)
 
 
-def _from_https(name: str) -> ResolvedSource:
-    url = f"https://{name}"
+def _from_address(url: str) -> ResolvedSource:
     if url.startswith(PYTORCH):
         entry = torchvision_entry(lambda weights: weights.url == url)
         if entry is not None:
@@ -135,14 +136,10 @@ def _from_https(name: str) -> ResolvedSource:
     return ResolvedSource(path, known)
 
 
-def _from_detectron2(name: str) -> ResolvedSource:
-    return _from_https((DETECTRON2 + name).removeprefix("https://"))
-
-
 def _from_catalog(name: str) -> ResolvedSource:
     if name not in CATALOG:
         raise WeightsError(f"catalog://{name}: not known; known are {', '.join(CATALOG)}")
-    return _from_https(CATALOG[name].removeprefix("https://"))
+    return _from_address(CATALOG[name])
 
 
 def _cached(url: str) -> Path:
@@ -276,17 +273,10 @@ def convention_of_content(file: RawFile) -> Preprocessing | None:
     if file.container != "torch":
         return BY_AUTHOR.get(file.metadata.get("__author__", ""))
 
-    def is_this(weights: Any) -> bool:
-        digits = published_hash(weights)
-        return bool(digits) and file.sha256.startswith(digits)
-
-    published = torchvision_entry(is_this)
+    published = torchvision_entry(
+        lambda weights: file.sha256.startswith(published_hash(weights) or "none")
+    )
     return None if published is None else torchvision_preprocessing(published)
-
-
-def _may_have_config(path: Path) -> bool:
-    """A config.json belongs to the file of the usual name beside it, and to no other."""
-    return path.is_dir() or path.name in FOLDER_FILES
 
 
 def _described(found: ResolvedSource) -> ResolvedSource:
@@ -331,7 +321,7 @@ SCHEMES: dict[str, Callable[[str], ResolvedSource]] = {
     "torchvision": _from_torchvision,
     "timm": _from_timm,
     "hf": _from_hugging_face,
-    "detectron2": _from_detectron2,
+    "detectron2": lambda name: _from_address(DETECTRON2 + name),
     "catalog": _from_catalog,
-    "https": _from_https,
+    "https": lambda name: _from_address(f"https://{name}"),
 }
