@@ -19,7 +19,7 @@ from resnet_backbone.weights import (
     read_checkpoint,
 )
 from resnet_backbone.weights.convert import convert_input
-from resnet_backbone.weights.load import load_checkpoint
+from resnet_backbone.weights.load import load_tensors
 
 
 def rgb_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> Checkpoint:
@@ -79,5 +79,7 @@ def build_backbone(
     if any(key.endswith(".running_mean") for key in checkpoint.tensors):
         options.setdefault("norm", "FrozenBN")
     network = checkpoint.model.build(**options)
-    load_checkpoint(network, checkpoint, str(weights))
+    load_tensors(
+        network, checkpoint.tensors, checkpoint.preprocessing, checkpoint.model, str(weights)
+    )
     return network, checkpoint.preprocessing

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_backbone.fast import build_model
 from resnet_backbone.weights import Preprocessing, WeightsError, read_checkpoint
-from resnet_backbone.weights.load import WrongStride, load_checkpoint
+from resnet_backbone.weights.load import WrongStride, load_tensors
 from resnet_backbone.weights.preprocessing import same_mean, same_std
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -143,7 +143,13 @@ class PaperResNet(BaseModule):
         checkpoint = read_checkpoint(weights, self.init_cfg.get("preprocessing", ""))
         check_data_preprocessor(checkpoint.preprocessing, self.data_preprocessor, weights)
         try:
-            load_checkpoint(self.network, checkpoint, weights)
+            load_tensors(
+                self.network,
+                checkpoint.tensors,
+                checkpoint.preprocessing,
+                checkpoint.model,
+                weights,
+            )
         except WrongStride as error:
             style = "caffe" if error.expected else "pytorch"
             raise WeightsError(f'{error}, that is with style="{style}"') from error

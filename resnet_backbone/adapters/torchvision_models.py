@@ -1,9 +1,8 @@
 """The backbones in torchvision's detectors and in its DeepLabV3.
 
-torchvision's detectors are given RGB images in 0..1 and normalize them with their own
-``image_mean`` and ``image_std``, whose defaults are right for torchvision's weights only. So
-:func:`fpn_backbone` returns both, backbone and normalization, for weights that were converted to
-this input.
+torchvision's detectors normalize RGB images in 0..1 with ``image_mean`` and ``image_std``, whose
+defaults are right for torchvision's weights only. So :func:`fpn_backbone` returns both, backbone
+and normalization, for weights that were converted to this input.
 """
 
 from __future__ import annotations

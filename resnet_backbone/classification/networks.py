@@ -26,8 +26,7 @@ from resnet_backbone.weights import (
     save_weights,
 )
 from resnet_backbone.weights.checkpoint import MODEL_KEY
-from resnet_backbone.weights.inspect import read_header
-from resnet_backbone.weights.reading import read_own_tensors
+from resnet_backbone.weights.reading import read_header, read_own_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -34,16 +34,13 @@ MEAN_IMAGE_KEY = "preprocessing.mean_image"  # a tensor beside the weights
 class ModelSpec:
     """Which network weights belong to: enough to build it again.
 
-    Attributes:
-        name: of ``list_models()`` (or ``cifar_resnet<6n+2>``); ``torchvision/<name>`` or
-            ``timm/<name>`` for networks of those libraries.
-        num_classes: logits of the head; None for weights without head.
-        options: constructor arguments, for example ``{"shortcut": "B", "stride_in_1x1": True}``.
+    Its name is one of ``list_models()`` or ``cifar_resnet<6n+2>``; ``torchvision/<name>`` or
+    ``timm/<name>`` for networks of those libraries.
     """
 
     name: str
-    num_classes: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None  # logits of the head; None for weights without head
+    options: Mapping[str, Any] = field(default_factory=dict)  # constructor arguments
 
     def build(self, **options: Any) -> StagedNetwork:
         """Builds the network of this package with freshly initialized weights.
@@ -86,21 +83,13 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights came from.
+    """Where weights came from."""
 
-    Attributes:
-        format: the layout of the source: "torchvision", "caffe2", ...
-        file: the source's path, URL or name.
-        sha256: of the source file; empty for a sharded one.
-        run: the training run that wrote it.
-        reference: where its preprocessing is written down.
-    """
-
-    format: str = ""
-    file: str = ""
-    sha256: str = ""
-    run: str = ""
-    reference: str = ""
+    format: str = ""  # the layout of the source: "torchvision", "caffe2", ...
+    file: str = ""  # the source's path, URL or name
+    sha256: str = ""  # of the source file; empty for a sharded one
+    run: str = ""  # the training run that wrote it
+    reference: str = ""  # where its preprocessing is written down
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -129,12 +118,8 @@ def _json_object(text: str) -> dict[str, Any]:
 class Checkpoint:
     """Weights of one network, whole: what :func:`read_checkpoint` returns.
 
-    Attributes:
-        tensors: name -> tensor under this package's key names, with the file's dtypes and without
-            ``num_batches_tracked``.
-        model: the network.
-        preprocessing: the input that it was trained on.
-        origin: where it came from.
+    The tensors are under this package's key names, with the file's dtypes and without
+    ``num_batches_tracked``; the preprocessing is the input that the network was trained on.
     """
 
     tensors: dict[str, Tensor]
@@ -158,16 +143,12 @@ def has_bottlenecks(tensors: Mapping[str, Tensor]) -> bool:
 
 
 class FileMetadata(NamedTuple):
-    """What a file says of itself; None for parts that were not written.
-
-    Attributes:
-        has_mean_image: it holds a per-pixel mean beside the channel means.
-    """
+    """What a file says of itself; None for parts that were not written."""
 
     preprocessing: Preprocessing | None
     model: ModelSpec | None = None
     origin: Origin | None = None
-    has_mean_image: bool = False
+    has_mean_image: bool = False  # it holds a per-pixel mean beside the channel means
 
     def texts(self) -> dict[str, str]:
         """The header's texts; what is None is left out."""

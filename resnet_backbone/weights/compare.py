@@ -50,9 +50,9 @@ class Difference:
     def __str__(self) -> str:
         text = f"{self.output}: largest difference {self.largest:.3g}, scale {self.scale:.3g}, "
         text += f"relative {self.relative:.2g}"
-        if self.same_top1 is None:
-            return text
-        return text + f"; same top-1 class on {self.same_top1} of {self.num_images} images"
+        if self.same_top1 is not None:
+            text += f"; same top-1 class on {self.same_top1} of {self.num_images} images"
+        return text
 
 
 @torch.inference_mode()
@@ -160,10 +160,7 @@ def compare(
 def _explain(
     found: Comparison, a: Checkpoint, b: Checkpoint, run: _Runner, images: Tensor, expected: Tensor
 ) -> Comparison:
-    """Tries single mistakes, pairs, and everything at once; on a part of one image each time.
-
-    What explains that part best is then tried on all images.
-    """
+    """Tries single mistakes, pairs, and everything at once, on a part of one image each time."""
     top, left = (max(extent - SEARCH_SIZE, 0) // 2 for extent in images.shape[2:])
     part = images[:1, :, top : top + SEARCH_SIZE, left : left + SEARCH_SIZE]
     target = _Runner(run.stage, "A")(a, part)
@@ -181,6 +178,7 @@ def _explain(
         best = min(errors, key=errors.__getitem__, default=None)
         if best is None or errors[best] > found.tolerance:
             continue
+        # what explains that part best, on all images
         left = difference(expected, run(_applied(b, best), images), run.stage)
         if left.relative <= found.tolerance:
             texts = tuple(hypothesis.text for hypothesis in best)
@@ -196,6 +194,7 @@ def _applied(checkpoint: Checkpoint, hypotheses: Sequence[Hypothesis]) -> Checkp
 
 # What may be stated wrongly
 
+NUMBERS = "{:.6g} {:.6g} {:.6g}"
 KNOWN_EPS = (1e-5, 1e-3)  # PyTorch and Caffe; TensorFlow
 RGB_BYTES = Preprocessing("RGB", 255.0, (0.0,) * 3, (1.0,) * 3)
 # Where a mean or std is used -> an input with it.
@@ -251,14 +250,11 @@ def whole_conventions(reference: Checkpoint, other: Checkpoint) -> Iterator[Hypo
         )
 
 
-def _describe(preprocessing: Preprocessing) -> str:
-    mean, std = (
-        " ".join(f"{value:.6g}" for value in values)
-        for values in (preprocessing.pixel_mean_255(), preprocessing.pixel_std_255())
-    )
+def _describe(own: Preprocessing) -> str:
+    mean, std = (NUMBERS.format(*values) for values in (own.pixel_mean_255(), own.pixel_std_255()))
     return (
-        f"{preprocessing.channel_order}, mean {mean}, std {std} of 0..255, "
-        f"stride_in_1x1 {preprocessing.stride_in_1x1}, BN eps {preprocessing.bn_eps}"
+        f"{own.channel_order}, mean {mean}, std {std} of 0..255, "
+        f"stride_in_1x1 {own.stride_in_1x1}, BN eps {own.bn_eps}"
     )
 
 
@@ -303,14 +299,14 @@ def _input(right: Preprocessing, own: Preprocessing) -> Iterator[Hypothesis]:
 def _levels(fact: str, right: Preprocessing, own: Preprocessing) -> Iterator[Hypothesis]:
     """The reference's mean or std, and published ones that are none of the two."""
     have = getattr(_in_form_of(own, RGB_BYTES), fact)
-    tried, numbers = [have], "{:.6g} {:.6g} {:.6g}"
+    tried = [have]
     for name, known in {"A's": right, **KNOWN_LEVELS}.items():
         levels = getattr(_in_form_of(known, RGB_BYTES), fact)
         tolerance = dict(rtol=1e-6 if known is right else 0.01, atol=1e-9)
         if any(np.allclose(levels, earlier, **tolerance) for earlier in tried):
             continue
         tried.append(levels)
-        text = f"{fact} {numbers.format(*levels)} ({name}) in place of {numbers.format(*have)}"
+        text = f"{fact} {NUMBERS.format(*levels)} ({name}) in place of {NUMBERS.format(*have)}"
         apply = partial(_with_fact, fact, known)
         yield Hypothesis(fact, f"{text} (R, G, B of 0..255)", apply)
 
@@ -340,11 +336,7 @@ class Samples(NamedTuple):
 
 
 def sample_images(size: int) -> Samples:
-    """Photographs that lie inside scikit-image, or noise where it is not installed.
-
-    Args:
-        size: side in pixels.
-    """
+    """Photographs of scikit-image, ``size`` pixels a side, or noise where it is not there."""
     try:
         from resnet_backbone.runtime.builtin import load_photograph
     except ImportError:

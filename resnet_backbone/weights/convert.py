@@ -1,17 +1,8 @@
 """Exact conversions of a checkpoint: the same function of the same picture in another form.
 
-What is bit-exact, and what rounds:
-
-- channel order: the first convolution's input channels, mean and std change places; bit-exact;
-- value range: mean and std are other numbers for the same gray levels; no tensor changes;
-- std: a factor per input channel moves into the first convolution; one rounding to fp32 (none
-  where the factors are powers of two);
-- batch norm folded into convolutions: computed in float64, one rounding to fp32;
-- unit responses: a factor per layer of a VGG; one rounding to fp32 each;
-- fp16 and bf16: rounding is the purpose; back to fp32 is bit-exact.
-
-What cannot be converted is an error: the stride's place is another function, and another mean
-cannot be moved into a bias because convolutions pad with zeros, which here means "mean pixel".
+Channel order, value range and powers of two are bit-exact; other factors round once to fp32. What
+cannot be converted is an error, or has no function here: the stride's place is another function,
+and another mean cannot become a bias, for convolutions pad with zeros, which here are "mean pixel".
 """
 
 from __future__ import annotations
@@ -26,13 +17,12 @@ from torch import Tensor
 
 from resnet_backbone.models.layers import ConvNormAct
 from resnet_backbone.weights.architecture import FIRST_KEYS
-from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.checkpoint import Checkpoint
 from resnet_backbone.weights.keymaps.table import norm_layers
 from resnet_backbone.weights.load import build_network
 from resnet_backbone.weights.preprocessing import InputNormalizer, Preprocessing, WeightsError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SAME = 1e-6  # relative; two ways of writing one mean or std, such as 103.939 / 255 * 255
 
 
 def first_convolution(tensors: dict[str, Tensor]) -> str:
@@ -58,32 +48,21 @@ def convert_input(
     *,
     channel_order: str = "",
     value_range: float | None = None,
-    mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    stride_in_1x1: bool | None = None,
 ) -> Checkpoint:
     """The same network for input in another form; what is left out stays as it is.
 
     Args:
         channel_order: "RGB" or "BGR".
         value_range: 1.0 or 255.0.
-        mean, std: in the new order and range. The mean must be the checkpoint's own; the
-            difference between the two stds goes into the first convolution.
-        stride_in_1x1: must be the checkpoint's own.
+        std: in the new order and range; what differs goes into the first convolution.
 
     Returns:
         A new checkpoint; tensors that did not change are shared with the old one.
 
     Raises:
-        WeightsError: another mean or stride, see the module's first lines.
+        WeightsError: another range, a std that is not positive.
     """
-    own_stride = checkpoint.preprocessing.stride_in_1x1
-    if stride_in_1x1 is not None and own_stride is not None and stride_in_1x1 != own_stride:
-        raise WeightsError(
-            f"stride_in_1x1 {own_stride} cannot become {stride_in_1x1}: with the stride on the "
-            "other convolution the kernels see other pixels, no weights give the same function; "
-            f"build the network with stride_in_1x1={own_stride}, or train it anew"
-        )
     if channel_order and channel_order != checkpoint.preprocessing.channel_order:
         checkpoint = _reversed_channels(checkpoint)
     if value_range not in (None, 1.0, 255.0):
@@ -91,8 +70,6 @@ def convert_input(
     if value_range not in (None, checkpoint.preprocessing.value_range):
         new = checkpoint.preprocessing.with_range(value_range)
         checkpoint = replace(checkpoint, preprocessing=new)
-    if mean is not None:
-        _check_mean(checkpoint.preprocessing, mean)
     if std is not None:
         checkpoint = _with_std(checkpoint, std)
     return checkpoint
@@ -103,17 +80,6 @@ def _reversed_channels(checkpoint: Checkpoint) -> Checkpoint:
     tensors = {**checkpoint.tensors, key: checkpoint.tensors[key].flip(1)}
     new = checkpoint.preprocessing.reversed_channels()
     return replace(checkpoint, tensors=tensors, preprocessing=new)
-
-
-def _check_mean(own: Preprocessing, mean: Sequence[float]) -> None:
-    pairs = zip(own.mean, mean, strict=False)
-    same = all(math.isclose(a, b, rel_tol=SAME, abs_tol=SAME) for a, b in pairs)
-    if len(mean) != 3 or not same:
-        raise WeightsError(
-            f"mean {list(own.mean)} cannot become {list(mean)}: a bias would make up for it inside "
-            "the image but not at its border, where convolutions pad with zeros, that is with "
-            "the mean; keep the checkpoint's own mean"
-        )
 
 
 def _with_std(checkpoint: Checkpoint, std: Sequence[float]) -> Checkpoint:
@@ -136,8 +102,7 @@ def _with_std(checkpoint: Checkpoint, std: Sequence[float]) -> Checkpoint:
 
 def use_channel_means(checkpoint: Checkpoint) -> Checkpoint:
     """Drops the per-pixel mean image. Not exact: the channel means take its place."""
-    new = replace(checkpoint.preprocessing, mean_image=None)
-    return replace(checkpoint, preprocessing=new)
+    return replace(checkpoint, preprocessing=replace(checkpoint.preprocessing, mean_image=None))
 
 
 def fold_bn(checkpoint: Checkpoint) -> Checkpoint:
@@ -160,7 +125,12 @@ def fold_bn(checkpoint: Checkpoint) -> Checkpoint:
             folded |= {key: kernel, f"{layer}.bias": bias}
         elif not layer.endswith(".norm"):
             folded[key] = value
-    return replace(checkpoint, tensors=folded, model=without_norm(checkpoint.model))
+    model = checkpoint.model
+    options = {**model.options, "norm": ""}
+    if model.name.endswith("_bn"):  # vgg16_bn without its norms is vgg16
+        options.pop("norm")
+    model = replace(model, name=model.name.removesuffix("_bn"), options=options)
+    return replace(checkpoint, tensors=folded, model=model)
 
 
 def _folded(tensors: dict[str, Tensor], layer: str, eps: float) -> tuple[Tensor, Tensor]:
@@ -174,14 +144,6 @@ def _folded(tensors: dict[str, Tensor], layer: str, eps: float) -> tuple[Tensor,
     scale = gamma / (var + eps).sqrt()
     kernel = tensors[f"{layer}.weight"].double() * scale[:, None, None, None]
     return kernel.float(), (beta - mean * scale).float()
-
-
-def without_norm(model: ModelSpec) -> ModelSpec:
-    """The same network with convolution biases in place of norms."""
-    if model.name.endswith("_bn"):  # vgg16_bn without its norms is vgg16
-        options = {key: value for key, value in model.options.items() if key != "norm"}
-        return replace(model, name=model.name.removesuffix("_bn"), options=options)
-    return replace(model, options={**model.options, "norm": ""})
 
 
 def to_unit_responses(checkpoint: Checkpoint, images: Tensor) -> Checkpoint:

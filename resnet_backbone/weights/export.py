@@ -1,11 +1,8 @@
 """Checkpoints for other libraries: files that load there strictly and give the same logits.
 
-    exported = export_checkpoint(checkpoint, "resnet50_timm", "timm")
-    print(exported.usage)
-
 A library that takes RGB in 0..1 only gets the channel order folded into the first convolution and
-the mean and std in that range; the numbers are on ``exported.preprocessing`` and in the usage.
-What no conversion can bring into a library is refused, with the formats that take it.
+the mean and std in that range. What no conversion can bring into a library is refused, with the
+formats that take it.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ from torch import Tensor
 from resnet_backbone.runtime.files import whole_file
 from resnet_backbone.weights.architecture import deepest_stage
 from resnet_backbone.weights.checkpoint import Checkpoint, write_checkpoint, write_file
-from resnet_backbone.weights.convert import convert_input, use_channel_means
+from resnet_backbone.weights.convert import convert_input
 from resnet_backbone.weights.keymaps import LAYOUTS
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_configs
 from resnet_backbone.weights.keymaps.torchvision import timm_config
@@ -74,7 +71,6 @@ def export_checkpoint(
     format: str,
     *,
     overwrite: bool = False,
-    accept_channel_means: bool = False,
     shard_size: int | None = None,
 ) -> Exported:
     """Writes a checkpoint for a library, atomically.
@@ -83,8 +79,6 @@ def export_checkpoint(
         path: a file with a suffix of the format, or a folder for "timm" and "huggingface".
         format: a name of ``FORMATS``.
         overwrite: replace what is there.
-        accept_channel_means: drop a per-pixel mean image, which only our own files hold. Logits
-            are then not exactly those of before.
         shard_size: bytes of tensors in one file of "huggingface", where that many are more than
             one; None: one file.
 
@@ -96,7 +90,7 @@ def export_checkpoint(
     check_target(path, format, overwrite)
     if shard_size is not None and format != "huggingface":
         raise WeightsError(f"only huggingface files are sharded, not {format}")
-    written = for_format(checkpoint, format, accept_channel_means=accept_channel_means)
+    written = for_format(checkpoint, format)
     if format == "resnet_backbone":
         write_checkpoint(written, path)
         return Exported(path, written, _usage(written, format, path))
@@ -140,9 +134,7 @@ def check_target(path: Path, format: str, overwrite: bool) -> None:
         raise WeightsError(f"{path}: there is no folder {path.parent}")
 
 
-def for_format(
-    checkpoint: Checkpoint, format: str, *, accept_channel_means: bool = False
-) -> Checkpoint:
+def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
     """The same function with the input that a library gives its networks.
 
     Raises:
@@ -152,13 +144,11 @@ def for_format(
     if format == "resnet_backbone":
         return checkpoint
     if preprocessing.mean_image is not None:
-        if not accept_channel_means:
-            raise WeightsError(
-                f"these weights subtract a per-pixel mean image, for which {format} has no place: "
-                "write resnet_backbone, or take its channel means in place of it "
-                "(--accept-channel-means), which is not exactly the same"
-            )
-        checkpoint = use_channel_means(checkpoint)
+        raise WeightsError(
+            f"these weights subtract a per-pixel mean image, for which {format} has no place: "
+            "write resnet_backbone, or take its channel means in place of it "
+            "(--accept-channel-means), which is not exactly the same"
+        )
     _check_network(checkpoint, format, rules)
     order = "RGB" if rules.rgb else preprocessing.channel_order
     checkpoint = convert_input(checkpoint, channel_order=order, value_range=rules.value_range)
@@ -184,11 +174,7 @@ def _check_network(checkpoint: Checkpoint, format: str, rules: Format) -> None:
 
 
 def _with_stride(checkpoint: Checkpoint, format: str) -> Checkpoint:
-    """States the stride in the network too, where the key map looks at it.
-
-    Raises:
-        WeightsError: the library has it elsewhere.
-    """
+    """States the stride in the network too, where the key map looks at it."""
     preprocessing, model = checkpoint.preprocessing, checkpoint.model
     if not checkpoint.has_bottlenecks:
         if FORMATS[format].rgb:  # their configs say False for networks without bottlenecks too
@@ -198,12 +184,6 @@ def _with_stride(checkpoint: Checkpoint, format: str) -> Checkpoint:
     stride = model.options.get("stride_in_1x1") if stride is None else stride
     if stride is None:
         raise WeightsError("the stride of these bottlenecks is unknown: state it")
-    if stride and format in ("torchvision", "timm"):
-        raise WeightsError(
-            f"these weights have stride_in_1x1=True, {format} builds {model.name} with the stride "
-            "in the 3x3 convolutions, which is another function and cannot be converted; "
-            "huggingface, detectron2, caffe2 and resnet_backbone take it"
-        )
     return replace(
         checkpoint,
         preprocessing=replace(preprocessing, stride_in_1x1=stride),

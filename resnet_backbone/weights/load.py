@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from resnet_backbone import fast
 from resnet_backbone.models import BottleneckBlock, FrozenBatchNorm2d, StagedNetwork
-from resnet_backbone.models.layers import ConvNorm
-from resnet_backbone.models.resnet import ResidualBlock, ZeroPadShortcut
+from resnet_backbone.models.resnet import ResidualBlock
 from resnet_backbone.weights.architecture import (
     COUNTER,
     constructor_options,
@@ -31,7 +30,9 @@ from resnet_backbone.weights.checkpoint import (
     write_tensors,
 )
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
-from resnet_backbone.weights.reading import read_network, single_precision
+from resnet_backbone.weights.reading import read_network
+
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 class WrongStride(WeightsError):
@@ -52,12 +53,10 @@ def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: st
             expected,
         )
     for name, module in model.named_modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
-            if module.eps != preprocessing.bn_eps:
-                raise WeightsError(
-                    f"{where} was trained with BN eps {preprocessing.bn_eps}, {name} has "
-                    f"{module.eps}"
-                )
+        if isinstance(module, BATCH_NORMS) and module.eps != preprocessing.bn_eps:
+            raise WeightsError(
+                f"{where} was trained with BN eps {preprocessing.bn_eps}, {name} has {module.eps}"
+            )
 
 
 def stride_of(model: nn.Module) -> bool | None:
@@ -65,22 +64,6 @@ def stride_of(model: nn.Module) -> bool | None:
     if any(isinstance(module, BottleneckBlock) for module in model.modules()):
         return getattr(model, "stride_in_1x1", None)
     return None
-
-
-def shortcut_of(model: nn.Module) -> str | None:
-    """The shortcut option of a residual or plain network, None where its blocks do not show it."""
-    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
-    if not blocks:
-        return None
-    if blocks[0].gate is not None:
-        return "highway"
-    if blocks[0].shortcut is None:
-        return "none"
-    if any(isinstance(block.shortcut, ZeroPadShortcut) for block in blocks):
-        return "A"
-    if not any(isinstance(block.shortcut, ConvNorm) for block in blocks):
-        return None
-    return "B" if any(isinstance(block.shortcut, nn.Identity) for block in blocks) else "C"
 
 
 def describe_model(model: StagedNetwork) -> ModelSpec | None:
@@ -92,7 +75,8 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
         candidates = infer_models(model.state_dict())
     except ValueError:
         return None
-    plain = shortcut_of(model) == "none"
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
+    plain = bool(blocks) and blocks[0].gate is None and blocks[0].shortcut is None
     spec = candidates[-1] if plain else candidates[0]  # what has no tensors: shortcut, then plain
     options = dict(spec.options)
     stride = stride_of(model)
@@ -174,13 +158,12 @@ def _difference(model: StagedNetwork, tensors: Mapping[str, Tensor]) -> str:
     """ " (the file is a ResNet-34, this network a ResNet-50)" where both can be told."""
     own = describe_model(model)
     try:
-        file = infer_models(tensors)[0]
+        file = spell(infer_models(tensors)[0])
     except ValueError:
         return ""
-    names = [spell(spec) for spec in (file, own)] if own else []
-    if len(set(names)) < 2:
+    if own is None or spell(own) == file:
         return ""
-    return f" (the file is a {names[0]}, this network a {names[1]})"
+    return f" (the file is a {file}, this network a {spell(own)})"
 
 
 def build_model(
@@ -236,26 +219,23 @@ def load_weights(
             tensors. The network is unchanged then.
     """
     read = read_network(path, preprocessing)
-    _load(model, single_precision(read.tensors), read.preprocessing, read.stated, str(path))
+    load_tensors(model, read.tensors, read.preprocessing, read.stated, str(path))
     return read.preprocessing
 
 
-def load_checkpoint(model: StagedNetwork, checkpoint: Checkpoint, where: str) -> None:
-    """Loads a checkpoint into a network; see :func:`load_weights`.
-
-    Args:
-        where: the checkpoint's source, for messages.
-    """
-    _load(model, checkpoint.tensors, checkpoint.preprocessing, checkpoint.model, where)
-
-
-def _load(
+def load_tensors(
     model: StagedNetwork,
     tensors: Mapping[str, Tensor],
     preprocessing: Preprocessing,
     stated: ModelSpec | None,
     where: str,
 ) -> None:
+    """Loads what was read from a file into a network; see :func:`load_weights`.
+
+    Args:
+        stated: the network that the tensors are said to be of.
+        where: their source, for messages.
+    """
     check_architecture(model, preprocessing, where)
     fitting = fitting_tensors(model, tensors, where)
     check_settings(model, stated, where)
@@ -282,9 +262,7 @@ def save_weights(
     Raises:
         WeightsError: another suffix than ``.safetensors``; a preprocessing of another stride.
     """
-    metadata = metadata or {}
-    spec = None
-    stride = stride_of(model)
+    metadata, spec, stride = metadata or {}, None, stride_of(model)
     if stride is not None:
         check_architecture(model, preprocessing, "what the preprocessing describes")
         preprocessing = replace(preprocessing, stride_in_1x1=stride)
@@ -323,6 +301,6 @@ def network_on_meta(checkpoint: Checkpoint) -> StagedNetwork:
     with torch.device("meta"):
         network = checkpoint.model.build(**options).eval()
     for module in network.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
+        if isinstance(module, BATCH_NORMS):
             module.eps = preprocessing.bn_eps
     return network

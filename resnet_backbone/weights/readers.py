@@ -55,26 +55,15 @@ PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.com
 
 @dataclass(frozen=True)
 class RawFile:
-    """What a file of weights holds.
+    """What a file of weights holds; tensors are contiguous, finite, on the CPU."""
 
-    Attributes:
-        tensors: as they are in the file, contiguous, finite, on the CPU, without prefixes and
-            momenta.
-        metadata: of safetensors; of other files the texts ``STATED`` beside the weights.
-        sha256: of the file; empty for a sharded one.
-        container: "safetensors", "sharded safetensors", "torch" or "pickle".
-        path: of the file.
-        rest: what lies beside the weights, such as the state of a training.
-        wrapper: the key of the weights at the top of the file; "" if there is none.
-    """
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
-    sha256: str
-    container: str
+    tensors: dict[str, Tensor]  # under the file's names without prefixes and momenta
+    metadata: dict[str, str]  # of safetensors; else the texts ``STATED`` beside the weights
+    sha256: str  # empty for a sharded file
+    container: str  # "safetensors", "sharded safetensors", "torch" or "pickle"
     path: Path
-    rest: dict[str, Any] = field(default_factory=dict)
-    wrapper: str = ""
+    rest: dict[str, Any] = field(default_factory=dict)  # beside the weights: state of a training
+    wrapper: str = ""  # the key of the weights at the top of the file; "" if there is none
 
 
 def read_tensors(path: str | os.PathLike, file: RawFile | None = None) -> RawFile:
@@ -316,10 +305,7 @@ def _check_archive(stream: io.BytesIO) -> None:
 
 def _read_sharded(index: Path) -> RawFile:
     """All shards that a Hugging Face index names, each whole."""
-    if index.stat().st_size > MAX_JSON:
-        raise ValueError(f"an index of more than {MAX_JSON} bytes")
-    content = json.loads(index.read_bytes())
-    places = content.get("weight_map") if isinstance(content, dict) else None
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError("it has no weight_map")
     tensors: dict[str, Tensor] = {}
@@ -336,6 +322,20 @@ def _read_sharded(index: Path) -> RawFile:
         tensors |= found
         metadata |= _metadata(data)
     return RawFile(tensors, metadata, "", "sharded safetensors", index)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, not too large.
+
+    Raises:
+        ValueError, RecursionError, OSError: something else.
+    """
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"more than {MAX_JSON} bytes")
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
 
 
 def _shard_path(index: Path, name: Any) -> Path:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from resnet_backbone.models import list_models
+from resnet_backbone.models import BottleneckBlock, list_models
+from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.weights.architecture import (
-    COUNTER,
     check_tensors,
     constructor_options,
     infer_models,
@@ -32,9 +32,9 @@ from resnet_backbone.weights.preprocessing import (
     Preprocessing,
     WeightsError,
     get_preprocessing,
-    one_line,
+    named,
 )
-from resnet_backbone.weights.readers import RawFile, read_tensors
+from resnet_backbone.weights.readers import RawFile, find_file, read_tensors
 from resnet_backbone.weights.sources import ResolvedSource, convention_of_content, resolve
 
 
@@ -89,7 +89,7 @@ def read_checkpoint(
     """
     read = read_network(source, preprocessing, model, raw)
     spec = _network_of(read, model, str(source))
-    return Checkpoint(weights_alone(read.tensors), spec, read.preprocessing, read.origin)
+    return Checkpoint(read.tensors, spec, read.preprocessing, read.origin)
 
 
 def read_weights(
@@ -108,7 +108,7 @@ def read_weights(
 
 def single_precision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights in fp32, in which networks run."""
-    return {key: value.float() for key, value in weights_alone(tensors).items()}
+    return {key: value.float() for key, value in tensors.items()}
 
 
 def read_own_tensors(
@@ -172,23 +172,10 @@ def read_network(
     return read._replace(tensors=tensors, origin=origin, preprocessing=known)
 
 
-@contextmanager
-def named(source: str | os.PathLike) -> Iterator[None]:
-    """Turns a ValueError into one line that names the source."""
-    try:
-        yield
-    except ValueError as error:
-        raise WeightsError(f"{source}: {one_line(error)}") from error
-
-
 def check_stated(
     stated: ModelSpec, tensors: Mapping[str, Tensor], who: str = "its metadata say"
 ) -> None:
     """Refuses tensors that are not those of the network that they are said to be of.
-
-    Args:
-        tensors: under this package's names.
-        who: says it, for the message.
 
     Raises:
         ValueError: another depth, shortcut, norm or number of classes, with both.
@@ -213,11 +200,6 @@ def _spell(spec: ModelSpec) -> str:
     return f"{spell(spec)} with {spec.num_classes or 'no'} classes"
 
 
-def weights_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without ``num_batches_tracked``."""
-    return {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
-
-
 def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpec:
     """The network, with the number of classes and the stride that its weights have."""
     stated = read.stated or given
@@ -236,6 +218,46 @@ def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpe
     if "stride_in_1x1" in constructor_options(name) and has_bottlenecks(read.tensors):
         options["stride_in_1x1"] = read.preprocessing.stride_in_1x1
     return ModelSpec(name, candidates[0].num_classes, options)
+
+
+def describe_weights(
+    path: str | os.PathLike, preprocessing: str | Preprocessing = "", raw: RawFile | None = None
+) -> FileMetadata:
+    """Reads what weights say of themselves; of our own files only the header.
+
+    Args:
+        path, preprocessing, raw: see :func:`read_checkpoint`.
+
+    Raises:
+        WeightsError: missing or damaged file, no preprocessing.
+    """
+    found = resolve(path)
+    file, said = find_file(found.path), None
+    if file.suffix == ".safetensors":
+        said = FileMetadata.read(file)
+    if said and (said.preprocessing is not None or found.preprocessing is not None):
+        known = agreed_preprocessing(str(path), found, said, preprocessing)
+        said = said._replace(preprocessing=known)
+    else:
+        _, known, model, origin = read_source(path, preprocessing, raw)
+        said = FileMetadata(known, model, origin, known.mean_image is not None)
+    # the network's name alone says whether it has bottlenecks: no tensor was read
+    name = said.model.name if said.model else ""
+    match = re.fullmatch(r"(?:\w+/)?(?:\w+_)?(?:resnet|plain)(\d+)\w*", name)
+    block, _ = DEPTHS.get(int(match[1]) if match else 0, (None, ()))
+    if block is BottleneckBlock:
+        known = with_stride(said.preprocessing, said.model, None, str(path))
+        said = said._replace(preprocessing=known)
+    return said
+
+
+def read_header(path: str | os.PathLike) -> FileMetadata:
+    """What a local safetensors file says of itself, without its weights.
+
+    Raises:
+        WeightsError: the file is missing, damaged or of a later version.
+    """
+    return FileMetadata.read(find_file(path))
 
 
 # What file, origin and user agree on

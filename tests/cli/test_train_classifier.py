@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from resnet_backbone.runtime.errors import EXIT_STOPPED
-from resnet_backbone.weights.inspect import read_header
+from resnet_backbone.weights.reading import read_header
 from resnet_backbone.weights.reading import read_own_tensors
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -157,21 +157,6 @@ def test_half_precision_kernels_lose_nothing_by_folding(msra):
     assert fold_bn(msra).tensors["res2.0.conv1.weight"].dtype == torch.float32
 
 
-def test_another_mean_is_refused(small):
-    convert_input(small, mean=small.preprocessing.mean)
-    convert_input(small, value_range=255.0, mean=(123.675, 116.28, 103.53))
-    for mean in ((0.0, 0.0, 0.0), (0.5, 0.456, 0.406), (0.485, 0.456)):
-        with pytest.raises(WeightsError, match="pad with zeros"):
-            convert_input(small, mean=mean)
-
-
-def test_another_stride_is_refused(random_checkpoint):
-    checkpoint = random_checkpoint("resnet50", "msra")
-    convert_input(checkpoint, stride_in_1x1=True)
-    with pytest.raises(WeightsError, match="cannot become False.*no weights give the same"):
-        convert_input(checkpoint, stride_in_1x1=False)
-
-
 @pytest.mark.parametrize("std", [(0, 1, 1), (1, 1), (1, -1, 1), (float("nan"), 1, 1)])
 def test_wrong_std_is_refused(small, std):
     with pytest.raises(WeightsError, match="three positive numbers"):

@@ -35,8 +35,8 @@ from resnet_backbone.weights.checkpoint import (
     SCHEMA_KEY,
     FileMetadata,
 )
-from resnet_backbone.weights.inspect import describe_weights, read_header
 from resnet_backbone.weights.preprocessing import same_mean, same_std
+from resnet_backbone.weights.reading import describe_weights, read_header
 
 MSRA = PREPROCESSINGS["msra"]
 # The ten classes of imagenet_val500, in the order of all thousand
@@ -538,9 +538,9 @@ def test_every_norm_comes_back(tmp_path, norm):
 def test_descriptions(small, tmp_path, monkeypatch):
     path, model = small
     found = describe_weights(path)
-    assert found.preprocessing == MSRA and found.model["name"] == "cifar_resnet8"
+    assert found.preprocessing == MSRA and found.model.name == "cifar_resnet8"
     torch.save(model.state_dict(), tmp_path / "x.pth")
-    assert describe_weights(tmp_path / "x.pth", "msra").model == {}
+    assert describe_weights(tmp_path / "x.pth", "msra").model is None
     with monkeypatch.context() as patch:  # of our own files, the header alone
         patch.setattr("resnet_backbone.weights.reading.read_tensors", None)
         assert describe_weights(path) == found

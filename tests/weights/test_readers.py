@@ -324,7 +324,7 @@ def test_shards(tmp_path):
         (lambda f: save_file(WEIGHTS, f / "model-00001-of-00002.safetensors"), "differ in 1 keys"),
         (lambda f: save_file({"b": WEIGHTS["a"]}, f / "model-00002-of-00002.safetensors"), "in 2"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("[1]"), "no weight_map"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[1]"), "not a JSON object"),
         (lambda f: (f / "model.safetensors.index.json").write_text("x"), "not a whole"),
     ],
 )  # fmt: skip

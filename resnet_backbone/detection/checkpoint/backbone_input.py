@@ -26,7 +26,12 @@ from resnet_backbone.weights.preprocessing import (
     same_mean,
     same_std,
 )
-from resnet_backbone.weights.sources import BY_ADDRESS, CATALOG, DETECTRON2_DEFAULT
+from resnet_backbone.weights.sources import (
+    BY_ADDRESS,
+    CATALOG,
+    DETECTRON2_DEFAULT,
+    stated_convention,
+)
 
 FORMAT, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
 STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
@@ -147,7 +152,7 @@ def detector_input(file: WeightsFile, source: str, name: str) -> Preprocessing |
     Raises:
         WeightsError: the file and `name` say different things.
     """
-    stated, named = file.stated_input(), get_preprocessing(name) if name else None
+    stated, named = stated_convention(file.file), get_preprocessing(name) if name else None
     if stated is None:
         return named or origin_input(source)
     if named is not None and differences(stated, named):

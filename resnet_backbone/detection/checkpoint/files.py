@@ -19,15 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.keymaps.detectron2 import OTHER_BLOBS
-from resnet_backbone.weights.preprocessing import (
-    INPUT_SETTINGS,
-    Preprocessing,
-    WeightsError,
-    one_line,
-)
+from resnet_backbone.weights.preprocessing import WeightsError, one_line
 from resnet_backbone.weights.readers import (
     INDEX_SUFFIX,
-    PREPROCESSING_KEY,
     RawFile,
     open_file,
     read_tensors,
@@ -60,20 +54,6 @@ class WeightsFile:
     def raw(self) -> RawFile | None:
         """The weights of a backbone or a classifier; None where they are still to be read."""
         return None if self.file is None else read_tensors(self.file.path, self.file)
-
-    def stated_input(self) -> Preprocessing | None:
-        """The input that a detector says it was trained on; None if it does not.
-
-        Raises:
-            WeightsError: it says something unreadable.
-        """
-        text = self.file.rest.get(PREPROCESSING_KEY)
-        if isinstance(text, str):
-            return Preprocessing.from_json(text)
-        for key, value in self.file.tensors.items():
-            if key.endswith(f".{INPUT_SETTINGS}"):
-                return Preprocessing.from_tensor(value)
-        return None
 
     def content(self) -> dict[str, Any]:
         """A detector in the form of Detectron2's checkpointer, ``{"model": {name: tensor}, ...}``.

@@ -190,8 +190,7 @@ def _describe(cfg: CfgNode, source: str) -> _Described:
         found = describe_weights(opened.source, name or origin_input(source) or "", opened.raw())
     except UnknownInput as error:
         raise UnknownInput(source, NAME_KEY) from error
-    model = ModelSpec(**found.model) if found.model else None
-    return _Described(found.preprocessing, model, found.has_mean_image)
+    return _Described(found.preprocessing, found.model, found.has_mean_image)
 
 
 def _input_keys(cfg: CfgNode, expected: Preprocessing) -> dict[str, Any]:

@@ -6,14 +6,12 @@ other parts are left out, and what our networks say there of their input, so a d
 back; ``from_ours`` writes a backbone without prefix, which Detectron2's checkpointer puts in its
 place. VGGs are those of this package's detectors.
 
-Caffe2's are in MSRA's and FAIR's ImageNet files, Detectron1 and its detectors. Norms appear under
-two spellings, ``_bn_s/_b/_rm/_riv`` (``riv`` is a variance) and
-``_bn_gamma/_beta/_running_mean/_running_var``, and in Detectron1's files as a scale and a shift
-alone: the statistics are folded in. Such a norm gets those of an identity, mean 0 and variance
-1 - 1e-5: with the epsilon 1e-5 of this package's batch norms the same function in evaluation.
-``from_ours`` writes the first spelling with all statistics, and the head as ``pred``, the name that
-Detectron2 loads. It is the inverse but for the other spelling, folded statistics and the bias of
-MSRA's conv1, which ``to_ours`` moves into the running mean, all of which it does not write.
+Caffe2's are in MSRA's and FAIR's ImageNet files, Detectron1 and its detectors. Norms have two
+spellings, and in Detectron1's files are a scale and a shift alone: the statistics are folded in.
+Such a norm gets those of an identity, mean 0 and variance 1 - 1e-5: with the epsilon 1e-5 of this
+package's batch norms the same function in evaluation. ``from_ours`` writes the first spelling with
+all statistics, no bias of conv1 (MSRA's moves into the running mean), and the head as ``pred``, the
+name that Detectron2 loads.
 """
 
 from __future__ import annotations
@@ -29,18 +27,8 @@ from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.models.vgg import STAGE_NAMES as VGG_STAGES
 from resnet_backbone.weights.architecture import FIRST_KEYS, HEAD_NAMES
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
-from resnet_backbone.weights.keymaps.table import (
-    Layout,
-    Module,
-    Tensors,
-    cancel_biases,
-    norm_layers,
-    rename,
-    rename_back,
-    resnet_modules,
-    spell_numbers,
-    without_counters,
-)
+from resnet_backbone.weights.keymaps import table
+from resnet_backbone.weights.keymaps.table import Layout, Module, Tensors
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS
 
 CONVERTED_HEAD = "stem.fc."  # the head in files of tools/convert-torchvision-to-d2.py
@@ -115,8 +103,8 @@ def config_lines(checkpoint: Checkpoint, path: Path) -> list[str]:
     lines = [
         f'MODEL.WEIGHTS "{path}"',
         f"INPUT.FORMAT {preprocessing.channel_order}",
-        f"MODEL.PIXEL_MEAN {spell_numbers(preprocessing.pixel_mean_255())}",
-        f"MODEL.PIXEL_STD {spell_numbers(preprocessing.pixel_std_255())}",
+        f"MODEL.PIXEL_MEAN {table.spell_numbers(preprocessing.pixel_mean_255())}",
+        f"MODEL.PIXEL_STD {table.spell_numbers(preprocessing.pixel_std_255())}",
     ]
     if model.name.startswith("resnet"):
         lines.append(f"MODEL.RESNETS.DEPTH {model.name.removeprefix('resnet')}")
@@ -133,7 +121,7 @@ DETECTRON2 = Layout(
     "detectron2",
     lambda keys: _prefix(keys) is not None,
     _read,
-    lambda tensors, model: without_counters(tensors),
+    lambda tensors, model: table.without_counters(tensors),
     config_lines,
 )
 
@@ -188,21 +176,21 @@ def _blobs(
     modules: Iterable[Module], norm_blobs: Mapping[str, str], heads: Mapping[str, str]
 ) -> dict[str, str]:
     """Blob -> our key; in the stem a batch norm is res_conv1_bn or conv1_bn, a GN conv1_gn."""
-    table = {}
+    names = {}
     for module in (*modules, *(Module(ours, blob) for blob, ours in heads.items())):
-        table[f"{module.conv}_w"] = f"{module.ours}.weight"
-        table[f"{module.conv}_b"] = f"{module.ours}.bias"
+        names[f"{module.conv}_w"] = f"{module.ours}.weight"
+        names[f"{module.conv}_b"] = f"{module.ours}.bias"
         for blob, tensor in norm_blobs.items() if module.norm else ():
-            table[f"{module.norm}_{blob}"] = f"{module.ours}.norm.{tensor}"
-    return table
+            names[f"{module.norm}_{blob}"] = f"{module.ours}.norm.{tensor}"
+    return names
 
 
 def _resnet_table(norm_blobs: Mapping[str, str], *stem_norms: str) -> dict[str, str]:
-    table = {}
+    names = {}
     for stem_norm in stem_norms:
-        modules = resnet_modules(("conv1", stem_norm), _block_layer)
-        table |= _blobs(modules, norm_blobs, _RESNET_HEADS)
-    return table
+        modules = table.resnet_modules(("conv1", stem_norm), _block_layer)
+        names |= _blobs(modules, norm_blobs, _RESNET_HEADS)
+    return names
 
 
 def _vgg_table() -> dict[str, str]:
@@ -222,11 +210,13 @@ _VGG = _vgg_table()
 
 def _read_blobs(tensors: Tensors) -> dict[str, Tensor]:
     if "conv1_1_w" in tensors:
-        return rename(_backbone(tensors, OTHER_BLOBS), _VGG, "a Caffe2 VGG")
+        return table.rename(_backbone(tensors, OTHER_BLOBS), _VGG, "a Caffe2 VGG")
     blobs = _backbone(tensors, (*OTHER_BLOBS, *_BOX_HEAD))
     if any("_gn_" in key for key in blobs):
-        return rename(blobs, _GROUP_NORM, "a Caffe2 ResNet with group norm")
-    return cancel_biases(_with_statistics(rename(blobs, _BATCH_NORM, "a Caffe2 ResNet")))
+        return table.rename(blobs, _GROUP_NORM, "a Caffe2 ResNet with group norm")
+    return table.cancel_biases(
+        _with_statistics(table.rename(blobs, _BATCH_NORM, "a Caffe2 ResNet"))
+    )
 
 
 def _backbone(tensors: Tensors, other_parts: tuple[str, ...]) -> dict[str, Tensor]:
@@ -240,7 +230,7 @@ def _backbone(tensors: Tensors, other_parts: tuple[str, ...]) -> dict[str, Tenso
 def _with_statistics(tensors: Tensors) -> dict[str, Tensor]:
     """Gives every norm those of an identity if none has any: one alone lacking them is damage."""
     completed = dict(tensors)
-    for layer in norm_layers(tensors) if _is_folded(tensors) else ():
+    for layer in table.norm_layers(tensors) if _is_folded(tensors) else ():
         scale = tensors[f"{layer}.norm.weight"]
         identity = FrozenBatchNorm2d(len(scale)).to(scale.device)
         completed[f"{layer}.norm.running_mean"] = identity.running_mean
@@ -253,10 +243,10 @@ def _is_folded(tensors: Tensors) -> bool:
 
 
 def _write_blobs(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
-    table = _GROUP_NORM if _is_folded(tensors) else _BATCH_NORM
+    names = _GROUP_NORM if _is_folded(tensors) else _BATCH_NORM
     if model.name.startswith("vgg"):
-        table = _VGG
-    return rename_back(without_counters(tensors), table)
+        names = _VGG
+    return table.rename_back(table.without_counters(tensors), names)
 
 
 CAFFE2 = Layout(

@@ -16,21 +16,8 @@ from torch import Tensor
 from resnet_backbone.models import BottleneckBlock
 from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
-from resnet_backbone.weights.keymaps.table import (
-    Layout,
-    OtherNetwork,
-    Tensors,
-    check_statistics,
-    in_channels,
-    linear_keys,
-    rename,
-    rename_back,
-    resnet_modules,
-    shorten,
-    spell_transform,
-    torch_keys,
-    with_counters,
-)
+from resnet_backbone.weights.keymaps import table
+from resnet_backbone.weights.keymaps.table import Layout, OtherNetwork, Tensors
 from resnet_backbone.weights.preprocessing import FILTERS, Preprocessing
 
 _PREFIX = "resnet."
@@ -44,10 +31,10 @@ def _block_layer(stage: int, block: int, layer: str) -> tuple[str, str]:
 
 
 _STEM = ("embedder.embedder.convolution", "embedder.embedder.normalization")
-_BACKBONE = torch_keys(resnet_modules(_STEM, _block_layer))
+_BACKBONE = table.torch_keys(table.resnet_modules(_STEM, _block_layer))
 _CLASSIFIER = {
     **{_PREFIX + theirs: ours for theirs, ours in _BACKBONE.items()},
-    **linear_keys({"classifier.1": "linear"}),
+    **table.linear_keys({"classifier.1": "linear"}),
 }
 
 
@@ -56,15 +43,15 @@ def _matches(keys: Collection[str]) -> bool:
 
 
 def _read(tensors: Tensors) -> dict[str, Tensor]:
-    table = _BACKBONE if _FIRST_KEY in tensors else _CLASSIFIER
-    ours = rename(tensors, table, "a transformers ResNet")
-    check_statistics(ours, "transformers' ResNets")
+    names = _BACKBONE if _FIRST_KEY in tensors else _CLASSIFIER
+    ours = table.rename(tensors, names, "a transformers ResNet")
+    table.check_statistics(ours, "transformers' ResNets")
     return ours
 
 
 def _write(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
-    table = _CLASSIFIER if "linear.weight" in tensors else _BACKBONE
-    return with_counters(rename_back(tensors, table))
+    names = _CLASSIFIER if "linear.weight" in tensors else _BACKBONE
+    return table.with_counters(table.rename_back(tensors, names))
 
 
 def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
@@ -78,7 +65,7 @@ def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
         value = config.get(key, ours)
         if value != ours:
             raise OtherNetwork(
-                f"{where}: {key} is {shorten(repr(value))}, in this package's networks it is "
+                f"{where}: {key} is {table.shorten(repr(value))}, in this package's networks it is "
                 f"{ours!r}: the same tensors are another function, use them in transformers itself"
             )
     if not isinstance(config.get("downsample_in_bottleneck", False), bool):
@@ -144,7 +131,7 @@ def _hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
     config = {
         "model_type": "resnet",
         "architectures": ["ResNetModel"],
-        "num_channels": in_channels(checkpoint),
+        "num_channels": table.in_channels(checkpoint),
         "embedding_size": 64,
         "hidden_sizes": [width * block.expansion for width in STAGE_WIDTHS[:num_stages]],
         "depths": list(depths[:num_stages]),
@@ -186,7 +173,7 @@ def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
     return [
         f'network = transformers.{kind}.from_pretrained("{path}")',
         f'processor = transformers.AutoImageProcessor.from_pretrained("{path}")',
-        f"# which is {spell_transform(checkpoint.preprocessing)}",
+        f"# which is {table.spell_transform(checkpoint.preprocessing)}",
     ]
 
 

@@ -27,19 +27,13 @@ class Layout:
     ``to_ours`` and ``from_ours`` are pure; tensors are not copied unless their values change.
     ``to_ours`` of ``from_ours`` gives back the very tensors, and the other way round too wherever
     the docstring of the layout's module names no exception.
-
-    Attributes:
-        name: of ``LAYOUTS``.
-        matches: keys -> whether they look like this library's; a cheap look, ``to_ours`` checks.
-        read, write: what :meth:`to_ours` and :meth:`from_ours` do for this library.
-        usage: (as it was written, where) -> lines of Python or YAML that load it.
     """
 
     name: str
-    matches: Callable[[Collection[str]], bool]
-    read: Callable[[Tensors], dict[str, Tensor]]
-    write: Callable[[Tensors, ModelSpec], dict[str, Tensor]]
-    usage: Callable[[Checkpoint, Path], list[str]]
+    matches: Callable[[Collection[str]], bool]  # whether keys look like its; a cheap look
+    read: Callable[[Tensors], dict[str, Tensor]]  # what to_ours does for this library
+    write: Callable[[Tensors, ModelSpec], dict[str, Tensor]]  # and from_ours
+    usage: Callable[[Checkpoint, Path], list[str]]  # lines of Python or YAML that load a file
 
     def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
         """The library's tensors under this package's keys, without ``num_batches_tracked``.
@@ -203,19 +197,12 @@ _SAME_TENSORS = {"FrozenBN": "BN", "SyncBN": "BN", None: ""}
 
 @dataclass(frozen=True)
 class Support:
-    """Networks that a library builds with the same function.
+    """Networks that a library builds with the same function."""
 
-    Attributes:
-        networks: (family, norm) pairs, norm being "BN", "GN" or "" for none.
-        stride_in_1x1: bottlenecks may have their stride in the first 1x1 convolution.
-        in_channels: images may have other than three channels.
-        dilations: stages are dilated as this package's are.
-    """
-
-    networks: frozenset[tuple[str, str]]
-    stride_in_1x1: bool = True
-    in_channels: bool = True
-    dilations: bool = False
+    networks: frozenset[tuple[str, str]]  # (family, norm), norm being "BN", "GN" or "" for none
+    stride_in_1x1: bool = True  # bottlenecks may have their stride in the first 1x1 convolution
+    in_channels: bool = True  # images may have other than three channels
+    dilations: bool = False  # stages are dilated as this package's are
 
 
 _BN_NETWORKS = frozenset({("ResNet", "BN"), ("VGG", ""), ("VGG", "BN")})

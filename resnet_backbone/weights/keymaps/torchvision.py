@@ -20,29 +20,22 @@ from torch import Tensor
 
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.keymaps import table
 from resnet_backbone.weights.keymaps.table import (
     LIBRARY_NETWORKS,
     Layout,
     Module,
     OtherNetwork,
     Tensors,
-    cancel_biases,
-    check_statistics,
-    in_channels,
-    linear_keys,
-    norm_layers,
-    rename,
-    rename_back,
-    resnet_modules,
-    shorten,
-    spell_transform,
-    torch_keys,
-    with_counters,
 )
 from resnet_backbone.weights.preprocessing import Preprocessing, known_filter
 
-VGG_HEAD = linear_keys({"classifier.0": "fc6", "classifier.3": "fc7", "classifier.6": "linear"})
-TIMM_HEAD = linear_keys({"pre_logits.fc1": "fc6", "pre_logits.fc2": "fc7", "head.fc": "linear"})
+VGG_HEAD = table.linear_keys(
+    {"classifier.0": "fc6", "classifier.3": "fc7", "classifier.6": "linear"}
+)
+TIMM_HEAD = table.linear_keys(
+    {"pre_logits.fc1": "fc6", "pre_logits.fc2": "fc7", "head.fc": "linear"}
+)
 TIMM_KERNELS = {"pre_logits.fc1.weight": 7, "pre_logits.fc2.weight": 1}
 # timm's retired names of weights for these networks, "tv_resnet50" and "gluon_resnet50_v1b".
 _RETIRED = re.compile(r"^(?:tv|ssl|swsl)_(?=resnet)|^gluon_(resnet\d+)_v1b$")
@@ -56,8 +49,8 @@ def _block_layer(stage: int, block: int, layer: str) -> tuple[str, str]:
 
 
 _RESNET_TABLE = {
-    **torch_keys(resnet_modules(("conv1", "bn1"), _block_layer)),
-    **linear_keys({"fc": "linear"}),
+    **table.torch_keys(table.resnet_modules(("conv1", "bn1"), _block_layer)),
+    **table.linear_keys({"fc": "linear"}),
 }
 
 
@@ -73,9 +66,9 @@ def from_torchvision(state_dict: Tensors) -> dict[str, Tensor]:
         ValueError: for a key, or a set of VGG layers, that torchvision's networks do not have.
     """
     if not any(key.startswith(("features.", "classifier.")) for key in state_dict):
-        return rename(state_dict, _RESNET_TABLE, "a torchvision ResNet")
-    table = {**torch_keys(_find_vgg(state_dict), bias=True), **VGG_HEAD}
-    return cancel_biases(rename(state_dict, table, "a torchvision VGG"))
+        return table.rename(state_dict, _RESNET_TABLE, "a torchvision ResNet")
+    names = {**table.torch_keys(_find_vgg(state_dict), bias=True), **VGG_HEAD}
+    return table.cancel_biases(table.rename(state_dict, names, "a torchvision VGG"))
 
 
 def _find_vgg(state_dict: Tensors) -> list[Module]:
@@ -116,7 +109,7 @@ def _is_timm_vgg(keys: Collection[str]) -> bool:
 
 def _read(tensors: Tensors) -> dict[str, Tensor]:
     ours = from_torchvision(tensors)
-    check_statistics(ours, "torchvision's networks")
+    table.check_statistics(ours, "torchvision's networks")
     return ours
 
 
@@ -124,22 +117,22 @@ def _write(
     tensors: Tensors, model: ModelSpec, head: Mapping[str, str] = VGG_HEAD
 ) -> dict[str, Tensor]:
     if not model.name.startswith("vgg"):
-        return with_counters(rename_back(tensors, _RESNET_TABLE))
-    depth, normed = int(re.sub(r"\D", "", model.name)), norm_layers(tensors)
-    table = {**torch_keys(_vgg_modules(VGG_DEPTHS[depth], bool(normed)), bias=True), **head}
+        return table.with_counters(table.rename_back(tensors, _RESNET_TABLE))
+    depth, normed = int(re.sub(r"\D", "", model.name)), table.norm_layers(tensors)
+    names = {**table.torch_keys(_vgg_modules(VGG_DEPTHS[depth], bool(normed)), bias=True), **head}
     biases = {f"{layer}.bias": torch.zeros_like(tensors[f"{layer}.norm.bias"]) for layer in normed}
-    return with_counters(rename_back({**tensors, **biases}, table))
+    return table.with_counters(table.rename_back({**tensors, **biases}, names))
 
 
 def _read_timm(tensors: Tensors) -> dict[str, Tensor]:
     if not any(key.startswith("features.") for key in tensors):
         return _read(tensors)
-    table = {**torch_keys(_find_vgg(tensors), bias=True), **TIMM_HEAD}
+    names = {**table.torch_keys(_find_vgg(tensors), bias=True), **TIMM_HEAD}
     flat = {
         key: value.flatten(1) if key in TIMM_KERNELS and value.dim() == 4 else value
         for key, value in tensors.items()
     }
-    return cancel_biases(rename(flat, table, "a timm VGG"))
+    return table.cancel_biases(table.rename(flat, names, "a timm VGG"))
 
 
 def _write_timm(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
@@ -153,7 +146,9 @@ def _write_timm(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
 def _library_name(checkpoint: Checkpoint) -> str:
     """The network's name there, where batch norm is part of a VGG's."""
     name = checkpoint.model.name.rpartition("/")[2].removesuffix("_bn")
-    return f"{name}_bn" if name.startswith("vgg") and norm_layers(checkpoint.tensors) else name
+    return (
+        f"{name}_bn" if name.startswith("vgg") and table.norm_layers(checkpoint.tensors) else name
+    )
 
 
 def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
@@ -166,7 +161,7 @@ def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
     return [
         f"network = torchvision.models.{_library_name(checkpoint)}({arguments})",
         f"network.load_state_dict({load}{strict})",
-        f"transform = {spell_transform(checkpoint.preprocessing)}",
+        f"transform = {table.spell_transform(checkpoint.preprocessing)}",
     ]
 
 
@@ -174,7 +169,7 @@ def _usage_timm(checkpoint: Checkpoint, path: Path) -> list[str]:
     return [
         f'network = timm.create_model("local-dir:{path}", pretrained=True)',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))",
-        f"# which is {spell_transform(checkpoint.preprocessing)}",
+        f"# which is {table.spell_transform(checkpoint.preprocessing)}",
     ]
 
 
@@ -236,7 +231,7 @@ def check_timm_network(config: Mapping[str, Any], where: str) -> None:
     Raises:
         OtherNetwork: another architecture, or arguments that make it another function.
     """
-    architecture = shorten(str(config["architecture"]).partition(".")[0])
+    architecture = table.shorten(str(config["architecture"]).partition(".")[0])
     if _RETIRED.sub(r"\1", architecture) not in LIBRARY_NETWORKS:
         raise OtherNetwork(
             f"{where}: timm's {architecture} is not among this package's networks, which are "
@@ -246,7 +241,7 @@ def check_timm_network(config: Mapping[str, Any], where: str) -> None:
     pools = {config.get("global_pool", "avg"), arguments.pop("global_pool", "avg")}
     changed = sorted(arguments.keys() - {"num_classes", "in_chans"})
     if changed or not pools <= {"avg", "fastavg", "", None}:
-        what = shorten(", ".join(changed)) or "global_pool"
+        what = table.shorten(", ".join(changed)) or "global_pool"
         raise OtherNetwork(
             f"{where}: timm builds this {architecture} with {what} of its own, which can make it "
             "another function: use it in timm itself"
@@ -280,7 +275,7 @@ def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "architecture": _library_name(checkpoint),
         "num_classes": num_classes,
         "pretrained_cfg": {
-            "input_size": [in_channels(checkpoint), crop, crop],
+            "input_size": [table.in_channels(checkpoint), crop, crop],
             "crop_pct": _crop_share(resize, crop),
             "crop_mode": "center",
             "interpolation": preprocessing.interpolation or "bilinear",
