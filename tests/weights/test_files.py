@@ -13,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from resnet_backbone.models import build_model
-from resnet_backbone.models.layers import FrozenBatchNorm2d
 from resnet_backbone.weights import (
     PREPROCESSINGS,
     Checkpoint,
@@ -131,15 +130,6 @@ def test_half_precision_becomes_single(file, tmp_path):
     assert {value.dtype for value in tensors.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "vgg11"])
-def test_round_trip_of_other_networks(name, tmp_path):
-    model = build_model(name, out_features=["res4" if "cifar" in name else "conv5"])
-    other = build_model(name, out_features=model.out_features)
-    save_weights(model, tmp_path / "x.safetensors", MSRA)
-    load_weights(other, tmp_path / "x.safetensors")
-    assert_same_states(state_of(other), state_of(model))
-
-
 def damage(path, how):
     """Writes a changed copy of a weights file and returns its path."""
     tensors, changed = load_file(path), path.with_name("changed.safetensors")
@@ -181,29 +171,30 @@ def test_damage_is_refused(file, how, message):
     assert_same_states(state_of(model), before)
 
 
+OTHER_EPS = partial(torch.nn.BatchNorm2d, eps=1e-3)
+
+
 @pytest.mark.parametrize(
-    "model, message",
+    "name, options, message",
     [
-        (lambda: backbone(34), "lacks .* the first is res2.2.conv1.weight; is it another depth"),
-        (lambda: backbone(50), "lacks .* the first is res2.0.shortcut.weight"),
-        (lambda: backbone(norm="GN"), "this network has no .*running_mean"),
-        (lambda: backbone(norm=lambda n: torch.nn.BatchNorm2d(n, eps=1e-3)), "eps 1e-05"),
-        (lambda: build_model("resnet18"), r"linear.weight has shape \(5, 512\)"),
+        ("resnet34", {}, "lacks .* res2.2.conv1.weight; .*a resnet18, this network a resnet34"),
+        ("resnet50", {}, "lacks .* the first is res2.0.shortcut.weight"),
+        ("resnet50", {"num_classes": 5}, "the file is a resnet18, this network a resnet50"),
+        ("resnet18", {"norm": "GN"}, "has no .*running_mean.* a resnet18 with norm='GN'"),
+        ("resnet18", {"norm": ""}, "this network a resnet18 with norm=''"),
+        ("resnet18", {"norm": OTHER_EPS}, "eps 1e-05"),
+        ("resnet18", {"shortcut": "A"}, "this network a resnet18 with shortcut='A'"),
+        ("resnet18", {"num_classes": 1000}, r"linear.weight has shape \(5, 512\)"),
+        ("plain18", {}, "the file is a resnet18, this network a plain18"),
+        ("vgg11", {"out_features": ["conv1"]}, "the file is a resnet18, this network a vgg"),
     ],
 )
-def test_other_network_is_refused(file, model, message):
-    path, _ = file
-    model = model()
+def test_other_network_is_refused(file, name, options, message):
+    model = build_model(name, **{"num_classes": 5, "out_features": [], **options})
     before = state_of(model)
     with pytest.raises(WeightsError, match=message):
-        load_weights(model, path)
+        load_weights(model, file[0])
     assert_same_states(state_of(model), before)
-
-
-def test_deeper_file_is_refused_by_a_shallower_network(tmp_path):
-    save_weights(backbone(34), tmp_path / "34.safetensors", MSRA)
-    with pytest.raises(WeightsError, match="this network has no res2.2.conv1.*another depth"):
-        load_weights(backbone(18), tmp_path / "34.safetensors")
 
 
 def test_contradicting_name_and_other_paths(file, tmp_path):
@@ -211,28 +202,8 @@ def test_contradicting_name_and_other_paths(file, tmp_path):
     with pytest.raises(WeightsError, match="carries its own preprocessing, which is not 'torch"):
         read_weights(path, "torchvision")
     assert read_weights(path, "msra")[1] == MSRA
-    (tmp_path / "x.onnx").touch()
-    with pytest.raises(WeightsError, match="only .safetensors, .pth, .* are read here"):
-        read_weights(tmp_path / "x.onnx", "msra")
-    with pytest.raises(WeightsError, match="no such file"):
-        read_weights(tmp_path / "x.safetensors", "msra")
     with pytest.raises(WeightsError, match="written to .safetensors"):
         save_weights(model, tmp_path / "x.pth", MSRA)
-
-
-@pytest.mark.parametrize("stride_in_1x1", [True, False])
-def test_stride_of_a_bottleneck_network(tmp_path, stride_in_1x1):
-    options = dict(depth=50, stride_in_1x1=stride_in_1x1)
-    network = build_model("resnet50", out_features=["res2"], stride_in_1x1=stride_in_1x1)
-    name = "msra" if stride_in_1x1 else "torchvision"
-    path = tmp_path / "resnet50.safetensors"
-    save_weights(network, path, get_preprocessing(name))
-    wrong = build_model("resnet50", out_features=["res2"], stride_in_1x1=not stride_in_1x1)
-    with pytest.raises(
-        WeightsError, match=f"build it with stride_in_1x1={options['stride_in_1x1']}"
-    ):
-        load_weights(wrong, path)
-    assert load_weights(network, path) == PREPROCESSINGS[name]
 
 
 @pytest.mark.parametrize(
@@ -468,7 +439,7 @@ def test_a_file_says_the_stride_of_its_network(tmp_path, stride):
     save_weights(model, path, PREPROCESSINGS["caffe_vgg"])
     assert describe_weights(path).preprocessing.stride_in_1x1 is stride
     assert load_weights(model, path).stride_in_1x1 is stride
-    with pytest.raises(WeightsError, match=f"in_1x1={stride}, this network has {not stride}"):
+    with pytest.raises(WeightsError, match=f"build it with stride_in_1x1={stride}"):
         load_weights(other, path)
 
 
@@ -505,34 +476,6 @@ def test_the_stems_pooling_is_compared(tmp_path):
     save_weights(build_model("resnet18", **stem), tmp_path / "x.safetensors", MSRA)
     with pytest.raises(WeightsError, match="caffe_pool=False, this network has True"):
         load_weights(build_model("resnet18", caffe_pool=True, **stem), tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(name="resnet34"), "the file is a resnet18, this network a resnet34"),
-        (dict(name="resnet50", num_classes=5), "the file is a resnet18, this network a resnet50"),
-        (dict(name="resnet18", norm="GN"), "this network a resnet18 with norm='GN'"),
-        (dict(name="resnet18", norm=""), "this network a resnet18 with norm=''"),
-        (dict(name="resnet18", shortcut="A"), "this network a resnet18 with shortcut='A'"),
-        (dict(name="plain18"), "the file is a resnet18, this network a plain18"),
-        (dict(name="vgg11", out_features=["conv1"]), "the file is a resnet18, this network a vgg"),
-    ],
-)
-def test_the_message_names_both_networks(file, options, message):
-    with pytest.raises(WeightsError, match=message):
-        load_weights(build_model(**options), file[0])
-
-
-@pytest.mark.parametrize("norm", ["GN", "", "FrozenBN"])
-def test_every_norm_comes_back(tmp_path, norm):
-    build = dict(out_features=["res2"], norm=norm)
-    model, other = build_model("resnet18", **build), build_model("resnet18", **build)
-    save_weights(model, tmp_path / "x.safetensors", MSRA)
-    load_weights(other, tmp_path / "x.safetensors")
-    assert_same_states(state_of(other), state_of(model))
-    if norm == "FrozenBN":
-        assert isinstance(other.stem.conv1.norm, FrozenBatchNorm2d)
 
 
 def test_descriptions(small, tmp_path, monkeypatch):
