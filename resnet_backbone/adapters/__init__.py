@@ -79,7 +79,5 @@ def build_backbone(
     if any(key.endswith(".running_mean") for key in checkpoint.tensors):
         options.setdefault("norm", "FrozenBN")
     network = checkpoint.model.build(**options)
-    load_tensors(
-        network, checkpoint.tensors, checkpoint.preprocessing, checkpoint.model, str(weights)
-    )
+    load_tensors(network, checkpoint, str(weights))
     return network, checkpoint.preprocessing

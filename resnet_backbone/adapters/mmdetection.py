@@ -143,13 +143,7 @@ class PaperResNet(BaseModule):
         checkpoint = read_checkpoint(weights, self.init_cfg.get("preprocessing", ""))
         check_data_preprocessor(checkpoint.preprocessing, self.data_preprocessor, weights)
         try:
-            load_tensors(
-                self.network,
-                checkpoint.tensors,
-                checkpoint.preprocessing,
-                checkpoint.model,
-                weights,
-            )
+            load_tensors(self.network, checkpoint, weights)
         except WrongStride as error:
             style = "caffe" if error.expected else "pytorch"
             raise WeightsError(f'{error}, that is with style="{style}"') from error

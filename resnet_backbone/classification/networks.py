@@ -26,7 +26,7 @@ from resnet_backbone.weights import (
     save_weights,
 )
 from resnet_backbone.weights.checkpoint import MODEL_KEY
-from resnet_backbone.weights.reading import read_header, read_own_tensors
+from resnet_backbone.weights.reading import read_header, read_source
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") ->
 
 def load_exactly(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
     """Loads a file whose keys are those of the network, counters too: all or nothing."""
-    tensors, found = read_own_tensors(path, preprocessing)
+    tensors, found, *_ = read_source(path, preprocessing)
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     wrong = [k for k in {**own, **tensors} if k not in tensors or own.get(k) != tensors[k].shape]
     if wrong:

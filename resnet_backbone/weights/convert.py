@@ -149,10 +149,9 @@ def _folded(tensors: dict[str, Tensor], layer: str, eps: float) -> tuple[Tensor,
 def to_unit_responses(checkpoint: Checkpoint, images: Tensor) -> Checkpoint:
     """A VGG without norms whose responses after each ReLU have a standard deviation of 1.
 
-    Layer l's kernel is multiplied by s(l-1) / s(l) and its bias by 1 / s(l), s being the standard
-    deviation before. A ReLU network is homogeneous: every stage's features are divided by one
-    number, and with fc6 in the checkpoint, which takes over the last one, the logits stay the same.
-    No accuracy is added, but steps of one size suit all layers (arXiv 1511.06856, section 3).
+    Every stage's features are divided by one number, the standard deviation before, and with fc6 in
+    the checkpoint, which takes over the last one, the logits stay the same. No accuracy is added,
+    but steps of one size suit all layers (arXiv 1511.06856, section 3).
 
     Args:
         images: uint8 (N, 3, H, W), RGB; the standard deviations are taken over them.

@@ -30,7 +30,7 @@ from resnet_backbone.weights.checkpoint import (
     write_tensors,
 )
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
-from resnet_backbone.weights.reading import read_network
+from resnet_backbone.weights.reading import Weights, read_network
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
@@ -100,17 +100,15 @@ def check_settings(model: StagedNetwork, stated: ModelSpec | None, where: str) -
     if stated is None or own is None:
         return
     for key in ("shortcut", "caffe_pool"):
-        values = [_setting(spec, key) for spec in (stated, own)]
+        values = []
+        for spec in (stated, own):
+            defaults = constructor_options(spec.name.rpartition("/")[2])
+            values.append(spec.options.get(key, defaults.get(key)))
         if None not in values and values[0] != values[1]:
             raise WeightsError(
                 f"{where} was trained with {key}={values[0]!r}, this network has {values[1]!r}: "
                 f"build it with {key}={values[0]!r}"
             )
-
-
-def _setting(spec: ModelSpec, key: str) -> object:
-    defaults = constructor_options(spec.name.rpartition("/")[2])
-    return spec.options.get(key, defaults.get(key))
 
 
 def fitting_tensors(
@@ -219,26 +217,15 @@ def load_weights(
             tensors. The network is unchanged then.
     """
     read = read_network(path, preprocessing)
-    load_tensors(model, read.tensors, read.preprocessing, read.stated, str(path))
+    load_tensors(model, read, str(path))
     return read.preprocessing
 
 
-def load_tensors(
-    model: StagedNetwork,
-    tensors: Mapping[str, Tensor],
-    preprocessing: Preprocessing,
-    stated: ModelSpec | None,
-    where: str,
-) -> None:
-    """Loads what was read from a file into a network; see :func:`load_weights`.
-
-    Args:
-        stated: the network that the tensors are said to be of.
-        where: their source, for messages.
-    """
-    check_architecture(model, preprocessing, where)
-    fitting = fitting_tensors(model, tensors, where)
-    check_settings(model, stated, where)
+def load_tensors(model: StagedNetwork, read: Weights | Checkpoint, where: str) -> None:
+    """Loads what was read from ``where`` into a network; see :func:`load_weights`."""
+    check_architecture(model, read.preprocessing, where)
+    fitting = fitting_tensors(model, read.tensors, where)
+    check_settings(model, read.model, where)
     model.load_state_dict(fitting, strict=False)
 
 

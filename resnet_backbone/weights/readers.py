@@ -184,8 +184,9 @@ def unwrap(loaded: Any) -> dict[str, Any]:
     if bad is not None:
         raise ValueError(f"a key is of type {type(bad).__name__}, not text")
     found = {key: value for key, value in loaded.items() if not key.endswith("_momentum")}
-    while found and (prefix := _shared_prefix(found)):
-        found = {key[len(prefix) :]: value for key, value in found.items()}
+    for prefix in PREFIXES * 2:  # in either order
+        if all(key.startswith(prefix) for key in found):
+            found = {key.removeprefix(prefix): value for key, value in found.items()}
     return found
 
 
@@ -196,10 +197,6 @@ def _wrapper(loaded: Any) -> str:
     if len(inner) > 1:
         raise ValueError(f"both {' and '.join(inner)} hold weights: save one of them alone")
     return inner[0] if inner else ""
-
-
-def _shared_prefix(keys: Mapping[str, Any]) -> str:
-    return next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in keys)), "")
 
 
 def _to_tensors(weights: Mapping[str, Any], size: int) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ class Weights(NamedTuple):
 
     tensors: dict[str, Tensor]
     preprocessing: Preprocessing
-    stated: ModelSpec | None  # the network, where the file says it
+    model: ModelSpec | None  # the network, where the file says it
     origin: Origin
 
 
@@ -111,18 +111,10 @@ def single_precision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.float() for key, value in tensors.items()}
 
 
-def read_own_tensors(
-    path: str | os.PathLike, preprocessing: str | Preprocessing = ""
-) -> tuple[dict[str, Tensor], Preprocessing]:
-    """As :func:`read_weights`, with names, types and counters as they are in the file."""
-    read = read_source(path, preprocessing)
-    return read.tensors, read.preprocessing
-
-
 def read_source(
-    source: str | os.PathLike, preprocessing: str | Preprocessing, raw: RawFile | None = None
+    source: str | os.PathLike, preprocessing: str | Preprocessing = "", raw: RawFile | None = None
 ) -> Weights:
-    """Tensors under the source's own names; see :func:`read_checkpoint`."""
+    """Tensors with the source's own names, types and counters; see :func:`read_checkpoint`."""
     found = resolve(source)
     raw = raw or read_tensors(found.path)
     if not raw.sha256.startswith(found.sha256):
@@ -163,12 +155,12 @@ def read_network(
     with named(source):
         layout = recognize(read.tensors)
         tensors = LAYOUTS[layout].to_ours(read.tensors)
-        if read.stated is not None:
-            check_stated(read.stated, tensors)
+        if read.model is not None:
+            check_stated(read.model, tensors)
     origin = read.origin if read.origin.format else replace(read.origin, format=layout)
     known = read.preprocessing
     if has_bottlenecks(tensors):
-        known = with_stride(known, read.stated, given, str(source))
+        known = with_stride(known, read.model, given, str(source))
     return read._replace(tensors=tensors, origin=origin, preprocessing=known)
 
 
@@ -202,7 +194,7 @@ def _spell(spec: ModelSpec) -> str:
 
 def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpec:
     """The network, with the number of classes and the stride that its weights have."""
-    stated = read.stated or given
+    stated = read.model or given
     with named(source):
         candidates = infer_models(read.tensors)
         if stated is None and len(candidates) > 1:
@@ -210,7 +202,7 @@ def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpe
             raise ValueError(f"its tensors fit {names}: say which network it is")
         if given is not None and given.name != stated.name:
             raise ValueError(f"it says that it is a {stated.name}, not {given.name}")
-        if read.stated is None and given is not None:
+        if read.model is None and given is not None:
             check_stated(given, read.tensors, "you say")
     spec = stated or candidates[0]
     name = spec.name.rpartition("/")[2]
@@ -270,11 +262,9 @@ def agreed_preprocessing(
     given: str | Preprocessing,
     content: Preprocessing | None = None,
 ) -> Preprocessing:
-    """The one preprocessing on which a file, its origin and the user agree.
+    """The one preprocessing on which a file, its origin and the user (``given``) agree.
 
     Args:
-        source: as the user wrote it, for messages.
-        given: by the user; "" for none.
         content: what the file's content says beside its metadata.
 
     Raises:
@@ -315,9 +305,6 @@ def with_stride(
     known: Preprocessing, stated: ModelSpec | None, given: ModelSpec | None, source: str
 ) -> Preprocessing:
     """A preprocessing that says where bottlenecks have their stride, which no tensor shows.
-
-    Args:
-        stated, given: the network, as the file and as the user says.
 
     Raises:
         WeightsError: it is unknown, or file and user disagree.

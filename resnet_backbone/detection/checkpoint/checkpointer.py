@@ -205,7 +205,7 @@ def load_backbone(
     check_input(model, weights.preprocessing, source)
     tensors = single_precision(weights.tensors)
     fitting = fitting_tensors(network, tensors, source)
-    check_settings(network, weights.stated, source)
+    check_settings(network, weights.model, source)
     refuse_folded(network, fitting, source)
     head = _head_tensors(model, tensors, source)
     network.load_state_dict(fitting, strict=False)

@@ -7,7 +7,7 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,6 @@ _CLASSIFIER = {
     **{_PREFIX + theirs: ours for theirs, ours in _BACKBONE.items()},
     **table.linear_keys({"classifier.1": "linear"}),
 }
-
-
-def _matches(keys: Collection[str]) -> bool:
-    return bool({_FIRST_KEY, _PREFIX + _FIRST_KEY} & set(keys))
 
 
 def _read(tensors: Tensors) -> dict[str, Tensor]:
@@ -177,4 +173,10 @@ def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
     ]
 
 
-HUGGINGFACE = Layout("huggingface", _matches, _read, _write, _usage)
+HUGGINGFACE = Layout(
+    "huggingface",
+    lambda keys: bool({_FIRST_KEY, _PREFIX + _FIRST_KEY} & set(keys)),
+    _read,
+    _write,
+    _usage,
+)
