@@ -62,11 +62,7 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
-        """The network that metadata describe.
-
-        Raises:
-            ValueError: the text is not what :meth:`to_json` writes.
-        """
+        """ValueError if the text is not what :meth:`to_json` writes."""
         found = _json_object(text)
         if not isinstance(found.get("name"), str):
             raise ValueError("it has no network name")
@@ -96,11 +92,7 @@ class Origin:
 
     @classmethod
     def from_json(cls, text: str) -> Origin:
-        """The origin that metadata describe.
-
-        Raises:
-            ValueError, TypeError: the text is not what :meth:`to_json` writes.
-        """
+        """ValueError or TypeError if the text is not what :meth:`to_json` writes."""
         found = _json_object(text)
         if not all(isinstance(value, str) for value in found.values()):
             raise ValueError("it is not an object of texts")

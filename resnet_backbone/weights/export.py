@@ -269,8 +269,11 @@ def _write_folder(files: Mapping[str, bytes], path: Path) -> None:
     Raises:
         WeightsError: the folder that is there has something else in it.
     """
-    if path.exists():
-        _check_replaceable(path)
+    if path.exists() and not path.is_dir():
+        raise WeightsError(f"{path} is a file, a folder is written here")
+    for entry in path.iterdir() if path.exists() else ():
+        if not any(entry.match(pattern) for pattern in FOLDER_PATTERNS):
+            raise WeightsError(f"{path} has {entry.name} in it: give a folder of its own")
     old = path.with_name(f"{path.name}.{os.getpid()}.old")
     try:
         with whole_file(path) as new:
@@ -284,14 +287,6 @@ def _write_folder(files: Mapping[str, bytes], path: Path) -> None:
             shutil.rmtree(old)
         elif old.exists():
             os.replace(old, path)
-
-
-def _check_replaceable(path: Path) -> None:
-    if not path.is_dir():
-        raise WeightsError(f"{path} is a file, a folder is written here")
-    for entry in path.iterdir():
-        if not any(entry.match(pattern) for pattern in FOLDER_PATTERNS):
-            raise WeightsError(f"{path} has {entry.name} in it: give a folder of its own")
 
 
 def _usage(checkpoint: Checkpoint, format: str, path: Path) -> str:

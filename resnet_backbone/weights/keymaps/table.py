@@ -103,10 +103,7 @@ def linear_keys(layers: Mapping[str, str]) -> dict[str, str]:
 
 
 def rename(tensors: Tensors, table: Mapping[str, str], network: str) -> dict[str, Tensor]:
-    """The same tensors under the keys of a table.
-
-    Args:
-        network: what the table's keys belong to, for the error.
+    """The same tensors under the keys of a table, which are those of a ``network``.
 
     Raises:
         ValueError: for a key that is not in the table, or two that name one tensor.

@@ -224,10 +224,6 @@ def published_hash(weights: Any) -> str:
 def check_timm_network(config: Mapping[str, Any], where: str) -> None:
     """Refuses timm's relatives of our networks that no tensor shows, such as resnetblur50.
 
-    Args:
-        config: ``architecture`` and, where they are written, ``model_args``, ``global_pool``.
-        where: the config, for the message.
-
     Raises:
         OtherNetwork: another architecture, or arguments that make it another function.
     """
