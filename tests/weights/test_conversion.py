@@ -56,7 +56,7 @@ def every_conversion(checkpoint):
     }
     if any(".norm." in key for key in checkpoint.tensors):
         found["BN"] = fold_bn(checkpoint)
-        found["eps"] = to_bn_eps(checkpoint, 1e-3)
+        found["eps"] = to_bn_eps(checkpoint, 1e-2)
         found["all and BN"] = fold_bn(found["all"])
     return found
 
