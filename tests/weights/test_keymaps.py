@@ -55,13 +55,7 @@ def narrow(library, theirs, ours):
         theirs.head.fc = nn.Linear(16, CLASSES)
 
 
-@pytest.mark.parametrize(
-    "library, name, stride",
-    [
-        network if network in QUICK else pytest.param(*network, marks=pytest.mark.slow)
-        for network in NETWORKS
-    ],
-)
+@pytest.mark.parametrize("library, name, stride", QUICK)
 @torch.no_grad()
 def test_both_ways(library, name, stride):
     """Theirs in our network, and ours in theirs: strict, the same logits, the same tensors."""

@@ -244,18 +244,10 @@ def test_damaged_files(tmp_path, name):
     path = tmp_path / name
     content = path.read_bytes()
     read_tensors(path)
-    for end in (
-        0,
-        1,
-        7,
-        8,
-        *range(20, len(content) - 1, max(1, len(content) // 40)),
-        len(content) - 1,
-    ):
+    cuts = range(20, len(content) - 1, max(1, len(content) // 40))
+    for end in (0, 1, 7, 8, *cuts, len(content) - 1):
         path.write_bytes(content[:end])
-        with pytest.raises(
-            WeightsError, match="not a whole (safetensors|torch|pickle) file|refused"
-        ):
+        with pytest.raises(WeightsError, match="not a whole (safe|torch|pickle).* file|refused"):
             read_tensors(path)
     if name != "zip.pth":  # an archive's end is looked for from behind
         path.write_bytes(content + b"x")
