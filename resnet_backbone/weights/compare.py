@@ -142,8 +142,7 @@ def compare(
     """Runs both, each with its own preprocessing, and looks for the mistake where they differ.
 
     Args:
-        a: the reference.
-        b: what is in doubt.
+        a, b: the reference, and what is in doubt.
         images: uint8 (N, 3, H, W), RGB.
         tolerance: of the largest difference, in units of the reference's largest output.
 
