@@ -2,5 +2,82 @@
 
 ``torchvision_models``, ``timm_models``, ``huggingface`` and ``mmdetection``. All of them take
 weights from any source, build the network that they belong to, and hand on the mean and standard
-deviation that they need, or check them.
+deviation that they need, or check them. Here is what they share: weights for RGB images in 0..1.
 """
+
+from __future__ import annotations
+
+import os
+
+from resnet_backbone.fast import build_model
+from resnet_backbone.models import StagedNetwork
+from resnet_backbone.weights import (
+    Checkpoint,
+    Preprocessing,
+    WeightsError,
+    get_preprocessing,
+    read_checkpoint,
+)
+from resnet_backbone.weights.convert import convert_input
+from resnet_backbone.weights.load import load_tensors
+
+
+def rgb_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> Checkpoint:
+    """Reads weights and makes them take RGB in 0..1, as torchvision, timm and transformers give it.
+
+    Exact: the channels of the first convolution change places, the mean and standard deviation are
+    divided by the range; nothing is rounded in the tensors.
+
+    Args:
+        weights: any source that :func:`resnet_backbone.weights.read_checkpoint` knows.
+        preprocessing: the name of the weights' convention, for files that do not carry theirs.
+
+    Raises:
+        WeightsError: unreadable weights, or no preprocessing.
+    """
+    checkpoint = read_checkpoint(weights, preprocessing)
+    return convert_input(checkpoint, channel_order="RGB", value_range=1.0)
+
+
+def image_normalization(preprocessing: Preprocessing) -> dict[str, list[float]]:
+    """``image_mean`` and ``image_std``: arguments of torchvision's and transformers' classes.
+
+    Raises:
+        WeightsError: the preprocessing is not that of RGB images in 0..1.
+    """
+    if (preprocessing.channel_order, preprocessing.value_range) != ("RGB", 1.0):
+        raise WeightsError(
+            f"preprocessing of {preprocessing.channel_order} in 0..{preprocessing.value_range:g}, "
+            "but images will be RGB in 0..1: convert the weights with rgb_checkpoint"
+        )
+    return dict(image_mean=list(preprocessing.mean), image_std=list(preprocessing.std))
+
+
+def build_backbone(
+    name: str, weights: str | os.PathLike | None = None, preprocessing: str = "", **options
+) -> tuple[StagedNetwork, Preprocessing]:
+    """A network for RGB images in 0..1, with weights or freshly initialized, and its normalization.
+
+    With weights, the network is built as they say (stride, shortcut, norm); its batch norms are
+    constants and its first two stages frozen, unless ``norm`` and ``freeze_at`` say otherwise.
+    Without weights nothing is frozen and the normalization is torchvision's.
+
+    Args:
+        name: of ``list_models()``; weights of another network are an error.
+        weights, preprocessing: see :func:`rgb_checkpoint`.
+        **options: arguments of the network's class, such as ``out_features``.
+
+    Raises:
+        WeightsError: weights of another network, or that need another stride than ``options`` say.
+    """
+    if weights is None:
+        return build_model(name, **options), get_preprocessing("torchvision")
+    checkpoint = rgb_checkpoint(weights, preprocessing)
+    if checkpoint.model.name != name:
+        raise WeightsError(f"{weights} holds a {checkpoint.model.name}, not a {name}")
+    options = {"freeze_at": 2, **options}
+    if any(key.endswith(".running_mean") for key in checkpoint.tensors):
+        options.setdefault("norm", "FrozenBN")
+    network = checkpoint.model.build(**options)
+    load_tensors(network, checkpoint, str(weights))
+    return network, checkpoint.preprocessing

@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 from transformers import ResNetBackbone, ResNetConfig
 
-from resnet_backbone.adapters.source import image_normalization, rgb_checkpoint
+from resnet_backbone.adapters import image_normalization, rgb_checkpoint
 from resnet_backbone.weights import Checkpoint, WeightsError
+from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.keymaps import LAYOUTS, check_support
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_configs
 
@@ -62,13 +63,11 @@ def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) 
     headless = {k: v for k, v in checkpoint.tensors.items() if not k.startswith("linear.")}
     tensors = LAYOUTS["huggingface"].from_ours(headless, checkpoint.model)
     own = backbone.state_dict()  # DETR's frozen norms have no counters
-    backbone.load_state_dict({k: v for k, v in tensors.items() if k in own or not _is_counter(k)})
+    backbone.load_state_dict(
+        {k: v for k, v in tensors.items() if k in own or not k.endswith(COUNTER)}
+    )
     for index, stage in enumerate([backbone.embedder, *backbone.encoder.stages]):
         stage.requires_grad_(index >= freeze_at)
-
-
-def _is_counter(key: str) -> bool:
-    return key.endswith("num_batches_tracked")
 
 
 def _model_settings(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resnet_backbone.fast import build_model
-from resnet_backbone.models import ResNet
 from resnet_backbone.weights import Preprocessing, WeightsError, read_checkpoint
-from resnet_backbone.weights.load import check_architecture, check_settings, load_tensors
+from resnet_backbone.weights.load import WrongStride, load_tensors
 from resnet_backbone.weights.preprocessing import same_mean, same_std
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -143,10 +142,11 @@ class PaperResNet(BaseModule):
         weights = str(self.init_cfg["checkpoint"])
         checkpoint = read_checkpoint(weights, self.init_cfg.get("preprocessing", ""))
         check_data_preprocessor(checkpoint.preprocessing, self.data_preprocessor, weights)
-        check_style(checkpoint.preprocessing, self.network, weights)
-        check_architecture(self.network, checkpoint.preprocessing, weights)
-        check_settings(self.network, checkpoint.model, weights)
-        load_tensors(self.network, checkpoint.tensors, weights)
+        try:
+            load_tensors(self.network, checkpoint, weights)
+        except WrongStride as error:
+            style = "caffe" if error.expected else "pytorch"
+            raise WeightsError(f'{error}, that is with style="{style}"') from error
 
 
 def _take_defaults(options: dict, dilations: Sequence[int]) -> None:
@@ -196,11 +196,3 @@ def check_data_preprocessor(
         raise WeightsError(
             f"{where} needs data_preprocessor=dict({needed}), the model has {dict(settings)}"
         )
-
-
-def check_style(preprocessing: Preprocessing, network: ResNet, where: str) -> None:
-    """Refuses weights whose stride position differs, with mmdetection's word for it."""
-    needed = preprocessing.stride_in_1x1
-    if network.depth >= 50 and needed is not None and needed != network.stride_in_1x1:
-        style = "caffe" if needed else "pytorch"
-        raise WeightsError(f'{where} was trained with stride_in_1x1={needed}: set style="{style}"')

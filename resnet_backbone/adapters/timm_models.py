@@ -1,13 +1,9 @@
 """The paper's networks in timm: importing this module registers paper_resnet18 and the others.
 
-``timm.create_model("paper_resnet50", features_only=True, out_indices=(1, 2, 3, 4))`` is a fresh
-network; ``timm.create_model(**from_checkpoint("FILE"), features_only=True)`` has weights, and
-``timm.data.resolve_data_config(model=model)`` then gives the mean and std that they need.
-
-timm's own networks differ in two points: the stride of a bottleneck lies in its 3x3 convolution
-(here ``stride_in_1x1=True`` is the default, the paper's), and the first block of a dilated stage
-keeps the dilation of the stage before (here all blocks of the stage have the new one).
-VGG is not registered: timm's own ``vgg16`` is the same network.
+``timm.create_model(**from_checkpoint("FILE"), features_only=True)`` has weights. timm's own
+networks differ in two points: the stride of a bottleneck lies in its 3x3 convolution (here
+``stride_in_1x1=True`` is the default, the paper's), and the first block of a dilated stage keeps
+the dilation of the stage before. VGG is not registered: timm's own ``vgg16`` is the same network.
 """
 
 import math
@@ -28,12 +24,12 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from resnet_backbone.adapters.source import rgb_checkpoint
+from resnet_backbone.adapters import rgb_checkpoint
 from resnet_backbone.fast import build_model
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import DILATIONS
 from resnet_backbone.weights import WeightsError
-from resnet_backbone.weights.keymaps.timm import timm_config
+from resnet_backbone.weights.keymaps.torchvision import timm_config
 
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "plain18", "plain34")
 STAGES = ("res2", "res3", "res4", "res5")

@@ -1,9 +1,8 @@
 """The backbones in torchvision's detectors and in its DeepLabV3.
 
-torchvision's detectors are given RGB images in 0..1 and normalize them with their own
-``image_mean`` and ``image_std``, whose defaults are right for torchvision's weights only. So
-:func:`fpn_backbone` returns both, backbone and normalization, for weights that were converted to
-this input.
+torchvision's detectors normalize RGB images in 0..1 with ``image_mean`` and ``image_std``, whose
+defaults are right for torchvision's weights only. So :func:`fpn_backbone` returns both, backbone
+and normalization, for weights that were converted to this input.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 
-from resnet_backbone.adapters.source import build_backbone, image_normalization
+from resnet_backbone.adapters import build_backbone, image_normalization
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.models.resnet import DILATIONS
 from resnet_backbone.weights import Preprocessing
@@ -63,7 +62,7 @@ def fpn_backbone(
         to an OrderedDict of maps "0", "1", ..., finest first, and those of ``extra_blocks``.
 
     Raises:
-        WeightsError: see :func:`resnet_backbone.adapters.source.build_backbone`.
+        WeightsError: see :func:`resnet_backbone.adapters.build_backbone`.
     """
     levels = tuple(out_features) or (VGG_LEVELS if name.startswith("vgg") else RESNET_LEVELS)
     network, found = build_backbone(name, weights, preprocessing, out_features=levels, **options)
@@ -136,7 +135,7 @@ def deeplabv3(
 
     Raises:
         ValueError: another output stride, or a network that cannot be dilated.
-        WeightsError: see :func:`resnet_backbone.adapters.source.build_backbone`.
+        WeightsError: see :func:`resnet_backbone.adapters.build_backbone`.
     """
     if output_stride not in ATROUS_RATES:
         raise ValueError(f"output_stride is 16 or 8, not {output_stride}")

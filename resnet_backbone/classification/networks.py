@@ -29,9 +29,8 @@ from resnet_backbone.weights import (
     save_weights,
 )
 from resnet_backbone.weights.checkpoint import MODEL_KEY
-from resnet_backbone.weights.inspect import read_header
 from resnet_backbone.weights.load import check_architecture, check_settings, load_tensors
-from resnet_backbone.weights.reading import read_network, read_own_tensors, single_precision
+from resnet_backbone.weights.reading import read_header, read_network, read_source, single_precision
 
 logger = logging.getLogger(__name__)
 
@@ -203,8 +202,8 @@ def load_exactly(
     Args:
         instead: tensors that take the place of the file's.
     """
-    tensors, found = read_own_tensors(path, preprocessing)
-    tensors = {**tensors, **instead}
+    read, found, *_ = read_source(path, preprocessing)
+    tensors = {**read, **instead}
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     wrong = [k for k in {**own, **tensors} if k not in tensors or own.get(k) != tensors[k].shape]
     if wrong:

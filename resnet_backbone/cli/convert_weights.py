@@ -244,10 +244,10 @@ def report(comparison: Comparison, samples: Samples, a: str = "A", b: str = "B")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    found = inspect_source(args.source, *stated_source(args))
-    print("\n".join(found.lines()))
+    lines, options = inspect_source(args.source, *stated_source(args))
+    print("\n".join(lines))
     words = ["convert", args.source, "OUT", *stated_options(args)]
-    print("next:         ", command_line("convert-weights", words), *found.options)
+    print("next:         ", command_line("convert-weights", words), *options)
     return 0
 
 

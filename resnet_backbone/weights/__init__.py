@@ -1,7 +1,6 @@
 """What makes a checkpoint safe to use: its preprocessing travels with it and is checked."""
 
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec, Origin, write_checkpoint
-from resnet_backbone.weights.inspect import describe_weights
 from resnet_backbone.weights.load import build_model, build_network, load_weights, save_weights
 from resnet_backbone.weights.preprocessing import (
     PREPROCESSINGS,
@@ -10,7 +9,7 @@ from resnet_backbone.weights.preprocessing import (
     WeightsError,
     get_preprocessing,
 )
-from resnet_backbone.weights.reading import read_checkpoint, read_weights
+from resnet_backbone.weights.reading import describe_weights, read_checkpoint, read_weights
 
 __all__ = [
     "PREPROCESSINGS",

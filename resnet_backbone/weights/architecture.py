@@ -43,12 +43,7 @@ def infer_models(tensors: Mapping[str, Tensor]) -> list[ModelSpec]:
     Only options that differ from the name's defaults are set. What tensors do not show is not:
     ``stride_in_1x1``, ``caffe_pool``, ``dilations``, and the kind of batch norm (FrozenBN and
     SyncBN have BN's tensors). A norm with a weight and a bias but no statistics is taken for GN.
-    Backbones without head have ``num_classes=None``; of those that stop early (see
-    :func:`deepest_stage`) the shallowest network with these stages is named, for its stages are
-    the same.
-
-    Args:
-        tensors: under this package's key names.
+    Of backbones that stop early the shallowest network with these stages is named.
 
     Raises:
         ValueError: for tensors of another network (saying what was found), and for missing,

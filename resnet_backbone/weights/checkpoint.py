@@ -34,23 +34,19 @@ MEAN_IMAGE_KEY = "preprocessing.mean_image"  # a tensor beside the weights
 class ModelSpec:
     """Which network weights belong to: enough to build it again.
 
-    Attributes:
-        name: of ``list_models()`` (or ``cifar_resnet<6n+2>``); ``torchvision/<name>`` or
-            ``timm/<name>`` for networks of those libraries.
-        num_classes: logits of the head; None for weights without head.
-        options: constructor arguments, for example ``{"shortcut": "B", "stride_in_1x1": True}``.
+    Its name is one of ``list_models()`` or ``cifar_resnet<6n+2>``; ``torchvision/<name>`` or
+    ``timm/<name>`` for networks of those libraries.
     """
 
     name: str
-    num_classes: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    num_classes: int | None = None  # logits of the head; None for weights without head
+    options: Mapping[str, Any] = field(default_factory=dict)  # constructor arguments
 
     def build(self, **options: Any) -> StagedNetwork:
         """Builds the network of this package with freshly initialized weights.
 
         Args:
-            **options: constructor arguments added to the specification's own, for example
-                ``out_features``.
+            **options: constructor arguments added to the specification's own.
 
         Raises:
             ValueError: unknown name (with the nearest one) or option.
@@ -66,13 +62,9 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
-        """The network that metadata describe.
-
-        Raises:
-            ValueError: the text is not what :meth:`to_json` writes.
-        """
-        found = json.loads(text)
-        if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        """ValueError if the text is not what :meth:`to_json` writes."""
+        found = _json_object(text)
+        if not isinstance(found.get("name"), str):
             raise ValueError("it has no network name")
         classes, options = found.get("num_classes"), found.get("options", {})
         if classes is not None and (type(classes) is not int or classes < 1):
@@ -87,51 +79,39 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights came from.
+    """Where weights came from."""
 
-    Attributes:
-        format: the layout of the source: "torchvision", "caffe2", ...
-        file: the source's path, URL or name.
-        sha256: of the source file; empty for a sharded one.
-        run: the training run that wrote it.
-        reference: where its preprocessing is written down.
-    """
-
-    format: str = ""
-    file: str = ""
-    sha256: str = ""
-    run: str = ""
-    reference: str = ""
+    format: str = ""  # the layout of the source: "torchvision", "caffe2", ...
+    file: str = ""  # the source's path, URL or name
+    sha256: str = ""  # of the source file; empty for a sharded one
+    run: str = ""  # the training run that wrote it
+    reference: str = ""  # where its preprocessing is written down
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Origin:
-        """The origin that metadata describe.
-
-        Raises:
-            ValueError: the text is not what :meth:`to_json` writes.
-        """
-        found = json.loads(text)
-        if not isinstance(found, dict) or not all(isinstance(x, str) for x in found.values()):
+        """ValueError or TypeError if the text is not what :meth:`to_json` writes."""
+        found = _json_object(text)
+        if not all(isinstance(value, str) for value in found.values()):
             raise ValueError("it is not an object of texts")
-        try:
-            return cls(**found)
-        except TypeError as error:
-            raise ValueError(str(error)) from error
+        return cls(**found)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it is not an object")
+    return found
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Weights of one network, whole: what :func:`read_checkpoint` returns.
 
-    Attributes:
-        tensors: name -> tensor under this package's key names, with the file's dtypes and without
-            ``num_batches_tracked``.
-        model: the network.
-        preprocessing: the input that it was trained on.
-        origin: where it came from.
+    The tensors are under this package's key names, with the file's dtypes and without
+    ``num_batches_tracked``; the preprocessing is the input that the network was trained on.
     """
 
     tensors: dict[str, Tensor]
@@ -155,31 +135,22 @@ def has_bottlenecks(tensors: Mapping[str, Tensor]) -> bool:
 
 
 class FileMetadata(NamedTuple):
-    """What a file says of itself; None for parts that were not written.
-
-    Attributes:
-        has_mean_image: it holds a per-pixel mean beside the channel means.
-    """
+    """What a file says of itself; None for parts that were not written."""
 
     preprocessing: Preprocessing | None
     model: ModelSpec | None = None
     origin: Origin | None = None
-    has_mean_image: bool = False
+    has_mean_image: bool = False  # it holds a per-pixel mean beside the channel means
 
     def texts(self) -> dict[str, str]:
         """The header's texts; what is None is left out."""
-        keys = (METADATA_KEY, MODEL_KEY, ORIGIN_KEY)
-        parts = zip(keys, self[:3], strict=True)
+        parts = zip(PARTS, self[:3], strict=True)
         texts = {key: part.to_json() for key, part in parts if part is not None}
         return {SCHEMA_KEY: str(SCHEMA), **texts}
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], where: str) -> FileMetadata:
-        """What a header says.
-
-        Args:
-            texts: of any safetensors file.
-            where: the file, for messages.
+        """What a header says; ``where`` is the file, for messages.
 
         Raises:
             WeightsError: written by a later version of this package, or unreadable.
@@ -194,11 +165,11 @@ class FileMetadata(NamedTuple):
                 f"{where} was written in form {schema}, this version of resnet_backbone reads "
                 f"up to {SCHEMA}: install a newer one"
             )
-        kinds, parts = {METADATA_KEY: Preprocessing, MODEL_KEY: ModelSpec, ORIGIN_KEY: Origin}, []
-        for key, kind in kinds.items():
+        parts = []
+        for key, kind in PARTS.items():
             try:
                 parts.append(kind.from_json(texts[key]) if key in texts else None)
-            except (ValueError, RecursionError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise WeightsError(
                     f"{where}: unreadable {key} in its metadata ({one_line(error)})"
                 ) from error
@@ -219,14 +190,14 @@ class FileMetadata(NamedTuple):
         return cls.from_texts(texts, str(path))._replace(has_mean_image=MEAN_IMAGE_KEY in keys)
 
 
+PARTS = {METADATA_KEY: Preprocessing, MODEL_KEY: ModelSpec, ORIGIN_KEY: Origin}
+
+
 def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
     """Writes a checkpoint as one of our files, atomically.
 
-    Args:
-        path: ``.safetensors``.
-
     Raises:
-        WeightsError: another suffix.
+        WeightsError: another suffix than ``.safetensors``.
     """
     write_tensors(checkpoint.tensors, checkpoint.preprocessing, checkpoint.metadata(), path)
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import ImageOps
 from torch import Tensor
 
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.weights.architecture import deepest_stage
 from resnet_backbone.weights.checkpoint import Checkpoint
-from resnet_backbone.weights.diagnosis import (
-    Hypothesis,
-    double_hypotheses,
-    single_hypotheses,
-    whole_conventions,
-)
 from resnet_backbone.weights.load import build_network, network_on_meta
-from resnet_backbone.weights.preprocessing import InputNormalizer, WeightsError
+from resnet_backbone.weights.preprocessing import (
+    PREPROCESSINGS,
+    InputNormalizer,
+    Preprocessing,
+    WeightsError,
+)
 
 TOLERANCE = 1e-4  # of the largest output; fp32 rounding stays below 1e-5
 BATCH = 8
@@ -32,21 +34,13 @@ SEARCH_SIZE = 96  # pixels of a side; a mistake shows on any part of an image
 
 @dataclass(frozen=True)
 class Difference:
-    """How far outputs are from the reference's.
+    """How far outputs are from the reference's."""
 
-    Attributes:
-        largest: largest absolute difference.
-        scale: largest absolute output of the reference.
-        same_top1: images whose largest logit is the same class; None without head.
-        num_images: how many were compared.
-        output: what was compared, "logits" or the name of a stage.
-    """
-
-    largest: float
-    scale: float
-    same_top1: int | None
+    largest: float  # absolute
+    scale: float  # largest absolute output of the reference
+    same_top1: int | None  # images whose largest logit is the same class; None without head
     num_images: int
-    output: str
+    output: str  # "logits" or the name of a stage
 
     @property
     def relative(self) -> float:
@@ -56,9 +50,9 @@ class Difference:
     def __str__(self) -> str:
         text = f"{self.output}: largest difference {self.largest:.3g}, scale {self.scale:.3g}, "
         text += f"relative {self.relative:.2g}"
-        if self.same_top1 is None:
-            return text
-        return text + f"; same top-1 class on {self.same_top1} of {self.num_images} images"
+        if self.same_top1 is not None:
+            text += f"; same top-1 class on {self.same_top1} of {self.num_images} images"
+        return text
 
 
 @torch.inference_mode()
@@ -108,20 +102,15 @@ def difference(expected: Tensor, found: Tensor, stage: str) -> Difference:
 class Comparison:
     """What :func:`compare` found.
 
-    Attributes:
-        difference: over all images.
-        tolerance: largest relative difference that counts as equal.
-        explanation: the facts of B that, stated otherwise, make both agree; empty where they
-            agree already or no known mistake explains the difference.
-        explained: the difference that is left then.
-        num_tried: explanations that were tried.
+    Where both differ, ``explanation`` holds the facts of B that, stated otherwise, make them agree;
+    it is empty if no known mistake does.
     """
 
-    difference: Difference
-    tolerance: float
+    difference: Difference  # over all images
+    tolerance: float  # largest relative difference that counts as equal
     explanation: tuple[str, ...] = ()
-    explained: Difference | None = None
-    num_tried: int = 0
+    explained: Difference | None = None  # what is left then
+    num_tried: int = 0  # explanations
 
     @property
     def equal(self) -> bool:
@@ -131,20 +120,19 @@ class Comparison:
 class _Runner:
     """Runs a checkpoint and variants of it, which share its tensors."""
 
-    def __init__(self, stage: str):
-        self.stage = stage
+    def __init__(self, stage: str, name: str = "B"):
+        self.stage, self.name = stage, name
         self.networks: dict[tuple, StagedNetwork] = {}
 
-    def __call__(self, checkpoint: Checkpoint, images: Tensor, where: str = "B") -> Tensor:
+    def __call__(self, checkpoint: Checkpoint, images: Tensor) -> Tensor:
         preprocessing, options = checkpoint.preprocessing, checkpoint.model.options
         key = (preprocessing.stride_in_1x1, preprocessing.bn_eps, options.get("caffe_pool"))
         if not self.networks:
-            self.networks[key] = build_network(checkpoint, where)
+            self.networks[key] = build_network(checkpoint, self.name)
         elif key not in self.networks:
-            network = network_on_meta(checkpoint)
             weights = next(iter(self.networks.values())).state_dict()
-            network.load_state_dict(weights, assign=True)
-            self.networks[key] = network
+            self.networks[key] = network_on_meta(checkpoint)
+            self.networks[key].load_state_dict(weights, assign=True)
         return outputs_of(self.networks[key], InputNormalizer(preprocessing), images, self.stage)
 
 
@@ -154,8 +142,7 @@ def compare(
     """Runs both, each with its own preprocessing, and looks for the mistake where they differ.
 
     Args:
-        a: the reference.
-        b: what is in doubt.
+        a, b: the reference, and what is in doubt.
         images: uint8 (N, 3, H, W), RGB.
         tolerance: of the largest difference, in units of the reference's largest output.
 
@@ -163,7 +150,7 @@ def compare(
         WeightsError: networks that cannot be compared, tensors that do not fit their network.
     """
     stage = check_comparable(a, b)
-    expected = _Runner(stage)(a, images, "A")
+    expected = _Runner(stage, "A")(a, images)
     run = _Runner(stage)
     found = Comparison(difference(expected, run(b, images), stage), tolerance)
     return found if found.equal else _explain(found, a, b, run, images, expected)
@@ -172,12 +159,10 @@ def compare(
 def _explain(
     found: Comparison, a: Checkpoint, b: Checkpoint, run: _Runner, images: Tensor, expected: Tensor
 ) -> Comparison:
-    """Tries single mistakes, pairs, and everything at once; on a part of one image each time.
-
-    What explains that part best is then tried on all images.
-    """
-    part = _center(images[:1], SEARCH_SIZE)
-    target = _Runner(run.stage)(a, part, "A")
+    """Tries single mistakes, pairs, and everything at once, on a part of one image each time."""
+    top, left = (max(extent - SEARCH_SIZE, 0) // 2 for extent in images.shape[2:])
+    part = images[:1, :, top : top + SEARCH_SIZE, left : left + SEARCH_SIZE]
+    target = _Runner(run.stage, "A")(a, part)
     singles = single_hypotheses(a, b)
     whole = [(hypothesis,) for hypothesis in whole_conventions(a, b)]
     num_tried = 0
@@ -192,16 +177,12 @@ def _explain(
         best = min(errors, key=errors.__getitem__, default=None)
         if best is None or errors[best] > found.tolerance:
             continue
+        # what explains that part best, on all images
         left = difference(expected, run(_applied(b, best), images), run.stage)
         if left.relative <= found.tolerance:
             texts = tuple(hypothesis.text for hypothesis in best)
             return replace(found, explanation=texts, explained=left, num_tried=num_tried)
     return replace(found, num_tried=num_tried)
-
-
-def _center(images: Tensor, size: int) -> Tensor:
-    top, left = (max(extent - size, 0) // 2 for extent in images.shape[2:])
-    return images[:, :, top : top + size, left : left + size]
 
 
 def _applied(checkpoint: Checkpoint, hypotheses: Sequence[Hypothesis]) -> Checkpoint:
@@ -210,44 +191,159 @@ def _applied(checkpoint: Checkpoint, hypotheses: Sequence[Hypothesis]) -> Checkp
     return checkpoint
 
 
+# What may be stated wrongly
+
+NUMBERS = "{:.6g} {:.6g} {:.6g}"
+KNOWN_EPS = (1e-5, 1e-3)  # PyTorch and Caffe; TensorFlow
+RGB_BYTES = Preprocessing("RGB", 255.0, (0.0,) * 3, (1.0,) * 3)
+# Where a mean or std is used -> an input with it.
+KNOWN_LEVELS = {
+    "none": RGB_BYTES,
+    "half the range": replace(RGB_BYTES, mean=(127.5,) * 3, std=(127.5,) * 3),
+    "none in 0..1": replace(RGB_BYTES, value_range=1.0),
+    **PREPROCESSINGS,
+}
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One fact of a checkpoint that may be stated wrongly."""
+
+    fact: str  # "stride", "mean", ...: two of one fact exclude each other
+    text: str  # the fact as it would have to be, in place of what it is
+    apply: Callable[[Checkpoint], Checkpoint]  # states it so; tensors are shared
+
+
+def single_hypotheses(reference: Checkpoint, other: Checkpoint) -> list[Hypothesis]:
+    """Everything that may be wrong about ``other``, the reference's own facts first."""
+    right, own = reference.preprocessing, other.preprocessing
+    return [
+        *_architecture(right, other),
+        *_input(right, own),
+        *_levels("mean", right, own),
+        *_levels("std", right, own),
+    ]
+
+
+def double_hypotheses(singles: Sequence[Hypothesis]) -> Iterator[tuple[Hypothesis, Hypothesis]]:
+    """Every two of them that are about different facts; in the order in which they apply."""
+    return (pair for pair in combinations(singles, 2) if pair[0].fact != pair[1].fact)
+
+
+def whole_conventions(reference: Checkpoint, other: Checkpoint) -> Iterator[Hypothesis]:
+    """The reference's preprocessing or a published one in place of all of the other's."""
+    own, right = other.preprocessing, reference.preprocessing
+    known = {
+        "A's preprocessing": right,
+        "A's preprocessing in the other channel order": replace(
+            right.reversed_channels(), mean_image=None
+        ),
+        **{f"the preprocessing {name}": known for name, known in PREPROCESSINGS.items()},
+    }
+    for name, convention in known.items():
+        if convention.stride_in_1x1 is None:
+            convention = replace(convention, stride_in_1x1=own.stride_in_1x1)
+        text = f"{name} ({_describe(convention)}) in place of its own ({_describe(own)})"
+        yield Hypothesis(
+            "preprocessing", text, lambda c, right=convention: replace(c, preprocessing=right)
+        )
+
+
+def _describe(own: Preprocessing) -> str:
+    mean, std = (NUMBERS.format(*values) for values in (own.pixel_mean_255(), own.pixel_std_255()))
+    return (
+        f"{own.channel_order}, mean {mean}, std {std} of 0..255, "
+        f"stride_in_1x1 {own.stride_in_1x1}, BN eps {own.bn_eps}"
+    )
+
+
+def _stated(**facts) -> Callable[[Checkpoint], Checkpoint]:
+    """States facts of the preprocessing otherwise."""
+    return lambda c: replace(c, preprocessing=replace(c.preprocessing, **facts))
+
+
+def _architecture(right: Preprocessing, other: Checkpoint) -> Iterator[Hypothesis]:
+    own = other.preprocessing
+    if other.has_bottlenecks and own.stride_in_1x1 is not None:
+        stride = not own.stride_in_1x1
+        text = f"stride_in_1x1 {stride} in place of {own.stride_in_1x1}"
+        yield Hypothesis("stride", text, _stated(stride_in_1x1=stride))
+    if "stem.conv1.weight" in other.tensors:
+        pool = not other.model.options.get("caffe_pool", False)
+        model = replace(other.model, options={**other.model.options, "caffe_pool": pool})
+        text = f"caffe_pool {pool} in place of {not pool}"
+        yield Hypothesis("pooling", text, lambda c: replace(c, model=model))
+    if any(key.endswith(".norm.running_var") for key in other.tensors):
+        for eps in dict.fromkeys((right.bn_eps, *KNOWN_EPS)):
+            if eps != own.bn_eps:
+                text = f"BN eps {eps} in place of {own.bn_eps}"
+                yield Hypothesis("BN eps", text, _stated(bn_eps=eps))
+
+
+def _input(right: Preprocessing, own: Preprocessing) -> Iterator[Hypothesis]:
+    turned = own.reversed_channels()
+    text = f"channel order {turned.channel_order} in place of {own.channel_order}"
+    yield Hypothesis("channel order", text, _stated(channel_order=turned.channel_order))
+    if (own.mean, own.std) != (turned.mean, turned.std):
+        apply = _stated(channel_order=turned.channel_order, mean=turned.mean, std=turned.std)
+        yield Hypothesis("channel order", f"{text}, mean and std turned round with it", apply)
+    other = 1.0 if own.value_range == 255.0 else 255.0
+    text = f"pixels of 0..{other:g} in place of 0..{own.value_range:g}, mean and std as they are"
+    yield Hypothesis("value range", text, _stated(value_range=other))
+    if right.mean_image is not None and own.mean_image is None:
+        text = "A's mean image in place of channel means"
+        yield Hypothesis("mean", text, partial(_with_fact, "mean_image", right))
+
+
+def _levels(fact: str, right: Preprocessing, own: Preprocessing) -> Iterator[Hypothesis]:
+    """The reference's mean or std, and published ones that are none of the two."""
+    have = getattr(_in_form_of(own, RGB_BYTES), fact)
+    tried = [have]
+    for name, known in {"A's": right, **KNOWN_LEVELS}.items():
+        levels = getattr(_in_form_of(known, RGB_BYTES), fact)
+        tolerance = dict(rtol=1e-6 if known is right else 0.01, atol=1e-9)
+        if any(np.allclose(levels, earlier, **tolerance) for earlier in tried):
+            continue
+        tried.append(levels)
+        text = f"{fact} {NUMBERS.format(*levels)} ({name}) in place of {NUMBERS.format(*have)}"
+        apply = partial(_with_fact, fact, known)
+        yield Hypothesis(fact, f"{text} (R, G, B of 0..255)", apply)
+
+
+def _with_fact(fact: str, known: Preprocessing, checkpoint: Checkpoint) -> Checkpoint:
+    """Another mean, mean image or std, in the order and range that the checkpoint has by then."""
+    facts = {fact: getattr(_in_form_of(known, checkpoint.preprocessing), fact)}
+    if fact == "mean":
+        facts["mean_image"] = None
+    return _stated(**facts)(checkpoint)
+
+
+def _in_form_of(known: Preprocessing, other: Preprocessing) -> Preprocessing:
+    if known.channel_order != other.channel_order:
+        known = known.reversed_channels()
+    return known.with_range(other.value_range)
+
+
 # Pictures to run two networks on by default
 
 
 class Samples(NamedTuple):
-    """Images and what they are.
-
-    Attributes:
-        images: uint8 (N, 3, size, size), RGB.
-        text: for a person: "4 photographs of scikit-image".
-    """
+    """Images, uint8 (N, 3, size, size) in RGB, and what they are, for a person."""
 
     images: Tensor
     text: str
 
 
 def sample_images(size: int) -> Samples:
-    """Photographs that lie inside scikit-image, or noise where it is not installed.
-
-    Args:
-        size: side in pixels.
-    """
+    """Photographs of scikit-image, ``size`` pixels a side, or noise where it is not there."""
     try:
         from resnet_backbone.runtime.builtin import load_photograph
-
-        squares = [np.array(_square(load_photograph(name), size)) for name in PHOTOGRAPHS]
     except ImportError:
         generator = torch.Generator().manual_seed(0)
         shape = (len(PHOTOGRAPHS), 3, size, size)
         noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        return Samples(
-            noise, f"{len(noise)} images of noise, which is no picture: give --images DIR"
-        )
+        text = f"{len(noise)} images of noise, which is no picture: give --images DIR"
+        return Samples(noise, text)
+    squares = [np.array(ImageOps.fit(load_photograph(x), (size, size))) for x in PHOTOGRAPHS]
     images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
     return Samples(images, f"{len(images)} photographs of scikit-image")
-
-
-def _square(photograph, size: int):
-    """The center of a photograph, as PIL image."""
-    side = min(photograph.size)
-    left, top = ((extent - side) // 2 for extent in photograph.size)
-    return photograph.resize((size, size), box=(left, top, left + side, top + side))

@@ -1,17 +1,8 @@
 """Exact conversions of a checkpoint: the same function of the same picture in another form.
 
-What is bit-exact, and what rounds:
-
-- channel order: the first convolution's input channels, mean and std change places; bit-exact;
-- value range: mean and std are other numbers for the same gray levels; no tensor changes;
-- std: a factor per input channel moves into the first convolution; one rounding to fp32 (none
-  where the factors are powers of two);
-- batch norm folded into convolutions: computed in float64, one rounding to fp32;
-- unit responses: a factor per layer of a VGG; one rounding to fp32 each;
-- fp16 and bf16: rounding is the purpose; back to fp32 is bit-exact.
-
-What cannot be converted is an error: the stride's place is another function, and another mean
-cannot be moved into a bias because convolutions pad with zeros, which here means "mean pixel".
+Channel order, value range and powers of two are bit-exact; other factors round once to fp32. What
+cannot be converted is an error, or has no function here: the stride's place is another function,
+and another mean cannot become a bias, for convolutions pad with zeros, which here are "mean pixel".
 """
 
 from __future__ import annotations
@@ -26,12 +17,12 @@ from torch import Tensor
 
 from resnet_backbone.models.layers import ConvNormAct
 from resnet_backbone.weights.architecture import FIRST_KEYS
-from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.checkpoint import Checkpoint
+from resnet_backbone.weights.keymaps.table import norm_layers
 from resnet_backbone.weights.load import build_network
 from resnet_backbone.weights.preprocessing import InputNormalizer, Preprocessing, WeightsError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SAME = 1e-6  # relative; two ways of writing one mean or std, such as 103.939 / 255 * 255
 
 
 def first_convolution(tensors: dict[str, Tensor]) -> str:
@@ -57,38 +48,28 @@ def convert_input(
     *,
     channel_order: str = "",
     value_range: float | None = None,
-    mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    stride_in_1x1: bool | None = None,
 ) -> Checkpoint:
     """The same network for input in another form; what is left out stays as it is.
 
     Args:
         channel_order: "RGB" or "BGR".
         value_range: 1.0 or 255.0.
-        mean, std: in the new order and range. The mean must be the checkpoint's own; the
-            difference between the two stds goes into the first convolution.
-        stride_in_1x1: must be the checkpoint's own.
+        std: in the new order and range; what differs goes into the first convolution.
 
     Returns:
         A new checkpoint; tensors that did not change are shared with the old one.
 
     Raises:
-        WeightsError: another mean or stride, see the module's first lines.
+        WeightsError: another range, a std that is not positive.
     """
-    own_stride = checkpoint.preprocessing.stride_in_1x1
-    if stride_in_1x1 is not None and own_stride is not None and stride_in_1x1 != own_stride:
-        raise WeightsError(
-            f"stride_in_1x1 {own_stride} cannot become {stride_in_1x1}: with the stride on the "
-            "other convolution the kernels see other pixels, no weights give the same function; "
-            f"build the network with stride_in_1x1={own_stride}, or train it anew"
-        )
     if channel_order and channel_order != checkpoint.preprocessing.channel_order:
         checkpoint = _reversed_channels(checkpoint)
-    if value_range is not None:
-        checkpoint = _with_range(checkpoint, value_range)
-    if mean is not None:
-        _check_mean(checkpoint.preprocessing, mean)
+    if value_range not in (None, 1.0, 255.0):
+        raise WeightsError(f"value_range is 1.0 or 255.0, not {value_range}")
+    if value_range not in (None, checkpoint.preprocessing.value_range):
+        new = checkpoint.preprocessing.with_range(value_range)
+        checkpoint = replace(checkpoint, preprocessing=new)
     if std is not None:
         checkpoint = _with_std(checkpoint, std)
     return checkpoint
@@ -96,49 +77,9 @@ def convert_input(
 
 def _reversed_channels(checkpoint: Checkpoint) -> Checkpoint:
     key = first_convolution(checkpoint.tensors)
-    old = checkpoint.preprocessing
-    image = old.mean_image
-    new = replace(
-        old,
-        channel_order=old.channel_order[::-1],
-        mean=old.mean[::-1],
-        std=old.std[::-1],
-        mean_image=None if image is None else image.flip(0),
-    )
     tensors = {**checkpoint.tensors, key: checkpoint.tensors[key].flip(1)}
+    new = checkpoint.preprocessing.reversed_channels()
     return replace(checkpoint, tensors=tensors, preprocessing=new)
-
-
-def _with_range(checkpoint: Checkpoint, value_range: float) -> Checkpoint:
-    old = checkpoint.preprocessing
-    if value_range == old.value_range:
-        return checkpoint
-    if value_range not in (1.0, 255.0):
-        raise WeightsError(f"value_range is 1.0 or 255.0, not {value_range}")
-
-    def scaled(values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(value * value_range / old.value_range for value in values)
-
-    image = old.mean_image
-    new = replace(
-        old,
-        value_range=value_range,
-        mean=scaled(old.mean),
-        std=scaled(old.std),
-        mean_image=None if image is None else image * (value_range / old.value_range),
-    )
-    return replace(checkpoint, preprocessing=new)
-
-
-def _check_mean(own: Preprocessing, mean: Sequence[float]) -> None:
-    pairs = zip(own.mean, mean, strict=False)
-    same = all(math.isclose(a, b, rel_tol=SAME, abs_tol=SAME) for a, b in pairs)
-    if len(mean) != 3 or not same:
-        raise WeightsError(
-            f"mean {list(own.mean)} cannot become {list(mean)}: a bias would make up for it inside "
-            "the image but not at its border, where convolutions pad with zeros, that is with "
-            "the mean; keep the checkpoint's own mean"
-        )
 
 
 def _with_std(checkpoint: Checkpoint, std: Sequence[float]) -> Checkpoint:
@@ -161,13 +102,7 @@ def _with_std(checkpoint: Checkpoint, std: Sequence[float]) -> Checkpoint:
 
 def use_channel_means(checkpoint: Checkpoint) -> Checkpoint:
     """Drops the per-pixel mean image. Not exact: the channel means take its place."""
-    new = replace(checkpoint.preprocessing, mean_image=None)
-    return replace(checkpoint, preprocessing=new)
-
-
-def norm_layers(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the norm layers: "res2.0.conv1.norm", ..."""
-    return [key.removesuffix(".weight") for key in tensors if key.endswith(".norm.weight")]
+    return replace(checkpoint, preprocessing=replace(checkpoint.preprocessing, mean_image=None))
 
 
 def fold_bn(checkpoint: Checkpoint) -> Checkpoint:
@@ -190,7 +125,12 @@ def fold_bn(checkpoint: Checkpoint) -> Checkpoint:
             folded |= {key: kernel, f"{layer}.bias": bias}
         elif not layer.endswith(".norm"):
             folded[key] = value
-    return replace(checkpoint, tensors=folded, model=without_norm(checkpoint.model))
+    model = checkpoint.model
+    options = {**model.options, "norm": ""}
+    if model.name.endswith("_bn"):  # vgg16_bn without its norms is vgg16
+        options.pop("norm")
+    model = replace(model, name=model.name.removesuffix("_bn"), options=options)
+    return replace(checkpoint, tensors=folded, model=model)
 
 
 def _folded(tensors: dict[str, Tensor], layer: str, eps: float) -> tuple[Tensor, Tensor]:
@@ -206,21 +146,12 @@ def _folded(tensors: dict[str, Tensor], layer: str, eps: float) -> tuple[Tensor,
     return kernel.float(), (beta - mean * scale).float()
 
 
-def without_norm(model: ModelSpec) -> ModelSpec:
-    """The same network with convolution biases in place of norms."""
-    if model.name.endswith("_bn"):  # vgg16_bn without its norms is vgg16
-        options = {key: value for key, value in model.options.items() if key != "norm"}
-        return replace(model, name=model.name.removesuffix("_bn"), options=options)
-    return replace(model, options={**model.options, "norm": ""})
-
-
 def to_unit_responses(checkpoint: Checkpoint, images: Tensor) -> Checkpoint:
     """A VGG without norms whose responses after each ReLU have a standard deviation of 1.
 
-    Layer l's kernel is multiplied by s(l-1) / s(l) and its bias by 1 / s(l), s being the standard
-    deviation before. A ReLU network is homogeneous: every stage's features are divided by one
-    number, and with fc6 in the checkpoint, which takes over the last one, the logits stay the same.
-    No accuracy is added, but steps of one size suit all layers (arXiv 1511.06856, section 3).
+    Every stage's features are divided by one number, the standard deviation before, and with fc6 in
+    the checkpoint, which takes over the last one, the logits stay the same. No accuracy is added,
+    but steps of one size suit all layers (arXiv 1511.06856, section 3).
 
     Args:
         images: uint8 (N, 3, H, W), RGB; the standard deviations are taken over them.
@@ -276,11 +207,11 @@ def to_bn_eps(checkpoint: Checkpoint, eps: float) -> Checkpoint:
     """
     old = checkpoint.preprocessing.bn_eps
     tensors = dict(checkpoint.tensors)
-    for norm in norm_layers(tensors):
-        if f"{norm}.running_var" in tensors:
-            var = tensors[f"{norm}.running_var"].double()
-            gamma = tensors[f"{norm}.weight"].double() * ((var + eps) / (var + old)).sqrt()
-            tensors[f"{norm}.weight"] = gamma.float()
+    for layer in norm_layers(tensors):
+        if f"{layer}.norm.running_var" in tensors:
+            var = tensors[f"{layer}.norm.running_var"].double()
+            gamma = tensors[f"{layer}.norm.weight"].double() * ((var + eps) / (var + old)).sqrt()
+            tensors[f"{layer}.norm.weight"] = gamma.float()
     new = replace(checkpoint.preprocessing, bn_eps=eps)
     return replace(checkpoint, tensors=tensors, preprocessing=new)
 

@@ -1,11 +1,8 @@
 """Checkpoints for other libraries: files that load there strictly and give the same logits.
 
-    exported = export_checkpoint(checkpoint, "resnet50_timm", "timm")
-    print(exported.usage)
-
 A library that takes RGB in 0..1 only gets the channel order folded into the first convolution and
-the mean and std in that range; the numbers are on ``exported.preprocessing`` and in the usage.
-What no conversion can bring into a library is refused, with the formats that take it.
+the mean and std in that range. What no conversion can bring into a library is refused, with the
+formats that take it.
 """
 
 from __future__ import annotations
@@ -27,10 +24,10 @@ from torch import Tensor
 from resnet_backbone.runtime.files import whole_file
 from resnet_backbone.weights.architecture import deepest_stage
 from resnet_backbone.weights.checkpoint import Checkpoint, write_checkpoint, write_file
-from resnet_backbone.weights.convert import convert_input, use_channel_means
+from resnet_backbone.weights.convert import convert_input
 from resnet_backbone.weights.keymaps import LAYOUTS
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_configs
-from resnet_backbone.weights.keymaps.timm import timm_config
+from resnet_backbone.weights.keymaps.torchvision import timm_config
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
 from resnet_backbone.weights.readers import INDEX_SUFFIX, PREPROCESSING_KEY, SUFFIXES
 
@@ -40,21 +37,13 @@ FOLDER_PATTERNS = ("config.json", "preprocessor_config.json", "model*.safetensor
 
 @dataclass(frozen=True)
 class Format:
-    """What a library's files look like.
+    """What a library's files look like."""
 
-    Attributes:
-        suffixes: of the file; empty: a folder.
-        value_range: that its users normalize in; None: any.
-        rgb: it takes nothing else.
-        bn_eps: of its batch norms, which no file of its says; None: the file says it.
-        whole: backbones that stop early do not fit its network.
-    """
-
-    suffixes: tuple[str, ...]
-    value_range: float | None = None
-    rgb: bool = False
-    bn_eps: float | None = 1e-5
-    whole: bool = False
+    suffixes: tuple[str, ...]  # of the file; empty: a folder
+    value_range: float | None = None  # that its users normalize in; None: any
+    rgb: bool = False  # it takes nothing else
+    bn_eps: float | None = 1e-5  # of its batch norms, which no file of its says; None: it does
+    whole: bool = False  # backbones that stop early do not fit its network
 
 
 FORMATS = {
@@ -69,17 +58,11 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        path: file or folder.
-        checkpoint: as it was written: in the form of input that the library takes.
-        usage: lines of code or configuration that load it, with the transform to use.
-    """
-
-    path: Path
-    checkpoint: Checkpoint
-    usage: str
+    path: Path  # a file or folder
+    checkpoint: Checkpoint  # in the form of input that the library takes
+    usage: str  # lines of code or configuration that load it, with the transform to use
 
 
 def export_checkpoint(
@@ -88,7 +71,6 @@ def export_checkpoint(
     format: str,
     *,
     overwrite: bool = False,
-    accept_channel_means: bool = False,
     shard_size: int | None = None,
 ) -> Exported:
     """Writes a checkpoint for a library, atomically.
@@ -97,8 +79,6 @@ def export_checkpoint(
         path: a file with a suffix of the format, or a folder for "timm" and "huggingface".
         format: a name of ``FORMATS``.
         overwrite: replace what is there.
-        accept_channel_means: drop a per-pixel mean image, which only our own files hold. Logits
-            are then not exactly those of before.
         shard_size: bytes of tensors in one file of "huggingface", where that many are more than
             one; None: one file.
 
@@ -110,7 +90,7 @@ def export_checkpoint(
     check_target(path, format, overwrite)
     if shard_size is not None and format != "huggingface":
         raise WeightsError(f"only huggingface files are sharded, not {format}")
-    written = for_format(checkpoint, format, accept_channel_means=accept_channel_means)
+    written = for_format(checkpoint, format)
     if format == "resnet_backbone":
         write_checkpoint(written, path)
         return Exported(path, written, _usage(written, format, path))
@@ -118,11 +98,16 @@ def export_checkpoint(
         tensors = LAYOUTS[format].from_ours(written.tensors, written.model)
     except ValueError as error:
         raise WeightsError(str(error)) from error
+    whole = torch.contiguous_format  # copies: views would bring all of their storage
+    tensors = {key: value.detach().clone(memory_format=whole) for key, value in tensors.items()}
     if FORMATS[format].suffixes:
         write_file(_file_bytes(tensors, written, format, path.suffix), path)
     else:
-        files = _folder_files(tensors, written, format, shard_size)
-        _write_folder(files, path)
+        configs = {"config.json": timm_config(written)}
+        if format == "huggingface":
+            configs = hugging_face_configs(written)
+        files = {name: _json_bytes(content) for name, content in configs.items()}
+        _write_folder({**files, **_safetensors_files(tensors, written, shard_size)}, path)
     return Exported(path, written, _usage(written, format, path))
 
 
@@ -149,9 +134,7 @@ def check_target(path: Path, format: str, overwrite: bool) -> None:
         raise WeightsError(f"{path}: there is no folder {path.parent}")
 
 
-def for_format(
-    checkpoint: Checkpoint, format: str, *, accept_channel_means: bool = False
-) -> Checkpoint:
+def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
     """The same function with the input that a library gives its networks.
 
     Raises:
@@ -161,21 +144,18 @@ def for_format(
     if format == "resnet_backbone":
         return checkpoint
     if preprocessing.mean_image is not None:
-        if not accept_channel_means:
-            raise WeightsError(
-                f"these weights subtract a per-pixel mean image, for which {format} has no place: "
-                "write resnet_backbone, or take its channel means in place of it "
-                "(--accept-channel-means), which is not exactly the same"
-            )
-        checkpoint = use_channel_means(checkpoint)
-    _check_norms(checkpoint, format, rules)
-    _check_stages(checkpoint, format, rules)
+        raise WeightsError(
+            f"these weights subtract a per-pixel mean image, for which {format} has no place: "
+            "write resnet_backbone, or take its channel means in place of it "
+            "(--accept-channel-means), which is not exactly the same"
+        )
+    _check_network(checkpoint, format, rules)
     order = "RGB" if rules.rgb else preprocessing.channel_order
     checkpoint = convert_input(checkpoint, channel_order=order, value_range=rules.value_range)
     return _with_stride(checkpoint, format)
 
 
-def _check_norms(checkpoint: Checkpoint, format: str, rules: Format) -> None:
+def _check_network(checkpoint: Checkpoint, format: str, rules: Format) -> None:
     eps = checkpoint.preprocessing.bn_eps
     has_norms = any(key.endswith(".norm.running_var") for key in checkpoint.tensors)
     if has_norms and rules.bn_eps is not None and eps != rules.bn_eps:
@@ -183,9 +163,6 @@ def _check_norms(checkpoint: Checkpoint, format: str, rules: Format) -> None:
             f"these weights have BN eps {eps}, {format} builds batch norms with {rules.bn_eps}: "
             f"convert with --bn-eps-to {rules.bn_eps}, their factors make up for it"
         )
-
-
-def _check_stages(checkpoint: Checkpoint, format: str, rules: Format) -> None:
     name, deepest = checkpoint.model.name, deepest_stage(checkpoint.tensors)
     if rules.whole and deepest not in ("res5", "conv5"):
         raise WeightsError(f"these weights end at {deepest}, {format}'s {name} has all stages")
@@ -197,11 +174,7 @@ def _check_stages(checkpoint: Checkpoint, format: str, rules: Format) -> None:
 
 
 def _with_stride(checkpoint: Checkpoint, format: str) -> Checkpoint:
-    """States the stride in the network too, where the key map looks at it.
-
-    Raises:
-        WeightsError: the library has it elsewhere.
-    """
+    """States the stride in the network too, where the key map looks at it."""
     preprocessing, model = checkpoint.preprocessing, checkpoint.model
     if not checkpoint.has_bottlenecks:
         if FORMATS[format].rgb:  # their configs say False for networks without bottlenecks too
@@ -211,12 +184,6 @@ def _with_stride(checkpoint: Checkpoint, format: str) -> Checkpoint:
     stride = model.options.get("stride_in_1x1") if stride is None else stride
     if stride is None:
         raise WeightsError("the stride of these bottlenecks is unknown: state it")
-    if stride and format in ("torchvision", "timm"):
-        raise WeightsError(
-            f"these weights have stride_in_1x1=True, {format} builds {model.name} with the stride "
-            "in the 3x3 convolutions, which is another function and cannot be converted; "
-            "huggingface, detectron2, caffe2 and resnet_backbone take it"
-        )
     return replace(
         checkpoint,
         preprocessing=replace(preprocessing, stride_in_1x1=stride),
@@ -233,65 +200,36 @@ def _file_bytes(
         return _torch_bytes(tensors)
     stated = {PREPROCESSING_KEY: checkpoint.preprocessing.to_json()}
     if format == "caffe2":
-        return _pickle_bytes({"blobs": _to_arrays(tensors), **stated})
+        return _pickle_bytes("blobs", tensors, stated)
     # under the name that our networks in a detector have it: its own loader then checks it too
     tensors = {**tensors, INPUT_SETTINGS: checkpoint.preprocessing.to_tensor()}
     beside = {"__author__": "resnet_backbone", "matching_heuristics": True, **stated}
     if suffix == ".pkl":
-        return _pickle_bytes({"model": _to_arrays(tensors), **beside})
+        return _pickle_bytes("model", tensors, beside)
     return _torch_bytes({"model": tensors, **beside})
 
 
-def _folder_files(
-    tensors: dict[str, Tensor], checkpoint: Checkpoint, format: str, shard_size: int | None
-) -> dict[str, bytes]:
-    configs = {"config.json": timm_config(checkpoint)}
-    if format == "huggingface":
-        configs = hugging_face_configs(checkpoint)
-    files = {name: _json_bytes(content) for name, content in configs.items()}
-    return {**files, **_safetensors_files(tensors, checkpoint, shard_size)}
-
-
 def _torch_bytes(content: Mapping[str, Any]) -> bytes:
-    """A file of ``torch.save``, which ``torch.load(weights_only=True)`` reads."""
     stream = io.BytesIO()
-    torch.save(_contiguous(content), stream)
+    torch.save(content, stream)
     return stream.getvalue()
 
 
-def _contiguous(content: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            value = value.detach().clone(memory_format=torch.contiguous_format)
-        elif isinstance(value, Mapping):
-            value = _contiguous(value)
-        found[key] = value
-    return found
-
-
-def _to_arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    for key, value in tensors.items():
+def _pickle_bytes(key: str, tensors: Mapping[str, Tensor], beside: Mapping[str, Any]) -> bytes:
+    for name, value in tensors.items():
         if value.dtype == torch.bfloat16:
-            raise WeightsError(f"{key} is bf16, which numpy does not have: convert to fp16 or fp32")
-    return {key: value.detach().contiguous().numpy() for key, value in tensors.items()}
-
-
-def _pickle_bytes(content: Mapping[str, Any]) -> bytes:
-    return pickle.dumps(content, protocol=2)  # Detectron1 is Python 2
+            raise WeightsError(
+                f"{name} is bf16, which numpy does not have: convert to fp16 or fp32"
+            )
+    arrays = {name: value.numpy() for name, value in tensors.items()}
+    return pickle.dumps({key: arrays, **beside}, protocol=2)  # Detectron1 is Python 2
 
 
 def _safetensors_files(
     tensors: Mapping[str, Tensor], checkpoint: Checkpoint, shard_size: int | None = None
 ) -> dict[str, bytes]:
-    """``model.safetensors``, or its shards with their index.
-
-    Args:
-        checkpoint: whose metadata each file has.
-        shard_size: bytes of tensors in one shard, unless a single tensor has more.
-    """
+    """``model.safetensors``, or its shards with their index; each has the metadata."""
     texts = {"format": "pt", **checkpoint.metadata()}  # transformers reads no file without it
-    tensors = {key: value.detach().contiguous() for key, value in tensors.items()}
     shards = _split(tensors, shard_size)
     if len(shards) == 1:
         return {"model.safetensors": save_safetensors(tensors, texts)}
@@ -331,8 +269,11 @@ def _write_folder(files: Mapping[str, bytes], path: Path) -> None:
     Raises:
         WeightsError: the folder that is there has something else in it.
     """
-    if path.exists():
-        _check_replaceable(path)
+    if path.exists() and not path.is_dir():
+        raise WeightsError(f"{path} is a file, a folder is written here")
+    for entry in path.iterdir() if path.exists() else ():
+        if not any(entry.match(pattern) for pattern in FOLDER_PATTERNS):
+            raise WeightsError(f"{path} has {entry.name} in it: give a folder of its own")
     old = path.with_name(f"{path.name}.{os.getpid()}.old")
     try:
         with whole_file(path) as new:
@@ -346,14 +287,6 @@ def _write_folder(files: Mapping[str, bytes], path: Path) -> None:
             shutil.rmtree(old)
         elif old.exists():
             os.replace(old, path)
-
-
-def _check_replaceable(path: Path) -> None:
-    if not path.is_dir():
-        raise WeightsError(f"{path} is a file, a folder is written here")
-    for entry in path.iterdir():
-        if not any(entry.match(pattern) for pattern in FOLDER_PATTERNS):
-            raise WeightsError(f"{path} has {entry.name} in it: give a folder of its own")
 
 
 def _usage(checkpoint: Checkpoint, format: str, path: Path) -> str:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from resnet_backbone import fast
 from resnet_backbone.models import BottleneckBlock, FrozenBatchNorm2d, StagedNetwork
-from resnet_backbone.models.layers import ConvNorm
-from resnet_backbone.models.resnet import ResidualBlock, ZeroPadShortcut
+from resnet_backbone.models.resnet import ResidualBlock
 from resnet_backbone.weights.architecture import (
     COUNTER,
     constructor_options,
@@ -31,7 +30,9 @@ from resnet_backbone.weights.checkpoint import (
     write_tensors,
 )
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
-from resnet_backbone.weights.reading import read_network, single_precision
+from resnet_backbone.weights.reading import Weights, read_network
+
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 class WrongStride(WeightsError):
@@ -52,12 +53,10 @@ def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: st
             expected,
         )
     for name, module in model.named_modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
-            if module.eps != preprocessing.bn_eps:
-                raise WeightsError(
-                    f"{where} was trained with BN eps {preprocessing.bn_eps}, {name} has "
-                    f"{module.eps}"
-                )
+        if isinstance(module, BATCH_NORMS) and module.eps != preprocessing.bn_eps:
+            raise WeightsError(
+                f"{where} was trained with BN eps {preprocessing.bn_eps}, {name} has {module.eps}"
+            )
 
 
 def stride_of(model: nn.Module) -> bool | None:
@@ -65,22 +64,6 @@ def stride_of(model: nn.Module) -> bool | None:
     if any(isinstance(module, BottleneckBlock) for module in model.modules()):
         return getattr(model, "stride_in_1x1", None)
     return None
-
-
-def shortcut_of(model: nn.Module) -> str | None:
-    """The shortcut option of a residual or plain network, None where its blocks do not show it."""
-    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
-    if not blocks:
-        return None
-    if blocks[0].gate is not None:
-        return "highway"
-    if blocks[0].shortcut is None:
-        return "none"
-    if any(isinstance(block.shortcut, ZeroPadShortcut) for block in blocks):
-        return "A"
-    if not any(isinstance(block.shortcut, ConvNorm) for block in blocks):
-        return None
-    return "B" if any(isinstance(block.shortcut, nn.Identity) for block in blocks) else "C"
 
 
 def describe_model(model: StagedNetwork) -> ModelSpec | None:
@@ -92,7 +75,8 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
         candidates = infer_models(model.state_dict())
     except ValueError:
         return None
-    plain = shortcut_of(model) == "none"
+    blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
+    plain = bool(blocks) and blocks[0].gate is None and blocks[0].shortcut is None
     spec = candidates[-1] if plain else candidates[0]  # what has no tensors: shortcut, then plain
     options = dict(spec.options)
     stride = stride_of(model)
@@ -116,26 +100,15 @@ def check_settings(model: StagedNetwork, stated: ModelSpec | None, where: str) -
     if stated is None or own is None:
         return
     for key in ("shortcut", "caffe_pool"):
-        values = [_setting(spec, key) for spec in (stated, own)]
+        values = []
+        for spec in (stated, own):
+            defaults = constructor_options(spec.name.rpartition("/")[2])
+            values.append(spec.options.get(key, defaults.get(key)))
         if None not in values and values[0] != values[1]:
             raise WeightsError(
                 f"{where} was trained with {key}={values[0]!r}, this network has {values[1]!r}: "
                 f"build it with {key}={values[0]!r}"
             )
-
-
-def _setting(spec: ModelSpec, key: str) -> object:
-    defaults = constructor_options(spec.name.rpartition("/")[2])
-    return spec.options.get(key, defaults.get(key))
-
-
-def load_tensors(model: StagedNetwork, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copies tensors into a network: all or nothing.
-
-    Raises:
-        WeightsError: see :func:`fitting_tensors`.
-    """
-    model.load_state_dict(fitting_tensors(model, tensors, where), strict=False)
 
 
 def fitting_tensors(
@@ -147,50 +120,49 @@ def fitting_tensors(
         WeightsError: missing, unknown or wrongly shaped tensors.
     """
     own = {k: v for k, v in model.state_dict().items() if not k.endswith(COUNTER)}
-    missing = [key for key in own if key not in tensors]
-    if missing:
-        raise WeightsError(
-            f"{where} lacks {len(missing)} tensors of this network, the first is {missing[0]}; "
-            "is it another depth or norm? (a backbone without head has out_features)"
-            + _difference(model, tensors)
-        )
-    for key, value in own.items():
-        if value.shape != tensors[key].shape:
-            raise WeightsError(
-                f"{where}: {key} has shape {tuple(tensors[key].shape)}, "
-                f"this network needs {tuple(value.shape)}"
-                + (_classes(tensors[key]) if key == "linear.weight" else "")
-                + _difference(model, tensors)
-            )
-    left_out = tuple(f"{name}." for name in model.left_out)
-    for key in tensors:
-        if key not in own and not key.endswith(COUNTER) and not key.startswith(left_out):
-            raise WeightsError(
-                f"{where}: this network has no {key}; is it another depth?"
-                + _difference(model, tensors)
-            )
+    problem = _misfit(own, tensors, tuple(f"{name}." for name in model.left_out))
+    if problem:
+        raise WeightsError(f"{where}{problem}{_difference(model, tensors)}")
     return {key: tensors[key] for key in own}
 
 
-def _classes(weight: Tensor) -> str:
-    return (
-        f"; build it with num_classes={len(weight)}, load, and put a new layer in place of "
-        "network.linear, which train-classifier does with model.new_head=true (a backbone, with "
-        "out_features, takes files of any classes)"
-    )
+def _misfit(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], left_out: tuple[str, ...]
+) -> str:
+    """The first tensor that does not fit, behind the file's name; "" where all do."""
+    missing = [key for key in own if key not in tensors]
+    if missing:
+        return (
+            f" lacks {len(missing)} tensors of this network, the first is {missing[0]}; "
+            "is it another depth or norm? (a backbone without head has out_features)"
+        )
+    for key, value in own.items():
+        if value.shape != tensors[key].shape:
+            found, needed = tuple(tensors[key].shape), tuple(value.shape)
+            text = f": {key} has shape {found}, this network needs {needed}"
+            if key == "linear.weight":
+                text += (
+                    f"; build it with num_classes={found[0]}, load, and put a new layer in place "
+                    "of network.linear, as train-classifier does with model.new_head=true (a "
+                    "backbone, with out_features, takes files of any classes)"
+                )
+            return text
+    for key in tensors:
+        if key not in own and not key.endswith(COUNTER) and not key.startswith(left_out):
+            return f": this network has no {key}; is it another depth?"
+    return ""
 
 
 def _difference(model: StagedNetwork, tensors: Mapping[str, Tensor]) -> str:
     """ " (the file is a ResNet-34, this network a ResNet-50)" where both can be told."""
     own = describe_model(model)
     try:
-        file = infer_models(tensors)[0]
+        file = spell(infer_models(tensors)[0])
     except ValueError:
         return ""
-    names = [spell(spec) for spec in (file, own)] if own else []
-    if len(set(names)) < 2:
+    if own is None or spell(own) == file:
         return ""
-    return f" (the file is a {names[0]}, this network a {names[1]})"
+    return f" (the file is a {file}, this network a {spell(own)})"
 
 
 def build_model(
@@ -246,11 +218,16 @@ def load_weights(
             tensors. The network is unchanged then.
     """
     read = read_network(path, preprocessing)
-    check_architecture(model, read.preprocessing, str(path))
-    tensors = fitting_tensors(model, single_precision(read.tensors), str(path))
-    check_settings(model, read.stated, str(path))
-    model.load_state_dict(tensors, strict=False)
+    load_tensors(model, read, str(path))
     return read.preprocessing
+
+
+def load_tensors(model: StagedNetwork, read: Weights | Checkpoint, where: str) -> None:
+    """Loads what was read from ``where`` into a network; see :func:`load_weights`."""
+    check_architecture(model, read.preprocessing, where)
+    fitting = fitting_tensors(model, read.tensors, where)
+    check_settings(model, read.model, where)
+    model.load_state_dict(fitting, strict=False)
 
 
 def save_weights(
@@ -273,9 +250,7 @@ def save_weights(
     Raises:
         WeightsError: another suffix than ``.safetensors``; a preprocessing of another stride.
     """
-    metadata = metadata or {}
-    spec = None
-    stride = stride_of(model)
+    metadata, spec, stride = metadata or {}, None, stride_of(model)
     if stride is not None:
         check_architecture(model, preprocessing, "what the preprocessing describes")
         preprocessing = replace(preprocessing, stride_in_1x1=stride)
@@ -314,6 +289,6 @@ def network_on_meta(checkpoint: Checkpoint) -> StagedNetwork:
     with torch.device("meta"):
         network = checkpoint.model.build(**options).eval()
     for module in network.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)):
+        if isinstance(module, BATCH_NORMS):
             module.eps = preprocessing.bn_eps
     return network

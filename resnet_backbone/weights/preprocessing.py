@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -26,6 +29,15 @@ def one_line(error: Exception, limit: int = 400) -> str:
     """An error's text for a message: what a file says may be long, and have line breaks."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+@contextmanager
+def named(source: str | os.PathLike) -> Iterator[None]:
+    """Turns a ValueError into one line that names the source."""
+    try:
+        yield
+    except ValueError as error:
+        raise WeightsError(f"{source}: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -66,39 +78,53 @@ class Preprocessing:
             raise WeightsError(f"channel_order is RGB or BGR, not {self.channel_order!r}")
         for name in ("mean", "std"):  # JSON has lists
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        for problem, wrong in self._problems():
-            if wrong:
-                raise WeightsError(f"preprocessing: {problem}")
-
-    def _problems(self) -> Iterator[tuple[str, bool]]:
-        """What each value must be, and whether it is not."""
-        numbers = (*self.mean, *self.std, self.value_range, self.bn_eps)
-        yield "mean and std have three numbers", len(self.mean) != 3 or len(self.std) != 3
-        yield "all numbers are finite", not all(map(math.isfinite, numbers))
+        sizes = (self.resize_size, self.crop_size)
         positive = (*self.std, self.value_range, self.bn_eps)
-        yield "std, value_range and bn_eps are positive", min(positive) <= 0
-        strides = (True, False, None)
-        yield (
-            "stride_in_1x1 is true, false or null",
-            all(self.stride_in_1x1 is not x for x in strides),
-        )
-        for name in ("resize_size", "crop_size"):
-            size = getattr(self, name)
-            yield (
-                f"{name} is a whole number above 0 or null",
-                size is not None and (type(size) is not int or size <= 0),
-            )
         filters = (*FILTERS.values(), "")
-        yield f"interpolation is one of {filters}", self.interpolation not in filters
-        yield "source is text", not isinstance(self.source, str)
+        wrong = {
+            "mean and std have three numbers": (len(self.mean), len(self.std)) != (3, 3),
+            "all numbers are finite": not all(map(math.isfinite, (*self.mean, *positive))),
+            "std, value_range and bn_eps are positive": min(positive) <= 0,
+            "stride_in_1x1 is true, false or null": not isinstance(
+                self.stride_in_1x1, (bool, NoneType)
+            ),
+            "resize_size and crop_size are whole numbers above 0 or null": any(
+                size is not None and (type(size) is not int or size <= 0) for size in sizes
+            ),
+            f"interpolation is one of {filters}": self.interpolation not in filters,
+            "source is text": not isinstance(self.source, str),
+        }
+        for problem in (text for text, is_wrong in wrong.items() if is_wrong):
+            raise WeightsError(f"preprocessing: {problem}")
 
     def pixel_mean_255(self) -> tuple[float, ...]:
         """Mean for pixels in 0..255, in ``channel_order``: Detectron2's MODEL.PIXEL_MEAN."""
-        return tuple(value * 255.0 / self.value_range for value in self.mean)
+        return self.with_range(255.0).mean
 
     def pixel_std_255(self) -> tuple[float, ...]:
         """Standard deviation for pixels in 0..255: Detectron2's MODEL.PIXEL_STD."""
-        return tuple(value * 255.0 / self.value_range for value in self.std)
+        return self.with_range(255.0).std
+
+    def reversed_channels(self) -> Preprocessing:
+        """The same input in the other channel order."""
+        return replace(
+            self,
+            channel_order=self.channel_order[::-1],
+            mean=self.mean[::-1],
+            std=self.std[::-1],
+            mean_image=None if self.mean_image is None else self.mean_image.flip(0),
+        )
+
+    def with_range(self, value_range: float) -> Preprocessing:
+        """The same input with mean and std in 0..value_range."""
+        mean, std = (
+            tuple(value * value_range / self.value_range for value in values)
+            for values in (self.mean, self.std)
+        )
+        image = self.mean_image
+        if image is not None:
+            image = image * (value_range / self.value_range)
+        return replace(self, value_range=value_range, mean=mean, std=std, mean_image=image)
 
     def center_crop(self) -> tuple[int, int]:
         """(shorter side, center crop) in pixels of the test; the usual one if it is not known."""

@@ -1,7 +1,7 @@
 """Files of weights, of any common kind, read as numbers only: nothing in them is executed.
 
 Every file that is not whole, not what its name says or not only data is a :class:`WeightsError`,
-and nothing of it is returned. Memory stays below a small multiple of the file's size.
+and nothing of it is returned. A file that was made to do so can take long, or much memory.
 """
 
 from __future__ import annotations
@@ -10,32 +10,29 @@ import hashlib
 import io
 import json
 import os
+import pickle
+import re
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from resnet_backbone.weights.architecture import COUNTER
-from resnet_backbone.weights.pickles import (
-    NAMES,
-    ArrayRecord,
-    DataUnpickler,
-    Inert,
-    Latin1,
-    Refused,
-)
+from resnet_backbone.weights.pickles import NAMES, Array, Refused, unpickle
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError, one_line
-from resnet_backbone.weights.torch_files import TensorRecord, read_torch
 
 INDEX_SUFFIX = ".safetensors.index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".pkl")
+ZIP_START = b"PK\x03\x04"
 CONTAINERS = {".safetensors": "safetensors", ".pkl": "pickle"}  # and "torch"
 # In a folder, the first of these is read: names that transformers and timm write.
 FOLDER_FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
@@ -55,73 +52,22 @@ VARIANCES = ("running_var", "_riv")  # ends of their names; Caffe2's "riv" is on
 FEATURES_ONLY = "88682ab5"
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
-Records = dict[str, Any]  # name -> a record or a tensor
-
 
 @dataclass(frozen=True)
 class RawFile:
-    """What a file of weights holds.
+    """What a file of weights holds; tensors are contiguous, finite, on the CPU."""
 
-    Attributes:
-        tensors: as they are in the file, contiguous, finite, on the CPU.
-        metadata: of safetensors; of other files the texts ``STATED`` beside the weights.
-        sha256: of the file; empty for a sharded one.
-        container: "safetensors", "sharded safetensors", "torch" or "pickle".
-        path: of the file, for messages.
-    """
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str] = field(default_factory=dict)
-    sha256: str = ""
-    container: str = ""
-    path: str = ""
-
-
-@dataclass(frozen=True)
-class OpenFile:
-    """A whole file whose names are known; its tensors are copied when they are asked for.
-
-    Attributes:
-        weights: the state dict in it, without prefixes and momenta.
-        rest: what lies beside it, such as the state of a training; {} if it has no wrapping.
-        wrapper: the key of the state dict at the top of the file; "" if there is none.
-        metadata: see :class:`RawFile`.
-    """
-
+    tensors: dict[str, Tensor]  # under the file's names without prefixes and momenta
+    metadata: dict[str, str]  # of safetensors; else the texts ``STATED`` beside the weights
+    sha256: str  # empty for a sharded file
+    container: str  # "safetensors", "sharded safetensors", "torch" or "pickle"
     path: Path
-    data: bytes = field(repr=False)
-    weights: Records
-    rest: dict[str, Any] = field(default_factory=dict)
-    wrapper: str = ""
-    metadata: dict[str, str] = field(default_factory=dict)
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights, checked for NaN, infinite numbers and negative variances.
-
-        Raises:
-            WeightsError: one of these, a damaged file, more numbers than it can hold.
-        """
-        with named_errors(self.path):
-            found = _to_tensors(self.weights, len(self.data))
-            check_numbers(found, self.path)
-            return found
-
-    def beside(self) -> dict[str, Any]:
-        """What lies beside the weights, with tensors in place of records.
-
-        Raises:
-            WeightsError: see :meth:`tensors`.
-        """
-        with named_errors(self.path):
-            return _to_tensors(self.rest, len(self.data))
+    rest: dict[str, Any] = field(default_factory=dict)  # beside the weights: state of a training
+    wrapper: str = ""  # the key of the weights at the top of the file; "" if there is none
 
 
-def read_tensors(path: str | os.PathLike, file: OpenFile | None = None) -> RawFile:
-    """Reads the weights of a file, whatever its kind, and drops what is not weights.
+def read_tensors(path: str | os.PathLike, file: RawFile | None = None) -> RawFile:
+    """Reads the weights of a network, whatever the kind of file, and drops what is not weights.
 
     Wrappings (``{"model": ...}``, ``{"state_dict": ...}``, ``{"blobs": ...}``) with their
     optimizers, the prefixes ``module.`` and ``_orig_mod.``, and Detectron1's momenta are removed.
@@ -135,22 +81,10 @@ def read_tensors(path: str | os.PathLike, file: OpenFile | None = None) -> RawFi
         WeightsError: missing, damaged or hostile file; values that are not tensors of finite
             numbers.
     """
-    path = find_file(path)
-    if path.name.endswith(INDEX_SUFFIX):
-        with named_errors(path):
-            found = _read_sharded(path)
-            check_numbers(found.tensors, path)
-    else:
-        file = file or open_file(path)
-        file.weights.pop(INPUT_SETTINGS, None)  # of a backbone for Detectron2, stated beside it too
-        if file.sha256.startswith(FEATURES_ONLY):
-            for key in [key for key in file.weights if key.startswith("classifier.")]:
-                del file.weights[key]
-        kind = container_of(path)
-        found = RawFile(file.tensors(), file.metadata, file.sha256, kind, str(path))
-    with named_errors(path):
-        _check_kinds(found.tensors)
-    return found
+    file = file or open_file(find_file(path))
+    with named_errors(file.path):
+        _check_kinds(file.tensors)
+    return file
 
 
 def find_file(path: str | os.PathLike) -> Path:
@@ -176,28 +110,39 @@ def find_file(path: str | os.PathLike) -> Path:
     return path
 
 
-def open_file(path: Path) -> OpenFile:
+def open_file(path: Path) -> RawFile:
     """Opens a safetensors file, a pickle of numpy arrays, or a file of ``torch.save`` of any name.
 
     Raises:
-        WeightsError: a file that is missing, damaged, or holds more than data.
+        WeightsError: a file that is missing, damaged, or holds more than data; NaN or infinite
+            numbers, negative variances.
     """
     with named_errors(path):
-        data = path.read_bytes()
-        container = container_of(path)
-        if not data:
-            raise ValueError("it is empty")
-        if container == "safetensors":
-            weights, metadata = dict(sorted(load_safetensors(data).items())), _metadata(data)
-            return OpenFile(path, data, weights, metadata=metadata)
-        loaded = _unpickle(io.BytesIO(data)) if container == "pickle" else read_torch(data)
-        weights, wrapper = unwrap(loaded), _wrapper(loaded)
-        for key, value in weights.items():
-            if not isinstance(value, (TensorRecord, ArrayRecord)):
-                raise Refused(f"{key[:80]} of type {_kind(value)}, which is not a tensor")
-        rest = {key: value for key, value in loaded.items() if key != wrapper} if wrapper else {}
-        metadata = {key: loaded[key] for key in STATED if isinstance(loaded.get(key), str)}
-        return OpenFile(path, data, weights, rest, wrapper, metadata)
+        if path.name.endswith(INDEX_SUFFIX):
+            file = _read_sharded(path)
+        else:
+            file = _read_whole(path)
+        check_numbers(file.tensors, path)
+        return file
+
+
+def _read_whole(path: Path) -> RawFile:
+    data, container = path.read_bytes(), container_of(path)
+    if not data:
+        raise ValueError("it is empty")
+    digest = hashlib.sha256(data).hexdigest()
+    if container == "safetensors":
+        tensors = dict(sorted(load_safetensors(data).items()))
+        return RawFile(tensors, _metadata(data), digest, container, path)
+    loaded = unpickle(data) if container == "pickle" else _load_torch(data)
+    weights, wrapper = unwrap(loaded), _wrapper(loaded)
+    weights.pop(INPUT_SETTINGS, None)  # of a backbone for Detectron2, stated beside it too
+    if digest.startswith(FEATURES_ONLY):
+        weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
+    tensors = _to_tensors(weights, len(data))
+    metadata = {key: loaded[key] for key in STATED if isinstance(loaded.get(key), str)}
+    rest = {key: value for key, value in loaded.items() if key != wrapper} if wrapper else {}
+    return RawFile(tensors, metadata, digest, container, path, rest, wrapper)
 
 
 def container_of(path: Path) -> str:
@@ -220,7 +165,7 @@ def named_errors(path: Path) -> Iterator[None]:
         raise WeightsError(f"{path}: not a whole {kind} file ({cause})") from error
 
 
-def unwrap(loaded: Any) -> Records:
+def unwrap(loaded: Any) -> dict[str, Any]:
     """The state dict within a checkpoint, without prefixes and momenta.
 
     Raises:
@@ -234,13 +179,14 @@ def unwrap(loaded: Any) -> Records:
     else:
         raise ValueError(f"it holds itself, or more than {MAX_WRAPPERS} wrappings of its weights")
     if not isinstance(loaded, dict):
-        raise ValueError(f"its content is of type {_kind(loaded)}, not a state dict")
+        raise ValueError(f"its content is of type {type(loaded).__name__}, not a state dict")
     bad = next((key for key in loaded if not isinstance(key, str)), None)
     if bad is not None:
         raise ValueError(f"a key is of type {type(bad).__name__}, not text")
     found = {key: value for key, value in loaded.items() if not key.endswith("_momentum")}
-    while found and (prefix := _shared_prefix(found)):
-        found = {key[len(prefix) :]: value for key, value in found.items()}
+    for prefix in PREFIXES * 2:  # in either order
+        if all(key.startswith(prefix) for key in found):
+            found = {key.removeprefix(prefix): value for key, value in found.items()}
     return found
 
 
@@ -253,43 +199,26 @@ def _wrapper(loaded: Any) -> str:
     return inner[0] if inner else ""
 
 
-def _shared_prefix(keys: Mapping[str, Any]) -> str:
-    return next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in keys)), "")
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Inert):
-        return value.name
-    names = {TensorRecord: "tensor", ArrayRecord: "array", Latin1: "bytes"}
-    return names.get(type(value), type(value).__name__)
-
-
-def _to_tensors(content: Records, size: int) -> dict[str, Any]:
-    """Nested containers with a copy of the numbers for each reference to a record.
+def _to_tensors(weights: Mapping[str, Any], size: int) -> dict[str, Tensor]:
+    """A contiguous copy of each tensor or array.
 
     Args:
         size: of the file; all copies together may have ``MAX_GROWTH`` times as many bytes.
     """
-    memo: dict[int, Any] = {}
-    total = 0
-
-    def convert(value: Any) -> Any:
-        nonlocal total
-        if isinstance(value, (TensorRecord, ArrayRecord)):
-            total += value.nbytes
-            if total > MAX_GROWTH * size:
-                raise Refused(f"more than twice its own size of {size} bytes in tensors")
-            return value.tensor()
-        if not isinstance(value, (dict, list, tuple)):
-            return value.text if isinstance(value, Latin1) else value
-        if id(value) not in memo:
-            if isinstance(value, dict):
-                memo[id(value)] = {key: convert(inner) for key, inner in value.items()}
-            else:
-                memo[id(value)] = type(value)(convert(inner) for inner in value)
-        return memo[id(value)]
-
-    return convert(content)
+    tensors, total = {}, 0
+    for key, value in weights.items():
+        value = value.array if isinstance(value, Array) else value
+        if not isinstance(value, (Tensor, np.ndarray)):
+            raise Refused(f"{key[:80]} of type {type(value).__name__}, which is not a tensor")
+        total += value.nbytes
+        if total > MAX_GROWTH * size:
+            raise Refused(f"more than twice its own size of {size} bytes in tensors")
+        if isinstance(value, np.ndarray):
+            native = value.astype(value.dtype.newbyteorder("="), order="C")
+            tensors[key] = torch.from_numpy(native)
+        else:
+            tensors[key] = value.detach().clone(memory_format=torch.contiguous_format)
+    return tensors
 
 
 def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -332,20 +261,48 @@ def _metadata(data: bytes) -> dict[str, str]:
     return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
 
 
-def _unpickle(stream: io.BytesIO) -> Any:
-    found = DataUnpickler(stream, NAMES).load()
-    behind = len(stream.getbuffer()) - stream.tell()
-    if behind:
-        raise ValueError(f"{behind} bytes behind its end")
-    return found
+def _load_torch(data: bytes) -> Any:
+    """The object of a ``torch.save`` file: torch makes only tensors, containers and ``NAMES``."""
+    stream, is_archive = io.BytesIO(data), data.startswith(ZIP_START)
+    if is_archive:
+        _check_archive(stream)
+    names = [(stand_in, f"{module}.{name}") for (module, name), stand_in in NAMES.items()]
+    try:
+        with torch.serialization.safe_globals(names), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error says it
+            loaded = torch.load(stream, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # around its cause, torch advises to trust the file
+        text = str(error)
+        code = re.search(r"GLOBAL (\S+)", text)
+        if code:
+            raise Refused(f"{code[1][:80]}, which is code and not data") from error
+        raise ValueError(
+            text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        ) from error
+    if not is_archive and stream.read(1):
+        raise ValueError("there are bytes behind its end")
+    return loaded
+
+
+def _check_archive(stream: io.BytesIO) -> None:
+    """Refuses what torch would read without a check."""
+    with zipfile.ZipFile(stream) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise Refused(
+                "a compressed entry, which torch.save does not write (torch.jit.save does)"
+            )
+        if sum(entry.file_size for entry in entries) > len(stream.getbuffer()):
+            raise Refused("an archive whose entries are together larger than the file")
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"Bad CRC-32 of {damaged[:80]}")
+    stream.seek(0)
 
 
 def _read_sharded(index: Path) -> RawFile:
     """All shards that a Hugging Face index names, each whole."""
-    if index.stat().st_size > MAX_JSON:
-        raise ValueError(f"an index of more than {MAX_JSON} bytes")
-    content = json.loads(index.read_bytes())
-    places = content.get("weight_map") if isinstance(content, dict) else None
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError("it has no weight_map")
     tensors: dict[str, Tensor] = {}
@@ -361,7 +318,21 @@ def _read_sharded(index: Path) -> RawFile:
             )
         tensors |= found
         metadata |= _metadata(data)
-    return RawFile(tensors, metadata, "", "sharded safetensors", str(index))
+    return RawFile(tensors, metadata, "", "sharded safetensors", index)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, not too large.
+
+    Raises:
+        ValueError, RecursionError, OSError: something else.
+    """
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"more than {MAX_JSON} bytes")
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
 
 
 def _shard_path(index: Path, name: Any) -> Path:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
 
-from resnet_backbone.models import list_models
+from resnet_backbone.models import BottleneckBlock, list_models
+from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.weights.architecture import (
-    COUNTER,
     check_tensors,
     constructor_options,
     infer_models,
@@ -31,9 +32,9 @@ from resnet_backbone.weights.preprocessing import (
     Preprocessing,
     WeightsError,
     get_preprocessing,
-    one_line,
+    named,
 )
-from resnet_backbone.weights.readers import RawFile, read_tensors
+from resnet_backbone.weights.readers import RawFile, find_file, read_tensors
 from resnet_backbone.weights.sources import ResolvedSource, convention_of_content, resolve
 
 
@@ -60,7 +61,7 @@ class Weights(NamedTuple):
 
     tensors: dict[str, Tensor]
     preprocessing: Preprocessing
-    stated: ModelSpec | None  # the network, where the file says it
+    model: ModelSpec | None  # the network, where the file says it
     origin: Origin
 
 
@@ -88,7 +89,7 @@ def read_checkpoint(
     """
     read = read_network(source, preprocessing, model, raw)
     spec = _network_of(read, model, str(source))
-    return Checkpoint(weights_alone(read.tensors), spec, read.preprocessing, read.origin)
+    return Checkpoint(read.tensors, spec, read.preprocessing, read.origin)
 
 
 def read_weights(
@@ -96,14 +97,10 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], Preprocessing]:
     """Reads a network's weights and what they expect of their input.
 
-    Args:
-        path, preprocessing: see :func:`read_checkpoint`.
+    Args, raises: see :func:`read_checkpoint`.
 
     Returns:
         (state dict in our key names, fp32; preprocessing)
-
-    Raises:
-        WeightsError: missing or damaged file, unknown keys, non-finite values, no preprocessing.
     """
     read = read_network(path, preprocessing)
     return single_precision(read.tensors), read.preprocessing
@@ -111,25 +108,13 @@ def read_weights(
 
 def single_precision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights in fp32, in which networks run."""
-    return {key: value.float() for key, value in weights_alone(tensors).items()}
-
-
-def read_own_tensors(
-    path: str | os.PathLike, preprocessing: str | Preprocessing = ""
-) -> tuple[dict[str, Tensor], Preprocessing]:
-    """As :func:`read_weights`, with names, types and counters as they are in the file."""
-    read = read_source(path, preprocessing)
-    return read.tensors, read.preprocessing
+    return {key: value.float() for key, value in tensors.items()}
 
 
 def read_source(
-    source: str | os.PathLike, preprocessing: str | Preprocessing, raw: RawFile | None = None
+    source: str | os.PathLike, preprocessing: str | Preprocessing = "", raw: RawFile | None = None
 ) -> Weights:
-    """Tensors under the source's own names.
-
-    Args:
-        raw: the source's file, where it was read before.
-    """
+    """Tensors with the source's own names, types and counters; see :func:`read_checkpoint`."""
     found = resolve(source)
     raw = raw or read_tensors(found.path)
     if not raw.sha256.startswith(found.sha256):
@@ -161,24 +146,21 @@ def read_network(
 ) -> Weights:
     """Tensors under this package's names, those of the network that the file states, if any.
 
-    The preprocessing says the stride of bottlenecks.
+    The preprocessing says the stride of bottlenecks. See :func:`read_checkpoint`.
 
     Args:
         given: what the user says of the network.
-        raw: the source's file, where it was read before.
     """
     read = read_source(source, preprocessing, raw)
-    try:
+    with named(source):
         layout = recognize(read.tensors)
         tensors = LAYOUTS[layout].to_ours(read.tensors)
-        if read.stated is not None:
-            check_stated(read.stated, tensors)
-    except ValueError as error:
-        raise WeightsError(f"{source}: {one_line(error)}") from error
+        if read.model is not None:
+            check_stated(read.model, tensors)
     origin = read.origin if read.origin.format else replace(read.origin, format=layout)
     known = read.preprocessing
     if has_bottlenecks(tensors):
-        known = with_stride(known, read.stated, given, str(source))
+        known = with_stride(known, read.model, given, str(source))
     return read._replace(tensors=tensors, origin=origin, preprocessing=known)
 
 
@@ -186,10 +168,6 @@ def check_stated(
     stated: ModelSpec, tensors: Mapping[str, Tensor], who: str = "its metadata say"
 ) -> None:
     """Refuses tensors that are not those of the network that they are said to be of.
-
-    Args:
-        tensors: under this package's names.
-        who: says it, for the message.
 
     Raises:
         ValueError: another depth, shortcut, norm or number of classes, with both.
@@ -214,31 +192,64 @@ def _spell(spec: ModelSpec) -> str:
     return f"{spell(spec)} with {spec.num_classes or 'no'} classes"
 
 
-def weights_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without ``num_batches_tracked``."""
-    return {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
-
-
 def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpec:
     """The network, with the number of classes and the stride that its weights have."""
-    stated = read.stated or given
-    try:
+    stated = read.model or given
+    with named(source):
         candidates = infer_models(read.tensors)
         if stated is None and len(candidates) > 1:
             names = " and ".join(map(spell, candidates))
             raise ValueError(f"its tensors fit {names}: say which network it is")
-        if given is not None and read.stated is not None and given.name != read.stated.name:
-            raise ValueError(f"it says that it is a {read.stated.name}, not {given.name}")
-        if read.stated is None and given is not None:
+        if given is not None and given.name != stated.name:
+            raise ValueError(f"it says that it is a {stated.name}, not {given.name}")
+        if read.model is None and given is not None:
             check_stated(given, read.tensors, "you say")
-    except ValueError as error:
-        raise WeightsError(f"{source}: {one_line(error)}") from error
     spec = stated or candidates[0]
     name = spec.name.rpartition("/")[2]
     options = dict(spec.options)
     if "stride_in_1x1" in constructor_options(name) and has_bottlenecks(read.tensors):
         options["stride_in_1x1"] = read.preprocessing.stride_in_1x1
     return ModelSpec(name, candidates[0].num_classes, options)
+
+
+def describe_weights(
+    path: str | os.PathLike, preprocessing: str | Preprocessing = "", raw: RawFile | None = None
+) -> FileMetadata:
+    """Reads what weights say of themselves; of our own files only the header.
+
+    Args:
+        path, preprocessing, raw: see :func:`read_checkpoint`.
+
+    Raises:
+        WeightsError: missing or damaged file, no preprocessing.
+    """
+    found = resolve(path)
+    file, said = find_file(found.path), None
+    if file.suffix == ".safetensors":
+        said = FileMetadata.read(file)
+    if said and (said.preprocessing is not None or found.preprocessing is not None):
+        known = agreed_preprocessing(str(path), found, said, preprocessing)
+        said = said._replace(preprocessing=known)
+    else:
+        _, known, model, origin = read_source(path, preprocessing, raw)
+        said = FileMetadata(known, model, origin, known.mean_image is not None)
+    # the network's name alone says whether it has bottlenecks: no tensor was read
+    name = said.model.name if said.model else ""
+    match = re.fullmatch(r"(?:\w+/)?(?:\w+_)?(?:resnet|plain)(\d+)\w*", name)
+    block, _ = DEPTHS.get(int(match[1]) if match else 0, (None, ()))
+    if block is BottleneckBlock:
+        known = with_stride(said.preprocessing, said.model, None, str(path))
+        said = said._replace(preprocessing=known)
+    return said
+
+
+def read_header(path: str | os.PathLike) -> FileMetadata:
+    """What a local safetensors file says of itself, without its weights.
+
+    Raises:
+        WeightsError: the file is missing, damaged or of a later version.
+    """
+    return FileMetadata.read(find_file(path))
 
 
 # What file, origin and user agree on
@@ -251,11 +262,9 @@ def agreed_preprocessing(
     given: str | Preprocessing,
     content: Preprocessing | None = None,
 ) -> Preprocessing:
-    """The one preprocessing on which a file, its origin and the user agree.
+    """The one preprocessing on which a file, its origin and the user (``given``) agree.
 
     Args:
-        source: as the user wrote it, for messages.
-        given: by the user; "" for none.
         content: what the file's content says beside its metadata.
 
     Raises:
@@ -297,31 +306,23 @@ def with_stride(
 ) -> Preprocessing:
     """A preprocessing that says where bottlenecks have their stride, which no tensor shows.
 
-    Args:
-        stated, given: the network, as the file and as the user says.
-
     Raises:
         WeightsError: it is unknown, or file and user disagree.
     """
-    of_network = _stride_of(stated or given)
-    found = {value for value in (known.stride_in_1x1, of_network) if value is not None}
-    if not found and stated is not None:
-        found = {constructor_options(stated.name)["stride_in_1x1"]}
-    if not found:
-        raise WeightsError(
-            f"{source}: the stride of its bottlenecks is unknown; name a preprocessing that has "
-            "it, such as msra or torchvision"
-        )
-    if len(found) > 1:
+    spec, of_network = stated or given, None
+    if spec is not None:  # torchvision's and timm's have it in the 3x3
+        of_network = False if "/" in spec.name else spec.options.get("stride_in_1x1")
+    if None not in (known.stride_in_1x1, of_network) and known.stride_in_1x1 != of_network:
         raise WeightsError(
             f"{source}: its network has stride_in_1x1={of_network}, its preprocessing "
             f"{known.stride_in_1x1}"
         )
-    return replace(known, stride_in_1x1=found.pop())
-
-
-def _stride_of(spec: ModelSpec | None) -> bool | None:
-    """What a network's name and options say; torchvision's and timm's have it in the 3x3."""
-    if spec is None:
-        return None
-    return False if "/" in spec.name else spec.options.get("stride_in_1x1")
+    stride = of_network if known.stride_in_1x1 is None else known.stride_in_1x1
+    if stride is None and stated is not None:
+        stride = constructor_options(stated.name)["stride_in_1x1"]
+    if stride is None:
+        raise WeightsError(
+            f"{source}: the stride of its bottlenecks is unknown; name a preprocessing that has "
+            "it, such as msra or torchvision"
+        )
+    return replace(known, stride_in_1x1=stride)

@@ -8,11 +8,12 @@ unknown origin nothing is assumed.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,9 +24,10 @@ from resnet_backbone.weights.keymaps.huggingface import (
     hugging_face_preprocessing,
 )
 from resnet_backbone.weights.keymaps.table import LIBRARY_NETWORKS, OtherNetwork
-from resnet_backbone.weights.keymaps.timm import check_timm_network, timm_preprocessing
 from resnet_backbone.weights.keymaps.torchvision import (
+    check_timm_network,
     published_hash,
+    timm_preprocessing,
     torchvision_entry,
     torchvision_preprocessing,
 )
@@ -34,14 +36,15 @@ from resnet_backbone.weights.preprocessing import (
     PREPROCESSINGS,
     Preprocessing,
     WeightsError,
+    named,
     one_line,
 )
 from resnet_backbone.weights.readers import (
     FOLDER_FILES,
-    MAX_JSON,
     PREPROCESSING_KEY,
     SUFFIXES,
     RawFile,
+    read_json,
 )
 
 MODEL_ZOO = "facebookresearch/detectron2, MODEL_ZOO.md and detectron2/checkpoint/catalog.py"
@@ -85,19 +88,12 @@ CATALOG = {
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """A source as a local path.
+    """A source as a local path."""
 
-    Attributes:
-        path: a file, or a folder with one.
-        preprocessing: the origin's convention; None where it is unknown.
-        stride_in_1x1: stated without the rest, by a config.json alone.
-        sha256: hexadecimal digits that the file's must begin with; "" where none are published.
-    """
-
-    path: Path
-    preprocessing: Preprocessing | None = None
-    stride_in_1x1: bool | None = None
-    sha256: str = ""
+    path: Path  # a file, or a folder with one
+    preprocessing: Preprocessing | None = None  # the origin's convention; None: unknown
+    stride_in_1x1: bool | None = None  # stated without the rest, by a config.json alone
+    sha256: str = ""  # digits that the file's must begin with; "" where none are published
 
 
 def resolve(source: str | os.PathLike) -> ResolvedSource:
@@ -115,16 +111,17 @@ def resolve(source: str | os.PathLike) -> ResolvedSource:
     """
     scheme, separator, name = str(source).partition("://")
     if not separator:
-        path = Path(source)
-        return _described(ResolvedSource(path)) if _may_have_config(path) else ResolvedSource(path)
+        found = ResolvedSource(Path(source))
+        # a config.json belongs to the file of the usual name beside it, and to no other
+        has_config = found.path.is_dir() or found.path.name in FOLDER_FILES
+        return _described(found) if has_config else found
     if scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         raise WeightsError(f"{source}: unknown kind of source; known are local paths, {known}")
     return SCHEMES[scheme](name)
 
 
-def _from_https(name: str) -> ResolvedSource:
-    url = f"https://{name}"
+def _from_address(url: str) -> ResolvedSource:
     if url.startswith(PYTORCH):
         entry = torchvision_entry(lambda weights: weights.url == url)
         if entry is not None:
@@ -134,14 +131,10 @@ def _from_https(name: str) -> ResolvedSource:
     return ResolvedSource(path, known)
 
 
-def _from_detectron2(name: str) -> ResolvedSource:
-    return _from_https((DETECTRON2 + name).removeprefix("https://"))
-
-
 def _from_catalog(name: str) -> ResolvedSource:
     if name not in CATALOG:
         raise WeightsError(f"catalog://{name}: not known; known are {', '.join(CATALOG)}")
-    return _from_https(CATALOG[name].removeprefix("https://"))
+    return _from_address(CATALOG[name])
 
 
 def _cached(url: str) -> Path:
@@ -208,11 +201,15 @@ def _torchvision_file(weights: Any) -> ResolvedSource:
     return ResolvedSource(path, torchvision_preprocessing(weights), sha256=sha256)
 
 
-def _from_timm(name: str) -> ResolvedSource:
+def _library(name: str, source: str) -> ModuleType:
     try:
-        import timm
+        return import_module(name)
     except ImportError as error:
-        raise WeightsError(f"timm://{name} needs timm: pip install timm") from error
+        raise WeightsError(f"{source} needs {name}: pip install {name}") from error
+
+
+def _from_timm(name: str) -> ResolvedSource:
+    timm = _library("timm", f"timm://{name}")
     try:
         config = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
@@ -229,17 +226,15 @@ def _from_timm(name: str) -> ResolvedSource:
 
 
 def _from_hugging_face(name: str) -> ResolvedSource:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise WeightsError(f"hf://{name} needs it: pip install huggingface_hub") from error
+    hub = _library("huggingface_hub", f"hf://{name}")
     repository, _, revision = name.partition("@")
     configs = ["config.json", "preprocessor_config.json"]
     try:
         for files in (["model.safetensors", "model*.safetensors*"], ["pytorch_model.bin"]):
+            patterns = [*configs, *files]
             folder = Path(
-                snapshot_download(
-                    repository, revision=revision or None, allow_patterns=[*configs, *files]
+                hub.snapshot_download(
+                    repository, revision=revision or None, allow_patterns=patterns
                 )
             )
             if any((folder / file).is_file() for file in FOLDER_FILES):
@@ -254,38 +249,37 @@ def _from_hugging_face(name: str) -> ResolvedSource:
     raise WeightsError(f"hf://{name} has none of {', '.join(FOLDER_FILES)}")
 
 
-def convention_of_content(file: RawFile) -> Preprocessing | None:
-    """The convention of a file that its content identifies.
-
-    Detectors with our backbone, and files that this package writes for Detectron2, by what they
-    state; torchvision's files by their published hash, wherever they lie and whatever their name;
-    Detectron2's pickles by an ``__author__`` that stands for one script.
+def stated_convention(file: RawFile) -> Preprocessing | None:
+    """What our detectors, and files that this package writes for Detectron2, say of their input.
 
     Raises:
-        WeightsError: it states something unreadable.
+        WeightsError: something unreadable.
     """
-    try:
+    with named(file.path):
         if file.container in ("torch", "pickle") and PREPROCESSING_KEY in file.metadata:
             return Preprocessing.from_json(file.metadata[PREPROCESSING_KEY])
         for key, value in file.tensors.items():
             if key.endswith(f".{INPUT_SETTINGS}"):
                 return Preprocessing.from_tensor(value)
-    except WeightsError as error:
-        raise WeightsError(f"{file.path}: {one_line(error)}") from error
-    if file.container != "torch":
-        return BY_AUTHOR.get(file.metadata.get("__author__", ""))
+    return None
 
-    def is_this(weights: Any) -> bool:
-        digits = published_hash(weights)
-        return bool(digits) and file.sha256.startswith(digits)
 
-    published = torchvision_entry(is_this)
+def convention_of_content(file: RawFile) -> Preprocessing | None:
+    """The convention of a file that its content identifies.
+
+    Beside what it states: torchvision's files by their published hash, wherever they lie and
+    whatever their name; Detectron2's pickles by an ``__author__`` that stands for one script.
+
+    Raises:
+        WeightsError: it states something unreadable.
+    """
+    stated = stated_convention(file)
+    if stated is not None or file.container != "torch":
+        return stated or BY_AUTHOR.get(file.metadata.get("__author__", ""))
+    published = torchvision_entry(
+        lambda weights: file.sha256.startswith(published_hash(weights) or "none")
+    )
     return None if published is None else torchvision_preprocessing(published)
-
-
-def _may_have_config(path: Path) -> bool:
-    """A config.json belongs to the file of the usual name beside it, and to no other."""
-    return path.is_dir() or path.name in FOLDER_FILES
 
 
 def _described(found: ResolvedSource) -> ResolvedSource:
@@ -313,15 +307,8 @@ def _described(found: ResolvedSource) -> ResolvedSource:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"more than {MAX_JSON} bytes")
-        found = json.loads(path.read_bytes())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-        return found
+        return read_json(path) if path.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: unreadable ({error})") from error
 
@@ -330,7 +317,7 @@ SCHEMES: dict[str, Callable[[str], ResolvedSource]] = {
     "torchvision": _from_torchvision,
     "timm": _from_timm,
     "hf": _from_hugging_face,
-    "detectron2": _from_detectron2,
+    "detectron2": lambda name: _from_address(DETECTRON2 + name),
     "catalog": _from_catalog,
-    "https": _from_https,
+    "https": lambda name: _from_address(f"https://{name}"),
 }

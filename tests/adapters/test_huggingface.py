@@ -6,7 +6,6 @@ import torch
 pytest.importorskip("transformers")
 
 from transformers import (  # noqa: E402
-    AutoImageProcessor,
     ConditionalDetrConfig,
     ConditionalDetrForObjectDetection,
     DetrConfig,
@@ -14,7 +13,6 @@ from transformers import (  # noqa: E402
     DetrImageProcessor,
     ResNetBackbone,
     ResNetConfig,
-    ResNetForImageClassification,
     TimmBackbone,
     TimmBackboneConfig,
 )
@@ -30,7 +28,6 @@ from resnet_backbone.weights import (  # noqa: E402
     get_preprocessing,
     read_checkpoint,
 )
-from resnet_backbone.weights.export import export_checkpoint  # noqa: E402
 
 SMALL = dict(
     num_labels=20,
@@ -119,28 +116,6 @@ def test_freeze_at(freeze_at, weights_file):
     stages = [inner(model).embedder, *inner(model).encoder.stages]
     trains = [all(p.requires_grad for p in stage.parameters()) for stage in stages]
     assert trains == [index >= freeze_at for index in range(5)]
-
-
-@pytest.mark.parametrize("name, preprocessing", [("resnet18", "torchvision"), ("resnet50", "msra")])
-def test_exported_weights_in_transformers_own_classes(
-    name, preprocessing, weights_file, tmp_path, photo, normalised
-):
-    path, network = weights_file(name, preprocessing)
-    folder = tmp_path / "exported"
-    export_checkpoint(read_checkpoint(path), folder, "huggingface")
-    model, info = ResNetForImageClassification.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    processor = AutoImageProcessor.from_pretrained(folder)
-    batch = processor(pixels(photo), do_resize=False, do_center_crop=False, return_tensors="pt")
-    with torch.no_grad():
-        found = model.eval()(**batch).logits
-        image = normalised(photo, get_preprocessing(preprocessing))
-        wanted, maps = network(image), network.forward_features(image, ["res3", "res5"])
-    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
-    backbone = ResNetBackbone.from_pretrained(folder, out_features=["stage2", "stage4"]).eval()
-    with torch.no_grad():
-        for x, expected in zip(backbone(**batch).feature_maps, maps.values(), strict=True):
-            assert (x - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_timms_entry_is_a_backbone_of_transformers():

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from resnet_backbone.adapters.source import build_backbone, image_normalization, rgb_checkpoint
+from resnet_backbone.adapters import build_backbone, image_normalization, rgb_checkpoint
 from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError, get_preprocessing
 

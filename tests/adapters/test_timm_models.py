@@ -160,43 +160,29 @@ def traced(model):
 
 
 @every_entry
-def test_fx_forward(name):
-    model = timm.create_model(name).eval()
-    x = images()
+def test_fx(name):
+    model = timm.create_model(name, num_classes=42).eval()
+    graph, x = traced(model), images(batch=2)
     with torch.inference_mode():
-        (logits,) = traced(model).eval()(x).values()
+        (logits,) = graph.eval()(x).values()
         assert torch.allclose(logits, model(x), rtol=1e-4, atol=1e-5)
-
-
-@some_entries
-def test_fx_backward(name):
-    model = traced(timm.create_model(name, num_classes=42).train()).train()
-    (logits,) = model(images(batch=2)).values()
+    (logits,) = graph.train()(x).values()
     logits.mean().backward()
-    assert logits.shape == (2, 42)
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in graph.parameters())
 
 
 @some_entries
 def test_torchscript(name):
-    """Of the model as it is, and of its fx graph."""
+    """Of the model as it is, of its fx graph, and of the graph of its features."""
     model = timm.create_model(name, scriptable=True).eval()
+    features = timm.create_model(name, features_only=True, feature_cls="fx").eval()
     x = images()
     with torch.inference_mode():
-        wanted = model(x)
-        (of_graph,) = torch.jit.script(traced(model))(x).values()
-        for found in (torch.jit.script(model)(x), of_graph):
-            assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
-
-
-@some_entries
-def test_torchscript_of_fx_features(name):
-    model = timm.create_model(name, features_only=True, feature_cls="fx").eval()
-    x = images()
-    with torch.inference_mode():
-        maps, wanted = torch.jit.script(model)(x), model(x)
-    for one, other in zip(maps, wanted, strict=True):
-        assert (one - other).abs().max() < 1e-4 * other.abs().max()
+        pairs = [(torch.jit.script(model)(x), model(x))]
+        pairs += zip(torch.jit.script(traced(model))(x).values(), [model(x)], strict=True)
+        pairs += zip(torch.jit.script(features)(x), features(x), strict=True)
+    for found, wanted in pairs:
+        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
 # --- the interface, beyond those -----------------------------------------------------------------

@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from resnet_backbone.runtime.errors import EXIT_STOPPED
-from resnet_backbone.weights.inspect import read_header
-from resnet_backbone.weights.reading import read_own_tensors
+from resnet_backbone.weights.reading import read_header, read_source
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "train_classifier.py"
@@ -208,7 +207,7 @@ def test_weights_bring_their_own_input(uninterrupted, config, tmp_path):
     tuned = ("schedule.iterations=3", "schedule.lr=1e-6", "schedule.warmup_lr=1e-6", "train.ema=0")
     done = run(*other, *tuned, "train.recompute_bn=false", "--output-dir", tmp_path / "tuned")
     assert done.returncode == 0, done.stderr
-    found = read_own_tensors(tmp_path / "tuned" / "final.safetensors")[1]
+    found = read_source(tmp_path / "tuned" / "final.safetensors").preprocessing
     assert found.channel_order == "RGB" and found.std == (1, 1, 1)
     assert found.mean_image.shape == (3, 32, 32)
     # --eval-only of this run takes what it trained, not what it started from

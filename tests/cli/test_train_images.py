@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from resnet_backbone.weights.reading import read_own_tensors
+from resnet_backbone.weights.reading import read_source
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "train_classifier.py"
@@ -119,7 +119,7 @@ def test_the_mean_is_the_training_sets(images, uninterrupted):
         top, left = (round((extent - 32) / 2) for extent in pixels.shape[:2])
         crops.append(pixels[top : top + 32, left : left + 32])
     expected = np.mean(crops, axis=0).transpose(2, 0, 1)
-    found = read_own_tensors(uninterrupted / "final.safetensors")[1]
+    found = read_source(uninterrupted / "final.safetensors").preprocessing
     assert found.channel_order == "RGB" and found.value_range == 255 and found.std == (1, 1, 1)
     # mean_samples=20 leaves one of the 21 files out, which may be a readable one
     assert np.abs(found.mean_image.numpy() - expected).mean() < 6
@@ -150,5 +150,5 @@ def test_other_networks_and_the_modern_overlay(config, tmp_path, name):
         *("evaluation.short_side=72", "evaluation.crop=64"),
     )
     assert done.returncode == 0, done.stderr
-    _, found = read_own_tensors(tmp_path / "run" / "final.safetensors")
+    found = read_source(tmp_path / "run" / "final.safetensors").preprocessing
     assert found.mean_image is None and min(found.std) > 20

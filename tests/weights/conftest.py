@@ -5,25 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from libraries import randomise
 from PIL import Image
-from torch import nn
 
 from resnet_backbone.weights import Checkpoint, ModelSpec, get_preprocessing, read_checkpoint
-
-
-def randomise_statistics(network: nn.Module) -> None:
-    """Batch norms of any library that are not the identity, so that a lost one shows."""
-    for module in network.modules():
-        if getattr(module, "running_var", None) is not None:
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.2)
-
-
-@pytest.fixture(scope="session")
-def randomise():
-    return randomise_statistics
+from resnet_backbone.weights.keymaps.table import without_counters
 
 
 @pytest.fixture(scope="session")
@@ -38,13 +24,8 @@ def random_checkpoint():
         else:
             preprocessing = replace(preprocessing, stride_in_1x1=None)
         spec = ModelSpec(name, num_classes, options)
-        network = spec.build()
-        randomise_statistics(network)
-        tensors = {
-            key: value.detach().contiguous()
-            for key, value in network.state_dict().items()
-            if not key.endswith("num_batches_tracked")
-        }
+        state = without_counters(randomise(spec.build()).state_dict())
+        tensors = {key: value.detach().contiguous() for key, value in state.items()}
         return Checkpoint(tensors, spec, preprocessing)
 
     return make

@@ -91,22 +91,6 @@ def test_options_of_vgg(name, norm):
         assert found.name == (f"{name}_bn" if norm == "BN" else name)
 
 
-SHALLOW = [n for n in list_models() if not n.endswith(("1202", "110", "101", "152"))]
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_any_options(data):
-    name = data.draw(st.sampled_from(SHALLOW))
-    options = {"activation": data.draw(st.sampled_from(ACTIVATIONS))}
-    options["in_channels"] = data.draw(st.integers(1, 9))
-    norms = NORMS if not name.startswith("cifar") else ("BN", "")
-    options["norm"] = data.draw(st.sampled_from(norms))
-    if not name.startswith("vgg"):
-        options["shortcut"] = data.draw(st.sampled_from(SHORTCUTS))
-    check_found(name, data.draw(st.integers(1, 2000)), options)
-
-
 @pytest.mark.parametrize("norm", ["FrozenBN", "SyncBN"])
 def test_other_batch_norms_have_the_tensors_of_batch_norm(norm):
     assert infer_models(meta_state("resnet18", norm=norm)) == [ModelSpec("resnet18", 1000)]

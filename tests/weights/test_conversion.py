@@ -30,7 +30,6 @@ from resnet_backbone.weights.preprocessing import InputNormalizer
 
 STDS = st.tuples(*[st.floats(0.1, 300)] * 3)
 SMALL = ("resnet18", "plain18", "cifar_resnet20")
-LARGE = [name for name in list_models() if name not in (*SMALL, "cifar_resnet1202")]
 
 
 def relative(before, after, images):
@@ -57,7 +56,7 @@ def every_conversion(checkpoint):
     }
     if any(".norm." in key for key in checkpoint.tensors):
         found["BN"] = fold_bn(checkpoint)
-        found["eps"] = to_bn_eps(checkpoint, 1e-3)
+        found["eps"] = to_bn_eps(checkpoint, 1e-2)
         found["all and BN"] = fold_bn(found["all"])
     return found
 
@@ -70,18 +69,6 @@ def test_every_direction_keeps_the_logits(name, random_checkpoint, pictures):
         checkpoint = random_checkpoint(name, convention)
         for step, after in every_conversion(checkpoint).items():
             assert relative(checkpoint, after, images) < 1e-4, step
-
-
-@pytest.mark.data
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE)
-def test_every_direction_keeps_the_logits_of_every_network(name, random_checkpoint, pictures):
-    for convention in ("msra", "torchvision"):
-        checkpoint = random_checkpoint(name, convention)
-        steps = every_conversion(checkpoint)
-        for step in {"all", "all and BN", "eps"} & steps.keys():
-            found = relative(checkpoint, steps[step], pictures[:1, :, :32, :32])
-            assert found < 1e-4, (convention, step)
 
 
 @pytest.mark.data
@@ -155,21 +142,6 @@ def test_half_precision_kernels_lose_nothing_by_folding(msra):
     assert msra.tensors["stem.conv1.weight"].dtype == torch.float16
     assert there.tensors["stem.conv1.weight"].dtype == torch.float32
     assert fold_bn(msra).tensors["res2.0.conv1.weight"].dtype == torch.float32
-
-
-def test_another_mean_is_refused(small):
-    convert_input(small, mean=small.preprocessing.mean)
-    convert_input(small, value_range=255.0, mean=(123.675, 116.28, 103.53))
-    for mean in ((0.0, 0.0, 0.0), (0.5, 0.456, 0.406), (0.485, 0.456)):
-        with pytest.raises(WeightsError, match="pad with zeros"):
-            convert_input(small, mean=mean)
-
-
-def test_another_stride_is_refused(random_checkpoint):
-    checkpoint = random_checkpoint("resnet50", "msra")
-    convert_input(checkpoint, stride_in_1x1=True)
-    with pytest.raises(WeightsError, match="cannot become False.*no weights give the same"):
-        convert_input(checkpoint, stride_in_1x1=False)
 
 
 @pytest.mark.parametrize("std", [(0, 1, 1), (1, 1), (1, -1, 1), (float("nan"), 1, 1)])
@@ -272,16 +244,10 @@ def msra_like(random_checkpoint):
     return random_checkpoint("resnet18", "msra")
 
 
-@pytest.mark.data
-def test_vgg_of_the_shared_data_is_headless(vgg_convolutions):
-    assert vgg_convolutions.model.num_classes is None
-
-
-@pytest.mark.parametrize("name", [name for name in list_models() if "1202" not in name])
-def test_every_network_has_a_first_convolution(name):
-    with torch.device("meta"):
-        state = ModelSpec(name).build().state_dict()
-    assert first_convolution(state).endswith(".weight")
+def test_every_network_has_a_first_convolution():
+    for name in list_models():
+        with torch.device("meta"):
+            assert first_convolution(ModelSpec(name).build().state_dict()).endswith(".weight")
 
 
 def test_gray_images_are_refused(random_checkpoint):

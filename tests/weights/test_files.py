@@ -1,19 +1,17 @@
-"""Weights files: what is refused, round trips, and the proof on real images."""
+"""Weights files: what is refused, and round trips."""
 
 import json
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from libraries import assert_same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from resnet_backbone.models import build_model
-from resnet_backbone.models.layers import FrozenBatchNorm2d
 from resnet_backbone.weights import (
     PREPROCESSINGS,
     Checkpoint,
@@ -35,37 +33,18 @@ from resnet_backbone.weights.checkpoint import (
     SCHEMA_KEY,
     FileMetadata,
 )
-from resnet_backbone.weights.inspect import describe_weights, read_header
 from resnet_backbone.weights.preprocessing import same_mean, same_std
+from resnet_backbone.weights.reading import describe_weights, read_header
 
 MSRA = PREPROCESSINGS["msra"]
-# The ten classes of imagenet_val500, in the order of all thousand
-IMAGENET_INDEX = {
-    "n01440764": 0,
-    "n02102040": 217,
-    "n02979186": 482,
-    "n03000684": 491,
-    "n03028079": 497,
-    "n03394916": 566,
-    "n03417042": 569,
-    "n03425413": 571,
-    "n03445777": 574,
-    "n03888257": 701,
-}
 
 
-def backbone(depth=18, **options):
-    return build_model(f"resnet{depth}", out_features=["res5"], **options)
+def backbone():
+    return build_model("resnet18", out_features=["res5"])
 
 
 def state_of(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def assert_same_states(first, second):
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
 
 
 @pytest.fixture
@@ -93,7 +72,7 @@ def test_round_trip(file):
     path, model = file
     other = build_model("resnet18", num_classes=5)
     assert load_weights(other, path) == MSRA
-    assert_same_states(state_of(other), state_of(model))
+    assert_same(state_of(other), state_of(model))
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
@@ -109,7 +88,7 @@ def test_backbone_leaves_out_head_and_deeper_stages(file):
     load_weights(shallow, path)
     expected = model.state_dict()
     assert not any(key.startswith(("res4", "linear")) for key in shallow.state_dict())
-    assert_same_states(state_of(shallow), {key: expected[key] for key in shallow.state_dict()})
+    assert_same(state_of(shallow), {key: expected[key] for key in shallow.state_dict()})
 
 
 def test_our_keys_without_metadata(file, tmp_path):
@@ -120,7 +99,7 @@ def test_our_keys_without_metadata(file, tmp_path):
         read_weights(bare)
     other = build_model("resnet18", num_classes=5)
     assert load_weights(other, bare, "msra") == MSRA
-    assert_same_states(state_of(other), state_of(model))
+    assert_same(state_of(other), state_of(model))
 
 
 def test_half_precision_becomes_single(file, tmp_path):
@@ -131,79 +110,52 @@ def test_half_precision_becomes_single(file, tmp_path):
     assert {value.dtype for value in tensors.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "vgg11"])
-def test_round_trip_of_other_networks(name, tmp_path):
-    model = build_model(name, out_features=["res4" if "cifar" in name else "conv5"])
-    other = build_model(name, out_features=model.out_features)
-    save_weights(model, tmp_path / "x.safetensors", MSRA)
-    load_weights(other, tmp_path / "x.safetensors")
-    assert_same_states(state_of(other), state_of(model))
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t["res4.1.conv2.weight"][3, 2, 1].fill_(torch.nan), "res4.1.conv2.* has NaN"),
+        (lambda t: t.pop("res5.1.conv2.norm.running_var"),
+         "lacks 1 tensors of this network, the first is res5.1.conv2.norm.running_var"),
+        (lambda t: t["res3.0.shortcut.weight"].resize_(128, 63, 1, 1),
+         r"res3.0.shortcut.weight has shape \(128, 63, 1, 1\).*needs \(128, 64, 1, 1\)"),
+        (lambda t: t.update({"res3.0.conv4.weight": torch.zeros(1)}),
+         "this network has no res3.0.conv4.weight"),
+    ],
+)  # fmt: skip
+def test_damage_is_refused(file, change, message):
+    path, model = file[0], backbone()
+    before, tensors = state_of(model), load_file(path)
+    change(tensors)
+    save_file({key: value.clone() for key, value in tensors.items()}, path)
+    with pytest.raises(WeightsError, match=message):
+        load_weights(model, path, "msra")
+    assert_same(state_of(model), before)
 
 
-def damage(path, how):
-    """Writes a changed copy of a weights file and returns its path."""
-    tensors, changed = load_file(path), path.with_name("changed.safetensors")
-    if how == "truncated":
-        changed.write_bytes(path.read_bytes()[:-1000])
-        return changed
-    if how == "empty":
-        changed.write_bytes(b"")
-        return changed
-    if how == "nan":
-        tensors["res4.1.conv2.weight"][3, 2, 1, 0] = float("nan")
-    if how == "missing":
-        del tensors["res5.1.conv2.norm.running_var"]
-    if how == "shape":
-        tensors["res3.0.shortcut.weight"] = tensors["res3.0.shortcut.weight"][:, :-1].clone()
-    if how == "unknown":
-        tensors["res3.0.conv4.weight"] = torch.zeros(1)
-    save_file(tensors, changed)
-    return changed
+OTHER_EPS = partial(torch.nn.BatchNorm2d, eps=1e-3)
 
 
 @pytest.mark.parametrize(
-    "how, message",
+    "name, options, message",
     [
-        ("truncated", "changed.safetensors: not a whole safetensors file"),
-        ("empty", "not a whole safetensors file"),
-        ("nan", "res4.1.conv2.weight has NaN"),
-        ("missing", "lacks 1 tensors of this network, the first is res5.1.conv2.norm.running_var"),
-        ("shape", r"res3.0.shortcut.weight has shape \(128, 63, 1, 1\).*needs \(128, 64, 1, 1\)"),
-        ("unknown", "this network has no res3.0.conv4.weight"),
+        ("resnet34", {}, "lacks .* res2.2.conv1.weight; .*a resnet18, this network a resnet34"),
+        ("resnet50", {}, "lacks .* the first is res2.0.shortcut.weight"),
+        ("resnet50", {"num_classes": 5}, "the file is a resnet18, this network a resnet50"),
+        ("resnet18", {"norm": "GN"}, "has no .*running_mean.* a resnet18 with norm='GN'"),
+        ("resnet18", {"norm": ""}, "this network a resnet18 with norm=''"),
+        ("resnet18", {"norm": OTHER_EPS}, "eps 1e-05"),
+        ("resnet18", {"shortcut": "A"}, "this network a resnet18 with shortcut='A'"),
+        ("resnet18", {"num_classes": 1000}, r"linear.weight has shape \(5, 512\)"),
+        ("plain18", {}, "the file is a resnet18, this network a plain18"),
+        ("vgg11", {"out_features": ["conv1"]}, "the file is a resnet18, this network a vgg"),
     ],
 )
-def test_damage_is_refused(file, how, message):
-    path, _ = file
-    model = backbone()
+def test_other_network_is_refused(file, name, options, message):
+    model = build_model(name, **{"num_classes": 5, "out_features": [], **options})
     before = state_of(model)
     with pytest.raises(WeightsError, match=message):
-        load_weights(model, damage(path, how), "msra")
-    assert_same_states(state_of(model), before)
-
-
-@pytest.mark.parametrize(
-    "model, message",
-    [
-        (lambda: backbone(34), "lacks .* the first is res2.2.conv1.weight; is it another depth"),
-        (lambda: backbone(50), "lacks .* the first is res2.0.shortcut.weight"),
-        (lambda: backbone(norm="GN"), "this network has no .*running_mean"),
-        (lambda: backbone(norm=lambda n: torch.nn.BatchNorm2d(n, eps=1e-3)), "eps 1e-05"),
-        (lambda: build_model("resnet18"), r"linear.weight has shape \(5, 512\)"),
-    ],
-)
-def test_other_network_is_refused(file, model, message):
-    path, _ = file
-    model = model()
-    before = state_of(model)
-    with pytest.raises(WeightsError, match=message):
-        load_weights(model, path)
-    assert_same_states(state_of(model), before)
-
-
-def test_deeper_file_is_refused_by_a_shallower_network(tmp_path):
-    save_weights(backbone(34), tmp_path / "34.safetensors", MSRA)
-    with pytest.raises(WeightsError, match="this network has no res2.2.conv1.*another depth"):
-        load_weights(backbone(18), tmp_path / "34.safetensors")
+        load_weights(model, file[0])
+    assert_same(state_of(model), before)
 
 
 def test_contradicting_name_and_other_paths(file, tmp_path):
@@ -211,28 +163,8 @@ def test_contradicting_name_and_other_paths(file, tmp_path):
     with pytest.raises(WeightsError, match="carries its own preprocessing, which is not 'torch"):
         read_weights(path, "torchvision")
     assert read_weights(path, "msra")[1] == MSRA
-    (tmp_path / "x.onnx").touch()
-    with pytest.raises(WeightsError, match="only .safetensors, .pth, .* are read here"):
-        read_weights(tmp_path / "x.onnx", "msra")
-    with pytest.raises(WeightsError, match="no such file"):
-        read_weights(tmp_path / "x.safetensors", "msra")
     with pytest.raises(WeightsError, match="written to .safetensors"):
         save_weights(model, tmp_path / "x.pth", MSRA)
-
-
-@pytest.mark.parametrize("stride_in_1x1", [True, False])
-def test_stride_of_a_bottleneck_network(tmp_path, stride_in_1x1):
-    options = dict(depth=50, stride_in_1x1=stride_in_1x1)
-    network = build_model("resnet50", out_features=["res2"], stride_in_1x1=stride_in_1x1)
-    name = "msra" if stride_in_1x1 else "torchvision"
-    path = tmp_path / "resnet50.safetensors"
-    save_weights(network, path, get_preprocessing(name))
-    wrong = build_model("resnet50", out_features=["res2"], stride_in_1x1=not stride_in_1x1)
-    with pytest.raises(
-        WeightsError, match=f"build it with stride_in_1x1={options['stride_in_1x1']}"
-    ):
-        load_weights(wrong, path)
-    assert load_weights(network, path) == PREPROCESSINGS[name]
 
 
 @pytest.mark.parametrize(
@@ -270,7 +202,7 @@ def test_files_say_which_network_they_are_of(tmp_path, name, options, expected):
     again = found.model.build(out_features=model.out_features or None)
     load_weights(again, path)
     expected = {k: v for k, v in state_of(model).items() if "num_batches" not in k}
-    assert_same_states({key: again.state_dict()[key] for key in expected}, expected)
+    assert_same({key: again.state_dict()[key] for key in expected}, expected)
 
 
 @pytest.mark.parametrize("depth, stage", [(50, "res3"), (101, "res3"), (34, "stem")])
@@ -309,21 +241,13 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     path = tmp_path / "x.safetensors"
     write_checkpoint(first, path)
     second = read_checkpoint(path)
-    assert (second.model, second.preprocessing, second.origin) == (
-        first.model,
-        first.preprocessing,
-        first.origin,
-    )
+    assert replace(second, tensors={}) == replace(first, tensors={})
     assert torch.equal(second.preprocessing.mean_image, image)
     assert {value.dtype for value in second.tensors.values()} == {torch.float16}
-    assert_same_states(second.tensors, tensors)
+    assert_same(second.tensors, tensors)
     with safe_open(path, "pt") as file:
-        assert sorted(file.metadata()) == [
-            "resnet_backbone.model",
-            "resnet_backbone.origin",
-            "resnet_backbone.preprocessing",
-            "resnet_backbone.schema",
-        ]
+        names = sorted(key.removeprefix("resnet_backbone.") for key in file.metadata())
+    assert names == ["model", "origin", "preprocessing", "schema"]
     with pytest.raises(WeightsError, match="written to .safetensors"):
         write_checkpoint(first, tmp_path / "x.pth")
 
@@ -425,7 +349,7 @@ def test_metadata_that_contradict_the_tensors(small, spec, message):
         with pytest.raises(WeightsError, match=message) as error:
             read(path)
         assert len(str(error.value).splitlines()) == 1
-    assert_same_states(state_of(model), before)
+    assert_same(state_of(model), before)
 
 
 def test_a_head_that_is_announced_is_there(small):
@@ -468,7 +392,7 @@ def test_a_file_says_the_stride_of_its_network(tmp_path, stride):
     save_weights(model, path, PREPROCESSINGS["caffe_vgg"])
     assert describe_weights(path).preprocessing.stride_in_1x1 is stride
     assert load_weights(model, path).stride_in_1x1 is stride
-    with pytest.raises(WeightsError, match=f"in_1x1={stride}, this network has {not stride}"):
+    with pytest.raises(WeightsError, match=f"build it with stride_in_1x1={stride}"):
         load_weights(other, path)
 
 
@@ -507,40 +431,12 @@ def test_the_stems_pooling_is_compared(tmp_path):
         load_weights(build_model("resnet18", caffe_pool=True, **stem), tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(name="resnet34"), "the file is a resnet18, this network a resnet34"),
-        (dict(name="resnet50", num_classes=5), "the file is a resnet18, this network a resnet50"),
-        (dict(name="resnet18", norm="GN"), "this network a resnet18 with norm='GN'"),
-        (dict(name="resnet18", norm=""), "this network a resnet18 with norm=''"),
-        (dict(name="resnet18", shortcut="A"), "this network a resnet18 with shortcut='A'"),
-        (dict(name="plain18"), "the file is a resnet18, this network a plain18"),
-        (dict(name="vgg11", out_features=["conv1"]), "the file is a resnet18, this network a vgg"),
-    ],
-)
-def test_the_message_names_both_networks(file, options, message):
-    with pytest.raises(WeightsError, match=message):
-        load_weights(build_model(**options), file[0])
-
-
-@pytest.mark.parametrize("norm", ["GN", "", "FrozenBN"])
-def test_every_norm_comes_back(tmp_path, norm):
-    build = dict(out_features=["res2"], norm=norm)
-    model, other = build_model("resnet18", **build), build_model("resnet18", **build)
-    save_weights(model, tmp_path / "x.safetensors", MSRA)
-    load_weights(other, tmp_path / "x.safetensors")
-    assert_same_states(state_of(other), state_of(model))
-    if norm == "FrozenBN":
-        assert isinstance(other.stem.conv1.norm, FrozenBatchNorm2d)
-
-
 def test_descriptions(small, tmp_path, monkeypatch):
     path, model = small
     found = describe_weights(path)
-    assert found.preprocessing == MSRA and found.model["name"] == "cifar_resnet8"
+    assert found.preprocessing == MSRA and found.model.name == "cifar_resnet8"
     torch.save(model.state_dict(), tmp_path / "x.pth")
-    assert describe_weights(tmp_path / "x.pth", "msra").model == {}
+    assert describe_weights(tmp_path / "x.pth", "msra").model is None
     with monkeypatch.context() as patch:  # of our own files, the header alone
         patch.setattr("resnet_backbone.weights.reading.read_tensors", None)
         assert describe_weights(path) == found
@@ -585,28 +481,3 @@ def test_values_in_pixels():
     assert not same_mean((123.675, 116.28, 103.53), MSRA.mean)
     assert not same_mean((103.53, 116.28), MSRA.mean)
     assert not same_std((57.375, 57.12, 58.395), MSRA.std)
-
-
-def imagenet_top1(model, root):
-    """Percent of imagenet_val500 in MSRA's input format: BGR in 0..255 less the mean."""
-    mean = torch.tensor(MSRA.mean).view(3, 1, 1)
-    right = total = 0
-    for wnid, index in IMAGENET_INDEX.items():
-        pixels = [np.asarray(Image.open(x).convert("RGB")) for x in sorted((root / wnid).iterdir())]
-        batch = torch.from_numpy(np.stack(pixels)[..., ::-1].copy()).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            scores = torch.cat([model(part) for part in (batch.float() - mean).split(10)])
-        right += int((scores.argmax(1) == index).sum())
-        total += len(pixels)
-    assert total == 500
-    return 100 * right / total
-
-
-@pytest.mark.data
-@pytest.mark.slow
-def test_the_papers_weights_classify_real_images(data_root):
-    """The reference is 72.2 %; with the stride on the 3x3 it would be 62.8 %."""
-    model = build_model("resnet50", stride_in_1x1=True).eval()
-    path = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
-    assert load_weights(model, path, "msra") == MSRA
-    assert abs(imagenet_top1(model, data_root / "imagenet_val500") - 72.2) <= 0.4

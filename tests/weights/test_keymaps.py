@@ -4,6 +4,15 @@ import pytest
 import timm
 import torch
 import torchvision
+from libraries import (
+    BOTTLENECKS,
+    CLASSES,
+    LIBRARIES,
+    assert_close,
+    assert_same,
+    detectron2_resnet,
+    randomise,
+)
 from torch import nn
 
 from resnet_backbone.models import build_model
@@ -12,74 +21,14 @@ from resnet_backbone.weights.checkpoint import ModelSpec
 from resnet_backbone.weights.keymaps import LAYOUTS, recognize
 from resnet_backbone.weights.keymaps.table import without_counters
 
-CLASSES = 7
 RESNETS = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
 VGGS = [f"vgg{depth}{suffix}" for depth in (11, 13, 16, 19) for suffix in ("", "_bn")]
-BLOCKS = {
-    "resnet18": (2, 2, 2, 2),
-    "resnet34": (3, 4, 6, 3),
-    "resnet50": (3, 4, 6, 3),
-    "resnet101": (3, 4, 23, 3),
-    "resnet152": (3, 8, 36, 3),
-}
-
-
-def is_bottleneck(name):
-    return name in ("resnet50", "resnet101", "resnet152")
-
-
-class HuggingFace(nn.Module):
-    """Logits instead of an output object; the state is the library's."""
-
-    def __init__(self, name, stride_in_1x1):
-        super().__init__()
-        transformers = pytest.importorskip("transformers")
-        expansion = 4 if is_bottleneck(name) else 1
-        config = transformers.ResNetConfig(
-            depths=list(BLOCKS[name]),
-            hidden_sizes=[width * expansion for width in (64, 128, 256, 512)],
-            layer_type="bottleneck" if is_bottleneck(name) else "basic",
-            downsample_in_bottleneck=stride_in_1x1,
-            num_labels=CLASSES,
-        )
-        self.model = transformers.ResNetForImageClassification(config)
-        self.load_state_dict, self.state_dict = self.model.load_state_dict, self.model.state_dict
-
-    def forward(self, images):
-        return self.model(images).logits
-
-
-def detectron2_resnet(name, stride_in_1x1, norm="BN", num_classes=CLASSES):
-    resnet = pytest.importorskip("detectron2.modeling.backbone.resnet")
-    options = {"stride_in_1x1": stride_in_1x1} if is_bottleneck(name) else {}
-    stages = resnet.ResNet.make_default_stages(int(name[6:]), norm=norm, **options)
-    return resnet.ResNet(resnet.BasicStem(norm=norm), stages, num_classes=num_classes)
-
-
-class Detectron2(nn.Module):
-    """Logits instead of a dict; the state is the library's."""
-
-    def __init__(self, name, stride_in_1x1):
-        super().__init__()
-        self.model = detectron2_resnet(name, stride_in_1x1)
-        self.load_state_dict, self.state_dict = self.model.load_state_dict, self.model.state_dict
-
-    def forward(self, images):
-        return self.model(images)["linear"]
-
-
-LIBRARIES = {
-    "torchvision": lambda name, _: torchvision.models.get_model(name, num_classes=CLASSES),
-    "timm": lambda name, _: timm.create_model(name, num_classes=CLASSES),
-    "huggingface": HuggingFace,
-    "detectron2": Detectron2,
-}
 STRIDES = {"torchvision": (False,), "timm": (False,)}
 NETWORKS = [
     (library, name, stride)
     for library in LIBRARIES
     for name in RESNETS
-    for stride in (STRIDES.get(library, (False, True)) if is_bottleneck(name) else (False,))
+    for stride in (STRIDES.get(library, (False, True)) if name in BOTTLENECKS else (False,))
 ] + [(library, name, False) for library in ("torchvision", "timm") for name in VGGS]
 
 QUICK = [(library, "resnet18", False) for library in LIBRARIES]
@@ -89,24 +38,8 @@ QUICK += [("timm", "vgg11", False), ("torchvision", "vgg11_bn", False), ("timm",
 
 
 def spec_of(name, stride_in_1x1=False):
-    options = {"stride_in_1x1": stride_in_1x1} if is_bottleneck(name) else {}
+    options = {"stride_in_1x1": stride_in_1x1} if name in BOTTLENECKS else {}
     return ModelSpec(name, CLASSES, options)
-
-
-def randomise(network):
-    """Fresh values that keep signals near 1; norms are not the identity."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.3, 0.7)
-            nn.init.normal_(module.bias, std=0.2)
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            bound = (3 / module.weight[0].numel()) ** 0.5
-            nn.init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                nn.init.normal_(module.bias, std=0.2)
-    return network.eval()
 
 
 def narrow(library, theirs, ours):
@@ -122,24 +55,7 @@ def narrow(library, theirs, ours):
         theirs.head.fc = nn.Linear(16, CLASSES)
 
 
-def assert_close(actual, expected):
-    assert (actual - expected).abs().max() < 1e-4 * max(1, expected.abs().max())
-    assert expected.std() > 1e-2, "the test is blind"
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
-
-
-@pytest.mark.parametrize(
-    "library, name, stride",
-    [
-        network if network in QUICK else pytest.param(*network, marks=pytest.mark.slow)
-        for network in NETWORKS
-    ],
-)
+@pytest.mark.parametrize("library, name, stride", QUICK)
 @torch.no_grad()
 def test_both_ways(library, name, stride):
     """Theirs in our network, and ours in theirs: strict, the same logits, the same tensors."""
@@ -149,7 +65,8 @@ def test_both_ways(library, name, stride):
         ours = spec.build()
     if name.startswith("vgg"):
         narrow(library, theirs, ours)
-    randomise(theirs.to_empty(device="cpu")), ours.to_empty(device="cpu").eval()
+    randomise(theirs.to_empty(device="cpu"))
+    ours.to_empty(device="cpu").eval()
     layout, images = LAYOUTS[library], torch.randn(1, 3, 64, 64)
     state = {key: value.clone() for key, value in theirs.state_dict().items()}
     for key in [key for key in state if key.endswith("num_batches_tracked")]:
@@ -165,10 +82,7 @@ def test_both_ways(library, name, stride):
     assert_same(layout.to_ours(back), tensors)
     if name.endswith("_bn"):  # biases before a norm have become part of its mean
         assert_close(theirs(images), logits)
-        assert back.keys() == state.keys()
-        assert {key: value.dtype for key, value in back.items()} == {
-            key: value.dtype for key, value in state.items()
-        }
+        assert {k: v.dtype for k, v in back.items()} == {k: v.dtype for k, v in state.items()}
     else:
         assert_same(back, without_counters(state) if library == "detectron2" else state)
 
@@ -233,12 +147,12 @@ def test_transformers_networks_without_head():
 @pytest.mark.parametrize("norm", ["FrozenBN", "GN"])
 def test_other_norms_of_detectron2(norm):
     with torch.device("meta"):
-        state = detectron2_resnet("resnet50", True, norm, num_classes=None).state_dict()
+        state = detectron2_resnet("resnet50", norm=norm).state_dict()
         tensors = LAYOUTS["detectron2"].to_ours(state)
         spec = infer_models(tensors)[0]
         assert spec == ModelSpec("resnet50", None, {"norm": "GN"} if norm == "GN" else {})
         back = LAYOUTS["detectron2"].from_ours(tensors, spec)
-        theirs = detectron2_resnet("resnet50", True, norm, num_classes=None)
+        theirs = detectron2_resnet("resnet50", norm=norm)
         theirs.load_state_dict(back, strict=True, assign=True)
 
 

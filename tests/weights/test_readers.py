@@ -3,7 +3,6 @@
 import argparse
 import collections
 import hashlib
-import io
 import json
 import pickle
 import pickletools
@@ -72,20 +71,10 @@ def test_a_network_with_its_optimizer(tmp_path):
     assert_same(read_tensors(tmp_path / "x.pth").tensors, model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["resnet152", "cifar_resnet1202"])
-def test_the_deepest_networks_are_within_bounds(name):
+def test_the_deepest_network_is_within_bounds():
     with torch.device("meta"):
-        model = build_model(name)
-        state = {k: v for k, v in model.state_dict().items()}
-        momentum = {i: {"momentum_buffer": p.detach()} for i, p in enumerate(model.parameters())}
-    content = {"model": state, "optimizer": {"state": momentum}}
-    stream = io.BytesIO()
-    torch.save(content, stream)  # without values: a rebuild of a meta tensor is a longer pickle
-    stream.seek(0)
-    import zipfile
-
-    with zipfile.ZipFile(stream) as archive:
-        data = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+        keys = build_model("cifar_resnet1202").state_dict()
+    data = pickle.dumps({"model": {key: np.zeros(1, "f4") for key in keys}}, 2)
     assert sum(1 for _ in pickletools.genops(data)) < MAX_OPERATIONS
 
 
@@ -200,9 +189,9 @@ class Other:
         ({}, "no tensors"),
         ({"state_dict": {}, "epoch": 1}, "no tensors"),
         ([torch.ones(2)], "its content is of type list, not a state dict"),
-        (torch.ones(2), "its content is of type tensor"),
+        (torch.ones(2), "its content is of type Tensor"),
         ({1: torch.ones(2)}, "a key is of type int"),
-        ({"a": torch.ones(2, dtype=torch.complex64)}, "ComplexFloatStorage, which is code"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, "a as torch.complex64; weights are floats"),
         ({"a": Other()}, "Other, which is code and not data$"),
         ({"a": argparse.Namespace(lr=0.1)}, "a of type argparse.Namespace, which is not a tensor"),
         (nn.Linear(2, 2), "torch.nn.modules.linear.Linear, which is code and not data"),
@@ -255,18 +244,10 @@ def test_damaged_files(tmp_path, name):
     path = tmp_path / name
     content = path.read_bytes()
     read_tensors(path)
-    for end in (
-        0,
-        1,
-        7,
-        8,
-        *range(20, len(content) - 1, max(1, len(content) // 40)),
-        len(content) - 1,
-    ):
+    cuts = range(20, len(content) - 1, max(1, len(content) // 40))
+    for end in (0, 1, 7, 8, *cuts, len(content) - 1):
         path.write_bytes(content[:end])
-        with pytest.raises(
-            WeightsError, match="not a whole (safetensors|torch|pickle) file|refused"
-        ):
+        with pytest.raises(WeightsError, match="not a whole (safe|torch|pickle).* file|refused"):
             read_tensors(path)
     if name != "zip.pth":  # an archive's end is looked for from behind
         path.write_bytes(content + b"x")
@@ -335,7 +316,7 @@ def test_shards(tmp_path):
         (lambda f: save_file(WEIGHTS, f / "model-00001-of-00002.safetensors"), "differ in 1 keys"),
         (lambda f: save_file({"b": WEIGHTS["a"]}, f / "model-00002-of-00002.safetensors"), "in 2"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("[1]"), "no weight_map"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[1]"), "not a JSON object"),
         (lambda f: (f / "model.safetensors.index.json").write_text("x"), "not a whole"),
     ],
 )  # fmt: skip

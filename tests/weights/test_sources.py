@@ -25,7 +25,7 @@ from resnet_backbone.weights import (
     sources,
 )
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_preprocessing
-from resnet_backbone.weights.keymaps.timm import timm_preprocessing
+from resnet_backbone.weights.keymaps.torchvision import timm_preprocessing
 from resnet_backbone.weights.sources import download, resolve
 
 V1 = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
@@ -162,6 +162,7 @@ def test_what_cannot_be_had(hub, snapshot, name, message):
 
 
 MSRA, CONVERTED = PREPROCESSINGS["msra"], PREPROCESSINGS["torchvision"]
+GROUP_NORM = replace(sources.DETECTRON2_DEFAULT, stride_in_1x1=False)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,7 @@ MSRA, CONVERTED = PREPROCESSINGS["msra"], PREPROCESSINGS["torchvision"]
         ("https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA/R-50.pkl", MSRA),
         ("catalog://ImageNetPretrained/MSRA/R-101", MSRA),
         ("detectron2://ImageNetPretrained/torchvision/R-50.pkl", CONVERTED),
+        ("catalog://ImageNetPretrained/FAIR/R-50-GN", GROUP_NORM),
         ("detectron2://COCO-Detection/faster_rcnn_R_50_C4_1x/137257644/model_final.pkl", None),
         ("https://host/R-50.pkl?download=true", None),
     ],
@@ -180,6 +182,7 @@ def test_addresses_with_a_convention(hub, tmp_path, name, expected):
     for path in (
         "detectron2/ImageNetPretrained/MSRA/R-50.pkl",
         "detectron/ImageNetPretrained/MSRA/R-101.pkl",
+        "detectron/ImageNetPretrained/47261647/R-50-GN.pkl",
         "detectron2/ImageNetPretrained/torchvision/R-50.pkl",
         "detectron2/COCO-Detection/faster_rcnn_R_50_C4_1x/137257644/model_final.pkl",
     ):
@@ -187,18 +190,8 @@ def test_addresses_with_a_convention(hub, tmp_path, name, expected):
     hub["https://host/R-50.pkl?download=true"] = tmp_path / "file"
     found = resolve(name)
     assert found.path.is_file() and "hub/resnet_backbone" in str(found.path)
+    assert ("MSRA" in str(found.path)) == ("MSRA" in name)  # R-50.pkl is two networks' name
     assert expected is found.preprocessing or found.preprocessing.same_input(expected)
-
-
-def test_files_of_one_name_have_two_places(hub, tmp_path):
-    """R-50.pkl is the name of two networks with other input."""
-    (tmp_path / "file").write_bytes(b"")
-    places = set()
-    for kind in ("MSRA", "torchvision"):
-        name = f"ImageNetPretrained/{kind}/R-50.pkl"
-        hub[f"https://dl.fbaipublicfiles.com/detectron2/{name}"] = tmp_path / "file"
-        places.add(resolve(f"detectron2://{name}").path)
-    assert len(places) == 2
 
 
 @pytest.mark.parametrize("first, second", [("x.pth?id=1", "x.pth?id=2"), ("x.pth", "x.pth?id=1"),
@@ -213,14 +206,6 @@ def test_addresses_that_differ_in_their_query_have_two_places(hub, tmp_path, fir
         assert found[-1].read_text() == url and found[-1].name == "x.pth"
         assert resolve(url).path == found[-1]
     assert len(set(found)) == 2 and len(hub["calls"]) == 2
-
-
-def test_group_norm_strides_in_the_3x3(hub, tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    address = "https://dl.fbaipublicfiles.com/detectron/ImageNetPretrained/47261647/R-50-GN.pkl"
-    hub[address] = tmp_path / "file"
-    found = resolve("catalog://ImageNetPretrained/FAIR/R-50-GN").preprocessing
-    assert (found.channel_order, found.std, found.stride_in_1x1) == ("BGR", (1, 1, 1), False)
 
 
 def test_the_author_of_a_detectron2_pickle(resnet18, tmp_path):

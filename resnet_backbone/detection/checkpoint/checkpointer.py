@@ -36,7 +36,7 @@ from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
-from resnet_backbone.weights.load import check_settings, fitting_tensors
+from resnet_backbone.weights.load import BATCH_NORMS, check_settings, fitting_tensors
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
 from resnet_backbone.weights.readers import PREPROCESSING_KEY, RawFile
 from resnet_backbone.weights.reading import UnknownInput, read_network, single_precision
@@ -53,7 +53,6 @@ CLASS_LAYERS = re.compile(
 # Buffers that a config gives, or that nothing reads.
 NOT_WEIGHTS = re.compile(rf"pixel_(mean|std)$|.*\.(num_batches_tracked|{INPUT_SETTINGS})$")
 RES5 = "roi_heads.res5."
-BATCH_NORMS = (FrozenBatchNorm2d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -186,7 +185,7 @@ def load_backbone(
     check_input(model, weights.preprocessing, source)
     tensors = single_precision(weights.tensors)
     fitting = fitting_tensors(network, tensors, source)
-    check_settings(network, weights.stated, source)
+    check_settings(network, weights.model, source)
     refuse_folded(network, fitting, source)
     head = _head_tensors(model, tensors, source)
     network.load_state_dict(fitting, strict=False)
@@ -333,7 +332,7 @@ def refuse_folded(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
     if all(bool((v == 1).all()) for k, v in tensors.items() if k.endswith("norm.weight")):
         return  # a network that was never trained
     for name, module in model.named_modules():
-        if isinstance(module, BATCH_NORMS[1:]):
+        if isinstance(module, BATCH_NORMS[:2]):
             raise WeightsError(
                 f"{where} has the statistics of its batch norms folded in, with which {name} "
                 "cannot learn: set MODEL.RESNETS.NORM FrozenBN"

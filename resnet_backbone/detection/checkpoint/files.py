@@ -17,11 +17,9 @@ from urllib.parse import urlparse
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
-from torch import Tensor
 
-from resnet_backbone.weights.keymaps import caffe2
+from resnet_backbone.weights.keymaps.detectron2 import OTHER_BLOBS
 from resnet_backbone.weights.preprocessing import (
-    INPUT_SETTINGS,
     Preprocessing,
     WeightsError,
     get_preprocessing,
@@ -31,10 +29,7 @@ from resnet_backbone.weights.preprocessing import (
 )
 from resnet_backbone.weights.readers import (
     INDEX_SUFFIX,
-    PREPROCESSING_KEY,
-    OpenFile,
     RawFile,
-    named_errors,
     open_file,
     read_tensors,
 )
@@ -45,6 +40,7 @@ from resnet_backbone.weights.sources import (
     DETECTRON2_DEFAULT,
     SCHEMES,
     resolve,
+    stated_convention,
 )
 
 FORMAT, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
@@ -60,7 +56,7 @@ LAST = "last_checkpoint"  # a file in the run folder that names its newest check
 CLASSIFIERS_ONLY = ("torchvision", "timm", "hf")  # schemes under which there is no detector here
 # How the names in a detector begin, in Detectron2 and in Detectron1.
 PARTS = ("backbone.", "roi_heads.", "proposal_generator.", "sem_seg_head.")
-CAFFE2_PARTS = tuple(part for part in caffe2.OTHER_PARTS if part != "__preserve__/")
+CAFFE2_PARTS = tuple(part for part in OTHER_BLOBS if part != "__preserve__/")
 
 
 @dataclass(frozen=True)
@@ -68,25 +64,13 @@ class WeightsFile:
     """What ``MODEL.WEIGHTS`` names; tensors are read when they are asked for."""
 
     source: str  # of a backbone or a classifier, as resnet_backbone.weights finds it
-    file: OpenFile | None = None  # None where only its reader opens it: a folder, a library's name
+    file: RawFile | None = None  # None where only its reader opens it: a folder, a library's name
     is_detector: bool = False  # it holds a whole detector
     matching_heuristics: bool = False  # names are to be matched by their ends
 
     def raw(self) -> RawFile | None:
         """The weights of a backbone or a classifier; None where they are still to be read."""
         return None if self.file is None else read_tensors(self.file.path, self.file)
-
-    def stated_input(self) -> Preprocessing | None:
-        """The input that a detector says it was trained on; None if it does not."""
-        text = self.file.rest.get(PREPROCESSING_KEY)
-        if isinstance(text, str):
-            return Preprocessing.from_json(text)
-        for key, value in self.file.weights.items():
-            if key.endswith(f".{INPUT_SETTINGS}"):
-                with named_errors(self.file.path):
-                    values = value if isinstance(value, Tensor) else value.tensor()
-                return Preprocessing.from_tensor(values)
-        return None
 
     def content(self) -> dict[str, Any]:
         """A detector in the form of Detectron2's checkpointer, ``{"model": {name: tensor}, ...}``.
@@ -95,12 +79,12 @@ class WeightsFile:
         ``matching_heuristics``. Files of Detectron1 and Caffe2 get both of these. A WeightsError
         if it is damaged, or holds numbers that are not finite.
         """
-        file, rest = self.file, self.file.beside()
+        file, rest = self.file, dict(self.file.rest)
         if file.path.suffix == ".pkl" and (file.wrapper != "model" or "__author__" not in rest):
             rest = {"__author__": "Caffe2", "matching_heuristics": True}
         if self.matching_heuristics:
             rest["matching_heuristics"] = True
-        return {**rest, "model": file.tensors()}
+        return {**rest, "model": file.tensors}
 
 
 def open_weights(source: str) -> WeightsFile:
@@ -123,7 +107,7 @@ def open_weights(source: str) -> WeightsFile:
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
         return WeightsFile(backbone)
     file = open_file(path)
-    is_detector = any(key.startswith((*PARTS, *CAFFE2_PARTS)) for key in file.weights)
+    is_detector = any(key.startswith((*PARTS, *CAFFE2_PARTS)) for key in file.tensors)
     return WeightsFile(backbone, file, is_detector, query is not None and query[2] == "True")
 
 
@@ -182,7 +166,7 @@ def detector_input(file: WeightsFile, source: str, name: str) -> Preprocessing |
         name: of ``PREPROCESSINGS``, for a file that does not say it; "" for none. A WeightsError
             if the file says another.
     """
-    stated, named = file.stated_input(), get_preprocessing(name) if name else None
+    stated, named = stated_convention(file.file), get_preprocessing(name) if name else None
     if stated is None:
         return named or origin_input(source)
     if named is not None and differences(stated, named):

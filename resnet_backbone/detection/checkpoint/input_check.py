@@ -155,8 +155,8 @@ def _describe(cfg: CfgNode, source: str) -> _Described:
     except UnknownInput as error:
         raise UnknownInput(source, NAME_KEY) from error
     if found.model:
-        _check_network(cfg, ModelSpec(**found.model), source)
-    what = found.model.get("name", "network that it does not name")
+        _check_network(cfg, found.model, source)
+    what = found.model.name if found.model else "network that it does not name"
     return _Described(found.preprocessing, what, found.has_mean_image)
 
 

@@ -1,4 +1,4 @@
-"""Key names of other libraries, to ours and back: one module per library.
+"""Key names of other libraries, to ours and back: one module for a library and its relatives.
 
 Only names, and values that no library shares, change here. What tensors do not show, such as
 where bottlenecks have their stride, is not looked at: that is ``Preprocessing``.
@@ -10,21 +10,12 @@ from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 
-from torch import Tensor
-
 from resnet_backbone.weights.architecture import FIRST_KEYS
-from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
-from resnet_backbone.weights.keymaps.caffe2 import CAFFE2
-from resnet_backbone.weights.keymaps.detectron2 import CONVERTED_HEAD, DETECTRON2
+from resnet_backbone.weights.checkpoint import Checkpoint
+from resnet_backbone.weights.keymaps.detectron2 import CAFFE2, CONVERTED_HEAD, DETECTRON2
 from resnet_backbone.weights.keymaps.huggingface import HUGGINGFACE
-from resnet_backbone.weights.keymaps.table import (
-    Layout,
-    Tensors,
-    check_support,
-    without_counters,
-)
-from resnet_backbone.weights.keymaps.timm import TIMM
-from resnet_backbone.weights.keymaps.torchvision import TORCHVISION, from_torchvision
+from resnet_backbone.weights.keymaps.table import Layout, Tensors, check_support
+from resnet_backbone.weights.keymaps.torchvision import TIMM, TORCHVISION, from_torchvision
 
 __all__ = ["LAYOUTS", "Layout", "check_support", "from_torchvision", "recognize"]
 
@@ -33,10 +24,6 @@ def _is_ours(keys: Collection[str]) -> bool:
     # ResNet-C/D of torchvision's kind also have a conv1.0.weight, as our VGGs do
     others = ("layer1.0.conv1.weight", CONVERTED_HEAD + "weight")
     return any(key in keys for key in FIRST_KEYS) and not any(key in keys for key in others)
-
-
-def _as_ours(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
-    return dict(tensors)
 
 
 def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
@@ -52,7 +39,7 @@ def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("resnet_backbone", _is_ours, without_counters, _as_ours, _usage),
+        Layout("resnet_backbone", _is_ours, dict, lambda tensors, model: dict(tensors), _usage),
         TORCHVISION,
         TIMM,
         HUGGINGFACE,

@@ -1,29 +1,34 @@
-"""Detectron2's key names: ours, and in a whole detector ours behind a prefix.
+"""Detectron2's key names, and blob names of Caffe2.
 
-Of a detector the backbone is taken: also the res5 of a C4 detector, and of a VGG detector fc6 and
-fc7, which run per region. Its other parts are left out, and what our networks say there of their
-input, so a detector is not got back; ``from_ours`` writes a backbone without prefix, which
-Detectron2's checkpointer puts in its place. VGGs are those of this package's detectors.
+Detectron2's are ours, and in a whole detector ours behind a prefix. Of a detector the backbone is
+taken: also the res5 of a C4 detector, and of a VGG detector fc6 and fc7, which run per region. Its
+other parts are left out, and what our networks say there of their input, so a detector is not got
+back; ``from_ours`` writes a backbone without prefix, which Detectron2's checkpointer puts in its
+place. VGGs are those of this package's detectors.
+
+Caffe2's are in MSRA's and FAIR's ImageNet files, Detectron1 and its detectors. Norms have two
+spellings, and in Detectron1's files are a scale and a shift alone: the statistics are folded in.
+Such a norm gets those of an identity, mean 0 and variance 1 - 1e-5: with the epsilon 1e-5 of this
+package's batch norms the same function in evaluation. ``from_ours`` writes the first spelling with
+all statistics, no bias of conv1 (MSRA's moves into the running mean), and the head as ``pred``, the
+name that Detectron2 loads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.models.resnet import STAGE_NAMES as RESNET_STAGES
+from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.models.vgg import STAGE_NAMES as VGG_STAGES
 from resnet_backbone.weights.architecture import FIRST_KEYS, HEAD_NAMES
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
-from resnet_backbone.weights.keymaps.table import (
-    Layout,
-    Tensors,
-    check_support,
-    spell_numbers,
-    without_counters,
-)
+from resnet_backbone.weights.keymaps import table
+from resnet_backbone.weights.keymaps.table import Layout, Module, Tensors
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS
 
 CONVERTED_HEAD = "stem.fc."  # the head in files of tools/convert-torchvision-to-d2.py
@@ -60,11 +65,7 @@ def _prefix(keys: Collection[str]) -> str | None:
     return None
 
 
-def _matches(keys: Collection[str]) -> bool:
-    return _prefix(keys) is not None
-
-
-def _to_ours(tensors: Tensors) -> dict[str, Tensor]:
+def _read(tensors: Tensors) -> dict[str, Tensor]:
     prefix = _prefix(tensors)
     if prefix is None:
         raise ValueError(f"no backbone: none of {', '.join(FIRST_KEYS)} behind backbone.")
@@ -78,7 +79,7 @@ def _to_ours(tensors: Tensors) -> dict[str, Tensor]:
             raise ValueError(f"key {key!r} names {own}, which the backbone has too")
         if own is not None:
             ours[own] = value
-    return without_counters(ours)
+    return ours
 
 
 def _own_key(key: str, prefix: str, is_vgg: bool) -> str | None:
@@ -96,19 +97,14 @@ def _own_key(key: str, prefix: str, is_vgg: bool) -> str | None:
     raise ValueError(f"key {key!r} is not one of a Detectron2 ResNet or of a detector around it")
 
 
-def _from_ours(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
-    check_support("detectron2", model)
-    return without_counters(tensors)
-
-
 def config_lines(checkpoint: Checkpoint, path: Path) -> list[str]:
     """Keys of Detectron2's config with which a file is used."""
     preprocessing, model = checkpoint.preprocessing, checkpoint.model
     lines = [
         f'MODEL.WEIGHTS "{path}"',
         f"INPUT.FORMAT {preprocessing.channel_order}",
-        f"MODEL.PIXEL_MEAN {spell_numbers(preprocessing.pixel_mean_255())}",
-        f"MODEL.PIXEL_STD {spell_numbers(preprocessing.pixel_std_255())}",
+        f"MODEL.PIXEL_MEAN {table.spell_numbers(preprocessing.pixel_mean_255())}",
+        f"MODEL.PIXEL_STD {table.spell_numbers(preprocessing.pixel_std_255())}",
     ]
     if model.name.startswith("resnet"):
         lines.append(f"MODEL.RESNETS.DEPTH {model.name.removeprefix('resnet')}")
@@ -121,4 +117,142 @@ def config_lines(checkpoint: Checkpoint, path: Path) -> list[str]:
     return lines
 
 
-DETECTRON2 = Layout("detectron2", _matches, _to_ours, _from_ours, config_lines)
+DETECTRON2 = Layout(
+    "detectron2",
+    lambda keys: _prefix(keys) is not None,
+    _read,
+    lambda tensors, model: table.without_counters(tensors),
+    config_lines,
+)
+
+# Caffe2
+
+_NORM_BLOBS = {
+    "bn_s": "weight",
+    "bn_b": "bias",
+    "bn_rm": "running_mean",
+    "bn_riv": "running_var",
+    "bn_gamma": "weight",
+    "bn_beta": "bias",
+    "bn_running_mean": "running_mean",
+    "bn_running_var": "running_var",
+}
+_GROUP_NORM_BLOBS = {"gn_s": "weight", "gn_b": "bias"}
+_BRANCHES = {
+    "conv1": "branch2a",
+    "conv2": "branch2b",
+    "conv3": "branch2c",
+    "shortcut": "branch1",
+}
+_RESNET_HEADS = {"pred": "linear", "fc1000": "linear"}
+_VGG_HEADS = {"fc6": "fc6", "fc7": "fc7", "fc8": "linear"}
+
+# Blobs of Detectron1's detectors beside the backbone, and what a solver keeps.
+OTHER_BLOBS = (
+    "fpn_",
+    "conv_rpn",
+    "rpn_",
+    "retnet_",
+    "cls_score",
+    "bbox_pred",
+    "head_conv",
+    "_[mask]_",
+    "mask_fcn",
+    "conv5_mask",
+    "conv_fcn",
+    "kps_",
+    "__preserve__/",
+)
+_BOX_HEAD = ("fc6_", "fc7_")  # of a ResNet detector; VGG's own have these names
+_MOMENTUM = "_momentum"
+
+
+def _block_layer(stage: int, block: int, layer: str) -> tuple[str, str]:
+    name = f"res{stage}_{block}_{_BRANCHES[layer]}"
+    return name, name
+
+
+def _blobs(
+    modules: Iterable[Module], norm_blobs: Mapping[str, str], heads: Mapping[str, str]
+) -> dict[str, str]:
+    """Blob -> our key; in the stem a batch norm is res_conv1_bn or conv1_bn, a GN conv1_gn."""
+    names = {}
+    for module in (*modules, *(Module(ours, blob) for blob, ours in heads.items())):
+        names[f"{module.conv}_w"] = f"{module.ours}.weight"
+        names[f"{module.conv}_b"] = f"{module.ours}.bias"
+        for blob, tensor in norm_blobs.items() if module.norm else ():
+            names[f"{module.norm}_{blob}"] = f"{module.ours}.norm.{tensor}"
+    return names
+
+
+def _resnet_table(norm_blobs: Mapping[str, str], *stem_norms: str) -> dict[str, str]:
+    names = {}
+    for stem_norm in stem_norms:
+        modules = table.resnet_modules(("conv1", stem_norm), _block_layer)
+        names |= _blobs(modules, norm_blobs, _RESNET_HEADS)
+    return names
+
+
+def _vgg_table() -> dict[str, str]:
+    deepest = map(max, zip(*VGG_DEPTHS.values(), strict=True))
+    modules = [
+        Module(f"conv{stage}.{conv}", f"conv{stage}_{conv + 1}")
+        for stage, count in enumerate(deepest, start=1)
+        for conv in range(count)
+    ]
+    return _blobs(modules, {}, _VGG_HEADS)
+
+
+_BATCH_NORM = _resnet_table(_NORM_BLOBS, "res_conv1", "conv1")
+_GROUP_NORM = _resnet_table(_GROUP_NORM_BLOBS, "conv1")
+_VGG = _vgg_table()
+
+
+def _read_blobs(tensors: Tensors) -> dict[str, Tensor]:
+    if "conv1_1_w" in tensors:
+        return table.rename(_backbone(tensors, OTHER_BLOBS), _VGG, "a Caffe2 VGG")
+    blobs = _backbone(tensors, (*OTHER_BLOBS, *_BOX_HEAD))
+    if any("_gn_" in key for key in blobs):
+        return table.rename(blobs, _GROUP_NORM, "a Caffe2 ResNet with group norm")
+    return table.cancel_biases(
+        _with_statistics(table.rename(blobs, _BATCH_NORM, "a Caffe2 ResNet"))
+    )
+
+
+def _backbone(tensors: Tensors, other_parts: tuple[str, ...]) -> dict[str, Tensor]:
+    return {
+        key: value
+        for key, value in tensors.items()
+        if not key.startswith(other_parts) and not key.endswith(_MOMENTUM)
+    }
+
+
+def _with_statistics(tensors: Tensors) -> dict[str, Tensor]:
+    """Gives every norm those of an identity if none has any: one alone lacking them is damage."""
+    completed = dict(tensors)
+    for layer in table.norm_layers(tensors) if _is_folded(tensors) else ():
+        scale = tensors[f"{layer}.norm.weight"]
+        identity = FrozenBatchNorm2d(len(scale)).to(scale.device)
+        completed[f"{layer}.norm.running_mean"] = identity.running_mean
+        completed[f"{layer}.norm.running_var"] = identity.running_var
+    return completed
+
+
+def _is_folded(tensors: Tensors) -> bool:
+    return not any(".running_" in key for key in tensors)
+
+
+def _write_blobs(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
+    names = _GROUP_NORM if _is_folded(tensors) else _BATCH_NORM
+    if model.name.startswith("vgg"):
+        names = _VGG
+    return table.rename_back(table.without_counters(tensors), names)
+
+
+CAFFE2 = Layout(
+    "caffe2",
+    lambda keys: bool({"conv1_w", "conv1_1_w"} & set(keys)),
+    _read_blobs,
+    _write_blobs,
+    config_lines,
+)

@@ -7,7 +7,7 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,8 @@ from torch import Tensor
 from resnet_backbone.models import BottleneckBlock
 from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
-from resnet_backbone.weights.keymaps.table import (
-    OURS,
-    Layout,
-    OtherNetwork,
-    Tensors,
-    check_statistics,
-    check_support,
-    in_channels,
-    inverse,
-    linear_keys,
-    rename,
-    resnet_modules,
-    shorten,
-    spell_transform,
-    torch_keys,
-    with_counters,
-    without_counters,
-)
+from resnet_backbone.weights.keymaps import table
+from resnet_backbone.weights.keymaps.table import Layout, OtherNetwork, Tensors
 from resnet_backbone.weights.preprocessing import FILTERS, Preprocessing
 
 _PREFIX = "resnet."
@@ -47,28 +31,23 @@ def _block_layer(stage: int, block: int, layer: str) -> tuple[str, str]:
 
 
 _STEM = ("embedder.embedder.convolution", "embedder.embedder.normalization")
-_BACKBONE = dict(torch_keys(resnet_modules(_STEM, _block_layer)))
+_BACKBONE = table.torch_keys(table.resnet_modules(_STEM, _block_layer))
 _CLASSIFIER = {
     **{_PREFIX + theirs: ours for theirs, ours in _BACKBONE.items()},
-    **dict(linear_keys("classifier.1")),
+    **table.linear_keys({"classifier.1": "linear"}),
 }
 
 
-def _matches(keys: Collection[str]) -> bool:
-    return bool({_FIRST_KEY, _PREFIX + _FIRST_KEY} & set(keys))
-
-
-def _to_ours(tensors: Tensors) -> dict[str, Tensor]:
-    table = _BACKBONE if _FIRST_KEY in tensors else _CLASSIFIER
-    ours = without_counters(rename(tensors, table, "a transformers ResNet"))
-    check_statistics(ours, "transformers' ResNets")
+def _read(tensors: Tensors) -> dict[str, Tensor]:
+    names = _BACKBONE if _FIRST_KEY in tensors else _CLASSIFIER
+    ours = table.rename(tensors, names, "a transformers ResNet")
+    table.check_statistics(ours, "transformers' ResNets")
     return ours
 
 
-def _from_ours(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
-    check_support("huggingface", model)
-    table = _CLASSIFIER if "linear.weight" in tensors else _BACKBONE
-    return with_counters(rename(tensors, inverse(table), OURS))
+def _write(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
+    names = _CLASSIFIER if "linear.weight" in tensors else _BACKBONE
+    return table.with_counters(table.rename_back(tensors, names))
 
 
 def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
@@ -82,7 +61,7 @@ def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
         value = config.get(key, ours)
         if value != ours:
             raise OtherNetwork(
-                f"{where}: {key} is {shorten(repr(value))}, in this package's networks it is "
+                f"{where}: {key} is {table.shorten(repr(value))}, in this package's networks it is "
                 f"{ours!r}: the same tensors are another function, use them in transformers itself"
             )
     if not isinstance(config.get("downsample_in_bottleneck", False), bool):
@@ -148,7 +127,7 @@ def _hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
     config = {
         "model_type": "resnet",
         "architectures": ["ResNetModel"],
-        "num_channels": in_channels(checkpoint),
+        "num_channels": table.in_channels(checkpoint),
         "embedding_size": 64,
         "hidden_sizes": [width * block.expansion for width in STAGE_WIDTHS[:num_stages]],
         "depths": list(depths[:num_stages]),
@@ -190,8 +169,14 @@ def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
     return [
         f'network = transformers.{kind}.from_pretrained("{path}")',
         f'processor = transformers.AutoImageProcessor.from_pretrained("{path}")',
-        "# which is " + spell_transform(checkpoint.preprocessing).removeprefix("transform = "),
+        f"# which is {table.spell_transform(checkpoint.preprocessing)}",
     ]
 
 
-HUGGINGFACE = Layout("huggingface", _matches, _to_ours, _from_ours, _usage)
+HUGGINGFACE = Layout(
+    "huggingface",
+    lambda keys: bool({_FIRST_KEY, _PREFIX + _FIRST_KEY} & set(keys)),
+    _read,
+    _write,
+    _usage,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,6 @@ from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
 
 Tensors = Mapping[str, Tensor]
-OURS = "the networks that this package and the library share"
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", COUNTER)
 
 
@@ -25,37 +24,43 @@ NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", COUNTER)
 class Layout:
     """How one library names a network's tensors.
 
-    Attributes:
-        name: of ``LAYOUTS``.
-        matches: keys -> whether they look like this library's; a cheap look, ``to_ours`` checks.
-        to_ours: the library's tensors -> the same under this package's keys, without
-            ``num_batches_tracked``. ValueError for a key that the library's networks of the
-            paper do not have; that none is missing is for ``infer_models`` to say.
-        from_ours: (tensors, network) -> the library's tensors, whole for a strict load there.
-            ValueError for a network that the library does not have, with those that do.
-        usage: (as it was written, where) -> lines of Python or YAML that load it.
-
-    Both are pure; tensors are not copied unless their values change. ``to_ours`` of
-    ``from_ours`` gives back the very tensors, and the other way round too wherever the docstring
-    of the layout's module names no exception.
+    ``to_ours`` and ``from_ours`` are pure; tensors are not copied unless their values change.
+    ``to_ours`` of ``from_ours`` gives back the very tensors, and the other way round too wherever
+    the docstring of the layout's module names no exception.
     """
 
     name: str
-    matches: Callable[[Collection[str]], bool]
-    to_ours: Callable[[Tensors], dict[str, Tensor]]
-    from_ours: Callable[[Tensors, ModelSpec], dict[str, Tensor]]
-    usage: Callable[[Checkpoint, Path], list[str]]
+    matches: Callable[[Collection[str]], bool]  # whether keys look like its; a cheap look
+    read: Callable[[Tensors], dict[str, Tensor]]  # what to_ours does for this library
+    write: Callable[[Tensors, ModelSpec], dict[str, Tensor]]  # and from_ours
+    usage: Callable[[Checkpoint, Path], list[str]]  # lines of Python or YAML that load a file
+
+    def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
+        """The library's tensors under this package's keys, without ``num_batches_tracked``.
+
+        That none is missing is for ``infer_models`` to say.
+
+        Raises:
+            ValueError: a key that the library's networks of the paper do not have.
+        """
+        return without_counters(self.read(tensors))
+
+    def from_ours(self, tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
+        """The library's tensors, whole for a strict load there.
+
+        Raises:
+            ValueError: a network that the library does not have, with those that do.
+        """
+        check_support(self.name, model)
+        return self.write(tensors, model)
 
 
 class Module(NamedTuple):
-    """A convolution and the norm behind it: our name, and the library's names of the two.
-
-    The norm's is empty where there is none.
-    """
+    """A convolution and the norm behind it: our name, and the library's names of the two."""
 
     ours: str
     conv: str
-    norm: str
+    norm: str = ""  # empty where there is none
 
 
 def resnet_modules(
@@ -76,35 +81,29 @@ def resnet_modules(
     return modules
 
 
-def torch_keys(modules: list[Module], bias: bool = False) -> Iterator[tuple[str, str]]:
-    """(library's key, our key) of PyTorch modules.
-
-    Args:
-        bias: the convolutions may have one.
-    """
+def torch_keys(modules: list[Module], bias: bool = False) -> dict[str, str]:
+    """Library's key -> our key of PyTorch modules; with ``bias`` the convolutions may have one."""
+    table = {}
     for module in modules:
-        yield f"{module.conv}.weight", f"{module.ours}.weight"
+        table[f"{module.conv}.weight"] = f"{module.ours}.weight"
         if bias:
-            yield f"{module.conv}.bias", f"{module.ours}.bias"
+            table[f"{module.conv}.bias"] = f"{module.ours}.bias"
         for tensor in NORM_TENSORS if module.norm else ():
-            yield f"{module.norm}.{tensor}", f"{module.ours}.norm.{tensor}"
+            table[f"{module.norm}.{tensor}"] = f"{module.ours}.norm.{tensor}"
+    return table
 
 
-def linear_keys(theirs: str, ours: str = "linear") -> list[tuple[str, str]]:
-    """(library's key, our key) of a linear layer."""
-    return [(f"{theirs}.{tensor}", f"{ours}.{tensor}") for tensor in ("weight", "bias")]
-
-
-def inverse(table: Mapping[str, str]) -> dict[str, str]:
-    """Our key -> theirs; of several of theirs the first."""
-    return {ours: theirs for theirs, ours in reversed(table.items())}
+def linear_keys(layers: Mapping[str, str]) -> dict[str, str]:
+    """Library's key -> our key of linear layers."""
+    return {
+        f"{theirs}.{tensor}": f"{ours}.{tensor}"
+        for theirs, ours in layers.items()
+        for tensor in ("weight", "bias")
+    }
 
 
 def rename(tensors: Tensors, table: Mapping[str, str], network: str) -> dict[str, Tensor]:
-    """The same tensors under the keys of a table.
-
-    Args:
-        network: what the table's keys belong to, for the error.
+    """The same tensors under the keys of a table, which are those of a ``network``.
 
     Raises:
         ValueError: for a key that is not in the table, or two that name one tensor.
@@ -117,6 +116,12 @@ def rename(tensors: Tensors, table: Mapping[str, str], network: str) -> dict[str
             raise ValueError(f"key {key!r} names a tensor that is there under another key too")
         renamed[table[key]] = value
     return renamed
+
+
+def rename_back(tensors: Tensors, table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Our tensors under the library's keys; of several for one tensor the first."""
+    inverse = {ours: theirs for theirs, ours in reversed(table.items())}
+    return rename(tensors, inverse, "the networks that this package and the library share")
 
 
 # Parts of the paper's successors, as torchvision, timm and others name them.
@@ -134,6 +139,11 @@ def _explain(key: str) -> str:
         if any(mark in f".{key}" for mark in marks):
             return f": it looks like {part}"
     return ""
+
+
+def norm_layers(tensors: Iterable[str]) -> list[str]:
+    """Our names of layers with a norm: "res2.0.conv1", ..."""
+    return [key.removesuffix(".norm.weight") for key in tensors if key.endswith(".norm.weight")]
 
 
 def without_counters(tensors: Tensors) -> dict[str, Tensor]:
@@ -154,11 +164,10 @@ def with_counters(tensors: Tensors) -> dict[str, Tensor]:
 
 def check_statistics(tensors: Tensors, library: str) -> None:
     """Refuses norms without running statistics where the library's are batch norms."""
-    for key in tensors:
-        norm = key.removesuffix(".norm.weight")
-        if norm != key and f"{norm}.norm.running_mean" not in tensors:
+    for layer in norm_layers(tensors):
+        if f"{layer}.norm.running_mean" not in tensors:
             raise ValueError(
-                f"the norm of {norm} has no running_mean, but {library} have batch norm"
+                f"the norm of {layer} has no running_mean, but {library} have batch norm"
             )
 
 
@@ -167,30 +176,13 @@ def cancel_biases(tensors: Tensors) -> dict[str, Tensor]:
 
     ``running_mean - bias`` gives the same function in training and evaluation; this package has
     no bias there.
-
-    Raises:
-        ValueError: for a bias before a norm without running mean.
     """
     changed = dict(tensors)
-    for norm_weight in [key for key in tensors if key.endswith(".norm.weight")]:
-        module = norm_weight.removesuffix("norm.weight")
-        bias_key, mean_key = module + "bias", module + "norm.running_mean"
-        if bias_key not in changed:
-            continue
-        if mean_key not in changed:
-            raise ValueError(f"{bias_key} comes before a batch norm, but there is no {mean_key}")
-        changed[mean_key] = changed[mean_key] - changed.pop(bias_key)
+    for layer in norm_layers(tensors):
+        bias, mean = f"{layer}.bias", f"{layer}.norm.running_mean"
+        if bias in changed and mean in changed:
+            changed[mean] = changed[mean] - changed.pop(bias)
     return changed
-
-
-def with_zero_biases(tensors: Tensors) -> dict[str, Tensor]:
-    """Tensors under our keys with a zero bias for each convolution before a norm."""
-    completed = dict(tensors)
-    for key, value in tensors.items():
-        module = key.removesuffix("norm.weight")
-        if module != key:
-            completed[module + "bias"] = torch.zeros_like(value)
-    return completed
 
 
 # What a library has
@@ -202,19 +194,12 @@ _SAME_TENSORS = {"FrozenBN": "BN", "SyncBN": "BN", None: ""}
 
 @dataclass(frozen=True)
 class Support:
-    """Networks that a library builds with the same function.
+    """Networks that a library builds with the same function."""
 
-    Attributes:
-        networks: (family, norm) pairs, norm being "BN", "GN" or "" for none.
-        stride_in_1x1: bottlenecks may have their stride in the first 1x1 convolution.
-        in_channels: images may have other than three channels.
-        dilations: stages are dilated as this package's are.
-    """
-
-    networks: frozenset[tuple[str, str]]
-    stride_in_1x1: bool = True
-    in_channels: bool = True
-    dilations: bool = False
+    networks: frozenset[tuple[str, str]]  # (family, norm), norm being "BN", "GN" or "" for none
+    stride_in_1x1: bool = True  # bottlenecks may have their stride in the first 1x1 convolution
+    in_channels: bool = True  # images may have other than three channels
+    dilations: bool = False  # stages are dilated as this package's are
 
 
 _BN_NETWORKS = frozenset({("ResNet", "BN"), ("VGG", ""), ("VGG", "BN")})
@@ -235,7 +220,7 @@ def check_support(library: str, model: ModelSpec) -> None:
     Raises:
         ValueError: saying why, and which layouts take the network.
     """
-    problem = _problem(SUPPORT[library], model)
+    problem = _problem(SUPPORT[library], model) if library in SUPPORT else ""
     if problem:
         others = [name for name, support in SUPPORT.items() if not _problem(support, model)]
         able = " and ".join([*others, "resnet_backbone"])
@@ -243,15 +228,15 @@ def check_support(library: str, model: ModelSpec) -> None:
 
 
 def _problem(support: Support, model: ModelSpec) -> str:
-    options = {**constructor_options(model.name), **model.options}
-    family, norm = _family(model.name), _SAME_TENSORS.get(options["norm"], options["norm"])
-    if family == "CIFAR":
-        return f"{model.name} is one of the paper's CIFAR networks"
+    name, options = model.name, {**constructor_options(model.name), **model.options}
+    norm = _SAME_TENSORS.get(options["norm"], options["norm"])
+    if name.startswith("cifar"):
+        return f"{name} is one of the paper's CIFAR networks"
     for key, usual in (("shortcut", "B"), ("activation", "relu"), ("caffe_pool", False)):
         if options.get(key, usual) != usual:
-            return f"{model.name} has {key}={options[key]!r}"
-    if (family, norm) not in support.networks:
-        return f"{model.name} has norm={options['norm']!r}"
+            return f"{name} has {key}={options[key]!r}"
+    if ("VGG" if name.startswith("vgg") else "ResNet", norm) not in support.networks:
+        return f"{name} has norm={options['norm']!r}"
     return _limits(support, model, options)
 
 
@@ -267,26 +252,13 @@ def _limits(support: Support, model: ModelSpec, options: dict[str, Any]) -> str:
     return ""
 
 
-def _family(name: str) -> str:
-    if name.startswith("cifar"):
-        return "CIFAR"
-    return "VGG" if name.startswith("vgg") else "ResNet"
+class OtherNetwork(WeightsError):
+    """Weights of a network with the tensors of one of ours and another function."""
 
 
 def shorten(text: str) -> str:
     """What a file says, for a message."""
     return " ".join(text.split())[:80]
-
-
-class OtherNetwork(WeightsError):
-    """Weights of a network with the tensors of one of ours and another function."""
-
-
-def library_name(checkpoint: Checkpoint) -> str:
-    """The network's name in torchvision and timm, where batch norm is part of a VGG's."""
-    name = checkpoint.model.name.rpartition("/")[2].removesuffix("_bn")
-    with_norm = name.startswith("vgg") and any(".norm." in key for key in checkpoint.tensors)
-    return f"{name}_bn" if with_norm else name
 
 
 def in_channels(checkpoint: Checkpoint) -> int:
@@ -306,6 +278,6 @@ def spell_transform(preprocessing: Preprocessing) -> str:
     resize, crop = preprocessing.center_crop()
     mean, std = spell_numbers(preprocessing.mean), spell_numbers(preprocessing.std)
     return (
-        f"transform = Compose([Resize({resize}), CenterCrop({crop}), ToTensor(), "
+        f"Compose([Resize({resize}), CenterCrop({crop}), ToTensor(), "
         f"Normalize({mean}, {std})])  # RGB, 0..1"
     )

@@ -1,46 +1,44 @@
-"""Torchvision's key names of ResNets and VGGs, and the conventions of its weights.
+"""Torchvision's and timm's key names of ResNets and VGGs, and the conventions of their weights.
 
-Torchvision's VGGs with batch norm have convolution biases, which the norm cancels; ours have
-none. ``running_mean - bias`` takes their place, and zeros are written for them: the same function,
-not the same tensors.
+VGGs with batch norm have convolution biases there, which the norm cancels; ours have none.
+``running_mean - bias`` takes their place, and zeros are written for them: the same function, not
+the same tensors. timm's ResNets have torchvision's names, its VGGs a classifier of convolutions.
+Its ``resnet50_gn`` is not read: its tensors are those of a ResNet with batch norm that has lost
+its statistics.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
+from resnet_backbone.weights.keymaps import table
 from resnet_backbone.weights.keymaps.table import (
-    OURS,
+    LIBRARY_NETWORKS,
     Layout,
     Module,
+    OtherNetwork,
     Tensors,
-    cancel_biases,
-    check_statistics,
-    check_support,
-    inverse,
-    library_name,
-    linear_keys,
-    rename,
-    resnet_modules,
-    spell_transform,
-    torch_keys,
-    with_counters,
-    with_zero_biases,
-    without_counters,
 )
 from resnet_backbone.weights.preprocessing import Preprocessing, known_filter
 
-RESNET = "a torchvision ResNet"
-VGG = "a torchvision VGG"
-VGG_HEAD = [*linear_keys("classifier.0", "fc6"), *linear_keys("classifier.3", "fc7")]
-VGG_HEAD += linear_keys("classifier.6")
+VGG_HEAD = table.linear_keys(
+    {"classifier.0": "fc6", "classifier.3": "fc7", "classifier.6": "linear"}
+)
+TIMM_HEAD = table.linear_keys(
+    {"pre_logits.fc1": "fc6", "pre_logits.fc2": "fc7", "head.fc": "linear"}
+)
+TIMM_KERNELS = {"pre_logits.fc1.weight": 7, "pre_logits.fc2.weight": 1}
+# timm's retired names of weights for these networks, "tv_resnet50" and "gluon_resnet50_v1b".
+_RETIRED = re.compile(r"^(?:tv|ssl|swsl)_(?=resnet)|^gluon_(resnet\d+)_v1b$")
 
 
 def _block_layer(stage: int, block: int, layer: str) -> tuple[str, str]:
@@ -51,8 +49,8 @@ def _block_layer(stage: int, block: int, layer: str) -> tuple[str, str]:
 
 
 _RESNET_TABLE = {
-    **dict(torch_keys(resnet_modules(("conv1", "bn1"), _block_layer))),
-    **dict(linear_keys("fc")),
+    **table.torch_keys(table.resnet_modules(("conv1", "bn1"), _block_layer)),
+    **table.linear_keys({"fc": "linear"}),
 }
 
 
@@ -68,17 +66,12 @@ def from_torchvision(state_dict: Tensors) -> dict[str, Tensor]:
         ValueError: for a key, or a set of VGG layers, that torchvision's networks do not have.
     """
     if not any(key.startswith(("features.", "classifier.")) for key in state_dict):
-        return rename(state_dict, _RESNET_TABLE, RESNET)
-    table = {**vgg_features(find_vgg(state_dict)), **dict(VGG_HEAD)}
-    return cancel_biases(rename(state_dict, table, VGG))
+        return table.rename(state_dict, _RESNET_TABLE, "a torchvision ResNet")
+    names = {**table.torch_keys(_find_vgg(state_dict), bias=True), **VGG_HEAD}
+    return table.cancel_biases(table.rename(state_dict, names, "a torchvision VGG"))
 
 
-def resnet_to_torchvision(tensors: Tensors) -> dict[str, Tensor]:
-    """A ResNet's tensors from our keys to torchvision's."""
-    return with_counters(rename(tensors, inverse(_RESNET_TABLE), OURS))
-
-
-def find_vgg(state_dict: Tensors) -> list[Module]:
+def _find_vgg(state_dict: Tensors) -> list[Module]:
     """The VGG whose convolutions have these indices in torchvision's ``features``."""
     convs = {
         key.split(".")[1]
@@ -87,15 +80,14 @@ def find_vgg(state_dict: Tensors) -> list[Module]:
     }
     for num_convs in VGG_DEPTHS.values():
         for batch_norm in (False, True):
-            modules = vgg_modules(num_convs, batch_norm)
+            modules = _vgg_modules(num_convs, batch_norm)
             if convs == {module.conv.split(".")[1] for module in modules}:
                 return modules
     found = ", ".join(sorted(convs, key=lambda name: (len(name), name))) or "none"
     raise ValueError(f"no VGG has its convolutions at these indices of features: {found}")
 
 
-def vgg_modules(num_convs: Iterable[int], batch_norm: bool) -> list[Module]:
-    """Convolutions of a VGG of torchvision."""
+def _vgg_modules(num_convs: Iterable[int], batch_norm: bool) -> list[Module]:
     modules, index = [], 0
     for stage, count in enumerate(num_convs, start=1):
         for conv in range(count):
@@ -106,44 +98,57 @@ def vgg_modules(num_convs: Iterable[int], batch_norm: bool) -> list[Module]:
     return modules
 
 
-def vgg_features(modules: list[Module]) -> dict[str, str]:
-    """Torchvision's key -> ours for a VGG's convolutions."""
-    return dict(torch_keys(modules, bias=True))
-
-
-def modules_of(model: ModelSpec, tensors: Tensors) -> list[Module]:
-    """Convolutions of a VGG of this package."""
-    depth = int(model.name.removeprefix("vgg").removesuffix("_bn"))
-    return vgg_modules(VGG_DEPTHS[depth], any(".norm." in key for key in tensors))
-
-
-def vgg_to_torchvision(
-    tensors: Tensors, model: ModelSpec, head: list[tuple[str, str]]
-) -> dict[str, Tensor]:
-    """A VGG's tensors from our keys to torchvision's, the head's to those given."""
-    table = {**vgg_features(modules_of(model, tensors)), **dict(head)}
-    renamed = rename(with_zero_biases(tensors), inverse(table), OURS)
-    return with_counters(renamed)
-
-
 def _matches(keys: Collection[str]) -> bool:
-    known = set(keys)
-    timm_vgg = "pre_logits.fc1.weight" in known
     firsts = {"conv1.weight", "layer1.0.conv1.weight", "features.0.weight"}
-    return bool(known & firsts) and not timm_vgg
+    return bool(firsts & set(keys)) and not _is_timm_vgg(keys)
 
 
-def _to_ours(tensors: Tensors) -> dict[str, Tensor]:
-    ours = without_counters(from_torchvision(tensors))
-    check_statistics(ours, "torchvision's networks")
+def _is_timm_vgg(keys: Collection[str]) -> bool:
+    return "pre_logits.fc1.weight" in keys
+
+
+def _read(tensors: Tensors) -> dict[str, Tensor]:
+    ours = from_torchvision(tensors)
+    table.check_statistics(ours, "torchvision's networks")
     return ours
 
 
-def _from_ours(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
-    check_support("torchvision", model)
-    if model.name.startswith("vgg"):
-        return vgg_to_torchvision(tensors, model, VGG_HEAD)
-    return resnet_to_torchvision(tensors)
+def _write(
+    tensors: Tensors, model: ModelSpec, head: Mapping[str, str] = VGG_HEAD
+) -> dict[str, Tensor]:
+    if not model.name.startswith("vgg"):
+        return table.with_counters(table.rename_back(tensors, _RESNET_TABLE))
+    depth, normed = int(re.sub(r"\D", "", model.name)), table.norm_layers(tensors)
+    names = {**table.torch_keys(_vgg_modules(VGG_DEPTHS[depth], bool(normed)), bias=True), **head}
+    biases = {f"{layer}.bias": torch.zeros_like(tensors[f"{layer}.norm.bias"]) for layer in normed}
+    return table.with_counters(table.rename_back({**tensors, **biases}, names))
+
+
+def _read_timm(tensors: Tensors) -> dict[str, Tensor]:
+    if not any(key.startswith("features.") for key in tensors):
+        return _read(tensors)
+    names = {**table.torch_keys(_find_vgg(tensors), bias=True), **TIMM_HEAD}
+    flat = {
+        key: value.flatten(1) if key in TIMM_KERNELS and value.dim() == 4 else value
+        for key, value in tensors.items()
+    }
+    return table.cancel_biases(table.rename(flat, names, "a timm VGG"))
+
+
+def _write_timm(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
+    renamed = _write(tensors, model, TIMM_HEAD)
+    for key, size in TIMM_KERNELS.items():
+        if key in renamed:
+            renamed[key] = renamed[key].unflatten(1, (-1, size, size))
+    return renamed
+
+
+def _library_name(checkpoint: Checkpoint) -> str:
+    """The network's name there, where batch norm is part of a VGG's."""
+    name = checkpoint.model.name.rpartition("/")[2].removesuffix("_bn")
+    return (
+        f"{name}_bn" if name.startswith("vgg") and table.norm_layers(checkpoint.tensors) else name
+    )
 
 
 def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
@@ -154,10 +159,30 @@ def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
     arguments = "" if classes in (None, 1000) else f"num_classes={classes}"
     strict = "" if classes else ", strict=False"
     return [
-        f"network = torchvision.models.{library_name(checkpoint)}({arguments})",
+        f"network = torchvision.models.{_library_name(checkpoint)}({arguments})",
         f"network.load_state_dict({load}{strict})",
-        spell_transform(checkpoint.preprocessing),
+        f"transform = {table.spell_transform(checkpoint.preprocessing)}",
     ]
+
+
+def _usage_timm(checkpoint: Checkpoint, path: Path) -> list[str]:
+    return [
+        f'network = timm.create_model("local-dir:{path}", pretrained=True)',
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))",
+        f"# which is {table.spell_transform(checkpoint.preprocessing)}",
+    ]
+
+
+TORCHVISION = Layout("torchvision", _matches, _read, _write, _usage)
+TIMM = Layout(
+    "timm",
+    lambda keys: _is_timm_vgg(keys) or _matches(keys),
+    _read_timm,
+    _write_timm,
+    _usage_timm,
+)
+
+# What the libraries say of their weights
 
 
 def torchvision_preprocessing(weights: Any) -> Preprocessing:
@@ -196,4 +221,70 @@ def published_hash(weights: Any) -> str:
     return match[1] if match else ""
 
 
-TORCHVISION = Layout("torchvision", _matches, _to_ours, _from_ours, _usage)
+def check_timm_network(config: Mapping[str, Any], where: str) -> None:
+    """Refuses timm's relatives of our networks that no tensor shows, such as resnetblur50.
+
+    Raises:
+        OtherNetwork: another architecture, or arguments that make it another function.
+    """
+    architecture = table.shorten(str(config["architecture"]).partition(".")[0])
+    if _RETIRED.sub(r"\1", architecture) not in LIBRARY_NETWORKS:
+        raise OtherNetwork(
+            f"{where}: timm's {architecture} is not among this package's networks, which are "
+            f"{', '.join(LIBRARY_NETWORKS)}: use it in timm itself"
+        )
+    arguments = dict(config.get("model_args") or {})
+    pools = {config.get("global_pool", "avg"), arguments.pop("global_pool", "avg")}
+    changed = sorted(arguments.keys() - {"num_classes", "in_chans"})
+    if changed or not pools <= {"avg", "fastavg", "", None}:
+        what = table.shorten(", ".join(changed)) or "global_pool"
+        raise OtherNetwork(
+            f"{where}: timm builds this {architecture} with {what} of its own, which can make it "
+            "another function: use it in timm itself"
+        )
+
+
+def timm_preprocessing(config: Mapping[str, Any], source: str) -> Preprocessing:
+    """The convention of a timm ``pretrained_cfg``; its test is at the size of training."""
+    size = config["input_size"][-1]
+    centered = config.get("crop_mode", "center") == "center" and config.get("crop_pct")
+    return Preprocessing(
+        "RGB",
+        1.0,
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        stride_in_1x1=False,
+        source=source,
+        resize_size=int(size / config["crop_pct"]) if centered else None,
+        crop_size=size if centered else None,
+        interpolation=known_filter(config.get("interpolation", "")),
+    )
+
+
+def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """``config.json`` of timm: which network, and its ``pretrained_cfg``."""
+    preprocessing, model = checkpoint.preprocessing, checkpoint.model
+    is_vgg = model.name.startswith("vgg")
+    resize, crop = preprocessing.center_crop()
+    num_classes = model.num_classes or 0
+    return {
+        "architecture": _library_name(checkpoint),
+        "num_classes": num_classes,
+        "pretrained_cfg": {
+            "input_size": [table.in_channels(checkpoint), crop, crop],
+            "crop_pct": _crop_share(resize, crop),
+            "crop_mode": "center",
+            "interpolation": preprocessing.interpolation or "bilinear",
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "num_classes": num_classes,
+            "first_conv": "features.0" if is_vgg else "conv1",
+            "classifier": "head.fc" if is_vgg else "fc",
+        },
+    }
+
+
+def _crop_share(resize: int, crop: int) -> float:
+    """The share from which timm gets this shorter side back: int(crop / share)."""
+    share = crop / resize
+    return share if int(crop / share) == resize else math.nextafter(share, 0)
