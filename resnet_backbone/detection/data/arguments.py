@@ -135,7 +135,12 @@ def usable_images(cfg: CfgNode, name: str, **options) -> list[dict]:
     """A registered data set without the images that Detectron2 leaves out of training."""
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    return get_detection_dataset_dicts([name], filter_empty, keypoints, **options)
+    images = get_detection_dataset_dicts([name], filter_empty, keypoints, **options)
+    if cfg.MODEL.MASK_ON:
+        for image in images:
+            image["annotations"] = [a for a in image["annotations"] if a.get("segmentation")]
+        images = [image for image in images if image["annotations"] or not filter_empty]
+    return images
 
 
 def _common_classes(cfg: CfgNode, key: str, kind: str) -> list[str]:
@@ -223,12 +228,20 @@ def check_annotations(cfg: CfgNode, name: str, images: Sequence[dict]) -> None:
         raise UsageError(f"data set {name} has no boxes to learn from: train on an annotated one")
     if not cfg.MODEL.MASK_ON:
         return
-    bare = sum(not entry.get("segmentation") for entry in objects)
-    if bare:
+    bare = [
+        f"{image['file_name']}: box {[round(side, 1) for side in entry['bbox']]}"
+        for image in images
+        for entry in image.get("annotations", ())
+        if not entry.get("segmentation") and not entry.get("iscrowd", 0)
+    ]
+    if len(bare) == len(objects):
         raise UsageError(
-            f"data set {name}: {bare} of {len(objects)} boxes have no mask, which MODEL.MASK_ON "
-            "needs: give --coco-json with segmentations, or set MODEL.MASK_ON False"
+            f"data set {name}: none of the {len(bare)} boxes has a usable mask, which "
+            "MODEL.MASK_ON needs: give --coco-json with segmentations, or set MODEL.MASK_ON False"
         )
+    for line in bare:
+        logger.warning("left out: no usable mask: %s", line)
+    objects = [entry for entry in objects if entry.get("segmentation")]
     encoded = sum(isinstance(entry["segmentation"], dict) for entry in objects)
     if encoded and cfg.INPUT.MASK_FORMAT == "polygon":
         raise UsageError(

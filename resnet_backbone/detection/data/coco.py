@@ -1,41 +1,48 @@
-"""Data sets in COCO's JSON format, COCO's own or a user's."""
+"""Data sets in COCO's JSON format, COCO's own or a user's.
+
+Annotation tools write ids as text, empty fields, masks of two points. Each entry is read as far as
+it can be; what cannot be used is left out by itself, and named.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from detectron2.data.datasets.coco import load_coco_json
 from detectron2.structures import BoxMode
+from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from resnet_backbone.detection.data.problems import (
     DataProblem,
     DataReport,
-    box_problem,
+    apply_policy,
     cached_by_version,
     check_image,
+    fit_box,
     list_problems,
     register_once,
 )
 from resnet_backbone.runtime.errors import DataError
 
-REQUIRED_KEYS = {
-    "categories": ("id", "name"),
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-}
+Id = int | str
 
 
-class Inspected(NamedTuple):
-    """What an instances JSON says of itself."""
+class CocoFile(NamedTuple):
+    """What an instances JSON holds that can be used."""
 
-    categories: dict[int, str]  # by rising id; none if the file is unusable
-    problems: tuple[DataProblem, ...]
+    categories: dict[Id, str]  # by rising id; none if the file is unusable
+    images: dict[Id, dict[str, Any]]  # file_name, width, height (None where it is not stated)
+    # image -> category_id, bbox (x, y, width, height), area, iscrowd, segmentation, keypoints
+    annotations: dict[Id, list[dict[str, Any]]]
     annotated: bool  # False for lists of images without the key, such as COCO's image_info files
+    problems: tuple[DataProblem, ...]
+    notes: tuple[str, ...]
 
 
 def scan_coco(
@@ -44,48 +51,73 @@ def scan_coco(
     """Read and check a COCO JSON in one pass; loader and evaluator both stand on this.
 
     Args:
-        json_file: instances in COCO's format; category ids may be any integers.
+        json_file: instances in COCO's format; ids may be any whole numbers or texts.
         image_root: folder that its file_names are relative to.
         decode, progress: as in :func:`~resnet_backbone.detection.data.voc.scan_voc`.
 
     Returns:
-        What `detectron2.data.datasets.load_coco_json` gives, category ids made contiguous in the
-        order of the ids, less what is bad: images and boxes as in ``scan_voc``. A file without
-        the list "annotations" (COCO's image_info, for its server) gives images without.
+        What `detectron2.data.datasets.load_coco_json` gives, with the area of each annotation.
+        Category ids are contiguous, in the order of the ids. Boxes that run past the edge of their
+        image are clipped. An annotation whose mask cannot be used has none. A file without the
+        list "annotations" (COCO's image_info, for its server) gives images without.
 
-        The report also has "broken-json", which nothing can be left out of: missing keys, ids
-        used twice, categories that are not there.
+        The report names what is left out: images and boxes as in ``scan_voc``, entries without
+        what they need, ids that occur twice. "broken-json" is a file of which nothing can be used.
 
     Raises:
         DataError: no such file, or it is not JSON.
     """
-    found = inspect_json(json_file)
-    report = DataReport(json_file, problems=list(found.problems), annotated=found.annotated)
+    found = read_coco(json_file)
+    problems, notes = list(found.problems), list(found.notes)
+    report = DataReport(json_file, problems=problems, annotated=found.annotated, notes=notes)
     if not found.categories:
         return [], report
     names = list(found.categories.values())
     positions = {category_id: index for index, category_id in enumerate(found.categories)}
-    records, kept = load_coco_json(json_file, image_root), []
-    report.num_images = len(records)
+    report.num_images = len(found.images)
     report.boxes.update(dict.fromkeys(names, 0))
-    for record in tqdm(records, desc="checking", disable=None if progress else True):
-        size = record["width"], record["height"]
-        if check_image(report, record["file_name"], size, decode) is None:
+    report.note_shares(a["bbox"] for entries in found.annotations.values() for a in entries)
+    kept = []
+    bar = tqdm(found.images.items(), desc="checking", disable=None if progress else True)
+    for image_id, image in bar:
+        path = os.path.join(image_root, image["file_name"])
+        stated = (image["width"], image["height"]) if image["width"] else None
+        size = check_image(report, path, stated, decode)
+        if size is None:
             continue
-        good = []
-        for annotation in record["annotations"]:
-            position = annotation["category_id"] = positions[annotation["category_id"]]
-            box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-            problem = box_problem(box, size)
-            if problem:
-                report.add("bad-box", record["file_name"], f"{names[position]} {problem}")
+        record = {"file_name": path, "height": size[1], "width": size[0], "image_id": image_id}
+        good = record["annotations"] = []
+        for entry in found.annotations.get(image_id, ()):
+            position, (x, y, width, height) = positions[entry["category_id"]], entry["bbox"]
+            whole = (x, y, x + width, y + height)
+            box = fit_box(report, path, names[position], whole, size)
+            if box is None:
                 continue
+            used = {**entry, "category_id": position, "bbox_mode": BoxMode.XYWH_ABS}
+            if box != whole:
+                used["bbox"] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
             report.boxes[names[position]] += 1
-            good.append(annotation)
-        kept.append({**record, "annotations": good})
+            good.append(used)
+        kept.append(record)
     if not kept:
         report.add_empty(json_file)
     return kept, report
+
+
+def load_coco_instances(
+    json_file: str, image_root: str, on_bad: str = "drop", decode: bool = False
+) -> list[dict]:
+    """The records of :func:`scan_coco`, after :func:`apply_policy`."""
+    records, report = scan_coco(json_file, image_root, decode)
+    apply_policy(report, on_bad)
+    return records
+
+
+def check_coco(
+    json_file: str, image_root: str, decode: bool = False, progress: bool = True
+) -> DataReport:
+    """The report of :func:`scan_coco`: a loader leaves out exactly what it names."""
+    return scan_coco(json_file, image_root, decode, progress)[1]
 
 
 def register_coco(
@@ -116,45 +148,40 @@ def register_coco(
 
 def thing_metadata(json_file: str, image_root: str) -> dict[str, Any]:
     """What Detectron2 keeps of an instances JSON, which must be in COCO's format."""
-    categories, problems, _ = inspect_json(json_file)
-    if not categories:
-        raise DataError(f"{json_file} cannot be used: {list_problems(problems)}")
+    found = read_coco(json_file)
+    if not found.categories:
+        raise DataError(f"{json_file} cannot be used: {list_problems(found.problems)}")
     return {
-        "thing_classes": list(categories.values()),
-        "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(categories)},
+        "thing_classes": list(found.categories.values()),
+        "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(found.categories)},
         "json_file": json_file,
         "image_root": image_root,
     }
 
 
 def read_json(path: str) -> Any:
-    """The content of a JSON file; a DataError if there is none, or it is not JSON."""
+    """The content of a JSON file, UTF-8 or UTF-16, with a byte order mark or without.
+
+    Raises:
+        DataError: there is none, or it is not JSON.
+    """
     if not os.path.isfile(path):
         raise DataError(f"{path} does not exist; give the path of a COCO annotation file")
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from error
 
 
 @cached_by_version
-def inspect_json(json_file: str) -> Inspected:
-    """Categories of an instances JSON, and what is wrong with it."""
-    data = read_json(json_file)
-    annotated = not isinstance(data, dict) or "annotations" in data
-    if not annotated:
-        data["annotations"] = []
-    broken = list(_structure_problems(data))
-    if broken:
-        problems = (DataProblem("broken-json", json_file, detail) for detail in broken)
-        return Inspected({}, tuple(problems), annotated)
-    images = {image["id"] for image in data["images"]}
-    orphans = [a for a in data["annotations"] if a["image_id"] not in images]
-    detail = "annotation {id} is of image {image_id}, which is not in images"
-    problems = (DataProblem("bad-box", json_file, detail.format(**a)) for a in orphans)
-    categories = sorted((c["id"], c["name"]) for c in data["categories"])
-    return Inspected(dict(categories), tuple(problems), annotated)
+def read_coco(json_file: str) -> CocoFile:
+    """What an instances JSON holds; a DataError if there is no such file, or it is not JSON."""
+    return parse_coco(read_json(json_file), json_file)
+
+
+def parse_coco(data: Any, where: str) -> CocoFile:
+    """:func:`read_coco` for content that is read already; ``where`` is for messages."""
+    return _Parser(where).parse(data)
 
 
 def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
@@ -172,25 +199,177 @@ def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
     return found
 
 
-def _structure_problems(data: Any) -> Iterator[str]:
-    """What would stop load_coco_json: absent keys, repeated ids, unknown categories, odd boxes."""
-    absent = absent_keys(data, REQUIRED_KEYS)
-    if absent:
-        yield from absent
-        return
-    if not data["categories"]:
-        yield "the list of categories is empty"
-    for section in REQUIRED_KEYS:
-        for repeated, times in Counter(e["id"] for e in data[section]).items():
-            if times > 1:
-                yield f"{section}: id {repeated} occurs {times} times"
-    categories = {category["id"] for category in data["categories"]}
-    for entry in data["annotations"]:
-        where, box = f"annotation {entry['id']}", entry["bbox"]
-        if entry["category_id"] not in categories:
-            yield f"{where}: category_id {entry['category_id']} is not in categories"
-        numbers = isinstance(box, list) and all(isinstance(v, (int, float)) for v in box)
-        if not numbers or len(box) != 4:
-            yield f"{where}: bbox {box!r} is not four numbers"
-        if entry.get("ignore", 0) != 0:
-            yield f'{where}: "ignore" is not supported by Detectron2'
+class _Parser:
+    """Collects what is good and what is wrong in one file."""
+
+    def __init__(self, where: str):
+        self.where, self.problems, self.notes = where, [], []
+
+    def bad(self, kind: str, detail: str) -> None:
+        self.problems.append(DataProblem(kind, self.where, detail))
+
+    def parse(self, data: Any) -> CocoFile:
+        annotated = not isinstance(data, dict) or "annotations" in data
+        lists = ("categories", "images", "annotations")[: 2 + annotated]
+        categories: dict[Id, str] = {}
+        images: dict[Id, dict] = {}
+        annotations: dict[Id, list[dict]] = {}
+        for detail in absent_keys(data, dict.fromkeys(lists, ())):
+            self.bad("broken-json", detail)
+        if not self.problems:
+            entries = data["annotations"] if annotated else []
+            categories = self.categories(data["categories"])
+            images = self.images(data["images"])
+            annotations = self.annotations(entries, categories, images)
+            self.drop_root(categories, data["categories"], annotations)
+            if not categories:
+                self.bad("broken-json", "the list of categories has no usable one")
+        order = sorted(categories, key=lambda one: (isinstance(one, str), one))
+        categories = {one: categories[one] for one in order}
+        found = tuple(self.problems), tuple(self.notes)
+        return CocoFile(categories, images, annotations, annotated, *found)
+
+    def categories(self, entries: Iterable[Any]) -> dict[Id, str]:
+        found: dict[Id, str] = {}
+        for position, entry in enumerate(entries):
+            entry = entry if isinstance(entry, dict) else {}
+            number, name = read_id(entry.get("id")), entry.get("name")
+            if number is None or name is None or not str(name).strip():
+                self.bad("bad-entry", f"categories[{position}] has no id or no name")
+                continue
+            if not isinstance(name, str):
+                self.notes.append(
+                    f"the name of category {number} is no text: it is called '{name}'"
+                )
+            name = str(name).strip()
+            if number in found:
+                self.bad("duplicate-id", f"category id {number} occurs again, named {name!r}")
+                continue
+            if name in found.values():
+                new = next(
+                    f"{name} {n}" for n in range(2, 10**6) if f"{name} {n}" not in found.values()
+                )
+                self.notes.append(f"category {number} is a second {name!r}: it is called {new!r}")
+                name = new
+            found[number] = name
+        return found
+
+    def images(self, entries: Iterable[Any]) -> dict[Id, dict]:
+        found: dict[Id, dict] = {}
+        for position, entry in enumerate(entries):
+            entry = entry if isinstance(entry, dict) else {}
+            number, name = read_id(entry.get("id")), entry.get("file_name")
+            if number is None or not isinstance(name, str) or not name:
+                what = "no id" if number is None else f"the file_name {name!r}, which is no text"
+                self.bad("bad-entry", f"images[{position}] has {what}")
+            elif number in found:
+                self.bad("duplicate-id", f"image id {number} occurs again, with {name}")
+            else:
+                size = [read_number(entry.get(side)) for side in ("width", "height")]
+                known = all(side and math.isfinite(side) and side >= 1 for side in size)
+                width, height = map(int, size) if known else (None, None)
+                path = name.replace("\\", "/")
+                found[number] = {"file_name": path, "width": width, "height": height}
+        return found
+
+    def annotations(
+        self, entries: Iterable[Any], categories: Mapping[Id, str], images: Mapping[Id, dict]
+    ) -> dict[Id, list[dict]]:
+        found = defaultdict(list)
+        for position, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                self.bad("bad-box", f"annotations[{position}] is no annotation")
+                continue
+            where = f"annotation {entry.get('id', f'at {position}')}"
+            image, category = read_id(entry.get("image_id")), read_id(entry.get("category_id"))
+            box = entry.get("bbox")
+            sides = [read_number(side) for side in box] if isinstance(box, list) else []
+            if image not in images:
+                image = entry.get("image_id")
+                self.bad("bad-box", f"{where} is of image {image!r}, which is not in images")
+            elif category not in categories:
+                category = entry.get("category_id")
+                self.bad("bad-box", f"{where}: category_id {category!r} is not in categories")
+            elif len(sides) != 4 or None in sides:
+                self.bad("bad-box", f"{where}: bbox {box!r} is not four numbers")
+            else:
+                found[image].append(_annotation(entry, category, sides))
+        return dict(found)
+
+    def drop_root(self, categories: dict[Id, str], entries: Iterable[Any], annotations) -> None:
+        """Roboflow's first category, which has no boxes and is the parent of all others."""
+        used = {one["category_id"] for boxes in annotations.values() for one in boxes}
+        parents = {
+            read_id(entry.get("id")): entry.get("supercategory")
+            for entry in entries
+            if isinstance(entry, dict)
+        }
+        for number, name in list(categories.items()):
+            others = [parents.get(other) for other in categories if other != number]
+            if others and number not in used and all(parent == name for parent in others):
+                del categories[number]
+                self.notes.append(f"category {name!r} is left out: it has no box and is a parent")
+                return
+
+
+def _annotation(entry: Mapping[str, Any], category: Id, box: list[float]) -> dict[str, Any]:
+    area = read_number(entry.get("area"))
+    crowd = any(read_number(entry.get(key)) for key in ("iscrowd", "ignore"))
+    used = {
+        "category_id": category,
+        "bbox": box,
+        "area": box[2] * box[3] if area is None else area,
+        "iscrowd": int(crowd),
+    }
+    mask = read_mask(entry.get("segmentation"))
+    if mask:
+        used["segmentation"] = mask
+    points = entry.get("keypoints")
+    if isinstance(points, list) and points and len(points) % 3 == 0:
+        # COCO's are pixel indices, Detectron2's are coordinates
+        used["keypoints"] = [p if k % 3 == 2 else p + 0.5 for k, p in enumerate(points)]
+    return used
+
+
+def read_id(value: Any) -> Id | None:
+    """An id as a whole number, also from its text or a float; else as text; None for no id."""
+    if isinstance(value, str):
+        text = value.strip()
+        return int(text) if text.removeprefix("-").isdecimal() else text or None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def read_number(value: Any) -> float | None:
+    """A number, also from its text; None for anything else."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, (int, float)) else None
+
+
+def read_mask(value: Any) -> list | dict | None:
+    """Polygons of three points or more, or compressed run lengths; None for anything else."""
+    if isinstance(value, dict):
+        try:
+            counts, (height, width) = value["counts"], value["size"]
+            if isinstance(counts, list):
+                return mask_util.frPyObjects(value, height, width)
+            return {"size": [height, width], "counts": counts} if counts else None
+        except (KeyError, OverflowError, TypeError, ValueError):
+            return None
+    if not isinstance(value, list):
+        return None
+    if value and all(isinstance(number, (int, float)) for number in value):
+        value = [value]  # one polygon, without its list
+    good = [one for one in value if _is_polygon(one)]
+    return good or None
+
+
+def _is_polygon(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) < 6 or len(value) % 2:
+        return False
+    return all(isinstance(number, (int, float)) and math.isfinite(number) for number in value)

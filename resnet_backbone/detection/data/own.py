@@ -18,8 +18,8 @@ import yaml
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.coco import inspect_json, scan_coco
-from resnet_backbone.detection.data.problems import DataReport, box_problem, check_image
+from resnet_backbone.detection.data.coco import read_coco, scan_coco
+from resnet_backbone.detection.data.problems import DataReport, check_image, fit_box
 from resnet_backbone.detection.data.voc import read_annotation
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import write_text
@@ -208,9 +208,8 @@ def _record(image: Path, size, report: DataReport) -> dict | None:
 def _add_box(record: dict, category, box, report: DataReport, origin: int = 0, **more) -> None:
     """Adds (x0, y0, x1, y1) to a record, or what is wrong with it to the report."""
     size = record["width"], record["height"]
-    problem = box_problem(box, size, origin)
-    if problem:
-        report.add("bad-box", record["file_name"], f"{category} {problem}")
+    box = fit_box(report, record["file_name"], str(category), box, size, origin)
+    if box is None:
         return
     x0, y0, x1, y1 = box
     box = [max(x0 - origin, 0.0), max(y0 - origin, 0.0), min(x1, size[0]), min(y1, size[1])]
@@ -250,20 +249,21 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
     files = [annotations] if annotations.is_file() else list(_files(annotations, ".json"))
     records = []
     for file in files:
-        inspected = inspect_json(str(file))
-        if not inspected.categories:
-            report.problems += inspected.problems
+        content = read_coco(str(file))
+        if not content.categories:
+            report.problems += content.problems
             continue
-        categories = list(inspected.categories.values())
+        categories = list(content.categories.values())
         found, of_file = scan_coco(str(file), _image_root(file, images), decode=True, progress=True)
         report.problems += of_file.problems
+        report.clipped += of_file.clipped
+        report.notes += of_file.notes
         words = [*file.parent.parts[len(annotations.parts) :], *re.split(r"[\W\d_]+", file.stem)]
         for record in found:
             record["split"] = _split_name(words) if len(files) > 1 else ""
             for one in record["annotations"]:
                 one["category_id"] = categories[one["category_id"]]
                 one["bbox"] = BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS)
-                one.setdefault("iscrowd", 0)
         records += found
     return records, _number_classes(records)
 

@@ -20,7 +20,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.coco import absent_keys, inspect_json, read_json
+from resnet_backbone.detection.data.coco import absent_keys, read_coco, read_json
 from resnet_backbone.detection.data.problems import list_problems
 from resnet_backbone.runtime.errors import DataError
 
@@ -228,7 +228,8 @@ def read_instances(json_file: str) -> tuple[COCO, dict[int, str]]:
 
     Polygons of fewer than three points are left out, as by Detectron2's loader.
     """
-    categories, problems, _ = inspect_json(json_file)
+    found = read_coco(json_file)
+    categories, problems = found.categories, found.problems
     if problems:
         raise DataError(f"{json_file} cannot be used: {list_problems(problems)}")
     if len(categories) >= IGNORE:

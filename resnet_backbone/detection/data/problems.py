@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, wraps
@@ -34,8 +34,8 @@ class DataProblem(NamedTuple):
     """One thing wrong in a data set.
 
     The kind is "missing-image", "unreadable-image", "size-mismatch", "missing-xml", "broken-xml",
-    "missing-label", "missing-panoptic", "duplicate-id", "bad-box", "unknown-class", "empty-split"
-    or "broken-json".
+    "missing-label", "missing-panoptic", "duplicate-id", "bad-entry", "bad-box", "unknown-class",
+    "empty-split" or "broken-json".
     """
 
     kind: str
@@ -60,6 +60,8 @@ class DataReport:
     boxes: Counter[str] = field(default_factory=Counter)  # good, not difficult; every class
     difficult: Counter[str] = field(default_factory=Counter)  # good boxes marked difficult (VOC)
     annotated: bool = True
+    clipped: list[str] = field(default_factory=list)  # boxes that ran past the edge
+    notes: list[str] = field(default_factory=list)  # what is used, and not as it is written
 
     @property
     def bad_boxes(self) -> list[DataProblem]:
@@ -73,6 +75,34 @@ class DataReport:
 
     def add(self, kind: str, file: str, detail: str) -> None:
         self.problems.append(DataProblem(kind, file, detail))
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the data that are used, a line each."""
+        lines = list(self.notes)
+        if self.clipped:
+            lines.append(
+                f"{len(self.clipped)} boxes ran past the edge of their image and were clipped, the "
+                f"first: {self.clipped[0]}"
+            )
+        same = Counter(name.lower() for name in self.boxes)
+        for name in (name for name, times in same.items() if times > 1):
+            spelled = [one for one in self.boxes if one.lower() == name]
+            lines.append(f"classes that differ in case alone: {', '.join(map(repr, spelled))}")
+        if sum(self.difficult.values()) and not sum(self.boxes.values()):
+            lines.append(
+                "all objects are marked difficult, which training leaves out: "
+                "RESNET_BACKBONE.TRAIN_ON_DIFFICULT True trains on them"
+            )
+        return lines
+
+    def note_shares(self, sides: Iterable[Sequence[float]]) -> None:
+        """Warns where all boxes lie in 0 to 1, which are shares of the image and no pixels."""
+        sides = [side for box in sides for side in box]
+        if sides and max(sides) <= 1:
+            self.notes.append(
+                "all boxes lie between 0 and 1: these are shares of the image, and pixels are "
+                "needed"
+            )
 
     def add_empty(self, file: str, what: str = "no usable image") -> None:
         """Append that nothing of the split is left, and why."""
@@ -113,6 +143,8 @@ def apply_policy(report: DataReport, policy: str) -> None:
         )
     for problem in report.problems:
         logger.warning("left out: %s", problem)
+    for remark in report.remarks():
+        logger.warning("%s: %s", report.name, remark)
 
 
 def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
@@ -129,14 +161,23 @@ def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
             width, height = image.size
             if decode:
                 image.load()
-            with suppress(Exception):  # damaged EXIF data, which Detectron2 passes over, too
-                if image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
-                    return height, width
-            return width, height
+            return (height, width) if _swaps_sides(image) else (width, height)
     except OSError:
         raise
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _swaps_sides(image: Image.Image) -> bool:
+    with suppress(Exception):  # damaged EXIF data
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return False
+
+
+def is_turned(path: str) -> bool:
+    """Whether the EXIF orientation of an image exchanges its sides."""
+    with Image.open(path) as image:
+        return _swaps_sides(image)
 
 
 def check_image(
@@ -158,26 +199,51 @@ def check_image(
         return None
     if size is not None and size != true_size:
         detail = "annotation says {}x{}, the image is {}x{}".format(*size, *true_size)
+        if size == true_size[::-1] and is_turned(path):
+            detail += (
+                " after the turn that its EXIF orientation asks for: annotate the turned image, or "
+                "take the orientation out of the file (exiftool -Orientation= FILE)"
+            )
         report.add("size-mismatch", path, detail)
         return None
     return true_size
 
 
-def box_problem(box: Sequence[float], size: tuple[int, int], origin: int = 0) -> str | None:
-    """Why a box (xmin, ymin, xmax, ymax in pixels) is unusable in an image (width, height).
+def fit_box(
+    report: DataReport,
+    file: str,
+    name: str,
+    box: Sequence[float],
+    size: tuple[int, int],
+    origin: int = 0,
+) -> tuple[float, ...] | None:
+    """A box as it is used: clipped by its image, or None and a problem in the report.
 
     Args:
+        name: of the class, for messages.
+        box: (xmin, ymin, xmax, ymax) in pixels.
+        size: (width, height) of the image.
         origin: coordinate of the image's left and upper edge, 0 (COCO) or 1 (VOC).
     """
-    x1, y1, x2, y2 = box
-    text = "box ({:g}, {:g}, {:g}, {:g})".format(*box)
-    if not all(math.isfinite(v) for v in box):
-        return f"{text} is not finite"
-    if x2 <= x1 or y2 <= y1:
-        return f"{text} has zero or negative size"
-    if min(x1, y1) < origin - 1 or x2 > size[0] + 1 or y2 > size[1] + 1:
-        return f"{text} lies outside the {size[0]}x{size[1]} image"
-    return None
+    text = f"{name} box ({', '.join(f'{side:g}' for side in box)})"
+    inside = (
+        *(max(side, origin) for side in box[:2]),
+        *(min(side, limit) for side, limit in zip(box[2:], size, strict=True)),
+    )
+    problem = ""
+    if not all(math.isfinite(side) for side in box):
+        problem = "is not finite"
+    elif box[2] <= box[0] or box[3] <= box[1]:
+        problem = "has zero or negative size"
+    elif inside[2] <= inside[0] or inside[3] <= inside[1]:
+        problem = f"lies outside the {size[0]}x{size[1]} image"
+    if problem:
+        report.add("bad-box", file, f"{text} {problem}")
+        return None
+    if all(abs(new - old) <= 1 for new, old in zip(inside, box, strict=True)):
+        return tuple(box)  # within a pixel: tools round differently
+    report.clipped.append(f"{file}: {text} runs past the edge of the {size[0]}x{size[1]} image")
+    return inside
 
 
 def cached_by_version(read: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from tqdm.contrib.concurrent import process_map
 
 from resnet_backbone.detection.data.archives import COUNTS, Counts, archive_of, coco_image_folder
-from resnet_backbone.detection.data.coco import inspect_json, scan_coco
+from resnet_backbone.detection.data.coco import read_coco, scan_coco
 from resnet_backbone.detection.data.problems import BOX_KINDS, DataReport, read_image_size
 from resnet_backbone.detection.data.voc import (
     IMAGE_SUFFIXES,
@@ -210,7 +210,7 @@ def check_coco_files(
     for file, images in pairs:
         name = file.stem if unique else f"{file.parent.name}_{file.stem}"
         records, report = scan_coco(str(file), str(images), progress=True)
-        classes = list(inspect_json(str(file)).categories.values())
+        classes = list(read_coco(str(file)).categories.values())
         tree.add_split(name, classes, records, report)
         listed.update(record["file_name"] for record in records)
         listed.update(problem.file for problem in report.problems)
@@ -233,6 +233,8 @@ def summary(tree: TreeCheck) -> str:
         lines += [f"  {problem.file}: {problem.detail}" for problem in list(problems)[:SHOWN]]
         if len(problems) > SHOWN:
             lines.append(f"  ... and {len(problems) - SHOWN:,} more")
+    for split in tree.splits:
+        lines += [f"note: {split.name}: {line}" for line in split.report.remarks()]
     lines += [f"to mend: {line}" for line in dict.fromkeys(_mending(tree))]
     lines.append("something is missing or corrupt" if tree.damaged else "complete and readable")
     if tree.official:
@@ -262,6 +264,7 @@ def to_json(tree: TreeCheck) -> dict[str, Any]:
             "boxes_per_class": dict(split.report.boxes),
             "difficult_per_class": dict(split.report.difficult),
             "problems": [problem._asdict() for problem in split.report.problems],
+            "remarks": split.report.remarks(),
         }
     return {
         "folder": tree.folder,

@@ -7,12 +7,14 @@ VOC's own folders and those of annotation tools, which leave tags out and write 
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import math
 import os
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +24,10 @@ from tqdm import tqdm
 
 from resnet_backbone.detection.data.problems import (
     DataReport,
-    box_problem,
+    apply_policy,
     cached_by_version,
     check_image,
+    fit_box,
     register_once,
 )
 from resnet_backbone.runtime.errors import DataError
@@ -82,16 +85,44 @@ def read_split(voc_dir: str, split: str) -> list[str]:
     if not path.is_file():
         splits = ", ".join(list_splits(voc_dir))
         raise DataError(f"{path} does not exist; splits there: {splits or 'none'}")
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
+    lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
     columns = [CLASS_COLUMN.fullmatch(line) for line in lines]
-    return [column[1] for column in columns] if all(columns) else lines
+    words = [column[1] for column in columns] if all(columns) else lines
+    known = {entry.stem for entry in Path(voc_dir, "Annotations").glob("*.xml")}
+    if known.issuperset(words):
+        return words
+    in_lower_case = {name.lower(): name for name in known}
+    return [_find_id(word, known, in_lower_case) for word in words]
+
+
+def _find_id(word: str, known: set[str], in_lower_case: Mapping[str, str]) -> str:
+    """The id that an entry means, which may have a suffix, a path, or another case."""
+    name = word.replace("\\", "/").rpartition("/")[2]
+    stem, dot, suffix = name.rpartition(".")
+    is_image = bool(dot) and f".{suffix.lower()}" in (*IMAGE_SUFFIXES, ".xml")
+    choices = [word, name, *([stem] if is_image else [])]
+    found = next((choice for choice in choices if choice in known), None)
+    found = found or next((c for c in choices if c.lower() in in_lower_case), None)
+    if found is None:
+        return choices[-1]
+    return found if found in known else in_lower_case[found.lower()]
+
+
+def _read_text(path: Path) -> str:
+    """A list of ids in UTF-8, UTF-16 by its byte order mark, or an older one-byte encoding."""
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 def list_splits(voc_dir: str | os.PathLike) -> list[str]:
     """The names in `ImageSets/Main`, less VOC's lists per class."""
     files = sorted(Path(voc_dir, "ImageSets", "Main").glob("*.txt"))
-    firsts = {file.stem: file.read_text(encoding="utf-8-sig").partition("\n")[0] for file in files}
+    firsts = {file.stem: _read_text(file).partition("\n")[0] for file in files}
     return [name for name, first in firsts.items() if not CLASS_COLUMN.fullmatch(first.strip())]
 
 
@@ -101,18 +132,45 @@ def read_annotation(path: str) -> tuple[str, tuple[int, int] | None, list[VocObj
 
     Raises:
         OSError: no such file.
-        ValueError: not XML, or a size that is not a number.
+        ValueError: not XML.
     """
-    try:
-        root = ET.parse(path).getroot()
-    except ET.ParseError as error:
-        raise ValueError(f"not well-formed XML: {error}") from error
-    sides = (root.findtext(f"size/{side}") or "0" for side in ("width", "height"))
-    width, height = (int(float(side)) for side in sides)
-    # some annotation tools write 0 for a size that they do not know
-    size = (width, height) if min(width, height) > 0 else None
+    root = _parse_xml(Path(path).read_bytes())
+    # some annotation tools write 0, or text, for a size that they do not know
+    sides = [_to_number(root.findtext(f"size/{side}")) for side in ("width", "height")]
+    size = (int(sides[0]), int(sides[1])) if min(sides) >= 1 else None
     image_name = (root.findtext("filename") or "").strip()
     return image_name, size, [_parse_object(element) for element in root.findall("object")]
+
+
+def _parse_xml(data: bytes) -> ET.Element:
+    """The root of an annotation, without namespaces; the declared encoding may be unknown."""
+    try:
+        root = ET.fromstring(data)
+    except (ET.ParseError, LookupError, ValueError) as error:
+        declared = re.match(rb"\s*<\?xml[^>]*encoding[^>]*\?>", data)
+        if not declared:
+            raise ValueError(f"not well-formed XML: {error}") from error
+        text = data[declared.end() :]
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError:
+            text = text.decode("latin-1")
+        try:
+            root = ET.fromstring(text)
+        except (ET.ParseError, ValueError):
+            raise ValueError(f"not well-formed XML: {error}") from error
+    for element in root.iter():
+        element.tag = str(element.tag).rpartition("}")[2]
+    return root
+
+
+def _to_number(text: str | None) -> float:
+    """A finite number; 0 for anything else."""
+    try:
+        number = float(text or 0)
+    except ValueError:
+        return 0.0
+    return number if math.isfinite(number) else 0.0
 
 
 def _parse_object(element: ET.Element) -> VocObject:
@@ -123,7 +181,7 @@ def _parse_object(element: ET.Element) -> VocObject:
     if None in corners:
         return VocObject(name, problem=f"{name} without a complete <bndbox>")
     try:
-        difficult = int(bool(float(element.findtext("difficult") or "0")))
+        difficult = int(bool(_to_number(element.findtext("difficult"))))
         return VocObject(name, tuple(map(float, corners)), difficult)
     except ValueError as error:
         return VocObject(name, problem=f"{name}: {error}")
@@ -151,15 +209,21 @@ def find_voc_classes(root: str | os.PathLike, splits: Sequence[str]) -> list[str
         DataError: no such folder or split, or no object with a name in any of them.
     """
     voc_dir = find_voc_dir(root)
-    names = set()
-    for image_id in dict.fromkeys(i for split in splits for i in read_split(voc_dir, split)):
+    ids = list(dict.fromkeys(i for split in splits for i in read_split(voc_dir, split)))
+    names, num_read = set(), 0
+    for image_id in ids:
         try:
             _, _, objects = read_annotation(_xml_path(voc_dir, image_id))
         except (OSError, ValueError):
             continue  # scan_voc reports it
+        num_read += 1
         names.update(one.name for one in objects if one.name)
+    where = f"{voc_dir}, splits {', '.join(splits)}"
+    if not num_read:
+        example = f", such as {_xml_path(voc_dir, ids[0])}" if ids else ""
+        raise DataError(f"{where}: 0 of {len(ids)} ids have a readable Annotations/ID.xml{example}")
     if not names:
-        raise DataError(f"{voc_dir}: no object with a class name in splits {', '.join(splits)}")
+        raise DataError(f"{where}: no object with a class name in {num_read} XML files")
     return list(VOC_CLASSES) if names == set(VOC_CLASSES) else sorted(names)
 
 
@@ -187,7 +251,8 @@ def scan_voc(
 
         What is left out: XML that is missing or broken; images that are missing, no images, or of
         another size than their XML says; boxes of zero or negative size, not finite, or outside
-        the image by more than a pixel; classes not in `class_names`; ids listed twice.
+        the image (those that run past its edge are clipped); classes not in `class_names`; ids
+        listed twice.
 
     Raises:
         DataError: no such folder or split.
@@ -208,7 +273,37 @@ def scan_voc(
             records.append(record)
     if not records:
         report.add_empty(split_file)
+    report.note_shares(one["bbox"][2:] for record in records for one in record["annotations"])
     return records, report
+
+
+def load_voc_instances(
+    root: str | os.PathLike,
+    split: str,
+    class_names: Sequence[str],
+    use_difficult: bool = True,
+    on_bad: str = "drop",
+    decode: bool = False,
+) -> list[dict]:
+    """The records of :func:`scan_voc`, after :func:`apply_policy`.
+
+    Args:
+        use_difficult, on_bad: see :func:`register_voc`.
+    """
+    records, report = scan_voc(root, split, class_names, decode)
+    apply_policy(report, on_bad)
+    return records if use_difficult else _without_difficult(records)
+
+
+def check_voc(
+    root: str | os.PathLike,
+    split: str,
+    class_names: Sequence[str],
+    decode: bool = False,
+    progress: bool = True,
+) -> DataReport:
+    """The report of :func:`scan_voc`: a loader leaves out exactly what it names."""
+    return scan_voc(root, split, class_names, decode, progress)[1]
 
 
 def _scan_image(voc_dir, image_id, class_ids, report, decode) -> dict | None:
@@ -243,10 +338,11 @@ def _scan_objects(objects, xml, size, class_ids, report) -> Iterator[dict]:
             hint = f", the nearest is {near[0]!r}" if near else ""
             report.add("unknown-class", xml, f"{name!r} is none of the classes{hint}")
             continue
-        if not problem and (found := box_problem(box, size, origin=1)):
-            problem = f"{name} {found}"
         if problem:
             report.add("bad-box", xml, problem)
+            continue
+        box = fit_box(report, xml, name, box, size, origin=1)
+        if box is None:
             continue
         (report.difficult if difficult else report.boxes)[name] += 1
         # VOC's pixel indices are 1-based and inclusive: xmin 1, xmax W covers the image, which is

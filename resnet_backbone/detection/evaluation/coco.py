@@ -10,9 +10,10 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -23,7 +24,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
+from resnet_backbone.detection.data.coco import parse_coco, read_coco, read_id
 from resnet_backbone.detection.data.panoptic import decode_ids, read_panoptic
+from resnet_backbone.detection.data.problems import list_problems, registered_scan
 from resnet_backbone.detection.evaluation.results import warn_if_empty
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import write_json
@@ -44,57 +47,169 @@ SIZES = {"s": 1, "m": 2, "l": 3}  # end of a number's name -> place in COCOeval'
 class PerClassCOCOEvaluator(COCOEvaluator):
     """Detectron2's evaluator with all twelve numbers, fast, for users' own JSON files too.
 
-    Keypoints are left to Detectron2. Annotations without area and iscrowd get them, as many users'
-    files need. A model that found nothing has AP 0 where there was something to find; numbers are
-    nan only where there is no ground truth, and a warning says so.
+    Keypoints are left to Detectron2. The ground truth is what our loader gives, in records of our
+    own making: whatever the file holds beside them, no engine sees. A model that found nothing has
+    AP 0 where there was something to find; numbers are nan only where there is no ground truth, and
+    a warning says so.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        dataset = self._coco_api.dataset
-        dataset.setdefault("info", {})
-        for annotation in dataset.get("annotations", ()):
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    def __init__(self, dataset_name: str, output_dir: str | None = None, **options: Any):
+        metadata, dataset = MetadataCatalog.get(dataset_name), registered_scan(dataset_name)
+        found = read_coco(metadata.json_file)
+        images = found.annotations
+        if dataset is not None:
+            images = {r["image_id"]: r["annotations"] for r in dataset.scan()[0]}
+            ids = list(found.categories)
+            for entry in (entry for entries in images.values() for entry in entries):
+                entry["category_id"] = ids[entry["category_id"]]
+        self._clean = clean_coco(found.categories, found.images, images, found.annotated)
+        with tempfile.TemporaryDirectory() as folder:
+            file = os.path.join(folder, "clean.json")
+            write_json(file, self._clean.content, indent=None)
+            name = f"{dataset_name} (clean)"
+            numbers = {number: number - 1 for number in range(1, len(found.categories) + 1)}
+            private = MetadataCatalog.get(name).set(
+                json_file=file, thing_dataset_id_to_contiguous_id=numbers
+            )
+            super().__init__(name, output_dir=output_dir, **{"use_fast_impl": False, **options})
+            self._metadata = private
+            MetadataCatalog.remove(name)
+        self._name = dataset_name
+
+    def process(self, inputs, outputs):
+        numbers = self._clean.image_numbers
+        inputs = [{**one, "image_id": numbers[one["image_id"]]} for one in inputs]
+        super().process(inputs, outputs)
 
     def _eval_predictions(self, predictions, img_ids=None):
         results = [result for image in predictions for result in image["instances"]]
         tasks = self._tasks or self._tasks_from_predictions(results)
         if not set(tasks) <= set(TASKS):
             return super()._eval_predictions(predictions, img_ids)
-        name, dataset = self._metadata.name, self._coco_api.dataset
+        clean = self._clean
         self._to_dataset_ids(results)
         if self._output_dir:
-            write_json(os.path.join(self._output_dir, RESULT_FILE), results, indent=None)
+            theirs = [
+                {
+                    **result,
+                    "image_id": clean.image_ids[result["image_id"] - 1],
+                    "category_id": clean.category_ids[result["category_id"] - 1],
+                }
+                for result in results
+            ]
+            write_json(os.path.join(self._output_dir, RESULT_FILE), theirs, indent=None)
         if not self._do_evaluation:
-            logger.info("%s has no annotations: detections are written, not scored", name)
+            text = "%s has no annotations: detections are written, not scored"
+            logger.info(text, self._name)
             return
-        warn_if_empty(logger, name, bool(results), bool(dataset["annotations"]))
-        classes = {one["id"]: one["name"] for one in dataset["categories"]}
+        warn_if_empty(logger, self._name, bool(results), bool(clean.content["annotations"]))
+        classes = {one["id"]: one["name"] for one in clean.content["categories"]}
         limits = self._max_dets_per_image
         for task in sorted(tasks):
-            options = dict(max_detections=limits, image_ids=img_ids)
-            summary, per_class = evaluate_coco(dataset, results, task, **options)
+            summary, per_class = _score(clean.content, results, task, limits, img_ids)
             summary = {key: 100 * value for key, value in summary.items()}
             per_class = {classes[key]: 100 * value for key, value in per_class.items()}
             table = tabulate([summary.values()], [*summary], floatfmt=".2f")
             table += "\n" + tabulate(per_class.items(), ["class", "AP"], floatfmt=".2f")
-            logger.info("COCO results of %s, %s (%%):\n%s", name, task, table)
+            logger.info("COCO results of %s, %s (%%):\n%s", self._name, task, table)
             self._results[task] = summary | {f"AP-{key}": ap for key, ap in per_class.items()}
 
     def _to_dataset_ids(self, results: Sequence[dict[str, Any]]) -> None:
-        """Puts the file's category ids in place of contiguous ones."""
-        contiguous: Mapping[int, int] = self._metadata.get("thing_dataset_id_to_contiguous_id")
-        if contiguous is None:
-            return
-        ids = {value: key for key, value in contiguous.items()}
+        """Puts category ids from 1 in place of contiguous ones."""
+        number = len(self._clean.category_ids)
         for result in results:
-            if result["category_id"] not in ids:
+            if result["category_id"] >= number:
                 raise ValueError(
-                    f"the model found class {result['category_id']}, {self._metadata.name} has "
-                    f"{len(ids)} classes: is NUM_CLASSES that of the data?"
+                    f"the model found class {result['category_id']}, {self._name} has "
+                    f"{number} classes: is NUM_CLASSES that of the data?"
                 )
-            result["category_id"] = ids[result["category_id"]]
+            result["category_id"] += 1
+
+
+class Clean(NamedTuple):
+    """A data set in COCO's format with ids from 1, and the user's ids in that order."""
+
+    content: dict[str, Any]
+    image_ids: list
+    category_ids: list
+
+    @property
+    def image_numbers(self) -> dict:
+        return {one: number for number, one in enumerate(self.image_ids, start=1)}
+
+
+def clean_coco(
+    categories: Mapping[Any, str],
+    images: Mapping[Any, Mapping[str, Any]],
+    annotations: Mapping[Any, Sequence[Mapping[str, Any]]],
+    annotated: bool = True,
+) -> Clean:
+    """Records of our own making, in which every field is as COCO's format has it.
+
+    Args:
+        categories, images, annotations: as in a ``CocoFile`` of ``detection.data.coco``.
+        annotated: False leaves the list of annotations out.
+    """
+    image_ids, category_ids = list(images), list(categories)
+    places = {one: number for number, one in enumerate(category_ids, start=1)}
+    entries = []
+    for number, image in enumerate(image_ids, start=1):
+        for one in annotations.get(image, ()):
+            entry = {
+                "id": len(entries) + 1,
+                "image_id": number,
+                "category_id": places[one["category_id"]],
+                "bbox": [float(side) for side in one["bbox"]],
+                "area": float(one["area"]),
+                "iscrowd": int(one["iscrowd"]),
+            }
+            mask = one.get("segmentation")
+            if isinstance(mask, dict) and isinstance(mask["counts"], bytes):
+                mask = {**mask, "counts": mask["counts"].decode("ascii")}
+            if mask:
+                entry["segmentation"] = mask
+            points = one.get("keypoints")
+            if points:  # Detectron2's coordinates back to COCO's pixel indices
+                entry["keypoints"] = [p if k % 3 == 2 else p - 0.5 for k, p in enumerate(points)]
+                entry["num_keypoints"] = sum(visible > 0 for visible in points[2::3])
+            entries.append(entry)
+    content: dict[str, Any] = {
+        "info": {},
+        "images": [
+            {
+                "id": number,
+                "file_name": images[one]["file_name"],
+                "width": images[one]["width"] or 1,
+                "height": images[one]["height"] or 1,
+            }
+            for number, one in enumerate(image_ids, start=1)
+        ],
+        "categories": [{"id": number, "name": categories[one]} for one, number in places.items()],
+    }
+    if annotated:
+        content["annotations"] = entries
+    return Clean(content, image_ids, category_ids)
+
+
+def build_coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:
+    """COCO AP as by pycocotools' official implementation, against the JSON file.
+
+    Args:
+        dataset_name: a registered data set whose metadata has json_file.
+        output_dir: gets `coco_instances_results.json` and `instances_predictions.pth`.
+
+    Returns:
+        An evaluator giving {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10",
+        "AR100", "ARs", "ARm", "ARl", "AP-<class>"}} in percent.
+    """
+    return PerClassCOCOEvaluator(dataset_name, output_dir)
+
+
+class CocoNumbers(NamedTuple):
+    """Fractions; nan where there is no ground truth to find."""
+
+    summary: dict[str, float]  # AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl
+    classes: dict[Any, float]  # category id -> AP
 
 
 def evaluate_coco(
@@ -103,27 +218,74 @@ def evaluate_coco(
     task: str = "bbox",
     *,
     max_detections: Sequence[int] = (1, 10, 100),
-    image_ids: Sequence[int] | None = None,
+    image_ids: Sequence[Any] | None = None,
     engine: Callable | None = None,
-) -> tuple[dict[str, float], dict[int, float]]:
+) -> CocoNumbers:
     """Scores detections as the official COCO evaluation does.
 
     Args:
-        dataset: the content of an instances JSON file, with area and iscrowd in each annotation.
-        results: in COCO's result format, with the file's own category ids; may be empty.
+        dataset: the content of an instances JSON file, read as far as it can be.
+        results: in COCO's result format, with the file's own ids; may be empty.
         task: "bbox" or "segm".
-        max_detections: three limits of detections per image, ascending.
+        max_detections: three limits of detections per image, ascending; AR1, AR10 and AR100 are
+            named after them.
         image_ids: of the images to evaluate on; None for all.
         engine: :func:`run_hotcoco` or :func:`run_pycocotools`; None takes the first that is there.
 
-    Returns:
-        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl (the middle three named
-        after the limits), and AP by category id; fractions, nan where there is no ground truth.
+    Raises:
+        DataError: no category, or detections of an image or category that the file lacks.
     """
+    found = parse_coco(dict(dataset), "the data set")
+    if not found.categories:
+        raise DataError(f"the data set cannot be used: {list_problems(found.problems)}")
+    clean = clean_coco(*found[:3])
+    images = clean.image_numbers
+    categories = {one: number for number, one in enumerate(clean.category_ids, start=1)}
+    try:
+        results = [
+            {
+                **result,
+                "image_id": images[read_id(result["image_id"])],
+                "category_id": categories[read_id(result["category_id"])],
+            }
+            for result in results
+        ]
+        numbers = image_ids and [images[read_id(one)] for one in image_ids]
+    except KeyError as error:
+        raise DataError(f"detections of image or category {error}, which is not there") from error
+    summary, classes = _score(clean.content, results, task, max_detections, numbers, engine)
+    by_id = {clean.category_ids[number - 1]: value for number, value in classes.items()}
+    return CocoNumbers(summary, by_id)
+
+
+def _score(
+    dataset: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    task: str,
+    max_detections: Sequence[int],
+    image_ids: Sequence[int] | None,
+    engine: Callable | None = None,
+) -> CocoNumbers:
+    """:func:`evaluate_coco` for a data set of :func:`clean_coco`."""
     if task == "segm":  # else the box's area would stand for the mask's
         results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
-    run = engine or (run_hotcoco if hotcoco else run_pycocotools)
-    precision, recall = run(dataset, list(results), task, list(max_detections), image_ids)
+        masks = [one for one in dataset["annotations"] if "segmentation" in one]
+        dataset = {**dataset, "annotations": masks}
+    else:
+        bare = [
+            {k: v for k, v in one.items() if k != "segmentation"} for one in dataset["annotations"]
+        ]
+        dataset = {**dataset, "annotations": bare}
+    engines = [engine] if engine else [run_hotcoco] * bool(hotcoco) + [run_pycocotools]
+    for number, run in enumerate(engines, start=1):
+        try:
+            found = run(dataset, list(results), task, list(max_detections), image_ids)
+            break
+        except Exception as error:
+            if number == len(engines):
+                raise
+            logger.warning("hotcoco cannot evaluate this (%s): pycocotools does", error)
+    precision, recall = found
     summary = {"AP": _mean(precision[:, :, :, 0, -1])}
     summary |= {"AP50": _mean(precision[0, :, :, 0, -1]), "AP75": _mean(precision[5, :, :, 0, -1])}
     summary |= {f"AP{end}": _mean(precision[..., area, -1]) for end, area in SIZES.items()}
@@ -131,7 +293,7 @@ def evaluate_coco(
     summary |= {f"AR{end}": _mean(recall[..., area, -1]) for end, area in SIZES.items()}
     ids = sorted(category["id"] for category in dataset["categories"])
     classes = {one: _mean(precision[:, :, place, 0, -1]) for place, one in enumerate(ids)}
-    return summary, classes
+    return CocoNumbers(summary, classes)
 
 
 def _mean(values: np.ndarray) -> float:

@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,7 +94,8 @@ def test_good_set(make_voc):
 
 
 NO_SIZE = [(5, 3, 5, 8), (5, 8, 10, 8), (10, 3, 5, 8)]
-OUTSIDE = [(-0.5, 3, 10, 8), (2, -1, 10, 8), (2, 3, 21.5, 8), (2, 3, 10, 12)]
+PAST = [(-0.5, 3, 10, 8), (2, -1, 10, 8), (2, 3, 21.5, 8), (2, 3, 10, 12)]
+OUTSIDE = [(-9, 3, 0, 8), (2, -9, 10, -1), (21, 3, 25, 8), (2, 11, 10, 12)]
 NO_NUMBERS = [("nan", 3, 10, 8), (2, 3, "inf", 8), ("x", 3, 10, 8), ("", 3, 10, 8)]
 
 
@@ -101,7 +103,17 @@ def test_bad_boxes(make_voc):
     bad = [*NO_SIZE, *OUTSIDE, *NO_NUMBERS]
     report = check(make_voc({"a": [("dog", box) for box in (*bad, BOX)]}))
     assert kinds(report) == ["bad-box"] * len(bad) and report.bad_boxes[0].file.endswith("a.xml")
-    assert report.boxes == {"cat": 0, "dog": 1}
+    assert report.boxes == {"cat": 0, "dog": 1} and not report.clipped
+
+
+def test_boxes_past_the_edge_are_clipped_and_said(make_voc):
+    root = make_voc({"a": [("dog", box) for box in (*PAST, BOX)]})
+    (record,), report = scan_voc(root, "train", ["dog"])
+    assert not report.problems and report.boxes == {"dog": len(PAST) + 1}
+    boxes = [tuple(one["bbox"]) for one in record["annotations"]]
+    assert boxes == [(0, 2, 10, 8), (1, 0, 10, 8), (1, 2, 20, 8), (1, 2, 10, 10), (1, 2, 10, 8)]
+    (remark,) = report.remarks()
+    assert remark.startswith(f"{len(PAST)} boxes ran past the edge") and "a.xml" in remark
 
 
 def test_boxes_within_a_pixel_are_good(make_voc):
@@ -221,12 +233,15 @@ def test_real_coco_equals_detectron2(data_root):
     records, report = scan_coco(*arguments, decode=True)
     assert not report.problems and report.num_images == 30
     name = "data_check_test_reference"
+    areas = [one.pop("area") for record in records for one in record["annotations"]]
+    content = json.loads((root / "annotations/instances_val2017.json").read_text())
+    assert sorted(areas) == sorted(one["area"] for one in content["annotations"])
     assert records == load_coco_json(*arguments, name)
     MetadataCatalog.pop(name)
 
 
 def test_coco_boxes_and_files(coco):
-    bad = ([2, 2, 0, 5], [2, 2, 5, -1], [2, 2, float("nan"), 5], [-2, 2, 5, 5], [2, 2, 20, 5])
+    bad = ([2, 2, 0, 5], [2, 2, 5, -1], [2, 2, float("nan"), 5], [-9, 2, 5, 5], [25, 2, 20, 5])
     extra = [coco_annotation(10 + i, bbox=box) for i, box in enumerate(bad)]
     images = [*coco.content["images"], {"id": 9, "file_name": "no.jpg", "width": 1, "height": 1}]
     extra += [*coco.content["annotations"], coco_annotation(30, image_id=77)]
@@ -243,23 +258,109 @@ def test_coco_boxes_and_files(coco):
     "changes, message",
     [
         ({"annotations": None}, "no list annotations"),
-        ({"categories": []}, "categories is empty"),
-        ({"images": [{"id": 1, "file_name": "a.jpg"}]}, r"images\[0\] has no height, width"),
-        ({"annotations": [coco_annotation(1, category_id=5)]}, "category_id 5"),
-        ({"annotations": [coco_annotation(1), coco_annotation(1)]}, "id 1 occurs 2 times"),
-        ({"annotations": [coco_annotation(1, bbox=[1, 2, 3])]}, "not four numbers"),
-        ({"annotations": [coco_annotation(1, ignore=1)]}, "ignore"),
+        ({"categories": []}, "the list of categories has no usable one"),
+        ({"categories": [{"id": None, "name": "a"}]}, r"categories\[0\] has no id or no name"),
     ],
 )
-def test_coco_structure(coco, changes, message):
+def test_a_file_of_which_nothing_can_be_used(coco, changes, message):
     path = coco(**changes)
-    assert set(kinds(scan_coco(path, coco.root)[1])) == {"broken-json"}
+    assert "broken-json" in kinds(scan_coco(path, coco.root)[1])
     for on_bad in ("drop", "refuse"):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match="cannot be used"):
             load(scan_coco(path, coco.root), on_bad)
     with pytest.raises(DataError, match=message):
         register_coco("data_check_test_broken", path, coco.root)
     assert "data_check_test_broken" not in DatasetCatalog
+
+
+@pytest.mark.parametrize(
+    "section, entry, kind, detail",
+    [
+        ("annotations", 7, "bad-box", "annotations[2] is no annotation"),
+        ("annotations", coco_annotation(1, category_id=5), "bad-box", "category_id 5 is not in"),
+        ("annotations", coco_annotation(1, bbox=[1, 2, 3]), "bad-box", "is not four numbers"),
+        ("annotations", coco_annotation(1, bbox=None), "bad-box", "bbox None is not four"),
+        ("annotations", coco_annotation(1, image_id="x"), "bad-box", "is of image 'x'"),
+        ("images", {"id": 0, "file_name": "c.jpg"}, "duplicate-id", "image id 0 occurs again"),
+        ("images", {"id": 5, "file_name": 5}, "bad-entry", "the file_name 5, which is no text"),
+        ("images", {"file_name": "c.jpg"}, "bad-entry", "images[2] has no id"),
+        ("categories", {"id": 90, "name": "x"}, "duplicate-id", "category id 90 occurs again"),
+        ("categories", {"id": 91}, "bad-entry", "categories[2] has no id or no name"),
+    ],
+)
+def test_a_bad_entry_among_good_ones(coco, section, entry, kind, detail):
+    records, report = scan_coco(coco(**{section: [*coco.content[section], entry]}), coco.root)
+    (problem,) = report.problems
+    assert problem.kind == kind and detail in problem.detail
+    assert [len(record["annotations"]) for record in records] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(segmentation=[[]]),
+        dict(segmentation=[[1, 1, 5, 5]]),
+        dict(segmentation=""),
+        dict(segmentation={"counts": [-1], "size": [10, 20]}),
+        dict(area="25"),
+        dict(category_id="7", image_id="0"),
+        dict(iscrowd=None),
+        dict(bbox=["1", "1", 5, 5.0]),
+        dict(id=1),  # which is another's
+    ],
+    ids=str,
+)
+def test_odd_fields_cost_no_box(coco, change):
+    path = coco(annotations=[*coco.content["annotations"], coco_annotation(3, **change)])
+    records, report = scan_coco(path, coco.root)
+    assert not report.problems and report.boxes == {"cat": 2, "dog": 1}
+    box = records[0]["annotations"][1]
+    assert [box["bbox"], box["area"], box["iscrowd"]] == [[1, 1, 5, 5], 25, 0]
+    assert "segmentation" not in box
+
+
+@pytest.mark.parametrize(
+    "mask", [[[1, 1, 5, 1, 5, 5], [1]], [1, 1, 5, 1, 5, 5]], ids=["one of two", "a flat list"]
+)
+def test_what_is_good_of_a_mask_stays(coco, mask):
+    path = coco(annotations=[coco_annotation(3, segmentation=mask, ignore=1)])
+    (record, _), _ = scan_coco(path, coco.root)
+    (box,) = record["annotations"]
+    assert box["segmentation"] == [[1, 1, 5, 1, 5, 5]] and box["iscrowd"] == 1
+
+
+def test_odd_files_and_images_are_read(coco, tmp_path):
+    images = [dict(i, file_name=f".\\{i['file_name']}", width="20") for i in coco.content["images"]]
+    del images[1]["height"]
+    path = Path(coco(images=images))
+    for encoding in ("utf-8-sig", "utf-16"):
+        path.write_text(json.dumps(json.loads(path.read_bytes())), encoding=encoding)
+        records, report = scan_coco(str(path), coco.root)
+        assert not report.problems and len(records) == 2
+
+
+@pytest.mark.parametrize(
+    "entries, names, remark",
+    [
+        ([(90, "dog"), (7, "dog")], ["dog", "dog 2"], "category 7 is a second 'dog'"),
+        ([(90, 1), (7, "dog")], ["dog", "1"], "the name of category 90 is no text"),
+        ([(90, "Dog"), (7, "dog")], ["dog", "Dog"], "classes that differ in case alone"),
+        ([(90, "dog"), (7, "cat"), (0, "pets")], ["cat", "dog"], "category 'pets' is left out"),
+    ],
+)
+def test_odd_categories_are_used_and_said(coco, entries, names, remark):
+    categories = [
+        {"id": number, "name": name, "supercategory": "none" if number == 0 else "pets"}
+        for number, name in entries
+    ]
+    records, report = scan_coco(coco(categories=categories), coco.root)
+    assert sum(len(record["annotations"]) for record in records) == 2 and not report.problems
+    assert sorted(report.boxes) == sorted(names) and remark in "; ".join(report.remarks())
+
+
+def test_shares_in_place_of_pixels_are_said(coco):
+    path = coco(annotations=[coco_annotation(1, bbox=[0.1, 0.2, 0.5, 0.5])])
+    assert "lie between 0 and 1" in "; ".join(scan_coco(path, coco.root)[1].remarks())
 
 
 def test_coco_file_itself(coco, tmp_path):
