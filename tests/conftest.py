@@ -37,6 +37,21 @@ def data_root() -> Path:
     return root
 
 
+@pytest.fixture
+def run_command(capsys):
+    """Function (main of a command, arguments) -> (exit status, what it printed, its errors)."""
+
+    def call(main, *arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            status = main([str(argument) for argument in arguments]) or 0
+        except SystemExit as stopped:
+            status = stopped.code
+        return (status, *capsys.readouterr())
+
+    return call
+
+
 def voc_xml(image_name, size, objects) -> str:
     """VOC annotation text.
 

@@ -17,8 +17,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from resnet_backbone.runtime.configs import find_config
 from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.files import find_config
 
 # Of numbers: how a value compares with a limit, and what to give.
 LIMITS = {

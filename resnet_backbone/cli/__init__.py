@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import importlib
 import os
 import sys
 import warnings
+from typing import Any, NoReturn
 
 warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")  # Detectron2's
 
@@ -38,12 +40,39 @@ def help_text() -> str:
     )
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Texts, also those of subcommands, stay as they are written; errors are one line."""
+
+    def __init__(self, *args: Any, **options: Any):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def positive(text: str) -> int:
     """A number of things on a command line: the ``type`` of an option."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("1 at least")
     return number
+
+
+def key_and_text(text: str) -> tuple[str, str]:
+    key, _, value = text.partition("=")
+    if not (key and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return key, value
+
+
+def key_and_value(text: str) -> tuple[str, Any]:
+    """ "key=value" -> (key, value); values are Python literals, anything else is a string."""
+    key, value = key_and_text(text)
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import re
-import sys
 from decimal import Decimal
 from fnmatch import fnmatch
 from typing import NamedTuple
 
 import torch
 
+from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.models import StagedNetwork, build_model, list_models
 from resnet_backbone.models.analysis import analyze, count_multiply_adds, count_parameters
+from resnet_backbone.runtime.errors import UsageError, one_line_errors
 
 EPILOG = """\
 examples:
@@ -125,11 +125,7 @@ def compare(reference: Row) -> dict[str, object]:
 
 
 def select(patterns: list[str]) -> list[Row]:
-    """The references of the networks whose names match, all of them without a pattern.
-
-    Raises:
-        ValueError: a pattern matches nothing, or a named network has no reference.
-    """
+    """The references of the networks whose names match, all of them without a pattern."""
     missing = set(list_models()) - {row.name for row in REFERENCES}
     if missing:
         raise ValueError(f"no published numbers for {', '.join(sorted(missing))}: add a row")
@@ -143,13 +139,12 @@ def select(patterns: list[str]) -> list[Row]:
 def format_table(rows: list[dict[str, str]]) -> str:
     """Columns padded to their width, the first aligned to the left; the keys are the header."""
     cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    lines = []
-    for first, *others in cells:
-        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
-    return "\n".join(lines)
+    columns = []
+    for header, *column in zip(*cells, strict=True):
+        width = max(map(len, [header, *column]))
+        pad = str.rjust if columns else str.ljust
+        columns.append([pad(cell, width) for cell in [header, "-" * width, *column]])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def format_options(options: dict[str, object]) -> str:
@@ -202,36 +197,21 @@ def stage_row(r: dict) -> dict[str, str]:
     }
 
 
-def parse_option(text: str) -> tuple[str, object]:
-    """ "key=value" -> (key, value); values are Python literals, anything else is a string."""
-    key, separator, value = text.partition("=")
-    if not (key and separator):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
-
-
 def parse_size(text: str) -> tuple[int, int]:
     """ "224" or "600x1000" (height x width) -> (height, width)."""
-    try:
-        numbers = [int(number) for number in text.split("x")]
-        height, width = numbers * 2 if len(numbers) == 1 else numbers
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither SIZE nor HEIGHTxWIDTH") from None
-    return height, width
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither SIZE nor HEIGHTxWIDTH")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="patterns; default all networks")
     add("--model", metavar="NAME", help="show the stages of this network instead")
     text = "with --model: an argument of the network, such as shortcut=A; may be repeated"
-    how = dict(action="append", default=[], type=parse_option, metavar="KEY=VALUE")
+    how = dict(action="append", default=[], type=key_and_value, metavar="KEY=VALUE")
     add("--option", dest="options", help=text, **how)
     text = "with --model: size of the image; default 224, and 32 for the CIFAR networks"
     add("--input-size", type=parse_size, metavar="SIZE|HxW", help=text)
@@ -263,20 +243,15 @@ def show_comparison(args: argparse.Namespace) -> int:
     return 1 if differing else 0
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     if not args.model and (args.options or args.input_size):
-        parser.error("--option and --input-size need --model")
+        raise UsageError("--option and --input-size need --model")
     if args.model and args.names:
-        parser.error("give either networks to compare or --model")
+        raise UsageError("give either networks to compare or --model")
     try:
         return show_stages(args) if args.model else show_comparison(args)
-    except (ValueError, TypeError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    except (TypeError, RuntimeError) as error:  # options and sizes that the network cannot have
+        raise UsageError(str(error)) from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,10 @@ from typing import Any
 import torch
 from PIL import ImageOps
 
-from resnet_backbone.cli.pictures import find_pictures, read_picture, to_tensor
+from resnet_backbone.cli import CommandParser, positive
+from resnet_backbone.cli.export import find_pictures, read_picture, spread, to_tensor
 from resnet_backbone.models import list_models
+from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.provenance import command_line
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.compare import TOLERANCE, Comparison, Samples, compare, sample_images
@@ -80,35 +80,31 @@ SOURCE_FACTS = ("preprocessing", *INPUT, "stride_in_1x1", "bn_eps", "model")
 def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> None:
     """What a source does not say itself: an option for each of :data:`SOURCE_FACTS`."""
     whose, end = (f" of {suffix.upper()}", f"-{suffix}") if suffix else ("", "")
-    group = parser.add_argument_group(f"what the source{whose} does not say itself")
-
-    def add(name: str, **options: Any) -> None:
-        group.add_argument(f"--{name}{end}", **options)
-
+    add = parser.add_argument_group(f"what the source{whose} does not say itself").add_argument
     published = f"a published convention: {', '.join(PREPROCESSINGS)}"
-    add("preprocessing", metavar="NAME", help=published)
-    add("channel-order", choices=("RGB", "BGR"))
-    add("value-range", type=float, choices=(1.0, 255.0))
+    add(f"--preprocessing{end}", metavar="NAME", help=published)
+    add(f"--channel-order{end}", choices=("RGB", "BGR"))
+    add(f"--value-range{end}", type=float, choices=(1.0, 255.0))
     for name in ("mean", "std"):
         text = "per channel, in that order and range"
-        add(name, nargs=3, type=float, metavar="X", help=text)
+        add(f"--{name}{end}", nargs=3, type=float, metavar="X", help=text)
     text = "where bottlenecks have their stride; no tensor shows it"
-    add("stride-in-1x1", choices=("true", "false"), help=text)
-    add("bn-eps", type=float, metavar="EPS")
+    add(f"--stride-in-1x1{end}", choices=("true", "false"), help=text)
+    add(f"--bn-eps{end}", type=float, metavar="EPS")
     text = "network, where its tensors fit two (plain and option A): " + ", ".join(list_models())
-    add("model", metavar="NAME", help=text)
+    add(f"--model{end}", metavar="NAME", help=text)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=layout)
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     inspect = commands.add_parser("inspect", help="say what weights are, and what they do not say")
     text = "write weights in another form"
-    convert = commands.add_parser(
-        "convert", help=text, epilog=CONVERT_EPILOG, formatter_class=layout
-    )
+    convert = commands.add_parser("convert", help=text, epilog=CONVERT_EPILOG)
     verify = commands.add_parser("verify", help="run two on the same pictures")
+    runs = {inspect: run_inspect, convert: run_convert, verify: run_verify}
+    for command, run in runs.items():
+        command.set_defaults(run=run)
     for command in (inspect, convert):
         command.add_argument("source", metavar="SOURCE")
         add_source_arguments(command)
@@ -125,33 +121,27 @@ def build_parser() -> argparse.ArgumentParser:
         text = "folder; default: photographs inside scikit-image"
         group.add_argument("--images", metavar="DIR", help=text)
         text = "of DIR; default 8"
-        group.add_argument("--num-images", type=int, default=8, metavar="N", help=text)
+        group.add_argument("--num-images", type=positive, default=8, metavar="N", help=text)
         group.add_argument("--size", type=int, metavar="PIXELS", help="side; default 224, CIFAR 32")
     return parser
 
 
 def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("conversion")
-    group.add_argument("--to", default="resnet_backbone", choices=FORMATS, metavar="FORMAT")
-    group.add_argument("--channel-order-to", default="", choices=("RGB", "BGR"))
-    group.add_argument("--value-range-to", type=float, choices=(1.0, 255.0))
-    group.add_argument("--fold-std", action="store_true", help="std becomes 1 in the value range")
-    group.add_argument("--fold-bn", action="store_true", help="batch norms become biases")
-    group.add_argument(
-        "--unit-responses",
-        action="store_true",
-        help="VGG without norms: every layer's responses to the pictures get standard deviation 1",
-    )
-    group.add_argument("--bn-eps-to", type=float, metavar="EPS")
-    group.add_argument("--dtype", choices=DTYPES, help="of kernels; vectors are fp32")
-    group.add_argument(
-        "--accept-channel-means",
-        action="store_true",
-        help="drop a per-pixel mean image that the format cannot hold; not exact",
-    )
-    group.add_argument("--shard-size", type=int, metavar="BYTES", help="of huggingface files")
-    group.add_argument("--overwrite", action="store_true")
-    group.add_argument("--no-verify", action="store_true", help="do not run what was written")
+    add = parser.add_argument_group("conversion").add_argument
+    add("--to", default="resnet_backbone", choices=FORMATS, metavar="FORMAT")
+    add("--channel-order-to", default="", choices=("RGB", "BGR"))
+    add("--value-range-to", type=float, choices=(1.0, 255.0))
+    add("--fold-std", action="store_true", help="std becomes 1 in the value range")
+    add("--fold-bn", action="store_true", help="batch norms become biases")
+    text = "VGG without norms: every layer's responses to the pictures get standard deviation 1"
+    add("--unit-responses", action="store_true", help=text)
+    add("--bn-eps-to", type=float, metavar="EPS")
+    add("--dtype", choices=DTYPES, help="of kernels; vectors are fp32")
+    text = "drop a per-pixel mean image that the format cannot hold; not exact"
+    add("--accept-channel-means", action="store_true", help=text)
+    add("--shard-size", type=int, metavar="BYTES", help="of huggingface files")
+    add("--overwrite", action="store_true")
+    add("--no-verify", action="store_true", help="do not run what was written")
 
 
 def stated(args: argparse.Namespace, suffix: str = "") -> dict[str, Any]:
@@ -174,11 +164,7 @@ def stated_options(args: argparse.Namespace) -> list[str]:
 def stated_source(
     args: argparse.Namespace, suffix: str = ""
 ) -> tuple[Preprocessing | str, ModelSpec | None]:
-    """The preprocessing and network that the command line states; "" and None where it does not.
-
-    Raises:
-        WeightsError: only a part of a preprocessing.
-    """
+    """The preprocessing and network that the command line states; "" and None where it does not."""
     facts = stated(args, suffix)
     model = ModelSpec(facts.pop("model")) if "model" in facts else None
     if "stride_in_1x1" in facts:
@@ -214,13 +200,13 @@ def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
 def read_images(args: argparse.Namespace, checkpoint: Checkpoint) -> Samples:
     """The pictures to compare on: center crops of a folder's, or those at hand."""
     size = default_size(checkpoint) if args.size is None else args.size
-    if size < 32 or args.num_images < 1:
-        raise WeightsError("--size is at least 32 and --num-images at least 1")
+    if size < 32:
+        raise WeightsError("--size is at least 32")
     if args.images is None:
         return sample_images(size)
     files = find_pictures([args.images])
-    chosen = files[:: max(1, len(files) // args.num_images)][: args.num_images]
-    crops = [to_tensor(ImageOps.fit(read_picture(file), (size, size))) for file in chosen]
+    chosen = (read_picture(file) for file in spread(files, args.num_images))
+    crops = [to_tensor(ImageOps.fit(picture, (size, size))) for picture in chosen]
     return Samples(torch.stack(crops), f"{len(crops)} of {len(files)} pictures in {args.images}")
 
 
@@ -281,13 +267,8 @@ def run_convert(args: argparse.Namespace) -> int:
     if args.unit_responses:
         source = to_unit_responses(source, samples.images)
         print(f"every layer's responses have standard deviation 1 on {samples.text}")
-    exported = export_checkpoint(
-        converted(source, args),
-        args.out,
-        args.to,
-        overwrite=args.overwrite,
-        shard_size=args.shard_size,
-    )
+    options = dict(overwrite=args.overwrite, shard_size=args.shard_size)
+    exported = export_checkpoint(converted(source, args), args.out, args.to, **options)
     print(f"wrote {args.out} ({args.to}); use it so:")
     print("\n".join(f"  {line}" for line in exported.usage.splitlines()))
     if args.no_verify:
@@ -310,18 +291,8 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0 if comparison.equal else 1
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
-    run = {"inspect": run_inspect, "convert": run_convert, "verify": run_verify}[args.command]
-    try:
-        return run(args)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("RESNET_BACKBONE_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return args.run(args)

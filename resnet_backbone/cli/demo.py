@@ -34,7 +34,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -42,6 +41,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import UsageError, load_config
 from resnet_backbone.detection.data.arguments import detects_objects
@@ -65,33 +65,32 @@ from resnet_backbone.runtime.files import write_json
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 LEAST = 0.05  # score of detections that are known to the program, as in evaluations
+NO_NAMES = """\
+note: the names of the classes are not known, so numbers are written; give \
+RESNET_BACKBONE.CLASS_NAMES "['first', 'second', ...]\""""
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     model = parser.add_argument_group("model", "One of the two.")
     model.add_argument("--run", metavar="DIR", help="run folder of tools/train_net.py")
     model.add_argument("--config-file", metavar="FILE", help="YAML; add MODEL.WEIGHTS FILE")
-    parser.add_argument(
-        "--input", nargs="+", default=[], metavar="PATH", help="images, folders, videos, globs"
-    )
-    parser.add_argument("--web", action="store_true", help="open a page to try the detector on")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="of --web; 0.0.0.0: all machines (default: this one)"
-    )
-    parser.add_argument("--port", type=int, default=7860, help="of --web (default: 7860)")
-    parser.add_argument("--output", metavar="PATH", help="folder, or file for a single input")
-    parser.add_argument("--confidence", type=float, default=0.5, help="least score (default: 0.5)")
-    parser.add_argument("--sheet", metavar="FILE", help="one picture of all results, e.g. s.png")
-    parser.add_argument("--sheet-columns", type=int, default=4, metavar="N", help="(default: 4)")
-    parser.add_argument(
-        "--sheet-max", type=int, default=12, metavar="N", help="most pictures on it (default: 12)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="detections as numbers")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    add = parser.add_argument
+    text = "images, folders, videos, globs"
+    add("--input", nargs="+", default=[], metavar="PATH", help=text)
+    add("--web", action="store_true", help="open a page to try the detector on")
+    text = "of --web; 0.0.0.0: all machines (default: this one)"
+    add("--host", default="127.0.0.1", help=text)
+    add("--port", type=int, default=7860, help="of --web (default: 7860)")
+    add("--output", metavar="PATH", help="folder, or file for a single input")
+    add("--confidence", type=float, default=0.5, help="least score (default: 0.5)")
+    add("--sheet", metavar="FILE", help="one picture of all results, e.g. s.png")
+    number = dict(type=positive, metavar="N")
+    add("--sheet-columns", default=4, help="(default: 4)", **number)
+    add("--sheet-max", default=12, help="most pictures on it (default: 12)", **number)
+    add("--json", metavar="FILE", help="detections as numbers")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
     if bool(args.run) == bool(args.config_file):
         raise UsageError("give --run DIR, or --config-file FILE with MODEL.WEIGHTS FILE")
@@ -105,26 +104,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UsageError(f"--confidence {args.confidence}: it lies between 0 and 1")
     if args.sheet and Path(args.sheet).suffix.lower() not in IMAGES:
         raise UsageError(f"--sheet {args.sheet}: name an image file, such as sheet.png")
-    if args.sheet_columns < 1 or args.sheet_max < 1:
-        raise UsageError("--sheet-columns and --sheet-max are at least 1")
     return args
 
 
 def find_inputs(words: list[str]) -> list[Path]:
-    """Files named by paths, folders (their images and videos) and patterns, each once.
-
-    Raises:
-        UsageError: a word that names nothing.
-    """
+    """Files named by paths, folders (their images and videos) and patterns, each once."""
     found: dict[Path, None] = {}
     for word in words:
         path = Path(word)
-        if path.is_dir():
-            paths = _media(path.iterdir())
-        elif path.exists():
-            paths = [path]
-        else:
-            paths = _media(map(Path, glob.glob(word, recursive=True)))
+        inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(word, recursive=True))
+        media = [p for p in inside if p.suffix.lower() in IMAGES + VIDEOS and p.is_file()]
+        paths = [path] if path.is_file() else sorted(media)
         if not paths:
             kind = "no image or video in this folder" if path.is_dir() else "no such file or match"
             raise UsageError(f"--input {word}: {kind}")
@@ -132,16 +122,8 @@ def find_inputs(words: list[str]) -> list[Path]:
     return list(found)
 
 
-def _media(paths: Iterable[Path]) -> list[Path]:
-    return sorted(p for p in paths if p.suffix.lower() in IMAGES + VIDEOS and p.is_file())
-
-
 def plan_outputs(inputs: list[Path], output: str | None) -> list[Path | None]:
-    """The file to write for each input; equal names get a number.
-
-    Raises:
-        UsageError: a file for several inputs.
-    """
+    """The file to write for each input; equal names get a number."""
     if output is None:
         return [None] * len(inputs)
     suffix = Path(output).suffix.lower()
@@ -202,11 +184,7 @@ class Demo:
         if detects_objects(cfg):
             names = find_class_names(cfg)
             if not names:
-                print(
-                    "note: the names of the classes are not known, so numbers are written; give "
-                    "RESNET_BACKBONE.CLASS_NAMES \"['first', 'second', ...]\"",
-                    file=sys.stderr,
-                )
+                print(NO_NAMES, file=sys.stderr)
         self.names = names, list(cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES)
         self.detections: list[dict] = []
         self.pictures: list[tuple[str, np.ndarray]] = []
@@ -264,12 +242,8 @@ class Demo:
 
     def write_json(self, path: Path, unreadable: list[str]) -> None:
         """Detections with where they come from; boxes are xyxy in pixels of the original image."""
-        content = {
-            "weights": self.predictor.cfg.MODEL.WEIGHTS,
-            "confidence": self.args.confidence,
-            "unreadable": unreadable,
-            "detections": self.detections,
-        }
+        content = {"weights": self.predictor.cfg.MODEL.WEIGHTS, "confidence": self.args.confidence}
+        content |= {"unreadable": unreadable, "detections": self.detections}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, content, indent=1, ensure_ascii=False)
 
@@ -315,7 +289,3 @@ def main(argv: list[str] | None = None) -> None:
     if problems:
         print(f"error: {len(problems)} of {len(inputs)} inputs not done", file=sys.stderr)
         raise SystemExit(2 if len(problems) == len(inputs) else 1)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,12 +7,10 @@ predictions.csv, per_class.csv, confusion.csv and confusion.png.
 from __future__ import annotations
 
 import argparse
-import ast
-import datetime
 import logging
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +29,7 @@ from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
 from resnet_backbone.classification.step import AMP
+from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.report.table import write_evaluation
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
@@ -38,12 +37,12 @@ from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, ru
 from resnet_backbone.runtime.processes import World, choose_device, current_world
 from resnet_backbone.runtime.provenance import (
     command_line,
+    date,
     hardware,
     source_revision,
     versions,
 )
 from resnet_backbone.runtime.run_folder import set_up_logging
-from resnet_backbone.weights import WeightsError
 from resnet_backbone.weights.load import WrongStride
 from resnet_backbone.weights.preprocessing import InputNormalizer
 from resnet_backbone.weights.reading import UnknownInput
@@ -84,51 +83,29 @@ the numbers are those of one process. Unreadable images end the evaluation; with
 up to N of them are listed in results.json and count as wrong.
 Exit status: 0, or 2 for wrong input."""
 
-ONLY_FOR = {
-    "resize": ("center", "ten_crop"),
-    "crop": ("center", "ten_crop"),
-    "sizes": ("dense",),
-    "flip": ("dense",),
-    "pooling": ("dense",),
-    "softmax": ("dense",),
-    "window": ("dense",),
-}
+ONLY_FOR = dict.fromkeys(("resize", "crop"), ("center", "ten_crop"))
+ONLY_FOR |= dict.fromkeys(("sizes", "flip", "pooling", "softmax", "window"), ("dense",))
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("networks")
-    group.add_argument(
-        "--weights",
-        nargs="+",
-        required=True,
-        metavar="FILE",
-        help=".safetensors; several: ensemble",
+    add = parser.add_argument_group("networks").add_argument
+    several: dict[str, Any] = dict(nargs="+", metavar="NAME", default=[])
+    text = ".safetensors; several: ensemble"
+    add("--weights", nargs="+", required=True, metavar="FILE", help=text)
+    text = (
+        "network of files that do not say theirs, one for all or one each: resnet50, "
+        "torchvision/NAME, timm/NAME (tools/analyze_model.py lists ours)"
     )
-    group.add_argument(
-        "--model",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="network of files that do not say theirs, one for all or one each: resnet50, "
-        "torchvision/NAME, timm/NAME (tools/analyze_model.py lists ours)",
+    add("--model", help=text, **several)
+    text = "arguments of --model, such as stride_in_1x1=False"
+    how = several | {"metavar": "KEY=VALUE"}
+    add("--model-options", type=key_and_value, help=text, **how)
+    add("--num-classes", type=int, help="of --model (default: 1000; CIFAR nets: 10)")
+    text = (
+        "input of files that do not say theirs, one for all or one each: msra, caffe_vgg, "
+        "torchvision"
     )
-    group.add_argument(
-        "--model-options",
-        nargs="+",
-        default=[],
-        type=parse_option,
-        metavar="KEY=VALUE",
-        help="arguments of --model, such as stride_in_1x1=False",
-    )
-    group.add_argument("--num-classes", type=int, help="of --model (default: 1000; CIFAR nets: 10)")
-    group.add_argument(
-        "--preprocessing",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="input of files that do not say theirs, one for all or one each: msra, caffe_vgg, "
-        "torchvision",
-    )
+    add("--preprocessing", help=text, **several)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,57 +114,40 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--imagenet-folder", metavar="DIR", help="DIR/<wnid>/<image>")
     chosen.add_argument("--flat", metavar="DIR", help="images in one folder, with --labels")
     chosen.add_argument("--cifar10", metavar="DIR", help="the test set, binary or Python version")
-    group.add_argument(
-        "--labels", metavar="FILE", help="'name wnid' or 'name index' lines of --flat"
-    )
-    group.add_argument(
-        "--class-list",
-        metavar="FILE",
-        help="'wnid index' lines; needed where the data have only some of the network's classes",
-    )
-    group.add_argument(
-        "--max-bad-images",
-        type=int,
-        default=0,
-        metavar="N",
-        help="unreadable images that may count as wrong (default: 0, stop at the first)",
-    )
+    text = "'name wnid' or 'name index' lines of --flat"
+    group.add_argument("--labels", metavar="FILE", help=text)
+    text = "'wnid index' lines; needed where the data have only some of the network's classes"
+    group.add_argument("--class-list", metavar="FILE", help=text)
+    text = "unreadable images that may count as wrong (default: 0, stop at the first)"
+    group.add_argument("--max-bad-images", type=int, default=0, metavar="N", help=text)
 
 
 def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("protocol")
-    group.add_argument(
-        "--protocol", choices=tuple(PROTOCOLS), help="(default: center; with --cifar10: full)"
-    )
-    group.add_argument("--resize", type=int, help="center, ten_crop: short side (default: 256)")
-    group.add_argument("--crop", type=int, help="center, ten_crop: side of crops (default: 224)")
-    group.add_argument(
-        "--sizes", type=int, nargs="+", help="dense: short sides (default: 224 256 384 480 640)"
-    )
-    group.add_argument(
-        "--flip", action="store_true", default=None, help="dense: mirrored views, too"
-    )
-    group.add_argument("--pooling", choices=POOLINGS, help="dense (default: sliding)")
-    group.add_argument("--softmax", choices=SOFTMAXES, help="dense (default: per_view)")
-    group.add_argument("--window", type=int, help="dense, sliding: pooling window (default: 7)")
+    add = parser.add_argument_group("protocol").add_argument
+    add("--protocol", choices=tuple(PROTOCOLS), help="(default: center; with --cifar10: full)")
+    add("--resize", type=int, help="center, ten_crop: short side (default: 256)")
+    add("--crop", type=int, help="center, ten_crop: side of crops (default: 224)")
+    text = "dense: short sides (default: 224 256 384 480 640)"
+    add("--sizes", type=int, nargs="+", help=text)
+    add("--flip", action="store_true", default=None, help="dense: mirrored views, too")
+    add("--pooling", choices=POOLINGS, help="dense (default: sliding)")
+    add("--softmax", choices=SOFTMAXES, help="dense (default: per_view)")
+    add("--window", type=int, help="dense, sliding: pooling window (default: 7)")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     add_network_arguments(parser)
     add_data_arguments(parser)
     add_protocol_arguments(parser)
-    group = parser.add_argument_group("running")
-    group.add_argument("--batch-size", type=int, default=64, help="per process (default: 64)")
-    group.add_argument("--workers", type=int, default=4, help="loader processes (default: 4)")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    group.add_argument("--amp", choices=tuple(AMP), default="none", help="mixed precision")
-    group.add_argument(
-        "--channels-last", action=argparse.BooleanOptionalAction, default=True, help="memory format"
-    )
-    group.add_argument("--output", metavar="DIR", help="folder for results")
+    add = parser.add_argument_group("running").add_argument
+    add("--batch-size", type=int, default=64, help="per process (default: 64)")
+    add("--workers", type=int, default=4, help="loader processes (default: 4)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--amp", choices=tuple(AMP), default="none", help="mixed precision")
+    both = argparse.BooleanOptionalAction
+    add("--channels-last", action=both, default=True, help="memory format")
+    add("--output", metavar="DIR", help="folder for results")
     add_launch_arguments(parser)
     args = parser.parse_args(argv)
     args.arguments = list(sys.argv[1:] if argv is None else argv)
@@ -196,16 +156,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.cifar10 and args.class_list:
         raise UsageError("--class-list is for --imagenet-folder and --flat")
     return args
-
-
-def parse_option(text: str) -> tuple[str, object]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
 
 
 def make_protocol(args: argparse.Namespace) -> Protocol:
@@ -260,22 +210,17 @@ def load_networks(
         except WrongStride as error:
             option = f"--model-options stride_in_1x1={error.expected}"
             raise UsageError(f"{error} ({option})") from error
-        except WeightsError as error:
-            raise UsageError(str(error)) from error
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         model = model.to(world.device, memory_format=layout)
         models.append((model, InputNormalizer(found, world.device)))
         specs.append(spec)
     if len({spec.num_classes for spec in specs}) > 1:
-        raise UsageError(
-            "an ensemble needs networks of the same classes: "
-            + ", ".join(f"{spec.name} has {spec.num_classes}" for spec in specs)
-        )
+        found = ", ".join(f"{spec.name} has {spec.num_classes}" for spec in specs)
+        raise UsageError(f"an ensemble needs networks of the same classes: {found}")
     return models, specs[0].num_classes
 
 
-@dataclass(frozen=True)
-class Data:
+class Data(NamedTuple):
     """The images, and a name for each of the network's classes."""
 
     images: EvaluationFiles | EvaluationArrays
@@ -317,7 +262,7 @@ def write_results(
         **result.to_dict(),
         "amp": args.amp,
         "processes": world.size,
-        "date": datetime.date.today().isoformat(),
+        "date": date()[:10],
         "hardware": hardware(world.device),
         "versions": versions(),
         "revision": source_revision(),
@@ -333,23 +278,10 @@ def work(args: argparse.Namespace) -> None:
     set_up_logging(None, world.is_main)
     models, num_classes = load_networks(args, world)
     data = read_data(args, protocol, num_classes)
-    loader = EvaluationLoader(
-        data.images,
-        args.batch_size,
-        workers=args.workers,
-        rank=world.rank,
-        world=world.size,
-        pin_memory=world.device.type == "cuda",
-    )
-    result = evaluate(
-        models,
-        protocol,
-        loader,
-        world=world,
-        autocast=AMP[args.amp],
-        channels_last=args.channels_last,
-        max_bad_images=args.max_bad_images,
-    )
+    place = dict(rank=world.rank, world=world.size, pin_memory=world.device.type == "cuda")
+    loader = EvaluationLoader(data.images, args.batch_size, workers=args.workers, **place)
+    options = dict(channels_last=args.channels_last, max_bad_images=args.max_bad_images)
+    result = evaluate(models, protocol, loader, world=world, autocast=AMP[args.amp], **options)
     if world.is_main:
         logger.info("%s", result)
         if args.output:
@@ -361,7 +293,3 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     make_protocol(args)  # refuses what does not fit before processes are started
     run_processes(plan_launch(args, args.device, "--device cpu"), work, args)
-
-
-if __name__ == "__main__":
-    main()

@@ -40,6 +40,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from resnet_backbone.cli import CommandParser
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import (
     DEFAULTS,
@@ -58,6 +59,7 @@ from resnet_backbone.detection.inference.predictor import (
     trained_detector,
 )
 from resnet_backbone.report.detection_table import improvements_section, read_row
+from resnet_backbone.report.runs import by_class
 from resnet_backbone.report.table import markdown
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import sha256, write_json, write_text
@@ -89,31 +91,22 @@ class Row(NamedTuple):
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("--run", required=True, metavar="DIR", help="run of tools/train_net.py")
+    add("--context-run", metavar="DIR", help="one with RESNET_BACKBONE.GLOBAL_CONTEXT")
+    how = dict(action="extend", nargs="+", default=[], metavar="DIR")
+    add("--ensemble-run", help="further detectors", **how)
+    add("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="(default: all)")
+    text = (
+        "short sides (default: the paper's 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST of the "
+        "detector over the paper's 600)"
     )
-    parser.add_argument("--run", required=True, metavar="DIR", help="run of tools/train_net.py")
-    parser.add_argument(
-        "--context-run", metavar="DIR", help="one with RESNET_BACKBONE.GLOBAL_CONTEXT"
-    )
-    parser.add_argument(
-        "--ensemble-run", action="append", nargs="+", metavar="DIR", help="further detectors"
-    )
-    parser.add_argument(
-        "--rows", nargs="+", default=list(ROWS), metavar="ROW", help="(default: all)"
-    )
-    parser.add_argument(
-        "--scales",
-        nargs="+",
-        metavar="N",
-        help="short sides (default: the paper's 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST "
-        "of the detector over the paper's 600)",
-    )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the results")
+    add("--scales", nargs="+", metavar="N", help=text)
+    add("--output", required=True, metavar="DIR", help="folder of the results")
     add_data_arguments(parser)
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
-    args.ensemble_run = [run for runs in args.ensemble_run or () for run in runs]
     take_back_overrides(args, "ensemble_run", "rows", "scales")
     unknown = [row for row in args.rows if row not in ROWS]
     if unknown:
@@ -185,12 +178,7 @@ def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str
 
 
 def fingerprint(row: Row, data: str, digest: Callable[[Any], str]) -> str:
-    """Changes with the row's settings, the weights of its detectors and the data.
-
-    Args:
-        data: of :func:`data_digest`.
-        digest: of a file.
-    """
+    """Changes with the row's settings, the weights of its detectors and the data."""
     cfg = row.cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
@@ -227,10 +215,7 @@ def evaluate(row: Row, detector: torch.nn.Module) -> dict:
 
 
 def measure(rows: list[Row], runs: dict) -> Iterator[tuple[dict, bool]]:
-    """Each row's numbers, and whether they were there already.
-
-    Weights are hashed once, and rows of the same run share its detector.
-    """
+    """Each row's numbers, and whether they were there already; rows of a run share its detector."""
     digest, data = functools.cache(sha256), data_digest(rows[0].cfg.DATASETS.TEST[0])
     detector = functools.lru_cache(maxsize=1)(lambda run: trained_detector(runs[run]))
     for row in rows:
@@ -251,12 +236,10 @@ def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
     bbox = [row["results"]["bbox"] for row in rows]
     parts = [improvements_section([read_row(row) for row in rows])]
     parts += [f"`{name}` is left out: {reason}." for name, reason in left_out.items()]
-    prefix = "AP50-" if any(key.startswith("AP50-") for key in bbox[0]) else "AP-"
-    names = [key for key in bbox[0] if key.startswith(prefix) and key != "AP50-11pt"]
-    cells = [[key.removeprefix(prefix), *(_text(b[key]) for b in bbox)] for key in names]
-    if cells:
-        header = [f"{prefix[:-1]} of", *(row["name"] for row in rows)]
-        parts.append(markdown(header, cells))
+    metric, classes = by_class(bbox[0])
+    if classes:
+        cells = [[name, *(_text(b[f"{metric}-{name}"]) for b in bbox)] for name in classes]
+        parts.append(markdown([f"{metric} of", *(row["name"] for row in rows)], cells))
     return "\n\n".join(parts) + "\n"
 
 
@@ -290,7 +273,3 @@ def main(argv: list[str] | None = None) -> None:
 
 def _text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-if __name__ == "__main__":
-    main()

@@ -19,23 +19,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from resnet_backbone.cli import positive
-from resnet_backbone.cli.pictures import find_pictures, read_picture, to_tensor
+from resnet_backbone.classification.data.decode import read_rgb
+from resnet_backbone.classification.data.imagenet import EXTENSIONS
+from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.fast import export
 from resnet_backbone.fast.export import Mismatch
 from resnet_backbone.models import StagedNetwork
+from resnet_backbone.runtime.errors import UnexpectedResults, one_line_errors
 from resnet_backbone.runtime.files import put_in_place, write_json
 from resnet_backbone.weights import ModelSpec, Preprocessing, load_weights, read_checkpoint
 from resnet_backbone.weights.preprocessing import InputNormalizer
@@ -57,9 +60,7 @@ CHECKED = 4  # images
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--weights", required=True, help="a file or name, as everywhere in this package")
     add("--output", required=True, type=Path, metavar="NAME", help="without suffix")
@@ -83,6 +84,33 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.opts and not args.config_file:
         parser.error(f"{args.opts[0]}: config overrides belong to --config-file")
     return args
+
+
+def find_pictures(paths: Iterable[str | Path]) -> list[Path]:
+    """Files as they are given, and in place of a folder all pictures below it, sorted by name."""
+    found: list[Path] = []
+    paths = [Path(path) for path in paths]
+    for path in paths:
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [file for file in inside if file == path or file.suffix.lower() in EXTENSIONS]
+    if not found:
+        raise ValueError(f"--images {' '.join(map(str, paths))}: no pictures there")
+    return found
+
+
+def spread(files: list[Path], count: int) -> list[Path]:
+    """At most so many of the files, evenly over their order."""
+    return files[:: max(1, len(files) // count)][:count]
+
+
+def read_picture(file: Path) -> Image.Image:
+    """A picture as a person sees it: RGB, upright."""
+    return Image.fromarray(read_rgb(file))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """uint8 (3, H, W), RGB."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def read_images(paths: list[Path], longest_side: int) -> list[Tensor]:
@@ -237,18 +265,10 @@ def refuse_differences(differences: dict[str, dict[str, float]], tolerance: floa
         )
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
         run(args)
     except Mismatch as error:
-        print(f"error: differs: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}".splitlines()[0], file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise UnexpectedResults(f"differs: {error}") from error

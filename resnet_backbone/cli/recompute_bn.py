@@ -15,6 +15,7 @@ from resnet_backbone.classification.config import Config, load_config
 from resnet_backbone.classification.networks import save_network
 from resnet_backbone.classification.run import ClassificationRun, check_processes
 from resnet_backbone.classification.trainer import FINAL
+from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import choose_device, current_world
@@ -38,27 +39,17 @@ which the layers before it already have their new statistics, as in testing."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", required=True, metavar="DIR", help="run of train_classifier.py")
-    parser.add_argument("--weights", metavar="FILE", help="(default: DIR/final.safetensors)")
-    parser.add_argument(
-        "--output", metavar="FILE", help="new weights (default: DIR/true_bn.safetensors)"
-    )
-    parser.add_argument(
-        "--images", type=int, default=0, metavar="N", help="training images (default: all of them)"
-    )
-    parser.add_argument(
-        "--micro-batch", type=int, default=0, metavar="N", help="(default: that of the run)"
-    )
-    parser.add_argument("--layer-inputs", choices=LAYER_INPUTS, default="batch")
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
+    add, number = parser.add_argument, dict(type=positive, metavar="N")
+    add("--run", required=True, metavar="DIR", help="run of train_classifier.py")
+    add("--weights", metavar="FILE", help="(default: DIR/final.safetensors)")
+    add("--output", metavar="FILE", help="new weights (default: DIR/true_bn.safetensors)")
+    add("--images", help="training images (default: all of them)", **number)
+    add("--micro-batch", help="(default: that of the run)", **number)
+    add("--layer-inputs", choices=LAYER_INPUTS, default="batch")
     add_launch_arguments(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. data.root=PATH")
-    args = parser.parse_intermixed_args(argv)
-    if args.images < 0 or args.micro_batch < 0:
-        raise UsageError("--images and --micro-batch: give 0 or more")
-    return args
+    add("overrides", nargs="*", metavar="key=value", help="e.g. data.root=PATH")
+    return parser.parse_intermixed_args(argv)
 
 
 def work(task: tuple[Config, argparse.Namespace]) -> None:
@@ -94,11 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config([saved], args.overrides)
     if not weights.is_file():
         raise UsageError(f"{weights}: no such file; give --weights FILE")
-    config.train.recompute_bn_samples = args.images
+    config.train.recompute_bn_samples = args.images or 0
     config.train.micro_batch = args.micro_batch or config.train.micro_batch
     launch = plan_launch(args, config.train.device, "train.device=cpu")
     run_processes(launch, work, (config, args))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,22 +13,24 @@ from torch import Tensor
 
 from resnet_backbone.classification.data.augment import center_crop, resize_short_side
 from resnet_backbone.classification.data.decode import read_rgb
-from resnet_backbone.classification.data.imagenet import EXTENSIONS
 from resnet_backbone.classification.data.sources import read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
-from resnet_backbone.cli import positive
+from resnet_backbone.cli import CommandParser, positive
+from resnet_backbone.cli.export import find_pictures, spread
 from resnet_backbone.report.detection_plots import plot_training
 from resnet_backbone.report.plots import (
     Responses,
+    assign_colors,
     layer_responses,
     plot_errors,
     plot_responses,
     responses_table,
+    save_png,
 )
 from resnet_backbone.report.published import parse_network
-from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_run
+from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_metrics, load_run
 from resnet_backbone.report.table import results_table
-from resnet_backbone.runtime.errors import EXIT_WRONG_INPUT
+from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.provenance import command_line
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
@@ -40,7 +42,7 @@ examples:
   python tools/report.py curves --run output/plain20 --run output/plain56 \\
       --run output/resnet20 --run output/resnet56 --output fig6.png
 
-Runs of tools/train_net.py (metrics.json): total loss and AP50, where the run evaluated
+Runs of tools/train_net.py (metrics.json): the losses, and AP50 where the run evaluated
 (TEST.EVAL_PERIOD above 0, or at its end).
 Runs of tools/train_classifier.py (metrics.jsonl): the paper's Fig. 4 and 6, error against
 iterations, training dashed, test bold; plain and residual networks in panels of their own. Runs
@@ -86,55 +88,55 @@ folder that has the file's name without .md. Curves, intervals and pictures need
 --voc-root, where the runs' own is elsewhere."""
 
 
+RESPONSES_ABOUT = "draw the standard deviations of layer responses (the paper's Fig. 7)"
+DETECTION_ABOUT = "report detection runs: the gain over VGG-16, published numbers, plots, pictures"
+
+
 def split_label(text: str) -> tuple[str, str]:
     """ "PATH" or "PATH=LABEL" -> (path, label or ""); an existing path may have a "=" itself."""
     path, _, label = (text, "", "") if os.path.exists(text) else text.rpartition("=")
     return (path, label) if path else (text, "")
 
 
-def parse_run(text: str) -> tuple[str, str]:
+def parse_run(text: str) -> tuple[Path, str]:
     """Split "DIR" or "DIR=LABEL" into (path of the metrics file, label).
 
     The label of a detection run is its folder's name by default, that of a classification run is
     empty: its config names the network.
-
-    Raises:
-        argparse.ArgumentTypeError: there are no metrics.
     """
     folder, label = split_label(text)
-    candidates = [os.path.join(folder, name) for name in (METRICS, DETECTOR_METRICS)]
-    path = next((p for p in (folder, *candidates) if os.path.isfile(p)), None)
+    candidates = [Path(folder, name) for name in ("", METRICS, DETECTOR_METRICS)]
+    path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         raise argparse.ArgumentTypeError(
             f"{folder} has neither {DETECTOR_METRICS} nor {METRICS}; give the folder of a training"
             " run"
         )
-    if not label and not path.endswith(METRICS):
-        label = os.path.basename(os.path.dirname(os.path.abspath(path)))
-    return path, label
+    return path, label or ("" if path.name == METRICS else path.resolve().parent.name)
 
 
 def curves(args: argparse.Namespace) -> None:
     paths, labels = zip(*args.runs, strict=True)
-    kinds = {path.endswith(METRICS) for path in paths}
+    kinds = {path.name == METRICS for path in paths}
     if len(kinds) > 1:
         raise ValueError("detection and classification runs: draw them in pictures of their own")
     if kinds == {True}:
-        runs = [load_run(os.path.dirname(path)) for path in paths]
-        plot_errors(runs, args.output, labels, args.together)
+        figure = plot_errors([load_run(path.parent) for path in paths], labels, args.together)
     else:
-        plot_training(paths, args.output, labels)
+        series: dict[str, list] = {label: [] for label in labels}
+        for path, label in args.runs:
+            series[label].append(load_metrics(path))
+        figure = plot_training(series, assign_colors(series))
+    if figure is None:
+        raise ValueError("these runs have neither losses nor AP50")
+    save_png(figure, args.output)
     print(args.output)
 
 
-def read_images(folder: Path, count: int) -> Tensor:
+def read_images(folder: str, count: int) -> Tensor:
     """Center crops, uint8 (N, 3, 224, 224), of at most ``count`` images spread over a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    if not files:
-        raise ValueError(f"{folder} holds no images: give a folder of JPEG or PNG files")
-    chosen = files[:: max(1, len(files) // count)][:count]
     crops = []
-    for path in chosen:
+    for path in spread(find_pictures([folder]), count):
         pixels = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
         crops.append(center_crop(resize_short_side(pixels, 256), 224))
     return torch.stack(crops)
@@ -144,7 +146,7 @@ def responses(args: argparse.Namespace) -> None:
     if args.cifar10:
         images = read_cifar10(args.cifar10, train=False)[0][: args.num_images]
     else:
-        images = read_images(Path(args.images), args.num_images)
+        images = read_images(args.images, args.num_images)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     drawn, rows = [], {}
     for file, label in map(split_label, args.weights):
@@ -160,14 +162,14 @@ def responses(args: argparse.Namespace) -> None:
         model = model.to(device, memory_format=torch.channels_last)
         rows[label] = layer_responses(model, InputNormalizer(preprocessing, device)(images))
         drawn.append(Responses(label, network, [std for _, std in rows[label]]))
-    plot_responses(drawn, args.output)
+    save_png(plot_responses(drawn), args.output)
     if args.json:
         Path(args.json).write_text(json.dumps({"images": len(images), "std": rows}, indent=1))
     print(responses_table(rows), args.output, sep="\n")
 
 
 def table(args: argparse.Namespace) -> None:
-    text = results_table([load_run(folder) for group in args.runs for folder in group])
+    text = results_table([load_run(folder) for folder in args.runs])
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -178,7 +180,7 @@ def detection(args: argparse.Namespace) -> None:
     from resnet_backbone.report.document import write_detection_report  # needs Detectron2
 
     write_detection_report(
-        [folder for group in args.runs for folder in group],
+        args.runs,
         args.output,
         voc_root=args.voc_root,
         rows_files=args.rows,
@@ -190,169 +192,93 @@ def detection(args: argparse.Namespace) -> None:
     print(args.output)
 
 
-def add_curves(commands) -> None:
-    parser = commands.add_parser(
-        "curves",
-        help="draw training curves: loss and AP50 of detection, errors of classification",
-        description="Draw training curves of one or more runs, as a PNG picture.",
-        epilog=CURVES_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--run",
-        dest="runs",
-        action="append",
-        required=True,
-        type=parse_run,
-        metavar="DIR[=LABEL]",
-        help="the folder of a training run (or its metrics file) and its name in the legend;"
-        " may be given several times",
-    )
-    parser.add_argument("--output", required=True, metavar="FILE.png", help="picture to write")
-    parser.add_argument(
-        "--together",
-        action="store_true",
-        help="classification: plain and residual networks in one panel",
-    )
-    parser.set_defaults(run=curves)
-
-
-def add_responses(commands) -> None:
-    parser = commands.add_parser(
-        "responses",
-        help="draw the standard deviations of layer responses (the paper's Fig. 7)",
-        description="Draw the standard deviations of layer responses (the paper's Fig. 7).",
-        epilog=RESPONSES_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--weights",
-        action="append",
-        required=True,
-        metavar="FILE[=LABEL]",
-        help=".safetensors file and its name in the legend; may be given several times",
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--cifar10", metavar="DIR", help="CIFAR-10: its test images are used")
-    source.add_argument(
-        "--images", metavar="DIR", help="folder of images, center crops of 224 (short side 256)"
-    )
-    parser.add_argument("--output", required=True, metavar="FILE.png", help="picture to write")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers, by layer name")
-    parser.add_argument(
-        "--num-images", type=positive, default=1000, metavar="N", help="(default: %(default)s)"
-    )
-    parser.add_argument("--model", metavar="NAME", help="network of weights that do not say it")
-    parser.add_argument(
-        "--preprocessing", default="", metavar="NAME", help="their input, such as msra"
-    )
-    parser.set_defaults(run=responses)
-
-
-def add_runs(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument(
-        "--run",
-        dest="runs",
-        action="append",
-        nargs="+",
-        required=True,
-        metavar="DIR",
-        help=f"{what}; may be given several times",
-    )
-
-
-def add_table(commands) -> None:
-    parser = commands.add_parser(
-        "table",
-        help="tabulate classification results beside the paper's",
-        description="Write a Markdown table of classification results beside the paper's.",
-        epilog=TABLE_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_runs(parser, "run folders of tools/train_classifier.py")
-    parser.add_argument("--output", required=True, metavar="FILE.md", help="table to write")
-    parser.set_defaults(run=table)
-
-
-def markdown_file(text: str) -> str:
+def markdown_file(text: str) -> Path:
     if not text.endswith(".md"):
         raise argparse.ArgumentTypeError(f"{text} has no suffix .md")
-    return text
+    return Path(text)
 
 
 def score_threshold(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
+    value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is no score between 0 and 1")
     return value
 
 
-def add_detection(commands) -> None:
-    parser = commands.add_parser(
-        "detection",
-        help="report detection runs: the gain over VGG-16, published numbers, plots, pictures",
-        description="Write a Markdown report of detection runs, with plots and pictures.",
-        epilog=DETECTION_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_runs(parser, "run folders of tools/train_net.py, or folders of seeds")
-    parser.add_argument("--output", required=True, type=markdown_file, metavar="FILE.md")
-    parser.add_argument(
-        "--voc-root",
-        metavar="DIR",
-        help="folder of the test set (default: as in the runs' commands)",
-    )
-    parser.add_argument(
-        "--reference",
-        metavar="DIR",
-        help="run folder that all other detectors are compared with (default: for each ResNet the"
-        " VGG of the same head, data and schedule; without any, the first detector)",
-    )
-    parser.add_argument(
-        "--rows",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="results.json of tools/evaluate_detector.py: the improvements in testing; may be"
-        " given several times",
-    )
-    parser.add_argument(
-        "--note", default="", metavar="TEXT", help="a paragraph to add, such as where data are from"
-    )
-    parser.add_argument(
-        "--score",
-        type=score_threshold,
-        default=0.5,
-        metavar="S",
-        help="detections in the pictures have at least this score (default: %(default)s)",
-    )
-    parser.set_defaults(run=detection)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_curves, add_responses, add_table, add_detection):
-        add(commands)
+    for run, about, epilog, add_options in (
+        (curves, "draw training curves of one or more runs", CURVES_EPILOG, add_curves),
+        (responses, RESPONSES_ABOUT, RESPONSES_EPILOG, add_responses),
+        (table, "tabulate classification results beside the paper's", TABLE_EPILOG, add_table),
+        (detection, DETECTION_ABOUT, DETECTION_EPILOG, add_detection),
+    ):
+        command = commands.add_parser(run.__name__, help=about, description=about, epilog=epilog)
+        command.set_defaults(run=run)
+        add_options(command)
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def add_curves(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = "the folder of a training run (or its metrics file) and its name in the legend"
+    how = dict(dest="runs", action="append", required=True, metavar="DIR[=LABEL]")
+    add("--run", type=parse_run, help=f"{text}; may be given several times", **how)
+    add("--output", required=True, metavar="FILE.png", help="picture to write")
+    text = "classification: plain and residual networks in one panel"
+    add("--together", action="store_true", help=text)
+
+
+def add_responses(parser: argparse.ArgumentParser) -> None:
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
+    text = ".safetensors file and its name in the legend; may be given several times"
+    add("--weights", action="append", required=True, metavar="FILE[=LABEL]", help=text)
+    text = "folder of images, center crops of 224 (short side 256)"
+    source.add_argument("--cifar10", metavar="DIR", help="CIFAR-10: its test images are used")
+    source.add_argument("--images", metavar="DIR", help=text)
+    add("--output", required=True, metavar="FILE.png", help="picture to write")
+    add("--json", metavar="FILE", help="also write the numbers, by layer name")
+    add("--num-images", type=positive, default=1000, metavar="N", help="(default: %(default)s)")
+    add("--model", metavar="NAME", help="network of weights that do not say it")
+    add("--preprocessing", default="", metavar="NAME", help="their input, such as msra")
+
+
+def add_runs(parser: argparse.ArgumentParser, what: str) -> None:
+    how = dict(dest="runs", action="extend", nargs="+", required=True, metavar="DIR")
+    parser.add_argument("--run", help=f"{what}; may be given several times", **how)
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser, "run folders of tools/train_classifier.py")
+    parser.add_argument("--output", required=True, metavar="FILE.md", help="table to write")
+
+
+def add_detection(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser, "run folders of tools/train_net.py, or folders of seeds")
+    add = parser.add_argument
+    add("--output", required=True, type=markdown_file, metavar="FILE.md")
+    text = "folder of the test set (default: as in the runs' commands)"
+    add("--voc-root", metavar="DIR", help=text)
+    text = (
+        "run folder that all other detectors are compared with (default: for each ResNet the VGG"
+        " of the same head, data and schedule; without any, the first detector)"
+    )
+    add("--reference", type=Path, metavar="DIR", help=text)
+    text = (
+        "results.json of tools/evaluate_detector.py: the improvements in testing; may be given"
+        " several times"
+    )
+    add("--rows", type=Path, action="append", default=[], metavar="FILE", help=text)
+    text = "a paragraph to add, such as where data are from"
+    add("--note", default="", metavar="TEXT", help=text)
+    text = "detections in the pictures have at least this score (default: %(default)s)"
+    add("--score", type=score_threshold, default=0.5, metavar="S", help=text)
+
+
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     args = build_parser().parse_args(words)
     args.command_line = command_line("report", words)
-    try:
-        args.run(args)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    args.run(args)

@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ import torch
 import yaml
 
 from resnet_backbone import __version__
-from resnet_backbone.runtime.configs import config_folder
-from resnet_backbone.runtime.errors import EXIT_STOPPED, EXIT_WRONG_INPUT
-from resnet_backbone.runtime.files import alone, sha256, write_json
+from resnet_backbone.cli import CommandParser, key_and_text, positive
+from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
+from resnet_backbone.runtime.files import alone, config_folder, sha256, write_json
+from resnet_backbone.runtime.provenance import date
 from resnet_backbone.runtime.signals import run_child
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,53 +64,38 @@ step's folder ({NAME[0]/} with the first seed), {NETWORK} weights of the plan's 
 {note} are what they say, further {words} are the plan's own."""
 
 
-class PlanError(ValueError):
-    """An invalid plan or command line; the message says what to write."""
-
-
-class Loader(yaml.SafeLoader):
-    """Passes over tags that Detectron2's own loader knows, such as tuples."""
-
-
-Loader.add_multi_constructor("", lambda loader, suffix, node: None)
-
-
 def read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise PlanError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
+        raise UsageError(f"{path}: cannot be read ({error})") from error
 
 
 def checked(node: Any, keys: dict[str, Any], where: str) -> dict[str, Any]:
     """A mapping of these keys, with their defaults."""
     if not isinstance(node, dict):
-        raise PlanError(f"{where}: expected keys with values, found {node!r}")
+        raise UsageError(f"{where}: expected keys with values, found {node!r}")
     missing = {key for key, value in keys.items() if value is None} - node.keys()
     for wrong, problem in ((node.keys() - keys, "is unknown"), (missing, "is missing")):
         if wrong:
             known = ", ".join(keys)
-            raise PlanError(f"{where}: the key {min(map(str, wrong))} {problem}; keys are {known}")
+            raise UsageError(f"{where}: the key {min(map(str, wrong))} {problem}; keys are {known}")
     for key, value in node.items():
         if keys[key] is not None and not isinstance(value, type(keys[key])) and key != "hours":
             kind = {list: "a list", dict: "keys with values"}.get(type(keys[key]), "a value")
-            raise PlanError(f"{where}: {key} {value!r}: expected {kind}, such as {keys[key]!r}")
+            raise UsageError(f"{where}: {key} {value!r}: expected {kind}, such as {keys[key]!r}")
     return {**keys, **node}
 
 
 def read_plan(path: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
-    """A plan as its file has it, with defaults; `seeds` replace its own.
-
-    Raises:
-        PlanError: no such file, unknown or missing keys, impossible values.
-    """
+    """A plan as its file has it, with defaults; `seeds` replace its own."""
     plan = checked(read_yaml(path), PLAN, str(path))
     if not isinstance(plan["steps"], dict) or not plan["steps"]:
-        raise PlanError(f"{path}: steps: give at least one, NAME: with command: and makes: below")
+        raise UsageError(f"{path}: steps: give at least one, NAME: with command: and makes: below")
     plan["steps"] = {k: checked(v, STEP, f"{path}: {k}") for k, v in plan["steps"].items()}
     plan["seeds"] = given = list(seeds or plan["seeds"])
     if not given or len(set(given)) < len(given) or not all(isinstance(s, int) for s in given):
-        raise PlanError(f"seeds {given}: give integers, each once")
+        raise UsageError(f"seeds {given}: give integers, each once")
     return plan
 
 
@@ -116,16 +103,9 @@ def digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise PlanError(f"{path}: {error.strerror or error}") from error
-
-
 def config_digests(path: Path) -> Iterator[str]:
     """Of a YAML config and, from ``_BASE_`` to ``_BASE_``, those that it builds on."""
-    yield file_digest(path)
+    yield sha256(path)
     bases = (read_yaml(path) or {}).get("_BASE_", [])
     for base in [bases] if isinstance(bases, str) else bases:
         yield from config_digests(path.parent / base)
@@ -139,22 +119,15 @@ def tree_digest(folder: Path) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One command with a folder of its own.
-
-    Attributes:
-        words: tool of tools/ and its arguments.
-        product: the file that it makes, which proves it complete.
-        key: ten digits of the hash of all that the result depends on.
-        node: as the plan has it.
-    """
+    """One command with a folder of its own."""
 
     name: str
     folder: Path
-    words: tuple[str, ...]
-    product: Path
-    key: str
+    words: tuple[str, ...]  # tool of tools/ and its arguments
+    product: Path  # the file that it makes, which proves it complete
+    key: str  # ten digits of the hash of all that the result depends on
     inputs: tuple[Step, ...]
-    node: dict[str, Any]
+    node: dict[str, Any]  # as the plan has it
 
     @property
     def stage(self) -> str:
@@ -183,10 +156,10 @@ class Builder:
         self.plan, self.args = plan, args
         self.steps: dict[str, list[Step]] = {}
         self.absent: set[Path] = set()  # data that are not there
-        for name in (*args.weights, *args.preprocessing):
-            if name not in plan["networks"]:
-                known = ", ".join(plan["networks"])
-                raise PlanError(f"the plan has no {name}; its networks: {known}")
+        unknown = [n for n in (*args.weights, *args.preprocessing) if n not in plan["networks"]]
+        if unknown:
+            known = ", ".join(plan["networks"])
+            raise UsageError(f"the plan has no {unknown[0]}; its networks: {known}")
 
     def build(self, name: str) -> list[Step]:
         """The step, once for each seed, after the steps that it needs."""
@@ -198,10 +171,8 @@ class Builder:
     def _step(self, name: str, seed: int | None) -> Step:
         args, node = self.args, self.plan["steps"][name]
         given = shlex.split(node["command"])
-        tool, networks = given[0], {word[1:-1] for word in given}
-        stated = [
-            args.preprocessing[n] for n in args.preprocessing if n in networks & {*args.weights}
-        ]
+        tool, networks = given[0], args.weights.keys() & {word[1:-1] for word in given}
+        stated = [args.preprocessing[n] for n in args.preprocessing if n in networks]
         given += [STATED[tool], *stated] if stated else []
         given += [word for word in args.set if OVERRIDDEN.get(tool) == ("=" in word)]
         values = [value for word in given for value in self._expand(word, node, seed)]
@@ -222,22 +193,21 @@ class Builder:
         names = re.findall(r"\{([^{}]+)\}", word)
         if [f"{{{name}}}" for name in names] == [word]:
             return self._values(names[0], node, seed)
-        value = Value(word, word)
+        text, identity, step = word, word, None
         for name in names:
             (found,) = self._values(name, node, seed)
-            sides = zip(value[:2], found[:2], strict=True)
-            texts = (text.replace(f"{{{name}}}", part) for text, part in sides)
-            value = Value(*texts, found.step or value.step)
-        return [value]
+            text = text.replace(f"{{{name}}}", found.text)
+            identity = identity.replace(f"{{{name}}}", found.identity)
+            step = found.step or step
+        return [Value(text, identity, step)]
 
     def _values(self, name: str, node: dict[str, Any], seed: int | None) -> list[Value]:
         args, plan = self.args, self.plan
         if name == "here":
             return [Value("{here}", "")]
         if name in ("seed", "note"):
-            text = (
-                plan["note"] if name == "note" else str(plan["seeds"][0] if seed is None else seed)
-            )
+            seed = plan["seeds"][0] if seed is None else seed
+            text = {"seed": str(seed), "note": plan["note"]}[name]
             return [Value(text, text)]
         if name == "gpus":
             count = str(min(args.num_gpus, node["batch"] or args.num_gpus))
@@ -249,15 +219,15 @@ class Builder:
             folder = getattr(args, name.replace("-", "_"))
             if folder is None:
                 networks = "".join(f", or --weights {n}=FILE" for n in plan["networks"])
-                raise PlanError(f"the plan needs --{name} DIR{networks}")
+                raise UsageError(f"the plan needs --{name} DIR{networks}")
             return [self._folder(folder)]
         if name in args.weights:
-            return [Value(str(args.weights[name]), file_digest(args.weights[name]))]
+            return [Value(str(args.weights[name]), sha256(args.weights[name]))]
         if name in plan["networks"] and not plan["networks"][name]:
-            raise PlanError(f"{name} is not pre-trained by this plan: give --weights {name}=FILE")
+            raise UsageError(f"{name} is not pre-trained by this plan: give --weights {name}=FILE")
         match = re.fullmatch(r"(.+?)(?:\[(\d+)\])?(/?)", plan["networks"].get(name, name))
         if match[1] not in plan["steps"]:
-            raise PlanError(f"{{{name}}} is neither a step nor a network nor words of the plan")
+            raise UsageError(f"{{{name}}} is neither a step nor a network nor words of the plan")
         steps = self.build(match[1])
         steps = steps[int(match[2]) :][:1] if match[2] else steps
         paths = (step.folder if match[3] else step.product for step in steps)
@@ -267,23 +237,18 @@ class Builder:
         if folder.is_dir():
             return Value(str(folder), tree_digest(folder))
         if not self.args.plan:
-            raise PlanError(f"{folder}: no such folder of data")
+            raise UsageError(f"{folder}: no such folder of data")
         self.absent.add(folder)
         return Value(str(folder), "absent")
 
 
 def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[Step], set[Path]]:
-    """The steps that the plan's last one needs, in the plan's order; data that are not there.
-
-    Raises:
-        PlanError: weights for a network that the plan does not have, neither weights nor data to
-            train a network, unknown names in braces, unreadable files.
-    """
-    builder = Builder(plan, args)
+    """The steps that the plan's last one needs, in the plan's order; data that are not there."""
+    builder, (*_, last) = Builder(plan, args), plan["steps"]
     try:
-        builder.build(list(plan["steps"])[-1])
+        builder.build(last)
     except RecursionError:
-        raise PlanError("steps of the plan need one another in a circle") from None
+        raise UsageError("steps of the plan need one another in a circle") from None
     return [s for name in plan["steps"] for s in builder.steps.get(name, ())], builder.absent
 
 
@@ -292,11 +257,6 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path =
 
     Returns:
         0, or the exit status of the command that ended otherwise: 75 where it was stopped.
-
-    Raises:
-        PlanError: a step of another stage is needed and not done, a command did not leave its
-            product.
-        BlockingIOError: another process works in the same folder.
     """
     with alone(output) as lock:
         for number, step in enumerate(steps, 1):
@@ -304,7 +264,7 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path =
                 continue
             for needed in step.inputs:
                 if not needed.is_done():
-                    raise PlanError(f"{step.name} needs {needed.name}: add --stage {needed.stage}")
+                    raise UsageError(f"{step.name} needs {needed.name}: add --stage {needed.stage}")
             print(f"\n== {number}/{len(steps)} {step.name}\n{step.shown(root)}", flush=True)
             step.folder.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
@@ -314,11 +274,11 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path =
                 print(f"{step.name} ended with status {status}; the same command continues it")
                 return status
             if not step.product.exists():
-                raise PlanError(f"{step.name} left no {step.product}; see its output above")
+                raise UsageError(f"{step.name} left no {step.product}; see its output above")
             seconds = round(time.monotonic() - started, 1)
             content = dict(step=step.name, key=step.key, command=step.shown(root))
             content["inputs"] = {needed.name: needed.key for needed in step.inputs}
-            content |= dict(seconds=seconds, date=time.strftime("%Y-%m-%d"))
+            content |= dict(seconds=seconds, date=date()[:10])
             write_json(step.folder / DONE, content, indent=1)
             print(f"-- {step.name}: {seconds:.0f} s", flush=True)
             if stop:
@@ -326,28 +286,20 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path =
     return 0
 
 
-def print_plan(title: str, steps: Sequence[Step], stages: Sequence[str], root: Path) -> None:
+def print_plan(title: str, steps: Sequence[Step], stages: Sequence[str]) -> None:
     """The steps of the stages with their commands, and the hours to expect of those to do."""
     print(f"{title}: {len(steps)} steps")
-    hours: dict[str, float] = {}
+    hours: Counter[str] = Counter()
     for step in (step for step in steps if step.stage in stages):
         state, node = "done" if step.is_done() else "to do", step.node
-        print(f"\n[{step.stage}] {step.name}: {state}\n  {step.shown(root)}")
+        print(f"\n[{step.stage}] {step.name}: {state}\n  {step.shown(ROOT)}")
         if node["hours"] and state == "to do":
             unit = node["gpu"] or "core"
-            hours[unit] = hours.get(unit, 0) + node["hours"]
+            hours[unit] += node["hours"]
             print(f"  about {node['hours']:g} hours of one {unit}: {node['basis']}")
     for unit, total in hours.items():
-        print(
-            f"\nexpected: about {total:.0f} hours of one {unit}, beside steps without an estimate"
-        )
-
-
-def name_and_value(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"write NETWORK=VALUE and not {text!r}")
-    return name, value
+        about = f"about {total:.0f} hours of one {unit}"
+        print(f"\nexpected: {about}, beside steps without an estimate")
 
 
 def resolved(text: str) -> Path:
@@ -355,10 +307,9 @@ def resolved(text: str) -> Path:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=layout)
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    pairs: dict[str, Any] = dict(type=name_and_value, action="append", default=[])
+    pairs: dict[str, Any] = dict(type=key_and_text, action="append", default=[])
     text = "mini, voc07, paper, paper_coco, or FILE.yaml"
     add("--scale", required=True, metavar="NAME", help=text)
     add("--stage", action="append", metavar="STAGE", help="may be repeated (default: all)")
@@ -370,7 +321,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--imagenet", type=resolved, metavar="DIR", help="folder with train and val")
     text = "folder of VOC 2007 (default: $DETECTRON2_DATASETS/VOC2007)"
     add("--voc-root", type=resolved, metavar="DIR", help=text)
-    add("--num-gpus", type=int, default=1, metavar="N", help="(default: 1)")
+    add("--num-gpus", type=positive, default=1, metavar="N", help="(default: 1)")
     add("--seeds", type=int, nargs="+", metavar="N", help="of the detectors (default: the plan's)")
     text = "overrides for all trainings: key=value for classifiers, KEY VALUE for detectors"
     add("--set", action="extend", nargs="+", default=[], metavar="WORD", help=text)
@@ -383,42 +334,33 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@one_line_errors
 def main(argv: list[str] | None = None) -> int:
     """Run what is not done; returns the exit status."""
     args = parse_arguments(argv)
-    try:
-        is_file = args.scale.endswith((".yaml", ".yml"))
-        file = Path(args.scale) if is_file else PLANS / f"{args.scale}.yaml"
-        if not file.is_file():
-            known = ", ".join(sorted(found.stem for found in PLANS.glob("*.yaml")))
-            raise PlanError(f"--scale {args.scale}: no plan {file}; there are {known}")
-        args.output = args.output or ROOT / "output" / "reproduction" / file.stem
-        plan = read_plan(file, args.seeds)
-        steps, absent = build_steps(plan, args)
-        known = list(dict.fromkeys(step.stage for step in steps))
-        stages = known if not args.stage or "all" in args.stage else args.stage
-        if set(stages) - set(known):
-            raise PlanError(f"--stage: the stages of this plan are {', '.join(known)}")
-        print_plan(plan["title"], steps, stages, ROOT)
-        if args.plan:
-            if absent:
-                print(f"\nnot there yet: {', '.join(map(str, sorted(absent)))}")
-                print("with these data there, the steps that read them get other folders")
-            return 0
-        left = [step for step in steps if step.stage in stages and not step.is_done()]
-        if any(step.node["gpu"] for step in left) and not torch.cuda.is_available():
-            raise PlanError(
-                "this plan is meant for GPUs and there is none here: --plan shows its steps, "
-                "--scale mini runs on a CPU"
-            )
-        status = run(steps, stages, args.output)
-    except (PlanError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
+    is_file = args.scale.endswith((".yaml", ".yml"))
+    file = Path(args.scale) if is_file else PLANS / f"{args.scale}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(found.stem for found in PLANS.glob("*.yaml")))
+        raise UsageError(f"--scale {args.scale}: no plan {file}; there are {known}")
+    args.output = args.output or ROOT / "output" / "reproduction" / file.stem
+    plan = read_plan(file, args.seeds)
+    steps, absent = build_steps(plan, args)
+    known = list(dict.fromkeys(step.stage for step in steps))
+    stages = args.stage or known
+    if set(stages) - set(known):
+        raise UsageError(f"--stage: the stages of this plan are {', '.join(known)}")
+    print_plan(plan["title"], steps, stages)
+    if args.plan:
+        if absent:
+            print(f"\nnot there yet: {', '.join(map(str, sorted(absent)))}")
+            print("with these data there, the steps that read them get other folders")
+        return 0
+    left = [step for step in steps if step.stage in stages and not step.is_done()]
+    if any(step.node["gpu"] for step in left) and not torch.cuda.is_available():
+        hint = "--plan shows its steps, --scale mini runs on a CPU"
+        raise UsageError(f"this plan is meant for GPUs and there is none here: {hint}")
+    status = run(steps, stages, args.output)
     if not status and steps[-1].stage in stages:
         print(f"\nresults: {steps[-1].product}")
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

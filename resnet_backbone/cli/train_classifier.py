@@ -14,6 +14,7 @@ from resnet_backbone.classification.config import Config, differences, load_conf
 from resnet_backbone.classification.networks import checkpoints_in, newest_weights
 from resnet_backbone.classification.run import ClassificationRun, check_processes
 from resnet_backbone.classification.trainer import FINAL
+from resnet_backbone.cli import CommandParser
 from resnet_backbone.models.analysis import count_parameters
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
@@ -49,30 +50,20 @@ MAY_CHANGE = (
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
+    add = parser.add_argument
+    text = "config and overlays, merged in order; files, or names below configs/classification"
+    add("--config-file", nargs="+", default=[], metavar="FILE", help=text)
+    add("--output-dir", metavar="DIR", help="run folder, short for output.dir=DIR")
+    text = (
+        "go on from the newest checkpoint of the run folder; its own config is used, so none is"
+        " needed (a run without checkpoint starts afresh)"
     )
-    parser.add_argument(
-        "--config-file",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="config and overlays, merged in order; files, or names below configs/classification",
-    )
-    parser.add_argument("--output-dir", metavar="DIR", help="run folder, short for output.dir=DIR")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint of the run folder; its own config is used, so none"
-        " is needed (a run without checkpoint starts afresh)",
-    )
-    parser.add_argument(
-        "--eval-only",
-        action="store_true",
-        help="evaluate the run's newest checkpoint, or model.weights=FILE, and write no file",
-    )
+    add("--resume", action="store_true", help=text)
+    text = "evaluate the run's newest checkpoint, or model.weights=FILE, and write no file"
+    add("--eval-only", action="store_true", help=text)
     add_launch_arguments(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides")
+    add("overrides", nargs="*", metavar="key=value", help="config overrides")
     args = parser.parse_intermixed_args(argv)
     # "--config-file A.yaml key=value": the list of files ends where the overrides begin
     args.overrides = [word for word in args.config_file if "=" in word] + args.overrides
@@ -193,7 +184,3 @@ def main(argv: list[str] | None = None) -> None:
     refuse_overwriting(args, config)
     launch = plan_launch(args, config.train.device, "train.device=cpu")
     run_processes(launch, work, (config, args))
-
-
-if __name__ == "__main__":
-    main()

@@ -57,6 +57,7 @@ import argparse
 import os
 import sys
 
+from resnet_backbone.cli import CommandParser
 from resnet_backbone.detection.config import CfgNode, take_back_overrides
 from resnet_backbone.detection.data.arguments import add_data_arguments
 from resnet_backbone.detection.engine.seeds import read_seeds, seed_folder, train_seeds
@@ -79,34 +80,27 @@ from resnet_backbone.runtime.signals import StopRequest
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("--config-file", help="a file, or a name: voc/faster_rcnn_R_50_FPN")
+    add("--output-dir", help="run folder (default: OUTPUT_DIR of the config)")
+    add("--resume", action="store_true", help="go on from the last checkpoint")
+    text = (
+        "evaluate the run of --output-dir, or --weights FILE; a run's own config.yaml counts, and "
+        "KEY VALUE replaces what it says; results go to the folder eval in --output-dir"
     )
-    parser.add_argument("--config-file", help="a file, or a name: voc/faster_rcnn_R_50_FPN")
-    parser.add_argument("--output-dir", help="run folder (default: OUTPUT_DIR of the config)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument(
-        "--eval-only",
-        action="store_true",
-        help="evaluate the run of --output-dir, or --weights FILE; a run's own config.yaml counts, "
-        "and KEY VALUE replaces what it says; results go to the folder eval in --output-dir",
+    add("--eval-only", action="store_true", help=text)
+    text = "MODEL.WEIGHTS FILE, and take over the input that these weights were trained on"
+    add("--weights", metavar="FILE", help=text)
+    text = (
+        "one run for each of these seeds, in seed_N inside the run folder; what is complete is left"
+        " as it is, what was interrupted goes on"
     )
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="MODEL.WEIGHTS FILE, and take over the input that these weights were trained on",
-    )
-    parser.add_argument(
-        "--seeds",
-        nargs="+",
-        metavar="N",
-        help="one run for each of these seeds, in seed_N inside the run folder; what is complete "
-        "is left as it is, what was interrupted goes on",
-    )
-    parser.add_argument("--seed-run", type=int, help=argparse.SUPPRESS)  # one run of --seeds
+    add("--seeds", nargs="+", metavar="N", help=text)
+    add("--seed-run", type=int, help=argparse.SUPPRESS)  # one run of --seeds
     add_launch_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
     take_back_overrides(args, "seeds")
     args.arguments = list(sys.argv[1:] if argv is None else argv)

@@ -18,8 +18,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils import comm
 from yaml import YAMLError
 
-from resnet_backbone.runtime.configs import find_config
 from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.files import find_config
 
 DEFAULTS = CfgNode(
     {

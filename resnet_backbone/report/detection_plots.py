@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import NamedTuple
@@ -14,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from resnet_backbone.report.gain import DetectorGroup, Gain
-from resnet_backbone.report.plots import COLORS, assign_colors, save_png
-from resnet_backbone.report.runs import Metrics, load_metrics, smooth
+from resnet_backbone.report.plots import COLORS, new_figure
+from resnet_backbone.report.runs import Metrics, smooth
 
 LOSS, AP50 = "total_loss", "bbox/AP50"  # of Detectron2's metrics.json
 OURS, REFERENCE = COLORS[0], COLORS[1]  # the first ResNet and the first VGG, in every picture
@@ -33,143 +32,71 @@ def detector_colors(groups: Sequence[DetectorGroup]) -> dict[str, str]:
 
 
 def plot_training(
-    metrics_paths: Sequence[str | os.PathLike],
-    output_png: str | os.PathLike,
-    labels: Sequence[str] | None = None,
-) -> None:
-    """Draw total loss (smoothed over a twentieth of the run, the raw one pale) and AP50 of runs.
+    metrics: Mapping[str, Sequence[Metrics]], colors: Mapping[str, str]
+) -> Figure | None:
+    """Losses (smoothed over a twentieth of the run) and AP50 during training, a line for each run.
 
-    Args:
-        metrics_paths: `metrics.json` files of Detectron2, one per run.
-        output_png: the picture, written in one go; its folder is made.
-        labels: one per run; by default the name of the folder that holds the file.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: no runs, another number of labels than of runs, or a file without metrics.
+    There is a panel for each number that a run has; None where none has any.
     """
-    paths = [os.path.abspath(path) for path in metrics_paths]
-    if not paths:
-        raise ValueError("no runs to draw; give at least one metrics.json")
-    if labels is None:
-        labels = [os.path.basename(os.path.dirname(path)) for path in paths]
-    if len(labels) != len(paths):
-        raise ValueError(f"{len(paths)} runs but {len(labels)} labels; give one label per run")
-    save_png(draw_training([load_metrics(path) for path in paths], labels), output_png)
-
-
-def draw_training(runs: Sequence[Metrics], labels: Sequence[str]) -> Figure:
-    """The figure of :func:`plot_training`."""
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    loss_axes, ap_axes = figure.subplots(2, 1, sharex=True)
-    colors = assign_colors(range(len(runs)))
-    for index, (metrics, label) in enumerate(zip(runs, labels, strict=True)):
-        if LOSS in metrics:
-            loss_axes.plot(*metrics[LOSS], color=colors[index], alpha=0.25, linewidth=0.8)
-            _draw_losses(loss_axes, [metrics[LOSS]], colors[index], label)
-        _draw_learning(ap_axes, [metrics], colors[index], label)
-    loss_axes.set_ylabel("total loss")
-    _finish_training(loss_axes)
-    _finish_training(ap_axes)
-    ap_axes.set(xlabel="iteration", ylabel="AP50 (%)")
-    return figure
-
-
-def plot_learning(groups: Sequence[DetectorGroup], colors: Mapping[str, str]) -> Figure | None:
-    """AP50 against the iteration, a line for each run; None where none evaluated on its way."""
-    runs = {group.label: [run.metrics() for run in group.runs] for group in groups}
-    if not any(len(one[AP50][0]) > 1 for found in runs.values() for one in found if AP50 in one):
+    names = {name for runs in metrics.values() for one in runs for name in one}
+    parts = sorted(name for name in names if name.startswith("loss_"))
+    shown = [name for name in (LOSS, *parts, AP50) if name in names]
+    if not shown:
         return None
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for label, found in runs.items():
-        _draw_learning(axes, found, colors[label], label)
-    _finish_training(axes)
-    axes.set(xlabel="iteration", ylabel="AP50 (%)")
+    figure, panels = _grid(len(shown), columns=3, width=4.2, height=3.2)
+    for axes, name in zip(panels, shown, strict=True):
+        for label, runs in metrics.items():
+            found = [one[name] for one in runs if name in one]
+            _draw_runs(axes, found, name != AP50, color=colors[label], label=label)
+        axes.set_title("AP50 (%)" if name == AP50 else name.replace("_", " "), fontsize="small")
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize="small")
+    figure.supxlabel("iteration", fontsize="small")
+    _shared_legend(figure, panels)
     return figure
 
 
-def _draw_learning(axes: Axes, runs: Sequence[Metrics], color: str, label: str) -> None:
-    for number, metrics in enumerate(one for one in runs if AP50 in one):
-        style = dict(color=color, marker="o", markersize=4, label=None if number else label)
-        axes.plot(*metrics[AP50], **style)
-
-
-def _finish_training(axes: Axes) -> None:
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    else:
-        axes.text(0.5, 0.5, "not in these runs", ha="center", transform=axes.transAxes)
+def _draw_runs(axes: Axes, runs, smoothed: bool, label: str, color: str) -> None:
+    style = dict(color=color, linewidth=1.6 if len(runs) == 1 else 1.0, alpha=0.85)
+    for number, (iterations, values) in enumerate(runs):
+        name = None if number else label
+        if smoothed:
+            values = smooth(values, max(1, len(values) // 20))
+        axes.plot(iterations, values, marker=None if smoothed else "o", label=name, **style)
 
 
 def _grid(count: int, columns: int, width: float, height: float, **options) -> tuple:
     """A figure and its `count` panels of so many inches, at most so many columns wide."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns, height * rows + 0.5), layout="constrained")
-    panels = np.ravel(figure.subplots(rows, columns, squeeze=False, **options))
+    figure, panels = new_figure(width * columns, height * rows + 0.5, rows, columns, **options)
+    panels = np.ravel(panels)
     for axes in panels[count:]:
         axes.set_visible(False)
     return figure, panels[:count]
 
 
-def _shared_legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    where = dict(loc="outside upper center", ncols=len(labels), fontsize="small")
-    figure.legend(handles, labels, **where)
-
-
-def plot_losses(groups: Sequence[DetectorGroup], colors: Mapping[str, str]) -> Figure | None:
-    """Training losses, smoothed over a twentieth of the run; None where no run has any."""
-    metrics = {group.label: [run.metrics() for run in group.runs] for group in groups}
-    names = {name for runs in metrics.values() for one in runs for name in one}
-    parts = sorted(name for name in names if name.startswith("loss_"))
-    shown = [LOSS, *parts] if LOSS in names else parts
-    if not shown:
-        return None
-    figure, panels = _grid(len(shown), columns=3, width=3.3, height=2.5)
-    for axes, name in zip(panels, shown, strict=True):
-        for label, runs in metrics.items():
-            _draw_losses(axes, [one[name] for one in runs if name in one], colors[label], label)
-        axes.set_title(name.replace("_", " "), fontsize="small")
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize="small")
-    figure.supxlabel("iteration", fontsize="small")
-    _shared_legend(figure, panels[0])
-    return figure
-
-
-def _draw_losses(axes: Axes, runs, color: str, label: str) -> None:
-    for number, (iterations, values) in enumerate(runs):
-        smoothed = smooth(values, max(1, len(values) // 20))
-        width = 1.6 if len(runs) == 1 else 1.0
-        name = label if number == 0 else None
-        axes.plot(iterations, smoothed, color=color, linewidth=width, alpha=0.85, label=name)
+def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    entries = {}
+    for axes in panels:
+        entries |= dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    where = dict(loc="outside upper center", ncols=len(entries), fontsize="small")
+    figure.legend(entries.values(), entries.keys(), **where)
 
 
 class Curves(NamedTuple):
-    """Interpolated precision of one detector's runs, 0..1.
-
-    Attributes:
-        label, color: of the detector.
-        precision: (runs, classes, R) at R levels of recall from 0 to 1; nan for classes without
-            ground truth.
-    """
+    """Interpolated precision of one detector's runs, 0..1; nan for classes without objects."""
 
     label: str
     color: str
-    precision: np.ndarray
+    precision: np.ndarray  # (runs, classes, R) at R levels of recall from 0 to 1
 
 
 def plot_class_gains(gains: Sequence[Gain]) -> Figure:
     """A bar for the gain of each class, largest first, a dot for each pair of runs."""
     height = 1.2 + 0.27 * len(gains[0].ours.first.classes)
-    figure = Figure(figsize=(2.5 + 5.5 * len(gains), height), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(gains)))
-    for axes, gain in zip(panels, gains, strict=True):
+    figure, panels = new_figure(2.5 + 5.5 * len(gains), height, columns=len(gains))
+    for axes, gain in zip(np.ravel(panels), gains, strict=True):
         _draw_class_gains(axes, gain)
     return figure
 
@@ -193,20 +120,18 @@ def _draw_class_gains(axes: Axes, gain: Gain) -> None:
     axes.invert_yaxis()
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.tick_params(axis="y", labelsize="small", length=0)
-    axes.grid(axis="x", alpha=0.3)
+    axes.grid(False, axis="y")
     axes.set_xlabel(f"{gain.ours.first.class_metric}, points")
     axes.set_title(gain.label, fontsize="medium")
 
 
 def plot_mean_curves(curves: Sequence[Curves]) -> Figure:
     """Mean over the classes of the interpolated precision, thin for each run, bold their mean."""
-    figure = Figure(figsize=(6, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(6, 4.5)
     for one in curves:
         _draw_curves(axes, np.nanmean(one.precision, axis=1), one.color, one.label)
     _finish_curves(axes, 0.2)
-    axes.set_xlabel("recall")
-    axes.set_ylabel("precision, interpolated, mean over classes")
+    axes.set(xlabel="recall", ylabel="precision, interpolated, mean over classes")
     axes.legend(fontsize="small")
     return figure
 
@@ -224,7 +149,7 @@ def plot_class_curves(curves: Sequence[Curves], class_names: Sequence[str]) -> F
         axes.tick_params(labelsize="x-small")
     figure.supxlabel("recall", fontsize="small")
     figure.supylabel("precision, interpolated", fontsize="small")
-    _shared_legend(figure, panels[0])
+    _shared_legend(figure, panels)
     return figure
 
 
@@ -238,15 +163,10 @@ def _draw_curves(axes: Axes, runs: np.ndarray, color: str, label: str) -> None:
 def _finish_curves(axes: Axes, step: float) -> None:
     ticks = np.arange(0, 1.01, step)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=ticks, yticks=ticks)
-    axes.grid(alpha=0.3)
 
 
 def error_shares(errors: Sequence[Mapping]) -> dict[str, float]:
-    """Errors of one run by kind, summed over the classes, in percent of the objects.
-
-    Args:
-        errors: a row for each class: class, objects, and a count for each kind.
-    """
+    """Errors of one run by kind, summed over the classes' rows, in percent of the objects."""
     objects = sum(row["objects"] for row in errors)
     kinds = [key for key in (errors[0] if errors else ()) if key not in ("class", "objects")]
     return {kind: 100 * sum(row[kind] for row in errors) / max(1, objects) for kind in kinds}
@@ -255,15 +175,9 @@ def error_shares(errors: Sequence[Mapping]) -> dict[str, float]:
 def plot_errors_by_kind(
     shares: Mapping[str, Sequence[Mapping[str, float]]], colors: Mapping[str, str]
 ) -> Figure:
-    """Kinds of errors beside each other: bars are means over the runs, dots single runs.
-
-    Args:
-        shares: detector -> for each run the result of :func:`error_shares`.
-        colors: of :func:`detector_colors`.
-    """
+    """Shares of each detector by kind: bars are means over the runs, dots single runs."""
     kinds = list(next(iter(shares.values()))[0])
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(8, 3.8)
     width = 0.8 / len(shares)
     for number, (label, runs) in enumerate(shares.items()):
         places = np.arange(len(kinds)) - 0.4 + width * (number + 0.5)
@@ -276,17 +190,13 @@ def plot_errors_by_kind(
         if len(runs) > 1:
             for row in values:
                 axes.plot(places, row, "o", color="black", markersize=2.5, alpha=0.6)
-    axes.set_xticks(range(len(kinds)), [_kind_text(kind) for kind in kinds])
+    texts = [kind.replace("missed", "missed\n(any score)") for kind in kinds]
+    axes.set_xticks(range(len(kinds)), texts)
     axes.set_ylabel("% of the objects")
     axes.margins(y=0.12)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
+    axes.grid(False, axis="x")
     axes.legend(fontsize="small")
     return figure
-
-
-def _kind_text(kind: str) -> str:
-    return "missed\n(any score)" if kind == "missed" else kind
 
 
 class Point(NamedTuple):
@@ -301,8 +211,7 @@ class Point(NamedTuple):
 
 def plot_accuracy_and_time(points: Sequence[Point]) -> Figure:
     """AP50 against seconds per image; logarithmic where times differ much."""
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(6.5, 4.2)
     for point, marker in zip(points, cycle("osD^vP*X"), strict=False):
         error = None if point.spread is None else [point.spread]
         place = ([point.seconds], [point.ap50], error)
@@ -318,7 +227,5 @@ def plot_accuracy_and_time(points: Sequence[Point]) -> Figure:
     else:
         axes.set_xlim(0, 1.25 * max(times))
     axes.margins(y=0.2)
-    axes.set_xlabel("seconds per image")
-    axes.set_ylabel("AP50 (%)")
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="seconds per image", ylabel="AP50 (%)")
     return figure

@@ -51,9 +51,7 @@ def _number_text(group: DetectorGroup, key: str) -> str:
 
 def _iterations(group: DetectorGroup) -> str:
     done = sorted({run.iterations for run in group.runs if run.iterations is not None})
-    if not done:
-        return NONE
-    return f"{done[0]:,}" if len(done) == 1 else f"{done[0]:,} to {done[-1]:,}"
+    return " to ".join(f"{number:,}" for number in dict.fromkeys(done[:1] + done[-1:])) or NONE
 
 
 def _seeds(group: DetectorGroup) -> str:
@@ -70,23 +68,15 @@ def reductions(group: DetectorGroup) -> list[str]:
     task = TASKS.get(task_of_run(run))
     if task is None:
         return []
-    notes = []
-    whole = task.iterations * task.images_per_batch
-    if run.iterations is not None and run.images_per_batch:
-        seen = run.iterations * run.images_per_batch
-        if seen < whole:
-            notes.append(f"{seen:,} images seen in training, not {whole:,}")
-    for names, least, verb in (
-        (run.train, task.train_images, "trained on"),
-        (run.test, task.test_images, "measured on"),
-    ):
-        images = run.images_of(names)
-        if images and images < least:
-            notes.append(f"{verb} {images:,} images, not {least:,}")
-    side = run.config.get("INPUT.MIN_SIZE_TEST")
-    if side and side < task.short_side:
-        notes.append(f"short side {side} px, not {task.short_side}")
-    return notes
+    seen = (run.iterations or 0) * (run.images_per_batch or 0)
+    facts = (
+        ("{:,} images seen in training", seen, task.iterations * task.images_per_batch),
+        ("trained on {:,} images", run.images_of(run.train), task.train_images),
+        ("measured on {:,} images", run.images_of(run.test), task.test_images),
+        ("short side {} px", run.config.get("INPUT.MIN_SIZE_TEST"), task.short_side),
+    )
+    short = [fact for fact in facts if fact[1] and fact[1] < fact[2]]
+    return [f"{text.format(found)}, not {whole:,}" for text, found, whole in short]
 
 
 def data_text(group: DetectorGroup) -> str:
@@ -155,31 +145,22 @@ def _our_cells(found: DetectorGroup | Gain, metric: str) -> list[str]:
 
 
 class Row(NamedTuple):
-    """A row of tools/evaluate_detector.py.
-
-    Attributes:
-        numbers: AP in percent.
-        seconds: per image, if measured.
-        run: folder of the detector.
-        test: data sets that it was evaluated on; empty: not known.
-    """
+    """A row of tools/evaluate_detector.py."""
 
     name: str
-    numbers: dict[str, float]
-    seconds: float | None
-    run: str = ""
-    test: tuple[str, ...] = ()
+    numbers: dict[str, float]  # AP in percent
+    seconds: float | None  # per image, if measured
+    run: str  # folder of the detector
+    test: tuple[str, ...]  # data sets that it was evaluated on; empty: not known
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Read the rows of an evaluation: name, results (bbox), seconds per image.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a damaged file, or one without rows.
-    """
-    rows = [read_row(row) for row in _raw_rows(read_table(path)) if isinstance(row, dict)]
-    if not rows or any(not row.name or "AP50" not in row.numbers for row in rows):
+    """Read the rows of tools/evaluate_detector.py: name, results (bbox), seconds per image."""
+    try:
+        rows = [read_row(row) for row in read_table(path)["rows"]]
+    except (KeyError, TypeError, AttributeError):
+        rows = []
+    if not rows or any("AP50" not in row.numbers for row in rows):
         raise ValueError(
             f"{path} has no rows with a name and AP50: give results.json of "
             "tools/evaluate_detector.py"
@@ -187,24 +168,13 @@ def load_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _raw_rows(content: Mapping[str, Any]) -> list[Any]:
-    rows = content.get("rows") or ()
-    if isinstance(rows, dict):
-        return [{"name": name, **row} for name, row in rows.items()]
-    return list(rows)
-
-
 def read_row(row: Mapping[str, Any]) -> Row:
     """A row as tools/evaluate_detector.py records it."""
-    numbers = row.get("results", row)
-    numbers = numbers.get("bbox", numbers)
-    kept = {k: float(v) for k, v in numbers.items() if k in METRICS and v is not None}
-    name = row.get("name") or row.get("row") or row.get("label") or ""
-    try:  # the test sets are in the config's YAML
-        test = tuple(yaml.safe_load(row.get("config") or "")["DATASETS"]["TEST"])
-    except (yaml.YAMLError, KeyError, TypeError):
-        test = ()
-    return Row(str(name), kept, row.get("seconds_per_image"), str(row.get("run", "")), test)
+    numbers = row["results"]["bbox"].items()
+    kept = {key: float(value) for key, value in numbers if key in METRICS and value is not None}
+    config = yaml.safe_load(row.get("config") or "{}")  # has the test sets
+    test = tuple(config.get("DATASETS", {}).get("TEST", ()))
+    return Row(row["name"], kept, row.get("seconds_per_image"), str(row.get("run", "")), test)
 
 
 def improvements_section(rows: Sequence[Row]) -> str:
@@ -265,11 +235,7 @@ def _class_gain(found: Difference | None) -> str:
 
 
 def provenance_section(groups: Sequence[DetectorGroup], commands: Mapping[str, str]) -> str:
-    """For every detector what it was evaluated on, how it is reduced, and each run's command.
-
-    Args:
-        commands: of :func:`~resnet_backbone.report.table.show_commands`.
-    """
+    """For every detector what it was evaluated on, how it is reduced, and each run's command."""
     parts = []
     for group in groups:
         lines = [f"**{group.label}**: {_evaluated(group.first)}."]
@@ -283,53 +249,40 @@ def provenance_section(groups: Sequence[DetectorGroup], commands: Mapping[str, s
 def rows_provenance(path: Path, commands: Mapping[str, str]) -> str:
     """Command, hardware and dates of the rows of tools/evaluate_detector.py."""
     content = read_table(path)
-    rows = _raw_rows(content)
-    facts = [
-        " and ".join(dict.fromkeys(filter(None, texts)))
-        for texts in (
-            [hardware_text(row.get("hardware")) for row in rows],
-            [str(row.get("precision") or "") for row in rows],
-            [str(row.get("date") or "")[:10] for row in rows],
-        )
-    ]
-    known = "; ".join(fact for fact in facts if fact) or f"hardware {NOT_RECORDED}"
+    rows = content["rows"]
+    columns = (
+        [hardware_text(row.get("hardware")) for row in rows],
+        [row.get("precision", "") for row in rows],
+        [row.get("date", "")[:10] for row in rows],
+    )
+    facts = [" and ".join(dict.fromkeys(filter(None, texts))) for texts in columns]
+    known = "; ".join(filter(None, facts)) or f"hardware {NOT_RECORDED}"
     command = commands.get(content.get("command"), NOT_RECORDED)
     return f"Improvements in testing: {known}  \n`{command}`"
 
 
 def _evaluated(run: DetectorRun) -> str:
-    images, objects = run.images_of(run.test), run.objects
-    parts = [f"{images:,} images"] if images else []
-    if objects:
-        difficult = sum(row["difficult"] for row in run.details["classes"])
-        parts.append(f"{sum(objects.values()):,} boxes")
-        parts += [f"{difficult:,} difficult ones (which count neither way)"] if difficult else []
+    difficult = sum(row["difficult"] for row in run.details.get("classes", ()))
+    counts = {
+        "images": run.images_of(run.test),
+        "boxes": sum(run.objects.values()),
+        "difficult ones (which count neither way)": difficult,
+    }
+    parts = [f"{count:,} {what}" for what, count in counts.items() if count]
     return "evaluated on " + (", ".join(parts) or f"{' + '.join(run.test)}, size {NOT_RECORDED}")
 
 
 def _run_text(run: DetectorRun, commands: Mapping[str, str]) -> str:
     seed = NOT_RECORDED if run.seed is None else run.seed
     score = run.numbers.get("AP50")
-    facts = [hardware(run), versions(run), date(run)]
-    known = "; ".join(fact for fact in facts if fact)
+    ap50 = NONE if score is None else f"{score:.2f}"
+    known = "; ".join(filter(None, [hardware(run), versions(run), date(run)]))
     command = commands.get(run.results.get("command"), NOT_RECORDED)
-    return (
-        f"- seed {seed}, AP50 {NONE if score is None else f'{score:.2f}'}; {known}  \n  `{command}`"
-    )
+    return f"- seed {seed}, AP50 {ap50}; {known}  \n  `{command}`"
 
 
 def hardware(run: DetectorRun) -> str:
-    """The GPU or CPU, from results.json or the environment that the log has."""
-    given = hardware_text(run.results.get("hardware"))
-    if given:
-        return given
-    gpus = re.findall(r"^GPU \d[\d,]*\s+(.+?)(?: \(arch.*)?$", run.log, re.MULTILINE)
-    if gpus and run.config.get("MODEL.DEVICE") != "cpu":
-        return gpus[0].strip()
-    if run.config.get("MODEL.DEVICE") == "cpu":
-        capability = re.search(r"CPU capability usage: (\S+)", run.log)
-        return f"CPU ({capability[1]})" if capability else "CPU"
-    return f"hardware {NOT_RECORDED}"
+    return hardware_text(run.results.get("hardware")) or f"hardware {NOT_RECORDED}"
 
 
 def timing(run: DetectorRun) -> str:
@@ -341,21 +294,15 @@ def timing(run: DetectorRun) -> str:
 
 
 def versions(run: DetectorRun) -> str:
-    """PyTorch's version and Detectron2's build, as the log has them."""
-    found = dict(re.findall(r"^(PyTorch|detectron2)\s+(\S+) @", run.log, re.MULTILINE))
-    if "detectron2" in found:
-        build = found.pop("detectron2")
-        found["Detectron2"] = DETECTRON2_BUILDS.get(build, build)
-    return ", ".join(f"{name} {version}" for name, version in found.items())
+    """PyTorch's version and Detectron2's build."""
+    known = run.results.get("versions", {})
+    build = known.get("detectron2") or known.get("sal-detectron2")
+    found = {"PyTorch": known.get("torch"), "Detectron2": DETECTRON2_BUILDS.get(build, build)}
+    return ", ".join(f"{name} {version}" for name, version in found.items() if version)
 
 
 def date(run: DetectorRun) -> str:
     """Day of the results, or of the run's first start as TensorBoard's file says; "" else."""
-    given = run.results.get("date")
-    if given:
-        return str(given)[:10]
-    starts = [EVENTS.match(name) for name in os.listdir(run.folder)]
-    starts = [int(match[1]) for match in starts if match]
-    if not starts:
-        return ""
-    return datetime.fromtimestamp(min(starts), timezone.utc).strftime("%Y-%m-%d")
+    names = map(EVENTS.match, os.listdir(run.folder))
+    starts = [datetime.fromtimestamp(int(name[1]), timezone.utc) for name in names if name]
+    return (run.results.get("date") or str(min(starts, default="")))[:10]

@@ -10,8 +10,8 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -50,30 +50,21 @@ def with_defaults(runs: Iterable[DetectorRun]) -> list[DetectorRun]:
     return [replace(run, config={**defaults, **run.config}) for run in runs]
 
 
-@dataclass(frozen=True)
-class Truth:
+class Truth(NamedTuple):
     """A test set.
 
-    Attributes:
-        classes: names in the order of the category ids.
-        images: one dict each: image_id, file_name, boxes (N, 4) as VOC's 1-based inclusive
-            pixels, classes (N,), difficult (N,).
+    Of each image: image_id, file_name, boxes (N, 4) as VOC's 1-based inclusive pixels, classes
+    (N,), difficult (N,).
     """
 
-    classes: list[str]
+    classes: list[str]  # in the order of the category ids
     images: list[dict[str, Any]]
 
 
 def load_truth(run: DetectorRun, voc_root: str | None = None) -> Truth:
-    """The annotations that a run was evaluated on.
+    """The annotations that a run was evaluated on, in VOC layout.
 
-    Args:
-        run: with one test set in VOC layout: of ``--voc-root``, or one of Detectron2's names.
-        voc_root: its folder; by default the one in the run's command, or Detectron2's own.
-
-    Raises:
-        NoDetections: the folder is not known or not there.
-        DataError: the folder lacks the split.
+    They are below `voc_root`, by default the folder in the run's command, or Detectron2's own.
     """
     if len(run.test) != 1 or run.class_metric != "AP50":
         raise NoDetections("they need runs on a single test set in VOC layout")
@@ -82,68 +73,45 @@ def load_truth(run: DetectorRun, voc_root: str | None = None) -> Truth:
     records, report = scan_voc(root, split, classes, decode=False, progress=True)
     if not report.annotated:
         raise NoDetections(f"the split {split} has no annotations")
-    images = [
-        {
-            "image_id": record["image_id"],
-            "file_name": record["file_name"],
-            "boxes": np.array([a["bbox"] for a in record["annotations"]]).reshape(-1, 4) + TO_VOC,
-            "classes": np.array([a["category_id"] for a in record["annotations"]], dtype=int),
-            "difficult": np.array([a["difficult"] for a in record["annotations"]], dtype=bool),
-        }
-        for record in records
-    ]
+    images = []
+    for record in records:
+        found = record["annotations"]
+        image = {key: record[key] for key in ("image_id", "file_name")}
+        image["boxes"] = np.array([a["bbox"] for a in found]).reshape(-1, 4) + TO_VOC
+        image["classes"] = np.array([a["category_id"] for a in found], dtype=int)
+        image["difficult"] = np.array([a["difficult"] for a in found], dtype=bool)
+        images.append(image)
     return Truth(classes, images)
 
 
 def _locate(run: DetectorRun, voc_root: str | None) -> tuple[str, str]:
     """Folder and split of the run's test set."""
     name = run.test[0]
-    registered = REGISTERED.fullmatch(name)
-    if registered:
+    if registered := REGISTERED.fullmatch(name):
         default = os.environ.get("DETECTRON2_DATASETS", "datasets")
-        root = voc_root or os.path.join(default, f"VOC{registered[1]}")
-        split = registered[2]
+        root, split = os.path.join(default, f"VOC{registered[1]}"), registered[2]
     else:
-        root, split = voc_root or _option(run, "--voc-root"), name.partition(":")[2]
-    if not root or not split or not os.path.isdir(root):
+        words = [*shlex.split(run.results.get("command") or ""), "--voc-root", ""]
+        root, split = words[words.index("--voc-root") + 1], name.partition(":")[2]
+    root = voc_root or root
+    if not split or not os.path.isdir(root):
         if voc_root:
             raise NoDetections(f"there is no folder {voc_root}")
         raise NoDetections(f"the images of {name} are not here; give their folder with --voc-root")
     return root, split
 
 
-def _option(run: DetectorRun, option: str) -> str:
-    try:
-        words = shlex.split(run.results.get("command") or "")
-    except ValueError:
-        return ""
-    return next((b for a, b in zip(words, words[1:], strict=False) if a == option), "")
-
-
-@dataclass(frozen=True)
-class RunDetections:
-    """A run's detections, matched with the ground truth.
-
-    Attributes:
-        run: it.
-        truth, found: tables of :func:`~resnet_backbone.detection.evaluation.voc_ap.read_boxes`;
-            the first is the same for all runs.
-        numbers: of `score_boxes` at IoU .5.
-    """
+class RunDetections(NamedTuple):
+    """A run's detections, matched with the ground truth."""
 
     run: DetectorRun
-    truth: Table
+    truth: Table  # of read_boxes; the same for all runs
     found: Table
-    numbers: Mapping[str, Any]
+    numbers: Mapping[str, Any]  # of score_boxes at IoU .5
 
 
 def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
-    """Read a run's detections.json and match it with the annotations.
-
-    Raises:
-        NoDetections: no such file.
-        ValueError: a damaged file, or one that does not give the run's AP50.
-    """
+    """Read a run's detections.json and match it with the annotations."""
     path = run.inference / DETECTIONS
     if not path.is_file():
         raise NoDetections(f"{run.folder.name} has no {DETECTIONS}; evaluate it again")
@@ -179,11 +147,7 @@ def _by_image(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def interpolated_precision(numbers: Mapping[str, Any], levels: int = RECALL_LEVELS) -> np.ndarray:
-    """The best precision at each level of recall or above it, as VOC's AP has it.
-
-    Args:
-        numbers: of `score_boxes` or `evaluate_voc`.
-        levels: R, evenly from 0 to 1.
+    """The best precision at each of R levels of recall from 0 to 1 or above it, as VOC's AP has it.
 
     Returns:
         (classes, R), 0..1: 0 beyond the highest recall, nan for a class without ground truth.
@@ -202,32 +166,17 @@ def interpolated_precision(numbers: Mapping[str, Any], levels: int = RECALL_LEVE
 def load_all(
     groups: Sequence[DetectorGroup], voc_root: str | None = None
 ) -> tuple[Truth, list[list[RunDetections]]]:
-    """The test set of some groups, and for each group its runs' detections.
-
-    Raises:
-        NoDetections, ValueError: see :func:`load_truth` and :func:`load_detections`.
-    """
+    """The test set of some groups, and for each group its runs' detections."""
     truth = load_truth(groups[0].first, voc_root)
-    with tqdm(total=sum(len(group.runs) for group in groups), desc="detections") as bar:
-        found = []
-        for group in groups:
-            found.append([])
-            for run in group.runs:
-                found[-1].append(load_detections(run, truth))
-                bar.update()
-    return truth, found
+    bar = tqdm(groups, desc="detections", unit="detector")
+    return truth, [[load_detections(run, truth) for run in group.runs] for group in bar]
 
 
-def draw_images(images: int, draws: int = DRAWS, seed: int = DRAWS_SEED) -> np.ndarray:
-    """Test sets of as many images, drawn with replacement.
-
-    Returns:
-        (draws, images): how many times each image was drawn.
-    """
-    generator = np.random.default_rng(seed)
-    return np.array([
-        np.bincount(generator.integers(0, images, images), minlength=images) for _ in range(draws)
-    ])  # fmt: skip
+def draw_images(images: int, draws: int = DRAWS) -> np.ndarray:
+    """Test sets of as many images, drawn with replacement: (draws, images) times of each image."""
+    rng = np.random.default_rng(DRAWS_SEED)
+    chosen = (rng.integers(0, images, images) for _ in range(draws))
+    return np.array([np.bincount(one, minlength=images) for one in chosen])
 
 
 def resample(run: RunDetections, counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -242,71 +191,47 @@ def resample(run: RunDetections, counts: np.ndarray) -> dict[str, np.ndarray]:
     Returns:
         Metric -> (R,), in percent, mean over the classes with objects.
     """
-    area, eleven = [], []  # for each class (T, R), (R,)
-    for class_id in range(len(run.numbers["num_ground_truth"])):
-        parts = [
-            _resample_class(run, class_id, counts[start : start + DRAWS_AT_ONCE])
-            for start in range(0, len(counts), DRAWS_AT_ONCE)
-        ]
-        area.append(np.concatenate([part[0] for part in parts], axis=1))
-        eleven.append(np.concatenate([part[1] for part in parts]))
     at50, at75 = (COCO_IOU_THRESHOLDS.index(iou) for iou in (0.5, 0.75))
-    by_class = np.array(area)
-    columns = {
-        "AP": by_class.mean(axis=1),
-        "AP50": by_class[:, at50],
-        "AP75": by_class[:, at75],
-        ELEVEN_POINT: np.array(eleven),
-    }
-    return {key: 100 * np.nanmean(values, axis=0) for key, values in columns.items()}
+    parts: dict[str, list[np.ndarray]] = {}
+    for start in range(0, len(counts), DRAWS_AT_ONCE):
+        part = counts[start : start + DRAWS_AT_ONCE]
+        by_class = [_resample_class(run, c, part) for c in range(len(run.numbers["recall"]))]
+        area, eleven = map(np.array, zip(*by_class, strict=True))  # (C, T, R), (C, R)
+        columns = {"AP": area.mean(axis=1), "AP50": area[:, at50], "AP75": area[:, at75]}
+        for key, values in (columns | {ELEVEN_POINT: eleven}).items():
+            parts.setdefault(key, []).append(100 * np.nanmean(values, axis=0))
+    return {key: np.concatenate(values) for key, values in parts.items()}
 
 
 def _resample_class(
     run: RunDetections, class_id: int, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Area under the envelope (T, R) and 11-point AP (R,) of a class; nan without objects.
-
-    The envelope of precision has its steps at right detections: what lies between two of them
-    enters as a sum.
-    """
+    """Area under the envelope (T, R) and 11-point AP (R,) of a class; nan without objects."""
     truth, found = run.truth, run.found
-    weights = np.ascontiguousarray(counts.T, dtype=np.float32)  # (images, R); sums are exact
+    weights = counts.T.astype(np.float64)  # (images, R)
     mine = (truth["classes"] == class_id) & ~truth["difficult"]
     objects = weights[truth["image"][mine]].sum(axis=0)
     rows = np.flatnonzero(found["classes"] == class_id)
     rows = rows[np.argsort(-found["scores"][rows], kind="stable")]
-    on = np.flatnonzero(found["iou"][rows] > min(COCO_IOU_THRESHOLDS))  # of the others only sums
-    everything = np.ones(len(rows), dtype=bool)
+    iou, match, hard = (found[key][rows] for key in ("iou", "match", "difficult"))
     of_image = weights[found["image"][rows]]
-    so_far = _sums_before(of_image, everything, on) + of_image[on]  # detections, (on, R)
-    of_image = of_image[on]
-    iou, match, hard = (found[key][rows][on] for key in ("iou", "match", "difficult"))
+    so_far = of_image.cumsum(axis=0)  # detections, (rows, R)
     area, eleven = [], None
     for threshold in COCO_IOU_THRESHOLDS:
         over = iou > threshold
-        counted = np.flatnonzero(over & ~hard)
+        counted, ignored = np.flatnonzero(over & ~hard), np.flatnonzero(over & hard)
         right = np.sort(counted[np.unique(match[counted], return_index=True)[1]])
-        reached = of_image[right].cumsum(axis=0, dtype=np.float64)
-        total = so_far[right] - _sums_before(of_image, over & hard, right)
+        skipped = np.pad(of_image[ignored].cumsum(axis=0), ((1, 0), (0, 0)))
+        total = so_far[right] - skipped[np.searchsorted(ignored, right)]
+        reached = of_image[right].cumsum(axis=0)
         precision = reached / np.maximum(total, np.finfo(np.float64).eps)
         envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
         with np.errstate(divide="ignore", invalid="ignore"):
             mean = (of_image[right] * envelope).sum(axis=0) / objects
             area.append(np.where(objects > 0, mean, np.nan))
             if threshold == CURVE_IOU:
-                eleven = _eleven_points(reached / objects.astype(np.float64), envelope)
+                eleven = _eleven_points(reached / objects, envelope)
     return np.array(area), np.where(objects > 0, eleven, np.nan)
-
-
-def _sums_before(values: np.ndarray, chosen: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """For each of the rising places the sum (places, R) of the chosen rows before it."""
-    sums = np.zeros((len(places), values.shape[1]))
-    rows = np.flatnonzero(chosen[: places[-1]]) if len(places) else places
-    starts = np.searchsorted(rows, np.append(0, places[:-1]))[: len(places)]
-    full = np.append(starts[1:], len(rows)) > starts  # reduceat has no empty sums
-    if len(rows):
-        sums[full] = np.add.reduceat(values[rows], starts[full], axis=0)
-    return sums.cumsum(axis=0)
 
 
 def _eleven_points(recall: np.ndarray, envelope: np.ndarray) -> np.ndarray:
@@ -322,10 +247,7 @@ def resample_groups(
 ) -> None:
     """Give each group its :attr:`~.gain.DetectorGroup.draws`: the same test sets for all."""
     counts = draw_images(images)
-    with tqdm(total=sum(map(len, detections)), desc="intervals") as bar:
-        for group, runs in zip(groups, detections, strict=True):
-            found = []
-            for run in runs:
-                found.append(resample(run, counts))
-                bar.update()
-            group.draws = {key: np.mean([one[key] for one in found], axis=0) for key in found[0]}
+    bar = tqdm(detections, desc="intervals", unit="detector")
+    for group, runs in zip(groups, bar, strict=True):
+        found = [resample(run, counts) for run in runs]
+        group.draws = {key: np.mean([one[key] for one in found], axis=0) for key in found[0]}

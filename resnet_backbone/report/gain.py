@@ -6,7 +6,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,16 +38,14 @@ class DetectorGroup(Group[DetectorRun]):
     """Runs of one detector and recipe.
 
     Attributes:
-        label: its title, with a letter where other groups have the same title.
-        particulars: what those groups do not have, "KEY value".
         draws: metric -> (R,) its mean over the runs on each of R resampled test sets, in percent,
             the same test sets for all groups; empty where the boxes were not read.
     """
 
     def __init__(self, runs: Sequence[DetectorRun]):
         super().__init__(runs)
-        self.label = self.first.title
-        self.particulars: tuple[str, ...] = ()
+        self.label = self.first.title  # with a letter where other groups have the same title
+        self.particulars: tuple[str, ...] = ()  # what those groups do not have, "KEY value"
         self.draws: dict[str, np.ndarray] = {}
 
     def class_values(self, name: str) -> list[float]:
@@ -58,19 +56,6 @@ class DetectorGroup(Group[DetectorRun]):
     def interval(self, key: str) -> tuple[float, float] | None:
         """The 95 % interval of a metric over the resampled test sets."""
         return _interval(self.draws[key]) if key in self.draws else None
-
-    def seconds_per_image(self, measured: Mapping[Path, float] | None = None) -> float | None:
-        """Mean over the runs for which it was measured; None without any.
-
-        Args:
-            measured: by run folder, resolved; by default what the runs' own evaluations took.
-        """
-        if measured is None:
-            found = [run.results.get("seconds_per_image") for run in self.runs]
-        else:
-            found = [measured.get(run.folder.resolve()) for run in self.runs]
-        found = [seconds for seconds in found if seconds is not None]
-        return statistics.fmean(found) if found else None
 
     def differing_keys(self, other: DetectorGroup) -> dict[str, tuple[Any, Any]]:
         """Keys of the recipe -> their values here and there; those of one side alone left out."""
@@ -83,13 +68,7 @@ class DetectorGroup(Group[DetectorRun]):
 
 
 def group_runs(runs: Sequence[DetectorRun]) -> list[DetectorGroup]:
-    """Group runs that differ in their seeds alone: VGG first, then by depth and head.
-
-    Raises:
-        ValueError: no runs, the same seed twice, or runs of different test sets.
-    """
-    if not runs:
-        raise ValueError("no runs to report; give at least one run folder")
+    """Group runs that differ in their seeds alone: VGG first, then by depth and head."""
     _check_same_test(runs)
     members: dict[str, list[DetectorRun]] = {}
     for run in runs:
@@ -137,38 +116,24 @@ def _name_apart(group: DetectorGroup, same: Sequence[DetectorGroup]) -> None:
 
 
 class Difference(NamedTuple):
-    """Mean of one set of values less that of another.
-
-    Attributes:
-        mean: the difference.
-        error: its standard error, of two independent samples (Welch); None with a single value
-            on either side.
-        low, high: the smallest and the largest difference of two values, one from each set.
-        pairs: how many such pairs there are.
-    """
+    """Mean of one set of values less that of another."""
 
     mean: float
-    error: float | None
-    low: float
-    high: float
-    pairs: int
+    error: float | None  # its standard error (Welch); None with a single value on either side
+    low: float  # the smallest difference of two values, one from each set
+    high: float  # the largest
+    pairs: int  # how many such pairs there are
 
 
 def difference(values: Sequence[float], reference: Sequence[float]) -> Difference | None:
     """What `values` have over `reference`; None where one of them is empty."""
     if not values or not reference:
         return None
-    error = None
+    error, mean = None, statistics.fmean(values) - statistics.fmean(reference)
     if len(values) > 1 and len(reference) > 1:
-        parts = [statistics.variance(v) / len(v) for v in (values, reference)]
-        error = math.sqrt(sum(parts))
-    return Difference(
-        statistics.fmean(values) - statistics.fmean(reference),
-        error,
-        min(values) - max(reference),
-        max(values) - min(reference),
-        len(values) * len(reference),
-    )
+        error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (values, reference)))
+    low, high = min(values) - max(reference), max(values) - min(reference)
+    return Difference(mean, error, low, high, len(values) * len(reference))
 
 
 @dataclass(frozen=True)
@@ -223,14 +188,10 @@ def find_gains(groups: Sequence[DetectorGroup], reference: Path | None = None) -
     """What is compared with what.
 
     Args:
-        groups: of :func:`group_runs`.
         reference: folder of a run with whose group all others are compared. By default each
             ResNet is compared with the VGG of the same head, data, sizes and schedule (of several
             with the one whose config differs least); without any such pair, all groups with the
             first one.
-
-    Raises:
-        ValueError: no group has the reference.
     """
     if reference is not None:
         path = reference.resolve()
@@ -248,10 +209,12 @@ def find_gains(groups: Sequence[DetectorGroup], reference: Path | None = None) -
 
 
 def _matches(a: DetectorRun, b: DetectorRun) -> bool:
-    return (
-        (a.head, a.planned_iterations, a.images_per_batch, bool(a.weights))
-        == (b.head, b.planned_iterations, b.images_per_batch, bool(b.weights))
-    ) and all(a.config.get(key) == b.config.get(key) for key in SAME)
+    one, other = (
+        [run.head, run.planned_iterations, run.images_per_batch, bool(run.weights)]
+        + [run.config.get(key) for key in SAME]
+        for run in (a, b)
+    )
+    return one == other
 
 
 def signed(value: float) -> str:
@@ -284,24 +247,23 @@ def describe_gain(gain: Gain, key: str = "AP50") -> str:
     else:
         side = "above" if found.mean > 0 else "below"
         text = f"{ours} is **{abs(found.mean):.2f} points of {key} {side}** {reference}"
-    counts = [len(group.runs) for group in (gain.ours, gain.reference)]
-    notes = [f"{counts[0]} and {counts[1]} runs"]
-    if counts[0] == counts[1]:
-        notes = ["one run each" if counts[0] == 1 else f"{counts[0]} runs each"]
+    mine, theirs = len(gain.ours.runs), len(gain.reference.runs)
+    notes = [f"{mine} and {theirs} runs"]
+    if mine == theirs:
+        notes = ["one run each" if mine == 1 else f"{mine} runs each"]
     if found.error is not None:
+        ends = f"from {signed(found.low)} to {signed(found.high)}"
         notes.append(f"standard error of the difference {found.error:.2f}")
-        pairs = f"from {signed(found.low)} to {signed(found.high)} over the {found.pairs} pairs"
-        notes.append(f"{pairs} of runs")
-    interval = gain.interval(key)
+        notes.append(f"{ends} over the {found.pairs} pairs of runs")
+    verdict, interval = _verdict(found, ours, reference), gain.interval(key)
     if interval:
         low, high = map(signed, interval)
         notes.append(f"{COVERAGE} % interval over test images {low} to {high}")
-    sentences = [f"{text} ({'; '.join(notes)}).", _verdict(found, ours, reference)]
-    if interval and not interval[0] <= 0 <= interval[1]:
-        sentences.append("The choice of test images does not explain it.")
-    elif interval:
-        sentences.append("Other test images may turn it round.")
-    return " ".join(sentences)
+        if interval[0] <= 0 <= interval[1]:
+            verdict += " Other test images may turn it round."
+        else:
+            verdict += " The choice of test images does not explain it."
+    return f"{text} ({'; '.join(notes)}). {verdict}"
 
 
 def _verdict(found: Difference, ours: str, reference: str) -> str:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from resnet_backbone.models.layers import ConvNorm, ConvNormAct
 from resnet_backbone.report.published import Network
 from resnet_backbone.report.runs import METRICS, Metrics, Run, smooth
+from resnet_backbone.runtime.files import whole_file
 
 # Okabe and Ito's colors, told apart by color-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -27,6 +29,12 @@ LEAST_DROP = 1.9  # a learning rate divided by this or more is a drop of the sch
 PANELS = {"plain": "plain networks", "ResNet": "residual networks"}
 MOST_NUMBERS = 25  # classes up to which the cells of a confusion matrix have numbers
 MOST_NAMES = 60  # ... and its axes have names
+STYLE = {
+    "figure.constrained_layout.use": True,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+}
 
 
 def assign_colors(keys: Iterable[Hashable]) -> dict[Hashable, str]:
@@ -34,17 +42,18 @@ def assign_colors(keys: Iterable[Hashable]) -> dict[Hashable, str]:
     return {key: COLORS[i % len(COLORS)] for i, key in enumerate(dict.fromkeys(keys))}
 
 
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A figure of so many inches in the style of all plots, and its panel or array of panels."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        return figure, figure.subplots(rows, columns, **options)
+
+
 def save_png(figure: Figure, path: str | os.PathLike) -> None:
     """Write a picture (120 dpi): complete or not at all; its folder is made."""
-    FigureCanvasAgg(figure)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def lr_drops(metrics: Metrics) -> list[int]:
@@ -68,8 +77,8 @@ def smooth_between(
 def error_range(finals: Sequence[float]) -> tuple[float, float]:
     """Limits of the error axis, in %, for runs that end at these errors.
 
-    (0, 20) for the paper's CIFAR-10 runs, as in Fig. 6; about (20, 50) for ImageNet; more where
-    a run is short or fails, so that every curve ends within the picture.
+    (0, 20) for the paper's CIFAR-10 runs, as in Fig. 6; about (20, 50) for ImageNet; wider where
+    a curve would end outside.
     """
     good = [value for value in finals if math.isfinite(value)]
     if not good:
@@ -77,46 +86,6 @@ def error_range(finals: Sequence[float]) -> tuple[float, float]:
     top = min(100.0, max(20.0, 5.0 * math.ceil(1.4 * max(good) / 5)))
     bottom = 0.0 if min(good) < 15 else 10.0 * math.floor(0.85 * min(good) / 10)
     return bottom, top
-
-
-def plot_errors(
-    runs: Sequence[Run],
-    output_png: str | os.PathLike,
-    labels: Sequence[str | None] | None = None,
-    together: bool = False,
-) -> None:
-    """Draw error against iterations: training dashed and thin, test bold, one color a network.
-
-    The training error is the error of the augmented images while they train, averaged over the
-    logging windows and smoothed between drops of the learning rate (dotted lines). Plain and
-    residual networks get a panel each, as in the paper, where both are given. Runs of the same
-    label, such as several seeds, share color and legend entry, which gives their mean last test
-    error.
-
-    Args:
-        runs: with metrics.jsonl.
-        output_png: the picture, written in one go; its folder is made.
-        labels: one per run or None; by default the network's name.
-        together: one panel for all.
-
-    Raises:
-        FileNotFoundError: a run without metrics.jsonl.
-        ValueError: no runs, another number of labels than of runs, or metrics without errors.
-    """
-    if not runs:
-        raise ValueError("no runs to draw; give at least one run folder")
-    labels = list(labels or [None] * len(runs))
-    if len(labels) != len(runs):
-        raise ValueError(f"{len(runs)} runs but {len(labels)} labels; give one label per run")
-    labels = [label or run.network.title for run, label in zip(runs, labels, strict=True)]
-    series = [run.metrics() for run in runs]
-    for run, metrics in zip(runs, series, strict=True):
-        if TEST not in metrics and TRAIN not in metrics:
-            raise ValueError(
-                f"{run.folder / METRICS} has neither {TRAIN} nor {TEST}: give a run folder of "
-                "tools/train_classifier.py"
-            )
-    save_png(_draw_errors(runs, series, labels, together), output_png)
 
 
 class Line(NamedTuple):
@@ -127,27 +96,43 @@ class Line(NamedTuple):
     color: str
 
 
-def _draw_errors(
-    runs: Sequence[Run], series: Sequence[Metrics], labels: Sequence[str], together: bool
-) -> Figure:
-    families = [family for family in PANELS if family in {run.network.family for run in runs}]
-    split = len(families) == 2 and len({r.network.family for r in runs}) == 2 and not together
+def plot_errors(runs: Sequence[Run], labels: Sequence[str], together: bool = False) -> Figure:
+    """Error against iterations: training dashed and thin, test bold, one color a network.
+
+    The training error is the error of the augmented images while they train, averaged over the
+    logging windows and smoothed between drops of the learning rate (dotted lines). Plain and
+    residual networks get a panel each, as in the paper, where both are given. Runs of the same
+    label, such as several seeds, share color and legend entry, which gives their mean last test
+    error.
+
+    Args:
+        labels: one per run; "" for the network's name.
+        together: one panel for all.
+    """
+    labels = [label or run.network.title for run, label in zip(runs, labels, strict=True)]
+    series = [run.metrics() for run in runs]
+    for run, metrics in zip(runs, series, strict=True):
+        if TEST not in metrics and TRAIN not in metrics:
+            raise ValueError(
+                f"{run.folder / METRICS} has neither {TRAIN} nor {TEST}: give a run folder of "
+                "tools/train_classifier.py"
+            )
+    families = {run.network.family for run in runs}
+    split = families == PANELS.keys() and not together
     # side by side, networks of one depth have one color, as in the paper
     keys = [run.network.depth for run in runs] if split else labels
     order = sorted(range(len(runs)), key=lambda i: runs[i].network.depth)
     colors = assign_colors(keys[i] for i in order)
     longest = max(int(m["iteration"][0][-1]) for m in series)
     unit = X_UNIT if longest >= X_UNIT else 1
-    figure = Figure(figsize=(10, 4.2) if split else (6.5, 4.5), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, 2 if split else 1, sharey=True))
-    for panel, axes in enumerate(panels):
-        chosen = [i for i in order if not split or runs[i].network.family == families[panel]]
-        lines = [Line(series[i], labels[i], colors[keys[i]]) for i in chosen]
-        _draw_panel(axes, lines, unit)
-        if split:
-            axes.set_title(PANELS[families[panel]])
-    panels[0].set_ylabel("error (%)")
-    panels[0].set_ylim(*error_range([value for m in series for value in final_errors(m)]))
+    size = (10, 4.2, 1, 2) if split else (6.5, 4.5)
+    figure, panels = new_figure(*size, sharey=True, squeeze=False)
+    for axes, family in zip(panels[0], PANELS if split else [""], strict=True):
+        chosen = [i for i in order if not split or runs[i].network.family == family]
+        _draw_panel(axes, [Line(series[i], labels[i], colors[keys[i]]) for i in chosen], unit)
+        axes.set_title(PANELS.get(family, ""))
+    limits = error_range([value for m in series for value in final_errors(m)])
+    panels[0, 0].set(ylabel="error (%)", ylim=limits)
     return figure
 
 
@@ -172,7 +157,6 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], unit: int) -> None:
     axes.plot([], [], color="0.3", linewidth=1, linestyle="--", label="training")
     axes.set_xlabel("iterations (1e4)" if unit == X_UNIT else "iterations")
     axes.set_xlim(left=0)
-    axes.grid(alpha=0.25)
     axes.legend(fontsize="small", loc="upper right")
 
 
@@ -195,24 +179,6 @@ def _draw_run(axes: Axes, line: Line, unit: int, width: float, label: str | None
     axes.plot(x / unit, errors, linewidth=width, label=label, **style)
 
 
-class _Spread:
-    """Standard deviation of all the numbers that it is shown, over any number of batches."""
-
-    def __init__(self):
-        self.count, self.total, self.squares = 0, 0.0, 0.0
-
-    def add(self, values: Tensor) -> None:
-        values = values.double()
-        self.count += values.numel()
-        self.total += values.sum().item()
-        self.squares += values.square().sum().item()
-
-    @property
-    def std(self) -> float:
-        mean = self.total / self.count
-        return math.sqrt(max(0.0, self.squares / self.count - mean**2))
-
-
 def layer_responses(
     model: nn.Module, images: Tensor, batch_size: int = 100
 ) -> list[tuple[str, float]]:
@@ -225,26 +191,19 @@ def layer_responses(
     that those of 6n+2 layers have 6n+1.
 
     Args:
-        model: a network of this package; it runs in evaluation mode, on the true statistics of
-            its BN, and is left in the mode that it was in.
+        model: a network of this package; it is evaluated, and left in the mode that it was in.
         images: normalized, (N, 3, H, W), on the model's device.
-        batch_size: images at once; it does not change the result.
 
     Returns:
         (layer name, such as "res2.0.conv1"; standard deviation), in the order of the layers.
-
-    Raises:
-        ValueError: no images, or a network without 3x3 convolutions of this package.
     """
-    if not len(images):
-        raise ValueError("no images to compute responses of: give one or more")
-    spreads: dict[str, _Spread] = {}
+    sums: dict[str, Tensor] = {}  # count, sum, sum of squares
     handles = []
     for name, layer in model.named_modules():
         if isinstance(layer, ConvNorm) and layer.kernel_size == (3, 3):
-            spreads[name] = _Spread()
-            handles.append(_watch(layer, spreads[name]))
-    if not spreads:
+            sums[name] = torch.zeros(3, dtype=torch.float64)
+            handles.append(_watch(layer, sums[name]))
+    if not sums:
         raise ValueError(
             f"{type(model).__name__} has no 3x3 layers of this package's networks: responses are "
             "computed for them (resnet_backbone.list_models()), not for other libraries'"
@@ -259,14 +218,24 @@ def layer_responses(
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    return [(name, spread.std) for name, spread in spreads.items()]
+    found = []
+    for name, (count, total, squares) in sums.items():
+        variance = squares / count - (total / count) ** 2
+        found.append((name, math.sqrt(max(0.0, variance))))
+    return found
 
 
-def _watch(layer: ConvNorm, spread: _Spread):
-    """Show ``spread`` what the layer computes before its nonlinearity."""
+def _watch(layer: ConvNorm, sums: Tensor):
+    """Adds up what the layer computes before its nonlinearity."""
+
+    def add(values: Tensor) -> None:
+        values = values.double()
+        parts = (values.numel(), values.sum(), values.square().sum())
+        sums.add_(torch.tensor(parts, dtype=torch.float64))
+
     if isinstance(layer, ConvNormAct):
-        return layer.activation.register_forward_pre_hook(lambda _, inputs: spread.add(inputs[0]))
-    return layer.register_forward_hook(lambda _, inputs, output: spread.add(output))
+        return layer.activation.register_forward_pre_hook(lambda _, inputs: add(inputs[0]))
+    return layer.register_forward_hook(lambda _, inputs, output: add(output))
 
 
 class Responses(NamedTuple):
@@ -277,44 +246,27 @@ class Responses(NamedTuple):
     stds: Sequence[float]  # in the order of the layers
 
 
-def plot_responses(curves: Sequence[Responses], output_png: str | os.PathLike) -> None:
-    """Draw the two panels of Fig. 7: layers in their order, and sorted by magnitude.
+def plot_responses(curves: Sequence[Responses]) -> Figure:
+    """The two panels of Fig. 7: layers in their order, and sorted by magnitude.
 
     Networks of one depth share a color; plain ones are dashed.
-
-    Raises:
-        ValueError: nothing to draw.
     """
-    if not curves:
-        raise ValueError("no responses to draw; give the weights of at least one network")
-    save_png(_draw_responses(curves), output_png)
-
-
-def _draw_responses(curves: Sequence[Responses]) -> Figure:
     keys = [curve.network.depth or curve.label for curve in curves]
     twins = {(key, curve.network.family) for key, curve in zip(keys, curves, strict=True)}
     if len(twins) < len(curves):  # several seeds or shortcuts of one depth
         keys = list(range(len(curves)))
     colors = assign_colors(keys)
-    figure = Figure(figsize=(7, 6.5), layout="constrained")
-    ordered, ranked = figure.subplots(2, 1, sharey=True)
+    figure, (ordered, ranked) = new_figure(7, 6.5, rows=2, sharey=True)
     for key, curve in zip(keys, curves, strict=True):
-        style = dict(
-            color=colors[key],
-            linestyle="--" if curve.network.family == "plain" else "-",
-            linewidth=1.2,
-            label=curve.label,
-        )
+        dashes = "--" if curve.network.family == "plain" else "-"
+        style = dict(color=colors[key], linestyle=dashes, linewidth=1.2, label=curve.label)
         index = range(1, len(curve.stds) + 1)
         ordered.plot(index, curve.stds, **style)
         ranked.plot(index, sorted(curve.stds, reverse=True), **style)
-    ordered.set_xlabel("layer index (original)")
-    ranked.set_xlabel("layer index (sorted by magnitude)")
-    for axes in (ordered, ranked):
-        axes.set_ylabel("std")
+    for axes, order in ((ordered, "original"), (ranked, "sorted by magnitude")):
+        axes.set(xlabel=f"layer index ({order})", ylabel="std")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.25)
     ordered.legend(fontsize="small")
     return figure
 
@@ -343,19 +295,17 @@ def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
         counts = np.hstack([counts, others])
     share = 100.0 * counts / totals
     side = min(12.0, 4 + 0.3 * len(names))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(side + 1, side)
+    axes.grid(False)
+    axes.set(xlabel="predicted", ylabel="label")
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="% of the label's images", shrink=0.8)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("label")
     if len(names) <= MOST_NAMES:
         axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)
     if len(names) <= MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(share):
             if counts[row, column]:
-                color = "white" if value > 50 else "black"
-                text = f"{value:.0f}"
-                axes.text(column, row, text, ha="center", va="center", color=color, fontsize=7)
+                style = dict(color="white" if value > 50 else "black", fontsize=7)
+                axes.text(column, row, f"{value:.0f}", ha="center", va="center", **style)
     return figure

@@ -11,19 +11,12 @@ from typing import Any, NamedTuple
 
 
 class PublishedErrors(NamedTuple):
-    """What is printed about one classifier.
+    """What is printed about one classifier."""
 
-    Attributes:
-        error: CIFAR-10 test error; on ImageNet top-1 / top-5, 10-crop. Of the paper.
-        source: where the paper has it.
-        multi_scale: ImageNet top-1 / top-5, multi-scale dense testing (paper, Table 4).
-        others: what others report: CIFAR-10 with the 50k split; ImageNet top-1, center crop.
-    """
-
-    error: str
-    source: str
-    multi_scale: str = ""
-    others: str = ""
+    error: str  # CIFAR-10 test error; on ImageNet top-1 / top-5, 10-crop; of the paper
+    source: str  # where the paper has it
+    multi_scale: str = ""  # ImageNet top-1 / top-5, multi-scale dense testing (paper, Table 4)
+    others: str = ""  # of others: CIFAR-10 with the 50k split; ImageNet top-1, center crop
 
 
 # By network and shortcut option; plain networks have the option "none".
@@ -58,21 +51,13 @@ ERRORS: dict[tuple[str, str], PublishedErrors] = {
 
 
 class Network(NamedTuple):
-    """A network's name taken apart.
+    """A network's name taken apart."""
 
-    Attributes:
-        family: "ResNet", "plain", "VGG", or the name itself where it is another network.
-        depth: number of layers; 0 for other networks.
-        cifar: whether it is one of the 6n+2 layers for CIFAR-10.
-        shortcut: "A", "B", "C", "highway" or "none"; "" outside of these families.
-        others: further options that make it another network than the paper's.
-    """
-
-    family: str
-    depth: int
-    cifar: bool
-    shortcut: str
-    others: dict[str, Any]
+    family: str  # "ResNet", "plain", "VGG", or the name itself where it is another network
+    depth: int  # number of layers; 0 for other networks
+    cifar: bool  # one of the 6n+2 layers for CIFAR-10
+    shortcut: str  # "A", "B", "C", "highway" or "none"; "" outside of these families
+    others: dict[str, Any]  # further options that make it another network than the paper's
 
     @property
     def title(self) -> str:
@@ -157,29 +142,18 @@ class Published(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A benchmark with published numbers, and the smallest protocol behind them.
+    """A benchmark with published numbers, and the smallest protocol behind them."""
 
-    Attributes:
-        name: with the metric.
-        metric: of its published numbers.
-        test: what they were measured on.
-        names: pattern of Detectron2's names of these test sets.
-        sizes: images of these test sets.
-        iterations, images_per_batch: of the training.
-        train_images, test_images: the smallest sets that the paper uses.
-        short_side: of an image in the test, in pixels.
-    """
-
-    name: str
-    metric: str
-    test: str
-    names: str
-    sizes: tuple[int, ...]
-    iterations: int
+    name: str  # with the metric
+    metric: str  # of its published numbers
+    test: str  # what they were measured on
+    names: str  # pattern of Detectron2's names of these test sets
+    sizes: tuple[int, ...]  # images of these test sets
+    iterations: int  # of the training
     images_per_batch: int
-    train_images: int
+    train_images: int  # of the smallest sets that the paper uses
     test_images: int
-    short_side: int
+    short_side: int  # of an image in the test, in pixels
 
     def has_test_set(self, names: Sequence[str], images: int | None) -> bool:
         """Whether these test sets of so many images are what the numbers were measured on."""
@@ -209,42 +183,27 @@ def task_of(classes: Sequence[str], metric: str) -> str:
 
 def _gain(task: str, paper: tuple[float, float], public: tuple[float, float], *sources: str):
     """ResNet-101 minus VGG-16, both numbers from one source."""
-    numbers = (
-        Number(round(high - low, 1), data, f"{source}: {high:.1f} − {low:.1f}")
-        for (high, low), data, source in zip(
-            (paper, public), sources[::2], sources[1::2], strict=True
-        )
-    )
-    return Published(task, ("ResNet", 101), *numbers, over=("VGG", 16))
+    numbers = []
+    for (high, low), data, source in zip((paper, public), sources[::2], sources[1::2], strict=True):
+        text = f"{source}: {high:.1f} − {low:.1f}"
+        numbers.append(Number(round(high - low, 1), data, text))
+    return Published(task, RESNET_101, *numbers, over=VGG_16)
 
 
+VGG_16, RESNET_50, RESNET_101 = ("VGG", 16), ("ResNet", 50), ("ResNet", 101)
 MOCO = "MoCo's Detectron2 config, C4, mean of 5"
+TABLE_7, TABLE_8 = (VOC_DATA, "Table 7"), (COCO_DATA, "Table 8")
+ZOO_FPN = COCO_2017, f"{ZOO}, FPN, 3x"
 DETECTORS = (
-    Published(
-        *("voc", ("VGG", 16)),
-        Number(73.2, VOC_DATA, "Table 7"),
-        Number(75.7, VOC_DATA, f"{TF}, conv5"),
-    ),
-    Published("voc", ("ResNet", 50), None, Number(81.3, VOC_DATA, MOCO)),
-    Published(
-        *("voc", ("ResNet", 101)),
-        Number(76.4, VOC_DATA, "Table 7"),
-        Number(79.8, VOC_DATA, f"{TF}, C4"),
-    ),
-    _gain("voc", (76.4, 73.2), (79.8, 75.7), VOC_DATA, "Table 7", VOC_DATA, TF),
-    Published(
-        *("coco", ("VGG", 16)),
-        Number(21.2, COCO_DATA, "Table 8"),
-        Number(30.2, COCO_35K, f"{TF}, conv5"),
-    ),
-    Published("coco", ("ResNet", 50), None, Number(40.2, COCO_2017, f"{ZOO}, FPN, 3x")),
-    Published(
-        *("coco", ("ResNet", 101)),
-        Number(27.2, COCO_DATA, "Table 8"),
-        Number(42.0, COCO_2017, f"{ZOO}, FPN, 3x"),
-    ),
+    Published("voc", VGG_16, Number(73.2, *TABLE_7), Number(75.7, VOC_DATA, f"{TF}, conv5")),
+    Published("voc", RESNET_50, None, Number(81.3, VOC_DATA, MOCO)),
+    Published("voc", RESNET_101, Number(76.4, *TABLE_7), Number(79.8, VOC_DATA, f"{TF}, C4")),
+    _gain("voc", (76.4, 73.2), (79.8, 75.7), *TABLE_7, VOC_DATA, TF),
+    Published("coco", VGG_16, Number(21.2, *TABLE_8), Number(30.2, COCO_35K, f"{TF}, conv5")),
+    Published("coco", RESNET_50, None, Number(40.2, *ZOO_FPN)),
+    Published("coco", RESNET_101, Number(27.2, *TABLE_8), Number(42.0, *ZOO_FPN)),
     Published("coco", ("ResNet", 152), None, Number(36.1, COCO_35K, f"{TF}, C4")),
-    _gain("coco", (27.2, 21.2), (35.4, 30.2), COCO_DATA, "Table 8", COCO_35K, TF),
+    _gain("coco", (27.2, 21.2), (35.4, 30.2), *TABLE_8, COCO_35K, TF),
 )
 
 

@@ -22,7 +22,6 @@ Metrics = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> iterations (N,), v
 CONFIG, RESULTS = "config.yaml", "results.json"
 METRICS, DETECTOR_METRICS = "metrics.jsonl", "metrics.json"  # of our trainer, of Detectron2's
 VOC_RESULTS, LOG = "voc_results.json", "log.txt"
-PER_CLASS = ("AP50-", "AP-")  # of VOC's evaluator, of COCO's
 ELEVEN_POINT = "AP50-11pt"
 
 logger = logging.getLogger(__name__)
@@ -35,12 +34,7 @@ def load_metrics(path: str | os.PathLike) -> Metrics:
     (the last one of a run that is still writing or was killed) are skipped with a warning.
 
     Returns:
-        For each number in the file (total_loss, lr, "bbox/AP50", ...): iterations (N,), rising,
-        and values (N,).
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: nothing in the file can be used.
+        For each number (total_loss, lr, "bbox/AP50", ...): iterations (N,), rising, values (N,).
     """
     series: dict[str, dict[int, float]] = {}
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -66,37 +60,24 @@ def load_metrics(path: str | os.PathLike) -> Metrics:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centered running mean over `window` values (fewer at the ends); nan is left out.
-
-    Raises:
-        ValueError: window below 1.
-    """
-    if window < 1:
-        raise ValueError(f"window is {window}; give 1 or more")
+    """Centered running mean over `window` values (fewer at the ends); nan is left out."""
     good = np.isfinite(values)
-    places = np.arange(len(values))
-    start = np.maximum(places - (window - 1) // 2, 0)
-    stop = np.minimum(places + window // 2 + 1, len(values))
-    total = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
-    count = np.concatenate([[0], np.cumsum(good)])
+    center = slice(window // 2, window // 2 + len(values))
+    columns = np.where(good, values, 0.0), good.astype(float)
+    total, count = (np.convolve(column, np.ones(window))[center] for column in columns)
     with np.errstate(invalid="ignore"):
-        return (total[stop] - total[start]) / (count[stop] - count[start])
+        return total / count
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """Content of a JSON or YAML file that holds a mapping.
-
-    Raises:
-        ValueError: a damaged file.
-    """
+    """Content of a JSON or YAML file that holds a mapping; ValueError where it is damaged."""
     parse = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
         content = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it does not hold a mapping")
     except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged ({reason}): copy it again from the run") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a mapping: copy it again from the run")
+        raise ValueError(f"{path} is damaged ({error}): copy it again from the run") from error
     return content
 
 
@@ -111,17 +92,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder of tools/train_classifier.py.
-
-    Attributes:
-        folder: of the run.
-        config: its resolved config as nested dicts; empty where there is no config.yaml.
-        results: content of results.json; empty where the run has not ended.
-    """
+    """A run folder of tools/train_classifier.py."""
 
     folder: Path
-    config: dict[str, Any] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any]  # resolved, nested; empty where there is no config.yaml
+    results: dict[str, Any]  # of results.json; empty where the run has not ended
 
     @cached_property
     def network(self) -> Network:
@@ -151,45 +126,29 @@ class Run:
         return self.results.get("seed", self.config.get("train", {}).get("seed"))
 
     def metrics(self) -> Metrics:
-        """Series by name, see :func:`load_metrics`."""
         return load_metrics(self.folder / METRICS)
 
 
 def load_run(folder: str | os.PathLike) -> Run:
-    """Read a classification run's config and results, where it has them.
-
-    Raises:
-        FileNotFoundError: no such folder, or none of the files that a run leaves.
-        ValueError: a damaged file.
-    """
+    """Read a classification run's config and results, where it has them."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (METRICS, RESULTS)):
         raise FileNotFoundError(
             f"{folder} holds no run: give a run folder of tools/train_classifier.py, "
             f"with {METRICS} or {RESULTS}"
         )
-    return Run(
-        folder.resolve(),
-        read_table(folder / CONFIG) if (folder / CONFIG).is_file() else {},
-        read_table(folder / RESULTS) if (folder / RESULTS).is_file() else {},
-    )
+    files = (folder / CONFIG, folder / RESULTS)
+    return Run(folder.resolve(), *(read_table(file) if file.is_file() else {} for file in files))
 
 
 @dataclass(frozen=True)
 class DetectorRun:
-    """A run folder of tools/train_net.py.
-
-    Attributes:
-        folder: of the run.
-        config: its resolved config, "MODEL.RESNETS.DEPTH" -> 50.
-        results: content of results.json.
-        details: content of voc_results.json; empty where the run has none (COCO).
-    """
+    """A run folder of tools/train_net.py."""
 
     folder: Path
-    config: dict[str, Any]
-    results: dict[str, Any]
-    details: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any]  # resolved, "MODEL.RESNETS.DEPTH" -> 50
+    results: dict[str, Any]  # of results.json
+    details: dict[str, Any] = field(default_factory=dict)  # of voc_results.json; COCO has none
 
     @property
     def numbers(self) -> dict[str, float | None]:
@@ -199,12 +158,12 @@ class DetectorRun:
     @property
     def class_metric(self) -> str:
         """ "AP50" or "AP": what the numbers per class are."""
-        return next((p[:-1] for p in PER_CLASS if _of_classes(self.numbers, p)), "AP50")
+        return by_class(self.numbers)[0]
 
     @property
     def classes(self) -> dict[str, float | None]:
         """AP in percent by class; None for a class without ground truth."""
-        return _of_classes(self.numbers, self.class_metric + "-")
+        return by_class(self.numbers)[1]
 
     @property
     def objects(self) -> dict[str, int]:
@@ -221,7 +180,6 @@ class DetectorRun:
 
     @property
     def planned_iterations(self) -> int | None:
-        """More than :attr:`iterations` where the run ended early."""
         return self.config.get("SOLVER.MAX_ITER", self.iterations)
 
     @property
@@ -276,7 +234,7 @@ class DetectorRun:
     @property
     def inference(self) -> Path:
         """Folder of what its evaluation on the first test set wrote."""
-        return self.folder / "inference" / self.test[0].replace("/", "_")
+        return self.folder.joinpath("inference", *(n.replace("/", "_") for n in self.test[:1]))
 
     @cached_property
     def log(self) -> str:
@@ -290,21 +248,19 @@ class DetectorRun:
         return sum(int(numbers[-1]) for numbers in found) if found and all(found) else None
 
 
-def _of_classes(numbers: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {
-        key.removeprefix(prefix): value
-        for key, value in numbers.items()
-        if key.startswith(prefix) and key != ELEVEN_POINT
-    }
+def by_class(numbers: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The metric of the numbers of single classes, "AP50" (of VOC) or "AP" (of COCO), and these."""
+    for metric in ("AP50", "AP"):
+        start = f"{metric}-"
+        found = {key.removeprefix(start): numbers[key] for key in numbers if key.startswith(start)}
+        found.pop(ELEVEN_POINT.removeprefix(start), None)
+        if found:
+            return metric, found
+    return "AP50", {}
 
 
 def load_detector_run(folder: str | os.PathLike) -> DetectorRun:
-    """Read a detection run that has ended.
-
-    Raises:
-        FileNotFoundError: no results.json or no config.yaml.
-        ValueError: a damaged file, or results without boxes.
-    """
+    """Read a detection run that has ended."""
     folder = Path(folder)
     for name in (RESULTS, CONFIG):
         if not (folder / name).is_file():
@@ -316,23 +272,19 @@ def load_detector_run(folder: str | os.PathLike) -> DetectorRun:
     if not (results.get("results") or {}).get("bbox"):
         raise ValueError(f"{folder / RESULTS} has no results of boxes: evaluate the run first")
     run = DetectorRun(folder.resolve(), config, results)
-    path = run.inference / VOC_RESULTS if run.test else folder / VOC_RESULTS
-    run.details.update(read_table(path) if path.is_file() else {})
+    if (run.inference / VOC_RESULTS).is_file():
+        run.details.update(read_table(run.inference / VOC_RESULTS))
     return run
 
 
 def load_detector_runs(folders: Iterable[str | os.PathLike]) -> list[DetectorRun]:
-    """Read runs; a folder of seeds (seed_1, seed_2, ...) stands for all of them.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`load_detector_run`.
-    """
+    """Read runs; a folder of seeds (seed_1, seed_2, ...) stands for all of them."""
     runs = []
     for folder in map(Path, folders):
         seeds = [path for path in folder.glob("seed_*") if path.is_dir()]
         whole = not seeds or (folder / RESULTS).is_file()
-        order = sorted(seeds, key=lambda path: (int(re.sub(r"\D", "", path.name) or 0), path.name))
-        runs += map(load_detector_run, [folder] if whole else order)
+        found = [load_detector_run(path) for path in ([folder] if whole else seeds)]
+        runs += sorted(found, key=lambda run: run.seed or 0)
     return runs
 
 
@@ -340,15 +292,7 @@ AnyRun = TypeVar("AnyRun", Run, DetectorRun)
 
 
 class Group(Generic[AnyRun]):
-    """Runs of one network and recipe that differ in their seeds alone, by rising seed.
-
-    Attributes:
-        runs: at least one.
-        first: of them.
-
-    Raises:
-        ValueError: two runs have the same seed.
-    """
+    """Runs of one network and recipe, by rising seed; ValueError where two have the same seed."""
 
     def __init__(self, runs: Sequence[AnyRun]):
         self.runs = sorted(runs, key=lambda run: (run.seed is None, run.seed or 0))

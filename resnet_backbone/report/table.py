@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from resnet_backbone.report.plots import plot_confusion, save_png
-from resnet_backbone.report.published import published, recipe_iterations
+from resnet_backbone.report.published import PublishedErrors, published, recipe_iterations
 from resnet_backbone.report.runs import Group, Run, flatten
 
 # Keys of a config that change where or how fast a run trains, not what it trains.
@@ -54,13 +53,10 @@ WHERE = "Commands run in the folder of the project; `ROOT` is the folder of data
 
 
 def show_commands(commands: Iterable[str | None]) -> dict[str | None, str]:
-    """Commands as they can be run again, without the folders of one machine.
+    """Commands as recorded -> as they can be run again, without the folders of one machine.
 
     The project's own files are relative to its folder. Other paths are below ``$ROOT``, the folder
     that all other paths of all commands share: no two files look alike.
-
-    Returns:
-        Command as recorded -> text; those that were not recorded have none.
     """
     given = [command for command in dict.fromkeys(commands) if command]
     words = {command: _project_words(command) for command in given}
@@ -72,10 +68,7 @@ def show_commands(commands: Iterable[str | None]) -> dict[str | None, str]:
 
 def _project_words(command: str) -> list[str]:
     """Words of a command with the files of the project relative to its folder."""
-    try:
-        words = shlex.split(command)
-    except ValueError:
-        words = command.split()
+    words = shlex.split(command)
     script = next((word for word in words[:2] if re.search(r"(^|/)tools/\w+\.py$", word)), "")
     project = script.rpartition("tools/")[0]
     if project:
@@ -100,13 +93,7 @@ def _quote(word: str, root: str) -> str:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group[Run]]:
-    """Group runs of the same network and recipe: plain before residual, by depth, full ones first.
-
-    Raises:
-        ValueError: a run without an error, or two runs of one group with the same seed.
-    """
-    if not runs:
-        raise ValueError("no runs to tabulate; give at least one run folder")
+    """Runs of the same network and recipe: plain before residual, by depth, full ones first."""
     members: dict[str, list[Run]] = {}
     for run in runs:
         if run.results.get("val_top1_error") is None:
@@ -127,59 +114,48 @@ def _identity(run: Run) -> str:
 
 def _order(group: Group) -> tuple:
     network = group.first.network
-    return (
-        group.first.data_format,
-        ("plain", "ResNet").index(network.family) if network.family in ("plain", "ResNet") else 2,
-        network.family,
-        network.depth,
-        network.shortcut,
-        -(group.first.iterations or 0),
-    )
+    place = {"plain": 0, "ResNet": 1}.get(network.family, 2)
+    order = (network.family, network.depth, network.shortcut, -(group.first.iterations or 0))
+    return group.first.data_format, place, *order
 
 
 def _common(group: Group) -> dict[str, str]:
-    parameters = group.first.results.get("parameters")
-    network = group.first.network
-    paper = published(network)
+    first, network = group.first, group.first.network
+    parameters = first.results.get("parameters")
+    paper = published(network) or PublishedErrors("", "")
     return {
         "network": network.title,
         "n": str(network.blocks or "-"),
         "parameters": f"{parameters:,}" if parameters else "-",
-        "paper": f"{paper.error} ({paper.source})" if paper and paper.source else "-",
-        "multi-scale": (paper.multi_scale if paper else "") or "-",
-        "others": (paper.others if paper else "") or "-",
+        "paper": f"{paper.error} ({paper.source})" if paper.source else "-",
+        "multi-scale": paper.multi_scale or "-",
+        "others": paper.others or "-",
         "top-1": mean_and_spread(group.values("val_top1_error")),
         "top-5": mean_and_spread(group.values("val_top5_error")),
         "training": mean_and_spread(group.values("train_error")),
         "seeds": str(len(group.runs)),
-        "iterations": f"{group.first.iterations:,}" if group.first.iterations else "-",
+        "iterations": f"{first.iterations:,}" if first.iterations else "-",
     }
 
 
-FIRST = {"network": "network", "n": "n", "parameters": "parameters"}
-LAST = {key: key for key in ("seeds", "iterations", "remark")}
-TRAINING = {"training": "ours, training"}
 CIFAR10_COLUMNS = {
-    **FIRST,
-    **{"paper": "paper", "others": "others, 50k split", "top-1": "**ours**"},
-    **TRAINING,
-    **LAST,
+    **{"network": "network", "n": "n", "parameters": "parameters", "paper": "paper"},
+    **{"others": "others, 50k split", "top-1": "**ours**", "training": "ours, training"},
+    **{"seeds": "seeds", "iterations": "iterations", "remark": "remark"},
 }
 IMAGENET_COLUMNS = {
-    **{key: text for key, text in FIRST.items() if key != "n"},
-    **{"paper": "paper, 10-crop top-1 / top-5", "multi-scale": "paper, multi-scale"},
-    "others": "others, center crop top-1",
+    **{"network": "network", "parameters": "parameters", "paper": "paper, 10-crop top-1 / top-5"},
+    **{"multi-scale": "paper, multi-scale", "others": "others, center crop top-1"},
     **{"top-1": "**ours**, center crop top-1", "top-5": "**ours**, top-5"},
-    **TRAINING,
-    **LAST,
+    **{"training": "ours, training", "seeds": "seeds", "iterations": "iterations"},
+    "remark": "remark",
 }
 OTHER_COLUMNS = {
     key: text for key, text in CIFAR10_COLUMNS.items() if key not in ("n", "paper", "others")
 }
 TITLES = {
     "cifar10": ("CIFAR-10, test error (%)", CIFAR10_COLUMNS),
-    "imagenet": ("ImageNet, validation error (%)", IMAGENET_COLUMNS),
-    "shards": ("ImageNet, validation error (%)", IMAGENET_COLUMNS),
+    **dict.fromkeys(("imagenet", "shards"), ("ImageNet, validation error (%)", IMAGENET_COLUMNS)),
 }
 NOTE = """\
 Ours: mean ± sample standard deviation over the seeds. Training error: of the augmented images,
@@ -204,33 +180,23 @@ def _remark(group: Group, others: Sequence[Group]) -> str:
 
 
 def results_table(runs: Sequence[Run]) -> str:
-    """Markdown: a table for each data set, and below it the command and place of every run.
-
-    Raises:
-        ValueError: see :func:`group_runs`.
-    """
+    """Markdown: a table for each data set, and below it the command and place of every run."""
     groups = group_runs(runs)
-    parts = []
-    for title, columns, members in _by_data(groups):
-        rows = [{**_common(group), "remark": _remark(group, members)} for group in members]
-        used = [key for key in columns if key != "remark" or any(row[key] for row in rows)]
-        cells = [[row[key] for key in used] for row in rows]
-        parts += [f"### {title}", markdown([columns[key] for key in used], cells)]
-    commands = [run.results.get("command") for group in groups for run in group.runs]
-    shown = show_commands(commands)
-    parts += [NOTE, f"Runs. {WHERE}"]
-    parts.append("\n".join(_provenance(run, shown) for group in groups for run in group.runs))
-    return "\n\n".join(parts) + "\n"
-
-
-def _by_data(groups: Sequence[Group]):
     sections: dict[str, tuple[dict[str, str], list[Group]]] = {}
     for group in groups:
         data = group.first.data_format
         title, columns = TITLES.get(data, (f"{data}, error (%)", OTHER_COLUMNS))
         sections.setdefault(title, (columns, []))[1].append(group)
+    parts = []
     for title, (columns, members) in sections.items():
-        yield title, columns, members
+        rows = [{**_common(group), "remark": _remark(group, members)} for group in members]
+        used = [key for key in columns if key != "remark" or any(row[key] for row in rows)]
+        cells = [[row[key] for key in used] for row in rows]
+        parts += [f"### {title}", markdown([columns[key] for key in used], cells)]
+    ordered = [run for group in groups for run in group.runs]
+    shown = show_commands(run.results.get("command") for run in ordered)
+    lines = "\n".join(_provenance(run, shown) for run in ordered)
+    return "\n\n".join([*parts, NOTE, f"Runs. {WHERE}", lines]) + "\n"
 
 
 def _provenance(run: Run, commands: Mapping[str, str]) -> str:
@@ -251,28 +217,23 @@ def _provenance(run: Run, commands: Mapping[str, str]) -> str:
 def write_evaluation(
     folder: Path, result: Any, class_names: Sequence[str], name_of: Callable[[int], str]
 ) -> list[Path]:
-    """Write predictions.csv, per_class.csv, confusion.csv and confusion.png.
+    """Write predictions.csv, per_class.csv, confusion.csv and confusion.png; returns their paths.
 
     Args:
-        folder: made if it is not there.
         result: an ``EvaluationResult`` of resnet_backbone.classification.
-        class_names: one for each of the network's classes.
         name_of: index of an image -> its path.
-
-    Returns:
-        The files.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    confusion = result.confusion.numpy()
     tables = {
         "predictions.csv": prediction_rows(result.predictions, class_names, name_of),
         "per_class.csv": per_class_rows(result, class_names),
-        "confusion.csv": confusion_rows(result.confusion.numpy(), class_names),
+        "confusion.csv": confusion_rows(confusion, class_names),
     }
     for name, rows in tables.items():
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(rows)
-        (folder / name).write_text(text.getvalue(), encoding="utf-8")
-    save_png(plot_confusion(result.confusion.numpy(), class_names), folder / "confusion.png")
+        with open(folder / name, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+    save_png(plot_confusion(confusion, class_names), folder / "confusion.png")
     return [folder / name for name in (*tables, "confusion.png")]
 
 

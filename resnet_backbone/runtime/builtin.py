@@ -7,7 +7,9 @@ lie inside the scikit-image package. Train and test share neither a digit nor a 
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
+from types import ModuleType
 
 import numpy as np
 from PIL import Image
@@ -40,31 +42,25 @@ OFF_CENTER = 6  # pixels at most, in each direction
 VISIBLE = 0.3  # ink at or above this strength counts as part of the digit
 
 
-def _missing(error: ImportError) -> ImportError:
-    return ImportError(
-        f"the built-in data needs {error.name}; mend: pip install resnet_backbone[quickstart]"
-    )
+def _load(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        mend = "pip install resnet_backbone[quickstart]"
+        raise ImportError(f"the built-in data needs {error.name}; mend: {mend}") from error
 
 
 @cache
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
     """Return ink (1797, 8, 8) float32 in [0, 1] and labels (1797,)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise _missing(error) from error
-    digits = load_digits()
+    digits = _load("sklearn.datasets").load_digits()
     return digits.images.astype(np.float32) / 16, digits.target
 
 
 @cache
 def load_photograph(name: str) -> Image.Image:
     """Return a photograph of ``BACKGROUNDS``, RGB."""
-    try:
-        from skimage import data
-    except ImportError as error:
-        raise _missing(error) from error
-    return Image.fromarray(getattr(data, name)()).convert("RGB")
+    return Image.fromarray(getattr(_load("skimage.data"), name)()).convert("RGB")
 
 
 def digit_indices(split: str) -> range:

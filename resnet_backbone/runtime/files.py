@@ -1,7 +1,8 @@
-"""Files that are whole or not there, also after a power cut, and errors that name the file."""
+"""Files that are whole or not there, also after a power cut; configs by path or by name."""
 
 from __future__ import annotations
 
+import difflib
 import errno
 import fcntl
 import hashlib
@@ -13,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from resnet_backbone.runtime.errors import UsageError
+
+PACKAGE = Path(__file__).resolve().parents[1]
 BLOCK = 1 << 20
 # What file systems answer, some of networks, that cannot wait for a folder's table of names.
 NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EISDIR, errno.EACCES, errno.ENOTSUP)
@@ -26,9 +30,6 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         A path beside `path`, where the block writes a file or makes a folder of files. When the
         block has ended that is on the disk and has its name; the old one stands until then. After
         an error nothing is left of it.
-
-    Raises:
-        OSError: it cannot be written, and which one it is.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden: no checkpoint yet
@@ -45,11 +46,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Errors of writing `path` say so; a full disk's own error names no file.
-
-    Raises:
-        OSError: also in place of the RuntimeError of PyTorch's file writer.
-    """
+    """Errors of writing `path` are OSErrors that say so, also those of PyTorch's file writer."""
     try:
         yield
     except OSError as error:
@@ -127,9 +124,6 @@ def alone(folder: str | os.PathLike) -> Iterator[int]:
     Yields:
         The file descriptor of the lock. A child that has it too (``pass_fds``) keeps the others out
         even when this process is killed.
-
-    Raises:
-        BlockingIOError: another process is in it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,3 +144,35 @@ def sha256(path: str | os.PathLike) -> str:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def config_folder() -> Path:
+    """``configs`` of the checkout, or what the wheel has of it."""
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def find_config(name: str | os.PathLike, task: str) -> Path:
+    """The file of a config.
+
+    Args:
+        name: a path, or where there is no such file a name below ``configs/TASK`` or ``configs``
+            such as "voc/faster_rcnn_R_50_FPN", with or without ".yaml".
+        task: "detection" or "classification".
+
+    Raises:
+        UsageError: no such file; the message names the nearest config.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    configs = config_folder()
+    for folder in (configs / task, configs, configs.parent):
+        found = folder / (str(path).removesuffix(".yaml") + ".yaml")
+        if found.is_file() and not path.is_absolute():
+            return found
+    names = [str(file.relative_to(configs / task)) for file in (configs / task).rglob("*.yaml")]
+    wanted = str(path).removesuffix(".yaml") + ".yaml"
+    near = difflib.get_close_matches(wanted.removeprefix(f"configs/{task}/"), sorted(names), n=1)
+    hint = f"did you mean {near[0].removesuffix('.yaml')}? " if near else ""
+    raise UsageError(f"{name}: no such config file; {hint}Ready ones are in {configs / task}")

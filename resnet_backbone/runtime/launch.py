@@ -13,10 +13,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,21 +37,14 @@ PATIENCE = 60.0  # seconds that processes have to end once one of them has
 INTERRUPTED = 5.0  # the same after a second Ctrl-C
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What processes make up a run.
+class Launch(NamedTuple):
+    """What processes make up a run."""
 
-    Attributes:
-        processes: on each machine.
-        url: where they meet, ``tcp://HOST:PORT`` of the first machine.
-        uses_gpus: NCCL and a GPU for each process; else gloo and the CPU.
-    """
-
-    processes: int = 1
+    processes: int = 1  # on each machine
     machines: int = 1
     machine_rank: int = 0
-    url: str = ""
-    uses_gpus: bool = False
+    url: str = ""  # where they meet, tcp://HOST:PORT of the first machine
+    uses_gpus: bool = False  # NCCL and a GPU for each process; else gloo and the CPU
 
     @property
     def world(self) -> int:
@@ -61,24 +53,15 @@ class Launch:
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Detectron2's options, and ``--num-processes``."""
-    group = parser.add_argument_group(
-        "processes", "On several machines the same command runs on each, with its --machine-rank."
-    )
-    group.add_argument("--num-gpus", type=int, help="GPUs of each machine (default: 1)")
-    group.add_argument(
-        "--num-processes",
-        type=int,
-        metavar="N",
-        help="processes of each machine, for CPUs (default: one for each GPU)",
-    )
-    group.add_argument("--num-machines", type=int, default=1, help="machines (default: 1)")
-    group.add_argument("--machine-rank", type=int, default=0, help="this machine, counted from 0")
-    group.add_argument(
-        "--dist-url",
-        default="auto",
-        metavar="tcp://HOST:PORT",
-        help="of machine 0, where all machines reach it (default: a free port of this machine)",
-    )
+    text = "On several machines the same command runs on each, with its --machine-rank."
+    add = parser.add_argument_group("processes", text).add_argument
+    add("--num-gpus", type=int, help="GPUs of each machine (default: 1)")
+    text = "processes of each machine, for CPUs (default: one for each GPU)"
+    add("--num-processes", type=int, metavar="N", help=text)
+    add("--num-machines", type=int, default=1, help="machines (default: 1)")
+    add("--machine-rank", type=int, default=0, help="this machine, counted from 0")
+    text = "of machine 0, where all machines reach it (default: a free port of this machine)"
+    add("--dist-url", default="auto", metavar="tcp://HOST:PORT", help=text)
 
 
 def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
@@ -87,18 +70,14 @@ def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
     Args:
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
         on_cpu: how the user asks for the CPU, such as "MODEL.DEVICE cpu".
-
-    Raises:
-        UsageError: GPUs that are not there, options that contradict one another.
     """
     gpus, count = args.num_gpus, torch.cuda.device_count()
     for name, value in (("--num-gpus", gpus), ("--num-processes", args.num_processes)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value}: it is at least 1")
     if gpus and gpus > max(1, count):
-        raise UsageError(
-            f"--num-gpus {gpus}: there are {count} here; --num-processes trains on CPUs"
-        )
+        hint = "--num-processes trains on CPUs"
+        raise UsageError(f"--num-gpus {gpus}: there are {count} here; {hint}")
     if gpus and args.num_processes and gpus != args.num_processes:
         raise UsageError("give --num-gpus or --num-processes, not both")
     processes = gpus or args.num_processes or 1
@@ -106,33 +85,27 @@ def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
     if uses_gpus and processes > count:
         have = f"there are {count} GPUs" if count else "there is no GPU"
         raise UsageError(f"a GPU for each of {processes} processes: {have} here; give {on_cpu}")
-    if not 0 <= args.machine_rank < args.num_machines:
-        raise UsageError(
-            f"--machine-rank {args.machine_rank}: with --num-machines {args.num_machines} it is 0 "
-            f"to {args.num_machines - 1}"
-        )
-    if args.num_machines > 1 and not re.fullmatch(r"tcp://.+:\d+", args.dist_url):
+    machines, rank = args.num_machines, args.machine_rank
+    if not 0 <= rank < machines:
+        allowed = f"with --num-machines {machines} it is 0 to {machines - 1}"
+        raise UsageError(f"--machine-rank {rank}: {allowed}")
+    if machines > 1 and not re.fullmatch(r"tcp://.+:\d+", args.dist_url):
         raise UsageError("--num-machines needs --dist-url tcp://HOST:PORT of machine 0")
     url = args.dist_url if args.dist_url != "auto" else f"tcp://127.0.0.1:{_free_port()}"
-    launch = Launch(processes, args.num_machines, args.machine_rank, url, uses_gpus)
-    _check_torchrun(launch)
+    launch = Launch(processes, machines, rank, url, uses_gpus)
+    if "WORLD_SIZE" in os.environ:
+        _check_torchrun(launch)
     return launch
 
 
 def _check_torchrun(launch: Launch) -> None:
-    if "WORLD_SIZE" not in os.environ:
-        return
     if launch.world > 1:
-        raise UsageError(
-            "torchrun has started the processes: leave --num-gpus, --num-processes and "
-            "--num-machines out"
-        )
-    missing = [key for key in TORCHRUN if key not in os.environ]
+        options = "--num-gpus, --num-processes and --num-machines"
+        raise UsageError(f"torchrun has started the processes: leave {options} out")
+    missing = ", ".join(key for key in TORCHRUN if key not in os.environ)
     if missing:
-        raise UsageError(
-            f"the environment has WORLD_SIZE but not {', '.join(missing)}: start with torchrun, "
-            "or unset WORLD_SIZE"
-        )
+        hint = "start with torchrun, or unset WORLD_SIZE"
+        raise UsageError(f"the environment has WORLD_SIZE but not {missing}: {hint}")
 
 
 def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> None:
@@ -140,11 +113,7 @@ def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> 
 
     Under torchrun this process is one of them; a single process is this one as well; others are
     spawned, so `run` must be a function of a module. Signals to this process go on to them, and
-    what several of them say about an error is said once.
-
-    Raises:
-        SystemExit: with the status of a process that failed.
-        UsageError: the processes do not find one another.
+    what several of them say about an error is said once. Exits with the status of one that failed.
     """
     if "WORLD_SIZE" in os.environ:
         _join("env://", launch.uses_gpus)

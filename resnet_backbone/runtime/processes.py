@@ -16,18 +16,12 @@ from resnet_backbone.runtime.errors import UsageError
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all of a run. Its methods are called by all processes alike.
-
-    Attributes:
-        rank, size: of the process group; 0 and 1 without one.
-        device: where this process computes.
-        control: a CPU (gloo) group for flags and objects, so that asking does not wait for the GPU.
-    """
+    """This process's place among all of a run. Its methods are called by all processes alike."""
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
-    control: Any = None
+    device: torch.device = torch.device("cpu")  # where this process computes
+    control: Any = None  # a CPU (gloo) group, so that asking does not wait for the GPU
 
     @property
     def is_main(self) -> bool:
@@ -89,11 +83,7 @@ def leave() -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turns "auto", "cpu" or "cuda" into this process's device.
-
-    Raises:
-        UsageError: there is no GPU, or none for this process.
-    """
+    """Turns "auto", "cpu" or "cuda" into this process's device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -101,11 +91,10 @@ def choose_device(name: str) -> torch.device:
     if not torch.cuda.is_available():
         raise UsageError("the device is cuda, but PyTorch sees no GPU here: use cpu or auto")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise UsageError(
-            f"process {local_rank} of this machine has no GPU: there are "
-            f"{torch.cuda.device_count()}; start that many processes"
-        )
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        hint = f"there are {count}; start that many processes"
+        raise UsageError(f"process {local_rank} of this machine has no GPU: {hint}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -22,12 +22,8 @@ from resnet_backbone.runtime.provenance import (
 
 logger = logging.getLogger(__name__)
 
-CONFIG, METRICS, RESULTS, ENVIRONMENT = (
-    "config.yaml",
-    "metrics.jsonl",
-    "results.json",
-    "environment.json",
-)
+CONFIG, METRICS = "config.yaml", "metrics.jsonl"
+RESULTS, ENVIRONMENT = "results.json", "environment.json"
 
 
 class RunFolder:
@@ -49,18 +45,12 @@ class RunFolder:
     def start(self, config_yaml: str, world: World) -> None:
         """Writes the resolved config and, for each start of the run, a line on where it ran."""
         write_text(self / CONFIG, config_yaml)
-        starts = []
-        if (self / ENVIRONMENT).exists():
-            starts = json.loads((self / ENVIRONMENT).read_text())["starts"]
-        entry = {
-            "date": date(),
-            "command": command_line(),
-            "revision": source_revision(),
-            "versions": versions(),
-            **hardware(world.device),
-            "processes": world.size,
-        }
-        write_json(self / ENVIRONMENT, {"starts": [*starts, entry]})
+        starts, path = [], self / ENVIRONMENT
+        if path.exists():
+            starts = json.loads(path.read_text())["starts"]
+        entry = {"date": date(), "command": command_line(), "revision": source_revision()}
+        entry |= {"versions": versions(), **hardware(world.device), "processes": world.size}
+        write_json(path, {"starts": [*starts, entry]})
 
     def keep_metrics(self, is_kept: Callable[[dict], bool]) -> None:
         """Drops rows of metrics that a resumed run will write again."""

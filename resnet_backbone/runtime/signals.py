@@ -26,10 +26,7 @@ class StopRequest:
     """Remembers that SIGTERM, SIGUSR1 or SIGINT arrived; a second SIGINT interrupts at once.
 
     A context manager, inside of which signals are looked out for. A signal to any process of a run
-    stops all of them.
-
-    Args:
-        world: the processes of the run; default: those that are joined now.
+    (by default of those that are joined now) stops all of them.
 
     Attributes:
         name: of the signal that arrived at this process; "" for none.

@@ -7,9 +7,9 @@ import pytest
 from resnet_backbone.cli import analyze_model as tool
 
 
-def test_some_networks(capsys):
-    assert tool.main(["resnet[15]0", "resnet34", "vgg16"]) == 0
-    out = capsys.readouterr().out
+def test_some_networks(run_command):
+    status, out, _ = run_command(tool.main, "resnet[15]0", "resnet34", "vgg16")
+    assert status == 0
     rows = [line for line in out.splitlines() if line.startswith(("resnet", "vgg16"))]
     assert len(rows) == 5 and all(row.endswith("ok") for row in rows)
     assert "3.6440" in out and "5 rows, 0 differ" in out
@@ -49,18 +49,17 @@ def test_stages(capsys):
 
 
 @pytest.mark.parametrize(
-    "args, message",
+    "arguments, message",
     [
         (("--model", "resnet51"), "did you mean 'resnet50'"),
         (("nothing*",), "no network is named 'nothing*'"),
         (("--option", "a=b"), "need --model"),
         (("--model", "vgg11", "--input-size", "10y"), "neither SIZE nor HEIGHTxWIDTH"),
-        (("--model", "vgg11", "--option", "norm"), "not of the form key=value"),
+        (("--model", "vgg11", "--option", "norm"), "not of the form KEY=VALUE"),
+        (("--model", "vgg11", "--option", "norm=7"), "norm"),
+        (("--model", "vgg11", "resnet18"), "either networks to compare or --model"),
     ],
 )
-def test_refusals(args, message, capsys):
-    try:
-        status = tool.main(list(args))
-    except SystemExit as exit_:
-        status = exit_.code
-    assert status == 2 and message in capsys.readouterr().err
+def test_refusals(arguments, message, run_command):
+    status, _, error = run_command(tool.main, *arguments)
+    assert status == 2 and message in error and error.count("\n") == 1

@@ -20,120 +20,109 @@ def threads():
     torch.set_num_threads(count)
 
 
+@pytest.fixture
+def bench(run_command, tmp_path):
+    """Function (arguments) -> what --output has, what was printed."""
+
+    def run(*arguments) -> tuple[dict, str]:
+        path = tmp_path / "out" / "measured.json"
+        status, out, error = run_command(benchmark.main, *arguments, "--output", path)
+        assert status == 0, error
+        return json.loads(path.read_text()), out
+
+    return run
+
+
+def names(rows) -> list[str]:
+    return [row["name"] for row in rows]
+
+
 def test_turns_alternate_and_ratios_are_of_the_same_repeat():
     order = []
 
     def run(name, seconds):
         order.append(name)
         time.sleep(seconds)
-        return 10
 
     runs = {"slow": lambda: run("slow", 0.04), "fast": lambda: run("fast", 0.01)}
-    rows = measure(runs, 4)
+    rows = measure(runs, 10, 4)
     assert order == ["slow", "fast", "fast", "slow"] * 2 + ["slow", "fast"]
     assert rows[0]["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert len(rows[1]["measurements"]) == 4 and rows[1]["ratio"]["low"] > 1.2
     assert rows[1]["images_per_s"]["high"] < 1000
 
 
-def test_loader_reports_speed_geometry_and_provenance(tmp_path, capsys):
-    path = tmp_path / "out" / "loader.json"
-    arguments = "loader --images synthetic --count 3 --repeats 1 --batch 2".split()
-    assert benchmark.main([*arguments, "--output", str(path)]) == 0
-    result = json.loads(path.read_text())
-    names = [row["name"] for row in result["rows"]]
-    assert names[:2] == ["reference", "ours"] and names[-1] == "ours + norm"
+def test_loader_reports_speed_geometry_and_provenance(bench):
+    arguments = "loader --images synthetic --count 3 --repeats 1 --batch 2"
+    result, out = bench(*arguments.split())
+    found = names(result["rows"])
+    assert found[:2] == ["reference", "ours"] and found[-1] == "ours + norm"
     assert result["geometry"]["images"] == 3 and result["geometry"]["mean"] <= 0.05
     assert "loader --images synthetic" in result["command"] and result["threads"] == 1
     assert {"torch", "torchvision", "simplejpeg", "python"} <= set(result["versions"])
-    assert result["date"] and result["cpu"]
-    assert "images/s" in capsys.readouterr().out
+    assert result["date"] and result["cpu"] and "images/s" in out
 
 
 def test_geometry_check_sees_half_a_pixel(monkeypatch):
-    images = load_images(None, 2, 90)
+    images = load_images("synthetic", 2, 90)
     good = geometry_difference(images)
-    monkeypatch.setattr(classification, "resize_crop", shifted(classification.resize_crop))
+    resize = classification.resize_crop
+
+    def shifted(image, crop):
+        return resize(image, crop._replace(x=crop.x._replace(start=max(0, crop.x.start - 1))))
+
+    monkeypatch.setattr(classification, "resize_crop", shifted)
     assert good["mean"] < 0.05 < geometry_difference(images)["mean"]
 
 
-def shifted(resize_crop):
-    def resize(image, crop):
-        crop = crop._replace(x=crop.x._replace(start=max(0, crop.x.start - 1)))
-        return resize_crop(image, crop)
-
-    return resize
-
-
 def test_synthetic_images_are_of_imagenets_size():
-    sizes = [len(data) for data in load_images(None, 3, None)]
+    sizes = [len(data) for data in load_images("synthetic", 3, None)]
     assert all(50_000 < size < 200_000 for size in sizes)
 
 
-def test_train_and_infer_run(tmp_path, capsys):
-    small = ["--device", "cpu", "--model", "resnet18", "--size", "32", "--steps", "1"]
-    small += ["--repeats", "1"]
+SMALL = "--device cpu --model resnet18 --steps 1 --repeats 1".split()
+
+
+def test_train_and_infer_run(bench, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    for i, data in enumerate(load_images(None, 4, 50)):
+    for i, data in enumerate(load_images("synthetic", 4, 50)):
         (folder / f"{i}.jpg").write_bytes(data)
-    path = tmp_path / "train.json"
-    options = ["--batch", "2", "--images", str(folder), "--workers", "0", "--output", str(path)]
-    assert benchmark.main(["train", *small, *options]) == 0
-    result = json.loads(path.read_text())
-    assert [row["name"] for row in result["rows"]] == [
-        "torchvision resnet18, fp32",
-        "ours, fp32, channels_last",
-        "ours, bf16, channels_last",
-    ]
+    data = ("--images", folder, "--workers", 0)
+    result, _ = bench("train", *SMALL, "--size", 32, "--batch", 2, *data)
+    ours = ["ours, fp32, channels_last", "ours, bf16, channels_last"]
+    assert names(result["rows"]) == ["torchvision resnet18, fp32", *ours]
     assert 0 < result["real_data"]["data_share"] < 1 and result["real_data"]["images_per_s"] > 0
-    path = tmp_path / "infer.json"
-    options = ["--batch", "1", "2", "--output", str(path)]
-    assert benchmark.main(["infer", *small, *options]) == 0
-    result = json.loads(path.read_text())
+    result, out = bench("infer", *SMALL, "--size", 32, "--batch", 1, 2)
     for batch in ("batch_1", "batch_2"):
-        assert [row["name"] for row in result[batch]["rows"]] == [
-            "torchvision resnet18, fp32",
-            "ours, fp32, as built",
-            "ours, fp32, optimized",
-            "ours, bf16, optimized",
-        ]
+        assert names(result[batch]["rows"]) == ["torchvision resnet18, fp32", *OURS]
         differences = list(result[batch]["differences"].values())
         assert max(differences[:2]) < 1e-4 < differences[2] < 0.05
-    assert "differs by" in capsys.readouterr().out
+    assert "differs by" in out
+
+
+OURS = ["ours, fp32, as built", "ours, fp32, optimized", "ours, bf16, optimized"]
+TRAINED = ["Detectron2, fp32", "ours, fp32, as built", "ours, bf16 autocast, as built"]
 
 
 @pytest.mark.slow
-def test_other_runtimes(tmp_path):
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("openvino")
-    path = tmp_path / "infer.json"
-    small = ["--device", "cpu", "--model", "resnet18", "--size", "64", "--steps", "1"]
-    options = ["--repeats", "1", "--batch", "2", "--runtimes", "--output", str(path)]
-    assert benchmark.main(["infer", *small, *options]) == 0
-    differences = json.loads(path.read_text())["batch_2"]["differences"]
+def test_other_runtimes(bench):
+    for name in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(name)
+    result, _ = bench("infer", *SMALL, "--size", 64, "--batch", 2, "--runtimes")
+    differences = result["batch_2"]["differences"]
     assert differences["onnxruntime, fp32"] < 1e-4 and differences["OpenVINO, fp32"] < 1e-4
 
 
-def test_fpn_beside_detectron2(tmp_path, capsys):
+def test_fpn_beside_detectron2(bench):
     pytest.importorskip("detectron2")
-    path = tmp_path / "fpn.json"
-    options = ["--device", "cpu", "--height", "64", "--width", "96", "--repeats", "1"]
-    assert benchmark.main(["fpn", *options, "--no-memory", "--output", str(path)]) == 0
-    result = json.loads(path.read_text())
+    options = "--device cpu --height 64 --width 96 --repeats 1 --no-memory"
+    result, _ = bench("fpn", *options.split())
     assert result["differences"]["float32"]["outputs"] < 1e-4
     assert max(result["differences"]["float64"].values()) < 1e-10
-    names = [row["name"] for kind in ("inference", "training") for row in result[kind]]
-    assert names == [
-        "inference: Detectron2, fp32",
-        "inference: ours, fp32, as built",
-        "inference: ours, fp32, optimized",
-        "inference: ours, bf16, optimized",
-        "training: Detectron2, fp32",
-        "training: ours, fp32, as built",
-        "training: ours, bf16 autocast, as built",
-    ]
+    inference = [f"inference: {name}" for name in ["Detectron2, fp32", *OURS]]
+    assert names(result["inference"]) == inference
+    assert names(result["training"]) == [f"training: {name}" for name in TRAINED]
 
 
 def test_fpn_comparison_sees_another_network():
@@ -168,63 +157,48 @@ def test_memory_is_that_of_the_pass():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["loader", "--images", "/nowhere"], "no such folder"),
+        (["loader", "--images", "/nowhere"], "/nowhere"),
         (["train", "--device", "cpu", "--model", "resnet51"], "resnet51"),
     ],
 )
-def test_wrong_arguments_are_one_line(arguments, message, capsys):
-    assert benchmark.main(arguments) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert len(error) == 1 and message in error[0]
+def test_wrong_arguments_are_one_line(arguments, message, run_command):
+    status, _, error = run_command(benchmark.main, *arguments)
+    assert status == 2 and error.count("\n") == 1 and message in error
 
 
-def test_evaluation_beside_pycocotools_and_detectron2(tmp_path, capsys):
+def test_evaluation_beside_pycocotools_and_detectron2(bench):
     pytest.importorskip("detectron2")
     small = "--coco-images 5 --coco-detections 9 --voc-images 4 --voc-detections 6 --repeats 1"
-    path = tmp_path / "evaluate.json"
-    assert benchmark.main(["evaluate", *small.split(), "--output", str(path)]) == 0
-    result = json.loads(path.read_text())
+    result, out = bench("evaluate", *small.split())
     for data in ("coco", "voc"):
         reference, ours = result[data]["numbers"].values()
         assert len(result[data]["rows"]) == 2 and reference.keys() == ours.keys()
     reference, ours = result["coco"]["numbers"].values()
     assert reference == pytest.approx(ours, abs=1e-12, nan_ok=True) and len(ours) == 12
-    assert "numbers differ by" in capsys.readouterr().out
+    assert "numbers differ by" in out
 
 
 DETECT = "detect --height 64 --width 96 --regions 4 --proposals 6 --repeats 1 --no-memory".split()
 
 
 @pytest.mark.parametrize("arch", [pytest.param("fpn", marks=pytest.mark.slow), "c4"])
-def test_detectors_beside_detectron2(tmp_path, capsys, arch):
+def test_detectors_beside_detectron2(bench, arch):
     pytest.importorskip("detectron2")
-    path = tmp_path / "detect.json"
     kinds = ["inference", "training"] if arch == "fpn" else ["inference"]
-    arguments = [*DETECT, "--arch", arch, "--kind", *kinds, "--output", str(path)]
-    assert benchmark.main(arguments) == 0
-    result = json.loads(path.read_text())
+    result, out = bench(*DETECT, "--arch", arch, "--kind", *kinds)
     found = result[f"{arch}, inference, 6 proposals"]
-    assert [row["name"] for row in found["rows"]] == [
-        "Detectron2, fp32",
-        "ours, fp32, as built",
-        "ours, fp32, optimized",
-        "ours, bf16, optimized",
-    ]
+    assert names(found["rows"]) == ["Detectron2, fp32", *OURS]
     built, optimized, half = found["differences"].values()
     for values in (built, optimized):
         assert values["detections"] > 2 and values["unmatched"] == 0 and values["score"] < 1e-4
     assert 1e-6 < half["score"] < 0.2
     if "training" in kinds:
         steps = result[f"{arch}, training step, 4 regions"]
-        assert [row["name"] for row in steps["rows"]] == [
-            "Detectron2, fp32",
-            "ours, fp32, as built",
-            "ours, bf16 autocast, as built",
-        ]
+        assert names(steps["rows"]) == TRAINED
         single, half = steps["differences"].values()
         assert len(single) == 4 and max(single.values()) < 1e-3
         assert 1e-6 < max(half.values()) < 0.1 and steps["data_seconds"] > 0
-    assert "s/image" in capsys.readouterr().out
+    assert "s/image" in out
 
 
 def test_losses_are_compared_by_their_ratio():
@@ -267,11 +241,8 @@ def test_memory_of_a_detector_grows_with_its_regions():
     from resnet_backbone.cli.benchmark.detectors import detector_candidates
     from resnet_backbone.cli.benchmark.pyramid import REFERENCE
 
-    few, many = (
-        measure_memory(
-            detector_candidates, ("c4", number, 8, 64, 96, 1), [("inference", REFERENCE)]
-        )
-        for number in (4, 100)
-    )
+    settings = [("c4", number, 8, 64, 96, 1) for number in (4, 100)]
+    passes = [("inference", REFERENCE)]
+    few, many = (measure_memory(detector_candidates, setting, passes) for setting in settings)
     (few,), (many,) = few.values(), many.values()
     assert many["peak"] - many["before"] > 100 + few["peak"] - few["before"]

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +30,8 @@ FAST = ("--size", "32")
 
 
 @pytest.fixture
-def run(capsys):
-    """Function arguments -> (exit status, what was printed, the errors)."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            status = tool.main([str(argument) for argument in arguments])
-        except SystemExit as stopped:
-            status = stopped.code
-        return (status, *capsys.readouterr())
-
-    return call
+def run(run_command):
+    return partial(run_command, tool.main)
 
 
 def random_checkpoint(name, **options):
@@ -89,31 +80,44 @@ def test_help_teaches(run):
             assert "examples:" in out and "Exit status" in out
 
 
-def test_inspect_says_what_is_missing(run, silent):
-    status, out, _ = run("inspect", silent)
-    assert status == 0
-    assert "resnet18, 10 classes" in out and "11,181,642" in out
-    assert "not stated:" in out and "--preprocessing msra, caffe_vgg, torchvision" in out
-    assert "convert" in out.splitlines()[-1]
-    status, out, _ = run("inspect", silent, "--preprocessing", "torchvision")
-    assert status == 0 and "not stated" not in out
-    assert "RGB, 0..1, mean [0.485, 0.456, 0.406]" in out
-
-
-def test_inspect_of_our_own(run, ours):
-    status, out, _ = run("inspect", ours)
-    assert status == 0 and "not stated" not in out
-    assert "BGR, 0..255, mean [103.939, 116.779, 123.68], std [1.0, 1.0, 1.0]" in out
-    assert "key names:     resnet_backbone" in out
-
-
-def test_inspect_of_tensors_that_fit_two_networks(run, tmp_path):
-    path = tmp_path / "plain.safetensors"
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Tensors that fit two networks, in a file with a space in its name."""
+    path = tmp_path_factory.mktemp("plain") / "a plain.safetensors"
     save_file(random_checkpoint("plain18").tensors, path)
-    status, out, _ = run("inspect", path, "--preprocessing", "msra")
-    assert status == 0 and "add --model resnet18 or --model plain18" in out
-    status, out, _ = run("inspect", path, "--preprocessing", "msra", "--model", "plain18")
-    assert status == 0 and "not stated" not in out and "plain18, 10 classes" in out
+    return path
+
+
+@pytest.fixture(scope="module")
+def with_image(tmp_path_factory):
+    """ResNet-18 with a per-pixel mean."""
+    path, before = tmp_path_factory.mktemp("image") / "x.safetensors", random_checkpoint("resnet18")
+    own = replace(before.preprocessing, mean_image=torch.rand(3, 32, 32) * 255)
+    write_checkpoint(replace(before, preprocessing=own), path)
+    return path
+
+
+MEAN = "mean [103.939, 116.779, 123.68], std [1.0, 1.0, 1.0]"
+ASKS = "--preprocessing msra, caffe_vgg, torchvision"
+
+
+@pytest.mark.parametrize(
+    "file, options, words",
+    [
+        ("silent", [], ["resnet18, 10 classes", "11,181,642", "not stated:", ASKS]),
+        ("silent", ["--preprocessing", "torchvision"], ["RGB, 0..1, mean [0.485, 0.456, 0.406]"]),
+        ("ours", [], [f"BGR, 0..255, {MEAN}", "key names:     resnet_backbone"]),
+        ("plain", ["--preprocessing", "msra"], ["add --model resnet18 or --model plain18"]),
+        ("plain", ["--preprocessing", "msra", "--model", "plain18"], ["plain18, 10 classes"]),
+        ("with_image", [], ["mean image:    32x32", "11,181,642"]),
+    ],
+)
+def test_inspect(run, request, file, options, words):
+    status, out, errors = run("inspect", request.getfixturevalue(file), *options)
+    assert status == 0, errors
+    assert all(word in out for word in words) and "convert" in out.splitlines()[-1]
+    is_missing = any(word.startswith(("not stated", "add")) for word in words)
+    assert ("not stated" in out) == is_missing
 
 
 def next_command(out):
@@ -122,34 +126,23 @@ def next_command(out):
     return shlex.split(line)[3:]
 
 
-def test_what_to_do_next_repeats_what_was_stated(run, tmp_path):
-    path = tmp_path / "a plain.safetensors"
-    save_file(random_checkpoint("plain18").tensors, path)
+def test_what_to_do_next_repeats_what_was_stated(run, plain, tmp_path):
     stated = "--channel-order BGR --value-range 255 --mean 10 20.5 -30 --std 1 2 3".split()
     stated += "--stride-in-1x1 true --bn-eps 0.001".split()
     both, *parts = ([], "NAME --model NAME"), (stated, "NAME"), (["--model", "plain18"], "NAME")
     for given, missing in (both, *parts):
-        status, out, errors = run("inspect", path, *given)
+        status, out, errors = run("inspect", plain, *given)
         assert status == 0, errors
         assert out.count("not stated:") == (2 if given == [] else 1)
         end = "--model NAME" if given == stated else f"--preprocessing {missing}"
-        assert next_command(out) == ["convert", str(path), "OUT", *given, *end.split()]
-    status, out, _ = run("inspect", path, *stated, "--model", "plain18")
+        assert next_command(out) == ["convert", str(plain), "OUT", *given, *end.split()]
+    status, out, _ = run("inspect", plain, *stated, "--model", "plain18")
     command = next_command(out)
     assert command[3:] == [*stated, "--model", "plain18"]
     command[2] = tmp_path / "out.safetensors"
     assert run(*command, *FAST)[0] == 0
     status, out, _ = run("inspect", command[2])
     assert next_command(out)[3:] == []
-
-
-def test_inspect_of_a_file_with_a_mean_image(run, tmp_path):
-    path, before = tmp_path / "image.safetensors", random_checkpoint("resnet18")
-    own = replace(before.preprocessing, mean_image=torch.rand(3, 32, 32) * 255)
-    write_checkpoint(replace(before, preprocessing=own), path)
-    status, out, errors = run("inspect", path)
-    assert status == 0, errors
-    assert "mean image:    32x32" in out and "11,181,642" in out
 
 
 @pytest.mark.data
@@ -161,14 +154,8 @@ def test_inspect_of_the_released_weights(run, data_root):
     assert "the stride of its bottlenecks" in out
 
 
-TARGETS = {
-    "resnet_backbone": "x.safetensors",
-    "torchvision": "x.pth",
-    "timm": "x",
-    "huggingface": "x",
-    "detectron2": "x.pkl",
-    "caffe2": "x.pkl",
-}
+TARGETS = {"resnet_backbone": "x.safetensors", "torchvision": "x.pth", "timm": "x"}
+TARGETS |= {"huggingface": "x", "detectron2": "x.pkl", "caffe2": "x.pkl"}
 
 
 @pytest.mark.parametrize("format, name", TARGETS.items())
@@ -196,10 +183,8 @@ def test_all_conversions_at_once(run, ours, tmp_path):
 
 
 def test_fold_std_for_detectron2(run, silent, tmp_path):
-    status, out, _ = run(
-        "convert", silent, tmp_path / "x.pkl", "--to", "detectron2", "--fold-std",
-        "--preprocessing", "torchvision", *FAST,
-    )  # fmt: skip
+    options = ["--to", "detectron2", "--fold-std", "--preprocessing", "torchvision"]
+    status, out, _ = run("convert", silent, tmp_path / "x.pkl", *options, *FAST)
     assert status == 0
     assert "MODEL.PIXEL_STD [1, 1, 1]" in out and "INPUT.FORMAT RGB" in out
     assert "MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]" in out
@@ -215,11 +200,9 @@ def test_stated_input(run, silent, tmp_path):
     assert (own.mean, own.std, own.bn_eps) == ((10, 20, 30), (1, 2, 3), 1e-3)
     part = run("convert", silent, tmp_path / "y.safetensors", *stated[:4])
     assert_one_line(part, "--mean, --std")
-    refused = run("convert", silent, tmp_path / "y.pth", "--to", "torchvision", *stated,
-                  "--bn-eps", 1e-3)  # fmt: skip
-    assert_one_line(refused, "BN eps 0.001", "--bn-eps-to 1e-05")
-    status, _, errors = run("convert", silent, tmp_path / "y.pth", "--to", "torchvision", *stated,
-                            "--bn-eps", 1e-3, "--bn-eps-to", 1e-5, *FAST)  # fmt: skip
+    command = ["convert", silent, tmp_path / "y.pth", "--to", "torchvision", *stated]
+    assert_one_line(run(*command, "--bn-eps", 1e-3), "BN eps 0.001", "--bn-eps-to 1e-05")
+    status, _, errors = run(*command, "--bn-eps", 1e-3, "--bn-eps-to", 1e-5, *FAST)
     assert status == 0, errors
 
 
@@ -279,49 +262,50 @@ def test_verify_on_a_folder(run, ours, tmp_path):
 def test_verify_finds_the_stride_of_the_released_weights(run, data_root, tmp_path):
     file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
     pictures = data_root / "imagenet_val500"
-    status, out, _ = run(
-        "verify", file, file, "--preprocessing-a", "msra", "--preprocessing-b", "msra",
-        "--stride-in-1x1-b", "false", "--images", pictures, "--num-images", 2, "--size", 64,
-    )  # fmt: skip
+    stated = [
+        "--preprocessing-a",
+        "msra",
+        "--preprocessing-b",
+        "msra",
+        "--stride-in-1x1-b",
+        "false",
+    ]
+    images = ["--images", pictures, "--num-images", 2, "--size", 64]
+    status, out, _ = run("verify", file, file, *stated, *images)
     assert status == 1
     assert "stride_in_1x1 True in place of False" in out
 
 
 def test_wrong_input_is_one_line(run, ours, silent, tmp_path):
-    out = tmp_path / "x.safetensors"
-    assert_one_line(run("inspect", tmp_path / "no.pth"), "no.pth", "no such file")
-    assert_one_line(run("convert", silent, out), "silent.safetensors", "--preprocessing msra|")
-    assert_one_line(run("verify", ours, silent), "--preprocessing-b msra|")
-    assert_one_line(run("convert", ours, ours), "there already", "--overwrite")
-    assert_one_line(run("convert", ours, tmp_path / "x.onnx"), ".safetensors")
-    assert_one_line(run("convert", ours, out, "--preprocessing", "torchvision"), "carries its own")
-    assert_one_line(run("convert", ours, out, "--preprocessing", "imagenet"), "imagenet", "msra")
-    assert_one_line(
-        run("convert", silent, out, "--preprocessing", "msra", "--model", "vgg16"), "vgg16"
-    )
-    assert_one_line(
-        run(
-            "convert", ours, tmp_path / "x.pth", "--to", "torchvision", "--channel-order-to", "BGR"
-        ),
-        "RGB only",
-    )
-    assert_one_line(run("verify", ours, ours, "--images", tmp_path), "no pictures")
-    assert_one_line(run("verify", ours, ours, "--size", 0), "at least 32")
-    bad = tmp_path / "bad.jpg"
-    bad.write_bytes(b"no picture")
-    assert_one_line(run("verify", ours, ours, "--images", tmp_path), "bad.jpg")
-    broken = tmp_path / "broken.pkl"
+    out, pth = tmp_path / "x.safetensors", tmp_path / "x.pth"
+    named = ("convert", silent, out, "--preprocessing", "msra")
+    broken, bad = tmp_path / "broken.pkl", tmp_path / "bad" / "bad.jpg"
     broken.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    assert_one_line(run("inspect", broken), "broken.pkl", "refused")
+    bad.parent.mkdir()
+    bad.write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        (("inspect", tmp_path / "no.pth"), ["no.pth", "no such file"]),
+        (named[:3], ["silent.safetensors", "--preprocessing msra|"]),
+        (("verify", ours, silent), ["--preprocessing-b msra|"]),
+        (("convert", ours, ours), ["there already", "--overwrite"]),
+        (("convert", ours, tmp_path / "x.onnx"), [".safetensors"]),
+        (("convert", ours, out, "--preprocessing", "torchvision"), ["carries its own"]),
+        (("convert", ours, out, "--preprocessing", "imagenet"), ["imagenet", "msra"]),
+        ((*named, "--model", "vgg16"), ["vgg16"]),
+        (("convert", ours, pth, "--to", "torchvision", "--channel-order-to", "BGR"), ["RGB only"]),
+        (("verify", ours, ours, "--images", tmp_path / "empty"), ["no pictures"]),
+        (("verify", ours, ours, "--images", bad.parent), ["bad.jpg"]),
+        (("verify", ours, ours, "--size", 0), ["at least 32"]),
+        (("verify", ours, ours, "--num-images", 0), ["1 at least"]),
+        (("inspect", broken), ["broken.pkl", "refused"]),
+    ):
+        assert_one_line(run(*arguments), *words)
     assert not out.exists()
 
 
-def test_mean_image_is_dropped_only_when_asked(run, tmp_path):
-    path = tmp_path / "image.safetensors"
-    before = random_checkpoint("resnet18")
-    own = replace(before.preprocessing, mean_image=torch.rand(3, 32, 32) * 255)
-    write_checkpoint(replace(before, preprocessing=own), path)
-    arguments = ("convert", path, tmp_path / "x.pth", "--to", "torchvision", *FAST)
+def test_mean_image_is_dropped_only_when_asked(run, with_image, tmp_path):
+    arguments = ("convert", with_image, tmp_path / "x.pth", "--to", "torchvision", *FAST)
     assert_one_line(run(*arguments), "mean image", "--accept-channel-means")
     status, out, errors = run(*arguments, "--accept-channel-means")
     assert status == 0, errors

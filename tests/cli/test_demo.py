@@ -4,6 +4,7 @@ Detectron2's own predictor."""
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,25 +71,17 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def call(run, *arguments) -> int:
-    """Runs the tool with every detection kept; returns its exit status."""
-    try:
-        demo.main(["--run", str(run), "--confidence", "0", *map(str, arguments)])
-    except SystemExit as stop:
-        return stop.code
-    return 0
+@pytest.fixture
+def call(run, run_command):
+    """Function (arguments) -> status, output, errors of the tool with every detection kept."""
+    return partial(run_command, demo.main, "--run", run, "--confidence", 0)
 
 
-def out(capsys) -> str:
-    return capsys.readouterr().out
-
-
-def assert_one_line(capsys, *words: str) -> None:
-    lines = capsys.readouterr().err.strip().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in "".join(lines)
-    for word in words:
-        assert word in errors[0]
+def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+    status, _, text = result
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(errors) == 1 and "Traceback" not in text
+    assert all(word in errors[0] for word in words)
 
 
 def test_the_same_detections_as_detectron2(run):
@@ -153,40 +146,38 @@ def test_other_classes_are_refused(run):
         Predictor(cfg)
 
 
-def test_wrong_preprocessing_is_refused(run, photos, tmp_path, capsys):
+def test_wrong_preprocessing_is_refused(run, call, photos, tmp_path):
     with pytest.raises(WeightsError, match="INPUT.FORMAT"):
         Predictor(config("MODEL.WEIGHTS", str(run / "model_final.pth"), "INPUT.FORMAT", "RGB"))
     arguments = ("--input", photos, "--output", tmp_path / "out", "INPUT.FORMAT", "RGB")
-    assert call(run, *arguments) == 2
-    assert_one_line(capsys, "INPUT.FORMAT is RGB", "set INPUT.FORMAT")
+    assert_one_line(call(*arguments), "INPUT.FORMAT is RGB", "set INPUT.FORMAT")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_input_can_follow_the_checkpoint(run, photos, tmp_path, capsys):
+def test_the_input_can_follow_the_checkpoint(run, photos, tmp_path, run_command):
     """A base config of other input, and WEIGHTS_INPUT set; what the user says too must agree."""
     config_file = tmp_path / "config.yaml"
     config_file.write_text((run / "config.yaml").read_text().replace("FORMAT: BGR", "FORMAT: RGB"))
-    arguments = ["--config-file", config_file, "--input", photos, "--json", tmp_path / "a.json"]
-    arguments = [*map(str, arguments), "MODEL.WEIGHTS", str(run / "model_final.pth")]
-    with pytest.raises(SystemExit):
-        demo.main(arguments)
-    assert_one_line(capsys, "INPUT.FORMAT is RGB", 'set INPUT.FORMAT "BGR"')
-    demo.main([*arguments, "RESNET_BACKBONE.WEIGHTS_INPUT", "set"])
-    assert "weights: INPUT.FORMAT RGB -> BGR" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        demo.main([*arguments, "RESNET_BACKBONE.WEIGHTS_INPUT", "set", "INPUT.FORMAT", "RGB"])
-    assert_one_line(capsys, "INPUT.FORMAT RGB contradicts")
+    files = ["--config-file", config_file, "--input", photos, "--json", tmp_path / "a.json"]
+    tool = partial(run_command, demo.main, *files, "MODEL.WEIGHTS", run / "model_final.pth")
+    assert_one_line(tool(), "INPUT.FORMAT is RGB", 'set INPUT.FORMAT "BGR"')
+    status, out, _ = tool("RESNET_BACKBONE.WEIGHTS_INPUT", "set")
+    assert status == 0 and "weights: INPUT.FORMAT RGB -> BGR" in out
+    both = ("RESNET_BACKBONE.WEIGHTS_INPUT", "set", "INPUT.FORMAT", "RGB")
+    assert_one_line(tool(*both), "INPUT.FORMAT RGB contradicts")
 
 
-def test_one_image_to_a_file(run, photos, tmp_path, capsys):
+def test_one_image_to_a_file(run, call, photos, tmp_path):
     """Drawn, and in the JSON file as the predictor returns it: in pixels of the original."""
     output, numbers = tmp_path / "new" / "drawn.png", tmp_path / "a.json"
-    assert call(run, "--input", photos / "wide.png", "--output", output, "--json", numbers) == 0
+    files = ("--output", output, "--json", numbers)
+    status, out, _ = call("--input", photos / "wide.png", *files)
+    assert status == 0
     drawn = np.asarray(Image.open(output))
     assert drawn.shape == (480, 720, 3)
     enlarged = Image.fromarray(noise(60, 90)).resize((720, 480), Image.BICUBIC)
     assert (drawn != np.asarray(enlarged)).any()
-    line = capsys.readouterr().out.splitlines()[0]
+    line = out.splitlines()[0]
     assert "wide.png: 6 detections, " in line and line.endswith(" s")
     cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"))
     found = Predictor(cfg)(noise(60, 90)[:, :, ::-1])["instances"]
@@ -196,10 +187,10 @@ def test_one_image_to_a_file(run, photos, tmp_path, capsys):
     assert found.image_size == (60, 90)
 
 
-def test_folder_to_folder_with_sheet_and_numbers(run, photos, tmp_path):
+def test_folder_to_folder_with_sheet_and_numbers(run, call, photos, tmp_path):
     output, sheet, numbers = tmp_path / "out", tmp_path / "s" / "sheet.png", tmp_path / "all.json"
     files = ("--output", output, "--sheet", sheet, "--sheet-columns", "1", "--json", numbers)
-    assert call(run, "--input", photos, *files) == 0
+    assert call("--input", photos, *files)[0] == 0
     assert sorted(p.name for p in output.iterdir()) == ["tall.jpg", "wide.png"]
     assert Image.open(sheet).width == 480 + 20
     content = json.loads(numbers.read_text())
@@ -222,14 +213,14 @@ def test_globs_config_file_and_sheet_max(run, photos, tmp_path):
     assert Image.open(tmp_path / "s.png").width < 480  # one tall picture
 
 
-def test_video(run, tmp_path, capsys):
+def test_video(call, tmp_path):
     film = tmp_path / "film.avi.mp4"
     with video_writer(film, 10.0) as write:
         for seed in range(3):
             write(noise(64, 96, seed))
     output, sheet = tmp_path / "out", tmp_path / "s.png"
     files = ("--output", output, "--sheet", sheet, "--json", tmp_path / "a.json")
-    assert call(run, "--input", film, *files) == 0
+    assert call("--input", film, *files)[0] == 0
     rate, _, frames = read_video(output / "film.avi.mp4")
     assert rate == 10.0 and [frame.shape for frame in frames] == [(480, 720, 3)] * 3
     found = json.loads((tmp_path / "a.json").read_text())["detections"]
@@ -238,19 +229,19 @@ def test_video(run, tmp_path, capsys):
     assert sheet.is_file()
 
 
-def test_unreadable_images_are_named_and_the_rest_is_done(run, photos, tmp_path, capsys):
+def test_unreadable_images_are_named_and_the_rest_is_done(call, photos, tmp_path):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     arguments = ("--output", tmp_path / "out", "--json", tmp_path / "a.json")
-    assert call(run, "--input", photos, *arguments) == 1
+    status, _, errors = call("--input", photos, *arguments)
+    assert status == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tall.jpg", "wide.png"]
-    errors = capsys.readouterr().err.splitlines()
-    assert sum("broken.jpg: cannot be read" in line for line in errors) == 1
-    assert errors[-1] == "error: 1 of 3 inputs not done"
-    assert call(run, "--input", photos / "broken.jpg", "--output", tmp_path / "one.png") == 2
+    assert errors.count("broken.jpg: cannot be read") == 1
+    assert errors.splitlines()[-1] == "error: 1 of 3 inputs not done"
+    assert call("--input", photos / "broken.jpg", "--output", tmp_path / "one.png")[0] == 2
     assert len(json.loads((tmp_path / "a.json").read_text())["unreadable"]) == 1
 
 
-def test_the_last_checkpoint_serves_until_there_is_a_final_one(run, photos, tmp_path):
+def test_the_last_checkpoint_serves_until_there_is_a_final_one(run, call, photos, tmp_path):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     shutil.copy(run / "config.yaml", unfinished)
@@ -258,22 +249,21 @@ def test_the_last_checkpoint_serves_until_there_is_a_final_one(run, photos, tmp_
         run_config(str(unfinished), [])
     shutil.copy(run / "model_final.pth", unfinished / "model_0000199.pth")
     (unfinished / "last_checkpoint").write_text("model_0000199.pth")
-    assert call(unfinished, "--input", photos, "--output", tmp_path / "out") == 0
+    arguments = ("--run", unfinished, "--input", photos, "--output", tmp_path / "out")
+    assert call(*arguments)[0] == 0
 
 
-def test_missing_names_are_said_and_numbered(run, photos, tmp_path, capsys):
+def test_missing_names_are_said_and_numbered(call, photos, tmp_path):
     arguments = ("--input", photos / "wide.png", "--json", tmp_path / "a.json")
-    assert call(run, *arguments, "RESNET_BACKBONE.CLASS_NAMES", "[]") == 0
-    assert "names of the classes are not known" in capsys.readouterr().err
+    status, _, errors = call(*arguments, "RESNET_BACKBONE.CLASS_NAMES", "[]")
+    assert status == 0 and "names of the classes are not known" in errors
     found = json.loads((tmp_path / "a.json").read_text())["detections"]
     assert found and {entry["class"] for entry in found} <= {0, 1, 2}
-    capsys.readouterr()
-    assert call(run, *arguments, "--confidence", "0.99") == 0
+    status, out, _ = call(*arguments, "--confidence", "0.99")
+    assert status == 0
     assert json.loads((tmp_path / "a.json").read_text())["detections"] == []
     best = max(entry["score"] for entry in found)
-    hint = re.search(
-        r"0 detections \(best score ([.\d]+); try --confidence ([.\d]+)\)", out(capsys)
-    )
+    hint = re.search(r"0 detections \(best score ([.\d]+); try --confidence ([.\d]+)\)", out)
     assert float(hint[1]) == round(best, 2) and float(hint[2]) <= best
 
 
@@ -306,13 +296,12 @@ def test_names_of_the_data_set_serve(run):
         (["--input", "{photos}", "--output", "o", "--config-file", "x"], ["--run DIR, or"]),
     ],
 )
-def test_wrong_use_is_one_line(run, photos, tmp_path, capsys, monkeypatch, arguments, words):
+def test_wrong_use_is_one_line(call, photos, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
     places = {"photos": photos, "empty": tmp_path / "empty"}
     places["empty"].mkdir()
     before = {path.name: path.read_bytes() for path in photos.iterdir()}
-    assert call(run, *(word.format(**places) for word in arguments)) == 2
-    assert_one_line(capsys, *words)
+    assert_one_line(call(*(word.format(**places) for word in arguments)), *words)
     assert {path.name: path.read_bytes() for path in photos.iterdir()} == before
 
 

@@ -1,7 +1,6 @@
 """tools/evaluate_classifier.py as users run it."""
 
 import csv
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from resnet_backbone.classification.data.evaluation import EvaluationFiles, Eval
 from resnet_backbone.classification.evaluation import evaluate
 from resnet_backbone.classification.networks import NetworkSpec, save_network
 from resnet_backbone.classification.protocols import Center, Dense, TenCrop
+from resnet_backbone.cli.evaluate_classifier import main
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.preprocessing import InputNormalizer
@@ -28,12 +28,6 @@ SCRIPT = ROOT / "tools" / "evaluate_classifier.py"
 GREY = Preprocessing("RGB", 255.0, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))
 BGR = Preprocessing("BGR", 255.0, (90.0, 95.0, 100.0), (30.0, 30.0, 30.0))
 WNIDS = ("n01", "n02", "n03")
-
-
-@pytest.fixture(scope="module")
-def main():
-    module = importlib.import_module("resnet_backbone.cli.evaluate_classifier")
-    return module.main
 
 
 def network(seed, classes, **options):
@@ -79,16 +73,15 @@ def table(path):
 SMALL = ("--workers", "0", "--device", "cpu", "--batch-size", "5")
 
 
-def results(main, output, *arguments):
+def results(output, *arguments):
     main([*map(str, arguments), *SMALL, "--output", str(output)])
     return json.loads((output / "results.json").read_text())
 
 
 def expected(files, names, protocol):
     """The same evaluation by the package's functions."""
-    samples = [
-        (path, WNIDS.index(path.parent.name)) for path in sorted((files / "val").glob("*/*"))
-    ]
+    paths = sorted((files / "val").glob("*/*"))
+    samples = [(path, WNIDS.index(path.parent.name)) for path in paths]
     loader = EvaluationLoader(EvaluationFiles(samples, protocol.short_sides), 5)
     models = {"a": (network(0, 3)[0], GREY), "b": (network(1, 3)[0], BGR)}
     pairs = [(models[name][0], InputNormalizer(models[name][1])) for name in names]
@@ -106,11 +99,10 @@ def expected(files, names, protocol):
         ),
     ],
 )
-def test_results_files(main, files, tmp_path, arguments, protocol, capsys):
+def test_results_files(files, tmp_path, arguments, protocol, capsys):
     weights = files / "a.safetensors"
-    found = results(
-        main, tmp_path, "--weights", weights, "--imagenet-folder", files / "val", *arguments
-    )
+    data = ("--weights", weights, "--imagenet-folder", files / "val")
+    found = results(tmp_path, *data, *arguments)
     result = expected(files, "a", protocol)
     assert found["top1_error"] == result.top1_error and found["top5_error"] is None
     assert found["cross_entropy"] == pytest.approx(result.cross_entropy, rel=1e-6)
@@ -129,10 +121,10 @@ def test_results_files(main, files, tmp_path, arguments, protocol, capsys):
     assert {"command", "date", "hardware", "versions"} <= set(found)
 
 
-def test_an_ensemble_keeps_each_preprocessing(main, files, tmp_path):
+def test_an_ensemble_keeps_each_preprocessing(files, tmp_path):
     weights = (files / "a.safetensors", files / "b.safetensors")
     arguments = ("--imagenet-folder", files / "val", "--resize", 36, "--crop", 32)
-    found = results(main, tmp_path, "--weights", *weights, *arguments)
+    found = results(tmp_path, "--weights", *weights, *arguments)
     result = expected(files, "ab", Center(36, 32))
     assert found["num_models"] == 2
     assert found["cross_entropy"] == pytest.approx(result.cross_entropy, rel=1e-6)
@@ -140,10 +132,9 @@ def test_an_ensemble_keeps_each_preprocessing(main, files, tmp_path):
     assert abs(found["cross_entropy"] - alone) > 1e-3
 
 
-def test_files_that_say_nothing_and_files_that_do(main, files, tmp_path):
+def test_files_that_say_nothing_and_files_that_do(files, tmp_path):
     """One --model and one --preprocessing serve the files that need them."""
     found = results(
-        main,
         tmp_path,
         *("--weights", files / "bare.safetensors", files / "b.safetensors"),
         *("--model", "cifar_resnet8", "--num-classes", 3, "--preprocessing", "caffe_vgg"),
@@ -153,34 +144,29 @@ def test_files_that_say_nothing_and_files_that_do(main, files, tmp_path):
 
 
 @pytest.mark.parametrize("labels", ["labels.txt", "numbers.txt"])
-def test_flat_folder(main, files, tmp_path, labels):
+def test_flat_folder(files, tmp_path, labels):
     """numbers.txt has labels 1, 2, 3, for a network of eight classes; labels.txt has wnids."""
     numbered = labels == "numbers.txt"
     weights = files / ("eight.safetensors" if numbered else "a.safetensors")
     arguments = ("--flat", files / "flat", "--labels", files / labels, "--resize", 36, "--crop", 32)
-    found = results(main, tmp_path, "--weights", weights, *arguments)
+    found = results(tmp_path, "--weights", weights, *arguments)
     assert list(found["per_class_error"]) == (["1", "2", "3"] if numbered else ["0", "1", "2"])
     if not numbered:
         assert found["top1_error"] == expected(files, "a", Center(36, 32)).top1_error
 
 
-def test_part_of_the_classes(main, files, tmp_path):
+def test_part_of_the_classes(files, tmp_path):
     found = results(
-        main,
         tmp_path,
         *("--weights", files / "eight.safetensors", "--imagenet-folder", files / "val"),
         *("--class-list", files / "classes.txt", "--resize", 36, "--crop", 32),
     )
     assert list(found["per_class_error"]) == ["0", "5", "7"] and found["top5_error"] is not None
     rows = table(tmp_path / "predictions.csv")
-    assert {(row["label"], row["label_name"]) for row in rows} == {
-        ("5", "n01"),
-        ("0", "n02"),
-        ("7", "n03"),
-    }
+    assert {row["label"] + row["label_name"] for row in rows} == {"5n01", "0n02", "7n03"}
 
 
-def test_unreadable_images(main, files, tmp_path, capsys):
+def test_unreadable_images(files, tmp_path, capsys):
     folder = tmp_path / "val"
     for path in sorted((files / "val").glob("*/*")):
         (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
@@ -189,112 +175,77 @@ def test_unreadable_images(main, files, tmp_path, capsys):
     arguments = ("--weights", files / "a.safetensors", "--imagenet-folder", folder)
     arguments += ("--resize", 36, "--crop", 32)
     with pytest.raises(SystemExit) as stopped:
-        results(main, tmp_path / "out", *arguments)
+        results(tmp_path / "out", *arguments)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and len(message.splitlines()) == 1
     assert "n02/1.png: the file is empty" in message and "--max-bad-images N" in message
-    found = results(main, tmp_path / "out", *arguments, "--max-bad-images", 1)
+    found = results(tmp_path / "out", *arguments, "--max-bad-images", 1)
     assert found["num_images"] == 12 and found["bad"][0]["name"].endswith("n02/1.png")
     assert len(table(tmp_path / "out" / "predictions.csv")) == 11
     assert [row["images"] for row in table(tmp_path / "out" / "per_class.csv")] == ["4"] * 3
 
 
-def test_cifar10(main, tiny_cifar10, tmp_path):
+def test_cifar10(tiny_cifar10, tmp_path):
     model, spec = network(3, 10)
     save_network(tmp_path / "c.safetensors", model, spec, GREY)
     arguments = ("--weights", tmp_path / "c.safetensors", "--cifar10", tiny_cifar10)
-    found = results(main, tmp_path / "out", *arguments)
+    found = results(tmp_path / "out", *arguments)
     assert found["protocol"] == {"name": "full"} and found["num_images"] > 0
     names = {row["label_name"] for row in table(tmp_path / "out" / "predictions.csv")}
     assert names <= set("airplane automobile bird cat deer dog frog horse ship truck".split())
 
 
+NET, CLASSES = "--model cifar_resnet8", "has 3 classes, the network 8.*--class-list FILE"
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--weights gone.safetensors --imagenet-folder val", "gone.safetensors: no such file"),
-        ("--weights bare.safetensors --imagenet-folder val", "say which network.*give --model"),
+        ("gone VAL", "gone.safetensors: no such file"),
+        ("bare VAL", "say which network.*give --model"),
+        (f"bare {NET} --num-classes 3 VAL", r"which input .* name it.*\(--preprocessing\)"),
+        (f"bare {NET} --preprocessing caffe_vgg VAL", "linear.weight has shape"),
+        ("a --model resnet18 VAL", "is of cifar_resnet8"),
+        ("a b a --model resnet18 vgg16 VAL", "--model: give one for all, or one for each"),
+        ("a eight VAL", "same classes: cifar_resnet8 has 3, cifar_resnet8 has 8"),
+        ("eight VAL", f"val {CLASSES}"),
+        ("eight --flat flat --labels labels.txt", f"labels.txt {CLASSES}"),
+        ("a --flat flat --labels numbers.txt", "label 3, but there are 3 classes"),
+        ("eight VAL --class-list beyond.txt", "index 8, but num_classes is 8"),
+        ("a --flat flat", "--flat DIR and --labels FILE go together"),
+        ("a --cifar10 flat --class-list classes.txt", "--class-list is for"),
+        ("a --cifar10 flat", "has 3 classes, CIFAR-10 has 10"),
+        ("a VAL --flip", "--flip is for protocol dense, not"),
         (
-            "--weights bare.safetensors --model cifar_resnet8 --num-classes 3 "
-            "--imagenet-folder val",
-            r"which input it was trained on: name it.*\(--preprocessing\)",
-        ),
-        (
-            "--weights bare.safetensors --model cifar_resnet8 --preprocessing caffe_vgg "
-            "--imagenet-folder val",
-            "linear.weight has shape",
-        ),
-        ("--weights a.safetensors --model resnet18 --imagenet-folder val", "is of cifar_resnet8"),
-        (
-            "--weights a.safetensors b.safetensors a.safetensors --model resnet18 vgg16 "
-            "--imagenet-folder val",
-            "--model: give one for all, or one for each",
-        ),
-        (
-            "--weights a.safetensors eight.safetensors --imagenet-folder val",
-            "same classes: cifar_resnet8 has 3, cifar_resnet8 has 8",
-        ),
-        (
-            "--weights eight.safetensors --imagenet-folder val",
-            "val has 3 classes, the network 8.*--class-list FILE",
-        ),
-        (
-            "--weights eight.safetensors --flat flat --labels labels.txt",
-            "labels.txt has 3 classes, the network 8.*--class-list FILE",
-        ),
-        (
-            "--weights a.safetensors --flat flat --labels numbers.txt",
-            "label 3, but there are 3 classes",
-        ),
-        (
-            "--weights eight.safetensors --imagenet-folder val --class-list beyond.txt",
-            "index 8, but num_classes is 8",
-        ),
-        ("--weights a.safetensors --flat flat", "--flat DIR and --labels FILE go together"),
-        ("--weights a.safetensors --cifar10 flat --class-list classes.txt", "--class-list is for"),
-        ("--weights a.safetensors --cifar10 flat", "has 3 classes, CIFAR-10 has 10"),
-        (
-            "--weights a.safetensors --imagenet-folder val --flip",
-            "--flip is for protocol dense, not",
-        ),
-        (
-            "--weights a.safetensors --imagenet-folder val --protocol dense --crop 32",
+            "a VAL --protocol dense --crop 32",
             "--crop is for protocol center and ten_crop, not dense",
         ),
-        (
-            "--weights a.safetensors --imagenet-folder val --resize 32 --crop 40",
-            "crop of 40 does not fit into a short side of 32",
-        ),
-        (
-            "--weights a.safetensors --imagenet-folder val --batch-size 0",
-            "batch size 0",
-        ),
+        ("a VAL --resize 32 --crop 40", "crop of 40 does not fit into a short side of 32"),
+        ("a VAL --batch-size 0", "batch size 0"),
     ],
 )
-def test_wrong_input_is_one_line(main, files, monkeypatch, capsys, arguments, message):
+def test_wrong_input_is_one_line(files, monkeypatch, run_command, arguments, message):
+    given = re.sub(r"\b(gone|bare|a|b|eight)\b(?= |$)", r"\1.safetensors", arguments)
+    arguments = "--weights " + given.replace("VAL", "--imagenet-folder val")
     monkeypatch.chdir(files)
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments.split(), "--device", "cpu"])
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(error.splitlines()) == 1, error
-    assert re.search(message, error), error
+    status, _, error = run_command(main, *arguments.split(), "--device", "cpu")
+    assert status == 2 and len(error.splitlines()) == 1 and re.search(message, error), error
 
 
-def test_another_stride_is_mended_by_an_option_of_this_tool(main, tmp_path, capsys):
+def test_another_stride_is_mended_by_an_option_of_this_tool(tmp_path, run_command):
     path = tmp_path / "r50.safetensors"
     save_file({k: v.contiguous() for k, v in build_model("resnet50").state_dict().items()}, path)
-    arguments = ["--weights", str(path), "--imagenet-folder", str(tmp_path), "--model", "resnet50"]
-    with pytest.raises(SystemExit):
-        main([*arguments, "--preprocessing", "torchvision", "--device", "cpu"])
-    line = capsys.readouterr().err.strip()
-    assert line.endswith("stride_in_1x1=False (--model-options stride_in_1x1=False)")
+    arguments = ["--weights", path, "--imagenet-folder", tmp_path, "--model", "resnet50"]
+    arguments += ["--preprocessing", "torchvision", "--device", "cpu"]
+    error = run_command(main, *arguments)[2]
+    assert "stride_in_1x1=False (--model-options stride_in_1x1=False)\n" in error
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_results_of_one(main, files, tmp_path):
+def test_two_processes_write_the_results_of_one(files, tmp_path):
     weights = ("--weights", files / "a.safetensors", files / "b.safetensors")
     arguments = (*weights, "--imagenet-folder", files / "val", "--resize", 36, "--crop", 32)
-    alone = results(main, tmp_path / "one", *arguments)
+    alone = results(tmp_path / "one", *arguments)
     command = [sys.executable, str(SCRIPT), *map(str, arguments), *SMALL]
     subprocess.run(
         [*command, "--num-processes", "2", "--output", str(tmp_path / "two")],
@@ -312,7 +263,7 @@ def test_two_processes_write_the_results_of_one(main, files, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.data
-def test_the_papers_weights(main, data_root, tmp_path):
+def test_the_papers_weights(data_root, tmp_path):
     """72.2 % top-1 with the right preprocessing and stride; docs/results/msra_resnet50.md."""
     wnids = {
         **{"n01440764": 0, "n02102040": 217, "n02979186": 482, "n03000684": 491, "n03028079": 497},
@@ -321,7 +272,6 @@ def test_the_papers_weights(main, data_root, tmp_path):
     }
     (tmp_path / "classes.txt").write_text("".join(f"{k} {v}\n" for k, v in wnids.items()))
     found = results(
-        main,
         tmp_path,
         *("--weights", data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"),
         *("--model", "resnet50", "--preprocessing", "msra", "--resize", 224),

@@ -17,7 +17,6 @@ import onnxruntime
 
 from resnet_backbone import build_model
 from resnet_backbone.cli import export as tool
-from resnet_backbone.cli import pictures
 from resnet_backbone.cli.benchmark.interleaved import randomize_norms
 from resnet_backbone.fast import export
 from resnet_backbone.weights import get_preprocessing, save_weights
@@ -45,23 +44,23 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def run(capsys, *arguments) -> tuple[int, str, list[str]]:
-    code = tool.main([str(argument) for argument in arguments])
-    found = capsys.readouterr()
-    errors = [line for line in found.err.splitlines() if line.startswith("error: ")]
-    return code, found.out, errors
+@pytest.fixture
+def run(run_command):
+    """Function (arguments) -> exit status, output, lines of errors."""
+
+    def call(*arguments) -> tuple[int, str, list[str]]:
+        code, out, error = run_command(tool.main, *arguments)
+        return code, out, [line for line in error.splitlines() if line.startswith("error: ")]
+
+    return call
 
 
-def test_classifier(weights, photos, tmp_path, capsys):
+def test_classifier(weights, photos, tmp_path, run):
     output = tmp_path / "new" / "net"
-    code, out, errors = run(capsys, "--weights", weights, "--images", photos, "--output", output)
+    code, out, errors = run("--weights", weights, "--images", photos, "--output", output)
     assert (code, errors) == (0, [])
     assert out.count("largest difference from PyTorch") == 2
-    assert sorted(path.name for path in output.parent.iterdir()) == [
-        "net.json",
-        "net.onnx",
-        "net.pt2",
-    ]
+    assert {path.name for path in output.parent.iterdir()} == {"net.json", "net.onnx", "net.pt2"}
     facts = json.loads((output.parent / "net.json").read_text())
     assert facts["model"]["name"] == "cifar_resnet8" and facts["model"]["num_classes"] == 10
     assert facts["input"]["channel_order"] == "BGR" and facts["input"]["dtype"] == "float32"
@@ -77,11 +76,10 @@ def test_classifier(weights, photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["uint8", "float32"])
-def test_pixels_in_features_out(weights, photos, tmp_path, capsys, kind):
+def test_pixels_in_features_out(weights, photos, tmp_path, run, kind):
     """The graph alone, on pixels, does what preprocessing and network do."""
     output = tmp_path / "net"
     code, _, errors = run(
-        capsys,
         *("--weights", weights, "--images", photos, "--output", output, "--format", "onnx"),
         *("--with-normalization", "--input-type", kind, "--out-features", "res2", "res4"),
     )
@@ -89,12 +87,9 @@ def test_pixels_in_features_out(weights, photos, tmp_path, capsys, kind):
     session = onnxruntime.InferenceSession(f"{output}.onnx")
     pixels = torch.from_numpy(np.array(Image.open(photos / "1.png"))).permute(2, 0, 1)[None]
     found = session.run(None, {"images": pixels.contiguous().numpy().astype(kind)})
-    model = tool.build_network(
-        tool.parse_arguments(
-            ["--weights", str(weights), "--images", "x", "--output", "y"]
-            + ["--out-features", "res2", "res4"]
-        )
-    )[0]
+    words = ["--weights", str(weights), "--images", "x", "--output", "y"]
+    args = tool.parse_arguments([*words, "--out-features", "res2", "res4"])
+    model = tool.build_network(args)[0]
     with torch.no_grad():
         expected = model(InputNormalizer(get_preprocessing("msra"))(pixels))
     assert [value.name for value in session.get_outputs()] == list(expected)
@@ -112,12 +107,11 @@ def test_program_is_for_any_size():
     for size in ((1, 3, 64, 64), (3, 3, 97, 131)):
         images = torch.randn(size)
         with torch.no_grad():
-            torch.testing.assert_close(
-                program.module()(images)["res5"], model(images)["res5"], rtol=1e-4, atol=1e-4
-            )
+            pair = program.module()(images)["res5"], model(images)["res5"]
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
 
 
-def test_a_wrong_graph_is_not_written(weights, photos, tmp_path, capsys, monkeypatch):
+def test_a_wrong_graph_is_not_written(weights, photos, tmp_path, run, monkeypatch):
     """The check sees a difference just above the tolerance."""
     original = export.run_onnx
 
@@ -127,10 +121,10 @@ def test_a_wrong_graph_is_not_written(weights, photos, tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(export, "run_onnx", off)
     arguments = ["--weights", weights, "--images", photos, "--format", "onnx"]
-    code, out, errors = run(capsys, *arguments, "--output", tmp_path / "bad" / "net")
+    code, out, errors = run(*arguments, "--output", tmp_path / "bad" / "net")
     assert code == 1 and "logits of onnx by 2.0e-04" in errors[0] and len(errors) == 1
     assert not list((tmp_path / "bad").iterdir())
-    code, _, _ = run(capsys, *arguments, "--output", tmp_path / "net", "--tolerance", "1e-3")
+    code, _, _ = run(*arguments, "--output", tmp_path / "net", "--tolerance", "1e-3")
     assert code == 0
 
 
@@ -141,7 +135,7 @@ def test_nan_is_a_difference():
 
 
 @pytest.mark.parametrize("change", [lambda v: v[:, :1], lambda v: v[:1]])
-def test_another_shape_differs_too(weights, photos, tmp_path, capsys, monkeypatch, change):
+def test_another_shape_differs_too(weights, photos, tmp_path, run, monkeypatch, change):
     original = export.run_program
 
     def cut(path):
@@ -149,7 +143,7 @@ def test_another_shape_differs_too(weights, photos, tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr(export, "run_program", cut)
     arguments = ["--weights", weights, "--images", photos, "--format", "pt2"]
-    code, _, errors = run(capsys, *arguments, "--output", tmp_path / "net")
+    code, _, errors = run(*arguments, "--output", tmp_path / "net")
     assert code == 1 and len(errors) == 1 and "differs: logits has shape" in errors[0]
     assert not list(tmp_path.iterdir())
 
@@ -161,13 +155,13 @@ def test_other_outputs_differ():
             export.largest_difference(one, other, [torch.ones(2, 3)])
 
 
-def test_programs_need_no_onnx(weights, photos, tmp_path, capsys, monkeypatch):
+def test_programs_need_no_onnx(weights, photos, tmp_path, run, monkeypatch):
     def version(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(tool, "version", version)
     arguments = ["--weights", weights, "--images", photos, "--format", "pt2"]
-    code, _, errors = run(capsys, *arguments, "--output", tmp_path / "net")
+    code, _, errors = run(*arguments, "--output", tmp_path / "net")
     assert (code, errors) == (0, [])
     facts = json.loads((tmp_path / "net.json").read_text())
     assert facts["versions"] == {"torch": torch.__version__}
@@ -175,8 +169,8 @@ def test_programs_need_no_onnx(weights, photos, tmp_path, capsys, monkeypatch):
 
 def test_images_are_read_until_there_are_enough(tmp_path, monkeypatch):
     """Four, or more until two sizes are among them; those of one size only up to four."""
-    opened, original = [], pictures.read_rgb
-    monkeypatch.setattr(pictures, "read_rgb", lambda file: opened.append(file) or original(file))
+    opened, original = [], tool.read_rgb
+    monkeypatch.setattr(tool, "read_rgb", lambda file: opened.append(file) or original(file))
     for index in range(12):
         width = 30 if index == 8 else 20
         Image.fromarray(np.zeros((10, width, 3), np.uint8)).save(tmp_path / f"{index:02}.png")
@@ -197,33 +191,33 @@ def test_images_are_read_until_there_are_enough(tmp_path, monkeypatch):
         ({"--model": "resnet50"}, "resnet50"),
     ],
 )
-def test_errors_are_one_line(weights, photos, tmp_path, capsys, change, message):
+def test_errors_are_one_line(weights, photos, tmp_path, run, change, message):
     if change.get("--images") == "one":
         change = {"--images": photos / "0.png"}
     arguments = {"--weights": weights, "--images": photos, "--output": tmp_path / "net"} | change
-    code, _, errors = run(capsys, *(word for pair in arguments.items() for word in pair))
+    code, _, errors = run(*(word for pair in arguments.items() for word in pair))
     assert code == 2 and len(errors) == 1 and message in errors[0]
 
 
-def test_wrong_combinations(capsys):
-    base = ["--weights", "w", "--images", "i", "--output", "o"]
-    for extra, message in (
+@pytest.mark.parametrize(
+    "extra, message",
+    [
         (["--config-file", "c.yaml", "--with-normalization"], "exports a detector"),
         (["MODEL.MASK_ON", "True"], "belong to --config-file"),
         (["--longest-side", "0"], "1 at least"),
-    ):
-        with pytest.raises(SystemExit):
-            tool.parse_arguments([*base, *extra])
-        assert message in capsys.readouterr().err
+    ],
+)
+def test_wrong_combinations(run, extra, message):
+    code, _, errors = run("--weights", "w", "--images", "i", "--output", "o", *extra)
+    assert code == 2 and len(errors) == 1 and message in errors[0]
 
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_real_weights_on_real_images(data_root, tmp_path, capsys):
+def test_real_weights_on_real_images(data_root, tmp_path, run):
     weights = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
     images = sorted((data_root / "VOCdevkit" / "VOC2007" / "JPEGImages").glob("*.jpg"))[:3]
     code, out, _ = run(
-        capsys,
         *("--weights", weights, "--preprocessing", "msra", "--output", tmp_path / "r50"),
         *("--longest-side", "320", "--images", *images),
     )

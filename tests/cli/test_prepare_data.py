@@ -22,18 +22,8 @@ DOG = [("dog", (1, 1, 20, 30)), ("cat", (5, 5, 30, 35), 1)]
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
-    """Function (argument...) -> exit status, stdout, stderr."""
-
-    def call(*arguments):
-        capsys.readouterr()
-        try:
-            code = tool.main([*map(str, arguments), "--workers", "1"])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
+def run(run_command):
+    return lambda *arguments: run_command(tool.main, *arguments, "--workers", 1)
 
 
 def jpeg(seed) -> bytes:
@@ -355,12 +345,8 @@ def test_coco(run, coco, tmp_path):
     root, report = tmp_path / "data", tmp_path / "report.json"
     code, out, _ = run("coco", root, "--archives", *coco.values(), "--json", report)
     assert code == 0, out
-    assert {path.name for path in (root / "coco").iterdir()} == {
-        "annotations",
-        "train2017",
-        "val2017",
-        "test2017",
-    }
+    folders = {"annotations", "train2017", "val2017", "test2017"}
+    assert {path.name for path in (root / "coco").iterdir()} == folders
     (found,) = json.loads(report.read_text())
     splits = found["splits"]
     assert {name: (s["images"], s["boxes"]) for name, s in splits.items()} == {
@@ -452,24 +438,16 @@ def test_official_numbers_agree_with_one_another():
         for what in ("images", "boxes", "difficult"):
             assert getattr(train, what) + getattr(val, what) == getattr(both, what)
     for what in ("images", "boxes"):  # 2017 is another division of 2014
-        assert (
-            len(
-                {
-                    sum(
-                        getattr(counts["coco", f"instances_{part}{year}"], what)
-                        for part in ("train", "val")
-                    )
-                    for year in (2014, 2017)
-                }
-            )
-            == 1
-        )
+        sizes = {
+            key: getattr(counts["coco", f"instances_{key}"], what)
+            for key in ("train2014", "val2014", "train2017", "val2017")
+        }
+        assert sizes["train2014"] + sizes["val2014"] == sizes["train2017"] + sizes["val2017"]
     digests = {sha256 for _, sha256 in archives.ARCHIVES.values()}
     assert len(digests) == len(archives.ARCHIVES) == 16 and set(map(len, digests)) == {64}
-    for (folder, split), _ in counts.items():
-        assert archives.archive_of(folder, split) and archives.archive_of(
-            folder, split, images=True
-        )
+    for folder, split in counts:
+        assert archives.archive_of(folder, split)
+        assert archives.archive_of(folder, split, images=True)
 
 
 def test_folders_are_detectron2s():
@@ -485,11 +463,7 @@ def test_real_archives(run, data_root, declare, tmp_path):
     source = data_root / "VOCdevkit/VOC2007"
     ids = (source / "ImageSets/Main/mini_test.txt").read_text().split()[:12]
     files = {"VOCdevkit/VOC2007/ImageSets/Main/test.txt": "\n".join(ids).encode()}
-    for part in (
-        f"{folder}/{i}{end}"
-        for i in ids
-        for folder, end in (("Annotations", ".xml"), ("JPEGImages", ".jpg"))
-    ):
+    for part in [f"Annotations/{i}.xml" for i in ids] + [f"JPEGImages/{i}.jpg" for i in ids]:
         files[f"VOCdevkit/VOC2007/{part}"] = (source / part).read_bytes()
     path = declare(write_tar(tmp_path / TEST, files))
     code, out, _ = run("voc", tmp_path / "data", "--archives", path)
@@ -509,10 +483,8 @@ def test_real_folders(run, data_root, tmp_path):
     pair = ["--coco-json", root / "annotations/instances_val2017.json"]
     code, out, _ = run("coco", *pair, "--image-root", root / "val2017", "--json", report)
     (found,) = json.loads(report.read_text())
-    content = json.loads(Path(pair[1]).read_text())
-    assert code == 0 and found["splits"]["instances_val2017"]["boxes"] == len(
-        content["annotations"]
-    )
+    boxes = len(json.loads(Path(pair[1]).read_text())["annotations"])
+    assert code == 0 and found["splits"]["instances_val2017"]["boxes"] == boxes
     code, out, _ = run("coco", root, "--quick")
     assert code == 1 and "30 images, officially 118,287" in out
     assert f"rename this folder to coco, export DETECTRON2_DATASETS={root.parent.resolve()}" in out

@@ -5,6 +5,7 @@ import io
 import sys
 import tarfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +26,16 @@ from resnet_backbone.classification.data.imagenet import (
 from resnet_backbone.cli import prepare_data
 from resnet_backbone.runtime.errors import DataError
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # The kit's numbers, in an order that is not that of the wnids.
 IDS = {1: "n00000003", 2: "n00000001", 3: "n00000002"}
 TRUTH = [3, 1, 1, 2, 3, 2]
 ANY = ["--train-images", "0", "--val-images", "0", "--classes", "0"]
 
 
-def run(*arguments) -> int:
-    """The exit status of prepare-data."""
-    try:
-        return prepare_data.main(list(map(str, arguments)))
-    except SystemExit as stop:
-        return stop.code
+@pytest.fixture
+def run(run_command):
+    """Function (arguments) -> exit status, output, errors of prepare-data."""
+    return partial(run_command, prepare_data.main)
 
 
 def jpeg(seed) -> bytes:
@@ -88,18 +86,22 @@ def archives(tmp_path):
     return folder
 
 
-def call(tmp_path, archives, *options, train=True, labels=True):
-    arguments = ["imagenet", str(tmp_path / "imagenet")]
-    if train:
-        arguments += ["--train-archive", str(archives / "train.tar")]
-    arguments += ["--val-archive", str(archives / "val.tar")]
-    if labels:
-        arguments += ["--devkit", str(archives / "devkit.tar.gz")]
-    return run(*arguments, *options)
+@pytest.fixture
+def unpack(run, archives, tmp_path):
+    """Function (options) -> exit status and errors of unpacking the archives."""
+
+    def call(*options, train=True, labels=True, folder=tmp_path) -> tuple[int, str]:
+        arguments = ["imagenet", folder / "imagenet", "--val-archive", archives / "val.tar"]
+        arguments += ["--train-archive", archives / "train.tar"] if train else []
+        arguments += ["--devkit", archives / "devkit.tar.gz"] if labels else []
+        status, _, error = run(*arguments, *options)
+        return status, error
+
+    return call
 
 
-def test_the_kits_numbers_become_the_right_classes(tmp_path, archives):
-    assert call(tmp_path, archives, *ANY) == 0
+def test_the_kits_numbers_become_the_right_classes(tmp_path, archives, unpack):
+    assert unpack(*ANY)[0] == 0
     train = read_image_folder(tmp_path / "imagenet" / "train")
     val = read_image_folder(tmp_path / "imagenet" / "val")
     assert train.class_names == val.class_names == ("n00000001", "n00000002", "n00000003")
@@ -114,20 +116,19 @@ def test_the_kits_numbers_become_the_right_classes(tmp_path, archives):
     assert name.read_bytes() == member
 
 
-def test_flat_layout(tmp_path, archives):
-    assert call(tmp_path, archives, "--flat-val", *ANY) == 0
+def test_flat_layout(tmp_path, unpack):
+    assert unpack("--flat-val", *ANY)[0] == 0
     root = tmp_path / "imagenet"
     val = read_flat_folder(root / "val", root / "val_labels.txt")
     assert val.labels.tolist() == [sorted(IDS.values()).index(IDS[n]) for n in TRUTH]
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_labels_from_a_file_of_wnids(tmp_path, archives, named):
+def test_labels_from_a_file_of_wnids(tmp_path, unpack, named):
     names = [f"ILSVRC2012_val_{i:08d}.JPEG " if named else "" for i in range(1, 7)]
     path = tmp_path / "labels.txt"
     path.write_text("".join(f"{n}{IDS[k]}\n" for n, k in zip(names, TRUTH, strict=True)))
-    options = ["--val-labels", str(path), *ANY]
-    assert call(tmp_path, archives, *options, labels=False, train=False) == 0
+    assert unpack("--val-labels", path, *ANY, labels=False, train=False)[0] == 0
     val = read_image_folder(tmp_path / "imagenet" / "val")
     assert Counter(val.labels.tolist()) == {0: 2, 1: 2, 2: 2}
 
@@ -139,25 +140,25 @@ def test_a_file_of_numbers_is_refused(tmp_path):
         read_labels(path)
 
 
-def test_an_interrupted_call_goes_on(tmp_path, archives):
+def test_an_interrupted_call_goes_on(tmp_path, unpack):
     root = tmp_path / "imagenet"
     partial = root / "train" / ".n00000002.partial"
     partial.mkdir(parents=True)
     (partial / "half.JPEG").write_bytes(b"half an image")
-    assert call(tmp_path, archives, *ANY) == 0
+    assert unpack(*ANY)[0] == 0
     kept = root / "train" / "n00000001" / "n00000001_0.JPEG"
     kept.write_bytes(b"untouched")
     lost = next((root / "val" / "n00000003").iterdir())
     content = lost.read_bytes()
     lost.unlink()
-    assert call(tmp_path, archives, *ANY) == 0
+    assert unpack(*ANY)[0] == 0
     assert kept.read_bytes() == b"untouched" and lost.read_bytes() == content
     assert not partial.exists() and len(read_image_folder(root / "train")) == 9
 
 
-def test_wrong_counts_are_told(tmp_path, archives, capsys):
-    assert call(tmp_path, archives) == 1
-    errors = capsys.readouterr().err
+def test_wrong_counts_are_told(unpack):
+    status, errors = unpack()
+    assert status == 1
     assert "has 9 images, 1,281,167 are expected" in errors
     assert "has 6 images, 50,000 are expected" in errors
     assert "3 classes, 1000 are expected" in errors
@@ -174,73 +175,74 @@ def test_right_counts_of_classes():
     assert len(check_counts(val, VAL_IMAGES, 1000, "val")) == 2
 
 
-def test_check_images_lists_the_bad_ones(tmp_path, archives, capsys):
-    assert call(tmp_path, archives, *ANY) == 0
+def test_check_images_lists_the_bad_ones(tmp_path, run, unpack):
+    assert unpack(*ANY)[0] == 0
     root = tmp_path / "imagenet"
     broken = root / "train" / "n00000002" / "n00000002_1.JPEG"
     broken.write_bytes(broken.read_bytes()[:200])
     odd = root / "val" / "n00000001" / "ILSVRC2012_val_00000004.JPEG"
     Image.open(odd).convert("CMYK").save(odd)
-    assert run("imagenet", root, "--check-images", "--workers", "1", *ANY) == 1
-    assert "1 bad images, 1 unusual ones" in capsys.readouterr().out
+    status, out, _ = run("imagenet", root, "--check-images", "--workers", 1, *ANY)
+    assert status == 1 and "1 bad images, 1 unusual ones" in out
     lines = sorted((root / "bad_images.txt").read_text().splitlines())
     assert lines[0].startswith(f"bad\t{broken}\t") and lines[1] == f"converted\t{odd}\tCMYK"
 
 
 @pytest.mark.parametrize("archive", ["train.tar", "val.tar", "devkit.tar.gz"])
-def test_damaged_and_exchanged_archives_are_one_line(tmp_path, archives, capsys, archive):
+def test_damaged_and_exchanged_archives_are_one_line(tmp_path, archives, unpack, archive):
     path = archives / archive
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert call(tmp_path, archives, *ANY) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert error[-1].startswith("error: ") and archive in error[-1]
+    status, error = unpack(*ANY)
+    line = error.strip().splitlines()[-1]
+    assert status == 2 and line.startswith("error: ") and archive in line
     path.write_bytes(tar_of({"readme.txt": b"x"}))
-    assert call(tmp_path / "other", archives, *ANY) == 2
-    assert archive in capsys.readouterr().err.strip().splitlines()[-1]
+    status, error = unpack(*ANY, folder=tmp_path / "other")
+    assert status == 2 and archive in error.strip().splitlines()[-1]
 
 
-def test_members_cannot_leave_the_folder(tmp_path, archives):
+def test_members_cannot_leave_the_folder(tmp_path, archives, unpack):
     inner = tar_of({"../../../evil.JPEG": jpeg(0)})
     (archives / "train.tar").write_bytes(tar_of({"../n00000005.tar": inner}))
-    assert call(tmp_path, archives, *ANY) == 1  # its classes are not those of val
+    assert unpack(*ANY)[0] == 1  # its classes are not those of val
     assert (tmp_path / "imagenet/train/n00000005/evil.JPEG").is_file()
     assert not list(tmp_path.glob("evil*")) and not list(tmp_path.parent.glob("evil*"))
 
 
-def test_missing_arguments_and_folders(tmp_path, archives, capsys):
-    assert run("imagenet", tmp_path, "--val-archive", archives / "val.tar") == 2
-    assert "needs --devkit or --val-labels" in capsys.readouterr().err
-    assert run("imagenet", tmp_path, "--workers", "0") == 2
-    assert "--workers 0: at least 1" in capsys.readouterr().err
-    assert run("imagenet", tmp_path) == 2
-    assert "neither train nor val" in capsys.readouterr().err
+def test_missing_arguments_and_folders(tmp_path, archives, run):
+    for options, message in (
+        (["--val-archive", archives / "val.tar"], "needs --devkit or --val-labels"),
+        (["--workers", "0"], "--workers 0: at least 1"),
+        ([], "neither train nor val"),
+    ):
+        status, _, error = run("imagenet", tmp_path, *options)
+        assert status == 2 and message in error
 
 
-def test_make_shards(tmp_path, archives, capsys):
+def test_make_shards(tmp_path, unpack, run):
     pytest.importorskip("webdataset")
-    call(tmp_path, archives, *ANY)
-    train, folder = str(tmp_path / "imagenet/train"), tmp_path / "shards"
-    assert run("shards", "write", train, folder, "--samples-per-shard", "4") == 0
+    unpack(*ANY)
+    train, folder = tmp_path / "imagenet/train", tmp_path / "shards"
+    assert run("shards", "write", train, folder, "--samples-per-shard", 4)[0] == 0
     dataset = TarShards(folder)
     assert dataset.group_sizes == (4, 4, 1)
     assert Counter(dataset.labels.tolist()) == {0: 3, 1: 4, 2: 2}
     classes = tmp_path / "classes.txt"
     classes.write_text("cat\ndog\nbird\n")
-    assert run("shards", "index", folder, "--class-list", classes) == 0
+    assert run("shards", "index", folder, "--class-list", classes)[0] == 0
     assert TarShards(folder).class_names == ("cat", "dog", "bird")
-    assert run("shards", "write", train, folder) == 2
-    assert "not empty" in capsys.readouterr().err
+    status, _, error = run("shards", "write", train, folder)
+    assert status == 2 and "not empty" in error
 
 
-def test_imagenet_and_shards_need_no_detectron2(tmp_path, archives, monkeypatch):
+def test_imagenet_and_shards_need_no_detectron2(unpack, monkeypatch):
     for name in ("detectron2", "fvcore", "resnet_backbone.detection"):
         monkeypatch.setitem(sys.modules, name, None)  # an ImportError for whoever imports it
     importlib.reload(prepare_data)
-    assert call(tmp_path, archives, *ANY) == 0
+    assert unpack(*ANY)[0] == 0
 
 
 @pytest.mark.parametrize("kind", ["voc", "coco", "imagenet", "shards", "digits", "labels"])
-def test_each_kind_explains_itself(kind, capsys):
-    assert run(kind, "--help") == 0
-    assert f"python tools/prepare_data.py {kind} " in capsys.readouterr().out
+def test_each_kind_explains_itself(kind, run):
+    status, out, _ = run(kind, "--help")
+    assert status == 0 and f"python tools/prepare_data.py {kind} " in out

@@ -1,7 +1,6 @@
 """tools/recompute_bn.py on a run's folder."""
 
-import importlib.util
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -9,17 +8,16 @@ from safetensors.torch import load_file
 
 from resnet_backbone.classification.data.sources import ArraySource, SampleStream, read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, read_spec, save_network
+from resnet_backbone.cli import recompute_bn
 from resnet_backbone.weights import Preprocessing, read_weights
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "recompute_bn.py"
 GREY = Preprocessing("RGB", 255.0, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))
 
 
-@pytest.fixture(scope="module")
-def main():
-    module = importlib.import_module("resnet_backbone.cli.recompute_bn")
-    return module.main
+@pytest.fixture
+def tool(run_command):
+    return partial(run_command, recompute_bn.main)
 
 
 @pytest.fixture
@@ -40,10 +38,9 @@ evaluation: {{protocol: full, batch_size: 16}}
 
 
 @pytest.mark.parametrize("layer_inputs", ["batch", "population"])
-def test_new_statistics(main, run, tiny_cifar10, capsys, layer_inputs):
+def test_new_statistics(tool, run, tiny_cifar10, layer_inputs):
     before = (run / "final.safetensors").read_bytes()
-    main(["--run", str(run), "--layer-inputs", layer_inputs, "--images", "70"])
-    out = capsys.readouterr().out
+    _, out, _ = tool("--run", run, "--layer-inputs", layer_inputs, "--images", 70)
     assert "7 batch norms from 70 images, 8 normalized together" in out
     assert "before: top-1 error" in out and "after:  top-1 error" in out
     assert (run / "final.safetensors").read_bytes() == before
@@ -61,17 +58,13 @@ def test_new_statistics(main, run, tiny_cifar10, capsys, layer_inputs):
     torch.testing.assert_close(var.double(), seen.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-def test_all_images_by_default_and_another_file(main, run, capsys):
-    (run / "final.safetensors").rename(run / "other.safetensors")
-    arguments = [
-        "--weights",
-        str(run / "other.safetensors"),
-        "--output",
-        str(run / "x.safetensors"),
-    ]
-    main(["--run", str(run), *arguments, "--micro-batch", "20", "train.batch_size=40"])
-    assert "from 200 images, 20 normalized together" in capsys.readouterr().out
-    assert load_file(run / "x.safetensors").keys() == load_file(run / "other.safetensors").keys()
+def test_all_images_by_default_and_another_file(tool, run):
+    other, new = run / "other.safetensors", run / "x.safetensors"
+    (run / "final.safetensors").rename(other)
+    arguments = ("--weights", other, "--output", new, "--micro-batch", 20, "train.batch_size=40")
+    _, out, _ = tool("--run", run, *arguments)
+    assert "from 200 images, 20 normalized together" in out
+    assert load_file(new).keys() == load_file(other).keys()
 
 
 @pytest.mark.parametrize(
@@ -79,13 +72,11 @@ def test_all_images_by_default_and_another_file(main, run, capsys):
     [
         (["--run", "nowhere"], "nowhere has no config.yaml"),
         (["--run", ".", "--weights", "gone.safetensors"], "gone.safetensors: no such file"),
-        (["--run", ".", "--images", "-1"], "give 0 or more"),
+        (["--run", ".", "--images", "-1"], "--images: 1 at least"),
         (["--run", ".", "train.batchsize=3"], "did you mean train.batch_size"),
     ],
 )
-def test_wrong_input_is_one_line(main, run, monkeypatch, capsys, arguments, message):
+def test_wrong_input_is_one_line(tool, run, monkeypatch, arguments, message):
     monkeypatch.chdir(run)
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(error.splitlines()) == 1 and message in error
+    status, _, error = tool(*arguments)
+    assert status == 2 and len(error.splitlines()) == 1 and message in error

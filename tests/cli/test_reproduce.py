@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from resnet_backbone.cli import reproduce
-from resnet_backbone.cli.reproduce import PlanError, build_steps, main, parse_arguments, read_plan
+from resnet_backbone.cli.reproduce import build_steps, main, parse_arguments, read_plan
+from resnet_backbone.runtime.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = sorted(reproduce.PLANS.glob("*.yaml"))
@@ -131,7 +132,7 @@ def test_given_weights_take_the_place_of_the_classifier(steps_of, tmp_path):
     assert changed(before, after) == {"detect_VGG-16_seed1", "improve_VGG-16", "report"}
 
 
-def test_voc07_is_the_experiment_of_its_configs(steps_of, tmp_path, capsys):
+def test_voc07_is_the_experiment_of_its_configs(steps_of, tmp_path, run_command):
     files = {name: tmp_path / f"{name}.pth" for name in ("VGG-16", "ResNet-50")}
     words = []
     for (name, file), stated in zip(files.items(), ("caffe_vgg", "msra"), strict=True):
@@ -158,8 +159,8 @@ def test_voc07_is_the_experiment_of_its_configs(steps_of, tmp_path, capsys):
     (tmp_path / "VOC").mkdir()
     other = steps_of("voc07", *words, "--voc-root", tmp_path / "VOC")
     assert str(tmp_path / "VOC") in other["report"].words
-    assert main(["--scale", "voc07", "--plan", *words]) == 0
-    shown = capsys.readouterr().out
+    status, shown, _ = run_command(main, "--scale", "voc07", "--plan", *words)
+    assert status == 0
     assert "about 18 hours of one core: one core of an AMD EPYC with AVX512-bf16" in shown
     assert "about 29 hours" in shown
 
@@ -184,27 +185,29 @@ def test_of_the_official_data_those_of_the_plan_count(steps_of, tmp_path, monkey
     assert not changed(mini, steps_of())
 
 
-def test_only_what_is_left_to_do_needs_a_gpu(steps_of, tmp_path, monkeypatch, capsys):
+def test_only_what_is_left_to_do_needs_a_gpu(steps_of, tmp_path, monkeypatch, run_command):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(reproduce, "run", lambda *args: 0)
-    words = ["--scale", "paper", "--imagenet", str(tmp_path / "imagenet"), "--output"]
-    assert main([*words, str(tmp_path / "out"), "--stage", "report"]) == 0
-    assert main([*words, str(tmp_path / "out"), "--stage", "detect"]) == 2
-    assert "meant for GPUs" in capsys.readouterr().err
-    assert main([*words, str(tmp_path / "out"), "--stage", "data"]) == 2
-    assert "the stages of this plan are pretrain, convert, bn, detect" in capsys.readouterr().err
+    words = ["--scale", "paper", "--imagenet", tmp_path / "imagenet", "--output", tmp_path / "out"]
+    for stage, expected, message in (
+        ("report", 0, ""),
+        ("detect", 2, "meant for GPUs"),
+        ("data", 2, "the stages of this plan are pretrain, convert, bn, detect"),
+    ):
+        status, _, error = run_command(main, *words, "--stage", stage)
+        assert status == expected and message in error
 
 
 def test_what_cannot_be_meant_is_refused(steps_of, tmp_path):
-    with pytest.raises(PlanError, match="no VGG_16; its networks: VGG-16, ResNet-18"):
+    with pytest.raises(UsageError, match="no VGG_16; its networks: VGG-16, ResNet-18"):
         steps_of("mini", "--weights", f"VGG_16={tmp_path}")
-    with pytest.raises(PlanError, match="--imagenet DIR, or --weights VGG-16=FILE"):
+    with pytest.raises(UsageError, match="--imagenet DIR, or --weights VGG-16=FILE"):
         steps_of("paper", imagenet=None)
-    with pytest.raises(PlanError, match="no such folder"):
+    with pytest.raises(UsageError, match="no such folder"):
         steps_of("paper", imagenet=tmp_path / "absent")
-    with pytest.raises(PlanError, match="absent.pth"):
+    with pytest.raises(FileNotFoundError, match="absent.pth"):
         steps_of("mini", "--weights", f"VGG-16={tmp_path / 'absent.pth'}")
-    with pytest.raises(PlanError, match="give --weights VGG-16=FILE"):
+    with pytest.raises(UsageError, match="give --weights VGG-16=FILE"):
         steps_of("voc07")
 
 
@@ -223,20 +226,18 @@ def test_what_cannot_be_meant_is_refused(steps_of, tmp_path):
         ("a: [", "cannot be read"),
     ],
 )
-def test_bad_plans_are_refused_in_one_line(tmp_path, text, message, capsys):
+def test_bad_plans_are_refused_in_one_line(tmp_path, text, message, run_command):
     path = tmp_path / "plan.yaml"
     path.write_text(text)
-    assert main(["--scale", str(path), "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    status, _, error = run_command(main, "--scale", path, "--output", tmp_path / "out")
+    assert status == 2 and message in error and error.count("\n") == 1
 
 
-def test_a_plan_is_shown_before_its_data_are_there(tmp_path, monkeypatch, capsys):
+def test_a_plan_is_shown_before_its_data_are_there(tmp_path, monkeypatch, run_command):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
-    words = ["--scale", "paper", "--imagenet", str(tmp_path / "imagenet"), "--output"]
-    assert main([*words, str(tmp_path / "out"), "--num-gpus", "8", "--plan"]) == 0
-    shown = capsys.readouterr().out
+    words = ["--scale", "paper", "--imagenet", tmp_path / "imagenet", "--output", tmp_path / "out"]
+    status, shown, _ = run_command(main, *words, "--num-gpus", 8, "--plan")
+    assert status == 0
     assert "expected: about 84 hours of one H100" in shown  # 38 + 15.3 + 31
     assert "--num-gpus 8" in shown
     assert "--num-gpus 2" in shown  # detectors: 2 images a step
@@ -244,8 +245,8 @@ def test_a_plan_is_shown_before_its_data_are_there(tmp_path, monkeypatch, capsys
     absent = shown.partition("not there yet: ")[2]
     for name in ("/imagenet", "/datasets/VOC2007", "/datasets/VOC2012"):
         assert f"{tmp_path}{name}" in absent
-    assert main([*words, str(tmp_path / "out")]) == 2
-    assert "imagenet: no such folder of data" in capsys.readouterr().err
+    status, _, error = run_command(main, *words)
+    assert status == 2 and "imagenet: no such folder of data" in error
 
 
 # -- running: with tools of a few lines ------------------------------------------------------------
@@ -336,7 +337,7 @@ def test_stages_run_alone_and_say_what_they_need(project):
     root, log = project
     assert run(root, ("data", "pretrain")) == 0
     assert ran(log) == ALL[:3]
-    with pytest.raises(PlanError, match="convert_VGG-16 needs bn_VGG-16: add --stage bn"):
+    with pytest.raises(UsageError, match="convert_VGG-16 needs bn_VGG-16: add --stage bn"):
         run(root, ("convert",))
     assert ran(log) == ALL[:3]
 
@@ -354,7 +355,7 @@ def test_a_failed_step_ends_the_run_and_is_done_again(project, monkeypatch):
 def test_a_tool_that_leaves_nothing_is_an_error(project):
     root, log = project
     (root / "tools" / "recompute_bn.py").write_text("")
-    with pytest.raises(PlanError, match="bn_VGG-16 left no .*true_bn.safetensors"):
+    with pytest.raises(UsageError, match="bn_VGG-16 left no .*true_bn.safetensors"):
         run(root)
     assert not by_name(root, "bn_VGG-16").is_done()
 

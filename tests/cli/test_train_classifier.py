@@ -14,35 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from resnet_backbone.cli import train_classifier
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 from resnet_backbone.weights.reading import read_header, read_source
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tools" / "train_classifier.py"
-TIMING = ("images_per_second", "data_seconds", "step_seconds")
-
-
-def command(*arguments) -> list[str]:
-    return [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, arguments)]
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def run(*arguments, timeout=300) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT
-    )
-
-
-def start(*arguments) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-    )
+from trainings import (  # isort: skip
+    assert_same_weights,
+    command,
+    kill,
+    reached,
+    refused,
+    rows,
+    run,
+    start,
+    succeed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,31 +51,16 @@ output: {{log_every: 5, checkpoint_every: 4, tensorboard: false}}
     return path
 
 
-def rows(folder: Path) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in found]
-
-
-def reached(folder: Path) -> int:
-    """The newest checkpoint's iteration."""
-    names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")]
-    return max(map(int, names), default=0)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "whole"
-    done = run("--config-file", config, "--output-dir", folder)
-    assert done.returncode == 0, done.stderr + done.stdout
+    succeed("--config-file", config, "--output-dir", folder)
     return folder
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
     for name in ("final.safetensors", "best.safetensors"):
-        first, second = load_file(folder / name), load_file(other / name)
-        assert first.keys() == second.keys()
-        for key in first:
-            assert torch.equal(first[key], second[key]), f"{name}: {key}"
+        assert_same_weights(folder / name, other / name)
     assert rows(folder) == rows(other)
 
 
@@ -100,34 +71,25 @@ def test_killed_at_random_moments_the_run_ends_bit_for_bit_the_same(
     seed = random.SystemRandom().randrange(10**6)
     rng = random.Random(seed)
     folder = tmp_path / f"killed-{seed}"  # the seed is in every message
-    kills = 0
+    arguments = ("--config-file", config, "--output-dir", folder, "--resume")
     for first, last in ((1, 25), (26, 50)):
-        process = start("--config-file", config, "--output-dir", folder, "--resume")
         wanted = rng.randint(first, last)
-        while reached(folder) < wanted and process.poll() is None:
-            time.sleep(0.01)
+        process = start(*arguments, until=lambda wanted=wanted: reached(folder) >= wanted)
         time.sleep(rng.uniform(0, 0.3))  # between checkpoints, or while one is written
-        kills += process.poll() is None
-        process.kill()
-        process.communicate()
-    assert kills == 2, "the process ended before it could be killed"
-    done = run("--config-file", config, "--output-dir", folder, "--resume")
-    assert done.returncode == 0, done.stderr
+        assert process.poll() is None, "the process ended before it could be killed"
+        kill(process)
+    done = succeed(*arguments)
     assert "resuming at iteration" in done.stdout
     assert_same_run(folder, uninterrupted)
 
 
 def test_a_damaged_newest_checkpoint_costs_only_its_iterations(config, uninterrupted, tmp_path):
     folder = tmp_path / "damaged"
-    process = start("--config-file", config, "--output-dir", folder)
-    while reached(folder) < 12 and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    arguments = ("--config-file", config, "--output-dir", folder)
+    kill(start(*arguments, until=lambda: reached(folder) >= 12))
     newest = folder / "checkpoints" / f"{reached(folder):08d}" / "model.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
-    done = run("--output-dir", folder, "--resume")
-    assert done.returncode == 0, done.stderr
+    done = succeed("--output-dir", folder, "--resume")
     assert "cannot be used" in done.stdout and "resuming at iteration" in done.stdout
     assert_same_run(folder, uninterrupted)
 
@@ -137,9 +99,8 @@ def test_signals_write_a_checkpoint_and_exit_with_their_own_status(
     config, uninterrupted, tmp_path, number
 ):
     folder = tmp_path / "signalled"
-    process = start("--config-file", config, "--output-dir", folder, "output.checkpoint_every=1000")
-    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.01)
+    arguments = ("--config-file", config, "--output-dir", folder, "output.checkpoint_every=1000")
+    process = start(*arguments, until=(folder / "metrics.jsonl").exists)
     asked = time.monotonic()
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
@@ -148,8 +109,7 @@ def test_signals_write_a_checkpoint_and_exit_with_their_own_status(
     assert number.name in output and "--resume" in output
     assert 5 <= reached(folder) < 60
     # with the run's own config, and no other argument
-    done = run("--output-dir", folder, "--resume")
-    assert done.returncode == 0, done.stderr
+    succeed("--output-dir", folder, "--resume")
     assert_same_run(folder, uninterrupted)
 
 
@@ -170,29 +130,24 @@ def test_results_of_a_run(uninterrupted):
 
 def test_a_finished_run_is_not_overwritten(uninterrupted, config):
     before = (uninterrupted / "final.safetensors").read_bytes()
-    refused = run("--config-file", config, "--output-dir", uninterrupted)
-    assert refused.returncode == 2 and "--resume" in refused.stderr
-    assert refused.stderr.count("\n") == 1
-    changed = run(
-        "--config-file", config, "--output-dir", uninterrupted, "--resume", "train.seed=9"
-    )
-    assert changed.returncode == 2 and "train.seed" in changed.stderr
+    arguments = ("--config-file", config, "--output-dir", uninterrupted)
+    assert "--resume" in refused(*arguments)
+    assert "train.seed" in refused(*arguments, "--resume", "train.seed=9")
     assert (uninterrupted / "final.safetensors").read_bytes() == before
 
 
 def test_eval_only_gives_the_runs_own_number(uninterrupted):
     results = json.loads((uninterrupted / "results.json").read_text())
     before = sorted(path.name for path in uninterrupted.iterdir())
-    done = run("--output-dir", uninterrupted, "--eval-only")
-    assert done.returncode == 0, done.stderr
+    done = succeed("--output-dir", uninterrupted, "--eval-only")
     assert f"top-1 error {results['val_top1_error']:.2f} %" in done.stdout
     assert sorted(path.name for path in uninterrupted.iterdir()) == before
 
 
 def test_an_ended_run_stays_as_it_is(uninterrupted):
     before = (uninterrupted / "results.json").read_bytes()
-    done = run("--output-dir", uninterrupted, "--resume")
-    assert done.returncode == 0 and "the run has ended" in done.stdout
+    done = succeed("--output-dir", uninterrupted, "--resume")
+    assert "the run has ended" in done.stdout
     assert (uninterrupted / "results.json").read_bytes() == before
 
 
@@ -205,8 +160,7 @@ def test_weights_bring_their_own_input(uninterrupted, config, tmp_path):
     assert f"top-1 error {results['val_top1_error']:.2f} %" in done.stdout, done.stderr
     assert not (tmp_path / "x").exists()
     tuned = ("schedule.iterations=3", "schedule.lr=1e-6", "schedule.warmup_lr=1e-6", "train.ema=0")
-    done = run(*other, *tuned, "train.recompute_bn=false", "--output-dir", tmp_path / "tuned")
-    assert done.returncode == 0, done.stderr
+    succeed(*other, *tuned, "train.recompute_bn=false", "--output-dir", tmp_path / "tuned")
     found = read_source(tmp_path / "tuned" / "final.safetensors").preprocessing
     assert found.channel_order == "RGB" and found.std == (1, 1, 1)
     assert found.mean_image.shape == (3, 32, 32)
@@ -218,15 +172,11 @@ def test_weights_bring_their_own_input(uninterrupted, config, tmp_path):
 def test_a_changed_data_set_is_no_resumption(config, tiny_cifar10, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(tiny_cifar10, data)
-    short = ("--config-file", config, f"data.root={data}", "--output-dir", tmp_path / "run")
-    process = start(*short)
-    while not reached(tmp_path / "run") and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    arguments = ("--config-file", config, f"data.root={data}", "--output-dir", tmp_path / "run")
+    kill(start(*arguments, until=lambda: reached(tmp_path / "run")))
     (data / "data_batch_5.bin").write_bytes((data / "data_batch_5.bin").read_bytes()[: 3073 * 9])
-    refused = run("--output-dir", tmp_path / "run", "--resume")
-    assert refused.returncode == 2 and "200 training images, now there are 169" in refused.stderr
+    error = refused("--output-dir", tmp_path / "run", "--resume")
+    assert "200 training images, now there are 169" in error
 
 
 def test_divergence_stops_with_step_history_and_last_good_checkpoint(config, tmp_path):
@@ -260,25 +210,14 @@ def test_divergence_stops_with_step_history_and_last_good_checkpoint(config, tmp
         (["CONFIG", "train.seed", "5"], "train.seed=2"),
     ],
 )
-def test_misuse_is_one_line(arguments, hint, config, tmp_path, monkeypatch, capsys):
+def test_misuse_is_one_line(arguments, hint, config, tmp_path, monkeypatch, run_command):
     if "cuda" in str(arguments) and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     monkeypatch.chdir(tmp_path)
     if arguments[:1] == ["CONFIG"]:
         arguments = ["--config-file", str(config), "--output-dir", "out", *arguments[1:]]
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        import train_classifier
-    finally:
-        sys.path.pop(0)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.raises(SystemExit) as caught:
-        train_classifier.main(arguments)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err
-    assert hint in error and error.count("\n") == 1 and error.startswith("error: ")
+    status, _, error = run_command(train_classifier.main, *arguments)
+    assert status == 2 and error.startswith("error: ") and error.count("\n") == 1 and hint in error
 
 
 def test_two_processes_train_as_one(config, tmp_path):
@@ -291,8 +230,7 @@ def test_two_processes_train_as_one(config, tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder, processes in zip(folders, (1, 2), strict=True):
         arguments = ("--config-file", config, "--output-dir", folder, "--num-processes", processes)
-        done = run(*arguments, *plain)
-        assert done.returncode == 0, done.stderr
+        succeed(*arguments, *plain)
     one, two = (load_file(folder / "final.safetensors") for folder in folders)
     for key in one:
         torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
@@ -317,8 +255,7 @@ def processes_of(launcher: int) -> list[int]:
 @pytest.fixture(scope="module")
 def two_uninterrupted(config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two") / "whole"
-    done = run("--config-file", config, "--output-dir", folder, "--num-processes", 2, *TWO)
-    assert done.returncode == 0, done.stderr
+    succeed("--config-file", config, "--output-dir", folder, "--num-processes", 2, *TWO)
     return folder
 
 
@@ -333,18 +270,14 @@ def test_all_processes_agree_to_stop(config, two_uninterrupted, tmp_path, whom):
     """
     folder = tmp_path / "two"
     arguments = ("--config-file", config, "--output-dir", folder, "--num-processes", 2, *TWO)
-    launcher = start(*arguments)
-    while not (folder / "metrics.jsonl").exists() and launcher.poll() is None:
-        time.sleep(0.01)
-    assert launcher.poll() is None, launcher.communicate()[0]
+    launcher = start(*arguments, until=(folder / "metrics.jsonl").exists)
     trainers = processes_of(launcher.pid)
     assert len(trainers) == 2
     os.kill(trainers[1] if whom == "one process" else launcher.pid, signal.SIGUSR1)
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == EXIT_STOPPED, output
     assert output.count("--resume") == 1 and 5 <= reached(folder) < 60
-    done = run("--output-dir", folder, "--resume", "--num-processes", 2)
-    assert done.returncode == 0, done.stderr
+    succeed("--output-dir", folder, "--resume", "--num-processes", 2)
     assert_same_run(folder, two_uninterrupted)
 
 
@@ -355,16 +288,8 @@ def test_two_machines(config, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     torchrun += ["--master-addr=127.0.0.1", "--master-port=29517"]
     script = command("--config-file", config, "--output-dir", folder, *TWO)[3:]
-    agents = [
-        subprocess.Popen(
-            [*torchrun, f"--node-rank={rank}", *script, "schedule.iterations=6"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=ENVIRONMENT,
-        )
-        for rank in (0, 1)
-    ]
+    script.append("schedule.iterations=6")
+    agents = [start(*torchrun, f"--node-rank={rank}", *script) for rank in (0, 1)]
     outputs = [agent.communicate(timeout=200)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert json.loads((folder / "results.json").read_text())["iterations"] == 6

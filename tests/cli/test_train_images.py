@@ -1,23 +1,24 @@
 """tools/train_classifier.py on image files: loader workers, bad images, means, kill and resume."""
 
-import os
 import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from resnet_backbone.weights.reading import read_source
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tools" / "train_classifier.py"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+from trainings import (  # isort: skip
+    ROOT,
+    assert_same_weights,
+    kill,
+    reached,
+    refused,
+    start,
+    succeed,
+)
+
 SMALL = (
     *("model=resnet18", "data.crop=32", "data.short_side=[36,60]", "data.mean_samples=20"),
     *("evaluation.short_side=36", "evaluation.crop=32", "evaluation.batch_size=8"),
@@ -25,16 +26,6 @@ SMALL = (
     *("train.micro_batch=4", "train.recompute_bn=false", "output.log_every=2"),
     *("output.checkpoint_every=2", "output.tensorboard=false", "loss.mixup=0.2"),
 )
-
-
-def arguments(*more) -> list[str]:
-    return [sys.executable, "-W", "ignore", str(SCRIPT), *map(str, more)]
-
-
-def run(*more) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        arguments(*more), capture_output=True, text=True, timeout=300, env=ENVIRONMENT
-    )
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +55,7 @@ def config(tmp_path_factory, images) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(config, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "whole"
-    done = run("--config-file", config, *SMALL, "--output-dir", folder)
-    assert done.returncode == 0, done.stderr
+    succeed("--config-file", config, *SMALL, "--output-dir", folder)
     return folder
 
 
@@ -73,36 +63,18 @@ def test_killed_with_workers_it_ends_as_without_any(config, uninterrupted, tmp_p
     """kill -9 of the whole process group, with two workers; then on with one."""
     folder = tmp_path / "killed"
     wanted = random.SystemRandom().choice([1, 3, 5, 7])
-    process = subprocess.Popen(
-        arguments("--config-file", config, *SMALL, "--output-dir", folder, "data.workers=2"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    while process.poll() is None:
-        names = [path.name for path in (folder / "checkpoints").glob("[0-9]*")]
-        if max(map(int, names), default=0) >= wanted:
-            break
-        time.sleep(0.01)
-    assert process.poll() is None, process.communicate()[0]
-    process.kill()
-    process.communicate()
-    done = run("--output-dir", folder, "--resume", "data.workers=1")
-    assert done.returncode == 0, done.stderr
-    first, second = (load_file(f / "final.safetensors") for f in (folder, uninterrupted))
-    for key in first:
-        assert torch.equal(first[key], second[key]), key
+    arguments = ("--config-file", config, *SMALL, "--output-dir", folder, "data.workers=2")
+    kill(start(*arguments, until=lambda: reached(folder) >= wanted))
+    succeed("--output-dir", folder, "--resume", "data.workers=1")
+    assert_same_weights(*(path / "final.safetensors" for path in (folder, uninterrupted)))
 
 
 def test_bad_images_are_reported_and_limited(config, uninterrupted, tmp_path):
     lines = (uninterrupted / "bad_images.txt").read_text().splitlines()
     assert len(lines) == 1 and "n02/3.JPEG" in lines[0]
-    done = run(
-        *("--config-file", config, *SMALL, "--output-dir", tmp_path / "x", "data.max_bad_images=0"),
-    )
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "data.max_bad_images" in done.stderr and "n02/3.JPEG" in done.stderr
+    folder = ("--output-dir", tmp_path / "x")
+    error = refused("--config-file", config, *SMALL, *folder, "data.max_bad_images=0")
+    assert "data.max_bad_images" in error and "n02/3.JPEG" in error
 
 
 def test_the_mean_is_the_training_sets(images, uninterrupted):
@@ -132,23 +104,19 @@ def test_another_set_of_classes_is_refused(images, config, tmp_path):
     for name in ("n01", "n02", "n09"):
         (other / name).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(other / name / "0.png")
-    done = run(
-        *("--config-file", config, *SMALL, "--output-dir", tmp_path / "x"),
-        f"data.val_root={other}",
-    )
-    assert done.returncode == 2 and "n09" in done.stderr and done.stderr.count("\n") == 1
+    folder = ("--output-dir", tmp_path / "x")
+    assert "n09" in refused("--config-file", config, *SMALL, *folder, f"data.val_root={other}")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchvision/googlenet", "timm/resnet10t", "resnet18"])
 def test_other_networks_and_the_modern_overlay(config, tmp_path, name):
     modern = ROOT / "configs/classification/imagenet/modern.yaml"
-    done = run(
+    succeed(
         *("--config-file", config, modern, *SMALL, "--output-dir", tmp_path / "run"),
         *(f"model={name}", "schedule.warmup_iterations=2", "schedule.iterations=4"),
         *("data.crop=64", "data.short_side=[72,80]", "train.recompute_bn=true"),
         *("evaluation.short_side=72", "evaluation.crop=64"),
     )
-    assert done.returncode == 0, done.stderr
     found = read_source(tmp_path / "run" / "final.safetensors").preprocessing
     assert found.mean_image is None and min(found.std) > 20

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,21 @@ from resnet_backbone.cli import report
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
-def tool():
-    """The module of tools/report.py."""
-    return report
+@pytest.fixture
+def tool(run_command):
+    """Function (arguments) -> exit status, output, errors of tools/report.py."""
+    return partial(run_command, report.main)
+
+
+@pytest.fixture
+def cells():
+    """Function: the cells of a Markdown text's tables, line by line."""
+
+    def split(text: str) -> list[list[str]]:
+        lines = [line for line in text.splitlines() if line.startswith("| ")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    return split
 
 
 @cache
@@ -75,10 +86,10 @@ def make_detector(tmp_path):
     """Function that writes a run folder of tools/train_net.py and returns its path.
 
     Args: its name, the seed, AP50 per class, whether it is a VGG, config keys, results' keys,
-    content of voc_results.json.
+    content of voc_results.json, images of data sets for the log.
     """
 
-    def make(name, seed, classes, vgg=False, config=(), results=(), details=None):
+    def make(name, seed, classes=(), vgg=False, config=(), results=(), details=None, log=()):
         content = copy.deepcopy(DETECTOR)
         for key, value in {"SEED": seed, **(VGG if vgg else {}), **dict(config)}.items():
             *path, last = key.split(".")
@@ -86,7 +97,8 @@ def make_detector(tmp_path):
             for part in path:
                 node = node[part]
             node[last] = value
-        mean = sum(classes.values()) / len(classes)
+        classes = dict(classes)
+        mean = sum(classes.values()) / max(1, len(classes))
         bbox = {"AP": mean / 2, "AP50": mean, "AP75": mean / 4, "AP50-11pt": mean + 1}
         bbox |= {f"AP50-{key}": value for key, value in classes.items()}
         outcome = {
@@ -104,6 +116,8 @@ def make_detector(tmp_path):
         inference.mkdir(parents=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(content))
         (folder / "results.json").write_text(json.dumps(outcome))
+        lines = [f"data set {data}: {count} images, 9 boxes\n" for data, count in dict(log).items()]
+        (folder / "log.txt").write_text("".join(lines))
         if details is not None:
             (inference / "voc_results.json").write_text(json.dumps(details))
         return folder
@@ -113,7 +127,6 @@ def make_detector(tmp_path):
 
 CLASSES = ["cat", "cow", "dog"]
 SIZE = 200, 150
-NETWORKS = {"r50": "build_paper_resnet_fpn_backbone", "vgg": "build_vgg_fpn_backbone"}
 
 
 @pytest.fixture
@@ -138,7 +151,7 @@ def voc(make_voc):
 
 
 @pytest.fixture
-def make_voc_run(voc, tmp_path):
+def make_voc_run(voc, make_detector):
     """Function (network, seed, chance to find an object) -> run folder as train_net leaves it."""
 
     pytest.importorskip("detectron2")
@@ -155,9 +168,8 @@ def make_voc_run(voc, tmp_path):
             kinds = [a["category_id"] for a in record["annotations"]]
             difficult = [a["difficult"] for a in record["annotations"]]
             same = {"image_id": record["image_id"]}
-            truth.append(
-                {**same, "boxes": boxes + TO_VOC, "classes": kinds, "difficult": difficult}
-            )
+            objects = {"boxes": boxes + TO_VOC, "classes": kinds, "difficult": difficult}
+            truth.append(same | objects)
             found = [
                 (box + rng.normal(0, 3, 4), kind if rng.random() < 0.9 else int(rng.integers(3)))
                 for box, kind in zip(boxes, kinds, strict=True)
@@ -167,59 +179,30 @@ def make_voc_run(voc, tmp_path):
             scores = rng.random(len(found)).round(6)
             corners = np.array([box for box, _ in found])
             labels = [kind for _, kind in found]
-            predictions.append(
-                {**same, "boxes": corners + TO_VOC, "scores": scores, "classes": labels}
-            )
-            rows += [
-                {
-                    **same,
-                    "category_id": kind,
-                    "bbox": [*box[:2].round(3).tolist(), *(box[2:] - box[:2]).round(3).tolist()],
-                    "score": float(score),
-                }
-                for box, kind, score in zip(corners, labels, scores, strict=True)
-            ]
+            detections = {"boxes": corners + TO_VOC, "scores": scores, "classes": labels}
+            predictions.append(same | detections)
+            for box, kind, score in zip(corners, labels, scores, strict=True):
+                bbox = [*box[:2].round(3).tolist(), *(box[2:] - box[:2]).round(3).tolist()]
+                rows.append({**same, "category_id": kind, "bbox": bbox, "score": float(score)})
         tables = read_boxes(predictions, truth, CLASSES)
         details = summarize("test:test", score_boxes(*tables, CLASSES))
         details["errors"] = count_errors(*tables, CLASSES)
-        folder = tmp_path / f"{network}_s{seed}"
-        write_run(folder, voc, network, seed, details, rows, results)
+        bbox = details["summary"] | {f"AP50-{c['class']}": c["AP50"] for c in details["classes"]}
+        command = f"python tools/train_net.py --voc-root {voc} --test-set test SEED {seed}"
+        folder = make_detector(
+            f"{network}_s{seed}",
+            seed,
+            vgg=network == "vgg",
+            config={"RESNET_BACKBONE.CLASS_NAMES": CLASSES},
+            results={"command": command, "results": {"bbox": bbox}, **results},
+            details=details,
+        )
+        metrics = [{"iteration": i, "total_loss": 2.0 - i / 20} for i in range(20)]
+        (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+        (folder / "inference" / "test:test" / "detections.json").write_text(json.dumps(rows))
         return folder
 
     return make
-
-
-def write_run(folder, voc, network, seed, details, rows, results) -> None:
-    inference = folder / "inference" / "test:test"
-    inference.mkdir(parents=True)
-    config = {
-        "SEED": seed,
-        "DATASETS": {"TRAIN": ["train:train"], "TEST": ["test:test"]},
-        "INPUT": {"MIN_SIZE_TEST": 320, "MIN_SIZE_TRAIN": [320]},
-        "MODEL": {
-            "DEVICE": "cpu",
-            "WEIGHTS": f"/data/{network}.pth",
-            "BACKBONE": {"NAME": NETWORKS[network]},
-            "RESNETS": {"DEPTH": 50},
-        },
-        "RESNET_BACKBONE": {"CLASS_NAMES": CLASSES, "VGG": {"DEPTH": 16}},
-    }
-    bbox = {**details["summary"]} | {f"AP50-{c['class']}": c["AP50"] for c in details["classes"]}
-    outcome = {
-        "command": f"python tools/train_net.py --voc-root {voc} --test-set test SEED {seed}",
-        "test": ["test:test"],
-        "iterations": 600,
-        "images_per_batch": 2,
-        "seed": seed,
-        "results": {"bbox": bbox},
-        **results,
-    }
-    metrics = [{"iteration": i, "total_loss": 2.0 - i / 20} for i in range(20)]
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "results.json").write_text(json.dumps(outcome))
-    (folder / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in metrics))
-    (inference / "voc_results.json").write_text(json.dumps(details))
-    (inference / "detections.json").write_text(json.dumps(rows))
 
 
 @pytest.fixture

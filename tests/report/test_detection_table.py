@@ -4,17 +4,7 @@ import json
 
 import pytest
 
-from resnet_backbone.report.detection_table import (
-    class_section,
-    improvements_section,
-    load_rows,
-    provenance_section,
-    published_section,
-    reductions,
-    results_section,
-    rows_provenance,
-    versions,
-)
+from resnet_backbone.report import detection_table as tables
 from resnet_backbone.report.gain import find_gains, group_runs
 from resnet_backbone.report.published import DETECTORS, IMPROVEMENTS, TASKS, VOC_CLASSES
 from resnet_backbone.report.runs import load_detector_runs
@@ -43,33 +33,24 @@ def test_published_numbers():
     assert gains == {"voc": (3.2, 4.1), "coco": (6.0, 5.2)}
 
 
-def cells(text: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
 @pytest.fixture
 def voc_groups(make_detector):
     """Groups of a ResNet-50 with AP50 30, 32, 34 and a VGG-16 with 20, 23 of VOC's classes."""
     made = [("r", s, v, False) for s, v in enumerate((30.0, 32.0, 34.0))]
     made += [("v", s, v, True) for s, v in enumerate((20.0, 23.0))]
     folders = []
+    log = {"test:test": 800, "train:train": 2400}
+    results = {"hardware": {"cpu": "a CPU"}, "versions": {"torch": "2.1.0", "detectron2": "0.6"}}
     for name, seed, value, vgg in made:
         classes = dict.fromkeys(VOC_CLASSES, value)
-        folders.append(make_detector(f"{name}{seed}", seed, classes, vgg))
-        (folders[-1] / "log.txt").write_text(
-            "data set test:test: 800 images, 2411 boxes\n"
-            "data set train:train: 2400 images, 5765 boxes\n"
-            "PyTorch                 2.1.0 @/home/me/torch\n"
-            "detectron2              0.6 @/home/me/detectron2\n"
-            "  - CPU capability usage: AVX512\n"
-        )
+        run = make_detector(f"{name}{seed}", seed, classes, vgg, results=results, log=log)
+        folders.append(run)
         (folders[-1] / "events.out.tfevents.1735819200.host.1.0").write_text("")
     return group_runs(load_detector_runs(folders))
 
 
-def test_results(voc_groups):
-    header, _, vgg, resnet, gain = cells(results_section(voc_groups, find_gains(voc_groups)))
+def test_results(cells, voc_groups):
+    header, _, vgg, resnet, gain = cells(tables.results_section(voc_groups, find_gains(voc_groups)))
     assert header[4:] == ["AP50", "AP50, 11-point", "AP", "AP75"]
     assert vgg[:4] == ["VGG-16-FPN (reduced)", "vgg.pth", "0, 1", "600"]
     assert vgg[4] == "21.50 ± 2.12" and resnet[4:6] == ["32.00 ± 2.00", "33.00 ± 2.00"]
@@ -77,10 +58,10 @@ def test_results(voc_groups):
     assert gain[4] == "**+10.50 ± 1.89 (+7.00 to +14.00)**"  # sqrt(4 / 3 + 4.5 / 2) = 1.893
 
 
-def test_a_single_seed_has_no_spread(make_detector):
+def test_a_single_seed_has_no_spread(cells, make_detector):
     folders = [make_detector("r", 1, {"cat": 30.0}), make_detector("v", 1, {"cat": 35.0}, vgg=True)]
     groups = group_runs(load_detector_runs(folders))
-    _, _, vgg, resnet, gain = cells(results_section(groups, find_gains(groups)))
+    _, _, vgg, resnet, gain = cells(tables.results_section(groups, find_gains(groups)))
     assert (vgg[0], vgg[4], resnet[4], gain[4]) == ("VGG-16-FPN", "35.00", "30.00", "**−5.00**")
 
 
@@ -88,23 +69,21 @@ def test_a_single_seed_has_no_spread(make_detector):
 def on_voc_2007(make_detector):
     """Function: depth and AP50 of ResNets -> their groups and a VGG-16's, on VOC 2007 test."""
 
-    def make(depths, images=4952, **options):
-        classes = [dict.fromkeys(VOC_CLASSES, value) for value in (70.0, *depths.values())]
-        folders = [make_detector("v", 1, classes[0], vgg=True, **options)]
-        for depth, found in zip(depths, classes[1:], strict=True):
-            config = {"MODEL.RESNETS.DEPTH": depth, **options.get("config", {})}
-            folders.append(make_detector(f"r{depth}", 1, found, config=config))
-        for folder in folders:
-            log = f"data set test:test: {images} images, 9 boxes\n"
-            (folder / "log.txt").write_text(log + "data set train:train: 5011 images, 9 boxes\n")
+    def make(depths, images=4952):
+        log = {"test:test": images, "train:train": 5011}
+        vgg = dict.fromkeys(VOC_CLASSES, 70.0)
+        folders = [make_detector("v", 1, vgg, vgg=True, log=log)]
+        for depth, value in depths.items():
+            config, found = {"MODEL.RESNETS.DEPTH": depth}, dict.fromkeys(VOC_CLASSES, value)
+            folders.append(make_detector(f"r{depth}", 1, found, config=config, log=log))
         groups = group_runs(load_detector_runs(folders))
         return groups, find_gains(groups)
 
     return make
 
 
-def test_beside_published_numbers(on_voc_2007):
-    text = published_section(*on_voc_2007({101: 74.5, 18: 60.0}))
+def test_beside_published_numbers(cells, on_voc_2007):
+    text = tables.published_section(*on_voc_2007({101: 74.5, 18: 60.0}))
     assert "COCO" not in text
     rows = {row[0]: row for row in cells(text)}
     ours = "`train` (5,011 images) → `test` (4,952 images), 320 px"
@@ -117,24 +96,24 @@ def test_beside_published_numbers(on_voc_2007):
     assert (gain[1], gain[3]) == ("+3.2", "+4.1") and gain[5].startswith("+4.50 (R-101-FPN minus")
 
 
-def test_the_gain_of_another_network_has_a_row_of_its_own(on_voc_2007):
-    rows = {row[0]: row for row in cells(published_section(*on_voc_2007({50: 75.0})))}
+def test_the_gain_of_another_network_has_a_row_of_its_own(cells, on_voc_2007):
+    rows = {row[0]: row for row in cells(tables.published_section(*on_voc_2007({50: 75.0})))}
     assert rows["gain, ResNet-101 over VGG-16"][5] == "not measured"
     assert rows["gain, ResNet-50 over VGG-16"][1:5] == ["none", "-"] * 2
     assert rows["gain, ResNet-50 over VGG-16"][5] == "+5.00 (R-50-FPN minus VGG-16-FPN)"
 
 
 def test_other_images_stand_beside_nothing(on_voc_2007, make_detector):
-    assert "73.2" not in published_section(*on_voc_2007({50: 75.0}, images=800))
+    assert "73.2" not in tables.published_section(*on_voc_2007({50: 75.0}, images=800))
     groups = group_runs(load_detector_runs([make_detector("r", 1, {"cat": 30.0})]))
-    assert "measured on other images" in published_section(groups, [])
-    assert reductions(groups[0]) == []
+    assert "measured on other images" in tables.published_section(groups, [])
+    assert tables.reductions(groups[0]) == []
     assert TASKS["voc"].has_test_set(["voc_2007_test"], None)
     assert not TASKS["voc"].has_test_set(["voc_2012_val"], None)
     assert TASKS["coco"].has_test_set(["coco_2017_val"], 5000)
 
 
-def test_classes(make_detector):
+def test_classes(cells, make_detector):
     details = {"classes": [{"class": c, "ground_truth": n} for c, n in (("cat", 3), ("dog", 4))]}
     folders = [
         make_detector("r1", 1, {"cat": 30.0, "dog": 10.0}, details=details),
@@ -142,7 +121,7 @@ def test_classes(make_detector):
         make_detector("v1", 1, {"cat": 20.0, "dog": 40.0}, vgg=True, details=details),
     ]
     groups = group_runs(load_detector_runs(folders))
-    header, _, cat, dog, mean = cells(class_section(groups, find_gains(groups)))
+    header, _, cat, dog, mean = cells(tables.class_section(groups, find_gains(groups)))
     assert header[:2] == ["class", "objects"]
     assert cat == ["cat", "3", "20.00", "32.00 ± 2.83", "+12.00"]
     assert dog == ["dog", "4", "40.00", "15.00 ± 7.07", "−25.00"]
@@ -150,7 +129,7 @@ def test_classes(make_detector):
 
 
 def test_reduced_runs_say_how(voc_groups):
-    assert reductions(voc_groups[0]) == [
+    assert tables.reductions(voc_groups[0]) == [
         "1,200 images seen in training, not 160,000",
         "trained on 2,400 images, not 5,011",
         "measured on 800 images, not 4,952",
@@ -162,20 +141,18 @@ def test_full_runs_are_not_reduced(make_detector):
     config = {"INPUT.MIN_SIZE_TEST": 600}
     results = {"iterations": 18_000, "images_per_batch": 16}
     classes = dict.fromkeys(VOC_CLASSES, 80.0)
-    folder = make_detector("r", 1, classes, config=config, results=results)
-    (folder / "log.txt").write_text(
-        "data set test:test: 4952 images, 1 boxes\ndata set train:train: 16551 images, 1 boxes\n"
-    )
+    log = {"test:test": 4952, "train:train": 16551}
+    folder = make_detector("r", 1, classes, config=config, results=results, log=log)
     (group,) = group_runs(load_detector_runs([folder]))
-    assert reductions(group) == []
+    assert tables.reductions(group) == []
 
 
 def test_provenance(voc_groups):
     commands = show_commands(run.results["command"] for group in voc_groups for run in group.runs)
-    text = provenance_section(voc_groups, commands)
+    text = tables.provenance_section(voc_groups, commands)
     assert "**R-50-FPN**: evaluated on 800 images." in text
     assert (
-        "- seed 2, AP50 34.00; CPU (AVX512); PyTorch 2.1.0, Detectron2 0.6; 2025-01-02  \n"
+        "- seed 2, AP50 34.00; a CPU; PyTorch 2.1.0, Detectron2 0.6; 2025-01-02  \n"
         "  `python tools/train_net.py --voc-root VOC SEED 2`"
     ) in text
     assert "/home" not in text
@@ -183,34 +160,25 @@ def test_provenance(voc_groups):
 
 def test_detectron2_is_named_by_its_date(voc_groups):
     run = voc_groups[0].first
-    (run.folder / "log.txt").write_text("detectron2   0.7.2 @/site/detectron2\n")
-    assert versions(load_detector_runs([run.folder])[0]) == (
-        "Detectron2 main of 2024-04-17 (sal-detectron2 0.7.2)"
-    )
+    run.results["versions"] = {"sal-detectron2": "0.7.2"}
+    assert tables.versions(run) == "Detectron2 main of 2024-04-17 (sal-detectron2 0.7.2)"
 
 
-def test_improvements(tmp_path):
+def test_improvements(cells, tmp_path):
     file = tmp_path / "results.json"
+    numbers = {"baseline": (20.0, 9.0), "+refinement": (21.0, 9.5), "soft-NMS": (20.5, 9.1)}
     rows = [
-        {
-            "name": "baseline",
-            "results": {"bbox": {"AP50": 20.0, "AP": 9.0}},
-            "seconds_per_image": 0.5,
-        },
-        {"name": "+refinement", "results": {"bbox": {"AP50": 21.0, "AP": 9.5}}},
-        {
-            "name": "soft-NMS",
-            "results": {"bbox": {"AP50": 20.5, "AP": 9.1}},
-            "seconds_per_image": 1,
-        },
+        {"name": name, "results": {"bbox": {"AP50": ap50, "AP": ap}}}
+        for name, (ap50, ap) in (numbers | {"+multi-scale": (24.0, None)}).items()
     ]
-    rows.append({"name": "+multi-scale", "AP50": 24.0, "date": "2025-01-02T10:00:00+00:00"})
     for row in rows:
         row["config"] = "DATASETS: {TEST: [coco_2014_val]}"
+    rows[0]["seconds_per_image"], rows[2]["seconds_per_image"] = 0.5, 1
     rows[1] |= {"hardware": {"gpu": "a GPU"}, "precision": "fp32"}
+    rows[3]["date"] = "2025-01-02T10:00:00+00:00"
     command = "python /a/tools/x.py --run /b/r50"
     file.write_text(json.dumps({"command": command, "rows": rows}))
-    header, _, *found = cells(improvements_section(load_rows(file)))
+    header, _, *found = cells(tables.improvements_section(tables.load_rows(file)))
     assert header[1:4] == ["**ours**, AP50", "**ours**, AP", "s/image"]
     assert found[0] == ["baseline", "20.00", "9.00", "0.5", "48.4 / 27.2", "-"]
     assert found[1] == ["+ refinement", "21.00", "9.50", "not measured", "49.9 / 29.9", "-"]
@@ -218,12 +186,12 @@ def test_improvements(tmp_path):
     unmeasured = ["not measured"] * 3
     assert found[3] == ["+ global context", *unmeasured, "51.1 / 30.0", "53.3 / 32.2"]
     assert [row[0] for row in found[4:]] == ["+ multi-scale", "ensemble of 3"]
-    assert rows_provenance(file, show_commands([command])) == (
+    assert tables.rows_provenance(file, show_commands([command])) == (
         "Improvements in testing: a GPU; fp32; 2025-01-02  \n`python tools/x.py --run $ROOT/r50`"
     )
     rows[0]["config"] = "DATASETS: {TEST: [voc_2007_test]}"  # the paper's are of COCO
     file.write_text(json.dumps({"rows": rows}))
-    header, _, *found = cells(improvements_section(load_rows(file)))
+    header, _, *found = cells(tables.improvements_section(tables.load_rows(file)))
     assert header[-1] == "s/image" and len(found) == 4
 
 
@@ -232,4 +200,4 @@ def test_files_without_rows(tmp_path, content):
     file = tmp_path / "results.json"
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="has no rows"):
-        load_rows(file)
+        tables.load_rows(file)

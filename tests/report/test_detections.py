@@ -186,10 +186,6 @@ def test_an_image_drawn_once_each_gives_the_runs_numbers(make_voc_run):
     )
 
 
-def num_boxes(truth) -> int:
-    return sum(len(image["classes"]) for image in truth.images)
-
-
 def test_other_annotations_are_refused(make_voc_run, voc):
     folder = make_voc_run("r50", 1)
     for xml in sorted((voc / "Annotations").iterdir())[:4]:
@@ -204,7 +200,7 @@ def test_what_is_missing_is_named(make_voc_run, voc, tmp_path, monkeypatch):
     truth = load_truth(run)
     with pytest.raises(NoDetections, match="no folder /nowhere"):
         load_truth(run, "/nowhere")
-    assert num_boxes(load_truth(run, str(voc))) == num_boxes(truth) == 48
+    assert len(load_truth(run, str(voc)).images) == len(truth.images) == 12
     (folder / "inference/test:test/detections.json").write_text("[{}]")
     with pytest.raises(ValueError, match=r"detections\.json is damaged"):
         load_detections(run, truth)
@@ -216,4 +212,4 @@ def test_what_is_missing_is_named(make_voc_run, voc, tmp_path, monkeypatch):
         load_truth(run)
     run.results["test"] = ["voc_2007_test"]  # Detectron2's own name
     monkeypatch.setenv("DETECTRON2_DATASETS", str(voc.parent))
-    assert num_boxes(load_truth(run)) == 48
+    assert len(load_truth(run).images) == 12

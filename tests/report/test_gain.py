@@ -38,31 +38,21 @@ def gain_of(make_detector):
     return make
 
 
+ABOVE, BELOW = "**10.00 points of AP50 above**", "**10.00 points of AP50 below**"
+MIXED = [30.0, 21.0, 30.0, 30.0], [22.0, 21.5, 22.0, 22.0]
+ORDER = ["5.88 points of AP50 above", "either order", "−1.00 to +8.50 over the 16 pairs"]
+
+
 @pytest.mark.parametrize(
     "ours, reference, words, not_words",
     [
-        (
-            [30.0, 31.0],
-            [20.0, 21.0],
-            ["**10.00 points of AP50 above**", "Every run of R-50"],
-            "below",
-        ),
-        ([20.0, 21.0], [30.0, 31.0], ["**10.00 points of AP50 below**", "is below every"], "above"),
+        ([30.0, 31.0], [20.0, 21.0], [ABOVE, "Every run of R-50"], "below"),
+        ([20.0, 21.0], [30.0, 31.0], [BELOW, "is below every"], "above"),
         ([20.0, 30.0], [21.0, 27.0], ["**1.00 points of AP50 above**", "do not tell"], "Every"),
-        (
-            [20.0],
-            [30.0],
-            ["10.00 points of AP50 below", "training by chance", "one run each"],
-            "error ",
-        ),
+        ([20.0], [30.0], [BELOW, "training by chance", "one run each"], "error "),
         ([20.0, 21.0], [30.0], ["2 and 1 runs", "spread over seeds is not measured"], "Every"),
         ([20.0, 22.0], [20.0, 22.0], ["have the same AP50", "do not tell"], "above"),
-        (
-            [30.0, 21.0, 30.0, 30.0],
-            [22.0, 21.5, 22.0, 22.0],
-            ["5.88 points of AP50 above", "either order", "−1.00 to +8.50 over the 16 pairs"],
-            "Every",
-        ),
+        (*MIXED, ORDER, "Every"),
     ],
 )
 def test_words(gain_of, ours, reference, words, not_words):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_backbone.report import plots
+from resnet_backbone.cli.report import parse_run
 from resnet_backbone.report.plots import error_range, lr_drops, plot_errors, smooth_between
 from resnet_backbone.report.runs import load_run
 
@@ -21,14 +21,6 @@ def rows(iterations=1000, drops=(), train=30.0, test=20.0, every=10):
         if iteration % (5 * every) == 0:
             made.append({"iteration": iteration, "val_top1_error": test / 2**passed})
     return made
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """List that receives each figure in place of being saved."""
-    figures = []
-    monkeypatch.setattr(plots, "save_png", lambda figure, path: figures.append(figure))
-    return figures
 
 
 def curves_of(axes, style):
@@ -67,13 +59,12 @@ def test_the_axis_holds_the_ends_of_all_curves(finals, limits):
     assert error_range(finals) == limits
 
 
-def test_plain_and_residual_networks_have_panels_and_depths_have_colors(make_run, drawn, tmp_path):
+def test_plain_and_residual_networks_have_panels_and_depths_have_colors(make_run):
     metrics = rows(20_000, [10_000], train=26.0, every=100)
     names = ("resnet56", "plain20", "plain56", "resnet20")
     runs = [load_run(make_run(name, f"cifar10/{name}", metrics=metrics)) for name in names]
-    plot_errors(runs, tmp_path / "fig6.png")
-    plain, residual = drawn[0].axes
-    assert [axes.get_title() for axes in drawn[0].axes] == ["plain networks", "residual networks"]
+    plain, residual = plot_errors(runs, [""] * 4).axes
+    assert plain.get_title() == "plain networks" and residual.get_title() == "residual networks"
     assert legend_of(plain) == ["plain-20 (10.00 %)", "plain-56 (10.00 %)", "training"]
     assert legend_of(residual) == ["ResNet-20 (10.00 %)", "ResNet-56 (10.00 %)", "training"]
     for axes in (plain, residual):
@@ -90,59 +81,50 @@ def test_plain_and_residual_networks_have_panels_and_depths_have_colors(make_run
     assert colors[0] == colors[1]
 
 
-def test_one_family_or_together_is_one_panel(make_run, drawn, tmp_path):
+def test_one_family_or_together_is_one_panel(make_run):
     runs = [
         load_run(make_run(name, f"cifar10/{name}", metrics=rows()))
         for name in ("plain20", "resnet20")
     ]
-    plot_errors(runs[:1], tmp_path / "a.png")
-    plot_errors(runs, tmp_path / "b.png", together=True)
-    assert [len(figure.axes) for figure in drawn] == [1, 1]
-    test = curves_of(drawn[1].axes[0], "-")
+    assert len(plot_errors(runs[:1], [""]).axes) == 1
+    (axes,) = plot_errors(runs, ["", ""], together=True).axes
+    test = curves_of(axes, "-")
     assert test[0].get_color() != test[1].get_color()
-    assert test[0].get_xdata()[-1] == 1000 and drawn[1].axes[0].get_xlabel() == "iterations"
+    assert test[0].get_xdata()[-1] == 1000 and axes.get_xlabel() == "iterations"
 
 
-def test_seeds_share_color_and_entry(make_run, drawn, tmp_path):
+def test_seeds_share_color_and_entry(make_run):
     runs = [load_run(make_run(f"s{seed}", metrics=rows(test=20.0 + seed))) for seed in (1, 2, 3)]
-    plot_errors(runs, tmp_path / "a.png")
-    (axes,) = drawn[0].axes
+    (axes,) = plot_errors(runs, ["", "", ""]).axes
     assert legend_of(axes) == ["ResNet-20 (22.00 %, 3 runs)", "training"]
     assert len({line.get_color() for line in curves_of(axes, "-")}) == 1
-    plot_errors(runs, tmp_path / "a.png", ["one", None, "three"])
     names = ["one (21.00 %)", "ResNet-20 (22.00 %)", "three (23.00 %)", "training"]
-    assert legend_of(drawn[1].axes[0]) == names
+    assert legend_of(plot_errors(runs, ["one", "", "three"]).axes[0]) == names
 
 
-def test_a_resumed_and_killed_run_can_be_drawn(make_run, drawn, tmp_path, caplog):
+def test_a_resumed_and_killed_run_can_be_drawn(make_run, caplog):
     again = {"iteration": 1000, "val_top1_error": 7.0}
     folder = make_run("r", metrics=[*rows(), again], tail='{"iteration": 1010, "tr')
-    plot_errors([load_run(folder)], tmp_path / "a.png")
-    assert curves_of(drawn[0].axes[0], "-")[0].get_ydata()[-1] == 7
+    (axes,) = plot_errors([load_run(folder)], [""]).axes
+    assert curves_of(axes, "-")[0].get_ydata()[-1] == 7
     assert "is incomplete, skipped" in caplog.text
 
 
-def test_a_run_that_has_not_evaluated_yet_shows_its_training(make_run, drawn, tmp_path):
+def test_a_run_that_has_not_evaluated_yet_shows_its_training(make_run):
     metrics = [row for row in rows(20) if "train_error" in row]
-    plot_errors([load_run(make_run("r", metrics=metrics))], tmp_path / "a.png")
-    (line,) = curves_of(drawn[0].axes[0], "--")
+    (axes,) = plot_errors([load_run(make_run("r", metrics=metrics))], [""]).axes
+    (line,) = curves_of(axes, "--")
     assert line.get_ydata().tolist() == [30, 30] and line.get_marker() == "o"
 
 
 def test_wrong_arguments(make_run, tmp_path):
-    output, run = tmp_path / "a.png", load_run(make_run("r", metrics=rows()))
-    with pytest.raises(ValueError, match="no runs"):
-        plot_errors([], output)
-    with pytest.raises(ValueError, match="1 runs but 2 labels"):
-        plot_errors([run], output, ["a", "b"])
     strange = make_run("strange", metrics=[{"iteration": 1, "loss": 2.0}])
     with pytest.raises(ValueError, match="neither train_error nor val_top1_error"):
-        plot_errors([load_run(strange)], output)
+        plot_errors([load_run(strange)], [""])
     with pytest.raises(FileNotFoundError):
-        plot_errors([load_run(make_run("none", results={"val_top1_error": 9}))], output)
+        plot_errors([load_run(make_run("none", results={"val_top1_error": 9}))], [""])
     with pytest.raises(FileNotFoundError, match="holds no run"):
         load_run(tmp_path / "nowhere")
-    assert not output.exists()
 
 
 def test_a_damaged_file_is_named(make_run):
@@ -151,21 +133,19 @@ def test_a_damaged_file_is_named(make_run):
     with pytest.raises(ValueError, match=r"results\.json is damaged"):
         load_run(folder)
     (folder / "results.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"results\.json does not hold a mapping"):
+    with pytest.raises(ValueError, match=r"results\.json .*not hold a mapping"):
         load_run(folder)
 
 
-def test_command_line(tool, make_run, tmp_path, capsys):
-    run, output = make_run("r", metrics=rows()), tmp_path / "new" / "a.png"
-    assert tool.parse_run(str(run)) == (str(run / "metrics.jsonl"), "")
-    assert tool.parse_run(f"{run}=x") == (str(run / "metrics.jsonl"), "x")
-    assert tool.main(["curves", "--run", f"{run}=x", "--output", str(output)]) == 0
+def test_command_line(tool, make_run, tmp_path):
+    run, output = make_run("r", metrics=rows()), tmp_path / "a.png"
+    assert parse_run(str(run)) == (run / "metrics.jsonl", "")
+    assert parse_run(f"{run}=x") == (run / "metrics.jsonl", "x")
+    assert tool("curves", "--run", f"{run}=x", "--output", output)[0] == 0
     with Image.open(output) as picture:
         assert picture.format == "PNG" and min(picture.size) > 400
-    assert list(output.parent.iterdir()) == [output]
     other = tmp_path / "detection"
     other.mkdir()
     (other / "metrics.json").write_text('{"iteration": 1, "total_loss": 1}\n')
-    arguments = ["curves", "--run", str(run), "--run", str(other), "--output", str(output)]
-    assert tool.main(arguments) == 2
-    assert "pictures of their own" in capsys.readouterr().err
+    status, _, error = tool("curves", "--run", run, "--run", other, "--output", output)
+    assert status == 2 and "pictures of their own" in error

@@ -1,6 +1,6 @@
 """Measure loader, training, inference, detectors and evaluation beside what people use today.
 
-  python tools/benchmark.py loader                   # images/s of one core
+  python tools/benchmark.py loader --images photos/   # images/s of one core
   python tools/benchmark.py train --dtype bf16       # ResNet-50 steps beside torchvision's
   python tools/benchmark.py infer --batch 1 16       # forward passes beside torchvision's
   python tools/benchmark.py fpn --compile            # R-50-FPN beside Detectron2's
@@ -21,13 +21,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from resnet_backbone.cli import positive
+from resnet_backbone.cli import CommandParser, positive
+from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.provenance import command_line, date, hardware, versions
 
@@ -119,7 +119,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    parser = CommandParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     loader, train, infer, fpn, detect, evaluate = (
         commands.add_parser(name, description=text, formatter_class=Help, help=about)
@@ -149,12 +149,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
-    text = "folder of JPEG files, or 'synthetic' (default: VOC's in $RESNET_BACKBONE_DATA)"
-    parser.add_argument("--images", help=text)
-    parser.add_argument("--count", type=positive, default=300, help="images")
-    text = "encode the images anew, to see how file size matters (default: as they are)"
-    parser.add_argument("--jpeg-quality", type=int, help=text)
-    parser.add_argument("--batch", type=positive, default=50, help="images stacked")
+    add, text = parser.add_argument, "folder of JPEG files, or 'synthetic'"
+    add("--images", required=True, default=argparse.SUPPRESS, help=text)
+    add("--count", type=positive, default=300, help="images")
+    text = "encode the images anew, to see how file size matters"
+    add("--jpeg-quality", type=int, help=text)
+    add("--batch", type=positive, default=50, help="images stacked")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, trains: bool) -> None:
@@ -193,7 +193,8 @@ def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.Argume
     add("--batch", type=positive, default=1, help="images")
 
 
-def main(argv: list[str] | None = None) -> int:
+@one_line_errors
+def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     device = torch.device(getattr(args, "device", "cpu"))
     about = {
@@ -204,15 +205,10 @@ def main(argv: list[str] | None = None) -> int:
         "load_at_start": round(os.getloadavg()[0], 2),
         "versions": versions(),
     }
-    try:
-        module = importlib.import_module(f"{__name__}.{COMMANDS[args.command][0]}")
-        result: dict[str, Any] = getattr(module, f"run_{args.command}")(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    module = importlib.import_module(f"{__name__}.{COMMANDS[args.command][0]}")
+    result: dict[str, Any] = getattr(module, f"run_{args.command}")(args)
     about["threads"] = torch.get_num_threads()
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output, {**about, **result}, indent=1)
         print(f"written: {args.output}")
-    return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import os
 import statistics
 import tempfile
 import time
@@ -30,21 +29,22 @@ from resnet_backbone.classification.data.augment import (
     resize_crop,
 )
 from resnet_backbone.classification.data.decode import EncodedImage, partial_decoding
-from resnet_backbone.classification.data.imagenet import ImageFiles, list_images
+from resnet_backbone.classification.data.imagenet import ImageFiles
 from resnet_backbone.classification.data.loader import LoaderSource
 from resnet_backbone.classification.data.sources import SampleStream, sample_rng
 from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.step import TrainStep, build_sgd
 from resnet_backbone.cli.benchmark.interleaved import (
     Run,
+    compare_and_measure,
     measure,
     randomize_norms,
     relative_difference,
-    waiter,
+    repeated,
 )
+from resnet_backbone.cli.export import find_pictures, spread
 from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.fast.export import export_onnx, run_onnx
-from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import get_preprocessing
 from resnet_backbone.weights.keymaps import from_torchvision
@@ -60,10 +60,9 @@ PASSES = itertools.count(1)
 
 def run_loader(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    folder = None if args.images == "synthetic" else args.images or default_images()
-    images = load_images(folder, args.count, args.jpeg_quality)
+    images = load_images(args.images, args.count, args.jpeg_quality)
     size = statistics.mean(map(len, images)) / 1000
-    print(f"{len(images)} images of {size:.0f} kB on average, from {folder or 'noise'}")
+    print(f"{len(images)} images of {size:.0f} kB on average: {args.images}")
     ours = partial(our_pass, images, args.batch)
     runs = {"reference": partial(reference_pass, images, args.batch), "ours": ours}
     if partial_decoding():
@@ -71,7 +70,7 @@ def run_loader(args: argparse.Namespace) -> dict[str, Any]:
     else:
         print("nvidia-nvimgcodec is not installed: all JPEGs are decoded whole")
     runs["ours + norm"] = partial(ours, normalizer=InputNormalizer(PREPROCESSING))
-    rows = measure(runs, args.repeats)
+    rows = measure(runs, len(images), args.repeats)
     geometry = geometry_difference(images)
     print(
         f"geometry: {geometry['mean']:.4f} gray levels mean, {geometry['max']} at most, from "
@@ -80,36 +79,17 @@ def run_loader(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "geometry": geometry, "mean_kilobytes": size}
 
 
-def default_images() -> str:
-    """The VOC images that the tests use."""
-    here = Path(__file__).resolve().parents[3]
-    root = Path(os.environ.get("RESNET_BACKBONE_DATA", here.parent / "shared" / "data"))
-    folder = root / "VOCdevkit" / "VOC2007" / "JPEGImages"
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give --images DIR, or --images synthetic")
-    return str(folder)
-
-
-def load_images(folder: str | None, count: int, quality: int | None, seed: int = 0) -> list[bytes]:
+def load_images(source: str, count: int, quality: int | None) -> list[bytes]:
     """JPEG files in memory.
 
     Args:
-        folder: of images, spread evenly over its sorted names; None makes synthetic ones of
+        source: a folder, of which the images are spread evenly, or "synthetic" for ones of
             500 x 375, noise smoothed to the file size of a photograph.
         quality: encodes the images anew at this JPEG quality; None leaves them as they are.
-
-    Raises:
-        DataError: a folder without images.
     """
-    if folder is None:
-        return [_synthetic_jpeg(seed + i, quality or 90) for i in range(count)]
-    root = Path(folder)
-    names = list_images(root) if root.is_dir() else []
-    if not names:
-        what = "holds no images" if root.is_dir() else "no such folder"
-        raise DataError(f"{root}: {what}; give a folder of JPEG files with --images")
-    chosen = [names[i * len(names) // count] for i in range(min(count, len(names)))]
-    files = [(root / name).read_bytes() for name in dict.fromkeys(chosen)]
+    if source == "synthetic":
+        return [_synthetic_jpeg(seed, quality or 90) for seed in range(count)]
+    files = [path.read_bytes() for path in spread(find_pictures([source]), count)]
     return files if quality is None else [_encode(_open(data), quality) for data in files]
 
 
@@ -133,11 +113,10 @@ def batches(images: Sequence[bytes], size: int) -> Iterator[list[tuple[bytes, Ge
         yield [(data, sample_rng(0, number, index)) for index, data in part]
 
 
-def reference_pass(images: Sequence[bytes], batch: int) -> int:
-    """To normalized float batches, all by torchvision's transforms; returns how many images."""
+def reference_pass(images: Sequence[bytes], batch: int) -> None:
+    """To normalized float batches, all by torchvision's transforms."""
     for part in batches(images, batch):
         torch.stack([reference_sample(data, rng) for data, rng in part])
-    return len(images)
 
 
 def our_pass(
@@ -145,13 +124,8 @@ def our_pass(
     batch: int,
     normalizer: InputNormalizer | None = None,
     in_parts: bool = True,
-) -> int:
-    """To batches of bytes and color shifts, as they go to the device; returns how many images.
-
-    Args:
-        normalizer: normalizes them here.
-        in_parts: decode only what a crop needs.
-    """
+) -> None:
+    """To batches of bytes and color shifts, as they go to the device, or normalized here."""
     augment = PaperAugmentation()
     for part in batches(images, batch):
         made = [augment(EncodedImage(data, partial=in_parts), rng) for data, rng in part]
@@ -159,15 +133,10 @@ def our_pass(
         shift = torch.from_numpy(np.stack([sample.shift for sample in made]))
         if normalizer:
             normalizer(stacked, shift)
-    return len(images)
 
 
 def geometry_difference(images: Sequence[bytes]) -> dict[str, float]:
-    """How far our crops are from Pillow's resize of the same boxes, in gray levels of 255.
-
-    Returns:
-        "mean" and "max" absolute difference, "images".
-    """
+    """How far our crops are from Pillow's resize of the same boxes, in gray levels of 255."""
     means, largest = [], 0
     for index, data in enumerate(images):
         image = EncodedImage(data)
@@ -232,12 +201,6 @@ def build_step(network: str, dtype: str, channels_last: bool, compiled: str, dev
     return TrainStep(model, optimizer, World(device=device), amp=amp, compile=compiled)
 
 
-def train_steps(step: TrainStep, images: Tensor, labels: Tensor, count: int) -> int:
-    for iteration in range(count):
-        step(images, labels, iteration)
-    return count * len(images)
-
-
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     labels = torch.randint(0, 1000, (args.batch,), device=device)
@@ -248,8 +211,8 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
         images = torch.randn(args.batch, 3, args.size, args.size, device=device)
         if channels_last:
             images = images.to(memory_format=torch.channels_last)
-        runs[name] = partial(train_steps, steps[name], images, labels, args.steps)
-    rows = measure(runs, args.repeats, waiter(device))
+        runs[name] = repeated(partial(steps[name], images, labels, 0), args.steps)
+    rows = measure(runs, args.batch * args.steps, args.repeats, device)
     if not args.images:
         return {"rows": rows}
     own = [row for row in rows if row["name"].startswith("ours")]
@@ -264,30 +227,26 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
 
 def real_data(step: TrainStep, args: argparse.Namespace, device) -> dict[str, float]:
     """Trains on batches from the loader: images/s and the share of time that waits for them."""
-    names = list_images(Path(args.images))
-    if not names:
-        raise DataError(f"{args.images} holds no images")
+    names = [str(path.relative_to(args.images)) for path in find_pictures([args.images])]
     labels = [i % 1000 for i in range(len(names))]
     dataset = ImageFiles(args.images, names, labels, [str(i) for i in range(1000)])
     stream = SampleStream(len(dataset), args.batch)
     augment = PaperAugmentation(size=args.size)
     source = LoaderSource(dataset, stream, augment, workers=args.workers)
-    normalizer, wait = InputNormalizer(PREPROCESSING, device), waiter(device)
+    normalizer = InputNormalizer(PREPROCESSING, device)
     warm_up, total = max(2, args.workers), args.steps * args.repeats
     waited = begin = 0.0
     batches = source.batches(0)
     for iteration in range(warm_up + total):
-        if iteration == warm_up:
-            wait()
-            begin, waited = time.perf_counter(), 0.0
         start = time.perf_counter()
+        if iteration == warm_up:
+            begin, waited = start, 0.0
         batch = next(batches)
         waited += time.perf_counter() - start
         images = normalizer(batch.images, batch.shift)
         step(images, batch.labels.to(device, non_blocking=True), iteration)
         if device.type == "cuda":  # else the queue would hide where the time goes
-            torch.cuda.current_stream().synchronize()
-    wait()
+            torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
     batches.close()
     return {"images_per_s": total * args.batch / seconds, "data_share": waited / seconds}
@@ -307,29 +266,13 @@ def run_infer(args: argparse.Namespace) -> dict[str, Any]:
         if args.runtimes:
             found |= runtimes(args.model, args.dtype, torch.get_num_threads())
         images = torch.randn(batch, 3, args.size, args.size, device=device)
-        differences = output_differences(found, images)
-        runs = {name: partial(infer, run, images, args.steps) for name, run in found.items()}
-        print(f"batch {batch}:")
-        rows = measure(runs, args.repeats, waiter(device))
-        for name, value in differences.items():
-            print(f"{name:34}differs by {value:.1e} of the largest value")
-        result[f"batch_{batch}"] = {"rows": rows, "differences": differences}
+        runs = {name: repeated(partial(run, images), args.steps) for name, run in found.items()}
+        size = batch * args.steps
+        with torch.inference_mode():
+            result[f"batch_{batch}"] = compare_and_measure(
+                f"batch {batch}", runs, relative_difference, size, args.repeats, device
+            )
     return result
-
-
-@torch.inference_mode()
-def infer(run: Forward, images: Tensor, count: int) -> int:
-    for _ in range(count):
-        run(images)
-    return count * len(images)
-
-
-@torch.inference_mode()
-def output_differences(found: dict[str, Forward], images: Tensor) -> dict[str, float]:
-    """Largest relative difference of each candidate's outputs from those of the first."""
-    (_, reference), *others = found.items()
-    expected = reference(images)
-    return {name: relative_difference(run(images), expected) for name, run in others}
 
 
 def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
@@ -361,16 +304,13 @@ def candidates(
 
 
 def runtimes(name: str, dtypes: list[str], threads: int) -> dict[str, Forward]:
-    """The same network exported to ONNX, in onnxruntime (fp32) and OpenVINO, on the CPU.
-
-    Raises:
-        ValueError: a runtime, or onnx, is not installed.
-    """
+    """The same network exported to ONNX, in onnxruntime (fp32) and OpenVINO, on the CPU."""
     try:
-        import onnxruntime  # noqa: F401
         import openvino
     except ImportError as error:
-        raise ValueError("--runtimes needs: pip install onnxscript onnxruntime openvino") from error
+        raise ImportError(
+            "--runtimes needs: pip install onnxscript onnxruntime openvino"
+        ) from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(build_pair(name)[1], path)
@@ -378,11 +318,9 @@ def runtimes(name: str, dtypes: list[str], threads: int) -> dict[str, Forward]:
         network = openvino.Core().read_model(path.read_bytes())
     found = {"onnxruntime, fp32": lambda images: run(images)["logits"]}
     for dtype in dtypes:
-        settings = {
-            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[dtype],
-            "INFERENCE_NUM_THREADS": threads,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
+        precision = dtype.replace("fp", "f")
+        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+        settings |= {"PERFORMANCE_HINT": "LATENCY"}
         compiled = openvino.compile_model(network, "CPU", settings)
         found[f"OpenVINO, {dtype}"] = partial(_openvino, compiled)
     return found

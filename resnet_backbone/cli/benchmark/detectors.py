@@ -22,19 +22,13 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from tqdm import tqdm
 
 from resnet_backbone.cli.benchmark.interleaved import (
+    compare_and_measure,
     measure,
     measure_memory,
     randomize_norms,
     relative_difference,
 )
-from resnet_backbone.cli.benchmark.pyramid import (
-    Pass,
-    as_text,
-    candidates,
-    config,
-    mixed,
-    repeat,
-)
+from resnet_backbone.cli.benchmark.pyramid import BF16, Pass, candidates, config
 from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
 from resnet_backbone.detection.evaluation.coco import evaluate_coco, run_hotcoco, run_pycocotools
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator
@@ -75,43 +69,23 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
                 number = f"inference, {setting.proposals} proposals"
                 title = f"{arch}, {number if kind == 'inference' else step}"
                 found = candidates(*pair, kind, prepare_detector(kind, setting))
-                passes = {n: found[n] for n in found if not n.endswith("compile")}
-                result[title] = compare_and_measure(title, passes, DIFFERENCE[kind], args)
+                passes = {n: found[n]() for n in found if not n.endswith("compile")}
+                turns = (args.batch, args.repeats)
+                result[title] = compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
             names += [(kind, name) for name in passes]
             if kind == "training":
-                result[title]["data_seconds"] = report_data(result[title]["rows"])
+                seconds, rows = mapper_seconds(), result[title]["rows"]
+                share = seconds * max(row["images_per_s"]["median"] for row in rows)
+                print(f"data: {1000 * seconds:.0f} ms an image, {share:.1%} of the fastest step")
+                result[title]["data_seconds"] = seconds
         if not args.no_memory:
             found = measure_memory(detector_candidates, tuple(settings[0]), names)
             result[f"{arch}, memory_mb"] = found
     return result
 
 
-def compare_and_measure(title: str, prepared: dict, compare: Callable, args) -> dict[str, Any]:
-    """Compares the outputs of all passes with those of the first, then lets them take turns."""
-    passes = {name: prepare() for name, prepare in prepared.items()}
-    (_, reference), *others = passes.items()
-    expected = reference()
-    differences = {name: compare(run(), expected) for name, run in others}
-    runs = {name: lambda run=run: repeat(run, 1) * args.batch for name, run in passes.items()}
-    print(f"{title}:")
-    rows = measure(runs, args.repeats)
-    for name, values in differences.items():
-        print(f"{name} differs from the reference by: {as_text(values)}")
-    return {"rows": rows, "differences": differences}
-
-
-def report_data(rows: list[dict[str, Any]]) -> float:
-    """Prints what reading an image takes beside the fastest step; returns its seconds."""
-    seconds, rate = mapper_seconds(), max(row["images_per_s"]["median"] for row in rows)
-    print(f"data: {1000 * seconds:.0f} ms an image, {seconds * rate:.1%} of the fastest step")
-    return seconds
-
-
 def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
-    """Detectron2's detector and ours with the same random weights.
-
-    Scales of the last layer are such that some scores are high.
-    """
+    """Detectron2's detector and ours with the same random weights, which give high scores too."""
     cfg, pair = config(setting.arch, setting.regions), []
     for build in (build_reference, Trainer.build_model):
         torch.manual_seed(0)
@@ -152,10 +126,9 @@ def infer_detector(model: nn.Module, inputs: list[dict], proposals: int) -> list
     model.eval()
     given = model.proposal_generator
     boxes, given.boxes = given.boxes, given.boxes[:proposals]
-    try:
-        return [output["instances"] for output in model(inputs)]
-    finally:
-        given.boxes = boxes
+    outputs = model(inputs)
+    given.boxes = boxes
+    return [output["instances"] for output in outputs]
 
 
 def train_step(
@@ -164,7 +137,7 @@ def train_step(
     """One step with the same sampling of anchors and regions each time; returns the losses."""
     model.train()
     torch.manual_seed(0)
-    with mixed("cpu", bf16):
+    with torch.autocast("cpu", dtype=BF16, enabled=bf16):
         losses = losses_of(model, inputs)
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
@@ -181,10 +154,7 @@ def random_boxes(count: int, height: int, width: int, generator: torch.Generator
 
 
 def random_inputs(setting: Setting) -> tuple[list[dict], Tensor]:
-    """Images with seven objects each, and enough boxes to propose.
-
-    The boxes are random, every fourth is near an object.
-    """
+    """Images with seven objects each, and random boxes to propose, every fourth near an object."""
     generator, size = torch.Generator().manual_seed(0), (setting.height, setting.width)
     real = random_boxes(7, *size, generator)
     truth, inputs = objects(size, real, torch.arange(7) * 11), []
@@ -214,11 +184,8 @@ def spread_scores(model: nn.Module, inputs: list[dict], boxes: Tensor) -> None:
 
 
 def losses_differ(found: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
-    """:func:`relative_difference` of each loss from the reference's."""
-    return {
-        name: relative_difference(torch.tensor(found[name]), torch.tensor(value))
-        for name, value in expected.items()
-    }
+    pairs = {name: (torch.tensor(found[name]), torch.tensor(expected[name])) for name in expected}
+    return {name: relative_difference(*pair) for name, pair in pairs.items()}
 
 
 def detections_differ(found: list, expected: list) -> dict[str, float]:
@@ -280,14 +247,13 @@ def measure_evaluators(runs: dict[str, Callable], images: int, repeats: int) -> 
     """Lets evaluations take turns, without what they print and log, and compares their numbers."""
     numbers: dict[str, dict[str, float]] = {}
 
-    def run(name: str) -> int:
+    def run(name: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             numbers[name] = runs[name]()
-        return images
 
     logging.disable(logging.INFO)
     try:
-        rows = measure({name: partial(run, name) for name in runs}, repeats)
+        rows = measure({name: partial(run, name) for name in runs}, images, repeats)
     finally:
         logging.disable(logging.NOTSET)
     expected, ours = (numbers[name] for name in runs)
@@ -297,11 +263,8 @@ def measure_evaluators(runs: dict[str, Callable], images: int, repeats: int) -> 
 
 
 def random_set(images: int, classes: int, count: int) -> list[tuple[np.ndarray, ...]]:
-    """Objects of images, and ``count`` detections each, most of which lie near an object.
-
-    Returns:
-        For each image boxes (N, 4) as (x, y, width, height) in whole pixels and their classes;
-        boxes, classes and scores of the detections.
+    """For each image boxes (N, 4) of objects, x, y, width, height, and their classes; then boxes,
+    classes and scores of ``count`` detections, most of which lie near an object.
     """
     rng, found = np.random.default_rng(0), []
     for _ in range(images):
@@ -334,10 +297,10 @@ def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
     }
     engines = {"pycocotools": run_pycocotools, "ours (hotcoco)": run_hotcoco}
 
-    def run(engine: Callable) -> dict[str, float]:
-        return evaluate_coco(dataset, results, engine=engine)[0]
-
-    return {name: partial(run, engine) for name, engine in engines.items()}
+    return {
+        name: lambda engine=engine: evaluate_coco(dataset, results, engine=engine)[0]
+        for name, engine in engines.items()
+    }
 
 
 @contextlib.contextmanager

@@ -15,23 +15,25 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-Run = Callable[[], int]  # processes some images and says how many
+Run = Callable[[], Any]
 
 
 def measure(
-    runs: dict[str, Run], repeats: int, wait: Callable[[], Any] = lambda: None
+    runs: dict[str, Run], images: int, repeats: int, device: torch.device | None = None
 ) -> list[dict[str, Any]]:
     """Measures, prints a table, and returns a row for each candidate.
 
     Args:
         runs: by name, the reference first; their order rotates from repeat to repeat.
+        images: that a run processes.
         repeats: turns of each, after one that is not counted.
-        wait: returns when the device has done what it was given.
+        device: a GPU is waited for.
 
     Returns:
         For each its name, its images/s in all repeats, their median and range, and the median
         and range of the ratio to the reference within the same repeat.
     """
+    wait = torch.cuda.synchronize if device and device.type == "cuda" else lambda: None
     names = list(runs)
     rates: dict[str, list[float]] = {name: [] for name in names}
     with tqdm(total=(repeats + 1) * len(names), desc="measuring", unit="turn") as bar:
@@ -40,7 +42,7 @@ def measure(
             for name in names[first:] + names[:first]:
                 wait()
                 start = time.perf_counter()
-                images = runs[name]()
+                runs[name]()
                 wait()
                 if repeat:
                     rates[name].append(images / (time.perf_counter() - start))
@@ -61,16 +63,42 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def waiter(device: torch.device) -> Callable[[], Any]:
-    """Waits until the device has done what it was given."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def compare_and_measure(
+    title: str, runs: dict[str, Run], compare: Callable[[Any, Any], Any], *setting: Any
+) -> dict[str, Any]:
+    """Compares the result of each run with the first one's, then lets them take turns.
+
+    Args:
+        setting: further arguments of :func:`measure`.
+    """
+    (_, reference), *others = runs.items()
+    expected = reference()
+    differences = {name: compare(run(), expected) for name, run in others}
+    print(f"{title}:")
+    rows = measure(runs, *setting)
+    for name, value in differences.items():
+        print(f"{name:34}differs by {as_text(value)}")
+    return {"rows": rows, "differences": differences}
+
+
+def as_text(value: float | dict[str, float]) -> str:
+    values = value if isinstance(value, dict) else {"": value}
+    return ", ".join(f"{name} {number:.1e}".lstrip() for name, number in values.items())
+
+
+def repeated(run: Run, count: int) -> Run:
+    """So many runs as one; the result is the last one's."""
+
+    def repeat() -> Any:
+        for _ in range(count):
+            result = run()
+        return result
+
+    return repeat
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest absolute difference, as a fraction of the largest expected magnitude.
-
-    0 where both are 0 everywhere, infinite where the expected one alone is.
-    """
+    """The largest absolute difference, as a fraction of the largest expected magnitude."""
     found, expected = found.float(), expected.float()
     difference = (found - expected).abs().max()
     return float(difference / expected.abs().max()) if difference else 0.0
@@ -78,10 +106,7 @@ def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def randomize_norms(model: nn.Module) -> None:
-    """Statistics, scales and shifts of all batch norms that tell a misplaced one.
-
-    Scales of about a half keep the maps of a deep network bounded.
-    """
+    """Statistics, scales and shifts that tell a misplaced norm; scales keep deep maps bounded."""
     for module in model.modules():
         if getattr(module, "running_var", None) is not None:
             module.running_mean.normal_(0, 0.1)
@@ -102,9 +127,6 @@ def measure_memory(
             that prepare a pass.
         setting: a plain value, whose ``repr`` goes to the process.
         passes: (kind, name) of each.
-
-    Raises:
-        ValueError: a process failed; with its last line.
     """
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     found = {}

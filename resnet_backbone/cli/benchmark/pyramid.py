@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from resnet_backbone.cli.benchmark.interleaved import (
+    as_text,
     measure,
     measure_memory,
     randomize_norms,
     relative_difference,
-    waiter,
+    repeated,
 )
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
@@ -26,27 +26,15 @@ from resnet_backbone.fast import optimize_for_inference
 BF16 = torch.bfloat16
 REFERENCE = "Detectron2, fp32"
 KINDS = ("inference", "training")
-OPTIMIZED: dict[str, dict] = {
-    "ours, fp32, optimized": {},
-    "ours, fp32, optimized, compile": {"compile": True},
-    "ours, bf16, optimized": {"dtype": BF16},
-    "ours, bf16, optimized, compile": {"dtype": BF16, "compile": True},
-}
-"""Name -> arguments of optimize_for_inference."""
 Pass = Callable[[], Any]
 
 
 def candidates(
     theirs: nn.Module, ours: nn.Module, kind: str, prepare: Callable[..., Pass]
 ) -> dict[str, Callable[[], Pass]]:
-    """Functions that prepare the passes of a kind, by name; the first is the reference.
+    """Functions that prepare the passes of a kind, by name; the first is the reference."""
 
-    Args:
-        kind: "inference" or "training".
-        prepare: a network, and in training ``bf16``, to a pass.
-    """
-
-    def optimized(options: dict) -> Pass:
+    def optimized(**options: Any) -> Pass:
         return prepare(optimize_for_inference(ours, **options))
 
     found: dict[str, Callable[[], Pass]] = {REFERENCE: partial(prepare, theirs)}
@@ -54,28 +42,18 @@ def candidates(
     if kind == "training":
         found["ours, bf16 autocast, as built"] = partial(prepare, ours, bf16=True)
         return found
-    return found | {name: partial(optimized, options) for name, options in OPTIMIZED.items()}
-
-
-def mixed(device: str, bf16: bool) -> AbstractContextManager:
-    return torch.autocast(device, dtype=BF16) if bf16 else nullcontext()
+    for name, options in {"fp32": {}, "bf16": {"dtype": BF16}}.items():
+        key = f"ours, {name}, optimized"
+        found[key] = partial(optimized, **options)
+        found[f"{key}, compile"] = partial(optimized, compile=True, **options)
+    return found
 
 
 def config(arch: str, regions: int = 512, head: int = 1024):
-    """Faster R-CNN R-50 with 80 classes, of Detectron2's model zoo.
-
-    Args:
-        arch: "fpn" or "c4".
-        regions: per image in training.
-        head: channels of the linear layers of "fpn".
-    """
-    options = {
-        "MODEL.DEVICE": "cpu",
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": str(regions),
-        "MODEL.ROI_BOX_HEAD.FC_DIM": str(head),
-        "INPUT.MIN_SIZE_TRAIN": "(800,)",
-    }
-    words = [word for pair in options.items() for word in pair]
+    """Faster R-CNN R-50 ("fpn" or "c4") with 80 classes: regions an image, channels of the head."""
+    words = ["MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(800,)"]
+    words += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(regions)]
+    words += ["MODEL.ROI_BOX_HEAD.FC_DIM", str(head)]
     return load_config(f"coco/faster_rcnn_R_50_{arch.upper()}", words)
 
 
@@ -90,11 +68,11 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
         found = candidates(*pair, kind, prepare_pyramid(kind, images))
         names += [(kind, name) for name in found if not name.endswith("compile")]
         runs = {
-            f"{kind}: {name}": partial(repeat, prepare(), args.steps)
+            f"{kind}: {name}": repeated(prepare(), args.steps)
             for name, prepare in found.items()
             if args.compile or not name.endswith("compile")
         }
-        result[kind] = measure(runs, args.repeats, waiter(device))
+        result[kind] = measure(runs, args.steps, args.repeats, device)
     corner = images[:, :, :256, :320].double()
     differences["float64"] = compare_pyramids(*(network.double() for network in pair), corner)
     for precision, values in differences.items():
@@ -135,16 +113,10 @@ def train_pyramid(model: nn.Module, images: Tensor, bf16: bool = False) -> dict[
     of a head's convolution returns the map's own memory format.
     """
     model.zero_grad(set_to_none=True)
-    with mixed(images.device.type, bf16):
+    with torch.autocast(images.device.type, dtype=BF16, enabled=bf16):
         maps = model(images)
     sum(value.float().square().sum() / value.numel() for value in maps.values()).backward()
     return maps
-
-
-def repeat(run: Pass, count: int) -> int:
-    for _ in range(count):
-        run()
-    return count
 
 
 def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict[str, float]:
@@ -157,13 +129,11 @@ def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict
             single precision it jumps where a ReLU's input is a rounding error away from zero,
             between any two implementations.
     """
-    maps, gradients = [], []
-    for model in (theirs, ours):
-        maps.append({name: value.detach() for name, value in train_pyramid(model, images).items()})
-        named = model.named_parameters()
-        gradients.append({name: p.grad for name, p in named if p.grad is not None})
-        model.zero_grad(set_to_none=True)
-    expected, found = gradients
+    maps = [train_pyramid(model, images) for model in (theirs, ours)]
+    expected, found = (
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        for model in (theirs, ours)
+    )
     if expected.keys() != found.keys():
         raise ValueError("the two networks train different parameters")
     whole = torch.cat([value.flatten() for value in expected.values()])
@@ -173,7 +143,3 @@ def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict
         "gradient": float(error.norm() / whole.norm()),
         "gradient_worst": max(relative_difference(found[n], expected[n]) for n in expected),
     }
-
-
-def as_text(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.1e}" for name, value in values.items())

@@ -30,9 +30,8 @@ from resnet_backbone.detection.engine.schedule import (
 from resnet_backbone.detection.engine.seeds import seed_folder
 from resnet_backbone.detection.evaluation.results import Speed, check_results
 from resnet_backbone.detection.inference.predictor import check_ensemble, run_config
-from resnet_backbone.runtime.configs import find_config
 from resnet_backbone.runtime.errors import UsageError
-from resnet_backbone.runtime.files import write_json
+from resnet_backbone.runtime.files import find_config, write_json
 from resnet_backbone.runtime.launch import local_size
 from resnet_backbone.runtime.provenance import command_line, hardware, source_revision, versions
 from resnet_backbone.runtime.run_folder import CONFIG, RESULTS, read_results
