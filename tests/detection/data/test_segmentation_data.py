@@ -172,7 +172,7 @@ BAD_INSTANCES = [
     (lambda c: c["images"][1].update(file_name="a/one.png"), "label picture a/one.png"),
     (lambda c: c["images"][1].update(file_name="../../two.jpg"), f"'../../two.jpg' {BELOW}"),
     (lambda c: c["images"][1].update(file_name="/two.jpg"), f"'/two.jpg' {BELOW}"),
-    (lambda c: c["images"][1].update(file_name=""), f"file_name '' {BELOW}"),
+    (lambda c: c["images"][1].update(file_name=""), "images[1] has the file_name ''"),
     (lambda c: c.pop("categories"), "cannot be used"),
     (lambda c: c["categories"].extend(MANY), "do not fit into 8-bit labels"),
 ]
