@@ -55,6 +55,7 @@ DETECTION = [
     "torchvision>=0.21",
     "numpy>=1.23",
     "pillow>=9.1",
+    "simplejpeg>=1.8",
     "tqdm>=4.60",
     "fvcore>=0.1.5.post20221221",
     "iopath>=0.1.9",

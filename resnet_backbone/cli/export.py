@@ -32,7 +32,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from resnet_backbone.classification.data.decode import read_rgb
 from resnet_backbone.classification.data.imagenet import EXTENSIONS
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.fast import export
@@ -40,6 +39,7 @@ from resnet_backbone.fast.export import Mismatch
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.runtime.errors import UnexpectedResults, one_line_errors
 from resnet_backbone.runtime.files import put_in_place, write_json
+from resnet_backbone.runtime.images import read_rgb
 from resnet_backbone.weights import ModelSpec, Preprocessing, load_weights, read_checkpoint
 from resnet_backbone.weights.preprocessing import InputNormalizer
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from resnet_backbone.classification.data.augment import center_crop, resize_short_side
-from resnet_backbone.classification.data.decode import read_rgb
 from resnet_backbone.classification.data.sources import read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.cli import CommandParser, positive
@@ -31,6 +30,7 @@ from resnet_backbone.report.published import parse_network
 from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_metrics, load_run
 from resnet_backbone.report.table import results_table
 from resnet_backbone.runtime.errors import one_line_errors
+from resnet_backbone.runtime.images import read_rgb
 from resnet_backbone.runtime.provenance import command_line
 from resnet_backbone.weights.preprocessing import InputNormalizer
 

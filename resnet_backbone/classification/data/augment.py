@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet_backbone.classification.data.decode import EncodedImage
 from resnet_backbone.classification.data.sources import MIXING
+from resnet_backbone.runtime.images import EncodedImage
 from resnet_backbone.runtime.seeding import make_rng
 
 NOISE_STRENGTH = 0.1  # standard deviation of each component's factor (AlexNet, section 4.1)

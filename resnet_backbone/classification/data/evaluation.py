@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from resnet_backbone.classification.data.augment import resize_short_side
-from resnet_backbone.classification.data.decode import BadImage, read_rgb
 from resnet_backbone.classification.data.loader import Running, init_worker
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.images import BadImage, read_rgb
 
 
 class BadSample(NamedTuple):

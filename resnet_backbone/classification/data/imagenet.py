@@ -15,8 +15,8 @@ from typing import NamedTuple
 import fsspec
 import numpy as np
 
-from resnet_backbone.classification.data.decode import BadImage, read_bytes
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.images import BadImage, read_bytes
 
 EXTENSIONS = frozenset(
     ".jpeg .jpg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm".split()

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from resnet_backbone.classification.data.augment import Augmented
-from resnet_backbone.classification.data.decode import BadImage, EncodedImage, decode, read_bytes
 from resnet_backbone.classification.data.imagenet import EncodedDataset
 from resnet_backbone.classification.data.sources import REPLACEMENT, Batch, SampleStream, sample_rng
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.images import BadImage, EncodedImage, decode, read_bytes
 from resnet_backbone.runtime.seeding import make_rng
 
 BAD, CONVERTED = "bad", "converted"

@@ -28,7 +28,6 @@ from resnet_backbone.classification.data.augment import (
     draw_crop,
     resize_crop,
 )
-from resnet_backbone.classification.data.decode import EncodedImage, partial_decoding
 from resnet_backbone.classification.data.imagenet import ImageFiles
 from resnet_backbone.classification.data.loader import LoaderSource
 from resnet_backbone.classification.data.sources import SampleStream, sample_rng
@@ -45,6 +44,7 @@ from resnet_backbone.cli.benchmark.interleaved import (
 from resnet_backbone.cli.export import find_pictures, spread
 from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.fast.export import export_onnx, run_onnx
+from resnet_backbone.runtime.images import EncodedImage, partial_decoding
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import get_preprocessing
 from resnet_backbone.weights.keymaps import from_torchvision

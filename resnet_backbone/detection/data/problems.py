@@ -17,13 +17,17 @@ from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any, NamedTuple
 
+import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import detection_utils as utils
 from PIL import ExifTags, Image
 
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.images import BadImage, read_rgb
 
 logger = logging.getLogger(__name__)
 
+PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that are always read
 # Kinds that cost one box; every other kind costs an image, or the whole data set.
 BOX_KINDS = ("bad-box", "unknown-class")
 # Kinds that make a data set unusable under any policy.
@@ -148,7 +152,7 @@ def apply_policy(report: DataReport, policy: str) -> None:
 
 
 def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
-    """Width and height in pixels as Detectron2 will load an image, turned by its EXIF orientation.
+    """Width and height in pixels as an image is loaded, turned by its EXIF orientation.
 
     Args:
         decode: decode every pixel too, which finds truncated files (slower, about 5 ms an image).
@@ -158,14 +162,36 @@ def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            if decode:
-                image.load()
-            return (height, width) if _swaps_sides(image) else (width, height)
+            is_plain = image.mode in PLAIN
+            size = image.size[::-1] if _swaps_sides(image) else image.size
+        if is_plain and not decode:
+            return size
+        height, width, _ = read_rgb(path).shape  # as training and evaluation do
+        return width, height
     except OSError:
         raise
+    except BadImage as error:
+        raise OSError(error.reason) from error
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def read_image(path: str, image_format: str) -> np.ndarray:
+    """An image as training, evaluation and demo see it: uint8 (H, W, C), upright.
+
+    Pictures of RGB and BGR are read by :func:`resnet_backbone.runtime.images.decode`, others by
+    Detectron2.
+
+    Raises:
+        OSError: missing, truncated, or not an image.
+    """
+    if image_format not in ("RGB", "BGR"):
+        return utils.read_image(path, image_format)
+    try:
+        pixels = read_rgb(path)
+    except BadImage as error:
+        raise OSError(error.reason) from error
+    return pixels if image_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
 
 
 def _swaps_sides(image: Image.Image) -> bool:

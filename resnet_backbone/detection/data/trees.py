@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -17,7 +16,12 @@ from tqdm.contrib.concurrent import process_map
 
 from resnet_backbone.detection.data.archives import COUNTS, Counts, archive_of, coco_image_folder
 from resnet_backbone.detection.data.coco import read_coco, scan_coco
-from resnet_backbone.detection.data.problems import BOX_KINDS, DataReport, read_image_size
+from resnet_backbone.detection.data.problems import (
+    BOX_KINDS,
+    DataReport,
+    read_image,
+    read_image_size,
+)
 from resnet_backbone.detection.data.voc import (
     IMAGE_SUFFIXES,
     VOC_CLASSES,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -12,9 +13,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import detection_utils as utils
+from detectron2.data.transforms import AugInput
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler
 from detectron2.engine.train_loop import TrainerBase
@@ -34,6 +38,7 @@ from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
 from resnet_backbone.detection.checkpoint.input_check import with_weights_input
 from resnet_backbone.detection.config import import_project, read_switches, seed_of, with_keys
+from resnet_backbone.detection.data.problems import read_image
 from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader, mapper_options
 from resnet_backbone.detection.engine.hooks import (
     Checkpoints,
@@ -79,20 +84,43 @@ def watching(stop: StopRequest | None = None) -> Iterator[Watch]:
 
 
 class TolerantMapper(DatasetMapper):
-    """Gives None for an image which became unreadable during training: another one replaces it.
+    """:class:`DatasetMapper` with our decoder, and None for an image that became unreadable.
 
-    In evaluation nothing is replaced: the error names the file.
+    The loader then takes another one in its place. In evaluation nothing is replaced: the error
+    names the file.
     """
 
     def __call__(self, dataset_dict: dict) -> dict | None:
         try:
-            return super().__call__(dataset_dict)
+            return self._map(copy.deepcopy(dataset_dict))
         except Exception as error:
             where = dataset_dict["file_name"]
             if not self.is_train:
                 raise OSError(f"{where}: cannot be read ({error})") from error
             logger.warning("%s: left out of training, cannot be read (%s)", where, error)
             return None
+
+    def _map(self, record: dict) -> dict:
+        """As :class:`DatasetMapper` does it, but for the decoder; ``record`` is changed."""
+        image, labels = read_image(record["file_name"], self.image_format), None
+        utils.check_image_size(record, image)
+        if "sem_seg_file_name" in record:
+            labels = utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
+        given = AugInput(image, sem_seg=labels)
+        transforms = self.augmentations(given)
+        shape = given.image.shape[:2]
+        pixels = np.ascontiguousarray(given.image.transpose(2, 0, 1))
+        record["image"] = torch.as_tensor(pixels)
+        if labels is not None:
+            record["sem_seg"] = torch.as_tensor(given.sem_seg.astype("long"))
+        if self.proposal_topk is not None:
+            options = dict(proposal_topk=self.proposal_topk)
+            utils.transform_proposals(record, shape, transforms, **options)
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            self._transform_annotations(record, transforms, shape)
+        return record
 
 
 class Trainer(DefaultTrainer):

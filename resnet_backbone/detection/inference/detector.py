@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.layers import batched_nms
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from resnet_backbone.detection.config import Switches
+from resnet_backbone.detection.data.problems import read_image
 from resnet_backbone.detection.inference.member import (
     ImageViews,
     Member,

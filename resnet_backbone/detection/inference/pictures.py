@@ -10,16 +10,16 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib import font_manager
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 
 from resnet_backbone.detection.data.panoptic import BACKGROUND
+from resnet_backbone.detection.data.problems import read_image
 from resnet_backbone.runtime.files import whole_file
 
 MIN_SIDE = 480  # smaller images are enlarged until their short side has so many pixels ...
@@ -167,12 +167,9 @@ class UnreadableError(ValueError):
 def read_bgr(path: Path) -> np.ndarray:
     """An image as BGR uint8 (H, W, 3), upright as its EXIF data says; or UnreadableError."""
     try:
-        return np.ascontiguousarray(read_image(str(path), format="BGR"))
-    except Exception as error:  # Pillow's decoders raise nearly anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, UnidentifiedImageError):  # it names Pillow's own file object
-            reason = "no image that Pillow can read"
-        raise UnreadableError(f"{path}: cannot be read ({reason})") from error
+        return read_image(str(path), "BGR")
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read ({error})") from error
 
 
 def read_video(path: Path) -> tuple[float, int, Iterator[np.ndarray]]:

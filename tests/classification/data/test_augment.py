@@ -28,8 +28,8 @@ from resnet_backbone.classification.data.augment import (
     resize_short_side,
     resized_shape,
 )
-from resnet_backbone.classification.data.decode import EncodedImage
 from resnet_backbone.classification.data.sources import sample_rng
+from resnet_backbone.runtime.images import EncodedImage
 
 
 def pixels(height, width, seed=0, coarse=12) -> np.ndarray:

@@ -9,7 +9,6 @@ from PIL import Image
 from resnet_backbone.classification.config import load_config
 from resnet_backbone.classification.data import statistics
 from resnet_backbone.classification.data.build import build_data
-from resnet_backbone.classification.data.decode import read_rgb
 from resnet_backbone.classification.data.imagenet import read_image_folder
 from resnet_backbone.classification.data.loader import BadImageReport
 from resnet_backbone.classification.data.statistics import (
@@ -18,6 +17,7 @@ from resnet_backbone.classification.data.statistics import (
     image_statistics,
 )
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.images import read_rgb
 
 OPTIONS = ["data.crop=16", "data.short_side=[18,20]", "data.mean=pixel", "data.workers=0"]
 OPTIONS += ["train.batch_size=4", "evaluation.crop=16", "evaluation.short_side=18"]

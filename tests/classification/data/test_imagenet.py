@@ -12,7 +12,6 @@ from PIL import Image
 
 from resnet_backbone.classification.data.archives import index_shards, write_shards
 from resnet_backbone.classification.data.augment import PaperAugmentation
-from resnet_backbone.classification.data.decode import BadImage
 from resnet_backbone.classification.data.imagenet import (
     INDEX_NAME,
     TarShards,
@@ -24,6 +23,7 @@ from resnet_backbone.classification.data.imagenet import (
 from resnet_backbone.classification.data.loader import LoaderSource
 from resnet_backbone.classification.data.sources import SampleStream
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.images import BadImage
 
 CLASSES = {"n03": ["a.JPEG", "b.jpg"], "n01": ["c.png"], "n02": ["d.JPEG", "e.Jpeg", "f.webp"]}
 

@@ -14,7 +14,6 @@ from drawn_images import fill
 from PIL import Image
 
 from resnet_backbone.classification.data.augment import InceptionAugmentation, PaperAugmentation
-from resnet_backbone.classification.data.decode import EncodedImage
 from resnet_backbone.classification.data.imagenet import ImageFiles, read_image_folder
 from resnet_backbone.classification.data.loader import (
     BAD,
@@ -26,6 +25,7 @@ from resnet_backbone.classification.data.loader import (
 )
 from resnet_backbone.classification.data.sources import Batch, SampleStream, sample_rng
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.images import EncodedImage
 
 CLASSES = ("n01", "n02", "n03")
 AUGMENT = PaperAugmentation(size=16, short_side=(18, 40))

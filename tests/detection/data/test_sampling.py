@@ -10,11 +10,13 @@ import torch
 pytest.importorskip("detectron2")
 pytest.importorskip("hypothesis")
 
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.data import scan_voc
 from resnet_backbone.detection.data.sampling import (
     AugmentedImages,
     BatchPlan,
@@ -191,3 +193,28 @@ def test_an_image_that_breaks_during_training_is_left_out(make_cfg, tiny_voc):
     assert mapper(dict(broken)) is None
     with pytest.raises(OSError, match="gone.jpg"):
         TolerantMapper(make_cfg(), False)(dict(broken))
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR", "L"])
+def test_the_mapper_gives_what_detectron2s_gives(make_cfg, tiny_voc, image_format):
+    cfg = make_cfg("voc/faster_rcnn_R_50_FPN.yaml", INPUT__FORMAT=image_format)
+    for record in scan_voc(tiny_voc, "train", ["bar", "box"])[0]:
+        found = []
+        for kind in (TolerantMapper, DatasetMapper):
+            np.random.seed(3)
+            found.append(kind(cfg, True)(record))
+        ours, theirs = found
+        assert ours.keys() == theirs.keys() and torch.equal(ours["image"], theirs["image"])
+        boxes = [one["instances"].gt_boxes.tensor for one in found]
+        assert torch.equal(*boxes) and len(boxes[0])
+
+
+def test_the_mapper_sees_gray_levels_of_16_bits(make_cfg, tmp_path):
+    levels = np.linspace(0, 65535, 40 * 60).reshape(40, 60).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / "x.png")
+    record = {"file_name": str(tmp_path / "x.png"), "height": 40, "width": 60}
+    keys = dict(INPUT__MIN_SIZE_TEST=40)
+    image = TolerantMapper(make_cfg("voc/faster_rcnn_R_50_FPN.yaml", **keys), False)(record)[
+        "image"
+    ]
+    assert torch.equal(image, torch.from_numpy((levels >> 8).astype(np.uint8)).expand(3, -1, -1))

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 EXIF_ORIENTATION = 0x0112
+BITS_PER_SAMPLE = 258  # a tag of TIFF
 ORIENTATION_TAGS = (b"\x01\x12", b"\x12\x01", b"Orientation")  # EXIF of both byte orders, XMP
 START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 MODE_NAMES = {"P": "palette", "1": "bitmap", "LA": "gray with alpha", "PA": "palette with alpha"}
@@ -68,8 +69,9 @@ def decode(data: bytes, name: str | os.PathLike = "<bytes>") -> Decoded:
     """Decodes an image of any format that Pillow knows.
 
     CMYK (Adobe's inverted form too), palettes, gray levels and bitmaps become RGB as by Pillow's
-    ``convert``; transparency is dropped, as torchvision's ImageFolder does; of 16-bit gray levels
-    the high byte is kept, as libpng does. The EXIF orientation is applied: what a person sees is
+    ``convert``; transparency is dropped, as torchvision's ImageFolder does; of 12 and 16-bit gray
+    levels the high byte is kept, as libpng does; numbers with a point lie between 0 and 1, 255 or
+    65,535. The EXIF orientation is applied: what a person sees is
     what the network sees (torchvision's ImageFolder leaves such images lying on their side).
 
     Args:
@@ -159,14 +161,34 @@ def _note(image: Image.Image, orientation: int) -> str:
 def _to_rgb(image: Image.Image, orientation: int, name: str | os.PathLike) -> np.ndarray:
     if orientation != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise BadImage(name, "floating-point pixels have no known range; convert it to 8 bits")
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise BadImage(name, "32-bit pixels have no known range; convert it to 8 bits")
-        image = Image.fromarray((levels >> 8).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_bytes(image, name))
     return np.array(image.convert("RGB"))
+
+
+def _to_bytes(image: Image.Image, name: str | os.PathLike) -> np.ndarray:
+    """Gray levels of more than 8 bits: uint8 (H, W), the high byte of what the file can hold."""
+    levels = np.asarray(image).astype(np.float64)
+    least, most = levels.min(), levels.max()
+    if image.mode != "F" and image.mode != "I":
+        whole = 2 ** _bits(image) - 1
+    elif image.mode == "F" and most <= 1:
+        whole = 1
+    else:
+        whole = next((bits for bits in (255, 65535) if most <= bits), 0)
+        if image.format == "PNG":  # 16 bits, however dark it is
+            whole = 65535
+    if not (np.isfinite(levels).all() and least >= 0 and most <= whole):
+        raise BadImage(
+            name, f"pixels of {least:g} to {most:g} have no known range; convert it to 8 bits"
+        )
+    return (levels * 255 / 1 if whole == 1 else levels // ((whole + 1) / 256)).astype(np.uint8)
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits of a gray level: 16, or the 12 that a TIFF file states."""
+    stated = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE)
+    return 12 if stated in (12, (12,)) else 16
 
 
 class EncodedImage:
