@@ -29,8 +29,8 @@ from resnet_backbone.weights import (
     save_weights,
 )
 from resnet_backbone.weights.checkpoint import MODEL_KEY
-from resnet_backbone.weights.load import check_architecture, check_settings, load_tensors
-from resnet_backbone.weights.reading import read_header, read_network, read_source, single_precision
+from resnet_backbone.weights.load import load_tensors
+from resnet_backbone.weights.reading import read_header, read_network, read_source
 
 logger = logging.getLogger(__name__)
 
@@ -171,9 +171,7 @@ def load_all_but_head(model: nn.Module, path: str | Path, preprocessing: str = "
     if not isinstance(model, StagedNetwork):
         return load_exactly(model, path, preprocessing, own)
     read = read_network(path, preprocessing)
-    check_architecture(model, read.preprocessing, str(path))
-    check_settings(model, read.stated, str(path))
-    load_tensors(model, single_precision({**read.tensors, **own}), str(path))
+    load_tensors(model, read._replace(tensors={**read.tensors, **own}), str(path))
     return read.preprocessing
 
 

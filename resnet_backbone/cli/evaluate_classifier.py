@@ -1,12 +1,14 @@
 """Evaluate a classifier, or an ensemble, as the paper did: every image exactly once.
 
 Prints top-1 and top-5 error and cross-entropy. With --output also writes results.json,
-predictions.csv, per_class.csv, confusion.csv and confusion.png.
+predictions.csv, per_class.csv, confusion.csv and confusion.png. With --predict it says the classes
+of pictures without labels.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import logging
 import sys
 from pathlib import Path
@@ -20,17 +22,25 @@ from resnet_backbone.classification.data.evaluation import (
     EvaluationLoader,
 )
 from resnet_backbone.classification.data.imagenet import (
+    ImageFiles,
+    name_classes,
     read_class_list,
     read_flat_folder,
     read_image_folder,
 )
 from resnet_backbone.classification.data.sources import CIFAR10_CLASSES, read_cifar10
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
-from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
+from resnet_backbone.classification.networks import (
+    NetworkSpec,
+    load_network,
+    read_class_names,
+    read_spec,
+)
 from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
-from resnet_backbone.report.table import write_evaluation
+from resnet_backbone.cli.export import find_pictures
+from resnet_backbone.report.table import prediction_rows, write_evaluation
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
@@ -44,7 +54,7 @@ from resnet_backbone.runtime.provenance import (
 )
 from resnet_backbone.runtime.run_folder import set_up_logging
 from resnet_backbone.weights.load import WrongStride
-from resnet_backbone.weights.preprocessing import InputNormalizer
+from resnet_backbone.weights.preprocessing import InputNormalizer, Preprocessing
 from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger("resnet_backbone.evaluate_classifier")
@@ -54,6 +64,9 @@ examples:
   A network of tools/train_classifier.py, whose file names its network and its input:
     python tools/evaluate_classifier.py --weights output/resnet50/final.safetensors \\
         --imagenet-folder imagenet/val
+  Pictures without labels: the five best classes of each, also as predictions.csv:
+    python tools/evaluate_classifier.py --weights output/mine/final.safetensors \\
+        --predict photos/ --output predicted
   The paper's 10-crop testing (Tables 2 and 3) and its multi-scale dense testing (Table 4):
     python tools/evaluate_classifier.py --weights final.safetensors --protocol ten_crop \\
         --imagenet-folder imagenet/val --num-gpus 8 --amp bf16
@@ -114,6 +127,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--imagenet-folder", metavar="DIR", help="DIR/<wnid>/<image>")
     chosen.add_argument("--flat", metavar="DIR", help="images in one folder, with --labels")
     chosen.add_argument("--cifar10", metavar="DIR", help="the test set, binary or Python version")
+    text = "pictures and folders without labels: says the classes of each"
+    chosen.add_argument("--predict", nargs="+", type=Path, metavar="PATH", help=text)
     text = "'name wnid' or 'name index' lines of --flat"
     group.add_argument("--labels", metavar="FILE", help=text)
     text = "'wnid index' lines; needed where the data have only some of the network's classes"
@@ -125,8 +140,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=tuple(PROTOCOLS), help="(default: center; with --cifar10: full)")
-    add("--resize", type=int, help="center, ten_crop: short side (default: 256)")
-    add("--crop", type=int, help="center, ten_crop: side of crops (default: 224)")
+    add("--resize", type=int, help="center, ten_crop: short side (default: the weights', else 256)")
+    add(
+        "--crop", type=int, help="center, ten_crop: side of crops (default: the weights', else 224)"
+    )
     text = "dense: short sides (default: 224 256 384 480 640)"
     add("--sizes", type=int, nargs="+", help=text)
     add("--flip", action="store_true", default=None, help="dense: mirrored views, too")
@@ -158,9 +175,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def make_protocol(args: argparse.Namespace) -> Protocol:
-    name = args.protocol or ("full" if args.cifar10 else "center")
+def make_protocol(args: argparse.Namespace, trained: Preprocessing | None = None) -> Protocol:
+    """The protocol of the options; sizes that are not given are those that the weights state.
+
+    Args:
+        trained: what the first network's weights expect; None: not read yet.
+    """
+    full = args.cifar10 or (args.predict and trained and trained.mean_image is not None)
+    name = args.protocol or ("full" if full else "center")
     settings = {key: getattr(args, key) for key in ONLY_FOR if getattr(args, key) is not None}
+    if trained and name in ONLY_FOR["crop"] and trained.crop_size and trained.resize_size:
+        stated = {"resize": trained.resize_size, "crop": trained.crop_size}
+        if not settings and stated != {"resize": 256, "crop": 224}:
+            text = "crops of %d from a short side of %d, as the weights say"
+            logger.info(text, trained.crop_size, trained.resize_size)
+        settings = {**stated, **settings} if not settings else settings
     for key in settings:
         if name not in ONLY_FOR[key]:
             raise UsageError(f"--{key} is for protocol {' and '.join(ONLY_FOR[key])}, not {name}")
@@ -233,6 +262,14 @@ def read_data(args: argparse.Namespace, protocol: Protocol, num_classes: int) ->
             raise UsageError(f"the network has {num_classes} classes, CIFAR-10 has 10")
         return Data(EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES)
     classes = read_class_list(args.class_list) if args.class_list else None
+    named = read_class_names(args.weights[0])
+    if classes is None and not args.flat and len(named) == num_classes:
+        classes = {name: number for number, name in enumerate(named)}
+    if args.predict:
+        pictures = [str(path.absolute()) for path in find_pictures(args.predict, "--predict")]
+        names = name_classes(classes or {}, num_classes)
+        files = ImageFiles("/", pictures, [0] * len(pictures), names)
+        return Data(EvaluationFiles(files.samples, protocol.short_sides, protocol.prepare), names)
     if args.imagenet_folder:
         files = read_image_folder(args.imagenet_folder, classes, num_classes if classes else 0)
         known = len(files.class_names)
@@ -271,18 +308,36 @@ def write_results(
     logger.info("written: %s, %s", folder / "results.json", ", ".join(f.name for f in files))
 
 
+def show_predictions(args: argparse.Namespace, data: Data, result: EvaluationResult) -> None:
+    """A line for each picture; with --output also predictions.csv, without labels."""
+    header, *rows = prediction_rows(result.predictions, data.class_names, data.images.name_of)
+    hidden = header.index("label"), header.index("label_name")
+    rows = [[cell for k, cell in enumerate(row) if k not in hidden] for row in (header, *rows)]
+    for row in rows[1:]:
+        best = zip(row[3::3], row[4::3], strict=True)
+        print(f"{row[1]}: " + ", ".join(f"{name} {float(score):.3f}" for name, score in best))
+    if args.output:
+        path = Path(args.output) / "predictions.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+        print(f"written: {path}")
+
+
 def work(args: argparse.Namespace) -> None:
     """What each process does."""
-    protocol = make_protocol(args)
     world = current_world(choose_device(args.device))
     set_up_logging(None, world.is_main)
     models, num_classes = load_networks(args, world)
+    protocol = make_protocol(args, models[0][1].preprocessing)
     data = read_data(args, protocol, num_classes)
     place = dict(rank=world.rank, world=world.size, pin_memory=world.device.type == "cuda")
     loader = EvaluationLoader(data.images, args.batch_size, workers=args.workers, **place)
     options = dict(channels_last=args.channels_last, max_bad_images=args.max_bad_images)
     result = evaluate(models, protocol, loader, world=world, autocast=AMP[args.amp], **options)
-    if world.is_main:
+    if world.is_main and args.predict:
+        show_predictions(args, data, result)
+    elif world.is_main:
         logger.info("%s", result)
         if args.output:
             write_results(args, world, data, result)

@@ -86,7 +86,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def find_pictures(paths: Iterable[str | Path]) -> list[Path]:
+def find_pictures(paths: Iterable[str | Path], option: str = "--images") -> list[Path]:
     """Files as they are given, and in place of a folder all pictures below it, sorted by name."""
     found: list[Path] = []
     paths = [Path(path) for path in paths]
@@ -94,7 +94,7 @@ def find_pictures(paths: Iterable[str | Path]) -> list[Path]:
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         found += [file for file in inside if file == path or file.suffix.lower() in EXTENSIONS]
     if not found:
-        raise ValueError(f"--images {' '.join(map(str, paths))}: no pictures there")
+        raise ValueError(f"{option} {' '.join(map(str, paths))}: no pictures there")
     return found
 
 

@@ -16,7 +16,9 @@ from resnet_backbone.classification.networks import (
     NetworkSpec,
     checkpoints_in,
     describe,
+    load_all_but_head,
     load_network,
+    read_class_names,
     read_spec,
     save_network,
 )
@@ -173,3 +175,22 @@ def test_tensorboard_has_the_numbers(tmp_path):
     folder.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train_loss")] == [(5, 2.5)]
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "vgg11_bn", "torchvision/resnet18"])
+def test_fine_tuning_takes_all_but_the_last_layer(tmp_path, name):
+    source, target = (NetworkSpec(name, classes, {}) for classes in (7, 3))
+    trained, model = source.build(), target.build()
+    head = [key for key in model.state_dict() if model.state_dict()[key].shape[:1] == (3,)]
+    head = [
+        key for key in head if "conv1" not in key and "features" not in key and "stem" not in key
+    ]
+    before = {key: model.state_dict()[key].clone() for key in head}
+    save_network(tmp_path / "w.safetensors", trained, source, INPUT, class_names="abcdefg")
+    with pytest.raises(WeightsError):
+        load_network(model, tmp_path / "w.safetensors")
+    assert load_all_but_head(model, tmp_path / "w.safetensors").same_input(INPUT)
+    for key, value in model.state_dict().items():
+        wanted = before[key] if key in before else trained.state_dict()[key]
+        assert torch.equal(value, wanted), key
+    assert len(head) == 2 and read_class_names(tmp_path / "w.safetensors") == list("abcdefg")

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -281,3 +282,26 @@ def test_the_papers_weights(data_root, tmp_path):
     assert found["num_images"] == 500
     assert abs(100 - found["top1_error"] - 72.2) <= 0.4
     assert abs(100 - found["top5_error"] - 91.2) <= 0.4
+
+
+def test_weights_say_their_sizes_and_classes(files, tmp_path, capsys):
+    """Here the folder's classes are in another order than the network's."""
+    model, spec = network(0, 3)
+    stated = replace(GREY, resize_size=36, crop_size=32)
+    save_network(tmp_path / "w.safetensors", model, spec, stated, class_names=("n03", "n01", "n02"))
+    weights = ["--weights", str(tmp_path / "w.safetensors")]
+    main([*weights, "--imagenet-folder", str(files / "val"), *SMALL, "--output", str(tmp_path)])
+    rows, found = (
+        table(tmp_path / "predictions.csv"),
+        json.loads((tmp_path / "results.json").read_text()),
+    )
+    assert {row["label_name"]: row["label"] for row in rows} == {"n03": "0", "n01": "1", "n02": "2"}
+    assert found["protocol"] == {"name": "center", "resize": 36, "crop": 32}
+    capsys.readouterr()
+    main([*weights, "--predict", str(files / "flat"), *SMALL, "--output", str(tmp_path / "p")])
+    lines, again = capsys.readouterr().out.splitlines(), table(tmp_path / "p" / "predictions.csv")
+    assert len(again) == 12 and "label" not in again[0] and len(lines) == 14
+    assert "crops of 32 from a short side of 36, as the weights say" in lines[0]
+    best = {Path(row["image"]).name: (row["name1"], row["score1"]) for row in rows}
+    assert {Path(row["image"]).name: (row["name1"], row["score1"]) for row in again} == best
+    assert f"{again[0]['name1']} {float(again[0]['score1']):.3f}" in lines[1]

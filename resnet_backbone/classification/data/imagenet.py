@@ -253,9 +253,13 @@ def check_same_classes(train: ImageFiles, val: ImageFiles) -> None:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Sorted names of the image files directly in a folder, by extension; hidden ones left out."""
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if is_image(entry.name) and entry.is_file())
+    """Sorted paths of the image files below a folder, by extension; hidden ones left out."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = "" if place == str(folder) else os.path.relpath(place, folder)
+        found += [os.path.join(inside, name) for name in files if is_image(name)]
+    return sorted(found)
 
 
 def is_image(name: str) -> bool:
@@ -283,7 +287,7 @@ def _existing_folder(root: str | os.PathLike) -> Path:
 def read_lines(path: str | os.PathLike) -> list[str]:
     """The lines of a text file that are not empty, stripped; DataError where it is none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or 'not text'}") from error
     return [line.strip() for line in lines if line.strip()]
