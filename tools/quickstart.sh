@@ -118,12 +118,13 @@ pretrain() {
         --output-dir "$PRETRAIN" train.seed="$SEED" ${OF_CLASSIFIER[@]+"${OF_CLASSIFIER[@]}"}
 }
 
-detect() {  # detect FOLDER [OPTION...]
-    local folder="$1"
-    shift
+detect() {  # detect FOLDER FREEZE_AT [OPTION...]; one digit is of one class: NMS over all of them
+    local folder="$1" frozen="$2"
+    shift 2
     "$VENV/bin/python" tools/train_net.py --config-file "$CONFIG" "$@" \
         --voc-root "$DATA" --train-set train --test-set test --output-dir "$folder" \
-        SEED "$SEED" ${OF_DETECTOR[@]+"${OF_DETECTOR[@]}"}
+        SEED "$SEED" MODEL.BACKBONE.FREEZE_AT "$frozen" RESNET_BACKBONE.TEST.NMS agnostic \
+        ${OF_DETECTOR[@]+"${OF_DETECTOR[@]}"}
 }
 
 draw() {  # twelve held-out pictures, one by one and as a sheet; losses and AP50
@@ -213,8 +214,8 @@ step bash tools/setup_env.sh
 step make_data
 clear_runs
 step pretrain
-step detect "$RUN" --weights "$PRETRAIN/final.safetensors"
-[ -z "$COMPARE" ] || step detect "$SCRATCH"
+step detect "$RUN" 2 --weights "$PRETRAIN/final.safetensors"
+[ -z "$COMPARE" ] || step detect "$SCRATCH" 0
 step draw
 cat <<END
 

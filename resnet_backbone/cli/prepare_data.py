@@ -299,7 +299,7 @@ def make_shards(args: argparse.Namespace) -> None:
 
 def add_digits_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to create")
-    parser.add_argument("--num-train", type=int, default=600, help="training pictures (600)")
+    parser.add_argument("--num-train", type=int, default=3000, help="training pictures (3000)")
     parser.add_argument("--num-test", type=int, default=150, help="test pictures (150)")
     parser.add_argument("--image-size", type=int, default=160, help="side in pixels (160)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another set (0)")

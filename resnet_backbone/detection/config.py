@@ -62,7 +62,8 @@ DEFAULTS = CfgNode(
             "BOX_REFINEMENT": False,  # pool again at the regressed boxes, NMS at .3, box voting
             "SCALES": [],  # short sides, e.g. [200, 400, 600, 800, 1000]: maxout over two of them
             "FLIP": False,  # the mirrored image too; scores and boxes are averaged
-            "NMS": "hard",  # or soft-NMS (arXiv 1704.04503): linear, gaussian
+            # agnostic: over all classes together; or soft-NMS (arXiv 1704.04503): linear, gaussian
+            "NMS": "hard",
             "ENSEMBLE": [],  # run folders of further detectors: proposals and scores united
             # Of evaluations and predictions, on CPUs and GPUs: float32, or mixed precision in
             # bfloat16 or float16. SOLVER.AMP is training's.
@@ -71,7 +72,7 @@ DEFAULTS = CfgNode(
     }
 )
 
-NMS_KINDS = ("hard", "linear", "gaussian")
+NMS_KINDS = ("hard", "agnostic", "linear", "gaussian")
 PRECISIONS = ("float32", "bfloat16", "float16")
 KEY = "RESNET_BACKBONE.TEST"
 
@@ -149,7 +150,7 @@ class Switches(NamedTuple):
     refinement: bool = False  # of boxes
     scales: tuple[int, ...] = ()  # short sides in pixels, ascending; empty: the test scale alone
     flip: bool = False  # the mirrored image too
-    nms: str = "hard"  # or linear, gaussian
+    nms: str = "hard"  # one of NMS_KINDS
     ensemble: tuple[str, ...] = ()  # run folders of further detectors
 
     @property

@@ -172,7 +172,7 @@ def _check(output: Path, settings: dict, overwrite: bool) -> None:
 
 def generate(
     output: str | os.PathLike,
-    num_train: int = 600,
+    num_train: int = 3000,
     num_test: int = 150,
     image_size: int = 160,
     seed: int = 0,

@@ -166,7 +166,7 @@ def select_detections(
     nms: str = "hard",
     vote: bool = False,
 ) -> Instances:
-    """Detections of one image; NMS is per class.
+    """Detections of one image; NMS is per class, unless it is agnostic.
 
     With hard NMS and without voting this is Detectron2's ``fast_rcnn_inference_single_image``.
 
@@ -177,7 +177,8 @@ def select_detections(
         score_threshold: boxes with higher scores take part in NMS.
         nms_threshold: IoU from which hard NMS removes and linear soft-NMS decays.
         most: the best so many are kept; all where it is negative.
-        nms: hard, linear or gaussian, see :func:`soft_nms`.
+        nms: hard; agnostic, hard over all classes together; linear or gaussian, see
+            :func:`soft_nms`.
         vote: :func:`vote_boxes` with all boxes of the class, those below the threshold included.
 
     Returns:
@@ -191,8 +192,9 @@ def select_detections(
     candidates = scores > score_threshold
     classes = candidates.nonzero()[:, 1]
     found, found_scores = boxes[candidates], scores[candidates]
-    if nms == "hard":
-        keep = batched_nms(found, found_scores, classes, nms_threshold)
+    if nms in ("hard", "agnostic"):
+        groups = classes if nms == "hard" else torch.zeros_like(classes)
+        keep = batched_nms(found, found_scores, groups, nms_threshold)
         kept_scores = found_scores[keep]
     else:
         keep, kept_scores = batched_soft_nms(found, found_scores, classes, nms, nms_threshold)
