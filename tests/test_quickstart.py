@@ -20,7 +20,7 @@ def quickstart(*arguments):
 def test_help_names_every_option():
     done = quickstart("--help")
     assert done.returncode == 0
-    for word in ("--seed N", "--output DIR", "key=value", "KEY VALUE", "pre-trains"):
+    for word in ("--seed N", "--compare", "--output DIR", "key=value", "KEY VALUE", "pre-trains"):
         assert word in done.stdout
 
 
@@ -83,33 +83,49 @@ def results(folder: Path, **content) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("scratch, told", [(1.25, True), (40.0, False)])
-def test_table_is_read_from_the_runs(tmp_path, scratch, told):
-    """The program inside the script, on results that were made up."""
+@pytest.mark.parametrize("compared", [True, False])
+def test_table_is_read_from_the_runs(tmp_path, compared):
+    """The program inside the script, on results that were made up: one digit of two is found."""
     program = re.search(
         r"print_results\(\).*?<<'PYTHON'\n(.*?)\nPYTHON\n", SCRIPT.read_text(), re.S
     )
+    (tmp_path / "data" / "Annotations").mkdir(parents=True)
+    (tmp_path / "data" / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "data" / "ImageSets" / "Main" / "test.txt").write_text("a\n")
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>10</xmax><ymax>10</ymax></bndbox>"
+    digits = "".join(f"<object><name>{name}</name>{box}</object>" for name in ("one", "two"))
+    (tmp_path / "data" / "Annotations" / "a.xml").write_text(f"<annotation>{digits}</annotation>")
 
-    def run(name, ap50):
+    def run(name, ap50, score=0.9):
         bbox = {"AP50": ap50, "AP50-11pt": 10.0, "AP": 5.5, "AP75": None}
-        return results(tmp_path / name, results=dict(bbox=bbox), iterations=9, images_per_batch=8)
+        folder = results(tmp_path / name, results=dict(bbox=bbox), iterations=9, images_per_batch=8)
+        found = [("one", score), ("three", score), ("two", 0.4)]
+        detections = [
+            dict(image_id="a", category=digit, bbox=[0, 0, 10, 9], score=score)
+            for digit, score in found
+        ]
+        (tmp_path / name / "inference" / "test").mkdir(parents=True)
+        file = tmp_path / name / "inference" / "test" / "detections.json"
+        file.write_text(json.dumps(detections))
+        return folder
 
     classifier = dict(val_top1_error=12.34, evaluated_on="test crops", iterations=6, batch_size=4)
-    folders = [
-        results(tmp_path / "pretrain", **classifier),
-        run("scratch", scratch),
-        run("run", 60.5),
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", program[1], *folders], capture_output=True, text=True, check=True
-    )
+    folders = [str(tmp_path / "data"), results(tmp_path / "pretrain", **classifier)]
+    folders += [run("run", 60.5), *([run("scratch", 1.25)] if compared else [])]
+    command = [sys.executable, "-c", program[1]]
+    done = subprocess.run([*command, *folders], capture_output=True, text=True, check=True)
     rows = {line[:14].strip(): line[14:].split() for line in done.stdout.splitlines()}
     assert "classifier: 12.3 % error on test crops, 6 iterations of 4 images" in done.stdout
-    assert "detector, 9 iterations of 8 scenes" in done.stdout
-    assert rows["from scratch"] == [f"{scratch:.1f}", "10.0", "5.5", "none"]
+    assert "detector: 9 iterations of 8 scenes" in done.stdout
     assert rows["pre-trained"] == ["60.5", "10.0", "5.5", "none"]
-    assert rows["gain"] == [f"+{60.5 - scratch:.1f}", "+0.0", "+0.0", "none"]
-    assert ("SOLVER.MAX_ITER 700" in done.stdout) == told
+    if compared:
+        assert rows["from scratch"] == ["1.2", "10.0", "5.5", "none"]
+        assert rows["gain"] == ["+59.2", "+0.0", "+0.0", "none"]
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith("found 1 of 2 digits on the held-out scenes, with 1 wrong boxes")
+    nothing = [*folders[:2], run("nothing", 0.0, score=0.3)]
+    done = subprocess.run([*command, *nothing], capture_output=True, text=True)
+    assert done.returncode == 1 and "the detector found no digit" in done.stderr
 
 
 @pytest.fixture

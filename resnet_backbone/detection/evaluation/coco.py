@@ -235,7 +235,11 @@ def evaluate_coco(
     Raises:
         DataError: no category, or detections of an image or category that the file lacks.
     """
-    found = parse_coco(dict(dataset), "the data set")
+    named = [
+        {**image, "file_name": str(image.get("file_name") or "unnamed")}
+        for image in dataset["images"]
+    ]
+    found = parse_coco({**dataset, "images": named}, "the data set")
     if not found.categories:
         raise DataError(f"the data set cannot be used: {list_problems(found.problems)}")
     clean = clean_coco(*found[:3])

@@ -175,12 +175,14 @@ def cancel_biases(tensors: Tensors) -> dict[str, Tensor]:
     """Moves biases of convolutions before a batch norm into its running mean.
 
     ``running_mean - bias`` gives the same function in training and evaluation; this package has
-    no bias there.
+    no bias there. A ValueError for a bias before a norm without running mean.
     """
     changed = dict(tensors)
     for layer in norm_layers(tensors):
         bias, mean = f"{layer}.bias", f"{layer}.norm.running_mean"
-        if bias in changed and mean in changed:
+        if bias in changed and mean not in changed:
+            raise ValueError(f"{bias} comes before a batch norm, but there is no {mean}")
+        if bias in changed:
             changed[mean] = changed[mean] - changed.pop(bias)
     return changed
 
