@@ -107,6 +107,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
     for command in (inspect, convert):
         command.add_argument("source", metavar="SOURCE")
+        text = "one of several networks in the file, such as state_dict_ema or module.encoder_k"
+        command.add_argument("--key", default="", metavar="KEY", help=text)
         add_source_arguments(command)
     convert.add_argument("out", metavar="OUT", type=Path)
     add_conversion_arguments(convert)
@@ -295,4 +297,6 @@ def run_verify(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
+    if getattr(args, "key", ""):
+        args.source = f"{args.source}#{args.key}"
     return args.run(args)

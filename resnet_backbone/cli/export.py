@@ -57,6 +57,12 @@ it, RGB pixels in 0..255. A detector normalizes by itself: float32, 0..255, in I
 Speed of each runtime: python tools/benchmark.py infer --runtimes; docs/guides/deployment.md."""
 
 CHECKED = 4  # images
+DETECTOR_OUTPUTS = {
+    "boxes": "float32 (N, 4): x0, y0, x1, y1 in pixels of the input",
+    "classes": "int64 (N,): places in class_names",
+    "scores": "float32 (N,): 0 to 1",
+    "masks": "float32 (N, 1, 28, 28): probabilities within the box",
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -190,7 +196,7 @@ def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def export_detector(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from resnet_backbone.detection.config import load_config
     from resnet_backbone.detection.inference import export as detectors
-    from resnet_backbone.detection.inference.predictor import Predictor
+    from resnet_backbone.detection.inference.predictor import Predictor, find_class_names
 
     fixed = ["MODEL.WEIGHTS", args.weights, "MODEL.DEVICE", "cpu"]
     fixed += ["RESNET_BACKBONE.TEST.PRECISION", "float32"]
@@ -218,12 +224,14 @@ def export_detector(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "input": {
             "layout": "CHW, one image",
             "dtype": "float32",
-            "normalisation": "in the graph",
+            "normalization": "in the graph",
             "channel_order": cfg.INPUT.FORMAT,
             "value_range": 255,
             "shorter_side": cfg.INPUT.MIN_SIZE_TEST,
+            "longer_side_at_most": cfg.INPUT.MAX_SIZE_TEST,
         },
-        "outputs": dict.fromkeys(model.names, {}),
+        "class_names": find_class_names(cfg),
+        "outputs": {name: DETECTOR_OUTPUTS.get(name, "") for name in model.names},
         "differences": differences,
     }
 

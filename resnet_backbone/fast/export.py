@@ -201,7 +201,7 @@ def finite_or_inf(difference: Tensor) -> float:
 
 def input_facts(preprocessing: Preprocessing, normalized: bool) -> dict:
     """What the input of an exported graph must be, in words and numbers, for JSON and ONNX."""
-    facts = {"layout": "NCHW", "normalisation": "in the graph" if normalized else "by the caller"}
+    facts = {"layout": "NCHW", "normalization": "in the graph" if normalized else "by the caller"}
     if normalized:
         return facts | {"channel_order": RGB, "value_range": 255}
     return facts | {

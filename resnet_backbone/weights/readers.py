@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -29,6 +30,8 @@ from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.pickles import NAMES, Array, Refused, unpickle
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError, one_line
 
+logger = logging.getLogger(__name__)
+
 INDEX_SUFFIX = ".safetensors.index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".pkl")
@@ -42,7 +45,17 @@ DTYPES = (
 )
 MAX_JSON = 10_000_000  # bytes of an index; those of the largest networks have a tenth
 MAX_GROWTH = 2  # tensors of a file together, in sizes of the file: more is one storage many times
-WRAPPERS = ("state_dict", "model", "blobs")
+# Keys under which trainers write weights, the one that is read first before the others.
+WRAPPERS = (
+    *("state_dict", "model", "model_state_dict", "model_state", "net", "network", "blobs"),
+    *("weights", "params", "teacher", "student", "ema_state_dict", "state_dict_ema", "model_ema"),
+)
+# Beginnings of files that are no weights, and what to say.
+OTHER_FILES = {
+    b"version https://git-lfs": "a Git LFS pointer and not the file itself: run git lfs pull",
+    b"<!doctype html": "a web page and not a file of weights: fetch the address of the file itself",
+    b"<html": "a web page and not a file of weights: fetch the address of the file itself",
+}
 MAX_WRAPPERS = 8  # within one another; real files have two
 PREPROCESSING_KEY = "preprocessing"  # beside the weights: Preprocessing.to_json()
 STATED = ("__author__", PREPROCESSING_KEY)  # texts beside the weights that are handed on
@@ -130,6 +143,10 @@ def _read_whole(path: Path) -> RawFile:
     data, container = path.read_bytes(), container_of(path)
     if not data:
         raise ValueError("it is empty")
+    start = data[:200].lstrip().lower()
+    other = next((what for begin, what in OTHER_FILES.items() if start.startswith(begin)), "")
+    if other:
+        raise WeightsError(f"{path} is {other}")
     digest = hashlib.sha256(data).hexdigest()
     if container == "safetensors":
         tensors = dict(sorted(load_safetensors(data).items()))
@@ -139,7 +156,7 @@ def _read_whole(path: Path) -> RawFile:
     weights.pop(INPUT_SETTINGS, None)  # of a backbone for Detectron2, stated beside it too
     if digest.startswith(FEATURES_ONLY):
         weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
-    tensors = _to_tensors(weights, len(data))
+    tensors = to_tensors(weights, len(data))
     metadata = {key: loaded[key] for key in STATED if isinstance(loaded.get(key), str)}
     rest = {key: value for key, value in loaded.items() if key != wrapper} if wrapper else {}
     return RawFile(tensors, metadata, digest, container, path, rest, wrapper)
@@ -193,13 +210,19 @@ def unwrap(loaded: Any) -> dict[str, Any]:
 def _wrapper(loaded: Any) -> str:
     """The key under which a dict holds weights; "" for a state dict itself."""
     keys = WRAPPERS if isinstance(loaded, dict) else ()
-    inner = [key for key in keys if isinstance(loaded.get(key), dict)]
+    kinds = (Tensor, np.ndarray, Array, dict)
+    inner = [
+        key
+        for key in keys
+        if isinstance(loaded.get(key), dict)
+        and (not loaded[key] or any(isinstance(v, kinds) for v in loaded[key].values()))
+    ]
     if len(inner) > 1:
-        raise ValueError(f"both {' and '.join(inner)} hold weights: save one of them alone")
+        logger.warning("weights of %r are read; the file also has %s", inner[0], inner[1:])
     return inner[0] if inner else ""
 
 
-def _to_tensors(weights: Mapping[str, Any], size: int) -> dict[str, Tensor]:
+def to_tensors(weights: Mapping[str, Any], size: int) -> dict[str, Tensor]:
     """A contiguous copy of each tensor or array.
 
     Args:
@@ -245,7 +268,8 @@ def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
     for key, value in tensors.items():
         if value.dtype not in DTYPES:
             raise Refused(f"{key[:80]} as {value.dtype}; weights are floats")
-        if not value.is_floating_point() and value.dim() > 0 and not key.endswith(COUNTER):
+        counts = key.endswith(COUNTER) or key.endswith("queue_ptr")  # of MoCo's queue
+        if not value.is_floating_point() and value.dim() > 0 and not counts:
             raise Refused(
                 f"{key[:80]} as {value.dtype}; weights are floats: save the network before it "
                 "was quantized"
@@ -275,13 +299,21 @@ def _load_torch(data: bytes) -> Any:
         text = str(error)
         code = re.search(r"GLOBAL (\S+)", text)
         if code:
-            raise Refused(f"{code[1][:80]}, which is code and not data") from error
+            raise Refused(_code(code[1][:80])) from error
         raise ValueError(
             text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         ) from error
     if not is_archive and stream.read(1):
         raise ValueError("there are bytes behind its end")
     return loaded
+
+
+def _code(name: str) -> str:
+    """What a name in a file is that is no data."""
+    text = f"{name}, which is code and not data"
+    if re.search(r"(^|\.)(models?|nn|modules?|timm|torchvision|networks?)\.", name.lower()):
+        text += ": a whole model was pickled; save model.state_dict() in its place"
+    return text
 
 
 def _check_archive(stream: io.BytesIO) -> None:

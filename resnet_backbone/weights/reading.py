@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from torch import Tensor
 from resnet_backbone.models import BottleneckBlock, list_models
 from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.weights.architecture import (
+    FIRST_KEYS,
     check_tensors,
     constructor_options,
     infer_models,
@@ -34,8 +36,17 @@ from resnet_backbone.weights.preprocessing import (
     get_preprocessing,
     named,
 )
-from resnet_backbone.weights.readers import RawFile, find_file, read_tensors
+from resnet_backbone.weights.readers import (
+    RawFile,
+    find_file,
+    named_errors,
+    read_tensors,
+    to_tensors,
+    unwrap,
+)
 from resnet_backbone.weights.sources import ResolvedSource, convention_of_content, resolve
+
+logger = logging.getLogger(__name__)
 
 
 class UnknownInput(WeightsError):
@@ -76,7 +87,7 @@ def read_checkpoint(
     Args:
         source: a local file or folder, an address, or a name such as
             ``torchvision://resnet50/IMAGENET1K_V2``; see :func:`sources.resolve` and
-            :func:`readers.read_tensors`.
+            :func:`readers.read_tensors`. ``FILE#KEY`` is one of several networks in a file.
         preprocessing: a name of ``PREPROCESSINGS`` or a convention of your own, needed for
             weights whose origin does not say it; one that contradicts the origin is an error.
         model: the network, for weights that fit more than one and do not say which.
@@ -115,6 +126,7 @@ def read_source(
     source: str | os.PathLike, preprocessing: str | Preprocessing = "", raw: RawFile | None = None
 ) -> Weights:
     """Tensors with the source's own names, types and counters; see :func:`read_checkpoint`."""
+    source, key = split_key(source)
     found = resolve(source)
     raw = raw or read_tensors(found.path)
     if not raw.sha256.startswith(found.sha256):
@@ -127,7 +139,7 @@ def read_source(
     if metadata.preprocessing is None and found.preprocessing is None:
         content = convention_of_content(raw)
     known = agreed_preprocessing(str(source), found, metadata, preprocessing, content)
-    tensors = dict(raw.tensors)
+    tensors = part_of(raw, key) if key else dict(raw.tensors)
     mean_image = tensors.pop(MEAN_IMAGE_KEY, None)
     if mean_image is not None:
         if mean_image.dim() != 3 or mean_image.shape[0] != 3:
@@ -153,8 +165,9 @@ def read_network(
     """
     read = read_source(source, preprocessing, raw)
     with named(source):
-        layout = recognize(read.tensors)
-        tensors = LAYOUTS[layout].to_ours(read.tensors)
+        one = select_network(read.tensors, str(source))
+        layout = recognize(one)
+        tensors = LAYOUTS[layout].to_ours(one)
         if read.model is not None:
             check_stated(read.model, tensors)
     origin = read.origin if read.origin.format else replace(read.origin, format=layout)
@@ -162,6 +175,80 @@ def read_network(
     if has_bottlenecks(tensors):
         known = with_stride(known, read.model, given, str(source))
     return read._replace(tensors=tensors, origin=origin, preprocessing=known)
+
+
+# Ends of the first keys of networks; what stands before is the prefix of the network in its file.
+ANCHORS = ("conv1.weight", "features.0.weight", *FIRST_KEYS)
+# Networks of self-supervised trainers beside one another: the one that is used comes first.
+PREFERRED = ("encoder_q", "base_encoder", "teacher", "online", "student", "encoder", "backbone")
+# What trainers keep beside a network, under its prefix too.
+BESIDE = re.compile(
+    r"(queue(_ptr)?|queue\d*|(projection|prediction)(_head)?|projector|predictor|prototypes|"
+    r"head|fc|heads?|bn_proj|lambd)(\.\d+\..*|\..*|$)"
+)
+HEADS = re.compile(r"(fc|head)\.(weight|bias)$")  # of a classifier, which belongs to its network
+
+
+def split_key(source: str | os.PathLike) -> tuple[str | os.PathLike, str]:
+    """``FILE#KEY`` as (FILE, KEY): one of several networks in a file; (source, "") for others."""
+    file, mark, key = str(source).rpartition("#")
+    return (file, key) if mark and file and not os.path.exists(source) else (source, "")
+
+
+def part_of(raw: RawFile, key: str) -> dict[str, Tensor]:
+    """The tensors of a file under a key: that of a wrapping, or the beginning of their names.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    if isinstance(raw.rest.get(key), dict):
+        with named_errors(raw.path):
+            size = raw.path.stat().st_size
+            return to_tensors(unwrap(raw.rest[key]), size)
+    start = f"{key.removesuffix('.')}."
+    found = {k.removeprefix(start): v for k, v in raw.tensors.items() if k.startswith(start)}
+    if not found:
+        wrappings = [name for name, value in raw.rest.items() if isinstance(value, dict)]
+        words = sorted({name.partition(".")[0] for name in raw.tensors})
+        known = ", ".join([*wrappings, *words][:12])
+        raise WeightsError(f"{raw.path} has no weights under {key!r}; there are {known}")
+    return found
+
+
+def select_network(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
+    """The tensors of one network: without a common prefix, and without what lies beside it.
+
+    Trainers write ``backbone.body.layer1...`` or, beside queues and projectors,
+    ``module.encoder_q.layer1...``. Where a file has several networks, the choice is logged.
+    """
+    if _is_network(tensors):
+        return tensors
+    prefixes = {key.removesuffix(end) for key in tensors for end in ANCHORS if key.endswith(end)}
+    found = {}
+    for prefix in sorted(prefixes, key=len):
+        inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        inside = {k: v for k, v in inside.items() if HEADS.match(k) or not BESIDE.match(k)}
+        if _is_network(inside) and not any(prefix.startswith(outer) for outer in found if outer):
+            found[prefix] = inside
+    if not found:
+        return tensors  # recognize() says what is wrong
+
+    def rank(prefix: str) -> tuple[int, str]:
+        places = [k for k, word in enumerate(PREFERRED) if word in prefix.split(".")]
+        return min(places, default=len(PREFERRED)), prefix
+
+    best, *others = sorted(found, key=rank)
+    if others:
+        logger.warning("%s: the network %r is read; the file also has %s", source, best, others)
+    return found[best]
+
+
+def _is_network(tensors: Mapping[str, Tensor]) -> bool:
+    try:
+        ours = LAYOUTS[recognize(tensors)].to_ours(tensors)
+        return bool(infer_models(ours))
+    except (KeyError, ValueError, TypeError):
+        return False
 
 
 def check_stated(
@@ -223,7 +310,7 @@ def describe_weights(
     Raises:
         WeightsError: missing or damaged file, no preprocessing.
     """
-    found = resolve(path)
+    found = resolve(split_key(path)[0])
     file, said = find_file(found.path), None
     if file.suffix == ".safetensors":
         said = FileMetadata.read(file)

@@ -74,6 +74,19 @@ BY_ADDRESS: dict[str, Preprocessing] = {
     f"{DETECTRON1}ImageNetPretrained/MSRA/": _MSRA,
     f"{DETECTRON1}ImageNetPretrained/47261647/": _GROUP_NORM,
     f"{DETECTRON1}ImageNetPretrained/47592356/": _GROUP_NORM,
+    # Self-supervised ResNet-50s: torchvision's network, and its mean and standard deviation
+    **{
+        f"https://dl.fbaipublicfiles.com/{place}/": replace(
+            PREPROCESSINGS["torchvision"], source=f"facebookresearch/{name}, {file}"
+        )
+        for place, name, file in (
+            ("moco", "moco", "main_moco.py"),
+            ("deepcluster", "swav", "src/multicropdataset.py"),
+            ("dino", "dino", "main_dino.py"),
+            ("barlowtwins", "barlowtwins", "main.py"),
+            ("vicreg", "vicreg", "augmentations.py"),
+        )
+    },
 }
 # ``__author__`` of a Detectron2 pickle -> convention, where the script that writes it says so.
 BY_AUTHOR: dict[str, Preprocessing] = {"torchvision": _CONVERTED}

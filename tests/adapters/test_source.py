@@ -33,7 +33,7 @@ def test_converted_weights_are_the_same_function(preprocessing, weights_file, ph
     assert (logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
-def test_normalisation_of_unconverted_weights_is_refused():
+def test_normalization_of_unconverted_weights_is_refused():
     with pytest.raises(WeightsError, match="rgb_checkpoint"):
         image_normalization(get_preprocessing("msra"))
 

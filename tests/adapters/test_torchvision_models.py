@@ -72,15 +72,15 @@ def original_maps(network, image, preprocessing, normalised):
         return network.forward_features(normalised(image, preprocessing))
 
 
-# --- normalisation -------------------------------------------------------------------------------
+# --- normalization -------------------------------------------------------------------------------
 
 
-def test_without_weights_the_normalisation_is_torchvisions():
+def test_without_weights_the_normalization_is_torchvisions():
     _, norm = fpn_backbone("resnet18")
     assert norm == {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
-def test_the_normalisation_cannot_be_forgotten():
+def test_the_normalization_cannot_be_forgotten():
     with pytest.raises(ValueError, match="out_channels"):
         FasterRCNN(fpn_backbone("resnet18"), num_classes=21)
 

@@ -72,7 +72,7 @@ def test_weights_and_their_input(name, monkeypatch):
     assert "://" in cfg.MODEL.WEIGHTS
     refuse_other_input(config_input(cfg), sources.resolve(cfg.MODEL.WEIGHTS).preprocessing, name)
     depth = "VGG" in name and "vgg16" or cfg.MODEL.RESNETS.DEPTH
-    assert str(depth) in cfg.MODEL.WEIGHTS
+    assert str(depth) in cfg.MODEL.WEIGHTS or "self-supervised" in (CONFIGS / name).read_text()
 
 
 @pytest.mark.slow

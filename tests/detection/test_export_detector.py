@@ -130,7 +130,11 @@ def test_tool(cfg, tmp_path, capsys):
     assert out.count("largest difference") == 9  # boxes and scores twice, p2 ... p6
     facts = json.loads((tmp_path / "out" / "d.json").read_text())
     assert facts["input"]["channel_order"] == config.INPUT.FORMAT
-    assert list(facts["outputs"]) == ["boxes", "classes", "scores"]
+    assert list(facts["outputs"]) == ["boxes", "classes", "scores"] and all(
+        facts["outputs"].values()
+    )
+    assert facts["input"]["longer_side_at_most"] >= facts["input"]["shorter_side"]
+    assert "class_names" in facts
 
 
 def test_other_detections_are_seen():

@@ -177,7 +177,6 @@ class Other:
     [
         ({"a": torch.ones(2), "epoch": 3}, "epoch of type int, which is not a tensor"),
         ({"a": {"b": torch.ones(2)}}, "a of type dict, which is not"),
-        ({"model": WEIGHTS, "state_dict": WEIGHTS}, "both state_dict and model hold weights"),
         ({"a": torch.tensor([1.0, float("nan")])}, "a has NaN or infinite"),
         ({"a": torch.ones(2), "b": torch.full((2,), float("inf")).half()}, "b has NaN or inf"),
         ({"a": torch.tensor([1.0, 1e300]).double()}, "a has NaN or infinite values in float32"),

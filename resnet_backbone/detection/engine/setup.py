@@ -7,7 +7,11 @@ import hashlib
 import json
 import logging
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +41,8 @@ from resnet_backbone.runtime.provenance import command_line, hardware, source_re
 from resnet_backbone.runtime.run_folder import CONFIG, RESULTS, read_results
 
 logger = logging.getLogger(__name__)
+
+LOG = "log.txt"  # Detectron2's, in the run folder
 
 # Where and how fast a run computes; everything else makes it another run.
 PLACES = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS")
@@ -151,8 +157,31 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
         check_results(cfg, read_results(cfg.OUTPUT_DIR)["results"])
         return None
     comm.synchronize()  # every process has read config.yaml
-    default_setup(cfg, args)  # writes config.yaml
+    with _quiet_screen(cfg.OUTPUT_DIR):
+        default_setup(cfg, args)  # writes config.yaml; log.txt gets the config and the environment
+    logger.info("config: %s; environment: %s", Path(cfg.OUTPUT_DIR, CONFIG), LOG)
     return cfg
+
+
+@contextmanager
+def _quiet_screen(folder: str) -> Iterator[None]:
+    """Inside, Detectron2's loggers write into the run's log.txt and not to the screen."""
+    options = dict(distributed_rank=comm.get_rank())  # called as default_setup does, which caches
+    loggers = setup_logger(folder, **options, name="fvcore"), setup_logger(folder, **options)
+    shown = [
+        handler
+        for one in loggers
+        for handler in one.handlers
+        if getattr(handler, "stream", None) is sys.stdout
+    ]
+    levels = [handler.level for handler in shown]
+    for handler in shown:
+        handler.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for handler, level in zip(shown, levels, strict=True):
+            handler.setLevel(level)
 
 
 def refuse_frozen_random(cfg: CfgNode) -> None:

@@ -33,7 +33,7 @@ class SingleImageDetector(nn.Module):
     Maps (3, H, W) float32 in 0..255, channels in the order of ``INPUT.FORMAT``, to the tensors
     named in ``names``: ``boxes`` (n, 4) xyxy in pixels of that image, ``classes`` (n,), ``scores``
     (n,), best first, and with a mask head ``masks`` (n, 1, 28, 28), probabilities within the box.
-    Resizing the image (``INPUT.MIN_SIZE_TEST``) is left to the caller; normalisation is included.
+    Resizing the image (``INPUT.MIN_SIZE_TEST``) is left to the caller; normalization is included.
     """
 
     def __init__(self, detector: nn.Module):

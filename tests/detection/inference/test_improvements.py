@@ -137,7 +137,7 @@ def test_global_context_by_hand(detector, family):
 
 
 def test_ensemble_by_hand(detector):
-    """Other backbones, heads, sizes, channel orders and normalisations; one with context."""
+    """Other backbones, heads, sizes, channel orders and normalizations; one with context."""
     other = dict(INPUT__FORMAT="BGR", INPUT__MIN_SIZE_TEST=80, INPUT__MAX_SIZE_TEST=112)
     other |= dict(MODEL__PIXEL_MEAN=[103.5, 116.3, 123.7], MODEL__PIXEL_STD=[1.0, 1.0, 1.0])
     first = detector("FPN", RESNET_BACKBONE__GLOBAL_CONTEXT=True)
