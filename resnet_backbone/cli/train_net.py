@@ -72,7 +72,12 @@ from resnet_backbone.detection.engine.setup import (
 from resnet_backbone.detection.engine.trainer import Trainer, watching
 from resnet_backbone.detection.evaluation.results import check_expectations, check_results
 from resnet_backbone.detection.inference.predictor import trained_detector
-from resnet_backbone.runtime.errors import UnexpectedResults, UsageError, one_line_errors
+from resnet_backbone.runtime.errors import (
+    EvaluationFailed,
+    UnexpectedResults,
+    UsageError,
+    one_line_errors,
+)
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import current_world
 from resnet_backbone.runtime.run_folder import read_results
@@ -116,16 +121,23 @@ def train(cfg: CfgNode, resume: bool) -> None:
             trainer.train()
         except UnexpectedResults as error:  # the run is complete
             unexpected = error
+    failure = {"evaluation_error": trainer.failure} if trainer.failure else {}
     write_results(
         trainer.cfg,
         trainer.results,
         trainer.evaluation.speed,
+        **failure,
         iterations=trainer.iter,
         ended_early=trainer.evaluation.has_ended,
         best=trainer.evaluation.best,
         accumulate=cfg.RESNET_BACKBONE.ACCUMULATE,
         config_sha256=config_digest(run_keys(cfg)),
     )
+    if failure:
+        raise EvaluationFailed(
+            f"the training is complete, its evaluation failed ({trainer.failure}); what was found "
+            f"is in {trainer.cfg.OUTPUT_DIR}/inference. To evaluate again, add --eval-only"
+        )
     if unexpected:
         stop.world.barrier()  # the launcher ends the others as soon as one fails
         raise unexpected

@@ -4,7 +4,8 @@
 status meaning
 ====== =====================================================================================
 0      done
-1      done, but results differ from what was expected or from what they are compared with
+1      done, but results differ from what was expected or from what they are compared with, or the
+       evaluation of a complete training failed
 2      wrong input: command line, config, data or weights; a file that cannot be read or written
 3      a training diverged: its loss or its weights are NaN or infinite
 75     stopped by a signal; the same command with ``--resume`` goes on
@@ -35,6 +36,10 @@ class DataError(UsageError):
 
 class UnexpectedResults(ValueError):
     """Results that differ from those that were expected; the message names all that do."""
+
+
+class EvaluationFailed(UnexpectedResults):
+    """A complete training whose evaluation failed; the message says how to evaluate again."""
 
 
 class TrainingDiverged(FloatingPointError):

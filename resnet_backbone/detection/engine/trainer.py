@@ -55,7 +55,12 @@ from resnet_backbone.detection.evaluation import build_evaluator
 from resnet_backbone.detection.evaluation.results import Speed, Timed, check_results
 from resnet_backbone.detection.inference.predictor import check_ensemble, for_testing, keep_members
 from resnet_backbone.detection.modeling.build import build_detector
-from resnet_backbone.runtime.errors import Stopped, TrainingDiverged
+from resnet_backbone.runtime.errors import (
+    Stopped,
+    TrainingDiverged,
+    UsageError,
+    wants_traceback,
+)
 from resnet_backbone.runtime.signals import StopRequest, Watched
 
 logger = logging.getLogger(__name__)
@@ -157,6 +162,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = self.build_checkpointer(cfg, model, trainer=own)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.stopping = ""  # the signal that ends the run
+        self.failure = ""  # why the last evaluation failed
         self.register_hooks(self.build_hooks())
 
     def train(self) -> dict:
@@ -223,8 +229,19 @@ class Trainer(DefaultTrainer):
         )
 
     def _evaluate(self) -> tuple[dict, Speed | None]:
+        """What went wrong is in ``failure``: hours of training are not lost to it."""
+        self.failure = ""
         with watching(self.stop) as watch:
-            return self.test(self.cfg, self.checkpointer.model), watch.speed
+            try:
+                return self.test(self.cfg, self.checkpointer.model), watch.speed
+            except (Stopped, UsageError):
+                raise
+            except Exception as error:
+                if comm.get_world_size() > 1 or wants_traceback():
+                    raise  # else the other processes would wait for this one
+                self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                logger.error("the evaluation failed: %s", self.failure)
+                return {}, None
 
     @property
     def results(self) -> dict:

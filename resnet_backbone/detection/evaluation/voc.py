@@ -102,16 +102,16 @@ class VOCEvaluator(DatasetEvaluator):
         if not comm.is_main_process():
             return None
         predictions = [image for of_process in gathered for image in of_process]
+        output, folder = self._output_dir, "no folder: there is no output_dir"
+        if output:  # before anything can fail
+            folder = write_comp4(predictions, self._metadata, output)
+            path = os.path.join(output, "detections.json")
+            write_json(path, self._to_json(predictions), indent=None)
         ground_truth, annotated = self._load_ground_truth()
         voc_predictions = [{**p, "boxes": p["boxes"] + TO_VOC} for p in predictions]
         names = self._metadata.thing_classes
         tables = read_boxes(voc_predictions, ground_truth, names)
         numbers = score_boxes(*tables, names)
-        output, folder = self._output_dir, "no folder: there is no output_dir"
-        if output:
-            folder = write_comp4(predictions, self._metadata, output)
-            path = os.path.join(output, "detections.json")
-            write_json(path, self._to_json(predictions), indent=None)
         if not annotated:
             text = "%s has no annotations to score with; its detections are written to %s"
             logger.warning(text, self._dataset_name, folder)

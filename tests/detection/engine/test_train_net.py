@@ -235,3 +235,22 @@ def test_users_voc_set_with_two_bad_boxes(train_net, data_root, tmp_path, policy
     if policy == "drop":
         config = yaml.safe_load((tmp_path / "config.yaml").read_text())
         assert config["RESNET_BACKBONE"]["CLASS_NAMES"] == ["Platelets", "RBC", "WBC"]
+
+
+def test_a_training_is_not_lost_to_its_evaluation(train_net, tiny_voc, tmp_path, monkeypatch):
+    def fail(*given):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("resnet_backbone.detection.evaluation.voc.score_boxes", fail)
+    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, SOLVER__MAX_ITER="1"))
+    assert code == 1 and lines[-1].startswith(
+        "error: the training is complete, its evaluation failed"
+    )
+    assert "RuntimeError: no such thing" in lines[-1] and "--eval-only" in lines[-1]
+    found = read_results(tmp_path)
+    assert found["evaluation_error"] == "RuntimeError: no such thing" and found["results"] == {}
+    assert (tmp_path / "model_final.pth").is_file()
+    assert list(tmp_path.glob("inference/*/detections.json"))
+    monkeypatch.undo()
+    code, _ = train_net(None, *command(tiny_voc, tmp_path, "--eval-only"))
+    assert code == 0 and read_results(tmp_path / "eval")["results"]["bbox"]["AP50"] >= 0
