@@ -136,7 +136,8 @@ def train(cfg: CfgNode, resume: bool) -> None:
     if failure:
         raise EvaluationFailed(
             f"the training is complete, its evaluation failed ({trainer.failure}); what was found "
-            f"is in {trainer.cfg.OUTPUT_DIR}/inference. To evaluate again, add --eval-only"
+            f"is in {trainer.cfg.OUTPUT_DIR}/inference. Evaluate again: --eval-only, the same "
+            "--output-dir and data, and no weights"
         )
     if unexpected:
         stop.world.barrier()  # the launcher ends the others as soon as one fails

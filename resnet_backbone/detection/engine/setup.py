@@ -105,7 +105,10 @@ def evaluated_run(args: argparse.Namespace) -> str:
     if not os.path.isfile(os.path.join(folder, CONFIG)):
         return ""
     if args.weights:
-        args.opts = [*args.opts, "MODEL.WEIGHTS", args.weights]
+        given["MODEL.WEIGHTS"] = args.weights
+    elif not weights:
+        given.pop("MODEL.WEIGHTS", None)
+    args.opts = [word for pair in given.items() for word in pair]
     return folder
 
 

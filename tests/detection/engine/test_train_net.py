@@ -252,5 +252,6 @@ def test_a_training_is_not_lost_to_its_evaluation(train_net, tiny_voc, tmp_path,
     assert (tmp_path / "model_final.pth").is_file()
     assert list(tmp_path.glob("inference/*/detections.json"))
     monkeypatch.undo()
-    code, _ = train_net(None, *command(tiny_voc, tmp_path, "--eval-only"))
-    assert code == 0 and read_results(tmp_path / "eval")["results"]["bbox"]["AP50"] >= 0
+    code, lines = train_net(None, *command(tiny_voc, tmp_path, "--eval-only"))
+    assert code == 0, lines[-1]
+    assert read_results(tmp_path / "eval")["results"]["bbox"]["AP50"] >= 0
