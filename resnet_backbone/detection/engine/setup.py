@@ -108,7 +108,8 @@ def evaluated_run(args: argparse.Namespace) -> str:
         given["MODEL.WEIGHTS"] = args.weights
     elif not weights:
         given.pop("MODEL.WEIGHTS", None)
-    args.opts = [word for pair in given.items() for word in pair]
+    if len(args.opts) % 2 == 0:  # else the reader of overrides says what is wrong
+        args.opts = [word for pair in given.items() for word in pair]
     return folder
 
 
