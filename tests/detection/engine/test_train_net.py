@@ -59,7 +59,7 @@ def test_config_of_the_run(trained):
 def test_linear_rule_is_printed(trained):
     lines = (
         "SOLVER.BASE_LR 0.02 -> 0.005 (x 2 / 8 images per batch)",
-        "SOLVER.STEPS (500, 640) -> (2,) (SOLVER.MAX_ITER 3, planned 700)",
+        "SOLVER.STEPS (1000, 1300) -> (2,) (SOLVER.MAX_ITER 3, planned 1400)",
         "SOLVER.IMS_PER_BATCH 2 = 1 (processes) x 1 (RESNET_BACKBONE.ACCUMULATE) x 2 (images at a",
         "3 iterations x 2 images / 6 training images = 1.00 epochs",
         "learning rate 0.005, warm-up 1 iterations, x 0.1 at 2",
