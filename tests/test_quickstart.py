@@ -96,21 +96,23 @@ def test_table_is_read_from_the_runs(tmp_path, compared):
     digits = "".join(f"<object><name>{name}</name>{box}</object>" for name in ("one", "two"))
     (tmp_path / "data" / "Annotations" / "a.xml").write_text(f"<annotation>{digits}</annotation>")
 
-    def run(name, ap50, score=0.9):
-        bbox = {"AP50": ap50, "AP50-11pt": 10.0, "AP": 5.5, "AP75": None}
-        folder = results(tmp_path / name, results=dict(bbox=bbox), iterations=9, images_per_batch=8)
-        found = [("one", score), ("three", score), ("two", 0.4)]
+    def find(score):
+        found = [("one", score), ("three", score)] if score else []
         detections = [
-            dict(image_id="a", category=digit, bbox=[0, 0, 10, 9], score=score)
+            {"file": "x/a.jpg", "class": digit, "box": [0, 0, 10, 9], "score": score}
             for digit, score in found
         ]
-        (tmp_path / name / "inference" / "test").mkdir(parents=True)
-        file = tmp_path / name / "inference" / "test" / "detections.json"
-        file.write_text(json.dumps(detections))
+        file = tmp_path / f"found_{score}.json"
+        file.write_text(json.dumps({"confidence": 0.5, "detections": detections}))
+        return str(file)
+
+    def run(name, ap50):
+        bbox = {"AP50": ap50, "AP50-11pt": 10.0, "AP": 5.5, "AP75": None}
+        folder = results(tmp_path / name, results=dict(bbox=bbox), iterations=9, images_per_batch=8)
         return folder
 
     classifier = dict(val_top1_error=12.34, evaluated_on="test crops", iterations=6, batch_size=4)
-    folders = [str(tmp_path / "data"), results(tmp_path / "pretrain", **classifier)]
+    folders = [str(tmp_path / "data"), find(0.9), results(tmp_path / "pretrain", **classifier)]
     folders += [run("run", 60.5), *([run("scratch", 1.25)] if compared else [])]
     command = [sys.executable, "-c", program[1]]
     done = subprocess.run([*command, *folders], capture_output=True, text=True, check=True)
@@ -123,7 +125,7 @@ def test_table_is_read_from_the_runs(tmp_path, compared):
         assert rows["gain"] == ["+59.2", "+0.0", "+0.0", "none"]
     last = done.stdout.splitlines()[-1]
     assert last.startswith("found 1 of 2 digits on the held-out scenes, with 1 wrong boxes")
-    nothing = [*folders[:2], run("nothing", 0.0, score=0.3)]
+    nothing = [folders[0], find(0), *folders[2:]]
     done = subprocess.run([*command, *nothing], capture_output=True, text=True)
     assert done.returncode == 1 and "the detector found no digit" in done.stderr
 

@@ -153,7 +153,7 @@ def origin_input(source: str) -> Preprocessing | None:
     source = CATALOG.get(source.removeprefix("catalog://"), source)
     for address, known in BY_ADDRESS.items():
         folder = address.split("/", 4)[-1]  # https: / / host / project / folder
-        if folder in source:
+        if source.startswith(address) or (folder and folder in source):
             return known
     return DETECTRON2_DEFAULT if ZOO.search(source) else None
 
