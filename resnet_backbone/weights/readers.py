@@ -210,13 +210,11 @@ def unwrap(loaded: Any) -> dict[str, Any]:
 def _wrapper(loaded: Any) -> str:
     """The key under which a dict holds weights; "" for a state dict itself."""
     keys = WRAPPERS if isinstance(loaded, dict) else ()
-    kinds = (Tensor, np.ndarray, Array, dict)
-    inner = [
-        key
-        for key in keys
-        if isinstance(loaded.get(key), dict)
-        and (not loaded[key] or any(isinstance(v, kinds) for v in loaded[key].values()))
-    ]
+    inner = [key for key in keys if isinstance(loaded.get(key), dict)]
+    if len(inner) > 1:  # settings may have such a name, too
+        kinds = (Tensor, np.ndarray, Array, dict)
+        full = [k for k in inner if any(isinstance(v, kinds) for v in loaded[k].values())]
+        inner = full or inner
     if len(inner) > 1:
         logger.warning("weights of %r are read; the file also has %s", inner[0], inner[1:])
     return inner[0] if inner else ""

@@ -67,7 +67,6 @@ ONE, STATE = torch.zeros(100_000), {"backbone.x": torch.zeros(1)}
     [
         ({"model": {f"backbone.{i}": ONE[:] for i in range(50)}}, "more than twice its own size"),
         ({"model": {f"backbone.{i}": ONE for i in range(50)}}, "more than twice its own size"),
-        ({"model": STATE, "state_dict": STATE}, "both state_dict and model hold weights"),
     ],
 )
 def test_refused_by_the_reader_of_detectors_as_by_that_of_networks(tmp_path, content, message):

@@ -249,7 +249,7 @@ def test_switches_of_the_config(detector):
 
 
 REFUSED = {
-    "NMS 'soft' is not one of hard, linear, gaussian": dict(NMS="soft"),
+    "NMS 'soft' is not one of hard, agnostic, linear, gaussian": dict(NMS="soft"),
     "short sides in whole pixels": dict(SCALES=[200, 200]),
     "short sides": dict(SCALES=[0]),
     "turn one of the two off": dict(FLIP=True, TEST__AUG__ENABLED=True),
