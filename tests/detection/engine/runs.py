@@ -57,22 +57,28 @@ def arguments(data: Path, output: Path, *options: str, **keys: object) -> list[s
     return ["--config-file", str(CONFIG), *where, "--output-dir", str(output), *options, *pairs]
 
 
+# Of a process that has imported everything and run nothing: autograd's threads survive no fork.
+SERVER = get_context("forkserver")
+SERVER.set_forkserver_preload(["resnet_backbone.cli.train_net"])
+
+
+def _work(words: list[str], log: Path) -> None:
+    os.setsid()
+    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+    torch.set_num_threads(1)
+    importlib.import_module("resnet_backbone.cli.train_net").main(words)
+
+
 class Forked:
-    """The tool in a child of this process, which has imported everything already."""
+    """The tool in a forked process, which has imported everything already."""
 
     def __init__(self, words: list[str], log: Path):
         self.log = log
-        self.process = get_context("fork").Process(target=self._work, args=(words,))
+        self.process = SERVER.Process(target=_work, args=(words, log))
         self.process.start()
         self.pid = self.process.pid
-
-    def _work(self, words: list[str]) -> None:
-        os.setsid()
-        file = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        os.dup2(file, 1), os.dup2(file, 2)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
-        torch.set_num_threads(1)
-        importlib.import_module("resnet_backbone.cli.train_net").main(words)
 
     def poll(self) -> int | None:
         return self.process.exitcode
