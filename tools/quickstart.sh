@@ -203,7 +203,7 @@ right, digits, wrong = count(content)
 line = f"found {right} of {digits} digits on the held-out scenes, with {wrong} wrong boxes"
 print(f"\n{line} (confidence {content['confidence']} or more)")
 if not right:
-    sys.exit("error: the detector found no digit; train longer, for example SOLVER.MAX_ITER 700")
+    sys.exit("error: the detector found no digit: give it more iterations (SOLVER.MAX_ITER)")
 PYTHON
 }
 
