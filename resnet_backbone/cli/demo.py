@@ -219,11 +219,19 @@ class Demo:
         if "instances" in output:
             instances = output["instances"]
             self.best = max([self.best, *instances.scores.tolist()])
-            output["instances"] = instances[instances.scores >= self.args.confidence]
+        output = self.above(output, self.args.confidence)
         found = describe_output(output, *self.names)
         self.detections += [{**where, **entry} for entry in found]
         rgb = np.ascontiguousarray(bgr[:, :, ::-1])
         return len(found), draw_output(rgb, output, *self.names, self.args.confidence)
+
+    @staticmethod
+    def above(output: dict, confidence: float) -> dict:
+        """A detector's output with the instances of this score or more."""
+        if "instances" not in output:
+            return output
+        instances = output["instances"]
+        return {**output, "instances": instances[instances.scores >= confidence]}
 
     def hint(self, number: int) -> str:
         """What to do where nothing is shown, and something was found with a lower score."""

@@ -35,10 +35,7 @@ def build_page(demo: Any) -> gradio.Blocks:
     def show(picture: np.ndarray | None, output: dict | None, threshold: float):
         if output is None:
             return None, [], "Drop a picture on the left.", None
-        shown = dict(output)
-        if "instances" in output:
-            instances = output["instances"]
-            shown["instances"] = instances[instances.scores >= threshold]
+        shown = demo.above(output, threshold)
         found = describe_output(shown, *demo.names)
         rows = [
             [one["class"], round(one.get("score", one.get("share", 0)), 3), *one.get("box", [])]

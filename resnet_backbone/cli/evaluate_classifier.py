@@ -54,7 +54,7 @@ from resnet_backbone.runtime.provenance import (
 )
 from resnet_backbone.runtime.run_folder import set_up_logging
 from resnet_backbone.weights.load import WrongStride
-from resnet_backbone.weights.preprocessing import InputNormalizer, Preprocessing
+from resnet_backbone.weights.preprocessing import USUAL_TEST, InputNormalizer, Preprocessing
 from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger("resnet_backbone.evaluate_classifier")
@@ -176,7 +176,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_protocol(args: argparse.Namespace, trained: Preprocessing | None = None) -> Protocol:
-    """The protocol of the options; sizes that are not given are those that the weights state.
+    """The protocol of the options; without any, its sizes are those that the weights state.
 
     Args:
         trained: what the first network's weights expect; None: not read yet.
@@ -184,12 +184,13 @@ def make_protocol(args: argparse.Namespace, trained: Preprocessing | None = None
     full = args.cifar10 or (args.predict and trained and trained.mean_image is not None)
     name = args.protocol or ("full" if full else "center")
     settings = {key: getattr(args, key) for key in ONLY_FOR if getattr(args, key) is not None}
-    if trained and name in ONLY_FOR["crop"] and trained.crop_size and trained.resize_size:
+    if trained and not settings and name in ONLY_FOR["crop"]:
         stated = {"resize": trained.resize_size, "crop": trained.crop_size}
-        if not settings and stated != {"resize": 256, "crop": 224}:
-            text = "crops of %d from a short side of %d, as the weights say"
-            logger.info(text, trained.crop_size, trained.resize_size)
-        settings = {**stated, **settings} if not settings else settings
+        if None not in stated.values():
+            settings = stated
+            if trained.center_crop() != USUAL_TEST:
+                text = "crops of %(crop)d from a short side of %(resize)d, as the weights say"
+                logger.info(text, stated)
     for key in settings:
         if name not in ONLY_FOR[key]:
             raise UsageError(f"--{key} is for protocol {' and '.join(ONLY_FOR[key])}, not {name}")

@@ -78,6 +78,27 @@ class RawFile:
     rest: dict[str, Any] = field(default_factory=dict)  # beside the weights: state of a training
     wrapper: str = ""  # the key of the weights at the top of the file; "" if there is none
 
+    def part(self, key: str) -> dict[str, Tensor]:
+        """Other weights of the file: those of a wrapping, or those whose names begin with a key.
+
+        Raises:
+            WeightsError: there are none, or they are not what :func:`read_tensors` takes.
+        """
+        if isinstance(self.rest.get(key), dict):
+            with named_errors(self.path):
+                found = _to_tensors(_unwrap(self.rest[key])[0], self.path.stat().st_size)
+                check_numbers(found, self.path)
+                _check_kinds(found)
+            return found
+        start = f"{key.removesuffix('.')}."
+        found = {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
+        if not found:
+            wrappings = [name for name, value in self.rest.items() if isinstance(value, dict)]
+            words = sorted({name.partition(".")[0] for name in self.tensors})
+            known = ", ".join([*wrappings, *words][:12])
+            raise WeightsError(f"{self.path} has no weights under {key!r}; there are {known}")
+        return found
+
 
 def read_tensors(path: str | os.PathLike, file: RawFile | None = None) -> RawFile:
     """Reads the weights of a network, whatever the kind of file, and drops what is not weights.
@@ -152,11 +173,11 @@ def _read_whole(path: Path) -> RawFile:
         tensors = dict(sorted(load_safetensors(data).items()))
         return RawFile(tensors, _metadata(data), digest, container, path)
     loaded = unpickle(data) if container == "pickle" else _load_torch(data)
-    weights, wrapper = unwrap(loaded), _wrapper(loaded)
+    weights, wrapper = _unwrap(loaded)
     weights.pop(INPUT_SETTINGS, None)  # of a backbone for Detectron2, stated beside it too
     if digest.startswith(FEATURES_ONLY):
         weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
-    tensors = to_tensors(weights, len(data))
+    tensors = _to_tensors(weights, len(data))
     metadata = {key: loaded[key] for key in STATED if isinstance(loaded.get(key), str)}
     rest = {key: value for key, value in loaded.items() if key != wrapper} if wrapper else {}
     return RawFile(tensors, metadata, digest, container, path, rest, wrapper)
@@ -182,16 +203,18 @@ def named_errors(path: Path) -> Iterator[None]:
         raise WeightsError(f"{path}: not a whole {kind} file ({cause})") from error
 
 
-def unwrap(loaded: Any) -> dict[str, Any]:
-    """The state dict within a checkpoint, without prefixes and momenta.
+def _unwrap(loaded: Any) -> tuple[dict[str, Any], str]:
+    """The state dict within a checkpoint, without prefixes and momenta; its outermost wrapping.
 
     Raises:
         ValueError: there is none, or more than one.
     """
+    outermost = ""
     for _ in range(MAX_WRAPPERS):
         wrapper = _wrapper(loaded)
         if not wrapper:
             break
+        outermost = outermost or wrapper
         loaded = loaded[wrapper]
     else:
         raise ValueError(f"it holds itself, or more than {MAX_WRAPPERS} wrappings of its weights")
@@ -204,7 +227,7 @@ def unwrap(loaded: Any) -> dict[str, Any]:
     for prefix in PREFIXES * 2:  # in either order
         if all(key.startswith(prefix) for key in found):
             found = {key.removeprefix(prefix): value for key, value in found.items()}
-    return found
+    return found, outermost
 
 
 def _wrapper(loaded: Any) -> str:
@@ -220,7 +243,7 @@ def _wrapper(loaded: Any) -> str:
     return inner[0] if inner else ""
 
 
-def to_tensors(weights: Mapping[str, Any], size: int) -> dict[str, Tensor]:
+def _to_tensors(weights: Mapping[str, Any], size: int) -> dict[str, Tensor]:
     """A contiguous copy of each tensor or array.
 
     Args:

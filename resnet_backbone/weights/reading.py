@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,10 +40,7 @@ from resnet_backbone.weights.preprocessing import (
 from resnet_backbone.weights.readers import (
     RawFile,
     find_file,
-    named_errors,
     read_tensors,
-    to_tensors,
-    unwrap,
 )
 from resnet_backbone.weights.sources import ResolvedSource, convention_of_content, resolve
 
@@ -139,7 +137,7 @@ def read_source(
     if metadata.preprocessing is None and found.preprocessing is None:
         content = convention_of_content(raw)
     known = agreed_preprocessing(str(source), found, metadata, preprocessing, content)
-    tensors = part_of(raw, key) if key else dict(raw.tensors)
+    tensors = raw.part(key) if key else dict(raw.tensors)
     mean_image = tensors.pop(MEAN_IMAGE_KEY, None)
     if mean_image is not None:
         if mean_image.dim() != 3 or mean_image.shape[0] != 3:
@@ -165,9 +163,7 @@ def read_network(
     """
     read = read_source(source, preprocessing, raw)
     with named(source):
-        one = select_network(read.tensors, str(source))
-        layout = recognize(one)
-        tensors = LAYOUTS[layout].to_ours(one)
+        layout, tensors = find_network(read.tensors, str(source))
         if read.model is not None:
             check_stated(read.model, tensors)
     origin = read.origin if read.origin.format else replace(read.origin, format=layout)
@@ -183,8 +179,8 @@ ANCHORS = ("conv1.weight", "features.0.weight", *FIRST_KEYS)
 PREFERRED = ("encoder_q", "base_encoder", "teacher", "online", "student", "encoder", "backbone")
 # What trainers keep beside a network, under its prefix too.
 BESIDE = re.compile(
-    r"(queue(_ptr)?|queue\d*|(projection|prediction)(_head)?|projector|predictor|prototypes|"
-    r"head|fc|heads?|bn_proj|lambd)(\.\d+\..*|\..*|$)"
+    r"(queue(_ptr|\d*)|(projection|prediction)(_head)?|projector|predictor|prototypes|heads?|fc|"
+    r"bn_proj|lambd)(\.|$)"
 )
 HEADS = re.compile(r"(fc|head)\.(weight|bias)$")  # of a classifier, which belongs to its network
 
@@ -195,60 +191,54 @@ def split_key(source: str | os.PathLike) -> tuple[str | os.PathLike, str]:
     return (file, key) if mark and file and not os.path.exists(source) else (source, "")
 
 
-def part_of(raw: RawFile, key: str) -> dict[str, Tensor]:
-    """The tensors of a file under a key: that of a wrapping, or the beginning of their names.
+def find_network(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
+    """The layout of one network, and its tensors under our names.
+
+    A common prefix and what lies beside the network are left out: trainers write
+    ``backbone.body.layer1...`` or, beside queues and projectors, ``module.encoder_q.layer1...``.
+    Where a file has several networks, the choice is logged.
 
     Raises:
-        WeightsError: there are none.
+        ValueError: there is none.
     """
-    if isinstance(raw.rest.get(key), dict):
-        with named_errors(raw.path):
-            size = raw.path.stat().st_size
-            return to_tensors(unwrap(raw.rest[key]), size)
-    start = f"{key.removesuffix('.')}."
-    found = {k.removeprefix(start): v for k, v in raw.tensors.items() if k.startswith(start)}
-    if not found:
-        wrappings = [name for name, value in raw.rest.items() if isinstance(value, dict)]
-        words = sorted({name.partition(".")[0] for name in raw.tensors})
-        known = ", ".join([*wrappings, *words][:12])
-        raise WeightsError(f"{raw.path} has no weights under {key!r}; there are {known}")
-    return found
-
-
-def select_network(tensors: Mapping[str, Tensor], source: str) -> Mapping[str, Tensor]:
-    """The tensors of one network: without a common prefix, and without what lies beside it.
-
-    Trainers write ``backbone.body.layer1...`` or, beside queues and projectors,
-    ``module.encoder_q.layer1...``. Where a file has several networks, the choice is logged.
-    """
-    if _is_network(tensors):
-        return tensors
-    prefixes = {key.removesuffix(end) for key in tensors for end in ANCHORS if key.endswith(end)}
-    found = {}
-    for prefix in sorted(prefixes, key=len):
-        inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        inside = {k: v for k, v in inside.items() if HEADS.match(k) or not BESIDE.match(k)}
-        if _is_network(inside) and not any(prefix.startswith(outer) for outer in found if outer):
-            found[prefix] = inside
-    if not found:
-        return tensors  # recognize() says what is wrong
+    try:
+        return _to_ours(tensors)
+    except (KeyError, ValueError, TypeError):
+        networks = _inner_networks(tensors)
+        if not networks:
+            raise
 
     def rank(prefix: str) -> tuple[int, str]:
         places = [k for k, word in enumerate(PREFERRED) if word in prefix.split(".")]
         return min(places, default=len(PREFERRED)), prefix
 
-    best, *others = sorted(found, key=rank)
+    best, *others = sorted(networks, key=rank)
     if others:
         logger.warning("%s: the network %r is read; the file also has %s", source, best, others)
-    return found[best]
+    return networks[best]
 
 
-def _is_network(tensors: Mapping[str, Tensor]) -> bool:
-    try:
-        ours = LAYOUTS[recognize(tensors)].to_ours(tensors)
-        return bool(infer_models(ours))
-    except (KeyError, ValueError, TypeError):
-        return False
+def _inner_networks(
+    tensors: Mapping[str, Tensor],
+) -> dict[str, tuple[str, dict[str, Tensor]]]:
+    """Prefix -> the network whose tensors have it; none lies within another."""
+    prefixes = {key.removesuffix(end) for key in tensors for end in ANCHORS if key.endswith(end)}
+    found: dict[str, tuple[str, dict[str, Tensor]]] = {}
+    for prefix in sorted(prefixes, key=len):
+        if any(prefix.startswith(outer) for outer in found if outer):
+            continue
+        inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        inside = {k: v for k, v in inside.items() if HEADS.match(k) or not BESIDE.match(k)}
+        with suppress(KeyError, ValueError, TypeError):
+            layout, ours = _to_ours(inside)
+            if infer_models(ours):
+                found[prefix] = layout, ours
+    return found
+
+
+def _to_ours(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    layout = recognize(tensors)
+    return layout, LAYOUTS[layout].to_ours(tensors)
 
 
 def check_stated(

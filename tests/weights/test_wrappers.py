@@ -116,3 +116,11 @@ def test_a_whole_pickled_model_is_recognized(tmp_path):
     torch.save(torchvision.models.resnet18(), tmp_path / "x.pth")
     with pytest.raises(WeightsError, match=r"a whole model was pickled; save model.state_dict\(\)"):
         stem(tmp_path / "x.pth")
+
+
+def test_another_network_of_the_file_is_checked_as_well(tmp_path):
+    damaged = {**OTHER, "conv1.weight": torch.full_like(OTHER["conv1.weight"], float("nan"))}
+    torch.save({"state_dict": NETWORK, "state_dict_ema": damaged}, tmp_path / "x.pth")
+    assert torch.equal(stem(tmp_path / "x.pth"), NETWORK["conv1.weight"])
+    with pytest.raises(WeightsError, match="conv1.weight has NaN or infinite values"):
+        stem(f"{tmp_path / 'x.pth'}#state_dict_ema")

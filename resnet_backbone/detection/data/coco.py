@@ -184,6 +184,72 @@ def parse_coco(data: Any, where: str) -> CocoFile:
     return _Parser(where).parse(data)
 
 
+class Clean(NamedTuple):
+    """A data set in COCO's format with ids from 1, and the user's ids in that order."""
+
+    content: dict[str, Any]
+    image_ids: list[Id]
+    category_ids: list[Id]
+
+
+def clean_coco(
+    categories: Mapping[Id, str],
+    images: Mapping[Id, Mapping[str, Any]],
+    annotations: Mapping[Id, Sequence[Mapping[str, Any]]],
+    annotated: bool = True,
+) -> Clean:
+    """Records of our own making, in which every field is as COCO's format has it.
+
+    Args:
+        categories, images, annotations: as in a :class:`CocoFile`.
+        annotated: False leaves the list of annotations out.
+    """
+    image_ids, category_ids = list(images), list(categories)
+    places = number_from_one(category_ids)
+    entries = []
+    for number, image in enumerate(image_ids, start=1):
+        for one in annotations.get(image, ()):
+            entry = {
+                "id": len(entries) + 1,
+                "image_id": number,
+                "category_id": places[one["category_id"]],
+                "bbox": [float(side) for side in one["bbox"]],
+                "area": float(one["area"]),
+                "iscrowd": int(one["iscrowd"]),
+            }
+            mask = one.get("segmentation")
+            if isinstance(mask, dict) and isinstance(mask["counts"], bytes):
+                mask = {**mask, "counts": mask["counts"].decode("ascii")}
+            if mask:
+                entry["segmentation"] = mask
+            points = one.get("keypoints")
+            if points:  # Detectron2's coordinates back to COCO's pixel indices
+                entry["keypoints"] = [p if k % 3 == 2 else p - 0.5 for k, p in enumerate(points)]
+                entry["num_keypoints"] = sum(visible > 0 for visible in points[2::3])
+            entries.append(entry)
+    content: dict[str, Any] = {
+        "info": {},
+        "images": [
+            {
+                "id": number,
+                "file_name": images[one]["file_name"],
+                "width": images[one]["width"] or 1,
+                "height": images[one]["height"] or 1,
+            }
+            for number, one in enumerate(image_ids, start=1)
+        ],
+        "categories": [{"id": number, "name": categories[one]} for one, number in places.items()],
+    }
+    if annotated:
+        content["annotations"] = entries
+    return Clean(content, image_ids, category_ids)
+
+
+def number_from_one(ids: Iterable[Id]) -> dict[Id, int]:
+    """Id -> its place among the ids, counted from 1."""
+    return {one: number for number, one in enumerate(ids, start=1)}
+
+
 def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
     """Which of these lists a JSON lacks, else which of these keys their entries lack."""
     lists = data if isinstance(data, dict) else {}

@@ -12,13 +12,14 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import yaml
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.coco import read_coco, scan_coco
+from resnet_backbone.detection.data.coco import clean_coco, read_coco, scan_coco
 from resnet_backbone.detection.data.problems import DataReport, check_image, fit_box
 from resnet_backbone.detection.data.voc import read_annotation
 from resnet_backbone.runtime.errors import DataError
@@ -109,27 +110,19 @@ def split_records(
 
 def write_coco(path: Path, records: Sequence[dict], names: Sequence[str], root: Path) -> None:
     """Writes records as COCO JSON; file names are relative to ``root``, category ids start at 1."""
-    images, annotations = [], []
-    for number, record in enumerate(records, start=1):
+    images, annotations = {}, {}
+    for record in records:
         name = Path(record["file_name"]).relative_to(root).as_posix()
-        size = {key: record[key] for key in ("width", "height")}
-        images.append({"id": number, "file_name": name, **size})
-        for one in record["annotations"]:
-            x0, y0, x1, y1 = one["bbox"]
-            annotation = {
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": one["category_id"] + 1,
-                "bbox": [x0, y0, x1 - x0, y1 - y0],
-                "area": (x1 - x0) * (y1 - y0),
-                "iscrowd": one["iscrowd"],
-            }
-            if one.get("segmentation"):
-                annotation["segmentation"] = one["segmentation"]
-            annotations.append(annotation)
-    categories = [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
+        images[name] = {**record, "file_name": name}
+        annotations[name] = [_as_coco(one) for one in record["annotations"]]
+    content = clean_coco(dict(enumerate(names)), images, annotations).content
     write_text(path, json.dumps(content))
+
+
+def _as_coco(one: dict) -> dict:
+    x0, y0, x1, y1 = one["bbox"]
+    box = [x0, y0, x1 - x0, y1 - y0]
+    return {**one, "bbox": box, "area": box[2] * box[3]}
 
 
 def _find_format(annotations: Path) -> str:
@@ -270,8 +263,8 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
 
 def _image_root(file: Path, images: Path) -> str:
     """The folder that the file names of a COCO JSON are relative to: its own, or one in images."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    names = [image["file_name"] for image in content["images"]][:100]
+    images_of_file = islice(read_coco(str(file)).images.values(), 100)
+    names = [image["file_name"] for image in images_of_file]
     folders = [file.parent, images, *sorted(path for path in images.rglob("*") if path.is_dir())]
     folders = [folder for folder in folders if folder.is_relative_to(images)]
     return str(max(folders, key=lambda folder: sum((folder / n).is_file() for n in names)))

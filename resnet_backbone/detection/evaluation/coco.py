@@ -24,7 +24,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-from resnet_backbone.detection.data.coco import parse_coco, read_coco, read_id
+from resnet_backbone.detection.data.coco import (
+    clean_coco,
+    number_from_one,
+    parse_coco,
+    read_coco,
+    read_id,
+)
 from resnet_backbone.detection.data.panoptic import decode_ids, read_panoptic
 from resnet_backbone.detection.data.problems import list_problems, registered_scan
 from resnet_backbone.detection.evaluation.results import warn_if_empty
@@ -75,9 +81,10 @@ class PerClassCOCOEvaluator(COCOEvaluator):
             self._metadata = private
             MetadataCatalog.remove(name)
         self._name = dataset_name
+        self._numbers = number_from_one(self._clean.image_ids)
 
     def process(self, inputs, outputs):
-        numbers = self._clean.image_numbers
+        numbers = self._numbers
         inputs = [{**one, "image_id": numbers[one["image_id"]]} for one in inputs]
         super().process(inputs, outputs)
 
@@ -124,71 +131,6 @@ class PerClassCOCOEvaluator(COCOEvaluator):
                     f"{number} classes: is NUM_CLASSES that of the data?"
                 )
             result["category_id"] += 1
-
-
-class Clean(NamedTuple):
-    """A data set in COCO's format with ids from 1, and the user's ids in that order."""
-
-    content: dict[str, Any]
-    image_ids: list
-    category_ids: list
-
-    @property
-    def image_numbers(self) -> dict:
-        return {one: number for number, one in enumerate(self.image_ids, start=1)}
-
-
-def clean_coco(
-    categories: Mapping[Any, str],
-    images: Mapping[Any, Mapping[str, Any]],
-    annotations: Mapping[Any, Sequence[Mapping[str, Any]]],
-    annotated: bool = True,
-) -> Clean:
-    """Records of our own making, in which every field is as COCO's format has it.
-
-    Args:
-        categories, images, annotations: as in a ``CocoFile`` of ``detection.data.coco``.
-        annotated: False leaves the list of annotations out.
-    """
-    image_ids, category_ids = list(images), list(categories)
-    places = {one: number for number, one in enumerate(category_ids, start=1)}
-    entries = []
-    for number, image in enumerate(image_ids, start=1):
-        for one in annotations.get(image, ()):
-            entry = {
-                "id": len(entries) + 1,
-                "image_id": number,
-                "category_id": places[one["category_id"]],
-                "bbox": [float(side) for side in one["bbox"]],
-                "area": float(one["area"]),
-                "iscrowd": int(one["iscrowd"]),
-            }
-            mask = one.get("segmentation")
-            if isinstance(mask, dict) and isinstance(mask["counts"], bytes):
-                mask = {**mask, "counts": mask["counts"].decode("ascii")}
-            if mask:
-                entry["segmentation"] = mask
-            points = one.get("keypoints")
-            if points:  # Detectron2's coordinates back to COCO's pixel indices
-                entry["keypoints"] = [p if k % 3 == 2 else p - 0.5 for k, p in enumerate(points)]
-                entry["num_keypoints"] = sum(visible > 0 for visible in points[2::3])
-            entries.append(entry)
-    content: dict[str, Any] = {
-        "info": {},
-        "images": [
-            {
-                "id": number,
-                "file_name": images[one]["file_name"],
-                "width": images[one]["width"] or 1,
-                "height": images[one]["height"] or 1,
-            }
-            for number, one in enumerate(image_ids, start=1)
-        ],
-        "categories": [{"id": number, "name": categories[one]} for one, number in places.items()],
-    }
-    if annotated:
-        content["annotations"] = entries
-    return Clean(content, image_ids, category_ids)
 
 
 def build_coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:
@@ -243,8 +185,7 @@ def evaluate_coco(
     if not found.categories:
         raise DataError(f"the data set cannot be used: {list_problems(found.problems)}")
     clean = clean_coco(*found[:3])
-    images = clean.image_numbers
-    categories = {one: number for number, one in enumerate(clean.category_ids, start=1)}
+    images, categories = number_from_one(clean.image_ids), number_from_one(clean.category_ids)
     try:
         results = [
             {
@@ -280,16 +221,8 @@ def _score(
             {k: v for k, v in one.items() if k != "segmentation"} for one in dataset["annotations"]
         ]
         dataset = {**dataset, "annotations": bare}
-    engines = [engine] if engine else [run_hotcoco] * bool(hotcoco) + [run_pycocotools]
-    for number, run in enumerate(engines, start=1):
-        try:
-            found = run(dataset, list(results), task, list(max_detections), image_ids)
-            break
-        except Exception as error:
-            if number == len(engines):
-                raise
-            logger.warning("hotcoco cannot evaluate this (%s): pycocotools does", error)
-    precision, recall = found
+    run = engine or _run_any
+    precision, recall = run(dataset, list(results), task, list(max_detections), image_ids)
     summary = {"AP": _mean(precision[:, :, :, 0, -1])}
     summary |= {"AP50": _mean(precision[0, :, :, 0, -1]), "AP75": _mean(precision[5, :, :, 0, -1])}
     summary |= {f"AP{end}": _mean(precision[..., area, -1]) for end, area in SIZES.items()}
@@ -303,6 +236,16 @@ def _score(
 def _mean(values: np.ndarray) -> float:
     known = values[values > -1]
     return float(known.mean()) if known.size else float("nan")
+
+
+def _run_any(*arguments) -> tuple[np.ndarray, np.ndarray]:
+    """By the fast engine, and aloud by the reference where that fails."""
+    if hotcoco:
+        try:
+            return run_hotcoco(*arguments)
+        except Exception as error:
+            logger.warning("hotcoco cannot evaluate this (%s): pycocotools does", error)
+    return run_pycocotools(*arguments)
 
 
 def run_hotcoco(dataset, results, task, *limits) -> tuple[np.ndarray, np.ndarray]:

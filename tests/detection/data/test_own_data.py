@@ -236,3 +236,20 @@ def test_blood_cells(data_root):
     assert names == ["Platelets", "RBC", "WBC"]
     assert sum(len(record["annotations"]) for record in splits[""]) == 4886
     assert [problem.kind for problem in report.problems] == ["bad-box"] * 2
+
+
+def test_crowds_as_run_lengths_are_written_too(tmp_path, run):
+    """COCO's own, and a byte order mark, as some tools write it."""
+    folder, file = coco_file(tmp_path)
+    content = json.loads(file.read_text())
+    mask = {"counts": [10, 5, WIDTH * HEIGHT - 15], "size": [HEIGHT, WIDTH]}
+    content["annotations"][0] |= {"iscrowd": 1, "segmentation": mask}
+    file.write_text(json.dumps(content), encoding="utf-8-sig")
+    out = tmp_path / "out"
+    code, _, _ = run("--images", folder, "--annotations", file, "--val", "0.25", "--output", out)
+    assert code == 0
+    files = (str(out / f"{name}.json") for name in ("train", "val"))
+    records = [record for file in files for record in scan_coco(file, str(folder))[0]]
+    boxes = [one for record in records for one in record["annotations"]]
+    (crowd,) = (one for one in boxes if one["iscrowd"])
+    assert len(boxes) == 5 and crowd["segmentation"]["size"] == [HEIGHT, WIDTH]
