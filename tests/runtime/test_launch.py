@@ -101,15 +101,21 @@ def test_status_of_processes_that_ended_before_they_were_looked_at(end, status):
 
 
 LONG = """
-import os, sys, time
+import os, signal, sys, time
+from pathlib import Path
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.launch import Launch, _free_port, run_processes
 
 def run(how):
     if how == "long":
         raise UsageError("x" * 10**6)
+    met = Path(__file__).with_name("met")  # else the kill may come while the first still joins
     if os.environ["LOCAL_RANK"] == "1":
-        os.kill(os.getpid(), 9)
+        while not met.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    met.touch()
     raise UsageError("what the first process says")
 
 if __name__ == "__main__":
