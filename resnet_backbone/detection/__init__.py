@@ -20,6 +20,10 @@ from resnet_backbone.detection.modeling.heads import (
     VGGBoxHead,
     with_global_context,
 )
+from resnet_backbone.detection.modeling.localization import (
+    ClassProposalNetwork,
+    LocalizationRCNN,
+)
 
 
 def setup_environment() -> None:
@@ -28,7 +32,9 @@ def setup_environment() -> None:
 
 __all__ = [
     "Checkpointer",
+    "ClassProposalNetwork",
     "DeepLabResNet",
+    "LocalizationRCNN",
     "PaperRes5ROIHeads",
     "PaperResNet",
     "PaperVGG",

@@ -58,7 +58,19 @@ DEFAULTS = CfgNode(
         # The paper's improvements (appendix B). Global context is part of the trained head, the
         # rest belongs to testing.
         "GLOBAL_CONTEXT": False,  # the whole image's feature beside each region's
+        # ImageNet localization (appendix C); see configs/detection/imagenet_loc.
+        "LOCALIZATION": {
+            "WIDTH": 512,  # channels of the proposal network's 3x3 convolution
+            "CENTER_CROP": 0,  # pixels of the center crop that is tested; 0: the whole image
+            "SCALES": [],  # short sides of the whole image in testing; empty: as it comes
+            "REGION_SIZE": 224,  # pixels of the square that R-CNN warps a proposal to
+            "PROPOSALS": "",  # run folder of the proposal network, for training R-CNN
+            "GUESSES": "",  # predictions.csv of evaluate-classifier, for the top-5 error
+        },
         "TEST": {
+            # imagenet_det: AP with ILSVRC's thresholds of small objects; localization: its error;
+            # empty: that of the data set (VOC, COCO)
+            "METRIC": "",
             "BOX_REFINEMENT": False,  # pool again at the regressed boxes, NMS at .3, box voting
             "SCALES": [],  # short sides, e.g. [200, 400, 600, 800, 1000]: maxout over two of them
             "FLIP": False,  # the mirrored image too; scores and boxes are averaged

@@ -218,12 +218,16 @@ def build_loader(cfg: CfgNode, mapper: Callable[[dict], Any], seed: int) -> Trai
 def mapper_options(cfg: CfgNode) -> dict:
     """Arguments of the training ``DatasetMapper`` that differ from Detectron2's default.
 
-    A purely semantic model with ``INPUT.CROP.ENABLED`` crops after resizing, as Detectron2's
-    DeepLab does, and pads smaller images to the crop, whose size its pooling is built for.
+    With ``INPUT.CROP.ENABLED`` localization crops after resizing, as a classifier's training does.
+    So does a purely semantic model, as Detectron2's DeepLab; it pads smaller images to the crop,
+    whose size its pooling is built for.
     """
-    if detects_objects(cfg) or not cfg.INPUT.CROP.ENABLED:
-        return {}
     crop, ignore = cfg.INPUT.CROP, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    if crop.ENABLED and cfg.MODEL.META_ARCHITECTURE == "ClassProposalNetwork":
+        cropping = T.RandomCrop(crop.TYPE, crop.SIZE)
+        return {"augmentations": [*build_augmentation(cfg, is_train=True), cropping]}
+    if detects_objects(cfg) or not crop.ENABLED:
+        return {}
     largest_share = crop.get("SINGLE_CATEGORY_MAX_AREA", 1.0)
     cropping = T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, largest_share, ignore)
     resizing, *flipping = build_augmentation(cfg, is_train=True)

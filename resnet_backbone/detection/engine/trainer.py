@@ -51,7 +51,7 @@ from resnet_backbone.detection.engine.hooks import (
 )
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.engine.step import TrainStep, distribute
-from resnet_backbone.detection.evaluation import build_evaluator
+from resnet_backbone.detection.evaluation import build_chosen_evaluator
 from resnet_backbone.detection.evaluation.results import Speed, Timed, check_results
 from resnet_backbone.detection.inference.predictor import check_ensemble, for_testing, keep_members
 from resnet_backbone.detection.modeling.build import build_detector
@@ -122,7 +122,8 @@ class TolerantMapper(DatasetMapper):
             options = dict(proposal_topk=self.proposal_topk)
             utils.transform_proposals(record, shape, transforms, **options)
         if not self.is_train:
-            record.pop("annotations", None)
+            objects = record.pop("annotations", ())
+            record["image_classes"] = sorted({one["category_id"] for one in objects})
         elif "annotations" in record:
             self._transform_annotations(record, transforms, shape)
         return record
@@ -282,7 +283,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_"))
-        return build_evaluator(dataset_name, folder)
+        return build_chosen_evaluator(cfg, dataset_name, folder)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):

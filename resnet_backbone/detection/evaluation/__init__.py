@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -12,7 +13,13 @@ from detectron2.evaluation import (
 )
 from PIL import Image
 
+from resnet_backbone.detection.config import UsageError, backbone_node
 from resnet_backbone.detection.evaluation.coco import PanopticEvaluator, PerClassCOCOEvaluator
+from resnet_backbone.detection.evaluation.imagenet import (
+    DETEvaluator,
+    LOCEvaluator,
+    read_guesses,
+)
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator, format_table
 from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc
 
@@ -79,3 +86,29 @@ def build_evaluator(dataset_name: str, output_dir: str | None = None) -> Dataset
             f" {', '.join(EVALUATORS)}; register it with register_voc or register_coco"
         )
     return EVALUATORS[kind](dataset_name, output_dir)
+
+
+METRICS = ("imagenet_det", "localization")
+
+
+def build_chosen_evaluator(
+    cfg: CfgNode, dataset_name: str, output_dir: str | None = None
+) -> DatasetEvaluator:
+    """The evaluator of ``RESNET_BACKBONE.TEST.METRIC``, by default that of the data set.
+
+    Raises:
+        UsageError: there is no such metric, or a wrong file of guesses.
+    """
+    node = backbone_node(cfg)
+    metric, guesses = node.TEST.METRIC, node.LOCALIZATION.GUESSES
+    if not metric:
+        return build_evaluator(dataset_name, output_dir)
+    if metric == "imagenet_det":
+        return DETEvaluator(dataset_name, output_dir)
+    if metric != "localization":
+        raise UsageError(
+            f"RESNET_BACKBONE.TEST.METRIC {metric!r} is not one of {', '.join(METRICS)}, or empty"
+        )
+    names = MetadataCatalog.get(dataset_name).thing_classes
+    found = read_guesses(guesses, names) if guesses else None
+    return LOCEvaluator(dataset_name, output_dir, found)

@@ -1,0 +1,241 @@
+"""ImageNet's two tasks with boxes: detection (DET) and localization (LOC).
+
+Boxes are continuous (x0, y0, x1, y1) as everywhere in Detectron2. ILSVRC's inclusive pixels, with
+widths of xmax - xmin + 1, have the same areas and overlaps.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import BoxMode
+from detectron2.utils import comm
+from torchvision.ops import box_iou
+
+from resnet_backbone.detection.evaluation.voc_ap import average_precision
+from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.files import write_json
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 10.0  # pixels by which a box may be larger than a small object
+TOP = 5  # classes that may be guessed
+IOU = 0.5
+TRUE_CLASS = "error-true-class"
+
+
+class _Evaluator(DatasetEvaluator):
+    """What an image's detections and objects are; one process computes from those of all."""
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None):
+        self.name, self.output_dir = dataset_name, output_dir
+        self.class_names = MetadataCatalog.get(dataset_name).thing_classes
+        self.reset()
+
+    def reset(self) -> None:
+        self.found: dict[Any, tuple[np.ndarray, ...]] = {}
+
+    def process(self, inputs, outputs) -> None:
+        for image, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            self.found[image["image_id"]] = (
+                instances.pred_boxes.tensor.double().numpy(),
+                instances.scores.double().numpy(),
+                instances.pred_classes.numpy(),
+            )
+
+    def evaluate(self) -> OrderedDict | None:
+        """The numbers on the main process, None on the others; all processes must call it."""
+        gathered = comm.gather(self.found, dst=0)
+        if not comm.is_main_process():
+            return None
+        found = {image: boxes for of_process in gathered for image, boxes in of_process.items()}
+        return self.score(found)
+
+    def score(self, found: Mapping[Any, tuple[np.ndarray, ...]]) -> OrderedDict:
+        raise NotImplementedError
+
+    def objects(self) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
+        """Each image of the data set: its id, boxes (M, 4), classes (M,)."""
+        for record in DatasetCatalog.get(self.name):
+            objects = [one for one in record["annotations"] if not one.get("iscrowd")]
+            convert = BoxMode.convert
+            boxes = [convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS) for one in objects]
+            classes = [one["category_id"] for one in objects]
+            yield record["image_id"], np.array(boxes, float).reshape(-1, 4), np.array(classes, int)
+
+    def write(self, name: str, content: Any) -> None:
+        if self.output_dir:
+            os.makedirs(self.output_dir, exist_ok=True)
+            write_json(os.path.join(self.output_dir, name), content, indent=1)
+
+
+class DETEvaluator(_Evaluator):
+    """Average precision as ILSVRC's development kit computes it for DET (``eval_detection.m``).
+
+    It gives {"bbox": {"AP50": the mean over classes, "AP50-<class>"}} in percent. A class without
+    objects has NaN and is not in the mean.
+    """
+
+    def score(self, found) -> OrderedDict:
+        none = (np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
+        scores, right, classes = [], [], []
+        objects = np.zeros(len(self.class_names), int)
+        for image, boxes, truth in self.objects():
+            objects += np.bincount(truth, minlength=len(objects))
+            found_boxes, found_scores, found_classes = found.get(image, none)
+            scores.append(found_scores)
+            classes.append(found_classes)
+            right.append(match_small(found_boxes, found_scores, found_classes, boxes, truth))
+        numbers = det_precisions(*map(np.concatenate, (scores, classes, right)), objects)
+        rows = {name: 100 * value for name, value in zip(self.class_names, numbers, strict=True)}
+        known = [value for value in rows.values() if not math.isnan(value)]
+        mean = sum(known) / len(known) if known else math.nan
+        logger.info("%s: %.2f %% AP over %d classes with objects", self.name, mean, len(known))
+        shown = {name: None if math.isnan(value) else value for name, value in rows.items()}
+        self.write("det_results.json", {"AP50": mean if known else None, "classes": shown})
+        return OrderedDict(bbox={"AP50": mean} | {f"AP50-{k}": v for k, v in rows.items()})
+
+
+def small_thresholds(boxes: np.ndarray) -> np.ndarray:
+    """The IoU (M,) that finds each object (M, 4): min(0.5, w h / ((w + 10) (h + 10)))."""
+    sides = boxes[:, 2:] - boxes[:, :2]
+    return np.minimum(IOU, sides.prod(1) / (sides + TOLERANCE).prod(1))
+
+
+def match_small(
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    classes: np.ndarray,
+    objects: np.ndarray,
+    object_classes: np.ndarray,
+) -> np.ndarray:
+    """Which detections (N,) of an image are right, by the rules of DET.
+
+    By falling score each takes the free object of its class with the highest IoU, among those
+    whose own threshold the IoU reaches. All others are wrong.
+    """
+    iou = overlaps(boxes, objects)
+    reached = (iou >= small_thresholds(objects)) & (classes[:, None] == object_classes[None])
+    right = np.zeros(len(boxes), bool)
+    free = np.ones(len(objects), bool)
+    for place in np.argsort(-scores, kind="stable"):
+        choices = np.flatnonzero(reached[place] & free)
+        if len(choices):
+            right[place] = True
+            free[choices[iou[place, choices].argmax()]] = False
+    return right
+
+
+def det_precisions(
+    scores: np.ndarray, classes: np.ndarray, right: np.ndarray, objects: np.ndarray
+) -> list[float]:
+    """Area under the precision envelope of each class, 0..1; NaN for a class without objects."""
+    found = []
+    for number, count in enumerate(objects):
+        mine = classes == number
+        hits = right[mine][np.argsort(-scores[mine], kind="stable")].cumsum()
+        precision = hits / np.arange(1, len(hits) + 1)
+        found.append(average_precision(hits / count, precision) if count else math.nan)
+    return found
+
+
+def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """IoU (N, M) in double precision."""
+    return box_iou(torch.from_numpy(boxes), torch.from_numpy(others)).numpy()
+
+
+class LOCEvaluator(_Evaluator):
+    """Errors of localization, in percent of the images (paper, Tables 13 and 14).
+
+    Every image shows one class; of each class the detection with the highest score counts. With
+    the true class given, an image is wrong if that class's box overlaps no object by 0.5 or more.
+    For the others, the classes are guessed: an image is wrong if no guess is the true class with
+    such a box. It gives {"localization": {"error-true-class", "error-top1", "error-top5"}}, the
+    last two where there are guesses.
+
+    Args:
+        guesses: the classes of each image, best first, by the stem of its file name; see
+            :func:`read_guesses`.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        output_dir: str | None = None,
+        guesses: Mapping[str, Sequence[int]] | None = None,
+    ):
+        super().__init__(dataset_name, output_dir)
+        self.guesses = guesses or {}
+
+    def score(self, found) -> OrderedDict:
+        wrong: dict[str, list[bool]] = {TRUE_CLASS: [], "error-top1": [], "error-top5": []}
+        for image, objects, classes in self.objects():
+            if len(set(classes)) != 1:
+                raise DataError(
+                    f"{self.name}: image {image} shows {len(set(classes))} classes, localization "
+                    "is of one: make the data set with `prepare-data own --one-class`"
+                )
+            is_found = int(classes[0]) if self.is_found(found, image, objects, classes[0]) else None
+            guesses = self.guesses.get(self.stems[image], ())
+            wrong[TRUE_CLASS].append(is_found is None)
+            for name, count in (("error-top1", 1), ("error-top5", TOP)):
+                wrong[name].append(is_found not in guesses[:count])
+        if not self.guesses:
+            wrong = {TRUE_CLASS: wrong[TRUE_CLASS]}
+        errors = {name: 100 * sum(rows) / max(1, len(rows)) for name, rows in wrong.items()}
+        count = len(wrong[TRUE_CLASS])
+        text = ", ".join(f"{name} {value:.2f} %" for name, value in errors.items())
+        logger.info("%s, %d images: %s", self.name, count, text)
+        self.write("loc_results.json", {"images": count, **errors})
+        return OrderedDict(localization=errors)
+
+    @property
+    def stems(self) -> dict[Any, str]:
+        records = DatasetCatalog.get(self.name)
+        return {record["image_id"]: Path(record["file_name"]).stem for record in records}
+
+    @staticmethod
+    def is_found(found, image, objects: np.ndarray, true_class: int) -> bool:
+        if image not in found:
+            return False
+        boxes, scores, classes = found[image]
+        mine = np.flatnonzero(classes == true_class)
+        if not len(mine):
+            return False
+        best = mine[scores[mine].argmax()]
+        return bool(overlaps(boxes[best : best + 1], objects).max() >= IOU)
+
+
+def read_guesses(path: str, class_names: Sequence[str]) -> dict[str, list[int]]:
+    """The guesses in the ``predictions.csv`` of ``evaluate-classifier``, by image.
+
+    Raises:
+        DataError: the file is no such table, or has classes that the data set does not have.
+    """
+    numbers = {name: number for number, name in enumerate(class_names)}
+    found = {}
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                names = [row[f"name{rank}"] for rank in range(1, TOP + 1) if f"name{rank}" in row]
+                found[Path(row["image"]).stem] = [numbers[name] for name in names]
+    except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{path}: {error} is no column of a predictions.csv of evaluate-classifier, or no class"
+            f" of the data set, whose classes are {', '.join(class_names[:5])}, ..."
+        ) from error
+    if not found:
+        raise DataError(f"{path} has no predictions")
+    return found
