@@ -5,18 +5,21 @@ reading of files and ``KEY VALUE`` overrides, with one line for what is wrong in
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import importlib
+import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.utils import comm
-from yaml import YAMLError
+from yaml import Node, SafeLoader, YAMLError
 
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import find_config
@@ -103,6 +106,15 @@ PROJECTS = {
     ),
 }
 """Function that adds keys -> its module in ``detectron2.projects``, names that ask for it."""
+EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
+ARITHMETIC = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+LARGEST = 1e6  # number in a formula
 IS_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD").fullmatch
 
 # Detectron2's modules call it when they are imported; a user of the tools can do nothing about it.
@@ -240,14 +252,56 @@ def load_configs(config_file: str, overrides: Sequence[str]) -> tuple[CfgNode, C
         cfg.MODEL.DEVICE = "cpu"
     if config_file:
         config_file = str(find_config(config_file, "detection"))
-        _merge(cfg, lambda: _add_project_keys(cfg, config_file, overrides))
-        _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
+        with _formulas_as_numbers():
+            _merge(cfg, lambda: _add_project_keys(cfg, config_file, overrides))
+            _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
     planned = cfg.clone()
     _check_pairs(overrides)
     _merge(cfg, lambda: cfg.merge_from_list(list(_as_typed(cfg, overrides))))
     if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
         raise UsageError(f"MODEL.DEVICE {cfg.MODEL.DEVICE}: there is no GPU here; use cpu")
     return cfg, planned
+
+
+@contextmanager
+def _formulas_as_numbers() -> Iterator[None]:
+    """Inside, YAML's tag of ``eval``, which Detectron2's RetinaNet base has, is read as numbers.
+
+    Nothing is executed: of Python there are numbers, arithmetic, lists and ``for x in [...]``.
+    """
+
+    def construct(loader: SafeLoader, node: Node) -> Any:
+        (text,) = loader.construct_sequence(node)
+        try:
+            return _compute(ast.parse(text, mode="eval").body, {})
+        except (ArithmeticError, SyntaxError, TypeError, KeyError) as error:
+            raise YAMLError(f"{text!r} is no formula of numbers and lists") from error
+
+    SafeLoader.add_constructor(EVAL_TAG, construct)
+    try:
+        yield
+    finally:
+        del SafeLoader.yaml_constructors[EVAL_TAG]
+
+
+def _compute(node: ast.AST, names: Mapping[str, float]) -> Any:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return value
+        case ast.Name(id=name):
+            return names[name]
+        case ast.List(elts=parts) | ast.Tuple(elts=parts):
+            return [_compute(part, names) for part in parts]
+        case ast.UnaryOp(op=ast.USub(), operand=value):
+            return -_compute(value, names)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in ARITHMETIC:
+            values = _compute(left, names), _compute(right, names)
+            if max(abs(value) for value in values) > LARGEST:
+                raise ArithmeticError("too large")
+            return ARITHMETIC[type(op)](*values)
+        case ast.ListComp(elt=part, generators=[ast.comprehension(ast.Name(id=name), source, [])]):
+            return [_compute(part, {**names, name: v}) for v in _compute(source, names)]
+    raise TypeError(type(node).__name__)
 
 
 def _check_pairs(overrides: Sequence[str]) -> None:

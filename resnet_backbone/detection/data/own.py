@@ -131,10 +131,10 @@ def _find_format(annotations: Path) -> str:
         if kind:
             return kind
         raise DataError(f"{annotations}: give a folder, a COCO .json or a YOLO data.yaml")
-    texts = (f for f in _files(annotations, ".txt") if not f.name.lower().startswith("readme"))
+    texts = (f for f in files_below(annotations, ".txt") if not f.name.lower().startswith("readme"))
     found = {
-        "voc": next(_files(annotations, ".xml"), None),
-        "coco": next(_files(annotations, ".json"), None),
+        "voc": next(files_below(annotations, ".xml"), None),
+        "coco": next(files_below(annotations, ".json"), None),
         "yolo": next((file for file in texts if _looks_like_yolo(file)), None),
     }
     kinds = [kind for kind, file in found.items() if file]
@@ -157,7 +157,7 @@ def _looks_like_yolo(file: Path) -> bool:
         return False
 
 
-def _files(folder: Path, *suffixes: str) -> Iterator[Path]:
+def files_below(folder: Path, *suffixes: str) -> Iterator[Path]:
     """Files below a folder with one of these suffixes in any case, in the order of their names."""
     for place, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
@@ -171,7 +171,7 @@ def _pair(
 ) -> Iterator[tuple[Path, Path]]:
     """(annotation, image) of one name; images are looked for by their path, then by their name."""
     by_path, by_name = {}, defaultdict(list)
-    for image in _files(images, *IMAGES):
+    for image in files_below(images, *IMAGES):
         by_path.setdefault(image.relative_to(images).with_suffix("").as_posix(), image)
         by_name[image.stem].append(image)
     used = set()
@@ -190,7 +190,7 @@ def _pair(
         report.add("missing-xml", str(image), "no annotation file of this name")
 
 
-def _record(image: Path, size, report: DataReport) -> dict | None:
+def image_record(image: Path, size, report: DataReport) -> dict | None:
     size = check_image(report, str(image), size, decode=True)
     if size is None:
         return None
@@ -198,7 +198,7 @@ def _record(image: Path, size, report: DataReport) -> dict | None:
     return dict(file_name=name, image_id=name, width=size[0], height=size[1], annotations=[])
 
 
-def _add_box(record: dict, category, box, report: DataReport, origin: int = 0, **more) -> None:
+def add_box(record: dict, category, box, report: DataReport, origin: int = 0, **more) -> None:
     """Adds (x0, y0, x1, y1) to a record, or what is wrong with it to the report."""
     size = record["width"], record["height"]
     box = fit_box(report, record["file_name"], str(category), box, size, origin)
@@ -212,13 +212,13 @@ def _add_box(record: dict, category, box, report: DataReport, origin: int = 0, *
 
 def _read_voc(images: Path, annotations: Path, report: DataReport):
     records = []
-    for xml, image in _pair(list(_files(annotations, ".xml")), images, annotations, report):
+    for xml, image in _pair(list(files_below(annotations, ".xml")), images, annotations, report):
         try:
             _, size, objects = read_annotation(str(xml))
         except (OSError, ValueError) as error:
             report.add("broken-xml", str(xml), str(error))
             continue
-        record = _record(image, size, report)
+        record = image_record(image, size, report)
         if record is None:
             continue
         records.append(record)
@@ -226,11 +226,11 @@ def _read_voc(images: Path, annotations: Path, report: DataReport):
             if problem:
                 report.add("bad-box", str(xml), problem)
             else:  # VOC counts pixels from 1
-                _add_box(record, name, box, report, origin=1, iscrowd=int(difficult))
-    return records, _number_classes(records)
+                add_box(record, name, box, report, origin=1, iscrowd=int(difficult))
+    return records, number_classes(records)
 
 
-def _number_classes(records: list[dict]) -> list[str]:
+def number_classes(records: list[dict]) -> list[str]:
     """Replaces class names by their places in the sorted list, which is returned."""
     names = sorted({one["category_id"] for record in records for one in record["annotations"]})
     for one in (one for record in records for one in record["annotations"]):
@@ -239,7 +239,7 @@ def _number_classes(records: list[dict]) -> list[str]:
 
 
 def _read_coco(images: Path, annotations: Path, report: DataReport):
-    files = [annotations] if annotations.is_file() else list(_files(annotations, ".json"))
+    files = [annotations] if annotations.is_file() else list(files_below(annotations, ".json"))
     records = []
     for file in files:
         content = read_coco(str(file))
@@ -258,7 +258,7 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
                 one["category_id"] = categories[one["category_id"]]
                 one["bbox"] = BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS)
         records += found
-    return records, _number_classes(records)
+    return records, number_classes(records)
 
 
 def _image_root(file: Path, images: Path) -> str:
@@ -274,10 +274,10 @@ def _read_yolo(images: Path, annotations: Path, report: DataReport):
     top = annotations.parent if annotations.is_file() else annotations
     names = _yolo_names(annotations, top if annotations.is_file() else images)
     skipped = ("classes.txt", "obj.names", "_darknet.labels")
-    texts = [f for f in _files(top, ".txt") if f.name not in skipped and _is_label(f)]
+    texts = [f for f in files_below(top, ".txt") if f.name not in skipped and _is_label(f)]
     records = []
     for text, image in tqdm(list(_pair(texts, images, top, report)), desc="reading", disable=None):
-        record = _record(image, None, report)
+        record = image_record(image, None, report)
         if record is None:
             continue
         records.append(record)
@@ -306,11 +306,11 @@ def _add_yolo_line(record: dict, line: str, names: Sequence[str], where: str, re
     points = [n * (height if k % 2 else width) for k, n in enumerate(numbers)]
     if len(points) == 4:
         x, y, w, h = points
-        _add_box(record, category, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), report)
+        add_box(record, category, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), report)
         return
     xs, ys = points[::2], points[1::2]
     box = (min(xs), min(ys), max(xs), max(ys))
-    _add_box(record, category, box, report, segmentation=[points])
+    add_box(record, category, box, report, segmentation=[points])
 
 
 def _yolo_names(annotations: Path, images: Path) -> list[str]:
