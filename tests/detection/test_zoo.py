@@ -1,8 +1,14 @@
-"""Detectron2's own config files, with the name of the backbone replaced."""
+"""Detectron2's own config files with our backbone, and its baselines that are LazyConfigs alone."""
+
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("detectron2")
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.structures import PolygonMasks
+from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection import build_detector
 from resnet_backbone.detection.config import load_config
@@ -46,3 +52,32 @@ def test_retinanet_of_the_zoo_with_our_backbone(tmp_path):
 def test_formulas_are_not_executed(tmp_path, formula):
     with pytest.raises(UsageError, match="is no formula of numbers and lists"):
         load_config(write(tmp_path, formula), [])
+
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs"
+SMALL = "depth=18 norm=BN".split()
+LAZY = {
+    "detection/coco/fcos_R_50_FPN_lazy.py": {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"},
+    "segmentation/coco/mask_rcnn_R_50_FPN_LSJ_lazy.py": {
+        *("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_baselines_that_are_lazy_configs_start(name, images):
+    config = LazyConfig.load(str(FOLDER / name))
+    assert set(config) == {"model", "dataloader", "optimizer", "lr_multiplier", "train"}
+    keys = [f"model.backbone.bottom_up.{word}" for word in SMALL]
+    keys += ["model.backbone.norm=BN"] if "LSJ" in name else []
+    model = instantiate(LazyConfig.apply_overrides(config, keys).model)
+    for given in images:
+        boxes = given["instances"].gt_boxes.tensor.tolist()
+        outlines = [[[x, y, x1, y, x1, y1, x, y1]] for x, y, x1, y1 in boxes]
+        given["instances"].gt_masks = PolygonMasks(outlines)
+    with EventStorage():
+        losses = model(images)
+    assert set(losses) == LAZY[name] and all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    schedule = instantiate(config.lr_multiplier)
+    assert schedule(0.5) == pytest.approx(1) and schedule(0.999) == pytest.approx(0.01)
