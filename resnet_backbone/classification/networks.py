@@ -182,7 +182,7 @@ def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") ->
     match the file key by key.
 
     Raises:
-        WeightsError: see :func:`resnet_backbone.weights.read_weights`.
+        WeightsError: see :func:`resnet_backbone.load_weights`.
     """
     if isinstance(model, StagedNetwork):
         return load_weights(model, path, preprocessing)

@@ -25,7 +25,7 @@ from resnet_backbone.classification.networks import NORMS, Checkpoints, NetworkS
 from resnet_backbone.classification.protocols import Center, Full
 from resnet_backbone.classification.step import AMP, LearningRate, Schedule, TrainStep, build_sgd
 from resnet_backbone.classification.trainer import FINAL, Trainer
-from resnet_backbone.models.analysis import count_parameters
+from resnet_backbone.models import count_parameters
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World

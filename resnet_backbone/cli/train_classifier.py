@@ -15,7 +15,7 @@ from resnet_backbone.classification.networks import checkpoints_in, newest_weigh
 from resnet_backbone.classification.run import ClassificationRun, check_processes
 from resnet_backbone.classification.trainer import FINAL
 from resnet_backbone.cli import CommandParser
-from resnet_backbone.models.analysis import count_parameters
+from resnet_backbone.models import count_parameters
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world

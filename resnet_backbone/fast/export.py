@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_backbone.fast.optimize import fold_bn
-from resnet_backbone.models.network import StagedNetwork
+from resnet_backbone.models.layers import StagedNetwork
 from resnet_backbone.weights.preprocessing import Preprocessing
 
 EXAMPLE_SIZE = (2, 224, 288)  # batch, height, width: all differ, none is 1

@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from resnet_backbone import models
-from resnet_backbone.models.layers import ConvNorm, ConvNormAct, FrozenBatchNorm2d, scale_and_shift
-from resnet_backbone.models.network import StagedNetwork
+from resnet_backbone.models.layers import (
+    ConvNorm,
+    ConvNormAct,
+    FrozenBatchNorm2d,
+    StagedNetwork,
+    scale_and_shift,
+)
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")

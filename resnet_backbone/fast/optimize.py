@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from resnet_backbone.fast.folding import fold_bn
-from resnet_backbone.models.layers import ConvNorm
-from resnet_backbone.models.network import StagedNetwork
+from resnet_backbone.models.layers import ConvNorm, StagedNetwork
 from resnet_backbone.models.resnet import ResidualBlock
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

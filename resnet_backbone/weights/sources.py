@@ -57,13 +57,12 @@ PYTORCH = "https://download.pytorch.org/models/"
 
 _MSRA = replace(PREPROCESSINGS["msra"], source=f"{MODEL_ZOO}; {PREPROCESSINGS['msra'].source}")
 _CONVERTED = replace(PREPROCESSINGS["torchvision"], source=CONVERT_SCRIPT)
-DETECTRON2_DEFAULT = Preprocessing(
-    "BGR",
-    255.0,
-    (103.53, 116.28, 123.675),
-    (1.0, 1.0, 1.0),
-    stride_in_1x1=True,
+DETECTRON2_DEFAULT = replace(
+    PREPROCESSINGS["msra"],
+    mean=(103.53, 116.28, 123.675),
     source="facebookresearch/detectron2, MODEL_ZOO.md and detectron2/config/defaults.py",
+    resize_size=None,
+    crop_size=None,
 )
 _GROUP_NORM = replace(DETECTRON2_DEFAULT, stride_in_1x1=False, source=GROUP_NORM_CONFIG)
 
@@ -88,8 +87,6 @@ BY_ADDRESS: dict[str, Preprocessing] = {
         )
     },
 }
-# ``__author__`` of a Detectron2 pickle -> convention, where the script that writes it says so.
-BY_AUTHOR: dict[str, Preprocessing] = {"torchvision": _CONVERTED}
 # Detectron2's names of Detectron1's files (detectron2/checkpoint/catalog.py) -> address.
 CATALOG = {
     "ImageNetPretrained/MSRA/R-50": f"{DETECTRON1}ImageNetPretrained/MSRA/R-50.pkl",
@@ -112,15 +109,14 @@ class ResolvedSource:
 def resolve(source: str | os.PathLike) -> ResolvedSource:
     """Finds a source, and downloads it if need be.
 
+    Raises WeightsError: unknown name, no network, no such file.
+
     Args:
         source: a local file or folder; ``torchvision://resnet50/IMAGENET1K_V2`` (without the
             entry torchvision's DEFAULT, its best one); ``timm://resnet50.a1_in1k``;
             ``hf://microsoft/resnet-50`` (``@revision`` may follow);
             ``detectron2://ImageNetPretrained/MSRA/R-101.pkl``;
             ``catalog://ImageNetPretrained/MSRA/R-50``; an ``https://`` address of a file.
-
-    Raises:
-        WeightsError: unknown name, no network, no such file.
     """
     scheme, separator, name = str(source).partition("://")
     if not separator:
@@ -167,11 +163,10 @@ def _cached(url: str) -> Path:
 def download(url: str, target: Path, sha256: str = "") -> Path:
     """Fetches a file unless it is there; an interrupted download leaves nothing behind.
 
+    Raises WeightsError: naming the address and the place where a file fetched by hand belongs.
+
     Args:
         sha256: hexadecimal digits with which that of the file must begin.
-
-    Raises:
-        WeightsError: naming the address and the place where a file fetched by hand belongs.
     """
     if target.is_file():
         return target
@@ -263,11 +258,7 @@ def _from_hugging_face(name: str) -> ResolvedSource:
 
 
 def stated_convention(file: RawFile) -> Preprocessing | None:
-    """What our detectors, and files that this package writes for Detectron2, say of their input.
-
-    Raises:
-        WeightsError: something unreadable.
-    """
+    """What our detectors, and files that this package writes for Detectron2, say of their input."""
     with named(file.path):
         if file.container in ("torch", "pickle") and PREPROCESSING_KEY in file.metadata:
             return Preprocessing.from_json(file.metadata[PREPROCESSING_KEY])
@@ -282,13 +273,13 @@ def convention_of_content(file: RawFile) -> Preprocessing | None:
 
     Beside what it states: torchvision's files by their published hash, wherever they lie and
     whatever their name; Detectron2's pickles by an ``__author__`` that stands for one script.
-
-    Raises:
-        WeightsError: it states something unreadable.
+    Raises WeightsError: it states something unreadable.
     """
     stated = stated_convention(file)
-    if stated is not None or file.container != "torch":
-        return stated or BY_AUTHOR.get(file.metadata.get("__author__", ""))
+    if stated is not None:
+        return stated
+    if file.container != "torch":  # of a Detectron2 pickle its script says it
+        return _CONVERTED if file.metadata.get("__author__") == "torchvision" else None
     published = torchvision_entry(
         lambda weights: file.sha256.startswith(published_hash(weights) or "none")
     )

@@ -74,7 +74,6 @@ def test_detr_sees_the_maps_of_the_original_network(
         assert (x - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max(), stage
 
 
-@pytest.mark.data
 @pytest.mark.parametrize(
     "kind, config",
     [
@@ -82,20 +81,16 @@ def test_detr_sees_the_maps_of_the_original_network(
         (ConditionalDetrForObjectDetection, ConditionalDetrConfig),
     ],
 )
-def test_detectors_train_on_photographs_with_the_papers_weights(
-    kind, config, data_root, voc_images
-):
-    file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
-    checkpoint = rgb_checkpoint(file, "msra")
+def test_detectors_train(kind, config, weights_file, photo):
+    checkpoint = rgb_checkpoint(weights_file("resnet50", "msra")[0])
     model = detr(checkpoint, kind, config).train()
     load_backbone(model, checkpoint)
     processor = DetrImageProcessor(**image_normalization(checkpoint.preprocessing))
     box = dict(bbox=[20, 20, 60, 50], category_id=3, area=3000, iscrowd=0)
-    size = {"shortest_edge": 96, "longest_edge": 128}
     batch = processor(
-        [pixels(image) for image in voc_images],
+        [pixels(photo), pixels(photo[:, :80])],
         annotations=[dict(image_id=i, annotations=[box]) for i in range(2)],
-        size=size,
+        size={"shortest_edge": 96, "longest_edge": 128},
         return_tensors="pt",
     )
     loss = model(**batch).loss

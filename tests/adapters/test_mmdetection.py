@@ -89,15 +89,14 @@ def test_norm_cfg():
 )
 def test_weights_come_from_init_cfg(name, settings, style, weights_file, photo, normalised):
     path, network = weights_file("resnet50", name)
-    backbone = PaperResNet(
-        50,
-        style=style,
-        frozen_stages=1,
-        data_preprocessor=settings,
-        init_cfg=dict(type="Pretrained", checkpoint=str(path)),
-    ).eval()
+    pretrained = dict(type="Pretrained", checkpoint=str(path))
+    source = dict(data_preprocessor=settings, init_cfg=pretrained)
+    backbone = PaperResNet(50, style=style, frozen_stages=1, **source).eval()
     assert not torch.equal(backbone.network.res3[0].conv1.weight, network.res3[0].conv1.weight)
     backbone.init_weights()
+    other = {"caffe": "pytorch", "pytorch": "caffe"}[style]
+    with pytest.raises(WeightsError, match=f'style="{style}"'):
+        PaperResNet(50, style=other, **source).init_weights()
     image = normalised(photo, get_preprocessing(name))
     with torch.no_grad():
         wanted = network.forward_features(image)
@@ -120,16 +119,6 @@ def test_a_model_of_mmengine_initialises_it(weights_file):
     before = fresh.backbone.network.res5[1].conv2.weight.clone()
     fresh.init_weights()
     assert torch.equal(fresh.backbone.network.res5[1].conv2.weight, before)
-
-
-@pytest.mark.data
-def test_the_papers_weights(data_root):
-    file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
-    pretrained = dict(type="Pretrained", checkpoint=str(file), preprocessing="msra")
-    backbone = PaperResNet(50, style="caffe", data_preprocessor=MSRA, init_cfg=pretrained)
-    backbone.init_weights()
-    with pytest.raises(WeightsError, match='style="caffe"'):
-        PaperResNet(50, data_preprocessor=MSRA, init_cfg=pretrained).init_weights()
 
 
 def test_what_no_tensor_shows_is_compared(weights_file):

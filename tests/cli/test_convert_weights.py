@@ -290,7 +290,7 @@ def test_wrong_input_is_one_line(run, ours, silent, tmp_path):
         (("verify", ours, silent), ["--preprocessing-b msra|"]),
         (("convert", ours, ours), ["there already", "--overwrite"]),
         (("convert", ours, tmp_path / "x.onnx"), [".safetensors"]),
-        (("convert", ours, out, "--preprocessing", "torchvision"), ["carries its own"]),
+        (("convert", ours, out, "--preprocessing", "torchvision"), ["its metadata"]),
         (("convert", ours, out, "--preprocessing", "imagenet"), ["imagenet", "msra"]),
         ((*named, "--model", "vgg16"), ["vgg16"]),
         (("convert", ours, pth, "--to", "torchvision", "--channel-order-to", "BGR"), ["RGB only"]),

@@ -170,11 +170,7 @@ def test_norms(norm, layer):
 def test_unfit_norms():
     with pytest.raises(ValueError, match="unknown norm 'bn': use one of BN, FrozenBN, SyncBN, GN"):
         build_norm("bn", 64)
-    with pytest.raises(ValueError, match="multiple of 32 channels, not 16"):
-        build_on_meta("cifar_resnet20", norm="GN")
     assert build_norm("GN", 64).num_groups == 32
-    with pytest.raises(ValueError, match="needs a norm with a weight"):
-        build_on_meta("resnet18", norm="", zero_init_residual=True)
 
 
 def test_frozen_norm_by_hand():

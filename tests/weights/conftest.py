@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from libraries import randomise
+from drawn_networks import randomise
 from PIL import Image
 
 from resnet_backbone.weights import Checkpoint, ModelSpec, get_preprocessing, read_checkpoint

@@ -53,9 +53,8 @@ def _write(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
 def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
     """Refuses transformers' ResNets that are none of ours and have the same tensors.
 
-    Raises:
-        OtherNetwork: another activation, or a first stage that halves the resolution.
-        ValueError: ``downsample_in_bottleneck`` is not true or false.
+    Raises OtherNetwork: another activation, or a first stage that halves the resolution. Raises
+    ValueError: ``downsample_in_bottleneck`` is not true or false.
     """
     for key, ours in (("hidden_act", "relu"), ("downsample_in_first_stage", False)):
         value = config.get(key, ours)
@@ -112,15 +111,8 @@ def _hugging_face_sizes(processor: Mapping[str, Any]) -> tuple[int | None, int |
     return (size, crop) if crop else (None, None)
 
 
-def hugging_face_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """``config.json`` and ``preprocessor_config.json`` of transformers."""
-    return {
-        "config.json": _hugging_face_model(checkpoint),
-        "preprocessor_config.json": _hugging_face_processor(checkpoint.preprocessing),
-    }
-
-
-def _hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
+def hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """``config.json`` of transformers."""
     model = checkpoint.model
     block, depths = DEPTHS[int(model.name.rpartition("resnet")[2])]
     num_stages = len({key[:4] for key in checkpoint.tensors if key.startswith("res")})
@@ -145,7 +137,8 @@ def _hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _hugging_face_processor(preprocessing: Preprocessing) -> dict[str, Any]:
+def hugging_face_processor(preprocessing: Preprocessing) -> dict[str, Any]:
+    """``preprocessor_config.json`` of transformers."""
     resize, crop = preprocessing.center_crop()
     filters = {name: number for number, name in FILTERS.items()}
     return {

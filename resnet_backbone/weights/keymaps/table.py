@@ -12,12 +12,12 @@ from torch import Tensor
 
 from resnet_backbone.models import list_models
 from resnet_backbone.models.resnet import DEPTHS
-from resnet_backbone.weights.architecture import COUNTER, FIRST_KEYS, constructor_options
+from resnet_backbone.weights.architecture import COUNTER, constructor_options, first_key
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
 
 Tensors = Mapping[str, Tensor]
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", COUNTER)
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,15 @@ class Layout:
     def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
         """The library's tensors under this package's keys, without ``num_batches_tracked``.
 
-        That none is missing is for ``infer_models`` to say.
-
-        Raises:
-            ValueError: a key that the library's networks of the paper do not have.
+        That none is missing is for ``infer_models`` to say. Raises ValueError: a key that the
+        library's networks of the paper do not have.
         """
         return without_counters(self.read(tensors))
 
     def from_ours(self, tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
         """The library's tensors, whole for a strict load there.
 
-        Raises:
-            ValueError: a network that the library does not have, with those that do.
+        Raises ValueError: a network that the library does not have, with those that do.
         """
         check_support(self.name, model)
         return self.write(tensors, model)
@@ -81,32 +78,26 @@ def resnet_modules(
     return modules
 
 
-def torch_keys(modules: list[Module], bias: bool = False) -> dict[str, str]:
-    """Library's key -> our key of PyTorch modules; with ``bias`` the convolutions may have one."""
+def torch_keys(modules: Iterable[Module], bias: bool = False) -> dict[str, str]:
+    """Library's key -> our key of PyTorch modules; ``bias`` where the layers may have one."""
     table = {}
     for module in modules:
-        table[f"{module.conv}.weight"] = f"{module.ours}.weight"
-        if bias:
-            table[f"{module.conv}.bias"] = f"{module.ours}.bias"
-        for tensor in NORM_TENSORS if module.norm else ():
+        for tensor in ("weight", "bias") if bias else ("weight",):
+            table[f"{module.conv}.{tensor}"] = f"{module.ours}.{tensor}"
+        for tensor in (*NORM_TENSORS, COUNTER) if module.norm else ():
             table[f"{module.norm}.{tensor}"] = f"{module.ours}.norm.{tensor}"
     return table
 
 
 def linear_keys(layers: Mapping[str, str]) -> dict[str, str]:
     """Library's key -> our key of linear layers."""
-    return {
-        f"{theirs}.{tensor}": f"{ours}.{tensor}"
-        for theirs, ours in layers.items()
-        for tensor in ("weight", "bias")
-    }
+    return torch_keys((Module(ours, theirs) for theirs, ours in layers.items()), bias=True)
 
 
 def rename(tensors: Tensors, table: Mapping[str, str], network: str) -> dict[str, Tensor]:
     """The same tensors under the keys of a table, which are those of a ``network``.
 
-    Raises:
-        ValueError: for a key that is not in the table, or two that name one tensor.
+    Raises ValueError: for a key that is not in the table, or two that name one tensor.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -217,16 +208,14 @@ SUPPORT = {
 def check_support(library: str, model: ModelSpec) -> None:
     """Refuses a network that a library does not have.
 
-    ``stride_in_1x1`` is looked at only where the specification has it.
-
-    Raises:
-        ValueError: saying why, and which layouts take the network.
+    ``stride_in_1x1`` is looked at only where the specification has it. Raises ValueError: saying
+    why, and which layouts take the network.
     """
     problem = _problem(SUPPORT[library], model) if library in SUPPORT else ""
     if problem:
         others = [name for name, support in SUPPORT.items() if not _problem(support, model)]
         able = " and ".join([*others, "resnet_backbone"])
-        raise ValueError(f"{library} has no such network: {problem}; layouts that do: {able}")
+        raise WeightsError(f"{library} has no such network: {problem}; layouts that do: {able}")
 
 
 def _problem(support: Support, model: ModelSpec) -> str:
@@ -265,8 +254,7 @@ def shorten(text: str) -> str:
 
 def in_channels(checkpoint: Checkpoint) -> int:
     """Of the images that a checkpoint's network takes."""
-    key = next(key for key in FIRST_KEYS if key in checkpoint.tensors)
-    return checkpoint.tensors[key].shape[1]
+    return checkpoint.tensors[first_key(checkpoint.tensors)].shape[1]
 
 
 # How a written file is used
