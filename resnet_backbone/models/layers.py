@@ -112,14 +112,9 @@ class ConvNorm(nn.Conv2d):
         norm: Norm = "BN",
     ):
         norm_layer = build_norm(norm, out_channels)
+        padding, bias = dilation * (kernel_size - 1) // 2, norm_layer is None
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=dilation * (kernel_size - 1) // 2,
-            dilation=dilation,
-            bias=norm_layer is None,
+            in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias
         )
         self.norm = norm_layer
 
@@ -152,15 +147,10 @@ def freeze(module: nn.Module) -> None:
     """Stops a module's training in place: no gradients, and batch norms become constants."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    _freeze_batch_norms(module)
-
-
-def _freeze_batch_norms(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            setattr(module, name, FrozenBatchNorm2d.from_batch_norm(child))
-        else:
-            _freeze_batch_norms(child)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                setattr(parent, name, FrozenBatchNorm2d.from_batch_norm(child))
 
 
 def init_he(module: nn.Module, activation: str = "relu") -> None:

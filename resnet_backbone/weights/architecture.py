@@ -120,16 +120,13 @@ def _with_classes(spec: ModelSpec) -> str:
     return f"{spell(spec)} with {spec.num_classes or 'no'} classes"
 
 
-def deepest_stage(tensors: Iterable[str]) -> str:
+def deepest_stage(keys: Iterable[str]) -> str:
     """Name of the last stage that tensors under this package's keys have: "res5", "conv4" ...
 
     Raises ValueError: if they are of none of this package's networks, or lack a stage in between.
-
-    Args:
-        tensors: their keys, or a dict of them.
     """
-    stages = _STAGES_BY_FIRST_KEY[first_key(tensors)]
-    found = {key.partition(".")[0] for key in tensors}
+    stages = _STAGES_BY_FIRST_KEY[first_key(keys)]
+    found = {key.partition(".")[0] for key in keys}
     present = [name for name in stages if name in found]
     if present != list(stages[: len(present)]):
         missing = next(name for name in stages if name not in found)

@@ -197,10 +197,5 @@ def write_tensors(
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     if preprocessing.mean_image is not None:
         tensors[MEAN_IMAGE_KEY] = preprocessing.mean_image.detach().cpu().contiguous()
-    write_file(save(tensors, texts), path)  # not save_file, whose files only their owner can read
-
-
-def write_file(data: bytes, path: Path) -> None:
-    """Writes a file whole or not at all: the old one stands until the new one is on the disk."""
-    with whole_file(path) as temporary:
-        temporary.write_bytes(data)
+    with whole_file(path) as temporary:  # not save_file, whose files only their owner can read
+        temporary.write_bytes(save(tensors, texts))

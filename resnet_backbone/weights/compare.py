@@ -54,11 +54,7 @@ class Difference:
 def outputs_of(
     network: StagedNetwork, normalize: InputNormalizer, images: Tensor, stage: str = ""
 ) -> Tensor:
-    """Logits (N, num_classes), or with ``stage`` its feature map; fp32.
-
-    Args:
-        images: uint8 (N, 3, H, W), RGB.
-    """
+    """Logits (N, num_classes), or with ``stage`` its map, of uint8 images (N, 3, H, W) in RGB."""
     parts = []
     for batch in images.split(BATCH):
         x = normalize(batch)

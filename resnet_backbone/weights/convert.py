@@ -60,7 +60,10 @@ def convert_input(
         WeightsError: another range, a std that is not positive.
     """
     if channel_order and channel_order != checkpoint.preprocessing.channel_order:
-        checkpoint = _reversed_channels(checkpoint)
+        key = first_convolution(checkpoint.tensors)
+        tensors = {**checkpoint.tensors, key: checkpoint.tensors[key].flip(1)}
+        new = checkpoint.preprocessing.reversed_channels()
+        checkpoint = replace(checkpoint, tensors=tensors, preprocessing=new)
     if value_range not in (None, 1.0, 255.0):
         raise WeightsError(f"value_range is 1.0 or 255.0, not {value_range}")
     if value_range not in (None, checkpoint.preprocessing.value_range):
@@ -69,13 +72,6 @@ def convert_input(
     if std is not None:
         checkpoint = _with_std(checkpoint, std)
     return checkpoint
-
-
-def _reversed_channels(checkpoint: Checkpoint) -> Checkpoint:
-    key = first_convolution(checkpoint.tensors)
-    tensors = {**checkpoint.tensors, key: checkpoint.tensors[key].flip(1)}
-    new = checkpoint.preprocessing.reversed_channels()
-    return replace(checkpoint, tensors=tensors, preprocessing=new)
 
 
 def _with_std(checkpoint: Checkpoint, std: Sequence[float]) -> Checkpoint:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from resnet_backbone.runtime.files import whole_file
 from resnet_backbone.weights.architecture import deepest_stage
-from resnet_backbone.weights.checkpoint import Checkpoint, write_checkpoint, write_file
+from resnet_backbone.weights.checkpoint import Checkpoint, write_checkpoint
 from resnet_backbone.weights.convert import convert_input
 from resnet_backbone.weights.keymaps import LAYOUTS
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_model, hugging_face_processor
@@ -42,14 +42,13 @@ class Format:
     suffixes: tuple[str, ...]  # of the file; empty: a folder
     value_range: float | None = None  # that its users normalize in; None: any
     rgb: bool = False  # it takes nothing else
-    whole: bool = False  # backbones that stop early do not fit its network
 
 
 BN_EPS = 1e-5  # of other libraries' batch norms, which no file of theirs says
 FORMATS = {
     "resnet_backbone": Format((".safetensors",)),
-    "torchvision": Format((".pth", ".safetensors"), 1.0, rgb=True, whole=True),
-    "timm": Format((), 1.0, rgb=True, whole=True),
+    "torchvision": Format((".pth", ".safetensors"), 1.0, rgb=True),
+    "timm": Format((), 1.0, rgb=True),
     "huggingface": Format((), 1.0, rgb=True),
     "detectron2": Format((".pkl", ".pth"), 255.0),
     "caffe2": Format((".pkl",), 255.0),
@@ -98,7 +97,8 @@ def export_checkpoint(
     whole = torch.contiguous_format  # copies: views would bring all of their storage
     tensors = {key: value.detach().clone(memory_format=whole) for key, value in tensors.items()}
     if FORMATS[format].suffixes:
-        write_file(_file_bytes(tensors, written, format, path.suffix), path)
+        with whole_file(path) as file:
+            file.write_bytes(_file_bytes(tensors, written, format, path.suffix))
     else:
         files = _safetensors_files(tensors, written, shard_size)
         if format == "timm":
@@ -149,7 +149,7 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
             "write resnet_backbone, or take its channel means in place of it "
             "(--accept-channel-means), which is not exactly the same"
         )
-    _check_network(checkpoint, format, rules)
+    _check_network(checkpoint, format)
     order = "RGB" if rules.rgb else preprocessing.channel_order
     checkpoint = convert_input(checkpoint, channel_order=order, value_range=rules.value_range)
     stride = checkpoint.preprocessing.stride_in_1x1
@@ -162,7 +162,7 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
     )
 
 
-def _check_network(checkpoint: Checkpoint, format: str, rules: Format) -> None:
+def _check_network(checkpoint: Checkpoint, format: str) -> None:
     eps = checkpoint.preprocessing.bn_eps
     has_norms = any(key.endswith(".norm.running_var") for key in checkpoint.tensors)
     if has_norms and eps != BN_EPS:
@@ -171,7 +171,7 @@ def _check_network(checkpoint: Checkpoint, format: str, rules: Format) -> None:
             f"convert with --bn-eps-to {BN_EPS}, their factors make up for it"
         )
     name, deepest = checkpoint.model.name, deepest_stage(checkpoint.tensors)
-    if rules.whole and deepest not in ("res5", "conv5"):
+    if format in ("torchvision", "timm") and deepest not in ("res5", "conv5"):
         raise WeightsError(f"these weights end at {deepest}, {format}'s {name} has all stages")
     if format == "timm" and name.startswith("vgg") and "fc7.weight" not in checkpoint.tensors:
         raise WeightsError(

@@ -25,8 +25,8 @@ class WeightsError(ValueError):
     """Weights that cannot be used as asked; the message says what to change."""
 
 
-def one_line(error: Exception, limit: int = 400) -> str:
-    """An error's text for a message: what a file says may be long, and have line breaks."""
+def one_line(error: Exception | str, limit: int = 400) -> str:
+    """A text for a message: what a file says may be long, and have line breaks."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."
 
@@ -193,14 +193,8 @@ class Preprocessing(JsonRecord):
         strides = {-1.0: None, 0.0: False, 1.0: True}
         if order not in (0.0, 1.0) or stride not in strides or not all(map(math.isfinite, numbers)):
             raise WeightsError(f"a checkpoint's {INPUT_SETTINGS} is not what this package writes")
-        return cls(
-            ORDERS[int(order)],
-            255.0,
-            tuple(numbers[:3]),
-            tuple(numbers[3:]),
-            stride_in_1x1=strides[stride],
-            source="a detector's checkpoint",
-        )
+        stated = dict(stride_in_1x1=strides[stride], source="a detector's checkpoint")
+        return cls(ORDERS[int(order)], 255.0, numbers[:3], numbers[3:], **stated)
 
 
 CAFFE = ("BGR", 255.0, (103.939, 116.779, 123.68), (1.0, 1.0, 1.0))

@@ -192,10 +192,7 @@ def describe_weights(
 
 
 def read_header(path: str | os.PathLike) -> FileMetadata:
-    """What a local safetensors file says of itself, without its weights.
-
-    Raises WeightsError: the file is missing, damaged or of a later version.
-    """
+    """What a local safetensors file says of itself, see :meth:`FileMetadata.read`."""
     return FileMetadata.read(find_file(path))
 
 
@@ -211,19 +208,15 @@ def agreed_preprocessing(
 ) -> Preprocessing:
     """The one preprocessing on which a file, its origin and the user (``given``) agree.
 
-    Raises UnknownInput: none of them says it. Raises WeightsError: two of them say different
-    things.
-
-    Args:
-        content: what the file's content says beside its metadata.
+    ``content`` is what the file's content says beside its metadata. Raises UnknownInput: none of
+    them says it. Raises WeightsError: two of them say different things.
     """
+    name = repr(given) if isinstance(given, str) else "the given one"
     stated = {
         "its metadata": metadata.preprocessing,
         "its origin": found.preprocessing,
         "its content": content,
-        repr(given) if isinstance(given, str) else "the given one": (
-            get_preprocessing(given) if given else None
-        ),
+        name: get_preprocessing(given) if given else None,
     }
     known = [(who, value) for who, value in stated.items() if value is not None]
     if not known:

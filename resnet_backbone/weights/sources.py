@@ -54,6 +54,7 @@ DETECTRON2, DETECTRON1 = (
     f"https://dl.fbaipublicfiles.com/{name}/" for name in ("detectron2", "detectron")
 )
 PYTORCH = "https://download.pytorch.org/models/"
+MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # of a config.json
 
 _MSRA = replace(PREPROCESSINGS["msra"], source=f"{MODEL_ZOO}; {PREPROCESSINGS['msra'].source}")
 _CONVERTED = replace(PREPROCESSINGS["torchvision"], source=CONVERT_SCRIPT)
@@ -163,10 +164,8 @@ def _cached(url: str) -> Path:
 def download(url: str, target: Path, sha256: str = "") -> Path:
     """Fetches a file unless it is there; an interrupted download leaves nothing behind.
 
-    Raises WeightsError: naming the address and the place where a file fetched by hand belongs.
-
-    Args:
-        sha256: hexadecimal digits with which that of the file must begin.
+    Its sha256 must begin with those digits. Raises WeightsError: naming the address and the place
+    where a file fetched by hand belongs.
     """
     if target.is_file():
         return target
@@ -239,12 +238,8 @@ def _from_hugging_face(name: str) -> ResolvedSource:
     configs = ["config.json", "preprocessor_config.json"]
     try:
         for files in (["model.safetensors", "model*.safetensors*"], ["pytorch_model.bin"]):
-            patterns = [*configs, *files]
-            folder = Path(
-                hub.snapshot_download(
-                    repository, revision=revision or None, allow_patterns=patterns
-                )
-            )
+            options = dict(revision=revision or None, allow_patterns=[*configs, *files])
+            folder = Path(hub.snapshot_download(repository, **options))
             if any((folder / file).is_file() for file in FOLDER_FILES):
                 return _described(ResolvedSource(folder))
     except Exception as error:  # of the network, of the service, of its client
@@ -289,32 +284,29 @@ def convention_of_content(file: RawFile) -> Preprocessing | None:
 def _described(found: ResolvedSource) -> ResolvedSource:
     """Adds what config.json and preprocessor_config.json beside the weights say."""
     folder = found.path if found.path.is_dir() else found.path.parent
-    config = _read_json(folder / "config.json")
+
+    def content_of(name: str) -> dict[str, Any]:
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
     try:
+        config = content_of("config.json")
         if "pretrained_cfg" in config or "architecture" in config:
             inner = config.get("pretrained_cfg", config)
             check_timm_network({**inner, **config}, str(folder / "config.json"))
             return replace(found, preprocessing=timm_preprocessing(inner, "timm's config.json"))
         check_hugging_face_network(config, str(folder / "config.json"))
         stride = config.get("downsample_in_bottleneck", False) if config else None
-        processor = _read_json(folder / "preprocessor_config.json")
+        processor = content_of("preprocessor_config.json")
         if not processor:
             return replace(found, stride_in_1x1=stride)
         return replace(found, preprocessing=hugging_face_preprocessing(processor, stride))
     except OtherNetwork:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, *MISFITS) as error:
         raise WeightsError(
             f"{folder}: config.json or preprocessor_config.json cannot be understood "
             f"({type(error).__name__}: {one_line(error)})"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: unreadable ({error})") from error
 
 
 SCHEMES: dict[str, Callable[[str], ResolvedSource]] = {

@@ -106,9 +106,7 @@ def find_network(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[
     return networks[best]
 
 
-def _inner_networks(
-    tensors: Mapping[str, Tensor],
-) -> dict[str, tuple[str, dict[str, Tensor]]]:
+def _inner_networks(tensors: Tensors) -> dict[str, tuple[str, dict[str, Tensor]]]:
     """Prefix -> the network whose tensors have it; none lies within another."""
     prefixes = {key.removesuffix(end) for key in tensors for end in ANCHORS if key.endswith(end)}
     found: dict[str, tuple[str, dict[str, Tensor]]] = {}

@@ -18,7 +18,7 @@ from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.keymaps import table
 from resnet_backbone.weights.keymaps.table import Layout, OtherNetwork, Tensors
-from resnet_backbone.weights.preprocessing import FILTERS, Preprocessing
+from resnet_backbone.weights.preprocessing import FILTERS, Preprocessing, one_line
 
 _PREFIX = "resnet."
 _FIRST_KEY = "embedder.embedder.convolution.weight"
@@ -60,7 +60,7 @@ def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
         value = config.get(key, ours)
         if value != ours:
             raise OtherNetwork(
-                f"{where}: {key} is {table.shorten(repr(value))}, in this package's networks it is "
+                f"{where}: {key} is {one_line(repr(value), 80)}, in this package's networks it is "
                 f"{ours!r}: the same tensors are another function, use them in transformers itself"
             )
     if not isinstance(config.get("downsample_in_bottleneck", False), bool):
@@ -70,11 +70,7 @@ def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
 def hugging_face_preprocessing(
     processor: Mapping[str, Any], stride_in_1x1: bool | None
 ) -> Preprocessing:
-    """The convention of a ``preprocessor_config.json``.
-
-    Args:
-        stride_in_1x1: ``downsample_in_bottleneck`` of the config.json beside it.
-    """
+    """The convention of a ``preprocessor_config.json``; the stride is in the config.json."""
     value_range = 1.0
     if not processor.get("do_rescale", True):
         value_range = 255.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,10 +44,7 @@ class Layout:
         return without_counters(self.read(tensors))
 
     def from_ours(self, tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
-        """The library's tensors, whole for a strict load there.
-
-        Raises ValueError: a network that the library does not have, with those that do.
-        """
+        """The library's tensors, whole for a strict load there; see :func:`check_support`."""
         check_support(self.name, model)
         return self.write(tensors, model)
 
@@ -63,12 +60,10 @@ class Module(NamedTuple):
 def resnet_modules(
     stem: tuple[str, str], name: Callable[[int, int, str], tuple[str, str]]
 ) -> list[Module]:
-    """All convolutions that a ResNet of any depth has.
+    """All convolutions that a ResNet of any depth has, with a library's names of each and its norm.
 
-    Args:
-        stem: the library's names of the stem's convolution and norm.
-        name: the same for the others, from stage (2 to 5), block (from 0) and our name of the
-            layer, "conv1" to "conv3" or "shortcut".
+    ``name`` makes them of stage (2 to 5), block (from 0) and our name of the layer, "conv1" to
+    "conv3" or "shortcut".
     """
     modules = [Module("stem.conv1", *stem)]
     for stage in range(2, 6):
@@ -228,11 +223,7 @@ def _problem(support: Support, model: ModelSpec) -> str:
             return f"{name} has {key}={options[key]!r}"
     if ("VGG" if name.startswith("vgg") else "ResNet", norm) not in support.networks:
         return f"{name} has norm={options['norm']!r}"
-    return _limits(support, model, options)
-
-
-def _limits(support: Support, model: ModelSpec, options: dict[str, Any]) -> str:
-    bottleneck = model.name in ("resnet50", "resnet101", "resnet152")
+    bottleneck = name in ("resnet50", "resnet101", "resnet152")
     if model.options.get("stride_in_1x1") and bottleneck and not support.stride_in_1x1:
         return "its bottlenecks have their stride in the 3x3 convolution (stride_in_1x1=False)"
     if options["in_channels"] != 3 and not support.in_channels:
@@ -245,11 +236,6 @@ def _limits(support: Support, model: ModelSpec, options: dict[str, Any]) -> str:
 
 class OtherNetwork(WeightsError):
     """Weights of a network with the tensors of one of ours and another function."""
-
-
-def shorten(text: str) -> str:
-    """What a file says, for a message."""
-    return " ".join(text.split())[:80]
 
 
 def in_channels(checkpoint: Checkpoint) -> int:

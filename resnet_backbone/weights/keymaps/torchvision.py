@@ -28,7 +28,7 @@ from resnet_backbone.weights.keymaps.table import (
     OtherNetwork,
     Tensors,
 )
-from resnet_backbone.weights.preprocessing import Preprocessing, known_filter
+from resnet_backbone.weights.preprocessing import Preprocessing, known_filter, one_line
 
 VGG_HEAD = table.linear_keys(
     {"classifier.0": "fc6", "classifier.3": "fc7", "classifier.6": "linear"}
@@ -221,7 +221,7 @@ def check_timm_network(config: Mapping[str, Any], where: str) -> None:
 
     Raises OtherNetwork: another architecture, or arguments that make it another function.
     """
-    architecture = table.shorten(str(config["architecture"]).partition(".")[0])
+    architecture = one_line(str(config["architecture"]).partition(".")[0], 80)
     if _RETIRED.sub(r"\1", architecture) not in LIBRARY_NETWORKS:
         raise OtherNetwork(
             f"{where}: timm's {architecture} is not among this package's networks, which are "
@@ -231,7 +231,7 @@ def check_timm_network(config: Mapping[str, Any], where: str) -> None:
     pools = {config.get("global_pool", "avg"), arguments.pop("global_pool", "avg")}
     changed = sorted(arguments.keys() - {"num_classes", "in_chans"})
     if changed or not pools <= {"avg", "fastavg", "", None}:
-        what = table.shorten(", ".join(changed)) or "global_pool"
+        what = one_line(", ".join(changed) or "global_pool", 80)
         raise OtherNetwork(
             f"{where}: timm builds this {architecture} with {what} of its own, which can make it "
             "another function: use it in timm itself"
