@@ -123,9 +123,6 @@ def test_timms_entry_is_a_backbone_of_transformers():
     assert [tuple(x.shape) for x in maps] == [(1, 128, 8, 8), (1, 512, 2, 2)]
 
 
-# --- errors --------------------------------------------------------------------------------------
-
-
 def test_another_stride_or_depth_than_the_models(weights_file):
     checkpoint = rgb_checkpoint(weights_file("resnet50", "msra")[0])
     for config, name in (
@@ -139,17 +136,13 @@ def test_another_stride_or_depth_than_the_models(weights_file):
         assert torch.equal(inner(model).embedder.embedder.convolution.weight, before)
 
 
-def test_weights_that_were_not_converted(weights_file):
+def test_weights_that_were_not_converted_or_have_no_place(weights_file):
     checkpoint = read_checkpoint(weights_file("resnet18", "msra")[0])
     model = detr(checkpoint)
     with pytest.raises(WeightsError, match="rgb_checkpoint"):
         load_backbone(model, checkpoint)
-
-
-def test_a_model_without_our_backbone(weights_file):
-    checkpoint = rgb_checkpoint(weights_file("resnet18", "msra")[0])
     with pytest.raises(WeightsError, match="0 ResNetBackbone"):
-        load_backbone(torch.nn.Linear(2, 2), checkpoint)
+        load_backbone(torch.nn.Linear(2, 2), rgb_checkpoint(weights_file("resnet18", "msra")[0]))
 
 
 @pytest.mark.parametrize("name, options", [("plain18", {}), ("resnet18", {"shortcut": "A"})])

@@ -104,12 +104,13 @@ def test_weights_come_from_init_cfg(name, settings, style, weights_file, photo, 
             assert (x - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max()
 
 
-def test_a_model_of_mmengine_initialises_it(weights_file):
-    class Detector(BaseModule):
-        def __init__(self, backbone):
-            super().__init__()
-            self.backbone = MODELS.build(backbone)
+class Detector(BaseModule):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = MODELS.build(backbone)
 
+
+def test_a_model_of_mmengine_initialises_it(weights_file):
     path, network = weights_file("resnet18", "msra")
     config = dict(type="PaperResNet", depth=18, data_preprocessor=MSRA)
     model = Detector(dict(config, init_cfg=dict(type="Pretrained", checkpoint=str(path))))
@@ -160,17 +161,11 @@ def test_another_data_preprocessor_is_refused(settings, message, weights_file):
     assert torch.equal(backbone.network.res5[1].conv2.weight, before)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(style="tensorflow"),
-        dict(num_stages=3),
-        dict(frozen_stages=5),
-        dict(out_indices=()),
-        dict(out_indices=(0, 4)),
-        dict(norm_cfg=dict(type="BN", eps=1e-3)),
-    ],
-)
+BAD = [dict(style="tensorflow"), dict(num_stages=3), dict(frozen_stages=5), dict(out_indices=())]
+BAD += [dict(out_indices=(0, 4)), dict(norm_cfg=dict(type="BN", eps=1e-3))]
+
+
+@pytest.mark.parametrize("options", BAD)
 def test_bad_values(options):
     with pytest.raises(ValueError):
         PaperResNet(18, **options)

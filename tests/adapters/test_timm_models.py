@@ -46,9 +46,6 @@ def test_entries_are_listed():
     assert not timm.list_pretrained("paper_*")
 
 
-# --- timm's own checks ---------------------------------------------------------------------------
-
-
 @every_entry
 def test_forward(name):
     model = timm.create_model(name).eval()
@@ -185,9 +182,6 @@ def test_torchscript(name):
         assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
-# --- the interface, beyond those -----------------------------------------------------------------
-
-
 def test_the_network_is_ours():
     """The same weights in the package's own network give the same maps and logits."""
     model, ours = timm.create_model("paper_resnet50").eval(), build_model("resnet50").eval()
@@ -214,15 +208,6 @@ def test_output_stride(output_stride, options):
         x = images()
         last = model(x)[-1] if options else model.forward_features(x)
     assert last.shape[-1] == 64 // output_stride
-
-
-@pytest.mark.parametrize("batch, size, channels", [(1, 33, 3), (3, 64, 1), (2, 50, 4)])
-def test_batches_sizes_and_channels(batch, size, channels):
-    model = timm.create_model("paper_resnet18", in_chans=channels, num_classes=7).eval()
-    assert model(images(size, batch, channels)).shape == (batch, 7)
-    assert timm.create_model("paper_resnet18", in_chans=channels, features_only=True)(
-        images(size, batch, channels)
-    )[0].shape == (batch, 64, math.ceil(size / 2), math.ceil(size / 2))
 
 
 @pytest.mark.parametrize("pool, factor", [("avg", 1), ("max", 1), ("catavgmax", 2)])
@@ -278,9 +263,6 @@ def test_grad_checkpointing_keeps_the_gradients():
         model(x).square().sum().backward()
         gradients.append(model.conv1.weight.grad.clone())
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
-
-
-# --- weights -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,6 @@ def original_maps(network, image, preprocessing, normalised):
         return network.forward_features(normalised(image, preprocessing))
 
 
-# --- normalization -------------------------------------------------------------------------------
-
-
 def test_without_weights_the_normalization_is_torchvisions():
     _, norm = fpn_backbone("resnet18")
     assert norm == {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -104,9 +101,6 @@ def test_pixels_give_the_maps_of_the_original_network(
     levels = VGG_LEVELS if name == "vgg11" else RESNET_LEVELS
     for key, stage in zip("0123", levels, strict=True):
         assert (found[key] - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max(), stage
-
-
-# --- the detectors -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,9 +179,6 @@ def test_optimized_deeplab(photo):
         assert relative(fast(photo[None])["out"], model(photo[None])["out"]) < 0.03
 
 
-# --- against torchvision's own -------------------------------------------------------------------
-
-
 def torchvision_file(network, path, prefix=""):
     tensors = {
         key.removeprefix(prefix): value.contiguous()
@@ -262,9 +253,6 @@ def test_deeplab_equals_torchvisions_but_for_the_first_dilated_blocks(
         assert (found[key] - wanted[key]).abs().max() < 1e-4 * wanted[key].abs().max(), key
 
 
-# --- DeepLabV3 -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("output_stride", [8, 16])
 @pytest.mark.parametrize("multi_grid", [(), (1, 2)])
 def test_deeplab_trains(output_stride, multi_grid, photo):
@@ -307,19 +295,11 @@ def test_deeplab_refuses_other_ranges(scale, shift, photo):
         model(photo[None] * scale + shift)
 
 
-# --- errors --------------------------------------------------------------------------------------
-
-
 def test_weights_of_another_network(weights_file):
-    path, _ = weights_file("resnet18", "msra")
     with pytest.raises(WeightsError, match="holds a resnet18, not a resnet50"):
-        fpn_backbone("resnet50", path)
-
-
-def test_another_stride_than_the_weights(weights_file):
-    path, _ = weights_file("resnet50", "msra")
+        fpn_backbone("resnet50", weights_file("resnet18", "msra")[0])
     with pytest.raises(WeightsError, match="stride_in_1x1"):
-        fpn_backbone("resnet50", path, stride_in_1x1=False)
+        fpn_backbone("resnet50", weights_file("resnet50", "msra")[0], stride_in_1x1=False)
 
 
 @pytest.mark.parametrize(

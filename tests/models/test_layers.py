@@ -14,7 +14,7 @@ from resnet_backbone.models import (
     build_model,
     list_models,
 )
-from resnet_backbone.models.layers import ConvNorm, build_norm
+from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.models.resnet import Stem
 
 
@@ -165,12 +165,6 @@ def test_norms(norm, layer):
     layers = [module.norm for module in model.modules() if isinstance(module, ConvNorm)]
     assert len(layers) == 20 and all(type(module) is layer for module in layers)
     assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
-
-
-def test_unfit_norms():
-    with pytest.raises(ValueError, match="unknown norm 'bn': use one of BN, FrozenBN, SyncBN, GN"):
-        build_norm("bn", 64)
-    assert build_norm("GN", 64).num_groups == 32
 
 
 def test_frozen_norm_by_hand():

@@ -160,7 +160,7 @@ def test_freezing_keeps_the_function(norm):
         ("resnet18", {"dilations": (1, 1, 1, 0)}, "dilations \\(1, 1, 1, 0\\): give four"),
         ("resnet18", {"shortcut": "b"}, "unknown shortcut 'b': use one of A, B, C, highway, none"),
         ("resnet18", {"activation": "gelu"}, "unknown activation 'gelu': use one of relu, prelu"),
-        ("resnet18", {"norm": "LN2"}, "unknown norm 'LN2'"),
+        ("resnet18", {"norm": "LN2"}, "unknown norm 'LN2': use one of BN, FrozenBN, SyncBN, GN"),
         ("resnet18", {"freeze_at": 6}, "from 0 to 5, not 6"),
         ("vgg11", {"freeze_at": -1}, "from 0 to 5, not -1"),
         ("plain18", {"zero_init_residual": True}, "zero_init_residual needs shortcuts"),

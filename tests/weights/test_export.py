@@ -55,9 +55,6 @@ def own_logits(checkpoint, images):
     return outputs_of(build_network(checkpoint), normalize, as_tensor(images), stage)
 
 
-# --- how each library loads a file and prepares an image --------------------------------------
-
-
 def as_the_usage_says(exported):
     """Torchvision's network and its transform, by the very lines."""
     scope = dict(vars(torchvision.transforms), torchvision=torchvision, torch=torch)
@@ -128,9 +125,6 @@ def loaded_logits(format, exported, images):
     return LOADERS[format](exported, images)
 
 
-# --- random networks of each library, brought in and taken out ---------------------------------
-
-
 def check_all_ways(name, source, tmp_path, images):
     """From a random network of one library through ours into every other one."""
     torch.manual_seed(0)
@@ -159,9 +153,6 @@ def test_vgg_through_every_library(name, tmp_path, pictures):
     check_all_ways(name, "timm", tmp_path, to_pil(pictures[:1]))
 
 
-# --- the released weights ----------------------------------------------------------------------
-
-
 @pytest.mark.data
 @pytest.mark.parametrize("format", ["huggingface", "detectron2", "caffe2"])
 def test_msra_resnet50_in_other_libraries(format, msra, tmp_path, images):
@@ -179,9 +170,6 @@ def test_vgg16_convolutions_in_torchvision(vgg_convolutions, tmp_path, images):
     with torch.inference_mode():
         found = network.features[:-1](torch.stack([transform(image) for image in images]))
     assert_close(found, own_logits(checkpoint, images))
-
-
-# --- what every file says, and round trips -----------------------------------------------------
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -324,20 +312,15 @@ def test_mean_image_only_in_our_own_files(random_checkpoint, tmp_path):
     export_checkpoint(use_channel_means(before), tmp_path / "x.pth", "torchvision")
 
 
-def test_folded_networks_are_only_ours(random_checkpoint, tmp_path):
-    folded = fold_bn(random_checkpoint("resnet18"))
-    for format in LOADERS:
-        with pytest.raises(WeightsError, match="norm"):
-            export_checkpoint(folded, target(tmp_path, format), format)
-    export_checkpoint(folded, tmp_path / "x.safetensors", "resnet_backbone")
-
-
-def test_another_epsilon_is_refused(random_checkpoint, tmp_path):
+def test_what_no_other_library_has(random_checkpoint, tmp_path):
     before = random_checkpoint("resnet18")
-    before = replace(before, preprocessing=replace(before.preprocessing, bn_eps=1e-3))
+    folded = fold_bn(before)
+    other_eps = replace(before, preprocessing=replace(before.preprocessing, bn_eps=1e-3))
     for format in LOADERS:
-        with pytest.raises(WeightsError, match="BN eps 0.001.*--bn-eps-to"):
-            export_checkpoint(before, target(tmp_path, format), format)
+        for checkpoint, message in ((folded, "norm"), (other_eps, "BN eps 0.001.*--bn-eps-to")):
+            with pytest.raises(WeightsError, match=message):
+                export_checkpoint(checkpoint, target(tmp_path, format), format)
+    export_checkpoint(folded, tmp_path / "x.safetensors", "resnet_backbone")
 
 
 def test_backbones_that_stop_early(random_checkpoint, tmp_path):
@@ -365,9 +348,6 @@ def test_bf16_has_no_numpy(random_checkpoint, tmp_path):
         with pytest.raises(WeightsError, match="bf16.*fp16 or fp32"):
             export_checkpoint(half, tmp_path / "x.pkl", format)
     export_checkpoint(half, tmp_path / "x.pth", "detectron2")
-
-
-# --- paths -------------------------------------------------------------------------------------
 
 
 def test_wrong_targets(random_checkpoint, tmp_path):

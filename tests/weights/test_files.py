@@ -318,13 +318,19 @@ def test_metadata_that_contradict_the_tensors(small, spec, message):
     assert_same(state_of(model), before)
 
 
-def test_a_head_that_is_announced_is_there(small):
-    path, _ = small
-    tensors = {key: value for key, value in load_file(path).items() if "linear" not in key}
+@pytest.mark.parametrize(
+    "left_out, added, message",
+    [
+        ("linear", {}, "with 5 classes, .* linear.weight is missing"),
+        ("none", {"preprocessing.mean_image": torch.ones(4)}, r"has shape \(4,\), not \(3, H, W\)"),
+    ],
+)
+def test_what_is_announced_is_there(small, left_out, added, message):
+    tensors = {key: value for key, value in load_file(small[0]).items() if left_out not in key}
     notes = FileMetadata(MSRA, ModelSpec("cifar_resnet8", 5, {"shortcut": "B"})).texts()
-    save_file(tensors, path, notes)
-    with pytest.raises(WeightsError, match="with 5 classes, .* linear.weight is missing"):
-        read_checkpoint(path)
+    save_file({**tensors, **added}, small[0], notes)
+    with pytest.raises(WeightsError, match=message):
+        read_checkpoint(small[0])
 
 
 def test_two_strides_in_one_file(tmp_path):
@@ -382,14 +388,6 @@ def test_networks_that_no_tensor_tells_apart(tmp_path):
         read_checkpoint(path, "msra", given)
 
 
-def test_a_mean_image_of_another_shape(small):
-    path, _ = small
-    notes = FileMetadata(MSRA, ModelSpec("cifar_resnet8", 5, {"shortcut": "B"})).texts()
-    save_file({**load_file(path), "preprocessing.mean_image": torch.ones(4)}, path, notes)
-    with pytest.raises(WeightsError, match=r"mean_image has shape \(4,\), not \(3, H, W\)"):
-        read_checkpoint(path)
-
-
 def test_the_stems_pooling_is_compared(tmp_path):
     stem = dict(out_features=["stem"])
     save_weights(build_model("resnet18", **stem), tmp_path / "x.safetensors", MSRA)
@@ -409,6 +407,9 @@ def test_descriptions(small, tmp_path, monkeypatch):
     for read in (describe_weights, read_checkpoint):
         with pytest.raises(WeightsError, match="metadata says another preproc.*than 'torchvision'"):
             read(path, "torchvision")
+    deep = tmp_path / "deep.safetensors"
+    save_weights(build_model("cifar_resnet50"), deep, replace(MSRA, stride_in_1x1=None))
+    assert describe_weights(deep).preprocessing.stride_in_1x1 is None  # no bottlenecks
     other = replace(MSRA, resize_size=None, crop_size=None, source="elsewhere")
     save_weights(model, path, other)
     assert describe_weights(path, "msra").preprocessing == other
