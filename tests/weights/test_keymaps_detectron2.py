@@ -111,8 +111,6 @@ def test_no_backbone():
         DETECTRON2.to_ours({"roi_heads.box_head.fc1.weight": torch.ones(1)})
 
 
-# --- Caffe2's blobs ---
-
 STAGES = ("res2", "res3", "res4", "res5")
 OTHER_SPELLING = {
     "bn_s": "bn_gamma",

@@ -203,7 +203,7 @@ SUPPORT = {
 def check_support(library: str, model: ModelSpec) -> None:
     """Refuses a network that a library does not have.
 
-    ``stride_in_1x1`` is looked at only where the specification has it. Raises ValueError: saying
+    ``stride_in_1x1`` is looked at only where the specification has it. Raises WeightsError: saying
     why, and which layouts take the network.
     """
     problem = _problem(SUPPORT[library], model) if library in SUPPORT else ""
