@@ -212,7 +212,7 @@ def test_members_cannot_leave_the_folder(tmp_path, archives, unpack):
 def test_missing_arguments_and_folders(tmp_path, archives, run):
     for options, message in (
         (["--val-archive", archives / "val.tar"], "needs --devkit or --val-labels"),
-        (["--workers", "0"], "--workers 0: at least 1"),
+        (["--workers", "0"], "--workers: 1 at least"),
         ([], "neither train nor val"),
     ):
         status, _, error = run("imagenet", tmp_path, *options)
