@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from resnet_backbone.cli import benchmark
-from resnet_backbone.cli.benchmark import classification
+from resnet_backbone.cli.benchmark import classification, measure, measure_memory
 from resnet_backbone.cli.benchmark.classification import geometry_difference, load_images
-from resnet_backbone.cli.benchmark.interleaved import measure, measure_memory
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ from resnet_backbone.classification.data.loader import LoaderSource
 from resnet_backbone.classification.data.sources import SampleStream, sample_rng
 from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.step import TrainStep, build_sgd
-from resnet_backbone.cli.benchmark.interleaved import (
+from resnet_backbone.cli.benchmark import (
     Run,
     compare_and_measure,
     measure,

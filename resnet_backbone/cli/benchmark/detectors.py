@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 from tqdm import tqdm
 
-from resnet_backbone.cli.benchmark.interleaved import (
+from resnet_backbone.cli.benchmark import (
     compare_and_measure,
     measure,
     measure_memory,
@@ -62,17 +62,17 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
     for arch in args.arch:
         size = args.regions, args.height, args.width, args.batch
         settings = [Setting(arch, number, *size) for number in args.proposals]
-        pair = build_detectors(max(settings, key=lambda setting: setting.proposals))
-        names, step = [], f"training step, {args.regions} regions"
-        for kind in args.kind:
-            for setting in settings if kind == "inference" else settings[:1]:
-                number = f"inference, {setting.proposals} proposals"
-                title = f"{arch}, {number if kind == 'inference' else step}"
-                found = candidates(*pair, kind, prepare_detector(kind, setting))
-                passes = {n: found[n]() for n in found if not n.endswith("compile")}
-                turns = (args.batch, args.repeats)
-                result[title] = compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
-            names += [(kind, name) for name in passes]
+        pair, names = build_detectors(max(settings, key=lambda one: one.proposals)), []
+        titles = {f"{arch}, inference, {s.proposals} proposals": ("inference", s) for s in settings}
+        titles[f"{arch}, training step, {args.regions} regions"] = ("training", settings[0])
+        for title, (kind, setting) in titles.items():
+            if kind not in args.kind:
+                continue
+            found = candidates(*pair, kind, prepare_detector(kind, setting))
+            passes = {name: found[name]() for name in found if not name.endswith("compile")}
+            turns = (args.batch, args.repeats)
+            result[title] = compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
+            names += [(kind, name) for name in passes if (kind, name) not in names]
             if kind == "training":
                 seconds, rows = mapper_seconds(), result[title]["rows"]
                 share = seconds * max(row["images_per_s"]["median"] for row in rows)
@@ -295,12 +295,12 @@ def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
         "categories": [dict(id=c, name=str(c)) for c in range(1, 81)],
         "annotations": truth,
     }
-    engines = {"pycocotools": run_pycocotools, "ours (hotcoco)": run_hotcoco}
 
-    return {
-        name: lambda engine=engine: evaluate_coco(dataset, results, engine=engine)[0]
-        for name, engine in engines.items()
-    }
+    def run(engine) -> dict[str, float]:
+        return evaluate_coco(dataset, results, engine=engine)[0]
+
+    engines = {"pycocotools": run_pycocotools, "ours (hotcoco)": run_hotcoco}
+    return {name: partial(run, engine) for name, engine in engines.items()}
 
 
 @contextlib.contextmanager

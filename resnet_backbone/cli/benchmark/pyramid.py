@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_backbone.cli.benchmark.interleaved import (
-    as_text,
+from resnet_backbone.cli.benchmark import (
     measure,
     measure_memory,
     randomize_norms,
@@ -76,17 +75,15 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
     corner = images[:, :, :256, :320].double()
     differences["float64"] = compare_pyramids(*(network.double() for network in pair), corner)
     for precision, values in differences.items():
-        print(f"ours differs from Detectron2's, relatively, in {precision}: {as_text(values)}")
+        text = ", ".join(f"{name} {value:.1e}" for name, value in values.items())
+        print(f"ours differs from Detectron2's, relatively, in {precision}: {text}")
     if device.type == "cpu" and not args.no_memory:
         result["memory_mb"] = measure_memory(pyramid_candidates, shape, names)
     return result
 
 
 def build_pyramids() -> tuple[nn.Module, nn.Module]:
-    """Detectron2's ResNet-FPN and ours with the same random weights, each as it comes.
-
-    Both map (N, 3, H, W) to a dict of p2 ... p6. Norms, stem and res2 are frozen: the defaults.
-    """
+    """Detectron2's ResNet-FPN and ours with the same random weights, each as it comes."""
     torch.manual_seed(0)
     cfg = config("fpn", head=1)  # the backbone alone is used
     theirs, ours = build_reference(cfg).backbone, Trainer.build_model(cfg).backbone
