@@ -6,34 +6,37 @@ import os
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
+from resnet_backbone.detection.config import backbone_node, load_config
 from resnet_backbone.detection.evaluation.voc_ap import CURVE_IOU
 from resnet_backbone.report import detection_plots as plots
 from resnet_backbone.report import detection_table as tables
 from resnet_backbone.report.detections import (
     DRAWS,
+    RULE,
     NoDetections,
+    find_misses,
     interpolated_precision,
     load_all,
-    resample_groups,
-    with_defaults,
+    make_sheet,
+    select_misses,
 )
 from resnet_backbone.report.gain import DetectorGroup, Gain, describe_gain, find_gains, group_runs
-from resnet_backbone.report.pictures import RULE, Pair, find_misses, make_sheet, select_misses
 from resnet_backbone.report.plots import save_png
-from resnet_backbone.report.runs import load_detector_runs, read_table
+from resnet_backbone.report.runs import flatten, load_detector_runs, read_table
 from resnet_backbone.report.table import WHERE, show_commands
 
 PAIRS, PAIRS_BACK = 6, 2  # objects shown that a detector finds, and the other way round
 BASELINE = "baseline"  # the row of a detector as it was trained
 PICTURES = ("gain_per_class.png", "precision_recall.png", "precision_recall_classes.png")
 PICTURES += ("errors.png", "training.png", "accuracy_time*.png", "misses_*.jpg")
-PICTURES += ("losses.png", "learning.png")  # of earlier versions
 
 SPREAD = """\
 AP in percent: mean ± sample standard deviation over the seeds (one seed: no spread). Gains: \
@@ -92,13 +95,15 @@ def write_detection_report(
         score: from which on a detection counts in the pictures, 0..1.
         command: that makes this report; the others are the options of tools/report.py detection.
     """
-    groups = group_runs(with_defaults(load_detector_runs(folders)))
+    defaults = yaml.safe_load(backbone_node(load_config("", [])).dump())
+    defaults = dict(flatten(defaults, "RESNET_BACKBONE."))  # of keys that earlier versions lack
+    runs = [replace(r, config={**defaults, **r.config}) for r in load_detector_runs(folders)]
+    groups = group_runs(runs)
     report = Report(output.stem, groups, find_gains(groups, reference))
     measured = [tables.load_rows(file) for file in rows_files]
     truth, detections, reason = None, [], ""
     try:
         truth, detections = load_all(groups, voc_root)
-        resample_groups(groups, detections, len(truth.images))
     except NoDetections as error:
         reason = str(error)
     _add_results(report, note)
@@ -273,22 +278,19 @@ def _add_sheets(report: Report, gain: Gain, ours, reference, truth, score: float
         report.add("There are none to show.")
         return
     name = f"misses_{label.replace(' ', '_')}"
-    misses = select_misses(ours, reference, PAIRS, score)
-    pairs = [Pair(miss.row, reference[0], ours[miss.run]) for miss in misses]
-    _show_sheet(report, f"{name}.jpg", pairs, f"{label} finds, {other} misses", truth, score)
-    misses = select_misses(reference, ours, PAIRS_BACK, score)
-    pairs = [Pair(miss.row, reference[miss.run], ours[0]) for miss in misses]
-    _show_sheet(report, f"{name}_back.jpg", pairs, f"{other} finds, {label} misses", truth, score)
+    pairs = [(row, reference[0], run) for row, run in select_misses(ours, reference, PAIRS, score)]
+    back = [(row, run, ours[0]) for row, run in select_misses(reference, ours, PAIRS_BACK, score)]
+    for end, shown, text in (
+        ("", pairs, f"{label} finds, {other} misses"),
+        ("_back", back, f"{other} finds, {label} misses"),
+    ):
+        if shown:
+            report.add(f"{text}:")
+            report.show(f"{name}{end}.jpg", make_sheet(shown, truth, score), text)
     report.add(
         f"Green: annotated objects, the chosen one thick. Orange: {other}, blue: {label}, all "
         f"detections with a score of at least {score:g}."
     )
-
-
-def _show_sheet(report: Report, name: str, pairs: Sequence[Pair], text: str, truth, score) -> None:
-    if pairs:
-        report.add(f"{text}:")
-        report.show(name, make_sheet(pairs, truth, score), text)
 
 
 def _add_provenance(report: Report, rows_files: Sequence[Path], command: str) -> None:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from resnet_backbone.report.runs import DetectorRun, Group
+from resnet_backbone.report.runs import DetectorRun, Group, group_by
 
-# Keys of a config that change where, how fast or how often a run does something, not what it
-# trains. Of MODEL.WEIGHTS the file's name counts.
-NOT_RECIPE = re.compile(
-    r"(SEED|OUTPUT_DIR|VIS_PERIOD|VERSION|CUDNN_BENCHMARK|GLOBAL\.HACK|MODEL\.(DEVICE|WEIGHTS)"
-    r"|DATALOADER\.NUM_WORKERS|SOLVER\.CHECKPOINT_PERIOD|TEST\.EVAL_PERIOD"
-    r"|RESNET_BACKBONE\.(CHANNELS_LAST|REFERENCE_BATCH|WEIGHTS_INPUT|BEST_METRIC))$"
-)
 # Keys that make the network what it is, or say where another one's stages are tapped.
 NETWORK = re.compile(
     r"MODEL\.(RESNETS\.|BACKBONE\.NAME$|PIXEL_|FPN\.IN_FEATURES$|RPN\.IN_FEATURES$"
@@ -57,25 +49,15 @@ class DetectorGroup(Group[DetectorRun]):
         """The 95 % interval of a metric over the resampled test sets."""
         return _interval(self.draws[key]) if key in self.draws else None
 
-    def differing_keys(self, other: DetectorGroup) -> dict[str, tuple[Any, Any]]:
-        """Keys of the recipe -> their values here and there; those of one side alone left out."""
-        mine, theirs = self.first.config, other.first.config
-        return {
-            key: (value, theirs[key])
-            for key, value in mine.items()
-            if key in theirs and theirs[key] != value and not NOT_RECIPE.match(key)
-        }
-
 
 def group_runs(runs: Sequence[DetectorRun]) -> list[DetectorGroup]:
     """Group runs that differ in their seeds alone: VGG first, then by depth and head."""
     _check_same_test(runs)
-    members: dict[str, list[DetectorRun]] = {}
-    for run in runs:
-        recipe = {key: value for key, value in run.config.items() if not NOT_RECIPE.match(key)}
-        parts = [recipe, run.weights, run.planned_iterations, run.images_per_batch]
-        members.setdefault(json.dumps(parts, sort_keys=True, default=str), []).append(run)
-    groups = [DetectorGroup(group) for group in members.values()]
+
+    def identity(run: DetectorRun) -> list:
+        return [run.recipe, run.weights, run.planned_iterations, run.images_per_batch]
+
+    groups = [DetectorGroup(members) for members in group_by(runs, identity)]
     groups.sort(key=lambda g: (g.first.family != "VGG", g.first.depth, g.first.head))
     for group in groups:
         _name_apart(group, [g for g in groups if g.first.title == group.first.title])

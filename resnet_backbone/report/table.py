@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import shlex
@@ -16,13 +15,8 @@ import numpy as np
 
 from resnet_backbone.report.plots import plot_confusion, save_png
 from resnet_backbone.report.published import PublishedErrors, published, recipe_iterations
-from resnet_backbone.report.runs import Group, Run, flatten
+from resnet_backbone.report.runs import Group, Run, group_by
 
-# Keys of a config that change where or how fast a run trains, not what it trains.
-NOT_RECIPE = re.compile(
-    r"output\.|train\.(seed|device|threads|compile|channels_last)$|evaluation\.(every|batch_size)$"
-    r"|data\.(root|val_root|val_labels|workers|max_bad_images)$|model\.weights$"
-)
 LENGTH = ("schedule.iterations", "schedule.milestones", "schedule.warmup_iterations")
 
 
@@ -94,22 +88,19 @@ def _quote(word: str, root: str) -> str:
 
 def group_runs(runs: Sequence[Run]) -> list[Group[Run]]:
     """Runs of the same network and recipe: plain before residual, by depth, full ones first."""
-    members: dict[str, list[Run]] = {}
     for run in runs:
         if run.results.get("val_top1_error") is None:
             raise ValueError(
                 f"{run.folder} has no results.json with val_top1_error: the run has not ended, "
                 "continue it with --resume"
             )
-        members.setdefault(_identity(run), []).append(run)
-    return sorted(map(Group, members.values()), key=_order)
+    return sorted(map(Group, group_by(runs, _identity)), key=_order)
 
 
-def _identity(run: Run) -> str:
-    recipe = {key: value for key, value in flatten(run.config) if not NOT_RECIPE.match(key)}
-    for key in ("model.name", "model.num_classes"):
-        recipe.pop(key, None)
-    return json.dumps([run.network, run.iterations, recipe], sort_keys=True, default=str)
+def _identity(run: Run) -> list:
+    names = ("model.name", "model.num_classes")
+    recipe = {key: value for key, value in run.recipe.items() if key not in names}
+    return [run.network, run.iterations, recipe]
 
 
 def _order(group: Group) -> tuple:
@@ -168,14 +159,12 @@ def _remark(group: Group, others: Sequence[Group]) -> str:
     whole, done = recipe_iterations(network), group.first.iterations
     if done is not None and done < whole:
         notes.append(f"**shortened**: the recipe has {whole:,}")
-    mine = dict(flatten(group.first.config))
-    if mine.get("data.split") == "45k":
+    if group.first.config.get("data.split") == "45k":
         notes.append("45k/5k split")
-    sisters = [dict(flatten(g.first.config)) for g in others if g.first.network == network]
-    keys = {k for sister in sisters for k in mine if k in sister and sister[k] != mine[k]}
-    for key in sorted(keys):
-        if not NOT_RECIPE.match(key) and key not in (*LENGTH, "data.split"):
-            notes.append(f"{key}={mine[key]}")
+    sisters = [other for other in others if other.first.network == network]
+    keys = {key for sister in sisters for key in group.differing_keys(sister)}
+    for key in sorted(keys - {*LENGTH, "data.split"}):
+        notes.append(f"{key}={group.first.config[key]}")
     return "; ".join(notes)
 
 
