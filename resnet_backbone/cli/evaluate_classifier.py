@@ -8,11 +8,10 @@ of pictures without labels.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -40,7 +39,7 @@ from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMA
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.cli.export import find_pictures
-from resnet_backbone.report.table import prediction_rows, write_evaluation
+from resnet_backbone.report.table import prediction_rows, write_csv, write_evaluation
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
@@ -75,9 +74,6 @@ examples:
   The authors' released weights, which say neither, on ten of the thousand classes:
     python tools/evaluate_classifier.py --weights resnet50_msra.safetensors --model resnet50 \\
         --preprocessing msra --imagenet-folder some_classes --class-list wnid_index.txt
-  Weights that torchvision or others published (the stride is on the 3x3 there):
-    python tools/evaluate_classifier.py --weights resnet50_tv.safetensors --model resnet50 \\
-        --model-options stride_in_1x1=False --preprocessing torchvision --imagenet-folder val
   An ensemble, a flat folder with a label list, CIFAR-10:
     python tools/evaluate_classifier.py --weights a.safetensors b.safetensors \\
         --flat ILSVRC2012_img_val --labels val_labels.txt --class-list LOC_synset_mapping.txt
@@ -91,9 +87,8 @@ windows and fc as a 1x1 convolution; global_pool is its ordinary forward pass at
 The paper leaves these open; the defaults are those of VGG, to which it refers. A per-pixel mean has
 one size: dense testing subtracts the channel means in its place.
 
-With several processes (--num-gpus, or torchrun) each image is still evaluated exactly once, and
-the numbers are those of one process. Unreadable images end the evaluation; with --max-bad-images N
-up to N of them are listed in results.json and count as wrong.
+Several processes (--num-gpus, or torchrun) give the numbers of one. Unreadable images end the
+evaluation; with --max-bad-images N up to N of them are listed in results.json and count as wrong.
 Exit status: 0, or 2 for wrong input."""
 
 ONLY_FOR = dict.fromkeys(("resize", "crop"), ("center", "ten_crop"))
@@ -102,23 +97,17 @@ ONLY_FOR |= dict.fromkeys(("sizes", "flip", "pooling", "softmax", "window"), ("d
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("networks").add_argument
-    several: dict[str, Any] = dict(nargs="+", metavar="NAME", default=[])
+    several: dict[str, Any] = dict(nargs="+", default=[])
     text = ".safetensors; several: ensemble"
     add("--weights", nargs="+", required=True, metavar="FILE", help=text)
-    text = (
-        "network of files that do not say theirs, one for all or one each: resnet50, "
-        "torchvision/NAME, timm/NAME (tools/analyze_model.py lists ours)"
-    )
-    add("--model", help=text, **several)
+    silent = "of files that do not say theirs, one for all or one each"
+    text = f"network {silent}: resnet50 (ours: tools/analyze_model.py), torchvision/NAME, timm/NAME"
+    add("--model", metavar="NAME", help=text, **several)
     text = "arguments of --model, such as stride_in_1x1=False"
-    how = several | {"metavar": "KEY=VALUE"}
-    add("--model-options", type=key_and_value, help=text, **how)
+    add("--model-options", type=key_and_value, metavar="KEY=VALUE", help=text, **several)
     add("--num-classes", type=int, help="of --model (default: 1000; CIFAR nets: 10)")
-    text = (
-        "input of files that do not say theirs, one for all or one each: msra, caffe_vgg, "
-        "torchvision"
-    )
-    add("--preprocessing", help=text, **several)
+    text = f"input {silent}: msra, caffe_vgg, torchvision"
+    add("--preprocessing", metavar="NAME", help=text, **several)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,9 +130,8 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=tuple(PROTOCOLS), help="(default: center; with --cifar10: full)")
     add("--resize", type=int, help="center, ten_crop: short side (default: the weights', else 256)")
-    add(
-        "--crop", type=int, help="center, ten_crop: side of crops (default: the weights', else 224)"
-    )
+    text = "center, ten_crop: side of crops (default: the weights', else 224)"
+    add("--crop", type=int, help=text)
     text = "dense: short sides (default: 224 256 384 480 640)"
     add("--sizes", type=int, nargs="+", help=text)
     add("--flip", action="store_true", default=None, help="dense: mirrored views, too")
@@ -162,8 +150,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=4, help="loader processes (default: 4)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--amp", choices=tuple(AMP), default="none", help="mixed precision")
-    both = argparse.BooleanOptionalAction
-    add("--channels-last", action=both, default=True, help="memory format")
+    flag = argparse.BooleanOptionalAction
+    add("--channels-last", action=flag, default=True, help="memory format")
     add("--output", metavar="DIR", help="folder for results")
     add_launch_arguments(parser)
     args = parser.parse_args(argv)
@@ -250,18 +238,14 @@ def load_networks(
     return models, specs[0].num_classes
 
 
-class Data(NamedTuple):
+def read_data(
+    args: argparse.Namespace, protocol: Protocol, num_classes: int
+) -> tuple[EvaluationFiles | EvaluationArrays, tuple[str, ...]]:
     """The images, and a name for each of the network's classes."""
-
-    images: EvaluationFiles | EvaluationArrays
-    class_names: tuple[str, ...]
-
-
-def read_data(args: argparse.Namespace, protocol: Protocol, num_classes: int) -> Data:
     if args.cifar10:
         if num_classes != len(CIFAR10_CLASSES):
             raise UsageError(f"the network has {num_classes} classes, CIFAR-10 has 10")
-        return Data(EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES)
+        return EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES
     classes = read_class_list(args.class_list) if args.class_list else None
     named = read_class_names(args.weights[0])
     if classes is None and not args.flat and len(named) == num_classes:
@@ -269,9 +253,8 @@ def read_data(args: argparse.Namespace, protocol: Protocol, num_classes: int) ->
     if args.predict:
         pictures = [str(path.absolute()) for path in find_pictures(args.predict, "--predict")]
         names = name_classes(classes or {}, num_classes)
-        files = ImageFiles("/", pictures, [0] * len(pictures), names)
-        return Data(EvaluationFiles(files.samples, protocol.short_sides, protocol.prepare), names)
-    if args.imagenet_folder:
+        files, known = ImageFiles("/", pictures, [0] * len(pictures), names), num_classes
+    elif args.imagenet_folder:
         files = read_image_folder(args.imagenet_folder, classes, num_classes if classes else 0)
         known = len(files.class_names)
     else:
@@ -285,14 +268,14 @@ def read_data(args: argparse.Namespace, protocol: Protocol, num_classes: int) ->
             "index' for each"
         )
     images = EvaluationFiles(files.samples, protocol.short_sides, protocol.prepare)
-    return Data(images, files.class_names)
+    return images, files.class_names
 
 
 def write_results(
-    args: argparse.Namespace, world: World, data: Data, result: EvaluationResult
+    args: argparse.Namespace, world: World, images, names: tuple[str, ...], result: EvaluationResult
 ) -> None:
     folder = Path(args.output)
-    files = write_evaluation(folder, result, data.class_names, data.images.name_of)
+    files = write_evaluation(folder, result, names, images.name_of)
     content = {
         "command": command_line("evaluate-classifier", args.arguments),
         "weights": args.weights,
@@ -309,19 +292,19 @@ def write_results(
     logger.info("written: %s, %s", folder / "results.json", ", ".join(f.name for f in files))
 
 
-def show_predictions(args: argparse.Namespace, data: Data, result: EvaluationResult) -> None:
+def show_predictions(
+    args: argparse.Namespace, images, names: tuple[str, ...], result: EvaluationResult
+) -> None:
     """A line for each picture; with --output also predictions.csv, without labels."""
-    header, *rows = prediction_rows(result.predictions, data.class_names, data.images.name_of)
-    hidden = header.index("label"), header.index("label_name")
-    rows = [[cell for k, cell in enumerate(row) if k not in hidden] for row in (header, *rows)]
-    for row in rows[1:]:
-        best = zip(row[3::3], row[4::3], strict=True)
-        print(f"{row[1]}: " + ", ".join(f"{name} {float(score):.3f}" for name, score in best))
+    rows = []
+    for index, image, _, _, *best in prediction_rows(result.predictions, names, images.name_of):
+        rows.append([index, image, *best])
+    for _, image, *best in rows[1:]:
+        pairs = zip(best[1::3], best[2::3], strict=True)
+        print(f"{image}: " + ", ".join(f"{name} {float(score):.3f}" for name, score in pairs))
     if args.output:
         path = Path(args.output) / "predictions.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        write_csv(path, rows)
         print(f"written: {path}")
 
 
@@ -331,17 +314,17 @@ def work(args: argparse.Namespace) -> None:
     set_up_logging(None, world.is_main)
     models, num_classes = load_networks(args, world)
     protocol = make_protocol(args, models[0][1].preprocessing)
-    data = read_data(args, protocol, num_classes)
+    images, names = read_data(args, protocol, num_classes)
     place = dict(rank=world.rank, world=world.size, pin_memory=world.device.type == "cuda")
-    loader = EvaluationLoader(data.images, args.batch_size, workers=args.workers, **place)
+    loader = EvaluationLoader(images, args.batch_size, workers=args.workers, **place)
     options = dict(channels_last=args.channels_last, max_bad_images=args.max_bad_images)
     result = evaluate(models, protocol, loader, world=world, autocast=AMP[args.amp], **options)
     if world.is_main and args.predict:
-        show_predictions(args, data, result)
+        show_predictions(args, images, names, result)
     elif world.is_main:
         logger.info("%s", result)
         if args.output:
-            write_results(args, world, data, result)
+            write_results(args, world, images, names, result)
 
 
 @one_line_errors

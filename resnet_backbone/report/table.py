@@ -43,6 +43,7 @@ def hardware_text(hardware: Mapping[str, Any] | str | None) -> str:
     return f"{hardware.get('cpu', 'CPU')}{f', {threads} threads' if threads else ''}"
 
 
+PATH = re.compile(r"((?:[\w.-]+=)?)(/.*)$")  # an absolute path, also in "data.root=/a/b"
 WHERE = "Commands run in the folder of the project; `ROOT` is the folder of data and runs."
 
 
@@ -54,8 +55,8 @@ def show_commands(commands: Iterable[str | None]) -> dict[str | None, str]:
     """
     given = [command for command in dict.fromkeys(commands) if command]
     words = {command: _project_words(command) for command in given}
-    paths = [path for line in words.values() for path in map(_absolute_path, line) if path]
-    parents = {os.path.dirname(path) for path in paths}
+    found = [PATH.match(word) for line in words.values() for word in line]
+    parents = {os.path.dirname(os.path.normpath(path[2])) for path in found if path}
     root = os.path.commonpath(parents).rstrip("/") if parents else ""
     return {command: " ".join(_quote(word, root) for word in words[command]) for command in given}
 
@@ -72,18 +73,11 @@ def _project_words(command: str) -> list[str]:
     return words
 
 
-def _absolute_path(word: str) -> str:
-    """The absolute path that a word is or ends in, as in "data.root=/a/b"; "" for others."""
-    match = re.match(r"(?:[\w.-]+=)?(/.*)$", word)
-    return os.path.normpath(match[1]) if match else ""
-
-
 def _quote(word: str, root: str) -> str:
-    path = _absolute_path(word) if root else ""
-    if not path:
+    path = PATH.match(word)
+    if not (path and root):
         return shlex.quote(word)
-    key = word[: word.index("/")]
-    return f"{key}$ROOT{shlex.quote(path.removeprefix(root))}"
+    return f"{path[1]}$ROOT{shlex.quote(os.path.normpath(path[2]).removeprefix(root))}"
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group[Run]]:
@@ -212,7 +206,6 @@ def write_evaluation(
         result: an ``EvaluationResult`` of resnet_backbone.classification.
         name_of: index of an image -> its path.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     confusion = result.confusion.numpy()
     tables = {
         "predictions.csv": prediction_rows(result.predictions, class_names, name_of),
@@ -220,10 +213,15 @@ def write_evaluation(
         "confusion.csv": confusion_rows(confusion, class_names),
     }
     for name, rows in tables.items():
-        with open(folder / name, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        write_csv(folder / name, rows)
     save_png(plot_confusion(confusion, class_names), folder / "confusion.png")
     return [folder / name for name in (*tables, "confusion.png")]
+
+
+def write_csv(path: Path, rows: Iterable[list]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def prediction_rows(

@@ -357,7 +357,7 @@ def test_a_tool_that_leaves_nothing_is_an_error(project):
     (root / "tools" / "recompute_bn.py").write_text("")
     with pytest.raises(UsageError, match="bn_VGG-16 left no .*true_bn.safetensors"):
         run(root)
-    assert not by_name(root, "bn_VGG-16").is_done()
+    assert not by_name(root, "bn_VGG-16").is_done
 
 
 @pytest.mark.parametrize(("status", "redone"), [("75", True), ("", True), ("0", False)])
