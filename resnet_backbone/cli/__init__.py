@@ -52,7 +52,6 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """A number of things on a command line: the ``type`` of an option."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("1 at least")
@@ -76,7 +75,6 @@ def key_and_value(text: str) -> tuple[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
         print(help_text())

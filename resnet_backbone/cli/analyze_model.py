@@ -144,7 +144,6 @@ def select(patterns: list[str]) -> list[Row]:
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns padded to their width, the first aligned to the left."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for first, *cells in [header, ["-" * width for width in widths], *rows]:
         padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
@@ -240,7 +239,6 @@ def show_comparison(args: argparse.Namespace) -> int:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
     if not args.model and (args.options or args.input_size):
         raise UsageError("--option and --input-size need --model")

@@ -154,7 +154,6 @@ def stated(args: argparse.Namespace, suffix: str = "") -> dict[str, Any]:
 
 
 def stated_options(args: argparse.Namespace) -> list[str]:
-    """The same as it was given."""
     options = []
     for name, value in stated(args).items():
         values = value if isinstance(value, list) else [value]
@@ -188,7 +187,6 @@ def stated_source(
 
 
 def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
-    """A source with what the command line says of it."""
     try:
         return read_checkpoint(source, *stated_source(args, suffix))
     except UnknownInput as error:
@@ -213,7 +211,6 @@ def read_images(args: argparse.Namespace, checkpoint: Checkpoint) -> Samples:
 
 
 def report(comparison: Comparison, samples: Samples, a: str = "A", b: str = "B") -> None:
-    """Prints a comparison."""
     print(f"on {samples.text}, {samples.images.shape[-1]} pixels")
     print(comparison.difference)
     if comparison.equal:
@@ -295,7 +292,6 @@ def run_verify(args: argparse.Namespace) -> int:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
     if getattr(args, "key", ""):
         args.source = f"{args.source}#{args.key}"

@@ -295,7 +295,6 @@ def build_page(demo: Demo) -> Any:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Shows the page until Ctrl-C."""
     page = build_page(Demo(build_predictor(args), args))
     print(f"Open http://{args.host}:{args.port} in a browser. Ctrl-C ends it.", flush=True)
     try:

@@ -309,7 +309,6 @@ def show_predictions(
 
 
 def work(args: argparse.Namespace) -> None:
-    """What each process does."""
     world = current_world(choose_device(args.device))
     set_up_logging(None, world.is_main)
     models, num_classes = load_networks(args, world)

@@ -189,7 +189,6 @@ def fingerprint(row: Row, data: str, digest: Callable[[Any], str]) -> str:
 
 
 def evaluate(row: Row, detector: torch.nn.Module) -> dict:
-    """Runs a row's detector over the test set."""
     cfg, data = row.cfg, row.cfg.DATASETS.TEST[0]
     loader = Trainer.build_test_loader(cfg, data)
     batches = tqdm(loader, desc=row.label, unit="batch", disable=None)

@@ -65,7 +65,6 @@ def unpack_all(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> list[TreeCheck]:
-    """Every folder that is there, or the files that were named."""
     workers = 0 if args.quick else args.workers
     if args.coco_json:
         roots = args.image_root * (len(args.coco_json) if len(args.image_root) == 1 else 1)
@@ -130,7 +129,6 @@ def convert_own(args: argparse.Namespace) -> int:
 
 
 def training_command(args: argparse.Namespace) -> str:
-    """The command that trains on the converted data, of a size for this machine."""
     output = Path("output") / args.output.resolve().name
     train, val, images = (
         shlex.quote(str(path))

@@ -53,7 +53,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def work(task: tuple[Config, argparse.Namespace]) -> None:
-    """What each process does."""
     config, args = task
     world = current_world(choose_device(config.train.device))
     set_up_logging(None, world.is_main)

@@ -318,7 +318,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Run what is not done; returns the exit status."""
     args = parse_arguments(argv)
     own = args.scale.endswith((".yaml", ".yml"))
     file = Path(args.scale) if own else PLANS / f"{args.scale}.yaml"

@@ -164,7 +164,6 @@ def evaluate_only(config: Config, given: str, world: World) -> None:
 
 
 def work(task: tuple[Config, argparse.Namespace]) -> None:
-    """What each process does."""
     config, args = task
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

@@ -154,7 +154,6 @@ def evaluate(cfg: CfgNode) -> None:
 
 
 def work(plan: RunPlan) -> None:
-    """What each process does."""
     cfg = prepare_run(plan)
     if cfg is None:
         return

@@ -28,7 +28,6 @@ networks. Numbers compare only where their training data are the same too."""
 
 
 def results_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
-    """The table of all detectors, and a row for each gain."""
     used = {key: text for key, text in METRICS.items() if any(g.values(key) for g in groups)}
     rows = []
     for group in groups:
@@ -145,8 +144,6 @@ def _our_cells(found: DetectorGroup | Gain, metric: str) -> list[str]:
 
 
 class Row(NamedTuple):
-    """A row of tools/evaluate_detector.py."""
-
     name: str
     numbers: dict[str, float]  # AP in percent
     seconds: float | None  # per image, if measured
@@ -169,7 +166,6 @@ def load_rows(path: Path) -> list[Row]:
 
 
 def read_row(row: Mapping[str, Any]) -> Row:
-    """A row as tools/evaluate_detector.py records it."""
     numbers = row["results"]["bbox"].items()
     kept = {key: float(value) for key, value in numbers if key in METRICS and value is not None}
     config = yaml.safe_load(row.get("config") or "{}")  # has the test sets
@@ -212,7 +208,6 @@ def _paper_cells(paper) -> list[str]:
 
 
 def class_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
-    """AP of every class: all detectors, and the gains; the mean in the last row."""
     first = groups[0].first
     objects = first.objects
     header = ["class", *(["objects"] if objects else []), *(g.label for g in groups)]
@@ -247,7 +242,6 @@ def provenance_section(groups: Sequence[DetectorGroup], commands: Mapping[str, s
 
 
 def rows_provenance(path: Path, commands: Mapping[str, str]) -> str:
-    """Command, hardware and dates of the rows of tools/evaluate_detector.py."""
     content = read_table(path)
     rows = content["rows"]
     columns = (
@@ -294,7 +288,6 @@ def timing(run: DetectorRun) -> str:
 
 
 def versions(run: DetectorRun) -> str:
-    """PyTorch's version and Detectron2's build."""
     known = run.results.get("versions", {})
     build = known.get("detectron2") or known.get("sal-detectron2")
     found = {"PyTorch": known.get("torch"), "Detectron2": DETECTRON2_BUILDS.get(build, build)}

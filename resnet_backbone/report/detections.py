@@ -85,7 +85,6 @@ def load_truth(run: DetectorRun, voc_root: str | None = None) -> Truth:
 
 
 def _locate(run: DetectorRun, voc_root: str | None) -> tuple[str, str]:
-    """Folder and split of the run's test set."""
     name = run.test[0]
     if registered := REGISTERED.fullmatch(name):
         default = os.environ.get("DETECTRON2_DATASETS", "datasets")
@@ -111,7 +110,6 @@ class RunDetections(NamedTuple):
 
 
 def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
-    """A run's detections.json, matched with the annotations."""
     path = run.inference / DETECTIONS
     if not path.is_file():
         raise NoDetections(f"{run.folder.name} has no {DETECTIONS}; evaluate it again")
@@ -337,7 +335,6 @@ def _draw_objects(photo: Image.Image, table: Table, row: int, scale: float) -> N
 
 
 def _marks(run: RunDetections, image: int, truth, score: float) -> tuple[np.ndarray, list[str]]:
-    """Boxes of a run's detections in an image, and their labels."""
     found = run.found
     shown = np.flatnonzero((found["image"] == image) & (found["scores"] >= score))
     names = [truth.classes[index] for index in found["classes"][shown]]

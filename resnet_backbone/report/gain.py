@@ -41,7 +41,6 @@ class DetectorGroup(Group[DetectorRun]):
         self.draws: dict[str, np.ndarray] = {}
 
     def class_values(self, name: str) -> list[float]:
-        """AP of a class in every run."""
         found = [run.classes.get(name) for run in self.runs]
         return [float(value) for value in found if value is not None]
 
@@ -98,8 +97,6 @@ def _name_apart(group: DetectorGroup, same: Sequence[DetectorGroup]) -> None:
 
 
 class Difference(NamedTuple):
-    """Mean of one set of values less that of another."""
-
     mean: float
     error: float | None  # its standard error (Welch); None with a single value on either side
     low: float  # the smallest difference of two values, one from each set
@@ -120,8 +117,6 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
 
 @dataclass(frozen=True)
 class Gain:
-    """Two groups: one, and the one that it is compared with."""
-
     ours: DetectorGroup
     reference: DetectorGroup
 
@@ -151,7 +146,6 @@ class Gain:
         return difference(self.ours.class_values(name), self.reference.class_values(name))
 
     def class_pairs(self, name: str) -> list[float]:
-        """The difference of every pair of runs."""
         reference = self.reference.class_values(name)
         return [a - b for a in self.ours.class_values(name) for b in reference]
 

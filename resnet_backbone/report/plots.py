@@ -89,8 +89,6 @@ def error_range(finals: Sequence[float]) -> tuple[float, float]:
 
 
 class Line(NamedTuple):
-    """One run in a panel."""
-
     metrics: Metrics
     label: str
     color: str
@@ -239,8 +237,6 @@ def _watch(layer: ConvNorm, sums: Tensor):
 
 
 class Responses(NamedTuple):
-    """One network's curve."""
-
     label: str
     network: Network
     stds: Sequence[float]  # in the order of the layers
@@ -272,7 +268,6 @@ def plot_responses(curves: Sequence[Responses]) -> Figure:
 
 
 def responses_table(responses: Mapping[str, Sequence[tuple[str, float]]]) -> str:
-    """One line per network: number of layers, mean and largest standard deviation."""
     lines = [f"{'network':20s} {'3x3 layers':>10s} {'mean std':>9s} {'largest':>8s}"]
     for label, rows in responses.items():
         stds = [std for _, std in rows]

@@ -133,7 +133,6 @@ class Run(AnyRun):
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Errors in percent by name: val_top1_error, and others."""
         return self.results
 
     @property
@@ -278,7 +277,6 @@ def by_class(numbers: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def load_detector_run(folder: str | os.PathLike) -> DetectorRun:
-    """Read a detection run that has ended."""
     folder = Path(folder)
     for name in (RESULTS, CONFIG):
         if not (folder / name).is_file():
@@ -334,7 +332,6 @@ class Group(Generic[OneRun]):
 
 
 def group_by(runs: Iterable[OneRun], identity: Callable[[OneRun], Any]) -> list[list[OneRun]]:
-    """Runs of equal identity together."""
     members: dict[str, list[OneRun]] = {}
     for run in runs:
         key = json.dumps(identity(run), sort_keys=True, default=str)

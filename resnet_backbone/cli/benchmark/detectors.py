@@ -47,8 +47,6 @@ WIDTH, HEIGHT = 640, 480  # of the images of an evaluation
 
 
 class Setting(NamedTuple):
-    """What a pass works on."""
-
     arch: str  # fpn or c4
     proposals: int  # per image, in inference
     regions: int  # per image, in training
@@ -115,14 +113,12 @@ def prepare_detector(kind: str, setting: Setting) -> Callable[..., Pass]:
 
 
 def detector_candidates(setting: tuple, kind: str) -> dict[str, Callable[[], Pass]]:
-    """For :func:`measure_memory`."""
     prepare = prepare_detector(kind, Setting(*setting))
     return candidates(*build_detectors(Setting(*setting)), kind, prepare)
 
 
 @torch.no_grad()
 def infer_detector(model: nn.Module, inputs: list[dict], proposals: int) -> list:
-    """Detections of images, of the first ``proposals`` boxes."""
     model.eval()
     given = model.proposal_generator
     boxes, given.boxes = given.boxes, given.boxes[:proposals]
@@ -281,7 +277,6 @@ def random_set(images: int, classes: int, count: int) -> list[tuple[np.ndarray, 
 
 
 def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
-    """Evaluations of one random set; the first is the reference, pycocotools."""
     truth: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for image, (boxes, kinds, *found) in enumerate(images, start=1):
