@@ -97,14 +97,10 @@ def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> N
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    inspect = commands.add_parser("inspect", help="say what weights are, and what they do not say")
-    text = "write weights in another form"
-    convert = commands.add_parser("convert", help=text, epilog=CONVERT_EPILOG)
-    verify = commands.add_parser("verify", help="run two on the same pictures")
-    runs = {inspect: run_inspect, convert: run_convert, verify: run_verify}
-    for command, run in runs.items():
-        command.set_defaults(run=run)
+    add = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
+    inspect = add("inspect", help="say what weights are, and what they do not say")
+    convert = add("convert", help="write weights in another form", epilog=CONVERT_EPILOG)
+    verify = add("verify", help="run two on the same pictures")
     for command in (inspect, convert):
         command.add_argument("source", metavar="SOURCE")
         text = "one of several networks in the file, such as state_dict_ema or module.encoder_k"
@@ -119,12 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
     for suffix in ("a", "b"):
         add_source_arguments(verify, suffix)
     for command in (convert, verify):
-        group = command.add_argument_group("pictures to compare on")
-        text = "folder; default: photographs inside scikit-image"
-        group.add_argument("--images", metavar="DIR", help=text)
-        text = "of DIR; default 8"
-        group.add_argument("--num-images", type=positive, default=8, metavar="N", help=text)
-        group.add_argument("--size", type=int, metavar="PIXELS", help="side; default 224, CIFAR 32")
+        add = command.add_argument_group("pictures to compare on").add_argument
+        add("--images", metavar="DIR", help="folder; default: photographs inside scikit-image")
+        add("--num-images", type=positive, default=8, metavar="N", help="of DIR; default 8")
+        add("--size", type=int, metavar="PIXELS", help="side; default 224, CIFAR 32")
     return parser
 
 
@@ -151,15 +145,6 @@ def stated(args: argparse.Namespace, suffix: str = "") -> dict[str, Any]:
     end = f"_{suffix}" if suffix else ""
     found = {name: getattr(args, name + end) for name in SOURCE_FACTS}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def stated_options(args: argparse.Namespace) -> list[str]:
-    options = []
-    for name, value in stated(args).items():
-        values = value if isinstance(value, list) else [value]
-        texts = [f"{x:.9g}" if isinstance(x, float) else x for x in values]
-        options += [f"--{name.replace('_', '-')}", *texts]
-    return options
 
 
 def stated_source(
@@ -190,11 +175,9 @@ def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
     try:
         return read_checkpoint(source, *stated_source(args, suffix))
     except UnknownInput as error:
-        option = "--preprocessing" + (f"-{suffix}" if suffix else "")
-        raise WeightsError(
-            f"{source} does not say which input it was trained on: add {option} "
-            f"{'|'.join(PREPROCESSINGS)}, or see inspect"
-        ) from error
+        option = f"--preprocessing{'-' * bool(suffix)}{suffix} {'|'.join(PREPROCESSINGS)}"
+        text = f"{source} does not say which input it was trained on: add {option}, or see inspect"
+        raise WeightsError(text) from error
 
 
 def read_images(args: argparse.Namespace, checkpoint: Checkpoint) -> Samples:
@@ -217,21 +200,22 @@ def report(comparison: Comparison, samples: Samples, a: str = "A", b: str = "B")
         print(f"{a} and {b} are equal within {comparison.tolerance:g}")
     elif comparison.explanation:
         print(f"{a} and {b} DIFFER as they do where this is wrong about {b} (or about {a}):")
-        for text in comparison.explanation:
-            print(f"  {text}")
+        print("".join(f"  {text}\n" for text in comparison.explanation), end="")
         print(f"with that they agree; {comparison.explained}")
     else:
-        print(
-            f"{a} and {b} DIFFER, and none of {comparison.num_tried} known mistakes (stride, "
-            "channel order, mean, std, range, pooling, BN eps) explains it: the "
-            "weights themselves may differ"
-        )
+        known = "mistakes (stride, channel order, mean, std, range, pooling, BN eps)"
+        print(f"{a} and {b} DIFFER, and none of {comparison.num_tried} known {known} explains it:")
+        print("the weights themselves may differ")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     lines, options = inspect_source(args.source, *stated_source(args))
     print("\n".join(lines))
-    words = ["convert", args.source, "OUT", *stated_options(args)]
+    words = ["convert", args.source, "OUT"]
+    for name, value in stated(args).items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name.replace('_', '-')}"]
+        words += [f"{x:.9g}" if isinstance(x, float) else x for x in values]
     print("next:         ", command_line("convert-weights", words), *options)
     return 0
 
@@ -244,9 +228,8 @@ def converted(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
         raise WeightsError(f"{args.to} files are used with pixels in 0..{rules.value_range:g}")
     if rules.rgb and args.channel_order_to == "BGR":
         raise WeightsError(f"{args.to} takes RGB only")
-    checkpoint = convert_input(
-        checkpoint, channel_order=args.channel_order_to, value_range=value_range
-    )
+    order = args.channel_order_to
+    checkpoint = convert_input(checkpoint, channel_order=order, value_range=value_range)
     if args.fold_std:
         checkpoint = convert_input(checkpoint, std=(1.0, 1.0, 1.0))
     if args.bn_eps_to is not None:
@@ -295,4 +278,5 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if getattr(args, "key", ""):
         args.source = f"{args.source}#{args.key}"
-    return args.run(args)
+    runs = {"inspect": run_inspect, "convert": run_convert, "verify": run_verify}
+    return runs[args.command](args)

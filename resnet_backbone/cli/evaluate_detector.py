@@ -99,8 +99,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ensemble-run", help="further detectors", **how)
     add("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="(default: all)")
     text = (
-        "short sides (default: the paper's 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST of the "
-        "detector over the paper's 600)"
+        "short sides (default: the paper's 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST / 600)"
     )
     add("--scales", nargs="+", metavar="N", help=text)
     add("--output", required=True, metavar="DIR", help="folder of the results")
@@ -108,17 +107,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
     take_back_overrides(args, "ensemble_run", "rows", "scales")
-    unknown = [row for row in args.rows if row not in ROWS]
-    if unknown:
-        raise UsageError(f"--rows {unknown[0]}: the rows are {', '.join(ROWS)}")
+    for row in args.rows:
+        if row not in ROWS:
+            raise UsageError(f"--rows {row}: the rows are {', '.join(ROWS)}")
     try:
         args.scales = [int(scale) for scale in args.scales or ()]
     except ValueError:
         raise UsageError(f"--scales {' '.join(args.scales)}: short sides in pixels") from None
     args.eval_only = True
-    taken = sorted(set(args.opts[::2]) & set(OF_THE_ROWS))
-    if taken:
-        raise UsageError(f"{taken[0]} is set by --run and --rows: leave it out")
+    for key in args.opts[::2]:
+        if key in OF_THE_ROWS:
+            raise UsageError(f"{key} is set by --run and --rows: leave it out")
     return args
 
 
@@ -230,6 +229,10 @@ def measure(rows: list[Row], runs: dict) -> Iterator[tuple[dict, bool]]:
         yield found, False
 
 
+def as_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
     """Markdown: our numbers, on COCO the paper's beside them, then AP per class."""
     bbox = [row["results"]["bbox"] for row in rows]
@@ -237,16 +240,9 @@ def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
     parts += [f"`{name}` is left out: {reason}." for name, reason in left_out.items()]
     metric, classes = by_class(bbox[0])
     if classes:
-        cells = [[name, *(_text(b[f"{metric}-{name}"]) for b in bbox)] for name in classes]
+        cells = [[name, *(as_text(b[f"{metric}-{name}"]) for b in bbox)] for name in classes]
         parts.append(markdown([f"{metric} of", *(row["name"] for row in rows)], cells))
     return "\n\n".join(parts) + "\n"
-
-
-def write_results(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str]) -> None:
-    folder = Path(args.output)
-    content = {"command": command_line(), "rows": rows, "left_out": left_out}
-    write_json(folder / "results.json", content)
-    write_text(folder / "results.md", format_tables(rows, left_out))
 
 
 @one_line_errors
@@ -259,16 +255,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"row {name} is left out: {reason}")
     if not rows:
         raise UsageError("no row is left to measure")
-    done = []
+    done, folder = [], Path(args.output)
     for row, (found, kept) in zip(rows, measure(rows, runs), strict=True):
         numbers = found["results"]["bbox"]
-        columns = "  ".join(f"{key} {_text(numbers.get(key))}" for key in ("AP50", "AP", "AP75"))
+        columns = "  ".join(f"{key} {as_text(numbers.get(key))}" for key in ("AP50", "AP", "AP75"))
         seconds = f"{found['seconds_per_image']:.3f} s per image"
         print(f"{row.label:12}  {columns}  {seconds}{'  (kept)' if kept else ''}", flush=True)
         done.append(found)
-        write_results(args, done, left_out)
-    print(f"written: {Path(args.output, 'results.json')}, {Path(args.output, 'results.md')}")
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+        content = {"command": command_line(), "rows": done, "left_out": left_out}
+        write_json(folder / "results.json", content)
+        write_text(folder / "results.md", format_tables(done, left_out))
+    print(f"written: {folder / 'results.json'}, {folder / 'results.md'}")

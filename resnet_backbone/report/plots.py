@@ -29,12 +29,8 @@ LEAST_DROP = 1.9  # a learning rate divided by this or more is a drop of the sch
 PANELS = {"plain": "plain networks", "ResNet": "residual networks"}
 MOST_NUMBERS = 25  # classes up to which the cells of a confusion matrix have numbers
 MOST_NAMES = 60  # ... and its axes have names
-STYLE = {
-    "figure.constrained_layout.use": True,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.3,
-}
+STYLE = {"figure.constrained_layout.use": True, "grid.alpha": 0.3}
+STYLE |= {"axes.grid": True, "axes.axisbelow": True}
 
 
 def assign_colors(keys: Iterable[Hashable]) -> dict[Hashable, str]:
@@ -145,8 +141,11 @@ def final_errors(metrics: Metrics) -> list[float]:
 
 def _draw_panel(axes: Axes, lines: Sequence[Line], unit: int) -> None:
     for label in dict.fromkeys(line.label for line in lines):
-        mine = [line for line in lines if line.label == label]
-        name = _legend_text(label, [line.metrics for line in mine])
+        mine, name = [line for line in lines if line.label == label], label
+        finals = [line.metrics[TEST][1][-1] for line in mine if TEST in line.metrics]
+        if finals:
+            runs = f", {len(mine)} runs" if len(mine) > 1 else ""
+            name += f" ({np.mean(finals):.2f} %{runs})"
         for line in mine:
             width = 1.8 if len(mine) == 1 else 1.1
             _draw_run(axes, line, unit, width, name if line is mine[0] else None)
@@ -156,14 +155,6 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], unit: int) -> None:
     axes.set_xlabel("iterations (1e4)" if unit == X_UNIT else "iterations")
     axes.set_xlim(left=0)
     axes.legend(fontsize="small", loc="upper right")
-
-
-def _legend_text(label: str, series: Sequence[Metrics]) -> str:
-    finals = [metrics[TEST][1][-1] for metrics in series if TEST in metrics]
-    if not finals:
-        return label
-    runs = f", {len(series)} runs" if len(series) > 1 else ""
-    return f"{label} ({np.mean(finals):.2f} %{runs})"
 
 
 def _draw_run(axes: Axes, line: Line, unit: int, width: float, label: str | None) -> None:
@@ -184,9 +175,8 @@ def layer_responses(
 
     A layer's response is the output of its BN, before the nonlinearity and before the addition of
     the shortcut; in ResNets it is so the strength of the residual functions. The standard
-    deviation is one number over images, channels and positions. Every 3x3 convolution counts: two
-    in each basic block, one in each bottleneck, and the first layer of the CIFAR networks, so
-    that those of 6n+2 layers have 6n+1.
+    deviation is one number over images, channels and positions. Every 3x3 convolution counts, also
+    the first layer of the CIFAR networks, so that those of 6n+2 layers have 6n+1.
 
     Args:
         model: a network of this package; it is evaluated, and left in the mode that it was in.
@@ -216,11 +206,8 @@ def layer_responses(
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    found = []
-    for name, (count, total, squares) in sums.items():
-        variance = squares / count - (total / count) ** 2
-        found.append((name, math.sqrt(max(0.0, variance))))
-    return found
+    moments = ((name, total / n, squares / n) for name, (n, total, squares) in sums.items())
+    return [(name, math.sqrt(max(0.0, square - mean**2))) for name, mean, square in moments]
 
 
 def _watch(layer: ConvNorm, sums: Tensor):
