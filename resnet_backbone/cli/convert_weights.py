@@ -86,8 +86,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> N
     add(f"--channel-order{end}", choices=("RGB", "BGR"))
     add(f"--value-range{end}", type=float, choices=(1.0, 255.0))
     for name in ("mean", "std"):
-        text = "per channel, in that order and range"
-        add(f"--{name}{end}", nargs=3, type=float, metavar="X", help=text)
+        add(f"--{name}{end}", nargs=3, type=float, metavar="X", help="per channel, in that order")
     text = "where bottlenecks have their stride; no tensor shows it"
     add(f"--stride-in-1x1{end}", choices=("true", "false"), help=text)
     add(f"--bn-eps{end}", type=float, metavar="EPS")

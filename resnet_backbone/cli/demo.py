@@ -79,15 +79,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--input", nargs="+", default=[], metavar="PATH", help="images, folders, videos, globs")
     add("--web", action="store_true", help="open a page to try the detector on")
-    text = "of --web; 0.0.0.0: all machines (default: this one)"
-    add("--host", default="127.0.0.1", help=text)
+    add("--host", default="127.0.0.1", help="of --web; 0.0.0.0: all machines (default: this one)")
     add("--port", type=int, default=7860, help="of --web (default: 7860)")
     add("--output", metavar="PATH", help="folder, or file for a single input")
     add("--confidence", type=float, default=0.5, help="least score (default: 0.5)")
     add("--sheet", metavar="FILE", help="one picture of all results, e.g. s.png")
     add("--sheet-columns", type=positive, default=4, metavar="N", help="(default: 4)")
-    text = "most pictures on it (default: 12)"
-    add("--sheet-max", type=positive, default=12, metavar="N", help=text)
+    add("--sheet-max", type=positive, default=12, metavar="N", help="most pictures (default: 12)")
     add("--json", metavar="FILE", help="detections as numbers")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)

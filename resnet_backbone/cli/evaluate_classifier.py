@@ -98,16 +98,14 @@ ONLY_FOR |= dict.fromkeys(("sizes", "flip", "pooling", "softmax", "window"), ("d
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("networks").add_argument
     several: dict[str, Any] = dict(nargs="+", default=[])
-    text = ".safetensors; several: ensemble"
-    add("--weights", nargs="+", required=True, metavar="FILE", help=text)
+    add("--weights", nargs="+", required=True, metavar="FILE", help=".safetensors; more: ensemble")
     silent = "of files that do not say theirs, one for all or one each"
     text = f"network {silent}: resnet50 (ours: tools/analyze_model.py), torchvision/NAME, timm/NAME"
     add("--model", metavar="NAME", help=text, **several)
     text = "arguments of --model, such as stride_in_1x1=False"
     add("--model-options", type=key_and_value, metavar="KEY=VALUE", help=text, **several)
     add("--num-classes", type=int, help="of --model (default: 1000; CIFAR nets: 10)")
-    text = f"input {silent}: msra, caffe_vgg, torchvision"
-    add("--preprocessing", metavar="NAME", help=text, **several)
+    add("--preprocessing", metavar="NAME", help=f"input {silent}: msra, caffe_vgg, ...", **several)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,10 +128,8 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=tuple(PROTOCOLS), help="(default: center; with --cifar10: full)")
     add("--resize", type=int, help="center, ten_crop: short side (default: the weights', else 256)")
-    text = "center, ten_crop: side of crops (default: the weights', else 224)"
-    add("--crop", type=int, help=text)
-    text = "dense: short sides (default: 224 256 384 480 640)"
-    add("--sizes", type=int, nargs="+", help=text)
+    add("--crop", type=int, help="center, ten_crop: side of crop (default: the weights', else 224)")
+    add("--sizes", type=int, nargs="+", help="dense: short sides (default: 224 256 384 480 640)")
     add("--flip", action="store_true", default=None, help="dense: mirrored views, too")
     add("--pooling", choices=POOLINGS, help="dense (default: sliding)")
     add("--softmax", choices=SOFTMAXES, help="dense (default: per_view)")

@@ -154,8 +154,7 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
     add("root", nargs="?", type=Path, default=place, help=text)
     add("--archives", metavar="FILE", help="to unpack first", **several)
     add("--unverified", action="store_true", help="unpack archives that are not the official ones")
-    text = "data of your own: do not compare with official counts"
-    add("--own", action="store_true", help=text)
+    add("--own", action="store_true", help="data of your own: do not compare with official counts")
     text = "check only these: trainval, test (VOC), instances_val2017 (COCO), ..."
     add("--splits", metavar="NAME", help=text, **several)
     add("--coco-json", metavar="FILE", help="COCO: files to check", **several)
@@ -195,7 +194,7 @@ def add_imagenet_options(parser: argparse.ArgumentParser) -> None:
     add("--train-archive", help="ILSVRC2012_img_train.tar")
     add("--val-archive", help="ILSVRC2012_img_val.tar")
     labels.add_argument("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, which has the val labels")
-    text = "file of 'name wnid' lines, or of wnids in the order of the images"
+    text = "'name wnid' lines, or wnids in the order of the images"
     labels.add_argument("--val-labels", help=text)
     add("--flat-val", action="store_true", help="one folder and a label list")
     add("--check-images", action="store_true", help="read every image and report the bad ones")
@@ -238,9 +237,9 @@ def add_shards_options(parser: argparse.ArgumentParser) -> None:
     write.add_argument("images", help="folder <class>/<image>, or a flat one with --labels")
     write.add_argument("folder", help="new local folder for the shards")
     write.add_argument("--labels", help="file of 'name label' lines for a flat folder")
-    text = "default: 1000, about 110 MB"
+    text = "1000, about 110 MB"
     write.add_argument("--samples-per-shard", type=positive, default=1000, help=text)
-    text = "of the order; -1 keeps the folder's (default: 0)"
+    text = "of the order (0); -1 keeps the folder's"
     write.add_argument("--seed", type=int, default=0, help=text)
     index = commands.add_parser("index", help="write the index of existing shards")
     index.add_argument("folder", help="local folder of *.tar")

@@ -215,8 +215,7 @@ def add_curves(parser: argparse.ArgumentParser) -> None:
     how = dict(dest="runs", action="append", required=True, metavar="DIR[=LABEL]")
     add("--run", type=parse_run, help=f"{text}; may be given several times", **how)
     add("--output", required=True, metavar="FILE.png", help="picture to write")
-    text = "classification: plain and residual networks in one panel"
-    add("--together", action="store_true", help=text)
+    add("--together", action="store_true", help="plain and residual networks in one panel")
 
 
 def add_responses(parser: argparse.ArgumentParser) -> None:
@@ -248,14 +247,12 @@ def add_detection(parser: argparse.ArgumentParser) -> None:
     add_runs(parser, "run folders of tools/train_net.py, or folders of seeds")
     add = parser.add_argument
     add("--output", required=True, type=markdown_file, metavar="FILE.md")
-    text = "folder of the test set (default: as in the runs' commands)"
-    add("--voc-root", metavar="DIR", help=text)
+    add("--voc-root", metavar="DIR", help="folder of the test set (default: the commands')")
     text = "run folder that all other detectors are compared with (default: see below)"
     add("--reference", type=Path, metavar="DIR", help=text)
     text = "improvements: results.json of tools/evaluate_detector.py; may be given several times"
     add("--rows", type=Path, action="append", default=[], metavar="FILE", help=text)
-    text = "a paragraph to add, such as where data are from"
-    add("--note", default="", metavar="TEXT", help=text)
+    add("--note", default="", metavar="TEXT", help="a paragraph to add, as where data are from")
     text = "detections in the pictures have at least this score (default: %(default)s)"
     add("--score", type=score_threshold, default=0.5, metavar="S", help=text)
 

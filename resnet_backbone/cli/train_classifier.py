@@ -55,10 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "config and overlays, merged in order; files, or names below configs/classification"
     add("--config-file", nargs="+", default=[], metavar="FILE", help=text)
     add("--output-dir", metavar="DIR", help="run folder, short for output.dir=DIR")
-    text = (
-        "go on from the newest checkpoint of the run folder; its own config is used, so none is"
-        " needed (a run without checkpoint starts afresh)"
-    )
+    text = "go on from the run folder's newest checkpoint, if any, with its own config"
     add("--resume", action="store_true", help=text)
     text = "evaluate the run's newest checkpoint, or model.weights=FILE, and write no file"
     add("--eval-only", action="store_true", help=text)
@@ -95,8 +92,8 @@ def read_config(args: argparse.Namespace) -> Config:
         refused.append("output.log_every")  # it decides when the warm-up ends
     if refused and args.resume:
         raise UsageError(
-            f"{folder} was started with another {', '.join(refused)}: go on with its own config "
-            "(leave out --config-file and these keys), or choose another output.dir"
+            f"{folder} was started with another {', '.join(refused)}: leave out --config-file and "
+            "these keys, or choose another output.dir"
         )
     return wanted or config
 
@@ -105,10 +102,7 @@ def refuse_overwriting(args: argparse.Namespace, config: Config) -> None:
     folder = config.output.dir
     holds_run = checkpoints_in(folder) or (Path(folder) / METRICS).exists()
     if holds_run and not args.resume and not args.eval_only:
-        raise UsageError(
-            f"{folder} holds a run: --resume goes on with it; or choose another "
-            "folder with --output-dir"
-        )
+        raise UsageError(f"{folder} holds a run: --resume it, or choose another --output-dir")
 
 
 def train(config: Config, resume: bool, world: World) -> None:

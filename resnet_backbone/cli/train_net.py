@@ -14,12 +14,7 @@ that differs is refused with the line to write. FILE is what tools/train_classif
 such as torchvision://resnet50/IMAGENET1K_V2, timm://resnet50.a1_in1k, hf://microsoft/resnet-50,
 detectron2://... or https://...; or a whole detector's checkpoint, also of other classes. A file
 that does not say its input needs RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra, caffe_vgg or
-torchvision:
-
-  python tools/train_net.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
-      --voc-root ... --weights resnet50_msra.safetensors RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra
-
-On COCO-style JSON:
+torchvision. On COCO-style JSON:
 
   python tools/train_net.py --config-file configs/detection/coco/faster_rcnn_R_50_FPN.yaml \\
       --coco-json train.json val.json --image-root train_images val_images
@@ -38,12 +33,10 @@ exit with status 75; a second Ctrl-C interrupts at once. Wrong input exits with 
 diverged with 3, results that are not those of TEST.EXPECTED_RESULTS with 1, after results.json was
 written.
 
-Several seeds, one after the other, each in its own folder, with mean and spread in seeds.json:
+Several seeds, one after the other, each in its own folder, with mean and spread in seeds.json;
+several processes, among which the batch is divided:
 
   python tools/train_net.py ... --output-dir output/r50 --seeds 1 2 3
-
-Several processes; the batch is divided among them:
-
   python tools/train_net.py ... --num-gpus 8
   python tools/train_net.py ... --num-gpus 8 --num-machines 2 --machine-rank 0 \\
       --dist-url tcp://first-machine:29500
@@ -91,16 +84,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", help="run folder (default: OUTPUT_DIR of the config)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
     text = (
-        "evaluate the run of --output-dir, or --weights FILE; a run's own config.yaml counts, and "
-        "KEY VALUE replaces what it says; results go to the folder eval in --output-dir"
+        "evaluate the run of --output-dir by its own config.yaml, or --weights FILE, to folder eval"
     )
     add("--eval-only", action="store_true", help=text)
     text = "MODEL.WEIGHTS FILE, and take over the input that these weights were trained on"
     add("--weights", metavar="FILE", help=text)
-    text = (
-        "one run for each of these seeds, in seed_N inside the run folder; what is complete is left"
-        " as it is, what was interrupted goes on"
-    )
+    text = "one run for each of these seeds, in seed_N of the run folder; complete ones stay"
     add("--seeds", nargs="+", metavar="N", help=text)
     add("--seed-run", type=int, help=argparse.SUPPRESS)  # one run of --seeds
     add_launch_arguments(parser)

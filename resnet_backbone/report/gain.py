@@ -66,14 +66,16 @@ def group_runs(runs: Sequence[DetectorRun]) -> list[DetectorGroup]:
 def _check_same_test(runs: Sequence[DetectorRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        mine, theirs = ({"data": one.test, "classes": sorted(one.classes)} for one in (first, run))
-        if run.objects and first.objects:
-            mine["objects"], theirs["objects"] = first.objects, run.objects
-        wrong = next((key for key in mine if mine[key] != theirs[key]), None)
+        wrong = ""
+        if run.test != first.test:
+            wrong = f": {first.test} and {run.test}"
+        elif sorted(run.classes) != sorted(first.classes):
+            wrong = " (classes)"
+        elif run.objects and first.objects and run.objects != first.objects:
+            wrong = " (objects)"
         if wrong:
-            what = f": {mine[wrong]} and {theirs[wrong]}" if wrong == "data" else f" ({wrong})"
             raise ValueError(
-                f"{first.folder} and {run.folder} were evaluated on different test sets{what}; "
+                f"{first.folder} and {run.folder} were evaluated on different test sets{wrong}; "
                 "give runs of one test set"
             )
 

@@ -160,8 +160,7 @@ def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
     add, text = parser.add_argument, "folder of JPEG files, or 'synthetic'"
     add("--images", required=True, default=argparse.SUPPRESS, help=text)
     add("--count", type=positive, default=300, help="images")
-    text = "encode the images anew, to see how file size matters"
-    add("--jpeg-quality", type=int, help=text)
+    add("--jpeg-quality", type=int, help="encode the images anew, to see how file size matters")
     add("--batch", type=positive, default=50, help="images stacked")
 
 
@@ -181,8 +180,7 @@ def add_model_arguments(train: argparse.ArgumentParser, infer: argparse.Argument
     train.add_argument("--images", help="folder of JPEG files to train on at the end")
     train.add_argument("--workers", type=int, default=8, help="of --images")
     infer.add_argument("--batch", type=positive, nargs="+", help=f"{text}, and 1)")
-    text = "onnxruntime and OpenVINO too (CPU)"
-    infer.add_argument("--runtimes", action="store_true", help=text)
+    infer.add_argument("--runtimes", action="store_true", help="onnxruntime and OpenVINO too (CPU)")
 
 
 def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.ArgumentParser) -> None:
