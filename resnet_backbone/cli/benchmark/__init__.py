@@ -52,8 +52,7 @@ Images are files in memory, in one process on one thread. Candidates:
   ours          to stacked bytes and color shifts: what goes to the device, which normalizes them
   ours, whole   the same with every JPEG decoded whole (as without nvidia-nvimgcodec)
   ours + norm   to normalized floats, by the device's own code on this core: all that the
-                reference does
-The geometry check compares our crops with Pillow's resize of the same boxes.""",
+                reference does""",
     ),
     "train": (
         "classification",
@@ -160,7 +159,6 @@ def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
     add, text = parser.add_argument, "folder of JPEG files, or 'synthetic'"
     add("--images", required=True, default=argparse.SUPPRESS, help=text)
     add("--count", type=positive, default=300, help="images")
-    add("--jpeg-quality", type=int, help="encode the images anew, to see how file size matters")
     add("--batch", type=positive, default=50, help="images stacked")
 
 

@@ -25,8 +25,6 @@ from resnet_backbone import build_model
 from resnet_backbone.classification.data.augment import (
     PaperAugmentation,
     color_shift,
-    draw_crop,
-    resize_crop,
 )
 from resnet_backbone.classification.data.imagenet import ImageFiles
 from resnet_backbone.classification.data.loader import LoaderSource
@@ -60,7 +58,7 @@ PASSES = itertools.count(1)
 
 def run_loader(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    images = load_images(args.images, args.count, args.jpeg_quality)
+    images = load_images(args.images, args.count)
     size = statistics.mean(map(len, images)) / 1000
     print(f"{len(images)} images of {size:.0f} kB on average: {args.images}")
     ours = partial(our_pass, images, args.batch)
@@ -70,32 +68,25 @@ def run_loader(args: argparse.Namespace) -> dict[str, Any]:
     else:
         print("nvidia-nvimgcodec is not installed: all JPEGs are decoded whole")
     runs["ours + norm"] = partial(ours, normalizer=InputNormalizer(PREPROCESSING))
-    rows = measure(runs, len(images), args.repeats)
-    geometry = geometry_difference(images)
-    print(
-        f"geometry: {geometry['mean']:.4f} gray levels mean, {geometry['max']} at most, from "
-        "Pillow's resize of the same boxes"
-    )
-    return {"rows": rows, "geometry": geometry, "mean_kilobytes": size}
+    return {"rows": measure(runs, len(images), args.repeats), "mean_kilobytes": size}
 
 
-def load_images(source: str, count: int, quality: int | None) -> list[bytes]:
+def load_images(source: str, count: int) -> list[bytes]:
     """JPEG files in memory.
 
     Args:
         source: a folder, of which the images are spread evenly, or "synthetic" for ones of
             500 x 375, noise smoothed to the file size of a photograph.
-        quality: encodes the images anew at this JPEG quality; None leaves them as they are.
     """
     if source == "synthetic":
-        return [_synthetic_jpeg(seed, quality or 90) for seed in range(count)]
-    files = [path.read_bytes() for path in spread(find_pictures([source]), count)]
-    return files if quality is None else [_encode(_open(data), quality) for data in files]
+        return [_synthetic_jpeg(seed) for seed in range(count)]
+    return [path.read_bytes() for path in spread(find_pictures([source]), count)]
 
 
 def reference_sample(data: bytes, rng: Generator) -> Tensor:
     """One image through torchvision's v1 transforms: normalized float32 (3, 224, 224)."""
-    image = TF.resize(_open(data), int(rng.integers(256, 481)))
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = TF.resize(image, int(rng.integers(256, 481)))
     top, left = (int(rng.integers(n - 224 + 1)) for n in (image.height, image.width))
     image = TF.crop(image, top, left, 224, 224)
     if rng.random() < 0.5:
@@ -135,40 +126,17 @@ def our_pass(
             normalizer(stacked, shift)
 
 
-def geometry_difference(images: Sequence[bytes]) -> dict[str, float]:
-    """How far our crops are from Pillow's resize of the same boxes, in gray levels of 255."""
-    means, largest = [], 0
-    for index, data in enumerate(images):
-        image = EncodedImage(data)
-        crop = draw_crop(image.height, image.width, sample_rng(0, 0, index))
-        left, top, right, bottom = crop.box(224)
-        box = (left, top, min(right, image.width), min(bottom, image.height))
-        theirs = _open(data).resize((224, 224), Image.Resampling.BILINEAR, box=box)
-        ours = resize_crop(image, crop).permute(1, 2, 0).numpy()
-        difference = np.abs(ours.astype(np.int16) - np.asarray(theirs))
-        means.append(difference.mean())
-        largest = max(largest, int(difference.max()))
-    return {"mean": float(np.mean(means)), "max": largest, "images": len(images)}
-
-
-def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def _encode(image: Image.Image, quality: int) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=quality)
-    return stream.getvalue()
-
-
-def _synthetic_jpeg(seed: int, quality: int) -> bytes:
+def _synthetic_jpeg(seed: int) -> bytes:
     rng = np.random.default_rng(seed)
     pixels = np.zeros((375, 500, 3))
     for cells, strength in ((6, 90), (40, 40), (160, 30)):  # large shapes, edges, texture
         coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
         layer = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
         pixels += (np.asarray(layer, dtype=np.float64) - 128) * (strength / 128)
-    return _encode(Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8)), quality)
+    stream = io.BytesIO()
+    image = Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8))
+    image.save(stream, "JPEG", quality=90)
+    return stream.getvalue()
 
 
 # Training

@@ -191,20 +191,17 @@ def detections_differ(found: list, expected: list) -> dict[str, float]:
         detections: of the reference. unmatched: share of these for which there is none of the
         same class with an IoU of 0.9 or more. score: the largest difference of a matched score.
     """
-    count = matched = 0
-    score = 0.0
+    count, differences = 0, []
     for ours, theirs in zip(found, expected, strict=True):
         count += len(theirs)
-        if not len(ours) or not len(theirs):
+        if not len(ours):
             continue
         overlap = box_iou(theirs.pred_boxes.tensor, ours.pred_boxes.tensor)
         overlap[theirs.pred_classes[:, None] != ours.pred_classes] = 0
         best, index = overlap.max(1)
-        is_match = best >= 0.9
-        matched += int(is_match.sum())
-        differences = (theirs.scores - ours.scores[index]).abs()[is_match]
-        score = max(score, float(differences.max()) if len(differences) else 0.0)
-    return {"detections": count, "unmatched": 1 - matched / max(1, count), "score": score}
+        differences += (theirs.scores - ours.scores[index]).abs()[best >= 0.9].tolist()
+    unmatched = 1 - len(differences) / max(1, count)
+    return {"detections": count, "unmatched": unmatched, "score": max(differences, default=0.0)}
 
 
 def mapper_seconds(calls: int = 10) -> float:
@@ -244,14 +241,12 @@ def measure_evaluators(runs: dict[str, Callable], images: int, repeats: int) -> 
     numbers: dict[str, dict[str, float]] = {}
 
     def run(name: str) -> None:
+        logging.disable(logging.INFO)
         with contextlib.redirect_stdout(io.StringIO()):
             numbers[name] = runs[name]()
-
-    logging.disable(logging.INFO)
-    try:
-        rows = measure({name: partial(run, name) for name in runs}, images, repeats)
-    finally:
         logging.disable(logging.NOTSET)
+
+    rows = measure({name: partial(run, name) for name in runs}, images, repeats)
     expected, ours = (numbers[name] for name in runs)
     difference = max(abs(ours[key] - expected[key]) for key in expected)
     print(f"{[*runs][1]}: numbers differ by {difference:.1e} at most")
@@ -333,13 +328,14 @@ def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dic
         }
 
 
+OBJECT = (
+    "<object><name>class{}</name><pose>-</pose><truncated>0</truncated><difficult>0</difficult>"
+    "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
+
+
 def voc_xml(boxes: np.ndarray, kinds: np.ndarray) -> str:
     text = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
     for (x, y, width, height), kind in zip(boxes.astype(int), kinds, strict=True):
-        corners = dict(xmin=x, ymin=y, xmax=x + width - 1, ymax=y + height - 1)
-        box = "".join(f"<{name}>{value}</{name}>" for name, value in corners.items())
-        text += (
-            f"<object><name>class{kind}</name><pose>-</pose><truncated>0</truncated>"
-            f"<difficult>0</difficult><bndbox>{box}</bndbox></object>"
-        )
+        text += OBJECT.format(kind, x, y, x + width - 1, y + height - 1)
     return f"<annotation>{text}</annotation>"
