@@ -128,16 +128,20 @@ def test_fpn_comparison_sees_another_network():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_is_that_of_the_pass():
+def test_memory_grows_with_the_image_and_with_the_regions():
     pytest.importorskip("detectron2")
+    from resnet_backbone.cli.benchmark.detectors import detector_candidates
     from resnet_backbone.cli.benchmark.pyramid import REFERENCE, pyramid_candidates
 
-    small, large = (
-        measure_memory(pyramid_candidates, (1, 3, side, 640), [("training", REFERENCE)])
-        for side in (64, 512)
-    )
-    (small,), (large,) = small.values(), large.values()
-    assert large["peak"] - large["before"] > 100 + small["peak"] - small["before"]
+    images = [(1, 3, side, 640) for side in (64, 512)]
+    regions = [("c4", number, 8, 64, 96, 1) for number in (4, 100)]
+    for build, settings, kind in (
+        (pyramid_candidates, images, "training"),
+        (detector_candidates, regions, "inference"),
+    ):
+        found = [measure_memory(build, setting, [(kind, REFERENCE)]) for setting in settings]
+        few, many = (one[f"{kind}: {REFERENCE}"] for one in found)
+        assert many["peak"] - many["before"] > 100 + few["peak"] - few["before"]
 
 
 @pytest.mark.parametrize(
@@ -218,17 +222,3 @@ def test_detections_are_compared_by_class_and_place():
             "unmatched": 0.5,
             "score": 0.0,
         }
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_of_a_detector_grows_with_its_regions():
-    pytest.importorskip("detectron2")
-    from resnet_backbone.cli.benchmark.detectors import detector_candidates
-    from resnet_backbone.cli.benchmark.pyramid import REFERENCE
-
-    settings = [("c4", number, 8, 64, 96, 1) for number in (4, 100)]
-    passes = [("inference", REFERENCE)]
-    few, many = (measure_memory(detector_candidates, setting, passes) for setting in settings)
-    (few,), (many,) = few.values(), many.values()
-    assert many["peak"] - many["before"] > 100 + few["peak"] - few["before"]

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,27 +48,23 @@ def test_unknown_commands(words, message, capsys):
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-class Command:
-    def __init__(self, outcome):
-        self.outcome, self.argv = outcome, None
-
-    def main(self):
-        self.argv = list(sys.argv)
-        if isinstance(self.outcome, Exception | SystemExit):
-            raise self.outcome
-        return self.outcome
-
-
 @pytest.mark.parametrize("outcome, status", [(None, 0), (0, 0), (3, 3), (SystemExit(75), 75)])
 def test_commands_return_a_status_or_exit(outcome, status, monkeypatch):
-    command, before = Command(outcome), list(sys.argv)
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: command)
+    before = list(sys.argv)
+
+    def command():
+        assert sys.argv == ["resnet-backbone demo", "--x", "1"]
+        if isinstance(outcome, SystemExit):
+            raise outcome
+        return outcome
+
+    module = SimpleNamespace(main=command)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
     try:
         found = cli.main(["demo", "--x", "1"])
     except SystemExit as stopped:
         found = stopped.code
     assert found == status and sys.argv == before
-    assert command.argv == ["resnet-backbone demo", "--x", "1"]
 
 
 def test_what_is_not_installed_is_one_line(monkeypatch, capsys):

@@ -262,14 +262,7 @@ def test_verify_on_a_folder(run, ours, tmp_path):
 def test_verify_finds_the_stride_of_the_released_weights(run, data_root, tmp_path):
     file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
     pictures = data_root / "imagenet_val500"
-    stated = [
-        "--preprocessing-a",
-        "msra",
-        "--preprocessing-b",
-        "msra",
-        "--stride-in-1x1-b",
-        "false",
-    ]
+    stated = "--preprocessing-a msra --preprocessing-b msra --stride-in-1x1-b false".split()
     images = ["--images", pictures, "--num-images", 2, "--size", 64]
     status, out, _ = run("verify", file, file, *stated, *images)
     assert status == 1

@@ -292,16 +292,6 @@ def test_what_is_missing_and_corrupt_is_named(run, voc, tmp_path):
     assert "only the headers" in out and "missing-image" not in out
 
 
-def test_the_mending_mends(run, voc, tmp_path):
-    root = tmp_path / "data"
-    run("voc", root, "--archives", *voc)
-    (root / "VOC2007/Annotations/000001.xml").unlink()
-    (root / "VOC2007/JPEGImages/000004.jpg").write_bytes(b"no image")
-    assert run("voc", root)[0] == 1
-    (root / "VOC2007/JPEGImages/000004.jpg").unlink()
-    assert run("voc", root, "--archives", *voc)[0] == 0
-
-
 @pytest.fixture
 def coco(tmp_path, declare, monkeypatch):
     """Archives of COCO 2017, in small: two training images, one of val, two of test."""

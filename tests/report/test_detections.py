@@ -92,14 +92,6 @@ def test_curves_equal_a_loop(make_voc_run):
     assert 0 < curves.mean() < 1
 
 
-def test_boxes_are_vocs_pixels(make_voc_run):
-    folder = make_voc_run("r50", 1)
-    _, evidence = load(folder)
-    rows = json.loads((folder / "inference/test:test/detections.json").read_text())
-    x, y, width, height = rows[0]["bbox"]  # 0-based, the right and lower side exclusive
-    assert evidence.found["boxes"][0] == pytest.approx([x + 1, y + 1, x + width, y + height])
-
-
 def test_a_class_without_objects_has_no_curve():
     recall = [np.array([0.5, 1.0]), np.array([np.nan])]
     precision = [np.array([1.0, 0.4]), np.array([0.0])]
@@ -177,15 +169,6 @@ def test_resampling_equals_repeated_images(make_voc_run):
         ]
         expected = summarize("", evaluate_voc(boxes, objects, truth.classes))["summary"]
         assert {key: value[draw] for key, value in found.items()} == pytest.approx(expected)
-
-
-def test_an_image_drawn_once_each_gives_the_runs_numbers(make_voc_run):
-    truth, run = load(make_voc_run("vgg", 1))
-    found = resample(run, np.ones((1, len(truth.images)), dtype=int))
-    names = ("AP", "AP50", "AP75", "AP50-11pt")
-    assert {n: found[n][0] for n in names} == pytest.approx(
-        {n: run.run.numbers[n] for n in names}, abs=0.1
-    )
 
 
 def test_other_annotations_are_refused(make_voc_run, voc):

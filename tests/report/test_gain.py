@@ -73,10 +73,6 @@ def test_classes(gain_of):
     assert sorted(gain.class_pairs("cat")) == [6.0, 7.0, 10.0, 11.0]
 
 
-def test_what_else_differs(gain_of):
-    assert gain_of([1.0], [2.0]).differences == ()
-
-
 def test_the_nearest_vgg_of_the_same_schedule(make_detector):
     folders = [
         make_detector("r", 1, {"cat": 3.0}),
