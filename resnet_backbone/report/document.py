@@ -32,6 +32,7 @@ from resnet_backbone.report.gain import DetectorGroup, Gain, describe_gain, find
 from resnet_backbone.report.plots import save_png
 from resnet_backbone.report.runs import flatten, load_detector_runs, read_table
 from resnet_backbone.report.table import WHERE, show_commands
+from resnet_backbone.runtime.files import write_text
 
 PAIRS, PAIRS_BACK = 6, 2  # objects shown that a detector finds, and the other way round
 BASELINE = "baseline"  # the row of a detector as it was trained
@@ -90,7 +91,6 @@ def write_detection_report(
     """Write the report, and its pictures into the folder beside it that has its name.
 
     Args:
-        folders: run folders of tools/train_net.py, or folders of several seeds.
         output: Markdown file, written last and only if nothing goes wrong.
         score: from which on a detection counts in the pictures, 0..1.
         command: that makes this report; the others are the options of tools/report.py detection.
@@ -233,7 +233,7 @@ def _seconds(
     group: DetectorGroup, here: Sequence[tables.Row], elsewhere: Sequence[tables.Row]
 ) -> tuple[float | None, str]:
     """Mean seconds per image of a group's runs, and from where: rows here ("") come first."""
-    own = {run.folder.resolve(): run.results.get("seconds_per_image") for run in group.runs}
+    own = {run.folder: run.results.get("seconds_per_image") for run in group.runs}
     ways = "; ".join(dict.fromkeys(tables.timing(run) for run in group.runs))
     for source, measured in (
         ("", _baselines(here)),
@@ -253,20 +253,17 @@ def _baselines(rows: Sequence[tables.Row]) -> dict[Path, float]:
 
 def _row_point(report: Report, row: tables.Row) -> plots.Point:
     """A baseline has its run's label and color."""
-    folder = Path(row.run).resolve() if row.name == BASELINE else None
-    for group in report.groups:
-        if folder in [run.folder.resolve() for run in group.runs]:
-            color = report.colors[group.label]
-            return plots.Point(group.label, row.seconds, row.numbers["AP50"], color=color)
-    return plots.Point(row.name, row.seconds, row.numbers["AP50"])
+    point = plots.Point(row.name, row.seconds, row.numbers["AP50"])
+    for group in report.groups if row.name == BASELINE else ():
+        if Path(row.run).resolve() in [run.folder for run in group.runs]:
+            return point._replace(label=group.label, color=report.colors[group.label])
+    return point
 
 
 def _add_sheets(report: Report, gain: Gain, ours, reference, truth, score: float) -> None:
     label, other = gain.ours.label, gain.reference.label
-    found, back = (
-        int(np.isfinite(find_misses(*sides, score)).sum())
-        for sides in ((ours, reference), (reference, ours))
-    )
+    found = np.isfinite(find_misses(ours, reference, score)).sum()
+    back = np.isfinite(find_misses(reference, ours, score)).sum()
     objects = int((~ours[0].truth["difficult"]).sum())
     report.add(
         f"Of {objects:,} objects, {label} finds {found:,} that {other} misses; the other way "
@@ -308,7 +305,6 @@ def write_whole(output: Path, report: Report) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent) as temporary:
         stage = Path(temporary)
-        (stage / output.name).write_text("\n\n".join(report.parts) + "\n", encoding="utf-8")
         for name, content in report.pictures.items():
             if isinstance(content, Figure):
                 save_png(content, stage / name)
@@ -317,7 +313,7 @@ def write_whole(output: Path, report: Report) -> None:
         for name in report.pictures:
             folder.mkdir(exist_ok=True)
             os.replace(stage / name, folder / name)
-        for old in (path for pattern in PICTURES for path in folder.glob(pattern)):
-            if old.name not in report.pictures:
-                old.unlink()
-        os.replace(stage / output.name, output)
+    for old in (path for pattern in PICTURES for path in folder.glob(pattern)):
+        if old.name not in report.pictures:
+            old.unlink()
+    write_text(output, "\n\n".join(report.parts) + "\n")

@@ -71,11 +71,7 @@ def smooth_between(
 
 
 def error_range(finals: Sequence[float]) -> tuple[float, float]:
-    """Limits of the error axis, in %, for runs that end at these errors.
-
-    (0, 20) for the paper's CIFAR-10 runs, as in Fig. 6; about (20, 50) for ImageNet; wider where
-    a curve would end outside.
-    """
+    """Limits of the error axis, in %, for runs that end at these errors; (0, 20) as in Fig. 6."""
     good = [value for value in finals if math.isfinite(value)]
     if not good:
         return 0.0, 100.0
@@ -93,11 +89,9 @@ class Line(NamedTuple):
 def plot_errors(runs: Sequence[Run], labels: Sequence[str], together: bool = False) -> Figure:
     """Error against iterations: training dashed and thin, test bold, one color a network.
 
-    The training error is the error of the augmented images while they train, averaged over the
-    logging windows and smoothed between drops of the learning rate (dotted lines). Plain and
+    The training error is smoothed between drops of the learning rate (dotted lines). Plain and
     residual networks get a panel each, as in the paper, where both are given. Runs of the same
-    label, such as several seeds, share color and legend entry, which gives their mean last test
-    error.
+    label share color and legend entry, which gives their mean last test error.
 
     Args:
         labels: one per run; "" for the network's name.
@@ -174,9 +168,8 @@ def layer_responses(
     """Standard deviation of the response of each 3x3 layer (paper, Fig. 7 and section 4.2).
 
     A layer's response is the output of its BN, before the nonlinearity and before the addition of
-    the shortcut; in ResNets it is so the strength of the residual functions. The standard
-    deviation is one number over images, channels and positions. Every 3x3 convolution counts, also
-    the first layer of the CIFAR networks, so that those of 6n+2 layers have 6n+1.
+    the shortcut. The standard deviation is one number over images, channels and positions. Every
+    3x3 convolution counts, also the first of the CIFAR networks: 6n+1 of the 6n+2 layers.
 
     Args:
         model: a network of this package; it is evaluated, and left in the mode that it was in.

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 def load_metrics(path: str | os.PathLike) -> Metrics:
     """Read a metrics file: one JSON object per line, each with "iteration".
 
-    Where a resumed run wrote an iteration again, the later value counts. Lines that are not JSON
-    (the last one of a run that is still writing or was killed) are skipped with a warning.
+    Where a resumed run wrote an iteration again, the later value counts. Incomplete lines, such as
+    the last one of a killed run, are skipped with a warning.
 
     Returns:
         For each number (total_loss, lr, "bbox/AP50", ...): iterations (N,), rising, values (N,).
@@ -299,7 +299,7 @@ def load_detector_runs(folders: Iterable[str | os.PathLike]) -> list[DetectorRun
     for folder in map(Path, folders):
         seeds = [path for path in folder.glob("seed_*") if path.is_dir()]
         whole = not seeds or (folder / RESULTS).is_file()
-        found = [load_detector_run(path) for path in ([folder] if whole else seeds)]
+        found = map(load_detector_run, [folder] if whole else seeds)
         runs += sorted(found, key=lambda run: run.seed or 0)
     return runs
 

@@ -103,11 +103,10 @@ def pyramid_candidates(shape: tuple[int, ...], kind: str) -> dict[str, Callable[
 
 
 def train_pyramid(model: nn.Module, images: Tensor, bf16: bool = False) -> dict[str, Tensor]:
-    """Forward and backward of a fixed scalar of all maps; returns the maps.
+    """Forward and backward of a fixed scalar of all maps, in place of heads; returns the maps.
 
-    The scalar stands in for the heads: its gradient depends on every value of every map. It is
-    divided last, since the gradient of ``mean`` is row-major whatever the map: the backward pass
-    of a head's convolution returns the map's own memory format.
+    It is divided last, since the gradient of ``mean`` is row-major whatever the map: the backward
+    pass of a head's convolution returns the map's own memory format.
     """
     model.zero_grad(set_to_none=True)
     with torch.autocast(images.device.type, dtype=BF16, enabled=bf16):
@@ -123,8 +122,7 @@ def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict
         outputs: the largest of any pyramid level, of that level's largest value.
         gradient: norm of the difference of the whole gradient, of the gradient's norm.
         gradient_worst: the largest of any parameter, of that parameter's largest gradient. In
-            single precision it jumps where a ReLU's input is a rounding error away from zero,
-            between any two implementations.
+            single precision it jumps where a ReLU's input is a rounding error away from zero.
     """
     maps = [train_pyramid(model, images) for model in (theirs, ours)]
     expected, found = (
