@@ -15,17 +15,9 @@ from resnet_backbone.cli.export import find_pictures, read_picture, spread, to_t
 from resnet_backbone.models import list_models
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.provenance import command_line
+from resnet_backbone.weights import convert as conversion
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.compare import TOLERANCE, Comparison, Samples, compare, sample_images
-from resnet_backbone.weights.convert import (
-    DTYPES,
-    convert_input,
-    fold_bn,
-    to_bn_eps,
-    to_dtype,
-    to_unit_responses,
-    use_channel_means,
-)
 from resnet_backbone.weights.export import FORMATS, check_target, export_checkpoint
 from resnet_backbone.weights.inspect import default_size, inspect_source
 from resnet_backbone.weights.preprocessing import (
@@ -131,7 +123,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     text = "VGG without norms: every layer's responses to the pictures get standard deviation 1"
     add("--unit-responses", action="store_true", help=text)
     add("--bn-eps-to", type=float, metavar="EPS")
-    add("--dtype", choices=DTYPES, help="of kernels; vectors are fp32")
+    add("--dtype", choices=conversion.DTYPES, help="of kernels; vectors are fp32")
     text = "drop a per-pixel mean image that the format cannot hold; not exact"
     add("--accept-channel-means", action="store_true", help=text)
     add("--shard-size", type=int, metavar="BYTES", help="of huggingface files")
@@ -228,14 +220,14 @@ def converted(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
     if rules.rgb and args.channel_order_to == "BGR":
         raise WeightsError(f"{args.to} takes RGB only")
     order = args.channel_order_to
-    checkpoint = convert_input(checkpoint, channel_order=order, value_range=value_range)
+    checkpoint = conversion.convert_input(checkpoint, channel_order=order, value_range=value_range)
     if args.fold_std:
-        checkpoint = convert_input(checkpoint, std=(1.0, 1.0, 1.0))
+        checkpoint = conversion.convert_input(checkpoint, std=(1.0, 1.0, 1.0))
     if args.bn_eps_to is not None:
-        checkpoint = to_bn_eps(checkpoint, args.bn_eps_to)
+        checkpoint = conversion.to_bn_eps(checkpoint, args.bn_eps_to)
     if args.fold_bn:
-        checkpoint = fold_bn(checkpoint)
-    return checkpoint if args.dtype is None else to_dtype(checkpoint, args.dtype)
+        checkpoint = conversion.fold_bn(checkpoint)
+    return checkpoint if args.dtype is None else conversion.to_dtype(checkpoint, args.dtype)
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -243,10 +235,10 @@ def run_convert(args: argparse.Namespace) -> int:
     source = read(args.source, args)
     samples = read_images(args, source)
     if args.accept_channel_means:
-        source = use_channel_means(source)
+        source = conversion.use_channel_means(source)
         print("from here on with the channel means, which is not exactly the same")
     if args.unit_responses:
-        source = to_unit_responses(source, samples.images)
+        source = conversion.to_unit_responses(source, samples.images)
         print(f"every layer's responses have standard deviation 1 on {samples.text}")
     options = dict(overwrite=args.overwrite, shard_size=args.shard_size)
     exported = export_checkpoint(converted(source, args), args.out, args.to, **options)

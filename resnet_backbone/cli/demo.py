@@ -44,15 +44,7 @@ from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import UsageError, load_config
 from resnet_backbone.detection.data.arguments import detects_objects
-from resnet_backbone.detection.inference.pictures import (
-    UnreadableError,
-    contact_sheet,
-    draw_output,
-    read_bgr,
-    read_video,
-    save_image,
-    video_writer,
-)
+from resnet_backbone.detection.inference import pictures
 from resnet_backbone.detection.inference.predictor import (
     Predictor,
     describe_output,
@@ -190,17 +182,17 @@ class Demo:
         return f"{path}: {number} detections{hint}, {time.perf_counter() - start:.2f} s"
 
     def _image(self, path: Path, output: Path | None) -> int:
-        number, picture = self._detect(read_bgr(path), {"file": str(path)})
+        number, picture = self._detect(pictures.read_bgr(path), {"file": str(path)})
         if output:
-            save_image(output, picture)
+            pictures.save_image(output, picture)
         self._keep(path, picture)
         return number
 
     def _video(self, path: Path, output: Path | None) -> int:
         """Frame by frame; the frame with most detections goes on the sheet."""
-        rate, count, frames = read_video(path)
+        rate, count, frames = pictures.read_video(path)
         numbers, best = [], None
-        with video_writer(output, rate) if output else nullcontext() as write:
+        with pictures.video_writer(output, rate) if output else nullcontext() as write:
             bar = tqdm(frames, total=count, desc=path.name, unit="frame", leave=False, disable=None)
             for index, frame in enumerate(bar):
                 number, picture = self._detect(frame, {"file": str(path), "frame": index})
@@ -225,7 +217,7 @@ class Demo:
         if "instances" in output:
             instances = output["instances"]
             output = {**output, "instances": instances[instances.scores >= confidence]}
-        drawn = draw_output(np.ascontiguousarray(rgb), output, *self.names, confidence)
+        drawn = pictures.draw_output(np.ascontiguousarray(rgb), output, *self.names, confidence)
         return describe_output(output, *self.names), drawn
 
     def _keep(self, path: Path, picture: np.ndarray) -> None:
@@ -236,9 +228,9 @@ class Demo:
         """The sheet, and detections with where they come from (boxes: see the module's text)."""
         args = self.args
         if args.sheet and self.pictures:
-            captions, pictures = zip(*self.pictures, strict=True)
-            sheet = contact_sheet(pictures, args.sheet_columns, captions)
-            save_image(Path(args.sheet), sheet)
+            captions, drawn = zip(*self.pictures, strict=True)
+            sheet = pictures.contact_sheet(drawn, args.sheet_columns, captions)
+            pictures.save_image(Path(args.sheet), sheet)
         if args.json:
             content = {"weights": self.predictor.cfg.MODEL.WEIGHTS, "confidence": args.confidence}
             content |= {"unreadable": unreadable, "detections": self.detections}
@@ -318,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
         for path, output in zip(inputs, outputs, strict=True):
             try:
                 bar.write(demo.run(path, output))
-            except UnreadableError as error:
+            except pictures.UnreadableError as error:
                 problems.append(str(error))
             bar.update()
     demo.write(problems)

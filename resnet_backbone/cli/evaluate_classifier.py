@@ -15,42 +15,25 @@ from typing import Any
 
 import torch
 
+from resnet_backbone.classification import networks
+from resnet_backbone.classification.data import imagenet
 from resnet_backbone.classification.data.evaluation import (
     EvaluationArrays,
     EvaluationFiles,
     EvaluationLoader,
 )
-from resnet_backbone.classification.data.imagenet import (
-    ImageFiles,
-    name_classes,
-    read_class_list,
-    read_flat_folder,
-    read_image_folder,
-)
 from resnet_backbone.classification.data.sources import CIFAR10_CLASSES, read_cifar10
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
-from resnet_backbone.classification.networks import (
-    NetworkSpec,
-    load_network,
-    read_class_names,
-    read_spec,
-)
 from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.cli.export import find_pictures
 from resnet_backbone.report.table import prediction_rows, write_csv, write_evaluation
+from resnet_backbone.runtime import provenance
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
-from resnet_backbone.runtime.provenance import (
-    command_line,
-    date,
-    hardware,
-    source_revision,
-    versions,
-)
 from resnet_backbone.runtime.run_folder import set_up_logging
 from resnet_backbone.weights.load import WrongStride
 from resnet_backbone.weights.preprocessing import USUAL_TEST, InputNormalizer, Preprocessing
@@ -190,11 +173,13 @@ def one_each(values: list[str], args: argparse.Namespace, option: str) -> list[s
     return values if len(values) > 1 else (values or [""]) * len(args.weights)
 
 
-def network_spec(path: str, name: str, args: argparse.Namespace) -> tuple[NetworkSpec, bool]:
+def network_spec(
+    path: str, name: str, args: argparse.Namespace
+) -> tuple[networks.NetworkSpec, bool]:
     """The network of a weights file, and whether the file says it; else the arguments do."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; give --weights a .safetensors file")
-    found = read_spec(path)
+    found = networks.read_spec(path)
     if found is not None:
         if len(args.model) == len(args.weights) and name != found.name:
             raise UsageError(f"{path} is of {found.name}, not {name}: leave out --model")
@@ -202,7 +187,7 @@ def network_spec(path: str, name: str, args: argparse.Namespace) -> tuple[Networ
     if not name:
         raise UsageError(f"{path} does not say which network it is of: give --model NAME")
     classes = args.num_classes or (10 if name.startswith("cifar_") else 1000)
-    return NetworkSpec(name, classes, dict(args.model_options)), False
+    return networks.NetworkSpec(name, classes, dict(args.model_options)), False
 
 
 def load_networks(
@@ -218,7 +203,7 @@ def load_networks(
             preprocessing = ""  # the one for all is for files without their own
         model = spec.build()
         try:
-            found = load_network(model, path, preprocessing)
+            found = networks.load_network(model, path, preprocessing)
         except UnknownInput as error:
             raise UsageError(str(UnknownInput(error.source, "--preprocessing"))) from error
         except WrongStride as error:
@@ -242,19 +227,20 @@ def read_data(
         if num_classes != len(CIFAR10_CLASSES):
             raise UsageError(f"the network has {num_classes} classes, CIFAR-10 has 10")
         return EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES
-    classes = read_class_list(args.class_list) if args.class_list else None
-    named = read_class_names(args.weights[0])
+    classes = imagenet.read_class_list(args.class_list) if args.class_list else None
+    named = networks.read_class_names(args.weights[0])
     if classes is None and not args.flat and len(named) == num_classes:
         classes = {name: number for number, name in enumerate(named)}
     if args.predict:
         pictures = [str(path.absolute()) for path in find_pictures(args.predict, "--predict")]
-        names = name_classes(classes or {}, num_classes)
-        files, known = ImageFiles("/", pictures, [0] * len(pictures), names), num_classes
+        names = imagenet.name_classes(classes or {}, num_classes)
+        files, known = imagenet.ImageFiles("/", pictures, [0] * len(pictures), names), num_classes
     elif args.imagenet_folder:
-        files = read_image_folder(args.imagenet_folder, classes, num_classes if classes else 0)
+        wanted = num_classes if classes else 0
+        files = imagenet.read_image_folder(args.imagenet_folder, classes, wanted)
         known = len(files.class_names)
     else:
-        files = read_flat_folder(args.flat, args.labels, classes, num_classes)
+        files = imagenet.read_flat_folder(args.flat, args.labels, classes, num_classes)
         named = [name for name in files.class_names if not name.startswith("class ")]
         known = len(named) or num_classes  # indices need no names
     if not classes and known != num_classes:
@@ -273,16 +259,16 @@ def write_results(
     folder = Path(args.output)
     files = write_evaluation(folder, result, names, images.name_of)
     content = {
-        "command": command_line("evaluate-classifier", args.arguments),
+        "command": provenance.command_line("evaluate-classifier", args.arguments),
         "weights": args.weights,
         "data": args.imagenet_folder or args.flat or args.cifar10,
         **result.to_dict(),
         "amp": args.amp,
         "processes": world.size,
-        "date": date()[:10],
-        "hardware": hardware(world.device),
-        "versions": versions(),
-        "revision": source_revision(),
+        "date": provenance.date()[:10],
+        "hardware": provenance.hardware(world.device),
+        "versions": provenance.versions(),
+        "revision": provenance.source_revision(),
     }
     write_json(folder / "results.json", content)
     logger.info("written: %s, %s", folder / "results.json", ", ".join(f.name for f in files))

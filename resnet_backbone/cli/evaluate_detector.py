@@ -51,13 +51,7 @@ from resnet_backbone.detection.config import (
 from resnet_backbone.detection.data.arguments import add_data_arguments, set_up_data
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.evaluation.results import data_digest, timed_inference
-from resnet_backbone.detection.inference.predictor import (
-    check_member,
-    find_weights,
-    for_testing,
-    run_config,
-    trained_detector,
-)
+from resnet_backbone.detection.inference import predictor
 from resnet_backbone.report.detection_table import improvements_section, read_row
 from resnet_backbone.report.runs import by_class
 from resnet_backbone.report.table import markdown
@@ -68,13 +62,8 @@ from resnet_backbone.runtime.provenance import command_line, date, hardware
 ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
 PAPER_SCALES = (200, 400, 600, 800, 1000)  # of images that are otherwise tested at 600
 OF_THE_ROWS = (  # keys that rows and other options set
-    "MODEL.WEIGHTS",
-    "OUTPUT_DIR",
-    "RESNET_BACKBONE.GLOBAL_CONTEXT",
-    "RESNET_BACKBONE.TEST.BOX_REFINEMENT",
-    "RESNET_BACKBONE.TEST.SCALES",
-    "RESNET_BACKBONE.TEST.ENSEMBLE",
-    "TEST.AUG.ENABLED",
+    *("MODEL.WEIGHTS", "OUTPUT_DIR", "RESNET_BACKBONE.GLOBAL_CONTEXT", "TEST.AUG.ENABLED"),
+    *(f"RESNET_BACKBONE.TEST.{key}" for key in ("BOX_REFINEMENT", "SCALES", "ENSEMBLE")),
 )
 
 
@@ -127,7 +116,7 @@ def read_runs(args: argparse.Namespace) -> dict:
     for key, value in DEFAULTS.TEST.items():
         off += [f"RESNET_BACKBONE.TEST.{key}", str(value)]
     runs = [run for run in (args.run, args.context_run) if run]
-    found = {run: run_config(run, [*off, *args.opts]) for run in runs}
+    found = {run: predictor.run_config(run, [*off, *args.opts]) for run in runs}
     for run, wanted in ((args.run, False), (args.context_run, True)):
         if run and found[run].RESNET_BACKBONE.GLOBAL_CONTEXT != wanted:
             has, option = ("lacks", "--run") if wanted else ("has", "--context-run")
@@ -139,10 +128,11 @@ def read_runs(args: argparse.Namespace) -> dict:
     if len(first.DATASETS.TEST) != 1:
         raise UsageError(f"DATASETS.TEST {first.DATASETS.TEST}: rows are of one test set")
     for run in runs[1:]:
-        check_member(first, found[run], run)
+        predictor.check_member(first, found[run], run)
         found[run].DATASETS = first.DATASETS.clone()
     for run in args.ensemble_run:  # before hours of the other rows
-        check_member(first, run_config(run, ["MODEL.DEVICE", first.MODEL.DEVICE]), run)
+        member = predictor.run_config(run, ["MODEL.DEVICE", first.MODEL.DEVICE])
+        predictor.check_member(first, member, run)
     return found
 
 
@@ -183,7 +173,7 @@ def fingerprint(row: Row, data: str, digest: Callable[[Any], str]) -> str:
     cfg.OUTPUT_DIR = ""
     parts = [cfg.dump(), data, digest(cfg.MODEL.WEIGHTS)]
     for run in cfg.RESNET_BACKBONE.TEST.ENSEMBLE:
-        parts += [digest(find_weights(run)), digest(os.path.join(run, "config.yaml"))]
+        parts += [digest(predictor.find_weights(run)), digest(os.path.join(run, "config.yaml"))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -192,7 +182,7 @@ def evaluate(row: Row, detector: torch.nn.Module) -> dict:
     loader = Trainer.build_test_loader(cfg, data)
     batches = tqdm(loader, desc=row.label, unit="batch", disable=None)
     evaluator = Trainer.build_evaluator(cfg, data)
-    results, speed = timed_inference(for_testing(cfg, detector), batches, evaluator)
+    results, speed = timed_inference(predictor.for_testing(cfg, detector), batches, evaluator)
     if "bbox" not in results:
         raise UsageError(f"data set {data} has no annotations to score with")
     numbers = {key: None if value != value else value for key, value in results["bbox"].items()}
@@ -215,7 +205,7 @@ def evaluate(row: Row, detector: torch.nn.Module) -> dict:
 def measure(rows: list[Row], runs: dict) -> Iterator[tuple[dict, bool]]:
     """Each row's numbers, and whether they were there already; rows of a run share its detector."""
     digest, data = functools.cache(sha256), data_digest(rows[0].cfg.DATASETS.TEST[0])
-    detector = functools.lru_cache(maxsize=1)(lambda run: trained_detector(runs[run]))
+    detector = functools.lru_cache(maxsize=1)(lambda run: predictor.trained_detector(runs[run]))
     for row in rows:
         path, wanted = Path(row.cfg.OUTPUT_DIR, "row.json"), fingerprint(row, data, digest)
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

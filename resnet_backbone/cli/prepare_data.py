@@ -22,13 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from resnet_backbone.classification.data import archives
-from resnet_backbone.classification.data.imagenet import (
-    name_classes,
-    read_class_list,
-    read_flat_folder,
-    read_image_folder,
-)
+from resnet_backbone.classification.data import archives, imagenet
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.runtime.errors import one_line_errors
 
@@ -248,14 +242,14 @@ def add_shards_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_shards(args: argparse.Namespace) -> None:
-    classes = read_class_list(args.class_list) if args.class_list else None
+    classes = imagenet.read_class_list(args.class_list) if args.class_list else None
     if args.command == "index":
-        archives.index_shards(args.folder, name_classes(classes or {}))
+        archives.index_shards(args.folder, imagenet.name_classes(classes or {}))
         return
     if args.labels:
-        dataset = read_flat_folder(args.images, args.labels, classes)
+        dataset = imagenet.read_flat_folder(args.images, args.labels, classes)
     else:
-        dataset = read_image_folder(args.images, classes)
+        dataset = imagenet.read_image_folder(args.images, classes)
     seed = None if args.seed < 0 else args.seed
     archives.write_shards(dataset, args.folder, args.samples_per_shard, seed)
 

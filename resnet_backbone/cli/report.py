@@ -15,16 +15,8 @@ from resnet_backbone.classification.data.sources import read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.cli.export import find_pictures, spread
+from resnet_backbone.report import plots
 from resnet_backbone.report.detection_plots import plot_training
-from resnet_backbone.report.plots import (
-    Responses,
-    assign_colors,
-    layer_responses,
-    plot_errors,
-    plot_responses,
-    responses_table,
-    save_png,
-)
 from resnet_backbone.report.published import parse_network
 from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_metrics, load_run
 from resnet_backbone.report.table import results_table
@@ -114,15 +106,15 @@ def curves(args: argparse.Namespace) -> None:
     if len(kinds) > 1:
         raise ValueError("detection and classification runs: draw them in pictures of their own")
     if kinds == {True}:
-        figure = plot_errors([load_run(path.parent) for path in paths], labels, args.together)
+        figure = plots.plot_errors([load_run(path.parent) for path in paths], labels, args.together)
     else:
         series: dict[str, list] = {label: [] for label in labels}
         for path, label in args.runs:
             series[label].append(load_metrics(path))
-        figure = plot_training(series, assign_colors(series))
+        figure = plot_training(series, plots.assign_colors(series))
     if figure is None:
         raise ValueError("these runs have neither losses nor AP50")
-    save_png(figure, args.output)
+    plots.save_png(figure, args.output)
     print(args.output)
 
 
@@ -154,12 +146,12 @@ def responses(args: argparse.Namespace) -> None:
         if label in rows:
             raise ValueError(f"two networks are named {label!r}: write --weights FILE=LABEL")
         model = model.to(device, memory_format=torch.channels_last)
-        rows[label] = layer_responses(model, InputNormalizer(preprocessing, device)(images))
-        drawn.append(Responses(label, network, [std for _, std in rows[label]]))
-    save_png(plot_responses(drawn), args.output)
+        rows[label] = plots.layer_responses(model, InputNormalizer(preprocessing, device)(images))
+        drawn.append(plots.Responses(label, network, [std for _, std in rows[label]]))
+    plots.save_png(plots.plot_responses(drawn), args.output)
     if args.json:
         write_json(args.json, {"images": len(images), "std": rows}, indent=1)
-    print(responses_table(rows), args.output, sep="\n")
+    print(plots.responses_table(rows), args.output, sep="\n")
 
 
 def table(args: argparse.Namespace) -> None:

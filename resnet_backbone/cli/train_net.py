@@ -53,15 +53,8 @@ import sys
 from resnet_backbone.cli import CommandParser
 from resnet_backbone.detection.config import CfgNode, take_back_overrides
 from resnet_backbone.detection.data.arguments import add_data_arguments
+from resnet_backbone.detection.engine import setup
 from resnet_backbone.detection.engine.seeds import read_seeds, seed_folder, train_seeds
-from resnet_backbone.detection.engine.setup import (
-    RunPlan,
-    config_digest,
-    prepare_run,
-    read_plan,
-    run_keys,
-    write_results,
-)
 from resnet_backbone.detection.engine.trainer import Trainer, watching
 from resnet_backbone.detection.evaluation.results import check_expectations, check_results
 from resnet_backbone.detection.inference.predictor import trained_detector
@@ -111,7 +104,7 @@ def train(cfg: CfgNode, resume: bool) -> None:
         except UnexpectedResults as error:  # the run is complete
             unexpected = error
     failure = {"evaluation_error": trainer.failure} if trainer.failure else {}
-    write_results(
+    setup.write_results(
         trainer.cfg,
         trainer.results,
         trainer.evaluation.speed,
@@ -120,7 +113,7 @@ def train(cfg: CfgNode, resume: bool) -> None:
         ended_early=trainer.evaluation.has_ended,
         best=trainer.evaluation.best,
         accumulate=cfg.RESNET_BACKBONE.ACCUMULATE,
-        config_sha256=config_digest(run_keys(cfg)),
+        config_sha256=setup.config_digest(setup.run_keys(cfg)),
     )
     if failure:
         raise EvaluationFailed(
@@ -137,13 +130,13 @@ def evaluate(cfg: CfgNode) -> None:
     with watching() as watch:
         results = Trainer.test(cfg, trained_detector(cfg))
     if results:
-        write_results(cfg, results, watch.speed, iterations=None)
+        setup.write_results(cfg, results, watch.speed, iterations=None)
     if current_world().is_main:
         check_results(cfg, results or {})
 
 
-def work(plan: RunPlan) -> None:
-    cfg = prepare_run(plan)
+def work(plan: setup.RunPlan) -> None:
+    cfg = setup.prepare_run(plan)
     if cfg is None:
         return
     if plan.args.eval_only:
@@ -173,7 +166,7 @@ def run_seeds(args: argparse.Namespace, cfg: CfgNode) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    plan = read_plan(args)
+    plan = setup.read_plan(args)
     launch = plan_launch(args, plan.cfg.MODEL.DEVICE, "MODEL.DEVICE cpu")
     if args.seeds and args.seed_run is None:
         run_seeds(args, plan.cfg)

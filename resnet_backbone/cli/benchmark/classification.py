@@ -31,14 +31,7 @@ from resnet_backbone.classification.data.loader import LoaderSource
 from resnet_backbone.classification.data.sources import SampleStream, sample_rng
 from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.step import TrainStep, build_sgd
-from resnet_backbone.cli.benchmark import (
-    Run,
-    compare_and_measure,
-    measure,
-    randomize_norms,
-    relative_difference,
-    repeated,
-)
+from resnet_backbone.cli import benchmark
 from resnet_backbone.cli.export import find_pictures, spread
 from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.fast.export import export_onnx, run_onnx
@@ -68,7 +61,7 @@ def run_loader(args: argparse.Namespace) -> dict[str, Any]:
     else:
         print("nvidia-nvimgcodec is not installed: all JPEGs are decoded whole")
     runs["ours + norm"] = partial(ours, normalizer=InputNormalizer(PREPROCESSING))
-    return {"rows": measure(runs, len(images), args.repeats), "mean_kilobytes": size}
+    return {"rows": benchmark.measure(runs, len(images), args.repeats), "mean_kilobytes": size}
 
 
 def load_images(source: str, count: int) -> list[bytes]:
@@ -172,15 +165,15 @@ def build_step(network: str, dtype: str, channels_last: bool, compiled: str, dev
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     labels = torch.randint(0, 1000, (args.batch,), device=device)
-    runs: dict[str, Run] = {}
+    runs: dict[str, benchmark.Run] = {}
     steps = {}
     for name, network, dtype, channels_last, compiled in variants(args):
         steps[name] = build_step(network, dtype, channels_last, compiled, device)
         images = torch.randn(args.batch, 3, args.size, args.size, device=device)
         if channels_last:
             images = images.to(memory_format=torch.channels_last)
-        runs[name] = repeated(partial(steps[name], images, labels, 0), args.steps)
-    rows = measure(runs, args.batch * args.steps, args.repeats, device)
+        runs[name] = benchmark.repeated(partial(steps[name], images, labels, 0), args.steps)
+    rows = benchmark.measure(runs, args.batch * args.steps, args.repeats, device)
     if not args.images:
         return {"rows": rows}
     own = [row for row in rows if row["name"].startswith("ours")]
@@ -234,11 +227,14 @@ def run_infer(args: argparse.Namespace) -> dict[str, Any]:
         if args.runtimes:
             found |= runtimes(args.model, args.dtype, torch.get_num_threads())
         images = torch.randn(batch, 3, args.size, args.size, device=device)
-        runs = {name: repeated(partial(run, images), args.steps) for name, run in found.items()}
+        runs = {
+            name: benchmark.repeated(partial(run, images), args.steps)
+            for name, run in found.items()
+        }
         size = batch * args.steps
         with torch.inference_mode():
-            result[f"batch_{batch}"] = compare_and_measure(
-                f"batch {batch}", runs, relative_difference, size, args.repeats, device
+            result[f"batch_{batch}"] = benchmark.compare_and_measure(
+                f"batch {batch}", runs, benchmark.relative_difference, size, args.repeats, device
             )
     return result
 
@@ -247,7 +243,7 @@ def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
     """torchvision's model in its default form, and ours with the same weights, for inference."""
     torch.manual_seed(0)
     reference = NetworkSpec(f"torchvision/{name}", 1000).build().eval()
-    randomize_norms(reference)
+    benchmark.randomize_norms(reference)
     options = {} if name.startswith("vgg") else {"stride_in_1x1": False}
     ours = build_model(name, **options).eval()
     ours.load_state_dict(from_torchvision(reference.state_dict()))

@@ -21,26 +21,12 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 from tqdm import tqdm
 
-from resnet_backbone.cli.benchmark import (
-    compare_and_measure,
-    measure,
-    measure_memory,
-    randomize_norms,
-    relative_difference,
-)
+from resnet_backbone.cli import benchmark
 from resnet_backbone.cli.benchmark.pyramid import BF16, Pass, candidates, config
 from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
 from resnet_backbone.detection.evaluation.coco import evaluate_coco, run_hotcoco, run_pycocotools
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator
-from resnet_backbone.detection.modeling.build import (
-    GivenProposals,
-    build_reference,
-    detections,
-    losses_of,
-    objects,
-    reference_evaluator,
-    voc_metadata,
-)
+from resnet_backbone.detection.modeling import build
 
 CALIBRATION = 16  # regions
 WIDTH, HEIGHT = 640, 480  # of the images of an evaluation
@@ -69,7 +55,7 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
             found = candidates(*pair, kind, prepare_detector(kind, setting))
             passes = {name: found[name]() for name in found if not name.endswith("compile")}
             turns = (args.batch, args.repeats)
-            result[title] = compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
+            result[title] = benchmark.compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
             names += [(kind, name) for name in passes if (kind, name) not in names]
             if kind == "training":
                 seconds, rows = mapper_seconds(), result[title]["rows"]
@@ -77,7 +63,7 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
                 print(f"data: {1000 * seconds:.0f} ms an image, {share:.1%} of the fastest step")
                 result[title]["data_seconds"] = seconds
         if not args.no_memory:
-            found = measure_memory(detector_candidates, tuple(settings[0]), names)
+            found = benchmark.measure_memory(detector_candidates, tuple(settings[0]), names)
             result[f"{arch}, memory_mb"] = found
     return result
 
@@ -85,16 +71,16 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
 def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
     """Detectron2's detector and ours with the same random weights, which give high scores too."""
     cfg, pair = config(setting.arch, setting.regions), []
-    for build in (build_reference, Trainer.build_model):
+    for make in (build.build_reference, Trainer.build_model):
         torch.manual_seed(0)
-        pair.append(build(cfg))
+        pair.append(make(cfg))
     theirs, ours = pair
-    randomize_norms(theirs)
+    benchmark.randomize_norms(theirs)
     inputs, boxes = random_inputs(setting)
     spread_scores(theirs, inputs[:1], boxes[:CALIBRATION])
     ours.load_state_dict(theirs.state_dict())
     for model in pair:
-        model.proposal_generator = GivenProposals(model.proposal_generator, boxes)
+        model.proposal_generator = build.GivenProposals(model.proposal_generator, boxes)
     return theirs, ours
 
 
@@ -134,7 +120,7 @@ def train_step(
     model.train()
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=BF16, enabled=bf16):
-        losses = losses_of(model, inputs)
+        losses = build.losses_of(model, inputs)
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     optimizer.step()
@@ -153,7 +139,7 @@ def random_inputs(setting: Setting) -> tuple[list[dict], Tensor]:
     """Images with seven objects each, and random boxes to propose, every fourth near an object."""
     generator, size = torch.Generator().manual_seed(0), (setting.height, setting.width)
     real = random_boxes(7, *size, generator)
-    truth, inputs = objects(size, real, torch.arange(7) * 11), []
+    truth, inputs = build.objects(size, real, torch.arange(7) * 11), []
     for _ in range(setting.batch):
         image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
         inputs.append({"image": image, "instances": truth, "height": size[0], "width": size[1]})
@@ -170,7 +156,7 @@ def spread_scores(model: nn.Module, inputs: list[dict], boxes: Tensor) -> None:
     model.eval()
     predictor, network, found = model.roi_heads.box_predictor, model.proposal_generator, []
     hook = predictor.register_forward_hook(lambda *call: found.append(call[2]))
-    model.proposal_generator = GivenProposals(network, boxes)
+    model.proposal_generator = build.GivenProposals(network, boxes)
     model(inputs)
     model.proposal_generator = network
     hook.remove()
@@ -181,7 +167,7 @@ def spread_scores(model: nn.Module, inputs: list[dict], boxes: Tensor) -> None:
 
 def losses_differ(found: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
     pairs = {name: (torch.tensor(found[name]), torch.tensor(expected[name])) for name in expected}
-    return {name: relative_difference(*pair) for name, pair in pairs.items()}
+    return {name: benchmark.relative_difference(*pair) for name, pair in pairs.items()}
 
 
 def detections_differ(found: list, expected: list) -> dict[str, float]:
@@ -246,7 +232,7 @@ def measure_evaluators(runs: dict[str, Callable], images: int, repeats: int) -> 
             numbers[name] = runs[name]()
         logging.disable(logging.NOTSET)
 
-    rows = measure({name: partial(run, name) for name in runs}, images, repeats)
+    rows = benchmark.measure({name: partial(run, name) for name in runs}, images, repeats)
     expected, ours = (numbers[name] for name in runs)
     difference = max(abs(ours[key] - expected[key]) for key in expected)
     print(f"{[*runs][1]}: numbers differ by {difference:.1e} at most")
@@ -309,7 +295,7 @@ def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dic
         (folder / "Annotations" / f"{name}.xml").write_text(voc_xml(boxes, kinds))
         corners = torch.tensor(np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])).float()
         scores = torch.tensor(scores.round(3), dtype=torch.float32)
-        instances = detections((HEIGHT, WIDTH), corners, scores, torch.tensor(labels))
+        instances = build.detections((HEIGHT, WIDTH), corners, scores, torch.tensor(labels))
         outputs.append(({"image_id": name}, {"instances": instances}))
     lines = "".join(f"{given['image_id']}\n" for given, _ in outputs)
     (folder / "ImageSets" / "Main" / "test.txt").write_text(lines)
@@ -321,9 +307,11 @@ def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dic
         found = evaluator.evaluate()["bbox"]
         return {key: found[key] for key in ("AP", "AP50", "AP75")}
 
-    with voc_metadata(str(folder), "test", [f"class{number}" for number in range(20)]) as name:
+    with build.voc_metadata(
+        str(folder), "test", [f"class{number}" for number in range(20)]
+    ) as name:
         yield {
-            "Detectron2's evaluator": lambda: run(reference_evaluator(name)),
+            "Detectron2's evaluator": lambda: run(build.reference_evaluator(name)),
             "ours": lambda: run(VOCEvaluator(name)),
         }
 

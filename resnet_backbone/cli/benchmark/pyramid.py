@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_backbone.cli.benchmark import (
-    measure,
-    measure_memory,
-    randomize_norms,
-    relative_difference,
-    repeated,
-)
+from resnet_backbone.cli import benchmark
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.modeling.build import build_reference
@@ -67,18 +61,18 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
         found = candidates(*pair, kind, prepare_pyramid(kind, images))
         names += [(kind, name) for name in found if not name.endswith("compile")]
         runs = {
-            f"{kind}: {name}": repeated(prepare(), args.steps)
+            f"{kind}: {name}": benchmark.repeated(prepare(), args.steps)
             for name, prepare in found.items()
             if args.compile or not name.endswith("compile")
         }
-        result[kind] = measure(runs, args.steps, args.repeats, device)
+        result[kind] = benchmark.measure(runs, args.steps, args.repeats, device)
     corner = images[:, :, :256, :320].double()
     differences["float64"] = compare_pyramids(*(network.double() for network in pair), corner)
     for precision, values in differences.items():
         text = ", ".join(f"{name} {value:.1e}" for name, value in values.items())
         print(f"ours differs from Detectron2's, relatively, in {precision}: {text}")
     if device.type == "cpu" and not args.no_memory:
-        result["memory_mb"] = measure_memory(pyramid_candidates, shape, names)
+        result["memory_mb"] = benchmark.measure_memory(pyramid_candidates, shape, names)
     return result
 
 
@@ -87,7 +81,7 @@ def build_pyramids() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     cfg = config("fpn", head=1)  # the backbone alone is used
     theirs, ours = build_reference(cfg).backbone, Trainer.build_model(cfg).backbone
-    randomize_norms(theirs)
+    benchmark.randomize_norms(theirs)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -124,6 +118,7 @@ def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict
         gradient_worst: the largest of any parameter, of that parameter's largest gradient. In
             single precision it jumps where a ReLU's input is a rounding error away from zero.
     """
+    difference = benchmark.relative_difference
     maps = [train_pyramid(model, images) for model in (theirs, ours)]
     expected, found = (
         {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -134,7 +129,7 @@ def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict
     whole = torch.cat([value.flatten() for value in expected.values()])
     error = torch.cat([(found[name] - value).flatten() for name, value in expected.items()])
     return {
-        "outputs": max(relative_difference(maps[1][name], maps[0][name]) for name in maps[0]),
+        "outputs": max(difference(maps[1][name], maps[0][name]) for name in maps[0]),
         "gradient": float(error.norm() / whole.norm()),
-        "gradient_worst": max(relative_difference(found[n], expected[n]) for n in expected),
+        "gradient_worst": max(difference(found[name], expected[name]) for name in expected),
     }
