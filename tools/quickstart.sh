@@ -60,7 +60,7 @@ while [ $# -gt 0 ]; do  # "data.std=one" and "SOLVER.MAX_ITER 20" in any order
     esac
 done
 
-# Seconds that the steps take on two cores; what is left is scaled by the speed of this machine.
+# Seconds that the steps take on two cores.
 EXPECTED=(0 20 70 240 15)
 NAMES=("environment" "data: handwritten digits on photographs" "pre-training: a classifier of the digits"
     "detection from the pre-trained weights" "drawing what the detector finds")
@@ -69,18 +69,13 @@ if [ -n "$COMPARE" ]; then
     NAMES=("${NAMES[@]:0:4}" "detection from scratch, same schedule" "${NAMES[4]}")
 fi
 NUMBER=0
-SPENT=0 PLANNED=0
 
 step() {  # step COMMAND...: runs it, says how long it took, stops the script if it fails
     local heading="$((NUMBER + 1))/${#NAMES[@]} ${NAMES[NUMBER]}" start=$SECONDS left=0 seconds
     for seconds in "${EXPECTED[@]:NUMBER}"; do left=$((left + seconds)); done
-    if [ "$PLANNED" -ge 60 ]; then left=$((left * SPENT / PLANNED)); fi
     printf '\n== %s (all will take about %d min %02d s more)\n' "$heading" $((left / 60)) $((left % 60))
     "$@" || { echo "quickstart: failed: $heading (see above)" >&2; exit 1; }
     printf -- '-- %d s\n' $((SECONDS - start))
-    if [ "$NUMBER" -gt 0 ]; then
-        SPENT=$((SPENT + SECONDS - start)) PLANNED=$((PLANNED + EXPECTED[NUMBER]))
-    fi
     NUMBER=$((NUMBER + 1))
 }
 

@@ -177,7 +177,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def show_stages(args: argparse.Namespace) -> int:
-    """A row for each stage and layer of the head, and the total."""
     options = dict(args.options)
     model, side = build_on_meta(args.model, options)
     size, results = args.input_size or (side, side), []

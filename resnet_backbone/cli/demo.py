@@ -141,7 +141,6 @@ def is_video(path: Path) -> bool:
 
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
-    """The run's detector or the given one, with weights, device and threshold."""
     if args.run:
         cfg = run_config(args.run, args.opts)
     else:

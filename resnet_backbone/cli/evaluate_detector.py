@@ -13,10 +13,10 @@ Rows, each with all before it that were asked for by --rows:
   multi-scale   regions are pooled on two of several scales and merged by their maximum (--scales)
   ensemble      together with the detectors of --ensemble-run
 
-A row without its run is named and left out. Each row is kept in --output as soon as it is done:
-after an interruption, the same command continues with the next one. Rows whose weights, settings or
-data have changed are measured again. --output gets results.json (AP, AP per class, seconds per
-image, and where each number comes from) and results.md. On COCO it has the paper's numbers too.
+A row without its run is named and left out. Rows are kept in --output: after an interruption, the
+same command continues with the next one. Rows whose weights, settings or data have changed are
+measured again. --output gets results.json (AP, AP per class, seconds per image, and where each
+number comes from) and results.md. On COCO it has the paper's numbers too.
 
 Trailing KEY VALUE pairs hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
 RESNET_BACKBONE.TEST.FLIP True, RESNET_BACKBONE.TEST.NMS gaussian or

@@ -49,8 +49,7 @@ Every file is run on the images of --images (onnxruntime for ONNX), each at its 
 outputs, relative to the largest value of that output; of a detector's boxes, as a fraction of the
 image's longer side, and of its scores. Above --tolerance, or with other shapes or another number of
 detections, nothing is written and the exit status is 1. Give photographs of two sizes at least; the
-first four are enough. NAME.json says what the input has to be, in the words that are in the ONNX
-file's metadata as well.
+first four are enough. NAME.json, and the ONNX file's metadata, say what the input has to be.
 
 Without --with-normalization the input is float32, normalized by the caller as NAME.json says; with
 it, RGB pixels in 0..255. A detector normalizes by itself: float32, 0..255, in INPUT.FORMAT's order.

@@ -65,25 +65,23 @@ Build the ImageNet folders from the official archives, or check folders that are
 gives imagenet/train/<wnid>/*.JPEG and imagenet/val/<wnid>/*.JPEG. With --flat-val the validation
 images stay in one folder, and imagenet/val_labels.txt has a line 'name wnid' for each.
 
-The labels of the validation set are numbers in an order of the development kit's own; sorted
-wnids, by which networks count classes, are in another one. They are converted by the kit's table,
-or taken from a file of wnids (--val-labels).
+The labels of the validation set are numbers in the development kit's own order. They are
+converted by its table to that of sorted wnids, or taken from a file of wnids (--val-labels).
 
   python tools/prepare_data.py imagenet imagenet --check-images
 
-reads every image (hours on one core; see --workers) and lists what cannot be read, and what is
-not an ordinary image, in imagenet/bad_images.txt. The archives come from image-net.org, after
-registration."""
+reads every image (hours on one core; see --workers) and lists what cannot be read, or is unusual,
+in imagenet/bad_images.txt. The archives come from image-net.org, after registration."""
 SHARDS = """\
 Write a data set as tar shards for an object store, or index shards that are there.
 
   python tools/prepare_data.py shards write imagenet/train shards/train
   python tools/prepare_data.py shards index shards/train --class-list wnids.txt
 
-The shards are in WebDataset's layout (<key>.jpeg and <key>.cls in each tar), so other programs
-read them too. The file index.npz beside them says where each image lies: with it the trainer
-reads exact epochs and resumes at any sample. Copy the folder as it is to a bucket, and train from
-s3://BUCKET/train (needs fsspec's package for that store: s3fs, gcsfs, ...)."""
+The shards are in WebDataset's layout (<key>.jpeg and <key>.cls in each tar). The file index.npz
+beside them says where each image lies: with it the trainer reads exact epochs and resumes at any
+sample. Copy the folder to a bucket, and train from s3://BUCKET/train (needs fsspec's package for
+that store: s3fs, gcsfs, ...)."""
 OWN = """\
 Turn your own images with boxes into a data set to train on, and print the command that trains.
 
@@ -113,11 +111,10 @@ Make panoptic and semantic ground truth from COCO instances, or "stuff" labels f
       --output panoptic_stuff_train2017
 
 The first writes labels/train/semantic (every class and background), labels/train/stuff (things,
-background), labels/train/panoptic and panoptic.json. It is made from instances: the smaller of two
-overlapping instances lies on top, crowds are ignored, and every other pixel is of one class,
-background. The second writes, for annotations of stuff as COCO has them, what Panoptic FPN's
-semantic head learns: 0 things, then the classes of stuff by rising id, 255 where nothing is
-annotated."""
+background), labels/train/panoptic and panoptic.json. The smaller of two overlapping instances lies
+on top, crowds are ignored, and every other pixel is background. The second writes, for COCO's
+annotations of stuff, what Panoptic FPN's semantic head learns: 0 things, then the classes of stuff
+by rising id, 255 where nothing is annotated."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -275,7 +275,6 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path =
 
 
 def print_plan(title: str, steps: Sequence[Step], stages: Sequence[str]) -> None:
-    """The steps of the stages with their commands, and the hours to expect of those to do."""
     print(f"{title}: {len(steps)} steps")
     total: Counter[str] = Counter()
     for step in (step for step in steps if step.stage in stages):

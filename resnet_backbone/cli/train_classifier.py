@@ -31,8 +31,6 @@ examples:
   python tools/train_classifier.py --resume --output-dir output/resnet20
   cd configs/classification/imagenet; python ../../../tools/train_classifier.py --num-gpus 8 \\
       --config-file resnet50.yaml modern.yaml data.root=imagenet train.amp=bf16
-  python tools/train_classifier.py --config-file configs/classification/imagenet/resnet50.yaml \\
-      model=torchvision/googlenet data.root=imagenet output.dir=output/googlenet
   torchrun --nnodes 2 --nproc-per-node 8 ... tools/train_classifier.py --config-file ...
 
 Keys and their meaning: resnet_backbone/classification/config.py. SIGTERM, SIGUSR1 and Ctrl-C write

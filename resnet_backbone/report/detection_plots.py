@@ -198,8 +198,6 @@ def plot_errors_by_kind(
 
 
 class Point(NamedTuple):
-    """A detector in the picture of accuracy and time."""
-
     label: str
     seconds: float  # per image
     ap50: float  # percent

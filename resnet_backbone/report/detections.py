@@ -14,13 +14,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from resnet_backbone.detection.data.voc import scan_voc
+from resnet_backbone.detection.evaluation import voc_ap
 from resnet_backbone.detection.evaluation.voc import TO_VOC
-from resnet_backbone.detection.evaluation.voc_ap import (
-    COCO_IOU_THRESHOLDS,
-    CURVE_IOU,
-    read_boxes,
-    score_boxes,
-)
 from resnet_backbone.detection.inference.pictures import contact_sheet, draw_boxes, enlargement
 from resnet_backbone.report.gain import DetectorGroup
 from resnet_backbone.report.runs import ELEVEN_POINT, DetectorRun
@@ -104,9 +99,9 @@ class RunDetections(NamedTuple):
     """A run's detections, matched with the ground truth."""
 
     run: DetectorRun
-    truth: Table  # of read_boxes; the same for all runs
+    truth: Table  # of voc_ap.read_boxes; the same for all runs
     found: Table
-    numbers: Mapping[str, Any]  # of score_boxes at IoU .5
+    numbers: Mapping[str, Any]  # of voc_ap.score_boxes at IoU .5
 
 
 def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
@@ -118,8 +113,8 @@ def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
         predictions = _by_image(rows)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again from the run") from error
-    tables = read_boxes(predictions, truth.images, truth.classes)
-    numbers = score_boxes(*tables, truth.classes, (CURVE_IOU,))
+    tables = voc_ap.read_boxes(predictions, truth.images, truth.classes)
+    numbers = voc_ap.score_boxes(*tables, truth.classes, (voc_ap.CURVE_IOU,))
     ap50, stated = 100 * np.nanmean(numbers["ap_area"]), run.numbers.get("AP50")
     if stated is not None and abs(ap50 - stated) > TOLERANCE:
         raise ValueError(
@@ -178,7 +173,7 @@ def resample(run: RunDetections, counts: np.ndarray) -> dict[str, np.ndarray]:
     Returns:
         Metric -> (R,), in percent, mean over the classes with objects.
     """
-    at50, at75 = (COCO_IOU_THRESHOLDS.index(iou) for iou in (0.5, 0.75))
+    at50, at75 = (voc_ap.COCO_IOU_THRESHOLDS.index(iou) for iou in (0.5, 0.75))
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(counts), DRAWS_AT_ONCE):
         part = counts[start : start + DRAWS_AT_ONCE]
@@ -204,7 +199,7 @@ def _resample_class(
     of_image = weights[found["image"][rows]]
     so_far = of_image.cumsum(axis=0)  # detections, (rows, R)
     area, eleven = [], None
-    for threshold in COCO_IOU_THRESHOLDS:
+    for threshold in voc_ap.COCO_IOU_THRESHOLDS:
         over = iou > threshold
         counted, ignored = np.flatnonzero(over & ~hard), np.flatnonzero(over & hard)
         right = np.sort(counted[np.unique(match[counted], return_index=True)[1]])
@@ -216,7 +211,7 @@ def _resample_class(
         with np.errstate(divide="ignore", invalid="ignore"):
             mean = (of_image[right] * envelope).sum(axis=0) / objects
             area.append(np.where(objects > 0, mean, np.nan))
-            if threshold == CURVE_IOU:
+            if threshold == voc_ap.CURVE_IOU:
                 eleven = _eleven_points(reached / objects, envelope)
     return np.array(area), np.where(objects > 0, eleven, np.nan)
 
@@ -253,7 +248,7 @@ def object_scores(run: RunDetections) -> np.ndarray:
     """
     found = run.found
     scores = np.zeros(len(run.truth["classes"]))
-    over = found["iou"] > CURVE_IOU
+    over = found["iou"] > voc_ap.CURVE_IOU
     np.maximum.at(scores, found["match"][over], found["scores"][over])
     return scores
 
@@ -320,7 +315,7 @@ def make_sheet(
 
 def _outcome(run: RunDetections, row: int, score: float, name: str) -> str:
     found = run.found
-    on = (found["match"] == row) & (found["iou"] > CURVE_IOU) & (found["scores"] >= score)
+    on = (found["match"] == row) & (found["iou"] > voc_ap.CURVE_IOU) & (found["scores"] >= score)
     return f"{name} {found['scores'][on].max():.2f}" if on.any() else f"{name} missed"
 
 

@@ -215,7 +215,6 @@ def gain_text(gain: Gain, key: str) -> str:
 
 
 def describe_gain(gain: Gain, key: str = "AP50") -> str:
-    """What the numbers say, in words, whatever the sign."""
     found = gain.of(key)
     if found is None:
         return f"{gain.label}: {key} is not measured."

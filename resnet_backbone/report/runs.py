@@ -145,7 +145,6 @@ class Run(AnyRun):
 
 
 def load_run(folder: str | os.PathLike) -> Run:
-    """Read a classification run's config and results, where it has them."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (METRICS, RESULTS)):
         raise FileNotFoundError(
@@ -172,7 +171,6 @@ class DetectorRun(AnyRun):
 
     @property
     def numbers(self) -> dict[str, float | None]:
-        """AP in percent by name: AP, AP50, AP75, and others."""
         return self.results["results"]["bbox"]
 
     @property

@@ -22,10 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from resnet_backbone import build_model
-from resnet_backbone.classification.data.augment import (
-    PaperAugmentation,
-    color_shift,
-)
+from resnet_backbone.classification.data.augment import PaperAugmentation, color_shift
 from resnet_backbone.classification.data.imagenet import ImageFiles
 from resnet_backbone.classification.data.loader import LoaderSource
 from resnet_backbone.classification.data.sources import SampleStream, sample_rng
@@ -98,7 +95,6 @@ def batches(images: Sequence[bytes], size: int) -> Iterator[list[tuple[bytes, Ge
 
 
 def reference_pass(images: Sequence[bytes], batch: int) -> None:
-    """To normalized float batches, all by torchvision's transforms."""
     for part in batches(images, batch):
         torch.stack([reference_sample(data, rng) for data, rng in part])
 

@@ -92,7 +92,6 @@ def prepare_pyramid(kind: str, images: Tensor) -> Callable[..., Pass]:
 
 
 def pyramid_candidates(shape: tuple[int, ...], kind: str) -> dict[str, Callable[[], Pass]]:
-    """On random images, for :func:`measure_memory`."""
     return candidates(*build_pyramids(), kind, prepare_pyramid(kind, torch.randn(shape)))
 
 
