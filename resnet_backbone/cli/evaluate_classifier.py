@@ -253,9 +253,7 @@ def read_data(
     return images, files.class_names
 
 
-def write_results(
-    args: argparse.Namespace, world: World, images, names: tuple[str, ...], result: EvaluationResult
-) -> None:
+def write_results(args: argparse.Namespace, world: World, images, names, result) -> None:
     folder = Path(args.output)
     files = write_evaluation(folder, result, names, images.name_of)
     content = {
@@ -274,9 +272,7 @@ def write_results(
     logger.info("written: %s, %s", folder / "results.json", ", ".join(f.name for f in files))
 
 
-def show_predictions(
-    args: argparse.Namespace, images, names: tuple[str, ...], result: EvaluationResult
-) -> None:
+def show_predictions(args: argparse.Namespace, images, names, result: EvaluationResult) -> None:
     """A line for each picture; with --output also predictions.csv, without labels."""
     rows = []
     for index, image, _, _, *best in prediction_rows(result.predictions, names, images.name_of):

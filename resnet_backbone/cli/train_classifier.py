@@ -120,17 +120,11 @@ def train(config: Config, resume: bool, world: World) -> None:
         if resume:
             begun = trainer.resume()
             run.use_input(trainer.checkpoints.preprocessing)
-            at = trainer.iteration
-            found = f"resuming at iteration {at}" if begun else "no checkpoint, starting"
-            logger.info("%s: %s", folder.path, found)
-        logger.info(
-            "%s, %.2f M parameters; %d training images, batch %d; evaluated on %s",
-            run.spec.name,
-            count_parameters(run.model) / 1e6,
-            run.data.source.num_samples,
-            config.train.batch_size,
-            run.data.evaluated_on,
-        )
+            resuming = f"resuming at iteration {trainer.iteration}"
+            logger.info("%s: %s", folder.path, resuming if begun else "no checkpoint, starting")
+        size = f"{run.spec.name}, {count_parameters(run.model) / 1e6:.2f} M parameters"
+        data = f"{run.data.source.num_samples} training images, batch {config.train.batch_size}"
+        logger.info("%s; %s; evaluated on %s", size, data, run.data.evaluated_on)
         if run.schedule_line:
             logger.info("%s", run.schedule_line)
         trainer.run()

@@ -103,19 +103,13 @@ def train(cfg: CfgNode, resume: bool) -> None:
             trainer.train()
         except UnexpectedResults as error:  # the run is complete
             unexpected = error
-    failure = {"evaluation_error": trainer.failure} if trainer.failure else {}
-    setup.write_results(
-        trainer.cfg,
-        trainer.results,
-        trainer.evaluation.speed,
-        **failure,
-        iterations=trainer.iter,
-        ended_early=trainer.evaluation.has_ended,
-        best=trainer.evaluation.best,
-        accumulate=cfg.RESNET_BACKBONE.ACCUMULATE,
-        config_sha256=setup.config_digest(setup.run_keys(cfg)),
-    )
-    if failure:
+    evaluation = trainer.evaluation
+    facts = {"evaluation_error": trainer.failure} if trainer.failure else {}
+    facts |= dict(iterations=trainer.iter, ended_early=evaluation.has_ended, best=evaluation.best)
+    facts["accumulate"] = cfg.RESNET_BACKBONE.ACCUMULATE
+    facts["config_sha256"] = setup.config_digest(setup.run_keys(cfg))
+    setup.write_results(trainer.cfg, trainer.results, evaluation.speed, **facts)
+    if trainer.failure:
         raise EvaluationFailed(
             f"the training is complete, its evaluation failed ({trainer.failure}); what was found "
             f"is in {trainer.cfg.OUTPUT_DIR}/inference. Evaluate again: --eval-only, the same "

@@ -46,14 +46,10 @@ class NoDetections(ValueError):
 
 
 class Truth(NamedTuple):
-    """A test set.
-
-    Of each image: image_id, file_name, boxes (N, 4) as VOC's 1-based inclusive pixels, classes
-    (N,), difficult (N,).
-    """
+    """A test set; boxes (N, 4) are in VOC's 1-based inclusive pixels."""
 
     classes: list[str]  # in the order of the category ids
-    images: list[dict[str, Any]]
+    images: list[dict[str, Any]]  # image_id, file_name, boxes, classes (N,), difficult (N,)
 
 
 def load_truth(run: DetectorRun, voc_root: str | None = None) -> Truth:

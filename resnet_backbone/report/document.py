@@ -131,18 +131,16 @@ def write_detection_report(
 def _add_results(report: Report, note: str) -> None:
     groups, gains = report.groups, report.gains
     report.add("# Detection: our runs beside published numbers")
-    sentences = [f"- {describe_gain(gain)} {_fairness(gain)}" for gain in gains]
+    sentences = []
+    for gain in gains:
+        fair = "Apart from the network and its input, their configs are the same."
+        unfair = f"Their configs also differ in: {'; '.join(gain.differences)}."
+        sentences.append(f"- {describe_gain(gain)} {unfair if gain.differences else fair}")
     report.add("\n".join(sentences) or "One detector: there is nothing to compare it with.")
     report.add(REDUCED if any(map(tables.reductions, groups)) else "")
     report.add(note, "## Results", tables.results_section(groups, gains), SPREAD)
     report.add(INTERVALS if any(group.draws for group in groups) else "")
     report.add("## Beside published numbers", tables.published_section(groups, gains))
-
-
-def _fairness(gain: Gain) -> str:
-    if not gain.differences:
-        return "Apart from the network and its input, their configs are the same."
-    return f"Their configs also differ in: {'; '.join(gain.differences)}."
 
 
 def _add_improvements(report: Report, measured: Sequence[Sequence[tables.Row]]) -> None:
@@ -247,7 +245,7 @@ def _seconds(
 
 
 def _baselines(rows: Sequence[tables.Row]) -> dict[Path, float]:
-    """Seconds per image of runs as they were trained, by their folders."""
+    """Seconds per image of runs as they were trained."""
     return {Path(r.run).resolve(): r.seconds for r in rows if r.name == BASELINE and r.run}
 
 

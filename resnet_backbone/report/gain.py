@@ -27,17 +27,14 @@ NONE = "-"
 
 
 class DetectorGroup(Group[DetectorRun]):
-    """Runs of one detector and recipe.
-
-    Attributes:
-        draws: metric -> (R,) its mean over the runs on each of R resampled test sets, in percent,
-            the same test sets for all groups; empty where the boxes were not read.
-    """
+    """Runs of one detector and recipe."""
 
     def __init__(self, runs: Sequence[DetectorRun]):
         super().__init__(runs)
         self.label = self.first.title  # with a letter where other groups have the same title
         self.particulars: tuple[str, ...] = ()  # what those groups do not have, "KEY value"
+        # Metric -> (R,) its mean over the runs on each of R resampled test sets, in percent, the
+        # same test sets for all groups; empty where the boxes were not read.
         self.draws: dict[str, np.ndarray] = {}
 
     def class_values(self, name: str) -> list[float]:
@@ -66,18 +63,13 @@ def group_runs(runs: Sequence[DetectorRun]) -> list[DetectorGroup]:
 def _check_same_test(runs: Sequence[DetectorRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        wrong = ""
+        sets = f"{first.folder} and {run.folder} were evaluated on different test sets"
         if run.test != first.test:
-            wrong = f": {first.test} and {run.test}"
-        elif sorted(run.classes) != sorted(first.classes):
-            wrong = " (classes)"
-        elif run.objects and first.objects and run.objects != first.objects:
-            wrong = " (objects)"
-        if wrong:
-            raise ValueError(
-                f"{first.folder} and {run.folder} were evaluated on different test sets{wrong}; "
-                "give runs of one test set"
-            )
+            raise ValueError(f"{sets}: {first.test} and {run.test}; give runs of one test set")
+        if sorted(run.classes) != sorted(first.classes):
+            raise ValueError(f"{sets} (classes); give runs of one test set")
+        if run.objects and first.objects and run.objects != first.objects:
+            raise ValueError(f"{sets} (objects); give runs of one test set")
 
 
 def _name_apart(group: DetectorGroup, same: Sequence[DetectorGroup]) -> None:

@@ -240,9 +240,7 @@ def plot_responses(curves: Sequence[Responses]) -> Figure:
         ordered.plot(index, curve.stds, **style)
         ranked.plot(index, sorted(curve.stds, reverse=True), **style)
     for axes, order in ((ordered, "original"), (ranked, "sorted by magnitude")):
-        axes.set(xlabel=f"layer index ({order})", ylabel="std")
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel=f"layer index ({order})", ylabel="std", xlim=(0, None), ylim=(0, None))
     ordered.legend(fontsize="small")
     return figure
 

@@ -251,10 +251,7 @@ def candidates(
 ) -> dict[str, Forward]:
     """Name -> forward pass on normalized float32 images; the first is the reference."""
     reference, ours = (model.to(device) for model in build_pair(name))
-    found: dict[str, Forward] = {
-        f"torchvision {name}, fp32": reference,
-        "ours, fp32, as built": ours,
-    }
+    found = {f"torchvision {name}, fp32": reference, "ours, fp32, as built": ours}
     for dtype in dtypes:
         optimize, key = partial(optimize_for_inference, ours, dtype=DTYPES[dtype]), f"ours, {dtype}"
         found[f"{key}, optimized"] = optimize()
@@ -268,9 +265,8 @@ def runtimes(name: str, dtypes: list[str], threads: int) -> dict[str, Forward]:
     try:
         import openvino
     except ImportError as error:
-        raise ImportError(
-            "--runtimes needs: pip install onnxscript onnxruntime openvino"
-        ) from error
+        needed = "onnxscript onnxruntime openvino"
+        raise ImportError(f"--runtimes needs: pip install {needed}") from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(build_pair(name)[1], path)

@@ -281,10 +281,7 @@ def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
 
 @contextlib.contextmanager
 def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dict[str, Callable]]:
-    """Evaluations of one random set in VOC layout; the first is the reference, Detectron2's.
-
-    Each takes the detections as the model gives them and reads the annotations from their files.
-    """
+    """Evaluations of one random set in VOC layout; the first is the reference, Detectron2's."""
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (folder / part).mkdir(parents=True)
     Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "image.jpg")
