@@ -87,9 +87,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how = dict(action="extend", nargs="+", default=[], metavar="DIR")
     add("--ensemble-run", help="further detectors", **how)
     add("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="(default: all)")
-    text = (
-        "short sides (default: the paper's 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST / 600)"
-    )
+    text = "short sides (default: 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST / 600)"
     add("--scales", nargs="+", metavar="N", help=text)
     add("--output", required=True, metavar="DIR", help="folder of the results")
     add_data_arguments(parser)

@@ -138,9 +138,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_detection_options(parser: argparse.ArgumentParser) -> None:
     add, several = parser.add_argument, dict(nargs="+", default=[])
-    text = (
-        "folder of data sets, or one VOC or COCO folder (default: $DETECTRON2_DATASETS or datasets)"
-    )
+    text = "folder of data sets, VOC or COCO (default: $DETECTRON2_DATASETS or datasets)"
     place = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     add("root", nargs="?", type=Path, default=place, help=text)
     add("--archives", metavar="FILE", help="to unpack first", **several)

@@ -76,9 +76,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config-file", help="a file, or a name: voc/faster_rcnn_R_50_FPN")
     add("--output-dir", help="run folder (default: OUTPUT_DIR of the config)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
-    text = (
-        "evaluate the run of --output-dir by its own config.yaml, or --weights FILE, to folder eval"
-    )
+    text = "evaluate the run of --output-dir, by its own config, or --weights FILE; in folder eval"
     add("--eval-only", action="store_true", help=text)
     text = "MODEL.WEIGHTS FILE, and take over the input that these weights were trained on"
     add("--weights", metavar="FILE", help=text)

@@ -245,7 +245,6 @@ def _seconds(
 
 
 def _baselines(rows: Sequence[tables.Row]) -> dict[Path, float]:
-    """Seconds per image of runs as they were trained."""
     return {Path(r.run).resolve(): r.seconds for r in rows if r.name == BASELINE and r.run}
 
 
