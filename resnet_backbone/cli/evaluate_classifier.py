@@ -99,8 +99,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--cifar10", metavar="DIR", help="the test set, binary or Python version")
     text = "pictures and folders without labels: says the classes of each"
     chosen.add_argument("--predict", nargs="+", type=Path, metavar="PATH", help=text)
-    text = "'name wnid' or 'name index' lines of --flat"
-    group.add_argument("--labels", metavar="FILE", help=text)
+    group.add_argument("--labels", metavar="FILE", help="'name wnid' or 'name index' lines")
     text = "'wnid index' lines; needed where the data have only some of the network's classes"
     group.add_argument("--class-list", metavar="FILE", help=text)
     text = "unreadable images that may count as wrong (default: 0, stop at the first)"

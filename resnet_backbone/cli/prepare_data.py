@@ -183,8 +183,7 @@ def add_imagenet_options(parser: argparse.ArgumentParser) -> None:
     add("--train-archive", help="ILSVRC2012_img_train.tar")
     add("--val-archive", help="ILSVRC2012_img_val.tar")
     labels.add_argument("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, which has the val labels")
-    text = "'name wnid' lines, or wnids in the order of the images"
-    labels.add_argument("--val-labels", help=text)
+    labels.add_argument("--val-labels", help="'name wnid' lines, or wnids in order of the images")
     add("--flat-val", action="store_true", help="one folder and a label list")
     add("--check-images", action="store_true", help="read every image and report the bad ones")
     add("--workers", type=positive, default=4, help="of --check-images (default: 4)")
@@ -226,10 +225,8 @@ def add_shards_options(parser: argparse.ArgumentParser) -> None:
     write.add_argument("images", help="folder <class>/<image>, or a flat one with --labels")
     write.add_argument("folder", help="new local folder for the shards")
     write.add_argument("--labels", help="file of 'name label' lines for a flat folder")
-    text = "1000, about 110 MB"
-    write.add_argument("--samples-per-shard", type=positive, default=1000, help=text)
-    text = "of the order (0); -1 keeps the folder's"
-    write.add_argument("--seed", type=int, default=0, help=text)
+    write.add_argument("--samples-per-shard", type=positive, default=1000, help="1000: some 110 MB")
+    write.add_argument("--seed", type=int, default=0, help="of the order (0); -1: the folder's")
     index = commands.add_parser("index", help="write the index of existing shards")
     index.add_argument("folder", help="local folder of *.tar")
     for command in (write, index):
