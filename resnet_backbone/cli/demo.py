@@ -237,6 +237,20 @@ class Demo:
             write_json(args.json, content, indent=1, ensure_ascii=False)
 
 
+def for_page(demo: Demo, picture: np.ndarray, output: dict, threshold: float):
+    found, drawn = demo.show(picture, output, threshold)
+    rows = [
+        [one["class"], round(one.get("score", one.get("share", 0)), 3), *one.get("box", [])]
+        for one in found
+    ]
+    text = f"{len(found)} detections with a score of {threshold:.2f} or more"
+    if not found and "instances" in output and len(output["instances"]):
+        text += f"; the best has {output['instances'].scores.max():.2f}: move the threshold"
+    file = Path(tempfile.mkdtemp(), "detections.json")
+    write_json(file, {"confidence": threshold, "detections": found})
+    return drawn, rows, text, str(file)
+
+
 def build_page(demo: Demo) -> Any:
     """A page with Gradio: drop a picture, move the threshold, take the JSON.
 
@@ -254,17 +268,7 @@ def build_page(demo: Demo) -> Any:
     def show(picture: np.ndarray | None, output: dict | None, threshold: float):
         if output is None:
             return None, [], "Drop a picture on the left.", None
-        found, drawn = demo.show(picture, output, threshold)
-        rows = [
-            [one["class"], round(one.get("score", one.get("share", 0)), 3), *one.get("box", [])]
-            for one in found
-        ]
-        text = f"{len(found)} detections with a score of {threshold:.2f} or more"
-        if not found and "instances" in output and len(output["instances"]):
-            text += f"; the best has {output['instances'].scores.max():.2f}: move the threshold"
-        file = Path(tempfile.mkdtemp(), "detections.json")
-        write_json(file, {"confidence": threshold, "detections": found})
-        return drawn, rows, text, str(file)
+        return for_page(demo, picture, output, threshold)
 
     title = f"What {demo.args.run or demo.args.config_file} finds"
     with gradio.Blocks(title=title) as page:

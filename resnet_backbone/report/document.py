@@ -90,10 +90,8 @@ def write_detection_report(
 ) -> None:
     """Write the report, and its pictures into the folder beside it that has its name.
 
-    Args:
-        output: Markdown file, written last and only if nothing goes wrong.
-        score: from which on a detection counts in the pictures, 0..1.
-        command: that makes this report; the others are the options of tools/report.py detection.
+    `output` is written last and only if nothing goes wrong; detections in pictures have at least
+    the score, 0..1; `command` makes this report.
     """
     defaults = yaml.safe_load(backbone_node(load_config("", [])).dump())
     defaults = dict(flatten(defaults, "RESNET_BACKBONE."))  # of keys that earlier versions lack

@@ -118,8 +118,6 @@ that is not counted.""",
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Descriptions as they are written; each option with its default, if it has one."""
-
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default not in (None, False)
         return super()._get_help_string(action) if has_default else action.help
