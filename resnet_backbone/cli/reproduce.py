@@ -186,7 +186,7 @@ class Builder:
         text = BRACES.sub(lambda match: found[match[1]][0].text, word)
         identity = BRACES.sub(lambda match: found[match[1]][0].identity, word)
         steps = [values[0].step for values in found.values() if values[0].step]
-        return [Value(text, identity, *steps[:1])]
+        return [Value(text, identity, *steps[-1:])]
 
     def _values(self, name: str, node: dict[str, Any], seed: int | None) -> list[Value]:
         args, plan = self.args, self.plan

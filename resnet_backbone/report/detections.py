@@ -227,13 +227,12 @@ def load_all(
 
     The groups get their :attr:`~.gain.DetectorGroup.draws`: the same test sets for all.
     """
-    truth, detections = load_truth(groups[0].first, voc_root), []
-    counts = draw_images(len(truth.images))
-    for group in tqdm(groups, desc="detections", unit="detector"):
-        runs = [load_detections(run, truth) for run in group.runs]
+    truth = load_truth(groups[0].first, voc_root)
+    detections = [[load_detections(run, truth) for run in group.runs] for group in groups]
+    counts, bar = draw_images(len(truth.images)), tqdm(detections, "intervals", unit="detector")
+    for group, runs in zip(groups, bar, strict=True):
         found = [resample(run, counts) for run in runs]
         group.draws = {key: np.mean([one[key] for one in found], axis=0) for key in found[0]}
-        detections.append(runs)
     return truth, detections
 
 

@@ -254,7 +254,7 @@ class DetectorRun(AnyRun):
     def _sizes(self) -> dict[str, int]:
         path = self.folder / LOG
         log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        found = re.findall(r"data set (\S+): (\d+) images, \d+ boxes", log)
+        found = re.findall(r"data set (.+): (\d+) images, \d+ boxes", log)
         return {name: int(images) for name, images in found}
 
     def images_of(self, datasets: Sequence[str]) -> int | None:
