@@ -39,7 +39,6 @@ def imported_names(path: Path) -> Iterator[str]:
 
 
 def is_inside(name: str, *parents: str) -> bool:
-    """Return whether a dotted name is one of the parents or lies below it."""
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
@@ -50,7 +49,6 @@ def layer_of(path: Path) -> str:
 
 
 def layers_imported(path: Path) -> set[str]:
-    """Return the layers of our own package that a file imports."""
     ours = (name.split(".") for name in imported_names(path) if is_inside(name, PACKAGE))
     return {parts[1] if len(parts) > 1 and parts[1] in RANK else "" for parts in ours}
 
@@ -93,7 +91,6 @@ def module_name(path: Path) -> str:
 
 
 def nearest(names, dotted: str) -> str | None:
-    """The module that an imported name is, or lies in."""
     while dotted and dotted not in names:
         dotted = dotted.rpartition(".")[0]
     return dotted or None

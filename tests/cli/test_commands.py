@@ -103,7 +103,6 @@ def test_another_command_is_written_as_this_one_was(monkeypatch, tmp_path):
 
 
 def test_an_installed_package_has_no_revision(monkeypatch, tmp_path):
-    """Not that of a repository around it."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     monkeypatch.setattr(provenance, "SOURCE", tmp_path / "site-packages")
     assert provenance.source_revision() == "unknown"

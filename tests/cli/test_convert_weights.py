@@ -90,7 +90,6 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def with_image(tmp_path_factory):
-    """ResNet-18 with a per-pixel mean."""
     path, before = tmp_path_factory.mktemp("image") / "x.safetensors", random_checkpoint("resnet18")
     own = replace(before.preprocessing, mean_image=torch.rand(3, 32, 32) * 255)
     write_checkpoint(replace(before, preprocessing=own), path)

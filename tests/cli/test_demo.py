@@ -41,7 +41,6 @@ def config(*overrides):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """What train_net.py leaves: config.yaml and model_final.pth."""
     folder = tmp_path_factory.mktemp("run")
     cfg = config("OUTPUT_DIR", str(folder), "RESNET_BACKBONE.CLASS_NAMES", "['a', 'b', 'c']")
     torch.manual_seed(0)

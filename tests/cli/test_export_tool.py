@@ -46,7 +46,6 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(run_command):
-    """Function (arguments) -> exit status, output, lines of errors."""
 
     def call(*arguments) -> tuple[int, str, list[str]]:
         code, out, error = run_command(tool.main, *arguments)

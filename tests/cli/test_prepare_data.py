@@ -439,7 +439,6 @@ def test_folders_are_detectron2s():
 
 @pytest.mark.data
 def test_real_archives(run, data_root, declare, tmp_path):
-    """Real images and annotations, packed as the official archives are."""
     source = data_root / "VOCdevkit/VOC2007"
     ids = (source / "ImageSets/Main/mini_test.txt").read_text().split()[:12]
     files = {"VOCdevkit/VOC2007/ImageSets/Main/test.txt": "\n".join(ids).encode()}

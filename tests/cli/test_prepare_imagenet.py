@@ -31,7 +31,6 @@ ANY = ["--train-images", "0", "--val-images", "0", "--classes", "0"]
 
 @pytest.fixture
 def run(run_command):
-    """Function (arguments) -> exit status, output, errors of prepare-data."""
     return partial(run_command, prepare_data.main)
 
 
@@ -51,7 +50,6 @@ def meta_mat() -> bytes:
 
 @pytest.fixture
 def archives(tmp_path):
-    """Folder with the three official archives, in small."""
     folder = tmp_path / "archives"
     folder.mkdir()
     inner = {
@@ -71,7 +69,6 @@ def archives(tmp_path):
 
 @pytest.fixture
 def unpack(run, archives, tmp_path):
-    """Function (options) -> exit status and errors of unpacking the archives."""
 
     def call(*options, train=True, labels=True, folder=tmp_path) -> tuple[int, str]:
         arguments = ["imagenet", folder / "imagenet", "--val-archive", archives / "val.tar"]

@@ -20,7 +20,6 @@ def load(folder):
 
 
 def iou(a, b) -> float:
-    """Of boxes in inclusive pixels."""
     width = min(a[2], b[2]) - max(a[0], b[0]) + 1
     height = min(a[3], b[3]) - max(a[1], b[1]) + 1
     if width <= 0 or height <= 0:

@@ -25,7 +25,6 @@ def test_one_value_has_no_error():
 
 @pytest.fixture
 def gain_of(make_detector):
-    """Function: AP50 of a ResNet's seeds and of a VGG's -> their gain."""
 
     def make(ours, reference, **options):
         folders = [make_detector(f"r{i}", i, {"cat": v}, **options) for i, v in enumerate(ours)]
