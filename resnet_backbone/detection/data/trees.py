@@ -15,21 +15,15 @@ from tabulate import tabulate
 from tqdm.contrib.concurrent import process_map
 
 from resnet_backbone.detection.data.archives import COUNTS, Counts, archive_of, coco_image_folder
-from resnet_backbone.detection.data.coco import read_coco, scan_coco
+from resnet_backbone.detection.data.coco import scan_coco
+from resnet_backbone.detection.data.formats.voc import IMAGE_SUFFIXES, list_splits, read_split
 from resnet_backbone.detection.data.problems import (
     BOX_KINDS,
     DataReport,
     read_image,
     read_image_size,
 )
-from resnet_backbone.detection.data.voc import (
-    IMAGE_SUFFIXES,
-    VOC_CLASSES,
-    find_voc_classes,
-    list_splits,
-    read_split,
-    scan_voc,
-)
+from resnet_backbone.detection.data.voc import VOC_CLASSES, find_voc_classes, scan_voc
 from resnet_backbone.detection.inference.pictures import (
     contact_sheet,
     draw_ground_truth,
@@ -214,8 +208,7 @@ def check_coco_files(
     for file, images in pairs:
         name = file.stem if unique else f"{file.parent.name}_{file.stem}"
         records, report = scan_coco(str(file), str(images), progress=True)
-        classes = list(read_coco(str(file)).categories.values())
-        tree.add_split(name, classes, records, report)
+        tree.add_split(name, list(report.boxes), records, report)
         listed.update(record["file_name"] for record in records)
         listed.update(problem.file for problem in report.problems)
     return tree.finish({images for _, images in pairs}, listed, workers)

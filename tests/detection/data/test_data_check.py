@@ -22,7 +22,8 @@ from resnet_backbone.detection.data import (
     voc,
 )
 from resnet_backbone.detection.data.arguments import set_up_data
-from resnet_backbone.detection.data.problems import registered_scan
+from resnet_backbone.detection.data.formats.coco import read_coco
+from resnet_backbone.detection.data.scans import registered_scan
 from resnet_backbone.runtime.errors import DataError, UsageError
 
 BOX = (2, 3, 10, 8)
@@ -280,6 +281,8 @@ def test_a_file_of_which_nothing_can_be_used(coco, changes, message):
         ("annotations", coco_annotation(1, category_id=5), "bad-box", "category_id 5 is not in"),
         ("annotations", coco_annotation(1, bbox=[1, 2, 3]), "bad-box", "is not four numbers"),
         ("annotations", coco_annotation(1, bbox=None), "bad-box", "bbox None is not four"),
+        ("annotations", coco_annotation(1, bbox=[1, 1, 9, 10**400]), "bad-box", "is not four"),
+        ("annotations", coco_annotation(1, image_id="9" * 5000), "bad-box", "is of image '999"),
         ("annotations", coco_annotation(1, image_id="x"), "bad-box", "is of image 'x'"),
         ("images", {"id": 0, "file_name": "c.jpg"}, "duplicate-id", "image id 0 occurs again"),
         ("images", {"id": 5, "file_name": 5}, "bad-entry", "the file_name 5, which is no text"),
@@ -307,6 +310,9 @@ def test_a_bad_entry_among_good_ones(coco, section, entry, kind, detail):
         dict(iscrowd=None),
         dict(bbox=["1", "1", 5, 5.0]),
         dict(id=1),  # which is another's
+        dict(keypoints=[1, "x", 2]),
+        dict(area=10**400),
+        dict(segmentation={"counts": {}, "size": [10, 20]}),
     ],
     ids=str,
 )
@@ -316,7 +322,7 @@ def test_odd_fields_cost_no_box(coco, change):
     assert not report.problems and report.boxes == {"cat": 2, "dog": 1}
     box = records[0]["annotations"][1]
     assert [box["bbox"], box["area"], box["iscrowd"]] == [[1, 1, 5, 5], 25, 0]
-    assert "segmentation" not in box
+    assert not {"segmentation", "keypoints"} & box.keys()
 
 
 @pytest.mark.parametrize(
@@ -361,6 +367,33 @@ def test_odd_categories_are_used_and_said(coco, entries, names, remark):
 def test_shares_in_place_of_pixels_are_said(coco):
     path = coco(annotations=[coco_annotation(1, bbox=[0.1, 0.2, 0.5, 0.5])])
     assert "lie between 0 and 1" in "; ".join(scan_coco(path, coco.root)[1].remarks())
+
+
+def test_a_name_that_no_file_can_have(coco):
+    images = [*coco.content["images"], {"id": 9, "file_name": "a\0.jpg"}]
+    _, report = scan_coco(coco(images=images), coco.root)
+    assert kinds(report) == ["unreadable-image"] and "null byte" in report.problems[0].detail
+
+
+def test_what_nobody_expected_is_one_line_with_the_file(coco, make_voc, monkeypatch):
+    """A KeyError and such anywhere in reading; its origin stays for the traceback."""
+
+    def fail(*_, **__):
+        raise KeyError("odd")
+
+    root, path = make_voc({"a": [("dog", BOX)]}), coco()
+    found = read_coco(path)
+    monkeypatch.setattr("resnet_backbone.detection.data.formats.coco.absent_keys", fail)
+    for module in ("coco", "voc"):
+        monkeypatch.setattr(f"resnet_backbone.detection.data.{module}.fit_box", fail)
+    for name, call in (
+        (path, lambda: register_coco("data_check_test_odd", path, coco.root)),
+        (path, lambda: scan_coco(path, coco.root, found=found)),
+        (str(root), lambda: scan_voc(root, "train", ["dog"])),
+    ):
+        with pytest.raises(DataError, match="cannot be read .KeyError: 'odd'") as caught:
+            call()
+        assert name in str(caught.value) and isinstance(caught.value.__cause__, KeyError)
 
 
 def test_coco_file_itself(coco, tmp_path):
@@ -408,7 +441,7 @@ def test_a_registered_set_is_scanned_once(make_voc, monkeypatch, caplog):
     """The loader, as often as it is asked, and the evaluator share one scan and its warnings."""
     boxes = [("dog", (1, 1, 9, 9)), ("dog", (2, 2, 2, 5)), ("dog", (3, 3, 9, 9), 1)]
     root, name, scans = make_voc({"a": boxes}), "data_check_test_once", []
-    monkeypatch.setattr(voc, "scan_voc", lambda *a, f=voc.scan_voc: scans.append(a) or f(*a))
+    monkeypatch.setattr(voc, "_scan", lambda *a, f=voc._scan: scans.append(a) or f(*a))
     voc.register_voc(name, root, "train", ["dog"], use_difficult=False)
     first = DatasetCatalog.get(name)
     first[0]["annotations"][0]["bbox"] = "changed by its user"

@@ -24,7 +24,6 @@ from resnet_backbone.detection.data.sampling import (
     TrainingLoader,
     build_loader,
     limit_workers,
-    repeat_factors,
 )
 from resnet_backbone.detection.engine.trainer import TolerantMapper
 
@@ -164,7 +163,7 @@ def test_refused_samplers(make_cfg, two_sets):
     cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("sampling_b", 0.0)]
     with pytest.raises(UsageError, match="factors are above 0"):
-        repeat_factors(cfg, [])
+        build_loader(cfg, draw, seed=1)
 
 
 def test_proposals_that_are_not_named(make_cfg, two_sets):
