@@ -13,7 +13,6 @@ from tqdm import tqdm
 from resnet_backbone.detection.data.formats.coco import CocoFile, read_coco
 from resnet_backbone.detection.data.problems import (
     DataReport,
-    apply_policy,
     fit_box,
     in_threads,
     list_problems,
@@ -108,22 +107,6 @@ def _scan(
         yield {"file_name": look.path, **sides, "image_id": image_id, "annotations": good}
     if not kept:
         report.add_empty(report.name)
-
-
-def load_coco_instances(
-    json_file: str, image_root: str, on_bad: str = "drop", decode: bool = False
-) -> list[dict]:
-    """The records of :func:`scan_coco`, after :func:`apply_policy`."""
-    records, report = scan_coco(json_file, image_root, decode)
-    apply_policy(report, on_bad)
-    return records
-
-
-def check_coco(
-    json_file: str, image_root: str, decode: bool = False, progress: bool = True
-) -> DataReport:
-    """The report of :func:`scan_coco`: a loader leaves out exactly what it names."""
-    return scan_coco(json_file, image_root, decode, progress)[1]
 
 
 def register_coco(

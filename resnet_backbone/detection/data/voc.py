@@ -27,7 +27,6 @@ from resnet_backbone.detection.data.problems import (
     DataReport,
     Look,
     Stamp,
-    apply_policy,
     fit_box,
     in_threads,
     look_at_image,
@@ -145,37 +144,8 @@ def _scan(
     report.note_shares(largest)
 
 
-def load_voc_instances(
-    root: str | os.PathLike,
-    split: str,
-    class_names: Sequence[str],
-    use_difficult: bool = True,
-    on_bad: str = "drop",
-    decode: bool = False,
-) -> list[dict]:
-    """The records of :func:`scan_voc`, after :func:`apply_policy`.
-
-    Args:
-        use_difficult, on_bad: see :func:`register_voc`.
-    """
-    records, report = scan_voc(root, split, class_names, decode)
-    apply_policy(report, on_bad)
-    return records if use_difficult else list(_without_difficult(Records.pack(records)))
-
-
 def _without_difficult(records: Records) -> Records:
     return records.select(boxes=records.store.boxes[:, BOX_COLUMNS.index("difficult")] == 0)
-
-
-def check_voc(
-    root: str | os.PathLike,
-    split: str,
-    class_names: Sequence[str],
-    decode: bool = False,
-    progress: bool = True,
-) -> DataReport:
-    """The report of :func:`scan_voc`: a loader leaves out exactly what it names."""
-    return scan_voc(root, split, class_names, decode, progress)[1]
 
 
 class _Entry(NamedTuple):
