@@ -32,14 +32,6 @@ def clean_catalogs():
             del catalog[name]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """Checks of data that a test keeps are its own."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("RESNET_BACKBONE_CACHE", str(folder))
-    return folder
-
-
 @pytest.fixture
 def make_cfg():
     """Function (file under configs/detection, or None; KEY=value...) -> config on the CPU.

@@ -244,7 +244,11 @@ def mapper_options(cfg: CfgNode) -> dict:
 
 def training_records(cfg: CfgNode, name: str) -> Records:
     """Of a registered data set, with precomputed proposals where the model takes them."""
-    records = usable_records(cfg, name, dataset_records(name))
+    found = dataset_records(name)
+    records = usable_records(cfg, name, found)
+    if len(records) < len(found):
+        text = "data set %s: %d of %d images have nothing to learn from and are left out"
+        logger.info(text, name, len(found) - len(records), len(found))
     _log_class_counts(name, records)
     if not cfg.MODEL.LOAD_PROPOSALS:
         return records

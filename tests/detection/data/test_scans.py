@@ -44,6 +44,14 @@ def counted(monkeypatch):
     return looked_at
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    monkeypatch.setenv("RESNET_BACKBONE_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def voc(make_voc):
     return make_voc({"a": BOXES, "b": [], "c": BOXES[:1]})
