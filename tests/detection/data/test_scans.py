@@ -248,59 +248,54 @@ def test_facts_of_records_are_those_of_the_dicts():
 
 
 TOOL = """
-import json, os, sys, warnings
+import json, sys
 from argparse import Namespace
 from pathlib import Path
-warnings.filterwarnings("ignore")
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from resnet_backbone.detection import add_resnet_backbone_config
-from resnet_backbone.detection.data import coco, problems
-from resnet_backbone.detection.data.formats import coco as coco_format
+from resnet_backbone.detection.data import problems
 from resnet_backbone.detection.data.arguments import set_up_data
+from resnet_backbone.detection.data.formats import coco
 from resnet_backbone.detection.data.scans import dataset_records
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.launch import Launch, _free_port, local_size, run_processes
 
+def count(module, name, calls):
+    function = getattr(module, name)
+    setattr(module, name, lambda *arguments: calls.append(name) or function(*arguments))
+
 def run(root):
     comm.create_local_process_group(local_size())
-    read, looked = [], []
-    json_reader, looker = coco_format.read_json, problems.read_image_size
-    coco_format.read_json = lambda path: read.append(path) or json_reader(path)
-    problems.read_image_size = lambda path, *a: looked.append(path) or looker(path, *a)
-    cfg = add_resnet_backbone_config(get_cfg())
-    files = [f"{root}/all.json", f"{root}/all.json"]
-    args = Namespace(voc_root=None, sem_seg=None, coco_json=files, image_root=[root], opts=[],
-                     panoptic_json=None, panoptic_root=None, eval_only=False,
-                     bad_data=os.environ["POLICY"])
-    number = set_up_data(cfg, args)
-    records = list(dataset_records("train:coco"))
-    found = [number, len(read), len(looked), repr(records), list(cfg.RESNET_BACKBONE.CLASS_NAMES)]
-    Path(root, f"found{comm.get_rank()}").write_text(json.dumps(found))
+    calls = []
+    count(coco, "read_json", calls)
+    count(problems, "read_image_size", calls)
+    args = Namespace(coco_json=[f"{root}/all.json"] * 2, image_root=[root], opts=[], voc_root=None,
+                     sem_seg=None, panoptic_json=None, panoptic_root=None, eval_only=False)
+    for args.bad_data in ("drop", "refuse"):
+        set_up_data(add_resnet_backbone_config(get_cfg()), args)
+        found = [len(calls), repr(list(dataset_records("train:coco")))]
+        Path(root, f"found{comm.get_rank()}").write_text(json.dumps(found))
+        for name in ("train:coco", "test:coco"):
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
 
 if __name__ == "__main__":
     url = f"tcp://127.0.0.1:{_free_port()}"
-    one_line_errors(run_processes)(Launch(int(sys.argv[2]), url=url), run, sys.argv[1])
+    one_line_errors(run_processes)(Launch(2, url=url), run, sys.argv[1])
 """
 
 
-def run_tool(root, processes=2, policy="drop"):
-    """Runs :data:`TOOL` with the root of a COCO set: the lines of its errors, what each found."""
-    (root / "tool.py").write_text(TOOL)
-    command = [sys.executable, "-W", "ignore", str(root / "tool.py"), str(root), str(processes)]
-    environment = {**os.environ, "POLICY": policy}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    found = [json.loads(file.read_text()) for file in sorted(root.glob("found?"))]
-    return done.returncode, done.stderr.splitlines(), found
-
-
 def test_of_several_processes_one_scans(coco, own_cache):
-    """Really started ones; they have the same records, and an error is said once."""
-    status, lines, found = run_tool(coco)
-    assert status == 0, lines
-    reads = [tuple(one[1:3]) for one in found]
-    assert reads == [(2, 8), (0, 0)]  # the same file to train and to test on, four images
-    assert found[0][3:] == found[1][3:] and found[0][0] == found[1][0] == 1
+    """Really started ones: they have the same records, and what one finds wrong is said once."""
+    (coco / "tool.py").write_text(TOOL)
+    command = [sys.executable, "-W", "ignore", str(coco / "tool.py"), str(coco)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2 and done.stderr.count("has 2 problems") == 1, done.stderr
+    (first, records), (second, others) = (
+        json.loads((coco / f"found{rank}").read_text()) for rank in range(2)
+    )
+    # one file and its four images, to train and to test on
+    assert (first, second) == (2 * (1 + 4), 0) and records == others
     assert len(list(own_cache.glob("*.scan"))) == 2
-    status, lines, _ = run_tool(coco, policy="refuse")
-    assert status == 2 and sum("has 2 problems" in line for line in lines) == 1
