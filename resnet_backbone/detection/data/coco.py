@@ -22,6 +22,8 @@ from resnet_backbone.detection.data.problems import (
 from resnet_backbone.detection.data.scans import ScannedDataset, register_once
 from resnet_backbone.runtime.errors import DataError
 
+Complete = Callable[[list[dict], DataReport], list[dict]]
+
 
 def scan_coco(
     json_file: str,
@@ -127,9 +129,6 @@ def register_coco(
     """
     dataset, metadata = scanned_coco(json_file, image_root, on_bad, decode)
     register_once(name, dataset, {**metadata, "evaluator_type": "coco"})
-
-
-Complete = Callable[[list[dict], DataReport], list[dict]]
 
 
 def scanned_coco(
