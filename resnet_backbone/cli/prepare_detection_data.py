@@ -12,8 +12,8 @@ import torch
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data import trees
 from resnet_backbone.detection.data.archives import unpack, verify_archive
+from resnet_backbone.detection.data.formats.voc import find_voc_folders
 from resnet_backbone.detection.data.own import read_own, split_records, write_coco
-from resnet_backbone.detection.data.voc import find_voc_folders
 from resnet_backbone.runtime.files import write_text
 
 
