@@ -29,8 +29,7 @@ from resnet_backbone.models import count_parameters
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.provenance import command_line, hardware
-from resnet_backbone.runtime.run_folder import RESULTS, RunFolder
+from resnet_backbone.runtime.records import RESULTS, RunFolder, command_line, hardware
 from resnet_backbone.runtime.signals import StopRequest, Watched
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.preprocessing import InputNormalizer

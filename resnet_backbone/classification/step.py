@@ -15,8 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_backbone.classification.networks import logits_of
-from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.seeding import STEP, seed_everything
+from resnet_backbone.runtime.processes import STEP, World, seed_everything
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULE_STATE = ("warming_up", "drops", "waited", "best")  # what it has learned from the run

@@ -19,7 +19,7 @@ from resnet_backbone.classification.step import LearningRate, Schedule, TrainSte
 from resnet_backbone.runtime.errors import Stopped, TrainingDiverged, UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.run_folder import RunFolder, spell_hours
+from resnet_backbone.runtime.records import RunFolder, spell_hours
 from resnet_backbone.runtime.signals import StopRequest
 from resnet_backbone.weights import WeightsError
 

@@ -14,7 +14,7 @@ from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.cli.export import find_pictures, read_picture, spread, to_tensor
 from resnet_backbone.models import list_models
 from resnet_backbone.runtime.errors import one_line_errors
-from resnet_backbone.runtime.provenance import command_line
+from resnet_backbone.runtime.records import command_line
 from resnet_backbone.weights import convert as conversion
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.compare import TOLERANCE, Comparison, Samples, compare, sample_images

@@ -34,7 +34,7 @@ from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
-from resnet_backbone.runtime.run_folder import set_up_logging
+from resnet_backbone.runtime.records import set_up_logging
 from resnet_backbone.weights.load import WrongStride
 from resnet_backbone.weights.preprocessing import USUAL_TEST, InputNormalizer, Preprocessing
 from resnet_backbone.weights.reading import UnknownInput

@@ -57,7 +57,7 @@ from resnet_backbone.report.runs import by_class
 from resnet_backbone.report.table import markdown
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import sha256, write_json, write_text
-from resnet_backbone.runtime.provenance import command_line, date, hardware
+from resnet_backbone.runtime.records import command_line, date, hardware
 
 ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
 PAPER_SCALES = (200, 400, 600, 800, 1000)  # of images that are otherwise tested at 600

@@ -19,7 +19,7 @@ from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import choose_device, current_world
-from resnet_backbone.runtime.run_folder import CONFIG, RunFolder, set_up_logging
+from resnet_backbone.runtime.records import CONFIG, RunFolder, set_up_logging
 
 logger = logging.getLogger("resnet_backbone.recompute_bn")
 

@@ -23,7 +23,7 @@ from resnet_backbone.report.table import results_table
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json, write_text
 from resnet_backbone.runtime.images import read_rgb
-from resnet_backbone.runtime.provenance import command_line
+from resnet_backbone.runtime.records import command_line
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 CURVES_EPILOG = """\

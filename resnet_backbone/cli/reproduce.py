@@ -23,7 +23,7 @@ from resnet_backbone import __version__
 from resnet_backbone.cli import CommandParser, key_and_text, positive
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
 from resnet_backbone.runtime.files import alone, config_folder, sha256, write_json
-from resnet_backbone.runtime.provenance import date
+from resnet_backbone.runtime.records import date
 from resnet_backbone.runtime.signals import run_child
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,7 @@ from resnet_backbone.models import count_parameters
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
-from resnet_backbone.runtime.run_folder import CONFIG, METRICS, RESULTS, RunFolder, set_up_logging
+from resnet_backbone.runtime.records import CONFIG, METRICS, RESULTS, RunFolder, set_up_logging
 from resnet_backbone.runtime.signals import StopRequest
 
 logger = logging.getLogger("resnet_backbone.train_classifier")

@@ -66,7 +66,7 @@ from resnet_backbone.runtime.errors import (
 )
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import current_world
-from resnet_backbone.runtime.run_folder import read_results
+from resnet_backbone.runtime.records import read_results
 from resnet_backbone.runtime.signals import StopRequest
 
 

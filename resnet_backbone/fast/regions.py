@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from resnet_backbone.fast.folding import (
+from resnet_backbone.fast.optimize import (
     FoldingConvNorm,
     FoldingConvNormAct,
     change_classes,

@@ -1,17 +1,27 @@
-"""One process or many: which one this is, where it computes, and what all of them agree on."""
+"""One process or many: which one this is, where it computes, what all agree on, and what it draws.
+
+Random numbers depend on the seed and the place in a run alone. No generator's state outlives an
+iteration or a sample, so a resumed run has none to restore, and the number of workers, or what was
+drawn before, changes nothing.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from resnet_backbone.runtime.errors import UsageError
+
+# The first word of a seed: what its random numbers are for.
+ORDER, SUBSET, AUGMENTATION, REPLACEMENT, STEP = range(5)
 
 
 @dataclass(frozen=True)
@@ -103,3 +113,20 @@ def available_cores() -> int:
     """CPU cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def make_rng(*words: int) -> np.random.Generator:
+    """A generator for one purpose at one place, such as (ORDER, seed, epoch).
+
+    Args:
+        words: non-negative; equal words give equal numbers, on every machine.
+    """
+    return np.random.default_rng(list(words))
+
+
+def seed_everything(*words: int) -> None:
+    """Seeds torch on every device, numpy and random; words as in :func:`make_rng`."""
+    state = np.random.SeedSequence(list(words)).generate_state(4)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]) << 32 | int(state[3]))

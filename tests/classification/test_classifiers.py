@@ -24,7 +24,7 @@ from resnet_backbone.classification.networks import (
 )
 from resnet_backbone.models import build_model
 from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.run_folder import RunFolder
+from resnet_backbone.runtime.records import RunFolder
 from resnet_backbone.weights import Preprocessing, WeightsError, load_weights
 
 SPEC = NetworkSpec("cifar_resnet8", 10, {"shortcut": "B"})

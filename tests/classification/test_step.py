@@ -13,8 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from resnet_backbone.classification.networks import logits_of
 from resnet_backbone.classification.step import LearningRate, Schedule, TrainStep, build_sgd
 from resnet_backbone.models import build_model
-from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.seeding import STEP, seed_everything
+from resnet_backbone.runtime.processes import STEP, World, seed_everything
 
 
 def batch(count=8, classes=10, seed=0):

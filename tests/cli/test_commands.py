@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from resnet_backbone import cli
-from resnet_backbone.runtime import provenance
+from resnet_backbone.runtime import records
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,25 +87,25 @@ def test_what_is_not_installed_is_one_line(monkeypatch, capsys):
 )
 def test_the_command_that_runs_can_be_typed_again(argv, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
-    assert provenance.command_line() == expected
+    assert records.command_line() == expected
 
 
 def test_another_command_is_written_as_this_one_was(monkeypatch, tmp_path):
     words = ["convert", "a b"]
     monkeypatch.setattr(sys, "argv", ["tools/demo.py"])
-    door = provenance.command_line("convert-weights", words)
+    door = records.command_line("convert-weights", words)
     assert shlex.split(door) == ["python", "tools/convert_weights.py", *words]
     for argv, source in ((["resnet-backbone demo"], ROOT), (["python"], tmp_path)):
         monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setattr(provenance, "SOURCE", source)
-        found = shlex.split(provenance.command_line("convert-weights", words))
+        monkeypatch.setattr(records, "SOURCE", source)
+        found = shlex.split(records.command_line("convert-weights", words))
         assert found == ["resnet-backbone", "convert-weights", *words]
 
 
 def test_an_installed_package_has_no_revision(monkeypatch, tmp_path):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    monkeypatch.setattr(provenance, "SOURCE", tmp_path / "site-packages")
-    assert provenance.source_revision() == "unknown"
+    monkeypatch.setattr(records, "SOURCE", tmp_path / "site-packages")
+    assert records.source_revision() == "unknown"
 
 
 @pytest.fixture(scope="module")

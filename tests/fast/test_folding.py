@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from resnet_backbone import models
 from resnet_backbone.fast import fold_bn, fold_each_call, optimize_for_inference
-from resnet_backbone.fast.folding import FoldingConvNorm, FoldingConvNormAct
+from resnet_backbone.fast.optimize import FoldingConvNorm, FoldingConvNormAct
 from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.models.layers import ConvNorm, ConvNormAct
 

@@ -9,7 +9,7 @@ import torch
 
 from resnet_backbone.runtime import files
 from resnet_backbone.runtime.files import config_folder, find_config
-from resnet_backbone.runtime.run_folder import METRICS, RunFolder
+from resnet_backbone.runtime.records import METRICS, RunFolder
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from resnet_backbone.classification.data.sources import MIXING
 from resnet_backbone.runtime.images import EncodedImage
-from resnet_backbone.runtime.seeding import make_rng
+from resnet_backbone.runtime.processes import make_rng
 
 NOISE_STRENGTH = 0.1  # standard deviation of each component's factor (AlexNet, section 4.1)
 TRIES = 10  # of a random rectangle, before the largest allowed one in the center

@@ -26,7 +26,7 @@ from resnet_backbone.classification.data.imagenet import EncodedDataset
 from resnet_backbone.classification.data.sources import REPLACEMENT, Batch, SampleStream, sample_rng
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.images import BadImage, EncodedImage, decode, read_bytes
-from resnet_backbone.runtime.seeding import make_rng
+from resnet_backbone.runtime.processes import make_rng
 
 BAD, CONVERTED = "bad", "converted"
 MAX_CONVERTED = 1000  # lines; a data set of nothing but such images needs no list of them

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnet_backbone.runtime.builtin import digit_indices, draw_digit_crop, load_scans
 from resnet_backbone.runtime.errors import DataError
-from resnet_backbone.runtime.seeding import make_rng
+from resnet_backbone.runtime.processes import make_rng
 
 # What random numbers are for: the word after the run's seed.
 ORDER, AUGMENTATION, REPLACEMENT, MEAN_SUBSET, MIXING = range(5)

@@ -21,8 +21,7 @@ from resnet_backbone.classification.data.loader import BadImageReport, BatchMake
 from resnet_backbone.classification.data.sources import MEAN_SUBSET
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import whole_file
-from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.seeding import make_rng
+from resnet_backbone.runtime.processes import World, make_rng
 from resnet_backbone.weights import PREPROCESSINGS, Preprocessing
 
 MEAN_BATCH = 64

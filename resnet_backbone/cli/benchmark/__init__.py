@@ -37,7 +37,7 @@ from tqdm import tqdm
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
-from resnet_backbone.runtime.provenance import command_line, date, hardware, versions
+from resnet_backbone.runtime.records import command_line, date, hardware, versions
 
 Run = Callable[[], Any]
 # command -> module, what it measures, what lies within each timing

@@ -23,12 +23,12 @@ from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.arguments import detects_objects, usable_records
 from resnet_backbone.detection.data.records import Records
 from resnet_backbone.detection.data.scans import dataset_records
-from resnet_backbone.runtime.processes import available_cores
-from resnet_backbone.runtime.seeding import (
+from resnet_backbone.runtime.processes import (
     AUGMENTATION,
     ORDER,
     REPLACEMENT,
     SUBSET,
+    available_cores,
     make_rng,
     seed_everything,
 )
