@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from resnet_backbone.classification.batch_norm import (
     TrainingImages,
     recompute_statistics,
 )
-from resnet_backbone.classification.config import Config, count_epochs
+from resnet_backbone.classification.config import Config, scale_schedule
 from resnet_backbone.classification.data.augment import BatchMixer
 from resnet_backbone.classification.data.build import build_data
 from resnet_backbone.classification.data.evaluation import EvaluationLoader
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import NORMS, Checkpoints, NetworkSpec
 from resnet_backbone.classification.protocols import Center, Full
-from resnet_backbone.classification.step import AMP, LearningRate, Schedule, TrainStep, build_sgd
+from resnet_backbone.classification.step import AMP, Schedule, TrainStep, build_sgd
 from resnet_backbone.classification.trainer import FINAL, Trainer
 from resnet_backbone.models import count_parameters
 from resnet_backbone.runtime.errors import UsageError
@@ -49,6 +50,27 @@ def check_processes(config: Config, world: World) -> None:
             f"{world.size} processes have {local} images each, no multiple of train.micro_batch "
             f"{train.micro_batch}"
         )
+
+
+def count_epochs(config: Config, num_images: int) -> str:
+    """Turns ``schedule.epochs`` into iterations, in place; the line that says so, "" without.
+
+    Milestones and warm-up keep their shares. Evaluations and checkpoints come once an epoch at
+    least.
+    """
+    schedule, batch = config.schedule, config.train.batch_size
+    if not schedule.epochs:
+        return ""
+    schedule.scale = max(1, math.ceil(schedule.epochs * num_images / batch)) / schedule.iterations
+    scale_schedule(schedule)
+    epoch = math.ceil(num_images / batch)
+    config.output.checkpoint_every = min(config.output.checkpoint_every, epoch)
+    config.evaluation.every = min(config.evaluation.every, epoch)
+    drops = f", rate drops at {schedule.milestones}" if schedule.milestones else ""
+    return (
+        f"{schedule.epochs:g} epochs of {num_images:,} images are {schedule.iterations:,} "
+        f"iterations of {batch}{drops}"
+    )
 
 
 class ClassificationRun:
@@ -157,14 +179,12 @@ class ClassificationRun:
         )
         kept = {"keep": output.keep, "keep_every": output.keep_every}
         kept["class_names"] = self.data.class_names
-        lengths = asdict(config.schedule)
-        del lengths["scale"], lengths["epochs"]  # are applied
         return Trainer(
             step,
             self.data.source,
             self.prepare,
-            schedule=Schedule(**lengths),
-            rate=LearningRate(optimizer, chosen.momentum_form),
+            schedule=Schedule(**asdict(config.schedule)),
+            momentum_form=chosen.momentum_form,
             validate=self.validate,
             checkpoints=Checkpoints(self.folder.path, self.spec, self.preprocessing, **kept),
             folder=self.folder,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from resnet_backbone.classification.networks import Checkpoints, checkpoints_in, save_network
-from resnet_backbone.classification.step import LearningRate, Schedule, TrainStep
+from resnet_backbone.classification.step import Schedule, TrainStep, set_rate
 from resnet_backbone.runtime.errors import Stopped, TrainingDiverged, UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World
@@ -80,7 +80,7 @@ class Trainer:
     source: Any  # training data, with `num_samples` and `batches(first_iteration)`
     prepare: Callable[[Any], tuple[Tensor, Tensor]]  # a batch -> normalized images, labels
     schedule: Schedule
-    rate: LearningRate
+    momentum_form: str  # of the optimizer, see `set_rate`
     # -> numbers, "val_top1_error" (%) among them
     validate: Callable[[nn.Module, StopRequest], dict[str, float]]
     checkpoints: Checkpoints
@@ -189,7 +189,7 @@ class Trainer:
         started = time.perf_counter()
         batch = next(batches)
         self.window.data_seconds += time.perf_counter() - started
-        self.rate.set(self.schedule.at(self.iteration))
+        set_rate(self.step.optimizer, self.schedule.at(self.iteration), self.momentum_form)
         images, labels = self.prepare(batch)
         self.window.add(*self.step(images, labels, self.iteration))
         self.iteration += 1

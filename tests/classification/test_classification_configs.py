@@ -3,13 +3,14 @@
 import re
 import shlex
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from resnet_backbone.classification.config import Config, get, key_names, load_config
+from resnet_backbone.classification.config import KEYS, Config, load_config
 from resnet_backbone.classification.networks import NetworkSpec
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -113,7 +114,7 @@ NOT_OF_THE_PAPER = {
 
 
 def assert_recipe(config: Config, recipe: dict[str, object]) -> None:
-    assert {key: get(config, key) for key in recipe} == recipe
+    assert {key: attrgetter(key)(config) for key in recipe} == recipe
 
 
 @each(IMAGENET)
@@ -165,7 +166,7 @@ def test_states_only_what_differs(path):
     below = load(path.parent / base) if base else load(ROOT / "imagenet" / "Base-ImageNet.yaml")
     stated = flat(path)
     stated.pop("model.name", None)  # a network's file names it, also where it is the default
-    same = [key for key, value in stated.items() if get(below, key) == value]
+    same = [key for key, value in stated.items() if attrgetter(key)(below) == value]
     meant = {"schedule.plateau_patience", "schedule.plateau_threshold", "schedule.plateau_drops"}
     assert set(same) <= meant  # the rule of the plateau reads as one
 
@@ -195,7 +196,7 @@ def test_opens_with_its_story(path):
     words = shlex.split(command[0].replace("\\\n", " "))
     files = [PROJECT / word for word in words if word.endswith(".yaml")]
     assert files[-1] == path and words[2] == "--config-file" and "data.root=PATH" in words
-    assert {word.partition("=")[0] for word in words if "=" in word} <= set(key_names())
+    assert {word.partition("=")[0] for word in words if "=" in word} <= set(KEYS)
     assert re.search(r"^ Hours: ", story, re.M)
     assert re.search(r"paper, (Table|Fig\.)|torchvision V1|no published|result and source", story)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from resnet_backbone.classification.networks import logits_of
-from resnet_backbone.classification.step import LearningRate, Schedule, TrainStep, build_sgd
+from resnet_backbone.classification.step import Schedule, TrainStep, build_sgd, set_rate
 from resnet_backbone.models import build_model
 from resnet_backbone.runtime.processes import STEP, World, seed_everything
 
@@ -26,7 +26,7 @@ def make(model=None, rate=0.05, mixer=None, weight_decay=1e-4, **options):
     torch.manual_seed(0)
     model = model or build_model("cifar_resnet8")
     optimizer = build_sgd(model, 0.9, weight_decay)
-    LearningRate(optimizer).set(rate)
+    set_rate(optimizer, rate)
     return TrainStep(model, optimizer, World(), mixer, **options)
 
 
@@ -43,10 +43,9 @@ def test_momentum_forms_by_hand(form):
     holder = nn.Module()
     holder.weight = parameter
     optimizer = build_sgd(holder, 0.9, 0.01)
-    setter = LearningRate(optimizer, form)
     w, v = start, 0.0
     for gradient, rate in zip(gradients, rates, strict=True):
-        setter.set(rate)
+        set_rate(optimizer, rate, form)
         parameter.grad = torch.tensor([gradient], dtype=torch.float64)
         optimizer.step()
         g = gradient + 0.01 * w
@@ -244,7 +243,7 @@ def torch_rates(scheduler, iterations, *settings):
 
 
 def test_steps_are_torchs_multistep():
-    ours = Schedule(0.1, 20, milestones=[8, 15])
+    ours = Schedule(lr=0.1, iterations=20, milestones=[8, 15])
     assert not any(ours.observe_validation(50) for _ in range(20))
     theirs = torch_rates(torch.optim.lr_scheduler.MultiStepLR, 20, [8, 15])
     assert [ours.at(i) for i in range(20)] == pytest.approx(theirs)
@@ -252,20 +251,20 @@ def test_steps_are_torchs_multistep():
 
 @given(st.integers(1, 40))
 def test_cosine_is_torchs(iterations):
-    ours = Schedule(0.1, iterations, policy="cosine")
+    ours = Schedule(lr=0.1, iterations=iterations, policy="cosine")
     theirs = torch_rates(torch.optim.lr_scheduler.CosineAnnealingLR, iterations, iterations)
     assert [ours.at(i) for i in range(iterations)] == pytest.approx(theirs, abs=1e-9)
 
 
 def test_linear_warmup_ends_at_the_rate():
-    rates = [Schedule(0.4, 20, warmup_iterations=4, warmup_lr=0.1).at(i) for i in range(6)]
-    assert rates == pytest.approx([0.175, 0.25, 0.325, 0.4, 0.4, 0.4])
-    cosine = Schedule(0.4, 24, "cosine", warmup_iterations=4)
+    schedule = Schedule(lr=0.4, iterations=20, warmup_iterations=4, warmup_lr=0.1)
+    assert [schedule.at(i) for i in range(6)] == pytest.approx([0.175, 0.25, 0.325, 0.4, 0.4, 0.4])
+    cosine = Schedule(lr=0.4, iterations=24, policy="cosine", warmup_iterations=4)
     assert cosine.at(3) == pytest.approx(0.4) and cosine.at(14) == pytest.approx(0.2)
 
 
 def test_warmup_by_error_is_the_papers():
-    schedule = Schedule(0.1, 64000, milestones=[32000], warmup_lr=0.01, warmup_until_error=80)
+    schedule = Schedule(milestones=[32000], warmup_lr=0.01, warmup_until_error=80)
     assert schedule.at(0) == 0.01
     assert not schedule.observe_training(85.0)
     assert schedule.at(400) == 0.01
@@ -278,7 +277,7 @@ def test_warmup_by_error_is_the_papers():
 def drops(errors, **options):
     """After which errors the rate drops, and the schedule."""
     options = {f"plateau_{name}": value for name, value in options.items()}
-    schedule = Schedule(0.1, 100, "plateau", **options)
+    schedule = Schedule(lr=0.1, iterations=100, policy="plateau", **options)
     return [n for n, error in enumerate(errors) if schedule.observe_validation(error)], schedule
 
 
@@ -303,12 +302,12 @@ def test_plateau_drops_at_most_so_often():
 @given(st.lists(st.floats(0, 100), max_size=30), st.integers(0, 30))
 def test_state_goes_on_where_it_was(errors, place):
     options = dict(policy="plateau", plateau_patience=2, warmup_lr=0.01, warmup_until_error=60)
-    whole, first = (Schedule(0.1, 100, **options) for _ in range(2))
+    whole, first = (Schedule(lr=0.1, iterations=100, **options) for _ in range(2))
     for error in errors:
         whole.observe_validation(error), whole.observe_training(error)
     for error in errors[:place]:
         first.observe_validation(error), first.observe_training(error)
-    second = Schedule(0.1, 100, **options)
+    second = Schedule(lr=0.1, iterations=100, **options)
     second.load_state_dict(first.state_dict())
     for error in errors[place:]:
         second.observe_validation(error), second.observe_training(error)
