@@ -211,8 +211,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 def _follow(config: Config, planned: Config, given: set[str]) -> None:
     """Lets what the user did not set follow what was set, in place.
 
-    Milestones and warm-up keep their shares of another number of iterations. The micro-batch
-    becomes the largest divisor of another batch.
+    Milestones and warm-up keep their shares; the micro-batch becomes the largest divisor.
     """
     schedule, train = config.schedule, config.train
     followed = replace(planned.schedule, scale=schedule.iterations / planned.schedule.iterations)
@@ -333,7 +332,7 @@ def _combinations(config: Config) -> Iterator[str]:
         yield "data.class_list is for data.format imagenet; shards hold their classes"
     cropped = evaluation.protocol == "center" and data.format in ("imagenet", "shards")
     if cropped and data.mean == "pixel" and evaluation.crop != data.crop:
-        yield f"data.mean pixel needs evaluation.crop {data.crop} as in training, or data.mean=channel"
+        yield f"data.mean pixel needs evaluation.crop={data.crop}; or set data.mean=channel"
     if small and evaluation.protocol != "full":
         yield f"evaluation.protocol: {data.format} images are tested as they are: full"
     if data.format in ("imagenet", "shards", "cifar10") and not data.root:

@@ -89,7 +89,7 @@ class ClassificationRun:
         shown = config.evaluation
         center = Center(shown.short_side, shown.crop)
         self.protocol = Full() if shown.protocol == "full" else center
-        self.data = build_data(config, folder.path, world, self.protocol.prepare)
+        self.data = build_data(config, folder.path, world, self.protocol)
         classes = config.model.num_classes or len(self.data.class_names)
         if classes < len(self.data.class_names):
             raise UsageError(
@@ -136,7 +136,6 @@ class ClassificationRun:
             workers=self.config.data.workers,
             rank=self.world.rank,
             world=self.world.size,
-            pin_memory=self.device.type == "cuda",
         )
         if stop is not None:
             share = -(-loader.num_images // self.world.size)  # of the process with the most images

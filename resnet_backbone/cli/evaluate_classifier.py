@@ -291,7 +291,7 @@ def work(args: argparse.Namespace) -> None:
     models, num_classes = load_networks(args, world)
     protocol = make_protocol(args, models[0][1].preprocessing)
     images, names = read_data(args, protocol, num_classes)
-    place = dict(rank=world.rank, world=world.size, pin_memory=world.device.type == "cuda")
+    place = dict(rank=world.rank, world=world.size)
     loader = EvaluationLoader(images, args.batch_size, workers=args.workers, **place)
     options = dict(channels_last=args.channels_last, max_bad_images=args.max_bad_images)
     result = evaluate(models, protocol, loader, world=world, autocast=AMP[args.amp], **options)

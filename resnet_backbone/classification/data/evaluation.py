@@ -8,16 +8,16 @@ result = evaluate([(model, normalizer)], protocol, loader, world=world)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from resnet_backbone.classification.data.augment import resize_short_side
-from resnet_backbone.classification.data.loader import Running, init_worker
+from resnet_backbone.classification.data.loader import run_loader
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.images import BadImage, read_rgb
 
@@ -112,7 +112,6 @@ class EvaluationLoader:
         dataset: :class:`EvaluationFiles` or :class:`EvaluationArrays`.
         batch_size: images of a batch of this process; its last batch may be smaller.
         workers: processes that read and scale; 0 does it in this one. Arrays need none.
-        pin_memory: page-locked batches, for faster copies to a GPU.
 
     Attributes:
         num_images: of the whole data set, over all processes.
@@ -127,14 +126,13 @@ class EvaluationLoader:
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
-        pin_memory: bool = False,
     ):
         if batch_size < 1 or workers < 0:
             raise DataError(f"batch size {batch_size} and {workers} workers: give 1, 0 or more")
         if not len(dataset):
             raise DataError("the evaluation set has no images")
         self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
-        self.pin_memory, self.part = pin_memory, range(rank, len(dataset), world)
+        self.part = range(rank, len(dataset), world)
         self.num_images, self.name_of = len(dataset), dataset.name_of
 
     def __len__(self) -> int:
@@ -145,22 +143,11 @@ class EvaluationLoader:
             for first in range(0, len(self.part), self.batch_size):
                 yield self.dataset.batch(self.part[first : first + self.batch_size])
             return
-        loader = DataLoader(
-            self.dataset,
-            self.batch_size,
-            sampler=self.part,
-            num_workers=min(self.workers, len(self)),
-            collate_fn=collate,
-            pin_memory=self.pin_memory,
-            # a signal to the whole group must leave the main process its images
-            worker_init_fn=init_worker if self.workers else None,
-        )
-        running = Running(loader)
-        try:
-            for batch in running:
+        workers = min(self.workers, len(self))
+        made = run_loader(self.dataset, self.part, workers, self.batch_size, collate)
+        with closing(made):
+            for batch in made:
                 yield batch._replace(images=tuple(map(_unpack, batch.images)))
-        finally:
-            running.close()
 
 
 class _Ragged(NamedTuple):

@@ -7,15 +7,15 @@ from drawn_images import fill
 from PIL import Image
 
 from resnet_backbone.classification.config import load_config
-from resnet_backbone.classification.data import statistics
-from resnet_backbone.classification.data.build import build_data
-from resnet_backbone.classification.data.imagenet import read_image_folder
-from resnet_backbone.classification.data.loader import BadImageReport
-from resnet_backbone.classification.data.statistics import (
+from resnet_backbone.classification.data import build
+from resnet_backbone.classification.data.build import (
     INPUT_FILE,
+    build_data,
     compute_mean,
     image_statistics,
 )
+from resnet_backbone.classification.data.imagenet import read_image_folder
+from resnet_backbone.classification.data.loader import BadImageReport
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.images import read_rgb
 
@@ -46,7 +46,7 @@ def test_the_mean_is_kept_with_the_run(make_set, tmp_path, monkeypatch):
     root, run = make_set("set"), tmp_path / "run"
     first = mean_of(root, run)
     assert (run / INPUT_FILE).is_file() and [p.name for p in run.iterdir()] == [INPUT_FILE]
-    monkeypatch.setattr(statistics, "compute_mean", None)  # not called again
+    monkeypatch.setattr(build, "compute_mean", None)  # not called again
     again = mean_of(root, run)
     assert torch.equal(again.mean_image, first.mean_image) and again == first
 

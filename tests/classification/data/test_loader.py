@@ -244,7 +244,7 @@ def test_the_limit_stops_with_one_line(tmp_path):
     assert "r.txt" in message and "data.max_bad_images" in message and "\n" not in message
     assert "the fifth" in report.path.read_text()
     with pytest.raises(DataError):
-        BadImageReport(report.path, 4).check()
+        BadImageReport(report.path, 4).add()
 
 
 def test_zero_allows_none_and_none_allows_all():
