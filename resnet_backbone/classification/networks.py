@@ -117,7 +117,7 @@ def describe(model: nn.Module, preprocessing: Preprocessing) -> Preprocessing:
 
 
 def _stride_in_1x1(model: nn.Module) -> bool | None:
-    """Whether bottlenecks, of any library, stride in their first 1x1; None if none strides."""
+    """Whether bottlenecks stride in their first 1x1; None if none strides."""
     for block in model.modules():
         convs = [getattr(block, name, None) for name in ("conv1", "conv2", "conv3")]
         if all(isinstance(conv, nn.Conv2d) for conv in convs) and convs[0].kernel_size == (1, 1):
@@ -151,21 +151,13 @@ def read_class_names(path: str | Path) -> list[str]:
 
 
 def read_spec(path: str | Path) -> NetworkSpec | None:
-    """The network that a weights file names; None if it does not.
-
-    Raises:
-        WeightsError: the file cannot be read.
-    """
+    """The network that a weights file names; None if it does not; WeightsError if unreadable."""
     spec = read_header(path).model
     return None if spec is None else NetworkSpec(spec.name, spec.num_classes, spec.options)
 
 
 def load_all_but_head(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
-    """Loads the weights of a network with other classes; its last linear layer is left out.
-
-    Raises:
-        WeightsError: see :func:`load_network`.
-    """
+    """:func:`load_network` of one with other classes: its last linear layer is left out."""
     *_, head = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
     if not isinstance(model, StagedNetwork):
@@ -195,11 +187,7 @@ def load_exactly(
     preprocessing: str = "",
     instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Preprocessing:
-    """Loads a file whose keys are those of the network, counters too: all or nothing.
-
-    Args:
-        instead: tensors that take the place of the file's.
-    """
+    """Loads a file that has the network's keys, counters too; ``instead`` replaces some of it."""
     read, found, *_ = read_source(path, preprocessing)
     tensors = {**read, **instead}
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -232,9 +220,7 @@ class Checkpoints:
     ) -> Path:
         """Writes the checkpoint of an iteration, unless it is there already.
 
-        Args:
-            averaged: the network with averaged weights, written beside the others so that it can
-                be used before the run ends.
+        Averaged weights are written beside the others, for use before the run ends.
         """
         final = self.run / FOLDER / f"{iteration:08d}"
         if final.exists():
@@ -256,10 +242,7 @@ class Checkpoints:
         """Loads the newest checkpoint's weights; its state, or None if there is no checkpoint.
 
         ``preprocessing`` is then what these weights expect. A damaged checkpoint is passed over
-        with a warning that names it, and set aside once an older one was loaded.
-
-        Args:
-            clean: whether to remove and set aside; for one process of a run.
+        with a warning, and one process, to `clean`, sets it aside once an older one was loaded.
 
         Raises:
             WeightsError: there are checkpoints, and none can be read.

@@ -46,10 +46,6 @@ class Window:
         self.wrong += wrong
         self.filled += 1
 
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
     def restart(self) -> None:
         self.wrong.zero_()
         self.filled, self.data_seconds, self.started = 0, 0.0, time.perf_counter()
@@ -61,7 +57,7 @@ class Window:
             "wrong": (world.sum(self.wrong.clone()) / world.size).cpu(),
             "filled": self.filled,
             "data_seconds": self.data_seconds,
-            "elapsed": self.elapsed,
+            "elapsed": time.perf_counter() - self.started,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -100,6 +96,7 @@ class Trainer:
         self.window = Window(self.log_every, self.world.device)
         self.recent_errors: list[float] = []
         self._begun = 0  # iterations of this process
+        self._last_line = 0.0
 
     def resume(self) -> bool:
         """Loads the newest checkpoint, if there is one.
@@ -154,7 +151,8 @@ class Trainer:
             Stopped: a signal arrived; a checkpoint of the last finished iteration is written.
             TrainingDiverged: the loss became NaN or infinite.
         """
-        bar = self._bar()
+        shown = self.world.is_main and sys.stderr.isatty()
+        bar = tqdm(total=self.iterations, initial=self.iteration, unit="it", disable=not shown)
         try:
             self._evaluate_if_due()
             batches = iter(self.source.batches(self.iteration))
@@ -179,12 +177,6 @@ class Trainer:
             batches = None  # ends the loader's processes before anything else does
             bar.close()
 
-    def _bar(self) -> tqdm:
-        shown = self.world.is_main and sys.stderr.isatty()
-        total = self.iterations
-        self._last_line = 0.0
-        return tqdm(total=total, initial=self.iteration, unit="it", disable=not shown)
-
     def _iterate(self, batches: Iterator[Any]) -> None:
         started = time.perf_counter()
         batch = next(batches)
@@ -203,7 +195,7 @@ class Trainer:
         window = self.window
         losses = self._check_losses()
         error = self.world.sum(window.wrong.clone()).item() / (window.filled * self.batch_size)
-        elapsed = window.elapsed
+        elapsed = time.perf_counter() - window.started
         self.seconds += elapsed
         row = {
             "iteration": self.iteration,

@@ -178,8 +178,8 @@ class Twice(Loader):
         ([], Loader(), "at least one network"),
         ([network(classes=9)], Loader(), "label 9, but the network has classes 0 to 8"),
         ([network(), network(classes=11)], Loader(), "network 2 has 11 classes, the first"),
-        ([network()], Partial(), "23 images were evaluated, the data set has 40"),
-        ([network()], Twice(), "image 0 was evaluated twice"),
+        ([network()], Partial(), "23 images were evaluated, 23 different ones of 40"),
+        ([network()], Twice(), "27 images were evaluated, 23 different ones of 23"),
     ],
 )
 def test_refusals(models, loader, message):
@@ -225,7 +225,7 @@ def test_two_processes_equal_one(two_processes):
         assert "folder/1.jpg: damaged (and 1 more)" in too_many
         assert "folder/1.jpg: damaged (and 1 more)" in spread
         assert "label 10, but the network has" in labels
-        assert "was evaluated twice" in twice
+        assert "46 images were evaluated, 23 different ones of 23" in twice
 
 
 def assert_same(result, expected):

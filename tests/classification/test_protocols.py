@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torchvision import transforms
 
 from resnet_backbone.classification.protocols import (
     POOLINGS,
@@ -55,15 +56,9 @@ def shapes(crop):
 
 @settings(max_examples=40, deadline=None)
 @given(shapes(8))
-def test_crops_are_those_of_torchvision(shape):
-    transforms = pytest.importorskip("torchvision.transforms", reason="torchvision is missing")
+def test_the_center_is_that_of_torchvision(shape):
     image = images(3, *shape)
     assert torch.equal(center_crop(image, 8), transforms.CenterCrop(8)(image))
-    ours = TenCrop(None, 8).crops(image)
-    theirs = transforms.TenCrop(8)(image)
-    assert len(ours) == len(theirs) == 10
-    for mine, expected in zip(ours, theirs, strict=True):
-        assert torch.equal(mine, expected)
 
 
 def test_ten_crop_averages_softmax_scores():
@@ -71,10 +66,11 @@ def test_ten_crop_averages_softmax_scores():
     probe = member(Probe())
     scores = TenCrop(None, 7).score(probe, [batch])
     expected = torch.zeros(3, 4, dtype=torch.float64)
-    for crops in TenCrop(None, 7).crops(batch):
-        expected += probe(crops).softmax(1) / 10
+    crops = transforms.TenCrop(7)(batch)
+    for crop in crops:
+        expected += probe(crop).softmax(1) / 10
     torch.testing.assert_close(scores, expected)
-    logits_first = sum(probe(c) for c in TenCrop(None, 7).crops(batch)).div(10).softmax(1)
+    logits_first = sum(map(probe, crops)).div(10).softmax(1)
     assert (scores - logits_first).abs().max() > 1e-3
 
 
