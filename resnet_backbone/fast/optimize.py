@@ -33,9 +33,9 @@ class FoldingConvNorm(ConvNorm):
     """:class:`ConvNorm` that computes ``conv(x, w * scale, shift)`` where its norm is constant.
 
     The function and gradients are the same, with one pass less over the feature map. A frozen batch
-    norm is always folded, in training too. A batch norm in evaluation mode is folded when no
-    gradients are recorded and the kernel is smaller than the map. Nothing is kept between calls,
-    so that changed weights always count. A norm with hooks is called.
+    norm is always folded, in training too; one in evaluation mode when no gradients are recorded
+    and the kernel is smaller than the map. Nothing is kept between calls. A norm with hooks is
+    called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,10 +86,9 @@ def build_model(name: str, num_classes: int | None = None, **options: Any) -> St
 
 
 def fold_each_call(model: nn.Module) -> nn.Module:
-    """Lets the convolutions of our networks fold constant batch norms, in place.
+    """Makes the convolutions of our networks :class:`FoldingConvNorm`, in place, same state dict.
 
-    Parameters, state dict and function stay, see :class:`FoldingConvNorm`. It is for networks whose
-    weights change; :func:`fold_bn` folds once and for all.
+    It is for networks whose weights change; :func:`fold_bn` folds once and for all.
     """
     return change_classes(model, {ConvNorm: FoldingConvNorm, ConvNormAct: FoldingConvNormAct})
 
@@ -137,8 +136,8 @@ def is_watched(module: nn.Module) -> bool:
 def change_classes(model: nn.Module, kinds: Mapping[type, type]) -> nn.Module:
     """Replaces modules of some classes by ones of a subclass with the same content, in place.
 
-    `kinds` are class, exactly -> subclass without attributes of its own. It returns the model;
-    another module if it is of such a class itself.
+    `kinds` are class, exactly -> subclass without attributes of its own. Use what is returned: the
+    model, or another module if it is of such a class itself.
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -169,14 +168,12 @@ def optimize_for_inference(
             with its feature pyramid, the ``res5`` of a C4 head, the convolution of the proposal
             network and ``box_head``; the last layers and all that follows stay in float32.
         compile: also ``torch.compile`` these parts, with their weights as constants (Inductor's
-            freezing). The first call of each image size compiles, for a minute or so; from the
-            second size on, sizes are dynamic.
+            freezing): ``load_state_dict`` is refused. The first two image sizes compile, for a
+            minute or so each; then sizes are dynamic.
 
     Returns:
         A model called as the original is. At float32 without ``compile`` it has the same class;
-        otherwise the parts named above are :class:`InferenceNetwork`, whose attributes are those
-        of the network. Later changes of the original's weights do not reach it. With ``compile``
-        it takes no others: ``load_state_dict`` is refused.
+        otherwise the parts named above are :class:`InferenceNetwork`.
 
     Raises:
         ValueError: another dtype, no network of ours in it, or one that was optimized before.
@@ -204,10 +201,7 @@ def optimize_for_inference(
 
 
 def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, name of the child) of the largest parts of a model that are networks of ours.
-
-    These are :class:`StagedNetwork`s, a child ``backbone`` around one, and single stages.
-    """
+    """(parent, name of the child) of the largest parts of a model that are networks of ours."""
     for name, child in model.named_children():
         if _is_network(child, name):
             yield model, name
@@ -216,10 +210,7 @@ def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def head_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, name of the child) of a detector's hidden layers that see all maps or regions.
-
-    Detectron2's and torchvision's: the convolution before the proposals' scores, and ``box_head``.
-    """
+    """(parent, name) of the convolution before a detector's proposal scores, and of ``box_head``."""
     for parent in model.modules():
         proposes = any(hasattr(parent, name) for name in ("objectness_logits", "cls_logits"))
         for name, child in parent.named_children():
@@ -229,6 +220,7 @@ def head_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _is_network(module: nn.Module, name: str) -> bool:
+    """Whether it is a network, a single stage, or a ``backbone`` around some."""
     if isinstance(module, StagedNetwork) or _is_stage(module):
         return True
     return name == "backbone" and any(isinstance(child, ConvNorm) for child in module.modules())
@@ -243,9 +235,8 @@ def _is_stage(module: nn.Module) -> bool:
 class InferenceNetwork(nn.Module):
     """A network that runs in another precision, compiled or not, without gradients.
 
-    The first argument is images in any precision and memory format, and the outputs have that
-    precision again; images of integers go to the network as they are, for outputs in float32.
-    Attributes that it does not have are the network's.
+    Images, the first argument, have any precision, and so have the outputs; images of integers go
+    to the network as they are, for outputs in float32. Attributes are also the network's.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, compile: bool):
@@ -305,6 +296,4 @@ class InferenceNetwork(nn.Module):
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """All floating-point tensors within dicts, lists and tuples in another precision."""
-    return tree_map_only(
-        Tensor, lambda one: one.to(dtype) if one.is_floating_point() else one, value
-    )
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
