@@ -210,7 +210,7 @@ def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def head_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, name) of the convolution before a detector's proposal scores, and of ``box_head``."""
+    """(parent, name) of the convolution before a detector's proposals, and of ``box_head``."""
     for parent in model.modules():
         proposes = any(hasattr(parent, name) for name in ("objectness_logits", "cls_logits"))
         for name, child in parent.named_children():

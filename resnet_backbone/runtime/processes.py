@@ -71,10 +71,7 @@ class World:
 
 
 def current_world(device: torch.device | str = "cpu") -> World:
-    """The processes that :mod:`resnet_backbone.runtime.launch` or others have joined together.
-
-    Without a process group it is this process alone. All processes call it equally often.
-    """
+    """The processes that were joined together, or this one alone; all call it equally often."""
     if not (dist.is_available() and dist.is_initialized()):
         return World(device=torch.device(device))
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device), _control_group())
@@ -86,7 +83,7 @@ def _control_group() -> Any:
 
 
 def leave() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group."""
     _control_group.cache_clear()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -103,8 +100,7 @@ def choose_device(name: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count()
     if local_rank >= count:
-        hint = f"there are {count}; start that many processes"
-        raise UsageError(f"process {local_rank} of this machine has no GPU: {hint}")
+        raise UsageError(f"process {local_rank} of this machine has no GPU: start {count} of them")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -118,8 +114,7 @@ def available_cores() -> int:
 def make_rng(*words: int) -> np.random.Generator:
     """A generator for one purpose at one place, such as (ORDER, seed, epoch).
 
-    Args:
-        words: non-negative; equal words give equal numbers, on every machine.
+    Equal words (non-negative) give equal numbers, on every machine.
     """
     return np.random.default_rng(list(words))
 

@@ -34,12 +34,7 @@ PACKAGES = (
 
 
 class RunFolder:
-    """Writes the files of a run, on the main process only.
-
-    Args:
-        path: made if it is not there.
-        tensorboard: whether metrics also go to TensorBoard.
-    """
+    """Writes the files of a run, on the main process only; metrics also go to TensorBoard."""
 
     def __init__(self, path: str | os.PathLike, tensorboard: bool = True):
         self.path = Path(path)
@@ -113,14 +108,10 @@ def spell_hours(hours: float) -> str:
 
 
 def command_line(command: str = "", arguments: Sequence[str] | None = None) -> str:
-    """A command as it can be typed again.
+    """A command as it can be typed again; by default that of this process.
 
     ``python tools/train_net.py ...`` where the checkout's doors are used, else
     ``resnet-backbone train-net ...``.
-
-    Args:
-        command: its name, such as "train-net"; by default the one that this process runs.
-        arguments: what follows; by default those of this process.
     """
     program, *own = sys.argv
     words = own if arguments is None else list(arguments)

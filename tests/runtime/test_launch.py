@@ -34,9 +34,9 @@ def test_plans():
     "words, message",
     [
         (["--num-gpus", "0"], "--num-gpus 0: it is at least 1"),
-        (["--num-gpus", "99"], "there are [0-9]+ here; --num-processes trains on CPUs"),
+        (["--num-gpus", "99"], "[0-9]+ are here; --num-processes trains on CPUs"),
         (["--num-gpus", "1", "--num-processes", "2"], "not both"),
-        (["--machine-rank", "1"], "with --num-machines 1 it is 0 to 0"),
+        (["--machine-rank", "1"], "--machine-rank 1: of --num-machines 1, counted from 0"),
         (["--num-machines", "2"], "needs --dist-url tcp://HOST:PORT of machine 0"),
     ],
 )
@@ -52,7 +52,7 @@ def test_torchrun_and_own_processes(monkeypatch):
     for key in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.setenv(key, "0")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(UsageError, match="has WORLD_SIZE but not MASTER_PORT: start with torch"):
+    with pytest.raises(UsageError, match="WORLD_SIZE is set but not MASTER_PORT: start with torch"):
         plan()
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert plan().world == 1
