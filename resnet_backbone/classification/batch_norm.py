@@ -31,8 +31,7 @@ ZERO = torch.zeros((), dtype=torch.float64)
 class Moments:
     """Count, mean and sum of squared deviations of each channel, kept in float64.
 
-    Parts are merged with the formula of Chan, Golub and LeVeque (1979), which does not subtract
-    large numbers from each other as sums of squares do.
+    The sum is that of Chan, Golub and LeVeque (1979), which subtracts no large numbers.
     """
 
     count: int = 0
@@ -133,10 +132,9 @@ def recompute_statistics(
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """This process's part of the first images of training: with all of them, each exactly once.
+    """This process's part of the first images of training, each exactly once.
 
-    With SyncBN, which needs as many batches on each process, whole iterations only: the last
-    images of the epoch, fewer than a batch, are left out.
+    With SyncBN, which needs as many batches on each process, whole iterations only.
     """
 
     source: Any  # batches by iteration, see `resnet_backbone.classification.data`

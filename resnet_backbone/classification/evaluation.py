@@ -237,21 +237,20 @@ class _Run:
         self.num_classes = scores.shape[1]
         finite = scores.isfinite().all(1)
         if not finite.all():
-            place = int((~finite).nonzero()[0, 0])
             raise UsageError(
-                f"{self.name_of(batch, place)}: the scores of network {number + 1} are NaN or "
+                f"{self.name_of(batch, ~finite)}: the scores of network {number + 1} are NaN or "
                 "infinite; are its weights or its preprocessing damaged, or fp16 too narrow?"
             )
-        wrong = ((batch.labels < 0) | (batch.labels >= self.num_classes)).nonzero()
-        if len(wrong):
-            place = int(wrong[0, 0])
+        wrong = (batch.labels < 0) | (batch.labels >= self.num_classes)
+        if wrong.any():
             raise UsageError(
-                f"{self.name_of(batch, place)}: label {int(batch.labels[place])}, but the network "
+                f"{self.name_of(batch, wrong)}: label {batch.labels[wrong][0]}, but the network "
                 f"has classes 0 to {self.num_classes - 1}"
             )
 
-    def name_of(self, batch: EvaluationBatch, place: int) -> str:
-        index = int(batch.indices[place])
+    def name_of(self, batch: EvaluationBatch, images: Tensor) -> str:
+        """The first of some images of a batch."""
+        index = int(batch.indices[images.cpu()][0])
         return f"{self.loader.name_of(index)} (index {index})"
 
     def result(self, start: float) -> EvaluationResult:

@@ -1,4 +1,4 @@
-"""Classifiers of this package, torchvision and timm by name, their weights, a run's checkpoints."""
+"""Classifiers of this package, torchvision and timm by name, their weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ class NetworkSpec(ModelSpec):
             return super().build(**options)
         builders = {"torchvision": _from_torchvision, "timm": _from_timm}
         if library not in builders:
-            raise ValueError(
-                f"unknown library in model {self.name!r}: write torchvision/<name> or timm/<name>"
-            )
+            raise ValueError(f"model {self.name!r}: write torchvision/<name> or timm/<name>")
         options = {**self.options, **options}
         try:
             return builders[library](name, self.num_classes, options)
@@ -168,13 +166,10 @@ def load_all_but_head(model: nn.Module, path: str | Path, preprocessing: str = "
 
 
 def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
-    """Loads weights into a network of any library, all or nothing.
+    """Loads weights into a network of any library, all or nothing, or raises a WeightsError.
 
     Networks of this package are checked as in :func:`resnet_backbone.load_weights`; others must
     match the file key by key.
-
-    Raises:
-        WeightsError: see :func:`resnet_backbone.load_weights`.
     """
     if isinstance(model, StagedNetwork):
         return load_weights(model, path, preprocessing)
@@ -202,11 +197,7 @@ def load_exactly(
 
 @dataclass
 class Checkpoints:
-    """The folder ``checkpoints/<iteration>/`` of a run.
-
-    Each is written under another name and renamed when it is on the disk, so a kill at any moment
-    leaves the earlier ones and at most a folder that the next start removes.
-    """
+    """The folders ``checkpoints/<iteration>/`` of a run, each of which is whole or not there."""
 
     run: Path  # its folder
     spec: NetworkSpec

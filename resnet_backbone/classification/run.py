@@ -46,17 +46,14 @@ def check_processes(config: Config, world: World) -> None:
         )
     local = train.batch_size // world.size
     if train.micro_batch and local % train.micro_batch:
-        raise UsageError(
-            f"{world.size} processes have {local} images each, no multiple of train.micro_batch "
-            f"{train.micro_batch}"
-        )
+        each = f"{local} images of each process"
+        raise UsageError(f"train.micro_batch {train.micro_batch} does not divide the {each}")
 
 
 def count_epochs(config: Config, num_images: int) -> str:
     """Turns ``schedule.epochs`` into iterations, in place; the line that says so, "" without.
 
-    Milestones and warm-up keep their shares. Evaluations and checkpoints come once an epoch at
-    least.
+    Evaluations and checkpoints come once an epoch at least.
     """
     schedule, batch = config.schedule, config.train.batch_size
     if not schedule.epochs:
@@ -74,10 +71,9 @@ def count_epochs(config: Config, num_images: int) -> str:
 
 
 class ClassificationRun:
-    """One run: its data, network and trainer, made from the config.
+    """One run: its data, network and trainer, made from the config by all processes of the world.
 
     Args:
-        world: the processes that share the run; all of them make it.
         folder: where means, reports and results go.
         weights: file to start from or to evaluate; the input is then what it says, and not the
             config's. Empty: He initialization.
@@ -87,8 +83,8 @@ class ClassificationRun:
         self.config, self.world, self.folder = config, world, folder
         self.device = world.device
         shown = config.evaluation
-        center = Center(shown.short_side, shown.crop)
-        self.protocol = Full() if shown.protocol == "full" else center
+        cropped = shown.protocol == "center"
+        self.protocol = Center(shown.short_side, shown.crop) if cropped else Full()
         self.data = build_data(config, folder.path, world, self.protocol)
         classes = config.model.num_classes or len(self.data.class_names)
         if classes < len(self.data.class_names):

@@ -35,7 +35,6 @@ class TrainStep:
         clip_norm: largest norm of the gradient; 0 means any.
         compile: "none", or a mode of ``torch.compile``.
         ema: decay of the averaged weights; 0 means none are kept.
-        label_smoothing: of the cross-entropy.
         seed: of the run; dropout and the like draw from (seed, iteration, rank).
     """
 
@@ -132,10 +131,7 @@ class TrainStep:
     def shared_buffers(self) -> Iterator[list[Tensor]]:
         """Inside, all processes have the mean of their BN statistics; afterwards their own again.
 
-        So it changes nothing of what a run computes later when it is evaluated or saved.
-
-        Yields:
-            This process's own statistics, for :meth:`load_buffers`; none with one process.
+        Yields this process's own, for :meth:`load_buffers`; none with one process.
         """
         buffers = self._own_buffers()
         own = [buffer.clone() for buffer in buffers]
@@ -149,10 +145,7 @@ class TrainStep:
                 buffer.copy_(before)
 
     def load_buffers(self, saved: list[list[Tensor]]) -> None:
-        """Gives each process its own statistics again, from a list by rank.
-
-        Where there were other processes, all go on from the mean that the checkpoint holds.
-        """
+        """Gives each process its own statistics again; others than before keep the mean."""
         if len(saved) == self.world.size:
             for buffer, own in zip(self._own_buffers(), saved[self.world.rank], strict=True):
                 buffer.copy_(own)
@@ -182,21 +175,15 @@ def _distributed(model: nn.Module, world: World) -> DistributedDataParallel:
 def build_sgd(
     model: nn.Module, momentum: float, weight_decay: float, decay_norm_and_bias: bool = True
 ) -> torch.optim.SGD:
-    """SGD over a network's trainable parameters.
+    """SGD over a network's trainable parameters; the paper: 0.9 and 1e-4.
 
-    Args:
-        momentum, weight_decay: as in the paper, 0.9 and 1e-4.
-        decay_norm_and_bias: False leaves parameters of fewer than two dimensions (biases, BN)
-            undecayed.
+    Without ``decay_norm_and_bias``, those of one dimension (biases, BN) are not decayed.
     """
-    decayed, plain = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            chosen = decayed if decay_norm_and_bias or parameter.ndim > 1 else plain
-            chosen.append(parameter)
-    groups = [{"params": decayed}]
-    if plain:
-        groups.append({"params": plain, "weight_decay": 0.0})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": trained}]
+    if not decay_norm_and_bias:
+        decayed, plain = ([p for p in trained if (p.ndim > 1) == flag] for flag in (True, False))
+        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
 
 

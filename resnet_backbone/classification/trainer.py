@@ -99,7 +99,7 @@ class Trainer:
         self._last_line = 0.0
 
     def resume(self) -> bool:
-        """Loads the newest checkpoint, if there is one.
+        """Loads the newest checkpoint; False if there is none.
 
         Raises:
             WeightsError: none can be read, or not the same one on all processes.
@@ -108,14 +108,15 @@ class Trainer:
         state = self.checkpoints.load_latest(self.step.model, clean=self.world.is_main)
         found = -1 if state is None else state["iteration"]
         if self.world.any(found != self.world.broadcast(found)):
-            raise WeightsError(
-                f"{self.folder.path}: the processes read different checkpoints; is the run folder "
-                "shared by all machines?"
-            )
-        if state is None:
-            if self.world.is_main:
-                self.folder.keep_metrics(lambda row: False)
-            return False
+            where = f"{self.folder.path}: is the run folder shared by all machines?"
+            raise WeightsError(f"the processes read different checkpoints in {where}")
+        if state is not None:
+            self._load(state)
+        if self.world.is_main:
+            self.folder.keep_metrics(self._is_kept)
+        return state is not None
+
+    def _load(self, state: dict) -> None:
         if state["num_samples"] != self.source.num_samples:
             raise UsageError(
                 f"the run began with {state['num_samples']} training images, now there are "
@@ -127,9 +128,6 @@ class Trainer:
         self.window.load_state_dict(state["window"])
         for name in STATE:
             setattr(self, name, state[name])
-        if self.world.is_main:
-            self.folder.keep_metrics(self._is_kept)
-        return True
 
     def _is_kept(self, row: dict) -> bool:
         limit = self.evaluated_at if "val_top1_error" in row else self.iteration

@@ -58,13 +58,12 @@ def inspect_file(path: str) -> ImageNote | None:
 class BadImageReport:
     """Counts unusual images and lists each once in a file, ``kind<TAB>path<TAB>reason`` a line.
 
-    It is appended to under a lock: several processes may share it, and a resumed run continues
-    it. All counts are of different files, over all of these processes and runs.
+    Several processes may share it, and a resumed run continues it: all counts are of different
+    files, over all of these processes and runs.
 
     Args:
         path: of the report, or None to keep it in memory.
-        max_bad_images: :meth:`add` raises DataError when there are more bad files; None for no
-            limit.
+        max_bad_images: :meth:`add` raises DataError when there are more bad files; None: any.
         option: what the message tells to change.
     """
 
@@ -153,8 +152,7 @@ class WorkerBatch(NamedTuple):
 class BatchMaker:
     """Reads, decodes and augments the samples of a batch: what a worker runs.
 
-    A bad image is replaced by another sample, which is a function of the seed, the epoch and the
-    bad one's index, and augmented by the random numbers of the bad one.
+    A bad image is replaced by another sample, a function of the seed, the epoch and its index.
     """
 
     dataset: EncodedDataset
@@ -258,8 +256,7 @@ def init_worker(_worker: int) -> None:
 class LoaderSource:
     """Training batches of one process, without end, from any iteration on.
 
-    The batches are a function of the data set, the stream and the augmentation: the number of
-    workers and the iteration at which a run starts change nothing.
+    The number of workers and the iteration at which a run starts change nothing.
     """
 
     dataset: EncodedDataset
