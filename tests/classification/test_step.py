@@ -37,13 +37,10 @@ def weights(step):
 @pytest.mark.parametrize("form", ["caffe", "pytorch"])
 def test_momentum_forms_by_hand(form):
     """A rate that changes all the time, against the two update rules written out in float64."""
-    start, gradients = 3.0, [1.0, -2.0, 0.5, 4.0, 1.0, 1.0]
-    rates = [0.1, 0.1, 0.01, 0.02, 0.02, 0.001]
-    parameter = nn.Parameter(torch.tensor([start], dtype=torch.float64))
-    holder = nn.Module()
-    holder.weight = parameter
-    optimizer = build_sgd(holder, 0.9, 0.01)
-    w, v = start, 0.0
+    gradients, rates = [1.0, -2.0, 0.5, 4.0, 1.0, 1.0], [0.1, 0.1, 0.01, 0.02, 0.02, 0.001]
+    w, v = 3.0, 0.0
+    parameter = nn.Parameter(torch.tensor([w], dtype=torch.float64))
+    optimizer = build_sgd(nn.ParameterList([parameter]), 0.9, 0.01)
     for gradient, rate in zip(gradients, rates, strict=True):
         set_rate(optimizer, rate, form)
         parameter.grad = torch.tensor([gradient], dtype=torch.float64)
@@ -90,19 +87,14 @@ def test_micro_batches_share_the_gradient_and_have_their_own_statistics():
     images, labels = batch(8)
     whole = make(build_model("cifar_resnet8", norm=""), rate=0.01)
     parts = make(copy.deepcopy(whole.model), rate=0.01, micro_batch=2)
-    assert whole(images, labels, 0)[0] == pytest.approx(
-        parts(images, labels, 0)[0].item(), rel=1e-5
-    )
+    torch.testing.assert_close(whole(images, labels, 0), parts(images, labels, 0))
     torch.testing.assert_close(weights(whole), weights(parts))
 
     parts = make(micro_batch=4)
     reference = copy.deepcopy(parts.model).train()
     loss, _ = parts(images, labels, 0)
-    halves = [
-        nn.functional.cross_entropy(reference(images[part]), labels[part])
-        for part in (slice(0, 4), slice(4, 8))
-    ]
-    assert loss.item() == pytest.approx(sum(half.item() for half in halves) / 2, rel=1e-6)
+    logits = torch.cat([reference(half) for half in images.split(4)])
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, labels))
     norm = next(m for m in parts.model.modules() if isinstance(m, nn.BatchNorm2d))
     assert norm.num_batches_tracked == 2
     assert make()(images, labels, 0)[0] != loss  # statistics of 8 are others
@@ -119,12 +111,10 @@ def test_clipping_bounds_the_update():
 def test_bf16_is_near_fp32():
     images, labels = batch(16)
     exact, rough = make(), make(amp="bf16")
-    assert rough(images, labels, 0)[0].item() == pytest.approx(
-        exact(images, labels, 0)[0].item(), rel=0.02
-    )
-    assert (weights(exact) - weights(rough)).norm() < 0.1 * (
-        weights(exact) - weights(make())
-    ).norm()
+    losses = [step(images, labels, 0)[0] for step in (exact, rough)]
+    torch.testing.assert_close(*losses, rtol=0.02, atol=0)
+    change, error = (weights(exact) - weights(other) for other in (make(), rough))
+    assert error.norm() < 0.1 * change.norm()
     assert all(p.dtype == torch.float32 for p in rough.model.parameters())
 
 
@@ -196,10 +186,7 @@ def test_random_layers_depend_on_the_iteration_alone():
     torch.rand(7)
     assert loss(3) == first
     assert loss(4) != first and loss(3, seed=1) != first
-
-
-def test_random_numbers_are_those_of_every_python():
-    """Of a seeding that is documented, and not of Python's own hash."""
+    # those of a seeding that is documented, and not of Python's own hash
     make(nn.Sequential(nn.Flatten(), nn.Linear(768, 10)), seed=5)(*batch(4), 3)
     drawn = torch.rand(1)
     seed_everything(STEP, 5, 3, 0)
@@ -208,14 +195,12 @@ def test_random_numbers_are_those_of_every_python():
 
 def test_exact_resume_of_the_state():
     whole, first = make(ema=0.5), make(ema=0.5)
-    for iteration in range(4):
-        whole(*batch(), iteration)
     for iteration in range(2):
-        first(*batch(), iteration)
+        whole(*batch(), iteration), first(*batch(), iteration)
     second = make(copy.deepcopy(first.model), ema=0.5)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for iteration in range(2, 4):
-        second(*batch(), iteration)
+        whole(*batch(), iteration), second(*batch(), iteration)
     assert torch.equal(weights(whole), weights(second))
     averages = (step.evaluated_model.parameters() for step in (whole, second))
     assert all(map(torch.equal, *averages))
@@ -225,9 +210,8 @@ def test_exact_resume_of_the_state():
 def test_compiled_step_is_the_same_and_leaves_no_traces():
     images, labels = batch()
     plain, compiled = make(), make(compile="default")
-    assert compiled(images, labels, 0)[0].item() == pytest.approx(
-        plain(images, labels, 0)[0].item(), rel=1e-5
-    )
+    losses = [step(images, labels, 0)[0] for step in (compiled, plain)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     torch.testing.assert_close(weights(plain), weights(compiled), rtol=1e-4, atol=1e-6)
     assert not any("_orig_mod" in key for key in compiled.model.state_dict())
 
@@ -274,42 +258,35 @@ def test_warmup_by_error_is_the_papers():
     assert schedule.at(32000) == pytest.approx(0.01)
 
 
-def drops(errors, **options):
-    """After which errors the rate drops, and the schedule."""
-    options = {f"plateau_{name}": value for name, value in options.items()}
-    schedule = Schedule(lr=0.1, iterations=100, policy="plateau", **options)
-    return [n for n, error in enumerate(errors) if schedule.observe_validation(error)], schedule
+STEADY = [30 - 0.02 * n for n in range(5)]  # PyTorch's relative threshold calls this progress
 
 
-def test_plateau_waits_and_drops():
-    found, schedule = drops([50, 40, 40, 40, 39, 39, 39], patience=2, threshold=0.1)
-    assert found == [3, 6] and schedule.at(0) == pytest.approx(0.001)
-
-
-def test_plateau_threshold_is_absolute():
-    """0.02 points better each time is no progress at a threshold of 0.1; PyTorch's default, a
-    relative 1e-4, would call it progress for ever."""
-    assert drops([30 - 0.02 * n for n in range(5)], patience=3, threshold=0.1)[0] == [3]
-    # counted from the best that was progress, so that slow but steady progress does count
-    assert drops([30 - 0.11 * n for n in range(9)], patience=2, threshold=0.1)[0] == []
-
-
-def test_plateau_drops_at_most_so_often():
-    found, schedule = drops([50] * 30, patience=1, drops=3)
-    assert len(found) == 3 and schedule.at(0) == pytest.approx(1e-4)
+@pytest.mark.parametrize(
+    "errors, options, drops",
+    [
+        ([50, 40, 40, 40, 39, 39, 39], (2, 0.1), [3, 6]),
+        (STEADY, (3, 0.1), [3]),
+        # counted from the best that was progress, so that slow but steady progress does count
+        ([30 - 0.11 * n for n in range(9)], (2, 0.1), []),
+        ([50] * 30, (1, 0.1), [1, 2, 3]),  # so often at most
+    ],
+)
+def test_plateau_waits_and_drops(errors, options, drops):
+    names = ("plateau_patience", "plateau_threshold")
+    schedule = Schedule(policy="plateau", plateau_drops=3, **dict(zip(names, options, strict=True)))
+    assert [n for n, error in enumerate(errors) if schedule.observe_validation(error)] == drops
+    assert schedule.at(0) == pytest.approx(0.1 ** (1 + len(drops)))
 
 
 @given(st.lists(st.floats(0, 100), max_size=30), st.integers(0, 30))
 def test_state_goes_on_where_it_was(errors, place):
     options = dict(policy="plateau", plateau_patience=2, warmup_lr=0.01, warmup_until_error=60)
-    whole, first = (Schedule(lr=0.1, iterations=100, **options) for _ in range(2))
-    for error in errors:
-        whole.observe_validation(error), whole.observe_training(error)
-    for error in errors[:place]:
-        first.observe_validation(error), first.observe_training(error)
-    second = Schedule(lr=0.1, iterations=100, **options)
-    second.load_state_dict(first.state_dict())
-    for error in errors[place:]:
-        second.observe_validation(error), second.observe_training(error)
+    whole, first, second = (Schedule(**options) for _ in range(3))
+    for number, error in enumerate(errors):
+        if number == place:
+            second.load_state_dict(first.state_dict())
+        for schedule in (whole, first if number < place else second):
+            schedule.observe_validation(error), schedule.observe_training(error)
+    second = second if place < len(errors) else first
     assert second.state_dict() == whole.state_dict()
     assert math.isclose(second.at(3), whole.at(3))
