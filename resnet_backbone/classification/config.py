@@ -209,10 +209,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
 
 def _follow(config: Config, planned: Config, given: set[str]) -> None:
-    """Lets what the user did not set follow what was set, in place.
-
-    Milestones and warm-up keep their shares; the micro-batch becomes the largest divisor.
-    """
+    """Milestones and warm-up that were not given keep their shares, the micro-batch divides."""
     schedule, train = config.schedule, config.train
     followed = replace(planned.schedule, scale=schedule.iterations / planned.schedule.iterations)
     scale_schedule(followed)
@@ -258,18 +255,19 @@ def _merge(onto: DictConfig, update: DictConfig, where: str, problems: list[str]
     try:
         return OmegaConf.merge(onto, update)
     except OmegaConfBaseException as error:
-        unknown = [key for key in _leaves(update) if key not in KEYS]
+        unknown = [key for key in leaves(update) if key not in KEYS]
         problems += [f"{where}: unknown key {k}: did you mean {nearest_key(k)}?" for k in unknown]
         if not unknown:
             problems.append(f"{where}: {error.full_key}: {str(error).splitlines()[0]}")
         return onto
 
 
-def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted keys that a part of a config states."""
     for name in node:
         key = f"{prefix}{name}"
         if isinstance(node[name], DictConfig) and key != "model.options":
-            yield from _leaves(node[name], f"{key}.")
+            yield from leaves(node[name], f"{key}.")
         else:
             yield key
 

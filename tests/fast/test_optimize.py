@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_networks import assert_close, network, unfolded
 from torch import nn
 
@@ -36,8 +37,6 @@ def test_files_are_as_before(tmp_path):
     """Values, keys and strides in a file do not show the form in memory."""
     model, path = network(), tmp_path / "w.safetensors"
     save_weights(model, path, get_preprocessing("torchvision"))
-    from safetensors.torch import load_file
-
     tensors = load_file(path)
     assert tensors.keys() == model.state_dict().keys()
     assert all(value.is_contiguous() for value in tensors.values())
@@ -145,12 +144,13 @@ def test_a_feature_pyramid_of_detectron2_takes_the_precision_as_a_whole():
 
 def test_refusals():
     fast = optimize_for_inference(network(), dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="torch.int8 is not one of"):
-        optimize_for_inference(network(), dtype=torch.int8)
-    with pytest.raises(ValueError, match="Conv2d contains none of our networks"):
-        optimize_for_inference(nn.Conv2d(3, 4, 1))
-    with pytest.raises(ValueError, match="optimized before"):
-        optimize_for_inference(fast)
+    for model, dtype, message in (
+        (network(), torch.int8, "torch.int8 is not one of"),
+        (nn.Conv2d(3, 4, 1), torch.float32, "Conv2d contains none of our networks"),
+        (fast, torch.float32, "optimized before"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimize_for_inference(model, dtype=dtype)
     with pytest.raises(TypeError, match="a tensor of images, not a list"):
         fast([torch.randn(3, 32, 32)])
 

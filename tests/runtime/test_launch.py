@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,14 +91,8 @@ def test_a_second_interrupt_ends_processes_that_no_terminal_reaches(monkeypatch)
 
 @pytest.mark.parametrize("end, status", [((0, 3, 5), 3), ((0, -9, 5), 137), ((0, 0, 0), 0)])
 def test_status_of_processes_that_ended_before_they_were_looked_at(end, status):
-    class Ended:
-        def __init__(self, exitcode):
-            self.exitcode = exitcode
-
-        def is_alive(self):
-            return False
-
-    assert launch._watch([Ended(code) for code in end]) == status
+    ended = [SimpleNamespace(exitcode=code, is_alive=lambda: False) for code in end]
+    assert launch._watch(ended) == status
 
 
 LONG = """

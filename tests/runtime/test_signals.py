@@ -49,14 +49,10 @@ def test_statuses_of_a_child_that_nobody_stopped(code, status):
     assert run_child(python(code)) == (status, False)
 
 
-@pytest.mark.parametrize(
-    "sent, received",
-    [
-        (signal.SIGTERM, signal.SIGTERM),
-        (signal.SIGINT, signal.SIGINT),
-        (signal.SIGHUP, signal.SIGTERM),
-    ],
-)
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+
+@pytest.mark.parametrize("sent, received", [(TERM, TERM), (INT, INT), (HUP, TERM)])
 def test_signals_are_passed_on(tmp_path, sent, received):
     """The child is out of reach of the terminal, which would signal it a second time."""
     before = signal.signal(sent, signal.default_int_handler)  # nohup's tests ignore SIGHUP

@@ -45,10 +45,13 @@ def mean_of(root, run, world=None):
 def test_the_mean_is_kept_with_the_run(make_set, tmp_path, monkeypatch):
     root, run = make_set("set"), tmp_path / "run"
     first = mean_of(root, run)
-    assert (run / INPUT_FILE).is_file() and [p.name for p in run.iterdir()] == [INPUT_FILE]
+    assert [p.name for p in run.iterdir()] == [INPUT_FILE]
     monkeypatch.setattr(build, "compute_mean", None)  # not called again
     again = mean_of(root, run)
     assert torch.equal(again.mean_image, first.mean_image) and again == first
+    (run / INPUT_FILE).write_bytes(b"nothing")
+    with pytest.raises(DataError, match=f"{INPUT_FILE} cannot be read .*; remove it"):
+        mean_of(root, run)
 
 
 def test_the_kept_mean_is_not_of_another_data_set(make_set, tmp_path):
@@ -58,14 +61,6 @@ def test_the_kept_mean_is_not_of_another_data_set(make_set, tmp_path):
     found = mean_of(light, run)
     assert torch.equal(found.mean_image, mean_of(light, tmp_path / "fresh").mean_image)
     assert found.mean_image.min() > 180
-
-
-def test_a_damaged_mean_is_named(make_set, tmp_path):
-    root, run = make_set("set"), tmp_path / "run"
-    mean_of(root, run)
-    (run / INPUT_FILE).write_bytes(b"nothing")
-    with pytest.raises(DataError, match=f"{INPUT_FILE} cannot be read .*; remove it"):
-        mean_of(root, run)
 
 
 def mean_on_each(world, root, run):

@@ -35,11 +35,8 @@ PER_FILE = 12
 
 @given(st.integers(1, 50), st.integers(1, 70), st.integers(0, 5))
 def test_every_sample_once_an_epoch(num_samples, batch_size, seed):
-    stream, iterations = (
-        SampleStream(num_samples, batch_size, seed),
-        -(-3 * num_samples // batch_size),
-    )
-    drawn = np.concatenate([stream.batch(i)[0] for i in range(iterations)])
+    stream = SampleStream(num_samples, batch_size, seed)
+    drawn = np.concatenate([stream.batch(i)[0] for i in range(-(-3 * num_samples // batch_size))])
     for part in drawn[: 3 * num_samples].reshape(3, -1):
         assert sorted(part) == list(range(num_samples))
 
