@@ -209,7 +209,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
 
 def _follow(config: Config, planned: Config, given: set[str]) -> None:
-    """Milestones and warm-up that were not given keep their shares, the micro-batch divides."""
+    """Lets milestones, warm-up and micro-batch that were not given follow what was, in place."""
     schedule, train = config.schedule, config.train
     followed = replace(planned.schedule, scale=schedule.iterations / planned.schedule.iterations)
     scale_schedule(followed)

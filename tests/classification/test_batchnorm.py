@@ -144,22 +144,20 @@ def test_dropout_is_off():
 
 def test_batches_of_the_trainer():
     """uint8 images with color noise go through the preprocessing."""
-    preprocessing = Preprocessing("BGR", 255.0, (100.0, 110.0, 120.0), (60.0, 61.0, 62.0))
-    normalizer = InputNormalizer(preprocessing)
+    mean, std = (100.0, 110.0, 120.0), (60.0, 61.0, 62.0)
+    normalizer = InputNormalizer(Preprocessing("BGR", 255.0, mean, std))
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     shift = torch.randn(6, 3) * 10
     model = nn.Sequential(nn.BatchNorm2d(3))
     recompute_statistics(model, [Batch(images, torch.zeros(6), shift)], normalizer)
     pixels = (images.double() + shift.double()[:, :, None, None]).flip(1)
-    expected = pixels.mean((0, 2, 3)) - torch.tensor([100.0, 110.0, 120.0])
-    expected /= torch.tensor([60.0, 61.0, 62.0])
+    expected = (pixels.mean((0, 2, 3)) - torch.tensor(mean)) / torch.tensor(std)
     torch.testing.assert_close(model[0].running_mean.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_use():
-    model = small()
     with pytest.raises(UsageError, match="there are no images"):
-        recompute_statistics(model, [])
+        recompute_statistics(small(), [])
     shared = nn.BatchNorm2d(3).double()
     with pytest.raises(UsageError, match="0 runs more than once"):
         twice = nn.Sequential(shared, shared)

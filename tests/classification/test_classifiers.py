@@ -5,6 +5,7 @@ import logging
 import shutil
 from dataclasses import replace
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -45,10 +46,13 @@ def iterations(kept):
 
 def test_newest_and_multiples_stay(tmp_path):
     kept = make(tmp_path, keep=2, keep_every=30)
+    assert kept.load_latest(SPEC.build()) is None
     for iteration in range(10, 80, 10):
         kept.save(iteration, SPEC.build(), {"iteration": iteration})
     assert iterations(kept) == [30, 60, 70]
     assert make(tmp_path).load_latest(SPEC.build()) == {"iteration": 70}
+    with pytest.raises(WeightsError):
+        kept.load_latest(build_model("cifar_resnet14", shortcut="B"))
 
 
 def test_weights_carry_network_and_input(tmp_path):
@@ -66,10 +70,7 @@ def test_a_write_that_fails_leaves_the_old_ones(tmp_path, monkeypatch):
     kept = make(tmp_path)
     kept.save(1, SPEC.build(), {"iteration": 1})
 
-    def full_disk(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module.torch, "save", full_disk)
+    monkeypatch.setattr(module.torch, "save", Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
         kept.save(2, SPEC.build(), {"iteration": 2})
     assert iterations(kept) == [1]
@@ -106,14 +107,6 @@ def test_damaged_checkpoints_are_passed_over_aloud(tmp_path, caplog, name, damag
         path.write_bytes(b"")
     with pytest.raises(WeightsError, match="none of 2 checkpoints"):
         kept.load_latest(SPEC.build())
-
-
-def test_nothing_to_load_and_another_network(tmp_path):
-    kept = make(tmp_path)
-    assert kept.load_latest(SPEC.build()) is None
-    kept.save(1, SPEC.build(), {"iteration": 1})
-    with pytest.raises(WeightsError):
-        kept.load_latest(build_model("cifar_resnet14", shortcut="B"))
 
 
 @pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "timm/resnet10t"])
@@ -159,7 +152,9 @@ def test_description_follows_the_network():
     assert describe(googlenet, INPUT).bn_eps == 0.001
 
 
-def test_each_start_is_recorded(tmp_path):
+def test_each_start_is_recorded_and_tensorboard_has_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     folder = RunFolder(tmp_path)
     for size in (1, 2):
         folder.start("a: 1\n", World(size=size))
@@ -167,12 +162,6 @@ def test_each_start_is_recorded(tmp_path):
     assert [start["processes"] for start in starts] == [1, 2]
     assert starts[0]["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert (tmp_path / "config.yaml").read_text() == "a: 1\n"
-
-
-def test_tensorboard_has_the_numbers(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder = RunFolder(tmp_path)
     folder.add_metrics({"iteration": 5, "train_loss": 2.5})
     folder.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

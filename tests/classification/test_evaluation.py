@@ -12,7 +12,7 @@ from torch import nn
 
 from resnet_backbone.classification.data.evaluation import BadSample, EvaluationBatch
 from resnet_backbone.classification.evaluation import EvaluationResult, Predictions, evaluate
-from resnet_backbone.classification.protocols import Center, Full
+from resnet_backbone.classification.protocols import Full
 from resnet_backbone.models import build_model
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.processes import World
@@ -58,8 +58,7 @@ def network(seed=0, classes=10, preprocessing=GREY):
 
 
 def test_numbers_equal_a_direct_computation():
-    model, normalizer = network()
-    loader = Loader()
+    (model, normalizer), loader = network(), Loader()
     result = evaluate([(model, normalizer)], Full(), loader)
     with torch.no_grad():
         logits = model.eval()(normalizer(loader.images)).double()
@@ -82,7 +81,6 @@ def test_an_ensemble_averages_probabilities_with_each_own_preprocessing():
     first, second = network(0), network(1, preprocessing=BGR)
     loader = Loader()
     result = evaluate([first, second], Full(), loader)
-    assert result.num_models == 2
     with torch.no_grad():
         parts = [m.eval()(n(loader.images)).double().softmax(1) for m, n in (first, second)]
     expected = Predictions.from_probabilities(sum(parts) / 2, loader.labels, torch.arange(COUNT))
@@ -137,17 +135,9 @@ def test_few_classes_have_no_top5():
     result = evaluate([network(classes=3)], Full(), Loader(classes=3))
     assert result.top5_error is None and "top-5 error not defined" in str(result)
     assert result.predictions.classes.sort(1).values.tolist() == [[0, 1, 2]] * COUNT
-    assert result.to_dict()["top5_error"] is None
-
-
-def test_json_has_the_protocol():
-    found = json.loads(json.dumps(evaluate([network()], Center(None, 8), Loader()).to_dict()))
-    assert found["protocol"] == {"name": "center", "resize": None, "crop": 8}
+    found = json.loads(json.dumps(result.to_dict()))
+    assert found["top5_error"] is None and found["protocol"] == {"name": "full"}
     assert found["images_per_second"] > 0 and "predictions" not in found
-
-
-class Partial(Loader):
-    num_images = property(lambda self: 40, lambda self, value: None)
 
 
 class Twice(Loader):
@@ -162,7 +152,7 @@ class Twice(Loader):
         ([], Loader(), "at least one network"),
         ([network(classes=9)], Loader(), "label 9, but the network has classes 0 to 8"),
         ([network(), network(classes=11)], Loader(), "network 2 has 11 classes, the first"),
-        ([network()], Partial(), "23 images were evaluated, 23 different ones of 40"),
+        ([network()], Loader(world=2), "12 images were evaluated, 12 different ones of 23"),
         ([network()], Twice(), "27 images were evaluated, 23 different ones of 23"),
     ],
 )
