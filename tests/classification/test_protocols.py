@@ -58,8 +58,7 @@ def test_the_center_is_that_of_torchvision(height, width):
 
 
 def test_ten_crop_averages_softmax_scores():
-    batch = images(3, 3, 12, 9)
-    probe = member(Probe())
+    batch, probe = images(3, 3, 12, 9), member(Probe())
     scores = TenCrop(None, 7).score(probe, [batch])
     crops = transforms.TenCrop(7)(batch)
     torch.testing.assert_close(scores, sum(probe(crop).softmax(1) for crop in crops) / 10)
@@ -183,12 +182,6 @@ def test_dense_equals_loops_over_positions(make, monkeypatch):
         assert (results[one] - results[other]).abs().max() > 1e-6, (one, other)
 
 
-def test_dense_of_other_networks_with_global_pooling():
-    probe, batch = member(Probe()), images(1, 3, 8, 8)
-    scores = Dense((8,), pooling="global_pool").score(probe, [batch])
-    torch.testing.assert_close(scores, Full().score(probe, [batch]))
-
-
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -225,6 +218,9 @@ def test_what_cannot_be_scored(protocol, model, size, message):
 
 def test_any_network():
     """torchvision's and timm's classifiers go through the protocols that need no convolution."""
+    probe, batch = member(Probe()), images(1, 3, 8, 8)
+    scores = Dense((8,), pooling="global_pool").score(probe, [batch])
+    torch.testing.assert_close(scores, Full().score(probe, [batch]))
     timm = pytest.importorskip("timm", reason="timm is missing")
     batch = images(2, 3, 36, 40)
     others = squeezenet1_1(num_classes=7), timm.create_model("test_resnet", num_classes=7)
@@ -243,8 +239,7 @@ def test_members_run_as_they_are_told():
             self.output = F.conv2d(x, torch.ones(4, 3, 1, 1)).mean((2, 3))
             return self.output
 
-    batch = images(2, 3, 8, 8)
-    spy = Spy()
+    batch, spy = images(2, 3, 8, 8), Spy()
     member(spy)(batch)
     assert spy.format and spy.output.dtype == torch.float32
     assert member(spy, autocast=torch.bfloat16, channels_last=False)(batch).dtype == torch.float64

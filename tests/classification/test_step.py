@@ -78,8 +78,7 @@ def test_a_step_is_plain_sgd():
             parameter -= 0.1 * parameter.grad
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert wrong.item() == (logits.argmax(1) != labels).sum().item()
-    for ours, theirs in zip(step.model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(list(step.model.parameters()), list(reference.parameters()))
 
 
 def test_micro_batches_share_the_gradient_and_have_their_own_statistics():
@@ -101,10 +100,9 @@ def test_micro_batches_share_the_gradient_and_have_their_own_statistics():
 
 
 def test_clipping_bounds_the_update():
-    images, labels = batch()
     step = make(rate=1.0, clip_norm=0.01, weight_decay=0.0)
     before = weights(step)
-    step(images, labels, 0)
+    step(*batch(), 0)
     assert (weights(step) - before).norm() == pytest.approx(0.01, rel=1e-3)
 
 
@@ -119,11 +117,9 @@ def test_bf16_is_near_fp32():
 
 
 def test_ema_by_hand():
-    step = make(ema=0.9)
-    images, labels = batch()
-    average = None
+    step, average = make(ema=0.9), None
     for iteration in range(4):
-        step(images, labels, iteration)
+        step(*batch(), iteration)
         now = weights(step)
         average = now if average is None else 0.9 * average + 0.1 * now
     found = torch.cat([p.flatten() for p in step.evaluated_model.parameters()])
@@ -157,18 +153,14 @@ def test_auxiliary_classifiers_count():
     assert logits_of((main, None, None)) == (main, [])
     assert logits_of(main) == (main, [])
 
-    class ThreeHeads(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(()))
-
+    class ThreeHeads(nn.Conv2d):
         def forward(self, x):
-            flat = x.flatten(1)[:, :5] * self.scale
+            flat = super().forward(x).mean((2, 3))
             return flat, -flat, None
 
     images, labels = batch(classes=5)
-    step = make(ThreeHeads())
-    flat = images.flatten(1)[:, :5]
+    step = make(ThreeHeads(3, 5, 1))
+    flat, *_ = step.model(images)
     cross = nn.functional.cross_entropy
     expected = cross(flat, labels) + 0.3 * cross(-flat, labels)
     assert step(images, labels, 0)[0].item() == pytest.approx(expected.item(), rel=1e-6)

@@ -216,11 +216,10 @@ def test_a_frozen_norm_has_the_same_values_and_gradients(stride, kernel_size):
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
-HOOKS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
-
-
 @pytest.mark.parametrize("everywhere", [False, True])
-@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize(
+    "kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
 def test_a_frozen_norm_with_hooks_is_called(kind, everywhere):
     conv, seen = folding_conv(3, 6, 3), []
     register = getattr(conv.norm, f"register_{kind}")

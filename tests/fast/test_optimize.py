@@ -105,8 +105,7 @@ def test_optimized_network_with_its_preprocessing(convention):
     assert_close(whole(pixels), expected, 0.03)
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, strict", [(torch.float32, True), (torch.bfloat16, False)])
 def test_weights_into_an_optimized_model(dtype, strict):
     """Those of another optimized model only: folded ones."""
     model, other = network(), network(seed=1)

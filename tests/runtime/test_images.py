@@ -87,9 +87,8 @@ def test_adobe_cmyk_is_not_read_as_a_negative():
 
 def test_16_bit_gray_keeps_the_high_byte():
     levels = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21
-    decoded = decode(encoded(Image.fromarray(levels), "PNG"))
-    assert decoded.note == "16-bit gray"
-    np.testing.assert_array_equal(decoded.pixels, np.repeat(levels[..., None] >> 8, 3, axis=2))
+    pixels, note = decode(encoded(Image.fromarray(levels), "PNG"))
+    assert note == "16-bit gray" and (pixels == levels[..., None] >> 8).all()
 
 
 def test_16_bit_color_keeps_the_high_byte():
@@ -140,11 +139,11 @@ def with_exif(image, tag, value):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_and_noted(orientation):
     data = with_exif(picture(), 0x0112, orientation)
-    decoded = decode(data)
+    pixels, note = decode(data)
     assert is_plain_jpeg(data) == (orientation == 1)
-    assert decoded.note == ("" if orientation == 1 else f"EXIF orientation {orientation}")
-    assert decoded.pixels.shape[:2] == ((48, 64) if orientation < 5 else (64, 48))
-    np.testing.assert_array_equal(decoded.pixels, by_pillow(data))
+    assert note == ("" if orientation == 1 else f"EXIF orientation {orientation}")
+    assert pixels.shape[:2] == ((48, 64) if orientation < 5 else (64, 48))
+    np.testing.assert_array_equal(pixels, by_pillow(data))
 
 
 def test_orientation_in_xmp_is_applied_like_pillow():
@@ -220,10 +219,7 @@ def test_no_other_error_comes_out(noise, after_header):
 
 @pytest.mark.data
 def test_real_images_equal_pillow(data_root):
-    paths = sorted((data_root / "VOCdevkit/VOC2007/JPEGImages").glob("*.jpg"))[::80]
-    if not paths:
-        pytest.skip("no VOC images")
-    for path in paths:
+    for path in sorted((data_root / "VOCdevkit/VOC2007/JPEGImages").glob("*.jpg"))[::80]:
         np.testing.assert_array_equal(read_rgb(path), by_pillow(path.read_bytes()))
 
 
