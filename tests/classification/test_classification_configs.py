@@ -158,7 +158,10 @@ def test_states_only_what_differs(path):
 
 
 @each(IMAGENET)
-def test_modern_merges_on_every_imagenet_config(path):
+def test_overlays_merge_on_every_imagenet_config(path):
+    plateau = load(path, path.parent / "plateau.yaml").schedule
+    assert (plateau.policy, plateau.milestones, plateau.gamma) == ("plateau", [], 0.1)
+    assert (plateau.plateau_threshold, plateau.plateau_drops) == (0.1, 3)
     modern, own = load(path, path.parent / "modern.yaml"), load(path)
     assert modern.model == own.model
     assert modern.schedule.iterations == own.schedule.iterations
@@ -166,13 +169,6 @@ def test_modern_merges_on_every_imagenet_config(path):
     assert modern.loss.label_smoothing > 0 and modern.loss.mixup > 0 and modern.loss.cutmix > 0
     assert modern.train.ema > 0 and modern.data.rand_augment
     assert modern.data.augmentation == "inception"
-
-
-@each([path for path in IMAGENET if path.stem in ("resnet50", "plain34", "vgg16")])
-def test_plateau_merges(path):
-    schedule = load(path, path.parent / "plateau.yaml").schedule
-    assert (schedule.policy, schedule.milestones, schedule.gamma) == ("plateau", [], 0.1)
-    assert (schedule.plateau_threshold, schedule.plateau_drops) == (0.1, 3)
 
 
 @each([path for path in FILES if not path.name.startswith("Base-")])

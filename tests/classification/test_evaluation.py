@@ -91,8 +91,7 @@ def test_an_ensemble_averages_probabilities_with_each_own_preprocessing():
 
 def test_modes_come_back():
     model, normalizer = network()
-    model.train()
-    model.res3.eval()
+    model.train().res3.eval()
     statistics = {k: v.clone() for k, v in model.state_dict().items()}
     modes = [m.training for m in model.modules()]
     evaluate([(model, normalizer)], Full(), Loader())
@@ -201,11 +200,9 @@ def test_two_processes_equal_one(two_processes):
 
 
 def assert_same(result, expected):
-    ours, theirs = result.predictions, expected.predictions
-    for name in ("indices", "labels", "classes"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    torch.testing.assert_close(ours.scores, theirs.scores)
-    torch.testing.assert_close(ours.log_likelihoods, theirs.log_likelihoods, rtol=1e-6, atol=1e-6)
+    ours, theirs = vars(result.predictions), vars(expected.predictions)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ("indices", "labels", "classes"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     assert (result.bad, result.num_classes) == (expected.bad, expected.num_classes)
 
 
