@@ -77,11 +77,8 @@ def test_wrong_values_are_refused_in_one_line(override, hint):
     assert hint in refusal(*override.split())
 
 
-def test_the_mean_of_channels_fits_any_evaluation():
+def test_the_mean_of_channels_fits_any_evaluation_whose_former_name_is_read(tmp_path):
     load_config([], ["data.root=x", "data.mean=channel", "evaluation.crop=192"])
-
-
-def test_the_former_name_of_the_protocol_is_read(tmp_path):
     saved = tmp_path / "config.yaml"
     saved.write_text("evaluation: {protocol: centre}\n")
     assert load_config([saved], SYNTHETIC).evaluation.protocol == "center"

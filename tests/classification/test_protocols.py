@@ -126,9 +126,6 @@ def tiny_vgg(monkeypatch):
     return lively(model, 224), 224, 7
 
 
-both_networks = pytest.mark.parametrize("make", [tiny_resnet, tiny_vgg])
-
-
 class DoubleNormalizer(InputNormalizer):
     def __call__(self, batch, shift=None):
         return super().__call__(batch, shift).double()
@@ -162,7 +159,7 @@ def dense_by_hand(model, normalizer, scaled, protocol):
     return (sum(means) / len(means)).softmax(1)
 
 
-@both_networks
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_vgg])
 def test_dense_equals_loops_over_positions(make, monkeypatch):
     (model, size, window), normalizer = make(monkeypatch), DoubleNormalizer(GREY)
     larger = size * 5 // 4

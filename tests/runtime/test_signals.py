@@ -41,12 +41,9 @@ def signalled(path, number):
     return thread
 
 
-@pytest.mark.parametrize(
-    "code, status",
-    [("import sys; sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 128 + 9)],
-)
-def test_statuses_of_a_child_that_nobody_stopped(code, status):
-    assert run_child(python(code)) == (status, False)
+def test_statuses_of_a_child_that_nobody_stopped():
+    assert run_child(python("import sys; sys.exit(3)")) == (3, False)
+    assert run_child(python("import os; os.kill(os.getpid(), 9)")) == (128 + 9, False)
 
 
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP

@@ -34,11 +34,8 @@ def steps(monkeypatch):
 def test_text_is_on_the_disk_before_it_has_its_name(tmp_path, steps):
     files.write_text(tmp_path / "a.txt", "four")
     temporary = f".a.txt.{os.getpid()}.tmp"
-    assert steps == [
-        ("fsync", temporary, 4),
-        ("replace", temporary, "a.txt"),
-        ("fsync", tmp_path.name, None),
-    ]
+    expected = [("fsync", temporary, 4), ("replace", temporary, "a.txt")]
+    assert steps == [*expected, ("fsync", tmp_path.name, None)]
     assert (tmp_path / "a.txt").read_text() == "four"
 
 
@@ -46,12 +43,8 @@ def test_a_folder_and_what_is_in_it(tmp_path, steps):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "state").write_text("12")
     files.put_in_place(tmp_path / "new", tmp_path / "5")
-    assert steps == [
-        ("fsync", "state", 2),
-        ("fsync", "new", None),
-        ("replace", "new", "5"),
-        ("fsync", tmp_path.name, None),
-    ]
+    expected = [("fsync", "state", 2), ("fsync", "new", None), ("replace", "new", "5")]
+    assert steps == [*expected, ("fsync", tmp_path.name, None)]
     assert (tmp_path / "5" / "state").read_text() == "12"
 
 
@@ -95,10 +88,8 @@ def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path, monkeypatch, wri
 
 
 def test_a_full_disk_is_named_where_pytorch_writes(tmp_path):
-    with (
-        pytest.raises(OSError, match=f"{tmp_path}/a cannot be written"),
-        files.naming(tmp_path / "a"),
-    ):
+    written = pytest.raises(OSError, match=f"{tmp_path}/a cannot be written")
+    with written, files.naming(tmp_path / "a"):
         torch.save(torch.zeros(10**6), "/dev/full")
     with pytest.raises(RuntimeError, match="shapes"), files.naming(tmp_path / "a"):
         raise RuntimeError("shapes differ")

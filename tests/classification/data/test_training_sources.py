@@ -6,8 +6,10 @@ import pickle
 import struct
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given
@@ -235,19 +237,15 @@ def digits():
     patch.setattr(sources, "COPIES", {"train": 1, "test": 1})
     sources.read_digits.cache_clear()
     for split in ("train", "test"):
-        used: dict[str, set] = {"render_ink": set(), "crop_photograph": set()}
         with patch.context() as spies:
-            for name, seen in used.items():
-                spies.setattr(builtin, name, noting(seen, getattr(builtin, name)))
-            found[split] = *sources.read_digits(split == "train"), *used.values()
+            used = [Mock(wraps=draw) for draw in (builtin.render_ink, builtin.crop_photograph)]
+            for name, spy in zip(("render_ink", "crop_photograph"), used, strict=True):
+                spies.setattr(builtin, name, spy)
+            drawn = sources.read_digits(split == "train")
+        found[split] = *drawn, *({call.args[0] for call in spy.call_args_list} for spy in used)
     yield found
     patch.undo()
     sources.read_digits.cache_clear()
-
-
-def noting(seen, draw):
-    """A function that draws and notes its first argument."""
-    return lambda first, *rest: (seen.add(first), draw(first, *rest))[1]
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 1258), ("test", 539)])
@@ -312,8 +310,6 @@ def test_digits_as_training_data(digits, tmp_path):
 
 def test_pixels_of_digits_stay_the_same(digits):
     """Numbers in docs/results rest on them; with these versions of Pillow and NumPy."""
-    import PIL
-
     if PIL.__version__.partition(".")[0] != "13" or np.__version__.partition(".")[0] != "2":
         pytest.skip("other versions draw slightly other pixels")
     found = hashlib.sha256(digits["test"][0][:20].numpy().tobytes()).hexdigest()
