@@ -74,7 +74,7 @@ def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
         if value is not None and value < 1:
             raise UsageError(f"{name} {value}: it is at least 1")
     if gpus and gpus > max(1, count):
-        raise UsageError(f"--num-gpus {gpus}: {count} are here; --num-processes trains on CPUs")
+        raise UsageError(f"--num-gpus {gpus}: there are {count}; --num-processes trains on CPUs")
     if gpus and args.num_processes and gpus != args.num_processes:
         raise UsageError("give --num-gpus or --num-processes, not both")
     processes = gpus or args.num_processes or 1

@@ -35,7 +35,7 @@ def test_plans():
     "words, message",
     [
         (["--num-gpus", "0"], "--num-gpus 0: it is at least 1"),
-        (["--num-gpus", "99"], "[0-9]+ are here; --num-processes trains on CPUs"),
+        (["--num-gpus", "99"], "there are [0-9]+; --num-processes trains on CPUs"),
         (["--num-gpus", "1", "--num-processes", "2"], "not both"),
         (["--machine-rank", "1"], "--machine-rank 1: of --num-machines 1, counted from 0"),
         (["--num-machines", "2"], "needs --dist-url tcp://HOST:PORT of machine 0"),
