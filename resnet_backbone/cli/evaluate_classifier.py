@@ -29,7 +29,7 @@ from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.cli.export import find_pictures
 from resnet_backbone.report.table import prediction_rows, write_csv, write_evaluation
-from resnet_backbone.runtime import provenance
+from resnet_backbone.runtime import records
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
@@ -256,16 +256,16 @@ def write_results(args: argparse.Namespace, world: World, images, names, result)
     folder = Path(args.output)
     files = write_evaluation(folder, result, names, images.name_of)
     content = {
-        "command": provenance.command_line("evaluate-classifier", args.arguments),
+        "command": records.command_line("evaluate-classifier", args.arguments),
         "weights": args.weights,
         "data": args.imagenet_folder or args.flat or args.cifar10,
         **result.to_dict(),
         "amp": args.amp,
         "processes": world.size,
-        "date": provenance.date()[:10],
-        "hardware": provenance.hardware(world.device),
-        "versions": provenance.versions(),
-        "revision": provenance.source_revision(),
+        "date": records.date()[:10],
+        "hardware": records.hardware(world.device),
+        "versions": records.versions(),
+        "revision": records.source_revision(),
     }
     write_json(folder / "results.json", content)
     logger.info("written: %s, %s", folder / "results.json", ", ".join(f.name for f in files))
