@@ -146,7 +146,7 @@ from torch import tensor
 from torchvision.ops import box_iou
 
 from resnet_backbone.detection.data.voc import read_annotation
-from resnet_backbone.runtime.run_folder import read_results
+from resnet_backbone.runtime.records import read_results
 
 
 def overlap(digit, box):  # a digit's box is in VOC's pixels, which count from 1
