@@ -25,6 +25,14 @@ def no_open_logs():
         sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Checks of data that tests keep do not lie among the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RESNET_BACKBONE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """Folder of real data, `$RESNET_BACKBONE_DATA` or ../shared/data; skips where there is none.

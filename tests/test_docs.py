@@ -35,7 +35,6 @@ every_example = pytest.mark.parametrize("code", EXAMPLES)
 
 
 def libraries(code: str) -> set[str]:
-    """Top-level names of what an example imports."""
     names = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
@@ -67,7 +66,6 @@ def published(tmp_path_factory):
 
 @pytest.fixture
 def workplace(published, tmp_path, monkeypatch):
-    """A folder to run examples in, without network."""
     for scheme in ("detectron2", "torchvision"):
         monkeypatch.setitem(
             sources.SCHEMES, scheme, lambda name, scheme=scheme: published[f"{scheme}://{name}"]

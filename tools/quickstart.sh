@@ -60,7 +60,7 @@ while [ $# -gt 0 ]; do  # "data.std=one" and "SOLVER.MAX_ITER 20" in any order
     esac
 done
 
-# Seconds that the steps take on two cores; what is left is scaled by the speed of this machine.
+# Seconds that the steps take on two cores.
 EXPECTED=(0 20 70 240 15)
 NAMES=("environment" "data: handwritten digits on photographs" "pre-training: a classifier of the digits"
     "detection from the pre-trained weights" "drawing what the detector finds")
@@ -69,18 +69,13 @@ if [ -n "$COMPARE" ]; then
     NAMES=("${NAMES[@]:0:4}" "detection from scratch, same schedule" "${NAMES[4]}")
 fi
 NUMBER=0
-SPENT=0 PLANNED=0
 
 step() {  # step COMMAND...: runs it, says how long it took, stops the script if it fails
     local heading="$((NUMBER + 1))/${#NAMES[@]} ${NAMES[NUMBER]}" start=$SECONDS left=0 seconds
     for seconds in "${EXPECTED[@]:NUMBER}"; do left=$((left + seconds)); done
-    if [ "$PLANNED" -ge 60 ]; then left=$((left * SPENT / PLANNED)); fi
     printf '\n== %s (all will take about %d min %02d s more)\n' "$heading" $((left / 60)) $((left % 60))
     "$@" || { echo "quickstart: failed: $heading (see above)" >&2; exit 1; }
     printf -- '-- %d s\n' $((SECONDS - start))
-    if [ "$NUMBER" -gt 0 ]; then
-        SPENT=$((SPENT + SECONDS - start)) PLANNED=$((PLANNED + EXPECTED[NUMBER]))
-    fi
     NUMBER=$((NUMBER + 1))
 }
 
@@ -144,64 +139,51 @@ print_results() {  # what was measured, read from the runs' own files; fails if 
         ${COMPARE:+"$SCRATCH"} <<'PYTHON'
 import json
 import sys
-import xml.etree.ElementTree as ET
 from collections import defaultdict
 from pathlib import Path
 
 from torch import tensor
 from torchvision.ops import box_iou
 
+from resnet_backbone.detection.data.voc import read_annotation
+from resnet_backbone.runtime.records import read_results
+
+
+def overlap(digit, box):  # a digit's box is in VOC's pixels, which count from 1
+    return box_iou(tensor([digit]) - tensor([1, 1, 0, 0]), tensor([box])).item()
+
+
 data, found, classifier, *runs = map(Path, sys.argv[1:])
-
-
-def results(run):
-    return json.loads((run / "results.json").read_text())
-
-
-def boxes_of(image):
-    for item in ET.parse(data / "Annotations" / f"{image}.xml").iter("object"):
-        x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{key}")) for key in
-                          ("xmin", "ymin", "xmax", "ymax"))
-        yield item.findtext("name"), (x0 - 1, y0 - 1, x1, y1)
-
-
-def count(content):
-    """(digits found, digits, wrong boxes) in all held-out scenes, IoU 0.5 or more."""
-    detections = defaultdict(list)
-    for one in sorted(content["detections"], key=lambda one: -one["score"]):
-        detections[Path(one["file"]).stem].append((one["class"], one["box"]))
-    found = digits = wrong = 0
-    for image in (data / "ImageSets" / "Main" / "test.txt").read_text().split():
-        left = list(boxes_of(image))
-        digits += len(left)
-        for name, box in detections[image]:
-            fits = [one for one in left if one[0] == name
-                    and box_iou(tensor([box]), tensor([one[1]])).item() >= 0.5]
-            found, wrong = found + bool(fits), wrong + (not fits)
-            for one in fits[:1]:
-                left.remove(one)
-    return found, digits, wrong
-
-
-learned = results(classifier)
 print("classifier: {val_top1_error:.1f} % error on {evaluated_on}, {iterations} iterations of "
-      "{batch_size} images".format(**learned))
-NAMES = ("AP50", "AP50-11pt", "AP", "AP75")
-rows = {}
+      "{batch_size} images".format(**read_results(classifier)))
+first = read_results(runs[0])
+print("detector: {iterations} iterations of {images_per_batch} scenes".format(**first))
+names, rows = ("AP50", "AP50-11pt", "AP", "AP75"), {}
 for run, label in zip(runs, ("pre-trained", "from scratch")):
-    rows[label] = [results(run)["results"]["bbox"].get(name) for name in NAMES]
+    rows[label] = [read_results(run)["results"]["bbox"].get(name) for name in names]
 if len(rows) == 2:
     rows["gain"] = [None if None in pair else pair[0] - pair[1] for pair in zip(*rows.values())]
-print("detector: {iterations} iterations of {images_per_batch} scenes".format(**results(runs[0])))
-print(f"{'':14}" + "".join(f"{name:>10}" for name in NAMES))
+print(f"{'':14}" + "".join(f"{name:>10}" for name in names))
 for label, values in rows.items():
     sign = "+" if label == "gain" else ""
     cells = ("none" if value is None else format(value, f"{sign}.1f") for value in values)
     print(f"{label:14}" + "".join(f"{cell:>10}" for cell in cells))
-content = json.loads(found.read_text())
-right, digits, wrong = count(content)
-line = f"found {right} of {digits} digits on the held-out scenes, with {wrong} wrong boxes"
-print(f"\n{line} (confidence {content['confidence']} or more)")
+
+content, detections = json.loads(found.read_text()), defaultdict(list)
+for one in sorted(content["detections"], key=lambda one: -one["score"]):
+    detections[Path(one["file"]).stem].append(one)
+right = digits = wrong = 0
+for image in (data / "ImageSets" / "Main" / "test.txt").read_text().split():
+    left = list(read_annotation(str(data / "Annotations" / f"{image}.xml"))[2])
+    digits += len(left)
+    for one in detections[image]:
+        fits = [digit for digit in left
+                if digit.name == one["class"] and overlap(digit.box, one["box"]) >= 0.5]
+        right, wrong = right + bool(fits), wrong + (not fits)
+        for digit in fits[:1]:
+            left.remove(digit)
+print(f"\nfound {right} of {digits} digits on the held-out scenes, with {wrong} wrong boxes "
+      f"(confidence {content['confidence']} or more)")
 if not right:
     sys.exit("error: the detector found no digit: give it more iterations (SOLVER.MAX_ITER)")
 PYTHON

@@ -18,7 +18,9 @@ case "$VENV" in /*) ;; *) VENV="$PWD/$VENV" ;; esac
 PY="$VENV/bin/python"
 STAMP="$VENV/.resnet_backbone_ready"      # written last: the set-up is complete
 CREATED="$VENV/.resnet_backbone_created"  # this script made the environment
-D2_REQUIREMENT="$ROOT/tools/detectron2-requirements.txt"
+# The Detectron2 build that is installed where there is none. Its checksum is checked.
+DETECTRON2="sal-detectron2==0.7.2 \
+    --hash=sha256:491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561"
 NEWEST_PINNED=13  # constraints.txt is for Python 3.10 up to this 3.x
 
 say() { printf '[set-up] %s\n' "$*"; }
@@ -26,7 +28,7 @@ fail() { printf '[set-up] error: %s\n' "$*" >&2; exit 1; }
 
 fingerprint() {  # changes with every file that decides what is installed, and with their place
     echo "$ROOT"
-    (cd "$ROOT" && cksum setup.py constraints.txt tools/detectron2-requirements.txt)
+    (cd "$ROOT" && cksum setup.py constraints.txt tools/setup_env.sh)
 }
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"; }
@@ -119,7 +121,7 @@ install_detectron2() {
     say "installing Detectron2 (a few seconds)"
     "$PY" -m pip install -qq --no-deps --require-hashes --only-binary=:all: \
         --python-version 3.10 --implementation cp --upgrade --target "$site" \
-        -r "$D2_REQUIREMENT" || fail "pip could not install Detectron2 (see above); run this again"
+        -r <(echo "$DETECTRON2") || fail "pip could not install Detectron2 (see above); run this again"
     "$PY" - <<'PYTHON'
 import importlib.metadata as metadata
 import shutil

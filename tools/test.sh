@@ -6,8 +6,7 @@
 #   bash tools/test.sh tests/models -x
 #   bash tools/test.sh -n 0 --pdb       # in one process, to debug
 #
-# Two processes run the tests, each with one thread.
-# PYTHON and VENV are explained in tools/setup_env.sh.
+# Two processes run the tests, a thread each. PYTHON and VENV are explained in tools/setup_env.sh.
 set -uo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

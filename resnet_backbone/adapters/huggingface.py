@@ -18,7 +18,7 @@ from resnet_backbone.adapters import image_normalization, rgb_checkpoint
 from resnet_backbone.weights import Checkpoint, WeightsError
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.keymaps import LAYOUTS, check_support
-from resnet_backbone.weights.keymaps.huggingface import hugging_face_configs
+from resnet_backbone.weights.keymaps.huggingface import hugging_face_model
 
 __all__ = ["backbone_config", "image_normalization", "load_backbone", "rgb_checkpoint"]
 
@@ -59,7 +59,14 @@ def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) 
             "backbone_config=backbone_config(checkpoint)"
         )
     backbone = found[0]
-    _check_config(backbone.config, checkpoint)
+    for name, needed in _model_settings(checkpoint).items():
+        value = getattr(backbone.config, name)
+        value = list(value) if isinstance(value, tuple) else value
+        if value != needed:
+            raise WeightsError(
+                f"the weights need {name}={needed}, the model's backbone has {value}: build it "
+                "with backbone_config=backbone_config(checkpoint)"
+            )
     headless = {k: v for k, v in checkpoint.tensors.items() if not k.startswith("linear.")}
     tensors = LAYOUTS["huggingface"].from_ours(headless, checkpoint.model)
     own = backbone.state_dict()  # DETR's frozen norms have no counters
@@ -72,21 +79,7 @@ def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) 
 
 def _model_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """What of transformers' ``config.json`` says which network it is."""
-    try:
-        check_support("huggingface", checkpoint.model)
-    except ValueError as error:
-        raise WeightsError(str(error)) from error
-    config = hugging_face_configs(checkpoint)["config.json"]
+    check_support("huggingface", checkpoint.model)
+    config = hugging_face_model(checkpoint)
     names = ("architectures", "model_type", "id2label", "label2id", "torch_dtype")
     return {key: value for key, value in config.items() if key not in names}
-
-
-def _check_config(config: ResNetConfig, checkpoint: Checkpoint) -> None:
-    for name, needed in _model_settings(checkpoint).items():
-        found = getattr(config, name)
-        found = list(found) if isinstance(found, tuple) else found
-        if found != needed:
-            raise WeightsError(
-                f"the weights need {name}={needed}, the model's backbone has {found}: build it "
-                "with backbone_config=backbone_config(checkpoint)"
-            )

@@ -84,12 +84,12 @@ class PaperResNet(BaseModule):
         **options,
     ):
         super().__init__(dict(init_cfg) if init_cfg else None)
-        if num_stages != len(STAGES):
-            raise ValueError(f"num_stages is {len(STAGES)}, not {num_stages}: see out_indices")
+        if num_stages != 4:
+            raise ValueError(f"num_stages is 4, not {num_stages}: see out_indices")
         if style not in STYLES:
             raise ValueError(f"style is caffe or pytorch, not {style!r}")
-        if not -1 <= frozen_stages <= len(STAGES):
-            raise ValueError(f"frozen_stages is -1 to {len(STAGES)}, not {frozen_stages}")
+        if not -1 <= frozen_stages <= 4:
+            raise ValueError(f"frozen_stages is -1 to 4, not {frozen_stages}")
         if not out_indices or not set(out_indices) <= set(range(len(STAGES))):
             raise ValueError(f"out_indices are some of 0, 1, 2, 3, not {tuple(out_indices)}")
         _take_defaults(options, dilations)
@@ -109,9 +109,8 @@ class PaperResNet(BaseModule):
         self.out_indices = tuple(sorted(out_indices))
         self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
         self.data_preprocessor = data_preprocessor
-        if not norm["requires_grad"]:
-            for module in self._norms():
-                module.requires_grad_(False)
+        for module in self._norms():
+            module.requires_grad_(norm["requires_grad"])
         self.network.freeze(frozen_stages + 1)
 
     def _norms(self) -> list[nn.Module]:
@@ -181,18 +180,14 @@ def check_data_preprocessor(
         WeightsError: another order, mean or std, or no ``settings`` to compare with.
     """
     needed = ", ".join(f"{k}={v}" for k, v in data_preprocessor_for(preprocessing).items())
+    needed = f"{where} needs data_preprocessor=dict({needed})"
     if settings is None:
         raise WeightsError(
-            f"{where} needs data_preprocessor=dict({needed}): give it to the backbone as well as "
-            "to the model, so that it can be checked"
+            f"{needed}: give it to the backbone as well as to the model, so that it can be checked"
         )
-    order = "RGB" if settings.get("bgr_to_rgb") else "BGR"
-    fits = (
-        order == preprocessing.channel_order
+    if not (
+        bool(settings.get("bgr_to_rgb")) == (preprocessing.channel_order == "RGB")
         and same_mean(settings.get("mean") or (), preprocessing.pixel_mean_255())
         and same_std(settings.get("std") or (), preprocessing.pixel_std_255())
-    )
-    if not fits:
-        raise WeightsError(
-            f"{where} needs data_preprocessor=dict({needed}), the model has {dict(settings)}"
-        )
+    ):
+        raise WeightsError(f"{needed}, the model has {dict(settings)}")

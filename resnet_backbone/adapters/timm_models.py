@@ -8,6 +8,7 @@ the dilation of the stage before. VGG is not registered: timm's own ``vgg16`` is
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -15,12 +16,7 @@ from typing import Any
 
 import torch
 from timm.layers import create_classifier
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -224,10 +220,7 @@ def from_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> dict
 
 
 def _key_in_timm(key: str) -> str:
-    for ours, here in (("stem.", ""), ("linear.", "fc.")):
-        if key.startswith(ours):
-            return here + key.removeprefix(ours)
-    return key
+    return re.sub("^linear", "fc", key.removeprefix("stem."))
 
 
 default_cfgs = generate_default_cfgs(

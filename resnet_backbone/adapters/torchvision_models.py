@@ -96,19 +96,15 @@ class NormalizedBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         if not torch.compiler.is_compiling():
-            self._check_range(images)
+            low, high = images.aminmax()
+            if low < -0.5 or high > 1.5:
+                raise ValueError(
+                    f"expected RGB images in 0..1, found values from {low:.3g} to {high:.3g}: "
+                    "this model normalizes its input itself"
+                )
         maps = self.network((images - self.mean) / self.std)
         names = {"res5": "out", "res4": "aux"}
         return {names[stage]: x for stage, x in maps.items()}
-
-    @staticmethod
-    def _check_range(images: Tensor) -> None:
-        low, high = images.aminmax()
-        if low < -0.5 or high > 1.5:
-            raise ValueError(
-                f"expected RGB images in 0..1, found values from {low:.3g} to {high:.3g}: "
-                "this model normalizes its input itself"
-            )
 
 
 def deeplabv3(

@@ -7,9 +7,11 @@ README). The moving averages of training lag behind the weights and weigh the la
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -22,19 +24,19 @@ from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 LAYER_INPUTS = ("batch", "population")
+ZERO = torch.zeros((), dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Moments:
     """Count, mean and sum of squared deviations of each channel, kept in float64.
 
-    Parts are merged with the formula of Chan, Golub and LeVeque (1979), which does not subtract
-    large numbers from each other as sums of squares do.
+    The sum is that of Chan, Golub and LeVeque (1979), which subtracts no large numbers.
     """
 
-    count: int
-    mean: Tensor
-    deviations: Tensor
+    count: int = 0
+    mean: Tensor = ZERO
+    deviations: Tensor = ZERO
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
@@ -44,9 +46,8 @@ class Moments:
         others = [dim for dim in range(x.dim()) if dim != 1]
         mean = x.mean(others, keepdim=True)
         variance = (x - mean).square_().mean(others)  # four times as fast as var_mean
-        mean = mean.flatten()
         count = x.numel() // x.shape[1]
-        return cls(count, mean.double(), variance.double() * count)
+        return cls(count, mean.flatten().double(), variance.double() * count)
 
     def __add__(self, other: Moments) -> Moments:
         count = self.count + other.count
@@ -62,9 +63,9 @@ class Moments:
 
 
 class BatchNormReport(NamedTuple):
-    """What :func:`recompute_statistics` did."""
+    """Which batch norms have new statistics."""
 
-    layers: tuple[str, ...]  # with new statistics, in the order in which they ran
+    layers: tuple[str, ...]  # in the order in which they ran
     unused: tuple[str, ...]  # batch norms through which no image went; they are unchanged
     num_images: int  # over all processes
 
@@ -82,21 +83,18 @@ def recompute_statistics(
     """Replaces the running statistics of all batch norms by those of the given images.
 
     Each gets the mean and the population variance of its input over all images and positions,
-    merged in float64. Layers other than batch norms are in evaluation mode meanwhile (no
-    dropout). Frozen batch norms are constants and are left alone. Modes, momentum and
-    ``num_batches_tracked`` are as before afterwards; after an error the statistics are, too.
+    merged in float64. Other layers are in evaluation mode meanwhile (no dropout). Frozen batch
+    norms stay. Modes, momentum and ``num_batches_tracked`` are as before afterwards; after an
+    error the statistics are, too.
 
     Args:
         batches: this process's part of the training set, with the augmentation of training:
             batches with ``images`` (and ``shift``) for ``normalizer``, or plain tensors.
         normalizer: the network's preprocessing; ``None`` for batches that are its input.
-        layer_inputs: what the layers before each batch norm do meanwhile.
-            "batch" (default): they normalize by the statistics of their micro-batch, as in
-            training. One pass. The result depends on ``micro_batch``, a little.
-            "population": they normalize by their new statistics, as in testing, so that each
-            layer's statistics are exactly those of what it will see, whatever the batch size. One
-            pass for each batch norm, as far as that layer; ``batches`` must be iterable again and
-            give the same images.
+        layer_inputs: by what the layers before each batch norm normalize meanwhile. "batch": by
+            their micro-batch, as in training, in one pass. "population": by their new statistics,
+            as in testing, so that each layer's are exactly those of what it will see; one pass for
+            each batch norm, so ``batches`` must be iterable again and give the same images.
         micro_batch: images that are normalized together, 0 for a whole batch. Give that of
             training, 32 in the paper; the rest of a batch is a smaller one.
         world: the processes that share the training set; all call this function and get the same
@@ -114,21 +112,29 @@ def recompute_statistics(
     if not layers:
         raise UsageError("the network has no batch norm with running statistics")
     work = _Pass(model, layers, batches, normalizer, micro_batch, world or World(), autocast)
+    new: dict[str, Moments] = {}
     with torch.no_grad(), evaluation_mode(model), _unchanged_by_itself(layers.values()):
         if layer_inputs == "batch":
-            order = work.under_batch_statistics()
+            passes = [list(layers)]
+            for layer in layers.values():
+                layer.train()
         else:
-            order = work.under_population_statistics()
-    unused = tuple(name for name in layers if name not in order)
-    return BatchNormReport(order, unused, work.num_images)
+            passes = [[name] for name in work.world.broadcast(work.order_of_layers())]
+        for names in passes:
+            found = work.collect(names, stop=layer_inputs == "population")
+            for name, moments in found.items():
+                layers[name].running_mean.copy_(moments.mean)
+                layers[name].running_var.copy_(moments.variance)
+            new |= found
+    unused = tuple(name for name in layers if name not in new)
+    return BatchNormReport(tuple(new), unused, work.num_images)
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """This process's part of the first images of training: with all of them, each exactly once.
+    """This process's part of the first images of training, each exactly once.
 
-    With SyncBN, which needs as many batches on each process, whole iterations only: the last
-    images of the epoch, fewer than a batch, are left out.
+    With SyncBN, which needs as many batches on each process, whole iterations only.
     """
 
     source: Any  # batches by iteration, see `resnet_backbone.classification.data`
@@ -169,21 +175,7 @@ class _Pass:
     autocast: torch.dtype | None
     num_images: int = 0
 
-    def under_batch_statistics(self) -> tuple[str, ...]:
-        for layer in self.layers.values():
-            layer.train()
-        found = self.collect(self.layers)
-        for name, moments in found.items():
-            _write(self.layers[name], moments)
-        return tuple(found)
-
-    def under_population_statistics(self) -> tuple[str, ...]:
-        order = self.world.broadcast(self.order_of_layers())
-        for name in order:
-            _write(self.layers[name], self.collect([name], stop=True)[name])
-        return order
-
-    def order_of_layers(self) -> tuple[str, ...]:
+    def order_of_layers(self) -> list[str]:
         """The layers in the order in which the first micro-batch meets them."""
         order: list[str] = []
         with self.hooked(self.layers, lambda name, _: order.append(name)):
@@ -195,15 +187,18 @@ class _Pass:
             raise UsageError(
                 f"{twice[0]} runs more than once in a forward pass: use layer_inputs 'batch'"
             )
-        return tuple(order)
+        return order
 
-    def collect(self, names: Iterable[str], stop: bool = False) -> dict[str, Moments]:
-        """Moments of the inputs of some layers over all images of all processes."""
-        found: dict[str, Moments] = {}
+    def collect(self, names: Iterable[str], stop: bool) -> dict[str, Moments]:
+        """Moments of the inputs of some layers over all images of all processes, the same on each.
+
+        With `stop`, forward passes end at the first of these layers.
+        """
+        mine: dict[str, Moments] = defaultdict(Moments)
         images = 0
 
         def add(name: str, x: Tensor) -> None:
-            _add(found, name, Moments.of(x))
+            mine[name] += Moments.of(x)
             if stop:
                 raise _Reached
 
@@ -212,7 +207,18 @@ class _Pass:
                 images += len(inputs)
                 with suppress(_Reached):
                     self.forward(inputs)
-        return self.merge(found, images)
+        on_cpu = {n: Moments(m.count, m.mean.cpu(), m.deviations.cpu()) for n, m in mine.items()}
+        shares = self.world.gather((on_cpu, images))
+        self.num_images = sum(images for _, images in shares)
+        if not self.num_images:
+            raise UsageError("there are no images to compute statistics from")
+        merged: dict[str, Moments] = defaultdict(Moments)
+        for name, moments in chain.from_iterable(part.items() for part, _ in shares):
+            merged[name] += moments
+        for name, moments in merged.items():
+            if not (moments.mean.isfinite().all() and moments.deviations.isfinite().all()):
+                raise UsageError(f"the input of {name} is not finite; did training diverge?")
+        return merged
 
     @contextmanager
     def hooked(self, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
@@ -241,31 +247,6 @@ class _Pass:
             inputs.device.type, dtype=self.autocast, enabled=self.autocast is not None
         ):
             self.network(inputs)
-
-    def merge(self, found: dict[str, Moments], images: int) -> dict[str, Moments]:
-        """Merges what all processes found, in the order of their ranks: the same on each."""
-        mine = {n: Moments(m.count, m.mean.cpu(), m.deviations.cpu()) for n, m in found.items()}
-        shares = self.world.gather((mine, images))
-        merged: dict[str, Moments] = {}
-        for part, _ in shares:
-            for name, moments in part.items():
-                _add(merged, name, moments)
-        self.num_images = sum(images for _, images in shares)
-        if not self.num_images:
-            raise UsageError("there are no images to compute statistics from")
-        for name, moments in merged.items():
-            if not (moments.mean.isfinite().all() and moments.deviations.isfinite().all()):
-                raise UsageError(f"the input of {name} is not finite; did training diverge?")
-        return merged
-
-
-def _add(found: dict[str, Moments], name: str, moments: Moments) -> None:
-    found[name] = found[name] + moments if name in found else moments
-
-
-def _write(layer: _BatchNorm, moments: Moments) -> None:
-    layer.running_mean.copy_(moments.mean)
-    layer.running_var.copy_(moments.variance)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import difflib
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +160,9 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
-def key_names() -> Iterator[str]:
-    """Every key: "model.name", "data.root" ..."""
-    for group in fields(Config):
-        for item in fields(group.default_factory):
-            yield f"{group.name}.{item.name}"
+GROUPS = {group.name: fields(group.default_factory) for group in fields(Config)}
+# Every key, "model.name", "data.root" ..., and its field.
+KEYS = {f"{group}.{item.name}": item for group, items in GROUPS.items() for item in items}
 
 
 def nearest_key(key: str) -> str:
@@ -173,7 +172,7 @@ def nearest_key(key: str) -> str:
         last = difflib.SequenceMatcher(None, key.rpartition(".")[2], name.rpartition(".")[2])
         return last.ratio(), difflib.SequenceMatcher(None, key, name).ratio()
 
-    return max(key_names(), key=likeness)
+    return max(KEYS, key=likeness)
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -185,8 +184,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
             "model.name=NAME".
 
     Raises:
-        UsageError: all unknown keys (each with the nearest one) and wrong values in one line, or
-            all impossible combinations.
+        UsageError: all unknown keys and wrong values in one line, or all impossible combinations.
     """
     merged, problems = OmegaConf.structured(Config), []
     for file in files:
@@ -211,17 +209,13 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
 
 def _follow(config: Config, planned: Config, given: set[str]) -> None:
-    """Lets what the user did not set follow what was set, in place.
-
-    Milestones and warm-up keep their shares of another number of iterations. The micro-batch
-    becomes the largest divisor of another batch.
-    """
-    schedule, train, before = config.schedule, config.train, planned.schedule
-    ratio = schedule.iterations / before.iterations
-    if "schedule.milestones" not in given:
-        schedule.milestones = _scaled(before.milestones, ratio, schedule.iterations)
-    if "schedule.warmup_iterations" not in given:
-        schedule.warmup_iterations = round(before.warmup_iterations * ratio)
+    """Lets milestones, warm-up and micro-batch that were not given follow what was, in place."""
+    schedule, train = config.schedule, config.train
+    followed = replace(planned.schedule, scale=schedule.iterations / planned.schedule.iterations)
+    scale_schedule(followed)
+    for name in ("milestones", "warmup_iterations"):
+        if f"schedule.{name}" not in given:
+            setattr(schedule, name, getattr(followed, name))
     if train.micro_batch and "train.micro_batch" not in given:
         sizes = range(min(train.micro_batch, train.batch_size), 0, -1)
         train.micro_batch = next(size for size in sizes if train.batch_size % size == 0)
@@ -248,7 +242,7 @@ def _parse(override: str) -> DictConfig:
         raise UsageError(f"{override!r}: overrides are written key=value, for example train.seed=2")
     if key == "model":
         key = "model.name"
-    if key in {item.name for item in fields(Config)}:
+    if key in GROUPS:
         raise UsageError(f"{override!r}: {key} is a group; write {key}.<key>=value")
     try:
         return OmegaConf.from_dotlist([f"{key}={value}"])
@@ -261,93 +255,57 @@ def _merge(onto: DictConfig, update: DictConfig, where: str, problems: list[str]
     try:
         return OmegaConf.merge(onto, update)
     except OmegaConfBaseException as error:
-        unknown = [key for key in _leaves(update) if key not in set(key_names())]
+        unknown = [key for key in leaves(update) if key not in KEYS]
         problems += [f"{where}: unknown key {k}: did you mean {nearest_key(k)}?" for k in unknown]
         if not unknown:
             problems.append(f"{where}: {error.full_key}: {str(error).splitlines()[0]}")
         return onto
 
 
-def _leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted keys that a part of a config states."""
     for name in node:
         key = f"{prefix}{name}"
         if isinstance(node[name], DictConfig) and key != "model.options":
-            yield from _leaves(node[name], f"{key}.")
+            yield from leaves(node[name], f"{key}.")
         else:
             yield key
 
 
-def count_epochs(config: Config, num_images: int) -> str:
-    """Turns ``schedule.epochs`` into iterations, in place; the line that says so, "" without.
-
-    Milestones and warm-up keep their shares. Evaluations and checkpoints come once an epoch at
-    least.
-    """
-    schedule, batch = config.schedule, config.train.batch_size
-    if not schedule.epochs:
-        return ""
-    total = max(1, math.ceil(schedule.epochs * num_images / batch))
-    schedule.scale = total / schedule.iterations
-    scale_schedule(schedule)
-    epoch = max(1, math.ceil(num_images / batch))
-    config.output.checkpoint_every = min(config.output.checkpoint_every, epoch)
-    if config.evaluation.every:
-        config.evaluation.every = min(config.evaluation.every, epoch)
-    drops = f", rate drops at {schedule.milestones}" if schedule.milestones else ""
-    return (
-        f"{schedule.epochs:g} epochs of {num_images:,} images are {schedule.iterations:,} "
-        f"iterations of {batch}{drops}"
-    )
-
-
 def scale_schedule(schedule: ScheduleConfig) -> None:
     """Applies ``scale`` in place to iterations, milestones and warm-up, and sets it to 1."""
-    if schedule.scale != 1:
-        schedule.iterations = max(1, round(schedule.iterations * schedule.scale))
-        schedule.milestones = _scaled(schedule.milestones, schedule.scale, schedule.iterations)
-        schedule.warmup_iterations = round(schedule.warmup_iterations * schedule.scale)
-        schedule.scale = 1.0
-
-
-def _scaled(milestones: Sequence[int], factor: float, iterations: int) -> list[int]:
-    """Those that lie within a scaled schedule; a very short one has fewer."""
-    found = {round(value * factor) for value in milestones}
-    return sorted(value for value in found if 0 < value < iterations or factor == 1)
-
-
-def get(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    group, _, name = key.partition(".")
-    return getattr(getattr(config, group), name)
+    factor, schedule.scale = schedule.scale, 1.0
+    if factor != 1:
+        schedule.iterations = max(1, round(schedule.iterations * factor))
+        milestones = {round(value * factor) for value in schedule.milestones}
+        schedule.milestones = sorted(m for m in milestones if 0 < m < schedule.iterations)
+        schedule.warmup_iterations = round(schedule.warmup_iterations * factor)
 
 
 def _wrong_values(config: Config) -> Iterator[str]:
     """Compares every value with the metadata of its field, see :func:`one_of`, :func:`number`."""
-    items = [item for group in fields(Config) for item in fields(group.default_factory)]
-    for key, item in zip(key_names(), items, strict=True):
-        value, limits, choices = get(config, key), item.metadata, item.metadata.get("choices")
-        if choices and value not in choices:
+    for key, item in KEYS.items():
+        value, limits = attrgetter(key)(config), dict(item.metadata)
+        choices = limits.pop("choices", (value,))
+        if value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             yield f"{key} is {value!r}; use {', '.join(choices)}{hint}"
-        for limit, (holds, wanted) in LIMITS.items():
-            if limit in limits and not holds(value, limits[limit]):
-                yield f"{key} is {value}; give {wanted.format(limits[limit])}"
+        for limit, bound in limits.items():
+            holds, wanted = LIMITS[limit]
+            if not holds(value, bound):
+                yield f"{key} is {value}; give {wanted.format(bound)}"
 
 
 def _combinations(config: Config) -> Iterator[str]:
     """What cannot work together."""
-    data, schedule, train = config.data, config.schedule, config.train
-    evaluation = config.evaluation
-    if sorted({0, *schedule.milestones}) != [0, *schedule.milestones]:
-        yield f"schedule.milestones {schedule.milestones} must rise from above 0"
+    data, evaluation = config.data, config.evaluation
+    schedule, train = config.schedule, config.train
+    places = [0, *schedule.milestones, schedule.iterations]
+    if sorted(set(places)) != places:
+        yield f"schedule.milestones {places[1:-1]} must rise between 0 and iterations, {places[-1]}"
     if schedule.policy != "steps" and schedule.milestones:
         yield f"schedule.milestones are for policy steps, not {schedule.policy}: remove one of them"
-    if max(schedule.milestones, default=0) >= schedule.iterations:
-        yield (
-            f"schedule.milestones {schedule.milestones} reach past schedule.iterations "
-            f"{schedule.iterations}: change both together with schedule.scale"
-        )
     if schedule.policy == "plateau" and not evaluation.every:
         yield "schedule.policy plateau needs evaluations: set evaluation.every above 0"
     if schedule.warmup_iterations > schedule.iterations:
@@ -363,21 +321,16 @@ def _combinations(config: Config) -> Iterator[str]:
     if evaluation.crop > evaluation.short_side:
         yield "evaluation.crop is larger than evaluation.short_side"
     small = data.format in ("cifar10", "digits")
-    if small and data.augmentation not in ("pad_crop", "shift", "none"):
-        fit = "pad_crop" if data.format == "cifar10" else "shift"
-        yield f"data.augmentation {data.augmentation} is for larger images; {data.format}: {fit}"
-    if not small and data.augmentation in ("pad_crop", "shift"):
-        yield f"data.augmentation {data.augmentation} is for cifar10 and digits; use paper"
+    if data.augmentation != "none" and small != (data.augmentation in ("pad_crop", "shift")):
+        fit = {"cifar10": "pad_crop", "digits": "shift"}.get(data.format, "paper")
+        yield f"data.augmentation {data.augmentation} is not for {data.format} images: use {fit}"
     if data.rand_augment and data.augmentation != "inception":
         yield "data.rand_augment belongs to data.augmentation=inception: set both or none"
     if data.class_list and data.format != "imagenet":
         yield "data.class_list is for data.format imagenet; shards hold their classes"
     cropped = evaluation.protocol == "center" and data.format in ("imagenet", "shards")
     if cropped and data.mean == "pixel" and evaluation.crop != data.crop:
-        yield (
-            f"data.mean pixel fits images of data.crop {data.crop}, not of evaluation.crop "
-            f"{evaluation.crop}: make them equal or set data.mean=channel"
-        )
+        yield f"data.mean pixel needs evaluation.crop={data.crop}; or set data.mean=channel"
     if small and evaluation.protocol != "full":
         yield f"evaluation.protocol: {data.format} images are tested as they are: full"
     if data.format in ("imagenet", "shards", "cifar10") and not data.root:
@@ -391,4 +344,4 @@ def to_yaml(config: Config) -> str:
 
 def differences(first: Config, second: Config) -> list[str]:
     """Keys whose values differ."""
-    return [key for key in key_names() if get(first, key) != get(second, key)]
+    return [key for key in KEYS if attrgetter(key)(first) != attrgetter(key)(second)]

@@ -37,10 +37,9 @@ RECORDED += ("protocol", "num_models", "seconds", "data_seconds")
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is kept of each image, one row for each.
+    """What is kept of each image, one row for each; ``k`` is 5, or all classes where fewer.
 
-    ``k`` is 5, or the number of classes where there are fewer. Of equal scores the lower class
-    comes first.
+    Of equal scores the lower class comes first.
     """
 
     indices: Tensor  # int64 (N,), places in the data set
@@ -56,12 +55,7 @@ class Predictions:
     def from_probabilities(
         cls, probabilities: Tensor, labels: Tensor, indices: Tensor
     ) -> Predictions:
-        """Records of a batch, on the CPU.
-
-        Args:
-            probabilities: (N, num_classes), on any device.
-            labels, indices: int64 (N,).
-        """
+        """Records of a batch, on the CPU, from (N, num_classes) on any device and int64 (N,)."""
         ranked, order = probabilities.sort(dim=1, descending=True, stable=True)
         of_label = probabilities.gather(1, labels.to(probabilities.device)[:, None])[:, 0]
         tiny = torch.finfo(torch.float64).tiny  # a probability may underflow; its log must not
@@ -135,7 +129,7 @@ class EvaluationResult:
         return [100.0 * (total - right) / total if total else None for total, right in pairs]
 
     def to_dict(self) -> dict:
-        """Everything but the confusion matrix and the predictions, as JSON types.
+        """All but the confusion matrix and the predictions, as JSON types.
 
         ``per_class_error`` is a table of the classes that have images.
         """
@@ -169,19 +163,16 @@ def evaluate(
 
     Args:
         models: (network, its preprocessing) of each member of the ensemble.
-        protocol: see ``classification.protocols``.
         loader: this process's part of the images, at each of the protocol's short sides.
-        world: the processes that share the data set; every one of them calls this function and
-            gets the whole result. ``None``: this one alone.
-        autocast: ``torch.bfloat16`` or ``torch.float16`` for mixed precision.
-        channels_last: memory format of the networks' input.
-        max_bad_images: unreadable images, over all processes, up to which evaluation goes on and
-            counts them as wrong.
+        world: the processes that share the data set; all of them call this function and get the
+            whole result. ``None``: this one alone.
+        autocast, channels_last: see :class:`Member`.
+        max_bad_images: up to so many unreadable images, over all processes, count as wrong.
 
     Raises:
-        UsageError: too many unreadable images, scores that are not finite (with the image's
-            name), labels that the networks do not have, networks with different numbers of
-            classes, an image seen twice or not at all. With several processes, on all of them.
+        UsageError: on all processes; too many unreadable images, scores that are not finite (with
+            the image's name), labels that the networks do not have, networks with different
+            numbers of classes, an image seen twice or not at all.
     """
     members = [Member(m, n, autocast, channels_last) for m, n in models]
     if not members:
@@ -211,11 +202,7 @@ class _Run:
     failure: Exception | None = None
 
     def all_batches(self, batches: Iterable[EvaluationBatch]) -> None:
-        """Evaluates all batches.
-
-        After a failure the rest is read and not used: the loader may talk to the other processes,
-        which learn of the failure at the end.
-        """
+        """After a failure the rest is read and not used: the others learn of it at the end."""
         waiting_since = time.perf_counter()
         for batch in batches:
             self.data_seconds += time.perf_counter() - waiting_since
@@ -250,21 +237,20 @@ class _Run:
         self.num_classes = scores.shape[1]
         finite = scores.isfinite().all(1)
         if not finite.all():
-            place = int((~finite).nonzero()[0, 0])
             raise UsageError(
-                f"{self.name_of(batch, place)}: the scores of network {number + 1} are NaN or "
+                f"{self.name_of(batch, ~finite)}: the scores of network {number + 1} are NaN or "
                 "infinite; are its weights or its preprocessing damaged, or fp16 too narrow?"
             )
-        wrong = ((batch.labels < 0) | (batch.labels >= self.num_classes)).nonzero()
-        if len(wrong):
-            place = int(wrong[0, 0])
+        wrong = (batch.labels < 0) | (batch.labels >= self.num_classes)
+        if wrong.any():
             raise UsageError(
-                f"{self.name_of(batch, place)}: label {int(batch.labels[place])}, but the network "
+                f"{self.name_of(batch, wrong)}: label {batch.labels[wrong][0]}, but the network "
                 f"has classes 0 to {self.num_classes - 1}"
             )
 
-    def name_of(self, batch: EvaluationBatch, place: int) -> str:
-        index = int(batch.indices[place])
+    def name_of(self, batch: EvaluationBatch, images: Tensor) -> str:
+        """The first of some images of a batch."""
+        index = int(batch.indices[images.cpu()][0])
         return f"{self.loader.name_of(index)} (index {index})"
 
     def result(self, start: float) -> EvaluationResult:
@@ -290,7 +276,6 @@ class _Run:
 
 
 def check_bad(bad: Sequence[BadSample], most: int) -> None:
-    """Stops an evaluation that met more unreadable images than it may."""
     if len(bad) > most:
         first = min(bad)
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -301,16 +286,11 @@ def check_bad(bad: Sequence[BadSample], most: int) -> None:
 
 
 def _check_complete(predictions: Predictions, bad: Sequence[BadSample], expected: int) -> None:
-    seen = sorted([*predictions.indices.tolist(), *(sample.index for sample in bad)])
-    twice = [first for first, second in zip(seen, seen[1:], strict=False) if first == second]
-    if twice:
+    seen = [*predictions.indices.tolist(), *(sample.index for sample in bad)]
+    if len(seen) != expected or len(set(seen)) != expected:
         raise UsageError(
-            f"image {twice[0]} was evaluated twice: give each process its own rank of the loader"
-        )
-    if len(seen) != expected:
-        raise UsageError(
-            f"{len(seen)} images were evaluated, the data set has {expected}: the loader's world "
-            "must be the number of processes that evaluate"
+            f"{len(seen)} images were evaluated, {len(set(seen))} different ones of {expected}: "
+            "each process has its own rank in the loader, and their number is its world"
         )
 
 

@@ -1,4 +1,4 @@
-"""Classifiers of this package, torchvision and timm by name, their weights, a run's checkpoints."""
+"""Classifiers of this package, torchvision and timm by name, their weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ class NetworkSpec(ModelSpec):
             return super().build(**options)
         builders = {"torchvision": _from_torchvision, "timm": _from_timm}
         if library not in builders:
-            raise ValueError(
-                f"unknown library in model {self.name!r}: write torchvision/<name> or timm/<name>"
-            )
+            raise ValueError(f"model {self.name!r}: write torchvision/<name> or timm/<name>")
         options = {**self.options, **options}
         try:
             return builders[library](name, self.num_classes, options)
@@ -117,7 +115,7 @@ def describe(model: nn.Module, preprocessing: Preprocessing) -> Preprocessing:
 
 
 def _stride_in_1x1(model: nn.Module) -> bool | None:
-    """Whether bottlenecks, of any library, stride in their first 1x1; None if none strides."""
+    """Whether bottlenecks stride in their first 1x1; None if none strides."""
     for block in model.modules():
         convs = [getattr(block, name, None) for name in ("conv1", "conv2", "conv3")]
         if all(isinstance(conv, nn.Conv2d) for conv in convs) and convs[0].kernel_size == (1, 1):
@@ -151,21 +149,13 @@ def read_class_names(path: str | Path) -> list[str]:
 
 
 def read_spec(path: str | Path) -> NetworkSpec | None:
-    """The network that a weights file names; None if it does not.
-
-    Raises:
-        WeightsError: the file cannot be read.
-    """
+    """The network that a weights file names; None if it does not; WeightsError if unreadable."""
     spec = read_header(path).model
     return None if spec is None else NetworkSpec(spec.name, spec.num_classes, spec.options)
 
 
 def load_all_but_head(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
-    """Loads the weights of a network with other classes; its last linear layer is left out.
-
-    Raises:
-        WeightsError: see :func:`load_network`.
-    """
+    """:func:`load_network` of one with other classes: its last linear layer is left out."""
     *_, head = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
     if not isinstance(model, StagedNetwork):
@@ -176,13 +166,10 @@ def load_all_but_head(model: nn.Module, path: str | Path, preprocessing: str = "
 
 
 def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
-    """Loads weights into a network of any library, all or nothing.
+    """Loads weights into a network of any library, all or nothing, or raises a WeightsError.
 
     Networks of this package are checked as in :func:`resnet_backbone.load_weights`; others must
     match the file key by key.
-
-    Raises:
-        WeightsError: see :func:`resnet_backbone.weights.read_weights`.
     """
     if isinstance(model, StagedNetwork):
         return load_weights(model, path, preprocessing)
@@ -195,11 +182,7 @@ def load_exactly(
     preprocessing: str = "",
     instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Preprocessing:
-    """Loads a file whose keys are those of the network, counters too: all or nothing.
-
-    Args:
-        instead: tensors that take the place of the file's.
-    """
+    """Loads a file that has the network's keys, counters too; ``instead`` replaces some of it."""
     read, found, *_ = read_source(path, preprocessing)
     tensors = {**read, **instead}
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -214,11 +197,7 @@ def load_exactly(
 
 @dataclass
 class Checkpoints:
-    """The folder ``checkpoints/<iteration>/`` of a run.
-
-    Each is written under another name and renamed when it is on the disk, so a kill at any moment
-    leaves the earlier ones and at most a folder that the next start removes.
-    """
+    """The folders ``checkpoints/<iteration>/`` of a run, each of which is whole or not there."""
 
     run: Path  # its folder
     spec: NetworkSpec
@@ -232,9 +211,7 @@ class Checkpoints:
     ) -> Path:
         """Writes the checkpoint of an iteration, unless it is there already.
 
-        Args:
-            averaged: the network with averaged weights, written beside the others so that it can
-                be used before the run ends.
+        Averaged weights are written beside the others, for use before the run ends.
         """
         final = self.run / FOLDER / f"{iteration:08d}"
         if final.exists():
@@ -256,10 +233,7 @@ class Checkpoints:
         """Loads the newest checkpoint's weights; its state, or None if there is no checkpoint.
 
         ``preprocessing`` is then what these weights expect. A damaged checkpoint is passed over
-        with a warning that names it, and set aside once an older one was loaded.
-
-        Args:
-            clean: whether to remove and set aside; for one process of a run.
+        with a warning, and one process, to `clean`, sets it aside once an older one was loaded.
 
         Raises:
             WeightsError: there are checkpoints, and none can be read.

@@ -27,20 +27,12 @@ SOFTMAXES = ("per_position", "per_view", "at_end")
 
 @dataclass(frozen=True)
 class Member:
-    """A network with its own preprocessing: uint8 RGB images -> logits.
+    """A network with its own preprocessing: uint8 RGB images -> logits."""
 
-    Args:
-        model: maps normalized images (N, 3, H, W) to logits (N, num_classes): one of our
-            networks or any other (torchvision, timm).
-        normalizer: its preprocessing; it also says on which device it runs.
-        autocast: ``torch.bfloat16`` or ``torch.float16`` for mixed precision.
-        channels_last: memory format of the network's input.
-    """
-
-    model: nn.Module
-    normalizer: InputNormalizer
-    autocast: torch.dtype | None = None
-    channels_last: bool = True
+    model: nn.Module  # normalized (N, 3, H, W) -> logits (N, num_classes), of any library
+    normalizer: InputNormalizer  # which also says on which device it runs
+    autocast: torch.dtype | None = None  # torch.bfloat16 or torch.float16
+    channels_last: bool = True  # memory format of the network's input
 
     def run(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
         """A function of the normalized images, in the wanted precision."""
@@ -118,19 +110,13 @@ class Protocol:
         return image
 
     def score(self, member: Member, images: Sequence[Images]) -> Tensor:
-        """Class probabilities; here those of the single view that :meth:`prepare` makes.
+        """Class probabilities, float64 (N, num_classes), of images at each of ``short_sides``.
 
-        Args:
-            member: the network.
-            images: one entry for each of ``short_sides``.
-
-        Returns:
-            float64 (N, num_classes), rows sum to 1.
+        Here they are those of the single view that :meth:`prepare` makes.
         """
         return by_size(lambda stack: member(self.prepare(stack)).softmax(1), images[0])
 
     def settings(self) -> dict:
-        """The name and every setting, for records of a result."""
         return {"name": self.name, **asdict(self)}
 
 
@@ -178,27 +164,17 @@ class Center(_Cropped):
 class TenCrop(_Cropped):
     """Four corners and the center, and those of the mirrored image (paper, Tables 2 and 3).
 
-    The softmax scores are averaged, as the released weights' README says. Crops are
-    torchvision's ``TenCrop``. Each of the ten goes through the network as a batch of its own.
+    The softmax scores are averaged, as the released weights' README says. Each of the ten goes
+    through the network as a batch of its own.
     """
 
     name: ClassVar[str] = "ten_crop"
 
-    def crops(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Ten of (..., crop, crop)."""
-        return self._five(image) + self._five(image.flip(-1))
-
-    def _five(self, image: Tensor) -> tuple[Tensor, ...]:
-        size, middle = self.crop, center_crop(image, self.crop)
-        upper, lower = image[..., :size, :], image[..., -size:, :]
-        corners = (upper[..., :size], upper[..., -size:], lower[..., :size], lower[..., -size:])
-        return (*corners, middle)
-
     def score(self, member: Member, images: Sequence[Images]) -> Tensor:
-        if isinstance(images[0], Tensor):
-            views = self.crops(images[0])
-        else:
-            views = [torch.stack(same) for same in zip(*map(self.crops, images[0]), strict=True)]
+        from torchvision.transforms.functional import ten_crop  # seconds
+
+        crops = [ten_crop(image, self.crop) for image in images[0]]
+        views = [torch.stack(view) for view in zip(*crops, strict=True)]
         return sum(member(view).softmax(1) for view in views) / len(views)
 
 
@@ -206,21 +182,18 @@ class TenCrop(_Cropped):
 class Dense(Protocol):
     """Multi-scale fully convolutional testing (paper, section 3.4 and Table 4).
 
-    The whole image at each short side goes through the network; the scores of all positions are
-    averaged within a view (a size, mirrored or not), then over the views, all alike. What the paper
-    leaves open is named here. The defaults are VGG's protocol (arXiv 1409.1556, section 3.2), to
-    which the paper refers: the class score map is averaged over positions, then "soft-max class
-    posteriors" over views.
+    The scores of all positions are averaged within a view (a size, mirrored or not), then over the
+    views. What the paper leaves open is named here; the defaults are VGG's protocol (arXiv
+    1409.1556, section 3.2), to which it refers: the class score map is averaged over positions,
+    then "soft-max class posteriors" over views.
 
     Args:
         sizes: short sides in pixels.
         flip: whether the mirrored image is a view, too.
         pooling: "sliding" is the fully convolutional form: the 7x7 average pooling with stride 1
             and the fc layer as a 1x1 convolution (VGG: fc6 as a 7x7 convolution), one score for
-            each position. "global_pool" is the network's own forward pass at that size. For a
-            linear head, fc(mean(x)) = mean(fc(x)), they differ only in weights: cells near the
-            border are in fewer windows. They also differ by the softmax of single positions, and
-            in VGG, whose fc6 and fc7 are not linear.
+            each position. "global_pool" is the network's own forward pass at that size. A linear
+            head, fc(mean(x)) = mean(fc(x)), weighs cells near the border less when it slides.
         softmax: "per_view": logits averaged over positions, softmax, probabilities averaged over
             views; "per_position": softmax at every position first; "at_end": all logits averaged,
             one softmax.

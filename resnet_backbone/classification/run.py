@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,21 +17,20 @@ from resnet_backbone.classification.batch_norm import (
     TrainingImages,
     recompute_statistics,
 )
-from resnet_backbone.classification.config import Config, count_epochs
+from resnet_backbone.classification.config import Config, scale_schedule
 from resnet_backbone.classification.data.augment import BatchMixer
 from resnet_backbone.classification.data.build import build_data
 from resnet_backbone.classification.data.evaluation import EvaluationLoader
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.networks import NORMS, Checkpoints, NetworkSpec
 from resnet_backbone.classification.protocols import Center, Full
-from resnet_backbone.classification.step import AMP, LearningRate, Schedule, TrainStep, build_sgd
+from resnet_backbone.classification.step import AMP, Schedule, TrainStep, build_sgd
 from resnet_backbone.classification.trainer import FINAL, Trainer
-from resnet_backbone.models.analysis import count_parameters
+from resnet_backbone.models import count_parameters
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.provenance import command_line, hardware
-from resnet_backbone.runtime.run_folder import RESULTS, RunFolder
+from resnet_backbone.runtime.records import RESULTS, RunFolder, command_line, hardware
 from resnet_backbone.runtime.signals import StopRequest, Watched
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.preprocessing import InputNormalizer
@@ -46,17 +46,34 @@ def check_processes(config: Config, world: World) -> None:
         )
     local = train.batch_size // world.size
     if train.micro_batch and local % train.micro_batch:
-        raise UsageError(
-            f"{world.size} processes have {local} images each, no multiple of train.micro_batch "
-            f"{train.micro_batch}"
-        )
+        each = f"{local} images of each process"
+        raise UsageError(f"train.micro_batch {train.micro_batch} does not divide the {each}")
+
+
+def count_epochs(config: Config, num_images: int) -> str:
+    """Turns ``schedule.epochs`` into iterations, in place; the line that says so, "" without.
+
+    Evaluations and checkpoints come once an epoch at least.
+    """
+    schedule, batch = config.schedule, config.train.batch_size
+    if not schedule.epochs:
+        return ""
+    schedule.scale = max(1, math.ceil(schedule.epochs * num_images / batch)) / schedule.iterations
+    scale_schedule(schedule)
+    epoch = math.ceil(num_images / batch)
+    config.output.checkpoint_every = min(config.output.checkpoint_every, epoch)
+    config.evaluation.every = min(config.evaluation.every, epoch)
+    drops = f", rate drops at {schedule.milestones}" if schedule.milestones else ""
+    return (
+        f"{schedule.epochs:g} epochs of {num_images:,} images are {schedule.iterations:,} "
+        f"iterations of {batch}{drops}"
+    )
 
 
 class ClassificationRun:
-    """One run: its data, network and trainer, made from the config.
+    """One run: its data, network and trainer, made from the config by all processes of the world.
 
     Args:
-        world: the processes that share the run; all of them make it.
         folder: where means, reports and results go.
         weights: file to start from or to evaluate; the input is then what it says, and not the
             config's. Empty: He initialization.
@@ -66,9 +83,9 @@ class ClassificationRun:
         self.config, self.world, self.folder = config, world, folder
         self.device = world.device
         shown = config.evaluation
-        center = Center(shown.short_side, shown.crop)
-        self.protocol = Full() if shown.protocol == "full" else center
-        self.data = build_data(config, folder.path, world, self.protocol.prepare)
+        cropped = shown.protocol == "center"
+        self.protocol = Center(shown.short_side, shown.crop) if cropped else Full()
+        self.data = build_data(config, folder.path, world, self.protocol)
         classes = config.model.num_classes or len(self.data.class_names)
         if classes < len(self.data.class_names):
             raise UsageError(
@@ -115,7 +132,6 @@ class ClassificationRun:
             workers=self.config.data.workers,
             rank=self.world.rank,
             world=self.world.size,
-            pin_memory=self.device.type == "cuda",
         )
         if stop is not None:
             share = -(-loader.num_images // self.world.size)  # of the process with the most images
@@ -158,14 +174,12 @@ class ClassificationRun:
         )
         kept = {"keep": output.keep, "keep_every": output.keep_every}
         kept["class_names"] = self.data.class_names
-        lengths = asdict(config.schedule)
-        del lengths["scale"], lengths["epochs"]  # are applied
         return Trainer(
             step,
             self.data.source,
             self.prepare,
-            schedule=Schedule(**lengths),
-            rate=LearningRate(optimizer, chosen.momentum_form),
+            schedule=Schedule(**asdict(config.schedule)),
+            momentum_form=chosen.momentum_form,
             validate=self.validate,
             checkpoints=Checkpoints(self.folder.path, self.spec, self.preprocessing, **kept),
             folder=self.folder,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from resnet_backbone.classification.config import ScheduleConfig
 from resnet_backbone.classification.networks import logits_of
-from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.seeding import STEP, seed_everything
+from resnet_backbone.runtime.processes import STEP, World, seed_everything
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULE_STATE = ("warming_up", "drops", "waited", "best")  # what it has learned from the run
@@ -35,7 +35,6 @@ class TrainStep:
         clip_norm: largest norm of the gradient; 0 means any.
         compile: "none", or a mode of ``torch.compile``.
         ema: decay of the averaged weights; 0 means none are kept.
-        label_smoothing: of the cross-entropy.
         seed: of the run; dropout and the like draw from (seed, iteration, rank).
     """
 
@@ -132,10 +131,7 @@ class TrainStep:
     def shared_buffers(self) -> Iterator[list[Tensor]]:
         """Inside, all processes have the mean of their BN statistics; afterwards their own again.
 
-        So it changes nothing of what a run computes later when it is evaluated or saved.
-
-        Yields:
-            This process's own statistics, for :meth:`load_buffers`; none with one process.
+        Yields this process's own, for :meth:`load_buffers`; none with one process.
         """
         buffers = self._own_buffers()
         own = [buffer.clone() for buffer in buffers]
@@ -149,10 +145,7 @@ class TrainStep:
                 buffer.copy_(before)
 
     def load_buffers(self, saved: list[list[Tensor]]) -> None:
-        """Gives each process its own statistics again, from a list by rank.
-
-        Where there were other processes, all go on from the mean that the checkpoint holds.
-        """
+        """Gives each process its own statistics again; others than before keep the mean."""
         if len(saved) == self.world.size:
             for buffer, own in zip(self._own_buffers(), saved[self.world.rank], strict=True):
                 buffer.copy_(own)
@@ -182,76 +175,47 @@ def _distributed(model: nn.Module, world: World) -> DistributedDataParallel:
 def build_sgd(
     model: nn.Module, momentum: float, weight_decay: float, decay_norm_and_bias: bool = True
 ) -> torch.optim.SGD:
-    """SGD over a network's trainable parameters.
+    """SGD over a network's trainable parameters; the paper: 0.9 and 1e-4.
 
-    Args:
-        momentum, weight_decay: as in the paper, 0.9 and 1e-4.
-        decay_norm_and_bias: False leaves parameters of fewer than two dimensions (biases, BN)
-            undecayed.
+    Without ``decay_norm_and_bias``, those of one dimension (biases, BN) are not decayed.
     """
-    decayed, plain = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            chosen = decayed if decay_norm_and_bias or parameter.ndim > 1 else plain
-            chosen.append(parameter)
-    groups = [{"params": decayed}]
-    if plain:
-        groups.append({"params": plain, "weight_decay": 0.0})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": trained}]
+    if not decay_norm_and_bias:
+        decayed, plain = ([p for p in trained if (p.ndim > 1) == flag] for flag in (True, False))
+        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
 
 
-@dataclass
-class LearningRate:
-    """Sets an optimizer's learning rate, keeping the chosen form of momentum.
+def set_rate(optimizer: torch.optim.Optimizer, rate: float, momentum_form: str = "caffe") -> None:
+    """Sets the learning rate, keeping the chosen form of momentum, "caffe" or "pytorch".
 
     Caffe's update is v = m v + lr g, w -= v (the released models' README); PyTorch's is
     v = m v + g, w -= lr v. They are the same while the rate stands still. When it changes, the
     old steps in Caffe's v keep the rate they were made with; scaling PyTorch's v by old / new
     does exactly that.
     """
-
-    optimizer: torch.optim.Optimizer
-    form: str = "caffe"  # or "pytorch"
-
-    def set(self, rate: float) -> None:
-        old = self.optimizer.param_groups[0]["lr"]
-        if rate == old:
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.form == "caffe" and old > 0 and rate > 0:
-            states = self.optimizer.state.values()
-            buffers = [state.get("momentum_buffer") for state in states]
-            buffers = [buffer for buffer in buffers if buffer is not None]
-            if buffers:
-                torch._foreach_mul_(buffers, old / rate)
+    old = optimizer.param_groups[0]["lr"]
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if momentum_form == "caffe" and rate != old and old > 0 and rate > 0:
+        buffers = [state.get("momentum_buffer") for state in optimizer.state.values()]
+        buffers = [buffer for buffer in buffers if buffer is not None]
+        if buffers:
+            torch._foreach_mul_(buffers, old / rate)
 
 
 @dataclass
-class Schedule:
+class Schedule(ScheduleConfig):
     """Learning rate by iteration (counted from 0), and by what evaluations show.
 
-    Args:
-        policy: "steps" (times ``gamma`` at each milestone), "plateau" (times ``gamma`` when the
-            validation error stops falling: paper, section 3.4) or "cosine" (to 0, arXiv
-            1608.03983).
-        plateau_threshold: what counts as progress, an absolute number of points of error. A
-            relative one, PyTorch's default, hardly ever fires on ImageNet.
-        warmup_until_error: warm-up lasts until the training error, %, is below this (paper,
-            section 4.2: the 110-layer network starts at 0.01 until it is below 80 %).
+    It has the fields of the config, whose ``scale`` and ``epochs`` are applied before. Policies are
+    "steps" (times ``gamma`` at each milestone), "plateau" (times ``gamma`` when the validation
+    error stops falling: paper, section 3.4) and "cosine" (to 0, arXiv 1608.03983). The threshold of
+    progress is absolute; a relative one, PyTorch's default, hardly ever fires on ImageNet. With
+    ``warmup_until_error``, warm-up lasts until the training error, %, is below it (paper, section
+    4.2: the 110-layer network starts at 0.01 until it is below 80 %).
     """
-
-    lr: float  # the initial rate
-    iterations: int  # of the whole run
-    policy: str = "steps"
-    milestones: Sequence[int] = ()  # iterations, rising
-    gamma: float = 0.1
-    plateau_patience: int = 5  # evaluations in a row without progress
-    plateau_threshold: float = 0.1
-    plateau_drops: int = 3  # the largest number of drops
-    warmup_lr: float = 0.0  # during warm-up by error, and at the start of linear warm-up
-    warmup_iterations: int = 0  # linear warm-up
-    warmup_until_error: float = 0.0
 
     def __post_init__(self):
         self.warming_up = self.warmup_until_error > 0

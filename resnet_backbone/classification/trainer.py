@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from resnet_backbone.classification.networks import Checkpoints, checkpoints_in, save_network
-from resnet_backbone.classification.step import LearningRate, Schedule, TrainStep
+from resnet_backbone.classification.step import Schedule, TrainStep, set_rate
 from resnet_backbone.runtime.errors import Stopped, TrainingDiverged, UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World
-from resnet_backbone.runtime.run_folder import RunFolder, spell_hours
+from resnet_backbone.runtime.records import RunFolder, spell_hours
 from resnet_backbone.runtime.signals import StopRequest
 from resnet_backbone.weights import WeightsError
 
@@ -46,10 +46,6 @@ class Window:
         self.wrong += wrong
         self.filled += 1
 
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
     def restart(self) -> None:
         self.wrong.zero_()
         self.filled, self.data_seconds, self.started = 0, 0.0, time.perf_counter()
@@ -61,7 +57,7 @@ class Window:
             "wrong": (world.sum(self.wrong.clone()) / world.size).cpu(),
             "filled": self.filled,
             "data_seconds": self.data_seconds,
-            "elapsed": self.elapsed,
+            "elapsed": time.perf_counter() - self.started,
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -80,7 +76,7 @@ class Trainer:
     source: Any  # training data, with `num_samples` and `batches(first_iteration)`
     prepare: Callable[[Any], tuple[Tensor, Tensor]]  # a batch -> normalized images, labels
     schedule: Schedule
-    rate: LearningRate
+    momentum_form: str  # of the optimizer, see `set_rate`
     # -> numbers, "val_top1_error" (%) among them
     validate: Callable[[nn.Module, StopRequest], dict[str, float]]
     checkpoints: Checkpoints
@@ -100,9 +96,10 @@ class Trainer:
         self.window = Window(self.log_every, self.world.device)
         self.recent_errors: list[float] = []
         self._begun = 0  # iterations of this process
+        self._last_line = 0.0
 
     def resume(self) -> bool:
-        """Loads the newest checkpoint, if there is one.
+        """Loads the newest checkpoint; False if there is none.
 
         Raises:
             WeightsError: none can be read, or not the same one on all processes.
@@ -111,14 +108,15 @@ class Trainer:
         state = self.checkpoints.load_latest(self.step.model, clean=self.world.is_main)
         found = -1 if state is None else state["iteration"]
         if self.world.any(found != self.world.broadcast(found)):
-            raise WeightsError(
-                f"{self.folder.path}: the processes read different checkpoints; is the run folder "
-                "shared by all machines?"
-            )
-        if state is None:
-            if self.world.is_main:
-                self.folder.keep_metrics(lambda row: False)
-            return False
+            where = f"{self.folder.path}: is the run folder shared by all machines?"
+            raise WeightsError(f"the processes read different checkpoints in {where}")
+        if state is not None:
+            self._load(state)
+        if self.world.is_main:
+            self.folder.keep_metrics(self._is_kept)
+        return state is not None
+
+    def _load(self, state: dict) -> None:
         if state["num_samples"] != self.source.num_samples:
             raise UsageError(
                 f"the run began with {state['num_samples']} training images, now there are "
@@ -130,9 +128,6 @@ class Trainer:
         self.window.load_state_dict(state["window"])
         for name in STATE:
             setattr(self, name, state[name])
-        if self.world.is_main:
-            self.folder.keep_metrics(self._is_kept)
-        return True
 
     def _is_kept(self, row: dict) -> bool:
         limit = self.evaluated_at if "val_top1_error" in row else self.iteration
@@ -154,7 +149,8 @@ class Trainer:
             Stopped: a signal arrived; a checkpoint of the last finished iteration is written.
             TrainingDiverged: the loss became NaN or infinite.
         """
-        bar = self._bar()
+        shown = self.world.is_main and sys.stderr.isatty()
+        bar = tqdm(total=self.iterations, initial=self.iteration, unit="it", disable=not shown)
         try:
             self._evaluate_if_due()
             batches = iter(self.source.batches(self.iteration))
@@ -179,17 +175,11 @@ class Trainer:
             batches = None  # ends the loader's processes before anything else does
             bar.close()
 
-    def _bar(self) -> tqdm:
-        shown = self.world.is_main and sys.stderr.isatty()
-        total = self.iterations
-        self._last_line = 0.0
-        return tqdm(total=total, initial=self.iteration, unit="it", disable=not shown)
-
     def _iterate(self, batches: Iterator[Any]) -> None:
         started = time.perf_counter()
         batch = next(batches)
         self.window.data_seconds += time.perf_counter() - started
-        self.rate.set(self.schedule.at(self.iteration))
+        set_rate(self.step.optimizer, self.schedule.at(self.iteration), self.momentum_form)
         images, labels = self.prepare(batch)
         self.window.add(*self.step(images, labels, self.iteration))
         self.iteration += 1
@@ -203,7 +193,7 @@ class Trainer:
         window = self.window
         losses = self._check_losses()
         error = self.world.sum(window.wrong.clone()).item() / (window.filled * self.batch_size)
-        elapsed = window.elapsed
+        elapsed = time.perf_counter() - window.started
         self.seconds += elapsed
         row = {
             "iteration": self.iteration,

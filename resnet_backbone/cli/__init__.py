@@ -32,14 +32,6 @@ COMMANDS = {
 """Name -> what it does, in one line. The module has the name with underscores."""
 
 
-def help_text() -> str:
-    lines = "\n".join(f"  {name:21}{about}" for name, about in COMMANDS.items())
-    return (
-        f"usage: {PROGRAM} COMMAND [ARGUMENT ...]\n\ncommands:\n{lines}\n\n"
-        f"{PROGRAM} COMMAND --help explains each. In a checkout, tools/COMMAND.py runs it too."
-    )
-
-
 class CommandParser(argparse.ArgumentParser):
     """Texts, also those of subcommands, stay as they are written; errors are one line."""
 
@@ -52,7 +44,6 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    """A number of things on a command line: the ``type`` of an option."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("1 at least")
@@ -76,10 +67,11 @@ def key_and_value(text: str) -> tuple[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns its exit status."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] in ("-h", "--help"):
-        print(help_text())
+        print(f"usage: {PROGRAM} COMMAND [ARGUMENT ...]\n\ncommands:")
+        print("\n".join(f"  {name:21}{about}" for name, about in COMMANDS.items()))
+        print(f"\n{PROGRAM} COMMAND --help explains each; in a checkout tools/COMMAND.py runs it.")
         return 0 if words else 2
     name, *arguments = words
     if name == "--version":
@@ -98,9 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         if os.environ.get("RESNET_BACKBONE_TRACEBACK"):
             raise
-        absent = isinstance(error, ModuleNotFoundError)
-        hint = "; pip install 'resnet_backbone[all]' installs all that commands need"
-        print(f"error: {name}: {error}{hint if absent else ''}", file=sys.stderr)
+        hint = ""
+        if isinstance(error, ModuleNotFoundError):
+            hint = "; pip install 'resnet_backbone[all]' installs all that commands need"
+        print(f"error: {name}: {error}{hint}", file=sys.stderr)
         return 2
     before, sys.argv = sys.argv, [f"{PROGRAM} {name}", *arguments]  # usage lines, command_line()
     try:

@@ -12,8 +12,13 @@ from typing import NamedTuple
 import torch
 
 from resnet_backbone.cli import CommandParser, key_and_value
-from resnet_backbone.models import StagedNetwork, build_model, list_models
-from resnet_backbone.models.analysis import analyze, count_multiply_adds, count_parameters
+from resnet_backbone.models import (
+    StagedNetwork,
+    analyze,
+    build_model,
+    count_parameters,
+    list_models,
+)
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 
 EPILOG = """\
@@ -103,11 +108,13 @@ def build_on_meta(name: str, options: dict[str, object]) -> tuple[StagedNetwork,
 def compare(reference: Row) -> dict[str, object]:
     """Our numbers beside the published ones; the key ``ok`` tells whether they agree."""
     model, size = build_on_meta(reference.name, reference.options)
-    counts, parameters = count_multiply_adds(model, size), count_parameters(model)
+    stages, parameters = analyze(model, size), count_parameters(model)
+    convolutions = sum(stage.convolutions for stage in stages)
+    total = sum(stage.multiply_adds for stage in stages)
     ok = (
         parameters == reference.parameters
-        and within_last_digit(counts.convolutions, reference.paper)
-        and within_last_digit(counts.total, reference.torchvision)
+        and within_last_digit(convolutions, reference.paper)
+        and within_last_digit(total, reference.torchvision)
     )
     return {
         "name": reference.name,
@@ -116,8 +123,8 @@ def compare(reference: Row) -> dict[str, object]:
         "parameters": parameters,
         "published_parameters": reference.parameters,
         "parameters_source": reference.source,
-        "multiply_adds_convolutions": counts.convolutions,
-        "multiply_adds": counts.total,
+        "multiply_adds_convolutions": convolutions,
+        "multiply_adds": total,
         "paper_multiply_adds_1e9": reference.paper or None,
         "torchvision_multiply_adds_1e9": reference.torchvision or None,
         "ok": ok,
@@ -126,9 +133,6 @@ def compare(reference: Row) -> dict[str, object]:
 
 def select(patterns: list[str]) -> list[Row]:
     """The references of the networks whose names match, all of them without a pattern."""
-    missing = set(list_models()) - {row.name for row in REFERENCES}
-    if missing:
-        raise ValueError(f"no published numbers for {', '.join(sorted(missing))}: add a row")
     for pattern in patterns:
         if not any(fnmatch(row.name, pattern) for row in REFERENCES):
             raise ValueError(f"no network is named {pattern!r}: use {', '.join(list_models())}")
@@ -136,65 +140,15 @@ def select(patterns: list[str]) -> list[Row]:
     return [row for row in REFERENCES if any(fnmatch(row.name, pattern) for pattern in wanted)]
 
 
-def format_table(rows: list[dict[str, str]]) -> str:
-    """Columns padded to their width, the first aligned to the left; the keys are the header."""
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    columns = []
-    for header, *column in zip(*cells, strict=True):
-        width = max(map(len, [header, *column]))
-        pad = str.rjust if columns else str.ljust
-        columns.append([pad(cell, width) for cell in [header, "-" * width, *column]])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for first, *cells in [header, ["-" * width for width in widths], *rows]:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *padded]).rstrip())
 
 
 def format_options(options: dict[str, object]) -> str:
     return " ".join(f"{key}={value}" for key, value in options.items())
-
-
-def comparison_row(r: dict) -> dict[str, str]:
-    return {
-        "network": f"{r['name']} {format_options(r['options'])}".rstrip(),
-        "parameters": f"{r['parameters']:,}",
-        "published": f"{r['published_parameters']:,} [{r['parameters_source']}]",
-        "conv": f"{r['multiply_adds_convolutions'] / 1e9:.4f}",
-        "+linear": f"{r['multiply_adds'] / 1e9:.4f}",
-        "paper": r["paper_multiply_adds_1e9"] or "-",
-        "torchvision": r["torchvision_multiply_adds_1e9"] or "-",
-        "": "ok" if r["ok"] else "DIFFERS",
-    }
-
-
-def stage_results(model: StagedNetwork, input_size: tuple[int, int]) -> list[dict[str, object]]:
-    """One row per stage and layer of the head, and the total."""
-    rows = []
-    for stage in analyze(model, input_size):
-        feature = model.features.get(stage.name)
-        if feature is None and stage.parameters == 0:
-            continue  # dropout
-        rows.append(
-            {
-                "name": stage.name,
-                "output_size": list(stage.output_shape[1:]),
-                "channels": stage.output_shape[0],
-                "stride": feature.stride if feature else None,
-                "parameters": stage.parameters,
-                "multiply_adds": stage.multiply_adds,
-            }
-        )
-    total = {key: sum(row[key] for row in rows) for key in ("parameters", "multiply_adds")}
-    blank = {"name": "total", "output_size": [], "channels": None, "stride": None}
-    return [*rows, {**blank, **total}]
-
-
-def stage_row(r: dict) -> dict[str, str]:
-    return {
-        "stage": r["name"],
-        "output": "x".join(map(str, r["output_size"])),
-        "channels": str(r["channels"] or ""),
-        "stride": str(r["stride"] or ""),
-        "parameters": f"{r['parameters']:,}",
-        "multiply-adds": f"{r['multiply_adds']:,}",
-    }
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -222,30 +176,65 @@ def build_parser() -> argparse.ArgumentParser:
 def show_stages(args: argparse.Namespace) -> int:
     options = dict(args.options)
     model, side = build_on_meta(args.model, options)
-    size = args.input_size or (side, side)
-    results = stage_results(model, size)
+    size, results = args.input_size or (side, side), []
+    for stage in analyze(model, size):
+        feature = model.features.get(stage.name)
+        if feature is None and stage.parameters == 0:
+            continue  # dropout
+        results.append(
+            {
+                "name": stage.name,
+                "output_size": list(stage.output_shape[1:]),
+                "channels": stage.output_shape[0],
+                "stride": feature.stride if feature else None,
+                "parameters": stage.parameters,
+                "multiply_adds": stage.multiply_adds,
+            }
+        )
+    total = {"name": "total", "output_size": [], "channels": None, "stride": None}
+    for key in ("parameters", "multiply_adds"):
+        total[key] = sum(result[key] for result in results)
+    results.append(total)
     if args.json:
         print(json.dumps({"model": args.model, "input_size": size, "stages": results}, indent=2))
-    else:
-        print(args.model, format_options(options), f"at {size[0]}x{size[1]}")
-        print(format_table([stage_row(result) for result in results]))
+        return 0
+    rows = []
+    for name, output, channels, stride, parameters, count in map(dict.values, results):
+        sizes = ["x".join(map(str, output)), str(channels or ""), str(stride or "")]
+        rows.append([name, *sizes, f"{parameters:,}", f"{count:,}"])
+    print(args.model, format_options(options), f"at {size[0]}x{size[1]}")
+    print_table(["stage", "output", "channels", "stride", "parameters", "multiply-adds"], rows)
     return 0
 
 
 def show_comparison(args: argparse.Namespace) -> int:
-    results = [compare(reference) for reference in select(args.names)]
+    references = select(args.names)
+    results = [compare(reference) for reference in references]
     differing = sum(not result["ok"] for result in results)
     if args.json:
         print(json.dumps(results, indent=2))
-    else:
-        print(format_table([comparison_row(r) for r in results]), NOTES, sep="\n\n")
-        print(f"\n{len(results)} rows, {differing} differ from the published numbers")
+        return 1 if differing else 0
+    rows = []
+    for one, found in zip(references, results, strict=True):
+        counts = (found["multiply_adds_convolutions"], found["multiply_adds"])
+        rows.append(
+            [
+                f"{one.name} {format_options(one.options)}".rstrip(),
+                f"{found['parameters']:,}",
+                f"{one.parameters:,} [{one.source}]",
+                *(f"{count / 1e9:.4f}" for count in counts),
+                *(one.paper or "-", one.torchvision or "-"),
+                "ok" if found["ok"] else "DIFFERS",
+            ]
+        )
+    header = ["network", "parameters", "published", "conv", "+linear", "paper", "torchvision", ""]
+    print_table(header, rows)
+    print(f"\n{NOTES}\n\n{len(results)} rows, {differing} differ from the published numbers")
     return 1 if differing else 0
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
     if not args.model and (args.options or args.input_size):
         raise UsageError("--option and --input-size need --model")

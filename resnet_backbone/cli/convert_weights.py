@@ -14,18 +14,10 @@ from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.cli.export import find_pictures, read_picture, spread, to_tensor
 from resnet_backbone.models import list_models
 from resnet_backbone.runtime.errors import one_line_errors
-from resnet_backbone.runtime.provenance import command_line
+from resnet_backbone.runtime.records import command_line
+from resnet_backbone.weights import convert as conversion
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.compare import TOLERANCE, Comparison, Samples, compare, sample_images
-from resnet_backbone.weights.convert import (
-    DTYPES,
-    convert_input,
-    fold_bn,
-    to_bn_eps,
-    to_dtype,
-    to_unit_responses,
-    use_channel_means,
-)
 from resnet_backbone.weights.export import FORMATS, check_target, export_checkpoint
 from resnet_backbone.weights.inspect import default_size, inspect_source
 from resnet_backbone.weights.preprocessing import (
@@ -86,8 +78,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> N
     add(f"--channel-order{end}", choices=("RGB", "BGR"))
     add(f"--value-range{end}", type=float, choices=(1.0, 255.0))
     for name in ("mean", "std"):
-        text = "per channel, in that order and range"
-        add(f"--{name}{end}", nargs=3, type=float, metavar="X", help=text)
+        add(f"--{name}{end}", nargs=3, type=float, metavar="X", help="per channel, in that order")
     text = "where bottlenecks have their stride; no tensor shows it"
     add(f"--stride-in-1x1{end}", choices=("true", "false"), help=text)
     add(f"--bn-eps{end}", type=float, metavar="EPS")
@@ -97,14 +88,10 @@ def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> N
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    inspect = commands.add_parser("inspect", help="say what weights are, and what they do not say")
-    text = "write weights in another form"
-    convert = commands.add_parser("convert", help=text, epilog=CONVERT_EPILOG)
-    verify = commands.add_parser("verify", help="run two on the same pictures")
-    runs = {inspect: run_inspect, convert: run_convert, verify: run_verify}
-    for command, run in runs.items():
-        command.set_defaults(run=run)
+    add = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
+    inspect = add("inspect", help="say what weights are, and what they do not say")
+    convert = add("convert", help="write weights in another form", epilog=CONVERT_EPILOG)
+    verify = add("verify", help="run two on the same pictures")
     for command in (inspect, convert):
         command.add_argument("source", metavar="SOURCE")
         text = "one of several networks in the file, such as state_dict_ema or module.encoder_k"
@@ -119,12 +106,10 @@ def build_parser() -> argparse.ArgumentParser:
     for suffix in ("a", "b"):
         add_source_arguments(verify, suffix)
     for command in (convert, verify):
-        group = command.add_argument_group("pictures to compare on")
-        text = "folder; default: photographs inside scikit-image"
-        group.add_argument("--images", metavar="DIR", help=text)
-        text = "of DIR; default 8"
-        group.add_argument("--num-images", type=positive, default=8, metavar="N", help=text)
-        group.add_argument("--size", type=int, metavar="PIXELS", help="side; default 224, CIFAR 32")
+        add = command.add_argument_group("pictures to compare on").add_argument
+        add("--images", metavar="DIR", help="folder; default: photographs inside scikit-image")
+        add("--num-images", type=positive, default=8, metavar="N", help="of DIR; default 8")
+        add("--size", type=int, metavar="PIXELS", help="side; default 224, CIFAR 32")
     return parser
 
 
@@ -138,7 +123,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     text = "VGG without norms: every layer's responses to the pictures get standard deviation 1"
     add("--unit-responses", action="store_true", help=text)
     add("--bn-eps-to", type=float, metavar="EPS")
-    add("--dtype", choices=DTYPES, help="of kernels; vectors are fp32")
+    add("--dtype", choices=conversion.DTYPES, help="of kernels; vectors are fp32")
     text = "drop a per-pixel mean image that the format cannot hold; not exact"
     add("--accept-channel-means", action="store_true", help=text)
     add("--shard-size", type=int, metavar="BYTES", help="of huggingface files")
@@ -151,16 +136,6 @@ def stated(args: argparse.Namespace, suffix: str = "") -> dict[str, Any]:
     end = f"_{suffix}" if suffix else ""
     found = {name: getattr(args, name + end) for name in SOURCE_FACTS}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def stated_options(args: argparse.Namespace) -> list[str]:
-    """The same as it was given."""
-    options = []
-    for name, value in stated(args).items():
-        values = value if isinstance(value, list) else [value]
-        texts = [f"{x:.9g}" if isinstance(x, float) else x for x in values]
-        options += [f"--{name.replace('_', '-')}", *texts]
-    return options
 
 
 def stated_source(
@@ -188,15 +163,12 @@ def stated_source(
 
 
 def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
-    """A source with what the command line says of it."""
     try:
         return read_checkpoint(source, *stated_source(args, suffix))
     except UnknownInput as error:
-        option = "--preprocessing" + (f"-{suffix}" if suffix else "")
-        raise WeightsError(
-            f"{source} does not say which input it was trained on: add {option} "
-            f"{'|'.join(PREPROCESSINGS)}, or see inspect"
-        ) from error
+        option = f"--preprocessing{'-' * bool(suffix)}{suffix} {'|'.join(PREPROCESSINGS)}"
+        text = f"{source} does not say which input it was trained on: add {option}, or see inspect"
+        raise WeightsError(text) from error
 
 
 def read_images(args: argparse.Namespace, checkpoint: Checkpoint) -> Samples:
@@ -213,28 +185,28 @@ def read_images(args: argparse.Namespace, checkpoint: Checkpoint) -> Samples:
 
 
 def report(comparison: Comparison, samples: Samples, a: str = "A", b: str = "B") -> None:
-    """Prints a comparison."""
     print(f"on {samples.text}, {samples.images.shape[-1]} pixels")
     print(comparison.difference)
     if comparison.equal:
         print(f"{a} and {b} are equal within {comparison.tolerance:g}")
     elif comparison.explanation:
         print(f"{a} and {b} DIFFER as they do where this is wrong about {b} (or about {a}):")
-        for text in comparison.explanation:
-            print(f"  {text}")
+        print("".join(f"  {text}\n" for text in comparison.explanation), end="")
         print(f"with that they agree; {comparison.explained}")
     else:
-        print(
-            f"{a} and {b} DIFFER, and none of {comparison.num_tried} known mistakes (stride, "
-            "channel order, mean, std, range, pooling, BN eps) explains it: the "
-            "weights themselves may differ"
-        )
+        known = "mistakes (stride, channel order, mean, std, range, pooling, BN eps)"
+        print(f"{a} and {b} DIFFER, and none of {comparison.num_tried} known {known} explains it:")
+        print("the weights themselves may differ")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
     lines, options = inspect_source(args.source, *stated_source(args))
     print("\n".join(lines))
-    words = ["convert", args.source, "OUT", *stated_options(args)]
+    words = ["convert", args.source, "OUT"]
+    for name, value in stated(args).items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name.replace('_', '-')}"]
+        words += [f"{x:.9g}" if isinstance(x, float) else x for x in values]
     print("next:         ", command_line("convert-weights", words), *options)
     return 0
 
@@ -247,16 +219,15 @@ def converted(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
         raise WeightsError(f"{args.to} files are used with pixels in 0..{rules.value_range:g}")
     if rules.rgb and args.channel_order_to == "BGR":
         raise WeightsError(f"{args.to} takes RGB only")
-    checkpoint = convert_input(
-        checkpoint, channel_order=args.channel_order_to, value_range=value_range
-    )
+    order = args.channel_order_to
+    checkpoint = conversion.convert_input(checkpoint, channel_order=order, value_range=value_range)
     if args.fold_std:
-        checkpoint = convert_input(checkpoint, std=(1.0, 1.0, 1.0))
+        checkpoint = conversion.convert_input(checkpoint, std=(1.0, 1.0, 1.0))
     if args.bn_eps_to is not None:
-        checkpoint = to_bn_eps(checkpoint, args.bn_eps_to)
+        checkpoint = conversion.to_bn_eps(checkpoint, args.bn_eps_to)
     if args.fold_bn:
-        checkpoint = fold_bn(checkpoint)
-    return checkpoint if args.dtype is None else to_dtype(checkpoint, args.dtype)
+        checkpoint = conversion.fold_bn(checkpoint)
+    return checkpoint if args.dtype is None else conversion.to_dtype(checkpoint, args.dtype)
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -264,10 +235,10 @@ def run_convert(args: argparse.Namespace) -> int:
     source = read(args.source, args)
     samples = read_images(args, source)
     if args.accept_channel_means:
-        source = use_channel_means(source)
+        source = conversion.use_channel_means(source)
         print("from here on with the channel means, which is not exactly the same")
     if args.unit_responses:
-        source = to_unit_responses(source, samples.images)
+        source = conversion.to_unit_responses(source, samples.images)
         print(f"every layer's responses have standard deviation 1 on {samples.text}")
     options = dict(overwrite=args.overwrite, shard_size=args.shard_size)
     exported = export_checkpoint(converted(source, args), args.out, args.to, **options)
@@ -295,8 +266,8 @@ def run_verify(args: argparse.Namespace) -> int:
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
     args = build_parser().parse_args(argv)
     if getattr(args, "key", ""):
         args.source = f"{args.source}#{args.key}"
-    return args.run(args)
+    runs = {"inspect": run_inspect, "convert": run_convert, "verify": run_verify}
+    return runs[args.command](args)

@@ -6,13 +6,10 @@ With a run of tools/train_net.py, on one image, on a folder, on what a pattern m
   python tools/demo.py --run output/r50 --input photos/ 'more/*.png' --output detected/
   python tools/demo.py --run output/r50 --input drive.mp4 --output drive_detected.mp4
 
-With a config and a checkpoint, also as one sheet and as numbers:
+With a config and a checkpoint, also as one sheet and as numbers; as a page in the browser:
 
   python tools/demo.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
       --input photos/ --sheet sheet.png --json detections.json MODEL.WEIGHTS model_final.pth
-
-As a page in the browser, to drop pictures on and to move the threshold:
-
   python tools/demo.py --run output/r50 --web
 
 Any config key can be overridden by trailing pairs, for example INPUT.MIN_SIZE_TEST 480.
@@ -33,9 +30,11 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,15 +44,7 @@ from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import UsageError, load_config
 from resnet_backbone.detection.data.arguments import detects_objects
-from resnet_backbone.detection.inference.pictures import (
-    UnreadableError,
-    contact_sheet,
-    draw_output,
-    read_bgr,
-    read_video,
-    save_image,
-    video_writer,
-)
+from resnet_backbone.detection.inference import pictures
 from resnet_backbone.detection.inference.predictor import (
     Predictor,
     describe_output,
@@ -64,6 +55,7 @@ from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+COLUMNS = ["class", "score", "x0", "y0", "x1", "y1"]  # of the page's table
 LEAST = 0.05  # score of detections that are known to the program, as in evaluations
 NO_NAMES = """\
 note: the names of the classes are not known, so numbers are written; give \
@@ -77,18 +69,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--run", metavar="DIR", help="run folder of tools/train_net.py")
     model.add_argument("--config-file", metavar="FILE", help="YAML; add MODEL.WEIGHTS FILE")
     add = parser.add_argument
-    text = "images, folders, videos, globs"
-    add("--input", nargs="+", default=[], metavar="PATH", help=text)
+    add("--input", nargs="+", default=[], metavar="PATH", help="images, folders, videos, globs")
     add("--web", action="store_true", help="open a page to try the detector on")
-    text = "of --web; 0.0.0.0: all machines (default: this one)"
-    add("--host", default="127.0.0.1", help=text)
+    add("--host", default="127.0.0.1", help="of --web; 0.0.0.0: all machines (default: this one)")
     add("--port", type=int, default=7860, help="of --web (default: 7860)")
     add("--output", metavar="PATH", help="folder, or file for a single input")
     add("--confidence", type=float, default=0.5, help="least score (default: 0.5)")
     add("--sheet", metavar="FILE", help="one picture of all results, e.g. s.png")
-    number = dict(type=positive, metavar="N")
-    add("--sheet-columns", default=4, help="(default: 4)", **number)
-    add("--sheet-max", default=12, help="most pictures on it (default: 12)", **number)
+    add("--sheet-columns", type=positive, default=4, metavar="N", help="(default: 4)")
+    add("--sheet-max", type=positive, default=12, metavar="N", help="most pictures (default: 12)")
     add("--json", metavar="FILE", help="detections as numbers")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
@@ -147,20 +136,11 @@ def plan_outputs(inputs: list[Path], output: str | None) -> list[Path | None]:
     return list(planned)
 
 
-def refuse_to_overwrite(inputs: list[Path], outputs: list[str | Path | None]) -> None:
-    """Raises UsageError if something to write is something to read."""
-    read = {path.resolve() for path in inputs}
-    for path in filter(None, outputs):
-        if Path(path).resolve() in read:
-            raise UsageError(f"{path} is an input and would be overwritten; write elsewhere")
-
-
 def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEOS
 
 
-def build_config(args: argparse.Namespace):
-    """The detector's config: the run's or the given one, with weights, device and threshold."""
+def build_predictor(args: argparse.Namespace) -> Predictor:
     if args.run:
         cfg = run_config(args.run, args.opts)
     else:
@@ -172,7 +152,7 @@ def build_config(args: argparse.Namespace):
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = least
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = least
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence
-    return cfg
+    return Predictor(cfg)
 
 
 class Demo:
@@ -188,21 +168,30 @@ class Demo:
         self.names = names, list(cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES)
         self.detections: list[dict] = []
         self.pictures: list[tuple[str, np.ndarray]] = []
-        self.best = 0.0  # score of all that was found, shown or not
+        self.best = 0.0  # score of all that was found in an input, shown or not
 
-    def image(self, path: Path, output: Path | None) -> int:
-        """Does one image; returns the number of detections. UnreadableError: it is broken."""
-        number, picture = self._detect(read_bgr(path), {"file": str(path)})
+    def run(self, path: Path, output: Path | None) -> str:
+        """Does one image or video; returns what to say. UnreadableError: it is broken."""
+        start, self.best = time.perf_counter(), 0.0
+        number = (self._video if is_video(path) else self._image)(path, output)
+        hint = ""  # where nothing is shown, and something was found with a lower score
+        if not number and self.best >= LEAST:
+            lower = max(math.floor(self.best * 20) / 20, LEAST)
+            hint = f" (best score {self.best:.2f}; try --confidence {lower:g})"
+        return f"{path}: {number} detections{hint}, {time.perf_counter() - start:.2f} s"
+
+    def _image(self, path: Path, output: Path | None) -> int:
+        number, picture = self._detect(pictures.read_bgr(path), {"file": str(path)})
         if output:
-            save_image(output, picture)
+            pictures.save_image(output, picture)
         self._keep(path, picture)
         return number
 
-    def video(self, path: Path, output: Path | None) -> int:
-        """Does one video, frame by frame; the frame with most detections goes on the sheet."""
-        rate, count, frames = read_video(path)
+    def _video(self, path: Path, output: Path | None) -> int:
+        """Frame by frame; the frame with most detections goes on the sheet."""
+        rate, count, frames = pictures.read_video(path)
         numbers, best = [], None
-        with video_writer(output, rate) if output else nullcontext() as write:
+        with pictures.video_writer(output, rate) if output else nullcontext() as write:
             bar = tqdm(frames, total=count, desc=path.name, unit="frame", leave=False, disable=None)
             for index, frame in enumerate(bar):
                 number, picture = self._detect(frame, {"file": str(path), "frame": index})
@@ -217,59 +206,94 @@ class Demo:
     def _detect(self, bgr: np.ndarray, where: dict) -> tuple[int, np.ndarray]:
         output = self.predictor(bgr)
         if "instances" in output:
-            instances = output["instances"]
-            self.best = max([self.best, *instances.scores.tolist()])
-        output = self.above(output, self.args.confidence)
-        found = describe_output(output, *self.names)
+            self.best = max([self.best, *output["instances"].scores.tolist()])
+        found, picture = self.show(bgr[:, :, ::-1], output, self.args.confidence)
         self.detections += [{**where, **entry} for entry in found]
-        rgb = np.ascontiguousarray(bgr[:, :, ::-1])
-        return len(found), draw_output(rgb, output, *self.names, self.args.confidence)
+        return len(found), picture
 
-    @staticmethod
-    def above(output: dict, confidence: float) -> dict:
-        """A detector's output with the instances of this score or more."""
-        if "instances" not in output:
-            return output
-        instances = output["instances"]
-        return {**output, "instances": instances[instances.scores >= confidence]}
-
-    def hint(self, number: int) -> str:
-        """What to do where nothing is shown, and something was found with a lower score."""
-        if number or self.best < LEAST:
-            return ""
-        lower = max(math.floor(self.best * 20) / 20, LEAST)
-        return f" (best score {self.best:.2f}; try --confidence {lower:g})"
+    def show(self, rgb: np.ndarray, output: dict, confidence: float) -> tuple[list, np.ndarray]:
+        """What a detector found with this score or more: as numbers, and drawn."""
+        if "instances" in output:
+            instances = output["instances"]
+            output = {**output, "instances": instances[instances.scores >= confidence]}
+        drawn = pictures.draw_output(np.ascontiguousarray(rgb), output, *self.names, confidence)
+        return describe_output(output, *self.names), drawn
 
     def _keep(self, path: Path, picture: np.ndarray) -> None:
         if self.args.sheet and len(self.pictures) < self.args.sheet_max:
             self.pictures.append((path.name, picture))
 
-    def write_sheet(self, path: Path) -> None:
-        captions, pictures = zip(*self.pictures, strict=True)
-        save_image(path, contact_sheet(pictures, self.args.sheet_columns, captions))
+    def write(self, unreadable: list[str]) -> None:
+        """The sheet, and detections with where they come from (boxes: see the module's text)."""
+        args = self.args
+        if args.sheet and self.pictures:
+            captions, drawn = zip(*self.pictures, strict=True)
+            sheet = pictures.contact_sheet(drawn, args.sheet_columns, captions)
+            pictures.save_image(Path(args.sheet), sheet)
+        if args.json:
+            content = {"weights": self.predictor.cfg.MODEL.WEIGHTS, "confidence": args.confidence}
+            content |= {"unreadable": unreadable, "detections": self.detections}
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.json, content, indent=1, ensure_ascii=False)
 
-    def write_json(self, path: Path, unreadable: list[str]) -> None:
-        """Detections with where they come from; boxes are xyxy in pixels of the original image."""
-        content = {"weights": self.predictor.cfg.MODEL.WEIGHTS, "confidence": self.args.confidence}
-        content |= {"unreadable": unreadable, "detections": self.detections}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, content, indent=1, ensure_ascii=False)
+
+def for_page(demo: Demo, picture: np.ndarray, output: dict, threshold: float):
+    found, drawn = demo.show(picture, output, threshold)
+    rows = [
+        [one["class"], round(one.get("score", one.get("share", 0)), 3), *one.get("box", [])]
+        for one in found
+    ]
+    text = f"{len(found)} detections with a score of {threshold:.2f} or more"
+    if not found and "instances" in output and len(output["instances"]):
+        text += f"; the best has {output['instances'].scores.max():.2f}: move the threshold"
+    file = Path(tempfile.mkdtemp(), "detections.json")
+    write_json(file, {"confidence": threshold, "detections": found})
+    return drawn, rows, text, str(file)
 
 
-def run(demo: Demo, inputs: list[Path], outputs: list[Path | None]) -> list[str]:
-    """Does all inputs, a line for each; returns what is wrong with those that cannot be read."""
-    problems = []
-    with tqdm(total=len(inputs), unit="file", disable=None) as bar:
-        for path, output in zip(inputs, outputs, strict=True):
-            start, demo.best = time.perf_counter(), 0.0
-            try:
-                number = (demo.video if is_video(path) else demo.image)(path, output)
-                seconds = time.perf_counter() - start
-                bar.write(f"{path}: {number} detections{demo.hint(number)}, {seconds:.2f} s")
-            except UnreadableError as error:
-                problems.append(str(error))
-            bar.update()
-    return problems
+def build_page(demo: Demo) -> Any:
+    """A page with Gradio: drop a picture, move the threshold, take the JSON.
+
+    A picture goes through the detector once; the threshold then chooses among what it found.
+    """
+    try:
+        import gradio
+    except ImportError as error:
+        raise UsageError("--web needs Gradio: pip install 'resnet_backbone[web]'") from error
+
+    def detect(picture: np.ndarray | None, threshold: float):
+        output = None if picture is None else demo.predictor(picture[:, :, ::-1])
+        return (output, *show(picture, output, threshold))
+
+    def show(picture: np.ndarray | None, output: dict | None, threshold: float):
+        if output is None:
+            return None, [], "Drop a picture on the left.", None
+        return for_page(demo, picture, output, threshold)
+
+    title = f"What {demo.args.run or demo.args.config_file} finds"
+    with gradio.Blocks(title=title) as page:
+        gradio.Markdown(f"## {title}")
+        state = gradio.State()
+        with gradio.Row():
+            picture = gradio.Image(label="picture", type="numpy", image_mode="RGB")
+            drawn = gradio.Image(label="detections", interactive=False)
+        threshold = gradio.Slider(LEAST, 1, demo.args.confidence, step=0.01, label="least score")
+        text = gradio.Markdown()
+        table = gradio.Dataframe(headers=COLUMNS, interactive=False)
+        file = gradio.DownloadButton("Download as JSON")
+        results = [drawn, table, text, file]
+        picture.change(detect, [picture, threshold], [state, *results])
+        threshold.change(show, [picture, state, threshold], results, show_progress="hidden")
+    return page
+
+
+def serve(args: argparse.Namespace) -> None:
+    page = build_page(Demo(build_predictor(args), args))
+    print(f"Open http://{args.host}:{args.port} in a browser. Ctrl-C ends it.", flush=True)
+    try:
+        page.launch(server_name=args.host, server_port=args.port, quiet=True)
+    except OSError as error:
+        raise UsageError(f"--port {args.port}: {error}; choose another one") from error
 
 
 @one_line_errors
@@ -277,18 +301,22 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     if args.web:
-        from resnet_backbone.cli.demo_page import serve  # Gradio is an extra
-
-        return serve(Demo(Predictor(build_config(args)), args))
+        return serve(args)
     inputs = find_inputs(args.input)
     outputs = plan_outputs(inputs, args.output)
-    refuse_to_overwrite(inputs, [*outputs, args.sheet, args.json])
-    demo = Demo(Predictor(build_config(args)), args)
-    problems = run(demo, inputs, outputs)
-    if args.sheet and demo.pictures:
-        demo.write_sheet(Path(args.sheet))
-    if args.json:
-        demo.write_json(Path(args.json), problems)
+    read, problems = {path.resolve() for path in inputs}, []
+    for path in filter(None, [*outputs, args.sheet, args.json]):
+        if Path(path).resolve() in read:
+            raise UsageError(f"{path} is an input and would be overwritten; write elsewhere")
+    demo = Demo(build_predictor(args), args)
+    with tqdm(total=len(inputs), unit="file", disable=None) as bar:
+        for path, output in zip(inputs, outputs, strict=True):
+            try:
+                bar.write(demo.run(path, output))
+            except pictures.UnreadableError as error:
+                problems.append(str(error))
+            bar.update()
+    demo.write(problems)
     for written in filter(None, (args.output, args.sheet, args.json)):
         if os.path.exists(written):
             print(f"written: {written}")

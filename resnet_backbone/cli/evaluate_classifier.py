@@ -8,51 +8,33 @@ of pictures without labels.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from resnet_backbone.classification import networks
+from resnet_backbone.classification.data import imagenet
 from resnet_backbone.classification.data.evaluation import (
     EvaluationArrays,
     EvaluationFiles,
     EvaluationLoader,
 )
-from resnet_backbone.classification.data.imagenet import (
-    ImageFiles,
-    name_classes,
-    read_class_list,
-    read_flat_folder,
-    read_image_folder,
-)
 from resnet_backbone.classification.data.sources import CIFAR10_CLASSES, read_cifar10
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
-from resnet_backbone.classification.networks import (
-    NetworkSpec,
-    load_network,
-    read_class_names,
-    read_spec,
-)
 from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.cli.export import find_pictures
-from resnet_backbone.report.table import prediction_rows, write_evaluation
+from resnet_backbone.report.table import prediction_rows, write_csv, write_evaluation
+from resnet_backbone.runtime import records
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
-from resnet_backbone.runtime.provenance import (
-    command_line,
-    date,
-    hardware,
-    source_revision,
-    versions,
-)
-from resnet_backbone.runtime.run_folder import set_up_logging
+from resnet_backbone.runtime.records import set_up_logging
 from resnet_backbone.weights.load import WrongStride
 from resnet_backbone.weights.preprocessing import USUAL_TEST, InputNormalizer, Preprocessing
 from resnet_backbone.weights.reading import UnknownInput
@@ -75,9 +57,6 @@ examples:
   The authors' released weights, which say neither, on ten of the thousand classes:
     python tools/evaluate_classifier.py --weights resnet50_msra.safetensors --model resnet50 \\
         --preprocessing msra --imagenet-folder some_classes --class-list wnid_index.txt
-  Weights that torchvision or others published (the stride is on the 3x3 there):
-    python tools/evaluate_classifier.py --weights resnet50_tv.safetensors --model resnet50 \\
-        --model-options stride_in_1x1=False --preprocessing torchvision --imagenet-folder val
   An ensemble, a flat folder with a label list, CIFAR-10:
     python tools/evaluate_classifier.py --weights a.safetensors b.safetensors \\
         --flat ILSVRC2012_img_val --labels val_labels.txt --class-list LOC_synset_mapping.txt
@@ -91,9 +70,8 @@ windows and fc as a 1x1 convolution; global_pool is its ordinary forward pass at
 The paper leaves these open; the defaults are those of VGG, to which it refers. A per-pixel mean has
 one size: dense testing subtracts the channel means in its place.
 
-With several processes (--num-gpus, or torchrun) each image is still evaluated exactly once, and
-the numbers are those of one process. Unreadable images end the evaluation; with --max-bad-images N
-up to N of them are listed in results.json and count as wrong.
+Several processes (--num-gpus, or torchrun) give the numbers of one. Unreadable images end the
+evaluation; with --max-bad-images N up to N of them are listed in results.json and count as wrong.
 Exit status: 0, or 2 for wrong input."""
 
 ONLY_FOR = dict.fromkeys(("resize", "crop"), ("center", "ten_crop"))
@@ -102,23 +80,15 @@ ONLY_FOR |= dict.fromkeys(("sizes", "flip", "pooling", "softmax", "window"), ("d
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("networks").add_argument
-    several: dict[str, Any] = dict(nargs="+", metavar="NAME", default=[])
-    text = ".safetensors; several: ensemble"
-    add("--weights", nargs="+", required=True, metavar="FILE", help=text)
-    text = (
-        "network of files that do not say theirs, one for all or one each: resnet50, "
-        "torchvision/NAME, timm/NAME (tools/analyze_model.py lists ours)"
-    )
-    add("--model", help=text, **several)
+    several: dict[str, Any] = dict(nargs="+", default=[])
+    add("--weights", nargs="+", required=True, metavar="FILE", help=".safetensors; more: ensemble")
+    silent = "of files that do not say theirs, one for all or one each"
+    text = f"network {silent}: resnet50 (ours: tools/analyze_model.py), torchvision/NAME, timm/NAME"
+    add("--model", metavar="NAME", help=text, **several)
     text = "arguments of --model, such as stride_in_1x1=False"
-    how = several | {"metavar": "KEY=VALUE"}
-    add("--model-options", type=key_and_value, help=text, **how)
+    add("--model-options", type=key_and_value, metavar="KEY=VALUE", help=text, **several)
     add("--num-classes", type=int, help="of --model (default: 1000; CIFAR nets: 10)")
-    text = (
-        "input of files that do not say theirs, one for all or one each: msra, caffe_vgg, "
-        "torchvision"
-    )
-    add("--preprocessing", help=text, **several)
+    add("--preprocessing", metavar="NAME", help=f"input {silent}: msra, caffe_vgg, ...", **several)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,8 +99,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--cifar10", metavar="DIR", help="the test set, binary or Python version")
     text = "pictures and folders without labels: says the classes of each"
     chosen.add_argument("--predict", nargs="+", type=Path, metavar="PATH", help=text)
-    text = "'name wnid' or 'name index' lines of --flat"
-    group.add_argument("--labels", metavar="FILE", help=text)
+    group.add_argument("--labels", metavar="FILE", help="'name wnid' or 'name index' lines")
     text = "'wnid index' lines; needed where the data have only some of the network's classes"
     group.add_argument("--class-list", metavar="FILE", help=text)
     text = "unreadable images that may count as wrong (default: 0, stop at the first)"
@@ -141,11 +110,8 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=tuple(PROTOCOLS), help="(default: center; with --cifar10: full)")
     add("--resize", type=int, help="center, ten_crop: short side (default: the weights', else 256)")
-    add(
-        "--crop", type=int, help="center, ten_crop: side of crops (default: the weights', else 224)"
-    )
-    text = "dense: short sides (default: 224 256 384 480 640)"
-    add("--sizes", type=int, nargs="+", help=text)
+    add("--crop", type=int, help="center, ten_crop: side of crop (default: the weights', else 224)")
+    add("--sizes", type=int, nargs="+", help="dense: short sides (default: 224 256 384 480 640)")
     add("--flip", action="store_true", default=None, help="dense: mirrored views, too")
     add("--pooling", choices=POOLINGS, help="dense (default: sliding)")
     add("--softmax", choices=SOFTMAXES, help="dense (default: per_view)")
@@ -162,8 +128,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=4, help="loader processes (default: 4)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--amp", choices=tuple(AMP), default="none", help="mixed precision")
-    both = argparse.BooleanOptionalAction
-    add("--channels-last", action=both, default=True, help="memory format")
+    flag = argparse.BooleanOptionalAction
+    add("--channels-last", action=flag, default=True, help="memory format")
     add("--output", metavar="DIR", help="folder for results")
     add_launch_arguments(parser)
     args = parser.parse_args(argv)
@@ -206,11 +172,13 @@ def one_each(values: list[str], args: argparse.Namespace, option: str) -> list[s
     return values if len(values) > 1 else (values or [""]) * len(args.weights)
 
 
-def network_spec(path: str, name: str, args: argparse.Namespace) -> tuple[NetworkSpec, bool]:
+def network_spec(
+    path: str, name: str, args: argparse.Namespace
+) -> tuple[networks.NetworkSpec, bool]:
     """The network of a weights file, and whether the file says it; else the arguments do."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; give --weights a .safetensors file")
-    found = read_spec(path)
+    found = networks.read_spec(path)
     if found is not None:
         if len(args.model) == len(args.weights) and name != found.name:
             raise UsageError(f"{path} is of {found.name}, not {name}: leave out --model")
@@ -218,7 +186,7 @@ def network_spec(path: str, name: str, args: argparse.Namespace) -> tuple[Networ
     if not name:
         raise UsageError(f"{path} does not say which network it is of: give --model NAME")
     classes = args.num_classes or (10 if name.startswith("cifar_") else 1000)
-    return NetworkSpec(name, classes, dict(args.model_options)), False
+    return networks.NetworkSpec(name, classes, dict(args.model_options)), False
 
 
 def load_networks(
@@ -234,7 +202,7 @@ def load_networks(
             preprocessing = ""  # the one for all is for files without their own
         model = spec.build()
         try:
-            found = load_network(model, path, preprocessing)
+            found = networks.load_network(model, path, preprocessing)
         except UnknownInput as error:
             raise UsageError(str(UnknownInput(error.source, "--preprocessing"))) from error
         except WrongStride as error:
@@ -250,32 +218,28 @@ def load_networks(
     return models, specs[0].num_classes
 
 
-class Data(NamedTuple):
+def read_data(
+    args: argparse.Namespace, protocol: Protocol, num_classes: int
+) -> tuple[EvaluationFiles | EvaluationArrays, tuple[str, ...]]:
     """The images, and a name for each of the network's classes."""
-
-    images: EvaluationFiles | EvaluationArrays
-    class_names: tuple[str, ...]
-
-
-def read_data(args: argparse.Namespace, protocol: Protocol, num_classes: int) -> Data:
     if args.cifar10:
         if num_classes != len(CIFAR10_CLASSES):
             raise UsageError(f"the network has {num_classes} classes, CIFAR-10 has 10")
-        return Data(EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES)
-    classes = read_class_list(args.class_list) if args.class_list else None
-    named = read_class_names(args.weights[0])
+        return EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES
+    classes = imagenet.read_class_list(args.class_list) if args.class_list else None
+    named = networks.read_class_names(args.weights[0])
     if classes is None and not args.flat and len(named) == num_classes:
         classes = {name: number for number, name in enumerate(named)}
     if args.predict:
         pictures = [str(path.absolute()) for path in find_pictures(args.predict, "--predict")]
-        names = name_classes(classes or {}, num_classes)
-        files = ImageFiles("/", pictures, [0] * len(pictures), names)
-        return Data(EvaluationFiles(files.samples, protocol.short_sides, protocol.prepare), names)
-    if args.imagenet_folder:
-        files = read_image_folder(args.imagenet_folder, classes, num_classes if classes else 0)
+        names = imagenet.name_classes(classes or {}, num_classes)
+        files, known = imagenet.ImageFiles("/", pictures, [0] * len(pictures), names), num_classes
+    elif args.imagenet_folder:
+        wanted = num_classes if classes else 0
+        files = imagenet.read_image_folder(args.imagenet_folder, classes, wanted)
         known = len(files.class_names)
     else:
-        files = read_flat_folder(args.flat, args.labels, classes, num_classes)
+        files = imagenet.read_flat_folder(args.flat, args.labels, classes, num_classes)
         named = [name for name in files.class_names if not name.startswith("class ")]
         known = len(named) or num_classes  # indices need no names
     if not classes and known != num_classes:
@@ -285,63 +249,58 @@ def read_data(args: argparse.Namespace, protocol: Protocol, num_classes: int) ->
             "index' for each"
         )
     images = EvaluationFiles(files.samples, protocol.short_sides, protocol.prepare)
-    return Data(images, files.class_names)
+    return images, files.class_names
 
 
-def write_results(
-    args: argparse.Namespace, world: World, data: Data, result: EvaluationResult
-) -> None:
+def write_results(args: argparse.Namespace, world: World, images, names, result) -> None:
     folder = Path(args.output)
-    files = write_evaluation(folder, result, data.class_names, data.images.name_of)
+    files = write_evaluation(folder, result, names, images.name_of)
     content = {
-        "command": command_line("evaluate-classifier", args.arguments),
+        "command": records.command_line("evaluate-classifier", args.arguments),
         "weights": args.weights,
         "data": args.imagenet_folder or args.flat or args.cifar10,
         **result.to_dict(),
         "amp": args.amp,
         "processes": world.size,
-        "date": date()[:10],
-        "hardware": hardware(world.device),
-        "versions": versions(),
-        "revision": source_revision(),
+        "date": records.date()[:10],
+        "hardware": records.hardware(world.device),
+        "versions": records.versions(),
+        "revision": records.source_revision(),
     }
     write_json(folder / "results.json", content)
     logger.info("written: %s, %s", folder / "results.json", ", ".join(f.name for f in files))
 
 
-def show_predictions(args: argparse.Namespace, data: Data, result: EvaluationResult) -> None:
+def show_predictions(args: argparse.Namespace, images, names, result: EvaluationResult) -> None:
     """A line for each picture; with --output also predictions.csv, without labels."""
-    header, *rows = prediction_rows(result.predictions, data.class_names, data.images.name_of)
-    hidden = header.index("label"), header.index("label_name")
-    rows = [[cell for k, cell in enumerate(row) if k not in hidden] for row in (header, *rows)]
-    for row in rows[1:]:
-        best = zip(row[3::3], row[4::3], strict=True)
-        print(f"{row[1]}: " + ", ".join(f"{name} {float(score):.3f}" for name, score in best))
+    rows = []
+    for index, image, _, _, *best in prediction_rows(result.predictions, names, images.name_of):
+        rows.append([index, image, *best])
+    for _, image, *best in rows[1:]:
+        pairs = zip(best[1::3], best[2::3], strict=True)
+        print(f"{image}: " + ", ".join(f"{name} {float(score):.3f}" for name, score in pairs))
     if args.output:
         path = Path(args.output) / "predictions.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        write_csv(path, rows)
         print(f"written: {path}")
 
 
 def work(args: argparse.Namespace) -> None:
-    """What each process does."""
     world = current_world(choose_device(args.device))
     set_up_logging(None, world.is_main)
     models, num_classes = load_networks(args, world)
     protocol = make_protocol(args, models[0][1].preprocessing)
-    data = read_data(args, protocol, num_classes)
-    place = dict(rank=world.rank, world=world.size, pin_memory=world.device.type == "cuda")
-    loader = EvaluationLoader(data.images, args.batch_size, workers=args.workers, **place)
+    images, names = read_data(args, protocol, num_classes)
+    place = dict(rank=world.rank, world=world.size)
+    loader = EvaluationLoader(images, args.batch_size, workers=args.workers, **place)
     options = dict(channels_last=args.channels_last, max_bad_images=args.max_bad_images)
     result = evaluate(models, protocol, loader, world=world, autocast=AMP[args.amp], **options)
     if world.is_main and args.predict:
-        show_predictions(args, data, result)
+        show_predictions(args, images, names, result)
     elif world.is_main:
         logger.info("%s", result)
         if args.output:
-            write_results(args, world, data, result)
+            write_results(args, world, images, names, result)
 
 
 @one_line_errors

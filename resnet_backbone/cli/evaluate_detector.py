@@ -13,10 +13,10 @@ Rows, each with all before it that were asked for by --rows:
   multi-scale   regions are pooled on two of several scales and merged by their maximum (--scales)
   ensemble      together with the detectors of --ensemble-run
 
-A row without its run is named and left out. Each row is kept in --output as soon as it is done:
-after an interruption, the same command continues with the next one. Rows whose weights, settings or
-data have changed are measured again. --output gets results.json (AP, AP per class, seconds per
-image, and where each number comes from) and results.md. On COCO it has the paper's numbers too.
+A row without its run is named and left out. Rows are kept in --output: after an interruption, the
+same command continues with the next one. Rows whose weights, settings or data have changed are
+measured again. --output gets results.json (AP, AP per class, seconds per image, and where each
+number comes from) and results.md. On COCO it has the paper's numbers too.
 
 Trailing KEY VALUE pairs hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
 RESNET_BACKBONE.TEST.FLIP True, RESNET_BACKBONE.TEST.NMS gaussian or
@@ -51,30 +51,19 @@ from resnet_backbone.detection.config import (
 from resnet_backbone.detection.data.arguments import add_data_arguments, set_up_data
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.evaluation.results import data_digest, timed_inference
-from resnet_backbone.detection.inference.predictor import (
-    check_member,
-    find_weights,
-    for_testing,
-    run_config,
-    trained_detector,
-)
+from resnet_backbone.detection.inference import predictor
 from resnet_backbone.report.detection_table import improvements_section, read_row
 from resnet_backbone.report.runs import by_class
 from resnet_backbone.report.table import markdown
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import sha256, write_json, write_text
-from resnet_backbone.runtime.provenance import command_line, date, hardware
+from resnet_backbone.runtime.records import command_line, date, hardware
 
 ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
 PAPER_SCALES = (200, 400, 600, 800, 1000)  # of images that are otherwise tested at 600
 OF_THE_ROWS = (  # keys that rows and other options set
-    "MODEL.WEIGHTS",
-    "OUTPUT_DIR",
-    "RESNET_BACKBONE.GLOBAL_CONTEXT",
-    "RESNET_BACKBONE.TEST.BOX_REFINEMENT",
-    "RESNET_BACKBONE.TEST.SCALES",
-    "RESNET_BACKBONE.TEST.ENSEMBLE",
-    "TEST.AUG.ENABLED",
+    *("MODEL.WEIGHTS", "OUTPUT_DIR", "RESNET_BACKBONE.GLOBAL_CONTEXT", "TEST.AUG.ENABLED"),
+    *(f"RESNET_BACKBONE.TEST.{key}" for key in ("BOX_REFINEMENT", "SCALES", "ENSEMBLE")),
 )
 
 
@@ -98,27 +87,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how = dict(action="extend", nargs="+", default=[], metavar="DIR")
     add("--ensemble-run", help="further detectors", **how)
     add("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="(default: all)")
-    text = (
-        "short sides (default: the paper's 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST of the "
-        "detector over the paper's 600)"
-    )
+    text = "short sides (default: 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST / 600)"
     add("--scales", nargs="+", metavar="N", help=text)
     add("--output", required=True, metavar="DIR", help="folder of the results")
     add_data_arguments(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
     take_back_overrides(args, "ensemble_run", "rows", "scales")
-    unknown = [row for row in args.rows if row not in ROWS]
-    if unknown:
-        raise UsageError(f"--rows {unknown[0]}: the rows are {', '.join(ROWS)}")
+    for row in args.rows:
+        if row not in ROWS:
+            raise UsageError(f"--rows {row}: the rows are {', '.join(ROWS)}")
     try:
         args.scales = [int(scale) for scale in args.scales or ()]
     except ValueError:
         raise UsageError(f"--scales {' '.join(args.scales)}: short sides in pixels") from None
     args.eval_only = True
-    taken = sorted(set(args.opts[::2]) & set(OF_THE_ROWS))
-    if taken:
-        raise UsageError(f"{taken[0]} is set by --run and --rows: leave it out")
+    for key in args.opts[::2]:
+        if key in OF_THE_ROWS:
+            raise UsageError(f"{key} is set by --run and --rows: leave it out")
     return args
 
 
@@ -128,7 +114,7 @@ def read_runs(args: argparse.Namespace) -> dict:
     for key, value in DEFAULTS.TEST.items():
         off += [f"RESNET_BACKBONE.TEST.{key}", str(value)]
     runs = [run for run in (args.run, args.context_run) if run]
-    found = {run: run_config(run, [*off, *args.opts]) for run in runs}
+    found = {run: predictor.run_config(run, [*off, *args.opts]) for run in runs}
     for run, wanted in ((args.run, False), (args.context_run, True)):
         if run and found[run].RESNET_BACKBONE.GLOBAL_CONTEXT != wanted:
             has, option = ("lacks", "--run") if wanted else ("has", "--context-run")
@@ -140,10 +126,11 @@ def read_runs(args: argparse.Namespace) -> dict:
     if len(first.DATASETS.TEST) != 1:
         raise UsageError(f"DATASETS.TEST {first.DATASETS.TEST}: rows are of one test set")
     for run in runs[1:]:
-        check_member(first, found[run], run)
+        predictor.check_member(first, found[run], run)
         found[run].DATASETS = first.DATASETS.clone()
     for run in args.ensemble_run:  # before hours of the other rows
-        check_member(first, run_config(run, ["MODEL.DEVICE", first.MODEL.DEVICE]), run)
+        member = predictor.run_config(run, ["MODEL.DEVICE", first.MODEL.DEVICE])
+        predictor.check_member(first, member, run)
     return found
 
 
@@ -184,17 +171,16 @@ def fingerprint(row: Row, data: str, digest: Callable[[Any], str]) -> str:
     cfg.OUTPUT_DIR = ""
     parts = [cfg.dump(), data, digest(cfg.MODEL.WEIGHTS)]
     for run in cfg.RESNET_BACKBONE.TEST.ENSEMBLE:
-        parts += [digest(find_weights(run)), digest(os.path.join(run, "config.yaml"))]
+        parts += [digest(predictor.find_weights(run)), digest(os.path.join(run, "config.yaml"))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def evaluate(row: Row, detector: torch.nn.Module) -> dict:
-    """Runs a row's detector over the test set."""
     cfg, data = row.cfg, row.cfg.DATASETS.TEST[0]
     loader = Trainer.build_test_loader(cfg, data)
     batches = tqdm(loader, desc=row.label, unit="batch", disable=None)
     evaluator = Trainer.build_evaluator(cfg, data)
-    results, speed = timed_inference(for_testing(cfg, detector), batches, evaluator)
+    results, speed = timed_inference(predictor.for_testing(cfg, detector), batches, evaluator)
     if "bbox" not in results:
         raise UsageError(f"data set {data} has no annotations to score with")
     numbers = {key: None if value != value else value for key, value in results["bbox"].items()}
@@ -217,7 +203,7 @@ def evaluate(row: Row, detector: torch.nn.Module) -> dict:
 def measure(rows: list[Row], runs: dict) -> Iterator[tuple[dict, bool]]:
     """Each row's numbers, and whether they were there already; rows of a run share its detector."""
     digest, data = functools.cache(sha256), data_digest(rows[0].cfg.DATASETS.TEST[0])
-    detector = functools.lru_cache(maxsize=1)(lambda run: trained_detector(runs[run]))
+    detector = functools.lru_cache(maxsize=1)(lambda run: predictor.trained_detector(runs[run]))
     for row in rows:
         path, wanted = Path(row.cfg.OUTPUT_DIR, "row.json"), fingerprint(row, data, digest)
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -231,6 +217,10 @@ def measure(rows: list[Row], runs: dict) -> Iterator[tuple[dict, bool]]:
         yield found, False
 
 
+def as_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
     """Markdown: our numbers, on COCO the paper's beside them, then AP per class."""
     bbox = [row["results"]["bbox"] for row in rows]
@@ -238,16 +228,9 @@ def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
     parts += [f"`{name}` is left out: {reason}." for name, reason in left_out.items()]
     metric, classes = by_class(bbox[0])
     if classes:
-        cells = [[name, *(_text(b[f"{metric}-{name}"]) for b in bbox)] for name in classes]
+        cells = [[name, *(as_text(b[f"{metric}-{name}"]) for b in bbox)] for name in classes]
         parts.append(markdown([f"{metric} of", *(row["name"] for row in rows)], cells))
     return "\n\n".join(parts) + "\n"
-
-
-def write_results(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str]) -> None:
-    folder = Path(args.output)
-    content = {"command": command_line(), "rows": rows, "left_out": left_out}
-    write_json(folder / "results.json", content)
-    write_text(folder / "results.md", format_tables(rows, left_out))
 
 
 @one_line_errors
@@ -260,16 +243,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"row {name} is left out: {reason}")
     if not rows:
         raise UsageError("no row is left to measure")
-    done = []
+    done, folder = [], Path(args.output)
     for row, (found, kept) in zip(rows, measure(rows, runs), strict=True):
         numbers = found["results"]["bbox"]
-        columns = "  ".join(f"{key} {_text(numbers.get(key))}" for key in ("AP50", "AP", "AP75"))
+        columns = "  ".join(f"{key} {as_text(numbers.get(key))}" for key in ("AP50", "AP", "AP75"))
         seconds = f"{found['seconds_per_image']:.3f} s per image"
         print(f"{row.label:12}  {columns}  {seconds}{'  (kept)' if kept else ''}", flush=True)
         done.append(found)
-        write_results(args, done, left_out)
-    print(f"written: {Path(args.output, 'results.json')}, {Path(args.output, 'results.md')}")
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+        content = {"command": command_line(), "rows": done, "left_out": left_out}
+        write_json(folder / "results.json", content)
+        write_text(folder / "results.md", format_tables(done, left_out))
+    print(f"written: {folder / 'results.json'}, {folder / 'results.md'}")

@@ -21,7 +21,7 @@ import argparse
 import json
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -49,8 +49,7 @@ Every file is run on the images of --images (onnxruntime for ONNX), each at its 
 outputs, relative to the largest value of that output; of a detector's boxes, as a fraction of the
 image's longer side, and of its scores. Above --tolerance, or with other shapes or another number of
 detections, nothing is written and the exit status is 1. Give photographs of two sizes at least; the
-first four are enough. NAME.json says what the input has to be, in the words that are in the ONNX
-file's metadata as well.
+first four are enough. NAME.json, and the ONNX file's metadata, say what the input has to be.
 
 Without --with-normalization the input is float32, normalized by the caller as NAME.json says; with
 it, RGB pixels in 0..255. A detector normalizes by itself: float32, 0..255, in INPUT.FORMAT's order.
@@ -78,8 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preprocessing", default="", help="where the weights do not say it")
     add("--out-features", nargs="+", metavar="STAGE", help="a backbone: res2 ... res5")
     add("--format", nargs="+", choices=("pt2", "onnx"), default=["pt2", "onnx"], help="both")
-    text = "the graph takes RGB pixels in 0..255"
-    add("--with-normalization", action="store_true", help=text)
+    add("--with-normalization", action="store_true", help="the graph takes RGB pixels in 0..255")
     add("--input-type", choices=("uint8", "float32"), default="uint8", help="of those pixels")
     add = parser.add_argument_group("detector").add_argument
     add("--config-file", help="of its run; makes --weights a detector's")
@@ -92,11 +90,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def find_pictures(paths: Iterable[str | Path], option: str = "--images") -> list[Path]:
+def find_pictures(paths: Sequence[str | Path], option: str = "--images") -> list[Path]:
     """Files as they are given, and in place of a folder all pictures below it, sorted by name."""
     found: list[Path] = []
-    paths = [Path(path) for path in paths]
-    for path in paths:
+    for path in map(Path, paths):
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         found += [file for file in inside if file == path or file.suffix.lower() in EXTENSIONS]
     if not found:
@@ -122,17 +119,15 @@ def to_tensor(picture: Image.Image) -> Tensor:
 def read_images(paths: list[Path], longest_side: int) -> list[Tensor]:
     """The first images, RGB uint8 (1, 3, H, W) each, in at least two sizes."""
     images: list[Tensor] = []
-    sizes: set[tuple[int, ...]] = set()
     for file in find_pictures(paths):
         picture = read_picture(file)
         picture.thumbnail((longest_side, longest_side))
         pixels = to_tensor(picture)[None]
-        if len(images) < CHECKED or tuple(pixels.shape) not in sizes:
+        if len(images) < CHECKED or pixels.shape != images[0].shape:
             images.append(pixels)
-            sizes.add(tuple(pixels.shape))
-        if len(images) >= CHECKED and len(sizes) >= 2:
+        if len(images) >= CHECKED and any(image.shape != images[0].shape for image in images):
             return images
-    if len(sizes) < 2:
+    if all(image.shape == images[0].shape for image in images):
         raise ValueError("--images: give photographs of two sizes at least, to check both")
     return images
 
@@ -144,12 +139,6 @@ def build_network(args: argparse.Namespace) -> tuple[StagedNetwork, Preprocessin
     network = checkpoint.model.build(**options)
     preprocessing = load_weights(network, args.weights, args.preprocessing)
     return network.eval(), preprocessing, checkpoint.model
-
-
-def check_batches(images: list[Tensor], prepare) -> Iterator[Tensor]:
-    """Each image alone, and the first one with its mirror image as a batch of two."""
-    yield from map(prepare, images)
-    yield prepare(torch.cat([images[0], images[0].flip(3)]))
 
 
 def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -177,9 +166,10 @@ def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         metadata = {"input": json.dumps(facts), "preprocessing": preprocessing.to_json()}
         export.export_onnx(model, path, metadata=metadata, program=program)
         runners["onnx"] = export.run_onnx(path)
+    pair = torch.cat([images[0], images[0].flip(3)])
+    batches = [prepare(batch) for batch in (*images, pair)]
     differences = {
-        kind: export.largest_difference(reference, run, check_batches(images, prepare))
-        for kind, run in runners.items()
+        kind: export.largest_difference(reference, run, batches) for kind, run in runners.items()
     }
     return {
         "model": json.loads(spec.to_json()),
@@ -267,10 +257,8 @@ def refuse_differences(differences: dict[str, dict[str, float]], tolerance: floa
             if not value <= tolerance:
                 wrong.append(f"{output} of {kind} by {value:.1e}")
     if wrong:
-        raise Mismatch(
-            f"{', '.join(wrong)} from PyTorch, more than --tolerance {tolerance:g}: "
-            "nothing was written"
-        )
+        limit = f"more than --tolerance {tolerance:g}: nothing was written"
+        raise Mismatch(f"{', '.join(wrong)} from PyTorch, {limit}")
 
 
 @one_line_errors

@@ -22,13 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from resnet_backbone.classification.data import archives
-from resnet_backbone.classification.data.imagenet import (
-    name_classes,
-    read_class_list,
-    read_flat_folder,
-    read_image_folder,
-)
+from resnet_backbone.classification.data import archives, imagenet
+from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.runtime.errors import one_line_errors
 
 SHOWN = 10  # problems printed
@@ -70,25 +65,23 @@ Build the ImageNet folders from the official archives, or check folders that are
 gives imagenet/train/<wnid>/*.JPEG and imagenet/val/<wnid>/*.JPEG. With --flat-val the validation
 images stay in one folder, and imagenet/val_labels.txt has a line 'name wnid' for each.
 
-The labels of the validation set are numbers in an order of the development kit's own; sorted
-wnids, by which networks count classes, are in another one. They are converted by the kit's table,
-or taken from a file of wnids (--val-labels).
+The labels of the validation set are numbers in the development kit's own order. They are
+converted by its table to that of sorted wnids, or taken from a file of wnids (--val-labels).
 
   python tools/prepare_data.py imagenet imagenet --check-images
 
-reads every image (hours on one core; see --workers) and lists what cannot be read, and what is
-not an ordinary image, in imagenet/bad_images.txt. The archives come from image-net.org, after
-registration."""
+reads every image (hours on one core; see --workers) and lists what cannot be read, or is unusual,
+in imagenet/bad_images.txt. The archives come from image-net.org, after registration."""
 SHARDS = """\
 Write a data set as tar shards for an object store, or index shards that are there.
 
   python tools/prepare_data.py shards write imagenet/train shards/train
   python tools/prepare_data.py shards index shards/train --class-list wnids.txt
 
-The shards are in WebDataset's layout (<key>.jpeg and <key>.cls in each tar), so other programs
-read them too. The file index.npz beside them says where each image lies: with it the trainer
-reads exact epochs and resumes at any sample. Copy the folder as it is to a bucket, and train from
-s3://BUCKET/train (needs fsspec's package for that store: s3fs, gcsfs, ...)."""
+The shards are in WebDataset's layout (<key>.jpeg and <key>.cls in each tar). The file index.npz
+beside them says where each image lies: with it the trainer reads exact epochs and resumes at any
+sample. Copy the folder to a bucket, and train from s3://BUCKET/train (needs fsspec's package for
+that store: s3fs, gcsfs, ...)."""
 OWN = """\
 Turn your own images with boxes into a data set to train on, and print the command that trains.
 
@@ -118,124 +111,87 @@ Make panoptic and semantic ground truth from COCO instances, or "stuff" labels f
       --output panoptic_stuff_train2017
 
 The first writes labels/train/semantic (every class and background), labels/train/stuff (things,
-background), labels/train/panoptic and panoptic.json. It is made from instances: the smaller of two
-overlapping instances lies on top, crowds are ignored, and every other pixel is of one class,
-background. The second writes, for annotations of stuff as COCO has them, what Panoptic FPN's
-semantic head learns: 0 things, then the classes of stuff by rising id, 255 where nothing is
-annotated."""
+background), labels/train/panoptic and panoptic.json. The smaller of two overlapping instances lies
+on top, crowds are ignored, and every other pixel is background. The second writes, for COCO's
+annotations of stuff, what Panoptic FPN's semantic head learns: 0 things, then the classes of stuff
+by rising id, 255 where nothing is annotated."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    options = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser = argparse.ArgumentParser(description=__doc__, **options)
+    parser = CommandParser(description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="kind", required=True, metavar="DATA")
-    for name, description, add_options in (
-        ("own", OWN, add_own_options),
-        ("voc", VOC, add_detection_options),
-        ("coco", COCO, add_detection_options),
-        ("imagenet", IMAGENET, add_imagenet_options),
-        ("shards", SHARDS, add_shards_options),
-        ("digits", DIGITS, add_digits_options),
-        ("labels", LABELS, add_labels_options),
+    for name, description, add_options, run in (
+        ("own", OWN, add_own_options, prepare_detection),
+        ("voc", VOC, add_detection_options, prepare_detection),
+        ("coco", COCO, add_detection_options, prepare_detection),
+        ("imagenet", IMAGENET, add_imagenet_options, prepare_imagenet),
+        ("shards", SHARDS, add_shards_options, make_shards),
+        ("digits", DIGITS, add_digits_options, make_digits),
+        ("labels", LABELS, add_labels_options, make_segmentation_labels),
     ):
-        about = description.partition("\n")[0]
-        add_options(commands.add_parser(name, help=about, description=description, **options))
-    args = parser.parse_args(argv)
-    if getattr(args, "workers", 1) < 1:
-        raise ValueError(f"--workers {args.workers}: at least 1 is needed")
-    return args
+        texts = dict(description=description, help=description.partition("\n")[0])
+        command = commands.add_parser(name, allow_abbrev=False, **texts)
+        command.set_defaults(run=run)
+        add_options(command)
+    return parser.parse_args(argv)
 
 
 def add_detection_options(parser: argparse.ArgumentParser) -> None:
-    def add_list(option: str, metavar: str, about: str) -> None:
-        parser.add_argument(option, nargs="+", default=[], metavar=metavar, help=about)
-
-    parser.add_argument(
-        "root",
-        nargs="?",
-        type=Path,
-        default=Path(os.environ.get("DETECTRON2_DATASETS", "datasets")),
-        help="folder of data sets, or one VOC or COCO folder (default: $DETECTRON2_DATASETS, else "
-        "datasets)",
+    add, several = parser.add_argument, dict(nargs="+", default=[])
+    text = "folder of data sets, VOC or COCO (default: $DETECTRON2_DATASETS or datasets)"
+    place = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    add("root", nargs="?", type=Path, default=place, help=text)
+    add("--archives", metavar="FILE", help="to unpack first", **several)
+    add("--unverified", action="store_true", help="unpack archives that are not the official ones")
+    add("--own", action="store_true", help="data of your own: do not compare with official counts")
+    text = "check only these: trainval, test (VOC), instances_val2017 (COCO), ..."
+    add("--splits", metavar="NAME", help=text, **several)
+    add("--coco-json", metavar="FILE", help="COCO: files to check", **several)
+    add("--image-root", metavar="DIR", help="COCO: their images, one or one each", **several)
+    add("--quick", action="store_true", help="read the headers of images only")
+    text, number = (
+        "processes that decode images (default: %(default)s)",
+        min(8, os.cpu_count() or 1),
     )
-    add_list("--archives", "FILE", "to unpack first")
-    parser.add_argument(
-        "--unverified", action="store_true", help="unpack archives that are not the official ones"
-    )
-    parser.add_argument(
-        "--own", action="store_true", help="data of your own: do not compare with official counts"
-    )
-    add_list(
-        "--splits", "NAME", "check only these: trainval, test (VOC), instances_val2017 (COCO), ..."
-    )
-    add_list("--coco-json", "FILE", "COCO: files to check")
-    add_list("--image-root", "DIR", "COCO: their images, one or one each")
-    parser.add_argument("--quick", action="store_true", help="read the headers of images only")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(8, os.cpu_count() or 1),
-        help="processes that decode images (default: %(default)s)",
-    )
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write a report there")
-    parser.set_defaults(run=prepare_detection)
-
-
-def prepare_detection(args: argparse.Namespace) -> int:
-    from resnet_backbone.cli import prepare_detection_data  # Detectron2 is imported here only
-
-    return prepare_detection_data.unpack_and_check(args)
+    add("--workers", type=positive, default=number, help=text)
+    add("--pictures", type=Path, metavar="DIR", help="write the pictures there")
+    add("--json", type=Path, metavar="FILE", help="write a report there")
 
 
 def add_own_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="your images")
-    parser.add_argument(
-        "--annotations",
-        type=Path,
-        metavar="PATH",
-        help="folder of .xml or .txt files, a .json, or data.yaml (default: the images' folder)",
-    )
-    parser.add_argument(
-        "--format", choices=("voc", "coco", "yolo"), default="", help="default: found by itself"
-    )
-    parser.add_argument("--val", type=float, default=0.2, help="share that validates (0.2)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another split (0)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier call wrote"
-    )
-    parser.set_defaults(run=prepare_own)
+    add = parser.add_argument
+    add("--images", type=Path, required=True, metavar="DIR", help="your images")
+    text = "folder of .xml or .txt files, a .json, or data.yaml (default: the images' folder)"
+    add("--annotations", type=Path, metavar="PATH", help=text)
+    add("--format", choices=("voc", "coco", "yolo"), default="", help="default: found by itself")
+    add("--val", type=float, default=0.2, help="share that validates (0.2)")
+    add("--seed", type=int, default=0, help="another seed, another split (0)")
+    add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--overwrite", action="store_true", help="replace what an earlier call wrote")
 
 
-def prepare_own(args: argparse.Namespace) -> int:
-    from resnet_backbone.cli import prepare_detection_data  # Detectron2 is imported here only
+def prepare_detection(args: argparse.Namespace) -> int:
+    from resnet_backbone.cli import prepare_detection_data as detection  # needs Detectron2
 
-    return prepare_detection_data.convert_own(args)
+    prepare = detection.convert_own if args.kind == "own" else detection.unpack_and_check
+    return prepare(args)
 
 
 def add_imagenet_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="where train/ and val/ are or will be")
-    parser.add_argument("--train-archive", help="ILSVRC2012_img_train.tar")
-    parser.add_argument("--val-archive", help="ILSVRC2012_img_val.tar")
-    labels = parser.add_mutually_exclusive_group()
+    add, labels = parser.add_argument, parser.add_mutually_exclusive_group()
+    add("folder", type=Path, help="where train/ and val/ are or will be")
+    add("--train-archive", help="ILSVRC2012_img_train.tar")
+    add("--val-archive", help="ILSVRC2012_img_val.tar")
     labels.add_argument("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, which has the val labels")
-    labels.add_argument(
-        "--val-labels", help="file of 'name wnid' lines, or of wnids in the order of the images"
-    )
-    parser.add_argument("--flat-val", action="store_true", help="one folder and a label list")
-    parser.add_argument(
-        "--check-images", action="store_true", help="read every image and report the bad ones"
-    )
-    parser.add_argument("--workers", type=int, default=4, help="of --check-images (default: 4)")
-    for option, default in (
-        ("--train-images", archives.TRAIN_IMAGES),
-        ("--val-images", archives.VAL_IMAGES),
-        ("--classes", archives.CLASSES),
-    ):
-        about = "how many there should be (default: %(default)s; 0: any number)"
-        parser.add_argument(option, type=int, default=default, metavar="N", help=about)
-    parser.set_defaults(run=prepare_imagenet)
+    labels.add_argument("--val-labels", help="'name wnid' lines, or wnids in order of the images")
+    add("--flat-val", action="store_true", help="one folder and a label list")
+    add("--check-images", action="store_true", help="read every image and report the bad ones")
+    add("--workers", type=positive, default=4, help="of --check-images (default: 4)")
+    number = dict(type=int, metavar="N")
+    text = "how many there should be (default: %(default)s; 0: any number)"
+    add("--train-images", default=archives.TRAIN_IMAGES, help=text, **number)
+    add("--val-images", default=archives.VAL_IMAGES, help=text, **number)
+    add("--classes", default=archives.CLASSES, help=text, **number)
 
 
 def prepare_imagenet(args: argparse.Namespace) -> int:
@@ -269,44 +225,35 @@ def add_shards_options(parser: argparse.ArgumentParser) -> None:
     write.add_argument("images", help="folder <class>/<image>, or a flat one with --labels")
     write.add_argument("folder", help="new local folder for the shards")
     write.add_argument("--labels", help="file of 'name label' lines for a flat folder")
-    write.add_argument(
-        "--samples-per-shard", type=int, default=1000, help="default: 1000, about 110 MB"
-    )
-    write.add_argument(
-        "--seed", type=int, default=0, help="of the order; -1 keeps the folder's (default: 0)"
-    )
+    write.add_argument("--samples-per-shard", type=positive, default=1000, help="1000: some 110 MB")
+    write.add_argument("--seed", type=int, default=0, help="of the order (0); -1: the folder's")
     index = commands.add_parser("index", help="write the index of existing shards")
     index.add_argument("folder", help="local folder of *.tar")
     for command in (write, index):
         command.add_argument("--class-list", help="file of 'wnid index' lines, or of wnids")
-    parser.set_defaults(run=make_shards)
 
 
 def make_shards(args: argparse.Namespace) -> None:
-    classes = read_class_list(args.class_list) if args.class_list else None
+    classes = imagenet.read_class_list(args.class_list) if args.class_list else None
     if args.command == "index":
-        archives.index_shards(args.folder, name_classes(classes or {}))
+        archives.index_shards(args.folder, imagenet.name_classes(classes or {}))
         return
-    if args.samples_per_shard < 1:
-        raise ValueError(f"--samples-per-shard {args.samples_per_shard}: at least 1 is needed")
     if args.labels:
-        dataset = read_flat_folder(args.images, args.labels, classes)
+        dataset = imagenet.read_flat_folder(args.images, args.labels, classes)
     else:
-        dataset = read_image_folder(args.images, classes)
+        dataset = imagenet.read_image_folder(args.images, classes)
     seed = None if args.seed < 0 else args.seed
     archives.write_shards(dataset, args.folder, args.samples_per_shard, seed)
 
 
 def add_digits_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to create")
-    parser.add_argument("--num-train", type=int, default=3000, help="training pictures (3000)")
-    parser.add_argument("--num-test", type=int, default=150, help="test pictures (150)")
-    parser.add_argument("--image-size", type=int, default=160, help="side in pixels (160)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another set (0)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a set made with other settings"
-    )
-    parser.set_defaults(run=make_digits)
+    add = parser.add_argument
+    add("--output", required=True, metavar="DIR", help="folder to create")
+    add("--num-train", type=int, default=3000, help="training pictures (3000)")
+    add("--num-test", type=int, default=150, help="test pictures (150)")
+    add("--image-size", type=int, default=160, help="side in pixels (160)")
+    add("--seed", type=int, default=0, help="another seed, another set (0)")
+    add("--overwrite", action="store_true", help="replace a set made with other settings")
 
 
 def make_digits(args: argparse.Namespace) -> None:
@@ -317,8 +264,8 @@ def make_digits(args: argparse.Namespace) -> None:
         print(f"{args.output}: complete already, nothing to do")
         return
     with tqdm(total=args.num_train + args.num_test, unit="picture", disable=None) as bar:
-        overwrite = args.overwrite
-        quickstart.generate(args.output, **settings, overwrite=overwrite, on_image=bar.update)
+        settings["overwrite"] = args.overwrite
+        quickstart.generate(args.output, **settings, on_image=bar.update)
     print(f"{args.output}: {args.num_train} train and {args.num_test} test pictures")
 
 
@@ -326,18 +273,16 @@ def add_labels_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--coco-json", metavar="FILE", help="instances in COCO's format")
     source.add_argument("--panoptic-json", metavar="FILE", help="COCO's panoptic format")
-    parser.add_argument(
-        "--panoptic-root", metavar="DIR", help="its pictures (default: its name without .json)"
-    )
+    text = "its pictures (default: its name without .json)"
+    parser.add_argument("--panoptic-root", default="", metavar="DIR", help=text)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
-    parser.set_defaults(run=make_segmentation_labels)
 
 
 def make_segmentation_labels(args: argparse.Namespace) -> None:
     from resnet_backbone.detection.data.panoptic import make_labels, make_stuff
 
     if args.panoptic_json:
-        number = make_stuff(args.panoptic_json, args.output, args.panoptic_root or "")
+        number = make_stuff(args.panoptic_json, args.output, args.panoptic_root)
         print(f"written: {args.output}, {number} label pictures")
         return
     counts = make_labels(args.coco_json, args.output)
@@ -349,7 +294,3 @@ def make_segmentation_labels(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     return args.run(args) or 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,19 +10,10 @@ from pathlib import Path
 import torch
 
 from resnet_backbone.detection.config import UsageError
+from resnet_backbone.detection.data import trees
 from resnet_backbone.detection.data.archives import unpack, verify_archive
+from resnet_backbone.detection.data.formats.voc import find_voc_folders
 from resnet_backbone.detection.data.own import read_own, split_records, write_coco
-from resnet_backbone.detection.data.trees import (
-    TreeCheck,
-    check_coco_files,
-    check_coco_tree,
-    check_voc_tree,
-    draw_classes,
-    draw_samples,
-    summary,
-    to_json,
-)
-from resnet_backbone.detection.data.voc import find_voc_folders
 from resnet_backbone.runtime.files import write_text
 
 
@@ -30,15 +21,15 @@ def unpack_and_check(args: argparse.Namespace) -> int:
     """Runs the subcommands voc and coco; returns the exit status."""
     check_arguments(args)
     unpack_all(args)
-    trees = check(args)
-    for tree in trees:
-        print(f"\n{summary(tree)}")
+    checks = check(args)
+    for tree in checks:
+        print(f"\n{trees.summary(tree)}")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(args.json, json.dumps([to_json(tree) for tree in trees], indent=1))
+        write_text(args.json, json.dumps([trees.to_json(tree) for tree in checks], indent=1))
     if args.pictures:
-        draw(trees, args.pictures)
-    return 1 if any(tree.damaged for tree in trees) else 0
+        draw(checks, args.pictures)
+    return 1 if any(tree.damaged for tree in checks) else 0
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -64,27 +55,26 @@ def unpack_all(args: argparse.Namespace) -> None:
             )
 
 
-def check(args: argparse.Namespace) -> list[TreeCheck]:
-    """Every folder that is there, or the files that were named."""
+def check(args: argparse.Namespace) -> list[trees.TreeCheck]:
     workers = 0 if args.quick else args.workers
     if args.coco_json:
         roots = args.image_root * (len(args.coco_json) if len(args.image_root) == 1 else 1)
-        return [check_coco_files(zip(args.coco_json, roots, strict=True), workers)]
+        return [trees.check_coco_files(zip(args.coco_json, roots, strict=True), workers)]
     if args.kind == "coco":
-        return [check_coco_tree(args.root, args.own, args.splits, workers)]
+        return [trees.check_coco_tree(args.root, args.own, args.splits, workers)]
     folders = find_voc_folders(args.root)
-    return [check_voc_tree(folder, args.own, args.splits, workers) for folder in folders]
+    return [trees.check_voc_tree(folder, args.own, args.splits, workers) for folder in folders]
 
 
-def draw(trees: list[TreeCheck], folder: Path) -> None:
-    for tree in trees:
+def draw(checks: list[trees.TreeCheck], folder: Path) -> None:
+    for tree in checks:
         name = Path(tree.folder).resolve().name if Path(tree.folder).is_dir() else tree.kind
         chart = folder / f"{name}_classes.png"
-        if draw_classes(tree, chart):
+        if trees.draw_classes(tree, chart):
             print(f"boxes per class: {chart}")
         for split in tree.splits:
             sheet = folder / f"{name}_{split.name}.jpg"
-            if draw_samples(split, sheet):
+            if trees.draw_samples(split, sheet):
                 print(f"images of {split.name}: {sheet}")
 
 
@@ -118,9 +108,9 @@ def convert_own(args: argparse.Namespace) -> int:
             file.unlink(missing_ok=True)
     left_out = args.output / "left_out.txt"
     write_text(left_out, "".join(f"{problem}\n" for problem in report.problems))
-    tree = check_coco_files([(files[split], images) for split in files if split in splits])
+    tree = trees.check_coco_files([(files[split], images) for split in files if split in splits])
     tree.folder = str(args.output)
-    print(f"\n{summary(tree)}")
+    print(f"\n{trees.summary(tree)}")
     if report.problems:
         print(f"\n{len(report.problems)} left out ({left_out} has all):")
         print("\n".join(f"  {problem}" for problem in report.problems[:10]))
@@ -130,7 +120,6 @@ def convert_own(args: argparse.Namespace) -> int:
 
 
 def training_command(args: argparse.Namespace) -> str:
-    """The command that trains on the converted data, of a size for this machine."""
     output = Path("output") / args.output.resolve().name
     train, val, images = (
         shlex.quote(str(path))

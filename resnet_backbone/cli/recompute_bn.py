@@ -19,7 +19,7 @@ from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import choose_device, current_world
-from resnet_backbone.runtime.run_folder import CONFIG, RunFolder, set_up_logging
+from resnet_backbone.runtime.records import CONFIG, RunFolder, set_up_logging
 
 logger = logging.getLogger("resnet_backbone.recompute_bn")
 
@@ -53,22 +53,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def work(task: tuple[Config, argparse.Namespace]) -> None:
-    """What each process does."""
     config, args = task
     world = current_world(choose_device(config.train.device))
     set_up_logging(None, world.is_main)
     check_processes(config, world)
-    weights = Path(args.weights or Path(args.run) / FINAL)
-    run = ClassificationRun(config, world, RunFolder(args.run), weights)
+    run = ClassificationRun(config, world, RunFolder(args.run), args.weights)
     logger.info("before: %s", run.evaluate(run.model))
     report = run.true_statistics(run.model, layer_inputs=args.layer_inputs)
-    logger.info(
-        "new statistics of %d batch norms from %d images, %d normalized together (%s)",
-        len(report.layers),
-        report.num_images,
-        run.normalized_together,
-        args.layer_inputs,
-    )
+    found = f"{len(report.layers)} batch norms from {report.num_images} images"
+    together = f"{run.normalized_together} normalized together ({args.layer_inputs})"
+    logger.info("new statistics of %s, %s", found, together)
     logger.info("after:  %s", run.evaluate(run.model))
     if world.is_main:
         output = Path(args.output or Path(args.run) / "true_bn.safetensors")
@@ -79,12 +73,12 @@ def work(task: tuple[Config, argparse.Namespace]) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    saved, weights = Path(args.run) / CONFIG, Path(args.weights or Path(args.run) / FINAL)
+    saved, args.weights = Path(args.run) / CONFIG, Path(args.weights or Path(args.run) / FINAL)
     if not saved.is_file():
         raise UsageError(f"{args.run} has no {CONFIG}: --run is a folder of train_classifier.py")
     config = load_config([saved], args.overrides)
-    if not weights.is_file():
-        raise UsageError(f"{weights}: no such file; give --weights FILE")
+    if not args.weights.is_file():
+        raise UsageError(f"{args.weights}: no such file; give --weights FILE")
     config.train.recompute_bn_samples = args.images or 0
     config.train.micro_batch = args.micro_batch or config.train.micro_batch
     launch = plan_launch(args, config.train.device, "train.device=cpu")

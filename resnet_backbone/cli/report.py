@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,22 +15,15 @@ from resnet_backbone.classification.data.sources import read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.cli.export import find_pictures, spread
+from resnet_backbone.report import plots
 from resnet_backbone.report.detection_plots import plot_training
-from resnet_backbone.report.plots import (
-    Responses,
-    assign_colors,
-    layer_responses,
-    plot_errors,
-    plot_responses,
-    responses_table,
-    save_png,
-)
 from resnet_backbone.report.published import parse_network
 from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_metrics, load_run
 from resnet_backbone.report.table import results_table
 from resnet_backbone.runtime.errors import one_line_errors
+from resnet_backbone.runtime.files import write_json, write_text
 from resnet_backbone.runtime.images import read_rgb
-from resnet_backbone.runtime.provenance import command_line
+from resnet_backbone.runtime.records import command_line
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 CURVES_EPILOG = """\
@@ -42,12 +34,11 @@ examples:
   python tools/report.py curves --run output/plain20 --run output/plain56 \\
       --run output/resnet20 --run output/resnet56 --output fig6.png
 
-Runs of tools/train_net.py (metrics.json): the losses, and AP50 where the run evaluated
-(TEST.EVAL_PERIOD above 0, or at its end).
-Runs of tools/train_classifier.py (metrics.jsonl): the paper's Fig. 4 and 6, error against
-iterations, training dashed, test bold; plain and residual networks in panels of their own. Runs
-of the same network, such as several seeds, share a color; the legend has their mean test error.
-Runs that are still going on, or were resumed, can be drawn too."""
+Runs of tools/train_net.py: the losses, and AP50 where the run evaluated.
+Runs of tools/train_classifier.py: the paper's Fig. 4 and 6, error against iterations, training
+dashed, test bold; plain and residual networks in panels of their own. Runs of the same network,
+such as several seeds, share a color; the legend has their mean test error. Runs that are still
+going on, or were resumed, can be drawn too."""
 
 RESPONSES_EPILOG = """\
 examples:
@@ -88,10 +79,6 @@ folder that has the file's name without .md. Curves, intervals and pictures need
 --voc-root, where the runs' own is elsewhere."""
 
 
-RESPONSES_ABOUT = "draw the standard deviations of layer responses (the paper's Fig. 7)"
-DETECTION_ABOUT = "report detection runs: the gain over VGG-16, published numbers, plots, pictures"
-
-
 def split_label(text: str) -> tuple[str, str]:
     """ "PATH" or "PATH=LABEL" -> (path, label or ""); an existing path may have a "=" itself."""
     path, _, label = (text, "", "") if os.path.exists(text) else text.rpartition("=")
@@ -99,37 +86,35 @@ def split_label(text: str) -> tuple[str, str]:
 
 
 def parse_run(text: str) -> tuple[Path, str]:
-    """Split "DIR" or "DIR=LABEL" into (path of the metrics file, label).
+    """ "DIR" or "DIR=LABEL" -> (path of the metrics file, label).
 
     The label of a detection run is its folder's name by default, that of a classification run is
     empty: its config names the network.
     """
     folder, label = split_label(text)
-    candidates = [Path(folder, name) for name in ("", METRICS, DETECTOR_METRICS)]
-    path = next((path for path in candidates if path.is_file()), None)
-    if path is None:
-        raise argparse.ArgumentTypeError(
-            f"{folder} has neither {DETECTOR_METRICS} nor {METRICS}; give the folder of a training"
-            " run"
-        )
-    return path, label or ("" if path.name == METRICS else path.resolve().parent.name)
+    for path in (Path(folder, name) for name in ("", METRICS, DETECTOR_METRICS)):
+        if path.is_file():
+            return path, label or ("" if path.name == METRICS else path.resolve().parent.name)
+    names = f"{DETECTOR_METRICS} nor {METRICS}"
+    raise argparse.ArgumentTypeError(f"{folder} has neither {names}; give a training run's folder")
 
 
 def curves(args: argparse.Namespace) -> None:
+    """draw training curves of one or more runs"""
     paths, labels = zip(*args.runs, strict=True)
     kinds = {path.name == METRICS for path in paths}
     if len(kinds) > 1:
         raise ValueError("detection and classification runs: draw them in pictures of their own")
     if kinds == {True}:
-        figure = plot_errors([load_run(path.parent) for path in paths], labels, args.together)
+        figure = plots.plot_errors([load_run(path.parent) for path in paths], labels, args.together)
     else:
         series: dict[str, list] = {label: [] for label in labels}
         for path, label in args.runs:
             series[label].append(load_metrics(path))
-        figure = plot_training(series, assign_colors(series))
+        figure = plot_training(series, plots.assign_colors(series))
     if figure is None:
         raise ValueError("these runs have neither losses nor AP50")
-    save_png(figure, args.output)
+    plots.save_png(figure, args.output)
     print(args.output)
 
 
@@ -143,6 +128,7 @@ def read_images(folder: str, count: int) -> Tensor:
 
 
 def responses(args: argparse.Namespace) -> None:
+    """draw the standard deviations of layer responses (the paper's Fig. 7)"""
     if args.cifar10:
         images = read_cifar10(args.cifar10, train=False)[0][: args.num_images]
     else:
@@ -160,35 +146,29 @@ def responses(args: argparse.Namespace) -> None:
         if label in rows:
             raise ValueError(f"two networks are named {label!r}: write --weights FILE=LABEL")
         model = model.to(device, memory_format=torch.channels_last)
-        rows[label] = layer_responses(model, InputNormalizer(preprocessing, device)(images))
-        drawn.append(Responses(label, network, [std for _, std in rows[label]]))
-    save_png(plot_responses(drawn), args.output)
+        rows[label] = plots.layer_responses(model, InputNormalizer(preprocessing, device)(images))
+        drawn.append(plots.Responses(label, network, [std for _, std in rows[label]]))
+    plots.save_png(plots.plot_responses(drawn), args.output)
     if args.json:
-        Path(args.json).write_text(json.dumps({"images": len(images), "std": rows}, indent=1))
-    print(responses_table(rows), args.output, sep="\n")
+        write_json(args.json, {"images": len(images), "std": rows}, indent=1)
+    print(plots.responses_table(rows), args.output, sep="\n")
 
 
 def table(args: argparse.Namespace) -> None:
+    """tabulate classification results beside the paper's"""
     text = results_table([load_run(folder) for folder in args.runs])
-    path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(text, path, sep="")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(args.output, text)
+    print(text, args.output, sep="")
 
 
 def detection(args: argparse.Namespace) -> None:
+    """report detection runs: the gain over VGG-16, published numbers, plots, pictures"""
     from resnet_backbone.report.document import write_detection_report  # needs Detectron2
 
-    write_detection_report(
-        args.runs,
-        args.output,
-        voc_root=args.voc_root,
-        rows_files=args.rows,
-        reference=args.reference,
-        note=args.note,
-        score=args.score,
-        command=args.command_line,
-    )
+    options = dict(voc_root=args.voc_root, rows_files=args.rows, reference=args.reference)
+    options |= dict(note=args.note, score=args.score, command=args.command_line)
+    write_detection_report(args.runs, args.output, **options)
     print(args.output)
 
 
@@ -208,13 +188,14 @@ def score_threshold(text: str) -> float:
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for run, about, epilog, add_options in (
-        (curves, "draw training curves of one or more runs", CURVES_EPILOG, add_curves),
-        (responses, RESPONSES_ABOUT, RESPONSES_EPILOG, add_responses),
-        (table, "tabulate classification results beside the paper's", TABLE_EPILOG, add_table),
-        (detection, DETECTION_ABOUT, DETECTION_EPILOG, add_detection),
+    for run, epilog, add_options in (
+        (curves, CURVES_EPILOG, add_curves),
+        (responses, RESPONSES_EPILOG, add_responses),
+        (table, TABLE_EPILOG, add_table),
+        (detection, DETECTION_EPILOG, add_detection),
     ):
-        command = commands.add_parser(run.__name__, help=about, description=about, epilog=epilog)
+        texts = dict(help=run.__doc__, description=run.__doc__, epilog=epilog)
+        command = commands.add_parser(run.__name__, **texts)
         command.set_defaults(run=run)
         add_options(command)
     return parser
@@ -226,8 +207,7 @@ def add_curves(parser: argparse.ArgumentParser) -> None:
     how = dict(dest="runs", action="append", required=True, metavar="DIR[=LABEL]")
     add("--run", type=parse_run, help=f"{text}; may be given several times", **how)
     add("--output", required=True, metavar="FILE.png", help="picture to write")
-    text = "classification: plain and residual networks in one panel"
-    add("--together", action="store_true", help=text)
+    add("--together", action="store_true", help="plain and residual networks in one panel")
 
 
 def add_responses(parser: argparse.ArgumentParser) -> None:
@@ -251,27 +231,20 @@ def add_runs(parser: argparse.ArgumentParser, what: str) -> None:
 
 def add_table(parser: argparse.ArgumentParser) -> None:
     add_runs(parser, "run folders of tools/train_classifier.py")
-    parser.add_argument("--output", required=True, metavar="FILE.md", help="table to write")
+    about = dict(metavar="FILE.md", help="table to write")
+    parser.add_argument("--output", type=Path, required=True, **about)
 
 
 def add_detection(parser: argparse.ArgumentParser) -> None:
     add_runs(parser, "run folders of tools/train_net.py, or folders of seeds")
     add = parser.add_argument
     add("--output", required=True, type=markdown_file, metavar="FILE.md")
-    text = "folder of the test set (default: as in the runs' commands)"
-    add("--voc-root", metavar="DIR", help=text)
-    text = (
-        "run folder that all other detectors are compared with (default: for each ResNet the VGG"
-        " of the same head, data and schedule; without any, the first detector)"
-    )
+    add("--voc-root", metavar="DIR", help="folder of the test set (default: the commands')")
+    text = "run folder that all other detectors are compared with (default: see below)"
     add("--reference", type=Path, metavar="DIR", help=text)
-    text = (
-        "results.json of tools/evaluate_detector.py: the improvements in testing; may be given"
-        " several times"
-    )
+    text = "improvements: results.json of tools/evaluate_detector.py; may be given several times"
     add("--rows", type=Path, action="append", default=[], metavar="FILE", help=text)
-    text = "a paragraph to add, such as where data are from"
-    add("--note", default="", metavar="TEXT", help=text)
+    add("--note", default="", metavar="TEXT", help="a paragraph to add, as where data are from")
     text = "detections in the pictures have at least this score (default: %(default)s)"
     add("--score", type=score_threshold, default=0.5, metavar="S", help=text)
 

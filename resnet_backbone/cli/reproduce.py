@@ -23,12 +23,13 @@ from resnet_backbone import __version__
 from resnet_backbone.cli import CommandParser, key_and_text, positive
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
 from resnet_backbone.runtime.files import alone, config_folder, sha256, write_json
-from resnet_backbone.runtime.provenance import date
+from resnet_backbone.runtime.records import date
 from resnet_backbone.runtime.signals import run_child
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = config_folder() / "reproduction"
 DONE = "step.json"  # written into a step's folder after its command
+BRACES = re.compile(r"\{([^{}]+)\}")
 # Keys with their defaults; None: needed.
 PLAN = dict(title=None, steps=None, networks={}, seeds=[1], words={}, note="")
 STEP = dict(command=None, makes=None, datasets=[], seeds=False, batch=0, hours=0, gpu="", basis="")
@@ -39,29 +40,18 @@ OVERRIDDEN = {"train_classifier.py": True, "train_net.py": False}  # by --set's 
 
 EPILOG = """\
 examples:
-  python tools/reproduce.py --scale mini
-      all stages on built-in data, at most 30 minutes on two CPU cores
+  python tools/reproduce.py --scale mini      # built-in data, at most 30 minutes on two CPU cores
   python tools/reproduce.py --scale voc07 --voc-root VOCdevkit/VOC2007 \\
       --weights VGG-16=vgg16_caffe.pth --preprocessing VGG-16=caffe_vgg \\
-      --weights ResNet-50=R-50.pkl --preprocessing ResNet-50=msra
-      VGG-16 and ResNet-50 with FPN on VOC 2007 at 320 px, for CPUs
+      --weights ResNet-50=R-50.pkl --preprocessing ResNet-50=msra    # at 320 px, for CPUs
   python tools/reproduce.py --scale paper --imagenet imagenet --num-gpus 8 --plan
-      prints the commands of the paper's protocol with the hours to expect, and runs nothing
+      # prints the commands of the paper's protocol with the hours to expect, and runs nothing
 
-Each step has a folder of its own in --output, named after the hash of its command, configs, weights
-and data. What is done is not done again; after an interruption (SIGTERM and Ctrl-C write a
-checkpoint) the same command continues. The hash has this package's version, not its code: after a
-change of the code give another --output.
-
-A plan (configs/reproduction/NAME.yaml, or your own FILE.yaml) has a title and steps. A step has a
-command of tools/, and the file that it makes in its folder. Its stage is its name up to "_". Steps
-with "seeds: true" run once for each of the plan's seeds. Only what the last step needs is run.
-hours: of one gpu, or of one core; basis: what they are from; batch: the most GPUs of use; datasets:
-folders in $DETECTRON2_DATASETS that the step reads.
-In commands {here} is the step's folder, {NAME} the file that another step makes, {NAME/} that
-step's folder ({NAME[0]/} with the first seed), {NETWORK} weights of the plan's networks: given by
---weights, or made by the step that "networks" names. {imagenet}, {voc-root}, {seed}, {gpus} and
-{note} are what they say, further {words} are the plan's own."""
+Each step has a folder of its own in --output, named after the hash of its command, configs,
+weights, data and this package's version (not its code: after a change give another --output). What
+is done is not done again; after an interruption (SIGTERM and Ctrl-C write a checkpoint) the same
+command continues. A plan is configs/reproduction/NAME.yaml, or your own FILE.yaml; the head of
+configs/reproduction/mini.yaml explains what it may have."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -75,11 +65,10 @@ def checked(node: Any, keys: dict[str, Any], where: str) -> dict[str, Any]:
     """A mapping of these keys, with their defaults."""
     if not isinstance(node, dict):
         raise UsageError(f"{where}: expected keys with values, found {node!r}")
-    missing = {key for key, value in keys.items() if value is None} - node.keys()
-    for wrong, problem in ((node.keys() - keys, "is unknown"), (missing, "is missing")):
-        if wrong:
-            known = ", ".join(keys)
-            raise UsageError(f"{where}: the key {min(map(str, wrong))} {problem}; keys are {known}")
+    missing = [key for key, value in keys.items() if value is None and key not in node]
+    problems = {**dict.fromkeys(node.keys() - keys, "unknown"), **dict.fromkeys(missing, "missing")}
+    for key, problem in problems.items():
+        raise UsageError(f"{where}: the key {key} is {problem}; keys are {', '.join(keys)}")
     for key, value in node.items():
         if keys[key] is not None and not isinstance(value, type(keys[key])) and key != "hours":
             kind = {list: "a list", dict: "keys with values"}.get(type(keys[key]), "a value")
@@ -133,6 +122,7 @@ class Step:
     def stage(self) -> str:
         return self.name.partition("_")[0]
 
+    @property
     def is_done(self) -> bool:
         return (self.folder / DONE).is_file() and self.product.exists()
 
@@ -142,11 +132,11 @@ class Step:
 
 
 class Value(NamedTuple):
-    """A word of a command, what stands for it in the hash, and the step that it is from."""
+    """A word of a command."""
 
     text: str
-    identity: str
-    step: Step | None = None
+    identity: str  # what stands for it in the hash
+    step: Step | None = None  # that it is from
 
 
 class Builder:
@@ -156,10 +146,10 @@ class Builder:
         self.plan, self.args = plan, args
         self.steps: dict[str, list[Step]] = {}
         self.absent: set[Path] = set()  # data that are not there
-        unknown = [n for n in (*args.weights, *args.preprocessing) if n not in plan["networks"]]
-        if unknown:
-            known = ", ".join(plan["networks"])
-            raise UsageError(f"the plan has no {unknown[0]}; its networks: {known}")
+        for name in (*args.weights, *args.preprocessing):
+            if name not in plan["networks"]:
+                known = ", ".join(plan["networks"])
+                raise UsageError(f"the plan has no {name}; its networks: {known}")
 
     def build(self, name: str) -> list[Step]:
         """The step, once for each seed, after the steps that it needs."""
@@ -190,28 +180,26 @@ class Builder:
 
     def _expand(self, word: str, node: dict[str, Any], seed: int | None) -> list[Value]:
         """A word of a command; alone, a name in braces may stand for several words or none."""
-        names = re.findall(r"\{([^{}]+)\}", word)
-        if [f"{{{name}}}" for name in names] == [word]:
-            return self._values(names[0], node, seed)
-        text, identity, step = word, word, None
-        for name in names:
-            (found,) = self._values(name, node, seed)
-            text = text.replace(f"{{{name}}}", found.text)
-            identity = identity.replace(f"{{{name}}}", found.identity)
-            step = found.step or step
-        return [Value(text, identity, step)]
+        found = {name: self._values(name, node, seed) for name in BRACES.findall(word)}
+        if word[1:-1] in found:
+            return found[word[1:-1]]
+        text = BRACES.sub(lambda match: found[match[1]][0].text, word)
+        identity = BRACES.sub(lambda match: found[match[1]][0].identity, word)
+        steps = [values[0].step for values in found.values() if values[0].step]
+        return [Value(text, identity, *steps[-1:])]
 
     def _values(self, name: str, node: dict[str, Any], seed: int | None) -> list[Value]:
         args, plan = self.args, self.plan
         if name == "here":
             return [Value("{here}", "")]
-        if name in ("seed", "note"):
-            seed = plan["seeds"][0] if seed is None else seed
-            text = {"seed": str(seed), "note": plan["note"]}[name]
-            return [Value(text, text)]
-        if name == "gpus":
-            count = str(min(args.num_gpus, node["batch"] or args.num_gpus))
-            return [Value(word, word) for word in ("--num-gpus", count) if count != "1"]
+        gpus = min(args.num_gpus, node["batch"] or args.num_gpus)
+        own = {
+            "seed": [str(plan["seeds"][0] if seed is None else seed)],
+            "note": [plan["note"]],
+            "gpus": ["--num-gpus", str(gpus)] if gpus > 1 else [],
+        }
+        if name in own:
+            return [Value(word, word) for word in own[name]]
         if name in plan["words"]:
             words = shlex.split(plan["words"][name])
             return [value for word in words for value in self._expand(word, node, seed)]
@@ -244,9 +232,9 @@ class Builder:
 
 def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[Step], set[Path]]:
     """The steps that the plan's last one needs, in the plan's order; data that are not there."""
-    builder, (*_, last) = Builder(plan, args), plan["steps"]
+    builder = Builder(plan, args)
     try:
-        builder.build(last)
+        builder.build(list(plan["steps"])[-1])
     except RecursionError:
         raise UsageError("steps of the plan need one another in a circle") from None
     return [s for name in plan["steps"] for s in builder.steps.get(name, ())], builder.absent
@@ -260,10 +248,10 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path =
     """
     with alone(output) as lock:
         for number, step in enumerate(steps, 1):
-            if step.stage not in stages or step.is_done():
+            if step.stage not in stages or step.is_done:
                 continue
             for needed in step.inputs:
-                if not needed.is_done():
+                if not needed.is_done:
                     raise UsageError(f"{step.name} needs {needed.name}: add --stage {needed.stage}")
             print(f"\n== {number}/{len(steps)} {step.name}\n{step.shown(root)}", flush=True)
             step.folder.mkdir(parents=True, exist_ok=True)
@@ -276,8 +264,8 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path =
             if not step.product.exists():
                 raise UsageError(f"{step.name} left no {step.product}; see its output above")
             seconds = round(time.monotonic() - started, 1)
-            content = dict(step=step.name, key=step.key, command=step.shown(root))
-            content["inputs"] = {needed.name: needed.key for needed in step.inputs}
+            inputs = {needed.name: needed.key for needed in step.inputs}
+            content = dict(step=step.name, key=step.key, command=step.shown(root), inputs=inputs)
             content |= dict(seconds=seconds, date=date()[:10])
             write_json(step.folder / DONE, content, indent=1)
             print(f"-- {step.name}: {seconds:.0f} s", flush=True)
@@ -287,59 +275,51 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path =
 
 
 def print_plan(title: str, steps: Sequence[Step], stages: Sequence[str]) -> None:
-    """The steps of the stages with their commands, and the hours to expect of those to do."""
     print(f"{title}: {len(steps)} steps")
-    hours: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     for step in (step for step in steps if step.stage in stages):
-        state, node = "done" if step.is_done() else "to do", step.node
+        state, hours = "done" if step.is_done else "to do", step.node["hours"]
         print(f"\n[{step.stage}] {step.name}: {state}\n  {step.shown(ROOT)}")
-        if node["hours"] and state == "to do":
-            unit = node["gpu"] or "core"
-            hours[unit] += node["hours"]
-            print(f"  about {node['hours']:g} hours of one {unit}: {node['basis']}")
-    for unit, total in hours.items():
-        about = f"about {total:.0f} hours of one {unit}"
-        print(f"\nexpected: {about}, beside steps without an estimate")
-
-
-def resolved(text: str) -> Path:
-    return Path(text).resolve()
+        if hours and not step.is_done:
+            unit = step.node["gpu"] or "core"
+            total[unit] += hours
+            print(f"  about {hours:g} hours of one {unit}: {step.node['basis']}")
+    for unit, hours in total.items():
+        print(f"\nexpected: about {hours:.0f} hours of one {unit}, beside what has no estimate")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     pairs: dict[str, Any] = dict(type=key_and_text, action="append", default=[])
-    text = "mini, voc07, paper, paper_coco, or FILE.yaml"
-    add("--scale", required=True, metavar="NAME", help=text)
+    folder: dict[str, Any] = dict(type=lambda text: Path(text).resolve(), metavar="DIR")
+    add("--scale", required=True, help="mini, voc07, paper, paper_coco, or FILE.yaml")
     add("--stage", action="append", metavar="STAGE", help="may be repeated (default: all)")
-    add("--output", type=resolved, metavar="DIR", help="(default: output/reproduction/SCALE)")
+    add("--output", help="(default: output/reproduction/SCALE)", **folder)
     add("--plan", action="store_true", help="print the commands and stop; data may be missing")
     add("--weights", metavar="NETWORK=FILE", help="in place of its pre-training", **pairs)
     text = "input of these weights where they do not carry it: msra, caffe_vgg, torchvision"
     add("--preprocessing", metavar="NETWORK=NAME", help=text, **pairs)
-    add("--imagenet", type=resolved, metavar="DIR", help="folder with train and val")
-    text = "folder of VOC 2007 (default: $DETECTRON2_DATASETS/VOC2007)"
-    add("--voc-root", type=resolved, metavar="DIR", help=text)
+    add("--imagenet", help="folder with train and val", **folder)
+    add("--voc-root", help="folder of VOC 2007 (default: $DETECTRON2_DATASETS/VOC2007)", **folder)
     add("--num-gpus", type=positive, default=1, metavar="N", help="(default: 1)")
     add("--seeds", type=int, nargs="+", metavar="N", help="of the detectors (default: the plan's)")
     text = "overrides for all trainings: key=value for classifiers, KEY VALUE for detectors"
     add("--set", action="extend", nargs="+", default=[], metavar="WORD", help=text)
     args = parser.parse_args(argv)
-    args.weights = {name: resolved(file) for name, file in args.weights}
+    args.weights = {name: Path(file).resolve() for name, file in args.weights}
     args.preprocessing, args.root = dict(args.preprocessing), ROOT
     datasets = os.environ.get("DETECTRON2_DATASETS")
-    args.datasets = resolved(datasets) if datasets else None
+    args.datasets = Path(datasets).resolve() if datasets else None
     args.voc_root = args.voc_root or (args.datasets and args.datasets / "VOC2007")
     return args
 
 
 @one_line_errors
 def main(argv: list[str] | None = None) -> int:
-    """Run what is not done; returns the exit status."""
     args = parse_arguments(argv)
-    is_file = args.scale.endswith((".yaml", ".yml"))
-    file = Path(args.scale) if is_file else PLANS / f"{args.scale}.yaml"
+    own = args.scale.endswith((".yaml", ".yml"))
+    file = Path(args.scale) if own else PLANS / f"{args.scale}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(found.stem for found in PLANS.glob("*.yaml")))
         raise UsageError(f"--scale {args.scale}: no plan {file}; there are {known}")
@@ -356,8 +336,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\nnot there yet: {', '.join(map(str, sorted(absent)))}")
             print("with these data there, the steps that read them get other folders")
         return 0
-    left = [step for step in steps if step.stage in stages and not step.is_done()]
-    if any(step.node["gpu"] for step in left) and not torch.cuda.is_available():
+    left = [step for step in steps if step.stage in stages and not step.is_done]
+    if not torch.cuda.is_available() and any(step.node["gpu"] for step in left):
         hint = "--plan shows its steps, --scale mini runs on a CPU"
         raise UsageError(f"this plan is meant for GPUs and there is none here: {hint}")
     status = run(steps, stages, args.output)

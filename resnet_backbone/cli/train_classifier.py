@@ -15,11 +15,11 @@ from resnet_backbone.classification.networks import checkpoints_in, newest_weigh
 from resnet_backbone.classification.run import ClassificationRun, check_processes
 from resnet_backbone.classification.trainer import FINAL
 from resnet_backbone.cli import CommandParser
-from resnet_backbone.models.analysis import count_parameters
+from resnet_backbone.models import count_parameters
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
-from resnet_backbone.runtime.run_folder import CONFIG, METRICS, RESULTS, RunFolder, set_up_logging
+from resnet_backbone.runtime.records import CONFIG, METRICS, RESULTS, RunFolder, set_up_logging
 from resnet_backbone.runtime.signals import StopRequest
 
 logger = logging.getLogger("resnet_backbone.train_classifier")
@@ -31,8 +31,6 @@ examples:
   python tools/train_classifier.py --resume --output-dir output/resnet20
   cd configs/classification/imagenet; python ../../../tools/train_classifier.py --num-gpus 8 \\
       --config-file resnet50.yaml modern.yaml data.root=imagenet train.amp=bf16
-  python tools/train_classifier.py --config-file configs/classification/imagenet/resnet50.yaml \\
-      model=torchvision/googlenet data.root=imagenet output.dir=output/googlenet
   torchrun --nnodes 2 --nproc-per-node 8 ... tools/train_classifier.py --config-file ...
 
 Keys and their meaning: resnet_backbone/classification/config.py. SIGTERM, SIGUSR1 and Ctrl-C write
@@ -55,10 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     text = "config and overlays, merged in order; files, or names below configs/classification"
     add("--config-file", nargs="+", default=[], metavar="FILE", help=text)
     add("--output-dir", metavar="DIR", help="run folder, short for output.dir=DIR")
-    text = (
-        "go on from the newest checkpoint of the run folder; its own config is used, so none is"
-        " needed (a run without checkpoint starts afresh)"
-    )
+    text = "go on from the run folder's newest checkpoint, if any, with its own config"
     add("--resume", action="store_true", help=text)
     text = "evaluate the run's newest checkpoint, or model.weights=FILE, and write no file"
     add("--eval-only", action="store_true", help=text)
@@ -95,8 +90,8 @@ def read_config(args: argparse.Namespace) -> Config:
         refused.append("output.log_every")  # it decides when the warm-up ends
     if refused and args.resume:
         raise UsageError(
-            f"{folder} was started with another {', '.join(refused)}: go on with its own config "
-            "(leave out --config-file and these keys), or choose another output.dir"
+            f"{folder} was started with another {', '.join(refused)}: leave out --config-file and "
+            "these keys, or choose another output.dir"
         )
     return wanted or config
 
@@ -105,10 +100,7 @@ def refuse_overwriting(args: argparse.Namespace, config: Config) -> None:
     folder = config.output.dir
     holds_run = checkpoints_in(folder) or (Path(folder) / METRICS).exists()
     if holds_run and not args.resume and not args.eval_only:
-        raise UsageError(
-            f"{folder} holds a run: --resume goes on with it; or choose another "
-            "folder with --output-dir"
-        )
+        raise UsageError(f"{folder} holds a run: --resume it, or choose another --output-dir")
 
 
 def train(config: Config, resume: bool, world: World) -> None:
@@ -128,17 +120,11 @@ def train(config: Config, resume: bool, world: World) -> None:
         if resume:
             begun = trainer.resume()
             run.use_input(trainer.checkpoints.preprocessing)
-            at = trainer.iteration
-            found = f"resuming at iteration {at}" if begun else "no checkpoint, starting"
-            logger.info("%s: %s", folder.path, found)
-        logger.info(
-            "%s, %.2f M parameters; %d training images, batch %d; evaluated on %s",
-            run.spec.name,
-            count_parameters(run.model) / 1e6,
-            run.data.source.num_samples,
-            config.train.batch_size,
-            run.data.evaluated_on,
-        )
+            resuming = f"resuming at iteration {trainer.iteration}"
+            logger.info("%s: %s", folder.path, resuming if begun else "no checkpoint, starting")
+        size = f"{run.spec.name}, {count_parameters(run.model) / 1e6:.2f} M parameters"
+        data = f"{run.data.source.num_samples} training images, batch {config.train.batch_size}"
+        logger.info("%s; %s; evaluated on %s", size, data, run.data.evaluated_on)
         if run.schedule_line:
             logger.info("%s", run.schedule_line)
         trainer.run()
@@ -164,7 +150,6 @@ def evaluate_only(config: Config, given: str, world: World) -> None:
 
 
 def work(task: tuple[Config, argparse.Namespace]) -> None:
-    """What each process does."""
     config, args = task
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

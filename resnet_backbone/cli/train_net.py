@@ -14,12 +14,7 @@ that differs is refused with the line to write. FILE is what tools/train_classif
 such as torchvision://resnet50/IMAGENET1K_V2, timm://resnet50.a1_in1k, hf://microsoft/resnet-50,
 detectron2://... or https://...; or a whole detector's checkpoint, also of other classes. A file
 that does not say its input needs RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra, caffe_vgg or
-torchvision:
-
-  python tools/train_net.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
-      --voc-root ... --weights resnet50_msra.safetensors RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra
-
-On COCO-style JSON:
+torchvision. On COCO-style JSON:
 
   python tools/train_net.py --config-file configs/detection/coco/faster_rcnn_R_50_FPN.yaml \\
       --coco-json train.json val.json --image-root train_images val_images
@@ -38,12 +33,10 @@ exit with status 75; a second Ctrl-C interrupts at once. Wrong input exits with 
 diverged with 3, results that are not those of TEST.EXPECTED_RESULTS with 1, after results.json was
 written.
 
-Several seeds, one after the other, each in its own folder, with mean and spread in seeds.json:
+Several seeds, one after the other, each in its own folder, with mean and spread in seeds.json;
+several processes, among which the batch is divided:
 
   python tools/train_net.py ... --output-dir output/r50 --seeds 1 2 3
-
-Several processes; the batch is divided among them:
-
   python tools/train_net.py ... --num-gpus 8
   python tools/train_net.py ... --num-gpus 8 --num-machines 2 --machine-rank 0 \\
       --dist-url tcp://first-machine:29500
@@ -60,15 +53,8 @@ import sys
 from resnet_backbone.cli import CommandParser
 from resnet_backbone.detection.config import CfgNode, take_back_overrides
 from resnet_backbone.detection.data.arguments import add_data_arguments
+from resnet_backbone.detection.engine import setup
 from resnet_backbone.detection.engine.seeds import read_seeds, seed_folder, train_seeds
-from resnet_backbone.detection.engine.setup import (
-    RunPlan,
-    config_digest,
-    prepare_run,
-    read_plan,
-    run_keys,
-    write_results,
-)
 from resnet_backbone.detection.engine.trainer import Trainer, watching
 from resnet_backbone.detection.evaluation.results import check_expectations, check_results
 from resnet_backbone.detection.inference.predictor import trained_detector
@@ -80,7 +66,7 @@ from resnet_backbone.runtime.errors import (
 )
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import current_world
-from resnet_backbone.runtime.run_folder import read_results
+from resnet_backbone.runtime.records import read_results
 from resnet_backbone.runtime.signals import StopRequest
 
 
@@ -90,17 +76,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--config-file", help="a file, or a name: voc/faster_rcnn_R_50_FPN")
     add("--output-dir", help="run folder (default: OUTPUT_DIR of the config)")
     add("--resume", action="store_true", help="go on from the last checkpoint")
-    text = (
-        "evaluate the run of --output-dir, or --weights FILE; a run's own config.yaml counts, and "
-        "KEY VALUE replaces what it says; results go to the folder eval in --output-dir"
-    )
+    text = "evaluate the run of --output-dir, by its own config, or --weights FILE; in folder eval"
     add("--eval-only", action="store_true", help=text)
     text = "MODEL.WEIGHTS FILE, and take over the input that these weights were trained on"
     add("--weights", metavar="FILE", help=text)
-    text = (
-        "one run for each of these seeds, in seed_N inside the run folder; what is complete is left"
-        " as it is, what was interrupted goes on"
-    )
+    text = "one run for each of these seeds, in seed_N of the run folder; complete ones stay"
     add("--seeds", nargs="+", metavar="N", help=text)
     add("--seed-run", type=int, help=argparse.SUPPRESS)  # one run of --seeds
     add_launch_arguments(parser)
@@ -121,19 +101,13 @@ def train(cfg: CfgNode, resume: bool) -> None:
             trainer.train()
         except UnexpectedResults as error:  # the run is complete
             unexpected = error
-    failure = {"evaluation_error": trainer.failure} if trainer.failure else {}
-    write_results(
-        trainer.cfg,
-        trainer.results,
-        trainer.evaluation.speed,
-        **failure,
-        iterations=trainer.iter,
-        ended_early=trainer.evaluation.has_ended,
-        best=trainer.evaluation.best,
-        accumulate=cfg.RESNET_BACKBONE.ACCUMULATE,
-        config_sha256=config_digest(run_keys(cfg)),
-    )
-    if failure:
+    evaluation = trainer.evaluation
+    facts = {"evaluation_error": trainer.failure} if trainer.failure else {}
+    facts |= dict(iterations=trainer.iter, ended_early=evaluation.has_ended, best=evaluation.best)
+    facts["accumulate"] = cfg.RESNET_BACKBONE.ACCUMULATE
+    facts["config_sha256"] = setup.config_digest(setup.run_keys(cfg))
+    setup.write_results(trainer.cfg, trainer.results, evaluation.speed, **facts)
+    if trainer.failure:
         raise EvaluationFailed(
             f"the training is complete, its evaluation failed ({trainer.failure}); what was found "
             f"is in {trainer.cfg.OUTPUT_DIR}/inference. Evaluate again: --eval-only, the same "
@@ -148,14 +122,13 @@ def evaluate(cfg: CfgNode) -> None:
     with watching() as watch:
         results = Trainer.test(cfg, trained_detector(cfg))
     if results:
-        write_results(cfg, results, watch.speed, iterations=None)
+        setup.write_results(cfg, results, watch.speed, iterations=None)
     if current_world().is_main:
         check_results(cfg, results or {})
 
 
-def work(plan: RunPlan) -> None:
-    """What each process does."""
-    cfg = prepare_run(plan)
+def work(plan: setup.RunPlan) -> None:
+    cfg = setup.prepare_run(plan)
     if cfg is None:
         return
     if plan.args.eval_only:
@@ -185,7 +158,7 @@ def run_seeds(args: argparse.Namespace, cfg: CfgNode) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    plan = read_plan(args)
+    plan = setup.read_plan(args)
     launch = plan_launch(args, plan.cfg.MODEL.DEVICE, "MODEL.DEVICE cpu")
     if args.seeds and args.seed_run is None:
         run_seeds(args, plan.cfg)

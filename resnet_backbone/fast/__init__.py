@@ -1,6 +1,11 @@
 """Networks made fast: folding, inference, regions on CPUs, and export to other runtimes."""
 
-from resnet_backbone.fast.folding import build_model, fold_bn, fold_each_call
-from resnet_backbone.fast.optimize import InferenceNetwork, optimize_for_inference
+from resnet_backbone.fast.optimize import (
+    InferenceNetwork,
+    build_model,
+    fold_bn,
+    fold_each_call,
+    optimize_for_inference,
+)
 
 __all__ = ["InferenceNetwork", "build_model", "fold_bn", "fold_each_call", "optimize_for_inference"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_backbone.fast.optimize import fold_bn
-from resnet_backbone.models.network import StagedNetwork
+from resnet_backbone.models.layers import StagedNetwork
 from resnet_backbone.weights.preprocessing import Preprocessing
 
 EXAMPLE_SIZE = (2, 224, 288)  # batch, height, width: all differ, none is 1
@@ -31,8 +31,7 @@ class Mismatch(ValueError):
 class NormalizedNetwork(nn.Module):
     """A network with its preprocessing: (N, 3, H, W) RGB, 0..255, uint8 or float, to its outputs.
 
-    Channel order, range, mean and standard deviation are those of the weights; a per-pixel mean
-    image is not used, its channel means are. Resizing is left to the caller.
+    Of a per-pixel mean image the channel means are used. Resizing is left to the caller.
     """
 
     def __init__(self, network: StagedNetwork, preprocessing: Preprocessing):
@@ -62,8 +61,7 @@ def export_program(
     Args:
         model: a classifier, a backbone, or a :class:`NormalizedNetwork`. It stays as it is.
         dtype: of the images: torch.float32, or torch.uint8 for a :class:`NormalizedNetwork`.
-        multiple: of which height and width are; a feature pyramid needs its
-            ``size_divisibility``.
+        multiple: of which height and width are: a feature pyramid's ``size_divisibility``.
     """
     model = fold_bn(copy.deepcopy(model).cpu().eval().requires_grad_(False))
     batch, height, width = EXAMPLE_SIZE
@@ -96,7 +94,7 @@ def export_onnx(
     Args:
         model, in_channels, dtype: as for :func:`export_program`.
         metadata: facts to keep in the file's ``metadata_props``.
-        program: of :func:`export_program`, where it is there already.
+        program: of :func:`export_program`, if it is there already.
     """
     try:
         import onnx
@@ -173,7 +171,7 @@ def run_program(path: str | os.PathLike) -> Runner:
 def largest_difference(
     reference: Runner, exported: Runner, batches: Iterable[Tensor]
 ) -> dict[str, float]:
-    """The largest difference of each output over some batches of images, or a Mismatch.
+    """The largest difference of each output over some batches, or a Mismatch.
 
     It is a fraction of the largest magnitude in that output of the reference.
     """
@@ -183,11 +181,10 @@ def largest_difference(
         if found.keys() != expected.keys():
             raise Mismatch(f"outputs are {list(found)} in the exported graph, not {list(expected)}")
         for name, value in expected.items():
-            if found[name].shape != value.shape:
-                raise Mismatch(
-                    f"{name} has shape {tuple(found[name].shape)} in the exported graph and "
-                    f"{tuple(value.shape)} in PyTorch for images {tuple(images.shape)}"
-                )
+            ours, theirs = tuple(found[name].shape), tuple(value.shape)
+            if ours != theirs:
+                at = f"for images {tuple(images.shape)}"
+                raise Mismatch(f"{name} has shape {ours}, and {theirs} in PyTorch, {at}")
             scale = value.abs().max().clamp_min(torch.finfo(value.dtype).tiny)
             difference = finite_or_inf((found[name] - value).abs().max() / scale)
             largest[name] = max(largest.get(name, 0.0), difference)
@@ -201,12 +198,9 @@ def finite_or_inf(difference: Tensor) -> float:
 
 def input_facts(preprocessing: Preprocessing, normalized: bool) -> dict:
     """What the input of an exported graph must be, in words and numbers, for JSON and ONNX."""
-    facts = {"layout": "NCHW", "normalization": "in the graph" if normalized else "by the caller"}
-    if normalized:
-        return facts | {"channel_order": RGB, "value_range": 255}
-    return facts | {
-        "channel_order": preprocessing.channel_order,
-        "value_range": preprocessing.value_range,
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
-    }
+    where = "in the graph" if normalized else "by the caller"
+    names = ("channel_order", "value_range", "mean", "std")
+    facts = {"channel_order": RGB, "value_range": 255}
+    if not normalized:
+        facts = {name: getattr(preprocessing, name) for name in names}
+    return {"layout": "NCHW", "normalization": where, **facts}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from resnet_backbone.fast.folding import (
+from resnet_backbone.fast.optimize import (
     FoldingConvNorm,
     FoldingConvNormAct,
     change_classes,
@@ -23,7 +23,7 @@ from resnet_backbone.models.resnet import BottleneckBlock
 
 
 class RegionConvNorm(FoldingConvNorm):
-    """:class:`FoldingConvNorm` for maps of 7x7 or so; same parameters, same function."""
+    """:class:`FoldingConvNorm` for maps of 7x7 or so."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.is_cpu and self.kernel_size == self.stride == (1, 1):
@@ -50,8 +50,7 @@ class RegionConvNormAct(ConvNormAct, RegionConvNorm):
 def for_regions(stage: nn.Module) -> nn.Module:
     """Lets the convolutions of a stage be those of regions, in place.
 
-    oneDNN's convolutions of 7x7 maps in channels_last reach two thirds of the speed of matrix
-    products in fp32 and half of it in bf16, its 3x3 in fp32 two thirds of that in row-major form.
+    oneDNN's convolutions of 7x7 maps in channels_last have half to two thirds of their speed.
     """
     kinds = dict.fromkeys((ConvNorm, FoldingConvNorm), RegionConvNorm)
     kinds |= dict.fromkeys((ConvNormAct, FoldingConvNormAct), RegionConvNormAct)
@@ -59,10 +58,7 @@ def for_regions(stage: nn.Module) -> nn.Module:
 
 
 class Projections(NamedTuple):
-    """A stage of bottlenecks whose first 1x1 convolutions are computed on the map, not on regions.
-
-    These are ``conv1`` and ``shortcut`` of the first block, side by side.
-    """
+    """A stage whose first block's ``conv1`` and ``shortcut`` are computed on the map, as one."""
 
     stage: nn.Sequential
     weight: Tensor  # (width + out_channels, in_channels, 1, 1)
@@ -90,12 +86,7 @@ def projections_on_map(stage: nn.Module, maps: Tensor, bins: int) -> Projections
 
     A sum over cells, RoIAlign, and a 1x1 convolution commute, but for the bias, since samples
     outside of the map count as zero. 1,000 regions of an 800x1216 image have 13 times as many bins
-    as its map has cells.
-
-    Args:
-        stage: res5, see :func:`for_regions`.
-        maps: (N, C, H, W), of which bins are pooled as sums of rows.
-        bins: of all regions together.
+    as its map, (N, C, H, W), has cells.
     """
     if is_watched(stage) or bins <= maps[:, 0].numel():
         return None
@@ -134,10 +125,9 @@ class RegionAlign(nn.Module):
 
     Equal to ``torchvision.ops.roi_align(...)[:, :, ::stride, ::stride]`` to rounding, and so is the
     gradient. On a CPU each bin is a weighted sum of the cells around its samples, taken as whole
-    rows of a channels_last map (``F.embedding_bag``), and the result is channels_last:
-    torchvision's kernel reads one channel after the other, and its backward pass has one thread.
-    Coordinates and sums have at least single precision; Detectron2's ``ROIAlign`` rounds the
-    corners to the map's precision, in bf16 by up to two pixels in 1,000.
+    rows of a channels_last map (``F.embedding_bag``): torchvision's kernel reads one channel after
+    the other, and its backward pass has one thread. Coordinates and sums have at least single
+    precision; Detectron2's ``ROIAlign`` rounds the corners to that of the map.
 
     Args:
         output_size: bins (rows, columns) of a region before the stride.
@@ -169,8 +159,8 @@ class RegionAlign(nn.Module):
         cells = maps.to(precision).permute(0, 2, 3, 1)
         with torch.no_grad():
             entries, offsets, weights = self._bags(cells.shape, regions.to(precision))
-        rows, options = cells.flatten(0, 2), dict(mode="sum", per_sample_weights=weights)
-        sums = F.embedding_bag(entries, rows, offsets, **options)
+        rows = cells.flatten(0, 2)
+        sums = F.embedding_bag(entries, rows, offsets, mode="sum", per_sample_weights=weights)
         bins = [-(-size // self.stride) for size in self.output_size]
         return sums.view(len(regions), *bins, -1).permute(0, 3, 1, 2).to(maps.dtype)
 
@@ -216,8 +206,7 @@ class RegionAlign(nn.Module):
 class StridedPool(nn.Module):
     """Pools regions and keeps every ``stride``-th bin in each direction.
 
-    Maps of half precision are pooled in single precision: torchvision's kernels need one precision
-    for maps and regions, and see to it by themselves under a GPU's autocast alone.
+    torchvision's kernels need one precision for maps and regions: the higher one.
     """
 
     def __init__(self, pool: nn.Module, stride: int):
@@ -270,10 +259,7 @@ def axis_weights(start: Tensor, width: Tensor, bins: Tensor, samples: Tensor, si
 
 
 def outer_product(y: Axis, x: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells of all bins of all regions, the offset of each bin's first one, and weights.
-
-    Cells are ``y.cells + x.cells``, weights the products; all as ``F.embedding_bag`` takes them.
-    """
+    """Cells of all bins (sums of both), the offset of each bin's first one, weights (products)."""
     regions, rows, columns = len(y.cells), y.cells.shape[1], x.cells.shape[1]
     lengths = (y.reach * x.reach).repeat_interleave(rows * columns)
     offsets = lengths.cumsum(0) - lengths

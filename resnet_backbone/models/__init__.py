@@ -1,10 +1,19 @@
-"""The paper's networks, on plain PyTorch."""
+"""The paper's networks, on plain PyTorch: the table of their names, and what they cost."""
 
-from resnet_backbone.models.factory import build_model, list_models
-from resnet_backbone.models.layers import FrozenBatchNorm2d
-from resnet_backbone.models.network import Feature, StagedNetwork
-from resnet_backbone.models.resnet import BasicBlock, BottleneckBlock, ResNet
-from resnet_backbone.models.resnet_cifar import CifarResNet
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from resnet_backbone.models.layers import Feature, FrozenBatchNorm2d, StagedNetwork
+from resnet_backbone.models.resnet import BasicBlock, BottleneckBlock, CifarResNet, ResNet
 from resnet_backbone.models.vgg import VGG
 
 __all__ = [
@@ -14,8 +23,120 @@ __all__ = [
     "Feature",
     "FrozenBatchNorm2d",
     "ResNet",
+    "Stage",
     "StagedNetwork",
     "VGG",
+    "analyze",
     "build_model",
+    "count_parameters",
     "list_models",
 ]
+
+MODELS: dict[str, Callable[..., StagedNetwork]] = {
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 50, 101, 152)},
+    **{f"plain{depth}": partial(ResNet, depth, shortcut="none") for depth in (18, 34)},
+    **{f"cifar_resnet{n}": partial(CifarResNet, n) for n in (20, 32, 44, 56, 110, 1202)},
+    **{f"cifar_plain{n}": partial(CifarResNet, n, shortcut="none") for n in (20, 32, 44, 56, 110)},
+    **{f"vgg{depth}": partial(VGG, depth) for depth in (11, 13, 16, 19)},
+    **{f"vgg{depth}_bn": partial(VGG, depth, norm="BN") for depth in (11, 13, 16, 19)},
+}
+
+
+def list_models() -> list[str]:
+    """Names that :func:`build_model` knows; CIFAR networks exist at every other 6n+2 as well."""
+    return list(MODELS)
+
+
+def find_constructor(name: str) -> Callable[..., StagedNetwork]:
+    """The class of a network with the arguments that its name says.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    cifar = re.fullmatch(r"cifar_(resnet|plain)(\d+)", name)
+    if cifar:
+        shortcut = {"shortcut": "none"} if cifar[1] == "plain" else {}
+        return partial(CifarResNet, int(cifar[2]), **shortcut)
+    near = difflib.get_close_matches(name, MODELS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "list_models() gives the names"
+    raise ValueError(f"unknown model {name!r}: {hint}")
+
+
+def build_model(name: str, num_classes: int | None = None, **options) -> StagedNetwork:
+    """Builds a network by name, with freshly initialized weights.
+
+    Args:
+        name: one of :func:`list_models`, or ``cifar_resnet<6n+2>`` / ``cifar_plain<6n+2>``.
+        num_classes: logits; by default 1000, and 10 for the CIFAR networks.
+        **options: arguments of the network's class, for example ``out_features=("res3", "res4",
+            "res5")``, ``stride_in_1x1=False``, ``shortcut="A"``; see ``ResNet``,
+            ``CifarResNet`` and ``VGG``.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    return find_constructor(name)(**options)
+
+
+class Stage(NamedTuple):
+    """What :func:`analyze` tells about one direct child of a network, for one image."""
+
+    name: str
+    output_shape: tuple[int, ...]  # (channels, height, width) of a map, (channels,) of a head
+    parameters: int
+    convolutions: int  # multiply-adds of the convolutions
+    linear: int  # multiply-adds of the linear layers
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.convolutions + self.linear
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, frozen ones included.
+
+    The scale and shift of a frozen batch norm are constants and not parameters.
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def analyze(model: nn.Module, input_size: int | Sequence[int] = 224) -> list[Stage]:
+    """One row per direct child that runs, in the order of registration.
+
+    The multiply-adds are the paper's "FLOPs" (Table 1): those of convolutions and linear layers,
+    one per weight and output position. Biases, norms, activations, pooling, additions and gating
+    do not count. A copy of the model runs on the meta device in evaluation mode, so that the size
+    of network and image costs nothing.
+
+    Args:
+        model: any network of one image batch; it stays as it is and may be on the meta device.
+        input_size: height and width of the image, or one number for both.
+    """
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    model = copy.deepcopy(model).to("meta").eval()
+    stages = {
+        name: Stage(name, (), count_parameters(x), 0, 0) for name, x in model.named_children()
+    }
+
+    def add(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        kind = "linear" if isinstance(module, nn.Linear) else "convolutions"
+        count = output.numel() * module.weight[0].numel()  # one row of weights makes one output
+        stages[name] = stages[name]._replace(**{kind: getattr(stages[name], kind) + count})
+
+    def note_shape(name: str, module: nn.Module, args: tuple, output: object) -> None:
+        if isinstance(output, Tensor):
+            stages[name] = stages[name]._replace(output_shape=tuple(output.shape[1:]))
+
+    for name, child in model.named_children():
+        child.register_forward_hook(partial(note_shape, name))
+        for module in child.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                module.register_forward_hook(partial(add, name))
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    with torch.no_grad():
+        model(first.weight.new_empty(1, first.in_channels, height, width))
+    return [stage for stage in stages.values() if stage.output_shape]

@@ -1,4 +1,4 @@
-"""ResNet-18/34/50/101/152 and their plain twins (arXiv 1512.03385, Table 1 and Fig. 3)."""
+"""The paper's residual networks for ImageNet and CIFAR-10, and their plain twins (1512.03385)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from resnet_backbone.models.layers import (
     ConvNorm,
     ConvNormAct,
     Norm,
+    StagedNetwork,
     build_activation,
-    global_average_pool,
     init_he,
 )
-from resnet_backbone.models.network import StagedNetwork
 
 SHORTCUTS = ("A", "B", "C", "highway", "none")
 HIGHWAY_GATE_BIAS = -3.0  # gates start nearly closed: arXiv 1505.00387 section 2.3
@@ -51,7 +50,7 @@ def build_shortcut(
 
 
 class ResidualBlock(nn.Module):
-    """activation(F(x) + shortcut(x)), equations 1 and 2; subclasses define F as :meth:`residual`.
+    """activation(F(x) + shortcut(x)), equations 1 and 2; subclasses build F and run it.
 
     With ``shortcut="highway"`` the sum is gated, T * F(x) + (1 - T) * shortcut(x), where
     T = sigmoid(1x1 convolution of x) (Highway Networks, arXiv 1505.00387, the paper's related
@@ -61,17 +60,31 @@ class ResidualBlock(nn.Module):
     expansion: int
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, shortcut: str, norm: Norm, act: str
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        shortcut: str = "B",
+        norm: Norm = "BN",
+        activation: str = "relu",
+        stride_in_1x1: bool = True,
     ):
         super().__init__()
         self.shortcut = build_shortcut(shortcut, in_channels, out_channels, stride, norm)
         self.gate = None
         if shortcut == "highway":
             self.gate = nn.Conv2d(in_channels, out_channels, 1, stride=stride)
-        self.activation = build_activation(act, out_channels)
+        self.activation = build_activation(activation, out_channels)
+        strides = (stride, 1) if stride_in_1x1 else (1, stride)
+        options = dict(norm=norm, activation=activation)
+        self.build_residual(in_channels, out_channels, strides, dilation, options)
 
-    def residual(self, x: Tensor) -> Tensor:
-        """F(x)."""
+    def build_residual(
+        self, in_channels: int, out_channels: int, strides: tuple, dilation: int, options: dict
+    ) -> None:
+        """Adds the layers of F: strides of the first 1x1 and 3x3, options norm and activation."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,23 +102,14 @@ class BasicBlock(ResidualBlock):
 
     expansion = 1
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        shortcut: str = "B",
-        norm: Norm = "BN",
-        activation: str = "relu",
-    ):
-        super().__init__(in_channels, out_channels, stride, shortcut, norm, activation)
-        options = dict(dilation=dilation, norm=norm)
+    def build_residual(
+        self, in_channels: int, out_channels: int, strides: tuple, dilation: int, options: dict
+    ) -> None:
+        stride, norm = max(strides), options["norm"]
         self.conv1 = ConvNormAct(
-            in_channels, out_channels, 3, stride=stride, activation=activation, **options
+            in_channels, out_channels, 3, stride=stride, dilation=dilation, **options
         )
-        self.conv2 = ConvNorm(out_channels, out_channels, 3, **options)
+        self.conv2 = ConvNorm(out_channels, out_channels, 3, dilation=dilation, norm=norm)
 
     def residual(self, x: Tensor) -> Tensor:
         return self.conv2(self.conv1(x))
@@ -120,25 +124,13 @@ class BottleneckBlock(ResidualBlock):
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        shortcut: str = "B",
-        norm: Norm = "BN",
-        activation: str = "relu",
-        stride_in_1x1: bool = True,
-    ):
-        super().__init__(in_channels, out_channels, stride, shortcut, norm, activation)
+    def build_residual(
+        self, in_channels: int, out_channels: int, strides: tuple, dilation: int, options: dict
+    ) -> None:
         width = out_channels // self.expansion
-        stride_1x1, stride_3x3 = (stride, 1) if stride_in_1x1 else (1, stride)
-        options = dict(norm=norm, activation=activation)
-        self.conv1 = ConvNormAct(in_channels, width, 1, stride=stride_1x1, **options)
-        self.conv2 = ConvNormAct(width, width, 3, stride=stride_3x3, dilation=dilation, **options)
-        self.conv3 = ConvNorm(width, out_channels, 1, norm=norm)
+        self.conv1 = ConvNormAct(in_channels, width, 1, stride=strides[0], **options)
+        self.conv2 = ConvNormAct(width, width, 3, stride=strides[1], dilation=dilation, **options)
+        self.conv3 = ConvNorm(width, out_channels, 1, norm=options["norm"])
 
     def residual(self, x: Tensor) -> Tensor:
         return self.conv3(self.conv2(self.conv1(x)))
@@ -154,6 +146,7 @@ DEPTHS: dict[int, tuple[type[ResidualBlock], tuple[int, int, int, int]]] = {
 }
 STAGE_WIDTHS = (64, 128, 256, 512)  # channels of the 3x3 convolutions in res2..res5
 STAGE_NAMES = ("stem", "res2", "res3", "res4", "res5")
+CIFAR_STAGE_NAMES = STAGE_NAMES[:4]
 # Dilations of res2..res5 by output stride (arXiv 1606.00915, 1706.05587).
 DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 
@@ -173,8 +166,7 @@ class Stem(nn.Module):
         self.conv1 = ConvNormAct(
             in_channels, out_channels, 7, stride=2, norm=norm, activation=activation
         )
-        padding = 0 if caffe_pool else 1
-        self.pool = nn.MaxPool2d(3, stride=2, padding=padding, ceil_mode=caffe_pool)
+        self.pool = nn.MaxPool2d(3, 2, padding=0 if caffe_pool else 1, ceil_mode=caffe_pool)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.pool(self.conv1(x))
@@ -194,21 +186,13 @@ def make_stage(
     """One stage: the first block carries the stride; block i has dilation * multi_grid[i]."""
     grid = tuple(multi_grid) or (1,) * num_blocks
     if len(grid) != num_blocks or min(grid) < 1:
-        raise ValueError(
-            f"multi_grid {tuple(multi_grid)} needs {num_blocks} positive rates, one per block"
-        )
-    blocks = []
-    for index in range(num_blocks):
-        blocks.append(
-            block(
-                in_channels if index == 0 else out_channels,
-                out_channels,
-                stride=stride if index == 0 else 1,
-                dilation=dilation * grid[index],
-                **block_options,
-            )
-        )
-    return nn.Sequential(*blocks)
+        raise ValueError(f"multi_grid {grid} needs {num_blocks} positive rates, one per block")
+    stage = nn.Sequential()
+    for rate in grid:
+        options = dict(stride=stride, dilation=dilation * rate, **block_options)
+        stage.append(block(in_channels, out_channels, **options))
+        in_channels, stride = out_channels, 1
+    return stage
 
 
 def init_residual_network(network: nn.Module, activation: str, zero_init_residual: bool) -> None:
@@ -232,20 +216,28 @@ def resnet_stage(depth: int, stage: int, *, in_channels: int | None = None, **op
     """Stage ``res{stage}`` (2..5) of a ResNet of this depth as a module, and its channels out.
 
     What a C4 detection head runs per region is ``resnet_stage(depth, 5, stride=2)``.
-    ``options`` are those of :func:`make_stage`; ``stride_in_1x1`` is dropped for depths whose
-    blocks have no 1x1 to put it in.
+    ``options`` are those of :func:`make_stage`.
     """
     block, num_blocks = DEPTHS[depth]
-    index = stage - 2
-    if block is BasicBlock:
-        options.pop("stride_in_1x1", None)
     if in_channels is None:
-        in_channels = 64 if stage == 2 else STAGE_WIDTHS[index - 1] * block.expansion
-    out_channels = STAGE_WIDTHS[index] * block.expansion
-    return make_stage(block, num_blocks[index], in_channels, out_channels, **options), out_channels
+        in_channels = 64 if stage == 2 else STAGE_WIDTHS[stage - 3] * block.expansion
+    channels = STAGE_WIDTHS[stage - 2] * block.expansion
+    return make_stage(block, num_blocks[stage - 2], in_channels, channels, **options), channels
 
 
-class ResNet(StagedNetwork):
+class ResidualNetwork(StagedNetwork):
+    """What the networks for ImageNet and for CIFAR-10 have in common."""
+
+    def finish(self, num_classes: int, activation: str, freeze_at: int, zero_init: bool) -> None:
+        """The end of the constructor, when all stages are there."""
+        if self.is_classifier:
+            self.linear = nn.Linear(self.features[self.stage_names[-1]].channels, num_classes)
+        init_residual_network(self, activation, zero_init)
+        self.freeze(freeze_at)
+        self.to(memory_format=torch.channels_last)
+
+
+class ResNet(ResidualNetwork):
     """A residual network, or with ``shortcut="none"`` its plain twin.
 
     As a classifier it maps (N, in_channels, H, W) to logits (N, num_classes). With
@@ -300,28 +292,57 @@ class ResNet(StagedNetwork):
         self.depth = depth
         self.stride_in_1x1 = stride_in_1x1
         self.add_stage("stem", Stem(in_channels, 64, norm, activation, caffe_pool), 64, 4)
+        options = dict(shortcut=shortcut, stride_in_1x1=stride_in_1x1, norm=norm)
+        options["activation"] = activation
         stride = 4
         for number, name in enumerate(self.stage_names[1:], start=2):
-            dilation = dilations[number - 2]
+            dilation, grid = dilations[number - 2], multi_grid if number == 5 else ()
             step = 1 if number == 2 or dilation > 1 else 2
-            stage, channels = resnet_stage(
-                depth,
-                number,
-                stride=step,
-                dilation=dilation,
-                multi_grid=multi_grid if number == 5 else (),
-                shortcut=shortcut,
-                stride_in_1x1=stride_in_1x1,
-                norm=norm,
-                activation=activation,
-            )
+            rates = dict(stride=step, dilation=dilation, multi_grid=grid)
+            stage, channels = resnet_stage(depth, number, **rates, **options)
             stride *= step
             self.add_stage(name, stage, channels, stride)
-        if self.is_classifier:
-            self.linear = nn.Linear(channels, num_classes)
-        init_residual_network(self, activation, zero_init_residual)
-        self.freeze(freeze_at)
-        self.to(memory_format=torch.channels_last)
+        self.finish(num_classes, activation, freeze_at, zero_init_residual)
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        return self.linear(global_average_pool(x))
+
+class CifarResNet(ResidualNetwork):
+    """3x3 convolution to 16 maps, then three stages of n blocks with 16, 32, 64 maps (4.2).
+
+    Maps (N, in_channels, 32, 32) to logits (N, num_classes); other sizes work too. Stages are
+    named stem, res2, res3, res4 with strides 1, 1, 2, 4. It has 97,216 n - 21,926 parameters
+    with option A and 10 classes.
+
+    Args:
+        depth: 6n + 2: 20, 32, 44, 56, 110, 1202 in the paper (Table 6).
+        shortcut: "A" is the paper's choice here; "none" is the plain twin.
+        Others are as in :class:`ResNet`.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        shortcut: str = "A",
+        norm: Norm = "BN",
+        activation: str = "relu",
+        out_features: Iterable[str] | None = None,
+        freeze_at: int = 0,
+        zero_init_residual: bool = False,
+    ):
+        blocks, rest = divmod(depth - 2, 6)
+        if rest or blocks < 1:
+            raise ValueError(f"depth {depth} is not 6n+2 with n >= 1: use 8, 14, 20, 32, 44 ...")
+        super().__init__(CIFAR_STAGE_NAMES, out_features)
+        self.depth = depth
+        options = dict(norm=norm, activation=activation)
+        self.add_stage("stem", ConvNormAct(in_channels, 16, 3, **options), 16, 1)
+        options["shortcut"] = shortcut
+        width, stride = 16, 1
+        for name in self.stage_names[1:]:
+            step = 1 if name == "res2" else 2
+            channels, width, stride = width, width * step, stride * step
+            stage = make_stage(BasicBlock, blocks, channels, width, stride=step, **options)
+            self.add_stage(name, stage, width, stride)
+        self.finish(num_classes, activation, freeze_at, zero_init_residual)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_backbone.models.layers import ConvNormAct, Norm, init_he
-from resnet_backbone.models.network import StagedNetwork
+from resnet_backbone.models.layers import ConvNormAct, Norm, StagedNetwork, init_he
 
 # Number of 3x3 convolutions in conv1..conv5.
 DEPTHS: dict[int, tuple[int, int, int, int, int]] = {

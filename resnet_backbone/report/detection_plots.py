@@ -22,12 +22,11 @@ OURS, REFERENCE = COLORS[0], COLORS[1]  # the first ResNet and the first VGG, in
 
 def detector_colors(groups: Sequence[DetectorGroup]) -> dict[str, str]:
     """A color for each detector's label, the same in every picture."""
-    others = [color for color in COLORS if color not in (OURS, REFERENCE)]
-    colors = {}
+    others, colors = [color for color in COLORS if color not in (OURS, REFERENCE)], {}
     for group in groups:
         first = REFERENCE if group.first.family == "VGG" else OURS
         free = [color for color in (first, *others) if color not in colors.values()]
-        colors[group.label] = free[0] if free else first
+        colors[group.label] = [*free, first][0]
     return colors
 
 
@@ -58,11 +57,10 @@ def plot_training(
 
 def _draw_runs(axes: Axes, runs, smoothed: bool, label: str, color: str) -> None:
     style = dict(color=color, linewidth=1.6 if len(runs) == 1 else 1.0, alpha=0.85)
-    for number, (iterations, values) in enumerate(runs):
-        name = None if number else label
+    for iterations, values in runs:
         if smoothed:
             values = smooth(values, max(1, len(values) // 20))
-        axes.plot(iterations, values, marker=None if smoothed else "o", label=name, **style)
+        axes.plot(iterations, values, marker=None if smoothed else "o", label=label, **style)
 
 
 def _grid(count: int, columns: int, width: float, height: float, **options) -> tuple:
@@ -200,8 +198,6 @@ def plot_errors_by_kind(
 
 
 class Point(NamedTuple):
-    """A detector in the picture of accuracy and time."""
-
     label: str
     seconds: float  # per image
     ap50: float  # percent

@@ -28,12 +28,12 @@ networks. Numbers compare only where their training data are the same too."""
 
 
 def results_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
-    """The table of all detectors, and a row for each gain."""
     used = {key: text for key, text in METRICS.items() if any(g.values(key) for g in groups)}
     rows = []
     for group in groups:
-        start = [group.label + (" (reduced)" if reductions(group) else "")]
-        start += [group.first.weights or "none", _seeds(group), _iterations(group)]
+        seeds = ", ".join(NONE if run.seed is None else str(run.seed) for run in group.runs)
+        name = group.label + (" (reduced)" if reductions(group) else "")
+        start = [name, group.first.weights or "none", seeds, _iterations(group)]
         rows.append(start + [_number_text(group, key) for key in used])
     for gain in gains:
         numbers = [f"**{gain_text(gain, key)}**" for key in used]
@@ -52,10 +52,6 @@ def _number_text(group: DetectorGroup, key: str) -> str:
 def _iterations(group: DetectorGroup) -> str:
     done = sorted({run.iterations for run in group.runs if run.iterations is not None})
     return " to ".join(f"{number:,}" for number in dict.fromkeys(done[:1] + done[-1:])) or NONE
-
-
-def _seeds(group: DetectorGroup) -> str:
-    return ", ".join(NONE if run.seed is None else str(run.seed) for run in group.runs)
 
 
 def task_of_run(run: DetectorRun) -> str:
@@ -82,14 +78,14 @@ def reductions(group: DetectorGroup) -> list[str]:
 def data_text(group: DetectorGroup) -> str:
     """ "train (2,400 images) → test (800 images), 320 px"."""
     run = group.first
-    sides = [" + ".join(_dataset_text(run, n) for n in names) for names in (run.train, run.test)]
+
+    def text(name: str) -> str:
+        images = run.images_of([name])
+        return f"`{short_name(name)}`" + (f" ({images:,} images)" if images else "")
+
     side = run.config.get("INPUT.MIN_SIZE_TEST")
-    return " → ".join(sides) + (f", {side} px" if side else "")
-
-
-def _dataset_text(run: DetectorRun, name: str) -> str:
-    images = run.images_of([name])
-    return f"`{short_name(name)}`" + (f" ({images:,} images)" if images else "")
+    sets = " → ".join(" + ".join(map(text, names)) for names in (run.train, run.test))
+    return sets + (f", {side} px" if side else "")
 
 
 def short_name(dataset: str) -> str:
@@ -145,8 +141,6 @@ def _our_cells(found: DetectorGroup | Gain, metric: str) -> list[str]:
 
 
 class Row(NamedTuple):
-    """A row of tools/evaluate_detector.py."""
-
     name: str
     numbers: dict[str, float]  # AP in percent
     seconds: float | None  # per image, if measured
@@ -169,7 +163,6 @@ def load_rows(path: Path) -> list[Row]:
 
 
 def read_row(row: Mapping[str, Any]) -> Row:
-    """A row as tools/evaluate_detector.py records it."""
     numbers = row["results"]["bbox"].items()
     kept = {key: float(value) for key, value in numbers if key in METRICS and value is not None}
     config = yaml.safe_load(row.get("config") or "{}")  # has the test sets
@@ -208,11 +201,10 @@ def is_coco(rows: Sequence[Row]) -> bool:
 
 def _paper_cells(paper) -> list[str]:
     pairs = (paper.val, paper.test_dev) if paper else (None, None)
-    return [NONE if pair is None else f"{pair[0]:.1f} / {pair[1]:.1f}" for pair in pairs]
+    return ["{:.1f} / {:.1f}".format(*pair) if pair else NONE for pair in pairs]
 
 
 def class_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
-    """AP of every class: all detectors, and the gains; the mean in the last row."""
     first = groups[0].first
     objects = first.objects
     header = ["class", *(["objects"] if objects else []), *(g.label for g in groups)]
@@ -247,7 +239,6 @@ def provenance_section(groups: Sequence[DetectorGroup], commands: Mapping[str, s
 
 
 def rows_provenance(path: Path, commands: Mapping[str, str]) -> str:
-    """Command, hardware and dates of the rows of tools/evaluate_detector.py."""
     content = read_table(path)
     rows = content["rows"]
     columns = (
@@ -263,11 +254,8 @@ def rows_provenance(path: Path, commands: Mapping[str, str]) -> str:
 
 def _evaluated(run: DetectorRun) -> str:
     difficult = sum(row["difficult"] for row in run.details.get("classes", ()))
-    counts = {
-        "images": run.images_of(run.test),
-        "boxes": sum(run.objects.values()),
-        "difficult ones (which count neither way)": difficult,
-    }
+    counts = {"images": run.images_of(run.test), "boxes": sum(run.objects.values())}
+    counts["difficult ones (which count neither way)"] = difficult
     parts = [f"{count:,} {what}" for what, count in counts.items() if count]
     return "evaluated on " + (", ".join(parts) or f"{' + '.join(run.test)}, size {NOT_RECORDED}")
 
@@ -288,13 +276,11 @@ def hardware(run: DetectorRun) -> str:
 def timing(run: DetectorRun) -> str:
     """How the seconds per image of the run's own evaluation were measured."""
     count, processes = (run.results.get(key) or 1 for key in ("images_at_a_time", "processes"))
-    facts = [hardware(run), f"{count} image{'s' * (count > 1)} at a time"]
-    facts += [f"{processes} processes beside one another"] if processes > 1 else []
-    return ", ".join(facts)
+    beside = f", {processes} processes beside one another" if processes > 1 else ""
+    return f"{hardware(run)}, {count} image{'s' * (count > 1)} at a time{beside}"
 
 
 def versions(run: DetectorRun) -> str:
-    """PyTorch's version and Detectron2's build."""
     known = run.results.get("versions", {})
     build = known.get("detectron2") or known.get("sal-detectron2")
     found = {"PyTorch": known.get("torch"), "Detectron2": DETECTRON2_BUILDS.get(build, build)}

@@ -1,7 +1,4 @@
-"""What runs detected beside what was there: curves, and intervals over test images.
-
-This module, :mod:`.pictures` and :mod:`.document` are the only ones here that need Detectron2.
-"""
+"""What runs detected beside what was there: curves, intervals, pictures. Needs Detectron2."""
 
 from __future__ import annotations
 
@@ -9,25 +6,19 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from resnet_backbone.detection.config import backbone_node, load_config
 from resnet_backbone.detection.data.voc import scan_voc
+from resnet_backbone.detection.evaluation import voc_ap
 from resnet_backbone.detection.evaluation.voc import TO_VOC
-from resnet_backbone.detection.evaluation.voc_ap import (
-    COCO_IOU_THRESHOLDS,
-    CURVE_IOU,
-    read_boxes,
-    score_boxes,
-)
+from resnet_backbone.detection.inference.pictures import contact_sheet, draw_boxes, enlargement
 from resnet_backbone.report.gain import DetectorGroup
-from resnet_backbone.report.runs import ELEVEN_POINT, DetectorRun, flatten
+from resnet_backbone.report.runs import ELEVEN_POINT, DetectorRun
 
 DETECTIONS = "detections.json"
 TOLERANCE = 0.1  # points of AP50; the file's rounded scores and boxes move less
@@ -36,6 +27,17 @@ RECALL_LEVELS = 101
 DRAWS, DRAWS_SEED = 1000, 0  # resampled test sets
 DRAWS_AT_ONCE = 250  # limits memory
 
+GREEN = 60, 220, 60
+ORANGE, BLUE = (0.9, 0.47, 0.08), (0.16, 0.51, 0.86)
+TILE = 400  # largest side of a picture, in pixels
+COLUMNS = 4
+RULE = """\
+A run finds an object if a detection of its class, with a score of at least {score:g}, overlaps it \
+by an IoU above {iou:g}, and no other object of that class more. Looked at are the objects, \
+difficult ones left out, that {finder} finds in more than half of its runs and {other} in none. \
+Shown is for each class the object with the largest gap: mean score of {finder}'s best detection \
+on it less the largest score of {other}'s. The largest gaps come first, an image only once."""
+
 Table = dict[str, np.ndarray]
 
 
@@ -43,22 +45,11 @@ class NoDetections(ValueError):
     """Files that curves, intervals and pictures need are missing; the message says which."""
 
 
-def with_defaults(runs: Iterable[DetectorRun]) -> list[DetectorRun]:
-    """Runs with the default of each key of ours that their version did not have yet."""
-    node = backbone_node(load_config("", []))
-    defaults = dict(flatten(yaml.safe_load(node.dump()), "RESNET_BACKBONE."))
-    return [replace(run, config={**defaults, **run.config}) for run in runs]
-
-
 class Truth(NamedTuple):
-    """A test set.
-
-    Of each image: image_id, file_name, boxes (N, 4) as VOC's 1-based inclusive pixels, classes
-    (N,), difficult (N,).
-    """
+    """A test set; boxes (N, 4) are in VOC's 1-based inclusive pixels."""
 
     classes: list[str]  # in the order of the category ids
-    images: list[dict[str, Any]]
+    images: list[dict[str, Any]]  # image_id, file_name, boxes, classes (N,), difficult (N,)
 
 
 def load_truth(run: DetectorRun, voc_root: str | None = None) -> Truth:
@@ -85,7 +76,6 @@ def load_truth(run: DetectorRun, voc_root: str | None = None) -> Truth:
 
 
 def _locate(run: DetectorRun, voc_root: str | None) -> tuple[str, str]:
-    """Folder and split of the run's test set."""
     name = run.test[0]
     if registered := REGISTERED.fullmatch(name):
         default = os.environ.get("DETECTRON2_DATASETS", "datasets")
@@ -105,13 +95,12 @@ class RunDetections(NamedTuple):
     """A run's detections, matched with the ground truth."""
 
     run: DetectorRun
-    truth: Table  # of read_boxes; the same for all runs
+    truth: Table  # of voc_ap.read_boxes; the same for all runs
     found: Table
-    numbers: Mapping[str, Any]  # of score_boxes at IoU .5
+    numbers: Mapping[str, Any]  # of voc_ap.score_boxes at IoU .5
 
 
 def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
-    """Read a run's detections.json and match it with the annotations."""
     path = run.inference / DETECTIONS
     if not path.is_file():
         raise NoDetections(f"{run.folder.name} has no {DETECTIONS}; evaluate it again")
@@ -120,8 +109,8 @@ def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
         predictions = _by_image(rows)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again from the run") from error
-    tables = read_boxes(predictions, truth.images, truth.classes)
-    numbers = score_boxes(*tables, truth.classes, (CURVE_IOU,))
+    tables = voc_ap.read_boxes(predictions, truth.images, truth.classes)
+    numbers = voc_ap.score_boxes(*tables, truth.classes, (voc_ap.CURVE_IOU,))
     ap50, stated = 100 * np.nanmean(numbers["ap_area"]), run.numbers.get("AP50")
     if stated is not None and abs(ap50 - stated) > TOLERANCE:
         raise ValueError(
@@ -133,17 +122,15 @@ def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
 
 def _by_image(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """COCO-style rows as the evaluator's predictions, in VOC's pixels."""
-    images: dict[str, list] = {}
+    images: dict[str, dict[str, list]] = {}
     for row in rows:
         x, y, width, height = row["bbox"]
-        values = (x, y, x + width, y + height, row["score"], row["category_id"])
-        images.setdefault(str(row["image_id"]), []).append(values)
-    predictions = []
-    for image_id, values in images.items():
-        table = np.array(values, dtype=float)
-        columns = {"boxes": table[:, :4] + TO_VOC, "scores": table[:, 4], "classes": table[:, 5]}
-        predictions.append({"image_id": image_id, **columns})
-    return predictions
+        empty = {"boxes": [], "scores": [], "classes": []}
+        found = images.setdefault(str(row["image_id"]), empty)
+        found["boxes"].append([x, y, x + width, y + height] + TO_VOC)
+        found["scores"].append(float(row["score"]))
+        found["classes"].append(int(row["category_id"]))
+    return [{"image_id": image_id, **found} for image_id, found in images.items()]
 
 
 def interpolated_precision(numbers: Mapping[str, Any], levels: int = RECALL_LEVELS) -> np.ndarray:
@@ -163,20 +150,11 @@ def interpolated_precision(numbers: Mapping[str, Any], levels: int = RECALL_LEVE
     return np.array(rows)
 
 
-def load_all(
-    groups: Sequence[DetectorGroup], voc_root: str | None = None
-) -> tuple[Truth, list[list[RunDetections]]]:
-    """The test set of some groups, and for each group its runs' detections."""
-    truth = load_truth(groups[0].first, voc_root)
-    bar = tqdm(groups, desc="detections", unit="detector")
-    return truth, [[load_detections(run, truth) for run in group.runs] for group in bar]
-
-
 def draw_images(images: int, draws: int = DRAWS) -> np.ndarray:
     """Test sets of as many images, drawn with replacement: (draws, images) times of each image."""
     rng = np.random.default_rng(DRAWS_SEED)
-    chosen = (rng.integers(0, images, images) for _ in range(draws))
-    return np.array([np.bincount(one, minlength=images) for one in chosen])
+    drawn = [rng.integers(0, images, images) for _ in range(draws)]
+    return np.array([np.bincount(one, minlength=images) for one in drawn])
 
 
 def resample(run: RunDetections, counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -191,7 +169,7 @@ def resample(run: RunDetections, counts: np.ndarray) -> dict[str, np.ndarray]:
     Returns:
         Metric -> (R,), in percent, mean over the classes with objects.
     """
-    at50, at75 = (COCO_IOU_THRESHOLDS.index(iou) for iou in (0.5, 0.75))
+    at50, at75 = (voc_ap.COCO_IOU_THRESHOLDS.index(iou) for iou in (0.5, 0.75))
     parts: dict[str, list[np.ndarray]] = {}
     for start in range(0, len(counts), DRAWS_AT_ONCE):
         part = counts[start : start + DRAWS_AT_ONCE]
@@ -217,7 +195,7 @@ def _resample_class(
     of_image = weights[found["image"][rows]]
     so_far = of_image.cumsum(axis=0)  # detections, (rows, R)
     area, eleven = [], None
-    for threshold in COCO_IOU_THRESHOLDS:
+    for threshold in voc_ap.COCO_IOU_THRESHOLDS:
         over = iou > threshold
         counted, ignored = np.flatnonzero(over & ~hard), np.flatnonzero(over & hard)
         right = np.sort(counted[np.unique(match[counted], return_index=True)[1]])
@@ -229,7 +207,7 @@ def _resample_class(
         with np.errstate(divide="ignore", invalid="ignore"):
             mean = (of_image[right] * envelope).sum(axis=0) / objects
             area.append(np.where(objects > 0, mean, np.nan))
-            if threshold == CURVE_IOU:
+            if threshold == voc_ap.CURVE_IOU:
                 eleven = _eleven_points(reached / objects, envelope)
     return np.array(area), np.where(objects > 0, eleven, np.nan)
 
@@ -242,12 +220,113 @@ def _eleven_points(recall: np.ndarray, envelope: np.ndarray) -> np.ndarray:
     return np.sum(points, axis=0) / 11.0
 
 
-def resample_groups(
-    groups: Sequence[DetectorGroup], detections: Sequence[Sequence[RunDetections]], images: int
-) -> None:
-    """Give each group its :attr:`~.gain.DetectorGroup.draws`: the same test sets for all."""
-    counts = draw_images(images)
-    bar = tqdm(detections, desc="intervals", unit="detector")
+def load_all(
+    groups: Sequence[DetectorGroup], voc_root: str | None
+) -> tuple[Truth, list[list[RunDetections]]]:
+    """The test set of some groups, and for each group its runs' detections.
+
+    The groups get their :attr:`~.gain.DetectorGroup.draws`: the same test sets for all.
+    """
+    truth = load_truth(groups[0].first, voc_root)
+    detections = [[load_detections(run, truth) for run in group.runs] for group in groups]
+    counts, bar = draw_images(len(truth.images)), tqdm(detections, "intervals", unit="detector")
     for group, runs in zip(groups, bar, strict=True):
         found = [resample(run, counts) for run in runs]
         group.draws = {key: np.mean([one[key] for one in found], axis=0) for key in found[0]}
+    return truth, detections
+
+
+def object_scores(run: RunDetections) -> np.ndarray:
+    """For each object (objects,) the score of the best detection on it, 0 without one.
+
+    A detection is on the object of its class with the highest IoU, if that is above .5.
+    """
+    found = run.found
+    scores = np.zeros(len(run.truth["classes"]))
+    over = found["iou"] > voc_ap.CURVE_IOU
+    np.maximum.at(scores, found["match"][over], found["scores"][over])
+    return scores
+
+
+def find_misses(
+    finder: Sequence[RunDetections], other: Sequence[RunDetections], score: float
+) -> np.ndarray:
+    """For each object (objects,) the gap of the scores, nan where :data:`RULE` leaves it out."""
+    mine, theirs = (np.array([object_scores(e) for e in runs]) for runs in (finder, other))
+    most = 2 * (mine >= score).sum(axis=0) > len(mine)
+    chosen = most & (theirs < score).all(axis=0) & ~finder[0].truth["difficult"]
+    return np.where(chosen, mine.mean(axis=0) - theirs.max(axis=0), np.nan)
+
+
+def select_misses(
+    finder: Sequence[RunDetections], other: Sequence[RunDetections], count: int, score: float
+) -> list[tuple[int, RunDetections]]:
+    """At most `count` objects by :data:`RULE`: one a class and an image, largest gap first.
+
+    Returns:
+        Row in the table of the ground truth and the finder's first run that finds it, of each.
+    """
+    truth, gaps = finder[0].truth, find_misses(finder, other, score)
+    rows = np.flatnonzero(~np.isnan(gaps))
+    selected: list[tuple[int, RunDetections]] = []
+    classes, images = set(), set()
+    for row in rows[np.argsort(-gaps[rows], kind="stable")].tolist():
+        class_id, image = int(truth["classes"][row]), int(truth["image"][row])
+        if class_id in classes or image in images or len(selected) == count:
+            continue
+        classes.add(class_id)
+        images.add(image)
+        first = next(run for run in finder if object_scores(run)[row] >= score)
+        selected.append((row, first))
+    return selected
+
+
+def make_sheet(
+    pairs: Sequence[tuple[int, RunDetections, RunDetections]], truth: Truth, score: float
+) -> Image.Image:
+    """Two pictures of each object's image, with the runs' detections in orange and in blue.
+
+    The object is green with a thick line, the other annotated objects of the image with a thin one.
+    Detections below the score, 0..1, are left out.
+    """
+    pictures, captions = [], []
+    for row, left, right in pairs:
+        table = left.truth
+        number = int(table["image"][row])
+        name = truth.classes[int(table["classes"][row])]
+        with Image.open(truth.images[number]["file_name"]) as file:
+            photo = file.convert("RGB")
+        scale = enlargement(photo.height, photo.width)
+        photo = photo.resize([round(scale * side) for side in photo.size], Image.BICUBIC)
+        _draw_objects(photo, table, row, scale)
+        for run, color in ((left, ORANGE), (right, BLUE)):
+            boxes, texts = _marks(run, number, truth, score)
+            colors = [color] * len(texts)
+            pictures.append(draw_boxes(np.asarray(photo), scale * boxes, texts, colors))
+            seed = "" if run.run.seed is None else f", seed {run.run.seed}"
+            captions.append(f"{run.run.title}{seed}: {_outcome(run, row, score, name)}")
+    return Image.fromarray(contact_sheet(pictures, COLUMNS, captions, TILE))
+
+
+def _outcome(run: RunDetections, row: int, score: float, name: str) -> str:
+    found = run.found
+    on = (found["match"] == row) & (found["iou"] > voc_ap.CURVE_IOU) & (found["scores"] >= score)
+    return f"{name} {found['scores'][on].max():.2f}" if on.any() else f"{name} missed"
+
+
+def _draw_objects(photo: Image.Image, table: Table, row: int, scale: float) -> None:
+    pen = ImageDraw.Draw(photo)
+    line = max(2, round(min(photo.size) / 160))
+    mine = np.flatnonzero(table["image"] == table["image"][row])
+    for other in [*mine[mine != row], row]:
+        width = 3 * line if other == row else line
+        box = scale * (table["boxes"][other] - TO_VOC)
+        pen.rectangle([*(box[:2] - width / 2), *(box[2:] + width / 2)], outline=GREEN, width=width)
+
+
+def _marks(run: RunDetections, image: int, truth, score: float) -> tuple[np.ndarray, list[str]]:
+    found = run.found
+    shown = np.flatnonzero((found["image"] == image) & (found["scores"] >= score))
+    names = [truth.classes[index] for index in found["classes"][shown]]
+    pairs = zip(names, found["scores"][shown], strict=True)
+    return found["boxes"][shown] - TO_VOC, [f"{name} {value:.2f}" for name, value in pairs]

@@ -6,34 +6,38 @@ import os
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
+from resnet_backbone.detection.config import backbone_node, load_config
 from resnet_backbone.detection.evaluation.voc_ap import CURVE_IOU
 from resnet_backbone.report import detection_plots as plots
 from resnet_backbone.report import detection_table as tables
 from resnet_backbone.report.detections import (
     DRAWS,
+    RULE,
     NoDetections,
+    find_misses,
     interpolated_precision,
     load_all,
-    resample_groups,
-    with_defaults,
+    make_sheet,
+    select_misses,
 )
 from resnet_backbone.report.gain import DetectorGroup, Gain, describe_gain, find_gains, group_runs
-from resnet_backbone.report.pictures import RULE, Pair, find_misses, make_sheet, select_misses
 from resnet_backbone.report.plots import save_png
-from resnet_backbone.report.runs import load_detector_runs, read_table
+from resnet_backbone.report.runs import flatten, load_detector_runs, read_table
 from resnet_backbone.report.table import WHERE, show_commands
+from resnet_backbone.runtime.files import write_text
 
 PAIRS, PAIRS_BACK = 6, 2  # objects shown that a detector finds, and the other way round
 BASELINE = "baseline"  # the row of a detector as it was trained
 PICTURES = ("gain_per_class.png", "precision_recall.png", "precision_recall_classes.png")
 PICTURES += ("errors.png", "training.png", "accuracy_time*.png", "misses_*.jpg")
-PICTURES += ("losses.png", "learning.png")  # of earlier versions
 
 SPREAD = """\
 AP in percent: mean ± sample standard deviation over the seeds (one seed: no spread). Gains: \
@@ -86,19 +90,18 @@ def write_detection_report(
 ) -> None:
     """Write the report, and its pictures into the folder beside it that has its name.
 
-    Args:
-        folders: run folders of tools/train_net.py, or folders of several seeds.
-        output: Markdown file, written last and only if nothing goes wrong.
-        score: from which on a detection counts in the pictures, 0..1.
-        command: that makes this report; the others are the options of tools/report.py detection.
+    `output` is written last and only if nothing goes wrong; detections in pictures have at least
+    the score, 0..1; `command` makes this report.
     """
-    groups = group_runs(with_defaults(load_detector_runs(folders)))
+    defaults = yaml.safe_load(backbone_node(load_config("", [])).dump())
+    defaults = dict(flatten(defaults, "RESNET_BACKBONE."))  # of keys that earlier versions lack
+    runs = [replace(r, config={**defaults, **r.config}) for r in load_detector_runs(folders)]
+    groups = group_runs(runs)
     report = Report(output.stem, groups, find_gains(groups, reference))
     measured = [tables.load_rows(file) for file in rows_files]
     truth, detections, reason = None, [], ""
     try:
         truth, detections = load_all(groups, voc_root)
-        resample_groups(groups, detections, len(truth.images))
     except NoDetections as error:
         reason = str(error)
     _add_results(report, note)
@@ -126,18 +129,16 @@ def write_detection_report(
 def _add_results(report: Report, note: str) -> None:
     groups, gains = report.groups, report.gains
     report.add("# Detection: our runs beside published numbers")
-    sentences = [f"- {describe_gain(gain)} {_fairness(gain)}" for gain in gains]
+    sentences = []
+    for gain in gains:
+        fair = "Apart from the network and its input, their configs are the same."
+        unfair = f"Their configs also differ in: {'; '.join(gain.differences)}."
+        sentences.append(f"- {describe_gain(gain)} {unfair if gain.differences else fair}")
     report.add("\n".join(sentences) or "One detector: there is nothing to compare it with.")
     report.add(REDUCED if any(map(tables.reductions, groups)) else "")
     report.add(note, "## Results", tables.results_section(groups, gains), SPREAD)
     report.add(INTERVALS if any(group.draws for group in groups) else "")
     report.add("## Beside published numbers", tables.published_section(groups, gains))
-
-
-def _fairness(gain: Gain) -> str:
-    if not gain.differences:
-        return "Apart from the network and its input, their configs are the same."
-    return f"Their configs also differ in: {'; '.join(gain.differences)}."
 
 
 def _add_improvements(report: Report, measured: Sequence[Sequence[tables.Row]]) -> None:
@@ -228,7 +229,7 @@ def _seconds(
     group: DetectorGroup, here: Sequence[tables.Row], elsewhere: Sequence[tables.Row]
 ) -> tuple[float | None, str]:
     """Mean seconds per image of a group's runs, and from where: rows here ("") come first."""
-    own = {run.folder.resolve(): run.results.get("seconds_per_image") for run in group.runs}
+    own = {run.folder: run.results.get("seconds_per_image") for run in group.runs}
     ways = "; ".join(dict.fromkeys(tables.timing(run) for run in group.runs))
     for source, measured in (
         ("", _baselines(here)),
@@ -242,26 +243,22 @@ def _seconds(
 
 
 def _baselines(rows: Sequence[tables.Row]) -> dict[Path, float]:
-    """Seconds per image of runs as they were trained, by their folders."""
     return {Path(r.run).resolve(): r.seconds for r in rows if r.name == BASELINE and r.run}
 
 
 def _row_point(report: Report, row: tables.Row) -> plots.Point:
     """A baseline has its run's label and color."""
-    folder = Path(row.run).resolve() if row.name == BASELINE else None
-    for group in report.groups:
-        if folder in [run.folder.resolve() for run in group.runs]:
-            color = report.colors[group.label]
-            return plots.Point(group.label, row.seconds, row.numbers["AP50"], color=color)
-    return plots.Point(row.name, row.seconds, row.numbers["AP50"])
+    point = plots.Point(row.name, row.seconds, row.numbers["AP50"])
+    for group in report.groups if row.name == BASELINE else ():
+        if Path(row.run).resolve() in [run.folder for run in group.runs]:
+            return point._replace(label=group.label, color=report.colors[group.label])
+    return point
 
 
 def _add_sheets(report: Report, gain: Gain, ours, reference, truth, score: float) -> None:
     label, other = gain.ours.label, gain.reference.label
-    found, back = (
-        int(np.isfinite(find_misses(*sides, score)).sum())
-        for sides in ((ours, reference), (reference, ours))
-    )
+    found = np.isfinite(find_misses(ours, reference, score)).sum()
+    back = np.isfinite(find_misses(reference, ours, score)).sum()
     objects = int((~ours[0].truth["difficult"]).sum())
     report.add(
         f"Of {objects:,} objects, {label} finds {found:,} that {other} misses; the other way "
@@ -273,22 +270,19 @@ def _add_sheets(report: Report, gain: Gain, ours, reference, truth, score: float
         report.add("There are none to show.")
         return
     name = f"misses_{label.replace(' ', '_')}"
-    misses = select_misses(ours, reference, PAIRS, score)
-    pairs = [Pair(miss.row, reference[0], ours[miss.run]) for miss in misses]
-    _show_sheet(report, f"{name}.jpg", pairs, f"{label} finds, {other} misses", truth, score)
-    misses = select_misses(reference, ours, PAIRS_BACK, score)
-    pairs = [Pair(miss.row, reference[miss.run], ours[0]) for miss in misses]
-    _show_sheet(report, f"{name}_back.jpg", pairs, f"{other} finds, {label} misses", truth, score)
+    pairs = [(row, reference[0], run) for row, run in select_misses(ours, reference, PAIRS, score)]
+    back = [(row, run, ours[0]) for row, run in select_misses(reference, ours, PAIRS_BACK, score)]
+    for end, shown, text in (
+        ("", pairs, f"{label} finds, {other} misses"),
+        ("_back", back, f"{other} finds, {label} misses"),
+    ):
+        if shown:
+            report.add(f"{text}:")
+            report.show(f"{name}{end}.jpg", make_sheet(shown, truth, score), text)
     report.add(
         f"Green: annotated objects, the chosen one thick. Orange: {other}, blue: {label}, all "
         f"detections with a score of at least {score:g}."
     )
-
-
-def _show_sheet(report: Report, name: str, pairs: Sequence[Pair], text: str, truth, score) -> None:
-    if pairs:
-        report.add(f"{text}:")
-        report.show(name, make_sheet(pairs, truth, score), text)
 
 
 def _add_provenance(report: Report, rows_files: Sequence[Path], command: str) -> None:
@@ -306,7 +300,6 @@ def write_whole(output: Path, report: Report) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent) as temporary:
         stage = Path(temporary)
-        (stage / output.name).write_text("\n\n".join(report.parts) + "\n", encoding="utf-8")
         for name, content in report.pictures.items():
             if isinstance(content, Figure):
                 save_png(content, stage / name)
@@ -315,7 +308,7 @@ def write_whole(output: Path, report: Report) -> None:
         for name in report.pictures:
             folder.mkdir(exist_ok=True)
             os.replace(stage / name, folder / name)
-        for old in (path for pattern in PICTURES for path in folder.glob(pattern)):
-            if old.name not in report.pictures:
-                old.unlink()
-        os.replace(stage / output.name, output)
+    for old in (path for pattern in PICTURES for path in folder.glob(pattern)):
+        if old.name not in report.pictures:
+            old.unlink()
+    write_text(output, "\n\n".join(report.parts) + "\n")

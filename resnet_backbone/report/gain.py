@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from resnet_backbone.report.runs import DetectorRun, Group
+from resnet_backbone.report.runs import DetectorRun, Group, group_by
 
-# Keys of a config that change where, how fast or how often a run does something, not what it
-# trains. Of MODEL.WEIGHTS the file's name counts.
-NOT_RECIPE = re.compile(
-    r"(SEED|OUTPUT_DIR|VIS_PERIOD|VERSION|CUDNN_BENCHMARK|GLOBAL\.HACK|MODEL\.(DEVICE|WEIGHTS)"
-    r"|DATALOADER\.NUM_WORKERS|SOLVER\.CHECKPOINT_PERIOD|TEST\.EVAL_PERIOD"
-    r"|RESNET_BACKBONE\.(CHANNELS_LAST|REFERENCE_BATCH|WEIGHTS_INPUT|BEST_METRIC))$"
-)
 # Keys that make the network what it is, or say where another one's stages are tapped.
 NETWORK = re.compile(
     r"MODEL\.(RESNETS\.|BACKBONE\.NAME$|PIXEL_|FPN\.IN_FEATURES$|RPN\.IN_FEATURES$"
@@ -35,21 +27,17 @@ NONE = "-"
 
 
 class DetectorGroup(Group[DetectorRun]):
-    """Runs of one detector and recipe.
-
-    Attributes:
-        draws: metric -> (R,) its mean over the runs on each of R resampled test sets, in percent,
-            the same test sets for all groups; empty where the boxes were not read.
-    """
+    """Runs of one detector and recipe."""
 
     def __init__(self, runs: Sequence[DetectorRun]):
         super().__init__(runs)
         self.label = self.first.title  # with a letter where other groups have the same title
         self.particulars: tuple[str, ...] = ()  # what those groups do not have, "KEY value"
+        # Metric -> (R,) its mean over the runs on each of R resampled test sets, in percent, the
+        # same test sets for all groups; empty where the boxes were not read.
         self.draws: dict[str, np.ndarray] = {}
 
     def class_values(self, name: str) -> list[float]:
-        """AP of a class in every run."""
         found = [run.classes.get(name) for run in self.runs]
         return [float(value) for value in found if value is not None]
 
@@ -57,25 +45,15 @@ class DetectorGroup(Group[DetectorRun]):
         """The 95 % interval of a metric over the resampled test sets."""
         return _interval(self.draws[key]) if key in self.draws else None
 
-    def differing_keys(self, other: DetectorGroup) -> dict[str, tuple[Any, Any]]:
-        """Keys of the recipe -> their values here and there; those of one side alone left out."""
-        mine, theirs = self.first.config, other.first.config
-        return {
-            key: (value, theirs[key])
-            for key, value in mine.items()
-            if key in theirs and theirs[key] != value and not NOT_RECIPE.match(key)
-        }
-
 
 def group_runs(runs: Sequence[DetectorRun]) -> list[DetectorGroup]:
     """Group runs that differ in their seeds alone: VGG first, then by depth and head."""
     _check_same_test(runs)
-    members: dict[str, list[DetectorRun]] = {}
-    for run in runs:
-        recipe = {key: value for key, value in run.config.items() if not NOT_RECIPE.match(key)}
-        parts = [recipe, run.weights, run.planned_iterations, run.images_per_batch]
-        members.setdefault(json.dumps(parts, sort_keys=True, default=str), []).append(run)
-    groups = [DetectorGroup(group) for group in members.values()]
+
+    def identity(run: DetectorRun) -> list:
+        return [run.recipe, run.weights, run.planned_iterations, run.images_per_batch]
+
+    groups = [DetectorGroup(members) for members in group_by(runs, identity)]
     groups.sort(key=lambda g: (g.first.family != "VGG", g.first.depth, g.first.head))
     for group in groups:
         _name_apart(group, [g for g in groups if g.first.title == group.first.title])
@@ -85,16 +63,13 @@ def group_runs(runs: Sequence[DetectorRun]) -> list[DetectorGroup]:
 def _check_same_test(runs: Sequence[DetectorRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        mine, theirs = ({"data": one.test, "classes": sorted(one.classes)} for one in (first, run))
-        if run.objects and first.objects:
-            mine["objects"], theirs["objects"] = first.objects, run.objects
-        wrong = next((key for key in mine if mine[key] != theirs[key]), None)
-        if wrong:
-            what = f": {mine[wrong]} and {theirs[wrong]}" if wrong == "data" else f" ({wrong})"
-            raise ValueError(
-                f"{first.folder} and {run.folder} were evaluated on different test sets{what}; "
-                "give runs of one test set"
-            )
+        sets = f"{first.folder} and {run.folder} were evaluated on different test sets"
+        if run.test != first.test:
+            raise ValueError(f"{sets}: {first.test} and {run.test}; give runs of one test set")
+        if sorted(run.classes) != sorted(first.classes):
+            raise ValueError(f"{sets} (classes); give runs of one test set")
+        if run.objects and first.objects and run.objects != first.objects:
+            raise ValueError(f"{sets} (objects); give runs of one test set")
 
 
 def _name_apart(group: DetectorGroup, same: Sequence[DetectorGroup]) -> None:
@@ -116,8 +91,6 @@ def _name_apart(group: DetectorGroup, same: Sequence[DetectorGroup]) -> None:
 
 
 class Difference(NamedTuple):
-    """Mean of one set of values less that of another."""
-
     mean: float
     error: float | None  # its standard error (Welch); None with a single value on either side
     low: float  # the smallest difference of two values, one from each set
@@ -138,8 +111,6 @@ def difference(values: Sequence[float], reference: Sequence[float]) -> Differenc
 
 @dataclass(frozen=True)
 class Gain:
-    """Two groups: one, and the one that it is compared with."""
-
     ours: DetectorGroup
     reference: DetectorGroup
 
@@ -169,7 +140,6 @@ class Gain:
         return difference(self.ours.class_values(name), self.reference.class_values(name))
 
     def class_pairs(self, name: str) -> list[float]:
-        """The difference of every pair of runs."""
         reference = self.reference.class_values(name)
         return [a - b for a in self.ours.class_values(name) for b in reference]
 
@@ -237,7 +207,6 @@ def gain_text(gain: Gain, key: str) -> str:
 
 
 def describe_gain(gain: Gain, key: str = "AP50") -> str:
-    """What the numbers say, in words, whatever the sign."""
     found = gain.of(key)
     if found is None:
         return f"{gain.label}: {key} is not measured."

@@ -29,12 +29,8 @@ LEAST_DROP = 1.9  # a learning rate divided by this or more is a drop of the sch
 PANELS = {"plain": "plain networks", "ResNet": "residual networks"}
 MOST_NUMBERS = 25  # classes up to which the cells of a confusion matrix have numbers
 MOST_NAMES = 60  # ... and its axes have names
-STYLE = {
-    "figure.constrained_layout.use": True,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.3,
-}
+STYLE = {"figure.constrained_layout.use": True, "grid.alpha": 0.3}
+STYLE |= {"axes.grid": True, "axes.axisbelow": True}
 
 
 def assign_colors(keys: Iterable[Hashable]) -> dict[Hashable, str]:
@@ -75,11 +71,7 @@ def smooth_between(
 
 
 def error_range(finals: Sequence[float]) -> tuple[float, float]:
-    """Limits of the error axis, in %, for runs that end at these errors.
-
-    (0, 20) for the paper's CIFAR-10 runs, as in Fig. 6; about (20, 50) for ImageNet; wider where
-    a curve would end outside.
-    """
+    """Limits of the error axis, in %, for runs that end at these errors; (0, 20) as in Fig. 6."""
     good = [value for value in finals if math.isfinite(value)]
     if not good:
         return 0.0, 100.0
@@ -89,8 +81,6 @@ def error_range(finals: Sequence[float]) -> tuple[float, float]:
 
 
 class Line(NamedTuple):
-    """One run in a panel."""
-
     metrics: Metrics
     label: str
     color: str
@@ -99,11 +89,9 @@ class Line(NamedTuple):
 def plot_errors(runs: Sequence[Run], labels: Sequence[str], together: bool = False) -> Figure:
     """Error against iterations: training dashed and thin, test bold, one color a network.
 
-    The training error is the error of the augmented images while they train, averaged over the
-    logging windows and smoothed between drops of the learning rate (dotted lines). Plain and
+    The training error is smoothed between drops of the learning rate (dotted lines). Plain and
     residual networks get a panel each, as in the paper, where both are given. Runs of the same
-    label, such as several seeds, share color and legend entry, which gives their mean last test
-    error.
+    label share color and legend entry, which gives their mean last test error.
 
     Args:
         labels: one per run; "" for the network's name.
@@ -147,8 +135,11 @@ def final_errors(metrics: Metrics) -> list[float]:
 
 def _draw_panel(axes: Axes, lines: Sequence[Line], unit: int) -> None:
     for label in dict.fromkeys(line.label for line in lines):
-        mine = [line for line in lines if line.label == label]
-        name = _legend_text(label, [line.metrics for line in mine])
+        mine, name = [line for line in lines if line.label == label], label
+        finals = [line.metrics[TEST][1][-1] for line in mine if TEST in line.metrics]
+        if finals:
+            runs = f", {len(mine)} runs" if len(mine) > 1 else ""
+            name += f" ({np.mean(finals):.2f} %{runs})"
         for line in mine:
             width = 1.8 if len(mine) == 1 else 1.1
             _draw_run(axes, line, unit, width, name if line is mine[0] else None)
@@ -158,14 +149,6 @@ def _draw_panel(axes: Axes, lines: Sequence[Line], unit: int) -> None:
     axes.set_xlabel("iterations (1e4)" if unit == X_UNIT else "iterations")
     axes.set_xlim(left=0)
     axes.legend(fontsize="small", loc="upper right")
-
-
-def _legend_text(label: str, series: Sequence[Metrics]) -> str:
-    finals = [metrics[TEST][1][-1] for metrics in series if TEST in metrics]
-    if not finals:
-        return label
-    runs = f", {len(series)} runs" if len(series) > 1 else ""
-    return f"{label} ({np.mean(finals):.2f} %{runs})"
 
 
 def _draw_run(axes: Axes, line: Line, unit: int, width: float, label: str | None) -> None:
@@ -185,10 +168,8 @@ def layer_responses(
     """Standard deviation of the response of each 3x3 layer (paper, Fig. 7 and section 4.2).
 
     A layer's response is the output of its BN, before the nonlinearity and before the addition of
-    the shortcut; in ResNets it is so the strength of the residual functions. The standard
-    deviation is one number over images, channels and positions. Every 3x3 convolution counts: two
-    in each basic block, one in each bottleneck, and the first layer of the CIFAR networks, so
-    that those of 6n+2 layers have 6n+1.
+    the shortcut. The standard deviation is one number over images, channels and positions. Every
+    3x3 convolution counts, also the first of the CIFAR networks: 6n+1 of the 6n+2 layers.
 
     Args:
         model: a network of this package; it is evaluated, and left in the mode that it was in.
@@ -218,11 +199,8 @@ def layer_responses(
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    found = []
-    for name, (count, total, squares) in sums.items():
-        variance = squares / count - (total / count) ** 2
-        found.append((name, math.sqrt(max(0.0, variance))))
-    return found
+    moments = ((name, total / n, squares / n) for name, (n, total, squares) in sums.items())
+    return [(name, math.sqrt(max(0.0, square - mean**2))) for name, mean, square in moments]
 
 
 def _watch(layer: ConvNorm, sums: Tensor):
@@ -239,8 +217,6 @@ def _watch(layer: ConvNorm, sums: Tensor):
 
 
 class Responses(NamedTuple):
-    """One network's curve."""
-
     label: str
     network: Network
     stds: Sequence[float]  # in the order of the layers
@@ -264,15 +240,12 @@ def plot_responses(curves: Sequence[Responses]) -> Figure:
         ordered.plot(index, curve.stds, **style)
         ranked.plot(index, sorted(curve.stds, reverse=True), **style)
     for axes, order in ((ordered, "original"), (ranked, "sorted by magnitude")):
-        axes.set(xlabel=f"layer index ({order})", ylabel="std")
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel=f"layer index ({order})", ylabel="std", xlim=(0, None), ylim=(0, None))
     ordered.legend(fontsize="small")
     return figure
 
 
 def responses_table(responses: Mapping[str, Sequence[tuple[str, float]]]) -> str:
-    """One line per network: number of layers, mean and largest standard deviation."""
     lines = [f"{'network':20s} {'3x3 layers':>10s} {'mean std':>9s} {'largest':>8s}"]
     for label, rows in responses.items():
         stds = [std for _, std in rows]

@@ -94,7 +94,6 @@ def parse_network(name: str, options: Mapping[str, Any] | None = None) -> Networ
 
 
 def published(network: Network) -> PublishedErrors | None:
-    """What is printed about exactly this network, or None."""
     if network.others:
         return None
     prefix = "cifar_" if network.cifar else ""

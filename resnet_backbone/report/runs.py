@@ -6,11 +6,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import yaml
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 def load_metrics(path: str | os.PathLike) -> Metrics:
     """Read a metrics file: one JSON object per line, each with "iteration".
 
-    Where a resumed run wrote an iteration again, the later value counts. Lines that are not JSON
-    (the last one of a run that is still writing or was killed) are skipped with a warning.
+    Where a resumed run wrote an iteration again, the later value counts. Incomplete lines, such as
+    the last one of a killed run, are skipped with a warning.
 
     Returns:
         For each number (total_loss, lr, "bbox/AP50", ...): iterations (N,), rising, values (N,).
@@ -82,55 +82,69 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("data.format", "cifar10") ... of a nested config."""
+    """("data.format", "cifar10") ... of a nested config; options of a model stay together."""
     for key, value in config.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key != "options":
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run folder of tools/train_classifier.py."""
+class AnyRun:
+    """A folder of a trainer: its resolved config and results."""
 
     folder: Path
-    config: dict[str, Any]  # resolved, nested; empty where there is no config.yaml
+    config: dict[str, Any]  # "MODEL.RESNETS.DEPTH" -> 50; empty where there is no config.yaml
     results: dict[str, Any]  # of results.json; empty where the run has not ended
+
+    # Keys that change where, how fast or how often a run does something, not what it trains.
+    not_recipe: ClassVar[re.Pattern]
+    seed_key: ClassVar[str]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return {key: v for key, v in self.config.items() if not self.not_recipe.match(key)}
+
+    @property
+    def seed(self) -> int | None:
+        return self.results.get("seed", self.config.get(self.seed_key))
+
+
+class Run(AnyRun):
+    """A run folder of tools/train_classifier.py."""
+
+    not_recipe = re.compile(
+        r"output\.|train\.(seed|device|threads|compile|channels_last)$|model\.weights$"
+        r"|evaluation\.(every|batch_size)$|data\.(root|val_root|val_labels|workers|max_bad_images)$"
+    )
+    seed_key = "train.seed"
 
     @cached_property
     def network(self) -> Network:
-        model = self.config.get("model", {})
-        name = self.results.get("model") or model.get("name") or self.folder.name
-        return parse_network(name, self.results.get("options") or model.get("options"))
+        name = self.results.get("model") or self.config.get("model.name") or self.folder.name
+        options = self.results.get("options") or self.config.get("model.options")
+        return parse_network(name, options)
 
     @property
     def data_format(self) -> str:
         """ "cifar10", "imagenet", ...; without a config as the network's name suggests."""
-        found = self.config.get("data", {}).get("format", "")
-        return found or ("cifar10" if self.network.cifar else "imagenet")
+        return self.config.get("data.format", "cifar10" if self.network.cifar else "imagenet")
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """Errors in percent by name: val_top1_error, and others."""
         return self.results
 
     @property
     def iterations(self) -> int | None:
         """Iterations that it trains for."""
-        planned = self.config.get("schedule", {}).get("iterations")
-        return self.results.get("iterations", planned)
-
-    @property
-    def seed(self) -> int | None:
-        return self.results.get("seed", self.config.get("train", {}).get("seed"))
+        return self.results.get("iterations", self.config.get("schedule.iterations"))
 
     def metrics(self) -> Metrics:
         return load_metrics(self.folder / METRICS)
 
 
 def load_run(folder: str | os.PathLike) -> Run:
-    """Read a classification run's config and results, where it has them."""
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (METRICS, RESULTS)):
         raise FileNotFoundError(
@@ -138,21 +152,25 @@ def load_run(folder: str | os.PathLike) -> Run:
             f"with {METRICS} or {RESULTS}"
         )
     files = (folder / CONFIG, folder / RESULTS)
-    return Run(folder.resolve(), *(read_table(file) if file.is_file() else {} for file in files))
+    config, results = (read_table(file) if file.is_file() else {} for file in files)
+    return Run(folder.resolve(), dict(flatten(config)), results)
 
 
 @dataclass(frozen=True)
-class DetectorRun:
+class DetectorRun(AnyRun):
     """A run folder of tools/train_net.py."""
 
-    folder: Path
-    config: dict[str, Any]  # resolved, "MODEL.RESNETS.DEPTH" -> 50
-    results: dict[str, Any]  # of results.json
     details: dict[str, Any] = field(default_factory=dict)  # of voc_results.json; COCO has none
+
+    not_recipe = re.compile(  # of MODEL.WEIGHTS the file's name counts, see `weights`
+        r"(SEED|OUTPUT_DIR|VIS_PERIOD|VERSION|CUDNN_BENCHMARK|GLOBAL\.HACK|MODEL\.(DEVICE|WEIGHTS)"
+        r"|DATALOADER\.NUM_WORKERS|SOLVER\.CHECKPOINT_PERIOD|TEST\.EVAL_PERIOD"
+        r"|RESNET_BACKBONE\.(CHANNELS_LAST|REFERENCE_BATCH|WEIGHTS_INPUT|BEST_METRIC))$"
+    )
+    seed_key = "SEED"
 
     @property
     def numbers(self) -> dict[str, float | None]:
-        """AP in percent by name: AP, AP50, AP75, and others."""
         return self.results["results"]["bbox"]
 
     @property
@@ -169,10 +187,6 @@ class DetectorRun:
     def objects(self) -> dict[str, int]:
         """Boxes that count, by class; empty where voc_results.json is missing."""
         return {row["class"]: row["ground_truth"] for row in self.details.get("classes", ())}
-
-    @property
-    def seed(self) -> int | None:
-        return self.results.get("seed", self.config.get("SEED"))
 
     @property
     def iterations(self) -> int | None:
@@ -237,15 +251,16 @@ class DetectorRun:
         return self.folder.joinpath("inference", *(n.replace("/", "_") for n in self.test[:1]))
 
     @cached_property
-    def log(self) -> str:
+    def _sizes(self) -> dict[str, int]:
         path = self.folder / LOG
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        found = re.findall(r"data set (.+): (\d+) images, \d+ boxes", log)
+        return {name: int(images) for name, images in found}
 
-    def images_of(self, datasets: Iterable[str]) -> int | None:
-        """Images of some data sets, as the log has them; None where it lacks one."""
-        pattern = r"data set {}: (\d+) images, \d+ boxes"
-        found = [re.findall(pattern.format(re.escape(name)), self.log) for name in datasets]
-        return sum(int(numbers[-1]) for numbers in found) if found and all(found) else None
+    def images_of(self, datasets: Sequence[str]) -> int | None:
+        """Images of some data sets, as the log has them last; None where it lacks one."""
+        sizes = [self._sizes.get(name) for name in datasets]
+        return None if None in sizes or not sizes else sum(sizes)
 
 
 def by_class(numbers: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -260,7 +275,6 @@ def by_class(numbers: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def load_detector_run(folder: str | os.PathLike) -> DetectorRun:
-    """Read a detection run that has ended."""
     folder = Path(folder)
     for name in (RESULTS, CONFIG):
         if not (folder / name).is_file():
@@ -283,18 +297,18 @@ def load_detector_runs(folders: Iterable[str | os.PathLike]) -> list[DetectorRun
     for folder in map(Path, folders):
         seeds = [path for path in folder.glob("seed_*") if path.is_dir()]
         whole = not seeds or (folder / RESULTS).is_file()
-        found = [load_detector_run(path) for path in ([folder] if whole else seeds)]
+        found = map(load_detector_run, [folder] if whole else seeds)
         runs += sorted(found, key=lambda run: run.seed or 0)
     return runs
 
 
-AnyRun = TypeVar("AnyRun", Run, DetectorRun)
+OneRun = TypeVar("OneRun", Run, DetectorRun)
 
 
-class Group(Generic[AnyRun]):
+class Group(Generic[OneRun]):
     """Runs of one network and recipe, by rising seed; ValueError where two have the same seed."""
 
-    def __init__(self, runs: Sequence[AnyRun]):
+    def __init__(self, runs: Sequence[OneRun]):
         self.runs = sorted(runs, key=lambda run: (run.seed is None, run.seed or 0))
         self.first = self.runs[0]
         for seed in {run.seed for run in self.runs if run.seed is not None}:
@@ -308,3 +322,16 @@ class Group(Generic[AnyRun]):
         """One number of every run that has it, in percent."""
         found = [run.numbers.get(key) for run in self.runs]
         return [float(value) for value in found if value is not None]
+
+    def differing_keys(self, other: Group) -> dict[str, tuple[Any, Any]]:
+        """Keys of the recipe -> their values here and there; those of one side alone left out."""
+        mine, theirs = self.first.recipe, other.first.recipe
+        return {k: (v, theirs[k]) for k, v in mine.items() if k in theirs and theirs[k] != v}
+
+
+def group_by(runs: Iterable[OneRun], identity: Callable[[OneRun], Any]) -> list[list[OneRun]]:
+    members: dict[str, list[OneRun]] = {}
+    for run in runs:
+        key = json.dumps(identity(run), sort_keys=True, default=str)
+        members.setdefault(key, []).append(run)
+    return list(members.values())

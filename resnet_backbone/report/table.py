@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 import shlex
@@ -16,13 +15,8 @@ import numpy as np
 
 from resnet_backbone.report.plots import plot_confusion, save_png
 from resnet_backbone.report.published import PublishedErrors, published, recipe_iterations
-from resnet_backbone.report.runs import Group, Run, flatten
+from resnet_backbone.report.runs import Group, Run, group_by
 
-# Keys of a config that change where or how fast a run trains, not what it trains.
-NOT_RECIPE = re.compile(
-    r"output\.|train\.(seed|device|threads|compile|channels_last)$|evaluation\.(every|batch_size)$"
-    r"|data\.(root|val_root|val_labels|workers|max_bad_images)$|model\.weights$"
-)
 LENGTH = ("schedule.iterations", "schedule.milestones", "schedule.warmup_iterations")
 
 
@@ -49,6 +43,7 @@ def hardware_text(hardware: Mapping[str, Any] | str | None) -> str:
     return f"{hardware.get('cpu', 'CPU')}{f', {threads} threads' if threads else ''}"
 
 
+PATH = re.compile(r"((?:[\w.-]+=)?)(/.*)$")  # an absolute path, also in "data.root=/a/b"
 WHERE = "Commands run in the folder of the project; `ROOT` is the folder of data and runs."
 
 
@@ -60,8 +55,8 @@ def show_commands(commands: Iterable[str | None]) -> dict[str | None, str]:
     """
     given = [command for command in dict.fromkeys(commands) if command]
     words = {command: _project_words(command) for command in given}
-    paths = [path for line in words.values() for path in map(_absolute_path, line) if path]
-    parents = {os.path.dirname(path) for path in paths}
+    found = [PATH.match(word) for line in words.values() for word in line]
+    parents = {os.path.dirname(os.path.normpath(path[2])) for path in found if path}
     root = os.path.commonpath(parents).rstrip("/") if parents else ""
     return {command: " ".join(_quote(word, root) for word in words[command]) for command in given}
 
@@ -78,38 +73,28 @@ def _project_words(command: str) -> list[str]:
     return words
 
 
-def _absolute_path(word: str) -> str:
-    """The absolute path that a word is or ends in, as in "data.root=/a/b"; "" for others."""
-    match = re.match(r"(?:[\w.-]+=)?(/.*)$", word)
-    return os.path.normpath(match[1]) if match else ""
-
-
 def _quote(word: str, root: str) -> str:
-    path = _absolute_path(word) if root else ""
-    if not path:
+    path = PATH.match(word)
+    if not (path and root):
         return shlex.quote(word)
-    key = word[: word.index("/")]
-    return f"{key}$ROOT{shlex.quote(path.removeprefix(root))}"
+    return f"{path[1]}$ROOT{shlex.quote(os.path.normpath(path[2]).removeprefix(root))}"
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group[Run]]:
     """Runs of the same network and recipe: plain before residual, by depth, full ones first."""
-    members: dict[str, list[Run]] = {}
     for run in runs:
         if run.results.get("val_top1_error") is None:
             raise ValueError(
                 f"{run.folder} has no results.json with val_top1_error: the run has not ended, "
                 "continue it with --resume"
             )
-        members.setdefault(_identity(run), []).append(run)
-    return sorted(map(Group, members.values()), key=_order)
+    return sorted(map(Group, group_by(runs, _identity)), key=_order)
 
 
-def _identity(run: Run) -> str:
-    recipe = {key: value for key, value in flatten(run.config) if not NOT_RECIPE.match(key)}
-    for key in ("model.name", "model.num_classes"):
-        recipe.pop(key, None)
-    return json.dumps([run.network, run.iterations, recipe], sort_keys=True, default=str)
+def _identity(run: Run) -> list:
+    names = ("model.name", "model.num_classes")
+    recipe = {key: value for key, value in run.recipe.items() if key not in names}
+    return [run.network, run.iterations, recipe]
 
 
 def _order(group: Group) -> tuple:
@@ -168,14 +153,12 @@ def _remark(group: Group, others: Sequence[Group]) -> str:
     whole, done = recipe_iterations(network), group.first.iterations
     if done is not None and done < whole:
         notes.append(f"**shortened**: the recipe has {whole:,}")
-    mine = dict(flatten(group.first.config))
-    if mine.get("data.split") == "45k":
+    if group.first.config.get("data.split") == "45k":
         notes.append("45k/5k split")
-    sisters = [dict(flatten(g.first.config)) for g in others if g.first.network == network]
-    keys = {k for sister in sisters for k in mine if k in sister and sister[k] != mine[k]}
-    for key in sorted(keys):
-        if not NOT_RECIPE.match(key) and key not in (*LENGTH, "data.split"):
-            notes.append(f"{key}={mine[key]}")
+    sisters = [other for other in others if other.first.network == network]
+    keys = {key for sister in sisters for key in group.differing_keys(sister)}
+    for key in sorted(keys - {*LENGTH, "data.split"}):
+        notes.append(f"{key}={group.first.config[key]}")
     return "; ".join(notes)
 
 
@@ -223,7 +206,6 @@ def write_evaluation(
         result: an ``EvaluationResult`` of resnet_backbone.classification.
         name_of: index of an image -> its path.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     confusion = result.confusion.numpy()
     tables = {
         "predictions.csv": prediction_rows(result.predictions, class_names, name_of),
@@ -231,10 +213,15 @@ def write_evaluation(
         "confusion.csv": confusion_rows(confusion, class_names),
     }
     for name, rows in tables.items():
-        with open(folder / name, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+        write_csv(folder / name, rows)
     save_png(plot_confusion(confusion, class_names), folder / "confusion.png")
     return [folder / name for name in (*tables, "confusion.png")]
+
+
+def write_csv(path: Path, rows: Iterable[list]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def prediction_rows(

@@ -139,13 +139,9 @@ def draw_ink(
 
 
 def draw_digit_crop(split: str, number: int, index: int) -> np.ndarray:
-    """Draw classification image ``number`` of a split: scan ``index`` amid a photograph.
+    """Draw classification image ``number`` of a split, uint8 (64, 64, 3) RGB.
 
-    Scale, scans and photographs are those of the detection scenes, so that a network that is
-    pre-trained on these knows what the detector is going to look at.
-
-    Returns:
-        uint8 (64, 64, 3), RGB.
+    Scale, scans and photographs are those of the detection scenes, for which it pre-trains.
     """
     rng = np.random.default_rng([list(BACKGROUNDS).index(split), number])
     photograph = crop_photograph(str(rng.choice(sorted(BACKGROUNDS[split]))), CROP, rng)

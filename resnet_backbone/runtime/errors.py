@@ -84,4 +84,12 @@ def outcome(error: Exception) -> tuple[str, int]:
         status = EXIT_DIFFERENT
     elif isinstance(error, FloatingPointError):
         status = EXIT_DIVERGED
-    return f"error: {' '.join(str(error).split())}", status
+    return f"error: {plain_message(error)}", status
+
+
+def plain_message(error: Exception) -> str:
+    """What an error says, in one line; of one in a worker of PyTorch's loader without its stack."""
+    text = str(error).strip()
+    if text.startswith("Caught ") and "Original Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1].partition(": ")[2] or text
+    return " ".join(text.split())

@@ -73,8 +73,7 @@ def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
 def put_in_place(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
     """Gives a complete file or folder its name; a power cut leaves the old one or the new one.
 
-    Args:
-        temporary: in the same folder as `path`; a folder holds files alone.
+    Both are in the same folder; a folder holds files alone.
     """
     temporary, path = Path(temporary), Path(path)
     for file in [*temporary.iterdir(), temporary] if temporary.is_dir() else [temporary]:
@@ -99,8 +98,7 @@ def _to_disk(path: Path) -> None:
 def keep_rows(path: str | os.PathLike, is_kept: Callable[[dict], bool]) -> tuple[list[dict], int]:
     """Drops rows of a file with a JSON object a line, such as those that a run will write again.
 
-    Returns:
-        The rows that stay; the number of incomplete lines, which go.
+    Returns the rows that stay, and the number of incomplete lines, which go.
     """
     kept, incomplete = [], 0
     lines = Path(path).read_text(encoding="utf-8").splitlines(True) if os.path.exists(path) else []
@@ -121,9 +119,8 @@ def keep_rows(path: str | os.PathLike, is_kept: Callable[[dict], bool]) -> tuple
 def alone(folder: str | os.PathLike) -> Iterator[int]:
     """Keeps other processes out of a folder, which is made where it is not there.
 
-    Yields:
-        The file descriptor of the lock. A child that has it too (``pass_fds``) keeps the others out
-        even when this process is killed.
+    A child that has the descriptor that it yields (``pass_fds``) keeps them out even when this
+    process is killed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,12 +30,7 @@ CPU_ONLY = -99999  # nvImageCodec's NVIMGCODEC_DEVICE_CPU_ONLY
 
 
 class BadImage(ValueError):
-    """An image that cannot be read.
-
-    Attributes:
-        path: its file, or its name within a shard.
-        reason: one line.
-    """
+    """An image that cannot be read: ``path``, which may be within a shard, and ``reason``."""
 
     def __init__(self, path: str | os.PathLike, reason: str):
         self.path, self.reason = str(path), " ".join(str(reason).split())
@@ -71,8 +66,7 @@ def decode(data: bytes, name: str | os.PathLike = "<bytes>") -> Decoded:
     CMYK (Adobe's inverted form too), palettes, gray levels and bitmaps become RGB as by Pillow's
     ``convert``; transparency is dropped, as torchvision's ImageFolder does; of 12 and 16-bit gray
     levels the high byte is kept, as libpng does; numbers with a point lie between 0 and 1, 255 or
-    65,535. The EXIF orientation is applied: what a person sees is
-    what the network sees (torchvision's ImageFolder leaves such images lying on their side).
+    65,535. The EXIF orientation is applied, unlike in ImageFolder.
 
     Args:
         data: a whole file.
@@ -96,8 +90,7 @@ def decode(data: bytes, name: str | os.PathLike = "<bytes>") -> Decoded:
 def is_plain_jpeg(data: bytes) -> bool:
     """Whether this is a JPEG of 8-bit gray or RGB pixels that are stored upright.
 
-    False also where the header is damaged: Pillow is to judge. It takes a tenth of a loader's time
-    to read each header itself.
+    False also where the header is damaged: Pillow, which is slower, is to judge.
     """
     if not data.startswith(b"\xff\xd8"):
         return False
@@ -109,9 +102,9 @@ def is_plain_jpeg(data: bytes) -> bool:
             if marker in START_OF_FRAME:
                 precision, height, _, components = struct.unpack_from(">BHHB", content)
                 return precision == 8 and height > 0 and components in (1, 3)
-            if marker == 0xE1 and any(tag in content for tag in ORIENTATION_TAGS):
-                if not _is_upright(data):
-                    return False
+            has_tag = marker == 0xE1 and any(tag in content for tag in ORIENTATION_TAGS)
+            if has_tag and not _is_upright(data):
+                return False
             place += 2 + length
     except (struct.error, IndexError):
         pass
@@ -170,14 +163,13 @@ def _to_bytes(image: Image.Image, name: str | os.PathLike) -> np.ndarray:
     """Gray levels of more than 8 bits: uint8 (H, W), the high byte of what the file can hold."""
     levels = np.asarray(image).astype(np.float64)
     least, most = levels.min(), levels.max()
-    if image.mode != "F" and image.mode != "I":
-        whole = 2 ** _bits(image) - 1
+    if image.mode not in ("F", "I"):  # 16 bits, or the 12 that a TIFF file states
+        stated = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE)
+        whole = 4095 if stated in (12, (12,)) else 65535
     elif image.mode == "F" and most <= 1:
         whole = 1
-    else:
-        whole = next((bits for bits in (255, 65535) if most <= bits), 0)
-        if image.format == "PNG":  # 16 bits, however dark it is
-            whole = 65535
+    else:  # a PNG has 16 bits, however dark it is
+        whole = 255 if most <= 255 and image.format != "PNG" else 65535
     if not (np.isfinite(levels).all() and least >= 0 and most <= whole):
         raise BadImage(
             name, f"pixels of {least:g} to {most:g} have no known range; convert it to 8 bits"
@@ -185,32 +177,21 @@ def _to_bytes(image: Image.Image, name: str | os.PathLike) -> np.ndarray:
     return (levels * 255 / 1 if whole == 1 else levels // ((whole + 1) / 256)).astype(np.uint8)
 
 
-def _bits(image: Image.Image) -> int:
-    """Bits of a gray level: 16, or the 12 that a TIFF file states."""
-    stated = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE)
-    return 12 if stated in (12, (12,)) else 16
-
-
 class EncodedImage:
     """An image of known size, of which any rectangle can be decoded.
 
     With the package nvidia-nvimgcodec (its CPU decoder, which is libjpeg-turbo) ordinary JPEGs are
-    decoded in part, which takes about half as long; everything else is decoded whole. The pixels
-    are the same. A partial decoder is silent about damage outside the rectangle. Files that lack
-    their end, as truncated ones do, are therefore decoded whole and judged by :func:`decode`;
-    damage in the middle of a whole file may go unnoticed here.
+    decoded in part, to the same pixels in about half the time. A partial decoder is silent about
+    damage outside the rectangle: files that lack their end are decoded whole, and judged by
+    :func:`decode`; damage in the middle of a whole file may go unnoticed here.
 
     Attributes:
         height, width: pixels, of the upright image.
         note: see :class:`Decoded`; known once pixels were asked for.
 
     Args:
-        data: a whole file.
-        name: for messages.
+        data, name: as of :func:`decode`, whose BadImage may also come from :meth:`region`.
         partial: False decodes every image whole.
-
-    Raises:
-        BadImage: here or from :meth:`region`.
     """
 
     def __init__(self, data: bytes, name: str | os.PathLike = "<bytes>", partial: bool = True):

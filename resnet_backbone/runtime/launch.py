@@ -65,19 +65,16 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
-    """Reads the options of :func:`add_launch_arguments`.
+    """Reads the options of :func:`add_launch_arguments`, for device "cpu", "cuda" or "auto".
 
-    Args:
-        device: "cpu", "cuda", or "auto" for a GPU where there is one.
-        on_cpu: how the user asks for the CPU, such as "MODEL.DEVICE cpu".
+    `on_cpu` is how the user asks for the CPU, such as "MODEL.DEVICE cpu".
     """
     gpus, count = args.num_gpus, torch.cuda.device_count()
     for name, value in (("--num-gpus", gpus), ("--num-processes", args.num_processes)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value}: it is at least 1")
     if gpus and gpus > max(1, count):
-        hint = "--num-processes trains on CPUs"
-        raise UsageError(f"--num-gpus {gpus}: there are {count} here; {hint}")
+        raise UsageError(f"--num-gpus {gpus}: there are {count}; --num-processes trains on CPUs")
     if gpus and args.num_processes and gpus != args.num_processes:
         raise UsageError("give --num-gpus or --num-processes, not both")
     processes = gpus or args.num_processes or 1
@@ -87,8 +84,7 @@ def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
         raise UsageError(f"a GPU for each of {processes} processes: {have} here; give {on_cpu}")
     machines, rank = args.num_machines, args.machine_rank
     if not 0 <= rank < machines:
-        allowed = f"with --num-machines {machines} it is 0 to {machines - 1}"
-        raise UsageError(f"--machine-rank {rank}: {allowed}")
+        raise UsageError(f"--machine-rank {rank}: of --num-machines {machines}, counted from 0")
     if machines > 1 and not re.fullmatch(r"tcp://.+:\d+", args.dist_url):
         raise UsageError("--num-machines needs --dist-url tcp://HOST:PORT of machine 0")
     url = args.dist_url if args.dist_url != "auto" else f"tcp://127.0.0.1:{_free_port()}"
@@ -104,16 +100,15 @@ def _check_torchrun(launch: Launch) -> None:
         raise UsageError(f"torchrun has started the processes: leave {options} out")
     missing = ", ".join(key for key in TORCHRUN if key not in os.environ)
     if missing:
-        hint = "start with torchrun, or unset WORLD_SIZE"
-        raise UsageError(f"the environment has WORLD_SIZE but not {missing}: {hint}")
+        raise UsageError(f"WORLD_SIZE is set but not {missing}: start with torchrun, or unset it")
 
 
 def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> None:
-    """Calls ``run(argument)`` in every process of a run, and returns when all are done.
+    """Calls ``run(argument)``, of a module, in every process of a run; returns when all are done.
 
-    Under torchrun this process is one of them; a single process is this one as well; others are
-    spawned, so `run` must be a function of a module. Signals to this process go on to them, and
-    what several of them say about an error is said once. Exits with the status of one that failed.
+    Under torchrun this process is one of them, and a single process is this one as well; others are
+    spawned. Signals to this process go on to them, and what several of them say about an error is
+    said once. Exits with the status of one that failed.
     """
     if "WORLD_SIZE" in os.environ:
         _join("env://", launch.uses_gpus)

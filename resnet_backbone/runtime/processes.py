@@ -1,17 +1,27 @@
-"""One process or many: which one this is, where it computes, and what all of them agree on."""
+"""One process or many: which one this is, where it computes, what all agree on, and what it draws.
+
+Random numbers depend on the seed and the place in a run alone. No generator's state outlives an
+iteration or a sample, so a resumed run has none to restore, and the number of workers, or what was
+drawn before, changes nothing.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from resnet_backbone.runtime.errors import UsageError
+
+# The first word of a seed: what its random numbers are for.
+ORDER, SUBSET, AUGMENTATION, REPLACEMENT, STEP = range(5)
 
 
 @dataclass(frozen=True)
@@ -61,10 +71,7 @@ class World:
 
 
 def current_world(device: torch.device | str = "cpu") -> World:
-    """The processes that :mod:`resnet_backbone.runtime.launch` or others have joined together.
-
-    Without a process group it is this process alone. All processes call it equally often.
-    """
+    """The processes that were joined together, or this one alone; all call it equally often."""
     if not (dist.is_available() and dist.is_initialized()):
         return World(device=torch.device(device))
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device), _control_group())
@@ -76,7 +83,7 @@ def _control_group() -> Any:
 
 
 def leave() -> None:
-    """Leaves the process group, if there is one."""
+    """Leaves the process group."""
     _control_group.cache_clear()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -93,8 +100,7 @@ def choose_device(name: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count()
     if local_rank >= count:
-        hint = f"there are {count}; start that many processes"
-        raise UsageError(f"process {local_rank} of this machine has no GPU: {hint}")
+        raise UsageError(f"process {local_rank} of this machine has no GPU: start {count} of them")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -103,3 +109,19 @@ def available_cores() -> int:
     """CPU cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def make_rng(*words: int) -> np.random.Generator:
+    """A generator for one purpose at one place, such as (ORDER, seed, epoch).
+
+    Equal words (non-negative) give equal numbers, on every machine.
+    """
+    return np.random.default_rng(list(words))
+
+
+def seed_everything(*words: int) -> None:
+    """Seeds torch on every device, numpy and random; words as in :func:`make_rng`."""
+    state = np.random.SeedSequence(list(words)).generate_state(4)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[1]))
+    torch.manual_seed(int(state[2]) << 32 | int(state[3]))

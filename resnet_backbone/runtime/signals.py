@@ -27,14 +27,11 @@ class StopRequest:
 
     A context manager, inside of which signals are looked out for. A signal to any process of a run
     (by default of those that are joined now) stops all of them.
-
-    Attributes:
-        name: of the signal that arrived at this process; "" for none.
-        step_seconds: how long a step takes, for the answer to a signal; 0: not known.
     """
 
     def __init__(self, world: World | None = None):
-        self.name, self.step_seconds = "", 0.0
+        self.name = ""  # of the signal that arrived at this process
+        self.step_seconds = 0.0  # how long a step takes, for the answer to a signal; 0: not known
         self.world = world or current_world()
         self._before: dict[int, Any] = {}
 
@@ -57,10 +54,7 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def raise_if_any(self) -> None:
-        """Raises :class:`Stopped` on every process once any of them was signaled.
-
-        All processes must call it equally often.
-        """
+        """Raises :class:`Stopped` on all processes, which call it equally often, after a signal."""
         if self.world.any(bool(self.name)):
             raise Stopped(next(filter(None, self.world.gather(self.name))))
 
@@ -82,11 +76,8 @@ class StopRequest:
 class Watched:
     """A loader of an evaluation; raises :class:`Stopped` on every process after a signal.
 
-    Processes ask each other equally often, also when they have different numbers of batches.
-
-    Args:
-        loader: this process's batches; its other attributes are this object's, too.
-        rounds: the largest number of batches that any process has.
+    Processes ask each other equally often, as `rounds` is the largest number of batches that any of
+    them has. Other attributes of the loader are this object's, too.
     """
 
     def __init__(self, loader: Sized, stop: StopRequest, rounds: int):
@@ -128,10 +119,7 @@ def handled(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iter
 
 
 def run_child(command: Sequence[str], **options: Any) -> tuple[int, bool]:
-    """Runs a command; signals that ask to stop are passed on, and waited for.
-
-    Args:
-        options: of ``subprocess.Popen``.
+    """Runs a command by ``subprocess.Popen``; signals that ask to stop are passed on.
 
     Returns:
         Its exit status, 75 where it was stopped by a signal that was passed on and 128 + its

@@ -9,7 +9,7 @@ from resnet_backbone.weights.preprocessing import (
     WeightsError,
     get_preprocessing,
 )
-from resnet_backbone.weights.reading import describe_weights, read_checkpoint, read_weights
+from resnet_backbone.weights.reading import describe_weights, read_checkpoint
 
 __all__ = [
     "PREPROCESSINGS",
@@ -25,7 +25,6 @@ __all__ = [
     "get_preprocessing",
     "load_weights",
     "read_checkpoint",
-    "read_weights",
     "save_weights",
     "write_checkpoint",
 ]

@@ -6,14 +6,14 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from resnet_backbone.models import VGG, BottleneckBlock, CifarResNet, resnet_cifar
-from resnet_backbone.models.factory import MODELS
+from resnet_backbone.models import MODELS, VGG, BottleneckBlock, find_constructor
+from resnet_backbone.models.resnet import CIFAR_STAGE_NAMES
 from resnet_backbone.models.resnet import DEPTHS as RESNET_DEPTHS
 from resnet_backbone.models.resnet import STAGE_NAMES as RESNET_STAGES
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
@@ -23,7 +23,7 @@ from resnet_backbone.weights.checkpoint import ModelSpec
 # The first weight of each family, and the family's stages in order; pool5 has no tensors.
 _STAGES_BY_FIRST_KEY: dict[str, tuple[str, ...]] = {
     "stem.conv1.weight": RESNET_STAGES,
-    "stem.weight": resnet_cifar.STAGE_NAMES,
+    "stem.weight": CIFAR_STAGE_NAMES,
     "conv1.0.weight": VGG_STAGES[:-1],
 }
 FIRST_KEYS = tuple(_STAGES_BY_FIRST_KEY)
@@ -37,20 +37,16 @@ Shapes = dict[str, tuple[int, ...]]
 def infer_models(tensors: Mapping[str, Tensor]) -> list[ModelSpec]:
     """Every network that has these tensors and another function than the others in the list.
 
-    More than one fits where no block has a projection: shortcuts of option A, identities and no
-    shortcuts at all have no tensors. The residual network is the first.
-
-    Only options that differ from the name's defaults are set. What tensors do not show is not:
-    ``stride_in_1x1``, ``caffe_pool``, ``dilations``, and the kind of batch norm (FrozenBN and
-    SyncBN have BN's tensors). A norm with a weight and a bias but no statistics is taken for GN.
-    Of backbones that stop early the shallowest network with these stages is named.
-
-    Raises:
-        ValueError: for tensors of another network (saying what was found), and for missing,
-            unknown and wrongly shaped ones (naming a key).
+    Two fit where no block has a projection: identities, option A and no shortcuts have no tensors.
+    The residual network is the first. Only options that differ from the name's defaults are set,
+    and of these not what tensors do not show: ``stride_in_1x1``, ``caffe_pool``, ``dilations``, and
+    the kind of batch norm. A norm with a weight and a bias but no statistics is taken for GN. Of
+    backbones that stop early the shallowest network with these stages is named. Raises ValueError:
+    for tensors of another network (saying what was found), and for missing, unknown and wrongly
+    shaped ones (naming a key).
     """
-    shapes = _shapes(tensors)
-    first = _first_key(shapes)
+    shapes = shapes_of(tensors)
+    first = first_key(shapes)
     if _STAGES_BY_FIRST_KEY[first] is RESNET_STAGES:
         _refuse_relatives(shapes)
     base = _base_name(shapes, first)
@@ -68,40 +64,69 @@ def infer_models(tensors: Mapping[str, Tensor]) -> list[ModelSpec]:
 def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
     """Refuses tensors that are not those of a network, less deeper stages and head.
 
-    Raises:
-        ValueError: naming the first key that is missing, unknown or of another shape.
+    Raises ValueError: naming the first key that is missing, unknown or of another shape.
     """
     with torch.device("meta"):
-        expected = _shapes(spec.build().state_dict())
-    shapes = _shapes(tensors)
-    for key, shape in shapes.items():
-        if key not in expected:
-            raise ValueError(f"{spell(spec)} has no {key}")
-        if shape != expected[key]:
-            raise ValueError(f"{key} has shape {shape}, in {spell(spec)} it has {expected[key]}")
-    needed = {key.partition(".")[0] for key in shapes}
-    missing = [
-        key
-        for key in expected
-        if key not in shapes and ("linear" in needed or key.partition(".")[0] in needed)
-    ]
+        expected = shapes_of(spec.build().state_dict())
+    parts = {key.partition(".")[0] for key in tensors}
+    if "linear" not in parts:
+        expected = {k: shape for k, shape in expected.items() if k.partition(".")[0] in parts}
+    problem = misfit(expected, shapes_of(tensors), spell(spec))
+    if problem:
+        raise ValueError(problem)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
+    """Those of all tensors but counters, which nothing reads."""
+    return {k: tuple(v.shape) for k, v in tensors.items() if not k.endswith(COUNTER)}
+
+
+def misfit(expected: Shapes, found: Shapes, network: str) -> str:
+    """The first tensor that is not one of a network's; "" where all fit and none is missing."""
+    missing = [key for key in expected if key not in found]
     if missing:
-        raise ValueError(
-            f"{len(missing)} tensors of {spell(spec)} are missing, the first is {missing[0]}"
-        )
+        return f"{len(missing)} tensors of {network} are missing, the first is {missing[0]}"
+    for key, shape in expected.items():
+        if found[key] != shape:
+            return f"{key} has shape {found[key]}, in {network} it has {shape}"
+    unknown = next((key for key in found if key not in expected), None)
+    return "" if unknown is None else f"{network} has no {unknown}"
 
 
-def deepest_stage(tensors: Iterable[str]) -> str:
+def check_stated(
+    stated: ModelSpec, tensors: Mapping[str, Tensor], who: str = "its metadata say"
+) -> None:
+    """Refuses tensors that are not those of the network that they are said to be of.
+
+    Raises ValueError: another depth, shortcut, norm or number of classes, with both.
+    """
+    found = infer_models(tensors)[0]
+    if stated.num_classes is None:  # not stated
+        stated = replace(stated, num_classes=found.num_classes)
+    said = f"{who} {_with_classes(stated)}, its tensors {_with_classes(found)}"
+    name = stated.name.rpartition("/")[2]  # of another library's network
+    same_family = {found.name, found.name.replace("resnet", "plain")}
+    if name not in MODELS and name not in same_family:  # and may be of any size
+        raise ValueError(said)
+    if stated.num_classes is not None and found.num_classes is None:
+        raise ValueError(f"{said}: linear.weight is missing")
+    try:
+        check_tensors(tensors, replace(stated, name=name))
+    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{said}: {error}") from error
+
+
+def _with_classes(spec: ModelSpec) -> str:
+    return f"{spell(spec)} with {spec.num_classes or 'no'} classes"
+
+
+def deepest_stage(keys: Iterable[str]) -> str:
     """Name of the last stage that tensors under this package's keys have: "res5", "conv4" ...
 
-    Args:
-        tensors: their keys, or a dict of them.
-
-    Raises:
-        ValueError: if they are of none of this package's networks, or lack a stage in between.
+    Raises ValueError: if they are of none of this package's networks, or lack a stage in between.
     """
-    stages = _STAGES_BY_FIRST_KEY[_first_key(tensors)]
-    found = {key.partition(".")[0] for key in tensors}
+    stages = _STAGES_BY_FIRST_KEY[first_key(keys)]
+    found = {key.partition(".")[0] for key in keys}
     present = [name for name in stages if name in found]
     if present != list(stages[: len(present)]):
         missing = next(name for name in stages if name not in found)
@@ -119,24 +144,14 @@ def spell(spec: ModelSpec) -> str:
 def constructor_options(name: str) -> dict[str, Any]:
     """Defaults of the constructor arguments of a network of this package.
 
-    Raises:
-        ValueError: for a name that ``build_model`` does not know.
+    Raises ValueError: for a name that ``build_model`` does not know.
     """
-    constructor = MODELS.get(name)
-    if constructor is None and re.fullmatch(r"cifar_(resnet|plain)\d+", name):
-        plain = name.startswith("cifar_plain")
-        constructor = partial(CifarResNet, **({"shortcut": "none"} if plain else {}))
-    if constructor is None:
-        raise ValueError(f"{name!r} is not one of this package's networks")
-    parameters = inspect.signature(constructor).parameters.values()
+    parameters = inspect.signature(find_constructor(name)).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
-    return {k: tuple(v.shape) for k, v in tensors.items() if not k.endswith(COUNTER)}
-
-
-def _first_key(keys: Iterable[str]) -> str:
+def first_key(keys: Iterable[str]) -> str:
+    """Key of the kernel that sees the image, among keys of one of this package's networks."""
     known = set(keys)
     for key in FIRST_KEYS:
         if key in known:
@@ -159,26 +174,21 @@ def _size(shapes: Shapes, key: str, dimensions: int, axis: int) -> int:
 
 def _refuse_relatives(shapes: Shapes) -> None:
     """Networks with a ResNet's keys that are not the paper's; other shapes differ anyway."""
-    kernel = _size(shapes, "stem.conv1.weight", 4, 2)
+    kernel, other = _size(shapes, "stem.conv1.weight", 4, 2), ""
     if kernel != 7:
-        raise ValueError(
-            f"stem.conv1.weight is {kernel}x{kernel}, not 7x7: a ResNet with another stem, such "
-            "as ResNet-C/D or one for small images, is not among this package's networks"
-        )
-    if "res2.0.conv3.weight" not in shapes:
-        return
-    width = _size(shapes, "res2.0.conv1.weight", 4, 0)
-    per_group = _size(shapes, "res2.0.conv2.weight", 4, 1)
-    if per_group != width:
-        raise ValueError(
-            f"res2.0.conv2.weight has {per_group} input channels for {width}: a grouped "
-            "convolution (ResNeXt), which is not among this package's networks"
-        )
-    if width != 64:
-        raise ValueError(
-            f"res2.0.conv1.weight has {width} channels, not 64: a wide ResNet, which is not "
-            "among this package's networks"
-        )
+        other = f"stem.conv1.weight is {kernel}x{kernel}, not 7x7: a ResNet with another stem"
+    elif "res2.0.conv3.weight" in shapes:
+        width = _size(shapes, "res2.0.conv1.weight", 4, 0)
+        per_group = _size(shapes, "res2.0.conv2.weight", 4, 1)
+        if per_group != width:
+            other = (
+                f"res2.0.conv2.weight has {per_group} input channels for {width}: a grouped "
+                "convolution (ResNeXt)"
+            )
+        elif width != 64:
+            other = f"res2.0.conv1.weight has {width} channels, not 64: a wide ResNet"
+    if other:
+        raise ValueError(f"{other}, which is not among this package's networks")
 
 
 def _counts(shapes: Shapes, stages: Sequence[str]) -> tuple[int, ...]:
@@ -220,13 +230,14 @@ def _base_name(shapes: Shapes, first: str) -> str:
 def _visible_options(shapes: Shapes, first: str) -> dict[str, Any]:
     """Norm and activation, as the first layer shows them."""
     layer = first.removesuffix("weight")
-    if layer + "norm.running_mean" in shapes or layer + "norm.running_var" in shapes:
-        norm = "BN"
-    elif layer + "norm.weight" in shapes:
-        norm = "GN"
-    elif layer + "bias" in shapes:
-        norm = ""
-    else:
+    marks = {
+        "norm.running_mean": "BN",
+        "norm.running_var": "BN",
+        "norm.weight": "GN",
+        "bias": "",
+    }
+    norm = next((norm for mark, norm in marks.items() if layer + mark in shapes), None)
+    if norm is None:
         raise ValueError(f"{first} has neither a norm ({layer}norm.weight) nor {layer}bias")
     prelu = layer + "activation.weight" in shapes
     return {"norm": norm, "activation": "prelu" if prelu else "relu"}

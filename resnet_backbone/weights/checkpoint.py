@@ -6,10 +6,9 @@ came from and a version.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from resnet_backbone.fast import build_model
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.runtime.files import whole_file
-from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError, one_line
+from resnet_backbone.weights.preprocessing import JsonRecord, Preprocessing, WeightsError, one_line
 
 METADATA_KEY = "resnet_backbone.preprocessing"
 MODEL_KEY = "resnet_backbone.model"  # the network's name, number of classes and options
@@ -31,7 +30,7 @@ MEAN_IMAGE_KEY = "preprocessing.mean_image"  # a tensor beside the weights
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(JsonRecord):
     """Which network weights belong to: enough to build it again.
 
     Its name is one of ``list_models()`` or ``cifar_resnet<6n+2>``; ``torchvision/<name>`` or
@@ -42,14 +41,25 @@ class ModelSpec:
     num_classes: int | None = None  # logits of the head; None for weights without head
     options: Mapping[str, Any] = field(default_factory=dict)  # constructor arguments
 
+    def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise ValueError("it has no network name")
+        classes, options = self.num_classes, self.options
+        if classes is not None and (type(classes) is not int or classes < 1):
+            raise ValueError(f"num_classes {classes!r} is not a number of classes")
+        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+            raise ValueError(f"options {options!r} are not constructor arguments")
+        for key in ("stride_in_1x1", "caffe_pool"):
+            if not isinstance(options.get(key, False), bool):
+                raise ValueError(f"{key} {options[key]!r} is not true or false")
+
     def build(self, **options: Any) -> StagedNetwork:
         """Builds the network of this package with freshly initialized weights.
 
+        Raises ValueError: unknown name (with the nearest one) or option.
+
         Args:
             **options: constructor arguments added to the specification's own.
-
-        Raises:
-            ValueError: unknown name (with the nearest one) or option.
         """
         options = {**self.options, **options}
         try:
@@ -57,28 +67,9 @@ class ModelSpec:
         except TypeError as error:
             raise ValueError(f"model.options {options}: {error}") from error
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> ModelSpec:
-        """ValueError if the text is not what :meth:`to_json` writes."""
-        found = _json_object(text)
-        if not isinstance(found.get("name"), str):
-            raise ValueError("it has no network name")
-        classes, options = found.get("num_classes"), found.get("options", {})
-        if classes is not None and (type(classes) is not int or classes < 1):
-            raise ValueError(f"num_classes {classes!r} is not a number of classes")
-        if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
-            raise ValueError(f"options {options!r} are not constructor arguments")
-        for key in ("stride_in_1x1", "caffe_pool"):
-            if not isinstance(options.get(key, False), bool):
-                raise ValueError(f"{key} {options[key]!r} is not true or false")
-        return cls(found["name"], classes, options)
-
 
 @dataclass(frozen=True)
-class Origin:
+class Origin(JsonRecord):
     """Where weights came from."""
 
     format: str = ""  # the layout of the source: "torchvision", "caffe2", ...
@@ -87,23 +78,9 @@ class Origin:
     run: str = ""  # the training run that wrote it
     reference: str = ""  # where its preprocessing is written down
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Origin:
-        """ValueError or TypeError if the text is not what :meth:`to_json` writes."""
-        found = _json_object(text)
-        if not all(isinstance(value, str) for value in found.values()):
+    def __post_init__(self):
+        if not all(isinstance(value, str) for value in vars(self).values()):
             raise ValueError("it is not an object of texts")
-        return cls(**found)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError("it is not an object")
-    return found
 
 
 @dataclass(frozen=True)
@@ -111,13 +88,20 @@ class Checkpoint:
     """Weights of one network, whole: what :func:`read_checkpoint` returns.
 
     The tensors are under this package's key names, with the file's dtypes and without
-    ``num_batches_tracked``; the preprocessing is the input that the network was trained on.
+    ``num_batches_tracked``; the preprocessing is the input that the network was trained on. Where
+    it says the stride of bottlenecks, the network's options say the same.
     """
 
     tensors: dict[str, Tensor]
     model: ModelSpec
     preprocessing: Preprocessing
     origin: Origin = Origin()
+
+    def __post_init__(self):
+        stride = self.preprocessing.stride_in_1x1
+        if stride is not None and self.has_bottlenecks:
+            options = {**self.model.options, "stride_in_1x1": stride}
+            object.__setattr__(self, "model", replace(self.model, options=options))
 
     @property
     def has_bottlenecks(self) -> bool:
@@ -152,8 +136,7 @@ class FileMetadata(NamedTuple):
     def from_texts(cls, texts: Mapping[str, str], where: str) -> FileMetadata:
         """What a header says; ``where`` is the file, for messages.
 
-        Raises:
-            WeightsError: written by a later version of this package, or unreadable.
+        Raises WeightsError: written by a later version of this package, or unreadable.
         """
         schema = texts.get(SCHEMA_KEY, "0")
         if not schema.isdecimal() or len(schema) > 9:
@@ -179,8 +162,7 @@ class FileMetadata(NamedTuple):
     def read(cls, path: Path) -> FileMetadata:
         """What a local safetensors file says of itself, without its weights.
 
-        Raises:
-            WeightsError: the file is missing, damaged or of a later version.
+        Raises WeightsError: the file is missing, damaged or of a later version.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -215,10 +197,5 @@ def write_tensors(
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     if preprocessing.mean_image is not None:
         tensors[MEAN_IMAGE_KEY] = preprocessing.mean_image.detach().cpu().contiguous()
-    write_file(save(tensors, texts), path)  # not save_file, whose files only their owner can read
-
-
-def write_file(data: bytes, path: Path) -> None:
-    """Writes a file whole or not at all: the old one stands until the new one is on the disk."""
-    with whole_file(path) as temporary:
-        temporary.write_bytes(data)
+    with whole_file(path) as temporary:  # not save_file, whose files only their owner can read
+        temporary.write_bytes(save(tensors, texts))

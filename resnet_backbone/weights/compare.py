@@ -15,15 +15,10 @@ from PIL import ImageOps
 from torch import Tensor
 
 from resnet_backbone.models import StagedNetwork
+from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, Preprocessing, WeightsError
 from resnet_backbone.weights.architecture import deepest_stage
-from resnet_backbone.weights.checkpoint import Checkpoint
 from resnet_backbone.weights.load import build_network, network_on_meta
-from resnet_backbone.weights.preprocessing import (
-    PREPROCESSINGS,
-    InputNormalizer,
-    Preprocessing,
-    WeightsError,
-)
+from resnet_backbone.weights.preprocessing import InputNormalizer
 
 TOLERANCE = 1e-4  # of the largest output; fp32 rounding stays below 1e-5
 BATCH = 8
@@ -59,11 +54,7 @@ class Difference:
 def outputs_of(
     network: StagedNetwork, normalize: InputNormalizer, images: Tensor, stage: str = ""
 ) -> Tensor:
-    """Logits (N, num_classes), or with ``stage`` its feature map; fp32.
-
-    Args:
-        images: uint8 (N, 3, H, W), RGB.
-    """
+    """Logits (N, num_classes), or with ``stage`` its map, of uint8 images (N, 3, H, W) in RGB."""
     parts = []
     for batch in images.split(BATCH):
         x = normalize(batch)
@@ -74,15 +65,13 @@ def outputs_of(
 def check_comparable(a: Checkpoint, b: Checkpoint) -> str:
     """What to compare: "" for logits, or the deepest stage that both have.
 
-    Raises:
-        WeightsError: another network or number of classes.
+    Raises WeightsError: another network or number of classes.
     """
     first, second = a.model, b.model
     if first.name.removesuffix("_bn") != second.name.removesuffix("_bn"):
         raise WeightsError(f"A is {first.name} and B is {second.name}: nothing to compare")
-    if first.num_classes is None or second.num_classes is None:
-        stages = sorted({deepest_stage(a.tensors), deepest_stage(b.tensors)})
-        return stages[0]  # names are numbered from the image on
+    if None in (first.num_classes, second.num_classes):
+        return min(deepest_stage(a.tensors), deepest_stage(b.tensors))  # numbered from the image on
     if first.num_classes != second.num_classes:
         raise WeightsError(f"A has {first.num_classes} classes and B {second.num_classes}")
     return ""
@@ -141,13 +130,12 @@ def compare(
 ) -> Comparison:
     """Runs both, each with its own preprocessing, and looks for the mistake where they differ.
 
+    Raises WeightsError: networks that cannot be compared, tensors that do not fit their network.
+
     Args:
         a, b: the reference, and what is in doubt.
         images: uint8 (N, 3, H, W), RGB.
         tolerance: of the largest difference, in units of the reference's largest output.
-
-    Raises:
-        WeightsError: networks that cannot be compared, tensors that do not fit their network.
     """
     stage = check_comparable(a, b)
     expected = _Runner(stage, "A")(a, images)
@@ -174,14 +162,12 @@ def _explain(
             if errors[candidate] < EXACT:
                 break
         num_tried += len(errors)
-        best = min(errors, key=errors.__getitem__, default=None)
-        if best is None or errors[best] > found.tolerance:
-            continue
-        # what explains that part best, on all images
-        left = difference(expected, run(_applied(b, best), images), run.stage)
-        if left.relative <= found.tolerance:
-            texts = tuple(hypothesis.text for hypothesis in best)
-            return replace(found, explanation=texts, explained=left, num_tried=num_tried)
+        best = min(errors, key=errors.__getitem__, default=())
+        if best and errors[best] <= found.tolerance:  # on the part; now on all images
+            explained = difference(expected, run(_applied(b, best), images), run.stage)
+            if explained.relative <= found.tolerance:
+                texts = tuple(hypothesis.text for hypothesis in best)
+                return replace(found, explanation=texts, explained=explained, num_tried=num_tried)
     return replace(found, num_tried=num_tried)
 
 
@@ -233,20 +219,17 @@ def double_hypotheses(singles: Sequence[Hypothesis]) -> Iterator[tuple[Hypothesi
 def whole_conventions(reference: Checkpoint, other: Checkpoint) -> Iterator[Hypothesis]:
     """The reference's preprocessing or a published one in place of all of the other's."""
     own, right = other.preprocessing, reference.preprocessing
+    turned = replace(right.reversed_channels(), mean_image=None)
     known = {
         "A's preprocessing": right,
-        "A's preprocessing in the other channel order": replace(
-            right.reversed_channels(), mean_image=None
-        ),
+        "A's preprocessing in the other channel order": turned,
         **{f"the preprocessing {name}": known for name, known in PREPROCESSINGS.items()},
     }
     for name, convention in known.items():
         if convention.stride_in_1x1 is None:
             convention = replace(convention, stride_in_1x1=own.stride_in_1x1)
         text = f"{name} ({_describe(convention)}) in place of its own ({_describe(own)})"
-        yield Hypothesis(
-            "preprocessing", text, lambda c, right=convention: replace(c, preprocessing=right)
-        )
+        yield Hypothesis("preprocessing", text, partial(replace, preprocessing=convention))
 
 
 def _describe(own: Preprocessing) -> str:
@@ -272,12 +255,12 @@ def _architecture(right: Preprocessing, other: Checkpoint) -> Iterator[Hypothesi
         pool = not other.model.options.get("caffe_pool", False)
         model = replace(other.model, options={**other.model.options, "caffe_pool": pool})
         text = f"caffe_pool {pool} in place of {not pool}"
-        yield Hypothesis("pooling", text, lambda c: replace(c, model=model))
-    if any(key.endswith(".norm.running_var") for key in other.tensors):
-        for eps in dict.fromkeys((right.bn_eps, *KNOWN_EPS)):
-            if eps != own.bn_eps:
-                text = f"BN eps {eps} in place of {own.bn_eps}"
-                yield Hypothesis("BN eps", text, _stated(bn_eps=eps))
+        yield Hypothesis("pooling", text, partial(replace, model=model))
+    has_norms = any(key.endswith(".norm.running_var") for key in other.tensors)
+    for eps in dict.fromkeys((right.bn_eps, *KNOWN_EPS)) if has_norms else ():
+        if eps != own.bn_eps:
+            text = f"BN eps {eps} in place of {own.bn_eps}"
+            yield Hypothesis("BN eps", text, _stated(bn_eps=eps))
 
 
 def _input(right: Preprocessing, own: Preprocessing) -> Iterator[Hypothesis]:
@@ -302,12 +285,11 @@ def _levels(fact: str, right: Preprocessing, own: Preprocessing) -> Iterator[Hyp
     for name, known in {"A's": right, **KNOWN_LEVELS}.items():
         levels = getattr(_in_form_of(known, RGB_BYTES), fact)
         tolerance = dict(rtol=1e-6 if known is right else 0.01, atol=1e-9)
-        if any(np.allclose(levels, earlier, **tolerance) for earlier in tried):
-            continue
-        tried.append(levels)
-        text = f"{fact} {NUMBERS.format(*levels)} ({name}) in place of {NUMBERS.format(*have)}"
-        apply = partial(_with_fact, fact, known)
-        yield Hypothesis(fact, f"{text} (R, G, B of 0..255)", apply)
+        if not any(np.allclose(levels, earlier, **tolerance) for earlier in tried):
+            tried.append(levels)
+            text = f"{fact} {NUMBERS.format(*levels)} ({name}) in place of {NUMBERS.format(*have)}"
+            apply = partial(_with_fact, fact, known)
+            yield Hypothesis(fact, f"{text} (R, G, B of 0..255)", apply)
 
 
 def _with_fact(fact: str, known: Preprocessing, checkpoint: Checkpoint) -> Checkpoint:

@@ -8,39 +8,35 @@ and another mean cannot become a bias, for convolutions pad with zeros, which he
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from resnet_backbone.models.layers import ConvNormAct
-from resnet_backbone.weights.architecture import FIRST_KEYS
+from resnet_backbone.models.layers import ConvNormAct, scale_and_shift
+from resnet_backbone.weights.architecture import first_key
 from resnet_backbone.weights.checkpoint import Checkpoint
-from resnet_backbone.weights.keymaps.table import norm_layers
+from resnet_backbone.weights.keymaps.table import NORM_TENSORS, norm_layers
 from resnet_backbone.weights.load import build_network
 from resnet_backbone.weights.preprocessing import InputNormalizer, Preprocessing, WeightsError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def first_convolution(tensors: dict[str, Tensor]) -> str:
+def first_convolution(tensors: Mapping[str, Tensor]) -> str:
     """Key of the kernel that sees the image, of shape (out_channels, 3, height, width).
 
     Raises:
-        WeightsError: no such kernel, or one for other than three channels.
+        ValueError: no such kernel; a WeightsError for one for other than three channels.
     """
-    for key in FIRST_KEYS:
-        if key in tensors:
-            if tensors[key].dim() != 4 or tensors[key].shape[1] != 3:
-                shape = tuple(tensors[key].shape)
-                raise WeightsError(f"{key} has shape {shape}: only color images are converted")
-            return key
-    raise WeightsError(
-        f"no first convolution ({', '.join(FIRST_KEYS)}): only networks of this package are "
-        "converted"
-    )
+    key = first_key(tensors)
+    if tensors[key].dim() != 4 or tensors[key].shape[1] != 3:
+        shape = tuple(tensors[key].shape)
+        raise WeightsError(f"{key} has shape {shape}: only color images are converted")
+    return key
 
 
 def convert_input(
@@ -64,7 +60,10 @@ def convert_input(
         WeightsError: another range, a std that is not positive.
     """
     if channel_order and channel_order != checkpoint.preprocessing.channel_order:
-        checkpoint = _reversed_channels(checkpoint)
+        key = first_convolution(checkpoint.tensors)
+        tensors = {**checkpoint.tensors, key: checkpoint.tensors[key].flip(1)}
+        new = checkpoint.preprocessing.reversed_channels()
+        checkpoint = replace(checkpoint, tensors=tensors, preprocessing=new)
     if value_range not in (None, 1.0, 255.0):
         raise WeightsError(f"value_range is 1.0 or 255.0, not {value_range}")
     if value_range not in (None, checkpoint.preprocessing.value_range):
@@ -73,13 +72,6 @@ def convert_input(
     if std is not None:
         checkpoint = _with_std(checkpoint, std)
     return checkpoint
-
-
-def _reversed_channels(checkpoint: Checkpoint) -> Checkpoint:
-    key = first_convolution(checkpoint.tensors)
-    tensors = {**checkpoint.tensors, key: checkpoint.tensors[key].flip(1)}
-    new = checkpoint.preprocessing.reversed_channels()
-    return replace(checkpoint, tensors=tensors, preprocessing=new)
 
 
 def _with_std(checkpoint: Checkpoint, std: Sequence[float]) -> Checkpoint:
@@ -137,13 +129,10 @@ def _folded(tensors: dict[str, Tensor], layer: str, eps: float) -> tuple[Tensor,
     """Kernel and bias of a convolution with its batch norm; fp32."""
     if f"{layer}.norm.running_var" not in tensors:
         raise WeightsError(f"{layer}.norm has no running statistics: only batch norms are folded")
-    gamma, beta, mean, var = (
-        tensors[f"{layer}.norm.{name}"].double()
-        for name in ("weight", "bias", "running_mean", "running_var")
-    )
-    scale = gamma / (var + eps).sqrt()
+    values = {name: tensors[f"{layer}.norm.{name}"].double() for name in NORM_TENSORS}
+    scale, shift = scale_and_shift(SimpleNamespace(eps=eps, **values))
     kernel = tensors[f"{layer}.weight"].double() * scale[:, None, None, None]
-    return kernel.float(), (beta - mean * scale).float()
+    return kernel.float(), shift.float()
 
 
 def to_unit_responses(checkpoint: Checkpoint, images: Tensor) -> Checkpoint:

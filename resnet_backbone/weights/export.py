@@ -23,10 +23,10 @@ from torch import Tensor
 
 from resnet_backbone.runtime.files import whole_file
 from resnet_backbone.weights.architecture import deepest_stage
-from resnet_backbone.weights.checkpoint import Checkpoint, write_checkpoint, write_file
+from resnet_backbone.weights.checkpoint import Checkpoint, write_checkpoint
 from resnet_backbone.weights.convert import convert_input
 from resnet_backbone.weights.keymaps import LAYOUTS
-from resnet_backbone.weights.keymaps.huggingface import hugging_face_configs
+from resnet_backbone.weights.keymaps.huggingface import hugging_face_model, hugging_face_processor
 from resnet_backbone.weights.keymaps.torchvision import timm_config
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
 from resnet_backbone.weights.readers import INDEX_SUFFIX, PREPROCESSING_KEY, SUFFIXES
@@ -42,14 +42,13 @@ class Format:
     suffixes: tuple[str, ...]  # of the file; empty: a folder
     value_range: float | None = None  # that its users normalize in; None: any
     rgb: bool = False  # it takes nothing else
-    bn_eps: float | None = 1e-5  # of its batch norms, which no file of its says; None: it does
-    whole: bool = False  # backbones that stop early do not fit its network
 
 
+BN_EPS = 1e-5  # of other libraries' batch norms, which no file of theirs says
 FORMATS = {
-    "resnet_backbone": Format((".safetensors",), bn_eps=None),
-    "torchvision": Format((".pth", ".safetensors"), 1.0, rgb=True, whole=True),
-    "timm": Format((), 1.0, rgb=True, whole=True),
+    "resnet_backbone": Format((".safetensors",)),
+    "torchvision": Format((".pth", ".safetensors"), 1.0, rgb=True),
+    "timm": Format((), 1.0, rgb=True),
     "huggingface": Format((), 1.0, rgb=True),
     "detectron2": Format((".pkl", ".pth"), 255.0),
     "caffe2": Format((".pkl",), 255.0),
@@ -94,20 +93,21 @@ def export_checkpoint(
     if format == "resnet_backbone":
         write_checkpoint(written, path)
         return Exported(path, written, _usage(written, format, path))
-    try:
-        tensors = LAYOUTS[format].from_ours(written.tensors, written.model)
-    except ValueError as error:
-        raise WeightsError(str(error)) from error
+    tensors = LAYOUTS[format].from_ours(written.tensors, written.model)
     whole = torch.contiguous_format  # copies: views would bring all of their storage
     tensors = {key: value.detach().clone(memory_format=whole) for key, value in tensors.items()}
     if FORMATS[format].suffixes:
-        write_file(_file_bytes(tensors, written, format, path.suffix), path)
+        with whole_file(path) as file:
+            file.write_bytes(_file_bytes(tensors, written, format, path.suffix))
     else:
-        configs = {"config.json": timm_config(written)}
-        if format == "huggingface":
-            configs = hugging_face_configs(written)
-        files = {name: _json_bytes(content) for name, content in configs.items()}
-        _write_folder({**files, **_safetensors_files(tensors, written, shard_size)}, path)
+        files = _safetensors_files(tensors, written, shard_size)
+        if format == "timm":
+            files["config.json"] = _json_bytes(timm_config(written))
+        else:
+            files["config.json"] = _json_bytes(hugging_face_model(written))
+            processor = hugging_face_processor(written.preprocessing)
+            files["preprocessor_config.json"] = _json_bytes(processor)
+        _write_folder(files, path)
     return Exported(path, written, _usage(written, format, path))
 
 
@@ -149,46 +149,35 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
             "write resnet_backbone, or take its channel means in place of it "
             "(--accept-channel-means), which is not exactly the same"
         )
-    _check_network(checkpoint, format, rules)
+    _check_network(checkpoint, format)
     order = "RGB" if rules.rgb else preprocessing.channel_order
     checkpoint = convert_input(checkpoint, channel_order=order, value_range=rules.value_range)
-    return _with_stride(checkpoint, format)
+    stride = checkpoint.preprocessing.stride_in_1x1
+    if not checkpoint.has_bottlenecks and rules.rgb:
+        stride = False  # the libraries' configs say it for networks without bottlenecks too
+    elif checkpoint.has_bottlenecks and stride is None:
+        raise WeightsError("the stride of these bottlenecks is unknown: state it")
+    return replace(
+        checkpoint, preprocessing=replace(checkpoint.preprocessing, stride_in_1x1=stride)
+    )
 
 
-def _check_network(checkpoint: Checkpoint, format: str, rules: Format) -> None:
+def _check_network(checkpoint: Checkpoint, format: str) -> None:
     eps = checkpoint.preprocessing.bn_eps
     has_norms = any(key.endswith(".norm.running_var") for key in checkpoint.tensors)
-    if has_norms and rules.bn_eps is not None and eps != rules.bn_eps:
+    if has_norms and eps != BN_EPS:
         raise WeightsError(
-            f"these weights have BN eps {eps}, {format} builds batch norms with {rules.bn_eps}: "
-            f"convert with --bn-eps-to {rules.bn_eps}, their factors make up for it"
+            f"these weights have BN eps {eps}, {format} builds batch norms with {BN_EPS}: "
+            f"convert with --bn-eps-to {BN_EPS}, their factors make up for it"
         )
     name, deepest = checkpoint.model.name, deepest_stage(checkpoint.tensors)
-    if rules.whole and deepest not in ("res5", "conv5"):
+    if format in ("torchvision", "timm") and deepest not in ("res5", "conv5"):
         raise WeightsError(f"these weights end at {deepest}, {format}'s {name} has all stages")
     if format == "timm" and name.startswith("vgg") and "fc7.weight" not in checkpoint.tensors:
         raise WeightsError(
             f"timm's {name} has fc6 and fc7 even without head, these weights have not: write "
             "torchvision, detectron2 or resnet_backbone"
         )
-
-
-def _with_stride(checkpoint: Checkpoint, format: str) -> Checkpoint:
-    """States the stride in the network too, where the key map looks at it."""
-    preprocessing, model = checkpoint.preprocessing, checkpoint.model
-    if not checkpoint.has_bottlenecks:
-        if FORMATS[format].rgb:  # their configs say False for networks without bottlenecks too
-            preprocessing = replace(preprocessing, stride_in_1x1=False)
-        return replace(checkpoint, preprocessing=preprocessing)
-    stride = preprocessing.stride_in_1x1
-    stride = model.options.get("stride_in_1x1") if stride is None else stride
-    if stride is None:
-        raise WeightsError("the stride of these bottlenecks is unknown: state it")
-    return replace(
-        checkpoint,
-        preprocessing=replace(preprocessing, stride_in_1x1=stride),
-        model=replace(model, options={**model.options, "stride_in_1x1": stride}),
-    )
 
 
 def _file_bytes(

@@ -9,25 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, ModelSpec, Preprocessing
 from resnet_backbone.weights.architecture import infer_models, spell
-from resnet_backbone.weights.checkpoint import (
-    MEAN_IMAGE_KEY,
-    Checkpoint,
-    ModelSpec,
-    has_bottlenecks,
-)
-from resnet_backbone.weights.keymaps import LAYOUTS, recognize
-from resnet_backbone.weights.preprocessing import (
-    PREPROCESSINGS,
-    Preprocessing,
-    WeightsError,
-    named,
-)
+from resnet_backbone.weights.checkpoint import MEAN_IMAGE_KEY, has_bottlenecks
+from resnet_backbone.weights.keymaps import find_network
+from resnet_backbone.weights.preprocessing import WeightsError, named
 from resnet_backbone.weights.readers import RawFile, read_tensors
-from resnet_backbone.weights.reading import (
-    UnknownInput,
-    read_checkpoint,
-)
+from resnet_backbone.weights.reading import UnknownInput, read_checkpoint, split_key
 from resnet_backbone.weights.sources import resolve
 
 
@@ -38,29 +26,35 @@ def inspect_source(
 ) -> tuple[list[str], list[str]]:
     """Looks at weights from any source; what they do not say is no error here.
 
+    Raises WeightsError: missing, damaged or hostile file, keys or shapes of no network of this
+    package, contradictions.
+
     Args:
         source, preprocessing, model: see :func:`resnet_backbone.weights.read_checkpoint`.
 
     Returns:
         (the findings as text, one fact a line; options of tools/convert_weights.py that say what is
         missing)
-
-    Raises:
-        WeightsError: missing, damaged or hostile file, keys or shapes of no network of this
-            package, contradictions.
     """
-    raw = read_tensors(resolve(source).path)
-    weights = {key: value for key, value in raw.tensors.items() if key != MEAN_IMAGE_KEY}
+    file, key = split_key(source)
+    raw = read_tensors(resolve(file).path)
+    weights = {**(raw.part(key) if key else raw.tensors)}
+    weights.pop(MEAN_IMAGE_KEY, None)
     with named(source):
-        layout = recognize(weights)
-        tensors = LAYOUTS[layout].to_ours(weights)
+        layout, tensors = find_network(weights, str(source))
         models = infer_models(tensors)
     ambiguous, missing, options, facts = len(models) > 1 and model is None, [], [], {}
     try:
         checkpoint = read_checkpoint(source, preprocessing, model, raw)
         models, facts = [checkpoint.model], _describe_input(checkpoint)
     except UnknownInput:
-        missing, options = _unknown_input(tensors), ["--preprocessing NAME"]
+        options.append("--preprocessing NAME")
+        missing.append(
+            "the input that it was trained on; name it with --preprocessing "
+            f"{', '.join(PREPROCESSINGS)}, or all of --channel-order --value-range --mean --std"
+        )
+        if has_bottlenecks(tensors):
+            missing.append("the stride of its bottlenecks; the same name says it")
     except WeightsError:
         if not ambiguous:
             raise
@@ -71,16 +65,6 @@ def inspect_source(
     facts = {"source": source, **_describe_file(raw, layout, tensors, models), **facts}
     lines = [f"{name + ':':15}{value}" for name, value in facts.items()]
     return [*lines, *(f"{'not stated:':15}{text}" for text in missing)], options
-
-
-def _unknown_input(tensors: dict[str, Tensor]) -> list[str]:
-    missing = [
-        "the input that it was trained on; name it with --preprocessing "
-        f"{', '.join(PREPROCESSINGS)}, or all of --channel-order --value-range --mean --std"
-    ]
-    if has_bottlenecks(tensors):
-        missing.append("the stride of its bottlenecks; the same name says it")
-    return missing
 
 
 def _describe_file(

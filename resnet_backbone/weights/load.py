@@ -19,6 +19,8 @@ from resnet_backbone.weights.architecture import (
     constructor_options,
     deepest_stage,
     infer_models,
+    misfit,
+    shapes_of,
     spell,
 )
 from resnet_backbone.weights.checkpoint import (
@@ -93,21 +95,20 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
 def check_settings(model: StagedNetwork, stated: ModelSpec | None, where: str) -> None:
     """Refuses a network that differs from the file's in what no tensor shows.
 
-    Raises:
-        WeightsError: identity shortcuts and none, or the stem's pooling, are exchanged.
+    Raises WeightsError: identity shortcuts and none, or the stem's pooling, are exchanged.
     """
     own = describe_model(model)
     if stated is None or own is None:
         return
+    trained, built = (
+        {**constructor_options(spec.name.rpartition("/")[2]), **spec.options}
+        for spec in (stated, own)
+    )
     for key in ("shortcut", "caffe_pool"):
-        values = []
-        for spec in (stated, own):
-            defaults = constructor_options(spec.name.rpartition("/")[2])
-            values.append(spec.options.get(key, defaults.get(key)))
-        if None not in values and values[0] != values[1]:
+        if key in trained and key in built and trained[key] != built[key]:
             raise WeightsError(
-                f"{where} was trained with {key}={values[0]!r}, this network has {values[1]!r}: "
-                f"build it with {key}={values[0]!r}"
+                f"{where} was trained with {key}={trained[key]!r}, this network has "
+                f"{built[key]!r}: build it with {key}={trained[key]!r}"
             )
 
 
@@ -116,53 +117,33 @@ def fitting_tensors(
 ) -> dict[str, Tensor]:
     """The tensors that a network takes: all of its own, less counters.
 
-    Raises:
-        WeightsError: missing, unknown or wrongly shaped tensors.
+    Raises WeightsError: missing, unknown or wrongly shaped tensors.
     """
-    own = {k: v for k, v in model.state_dict().items() if not k.endswith(COUNTER)}
-    problem = _misfit(own, tensors, tuple(f"{name}." for name in model.left_out))
+    own, left_out = shapes_of(model.state_dict()), tuple(f"{name}." for name in model.left_out)
+    found = {k: shape for k, shape in shapes_of(tensors).items() if not k.startswith(left_out)}
+    problem = misfit(own, found, "this network")
     if problem:
-        raise WeightsError(f"{where}{problem}{_difference(model, tensors)}")
+        raise WeightsError(f"{where}: {problem}{_difference(model, tensors)}")
     return {key: tensors[key] for key in own}
 
 
-def _misfit(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], left_out: tuple[str, ...]
-) -> str:
-    """The first tensor that does not fit, behind the file's name; "" where all do."""
-    missing = [key for key in own if key not in tensors]
-    if missing:
-        return (
-            f" lacks {len(missing)} tensors of this network, the first is {missing[0]}; "
-            "is it another depth or norm? (a backbone without head has out_features)"
-        )
-    for key, value in own.items():
-        if value.shape != tensors[key].shape:
-            found, needed = tuple(tensors[key].shape), tuple(value.shape)
-            text = f": {key} has shape {found}, this network needs {needed}"
-            if key == "linear.weight":
-                text += (
-                    f"; build it with num_classes={found[0]}, load, and put a new layer in place "
-                    "of network.linear, as train-classifier does with model.new_head=true (a "
-                    "backbone, with out_features, takes files of any classes)"
-                )
-            return text
-    for key in tensors:
-        if key not in own and not key.endswith(COUNTER) and not key.startswith(left_out):
-            return f": this network has no {key}; is it another depth?"
-    return ""
-
-
 def _difference(model: StagedNetwork, tensors: Mapping[str, Tensor]) -> str:
-    """ " (the file is a ResNet-34, this network a ResNet-50)" where both can be told."""
+    """What to do about tensors that do not fit a network, as far as it can be told."""
     own = describe_model(model)
     try:
-        file = spell(infer_models(tensors)[0])
+        file = infer_models(tensors)[0]
     except ValueError:
-        return ""
-    if own is None or spell(own) == file:
-        return ""
-    return f" (the file is a {file}, this network a {spell(own)})"
+        return "; is it another depth or norm?"
+    if own is None or spell(own) != spell(file):
+        name = "" if own is None else f", this network a {spell(own)}"
+        return f" (the file is a {spell(file)}{name})"
+    if file.num_classes is None:
+        return "; a backbone without head has out_features"
+    return (
+        f"; build it with num_classes={file.num_classes}, load, and put a new layer in place of "
+        "network.linear, as train-classifier does with model.new_head=true (a backbone, with "
+        "out_features, takes files of any classes)"
+    )
 
 
 def build_model(
@@ -213,7 +194,7 @@ def load_weights(
         path, preprocessing: see :func:`read_checkpoint`.
 
     Raises:
-        WeightsError: see :func:`read_weights`; also another ``stride_in_1x1``, BN epsilon or
+        WeightsError: see :func:`read_checkpoint`; also another ``stride_in_1x1``, BN epsilon or
             shortcut than the weights were trained with, and missing, unknown or wrongly shaped
             tensors. The network is unchanged then.
     """
@@ -281,14 +262,12 @@ def build_network(checkpoint: Checkpoint, where: str = "the checkpoint") -> Stag
 
 def network_on_meta(checkpoint: Checkpoint) -> StagedNetwork:
     """Without values, which would be drawn only to be overwritten."""
-    preprocessing, options = checkpoint.preprocessing, {}
+    options = {}
     if checkpoint.model.num_classes is None:
         options["out_features"] = (deepest_stage(checkpoint.tensors),)
-    if preprocessing.stride_in_1x1 is not None and checkpoint.has_bottlenecks:
-        options["stride_in_1x1"] = preprocessing.stride_in_1x1
     with torch.device("meta"):
         network = checkpoint.model.build(**options).eval()
     for module in network.modules():
         if isinstance(module, BATCH_NORMS):
-            module.eps = preprocessing.bn_eps
+            module.eps = checkpoint.preprocessing.bn_eps
     return network

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from types import NoneType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +25,8 @@ class WeightsError(ValueError):
     """Weights that cannot be used as asked; the message says what to change."""
 
 
-def one_line(error: Exception, limit: int = 400) -> str:
-    """An error's text for a message: what a file says may be long, and have line breaks."""
+def one_line(error: Exception | str, limit: int = 400) -> str:
+    """A text for a message: what a file says may be long, and have line breaks."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."
 
@@ -40,8 +40,23 @@ def named(source: str | os.PathLike) -> Iterator[None]:
         raise WeightsError(f"{source}: {one_line(error)}") from error
 
 
+class JsonRecord:
+    """A dataclass that travels as a JSON object of its fields."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> JsonRecord:
+        """ValueError or TypeError if the text is not what :meth:`to_json` writes."""
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("it is not an object")
+        return cls(**found)
+
+
 @dataclass(frozen=True)
-class Preprocessing:
+class Preprocessing(JsonRecord):
     """The input that a network was trained on, and the two settings its tensors do not show.
 
     Attributes:
@@ -78,23 +93,21 @@ class Preprocessing:
             raise WeightsError(f"channel_order is RGB or BGR, not {self.channel_order!r}")
         for name in ("mean", "std"):  # JSON has lists
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        sizes = (self.resize_size, self.crop_size)
+        sizes = [size for size in (self.resize_size, self.crop_size) if size is not None]
         positive = (*self.std, self.value_range, self.bn_eps)
         filters = (*FILTERS.values(), "")
-        wrong = {
-            "mean and std have three numbers": (len(self.mean), len(self.std)) != (3, 3),
-            "all numbers are finite": not all(map(math.isfinite, (*self.mean, *positive))),
-            "std, value_range and bn_eps are positive": min(positive) <= 0,
-            "stride_in_1x1 is true, false or null": not isinstance(
-                self.stride_in_1x1, (bool, NoneType)
+        right = {
+            "mean and std have three numbers": len(self.mean) == len(self.std) == 3,
+            "all numbers are finite": all(map(math.isfinite, (*self.mean, *positive))),
+            "std, value_range and bn_eps are positive": min(positive) > 0,
+            "stride_in_1x1 is true, false or null": isinstance(self.stride_in_1x1, bool | None),
+            "resize_size and crop_size are whole numbers above 0 or null": all(
+                type(size) is int and size > 0 for size in sizes
             ),
-            "resize_size and crop_size are whole numbers above 0 or null": any(
-                size is not None and (type(size) is not int or size <= 0) for size in sizes
-            ),
-            f"interpolation is one of {filters}": self.interpolation not in filters,
-            "source is text": not isinstance(self.source, str),
+            f"interpolation is one of {filters}": self.interpolation in filters,
+            "source is text": isinstance(self.source, str),
         }
-        for problem in (text for text, is_wrong in wrong.items() if is_wrong):
+        for problem in (text for text, is_right in right.items() if not is_right):
             raise WeightsError(f"preprocessing: {problem}")
 
     def pixel_mean_255(self) -> tuple[float, ...]:
@@ -122,8 +135,7 @@ class Preprocessing:
             for values in (self.mean, self.std)
         )
         image = self.mean_image
-        if image is not None:
-            image = image * (value_range / self.value_range)
+        image = None if image is None else image * (value_range / self.value_range)
         return replace(self, value_range=value_range, mean=mean, std=std, mean_image=image)
 
     def center_crop(self) -> tuple[int, int]:
@@ -143,8 +155,8 @@ class Preprocessing:
             self.channel_order == other.channel_order
             and self.bn_eps == other.bn_eps
             and (None in strides or strides[0] == strides[1])
-            and _close(self.pixel_mean_255(), other.pixel_mean_255(), rel_tol=1e-3, abs_tol=1e-3)
-            and _close(self.pixel_std_255(), other.pixel_std_255(), rel_tol=1e-3)
+            and np.allclose(self.pixel_mean_255(), other.pixel_mean_255(), rtol=1e-3, atol=1e-3)
+            and np.allclose(self.pixel_std_255(), other.pixel_std_255(), rtol=1e-3, atol=0)
         )
 
     def to_json(self) -> str:
@@ -155,7 +167,7 @@ class Preprocessing:
     @classmethod
     def from_json(cls, text: str) -> Preprocessing:
         try:
-            return cls(**json.loads(text))
+            return super().from_json(text)
         except WeightsError:
             raise
         except (ArithmeticError, TypeError, ValueError, RecursionError) as error:
@@ -175,41 +187,26 @@ class Preprocessing:
     def from_tensor(cls, values: Tensor) -> Preprocessing:
         """What :meth:`to_tensor` wrote, also if it was rounded to half precision since.
 
-        Raises:
-            WeightsError: any other tensor.
+        Raises WeightsError: any other tensor.
         """
         order, *numbers, stride = values.float().tolist() if values.shape == (8,) else (-1.0, -1.0)
         strides = {-1.0: None, 0.0: False, 1.0: True}
         if order not in (0.0, 1.0) or stride not in strides or not all(map(math.isfinite, numbers)):
             raise WeightsError(f"a checkpoint's {INPUT_SETTINGS} is not what this package writes")
-        return cls(
-            ORDERS[int(order)],
-            255.0,
-            tuple(numbers[:3]),
-            tuple(numbers[3:]),
-            stride_in_1x1=strides[stride],
-            source="a detector's checkpoint",
-        )
+        stated = dict(stride_in_1x1=strides[stride], source="a detector's checkpoint")
+        return cls(ORDERS[int(order)], 255.0, numbers[:3], numbers[3:], **stated)
 
 
+CAFFE = ("BGR", 255.0, (103.939, 116.779, 123.68), (1.0, 1.0, 1.0))
 PREPROCESSINGS: dict[str, Preprocessing] = {
     "msra": Preprocessing(
-        "BGR",
-        255.0,
-        (103.939, 116.779, 123.68),
-        (1.0, 1.0, 1.0),
+        *CAFFE,
         stride_in_1x1=True,
         source="KaimingHe/deep-residual-networks (Caffe); channel means in place of the mean image",
         resize_size=256,  # "resize the shorter side to 256", README; with which filter is not said
         crop_size=224,
     ),
-    "caffe_vgg": Preprocessing(
-        "BGR",
-        255.0,
-        (103.939, 116.779, 123.68),
-        (1.0, 1.0, 1.0),
-        source="arXiv 1409.1556, released Caffe models",
-    ),
+    "caffe_vgg": Preprocessing(*CAFFE, source="arXiv 1409.1556, released Caffe models"),
     "torchvision": Preprocessing(
         "RGB",
         1.0,
@@ -246,18 +243,12 @@ def same_mean(first: Sequence[float], second: Sequence[float]) -> bool:
     Detectron2's default (103.53, ...) and Caffe's (103.939, ...) are one convention; channels in
     the wrong order differ by 20.
     """
-    return _close(first, second, abs_tol=1.0)
+    return len(first) == len(second) and np.allclose(first, second, rtol=0, atol=1)
 
 
 def same_std(first: Sequence[float], second: Sequence[float]) -> bool:
     """Equality of standard deviations within 2 %."""
-    return _close(first, second, rel_tol=0.02)
-
-
-def _close(first, second, **tolerance) -> bool:
-    if len(first) != len(second):
-        return False
-    return all(math.isclose(a, b, **tolerance) for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and np.allclose(first, second, rtol=0.02, atol=0)
 
 
 class InputNormalizer:
@@ -276,14 +267,11 @@ class InputNormalizer:
         self.preprocessing = preprocessing
         self.device = torch.device(device)
         self.order = ["RGB".index(c) for c in preprocessing.channel_order]
-        mean = torch.tensor(preprocessing.pixel_mean_255(), dtype=torch.float32)
-        std = torch.tensor(preprocessing.pixel_std_255(), dtype=torch.float32)
-        self.mean = mean.view(3, 1, 1).to(self.device)
-        self.scale = (1 / std).view(3, 1, 1).to(self.device)
-        image = preprocessing.mean_image
-        if image is not None:
-            image = image.float() * (255.0 / preprocessing.value_range)
-        self.mean_image = None if image is None else image.to(self.device)
+        mean, std = preprocessing.pixel_mean_255(), preprocessing.pixel_std_255()
+        self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        self.scale = 1 / torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        image, scale = preprocessing.mean_image, 255.0 / preprocessing.value_range
+        self.mean_image = None if image is None else (image.float() * scale).to(self.device)
 
     def __call__(self, images: Tensor, shift: Tensor | None = None) -> Tensor:
         """Normalizes a batch.

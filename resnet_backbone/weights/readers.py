@@ -7,14 +7,9 @@ and nothing of it is returned. A file that was made to do so can take long, or m
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +22,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from resnet_backbone.weights.architecture import COUNTER
-from resnet_backbone.weights.pickles import NAMES, Array, Refused, unpickle
+from resnet_backbone.weights.pickles import Array, Refused, load_torch, unpickle
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError, one_line
 
 logger = logging.getLogger(__name__)
@@ -35,8 +30,7 @@ logger = logging.getLogger(__name__)
 INDEX_SUFFIX = ".safetensors.index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".pkl")
-ZIP_START = b"PK\x03\x04"
-CONTAINERS = {".safetensors": "safetensors", ".pkl": "pickle"}  # and "torch"
+CONTAINERS = {".safetensors": "safetensors", ".pkl": "pickle", ".json": "safetensors index"}
 # In a folder, the first of these is read: names that transformers and timm write.
 FOLDER_FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
 DTYPES = (
@@ -81,8 +75,7 @@ class RawFile:
     def part(self, key: str) -> dict[str, Tensor]:
         """Other weights of the file: those of a wrapping, or those whose names begin with a key.
 
-        Raises:
-            WeightsError: there are none, or they are not what :func:`read_tensors` takes.
+        Raises WeightsError: there are none, or they are not what :func:`read_tensors` takes.
         """
         if isinstance(self.rest.get(key), dict):
             with named_errors(self.path):
@@ -101,19 +94,15 @@ class RawFile:
 
 
 def read_tensors(path: str | os.PathLike, file: RawFile | None = None) -> RawFile:
-    """Reads the weights of a network, whatever the kind of file, and drops what is not weights.
+    """Reads the weights of a network, and drops wrappings, optimizers, prefixes and momenta.
 
-    Wrappings (``{"model": ...}``, ``{"state_dict": ...}``, ``{"blobs": ...}``) with their
-    optimizers, the prefixes ``module.`` and ``_orig_mod.``, and Detectron1's momenta are removed.
+    Raises WeightsError: missing, damaged or hostile file; values that are not tensors of finite
+    numbers.
 
     Args:
         path: ``.safetensors``; ``.safetensors.index.json`` or a folder with it; torch's ``.pth``,
             ``.pt``, ``.bin``, ``.ckpt``, ``.tar``; ``.pkl`` of numpy arrays.
         file: the same, where it is open already.
-
-    Raises:
-        WeightsError: missing, damaged or hostile file; values that are not tensors of finite
-            numbers.
     """
     file = file or open_file(find_file(path))
     with named_errors(file.path):
@@ -124,8 +113,7 @@ def read_tensors(path: str | os.PathLike, file: RawFile | None = None) -> RawFil
 def find_file(path: str | os.PathLike) -> Path:
     """The file to read for a path, which may be a folder.
 
-    Raises:
-        WeightsError: there is none, or of a kind that is not read.
+    Raises WeightsError: there is none, or of a kind that is not read.
     """
     path = Path(path)
     if path.is_dir():
@@ -147,21 +135,18 @@ def find_file(path: str | os.PathLike) -> Path:
 def open_file(path: Path) -> RawFile:
     """Opens a safetensors file, a pickle of numpy arrays, or a file of ``torch.save`` of any name.
 
-    Raises:
-        WeightsError: a file that is missing, damaged, or holds more than data; NaN or infinite
-            numbers, negative variances.
+    Raises WeightsError: a file that is missing, damaged, or holds more than data; NaN or infinite
+    numbers, negative variances.
     """
     with named_errors(path):
-        if path.name.endswith(INDEX_SUFFIX):
-            file = _read_sharded(path)
-        else:
-            file = _read_whole(path)
+        is_index = path.name.endswith(INDEX_SUFFIX)
+        file = _read_sharded(path) if is_index else _read_whole(path)
         check_numbers(file.tensors, path)
         return file
 
 
 def _read_whole(path: Path) -> RawFile:
-    data, container = path.read_bytes(), container_of(path)
+    data, container = path.read_bytes(), CONTAINERS.get(path.suffix, "torch")
     if not data:
         raise ValueError("it is empty")
     start = data[:200].lstrip().lower()
@@ -172,7 +157,7 @@ def _read_whole(path: Path) -> RawFile:
     if container == "safetensors":
         tensors = dict(sorted(load_safetensors(data).items()))
         return RawFile(tensors, _metadata(data), digest, container, path)
-    loaded = unpickle(data) if container == "pickle" else _load_torch(data)
+    loaded = unpickle(data) if container == "pickle" else load_torch(data)
     weights, wrapper = _unwrap(loaded)
     weights.pop(INPUT_SETTINGS, None)  # of a backbone for Detectron2, stated beside it too
     if digest.startswith(FEATURES_ONLY):
@@ -181,11 +166,6 @@ def _read_whole(path: Path) -> RawFile:
     metadata = {key: loaded[key] for key in STATED if isinstance(loaded.get(key), str)}
     rest = {key: value for key, value in loaded.items() if key != wrapper} if wrapper else {}
     return RawFile(tensors, metadata, digest, container, path, rest, wrapper)
-
-
-def container_of(path: Path) -> str:
-    """ "safetensors", "pickle" or "torch", by the file's name."""
-    return CONTAINERS.get(path.suffix, "torch")
 
 
 @contextmanager
@@ -199,15 +179,14 @@ def named_errors(path: Path) -> Iterator[None]:
         cause = one_line(error)
         if isinstance(error, Refused):
             raise WeightsError(f"{path}: refused, it holds {cause}") from error
-        kind = "safetensors index" if path.name.endswith(INDEX_SUFFIX) else container_of(path)
+        kind = CONTAINERS.get(path.suffix, "torch")
         raise WeightsError(f"{path}: not a whole {kind} file ({cause})") from error
 
 
 def _unwrap(loaded: Any) -> tuple[dict[str, Any], str]:
     """The state dict within a checkpoint, without prefixes and momenta; its outermost wrapping.
 
-    Raises:
-        ValueError: there is none, or more than one.
+    Raises ValueError: there is none, or more than one.
     """
     outermost = ""
     for _ in range(MAX_WRAPPERS):
@@ -268,8 +247,7 @@ def _to_tensors(weights: Mapping[str, Any], size: int) -> dict[str, Tensor]:
 def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Refuses what no training continues from.
 
-    Raises:
-        WeightsError: NaN or infinite numbers, negative variances.
+    Raises WeightsError: NaN or infinite numbers, negative variances.
     """
     for key, value in tensors.items():
         if not value.is_floating_point():
@@ -287,10 +265,8 @@ def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
     if not tensors:
         raise Refused("no tensors")
     for key, value in tensors.items():
-        if value.dtype not in DTYPES:
-            raise Refused(f"{key[:80]} as {value.dtype}; weights are floats")
-        counts = key.endswith(COUNTER) or key.endswith("queue_ptr")  # of MoCo's queue
-        if not value.is_floating_point() and value.dim() > 0 and not counts:
+        counts = value.dim() == 0 or key.endswith((COUNTER, "queue_ptr"))  # of MoCo's queue
+        if value.dtype not in DTYPES or not (value.is_floating_point() or counts):
             raise Refused(
                 f"{key[:80]} as {value.dtype}; weights are floats: save the network before it "
                 "was quantized"
@@ -304,53 +280,6 @@ def _metadata(data: bytes) -> dict[str, str]:
     """The metadata in the header of a safetensors file, which was parsed before."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
-
-
-def _load_torch(data: bytes) -> Any:
-    """The object of a ``torch.save`` file: torch makes only tensors, containers and ``NAMES``."""
-    stream, is_archive = io.BytesIO(data), data.startswith(ZIP_START)
-    if is_archive:
-        _check_archive(stream)
-    names = [(stand_in, f"{module}.{name}") for (module, name), stand_in in NAMES.items()]
-    try:
-        with torch.serialization.safe_globals(names), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error says it
-            loaded = torch.load(stream, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # around its cause, torch advises to trust the file
-        text = str(error)
-        code = re.search(r"GLOBAL (\S+)", text)
-        if code:
-            raise Refused(_code(code[1][:80])) from error
-        raise ValueError(
-            text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        ) from error
-    if not is_archive and stream.read(1):
-        raise ValueError("there are bytes behind its end")
-    return loaded
-
-
-def _code(name: str) -> str:
-    """What a name in a file is that is no data."""
-    text = f"{name}, which is code and not data"
-    if re.search(r"(^|\.)(models?|nn|modules?|timm|torchvision|networks?)\.", name.lower()):
-        text += ": a whole model was pickled; save model.state_dict() in its place"
-    return text
-
-
-def _check_archive(stream: io.BytesIO) -> None:
-    """Refuses what torch would read without a check."""
-    with zipfile.ZipFile(stream) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise Refused(
-                "a compressed entry, which torch.save does not write (torch.jit.save does)"
-            )
-        if sum(entry.file_size for entry in entries) > len(stream.getbuffer()):
-            raise Refused("an archive whose entries are together larger than the file")
-        damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"Bad CRC-32 of {damaged[:80]}")
-    stream.seek(0)
 
 
 def _read_sharded(index: Path) -> RawFile:
@@ -375,11 +304,7 @@ def _read_sharded(index: Path) -> RawFile:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, not too large.
-
-    Raises:
-        ValueError, RecursionError, OSError: something else.
-    """
+    """A JSON object, not too large. Raises ValueError, RecursionError, OSError: something else."""
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"more than {MAX_JSON} bytes")
     found = json.loads(path.read_bytes())

@@ -54,16 +54,16 @@ DETECTRON2, DETECTRON1 = (
     f"https://dl.fbaipublicfiles.com/{name}/" for name in ("detectron2", "detectron")
 )
 PYTORCH = "https://download.pytorch.org/models/"
+MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # of a config.json
 
 _MSRA = replace(PREPROCESSINGS["msra"], source=f"{MODEL_ZOO}; {PREPROCESSINGS['msra'].source}")
 _CONVERTED = replace(PREPROCESSINGS["torchvision"], source=CONVERT_SCRIPT)
-DETECTRON2_DEFAULT = Preprocessing(
-    "BGR",
-    255.0,
-    (103.53, 116.28, 123.675),
-    (1.0, 1.0, 1.0),
-    stride_in_1x1=True,
+DETECTRON2_DEFAULT = replace(
+    PREPROCESSINGS["msra"],
+    mean=(103.53, 116.28, 123.675),
     source="facebookresearch/detectron2, MODEL_ZOO.md and detectron2/config/defaults.py",
+    resize_size=None,
+    crop_size=None,
 )
 _GROUP_NORM = replace(DETECTRON2_DEFAULT, stride_in_1x1=False, source=GROUP_NORM_CONFIG)
 
@@ -88,8 +88,6 @@ BY_ADDRESS: dict[str, Preprocessing] = {
         )
     },
 }
-# ``__author__`` of a Detectron2 pickle -> convention, where the script that writes it says so.
-BY_AUTHOR: dict[str, Preprocessing] = {"torchvision": _CONVERTED}
 # Detectron2's names of Detectron1's files (detectron2/checkpoint/catalog.py) -> address.
 CATALOG = {
     "ImageNetPretrained/MSRA/R-50": f"{DETECTRON1}ImageNetPretrained/MSRA/R-50.pkl",
@@ -112,15 +110,14 @@ class ResolvedSource:
 def resolve(source: str | os.PathLike) -> ResolvedSource:
     """Finds a source, and downloads it if need be.
 
+    Raises WeightsError: unknown name, no network, no such file.
+
     Args:
         source: a local file or folder; ``torchvision://resnet50/IMAGENET1K_V2`` (without the
             entry torchvision's DEFAULT, its best one); ``timm://resnet50.a1_in1k``;
             ``hf://microsoft/resnet-50`` (``@revision`` may follow);
             ``detectron2://ImageNetPretrained/MSRA/R-101.pkl``;
             ``catalog://ImageNetPretrained/MSRA/R-50``; an ``https://`` address of a file.
-
-    Raises:
-        WeightsError: unknown name, no network, no such file.
     """
     scheme, separator, name = str(source).partition("://")
     if not separator:
@@ -167,11 +164,8 @@ def _cached(url: str) -> Path:
 def download(url: str, target: Path, sha256: str = "") -> Path:
     """Fetches a file unless it is there; an interrupted download leaves nothing behind.
 
-    Args:
-        sha256: hexadecimal digits with which that of the file must begin.
-
-    Raises:
-        WeightsError: naming the address and the place where a file fetched by hand belongs.
+    Its sha256 must begin with those digits. Raises WeightsError: naming the address and the place
+    where a file fetched by hand belongs.
     """
     if target.is_file():
         return target
@@ -244,12 +238,8 @@ def _from_hugging_face(name: str) -> ResolvedSource:
     configs = ["config.json", "preprocessor_config.json"]
     try:
         for files in (["model.safetensors", "model*.safetensors*"], ["pytorch_model.bin"]):
-            patterns = [*configs, *files]
-            folder = Path(
-                hub.snapshot_download(
-                    repository, revision=revision or None, allow_patterns=patterns
-                )
-            )
+            options = dict(revision=revision or None, allow_patterns=[*configs, *files])
+            folder = Path(hub.snapshot_download(repository, **options))
             if any((folder / file).is_file() for file in FOLDER_FILES):
                 return _described(ResolvedSource(folder))
     except Exception as error:  # of the network, of the service, of its client
@@ -263,11 +253,7 @@ def _from_hugging_face(name: str) -> ResolvedSource:
 
 
 def stated_convention(file: RawFile) -> Preprocessing | None:
-    """What our detectors, and files that this package writes for Detectron2, say of their input.
-
-    Raises:
-        WeightsError: something unreadable.
-    """
+    """What our detectors, and files that this package writes for Detectron2, say of their input."""
     with named(file.path):
         if file.container in ("torch", "pickle") and PREPROCESSING_KEY in file.metadata:
             return Preprocessing.from_json(file.metadata[PREPROCESSING_KEY])
@@ -282,13 +268,13 @@ def convention_of_content(file: RawFile) -> Preprocessing | None:
 
     Beside what it states: torchvision's files by their published hash, wherever they lie and
     whatever their name; Detectron2's pickles by an ``__author__`` that stands for one script.
-
-    Raises:
-        WeightsError: it states something unreadable.
+    Raises WeightsError: it states something unreadable.
     """
     stated = stated_convention(file)
-    if stated is not None or file.container != "torch":
-        return stated or BY_AUTHOR.get(file.metadata.get("__author__", ""))
+    if stated is not None:
+        return stated
+    if file.container != "torch":  # of a Detectron2 pickle its script says it
+        return _CONVERTED if file.metadata.get("__author__") == "torchvision" else None
     published = torchvision_entry(
         lambda weights: file.sha256.startswith(published_hash(weights) or "none")
     )
@@ -298,32 +284,29 @@ def convention_of_content(file: RawFile) -> Preprocessing | None:
 def _described(found: ResolvedSource) -> ResolvedSource:
     """Adds what config.json and preprocessor_config.json beside the weights say."""
     folder = found.path if found.path.is_dir() else found.path.parent
-    config = _read_json(folder / "config.json")
+
+    def content_of(name: str) -> dict[str, Any]:
+        return read_json(folder / name) if (folder / name).is_file() else {}
+
     try:
+        config = content_of("config.json")
         if "pretrained_cfg" in config or "architecture" in config:
             inner = config.get("pretrained_cfg", config)
             check_timm_network({**inner, **config}, str(folder / "config.json"))
             return replace(found, preprocessing=timm_preprocessing(inner, "timm's config.json"))
         check_hugging_face_network(config, str(folder / "config.json"))
         stride = config.get("downsample_in_bottleneck", False) if config else None
-        processor = _read_json(folder / "preprocessor_config.json")
+        processor = content_of("preprocessor_config.json")
         if not processor:
             return replace(found, stride_in_1x1=stride)
         return replace(found, preprocessing=hugging_face_preprocessing(processor, stride))
     except OtherNetwork:
         raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+    except (OSError, RecursionError, *MISFITS) as error:
         raise WeightsError(
             f"{folder}: config.json or preprocessor_config.json cannot be understood "
             f"({type(error).__name__}: {one_line(error)})"
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: unreadable ({error})") from error
 
 
 SCHEMES: dict[str, Callable[[str], ResolvedSource]] = {

@@ -3,13 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from drawn_networks import randomise
 
 from resnet_backbone import build_model
-from resnet_backbone.models import FrozenBatchNorm2d
-from resnet_backbone.weights import get_preprocessing, save_weights
-
-NORMS = (torch.nn.BatchNorm2d, FrozenBatchNorm2d)
+from resnet_backbone.weights import InputNormalizer, get_preprocessing, save_weights
 
 
 @pytest.fixture(autouse=True)
@@ -18,24 +15,7 @@ def _seed():
 
 
 @pytest.fixture(scope="session")
-def randomise():
-    """Function that draws all norms' statistics and affine parameters, so that each one counts."""
-
-    def draw(model):
-        for module in model.modules():
-            if isinstance(module, NORMS):
-                with torch.no_grad():
-                    module.weight.uniform_(0.5, 1.0)
-                    module.bias.uniform_(-0.2, 0.2)
-                    module.running_mean.uniform_(-0.2, 0.2)
-                    module.running_var.uniform_(0.5, 2.0)
-        return model
-
-    return draw
-
-
-@pytest.fixture(scope="session")
-def weights_file(tmp_path_factory, randomise):
+def weights_file(tmp_path_factory):
     """Function (name, preprocessing) -> (file with metadata, the network in it), random weights."""
     folder, made = tmp_path_factory.mktemp("weights"), {}
 
@@ -48,7 +28,7 @@ def weights_file(tmp_path_factory, randomise):
                 options["stride_in_1x1"] = found.stride_in_1x1
             if name.startswith("vgg"):
                 options["out_features"] = ("pool5",)  # the head is large
-            network = randomise(build_model(name, **options)).eval()
+            network = randomise(build_model(name, **options))
             path = folder / f"{len(made)}_{name}.safetensors"
             save_weights(network, path, found)
             made[key] = path, network
@@ -69,29 +49,10 @@ def photo():
 
 
 @pytest.fixture(scope="session")
-def voc_images(data_root):
-    """Two real photographs, RGB in 0..1, at half their size."""
-    folder = data_root / "VOCdevkit" / "VOC2007" / "JPEGImages"
-    images = []
-    for path in sorted(folder.iterdir())[:2]:
-        image = Image.open(path).convert("RGB")
-        image = image.resize((image.width // 2, image.height // 2))
-        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255)
-    return images
-
-
-@pytest.fixture(scope="session")
 def normalised():
-    """Function (RGB (3, H, W) in 0..1, preprocessing) -> what the network wants, written out."""
+    """Function (RGB (3, H, W) in 0..1, preprocessing) -> what the network wants."""
 
     def normalise(image, preprocessing):
-        if preprocessing.channel_order == "BGR":
-            image = image.flip(0)
-        image = image * preprocessing.value_range
-        mean, std = (
-            torch.tensor(values)[:, None, None]
-            for values in (preprocessing.mean, preprocessing.std)
-        )
-        return ((image - mean) / std)[None]
+        return InputNormalizer(preprocessing)((image[None] * 255).round().to(torch.uint8))
 
     return normalise

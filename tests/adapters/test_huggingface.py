@@ -74,7 +74,6 @@ def test_detr_sees_the_maps_of_the_original_network(
         assert (x - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max(), stage
 
 
-@pytest.mark.data
 @pytest.mark.parametrize(
     "kind, config",
     [
@@ -82,20 +81,16 @@ def test_detr_sees_the_maps_of_the_original_network(
         (ConditionalDetrForObjectDetection, ConditionalDetrConfig),
     ],
 )
-def test_detectors_train_on_photographs_with_the_papers_weights(
-    kind, config, data_root, voc_images
-):
-    file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
-    checkpoint = rgb_checkpoint(file, "msra")
+def test_detectors_train(kind, config, weights_file, photo):
+    checkpoint = rgb_checkpoint(weights_file("resnet50", "msra")[0])
     model = detr(checkpoint, kind, config).train()
     load_backbone(model, checkpoint)
     processor = DetrImageProcessor(**image_normalization(checkpoint.preprocessing))
     box = dict(bbox=[20, 20, 60, 50], category_id=3, area=3000, iscrowd=0)
-    size = {"shortest_edge": 96, "longest_edge": 128}
     batch = processor(
-        [pixels(image) for image in voc_images],
+        [pixels(photo), pixels(photo[:, :80])],
         annotations=[dict(image_id=i, annotations=[box]) for i in range(2)],
-        size=size,
+        size={"shortest_edge": 96, "longest_edge": 128},
         return_tensors="pt",
     )
     loss = model(**batch).loss
@@ -128,9 +123,6 @@ def test_timms_entry_is_a_backbone_of_transformers():
     assert [tuple(x.shape) for x in maps] == [(1, 128, 8, 8), (1, 512, 2, 2)]
 
 
-# --- errors --------------------------------------------------------------------------------------
-
-
 def test_another_stride_or_depth_than_the_models(weights_file):
     checkpoint = rgb_checkpoint(weights_file("resnet50", "msra")[0])
     for config, name in (
@@ -144,17 +136,13 @@ def test_another_stride_or_depth_than_the_models(weights_file):
         assert torch.equal(inner(model).embedder.embedder.convolution.weight, before)
 
 
-def test_weights_that_were_not_converted(weights_file):
+def test_weights_that_were_not_converted_or_have_no_place(weights_file):
     checkpoint = read_checkpoint(weights_file("resnet18", "msra")[0])
     model = detr(checkpoint)
     with pytest.raises(WeightsError, match="rgb_checkpoint"):
         load_backbone(model, checkpoint)
-
-
-def test_a_model_without_our_backbone(weights_file):
-    checkpoint = rgb_checkpoint(weights_file("resnet18", "msra")[0])
     with pytest.raises(WeightsError, match="0 ResNetBackbone"):
-        load_backbone(torch.nn.Linear(2, 2), checkpoint)
+        load_backbone(torch.nn.Linear(2, 2), rgb_checkpoint(weights_file("resnet18", "msra")[0]))
 
 
 @pytest.mark.parametrize("name, options", [("plain18", {}), ("resnet18", {"shortcut": "A"})])

@@ -1,5 +1,6 @@
 """A function in two processes that are joined together."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -14,7 +15,12 @@ def _work(rank, folder, function, arguments):
     dist.destroy_process_group()
 
 
-def in_two_processes(folder, function, *arguments):
-    folder.mkdir()
-    mp.spawn(_work, (folder, function, arguments), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+@pytest.fixture
+def two_processes(tmp_path):
+    """Function: what ``function(world, *arguments)``, of a module, returns on each of two."""
+
+    def call(function, *arguments):
+        mp.spawn(_work, (tmp_path, function, arguments), nprocs=2)
+        return [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+    return call

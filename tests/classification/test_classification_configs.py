@@ -3,13 +3,14 @@
 import re
 import shlex
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from resnet_backbone.classification.config import Config, get, key_names, load_config
+from resnet_backbone.classification.config import KEYS, Config, leaves, load_config
 from resnet_backbone.classification.networks import NetworkSpec
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -30,21 +31,6 @@ def each(paths):
 @cache
 def load(*paths, overrides=()) -> Config:
     return load_config(paths, ["data.root=x", *overrides])
-
-
-def flat(path: Path) -> dict[str, object]:
-    """The keys that a file itself states, dotted, without its base's."""
-
-    def walk(node, prefix):
-        for key, value in node.items():
-            if isinstance(value, dict) and prefix + key != "model.options":
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    stated = OmegaConf.to_container(OmegaConf.load(path))
-    stated.pop("_BASE_", None)
-    return dict(walk(stated, ""))
 
 
 def header(path: Path) -> str:
@@ -113,7 +99,7 @@ NOT_OF_THE_PAPER = {
 
 
 def assert_recipe(config: Config, recipe: dict[str, object]) -> None:
-    assert {key: get(config, key) for key in recipe} == recipe
+    assert {key: attrgetter(key)(config) for key in recipe} == recipe
 
 
 @each(IMAGENET)
@@ -161,17 +147,21 @@ def test_every_network_of_the_paper_has_a_config():
 
 @each([path for path in FILES if not path.name.startswith("Base-")])
 def test_states_only_what_differs(path):
-    base = OmegaConf.load(path).get("_BASE_")
+    stated = OmegaConf.load(path)
+    base = stated.pop("_BASE_", None)
     below = load(path.parent / base) if base else load(ROOT / "imagenet" / "Base-ImageNet.yaml")
-    stated = flat(path)
-    stated.pop("model.name", None)  # a network's file names it, also where it is the default
-    same = [key for key, value in stated.items() if get(below, key) == value]
+    # a network's file names it, also where it is the default
+    keys = set(leaves(stated)) - {"model.name"}
+    same = {key for key in keys if attrgetter(key)(below) == OmegaConf.select(stated, key)}
     meant = {"schedule.plateau_patience", "schedule.plateau_threshold", "schedule.plateau_drops"}
-    assert set(same) <= meant  # the rule of the plateau reads as one
+    assert same <= meant  # the rule of the plateau reads as one
 
 
 @each(IMAGENET)
-def test_modern_merges_on_every_imagenet_config(path):
+def test_overlays_merge_on_every_imagenet_config(path):
+    plateau = load(path, path.parent / "plateau.yaml").schedule
+    assert (plateau.policy, plateau.milestones, plateau.gamma) == ("plateau", [], 0.1)
+    assert (plateau.plateau_threshold, plateau.plateau_drops) == (0.1, 3)
     modern, own = load(path, path.parent / "modern.yaml"), load(path)
     assert modern.model == own.model
     assert modern.schedule.iterations == own.schedule.iterations
@@ -181,13 +171,6 @@ def test_modern_merges_on_every_imagenet_config(path):
     assert modern.data.augmentation == "inception"
 
 
-@each([path for path in IMAGENET if path.stem in ("resnet50", "plain34", "vgg16")])
-def test_plateau_merges(path):
-    schedule = load(path, path.parent / "plateau.yaml").schedule
-    assert (schedule.policy, schedule.milestones, schedule.gamma) == ("plateau", [], 0.1)
-    assert (schedule.plateau_threshold, schedule.plateau_drops) == (0.1, 3)
-
-
 @each([path for path in FILES if not path.name.startswith("Base-")])
 def test_opens_with_its_story(path):
     story = header(path)
@@ -195,7 +178,7 @@ def test_opens_with_its_story(path):
     words = shlex.split(command[0].replace("\\\n", " "))
     files = [PROJECT / word for word in words if word.endswith(".yaml")]
     assert files[-1] == path and words[2] == "--config-file" and "data.root=PATH" in words
-    assert {word.partition("=")[0] for word in words if "=" in word} <= set(key_names())
+    assert {word.partition("=")[0] for word in words if "=" in word} <= set(KEYS)
     assert re.search(r"^ Hours: ", story, re.M)
     assert re.search(r"paper, (Table|Fig\.)|torchvision V1|no published|result and source", story)
 

@@ -5,9 +5,11 @@ import json
 import pytest
 
 from resnet_backbone.cli import analyze_model as tool
+from resnet_backbone.models import list_models
 
 
 def test_some_networks(run_command):
+    assert {row.name for row in tool.REFERENCES} == set(list_models())
     status, out, _ = run_command(tool.main, "resnet[15]0", "resnet34", "vgg16")
     assert status == 0
     rows = [line for line in out.splitlines() if line.startswith(("resnet", "vgg16"))]

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from resnet_backbone.cli import benchmark
-from resnet_backbone.cli.benchmark import classification
-from resnet_backbone.cli.benchmark.classification import geometry_difference, load_images
-from resnet_backbone.cli.benchmark.interleaved import measure, measure_memory
+from resnet_backbone.cli.benchmark import measure, measure_memory
+from resnet_backbone.cli.benchmark.classification import load_images
 
 
 @pytest.fixture(autouse=True)
@@ -52,31 +51,18 @@ def test_turns_alternate_and_ratios_are_of_the_same_repeat():
     assert rows[1]["images_per_s"]["high"] < 1000
 
 
-def test_loader_reports_speed_geometry_and_provenance(bench):
+def test_loader_reports_speed_and_provenance(bench):
     arguments = "loader --images synthetic --count 3 --repeats 1 --batch 2"
     result, out = bench(*arguments.split())
     found = names(result["rows"])
     assert found[:2] == ["reference", "ours"] and found[-1] == "ours + norm"
-    assert result["geometry"]["images"] == 3 and result["geometry"]["mean"] <= 0.05
     assert "loader --images synthetic" in result["command"] and result["threads"] == 1
     assert {"torch", "torchvision", "simplejpeg", "python"} <= set(result["versions"])
     assert result["date"] and result["cpu"] and "images/s" in out
 
 
-def test_geometry_check_sees_half_a_pixel(monkeypatch):
-    images = load_images("synthetic", 2, 90)
-    good = geometry_difference(images)
-    resize = classification.resize_crop
-
-    def shifted(image, crop):
-        return resize(image, crop._replace(x=crop.x._replace(start=max(0, crop.x.start - 1))))
-
-    monkeypatch.setattr(classification, "resize_crop", shifted)
-    assert good["mean"] < 0.05 < geometry_difference(images)["mean"]
-
-
 def test_synthetic_images_are_of_imagenets_size():
-    sizes = [len(data) for data in load_images("synthetic", 3, None)]
+    sizes = [len(data) for data in load_images("synthetic", 3)]
     assert all(50_000 < size < 200_000 for size in sizes)
 
 
@@ -86,7 +72,7 @@ SMALL = "--device cpu --model resnet18 --steps 1 --repeats 1".split()
 def test_train_and_infer_run(bench, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    for i, data in enumerate(load_images("synthetic", 4, 50)):
+    for i, data in enumerate(load_images("synthetic", 4)):
         (folder / f"{i}.jpg").write_bytes(data)
     data = ("--images", folder, "--workers", 0)
     result, _ = bench("train", *SMALL, "--size", 32, "--batch", 2, *data)
@@ -142,16 +128,20 @@ def test_fpn_comparison_sees_another_network():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_is_that_of_the_pass():
+def test_memory_grows_with_the_image_and_with_the_regions():
     pytest.importorskip("detectron2")
+    from resnet_backbone.cli.benchmark.detectors import detector_candidates
     from resnet_backbone.cli.benchmark.pyramid import REFERENCE, pyramid_candidates
 
-    small, large = (
-        measure_memory(pyramid_candidates, (1, 3, side, 640), [("training", REFERENCE)])
-        for side in (64, 512)
-    )
-    (small,), (large,) = small.values(), large.values()
-    assert large["peak"] - large["before"] > 100 + small["peak"] - small["before"]
+    images = [(1, 3, side, 640) for side in (64, 512)]
+    regions = [("c4", number, 8, 64, 96, 1) for number in (4, 100)]
+    for build, settings, kind in (
+        (pyramid_candidates, images, "training"),
+        (detector_candidates, regions, "inference"),
+    ):
+        found = [measure_memory(build, setting, [(kind, REFERENCE)]) for setting in settings]
+        few, many = (one[f"{kind}: {REFERENCE}"] for one in found)
+        assert many["peak"] - many["before"] > 100 + few["peak"] - few["before"]
 
 
 @pytest.mark.parametrize(
@@ -232,17 +222,3 @@ def test_detections_are_compared_by_class_and_place():
             "unmatched": 0.5,
             "score": 0.0,
         }
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_of_a_detector_grows_with_its_regions():
-    pytest.importorskip("detectron2")
-    from resnet_backbone.cli.benchmark.detectors import detector_candidates
-    from resnet_backbone.cli.benchmark.pyramid import REFERENCE
-
-    settings = [("c4", number, 8, 64, 96, 1) for number in (4, 100)]
-    passes = [("inference", REFERENCE)]
-    few, many = (measure_memory(detector_candidates, setting, passes) for setting in settings)
-    (few,), (many,) = few.values(), many.values()
-    assert many["peak"] - many["before"] > 100 + few["peak"] - few["before"]

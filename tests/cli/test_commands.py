@@ -6,11 +6,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from resnet_backbone import cli
-from resnet_backbone.runtime import provenance
+from resnet_backbone.runtime import records
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,27 +48,23 @@ def test_unknown_commands(words, message, capsys):
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-class Command:
-    def __init__(self, outcome):
-        self.outcome, self.argv = outcome, None
-
-    def main(self):
-        self.argv = list(sys.argv)
-        if isinstance(self.outcome, Exception | SystemExit):
-            raise self.outcome
-        return self.outcome
-
-
 @pytest.mark.parametrize("outcome, status", [(None, 0), (0, 0), (3, 3), (SystemExit(75), 75)])
 def test_commands_return_a_status_or_exit(outcome, status, monkeypatch):
-    command, before = Command(outcome), list(sys.argv)
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: command)
+    before = list(sys.argv)
+
+    def command():
+        assert sys.argv == ["resnet-backbone demo", "--x", "1"]
+        if isinstance(outcome, SystemExit):
+            raise outcome
+        return outcome
+
+    module = SimpleNamespace(main=command)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
     try:
         found = cli.main(["demo", "--x", "1"])
     except SystemExit as stopped:
         found = stopped.code
     assert found == status and sys.argv == before
-    assert command.argv == ["resnet-backbone demo", "--x", "1"]
 
 
 def test_what_is_not_installed_is_one_line(monkeypatch, capsys):
@@ -90,26 +87,25 @@ def test_what_is_not_installed_is_one_line(monkeypatch, capsys):
 )
 def test_the_command_that_runs_can_be_typed_again(argv, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
-    assert provenance.command_line() == expected
+    assert records.command_line() == expected
 
 
 def test_another_command_is_written_as_this_one_was(monkeypatch, tmp_path):
     words = ["convert", "a b"]
     monkeypatch.setattr(sys, "argv", ["tools/demo.py"])
-    door = provenance.command_line("convert-weights", words)
+    door = records.command_line("convert-weights", words)
     assert shlex.split(door) == ["python", "tools/convert_weights.py", *words]
     for argv, source in ((["resnet-backbone demo"], ROOT), (["python"], tmp_path)):
         monkeypatch.setattr(sys, "argv", argv)
-        monkeypatch.setattr(provenance, "SOURCE", source)
-        found = shlex.split(provenance.command_line("convert-weights", words))
+        monkeypatch.setattr(records, "SOURCE", source)
+        found = shlex.split(records.command_line("convert-weights", words))
         assert found == ["resnet-backbone", "convert-weights", *words]
 
 
 def test_an_installed_package_has_no_revision(monkeypatch, tmp_path):
-    """Not that of a repository around it."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    monkeypatch.setattr(provenance, "SOURCE", tmp_path / "site-packages")
-    assert provenance.source_revision() == "unknown"
+    monkeypatch.setattr(records, "SOURCE", tmp_path / "site-packages")
+    assert records.source_revision() == "unknown"
 
 
 @pytest.fixture(scope="module")

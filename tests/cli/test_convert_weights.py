@@ -90,7 +90,6 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def with_image(tmp_path_factory):
-    """ResNet-18 with a per-pixel mean."""
     path, before = tmp_path_factory.mktemp("image") / "x.safetensors", random_checkpoint("resnet18")
     own = replace(before.preprocessing, mean_image=torch.rand(3, 32, 32) * 255)
     write_checkpoint(replace(before, preprocessing=own), path)
@@ -262,14 +261,7 @@ def test_verify_on_a_folder(run, ours, tmp_path):
 def test_verify_finds_the_stride_of_the_released_weights(run, data_root, tmp_path):
     file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
     pictures = data_root / "imagenet_val500"
-    stated = [
-        "--preprocessing-a",
-        "msra",
-        "--preprocessing-b",
-        "msra",
-        "--stride-in-1x1-b",
-        "false",
-    ]
+    stated = "--preprocessing-a msra --preprocessing-b msra --stride-in-1x1-b false".split()
     images = ["--images", pictures, "--num-images", 2, "--size", 64]
     status, out, _ = run("verify", file, file, *stated, *images)
     assert status == 1
@@ -290,7 +282,7 @@ def test_wrong_input_is_one_line(run, ours, silent, tmp_path):
         (("verify", ours, silent), ["--preprocessing-b msra|"]),
         (("convert", ours, ours), ["there already", "--overwrite"]),
         (("convert", ours, tmp_path / "x.onnx"), [".safetensors"]),
-        (("convert", ours, out, "--preprocessing", "torchvision"), ["carries its own"]),
+        (("convert", ours, out, "--preprocessing", "torchvision"), ["its metadata"]),
         (("convert", ours, out, "--preprocessing", "imagenet"), ["imagenet", "msra"]),
         ((*named, "--model", "vgg16"), ["vgg16"]),
         (("convert", ours, pth, "--to", "torchvision", "--channel-order-to", "BGR"), ["RGB only"]),

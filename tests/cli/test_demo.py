@@ -1,5 +1,4 @@
-"""tools/demo.py on a tiny untrained detector: inputs, outputs, errors, and the same detections as
-Detectron2's own predictor."""
+"""tools/demo.py on a tiny untrained detector: inputs, outputs, errors."""
 
 import json
 import re
@@ -13,15 +12,11 @@ import pytest
 pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
 
 import torch  # noqa: E402
-from detectron2.engine import DefaultPredictor  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from resnet_backbone.cli import demo  # noqa: E402
 from resnet_backbone.detection import Checkpointer, build_detector  # noqa: E402
-from resnet_backbone.detection.config import (
-    UsageError,  # noqa: E402
-    load_config,  # noqa: E402
-)
+from resnet_backbone.detection.config import UsageError, load_config  # noqa: E402
 from resnet_backbone.detection.inference.pictures import read_video, video_writer  # noqa: E402
 from resnet_backbone.detection.inference.predictor import (  # noqa: E402
     Predictor,
@@ -46,7 +41,6 @@ def config(*overrides):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """What train_net.py leaves: config.yaml and model_final.pth."""
     folder = tmp_path_factory.mktemp("run")
     cfg = config("OUTPUT_DIR", str(folder), "RESNET_BACKBONE.CLASS_NAMES", "['a', 'b', 'c']")
     torch.manual_seed(0)
@@ -82,17 +76,6 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(errors) == 1 and "Traceback" not in text
     assert all(word in errors[0] for word in words)
-
-
-def test_the_same_detections_as_detectron2(run):
-    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"))
-    image = noise(60, 90)
-    ours, theirs = (kind(cfg)(image)["instances"] for kind in (Predictor, DefaultPredictor))
-    assert len(ours) == len(theirs) > 0
-    assert torch.equal(ours.pred_classes, theirs.pred_classes)
-    # memory format and summation order differ
-    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(ours.pred_boxes.tensor, theirs.pred_boxes.tensor, rtol=0, atol=1e-2)
 
 
 def test_rgb_detectors_get_rgb(tmp_path):
@@ -140,15 +123,7 @@ def test_weights_of_less_than_a_detector_are_refused(run, tmp_path, name, messag
     assert "\n" not in str(caught.value)
 
 
-def test_other_classes_are_refused(run):
-    cfg = config("MODEL.WEIGHTS", str(run / "model_final.pth"), "MODEL.ROI_HEADS.NUM_CLASSES", "5")
-    with pytest.raises(WeightsError, match="another shape.* number of classes, or .*CONTEXT"):
-        Predictor(cfg)
-
-
-def test_wrong_preprocessing_is_refused(run, call, photos, tmp_path):
-    with pytest.raises(WeightsError, match="INPUT.FORMAT"):
-        Predictor(config("MODEL.WEIGHTS", str(run / "model_final.pth"), "INPUT.FORMAT", "RGB"))
+def test_wrong_preprocessing_is_refused(call, photos, tmp_path):
     arguments = ("--input", photos, "--output", tmp_path / "out", "INPUT.FORMAT", "RGB")
     assert_one_line(call(*arguments), "INPUT.FORMAT is RGB", "set INPUT.FORMAT")
     assert not (tmp_path / "out").exists()
@@ -312,11 +287,11 @@ def test_equal_names_do_not_overwrite_one_another():
 
 
 def test_the_page_shows_what_the_threshold_lets_through(run):
-    page = pytest.importorskip("resnet_backbone.cli.demo_page", exc_type=UsageError)
+    pytest.importorskip("gradio")
     args = demo.parse_arguments(["--run", str(run), "--web"])
     detect, show = (
         f.fn
-        for f in page.build_page(demo.Demo(Predictor(run_config(str(run), [])), args)).fns.values()
+        for f in demo.build_page(demo.Demo(Predictor(run_config(str(run), [])), args)).fns.values()
     )
     output, drawn, rows, text, file = detect(noise(60, 90), 0.0)
     scores = [row[1] for row in rows]

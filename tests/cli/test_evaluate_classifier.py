@@ -80,7 +80,6 @@ def results(output, *arguments):
 
 
 def expected(files, names, protocol):
-    """The same evaluation by the package's functions."""
     paths = sorted((files / "val").glob("*/*"))
     samples = [(path, WNIDS.index(path.parent.name)) for path in paths]
     loader = EvaluationLoader(EvaluationFiles(samples, protocol.short_sides), 5)

@@ -12,12 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_backbone.classification.data.archives import (
-    TRAIN_IMAGES,
-    VAL_IMAGES,
-    check_counts,
-    read_labels,
-)
+from resnet_backbone.classification.data import archives as imagenet_archives
 from resnet_backbone.classification.data.imagenet import (
     TarShards,
     read_flat_folder,
@@ -25,6 +20,8 @@ from resnet_backbone.classification.data.imagenet import (
 )
 from resnet_backbone.cli import prepare_data
 from resnet_backbone.runtime.errors import DataError
+
+from packed import noise_jpeg, tar_of  # isort: skip
 
 # The kit's numbers, in an order that is not that of the wnids.
 IDS = {1: "n00000003", 2: "n00000001", 3: "n00000002"}
@@ -34,25 +31,10 @@ ANY = ["--train-images", "0", "--val-images", "0", "--classes", "0"]
 
 @pytest.fixture
 def run(run_command):
-    """Function (arguments) -> exit status, output, errors of prepare-data."""
     return partial(run_command, prepare_data.main)
 
 
-def jpeg(seed) -> bytes:
-    stream = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(stream, "JPEG")
-    return stream.getvalue()
-
-
-def tar_of(files: dict[str, bytes], mode="w") -> bytes:
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode=mode) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return stream.getvalue()
+jpeg = partial(noise_jpeg, height=8, width=9)
 
 
 def meta_mat() -> bytes:
@@ -68,7 +50,6 @@ def meta_mat() -> bytes:
 
 @pytest.fixture
 def archives(tmp_path):
-    """Folder with the three official archives, in small."""
     folder = tmp_path / "archives"
     folder.mkdir()
     inner = {
@@ -88,7 +69,6 @@ def archives(tmp_path):
 
 @pytest.fixture
 def unpack(run, archives, tmp_path):
-    """Function (options) -> exit status and errors of unpacking the archives."""
 
     def call(*options, train=True, labels=True, folder=tmp_path) -> tuple[int, str]:
         arguments = ["imagenet", folder / "imagenet", "--val-archive", archives / "val.tar"]
@@ -137,7 +117,7 @@ def test_a_file_of_numbers_is_refused(tmp_path):
     path = tmp_path / "truth.txt"
     path.write_text("490\n361\n")
     with pytest.raises(DataError, match="'490' is not a wnid .* --devkit"):
-        read_labels(path)
+        imagenet_archives.read_labels(path)
 
 
 def test_an_interrupted_call_goes_on(tmp_path, unpack):
@@ -166,13 +146,13 @@ def test_wrong_counts_are_told(unpack):
 
 def test_right_counts_of_classes():
     train = {f"n{i:08d}": 1300 for i in range(985)} | {f"n{i:08d}": 732 for i in range(985, 1000)}
-    train["n00000000"] += TRAIN_IMAGES - sum(train.values()) - 60
-    found = check_counts(train, TRAIN_IMAGES, 1000, "train")
+    train["n00000000"] += imagenet_archives.TRAIN_IMAGES - sum(train.values()) - 60
+    found = imagenet_archives.check_counts(train, imagenet_archives.TRAIN_IMAGES, 1000, "train")
     assert len(found) == 2 and "n00000000 has" in found[1]
     val = {f"n{i:08d}": 50 for i in range(1000)}
-    assert check_counts(val, VAL_IMAGES, 1000, "val") == []
+    assert imagenet_archives.check_counts(val, imagenet_archives.VAL_IMAGES, 1000, "val") == []
     val["n00000003"], val["n00000004"] = 49, 51
-    assert len(check_counts(val, VAL_IMAGES, 1000, "val")) == 2
+    assert len(imagenet_archives.check_counts(val, imagenet_archives.VAL_IMAGES, 1000, "val")) == 2
 
 
 def test_check_images_lists_the_bad_ones(tmp_path, run, unpack):
@@ -212,7 +192,7 @@ def test_members_cannot_leave_the_folder(tmp_path, archives, unpack):
 def test_missing_arguments_and_folders(tmp_path, archives, run):
     for options, message in (
         (["--val-archive", archives / "val.tar"], "needs --devkit or --val-labels"),
-        (["--workers", "0"], "--workers 0: at least 1"),
+        (["--workers", "0"], "--workers: 1 at least"),
         ([], "neither train nor val"),
     ):
         status, _, error = run("imagenet", tmp_path, *options)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from resnet_backbone.classification.data.sources import ArraySource, SampleStream, read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, read_spec, save_network
 from resnet_backbone.cli import recompute_bn
-from resnet_backbone.weights import Preprocessing, read_weights
+from resnet_backbone.weights import Preprocessing, read_checkpoint
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 GREY = Preprocessing("RGB", 255.0, (120.0, 110.0, 100.0), (60.0, 61.0, 62.0))
@@ -46,14 +46,17 @@ def test_new_statistics(tool, run, tiny_cifar10, layer_inputs):
     assert (run / "final.safetensors").read_bytes() == before
     new = run / "true_bn.safetensors"
     assert read_spec(new) == NetworkSpec("cifar_resnet8", 10)
-    tensors, preprocessing = read_weights(new)
-    assert preprocessing == GREY
+    assert read_checkpoint(new).preprocessing == GREY
+    tensors = read_checkpoint(new).tensors
     # the first batch norm sees the convolved first 70 images of training
     images, labels = read_cifar10(tiny_cifar10, train=True)
     source = ArraySource(images, labels, SampleStream(200, 40, 3))
     x = torch.cat([InputNormalizer(GREY)(source.batch(i).images) for i in range(2)])[:70]
     seen = torch.nn.functional.conv2d(x, tensors["stem.weight"], padding=1).double()
-    mean, var = tensors["stem.norm.running_mean"], tensors["stem.norm.running_var"]
+    mean, var = (
+        tensors["stem.norm.running_mean"],
+        tensors["stem.norm.running_var"],
+    )
     torch.testing.assert_close(mean.double(), seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(var.double(), seen.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
 

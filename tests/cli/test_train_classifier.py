@@ -246,7 +246,6 @@ TWO = ("train.micro_batch=4", "train.device=cpu", "output.checkpoint_every=1000"
 
 
 def processes_of(launcher: int) -> list[int]:
-    """The training processes that a launcher started."""
     command = ["pgrep", "-P", str(launcher), "-f", "spawn_main"]
     found = subprocess.run(command, capture_output=True, text=True)
     return [int(line) for line in found.stdout.split()]

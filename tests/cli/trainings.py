@@ -32,7 +32,6 @@ def succeed(*arguments) -> subprocess.CompletedProcess:
 
 
 def refused(*arguments) -> str:
-    """The one line with which wrong input ends."""
     done = run(*arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     return done.stderr
@@ -65,7 +64,6 @@ def reached(folder: Path) -> int:
 
 
 def rows(folder: Path) -> list[dict]:
-    """Metrics without times."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in TIMING} for row in found]
 

@@ -148,14 +148,14 @@ def tiny_coco(tiny_voc):
 
     Ids of images are 100 + number.
     """
-    from resnet_backbone.detection.data import load_voc_instances
+    from resnet_backbone.detection.data import scan_voc
 
     def write(path, numbers, annotated=True) -> str:
         images, annotations = [], []
         records = [
             record
             for split in SPLITS
-            for record in load_voc_instances(tiny_voc, split, list(CATEGORIES.values()))
+            for record in scan_voc(tiny_voc, split, list(CATEGORIES.values()))[0]
             if int(record["image_id"]) in numbers
         ]
         for record in records:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from resnet_backbone import build_model
-from resnet_backbone.fast.folding import FoldingConvNorm, FoldingConvNormAct, change_classes
+from resnet_backbone.fast.optimize import FoldingConvNorm, FoldingConvNormAct, change_classes
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.models.layers import ConvNorm, ConvNormAct
 

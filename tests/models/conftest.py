@@ -2,40 +2,18 @@
 
 import pytest
 import torch
-from torch import nn
+from drawn_networks import randomise
+
+TOLERANCE = dict(rtol=1e-10, atol=1e-12)  # of the float64 comparisons
 
 
 @pytest.fixture
-def tolerance():
-    """Of the float64 comparisons."""
-    return dict(rtol=1e-10, atol=1e-12)
-
-
-@pytest.fixture
-def randomise():
-    """Gives a network without values (on meta) float64 ones, drawn from a fixed seed.
-
-    Norms are not the identity, frozen ones included, so that a misplaced one shows.
-    """
+def draw():
+    """Gives a network without values (on meta) float64 ones, drawn from a fixed seed."""
 
     def fill(network):
         torch.manual_seed(0)
-        network = network.double().to_empty(device="cpu")
-        for module in network.modules():
-            if hasattr(module, "running_var"):
-                nn.init.normal_(module.running_mean, std=0.2)
-                nn.init.uniform_(module.running_var, 0.5, 1.5)
-                if getattr(module, "num_batches_tracked", None) is not None:
-                    module.num_batches_tracked.zero_()
-            if hasattr(module, "running_var") or isinstance(module, nn.GroupNorm):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias, std=0.2)
-            elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                bound = (3 / module.weight[0].numel()) ** 0.5
-                nn.init.uniform_(module.weight, -bound, bound)
-                if module.bias is not None:
-                    nn.init.normal_(module.bias, std=0.2)
-        return network
+        return randomise(network.double().to_empty(device="cpu")).train()
 
     return fill
 
@@ -53,16 +31,28 @@ def adopt():
 
 
 @pytest.fixture
-def assert_same_gradients():
-    """Compares gradients by name, to 1e-10 of the largest of each parameter."""
+def assert_same():
+    """Compares maps by name, gradients to 1e-10 of the largest of each, then statistics."""
 
-    def check(expected, network):
-        own = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
-        assert expected.keys() == own.keys()
+    def check(theirs, ours, expected, found, renamed=dict, without=()):
+        """``renamed`` gives their keys our names; ``without`` are parameters that ours lack."""
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, **TOLERANCE)
+        weights = {name: torch.randn_like(value) for name, value in expected.items()}
+        for maps in (expected, found):
+            sum((maps[name] * weights[name]).sum() for name in weights).backward()
+        known = {n: p.grad for n, p in theirs.named_parameters() if n not in without}
+        known = renamed({name: grad for name, grad in known.items() if grad is not None})
+        own = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+        assert known.keys() == own.keys()
         for name, gradient in own.items():
-            largest = expected[name].abs().max()
+            largest = known[name].abs().max()
             assert largest > 0, f"the test is blind to {name}"
-            error = (gradient - expected[name]).abs().max() / largest
+            error = (gradient - known[name]).abs().max() / largest
             assert error < 1e-10, f"{name}: relative error {error}"
+        state = renamed(theirs.state_dict())
+        for key, value in ours.named_buffers():
+            torch.testing.assert_close(value, state[key], **TOLERANCE)
 
     return check

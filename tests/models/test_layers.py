@@ -14,7 +14,7 @@ from resnet_backbone.models import (
     build_model,
     list_models,
 )
-from resnet_backbone.models.layers import ConvNorm, build_norm
+from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.models.resnet import Stem
 
 
@@ -165,16 +165,6 @@ def test_norms(norm, layer):
     layers = [module.norm for module in model.modules() if isinstance(module, ConvNorm)]
     assert len(layers) == 20 and all(type(module) is layer for module in layers)
     assert model(torch.randn(1, 3, 64, 64)).isfinite().all()
-
-
-def test_unfit_norms():
-    with pytest.raises(ValueError, match="unknown norm 'bn': use one of BN, FrozenBN, SyncBN, GN"):
-        build_norm("bn", 64)
-    with pytest.raises(ValueError, match="multiple of 32 channels, not 16"):
-        build_on_meta("cifar_resnet20", norm="GN")
-    assert build_norm("GN", 64).num_groups == 32
-    with pytest.raises(ValueError, match="needs a norm with a weight"):
-        build_on_meta("resnet18", norm="", zero_init_residual=True)
 
 
 def test_frozen_norm_by_hand():

@@ -29,7 +29,7 @@ def make_cfg(depth, out_features, freeze_at=0, **resnets):
 
 
 @pytest.fixture
-def twins(randomise, adopt):
+def twins(draw, adopt):
     """Makes Detectron2's backbone and ours with its weights, both in float64."""
 
     def make(depth, out_features=STAGES, builder=build_resnet_backbone, freeze_at=0, **options):
@@ -51,7 +51,7 @@ def twins(randomise, adopt):
             ours = build_model(
                 f"resnet{depth}", out_features=out_features, freeze_at=freeze_at, **options
             )
-        theirs = randomise(theirs)
+        theirs = draw(theirs)
         adopt(ours, theirs.state_dict())
         lacking = theirs.load_state_dict(ours.state_dict(), strict=freeze_at == 0)
         assert not lacking.unexpected_keys
@@ -65,70 +65,42 @@ def twins(randomise, adopt):
 
 
 @pytest.fixture
-def check(assert_same_gradients, tolerance):
+def check(assert_same):
     """Compares maps, gradients (also of the images) and, afterwards, batch norm statistics."""
 
-    def run(theirs, ours, size=40):
-        """``size`` 40 gives a res5 of 2x2, which batch norm needs in training."""
-        results = []
-        images = torch.randn(2, 3, size, size, dtype=torch.float64)
-        for model in (theirs, ours):
-            x = images.clone().requires_grad_()
-            results.append((x, model(x)))
-        (x, expected), (our_x, maps) = results
-        assert maps.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(maps[name], value, **tolerance)
-        weights = {name: torch.randn_like(value) for name, value in expected.items()}
-        for outputs in (expected, maps):
-            sum((outputs[name] * weights[name]).sum() for name in weights).backward()
-        torch.testing.assert_close(our_x.grad, x.grad, rtol=1e-9, atol=1e-11)
-        trained = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-        assert_same_gradients(trained, ours)
-        state = theirs.state_dict()
-        for key, value in ours.named_buffers():
-            torch.testing.assert_close(value, state[key], **tolerance)
+    def run(theirs, ours):
+        images = torch.randn(2, 3, 40, 40, dtype=torch.float64)  # res5 is 2x2, enough for training
+        inputs = [images.clone().requires_grad_() for _ in range(2)]
+        assert_same(theirs, ours, theirs(inputs[0]), ours(inputs[1]))
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-9, atol=1e-11)
 
     return run
 
 
-@pytest.mark.parametrize("depth", [18, 34])
-def test_basic(twins, check, depth):
-    check(*twins(depth, STAGES[1:]))
+SLOW = pytest.mark.slow
+DC5 = dict(dilations=(1, 1, 1, 2))
 
 
-@pytest.mark.parametrize("stride_in_1x1", [True, False])
-def test_bottleneck(twins, check, stride_in_1x1):
-    check(*twins(50, STAGES[1:], stride_in_1x1=stride_in_1x1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stride_in_1x1", [True, False])
-@pytest.mark.parametrize("depth", [101, 152])
-def test_deep(twins, check, depth, stride_in_1x1):
-    check(*twins(depth, stride_in_1x1=stride_in_1x1))
-
-
-@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_keys_and_shapes(depth):
-    with torch.device("meta"):
-        theirs = build_resnet_backbone(make_cfg(depth, STAGES), ShapeSpec(channels=3))
-        ours = build_model(f"resnet{depth}", out_features=STAGES)
-    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (theirs, ours)]
-    assert shapes[0] == shapes[1]
-
-
-@pytest.mark.parametrize("stride_in_1x1", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_dc5(twins, check, stride_in_1x1):
-    dilations = (1, 1, 1, 2)
-    theirs, ours = twins(50, ("res5",), dilations=dilations, stride_in_1x1=stride_in_1x1)
-    assert ours.features["res5"].stride == 16
-    check(theirs, ours)
-
-
-@pytest.mark.parametrize("depth, norm", [(18, "GN"), (50, "FrozenBN")])
-def test_norms(twins, check, norm, depth):
-    check(*twins(depth, ("res2", "res4"), norm=norm))
+@pytest.mark.parametrize(
+    "depth, stages, options",
+    [
+        (18, STAGES[1:], {}),
+        (34, STAGES[1:], {}),
+        (50, STAGES[1:], {}),
+        (50, STAGES[1:], dict(stride_in_1x1=False)),
+        (50, ("res5",), DC5),
+        pytest.param(50, ("res5",), dict(stride_in_1x1=False, **DC5), marks=SLOW),
+        (18, ("res2", "res4"), dict(norm="GN")),
+        (50, ("res2", "res4"), dict(norm="FrozenBN")),
+        *(
+            pytest.param(depth, STAGES, dict(stride_in_1x1=stride), marks=SLOW)
+            for depth in (101, 152)
+            for stride in (True, False)
+        ),
+    ],
+)
+def test_maps_and_gradients(twins, check, depth, stages, options):
+    check(*twins(depth, stages, **options))
 
 
 def test_sync_batch_norm_keys_and_evaluation(twins, check):

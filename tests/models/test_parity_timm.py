@@ -20,14 +20,14 @@ STAGES = ("res2", "res3", "res4", "res5")
 
 
 @pytest.fixture
-def twins(randomise, adopt):
+def twins(draw, adopt):
     """Makes timm's network and ours with its weights, both in float64."""
 
     def make(name, output_stride, **options):
         with torch.device("meta"):
             theirs = timm.create_model(name, num_classes=7, output_stride=output_stride)
             ours = build_model(name, num_classes=7, dilations=DILATIONS[output_stride], **options)
-        theirs = randomise(theirs)
+        theirs = draw(theirs)
         adopt(ours, from_torchvision(theirs.state_dict()))  # timm's keys are torchvision's
         return theirs, ours
 
@@ -46,27 +46,16 @@ def dilate_first_blocks(model, output_stride):
         set_dilation(getattr(model, f"layer{number}")[0], dilation)
 
 
-def timm_maps(model):
-    return lambda images: dict(
-        zip(STAGES, model.forward_intermediates(images, intermediates_only=True)[1:], strict=True)
-    )
-
-
-def our_maps(model):
-    return lambda images: model.forward_features(images, STAGES)
+def maps_of(theirs, ours, images):
+    found = theirs.forward_intermediates(images, intermediates_only=True)[1:]
+    return dict(zip(STAGES, found, strict=True)), ours.forward_features(images, STAGES)
 
 
 @pytest.fixture
-def check(assert_same_gradients, tolerance):
+def check(assert_same):
     def run(theirs, ours):
         images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
-        expected, maps = timm_maps(theirs)(images), our_maps(ours)(images)
-        for name in STAGES:
-            torch.testing.assert_close(maps[name], expected[name], **tolerance)
-        for found in (expected, maps):
-            sum((x * x).sum() for x in found.values()).backward()
-        known = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-        assert_same_gradients(from_torchvision(known), ours)
+        assert_same(theirs, ours, *maps_of(theirs, ours, images), renamed=from_torchvision)
 
     return run
 
@@ -94,7 +83,7 @@ def test_timm_keeps_the_first_blocks_dilation(twins, name):
     options = {} if name == "resnet18" else {"stride_in_1x1": False}
     theirs, ours = twins(name, 16, **options)
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    expected, maps = timm_maps(theirs.eval())(images), our_maps(ours.eval())(images)
+    expected, maps = maps_of(theirs.eval(), ours.eval(), images)
     assert torch.allclose(maps["res4"], expected["res4"], rtol=1e-10)
     assert maps["res5"].shape == expected["res5"].shape
     assert not torch.allclose(maps["res5"], expected["res5"], rtol=1e-2)

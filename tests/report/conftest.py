@@ -18,7 +18,6 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def tool(run_command):
-    """Function (arguments) -> exit status, output, errors of tools/report.py."""
     return partial(run_command, report.main)
 
 
@@ -207,7 +206,6 @@ def make_voc_run(voc, make_detector):
 
 @pytest.fixture
 def metrics_file(tmp_path):
-    """Function that writes lines to NAME/metrics.json and returns its path."""
 
     def write(*entries, name="run", tail=""):
         path = tmp_path / name / "metrics.json"

@@ -97,14 +97,11 @@ def test_training(groups):
 
 
 def test_accuracy_and_time():
+    """Times that differ much are on a logarithmic axis."""
     points = [plots.Point("a", 0.5, 40.0, 1.0), plots.Point("b", 2.0, 45.0)]
     figure = plots.plot_accuracy_and_time(points)
-    (axes,) = figure.axes
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    assert axes.get_xlim()[1] > 2.0
-
-
-def test_times_that_differ_much_are_on_a_logarithmic_axis():
+    assert figure.axes[0].get_xscale() == "linear" and figure.axes[0].get_xlim()[1] > 2.0
     points = [plots.Point("slow", 9.6, 20.0), plots.Point("fast", 0.45, 18.0)]
     figure = plots.plot_accuracy_and_time(points)
     figure.draw_without_rendering()

@@ -9,26 +9,17 @@ pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.evaluation.voc import summarize
 from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc
-from resnet_backbone.report.detections import (
-    NoDetections,
-    draw_images,
-    interpolated_precision,
-    load_detections,
-    load_truth,
-    resample,
-)
-from resnet_backbone.report.pictures import find_misses, object_scores, select_misses
+from resnet_backbone.report import detections
 from resnet_backbone.report.runs import load_detector_run
 
 
 def load(folder):
     run = load_detector_run(folder)
-    truth = load_truth(run)
-    return truth, load_detections(run, truth)
+    truth = detections.load_truth(run)
+    return truth, detections.load_detections(run, truth)
 
 
 def iou(a, b) -> float:
-    """Of boxes in inclusive pixels."""
     width = min(a[2], b[2]) - max(a[0], b[0]) + 1
     height = min(a[3], b[3]) - max(a[1], b[1]) + 1
     if width <= 0 or height <= 0:
@@ -83,26 +74,18 @@ def test_curves_equal_a_loop(make_voc_run):
     folder = make_voc_run("r50", 1, 0.7)
     truth, evidence = load(folder)
     levels = np.linspace(0, 1, 21)
-    curves = interpolated_precision(evidence.numbers, 21)
+    curves = detections.interpolated_precision(evidence.numbers, 21)
     for class_id in range(3):
         expected = curve_by_loop(truth, folder, class_id, levels)
         assert curves[class_id].tolist() == pytest.approx(expected)
     assert 0 < curves.mean() < 1
 
 
-def test_boxes_are_vocs_pixels(make_voc_run):
-    folder = make_voc_run("r50", 1)
-    _, evidence = load(folder)
-    rows = json.loads((folder / "inference/test:test/detections.json").read_text())
-    x, y, width, height = rows[0]["bbox"]  # 0-based, the right and lower side exclusive
-    assert evidence.found["boxes"][0] == pytest.approx([x + 1, y + 1, x + width, y + height])
-
-
 def test_a_class_without_objects_has_no_curve():
     recall = [np.array([0.5, 1.0]), np.array([np.nan])]
     precision = [np.array([1.0, 0.4]), np.array([0.0])]
     numbers = {"recall": recall, "precision": precision, "num_ground_truth": np.array([2, 0])}
-    curves = interpolated_precision(numbers, 3)
+    curves = detections.interpolated_precision(numbers, 3)
     assert curves[0].tolist() == [1.0, 1.0, 0.4] and np.isnan(curves[1]).all()
 
 
@@ -133,7 +116,7 @@ def test_misses_equal_a_loop(make_voc_run, score):
     other = [make_voc_run("vgg", seed, 0.4) for seed in (1, 2)]
     truth, _ = load(finder[0])
     runs = [[load(folder)[1] for folder in group] for group in (finder, other)]
-    gaps = find_misses(*runs, score)
+    gaps = detections.find_misses(*runs, score)
     table = runs[0][0].truth
     starts = np.searchsorted(table["image"], table["image"])
     found = {
@@ -142,7 +125,7 @@ def test_misses_equal_a_loop(make_voc_run, score):
     }
     expected = misses_by_loop(truth, finder, other, score)
     assert found == pytest.approx(expected) and len(expected) > 2
-    selected = select_misses(*runs, 10, score)
+    selected = detections.select_misses(*runs, 10, score)
     seen, wanted = set(), []  # one of a class and of an image, largest gap first
     images = {image["image_id"]: image for image in truth.images}
     for (image, place), gap in sorted(expected.items(), key=lambda item: -item[1]):
@@ -150,20 +133,20 @@ def test_misses_equal_a_loop(make_voc_run, score):
         if not {("class", kind), ("image", image)} & seen:
             seen |= {("class", kind), ("image", image)}
             wanted.append(gap)
-    assert [miss.gap for miss in selected] == pytest.approx(wanted)
-    assert len(select_misses(*runs, 1, score)) == 1
-    for miss in selected:
-        assert object_scores(runs[0][miss.run])[miss.row] >= score
+    assert [gaps[row] for row, _ in selected] == pytest.approx(wanted)
+    assert len(detections.select_misses(*runs, 1, score)) == 1
+    for row, run in selected:
+        assert detections.object_scores(run)[row] >= score
 
 
 def test_resampling_equals_repeated_images(make_voc_run):
     """A draw's metrics against VOC's evaluation of a set that really has the copies."""
     truth, run = load(make_voc_run("r50", 1, 0.8))
-    counts = draw_images(len(truth.images), 30)
+    counts = detections.draw_images(len(truth.images), 30)
     assert counts.shape == (30, 12) and (counts.sum(axis=1) == 12).all()
     counts[0] = 0
     counts[0, [2, 5]] = 1, 11  # classes without objects
-    found = resample(run, counts)
+    found = detections.resample(run, counts)
     for draw, row in enumerate(counts):
         images = [(place, copy) for place, count in enumerate(row) for copy in range(count)]
         objects = [{**truth.images[place], "image_id": f"{place} {n}"} for place, n in images]
@@ -177,15 +160,6 @@ def test_resampling_equals_repeated_images(make_voc_run):
         assert {key: value[draw] for key, value in found.items()} == pytest.approx(expected)
 
 
-def test_an_image_drawn_once_each_gives_the_runs_numbers(make_voc_run):
-    truth, run = load(make_voc_run("vgg", 1))
-    found = resample(run, np.ones((1, len(truth.images)), dtype=int))
-    names = ("AP", "AP50", "AP75", "AP50-11pt")
-    assert {n: found[n][0] for n in names} == pytest.approx(
-        {n: run.run.numbers[n] for n in names}, abs=0.1
-    )
-
-
 def test_other_annotations_are_refused(make_voc_run, voc):
     folder = make_voc_run("r50", 1)
     for xml in sorted((voc / "Annotations").iterdir())[:4]:
@@ -197,19 +171,19 @@ def test_other_annotations_are_refused(make_voc_run, voc):
 def test_what_is_missing_is_named(make_voc_run, voc, tmp_path, monkeypatch):
     folder = make_voc_run("r50", 1)
     run = load_detector_run(folder)
-    truth = load_truth(run)
-    with pytest.raises(NoDetections, match="no folder /nowhere"):
-        load_truth(run, "/nowhere")
-    assert len(load_truth(run, str(voc)).images) == len(truth.images) == 12
+    truth = detections.load_truth(run)
+    with pytest.raises(detections.NoDetections, match="no folder /nowhere"):
+        detections.load_truth(run, "/nowhere")
+    assert len(detections.load_truth(run, str(voc)).images) == len(truth.images) == 12
     (folder / "inference/test:test/detections.json").write_text("[{}]")
     with pytest.raises(ValueError, match=r"detections\.json is damaged"):
-        load_detections(run, truth)
+        detections.load_detections(run, truth)
     (folder / "inference/test:test/detections.json").unlink()
-    with pytest.raises(NoDetections, match=r"r50_s1 has no detections\.json"):
-        load_detections(run, truth)
+    with pytest.raises(detections.NoDetections, match=r"r50_s1 has no detections\.json"):
+        detections.load_detections(run, truth)
     run.results["command"] = "python tools/train_net.py"
-    with pytest.raises(NoDetections, match="give their folder with --voc-root"):
-        load_truth(run)
+    with pytest.raises(detections.NoDetections, match="give their folder with --voc-root"):
+        detections.load_truth(run)
     run.results["test"] = ["voc_2007_test"]  # Detectron2's own name
     monkeypatch.setenv("DETECTRON2_DATASETS", str(voc.parent))
-    assert len(load_truth(run).images) == 12
+    assert len(detections.load_truth(run).images) == 12

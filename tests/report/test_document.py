@@ -39,7 +39,6 @@ def output(tmp_path):
 
 @pytest.fixture
 def write(tool, output):
-    """Function (run folders, options) -> text of the report."""
 
     def report(runs, *options) -> str:
         status, _, error = tool("detection", "--run", *runs, "--output", output, *options)
@@ -51,7 +50,6 @@ def write(tool, output):
 
 @pytest.fixture
 def write_rows(tmp_path):
-    """Function (rows) -> a file of tools/evaluate_detector.py."""
 
     def write(*rows, name="rows.json"):
         (tmp_path / name).write_text(json.dumps({"rows": rows}))
@@ -62,7 +60,6 @@ def write_rows(tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[list]:
-    """The points of each picture of accuracy and time."""
     drawn, plot = [], detection_plots.plot_accuracy_and_time
 
     def draw(points):

@@ -25,7 +25,6 @@ def test_one_value_has_no_error():
 
 @pytest.fixture
 def gain_of(make_detector):
-    """Function: AP50 of a ResNet's seeds and of a VGG's -> their gain."""
 
     def make(ours, reference, **options):
         folders = [make_detector(f"r{i}", i, {"cat": v}, **options) for i, v in enumerate(ours)]
@@ -71,10 +70,6 @@ def test_classes(gain_of):
     gain = gain_of([30.0, 31.0], [20.0, 24.0])
     assert gain.of_class("cat").mean == 8.5 and gain.of_class("cow") is None
     assert sorted(gain.class_pairs("cat")) == [6.0, 7.0, 10.0, 11.0]
-
-
-def test_what_else_differs(gain_of):
-    assert gain_of([1.0], [2.0]).differences == ()
 
 
 def test_the_nearest_vgg_of_the_same_schedule(make_detector):

@@ -102,14 +102,6 @@ def test_seeds_share_color_and_entry(make_run):
     assert legend_of(plot_errors(runs, ["one", "", "three"]).axes[0]) == names
 
 
-def test_a_resumed_and_killed_run_can_be_drawn(make_run, caplog):
-    again = {"iteration": 1000, "val_top1_error": 7.0}
-    folder = make_run("r", metrics=[*rows(), again], tail='{"iteration": 1010, "tr')
-    (axes,) = plot_errors([load_run(folder)], [""]).axes
-    assert curves_of(axes, "-")[0].get_ydata()[-1] == 7
-    assert "is incomplete, skipped" in caplog.text
-
-
 def test_a_run_that_has_not_evaluated_yet_shows_its_training(make_run):
     metrics = [row for row in rows(20) if "train_error" in row]
     (axes,) = plot_errors([load_run(make_run("r", metrics=metrics))], [""]).axes
@@ -125,16 +117,6 @@ def test_wrong_arguments(make_run, tmp_path):
         plot_errors([load_run(make_run("none", results={"val_top1_error": 9}))], [""])
     with pytest.raises(FileNotFoundError, match="holds no run"):
         load_run(tmp_path / "nowhere")
-
-
-def test_a_damaged_file_is_named(make_run):
-    folder = make_run("r", metrics=rows(), results={})
-    (folder / "results.json").write_text('{"val_top1')
-    with pytest.raises(ValueError, match=r"results\.json is damaged"):
-        load_run(folder)
-    (folder / "results.json").write_text("[1]")
-    with pytest.raises(ValueError, match=r"results\.json .*not hold a mapping"):
-        load_run(folder)
 
 
 def test_command_line(tool, make_run, tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from resnet_backbone.classification.data.sources import read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, describe, save_network
 from resnet_backbone.models import BottleneckBlock, build_model
 from resnet_backbone.models.layers import freeze
@@ -146,23 +147,11 @@ def weights(tmp_path):
     return write
 
 
-@pytest.fixture
-def cifar10(tmp_path):
-    """A folder in CIFAR-10's binary format with 12 test images, and these images."""
-    folder, rng = tmp_path / "cifar10", np.random.default_rng(3)
-    folder.mkdir()
-    records = rng.integers(0, 256, (12, 3073), np.uint8)
-    records[:, 0] %= 10
-    (folder / "test_batch.bin").write_bytes(records.tobytes())
-    (folder / "data_batch_1.bin").write_bytes(records[:1].tobytes())
-    return folder, torch.from_numpy(records[:, 1:].reshape(-1, 3, 32, 32))
-
-
-def test_command_line_normalises_as_the_weights_ask(tool, weights, cifar10, tmp_path):
-    (path, model), (folder, images) = weights(), cifar10
+def test_command_line_normalises_as_the_weights_ask(tool, weights, tiny_cifar10, tmp_path):
+    (path, model), images = weights(), read_cifar10(tiny_cifar10, train=False)[0]
     output, numbers = tmp_path / "fig7.png", tmp_path / "fig7.json"
     arguments = ["--num-images", "10", "--output", output, "--json", numbers]
-    status, out, _ = tool("responses", "--weights", path, "--cifar10", folder, *arguments)
+    status, out, _ = tool("responses", "--weights", path, "--cifar10", tiny_cifar10, *arguments)
     assert status == 0 and "ResNet-8" in out
     mean, std = torch.tensor([100.0, 110, 120]), torch.tensor([50.0, 51, 52])
     inputs = (images[:10].flip(1).float() - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -190,10 +179,9 @@ def test_command_line_reads_folders_of_images(tool, weights, tmp_path):
     assert status == 2 and "no pictures there" in error
 
 
-def test_command_line_errors_are_one_line(tool, weights, cifar10, tmp_path):
-    (path, _), (folder, _) = weights(), cifar10
-    output = tmp_path / "r.png"
-    common = ["responses", "--cifar10", folder, "--output", output, "--weights"]
+def test_command_line_errors_are_one_line(tool, weights, tiny_cifar10, tmp_path):
+    (path, _), output = weights(), tmp_path / "r.png"
+    common = ["responses", "--cifar10", tiny_cifar10, "--output", output, "--weights"]
 
     def message(*words):
         status, _, error = tool(*common, *words)

@@ -1,9 +1,10 @@
 """How commands end: the table of exit statuses, and one line."""
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from resnet_backbone.runtime import errors
-from resnet_backbone.runtime.errors import one_line_errors
+from resnet_backbone.runtime.errors import one_line_errors, outcome
 
 
 @pytest.mark.parametrize(
@@ -30,3 +31,18 @@ def test_statuses(capsys, monkeypatch, error, status, line):
     monkeypatch.setenv("RESNET_BACKBONE_TRACEBACK", "1")
     with pytest.raises(type(error)):
         tool()
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise OSError("a.jpg: cannot be read")
+
+
+def test_errors_of_a_loaders_worker_are_said_without_its_stack():
+    with pytest.raises(OSError) as caught:
+        list(DataLoader(Broken(), num_workers=1))
+    assert "Original Traceback" in str(caught.value)
+    assert outcome(caught.value) == ("error: a.jpg: cannot be read", 2)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,9 +35,9 @@ def test_plans():
     "words, message",
     [
         (["--num-gpus", "0"], "--num-gpus 0: it is at least 1"),
-        (["--num-gpus", "99"], "there are [0-9]+ here; --num-processes trains on CPUs"),
+        (["--num-gpus", "99"], "there are [0-9]+; --num-processes trains on CPUs"),
         (["--num-gpus", "1", "--num-processes", "2"], "not both"),
-        (["--machine-rank", "1"], "with --num-machines 1 it is 0 to 0"),
+        (["--machine-rank", "1"], "--machine-rank 1: of --num-machines 1, counted from 0"),
         (["--num-machines", "2"], "needs --dist-url tcp://HOST:PORT of machine 0"),
     ],
 )
@@ -52,7 +53,7 @@ def test_torchrun_and_own_processes(monkeypatch):
     for key in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.setenv(key, "0")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(UsageError, match="has WORLD_SIZE but not MASTER_PORT: start with torch"):
+    with pytest.raises(UsageError, match="WORLD_SIZE is set but not MASTER_PORT: start with torch"):
         plan()
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert plan().world == 1
@@ -90,14 +91,8 @@ def test_a_second_interrupt_ends_processes_that_no_terminal_reaches(monkeypatch)
 
 @pytest.mark.parametrize("end, status", [((0, 3, 5), 3), ((0, -9, 5), 137), ((0, 0, 0), 0)])
 def test_status_of_processes_that_ended_before_they_were_looked_at(end, status):
-    class Ended:
-        def __init__(self, exitcode):
-            self.exitcode = exitcode
-
-        def is_alive(self):
-            return False
-
-    assert launch._watch([Ended(code) for code in end]) == status
+    ended = [SimpleNamespace(exitcode=code, is_alive=lambda: False) for code in end]
+    assert launch._watch(ended) == status
 
 
 LONG = """

@@ -41,22 +41,15 @@ def signalled(path, number):
     return thread
 
 
-@pytest.mark.parametrize(
-    "code, status",
-    [("import sys; sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 128 + 9)],
-)
-def test_statuses_of_a_child_that_nobody_stopped(code, status):
-    assert run_child(python(code)) == (status, False)
+def test_statuses_of_a_child_that_nobody_stopped():
+    assert run_child(python("import sys; sys.exit(3)")) == (3, False)
+    assert run_child(python("import os; os.kill(os.getpid(), 9)")) == (128 + 9, False)
 
 
-@pytest.mark.parametrize(
-    "sent, received",
-    [
-        (signal.SIGTERM, signal.SIGTERM),
-        (signal.SIGINT, signal.SIGINT),
-        (signal.SIGHUP, signal.SIGTERM),
-    ],
-)
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+
+@pytest.mark.parametrize("sent, received", [(TERM, TERM), (INT, INT), (HUP, TERM)])
 def test_signals_are_passed_on(tmp_path, sent, received):
     """The child is out of reach of the terminal, which would signal it a second time."""
     before = signal.signal(sent, signal.default_int_handler)  # nohup's tests ignore SIGHUP

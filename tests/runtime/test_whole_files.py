@@ -9,7 +9,7 @@ import torch
 
 from resnet_backbone.runtime import files
 from resnet_backbone.runtime.files import config_folder, find_config
-from resnet_backbone.runtime.run_folder import METRICS, RunFolder
+from resnet_backbone.runtime.records import METRICS, RunFolder
 
 
 @pytest.fixture
@@ -34,11 +34,8 @@ def steps(monkeypatch):
 def test_text_is_on_the_disk_before_it_has_its_name(tmp_path, steps):
     files.write_text(tmp_path / "a.txt", "four")
     temporary = f".a.txt.{os.getpid()}.tmp"
-    assert steps == [
-        ("fsync", temporary, 4),
-        ("replace", temporary, "a.txt"),
-        ("fsync", tmp_path.name, None),
-    ]
+    expected = [("fsync", temporary, 4), ("replace", temporary, "a.txt")]
+    assert steps == [*expected, ("fsync", tmp_path.name, None)]
     assert (tmp_path / "a.txt").read_text() == "four"
 
 
@@ -46,12 +43,8 @@ def test_a_folder_and_what_is_in_it(tmp_path, steps):
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "state").write_text("12")
     files.put_in_place(tmp_path / "new", tmp_path / "5")
-    assert steps == [
-        ("fsync", "state", 2),
-        ("fsync", "new", None),
-        ("replace", "new", "5"),
-        ("fsync", tmp_path.name, None),
-    ]
+    expected = [("fsync", "state", 2), ("fsync", "new", None), ("replace", "new", "5")]
+    assert steps == [*expected, ("fsync", tmp_path.name, None)]
     assert (tmp_path / "5" / "state").read_text() == "12"
 
 
@@ -84,19 +77,19 @@ def full_disk(*args):
         lambda path: RunFolder(path.parent, tensorboard=False).add_metrics({"iteration": 1}),
     ],
 )
-def test_a_full_disk_is_named(tmp_path, monkeypatch, write):
-    monkeypatch.setattr(os, "fsync", full_disk)
+def test_a_full_disk_is_named_and_leaves_the_old_file(tmp_path, monkeypatch, write):
+    (tmp_path / "a").write_text("old")
     (tmp_path / METRICS).symlink_to("/dev/full")
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/({METRICS}|a)'"):
         write(tmp_path / "a")
-    assert [path.name for path in tmp_path.iterdir()] == [METRICS]
+    assert (tmp_path / "a").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {METRICS, "a"}
 
 
 def test_a_full_disk_is_named_where_pytorch_writes(tmp_path):
-    with (
-        pytest.raises(OSError, match=f"{tmp_path}/a cannot be written"),
-        files.naming(tmp_path / "a"),
-    ):
+    written = pytest.raises(OSError, match=f"{tmp_path}/a cannot be written")
+    with written, files.naming(tmp_path / "a"):
         torch.save(torch.zeros(10**6), "/dev/full")
     with pytest.raises(RuntimeError, match="shapes"), files.naming(tmp_path / "a"):
         raise RuntimeError("shapes differ")
@@ -110,22 +103,9 @@ def test_rows_that_are_kept(tmp_path):
     assert path.read_text() == '{"a": 1}\n'
 
 
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
-    files.write_json(tmp_path / "a.json", {"a": 1})
-    before = (tmp_path / "a.json").read_text()
-
-    def fail(descriptor):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space left"):
-        files.write_json(tmp_path / "a.json", {"a": 2})
-    assert (tmp_path / "a.json").read_text() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-
-
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILE = CONFIGS / "detection" / "voc" / "faster_rcnn_R_50_FPN.yaml"
+MEANT = "did you mean voc/faster_rcnn_R_50_FPN?"
 
 
 @pytest.mark.parametrize(
@@ -156,11 +136,8 @@ def test_a_file_comes_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, hint",
     [
-        ("voc/fastr_rcnn_R_50_FPN", "did you mean voc/faster_rcnn_R_50_FPN?"),
-        (
-            "configs/detection/voc/faster_rcnn_R50_FPN.yaml",
-            "did you mean voc/faster_rcnn_R_50_FPN?",
-        ),
+        ("voc/fastr_rcnn_R_50_FPN", MEANT),
+        ("configs/detection/voc/faster_rcnn_R50_FPN.yaml", MEANT),
         ("/nowhere/else", f"no such config file; Ready ones are in {CONFIGS / 'detection'}"),
     ],
 )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from libraries import randomise
+from drawn_networks import randomise
 from PIL import Image
 
 from resnet_backbone.weights import Checkpoint, ModelSpec, get_preprocessing, read_checkpoint
@@ -34,8 +34,7 @@ def random_checkpoint():
 @pytest.fixture(scope="session")
 def pictures(data_root):
     """Real images, uint8 (4, 3, 224, 224), RGB."""
-    files = sorted((data_root / "imagenet_val500").rglob("*.JPEG"))
-    files = files or sorted((data_root / "imagenet_val500").rglob("*.jp*g"))
+    files = sorted((data_root / "imagenet_val500").rglob("*.[jJ][pP]*[gG]"))
     images = [np.array(Image.open(file).convert("RGB")) for file in files[:: len(files) // 4][:4]]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 

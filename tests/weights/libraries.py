@@ -56,23 +56,6 @@ LIBRARIES = {
 }
 
 
-def randomise(network):
-    """Fresh values that keep signals near 1; norms are not the identity, so a lost one shows."""
-    for module in network.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
-            nn.init.uniform_(module.weight, 0.3, 0.7)
-            nn.init.normal_(module.bias, std=0.2)
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            bound = (3 / module.weight[0].numel()) ** 0.5
-            nn.init.uniform_(module.weight, -bound, bound)
-            if module.bias is not None:
-                nn.init.normal_(module.bias, std=0.2)
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-    return network.eval()
-
-
 def assert_close(found, expected):
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     assert expected.std() > 1e-2, "the test is blind"

@@ -4,15 +4,8 @@ import pytest
 import timm
 import torch
 import torchvision
-from libraries import (
-    BOTTLENECKS,
-    CLASSES,
-    LIBRARIES,
-    assert_close,
-    assert_same,
-    detectron2_resnet,
-    randomise,
-)
+from drawn_networks import randomise
+from libraries import BOTTLENECKS, CLASSES, LIBRARIES, assert_close, assert_same, detectron2_resnet
 from torch import nn
 
 from resnet_backbone.models import build_model
@@ -69,8 +62,6 @@ def test_both_ways(library, name, stride):
     ours.to_empty(device="cpu").eval()
     layout, images = LAYOUTS[library], torch.randn(1, 3, 64, 64)
     state = {key: value.clone() for key, value in theirs.state_dict().items()}
-    for key in [key for key in state if key.endswith("num_batches_tracked")]:
-        state[key].zero_()
 
     tensors = layout.to_ours(state)
     ours.load_state_dict(tensors, strict=True)
@@ -176,7 +167,6 @@ def meta_tensors(name, **options):
         ("torchvision", ModelSpec("resnet18", 9, {"shortcut": "A"}), "resnet18 has shortcut='A'"),
         ("detectron2", ModelSpec("resnet50", 9, {"shortcut": "C"}), "do: resnet_backbone$"),
         ("timm", ModelSpec("plain18"), "plain18 has shortcut='none'.*: resnet_backbone$"),
-        ("huggingface", ModelSpec("resnet34", 9, {"shortcut": "highway"}), "highway"),
         ("torchvision", ModelSpec("cifar_resnet20"), "paper's CIFAR networks"),
         ("caffe2", ModelSpec("resnet18", 9, {"activation": "prelu"}), "activation='prelu'"),
         ("timm", ModelSpec("resnet50", 9, {"caffe_pool": True}), "caffe_pool=True"),
@@ -189,10 +179,9 @@ def meta_tensors(name, **options):
             ModelSpec("resnet50", 9, {"stride_in_1x1": True}),
             "stride_in_1x1=False.*: huggingface and detectron2 and caffe2 and resnet_backbone$",
         ),
-        ("timm", ModelSpec("resnet101", 9, {"stride_in_1x1": True}), "stride_in_1x1=False"),
         ("torchvision", ModelSpec("resnet18", 9, {"in_channels": 1}), "3 channels, not 1.*: timm"),
         ("timm", ModelSpec("resnet50", 9, {"dilations": [1, 1, 1, 2]}), "dilates.*: detectron2"),
-        ("timm", ModelSpec("timm/resnet50"), "not one of this package's networks"),
+        ("timm", ModelSpec("timm/resnet50"), "unknown model 'timm/resnet50'"),
     ],
 )
 def test_networks_that_a_library_lacks(library, spec, message):
@@ -228,11 +217,7 @@ def test_tensors_that_are_not_of_the_network(library):
         (lambda: timm.create_model("resnet26"), r"no ResNet of the paper has \(2, 2, 2, 2\) bott"),
         (lambda: timm.create_model("resnetv2_50"), "keys are of no ResNet or VGG"),
         (lambda: torchvision.models.alexnet(), "no VGG has its convolutions at these indices"),
-        (lambda: torchvision.models.densenet121(), "keys are of no ResNet or VGG"),
-        (lambda: torchvision.models.mobilenet_v2(), "keys are of no ResNet or VGG"),
-        (lambda: torchvision.models.squeezenet1_0(), "no VGG has its convolutions"),
         (lambda: timm.create_model("convnext_atto"), "keys are of no ResNet or VGG"),
-        (lambda: timm.create_model("regnety_002"), "keys are of no ResNet or VGG"),
     ],
 )
 def test_relatives_are_refused(make, message):
@@ -262,25 +247,6 @@ def test_cifar_networks_of_others_are_refused():
     del state["layer2.0.shortcut.0.weight"]
     with pytest.raises(ValueError, match="norm of stem.conv1 has no running_mean"):
         LAYOUTS[recognize(state)].to_ours(state)
-
-
-@pytest.mark.parametrize(
-    "keys, layout",
-    [
-        (["stem.conv1.weight"], "resnet_backbone"),
-        (["stem.weight"], "resnet_backbone"),
-        (["conv1.0.weight"], "resnet_backbone"),
-        (["features.0.weight"], "torchvision"),
-        (["features.0.weight", "pre_logits.fc1.weight"], "timm"),
-        (["resnet.embedder.embedder.convolution.weight"], "huggingface"),
-        (["backbone.bottom_up.stem.conv1.weight"], "detectron2"),
-        (["backbone.conv1.0.weight"], "detectron2"),
-        (["conv1_w"], "caffe2"),
-        (["conv1_1_w"], "caffe2"),
-    ],
-)
-def test_recognition(keys, layout):
-    assert recognize(dict.fromkeys(keys, torch.ones(1))) == layout
 
 
 def test_unknown_layouts():

@@ -39,10 +39,7 @@ SHARD_PATTERN = "shard-%06d.tar"
 def extract_train(archive: str | os.PathLike, folder: Path) -> None:
     """Unpacks ``ILSVRC2012_img_train.tar``, a tar of one tar per class, to ``folder/<wnid>/``.
 
-    A class that is there already is left alone, so an interrupted call can be repeated.
-
-    Raises:
-        DataError: not such an archive, or a damaged one.
+    A class that is there already stays. DataError: not such an archive, or a damaged one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _open_tar(archive) as outer:
@@ -68,10 +65,10 @@ def extract_val(
     """Unpacks ``ILSVRC2012_img_val.tar`` to ``folder/<wnid>/``, or ``folder/`` if ``flat``.
 
     With ``flat`` the labels are written beside the folder, to ``<folder>_labels.txt``. An image
-    that is there already is left alone.
+    that is there already stays.
 
     Args:
-        labels: image name -> wnid, from :func:`devkit_labels` or :func:`read_labels`.
+        labels: image name -> wnid.
 
     Raises:
         DataError: not such an archive, or labels that do not belong to it.
@@ -123,14 +120,10 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> Non
 
 
 def devkit_labels(archive: str | os.PathLike) -> dict[str, str]:
-    """Validation image name -> wnid, from ``ILSVRC2012_devkit_t12.tar.gz``.
+    """Validation image name -> wnid, from ``ILSVRC2012_devkit_t12.tar.gz``, or a DataError.
 
-    The ground truth in it is a number for each image, the ILSVRC2012_ID of a class. These
-    numbers are not the places of the wnids in sorted order, by which networks count classes; the
-    kit's ``meta.mat`` says which wnid has which.
-
-    Raises:
-        DataError: not such an archive, or scipy is not installed.
+    The ground truth in it is a number for each image, the ILSVRC2012_ID of a class, which the kit's
+    ``meta.mat`` knows; networks count classes in the order of the sorted wnids.
     """
     try:
         from scipy.io import loadmat
@@ -155,12 +148,9 @@ def devkit_labels(archive: str | os.PathLike) -> dict[str, str]:
 
 
 def read_labels(path: str | os.PathLike) -> dict[str, str]:
-    """Validation image name -> wnid, from a file.
+    """Validation image name -> wnid, from ``name wnid`` lines or wnids in the order of the names.
 
-    A ``name wnid`` on each line, or a wnid alone for each image in the order of their names.
-
-    Raises:
-        DataError: numbers, which say nothing without the development kit's table.
+    DataError where there are numbers, which say nothing without the development kit's table.
     """
     rows = [line.split() for line in read_lines(path)]
     odd = next((row[-1] for row in rows if not re.fullmatch(r"n\d{8}", row[-1])), None)
@@ -176,15 +166,10 @@ def read_labels(path: str | os.PathLike) -> dict[str, str]:
 
 
 def check_counts(counts: Mapping[str, int], images: int, classes: int, where: str) -> list[str]:
-    """What is wrong with the numbers of images of each class.
-
-    Args:
-        images, classes: how many there should be; 0 is not checked.
-    """
-    problems = []
+    """What is wrong with the numbers of images of each class; 0 images or classes: any number."""
+    problems, total = [], sum(counts.values())
     if classes and len(counts) != classes:
         problems.append(f"{where} has {len(counts)} classes, {classes} are expected")
-    total = sum(counts.values())
     if images and total != images:
         problems.append(f"{where} has {total:,} images, {images:,} are expected")
     least, most = USUAL.get(images, (0, total))
@@ -195,11 +180,7 @@ def check_counts(counts: Mapping[str, int], images: int, classes: int, where: st
 
 
 def open_sets(folder: Path) -> dict[str, ImageFiles]:
-    """The data sets that are in a folder: "train", "val".
-
-    Raises:
-        DataError: neither is there, or one of them cannot be listed.
-    """
+    """The data sets that are in a folder, "train" and "val"; DataError if there is neither."""
     train, val = folder / "train", folder / "val"
     sets = {}
     if train.is_dir():
@@ -248,7 +229,6 @@ def write_shards(
     Args:
         folder: a new or empty local folder.
         seed: of the order in which samples are dealt to the shards; None keeps the data set's.
-            Shuffled samples make neighboring shards as good as the whole for mixing.
 
     Raises:
         DataError: the folder is not empty, or webdataset is not installed.

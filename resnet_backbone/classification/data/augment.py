@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from resnet_backbone.classification.data.sources import MIXING
 from resnet_backbone.runtime.images import EncodedImage
-from resnet_backbone.runtime.seeding import make_rng
+from resnet_backbone.runtime.processes import make_rng
 
 NOISE_STRENGTH = 0.1  # standard deviation of each component's factor (AlexNet, section 4.1)
 TRIES = 10  # of a random rectangle, before the largest allowed one in the center
@@ -42,10 +42,9 @@ SCALINGS: dict[str, tuple[float, float, float]] = {
 
 
 class Span(NamedTuple):
-    """One axis of a crop of a resized image.
+    """One axis of a crop of a resized image, which begins ``skip`` pixels after ``start``.
 
-    The crop begins ``skip`` pixels of the result after the pixel ``start`` of the image: the
-    resizing filter of its first pixel does not look further back than ``start``.
+    The resizing filter of its first pixel does not look further back than ``start``.
     """
 
     start: int  # pixel of the image, before resizing
@@ -60,11 +59,7 @@ class Crop(NamedTuple):
     x: Span
 
     def box(self, size: int) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) in pixels of the image before resizing.
-
-        Pillow's ``resize((size, size), BILINEAR, box=...)`` gives the same pixels, within a gray
-        level or two.
-        """
+        """(left, top, right, bottom) in pixels of the image before resizing, as Pillow's box."""
         left, top = (span.start + span.skip * span.scale for span in (self.x, self.y))
         return left, top, left + size * self.x.scale, top + size * self.y.scale
 
@@ -85,11 +80,7 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
-    """The middle of (..., H, W), with torchvision's rounding.
-
-    Raises:
-        ValueError: the image is smaller.
-    """
+    """The middle of (..., H, W), with torchvision's rounding; ValueError for a smaller image."""
     height, width = image.shape[-2:]
     if min(height, width) < size:
         raise ValueError(
@@ -162,9 +153,8 @@ def draw_inception_crop(
 ) -> tuple[int, int, int, int]:
     """(top, left, bottom, right) of a random rectangle (Szegedy et al. 2015, section 6).
 
-    The rules are those of torchvision's ``RandomResizedCrop``: ten tries of an area, uniform in
-    8 to 100 % of the image's, and a ratio of width to height, uniform in its logarithm in 3/4 to
-    4/3; then the largest center rectangle of an allowed shape.
+    As torchvision's ``RandomResizedCrop``: ten tries of an area, uniform in 8 to 100 %, and a ratio
+    of width to height, uniform in its logarithm; then the largest center one of an allowed shape.
     """
     for _ in range(TRIES):
         target = height * width * rng.uniform(*AREA)
@@ -189,11 +179,8 @@ class Augmented(NamedTuple):
 def color_shift(name: str, rng: np.random.Generator) -> np.ndarray | None:
     """AlexNet's color noise of one image, along the principal axes of ImageNet's colors.
 
-    Args:
-        name: "cuda_convnet" or "fb_resnet_torch", the two published scalings, or "none".
-
     Returns:
-        float32 (3,), gray levels to add to R, G, B; None for "none".
+        float32 (3,), gray levels to add to R, G, B; None for the scaling "none".
     """
     if name == "none":
         return None
@@ -207,7 +194,7 @@ def _flipped(pixels: Tensor, flip: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class PaperAugmentation:
-    """The paper's training augmentation (section 3.4): scale, crop, flip, color noise."""
+    """The paper's (section 3.4): scale, crop, flip, color noise."""
 
     size: int = 224  # of the crop, pixels
     short_side: tuple[int, int] = (256, 480)  # first and last, pixels; at least `size`
@@ -274,13 +261,11 @@ def _torch_seed(seed: int) -> Iterator[None]:
 class BatchMixer:
     """Mixes each batch by one of torchvision's ``MixUp`` and ``CutMix``, chosen at random.
 
-    It comes after normalization, as in torchvision's references. What it draws is a function of
-    the seed and the iteration, so a resumed run mixes the same way.
+    What it draws is a function of the seed, of which each process needs its own, and the iteration.
 
     Args:
         num_classes: of the soft labels.
         mixup, cutmix: the alpha of each (arXiv 1710.09412, 1905.04899); 0 leaves it out.
-        seed: of the run; give each process its own, or all mix the same way.
     """
 
     def __init__(self, num_classes: int, mixup: float = 0.2, cutmix: float = 1.0, seed: int = 0):
@@ -291,16 +276,10 @@ class BatchMixer:
         self._transforms = [kind(alpha=a, num_classes=num_classes) for kind, a in kinds if a]
 
     def __call__(self, images: Tensor, labels: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
-        """Mixes a batch.
+        """Normalized images and soft labels, float32 (N, num_classes); a batch of one is unmixed.
 
         Args:
-            images: float (N, 3, H, W), normalized.
-            labels: int64 (N,).
-            iteration: counted from 0.
-
-        Returns:
-            (images of the same shape, soft labels float32 (N, num_classes)); a batch of one is
-            returned unmixed.
+            images, labels: float (N, 3, H, W), normalized; int64 (N,).
         """
         if len(labels) < 2:
             return images, F.one_hot(labels, self.num_classes).float()

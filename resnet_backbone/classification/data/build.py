@@ -1,14 +1,18 @@
-"""From a config to training batches, evaluation images and the input that follows from them."""
+"""From a config to training batches, evaluation images and the input: the training set's mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from resnet_backbone.classification.config import Config, DataConfig
 from resnet_backbone.classification.data.augment import (
@@ -26,10 +30,17 @@ from resnet_backbone.classification.data.imagenet import (
     read_flat_folder,
     read_image_folder,
 )
-from resnet_backbone.classification.data.loader import Augmentation, BadImageReport, LoaderSource
+from resnet_backbone.classification.data.loader import (
+    Augmentation,
+    BadImageReport,
+    BatchMaker,
+    LoaderSource,
+    run_loader,
+)
 from resnet_backbone.classification.data.sources import (
     CIFAR10_CLASSES,
     HELD_OUT,
+    MEAN_SUBSET,
     ArraySource,
     Batch,
     SampleStream,
@@ -37,20 +48,18 @@ from resnet_backbone.classification.data.sources import (
     read_cifar10,
     read_digits,
 )
-from resnet_backbone.classification.data.statistics import (
-    MEAN_BATCH,
-    MeanStatistics,
-    image_statistics,
-    preprocessing_from,
-    training_input,
-)
+from resnet_backbone.classification.protocols import Full, Protocol
 from resnet_backbone.runtime.builtin import CLASS_NAMES as DIGITS
 from resnet_backbone.runtime.errors import DataError
-from resnet_backbone.runtime.processes import World
-from resnet_backbone.weights import Preprocessing
+from resnet_backbone.runtime.files import whole_file
+from resnet_backbone.runtime.processes import World, make_rng
+from resnet_backbone.weights import PREPROCESSINGS, Preprocessing
 
 BAD_IMAGES = "bad_images.txt"  # in the run folder
 RAND_AUGMENT = 9  # magnitude, as in torchvision's recipes
+MEAN_BATCH = 64
+INPUT_FILE = "input.safetensors"  # in the run folder: the mean, so that it is computed once
+INPUT_KEY, MADE_FROM = "preprocessing", "made_from"
 
 
 @dataclass(frozen=True)
@@ -65,19 +74,14 @@ class ClassificationData:
 
 
 def build_data(
-    config: Config,
-    folder: Path,
-    world: World | None = None,
-    prepare: Callable[[Tensor], Tensor] | None = None,
+    config: Config, folder: Path, world: World | None = None, protocol: Protocol | None = None
 ) -> ClassificationData:
     """Reads the data set that a config names. Called by all processes of a run together.
 
     Args:
-        config: the whole config; ``data``, ``train`` and ``evaluation`` matter here.
         folder: of the run; the computed mean is kept there.
-        world: this process among those of the run; arrays lie on its device. By default one
-            process on the CPU.
-        prepare: of the evaluation protocol, see ``EvaluationFiles``.
+        world: this process among those of the run; arrays lie on its device.
+        protocol: of the evaluation; by default images are evaluated as they are.
 
     Raises:
         DataError: missing or damaged data.
@@ -86,17 +90,13 @@ def build_data(
     if config.data.format == "synthetic":
         return _synthetic(config, world)
     if config.data.format in ("imagenet", "shards"):
-        return _encoded(config, folder, world, prepare)
+        return _encoded(config, folder, world, protocol or Full())
     return _arrays(config, world)
 
 
-def _stream(
-    config: Config, num_samples: int, world: World, group_sizes: tuple[int, ...] = ()
-) -> SampleStream:
+def _stream(config: Config, count: int, world: World, groups: tuple[int, ...] = ()) -> SampleStream:
     train = config.train
-    return SampleStream(
-        num_samples, train.batch_size, train.seed, world.rank, world.size, group_sizes
-    )
+    return SampleStream(count, train.batch_size, train.seed, world.rank, world.size, groups)
 
 
 def _arrays(config: Config, world: World) -> ClassificationData:
@@ -157,9 +157,7 @@ def _synthetic(config: Config, world: World) -> ClassificationData:
     return ClassificationData(source, evaluation, preprocessing, names, "synthetic images")
 
 
-def _encoded(
-    config: Config, folder: Path, world: World, prepare: Callable[[Tensor], Tensor] | None
-) -> ClassificationData:
+def _encoded(config: Config, folder: Path, world: World, protocol: Protocol) -> ClassificationData:
     """ImageNet-sized data: class folders, a flat validation folder, tar shards."""
     data = config.data
     train = read_training_set(data)
@@ -174,10 +172,7 @@ def _encoded(
         report=report,
     )
     preprocessing = training_input(data, train, folder, world, report)
-    whole = config.evaluation.protocol == "full"
-    evaluation = EvaluationFiles(
-        val.samples, (None if whole else config.evaluation.short_side,), prepare
-    )
+    evaluation = EvaluationFiles(val.samples, protocol.short_sides, protocol.prepare)
     return ClassificationData(source, evaluation, preprocessing, train.class_names, str(val.root))
 
 
@@ -203,9 +198,11 @@ def read_validation_set(data: DataConfig, train: EncodedDataset) -> ImageFiles:
             f"{root} has no class folders: give the label list of a flat folder with "
             "data.val_labels=FILE (tools/prepare_data.py imagenet writes it)"
         )
-    if isinstance(train, ImageFiles) and not data.class_list:  # else a part of the classes will do
-        check_same_classes(train, read_image_folder(root))
-    return read_image_folder(root, classes, len(classes))
+    if isinstance(train, TarShards) or data.class_list:  # a part of the classes will do
+        return read_image_folder(root, classes, len(classes))
+    val = read_image_folder(root)
+    check_same_classes(train, val)
+    return val
 
 
 def augmentation_of(data: DataConfig) -> Augmentation:
@@ -216,3 +213,135 @@ def augmentation_of(data: DataConfig) -> Augmentation:
         magnitude = RAND_AUGMENT if data.rand_augment else None
         return InceptionAugmentation(data.crop, randaugment=magnitude, color_noise=data.color_noise)
     return PaperAugmentation(data.crop, tuple(data.short_side), color_noise=data.color_noise)
+
+
+class MeanStatistics(NamedTuple):
+    """Of images, RGB, gray levels 0..255."""
+
+    image: Tensor | None  # float32 (3, H, W), the per-pixel mean
+    channels: tuple[float, ...]  # its means over the pixels
+    std: tuple[float, ...]  # of each channel over all pixels
+    num_images: int
+
+
+def image_statistics(
+    batches: Iterable[Tensor], shape: tuple[int, ...], world: World | None = None
+) -> MeanStatistics:
+    """Statistics of images, uint8 (N, *shape), over all processes; DataError if there are none.
+
+    Sums are exact, so neither the order of images nor their batches matter.
+    """
+    total = torch.zeros(*shape, dtype=torch.int64)
+    squares, count = torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    for images in batches:
+        total += images.sum(0, dtype=torch.int64)
+        squares += images.to(torch.int32).square().sum((0, 2, 3))
+        count += len(images)
+    if world is not None:
+        for sums in (total, squares, count):
+            sums.copy_(world.sum(sums.to(world.device)))
+    if not count:
+        raise DataError("no image of the training set can be read, so it has no mean")
+    mean = total.to(torch.float64) / count
+    channels = mean.mean((1, 2))
+    std = (squares.double() / (count * mean[0].numel()) - channels**2).clamp_min(0).sqrt()
+    return MeanStatistics(mean.float(), tuple(channels.tolist()), tuple(std.tolist()), count.item())
+
+
+def compute_mean(
+    dataset: EncodedDataset,
+    *,
+    num_images: int,
+    size: int,
+    short_side: int,
+    workers: int = 0,
+    report: BadImageReport | None = None,
+    world: World | None = None,
+) -> MeanStatistics:
+    """Averages the center crops of a training set (paper, section 3.4: "per-pixel mean").
+
+    The paper does not say of which crops; these are its central ones at the smallest training
+    scale, as in AlexNet. Bad images are left out and counted. All processes share the work.
+
+    Args:
+        num_images: of a random subset; a channel mean errs by 50 / sqrt(num_images) gray levels.
+        size, short_side: of the crop and of the image it is cut from, pixels.
+
+    Raises:
+        DataError: no image can be read, or more are bad than the report allows.
+    """
+    world, report = world or World(), report or BadImageReport()
+    chosen = np.arange(len(dataset))
+    if num_images < len(dataset):
+        chosen = np.sort(make_rng(0, MEAN_SUBSET).choice(chosen, num_images, replace=False))
+    mine = [(index, 0) for index in chosen[world.rank :: world.size].tolist()]
+    parts = [mine[first : first + MEAN_BATCH] for first in range(0, len(mine), MEAN_BATCH)]
+    maker = BatchMaker(dataset, CenterCrop(size, short_side), replace=False)
+
+    def batches() -> Iterator[Tensor]:
+        made = run_loader(maker, parts, workers)
+        hidden = None if world.is_main else True
+        for batch in tqdm(made, "mean image", len(parts), unit="batch", disable=hidden):
+            report.add(*batch.notes)
+            if len(batch.labels):
+                yield batch.images
+
+    return image_statistics(batches(), (3, size, size), world)
+
+
+def preprocessing_from(data: DataConfig, found: MeanStatistics, where: str) -> Preprocessing:
+    """The input that a config asks for; `found` of the training set was computed from `where`."""
+    known = PREPROCESSINGS["torchvision"]
+    mean, std, image = found.channels, found.std, found.image if data.mean == "pixel" else None
+    if data.mean == "imagenet":
+        mean, where = known.pixel_mean_255(), "torchvision's mean of ImageNet"
+    if data.std == "one":
+        std = (1.0, 1.0, 1.0)
+    elif data.std == "imagenet":
+        std = known.pixel_std_255()
+    if data.channel_order == "BGR":
+        mean, std = mean[::-1], std[::-1]
+        image = None if image is None else image.flip(0)
+    return Preprocessing(data.channel_order, 255.0, mean, std, source=where, mean_image=image)
+
+
+def training_input(
+    data: DataConfig, train: EncodedDataset, folder: Path, world: World, report: BadImageReport
+) -> Preprocessing:
+    """The input with the training set's mean, computed once by all processes together.
+
+    It is kept in the run folder, and taken from there for the same data set and settings.
+    """
+    if data.mean == "imagenet" and data.std != "channel":
+        return preprocessing_from(data, MeanStatistics(None, (), (), 0), "")
+    short = data.short_side[0]
+    settings = (data.class_list, data.channel_order, data.mean, data.std, data.crop, short)
+    root = data.root if "://" in data.root else Path(data.root).resolve()
+    made_from = f"{len(train)} images of {root}, {data.mean_samples} used, {settings}"
+    kept = world.broadcast(_kept(folder, made_from) if world.is_main else None)
+    if kept is not None:
+        return kept
+    sizes = dict(num_images=data.mean_samples, size=data.crop, short_side=short)
+    found = compute_mean(train, **sizes, workers=data.workers, report=report, world=world)
+    made = preprocessing_from(data, found, f"center crops of {found.num_images} training images")
+    if world.is_main:
+        tensors = {} if made.mean_image is None else {"mean_image": made.mean_image.contiguous()}
+        with whole_file(folder / INPUT_FILE) as temporary:
+            save_file(tensors, temporary, {INPUT_KEY: made.to_json(), MADE_FROM: made_from})
+    return made
+
+
+def _kept(folder: Path, made_from: str) -> Preprocessing | None:
+    """The preprocessing that is kept in a run folder; None if there is none of this origin."""
+    path = folder / INPUT_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            facts = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if facts[MADE_FROM] == made_from:
+            return replace(Preprocessing.from_json(facts[INPUT_KEY]), **tensors)
+    except Exception as error:
+        raise DataError(f"{path} cannot be read ({error}); remove it to compute it anew") from error
+    return None

@@ -7,17 +7,18 @@ result = evaluate([(model, normalizer)], protocol, loader, world=world)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from resnet_backbone.classification.data.augment import resize_short_side
-from resnet_backbone.classification.data.loader import Running, init_worker
+from resnet_backbone.classification.data.loader import run_loader
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.images import BadImage, read_rgb
 
@@ -51,18 +52,11 @@ class EvaluationBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationFiles:
-    """Image files, map-style: ``files[i]`` is an :class:`EvaluationItem` or a :class:`BadSample`.
-
-    Args:
-        short_sides: sizes in pixels to which the short side is scaled, the aspect ratio kept;
-            ``None`` leaves the image as it is.
-        prepare: applied to each scaled image in the worker, uint8 (3, H, W) -> the same; such as
-            a crop, so that less is sent on.
-    """
+    """Image files, map-style; one that cannot be read is a :class:`BadSample`."""
 
     samples: Sequence[tuple[str | Path, int]]  # (path, label) of each
-    short_sides: Sequence[int | None] = (None,)
-    prepare: Callable[[Tensor], Tensor] | None = None
+    short_sides: Sequence[int | None] = (None,)  # to scale to, pixels; None: as it is
+    prepare: Callable[[Tensor], Tensor] | None = None  # of each scaled image, (3, H, W)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -76,10 +70,9 @@ class EvaluationFiles:
             whole = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
         except BadImage as error:
             return BadSample(index, label, str(path), error.reason)
-        images = [resize_short_side(whole, size) if size else whole for size in self.short_sides]
-        if self.prepare is not None:
-            images = map(self.prepare, images)
-        return EvaluationItem(tuple(images), label, index)
+        images = (resize_short_side(whole, size) if size else whole for size in self.short_sides)
+        prepared = map(self.prepare, images) if self.prepare else images
+        return EvaluationItem(tuple(prepared), label, index)
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,6 @@ class EvaluationArrays:
         return f"image {index}"
 
     def batch(self, indices: range) -> EvaluationBatch:
-        """The images of a range, without a copy."""
         part = slice(indices.start, indices.stop, indices.step)
         return EvaluationBatch((self.images[part],), self.labels[part], torch.tensor(indices))
 
@@ -105,14 +97,11 @@ class EvaluationLoader:
     """Batches of this process's part of a data set, in order.
 
     Process ``rank`` of ``world`` takes the images rank, rank + world, rank + 2 world ...: nothing
-    is added to make the parts equal and nothing is left out, so that processes may have different
-    numbers of batches, or none.
+    is added or left out to make the parts equal, so numbers of batches may differ.
 
     Args:
-        dataset: :class:`EvaluationFiles` or :class:`EvaluationArrays`.
         batch_size: images of a batch of this process; its last batch may be smaller.
         workers: processes that read and scale; 0 does it in this one. Arrays need none.
-        pin_memory: page-locked batches, for faster copies to a GPU.
 
     Attributes:
         num_images: of the whole data set, over all processes.
@@ -127,14 +116,13 @@ class EvaluationLoader:
         workers: int = 0,
         rank: int = 0,
         world: int = 1,
-        pin_memory: bool = False,
     ):
         if batch_size < 1 or workers < 0:
             raise DataError(f"batch size {batch_size} and {workers} workers: give 1, 0 or more")
         if not len(dataset):
             raise DataError("the evaluation set has no images")
         self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
-        self.pin_memory, self.part = pin_memory, range(rank, len(dataset), world)
+        self.part = range(rank, len(dataset), world)
         self.num_images, self.name_of = len(dataset), dataset.name_of
 
     def __len__(self) -> int:
@@ -145,29 +133,11 @@ class EvaluationLoader:
             for first in range(0, len(self.part), self.batch_size):
                 yield self.dataset.batch(self.part[first : first + self.batch_size])
             return
-        loader = DataLoader(
-            self.dataset,
-            self.batch_size,
-            sampler=self.part,
-            num_workers=min(self.workers, len(self)),
-            collate_fn=collate,
-            pin_memory=self.pin_memory,
-            # a signal to the whole group must leave the main process its images
-            worker_init_fn=init_worker if self.workers else None,
-        )
-        running = Running(loader)
-        try:
-            for batch in running:
+        workers = min(self.workers, len(self))
+        made = run_loader(self.dataset, self.part, workers, self.batch_size, collate)
+        with closing(made):
+            for batch in made:
                 yield batch._replace(images=tuple(map(_unpack, batch.images)))
-        finally:
-            running.close()
-
-
-class _Ragged(NamedTuple):
-    """Images of different sizes laid end to end: one block of shared memory a batch, not many."""
-
-    flat: Tensor
-    shapes: tuple[tuple[int, ...], ...]
 
 
 def collate(items: Sequence[EvaluationItem | BadSample]) -> EvaluationBatch:
@@ -182,15 +152,20 @@ def collate(items: Sequence[EvaluationItem | BadSample]) -> EvaluationBatch:
     )
 
 
-def _pack(images: Sequence[Tensor]) -> Tensor | _Ragged:
-    shapes = tuple(tuple(image.shape) for image in images)
+# Images of different sizes are laid end to end: one block of shared memory a batch, not many.
+Packed = Tensor | tuple[Tensor, list[Sequence[int]]]
+
+
+def _pack(images: Sequence[Tensor]) -> Packed:
+    shapes = [image.shape for image in images]
     if len(set(shapes)) == 1:
-        return torch.stack(tuple(images))
-    return _Ragged(torch.cat([image.reshape(-1) for image in images]), shapes)
+        return torch.stack(images)
+    return torch.cat([image.reshape(-1) for image in images]), shapes
 
 
-def _unpack(images: Tensor | _Ragged) -> Tensor | list[Tensor]:
+def _unpack(images: Packed) -> Tensor | list[Tensor]:
     if isinstance(images, Tensor):
         return images
-    parts = images.flat.split([torch.Size(shape).numel() for shape in images.shapes])
-    return [part.view(shape) for part, shape in zip(parts, images.shapes, strict=True)]
+    flat, shapes = images
+    parts = flat.split([math.prod(shape) for shape in shapes])  # pinned, a shape is a list
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,8 +1,4 @@
-"""ImageNet and anything laid out like it: class folders, a flat folder and a list, tar shards.
-
-Shards are in WebDataset's layout. An index beside them says where each image's bytes lie, which
-makes them a map-style data set: epochs are exact, and a run resumes at any sample.
-"""
+"""ImageNet and anything laid out like it: class folders, a flat folder and a list, tar shards."""
 
 from __future__ import annotations
 
@@ -33,18 +29,11 @@ class EncodedSample(NamedTuple):
 
 
 class ImageFiles:
-    """Image files and their classes, map-style.
-
-    The names are kept as one array of bytes: a list of 1.3 million strings would be copied page
-    by page into every worker that counts references to them.
+    """Image files, by paths below a folder, and their classes; map-style.
 
     Attributes:
         labels: int64 (N,).
         class_names: one per class index.
-
-    Args:
-        root: the folder.
-        names: paths below ``root``.
     """
 
     def __init__(
@@ -55,6 +44,7 @@ class ImageFiles:
         class_names: Sequence[str],
     ):
         self.root = Path(root)
+        # one array: a list of 1.3 million strings would be copied page by page into every worker
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = tuple(class_names)
@@ -68,7 +58,6 @@ class ImageFiles:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> EncodedSample:
-        """Reads a file; BadImage where that fails."""
         name = self.name(index)
         return EncodedSample(read_bytes(name), int(self.labels[index]), name)
 
@@ -79,20 +68,14 @@ class ImageFiles:
 class TarShards:
     """Images in tar shards, map-style, wherever fsspec reads: a folder, ``s3://``, ``https://``.
 
-    Each sample is one request for a range of bytes; before a URL, ``simplecache::`` copies shards
-    to this machine when they are first needed.
+    Shards are in WebDataset's layout. An index beside them says where each image's bytes lie: each
+    sample is one request for a range. Before a URL, ``simplecache::`` copies shards to this machine
+    when they are first needed. Without an index of ours there is a DataError.
 
     Attributes:
         labels: int64 (N,).
         class_names: one per class index.
-        group_sizes: samples of each shard, for ``SampleStream``: shards are shuffled, and samples
-            within some shards, so that reading stays near.
-
-    Args:
-        url: folder of the shards and their index.
-
-    Raises:
-        DataError: no index, or one that is not ours.
+        group_sizes: samples of each shard, see ``SampleStream``.
     """
 
     def __init__(self, url: str | os.PathLike):
@@ -115,7 +98,6 @@ class TarShards:
         return f"{self._shard(index)}/{os.fsdecode(self._keys[index])}"
 
     def __getitem__(self, index: int) -> EncodedSample:
-        """Reads one image's bytes; BadImage where the shard does not hold them."""
         offset, size = int(self._offsets[index]), int(self._sizes[index])
         try:  # each process has file systems of its own, which fsspec keeps
             filesystem, path = fsspec.url_to_fs(self._shard(index))
@@ -136,15 +118,14 @@ def _read_index(url: str) -> dict[str, np.ndarray]:
             content = io.BytesIO(file.read())
         with np.load(content, allow_pickle=False) as arrays:
             index = dict(arrays)
-        known = int(index["format"]) == 1
+        if int(index["format"]) != 1:
+            raise ValueError("another version wrote it")
+        return index
     except Exception as error:  # fsspec, numpy and zipfile raise errors of many types
         raise DataError(
             f"{url}: {INDEX_NAME} cannot be read ({error}); write it with "
             "tools/prepare_data.py shards index"
         ) from error
-    if not known:
-        raise DataError(f"{url}/{INDEX_NAME} was written by another version: write it again")
-    return index
 
 
 def read_image_folder(
@@ -153,8 +134,8 @@ def read_image_folder(
     """Lists ``root/<class>/<image>``, such as ``imagenet/train/n01440764/n01440764_18.JPEG``.
 
     Args:
-        classes: class name -> index, for a selection that keeps the indices of the whole; see
-            :func:`read_class_list`. By default the sorted class names are counted from 0.
+        classes: class name -> index, for a selection that keeps the indices of the whole. By
+            default the sorted class names are counted from 0.
         num_classes: of the whole; by default as many as ``classes`` needs.
 
     Raises:
@@ -192,9 +173,7 @@ def read_flat_folder(
 
     Args:
         label_file: a line for each image; the label is a class name (wnid) or a class index.
-        classes: class name -> index: of the training set, or by :func:`read_class_list`. By
-            default the sorted class names of the list are counted from 0.
-        num_classes: of the whole; by default as many as are needed.
+        classes, num_classes: see :func:`read_image_folder`.
 
     Raises:
         DataError: missing folder or file, an unreadable line, an unknown class, an image that is
@@ -243,12 +222,11 @@ def read_class_list(path: str | os.PathLike) -> dict[str, int]:
 
 def check_same_classes(train: ImageFiles, val: ImageFiles) -> None:
     """DataError unless training and validation have the same classes with the same indices."""
+    odd = sorted(set(train.class_names) ^ set(val.class_names))
     if train.class_names != val.class_names:
-        ours, theirs = set(train.class_names), set(val.class_names)
         raise DataError(
             f"training ({train.root}) and validation ({val.root}) need the same classes, or one "
-            f"class list; only the first has {', '.join(sorted(ours - theirs)[:3]) or 'none'}, "
-            f"only the second {', '.join(sorted(theirs - ours)[:3]) or 'none'}"
+            f"class list; only one of them has {', '.join(odd[:3])}"
         )
 
 

@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from resnet_backbone.classification.data.imagenet import EncodedDataset
 from resnet_backbone.classification.data.sources import REPLACEMENT, Batch, SampleStream, sample_rng
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.images import BadImage, EncodedImage, decode, read_bytes
-from resnet_backbone.runtime.seeding import make_rng
+from resnet_backbone.runtime.processes import make_rng
 
 BAD, CONVERTED = "bad", "converted"
 MAX_CONVERTED = 1000  # lines; a data set of nothing but such images needs no list of them
@@ -57,13 +58,12 @@ def inspect_file(path: str) -> ImageNote | None:
 class BadImageReport:
     """Counts unusual images and lists each once in a file, ``kind<TAB>path<TAB>reason`` a line.
 
-    It is appended to under a lock: several processes may share it, and a resumed run continues
-    it. All counts are of different files, over all of these processes and runs.
+    Several processes may share it, and a resumed run continues it: all counts are of different
+    files, over all of these processes and runs.
 
     Args:
         path: of the report, or None to keep it in memory.
-        max_bad_images: :meth:`add` raises DataError when there are more bad files; None for no
-            limit.
+        max_bad_images: :meth:`add` raises DataError when there are more bad files; None: any.
         option: what the message tells to change.
     """
 
@@ -97,16 +97,13 @@ class BadImageReport:
         """Counts images, and lists those that are not in the report yet.
 
         Raises:
-            DataError: more than ``max_bad_images`` bad ones.
+            DataError: more than ``max_bad_images`` bad ones, also where they were known before.
         """
-        new = self._unknown(ImageNote(*map(_one_line, note)) for note in notes)
+        new = [ImageNote(*map(_one_line, note)) for note in notes]
+        new = [note for note in new if note[:2] not in self._reasons]
         if new and self.path is not None:
             self._append(new)
-        self._reasons |= {(note.kind, note.path): note.reason for note in self._unknown(new)}
-        self.check()
-
-    def check(self) -> None:
-        """DataError when there are more bad images than allowed."""
+        self._reasons |= {note[:2]: note.reason for note in new if note[:2] not in self._reasons}
         if self.max_bad_images is None or self.num_bad <= self.max_bad_images:
             return
         first = "; ".join(f"{path} ({why})" for path, why in list(self.bad.items())[:SHOWN])
@@ -122,8 +119,8 @@ class BadImageReport:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(self._learn(file))  # an earlier run may have died within a line
             listed = self.num_converted < MAX_CONVERTED
-            for note in self._unknown(notes):
-                if listed or note.kind == BAD:
+            for note in {note[:2]: note for note in notes}.values():
+                if note[:2] not in self._reasons and (listed or note.kind == BAD):
                     file.write(os.fsencode("\t".join(note) + "\n"))
 
     def _learn(self, file: BinaryIO) -> int:
@@ -132,13 +129,9 @@ class BadImageReport:
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         for line in os.fsdecode(whole).splitlines():
-            kind, _, rest = line.partition("\t")
-            path, _, reason = rest.partition("\t")
+            kind, path, reason = (*line.split("\t", 2), "", "")[:3]
             self._reasons.setdefault((kind, path), reason)
         return len(whole)
-
-    def _unknown(self, notes: Iterable[ImageNote]) -> list[ImageNote]:
-        return list({note[:2]: note for note in notes if note[:2] not in self._reasons}.values())
 
 
 def _one_line(text: str) -> str:
@@ -159,8 +152,7 @@ class WorkerBatch(NamedTuple):
 class BatchMaker:
     """Reads, decodes and augments the samples of a batch: what a worker runs.
 
-    A bad image is replaced by another sample, which is a function of the seed, the epoch and the
-    bad one's index, and augmented by the random numbers of the bad one.
+    A bad image is replaced by another sample, a function of the seed, the epoch and its index.
     """
 
     dataset: EncodedDataset
@@ -210,61 +202,48 @@ class BatchMaker:
         )
 
 
-def read_batches(
-    maker: BatchMaker, batches: Iterable[list[tuple[int, int]]], workers: int
-) -> Iterator[WorkerBatch]:
-    """Makes batches in order, in this process or in others.
+def run_loader(
+    dataset: Any,
+    sampler: Iterable,
+    workers: int,
+    batch_size: int | None = None,
+    collate: Callable | None = None,
+) -> Iterator[Any]:
+    """What PyTorch's ``DataLoader`` gives, in order; ``workers`` 0 works in this process.
 
-    Args:
-        batches: (index, epoch) pairs of each.
-        workers: processes; 0 makes the batches here. They leave signals to this process, which
-            may want to write a checkpoint first, and end when the iterator is closed or dropped.
+    Workers leave signals to this process, which may want to write a checkpoint first. They end when
+    the iterator is closed or dropped. At the program's end they are killed: multiprocessing tries
+    SIGTERM, which they ignore, and waits for them.
     """
-    running = Running(
+    process, others = os.getpid(), set(multiprocessing.active_children())
+    iterator = iter(  # nobody else may hold it: its deletion ends the workers
         DataLoader(
-            maker,
-            sampler=batches,
-            batch_size=None,
+            dataset,
+            batch_size,
+            sampler=sampler,
             num_workers=workers,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=init_worker if workers else None,
         )
     )
+    started = [child for child in multiprocessing.active_children() if child not in others]
+
+    def end() -> None:
+        nonlocal iterator
+        if os.getpid() == process:  # not a copy in a forked process
+            iterator = iter(())  # torch tells its workers to end, and waits for some seconds
+            for worker in started:
+                if worker.is_alive():
+                    worker.kill()
+
+    atexit.register(end)
     try:
-        yield from running
+        while (batch := next(iterator, None)) is not None:
+            yield batch
     finally:
-        running.close()
-
-
-class Running:
-    """An iteration of a loader, whose workers certainly end.
-
-    Workers that ignore SIGTERM would outlast multiprocessing's attempt to end them when the
-    program ends, and it would wait for them.
-    """
-
-    def __init__(self, loader: DataLoader):
-        others = set(multiprocessing.active_children())
-        self._process = os.getpid()
-        self._iterator = iter(loader)  # nobody else may hold it: its deletion ends the workers
-        self._workers = [p for p in multiprocessing.active_children() if p not in others]
-        atexit.register(self.close)
-
-    def __iter__(self) -> Iterator[WorkerBatch]:
-        return self
-
-    def __next__(self) -> WorkerBatch:
-        return next(self._iterator)
-
-    def close(self) -> None:
-        if os.getpid() != self._process:  # a copy in a forked process
-            return
-        self._iterator = iter(())  # torch tells its workers to end, and waits for some seconds
-        for worker in self._workers:
-            if worker.is_alive():
-                worker.kill()
-        self._workers = []
-        atexit.unregister(self.close)
+        end()
+        atexit.unregister(end)
 
 
 def init_worker(_worker: int) -> None:
@@ -277,8 +256,7 @@ def init_worker(_worker: int) -> None:
 class LoaderSource:
     """Training batches of one process, without end, from any iteration on.
 
-    The batches are a function of the data set, the stream and the augmentation: the number of
-    workers and the iteration at which a run starts change nothing.
+    The number of workers and the iteration at which a run starts change nothing.
     """
 
     dataset: EncodedDataset
@@ -299,15 +277,12 @@ class LoaderSource:
         """
         maker = BatchMaker(self.dataset, self.augment, self.stream.seed)
         order = map(self._samples, itertools.count(first_iteration))
-        made = read_batches(maker, order, self.workers)
-        try:
+        with closing(run_loader(maker, order, self.workers)) as made:
             for images, labels, shift, notes, failure in made:
                 self.report.add(*notes)
                 if failure:
                     raise DataError(failure)
                 yield Batch(images, labels, shift)
-        finally:
-            made.close()
 
     def _samples(self, iteration: int) -> list[tuple[int, int]]:
         """(index, epoch) pairs of this process's part of an iteration."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resnet_backbone.runtime.builtin import digit_indices, draw_digit_crop, load_scans
 from resnet_backbone.runtime.errors import DataError
-from resnet_backbone.runtime.seeding import make_rng
+from resnet_backbone.runtime.processes import make_rng
 
 # What random numbers are for: the word after the run's seed.
 ORDER, AUGMENTATION, REPLACEMENT, MEAN_SUBSET, MIXING = range(5)
@@ -42,10 +42,7 @@ class Batch(NamedTuple):
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers that augment sample ``index`` in ``epoch``; they depend on nothing else.
-
-    Not on the worker or process that draws them, or on what was drawn before.
-    """
+    """The random numbers of the augmentation of a sample, which depend on nothing else."""
     return make_rng(seed, AUGMENTATION, epoch, index)
 
 
@@ -53,16 +50,11 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 class SampleStream:
     """All epochs of a data set, each in another random order, laid end to end and cut into batches.
 
-    Iteration ``t`` takes the samples ``t * batch_size ... (t + 1) * batch_size - 1`` of this
-    stream: every sample exactly once an epoch, no batch smaller than the others, no sample left
-    out (a batch may hold the end of one epoch and the start of the next). Process ``rank`` of
-    ``world`` takes its slice of each batch, so the stream is the same for any number of
-    processes.
-
-    Args:
-        group_sizes: sizes of consecutive runs of samples that lie together (tar shards), or
-            empty. Then the order of groups is shuffled, and samples are shuffled within
-            ``groups_together`` neighboring groups: reading stays sequential enough.
+    Every sample comes exactly once an epoch, and all batches have the same size: one may hold the
+    end of an epoch and the start of the next. Process ``rank`` of ``world`` takes its slice of each
+    batch, so the stream is the same for any number of processes. Where samples lie together in
+    groups (tar shards), the groups are shuffled, and samples within some neighboring groups:
+    reading stays sequential enough.
     """
 
     num_samples: int  # of the data set
@@ -70,8 +62,8 @@ class SampleStream:
     seed: int = 0  # of the run
     rank: int = 0
     world: int = 1
-    group_sizes: tuple[int, ...] = ()
-    groups_together: int = 8
+    group_sizes: tuple[int, ...] = ()  # of consecutive samples that lie together
+    groups_together: int = 8  # that are shuffled as one
 
     def __post_init__(self):
         if self.num_samples < 1:
@@ -97,11 +89,7 @@ class SampleStream:
         return np.concatenate(parts)
 
     def batch(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
-        """This process's part of an iteration (counted from 0).
-
-        Returns:
-            (indices of the samples, the epoch of each), int64 (batch_size / world,).
-        """
+        """Indices and epochs, int64 (batch_size / world,), of this process's part."""
         local = self.batch_size // self.world
         first = iteration * self.batch_size + self.rank * local
         epochs, places = np.divmod(np.arange(first, first + local), self.num_samples)
@@ -116,15 +104,13 @@ class ArraySource:
     """Training batches cut from arrays that stay on the device: one gather a batch.
 
     Args:
-        images: uint8 (N, 3, H, W), RGB.
-        labels: int64 (N,).
-        stream: which samples make up an iteration.
+        images, labels: uint8 (N, 3, H, W), RGB; int64 (N,).
         augmentation: "pad_crop" (the paper's CIFAR augmentation: 4 pixels of padding on each side,
             a random crop of the image's size, horizontal flip), "shift" (the same without flip,
             for digits) or "none".
         padding: pixels (3, H, W) or (3, 1, 1), RGB, 0..255, that a crop shows where it leaves the
-            image. With the training set's mean the padding is zero once the mean is subtracted, to
-            half a gray level, as in fb.resnet.torch. None: black.
+            image: the mean, so that it is zero once normalized (as in fb.resnet.torch), to half a
+            gray level. None: black.
         device: where the arrays lie and batches are made.
     """
 
@@ -153,7 +139,6 @@ class ArraySource:
         return len(self.labels)
 
     def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
-        """Batches without end, from any iteration on."""
         return map(self.batch, itertools.count(first_iteration))
 
     def batch(self, iteration: int) -> Batch:
@@ -199,12 +184,10 @@ class SyntheticSource:
 
 
 def read_cifar10(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Reads the training or the test set.
+    """Reads the training or the test set, of the binary version or of the Python version.
 
     Args:
-        root: a folder with the files of the binary version (``data_batch_1.bin`` ...) or of the
-            Python version (``data_batch_1`` ...), or one that holds such a folder under its
-            official name.
+        root: the folder of the files, or one that holds it under its official name.
 
     Returns:
         (images, uint8 (N, 3, 32, 32), RGB; labels, int64 (N,)), in the official order.
@@ -215,9 +198,8 @@ def read_cifar10(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     folder, suffix = _find(Path(root))
     names = TRAIN_FILES if train else TEST_FILES
     parts = [_read_file(folder / f"{name}{suffix}") for name in names]
-    images = torch.from_numpy(np.concatenate([images for images, _ in parts]))
-    labels = torch.from_numpy(np.concatenate([labels for _, labels in parts]))
-    return images, labels
+    images, labels = map(np.concatenate, zip(*parts, strict=True))
+    return torch.from_numpy(images), torch.from_numpy(labels)
 
 
 def _find(root: Path) -> tuple[Path, str]:
@@ -284,11 +266,8 @@ def read_digits(train: bool) -> tuple[Tensor, Tensor]:
 
     Returns:
         (images uint8 (N, 3, 64, 64), RGB; labels int64 (N,), indices into
-        ``runtime.builtin.CLASS_NAMES``); N is 5,032 for training and 1,078 for testing.
-        Shared with other callers: do not change it.
-
-    Raises:
-        ImportError: scikit-learn or scikit-image is missing.
+        ``runtime.builtin.CLASS_NAMES``); N is 5,032 for training and 1,078 for testing. Callers
+        share it: do not change it.
     """
     split = "train" if train else "test"
     chosen = [index for _ in range(COPIES[split]) for index in digit_indices(split)]

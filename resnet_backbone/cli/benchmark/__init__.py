@@ -11,7 +11,6 @@ All candidates take turns within one run, in an order that rotates, so that a ma
 down does so for all of them. Printed are the median and the range of images/s over the repeats,
 and the median and range of the ratio to the reference within the same repeat. --output FILE.json
 keeps all single measurements with the command, date, hardware and versions.
-
 Nothing else should run on the machine. `python tools/benchmark.py COMMAND --help` says what lies
 within each timing.
 """
@@ -20,17 +19,27 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
-from resnet_backbone.runtime.provenance import command_line, date, hardware, versions
+from resnet_backbone.runtime.records import command_line, date, hardware, versions
 
+Run = Callable[[], Any]
 # command -> module, what it measures, what lies within each timing
 COMMANDS = {
     "loader": (
@@ -43,8 +52,7 @@ Images are files in memory, in one process on one thread. Candidates:
   ours          to stacked bytes and color shifts: what goes to the device, which normalizes them
   ours, whole   the same with every JPEG decoded whole (as without nvidia-nvimgcodec)
   ours + norm   to normalized floats, by the device's own code on this core: all that the
-                reference does
-The geometry check compares our crops with Pillow's resize of the same boxes.""",
+                reference does""",
     ),
     "train": (
         "classification",
@@ -94,7 +102,6 @@ then the region head gets the same given boxes, since random weights propose not
 --proposals 1000 (Detectron2's number) and 300 (the paper's). Outputs are compared before the
 measurement: detections by class and overlap, losses with the same sampling. Data is the time to
 read and augment one JPEG, beside a step. Memory is that of a fresh process for each candidate.
-
 On two quiet cores a turn of C4 takes two to three minutes and one of FPN half a minute.""",
     ),
     "evaluate": (
@@ -111,8 +118,6 @@ that is not counted.""",
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Descriptions as they are written; each option with its default, if it has one."""
-
     def _get_help_string(self, action: argparse.Action) -> str | None:
         has_default = action.default not in (None, False)
         return super()._get_help_string(action) if has_default else action.help
@@ -126,21 +131,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         for name, (_, about, text) in COMMANDS.items()
     )
     add_loader_arguments(loader)
-    for one in (train, infer):
-        add_model_arguments(one, trains=one is train)
+    add_model_arguments(train, infer)
     add_detector_arguments(fpn, detect)
     for data, images, found in (("coco", 2000, 100), ("voc", 5000, 50)):
-        for what, number in ((f"{data}-images", images), (f"{data}-detections", found)):
-            text = "per image" if number == found else "of the set"
-            evaluate.add_argument(f"--{what}", type=positive, default=number, help=text)
-    repeats = {loader: 7, train: 5, infer: 5, fpn: 5, detect: 3, evaluate: 3}
-    for one, number in repeats.items():
-        one.add_argument("--repeats", type=positive, default=number, help="turns")
+        add, number = evaluate.add_argument, dict(type=positive)
+        add(f"--{data}-images", default=images, help="of the set", **number)
+        add(f"--{data}-detections", default=found, help="per image", **number)
+    turns = {loader: 7, train: 5, infer: 5, fpn: 5, detect: 3, evaluate: 3}
+    for one, repeats in turns.items():
+        one.add_argument("--repeats", type=positive, default=repeats, help="turns")
         one.add_argument("--output", type=Path, help="JSON file for all measurements")
+    parser.set_defaults(device="cpu")
     args = parser.parse_args(argv)
-    if getattr(args, "device", "cpu") == "auto":
+    if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but PyTorch sees no GPU here")
     if args.command in ("train", "infer") and args.batch is None:
         size = 256 if args.device == "cuda" else 16
@@ -152,28 +157,26 @@ def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
     add, text = parser.add_argument, "folder of JPEG files, or 'synthetic'"
     add("--images", required=True, default=argparse.SUPPRESS, help=text)
     add("--count", type=positive, default=300, help="images")
-    text = "encode the images anew, to see how file size matters"
-    add("--jpeg-quality", type=int, help=text)
     add("--batch", type=positive, default=50, help="images stacked")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, trains: bool) -> None:
-    add = parser.add_argument
-    add("--model", default="resnet50", help="name of the network")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"], help="of ours")
-    add("--compile", action="store_true", help="also with torch.compile")
-    add("--size", type=positive, default=224, help="of the images")
-    add("--steps", type=positive, default=3, help="of one turn")
-    text = "images (default: 16 on a CPU, 256 on a GPU{})"
-    if trains:
-        add("--batch", type=positive, help=text.format(""))
-        add("--timm", action="store_true", help="timm's model too")
-        add("--images", help="folder of JPEG files to train on at the end")
-        add("--workers", type=int, default=8, help="of --images")
-    else:
-        add("--batch", type=positive, nargs="+", help=text.format(", and 1"))
-        add("--runtimes", action="store_true", help="onnxruntime and OpenVINO too (CPU)")
+def add_model_arguments(train: argparse.ArgumentParser, infer: argparse.ArgumentParser) -> None:
+    dtypes = ["fp32", "bf16"]
+    for parser in (train, infer):
+        add = parser.add_argument
+        add("--model", default="resnet50", help="name of the network")
+        add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="of ours")
+        add("--compile", action="store_true", help="also with torch.compile")
+        add("--size", type=positive, default=224, help="of the images")
+        add("--steps", type=positive, default=3, help="of one turn")
+    text = "images (default: 16 on a CPU, 256 on a GPU"
+    train.add_argument("--batch", type=positive, help=f"{text})")
+    train.add_argument("--timm", action="store_true", help="timm's model too")
+    train.add_argument("--images", help="folder of JPEG files to train on at the end")
+    train.add_argument("--workers", type=int, default=8, help="of --images")
+    infer.add_argument("--batch", type=positive, nargs="+", help=f"{text}, and 1)")
+    infer.add_argument("--runtimes", action="store_true", help="onnxruntime and OpenVINO too (CPU)")
 
 
 def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.ArgumentParser) -> None:
@@ -193,14 +196,140 @@ def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.Argume
     add("--batch", type=positive, default=1, help="images")
 
 
+def measure(
+    runs: dict[str, Run], images: int, repeats: int, device: torch.device | None = None
+) -> list[dict[str, Any]]:
+    """Lets candidates take turns, prints a table, and returns a row for each.
+
+    Args:
+        runs: by name, the reference first; their order rotates from repeat to repeat.
+        images: that a run processes.
+        repeats: turns of each, after one that is not counted.
+        device: a GPU is waited for.
+
+    Returns:
+        For each its name, its images/s in all repeats, their median and range, and the median
+        and range of the ratio to the reference within the same repeat.
+    """
+    wait = torch.cuda.synchronize if device and device.type == "cuda" else lambda: None
+    names = list(runs)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    with tqdm(total=(repeats + 1) * len(names), desc="measuring", unit="turn") as bar:
+        for repeat in range(repeats + 1):
+            first = repeat % len(names)
+            for name in names[first:] + names[:first]:
+                wait()
+                start = time.perf_counter()
+                runs[name]()
+                wait()
+                if repeat:
+                    rates[name].append(images / (time.perf_counter() - start))
+                bar.update()
+    rows = []
+    print(f"{'':34}{'images/s':>10}  {'range':19}{'s/image':>9}{'ratio':>7}  range")
+    for name, values in rates.items():
+        pairs = zip(values, rates[names[0]], strict=True)
+        speed, ratio = spread(values), spread([v / reference for v, reference in pairs])
+        rows.append({"name": name, "images_per_s": speed, "ratio": ratio, "measurements": values})
+        median = f"{1 / speed['median']:9.4f}{ratio['median']:7.2f}"
+        ends = [f"{x['low']:.2f} ... {x['high']:.2f}" for x in (speed, ratio)]
+        print(f"{name:34}{speed['median']:10.2f}  {ends[0]:19}{median}  {ends[1]}")
+    return rows
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def compare_and_measure(
+    title: str, runs: dict[str, Run], compare: Callable[[Any, Any], Any], *setting: Any
+) -> dict[str, Any]:
+    """Compares each run's result with the first one's; :func:`measure` with the `setting`."""
+    (_, reference), *others = runs.items()
+    expected = reference()
+    differences = {name: compare(run(), expected) for name, run in others}
+    print(f"{title}:")
+    rows = measure(runs, *setting)
+    for name, value in differences.items():
+        values = value if isinstance(value, dict) else {"": value}
+        text = ", ".join(f"{key} {number:.1e}".lstrip() for key, number in values.items())
+        print(f"{name:34}differs by {text}")
+    return {"rows": rows, "differences": differences}
+
+
+def repeated(run: Run, count: int) -> Run:
+    return lambda: deque((run() for _ in range(count)), maxlen=1).pop()
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest absolute difference, as a fraction of the largest expected magnitude."""
+    found, expected = found.float(), expected.float()
+    difference = (found - expected).abs().max()
+    return float(difference / expected.abs().max()) if difference else 0.0
+
+
+@torch.no_grad()
+def randomize_norms(model: nn.Module) -> None:
+    """Statistics, scales and shifts that tell a misplaced norm; scales keep deep maps bounded."""
+    for module in model.modules():
+        if getattr(module, "running_var", None) is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+            module.weight.uniform_(0.4, 0.6)
+            module.bias.normal_(0, 0.1)
+
+
+def measure_memory(
+    build: Callable[[Any, str], dict[str, Callable[[], Run]]],
+    setting: Any,
+    passes: list[tuple[str, str]],
+) -> dict[str, dict[str, float]]:
+    """Peak resident memory of passes, each in a process of its own, and before it, in MB (Linux).
+
+    Args:
+        build: setting and kind -> by name, functions that prepare a pass; found by its module.
+        passes: (kind, name) of each.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc returns freed blocks from 128 kB on
+    context, found = multiprocessing.get_context("spawn"), {}
+    threads = dict(initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+    for kind, name in tqdm(passes, desc="memory", unit="process"):
+        with ProcessPoolExecutor(1, context, **threads) as process:
+            try:
+                value = process.submit(peak_memory, build, setting, kind, name).result()
+            except BrokenProcessPool as error:
+                raise ValueError(f"memory of {kind}: {name}: its process was killed") from error
+        found[f"{kind}: {name}"] = value
+    print("memory of a process that does one pass, MB (compiled ones are not measured):")
+    for name, value in found.items():
+        print(f"{name:44}{value['peak']:8.0f} at most, {value['before']:.0f} before the pass")
+    return found
+
+
+def peak_memory(build: Callable, setting: Any, kind: str, name: str) -> dict[str, float]:
+    """Peak resident memory during a pass and before it, in MB.
+
+    Both are ``VmHWM``, reset before the pass; ``before`` has the libraries and the weights.
+    """
+
+    def peak() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM"))
+
+    run = build(setting, kind)[name]()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    run()
+    return {"before": before, "peak": peak()}
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    device = torch.device(getattr(args, "device", "cpu"))
     about = {
         "command": command_line("benchmark", argv),
         "date": date(),
-        **hardware(device),
+        **hardware(torch.device(args.device)),
         "cpus": len(os.sched_getaffinity(0)),
         "load_at_start": round(os.getloadavg()[0], 2),
         "versions": versions(),

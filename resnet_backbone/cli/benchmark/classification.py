@@ -22,25 +22,13 @@ from torchvision import transforms
 from torchvision.transforms import functional as TF
 
 from resnet_backbone import build_model
-from resnet_backbone.classification.data.augment import (
-    PaperAugmentation,
-    color_shift,
-    draw_crop,
-    resize_crop,
-)
+from resnet_backbone.classification.data.augment import PaperAugmentation, color_shift
 from resnet_backbone.classification.data.imagenet import ImageFiles
 from resnet_backbone.classification.data.loader import LoaderSource
 from resnet_backbone.classification.data.sources import SampleStream, sample_rng
 from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.step import TrainStep, build_sgd
-from resnet_backbone.cli.benchmark.interleaved import (
-    Run,
-    compare_and_measure,
-    measure,
-    randomize_norms,
-    relative_difference,
-    repeated,
-)
+from resnet_backbone.cli import benchmark
 from resnet_backbone.cli.export import find_pictures, spread
 from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.fast.export import export_onnx, run_onnx
@@ -60,7 +48,7 @@ PASSES = itertools.count(1)
 
 def run_loader(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    images = load_images(args.images, args.count, args.jpeg_quality)
+    images = load_images(args.images, args.count)
     size = statistics.mean(map(len, images)) / 1000
     print(f"{len(images)} images of {size:.0f} kB on average: {args.images}")
     ours = partial(our_pass, images, args.batch)
@@ -70,32 +58,25 @@ def run_loader(args: argparse.Namespace) -> dict[str, Any]:
     else:
         print("nvidia-nvimgcodec is not installed: all JPEGs are decoded whole")
     runs["ours + norm"] = partial(ours, normalizer=InputNormalizer(PREPROCESSING))
-    rows = measure(runs, len(images), args.repeats)
-    geometry = geometry_difference(images)
-    print(
-        f"geometry: {geometry['mean']:.4f} gray levels mean, {geometry['max']} at most, from "
-        "Pillow's resize of the same boxes"
-    )
-    return {"rows": rows, "geometry": geometry, "mean_kilobytes": size}
+    return {"rows": benchmark.measure(runs, len(images), args.repeats), "mean_kilobytes": size}
 
 
-def load_images(source: str, count: int, quality: int | None) -> list[bytes]:
+def load_images(source: str, count: int) -> list[bytes]:
     """JPEG files in memory.
 
     Args:
         source: a folder, of which the images are spread evenly, or "synthetic" for ones of
             500 x 375, noise smoothed to the file size of a photograph.
-        quality: encodes the images anew at this JPEG quality; None leaves them as they are.
     """
     if source == "synthetic":
-        return [_synthetic_jpeg(seed, quality or 90) for seed in range(count)]
-    files = [path.read_bytes() for path in spread(find_pictures([source]), count)]
-    return files if quality is None else [_encode(_open(data), quality) for data in files]
+        return [_synthetic_jpeg(seed) for seed in range(count)]
+    return [path.read_bytes() for path in spread(find_pictures([source]), count)]
 
 
 def reference_sample(data: bytes, rng: Generator) -> Tensor:
     """One image through torchvision's v1 transforms: normalized float32 (3, 224, 224)."""
-    image = TF.resize(_open(data), int(rng.integers(256, 481)))
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = TF.resize(image, int(rng.integers(256, 481)))
     top, left = (int(rng.integers(n - 224 + 1)) for n in (image.height, image.width))
     image = TF.crop(image, top, left, 224, 224)
     if rng.random() < 0.5:
@@ -114,7 +95,6 @@ def batches(images: Sequence[bytes], size: int) -> Iterator[list[tuple[bytes, Ge
 
 
 def reference_pass(images: Sequence[bytes], batch: int) -> None:
-    """To normalized float batches, all by torchvision's transforms."""
     for part in batches(images, batch):
         torch.stack([reference_sample(data, rng) for data, rng in part])
 
@@ -135,40 +115,17 @@ def our_pass(
             normalizer(stacked, shift)
 
 
-def geometry_difference(images: Sequence[bytes]) -> dict[str, float]:
-    """How far our crops are from Pillow's resize of the same boxes, in gray levels of 255."""
-    means, largest = [], 0
-    for index, data in enumerate(images):
-        image = EncodedImage(data)
-        crop = draw_crop(image.height, image.width, sample_rng(0, 0, index))
-        left, top, right, bottom = crop.box(224)
-        box = (left, top, min(right, image.width), min(bottom, image.height))
-        theirs = _open(data).resize((224, 224), Image.Resampling.BILINEAR, box=box)
-        ours = resize_crop(image, crop).permute(1, 2, 0).numpy()
-        difference = np.abs(ours.astype(np.int16) - np.asarray(theirs))
-        means.append(difference.mean())
-        largest = max(largest, int(difference.max()))
-    return {"mean": float(np.mean(means)), "max": largest, "images": len(images)}
-
-
-def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def _encode(image: Image.Image, quality: int) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=quality)
-    return stream.getvalue()
-
-
-def _synthetic_jpeg(seed: int, quality: int) -> bytes:
+def _synthetic_jpeg(seed: int) -> bytes:
     rng = np.random.default_rng(seed)
     pixels = np.zeros((375, 500, 3))
     for cells, strength in ((6, 90), (40, 40), (160, 30)):  # large shapes, edges, texture
         coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
         layer = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
         pixels += (np.asarray(layer, dtype=np.float64) - 128) * (strength / 128)
-    return _encode(Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8)), quality)
+    stream = io.BytesIO()
+    image = Image.fromarray(np.clip(pixels + 128, 0, 255).astype(np.uint8))
+    image.save(stream, "JPEG", quality=90)
+    return stream.getvalue()
 
 
 # Training
@@ -204,15 +161,15 @@ def build_step(network: str, dtype: str, channels_last: bool, compiled: str, dev
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     labels = torch.randint(0, 1000, (args.batch,), device=device)
-    runs: dict[str, Run] = {}
+    runs: dict[str, benchmark.Run] = {}
     steps = {}
     for name, network, dtype, channels_last, compiled in variants(args):
         steps[name] = build_step(network, dtype, channels_last, compiled, device)
         images = torch.randn(args.batch, 3, args.size, args.size, device=device)
         if channels_last:
             images = images.to(memory_format=torch.channels_last)
-        runs[name] = repeated(partial(steps[name], images, labels, 0), args.steps)
-    rows = measure(runs, args.batch * args.steps, args.repeats, device)
+        runs[name] = benchmark.repeated(partial(steps[name], images, labels, 0), args.steps)
+    rows = benchmark.measure(runs, args.batch * args.steps, args.repeats, device)
     if not args.images:
         return {"rows": rows}
     own = [row for row in rows if row["name"].startswith("ours")]
@@ -266,11 +223,14 @@ def run_infer(args: argparse.Namespace) -> dict[str, Any]:
         if args.runtimes:
             found |= runtimes(args.model, args.dtype, torch.get_num_threads())
         images = torch.randn(batch, 3, args.size, args.size, device=device)
-        runs = {name: repeated(partial(run, images), args.steps) for name, run in found.items()}
+        runs = {
+            name: benchmark.repeated(partial(run, images), args.steps)
+            for name, run in found.items()
+        }
         size = batch * args.steps
         with torch.inference_mode():
-            result[f"batch_{batch}"] = compare_and_measure(
-                f"batch {batch}", runs, relative_difference, size, args.repeats, device
+            result[f"batch_{batch}"] = benchmark.compare_and_measure(
+                f"batch {batch}", runs, benchmark.relative_difference, size, args.repeats, device
             )
     return result
 
@@ -279,7 +239,7 @@ def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
     """torchvision's model in its default form, and ours with the same weights, for inference."""
     torch.manual_seed(0)
     reference = NetworkSpec(f"torchvision/{name}", 1000).build().eval()
-    randomize_norms(reference)
+    benchmark.randomize_norms(reference)
     options = {} if name.startswith("vgg") else {"stride_in_1x1": False}
     ours = build_model(name, **options).eval()
     ours.load_state_dict(from_torchvision(reference.state_dict()))
@@ -291,10 +251,7 @@ def candidates(
 ) -> dict[str, Forward]:
     """Name -> forward pass on normalized float32 images; the first is the reference."""
     reference, ours = (model.to(device) for model in build_pair(name))
-    found: dict[str, Forward] = {
-        f"torchvision {name}, fp32": reference,
-        "ours, fp32, as built": ours,
-    }
+    found = {f"torchvision {name}, fp32": reference, "ours, fp32, as built": ours}
     for dtype in dtypes:
         optimize, key = partial(optimize_for_inference, ours, dtype=DTYPES[dtype]), f"ours, {dtype}"
         found[f"{key}, optimized"] = optimize()
@@ -308,9 +265,8 @@ def runtimes(name: str, dtypes: list[str], threads: int) -> dict[str, Forward]:
     try:
         import openvino
     except ImportError as error:
-        raise ImportError(
-            "--runtimes needs: pip install onnxscript onnxruntime openvino"
-        ) from error
+        needed = "onnxscript onnxruntime openvino"
+        raise ImportError(f"--runtimes needs: pip install {needed}") from error
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         export_onnx(build_pair(name)[1], path)

@@ -21,34 +21,18 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 from tqdm import tqdm
 
-from resnet_backbone.cli.benchmark.interleaved import (
-    compare_and_measure,
-    measure,
-    measure_memory,
-    randomize_norms,
-    relative_difference,
-)
+from resnet_backbone.cli import benchmark
 from resnet_backbone.cli.benchmark.pyramid import BF16, Pass, candidates, config
 from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
 from resnet_backbone.detection.evaluation.coco import evaluate_coco, run_hotcoco, run_pycocotools
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator
-from resnet_backbone.detection.modeling.build import (
-    GivenProposals,
-    build_reference,
-    detections,
-    losses_of,
-    objects,
-    reference_evaluator,
-    voc_metadata,
-)
+from resnet_backbone.detection.modeling import build
 
 CALIBRATION = 16  # regions
 WIDTH, HEIGHT = 640, 480  # of the images of an evaluation
 
 
 class Setting(NamedTuple):
-    """What a pass works on."""
-
     arch: str  # fpn or c4
     proposals: int  # per image, in inference
     regions: int  # per image, in training
@@ -62,24 +46,24 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
     for arch in args.arch:
         size = args.regions, args.height, args.width, args.batch
         settings = [Setting(arch, number, *size) for number in args.proposals]
-        pair = build_detectors(max(settings, key=lambda setting: setting.proposals))
-        names, step = [], f"training step, {args.regions} regions"
-        for kind in args.kind:
-            for setting in settings if kind == "inference" else settings[:1]:
-                number = f"inference, {setting.proposals} proposals"
-                title = f"{arch}, {number if kind == 'inference' else step}"
-                found = candidates(*pair, kind, prepare_detector(kind, setting))
-                passes = {n: found[n]() for n in found if not n.endswith("compile")}
-                turns = (args.batch, args.repeats)
-                result[title] = compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
-            names += [(kind, name) for name in passes]
+        pair, names = build_detectors(max(settings, key=lambda one: one.proposals)), []
+        titles = {f"{arch}, inference, {s.proposals} proposals": ("inference", s) for s in settings}
+        titles[f"{arch}, training step, {args.regions} regions"] = ("training", settings[0])
+        for title, (kind, setting) in titles.items():
+            if kind not in args.kind:
+                continue
+            found = candidates(*pair, kind, prepare_detector(kind, setting))
+            passes = {name: found[name]() for name in found if not name.endswith("compile")}
+            turns = (args.batch, args.repeats)
+            result[title] = benchmark.compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
+            names += [(kind, name) for name in passes if (kind, name) not in names]
             if kind == "training":
                 seconds, rows = mapper_seconds(), result[title]["rows"]
                 share = seconds * max(row["images_per_s"]["median"] for row in rows)
                 print(f"data: {1000 * seconds:.0f} ms an image, {share:.1%} of the fastest step")
                 result[title]["data_seconds"] = seconds
         if not args.no_memory:
-            found = measure_memory(detector_candidates, tuple(settings[0]), names)
+            found = benchmark.measure_memory(detector_candidates, tuple(settings[0]), names)
             result[f"{arch}, memory_mb"] = found
     return result
 
@@ -87,16 +71,16 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
 def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
     """Detectron2's detector and ours with the same random weights, which give high scores too."""
     cfg, pair = config(setting.arch, setting.regions), []
-    for build in (build_reference, Trainer.build_model):
+    for make in (build.build_reference, Trainer.build_model):
         torch.manual_seed(0)
-        pair.append(build(cfg))
+        pair.append(make(cfg))
     theirs, ours = pair
-    randomize_norms(theirs)
+    benchmark.randomize_norms(theirs)
     inputs, boxes = random_inputs(setting)
     spread_scores(theirs, inputs[:1], boxes[:CALIBRATION])
     ours.load_state_dict(theirs.state_dict())
     for model in pair:
-        model.proposal_generator = GivenProposals(model.proposal_generator, boxes)
+        model.proposal_generator = build.GivenProposals(model.proposal_generator, boxes)
     return theirs, ours
 
 
@@ -115,14 +99,12 @@ def prepare_detector(kind: str, setting: Setting) -> Callable[..., Pass]:
 
 
 def detector_candidates(setting: tuple, kind: str) -> dict[str, Callable[[], Pass]]:
-    """For :func:`measure_memory`."""
     prepare = prepare_detector(kind, Setting(*setting))
     return candidates(*build_detectors(Setting(*setting)), kind, prepare)
 
 
 @torch.no_grad()
 def infer_detector(model: nn.Module, inputs: list[dict], proposals: int) -> list:
-    """Detections of images, of the first ``proposals`` boxes."""
     model.eval()
     given = model.proposal_generator
     boxes, given.boxes = given.boxes, given.boxes[:proposals]
@@ -138,7 +120,7 @@ def train_step(
     model.train()
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=BF16, enabled=bf16):
-        losses = losses_of(model, inputs)
+        losses = build.losses_of(model, inputs)
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     optimizer.step()
@@ -157,7 +139,7 @@ def random_inputs(setting: Setting) -> tuple[list[dict], Tensor]:
     """Images with seven objects each, and random boxes to propose, every fourth near an object."""
     generator, size = torch.Generator().manual_seed(0), (setting.height, setting.width)
     real = random_boxes(7, *size, generator)
-    truth, inputs = objects(size, real, torch.arange(7) * 11), []
+    truth, inputs = build.objects(size, real, torch.arange(7) * 11), []
     for _ in range(setting.batch):
         image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
         inputs.append({"image": image, "instances": truth, "height": size[0], "width": size[1]})
@@ -174,7 +156,7 @@ def spread_scores(model: nn.Module, inputs: list[dict], boxes: Tensor) -> None:
     model.eval()
     predictor, network, found = model.roi_heads.box_predictor, model.proposal_generator, []
     hook = predictor.register_forward_hook(lambda *call: found.append(call[2]))
-    model.proposal_generator = GivenProposals(network, boxes)
+    model.proposal_generator = build.GivenProposals(network, boxes)
     model(inputs)
     model.proposal_generator = network
     hook.remove()
@@ -185,7 +167,7 @@ def spread_scores(model: nn.Module, inputs: list[dict], boxes: Tensor) -> None:
 
 def losses_differ(found: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
     pairs = {name: (torch.tensor(found[name]), torch.tensor(expected[name])) for name in expected}
-    return {name: relative_difference(*pair) for name, pair in pairs.items()}
+    return {name: benchmark.relative_difference(*pair) for name, pair in pairs.items()}
 
 
 def detections_differ(found: list, expected: list) -> dict[str, float]:
@@ -195,20 +177,17 @@ def detections_differ(found: list, expected: list) -> dict[str, float]:
         detections: of the reference. unmatched: share of these for which there is none of the
         same class with an IoU of 0.9 or more. score: the largest difference of a matched score.
     """
-    count = matched = 0
-    score = 0.0
+    count, differences = 0, []
     for ours, theirs in zip(found, expected, strict=True):
         count += len(theirs)
-        if not len(ours) or not len(theirs):
+        if not len(ours):
             continue
         overlap = box_iou(theirs.pred_boxes.tensor, ours.pred_boxes.tensor)
         overlap[theirs.pred_classes[:, None] != ours.pred_classes] = 0
         best, index = overlap.max(1)
-        is_match = best >= 0.9
-        matched += int(is_match.sum())
-        differences = (theirs.scores - ours.scores[index]).abs()[is_match]
-        score = max(score, float(differences.max()) if len(differences) else 0.0)
-    return {"detections": count, "unmatched": 1 - matched / max(1, count), "score": score}
+        differences += (theirs.scores - ours.scores[index]).abs()[best >= 0.9].tolist()
+    unmatched = 1 - len(differences) / max(1, count)
+    return {"detections": count, "unmatched": unmatched, "score": max(differences, default=0.0)}
 
 
 def mapper_seconds(calls: int = 10) -> float:
@@ -248,14 +227,12 @@ def measure_evaluators(runs: dict[str, Callable], images: int, repeats: int) -> 
     numbers: dict[str, dict[str, float]] = {}
 
     def run(name: str) -> None:
+        logging.disable(logging.INFO)
         with contextlib.redirect_stdout(io.StringIO()):
             numbers[name] = runs[name]()
-
-    logging.disable(logging.INFO)
-    try:
-        rows = measure({name: partial(run, name) for name in runs}, images, repeats)
-    finally:
         logging.disable(logging.NOTSET)
+
+    rows = benchmark.measure({name: partial(run, name) for name in runs}, images, repeats)
     expected, ours = (numbers[name] for name in runs)
     difference = max(abs(ours[key] - expected[key]) for key in expected)
     print(f"{[*runs][1]}: numbers differ by {difference:.1e} at most")
@@ -281,7 +258,6 @@ def random_set(images: int, classes: int, count: int) -> list[tuple[np.ndarray, 
 
 
 def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
-    """Evaluations of one random set; the first is the reference, pycocotools."""
     truth: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for image, (boxes, kinds, *found) in enumerate(images, start=1):
@@ -295,20 +271,17 @@ def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
         "categories": [dict(id=c, name=str(c)) for c in range(1, 81)],
         "annotations": truth,
     }
-    engines = {"pycocotools": run_pycocotools, "ours (hotcoco)": run_hotcoco}
 
-    return {
-        name: lambda engine=engine: evaluate_coco(dataset, results, engine=engine)[0]
-        for name, engine in engines.items()
-    }
+    def run(engine) -> dict[str, float]:
+        return evaluate_coco(dataset, results, engine=engine)[0]
+
+    engines = {"pycocotools": run_pycocotools, "ours (hotcoco)": run_hotcoco}
+    return {name: partial(run, engine) for name, engine in engines.items()}
 
 
 @contextlib.contextmanager
 def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dict[str, Callable]]:
-    """Evaluations of one random set in VOC layout; the first is the reference, Detectron2's.
-
-    Each takes the detections as the model gives them and reads the annotations from their files.
-    """
+    """Evaluations of one random set in VOC layout; the first is the reference, Detectron2's."""
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (folder / part).mkdir(parents=True)
     Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "image.jpg")
@@ -319,7 +292,7 @@ def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dic
         (folder / "Annotations" / f"{name}.xml").write_text(voc_xml(boxes, kinds))
         corners = torch.tensor(np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])).float()
         scores = torch.tensor(scores.round(3), dtype=torch.float32)
-        instances = detections((HEIGHT, WIDTH), corners, scores, torch.tensor(labels))
+        instances = build.detections((HEIGHT, WIDTH), corners, scores, torch.tensor(labels))
         outputs.append(({"image_id": name}, {"instances": instances}))
     lines = "".join(f"{given['image_id']}\n" for given, _ in outputs)
     (folder / "ImageSets" / "Main" / "test.txt").write_text(lines)
@@ -331,20 +304,23 @@ def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dic
         found = evaluator.evaluate()["bbox"]
         return {key: found[key] for key in ("AP", "AP50", "AP75")}
 
-    with voc_metadata(str(folder), "test", [f"class{number}" for number in range(20)]) as name:
+    with build.voc_metadata(
+        str(folder), "test", [f"class{number}" for number in range(20)]
+    ) as name:
         yield {
-            "Detectron2's evaluator": lambda: run(reference_evaluator(name)),
+            "Detectron2's evaluator": lambda: run(build.reference_evaluator(name)),
             "ours": lambda: run(VOCEvaluator(name)),
         }
+
+
+OBJECT = (
+    "<object><name>class{}</name><pose>-</pose><truncated>0</truncated><difficult>0</difficult>"
+    "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
 
 
 def voc_xml(boxes: np.ndarray, kinds: np.ndarray) -> str:
     text = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
     for (x, y, width, height), kind in zip(boxes.astype(int), kinds, strict=True):
-        corners = dict(xmin=x, ymin=y, xmax=x + width - 1, ymax=y + height - 1)
-        box = "".join(f"<{name}>{value}</{name}>" for name, value in corners.items())
-        text += (
-            f"<object><name>class{kind}</name><pose>-</pose><truncated>0</truncated>"
-            f"<difficult>0</difficult><bndbox>{box}</bndbox></object>"
-        )
+        text += OBJECT.format(kind, x, y, x + width - 1, y + height - 1)
     return f"<annotation>{text}</annotation>"

@@ -10,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_backbone.cli.benchmark.interleaved import (
-    as_text,
-    measure,
-    measure_memory,
-    randomize_norms,
-    relative_difference,
-    repeated,
-)
+from resnet_backbone.cli import benchmark
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.modeling.build import build_reference
@@ -68,29 +61,27 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
         found = candidates(*pair, kind, prepare_pyramid(kind, images))
         names += [(kind, name) for name in found if not name.endswith("compile")]
         runs = {
-            f"{kind}: {name}": repeated(prepare(), args.steps)
+            f"{kind}: {name}": benchmark.repeated(prepare(), args.steps)
             for name, prepare in found.items()
             if args.compile or not name.endswith("compile")
         }
-        result[kind] = measure(runs, args.steps, args.repeats, device)
+        result[kind] = benchmark.measure(runs, args.steps, args.repeats, device)
     corner = images[:, :, :256, :320].double()
     differences["float64"] = compare_pyramids(*(network.double() for network in pair), corner)
     for precision, values in differences.items():
-        print(f"ours differs from Detectron2's, relatively, in {precision}: {as_text(values)}")
+        text = ", ".join(f"{name} {value:.1e}" for name, value in values.items())
+        print(f"ours differs from Detectron2's, relatively, in {precision}: {text}")
     if device.type == "cpu" and not args.no_memory:
-        result["memory_mb"] = measure_memory(pyramid_candidates, shape, names)
+        result["memory_mb"] = benchmark.measure_memory(pyramid_candidates, shape, names)
     return result
 
 
 def build_pyramids() -> tuple[nn.Module, nn.Module]:
-    """Detectron2's ResNet-FPN and ours with the same random weights, each as it comes.
-
-    Both map (N, 3, H, W) to a dict of p2 ... p6. Norms, stem and res2 are frozen: the defaults.
-    """
+    """Detectron2's ResNet-FPN and ours with the same random weights, each as it comes."""
     torch.manual_seed(0)
     cfg = config("fpn", head=1)  # the backbone alone is used
     theirs, ours = build_reference(cfg).backbone, Trainer.build_model(cfg).backbone
-    randomize_norms(theirs)
+    benchmark.randomize_norms(theirs)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -101,16 +92,14 @@ def prepare_pyramid(kind: str, images: Tensor) -> Callable[..., Pass]:
 
 
 def pyramid_candidates(shape: tuple[int, ...], kind: str) -> dict[str, Callable[[], Pass]]:
-    """On random images, for :func:`measure_memory`."""
     return candidates(*build_pyramids(), kind, prepare_pyramid(kind, torch.randn(shape)))
 
 
 def train_pyramid(model: nn.Module, images: Tensor, bf16: bool = False) -> dict[str, Tensor]:
-    """Forward and backward of a fixed scalar of all maps; returns the maps.
+    """Forward and backward of a fixed scalar of all maps, in place of heads; returns the maps.
 
-    The scalar stands in for the heads: its gradient depends on every value of every map. It is
-    divided last, since the gradient of ``mean`` is row-major whatever the map: the backward pass
-    of a head's convolution returns the map's own memory format.
+    It is divided last, since the gradient of ``mean`` is row-major whatever the map: the backward
+    pass of a head's convolution returns the map's own memory format.
     """
     model.zero_grad(set_to_none=True)
     with torch.autocast(images.device.type, dtype=BF16, enabled=bf16):
@@ -126,9 +115,9 @@ def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict
         outputs: the largest of any pyramid level, of that level's largest value.
         gradient: norm of the difference of the whole gradient, of the gradient's norm.
         gradient_worst: the largest of any parameter, of that parameter's largest gradient. In
-            single precision it jumps where a ReLU's input is a rounding error away from zero,
-            between any two implementations.
+            single precision it jumps where a ReLU's input is a rounding error away from zero.
     """
+    difference = benchmark.relative_difference
     maps = [train_pyramid(model, images) for model in (theirs, ours)]
     expected, found = (
         {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -139,7 +128,7 @@ def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict
     whole = torch.cat([value.flatten() for value in expected.values()])
     error = torch.cat([(found[name] - value).flatten() for name, value in expected.items()])
     return {
-        "outputs": max(relative_difference(maps[1][name], maps[0][name]) for name in maps[0]),
+        "outputs": max(difference(maps[1][name], maps[0][name]) for name in maps[0]),
         "gradient": float(error.norm() / whole.norm()),
-        "gradient_worst": max(relative_difference(found[n], expected[n]) for n in expected),
+        "gradient_worst": max(difference(found[name], expected[name]) for name in expected),
     }

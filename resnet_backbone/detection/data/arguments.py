@@ -6,22 +6,19 @@ import argparse
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.build import get_detection_dataset_dicts
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.coco import register_coco
+from resnet_backbone.detection.data.formats.voc import find_voc_dir, read_split
+from resnet_backbone.detection.data.records import BOX_COLUMNS, RUN_LENGTHS, Records
+from resnet_backbone.detection.data.scans import dataset_records, first_process_first
 from resnet_backbone.detection.data.segmentation import register_panoptic, register_semantic
-from resnet_backbone.detection.data.voc import (
-    VOC_CLASSES,
-    find_voc_classes,
-    find_voc_dir,
-    read_split,
-    register_voc,
-)
+from resnet_backbone.detection.data.voc import VOC_CLASSES, find_voc_classes, register_voc
 from resnet_backbone.runtime.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -101,20 +98,25 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
         UsageError, DataError: see :func:`check_data_arguments` and :func:`apply_policy`.
     """
     check_data_arguments(cfg, args)
-    if args.voc_root or args.sem_seg or args.coco_json:
-        register_paths(cfg, args)
-    else:
-        for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
-            _adopt(name, cfg, args.bad_data)
+    with first_process_first() as shared:
+        if args.voc_root and not cfg.RESNET_BACKBONE.CLASS_NAMES:
+            if "classes" not in shared:
+                shared["classes"] = find_voc_classes(args.voc_root, _voc_splits(args))
+            cfg.RESNET_BACKBONE.CLASS_NAMES = shared["classes"]
+        if args.voc_root or args.sem_seg or args.coco_json:
+            register_paths(cfg, args)
+        else:
+            for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+                _adopt(name, cfg, args.bad_data)
+        names = sorted({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST})
+        found = {name: dataset_records(name) for name in names}
     num_training = 0
-    for name in sorted({*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST}):
-        images = DatasetCatalog.get(name)
-        boxes = sum(len(image.get("annotations", ())) for image in images)
-        logger.info("data set %s: %d images, %d boxes", name, len(images), boxes)
+    for name, records in found.items():
+        boxes = len(records.box_column("image"))
+        logger.info("data set %s: %d images, %d boxes", name, len(records), boxes)
         if name in cfg.DATASETS.TRAIN and not args.eval_only:
-            check_annotations(cfg, name, images)
-            usable = len(usable_images(cfg, name, check_consistency=False))
-            num_training += cfg.DATASETS.TRAIN.count(name) * usable
+            check_annotations(cfg, name, records)
+            num_training += cfg.DATASETS.TRAIN.count(name) * len(usable_records(cfg, name, records))
     things, labels = [], []
     given = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
     if detects_objects(cfg):
@@ -131,16 +133,27 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
     return num_training
 
 
-def usable_images(cfg: CfgNode, name: str, **options) -> list[dict]:
-    """A registered data set without the images that Detectron2 leaves out of training."""
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    images = get_detection_dataset_dicts([name], filter_empty, keypoints, **options)
+def usable_records(cfg: CfgNode, name: str, records: Records) -> Records:
+    """What a data set has to train on: without images and masks that Detectron2 leaves out, too.
+
+    Raises:
+        UsageError: nothing is left.
+    """
+    is_used, annotated = np.ones(len(records), bool), records.image_column("has_annotations").all()
+    filters = annotated and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    if filters:
+        is_used &= records.per_image(records.box_column("crowd") == 0) > 0
+    if annotated and cfg.MODEL.KEYPOINT_ON:
+        least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        is_used &= records.per_image(records.box_column("points")) >= least
     if cfg.MODEL.MASK_ON:
-        for image in images:
-            image["annotations"] = [a for a in image["annotations"] if a.get("segmentation")]
-        images = [image for image in images if image["annotations"] or not filter_empty]
-    return images
+        has_mask = records.store.boxes[:, BOX_COLUMNS.index("mask")] > 0
+        records = records.select(boxes=has_mask)
+        if filters:
+            is_used &= records.per_image(records.box_column("mask") > 0) > 0
+    if not is_used.any():
+        raise UsageError(f"data set {name}: none of {len(records)} images can be trained on")
+    return records.select(images=is_used)
 
 
 def _common_classes(cfg: CfgNode, key: str, kind: str) -> list[str]:
@@ -213,41 +226,43 @@ def _kind(cfg: CfgNode, args: argparse.Namespace) -> str:
     return "panoptic"
 
 
-def check_annotations(cfg: CfgNode, name: str, images: Sequence[dict]) -> None:
+def check_annotations(cfg: CfgNode, name: str, records: Records) -> None:
     """Refuses training data without the boxes, masks or labels that the model learns from."""
-    if labels_pixels(cfg) and not all("sem_seg_file_name" in image for image in images):
+    if labels_pixels(cfg) and not records.image_column("has_labels").all():
         raise UsageError(
             f"data set {name} has no label pictures, which {cfg.MODEL.META_ARCHITECTURE} needs: "
             "give --sem-seg TRAIN TEST (tools/prepare_data.py labels makes them from masks)"
         )
     if not detects_objects(cfg):
         return
-    boxes = (a for image in images for a in image.get("annotations", ()))
-    objects = [entry for entry in boxes if not entry.get("iscrowd", 0)]
+    is_object, mask = records.box_column("crowd") == 0, records.box_column("mask")
+    objects = int(is_object.sum())
     if not objects:
         raise UsageError(f"data set {name} has no boxes to learn from: train on an annotated one")
     if not cfg.MODEL.MASK_ON:
         return
-    bare = [
-        f"{image['file_name']}: box {[round(side, 1) for side in entry['bbox']]}"
-        for image in images
-        for entry in image.get("annotations", ())
-        if not entry.get("segmentation") and not entry.get("iscrowd", 0)
-    ]
-    if len(bare) == len(objects):
+    is_bare = is_object & (mask == 0)
+    bare = int(is_bare.sum())
+    if bare == objects:
         raise UsageError(
-            f"data set {name}: none of the {len(bare)} boxes has a usable mask, which "
+            f"data set {name}: none of the {bare} boxes has a usable mask, which "
             "MODEL.MASK_ON needs: give --coco-json with segmentations, or set MODEL.MASK_ON False"
         )
-    for line in bare:
+    for line in _boxes_without_masks(records, np.unique(records.box_column("image")[is_bare])):
         logger.warning("left out: no usable mask: %s", line)
-    objects = [entry for entry in objects if entry.get("segmentation")]
-    encoded = sum(isinstance(entry["segmentation"], dict) for entry in objects)
+    encoded = int((is_object & (mask == RUN_LENGTHS)).sum())
     if encoded and cfg.INPUT.MASK_FORMAT == "polygon":
         raise UsageError(
-            f"data set {name}: {encoded} of {len(objects)} masks are run-length encoded: set "
+            f"data set {name}: {encoded} of {objects - bare} masks are run-length encoded: set "
             "INPUT.MASK_FORMAT bitmask"
         )
+
+
+def _boxes_without_masks(records: Records, places: Sequence[int]) -> Iterator[str]:
+    for image in (records[place] for place in places):
+        for entry in image["annotations"]:
+            if not entry.get("segmentation") and not entry.get("iscrowd", 0):
+                yield f"{image['file_name']}: box {[round(side, 1) for side in entry['bbox']]}"
 
 
 def set_class_counts(cfg: CfgNode, things: Sequence[str], labels: Sequence[str]) -> None:

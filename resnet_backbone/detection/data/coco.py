@@ -1,52 +1,36 @@
-"""Data sets in COCO's JSON format, COCO's own or a user's.
-
-Annotation tools write ids as text, empty fields, masks of two points. Each entry is read as far as
-it can be; what cannot be used is left out by itself, and named.
-"""
+"""Data sets in COCO's JSON format, COCO's own or a user's, as Detectron2 data sets."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from detectron2.structures import BoxMode
-from pycocotools import mask as mask_util
 from tqdm import tqdm
 
+from resnet_backbone.detection.data.formats.coco import CocoFile, read_coco
 from resnet_backbone.detection.data.problems import (
-    DataProblem,
     DataReport,
-    apply_policy,
-    cached_by_version,
-    check_image,
     fit_box,
+    in_threads,
     list_problems,
-    register_once,
+    look_at_image,
+    reading,
 )
+from resnet_backbone.detection.data.scans import ScannedDataset, register_once
 from resnet_backbone.runtime.errors import DataError
 
-Id = int | str
-
-
-class CocoFile(NamedTuple):
-    """What an instances JSON holds that can be used."""
-
-    categories: dict[Id, str]  # by rising id; none if the file is unusable
-    images: dict[Id, dict[str, Any]]  # file_name, width, height (None where it is not stated)
-    # image -> category_id, bbox (x, y, width, height), area, iscrowd, segmentation, keypoints
-    annotations: dict[Id, list[dict[str, Any]]]
-    annotated: bool  # False for lists of images without the key, such as COCO's image_info files
-    problems: tuple[DataProblem, ...]
-    notes: tuple[str, ...]
+Complete = Callable[[list[dict], DataReport], list[dict]]
 
 
 def scan_coco(
-    json_file: str, image_root: str, decode: bool = False, progress: bool = False
+    json_file: str,
+    image_root: str,
+    decode: bool = False,
+    progress: bool = False,
+    found: CocoFile | None = None,
 ) -> tuple[list[dict], DataReport]:
     """Read and check a COCO JSON in one pass; loader and evaluator both stand on this.
 
@@ -54,6 +38,7 @@ def scan_coco(
         json_file: instances in COCO's format; ids may be any whole numbers or texts.
         image_root: folder that its file_names are relative to.
         decode, progress: as in :func:`~resnet_backbone.detection.data.voc.scan_voc`.
+        found: the file's content, where it is read already.
 
     Returns:
         What `detectron2.data.datasets.load_coco_json` gives, with the area of each annotation.
@@ -67,30 +52,51 @@ def scan_coco(
     Raises:
         DataError: no such file, or it is not JSON.
     """
-    found = read_coco(json_file)
-    problems, notes = list(found.problems), list(found.notes)
-    report = DataReport(json_file, problems=problems, annotated=found.annotated, notes=notes)
+    found = found or read_coco(json_file)
+    report = _new_report(json_file, found)
+    with reading(json_file):
+        return list(_scan(found, report, image_root, decode, progress)), report
+
+
+def _new_report(json_file: str, found: CocoFile) -> DataReport:
+    """What reading the file has shown."""
+    report = DataReport(json_file, problems=list(found.problems), notes=list(found.notes))
+    report.annotated, report.files[json_file] = found.annotated, found.stamp
+    report.num_images = len(found.images) if found.categories else 0
+    report.category_ids = list(found.categories)
+    report.boxes.update(dict.fromkeys(found.categories.values(), 0))
+    boxes = (one["bbox"] for entries in found.annotations.values() for one in entries)
+    report.note_shares(max(map(max, boxes), default=-math.inf))
+    return report
+
+
+def _scan(
+    found: CocoFile, report: DataReport, image_root: str, decode: bool, progress: bool
+) -> Iterator[dict]:
+    """The records of :func:`scan_coco`; the report is whole after the last."""
     if not found.categories:
-        return [], report
-    names = list(found.categories.values())
-    positions = {category_id: index for index, category_id in enumerate(found.categories)}
-    report.num_images = len(found.images)
-    report.boxes.update(dict.fromkeys(names, 0))
-    report.note_shares(a["bbox"] for entries in found.annotations.values() for a in entries)
-    kept = []
-    bar = tqdm(found.images.items(), desc="checking", disable=None if progress else True)
-    for image_id, image in bar:
-        path = os.path.join(image_root, image["file_name"])
-        stated = (image["width"], image["height"]) if image["width"] else None
-        size = check_image(report, path, stated, decode)
+        return
+    positions = {category: place for place, category in enumerate(found.categories)}
+    names, kept = list(found.categories.values()), 0
+    files = (
+        (
+            os.path.join(image_root, image["file_name"]),
+            (image["width"], image["height"]) if image["width"] else None,
+            decode,
+        )
+        for image in found.images.values()
+    )
+    looks = zip(found.images, in_threads(look_at_image, files), strict=True)
+    bar = dict(desc="checking", total=len(found.images), disable=None if progress else True)
+    for image_id, look in tqdm(looks, **bar):
+        size = report.note_look(look)
         if size is None:
             continue
-        record = {"file_name": path, "height": size[1], "width": size[0], "image_id": image_id}
-        good = record["annotations"] = []
+        good = []
         for entry in found.annotations.get(image_id, ()):
             position, (x, y, width, height) = positions[entry["category_id"]], entry["bbox"]
             whole = (x, y, x + width, y + height)
-            box = fit_box(report, path, names[position], whole, size)
+            box = fit_box(report, look.path, names[position], whole, size)
             if box is None:
                 continue
             used = {**entry, "category_id": position, "bbox_mode": BoxMode.XYWH_ABS}
@@ -98,26 +104,11 @@ def scan_coco(
                 used["bbox"] = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
             report.boxes[names[position]] += 1
             good.append(used)
-        kept.append(record)
+        kept += 1
+        sides = {"height": size[1], "width": size[0]}
+        yield {"file_name": look.path, **sides, "image_id": image_id, "annotations": good}
     if not kept:
-        report.add_empty(json_file)
-    return kept, report
-
-
-def load_coco_instances(
-    json_file: str, image_root: str, on_bad: str = "drop", decode: bool = False
-) -> list[dict]:
-    """The records of :func:`scan_coco`, after :func:`apply_policy`."""
-    records, report = scan_coco(json_file, image_root, decode)
-    apply_policy(report, on_bad)
-    return records
-
-
-def check_coco(
-    json_file: str, image_root: str, decode: bool = False, progress: bool = True
-) -> DataReport:
-    """The report of :func:`scan_coco`: a loader leaves out exactly what it names."""
-    return scan_coco(json_file, image_root, decode, progress)[1]
+        report.add_empty(report.name)
 
 
 def register_coco(
@@ -136,306 +127,49 @@ def register_coco(
         DataError: no such file, or it is not in COCO's format.
         ValueError: `name` is registered already with other arguments.
     """
+    dataset, metadata = scanned_coco(json_file, image_root, on_bad, decode)
+    register_once(name, dataset, {**metadata, "evaluator_type": "coco"})
+
+
+def scanned_coco(
+    json_file: str,
+    image_root: str,
+    on_bad: str,
+    decode: bool,
+    complete: Complete | None = None,
+    **more: Any,
+) -> tuple[ScannedDataset, dict[str, Any]]:
+    """A data set that is not registered yet, and what Detectron2 keeps of it.
+
+    Args:
+        complete: adds to the records and the report of the scan.
+        more: what `complete` depends on.
+    """
     json_file, image_root = os.path.abspath(json_file), os.path.abspath(image_root)
-    metadata = {
-        **thing_metadata(json_file, image_root),
-        "evaluator_type": "coco",
+    parsed: list[CocoFile] = []
+
+    def scan() -> tuple[Iterator[dict], DataReport]:
+        found = parsed.pop() if parsed else read_coco(json_file)
+        report = _new_report(json_file, found)
+        records = _scan(found, report, image_root, decode, False)
+        return (complete(list(records), report) if complete else records), report
+
+    key = {"json_file": json_file, "image_root": image_root, "decode": decode, **more}
+    dataset = ScannedDataset(scan, on_bad, key=key)
+    kept = dataset.kept()
+    if kept:
+        ids, names = kept[1].category_ids, list(kept[1].boxes)
+    else:
+        found = read_coco(json_file)
+        if not found.categories:
+            raise DataError(f"{json_file} cannot be used: {list_problems(found.problems)}")
+        ids, names = list(found.categories), list(found.categories.values())
+        parsed.append(found)
+    return dataset, {
+        "thing_classes": names,
+        "thing_dataset_id_to_contiguous_id": {one: place for place, one in enumerate(ids)},
+        "json_file": json_file,
+        "image_root": image_root,
         "on_bad": on_bad,
         "decode": decode,
     }
-    register_once(name, lambda: scan_coco(json_file, image_root, decode), metadata)
-
-
-def thing_metadata(json_file: str, image_root: str) -> dict[str, Any]:
-    """What Detectron2 keeps of an instances JSON, which must be in COCO's format."""
-    found = read_coco(json_file)
-    if not found.categories:
-        raise DataError(f"{json_file} cannot be used: {list_problems(found.problems)}")
-    return {
-        "thing_classes": list(found.categories.values()),
-        "thing_dataset_id_to_contiguous_id": {c: i for i, c in enumerate(found.categories)},
-        "json_file": json_file,
-        "image_root": image_root,
-    }
-
-
-def read_json(path: str) -> Any:
-    """The content of a JSON file, UTF-8 or UTF-16, with a byte order mark or without.
-
-    Raises:
-        DataError: there is none, or it is not JSON.
-    """
-    if not os.path.isfile(path):
-        raise DataError(f"{path} does not exist; give the path of a COCO annotation file")
-    try:
-        return json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-
-
-@cached_by_version
-def read_coco(json_file: str) -> CocoFile:
-    """What an instances JSON holds; a DataError if there is no such file, or it is not JSON."""
-    return parse_coco(read_json(json_file), json_file)
-
-
-def parse_coco(data: Any, where: str) -> CocoFile:
-    """:func:`read_coco` for content that is read already; ``where`` is for messages."""
-    return _Parser(where).parse(data)
-
-
-class Clean(NamedTuple):
-    """A data set in COCO's format with ids from 1, and the user's ids in that order."""
-
-    content: dict[str, Any]
-    image_ids: list[Id]
-    category_ids: list[Id]
-
-
-def clean_coco(
-    categories: Mapping[Id, str],
-    images: Mapping[Id, Mapping[str, Any]],
-    annotations: Mapping[Id, Sequence[Mapping[str, Any]]],
-    annotated: bool = True,
-) -> Clean:
-    """Records of our own making, in which every field is as COCO's format has it.
-
-    Args:
-        categories, images, annotations: as in a :class:`CocoFile`.
-        annotated: False leaves the list of annotations out.
-    """
-    image_ids, category_ids = list(images), list(categories)
-    places = number_from_one(category_ids)
-    entries = []
-    for number, image in enumerate(image_ids, start=1):
-        for one in annotations.get(image, ()):
-            entry = {
-                "id": len(entries) + 1,
-                "image_id": number,
-                "category_id": places[one["category_id"]],
-                "bbox": [float(side) for side in one["bbox"]],
-                "area": float(one["area"]),
-                "iscrowd": int(one["iscrowd"]),
-            }
-            mask = one.get("segmentation")
-            if isinstance(mask, dict) and isinstance(mask["counts"], bytes):
-                mask = {**mask, "counts": mask["counts"].decode("ascii")}
-            if mask:
-                entry["segmentation"] = mask
-            points = one.get("keypoints")
-            if points:  # Detectron2's coordinates back to COCO's pixel indices
-                entry["keypoints"] = [p if k % 3 == 2 else p - 0.5 for k, p in enumerate(points)]
-                entry["num_keypoints"] = sum(visible > 0 for visible in points[2::3])
-            entries.append(entry)
-    content: dict[str, Any] = {
-        "info": {},
-        "images": [
-            {
-                "id": number,
-                "file_name": images[one]["file_name"],
-                "width": images[one]["width"] or 1,
-                "height": images[one]["height"] or 1,
-            }
-            for number, one in enumerate(image_ids, start=1)
-        ],
-        "categories": [{"id": number, "name": categories[one]} for one, number in places.items()],
-    }
-    if annotated:
-        content["annotations"] = entries
-    return Clean(content, image_ids, category_ids)
-
-
-def number_from_one(ids: Iterable[Id]) -> dict[Id, int]:
-    """Id -> its place among the ids, counted from 1."""
-    return {one: number for number, one in enumerate(ids, start=1)}
-
-
-def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
-    """Which of these lists a JSON lacks, else which of these keys their entries lack."""
-    lists = data if isinstance(data, dict) else {}
-    missing = [section for section in required if not isinstance(lists.get(section), list)]
-    if missing:
-        return [f"no list {', '.join(missing)}, which COCO's format has"]
-    found = []
-    for section, keys in required.items():
-        for position, entry in enumerate(data[section]):
-            absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-            if absent:
-                found.append(f"{section}[{position}] has no {', '.join(absent)}")
-    return found
-
-
-class _Parser:
-    """Collects what is good and what is wrong in one file."""
-
-    def __init__(self, where: str):
-        self.where, self.problems, self.notes = where, [], []
-
-    def bad(self, kind: str, detail: str) -> None:
-        self.problems.append(DataProblem(kind, self.where, detail))
-
-    def parse(self, data: Any) -> CocoFile:
-        annotated = not isinstance(data, dict) or "annotations" in data
-        lists = ("categories", "images", "annotations")[: 2 + annotated]
-        categories: dict[Id, str] = {}
-        images: dict[Id, dict] = {}
-        annotations: dict[Id, list[dict]] = {}
-        for detail in absent_keys(data, dict.fromkeys(lists, ())):
-            self.bad("broken-json", detail)
-        if not self.problems:
-            entries = data["annotations"] if annotated else []
-            categories = self.categories(data["categories"])
-            images = self.images(data["images"])
-            annotations = self.annotations(entries, categories, images)
-            self.drop_root(categories, data["categories"], annotations)
-            if not categories:
-                self.bad("broken-json", "the list of categories has no usable one")
-        order = sorted(categories, key=lambda one: (isinstance(one, str), one))
-        categories = {one: categories[one] for one in order}
-        found = tuple(self.problems), tuple(self.notes)
-        return CocoFile(categories, images, annotations, annotated, *found)
-
-    def categories(self, entries: Iterable[Any]) -> dict[Id, str]:
-        found: dict[Id, str] = {}
-        for position, entry in enumerate(entries):
-            entry = entry if isinstance(entry, dict) else {}
-            number, name = read_id(entry.get("id")), entry.get("name")
-            if number is None or name is None or not str(name).strip():
-                self.bad("bad-entry", f"categories[{position}] has no id or no name")
-                continue
-            if not isinstance(name, str):
-                self.notes.append(
-                    f"the name of category {number} is no text: it is called '{name}'"
-                )
-            name = str(name).strip()
-            if number in found:
-                self.bad("duplicate-id", f"category id {number} occurs again, named {name!r}")
-                continue
-            if name in found.values():
-                new = next(
-                    f"{name} {n}" for n in range(2, 10**6) if f"{name} {n}" not in found.values()
-                )
-                self.notes.append(f"category {number} is a second {name!r}: it is called {new!r}")
-                name = new
-            found[number] = name
-        return found
-
-    def images(self, entries: Iterable[Any]) -> dict[Id, dict]:
-        found: dict[Id, dict] = {}
-        for position, entry in enumerate(entries):
-            entry = entry if isinstance(entry, dict) else {}
-            number, name = read_id(entry.get("id")), entry.get("file_name")
-            if number is None or not isinstance(name, str) or not name:
-                what = "no id" if number is None else f"the file_name {name!r}, which is no text"
-                self.bad("bad-entry", f"images[{position}] has {what}")
-            elif number in found:
-                self.bad("duplicate-id", f"image id {number} occurs again, with {name}")
-            else:
-                size = [read_number(entry.get(side)) for side in ("width", "height")]
-                known = all(side and math.isfinite(side) and side >= 1 for side in size)
-                width, height = map(int, size) if known else (None, None)
-                path = name.replace("\\", "/")
-                found[number] = {"file_name": path, "width": width, "height": height}
-        return found
-
-    def annotations(
-        self, entries: Iterable[Any], categories: Mapping[Id, str], images: Mapping[Id, dict]
-    ) -> dict[Id, list[dict]]:
-        found = defaultdict(list)
-        for position, entry in enumerate(entries):
-            if not isinstance(entry, dict):
-                self.bad("bad-box", f"annotations[{position}] is no annotation")
-                continue
-            where = f"annotation {entry.get('id', f'at {position}')}"
-            image, category = read_id(entry.get("image_id")), read_id(entry.get("category_id"))
-            box = entry.get("bbox")
-            sides = [read_number(side) for side in box] if isinstance(box, list) else []
-            if image not in images:
-                image = entry.get("image_id")
-                self.bad("bad-box", f"{where} is of image {image!r}, which is not in images")
-            elif category not in categories:
-                category = entry.get("category_id")
-                self.bad("bad-box", f"{where}: category_id {category!r} is not in categories")
-            elif len(sides) != 4 or None in sides:
-                self.bad("bad-box", f"{where}: bbox {box!r} is not four numbers")
-            else:
-                found[image].append(_annotation(entry, category, sides))
-        return dict(found)
-
-    def drop_root(self, categories: dict[Id, str], entries: Iterable[Any], annotations) -> None:
-        """Roboflow's first category, which has no boxes and is the parent of all others."""
-        used = {one["category_id"] for boxes in annotations.values() for one in boxes}
-        parents = {
-            read_id(entry.get("id")): entry.get("supercategory")
-            for entry in entries
-            if isinstance(entry, dict)
-        }
-        for number, name in list(categories.items()):
-            others = [parents.get(other) for other in categories if other != number]
-            if others and number not in used and all(parent == name for parent in others):
-                del categories[number]
-                self.notes.append(f"category {name!r} is left out: it has no box and is a parent")
-                return
-
-
-def _annotation(entry: Mapping[str, Any], category: Id, box: list[float]) -> dict[str, Any]:
-    area = read_number(entry.get("area"))
-    crowd = any(read_number(entry.get(key)) for key in ("iscrowd", "ignore"))
-    used = {
-        "category_id": category,
-        "bbox": box,
-        "area": box[2] * box[3] if area is None else area,
-        "iscrowd": int(crowd),
-    }
-    mask = read_mask(entry.get("segmentation"))
-    if mask:
-        used["segmentation"] = mask
-    points = entry.get("keypoints")
-    if isinstance(points, list) and points and len(points) % 3 == 0:
-        # COCO's are pixel indices, Detectron2's are coordinates
-        used["keypoints"] = [p if k % 3 == 2 else p + 0.5 for k, p in enumerate(points)]
-    return used
-
-
-def read_id(value: Any) -> Id | None:
-    """An id as a whole number, also from its text or a float; else as text; None for no id."""
-    if isinstance(value, str):
-        text = value.strip()
-        return int(text) if text.removeprefix("-").isdecimal() else text or None
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def read_number(value: Any) -> float | None:
-    """A number, also from its text; None for anything else."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    return value if isinstance(value, (int, float)) else None
-
-
-def read_mask(value: Any) -> list | dict | None:
-    """Polygons of three points or more, or compressed run lengths; None for anything else."""
-    if isinstance(value, dict):
-        try:
-            counts, (height, width) = value["counts"], value["size"]
-            if isinstance(counts, list):
-                return mask_util.frPyObjects(value, height, width)
-            return {"size": [height, width], "counts": counts} if counts else None
-        except (KeyError, OverflowError, TypeError, ValueError):
-            return None
-    if not isinstance(value, list):
-        return None
-    if value and all(isinstance(number, (int, float)) for number in value):
-        value = [value]  # one polygon, without its list
-    good = [one for one in value if _is_polygon(one)]
-    return good or None
-
-
-def _is_polygon(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) < 6 or len(value) % 2:
-        return False
-    return all(isinstance(number, (int, float)) and math.isfinite(number) for number in value)

@@ -19,9 +19,10 @@ import yaml
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.coco import clean_coco, read_coco, scan_coco
-from resnet_backbone.detection.data.problems import DataReport, check_image, fit_box
-from resnet_backbone.detection.data.voc import read_annotation
+from resnet_backbone.detection.data.coco import scan_coco
+from resnet_backbone.detection.data.formats.coco import CocoFile, clean_coco, read_coco
+from resnet_backbone.detection.data.formats.voc import read_annotation
+from resnet_backbone.detection.data.problems import DataReport, check_image, fit_box, reading
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import write_text
 
@@ -54,7 +55,8 @@ def read_own(
             raise DataError(f"{path} does not exist; name the folder that holds your files")
     report = DataReport(str(annotations))
     read = {"voc": _read_voc, "coco": _read_coco, "yolo": _read_yolo}
-    records, names = read[kind or _find_format(annotations)](images, annotations, report)
+    with reading(annotations):
+        records, names = read[kind or _find_format(annotations)](images, annotations, report)
     if not any(record["annotations"] for record in records):
         report.add_empty(str(annotations), "no image with a box")
         raise DataError(f"{annotations} cannot be used: {report.problems[-1].detail}")
@@ -247,7 +249,8 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
             report.problems += content.problems
             continue
         categories = list(content.categories.values())
-        found, of_file = scan_coco(str(file), _image_root(file, images), decode=True, progress=True)
+        root = _image_root(file, images, content)
+        found, of_file = scan_coco(str(file), root, decode=True, progress=True, found=content)
         report.problems += of_file.problems
         report.clipped += of_file.clipped
         report.notes += of_file.notes
@@ -261,10 +264,9 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
     return records, number_classes(records)
 
 
-def _image_root(file: Path, images: Path) -> str:
+def _image_root(file: Path, images: Path, content: CocoFile) -> str:
     """The folder that the file names of a COCO JSON are relative to: its own, or one in images."""
-    images_of_file = islice(read_coco(str(file)).images.values(), 100)
-    names = [image["file_name"] for image in images_of_file]
+    names = [image["file_name"] for image in islice(content.images.values(), 100)]
     folders = [file.parent, images, *sorted(path for path in images.rglob("*") if path.is_dir())]
     folders = [folder for folder in folders if folder.is_relative_to(images)]
     return str(max(folders, key=lambda folder: sum((folder / n).is_file() for n in names)))
@@ -281,7 +283,9 @@ def _read_yolo(images: Path, annotations: Path, report: DataReport):
         if record is None:
             continue
         records.append(record)
-        for number, line in enumerate(text.read_text(encoding="utf-8-sig").splitlines(), 1):
+        with reading(text):
+            lines = text.read_text(encoding="utf-8-sig").splitlines()
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 _add_yolo_line(record, line, names, f"{text} line {number}", report)
     return records, names
@@ -319,13 +323,12 @@ def _yolo_names(annotations: Path, images: Path) -> list[str]:
     for folder in dict.fromkeys((annotations, annotations.parent, images, images.parent)):
         places += [folder / name for name in ("data.yaml", "dataset.yaml", "classes.txt")]
     for file in filter(Path.is_file, places):
-        if file.suffix == ".txt":
-            return file.read_text(encoding="utf-8-sig").split()
-        try:
-            names = yaml.safe_load(file.read_text(encoding="utf-8-sig")).get("names")
-        except (yaml.YAMLError, AttributeError) as error:
-            raise DataError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-        names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
+        with reading(file):
+            text = file.read_text(encoding="utf-8-sig")
+            if file.suffix == ".txt":
+                return text.split()
+            names = yaml.safe_load(text).get("names")
+            names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
         if isinstance(names, list) and names:
             return [str(name) for name in names]
         raise DataError(

@@ -20,8 +20,8 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.coco import absent_keys, read_coco, read_json
-from resnet_backbone.detection.data.problems import list_problems
+from resnet_backbone.detection.data.formats.coco import absent_keys, read_coco, read_json
+from resnet_backbone.detection.data.problems import list_problems, reads_file
 from resnet_backbone.runtime.errors import DataError
 
 BACKGROUND = "background"
@@ -117,6 +117,7 @@ def decode_ids(picture: np.ndarray) -> np.ndarray:
     return picture.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
 
 
+@reads_file
 def make_labels(json_file: str, output: str) -> dict[str, int]:
     """Writes panoptic and semantic ground truth for an instances JSON.
 
@@ -164,6 +165,7 @@ def make_labels(json_file: str, output: str) -> dict[str, int]:
     return {"images": len(images), "segments": segments, "hidden": hidden}
 
 
+@reads_file
 def make_stuff(panoptic_json: str, output: str, panoptic_root: str = "") -> int:
     """Writes Panoptic FPN's labels for COCO's panoptic format: 0 things, stuff from 1, void 255.
 
@@ -223,6 +225,7 @@ def label_name(file_name: str) -> str:
     return Path(file_name).with_suffix(".png").as_posix()
 
 
+@reads_file
 def read_instances(json_file: str) -> tuple[COCO, dict[int, str]]:
     """The indexed JSON and its categories by rising id, everything checked that labels need.
 
@@ -297,6 +300,7 @@ def _is_area(polygon: list[float]) -> bool:
     return len(polygon) >= 6 and len(polygon) % 2 == 0
 
 
+@reads_file
 def read_panoptic(panoptic_json: str) -> dict:
     """The content of a file in COCO's panoptic format; a DataError names what is wrong in it."""
     content, where = read_json(panoptic_json), f"{panoptic_json} is not COCO's panoptic format"

@@ -1,28 +1,24 @@
-"""What can be wrong with a detection data set, what to do about it, and registering the rest.
-
-A data set is scanned once: its loader and its evaluator share the records and the report of that
-scan, so that a loader leaves out exactly what the report names.
-"""
+"""What can be wrong with a detection data set, and what to do about it."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-import pickle
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import wraps
 from typing import Any, NamedTuple
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import detection_utils as utils
 from PIL import ExifTags, Image
 
-from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.errors import DataError, UsageError
 from resnet_backbone.runtime.images import BadImage, read_rgb
 
 logger = logging.getLogger(__name__)
@@ -32,6 +28,8 @@ PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes tha
 BOX_KINDS = ("bad-box", "unknown-class")
 # Kinds that make a data set unusable under any policy.
 FATAL_KINDS = ("empty-split", "broken-json")
+THREADS, CHUNK = 16, 64  # files are read in threads: a network's disks answer slowly
+Stamp = tuple[int, int]  # of a file: its size and the time of its last change; -1 where it is not
 
 
 class DataProblem(NamedTuple):
@@ -66,6 +64,9 @@ class DataReport:
     annotated: bool = True
     clipped: list[str] = field(default_factory=list)  # boxes that ran past the edge
     notes: list[str] = field(default_factory=list)  # what is used, and not as it is written
+    category_ids: list[int | str] = field(default_factory=list)  # COCO's, in the order of `boxes`
+    # the files and folders that all of this was read from, as they were before
+    files: dict[str, Stamp] = field(default_factory=dict, repr=False)
 
     @property
     def bad_boxes(self) -> list[DataProblem]:
@@ -79,6 +80,18 @@ class DataReport:
 
     def add(self, kind: str, file: str, detail: str) -> None:
         self.problems.append(DataProblem(kind, file, detail))
+
+    def watch(self, path: str) -> None:
+        """Takes down what will be read, a file or a folder's list of files, as it is now."""
+        if path not in self.files:
+            self.files[path] = stamp_of(path)
+
+    def note_look(self, look: Look) -> tuple[int, int] | None:
+        """Takes down what a look at an image gave; its size, None if it cannot be used."""
+        self.files.setdefault(look.path, look.stamp)
+        if look.problem:
+            self.problems.append(look.problem)
+        return look.size
 
     def remarks(self) -> list[str]:
         """What a user should know of the data that are used, a line each."""
@@ -99,10 +112,13 @@ class DataReport:
             )
         return lines
 
-    def note_shares(self, sides: Iterable[Sequence[float]]) -> None:
-        """Warns where all boxes lie in 0 to 1, which are shares of the image and no pixels."""
-        sides = [side for box in sides for side in box]
-        if sides and max(sides) <= 1:
+    def note_shares(self, largest: float) -> None:
+        """Warns where all boxes lie in 0 to 1, which are shares of the image and no pixels.
+
+        Args:
+            largest: of all coordinates; minus infinity where there is no box.
+        """
+        if -math.inf < largest <= 1:
             self.notes.append(
                 "all boxes lie between 0 and 1: these are shares of the image, and pixels are "
                 "needed"
@@ -116,10 +132,6 @@ class DataReport:
             counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
             what += f": {counts}, such as {first.file} ({first.detail})"
         self.add("empty-split", file, what)
-
-
-Scan = Callable[[], tuple[list[dict], DataReport]]
-Select = Callable[[list[dict]], list[dict]]
 
 
 def list_problems(problems: Sequence[DataProblem]) -> str:
@@ -206,33 +218,90 @@ def is_turned(path: str) -> bool:
         return _swaps_sides(image)
 
 
+class Look(NamedTuple):
+    """What one look at an image file gave."""
+
+    path: str
+    stamp: Stamp
+    size: tuple[int, int] | None = None  # (width, height); None where the file cannot be used
+    problem: DataProblem | None = None
+
+
+def look_at_image(path: str, stated: tuple[int, int] | None, decode: bool) -> Look:
+    """Whether an image can be used; arguments as of :func:`check_image`."""
+    stamp = stamp_of(path)
+    try:
+        size = read_image_size(path, decode)
+    except FileNotFoundError:
+        return Look(path, stamp, None, DataProblem("missing-image", path, "no such file"))
+    except OSError as error:
+        return Look(path, stamp, None, DataProblem("unreadable-image", path, str(error)))
+    if stated is None or stated == size:
+        return Look(path, stamp, size)
+    detail = "annotation says {}x{}, the image is {}x{}".format(*stated, *size)
+    if stated == size[::-1] and is_turned(path):
+        detail += (
+            " after the turn that its EXIF orientation asks for: annotate the turned image, or "
+            "take the orientation out of the file (exiftool -Orientation= FILE)"
+        )
+    return Look(path, stamp, None, DataProblem("size-mismatch", path, detail))
+
+
 def check_image(
-    report: DataReport, path: str, size: tuple[int, int] | None, decode: bool
+    report: DataReport, path: str, stated: tuple[int, int] | None, decode: bool
 ) -> tuple[int, int] | None:
     """(width, height) in pixels; None, and a problem in the report, if the image cannot be used.
 
     Args:
-        size: (width, height) that the annotation states; None where it states none.
+        stated: (width, height) that the annotation states; None where it states none.
         decode: see :func:`read_image_size`.
     """
+    return report.note_look(look_at_image(path, stated, decode))
+
+
+def stamp_of(path: str) -> Stamp:
+    """By which a change of a file, or of a folder's list of files, is noticed."""
     try:
-        true_size = read_image_size(path, decode)
-    except FileNotFoundError:
-        report.add("missing-image", path, "no such file")
-        return None
-    except OSError as error:
-        report.add("unreadable-image", path, str(error))
-        return None
-    if size is not None and size != true_size:
-        detail = "annotation says {}x{}, the image is {}x{}".format(*size, *true_size)
-        if size == true_size[::-1] and is_turned(path):
-            detail += (
-                " after the turn that its EXIF orientation asks for: annotate the turned image, or "
-                "take the orientation out of the file (exiftool -Orientation= FILE)"
-            )
-        report.add("size-mismatch", path, detail)
-        return None
-    return true_size
+        found = os.stat(path)
+    except (OSError, ValueError):  # a name that cannot be one, such as with a NUL
+        return (-1, -1)
+    return (found.st_size, found.st_mtime_ns)
+
+
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Inside, errors that nobody expected become a DataError that names what was read.
+
+    RESNET_BACKBONE_TRACEBACK shows where they came from; see :mod:`resnet_backbone.runtime.errors`.
+    """
+    try:
+        yield
+    except (UsageError, OSError):  # which say what is wrong
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} cannot be read ({reason}): is it what it should be?") from error
+
+
+def reads_file(function: Callable) -> Callable:
+    """Decorator: the whole function is in :func:`reading` of its first argument."""
+
+    @wraps(function)
+    def call(path: str | os.PathLike, *args, **kwargs) -> Any:
+        with reading(path):
+            return function(path, *args, **kwargs)
+
+    return call
+
+
+def in_threads(work: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
+    """``work(*one)`` for each of the arguments, in their order."""
+    arguments = list(arguments)
+    chunks = [arguments[start : start + CHUNK] for start in range(0, len(arguments), CHUNK)]
+    # the filters of warnings are the process's, so threads that change them undo one another
+    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        for results in pool.map(lambda chunk: [work(*one) for one in chunk], chunks):
+            yield from results
 
 
 def fit_box(
@@ -251,11 +320,11 @@ def fit_box(
         size: (width, height) of the image.
         origin: coordinate of the image's left and upper edge, 0 (COCO) or 1 (VOC).
     """
+    x0, y0, x1, y1 = box
+    if origin <= x0 < x1 <= size[0] and origin <= y0 < y1 <= size[1]:
+        return tuple(box)
     text = f"{name} box ({', '.join(f'{side:g}' for side in box)})"
-    inside = (
-        *(max(side, origin) for side in box[:2]),
-        *(min(side, limit) for side, limit in zip(box[2:], size, strict=True)),
-    )
+    inside = (max(x0, origin), max(y0, origin), min(x1, size[0]), min(y1, size[1]))
     problem = ""
     if not all(math.isfinite(side) for side in box):
         problem = "is not finite"
@@ -270,73 +339,3 @@ def fit_box(
         return tuple(box)  # within a pixel: tools round differently
     report.clipped.append(f"{file}: {text} runs past the edge of the {size[0]}x{size[1]} image")
     return inside
-
-
-def cached_by_version(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Decorator: a file is read again only after it has changed."""
-
-    @cache
-    def read_version(path: str, _version: tuple[int, int] | None) -> Any:
-        return read(path)
-
-    @wraps(read)
-    def call(path: str) -> Any:
-        found = os.stat(path) if os.path.exists(path) else None
-        return read_version(path, found and (found.st_mtime_ns, found.st_size))
-
-    return call
-
-
-class ScannedDataset:
-    """A registered data set: read and checked when it is first asked for, and only then.
-
-    Called without arguments, as Detectron2's catalog does, it gives the records to use.
-    """
-
-    def __init__(self, scan: Scan, on_bad: str, select: Select):
-        self._scan, self._on_bad, self._select = scan, on_bad, select
-        self._pickled, self._report = b"", None
-
-    def scan(self) -> tuple[list[dict], DataReport]:
-        """New copies of all usable records, and the report; errors of :func:`apply_policy`."""
-        if self._report is None:
-            records, report = self._scan()
-            apply_policy(report, self._on_bad)
-            # smaller than the dicts, and nobody changes it
-            self._pickled, self._report = pickle.dumps(records), report
-        return pickle.loads(self._pickled), self._report
-
-    def __call__(self) -> list[dict]:
-        return self._select(self.scan()[0])
-
-
-def register_once(
-    name: str, scan: Scan, metadata: Mapping[str, Any], select: Select = list
-) -> None:
-    """Registers a :class:`ScannedDataset`; the same registration again does nothing.
-
-    Args:
-        scan: reads the data set: Detectron2's dicts of what is good in it, and the report.
-        metadata: for Detectron2's catalog, with the policy under "on_bad".
-        select: what the loader takes of the records; by default all of them.
-
-    Raises:
-        ValueError: `name` is registered with other metadata.
-    """
-    if name not in DatasetCatalog:
-        DatasetCatalog.register(name, ScannedDataset(scan, metadata["on_bad"], select))
-        MetadataCatalog.get(name).set(**metadata)
-        return
-    known = MetadataCatalog.get(name)
-    changed = [key for key, value in metadata.items() if known.get(key) != value]
-    if changed:
-        raise ValueError(
-            f"data set {name!r} is registered already with another {', '.join(changed)};"
-            " choose another name"
-        )
-
-
-def registered_scan(name: str) -> ScannedDataset | None:
-    """The registered data set, whose scan others may share; None if other code registered it."""
-    found = DatasetCatalog[name] if name in DatasetCatalog else None
-    return found if isinstance(found, ScannedDataset) else None

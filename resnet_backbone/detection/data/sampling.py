@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import itertools
 import logging
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
+from detectron2.data.build import load_proposals_into_dataset, print_instances_class_histogram
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.data.arguments import detects_objects, usable_images
-from resnet_backbone.runtime.processes import available_cores
-from resnet_backbone.runtime.seeding import (
+from resnet_backbone.detection.data.arguments import detects_objects, usable_records
+from resnet_backbone.detection.data.records import Records
+from resnet_backbone.detection.data.scans import dataset_records
+from resnet_backbone.runtime.processes import (
     AUGMENTATION,
     ORDER,
     REPLACEMENT,
     SUBSET,
+    available_cores,
     make_rng,
     seed_everything,
 )
@@ -189,7 +193,8 @@ class TrainingLoader:
 def build_loader(cfg: CfgNode, mapper: Callable[[dict], Any], seed: int) -> TrainingLoader:
     """The training images of a config, as ``DATALOADER`` says; a UsageError if it cannot be."""
     plan, sampler = BatchPlan.from_config(cfg), cfg.DATALOADER.SAMPLER_TRAIN
-    images = [image for name in cfg.DATASETS.TRAIN for image in training_images(cfg, name)]
+    parts = [training_records(cfg, name) for name in cfg.DATASETS.TRAIN]
+    images = ConcatDataset(parts)
     indices, factors, wide = np.arange(len(images)), None, None
     if sampler == "RandomSubsetTrainingSampler":
         share = cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 0)  # a key of some versions of Detectron2
@@ -201,16 +206,20 @@ def build_loader(cfg: CfgNode, mapper: Callable[[dict], Any], seed: int) -> Trai
             )
         indices = make_rng(SUBSET, seed).permutation(len(images))[:count]
     elif sampler != "TrainingSampler":
-        factors = repeat_factors(cfg, images)
+        factors = repeat_factors(cfg, parts)
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        if not all("width" in image and "height" in image for image in images):
+        widths, heights = (
+            np.concatenate([part.image_column(side) for part in parts])
+            for side in ("width", "height")
+        )
+        if min(widths.min(), heights.min()) < 0:
             raise UsageError(
                 "DATALOADER.ASPECT_RATIO_GROUPING needs the width and height of each image, which "
                 "the data set does not give: set it False"
             )
-        wide = [image["width"] > image["height"] for image in images]
+        wide = (widths > heights).tolist()
     logger.info("training on %d images, sampler %s", len(indices), sampler)
-    dataset = AugmentedImages(DatasetFromList(images, copy=False), mapper, seed)
+    dataset = AugmentedImages(images, mapper, seed)
     stream = ImageStream(seed, indices, factors)
     return TrainingLoader(dataset, stream, plan, wide, cfg.DATALOADER.NUM_WORKERS)
 
@@ -237,18 +246,33 @@ def mapper_options(cfg: CfgNode) -> dict:
     return {"augmentations": augmentations}
 
 
-def training_images(cfg: CfgNode, name: str) -> list[dict]:
+def training_records(cfg: CfgNode, name: str) -> Records:
     """Of a registered data set, with precomputed proposals where the model takes them."""
-    proposals = None
-    if cfg.MODEL.LOAD_PROPOSALS:
-        files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN, strict=False))
-        if name not in files:
-            raise UsageError(f"MODEL.LOAD_PROPOSALS: DATASETS.PROPOSAL_FILES_TRAIN lacks {name}'s")
-        proposals = [files[name]]
-    return usable_images(cfg, name, proposal_files=proposals)
+    found = dataset_records(name)
+    records = usable_records(cfg, name, found)
+    if len(records) < len(found):
+        text = "data set %s: %d of %d images have nothing to learn from and are left out"
+        logger.info(text, name, len(found) - len(records), len(found))
+    _log_class_counts(name, records)
+    if not cfg.MODEL.LOAD_PROPOSALS:
+        return records
+    files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN, strict=False))
+    if name not in files:
+        raise UsageError(f"MODEL.LOAD_PROPOSALS: DATASETS.PROPOSAL_FILES_TRAIN lacks {name}'s")
+    return Records.pack(load_proposals_into_dataset(list(records), files[name]), pickle.loads)
 
 
-def repeat_factors(cfg: CfgNode, images: Sequence[dict]) -> np.ndarray:
+def _log_class_counts(name: str, records: Records) -> None:
+    """Detectron2's table of the objects of each class."""
+    classes = MetadataCatalog.get(name).get("thing_classes")
+    if classes and records.image_column("has_annotations").all():
+        categories = records.box_column("category")[records.box_column("crowd") == 0]
+        counts = np.bincount(categories).tolist()
+        rows = ({"annotations": [{"category_id": c}] * count} for c, count in enumerate(counts))
+        print_instances_class_histogram(rows, classes)
+
+
+def repeat_factors(cfg: CfgNode, parts: Sequence[Records]) -> np.ndarray:
     """How often each image of all training sets comes in an epoch under :data:`REPEATING`."""
     loader, sampler = cfg.DATALOADER, cfg.DATALOADER.SAMPLER_TRAIN
     if sampler not in REPEATING:
@@ -257,27 +281,36 @@ def repeat_factors(cfg: CfgNode, images: Sequence[dict]) -> np.ndarray:
             f"RandomSubsetTrainingSampler, {', '.join(REPEATING)}"
         )
 
-    def by_category(some: Sequence[dict]) -> np.ndarray:
+    def by_category(some: Sequence[Records]) -> np.ndarray:
         rule = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency
-        return rule(some, loader.REPEAT_THRESHOLD, sqrt=loader.REPEAT_SQRT).double().numpy()
+        images = [image for part in some for image in _images_with_categories(part)]
+        return rule(images, loader.REPEAT_THRESHOLD, sqrt=loader.REPEAT_SQRT).double().numpy()
 
     if sampler == "RepeatFactorTrainingSampler":
-        return by_category(images)
+        return by_category(parts)
     # a key of some versions of Detectron2
     weights, found = dict(cfg.DATASETS.get("TRAIN_REPEAT_FACTOR", ())), []
     unknown = weights.keys() - set(cfg.DATASETS.TRAIN)
     if unknown:
         raise UsageError(f"DATASETS.TRAIN_REPEAT_FACTOR names {sorted(unknown)}, not trained on")
-    for name in cfg.DATASETS.TRAIN:
-        own = training_images(cfg, name)
-        factors = np.full(len(own), float(weights.get(name, 1)))
+    for name, part in zip(cfg.DATASETS.TRAIN, parts, strict=True):
+        factors = np.full(len(part), float(weights.get(name, 1)))
         if sampler == "WeightedCategoryTrainingSampler":
-            factors *= by_category(own)
+            factors *= by_category([part])
         found.append(factors)
     factors = np.concatenate(found)
     if factors.min() <= 0:
         raise UsageError("DATASETS.TRAIN_REPEAT_FACTOR: factors are above 0")
     return factors / factors.min() if sampler == "WeightedCategoryTrainingSampler" else factors
+
+
+def _images_with_categories(records: Records) -> list[dict]:
+    """What Detectron2's rule reads of each image."""
+    images: list[dict] = [{"annotations": []} for _ in range(len(records))]
+    columns = (records.box_column(name).tolist() for name in ("image", "category"))
+    for image, category in zip(*columns, strict=True):
+        images[image]["annotations"].append({"category_id": category})
+    return images
 
 
 def limit_workers(cfg: CfgNode) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.coco import scan_coco, thing_metadata
+from resnet_backbone.detection.data.coco import scanned_coco
 from resnet_backbone.detection.data.panoptic import (
     CLASSES_FILE,
     IGNORE,
@@ -22,7 +22,16 @@ from resnet_backbone.detection.data.panoptic import (
     panoptic_categories,
     read_panoptic,
 )
-from resnet_backbone.detection.data.problems import DataReport, read_image_size, register_once
+from resnet_backbone.detection.data.problems import (
+    DataProblem,
+    DataReport,
+    in_threads,
+    read_image_size,
+    reading,
+    reads_file,
+    stamp_of,
+)
+from resnet_backbone.detection.data.scans import ScannedDataset, register_once
 from resnet_backbone.runtime.errors import DataError
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
@@ -30,6 +39,7 @@ LABELS = (".png",)
 SAMPLE = 200  # labels, spread over a data set, whose pixels are read; of others the header
 
 
+@reads_file
 def read_class_names(label_root: str) -> list[str]:
     """Names of the labels 0, 1, ... from ``classes.txt`` in a label folder."""
     path = Path(label_root) / CLASSES_FILE
@@ -79,6 +89,10 @@ def register_semantic(
 
     def scan() -> tuple[list[dict], DataReport]:
         report = DataReport(label_root)
+        for folder in (image_root, label_root):
+            report.watch(folder)
+            for place, _, _ in os.walk(folder):
+                report.watch(place)
         records = _pair(image_root, label_root, report, shared_images)
         report.num_images = len(records)
         records = _drop_bad_labels(records, len(classes), report, decode)
@@ -86,7 +100,7 @@ def register_semantic(
             report.add_empty(label_root, "no usable image with a label picture")
         return records, report
 
-    register_once(name, scan, metadata)
+    register_once(name, ScannedDataset(scan, on_bad, key=metadata), metadata)
 
 
 def _check_folders(*folders: str) -> None:
@@ -132,20 +146,36 @@ def _drop_bad_labels(
     records: Sequence[dict], num_classes: int, report: DataReport, decode: bool = False
 ) -> list[dict]:
     """Adds height, width and image_id; leaves out what cannot be read or is of different sizes."""
-    kept, step = [], max(1, len(records) // SAMPLE)
-    for number, record in enumerate(tqdm(records, desc="checking labels", disable=None)):
-        try:
-            width, height = read_image_size(record["file_name"], decode)
-            size = check_label(record["sem_seg_file_name"], num_classes, number % step == 0)
-        except OSError as error:
-            report.add("unreadable-image", record["file_name"], f"image or its label: {error}")
-            continue
-        if size != (width, height):
-            detail = f"the image is {width}x{height}, its label {size[0]}x{size[1]}"
-            report.add("size-mismatch", record["file_name"], detail)
-            continue
-        kept.append({"image_id": number, **record, "height": height, "width": width})
+    step = max(1, len(records) // SAMPLE)
+    files = [(one["file_name"], one["sem_seg_file_name"]) for one in records]
+    for path in (path for pair in files for path in pair):
+        report.watch(path)
+    arguments = (
+        (*pair, num_classes, number % step == 0, decode) for number, pair in enumerate(files)
+    )
+    found, kept = in_threads(_look_at_pair, arguments), []
+    pairs = zip(records, found, strict=True)
+    bar = dict(desc="checking labels", total=len(files), disable=None)
+    for number, (record, (size, problem)) in enumerate(tqdm(pairs, **bar)):
+        if problem:
+            report.add(*problem)
+        else:
+            sides = {"height": size[1], "width": size[0]}
+            kept.append({"image_id": number, **record, **sides})
     return kept
+
+
+def _look_at_pair(image: str, label: str, num_classes: int, pixels: bool, decode: bool) -> tuple:
+    """Width and height of an image with its label picture, and what is wrong with them."""
+    try:
+        size = read_image_size(image, decode)
+        of_label = check_label(label, num_classes, pixels)
+    except OSError as error:
+        return None, DataProblem("unreadable-image", image, f"image or its label: {error}")
+    if of_label == size:
+        return size, None
+    detail = "the image is {}x{}, its label {}x{}".format(*size, *of_label)
+    return None, DataProblem("size-mismatch", image, detail)
 
 
 def check_label(path: str, num_classes: int, pixels: bool) -> tuple[int, int]:
@@ -195,11 +225,27 @@ def register_panoptic(
     paths = [json_file, image_root, label_root, panoptic_json]
     json_file, image_root, label_root, panoptic_json = map(os.path.abspath, paths)
     panoptic_root = os.path.abspath(panoptic_root or panoptic_json.removesuffix(".json"))
-    content, instances = read_panoptic(panoptic_json), thing_metadata(json_file, image_root)
-    stuff = _stuff_of(panoptic_json, content, instances)
-    entries = content["annotations"]
-    pictures = {e["image_id"]: os.path.join(panoptic_root, e["file_name"]) for e in entries}
     _check_folders(image_root, label_root, panoptic_root)
+    stamp, content = stamp_of(panoptic_json), read_panoptic(panoptic_json)
+
+    def complete(records: list[dict], report: DataReport) -> list[dict]:
+        report.files[panoptic_json] = stamp
+        for record in records:
+            relative = os.path.relpath(record["file_name"], image_root)
+            record["sem_seg_file_name"] = os.path.join(label_root, label_name(relative))
+        records = _drop_bad_labels(records, len(classes), report)
+        records = _drop_without_panoptic(records, panoptic_json, pictures, report)
+        if not records:
+            report.add_empty(panoptic_json, "no usable image with its two label pictures")
+        return records
+
+    options = dict(labels=label_root, panoptic=panoptic_json, pictures=panoptic_root)
+    found = json_file, image_root, on_bad, decode, complete
+    dataset, instances = scanned_coco(*found, **options)
+    entries = content["annotations"]
+    with reading(panoptic_json):
+        stuff = _stuff_of(panoptic_json, content, instances)
+        pictures = {e["image_id"]: os.path.join(panoptic_root, e["file_name"]) for e in entries}
     classes = ["things", *stuff.values()]
     metadata = {
         **instances,
@@ -210,22 +256,8 @@ def register_panoptic(
         "panoptic_root": panoptic_root,
         "ignore_label": IGNORE,
         "evaluator_type": "coco_panoptic_seg",
-        "on_bad": on_bad,
-        "decode": decode,
     }
-
-    def scan() -> tuple[list[dict], DataReport]:
-        records, report = scan_coco(json_file, image_root, decode)
-        for record in records:
-            relative = os.path.relpath(record["file_name"], image_root)
-            record["sem_seg_file_name"] = os.path.join(label_root, label_name(relative))
-        records = _drop_bad_labels(records, len(classes), report)
-        records = _drop_without_panoptic(records, panoptic_json, pictures, report)
-        if not records:
-            report.add_empty(panoptic_json, "no usable image with its two label pictures")
-        return records, report
-
-    register_once(name, scan, metadata)
+    register_once(name, dataset, metadata)
 
 
 def _drop_without_panoptic(
@@ -236,6 +268,7 @@ def _drop_without_panoptic(
     for record in records:
         size, problem = (record["width"], record["height"]), ""
         try:
+            report.watch(pictures[record["image_id"]])
             found = read_image_size(pictures[record["image_id"]])
             if found != size:
                 problem = "the image is {}x{}, its panoptic picture {}x{}".format(*size, *found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,15 @@ from tabulate import tabulate
 from tqdm.contrib.concurrent import process_map
 
 from resnet_backbone.detection.data.archives import COUNTS, Counts, archive_of, coco_image_folder
-from resnet_backbone.detection.data.coco import read_coco, scan_coco
+from resnet_backbone.detection.data.coco import scan_coco
+from resnet_backbone.detection.data.formats.voc import IMAGE_SUFFIXES, list_splits, read_split
 from resnet_backbone.detection.data.problems import (
     BOX_KINDS,
     DataReport,
+    look_at_image,
     read_image,
-    read_image_size,
 )
-from resnet_backbone.detection.data.voc import (
-    IMAGE_SUFFIXES,
-    VOC_CLASSES,
-    find_voc_classes,
-    list_splits,
-    read_split,
-    scan_voc,
-)
+from resnet_backbone.detection.data.voc import VOC_CLASSES, find_voc_classes, scan_voc
 from resnet_backbone.detection.inference.pictures import (
     contact_sheet,
     draw_ground_truth,
@@ -49,10 +44,14 @@ class SplitCheck:
 
     name: str  # file in ImageSets/Main or in annotations, without its suffix
     report: DataReport
-    class_names: list[str]  # position = category_id
     files: list[str]  # images that can be opened
     samples: list[dict]  # some of Detectron2's dicts
     official: Counts | None = None  # what it should hold; None for a split that is not official
+
+    @property
+    def class_names(self) -> list[str]:
+        """By their category_id."""
+        return list(self.report.boxes)
 
     @property
     def counts(self) -> Counts:
@@ -90,11 +89,11 @@ class TreeCheck:
         """Whether something is missing, corrupt, or not as many as it should be."""
         return bool(self.absent) or any(s.report.bad_files or s.miscounts() for s in self.splits)
 
-    def add_split(self, name: str, classes: list[str], records: list[dict], report: DataReport):
+    def add_split(self, name: str, records: list[dict], report: DataReport) -> None:
         drawn = [record for record in records if record["annotations"]] or records
         samples = drawn[:: max(1, len(drawn) // SAMPLES)][:SAMPLES]
         files, official = [record["file_name"] for record in records], (self.official, name)
-        self.splits.append(SplitCheck(name, report, classes, files, samples, COUNTS.get(official)))
+        self.splits.append(SplitCheck(name, report, files, samples, COUNTS.get(official)))
 
     def finish(self, folders: Iterable[Path], listed: set[str], workers: int) -> TreeCheck:
         """Finds images that are in no split, and decodes the others in several processes."""
@@ -105,21 +104,13 @@ class TreeCheck:
         if not workers or not files:
             return self
         options = dict(chunksize=64, desc="decoding", unit="img", disable=None)
-        found = process_map(_decode_problem, files, max_workers=workers, **options)
-        problems, self.decoded = dict(zip(files, found, strict=True)), len(files)
+        decode = partial(look_at_image, stated=None, decode=True)
+        looks = process_map(decode, files, max_workers=workers, **options)
+        broken, self.decoded = {one.path: one.problem for one in looks if one.problem}, len(files)
         for split in self.splits:
-            for file in filter(problems.get, split.files):
-                split.report.add("unreadable-image", file, problems[file])
-            split.samples = [one for one in split.samples if not problems[one["file_name"]]]
+            split.report.problems += [broken[file] for file in split.files if file in broken]
+            split.samples = [one for one in split.samples if one["file_name"] not in broken]
         return self
-
-
-def _decode_problem(path: str) -> str:
-    try:
-        read_image_size(path, decode=True)
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 def check_voc_tree(
@@ -147,7 +138,7 @@ def check_voc_tree(
     classes = list(VOC_CLASSES) if tree.official else find_voc_classes(folder, splits)
     listed = set()
     for split in splits:
-        tree.add_split(split, classes, *scan_voc(folder, split, classes, progress=True))
+        tree.add_split(split, *scan_voc(folder, split, classes, progress=True))
         stems = [str(images / image_id) for image_id in read_split(folder, split)]
         listed.update(stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES)
     return tree.finish([images], listed, workers)
@@ -214,8 +205,7 @@ def check_coco_files(
     for file, images in pairs:
         name = file.stem if unique else f"{file.parent.name}_{file.stem}"
         records, report = scan_coco(str(file), str(images), progress=True)
-        classes = list(read_coco(str(file)).categories.values())
-        tree.add_split(name, classes, records, report)
+        tree.add_split(name, records, report)
         listed.update(record["file_name"] for record in records)
         listed.update(problem.file for problem in report.problems)
     return tree.finish({images for _, images in pairs}, listed, workers)

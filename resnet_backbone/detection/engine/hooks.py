@@ -21,7 +21,7 @@ from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer, refu
 from resnet_backbone.detection.evaluation.results import Speed
 from resnet_backbone.runtime.errors import Stopped, UsageError
 from resnet_backbone.runtime.files import keep_rows, naming
-from resnet_backbone.runtime.run_folder import spell_hours
+from resnet_backbone.runtime.records import spell_hours
 
 logger = logging.getLogger(__name__)
 

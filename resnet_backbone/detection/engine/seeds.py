@@ -14,8 +14,7 @@ from tabulate import tabulate
 
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError
 from resnet_backbone.runtime.files import alone, write_json
-from resnet_backbone.runtime.provenance import command_line
-from resnet_backbone.runtime.run_folder import read_results
+from resnet_backbone.runtime.records import command_line, read_results
 from resnet_backbone.runtime.signals import run_child
 
 

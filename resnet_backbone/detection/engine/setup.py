@@ -37,8 +37,15 @@ from resnet_backbone.detection.inference.predictor import check_ensemble, run_co
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import find_config, write_json
 from resnet_backbone.runtime.launch import local_size
-from resnet_backbone.runtime.provenance import command_line, hardware, source_revision, versions
-from resnet_backbone.runtime.run_folder import CONFIG, RESULTS, read_results
+from resnet_backbone.runtime.records import (
+    CONFIG,
+    RESULTS,
+    command_line,
+    hardware,
+    read_results,
+    source_revision,
+    versions,
+)
 
 logger = logging.getLogger(__name__)
 

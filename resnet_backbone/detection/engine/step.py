@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_backbone.detection.config import seed_of
 from resnet_backbone.detection.data.sampling import BatchPlan, TrainingLoader
 from resnet_backbone.runtime.errors import TrainingDiverged, UsageError
-from resnet_backbone.runtime.seeding import STEP, seed_everything
+from resnet_backbone.runtime.processes import STEP, seed_everything
 from resnet_backbone.runtime.signals import StopRequest
 
 logger = logging.getLogger(__name__)

@@ -59,6 +59,7 @@ from resnet_backbone.runtime.errors import (
     Stopped,
     TrainingDiverged,
     UsageError,
+    plain_message,
     wants_traceback,
 )
 from resnet_backbone.runtime.signals import StopRequest, Watched
@@ -240,7 +241,7 @@ class Trainer(DefaultTrainer):
             except Exception as error:
                 if comm.get_world_size() > 1 or wants_traceback():
                     raise  # else the other processes would wait for this one
-                self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                self.failure = f"{type(error).__name__}: {plain_message(error)}"
                 logger.error("the evaluation failed: %s", self.failure)
                 return {}, None
 

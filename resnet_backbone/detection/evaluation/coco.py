@@ -24,7 +24,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-from resnet_backbone.detection.data.coco import (
+from resnet_backbone.detection.data.formats.coco import (
     clean_coco,
     number_from_one,
     parse_coco,
@@ -32,7 +32,8 @@ from resnet_backbone.detection.data.coco import (
     read_id,
 )
 from resnet_backbone.detection.data.panoptic import decode_ids, read_panoptic
-from resnet_backbone.detection.data.problems import list_problems, registered_scan
+from resnet_backbone.detection.data.problems import list_problems
+from resnet_backbone.detection.data.scans import registered_scan
 from resnet_backbone.detection.evaluation.results import warn_if_empty
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import write_json
@@ -61,19 +62,23 @@ class PerClassCOCOEvaluator(COCOEvaluator):
 
     def __init__(self, dataset_name: str, output_dir: str | None = None, **options: Any):
         metadata, dataset = MetadataCatalog.get(dataset_name), registered_scan(dataset_name)
-        found = read_coco(metadata.json_file)
-        images = found.annotations
-        if dataset is not None:
-            images = {r["image_id"]: r["annotations"] for r in dataset.scan()[0]}
-            ids = list(found.categories)
-            for entry in (entry for entries in images.values() for entry in entries):
-                entry["category_id"] = ids[entry["category_id"]]
-        self._clean = clean_coco(found.categories, found.images, images, found.annotated)
+        if dataset is None:
+            categories, images, boxes, annotated = read_coco(metadata.json_file)[:4]
+        else:
+            records, report = dataset.scan()
+            categories = dict(zip(report.category_ids, report.boxes, strict=True))
+            images = {record["image_id"]: record for record in records}
+            boxes, annotated = {}, report.annotated
+            for number, record in images.items():
+                boxes[number] = record.pop("annotations")
+                for entry in boxes[number]:
+                    entry["category_id"] = report.category_ids[entry["category_id"]]
+        self._clean = clean_coco(categories, images, boxes, annotated)
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "clean.json")
             write_json(file, self._clean.content, indent=None)
             name = f"{dataset_name} (clean)"
-            numbers = {number: number - 1 for number in range(1, len(found.categories) + 1)}
+            numbers = {number: number - 1 for number in range(1, len(categories) + 1)}
             private = MetadataCatalog.get(name).set(
                 json_file=file, thing_dataset_id_to_contiguous_id=numbers
             )

@@ -17,7 +17,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from resnet_backbone.detection.data.problems import registered_scan
+from resnet_backbone.detection.data.scans import registered_scan
 from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation.results import warn_if_empty
 from resnet_backbone.detection.evaluation.voc_ap import (

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.modeling.heads import with_fast_poolers, with_global_context
-from resnet_backbone.fast.folding import change_classes
+from resnet_backbone.fast.optimize import change_classes
 
 logger = logging.getLogger(__name__)
 THEIRS = {

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from resnet_backbone.detection.config import CONTEXT_HEADS, UsageError, backbone_node, with_keys
 from resnet_backbone.detection.modeling.backbones import in_memory_format, resnet_options
-from resnet_backbone.fast.folding import is_watched
+from resnet_backbone.fast.optimize import is_watched
 from resnet_backbone.fast.regions import RegionAlign, StridedPool, for_regions, projections_on_map
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import (

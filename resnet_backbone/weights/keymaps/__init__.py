@@ -6,18 +6,35 @@ where bottlenecks have their stride, is not looked at: that is ``Preprocessing``
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
-from resnet_backbone.weights.architecture import FIRST_KEYS
+from torch import Tensor
+
+from resnet_backbone.weights.architecture import FIRST_KEYS, infer_models
 from resnet_backbone.weights.checkpoint import Checkpoint
 from resnet_backbone.weights.keymaps.detectron2 import CAFFE2, CONVERTED_HEAD, DETECTRON2
 from resnet_backbone.weights.keymaps.huggingface import HUGGINGFACE
 from resnet_backbone.weights.keymaps.table import Layout, Tensors, check_support
 from resnet_backbone.weights.keymaps.torchvision import TIMM, TORCHVISION, from_torchvision
 
-__all__ = ["LAYOUTS", "Layout", "check_support", "from_torchvision", "recognize"]
+__all__ = ["LAYOUTS", "Layout", "check_support", "find_network", "from_torchvision", "recognize"]
+
+logger = logging.getLogger(__name__)
+# Ends of the first keys of networks; what stands before is the prefix of the network in its file.
+ANCHORS = ("conv1.weight", "features.0.weight", *FIRST_KEYS)
+# Networks of self-supervised trainers beside one another: the one that is used comes first.
+PREFERRED = ("encoder_q", "base_encoder", "teacher", "online", "student", "encoder", "backbone")
+# What trainers keep beside a network, under its prefix too.
+BESIDE = re.compile(
+    r"(queue(_ptr|\d*)|(projection|prediction)(_head)?|projector|predictor|prototypes|heads?|fc|"
+    r"bn_proj|lambd)(\.|$)"
+)
+HEADS = re.compile(r"(fc|head)\.(weight|bias)$")  # of a classifier, which belongs to its network
 
 
 def _is_ours(keys: Collection[str]) -> bool:
@@ -53,10 +70,8 @@ def recognize(tensors: Tensors) -> str:
     """The name of the layout that tensors have: the first of ``LAYOUTS`` that matches.
 
     Some share their keys: timm's ResNets are "torchvision", Detectron2's backbones by themselves
-    are "resnet_backbone", and so are read alike.
-
-    Raises:
-        ValueError: naming the first keys, if no layout matches.
+    are "resnet_backbone", and so are read alike. Raises ValueError: naming the first keys, if no
+    layout matches.
     """
     for name, layout in LAYOUTS.items():
         if layout.matches(tensors):
@@ -65,3 +80,48 @@ def recognize(tensors: Tensors) -> str:
     raise ValueError(
         f"the keys are of no ResNet or VGG of {', '.join(LAYOUTS)}; the first are {first}"
     )
+
+
+def find_network(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
+    """The layout of one network, and its tensors under our names.
+
+    A common prefix and what lies beside the network are left out: trainers write
+    ``backbone.body.layer1...`` or, beside queues and projectors, ``module.encoder_q.layer1...``.
+    Where a file has several networks, the choice is logged. Raises ValueError: there is none.
+    """
+    try:
+        return _to_ours(tensors)
+    except (KeyError, ValueError, TypeError):
+        networks = _inner_networks(tensors)
+        if not networks:
+            raise
+
+    def rank(prefix: str) -> tuple[int, str]:
+        places = [k for k, word in enumerate(PREFERRED) if word in prefix.split(".")]
+        return min(places, default=len(PREFERRED)), prefix
+
+    best, *others = sorted(networks, key=rank)
+    if others:
+        logger.warning("%s: the network %r is read; the file also has %s", source, best, others)
+    return networks[best]
+
+
+def _inner_networks(tensors: Tensors) -> dict[str, tuple[str, dict[str, Tensor]]]:
+    """Prefix -> the network whose tensors have it; none lies within another."""
+    prefixes = {key.removesuffix(end) for key in tensors for end in ANCHORS if key.endswith(end)}
+    found: dict[str, tuple[str, dict[str, Tensor]]] = {}
+    for prefix in sorted(prefixes, key=len):
+        if any(prefix.startswith(outer) for outer in found if outer):
+            continue
+        inside = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        inside = {k: v for k, v in inside.items() if HEADS.match(k) or not BESIDE.match(k)}
+        with suppress(KeyError, ValueError, TypeError):
+            layout, ours = _to_ours(inside)
+            if infer_models(ours):
+                found[prefix] = layout, ours
+    return found
+
+
+def _to_ours(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    layout = recognize(tensors)
+    return layout, LAYOUTS[layout].to_ours(tensors)

@@ -1,17 +1,12 @@
-"""Detectron2's key names, and blob names of Caffe2.
+"""Detectron2's key names, which are ours behind a prefix, and blob names of Caffe2.
 
-Detectron2's are ours, and in a whole detector ours behind a prefix. Of a detector the backbone is
-taken: also the res5 of a C4 detector, and of a VGG detector fc6 and fc7, which run per region. Its
-other parts are left out, and what our networks say there of their input, so a detector is not got
-back; ``from_ours`` writes a backbone without prefix, which Detectron2's checkpointer puts in its
-place. VGGs are those of this package's detectors.
+Of a detector the backbone is taken, with the res5 of a C4 detector and fc6 and fc7 of a VGG
+detector, which run per region; its other parts are left out. ``from_ours`` writes a backbone alone.
 
 Caffe2's are in MSRA's and FAIR's ImageNet files, Detectron1 and its detectors. Norms have two
-spellings, and in Detectron1's files are a scale and a shift alone: the statistics are folded in.
-Such a norm gets those of an identity, mean 0 and variance 1 - 1e-5: with the epsilon 1e-5 of this
-package's batch norms the same function in evaluation. ``from_ours`` writes the first spelling with
-all statistics, no bias of conv1 (MSRA's moves into the running mean), and the head as ``pred``, the
-name that Detectron2 loads.
+spellings; in Detectron1's files they are a scale and a shift alone, and get the statistics of an
+identity. ``from_ours`` writes the first spelling with all statistics, no bias of conv1 (MSRA's
+moves into the running mean), and the head as ``pred``, the name that Detectron2 loads.
 """
 
 from __future__ import annotations
@@ -42,17 +37,9 @@ HEAD_LAYERS = {
 }
 
 # What Detectron2's meta-architectures have beside the backbone.
-OTHER_PARTS = (
-    "backbone.fpn_lateral",
-    "backbone.fpn_output",
-    "backbone.top_block.",
-    "proposal_generator.",
-    "roi_heads.",
-    "sem_seg_head.",
-    "head.",
-    "anchor_generator.",
-    "pixel_mean",
-    "pixel_std",
+OTHER_PARTS = tuple(
+    "backbone.fpn_lateral backbone.fpn_output backbone.top_block. proposal_generator. roi_heads. "
+    "sem_seg_head. head. anchor_generator. pixel_mean pixel_std".split()
 )
 _OUR_PARTS = {*RESNET_STAGES, *VGG_STAGES, *HEAD_NAMES}
 
@@ -138,30 +125,14 @@ _NORM_BLOBS = {
     "bn_running_var": "running_var",
 }
 _GROUP_NORM_BLOBS = {"gn_s": "weight", "gn_b": "bias"}
-_BRANCHES = {
-    "conv1": "branch2a",
-    "conv2": "branch2b",
-    "conv3": "branch2c",
-    "shortcut": "branch1",
-}
+_BRANCHES = dict(conv1="branch2a", conv2="branch2b", conv3="branch2c", shortcut="branch1")
 _RESNET_HEADS = {"pred": "linear", "fc1000": "linear"}
 _VGG_HEADS = {"fc6": "fc6", "fc7": "fc7", "fc8": "linear"}
 
 # Blobs of Detectron1's detectors beside the backbone, and what a solver keeps.
-OTHER_BLOBS = (
-    "fpn_",
-    "conv_rpn",
-    "rpn_",
-    "retnet_",
-    "cls_score",
-    "bbox_pred",
-    "head_conv",
-    "_[mask]_",
-    "mask_fcn",
-    "conv5_mask",
-    "conv_fcn",
-    "kps_",
-    "__preserve__/",
+OTHER_BLOBS = tuple(
+    "fpn_ conv_rpn rpn_ retnet_ cls_score bbox_pred head_conv _[mask]_ mask_fcn conv5_mask "
+    "conv_fcn kps_ __preserve__/".split()
 )
 _BOX_HEAD = ("fc6_", "fc7_")  # of a ResNet detector; VGG's own have these names
 _MOMENTUM = "_momentum"
@@ -219,12 +190,9 @@ def _read_blobs(tensors: Tensors) -> dict[str, Tensor]:
     )
 
 
-def _backbone(tensors: Tensors, other_parts: tuple[str, ...]) -> dict[str, Tensor]:
-    return {
-        key: value
-        for key, value in tensors.items()
-        if not key.startswith(other_parts) and not key.endswith(_MOMENTUM)
-    }
+def _backbone(tensors: Tensors, others: tuple[str, ...]) -> dict[str, Tensor]:
+    own = (k for k in tensors if not k.startswith(others) and not k.endswith(_MOMENTUM))
+    return {key: tensors[key] for key in own}
 
 
 def _with_statistics(tensors: Tensors) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.keymaps import table
 from resnet_backbone.weights.keymaps.table import Layout, OtherNetwork, Tensors
-from resnet_backbone.weights.preprocessing import FILTERS, Preprocessing
+from resnet_backbone.weights.preprocessing import FILTERS, Preprocessing, one_line
 
 _PREFIX = "resnet."
 _FIRST_KEY = "embedder.embedder.convolution.weight"
@@ -53,15 +53,14 @@ def _write(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
 def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
     """Refuses transformers' ResNets that are none of ours and have the same tensors.
 
-    Raises:
-        OtherNetwork: another activation, or a first stage that halves the resolution.
-        ValueError: ``downsample_in_bottleneck`` is not true or false.
+    Raises OtherNetwork: another activation, or a first stage that halves the resolution. Raises
+    ValueError: ``downsample_in_bottleneck`` is not true or false.
     """
     for key, ours in (("hidden_act", "relu"), ("downsample_in_first_stage", False)):
         value = config.get(key, ours)
         if value != ours:
             raise OtherNetwork(
-                f"{where}: {key} is {table.shorten(repr(value))}, in this package's networks it is "
+                f"{where}: {key} is {one_line(repr(value), 80)}, in this package's networks it is "
                 f"{ours!r}: the same tensors are another function, use them in transformers itself"
             )
     if not isinstance(config.get("downsample_in_bottleneck", False), bool):
@@ -71,11 +70,7 @@ def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
 def hugging_face_preprocessing(
     processor: Mapping[str, Any], stride_in_1x1: bool | None
 ) -> Preprocessing:
-    """The convention of a ``preprocessor_config.json``.
-
-    Args:
-        stride_in_1x1: ``downsample_in_bottleneck`` of the config.json beside it.
-    """
+    """The convention of a ``preprocessor_config.json``; the stride is in the config.json."""
     value_range = 1.0
     if not processor.get("do_rescale", True):
         value_range = 255.0
@@ -112,15 +107,8 @@ def _hugging_face_sizes(processor: Mapping[str, Any]) -> tuple[int | None, int |
     return (size, crop) if crop else (None, None)
 
 
-def hugging_face_configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """``config.json`` and ``preprocessor_config.json`` of transformers."""
-    return {
-        "config.json": _hugging_face_model(checkpoint),
-        "preprocessor_config.json": _hugging_face_processor(checkpoint.preprocessing),
-    }
-
-
-def _hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
+def hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """``config.json`` of transformers."""
     model = checkpoint.model
     block, depths = DEPTHS[int(model.name.rpartition("resnet")[2])]
     num_stages = len({key[:4] for key in checkpoint.tensors if key.startswith("res")})
@@ -145,7 +133,8 @@ def _hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
     return config
 
 
-def _hugging_face_processor(preprocessing: Preprocessing) -> dict[str, Any]:
+def hugging_face_processor(preprocessing: Preprocessing) -> dict[str, Any]:
+    """``preprocessor_config.json`` of transformers."""
     resize, crop = preprocessing.center_crop()
     filters = {name: number for number, name in FILTERS.items()}
     return {

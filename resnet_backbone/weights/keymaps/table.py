@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from resnet_backbone.models import list_models
 from resnet_backbone.models.resnet import DEPTHS
-from resnet_backbone.weights.architecture import COUNTER, FIRST_KEYS, constructor_options
+from resnet_backbone.weights.architecture import COUNTER, constructor_options, first_key
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
 
 Tensors = Mapping[str, Tensor]
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", COUNTER)
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,13 @@ class Layout:
     def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
         """The library's tensors under this package's keys, without ``num_batches_tracked``.
 
-        That none is missing is for ``infer_models`` to say.
-
-        Raises:
-            ValueError: a key that the library's networks of the paper do not have.
+        That none is missing is for ``infer_models`` to say. Raises ValueError: a key that the
+        library's networks of the paper do not have.
         """
         return without_counters(self.read(tensors))
 
     def from_ours(self, tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
-        """The library's tensors, whole for a strict load there.
-
-        Raises:
-            ValueError: a network that the library does not have, with those that do.
-        """
+        """The library's tensors, whole for a strict load there; see :func:`check_support`."""
         check_support(self.name, model)
         return self.write(tensors, model)
 
@@ -66,12 +60,10 @@ class Module(NamedTuple):
 def resnet_modules(
     stem: tuple[str, str], name: Callable[[int, int, str], tuple[str, str]]
 ) -> list[Module]:
-    """All convolutions that a ResNet of any depth has.
+    """All convolutions that a ResNet of any depth has, with a library's names of each and its norm.
 
-    Args:
-        stem: the library's names of the stem's convolution and norm.
-        name: the same for the others, from stage (2 to 5), block (from 0) and our name of the
-            layer, "conv1" to "conv3" or "shortcut".
+    ``name`` makes them of stage (2 to 5), block (from 0) and our name of the layer, "conv1" to
+    "conv3" or "shortcut".
     """
     modules = [Module("stem.conv1", *stem)]
     for stage in range(2, 6):
@@ -81,32 +73,26 @@ def resnet_modules(
     return modules
 
 
-def torch_keys(modules: list[Module], bias: bool = False) -> dict[str, str]:
-    """Library's key -> our key of PyTorch modules; with ``bias`` the convolutions may have one."""
+def torch_keys(modules: Iterable[Module], bias: bool = False) -> dict[str, str]:
+    """Library's key -> our key of PyTorch modules; ``bias`` where the layers may have one."""
     table = {}
     for module in modules:
-        table[f"{module.conv}.weight"] = f"{module.ours}.weight"
-        if bias:
-            table[f"{module.conv}.bias"] = f"{module.ours}.bias"
-        for tensor in NORM_TENSORS if module.norm else ():
+        for tensor in ("weight", "bias") if bias else ("weight",):
+            table[f"{module.conv}.{tensor}"] = f"{module.ours}.{tensor}"
+        for tensor in (*NORM_TENSORS, COUNTER) if module.norm else ():
             table[f"{module.norm}.{tensor}"] = f"{module.ours}.norm.{tensor}"
     return table
 
 
 def linear_keys(layers: Mapping[str, str]) -> dict[str, str]:
     """Library's key -> our key of linear layers."""
-    return {
-        f"{theirs}.{tensor}": f"{ours}.{tensor}"
-        for theirs, ours in layers.items()
-        for tensor in ("weight", "bias")
-    }
+    return torch_keys((Module(ours, theirs) for theirs, ours in layers.items()), bias=True)
 
 
 def rename(tensors: Tensors, table: Mapping[str, str], network: str) -> dict[str, Tensor]:
     """The same tensors under the keys of a table, which are those of a ``network``.
 
-    Raises:
-        ValueError: for a key that is not in the table, or two that name one tensor.
+    Raises ValueError: for a key that is not in the table, or two that name one tensor.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -217,16 +203,14 @@ SUPPORT = {
 def check_support(library: str, model: ModelSpec) -> None:
     """Refuses a network that a library does not have.
 
-    ``stride_in_1x1`` is looked at only where the specification has it.
-
-    Raises:
-        ValueError: saying why, and which layouts take the network.
+    ``stride_in_1x1`` is looked at only where the specification has it. Raises WeightsError: saying
+    why, and which layouts take the network.
     """
     problem = _problem(SUPPORT[library], model) if library in SUPPORT else ""
     if problem:
         others = [name for name, support in SUPPORT.items() if not _problem(support, model)]
         able = " and ".join([*others, "resnet_backbone"])
-        raise ValueError(f"{library} has no such network: {problem}; layouts that do: {able}")
+        raise WeightsError(f"{library} has no such network: {problem}; layouts that do: {able}")
 
 
 def _problem(support: Support, model: ModelSpec) -> str:
@@ -239,11 +223,7 @@ def _problem(support: Support, model: ModelSpec) -> str:
             return f"{name} has {key}={options[key]!r}"
     if ("VGG" if name.startswith("vgg") else "ResNet", norm) not in support.networks:
         return f"{name} has norm={options['norm']!r}"
-    return _limits(support, model, options)
-
-
-def _limits(support: Support, model: ModelSpec, options: dict[str, Any]) -> str:
-    bottleneck = model.name in ("resnet50", "resnet101", "resnet152")
+    bottleneck = name in ("resnet50", "resnet101", "resnet152")
     if model.options.get("stride_in_1x1") and bottleneck and not support.stride_in_1x1:
         return "its bottlenecks have their stride in the 3x3 convolution (stride_in_1x1=False)"
     if options["in_channels"] != 3 and not support.in_channels:
@@ -258,15 +238,9 @@ class OtherNetwork(WeightsError):
     """Weights of a network with the tensors of one of ours and another function."""
 
 
-def shorten(text: str) -> str:
-    """What a file says, for a message."""
-    return " ".join(text.split())[:80]
-
-
 def in_channels(checkpoint: Checkpoint) -> int:
     """Of the images that a checkpoint's network takes."""
-    key = next(key for key in FIRST_KEYS if key in checkpoint.tensors)
-    return checkpoint.tensors[key].shape[1]
+    return checkpoint.tensors[first_key(checkpoint.tensors)].shape[1]
 
 
 # How a written file is used

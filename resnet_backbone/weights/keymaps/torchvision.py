@@ -28,7 +28,7 @@ from resnet_backbone.weights.keymaps.table import (
     OtherNetwork,
     Tensors,
 )
-from resnet_backbone.weights.preprocessing import Preprocessing, known_filter
+from resnet_backbone.weights.preprocessing import Preprocessing, known_filter, one_line
 
 VGG_HEAD = table.linear_keys(
     {"classifier.0": "fc6", "classifier.3": "fc7", "classifier.6": "linear"}
@@ -36,7 +36,8 @@ VGG_HEAD = table.linear_keys(
 TIMM_HEAD = table.linear_keys(
     {"pre_logits.fc1": "fc6", "pre_logits.fc2": "fc7", "head.fc": "linear"}
 )
-TIMM_KERNELS = {"pre_logits.fc1.weight": 7, "pre_logits.fc2.weight": 1}
+TIMM_VGG = "pre_logits.fc1.weight"
+TIMM_KERNELS = {TIMM_VGG: 7, "pre_logits.fc2.weight": 1}
 # timm's retired names of weights for these networks, "tv_resnet50" and "gluon_resnet50_v1b".
 _RETIRED = re.compile(r"^(?:tv|ssl|swsl)_(?=resnet)|^gluon_(resnet\d+)_v1b$")
 
@@ -55,20 +56,22 @@ _RESNET_TABLE = {
 
 
 def from_torchvision(state_dict: Tensors) -> dict[str, Tensor]:
-    """A torchvision ResNet's or VGG's state dict, or gradients, under our keys.
+    """A torchvision ResNet's or VGG's state dict, or gradients, under our keys, counters too.
 
-    Which of the two it is, and for a VGG its depth and whether it has batch norm, is read from
-    the keys. Heads may be missing: a VGG's convolutions alone are enough. Tensors are not copied,
-    ``num_batches_tracked`` is kept. Torchvision's ResNets need ``stride_in_1x1=False``, which no
-    key shows.
+    The network is read from the keys. Heads may be missing: a VGG's convolutions alone are enough.
+    Tensors are not copied. ResNets need ``stride_in_1x1=False``, which no key shows.
 
     Raises:
         ValueError: for a key, or a set of VGG layers, that torchvision's networks do not have.
     """
     if not any(key.startswith(("features.", "classifier.")) for key in state_dict):
         return table.rename(state_dict, _RESNET_TABLE, "a torchvision ResNet")
-    names = {**table.torch_keys(_find_vgg(state_dict), bias=True), **VGG_HEAD}
-    return table.cancel_biases(table.rename(state_dict, names, "a torchvision VGG"))
+    return _vgg_from(state_dict, VGG_HEAD, "a torchvision VGG")
+
+
+def _vgg_from(tensors: Tensors, head: Mapping[str, str], network: str) -> dict[str, Tensor]:
+    names = {**table.torch_keys(_find_vgg(tensors), bias=True), **head}
+    return table.cancel_biases(table.rename(tensors, names, network))
 
 
 def _find_vgg(state_dict: Tensors) -> list[Module]:
@@ -100,11 +103,7 @@ def _vgg_modules(num_convs: Iterable[int], batch_norm: bool) -> list[Module]:
 
 def _matches(keys: Collection[str]) -> bool:
     firsts = {"conv1.weight", "layer1.0.conv1.weight", "features.0.weight"}
-    return bool(firsts & set(keys)) and not _is_timm_vgg(keys)
-
-
-def _is_timm_vgg(keys: Collection[str]) -> bool:
-    return "pre_logits.fc1.weight" in keys
+    return bool(firsts & set(keys)) and TIMM_VGG not in keys
 
 
 def _read(tensors: Tensors) -> dict[str, Tensor]:
@@ -127,12 +126,9 @@ def _write(
 def _read_timm(tensors: Tensors) -> dict[str, Tensor]:
     if not any(key.startswith("features.") for key in tensors):
         return _read(tensors)
-    names = {**table.torch_keys(_find_vgg(tensors), bias=True), **TIMM_HEAD}
-    flat = {
-        key: value.flatten(1) if key in TIMM_KERNELS and value.dim() == 4 else value
-        for key, value in tensors.items()
-    }
-    return table.cancel_biases(table.rename(flat, names, "a timm VGG"))
+    kernels = {k: tensors[k] for k in TIMM_KERNELS if k in tensors and tensors[k].dim() == 4}
+    flat = {**tensors, **{key: kernel.flatten(1) for key, kernel in kernels.items()}}
+    return _vgg_from(flat, TIMM_HEAD, "a timm VGG")
 
 
 def _write_timm(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
@@ -145,10 +141,9 @@ def _write_timm(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
 
 def _library_name(checkpoint: Checkpoint) -> str:
     """The network's name there, where batch norm is part of a VGG's."""
-    name = checkpoint.model.name.rpartition("/")[2].removesuffix("_bn")
-    return (
-        f"{name}_bn" if name.startswith("vgg") and table.norm_layers(checkpoint.tensors) else name
-    )
+    name = checkpoint.model.name.removesuffix("_bn")
+    normed = name.startswith("vgg") and table.norm_layers(checkpoint.tensors)
+    return f"{name}_bn" if normed else name
 
 
 def _usage(checkpoint: Checkpoint, path: Path) -> list[str]:
@@ -176,7 +171,7 @@ def _usage_timm(checkpoint: Checkpoint, path: Path) -> list[str]:
 TORCHVISION = Layout("torchvision", _matches, _read, _write, _usage)
 TIMM = Layout(
     "timm",
-    lambda keys: _is_timm_vgg(keys) or _matches(keys),
+    lambda keys: TIMM_VGG in keys or _matches(keys),
     _read_timm,
     _write_timm,
     _usage_timm,
@@ -224,10 +219,9 @@ def published_hash(weights: Any) -> str:
 def check_timm_network(config: Mapping[str, Any], where: str) -> None:
     """Refuses timm's relatives of our networks that no tensor shows, such as resnetblur50.
 
-    Raises:
-        OtherNetwork: another architecture, or arguments that make it another function.
+    Raises OtherNetwork: another architecture, or arguments that make it another function.
     """
-    architecture = table.shorten(str(config["architecture"]).partition(".")[0])
+    architecture = one_line(str(config["architecture"]).partition(".")[0], 80)
     if _RETIRED.sub(r"\1", architecture) not in LIBRARY_NETWORKS:
         raise OtherNetwork(
             f"{where}: timm's {architecture} is not among this package's networks, which are "
@@ -237,7 +231,7 @@ def check_timm_network(config: Mapping[str, Any], where: str) -> None:
     pools = {config.get("global_pool", "avg"), arguments.pop("global_pool", "avg")}
     changed = sorted(arguments.keys() - {"num_classes", "in_chans"})
     if changed or not pools <= {"avg", "fastavg", "", None}:
-        what = table.shorten(", ".join(changed)) or "global_pool"
+        what = one_line(", ".join(changed) or "global_pool", 80)
         raise OtherNetwork(
             f"{where}: timm builds this {architecture} with {what} of its own, which can make it "
             "another function: use it in timm itself"

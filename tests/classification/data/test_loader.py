@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,12 +45,10 @@ def dataset(root) -> ImageFiles:
     return read_image_folder(root)
 
 
-def batches(dataset, first=0, count=4, *, workers=0, augment=AUGMENT, seed=5, **options):
-    stream = SampleStream(len(dataset), 6, seed)
-    made = LoaderSource(dataset, stream, augment, workers=workers, **options).batches(first)
-    found = [next(made) for _ in range(count)]
-    made.close()
-    return found
+def batches(dataset, first=0, count=4, *, augment=AUGMENT, seed=5, **options):
+    source = LoaderSource(dataset, SampleStream(len(dataset), 6, seed), augment, **options)
+    with closing(source.batches(first)) as made:
+        return list(islice(made, count))
 
 
 def assert_same(ours: list[Batch], theirs: list[Batch]):
@@ -90,12 +91,8 @@ def test_bad_images_are_replaced_alike_and_reported(dataset, root, tmp_path):
     assert_same(batches(dataset, 0, 7, workers=2), found)
     assert report.path.read_text() == f"bad\t{root / 'n02' / '3.JPEG'}\tthe file is empty\n"
     places = np.concatenate([SampleStream(21, 6, 5).batch(i)[0] for i in range(7)])
-    same = [
-        torch.equal(a, b)
-        for ours, theirs in zip(found, good, strict=True)
-        for a, b in zip(ours.images, theirs.images, strict=True)
-    ]
-    assert same == (places != broken).tolist()
+    ours, theirs = (torch.cat([batch.images for batch in made]) for made in (found, good))
+    assert (ours == theirs).flatten(1).all(1).tolist() == (places != broken).tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -116,22 +113,13 @@ def test_converted_images_are_used_and_reported(dataset, root, tmp_path):
 
 def alive(pid: int) -> bool:
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
 def children(pid: int) -> list[int]:
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(word) for word in file.read().split()]
-
-
-def wait_until(condition, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_dropping_the_iterator_ends_the_workers_soon(dataset):
@@ -176,11 +164,8 @@ def programs(tmp_path_factory):
     root = fill(tmp_path_factory.mktemp("images"), CLASSES)
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(root)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    made = [
-        subprocess.Popen(command, start_new_session=True, env=environment, **pipes)
-        for _ in range(2)
-    ]
+    options = pipes | {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "start_new_session": True}
+    made = [subprocess.Popen(command, **options) for _ in range(2)]
     yield made
     for process in made:
         process.kill()
@@ -204,7 +189,10 @@ def test_workers_end_when_the_main_process_is_killed(programs):
     assert len(workers) >= 2
     process.kill()
     process.wait()
-    wait_until(lambda: not any(map(alive, workers)))
+    end = time.monotonic() + 20
+    while any(map(alive, workers)):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
 
 
 def bad(path, reason="truncated"):
@@ -217,10 +205,9 @@ def test_each_file_is_listed_once(tmp_path):
     assert not report.path.exists()
     report.add(bad("a"), bad("a"), ImageNote(CONVERTED, "c", "CMYK"))
     report.add(bad("a", "another reason"), bad("b\tc", "two\nlines"))
+    report.add(bad("b\tc"))
     assert report.path.read_text() == "bad\ta\ttruncated\nconverted\tc\tCMYK\nbad\tb c\ttwo lines\n"
     assert (report.num_bad, report.num_converted) == (2, 1)
-    report.add(bad("b\tc"))
-    assert report.num_bad == 2
 
 
 def test_a_resumed_run_goes_on_with_the_report(tmp_path):
@@ -244,13 +231,10 @@ def test_the_limit_stops_with_one_line(tmp_path):
     assert "r.txt" in message and "data.max_bad_images" in message and "\n" not in message
     assert "the fifth" in report.path.read_text()
     with pytest.raises(DataError):
-        BadImageReport(report.path, 4).check()
-
-
-def test_zero_allows_none_and_none_allows_all():
+        BadImageReport(report.path, 4).add()
     with pytest.raises(DataError):
         BadImageReport(max_bad_images=0).add(bad("a"))
-    BadImageReport().add(*(bad(str(i)) for i in range(500)))
+    BadImageReport().add(*(bad(str(i)) for i in range(500)))  # any number
 
 
 def test_unusual_images_are_counted_beyond_the_list(tmp_path):

@@ -1,12 +1,15 @@
 """The order of samples; data sets in memory: CIFAR-10, its crops against torchvision's, digits."""
 
 import hashlib
+import itertools
 import pickle
 import struct
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given
@@ -30,20 +33,13 @@ from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 PER_FILE = 12
-BASE = Path(__file__).parents[3] / "configs/classification/cifar10/Base-CIFAR10.yaml"
-
-
-def take(stream: SampleStream, iterations: int) -> np.ndarray:
-    return np.concatenate([stream.batch(i)[0] for i in range(iterations)])
 
 
 @given(st.integers(1, 50), st.integers(1, 70), st.integers(0, 5))
 def test_every_sample_once_an_epoch(num_samples, batch_size, seed):
-    epochs = 3
-    iterations = -(-epochs * num_samples // batch_size)
-    drawn = take(SampleStream(num_samples, batch_size, seed), iterations)
-    for epoch in range(epochs):
-        part = drawn[epoch * num_samples : (epoch + 1) * num_samples]
+    stream = SampleStream(num_samples, batch_size, seed)
+    drawn = np.concatenate([stream.batch(i)[0] for i in range(-(-3 * num_samples // batch_size))])
+    for part in drawn[: 3 * num_samples].reshape(3, -1):
         assert sorted(part) == list(range(num_samples))
 
 
@@ -60,9 +56,7 @@ def test_epochs_and_seeds_differ():
     stream = SampleStream(100, 100, seed=1)
     assert (stream.epoch_order(0) != stream.epoch_order(1)).any()
     assert (stream.epoch_order(0) != SampleStream(100, 100, seed=2).epoch_order(0)).any()
-
-
-def test_a_batch_over_the_end_of_an_epoch_says_so():
+    # a batch over the end of an epoch says so
     indices, epochs = SampleStream(5, 4, seed=0).batch(1)
     assert epochs.tolist() == [0, 1, 1, 1] and len(set(indices[1:])) == 3
 
@@ -82,22 +76,16 @@ def test_shards_are_read_whole_and_neighbors_together(sizes, together):
         assert set(shard_of[: ends + 1]) == set(shards[: first + together])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "hint"),
-    [
-        (dict(num_samples=0, batch_size=4), "no samples"),
-        (dict(num_samples=9, batch_size=4, world=3), "does not divide"),
-    ],
-)
-def test_impossible_streams_are_refused(arguments, hint):
-    with pytest.raises(DataError, match=hint):
-        SampleStream(**arguments)
+def test_impossible_streams_are_refused():
+    for (samples, world), hint in (((0, 1), "no samples"), ((9, 3), "does not divide")):
+        with pytest.raises(DataError, match=hint):
+            SampleStream(samples, batch_size=4, world=world)
 
 
 def test_augmentation_depends_on_seed_epoch_and_sample_alone():
-    draw = [sample_rng(*key).random() for key in [(1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3)]]
-    assert len(set(draw)) == 4
-    assert sample_rng(1, 2, 3).random() == draw[0]
+    keys = [(1, 2, 3), (1, 2, 4), (1, 3, 3), (2, 2, 3), (1, 2, 3)]
+    *draws, again = [sample_rng(*key).random() for key in keys]
+    assert len(set(draws)) == 4 and again == draws[0]
 
 
 class Python2Pickler(pickle._Pickler):
@@ -113,10 +101,8 @@ class Python2Pickler(pickle._Pickler):
 
 def pixels_and_labels(number: int):
     rng = np.random.default_rng(number)
-    return (
-        rng.integers(0, 256, (PER_FILE, 3072), dtype=np.uint8),
-        rng.integers(0, 10, PER_FILE).astype(np.uint8),
-    )
+    pixels = rng.integers(0, 256, (PER_FILE, 3072), dtype=np.uint8)
+    return pixels, rng.integers(0, 10, PER_FILE).astype(np.uint8)
 
 
 @pytest.fixture
@@ -144,20 +130,23 @@ def test_both_versions_give_the_same_images(both_versions):
     assert torch.equal(first[0][0].flatten(), torch.from_numpy(pixels_and_labels(5)[0][0]))
 
 
-def test_damaged_files_are_named(both_versions, tmp_path):
-    binary, python = both_versions
-    with pytest.raises(DataError, match="no CIFAR-10 here"):
-        read_cifar10(tmp_path / "elsewhere", train=True)
-    short = binary / "data_batch_3.bin"
-    short.write_bytes(short.read_bytes()[:-7])
-    with pytest.raises(DataError, match="data_batch_3.bin.*whole records"):
-        read_cifar10(binary, train=True)
-    short.unlink()
-    with pytest.raises(DataError, match="data_batch_3.bin: .*No such file"):
-        read_cifar10(binary, train=True)
-    (python / "test_batch").write_bytes(b"nothing")
-    with pytest.raises(DataError, match="test_batch: not a file"):
-        read_cifar10(python, train=False)
+@pytest.mark.parametrize(
+    "version, name, content, message",
+    [
+        (0, "data_batch_3.bin", bytes(3073 - 7), "data_batch_3.bin.*whole records"),
+        (0, "data_batch_3.bin", None, "data_batch_3.bin: .*No such file"),
+        (0, "data_batch_3.bin", bytes([57]) + bytes(3072), "CIFAR-100"),
+        (0, "data_batch_1.bin", None, "no CIFAR-10 here"),
+        (1, "data_batch_3", b"nothing", "data_batch_3: not a file"),
+    ],
+)
+def test_damaged_files_are_named(both_versions, version, name, content, message):
+    path = both_versions[version] / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_cifar10(path.parent, train=True)
 
 
 def test_a_pickle_runs_nothing(both_versions, tmp_path):
@@ -169,12 +158,6 @@ def test_a_pickle_runs_nothing(both_versions, tmp_path):
     with pytest.raises(DataError, match="asks for"):
         read_cifar10(both_versions[1], train=False)
     assert not (tmp_path / "made").exists()
-
-
-def test_a_label_above_nine_is_no_cifar10(both_versions):
-    (both_versions[0] / "test_batch.bin").write_bytes(bytes([57]) + bytes(3072))
-    with pytest.raises(DataError, match="CIFAR-100"):
-        read_cifar10(both_versions[0], train=False)
 
 
 def source(images, augmentation, batch_size=8, rank=0, world=1, padding=None) -> ArraySource:
@@ -192,12 +175,10 @@ def images():
 def test_crops_are_torchvisions_pad_crop_flip(images, augmentation, flips):
     """Each image is one of the 81 crops (and their mirror images) that torchvision can make."""
     crops = {}
-    for label, image in enumerate(images):
-        padded = F.pad(image, [PAD])
-        for place in range(81):
-            crop = F.crop(padded, place // 9, place % 9, 32, 32)
-            crops[label, F.hflip(crop).numpy().tobytes()] = place, True
-            crops[label, crop.numpy().tobytes()] = place, False
+    for (label, image), place in itertools.product(enumerate(images), range(81)):
+        crop = F.crop(F.pad(image, [PAD]), place // 9, place % 9, 32, 32)
+        crops[label, F.hflip(crop).numpy().tobytes()] = place, True
+        crops[label, crop.numpy().tobytes()] = place, False
     found, made = set(), source(images, augmentation)
     for iteration in range(30):
         batch = made.batch(iteration)
@@ -215,37 +196,32 @@ def test_crops_are_torchvisions_pad_crop_flip(images, augmentation, flips):
 def test_padding_is_zero_once_the_mean_is_subtracted(both_versions, mean, order):
     """To half a gray level; black padding, which was the only one, is far from it."""
     options = [f"data.root={both_versions[0]}", f"data.mean={mean}", f"data.channel_order={order}"]
-    options.append("train.batch_size=8")
     for padding, largest in (("mean", 0.5), ("black", 255)):
-        config = load_config([BASE], [*options, f"data.padding={padding}"])
+        words = [*options, "train.batch_size=8", f"data.padding={padding}"]
+        config = load_config(["cifar10/Base-CIFAR10"], words)
         data = build_data(config, Path("."))
         normalize = InputNormalizer(data.preprocessing)
         outside = []
         for iteration in range(20):
             rows, columns = data.source._windows(iteration, 8)
-            lost = ((rows < 0) | (rows > 31))[:, :, None] | ((columns < 0) | (columns > 31))[
-                :, None
-            ]
+            rows, columns = (places != places.clamp(0, 31) for places in (rows, columns))
+            lost = rows[:, :, None] | columns[:, None]
             pixels = normalize(data.source.batch(iteration).images).permute(0, 2, 3, 1)
             outside.append(pixels[lost].abs())
         assert 0 < torch.cat(outside).max() <= largest
         assert padding == "mean" or torch.cat(outside).max() > 10
 
 
-def test_without_augmentation_images_stay(images):
-    batch = source(images, "none").batch(0)
-    assert torch.equal(batch.images, images[batch.labels])
-
-
 def test_source_starts_anywhere_and_processes_share(images):
     whole = source(images, "pad_crop")
-    iterator = whole.batches(0)
-    expected = [next(iterator) for _ in range(5)]
+    *_, expected = itertools.islice(whole.batches(0), 5)
     late = next(whole.batches(4))
-    assert torch.equal(late.images, expected[4].images)
+    assert torch.equal(late.images, expected.images)
     parts = [source(images, "pad_crop", rank=rank, world=2).batch(4) for rank in (0, 1)]
     assert torch.equal(torch.cat([part.images for part in parts]), late.images)
     assert torch.equal(torch.cat([part.labels for part in parts]), late.labels)
+    plain = source(images, "none").batch(0)
+    assert torch.equal(plain.images, images[plain.labels])
 
 
 @pytest.fixture(scope="module")
@@ -261,19 +237,15 @@ def digits():
     patch.setattr(sources, "COPIES", {"train": 1, "test": 1})
     sources.read_digits.cache_clear()
     for split in ("train", "test"):
-        used: dict[str, set] = {"render_ink": set(), "crop_photograph": set()}
         with patch.context() as spies:
-            for name, seen in used.items():
-                spies.setattr(builtin, name, noting(seen, getattr(builtin, name)))
-            found[split] = *sources.read_digits(split == "train"), *used.values()
+            used = [Mock(wraps=draw) for draw in (builtin.render_ink, builtin.crop_photograph)]
+            for name, spy in zip(("render_ink", "crop_photograph"), used, strict=True):
+                spies.setattr(builtin, name, spy)
+            drawn = sources.read_digits(split == "train")
+        found[split] = *drawn, *({call.args[0] for call in spy.call_args_list} for spy in used)
     yield found
     patch.undo()
     sources.read_digits.cache_clear()
-
-
-def noting(seen, draw):
-    """A function that draws and notes its first argument."""
-    return lambda first, *rest: (seen.add(first), draw(first, *rest))[1]
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 1258), ("test", 539)])
@@ -281,8 +253,7 @@ def test_digits(digits, split, count):
     images, labels, scans, photographs = digits[split]
     assert (images.dtype, tuple(images.shape)) == (torch.uint8, (count, 3, 64, 64))
     assert (labels.dtype, tuple(labels.shape)) == (torch.int64, (count,))
-    assert images.is_contiguous()
-    assert labels.bincount(minlength=10).min() > 0.08 * count
+    assert images.is_contiguous() and labels.bincount(minlength=10).min() > 0.08 * count
     assert len({image.numpy().tobytes() for image in images}) == count
     assert labels.tolist() == list(builtin.load_scans()[1][builtin.digit_indices(split)])
     assert scans == set(builtin.digit_indices(split))
@@ -324,24 +295,21 @@ def test_a_missing_library_is_named(monkeypatch):
 
 
 def test_digits_as_training_data(digits, tmp_path):
-    config = load_config([], ["data.format=digits", "data.augmentation=shift", "data.std=channel",
-                              "evaluation.protocol=full", "train.batch_size=16"])  # fmt: skip
+    words = "data.format=digits data.augmentation=shift data.std=channel train.batch_size=16"
+    config = load_config([], [*words.split(), "evaluation.protocol=full"])
     data = build_data(config, tmp_path)
-    assert data.class_names == builtin.CLASS_NAMES and len(data.class_names) == 10
+    assert data.class_names == builtin.CLASS_NAMES
     assert (data.source.num_samples, data.evaluated_on) == (1258, "built-in digits, test")
     images = digits["train"][0].float()
     assert data.preprocessing.channel_order == "RGB"
     assert data.preprocessing.mean == pytest.approx(images.mean((0, 2, 3)).tolist(), abs=0.01)
-    assert data.preprocessing.std == pytest.approx(
-        images.transpose(0, 1).flatten(1).std(1).tolist(), abs=0.01
-    )
+    std = images.transpose(0, 1).flatten(1).std(1).tolist()
+    assert data.preprocessing.std == pytest.approx(std, abs=0.01)
     assert tuple(data.source.batch(0).images.shape) == (16, 3, 64, 64)
 
 
 def test_pixels_of_digits_stay_the_same(digits):
     """Numbers in docs/results rest on them; with these versions of Pillow and NumPy."""
-    import PIL
-
     if PIL.__version__.partition(".")[0] != "13" or np.__version__.partition(".")[0] != "2":
         pytest.skip("other versions draw slightly other pixels")
     found = hashlib.sha256(digits["test"][0][:20].numpy().tobytes()).hexdigest()

@@ -19,9 +19,10 @@ from resnet_backbone.weights import (
     PREPROCESSINGS,
     Preprocessing,
     WeightsError,
-    read_weights,
+    read_checkpoint,
     save_weights,
 )
+from resnet_backbone.weights.reading import single_precision
 
 RGB = dict(
     INPUT__FORMAT="RGB",
@@ -34,7 +35,7 @@ R18 = "voc/faster_rcnn_R_18_FPN.yaml"
 @pytest.fixture(scope="module")
 def msra(data_root):
     path = str(data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors")
-    return path, read_weights(path, "msra")[0]
+    return path, single_precision(read_checkpoint(path, "msra").tensors)
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_caffe_vgg16(detector, data_root, kind):
     path = str(data_root / "weights" / "vgg16_conv_bgr_fp16.safetensors")
     model = detector(f"voc/faster_rcnn_{kind}.yaml")
     load_backbone(model, path, "caffe_vgg")
-    assert_holds(find_network(model), read_weights(path, "caffe_vgg")[0])
+    assert_holds(find_network(model), single_precision(read_checkpoint(path, "caffe_vgg").tensors))
 
 
 @pytest.mark.data

@@ -1,29 +1,21 @@
 """Checking data sets, and that loaders leave out exactly what is reported."""
 
-import json
-from argparse import Namespace
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 pytest.importorskip("detectron2")
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from resnet_backbone.detection.data import (
     apply_policy,
     find_voc_classes,
-    register_coco,
-    scan_coco,
     scan_voc,
     voc,
 )
-from resnet_backbone.detection.data.arguments import set_up_data
-from resnet_backbone.detection.data.problems import registered_scan
-from resnet_backbone.runtime.errors import DataError, UsageError
+from resnet_backbone.detection.data.scans import registered_scan
+from resnet_backbone.runtime.errors import DataError
 
 BOX = (2, 3, 10, 8)
 BCCD_BAD = ["BloodImage_00338.xml", "BloodImage_00343.xml"]
@@ -39,13 +31,6 @@ def check(root, classes=("cat", "dog"), **options):
     kept = sum(len(r["annotations"]) for r in records)
     assert kept == sum(report.boxes.values()) + sum(report.difficult.values())
     return report
-
-
-def load(scanned, on_bad="drop"):
-    """What a loader gives of what a scan found."""
-    records, report = scanned
-    apply_policy(report, on_bad)
-    return records
 
 
 def kinds(report):
@@ -198,217 +183,11 @@ def test_refusal_lists_ten_and_counts_the_rest(make_voc):
         apply_policy(report, "ignore")
 
 
-@pytest.fixture
-def coco(tmp_path):
-    """A folder with two images of 20x10 and `write(**changes)` for its JSON."""
-    for name in ("a.jpg", "b.jpg"):
-        Image.new("RGB", (20, 10)).save(tmp_path / name)
-    size = {"width": 20, "height": 10}
-    content = {
-        "categories": [{"id": 90, "name": "dog"}, {"id": 7, "name": "cat"}],
-        "images": [{"id": i, "file_name": f"{n}.jpg", **size} for i, n in enumerate("ab")],
-        "annotations": [
-            {"id": 1, "image_id": 0, "category_id": 90, "bbox": [0, 0, 20, 10]},
-            {"id": 2, "image_id": 1, "category_id": 7, "bbox": [3, 3, 4, 4]},
-        ],
-    }
-
-    def write(**changes):
-        path = tmp_path / f"set{len(list(tmp_path.glob('*.json')))}.json"
-        path.write_text(json.dumps({**content, **changes}))
-        return str(path)
-
-    write.content, write.root = content, str(tmp_path)
-    return write
-
-
-def coco_annotation(number, **changes):
-    return {"id": number, "image_id": 0, "category_id": 7, "bbox": [1, 1, 5, 5], **changes}
-
-
-@pytest.mark.data
-def test_real_coco_equals_detectron2(data_root):
-    root = data_root / "coco_mini"
-    arguments = str(root / "annotations/instances_val2017.json"), str(root / "val2017")
-    records, report = scan_coco(*arguments, decode=True)
-    assert not report.problems and report.num_images == 30
-    name = "data_check_test_reference"
-    areas = [one.pop("area") for record in records for one in record["annotations"]]
-    content = json.loads((root / "annotations/instances_val2017.json").read_text())
-    assert sorted(areas) == sorted(one["area"] for one in content["annotations"])
-    assert records == load_coco_json(*arguments, name)
-    MetadataCatalog.pop(name)
-
-
-def test_coco_boxes_and_files(coco):
-    bad = ([2, 2, 0, 5], [2, 2, 5, -1], [2, 2, float("nan"), 5], [-9, 2, 5, 5], [25, 2, 20, 5])
-    extra = [coco_annotation(10 + i, bbox=box) for i, box in enumerate(bad)]
-    images = [*coco.content["images"], {"id": 9, "file_name": "no.jpg", "width": 1, "height": 1}]
-    extra += [*coco.content["annotations"], coco_annotation(30, image_id=77)]
-    path = coco(images=images, annotations=extra)
-    records, report = scan_coco(path, coco.root)
-    assert sorted(kinds(report)) == ["bad-box"] * 6 + ["missing-image"]
-    assert report.boxes == {"cat": 1, "dog": 1}
-    assert [[a["category_id"] for a in r["annotations"]] for r in records] == [[1], [0]]
-    with pytest.raises(DataError, match="no.jpg"):
-        load(scan_coco(path, coco.root), "refuse")
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"annotations": None}, "no list annotations"),
-        ({"categories": []}, "the list of categories has no usable one"),
-        ({"categories": [{"id": None, "name": "a"}]}, r"categories\[0\] has no id or no name"),
-    ],
-)
-def test_a_file_of_which_nothing_can_be_used(coco, changes, message):
-    path = coco(**changes)
-    assert "broken-json" in kinds(scan_coco(path, coco.root)[1])
-    for on_bad in ("drop", "refuse"):
-        with pytest.raises(DataError, match="cannot be used"):
-            load(scan_coco(path, coco.root), on_bad)
-    with pytest.raises(DataError, match=message):
-        register_coco("data_check_test_broken", path, coco.root)
-    assert "data_check_test_broken" not in DatasetCatalog
-
-
-@pytest.mark.parametrize(
-    "section, entry, kind, detail",
-    [
-        ("annotations", 7, "bad-box", "annotations[2] is no annotation"),
-        ("annotations", coco_annotation(1, category_id=5), "bad-box", "category_id 5 is not in"),
-        ("annotations", coco_annotation(1, bbox=[1, 2, 3]), "bad-box", "is not four numbers"),
-        ("annotations", coco_annotation(1, bbox=None), "bad-box", "bbox None is not four"),
-        ("annotations", coco_annotation(1, image_id="x"), "bad-box", "is of image 'x'"),
-        ("images", {"id": 0, "file_name": "c.jpg"}, "duplicate-id", "image id 0 occurs again"),
-        ("images", {"id": 5, "file_name": 5}, "bad-entry", "the file_name 5, which is no text"),
-        ("images", {"file_name": "c.jpg"}, "bad-entry", "images[2] has no id"),
-        ("categories", {"id": 90, "name": "x"}, "duplicate-id", "category id 90 occurs again"),
-        ("categories", {"id": 91}, "bad-entry", "categories[2] has no id or no name"),
-    ],
-)
-def test_a_bad_entry_among_good_ones(coco, section, entry, kind, detail):
-    records, report = scan_coco(coco(**{section: [*coco.content[section], entry]}), coco.root)
-    (problem,) = report.problems
-    assert problem.kind == kind and detail in problem.detail
-    assert [len(record["annotations"]) for record in records] == [1, 1]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(segmentation=[[]]),
-        dict(segmentation=[[1, 1, 5, 5]]),
-        dict(segmentation=""),
-        dict(segmentation={"counts": [-1], "size": [10, 20]}),
-        dict(area="25"),
-        dict(category_id="7", image_id="0"),
-        dict(iscrowd=None),
-        dict(bbox=["1", "1", 5, 5.0]),
-        dict(id=1),  # which is another's
-    ],
-    ids=str,
-)
-def test_odd_fields_cost_no_box(coco, change):
-    path = coco(annotations=[*coco.content["annotations"], coco_annotation(3, **change)])
-    records, report = scan_coco(path, coco.root)
-    assert not report.problems and report.boxes == {"cat": 2, "dog": 1}
-    box = records[0]["annotations"][1]
-    assert [box["bbox"], box["area"], box["iscrowd"]] == [[1, 1, 5, 5], 25, 0]
-    assert "segmentation" not in box
-
-
-@pytest.mark.parametrize(
-    "mask", [[[1, 1, 5, 1, 5, 5], [1]], [1, 1, 5, 1, 5, 5]], ids=["one of two", "a flat list"]
-)
-def test_what_is_good_of_a_mask_stays(coco, mask):
-    path = coco(annotations=[coco_annotation(3, segmentation=mask, ignore=1)])
-    (record, _), _ = scan_coco(path, coco.root)
-    (box,) = record["annotations"]
-    assert box["segmentation"] == [[1, 1, 5, 1, 5, 5]] and box["iscrowd"] == 1
-
-
-def test_odd_files_and_images_are_read(coco, tmp_path):
-    images = [dict(i, file_name=f".\\{i['file_name']}", width="20") for i in coco.content["images"]]
-    del images[1]["height"]
-    path = Path(coco(images=images))
-    for encoding in ("utf-8-sig", "utf-16"):
-        path.write_text(json.dumps(json.loads(path.read_bytes())), encoding=encoding)
-        records, report = scan_coco(str(path), coco.root)
-        assert not report.problems and len(records) == 2
-
-
-@pytest.mark.parametrize(
-    "entries, names, remark",
-    [
-        ([(90, "dog"), (7, "dog")], ["dog", "dog 2"], "category 7 is a second 'dog'"),
-        ([(90, 1), (7, "dog")], ["dog", "1"], "the name of category 90 is no text"),
-        ([(90, "Dog"), (7, "dog")], ["dog", "Dog"], "classes that differ in case alone"),
-        ([(90, "dog"), (7, "cat"), (0, "pets")], ["cat", "dog"], "category 'pets' is left out"),
-    ],
-)
-def test_odd_categories_are_used_and_said(coco, entries, names, remark):
-    categories = [
-        {"id": number, "name": name, "supercategory": "none" if number == 0 else "pets"}
-        for number, name in entries
-    ]
-    records, report = scan_coco(coco(categories=categories), coco.root)
-    assert sum(len(record["annotations"]) for record in records) == 2 and not report.problems
-    assert sorted(report.boxes) == sorted(names) and remark in "; ".join(report.remarks())
-
-
-def test_shares_in_place_of_pixels_are_said(coco):
-    path = coco(annotations=[coco_annotation(1, bbox=[0.1, 0.2, 0.5, 0.5])])
-    assert "lie between 0 and 1" in "; ".join(scan_coco(path, coco.root)[1].remarks())
-
-
-def test_coco_file_itself(coco, tmp_path):
-    with pytest.raises(DataError, match="does not exist"):
-        register_coco("data_check_test_absent", str(tmp_path / "no.json"), coco.root)
-    (tmp_path / "text.json").write_text("{")
-    with pytest.raises(DataError, match="is not JSON"):
-        register_coco("data_check_test_text", str(tmp_path / "text.json"), coco.root)
-
-
-def test_wrong_image_root_is_one_line_that_names_an_image(coco, tmp_path):
-    with pytest.raises(DataError) as caught:
-        load(scan_coco(coco(), str(tmp_path / "elsewhere")))
-    message = str(caught.value)
-    assert "no usable image: 2 missing-image, such as " in message and "\n" not in message
-    assert str(tmp_path / "elsewhere") in message
-
-
-def test_register_coco(coco):
-    name, path = "data_check_test_registered", coco()
-    register_coco(name, path, coco.root)
-    register_coco(name, path, coco.root)
-    metadata = MetadataCatalog.get(name)
-    assert metadata.thing_classes == ["cat", "dog"]
-    assert metadata.thing_dataset_id_to_contiguous_id == {7: 0, 90: 1}
-    assert metadata.evaluator_type == "coco"
-    classes = [a["category_id"] for r in DatasetCatalog.get(name) for a in r["annotations"]]
-    assert classes == [1, 0]
-    with pytest.raises(ValueError, match="another json_file"):
-        register_coco(name, coco(), coco.root)
-
-
-def test_data_sets_with_other_class_orders_are_refused(make_cfg, coco):
-    orders = {"one": ("cat", "dog"), "two": ("dog", "cat")}
-    for name, classes in orders.items():
-        categories = [{"id": i, "name": c} for i, c in zip((7, 90), classes, strict=True)]
-        register_coco(name, coco(categories=categories), coco.root)
-    cfg = make_cfg(None, DATASETS__TRAIN=("one",), DATASETS__TEST=("two",))
-    paths = dict(voc_root=None, coco_json=None, sem_seg=None, eval_only=False, bad_data="drop")
-    with pytest.raises(UsageError, match="same names in the same order"):
-        set_up_data(cfg, Namespace(opts=[], **paths))
-
-
 def test_a_registered_set_is_scanned_once(make_voc, monkeypatch, caplog):
     """The loader, as often as it is asked, and the evaluator share one scan and its warnings."""
     boxes = [("dog", (1, 1, 9, 9)), ("dog", (2, 2, 2, 5)), ("dog", (3, 3, 9, 9), 1)]
     root, name, scans = make_voc({"a": boxes}), "data_check_test_once", []
-    monkeypatch.setattr(voc, "scan_voc", lambda *a, f=voc.scan_voc: scans.append(a) or f(*a))
+    monkeypatch.setattr(voc, "_scan", lambda *a, f=voc._scan: scans.append(a) or f(*a))
     voc.register_voc(name, root, "train", ["dog"], use_difficult=False)
     first = DatasetCatalog.get(name)
     first[0]["annotations"][0]["bbox"] = "changed by its user"

@@ -24,7 +24,6 @@ from resnet_backbone.detection.data.sampling import (
     TrainingLoader,
     build_loader,
     limit_workers,
-    repeat_factors,
 )
 from resnet_backbone.detection.engine.trainer import TolerantMapper
 
@@ -138,15 +137,17 @@ def two_sets():
 @pytest.mark.parametrize(
     "sampler", ["RepeatFactor", "Weighted", "WeightedCategory", "RandomSubset", ""]
 )
-def test_detectron2s_samplers(make_cfg, two_sets, sampler):
+def test_detectron2s_samplers(make_cfg, two_sets, sampler, caplog):
     from detectron2.data.build import _train_loader_from_config
 
     keys = dict(DATASETS__TRAIN=two_sets, DATALOADER__SAMPLER_TRAIN=f"{sampler}TrainingSampler")
     cfg = make_cfg(DATALOADER__REPEAT_THRESHOLD=0.9, **keys)
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.5
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("sampling_b", 2.5)]
+    caplog.set_level("INFO")
     loader = build_loader(cfg, draw, seed=1)
     assert len(loader.dataset) == 9  # those without boxes are left out
+    assert "sampling_b: 1 of 4 images have nothing to learn from" in caplog.text
     theirs = _train_loader_from_config(cfg, mapper=draw)["sampler"]
     if hasattr(theirs, "_int_part"):
         wanted = (theirs._int_part + theirs._frac_part).double().numpy()
@@ -164,7 +165,7 @@ def test_refused_samplers(make_cfg, two_sets):
     cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("sampling_b", 0.0)]
     with pytest.raises(UsageError, match="factors are above 0"):
-        repeat_factors(cfg, [])
+        build_loader(cfg, draw, seed=1)
 
 
 def test_proposals_that_are_not_named(make_cfg, two_sets):

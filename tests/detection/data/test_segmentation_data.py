@@ -18,6 +18,7 @@ pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be importe
 from detectron2.config import get_cfg  # noqa: E402
 from detectron2.data import DatasetCatalog, MetadataCatalog  # noqa: E402
 
+from resnet_backbone.detection.data import scans  # noqa: E402
 from resnet_backbone.detection.data.arguments import register_paths  # noqa: E402
 from resnet_backbone.detection.data.panoptic import (  # noqa: E402
     IGNORE,
@@ -275,6 +276,21 @@ def test_panoptic_data_set(labelled):
     edit(labelled / "labels/panoptic.json", lambda c: c["categories"][0].update(isthing=0))
     with pytest.raises(DataError, match="they need the same things"):
         panoptic(labelled, "pan2")
+
+
+@pytest.mark.parametrize("register, part", [(semantic, "semantic"), (panoptic, "panoptic")])
+def test_a_kept_scan_is_used_until_a_label_changes(labelled, register, part, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(scans, "KEPT_FROM", 0)
+    first = register(labelled, "first")
+    assert register(labelled, "second") == first and len(first) == 2
+    assert caplog.text.count("is kept in") == 1
+    picture = labelled / "labels" / part / "two.png"
+    Image.new("RGB" if part == "panoptic" else "L", (8, 6)).save(picture)
+    assert register(labelled, "third") == first[:1]
+    picture.unlink()
+    assert register(labelled, "fourth") == first[:1]
+    assert caplog.text.count("is kept in") == 3
 
 
 @pytest.mark.parametrize(

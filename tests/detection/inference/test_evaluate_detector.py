@@ -127,10 +127,11 @@ def check_detections(found, config, voc, folder):
 def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path, monkeypatch):
     """And what rows share is read once: weights are hashed, and their detector is built."""
     run, output, used = make_run("plain", SOLVER__AMP__ENABLED=True), tmp_path / "rows", []
-    for name in ("sha256", "trained_detector"):
-        keep = getattr(evaluate_detector, name)
+    owners = {"sha256": evaluate_detector, "trained_detector": evaluate_detector.predictor}
+    for name, owner in owners.items():
+        keep = getattr(owner, name)
         spy = lambda given, name=name, keep=keep: used.append(name) or keep(given)  # noqa: E731
-        monkeypatch.setattr(evaluate_detector, name, spy)
+        monkeypatch.setattr(owner, name, spy)
     rows = ["--rows", "baseline", "refinement", "context", "ensemble"]
     keys = ["RESNET_BACKBONE.TEST.FLIP", "True"]
     code, lines, errors = tool("--run", run, *keys, "--output", output, *rows)

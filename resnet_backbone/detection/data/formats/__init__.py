@@ -1,0 +1,1 @@
+"""The files that annotation tools write, read as far as they can be."""

@@ -1,0 +1,334 @@
+"""COCO's JSON format, as annotation tools write it, read; and written anew.
+
+They write ids as text, empty fields, masks of two points. Each entry is read as far as it can be;
+what cannot be used is left out by itself, and named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pycocotools import mask as mask_util
+
+from resnet_backbone.detection.data.problems import (
+    DataProblem,
+    Stamp,
+    reads_file,
+    stamp_of,
+)
+from resnet_backbone.detection.data.records import collector_at_rest
+from resnet_backbone.runtime.errors import DataError
+
+Id = int | str
+LONGEST_ID = 100  # digits; Python refuses to read thousands
+
+
+class CocoFile(NamedTuple):
+    """What an instances JSON holds that can be used."""
+
+    categories: dict[Id, str]  # by rising id; none if the file is unusable
+    images: dict[Id, dict[str, Any]]  # file_name, width, height (None where it is not stated)
+    # image -> category_id, bbox (x, y, width, height), area, iscrowd, segmentation, keypoints
+    annotations: dict[Id, list[dict[str, Any]]]
+    annotated: bool  # False for lists of images without the key, such as COCO's image_info files
+    problems: tuple[DataProblem, ...]
+    notes: tuple[str, ...]
+    stamp: Stamp = (-1, -1)  # of the file, before it was read
+
+
+def read_json(path: str) -> Any:
+    """The content of a JSON file, UTF-8 or UTF-16, with a byte order mark or without.
+
+    Raises:
+        DataError: there is none, or it is not JSON.
+    """
+    if not os.path.isfile(path):
+        raise DataError(f"{path} does not exist; give the path of a COCO annotation file")
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+
+
+@reads_file
+def read_coco(json_file: str) -> CocoFile:
+    """What an instances JSON holds; a DataError if there is no such file, or it is not JSON."""
+    stamp = stamp_of(json_file)
+    with collector_at_rest():
+        return parse_coco(read_json(json_file), json_file)._replace(stamp=stamp)
+
+
+def parse_coco(data: Any, where: str) -> CocoFile:
+    """:func:`read_coco` for content that is read already; ``where`` is for messages."""
+    return _Parser(where).parse(data)
+
+
+class Clean(NamedTuple):
+    """A data set in COCO's format with ids from 1, and the user's ids in that order."""
+
+    content: dict[str, Any]
+    image_ids: list[Id]
+    category_ids: list[Id]
+
+
+def clean_coco(
+    categories: Mapping[Id, str],
+    images: Mapping[Id, Mapping[str, Any]],
+    annotations: Mapping[Id, Sequence[Mapping[str, Any]]],
+    annotated: bool = True,
+) -> Clean:
+    """Records of our own making, in which every field is as COCO's format has it.
+
+    Args:
+        categories, images, annotations: as in a :class:`CocoFile`.
+        annotated: False leaves the list of annotations out.
+    """
+    image_ids, category_ids = list(images), list(categories)
+    places = number_from_one(category_ids)
+    entries = []
+    for number, image in enumerate(image_ids, start=1):
+        for one in annotations.get(image, ()):
+            entry = {
+                "id": len(entries) + 1,
+                "image_id": number,
+                "category_id": places[one["category_id"]],
+                "bbox": [float(side) for side in one["bbox"]],
+                "area": float(one["area"]),
+                "iscrowd": int(one["iscrowd"]),
+            }
+            mask = one.get("segmentation")
+            if isinstance(mask, dict) and isinstance(mask["counts"], bytes):
+                mask = {**mask, "counts": mask["counts"].decode("ascii")}
+            if mask:
+                entry["segmentation"] = mask
+            points = one.get("keypoints")
+            if points:  # Detectron2's coordinates back to COCO's pixel indices
+                entry["keypoints"] = [p if k % 3 == 2 else p - 0.5 for k, p in enumerate(points)]
+                entry["num_keypoints"] = sum(visible > 0 for visible in points[2::3])
+            entries.append(entry)
+    content: dict[str, Any] = {
+        "info": {},
+        "images": [
+            {
+                "id": number,
+                "file_name": images[one]["file_name"],
+                "width": images[one]["width"] or 1,
+                "height": images[one]["height"] or 1,
+            }
+            for number, one in enumerate(image_ids, start=1)
+        ],
+        "categories": [{"id": number, "name": categories[one]} for one, number in places.items()],
+    }
+    if annotated:
+        content["annotations"] = entries
+    return Clean(content, image_ids, category_ids)
+
+
+def number_from_one(ids: Iterable[Id]) -> dict[Id, int]:
+    """Id -> its place among the ids, counted from 1."""
+    return {one: number for number, one in enumerate(ids, start=1)}
+
+
+def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which of these lists a JSON lacks, else which of these keys their entries lack."""
+    lists = data if isinstance(data, dict) else {}
+    missing = [section for section in required if not isinstance(lists.get(section), list)]
+    if missing:
+        return [f"no list {', '.join(missing)}, which COCO's format has"]
+    found = []
+    for section, keys in required.items():
+        for position, entry in enumerate(data[section]):
+            absent = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if absent:
+                found.append(f"{section}[{position}] has no {', '.join(absent)}")
+    return found
+
+
+class _Parser:
+    """Collects what is good and what is wrong in one file."""
+
+    def __init__(self, where: str):
+        self.where, self.problems, self.notes = where, [], []
+
+    def bad(self, kind: str, detail: str) -> None:
+        self.problems.append(DataProblem(kind, self.where, detail))
+
+    def parse(self, data: Any) -> CocoFile:
+        annotated = not isinstance(data, dict) or "annotations" in data
+        lists = ("categories", "images", "annotations")[: 2 + annotated]
+        categories: dict[Id, str] = {}
+        images: dict[Id, dict] = {}
+        annotations: dict[Id, list[dict]] = {}
+        for detail in absent_keys(data, dict.fromkeys(lists, ())):
+            self.bad("broken-json", detail)
+        if not self.problems:
+            entries = data["annotations"] if annotated else []
+            categories = self.categories(data["categories"])
+            images = self.images(data["images"])
+            annotations = self.annotations(entries, categories, images)
+            self.drop_root(categories, data["categories"], annotations)
+            if not categories:
+                self.bad("broken-json", "the list of categories has no usable one")
+        order = sorted(categories, key=lambda one: (isinstance(one, str), one))
+        categories = {one: categories[one] for one in order}
+        found = tuple(self.problems), tuple(self.notes)
+        return CocoFile(categories, images, annotations, annotated, *found)
+
+    def categories(self, entries: Iterable[Any]) -> dict[Id, str]:
+        found: dict[Id, str] = {}
+        for position, entry in enumerate(entries):
+            entry = entry if isinstance(entry, dict) else {}
+            number, name = read_id(entry.get("id")), entry.get("name")
+            if number is None or name is None or not str(name).strip():
+                self.bad("bad-entry", f"categories[{position}] has no id or no name")
+                continue
+            if not isinstance(name, str):
+                self.notes.append(
+                    f"the name of category {number} is no text: it is called '{name}'"
+                )
+            name = str(name).strip()
+            if number in found:
+                self.bad("duplicate-id", f"category id {number} occurs again, named {name!r}")
+                continue
+            if name in found.values():
+                new = next(
+                    f"{name} {n}" for n in range(2, 10**6) if f"{name} {n}" not in found.values()
+                )
+                self.notes.append(f"category {number} is a second {name!r}: it is called {new!r}")
+                name = new
+            found[number] = name
+        return found
+
+    def images(self, entries: Iterable[Any]) -> dict[Id, dict]:
+        found: dict[Id, dict] = {}
+        for position, entry in enumerate(entries):
+            entry = entry if isinstance(entry, dict) else {}
+            number, name = read_id(entry.get("id")), entry.get("file_name")
+            if number is None or not isinstance(name, str) or not name:
+                what = "no id" if number is None else f"the file_name {name!r}, which is no text"
+                self.bad("bad-entry", f"images[{position}] has {what}")
+            elif number in found:
+                self.bad("duplicate-id", f"image id {number} occurs again, with {name}")
+            else:
+                size = [read_number(entry.get(side)) for side in ("width", "height")]
+                known = all(side and math.isfinite(side) and side >= 1 for side in size)
+                width, height = map(int, size) if known else (None, None)
+                path = name.replace("\\", "/")
+                found[number] = {"file_name": path, "width": width, "height": height}
+        return found
+
+    def annotations(
+        self, entries: Iterable[Any], categories: Mapping[Id, str], images: Mapping[Id, dict]
+    ) -> dict[Id, list[dict]]:
+        found = defaultdict(list)
+        for position, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                self.bad("bad-box", f"annotations[{position}] is no annotation")
+                continue
+            where = f"annotation {entry.get('id', f'at {position}')}"
+            image, category = read_id(entry.get("image_id")), read_id(entry.get("category_id"))
+            box = entry.get("bbox")
+            sides = [read_number(side) for side in box] if isinstance(box, list) else []
+            if image not in images:
+                image = entry.get("image_id")
+                self.bad("bad-box", f"{where} is of image {image!r}, which is not in images")
+            elif category not in categories:
+                category = entry.get("category_id")
+                self.bad("bad-box", f"{where}: category_id {category!r} is not in categories")
+            elif len(sides) != 4 or None in sides:
+                self.bad("bad-box", f"{where}: bbox {box!r} is not four numbers")
+            else:
+                found[image].append(_annotation(entry, category, sides))
+        return dict(found)
+
+    def drop_root(self, categories: dict[Id, str], entries: Iterable[Any], annotations) -> None:
+        """Roboflow's first category, which has no boxes and is the parent of all others."""
+        used = {one["category_id"] for boxes in annotations.values() for one in boxes}
+        parents = {
+            read_id(entry.get("id")): entry.get("supercategory")
+            for entry in entries
+            if isinstance(entry, dict)
+        }
+        for number, name in list(categories.items()):
+            others = [parents.get(other) for other in categories if other != number]
+            if others and number not in used and all(parent == name for parent in others):
+                del categories[number]
+                self.notes.append(f"category {name!r} is left out: it has no box and is a parent")
+                return
+
+
+def _annotation(entry: Mapping[str, Any], category: Id, box: list[float]) -> dict[str, Any]:
+    area = read_number(entry.get("area"))
+    crowd = any(read_number(entry.get(key)) for key in ("iscrowd", "ignore"))
+    used = {
+        "category_id": category,
+        "bbox": box,
+        "area": box[2] * box[3] if area is None else area,
+        "iscrowd": int(crowd),
+    }
+    mask = read_mask(entry.get("segmentation"))
+    if mask:
+        used["segmentation"] = mask
+    points = entry.get("keypoints")
+    points = [read_number(one) for one in points] if isinstance(points, list) else []
+    if points and len(points) % 3 == 0 and None not in points:
+        # COCO's are pixel indices, Detectron2's are coordinates
+        used["keypoints"] = [p if k % 3 == 2 else p + 0.5 for k, p in enumerate(points)]
+    return used
+
+
+def read_id(value: Any) -> Id | None:
+    """An id as a whole number, also from its text or a float; else as text; None for no id."""
+    if isinstance(value, str):
+        text = value.strip()
+        is_number = text.removeprefix("-").isdecimal() and len(text) < LONGEST_ID
+        return int(text) if is_number else text or None
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def read_number(value: Any) -> float | None:
+    """A number, also from its text; None for anything else, and for what no float can hold."""
+    if not isinstance(value, (str, int, float)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if isinstance(value, str) else value
+
+
+def read_mask(value: Any) -> list | dict | None:
+    """Polygons of three points or more, or compressed run lengths; None for anything else."""
+    if isinstance(value, dict):
+        try:
+            counts, (height, width) = value["counts"], value["size"]
+            if isinstance(counts, list):
+                return mask_util.frPyObjects(value, height, width)
+            return {"size": [height, width], "counts": counts} if counts else None
+        except Exception:  # pycocotools raises many types
+            return None
+    if not isinstance(value, list):
+        return None
+    if value and all(isinstance(number, (int, float)) for number in value):
+        value = [value]  # one polygon, without its list
+    good = [one for one in value if _is_polygon(one)]
+    return good or None
+
+
+def _is_polygon(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) < 6 or len(value) % 2:
+        return False
+    try:
+        if math.isfinite(sum(value)):  # much faster than to look at each
+            return True
+        return all(map(math.isfinite, value))  # finite numbers may have an infinite sum
+    except (OverflowError, TypeError):
+        return False

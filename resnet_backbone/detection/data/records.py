@@ -1,0 +1,154 @@
+"""The records of a data set, packed: bytes that processes share, and a table of what they hold.
+
+Millions of dicts cost gigabytes in each process, and seconds whenever someone walks over them.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import pickle
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from detectron2.structures import BoxMode
+
+POLYGONS, RUN_LENGTHS = 1, 2  # kinds of masks; 0 is none
+IMAGE_COLUMNS = ("width", "height", "has_labels", "has_annotations")  # -1: no such side
+BOX_COLUMNS = ("image", "category", "crowd", "mask", "points", "difficult")
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads plain values alone, so that nothing of a file is executed."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) == (BoxMode.__module__, BoxMode.__name__):
+            return BoxMode
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
+
+
+def load_plain(data: Any) -> dict:
+    return _PlainUnpickler(io.BytesIO(data)).load()
+
+
+class Store(NamedTuple):
+    """All records of a data set, as arrays."""
+
+    data: np.ndarray  # uint8: pickled records, one after the other
+    ends: np.ndarray  # int64: where each ends
+    images: np.ndarray  # int32: IMAGE_COLUMNS of each record
+    boxes: np.ndarray  # int32: BOX_COLUMNS of each annotation, in order
+
+
+class Records(Sequence):
+    """Detectron2's dicts, each made anew when it is asked for, and facts that need no dict.
+
+    Args:
+        numbers: of the records of the store that are these; None for all.
+        good: which annotations of the store are used (bool); None for all.
+        loads: reads a record's bytes.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        numbers: np.ndarray | None = None,
+        good: np.ndarray | None = None,
+        loads: Callable[[Any], dict] = load_plain,
+    ):
+        self.store, self.good, self._loads = store, good, loads
+        self.numbers = np.arange(len(store.ends)) if numbers is None else numbers
+        self._first = np.searchsorted(store.boxes[:, 0], np.arange(len(store.ends) + 1))
+
+    @classmethod
+    def pack(cls, records: Iterable[dict], loads: Callable[[Any], dict] = load_plain) -> Records:
+        data, ends, images, boxes = bytearray(), array("q"), array("i"), array("i")
+        for number, record in enumerate(records):
+            data += pickle.dumps(record, pickle.HIGHEST_PROTOCOL)
+            ends.append(len(data))
+            sides = record.get("width", -1), record.get("height", -1)
+            has = "sem_seg_file_name" in record, "annotations" in record
+            images.extend((*sides, *has))
+            for entry in record.get("annotations", ()):
+                boxes.extend((number, *_facts(entry)))
+        tables = (
+            np.frombuffer(column, np.int32).reshape(-1, len(names))
+            for column, names in ((images, IMAGE_COLUMNS), (boxes, BOX_COLUMNS))
+        )
+        store = Store(np.frombuffer(data, np.uint8), np.frombuffer(ends, np.int64), *tables)
+        return cls(store, loads=loads)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict:
+        number = self.numbers[index]
+        start = self.store.ends[number - 1] if number else 0
+        record = self._loads(self.store.data[start : self.store.ends[number]])
+        if self.good is not None and "annotations" in record:
+            good = self.good[self._first[number] : self._first[number + 1]]
+            pairs = zip(record["annotations"], good.tolist(), strict=True)
+            record["annotations"] = [entry for entry, is_good in pairs if is_good]
+        return record
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self[index] for index in range(len(self)))
+
+    def select(self, images: np.ndarray | None = None, boxes: np.ndarray | None = None) -> Records:
+        """The same without some records, and without some annotations.
+
+        Args:
+            images: whether each of these records stays (bool).
+            boxes: whether each annotation of the store stays (bool).
+        """
+        numbers = self.numbers if images is None else self.numbers[images]
+        if boxes is not None and self.good is not None:
+            boxes = boxes & self.good
+        return Records(self.store, numbers, self.good if boxes is None else boxes, self._loads)
+
+    def image_column(self, name: str) -> np.ndarray:
+        """One of :data:`IMAGE_COLUMNS`, of each record: int32."""
+        return self.store.images[self.numbers, IMAGE_COLUMNS.index(name)]
+
+    def box_column(self, name: str) -> np.ndarray:
+        """One of :data:`BOX_COLUMNS`, of the annotations that are used: int32.
+
+        "image" is the place of the record among these.
+        """
+        values = self.store.boxes[self._used, BOX_COLUMNS.index(name)]
+        return np.searchsorted(self.numbers, values) if name == "image" else values
+
+    @cached_property
+    def _used(self) -> np.ndarray:
+        is_one = np.zeros(len(self.store.ends), bool)
+        is_one[self.numbers] = True
+        used = is_one[self.store.boxes[:, 0]]
+        return used if self.good is None else used & self.good
+
+    def per_image(self, amounts: np.ndarray) -> np.ndarray:
+        """The sum of something over the annotations of each record, such as of a condition."""
+        return np.bincount(self.box_column("image"), amounts, len(self))
+
+
+def _facts(entry: dict) -> tuple[int, ...]:
+    mask, points = entry.get("segmentation"), entry.get("keypoints") or ()
+    kind = (RUN_LENGTHS if isinstance(mask, dict) else POLYGONS) if mask else 0
+    visible = sum(one > 0 for one in points[2::3])
+    crowd, difficult = bool(entry.get("iscrowd", 0)), bool(entry.get("difficult", 0))
+    return entry.get("category_id", 0), crowd, kind, visible, difficult
+
+
+@contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Inside, Python does not look for garbage, which among millions of new objects takes long."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
