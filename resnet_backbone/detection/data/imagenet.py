@@ -18,7 +18,7 @@ from resnet_backbone.detection.data.own import (
     number_classes,
 )
 from resnet_backbone.detection.data.problems import DataReport
-from resnet_backbone.detection.data.voc import read_annotation
+from resnet_backbone.detection.data.formats.voc import read_annotation
 from resnet_backbone.runtime.errors import DataError
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
