@@ -94,6 +94,13 @@ downloads of Roboflow in these formats. Files lie beside the images or in a fold
 Folders called train, valid and test stay splits. Otherwise --val is the share of the images that
 validate, the same of every class where the numbers allow it.
 
+ImageNet's detection and localization tasks, from ILSVRC's folders or from LOC_val_solution.csv:
+
+  python tools/prepare_data.py own --format imagenet --images ILSVRC/Data/DET \\
+      --annotations ILSVRC/Annotations/DET --classes map_det.txt --val1 balanced --output det
+  python tools/prepare_data.py own --format imagenet --images ILSVRC/Data/CLS-LOC \\
+      --annotations ILSVRC/Annotations/CLS-LOC --one-class --output loc
+
 Every image is opened and every box is checked. What cannot be used is named, and left out. Images
 stay where they are; the output folder gets train.json and val.json in COCO's format, left_out.txt,
 a chart of the classes and sheets of images with their boxes to look at."""
@@ -163,11 +170,20 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     add("--images", type=Path, required=True, metavar="DIR", help="your images")
     text = "folder of .xml or .txt files, a .json, or data.yaml (default: the images' folder)"
     add("--annotations", type=Path, metavar="PATH", help=text)
-    add("--format", choices=("voc", "coco", "yolo"), default="", help="default: found by itself")
+    formats = ("voc", "coco", "yolo", "imagenet")
+    add("--format", choices=formats, default="", help="default: found by itself, but for imagenet")
     add("--val", type=float, default=0.2, help="share that validates (0.2)")
     add("--seed", type=int, default=0, help="another seed, another split (0)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--overwrite", action="store_true", help="replace what an earlier call wrote")
+    text = "leave out images that show several classes, for localization"
+    add("--one-class", action="store_true", help=text)
+    text = (
+        "divide val into val1 and val2: a list of val1's images, or 'balanced' for our own halves"
+    )
+    add("--val1", metavar="FILE", help=text)
+    text = "names for wnids: lines 'wnid number name', such as ILSVRC's map_det.txt"
+    add("--classes", type=Path, metavar="FILE", help=text)
 
 
 def prepare_detection(args: argparse.Namespace) -> int:

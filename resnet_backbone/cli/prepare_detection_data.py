@@ -13,7 +13,13 @@ from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data import trees
 from resnet_backbone.detection.data.archives import unpack, verify_archive
 from resnet_backbone.detection.data.formats.voc import find_voc_folders
-from resnet_backbone.detection.data.own import read_own, split_records, write_coco
+from resnet_backbone.detection.data.own import (
+    of_one_class,
+    read_class_names,
+    read_own,
+    split_records,
+    write_coco,
+)
 from resnet_backbone.runtime.files import write_text
 
 
@@ -90,16 +96,27 @@ def convert_own(args: argparse.Namespace) -> int:
     """Runs the subcommand own; returns the exit status."""
     if not 0 < args.val < 1:
         raise UsageError(f"--val {args.val:g}: it is a share, above 0 and below 1")
-    files = {split: args.output / f"{split}.json" for split in ("train", "val", "test")}
+    splits = ("train", "val2", "test") if args.val1 else ("train", "val", "test")
+    files = {split: args.output / f"{split}.json" for split in splits}
     there = [str(file) for file in files.values() if file.exists()]
     if there and not args.overwrite:
         raise UsageError(f"{there[0]} is there already; give --overwrite or another --output")
     images = args.images
     splits, names, report = read_own(images, args.annotations or images, args.format)
+    if args.one_class:
+        before = sum(map(len, splits.values()))
+        splits = {split: of_one_class(records) for split, records in splits.items()}
+        left = sum(map(len, splits.values()))
+        print(f"{left:,} of {before:,} images show one class, the others are left out")
+    if args.classes:
+        known = read_class_names(args.classes)
+        names = [known.get(name, name) for name in names]
     if "train" not in splits:
         splits["train"], splits["val"] = split_records(splits.pop(""), args.val, args.seed)
     elif splits.pop("", []):
         print("images outside the folders train, valid and test are left out")
+    if args.val1:
+        halve(args, splits)
     args.output.mkdir(parents=True, exist_ok=True)
     for split, file in files.items():
         if split in splits:
@@ -119,12 +136,32 @@ def convert_own(args: argparse.Namespace) -> int:
     return 0
 
 
+def halve(args: argparse.Namespace, splits: dict[str, list[dict]]) -> None:
+    """Moves val1, a part of val, to train, and leaves val2 to test on (paper, appendix B)."""
+    if "val" not in splits:
+        raise UsageError("--val1 divides a folder val, which these images do not have")
+    records = splits.pop("val")
+    if args.val1 == "balanced":
+        val1, val2 = split_records(records, 0.5, args.seed)
+        print(f"val1 and val2 are our own halves of val, each class in both, seed {args.seed}")
+    else:
+        lines = Path(args.val1).read_text(encoding="utf-8-sig").splitlines()
+        listed = {Path(line.split()[0]).stem for line in lines if line.strip()}
+        val1 = [one for one in records if Path(one["file_name"]).stem in listed]
+        val2 = [one for one in records if Path(one["file_name"]).stem not in listed]
+    if not val1 or not val2:
+        raise UsageError(
+            f"--val1 {args.val1} names {len(val1):,} of {len(records):,} images of val"
+        )
+    print(f"train.json has train ({len(splits['train']):,} images) and val1 ({len(val1):,})")
+    splits["train"], splits["val2"] = [*splits["train"], *val1], val2
+
+
 def training_command(args: argparse.Namespace) -> str:
     output = Path("output") / args.output.resolve().name
-    train, val, images = (
-        shlex.quote(str(path))
-        for path in (args.output / "train.json", args.output / "val.json", args.images)
-    )
+    test = args.output / ("val2.json" if args.val1 else "val.json")
+    paths = (args.output / "train.json", test, args.images)
+    train, val, images = (shlex.quote(str(path)) for path in paths)
     lines = [
         "resnet-backbone train-net --config-file voc/faster_rcnn_R_50_FPN",
         f"--coco-json {train} {val} --image-root {images}",

@@ -2,10 +2,12 @@
 
 Read are VOC's XML files beside the images or in a folder of their own, COCO's JSON, YOLO's text
 files, and Roboflow's downloads of these three, whose folders train, valid and test stay splits.
+ImageNet's boxes are read as well: the folders of DET and CLS-LOC, and ``LOC_*_solution.csv``.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
@@ -38,8 +40,8 @@ def read_own(
 
     Args:
         images: folder of the images; folders inside it count.
-        annotations: folder of XML or text files, or a COCO JSON.
-        kind: "voc", "coco" or "yolo"; "" finds out.
+        annotations: folder of XML or text files, a COCO JSON, or ImageNet's CSV.
+        kind: "voc", "coco", "yolo" or "imagenet"; "" finds out (XML is then VOC's).
 
     Returns:
         The records of each split, ``{"": records}`` where the folders name none; the class names;
@@ -54,7 +56,7 @@ def read_own(
         if not path.exists():
             raise DataError(f"{path} does not exist; name the folder that holds your files")
     report = DataReport(str(annotations))
-    read = {"voc": _read_voc, "coco": _read_coco, "yolo": _read_yolo}
+    read = {"voc": _read_voc, "coco": _read_coco, "yolo": _read_yolo, "imagenet": _read_imagenet}
     with reading(annotations):
         records, names = read[kind or _find_format(annotations)](images, annotations, report)
     if not any(record["annotations"] for record in records):
@@ -129,7 +131,8 @@ def _as_coco(one: dict) -> dict:
 
 def _find_format(annotations: Path) -> str:
     if annotations.is_file():
-        kind = {".json": "coco", ".yaml": "yolo", ".yml": "yolo"}.get(annotations.suffix.lower())
+        kinds = {".json": "coco", ".yaml": "yolo", ".yml": "yolo", ".csv": "imagenet"}
+        kind = kinds.get(annotations.suffix.lower())
         if kind:
             return kind
         raise DataError(f"{annotations}: give a folder, a COCO .json or a YOLO data.yaml")
@@ -212,7 +215,8 @@ def add_box(record: dict, category, box, report: DataReport, origin: int = 0, **
     record["annotations"].append({**one, **more})
 
 
-def _read_voc(images: Path, annotations: Path, report: DataReport):
+def _read_voc(images: Path, annotations: Path, report: DataReport, first: int = 1):
+    """XML files, whose boxes count pixels from ``first`` and include their last row and column."""
     records = []
     for xml, image in _pair(list(files_below(annotations, ".xml")), images, annotations, report):
         try:
@@ -227,8 +231,10 @@ def _read_voc(images: Path, annotations: Path, report: DataReport):
         for name, box, difficult, problem in objects:
             if problem:
                 report.add("bad-box", str(xml), problem)
-            else:  # VOC counts pixels from 1
-                add_box(record, name, box, report, origin=1, iscrowd=int(difficult))
+            else:
+                x0, y0, x1, y1 = box
+                box = (x0, y0, x1 + 1 - first, y1 + 1 - first)
+                add_box(record, name, box, report, origin=first, iscrowd=int(difficult))
     return records, number_classes(records)
 
 
@@ -262,6 +268,53 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
                 one["bbox"] = BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS)
         records += found
     return records, number_classes(records)
+
+
+def _read_imagenet(images: Path, annotations: Path, report: DataReport):
+    """ILSVRC's XML files, or a table with "wnid xmin ymin xmax ymax" for each object."""
+    if annotations.is_dir():
+        return _read_voc(images, annotations, report, first=0)
+    with open(annotations, encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"ImageId", "PredictionString"} <= set(rows[0]):
+        raise DataError(f"{annotations} has no columns ImageId and PredictionString with rows")
+    by_name = {path.stem: path for path in files_below(images, *IMAGES)}
+    records = []
+    for row in tqdm(rows, desc="reading", disable=None):
+        where = f"{annotations}: {row['ImageId']}"
+        image = by_name.get(row["ImageId"])
+        if image is None:
+            report.add("missing-image", where, f"none in {images}")
+            continue
+        record = image_record(image, None, report)
+        if record is None:
+            continue
+        records.append(record)
+        words = (row["PredictionString"] or "").split()
+        for start in range(0, len(words), 5):
+            wnid, *sides = words[start : start + 5]
+            try:
+                x0, y0, x1, y1 = map(float, sides)
+            except ValueError:
+                report.add("bad-box", where, f"{' '.join(sides)!r} is not four numbers")
+                continue
+            add_box(record, wnid, (x0, y0, x1 + 1, y1 + 1), report)
+    return records, number_classes(records)
+
+
+def read_class_names(path: Path) -> dict[str, str]:
+    """Lines "wnid number name", as ILSVRC's ``map_det.txt`` has, or "wnid name"."""
+    names = {}
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        wnid, *words = line.split() or [""]
+        words = words[1:] if words and words[0].isdecimal() else words
+        names[wnid] = " ".join(words).replace("_", " ") or wnid
+    return names
+
+
+def of_one_class(records: Sequence[dict]) -> list[dict]:
+    """The images that show objects of exactly one class, as localization wants them."""
+    return [r for r in records if len({one["category_id"] for one in r["annotations"]}) == 1]
 
 
 def _image_root(file: Path, images: Path, content: CocoFile) -> str:
