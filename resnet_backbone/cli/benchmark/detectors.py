@@ -24,7 +24,7 @@ from tqdm import tqdm
 from resnet_backbone.cli import benchmark
 from resnet_backbone.cli.benchmark.pyramid import BF16, Pass, candidates, config
 from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
-from resnet_backbone.detection.evaluation.coco import evaluate_coco, run_hotcoco, run_pycocotools
+from resnet_backbone.detection.evaluation.coco import run_hotcoco, run_pycocotools, score_coco
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator
 from resnet_backbone.detection.modeling import build
 
@@ -273,7 +273,7 @@ def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
     }
 
     def run(engine) -> dict[str, float]:
-        return evaluate_coco(dataset, results, engine=engine)[0]
+        return score_coco(dataset, results, engine=engine)[0]
 
     engines = {"pycocotools": run_pycocotools, "ours (hotcoco)": run_hotcoco}
     return {name: partial(run, engine) for name, engine in engines.items()}

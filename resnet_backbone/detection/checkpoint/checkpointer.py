@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from resnet_backbone.detection.checkpoint.input_check import (
     find_network,
     networks,
 )
+from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.architecture import COUNTER
@@ -88,6 +90,16 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **kwargs)
         self.preprocessing, self.marks_last = preprocessing, marks_last
         self.class_names = list(class_names)
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, model: nn.Module, save_dir: str = "", **kwargs
+    ) -> Checkpointer:
+        """With the class names and the preprocessing of a config."""
+        node = backbone_node(cfg)
+        names = [*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES]
+        options = dict(preprocessing=node.WEIGHTS_PREPROCESSING, class_names=names)
+        return cls(model, save_dir, **options, **kwargs)
 
     def save(self, name: str, **kwargs) -> None:
         """As fvcore's, but after an OSError the file that it would replace is there."""

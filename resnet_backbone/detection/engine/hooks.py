@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer, refuse_not_finite
-from resnet_backbone.detection.evaluation.results import Speed
+from resnet_backbone.detection.inference.predictor import Speed
 from resnet_backbone.runtime.errors import Stopped, UsageError
 from resnet_backbone.runtime.files import keep_rows, naming
 from resnet_backbone.runtime.records import spell_hours

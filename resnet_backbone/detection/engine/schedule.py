@@ -8,7 +8,7 @@ from functools import reduce
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from resnet_backbone.detection.evaluation.results import check_expectations
+from resnet_backbone.detection.engine.results import check_expectations
 from resnet_backbone.runtime.errors import UsageError
 
 # Names of numbers in evaluations, so that a misspelt BEST_METRIC costs no training.

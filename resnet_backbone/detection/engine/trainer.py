@@ -49,11 +49,17 @@ from resnet_backbone.detection.engine.hooks import (
     ProgressBar,
     RepeatablePreciseBN,
 )
+from resnet_backbone.detection.engine.results import check_results
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.engine.step import TrainStep, distribute
 from resnet_backbone.detection.evaluation import build_evaluator
-from resnet_backbone.detection.evaluation.results import Speed, Timed, check_results
-from resnet_backbone.detection.inference.predictor import check_ensemble, for_testing, keep_members
+from resnet_backbone.detection.inference.predictor import (
+    Speed,
+    Timed,
+    check_ensemble,
+    for_testing,
+    keep_members,
+)
 from resnet_backbone.detection.modeling.build import build_detector
 from resnet_backbone.runtime.errors import (
     Stopped,
@@ -295,10 +301,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model: nn.Module, **options) -> Checkpointer:
-        node = cfg.RESNET_BACKBONE
-        options["class_names"] = [*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES]
-        options["preprocessing"] = node.WEIGHTS_PREPROCESSING
-        return Checkpointer(model, cfg.OUTPUT_DIR, **options)
+        return Checkpointer.from_config(cfg, model, cfg.OUTPUT_DIR, **options)
 
     def build_hooks(self) -> list[HookBase | None]:
         cfg, node, model = self.cfg, self.cfg.RESNET_BACKBONE, self.checkpointer.model

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -47,7 +50,7 @@ def build_coco_evaluator(dataset_name: str, output_dir: str | None = None) -> CO
     "ARm", "ARl", "AP-<class>"}} in percent; `output_dir` gets `coco_instances_results.json` and
     `instances_predictions.pth`.
     """
-    return PerClassCOCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
+    return PerClassCOCOEvaluator(dataset_name, output_dir)
 
 
 def build_panoptic_evaluators(name: str, output_dir: str | None = None) -> DatasetEvaluators:
@@ -79,3 +82,9 @@ def build_evaluator(dataset_name: str, output_dir: str | None = None) -> Dataset
             f" {', '.join(EVALUATORS)}; register it with register_voc or register_coco"
         )
     return EVALUATORS[kind](dataset_name, output_dir)
+
+
+def data_digest(dataset_name: str) -> str:
+    """SHA-256 of what a registered data set says of its images and annotations."""
+    records = json.dumps(DatasetCatalog.get(dataset_name), sort_keys=True, default=str)
+    return hashlib.sha256(records.encode()).hexdigest()

@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from resnet_backbone.detection.data.scans import registered_scan
 from resnet_backbone.detection.data.voc import scan_voc
-from resnet_backbone.detection.evaluation.results import warn_if_empty
+from resnet_backbone.detection.evaluation.coco import warn_if_empty
 from resnet_backbone.detection.evaluation.voc_ap import (
     COCO_IOU_THRESHOLDS,
     KINDS,

@@ -1,18 +1,21 @@
-"""Trained detectors as evaluations and predictions run them: improved, in their precision."""
+"""Trained detectors as evaluations and predictions run them: improved, in a precision, timed."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
@@ -141,6 +144,51 @@ class AutocastModel(nn.Module):
             return self.model(inputs)
 
 
+class Speed(NamedTuple):
+    """Of a detector in one process."""
+
+    seconds_per_image: float  # mean, from the input in memory to the detections
+    images_at_a_time: int  # of the largest batch
+
+
+class Timed(nn.Module):
+    """A detector that measures its seconds per image; the first batch is a warm-up."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.training = model, model.training
+        self.batches: list[tuple[float, int]] = []  # seconds, images
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        start = self._now()
+        outputs = self.model(inputs)
+        self.batches.append((self._now() - start, len(inputs)))
+        return outputs
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @property
+    def speed(self) -> Speed | None:
+        """None where it saw no image."""
+        counted = self.batches[1:] or self.batches
+        if not counted:
+            return None
+        seconds, images = zip(*counted, strict=True)
+        return Speed(sum(seconds) / sum(images), max(images))
+
+
+def timed_inference(
+    model: nn.Module, batches: Iterable, evaluator: DatasetEvaluator
+) -> tuple[dict, Speed | None]:
+    """Detectron2's ``inference_on_dataset``, and how fast the detector was in this process."""
+    timed = Timed(model)
+    return inference_on_dataset(timed, batches, evaluator), timed.speed
+
+
 def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """The model as evaluations run it: :func:`improve`, in ``RESNET_BACKBONE.TEST.PRECISION``.
 
@@ -179,19 +227,11 @@ def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
 
 
 def trained_detector(cfg: CfgNode) -> nn.Module:
-    """The detector of a config with its weights, in evaluation mode; see :func:`load_detector`."""
-    model = build_detector(cfg)
-    load_detector(cfg, model)
-    return model.eval()
-
-
-def load_detector(cfg: CfgNode, model: nn.Module) -> None:
-    """Loads ``MODEL.WEIGHTS`` into every parameter and statistic, or, after an error, into none."""
+    """The detector of a config in evaluation mode, all of it from ``MODEL.WEIGHTS``."""
     require_weights(cfg)
-    node = backbone_node(cfg)
-    names = [*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES]
-    checkpointer = Checkpointer(model, preprocessing=node.WEIGHTS_PREPROCESSING, class_names=names)
-    checkpointer.load(cfg.MODEL.WEIGHTS, needs_detector=True)
+    model = build_detector(cfg)
+    Checkpointer.from_config(cfg, model).load(cfg.MODEL.WEIGHTS, needs_detector=True)
+    return model.eval()
 
 
 def find_weights(run: str) -> str:

@@ -16,7 +16,7 @@ from states import assert_holds, refused, state_of
 
 from resnet_backbone.detection import Checkpointer
 from resnet_backbone.detection.checkpoint.files import open_weights
-from resnet_backbone.detection.inference.predictor import load_detector
+from resnet_backbone.detection.inference.predictor import trained_detector
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import WeightsError
 from resnet_backbone.weights.readers import read_tensors
@@ -126,8 +126,7 @@ def test_detectors_of_every_container(detector, make_cfg, small, tmp_path):
     (tmp_path / "zoo.pkl").write_bytes(pickle.dumps(zoo))
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "x.safetensors")
     for name in ("bare.pth", "module.pth", "zoo.pkl", "x.safetensors"):
-        other = detector()
-        load_detector(make_cfg(R18, **small, MODEL__WEIGHTS=str(tmp_path / name)), other)
+        other = trained_detector(make_cfg(R18, **small, MODEL__WEIGHTS=str(tmp_path / name)))
         assert_holds(other, state)
 
 

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.engine.seeds import (
+from resnet_backbone.detection.engine.results import (
     format_summary,
     read_seeds,
     summarize,
@@ -33,11 +33,11 @@ def test_seeds_of_the_command_line():
 
 
 def test_mean_and_sample_deviation():
-    numbers = {1: {"AP": 1.0, "AP-cat": 5.0}, 2: {"AP": 2.0, "AP-cat": None}, 4: {"AP": 6.0}}
-    found = summarize(numbers)["results"]
+    numbers = [{"AP": 1.0, "AP-cat": 5.0}, {"AP": 2.0, "AP-cat": None}, {"AP": 6.0}]
+    found = summarize(numbers)
     assert found["AP"] == {"mean": 3.0, "std": pytest.approx(7**0.5), "values": [1.0, 2.0, 6.0]}
     assert found["AP-cat"] == {"mean": None, "std": None, "values": [5.0, None, None]}
-    assert summarize({1: {"AP": 1.0}})["results"]["AP"]["std"] is None
+    assert summarize([{"AP": 1.0}])["AP"]["std"] is None
     lines = format_summary(summarize(numbers)).splitlines()
     assert lines[2].split() == ["AP", "3.00", "2.65", "1.00", "2.00", "6.00"]
     assert lines[3].split() == ["AP-cat", "-", "-", "5.00", "-", "-"]

@@ -23,8 +23,8 @@ from resnet_backbone.detection.data.sampling import (
     ImageStream,
     TrainingLoader,
 )
+from resnet_backbone.detection.engine.results import check_expectations, check_results
 from resnet_backbone.detection.engine.trainer import Trainer, watching
-from resnet_backbone.detection.evaluation.results import check_expectations, check_results
 from resnet_backbone.detection.inference import predictor
 from resnet_backbone.runtime.errors import UnexpectedResults
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as rle
 
 from resnet_backbone.detection.evaluation import build_evaluator
-from resnet_backbone.detection.evaluation.coco import evaluate_coco, run_hotcoco, run_pycocotools
+from resnet_backbone.detection.evaluation.coco import run_hotcoco, run_pycocotools, score_coco
 
 SUMMARY = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 NAMES = {90: "dog", 7: "cat", 11: "owl"}  # not in order, and with gaps
@@ -67,9 +67,9 @@ def dataset(images, truth):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(small_sets(), st.sampled_from(["bbox", "segm"]))
 def test_engines_agree_on_adversarial_sets(sets, task):
-    first, second = (evaluate_coco(*sets, task, engine=engine) for engine in ENGINES)
+    first, second = (score_coco(*sets, task, engine=engine) for engine in ENGINES)
     np.testing.assert_equal(first, second)
-    curves = [engine(*sets, task, [1, 10, 100], None) for engine in ENGINES]
+    curves = [engine(*sets, task) for engine in ENGINES]
     np.testing.assert_array_equal(*(precision for precision, _ in curves))
     assert list(first[0]) == SUMMARY and list(first[1]) == sorted(NAMES)
 
