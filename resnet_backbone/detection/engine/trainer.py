@@ -60,7 +60,7 @@ from resnet_backbone.detection.inference.predictor import (
     for_testing,
     keep_members,
 )
-from resnet_backbone.detection.modeling.build import build_detector
+from resnet_backbone.detection.modeling import build_detector
 from resnet_backbone.runtime.errors import (
     Stopped,
     TrainingDiverged,

@@ -38,7 +38,7 @@ from resnet_backbone.detection.config import (
 )
 from resnet_backbone.detection.inference.detector import ImprovedDetector
 from resnet_backbone.detection.inference.member import Member
-from resnet_backbone.detection.modeling.build import build_detector
+from resnet_backbone.detection.modeling import build_detector
 
 
 class Predictor:

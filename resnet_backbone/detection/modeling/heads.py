@@ -54,14 +54,6 @@ def with_stride(pooler: ROIPooler, stride: int = 1) -> ROIPooler:
     return pooler
 
 
-def with_fast_poolers(model: nn.Module) -> nn.Module:
-    """:func:`with_stride` for all poolers of a detector, in place; results stay."""
-    for module in model.modules():
-        if isinstance(module, ROIPooler):
-            with_stride(module)
-    return model
-
-
 @ROI_HEADS_REGISTRY.register()
 class PaperRes5ROIHeads(Res5ROIHeads):
     """RoI pooling on res4, then all layers of res5 per region (paper, appendix A).
