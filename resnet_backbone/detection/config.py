@@ -134,16 +134,6 @@ def with_keys(cfg: CfgNode, *pairs) -> CfgNode:
     return copy
 
 
-def refuse_ignored_context(cfg: CfgNode) -> None:
-    """Raises UsageError where ``GLOBAL_CONTEXT`` is set and the region heads would not have it."""
-    name = cfg.MODEL.ROI_HEADS.NAME
-    if backbone_node(cfg).GLOBAL_CONTEXT and name not in CONTEXT_HEADS.values():
-        raise UsageError(
-            f"RESNET_BACKBONE.GLOBAL_CONTEXT: MODEL.ROI_HEADS.NAME {name} has none; build the "
-            "model from with_global_context(cfg) of resnet_backbone.detection, as the tools here do"
-        )
-
-
 class Switches(NamedTuple):
     """``RESNET_BACKBONE.TEST.*``."""
 
@@ -162,11 +152,11 @@ def read_switches(cfg: CfgNode) -> Switches:
     """The switches; UsageError where they contradict one another or the detector's kind."""
     node = backbone_node(cfg).TEST
     read_precision(cfg)
+    check_scales(cfg, node.SCALES)
+    if node.NMS not in NMS_KINDS:
+        raise UsageError(f"{KEY}.NMS {node.NMS!r} is not one of {', '.join(NMS_KINDS)}")
     scales, runs = tuple(sorted(node.SCALES)), tuple(node.ENSEMBLE)
     switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, node.NMS, runs)
-    if switches.nms not in NMS_KINDS:
-        raise UsageError(f"{KEY}.NMS {switches.nms!r} is not one of {', '.join(NMS_KINDS)}")
-    check_scales(cfg, switches.scales)
     if cfg.TEST.AUG.ENABLED and switches.any:
         raise UsageError(
             f"TEST.AUG.ENABLED is Detectron2's union of detections, {KEY}.* are the paper's "
@@ -199,24 +189,18 @@ def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:
     """Raises UsageError for invalid scales, and for a detector without a test scale."""
     whole = all(isinstance(scale, int) and scale > 0 for scale in scales)
     if not whole or len(set(scales)) < len(scales):
-        raise UsageError(
-            f"{KEY}.SCALES {list(scales)}: short sides in whole pixels, each once, such as "
-            "[200, 400, 600, 800, 1000]"
-        )
+        hint = "short sides in whole pixels, each once, such as [200, 400, 600, 800, 1000]"
+        raise UsageError(f"{KEY}.SCALES {list(scales)}: {hint}")
     if scales and cfg.INPUT.MIN_SIZE_TEST <= 0:
-        raise UsageError(
-            f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST, the scale of the proposals, above 0"
-        )
+        hint = "the scale of the proposals, above 0"
+        raise UsageError(f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST, {hint}")
 
 
 def load_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
     """Detectron2's defaults + ours + a YAML file + ``KEY VALUE`` pairs.
 
-    Args:
-        config_file: path, or name of a config of ours; see :func:`find_config`.
-
-    Raises:
-        ValueError: no such file; no such key, a wrong type, ``key=value`` for ``KEY VALUE``.
+    The file is a path, or a name of ours as in :func:`find_config`. UsageError: no such file; no
+    such key, a wrong type, ``key=value`` for ``KEY VALUE``.
     """
     return load_configs(config_file, overrides)[0]
 

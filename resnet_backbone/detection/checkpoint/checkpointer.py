@@ -66,10 +66,9 @@ class Checkpointer(DetectionCheckpointer):
     detectors, ours or of Detectron2's zoo, load as Detectron2 does it. Files are read as data:
     nothing in them is executed. What is saved has its name when it is whole.
 
-    Weights that were trained on another input or stride than the detector's are refused, where
-    they, their origin or `preprocessing` say it. So are weights that lack tensors of the backbone
-    or have others in another shape, and checkpoints with other classes than those of `class_names`
-    when they are resumed or evaluated. The detector is unchanged after an error.
+    Weights of another input or stride than the detector's are refused, where they, their origin or
+    `preprocessing` say it. So are weights that do not fill the backbone and, where they are resumed
+    or evaluated, those of other classes. The detector is unchanged after an error.
 
     Args:
         preprocessing: see :func:`resnet_backbone.weights.read_checkpoint`.
@@ -97,9 +96,13 @@ class Checkpointer(DetectionCheckpointer):
     ) -> Checkpointer:
         """With the class names and the preprocessing of a config."""
         node = backbone_node(cfg)
-        names = [*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES]
-        options = dict(preprocessing=node.WEIGHTS_PREPROCESSING, class_names=names)
-        return cls(model, save_dir, **options, **kwargs)
+        return cls(
+            model,
+            save_dir,
+            preprocessing=node.WEIGHTS_PREPROCESSING,
+            class_names=[*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES],
+            **kwargs,
+        )
 
     def save(self, name: str, **kwargs) -> None:
         """As fvcore's, but after an OSError the file that it would replace is there."""
@@ -125,9 +128,8 @@ class Checkpointer(DetectionCheckpointer):
         """Loads weights, and returns what a detector's checkpoint holds beside them.
 
         Args:
-            checkpointables: None resumes a training or evaluates: a detector's checkpoint must
-                fill every layer. ``[]`` means weights to start a training from, of any classes:
-                other parts than the backbone may be missing.
+            checkpointables: None resumes or evaluates: a detector's checkpoint must fill every
+                layer. ``[]`` starts a training: any classes, and the backbone alone will do.
             needs_detector: refuses weights of a backbone alone.
 
         Raises:
@@ -248,12 +250,10 @@ def refuse_not_finite(model: nn.Module) -> None:
 def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, whole: bool) -> None:
     """Refuses a checkpoint that does not fill all required layers.
 
-    Args:
-        tensors: under the model's keys, or, where Detectron2's matching of names found no place
-            for them, under the ends of keys.
-        whole: every tensor must be there, as for evaluation and resuming. Otherwise the backbone
-            must be, layers that depend on the number of classes may have another shape, and
-            other parts may be missing as a whole; a line says which then start at random.
+    Tensors are under the model's keys, or, where Detectron2's matching of names found no place for
+    them, under the ends of keys. Unless all are needed (`whole`), layers that depend on the number
+    of classes may have another shape, and all but the backbone may be missing; a line says what
+    then starts at random.
     """
     own = {k: v.shape for k, v in model.state_dict().items() if not NOT_WEIGHTS.match(k)}
     prefixes = (*(networks(model) or ("backbone.",)), RES5)

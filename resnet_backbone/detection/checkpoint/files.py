@@ -98,12 +98,12 @@ def open_weights(source: str) -> WeightsFile:
     scheme, separator, _ = name.partition("://")
     if separator and scheme in CLASSIFIERS_ONLY:
         return WeightsFile(name)
-    path = Path(locate(name))
+    path = Path(_locate(name))
     if not path.exists():
         raise WeightsError(f"{path}: no such file; check MODEL.WEIGHTS or the path")
     # where resnet_backbone.weights finds a backbone; other schemes are of the PathManager alone
     known = not separator or scheme in SCHEMES
-    backbone = cached_by_detectron2(name) or name if known else str(path)
+    backbone = _cached_by_detectron2(name) or name if known else str(path)
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
         return WeightsFile(backbone)
     file = open_file(path)
@@ -111,12 +111,9 @@ def open_weights(source: str) -> WeightsFile:
     return WeightsFile(backbone, file, is_detector, query is not None and query[2] == "True")
 
 
-def locate(source: str) -> str:
-    """The local path of a file or folder; remote ones are fetched once per machine.
-
-    Names of Detectron2 are looked for in its own cache first.
-    """
-    cached = cached_by_detectron2(source)
+def _locate(source: str) -> str:
+    """The local path of a file or folder; remote ones are fetched once per machine."""
+    cached = _cached_by_detectron2(source)
     if cached or "://" not in source:
         return cached or source
     if comm.get_local_rank() == 0:  # the other processes of this machine find the file
@@ -135,7 +132,7 @@ def _fetch(source: str) -> str:
         raise WeightsError(f"{source} cannot be fetched ({one_line(error)})") from error
 
 
-def cached_by_detectron2(source: str) -> str:
+def _cached_by_detectron2(source: str) -> str:
     """Where Detectron2's own scripts have put a file of its zoo; "" if they have not."""
     url = re.sub("^detectron2://", DETECTRON2, source)
     path = Path(get_cache_dir(), urlparse(url).path.lstrip("/"))
@@ -203,14 +200,13 @@ def refuse_other_input(actual: Preprocessing | None, expected: Preprocessing, wh
     """Refuses weights that were trained on other input than a detector gives them."""
     if actual is None:
         raise WeightsError(f"{where}: INPUT.FORMAT must be RGB or BGR to use these weights")
-    wrong = differences(actual, expected)
-    if wrong:
-        found = ", ".join(f"{key} is {_spell(have)}" for key, (have, _) in wrong.items())
-        mend = " ".join(
-            f"{key} {want}" if isinstance(want, bool) else f'{key} "{_spell(want)}"'
-            for key, (_, want) in wrong.items()
-        )
-        raise WeightsError(f"{where} was trained on other input: {found}; set {mend}")
+    found, mend = [], []
+    for key, (have, want) in differences(actual, expected).items():
+        found.append(f"{key} is {_spell(have)}")
+        mend.append(f"{key} {want}" if isinstance(want, bool) else f'{key} "{_spell(want)}"')
+    if found:
+        given, wanted = ", ".join(found), " ".join(mend)
+        raise WeightsError(f"{where} was trained on other input: {given}; set {wanted}")
 
 
 def _spell(value: Any) -> str:

@@ -90,11 +90,6 @@ class Evaluation(HookBase):
         metric: such as "bbox/AP50", larger is better; "" keeps no best weights.
         patience: evaluations in a row without a better metric that end the run; 0: never.
         checkpointer: writes ``model_best.pth``.
-
-    Attributes:
-        results, speed: of the last evaluation; the speed in this process.
-        evaluated: iterations that were done at that time.
-        best: {"metric", "value", "iterations"}, or None.
     """
 
     def __init__(
@@ -107,8 +102,9 @@ class Evaluation(HookBase):
     ):
         self._evaluate, self.period, self.metric = evaluate, period, metric
         self.patience, self.checkpointer = patience, checkpointer
-        self.results, self.speed, self.best = {}, None, None
-        self._without_gain, self.evaluated = 0, 0
+        self.results, self.speed = {}, None  # of the last evaluation; the speed in this process
+        self.evaluated = 0  # iterations that were done at that time
+        self.best, self._without_gain = None, 0  # {"metric", "value", "iterations"}
 
     @property
     def has_ended(self) -> bool:
@@ -120,7 +116,8 @@ class Evaluation(HookBase):
         is_due = self.period > 0 and done % self.period == 0
         if (is_due or done >= self.trainer.max_iter) and done != self.evaluated:
             results, self.speed = self._evaluate()
-            self.results = comm.all_gather(_plain(results or {}))[0]
+            plain = json.loads(json.dumps(results or {}, default=float))  # Python's own numbers
+            self.results = comm.all_gather(plain)[0]
             numbers = flatten_results_dict(self.results)
             self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
             if self.metric and numbers:
@@ -134,9 +131,8 @@ class Evaluation(HookBase):
                 f"RESNET_BACKBONE.BEST_METRIC {self.metric}: the evaluation gives "
                 f"{', '.join(numbers)}"
             )
-        value = numbers[self.metric]
-        before = self.best["value"] if self.best else -math.inf
-        if value > before:  # never for nan
+        value, best = numbers[self.metric], self.best or {"value": -math.inf, "iterations": 0}
+        if value > best["value"]:  # never for nan
             self.best = {"metric": self.metric, "value": value, "iterations": done}
             self._without_gain = 0
             refuse_not_finite(self.checkpointer.model)
@@ -144,9 +140,9 @@ class Evaluation(HookBase):
             logger.info("best %s so far: %.3f; %s.pth is written", self.metric, value, BEST)
             return
         self._without_gain += 1
-        when = self.best["iterations"] if self.best else 0
         text = "%s %.3f, the best is %.3f after %d iterations; %d evaluations without a better one"
-        logger.info(text, self.metric, value, before, when, self._without_gain)
+        had = best["value"], best["iterations"]
+        logger.info(text, self.metric, value, *had, self._without_gain)
         if self.has_ended:
             logger.info("the run ends early: RESNET_BACKBONE.EARLY_STOP %d", self.patience)
 
@@ -160,15 +156,8 @@ class Evaluation(HookBase):
             self.best, self._without_gain = state["best"], state["without_gain"]
 
 
-def _plain(results: Any) -> Any:
-    """Nested dicts of Python's own numbers."""
-    if isinstance(results, dict):
-        return {key: _plain(value) for key, value in results.items()}
-    return float(results)
-
-
 class MetricsFile(EventWriter):
-    """Detectron2's ``metrics.json``, a JSON object a line, each iteration once.
+    """Detectron2's ``metrics.json``, a JSON object a line, each iteration once and in order.
 
     Rows from iteration `start` on, and half a row at the file's end, are removed first.
     """
@@ -240,6 +229,11 @@ class Metrics(HookBase):
         self._scalars = state["scalars"]
 
 
+def _losses(trainer: Any) -> dict[str, str]:
+    latest = trainer.storage.latest()
+    return {name: f"{value:.3f}" for name, (value, _) in latest.items() if "loss" in name}
+
+
 class FirstIterations(HookBase):
     """Logs the losses of the first iterations, and how long the whole training will take."""
 
@@ -249,9 +243,8 @@ class FirstIterations(HookBase):
     def after_step(self) -> None:
         if len(self._seconds) == FIRST:
             return
-        latest = self.trainer.storage.latest()
         self._seconds.append(self.trainer.stop.step_seconds)
-        losses = ", ".join(f"{k} {v[0]:.3f}" for k, v in latest.items() if "loss" in k)
+        losses = ", ".join(map(" ".join, _losses(self.trainer).items()))
         logger.info("iteration %d: %s", self.trainer.iter, losses)
         if len(self._seconds) < FIRST:
             return
@@ -274,9 +267,7 @@ class ProgressBar(HookBase):
         self.bar = tqdm(total=total, initial=initial, unit="it", smoothing=0.1)
 
     def after_step(self) -> None:
-        latest = self.trainer.storage.latest()
-        losses = {k: f"{v[0]:.3f}" for k, v in latest.items() if "loss" in k}
-        self.bar.set_postfix(losses, refresh=False)
+        self.bar.set_postfix(_losses(self.trainer), refresh=False)
         self.bar.update()
 
     def after_train(self) -> None:

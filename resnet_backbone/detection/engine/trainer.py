@@ -139,13 +139,10 @@ class Trainer(DefaultTrainer):
     """Trains and evaluates a detector with one of our backbones from a config.
 
     What differs from :class:`DefaultTrainer`: exact resume of a run that was interrupted at any
-    moment (every random number is a function of ``SEED``, iteration and process); weights are
-    checked against the config when they are loaded; batches go through the network in
-    ``RESNET_BACKBONE.ACCUMULATE`` parts; ``SOLVER.AMP`` (bf16) and several processes (gloo) work on
-    CPUs; convolutions run in channels_last; VOC and COCO data sets bring their evaluator;
-    unreadable images do not end a run. With ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set", the config's
-    input keys follow ``MODEL.WEIGHTS``. With ``SEED`` -1 the seed that is drawn is part of
-    checkpoints, and a resumed run takes it up; ``cfg.SEED`` says it.
+    moment (every random number is a function of ``SEED``, iteration and process; a seed that is
+    drawn is part of checkpoints); the step (:class:`TrainStep`), also on CPUs and by several
+    processes; the weights (:class:`Checkpointer`), whose input the config follows or must have; VOC
+    and COCO data sets bring their evaluator; unreadable images do not end a run.
 
     `stop` is asked after each step; the run then ends with :class:`Stopped` and a checkpoint.
     """

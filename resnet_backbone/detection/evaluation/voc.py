@@ -7,6 +7,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,10 +41,9 @@ class VOCEvaluator(DatasetEvaluator):
     """Average precision of a data set in VOC layout.
 
     On equal input the numbers agree with Detectron2's `PascalVOCDetectionEvaluator`. Other than
-    there scores and boxes are not rounded, per-class results are given, AP is always the area under
-    the curve (VOC 2010 and later) with the 11-point one of VOC 2007 beside it, any class names and
-    years will do, and a class without ground truth does not enter the mean. What `scan_voc`
-    reports is not part of the ground truth, as it is not part of what the loader gives.
+    there scores and boxes are not rounded, AP is always the area under the curve (VOC 2010 and
+    later) with the 11-point one of VOC 2007 beside it, any class names and years will do, and a
+    class without ground truth does not enter the mean. Ground truth is what the loader gives.
 
     Args:
         dataset_name: of `register_voc` or Detectron2's own ("voc_2007_test"); its metadata must
@@ -51,15 +51,9 @@ class VOCEvaluator(DatasetEvaluator):
         output_dir: gets `voc_results.json`, its picture `voc_results.png` (precision-recall
             curves, errors by kind), `detections.json`, and the devkit's files
             `results/VOC<year>/Main/comp4_det_<split>_<class>.txt`; None writes nothing.
-        max_dets_per_image: keep only so many best-scored detections of an image.
     """
 
-    def __init__(
-        self,
-        dataset_name: str,
-        output_dir: str | None = None,
-        max_dets_per_image: int | None = None,
-    ):
+    def __init__(self, dataset_name: str, output_dir: str | None = None):
         metadata = MetadataCatalog.get(dataset_name)
         missing = [k for k in ("thing_classes", "dirname", "split") if metadata.get(k) is None]
         if missing:
@@ -68,29 +62,25 @@ class VOCEvaluator(DatasetEvaluator):
                 " register it with register_voc"
             )
         self._dataset_name, self._metadata = dataset_name, metadata
-        self._output_dir, self._max_dets = output_dir, max_dets_per_image
+        self._output_dir = output_dir
         self.reset()
 
     def reset(self) -> None:
         self._predictions: list[dict[str, Any]] = []
 
     def process(self, inputs, outputs) -> None:
-        """Keeps the detections of some images; arguments as of any ``DatasetEvaluator``."""
         for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
-            scores = instances.scores.float().numpy()
-            kept = np.argsort(-scores, kind="stable")[: self._max_dets]
-            self._predictions.append(
-                {
-                    "image_id": str(image["image_id"]),
-                    "boxes": instances.pred_boxes.tensor.float().numpy()[kept],
-                    "scores": scores[kept],
-                    "classes": instances.pred_classes.numpy()[kept],
-                }
-            )
+            found = {
+                "image_id": str(image["image_id"]),
+                "boxes": instances.pred_boxes.tensor.float().numpy(),
+                "scores": instances.scores.float().numpy(),
+                "classes": instances.pred_classes.numpy(),
+            }
+            self._predictions.append(found)
 
     def evaluate(self) -> OrderedDict | None:
-        """Gathers the predictions of all processes and computes AP. All processes must call it.
+        """Computes AP from the predictions of all processes, which must all call it.
 
         Returns:
             On the main process {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50, AP75,
@@ -101,7 +91,7 @@ class VOCEvaluator(DatasetEvaluator):
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
             return None
-        predictions = [image for of_process in gathered for image in of_process]
+        predictions = list(chain(*gathered))
         output, folder = self._output_dir, "no folder: there is no output_dir"
         if output:  # before anything can fail
             folder = write_comp4(predictions, self._metadata, output)
@@ -128,8 +118,7 @@ class VOCEvaluator(DatasetEvaluator):
 
     def _load_ground_truth(self) -> tuple[list[dict[str, Any]], bool]:
         """For each image its boxes, and whether the split has annotations."""
-        meta = self._metadata
-        dataset = registered_scan(self._dataset_name)
+        meta, dataset = self._metadata, registered_scan(self._dataset_name)
         if dataset is None:  # Detectron2 or other code registered it
             records, report = scan_voc(meta.dirname, meta.split, meta.thing_classes)
         else:
@@ -152,10 +141,9 @@ class VOCEvaluator(DatasetEvaluator):
     def _warn(self, predictions, ground_truth) -> None:
         missed = {t["image_id"] for t in ground_truth} - {p["image_id"] for p in predictions}
         if missed:
-            logger.warning(
-                f"{self._dataset_name}: the model was not run on {len(missed)} of "
-                f"{len(ground_truth)} images (such as {min(missed)}); their objects count as missed"
-            )
+            text = "%s: not run on %d of %d images (such as %s); their objects count as missed"
+            counts = len(missed), len(ground_truth)
+            logger.warning(text, self._dataset_name, *counts, min(missed))
         detected = any(len(p["scores"]) for p in predictions)
         annotated = any(len(t["classes"]) for t in ground_truth)
         warn_if_empty(logger, self._dataset_name, detected, annotated)

@@ -97,10 +97,10 @@ class ImprovedDetector(nn.Module):
     def _propose(self, views: list[ImageViews]) -> list[Tensor]:
         """The union of the members' proposals, of each image."""
         sizes = views[0].reference.sizes
-        united = []
-        for member, view in zip(self.members, views, strict=True):
-            boxes = member.propose(view)
-            united.append(change_frame(boxes, view.reference.sizes, sizes))
+        united = [
+            change_frame(member.propose(view), view.reference.sizes, sizes)
+            for member, view in zip(self.members, views, strict=True)
+        ]
         return [torch.cat(of_image) for of_image in zip(*united, strict=True)]
 
     def _predict(self, views: list[ImageViews], boxes: list[Tensor]) -> Predictions:
@@ -177,12 +177,8 @@ def select_detections(
         score_threshold: boxes with higher scores take part in NMS.
         nms_threshold: IoU from which hard NMS removes and linear soft-NMS decays.
         most: the best so many are kept; all where it is negative.
-        nms: hard; agnostic, hard over all classes together; linear or gaussian, see
-            :func:`soft_nms`.
+        nms: hard; agnostic, over all classes together; linear or gaussian, see :func:`soft_nms`.
         vote: :func:`vote_boxes` with all boxes of the class, those below the threshold included.
-
-    Returns:
-        pred_boxes, scores, pred_classes, best first.
     """
     finite = torch.isfinite(boxes).flatten(1).all(dim=1) & torch.isfinite(scores).all(dim=1)
     boxes, scores = boxes[finite], scores[finite, :-1]
@@ -237,24 +233,22 @@ def soft_nms(boxes: Tensor, scores: Tensor, kind: str, threshold: float) -> tupl
     Returns:
         Indices in the order in which they were taken, and their scores, descending.
     """
-    overlaps, scores = box_iou(boxes, boxes), scores.clone()
-    taken, taken_scores = [], []
+    overlaps = box_iou(boxes, boxes).nan_to_num(0.0)
+    if kind == "linear":
+        decays = torch.where(overlaps >= threshold, 1 - overlaps, 1.0)
+    else:
+        decays = torch.exp(-(overlaps**2) / SOFT_NMS_SIGMA)
+    left, decayed, taken = scores.clone(), scores.clone(), []
     while len(taken) < len(boxes):
-        best = scores.argmax()
-        if scores[best] < SOFT_NMS_LEAST:
+        best = int(left.argmax())
+        if left[best] < SOFT_NMS_LEAST:
             break
         taken.append(best)
-        taken_scores.append(scores[best].clone())
-        overlap = overlaps[best].nan_to_num(0.0)
-        if kind == "linear":
-            decay = torch.where(overlap >= threshold, 1 - overlap, 1.0)
-        else:
-            decay = torch.exp(-(overlap**2) / SOFT_NMS_SIGMA)
-        scores *= decay
-        scores[best] = -1
-    if not taken:
-        return scores.new_zeros(0, dtype=torch.long), scores.new_zeros(0)
-    return torch.stack(taken), torch.stack(taken_scores)
+        decayed[best] = left[best]
+        left *= decays[best]
+        left[best] = -1
+    order = torch.tensor(taken, dtype=torch.long, device=scores.device)
+    return order, decayed[order]
 
 
 def batched_soft_nms(

@@ -112,11 +112,9 @@ def largest_difference(
 ) -> dict[str, float]:
     """How far exported detections are from PyTorch's over some images.
 
-    Each detection is compared with the exported one of its class whose box is nearest.
-
-    Returns:
-        The largest difference of "boxes" (of a coordinate, as a fraction of the image's longer
-        side), of "scores" and, where there are any, of "masks" (of a probability).
+    Each detection is compared with the exported one of its class whose box is nearest: the largest
+    difference of "boxes" (of a coordinate, as a fraction of the image's longer side), of "scores"
+    and, where there are any, of "masks" (of a probability).
 
     Raises:
         Mismatch: another number of detections of a class.

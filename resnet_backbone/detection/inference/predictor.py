@@ -46,8 +46,6 @@ class Predictor:
 
     ``RESNET_BACKBONE.TEST`` adds the paper's improvements and names the precision. Without them,
     in float32, it gives the detections that DefaultPredictor gives for the same config and weights.
-    Weights that belong to other input settings, and weights of less than the whole detector (a
-    backbone alone, other classes), are refused: the detections would be noise.
 
     Args:
         cfg: a detector's config; ``MODEL.WEIGHTS`` names its checkpoint. It is not changed: with
@@ -55,8 +53,8 @@ class Predictor:
 
     Raises:
         UsageError: ``MODEL.WEIGHTS`` is empty; see also :func:`improve`.
-        WeightsError: the weights cannot be read, lack parameters or have them in another shape,
-            or were trained on other input than the config gives them.
+        WeightsError: the weights cannot be read, are of less than the whole detector or of another
+            one, or were trained on other input than the config gives them.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -69,14 +67,10 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> dict:
-        """Detects objects in one image.
+        """The detector's output for an image: BGR, uint8, (H, W, 3), of any size.
 
-        Args:
-            image: BGR, uint8, (H, W, 3), of any size; it is resized by ``INPUT.MIN_SIZE_TEST``.
-
-        Returns:
-            The detector's output, ``{"instances": Instances}`` with ``pred_boxes`` (xyxy in pixels
-            of `image`), ``scores``, ``pred_classes``.
+        It is ``{"instances": Instances}`` with ``pred_boxes`` (xyxy in pixels of `image`),
+        ``scores``, ``pred_classes``. The image is resized by ``INPUT.MIN_SIZE_TEST``.
         """
         height, width = image.shape[:2]
         if self.cfg.INPUT.FORMAT == "RGB":
@@ -114,21 +108,17 @@ def describe_output(
     if "instances" in output:
         found = []
         for one in instances_to_coco_json(output["instances"].to("cpu"), img_id=0):
-            (x, y, width, height), name = one["bbox"], _name(class_names, one["category_id"])
+            (x, y, width, height), index = one["bbox"], one["category_id"]
+            name = class_names[index] if class_names else index
             box = [round(value, 2) for value in (x, y, x + width, y + height)]
             mask = {"mask": one["segmentation"]} if "segmentation" in one else {}
             found.append({"class": name, "score": round(one["score"], 5), "box": box, **mask})
         return found
-    labels, counts = np.unique(output["sem_seg"].argmax(0).cpu().numpy(), return_counts=True)
-    shares = counts / counts.sum()
-    return [
-        {"class": _name(label_names, int(labels[i])), "share": round(float(shares[i]), 5)}
-        for i in np.argsort(-shares)
-    ]
-
-
-def _name(names: Sequence[str], index: int) -> str | int:
-    return names[index] if names else index
+    labels, counts = output["sem_seg"].argmax(0).unique(return_counts=True)
+    shares = (counts / counts.sum()).tolist()
+    names = [label_names[index] if label_names else index for index in labels.tolist()]
+    found = [{"class": name, "share": round(s, 5)} for name, s in zip(names, shares, strict=True)]
+    return sorted(found, key=lambda entry: -entry["share"])
 
 
 class AutocastModel(nn.Module):
@@ -190,10 +180,7 @@ def timed_inference(
 
 
 def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """The model as evaluations run it: :func:`improve`, in ``RESNET_BACKBONE.TEST.PRECISION``.
-
-    The precision is the same on CPUs and GPUs, whatever ``SOLVER.AMP`` says about training.
-    """
+    """The model as evaluations run it: :func:`improve`, in ``RESNET_BACKBONE.TEST.PRECISION``."""
     tested, dtype = improve(cfg, model), read_precision(cfg)
     if dtype is torch.float32:
         return tested
@@ -203,14 +190,12 @@ def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
 def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """A detector with the improvements that ``RESNET_BACKBONE.TEST`` asks for.
 
-    ``TEST.AUG.ENABLED``, Detectron2's own test-time augmentation, is honored as well.
+    It is `model` itself where all switches are off. ``TEST.AUG.ENABLED``, Detectron2's own
+    test-time augmentation, is honored as well.
 
     Args:
         cfg: the detector's own; ``TEST.ENSEMBLE`` names runs that are loaded here.
         model: with or without ``DistributedDataParallel``.
-
-    Returns:
-        `model` itself where all switches are off.
 
     Raises:
         UsageError, WeightsError: switches that do not suit the detector, unfit members.
@@ -239,8 +224,7 @@ def find_weights(run: str) -> str:
     final = os.path.join(run, "model_final.pth")
     found = final if os.path.isfile(final) else find_last_checkpoint(run)
     if not found:
-        text = "no model_final.pth and no checkpoint there; name a train_net.py run"
-        raise UsageError(f"{run}: {text}")
+        raise UsageError(f"{run}: no model_final.pth and no checkpoint; name a train_net.py run")
     return found
 
 

@@ -48,12 +48,8 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     is fast on CPUs, scores and boxes in single precision, and channels_last convolutions where
     ``RESNET_BACKBONE.CHANNELS_LAST`` is set.
 
-    Returns:
-        The model on ``MODEL.DEVICE``, in training mode, with Detectron2's parameter names and
-        without ``MODEL.WEIGHTS``.
-
-    Raises:
-        UsageError: ``GLOBAL_CONTEXT`` with region heads that do not have it.
+    The model is on ``MODEL.DEVICE``, in training mode, with Detectron2's parameter names and
+    without ``MODEL.WEIGHTS``. UsageError: ``GLOBAL_CONTEXT`` with heads that do not have it.
     """
     model = with_exact_scores(build_model(with_global_context(cfg)))
     for module in model.modules():

@@ -16,12 +16,12 @@ from torch import nn
 from resnet_backbone.detection.checkpoint.files import origin_input
 from resnet_backbone.detection.checkpoint.input_check import StatesInput, config_input
 from resnet_backbone.detection.config import (
+    CONTEXT_HEADS,
     DEEPLAB_BACKBONE,
     DEEPLAB_HEADS,
     DEFAULTS,
     UsageError,
     backbone_node,
-    refuse_ignored_context,
 )
 from resnet_backbone.fast import fold_each_call
 from resnet_backbone.models import VGG, ResNet
@@ -144,8 +144,12 @@ def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaperVGG:
 
 
 def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
-    refuse_ignored_context(cfg)
-    weights, node = cfg.MODEL.WEIGHTS, backbone_node(cfg)
+    weights, node, heads = cfg.MODEL.WEIGHTS, backbone_node(cfg), cfg.MODEL.ROI_HEADS.NAME
+    if node.GLOBAL_CONTEXT and heads not in CONTEXT_HEADS.values():
+        raise UsageError(
+            f"RESNET_BACKBONE.GLOBAL_CONTEXT: MODEL.ROI_HEADS.NAME {heads} has none; build the "
+            "model from with_global_context(cfg) of resnet_backbone.detection, as the tools here do"
+        )
     if weights and node.WEIGHTS_INPUT == "set":
         raise UsageError(
             f"RESNET_BACKBONE.WEIGHTS_INPUT is set, but {weights} has not been read: call "

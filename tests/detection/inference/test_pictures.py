@@ -103,7 +103,7 @@ def test_small_images_are_enlarged(size, drawn):
 
 def test_contact_sheet_places_pictures_row_by_row():
     shades = [np.full((100, 200, 3), 40 * i, np.uint8) for i in range(5)]
-    sheet = pictures.contact_sheet(shades, columns=2, gap=10)
+    sheet = pictures.contact_sheet(shades, columns=2)
     assert sheet.shape == (3 * 110 + 10, 2 * 210 + 10, 3)
     for i, shade in enumerate(shades):
         top, left = 10 + 110 * (i // 2), 10 + 210 * (i % 2)
