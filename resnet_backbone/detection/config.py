@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from yaml import YAMLError
 
@@ -72,8 +73,10 @@ DEFAULTS = CfgNode(
     }
 )
 
-NMS_KINDS = ("hard", "agnostic", "linear", "gaussian")
-PRECISIONS = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "NMS": ("hard", "agnostic", "linear", "gaussian"),
+    "PRECISION": ("float32", "bfloat16", "float16"),
+}
 KEY = "RESNET_BACKBONE.TEST"
 
 DEEPLAB_BACKBONE = "build_paper_resnet_deeplab_backbone"
@@ -108,15 +111,9 @@ def backbone_node(cfg: CfgNode) -> CfgNode:
     return cfg.get("RESNET_BACKBONE", DEFAULTS)
 
 
-def flat_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_config(node: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config, or of its nested dicts, by dotted key."""
-    found = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            found |= flat_config(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
+    return {key.replace("/", "."): value for key, value in flatten_results_dict(node).items()}
 
 
 def seed_of(cfg: CfgNode) -> int:
@@ -140,7 +137,7 @@ class Switches(NamedTuple):
     refinement: bool = False  # of boxes
     scales: tuple[int, ...] = ()  # short sides in pixels, ascending; empty: the test scale alone
     flip: bool = False  # the mirrored image too
-    nms: str = "hard"  # one of NMS_KINDS
+    nms: str = "hard"  # one of CHOICES["NMS"]
     ensemble: tuple[str, ...] = ()  # run folders of further detectors
 
     @property
@@ -153,10 +150,8 @@ def read_switches(cfg: CfgNode) -> Switches:
     node = backbone_node(cfg).TEST
     read_precision(cfg)
     check_scales(cfg, node.SCALES)
-    if node.NMS not in NMS_KINDS:
-        raise UsageError(f"{KEY}.NMS {node.NMS!r} is not one of {', '.join(NMS_KINDS)}")
     scales, runs = tuple(sorted(node.SCALES)), tuple(node.ENSEMBLE)
-    switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, node.NMS, runs)
+    switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, _choice(cfg, "NMS"), runs)
     if cfg.TEST.AUG.ENABLED and switches.any:
         raise UsageError(
             f"TEST.AUG.ENABLED is Detectron2's union of detections, {KEY}.* are the paper's "
@@ -173,16 +168,18 @@ def read_switches(cfg: CfgNode) -> Switches:
 
 def read_precision(cfg: CfgNode) -> torch.dtype:
     """``RESNET_BACKBONE.TEST.PRECISION``; UsageError where the region heads do not have it."""
-    name = backbone_node(cfg).TEST.PRECISION
-    if name not in PRECISIONS:
-        raise UsageError(f"{KEY}.PRECISION {name!r} is not one of {', '.join(PRECISIONS)}")
-    pooler = cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
+    name, pooler = _choice(cfg, "PRECISION"), cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
     if name != "float32" and pooler == "ROIPool" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
-        raise UsageError(
-            f"{KEY}.PRECISION {name}: MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool has float32 alone "
-            "on CPUs"
-        )
+        hint = "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool has float32 alone on CPUs"
+        raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
     return getattr(torch, name)
+
+
+def _choice(cfg: CfgNode, key: str) -> str:
+    value = backbone_node(cfg).TEST[key]
+    if value not in CHOICES[key]:
+        raise UsageError(f"{KEY}.{key} {value!r} is not one of {', '.join(CHOICES[key])}")
+    return value
 
 
 def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:

@@ -27,12 +27,7 @@ from resnet_backbone.weights.preprocessing import (
     same_mean,
     same_std,
 )
-from resnet_backbone.weights.readers import (
-    INDEX_SUFFIX,
-    RawFile,
-    open_file,
-    read_tensors,
-)
+from resnet_backbone.weights.readers import INDEX_SUFFIX, RawFile, open_file, read_tensors
 from resnet_backbone.weights.sources import (
     BY_ADDRESS,
     CATALOG,

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.engine import HookBase
@@ -14,10 +14,10 @@ from detectron2.engine.hooks import PreciseBN
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
-from torch import nn
 from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer, refuse_not_finite
+from resnet_backbone.detection.config import with_keys
 from resnet_backbone.detection.inference.predictor import Speed
 from resnet_backbone.runtime.errors import Stopped, UsageError
 from resnet_backbone.runtime.files import keep_rows, naming
@@ -33,20 +33,12 @@ WINDOW = 20  # iterations between two rows of metrics, and over which they take 
 
 
 class RepeatablePreciseBN(PreciseBN):
-    """Detectron2's, on the same images each time, whatever was computed before.
-
-    `build_loader` is called when statistics are first needed: the seed of the run is known then.
-    """
-
-    def __init__(
-        self, period: int, model: nn.Module, build_loader: Callable[[], Iterable], num_iter: int
-    ):
-        super().__init__(period, model, None, num_iter)
-        self._build_loader = build_loader
+    """Detectron2's, on the same training images each time, whatever was computed before."""
 
     def update_stats(self) -> None:
-        if self._data_loader is None:
-            self._data_loader = self._build_loader()
+        if not self._disabled and self._data_loader is None:  # the seed of the run is known now
+            cfg = with_keys(self.trainer.cfg, "DATALOADER.NUM_WORKERS", 0)
+            self._data_loader = self.trainer.build_train_loader(cfg)
         self._data_iter = None
         super().update_stats()
 

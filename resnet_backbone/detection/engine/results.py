@@ -54,11 +54,11 @@ def check_results(cfg: CfgNode, results: Mapping[str, Mapping[str, Any]]) -> Non
 
 def read_seeds(words: Sequence[str]) -> list[int]:
     """The seeds of ``--seeds 1 2 3``; UsageError where they are not whole, or not different."""
-    if not all(word.isdecimal() for word in words):
-        raise UsageError(f"--seeds {' '.join(words)}: whole numbers, such as --seeds 1 2 3")
-    if len(set(map(int, words))) < len(words):
-        raise UsageError(f"--seeds {' '.join(words)}: one of them is there twice")
-    return [int(word) for word in words]
+    seeds = [int(word) for word in words if word.isdecimal()]
+    if len(set(seeds)) < len(words):
+        given = " ".join(words)
+        raise UsageError(f"--seeds {given}: whole numbers, each once, such as --seeds 1 2 3")
+    return seeds
 
 
 def seed_folder(output_dir: str, seed: int) -> str:

@@ -30,7 +30,7 @@ def check_training(cfg: CfgNode) -> None:
         value = reduce(getattr, key.split("."), cfg)
         if value < least:
             raise UsageError(f"{key} {value}: it is at least {least}")
-    metric = cfg.RESNET_BACKBONE.BEST_METRIC
+    metric, problem = cfg.RESNET_BACKBONE.BEST_METRIC, ""
     task, _, name = metric.rpartition("/")
     known = name in METRICS or name.startswith(("AP-", "AP50-"))
     if cfg.RESNET_BACKBONE.EARLY_STOP and not metric:
@@ -41,9 +41,8 @@ def check_training(cfg: CfgNode) -> None:
         problem = f"BEST_METRIC {metric}: write TASK/NAME, such as bbox/AP50"
     elif task in ("bbox", "segm") and not known:
         problem = f"BEST_METRIC {metric}: choose {task}/ and one of {', '.join(METRICS)}"
-    else:
-        return
-    raise UsageError(f"RESNET_BACKBONE.{problem}")
+    if problem:
+        raise UsageError(f"RESNET_BACKBONE.{problem}")
 
 
 def check_early_stop(cfg: CfgNode) -> None:

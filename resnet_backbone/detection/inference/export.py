@@ -123,14 +123,12 @@ def largest_difference(
     largest: dict[str, float] = {}
     for image in images:
         expected, found = reference(image), exported(image)
-        counts = [torch.bincount(values[1], minlength=1).tolist() for values in (expected, found)]
-        if counts[0] != counts[1]:
+        if not torch.equal(*(values[1].sort().values for values in (expected, found))):
             raise Mismatch(
                 f"PyTorch finds {len(expected[0])} objects in an image of {tuple(image.shape)}, "
                 f"the exported graph {len(found[0])}, or others"
             )
-        for index in range(len(expected[0])):
-            one = [values[index] for values in expected]
+        for one in zip(*expected, strict=True):
             for name, value in _apart(one, found, max(image.shape[1:])).items():
                 largest[name] = max(largest.get(name, 0.0), value)
     if not largest:
