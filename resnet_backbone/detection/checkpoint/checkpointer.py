@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from resnet_backbone.detection.checkpoint.files import (
     LAST,
-    NAME_KEY,
+    WeightsFile,
     detector_input,
     open_weights,
-    origin_input,
 )
 from resnet_backbone.detection.checkpoint.input_check import (
     check_input,
@@ -40,8 +39,8 @@ from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
 from resnet_backbone.weights.load import BATCH_NORMS, check_settings, fitting_tensors
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
-from resnet_backbone.weights.readers import PREPROCESSING_KEY, RawFile
-from resnet_backbone.weights.reading import UnknownInput, read_network, single_precision
+from resnet_backbone.weights.readers import PREPROCESSING_KEY
+from resnet_backbone.weights.reading import read_network, single_precision
 
 logger = logging.getLogger(__name__)
 # The layers of Detectron2's detectors whose size follows the number of classes.
@@ -144,8 +143,7 @@ class Checkpointer(DetectionCheckpointer):
                     f"MODEL.WEIGHTS {path} holds a backbone or a classifier alone; give a "
                     "checkpoint of a whole detector, such as output/run/model_final.pth"
                 )
-            load_backbone(self.model, file.source, self._named_input(), file.raw())
-            self.logger.info(f"Loaded the backbone from {path}")
+            self._load_backbone(file)
             return {}
         self._file, self._source, self._starts = file, path, checkpointables is not None
         try:
@@ -157,6 +155,21 @@ class Checkpointer(DetectionCheckpointer):
         """The preprocessing that its maker names, or else the config of the backbone."""
         known = [network.weights_preprocessing for network in networks(self.model).values()]
         return next(filter(None, (self.preprocessing, *known)), "")
+
+    def _load_backbone(self, file: WeightsFile) -> None:
+        model, where = self.model, file.source
+        weights, network = file.read(read_network, self._named_input()), find_network(model)
+        check_input(model, weights.preprocessing, where)
+        tensors = single_precision(weights.tensors)
+        fitting = fitting_tensors(network, tensors, where)
+        check_settings(network, weights.model, where)
+        refuse_folded(network, fitting, where)
+        head = _head_tensors(model, tensors, where)
+        network.load_state_dict(fitting, strict=False)
+        state = model.state_dict()
+        for key, value in head.items():
+            state[key].copy_(value)
+        self.logger.info(f"Loaded the backbone from {where}")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return self._file.content()
@@ -181,31 +194,6 @@ class Checkpointer(DetectionCheckpointer):
             checkpoint["model"] = tensors
         refuse_misfit(model, tensors, where, whole=not self._starts)
         return super()._load_model(checkpoint)
-
-
-def load_backbone(
-    model: nn.Module, source: str, preprocessing: str = "", raw: RawFile | None = None
-) -> None:
-    """Loads ImageNet weights into a detector: backbone, C4's res5, VGG's fc6 and fc7.
-
-    Args:
-        source, preprocessing, raw: see :func:`resnet_backbone.weights.read_checkpoint`.
-    """
-    try:
-        weights = read_network(source, preprocessing or origin_input(source) or "", raw=raw)
-    except UnknownInput as error:
-        raise UnknownInput(source, NAME_KEY) from error
-    network = find_network(model)
-    check_input(model, weights.preprocessing, source)
-    tensors = single_precision(weights.tensors)
-    fitting = fitting_tensors(network, tensors, source)
-    check_settings(network, weights.model, source)
-    refuse_folded(network, fitting, source)
-    head = _head_tensors(model, tensors, source)
-    network.load_state_dict(fitting, strict=False)
-    state = model.state_dict()
-    for key, value in head.items():
-        state[key].copy_(value)
 
 
 def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
@@ -257,11 +245,6 @@ def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, w
     """
     own = {k: v.shape for k, v in model.state_dict().items() if not NOT_WEIGHTS.match(k)}
     prefixes = (*(networks(model) or ("backbone.",)), RES5)
-    if not any(key.startswith(prefixes) for key in tensors):
-        raise WeightsError(
-            f"{where} has no tensor of this detector's backbone, whose names begin with "
-            f"{prefixes[0]}; it has {min(tensors, default='none')}"
-        )
     found = {key: _shape(key, tensors) for key in own}
     reshaped = [key for key, shape in found.items() if shape not in (None, own[key])]
     refused = [key for key in reshaped if whole or not CLASS_LAYERS.match(key)]

@@ -1,14 +1,12 @@
-"""Files of detectors: found by name, told apart by their content, read as data; and their input.
-
-The input that weights were trained on is ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``,
-``MODEL.PIXEL_STD`` and ``MODEL.RESNETS.STRIDE_IN_1X1``. With a wrong one weights load without
-complaint and cost accuracy.
+"""Files of detectors: found by name, told apart by their content, read as data; and their input,
+with a wrong one of which weights load without complaint and cost accuracy.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from resnet_backbone.weights.preprocessing import (
     same_std,
 )
 from resnet_backbone.weights.readers import INDEX_SUFFIX, RawFile, open_file, read_tensors
+from resnet_backbone.weights.reading import UnknownInput
 from resnet_backbone.weights.sources import (
     BY_ADDRESS,
     CATALOG,
@@ -63,9 +62,13 @@ class WeightsFile:
     is_detector: bool = False  # it holds a whole detector
     matching_heuristics: bool = False  # names are to be matched by their ends
 
-    def raw(self) -> RawFile | None:
-        """The weights of a backbone or a classifier; None where they are still to be read."""
-        return None if self.file is None else read_tensors(self.file.path, self.file)
+    def read(self, reader: Callable, preprocessing: str) -> Any:
+        """What a reader of ``weights.reading`` finds in a backbone or a classifier."""
+        raw = None if self.file is None else read_tensors(self.file.path, self.file)
+        try:
+            return reader(self.source, preprocessing or origin_input(self.source) or "", raw=raw)
+        except UnknownInput as error:
+            raise UnknownInput(self.source, NAME_KEY) from error
 
     def content(self) -> dict[str, Any]:
         """A detector in the form of Detectron2's checkpointer, ``{"model": {name: tensor}, ...}``.
@@ -137,10 +140,8 @@ def _cached_by_detectron2(source: str) -> str:
 def origin_input(source: str) -> Preprocessing | None:
     """The input that published weights need, where their name or the end of their path says it.
 
-    Args:
-        source: such as ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, or a copy of it in a
-            folder ``ImageNetPretrained/MSRA``; detectors of Detectron2's zoo likewise. Nothing is
-            fetched or read.
+    Such as ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, or a copy of it in a folder
+    ``ImageNetPretrained/MSRA``; detectors of Detectron2's zoo likewise. Nothing is fetched.
     """
     source = CATALOG.get(source.removeprefix("catalog://"), source)
     for address, known in BY_ADDRESS.items():
@@ -153,10 +154,8 @@ def origin_input(source: str) -> Preprocessing | None:
 def detector_input(file: WeightsFile, source: str, name: str) -> Preprocessing | None:
     """The input that a detector's checkpoint was trained on; None if it is unknown.
 
-    Args:
-        source: as the user wrote it.
-        name: of ``PREPROCESSINGS``, for a file that does not say it; "" for none. A WeightsError
-            if the file says another.
+    Where the file does not say it, `name` of ``PREPROCESSINGS`` does, or else `source`, as the user
+    wrote it. A WeightsError if the file says another than `name`.
     """
     stated, named = stated_convention(file.file), get_preprocessing(name) if name else None
     if stated is None:

@@ -24,7 +24,6 @@ from resnet_backbone.detection.checkpoint.files import (
     detector_input,
     input_keys,
     open_weights,
-    origin_input,
     refuse_other_input,
 )
 from resnet_backbone.detection.config import UsageError, backbone_node
@@ -36,7 +35,6 @@ from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.checkpoint import FileMetadata, ModelSpec
 from resnet_backbone.weights.load import check_architecture, stride_of
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS
-from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger(__name__)
 NODE_KEY = "RESNET_BACKBONE.WEIGHTS_INPUT"
@@ -142,10 +140,7 @@ def _describe(cfg: CfgNode, source: str) -> tuple[FileMetadata, str]:
     name, opened = backbone_node(cfg).WEIGHTS_PREPROCESSING, open_weights(source)
     if opened.is_detector:
         return FileMetadata(detector_input(opened, source, name)), "detector"
-    try:
-        found = describe_weights(opened.source, name or origin_input(source) or "", opened.raw())
-    except UnknownInput as error:
-        raise UnknownInput(source, NAME_KEY) from error
+    found = opened.read(describe_weights, name)
     if not found.model:
         return found, "network that it does not name"
     _check_network(cfg, found.model, source)

@@ -137,19 +137,15 @@ def scale_schedule(
 def plan_schedule(
     cfg: CfgNode, planned: CfgNode, given: Collection[str], num_images: int
 ) -> list[str]:
-    """:func:`scale_schedule`, :func:`check_early_stop`, then the whole arithmetic as lines."""
+    """:func:`scale_schedule`, :func:`check_early_stop`, then lines with the whole arithmetic."""
     lines = scale_schedule(cfg, planned, given, num_images)
     check_early_stop(cfg)
-    return [*lines, *describe_schedule(cfg, num_images, comm.get_world_size())]
-
-
-def describe_schedule(cfg: CfgNode, num_images: int, processes: int = 1) -> list[str]:
-    """The arithmetic of a run: batch, iterations, epochs of `num_images`, learning rate."""
-    solver, parts = cfg.SOLVER, cfg.RESNET_BACKBONE.ACCUMULATE
+    solver, parts, processes = cfg.SOLVER, cfg.RESNET_BACKBONE.ACCUMULATE, comm.get_world_size()
     batch, iterations = solver.IMS_PER_BATCH, solver.MAX_ITER
     epochs = iterations * batch / num_images
     steps = ", ".join(str(step) for step in solver.STEPS) or "no step"
     return [
+        *lines,
         f"SOLVER.IMS_PER_BATCH {batch} = {processes} (processes) x {parts} "
         f"(RESNET_BACKBONE.ACCUMULATE) x {batch // (processes * parts)} (images at a time)",
         f"{iterations} iterations x {batch} images / {num_images} training images = "

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -165,10 +166,7 @@ class TrainStep:
             self.stop.leave_workers()
 
     def _start(self, iteration: int, part: int) -> Iterator[list[dict]]:
-        batches = self._parts.start(iteration)
-        for _ in range(part):
-            next(batches)
-        return batches
+        return islice(self._parts.start(iteration), part, None)
 
     def state_dict(self) -> dict[str, Any]:
         state = {"optimizer": self.optimizer.state_dict(), "seed": self.seed}

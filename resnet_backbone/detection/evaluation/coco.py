@@ -54,12 +54,13 @@ def warn_if_empty(logger: logging.Logger, name: str, detected: bool, annotated: 
 
 
 class PerClassCOCOEvaluator(COCOEvaluator):
-    """Detectron2's evaluator with all twelve numbers, fast, for users' own JSON files too.
+    """COCO AP as by pycocotools' official implementation, against the metadata's json_file.
 
-    Keypoints are left to Detectron2. The ground truth is what our loader gives, in records of our
-    own making: whatever the file holds beside them, no engine sees. A model that found nothing has
-    AP 0 where there was something to find; numbers are nan only where there is no ground truth, and
-    a warning says so.
+    It gives {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs",
+    "ARm", "ARl", "AP-<class>"}} in percent; `output_dir` gets `coco_instances_results.json` and
+    `instances_predictions.pth`. Keypoints are left to Detectron2. The ground truth is what our
+    loader gives. A model that found nothing has AP 0 where there was something to find; numbers are
+    nan only where there is no ground truth, and a warning says so.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from detectron2.data.detection_utils import check_image_size
 from detectron2.layers import batched_nms
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
@@ -37,9 +38,8 @@ class ImprovedDetector(nn.Module):
        (:class:`Member`). Scores and boxes are averaged over the members.
     3. Box refinement: each proposal's box of its best class (the background aside), clipped to
        the image, becomes a region itself, for which step 2 is repeated. These predictions join
-       the first ones, and box voting follows NMS. (The paper speaks of "300 new predictions" of
-       300 proposals and does not say which class's box is pooled; with a regressor per class
-       there are K.)
+       the first ones, and box voting follows NMS. (The paper does not say which class's box is
+       pooled.)
     4. NMS or soft-NMS; with refinement at .3 in place of ``MODEL.ROI_HEADS.NMS_THRESH_TEST``.
        With soft-NMS, voters count with the scores that they had before it.
 
@@ -61,11 +61,9 @@ class ImprovedDetector(nn.Module):
     def forward(self, inputs: list[dict]) -> list[dict]:
         """Detections of a batch, in the format of ``GeneralizedRCNN.forward``.
 
-        Args:
-            inputs: as ``DatasetMapper`` gives them. Other scales and the images of other members
-                are made from "original", (H, W, C) of the original size in the first member's
-                channel order, or where that is not given from the file "file_name", or where
-                neither is given from "image" itself.
+        Inputs are as ``DatasetMapper`` gives them. Other scales and the images of other members are
+        made from "original", (H, W, C) of the original size in the first member's channel order,
+        else from the file "file_name", else from "image" itself.
         """
         if self.training:
             raise RuntimeError("the improvements are for inference: call eval() first")
@@ -146,12 +144,7 @@ def original_image(entry: dict, image_format: str) -> np.ndarray:
     if "file_name" not in entry:
         return entry["image"].permute(1, 2, 0).cpu().numpy()
     image = read_image(entry["file_name"], image_format)
-    expected = (entry.get("height", image.shape[0]), entry.get("width", image.shape[1]))
-    if image.shape[:2] != expected:
-        raise ValueError(
-            f"{entry['file_name']} is {image.shape[1]} x {image.shape[0]}, its input says "
-            f"{expected[1]} x {expected[0]}: other scales cannot be made from it"
-        )
+    check_image_size(dict(entry), image)
     return image
 
 

@@ -9,11 +9,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from states import assert_holds, refused, state_of
 
 from resnet_backbone.detection import Checkpointer
-from resnet_backbone.detection.checkpoint.checkpointer import (
-    describe_input,
-    find_network,
-    load_backbone,
-)
+from resnet_backbone.detection.checkpoint.checkpointer import describe_input, find_network
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import (
     PREPROCESSINGS,
@@ -63,7 +59,7 @@ def test_msra_resnet50(detector, msra, kind):
 def test_caffe_vgg16(detector, data_root, kind):
     path = str(data_root / "weights" / "vgg16_conv_bgr_fp16.safetensors")
     model = detector(f"voc/faster_rcnn_{kind}.yaml")
-    load_backbone(model, path, "caffe_vgg")
+    Checkpointer(model, preprocessing="caffe_vgg").load(path)
     assert_holds(find_network(model), single_precision(read_checkpoint(path, "caffe_vgg").tensors))
 
 
@@ -98,12 +94,12 @@ def test_cut_short_or_not_a_number(detector, msra, tmp_path):
         path.write_bytes(file.read(30_000_000))
     model = detector(R18)
     with refused(model, "cut.safetensors: not a whole safetensors file"):
-        load_backbone(model, str(path), "msra")
+        Checkpointer(model, preprocessing="msra").load(str(path))
     network = build_network("resnet18")
     network.res5[1].conv2.weight.data[0, 0, 0, 0] = float("nan")
     save_weights(network, tmp_path / "nan.safetensors", PREPROCESSINGS["msra"])
     with refused(model, "res5.1.conv2.weight has NaN"):
-        load_backbone(model, str(tmp_path / "nan.safetensors"))
+        Checkpointer(model).load(str(tmp_path / "nan.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +123,7 @@ def test_detectron2s_backbone_is_named(detector, r18_file):
     name = "build_resnet_fpn_backbone"
     model = detector("voc/faster_rcnn_R_50_FPN.yaml", MODEL__BACKBONE__NAME=name)
     with pytest.raises(WeightsError, match="set MODEL.BACKBONE.NAME"):
-        load_backbone(model, r18_file)
+        Checkpointer(model).load(r18_file)
 
 
 def test_our_checkpoints_carry_their_preprocessing(detector, tmp_path):
