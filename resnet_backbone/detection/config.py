@@ -140,10 +140,6 @@ class Switches(NamedTuple):
     nms: str = "hard"  # one of CHOICES["NMS"]
     ensemble: tuple[str, ...] = ()  # run folders of further detectors
 
-    @property
-    def any(self) -> bool:
-        return self != Switches()
-
 
 def read_switches(cfg: CfgNode) -> Switches:
     """The switches; UsageError where they contradict one another or the detector's kind."""
@@ -152,13 +148,14 @@ def read_switches(cfg: CfgNode) -> Switches:
     check_scales(cfg, node.SCALES)
     scales, runs = tuple(sorted(node.SCALES)), tuple(node.ENSEMBLE)
     switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, _choice(cfg, "NMS"), runs)
-    if cfg.TEST.AUG.ENABLED and switches.any:
+    is_improved = switches != Switches()
+    if cfg.TEST.AUG.ENABLED and is_improved:
         raise UsageError(
             f"TEST.AUG.ENABLED is Detectron2's union of detections, {KEY}.* are the paper's "
             "improvements: turn one of the two off"
         )
-    wanted = switches.any or cfg.TEST.AUG.ENABLED
-    if wanted and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+    has_regions = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    if (is_improved or cfg.TEST.AUG.ENABLED) and not has_regions:
         raise UsageError(
             f"{KEY}.* and TEST.AUG are for GeneralizedRCNN and its regions, "
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: turn them off"

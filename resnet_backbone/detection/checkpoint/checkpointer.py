@@ -130,9 +130,6 @@ class Checkpointer(DetectionCheckpointer):
             checkpointables: None resumes or evaluates: a detector's checkpoint must fill every
                 layer. ``[]`` starts a training: any classes, and the backbone alone will do.
             needs_detector: refuses weights of a backbone alone.
-
-        Raises:
-            WeightsError: with the file, the reason and what to write.
         """
         if not path:
             return super().load(path, checkpointables)
@@ -316,10 +313,8 @@ def add_folded_statistics(model: nn.Module, tensors: dict[str, Tensor], where: s
 
 
 def refuse_folded(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuses to train batch norms whose statistics are folded into their scale and shift.
-
-    Then every variance in the file is that of an identity.
-    """
+    """Refuses to train batch norms whose statistics are folded into their scale and shift."""
+    # then every variance in the file is that of an identity
     variances = [value for key, value in tensors.items() if key.endswith("running_var")]
     identity = FrozenBatchNorm2d(1).running_var
     if not variances or not all(torch.allclose(value, identity, 0, 1e-6) for value in variances):

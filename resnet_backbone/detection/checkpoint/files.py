@@ -74,8 +74,7 @@ class WeightsFile:
         """A detector in the form of Detectron2's checkpointer, ``{"model": {name: tensor}, ...}``.
 
         Beside the model lies the state of a training, or ``__author__`` and
-        ``matching_heuristics``. Files of Detectron1 and Caffe2 get both of these. A WeightsError
-        if it is damaged, or holds numbers that are not finite.
+        ``matching_heuristics``, which files of Detectron1 and Caffe2 get here.
         """
         file, rest = self.file, dict(self.file.rest)
         if file.path.suffix == ".pkl" and (file.wrapper != "model" or "__author__" not in rest):

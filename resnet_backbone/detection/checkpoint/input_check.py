@@ -115,8 +115,17 @@ def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) ->
     data = found.preprocessing.source or "data that it does not name"
     lines = [f"{source}: a {name}, trained on {data}"]
     for key, value in input_keys(found.preprocessing).items():
-        if key != STRIDE or (value is not None and has_bottlenecks(cfg)):
-            lines += _set(cfg, key, value, key in given, source)
+        if key == STRIDE and (value is None or not has_bottlenecks(cfg)):
+            continue
+        have = read_key(cfg, key)
+        if key in given and not agree(key, have, value):
+            raise UsageError(
+                f"{key} {have} contradicts {source}, which was trained with {value}: leave {key} "
+                "out"
+            )
+        if key not in given and have != value:
+            cfg.merge_from_list([key, value])
+            lines.append(f"{key} {have} -> {value}")
     if found.has_mean_image:
         lines.append("MODEL.PIXEL_MEAN holds the channel means of the file's mean image")
     cfg.MODEL.WEIGHTS = source
@@ -145,19 +154,6 @@ def _describe(cfg: CfgNode, source: str) -> tuple[FileMetadata, str]:
         return found, "network that it does not name"
     _check_network(cfg, found.model, source)
     return found, found.model.name
-
-
-def _set(cfg: CfgNode, key: str, value: Any, given: bool, path: str) -> list[str]:
-    """Sets one key; the line that says so, none where it has that value already."""
-    have = read_key(cfg, key)
-    if given and not agree(key, have, value):
-        raise UsageError(
-            f"{key} {have} contradicts {path}, which was trained with {value}: leave {key} out"
-        )
-    if given or have == value:
-        return []
-    cfg.merge_from_list([key, value])
-    return [f"{key} {have} -> {value}"]
 
 
 def read_key(cfg: CfgNode, key: str) -> Any:
@@ -276,10 +272,8 @@ class StatesInput(nn.Module):
     network or its feature pyramid alone hold weights only.
     """
 
-    # what the config gives the network; None: not known, not checked
-    input_settings: Preprocessing | None = None
-    # name and input of MODEL.WEIGHTS where the name alone says the input: state dicts that do not
-    # speak for themselves are taken to come from there
+    input_settings: Preprocessing | None = None  # what the config gives; None: not checked
+    # name and input of MODEL.WEIGHTS where the name says the input: of state dicts that do not
     origin: tuple[str, Preprocessing] | None = None
     weights_preprocessing: str = ""  # RESNET_BACKBONE.WEIGHTS_PREPROCESSING
 

@@ -46,8 +46,7 @@ class RepeatablePreciseBN(PreciseBN):
 class Checkpoints(HookBase):
     """Saves every `period` iterations, after the last one, and before it raises :class:`Stopped`.
 
-    What is saved is the state before the evaluation and the metrics of its iteration, which are
-    done again by whoever resumes from it.
+    The evaluation and the metrics of the iteration come later: who resumes does them again.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int):
@@ -177,10 +176,7 @@ class MetricsFile(EventWriter):
 
 
 class Metrics(HookBase):
-    """Writes what the storage holds, every :data:`WINDOW` iterations and after evaluations.
-
-    The values that the next rows need are part of checkpoints.
-    """
+    """Writes what the storage holds, every :data:`WINDOW` iterations and after evaluations."""
 
     def __init__(self) -> None:
         self._writers: list[EventWriter] = []
@@ -207,6 +203,7 @@ class Metrics(HookBase):
             writer.close()
 
     def state_dict(self) -> dict[str, Any]:
+        """The values that the next rows need."""
         storage = self.trainer.storage
         hints, first = storage.smoothing_hints(), self.trainer.iter - WINDOW
         scalars = {}

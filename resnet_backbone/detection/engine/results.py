@@ -68,12 +68,8 @@ def seed_folder(output_dir: str, seed: int) -> str:
 def train_seeds(module: str, arguments: Sequence[str], seeds: Sequence[int], output: str) -> None:
     """Runs a training tool for each seed in a process of its own, then writes ``seeds.json``.
 
-    Args:
-        module: of the tool; it gets `arguments` and ``--seed-run N``.
-        output: folder of the runs ``seed_N``.
-
-    Raises:
-        SystemExit: with the status of a run that did not end well; the same command goes on.
+    The tool's module gets `arguments` and ``--seed-run N``; its runs are in `output`/``seed_N``.
+    SystemExit has the status of a run that did not end well; the same command goes on.
     """
     folders = {seed: seed_folder(output, seed) for seed in seeds}
     with alone(output) as lock:
@@ -101,11 +97,9 @@ def _numbers(folder: str) -> dict[str, float | None]:
 
 
 def summarize(runs: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
-    """Mean and sample standard deviation of every number over runs.
+    """{"mean", "std" (the sample's), "values"} of every number over runs, by its name.
 
-    Returns:
-        {name: {"mean", "std", "values"}}; mean is None where a run has no number (None or NaN),
-        std also for one run.
+    The mean is None where a run has no number (None or NaN), std also for one run.
     """
     table = {}
     for name in dict.fromkeys(name for numbers in runs for name in numbers):

@@ -14,10 +14,8 @@ from resnet_backbone.runtime.errors import UsageError
 # Names of numbers in evaluations, so that a misspelt BEST_METRIC costs no training.
 METRICS = "AP AP50 AP75 AP50-11pt APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 LEAST = {
-    "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
-    "RESNET_BACKBONE.ACCUMULATE": 1,
     "RESNET_BACKBONE.EPOCHS": 0,
     "RESNET_BACKBONE.EARLY_STOP": 0,
 }

@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -132,21 +132,16 @@ class PerClassCOCOEvaluator(COCOEvaluator):
             self._results[task] = summary | {f"AP-{key}": ap for key, ap in per_class.items()}
 
 
-class CocoNumbers(NamedTuple):
-    """Fractions; nan where there is no ground truth to find."""
-
-    summary: dict[str, float]  # AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl
-    classes: dict[Any, float]  # category id -> AP
-
-
 def score_coco(
     dataset: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
     task: str = "bbox",
     image_ids: Sequence[Any] | None = None,
     engine: Callable | None = None,
-) -> CocoNumbers:
-    """Scores detections as the official COCO evaluation does.
+) -> tuple[dict[str, float], dict[Any, float]]:
+    """Scores detections as the official COCO evaluation does: its twelve numbers, AP by category.
+
+    They are fractions; nan where there is no ground truth to find.
 
     Args:
         dataset: the content of an instances JSON file, in which every field is as COCO's format
@@ -171,7 +166,7 @@ def score_coco(
     summary |= {f"AR{end}": _mean(recall[..., area, -1]) for end, area in SIZES.items()}
     ids = sorted(category["id"] for category in dataset["categories"])
     classes = {one: _mean(precision[:, :, place, 0, -1]) for place, one in enumerate(ids)}
-    return CocoNumbers(summary, classes)
+    return summary, classes
 
 
 def _mean(values: np.ndarray) -> float:

@@ -80,13 +80,12 @@ class VOCEvaluator(DatasetEvaluator):
             self._predictions.append(found)
 
     def evaluate(self) -> OrderedDict | None:
-        """Computes AP from the predictions of all processes, which must all call it.
+        """AP from the predictions of all processes, which must all call it.
 
-        Returns:
-            On the main process {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50, AP75,
-            AP50-11pt (VOC 2007's 11-point), then "AP50-<class>"; nan for a class without ground
-            truth, which is left out of the means. Nothing for a split that has no annotations at
-            all, such as VOC 2012's test set, whose server scores the files. None on the others.
+        On the main process it is {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50, AP75,
+        AP50-11pt (VOC 2007's 11-point), then "AP50-<class>"; nan for a class without ground truth,
+        which is left out of the means. Nothing for a split that has no annotations at all, such as
+        VOC 2012's test set, whose server scores the files. None on the others.
         """
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
@@ -94,9 +93,7 @@ class VOCEvaluator(DatasetEvaluator):
         predictions = list(chain(*gathered))
         output, folder = self._output_dir, "no folder: there is no output_dir"
         if output:  # before anything can fail
-            folder = write_comp4(predictions, self._metadata, output)
-            path = os.path.join(output, "detections.json")
-            write_json(path, self._to_json(predictions), indent=None)
+            folder = write_detections(predictions, self._metadata, output)
         ground_truth, annotated = self._load_ground_truth()
         voc_predictions = [{**p, "boxes": p["boxes"] + TO_VOC} for p in predictions]
         names = self._metadata.thing_classes
@@ -148,35 +145,29 @@ class VOCEvaluator(DatasetEvaluator):
         annotated = any(len(t["classes"]) for t in ground_truth)
         warn_if_empty(logger, self._dataset_name, detected, annotated)
 
-    def _to_json(self, predictions) -> list[dict[str, Any]]:
-        """Detections in COCO's result format: bbox is [x, y, width, height], 0-based."""
-        names = self._metadata.thing_classes
-        found = []
-        for image in predictions:
-            columns = (image[key].tolist() for key in ("boxes", "scores", "classes"))
-            for (x0, y0, x1, y1), score, index in zip(*columns, strict=True):
-                box = [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]
-                entry = {"category_id": index, "category": names[index], "bbox": box}
-                found.append({"image_id": image["image_id"], **entry, "score": round(score, 6)})
-        return found
 
+def write_detections(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder: str) -> str:
+    """Writes `detections.json` and, a file for each class, what the VOC devkit's server reads.
 
-def write_comp4(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder: str) -> str:
-    """Writes detections as the VOC devkit and its server read them, one file per class.
-
-    A line is image, score, xmin, ymin, xmax, ymax, in 1-based inclusive pixels. Scores have nine
+    The first is in COCO's result format: bbox is [x, y, width, height], 0-based. A line of the
+    others is image, score, xmin, ymin, xmax, ymax, in 1-based inclusive pixels. Scores have nine
     digits, which tell any two different ones apart (Detectron2's three make ties). It returns the
-    folder of the files.
+    folder of these files.
     """
     path = os.path.join(folder, "results", f"VOC{metadata.get('year', 2012)}", "Main")
     os.makedirs(path, exist_ok=True)
-    lines: list[list[str]] = [[] for _ in metadata.thing_classes]
+    names, entries = metadata.thing_classes, []
+    lines: list[list[str]] = [[] for _ in names]
     for image in predictions:
-        columns = image["boxes"] + TO_VOC, image["scores"], image["classes"]
-        for box, score, class_id in zip(*columns, strict=True):
-            corners = " ".join(f"{value:.2f}" for value in box)
-            lines[class_id].append(f"{image['image_id']} {score:.9g} {corners}\n")
-    for name, found in zip(metadata.thing_classes, lines, strict=True):
+        number, *columns = (image[key] for key in ("image_id", "boxes", "scores", "classes"))
+        for (x0, y0, x1, y1), score, index in zip(*(c.tolist() for c in columns), strict=True):
+            box = [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]
+            entry = {"image_id": number, "category_id": index, "category": names[index]}
+            entries.append({**entry, "bbox": box, "score": round(score, 6)})
+            corners = f"{x0 + 1:.2f} {y0 + 1:.2f} {x1:.2f} {y1:.2f}"
+            lines[index].append(f"{number} {score:.9g} {corners}\n")
+    write_json(os.path.join(folder, "detections.json"), entries, indent=None)
+    for name, found in zip(names, lines, strict=True):
         file = f"comp4_det_{metadata.split}_{name.replace('/', '_')}.txt"
         write_text(os.path.join(path, file), "".join(found))
     return path
@@ -185,10 +176,9 @@ def write_comp4(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder:
 def summarize(dataset_name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Turns :func:`evaluate_voc`'s arrays at .5:.95 into the content of `voc_results.json`.
 
-    Returns:
-        {"dataset", "summary": {AP, AP50, AP75, AP50-11pt}, "classes": [{class, AP, AP50, AP75,
-        AP50-11pt, ground_truth, difficult, detections}, ...]}; AP in percent, None where a class
-        (or the whole set) has no ground truth.
+    {"dataset", "summary": {AP, AP50, AP75, AP50-11pt}, "classes": [{class, AP, AP50, AP75,
+    AP50-11pt, ground_truth, difficult, detections}, ...]}; AP in percent, None where a class (or
+    the whole set) has no ground truth.
     """
     area, eleven = numbers["ap_area"] * 100, numbers["ap_11point"] * 100
     at50, at75 = (COCO_IOU_THRESHOLDS.index(t) for t in (0.5, 0.75))

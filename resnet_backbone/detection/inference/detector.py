@@ -125,9 +125,8 @@ class ImprovedDetector(nn.Module):
 def best_boxes(scores: Tensor, boxes: Tensor, size: Size) -> Tensor:
     """The regions (R', 4) that box refinement pools again: each one's box of its best class.
 
-    Args:
-        scores: (R, K + 1), the background last.
-        boxes: (R, K, 4); they are clipped to the image, and left out without an area.
+    Scores are (R, K + 1), the background last; boxes (R, K, 4) are clipped to the image, and left
+    out without an area.
     """
     best = scores[:, :-1].argmax(dim=1)
     chosen = boxes[torch.arange(len(boxes), device=boxes.device), best]
@@ -198,12 +197,9 @@ def select_detections(
 def vote_boxes(kept: Tensor, classes: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
     """Box voting (Gidaris and Komodakis, arXiv 1505.01749, section 5).
 
-    A kept box becomes the mean of the boxes of its class that overlap it with an IoU above .5,
-    itself included, weighted with max(0, score). Where these weights are all zero it stays.
-
-    Args:
-        kept, classes: (M, 4) and (M,), after NMS.
-        boxes, scores: (R, K, 4) and (R, K), all that there were before NMS.
+    A kept box (M, 4) becomes the mean of the boxes (R, K, 4) of its class that overlap it with an
+    IoU above .5, itself included, weighted with max(0, score). Where these weights are all zero it
+    stays. Classes are (M,), scores (R, K).
     """
     voted = kept.clone()
     for label in classes.unique():

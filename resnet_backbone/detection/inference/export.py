@@ -91,7 +91,7 @@ def export_backbone(
 ) -> dict[str, float]:
     """Writes the detector's backbone, pyramid included, as a ``torch.export`` program.
 
-    Its input are normalised images, (N, 3, H, W), H and W multiples of ``size_divisibility``. It
+    Its input are normalized images, (N, 3, H, W), H and W multiples of ``size_divisibility``. It
     returns the largest relative difference of each map from PyTorch's over the images.
     """
     backbone = detector.backbone

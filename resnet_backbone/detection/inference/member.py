@@ -63,14 +63,12 @@ class Member(nn.Module):
     ):
         super().__init__()
         heads = model.roi_heads
-        known = isinstance(heads, (Res5ROIHeads, StandardROIHeads))
+        known = isinstance(heads, (Res5ROIHeads, StandardROIHeads)) and model.proposal_generator
         if not known or not isinstance(heads.box_predictor, FastRCNNOutputLayers):
             raise UsageError(
-                f"RESNET_BACKBONE.TEST is for StandardROIHeads and C4's heads, not for "
-                f"{type(heads).__name__} (MODEL.ROI_HEADS.NAME)"
+                f"RESNET_BACKBONE.TEST is for StandardROIHeads and C4's heads with a network of "
+                f"proposals, not for {type(heads).__name__} (MODEL.ROI_HEADS.NAME)"
             )
-        if model.proposal_generator is None:
-            raise UsageError("RESNET_BACKBONE.TEST needs a region proposal network in the model")
         self.model, self.flip = model, flip
         self.format = cfg.INPUT.FORMAT
         self.short, self.long = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST

@@ -98,14 +98,11 @@ def draw_output(
     """Whatever a model found: panoptic segments, else instances with or without masks, else labels.
 
     Args:
-        image: RGB, uint8, (H, W, 3).
+        image: RGB, uint8, (H, W, 3); it stays as it is. A picture of a small one is larger.
         output: of a Detectron2 model for this image, in its size.
         class_names, label_names: of boxes and masks; of label pictures. The label that is named
             "background" stays unpainted.
         threshold: instances with a lower score, 0..1, are left out.
-
-    Returns:
-        A new RGB uint8 picture, larger than a small `image`.
     """
     canvas = Canvas(image)
     if "panoptic_seg" in output:

@@ -29,6 +29,7 @@ from resnet_backbone.detection.checkpoint.input_check import (
     with_weights_input,
 )
 from resnet_backbone.detection.config import (
+    Switches,
     UsageError,
     backbone_node,
     check_scales,
@@ -58,8 +59,7 @@ class Predictor:
     """
 
     def __init__(self, cfg: CfgNode):
-        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise UsageError(f"INPUT.FORMAT is RGB or BGR, not {cfg.INPUT.FORMAT!r}")
+        check_format(cfg)
         self.cfg = with_weights_input(cfg)
         self.model = for_testing(self.cfg, trained_detector(self.cfg))
         shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
@@ -81,6 +81,11 @@ class Predictor:
         return self.model([entry])[0]
 
 
+def check_format(cfg: CfgNode, where: str = "") -> None:
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise UsageError(f"{where}INPUT.FORMAT is RGB or BGR, not {cfg.INPUT.FORMAT!r}")
+
+
 def find_class_names(cfg: CfgNode) -> list[str]:
     """Names of what a detector's boxes hold: the run's, else the data set's, else none."""
     retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
@@ -94,16 +99,12 @@ def find_class_names(cfg: CfgNode) -> list[str]:
 def describe_output(
     output: dict, class_names: Sequence[str] = (), label_names: Sequence[str] = ()
 ) -> list[dict]:
-    """What a model found in one image, as numbers for JSON.
+    """What a Detectron2 model found in one image, as numbers for JSON.
 
-    Args:
-        output: of a Detectron2 model for one image.
-        class_names, label_names: of boxes and masks, and of label pictures; empty: numbers.
-
-    Returns:
-        For each instance: class, score, box (x0, y0, x1, y1 in pixels) and, if it has one, mask
-        (COCO's compressed run-length encoding). For a purely semantic model, for each class of
-        the label picture: class and share of the pixels, 0..1, largest first.
+    For each instance: class, score, box (x0, y0, x1, y1 in pixels) and, if it has one, mask (COCO's
+    compressed run-length encoding). For a purely semantic model, for each class of the label
+    picture: class and share of the pixels, 0..1, largest first. Where names of classes (of boxes
+    and masks) or labels are not given, a class is a number.
     """
     if "instances" in output:
         found = []
@@ -204,7 +205,7 @@ def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     if cfg.TEST.AUG.ENABLED:
         return GeneralizedRCNNWithTTA(cfg, bare).train(model.training)
-    if not switches.any:
+    if switches == Switches():
         return model
     detectors = [(cfg, bare), *(load_run(run, cfg) for run in switches.ensemble)]
     members = [Member(*one, switches.scales, switches.flip) for one in detectors]
@@ -259,9 +260,8 @@ def check_member(cfg: CfgNode, other: CfgNode, run: str) -> None:
     if other.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise UsageError(f"{run} is a {other.MODEL.META_ARCHITECTURE}, not GeneralizedRCNN")
     check_scales(other, list(cfg.RESNET_BACKBONE.TEST.SCALES))
-    for config, where in ((cfg, "this detector"), (other, run)):
-        if config.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise UsageError(f"INPUT.FORMAT of {where} is {config.INPUT.FORMAT!r}, not RGB or BGR")
+    check_format(cfg)
+    check_format(other, f"{run}: ")
 
 
 _kept: ContextVar[dict[str, tuple[CfgNode, nn.Module]]] = ContextVar("kept")
@@ -284,8 +284,9 @@ def load_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
         other, model = read_run(run, cfg)
         kept[run] = other, model.cpu()
     other, model = kept[run]
-    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-    return other, (model if on_cpu else copy.deepcopy(model).to(cfg.MODEL.DEVICE)).eval()
+    if torch.device(cfg.MODEL.DEVICE).type != "cpu":
+        model = copy.deepcopy(model).to(cfg.MODEL.DEVICE)
+    return other, model.eval()
 
 
 def read_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import PascalVOCDetectionEvaluator
+from detectron2.evaluation import PascalVOCDetectionEvaluator  # noqa: F401  for comparisons
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes, Instances
@@ -19,17 +19,6 @@ from torch import Tensor, nn
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.modeling.heads import with_global_context, with_stride
 from resnet_backbone.fast.optimize import change_classes
-
-__all__ = [  # of Detectron2's, what comparisons need
-    "Boxes",
-    "GivenProposals",
-    "Instances",
-    "PascalVOCDetectionEvaluator",
-    "build_detector",
-    "build_reference",
-    "losses_of",
-    "voc_metadata",
-]
 
 logger = logging.getLogger(__name__)
 THEIRS = {
@@ -105,8 +94,7 @@ def build_reference(cfg: CfgNode) -> nn.Module:
 class GivenProposals(nn.Module):
     """A proposal network that does all of its work and then returns given boxes (R, 4).
 
-    Those of random weights are alike and few, and ours would differ from the reference's in their
-    last bits and so in their order.
+    Those of random weights are few, and rounding would change their order.
     """
 
     def __init__(self, network: nn.Module, boxes: Tensor):

@@ -32,9 +32,8 @@ from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
 class PaperBackbone(StatesInput):
     """What makes a :class:`~resnet_backbone.models.StagedNetwork` a Detectron2 backbone.
 
-    ``output_shape`` is the network's feature table. The networks work at any input size, so
-    ``size_divisibility`` is 0 and there are no ``padding_constraints`` (Detectron2's defaults); FPN
-    states its own. Constant batch norms fold at each call.
+    It works at any input size, so ``size_divisibility`` is 0 and there are no
+    ``padding_constraints`` (Detectron2's defaults). Constant batch norms fold at each call.
     """
 
     def __init__(self, *args, **options):
@@ -234,9 +233,6 @@ def build_paper_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
 
     Reads the project's keys ``MODEL.RESNETS.RES4_DILATION``, ``RES5_DILATION`` and
     ``RES5_MULTI_GRID``; dilations 1, 2 are output stride 16, 2, 4 are 8. ``STEM_TYPE`` is "basic".
-
-    Raises:
-        UsageError: keys that are absent, contradict one another or do not suit the maps.
     """
     resnets, node = cfg.MODEL.RESNETS, backbone_node(cfg)
     if "RES5_MULTI_GRID" not in resnets:

@@ -38,11 +38,7 @@ from resnet_backbone.models.resnet import (
 
 
 def with_stride(pooler: ROIPooler, stride: int = 1) -> ROIPooler:
-    """Gives the levels of a pooler their fast form, in place.
-
-    RoIAlign becomes :class:`RegionAlign`; others are pooled in full, and every ``stride``-th bin is
-    kept.
-    """
+    """Gives a pooler's levels their fast form, in place, which keeps every ``stride``-th bin."""
     levels = pooler.level_poolers
     for index, level in enumerate(levels):
         if type(level) is ROIAlign:

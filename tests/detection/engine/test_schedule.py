@@ -164,7 +164,6 @@ def test_reference_world_size():
         ("BEST_METRIC", "bbox/AP50", 0, "set TEST.EVAL_PERIOD"),
         ("BEST_METRIC", "AP", 5, "AP: write TASK/NAME"),
         ("BEST_METRIC", "bbox/AP5O", 5, "bbox/AP5O: choose bbox/ and one of AP, AP50"),
-        ("ACCUMULATE", 0, 0, "ACCUMULATE 0: it is at least 1"),
         ("EPOCHS", -1.0, 0, "EPOCHS -1.0: it is at least 0"),
     ],
 )
