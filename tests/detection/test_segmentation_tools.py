@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from PIL import Image, ImageDraw
+from PIL import Image
 from pycocotools import mask as mask_util
 
 pytest.importorskip("detectron2")
@@ -37,31 +37,12 @@ def tool(name):
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    """Four grey pictures 96 x 64 with a red bar on a blue box, their instances, their labels."""
+def scenes(tmp_path_factory, tiny_voc, tiny_coco) -> Path:
+    """Four of the tiny pictures, their instances with outlines, their labels."""
     root = tmp_path_factory.mktemp("scenes")
-    (root / "images").mkdir()
-    rng, images, annotations = np.random.default_rng(0), [], []
-    for number in range(1, 5):
-        image = Image.fromarray(rng.integers(100, 150, (64, 96, 3), dtype=np.uint8))
-        x, y = (int(value) for value in rng.integers(2, 20, 2))
-        for category, corners, colour in (
-            (2, (x, y, x + 60, y + 40), (40, 60, 230)),
-            (1, (x + 20, y + 8, x + 36, y + 32), (220, 40, 40)),
-        ):
-            x0, y0, x1, y1 = corners
-            ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), colour)
-            entry = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
-            entry |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0)}
-            outline = [[x0, y0, x1, y0, x1, y1, x0, y1]]
-            annotations.append(entry | {"iscrowd": 0, "segmentation": outline})
-        image.save(root / "images" / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "width": 96, "height": 64})
-    categories = [{"id": 1, "name": "bar"}, {"id": 2, "name": "box"}]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "instances.json").write_text(json.dumps(content))
-    words = ["--coco-json", str(root / "instances.json"), "--output", str(root / "labels")]
-    tool("prepare_data").main(["labels", *words])
+    (root / "images").symlink_to(tiny_voc / "JPEGImages")
+    file = tiny_coco(root / "instances.json", range(4))
+    tool("prepare_data").main(["labels", "--coco-json", file, "--output", str(root / "labels")])
     return root
 
 
@@ -85,7 +66,7 @@ def run(train_net, scenes, folder, config, kind, *overrides):
 
 def draw(scenes, folder, output):
     numbers = output.with_suffix(".json")
-    words = ["--run", folder, "--input", scenes / "images" / "1.png", "--output", output]
+    words = ["--run", folder, "--input", scenes / "images" / "000001.jpg", "--output", output]
     tool("demo").main([*map(str, words), "--json", str(numbers), "--confidence", "0"])
     return json.loads(numbers.read_text())["detections"]
 
@@ -112,7 +93,7 @@ def test_semantic_from_labels_to_picture(train_net, scenes, tmp_path):
     assert code == 0, lines
     assert 0 <= results(folder)["sem_seg"]["mIoU"] <= 100
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["RESNET_BACKBONE"]["STUFF_CLASS_NAMES"] == ["background", "bar", "box"]
+    assert config["RESNET_BACKBONE"]["STUFF_CLASS_NAMES"] == ["background", "box", "bar"]
     entries = draw(scenes, folder, picture)
     assert {entry["class"] for entry in entries} <= {"background", "bar", "box"}
     assert sum(entry["share"] for entry in entries) == pytest.approx(1, abs=1e-4)

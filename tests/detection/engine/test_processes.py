@@ -14,7 +14,7 @@ pytest.importorskip("detectron2")
 
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 
-from runs import arguments, reached, read_results, rows, start, write_pictures  # isort: skip
+from runs import arguments, reached, read_results, rows, start  # isort: skip
 
 # Norms that see one image at a time.
 PER_IMAGE = {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.NORM": "", "TEST.EVAL_PERIOD": 2}
@@ -25,8 +25,9 @@ LAUNCHERS = {"own": (["--num-processes", "2"], {}), "torchrun": ([], {"prefix": 
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "VOC2007", count=7)
+def data(tmp_path_factory, write_voc):
+    splits = {"train": range(7), "test": range(3)}
+    return write_voc(tmp_path_factory.mktemp("pictures") / "VOC2007", splits, upright=3)
 
 
 def run(data, folder, *options, prefix=None, **keys):

@@ -22,7 +22,7 @@ from resnet_backbone.detection.engine.results import (
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 from resnet_backbone.runtime.files import alone
 
-from runs import arguments, read_results, start, write_pictures  # isort: skip
+from runs import arguments, read_results, start  # isort: skip
 
 
 def test_seeds_of_the_command_line():
@@ -114,8 +114,8 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_seeds(tmp_path):
-    data, folder = write_pictures(tmp_path / "VOC2007", count=4), tmp_path / "runs"
+def test_two_seeds(tmp_path, tiny_voc):
+    data, folder = tiny_voc, tmp_path / "runs"
     keys = dict(SOLVER__MAX_ITER=1, SOLVER__IMS_PER_BATCH=2)
 
     def run(*options, **changes):

@@ -133,6 +133,7 @@ def test_other_heads_by_hand(detector, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_global_context_by_hand(detector, family):
     one = detector(family, RESNET_BACKBONE__GLOBAL_CONTEXT=True)
+    check_by_hand([one], Switches())
     check_by_hand([one], Switches(scales=(48, 64, 96), flip=family == "FPN"))
 
 

@@ -233,20 +233,6 @@ def test_vgg_head_drops_only_in_training(make_cfg):
     assert (head(-100 * regions) == 0).all()  # ReLU after fc6
 
 
-def test_shared_res5_gets_imagenet_weights(make_cfg, tmp_path):
-    network = build_network("resnet18")
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-    save_weights(network, tmp_path / "r18.safetensors", PREPROCESSINGS["torchvision"])
-    model = build_model(make_cfg(C4, **CHEAP))
-    Checkpointer(model).load(str(tmp_path / "r18.safetensors"))
-    expected = network.state_dict()
-    for prefix, part in (("res5.", model.roi_heads.res5), ("res2.", model.backbone.res2)):
-        for key, value in part.state_dict().items():
-            assert torch.equal(value, expected[prefix + key]), key
-
-
 def test_file_without_res5_is_refused_by_c4(make_cfg, tmp_path):
     network = build_network("resnet18", out_features=["res4"])
     save_weights(network, tmp_path / "r18.safetensors", PREPROCESSINGS["torchvision"])
