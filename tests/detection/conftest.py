@@ -87,19 +87,14 @@ def randomise():
         torch.manual_seed(0)
         if any(parameter.is_meta for parameter in network.parameters()):
             network.to_empty(device="cpu")
-        network.double()
-        for module in network.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                bound = (3 / weight[0].numel()) ** 0.5
-                nn.init.uniform_(module.weight, -bound, bound)
-            elif isinstance(weight, torch.Tensor):
-                weight.data.uniform_(0.5, 1.5)
-            if isinstance(getattr(module, "bias", None), torch.Tensor):
-                module.bias.data.normal_(std=0.2)
-            if hasattr(module, "running_var"):
-                module.running_mean.normal_(std=0.2)
-                module.running_var.uniform_(0.5, 1.5)
+        for name, value in network.double().state_dict().items():
+            if value.dim() > 1:
+                bound = (3 / value[0].numel()) ** 0.5
+                value.uniform_(-bound, bound)
+            elif name.endswith(("running_var", "norm.weight")):
+                value.uniform_(0.5, 1.5)
+            elif value.is_floating_point():
+                value.normal_(std=0.2)
         return network
 
     return fill
@@ -231,28 +226,31 @@ def tiny_training():
 
 @pytest.fixture
 def train(train_net, tiny_voc, tiny_training):
-    """Function (run folder, weights, argument...) -> exit status and lines of stderr."""
+    """Function (run folder, weights, argument...) -> lines of stderr, as :func:`train_net`."""
 
-    def run(output, weights, *arguments):
+    def run(output, weights, *arguments, code=0):
         where = ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
         options = ["--output-dir", output, "--weights", weights, *arguments]
-        return train_net("quickstart/faster_rcnn_R_18_FPN.yaml", *where, *options, *tiny_training)
+        keys = [*options, *tiny_training]
+        return train_net("quickstart/faster_rcnn_R_18_FPN.yaml", *where, *keys, code=code)
 
     return run
 
 
 @pytest.fixture
 def train_net(capsys):
-    """Function (config file or None, argument...) -> exit status and lines of stderr, done here."""
+    """Function (config file or None, argument..., expected exit status) -> lines of stderr."""
     tool = importlib.import_module("resnet_backbone.cli.train_net")
 
-    def run(config, *arguments):
+    def run(config, *arguments, code=0):
+        file = [] if config is None else ["--config-file", str(CONFIGS / config)]
+        status = 0
         try:
-            file = [] if config is None else ["--config-file", str(CONFIGS / config)]
             tool.main([*file, *map(str, arguments)])
-            code = 0
         except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err.splitlines()
+            status = stop.code
+        lines = capsys.readouterr().err.splitlines()
+        assert status == code, lines
+        return lines
 
     return run

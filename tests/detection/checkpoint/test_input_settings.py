@@ -182,15 +182,6 @@ def test_weights_of_other_names_are_refused(make, tmp_path, predictor):
         predictor(make(R18, MODEL__WEIGHTS=str(tmp_path / "x.pth")))
 
 
-@pytest.mark.parametrize("depths", [(18, 34), (34, 18), (50, 18)])
-def test_states_of_another_depth_are_refused_without_an_entry(make, depths):
-    saved, model = (build_model(make(R18, MODEL__RESNETS__DEPTH=depth)) for depth in depths)
-    state = state_of(saved)
-    del state[KEY]
-    with refused(model, "the checkpoint is of another backbone"):
-        DetectionCheckpointer(model)._load_model({"model": state})
-
-
 def test_folded_statistics_and_a_classifier_may_be_out_or_in(make):
     model = build_model(make(R18))
     state = {k: v + 1 for k, v in state_of(model).items() if "running" not in k and k != KEY}

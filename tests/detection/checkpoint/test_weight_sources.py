@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 pytest.importorskip("detectron2")
 
-from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
@@ -25,7 +24,7 @@ from resnet_backbone.detection.checkpoint.checkpointer import find_network
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.models import build_model as build_network
-from resnet_backbone.weights import PREPROCESSINGS, WeightsError, read_checkpoint, write_checkpoint
+from resnet_backbone.weights import PREPROCESSINGS, WeightsError, write_checkpoint
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.export import export_checkpoint
 
@@ -235,34 +234,3 @@ def test_unknown_names_are_one_line(make_cfg, served, source):
     with pytest.raises((WeightsError, UsageError)) as caught:
         prepare_weights(make_cfg(R18), weights=source)
     assert "\n" not in str(caught.value)
-
-
-# The paper's own weights
-
-
-SLOW = [("FPN", "detectron2 .pkl"), ("FPN", "caffe2 .pkl"), ("C4", "huggingface ")]
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
-
-
-@pytest.mark.data
-@pytest.mark.parametrize("head, kind", [("FPN", "huggingface "), ("C4", "detectron2 .pth"), *SLOW])
-def test_msra_resnet50_in_other_forms(make_cfg, small, data_root, tmp_path, head, kind):
-    """The backbone's maps of a real image are those of the original file, whatever the input."""
-    source = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
-    format, suffix = kind.split(" ")
-    export_checkpoint(read_checkpoint(source, "msra"), tmp_path / f"r50{suffix}", format)
-    image = next((data_root / "imagenet_val500").rglob("*.JPEG"))
-    maps = []
-    for path in (source, tmp_path / f"r50{suffix}"):
-        cfg = make_cfg(f"voc/faster_rcnn_R_50_{head}.yaml", **small)
-        says = format == "huggingface" and path != source
-        cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING = "" if says else "msra"
-        model = into_detector(cfg, path).eval()
-        assert cfg.INPUT.FORMAT == ("RGB" if says else "BGR")
-        pixels = read_image(str(image), format=cfg.INPUT.FORMAT).transpose(2, 0, 1)
-        batch = [{"image": torch.as_tensor(np.ascontiguousarray(pixels))}]
-        with torch.no_grad():
-            maps.append(find_network(model)(model.preprocess_image(batch).tensor))
-    for name, expected in maps[0].items():
-        tolerance = 2e-4 * expected.abs().max()
-        torch.testing.assert_close(maps[1][name], expected, rtol=0, atol=tolerance)
