@@ -183,18 +183,27 @@ def tiny_coco(tiny_voc):
 
 
 @pytest.fixture
-def images():
-    """Two Detectron2 inputs with instances, 60 x 84 and 64 x 75."""
-    from detectron2.structures import Boxes, Instances
+def make_images():
+    """Function (sizes) -> Detectron2 inputs of these sizes with two instances each."""
 
-    generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for size in ((60, 84), (64, 75)):
-        boxes = Boxes(torch.tensor([[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 70.0, 40.0]]))
-        instances = Instances(size, gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
-        image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
-        inputs.append(dict(image=image, instances=instances, height=size[0], width=size[1]))
-    return inputs
+    def make(*sizes):
+        from detectron2.structures import Boxes, Instances
+
+        generator, inputs = torch.Generator().manual_seed(0), []
+        for size in sizes:
+            boxes = Boxes(torch.tensor([[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 70.0, 40.0]]))
+            instances = Instances(size, gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
+            image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+            inputs.append(dict(image=image, instances=instances, height=size[0], width=size[1]))
+        return inputs
+
+    return make
+
+
+@pytest.fixture
+def images(make_images):
+    """Two Detectron2 inputs with instances, 60 x 84 and 64 x 75."""
+    return make_images((60, 84), (64, 75))
 
 
 @pytest.fixture
@@ -238,19 +247,14 @@ def train(train_net, tiny_voc, tiny_training):
 
 
 @pytest.fixture
-def train_net(capsys):
+def train_net(run_command):
     """Function (config file or None, argument..., expected exit status) -> lines of stderr."""
     tool = importlib.import_module("resnet_backbone.cli.train_net")
 
     def run(config, *arguments, code=0):
-        file = [] if config is None else ["--config-file", str(CONFIGS / config)]
-        status = 0
-        try:
-            tool.main([*file, *map(str, arguments)])
-        except SystemExit as stop:
-            status = stop.code
-        lines = capsys.readouterr().err.splitlines()
-        assert status == code, lines
-        return lines
+        file = [] if config is None else ["--config-file", CONFIGS / config]
+        status, _, errors = run_command(tool.main, *file, *arguments)
+        assert status == code, errors
+        return errors.splitlines()
 
     return run

@@ -1,7 +1,4 @@
-"""Every detection config starts: an iteration, an evaluation, a checkpoint.
-
-Configs that differ in the names of their data or the length of training alone are one run here.
-"""
+"""Every detection config starts; those that differ in data or length alone are one run here."""
 
 import json
 import math

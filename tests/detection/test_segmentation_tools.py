@@ -1,5 +1,4 @@
-"""tools/prepare_data.py labels, tools/train_net.py and tools/demo.py with masks, label
-pictures and panoptic segments, on generated pictures and on COCO images."""
+"""Label pictures, training and demo with masks, labels and panoptic segments."""
 
 import importlib.util
 import json

@@ -255,9 +255,7 @@ def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, w
         )
     unknown = next(_unknown(model, own, tensors), None)
     if unknown:
-        raise WeightsError(
-            f"{where}: this detector's backbone has no {unknown}; is it another depth?"
-        )
+        raise WeightsError(f"{where}: this detector has no {unknown}; is it another depth?")
     missing = [key for key in own if key not in tensors and key not in reshaped]
     lacking = [key for key in missing if whole or key.startswith(prefixes)]
     if lacking:

@@ -104,23 +104,18 @@ def test_detectors_of_every_container(detector, make_cfg, small, tmp_path):
         (dict(MODEL__RESNETS__DEPTH=34), r"lacks \d+ of this detector's tensors, such as .*res2.2"),
         (dict(MODEL__FPN__OUT_CHANNELS=8), "of another shape, such as backbone.fpn_lat"),
         (dict(MODEL__ROI_BOX_HEAD__FC_DIM=8), r"as roi_heads.box_head.fc1.weight: \(16, 784\), t"),
-        (dict(RESNET_BACKBONE__SHORTCUT="A"), "backbone has no .*res3.0.shortcut"),
+        (dict(RESNET_BACKBONE__SHORTCUT="A"), "this detector has no .*res3.0.shortcut"),
+        ({}, r"has no backbone.bottom_up.res2.2.conv1.weight; is it a"),
     ],
 )
 @pytest.mark.parametrize("starts", [True, False])
 def test_other_detectors_are_refused(detector, tmp_path, keys, message, starts):
-    Checkpointer(detector(), str(tmp_path)).save("model")
+    """A deeper one (the last) has every tensor of a shallow one: only the rest tells."""
+    saved = detector() if keys else detector(MODEL__RESNETS__DEPTH=34)
+    Checkpointer(saved, str(tmp_path)).save("model")
     model = detector(**keys)
     with refused(model, message):
         Checkpointer(model).load(str(tmp_path / "model.pth"), [] if starts else None)
-
-
-def test_a_deeper_network_is_refused(detector, tmp_path):
-    """Every tensor of the shallow one is there: only the rest tells."""
-    Checkpointer(detector(MODEL__RESNETS__DEPTH=34), str(tmp_path)).save("model")
-    model = detector()
-    with refused(model, r"has no backbone.bottom_up.res2.2.conv1.weight; is it a"):
-        Checkpointer(model).load(str(tmp_path / "model.pth"), [])
 
 
 def test_nothing_matches(detector, tmp_path):

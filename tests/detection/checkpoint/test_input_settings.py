@@ -37,10 +37,7 @@ STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
 MEAN = [123.675, 116.28, 103.53]
 OTHER_INPUTS = {
     "INPUT.FORMAT": ("RGB", 'INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"'),
-    "MODEL.PIXEL_MEAN": (
-        MEAN,
-        r'is \[123.675, .*; set MODEL.PIXEL_MEAN "\[103.53, 116.28, 123.675\]"',
-    ),
+    "MODEL.PIXEL_MEAN": (MEAN, r'is \[123.675, .*; set MODEL.PIXEL_MEAN "\[103.53, 116.28, 123.67'),
     "MODEL.PIXEL_STD": ([58.0] * 3, r'is \[58, 58, 58\]; set MODEL.PIXEL_STD "\[1, 1, 1\]"'),
     STRIDE: (False, f"{STRIDE} is False; set {STRIDE} True"),
 }

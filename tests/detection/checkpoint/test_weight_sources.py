@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
 
 pytest.importorskip("detectron2")
 
@@ -88,21 +87,7 @@ def test_wrapped_prefixed_and_half_precision(make_cfg, small, r18, tmp_path):
     assert_holds(find_network(model), {k: v.half() for k, v in r18.tensors.items()})
 
 
-def test_libraries_own_networks(make_cfg, small, tmp_path):
-    keys = small | dict(RESNET_BACKBONE__WEIGHTS_PREPROCESSING="torchvision")
-    theirs = torchvision.models.resnet18(num_classes=3)
-    torch.save(theirs.state_dict(), tmp_path / "torchvision.pth")
-    model = into_detector(make_cfg(R18, **keys), tmp_path / "torchvision.pth")
-    assert torch.equal(find_network(model).res5[1].conv2.weight, theirs.layer4[1].conv2.weight)
-    theirs = pytest.importorskip("timm").create_model("resnet18")
-    save_file(theirs.state_dict(), tmp_path / "timm.safetensors")
-    model = into_detector(make_cfg(R18, **keys), tmp_path / "timm.safetensors")
-    assert torch.equal(find_network(model).stem.conv1.weight, theirs.conv1.weight)
-
-
-@pytest.mark.parametrize(
-    "kept, error", [((), ""), (("fc6.weight", "fc6.bias"), "lacks fc7.weight")]
-)
+@pytest.mark.parametrize("kept, error", [((), ""), (("fc6.weight", "fc6.bias"), "lacks fc7")])
 def test_a_vggs_classifier_is_there_or_not(make_cfg, tmp_path, caplog, kept, error):
     """Convolutions alone start a VGG detector, and a line says what is random; half is damage."""
     tensors = build_network("vgg11", out_features=["conv5"]).state_dict()
@@ -227,9 +212,7 @@ def test_torchvision_by_name(make_cfg, small, r18, served):
     assert fetched == [entry.url]
 
 
-@pytest.mark.parametrize(
-    "source", ["torchvision://resnet19", "gopher://x/y.pth", "detectron2://no.pth"]
-)
+@pytest.mark.parametrize("source", ["torchvision://resnet19", "gopher://x", "detectron2://no.pth"])
 def test_unknown_names_are_one_line(make_cfg, served, source):
     with pytest.raises((WeightsError, UsageError)) as caught:
         prepare_weights(make_cfg(R18), weights=source)

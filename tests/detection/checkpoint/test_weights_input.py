@@ -23,12 +23,11 @@ MODE = "RESNET_BACKBONE.WEIGHTS_INPUT"
 
 
 @pytest.fixture
-def where(tmp_path):
+def where(make_voc):
     """Options for a VOC folder whose one image is missing, which shows when data are read."""
-    (tmp_path / "VOC2007" / "Annotations").mkdir(parents=True)
-    (tmp_path / "VOC2007" / "ImageSets" / "Main").mkdir(parents=True)
-    (tmp_path / "VOC2007" / "ImageSets" / "Main" / "train.txt").write_text("missing\n")
-    return ["--voc-root", tmp_path / "VOC2007", "--train-set", "train", "--test-set", "train"]
+    root = make_voc({"missing": []}, "VOC2007")
+    (root / "JPEGImages" / "missing.jpg").unlink()
+    return ["--voc-root", root, "--train-set", "train", "--test-set", "train"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,6 @@ def test_resume_needs_its_own_checkpoint_alone(train, train_net, tiny_voc, tiny_
     train(run, path, "--resume", "SOLVER.MAX_ITER", "2")
     assert "Starting training from iteration 1" in (run / "log.txt").read_text()
     assert yaml.safe_load((run / "config.yaml").read_text())["MODEL"]["WEIGHTS"] == str(path)
-    train_net(
-        QUICKSTART, "--eval-only", "--weights", run / "model_final.pth", *again[:8], *tiny_training
-    )  # the input is the run's, not the base config's
+    trained = ["--eval-only", "--weights", run / "model_final.pth"]
+    train_net(QUICKSTART, *trained, *again[:8], *tiny_training)  # the input is the run's
     assert f"those of the command line are those of {run}" in (run / "eval/log.txt").read_text()

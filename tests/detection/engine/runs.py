@@ -9,8 +9,17 @@ import time
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten
+
+from resnet_backbone.detection.data.sampling import (
+    AugmentedImages,
+    BatchPlan,
+    ImageStream,
+    TrainingLoader,
+)
 
 PROJECT = Path(__file__).resolve().parents[3]
 CONFIG = PROJECT / "configs" / "detection" / "quickstart" / "faster_rcnn_R_18_FPN.yaml"
@@ -118,3 +127,28 @@ def assert_same_run(folder: Path, other: Path) -> None:
     first, second = read_results(folder), read_results(other)
     for key in ("results", "best", "iterations", "ended_early"):
         assert first[key] == second[key], key
+
+
+class Linear(nn.Module):
+    """Loss x^T w of a part; what it draws shows how it was seeded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.drawn = []
+
+    def forward(self, part):
+        self.drawn.append(torch.rand(1).item())
+        if isinstance(part[0], str):
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.\nmore")
+        return {"loss": (torch.stack(part).mean(0) * self.weight).sum()}
+
+
+def as_tensor(number: int) -> torch.Tensor:
+    return torch.tensor([float(number), float(number**2)])
+
+
+def number_loader(count: int, seed: int, workers: int = 0) -> TrainingLoader:
+    """Of numbers as tensors, two in a batch."""
+    images, stream = AugmentedImages(list(range(count)), as_tensor, seed), np.arange(count)
+    return TrainingLoader(images, ImageStream(seed, stream), BatchPlan(2), None, workers)

@@ -13,12 +13,7 @@ import pytest
 pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.engine.results import (
-    format_summary,
-    read_seeds,
-    summarize,
-    train_seeds,
-)
+from resnet_backbone.detection.engine import results
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 from resnet_backbone.runtime.files import alone
 
@@ -26,19 +21,19 @@ from runs import arguments, read_results, start  # isort: skip
 
 
 def test_seeds_of_the_command_line():
-    assert read_seeds(["3", "0"]) == [3, 0]
+    assert results.read_seeds(["3", "0"]) == [3, 0]
     for words in (["1", "x"], ["1", "1"], ["-1"]):
         with pytest.raises(UsageError, match="whole numbers, each once, such as --seeds 1 2 3"):
-            read_seeds(words)
+            results.read_seeds(words)
 
 
 def test_mean_and_sample_deviation():
     numbers = [{"AP": 1.0, "AP-cat": 5.0}, {"AP": 2.0, "AP-cat": None}, {"AP": 6.0}]
-    found = summarize(numbers)
+    found = results.summarize(numbers)
     assert found["AP"] == {"mean": 3.0, "std": pytest.approx(7**0.5), "values": [1.0, 2.0, 6.0]}
     assert found["AP-cat"] == {"mean": None, "std": None, "values": [5.0, None, None]}
-    assert summarize([{"AP": 1.0}])["AP"]["std"] is None
-    lines = format_summary(summarize(numbers)).splitlines()
+    assert results.summarize([{"AP": 1.0}])["AP"]["std"] is None
+    lines = results.format_summary(results.summarize(numbers)).splitlines()
     assert lines[2].split() == ["AP", "3.00", "2.65", "1.00", "2.00", "6.00"]
     assert lines[3].split() == ["AP-cat", "-", "-", "5.00", "-", "-"]
 
@@ -72,7 +67,7 @@ def test_a_signal_ends_the_run_and_starts_no_other(tmp_path, monkeypatch, status
     thread.start()
     with pytest.raises(SystemExit) as ended:
         words = [str(status), str(tmp_path)]
-        train_seeds("seed_tool", words, [4, 5], str(tmp_path / "output"))
+        results.train_seeds("seed_tool", words, [4, 5], str(tmp_path / "output"))
     thread.join()
     assert ended.value.code == EXIT_STOPPED and not (tmp_path / "5").exists()
 
@@ -110,7 +105,7 @@ def test_expectations_are_looked_at_when_all_seeds_are_done(tmp_path, monkeypatc
 
 def test_two_commands_do_not_train_in_one_folder(tmp_path):
     with alone(tmp_path), pytest.raises(BlockingIOError, match="another process works in"):
-        train_seeds("never.py", [], [1], str(tmp_path))
+        results.train_seeds("never.py", [], [1], str(tmp_path))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.config import load_config, take_back_overrides
+from resnet_backbone.detection.engine import setup
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights import PREPROCESSINGS
 
@@ -116,8 +117,7 @@ def test_layers_that_can_learn_or_have_weights(train_net, write, tmp_path, argum
         torch.save({"model": {"backbone.x": torch.zeros(1)}}, tmp_path / "model_0000001.pth")
     weights = write(expected=PREPROCESSINGS["msra"])
     arguments = [word.format(weights=weights) for word in arguments]
-    missing = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
-    lines = train_net(VOC, "--output-dir", str(tmp_path), *missing, *arguments, code=2)
+    lines = train_net(VOC, "--output-dir", str(tmp_path), *NOWHERE, *arguments, code=2)
     assert "nowhere" in lines[-1]  # the data is what it then lacks
 
 
@@ -140,9 +140,7 @@ def test_cheap_mistakes_are_found_before_weights_are_fetched(
     train_net, tiny_voc, tmp_path, monkeypatch, words, message, mode
 ):
     fetched = []
-    monkeypatch.setattr(
-        "resnet_backbone.detection.engine.setup.prepare_weights", lambda *a, **k: fetched.append(a)
-    )
+    monkeypatch.setattr(setup, "prepare_weights", lambda *given, **options: fetched.append(given))
     words = [word.format(voc=tiny_voc) for word in words]
     weights = ["--weights", "detectron2://ImageNetPretrained/MSRA/R-18.pkl"]
     where = ["--output-dir", str(tmp_path)]

@@ -90,9 +90,8 @@ def test_results_that_are_not_as_expected(trained, train_net, tiny_voc, tmp_path
     assert read_results(folder)["iterations"] == 1
     log = (folder / "log.txt").read_text()
     assert log.count("Starting training") == 1 and log.count("the run has ended") == 1
-    train_net(
-        CONFIG, *command(tiny_voc, tmp_path, "--seed-run", "4", **keys)
-    )  # whoever started the runs of all seeds looks at them
+    # whoever started the runs of all seeds looks at them
+    train_net(CONFIG, *command(tiny_voc, tmp_path, "--seed-run", "4", **keys))
 
 
 @pytest.mark.parametrize("config", [None, "voc/faster_rcnn_R_50_C4.yaml"])
@@ -238,7 +237,7 @@ def test_a_training_is_not_lost_to_its_evaluation(train_net, tiny_voc, tmp_path,
 
     monkeypatch.setattr("resnet_backbone.detection.evaluation.voc.score_boxes", fail)
     lines = train_net(CONFIG, *command(tiny_voc, tmp_path, SOLVER__MAX_ITER="1"), code=1)
-    assert lines[-1].startswith("error: the training is complete, its evaluation failed")
+    assert "error: the training is complete, its evaluation failed" in lines[-1]
     assert "RuntimeError: no such thing" in lines[-1] and "--eval-only" in lines[-1]
     found = read_results(tmp_path)
     assert found["evaluation_error"] == "RuntimeError: no such thing" and found["results"] == {}

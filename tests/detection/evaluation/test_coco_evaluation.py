@@ -20,18 +20,12 @@ from hypothesis import strategies as st
 from pycocotools import mask as rle
 
 from resnet_backbone.detection.data import scan_coco
-from resnet_backbone.detection.evaluation import build_evaluator
-from resnet_backbone.detection.evaluation.coco import (
-    RESULT_FILE,
-    run_hotcoco,
-    run_pycocotools,
-    score_coco,
-)
+from resnet_backbone.detection.evaluation import build_evaluator, coco
 
 SUMMARY = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 NAMES = {90: "dog", 7: "cat", 11: "owl"}  # not in order, and with gaps
 SIDE = 128
-ENGINES = [run_hotcoco, run_pycocotools]
+ENGINES = [coco.run_hotcoco, coco.run_pycocotools]
 
 
 def box_mask(box):
@@ -76,7 +70,7 @@ def dataset(images, truth):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(small_sets(), st.sampled_from(["bbox", "segm"]))
 def test_engines_agree_on_adversarial_sets(sets, task):
-    first, second = (score_coco(*sets, task, engine=engine) for engine in ENGINES)
+    first, second = (coco.score_coco(*sets, task, engine=engine) for engine in ENGINES)
     np.testing.assert_equal(first, second)
     curves = [engine(*sets, task) for engine in ENGINES]
     np.testing.assert_array_equal(*(precision for precision, _ in curves))
@@ -236,7 +230,7 @@ def test_it_is_evaluated_on_for_the_server_and_not_trained_on(
     if code:
         assert "data set train:coco has no boxes to learn from" in lines[-1]
         return
-    (found,) = run.rglob(RESULT_FILE)
+    (found,) = run.rglob(coco.RESULT_FILE)
     rows = json.loads(found.read_text())
     assert {row["image_id"] for row in rows} == {106, 107}
     assert {row["category_id"] for row in rows} <= {7, 90}
@@ -272,5 +266,5 @@ def test_the_papers_trainval_protocol(registered, train_net, small, tmp_path):
     train_net("paper/coco_trainval_R_50.yaml", "--output-dir", "run", *pairs)
     images = [image["file_name"] for name in DATASETS[:2] for image in DatasetCatalog.get(name)]
     assert len(images) == 6
-    rows = json.loads((tmp_path / f"run/inference/{DATASETS[2]}/{RESULT_FILE}").read_text())
+    rows = json.loads((tmp_path / f"run/inference/{DATASETS[2]}/{coco.RESULT_FILE}").read_text())
     assert {row["image_id"] for row in rows} == {106, 107}

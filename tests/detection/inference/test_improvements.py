@@ -227,9 +227,8 @@ def test_features_are_computed_once(detector):
     for name, module in (("backbone", model.backbone), ("proposals", model.proposal_generator)):
         module.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
     switches = Switches(refinement=True, scales=(48, 64, 96), flip=True)
-    ImprovedDetector([Member(cfg, model, switches.scales, True)], switches).eval()(
-        make_inputs(cfg.INPUT.FORMAT)
-    )
+    improved = ImprovedDetector([Member(cfg, model, switches.scales, True)], switches).eval()
+    improved(make_inputs(cfg.INPUT.FORMAT))
     assert calls == {"backbone": 6, "proposals": 1}
 
 

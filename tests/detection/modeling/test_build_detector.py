@@ -8,7 +8,6 @@ pytest.importorskip("detectron2")
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from torch import nn
 from torchvision.ops import roi_pool
 
 from resnet_backbone import optimize_for_inference
@@ -86,24 +85,11 @@ def test_maps_of_other_precisions_are_pooled_by_roi_pool(dtype):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=0)  # maxima of its values
 
 
-@pytest.fixture
-def detector(make_family):
-    """Function (family) -> a small detector in evaluation mode that is sure of itself."""
-
-    def build(family):
-        torch.manual_seed(0)
-        model = build_model(make_family(family, MODEL__RPN__POST_NMS_TOPK_TEST=20)).eval()
-        nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.1)
-        return model
-
-    return build
-
-
 @pytest.mark.parametrize("family", ["FPN", "C4", "VGG"])
-def test_layers_that_give_scores_and_boxes_stay_in_float32(detector, images, family):
+def test_layers_that_give_scores_and_boxes_stay_in_float32(make_family, images, family):
     head = "roi_heads.res5" if family == "C4" else "roi_heads.box_head"
     half = {"backbone", "proposal_generator.rpn_head.conv", head}
-    model = detector(family)
+    model = build_model(make_family(family, MODEL__RPN__POST_NMS_TOPK_TEST=20)).eval()
     fast = optimize_for_inference(model, dtype=torch.bfloat16)
     modules = dict(fast.named_modules())
     assert {key for key, value in modules.items() if isinstance(value, InferenceNetwork)} == half
@@ -118,20 +104,20 @@ def test_layers_that_give_scores_and_boxes_stay_in_float32(detector, images, fam
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_scores_of_given_regions(detector, images, dtype, bound):
+def test_scores_of_given_regions(make_family, images, dtype, bound):
     """Of the proposals of the original, since those of rounded scores come in another order."""
-    model = detector("FPN")
+    model = build_model(make_family("FPN", MODEL__RPN__POST_NMS_TOPK_TEST=20)).eval()
     fast = optimize_for_inference(model, dtype=dtype)
     with torch.no_grad():
         prepared = model.preprocess_image(images)
         proposals, _ = model.proposal_generator(prepared, model.backbone(prepared.tensor))
         scores = []
-        for detector_ in (model, fast):
-            maps, heads = detector_.backbone(prepared.tensor), detector_.roi_heads
+        for detector in (model, fast):
+            maps, heads = detector.backbone(prepared.tensor), detector.roi_heads
             pooled = [maps[name] for name in heads.in_features]
             regions = heads.box_pooler(pooled, [image.proposal_boxes for image in proposals])
             scores.append(heads.box_predictor(heads.box_head(regions))[0])
-            objectness, _ = detector_.proposal_generator.rpn_head([maps["p4"]])
+            objectness, _ = detector.proposal_generator.rpn_head([maps["p4"]])
             scores.append(objectness[0])
     for expected, found in ((scores[0], scores[2]), (scores[1], scores[3])):
         assert (found - expected).abs().max() < bound * expected.abs().max()
