@@ -70,8 +70,6 @@ from resnet_backbone.runtime.errors import (
 from resnet_backbone.runtime.signals import StopRequest, Watched
 
 logger = logging.getLogger(__name__)
-
-
 _watch: ContextVar[SimpleNamespace | None] = ContextVar("watch", default=None)
 
 

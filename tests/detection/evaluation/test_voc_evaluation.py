@@ -199,15 +199,6 @@ def test_bad_boxes_are_not_ground_truth(register, caplog):
     assert "without 1 bad boxes" in caplog.text
 
 
-def test_reset(register):
-    name = register({"a": [("cat", (1, 1, 4, 4))]}, CLASSES)
-    inputs, evaluator = DatasetCatalog.get(name), VOCEvaluator(name)
-    evaluator.process(inputs, [instances([[9, 9, 12, 12]] * 9, [1.0] * 9, [0] * 9)])
-    evaluator.reset()
-    outputs = [instances([[0, 0, 4, 4], [5, 5, 9, 9]], [0.5, 0.9], [0, 0])]
-    assert evaluate(evaluator, inputs, outputs)["AP50"] == pytest.approx(50)
-
-
 def test_predictions_of_all_processes_are_gathered(register, monkeypatch):
     name = register(IMAGES, CLASSES)
     records, outputs = perfect(name)
