@@ -53,10 +53,10 @@ def test_model_weights_are_checked_before_data_are_read(
 def test_the_line_to_write_is_right(train_net, write, where, tmp_path):
     """What the error says, pasted into a shell, is accepted."""
     weights = ["MODEL.WEIGHTS", write(), "--output-dir", tmp_path / "run"]
-    _, lines = train_net(QUICKSTART, *where, *weights)
+    lines = train_net(QUICKSTART, *where, *weights, code=2)
     mend = shlex.split(lines[-1].partition("; set ")[2])
     assert mend[::2] == ["INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"]
-    _, lines = train_net(QUICKSTART, *where, *weights, *mend)
+    lines = train_net(QUICKSTART, *where, *weights, *mend, code=2)
     assert "VOC2007" in lines[-1] and "set " not in lines[-1]
 
 
