@@ -1,4 +1,4 @@
-"""Detectron2's own trainer, predictor and checkpointer, unchanged, with our backbones."""
+"""Detectron2's own trainers, predictor, checkpointer and LazyConfig, with our backbones."""
 
 import os
 import runpy
