@@ -96,7 +96,7 @@ def test_exports(cfg, file, masks, tmp_path):
 
 
 @pytest.mark.slow
-def test_tool(cfg, tmp_path, capsys):
+def test_tool(cfg, tmp_path, run_command):
     config = cfg(FPN)
     detector = detector_of(config)
     torch.save({"model": detector.state_dict()}, tmp_path / "model_final.pth")
@@ -106,8 +106,7 @@ def test_tool(cfg, tmp_path, capsys):
         Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / f"{index}.png")
     arguments = ["--config-file", tmp_path / "config.yaml", "--output", tmp_path / "out" / "d"]
     arguments += ["--weights", tmp_path / "model_final.pth", "--images", tmp_path]
-    code = tool.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
+    code, out, err = run_command(tool.main, *arguments)
     assert code == 0, err
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"d.json", "d.onnx", "d.ts", "d_backbone.pt2"}
