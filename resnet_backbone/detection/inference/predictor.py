@@ -225,7 +225,7 @@ def find_weights(run: str) -> str:
     final = os.path.join(run, "model_final.pth")
     found = final if os.path.isfile(final) else find_last_checkpoint(run)
     if not found:
-        raise UsageError(f"{run}: no model_final.pth and no checkpoint; name a train_net.py run")
+        raise UsageError(f"{run}: no model_final.pth, no checkpoint there; name a train_net.py run")
     return found
 
 
