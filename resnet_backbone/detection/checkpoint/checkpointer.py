@@ -1,7 +1,4 @@
-"""Detectron2's checkpointer: weights from any source, checked before anything is loaded.
-
-Checkpoints are whole or not there, and never hold numbers that are not finite.
-"""
+"""Detectron2's checkpointer: weights from any source, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -104,7 +101,7 @@ class Checkpointer(DetectionCheckpointer):
         )
 
     def save(self, name: str, **kwargs) -> None:
-        """As fvcore's, but after an OSError the file that it would replace is there."""
+        """As fvcore's, but a checkpoint is whole or not there: an OSError leaves the old one."""
         if not self.save_dir or not self.save_to_disk:
             return
         content = {"model": self.model.state_dict(), "class_names": self.class_names}

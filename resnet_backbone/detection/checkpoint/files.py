@@ -1,6 +1,4 @@
-"""Files of detectors: found by name, told apart by their content, read as data; and their input,
-with a wrong one of which weights load without complaint and cost accuracy.
-"""
+"""Files of detectors: found by name, told apart by their content, read as data; their input."""
 
 from __future__ import annotations
 

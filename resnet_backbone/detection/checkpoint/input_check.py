@@ -1,7 +1,4 @@
-"""What a config and a detector give their backbone, checked against weights, or set by them.
-
-``RESNET_BACKBONE.WEIGHTS_INPUT`` says which.
-"""
+"""What a config and a detector give their backbone, checked against weights, or set by them."""
 
 from __future__ import annotations
 
