@@ -50,7 +50,7 @@ from resnet_backbone.detection.config import (
 )
 from resnet_backbone.detection.data.arguments import add_data_arguments, set_up_data
 from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.evaluation.results import data_digest, timed_inference
+from resnet_backbone.detection.evaluation import data_digest
 from resnet_backbone.detection.inference import predictor
 from resnet_backbone.report.detection_table import improvements_section, read_row
 from resnet_backbone.report.runs import by_class
@@ -180,7 +180,9 @@ def evaluate(row: Row, detector: torch.nn.Module) -> dict:
     loader = Trainer.build_test_loader(cfg, data)
     batches = tqdm(loader, desc=row.label, unit="batch", disable=None)
     evaluator = Trainer.build_evaluator(cfg, data)
-    results, speed = timed_inference(predictor.for_testing(cfg, detector), batches, evaluator)
+    results, speed = predictor.timed_inference(
+        predictor.for_testing(cfg, detector), batches, evaluator
+    )
     if "bbox" not in results:
         raise UsageError(f"data set {data} has no annotations to score with")
     numbers = {key: None if value != value else value for key, value in results["bbox"].items()}

@@ -54,9 +54,14 @@ from resnet_backbone.cli import CommandParser
 from resnet_backbone.detection.config import CfgNode, take_back_overrides
 from resnet_backbone.detection.data.arguments import add_data_arguments
 from resnet_backbone.detection.engine import setup
-from resnet_backbone.detection.engine.seeds import read_seeds, seed_folder, train_seeds
+from resnet_backbone.detection.engine.results import (
+    check_expectations,
+    check_results,
+    read_seeds,
+    seed_folder,
+    train_seeds,
+)
 from resnet_backbone.detection.engine.trainer import Trainer, watching
-from resnet_backbone.detection.evaluation.results import check_expectations, check_results
 from resnet_backbone.detection.inference.predictor import trained_detector
 from resnet_backbone.runtime.errors import (
     EvaluationFailed,

@@ -13,8 +13,8 @@ from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.checkpoint.input_check import use_weights_input
 from resnet_backbone.detection.config import add_resnet_backbone_config
 from resnet_backbone.detection.inference.predictor import improve
+from resnet_backbone.detection.modeling import build_detector
 from resnet_backbone.detection.modeling.backbones import DeepLabResNet, PaperResNet, PaperVGG
-from resnet_backbone.detection.modeling.build import build_detector
 from resnet_backbone.detection.modeling.heads import (
     PaperRes5ROIHeads,
     VGGBoxHead,

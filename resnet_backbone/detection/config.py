@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from yaml import Node, SafeLoader, YAMLError
 
@@ -87,8 +88,10 @@ DEFAULTS = CfgNode(
     }
 )
 
-NMS_KINDS = ("hard", "agnostic", "linear", "gaussian")
-PRECISIONS = ("float32", "bfloat16", "float16")
+CHOICES = {
+    "NMS": ("hard", "agnostic", "linear", "gaussian"),
+    "PRECISION": ("float32", "bfloat16", "float16"),
+}
 KEY = "RESNET_BACKBONE.TEST"
 
 DEEPLAB_BACKBONE = "build_paper_resnet_deeplab_backbone"
@@ -132,15 +135,9 @@ def backbone_node(cfg: CfgNode) -> CfgNode:
     return cfg.get("RESNET_BACKBONE", DEFAULTS)
 
 
-def flat_config(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_config(node: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a config, or of its nested dicts, by dotted key."""
-    found = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            found |= flat_config(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
+    return {key.replace("/", "."): value for key, value in flatten_results_dict(node).items()}
 
 
 def seed_of(cfg: CfgNode) -> int:
@@ -158,46 +155,31 @@ def with_keys(cfg: CfgNode, *pairs) -> CfgNode:
     return copy
 
 
-def refuse_ignored_context(cfg: CfgNode) -> None:
-    """Raises UsageError where ``GLOBAL_CONTEXT`` is set and the region heads would not have it."""
-    name = cfg.MODEL.ROI_HEADS.NAME
-    if backbone_node(cfg).GLOBAL_CONTEXT and name not in CONTEXT_HEADS.values():
-        raise UsageError(
-            f"RESNET_BACKBONE.GLOBAL_CONTEXT: MODEL.ROI_HEADS.NAME {name} has none; build the "
-            "model from with_global_context(cfg) of resnet_backbone.detection, as the tools here do"
-        )
-
-
 class Switches(NamedTuple):
     """``RESNET_BACKBONE.TEST.*``."""
 
     refinement: bool = False  # of boxes
     scales: tuple[int, ...] = ()  # short sides in pixels, ascending; empty: the test scale alone
     flip: bool = False  # the mirrored image too
-    nms: str = "hard"  # one of NMS_KINDS
+    nms: str = "hard"  # one of CHOICES["NMS"]
     ensemble: tuple[str, ...] = ()  # run folders of further detectors
-
-    @property
-    def any(self) -> bool:
-        return self != Switches()
 
 
 def read_switches(cfg: CfgNode) -> Switches:
     """The switches; UsageError where they contradict one another or the detector's kind."""
     node = backbone_node(cfg).TEST
     read_precision(cfg)
+    check_scales(cfg, node.SCALES)
     scales, runs = tuple(sorted(node.SCALES)), tuple(node.ENSEMBLE)
-    switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, node.NMS, runs)
-    if switches.nms not in NMS_KINDS:
-        raise UsageError(f"{KEY}.NMS {switches.nms!r} is not one of {', '.join(NMS_KINDS)}")
-    check_scales(cfg, switches.scales)
-    if cfg.TEST.AUG.ENABLED and switches.any:
+    switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, _choice(cfg, "NMS"), runs)
+    is_improved = switches != Switches()
+    if cfg.TEST.AUG.ENABLED and is_improved:
         raise UsageError(
             f"TEST.AUG.ENABLED is Detectron2's union of detections, {KEY}.* are the paper's "
             "improvements: turn one of the two off"
         )
-    wanted = switches.any or cfg.TEST.AUG.ENABLED
-    if wanted and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+    has_regions = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    if (is_improved or cfg.TEST.AUG.ENABLED) and not has_regions:
         raise UsageError(
             f"{KEY}.* and TEST.AUG are for GeneralizedRCNN and its regions, "
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: turn them off"
@@ -207,40 +189,36 @@ def read_switches(cfg: CfgNode) -> Switches:
 
 def read_precision(cfg: CfgNode) -> torch.dtype:
     """``RESNET_BACKBONE.TEST.PRECISION``; UsageError where the region heads do not have it."""
-    name = backbone_node(cfg).TEST.PRECISION
-    if name not in PRECISIONS:
-        raise UsageError(f"{KEY}.PRECISION {name!r} is not one of {', '.join(PRECISIONS)}")
-    pooler = cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
+    name, pooler = _choice(cfg, "PRECISION"), cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
     if name != "float32" and pooler == "ROIPool" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
-        raise UsageError(
-            f"{KEY}.PRECISION {name}: MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool has float32 alone "
-            "on CPUs"
-        )
+        hint = "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool has float32 alone on CPUs"
+        raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
     return getattr(torch, name)
+
+
+def _choice(cfg: CfgNode, key: str) -> str:
+    value = backbone_node(cfg).TEST[key]
+    if value not in CHOICES[key]:
+        raise UsageError(f"{KEY}.{key} {value!r} is not one of {', '.join(CHOICES[key])}")
+    return value
 
 
 def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:
     """Raises UsageError for invalid scales, and for a detector without a test scale."""
     whole = all(isinstance(scale, int) and scale > 0 for scale in scales)
     if not whole or len(set(scales)) < len(scales):
-        raise UsageError(
-            f"{KEY}.SCALES {list(scales)}: short sides in whole pixels, each once, such as "
-            "[200, 400, 600, 800, 1000]"
-        )
+        hint = "short sides in whole pixels, each once, such as [200, 400, 600, 800, 1000]"
+        raise UsageError(f"{KEY}.SCALES {list(scales)}: {hint}")
     if scales and cfg.INPUT.MIN_SIZE_TEST <= 0:
-        raise UsageError(
-            f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST, the scale of the proposals, above 0"
-        )
+        hint = "the scale of the proposals, above 0"
+        raise UsageError(f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST, {hint}")
 
 
 def load_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
     """Detectron2's defaults + ours + a YAML file + ``KEY VALUE`` pairs.
 
-    Args:
-        config_file: path, or name of a config of ours; see :func:`find_config`.
-
-    Raises:
-        ValueError: no such file; no such key, a wrong type, ``key=value`` for ``KEY VALUE``.
+    The file is a path, or a name of ours as in :func:`find_config`. UsageError: no such file; no
+    such key, a wrong type, ``key=value`` for ``KEY VALUE``.
     """
     return load_configs(config_file, overrides)[0]
 

@@ -18,6 +18,8 @@ CONFIGS = PROJECT / "configs" / "detection"
 COLOURS = {"bar": (220, 40, 40), "box": (40, 60, 230)}
 INPUT = Preprocessing("RGB", 255.0, (130.0, 121.5, 110.0), (60.0, 61.0, 62.5), source="our digits")
 SPLITS = {"train": range(6), "test": range(6, 8)}
+OBJECT = """<object><name>{}</name><pose>Left</pose><truncated>0</truncated><difficult>0</difficult>
+<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"""
 
 
 @pytest.fixture(autouse=True)
@@ -85,88 +87,90 @@ def randomise():
         torch.manual_seed(0)
         if any(parameter.is_meta for parameter in network.parameters()):
             network.to_empty(device="cpu")
-        network.double()
-        for module in network.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                bound = (3 / weight[0].numel()) ** 0.5
-                nn.init.uniform_(module.weight, -bound, bound)
-            elif isinstance(weight, torch.Tensor):
-                weight.data.uniform_(0.5, 1.5)
-            if isinstance(getattr(module, "bias", None), torch.Tensor):
-                module.bias.data.normal_(std=0.2)
-            if hasattr(module, "running_var"):
-                module.running_mean.normal_(std=0.2)
-                module.running_var.uniform_(0.5, 1.5)
+        for name, value in network.double().state_dict().items():
+            if value.dim() > 1:
+                bound = (3 / value[0].numel()) ** 0.5
+                value.uniform_(-bound, bound)
+            elif name.endswith(("running_var", "norm.weight")):
+                value.uniform_(0.5, 1.5)
+            elif value.is_floating_point():
+                value.normal_(std=0.2)
         return network
 
     return fill
 
 
-def write_scene(root: Path, image_id: str, seed: int) -> None:
-    """A grey 96 x 64 picture with one upright red bar and one flat blue box, and its XML."""
+def write_scene(root: Path, image_id: str, seed: int, is_upright: bool) -> None:
+    """A grey 96 x 64 picture, or its transpose, with a red bar and a blue box, and its XML."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(100, 150, (64, 96, 3), dtype=np.uint8))
-    objects = []
+    boxes = {}
     for name, (width, height), left in (("bar", (16, 40), 4), ("box", (36, 20), 52)):
         x, y = left + int(rng.integers(0, 8)), int(rng.integers(2, 20))
         ImageDraw.Draw(image).rectangle((x, y, x + width - 1, y + height - 1), COLOURS[name])
-        box = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin>"
-        box += f"<xmax>{x + width}</xmax><ymax>{y + height}</ymax>"
-        objects.append(
-            f"<object><name>{name}</name><pose>Left</pose><truncated>0</truncated>"
-            f"<difficult>0</difficult><bndbox>{box}</bndbox></object>"
-        )
+        box = (x + 1, y + 1, x + width, y + height)
+        boxes[name] = (box[1], box[0], box[3], box[2]) if is_upright else box
+    image = image.transpose(Image.Transpose.TRANSPOSE) if is_upright else image
     image.save(root / "JPEGImages" / f"{image_id}.jpg")
-    text = (
-        f"<annotation><filename>{image_id}.jpg</filename><size><width>96</width>"
-        f"<height>64</height><depth>3</depth></size>{''.join(objects)}</annotation>"
-    )
-    (root / "Annotations" / f"{image_id}.xml").write_text(text)
+    objects = [OBJECT.format(name, *box) for name, box in boxes.items()]
+    size = "<size><width>{}</width><height>{}</height><depth>3</depth></size>".format(*image.size)
+    text = f"<filename>{image_id}.jpg</filename>{size}{''.join(objects)}"
+    (root / "Annotations" / f"{image_id}.xml").write_text(f"<annotation>{text}</annotation>")
 
 
 @pytest.fixture(scope="session")
-def tiny_voc(tmp_path_factory) -> Path:
+def write_voc():
+    """Function (root, numbers of pictures by split) -> root, a VOC folder of classes bar and box.
+
+    With `upright` every so manyth picture is higher than wide.
+    """
+
+    def write(root, splits, upright=0) -> Path:
+        for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+            (root / name).mkdir(parents=True)
+        for split, numbers in splits.items():
+            ids = [f"{number:06d}" for number in numbers]
+            (root / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+            for number, image_id in zip(numbers, ids, strict=True):
+                write_scene(root, image_id, number, bool(upright) and number % upright == 0)
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_voc(tmp_path_factory, write_voc) -> Path:
     """A VOC folder of 8 pictures with splits train (6) and test (2), classes bar and box."""
-    root = tmp_path_factory.mktemp("tiny") / "VOC2007"
-    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (root / name).mkdir(parents=True)
-    for split, numbers in SPLITS.items():
-        ids = [f"{number:06d}" for number in numbers]
-        (root / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
-        for number, image_id in zip(numbers, ids, strict=True):
-            write_scene(root, image_id, number)
-    return root
+    return write_voc(tmp_path_factory.mktemp("tiny") / "VOC2007", SPLITS)
 
 
 CATEGORIES = {90: "bar", 7: "box"}  # not in order, and with gaps
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_coco(tiny_voc):
     """Function (file, numbers of pictures, annotated) -> file of these in COCO's format.
 
     Ids of images are 100 + number.
     """
-    from resnet_backbone.detection.data import scan_voc
+    scan_voc = pytest.importorskip("resnet_backbone.detection.data").scan_voc
 
     def write(path, numbers, annotated=True) -> str:
         images, annotations = [], []
-        records = [
-            record
-            for split in SPLITS
-            for record in scan_voc(tiny_voc, split, list(CATEGORIES.values()))[0]
-            if int(record["image_id"]) in numbers
-        ]
-        for record in records:
-            number, size = 100 + int(record["image_id"]), {"width": 96, "height": 64}
-            images.append({"id": number, "file_name": f"{record['image_id']}.jpg", **size})
-            for one in record["annotations"]:
-                x, y, right, bottom = one["bbox"]
-                box, key = [x, y, right - x, bottom - y], [*CATEGORIES][one["category_id"]]
-                entry = {"id": 10 * number + len(annotations), "image_id": number, "iscrowd": 0}
-                entry |= {"category_id": key, "bbox": box, "area": box[2] * box[3]}
-                annotations.append(entry)
+        for split in SPLITS:
+            for record in scan_voc(tiny_voc, split, list(CATEGORIES.values()))[0]:
+                number = 100 + int(record["image_id"])
+                if number - 100 not in numbers:
+                    continue
+                name = f"{record['image_id']}.jpg"
+                images.append({"id": number, "file_name": name, "width": 96, "height": 64})
+                for one in record["annotations"]:
+                    x, y, right, bottom = one["bbox"]
+                    outline = [[x, y, right, y, right, bottom, x, bottom]]
+                    key, box = [*CATEGORIES][one["category_id"]], [x, y, right - x, bottom - y]
+                    same = {"id": 10 * number + len(annotations), "image_id": number, "iscrowd": 0}
+                    same |= {"category_id": key, "bbox": box, "area": box[2] * box[3]}
+                    annotations.append(same | {"segmentation": outline})
         categories = [{"id": key, "name": name} for key, name in CATEGORIES.items()]
         content = {"categories": categories, "images": images, "annotations": annotations}
         if not annotated:
@@ -179,18 +183,27 @@ def tiny_coco(tiny_voc):
 
 
 @pytest.fixture
-def images():
-    """Two Detectron2 inputs with instances, 60 x 84 and 64 x 75."""
-    from detectron2.structures import Boxes, Instances
+def make_images():
+    """Function (sizes) -> Detectron2 inputs of these sizes with two instances each."""
 
-    generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for size in ((60, 84), (64, 75)):
-        boxes = Boxes(torch.tensor([[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 70.0, 40.0]]))
-        instances = Instances(size, gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
-        image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
-        inputs.append(dict(image=image, instances=instances, height=size[0], width=size[1]))
-    return inputs
+    def make(*sizes):
+        from detectron2.structures import Boxes, Instances
+
+        generator, inputs = torch.Generator().manual_seed(0), []
+        for size in sizes:
+            boxes = Boxes(torch.tensor([[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 70.0, 40.0]]))
+            instances = Instances(size, gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
+            image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+            inputs.append(dict(image=image, instances=instances, height=size[0], width=size[1]))
+        return inputs
+
+    return make
+
+
+@pytest.fixture
+def images(make_images):
+    """Two Detectron2 inputs with instances, 60 x 84 and 64 x 75."""
+    return make_images((60, 84), (64, 75))
 
 
 @pytest.fixture
@@ -222,28 +235,26 @@ def tiny_training():
 
 @pytest.fixture
 def train(train_net, tiny_voc, tiny_training):
-    """Function (run folder, weights, argument...) -> exit status and lines of stderr."""
+    """Function (run folder, weights, argument...) -> lines of stderr, as :func:`train_net`."""
 
-    def run(output, weights, *arguments):
+    def run(output, weights, *arguments, code=0):
         where = ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
         options = ["--output-dir", output, "--weights", weights, *arguments]
-        return train_net("quickstart/faster_rcnn_R_18_FPN.yaml", *where, *options, *tiny_training)
+        keys = [*options, *tiny_training]
+        return train_net("quickstart/faster_rcnn_R_18_FPN.yaml", *where, *keys, code=code)
 
     return run
 
 
 @pytest.fixture
-def train_net(capsys):
-    """Function (config file or None, argument...) -> exit status and lines of stderr, done here."""
+def train_net(run_command):
+    """Function (config file or None, argument..., expected exit status) -> lines of stderr."""
     tool = importlib.import_module("resnet_backbone.cli.train_net")
 
-    def run(config, *arguments):
-        try:
-            file = [] if config is None else ["--config-file", str(CONFIGS / config)]
-            tool.main([*file, *map(str, arguments)])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err.splitlines()
+    def run(config, *arguments, code=0):
+        file = [] if config is None else ["--config-file", CONFIGS / config]
+        status, _, errors = run_command(tool.main, *file, *arguments)
+        assert status == code, errors
+        return errors.splitlines()
 
     return run

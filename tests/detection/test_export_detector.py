@@ -12,9 +12,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from detectron2.engine import DefaultTrainer
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import build_backbone, build_model
-from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from detectron2.modeling import build_model
 from torch import nn
 
 from resnet_backbone import optimize_for_inference
@@ -68,20 +66,6 @@ def test_detectron2_builds_channels_last(cfg, file):
     assert all(kernel.is_contiguous() for kernel in kernels(model.backbone))
 
 
-def test_state_dicts_are_detectron2s(make_cfg):
-    """Strictly, both ways; the form in memory stays."""
-    names = ["res2", "res3", "res4", "res5"]
-    options = dict(MODEL__RESNETS__OUT_FEATURES=names, MODEL__FPN__IN_FEATURES=names)
-    theirs = build_resnet_fpn_backbone(make_cfg(**options), ShapeSpec(channels=3))
-    options["MODEL__BACKBONE__NAME"] = "build_paper_resnet_fpn_backbone"
-    ours = build_backbone(make_cfg(**options))
-    ours.load_state_dict(theirs.state_dict())
-    assert all(kernel.is_contiguous(memory_format=LAST) for kernel in kernels(ours))
-    tensors = {k: v for k, v in ours.state_dict().items() if k in theirs.state_dict()}
-    theirs.load_state_dict(tensors)
-    assert all(kernel.is_contiguous() for kernel in kernels(theirs))
-
-
 @pytest.mark.parametrize("file", [FPN, C4])
 def test_optimized_detector(cfg, file):
     detector = detector_of(cfg(file))
@@ -112,7 +96,7 @@ def test_exports(cfg, file, masks, tmp_path):
 
 
 @pytest.mark.slow
-def test_tool(cfg, tmp_path, capsys):
+def test_tool(cfg, tmp_path, run_command):
     config = cfg(FPN)
     detector = detector_of(config)
     torch.save({"model": detector.state_dict()}, tmp_path / "model_final.pth")
@@ -122,17 +106,15 @@ def test_tool(cfg, tmp_path, capsys):
         Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / f"{index}.png")
     arguments = ["--config-file", tmp_path / "config.yaml", "--output", tmp_path / "out" / "d"]
     arguments += ["--weights", tmp_path / "model_final.pth", "--images", tmp_path]
-    code = tool.main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
+    code, out, err = run_command(tool.main, *arguments)
     assert code == 0, err
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"d.json", "d.onnx", "d.ts", "d_backbone.pt2"}
     assert out.count("largest difference") == 9  # boxes and scores twice, p2 ... p6
     facts = json.loads((tmp_path / "out" / "d.json").read_text())
     assert facts["input"]["channel_order"] == config.INPUT.FORMAT
-    assert list(facts["outputs"]) == ["boxes", "classes", "scores"] and all(
-        facts["outputs"].values()
-    )
+    assert list(facts["outputs"]) == ["boxes", "classes", "scores"]
+    assert all(facts["outputs"].values())
     assert facts["input"]["longer_side_at_most"] >= facts["input"]["shorter_side"]
     assert "class_names" in facts
 

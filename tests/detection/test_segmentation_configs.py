@@ -1,7 +1,4 @@
-"""Every config of configs/segmentation builds, takes a training step, and predicts its kind.
-
-A new config joins these tests by existing.
-"""
+"""Every config of configs/segmentation builds, takes a training step, and predicts its kind."""
 
 import sys
 from pathlib import Path
@@ -13,7 +10,7 @@ pytest.importorskip("detectron2")
 
 from detectron2.data import transforms as T
 from detectron2.modeling import build_backbone, build_model
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BitMasks, PolygonMasks
 from detectron2.utils.events import EventStorage
 from safetensors.torch import load_file
 
@@ -53,21 +50,19 @@ def load(name, *overrides, depth=18):
     return cfg
 
 
-def example(cfg, size=(64, 75)):
-    """An input of any size with what the model learns from."""
-    height, width = size
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-    found = {"image": image, "height": 2 * height, "width": 2 * width, "image_id": 1}
+def example(cfg, found):
+    """An input with what the model learns from, to be shown in twice its size."""
+    height, width = size = found["height"], found["width"]
+    found |= {"height": 2 * height, "width": 2 * width, "image_id": 1}
+    instances = found.pop("instances")
     if detects_objects(cfg):
-        boxes = [[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 70.0, 40.0]]
+        boxes = instances.gt_boxes.tensor.tolist()
         masks = PolygonMasks([[[x, y, x1, y, x1, y1, x, y1]] for x, y, x1, y1 in boxes])
         if cfg.INPUT.MASK_FORMAT == "bitmask":
             masks = BitMasks.from_polygon_masks(masks, height, width)
-        fields = dict(gt_boxes=Boxes(boxes), gt_classes=torch.tensor([0, 2]), gt_masks=masks)
-        found["instances"] = Instances(size, **fields)
+        instances.gt_masks, found["instances"] = masks, instances
     if labels_pixels(cfg):
-        found["sem_seg"] = torch.randint(0, 4, size, generator=generator)
+        found["sem_seg"] = torch.randint(0, 4, size)
         found["sem_seg"][:5] = 255
     return found
 
@@ -89,20 +84,21 @@ def test_there_is_a_config_for_each_family():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_learns_and_predicts(name):
+def test_learns_and_predicts(name, make_images):
     cfg = load(name)
+    inputs = [example(cfg, given) for given in make_images((64, 75), (61, 90))]
     torch.manual_seed(0)
     model = Trainer.build_model(cfg)
     head = "roi_heads.mask_head" if detects_objects(cfg) else "sem_seg_head"
     with EventStorage():
-        losses = model.train()([example(cfg), example(cfg, (61, 90))])
+        losses = model.train()(inputs)
     assert set(losses) == losses_of(cfg)
     sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
     slopes = [p.grad for n, p in model.named_parameters() if n.startswith(head)]
     assert slopes and all(slope is not None and slope.isfinite().all() for slope in slopes)
     with torch.no_grad():
-        output = model.eval()([example(cfg)])[0]
+        output = model.eval()(inputs[:1])[0]
     if detects_objects(cfg):
         assert output["instances"].pred_masks.shape[1:] == (128, 150)
         assert len(output["instances"]) > 0
@@ -191,12 +187,7 @@ V3 = "coco/deeplab_v3_R_50_OS16.yaml"
         (DEEPLAB, "RESNET_BACKBONE.MULTI_GRID", "[1, 1]", "leave RESNET_BACKBONE.MULTI_GRID out"),
         (DEEPLAB, "MODEL.SEM_SEG_HEAD.COMMON_STRIDE", "8", "8 is not the stride of res2, 4, by"),
         (DEEPLAB, "MODEL.RESNETS.OUT_FEATURES", "['res5']", r"names \['res2'\], the backbone ret"),
-        (
-            DEEPLAB,
-            "INPUT.CROP.TYPE",
-            "relative",
-            "relative: DeepLabV3PlusHead learns from crops",
-        ),
+        (DEEPLAB, "INPUT.CROP.TYPE", "relative", "relative: DeepLabV3PlusHead learns from crops"),
         (V3, "MODEL.SEM_SEG_HEAD.COMMON_STRIDE", "8", "8 is not the stride of res5, 16"),
         (V3, "MODEL.RESNETS.RES5_DILATION", "1", "16 is not the stride of res5, 32, by which De"),
         (V3, "INPUT.CROP.TYPE", "relative_range", "TYPE absolute"),

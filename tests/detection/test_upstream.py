@@ -1,8 +1,10 @@
-"""Detectron2's own trainer, predictor and checkpointer, unchanged, with our backbones."""
+"""Detectron2's own trainers, predictor, checkpointer and LazyConfig, with our backbones."""
 
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +12,19 @@ import torch
 
 pytest.importorskip("detectron2")
 
+import detectron2
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
-from detectron2.engine import DefaultPredictor, DefaultTrainer
+from detectron2.engine import DefaultPredictor, DefaultTrainer, SimpleTrainer
 from detectron2.evaluation import PascalVOCDetectionEvaluator
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils.events import EventStorage
+from omegaconf import OmegaConf
 
+from resnet_backbone.detection import PaperResNet
+from resnet_backbone.detection.data import register_voc
 from resnet_backbone.weights import WeightsError
 
 NAMES = {"train": "upstream_train", "test": "upstream_test"}
@@ -124,3 +134,112 @@ def test_env_module(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
+
+
+# The LazyConfig file: the YAML file's detector, optimizer and schedule
+
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection" / "voc"
+LAZY, YAML = str(CONFIGS / "faster_rcnn_R_50_FPN_lazy.py"), "voc/faster_rcnn_R_50_FPN.yaml"
+TINY = """model.backbone.bottom_up.depth=18 model.backbone.bottom_up.norm=BN
+model.backbone.bottom_up.freeze_at=0 model.backbone.out_channels=16
+model.roi_heads.box_head.fc_dims=[8,16] model.roi_heads.num_classes=2
+model.roi_heads.batch_size_per_image=16 model.proposal_generator.post_nms_topk=[20,20]
+dataloader.train.mapper.augmentations.0.short_edge_length=[64]
+dataloader.test.mapper.augmentations.0.short_edge_length=64
+dataloader.train.total_batch_size=2 dataloader.train.num_workers=0 dataloader.test.num_workers=0
+train.device=cpu train.max_iter=2 train.init_checkpoint=''""".split()
+
+
+@pytest.fixture
+def lazy():
+    return LazyConfig.load(LAZY)
+
+
+@pytest.fixture
+def tiny(lazy, tiny_voc, tmp_path):
+    """The config with a small model on the tiny data set."""
+    for split in ("train", "test"):
+        register_voc(f"lazy_{split}", str(tiny_voc), split, ["bar", "box"])
+    names = ["dataloader.train.dataset.names=lazy_train", "dataloader.test.dataset.names=lazy_test"]
+    return LazyConfig.apply_overrides(lazy, [*TINY, *names, f"train.output_dir={tmp_path}"])
+
+
+def test_every_reference_resolves_and_it_can_be_saved(lazy, tmp_path):
+    OmegaConf.to_container(lazy, resolve=True)
+    LazyConfig.save(lazy, str(tmp_path / "config.yaml"))
+    again = LazyConfig.load(str(tmp_path / "config.yaml"))
+    assert again.model.backbone.bottom_up.depth == 50
+    assert set(lazy) == {"model", "dataloader", "optimizer", "lr_multiplier", "train"}
+    for keys in lazy:
+        assert LazyConfig.load(LAZY, keys)
+
+
+def test_same_detector_as_yaml(lazy, make_cfg, images):
+    lazy.model.backbone.bottom_up.depth = 18
+    cfg = make_cfg(YAML, MODEL__RESNETS__DEPTH=18, MODEL__ROI_HEADS__NUM_CLASSES=20)
+    theirs, ours = build_model(cfg).eval(), instantiate(lazy.model).eval()
+    assert isinstance(ours.backbone.bottom_up, PaperResNet)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    for name in ("pixel_mean", "pixel_std"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    assert ours.input_format == theirs.input_format
+    for head in (theirs.roi_heads, ours.roi_heads):  # random detectors find nothing above .05
+        assert head.box_predictor.test_score_thresh == 0.05
+        head.box_predictor.test_score_thresh = 0.0
+    with torch.no_grad():
+        pairs = zip(theirs(images), ours(images), strict=True)
+    for pair in pairs:
+        expected, found = (output["instances"] for output in pair)
+        assert len(expected) > 0
+        assert torch.equal(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+        assert torch.equal(found.scores, expected.scores)
+
+
+def test_same_training_settings_as_yaml(lazy, make_cfg):
+    cfg = make_cfg(YAML)
+    solver = cfg.SOLVER
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1))
+    lazy.optimizer.params.model = model
+    optimizer, expected = instantiate(lazy.optimizer), build_optimizer(cfg, model)
+    for key in ("lr", "momentum", "weight_decay"):
+        values = [
+            {p: g[key] for g in x.param_groups for p in g["params"]} for x in (optimizer, expected)
+        ]
+        assert values[0] == values[1], key
+    multiplier, scheduler = instantiate(lazy.lr_multiplier), build_lr_scheduler(cfg, expected)
+    for iteration in (0, 50, 99, 100, 11999, 12000, 15999, 16000, 17999):
+        scheduler.last_epoch = iteration
+        rate = lazy.optimizer.lr * multiplier(iteration / lazy.train.max_iter)
+        assert rate == pytest.approx(scheduler.get_lr()[0]), iteration
+    assert lazy.train.max_iter == solver.MAX_ITER
+    assert lazy.train.init_checkpoint == cfg.MODEL.WEIGHTS
+    assert lazy.dataloader.train.total_batch_size == solver.IMS_PER_BATCH
+    resize = lazy.dataloader.train.mapper.augmentations[0]
+    assert resize.short_edge_length == list(cfg.INPUT.MIN_SIZE_TRAIN)
+    assert resize.max_size == cfg.INPUT.MAX_SIZE_TRAIN
+    assert tuple(lazy.dataloader.train.dataset.names) == cfg.DATASETS.TRAIN
+    assert (lazy.dataloader.test.dataset.names,) == cfg.DATASETS.TEST
+    assert lazy.model.input_format == lazy.dataloader.train.mapper.image_format == cfg.INPUT.FORMAT
+
+
+def test_one_step(tiny):
+    model = instantiate(tiny.model).train()
+    tiny.optimizer.params.model = model
+    before = model.backbone.bottom_up.res2[0].conv1.weight.clone()
+    trainer = SimpleTrainer(model, instantiate(tiny.dataloader.train), instantiate(tiny.optimizer))
+    trainer.iter = 0
+    with EventStorage() as storage:
+        trainer.run_step()
+    assert storage.latest()["total_loss"][0] > 0
+    assert not torch.equal(model.backbone.bottom_up.res2[0].conv1.weight, before)
+
+
+def test_detectron2s_lazy_trainer(tiny, tmp_path):
+    """Upstream's do_train trains, evaluates with our evaluator and writes a checkpoint."""
+    path = Path(detectron2.__file__).parents[1] / "tools" / "lazyconfig_train_net.py"
+    if not path.is_file():
+        pytest.skip(f"this Detectron2 comes without {path.name}")
+    runpy.run_path(str(path))["do_train"](type("Arguments", (), {"resume": False}), tiny)
+    assert (tmp_path / "model_final.pth").is_file()
+    assert '"bbox/AP50"' in (tmp_path / "metrics.json").read_text()

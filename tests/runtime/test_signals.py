@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from resnet_backbone.runtime.signals import EXIT_STOPPED, StopRequest, run_child
+from resnet_backbone.runtime.errors import Stopped
+from resnet_backbone.runtime.signals import EXIT_STOPPED, StopRequest, Watched, run_child
 
 WAIT = """
 import os, pathlib, signal, sys, time
@@ -103,3 +104,30 @@ def test_a_request_remembers_and_a_second_interrupt_is_one(capfd):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_watched_evaluation():
+    stop = StopRequest()
+    batches = Watched(["a", "b", "c"], stop, rounds=3)
+    assert list(batches) == ["a", "b", "c"] and len(batches) == 3
+    seen = []
+    with pytest.raises(Stopped, match="SIGTERM"):
+        for batch in batches:
+            seen.append(batch)
+            stop.name = "SIGTERM"
+    assert seen == ["a"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ConnectionRefusedError, EOFError])
+def test_an_evaluation_whose_workers_the_signal_ended(error):
+    class Workers(list):
+        def __iter__(self):
+            yield self[0]
+            raise error("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    stop = StopRequest()
+    with pytest.raises(error, match="DataLoader worker"):
+        list(Watched(Workers("abc"), stop, rounds=3))  # no signal to this process: it is an error
+    stop.explains = lambda error: bool(setattr(stop, "name", "SIGTERM") or stop.name)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        list(Watched(Workers("abc"), stop, rounds=3))

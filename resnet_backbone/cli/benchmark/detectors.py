@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from resnet_backbone.cli import benchmark
 from resnet_backbone.cli.benchmark.pyramid import BF16, Pass, candidates, config
+from resnet_backbone.detection import modeling
 from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
-from resnet_backbone.detection.evaluation.coco import evaluate_coco, run_hotcoco, run_pycocotools
+from resnet_backbone.detection.evaluation.coco import run_hotcoco, run_pycocotools, score_coco
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator
-from resnet_backbone.detection.modeling import build
 
 CALIBRATION = 16  # regions
 WIDTH, HEIGHT = 640, 480  # of the images of an evaluation
@@ -71,7 +71,7 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
 def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
     """Detectron2's detector and ours with the same random weights, which give high scores too."""
     cfg, pair = config(setting.arch, setting.regions), []
-    for make in (build.build_reference, Trainer.build_model):
+    for make in (modeling.build_reference, Trainer.build_model):
         torch.manual_seed(0)
         pair.append(make(cfg))
     theirs, ours = pair
@@ -80,7 +80,7 @@ def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
     spread_scores(theirs, inputs[:1], boxes[:CALIBRATION])
     ours.load_state_dict(theirs.state_dict())
     for model in pair:
-        model.proposal_generator = build.GivenProposals(model.proposal_generator, boxes)
+        model.proposal_generator = modeling.GivenProposals(model.proposal_generator, boxes)
     return theirs, ours
 
 
@@ -120,7 +120,7 @@ def train_step(
     model.train()
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=BF16, enabled=bf16):
-        losses = build.losses_of(model, inputs)
+        losses = modeling.losses_of(model, inputs)
     optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
     optimizer.step()
@@ -139,7 +139,9 @@ def random_inputs(setting: Setting) -> tuple[list[dict], Tensor]:
     """Images with seven objects each, and random boxes to propose, every fourth near an object."""
     generator, size = torch.Generator().manual_seed(0), (setting.height, setting.width)
     real = random_boxes(7, *size, generator)
-    truth, inputs = build.objects(size, real, torch.arange(7) * 11), []
+    boxes = modeling.Boxes(real)
+    truth = modeling.Instances(size, gt_boxes=boxes, gt_classes=torch.arange(7) * 11)
+    inputs: list[dict] = []
     for _ in range(setting.batch):
         image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
         inputs.append({"image": image, "instances": truth, "height": size[0], "width": size[1]})
@@ -156,7 +158,7 @@ def spread_scores(model: nn.Module, inputs: list[dict], boxes: Tensor) -> None:
     model.eval()
     predictor, network, found = model.roi_heads.box_predictor, model.proposal_generator, []
     hook = predictor.register_forward_hook(lambda *call: found.append(call[2]))
-    model.proposal_generator = build.GivenProposals(network, boxes)
+    model.proposal_generator = modeling.GivenProposals(network, boxes)
     model(inputs)
     model.proposal_generator = network
     hook.remove()
@@ -273,7 +275,7 @@ def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
     }
 
     def run(engine) -> dict[str, float]:
-        return evaluate_coco(dataset, results, engine=engine)[0]
+        return score_coco(dataset, results, engine=engine)[0]
 
     engines = {"pycocotools": run_pycocotools, "ours (hotcoco)": run_hotcoco}
     return {name: partial(run, engine) for name, engine in engines.items()}
@@ -292,7 +294,9 @@ def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dic
         (folder / "Annotations" / f"{name}.xml").write_text(voc_xml(boxes, kinds))
         corners = torch.tensor(np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])).float()
         scores = torch.tensor(scores.round(3), dtype=torch.float32)
-        instances = build.detections((HEIGHT, WIDTH), corners, scores, torch.tensor(labels))
+        fields = dict(scores=scores, pred_classes=torch.tensor(labels))
+        boxes = modeling.Boxes(corners)
+        instances = modeling.Instances((HEIGHT, WIDTH), pred_boxes=boxes, **fields)
         outputs.append(({"image_id": name}, {"instances": instances}))
     lines = "".join(f"{given['image_id']}\n" for given, _ in outputs)
     (folder / "ImageSets" / "Main" / "test.txt").write_text(lines)
@@ -304,11 +308,11 @@ def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dic
         found = evaluator.evaluate()["bbox"]
         return {key: found[key] for key in ("AP", "AP50", "AP75")}
 
-    with build.voc_metadata(
+    with modeling.voc_metadata(
         str(folder), "test", [f"class{number}" for number in range(20)]
     ) as name:
         yield {
-            "Detectron2's evaluator": lambda: run(build.reference_evaluator(name)),
+            "Detectron2's evaluator": lambda: run(modeling.PascalVOCDetectionEvaluator(name)),
             "ours": lambda: run(VOCEvaluator(name)),
         }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resnet_backbone.cli import benchmark
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.modeling.build import build_reference
+from resnet_backbone.detection.modeling import build_reference
 from resnet_backbone.fast import optimize_for_inference
 
 BF16 = torch.bfloat16

@@ -1,7 +1,4 @@
-"""Detectron2's checkpointer: weights from any source, checked before anything is loaded.
-
-Checkpoints are whole or not there, and never hold numbers that are not finite.
-"""
+"""Detectron2's checkpointer: weights from any source, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,15 +13,15 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
 from resnet_backbone.detection.checkpoint.files import (
     LAST,
-    NAME_KEY,
+    WeightsFile,
     detector_input,
     open_weights,
-    origin_input,
 )
 from resnet_backbone.detection.checkpoint.input_check import (
     check_input,
@@ -32,14 +29,15 @@ from resnet_backbone.detection.checkpoint.input_check import (
     find_network,
     networks,
 )
+from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
 from resnet_backbone.weights.load import BATCH_NORMS, check_settings, fitting_tensors
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
-from resnet_backbone.weights.readers import PREPROCESSING_KEY, RawFile
-from resnet_backbone.weights.reading import UnknownInput, read_network, single_precision
+from resnet_backbone.weights.readers import PREPROCESSING_KEY
+from resnet_backbone.weights.reading import read_network, single_precision
 
 logger = logging.getLogger(__name__)
 # The layers of Detectron2's detectors whose size follows the number of classes.
@@ -64,10 +62,9 @@ class Checkpointer(DetectionCheckpointer):
     detectors, ours or of Detectron2's zoo, load as Detectron2 does it. Files are read as data:
     nothing in them is executed. What is saved has its name when it is whole.
 
-    Weights that were trained on another input or stride than the detector's are refused, where
-    they, their origin or `preprocessing` say it. So are weights that lack tensors of the backbone
-    or have others in another shape, and checkpoints with other classes than those of `class_names`
-    when they are resumed or evaluated. The detector is unchanged after an error.
+    Weights of another input or stride than the detector's are refused, where they, their origin or
+    `preprocessing` say it. So are weights that do not fill the backbone and, where they are resumed
+    or evaluated, those of other classes. The detector is unchanged after an error.
 
     Args:
         preprocessing: see :func:`resnet_backbone.weights.read_checkpoint`.
@@ -89,8 +86,22 @@ class Checkpointer(DetectionCheckpointer):
         self.preprocessing, self.marks_last = preprocessing, marks_last
         self.class_names = list(class_names)
 
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, model: nn.Module, save_dir: str = "", **kwargs
+    ) -> Checkpointer:
+        """With the class names and the preprocessing of a config."""
+        node = backbone_node(cfg)
+        return cls(
+            model,
+            save_dir,
+            preprocessing=node.WEIGHTS_PREPROCESSING,
+            class_names=[*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES],
+            **kwargs,
+        )
+
     def save(self, name: str, **kwargs) -> None:
-        """As fvcore's, but after an OSError the file that it would replace is there."""
+        """As fvcore's, but a checkpoint is whole or not there: an OSError leaves the old one."""
         if not self.save_dir or not self.save_to_disk:
             return
         content = {"model": self.model.state_dict(), "class_names": self.class_names}
@@ -113,13 +124,9 @@ class Checkpointer(DetectionCheckpointer):
         """Loads weights, and returns what a detector's checkpoint holds beside them.
 
         Args:
-            checkpointables: None resumes a training or evaluates: a detector's checkpoint must
-                fill every layer. ``[]`` means weights to start a training from, of any classes:
-                other parts than the backbone may be missing.
+            checkpointables: None resumes or evaluates: a detector's checkpoint must fill every
+                layer. ``[]`` starts a training: any classes, and the backbone alone will do.
             needs_detector: refuses weights of a backbone alone.
-
-        Raises:
-            WeightsError: with the file, the reason and what to write.
         """
         if not path:
             return super().load(path, checkpointables)
@@ -130,8 +137,7 @@ class Checkpointer(DetectionCheckpointer):
                     f"MODEL.WEIGHTS {path} holds a backbone or a classifier alone; give a "
                     "checkpoint of a whole detector, such as output/run/model_final.pth"
                 )
-            load_backbone(self.model, file.source, self._named_input(), file.raw())
-            self.logger.info(f"Loaded the backbone from {path}")
+            self._load_backbone(file)
             return {}
         self._file, self._source, self._starts = file, path, checkpointables is not None
         try:
@@ -143,6 +149,21 @@ class Checkpointer(DetectionCheckpointer):
         """The preprocessing that its maker names, or else the config of the backbone."""
         known = [network.weights_preprocessing for network in networks(self.model).values()]
         return next(filter(None, (self.preprocessing, *known)), "")
+
+    def _load_backbone(self, file: WeightsFile) -> None:
+        model, where = self.model, file.source
+        weights, network = file.read(read_network, self._named_input()), find_network(model)
+        check_input(model, weights.preprocessing, where)
+        tensors = single_precision(weights.tensors)
+        fitting = fitting_tensors(network, tensors, where)
+        check_settings(network, weights.model, where)
+        refuse_folded(network, fitting, where)
+        head = _head_tensors(model, tensors, where)
+        network.load_state_dict(fitting, strict=False)
+        state = model.state_dict()
+        for key, value in head.items():
+            state[key].copy_(value)
+        self.logger.info(f"Loaded the backbone from {where}")
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         return self._file.content()
@@ -167,31 +188,6 @@ class Checkpointer(DetectionCheckpointer):
             checkpoint["model"] = tensors
         refuse_misfit(model, tensors, where, whole=not self._starts)
         return super()._load_model(checkpoint)
-
-
-def load_backbone(
-    model: nn.Module, source: str, preprocessing: str = "", raw: RawFile | None = None
-) -> None:
-    """Loads ImageNet weights into a detector: backbone, C4's res5, VGG's fc6 and fc7.
-
-    Args:
-        source, preprocessing, raw: see :func:`resnet_backbone.weights.read_checkpoint`.
-    """
-    try:
-        weights = read_network(source, preprocessing or origin_input(source) or "", raw=raw)
-    except UnknownInput as error:
-        raise UnknownInput(source, NAME_KEY) from error
-    network = find_network(model)
-    check_input(model, weights.preprocessing, source)
-    tensors = single_precision(weights.tensors)
-    fitting = fitting_tensors(network, tensors, source)
-    check_settings(network, weights.model, source)
-    refuse_folded(network, fitting, source)
-    head = _head_tensors(model, tensors, source)
-    network.load_state_dict(fitting, strict=False)
-    state = model.state_dict()
-    for key, value in head.items():
-        state[key].copy_(value)
 
 
 def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
@@ -236,20 +232,13 @@ def refuse_not_finite(model: nn.Module) -> None:
 def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, whole: bool) -> None:
     """Refuses a checkpoint that does not fill all required layers.
 
-    Args:
-        tensors: under the model's keys, or, where Detectron2's matching of names found no place
-            for them, under the ends of keys.
-        whole: every tensor must be there, as for evaluation and resuming. Otherwise the backbone
-            must be, layers that depend on the number of classes may have another shape, and
-            other parts may be missing as a whole; a line says which then start at random.
+    Tensors are under the model's keys, or, where Detectron2's matching of names found no place for
+    them, under the ends of keys. Unless all are needed (`whole`), layers that depend on the number
+    of classes may have another shape, and all but the backbone may be missing; a line says what
+    then starts at random.
     """
     own = {k: v.shape for k, v in model.state_dict().items() if not NOT_WEIGHTS.match(k)}
     prefixes = (*(networks(model) or ("backbone.",)), RES5)
-    if not any(key.startswith(prefixes) for key in tensors):
-        raise WeightsError(
-            f"{where} has no tensor of this detector's backbone, whose names begin with "
-            f"{prefixes[0]}; it has {min(tensors, default='none')}"
-        )
     found = {key: _shape(key, tensors) for key in own}
     reshaped = [key for key, shape in found.items() if shape not in (None, own[key])]
     refused = [key for key in reshaped if whole or not CLASS_LAYERS.match(key)]
@@ -263,9 +252,7 @@ def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, w
         )
     unknown = next(_unknown(model, own, tensors), None)
     if unknown:
-        raise WeightsError(
-            f"{where}: this detector's backbone has no {unknown}; is it another depth?"
-        )
+        raise WeightsError(f"{where}: this detector has no {unknown}; is it another depth?")
     missing = [key for key in own if key not in tensors and key not in reshaped]
     lacking = [key for key in missing if whole or key.startswith(prefixes)]
     if lacking:
@@ -321,10 +308,8 @@ def add_folded_statistics(model: nn.Module, tensors: dict[str, Tensor], where: s
 
 
 def refuse_folded(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuses to train batch norms whose statistics are folded into their scale and shift.
-
-    Then every variance in the file is that of an identity.
-    """
+    """Refuses to train batch norms whose statistics are folded into their scale and shift."""
+    # then every variance in the file is that of an identity
     variances = [value for key, value in tensors.items() if key.endswith("running_var")]
     identity = FrozenBatchNorm2d(1).running_var
     if not variances or not all(torch.allclose(value, identity, 0, 1e-6) for value in variances):

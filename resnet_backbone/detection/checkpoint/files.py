@@ -1,14 +1,10 @@
-"""Files of detectors: found by name, told apart by their content, read as data; and their input.
-
-The input that weights were trained on is ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``,
-``MODEL.PIXEL_STD`` and ``MODEL.RESNETS.STRIDE_IN_1X1``. With a wrong one weights load without
-complaint and cost accuracy.
-"""
+"""Files of detectors: found by name, told apart by their content, read as data; their input."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +23,8 @@ from resnet_backbone.weights.preprocessing import (
     same_mean,
     same_std,
 )
-from resnet_backbone.weights.readers import (
-    INDEX_SUFFIX,
-    RawFile,
-    open_file,
-    read_tensors,
-)
+from resnet_backbone.weights.readers import INDEX_SUFFIX, RawFile, open_file, read_tensors
+from resnet_backbone.weights.reading import UnknownInput
 from resnet_backbone.weights.sources import (
     BY_ADDRESS,
     CATALOG,
@@ -68,16 +60,19 @@ class WeightsFile:
     is_detector: bool = False  # it holds a whole detector
     matching_heuristics: bool = False  # names are to be matched by their ends
 
-    def raw(self) -> RawFile | None:
-        """The weights of a backbone or a classifier; None where they are still to be read."""
-        return None if self.file is None else read_tensors(self.file.path, self.file)
+    def read(self, reader: Callable, preprocessing: str) -> Any:
+        """What a reader of ``weights.reading`` finds in a backbone or a classifier."""
+        raw = None if self.file is None else read_tensors(self.file.path, self.file)
+        try:
+            return reader(self.source, preprocessing or origin_input(self.source) or "", raw=raw)
+        except UnknownInput as error:
+            raise UnknownInput(self.source, NAME_KEY) from error
 
     def content(self) -> dict[str, Any]:
         """A detector in the form of Detectron2's checkpointer, ``{"model": {name: tensor}, ...}``.
 
         Beside the model lies the state of a training, or ``__author__`` and
-        ``matching_heuristics``. Files of Detectron1 and Caffe2 get both of these. A WeightsError
-        if it is damaged, or holds numbers that are not finite.
+        ``matching_heuristics``, which files of Detectron1 and Caffe2 get here.
         """
         file, rest = self.file, dict(self.file.rest)
         if file.path.suffix == ".pkl" and (file.wrapper != "model" or "__author__" not in rest):
@@ -98,12 +93,12 @@ def open_weights(source: str) -> WeightsFile:
     scheme, separator, _ = name.partition("://")
     if separator and scheme in CLASSIFIERS_ONLY:
         return WeightsFile(name)
-    path = Path(locate(name))
+    path = Path(_locate(name))
     if not path.exists():
         raise WeightsError(f"{path}: no such file; check MODEL.WEIGHTS or the path")
     # where resnet_backbone.weights finds a backbone; other schemes are of the PathManager alone
     known = not separator or scheme in SCHEMES
-    backbone = cached_by_detectron2(name) or name if known else str(path)
+    backbone = _cached_by_detectron2(name) or name if known else str(path)
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
         return WeightsFile(backbone)
     file = open_file(path)
@@ -111,12 +106,9 @@ def open_weights(source: str) -> WeightsFile:
     return WeightsFile(backbone, file, is_detector, query is not None and query[2] == "True")
 
 
-def locate(source: str) -> str:
-    """The local path of a file or folder; remote ones are fetched once per machine.
-
-    Names of Detectron2 are looked for in its own cache first.
-    """
-    cached = cached_by_detectron2(source)
+def _locate(source: str) -> str:
+    """The local path of a file or folder; remote ones are fetched once per machine."""
+    cached = _cached_by_detectron2(source)
     if cached or "://" not in source:
         return cached or source
     if comm.get_local_rank() == 0:  # the other processes of this machine find the file
@@ -135,7 +127,7 @@ def _fetch(source: str) -> str:
         raise WeightsError(f"{source} cannot be fetched ({one_line(error)})") from error
 
 
-def cached_by_detectron2(source: str) -> str:
+def _cached_by_detectron2(source: str) -> str:
     """Where Detectron2's own scripts have put a file of its zoo; "" if they have not."""
     url = re.sub("^detectron2://", DETECTRON2, source)
     path = Path(get_cache_dir(), urlparse(url).path.lstrip("/"))
@@ -145,10 +137,8 @@ def cached_by_detectron2(source: str) -> str:
 def origin_input(source: str) -> Preprocessing | None:
     """The input that published weights need, where their name or the end of their path says it.
 
-    Args:
-        source: such as ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, or a copy of it in a
-            folder ``ImageNetPretrained/MSRA``; detectors of Detectron2's zoo likewise. Nothing is
-            fetched or read.
+    Such as ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, or a copy of it in a folder
+    ``ImageNetPretrained/MSRA``; detectors of Detectron2's zoo likewise. Nothing is fetched.
     """
     source = CATALOG.get(source.removeprefix("catalog://"), source)
     for address, known in BY_ADDRESS.items():
@@ -161,10 +151,8 @@ def origin_input(source: str) -> Preprocessing | None:
 def detector_input(file: WeightsFile, source: str, name: str) -> Preprocessing | None:
     """The input that a detector's checkpoint was trained on; None if it is unknown.
 
-    Args:
-        source: as the user wrote it.
-        name: of ``PREPROCESSINGS``, for a file that does not say it; "" for none. A WeightsError
-            if the file says another.
+    Where the file does not say it, `name` of ``PREPROCESSINGS`` does, or else `source`, as the user
+    wrote it. A WeightsError if the file says another than `name`.
     """
     stated, named = stated_convention(file.file), get_preprocessing(name) if name else None
     if stated is None:
@@ -203,14 +191,13 @@ def refuse_other_input(actual: Preprocessing | None, expected: Preprocessing, wh
     """Refuses weights that were trained on other input than a detector gives them."""
     if actual is None:
         raise WeightsError(f"{where}: INPUT.FORMAT must be RGB or BGR to use these weights")
-    wrong = differences(actual, expected)
-    if wrong:
-        found = ", ".join(f"{key} is {_spell(have)}" for key, (have, _) in wrong.items())
-        mend = " ".join(
-            f"{key} {want}" if isinstance(want, bool) else f'{key} "{_spell(want)}"'
-            for key, (_, want) in wrong.items()
-        )
-        raise WeightsError(f"{where} was trained on other input: {found}; set {mend}")
+    found, mend = [], []
+    for key, (have, want) in differences(actual, expected).items():
+        found.append(f"{key} is {_spell(have)}")
+        mend.append(f"{key} {want}" if isinstance(want, bool) else f'{key} "{_spell(want)}"')
+    if found:
+        given, wanted = ", ".join(found), " ".join(mend)
+        raise WeightsError(f"{where} was trained on other input: {given}; set {wanted}")
 
 
 def _spell(value: Any) -> str:

@@ -1,14 +1,12 @@
-"""What a config and a detector give their backbone, checked against weights, or set by them.
-
-``RESNET_BACKBONE.WEIGHTS_INPUT`` says which.
-"""
+"""What a config and a detector give their backbone, checked against weights, or set by them."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from functools import reduce
+from typing import Any
 
 from detectron2.config import CfgNode
 from torch import Tensor, nn
@@ -23,7 +21,6 @@ from resnet_backbone.detection.checkpoint.files import (
     detector_input,
     input_keys,
     open_weights,
-    origin_input,
     refuse_other_input,
 )
 from resnet_backbone.detection.config import UsageError, backbone_node
@@ -32,14 +29,13 @@ from resnet_backbone.models.resnet import DEPTHS
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.weights import Preprocessing, WeightsError, describe_weights
 from resnet_backbone.weights.architecture import COUNTER
-from resnet_backbone.weights.checkpoint import ModelSpec
+from resnet_backbone.weights.checkpoint import FileMetadata, ModelSpec
 from resnet_backbone.weights.load import check_architecture, stride_of
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS
-from resnet_backbone.weights.reading import UnknownInput
 
 logger = logging.getLogger(__name__)
 NODE_KEY = "RESNET_BACKBONE.WEIGHTS_INPUT"
-BATCH_NORMS = ("BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN")  # have the same tensors
+BATCH_NORMS = {"BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN"}  # have the same tensors
 _BARE = ("", "bottom_up.")  # where a network is in no detector, but alone or in an FPN
 DERIVED = ("running_mean", "running_var")  # left out by files with folded statistics
 
@@ -50,17 +46,13 @@ def prepare_weights(
     """Does what ``RESNET_BACKBONE.WEIGHTS_INPUT`` says, before data are read or a model is built.
 
     "check" compares the config's input keys with what the weights were trained on, "set" replaces
-    them (see :func:`use_weights_input`) and leaves "check" behind: the config is then final. The
-    lines say what was set, or could not be checked.
+    them and leaves "check" behind. The lines say what was set, or could not be checked. Errors are
+    those of :func:`use_weights_input`.
 
     Args:
         given: keys that the user set; a value of theirs that contradicts the weights is an error.
         weights: ``--weights FILE``: ``MODEL.WEIGHTS FILE`` and "set".
         resume_from: a checkpoint that is loaded in place of ``MODEL.WEIGHTS``.
-
-    Raises:
-        UsageError: another value of the key, a contradiction, another network.
-        WeightsError: the weights are missing, damaged, or were trained on other input.
     """
     mode = cfg.RESNET_BACKBONE.WEIGHTS_INPUT
     if mode not in ("check", "set"):
@@ -74,7 +66,12 @@ def prepare_weights(
     if source and (weights or mode == "set"):
         lines = use_weights_input(cfg, source, given)
     elif source:
-        lines = _check_input(cfg, source)
+        expected = _describe(cfg, source)[0].preprocessing
+        if expected is None:
+            text = "does not say which input it was trained on: taken to be the config's"
+            lines = [f"{source} {text}"]
+        else:
+            refuse_other_input(config_input(cfg), expected, source)
     cfg.MODEL.WEIGHTS, cfg.RESNET_BACKBONE.WEIGHTS_INPUT = named, "check"
     return lines
 
@@ -88,39 +85,44 @@ def require_weights(cfg: CfgNode) -> None:
         )
 
 
-def _check_input(cfg: CfgNode, source: str) -> list[str]:
-    found = _describe(cfg, source)
-    if found.input is None:
-        return [f"{source} does not say which input it was trained on: taken to be the config's"]
-    refuse_other_input(config_input(cfg), found.input, source)
-    return []
-
-
 def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) -> list[str]:
     """Sets ``MODEL.WEIGHTS`` and the input that the weights were trained on, in place.
 
     What weights say of their input (``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``,
     ``MODEL.RESNETS.STRIDE_IN_1X1``) replaces the config's values; the network that they name is
     compared with the config's, which stays. Weights without preprocessing follow
-    ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``. The rest is as for :func:`prepare_weights`.
+    ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``. The lines say what was set.
 
     Args:
         cfg: not frozen; without the node ``RESNET_BACKBONE`` its defaults count.
-        source: of a backbone, a classifier or a whole detector; see
-            :class:`resnet_backbone.detection.Checkpointer`.
+        source: see :class:`resnet_backbone.detection.Checkpointer`.
+        given: keys that the user set, which stay.
+
+    Raises:
+        UsageError: a key of `given` contradicts the weights; another network.
+        WeightsError: the weights are missing, damaged, or of an unknown input.
     """
-    found = _describe(cfg, source)
-    if found.input is None:
+    found, name = _describe(cfg, source)
+    if found.preprocessing is None:
         raise WeightsError(
             f"{source} does not say which input it was trained on: name it ({NAME_KEY} msra, "
             f"caffe_vgg or torchvision), or set {FORMAT}, {MEAN}, {STD} and {STRIDE} yourself with "
             f"{NODE_KEY} check"
         )
-    data = found.input.source or "data that it does not name"
-    lines = [f"{source}: a {found.name}, trained on {data}"]
-    for key, value in input_keys(found.input).items():
-        if key != STRIDE or (value is not None and has_bottlenecks(cfg)):
-            lines += _set(cfg, key, value, key in given, source)
+    data = found.preprocessing.source or "data that it does not name"
+    lines = [f"{source}: a {name}, trained on {data}"]
+    for key, value in input_keys(found.preprocessing).items():
+        if key == STRIDE and (value is None or not has_bottlenecks(cfg)):
+            continue
+        have = read_key(cfg, key)
+        if key in given and not agree(key, have, value):
+            raise UsageError(
+                f"{key} {have} contradicts {source}, which was trained with {value}: leave {key} "
+                "out"
+            )
+        if key not in given and have != value:
+            cfg.merge_from_list([key, value])
+            lines.append(f"{key} {have} -> {value}")
     if found.has_mean_image:
         lines.append("MODEL.PIXEL_MEAN holds the channel means of the file's mean image")
     cfg.MODEL.WEIGHTS = source
@@ -139,47 +141,23 @@ def with_weights_input(cfg: CfgNode) -> CfgNode:
     return copy
 
 
-class _Described(NamedTuple):
-    input: Preprocessing | None
-    name: str  # of the network
-    has_mean_image: bool = False
-
-
-def _describe(cfg: CfgNode, source: str) -> _Described:
-    """Refuses weights of another network than the config's."""
+def _describe(cfg: CfgNode, source: str) -> tuple[FileMetadata, str]:
+    """What weights say, and what they are; those of another network than the config's: refused."""
     name, opened = backbone_node(cfg).WEIGHTS_PREPROCESSING, open_weights(source)
     if opened.is_detector:
-        return _Described(detector_input(opened, source, name), "detector")
-    try:
-        found = describe_weights(opened.source, name or origin_input(source) or "", opened.raw())
-    except UnknownInput as error:
-        raise UnknownInput(source, NAME_KEY) from error
-    if found.model:
-        _check_network(cfg, found.model, source)
-    what = found.model.name if found.model else "network that it does not name"
-    return _Described(found.preprocessing, what, found.has_mean_image)
-
-
-def _set(cfg: CfgNode, key: str, value: Any, given: bool, path: str) -> list[str]:
-    """Sets one key; the line that says so, none where it has that value already."""
-    have = read_key(cfg, key)
-    if given and not agree(key, have, value):
-        raise UsageError(
-            f"{key} {have} contradicts {path}, which was trained with {value}: leave {key} out"
-        )
-    if given or have == value:
-        return []
-    cfg.merge_from_list([key, value])
-    return [f"{key} {have} -> {value}"]
+        return FileMetadata(detector_input(opened, source, name)), "detector"
+    found = opened.read(describe_weights, name)
+    if not found.model:
+        return found, "network that it does not name"
+    _check_network(cfg, found.model, source)
+    return found, found.model.name
 
 
 def read_key(cfg: CfgNode, key: str) -> Any:
     """The value of a dotted key; of our node also where a config was made without it."""
     if key.startswith("RESNET_BACKBONE."):
         cfg, key = backbone_node(cfg), key.removeprefix("RESNET_BACKBONE.")
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
+    return reduce(getattr, key.split("."), cfg)
 
 
 def network_keys(model: ModelSpec, path: str) -> dict[str, Any]:
@@ -216,19 +194,15 @@ def _check_network(cfg: CfgNode, model: ModelSpec, path: str) -> None:
             f"{path} is a {model.name}, MODEL.BACKBONE.NAME is {backbone}: take a config such as "
             f"configs/detection/voc/faster_rcnn_{other}_FPN.yaml"
         )
-    differ = {
-        key: value for key, value in keys.items() if not _same_setting(read_key(cfg, key), value)
-    }
-    if differ:
-        have = ", ".join(f"{key} is {read_key(cfg, key)!r}" for key in differ)
-        mend = " ".join(
-            f"{key} {value if value != '' else repr('')}" for key, value in differ.items()
-        )
-        raise UsageError(f"{path} is a {model.name} of other settings: {have}; set {mend}")
-
-
-def _same_setting(have: Any, value: Any) -> bool:
-    return have == value or (have in BATCH_NORMS and value in BATCH_NORMS)
+    found, mend = [], []
+    for key, value in keys.items():
+        have = read_key(cfg, key)
+        if have != value and not {have, value} <= BATCH_NORMS:
+            found.append(f"{key} is {have!r}")
+            mend.append(f"{key} {value or repr(value)}")
+    if found:
+        given, wanted = ", ".join(found), " ".join(mend)
+        raise UsageError(f"{path} is a {model.name} of other settings: {given}; set {wanted}")
 
 
 def config_input(cfg: CfgNode) -> Preprocessing | None:
@@ -289,17 +263,14 @@ def check_input(model: nn.Module, expected: Preprocessing, where: str) -> None:
 class StatesInput(nn.Module):
     """A network that says in its detector's state dict which input it was trained on.
 
-    Where :attr:`input_settings` is known, the state dict of a module around this one has the entry
+    Where :attr:`input_settings` is known, the state dict of a detector has the entry
     ``input_settings`` (see :meth:`Preprocessing.to_tensor`), and loading one that says otherwise is
-    an error. That holds for whatever loads and saves the detector, such as Detectron2's
-    ``DefaultPredictor`` and ``DefaultTrainer``. State dicts without the entry load, and those of
-    the network or its feature pyramid alone hold weights only.
+    an error, also by Detectron2's own tools. State dicts without the entry load, and those of the
+    network or its feature pyramid alone hold weights only.
     """
 
-    # what the config gives the network; None: not known, not checked
-    input_settings: Preprocessing | None = None
-    # name and input of MODEL.WEIGHTS where the name alone says the input: state dicts that do not
-    # speak for themselves are taken to come from there
+    input_settings: Preprocessing | None = None  # what the config gives; None: not checked
+    # name and input of MODEL.WEIGHTS where the name says the input: of state dicts that do not
     origin: tuple[str, Preprocessing] | None = None
     weights_preprocessing: str = ""  # RESNET_BACKBONE.WEIGHTS_PREPROCESSING
 

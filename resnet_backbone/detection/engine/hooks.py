@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.engine import HookBase
@@ -14,11 +14,11 @@ from detectron2.engine.hooks import PreciseBN
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
-from torch import nn
 from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer, refuse_not_finite
-from resnet_backbone.detection.evaluation.results import Speed
+from resnet_backbone.detection.config import with_keys
+from resnet_backbone.detection.inference.predictor import Speed
 from resnet_backbone.runtime.errors import Stopped, UsageError
 from resnet_backbone.runtime.files import keep_rows, naming
 from resnet_backbone.runtime.records import spell_hours
@@ -33,20 +33,12 @@ WINDOW = 20  # iterations between two rows of metrics, and over which they take 
 
 
 class RepeatablePreciseBN(PreciseBN):
-    """Detectron2's, on the same images each time, whatever was computed before.
-
-    `build_loader` is called when statistics are first needed: the seed of the run is known then.
-    """
-
-    def __init__(
-        self, period: int, model: nn.Module, build_loader: Callable[[], Iterable], num_iter: int
-    ):
-        super().__init__(period, model, None, num_iter)
-        self._build_loader = build_loader
+    """Detectron2's, on the same training images each time, whatever was computed before."""
 
     def update_stats(self) -> None:
-        if self._data_loader is None:
-            self._data_loader = self._build_loader()
+        if not self._disabled and self._data_loader is None:  # the seed of the run is known now
+            cfg = with_keys(self.trainer.cfg, "DATALOADER.NUM_WORKERS", 0)
+            self._data_loader = self.trainer.build_train_loader(cfg)
         self._data_iter = None
         super().update_stats()
 
@@ -54,8 +46,7 @@ class RepeatablePreciseBN(PreciseBN):
 class Checkpoints(HookBase):
     """Saves every `period` iterations, after the last one, and before it raises :class:`Stopped`.
 
-    What is saved is the state before the evaluation and the metrics of its iteration, which are
-    done again by whoever resumes from it.
+    The evaluation and the metrics of the iteration come later: who resumes does them again.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int):
@@ -90,11 +81,6 @@ class Evaluation(HookBase):
         metric: such as "bbox/AP50", larger is better; "" keeps no best weights.
         patience: evaluations in a row without a better metric that end the run; 0: never.
         checkpointer: writes ``model_best.pth``.
-
-    Attributes:
-        results, speed: of the last evaluation; the speed in this process.
-        evaluated: iterations that were done at that time.
-        best: {"metric", "value", "iterations"}, or None.
     """
 
     def __init__(
@@ -107,8 +93,9 @@ class Evaluation(HookBase):
     ):
         self._evaluate, self.period, self.metric = evaluate, period, metric
         self.patience, self.checkpointer = patience, checkpointer
-        self.results, self.speed, self.best = {}, None, None
-        self._without_gain, self.evaluated = 0, 0
+        self.results, self.speed = {}, None  # of the last evaluation; the speed in this process
+        self.evaluated = 0  # iterations that were done at that time
+        self.best, self._without_gain = None, 0  # {"metric", "value", "iterations"}
 
     @property
     def has_ended(self) -> bool:
@@ -120,7 +107,8 @@ class Evaluation(HookBase):
         is_due = self.period > 0 and done % self.period == 0
         if (is_due or done >= self.trainer.max_iter) and done != self.evaluated:
             results, self.speed = self._evaluate()
-            self.results = comm.all_gather(_plain(results or {}))[0]
+            plain = json.loads(json.dumps(results or {}, default=float))  # Python's own numbers
+            self.results = comm.all_gather(plain)[0]
             numbers = flatten_results_dict(self.results)
             self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
             if self.metric and numbers:
@@ -134,9 +122,8 @@ class Evaluation(HookBase):
                 f"RESNET_BACKBONE.BEST_METRIC {self.metric}: the evaluation gives "
                 f"{', '.join(numbers)}"
             )
-        value = numbers[self.metric]
-        before = self.best["value"] if self.best else -math.inf
-        if value > before:  # never for nan
+        value, best = numbers[self.metric], self.best or {"value": -math.inf, "iterations": 0}
+        if value > best["value"]:  # never for nan
             self.best = {"metric": self.metric, "value": value, "iterations": done}
             self._without_gain = 0
             refuse_not_finite(self.checkpointer.model)
@@ -144,9 +131,9 @@ class Evaluation(HookBase):
             logger.info("best %s so far: %.3f; %s.pth is written", self.metric, value, BEST)
             return
         self._without_gain += 1
-        when = self.best["iterations"] if self.best else 0
         text = "%s %.3f, the best is %.3f after %d iterations; %d evaluations without a better one"
-        logger.info(text, self.metric, value, before, when, self._without_gain)
+        had = best["value"], best["iterations"]
+        logger.info(text, self.metric, value, *had, self._without_gain)
         if self.has_ended:
             logger.info("the run ends early: RESNET_BACKBONE.EARLY_STOP %d", self.patience)
 
@@ -160,15 +147,8 @@ class Evaluation(HookBase):
             self.best, self._without_gain = state["best"], state["without_gain"]
 
 
-def _plain(results: Any) -> Any:
-    """Nested dicts of Python's own numbers."""
-    if isinstance(results, dict):
-        return {key: _plain(value) for key, value in results.items()}
-    return float(results)
-
-
 class MetricsFile(EventWriter):
-    """Detectron2's ``metrics.json``, a JSON object a line, each iteration once.
+    """Detectron2's ``metrics.json``, a JSON object a line, each iteration once and in order.
 
     Rows from iteration `start` on, and half a row at the file's end, are removed first.
     """
@@ -196,10 +176,7 @@ class MetricsFile(EventWriter):
 
 
 class Metrics(HookBase):
-    """Writes what the storage holds, every :data:`WINDOW` iterations and after evaluations.
-
-    The values that the next rows need are part of checkpoints.
-    """
+    """Writes what the storage holds, every :data:`WINDOW` iterations and after evaluations."""
 
     def __init__(self) -> None:
         self._writers: list[EventWriter] = []
@@ -226,6 +203,7 @@ class Metrics(HookBase):
             writer.close()
 
     def state_dict(self) -> dict[str, Any]:
+        """The values that the next rows need."""
         storage = self.trainer.storage
         hints, first = storage.smoothing_hints(), self.trainer.iter - WINDOW
         scalars = {}
@@ -240,6 +218,11 @@ class Metrics(HookBase):
         self._scalars = state["scalars"]
 
 
+def _losses(trainer: Any) -> dict[str, str]:
+    latest = trainer.storage.latest()
+    return {name: f"{value:.3f}" for name, (value, _) in latest.items() if "loss" in name}
+
+
 class FirstIterations(HookBase):
     """Logs the losses of the first iterations, and how long the whole training will take."""
 
@@ -249,9 +232,8 @@ class FirstIterations(HookBase):
     def after_step(self) -> None:
         if len(self._seconds) == FIRST:
             return
-        latest = self.trainer.storage.latest()
         self._seconds.append(self.trainer.stop.step_seconds)
-        losses = ", ".join(f"{k} {v[0]:.3f}" for k, v in latest.items() if "loss" in k)
+        losses = ", ".join(map(" ".join, _losses(self.trainer).items()))
         logger.info("iteration %d: %s", self.trainer.iter, losses)
         if len(self._seconds) < FIRST:
             return
@@ -274,9 +256,7 @@ class ProgressBar(HookBase):
         self.bar = tqdm(total=total, initial=initial, unit="it", smoothing=0.1)
 
     def after_step(self) -> None:
-        latest = self.trainer.storage.latest()
-        losses = {k: f"{v[0]:.3f}" for k, v in latest.items() if "loss" in k}
-        self.bar.set_postfix(losses, refresh=False)
+        self.bar.set_postfix(_losses(self.trainer), refresh=False)
         self.bar.update()
 
     def after_train(self) -> None:

@@ -8,17 +8,14 @@ from functools import reduce
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
-from resnet_backbone.detection.evaluation.results import check_expectations
+from resnet_backbone.detection.engine.results import check_expectations
 from resnet_backbone.runtime.errors import UsageError
 
 # Names of numbers in evaluations, so that a misspelt BEST_METRIC costs no training.
-AVERAGES = ("AP", "AP50", "AP75", "AP50-11pt", "APs", "APm", "APl")
-RECALLS = ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+METRICS = "AP AP50 AP75 AP50-11pt APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 LEAST = {
-    "SOLVER.IMS_PER_BATCH": 1,
     "SOLVER.MAX_ITER": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
-    "RESNET_BACKBONE.ACCUMULATE": 1,
     "RESNET_BACKBONE.EPOCHS": 0,
     "RESNET_BACKBONE.EARLY_STOP": 0,
 }
@@ -31,9 +28,9 @@ def check_training(cfg: CfgNode) -> None:
         value = reduce(getattr, key.split("."), cfg)
         if value < least:
             raise UsageError(f"{key} {value}: it is at least {least}")
-    metric = cfg.RESNET_BACKBONE.BEST_METRIC
+    metric, problem = cfg.RESNET_BACKBONE.BEST_METRIC, ""
     task, _, name = metric.rpartition("/")
-    known = name in (*AVERAGES, *RECALLS) or name.startswith(("AP-", "AP50-"))
+    known = name in METRICS or name.startswith(("AP-", "AP50-"))
     if cfg.RESNET_BACKBONE.EARLY_STOP and not metric:
         problem = "EARLY_STOP needs RESNET_BACKBONE.BEST_METRIC, such as bbox/AP50"
     elif metric and cfg.TEST.EVAL_PERIOD < 1:
@@ -41,11 +38,9 @@ def check_training(cfg: CfgNode) -> None:
     elif metric and not task:
         problem = f"BEST_METRIC {metric}: write TASK/NAME, such as bbox/AP50"
     elif task in ("bbox", "segm") and not known:
-        choices = ", ".join((*AVERAGES, *RECALLS))
-        problem = f"BEST_METRIC {metric}: choose {task}/ and one of {choices}"
-    else:
-        return
-    raise UsageError(f"RESNET_BACKBONE.{problem}")
+        problem = f"BEST_METRIC {metric}: choose {task}/ and one of {', '.join(METRICS)}"
+    if problem:
+        raise UsageError(f"RESNET_BACKBONE.{problem}")
 
 
 def check_early_stop(cfg: CfgNode) -> None:
@@ -83,7 +78,7 @@ def follow_processes(cfg: CfgNode, processes: int) -> list[str]:
 def scale_schedule(
     cfg: CfgNode, planned: CfgNode, given: Collection[str] = (), num_images: int = 0
 ) -> list[str]:
-    """Adapts learning rate and iterations to the batch, in place; does nothing when they agree.
+    """Adapts learning rate and iterations to the batch, in place; a line says so for each key.
 
     The values of ``SOLVER`` are meant for ``RESNET_BACKBONE.REFERENCE_BATCH`` images. With
     ``SOLVER.IMS_PER_BATCH`` images instead, the learning rate is multiplied by their ratio and
@@ -92,14 +87,10 @@ def scale_schedule(
     very short schedule has no room for are left out.
 
     Args:
-        cfg: the config of the run, not frozen.
-        planned: the same without the user's overrides.
+        cfg, planned: the config of the run, not frozen; the same without the user's overrides.
         given: keys that the user set; they stay as they are. With ``SOLVER.MAX_ITER`` given,
             the steps keep their share of the schedule, and ``EPOCHS`` of a file do not count.
         num_images: of an epoch; needed for ``EPOCHS``.
-
-    Returns:
-        What was done, one line per key.
 
     Raises:
         UsageError: a batch or a schedule of less than one; ``EPOCHS`` and ``MAX_ITER`` both given.
@@ -108,16 +99,15 @@ def scale_schedule(
     reference, batch = node.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if min(batch, cfg.SOLVER.MAX_ITER, planned.SOLVER.MAX_ITER) < 1:
         raise UsageError("SOLVER.IMS_PER_BATCH and SOLVER.MAX_ITER are at least 1")
-    counts_iterations = "SOLVER.MAX_ITER" in given
-    if counts_iterations and node.EPOCHS and "RESNET_BACKBONE.EPOCHS" in given:
-        raise UsageError("give RESNET_BACKBONE.EPOCHS or SOLVER.MAX_ITER, not both")
     ratio = batch / reference if reference > 0 else 1.0
     solver, before = cfg.SOLVER, planned.SOLVER
     why = {
         "BASE_LR": f"x {batch} / {reference} images per batch",
         "MAX_ITER": f"x {reference} / {batch} images per batch",
     }
-    if counts_iterations:
+    if "SOLVER.MAX_ITER" in given:
+        if node.EPOCHS and "RESNET_BACKBONE.EPOCHS" in given:
+            raise UsageError("give RESNET_BACKBONE.EPOCHS or SOLVER.MAX_ITER, not both")
         node.EPOCHS = 0.0
     elif node.EPOCHS:
         solver.MAX_ITER = max(1, round(node.EPOCHS * num_images / batch))
@@ -145,19 +135,15 @@ def scale_schedule(
 def plan_schedule(
     cfg: CfgNode, planned: CfgNode, given: Collection[str], num_images: int
 ) -> list[str]:
-    """:func:`scale_schedule`, :func:`check_early_stop`, then the whole arithmetic as lines."""
+    """:func:`scale_schedule`, :func:`check_early_stop`, then lines with the whole arithmetic."""
     lines = scale_schedule(cfg, planned, given, num_images)
     check_early_stop(cfg)
-    return [*lines, *describe_schedule(cfg, num_images, comm.get_world_size())]
-
-
-def describe_schedule(cfg: CfgNode, num_images: int, processes: int = 1) -> list[str]:
-    """The arithmetic of a run: batch, iterations, epochs of `num_images`, learning rate."""
-    solver, parts = cfg.SOLVER, cfg.RESNET_BACKBONE.ACCUMULATE
+    solver, parts, processes = cfg.SOLVER, cfg.RESNET_BACKBONE.ACCUMULATE, comm.get_world_size()
     batch, iterations = solver.IMS_PER_BATCH, solver.MAX_ITER
     epochs = iterations * batch / num_images
     steps = ", ".join(str(step) for step in solver.STEPS) or "no step"
     return [
+        *lines,
         f"SOLVER.IMS_PER_BATCH {batch} = {processes} (processes) x {parts} "
         f"(RESNET_BACKBONE.ACCUMULATE) x {batch // (processes * parts)} (images at a time)",
         f"{iterations} iterations x {batch} images / {num_images} training images = "

@@ -26,14 +26,13 @@ from resnet_backbone.detection.checkpoint.input_check import prepare_weights, re
 from resnet_backbone.detection.config import backbone_node, flat_config, load_configs, read_switches
 from resnet_backbone.detection.data.arguments import check_data_arguments, set_up_data
 from resnet_backbone.detection.data.sampling import BatchPlan, limit_workers
+from resnet_backbone.detection.engine.results import check_results, seed_folder
 from resnet_backbone.detection.engine.schedule import (
     check_training,
     follow_processes,
     plan_schedule,
 )
-from resnet_backbone.detection.engine.seeds import seed_folder
-from resnet_backbone.detection.evaluation.results import Speed, check_results
-from resnet_backbone.detection.inference.predictor import check_ensemble, run_config
+from resnet_backbone.detection.inference.predictor import Speed, check_ensemble, run_config
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import find_config, write_json
 from resnet_backbone.runtime.launch import local_size

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -165,18 +166,13 @@ class TrainStep:
             self.stop.leave_workers()
 
     def _start(self, iteration: int, part: int) -> Iterator[list[dict]]:
-        batches = self._parts.start(iteration)
-        for _ in range(part):
-            next(batches)
-        return batches
+        return islice(self._parts.start(iteration), part, None)
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"optimizer": self.optimizer.state_dict(), "seed": self.seed}
-        if self.grad_scaler.is_enabled():
-            state["grad_scaler"] = self.grad_scaler.state_dict()
-        return state
+        parts = {"optimizer": self.optimizer, "grad_scaler": self.grad_scaler}
+        return {name: part.state_dict() for name, part in parts.items()} | {"seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.grad_scaler.is_enabled() and "grad_scaler" in state:
+        if state.get("grad_scaler"):  # empty without one
             self.grad_scaler.load_state_dict(state["grad_scaler"])

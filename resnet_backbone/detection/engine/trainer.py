@@ -8,10 +8,10 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from detectron2.utils.events import (
     TensorboardXWriter,
 )
 from detectron2.utils.logger import setup_logger
-from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
@@ -49,12 +48,18 @@ from resnet_backbone.detection.engine.hooks import (
     ProgressBar,
     RepeatablePreciseBN,
 )
+from resnet_backbone.detection.engine.results import check_results
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.engine.step import TrainStep, distribute
 from resnet_backbone.detection.evaluation import build_chosen_evaluator
-from resnet_backbone.detection.evaluation.results import Speed, Timed, check_results
-from resnet_backbone.detection.inference.predictor import check_ensemble, for_testing, keep_members
-from resnet_backbone.detection.modeling.build import build_detector
+from resnet_backbone.detection.inference.predictor import (
+    Speed,
+    Timed,
+    check_ensemble,
+    for_testing,
+    keep_members,
+)
+from resnet_backbone.detection.modeling import build_detector
 from resnet_backbone.runtime.errors import (
     Stopped,
     TrainingDiverged,
@@ -65,26 +70,19 @@ from resnet_backbone.runtime.errors import (
 from resnet_backbone.runtime.signals import StopRequest, Watched
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Watch:
-    """Of an evaluation: what may end it, and what is learned from it beside its results."""
-
-    stop: StopRequest | None = None  # a signal to any process raises Stopped on all
-    speed: Speed | None = None  # of this process
-
-
-_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+_watch: ContextVar[SimpleNamespace | None] = ContextVar("watch", default=None)
 
 
 @contextmanager
-def watching(stop: StopRequest | None = None) -> Iterator[Watch]:
-    """Inside, :meth:`Trainer.test`, a class method as in Detectron2, fills the :class:`Watch`."""
-    watch = Watch(stop)
-    before = _watch.set(watch)
+def watching(stop: StopRequest | None = None) -> Iterator[SimpleNamespace]:
+    """Inside, :meth:`Trainer.test`, a class method as in Detectron2, asks `stop` whether to go on.
+
+    Yields:
+        What gets the attribute `speed`, of the detector in this process.
+    """
+    before = _watch.set(SimpleNamespace(stop=stop, speed=None))
     try:
-        yield watch
+        yield _watch.get()
     finally:
         _watch.reset(before)
 
@@ -134,13 +132,10 @@ class Trainer(DefaultTrainer):
     """Trains and evaluates a detector with one of our backbones from a config.
 
     What differs from :class:`DefaultTrainer`: exact resume of a run that was interrupted at any
-    moment (every random number is a function of ``SEED``, iteration and process); weights are
-    checked against the config when they are loaded; batches go through the network in
-    ``RESNET_BACKBONE.ACCUMULATE`` parts; ``SOLVER.AMP`` (bf16) and several processes (gloo) work on
-    CPUs; convolutions run in channels_last; VOC and COCO data sets bring their evaluator;
-    unreadable images do not end a run. With ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set", the config's
-    input keys follow ``MODEL.WEIGHTS``. With ``SEED`` -1 the seed that is drawn is part of
-    checkpoints, and a resumed run takes it up; ``cfg.SEED`` says it.
+    moment (every random number is a function of ``SEED``, iteration and process; a seed that is
+    drawn is part of checkpoints); the step (:class:`TrainStep`), also on CPUs and by several
+    processes; the weights (:class:`Checkpointer`), whose input the config follows or must have; VOC
+    and COCO data sets bring their evaluator; unreadable images do not end a run.
 
     `stop` is asked after each step; the run then ends with :class:`Stopped` and a checkpoint.
     """
@@ -296,41 +291,26 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_checkpointer(cls, cfg: CfgNode, model: nn.Module, **options) -> Checkpointer:
-        node = cfg.RESNET_BACKBONE
-        options["class_names"] = [*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES]
-        options["preprocessing"] = node.WEIGHTS_PREPROCESSING
-        return Checkpointer(model, cfg.OUTPUT_DIR, **options)
+        return Checkpointer.from_config(cfg, model, cfg.OUTPUT_DIR, **options)
 
     def build_hooks(self) -> list[HookBase | None]:
-        cfg, node, model = self.cfg, self.cfg.RESNET_BACKBONE, self.checkpointer.model
-        best = self.build_checkpointer(cfg, model, marks_last=False)
+        cfg, test, node = self.cfg, self.cfg.TEST, self.cfg.RESNET_BACKBONE
+        best = self.build_checkpointer(cfg, self.checkpointer.model, marks_last=False)
         self.checkpoints = Checkpoints(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-        choice = cfg.TEST.EVAL_PERIOD, node.BEST_METRIC, node.EARLY_STOP
+        choice = test.EVAL_PERIOD, node.BEST_METRIC, node.EARLY_STOP
         self.evaluation = Evaluation(self._evaluate, *choice, best)
-        self.metrics = Metrics()
-        shows_bar = comm.is_main_process() and sys.stderr.isatty()
+        self.metrics, is_main = Metrics(), comm.is_main_process()
+        statistics = test.EVAL_PERIOD, self.model, None, test.PRECISE_BN.NUM_ITER
         return [
             IterationTimer(),
             LRScheduler(),
-            self._precise_bn() if cfg.TEST.PRECISE_BN.ENABLED else None,
+            RepeatablePreciseBN(*statistics) if test.PRECISE_BN.ENABLED else None,
             self.checkpoints,
             self.evaluation,
-            FirstIterations() if comm.is_main_process() else None,
-            ProgressBar() if shows_bar else None,
+            FirstIterations() if is_main else None,
+            ProgressBar() if is_main and sys.stderr.isatty() else None,
             self.metrics,  # last, so that what other hooks measure is written
         ]
-
-    def _precise_bn(self) -> HookBase | None:
-        """True BN statistics before each evaluation, if a batch norm learns them."""
-        if not get_bn_modules(self.model):
-            return None
-
-        def build_loader() -> Iterable:
-            return self.build_train_loader(with_keys(self.cfg, "DATALOADER.NUM_WORKERS", 0))
-
-        test = self.cfg.TEST
-        batches = test.PRECISE_BN.NUM_ITER
-        return RepeatablePreciseBN(test.EVAL_PERIOD, self.model, build_loader, batches)
 
     def build_writers(self) -> list[EventWriter]:
         writers = [

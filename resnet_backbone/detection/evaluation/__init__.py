@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    DatasetEvaluators,
-    SemSegEvaluator,
-)
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, SemSegEvaluator
 from PIL import Image
 
 from resnet_backbone.detection.config import UsageError, backbone_node
-from resnet_backbone.detection.evaluation.coco import PanopticEvaluator, PerClassCOCOEvaluator
+from resnet_backbone.detection.evaluation.coco import PanopticEvaluator
+from resnet_backbone.detection.evaluation.coco import PerClassCOCOEvaluator as build_coco_evaluator
 from resnet_backbone.detection.evaluation.imagenet import (
     DETEvaluator,
     LOCEvaluator,
@@ -45,16 +44,6 @@ def build_semantic_evaluator(dataset_name: str, output_dir: str | None = None) -
     It gives {"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", ...}} in percent.
     """
     return SemSegEvaluator(dataset_name, output_dir=output_dir, sem_seg_loading_fn=read_labels)
-
-
-def build_coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:
-    """COCO AP as by pycocotools' official implementation, against the metadata's json_file.
-
-    It gives {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs",
-    "ARm", "ARl", "AP-<class>"}} in percent; `output_dir` gets `coco_instances_results.json` and
-    `instances_predictions.pth`.
-    """
-    return PerClassCOCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=False)
 
 
 def build_panoptic_evaluators(name: str, output_dir: str | None = None) -> DatasetEvaluators:
@@ -112,3 +101,9 @@ def build_chosen_evaluator(
     names = MetadataCatalog.get(dataset_name).thing_classes
     found = read_guesses(guesses, names) if guesses else None
     return LOCEvaluator(dataset_name, output_dir, found)
+
+
+def data_digest(dataset_name: str) -> str:
+    """SHA-256 of what a registered data set says of its images and annotations."""
+    records = json.dumps(DatasetCatalog.get(dataset_name), sort_keys=True, default=str)
+    return hashlib.sha256(records.encode()).hexdigest()

@@ -13,7 +13,8 @@ import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from detectron2.data import MetadataCatalog
@@ -24,17 +25,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-from resnet_backbone.detection.data.formats.coco import (
-    clean_coco,
-    number_from_one,
-    parse_coco,
-    read_coco,
-    read_id,
-)
+from resnet_backbone.detection.data.formats.coco import clean_coco, number_from_one, read_coco
 from resnet_backbone.detection.data.panoptic import decode_ids, read_panoptic
-from resnet_backbone.detection.data.problems import list_problems
 from resnet_backbone.detection.data.scans import registered_scan
-from resnet_backbone.detection.evaluation.results import warn_if_empty
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import write_json
 
@@ -46,21 +39,31 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "coco_instances_results.json"
-TASKS = ("bbox", "segm")
+LIMITS = (1, 10, 100)  # of detections per image; AR1, AR10 and AR100 are named after them
 GROUPS = (("all", "", (True, False)), ("things", "_th", (True,)), ("stuff", "_st", (False,)))
 SIZES = {"s": 1, "m": 2, "l": 3}  # end of a number's name -> place in COCOeval's arrays; 0 is all
 
 
-class PerClassCOCOEvaluator(COCOEvaluator):
-    """Detectron2's evaluator with all twelve numbers, fast, for users' own JSON files too.
+def warn_if_empty(logger: logging.Logger, name: str, detected: bool, annotated: bool) -> None:
+    """Says why AP is 0 or nan, where the model found nothing or there is nothing to find."""
+    if not detected:
+        text = "is it trained, and does MODEL.ROI_HEADS.SCORE_THRESH_TEST let anything through?"
+        logger.warning("%s: the model detected nothing at all, so AP is 0; %s", name, text)
+    if not annotated:
+        logger.warning("%s has no ground truth boxes: AP is nan", name)
 
-    Keypoints are left to Detectron2. The ground truth is what our loader gives, in records of our
-    own making: whatever the file holds beside them, no engine sees. A model that found nothing has
-    AP 0 where there was something to find; numbers are nan only where there is no ground truth, and
-    a warning says so.
+
+class PerClassCOCOEvaluator(COCOEvaluator):
+    """COCO AP as by pycocotools' official implementation, against the metadata's json_file.
+
+    It gives {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs",
+    "ARm", "ARl", "AP-<class>"}} in percent; `output_dir` gets `coco_instances_results.json` and
+    `instances_predictions.pth`. Keypoints are left to Detectron2. The ground truth is what our
+    loader gives. A model that found nothing has AP 0 where there was something to find; numbers are
+    nan only where there is no ground truth, and a warning says so.
     """
 
-    def __init__(self, dataset_name: str, output_dir: str | None = None, **options: Any):
+    def __init__(self, dataset_name: str, output_dir: str | None = None):
         metadata, dataset = MetadataCatalog.get(dataset_name), registered_scan(dataset_name)
         if dataset is None:
             categories, images, boxes, annotated = read_coco(metadata.json_file)[:4]
@@ -75,15 +78,12 @@ class PerClassCOCOEvaluator(COCOEvaluator):
                     entry["category_id"] = report.category_ids[entry["category_id"]]
         self._clean = clean_coco(categories, images, boxes, annotated)
         with tempfile.TemporaryDirectory() as folder:
-            file = os.path.join(folder, "clean.json")
+            file, name = os.path.join(folder, "clean.json"), f"{dataset_name} (clean)"
             write_json(file, self._clean.content, indent=None)
-            name = f"{dataset_name} (clean)"
-            numbers = {number: number - 1 for number in range(1, len(categories) + 1)}
-            private = MetadataCatalog.get(name).set(
-                json_file=file, thing_dataset_id_to_contiguous_id=numbers
-            )
-            super().__init__(name, output_dir=output_dir, **{"use_fast_impl": False, **options})
-            self._metadata = private
+            numbers = {place + 1: place for place in range(len(categories))}
+            private = MetadataCatalog.get(name)
+            private.set(json_file=file, thing_dataset_id_to_contiguous_id=numbers)
+            super().__init__(name, output_dir=output_dir, use_fast_impl=False)  # it keeps `private`
             MetadataCatalog.remove(name)
         self._name = dataset_name
         self._numbers = number_from_one(self._clean.image_ids)
@@ -95,17 +95,23 @@ class PerClassCOCOEvaluator(COCOEvaluator):
 
     def _eval_predictions(self, predictions, img_ids=None):
         results = [result for image in predictions for result in image["instances"]]
-        tasks = self._tasks or self._tasks_from_predictions(results)
-        if not set(tasks) <= set(TASKS):
+        tasks = self._tasks_from_predictions(results)
+        if "keypoints" in tasks:
             return super()._eval_predictions(predictions, img_ids)
-        clean = self._clean
-        self._to_dataset_ids(results)
+        content, image_ids, category_ids = self._clean
+        for result in results:
+            if result["category_id"] >= len(category_ids):
+                raise ValueError(
+                    f"the model found class {result['category_id']}, {self._name} has "
+                    f"{len(category_ids)} classes: is NUM_CLASSES that of the data?"
+                )
+            result["category_id"] += 1
         if self._output_dir:
             theirs = [
                 {
                     **result,
-                    "image_id": clean.image_ids[result["image_id"] - 1],
-                    "category_id": clean.category_ids[result["category_id"] - 1],
+                    "image_id": image_ids[result["image_id"] - 1],
+                    "category_id": category_ids[result["category_id"] - 1],
                 }
                 for result in results
             ]
@@ -114,11 +120,10 @@ class PerClassCOCOEvaluator(COCOEvaluator):
             text = "%s has no annotations: detections are written, not scored"
             logger.info(text, self._name)
             return
-        warn_if_empty(logger, self._name, bool(results), bool(clean.content["annotations"]))
-        classes = {one["id"]: one["name"] for one in clean.content["categories"]}
-        limits = self._max_dets_per_image
-        for task in sorted(tasks):
-            summary, per_class = _score(clean.content, results, task, limits, img_ids)
+        warn_if_empty(logger, self._name, bool(results), bool(content["annotations"]))
+        classes = {one["id"]: one["name"] for one in content["categories"]}
+        for task in tasks:
+            summary, per_class = score_coco(content, results, task, img_ids)
             summary = {key: 100 * value for key, value in summary.items()}
             per_class = {classes[key]: 100 * value for key, value in per_class.items()}
             table = tabulate([summary.values()], [*summary], floatfmt=".2f")
@@ -126,116 +131,42 @@ class PerClassCOCOEvaluator(COCOEvaluator):
             logger.info("COCO results of %s, %s (%%):\n%s", self._name, task, table)
             self._results[task] = summary | {f"AP-{key}": ap for key, ap in per_class.items()}
 
-    def _to_dataset_ids(self, results: Sequence[dict[str, Any]]) -> None:
-        """Puts category ids from 1 in place of contiguous ones."""
-        number = len(self._clean.category_ids)
-        for result in results:
-            if result["category_id"] >= number:
-                raise ValueError(
-                    f"the model found class {result['category_id']}, {self._name} has "
-                    f"{number} classes: is NUM_CLASSES that of the data?"
-                )
-            result["category_id"] += 1
 
-
-def build_coco_evaluator(dataset_name: str, output_dir: str | None = None) -> COCOEvaluator:
-    """COCO AP as by pycocotools' official implementation, against the JSON file.
-
-    Args:
-        dataset_name: a registered data set whose metadata has json_file.
-        output_dir: gets `coco_instances_results.json` and `instances_predictions.pth`.
-
-    Returns:
-        An evaluator giving {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10",
-        "AR100", "ARs", "ARm", "ARl", "AP-<class>"}} in percent.
-    """
-    return PerClassCOCOEvaluator(dataset_name, output_dir)
-
-
-class CocoNumbers(NamedTuple):
-    """Fractions; nan where there is no ground truth to find."""
-
-    summary: dict[str, float]  # AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl
-    classes: dict[Any, float]  # category id -> AP
-
-
-def evaluate_coco(
+def score_coco(
     dataset: Mapping[str, Any],
     results: Sequence[Mapping[str, Any]],
     task: str = "bbox",
-    *,
-    max_detections: Sequence[int] = (1, 10, 100),
     image_ids: Sequence[Any] | None = None,
     engine: Callable | None = None,
-) -> CocoNumbers:
-    """Scores detections as the official COCO evaluation does.
+) -> tuple[dict[str, float], dict[Any, float]]:
+    """Scores detections as the official COCO evaluation does: its twelve numbers, AP by category.
+
+    They are fractions; nan where there is no ground truth to find.
 
     Args:
-        dataset: the content of an instances JSON file, read as far as it can be.
-        results: in COCO's result format, with the file's own ids; may be empty.
+        dataset: the content of an instances JSON file, in which every field is as COCO's format
+            has it; see :func:`clean_coco`.
+        results: in COCO's result format; may be empty.
         task: "bbox" or "segm".
-        max_detections: three limits of detections per image, ascending; AR1, AR10 and AR100 are
-            named after them.
         image_ids: of the images to evaluate on; None for all.
         engine: :func:`run_hotcoco` or :func:`run_pycocotools`; None takes the first that is there.
-
-    Raises:
-        DataError: no category, or detections of an image or category that the file lacks.
     """
-    named = [
-        {**image, "file_name": str(image.get("file_name") or "unnamed")}
-        for image in dataset["images"]
-    ]
-    found = parse_coco({**dataset, "images": named}, "the data set")
-    if not found.categories:
-        raise DataError(f"the data set cannot be used: {list_problems(found.problems)}")
-    clean = clean_coco(*found[:3])
-    images, categories = number_from_one(clean.image_ids), number_from_one(clean.category_ids)
-    try:
-        results = [
-            {
-                **result,
-                "image_id": images[read_id(result["image_id"])],
-                "category_id": categories[read_id(result["category_id"])],
-            }
-            for result in results
-        ]
-        numbers = image_ids and [images[read_id(one)] for one in image_ids]
-    except KeyError as error:
-        raise DataError(f"detections of image or category {error}, which is not there") from error
-    summary, classes = _score(clean.content, results, task, max_detections, numbers, engine)
-    by_id = {clean.category_ids[number - 1]: value for number, value in classes.items()}
-    return CocoNumbers(summary, by_id)
-
-
-def _score(
-    dataset: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
-    task: str,
-    max_detections: Sequence[int],
-    image_ids: Sequence[int] | None,
-    engine: Callable | None = None,
-) -> CocoNumbers:
-    """:func:`evaluate_coco` for a data set of :func:`clean_coco`."""
+    truth = dataset["annotations"]
     if task == "segm":  # else the box's area would stand for the mask's
         results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
-        masks = [one for one in dataset["annotations"] if "segmentation" in one]
-        dataset = {**dataset, "annotations": masks}
+        truth = [one for one in truth if "segmentation" in one]
     else:
-        bare = [
-            {k: v for k, v in one.items() if k != "segmentation"} for one in dataset["annotations"]
-        ]
-        dataset = {**dataset, "annotations": bare}
+        truth = [{k: v for k, v in one.items() if k != "segmentation"} for one in truth]
     run = engine or _run_any
-    precision, recall = run(dataset, list(results), task, list(max_detections), image_ids)
+    precision, recall = run({**dataset, "annotations": truth}, list(results), task, image_ids)
     summary = {"AP": _mean(precision[:, :, :, 0, -1])}
     summary |= {"AP50": _mean(precision[0, :, :, 0, -1]), "AP75": _mean(precision[5, :, :, 0, -1])}
     summary |= {f"AP{end}": _mean(precision[..., area, -1]) for end, area in SIZES.items()}
-    summary |= {f"AR{n}": _mean(recall[:, :, 0, i]) for i, n in enumerate(max_detections)}
+    summary |= {f"AR{n}": _mean(recall[:, :, 0, i]) for i, n in enumerate(LIMITS)}
     summary |= {f"AR{end}": _mean(recall[..., area, -1]) for end, area in SIZES.items()}
     ids = sorted(category["id"] for category in dataset["categories"])
     classes = {one: _mean(precision[:, :, place, 0, -1]) for place, one in enumerate(ids)}
-    return CocoNumbers(summary, classes)
+    return summary, classes
 
 
 def _mean(values: np.ndarray) -> float:
@@ -253,14 +184,13 @@ def _run_any(*arguments) -> tuple[np.ndarray, np.ndarray]:
     return run_pycocotools(*arguments)
 
 
-def run_hotcoco(dataset, results, task, *limits) -> tuple[np.ndarray, np.ndarray]:
+def run_hotcoco(dataset, results, task, image_ids=None) -> tuple[np.ndarray, np.ndarray]:
     """COCOeval's precision and recall arrays, as pycocotools' and a hundred times faster."""
     truth = hotcoco.COCO(dict(dataset))
-    evaluation = hotcoco.COCOeval(truth, truth.loadRes(results), task)
-    return _arrays(evaluation, *limits)
+    return _arrays(hotcoco.COCOeval(truth, truth.loadRes(results), task), image_ids)
 
 
-def run_pycocotools(dataset, results, task, *limits) -> tuple[np.ndarray, np.ndarray]:
+def run_pycocotools(dataset, results, task, image_ids=None) -> tuple[np.ndarray, np.ndarray]:
     """COCOeval's precision and recall arrays, by the reference implementation."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
@@ -272,11 +202,11 @@ def run_pycocotools(dataset, results, task, *limits) -> tuple[np.ndarray, np.nda
             found = COCO()
             found.dataset = {**truth.dataset, "annotations": []}
             found.createIndex()
-        return _arrays(COCOeval(truth, found, task), *limits)
+        return _arrays(COCOeval(truth, found, task), image_ids)
 
 
-def _arrays(evaluation, max_detections, image_ids) -> tuple[np.ndarray, np.ndarray]:
-    evaluation.params.maxDets = max_detections
+def _arrays(evaluation, image_ids) -> tuple[np.ndarray, np.ndarray]:
+    evaluation.params.maxDets = list(LIMITS)
     if image_ids is not None:
         evaluation.params.imgIds = list(image_ids)
     evaluation.evaluate()
@@ -303,7 +233,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self.category |= {(False, index): category for category, index in stuff.items()}
 
     def reset(self) -> None:
-        self.counts: dict[int, Counter] = defaultdict(Counter)
+        self.counts: list[dict[int, Counter]] = []  # of each image
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for given, output in zip(inputs, outputs, strict=True):
@@ -316,16 +246,15 @@ class PanopticEvaluator(DatasetEvaluator):
             ids, segments = output["panoptic_seg"]
             classes = {s["id"]: self.category[s["isthing"], s["category_id"]] for s in segments}
             found = match_segments(true_ids, truth["segments_info"], ids.cpu().numpy(), classes)
-            for category, count in found.items():
-                self.counts[category].update(count)
+            self.counts.append(found)
 
     def evaluate(self) -> dict | None:
-        gathered = comm.gather(dict(self.counts))
+        gathered = comm.gather(self.counts)
         if not comm.is_main_process():
             return None
         total: dict[int, Counter] = defaultdict(Counter)
-        for part in gathered:
-            for category, count in part.items():
+        for image in chain(*gathered):
+            for category, count in image.items():
                 total[category].update(count)
         result, rows = {}, []
         for label, suffix, kinds in GROUPS:

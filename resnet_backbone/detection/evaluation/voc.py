@@ -7,6 +7,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from tabulate import tabulate
 
 from resnet_backbone.detection.data.scans import registered_scan
 from resnet_backbone.detection.data.voc import scan_voc
-from resnet_backbone.detection.evaluation.results import warn_if_empty
+from resnet_backbone.detection.evaluation.coco import warn_if_empty
 from resnet_backbone.detection.evaluation.voc_ap import (
     COCO_IOU_THRESHOLDS,
     KINDS,
@@ -40,10 +41,9 @@ class VOCEvaluator(DatasetEvaluator):
     """Average precision of a data set in VOC layout.
 
     On equal input the numbers agree with Detectron2's `PascalVOCDetectionEvaluator`. Other than
-    there scores and boxes are not rounded, per-class results are given, AP is always the area under
-    the curve (VOC 2010 and later) with the 11-point one of VOC 2007 beside it, any class names and
-    years will do, and a class without ground truth does not enter the mean. What `scan_voc`
-    reports is not part of the ground truth, as it is not part of what the loader gives.
+    there scores and boxes are not rounded, AP is always the area under the curve (VOC 2010 and
+    later) with the 11-point one of VOC 2007 beside it, any class names and years will do, and a
+    class without ground truth does not enter the mean. Ground truth is what the loader gives.
 
     Args:
         dataset_name: of `register_voc` or Detectron2's own ("voc_2007_test"); its metadata must
@@ -51,15 +51,9 @@ class VOCEvaluator(DatasetEvaluator):
         output_dir: gets `voc_results.json`, its picture `voc_results.png` (precision-recall
             curves, errors by kind), `detections.json`, and the devkit's files
             `results/VOC<year>/Main/comp4_det_<split>_<class>.txt`; None writes nothing.
-        max_dets_per_image: keep only so many best-scored detections of an image.
     """
 
-    def __init__(
-        self,
-        dataset_name: str,
-        output_dir: str | None = None,
-        max_dets_per_image: int | None = None,
-    ):
+    def __init__(self, dataset_name: str, output_dir: str | None = None):
         metadata = MetadataCatalog.get(dataset_name)
         missing = [k for k in ("thing_classes", "dirname", "split") if metadata.get(k) is None]
         if missing:
@@ -68,45 +62,38 @@ class VOCEvaluator(DatasetEvaluator):
                 " register it with register_voc"
             )
         self._dataset_name, self._metadata = dataset_name, metadata
-        self._output_dir, self._max_dets = output_dir, max_dets_per_image
+        self._output_dir = output_dir
         self.reset()
 
     def reset(self) -> None:
         self._predictions: list[dict[str, Any]] = []
 
     def process(self, inputs, outputs) -> None:
-        """Keeps the detections of some images; arguments as of any ``DatasetEvaluator``."""
         for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"].to("cpu")
-            scores = instances.scores.float().numpy()
-            kept = np.argsort(-scores, kind="stable")[: self._max_dets]
-            self._predictions.append(
-                {
-                    "image_id": str(image["image_id"]),
-                    "boxes": instances.pred_boxes.tensor.float().numpy()[kept],
-                    "scores": scores[kept],
-                    "classes": instances.pred_classes.numpy()[kept],
-                }
-            )
+            found = {
+                "image_id": str(image["image_id"]),
+                "boxes": instances.pred_boxes.tensor.float().numpy(),
+                "scores": instances.scores.float().numpy(),
+                "classes": instances.pred_classes.numpy(),
+            }
+            self._predictions.append(found)
 
     def evaluate(self) -> OrderedDict | None:
-        """Gathers the predictions of all processes and computes AP. All processes must call it.
+        """AP from the predictions of all processes, which must all call it.
 
-        Returns:
-            On the main process {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50, AP75,
-            AP50-11pt (VOC 2007's 11-point), then "AP50-<class>"; nan for a class without ground
-            truth, which is left out of the means. Nothing for a split that has no annotations at
-            all, such as VOC 2012's test set, whose server scores the files. None on the others.
+        On the main process it is {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50, AP75,
+        AP50-11pt (VOC 2007's 11-point), then "AP50-<class>"; nan for a class without ground truth,
+        which is left out of the means. Nothing for a split that has no annotations at all, such as
+        VOC 2012's test set, whose server scores the files. None on the others.
         """
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
             return None
-        predictions = [image for of_process in gathered for image in of_process]
+        predictions = list(chain(*gathered))
         output, folder = self._output_dir, "no folder: there is no output_dir"
         if output:  # before anything can fail
-            folder = write_comp4(predictions, self._metadata, output)
-            path = os.path.join(output, "detections.json")
-            write_json(path, self._to_json(predictions), indent=None)
+            folder = write_detections(predictions, self._metadata, output)
         ground_truth, annotated = self._load_ground_truth()
         voc_predictions = [{**p, "boxes": p["boxes"] + TO_VOC} for p in predictions]
         names = self._metadata.thing_classes
@@ -128,8 +115,7 @@ class VOCEvaluator(DatasetEvaluator):
 
     def _load_ground_truth(self) -> tuple[list[dict[str, Any]], bool]:
         """For each image its boxes, and whether the split has annotations."""
-        meta = self._metadata
-        dataset = registered_scan(self._dataset_name)
+        meta, dataset = self._metadata, registered_scan(self._dataset_name)
         if dataset is None:  # Detectron2 or other code registered it
             records, report = scan_voc(meta.dirname, meta.split, meta.thing_classes)
         else:
@@ -152,43 +138,36 @@ class VOCEvaluator(DatasetEvaluator):
     def _warn(self, predictions, ground_truth) -> None:
         missed = {t["image_id"] for t in ground_truth} - {p["image_id"] for p in predictions}
         if missed:
-            logger.warning(
-                f"{self._dataset_name}: the model was not run on {len(missed)} of "
-                f"{len(ground_truth)} images (such as {min(missed)}); their objects count as missed"
-            )
+            text = "%s: not run on %d of %d images (such as %s); their objects count as missed"
+            counts = len(missed), len(ground_truth)
+            logger.warning(text, self._dataset_name, *counts, min(missed))
         detected = any(len(p["scores"]) for p in predictions)
         annotated = any(len(t["classes"]) for t in ground_truth)
         warn_if_empty(logger, self._dataset_name, detected, annotated)
 
-    def _to_json(self, predictions) -> list[dict[str, Any]]:
-        """Detections in COCO's result format: bbox is [x, y, width, height], 0-based."""
-        names = self._metadata.thing_classes
-        found = []
-        for image in predictions:
-            columns = (image[key].tolist() for key in ("boxes", "scores", "classes"))
-            for (x0, y0, x1, y1), score, index in zip(*columns, strict=True):
-                box = [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]
-                entry = {"category_id": index, "category": names[index], "bbox": box}
-                found.append({"image_id": image["image_id"], **entry, "score": round(score, 6)})
-        return found
 
+def write_detections(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder: str) -> str:
+    """Writes `detections.json` and, a file for each class, what the VOC devkit's server reads.
 
-def write_comp4(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder: str) -> str:
-    """Writes detections as the VOC devkit and its server read them, one file per class.
-
-    A line is image, score, xmin, ymin, xmax, ymax, in 1-based inclusive pixels. Scores have nine
+    The first is in COCO's result format: bbox is [x, y, width, height], 0-based. A line of the
+    others is image, score, xmin, ymin, xmax, ymax, in 1-based inclusive pixels. Scores have nine
     digits, which tell any two different ones apart (Detectron2's three make ties). It returns the
-    folder of the files.
+    folder of these files.
     """
     path = os.path.join(folder, "results", f"VOC{metadata.get('year', 2012)}", "Main")
     os.makedirs(path, exist_ok=True)
-    lines: list[list[str]] = [[] for _ in metadata.thing_classes]
+    names, entries = metadata.thing_classes, []
+    lines: list[list[str]] = [[] for _ in names]
     for image in predictions:
-        columns = image["boxes"] + TO_VOC, image["scores"], image["classes"]
-        for box, score, class_id in zip(*columns, strict=True):
-            corners = " ".join(f"{value:.2f}" for value in box)
-            lines[class_id].append(f"{image['image_id']} {score:.9g} {corners}\n")
-    for name, found in zip(metadata.thing_classes, lines, strict=True):
+        number, *columns = (image[key] for key in ("image_id", "boxes", "scores", "classes"))
+        for (x0, y0, x1, y1), score, index in zip(*(c.tolist() for c in columns), strict=True):
+            box = [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]
+            entry = {"image_id": number, "category_id": index, "category": names[index]}
+            entries.append({**entry, "bbox": box, "score": round(score, 6)})
+            corners = f"{x0 + 1:.2f} {y0 + 1:.2f} {x1:.2f} {y1:.2f}"
+            lines[index].append(f"{number} {score:.9g} {corners}\n")
+    write_json(os.path.join(folder, "detections.json"), entries, indent=None)
+    for name, found in zip(names, lines, strict=True):
         file = f"comp4_det_{metadata.split}_{name.replace('/', '_')}.txt"
         write_text(os.path.join(path, file), "".join(found))
     return path
@@ -197,10 +176,9 @@ def write_comp4(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder:
 def summarize(dataset_name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Turns :func:`evaluate_voc`'s arrays at .5:.95 into the content of `voc_results.json`.
 
-    Returns:
-        {"dataset", "summary": {AP, AP50, AP75, AP50-11pt}, "classes": [{class, AP, AP50, AP75,
-        AP50-11pt, ground_truth, difficult, detections}, ...]}; AP in percent, None where a class
-        (or the whole set) has no ground truth.
+    {"dataset", "summary": {AP, AP50, AP75, AP50-11pt}, "classes": [{class, AP, AP50, AP75,
+    AP50-11pt, ground_truth, difficult, detections}, ...]}; AP in percent, None where a class (or
+    the whole set) has no ground truth.
     """
     area, eleven = numbers["ap_area"] * 100, numbers["ap_11point"] * 100
     at50, at75 = (COCO_IOU_THRESHOLDS.index(t) for t in (0.5, 0.75))

@@ -15,15 +15,11 @@ from typing import Any
 
 import numpy as np
 
-COCO_IOU_THRESHOLDS = tuple(t / 100.0 for t in range(50, 100, 5))
-"""0.5, 0.55, ... 0.95"""
-
-CURVE_IOU = 0.5
-"""IoU threshold of the precision and recall arrays, and of errors by kind."""
-WEAK_IOU = 0.1
-"""Overlap from which on a wrong detection has to do with an object."""
+COCO_IOU_THRESHOLDS = tuple(t / 100.0 for t in range(50, 100, 5))  # 0.5, 0.55, ... 0.95
+CURVE_IOU = 0.5  # of the precision and recall arrays, and of errors by kind
+WEAK_IOU = 0.1  # from which on a wrong detection has to do with an object
+# Keys of `voc_results.json`; the British spelling is that of files that exist.
 KINDS = ("correct", "localisation", "confusion", "background", "duplicate")
-"""Keys of `voc_results.json`; the British spelling is that of files that exist."""
 
 
 def evaluate_voc(
@@ -43,14 +39,11 @@ def evaluate_voc(
         class_names, iou_thresholds: C names, T values in (0, 1).
 
     Returns:
-        dict of
-        ap_area (C, T): area under the precision envelope, VOC 2010 and later, 0..1;
-        ap_11point (C, T): mean precision at recall 0, .1, ... 1, VOC 2007, 0..1;
-        num_ground_truth, num_difficult, num_detections (C,);
-        precision, recall: C arrays each, by falling score, at IoU 0.5;
-        class_names, iou_thresholds.
-        A class without (non-difficult) ground truth has AP and recall nan, whatever was detected:
-        the devkit divides by zero there.
+        class_names, iou_thresholds; ap_area (C, T), the area under the precision envelope (VOC 2010
+        and later), and ap_11point (C, T), the mean precision at recall 0, .1, ... 1 (VOC 2007),
+        both 0..1; num_ground_truth, num_difficult, num_detections (C,); precision and recall, C
+        arrays each, by falling score, at IoU 0.5. A class without (non-difficult) ground truth has
+        AP and recall nan, whatever was detected: the devkit divides by zero there.
 
     Raises:
         ValueError: a detection in an image that is not in `ground_truth`, an image id twice in
@@ -70,23 +63,21 @@ def score_boxes(
     thresholds = np.asarray(iou_thresholds, dtype=np.float64)
     # the last row is for the curves, so that they do not depend on what the caller asked for
     all_thresholds = np.append(thresholds, CURVE_IOU)
-    ap_area, ap_11point, precisions, recalls = [], [], [], []
+    ap_area, ap_11point = np.full((2, len(class_names), len(thresholds)), np.nan)
     counts = np.zeros((3, len(class_names)), dtype=int)
+    precisions, recalls = [], []
     for class_id in range(len(class_names)):
         difficult = truth["difficult"][truth["classes"] == class_id]
         detected = found["classes"] == class_id
-        num_difficult, num_found = int(difficult.sum()), int(detected.sum())
-        counts[:, class_id] = len(difficult) - num_difficult, num_difficult, num_found
+        counts[:, class_id] = (~difficult).sum(), difficult.sum(), detected.sum()
         det = {key: found[key][detected] for key in ("scores", "iou", "match", "difficult")}
         precision, recall = _precision_recall(det, counts[0, class_id], all_thresholds)
-        curves = list(zip(recall, precision, strict=True))
-        ap_area.append([average_precision(*curve) for curve in curves[:-1]])
-        ap_11point.append([eleven_point_ap(*curve) for curve in curves[:-1]])
+        if counts[0, class_id]:
+            curves = list(zip(recall, precision, strict=True))[:-1]
+            ap_area[class_id] = [average_precision(*curve) for curve in curves]
+            ap_11point[class_id] = [eleven_point_ap(*curve) for curve in curves]
         precisions.append(precision[-1])
         recalls.append(recall[-1])
-    shape = len(class_names), len(thresholds)
-    ap_area, ap_11point = (np.array(ap, dtype=float).reshape(shape) for ap in (ap_area, ap_11point))
-    ap_area[counts[0] == 0] = ap_11point[counts[0] == 0] = np.nan
     names = ("num_ground_truth", "num_difficult", "num_detections")
     return {
         "class_names": list(class_names),
@@ -108,10 +99,19 @@ def read_boxes(detections, ground_truth, class_names) -> tuple[dict, dict]:
     """
     truth = _flatten(ground_truth, ("classes", "difficult"), len(class_names), "ground truth")
     found = _flatten(detections, ("classes", "scores"), len(class_names), "detections")
-    _check_image_ids(found["image_ids"], truth["image_ids"])
-    place = {image: number for number, image in enumerate(truth["image_ids"])}
-    numbers = np.array([place[image] for image in found["image_ids"]], dtype=np.int64)
-    found["image"] = numbers[found["image"]]
+    known = [str(image["image_id"]) for image in ground_truth]
+    place = {image: number for number, image in enumerate(known)}
+    if len(place) != len(known):
+        twice = next(image for number, image in enumerate(known) if place[image] != number)
+        raise ValueError(f"ground truth has image {twice!r} twice; give each image once")
+    detected = [str(image["image_id"]) for image in detections]
+    strange = sorted(set(detected) - set(known))
+    if strange:
+        raise ValueError(
+            f"detections in {len(strange)} images that the ground truth does not have, such as"
+            f" {strange[0]!r}; evaluate on the split that was detected on"
+        )
+    found["image"] = np.array([place[image] for image in detected], dtype=int)[found["image"]]
     found["iou"], found["match"] = match_boxes(found, truth)
     found["difficult"] = np.append(truth["difficult"], False)[found["match"]]
     return truth, found
@@ -150,7 +150,6 @@ def _flatten(images, keys, num_classes: int, what: str) -> dict[str, np.ndarray]
     table = {
         "boxes": np.concatenate(boxes) if boxes else np.zeros((0, 4)),
         "image": np.repeat(np.arange(len(images)), [len(b) for b in boxes]),
-        "image_ids": [str(i["image_id"]) for i in images],
     }
     types = {"classes": np.int64, "difficult": bool, "scores": np.float64}
     for key in keys:
@@ -168,18 +167,6 @@ def _flatten(images, keys, num_classes: int, what: str) -> dict[str, np.ndarray]
             f" 0..{num_classes - 1}; is the model's number of classes that of the data set?"
         )
     return table
-
-
-def _check_image_ids(detected: Sequence[str], known: Sequence[str]) -> None:
-    if len(set(known)) != len(known):
-        twice = next(i for n, i in enumerate(known) if i in known[:n])
-        raise ValueError(f"ground truth has image {twice!r} twice; give each image once")
-    strange = sorted(set(detected) - set(known))
-    if strange:
-        raise ValueError(
-            f"detections in {len(strange)} images that the ground truth does not have, such as"
-            f" {strange[0]!r}; evaluate on the split that was detected on"
-        )
 
 
 def _precision_recall(
@@ -210,12 +197,8 @@ def _first_on_each(match: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 def match_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Each detection's highest IoU in its image, with its class or with all others.
 
-    Args:
-        det, gt: tables with boxes, image and classes.
-
-    Returns:
-        IoU (N,), and the row of that ground truth, the first of several; -inf and -1 where there
-        is none.
+    It takes two tables and gives IoU (N,) and the row of that ground truth (N,), the first of
+    several; -inf and -1 where there is none.
     """
     iou = np.full(len(det["boxes"]), -np.inf)
     match = np.full(len(det["boxes"]), -1)
@@ -254,13 +237,9 @@ def count_errors(
     better-scored one took), else a localization error (IoU of 0.1 or more with an object of its
     class), else a confusion (the same with an object of another class), else background.
 
-    Args:
-        truth, found: tables of :func:`read_boxes`.
-
-    Returns:
-        For each class {"class", "objects", one count for each of :data:`KINDS`, "missed"}: the
-        counts add up to at most the objects, and missed are the objects that none of the
-        detections found, however many there are.
+    It takes the tables of :func:`read_boxes` and gives for each class {"class", "objects", a count
+    for each of :data:`KINDS`, "missed"}: the counts add up to at most the objects, and missed are
+    the objects that none of the detections found, however many there are.
     """
     others, _ = match_boxes(found, truth, same_class=False)
     rows = []

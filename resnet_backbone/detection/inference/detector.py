@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from detectron2.data.detection_utils import check_image_size
 from detectron2.layers import batched_nms
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
@@ -37,9 +38,8 @@ class ImprovedDetector(nn.Module):
        (:class:`Member`). Scores and boxes are averaged over the members.
     3. Box refinement: each proposal's box of its best class (the background aside), clipped to
        the image, becomes a region itself, for which step 2 is repeated. These predictions join
-       the first ones, and box voting follows NMS. (The paper speaks of "300 new predictions" of
-       300 proposals and does not say which class's box is pooled; with a regressor per class
-       there are K.)
+       the first ones, and box voting follows NMS. (The paper does not say which class's box is
+       pooled.)
     4. NMS or soft-NMS; with refinement at .3 in place of ``MODEL.ROI_HEADS.NMS_THRESH_TEST``.
        With soft-NMS, voters count with the scores that they had before it.
 
@@ -61,11 +61,9 @@ class ImprovedDetector(nn.Module):
     def forward(self, inputs: list[dict]) -> list[dict]:
         """Detections of a batch, in the format of ``GeneralizedRCNN.forward``.
 
-        Args:
-            inputs: as ``DatasetMapper`` gives them. Other scales and the images of other members
-                are made from "original", (H, W, C) of the original size in the first member's
-                channel order, or where that is not given from the file "file_name", or where
-                neither is given from "image" itself.
+        Inputs are as ``DatasetMapper`` gives them. Other scales and the images of other members are
+        made from "original", (H, W, C) of the original size in the first member's channel order,
+        else from the file "file_name", else from "image" itself.
         """
         if self.training:
             raise RuntimeError("the improvements are for inference: call eval() first")
@@ -97,10 +95,10 @@ class ImprovedDetector(nn.Module):
     def _propose(self, views: list[ImageViews]) -> list[Tensor]:
         """The union of the members' proposals, of each image."""
         sizes = views[0].reference.sizes
-        united = []
-        for member, view in zip(self.members, views, strict=True):
-            boxes = member.propose(view)
-            united.append(change_frame(boxes, view.reference.sizes, sizes))
+        united = [
+            change_frame(member.propose(view), view.reference.sizes, sizes)
+            for member, view in zip(self.members, views, strict=True)
+        ]
         return [torch.cat(of_image) for of_image in zip(*united, strict=True)]
 
     def _predict(self, views: list[ImageViews], boxes: list[Tensor]) -> Predictions:
@@ -127,9 +125,8 @@ class ImprovedDetector(nn.Module):
 def best_boxes(scores: Tensor, boxes: Tensor, size: Size) -> Tensor:
     """The regions (R', 4) that box refinement pools again: each one's box of its best class.
 
-    Args:
-        scores: (R, K + 1), the background last.
-        boxes: (R, K, 4); they are clipped to the image, and left out without an area.
+    Scores are (R, K + 1), the background last; boxes (R, K, 4) are clipped to the image, and left
+    out without an area.
     """
     best = scores[:, :-1].argmax(dim=1)
     chosen = boxes[torch.arange(len(boxes), device=boxes.device), best]
@@ -146,12 +143,7 @@ def original_image(entry: dict, image_format: str) -> np.ndarray:
     if "file_name" not in entry:
         return entry["image"].permute(1, 2, 0).cpu().numpy()
     image = read_image(entry["file_name"], image_format)
-    expected = (entry.get("height", image.shape[0]), entry.get("width", image.shape[1]))
-    if image.shape[:2] != expected:
-        raise ValueError(
-            f"{entry['file_name']} is {image.shape[1]} x {image.shape[0]}, its input says "
-            f"{expected[1]} x {expected[0]}: other scales cannot be made from it"
-        )
+    check_image_size(dict(entry), image)
     return image
 
 
@@ -177,12 +169,8 @@ def select_detections(
         score_threshold: boxes with higher scores take part in NMS.
         nms_threshold: IoU from which hard NMS removes and linear soft-NMS decays.
         most: the best so many are kept; all where it is negative.
-        nms: hard; agnostic, hard over all classes together; linear or gaussian, see
-            :func:`soft_nms`.
+        nms: hard; agnostic, over all classes together; linear or gaussian, see :func:`soft_nms`.
         vote: :func:`vote_boxes` with all boxes of the class, those below the threshold included.
-
-    Returns:
-        pred_boxes, scores, pred_classes, best first.
     """
     finite = torch.isfinite(boxes).flatten(1).all(dim=1) & torch.isfinite(scores).all(dim=1)
     boxes, scores = boxes[finite], scores[finite, :-1]
@@ -209,12 +197,9 @@ def select_detections(
 def vote_boxes(kept: Tensor, classes: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
     """Box voting (Gidaris and Komodakis, arXiv 1505.01749, section 5).
 
-    A kept box becomes the mean of the boxes of its class that overlap it with an IoU above .5,
-    itself included, weighted with max(0, score). Where these weights are all zero it stays.
-
-    Args:
-        kept, classes: (M, 4) and (M,), after NMS.
-        boxes, scores: (R, K, 4) and (R, K), all that there were before NMS.
+    A kept box (M, 4) becomes the mean of the boxes (R, K, 4) of its class that overlap it with an
+    IoU above .5, itself included, weighted with max(0, score). Where these weights are all zero it
+    stays. Classes are (M,), scores (R, K).
     """
     voted = kept.clone()
     for label in classes.unique():
@@ -237,24 +222,22 @@ def soft_nms(boxes: Tensor, scores: Tensor, kind: str, threshold: float) -> tupl
     Returns:
         Indices in the order in which they were taken, and their scores, descending.
     """
-    overlaps, scores = box_iou(boxes, boxes), scores.clone()
-    taken, taken_scores = [], []
+    overlaps = box_iou(boxes, boxes).nan_to_num(0.0)
+    if kind == "linear":
+        decays = torch.where(overlaps >= threshold, 1 - overlaps, 1.0)
+    else:
+        decays = torch.exp(-(overlaps**2) / SOFT_NMS_SIGMA)
+    left, decayed, taken = scores.clone(), scores.clone(), []
     while len(taken) < len(boxes):
-        best = scores.argmax()
-        if scores[best] < SOFT_NMS_LEAST:
+        best = int(left.argmax())
+        if left[best] < SOFT_NMS_LEAST:
             break
         taken.append(best)
-        taken_scores.append(scores[best].clone())
-        overlap = overlaps[best].nan_to_num(0.0)
-        if kind == "linear":
-            decay = torch.where(overlap >= threshold, 1 - overlap, 1.0)
-        else:
-            decay = torch.exp(-(overlap**2) / SOFT_NMS_SIGMA)
-        scores *= decay
-        scores[best] = -1
-    if not taken:
-        return scores.new_zeros(0, dtype=torch.long), scores.new_zeros(0)
-    return torch.stack(taken), torch.stack(taken_scores)
+        decayed[best] = left[best]
+        left *= decays[best]
+        left[best] = -1
+    order = torch.tensor(taken, dtype=torch.long, device=scores.device)
+    return order, decayed[order]
 
 
 def batched_soft_nms(

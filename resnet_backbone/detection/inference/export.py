@@ -91,7 +91,7 @@ def export_backbone(
 ) -> dict[str, float]:
     """Writes the detector's backbone, pyramid included, as a ``torch.export`` program.
 
-    Its input are normalised images, (N, 3, H, W), H and W multiples of ``size_divisibility``. It
+    Its input are normalized images, (N, 3, H, W), H and W multiples of ``size_divisibility``. It
     returns the largest relative difference of each map from PyTorch's over the images.
     """
     backbone = detector.backbone
@@ -112,11 +112,9 @@ def largest_difference(
 ) -> dict[str, float]:
     """How far exported detections are from PyTorch's over some images.
 
-    Each detection is compared with the exported one of its class whose box is nearest.
-
-    Returns:
-        The largest difference of "boxes" (of a coordinate, as a fraction of the image's longer
-        side), of "scores" and, where there are any, of "masks" (of a probability).
+    Each detection is compared with the exported one of its class whose box is nearest: the largest
+    difference of "boxes" (of a coordinate, as a fraction of the image's longer side), of "scores"
+    and, where there are any, of "masks" (of a probability).
 
     Raises:
         Mismatch: another number of detections of a class.
@@ -125,14 +123,12 @@ def largest_difference(
     largest: dict[str, float] = {}
     for image in images:
         expected, found = reference(image), exported(image)
-        counts = [torch.bincount(values[1], minlength=1).tolist() for values in (expected, found)]
-        if counts[0] != counts[1]:
+        if not torch.equal(*(values[1].sort().values for values in (expected, found))):
             raise Mismatch(
                 f"PyTorch finds {len(expected[0])} objects in an image of {tuple(image.shape)}, "
                 f"the exported graph {len(found[0])}, or others"
             )
-        for index in range(len(expected[0])):
-            one = [values[index] for values in expected]
+        for one in zip(*expected, strict=True):
             for name, value in _apart(one, found, max(image.shape[1:])).items():
                 largest[name] = max(largest.get(name, 0.0), value)
     if not largest:

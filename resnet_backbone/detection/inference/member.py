@@ -63,14 +63,12 @@ class Member(nn.Module):
     ):
         super().__init__()
         heads = model.roi_heads
-        known = isinstance(heads, (Res5ROIHeads, StandardROIHeads))
+        known = isinstance(heads, (Res5ROIHeads, StandardROIHeads)) and model.proposal_generator
         if not known or not isinstance(heads.box_predictor, FastRCNNOutputLayers):
             raise UsageError(
-                f"RESNET_BACKBONE.TEST is for StandardROIHeads and C4's heads, not for "
-                f"{type(heads).__name__} (MODEL.ROI_HEADS.NAME)"
+                f"RESNET_BACKBONE.TEST is for StandardROIHeads and C4's heads with a network of "
+                f"proposals, not for {type(heads).__name__} (MODEL.ROI_HEADS.NAME)"
             )
-        if model.proposal_generator is None:
-            raise UsageError("RESNET_BACKBONE.TEST needs a region proposal network in the model")
         self.model, self.flip = model, flip
         self.format = cfg.INPUT.FORMAT
         self.short, self.long = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
@@ -116,13 +114,13 @@ class Member(nn.Module):
 
         With `flip` the mean of the image and its mirror image.
         """
-        found = self._predict(views.scaled, views.reference.sizes, boxes)
+        sizes = views.reference.sizes
+        found = self._predict(views.scaled, sizes, boxes)
         if not views.mirrored:
             return found
-        widths = [width for _, width in views.reference.sizes]
-        turned = [mirror(box, width) for box, width in zip(boxes, widths, strict=True)]
-        other = self._predict(views.mirrored, views.reference.sizes, turned)
-        back = [(s, mirror(b, width)) for (s, b), width in zip(other, widths, strict=True)]
+        turned = [mirror(box, size) for box, size in zip(boxes, sizes, strict=True)]
+        other = self._predict(views.mirrored, sizes, turned)
+        back = [(s, mirror(b, size)) for (s, b), size in zip(other, sizes, strict=True)]
         return [mean_predictions(pair) for pair in zip(found, back, strict=True)]
 
     def _predict(self, views: list[View], sizes: list[Size], boxes: list[Tensor]) -> Predictions:
@@ -170,29 +168,26 @@ def choose_scales(areas: Tensor) -> Tensor:
     Paper, appendix B; arXiv 1504.06066: the best scale, and the nearer of its two neighbors. Areas
     are (R, S) in pixels, ascending in S; of the result (R, S) these two are True.
     """
-    distances = (areas - CANONICAL_AREA).abs()
+    distances, count = (areas - CANONICAL_AREA).abs(), areas.shape[1]
     best = distances.argmin(dim=1, keepdim=True)
-    chosen = torch.zeros_like(areas, dtype=torch.bool).scatter(1, best, True)
-    beside = torch.nn.functional.pad(distances, (1, 1), value=torch.inf)
-    below, above = beside.gather(1, best), beside.gather(1, best + 2)
-    if areas.shape[1] == 1:
-        return chosen
-    return chosen.scatter(1, torch.where(below <= above, best - 1, best + 1), True)
+    adjacent = (torch.arange(count, device=areas.device) - best).abs() <= 1
+    _, near = distances.where(adjacent, torch.inf).topk(min(2, count), dim=1, largest=False)
+    return torch.zeros_like(adjacent).scatter(1, near, True)
 
 
 def change_frame(
     boxes: Sequence[Tensor], sizes: Sequence[Size], to: Sequence[Size]
 ) -> list[Tensor]:
     """Boxes (..., 4) of each image in pixels of the same image of another size."""
-    changed = []
-    for box, (height, width), (new_height, new_width) in zip(boxes, sizes, to, strict=True):
-        changed.append(box * box.new_tensor([new_width / width, new_height / height] * 2))
-    return changed
+    return [
+        box * box.new_tensor([new_width / width, new_height / height] * 2)
+        for box, (height, width), (new_height, new_width) in zip(boxes, sizes, to, strict=True)
+    ]
 
 
-def mirror(boxes: Tensor, width: int) -> Tensor:
+def mirror(boxes: Tensor, size: Size) -> Tensor:
     """Boxes (..., 4) in the image that is mirrored left to right; its own inverse."""
-    x0, y0, x1, y1 = boxes.unbind(-1)
+    (_, width), (x0, y0, x1, y1) = size, boxes.unbind(-1)
     return torch.stack([width - x1, y0, width - x0, y1], dim=-1)
 
 

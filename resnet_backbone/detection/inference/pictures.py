@@ -26,6 +26,7 @@ MIN_SIDE = 480  # smaller images are enlarged until their short side has so many
 MAX_SIDE = 1920  # ... or their long side would exceed this
 TEXT_SCALE = 1.6  # of Detectron2's text, which is small
 LEAST_SHARE = 0.002  # regions of less than this part of the image get no name
+GAP = 10  # pixels between pictures on a sheet and around them
 
 Color = tuple[float, float, float]  # RGB, 0..1
 Box = Sequence[float]  # x0, y0, x1, y1 in pixels
@@ -97,14 +98,11 @@ def draw_output(
     """Whatever a model found: panoptic segments, else instances with or without masks, else labels.
 
     Args:
-        image: RGB, uint8, (H, W, 3).
+        image: RGB, uint8, (H, W, 3); it stays as it is. A picture of a small one is larger.
         output: of a Detectron2 model for this image, in its size.
         class_names, label_names: of boxes and masks; of label pictures. The label that is named
             "background" stays unpainted.
         threshold: instances with a lower score, 0..1, are left out.
-
-    Returns:
-        A new RGB uint8 picture, larger than a small `image`.
     """
     canvas = Canvas(image)
     if "panoptic_seg" in output:
@@ -152,10 +150,9 @@ def draw_boxes(
 
 
 def draw_ground_truth(
-    image: np.ndarray, boxes: Sequence[Box], classes: Iterable[int], class_names: Sequence[str] = ()
+    image: np.ndarray, boxes: Sequence[Box], classes: Sequence[int], class_names: Sequence[str] = ()
 ) -> np.ndarray:
     """Draws annotated boxes in the colors of detections, with their classes' names."""
-    classes = [int(index) for index in classes]
     texts = [class_name(class_names, index) for index in classes]
     return draw_boxes(image, boxes, texts, [class_color(index) for index in classes])
 
@@ -175,15 +172,15 @@ def read_bgr(path: Path) -> np.ndarray:
 def read_video(path: Path) -> tuple[float, int, Iterator[np.ndarray]]:
     """Frames per second, the number of frames that the file states, and the BGR uint8 frames."""
     capture = cv2.VideoCapture(str(path))
-    is_frame, first = capture.read()
-    if not is_frame:
+    _, first = capture.read()
+    if first is None:
         raise UnreadableError(f"{path}: cannot be read as a video (OpenCV finds no frame)")
 
     def frames() -> Iterator[np.ndarray]:
-        going, frame = is_frame, first
-        while going:
+        frame = first
+        while frame is not None:
             yield frame
-            going, frame = capture.read()
+            _, frame = capture.read()
         capture.release()
 
     rate, count = (capture.get(key) for key in (cv2.CAP_PROP_FPS, cv2.CAP_PROP_FRAME_COUNT))
@@ -223,26 +220,18 @@ def video_writer(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], Non
             part.unlink(missing_ok=True)
 
 
-def label_font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and has most alphabets; `size` in pixels."""
-    return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
-
-
 def contact_sheet(
     images: Sequence[np.ndarray],
     columns: int = 4,
     captions: Sequence[str] | None = None,
     tile: int = 480,
-    gap: int = 10,
 ) -> np.ndarray:
     """Many pictures on one white RGB uint8 sheet, row by row.
 
     Args:
-        images: RGB, uint8, (H, W, 3), of any sizes.
-        columns: pictures in a row.
+        images: RGB, uint8, (H, W, 3), of any sizes, `columns` in a row.
         captions: a line under each picture; too long ones lose their middle.
         tile: pictures larger than a square of this side, in pixels, are reduced to fit it.
-        gap: white space between pictures and around them, in pixels.
 
     Raises:
         ValueError: no images, fewer than one column, or not as many captions as images.
@@ -251,23 +240,24 @@ def contact_sheet(
         raise ValueError("a contact sheet needs an image and columns >= 1")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"{len(captions)} captions for {len(images)} images: give one for each")
-    columns = min(columns, len(images))
     tiles = [Image.fromarray(image) for image in images]
     for picture in tiles:
         picture.thumbnail((tile, tile), Image.LANCZOS, reducing_gap=None)
-    font = label_font(max(12, tile // 27))
+    # DejaVu Sans comes with matplotlib and has most alphabets
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), max(12, tile // 27))
     text_height = 0 if captions is None else math.ceil(1.25 * font.size) + 6
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-    heights = [max(picture.height for picture in row) + text_height + gap for row in rows]
-    widths = [max(row[i].width for row in rows if i < len(row)) + gap for i in range(columns)]
-    sheet = Image.new("RGB", (sum(widths) + gap, sum(heights) + gap), "white")
+    ys = [GAP, *(max(picture.height for picture in row) + text_height + GAP for row in rows)]
+    xs = [GAP, *(max(one.width for one in tiles[i::columns]) + GAP for i in range(len(rows[0])))]
+    ys, xs = np.cumsum(ys).tolist(), np.cumsum(xs).tolist()
+    sheet = Image.new("RGB", (xs[-1], ys[-1]), "white")
     pen = ImageDraw.Draw(sheet)
     for number, picture in enumerate(tiles):
         row, column = divmod(number, columns)
-        x, y = gap + sum(widths[:column]), gap + sum(heights[:row])
+        x, y = xs[column], ys[row]
         sheet.paste(picture, (x, y))
         if captions is not None:
-            text = _shorten(captions[number], font, widths[column] - gap)
+            text = _shorten(captions[number], font, xs[column + 1] - x - GAP)
             pen.text((x, y + picture.height + 3), text, font=font, fill="black")
     return np.asarray(sheet)
 

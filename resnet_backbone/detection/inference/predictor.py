@@ -1,18 +1,21 @@
-"""Trained detectors as evaluations and predictions run them: improved, in their precision."""
+"""Trained detectors as evaluations and predictions run them: improved, in a precision, timed."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
@@ -26,6 +29,7 @@ from resnet_backbone.detection.checkpoint.input_check import (
     with_weights_input,
 )
 from resnet_backbone.detection.config import (
+    Switches,
     UsageError,
     backbone_node,
     check_scales,
@@ -35,7 +39,7 @@ from resnet_backbone.detection.config import (
 )
 from resnet_backbone.detection.inference.detector import ImprovedDetector
 from resnet_backbone.detection.inference.member import Member
-from resnet_backbone.detection.modeling.build import build_detector
+from resnet_backbone.detection.modeling import build_detector
 
 
 class Predictor:
@@ -43,8 +47,6 @@ class Predictor:
 
     ``RESNET_BACKBONE.TEST`` adds the paper's improvements and names the precision. Without them,
     in float32, it gives the detections that DefaultPredictor gives for the same config and weights.
-    Weights that belong to other input settings, and weights of less than the whole detector (a
-    backbone alone, other classes), are refused: the detections would be noise.
 
     Args:
         cfg: a detector's config; ``MODEL.WEIGHTS`` names its checkpoint. It is not changed: with
@@ -52,13 +54,12 @@ class Predictor:
 
     Raises:
         UsageError: ``MODEL.WEIGHTS`` is empty; see also :func:`improve`.
-        WeightsError: the weights cannot be read, lack parameters or have them in another shape,
-            or were trained on other input than the config gives them.
+        WeightsError: the weights cannot be read, are of less than the whole detector or of another
+            one, or were trained on other input than the config gives them.
     """
 
     def __init__(self, cfg: CfgNode):
-        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise UsageError(f"INPUT.FORMAT is RGB or BGR, not {cfg.INPUT.FORMAT!r}")
+        check_format(cfg)
         self.cfg = with_weights_input(cfg)
         self.model = for_testing(self.cfg, trained_detector(self.cfg))
         shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
@@ -66,14 +67,10 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> dict:
-        """Detects objects in one image.
+        """The detector's output for an image: BGR, uint8, (H, W, 3), of any size.
 
-        Args:
-            image: BGR, uint8, (H, W, 3), of any size; it is resized by ``INPUT.MIN_SIZE_TEST``.
-
-        Returns:
-            The detector's output, ``{"instances": Instances}`` with ``pred_boxes`` (xyxy in pixels
-            of `image`), ``scores``, ``pred_classes``.
+        It is ``{"instances": Instances}`` with ``pred_boxes`` (xyxy in pixels of `image`),
+        ``scores``, ``pred_classes``. The image is resized by ``INPUT.MIN_SIZE_TEST``.
         """
         height, width = image.shape[:2]
         if self.cfg.INPUT.FORMAT == "RGB":
@@ -82,6 +79,11 @@ class Predictor:
         pixels = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
         entry = {"image": pixels, "height": height, "width": width, "original": image}
         return self.model([entry])[0]
+
+
+def check_format(cfg: CfgNode, where: str = "") -> None:
+    if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+        raise UsageError(f"{where}INPUT.FORMAT is RGB or BGR, not {cfg.INPUT.FORMAT!r}")
 
 
 def find_class_names(cfg: CfgNode) -> list[str]:
@@ -97,35 +99,27 @@ def find_class_names(cfg: CfgNode) -> list[str]:
 def describe_output(
     output: dict, class_names: Sequence[str] = (), label_names: Sequence[str] = ()
 ) -> list[dict]:
-    """What a model found in one image, as numbers for JSON.
+    """What a Detectron2 model found in one image, as numbers for JSON.
 
-    Args:
-        output: of a Detectron2 model for one image.
-        class_names, label_names: of boxes and masks, and of label pictures; empty: numbers.
-
-    Returns:
-        For each instance: class, score, box (x0, y0, x1, y1 in pixels) and, if it has one, mask
-        (COCO's compressed run-length encoding). For a purely semantic model, for each class of
-        the label picture: class and share of the pixels, 0..1, largest first.
+    For each instance: class, score, box (x0, y0, x1, y1 in pixels) and, if it has one, mask (COCO's
+    compressed run-length encoding). For a purely semantic model, for each class of the label
+    picture: class and share of the pixels, 0..1, largest first. Where names of classes (of boxes
+    and masks) or labels are not given, a class is a number.
     """
     if "instances" in output:
         found = []
         for one in instances_to_coco_json(output["instances"].to("cpu"), img_id=0):
-            (x, y, width, height), name = one["bbox"], _name(class_names, one["category_id"])
+            (x, y, width, height), index = one["bbox"], one["category_id"]
+            name = class_names[index] if class_names else index
             box = [round(value, 2) for value in (x, y, x + width, y + height)]
             mask = {"mask": one["segmentation"]} if "segmentation" in one else {}
             found.append({"class": name, "score": round(one["score"], 5), "box": box, **mask})
         return found
-    labels, counts = np.unique(output["sem_seg"].argmax(0).cpu().numpy(), return_counts=True)
-    shares = counts / counts.sum()
-    return [
-        {"class": _name(label_names, int(labels[i])), "share": round(float(shares[i]), 5)}
-        for i in np.argsort(-shares)
-    ]
-
-
-def _name(names: Sequence[str], index: int) -> str | int:
-    return names[index] if names else index
+    labels, counts = output["sem_seg"].argmax(0).unique(return_counts=True)
+    shares = (counts / counts.sum()).tolist()
+    names = [label_names[index] if label_names else index for index in labels.tolist()]
+    found = [{"class": name, "share": round(s, 5)} for name, s in zip(names, shares, strict=True)]
+    return sorted(found, key=lambda entry: -entry["share"])
 
 
 class AutocastModel(nn.Module):
@@ -141,11 +135,53 @@ class AutocastModel(nn.Module):
             return self.model(inputs)
 
 
-def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """The model as evaluations run it: :func:`improve`, in ``RESNET_BACKBONE.TEST.PRECISION``.
+class Speed(NamedTuple):
+    """Of a detector in one process."""
 
-    The precision is the same on CPUs and GPUs, whatever ``SOLVER.AMP`` says about training.
-    """
+    seconds_per_image: float  # mean, from the input in memory to the detections
+    images_at_a_time: int  # of the largest batch
+
+
+class Timed(nn.Module):
+    """A detector that measures its seconds per image; the first batch is a warm-up."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.training = model, model.training
+        self.batches: list[tuple[float, int]] = []  # seconds, images
+
+    def forward(self, inputs: list[dict]) -> list[dict]:
+        start = self._now()
+        outputs = self.model(inputs)
+        self.batches.append((self._now() - start, len(inputs)))
+        return outputs
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @property
+    def speed(self) -> Speed | None:
+        """None where it saw no image."""
+        counted = self.batches[1:] or self.batches
+        if not counted:
+            return None
+        seconds, images = zip(*counted, strict=True)
+        return Speed(sum(seconds) / sum(images), max(images))
+
+
+def timed_inference(
+    model: nn.Module, batches: Iterable, evaluator: DatasetEvaluator
+) -> tuple[dict, Speed | None]:
+    """Detectron2's ``inference_on_dataset``, and how fast the detector was in this process."""
+    timed = Timed(model)
+    return inference_on_dataset(timed, batches, evaluator), timed.speed
+
+
+def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """The model as evaluations run it: :func:`improve`, in ``RESNET_BACKBONE.TEST.PRECISION``."""
     tested, dtype = improve(cfg, model), read_precision(cfg)
     if dtype is torch.float32:
         return tested
@@ -155,14 +191,12 @@ def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
 def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """A detector with the improvements that ``RESNET_BACKBONE.TEST`` asks for.
 
-    ``TEST.AUG.ENABLED``, Detectron2's own test-time augmentation, is honored as well.
+    It is `model` itself where all switches are off. ``TEST.AUG.ENABLED``, Detectron2's own
+    test-time augmentation, is honored as well.
 
     Args:
         cfg: the detector's own; ``TEST.ENSEMBLE`` names runs that are loaded here.
         model: with or without ``DistributedDataParallel``.
-
-    Returns:
-        `model` itself where all switches are off.
 
     Raises:
         UsageError, WeightsError: switches that do not suit the detector, unfit members.
@@ -171,7 +205,7 @@ def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     if cfg.TEST.AUG.ENABLED:
         return GeneralizedRCNNWithTTA(cfg, bare).train(model.training)
-    if not switches.any:
+    if switches == Switches():
         return model
     detectors = [(cfg, bare), *(load_run(run, cfg) for run in switches.ensemble)]
     members = [Member(*one, switches.scales, switches.flip) for one in detectors]
@@ -179,19 +213,11 @@ def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
 
 
 def trained_detector(cfg: CfgNode) -> nn.Module:
-    """The detector of a config with its weights, in evaluation mode; see :func:`load_detector`."""
-    model = build_detector(cfg)
-    load_detector(cfg, model)
-    return model.eval()
-
-
-def load_detector(cfg: CfgNode, model: nn.Module) -> None:
-    """Loads ``MODEL.WEIGHTS`` into every parameter and statistic, or, after an error, into none."""
+    """The detector of a config in evaluation mode, all of it from ``MODEL.WEIGHTS``."""
     require_weights(cfg)
-    node = backbone_node(cfg)
-    names = [*node.CLASS_NAMES, *node.STUFF_CLASS_NAMES]
-    checkpointer = Checkpointer(model, preprocessing=node.WEIGHTS_PREPROCESSING, class_names=names)
-    checkpointer.load(cfg.MODEL.WEIGHTS, needs_detector=True)
+    model = build_detector(cfg)
+    Checkpointer.from_config(cfg, model).load(cfg.MODEL.WEIGHTS, needs_detector=True)
+    return model.eval()
 
 
 def find_weights(run: str) -> str:
@@ -199,8 +225,7 @@ def find_weights(run: str) -> str:
     final = os.path.join(run, "model_final.pth")
     found = final if os.path.isfile(final) else find_last_checkpoint(run)
     if not found:
-        text = "no model_final.pth and no checkpoint there; name a train_net.py run"
-        raise UsageError(f"{run}: {text}")
+        raise UsageError(f"{run}: no model_final.pth, no checkpoint there; name a train_net.py run")
     return found
 
 
@@ -235,9 +260,8 @@ def check_member(cfg: CfgNode, other: CfgNode, run: str) -> None:
     if other.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise UsageError(f"{run} is a {other.MODEL.META_ARCHITECTURE}, not GeneralizedRCNN")
     check_scales(other, list(cfg.RESNET_BACKBONE.TEST.SCALES))
-    for config, where in ((cfg, "this detector"), (other, run)):
-        if config.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise UsageError(f"INPUT.FORMAT of {where} is {config.INPUT.FORMAT!r}, not RGB or BGR")
+    check_format(cfg)
+    check_format(other, f"{run}: ")
 
 
 _kept: ContextVar[dict[str, tuple[CfgNode, nn.Module]]] = ContextVar("kept")
@@ -260,8 +284,9 @@ def load_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
         other, model = read_run(run, cfg)
         kept[run] = other, model.cpu()
     other, model = kept[run]
-    on_cpu = torch.device(cfg.MODEL.DEVICE).type == "cpu"
-    return other, (model if on_cpu else copy.deepcopy(model).to(cfg.MODEL.DEVICE)).eval()
+    if torch.device(cfg.MODEL.DEVICE).type != "cpu":
+        model = copy.deepcopy(model).to(cfg.MODEL.DEVICE)
+    return other, model.eval()
 
 
 def read_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:

@@ -1,1 +1,126 @@
-"""Backbones, heads and poolers for Detectron2."""
+"""A detector from its config, Detectron2's own of the same config, and what compares the two."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import PascalVOCDetectionEvaluator  # noqa: F401  for comparisons
+from detectron2.modeling import build_model
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from resnet_backbone.detection.config import backbone_node
+from resnet_backbone.detection.modeling.heads import with_global_context, with_stride
+from resnet_backbone.fast.optimize import change_classes
+
+logger = logging.getLogger(__name__)
+THEIRS = {
+    "build_paper_resnet_fpn_backbone": "build_resnet_fpn_backbone",
+    "build_paper_resnet_backbone": "build_resnet_backbone",
+    "PaperRes5ROIHeads": "Res5ROIHeads",
+}
+"""Our registered name -> Detectron2's own of the same keys."""
+LAST_LAYERS = ("cls_score", "bbox_pred", "objectness_logits", "anchor_deltas")
+
+
+def build_detector(cfg: CfgNode) -> nn.Module:
+    """Detectron2's ``build_model``, with what this package adds to every detector.
+
+    Region heads with global context where ``RESNET_BACKBONE.GLOBAL_CONTEXT`` is set, RoIAlign that
+    is fast on CPUs, scores and boxes in single precision, and channels_last convolutions where
+    ``RESNET_BACKBONE.CHANNELS_LAST`` is set.
+
+    The model is on ``MODEL.DEVICE``, in training mode, with Detectron2's parameter names and
+    without ``MODEL.WEIGHTS``. UsageError: ``GLOBAL_CONTEXT`` with heads that do not have it.
+    """
+    model = with_exact_scores(build_model(with_global_context(cfg)))
+    for module in model.modules():
+        if isinstance(module, ROIPooler):
+            with_stride(module)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    logger.info("%s with %.1f M parameters", cfg.MODEL.BACKBONE.NAME, millions)
+    if backbone_node(cfg).CHANNELS_LAST:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+class _Full:
+    """A layer that autocast leaves alone: it computes in its weights' precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class FullLinear(_Full, nn.Linear):
+    """``nn.Linear`` out of mixed precision."""
+
+
+class FullConv2d(_Full, nn.Conv2d):
+    """``nn.Conv2d`` out of mixed precision."""
+
+
+def with_exact_scores(model: nn.Module) -> nn.Module:
+    """Takes the last layers of a detector's proposals and boxes out of mixed precision, in place.
+
+    A bf16 score has 8 bits. Of 200,000 anchors thousands have equal scores, and all detections
+    above 0.5 share 128 scores, so their order, by which proposals and AP are ranked, is random.
+    These layers (linear, or 1x1 convolutions) are a thousandth of the work. Losses, decoding and
+    NMS follow them in single precision. Without mixed precision nothing changes.
+    """
+    kinds = {nn.Linear: FullLinear, nn.Conv2d: FullConv2d}
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if name in LAST_LAYERS and getattr(layer, "kernel_size", (1, 1)) == (1, 1):
+                setattr(parent, name, change_classes(layer, kinds))
+    return model
+
+
+def build_reference(cfg: CfgNode) -> nn.Module:
+    """The detector of a config as Detectron2 builds it, with its own ResNet and its own heads."""
+    cfg = cfg.clone()
+    for node in (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_HEADS):
+        node.NAME = THEIRS.get(node.NAME, node.NAME)
+    return build_model(cfg)
+
+
+class GivenProposals(nn.Module):
+    """A proposal network that does all of its work and then returns given boxes (R, 4).
+
+    Those of random weights are few, and rounding would change their order.
+    """
+
+    def __init__(self, network: nn.Module, boxes: Tensor):
+        super().__init__()
+        self.network, self.boxes = network, boxes
+
+    def forward(self, images, features, targets=None):
+        _, losses = self.network(images, features, targets)
+        scores = torch.linspace(5, -5, len(self.boxes))
+        fields = dict(proposal_boxes=Boxes(self.boxes), objectness_logits=scores)
+        return [Instances(size, **fields) for size in images.image_sizes], losses
+
+
+def losses_of(model: nn.Module, inputs: list[dict]) -> dict[str, Tensor]:
+    """One forward pass in training, outside a trainer."""
+    with EventStorage():
+        return model(inputs)
+
+
+@contextmanager
+def voc_metadata(folder: str, split: str, class_names: Sequence[str]):
+    """Yields the name under which a folder in VOC layout is registered meanwhile."""
+    name = f"reference_{folder}"
+    facts = dict(dirname=folder, split=split, year=2012, thing_classes=list(class_names))
+    MetadataCatalog.get(name).set(evaluator_type="voc", **facts)
+    try:
+        yield name
+    finally:
+        MetadataCatalog.pop(name)

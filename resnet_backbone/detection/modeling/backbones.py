@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -15,12 +16,12 @@ from torch import nn
 from resnet_backbone.detection.checkpoint.files import origin_input
 from resnet_backbone.detection.checkpoint.input_check import StatesInput, config_input
 from resnet_backbone.detection.config import (
+    CONTEXT_HEADS,
     DEEPLAB_BACKBONE,
     DEEPLAB_HEADS,
     DEFAULTS,
     UsageError,
     backbone_node,
-    refuse_ignored_context,
 )
 from resnet_backbone.fast import fold_each_call
 from resnet_backbone.models import VGG, ResNet
@@ -31,9 +32,8 @@ from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
 class PaperBackbone(StatesInput):
     """What makes a :class:`~resnet_backbone.models.StagedNetwork` a Detectron2 backbone.
 
-    ``output_shape`` is the network's feature table. The networks work at any input size, so
-    ``size_divisibility`` is 0 and there are no ``padding_constraints`` (Detectron2's defaults); FPN
-    states its own. Constant batch norms fold at each call.
+    It works at any input size, so ``size_divisibility`` is 0 and there are no
+    ``padding_constraints`` (Detectron2's defaults). Constant batch norms fold at each call.
     """
 
     def __init__(self, *args, **options):
@@ -96,12 +96,12 @@ def _refuse_other_variants(cfg: CfgNode) -> None:
         "NUM_GROUPS": 1,
         "WIDTH_PER_GROUP": 64,
         "STEM_OUT_CHANNELS": 64,
-        "RES2_OUT_CHANNELS": STAGE_WIDTHS[0] * DEPTHS[resnets.DEPTH][0].expansion,
         "DEFORM_ON_PER_STAGE": [False] * 4,
     }
+    if resnets.RES2_OUT_CHANNELS != 256:  # the default, at any depth
+        fixed["RES2_OUT_CHANNELS"] = STAGE_WIDTHS[0] * DEPTHS[resnets.DEPTH][0].expansion
     for key, only in fixed.items():
-        is_default = (key, resnets[key]) == ("RES2_OUT_CHANNELS", 256)  # at any depth
-        if resnets[key] != only and not is_default:
+        if resnets[key] != only:
             raise ValueError(
                 f"MODEL.RESNETS.{key} {resnets[key]} is not a network of the paper: use "
                 f"{only}, or Detectron2's build_resnet_backbone"
@@ -143,8 +143,12 @@ def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaperVGG:
 
 
 def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
-    refuse_ignored_context(cfg)
-    weights, node = cfg.MODEL.WEIGHTS, backbone_node(cfg)
+    weights, node, heads = cfg.MODEL.WEIGHTS, backbone_node(cfg), cfg.MODEL.ROI_HEADS.NAME
+    if node.GLOBAL_CONTEXT and heads not in CONTEXT_HEADS.values():
+        raise UsageError(
+            f"RESNET_BACKBONE.GLOBAL_CONTEXT: MODEL.ROI_HEADS.NAME {heads} has none; build the "
+            "model from with_global_context(cfg) of resnet_backbone.detection, as the tools here do"
+        )
     if weights and node.WEIGHTS_INPUT == "set":
         raise UsageError(
             f"RESNET_BACKBONE.WEIGHTS_INPUT is set, but {weights} has not been read: call "
@@ -166,23 +170,28 @@ def in_memory_format(cfg: CfgNode, module: nn.Module) -> nn.Module:
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block) -> FPN:
     """``MODEL.FPN.IN_FEATURES`` must have strides that double (arXiv 1612.03144)."""
-    shapes = bottom_up.output_shape()
-    absent = [name for name in cfg.MODEL.FPN.IN_FEATURES if name not in shapes]
-    if absent:
-        raise ValueError(
-            f"MODEL.FPN.IN_FEATURES names {absent}, the backbone returns {list(shapes)}: "
-            "set its OUT_FEATURES to match"
-        )
-    strides = {name: shapes[name].stride for name in cfg.MODEL.FPN.IN_FEATURES}
+    fpn = cfg.MODEL.FPN
+    strides = _strides(bottom_up, "MODEL.FPN.IN_FEATURES", fpn.IN_FEATURES)
     if any(b != 2 * a for a, b in pairwise(strides.values())):
         raise ValueError(
             f"FPN needs strides that double, got {strides}: "
             "remove the dilation (RES4_DILATION, RES5_DILATION) or choose other IN_FEATURES"
         )
-    fpn = cfg.MODEL.FPN
     options = dict(norm=fpn.NORM, top_block=top_block, fuse_type=fpn.FUSE_TYPE)
     pyramid = PaperFPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, **options)
     return in_memory_format(cfg, pyramid)
+
+
+def _strides(backbone: Backbone, key: str, names: Sequence[str]) -> dict[str, int]:
+    """Of the maps that a config key names."""
+    shapes = backbone.output_shape()
+    absent = [name for name in names if name not in shapes]
+    if absent:
+        raise UsageError(
+            f"{key} names {absent}, the backbone returns {list(shapes)}: set its OUT_FEATURES to "
+            "match"
+        )
+    return {name: shapes[name].stride for name in names}
 
 
 @BACKBONE_REGISTRY.register()
@@ -224,9 +233,6 @@ def build_paper_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
 
     Reads the project's keys ``MODEL.RESNETS.RES4_DILATION``, ``RES5_DILATION`` and
     ``RES5_MULTI_GRID``; dilations 1, 2 are output stride 16, 2, 4 are 8. ``STEM_TYPE`` is "basic".
-
-    Raises:
-        UsageError: keys that are absent, contradict one another or do not suit the maps.
     """
     resnets, node = cfg.MODEL.RESNETS, backbone_node(cfg)
     if "RES5_MULTI_GRID" not in resnets:
@@ -249,7 +255,7 @@ def build_paper_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
     cfg = cfg.clone()
     cfg.defrost()
     cfg.RESNET_BACKBONE = node.clone()
-    cfg.RESNET_BACKBONE.merge_from_list([word for pair in ours.items() for word in pair])
+    cfg.RESNET_BACKBONE.update(ours)
     backbone = build_paper_resnet_backbone(cfg, input_shape, DeepLabResNet)
     if cfg.MODEL.SEM_SEG_HEAD.NAME in DEEPLAB_HEADS:
         _check_head(cfg, backbone)
@@ -259,14 +265,8 @@ def build_paper_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
 def _check_head(cfg: CfgNode, backbone: DeepLabResNet) -> None:
     """DeepLab's heads enlarge their finest map by ``COMMON_STRIDE`` and pool over whole crops."""
     head, crop = cfg.MODEL.SEM_SEG_HEAD, cfg.INPUT.CROP
-    strides = {name: shape.stride for name, shape in backbone.output_shape().items()}
-    absent = [name for name in head.IN_FEATURES if name not in strides]
-    if absent:
-        raise UsageError(
-            f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {absent}, the backbone returns {list(strides)}: "
-            "set MODEL.RESNETS.OUT_FEATURES to match"
-        )
-    stride, finest = min((strides[name], name) for name in head.IN_FEATURES)
+    strides = _strides(backbone, "MODEL.SEM_SEG_HEAD.IN_FEATURES", head.IN_FEATURES)
+    stride, finest = min((stride, name) for name, stride in strides.items())
     if head.COMMON_STRIDE != stride:
         raise UsageError(
             f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE {head.COMMON_STRIDE} is not the stride of {finest}, "

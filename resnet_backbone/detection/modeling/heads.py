@@ -38,11 +38,7 @@ from resnet_backbone.models.resnet import (
 
 
 def with_stride(pooler: ROIPooler, stride: int = 1) -> ROIPooler:
-    """Gives the levels of a pooler their fast form, in place.
-
-    RoIAlign becomes :class:`RegionAlign`; others are pooled in full, and every ``stride``-th bin is
-    kept.
-    """
+    """Gives a pooler's levels their fast form, in place, which keeps every ``stride``-th bin."""
     levels = pooler.level_poolers
     for index, level in enumerate(levels):
         if type(level) is ROIAlign:
@@ -52,14 +48,6 @@ def with_stride(pooler: ROIPooler, stride: int = 1) -> ROIPooler:
         elif not isinstance(level, (RegionAlign, StridedPool)):
             levels[index] = StridedPool(level, stride)
     return pooler
-
-
-def with_fast_poolers(model: nn.Module) -> nn.Module:
-    """:func:`with_stride` for all poolers of a detector, in place; results stay."""
-    for module in model.modules():
-        if isinstance(module, ROIPooler):
-            with_stride(module)
-    return model
 
 
 @ROI_HEADS_REGISTRY.register()

@@ -158,15 +158,10 @@ def test_mean_image_gives_way_to_channel_means(make_cfg, write):
     assert "channel means of the file's mean image" in lines[-1]
 
 
-def test_wrong_files(make_cfg, write, tmp_path):
+def test_wrong_files(make_cfg, write):
     with pytest.raises(WeightsError, match="x.pth: no such file"):
         use_weights_input(make_cfg(R18), "x.pth")
-    with pytest.raises(WeightsError, match="nothing.safetensors: no such file"):
-        use_weights_input(make_cfg(R18), str(tmp_path / "nothing.safetensors"))
     path = write()
-    (tmp_path / "cut.safetensors").write_bytes(Path(path).read_bytes()[:40])
-    with pytest.raises(WeightsError, match="cut.safetensors: not a whole safetensors file"):
-        use_weights_input(make_cfg(R18), str(tmp_path / "cut.safetensors"))
     save_file({"x": torch.zeros(1)}, path, {METADATA_KEY: OURS.to_json(), MODEL_KEY: "[1]"})
     with pytest.raises(WeightsError, match="unreadable resnet_backbone.model"):
         use_weights_input(make_cfg(R18), path)
@@ -193,8 +188,8 @@ def test_the_papers_own_weights(make_cfg, data_root):
     ],
 )
 def test_one_line_before_any_work(train, write, tmp_path, arguments, message):
-    code, lines = train(tmp_path / "run", write(), *arguments)
-    assert code == 2 and message in lines[-1]
+    lines = train(tmp_path / "run", write(), *arguments, code=2)
+    assert message in lines[-1]
     assert not (tmp_path / "run").exists()
 
 
@@ -202,8 +197,7 @@ def test_trains_from_a_classifier(train, tmp_path):
     """With a learning rate of 0 the backbone stays what the file holds, its head left out."""
     path, run = tmp_path / "final.safetensors", tmp_path / "run"
     save_weights(build_model("resnet18", 10), path, OURS)
-    code, lines = train(run, path, "SOLVER.MAX_ITER", "1")
-    assert code == 0, lines
+    train(run, path, "SOLVER.MAX_ITER", "1")
     log = (run / "log.txt").read_text()
     assert "weights: INPUT.FORMAT BGR -> RGB" in log
     assert "weights: MODEL.PIXEL_MEAN [120.0, 120.0, 120.0] -> [130.0, 121.5, 110.0]" in log
@@ -234,8 +228,7 @@ def test_from_the_classification_trainer(train, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path, run = tmp_path / "classifier" / "final.safetensors", tmp_path / "run"
-    code, lines = train(run, path, "SOLVER.MAX_ITER", "1")
-    assert code == 0, lines
+    train(run, path, "SOLVER.MAX_ITER", "1")
     saved, file = torch.load(run / "model_final.pth"), load_file(path)
     prefix = "backbone.bottom_up."
     checked = [key for key in file if key.endswith("conv1.weight") or key.endswith("norm.bias")]

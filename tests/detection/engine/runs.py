@@ -11,8 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import nn
 from torch.utils._pytree import tree_flatten
+
+from resnet_backbone.detection.data.sampling import (
+    AugmentedImages,
+    BatchPlan,
+    ImageStream,
+    TrainingLoader,
+)
 
 PROJECT = Path(__file__).resolve().parents[3]
 CONFIG = PROJECT / "configs" / "detection" / "quickstart" / "faster_rcnn_R_18_FPN.yaml"
@@ -23,30 +30,6 @@ MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8 MODEL.ROI_BOX_HEAD.FC_DIM 16 MODEL.BACKBO
 SOLVER.AMP.ENABLED False SOLVER.IMS_PER_BATCH 4 DATALOADER.NUM_WORKERS 0 SEED 3""".split()
 KEYS = dict(zip(KEYS[::2], KEYS[1::2], strict=True)) | {"MODEL.WEIGHTS": ""}
 TIMING = {"time", "data_time", "rank_data_time", "eta_seconds"}
-BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
-
-
-def write_pictures(root: Path, count: int = 9, upright: bool = True) -> Path:
-    """A VOC folder of noise with a bright square each; every third one upright, if asked for."""
-    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (root / name).mkdir(parents=True)
-    names = [f"{number:06d}" for number in range(count)]
-    for number, image_id in enumerate(names):
-        rng = np.random.default_rng(number)
-        width, height = (48, 64) if upright and number % 3 == 0 else (64, 48)
-        pixels = rng.integers(60, 120, (height, width, 3), dtype=np.uint8)
-        x, y = (int(rng.integers(2, 20)) for _ in range(2))
-        pixels[y : y + 24, x : x + 24] = (230, 40 * (number % 2), 30)
-        Image.fromarray(pixels).save(root / "JPEGImages" / f"{image_id}.png")
-        name, box = ("round", "square")[number % 2], BOX.format(x + 1, y + 1, x + 24, y + 24)
-        (root / "Annotations" / f"{image_id}.xml").write_text(
-            f"<annotation><filename>{image_id}.png</filename><size><width>{width}</width>"
-            f"<height>{height}</height><depth>3</depth></size>"
-            f"<object><name>{name}</name><difficult>0</difficult>{box}</object></annotation>"
-        )
-    for split, chosen in (("train", names), ("test", names[:3])):
-        (root / "ImageSets/Main" / f"{split}.txt").write_text("\n".join(chosen) + "\n")
-    return root
 
 
 def arguments(data: Path, output: Path, *options: str, **keys: object) -> list[str]:
@@ -144,3 +127,28 @@ def assert_same_run(folder: Path, other: Path) -> None:
     first, second = read_results(folder), read_results(other)
     for key in ("results", "best", "iterations", "ended_early"):
         assert first[key] == second[key], key
+
+
+class Linear(nn.Module):
+    """Loss x^T w of a part; what it draws shows how it was seeded."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.drawn = []
+
+    def forward(self, part):
+        self.drawn.append(torch.rand(1).item())
+        if isinstance(part[0], str):
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.\nmore")
+        return {"loss": (torch.stack(part).mean(0) * self.weight).sum()}
+
+
+def as_tensor(number: int) -> torch.Tensor:
+    return torch.tensor([float(number), float(number**2)])
+
+
+def number_loader(count: int, seed: int, workers: int = 0) -> TrainingLoader:
+    """Of numbers as tensors, two in a batch."""
+    images, stream = AugmentedImages(list(range(count)), as_tensor, seed), np.arange(count)
+    return TrainingLoader(images, ImageStream(seed, stream), BatchPlan(2), None, workers)

@@ -14,19 +14,18 @@ pytest.importorskip("detectron2")
 
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 
-from runs import arguments, reached, read_results, rows, start, write_pictures  # isort: skip
+from runs import arguments, reached, read_results, rows, start  # isort: skip
 
-# Norms that see one image at a time.
-PER_IMAGE = {"MODEL.RESNETS.NORM": "GN", "MODEL.FPN.NORM": "", "TEST.EVAL_PERIOD": 2}
 RUN = dict(SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__BASE_LR=0.001)
-RUN |= {key.replace(".", "__"): value for key, value in PER_IMAGE.items()}
+RUN |= dict(TEST__EVAL_PERIOD=2, MODEL__RESNETS__NORM="GN", MODEL__FPN__NORM="")  # norms per image
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LAUNCHERS = {"own": (["--num-processes", "2"], {}), "torchrun": ([], {"prefix": TORCHRUN})}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "VOC2007", count=7)
+def data(tmp_path_factory, write_voc):
+    splits = {"train": range(7), "test": range(3)}
+    return write_voc(tmp_path_factory.mktemp("pictures") / "VOC2007", splits, upright=3)
 
 
 def run(data, folder, *options, prefix=None, **keys):

@@ -16,8 +16,7 @@ from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.setup import has_ended
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 
-from runs import Forked, arguments, assert_same_run, reached  # isort: skip
-from runs import read_results, rows, write_pictures  # isort: skip
+from runs import Forked, arguments, assert_same_run, reached, read_results, rows  # isort: skip
 
 # With all that has state: a warm-up, steps, momentum, parts, evaluations, the best weights.
 RUN = dict(
@@ -31,8 +30,9 @@ RUN = dict(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "VOC2007")
+def data(tmp_path_factory, write_voc):
+    splits = {"train": range(9), "test": range(3)}
+    return write_voc(tmp_path_factory.mktemp("pictures") / "VOC2007", splits, upright=3)
 
 
 def finish(words, log):

@@ -13,32 +13,27 @@ import pytest
 pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.engine.seeds import (
-    format_summary,
-    read_seeds,
-    summarize,
-    train_seeds,
-)
+from resnet_backbone.detection.engine import results
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 from resnet_backbone.runtime.files import alone
 
-from runs import arguments, read_results, start, write_pictures  # isort: skip
+from runs import arguments, read_results, start  # isort: skip
 
 
 def test_seeds_of_the_command_line():
-    assert read_seeds(["3", "0"]) == [3, 0]
-    for words, message in ((["1", "x"], "whole numbers"), (["1", "1"], "twice"), (["-1"], "whole")):
-        with pytest.raises(UsageError, match=message):
-            read_seeds(words)
+    assert results.read_seeds(["3", "0"]) == [3, 0]
+    for words in (["1", "x"], ["1", "1"], ["-1"]):
+        with pytest.raises(UsageError, match="whole numbers, each once, such as --seeds 1 2 3"):
+            results.read_seeds(words)
 
 
 def test_mean_and_sample_deviation():
-    numbers = {1: {"AP": 1.0, "AP-cat": 5.0}, 2: {"AP": 2.0, "AP-cat": None}, 4: {"AP": 6.0}}
-    found = summarize(numbers)["results"]
+    numbers = [{"AP": 1.0, "AP-cat": 5.0}, {"AP": 2.0, "AP-cat": None}, {"AP": 6.0}]
+    found = results.summarize(numbers)
     assert found["AP"] == {"mean": 3.0, "std": pytest.approx(7**0.5), "values": [1.0, 2.0, 6.0]}
     assert found["AP-cat"] == {"mean": None, "std": None, "values": [5.0, None, None]}
-    assert summarize({1: {"AP": 1.0}})["results"]["AP"]["std"] is None
-    lines = format_summary(summarize(numbers)).splitlines()
+    assert results.summarize([{"AP": 1.0}])["AP"]["std"] is None
+    lines = results.format_summary(results.summarize(numbers)).splitlines()
     assert lines[2].split() == ["AP", "3.00", "2.65", "1.00", "2.00", "6.00"]
     assert lines[3].split() == ["AP-cat", "-", "-", "5.00", "-", "-"]
 
@@ -72,7 +67,7 @@ def test_a_signal_ends_the_run_and_starts_no_other(tmp_path, monkeypatch, status
     thread.start()
     with pytest.raises(SystemExit) as ended:
         words = [str(status), str(tmp_path)]
-        train_seeds("seed_tool", words, [4, 5], str(tmp_path / "output"))
+        results.train_seeds("seed_tool", words, [4, 5], str(tmp_path / "output"))
     thread.join()
     assert ended.value.code == EXIT_STOPPED and not (tmp_path / "5").exists()
 
@@ -110,12 +105,12 @@ def test_expectations_are_looked_at_when_all_seeds_are_done(tmp_path, monkeypatc
 
 def test_two_commands_do_not_train_in_one_folder(tmp_path):
     with alone(tmp_path), pytest.raises(BlockingIOError, match="another process works in"):
-        train_seeds("never.py", [], [1], str(tmp_path))
+        results.train_seeds("never.py", [], [1], str(tmp_path))
 
 
 @pytest.mark.slow
-def test_two_seeds(tmp_path):
-    data, folder = write_pictures(tmp_path / "VOC2007", count=4), tmp_path / "runs"
+def test_two_seeds(tmp_path, tiny_voc):
+    data, folder = tiny_voc, tmp_path / "runs"
     keys = dict(SOLVER__MAX_ITER=1, SOLVER__IMS_PER_BATCH=2)
 
     def run(*options, **changes):

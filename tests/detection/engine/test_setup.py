@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.config import load_config, take_back_overrides
+from resnet_backbone.detection.engine import setup
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights import PREPROCESSINGS
 
@@ -35,8 +36,7 @@ VOC = "voc/faster_rcnn_R_18_FPN.yaml"
     ],
 )
 def test_one_line_that_says_what_to_write(train_net, overrides, message, tmp_path):
-    code, lines = train_net(QUICKSTART, "--output-dir", str(tmp_path), *overrides)
-    assert code == 2
+    lines = train_net(QUICKSTART, "--output-dir", str(tmp_path), *overrides, code=2)
     assert message.split(".*")[0] in lines[-1] and message.split(".*")[-1] in lines[-1]
     assert len([line for line in lines if "error: " in line]) == 1
     assert not any("Traceback" in line for line in lines)
@@ -53,8 +53,8 @@ def test_another_number_of_classes_than_the_data_have(train_net, tiny_voc, tmp_p
     where = ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
     options = ["--output-dir", tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.WEIGHTS", ""]
     free = ["MODEL.BACKBONE.FREEZE_AT", "0"]
-    code, lines = train_net(QUICKSTART, *where, *options, *free)
-    assert code == 2 and "NUM_CLASSES 3, but the data have 2 classes: leave it out" in lines[-1]
+    lines = train_net(QUICKSTART, *where, *options, *free, code=2)
+    assert "NUM_CLASSES 3, but the data have 2 classes: leave it out" in lines[-1]
 
 
 def test_overrides_behind_image_folders():
@@ -66,8 +66,8 @@ def test_overrides_behind_image_folders():
 
 
 def test_unknown_config_file(train_net):
-    code, lines = train_net("voc/nothing.yaml")
-    assert code == 2 and "no such config file; " in lines[-1] and "configs/detection" in lines[-1]
+    lines = train_net("voc/nothing.yaml", code=2)
+    assert "no such config file; " in lines[-1] and "configs/detection" in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,11 @@ NORM, BN = "MODEL.RESNETS.NORM is FrozenBN", "MODEL.RESNETS.NORM BN"
 @pytest.mark.parametrize("arguments", [[], ["--resume"], FREE.split()])
 def test_frozen_random_layers(train_net, tmp_path, arguments):
     """Also with --resume where there is nothing to go on from."""
-    code, lines = train_net(VOC, "--output-dir", str(tmp_path), *arguments, "MODEL.WEIGHTS", "")
+    where = ["--output-dir", str(tmp_path)]
+    lines = train_net(VOC, *where, *arguments, "MODEL.WEIGHTS", "", code=2)
     both = FROZEN.format(f"{STAGES} and {NORM}", f"{FREE} {BN}")
     message = FROZEN.format(NORM, BN) if len(arguments) == 2 else both
-    assert code == 2 and lines[-1] == f"error: {message}"
+    assert lines[-1] == f"error: {message}"
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,8 @@ def test_layers_that_can_learn_or_have_weights(train_net, write, tmp_path, argum
         torch.save({"model": {"backbone.x": torch.zeros(1)}}, tmp_path / "model_0000001.pth")
     weights = write(expected=PREPROCESSINGS["msra"])
     arguments = [word.format(weights=weights) for word in arguments]
-    missing = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
-    code, lines = train_net(VOC, "--output-dir", str(tmp_path), *missing, *arguments)
-    assert code == 2 and "nowhere" in lines[-1]  # the data is what it then lacks
+    lines = train_net(VOC, "--output-dir", str(tmp_path), *NOWHERE, *arguments, code=2)
+    assert "nowhere" in lines[-1]  # the data is what it then lacks
 
 
 NOWHERE = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
@@ -140,20 +140,19 @@ def test_cheap_mistakes_are_found_before_weights_are_fetched(
     train_net, tiny_voc, tmp_path, monkeypatch, words, message, mode
 ):
     fetched = []
-    monkeypatch.setattr(
-        "resnet_backbone.detection.engine.setup.prepare_weights", lambda *a, **k: fetched.append(a)
-    )
+    monkeypatch.setattr(setup, "prepare_weights", lambda *given, **options: fetched.append(given))
     words = [word.format(voc=tiny_voc) for word in words]
     weights = ["--weights", "detectron2://ImageNetPretrained/MSRA/R-18.pkl"]
-    code, lines = train_net(QUICKSTART, "--output-dir", str(tmp_path), *mode, *weights, *words)
+    where = ["--output-dir", str(tmp_path)]
+    lines = train_net(QUICKSTART, *where, *mode, *weights, *words, code=2)
     if mode and "SOLVER.MAX_ITER" in words:
         message = "no data"  # a schedule means nothing to an evaluation
-    assert code == 2 and message in lines[-1] and not fetched
+    assert message in lines[-1] and not fetched
 
 
 def test_an_evaluation_without_weights_reads_no_data(train_net, tiny_voc, tmp_path):
     data = ["--voc-root", str(tiny_voc), "--test-set", "test"]
     keys = ["--output-dir", str(tmp_path), "--eval-only", "MODEL.WEIGHTS", ""]
-    code, lines = train_net(QUICKSTART, *data, *keys)
-    assert code == 2 and lines[-1].startswith("error: MODEL.WEIGHTS is empty: add MODEL.WEIGHTS")
+    lines = train_net(QUICKSTART, *data, *keys, code=2)
+    assert lines[-1].startswith("error: MODEL.WEIGHTS is empty: add MODEL.WEIGHTS")
     assert not list(tmp_path.iterdir())

@@ -71,8 +71,7 @@ def test_linear_rule_is_printed(trained):
 
 def test_eval_only_gives_the_same_numbers(trained, train_net, tiny_voc, tmp_path):
     weights = ["MODEL.WEIGHTS", str(trained[0] / "model_final.pth")]
-    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, "--eval-only"), *weights)
-    assert code == 0, lines
+    train_net(CONFIG, *command(tiny_voc, tmp_path, "--eval-only"), *weights)
     assert read_results(tmp_path / "eval")["results"] == read_results(trained[0])["results"]
     assert [path.name for path in tmp_path.iterdir()] == ["eval"]
 
@@ -83,16 +82,16 @@ def test_results_that_are_not_as_expected(trained, train_net, tiny_voc, tmp_path
     keys |= dict(MODEL__WEIGHTS=str(trained[0] / "model_final.pth"))
     folder = tmp_path / "run"
     for option, place in ((), folder), (("--resume",), folder), (("--eval-only",), folder / "eval"):
-        code, lines = train_net(CONFIG, *command(tiny_voc, folder, *option, **keys))
-        assert code == 1 and lines[-1].startswith("error: TEST.EXPECTED_RESULTS: bbox/AP50 is ")
+        lines = train_net(CONFIG, *command(tiny_voc, folder, *option, **keys), code=1)
+        assert lines[-1].startswith("error: TEST.EXPECTED_RESULTS: bbox/AP50 is ")
         assert lines[-1].endswith(", expected 101 +- 0.5")
         results = read_results(place)
         assert 0 <= results["results"]["bbox"]["AP50"] <= 100 and results["seconds_per_image"] > 0
     assert read_results(folder)["iterations"] == 1
     log = (folder / "log.txt").read_text()
     assert log.count("Starting training") == 1 and log.count("the run has ended") == 1
-    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, "--seed-run", "4", **keys))
-    assert code == 0, lines  # whoever started the runs of all seeds looks at them
+    # whoever started the runs of all seeds looks at them
+    train_net(CONFIG, *command(tiny_voc, tmp_path, "--seed-run", "4", **keys))
 
 
 @pytest.mark.parametrize("config", [None, "voc/faster_rcnn_R_50_C4.yaml"])
@@ -100,27 +99,26 @@ def test_eval_only_takes_all_from_the_run(trained, train_net, tiny_voc, tmp_path
     folder = shutil.copytree(trained[0], tmp_path / "run")
     data = ["--voc-root", str(tiny_voc), "--train-set", "train", "--test-set", "test"]
     where = ["--eval-only", "--output-dir", str(folder), *data]
-    code, lines = train_net(config, *where)
-    assert code == 0, lines
+    train_net(config, *where)
     assert read_results(folder / "eval")["results"] == read_results(folder)["results"]
     told = (folder / "eval" / "log.txt").read_text()
     assert f"all keys but those of the command line are those of {folder}/config.yaml" in told
-    code, lines = train_net(config, *where, "INPUT.MIN_SIZE_TEST", "48")
+    train_net(config, *where, "INPUT.MIN_SIZE_TEST", "48")
     told = (folder / "eval" / "log.txt").read_text()
     assert "INPUT.MIN_SIZE_TEST 48 of the command line, the run had 32" in told
 
 
 def test_a_config_is_needed(train_net, tmp_path):
     for mode in ([], ["--eval-only"]):
-        code, lines = train_net(None, "--output-dir", tmp_path / "empty", *mode)
-        assert code == 2 and "--config-file is missing" in lines[-1] and len(lines) == 1
+        lines = train_net(None, "--output-dir", tmp_path / "empty", *mode, code=2)
+        assert "--config-file is missing" in lines[-1] and len(lines) == 1
 
 
 def test_weights_of_other_input_are_refused(trained, train_net, tiny_voc, tmp_path):
     weights = str(trained[0] / "model_final.pth")
     keys = dict(MODEL__WEIGHTS=weights, INPUT__FORMAT="RGB")
-    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, "--eval-only", **keys))
-    assert code == 2 and 'INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"' in lines[-1]
+    lines = train_net(CONFIG, *command(tiny_voc, tmp_path, "--eval-only", **keys), code=2)
+    assert 'INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"' in lines[-1]
 
 
 def test_a_subclass_as_detectron2_teaches(make_cfg, tiny_voc, tmp_path):
@@ -191,8 +189,7 @@ def test_mixed_precision_on_cpu(train_net, tiny_voc, tmp_path, monkeypatch):
     monkeypatch.setattr(Stem, "forward", spy)
     keys = dict(SOLVER__AMP__ENABLED="True", SOLVER__MAX_ITER="2")
     keys |= dict(RESNET_BACKBONE__CLASS_NAMES="['box', 'bar']")
-    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys))
-    assert code == 0, lines
+    train_net(CONFIG, *command(tiny_voc, tmp_path, **keys))
     assert seen == {(True, torch.bfloat16), (False, torch.float32)}
     state = torch.load(tmp_path / "model_final.pth")["model"]
     assert {value.dtype for value in state.values()} <= {torch.float32, torch.int64}
@@ -202,8 +199,7 @@ def test_mixed_precision_on_cpu(train_net, tiny_voc, tmp_path, monkeypatch):
 
 def test_divergence(train_net, tiny_voc, tmp_path):
     keys = dict(SOLVER__BASE_LR="1e30", SOLVER__WARMUP_ITERS="0", SOLVER__MAX_ITER="9")
-    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys))
-    assert code == 3
+    lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys), code=3)
     assert lines[-1].startswith("error: ") and "Lower SOLVER.BASE_LR" in lines[-1]
 
 
@@ -214,8 +210,7 @@ def test_coco_json(train_net, data_root, tmp_path):
     roots = [coco / split for split in splits]
     data = ["--coco-json", *map(str, files), "--image-root", *map(str, roots)]
     keys = command("", tmp_path, SOLVER__MAX_ITER="2")[6:]
-    code, lines = train_net(CONFIG, *data, *keys)
-    assert code == 0, lines
+    train_net(CONFIG, *data, *keys)
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert config["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 80
     assert config["RESNET_BACKBONE"]["CLASS_NAMES"][:2] == ["person", "bicycle"]
@@ -227,11 +222,10 @@ def test_coco_json(train_net, data_root, tmp_path):
 def test_users_voc_set_with_two_bad_boxes(train_net, data_root, tmp_path, policy):
     data = ["--voc-root", str(data_root / "BCCD"), "--train-set", "trainval", "--test-set", "test"]
     keys = command("", tmp_path, "--bad-data", policy, SOLVER__MAX_ITER="2")[6:]
-    code, lines = train_net(CONFIG, *data, *keys)
+    lines = train_net(CONFIG, *data, *keys, code=0 if policy == "drop" else 2)
     log = (tmp_path / "log.txt").read_text() + "\n".join(lines)
     bad = set(re.findall(r"BloodImage_\d+\.xml", log))
     assert len(bad) == 2, bad
-    assert code == (0 if policy == "drop" else 2), lines
     if policy == "drop":
         config = yaml.safe_load((tmp_path / "config.yaml").read_text())
         assert config["RESNET_BACKBONE"]["CLASS_NAMES"] == ["Platelets", "RBC", "WBC"]
@@ -242,16 +236,13 @@ def test_a_training_is_not_lost_to_its_evaluation(train_net, tiny_voc, tmp_path,
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr("resnet_backbone.detection.evaluation.voc.score_boxes", fail)
-    code, lines = train_net(CONFIG, *command(tiny_voc, tmp_path, SOLVER__MAX_ITER="1"))
-    assert code == 1 and lines[-1].startswith(
-        "error: the training is complete, its evaluation failed"
-    )
+    lines = train_net(CONFIG, *command(tiny_voc, tmp_path, SOLVER__MAX_ITER="1"), code=1)
+    assert "error: the training is complete, its evaluation failed" in lines[-1]
     assert "RuntimeError: no such thing" in lines[-1] and "--eval-only" in lines[-1]
     found = read_results(tmp_path)
     assert found["evaluation_error"] == "RuntimeError: no such thing" and found["results"] == {}
     assert (tmp_path / "model_final.pth").is_file()
     assert list(tmp_path.glob("inference/*/detections.json"))
     monkeypatch.undo()
-    code, lines = train_net(None, *command(tiny_voc, tmp_path, "--eval-only"))
-    assert code == 0, lines[-1]
+    train_net(None, *command(tiny_voc, tmp_path, "--eval-only"))
     assert read_results(tmp_path / "eval")["results"]["bbox"]["AP50"] >= 0

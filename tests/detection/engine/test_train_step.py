@@ -7,10 +7,8 @@ import os
 import subprocess
 import time
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("detectron2")
 
@@ -21,15 +19,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.data.sampling import (
-    AugmentedImages,
-    BatchPlan,
-    ImageStream,
-    TrainingLoader,
-)
+from resnet_backbone.detection.data.sampling import BatchPlan
 from resnet_backbone.detection.engine.step import TrainStep
 from resnet_backbone.runtime.errors import TrainingDiverged
 from resnet_backbone.runtime.signals import StopRequest
+
+from runs import Linear, number_loader  # isort: skip
 
 
 def take_first(labels, num_samples, positive_fraction, bg_label):
@@ -49,18 +44,6 @@ def fixed_proposals(proposals, logits, sizes, *options):
         fields = dict(proposal_boxes=Boxes(boxes), objectness_logits=torch.zeros(len(boxes)))
         found.append(Instances((height, width), **fields))
     return found
-
-
-def make_images(count):
-    generator = torch.Generator().manual_seed(0)
-    images = []
-    for number in range(count):
-        x = 4.0 * number
-        boxes = Boxes(torch.tensor([[x, 6, x + 30, 50], [x + 40, 10, x + 60, 40]]))
-        instances = Instances((64, 96), gt_boxes=boxes, gt_classes=torch.tensor([0, 1]))
-        pixels = torch.randint(0, 256, (3, 64, 96), generator=generator, dtype=torch.uint8)
-        images.append(dict(image=pixels, instances=instances, height=64, width=96))
-    return images
 
 
 class Parts:
@@ -110,8 +93,8 @@ def gradients(cfg, monkeypatch):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
-def test_parts_give_the_gradients_of_the_whole_batch(gradients, accumulate):
-    images, model = make_images(4), gradients.model
+def test_parts_give_the_gradients_of_the_whole_batch(gradients, make_images, accumulate):
+    images, model = make_images(*[(64, 96)] * 4), gradients.model
     found, means = gradients(images, accumulate)
     model.zero_grad()
     with EventStorage():
@@ -125,8 +108,8 @@ def test_parts_give_the_gradients_of_the_whole_batch(gradients, accumulate):
         assert (found[name] - parameter.grad).abs().max() <= 1e-5 * largest, name
 
 
-def test_bf16_takes_the_same_path(gradients):
-    images = make_images(2)
+def test_bf16_takes_the_same_path(gradients, make_images):
+    images = make_images((64, 96), (64, 96))
     gradients.model.float()
     exact, losses = gradients(images, 2)
     found, rounded = gradients(images, 2, amp=True)
@@ -134,21 +117,6 @@ def test_bf16_takes_the_same_path(gradients):
     assert any((found[name] != exact[name]).any() for name in exact)
     weight = "roi_heads.box_predictor.cls_score.weight"
     assert torch.nn.functional.cosine_similarity(found[weight], exact[weight]).min() > 0.9
-
-
-class Linear(nn.Module):
-    """Loss x^T w of a part; what it draws shows how it was seeded."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
-        self.drawn = []
-
-    def forward(self, part):
-        self.drawn.append(torch.rand(1).item())
-        if isinstance(part[0], str):
-            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.\nmore")
-        return {"loss": (torch.stack(part).mean(0) * self.weight).sum()}
 
 
 def step_of(cfg, loader, stop=None):
@@ -189,15 +157,9 @@ def test_a_loader_whose_batches_do_not_divide(cfg):
         step_of(cfg, [[torch.ones(2)] * 3]).run(0)
 
 
-def as_tensor(number):
-    return torch.tensor([float(number), 1.0])
-
-
 def test_workers_that_a_signal_ends(cfg):
     """Nothing is raised in the middle of a step, and the next one has its images."""
-    images = AugmentedImages(list(range(8)), as_tensor, 1)
-    loader = TrainingLoader(images, ImageStream(1, np.arange(8)), BatchPlan(2), None, 1)
-    seen = []
+    loader, seen = number_loader(8, 1, workers=1), []
     with StopRequest() as stop:
         stepper = step_of(cfg, loader, stop)
         stepper.model.register_forward_pre_hook(lambda _, given: seen.append(torch.stack(given[0])))

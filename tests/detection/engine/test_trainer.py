@@ -4,7 +4,6 @@ import itertools
 from functools import partialmethod
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,27 +16,14 @@ from detectron2.evaluation import verify_results
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.data.sampling import (
-    AugmentedImages,
-    BatchPlan,
-    ImageStream,
-    TrainingLoader,
-)
+from resnet_backbone.detection.engine.results import check_expectations, check_results
 from resnet_backbone.detection.engine.trainer import Trainer, watching
-from resnet_backbone.detection.evaluation.results import check_expectations, check_results
 from resnet_backbone.detection.inference import predictor
 from resnet_backbone.runtime.errors import UnexpectedResults
 
+from runs import Linear, number_loader  # isort: skip
+
 SCORES = [1.0, 5.0, 3.0, 9.0, 2.0, 4.0]
-
-
-class Linear(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2))
-
-    def forward(self, images):
-        return {"loss": (torch.stack(images).mean(0) * self.weight).sum()}
 
 
 class Recorder(HookBase):
@@ -197,10 +183,6 @@ def test_after_an_early_stop_hooks_see_the_iterations_that_are_done(cfg, tmp_pat
     assert torch.load(tmp_path / "run" / "model_final.pth")["iteration"] == 3
 
 
-def as_tensor(number):
-    return torch.tensor([float(number), float(number**2)])
-
-
 class Normed(Linear):
     def __init__(self):
         super().__init__()
@@ -220,9 +202,7 @@ class Shuffled(Ours):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        images = AugmentedImages(list(range(9)), as_tensor, cfg.SEED)
-        stream = ImageStream(cfg.SEED, np.arange(9))
-        return TrainingLoader(images, stream, BatchPlan(2))
+        return number_loader(9, cfg.SEED)
 
 
 def test_a_drawn_seed_is_taken_up_again(cfg, tmp_path):

@@ -1,7 +1,8 @@
-"""COCO's numbers against pycocotools' and Detectron2's, by every engine."""
+"""COCO's numbers against pycocotools' and Detectron2's; sets without annotations."""
 
 import json
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,20 +10,22 @@ import pytest
 pytest.importorskip("detectron2")
 
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets.builtin import _PREDEFINED_SPLITS_COCO, _get_builtin_metadata
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as rle
 
-from resnet_backbone.detection.evaluation import build_evaluator
-from resnet_backbone.detection.evaluation.coco import evaluate_coco, run_hotcoco, run_pycocotools
+from resnet_backbone.detection.data import scan_coco
+from resnet_backbone.detection.evaluation import build_evaluator, coco
 
 SUMMARY = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 NAMES = {90: "dog", 7: "cat", 11: "owl"}  # not in order, and with gaps
 SIDE = 128
-ENGINES = [run_hotcoco, run_pycocotools]
+ENGINES = [coco.run_hotcoco, coco.run_pycocotools]
 
 
 def box_mask(box):
@@ -67,9 +70,9 @@ def dataset(images, truth):
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(small_sets(), st.sampled_from(["bbox", "segm"]))
 def test_engines_agree_on_adversarial_sets(sets, task):
-    first, second = (evaluate_coco(*sets, task, engine=engine) for engine in ENGINES)
+    first, second = (coco.score_coco(*sets, task, engine=engine) for engine in ENGINES)
     np.testing.assert_equal(first, second)
-    curves = [engine(*sets, task, [1, 10, 100], None) for engine in ENGINES]
+    curves = [engine(*sets, task) for engine in ENGINES]
     np.testing.assert_array_equal(*(precision for precision, _ in curves))
     assert list(first[0]) == SUMMARY and list(first[1]) == sorted(NAMES)
 
@@ -186,3 +189,82 @@ def test_a_file_without_annotations_gets_a_result_file(register, tmp_path):
         evaluator._eval_predictions([{"instances": rows}])
     assert path.read_text() == before
     assert not list(path.parent.glob("*.tmp"))
+
+
+# Sets without annotations, whose detections a server scores
+
+DATASETS = ("coco_2014_train", "coco_2014_val", "coco_2017_test-dev")
+
+
+@pytest.fixture
+def files(tiny_voc, tiny_coco, tmp_path):
+    """(JSON with annotations, JSON of images alone, folder of the images)."""
+    train = tiny_coco(tmp_path / "train.json", range(6))
+    info = tiny_coco(tmp_path / "info.json", range(6, 8), annotated=False)
+    return train, info, str(tiny_voc / "JPEGImages")
+
+
+def test_a_list_of_images_passes_the_check(files):
+    _, info, images = files
+    records, report = scan_coco(info, images)
+    assert not report.problems and not report.annotated and report.num_images == 2
+    assert [record["annotations"] for record in records] == [[], []]
+    assert scan_coco(files[0], images)[1].annotated
+    content = json.loads(Path(info).read_text()) | {"annotations": []}
+    Path(info).write_text(json.dumps(content))
+    assert scan_coco(info, images)[1].annotated  # an empty list is one
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_it_is_evaluated_on_for_the_server_and_not_trained_on(
+    files, train_net, tiny_training, tmp_path, order
+):
+    *jsons, images = files
+    run = tmp_path / "run"
+    keys = ["--image-root", images, "--output-dir", run, "--weights", "", *tiny_training]
+    keys += ["MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.RESNETS.NORM", "BN", "SOLVER.MAX_ITER", 1]
+    keys += ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    config = "quickstart/faster_rcnn_R_18_FPN.yaml"
+    code = 0 if order == 1 else 2
+    lines = train_net(config, "--coco-json", *jsons[::order], *keys, code=code)
+    if code:
+        assert "data set train:coco has no boxes to learn from" in lines[-1]
+        return
+    (found,) = run.rglob(coco.RESULT_FILE)
+    rows = json.loads(found.read_text())
+    assert {row["image_id"] for row in rows} == {106, 107}
+    assert {row["category_id"] for row in rows} <= {7, 90}
+    assert all(len(row["bbox"]) == 4 and 0 <= row["score"] <= 1 for row in rows)
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.fixture
+def registered(tiny_voc, tiny_coco, tmp_path, monkeypatch):
+    """COCO 2014 and test-dev as Detectron2 registers them, below the current folder."""
+    root = tmp_path / "datasets" / "coco"
+    for name, numbers in zip(DATASETS, (range(3), range(3, 6), range(6, 8)), strict=True):
+        folder, file = _PREDEFINED_SPLITS_COCO["coco"][name]
+        tiny_coco(tmp_path / "datasets" / file, numbers, "dev" not in name)
+        (tmp_path / "datasets" / folder).symlink_to(tiny_voc / "JPEGImages")
+    monkeypatch.chdir(tmp_path)
+    yield root
+    for name in DATASETS:
+        folder, file = (f"datasets/{part}" for part in _PREDEFINED_SPLITS_COCO["coco"][name])
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name)
+        register_coco_instances(name, _get_builtin_metadata("coco"), file, folder)
+
+
+def test_the_papers_trainval_protocol(registered, train_net, small, tmp_path):
+    """Trains on the union of train and val, and writes test-dev's detections."""
+    small = {key.replace("__", "."): value for key, value in small.items()}
+    keys = """MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.NORM BN MODEL.BACKBONE.FREEZE_AT 0
+    SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 1 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64
+    MODEL.RPN.PRE_NMS_TOPK_TRAIN 50 MODEL.RPN.PRE_NMS_TOPK_TEST 50 MODEL.RPN.POST_NMS_TOPK_TEST 5
+    MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 4 MODEL.ROI_HEADS.SCORE_THRESH_TEST 0.0"""
+    pairs = ["MODEL.WEIGHTS", "", *keys.split(), *(word for pair in small.items() for word in pair)]
+    train_net("paper/coco_trainval_R_50.yaml", "--output-dir", "run", *pairs)
+    images = [image["file_name"] for name in DATASETS[:2] for image in DatasetCatalog.get(name)]
+    assert len(images) == 6
+    rows = json.loads((tmp_path / f"run/inference/{DATASETS[2]}/{coco.RESULT_FILE}").read_text())
+    assert {row["image_id"] for row in rows} == {106, 107}

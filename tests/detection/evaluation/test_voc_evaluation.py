@@ -199,17 +199,6 @@ def test_bad_boxes_are_not_ground_truth(register, caplog):
     assert "without 1 bad boxes" in caplog.text
 
 
-def test_reset_and_limit(register):
-    name = register({"a": [("cat", (1, 1, 4, 4))]}, CLASSES)
-    inputs = DatasetCatalog.get(name)
-    outputs = [instances([[0, 0, 4, 4], [5, 5, 9, 9]], [0.5, 0.9], [0, 0])]
-    for limit, ap50 in ((None, 50), (2, 50), (1, 0)):
-        evaluator = VOCEvaluator(name, max_dets_per_image=limit)
-        evaluator.process(inputs, [instances([[9, 9, 12, 12]] * 9, [1.0] * 9, [0] * 9)])
-        evaluator.reset()
-        assert evaluate(evaluator, inputs, outputs)["AP50"] == pytest.approx(ap50)
-
-
 def test_predictions_of_all_processes_are_gathered(register, monkeypatch):
     name = register(IMAGES, CLASSES)
     records, outputs = perfect(name)

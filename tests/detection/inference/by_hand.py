@@ -1,7 +1,6 @@
 """Faster R-CNN's test time with the paper's improvements, in plain loops over single regions.
 
-Only the networks' layers are used: backbone, proposals, pooler, per-region layers and the two
-linear layers. Everything else is written out in Python's numbers.
+Of networks only layers are used; everything else is written out in Python's numbers.
 """
 
 import math
@@ -76,11 +75,11 @@ class Eye:
         if self.cfg.RESNET_BACKBONE.GLOBAL_CONTEXT:
             vector = vector + self.whole[mirrored]
         predictor = self.model.roi_heads.box_predictor
-        logits = linear(predictor.cls_score, vector)
+        layers = predictor.cls_score, predictor.bbox_pred
+        logits, deltas = (layer(torch.tensor(vector)).tolist() for layer in layers)
         top = max(logits)
         powers = [math.exp(x - top) for x in logits]
         scores = [p / sum(powers) for p in powers]
-        deltas = linear(predictor.bbox_pred, vector)
         boxes = [decode(box, deltas[i : i + 4], self.cfg) for i in range(0, len(deltas), 4)]
         boxes = boxes * (len(scores) - 1) if len(boxes) == 1 else boxes
         if mirrored:
@@ -99,14 +98,6 @@ def resized(image, short, longest):
 
 def mirror(box, width):
     return [width - box[2], box[1], width - box[0], box[3]]
-
-
-def linear(layer, vector):
-    weight, bias = layer.weight.tolist(), layer.bias.tolist()
-    return [
-        sum(w * x for w, x in zip(row, vector, strict=True)) + b
-        for row, b in zip(weight, bias, strict=True)
-    ]
 
 
 def decode(box, delta, cfg):

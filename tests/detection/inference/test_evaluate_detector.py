@@ -42,21 +42,16 @@ def make_run(make_family, tmp_path):
 
 
 @pytest.fixture
-def tool(capsys, tiny_voc, monkeypatch):
+def tool(run_command, tiny_voc, monkeypatch):
     """Function (argument...) -> exit status, lines of stdout and of stderr."""
     monkeypatch.setattr(voc, "draw_voc", lambda *given: None)  # a fifth of the time
 
     def run(*arguments):
         data = ["--voc-root", tiny_voc, "--test-set", "test"]
-        try:
-            evaluate_detector.main([str(word) for word in (*arguments, *data)])
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
+        code, *printed = run_command(evaluate_detector.main, *arguments, *data)
         for catalog in (DatasetCatalog, MetadataCatalog):
             catalog.pop("test:test", None)
-        printed = capsys.readouterr()
-        return code, printed.out.splitlines(), printed.err.splitlines()
+        return code, *(text.splitlines() for text in printed)
 
     return run
 

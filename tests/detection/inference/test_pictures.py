@@ -13,12 +13,6 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from resnet_backbone.detection.inference import pictures
-from resnet_backbone.detection.inference.pictures import (
-    UnreadableError,
-    draw_ground_truth,
-    read_bgr,
-    read_video,
-)
 
 GRAY = np.full((500, 700, 3), 90, np.uint8)
 BOX = (300.0, 200.0, 450.0, 380.0)
@@ -52,9 +46,9 @@ def test_detections_are_drawn_where_they_are():
 
 
 def test_ground_truth_has_the_colors_of_detections():
-    truth = draw_ground_truth(GRAY, [BOX], [3], ["a", "b", "c", "Straßenbahn"])
+    truth = pictures.draw_ground_truth(GRAY, [BOX], [3], ["a", "b", "c", "Straßenbahn"])
     assert where(truth, 3) == pytest.approx(BOX, abs=3)
-    assert (draw_ground_truth(GRAY, [], []) == GRAY).all()
+    assert (pictures.draw_ground_truth(GRAY, [], []) == GRAY).all()
 
 
 @pytest.mark.parametrize("corner", [(-50, -9), (650, 0), (5, 495), (690, 490)])
@@ -95,7 +89,7 @@ def test_class_names_and_colors():
 def test_small_images_are_enlarged(size, drawn):
     height, width = size
     box = (0.25 * width, 0.5 * height, 0.75 * width, height - 1)
-    picture = draw_ground_truth(np.zeros((*size, 3), np.uint8), [box], [1], ["a", "b"])
+    picture = pictures.draw_ground_truth(np.zeros((*size, 3), np.uint8), [box], [1], ["a", "b"])
     assert picture.shape == (*drawn, 3)
     x0, _, x1, _ = where(picture, 1)
     assert abs(x0 - 0.25 * drawn[1]) <= 3 and abs(x1 - 0.75 * drawn[1]) <= 3
@@ -103,7 +97,7 @@ def test_small_images_are_enlarged(size, drawn):
 
 def test_contact_sheet_places_pictures_row_by_row():
     shades = [np.full((100, 200, 3), 40 * i, np.uint8) for i in range(5)]
-    sheet = pictures.contact_sheet(shades, columns=2, gap=10)
+    sheet = pictures.contact_sheet(shades, columns=2)
     assert sheet.shape == (3 * 110 + 10, 2 * 210 + 10, 3)
     for i, shade in enumerate(shades):
         top, left = 10 + 110 * (i // 2), 10 + 210 * (i % 2)
@@ -152,15 +146,15 @@ def test_read_bgr_is_upright_and_in_bgr(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by 180 degrees
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    assert read_bgr(tmp_path / "a.png")[3, 7].tolist() == [3, 2, 1]
+    assert pictures.read_bgr(tmp_path / "a.png")[3, 7].tolist() == [3, 2, 1]
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8\xff\xe0half a JPEG"])
 def test_unreadable_files_are_named(tmp_path, content):
     path = tmp_path / "broken.jpg"
     path.write_bytes(content)
-    for read in (read_bgr, read_video):
-        with pytest.raises(UnreadableError, match="broken.jpg: cannot be read") as caught:
+    for read in (pictures.read_bgr, pictures.read_video):
+        with pytest.raises(pictures.UnreadableError, match="broken.jpg: cannot be read") as caught:
             read(path)
         assert "\n" not in str(caught.value)
 
@@ -171,7 +165,7 @@ def test_video_round_trip(tmp_path):
     with pictures.video_writer(path, 12.5) as write:
         for color in colors:
             write(np.full((48, 64, 3), color, np.uint8))
-    rate, count, frames = read_video(path)
+    rate, count, frames = pictures.read_video(path)
     frames = list(frames)
     assert (rate, count, len(frames)) == (12.5, 3, 3)
     for frame, color in zip(frames, colors, strict=True):

@@ -10,12 +10,7 @@ pytest.importorskip("detectron2")
 import by_hand
 from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
 
-from resnet_backbone.detection.inference.detector import (
-    best_boxes,
-    select_detections,
-    soft_nms,
-    vote_boxes,
-)
+from resnet_backbone.detection.inference.detector import best_boxes, select_detections, vote_boxes
 from resnet_backbone.detection.inference.member import choose_scales
 
 SIZE = (50, 60)
@@ -91,21 +86,6 @@ def test_voting_of_known_boxes():
     voted = vote_boxes(kept, classes, boxes, scores)
     torch.testing.assert_close(voted[0], torch.tensor([0.0, 0.0, 10.0, 9.5]))  # (6*10 + 2*8) / 8
     assert torch.equal(voted[1], boxes[0, 1])  # no weight at all
-
-
-def test_soft_nms_of_known_boxes():
-    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 5.0], [20.0, 0.0, 30.0, 10.0]])
-    scores = torch.tensor([0.9, 0.8, 0.5])
-    taken, decayed = soft_nms(boxes, scores, "linear", 0.3)
-    assert taken.tolist() == [0, 2, 1] and decayed.tolist() == pytest.approx([0.9, 0.5, 0.4])
-    taken, decayed = soft_nms(boxes, scores, "linear", 0.6)
-    assert taken.tolist() == [0, 1, 2] and decayed.tolist() == pytest.approx([0.9, 0.8, 0.5])
-    taken, decayed = soft_nms(boxes, scores, "gaussian", 0.3)
-    half = 0.8 * torch.exp(torch.tensor(-0.5)).item()  # exp(-.5^2 / .5)
-    assert taken.tolist() == [0, 2, 1] and decayed.tolist() == pytest.approx([0.9, 0.5, half])
-    assert scores.tolist() == pytest.approx([0.9, 0.8, 0.5])  # the input stays
-    taken, _ = soft_nms(boxes[[0, 0, 2]], scores, "linear", 0.3)
-    assert taken.tolist() == [0, 2]  # the twin's score is zero, below .001
 
 
 @given(st.lists(st.floats(0, 600, width=32), min_size=1, max_size=20), st.integers(1, 6))

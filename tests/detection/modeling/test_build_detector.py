@@ -8,13 +8,12 @@ pytest.importorskip("detectron2")
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from torch import nn
 from torchvision.ops import roi_pool
 
 from resnet_backbone import optimize_for_inference
-from resnet_backbone.detection.engine.trainer import Trainer
-from resnet_backbone.detection.modeling.build import FullConv2d, FullLinear, with_exact_scores
-from resnet_backbone.detection.modeling.heads import with_fast_poolers, with_stride
+from resnet_backbone.detection import build_detector
+from resnet_backbone.detection.modeling import FullConv2d, FullLinear
+from resnet_backbone.detection.modeling.heads import with_stride
 from resnet_backbone.fast import InferenceNetwork
 from resnet_backbone.fast.regions import RegionAlign
 
@@ -22,8 +21,8 @@ FPN = "voc/faster_rcnn_R_18_FPN.yaml"
 SCALE = 1 / 16
 
 
-def test_our_trainers_detectors_have_it(make_cfg, small):
-    model = Trainer.build_model(make_cfg(FPN, **small))
+def test_what_a_detector_has(make_cfg, small):
+    model = build_detector(make_cfg(FPN, **small))
     keys = list(build_model(make_cfg(FPN, **small)).state_dict())
     assert list(model.state_dict()) == keys
     kinds = {name: type(module) for name, module in model.named_modules()}
@@ -38,7 +37,7 @@ def test_our_trainers_detectors_have_it(make_cfg, small):
 
 def test_scores_are_in_single_precision_under_autocast(make_cfg, small):
     """Two regions whose scores differ by less than bf16 can tell keep their order."""
-    model = with_exact_scores(build_model(make_cfg(FPN, **small)))
+    model = build_detector(make_cfg(FPN, **small))
     features = torch.zeros(2, 16)
     features[:, 0], features[1, 1] = 1.0, 1.0
     predictor, head = model.roi_heads.box_predictor, model.proposal_generator.rpn_head
@@ -63,18 +62,17 @@ def test_pooler_of_every_second_bin(kind):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_detectors_poolers_become_fast(make_cfg, small):
+def test_a_detectors_poolers_are_fast(make_cfg, small):
     """Those of a pyramid, with the same results; twice is once."""
-    model = build_model(make_cfg(FPN, **small))
-    pooler = model.roi_heads.box_pooler
+    cfg = make_cfg(FPN, **small)
+    plain, pooler = (build(cfg).roi_heads.box_pooler for build in (build_model, build_detector))
     features = [torch.randn(1, 16, 64 // 2**i, 96 // 2**i) for i in range(4)]
     boxes = [Boxes(torch.tensor([[3.0, 4, 60, 70], [10, 20, 350, 240], [0, 0, 200, 150]]))]
-    expected = pooler(features, boxes)
-    keys = list(model.state_dict())
-    assert with_fast_poolers(model) is model and list(model.state_dict()) == keys
-    assert [type(level) for level in pooler.level_poolers] == [RegionAlign] * 4
+    levels = list(pooler.level_poolers)
+    assert [type(level) for level in levels] == [RegionAlign] * 4
+    expected = plain(features, boxes)
     torch.testing.assert_close(pooler(features, boxes), expected, rtol=1e-5, atol=1e-5)
-    assert with_fast_poolers(model).roi_heads.box_pooler.level_poolers == pooler.level_poolers
+    assert list(with_stride(pooler).level_poolers) == levels
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -87,24 +85,11 @@ def test_maps_of_other_precisions_are_pooled_by_roi_pool(dtype):
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=0)  # maxima of its values
 
 
-@pytest.fixture
-def detector(make_family):
-    """Function (family) -> a small detector in evaluation mode that is sure of itself."""
-
-    def build(family):
-        torch.manual_seed(0)
-        model = build_model(make_family(family, MODEL__RPN__POST_NMS_TOPK_TEST=20)).eval()
-        nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight, std=0.1)
-        return model
-
-    return build
-
-
 @pytest.mark.parametrize("family", ["FPN", "C4", "VGG"])
-def test_layers_that_give_scores_and_boxes_stay_in_float32(detector, images, family):
+def test_layers_that_give_scores_and_boxes_stay_in_float32(make_family, images, family):
     head = "roi_heads.res5" if family == "C4" else "roi_heads.box_head"
     half = {"backbone", "proposal_generator.rpn_head.conv", head}
-    model = detector(family)
+    model = build_model(make_family(family, MODEL__RPN__POST_NMS_TOPK_TEST=20)).eval()
     fast = optimize_for_inference(model, dtype=torch.bfloat16)
     modules = dict(fast.named_modules())
     assert {key for key, value in modules.items() if isinstance(value, InferenceNetwork)} == half
@@ -119,20 +104,20 @@ def test_layers_that_give_scores_and_boxes_stay_in_float32(detector, images, fam
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_scores_of_given_regions(detector, images, dtype, bound):
+def test_scores_of_given_regions(make_family, images, dtype, bound):
     """Of the proposals of the original, since those of rounded scores come in another order."""
-    model = detector("FPN")
+    model = build_model(make_family("FPN", MODEL__RPN__POST_NMS_TOPK_TEST=20)).eval()
     fast = optimize_for_inference(model, dtype=dtype)
     with torch.no_grad():
         prepared = model.preprocess_image(images)
         proposals, _ = model.proposal_generator(prepared, model.backbone(prepared.tensor))
         scores = []
-        for detector_ in (model, fast):
-            maps, heads = detector_.backbone(prepared.tensor), detector_.roi_heads
+        for detector in (model, fast):
+            maps, heads = detector.backbone(prepared.tensor), detector.roi_heads
             pooled = [maps[name] for name in heads.in_features]
             regions = heads.box_pooler(pooled, [image.proposal_boxes for image in proposals])
             scores.append(heads.box_predictor(heads.box_head(regions))[0])
-            objectness, _ = detector_.proposal_generator.rpn_head([maps["p4"]])
+            objectness, _ = detector.proposal_generator.rpn_head([maps["p4"]])
             scores.append(objectness[0])
     for expected, found in ((scores[0], scores[2]), (scores[1], scores[3])):
         assert (found - expected).abs().max() < bound * expected.abs().max()

@@ -16,8 +16,7 @@ from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torchvision.ops import RoIPool
 
-from resnet_backbone.detection import PaperRes5ROIHeads, VGGBoxHead
-from resnet_backbone.detection.checkpoint.checkpointer import load_backbone
+from resnet_backbone.detection import Checkpointer, PaperRes5ROIHeads, VGGBoxHead
 from resnet_backbone.models import BasicBlock, BottleneckBlock
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError, save_weights
@@ -234,25 +233,11 @@ def test_vgg_head_drops_only_in_training(make_cfg):
     assert (head(-100 * regions) == 0).all()  # ReLU after fc6
 
 
-def test_shared_res5_gets_imagenet_weights(make_cfg, tmp_path):
-    network = build_network("resnet18")
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_()
-    save_weights(network, tmp_path / "r18.safetensors", PREPROCESSINGS["torchvision"])
-    model = build_model(make_cfg(C4, **CHEAP))
-    load_backbone(model, str(tmp_path / "r18.safetensors"))
-    expected = network.state_dict()
-    for prefix, part in (("res5.", model.roi_heads.res5), ("res2.", model.backbone.res2)):
-        for key, value in part.state_dict().items():
-            assert torch.equal(value, expected[prefix + key]), key
-
-
 def test_file_without_res5_is_refused_by_c4(make_cfg, tmp_path):
     network = build_network("resnet18", out_features=["res4"])
     save_weights(network, tmp_path / "r18.safetensors", PREPROCESSINGS["torchvision"])
     with pytest.raises(WeightsError, match=r"lacks res5.0.* of the C4 head"):
-        load_backbone(build_model(make_cfg(C4, **CHEAP)), str(tmp_path / "r18.safetensors"))
+        Checkpointer(build_model(make_cfg(C4, **CHEAP))).load(str(tmp_path / "r18.safetensors"))
 
 
 @pytest.mark.parametrize("fc_dim", [8, 12])
@@ -268,9 +253,9 @@ def test_vgg_head_gets_fc6_and_fc7(make_cfg, tmp_path, fc_dim):
     if fc_dim != 8:
         before = model.backbone.conv1[0].weight.clone()
         with pytest.raises(WeightsError, match=r"fc6.* has shape \(8, 25088\), the head needs"):
-            load_backbone(model, path)
+            Checkpointer(model).load(path)
         assert torch.equal(model.backbone.conv1[0].weight, before)
         return
-    load_backbone(model, path)
+    Checkpointer(model).load(path)
     for key, value in model.roi_heads.box_head.state_dict().items():
         assert torch.equal(value, tensors[key])
