@@ -99,8 +99,7 @@ def build_chosen_evaluator(
             f"RESNET_BACKBONE.TEST.METRIC {metric!r} is not one of {', '.join(METRICS)}, or empty"
         )
     names = MetadataCatalog.get(dataset_name).thing_classes
-    found = read_guesses(guesses, names) if guesses else None
-    return LOCEvaluator(dataset_name, output_dir, found)
+    return LOCEvaluator(dataset_name, output_dir, read_guesses(guesses, names))
 
 
 def data_digest(dataset_name: str) -> str:

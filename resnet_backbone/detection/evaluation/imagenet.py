@@ -219,11 +219,13 @@ class LOCEvaluator(_Evaluator):
 
 
 def read_guesses(path: str, class_names: Sequence[str]) -> dict[str, list[int]]:
-    """The guesses in the ``predictions.csv`` of ``evaluate-classifier``, by image.
+    """The guesses in the ``predictions.csv`` of ``evaluate-classifier``, by image; "": none.
 
     Raises:
         DataError: the file is no such table, or has classes that the data set does not have.
     """
+    if not path:
+        return {}
     numbers = {name: number for number, name in enumerate(class_names)}
     found = {}
     try:

@@ -7,7 +7,7 @@ Both networks are Detectron2 meta-architectures, trained by ``train-net`` from t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torchvision.ops import nms, roi_align
 
 from resnet_backbone.detection.config import UsageError, backbone_node, with_keys
+from resnet_backbone.detection.evaluation.imagenet import read_guesses
 
 PRIOR = 0.01  # first probability of every class, so that a thousand of them do not drown the loss
 CHUNK = 64  # regions that go through the network at once in testing
@@ -274,6 +275,7 @@ class LocalizationRCNN(_Localizer):
         topk: tuple[int, int],
         nms_threshold: float,
         region_size: int,
+        guesses: Mapping[str, Sequence[int]],
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         box_weights: Sequence[float],
@@ -283,6 +285,7 @@ class LocalizationRCNN(_Localizer):
         self.backbone, self.feature, self.matcher = backbone, feature, matcher
         self.sampled, self.positive_fraction = sampled, positive_fraction
         self.topk, self.nms_threshold, self.region_size = topk, nms_threshold, region_size
+        self.guesses = guesses
         width = backbone.output_shape()[feature].channels
         self.cls = nn.Linear(width, num_classes)
         self.reg = nn.Linear(width, num_classes * 4)
@@ -307,6 +310,7 @@ class LocalizationRCNN(_Localizer):
             "topk": (cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN, cfg.MODEL.RPN.POST_NMS_TOPK_TEST),
             "nms_threshold": cfg.MODEL.RPN.NMS_THRESH,
             "region_size": node.REGION_SIZE,
+            "guesses": read_guesses(node.GUESSES, backbone_node(cfg).CLASS_NAMES),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "box_weights": cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS,
@@ -320,7 +324,8 @@ class LocalizationRCNN(_Localizer):
     def forward(self, inputs: list[dict]) -> Any:
         """Losses in training, else {"instances": one box of each class} of each image.
 
-        In testing ``image_classes`` of an input, where it is there, says which classes are wanted.
+        In testing only the classes in an input's ``image_classes`` and those guessed for its
+        ``file_name`` are looked for; all of them where there are none.
         """
         if not self.training:
             return [self._detect(image) for image in inputs]
@@ -368,8 +373,9 @@ class LocalizationRCNN(_Localizer):
         return self.cls(features).float(), deltas.float()
 
     def _detect(self, image: dict) -> dict[str, Instances]:
-        wanted = image.get("image_classes", range(self.num_classes))
-        classes = torch.as_tensor(list(wanted), device=self.device)
+        guessed = self.guesses.get(Path(image.get("file_name", "")).stem, ())
+        wanted = dict.fromkeys([*image.get("image_classes", ()), *guessed])
+        classes = torch.tensor(list(wanted or range(self.num_classes)), device=self.device)
         proposals = self.propose(image["image"], classes, self.topk[1])
         height, width = image["image"].shape[-2:]
         found = []

@@ -123,6 +123,10 @@ def test_rcnn_learns_regions_of_a_trained_proposal_network(tmp_path):
         (output,) = model([{**inputs[0], "image_classes": [3, 1]}])
     assert output["instances"].pred_classes.tolist() == [3, 1]
     assert output["instances"].scores[0] > output["instances"].scores[1]
+    model.guesses = {"img7": [3, 4]}
+    with torch.no_grad():
+        (output,) = model([{**inputs[0], "image_classes": [3], "file_name": "there/img7.jpg"}])
+    assert output["instances"].pred_classes.tolist() == [3, 4]
 
 
 def test_regions_are_warped_to_squares():
