@@ -29,15 +29,45 @@ SOLVER.IMS_PER_BATCH 1 SOLVER.MAX_ITER 1 DATALOADER.NUM_WORKERS 0 TEST.PRECISE_B
 SOLVER.AMP.ENABLED False MODEL.BACKBONE.FREEZE_AT 0""".split()
 
 
+RPN = {"loss_rpn_cls", "loss_rpn_loc"}
+BOX = {"loss_cls", "loss_box_reg"}
+# what a config learns, by the first word of its name
+LOSSES = {
+    "faster": RPN | BOX,
+    "retinanet": BOX,
+    "keypoint": RPN | BOX | {"loss_keypoint"},
+    "cascade": RPN | {f"{loss}_stage{stage}" for loss in BOX for stage in range(3)},
+    "rpn": {"loss_loc_cls", "loss_loc_box"},
+    "rcnn": {"loss_loc_cls", "loss_loc_box"},
+}
+
+
+def is_coco(name: str) -> bool:
+    return "coco" in name or name.startswith("imagenet")
+
+
 @pytest.fixture
 def data(tiny_voc, tiny_coco, tmp_path):
-    """Function (whether as COCO) -> options for the tiny VOC data set."""
+    """Function (name of a config) -> options for the tiny VOC data set."""
 
-    def options(coco: bool) -> list:
-        if not coco:
+    def options(name: str) -> list:
+        if not is_coco(name):
             return ["--voc-root", tiny_voc, "--train-set", "train", "--test-set", "test"]
-        train = tiny_coco(tmp_path / "train.json", range(6))
-        test = tiny_coco(tmp_path / "test.json", range(6, 8))
+        train, test = tmp_path / "train.json", tmp_path / "test.json"
+        for path, numbers in ((train, range(6)), (test, range(6, 8))):
+            tiny_coco(path, numbers)
+            content = json.loads(path.read_text())
+            if "_loc/" in name:  # one class an image
+                kept = content["categories"][0]["id"]
+                boxes = content["annotations"]
+                content["annotations"] = [one for one in boxes if one["category_id"] == kept]
+            if "keypoint" in name:  # people
+                content["categories"] = [{"id": 90, "name": "person"}]
+                for one in content["annotations"]:
+                    x, y, width, height = one["bbox"]
+                    one |= {"category_id": 90, "num_keypoints": 17}
+                    one["keypoints"] = [x + width // 2, y + height // 2, 2] * 17
+            path.write_text(json.dumps(content))
         return ["--coco-json", train, test, "--image-root", tiny_voc / "JPEGImages"]
 
     return options
@@ -57,7 +87,7 @@ def amounts_to(name, overrides) -> str:
     for key in ("STEPS", "WARMUP_ITERS", "CHECKPOINT_PERIOD", "BASE_LR"):
         del cfg.SOLVER[key]
     del cfg.TEST["EVAL_PERIOD"], cfg.MODEL.ROI_HEADS["NUM_CLASSES"]
-    return f"{'coco' in name} {cfg.dump()}"
+    return f"{is_coco(name)} {cfg.dump()}"
 
 
 @pytest.mark.parametrize(
@@ -78,18 +108,26 @@ def test_starts(train_net, data, tmp_path, name, results, monkeypatch):
     monkeypatch.setattr(voc, "draw_voc", lambda *given: None)
     run = tmp_path / "run"
     keys = [*SMALL, "MODEL.RESNETS.NORM", "BN", "MODEL.WEIGHTS", ""]
+    if name.startswith("imagenet_loc/rcnn"):
+        proposer = tmp_path / "proposer"
+        rpn = name.replace("rcnn", "rpn")
+        train_net(rpn, "--output-dir", proposer, *data(rpn), *keys)
+        keys += ["RESNET_BACKBONE.LOCALIZATION.PROPOSALS", str(proposer)]
     if name.startswith("quickstart"):
         keys += ["RESNET_BACKBONE.VGG.NORM", "BN"]
     known = amounts_to(name, keys)
     if known not in results:
-        where = ["--output-dir", run, *data("coco" in name)]
+        where = ["--output-dir", run, *data(name)]
         train_net(name, *where, *keys)
         rows = [json.loads(line) for line in (run / "metrics.json").read_text().splitlines()]
         losses = {key: value for row in rows for key, value in row.items() if "loss" in key}
         assert (run / "model_final.pth").is_file()
         results[known] = losses, json.loads((run / "results.json").read_text())
     losses, content = results[known]
-    assert {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"} <= losses.keys()
-    assert all(math.isfinite(value) for value in losses.values()) and losses["loss_rpn_cls"] > 0
-    assert content["iterations"] == 1 and 0 <= content["results"]["bbox"]["AP50"] <= 100
+    wanted = LOSSES[Path(name).name.split("_")[0]]
+    assert wanted <= losses.keys()
+    assert all(math.isfinite(value) for value in losses.values())
+    assert all(losses[key] > 0 for key in wanted if "cls" in key)
+    task, number = ("localization", "error-true-class") if "_loc/" in name else ("bbox", "AP50")
+    assert content["iterations"] == 1 and 0 <= content["results"][task][number] <= 100
     assert content["test_precision"] == "float32"

@@ -11,6 +11,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin_meta import (
+    COCO_PERSON_KEYPOINT_FLIP_MAP,
+    COCO_PERSON_KEYPOINT_NAMES,
+)
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.coco import register_coco
@@ -117,6 +121,8 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
         if name in cfg.DATASETS.TRAIN and not args.eval_only:
             check_annotations(cfg, name, records)
             num_training += cfg.DATASETS.TRAIN.count(name) * len(usable_records(cfg, name, records))
+        if cfg.MODEL.KEYPOINT_ON:
+            name_keypoints(cfg, name)
     things, labels = [], []
     given = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
     if detects_objects(cfg):
@@ -131,6 +137,20 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
                 f"MODEL.{key}.NUM_CLASSES {wanted}, but the data have {count} classes: leave it out"
             )
     return num_training
+
+
+def name_keypoints(cfg: CfgNode, name: str) -> None:
+    """Gives a data set COCO's names of a person's 17 keypoints, which Detectron2 asks for."""
+    metadata, count = MetadataCatalog.get(name), cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    if metadata.get("keypoint_names") is None:
+        if count != len(COCO_PERSON_KEYPOINT_NAMES):
+            raise UsageError(
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {count}: {name} does not name them; "
+                "without names they are COCO's 17 of a person. Register your own data set with "
+                "keypoint_names and keypoint_flip_map in its metadata"
+            )
+        flips = COCO_PERSON_KEYPOINT_FLIP_MAP
+        metadata.set(keypoint_names=COCO_PERSON_KEYPOINT_NAMES, keypoint_flip_map=flips)
 
 
 def usable_records(cfg: CfgNode, name: str, records: Records) -> Records:

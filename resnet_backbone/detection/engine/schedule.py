@@ -39,6 +39,9 @@ def check_training(cfg: CfgNode) -> None:
         problem = f"BEST_METRIC {metric}: write TASK/NAME, such as bbox/AP50"
     elif task in ("bbox", "segm") and not known:
         problem = f"BEST_METRIC {metric}: choose {task}/ and one of {', '.join(METRICS)}"
+    if cfg.MODEL.META_ARCHITECTURE == "LocalizationRCNN":
+        if not cfg.RESNET_BACKBONE.LOCALIZATION.PROPOSALS:
+            problem = "LOCALIZATION.PROPOSALS is empty: give the run folder of an rpn_* config"
     if problem:
         raise UsageError(f"RESNET_BACKBONE.{problem}")
 

@@ -48,7 +48,19 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     logger.info("%s with %.1f M parameters", cfg.MODEL.BACKBONE.NAME, millions)
     if backbone_node(cfg).CHANNELS_LAST:
         model = model.to(memory_format=torch.channels_last)
+        heads = getattr(model, "roi_heads", None)
+        if getattr(heads, "keypoint_on", False):
+            last = heads.keypoint_head.score_lowres
+            kinds = {nn.ConvTranspose2d: ContiguousDeconv}
+            heads.keypoint_head.score_lowres = change_classes(last, kinds)
     return model
+
+
+class ContiguousDeconv(nn.ConvTranspose2d):
+    """A transposed convolution with a contiguous output, which Detectron2's keypoint loss needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).contiguous()
 
 
 class _Full:
