@@ -315,7 +315,7 @@ class CifarResNet(ResidualNetwork):
     Args:
         depth: 6n + 2: 20, 32, 44, 56, 110, 1202 in the paper (Table 6).
         shortcut: "A" is the paper's choice here; "none" is the plain twin.
-        Others are as in :class:`ResNet`.
+        norm, activation, out_features, freeze_at: as in :class:`ResNet`.
     """
 
     def __init__(
