@@ -144,7 +144,7 @@ def work(plan: setup.RunPlan) -> None:
 
 def run_seeds(args: argparse.Namespace, cfg: CfgNode) -> None:
     if args.eval_only or "SEED" in args.opts[::2]:
-        raise UsageError("--seeds trains, with the seeds that it names: no --eval-only, no SEED")
+        raise UsageError("--seeds names the seeds of trainings: leave out --eval-only and SEED")
     if "WORLD_SIZE" in os.environ or args.num_machines > 1:
         raise UsageError("--seeds starts processes on one machine, by --num-gpus: no torchrun")
     check_expectations(cfg)

@@ -8,6 +8,7 @@ import argparse
 import ast
 import difflib
 import importlib
+import logging
 import operator
 import re
 import warnings
@@ -120,8 +121,10 @@ ARITHMETIC = {
 LARGEST = 1e6  # number in a formula
 IS_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD").fullmatch
 
-# Detectron2's modules call it when they are imported; a user of the tools can do nothing about it.
+# Detectron2 causes these; a user of the tools can do nothing about them.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def add_resnet_backbone_config(cfg: CfgNode) -> CfgNode:

@@ -100,11 +100,12 @@ class Watched:
                 try:
                     batch = next(iterator)
                 except Exception as error:
-                    asks_again = alone or (number // ROUNDS + 1) * ROUNDS < self.rounds
-                    if asks_again and self.stop.explains(error):
-                        self.stop.raise_if_any()
+                    if self.stop.explains(error):
+                        self.stop.raise_if_any()  # the others ask after their next batches
                     raise
                 yield batch
+        if not alone:
+            self.stop.raise_if_any()
 
 
 @contextmanager

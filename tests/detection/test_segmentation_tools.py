@@ -158,7 +158,7 @@ def test_overrides_behind_the_image_folders(train_net, scenes, tmp_path):
     assert "SEED: 7" in (tmp_path / "config.yaml").read_text()
     words[1] = tmp_path / "another"
     lines = train_net(CONFIGS / "semantic_R_50_FPN.yaml", *words, "second", "third", code=2)
-    assert "second third (KEY VALUE pairs go elsewhere than after these" in lines[-1]
+    assert "second third" in lines[-1]
 
 
 def test_label_tool_needs_one_input(capsys):

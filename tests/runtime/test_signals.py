@@ -118,16 +118,38 @@ def test_a_watched_evaluation():
     assert seen == ["a"]
 
 
+class OneOfTwo:
+    """The process that a signal reached, of two."""
+
+    size, is_main = 2, False
+
+    def any(self, flag):
+        return flag
+
+    def gather(self, value):
+        return ["", value]
+
+
+@pytest.mark.parametrize("world", [None, OneOfTwo()], ids=["alone", "two"])
 @pytest.mark.parametrize("error", [RuntimeError, ConnectionRefusedError, EOFError])
-def test_an_evaluation_whose_workers_the_signal_ended(error):
+def test_an_evaluation_whose_workers_the_signal_ended(error, world):
     class Workers(list):
         def __iter__(self):
             yield self[0]
             raise error("DataLoader worker (pid 7) is killed by signal: Terminated.")
 
-    stop = StopRequest()
+    stop = StopRequest(world)
     with pytest.raises(error, match="DataLoader worker"):
         list(Watched(Workers("abc"), stop, rounds=3))  # no signal to this process: it is an error
     stop.explains = lambda error: bool(setattr(stop, "name", "SIGTERM") or stop.name)
     with pytest.raises(Stopped, match="SIGTERM"):
         list(Watched(Workers("abc"), stop, rounds=3))
+
+
+def test_a_signal_in_the_last_batches_of_two_processes():
+    stop = StopRequest(OneOfTwo())
+    batches = iter(Watched(["a", "b"], stop, rounds=2))
+    assert [next(batches), next(batches)] == ["a", "b"]
+    stop.name = "SIGINT"
+    with pytest.raises(Stopped, match="SIGINT"):
+        next(batches)

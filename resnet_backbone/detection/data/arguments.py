@@ -82,6 +82,11 @@ def check_data_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
         known = [*DatasetCatalog.list(), VOC_2012_TEST]
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             if name not in known:
+                if ":" in name:  # as register_paths names the data of a command
+                    raise UsageError(
+                        "the run's data are not registered: give --voc-root or --coco-json and "
+                        "--image-root as in training (results.json has the command)"
+                    )
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UsageError(f"no data set is registered as {name!r}{hint}")
@@ -201,8 +206,7 @@ def _image_roots(args: argparse.Namespace) -> list[str]:
     if not args.image_root or len(args.image_root) > 2:
         option, got = "--coco-json" if args.coco_json else "--sem-seg", args.image_root or ["none"]
         raise UsageError(
-            f"{option} TRAIN TEST needs --image-root DIR, or one for each file; got "
-            f"{' '.join(got)} (KEY VALUE pairs go elsewhere than after these folders)"
+            f"{option} TRAIN TEST needs --image-root DIR, or one for each file; got {' '.join(got)}"
         )
     return (args.image_root * 2)[:2]
 

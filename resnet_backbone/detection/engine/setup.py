@@ -87,6 +87,8 @@ def read_plan(args: argparse.Namespace) -> RunPlan:
     elif args.config_file:
         args.config_file = str(find_config(args.config_file, "detection"))  # Detectron2 reads it
         cfg, planned = load_configs(args.config_file, args.opts)
+    elif args.eval_only and args.output_dir:
+        raise UsageError(f"{args.output_dir} is no run folder: it has no {CONFIG}")
     else:
         raise UsageError("--config-file is missing; only --eval-only of a run's folder needs none")
     cfg.OUTPUT_DIR = args.output_dir or cfg.OUTPUT_DIR
@@ -216,6 +218,8 @@ def refuse_frozen_random(cfg: CfgNode) -> None:
 
 def check_folder(folder: str, resume: bool) -> str:
     """The checkpoint from which a run in this folder resumes, if it may; "" where it starts."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UsageError(f"{folder} is a file: --output-dir is the folder of a run")
     last = find_last_checkpoint(folder)
     found = comm.all_gather(last and os.path.isfile(last))
     if not resume and found[0]:
@@ -300,3 +304,5 @@ def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: 
     path = os.path.join(cfg.OUTPUT_DIR, RESULTS)
     write_json(path, content, allow_nan=False)
     logger.info("results are in %s", path)
+    if training:
+        logger.info("next: resnet-backbone demo --run %s --input IMAGES", cfg.OUTPUT_DIR)

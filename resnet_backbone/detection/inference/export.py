@@ -132,7 +132,10 @@ def largest_difference(
             for name, value in _apart(one, found, max(image.shape[1:])).items():
                 largest[name] = max(largest.get(name, 0.0), value)
     if not largest:
-        raise ValueError("no objects were found in the images: the check would mean nothing")
+        raise ValueError(
+            "no objects were found in the images, so the export cannot be checked: give others, "
+            "or a lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
+        )
     return largest
 
 

@@ -94,6 +94,16 @@ def test_results_that_are_not_as_expected(trained, train_net, tiny_voc, tmp_path
     train_net(CONFIG, *command(tiny_voc, tmp_path, "--seed-run", "4", **keys))
 
 
+@pytest.mark.parametrize(
+    "has_run, words",
+    [(True, "give --voc-root or --coco-json"), (False, "is no run folder: it has no config.yaml")],
+)
+def test_eval_only_that_lacks_something(trained, train_net, tmp_path, has_run, words):
+    folder = trained[0] if has_run else tmp_path
+    lines = train_net(None, "--eval-only", "--output-dir", folder, code=2)
+    assert words in lines[-1]
+
+
 @pytest.mark.parametrize("config", [None, "voc/faster_rcnn_R_50_C4.yaml"])
 def test_eval_only_takes_all_from_the_run(trained, train_net, tiny_voc, tmp_path, config):
     folder = shutil.copytree(trained[0], tmp_path / "run")
@@ -109,9 +119,8 @@ def test_eval_only_takes_all_from_the_run(trained, train_net, tiny_voc, tmp_path
 
 
 def test_a_config_is_needed(train_net, tmp_path):
-    for mode in ([], ["--eval-only"]):
-        lines = train_net(None, "--output-dir", tmp_path / "empty", *mode, code=2)
-        assert "--config-file is missing" in lines[-1] and len(lines) == 1
+    lines = train_net(None, "--output-dir", tmp_path / "empty", code=2)
+    assert "--config-file is missing" in lines[-1] and len(lines) == 1
 
 
 def test_weights_of_other_input_are_refused(trained, train_net, tiny_voc, tmp_path):

@@ -48,9 +48,9 @@ def find_voc_folders(root: str | os.PathLike) -> list[str]:
         raise DataError(
             f"{root} is not a VOC folder: neither it nor a folder inside it has Annotations/; give "
             "the folder that holds Annotations/, JPEGImages/ and ImageSets/ (--voc-root, or for "
-            "registered names DETECTRON2_DATASETS, the folder of VOC2007 and VOC2012), --archives "
-            "to unpack, or turn images and boxes in another layout into a data set with "
-            "`prepare-data own`"
+            "registered names DETECTRON2_DATASETS, the folder of VOC2007 and VOC2012); unpack "
+            "archives with `prepare-data voc`; turn images and boxes in another layout into a data "
+            "set with `prepare-data own`; a JSON of COCO's format is for --coco-json"
         )
     return [str(found.parent) for found in inside]
 
