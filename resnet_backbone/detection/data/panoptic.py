@@ -6,8 +6,6 @@ annotation of stuff, and numbers on it compare only with each other.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +15,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_util
-from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.formats.coco import absent_keys, read_coco, read_json
-from resnet_backbone.detection.data.problems import list_problems, reads_file
+from resnet_backbone.detection.data.formats.coco import (
+    CocoFile,
+    absent_keys,
+    read_coco,
+    read_json,
+)
+from resnet_backbone.detection.data.problems import reads_file, unusable
 from resnet_backbone.runtime.errors import DataError
 
 BACKGROUND = "background"
@@ -135,34 +137,35 @@ def make_labels(json_file: str, output: str) -> dict[str, int]:
             its image, too many classes, file names that lead elsewhere, two images with one label
             name; later: run lengths that cannot be decoded.
     """
-    coco, categories = read_instances(json_file)
+    found = read_instances(json_file)
+    categories = found.categories
     root, background_id = Path(output), max(categories) + 1
     labels = {background_id: 0, **{category: i + 1 for i, category in enumerate(categories)}}
     stuff = {background_id: 1, **dict.fromkeys(categories, 0)}
-    images, entries, hidden = coco.dataset["images"], [], 0
-    for image in tqdm(images, desc="labels", disable=None):
-        annotations = coco.imgToAnns[image["id"]]
-        masks = [_decode(coco, entry) for entry in annotations]
+    entries, hidden = [], 0
+    for number, image in tqdm(found.images.items(), desc="labels", disable=None):
+        annotations = found.annotations.get(number, [])
+        masks = [_decode(one["segmentation"], image) for one in annotations]
         painted = paint_instances((image["height"], image["width"]), annotations, masks)
         ids, segments = panoptic_of(painted, annotations, background_id)
         name = label_name(image["file_name"])
         _save(root / "panoptic" / name, encode_ids(ids))
         _save(root / "semantic" / name, semantic_of(ids, segments, labels))
         _save(root / "stuff" / name, semantic_of(ids, segments, stuff, ignore_crowds=False))
-        entries.append({"image_id": image["id"], "file_name": name, "segments_info": segments})
+        entries.append({"image_id": number, "file_name": name, "segments_info": segments})
         hidden += len(annotations) - len(np.unique(painted[painted > 0]))
     _write_names(root / "semantic", [BACKGROUND, *categories.values()])
     _write_names(root / "stuff", ["things", BACKGROUND])
     things = [{"id": i, "name": name, "isthing": 1} for i, name in categories.items()]
     content = {
         "info": {"description": NOTE},
-        "images": images,
+        "images": [{"id": number, **image} for number, image in found.images.items()],
         "categories": [*things, {"id": background_id, "name": BACKGROUND, "isthing": 0}],
         "annotations": entries,
     }
     (root / "panoptic.json").write_text(json.dumps(content), encoding="utf-8")
     segments = sum(len(entry["segments_info"]) for entry in entries)
-    return {"images": len(images), "segments": segments, "hidden": hidden}
+    return {"images": len(entries), "segments": segments, "hidden": hidden}
 
 
 @reads_file
@@ -200,14 +203,16 @@ def make_stuff(panoptic_json: str, output: str, panoptic_root: str = "") -> int:
     return len(entries)
 
 
-def _decode(coco: COCO, annotation: dict) -> np.ndarray:
+def _decode(mask: list | dict, image: Mapping[str, Any]) -> np.ndarray:
     try:
-        return coco.annToMask(annotation)
+        if isinstance(mask, list):
+            polygons = mask_util.frPyObjects(mask, image["height"], image["width"])
+            mask = mask_util.merge(polygons)
+        return mask_util.decode(mask)
     except ValueError as error:
-        name = coco.imgs[annotation["image_id"]]["file_name"]
         raise DataError(
-            f"annotation {annotation['id']} of {name}: its run lengths cannot be decoded "
-            f"({error}); mend it or take it out"
+            f"{image['file_name']}: a mask's run lengths cannot be decoded ({error}); mend it or "
+            "take it out"
         ) from error
 
 
@@ -226,35 +231,33 @@ def label_name(file_name: str) -> str:
 
 
 @reads_file
-def read_instances(json_file: str) -> tuple[COCO, dict[int, str]]:
-    """The indexed JSON and its categories by rising id, everything checked that labels need.
+def read_instances(json_file: str) -> CocoFile:
+    """The content of an instances JSON, everything checked that labels need.
 
     Polygons of fewer than three points are left out, as by Detectron2's loader.
     """
     found = read_coco(json_file)
-    categories, problems = found.categories, found.problems
-    if problems:
-        raise DataError(f"{json_file} cannot be used: {list_problems(problems)}")
-    if len(categories) >= IGNORE:
-        raise DataError(f"{json_file}: {len(categories)} classes do not fit into 8-bit labels")
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO(json_file)
-    check_names(json_file, (image["file_name"] for image in coco.dataset["images"]))
-    bad = {}
-    for entry in coco.anns.values():
-        image, mask = coco.imgs[entry["image_id"]], entry.get("segmentation")
-        problem = mask_problem(mask, image["height"], image["width"])
-        if problem:
-            bad[entry["id"]] = problem
-        elif isinstance(mask, list):
-            entry["segmentation"] = [polygon for polygon in mask if _is_area(polygon)]
-    if bad:
-        number, problem = next(iter(bad.items()))
+    if found.problems:
+        raise unusable(json_file, found.problems)
+    if len(found.categories) >= IGNORE:
+        number = len(found.categories)
+        raise DataError(f"{json_file}: {number} classes do not fit into 8-bit labels")
+    check_names(json_file, (image["file_name"] for image in found.images.values()))
+    unsized = [image["file_name"] for image in found.images.values() if image["width"] is None]
+    if unsized:
+        raise DataError(f"{json_file}: {unsized[0]} has no width and height, which labels need")
+    bare = [
+        f"the box {one['bbox']} of {found.images[image]['file_name']}"
+        for image, entries in found.annotations.items()
+        for one in entries
+        if "segmentation" not in one
+    ]
+    if bare:
         raise DataError(
-            f"{json_file}: {len(bad)} annotations have no usable mask, such as id {number}: "
-            f"{problem}; mend them or take them out"
+            f"{json_file}: {len(bare)} annotations have no usable mask (polygons of 3 points or "
+            f"more, or run lengths for all pixels), such as {bare[0]}: mend them or take them out"
         )
-    return coco, categories
+    return found
 
 
 def check_names(json_file: str, file_names: Iterable[Any]) -> None:
@@ -271,33 +274,6 @@ def check_names(json_file: str, file_names: Iterable[Any]) -> None:
     name, times = labels.most_common(1)[0] if labels else ("", 0)
     if times > 1:
         raise DataError(f"{json_file}: {times} images would have the label picture {name}")
-
-
-def mask_problem(segmentation: Any, height: int, width: int) -> str | None:
-    """Why a COCO segmentation is not a valid mask of an image of this size, or None."""
-    if not segmentation:
-        return "it has no segmentation"
-    if isinstance(segmentation, list):
-        if not all(isinstance(p, list) and all(map(_is_coordinate, p)) for p in segmentation):
-            return "its polygons are not lists of numbers"
-        return None if any(map(_is_area, segmentation)) else "no polygon has three points"
-    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        return "neither polygons nor run lengths with size and counts"
-    size, counts = segmentation["size"], segmentation["counts"]
-    if size != [height, width]:
-        return f"run lengths of size {size}, its image has height, width {[height, width]}"
-    if isinstance(counts, list):
-        whole = all(isinstance(n, int) and n >= 0 for n in counts) and sum(counts) == height * width
-        return None if whole else f"its run lengths do not add up to {height * width} pixels"
-    return None if counts and isinstance(counts, str) else "its counts are not run lengths"
-
-
-def _is_coordinate(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < 1e6  # neither infinite nor NaN
-
-
-def _is_area(polygon: list[float]) -> bool:
-    return len(polygon) >= 6 and len(polygon) % 2 == 0
 
 
 @reads_file

@@ -140,7 +140,7 @@ def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
     lists = data if isinstance(data, dict) else {}
     missing = [section for section in required if not isinstance(lists.get(section), list)]
     if missing:
-        return [f"no list {', '.join(missing)}, which COCO's format has"]
+        return [f"it has no list of {' or '.join(missing)}, as COCO's format has"]
     found = []
     for section, keys in required.items():
         for position, entry in enumerate(data[section]):
@@ -244,7 +244,8 @@ class _Parser:
             elif len(sides) != 4 or None in sides:
                 self.bad("bad-box", f"{where}: bbox {box!r} is not four numbers")
             else:
-                found[image].append(_annotation(entry, category, sides))
+                size = images[image]["height"], images[image]["width"]
+                found[image].append(_annotation(entry, category, sides, size))
         return dict(found)
 
     def drop_root(self, categories: dict[Id, str], entries: Iterable[Any], annotations) -> None:
@@ -263,7 +264,9 @@ class _Parser:
                 return
 
 
-def _annotation(entry: Mapping[str, Any], category: Id, box: list[float]) -> dict[str, Any]:
+def _annotation(
+    entry: Mapping[str, Any], category: Id, box: list[float], size: tuple[int | None, int | None]
+) -> dict[str, Any]:
     area = read_number(entry.get("area"))
     crowd = any(read_number(entry.get(key)) for key in ("iscrowd", "ignore"))
     used = {
@@ -272,7 +275,7 @@ def _annotation(entry: Mapping[str, Any], category: Id, box: list[float]) -> dic
         "area": box[2] * box[3] if area is None else area,
         "iscrowd": int(crowd),
     }
-    mask = read_mask(entry.get("segmentation"))
+    mask = _read_mask(entry.get("segmentation"), size)
     if mask:
         used["segmentation"] = mask
     points = entry.get("keypoints")
@@ -305,14 +308,17 @@ def read_number(value: Any) -> float | None:
     return number if isinstance(value, str) else value
 
 
-def read_mask(value: Any) -> list | dict | None:
+def _read_mask(value: Any, size: tuple[int | None, int | None]) -> list | dict | None:
     """Polygons of three points or more, or compressed run lengths; None for anything else."""
     if isinstance(value, dict):
         try:
             counts, (height, width) = value["counts"], value["size"]
-            if isinstance(counts, list):
-                return mask_util.frPyObjects(value, height, width)
-            return {"size": [height, width], "counts": counts} if counts else None
+            if size not in ((height, width), (None, None)):
+                return None
+            if not isinstance(counts, list):
+                return {"size": [height, width], "counts": counts} if counts else None
+            fits = min(counts) >= 0 and sum(counts) == height * width
+            return mask_util.frPyObjects(value, height, width) if fits else None
         except Exception:  # pycocotools raises many types
             return None
     if not isinstance(value, list):
