@@ -140,7 +140,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         command = commands.add_parser(name, allow_abbrev=False, **texts)
         command.set_defaults(run=run)
         add_options(command)
-    return parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0].startswith("--") and words[0] != "--help":
+        kinds = ", ".join(commands.choices)
+        parser.error(f"the kind of data comes first: {kinds}; {words[0]} is an option of one")
+    return parser.parse_args(words)
 
 
 def add_detection_options(parser: argparse.ArgumentParser) -> None:

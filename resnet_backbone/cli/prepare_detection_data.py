@@ -14,12 +14,14 @@ from resnet_backbone.detection.data import trees
 from resnet_backbone.detection.data.archives import unpack, verify_archive
 from resnet_backbone.detection.data.formats.voc import find_voc_folders
 from resnet_backbone.detection.data.own import (
+    count_boxes,
     of_one_class,
     read_class_names,
     read_own,
     split_records,
     write_coco,
 )
+from resnet_backbone.detection.data.problems import DataReport
 from resnet_backbone.runtime.files import write_text
 
 
@@ -123,14 +125,12 @@ def convert_own(args: argparse.Namespace) -> int:
             write_coco(file, splits[split], names, images)
         else:
             file.unlink(missing_ok=True)
+    tree = trees.TreeCheck(str(args.output), "coco")
+    for split in (split for split in files if split in splits):
+        tree.add_split(split, splits[split], count_boxes(split, splits[split], names))
     left_out = args.output / "left_out.txt"
     write_text(left_out, "".join(f"{problem}\n" for problem in report.problems))
-    tree = trees.check_coco_files([(files[split], images) for split in files if split in splits])
-    tree.folder = str(args.output)
-    print(f"\n{trees.summary(tree)}")
-    if report.problems:
-        print(f"\n{len(report.problems)} left out ({left_out} has all):")
-        print("\n".join(f"  {problem}" for problem in report.problems[:10]))
+    print(f"\n{own_summary(tree, report, left_out)}")
     draw([tree], args.output)
     print(f"\nLook at the pictures in {args.output} first. Then train:\n\n{training_command(args)}")
     return 0
@@ -155,6 +155,23 @@ def halve(args: argparse.Namespace, splits: dict[str, list[dict]]) -> None:
         )
     print(f"train.json has train ({len(splits['train']):,} images) and val1 ({len(val1):,})")
     splits["train"], splits["val2"] = [*splits["train"], *val1], val2
+
+
+def own_summary(tree: trees.TreeCheck, report: DataReport, left_out: Path) -> str:
+    number = sum(split.counts.images for split in tree.splits)
+    lines = [f"{tree.folder}: {number:,} images, each of them decoded", ""]
+    lines += [*trees.tables(tree), *(f"note: {line}" for line in report.remarks())]
+    ignored = sum(split.report.difficult.total() for split in tree.splits)
+    if ignored:
+        lines.append(
+            f"note: boxes marked difficult (VOC) or crowd (COCO): {ignored:,}; training leaves "
+            "them out, evaluation ignores them"
+        )
+    if report.problems:
+        number = f"{len(report.bad_files):,} x a file, {len(report.bad_boxes):,} x a box"
+        lines.append(f"left out: {number}; {left_out} has all:")
+        lines += [f"  {problem}" for problem in report.problems[:10]]
+    return "\n".join(lines)
 
 
 def training_command(args: argparse.Namespace) -> str:

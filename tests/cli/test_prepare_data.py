@@ -390,6 +390,7 @@ def test_json_files_of_ones_own(run, coco, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["--images", "flat"], "the kind of data comes first: own, voc, "),
         (["voc", "nowhere"], "is not a VOC folder"),
         (["coco", "nowhere"], "neither nowhere nor nowhere/coco has annotations/"),
         (["coco", "."], "has annotations/"),

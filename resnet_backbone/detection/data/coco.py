@@ -15,12 +15,11 @@ from resnet_backbone.detection.data.problems import (
     DataReport,
     fit_box,
     in_threads,
-    list_problems,
     look_at_image,
     reading,
+    unusable,
 )
 from resnet_backbone.detection.data.scans import ScannedDataset, register_once
-from resnet_backbone.runtime.errors import DataError
 
 Complete = Callable[[list[dict], DataReport], list[dict]]
 
@@ -162,7 +161,7 @@ def scanned_coco(
     else:
         found = read_coco(json_file)
         if not found.categories:
-            raise DataError(f"{json_file} cannot be used: {list_problems(found.problems)}")
+            raise unusable(json_file, found.problems)
         ids, names = list(found.categories), list(found.categories.values())
         parsed.append(found)
     return dataset, {

@@ -24,7 +24,13 @@ from tqdm import tqdm
 from resnet_backbone.detection.data.coco import scan_coco
 from resnet_backbone.detection.data.formats.coco import CocoFile, clean_coco, read_coco
 from resnet_backbone.detection.data.formats.voc import read_annotation
-from resnet_backbone.detection.data.problems import DataReport, check_image, fit_box, reading
+from resnet_backbone.detection.data.problems import (
+    DataReport,
+    fit_box,
+    look_at_image,
+    reading,
+    unusable,
+)
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import write_text
 
@@ -58,10 +64,11 @@ def read_own(
     report = DataReport(str(annotations))
     read = {"voc": _read_voc, "coco": _read_coco, "yolo": _read_yolo, "imagenet": _read_imagenet}
     with reading(annotations):
-        records, names = read[kind or _find_format(annotations)](images, annotations, report)
+        records, names = read[_find_format(annotations, kind)](images, annotations, report)
+    report.boxes.update(dict.fromkeys(names, 0))
     if not any(record["annotations"] for record in records):
         report.add_empty(str(annotations), "no image with a box")
-        raise DataError(f"{annotations} cannot be used: {report.problems[-1].detail}")
+        raise unusable(report.name, report.problems[-1:])
     splits = defaultdict(list)
     for record in records:
         folders = Path(record["file_name"]).relative_to(images).parts[:-1]
@@ -112,49 +119,57 @@ def split_records(
     return sides
 
 
+def count_boxes(split: str, records: Sequence[dict], names: Sequence[str]) -> DataReport:
+    """What a split holds; as difficult count the boxes that training leaves out."""
+    report = DataReport(split, len(records), boxes=Counter(dict.fromkeys(names, 0)))
+    for one in (one for record in records for one in record["annotations"]):
+        (report.difficult if one["iscrowd"] else report.boxes)[names[one["category_id"]]] += 1
+    return report
+
+
 def write_coco(path: Path, records: Sequence[dict], names: Sequence[str], root: Path) -> None:
     """Writes records as COCO JSON; file names are relative to ``root``, category ids start at 1."""
-    images, annotations = {}, {}
+    images, annotations = {}, defaultdict(list)
     for record in records:
         name = Path(record["file_name"]).relative_to(root).as_posix()
         images[name] = {**record, "file_name": name}
-        annotations[name] = [_as_coco(one) for one in record["annotations"]]
+        for one in record["annotations"]:
+            box = BoxMode.convert(one["bbox"], BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+            annotations[name].append({**one, "bbox": box, "area": box[2] * box[3]})
     content = clean_coco(dict(enumerate(names)), images, annotations).content
     write_text(path, json.dumps(content))
 
 
-def _as_coco(one: dict) -> dict:
-    x0, y0, x1, y1 = one["bbox"]
-    box = [x0, y0, x1 - x0, y1 - y0]
-    return {**one, "bbox": box, "area": box[2] * box[3]}
-
-
-def _find_format(annotations: Path) -> str:
+def _find_format(annotations: Path, kind: str) -> str:
+    """The kind of annotations, of which there are some; ``kind`` where it is given."""
     if annotations.is_file():
         kinds = {".json": "coco", ".yaml": "yolo", ".yml": "yolo", ".csv": "imagenet"}
-        kind = kinds.get(annotations.suffix.lower())
-        if kind:
+        kind = kind or kinds.get(annotations.suffix.lower(), "")
+        if kind not in ("", "voc"):
             return kind
         raise DataError(f"{annotations}: give a folder, a COCO .json or a YOLO data.yaml")
-    texts = (f for f in files_below(annotations, ".txt") if not f.name.lower().startswith("readme"))
     found = {
         "voc": next(files_below(annotations, ".xml"), None),
         "coco": next(files_below(annotations, ".json"), None),
-        "yolo": next((file for file in texts if _looks_like_yolo(file)), None),
+        "yolo": next(filter(_looks_like_yolo, files_below(annotations, ".txt")), None),
     }
-    kinds = [kind for kind, file in found.items() if file]
+    if kind == "imagenet":
+        found = {kind: found["voc"]}
+    kinds = [one for one, file in found.items() if file and kind in ("", one)]
     if len(kinds) == 1:
         return kinds[0]
     if kinds:
-        seen = ", ".join(str(found[kind]) for kind in kinds)
+        seen = ", ".join(str(found[one]) for one in kinds)
         raise DataError(f"{annotations} has several kinds ({seen}); choose one with --format")
-    raise DataError(
-        f"{annotations} has no .xml (VOC), .json (COCO) or .txt (YOLO) with boxes; name their "
-        "folder with --annotations"
-    )
+    about = {"voc": ".xml (VOC)", "coco": ".json (COCO)", "yolo": ".txt (YOLO) with boxes"}
+    about["imagenet"] = ".xml (ImageNet)"
+    wanted = ", ".join(about[one] for one in found if kind in ("", one))
+    raise DataError(f"{annotations} has no {wanted}; name their folder with --annotations")
 
 
 def _looks_like_yolo(file: Path) -> bool:
+    if file.name.lower().startswith("readme"):
+        return False
     try:
         words = file.read_text(encoding="utf-8-sig").split("\n", 1)[0].split()
         return len(words) >= 5 and words[0].isdecimal() and bool([float(w) for w in words])
@@ -173,8 +188,8 @@ def files_below(folder: Path, *suffixes: str) -> Iterator[Path]:
 
 def _pair(
     annotations: Iterable[Path], images: Path, top: Path, report: DataReport
-) -> Iterator[tuple[Path, Path]]:
-    """(annotation, image) of one name; images are looked for by their path, then by their name."""
+) -> Iterator[tuple[Path | None, Path]]:
+    """(annotation, image) of one name, by their path, else by their name; None: it has none."""
     by_path, by_name = {}, defaultdict(list)
     for image in files_below(images, *IMAGES):
         by_path.setdefault(image.relative_to(images).with_suffix("").as_posix(), image)
@@ -191,12 +206,11 @@ def _pair(
         else:
             why = f"{len(same_name)} images have this name" if same_name else f"none in {images}"
             report.add("missing-image", str(file), f"its image: {why}")
-    for image in sorted(set(by_path.values()) - used):
-        report.add("missing-xml", str(image), "no annotation file of this name")
+    yield from ((None, image) for image in sorted(set(by_path.values()) - used))
 
 
 def image_record(image: Path, size, report: DataReport) -> dict | None:
-    size = check_image(report, str(image), size, decode=True)
+    size = report.note_look(look_at_image(str(image), size, decode=True))
     if size is None:
         return None
     name = str(image)
@@ -219,6 +233,9 @@ def _read_voc(images: Path, annotations: Path, report: DataReport, first: int = 
     """XML files, whose boxes count pixels from ``first`` and include their last row and column."""
     records = []
     for xml, image in _pair(list(files_below(annotations, ".xml")), images, annotations, report):
+        if xml is None:
+            report.add("missing-xml", str(image), "no .xml of this name")
+            continue
         try:
             _, size, objects = read_annotation(str(xml))
         except (OSError, ValueError) as error:
@@ -251,9 +268,6 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
     records = []
     for file in files:
         content = read_coco(str(file))
-        if not content.categories:
-            report.problems += content.problems
-            continue
         categories = list(content.categories.values())
         root = _image_root(file, images, content)
         found, of_file = scan_coco(str(file), root, decode=True, progress=True, found=content)
@@ -328,24 +342,28 @@ def _image_root(file: Path, images: Path, content: CocoFile) -> str:
 def _read_yolo(images: Path, annotations: Path, report: DataReport):
     top = annotations.parent if annotations.is_file() else annotations
     names = _yolo_names(annotations, top if annotations.is_file() else images)
-    skipped = ("classes.txt", "obj.names", "_darknet.labels")
-    texts = [f for f in files_below(top, ".txt") if f.name not in skipped and _is_label(f)]
+    stems = {image.stem for image in files_below(images, *IMAGES)}
+    texts = [f for f in files_below(top, ".txt") if f.stem in stems or _looks_like_yolo(f)]
+    without = 0
     records = []
     for text, image in tqdm(list(_pair(texts, images, top, report)), desc="reading", disable=None):
         record = image_record(image, None, report)
         if record is None:
             continue
         records.append(record)
+        if text is None:
+            without += 1
+            continue
         with reading(text):
             lines = text.read_text(encoding="utf-8-sig").splitlines()
         for number, line in enumerate(lines, 1):
             if line.strip():
                 _add_yolo_line(record, line, names, f"{text} line {number}", report)
+    if without:
+        report.notes.append(
+            f"images without a .txt, which are used as images without boxes: {without:,}"
+        )
     return records, names
-
-
-def _is_label(file: Path) -> bool:
-    return _looks_like_yolo(file) or not file.stat().st_size  # an empty one: nothing to find
 
 
 def _add_yolo_line(record: dict, line: str, names: Sequence[str], where: str, report) -> None:
@@ -371,10 +389,13 @@ def _add_yolo_line(record: dict, line: str, names: Sequence[str], where: str, re
 
 
 def _yolo_names(annotations: Path, images: Path) -> list[str]:
-    """Class names of data.yaml or classes.txt, beside the labels, above them or by the images."""
-    places = [annotations] if annotations.is_file() else []
-    for folder in dict.fromkeys((annotations, annotations.parent, images, images.parent)):
-        places += [folder / name for name in ("data.yaml", "dataset.yaml", "classes.txt")]
+    """Class names of data.yaml or classes.txt, with the labels or images, or two folders above."""
+    folders = [annotations, images]
+    folders += [above for folder in folders for above in folder.absolute().parents[:2]]
+    names = ("data.yaml", "dataset.yaml", "classes.txt")
+    places = [folder / name for folder in folders for name in names]
+    if annotations.is_file():
+        places = [annotations]
     for file in filter(Path.is_file, places):
         with reading(file):
             text = file.read_text(encoding="utf-8-sig")
@@ -387,4 +408,7 @@ def _yolo_names(annotations: Path, images: Path) -> list[str]:
         raise DataError(
             f'{file} has no "names": add the class names, in the order of their numbers'
         )
-    raise DataError(f"no data.yaml or classes.txt beside {annotations}: YOLO's class names")
+    raise DataError(
+        f"no data.yaml or classes.txt, for YOLO's class names, in {annotations} or above: "
+        "name it with --annotations DIR/data.yaml"
+    )

@@ -129,15 +129,22 @@ class DataReport:
         kinds = Counter(problem.kind for problem in self.bad_files)
         if kinds:
             first = next(p for p in self.bad_files if p.kind == kinds.most_common(1)[0][0])
-            counts = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
-            what += f": {counts}, such as {first.file} ({first.detail})"
+            words = (
+                f"{kind.replace('-', ' ')} {number:,}x" for kind, number in kinds.most_common()
+            )
+            what += f" ({', '.join(words)}), such as {first.file}: {first.detail}"
         self.add("empty-split", file, what)
 
 
-def list_problems(problems: Sequence[DataProblem]) -> str:
-    """The first ten problems, then how many more there are."""
-    more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-    return "; ".join(map(str, problems[:10])) + more
+def unusable(name: str, problems: Sequence[DataProblem]) -> DataError:
+    """Of what is wrong with a data set as a whole."""
+    return DataError(f"{name} cannot be used: {_first_ten(one.detail for one in problems)}")
+
+
+def _first_ten(texts: Iterable[str]) -> str:
+    texts = list(texts)
+    more = f"; and {len(texts) - 10} more" if len(texts) > 10 else ""
+    return "; ".join(texts[:10]) + more
 
 
 def apply_policy(report: DataReport, policy: str) -> None:
@@ -151,11 +158,11 @@ def apply_policy(report: DataReport, policy: str) -> None:
         raise ValueError(f"bad-data policy {policy!r} is not known; use refuse or drop")
     fatal = [p for p in report.problems if p.kind in FATAL_KINDS]
     if fatal:
-        raise DataError(f"{report.name} cannot be used: {list_problems(fatal)}")
+        raise unusable(report.name, fatal)
     if report.problems and policy == "refuse":
         raise DataError(
             f"{report.name} has {len(report.problems)} problems; mend them, or train without these "
-            f"boxes and images with `--bad-data drop`: {list_problems(report.problems)}"
+            f"boxes and images with `--bad-data drop`: {_first_ten(map(str, report.problems))}"
         )
     for problem in report.problems:
         logger.warning("left out: %s", problem)
@@ -228,7 +235,12 @@ class Look(NamedTuple):
 
 
 def look_at_image(path: str, stated: tuple[int, int] | None, decode: bool) -> Look:
-    """Whether an image can be used; arguments as of :func:`check_image`."""
+    """Whether an image can be used.
+
+    Args:
+        stated: (width, height) that the annotation states; None where it states none.
+        decode: see :func:`read_image_size`.
+    """
     stamp = stamp_of(path)
     try:
         size = read_image_size(path, decode)
@@ -245,18 +257,6 @@ def look_at_image(path: str, stated: tuple[int, int] | None, decode: bool) -> Lo
             "take the orientation out of the file (exiftool -Orientation= FILE)"
         )
     return Look(path, stamp, None, DataProblem("size-mismatch", path, detail))
-
-
-def check_image(
-    report: DataReport, path: str, stated: tuple[int, int] | None, decode: bool
-) -> tuple[int, int] | None:
-    """(width, height) in pixels; None, and a problem in the report, if the image cannot be used.
-
-    Args:
-        stated: (width, height) that the annotation states; None where it states none.
-        decode: see :func:`read_image_size`.
-    """
-    return report.note_look(look_at_image(path, stated, decode))
 
 
 def stamp_of(path: str) -> Stamp:

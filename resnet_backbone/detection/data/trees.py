@@ -71,6 +71,11 @@ class SplitCheck:
                 found.append(f"{number or 0:,} {unit}, officially {wanted:,}")
         return found
 
+    def verdict(self) -> str:
+        if not self.official:
+            return "no such split"
+        return "differs" if self.miscounts() else "as published"
+
 
 @dataclass
 class TreeCheck:
@@ -215,7 +220,7 @@ def summary(tree: TreeCheck) -> str:
     """Text: what was checked, the splits, the boxes per class, what is wrong, how to mend it."""
     how = f"as the official {tree.official}" if tree.official else "as data of your own"
     read = f"{tree.decoded:,} images decoded" if tree.decoded else "only the headers of images read"
-    lines = [f"{tree.folder}, checked {how}: {read}", "", *_tables(tree)]
+    lines = [f"{tree.folder}, checked {how}: {read}", "", *tables(tree)]
     if tree.unlisted:
         number, first = len(tree.unlisted), tree.unlisted[0]
         lines += ["", f"{number:,} images are in no split (left alone), the first is {first}"]
@@ -272,17 +277,16 @@ def to_json(tree: TreeCheck) -> dict[str, Any]:
     }
 
 
-def _tables(tree: TreeCheck) -> Iterator[str]:
+def tables(tree: TreeCheck) -> Iterator[str]:
     """The splits; good boxes per class and split, VOC's difficult ones not counted."""
-    rows = []
-    for split in tree.splits:
-        numbers = ["-" if n is None else f"{n:,}" for n in split.counts]
-        verdict = "no such split" if tree.official else "-"
-        if split.official:
-            verdict = "differs" if split.miscounts() else "as published"
-        rows.append((split.name, *numbers, verdict))
-    headers = ("split", "images", "boxes", "difficult", "official")
-    yield tabulate(rows, headers, colalign=("left", "right", "right", "right", "left"))
+    columns = {"split": [split.name for split in tree.splits]}
+    for unit in Counts._fields:
+        numbers = [getattr(split.counts, unit) for split in tree.splits]
+        if any(number is not None for number in numbers):
+            columns[unit] = numbers
+    if tree.official:
+        columns["official"] = [split.verdict() for split in tree.splits]
+    yield tabulate(columns, "keys", intfmt=",", missingval="-", disable_numparse=[0])
     shown = [split for split in tree.splits if split.report.annotated]
     names = dict.fromkeys(name for split in shown for name in split.class_names)
     rows = [(name, *(split.report.boxes[name] for split in shown)) for name in names]
@@ -336,7 +340,10 @@ def draw_classes(tree: TreeCheck, path: Path) -> bool:
 
 
 def draw_samples(split: SplitCheck, path: Path) -> bool:
-    """Writes a sheet of images with their boxes and classes; False where there is none to show."""
+    """Writes a sheet of images with their boxes and classes; False where there is none to show.
+
+    Of wide images fewer are in a row, so that the names of classes can be read.
+    """
     pictures = []
     for record in split.samples:
         found, image = record["annotations"], read_image(record["file_name"], "RGB")
@@ -345,5 +352,7 @@ def draw_samples(split: SplitCheck, path: Path) -> bool:
         pictures.append(draw_ground_truth(image, boxes, classes, split.class_names))
     if pictures:
         captions = [Path(record["file_name"]).name for record in split.samples]
-        save_image(path, contact_sheet(pictures, 4, captions))
+        ratio = np.median([picture.shape[1] / picture.shape[0] for picture in pictures])
+        columns = max(1, min(4, round(8 / ratio)))
+        save_image(path, contact_sheet(pictures, columns, captions, tile=1920 // columns))
     return bool(pictures)

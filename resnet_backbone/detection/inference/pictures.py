@@ -244,7 +244,8 @@ def contact_sheet(
     for picture in tiles:
         picture.thumbnail((tile, tile), Image.LANCZOS, reducing_gap=None)
     # DejaVu Sans comes with matplotlib and has most alphabets
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), max(12, tile // 27))
+    size = max(12, min(tile, 640) // 27)
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
     text_height = 0 if captions is None else math.ceil(1.25 * font.size) + 6
     rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
     ys = [GAP, *(max(picture.height for picture in row) + text_height + GAP for row in rows)]

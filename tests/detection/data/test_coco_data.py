@@ -88,7 +88,7 @@ def test_coco_boxes_and_files(coco):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"annotations": None}, "no list annotations"),
+        ({"annotations": None}, "no list of annotations"),
         ({"categories": []}, "the list of categories has no usable one"),
         ({"categories": [{"id": None, "name": "a"}]}, r"categories\[0\] has no id or no name"),
     ],
@@ -238,7 +238,7 @@ def test_wrong_image_root_is_one_line_that_names_an_image(coco, tmp_path):
     with pytest.raises(DataError) as caught:
         load(scan_coco(coco(), str(tmp_path / "elsewhere")))
     message = str(caught.value)
-    assert "no usable image: 2 missing-image, such as " in message and "\n" not in message
+    assert "no usable image (missing image 2x), such as " in message and "\n" not in message
     assert str(tmp_path / "elsewhere") in message
 
 

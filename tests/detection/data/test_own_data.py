@@ -98,6 +98,12 @@ def yolo_folders(root):
     return root / "data", root / "data"
 
 
+def yolo_of_one_split(root):
+    write_yolo(root / "data" / "labels" / "train")
+    (root / "data" / "data.yaml").write_text("names: [cat, dog]\n")
+    return images(root / "data" / "images" / "train"), root / "data" / "labels" / "train"
+
+
 def yolo_beside(root):
     write_yolo(images(root / "data"))
     (root / "data" / "classes.txt").write_text("cat\ndog\n")
@@ -129,7 +135,10 @@ def found(splits, names):
 
 @pytest.mark.parametrize(
     "make",
-    [voc_beside, voc_apart, coco_file, coco_of_a_folder_inside, yolo_folders, yolo_beside],
+    [
+        *(voc_beside, voc_apart, coco_file, coco_of_a_folder_inside),
+        *(yolo_folders, yolo_of_one_split, yolo_beside),
+    ],
     ids=lambda make: make.__name__,
 )
 def test_every_format_gives_the_same_boxes(tmp_path, make):
@@ -157,8 +166,10 @@ def test_what_is_left_out_is_named(tmp_path):
     (folder / "images" / "e.jpg").write_bytes(b"no image")
     splits, names, report = read_own(folder, folder)
     kinds = sorted(problem.kind for problem in report.problems)
-    assert kinds == ["bad-box"] * 3 + ["missing-image", "missing-xml", "unreadable-image"]
-    assert found(splits, names) == {"a": [("cat", (30, 15, 50, 25))], "c.d": BOXES["c.d"]}
+    assert kinds == ["bad-box"] * 3 + ["missing-image", "unreadable-image"]
+    boxes = {"a": [("cat", (30, 15, 50, 25))], "b": [], "c.d": BOXES["c.d"]}
+    assert found(splits, names) == boxes, "an image without a .txt is one without boxes"
+    assert report.notes == ["images without a .txt, which are used as images without boxes: 1"]
 
 
 def test_a_polygon_gives_its_box(tmp_path):
@@ -203,7 +214,9 @@ def run(capsys):
     [
         (voc_beside, ["--val", "1"], "--val 1"),
         (voc_beside, ["--val", "0.01"], "cannot be divided by --val 0.01"),
-        (lambda root: (images(root / "data"),), [], "has no .xml (VOC), .json (COCO) or .txt"),
+        (lambda root: (images(root / "data"),), [], "has no .xml (VOC), .json (COCO), .txt"),
+        (voc_beside, ["--format", "coco"], "has no .json (COCO); name"),
+        (voc_beside, ["--format", "yolo"], "has no .txt (YOLO) with boxes; name"),
         (lambda root: (root / "data",), [], "does not exist"),
         (lambda r: write_yolo(voc_beside(r)[0]) or (r / "data",), [], "choose one with --format"),
         (lambda r: write_yolo(images(r / "data")) or (r / "data",), [], "no data.yaml or classes"),
@@ -228,6 +241,32 @@ def test_the_command_writes_what_training_reads(tmp_path, run):
     assert run(*arguments)[0] == 2  # what is there stays
     assert run(*arguments, "--overwrite")[0] == 0
     assert (tmp_path / "out" / "train.json").read_bytes() == before
+
+
+def test_one_verdict_with_all_that_a_user_should_know(tmp_path, run):
+    folder, _ = voc_beside(tmp_path)
+    xml = folder / "a.xml"
+    for old, new in (("cat</name>", "cat</name><difficult>1</difficult>"), (">80<", ">99<")):
+        xml.write_text(xml.read_text().replace(old, new))
+    (folder / "b.jpg").write_bytes(b"no image")
+    arguments = ["--images", folder, "--output", tmp_path / "out", "--val", "0.4"]
+    code, printed, _ = run(*arguments)
+    assert code == 0 and f"{tmp_path / 'out'}: 3 images, each of them decoded\n" in printed
+    assert "left out: 1 x a file, 0 x a box; " in printed and "unreadable-image: " in printed
+    assert "note: boxes marked difficult (VOC) or crowd (COCO): 1; training leaves" in printed
+    assert "note: 1 boxes ran past the edge of their image and were clipped" in printed
+    table = [line.split() for line in printed.splitlines()[1:8]]
+    assert ["split", "images", "boxes", "difficult"] in table  # without the official numbers
+    assert not any(text in printed for text in ("headers", "in no split", "complete and"))
+
+
+def test_sheets_of_wide_images_are_wide(tmp_path, run):
+    folder, _ = voc_beside(tmp_path)
+    for image in folder.glob("*.jpg"):
+        Image.fromarray(np.zeros((100, 1600, 3), np.uint8)).save(image)
+    run("--images", folder, "--output", tmp_path / "out", "--val", "0.25")
+    with Image.open(tmp_path / "out" / "out_train.jpg") as sheet:
+        assert sheet.width > 1600
 
 
 @pytest.mark.data
