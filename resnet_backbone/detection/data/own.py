@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -25,7 +24,9 @@ from resnet_backbone.detection.data.coco import scan_coco
 from resnet_backbone.detection.data.formats.coco import CocoFile, clean_coco, read_coco
 from resnet_backbone.detection.data.formats.voc import read_annotation
 from resnet_backbone.detection.data.problems import (
+    IMAGES,
     DataReport,
+    files_below,
     fit_box,
     look_at_image,
     reading,
@@ -34,7 +35,6 @@ from resnet_backbone.detection.data.problems import (
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import write_text
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # folder of a download -> name of the split
 SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
 
@@ -175,15 +175,6 @@ def _looks_like_yolo(file: Path) -> bool:
         return len(words) >= 5 and words[0].isdecimal() and bool([float(w) for w in words])
     except (OSError, ValueError):
         return False
-
-
-def files_below(folder: Path, *suffixes: str) -> Iterator[Path]:
-    """Files below a folder with one of these suffixes in any case, in the order of their names."""
-    for place, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(names):
-            if name.lower().endswith(suffixes) and not name.startswith("."):
-                yield Path(place, name)
 
 
 def _pair(

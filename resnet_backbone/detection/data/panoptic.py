@@ -285,21 +285,12 @@ def read_panoptic(panoptic_json: str) -> dict:
         raise DataError(f"{where}: {absent[0]}")
     categories = {category["id"] for category in content["categories"]}
     for position, entry in enumerate(content["annotations"]):
-        where_in, segments = (
-            f"annotations[{position}] ({entry['file_name']})",
-            entry["segments_info"],
-        )
-        if absent_keys({"segments_info": segments}, {"segments_info": ("id", "category_id")}):
-            raise DataError(
-                f"{where}: {where_in}: segments_info is not a list of segments with id and "
-                "category_id"
-            )
-        for segment in segments:
-            if segment["category_id"] not in categories:
-                raise DataError(
-                    f"{where}: {where_in}: segment {segment['id']} is of category "
-                    f"{segment['category_id']}, which is not in categories"
-                )
+        absent = absent_keys(entry, {"segments_info": ("id", "category_id")})
+        unknown = {} if absent else {s["category_id"] for s in entry["segments_info"]} - categories
+        if unknown:
+            absent = [f"a segment is of category {min(unknown)}, which is not in categories"]
+        if absent:
+            raise DataError(f"{where}: annotations[{position}] ({entry['file_name']}): {absent[0]}")
     return content
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from resnet_backbone.runtime.images import BadImage, read_rgb
 
 logger = logging.getLogger(__name__)
 
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")  # suffixes
 PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that are always read
 # Kinds that cost one box; every other kind costs an image, or the whole data set.
 BOX_KINDS = ("bad-box", "unknown-class")
@@ -219,12 +221,6 @@ def _swaps_sides(image: Image.Image) -> bool:
     return False
 
 
-def is_turned(path: str) -> bool:
-    """Whether the EXIF orientation of an image exchanges its sides."""
-    with Image.open(path) as image:
-        return _swaps_sides(image)
-
-
 class Look(NamedTuple):
     """What one look at an image file gave."""
 
@@ -251,7 +247,9 @@ def look_at_image(path: str, stated: tuple[int, int] | None, decode: bool) -> Lo
     if stated is None or stated == size:
         return Look(path, stamp, size)
     detail = "annotation says {}x{}, the image is {}x{}".format(*stated, *size)
-    if stated == size[::-1] and is_turned(path):
+    with Image.open(path) as image:
+        is_turned = _swaps_sides(image)
+    if is_turned and stated == size[::-1]:
         detail += (
             " after the turn that its EXIF orientation asks for: annotate the turned image, or "
             "take the orientation out of the file (exiftool -Orientation= FILE)"
@@ -266,6 +264,15 @@ def stamp_of(path: str) -> Stamp:
     except (OSError, ValueError):  # a name that cannot be one, such as with a NUL
         return (-1, -1)
     return (found.st_size, found.st_mtime_ns)
+
+
+def files_below(folder: Path, *suffixes: str) -> Iterator[Path]:
+    """Files below a folder with one of these suffixes in any case, in the order of their names."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(names):
+            if name.lower().endswith(suffixes) and not name.startswith("."):
+                yield Path(place, name)
 
 
 @contextmanager

@@ -23,10 +23,13 @@ from resnet_backbone.detection.data.panoptic import (
     read_panoptic,
 )
 from resnet_backbone.detection.data.problems import (
+    IMAGES,
     DataProblem,
     DataReport,
+    Look,
+    files_below,
     in_threads,
-    read_image_size,
+    look_at_image,
     reading,
     reads_file,
     stamp_of,
@@ -34,7 +37,6 @@ from resnet_backbone.detection.data.problems import (
 from resnet_backbone.detection.data.scans import ScannedDataset, register_once
 from resnet_backbone.runtime.errors import DataError
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 LABELS = (".png",)
 SAMPLE = 200  # labels, spread over a data set, whose pixels are read; of others the header
 
@@ -137,8 +139,8 @@ def _list_files(root: str, suffixes: Sequence[str], other: str) -> list[tuple[st
     inside = Path(root) in Path(other).parents
     return [
         (label_name(str(path.relative_to(root))), str(path))
-        for path in sorted(Path(root).rglob("*"))
-        if path.suffix.lower() in suffixes and not (inside and Path(other) in path.parents)
+        for path in sorted(files_below(Path(root), *suffixes))
+        if not (inside and Path(other) in path.parents)
     ]
 
 
@@ -148,34 +150,29 @@ def _drop_bad_labels(
     """Adds height, width and image_id; leaves out what cannot be read or is of different sizes."""
     step = max(1, len(records) // SAMPLE)
     files = [(one["file_name"], one["sem_seg_file_name"]) for one in records]
-    for path in (path for pair in files for path in pair):
-        report.watch(path)
+    for _, label in files:
+        report.watch(label)
     arguments = (
         (*pair, num_classes, number % step == 0, decode) for number, pair in enumerate(files)
     )
-    found, kept = in_threads(_look_at_pair, arguments), []
-    pairs = zip(records, found, strict=True)
+    looks, kept = in_threads(_look_at_pair, arguments), []
+    pairs = zip(records, looks, strict=True)
     bar = dict(desc="checking labels", total=len(files), disable=None)
-    for number, (record, (size, problem)) in enumerate(tqdm(pairs, **bar)):
-        if problem:
-            report.add(*problem)
-        else:
+    for number, (record, look) in enumerate(tqdm(pairs, **bar)):
+        size = report.note_look(look)
+        if size:
             sides = {"height": size[1], "width": size[0]}
             kept.append({"image_id": number, **record, **sides})
     return kept
 
 
-def _look_at_pair(image: str, label: str, num_classes: int, pixels: bool, decode: bool) -> tuple:
-    """Width and height of an image with its label picture, and what is wrong with them."""
+def _look_at_pair(image: str, label: str, num_classes: int, pixels: bool, decode: bool) -> Look:
     try:
-        size = read_image_size(image, decode)
-        of_label = check_label(label, num_classes, pixels)
+        size = check_label(label, num_classes, pixels)
     except OSError as error:
-        return None, DataProblem("unreadable-image", image, f"image or its label: {error}")
-    if of_label == size:
-        return size, None
-    detail = "the image is {}x{}, its label {}x{}".format(*size, *of_label)
-    return None, DataProblem("size-mismatch", image, detail)
+        problem = DataProblem("unreadable-image", image, f"its label: {error}")
+        return Look(image, stamp_of(image), problem=problem)
+    return look_at_image(image, size, decode)
 
 
 def check_label(path: str, num_classes: int, pixels: bool) -> tuple[int, int]:
@@ -266,16 +263,14 @@ def _drop_without_panoptic(
     """Leaves out images that panoptic quality could not be measured on."""
     kept = []
     for record in records:
-        size, problem = (record["width"], record["height"]), ""
-        try:
-            report.watch(pictures[record["image_id"]])
-            found = read_image_size(pictures[record["image_id"]])
-            if found != size:
-                problem = "the image is {}x{}, its panoptic picture {}x{}".format(*size, *found)
-        except KeyError:
-            problem = f"image id {record['image_id']} is not in annotations of {panoptic_json}"
-        except OSError as error:
-            problem = f"panoptic picture: {error}"
+        picture = pictures.get(record["image_id"])
+        problem: str | None = (
+            f"image id {record['image_id']} is not in annotations of {panoptic_json}"
+        )
+        if picture:
+            look = look_at_image(picture, (record["width"], record["height"]), decode=False)
+            report.files[picture] = look.stamp
+            problem = look.problem and f"panoptic picture {picture}: {look.problem.detail}"
         if problem:
             report.add("missing-panoptic", record["file_name"], problem)
         else:

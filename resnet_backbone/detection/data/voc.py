@@ -8,7 +8,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from detectron2.data.datasets.pascal_voc import CLASS_NAMES as VOC_CLASSES
 from detectron2.structures import BoxMode
@@ -124,21 +123,19 @@ def _scan(
     entries = zip(ids, in_threads(_look_at, files), strict=True)
     bar = dict(desc=f"checking {split}", total=len(ids), disable=None if progress else True)
     kept, largest = 0, -math.inf
-    for image_id, entry in tqdm(entries, **bar):
+    for image_id, (stamp, objects, look) in tqdm(entries, **bar):
         if ids[image_id] > 1:
             report.add("duplicate-id", split_file, f"image {image_id!r} is listed again")
-        report.files[entry.xml] = entry.stamp
-        if entry.problem:
-            report.problems.append(entry.problem)
-            continue
-        report.watch(os.path.dirname(entry.image.path))
-        size = report.note_look(entry.image)
+        xml = xml_path(voc_dir, image_id)
+        report.files[xml] = stamp
+        report.watch(os.path.dirname(look.path))
+        size = report.note_look(look)
         if size is None:
             continue
-        boxes = list(_scan_objects(entry.objects, entry.xml, size, class_ids, report))
+        boxes = list(_scan_objects(objects, xml, size, class_ids, report))
         largest = max([largest, *(side for box in boxes for side in box["bbox"][2:])])
         sides, kept = {"height": size[1], "width": size[0]}, kept + 1
-        yield {"file_name": entry.image.path, "image_id": image_id, **sides, "annotations": boxes}
+        yield {"file_name": look.path, "image_id": image_id, **sides, "annotations": boxes}
     if not kept:
         report.add_empty(split_file)
     report.note_shares(largest)
@@ -148,28 +145,22 @@ def _without_difficult(records: Records) -> Records:
     return records.select(boxes=records.store.boxes[:, BOX_COLUMNS.index("difficult")] == 0)
 
 
-class _Entry(NamedTuple):
-    """What one look at an image's two files gave."""
-
-    xml: str
-    stamp: Stamp
-    objects: Sequence[VocObject] = ()
-    problem: DataProblem | None = None  # of the XML file; then the image is not looked at
-    image: Look | None = None
-
-
-def _look_at(voc_dir: str, image_id: str, annotated: bool, decode: bool) -> _Entry:
+def _look_at(
+    voc_dir: str, image_id: str, annotated: bool, decode: bool
+) -> tuple[Stamp, Sequence[VocObject], Look]:
+    """Of the XML file its stamp and objects, then what is first unusable of it and the image."""
     xml = xml_path(voc_dir, image_id)
     stamp, name, stated, objects = stamp_of(xml), "", None, []
     try:
         if annotated:
             name, stated, objects = read_annotation(xml)
     except FileNotFoundError:
-        return _Entry(xml, stamp, problem=DataProblem("missing-xml", xml, "no such file"))
+        problem = DataProblem("missing-xml", xml, "no such file")
     except (OSError, ValueError) as error:
-        return _Entry(xml, stamp, problem=DataProblem("broken-xml", xml, str(error)))
-    image = look_at_image(find_image(voc_dir, image_id, name), stated, decode)
-    return _Entry(xml, stamp, objects, image=image)
+        problem = DataProblem("broken-xml", xml, str(error))
+    else:
+        return stamp, objects, look_at_image(find_image(voc_dir, image_id, name), stated, decode)
+    return stamp, (), Look(xml, stamp, problem=problem)
 
 
 def _scan_objects(objects, xml, size, class_ids, report) -> Iterator[dict]:
