@@ -54,13 +54,7 @@ def unpack_all(args: argparse.Namespace) -> None:
     for archive in args.archives:
         print(verify_archive(archive, args.unverified), flush=True)
     for archive in args.archives:
-        done = unpack(archive, args.root, args.kind)
-        print(f"{archive}: {done.written:,} files unpacked, {done.kept:,} were there", flush=True)
-        if done.differing:
-            print(
-                f"{archive}: {len(done.differing):,} files were there with another size and stay "
-                f"as they are, the first is {done.differing[0]}; delete them to unpack them again"
-            )
+        print(unpack(archive, args.root, args.kind), flush=True)
 
 
 def check(args: argparse.Namespace) -> list[trees.TreeCheck]:

@@ -273,9 +273,9 @@ def test_what_is_missing_and_corrupt_is_named(run, voc, tmp_path):
     }
     assert [Path(file).name for file in found["unlisted_images"]] == ["000099.jpg"]
     assert "1 images are in no split (left alone), the first is " in out
-    assert f"missing-xml: python tools/prepare_data.py voc {root} --archives {TRAINVAL}" in out
-    assert f"missing-image: python tools/prepare_data.py voc {root} --archives {TEST}" in out
-    assert "unreadable-image: delete these files, then python" in out
+    assert f"missing-xml: resnet-backbone prepare-data voc {root} --archives {TRAINVAL}" in out
+    assert f"missing-image: resnet-backbone prepare-data voc {root} --archives {TEST}" in out
+    assert "unreadable-image: delete these files, then resnet-backbone" in out
     assert "trainval: 2 boxes, officially 3" in out
     code, out, _ = run("voc", root, "--quick", "--splits", "trainval")
     assert code == 1 and "unreadable-image" not in out, "its header is whole"
@@ -339,7 +339,7 @@ def test_coco(run, coco, tmp_path):
     (root / "coco/train2017/000000000002.jpg").write_bytes(jpeg(2)[:-300])
     code, out, _ = run("coco", root / "coco")
     assert code == 1 and "000000000002.jpg: truncated" in out
-    assert f"then python tools/prepare_data.py coco {root} --archives train2017.zip" in out
+    assert f"then resnet-backbone prepare-data coco {root} --archives train2017.zip" in out
 
 
 def test_coco_without_its_images(run, coco, tmp_path):

@@ -23,7 +23,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -135,15 +134,6 @@ class Member(NamedTuple):
     open: Callable[[], IO[bytes]]
 
 
-@dataclass
-class Unpacked:
-    """The outcome of unpacking one archive, in files."""
-
-    written: int = 0
-    kept: int = 0  # they were there with the archive's size
-    differing: list[str] = field(default_factory=list)  # there with another size, and left alone
-
-
 def verify_archive(path: str | os.PathLike, unverified: bool = False) -> str:
     """Compares an archive with the published size and checksum; a line that says so.
 
@@ -179,7 +169,7 @@ def verify_archive(path: str | os.PathLike, unverified: bool = False) -> str:
     raise DataError(f"{path} has {found}: download it again; --unverified takes it as it is")
 
 
-def unpack(path: str | os.PathLike, root: str | os.PathLike, kind: str) -> Unpacked:
+def unpack(path: str | os.PathLike, root: str | os.PathLike, kind: str) -> str:
     """Unpacks an archive below a folder of data sets.
 
     Every name in it is looked at, and the space on the disk, before the first file is written.
@@ -189,26 +179,34 @@ def unpack(path: str | os.PathLike, root: str | os.PathLike, kind: str) -> Unpac
         path: tar (compressed or not) or zip.
         kind: "voc" (VOCdevkit/VOC2007/... goes to VOC2007/...) or "coco" (to coco/...).
 
+    Returns:
+        How many files were written, how many were there, and which differ from the archive's.
+
     Raises:
         DataError: a damaged archive, one of something else, one with a name that leads out of the
             folder, or too little space.
     """
     path, root = Path(path), Path(root)
-    report, missing = Unpacked(), []
+    missing, kept, differing = [], 0, []
     with _members(path, kind) as members:
         for member in members:
             target = root / member.path
             if not target.exists():
                 missing.append(member)
             elif target.stat().st_size == member.size:
-                report.kept += 1
+                kept += 1
             else:
-                report.differing.append(str(target))
+                differing.append(target)
         _check_space(missing, root)
         for member in tqdm(missing, desc=f"unpacking {path.name}", unit="file", disable=None):
             _write(member, root / member.path)
-            report.written += 1
-    return report
+    done = f"{path}: {len(missing):,} files unpacked, {kept:,} were there"
+    if differing:
+        done += (
+            f"\n{path}: {len(differing):,} files were there with another size and stay as they "
+            f"are, the first is {differing[0]}; delete them to unpack them again"
+        )
+    return done
 
 
 def _check_space(members: list[Member], root: Path) -> None:

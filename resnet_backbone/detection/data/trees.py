@@ -299,17 +299,14 @@ def _mending(tree: TreeCheck) -> Iterator[str]:
     for kind, problems in problems_by_kind(tree).items():
         for split in problems.values():
             archive = archive_of(tree.official, split, images=kind.endswith("-image"))
-            again = f"python tools/prepare_data.py {tree.kind} {root} --archives {archive}"
+            again = f"resnet-backbone prepare-data {tree.kind} {root} --archives {archive}"
             if kind in BOX_KINDS:
                 yield f"{kind}: training leaves these boxes out; correct them to keep them"
-            elif archive and kind in GONE:
-                yield f"{kind}: {again} (what is there stays)"
             elif archive:
-                yield f"{kind}: delete these files, then {again}"
-            elif kind in GONE:
-                yield f"{kind}: bring these files back, or take them out of {split}"
+                first = "" if kind in GONE else "delete these files, then "
+                yield f"{kind}: {first}{again} (what is there stays)"
             else:
-                yield f"{kind}: replace or correct these files, or take them out of {split}"
+                yield f"{kind}: bring or correct these files, or take them out of {split}"
     if any(split.miscounts() for split in tree.splits):
         yield "count: unpack the official archives, or give --own for data of your own or a part"
 

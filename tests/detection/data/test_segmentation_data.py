@@ -340,28 +340,42 @@ def test_evaluating_an_image_without_panoptic_segments(labelled):
         evaluator.process([{"image_id": 3}], [{}])
 
 
-def test_palette_labels_are_refused(labelled):
+def in_palette(pixels):
     """Detectron2 would read a palette's brightness in place of its index, without a word."""
+    return Image.fromarray(pixels.copy()).convert("P")
+
+
+@pytest.mark.parametrize(
+    "picture, words",
+    [
+        (in_palette, "two.png is a picture of mode P: labels are 8-bit gray"),
+        (lambda p: Image.fromarray(p + np.uint8(3)), "two.png has label 3; there are 3 classes"),
+    ],
+)
+def test_pictures_that_are_no_labels_are_refused(labelled, picture, words):
     path = labelled / "labels/semantic/two.png"
-    picture = Image.fromarray(read(path).copy()).convert("P")
-    picture.save(path)
-    with pytest.raises(DataError, match="two.png is a picture of mode P: labels are 8-bit gray"):
+    picture(read(path)).save(path)
+    with pytest.raises(DataError, match=words):
         semantic(labelled)
 
 
-def test_labels_beyond_the_classes_are_refused(labelled):
-    path = labelled / "labels/semantic/two.png"
-    Image.fromarray(read(path) + np.uint8(3)).save(path)
-    with pytest.raises(DataError, match="two.png has label 3; there are 3 classes"):
-        semantic(labelled)
+def to_5x5(label):
+    for path in (label, label.with_name("three.png")):
+        Image.fromarray(np.zeros((5, 5), np.uint8)).save(path)
 
 
-def test_bad_pairs_are_left_out_or_refused(labelled, caplog):
-    Image.fromarray(np.zeros((5, 5), np.uint8)).save(labelled / "labels/semantic/two.png")
-    Image.fromarray(np.zeros((5, 5), np.uint8)).save(labelled / "labels/semantic/three.png")
-    assert len(semantic(labelled)) == 1
-    assert "annotation says 5x5, the image is 5x4" in caplog.text and "three.png" in caplog.text
-    with pytest.raises(DataError, match="2 problems"):
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (to_5x5, ["two.jpg: annotation says 5x5, the image is 5x4", "missing-image: .*three.png"]),
+        (Path.unlink, ["missing-label: .*two.jpg: no label picture two.png"]),
+    ],
+)
+def test_bad_pairs_are_left_out_or_refused(labelled, caplog, change, words):
+    change(labelled / "labels/semantic/two.png")
+    assert names(semantic(labelled)) == PAIRS[:1]
+    assert all(re.search(f"left out: .*{text}", caplog.text) for text in words)
+    with pytest.raises(DataError, match=f"{len(words)} problems"):
         semantic(labelled, "strict", on_bad="refuse")
 
 
@@ -396,14 +410,6 @@ def test_two_images_of_one_label_are_refused(labelled):
     shutil.copy(labelled / "images/two.jpg", labelled / "images/two.jpeg")
     with pytest.raises(DataError, match="two.jpeg and .*two.jpg would have one label picture, two"):
         semantic(labelled)
-
-
-def test_images_without_a_label_are_reported(labelled, caplog):
-    (labelled / "labels/semantic/two.png").unlink()
-    assert names(semantic(labelled)) == PAIRS[:1]
-    assert re.search("left out: missing-label: .*two.jpg: no label picture two.png", caplog.text)
-    with pytest.raises(DataError, match="missing-label"):
-        semantic(labelled, "strict", on_bad="refuse")
 
 
 def test_one_image_folder_for_both_splits(labelled):
