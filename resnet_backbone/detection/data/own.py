@@ -136,7 +136,7 @@ def write_coco(path: Path, records: Sequence[dict], names: Sequence[str], root: 
         for one in record["annotations"]:
             box = BoxMode.convert(one["bbox"], BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
             annotations[name].append({**one, "bbox": box, "area": box[2] * box[3]})
-    content = clean_coco(dict(enumerate(names)), images, annotations).content
+    content = clean_coco(dict(enumerate(names)), images, annotations)
     write_text(path, json.dumps(content))
 
 

@@ -76,17 +76,18 @@ class PerClassCOCOEvaluator(COCOEvaluator):
                 boxes[number] = record.pop("annotations")
                 for entry in boxes[number]:
                     entry["category_id"] = report.category_ids[entry["category_id"]]
+        self._ids = list(images), list(categories)
         self._clean = clean_coco(categories, images, boxes, annotated)
         with tempfile.TemporaryDirectory() as folder:
             file, name = os.path.join(folder, "clean.json"), f"{dataset_name} (clean)"
-            write_json(file, self._clean.content, indent=None)
+            write_json(file, self._clean, indent=None)
             numbers = {place + 1: place for place in range(len(categories))}
             private = MetadataCatalog.get(name)
             private.set(json_file=file, thing_dataset_id_to_contiguous_id=numbers)
             super().__init__(name, output_dir=output_dir, use_fast_impl=False)  # it keeps `private`
             MetadataCatalog.remove(name)
         self._name = dataset_name
-        self._numbers = number_from_one(self._clean.image_ids)
+        self._numbers = number_from_one(images)
 
     def process(self, inputs, outputs):
         numbers = self._numbers
@@ -98,7 +99,7 @@ class PerClassCOCOEvaluator(COCOEvaluator):
         tasks = self._tasks_from_predictions(results)
         if "keypoints" in tasks:
             return super()._eval_predictions(predictions, img_ids)
-        content, image_ids, category_ids = self._clean
+        content, (image_ids, category_ids) = self._clean, self._ids
         for result in results:
             if result["category_id"] >= len(category_ids):
                 raise ValueError(

@@ -61,20 +61,7 @@ def read_coco(json_file: str) -> CocoFile:
     """What an instances JSON holds; a DataError if there is no such file, or it is not JSON."""
     stamp = stamp_of(json_file)
     with collector_at_rest():
-        return parse_coco(read_json(json_file), json_file)._replace(stamp=stamp)
-
-
-def parse_coco(data: Any, where: str) -> CocoFile:
-    """:func:`read_coco` for content that is read already; ``where`` is for messages."""
-    return _Parser(where).parse(data)
-
-
-class Clean(NamedTuple):
-    """A data set in COCO's format with ids from 1, and the user's ids in that order."""
-
-    content: dict[str, Any]
-    image_ids: list[Id]
-    category_ids: list[Id]
+        return _Parser(json_file).parse(read_json(json_file))._replace(stamp=stamp)
 
 
 def clean_coco(
@@ -82,17 +69,16 @@ def clean_coco(
     images: Mapping[Id, Mapping[str, Any]],
     annotations: Mapping[Id, Sequence[Mapping[str, Any]]],
     annotated: bool = True,
-) -> Clean:
-    """Records of our own making, in which every field is as COCO's format has it.
+) -> dict[str, Any]:
+    """A data set in COCO's format, in which every field is as it should be, with ids from 1.
 
     Args:
         categories, images, annotations: as in a :class:`CocoFile`.
         annotated: False leaves the list of annotations out.
     """
-    image_ids, category_ids = list(images), list(categories)
-    places = number_from_one(category_ids)
+    places = number_from_one(categories)
     entries = []
-    for number, image in enumerate(image_ids, start=1):
+    for number, image in enumerate(images, start=1):
         for one in annotations.get(image, ()):
             entry = {
                 "id": len(entries) + 1,
@@ -121,13 +107,13 @@ def clean_coco(
                 "width": images[one]["width"] or 1,
                 "height": images[one]["height"] or 1,
             }
-            for number, one in enumerate(image_ids, start=1)
+            for number, one in enumerate(images, start=1)
         ],
         "categories": [{"id": number, "name": categories[one]} for one, number in places.items()],
     }
     if annotated:
         content["annotations"] = entries
-    return Clean(content, image_ids, category_ids)
+    return content
 
 
 def number_from_one(ids: Iterable[Id]) -> dict[Id, int]:
