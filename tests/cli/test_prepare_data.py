@@ -179,51 +179,60 @@ def test_unverified_and_unpublished_archives(run, voc, tmp_path):
     assert code == 1 and "0 difficult boxes, officially 3" in out
 
 
-@pytest.mark.parametrize("place", ["data", "header", "between"])
-def test_a_truncated_archive_writes_nothing(run, voc, tmp_path, place):
-    with tarfile.open(voc[0]) as tar:
+def truncated_tar(folder, after):
+    path = write_tar(folder / TRAINVAL, voc_files({"trainval": ("000001", "000002")}))
+    with tarfile.open(path) as tar:
         start = tar.getmembers()[-1].offset
-    with open(voc[0], "r+b") as file:
-        file.truncate(start + {"data": 700, "header": 100, "between": 0}[place])
-    code, _, err = run("voc", tmp_path / "data", "--archives", voc[0], "--unverified")
-    assert code == 2 and not (tmp_path / "data").exists()
-    assert err.count("\n") == 1 and f"{voc[0]} is damaged or no archive" in err
+    path.write_bytes(path.read_bytes()[: start + after])
+    return path
 
 
-@pytest.mark.parametrize("kind", ["gz", "xz", "bz2"])
-@pytest.mark.parametrize("damage", ["flipped", "cut"])
-def test_a_damaged_compressed_archive_writes_nothing(run, tmp_path, kind, damage):
-    """Also where it can be read to the end and only the checksum tells."""
+def damaged_tar(folder, kind, damage):
+    """Also one that can be read to the end, where only the checksum tells."""
     noise = {"VOC2007/JPEGImages/1.jpg": np.random.default_rng(0).bytes(200_000)}
-    archive = write_tar(tmp_path / f"mine.tar.{kind}", noise, f"w:{kind}")
-    content = bytearray(archive.read_bytes())
+    path = write_tar(folder / f"mine.tar.{kind}", noise, f"w:{kind}")
+    content = bytearray(path.read_bytes())
     middle = len(content) // 2
     content[middle] ^= 255
-    archive.write_bytes(content[:middle] if damage == "cut" else content)
-    code, _, err = run("voc", tmp_path / "data", "--archives", archive)
-    assert code == 2 and not (tmp_path / "data").exists()
-    assert err.count("\n") == 1 and f"{archive} is damaged or no archive" in err
+    path.write_bytes(content[:middle] if damage == "cut" else content)
+    return path
 
 
-def test_a_zip_with_a_password_is_one_line(run, tmp_path):
-    archive = write_zip(tmp_path / "mine.zip", {"train2017/1.jpg": b"abc"})
-    content = bytearray(archive.read_bytes())
-    for mark, flag in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
-        content[content.find(mark) + flag] |= 1  # "encrypted"
-    archive.write_bytes(content)
-    code, _, err = run("coco", tmp_path / "data", "--archives", archive)
-    assert code == 2 and err.count("\n") == 1 and "password" in err
+def changed_zip(folder, *places):
+    path = write_zip(folder / "mine.zip", {"val2017/1.jpg": jpeg(1)})
+    content = bytearray(path.read_bytes())
+    for mark, place, bits in places:
+        content[content.find(mark) + place] ^= bits
+    path.write_bytes(content)
+    return path
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil.jpg", "/tmp/evil.jpg", "VOC2007/../../evil.jpg", "C:/evil"]
-)
-@pytest.mark.parametrize("write", [write_tar, write_zip])
-def test_names_that_lead_out_of_the_folder_are_refused(run, tmp_path, name, write):
-    path = write(tmp_path / "a.archive", {"VOC2007/JPEGImages/1.jpg": b"1", name: b"2"})
-    code, _, err = run("voc", tmp_path / "data", "--archives", path)
-    assert code == 2 and repr(name) in err and "leads out of the folder" in err
-    assert not (tmp_path / "data").exists() and not list(tmp_path.rglob("evil*"))
+ENCRYPTED = (b"PK\x03\x04", 6, 1), (b"PK\x01\x02", 8, 1)
+OUTSIDE = ("../evil.jpg", "/tmp/evil.jpg", "VOC2007/../../evil.jpg", "C:/evil")
+DAMAGED = "{path} is damaged or no archive"
+UNUSABLE = [
+    *((truncated_tar, [after], DAMAGED) for after in (0, 100, 700)),  # none, or part of a file
+    *((damaged_tar, [k, d], DAMAGED) for k in ("gz", "xz", "bz2") for d in ("flipped", "cut")),
+    (changed_zip, ENCRYPTED, "password"),
+    (changed_zip, [(b"PK\x03\x04", 200, 255)], "Bad CRC-32"),  # its list of files is whole
+    *(
+        (lambda folder, name, write=write: write(folder / "a", {"VOC2007/1": b"", name: b"2"}),)
+        + ([name], f"{name!r}, which leads out of the folder")
+        for name in OUTSIDE
+        for write in (write_tar, write_zip)
+    ),
+    (lambda folder: write_zip(folder / "x", {"val2017/1.jpg": b""}), [], "no archive of VOC"),
+    (lambda folder: folder / "no.tar", [], "no such archive"),
+]
+
+
+@pytest.mark.parametrize("make, arguments, message", UNUSABLE)
+def test_an_archive_that_cannot_be_used_writes_nothing(run, tmp_path, make, arguments, message):
+    path = make(tmp_path, *arguments)
+    kind = "coco" if path.suffix == ".zip" else "voc"
+    code, _, err = run(kind, tmp_path / "data", "--archives", path, "--unverified")
+    assert code == 2 and err.count("\n") == 1 and message.format(path=path) in err
+    assert not tree_of(tmp_path / "data") and not list(tmp_path.rglob("evil*"))
 
 
 def test_links_and_hidden_files_are_left_out(run, voc, tmp_path):
@@ -234,14 +243,6 @@ def test_links_and_hidden_files_are_left_out(run, voc, tmp_path):
         tar.addfile(tarfile.TarInfo("VOCdevkit/VOC2007/._JPEGImages"))
     run("voc", tmp_path / "data", "--archives", voc[0], "--unverified")
     assert len(tree_of(tmp_path / "data")) == 8
-
-
-def test_archives_of_something_else(run, tmp_path):
-    path = write_zip(tmp_path / "x.zip", {"train2017/1.jpg": b"1"})
-    code, _, err = run("voc", tmp_path / "data", "--archives", path)
-    assert code == 2 and "this is no archive of VOC" in err
-    code, _, err = run("voc", tmp_path / "data", "--archives", tmp_path / "no.tar")
-    assert code == 2 and "no such archive" in err
 
 
 def test_a_full_disk_is_told_before(run, voc, tmp_path, monkeypatch):
@@ -349,15 +350,6 @@ def test_coco_without_its_images(run, coco, tmp_path):
     assert code == 1 and "train2017, the images of instances_train2017, does not exist" in out
     assert "unpack train2017.zip, or name what you need with --splits" in out
     assert run("coco", root, "--splits", "instances_val2017")[0] == 0
-
-
-def test_a_damaged_zip(run, coco, tmp_path):
-    path = coco["val2017.zip"]
-    content = bytearray(path.read_bytes())
-    content[200] ^= 255  # in the image: the central directory is whole
-    path.write_bytes(content)
-    code, _, err = run("coco", tmp_path / "data", "--archives", path, "--unverified")
-    assert code == 2 and "Bad CRC-32" in err and not tree_of(tmp_path / "data")
 
 
 def test_data_of_ones_own(run, make_voc, tmp_path):

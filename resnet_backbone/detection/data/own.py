@@ -168,13 +168,12 @@ def _find_format(annotations: Path, kind: str) -> str:
 
 
 def _looks_like_yolo(file: Path) -> bool:
-    if file.name.lower().startswith("readme"):
-        return False
     try:
         words = file.read_text(encoding="utf-8-sig").split("\n", 1)[0].split()
-        return len(words) >= 5 and words[0].isdecimal() and bool([float(w) for w in words])
+        is_label = len(words) >= 5 and words[0].isdecimal() and bool([float(w) for w in words])
     except (OSError, ValueError):
         return False
+    return is_label and not file.name.lower().startswith("readme")
 
 
 def _pair(
@@ -271,6 +270,7 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
             for one in record["annotations"]:
                 one["category_id"] = categories[one["category_id"]]
                 one["bbox"] = BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS)
+                one["bbox_mode"] = BoxMode.XYXY_ABS
         records += found
     return records, number_classes(records)
 
@@ -332,11 +332,10 @@ def _image_root(file: Path, images: Path, content: CocoFile) -> str:
 
 def _read_yolo(images: Path, annotations: Path, report: DataReport):
     top = annotations.parent if annotations.is_file() else annotations
-    names = _yolo_names(annotations, top if annotations.is_file() else images)
+    names = _yolo_names(annotations, images)
     stems = {image.stem for image in files_below(images, *IMAGES)}
     texts = [f for f in files_below(top, ".txt") if f.stem in stems or _looks_like_yolo(f)]
-    without = 0
-    records = []
+    records, without = [], 0
     for text, image in tqdm(list(_pair(texts, images, top, report)), desc="reading", disable=None):
         record = image_record(image, None, report)
         if record is None:
@@ -351,9 +350,7 @@ def _read_yolo(images: Path, annotations: Path, report: DataReport):
             if line.strip():
                 _add_yolo_line(record, line, names, f"{text} line {number}", report)
     if without:
-        report.notes.append(
-            f"images without a .txt, which are used as images without boxes: {without:,}"
-        )
+        report.notes.append(f"images without a .txt, used as images without boxes: {without:,}")
     return records, names
 
 

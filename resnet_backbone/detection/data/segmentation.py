@@ -92,7 +92,6 @@ def register_semantic(
     def scan() -> tuple[list[dict], DataReport]:
         report = DataReport(label_root)
         for folder in (image_root, label_root):
-            report.watch(folder)
             for place, _, _ in os.walk(folder):
                 report.watch(place)
         records = _pair(image_root, label_root, report, shared_images)

@@ -49,11 +49,6 @@ class SplitCheck:
     official: Counts | None = None  # what it should hold; None for a split that is not official
 
     @property
-    def class_names(self) -> list[str]:
-        """By their category_id."""
-        return list(self.report.boxes)
-
-    @property
     def counts(self) -> Counts:
         """What it holds; boxes are good ones."""
         report = self.report
@@ -170,10 +165,8 @@ def check_coco_tree(
             f"neither {root} nor {Path(root, 'coco')} has annotations/: give the folder that "
             "holds it, --archives to unpack, or --coco-json and --image-root"
         )
-    tree, annotations = (
-        TreeCheck(str(folder), "coco", "" if own else "coco"),
-        folder / "annotations",
-    )
+    tree = TreeCheck(str(folder), "coco", "" if own else "coco")
+    annotations = folder / "annotations"
     found = sorted(file.stem for file in annotations.glob("*.json"))
     names = splits or [name for name in found if name.startswith(("instances_", "image_info_"))]
     if not names:
@@ -288,7 +281,7 @@ def tables(tree: TreeCheck) -> Iterator[str]:
         columns["official"] = [split.verdict() for split in tree.splits]
     yield tabulate(columns, "keys", intfmt=",", missingval="-", disable_numparse=[0])
     shown = [split for split in tree.splits if split.report.annotated]
-    names = dict.fromkeys(name for split in shown for name in split.class_names)
+    names = dict.fromkeys(name for split in shown for name in split.report.boxes)
     rows = [(name, *(split.report.boxes[name] for split in shown)) for name in names]
     yield "\n" + tabulate(rows, ["boxes of", *(split.name for split in shown)], intfmt=",")
 
@@ -315,7 +308,7 @@ def draw_classes(tree: TreeCheck, path: Path) -> bool:
     """Writes a bar chart (PNG) of the boxes per class; False where no split is annotated."""
     united = ("train", "val") if "trainval" in [split.name for split in tree.splits] else ()
     shown = [split for split in tree.splits if split.report.annotated and split.name not in united]
-    names = list(dict.fromkeys(name for split in shown for name in split.class_names))
+    names = list(dict.fromkeys(name for split in shown for name in split.report.boxes))
     if not names:
         return False
     height = 1.2 + 0.1 * len(names) * max(2, len(shown))
@@ -346,7 +339,7 @@ def draw_samples(split: SplitCheck, path: Path) -> bool:
         found, image = record["annotations"], read_image(record["file_name"], "RGB")
         boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in found]
         classes = [a["category_id"] for a in found]
-        pictures.append(draw_ground_truth(image, boxes, classes, split.class_names))
+        pictures.append(draw_ground_truth(image, boxes, classes, list(split.report.boxes)))
     if pictures:
         captions = [Path(record["file_name"]).name for record in split.samples]
         ratio = np.median([picture.shape[1] / picture.shape[0] for picture in pictures])

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("detectron2")
 
+from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -145,6 +146,8 @@ def test_every_format_gives_the_same_boxes(tmp_path, make):
     splits, names, report = read_own(*make(tmp_path))
     assert found(splits, names) == BOXES and list(splits) == [""]
     assert names == NAMES and report.problems == []
+    boxes = [one for record in splits[""] for one in record["annotations"]]
+    assert {one["bbox_mode"] for one in boxes} == {BoxMode.XYXY_ABS}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +172,7 @@ def test_what_is_left_out_is_named(tmp_path):
     assert kinds == ["bad-box"] * 3 + ["missing-image", "unreadable-image"]
     boxes = {"a": [("cat", (30, 15, 50, 25))], "b": [], "c.d": BOXES["c.d"]}
     assert found(splits, names) == boxes, "an image without a .txt is one without boxes"
-    assert report.notes == ["images without a .txt, which are used as images without boxes: 1"]
+    assert report.notes == ["images without a .txt, used as images without boxes: 1"]
 
 
 def test_a_polygon_gives_its_box(tmp_path):
