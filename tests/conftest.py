@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from drawn_images import voc_xml
 from PIL import Image
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -58,28 +59,6 @@ def run_command(capsys):
         return (status, *capsys.readouterr())
 
     return call
-
-
-def voc_xml(image_name, size, objects) -> str:
-    """VOC annotation text.
-
-    Args:
-        image_name: text of <filename>.
-        size: (width, height), or None to leave <size> out.
-        objects: (class, (xmin, ymin, xmax, ymax)) or (class, box, difficult) each.
-    """
-    parts = [f"<annotation><filename>{image_name}</filename>"]
-    if size is not None:
-        parts.append("<size><width>{}</width><height>{}</height></size>".format(*size))
-    for name, box, *difficult in objects:
-        corners = "".join(
-            f"<{key}>{value}</{key}>"
-            for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-        )
-        extra = "".join(f"<difficult>{d}</difficult>" for d in difficult)
-        extra += "<pose>Left</pose><truncated>0</truncated>" if difficult else ""
-        parts.append(f"<object><name>{name}</name>{extra}<bndbox>{corners}</bndbox></object>")
-    return "".join([*parts, "</annotation>"])
 
 
 @pytest.fixture

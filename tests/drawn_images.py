@@ -1,4 +1,4 @@
-"""Smooth random images, which a JPEG keeps, as arrays and as files."""
+"""Smooth random images, which a JPEG keeps, as arrays and as files; annotations in VOC format."""
 
 import io
 
@@ -24,3 +24,25 @@ def fill(folder, classes=("n01", "n02"), count=7, size=(52, 44), suffix=".JPEG")
         for i in range(count):
             picture(*size[::-1], seed=100 * number + i).save(folder / name / f"{i}{suffix}")
     return folder
+
+
+def voc_xml(image_name, size, objects) -> str:
+    """VOC annotation text.
+
+    Args:
+        image_name: text of <filename>.
+        size: (width, height), or None to leave <size> out.
+        objects: (class, (xmin, ymin, xmax, ymax)) or (class, box, difficult) each.
+    """
+    parts = [f"<annotation><filename>{image_name}</filename>"]
+    if size is not None:
+        parts.append("<size><width>{}</width><height>{}</height></size>".format(*size))
+    for name, box, *difficult in objects:
+        corners = "".join(
+            f"<{key}>{value}</{key}>"
+            for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+        )
+        extra = "".join(f"<difficult>{d}</difficult>" for d in difficult)
+        extra += "<pose>Left</pose><truncated>0</truncated>" if difficult else ""
+        parts.append(f"<object><name>{name}</name>{extra}<bndbox>{corners}</bndbox></object>")
+    return "".join([*parts, "</annotation>"])

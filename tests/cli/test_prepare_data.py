@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("detectron2")
 
+from drawn_images import voc_xml
 from PIL import Image
 
 from resnet_backbone.cli import prepare_data as tool
@@ -30,20 +31,13 @@ def run(run_command):
 
 def voc_files(splits, objects=DOG) -> dict[str, bytes]:
     """Archive names -> contents of a VOC 2007 with these {split: ids}."""
-    corners = ("xmin", "ymin", "xmax", "ymax")
     files = {}
     for split, ids in splits.items():
         files[f"VOCdevkit/VOC2007/ImageSets/Main/{split}.txt"] = "\n".join(ids).encode()
         files[f"VOCdevkit/VOC2007/ImageSets/Main/dog_{split}.txt"] = f"{ids[0]}  1".encode()
         for image_id in ids:
-            found = "".join(
-                f"<object><name>{name}</name><difficult>{(rest or [0])[0]}</difficult><bndbox>"
-                + "".join(f"<{k}>{v}</{k}>" for k, v in zip(corners, box, strict=True))
-                + "</bndbox></object>"
-                for name, box, *rest in objects
-            )
-            xml = f"<annotation><size><width>60</width><height>40</height></size>{found}"
-            files[f"VOCdevkit/VOC2007/Annotations/{image_id}.xml"] = f"{xml}</annotation>".encode()
+            xml = voc_xml(f"{image_id}.jpg", (60, 40), objects)
+            files[f"VOCdevkit/VOC2007/Annotations/{image_id}.xml"] = xml.encode()
             files[f"VOCdevkit/VOC2007/JPEGImages/{image_id}.jpg"] = jpeg(int(image_id))
     return files
 

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("detectron2")
 
 from detectron2.structures import BoxMode
+from drawn_images import voc_xml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,12 +38,8 @@ def images(folder: Path, names=BOXES) -> Path:
 def write_voc(folder: Path, names=BOXES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        text = f"<annotation><filename>{name}.jpg</filename>" + "".join(
-            f"<object><name>{c}</name><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin>"
-            f"<xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
-            for c, (x0, y0, x1, y1) in BOXES[name]
-        )
-        (folder / f"{name}.xml").write_text(f"{text}</annotation>")
+        boxes = [(c, (x0 + 1, y0 + 1, x1, y1)) for c, (x0, y0, x1, y1) in BOXES[name]]
+        (folder / f"{name}.xml").write_text(voc_xml(f"{name}.jpg", None, boxes))
 
 
 def write_yolo(folder: Path, names=BOXES) -> None:
