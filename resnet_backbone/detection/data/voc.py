@@ -56,12 +56,12 @@ def find_voc_classes(root: str | os.PathLike, splits: Sequence[str]) -> list[str
             continue  # scan_voc reports it
         num_read += 1
         names.update(one.name for one in objects if one.name)
-    where = f"{voc_dir}, splits {', '.join(splits)}"
-    if not num_read:
-        example = f", such as {xml_path(voc_dir, ids[0])}" if ids else ""
-        raise DataError(f"{where}: 0 of {len(ids)} ids have a readable Annotations/ID.xml{example}")
     if not names:
-        raise DataError(f"{where}: no object with a class name in {num_read} XML files")
+        example = f", such as {xml_path(voc_dir, ids[0])}" if ids else ""
+        raise DataError(
+            f"{voc_dir}, splits {', '.join(splits)}: no object with a class name; {num_read} of "
+            f"{len(ids)} ids have a readable Annotations/ID.xml{example}"
+        )
     return list(VOC_CLASSES) if names == set(VOC_CLASSES) else sorted(names)
 
 

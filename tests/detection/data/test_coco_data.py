@@ -229,6 +229,8 @@ def test_what_nobody_expected_is_one_line_with_the_file(coco, make_voc, monkeypa
 def test_coco_file_itself(coco, tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         register_coco("data_check_test_absent", str(tmp_path / "no.json"), coco.root)
+    with pytest.raises(DataError, match="is a folder; give the path"):
+        register_coco("data_check_test_folder", str(tmp_path), coco.root)
     (tmp_path / "text.json").write_text("{")
     with pytest.raises(DataError, match="is not JSON"):
         register_coco("data_check_test_text", str(tmp_path / "text.json"), coco.root)

@@ -49,7 +49,8 @@ def read_json(path: str) -> Any:
         DataError: there is none, or it is not JSON.
     """
     if not os.path.isfile(path):
-        raise DataError(f"{path} does not exist; give the path of a COCO annotation file")
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise DataError(f"{path} {what}; give the path of a COCO annotation file")
     try:
         return json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
