@@ -64,21 +64,18 @@ class ScannedDataset:
         scan: reads the data set: Detectron2's dicts of what is good in it, and the report.
         on_bad: see :func:`apply_policy`.
         select: what a loader takes of the records; None for all.
-        key: everything that `scan` depends on, beside the files that its report names; None where
-            a scan is not kept.
+        key: everything that `scan` depends on, beside the files that its report names.
     """
 
-    def __init__(
-        self, scan: Scan, on_bad: str, select: Select | None = None, key: Mapping | None = None
-    ):
+    def __init__(self, scan: Scan, on_bad: str, key: Mapping, select: Select | None = None):
         self._scan, self._on_bad, self._select = scan, on_bad, select
-        self._file = KeptScan(key) if key else None
+        self._file = KeptScan(key)
         self._found: Scanned | None = None
         self._has_looked = self._is_accepted = False
 
     def kept(self) -> Scanned | None:
         """The scan of an earlier start, where nothing has changed since."""
-        if self._file and not self._has_looked:
+        if not self._has_looked:
             self._found, self._has_looked = self._file.read(), True
         return self._found
 
@@ -95,7 +92,7 @@ class ScannedDataset:
             records, report = self._scan()
             with reading(report.name):
                 records = Records.pack(records)
-        if self._file and (report.num_images >= KEPT_FROM or comm.get_world_size() > 1):
+        if report.num_images >= KEPT_FROM or comm.get_world_size() > 1:
             self._file.write(records, report)
             with _trusting({self._file.digest}):  # whose pages the processes share
                 records = (self._file.read() or (records,))[0]
@@ -104,7 +101,7 @@ class ScannedDataset:
     @property
     def digest(self) -> str:
         """Of the kept scan that this is from, or that was made of it; "" for none."""
-        return self._file.digest if self._file else ""
+        return self._file.digest
 
     def records(self) -> Records:
         """What a loader takes."""

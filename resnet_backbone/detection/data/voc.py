@@ -234,4 +234,4 @@ def register_voc(
     }
     select = None if use_difficult else _without_difficult
     key = {"voc_dir": voc_dir, "split": split, "classes": classes, "decode": decode}
-    register_once(name, ScannedDataset(scan, on_bad, select, key), metadata)
+    register_once(name, ScannedDataset(scan, on_bad, key, select), metadata)
