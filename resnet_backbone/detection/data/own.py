@@ -16,13 +16,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import yaml
 from detectron2.structures import BoxMode
 from tqdm import tqdm
 
 from resnet_backbone.detection.data.coco import scan_coco
 from resnet_backbone.detection.data.formats.coco import CocoFile, clean_coco, read_coco
 from resnet_backbone.detection.data.formats.voc import read_annotation
+from resnet_backbone.detection.data.formats.yolo import (
+    is_yolo_file,
+    parse_yolo_line,
+    read_yolo_names,
+)
 from resnet_backbone.detection.data.problems import (
     IMAGES,
     DataReport,
@@ -151,7 +155,7 @@ def _find_format(annotations: Path, kind: str) -> str:
     found = {
         "voc": next(files_below(annotations, ".xml"), None),
         "coco": next(files_below(annotations, ".json"), None),
-        "yolo": next(filter(_looks_like_yolo, files_below(annotations, ".txt")), None),
+        "yolo": next(filter(is_yolo_file, files_below(annotations, ".txt")), None),
     }
     if kind == "imagenet":
         found = {kind: found["voc"]}
@@ -165,15 +169,6 @@ def _find_format(annotations: Path, kind: str) -> str:
     about["imagenet"] = ".xml (ImageNet)"
     wanted = ", ".join(about[one] for one in found if kind in ("", one))
     raise DataError(f"{annotations} has no {wanted}; name their folder with --annotations")
-
-
-def _looks_like_yolo(file: Path) -> bool:
-    try:
-        words = file.read_text(encoding="utf-8-sig").split("\n", 1)[0].split()
-        is_label = len(words) >= 5 and words[0].isdecimal() and bool([float(w) for w in words])
-    except (OSError, ValueError):
-        return False
-    return is_label and not file.name.lower().startswith("readme")
 
 
 def _pair(
@@ -332,71 +327,28 @@ def _image_root(file: Path, images: Path, content: CocoFile) -> str:
 
 def _read_yolo(images: Path, annotations: Path, report: DataReport):
     top = annotations.parent if annotations.is_file() else annotations
-    names = _yolo_names(annotations, images)
+    names = read_yolo_names(annotations, images)
     stems = {image.stem for image in files_below(images, *IMAGES)}
-    texts = [f for f in files_below(top, ".txt") if f.stem in stems or _looks_like_yolo(f)]
+    texts = [f for f in files_below(top, ".txt") if f.stem in stems or is_yolo_file(f)]
     records, without = [], 0
     for text, image in tqdm(list(_pair(texts, images, top, report)), desc="reading", disable=None):
         record = image_record(image, None, report)
         if record is None:
             continue
         records.append(record)
-        if text is None:
-            without += 1
-            continue
-        with reading(text):
-            lines = text.read_text(encoding="utf-8-sig").splitlines()
+        without += text is None
+        with reading(text or image):
+            lines = text.read_text(encoding="utf-8-sig").splitlines() if text else []
+        size = record["width"], record["height"]
         for number, line in enumerate(lines, 1):
-            if line.strip():
-                _add_yolo_line(record, line, names, f"{text} line {number}", report)
+            if not line.strip():
+                continue
+            try:
+                category, box, more = parse_yolo_line(line, len(names), size)
+            except ValueError as error:
+                report.add("bad-box", f"{text} line {number}", str(error))
+            else:
+                add_box(record, category, box, report, **more)
     if without:
         report.notes.append(f"images without a .txt, used as images without boxes: {without:,}")
     return records, names
-
-
-def _add_yolo_line(record: dict, line: str, names: Sequence[str], where: str, report) -> None:
-    """``class x y width height``, or ``class x1 y1 x2 y2 ...`` of a polygon; image sides are 1."""
-    try:
-        category, *numbers = line.split()
-        category, numbers = int(category), [float(number) for number in numbers]
-    except ValueError:
-        report.add("bad-box", where, f"{line!r} is not a class number and coordinates")
-        return
-    if not 0 <= category < len(names) or len(numbers) < 4:
-        report.add("bad-box", where, f"{line!r}: class 0 to {len(names) - 1}, four numbers or more")
-        return
-    width, height = record["width"], record["height"]
-    points = [n * (height if k % 2 else width) for k, n in enumerate(numbers)]
-    if len(points) == 4:
-        x, y, w, h = points
-        add_box(record, category, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), report)
-        return
-    xs, ys = points[::2], points[1::2]
-    box = (min(xs), min(ys), max(xs), max(ys))
-    add_box(record, category, box, report, segmentation=[points])
-
-
-def _yolo_names(annotations: Path, images: Path) -> list[str]:
-    """Class names of data.yaml or classes.txt, with the labels or images, or two folders above."""
-    folders = [annotations, images]
-    folders += [above for folder in folders for above in folder.absolute().parents[:2]]
-    names = ("data.yaml", "dataset.yaml", "classes.txt")
-    places = [folder / name for folder in folders for name in names]
-    if annotations.is_file():
-        places = [annotations]
-    for file in filter(Path.is_file, places):
-        with reading(file):
-            text = file.read_text(encoding="utf-8-sig")
-            if file.suffix == ".txt":
-                return text.split()
-            names = yaml.safe_load(text).get("names")
-            names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
-        if isinstance(names, list) and names:
-            return [str(name) for name in names]
-        raise DataError(
-            f'{file} has no "names": add the class names, in the order of their numbers'
-        )
-    raise DataError(
-        f"no data.yaml or classes.txt, for YOLO's class names, in {annotations} or above: "
-        "name it with --annotations DIR/data.yaml"
-    )

@@ -1,0 +1,75 @@
+"""YOLO's text files, a line an object, and the files that name their classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from resnet_backbone.detection.data.problems import reading
+from resnet_backbone.runtime.errors import DataError
+
+
+def is_yolo_file(file: Path) -> bool:
+    """Whether the first line is an object."""
+    try:
+        words = file.read_text(encoding="utf-8-sig").split("\n", 1)[0].split()
+        is_label = len(words) >= 5 and words[0].isdecimal() and bool([float(w) for w in words])
+    except (OSError, ValueError):
+        return False
+    return is_label and not file.name.lower().startswith("readme")
+
+
+def parse_yolo_line(
+    line: str, num_classes: int, size: tuple[int, int]
+) -> tuple[int, tuple[float, ...], dict[str, Any]]:
+    """Class, box (x0, y0, x1, y1) in pixels, and the segmentation of a polygon.
+
+    Args:
+        line: ``class x y width height``, or ``class x1 y1 x2 y2 ...`` of a polygon; image sides
+            are 1.
+        size: (width, height) of the image.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        category, *numbers = line.split()
+        category, numbers = int(category), [float(number) for number in numbers]
+    except ValueError:
+        raise ValueError(f"{line!r} is not a class number and coordinates") from None
+    if not 0 <= category < num_classes or len(numbers) < 4:
+        raise ValueError(f"{line!r}: class 0 to {num_classes - 1}, four numbers or more")
+    points = [number * size[k % 2] for k, number in enumerate(numbers)]
+    if len(points) == 4:
+        x, y, w, h = points
+        return category, (x - w / 2, y - h / 2, x + w / 2, y + h / 2), {}
+    xs, ys = points[::2], points[1::2]
+    return category, (min(xs), min(ys), max(xs), max(ys)), {"segmentation": [points]}
+
+
+def read_yolo_names(annotations: Path, images: Path) -> list[str]:
+    """Class names of data.yaml or classes.txt, with the labels or images, or two folders above."""
+    folders = [annotations, images]
+    folders += [above for folder in folders for above in folder.absolute().parents[:2]]
+    names = ("data.yaml", "dataset.yaml", "classes.txt")
+    places = [folder / name for folder in folders for name in names]
+    if annotations.is_file():
+        places = [annotations]
+    for file in filter(Path.is_file, places):
+        with reading(file):
+            text = file.read_text(encoding="utf-8-sig")
+            if file.suffix == ".txt":
+                return text.split()
+            names = yaml.safe_load(text).get("names")
+            names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
+        if isinstance(names, list) and names:
+            return [str(name) for name in names]
+        raise DataError(
+            f'{file} has no "names": add the class names, in the order of their numbers'
+        )
+    raise DataError(
+        f"no data.yaml or classes.txt, for YOLO's class names, in {annotations} or above: "
+        "name it with --annotations DIR/data.yaml"
+    )
