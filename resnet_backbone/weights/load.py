@@ -88,7 +88,7 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
     if pool is not None and pool.ceil_mode:
         options["caffe_pool"] = True
     # of a backbone that stops early the tensors show the stages, not the depth
-    name = re.sub(r"\d+", str(model.depth), spec.name, count=1)
+    name = re.sub(r"\d+", str(getattr(model, "depth", "")), spec.name, count=1)
     return replace(spec, name=name, options=options)
 
 

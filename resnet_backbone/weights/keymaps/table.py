@@ -215,9 +215,9 @@ def check_support(library: str, model: ModelSpec) -> None:
 
 def _problem(support: Support, model: ModelSpec) -> str:
     name, options = model.name, {**constructor_options(model.name), **model.options}
+    if not name.startswith(("resnet", "plain", "vgg")):
+        return f"only this package has {name}"
     norm = _SAME_TENSORS.get(options["norm"], options["norm"])
-    if name.startswith("cifar"):
-        return f"{name} is one of the paper's CIFAR networks"
     for key, usual in (("shortcut", "B"), ("activation", "relu"), ("caffe_pool", False)):
         if options.get(key, usual) != usual:
             return f"{name} has {key}={options[key]!r}"
