@@ -52,7 +52,7 @@ examples:
   The paper's 10-crop testing (Tables 2 and 3) and its multi-scale dense testing (Table 4):
     python tools/evaluate_classifier.py --weights final.safetensors --protocol ten_crop \\
         --imagenet-folder imagenet/val --num-gpus 8 --amp bf16
-    python tools/evaluate_classifier.py --weights final.safetensors --protocol dense --flip \\
+    python tools/evaluate_classifier.py --weights final.safetensors --protocol dense \\
         --imagenet-folder imagenet/val --batch-size 16 --output output/dense
   The authors' released weights, which say neither, on ten of the thousand classes:
     python tools/evaluate_classifier.py --weights resnet50_msra.safetensors --model resnet50 \\
@@ -64,8 +64,9 @@ examples:
         --cifar10 cifar10
 
 Dense testing averages class scores over all positions of the whole image at each of --sizes, then
-over sizes (and mirrored images). --pooling sliding is the network as a convolution, 7x7 pooling
-windows and fc as a 1x1 convolution; global_pool is its ordinary forward pass at each size.
+over sizes and mirror images (--no-flip: without these). --pooling sliding is the network as a
+convolution, 7x7 pooling windows and fc as a 1x1 convolution; global_pool is its ordinary forward
+pass at each size.
 --softmax says whether scores become probabilities at each position, in each view, or at the end.
 The paper leaves these open; the defaults are those of VGG, to which it refers. A per-pixel mean has
 one size: dense testing subtracts the channel means in its place.
@@ -112,7 +113,8 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resize", type=int, help="center, ten_crop: short side (default: the weights', else 256)")
     add("--crop", type=int, help="center, ten_crop: side of crop (default: the weights', else 224)")
     add("--sizes", type=int, nargs="+", help="dense: short sides (default: 224 256 384 480 640)")
-    add("--flip", action="store_true", default=None, help="dense: mirrored views, too")
+    text = "dense: mirrored views, too (default)"
+    add("--flip", action=argparse.BooleanOptionalAction, default=None, help=text)
     add("--pooling", choices=POOLINGS, help="dense (default: sliding)")
     add("--softmax", choices=SOFTMAXES, help="dense (default: per_view)")
     add("--window", type=int, help="dense, sliding: pooling window (default: 7)")

@@ -94,8 +94,8 @@ def expected(files, names, protocol):
         (("--resize", "36", "--crop", "32"), Center(36, 32)),
         (("--protocol", "ten_crop", "--resize", "36", "--crop", "32"), TenCrop(36, 32)),
         (
-            "--protocol dense --sizes 32 40 --window 8 --flip --softmax at_end".split(),
-            Dense((32, 40), True, "sliding", "at_end", 8),
+            "--protocol dense --sizes 32 40 --window 8 --no-flip --softmax at_end".split(),
+            Dense((32, 40), False, "sliding", "at_end", 8),
         ),
     ],
 )
