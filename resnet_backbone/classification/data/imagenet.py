@@ -258,7 +258,10 @@ def name_classes(classes: Mapping[str, int], num_classes: int = 0) -> tuple[str,
 
 def _existing_folder(root: str | os.PathLike) -> Path:
     if not os.path.isdir(root):
-        raise DataError(f"{root}: no such folder; tools/prepare_data.py imagenet builds it")
+        raise DataError(
+            f"{root}: no such folder; give one with a folder of images for each class "
+            "(prepare-data imagenet builds ImageNet's)"
+        )
     return Path(root)
 
 
