@@ -36,8 +36,13 @@ from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, ru
 from resnet_backbone.runtime.processes import World, choose_device, current_world
 from resnet_backbone.runtime.records import set_up_logging
 from resnet_backbone.weights.load import WrongStride
-from resnet_backbone.weights.preprocessing import USUAL_TEST, InputNormalizer, Preprocessing
-from resnet_backbone.weights.reading import UnknownInput
+from resnet_backbone.weights.preprocessing import (
+    USUAL_TEST,
+    InputNormalizer,
+    Preprocessing,
+    WeightsError,
+)
+from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
 
 logger = logging.getLogger("resnet_backbone.evaluate_classifier")
 
@@ -175,9 +180,9 @@ def one_each(values: list[str], args: argparse.Namespace, option: str) -> list[s
 
 
 def network_spec(
-    path: str, name: str, args: argparse.Namespace
+    path: str, name: str, preprocessing: str, args: argparse.Namespace
 ) -> tuple[networks.NetworkSpec, bool]:
-    """The network of a weights file, and whether the file says it; else the arguments do."""
+    """The network of a weights file, and whether the file says it; else arguments or tensors do."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; give --weights a .safetensors file")
     found = networks.read_spec(path)
@@ -186,7 +191,13 @@ def network_spec(
             raise UsageError(f"{path} is of {found.name}, not {name}: leave out --model")
         return found, True
     if not name:
-        raise UsageError(f"{path} does not say which network it is of: give --model NAME")
+        try:
+            found = read_checkpoint(path, preprocessing).model
+        except UnknownInput:
+            raise
+        except WeightsError as error:
+            raise UsageError(f"{error}: give --model NAME") from error
+        return networks.NetworkSpec(found.name, found.num_classes, found.options), False
     classes = args.num_classes or (10 if name.startswith("cifar_") else 1000)
     return networks.NetworkSpec(name, classes, dict(args.model_options)), False
 
@@ -199,11 +210,11 @@ def load_networks(
     names = one_each(args.model, args, "--model")
     inputs = one_each(args.preprocessing, args, "--preprocessing")
     for path, name, preprocessing in zip(args.weights, names, inputs, strict=True):
-        spec, own = network_spec(path, name, args)
-        if own and len(args.preprocessing) < len(args.weights):
-            preprocessing = ""  # the one for all is for files without their own
-        model = spec.build()
         try:
+            spec, own = network_spec(path, name, preprocessing, args)
+            if own and len(args.preprocessing) < len(args.weights):
+                preprocessing = ""  # the one for all is for files without their own
+            model = spec.build()
             found = networks.load_network(model, path, preprocessing)
         except UnknownInput as error:
             raise UsageError(str(UnknownInput(error.source, "--preprocessing"))) from error

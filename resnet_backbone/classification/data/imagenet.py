@@ -123,8 +123,7 @@ def _read_index(url: str) -> dict[str, np.ndarray]:
         return index
     except Exception as error:  # fsspec, numpy and zipfile raise errors of many types
         raise DataError(
-            f"{url}: {INDEX_NAME} cannot be read ({error}); write it with "
-            "tools/prepare_data.py shards index"
+            f"{url}: {INDEX_NAME} cannot be read ({error}); write it with prepare-data shards index"
         ) from error
 
 
@@ -281,7 +280,7 @@ def _read_labels(path: str | os.PathLike) -> dict[str, str]:
     if all(line.isdecimal() for line in lines):
         raise DataError(
             f"{path}: numbers alone are the development kit's ILSVRC2012_IDs, whose order is not "
-            "that of the sorted wnids: let tools/prepare_data.py imagenet --devkit convert them, "
+            "that of the sorted wnids: let prepare-data imagenet --devkit convert them, "
             "or write one 'name wnid' a line"
         )
     entries: dict[str, str] = {}

@@ -209,8 +209,8 @@ def check_support(library: str, model: ModelSpec) -> None:
     problem = _problem(SUPPORT[library], model) if library in SUPPORT else ""
     if problem:
         others = [name for name, support in SUPPORT.items() if not _problem(support, model)]
-        able = " and ".join([*others, "resnet_backbone"])
-        raise WeightsError(f"{library} has no such network: {problem}; layouts that do: {able}")
+        able = ", ".join([*others, "resnet_backbone"])
+        raise WeightsError(f"{library} has no such network: {problem}; these do (--to): {able}")
 
 
 def _problem(support: Support, model: ModelSpec) -> str:
