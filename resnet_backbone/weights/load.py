@@ -138,11 +138,12 @@ def _explain(model: StagedNetwork, tensors: Mapping[str, Tensor], problem: str) 
     if own is None or spell(own) != spell(file):
         name = "" if own is None else f", this network a {spell(own)}"
         return f"the file is a {spell(file)}{name}: {problem}"
-    if "linear.weight" not in tensors:
+    classes = next(iter(tensors["linear.weight"].shape), 0) if "linear.weight" in tensors else 0
+    if not classes:
         return f"{problem}; a backbone without head has out_features"
     return (
         f"{problem}; in train-classifier add model.new_head=true; elsewhere build it with "
-        f"num_classes={len(tensors['linear.weight'])}, load, and put a new layer in place of "
+        f"num_classes={classes}, load, and put a new layer in place of "
         "network.linear (a backbone, with out_features, takes files of any classes)"
     )
 
