@@ -165,14 +165,15 @@ GROUPS = {group.name: fields(group.default_factory) for group in fields(Config)}
 KEYS = {f"{group}.{item.name}": item for group, items in GROUPS.items() for item in items}
 
 
-def nearest_key(key: str) -> str:
-    """The known key that is most like an unknown one, first of all in its last word."""
-
-    def likeness(name: str) -> tuple[float, float]:
-        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], name.rpartition(".")[2])
-        return last.ratio(), difflib.SequenceMatcher(None, key, name).ratio()
-
-    return max(KEYS, key=likeness)
+def hint_for(key: str) -> str:
+    """What an unknown key may mean: one with the same last word, or else one much like it."""
+    group, _, word = key.rpartition(".")
+    same = [name for name in KEYS if name.endswith(f".{word}")]
+    near = difflib.get_close_matches(key, same or KEYS, n=1, cutoff=0 if same else 0.75)
+    if near:
+        return f"did you mean {near[0]}?"
+    names = [item.name for item in GROUPS[group]] if group in GROUPS else GROUPS
+    return f"{group if group in GROUPS else 'a config'} has {', '.join(names)}"
 
 
 def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
@@ -256,7 +257,7 @@ def _merge(onto: DictConfig, update: DictConfig, where: str, problems: list[str]
         return OmegaConf.merge(onto, update)
     except OmegaConfBaseException as error:
         unknown = [key for key in leaves(update) if key not in KEYS]
-        problems += [f"{where}: unknown key {k}: did you mean {nearest_key(k)}?" for k in unknown]
+        problems += [f"{where}: unknown key {k}: {hint_for(k)}" for k in unknown]
         if not unknown:
             problems.append(f"{where}: {error.full_key}: {str(error).splitlines()[0]}")
         return onto

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_backbone.classification.data.augment import center_crop
-from resnet_backbone.models import VGG, StagedNetwork
+from resnet_backbone.models import VGG, PReLUNet, StagedNetwork
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 Images = Tensor | Sequence[Tensor]  # uint8 (N, 3, H, W), or N of (3, H, W) where sizes differ
@@ -185,7 +185,7 @@ class Dense(Protocol):
     The scores of all positions are averaged within a view (a size, mirrored or not), then over the
     views. What the paper leaves open is named here; the defaults are VGG's protocol (arXiv
     1409.1556, section 3.2), to which it refers: the class score map is averaged over positions,
-    then "soft-max class posteriors" over views.
+    then "soft-max class posteriors" over views, of the image and of its mirror image.
 
     Args:
         sizes: short sides in pixels.
@@ -201,7 +201,7 @@ class Dense(Protocol):
     """
 
     sizes: tuple[int, ...] = (224, 256, 384, 480, 640)
-    flip: bool = False
+    flip: bool = True
     pooling: str = "sliding"
     softmax: str = "per_view"
     window: int = 7
@@ -220,11 +220,13 @@ class Dense(Protocol):
         return self.sizes
 
     def score(self, member: Member, images: Sequence[Images]) -> Tensor:
-        sliding_works = isinstance(member.model, StagedNetwork) and member.model.is_classifier
+        network = member.model
+        ours = isinstance(network, StagedNetwork) and network.is_classifier
+        sliding_works = ours and not isinstance(network, PReLUNet)  # it pools a pyramid
         if self.pooling == "sliding" and not sliding_works:
             raise ValueError(
-                f"dense testing of {type(member.model).__name__} needs pooling global_pool: only "
-                "classifiers of this package are known as convolutions"
+                f"dense testing of {type(network).__name__} needs pooling global_pool: only "
+                "this package's ResNets, VGGs and BN-Inception are known as convolutions"
             )
         views = []
         for scaled in images:

@@ -177,13 +177,15 @@ def build_sgd(
 ) -> torch.optim.SGD:
     """SGD over a network's trainable parameters; the paper: 0.9 and 1e-4.
 
-    Without ``decay_norm_and_bias``, those of one dimension (biases, BN) are not decayed.
+    Without ``decay_norm_and_bias``, those of one dimension (biases, BN) are not decayed. Slopes of
+    PReLU never are: decay pushes them to zero, which is ReLU (arXiv 1502.01852, section 2.1).
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": trained}]
-    if not decay_norm_and_bias:
-        decayed, plain = ([p for p in trained if (p.ndim > 1) == flag] for flag in (True, False))
-        groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    slopes = {id(m.weight) for m in model.modules() if isinstance(m, nn.PReLU)}
+    groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        decays = id(parameter) not in slopes and (decay_norm_and_bias or parameter.ndim > 1)
+        groups[0 if decays else 1]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
     return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
 
 

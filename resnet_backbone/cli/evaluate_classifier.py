@@ -36,8 +36,13 @@ from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, ru
 from resnet_backbone.runtime.processes import World, choose_device, current_world
 from resnet_backbone.runtime.records import set_up_logging
 from resnet_backbone.weights.load import WrongStride
-from resnet_backbone.weights.preprocessing import USUAL_TEST, InputNormalizer, Preprocessing
-from resnet_backbone.weights.reading import UnknownInput
+from resnet_backbone.weights.preprocessing import (
+    USUAL_TEST,
+    InputNormalizer,
+    Preprocessing,
+    WeightsError,
+)
+from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
 
 logger = logging.getLogger("resnet_backbone.evaluate_classifier")
 
@@ -52,7 +57,7 @@ examples:
   The paper's 10-crop testing (Tables 2 and 3) and its multi-scale dense testing (Table 4):
     python tools/evaluate_classifier.py --weights final.safetensors --protocol ten_crop \\
         --imagenet-folder imagenet/val --num-gpus 8 --amp bf16
-    python tools/evaluate_classifier.py --weights final.safetensors --protocol dense --flip \\
+    python tools/evaluate_classifier.py --weights final.safetensors --protocol dense \\
         --imagenet-folder imagenet/val --batch-size 16 --output output/dense
   The authors' released weights, which say neither, on ten of the thousand classes:
     python tools/evaluate_classifier.py --weights resnet50_msra.safetensors --model resnet50 \\
@@ -64,8 +69,9 @@ examples:
         --cifar10 cifar10
 
 Dense testing averages class scores over all positions of the whole image at each of --sizes, then
-over sizes (and mirrored images). --pooling sliding is the network as a convolution, 7x7 pooling
-windows and fc as a 1x1 convolution; global_pool is its ordinary forward pass at each size.
+over sizes and mirror images (--no-flip: without these). --pooling sliding is the network as a
+convolution, 7x7 pooling windows and fc as a 1x1 convolution; global_pool is its ordinary forward
+pass at each size.
 --softmax says whether scores become probabilities at each position, in each view, or at the end.
 The paper leaves these open; the defaults are those of VGG, to which it refers. A per-pixel mean has
 one size: dense testing subtracts the channel means in its place.
@@ -112,7 +118,8 @@ def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resize", type=int, help="center, ten_crop: short side (default: the weights', else 256)")
     add("--crop", type=int, help="center, ten_crop: side of crop (default: the weights', else 224)")
     add("--sizes", type=int, nargs="+", help="dense: short sides (default: 224 256 384 480 640)")
-    add("--flip", action="store_true", default=None, help="dense: mirrored views, too")
+    text = "dense: mirrored views, too (default)"
+    add("--flip", action=argparse.BooleanOptionalAction, default=None, help=text)
     add("--pooling", choices=POOLINGS, help="dense (default: sliding)")
     add("--softmax", choices=SOFTMAXES, help="dense (default: per_view)")
     add("--window", type=int, help="dense, sliding: pooling window (default: 7)")
@@ -173,9 +180,9 @@ def one_each(values: list[str], args: argparse.Namespace, option: str) -> list[s
 
 
 def network_spec(
-    path: str, name: str, args: argparse.Namespace
+    path: str, name: str, preprocessing: str, args: argparse.Namespace
 ) -> tuple[networks.NetworkSpec, bool]:
-    """The network of a weights file, and whether the file says it; else the arguments do."""
+    """The network of a weights file, and whether the file says it; else arguments or tensors do."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; give --weights a .safetensors file")
     found = networks.read_spec(path)
@@ -184,7 +191,13 @@ def network_spec(
             raise UsageError(f"{path} is of {found.name}, not {name}: leave out --model")
         return found, True
     if not name:
-        raise UsageError(f"{path} does not say which network it is of: give --model NAME")
+        try:
+            found = read_checkpoint(path, preprocessing).model
+        except UnknownInput:
+            raise
+        except WeightsError as error:
+            raise UsageError(f"{error}: give --model NAME") from error
+        return networks.NetworkSpec(found.name, found.num_classes, found.options), False
     classes = args.num_classes or (10 if name.startswith("cifar_") else 1000)
     return networks.NetworkSpec(name, classes, dict(args.model_options)), False
 
@@ -197,11 +210,11 @@ def load_networks(
     names = one_each(args.model, args, "--model")
     inputs = one_each(args.preprocessing, args, "--preprocessing")
     for path, name, preprocessing in zip(args.weights, names, inputs, strict=True):
-        spec, own = network_spec(path, name, args)
-        if own and len(args.preprocessing) < len(args.weights):
-            preprocessing = ""  # the one for all is for files without their own
-        model = spec.build()
         try:
+            spec, own = network_spec(path, name, preprocessing, args)
+            if own and len(args.preprocessing) < len(args.weights):
+                preprocessing = ""  # the one for all is for files without their own
+            model = spec.build()
             found = networks.load_network(model, path, preprocessing)
         except UnknownInput as error:
             raise UsageError(str(UnknownInput(error.source, "--preprocessing"))) from error

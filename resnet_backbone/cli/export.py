@@ -94,6 +94,8 @@ def find_pictures(paths: Sequence[str | Path], option: str = "--images") -> list
     """Files as they are given, and in place of a folder all pictures below it, sorted by name."""
     found: list[Path] = []
     for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"{option} {path}: no such file or folder")
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         found += [file for file in inside if file == path or file.suffix.lower() in EXTENSIONS]
     if not found:

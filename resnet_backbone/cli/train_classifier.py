@@ -111,7 +111,8 @@ def train(config: Config, resume: bool, world: World) -> None:
         return
     if world.is_main:
         folder.start(to_yaml(config), world)
-        logger.info("resolved config (also in %s):\n%s", folder / CONFIG, to_yaml(config))
+        logger.info("resolved config: %s", folder / CONFIG)
+        logger.debug("\n%s", to_yaml(config))
     goes_on = resume and bool(checkpoints_in(folder.path))
     run = ClassificationRun(config, world, folder, "" if goes_on else config.model.weights)
     stop = StopRequest(world)

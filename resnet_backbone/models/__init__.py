@@ -12,16 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resnet_backbone.models.baselines import PRELU_NETS, BNInception, PReLUNet
 from resnet_backbone.models.layers import Feature, FrozenBatchNorm2d, StagedNetwork
 from resnet_backbone.models.resnet import BasicBlock, BottleneckBlock, CifarResNet, ResNet
 from resnet_backbone.models.vgg import VGG
 
 __all__ = [
+    "BNInception",
     "BasicBlock",
     "BottleneckBlock",
     "CifarResNet",
     "Feature",
     "FrozenBatchNorm2d",
+    "PReLUNet",
     "ResNet",
     "Stage",
     "StagedNetwork",
@@ -39,6 +42,8 @@ MODELS: dict[str, Callable[..., StagedNetwork]] = {
     **{f"cifar_plain{n}": partial(CifarResNet, n, shortcut="none") for n in (20, 32, 44, 56, 110)},
     **{f"vgg{depth}": partial(VGG, depth) for depth in (11, 13, 16, 19)},
     **{f"vgg{depth}_bn": partial(VGG, depth, norm="BN") for depth in (11, 13, 16, 19)},
+    **{f"prelu_net_{model.lower()}": partial(PReLUNet, model) for model in PRELU_NETS},
+    "bn_inception": BNInception,
 }
 
 
@@ -72,7 +77,7 @@ def build_model(name: str, num_classes: int | None = None, **options) -> StagedN
         num_classes: logits; by default 1000, and 10 for the CIFAR networks.
         **options: arguments of the network's class, for example ``out_features=("res3", "res4",
             "res5")``, ``stride_in_1x1=False``, ``shortcut="A"``; see ``ResNet``,
-            ``CifarResNet`` and ``VGG``.
+            ``CifarResNet``, ``VGG``, ``PReLUNet`` and ``BNInception``.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one.

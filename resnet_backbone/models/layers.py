@@ -233,7 +233,8 @@ class StagedNetwork(nn.Module):
             names: stages to return; ``None`` returns every one.
 
         Returns:
-            name -> (N, channels, H / stride, W / stride); ResNets round sizes up, VGGs down.
+            name -> (N, channels, H / stride, W / stride); ResNets round sizes up, VGGs down,
+            PReLU-nets and BN-Inception up in conv1 and down in pooling.
         """
         wanted = set(self.stage_names if names is None else names)
         if not wanted <= set(self.stage_names):

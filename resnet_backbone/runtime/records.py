@@ -86,15 +86,19 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def set_up_logging(folder: Path | None, is_main: bool) -> None:
-    """Messages go to the terminal and to ``log.txt``; other processes show warnings only."""
+    """Messages go to the terminal and to ``log.txt``, which has those of level DEBUG too.
+
+    Other processes show warnings only.
+    """
     root = logging.getLogger("resnet_backbone")
-    root.setLevel(logging.INFO if is_main else logging.WARNING)
+    root.setLevel(logging.DEBUG if is_main else logging.WARNING)
     root.propagate = False
     root.handlers.clear()
     form = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if folder is not None and is_main:
         handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+    handlers[0].setLevel(logging.INFO)
     for handler in handlers:
         handler.setFormatter(form)
         root.addHandler(handler)

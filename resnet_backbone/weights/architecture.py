@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resnet_backbone.models import MODELS, VGG, BottleneckBlock, find_constructor
+from resnet_backbone.models.baselines import INCEPTION, PRELU_NETS
 from resnet_backbone.models.resnet import CIFAR_STAGE_NAMES
 from resnet_backbone.models.resnet import DEPTHS as RESNET_DEPTHS
 from resnet_backbone.models.resnet import STAGE_NAMES as RESNET_STAGES
@@ -51,7 +52,8 @@ def infer_models(tensors: Mapping[str, Tensor]) -> list[ModelSpec]:
         _refuse_relatives(shapes)
     base = _base_name(shapes, first)
     options = {"in_channels": _size(shapes, first, 4, 1), **_visible_options(shapes, first)}
-    shortcuts = [{}] if base.startswith("vgg") else _shortcut_options(shapes, base)
+    has_shortcuts = "shortcut" in constructor_options(base)
+    shortcuts = _shortcut_options(shapes, base) if has_shortcuts else [{}]
     num_classes = None
     if "linear.weight" in shapes:
         num_classes = _size(shapes, "linear.weight", 2, 0)
@@ -127,6 +129,8 @@ def deepest_stage(keys: Iterable[str]) -> str:
     """
     stages = _STAGES_BY_FIRST_KEY[first_key(keys)]
     found = {key.partition(".")[0] for key in keys}
+    if found & {*INCEPTION}:
+        stages = ("conv1", "conv2", *INCEPTION)
     present = [name for name in stages if name in found]
     if present != list(stages[: len(present)]):
         missing = next(name for name in stages if name not in found)
@@ -210,6 +214,8 @@ def _base_name(shapes: Shapes, first: str) -> str:
     """Name of the network with the default options."""
     stages = _STAGES_BY_FIRST_KEY[first]
     counts = _counts(shapes, stages)
+    if first == "conv1.0.weight" and _size(shapes, first, 4, 2) == 7:
+        return _baseline_name(shapes, counts)
     if first == "conv1.0.weight":
         for depth, convs in VGG_DEPTHS.items():
             if convs[: len(counts)] == counts:
@@ -225,6 +231,17 @@ def _base_name(shapes: Shapes, first: str) -> str:
             return f"resnet{depth}"
     kind = "bottleneck" if bottleneck else "basic"
     raise ValueError(f"no ResNet of the paper has {counts} {kind} blocks in its stages")
+
+
+def _baseline_name(shapes: Shapes, counts: tuple[int, ...]) -> str:
+    """PReLU-nets and BN-Inception differ from VGGs in the 7x7 kernel of conv1."""
+    widths = tuple(_size(shapes, f"conv{n}.0.weight", 4, 0) for n in range(1, len(counts) + 1))
+    if widths[0] == 64:
+        return "bn_inception"
+    for model, (depth, channels) in PRELU_NETS.items():
+        if (counts, widths) == ((1, depth, depth, depth)[: len(counts)], channels[: len(counts)]):
+            return f"prelu_net_{model.lower()}"
+    raise ValueError(f"no PReLU-net has {counts} convolutions with {widths} channels")
 
 
 def _visible_options(shapes: Shapes, first: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from resnet_backbone.runtime.files import whole_file
 from resnet_backbone.weights.architecture import deepest_stage
 from resnet_backbone.weights.checkpoint import Checkpoint, write_checkpoint
 from resnet_backbone.weights.convert import convert_input
-from resnet_backbone.weights.keymaps import LAYOUTS
+from resnet_backbone.weights.keymaps import LAYOUTS, check_support
 from resnet_backbone.weights.keymaps.huggingface import hugging_face_model, hugging_face_processor
 from resnet_backbone.weights.keymaps.torchvision import timm_config
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
@@ -146,8 +146,8 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
     if preprocessing.mean_image is not None:
         raise WeightsError(
             f"these weights subtract a per-pixel mean image, for which {format} has no place: "
-            "write resnet_backbone, or take its channel means in place of it "
-            "(--accept-channel-means), which is not exactly the same"
+            "add --to resnet_backbone, or --accept-channel-means to take its channel means in "
+            "place of it, which is not exactly the same"
         )
     _check_network(checkpoint, format)
     order = "RGB" if rules.rgb else preprocessing.channel_order
@@ -163,6 +163,7 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
 
 
 def _check_network(checkpoint: Checkpoint, format: str) -> None:
+    check_support(format, checkpoint.model)
     eps = checkpoint.preprocessing.bn_eps
     has_norms = any(key.endswith(".norm.running_var") for key in checkpoint.tensors)
     if has_norms and eps != BN_EPS:

@@ -33,7 +33,7 @@ def inspect_source(
         source, preprocessing, model: see :func:`resnet_backbone.weights.read_checkpoint`.
 
     Returns:
-        (the findings as text, one fact a line; options of tools/convert_weights.py that say what is
+        (the findings as text, one fact a line; options of convert-weights that say what is
         missing)
     """
     file, key = split_key(source)
@@ -54,7 +54,10 @@ def inspect_source(
             f"{', '.join(PREPROCESSINGS)}, or all of --channel-order --value-range --mean --std"
         )
         if has_bottlenecks(tensors):
-            missing.append("the stride of its bottlenecks; the same name says it")
+            missing.append(
+                "where its bottlenecks have their stride; --preprocessing msra or torchvision says "
+                "it too, else add --stride-in-1x1"
+            )
     except WeightsError:
         if not ambiguous:
             raise

@@ -88,7 +88,7 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
     if pool is not None and pool.ceil_mode:
         options["caffe_pool"] = True
     # of a backbone that stops early the tensors show the stages, not the depth
-    name = re.sub(r"\d+", str(model.depth), spec.name, count=1)
+    name = re.sub(r"\d+", str(getattr(model, "depth", "")), spec.name, count=1)
     return replace(spec, name=name, options=options)
 
 
@@ -123,26 +123,28 @@ def fitting_tensors(
     found = {k: shape for k, shape in shapes_of(tensors).items() if not k.startswith(left_out)}
     problem = misfit(own, found, "this network")
     if problem:
-        raise WeightsError(f"{where}: {problem}{_difference(model, tensors)}")
+        raise WeightsError(f"{where}: {_explain(model, tensors, problem)}")
     return {key: tensors[key] for key in own}
 
 
-def _difference(model: StagedNetwork, tensors: Mapping[str, Tensor]) -> str:
-    """What to do about tensors that do not fit a network, as far as it can be told."""
+def _explain(model: StagedNetwork, tensors: Mapping[str, Tensor], problem: str) -> str:
+    """A misfit with its cause, or with what to do about it, as far as these can be told."""
     own = describe_model(model)
+    body = {key: value for key, value in tensors.items() if not key.startswith("linear.")}
     try:
-        file = infer_models(tensors)[0]
+        file = infer_models(body)[0]
     except ValueError:
-        return "; is it another depth or norm?"
+        return f"{problem}; is it another depth or norm?"
     if own is None or spell(own) != spell(file):
         name = "" if own is None else f", this network a {spell(own)}"
-        return f" (the file is a {spell(file)}{name})"
-    if file.num_classes is None:
-        return "; a backbone without head has out_features"
+        return f"the file is a {spell(file)}{name}: {problem}"
+    classes = next(iter(tensors["linear.weight"].shape), 0) if "linear.weight" in tensors else 0
+    if not classes:
+        return f"{problem}; a backbone without head has out_features"
     return (
-        f"; build it with num_classes={file.num_classes}, load, and put a new layer in place of "
-        "network.linear, as train-classifier does with model.new_head=true (a backbone, with "
-        "out_features, takes files of any classes)"
+        f"{problem}; in train-classifier add model.new_head=true; elsewhere build it with "
+        f"num_classes={classes}, load, and put a new layer in place of "
+        "network.linear (a backbone, with out_features, takes files of any classes)"
     )
 
 
@@ -205,8 +207,8 @@ def load_weights(
 
 def load_tensors(model: StagedNetwork, read: Weights | Checkpoint, where: str) -> None:
     """Loads what was read from ``where`` into a network; see :func:`load_weights`."""
-    check_architecture(model, read.preprocessing, where)
     fitting = fitting_tensors(model, read.tensors, where)
+    check_architecture(model, read.preprocessing, where)
     check_settings(model, read.model, where)
     model.load_state_dict(fitting, strict=False)
 

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 INDEX_SUFFIX = ".safetensors.index.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".pkl")
+TORCH_STARTS = (b"P", b"\x80")  # PK, an archive; before PyTorch 1.6 a pickle
 CONTAINERS = {".safetensors": "safetensors", ".pkl": "pickle", ".json": "safetensors index"}
 # In a folder, the first of these is read: names that transformers and timm write.
 FOLDER_FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
@@ -153,6 +154,8 @@ def _read_whole(path: Path) -> RawFile:
     other = next((what for begin, what in OTHER_FILES.items() if start.startswith(begin)), "")
     if other:
         raise WeightsError(f"{path} is {other}")
+    if container == "torch" and not data.startswith(TORCH_STARTS):
+        raise WeightsError(f"{path} is not a file of weights: it begins with {data[:16]!r}")
     digest = hashlib.sha256(data).hexdigest()
     if container == "safetensors":
         tensors = dict(sorted(load_safetensors(data).items()))

@@ -44,7 +44,7 @@ class UnknownInput(WeightsError):
         where = f" ({option})" if option else ""
         super().__init__(
             f"{source} does not say which input it was trained on: name it{where}, "
-            f"{', '.join(names)} or {last} (tools/convert_weights.py takes any other)"
+            f"{', '.join(names)} or {last} (convert-weights takes any other)"
         )
         self.source = source
 

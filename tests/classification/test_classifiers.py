@@ -171,7 +171,7 @@ def test_each_start_is_recorded_and_tensorboard_has_the_numbers(tmp_path):
 HEADS = ("linear", "fc")  # ours, torchvision's
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet8", "vgg11_bn", "torchvision/resnet18"])
+@pytest.mark.parametrize("name", ["cifar_resnet8", "bn_inception", "torchvision/resnet18"])
 def test_fine_tuning_takes_all_but_the_last_layer(tmp_path, name):
     source, target = (NetworkSpec(name, classes, {}) for classes in (7, 3))
     trained, model = source.build(), target.build()
@@ -180,6 +180,8 @@ def test_fine_tuning_takes_all_but_the_last_layer(tmp_path, name):
     save_network(tmp_path / "w.safetensors", trained, source, INPUT, class_names="abcdefg")
     with pytest.raises(WeightsError):
         load_network(model, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="file is a .*, this network a cifar_resnet14"):
+        load_all_but_head(build_model("cifar_resnet14"), tmp_path / "w.safetensors")
     assert load_all_but_head(model, tmp_path / "w.safetensors").same_input(INPUT)
     for key, value in model.state_dict().items():
         wanted = before[key] if key in before else trained.state_dict()[key]

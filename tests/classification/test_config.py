@@ -12,8 +12,8 @@ from resnet_backbone.classification.config import (
     Config,
     ScheduleConfig,
     differences,
+    hint_for,
     load_config,
-    nearest_key,
     scale_schedule,
     to_yaml,
 )
@@ -40,6 +40,9 @@ def refusal(*overrides, files=()):
         ("trian.batch_size=3", "did you mean train.batch_size?"),
         ("evaluaton.batch_size=3", "did you mean evaluation.batch_size?"),
         ("traim.seed=3", "did you mean train.seed?"),
+        ("optimizer.lr=3", "did you mean schedule.lr?"),
+        ("data.size=64", "data has format, root, val_root"),
+        ("colour=3", "a config has model, data"),
         ("train.batch_size=many", "could not be converted to Integer"),
         ("schedule.milestones=[a]", "schedule.milestones"),
         ("train=5", "write train.<key>=value"),
@@ -140,7 +143,7 @@ def test_every_key_is_reachable():
     assert len(KEYS) > 50
     for name in KEYS:
         attrgetter(name)(Config())
-        assert nearest_key(name + "s") == name
+        assert hint_for(name + "s") == f"did you mean {name}?"
 
 
 def test_all_problems_are_told_at_once():

@@ -195,6 +195,8 @@ def test_impossible_settings(make, message):
 
 
 SMALL = build_model("cifar_resnet8")
+with torch.device("meta"):
+    PRELU_NET = build_model("prelu_net_a")
 SMALL_BACKBONE = build_model("cifar_resnet8", out_features=["res4"])
 
 
@@ -203,6 +205,7 @@ SMALL_BACKBONE = build_model("cifar_resnet8", out_features=["res4"])
     [
         (Center(None, 8), Probe(), (6, 9), "6x9 has no 8x8 crop"),
         (Dense((8,)), Probe(), (8, 8), "Probe needs pooling global_pool"),
+        (Dense((64,)), PRELU_NET, (64, 64), "PReLUNet needs pooling global_pool"),
         (Dense((28,), window=8), SMALL, (28, 36), "window, but the last map is 7x9: use larger"),
         (Full(), SMALL_BACKBONE, (32, 32), "CifarResNet returns dict and not logits"),
         (Full(), nn.Identity(), (4, 4), r"Identity returns \(1, 3, 4, 4\) and not logits"),
@@ -216,7 +219,7 @@ def test_what_cannot_be_scored(protocol, model, size, message):
 def test_any_network():
     """torchvision's and timm's classifiers go through the protocols that need no convolution."""
     probe, batch = member(Probe()), images(1, 3, 8, 8)
-    scores = Dense((8,), pooling="global_pool").score(probe, [batch])
+    scores = Dense((8,), flip=False, pooling="global_pool").score(probe, [batch])
     torch.testing.assert_close(scores, Full().score(probe, [batch]))
     timm = pytest.importorskip("timm", reason="timm is missing")
     batch = images(2, 3, 36, 40)
@@ -249,5 +252,5 @@ def test_settings_name_every_choice():
     assert Center().short_sides == TenCrop().short_sides == (256,)
     assert Full().short_sides == (None,)
     sizes = (224, 256, 384, 480, 640)
-    settings = {"sizes": sizes, "flip": False, "pooling": "sliding", "softmax": "per_view"}
+    settings = {"sizes": sizes, "flip": True, "pooling": "sliding", "softmax": "per_view"}
     assert Dense().settings() == {"name": "dense", **settings, "window": 7}

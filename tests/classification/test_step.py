@@ -65,6 +65,16 @@ def test_weight_decay_can_leave_out_norms_and_biases():
     assert len(decayed["params"]) + len(plain["params"]) == len(everything[0]["params"])
 
 
+@pytest.mark.parametrize("decay_norm_and_bias", [True, False])
+def test_slopes_of_prelu_are_never_decayed(decay_norm_and_bias):
+    model = build_model("cifar_resnet8", activation="prelu")
+    slopes = {id(m.weight) for m in model.modules() if isinstance(m, nn.PReLU)}
+    decayed, plain = build_sgd(model, 0.9, 1e-4, decay_norm_and_bias).param_groups
+    assert plain["weight_decay"] == 0 and decayed["weight_decay"] == 1e-4
+    assert slopes <= {id(p) for p in plain["params"]}
+    assert (len(slopes) == len(plain["params"])) == decay_norm_and_bias
+
+
 def test_a_step_is_plain_sgd():
     step = make(rate=0.1, weight_decay=0.0)
     reference = copy.deepcopy(step.model).train()

@@ -150,7 +150,7 @@ def test_inspect_of_the_released_weights(run, data_root):
     status, out, _ = run("inspect", file)
     assert status == 0
     assert "213 float32, 54 float16" in out and "25,557,032" in out
-    assert "the stride of its bottlenecks" in out
+    assert "where its bottlenecks have their stride" in out
 
 
 TARGETS = {"resnet_backbone": "x.safetensors", "torchvision": "x.pth", "timm": "x"}

@@ -22,7 +22,7 @@ from resnet_backbone.classification.protocols import Center, Dense, TenCrop
 from resnet_backbone.cli.evaluate_classifier import main
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import Preprocessing
-from resnet_backbone.weights.preprocessing import InputNormalizer
+from resnet_backbone.weights.preprocessing import PREPROCESSINGS, InputNormalizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "evaluate_classifier.py"
@@ -94,8 +94,8 @@ def expected(files, names, protocol):
         (("--resize", "36", "--crop", "32"), Center(36, 32)),
         (("--protocol", "ten_crop", "--resize", "36", "--crop", "32"), TenCrop(36, 32)),
         (
-            "--protocol dense --sizes 32 40 --window 8 --flip --softmax at_end".split(),
-            Dense((32, 40), True, "sliding", "at_end", 8),
+            "--protocol dense --sizes 32 40 --window 8 --no-flip --softmax at_end".split(),
+            Dense((32, 40), False, "sliding", "at_end", 8),
         ),
     ],
 )
@@ -202,7 +202,9 @@ NET, CLASSES = "--model cifar_resnet8", "has 3 classes, the network 8.*--class-l
     "arguments, message",
     [
         ("gone VAL", "gone.safetensors: no such file"),
-        ("bare VAL", "say which network.*give --model"),
+        ("bare VAL", "does not say which input"),
+        ("bare --preprocessing msra VAL", "say which network.*give --model"),
+        ("a --predict nowhere", "--predict nowhere: no such file or folder"),
         (f"bare {NET} --num-classes 3 VAL", r"which input .* name it.*\(--preprocessing\)"),
         (f"bare {NET} --preprocessing caffe_vgg VAL", "linear.weight has shape"),
         ("a --model resnet18 VAL", "is of cifar_resnet8"),
@@ -239,6 +241,17 @@ def test_another_stride_is_mended_by_an_option_of_this_tool(tmp_path, run_comman
     arguments += ["--preprocessing", "torchvision", "--device", "cpu"]
     error = run_command(main, *arguments)[2]
     assert "stride_in_1x1=False (--model-options stride_in_1x1=False)\n" in error
+
+
+def test_tensors_say_the_network(files, tmp_path):
+    """As inspect does, where only one network has them."""
+    model, spec = network(3, 3, shortcut="B")
+    named, bare = tmp_path / "named.safetensors", tmp_path / "bare.safetensors"
+    save_network(named, model, spec, PREPROCESSINGS["msra"])
+    save_file(load_file(named), bare)
+    data = ("--imagenet-folder", files / "val", "--resize", 36, "--crop", 32)
+    found = results(tmp_path, "--weights", bare, "--preprocessing", "msra", *data)
+    assert found["cross_entropy"] == results(tmp_path, "--weights", named, *data)["cross_entropy"]
 
 
 @pytest.mark.slow

@@ -144,6 +144,16 @@ def test_eval_only_gives_the_runs_own_number(uninterrupted):
     assert sorted(path.name for path in uninterrupted.iterdir()) == before
 
 
+def test_the_log_alone_has_the_whole_config(config, tmp_path, capsys):
+    """The screen says where it is."""
+    arguments = ["--config-file", str(config), "--output-dir", str(tmp_path), "--resume"]
+    with pytest.raises(SystemExit):
+        train_classifier.main([*arguments, "model.num_classes=5"])
+    shown = capsys.readouterr().out
+    assert "config.yaml" in shown and "num_classes" not in shown
+    assert "num_classes: 5" in (tmp_path / "log.txt").read_text()
+
+
 def test_an_ended_run_stays_as_it_is(uninterrupted):
     before = (uninterrupted / "results.json").read_bytes()
     done = succeed("--output-dir", uninterrupted, "--resume")

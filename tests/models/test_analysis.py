@@ -20,6 +20,7 @@ PAPER = {  # 1e9 multiply-adds: arXiv 1512.03385, Table 1, and section 4.1 for V
     "vgg16": 15.3,
     "vgg19": 19.6,
 }
+PRELU_NETS = {"prelu_net_a": 1.90, "prelu_net_b": 2.32, "prelu_net_c": 5.30}  # 1e10
 
 
 @lru_cache
@@ -47,6 +48,13 @@ def test_torchvisions_metadata(name):
     assert round(sum(stage.multiply_adds for stage in stages) / 1e9, 3) == meta["_ops"]
 
 
+@pytest.mark.parametrize("name", PRELU_NETS)
+def test_multiply_adds_of_prelu_nets(name):
+    """arXiv 1502.01852, Table 3: convolutions and linear layers, within one percent."""
+    count = sum(stage.multiply_adds for stage in analyze(build_on_meta(name)))
+    assert count / 1e10 == pytest.approx(PRELU_NETS[name], rel=0.01)
+
+
 def test_one_convolution_by_hand():
     model = nn.Sequential(
         nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2), nn.ReLU(), nn.Flatten()
@@ -63,7 +71,9 @@ def test_one_convolution_by_hand():
     assert count_parameters(model) == (8 * 27 + 8) + (1600 + 10)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vgg11", "cifar_resnet8"])
+@pytest.mark.parametrize(
+    "name", ["resnet50", "vgg11", "cifar_resnet8", "prelu_net_a", "bn_inception"]
+)
 def test_stages_sum_up(name):
     model = build_on_meta(name)
     stages = analyze(model, 96)

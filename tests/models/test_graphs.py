@@ -13,6 +13,8 @@ NETWORKS = {
     "resnet50": dict(freeze_at=2, dilations=(1, 2, 2, 4), out_features=("res2", "res3")),
     "cifar_resnet8": dict(shortcut="highway", activation="prelu"),
     "cifar_plain8": dict(norm=""),
+    "bn_inception": dict(num_classes=5),
+    "prelu_net_a": dict(out_features=("conv1", "conv2")),
     "vgg11_bn": dict(out_features=("conv1", "conv3")),
 }
 

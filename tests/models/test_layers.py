@@ -90,11 +90,12 @@ def test_no_bias_before_a_norm_and_no_dropout(name):
     for module in model.modules():
         if isinstance(module, ConvNorm):
             assert (module.bias is None) == (module.norm is not None)
-        if "vgg" not in name:
+        if not name.startswith(("vgg", "prelu_net")):
             assert "dropout" not in type(module).__name__.lower()
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     convs = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    assert norms == (0 if name.startswith("vgg") and "bn" not in name else convs)
+    has_norms = "bn" in name or not name.startswith(("vgg", "prelu_net"))
+    assert norms == (convs if has_norms else 0)
 
 
 @pytest.mark.parametrize("activation, gain", [("relu", 2), ("prelu", 2 / (1 + 0.25**2))])
@@ -142,7 +143,9 @@ def test_prelu_by_hand():
     torch.testing.assert_close(block(x), torch.where(y > 0, y, 0.25 * y))
 
 
-@pytest.mark.parametrize("name", ["vgg11", "cifar_resnet20", "resnet50"])
+@pytest.mark.parametrize(
+    "name", ["vgg11", "cifar_resnet20", "resnet50", "prelu_net_a", "bn_inception"]
+)
 def test_prelu_is_everywhere(name):
     model = build_on_meta(name, activation="prelu")
     assert not any(isinstance(module, nn.ReLU) for module in model.modules())

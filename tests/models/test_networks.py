@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from resnet_backbone.models import VGG, CifarResNet, FrozenBatchNorm2d, ResNet, build_model
+from resnet_backbone.models import (
+    VGG,
+    CifarResNet,
+    FrozenBatchNorm2d,
+    PReLUNet,
+    ResNet,
+    build_model,
+)
 from resnet_backbone.models import list_models as list_names
 from resnet_backbone.models.resnet import resnet_stage
 
@@ -34,15 +41,62 @@ def conv_channels(model):
     return sum(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d))
 
 
+# arXiv 1502.01852, Table 3: layers of a stage, widths of conv1 and the three stages.
+PRELU_NETS = {
+    "prelu_net_a": (5, (96, 256, 512, 512)),
+    "prelu_net_b": (6, (96, 256, 512, 512)),
+    "prelu_net_c": (6, (96, 384, 768, 896)),
+}
+# arXiv 1502.03167, Figure 5: inputs, 1x1, 3x3 reduced, 3x3, double 3x3 reduced, double 3x3, pool
+INCEPTION_BLOCKS = (
+    (192, 64, 64, 64, 64, 96, 32),
+    (256, 64, 64, 96, 64, 96, 64),
+    (320, 0, 128, 160, 64, 96, 0),
+    (576, 224, 64, 96, 96, 128, 128),
+    (576, 192, 96, 128, 96, 128, 128),
+    (576, 160, 128, 160, 128, 160, 128),
+    (608, 96, 128, 192, 160, 192, 128),
+    (608, 0, 128, 192, 192, 256, 0),
+    (1056, 352, 192, 320, 160, 224, 128),
+    (1024, 352, 192, 320, 192, 224, 128),
+)
+
+
+def prelu_net_parameters(name):
+    """A kernel's weights, and per output a bias and, but for the last layer, a slope."""
+    layers, (stem, *widths) = PRELU_NETS[name]
+    total, channels = (49 * 3 + 2) * stem, stem
+    for width in widths:
+        total += (9 * channels + 2) * width + (layers - 1) * (9 * width + 2) * width
+        channels = width
+    bins = 7 * 7 + 3 * 3 + 2 * 2 + 1
+    return total + (bins * channels + 2) * 4096 + (4096 + 2) * 4096 + (4096 + 1) * 1000
+
+
+def bn_inception_parameters():
+    """A kernel's weights, and per output a scale and a shift."""
+    total = (49 * 3 + 2) * 64 + (64 + 2) * 64 + (9 * 64 + 2) * 192
+    for inputs, one, reduced, three, reduced_twice, double, pool in INCEPTION_BLOCKS:
+        total += (inputs + 2) * (one + reduced + reduced_twice + pool)
+        total += (9 * reduced + 2) * three
+        total += (9 * reduced_twice + 2) * double + (9 * double + 2) * double
+    return total + (1024 + 1) * 1000
+
+
 @pytest.mark.parametrize("name", sorted({*list_names(), "cifar_resnet8", "cifar_plain26"}))
 def test_parameter_counts(name):
-    """Torchvision's, less the projections of plain networks and the biases before a norm."""
+    """Sums by hand, or torchvision's less plain networks' projections and biases before a norm."""
     model = cached(name)
     if name.startswith("cifar"):  # 6n + 2 layers
         layers = int(name.removeprefix("cifar_resnet").removeprefix("cifar_plain"))
         expected = 97_216 * (layers - 2) // 6 - 21_926
         weighted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
         assert len(weighted) == layers
+    elif name in PRELU_NETS:
+        expected = prelu_net_parameters(name)
+    elif name == "bn_inception":  # others' have biases before the norms
+        expected = bn_inception_parameters()
+        assert expected + conv_channels(model) == 11_295_240
     else:
         with torch.device("meta"):
             theirs = torchvision.models.get_model(name.replace("plain", "resnet"))
@@ -52,7 +106,7 @@ def test_parameter_counts(name):
 
 
 def test_names_and_classes():
-    assert len(list_names()) == len(set(list_names())) == 26
+    assert len(list_names()) == len(set(list_names())) == 30
     assert type(build_on_meta("plain18")) is ResNet
     assert type(build_on_meta("cifar_plain8")) is CifarResNet
     assert type(build_on_meta("vgg11")) is VGG
@@ -67,23 +121,34 @@ SIZED = {
     "plain18": {"norm": "", "dilations": (1, 1, 1, 2)},
     "cifar_resnet8": {"norm": ""},
     "vgg11": {},
+    "prelu_net_a": {},
+    "bn_inception": {"norm": ""},
+}
+# Stages whose sizes are rounded up, where not all are.
+ROUNDED_UP = {
+    "vgg11": (),
+    "prelu_net_a": ("conv1",),
+    "bn_inception": ("conv1", "inception4", "inception5"),
 }
 
 
 @settings(max_examples=15, deadline=None)
 @given(name=st.sampled_from(sorted(SIZED)), height=st.integers(33, 150), width=st.integers(33, 150))
 def test_feature_table_is_true(name, height, width):
-    """Channels and strides as announced; sizes rounded up, and down in VGG."""
+    """Channels and strides as announced; sizes rounded up where convolutions halve, else down."""
     model = cached(name, **SIZED[name])
     maps = model.forward_features(torch.empty(2, 3, height, width, device="meta"))
     assert list(maps) == list(model.features) == list(model.stage_names)
-    rounding = math.floor if name.startswith("vgg") else math.ceil
+    sides, before = (height, width), 1
     for stage, (channels, stride) in model.features.items():
-        size = rounding(height / stride), rounding(width / stride)
-        assert maps[stage].shape == (2, channels, *size), stage
+        rounding = math.ceil if stage in ROUNDED_UP.get(name, model.features) else math.floor
+        sides, before = tuple(rounding(side * before / stride) for side in sides), stride
+        assert maps[stage].shape == (2, channels, *sides), stage
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11", "vgg11_bn", "cifar_resnet20"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "vgg11_bn", "cifar_resnet20", "prelu_net_b", "bn_inception"]
+)
 def test_out_features_prune_later_stages(name):
     stages = build_on_meta(name).stage_names
     for last, stage in enumerate(stages):
@@ -111,7 +176,7 @@ def test_backbone_and_classifier_compute_the_same():
 
 
 @pytest.mark.parametrize("freeze_at", range(6))
-@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "cifar_resnet8"])
+@pytest.mark.parametrize("name", ["resnet18", "vgg11_bn", "cifar_resnet8", "bn_inception"])
 def test_freeze(name, freeze_at):
     """Frozen stages have no gradients and constant statistics, in training mode as well."""
     model = build_model(name, out_features=cached(name).stage_names[-1:], freeze_at=freeze_at)
@@ -177,6 +242,8 @@ def test_more_errors():
     for network in (ResNet, VGG):
         with pytest.raises(ValueError, match="unknown depth 20: use one of 1[18]"):
             network(20)
+    with pytest.raises(ValueError, match="unknown PReLU-net 'D': use one of A, B, C"):
+        PReLUNet("D")
     model = cached("resnet18")
     with pytest.raises(ValueError, match="expected images of shape .*, got \\(3, 32, 32\\)"):
         model(torch.empty(3, 32, 32, device="meta"))
@@ -184,7 +251,9 @@ def test_more_errors():
         model.forward_features(torch.empty(1, 3, 32, 32, device="meta"), ["res7"])
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg11", "cifar_resnet8"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vgg11", "cifar_resnet8", "prelu_net_a", "bn_inception"]
+)
 def test_in_channels(name):
     model = build_on_meta(name, in_channels=5, out_features=cached(name).stage_names[1:2])
     model(torch.empty(1, 5, 32, 32, device="meta"))

@@ -83,12 +83,13 @@ def test_options_of_residual_networks(name, norms, shortcut):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ["vgg11", "vgg16"])
-def test_options_of_vgg(name, norm):
+@pytest.mark.parametrize("name", ["vgg11", "vgg16", "prelu_net_b", "bn_inception"])
+def test_options_of_other_networks(name, norm):
     for activation in ACTIVATIONS:
         options = dict(norm=norm, activation=activation, in_channels=1)
         found = check_found(name, 3, options)
-        assert found.name == (f"{name}_bn" if norm == "BN" else name)
+        is_vgg_bn = name.startswith("vgg") and norm == "BN"
+        assert found.name == (f"{name}_bn" if is_vgg_bn else name)
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "SyncBN"])
@@ -109,6 +110,10 @@ def test_other_batch_norms_have_the_tensors_of_batch_norm(norm):
         ("resnet152", ("stem",), "resnet18"),
         ("vgg16", ("conv4",), "vgg16"),
         ("vgg19", ("conv2",), "vgg13"),
+        ("prelu_net_c", ("conv2",), "prelu_net_c"),
+        ("prelu_net_c", ("conv1",), "prelu_net_a"),
+        ("bn_inception", ("conv2",), "bn_inception"),
+        ("bn_inception", ("inception4",), "bn_inception"),
     ],
 )
 def test_backbones_and_those_that_stop_early(name, stages, found):

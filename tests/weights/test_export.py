@@ -355,8 +355,8 @@ def test_wrong_targets(random_checkpoint, tmp_path):
         with pytest.raises(WeightsError, match=message):
             export_checkpoint(random_checkpoint(name, "msra"), path, format, **options)
 
-    refused(tmp_path / "x", "timm", "their stride .*: huggingface and detectron2", "resnet50")
-    refused(tmp_path / "x", "huggingface", "CIFAR", "cifar_resnet20")
+    refused(tmp_path / "x", "timm", "their stride .*: huggingface, detectron2", "resnet50")
+    refused(tmp_path / "x", "huggingface", "only this package", "cifar_resnet20")
     assert not list(tmp_path.iterdir())
 
     refused(tmp_path / "x.txt", "torchvision", r"\.pth or \.safetensors")

@@ -114,14 +114,18 @@ OTHER_EPS = partial(torch.nn.BatchNorm2d, eps=1e-3)
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("resnet34", {}, "missing.* res2.2.conv1.weight .*a resnet18, this network a resnet34"),
+        ("resnet34", {}, "a resnet18, this network a resnet34: .* missing, .* res2.2.conv1.weight"),
         ("resnet50", {}, "tensors of this network are missing, the first is res2.0.shortcut.weig"),
         ("resnet50", {"num_classes": 5}, "the file is a resnet18, this network a resnet50"),
-        ("resnet18", {"norm": "GN"}, "has no .*running_mean.* a resnet18 with norm='GN'"),
+        ("resnet18", {"norm": "GN"}, "a resnet18 with norm='GN': .* has no .*running_mean"),
         ("resnet18", {"norm": ""}, "this network a resnet18 with norm=''"),
         ("resnet18", {"norm": OTHER_EPS}, "eps 1e-05"),
         ("resnet18", {"shortcut": "A"}, "this network a resnet18 with shortcut='A'"),
-        ("resnet18", {"num_classes": 1000}, r"linear.weight has shape \(5, 512\)"),
+        (
+            "resnet18",
+            {"num_classes": 1000},
+            r"linear.weight has shape \(5, 512\).* add model.new_head=true",
+        ),
         ("plain18", {}, "the file is a resnet18, this network a plain18"),
         ("vgg11", {"out_features": ["conv1"]}, "the file is a resnet18, this network a vgg"),
     ],

@@ -243,11 +243,15 @@ def test_damaged_files(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("content", [b"<html>404 Not Found</html>", b"PK\x03\x04", b"\x89PNG\r\n"])
+@pytest.mark.parametrize(
+    "content", [b"<html>404", b'{"images": []}', b"PK\x03\x04", b"\x89PNG\r\n"]
+)
 def test_other_files_under_that_name(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(WeightsError, match=name):
+    with pytest.raises(WeightsError, match=name) as caught:
         read_tensors(tmp_path / name)
+    no_torch = name.endswith(".pth") and content[:1] in b"{\x89"
+    assert ("is not a file of weights" in str(caught.value)) == no_torch
 
 
 def test_a_flipped_bit_in_an_archive(tmp_path):

@@ -196,7 +196,7 @@ def read_validation_set(data: DataConfig, train: EncodedDataset) -> ImageFiles:
     if not any(entry.is_dir() for entry in root.iterdir()):
         raise DataError(
             f"{root} has no class folders: give the label list of a flat folder with "
-            "data.val_labels=FILE (tools/prepare_data.py imagenet writes it)"
+            "data.val_labels=FILE (prepare-data imagenet writes it)"
         )
     if isinstance(train, TarShards) or data.class_list:  # a part of the classes will do
         return read_image_folder(root, classes, len(classes))

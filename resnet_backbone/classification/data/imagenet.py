@@ -123,8 +123,7 @@ def _read_index(url: str) -> dict[str, np.ndarray]:
         return index
     except Exception as error:  # fsspec, numpy and zipfile raise errors of many types
         raise DataError(
-            f"{url}: {INDEX_NAME} cannot be read ({error}); write it with "
-            "tools/prepare_data.py shards index"
+            f"{url}: {INDEX_NAME} cannot be read ({error}); write it with prepare-data shards index"
         ) from error
 
 
@@ -258,7 +257,10 @@ def name_classes(classes: Mapping[str, int], num_classes: int = 0) -> tuple[str,
 
 def _existing_folder(root: str | os.PathLike) -> Path:
     if not os.path.isdir(root):
-        raise DataError(f"{root}: no such folder; tools/prepare_data.py imagenet builds it")
+        raise DataError(
+            f"{root}: no such folder; give one with a folder of images for each class "
+            "(prepare-data imagenet builds ImageNet's)"
+        )
     return Path(root)
 
 
@@ -278,7 +280,7 @@ def _read_labels(path: str | os.PathLike) -> dict[str, str]:
     if all(line.isdecimal() for line in lines):
         raise DataError(
             f"{path}: numbers alone are the development kit's ILSVRC2012_IDs, whose order is not "
-            "that of the sorted wnids: let tools/prepare_data.py imagenet --devkit convert them, "
+            "that of the sorted wnids: let prepare-data imagenet --devkit convert them, "
             "or write one 'name wnid' a line"
         )
     entries: dict[str, str] = {}

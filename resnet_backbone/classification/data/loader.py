@@ -27,7 +27,7 @@ from resnet_backbone.classification.data.imagenet import EncodedDataset
 from resnet_backbone.classification.data.sources import REPLACEMENT, Batch, SampleStream, sample_rng
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.images import BadImage, EncodedImage, decode, read_bytes
-from resnet_backbone.runtime.processes import make_rng
+from resnet_backbone.runtime.processes import available_cores, make_rng
 
 BAD, CONVERTED = "bad", "converted"
 MAX_CONVERTED = 1000  # lines; a data set of nothing but such images needs no list of them
@@ -211,9 +211,10 @@ def run_loader(
 ) -> Iterator[Any]:
     """What PyTorch's ``DataLoader`` gives, in order; ``workers`` 0 works in this process.
 
-    Workers leave signals to this process, which may want to write a checkpoint first. They end when
-    the iterator is closed or dropped. At the program's end they are killed: multiprocessing tries
-    SIGTERM, which they ignore, and waits for them.
+    There are at most as many workers as cores: more would wait for one another. They leave signals
+    to this process, which may want to write a checkpoint first. They end when the iterator is
+    closed or dropped. At the program's end they are killed: multiprocessing tries SIGTERM, which
+    they ignore, and waits for them.
     """
     process, others = os.getpid(), set(multiprocessing.active_children())
     iterator = iter(  # nobody else may hold it: its deletion ends the workers
@@ -221,7 +222,7 @@ def run_loader(
             dataset,
             batch_size,
             sampler=sampler,
-            num_workers=workers,
+            num_workers=min(workers, available_cores()),
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=init_worker if workers else None,

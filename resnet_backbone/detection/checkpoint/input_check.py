@@ -110,7 +110,7 @@ def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) ->
             f"{NODE_KEY} check"
         )
     data = found.preprocessing.source or "data that it does not name"
-    lines = [f"{source}: a {name}, trained on {data}"]
+    lines = [f"{source}: a {name}; its input is that of {data}"]
     for key, value in input_keys(found.preprocessing).items():
         if key == STRIDE and (value is None or not has_bottlenecks(cfg)):
             continue
@@ -148,7 +148,7 @@ def _describe(cfg: CfgNode, source: str) -> tuple[FileMetadata, str]:
         return FileMetadata(detector_input(opened, source, name)), "detector"
     found = opened.read(describe_weights, name)
     if not found.model:
-        return found, "network that it does not name"
+        return found, "network without a name in the file"
     _check_network(cfg, found.model, source)
     return found, found.model.name
 

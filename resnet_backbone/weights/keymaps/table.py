@@ -209,15 +209,15 @@ def check_support(library: str, model: ModelSpec) -> None:
     problem = _problem(SUPPORT[library], model) if library in SUPPORT else ""
     if problem:
         others = [name for name, support in SUPPORT.items() if not _problem(support, model)]
-        able = " and ".join([*others, "resnet_backbone"])
-        raise WeightsError(f"{library} has no such network: {problem}; layouts that do: {able}")
+        able = ", ".join([*others, "resnet_backbone"])
+        raise WeightsError(f"{library} has no such network: {problem}; these do (--to): {able}")
 
 
 def _problem(support: Support, model: ModelSpec) -> str:
     name, options = model.name, {**constructor_options(model.name), **model.options}
+    if not name.startswith(("resnet", "plain", "vgg")):
+        return f"only this package has {name}"
     norm = _SAME_TENSORS.get(options["norm"], options["norm"])
-    if name.startswith("cifar"):
-        return f"{name} is one of the paper's CIFAR networks"
     for key, usual in (("shortcut", "B"), ("activation", "relu"), ("caffe_pool", False)):
         if options.get(key, usual) != usual:
             return f"{name} has {key}={options[key]!r}"

@@ -144,7 +144,7 @@ def test_flat_folder_with_the_classes_of_training(flat, root, lines):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("490\n361\n171\n", "prepare_data.py imagenet --devkit"),
+        ("490\n361\n171\n", "prepare-data imagenet --devkit"),
         ("", "empty"),
         ("v1.JPEG n01\nv2.JPEG\nv3.JPEG n01\n", "line 2"),
         ("v1.JPEG n01\nv1.JPEG n02\n", "twice"),
@@ -253,7 +253,7 @@ def test_exact_epochs_and_resume_with_groups(shards):
 
 
 def test_damaged_shards_and_indices_are_told(shards, folder, tmp_path):
-    with pytest.raises(DataError, match="prepare_data.py shards index"):
+    with pytest.raises(DataError, match="prepare-data shards index"):
         TarShards(tmp_path)
     with pytest.raises(DataError, match="no .tar files"):
         index_shards(tmp_path)

@@ -16,6 +16,7 @@ import torch
 from drawn_images import fill
 from PIL import Image
 
+from resnet_backbone.classification.data import loader
 from resnet_backbone.classification.data.augment import InceptionAugmentation, PaperAugmentation
 from resnet_backbone.classification.data.imagenet import ImageFiles, read_image_folder
 from resnet_backbone.classification.data.loader import (
@@ -120,6 +121,15 @@ def alive(pid: int) -> bool:
 
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_no_more_workers_than_cores(dataset, monkeypatch):
+    monkeypatch.setattr(loader, "available_cores", lambda: 1)
+    before = set(multiprocessing.active_children())
+    made = LoaderSource(dataset, SampleStream(21, 6), AUGMENT, workers=3).batches(0)
+    next(made)
+    assert len(set(multiprocessing.active_children()) - before) == 1
+    made.close()
 
 
 def test_dropping_the_iterator_ends_the_workers_soon(dataset):

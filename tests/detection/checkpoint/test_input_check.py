@@ -36,7 +36,7 @@ def test_input_is_taken_over(make_cfg, write):
     assert (cfg.INPUT.FORMAT, cfg.MODEL.WEIGHTS) == ("RGB", path)
     assert cfg.MODEL.PIXEL_MEAN == [130.0, 121.5, 110.0]
     assert cfg.MODEL.PIXEL_STD == [60.0, 61.0, 62.5]
-    assert lines[0] == f"{path}: a resnet18, trained on our digits"
+    assert lines[0] == f"{path}: a resnet18; its input is that of our digits"
     assert "INPUT.FORMAT BGR -> RGB" in lines
     assert "MODEL.PIXEL_STD [1.0, 1.0, 1.0] -> [60.0, 61.0, 62.5]" in lines
     assert len(lines) == 4
