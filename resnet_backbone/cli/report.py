@@ -74,9 +74,8 @@ Runs that differ in their seeds alone make one row; a folder of seeds (tools/tra
 stands for all of them. Any detectors can be compared: each ResNet with the VGG of the same head,
 data and schedule, or all others with the one that --reference names, or else with the first.
 The page has the gain with its standard error and its 95 % interval over test images, AP per class,
-curves, errors by kind, and pictures of what one finds and the other misses. Pictures go to the
-folder that has the file's name without .md. Curves, intervals and pictures need the images:
---voc-root, where the runs' own is elsewhere."""
+curves, errors by kind, and pictures of what one finds and the other misses. These need the test
+set: give --voc-root, or --coco-json and --image-root, if it has moved since the runs."""
 
 
 def split_label(text: str) -> tuple[str, str]:
@@ -166,7 +165,8 @@ def detection(args: argparse.Namespace) -> None:
     """report detection runs: the gain over VGG-16, published numbers, plots, pictures"""
     from resnet_backbone.report.document import write_detection_report  # needs Detectron2
 
-    options = dict(voc_root=args.voc_root, rows_files=args.rows, reference=args.reference)
+    paths = {key: getattr(args, key) for key in ("voc_root", "coco_json", "image_root")}
+    options = dict(data=paths, rows_files=args.rows, reference=args.reference)
     options |= dict(note=args.note, score=args.score, command=args.command_line)
     write_detection_report(args.runs, args.output, **options)
     print(args.output)
@@ -238,8 +238,12 @@ def add_table(parser: argparse.ArgumentParser) -> None:
 def add_detection(parser: argparse.ArgumentParser) -> None:
     add_runs(parser, "run folders of tools/train_net.py, or folders of seeds")
     add = parser.add_argument
-    add("--output", required=True, type=markdown_file, metavar="FILE.md")
-    add("--voc-root", metavar="DIR", help="folder of the test set (default: the commands')")
+    about = dict(metavar="FILE.md", help="page to write; its pictures go to the folder FILE")
+    add("--output", required=True, type=markdown_file, **about)
+    text = "folder of the test set (default: that of the runs' commands)"
+    add("--voc-root", metavar="DIR", help=text)
+    add("--coco-json", metavar="FILE", help="the same for a test set in COCO's format")
+    add("--image-root", metavar="DIR", help="folder of its images")
     text = "run folder that all other detectors are compared with (default: see below)"
     add("--reference", type=Path, metavar="DIR", help=text)
     text = "improvements: results.json of tools/evaluate_detector.py; may be given several times"

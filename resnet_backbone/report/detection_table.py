@@ -94,10 +94,15 @@ def short_name(dataset: str) -> str:
 
 
 def published_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
-    """Published numbers beside ours, where ours were measured on the same images."""
+    """Published numbers beside ours, where ours were measured on the same images.
+
+    Empty for data of which nothing is published.
+    """
     run = groups[0].first  # all groups have one test set
     task = task_of_run(run)
-    if not task or not TASKS[task].has_test_set(run.test, run.images_of(run.test)):
+    if not task:
+        return ""
+    if not TASKS[task].has_test_set(run.test, run.images_of(run.test)):
         tests = " and ".join(task.test for task in TASKS.values())
         return f"Published numbers are of {tests}; these runs were measured on other images."
     metric, rows = TASKS[task].metric, []
@@ -255,7 +260,8 @@ def rows_provenance(path: Path, commands: Mapping[str, str]) -> str:
 def _evaluated(run: DetectorRun) -> str:
     difficult = sum(row["difficult"] for row in run.details.get("classes", ()))
     counts = {"images": run.images_of(run.test), "boxes": sum(run.objects.values())}
-    counts["difficult ones (which count neither way)"] = difficult
+    hard = "crowds" if run.is_coco else "difficult ones"
+    counts[f"{hard} (which count neither way)"] = difficult
     parts = [f"{count:,} {what}" for what, count in counts.items() if count]
     return "evaluated on " + (", ".join(parts) or f"{' + '.join(run.test)}, size {NOT_RECORDED}")
 

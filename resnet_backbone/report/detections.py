@@ -1,28 +1,21 @@
-"""What runs detected beside what was there: curves, intervals, pictures. Needs Detectron2."""
+"""What runs detected beside what was there: curves, intervals, pictures."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation import voc_ap
 from resnet_backbone.detection.evaluation.voc import TO_VOC
 from resnet_backbone.detection.inference.pictures import contact_sheet, draw_boxes, enlargement
+from resnet_backbone.report.boxes import RunDetections, Table, Truth, load_detections, load_truth
 from resnet_backbone.report.gain import DetectorGroup
-from resnet_backbone.report.runs import ELEVEN_POINT, DetectorRun
+from resnet_backbone.report.runs import ELEVEN_POINT
 
-DETECTIONS = "detections.json"
-TOLERANCE = 0.1  # points of AP50; the file's rounded scores and boxes move less
-REGISTERED = re.compile(r"voc_(2007|2012)_(\w+)")  # Detectron2's names
 RECALL_LEVELS = 101
 DRAWS, DRAWS_SEED = 1000, 0  # resampled test sets
 DRAWS_AT_ONCE = 250  # limits memory
@@ -37,100 +30,6 @@ by an IoU above {iou:g}, and no other object of that class more. Looked at are t
 difficult ones left out, that {finder} finds in more than half of its runs and {other} in none. \
 Shown is for each class the object with the largest gap: mean score of {finder}'s best detection \
 on it less the largest score of {other}'s. The largest gaps come first, an image only once."""
-
-Table = dict[str, np.ndarray]
-
-
-class NoDetections(ValueError):
-    """Files that curves, intervals and pictures need are missing; the message says which."""
-
-
-class Truth(NamedTuple):
-    """A test set; boxes (N, 4) are in VOC's 1-based inclusive pixels."""
-
-    classes: list[str]  # in the order of the category ids
-    images: list[dict[str, Any]]  # image_id, file_name, boxes, classes (N,), difficult (N,)
-
-
-def load_truth(run: DetectorRun, voc_root: str | None = None) -> Truth:
-    """The annotations that a run was evaluated on, in VOC layout.
-
-    They are below `voc_root`, by default the folder in the run's command, or Detectron2's own.
-    """
-    if len(run.test) != 1 or run.class_metric != "AP50":
-        raise NoDetections("they need runs on a single test set in VOC layout")
-    root, split = _locate(run, voc_root)
-    classes = list(run.config.get("RESNET_BACKBONE.CLASS_NAMES") or run.classes)
-    records, report = scan_voc(root, split, classes, decode=False, progress=True)
-    if not report.annotated:
-        raise NoDetections(f"the split {split} has no annotations")
-    images = []
-    for record in records:
-        found = record["annotations"]
-        image = {key: record[key] for key in ("image_id", "file_name")}
-        image["boxes"] = np.array([a["bbox"] for a in found]).reshape(-1, 4) + TO_VOC
-        image["classes"] = np.array([a["category_id"] for a in found], dtype=int)
-        image["difficult"] = np.array([a["difficult"] for a in found], dtype=bool)
-        images.append(image)
-    return Truth(classes, images)
-
-
-def _locate(run: DetectorRun, voc_root: str | None) -> tuple[str, str]:
-    name = run.test[0]
-    if registered := REGISTERED.fullmatch(name):
-        default = os.environ.get("DETECTRON2_DATASETS", "datasets")
-        root, split = os.path.join(default, f"VOC{registered[1]}"), registered[2]
-    else:
-        words = [*shlex.split(run.results.get("command") or ""), "--voc-root", ""]
-        root, split = words[words.index("--voc-root") + 1], name.partition(":")[2]
-    root = voc_root or root
-    if not split or not os.path.isdir(root):
-        if voc_root:
-            raise NoDetections(f"there is no folder {voc_root}")
-        raise NoDetections(f"the images of {name} are not here; give their folder with --voc-root")
-    return root, split
-
-
-class RunDetections(NamedTuple):
-    """A run's detections, matched with the ground truth."""
-
-    run: DetectorRun
-    truth: Table  # of voc_ap.read_boxes; the same for all runs
-    found: Table
-    numbers: Mapping[str, Any]  # of voc_ap.score_boxes at IoU .5
-
-
-def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
-    path = run.inference / DETECTIONS
-    if not path.is_file():
-        raise NoDetections(f"{run.folder.name} has no {DETECTIONS}; evaluate it again")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        predictions = _by_image(rows)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again from the run") from error
-    tables = voc_ap.read_boxes(predictions, truth.images, truth.classes)
-    numbers = voc_ap.score_boxes(*tables, truth.classes, (voc_ap.CURVE_IOU,))
-    ap50, stated = 100 * np.nanmean(numbers["ap_area"]), run.numbers.get("AP50")
-    if stated is not None and abs(ap50 - stated) > TOLERANCE:
-        raise ValueError(
-            f"{path} gives AP50 {ap50:.2f} with these annotations, the run's results.json has "
-            f"{stated:.2f}: give the --voc-root that the run was evaluated on"
-        )
-    return RunDetections(run, *tables, numbers)
-
-
-def _by_image(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """COCO-style rows as the evaluator's predictions, in VOC's pixels."""
-    images: dict[str, dict[str, list]] = {}
-    for row in rows:
-        x, y, width, height = row["bbox"]
-        empty = {"boxes": [], "scores": [], "classes": []}
-        found = images.setdefault(str(row["image_id"]), empty)
-        found["boxes"].append([x, y, x + width, y + height] + TO_VOC)
-        found["scores"].append(float(row["score"]))
-        found["classes"].append(int(row["category_id"]))
-    return [{"image_id": image_id, **found} for image_id, found in images.items()]
 
 
 def interpolated_precision(numbers: Mapping[str, Any], levels: int = RECALL_LEVELS) -> np.ndarray:
@@ -221,13 +120,13 @@ def _eleven_points(recall: np.ndarray, envelope: np.ndarray) -> np.ndarray:
 
 
 def load_all(
-    groups: Sequence[DetectorGroup], voc_root: str | None
+    groups: Sequence[DetectorGroup], given: Mapping[str, str | None]
 ) -> tuple[Truth, list[list[RunDetections]]]:
     """The test set of some groups, and for each group its runs' detections.
 
     The groups get their :attr:`~.gain.DetectorGroup.draws`: the same test sets for all.
     """
-    truth = load_truth(groups[0].first, voc_root)
+    truth = load_truth(groups[0].first, given)
     detections = [[load_detections(run, truth) for run in group.runs] for group in groups]
     counts, bar = draw_images(len(truth.images)), tqdm(detections, "intervals", unit="detector")
     for group, runs in zip(groups, bar, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from resnet_backbone.detection.config import backbone_node, load_config
 from resnet_backbone.detection.evaluation.voc_ap import CURVE_IOU
 from resnet_backbone.report import detection_plots as plots
 from resnet_backbone.report import detection_table as tables
+from resnet_backbone.report.boxes import NoDetections
 from resnet_backbone.report.detections import (
     DRAWS,
     RULE,
-    NoDetections,
     find_misses,
     interpolated_precision,
     load_all,
@@ -42,8 +42,14 @@ PICTURES += ("errors.png", "training.png", "accuracy_time*.png", "misses_*.jpg")
 SPREAD = """\
 AP in percent: mean ± sample standard deviation over the seeds (one seed: no spread). Gains: \
 difference of the means ± its standard error, and the smallest and largest difference of two runs, \
-one of each detector. AP50 is the area under the curve (VOC 2010 and later), 11-point is VOC \
-2007's, AP the mean over IoU .5:.95."""
+one of each detector. """
+VOC_METRICS = """\
+AP50 is the area under the curve (VOC 2010 and later), 11-point is VOC 2007's, AP the mean over \
+IoU .5:.95."""
+COCO_METRICS = "AP, AP50, and AP75 are COCO's."
+COCO_MATCHING = """\
+Intervals, curves, errors by kind, and pictures are of the same boxes with VOC's matching, and \
+crowds count neither way. AP50 is then the area under the curve: {}."""
 INTERVALS = f"""\
 In brackets: 95 % intervals (percentiles) over {DRAWS:,} test sets drawn with replacement from the \
 test images; of a gain, with the same images for both detectors. They hold for these trained \
@@ -81,7 +87,7 @@ class Report:
 def write_detection_report(
     folders: Sequence[str],
     output: Path,
-    voc_root: str | None,
+    data: Mapping[str, str | None],
     rows_files: Sequence[Path],
     reference: Path | None,
     note: str,
@@ -91,7 +97,7 @@ def write_detection_report(
     """Write the report, and its pictures into the folder beside it that has its name.
 
     `output` is written last and only if nothing goes wrong; detections in pictures have at least
-    the score, 0..1; `command` makes this report.
+    the score, 0..1; `command` makes this report; `data` is as in :func:`.boxes.load_truth`.
     """
     defaults = yaml.safe_load(backbone_node(load_config("", [])).dump())
     defaults = dict(flatten(defaults, "RESNET_BACKBONE."))  # of keys that earlier versions lack
@@ -101,10 +107,10 @@ def write_detection_report(
     measured = [tables.load_rows(file) for file in rows_files]
     truth, detections, reason = None, [], ""
     try:
-        truth, detections = load_all(groups, voc_root)
+        truth, detections = load_all(groups, data)
     except NoDetections as error:
         reason = str(error)
-    _add_results(report, note)
+    _add_results(report, note, detections)
     _add_improvements(report, measured)
     _add_classes(report)
     report.add("## Precision and recall")
@@ -112,7 +118,7 @@ def write_detection_report(
         report.add(f"Neither curves nor intervals: {reason}.")
     else:
         _add_curves(report, truth.classes, detections)
-    _add_errors(report)
+    _add_errors(report, reason)
     _add_training(report)
     _add_time(report, [row for rows in measured for row in rows if row.seconds is not None])
     report.add("## What one finds and the other misses")
@@ -126,9 +132,10 @@ def write_detection_report(
     write_whole(output, report)
 
 
-def _add_results(report: Report, note: str) -> None:
+def _add_results(report: Report, note: str, detections) -> None:
     groups, gains = report.groups, report.gains
-    report.add("# Detection: our runs beside published numbers")
+    published = tables.published_section(groups, gains)
+    report.add(f"# Detection: our runs{' beside published numbers' if published else ''}")
     sentences = []
     for gain in gains:
         fair = "Apart from the network and its input, their configs are the same."
@@ -136,9 +143,14 @@ def _add_results(report: Report, note: str) -> None:
         sentences.append(f"- {describe_gain(gain)} {unfair if gain.differences else fair}")
     report.add("\n".join(sentences) or "One detector: there is nothing to compare it with.")
     report.add(REDUCED if any(map(tables.reductions, groups)) else "")
-    report.add(note, "## Results", tables.results_section(groups, gains), SPREAD)
-    report.add(INTERVALS if any(group.draws for group in groups) else "")
-    report.add("## Beside published numbers", tables.published_section(groups, gains))
+    metrics = COCO_METRICS if groups[0].first.is_coco else VOC_METRICS
+    report.add(note, "## Results", tables.results_section(groups, gains), SPREAD + metrics)
+    report.add(INTERVALS if detections else "")
+    if detections and groups[0].first.is_coco:
+        means = [statistics.fmean(run.ap50 for run in runs) for runs in detections]
+        pairs = zip(groups, means, strict=True)
+        report.add(COCO_MATCHING.format(", ".join(f"{g.label} {mean:.2f}" for g, mean in pairs)))
+    report.add("## Beside published numbers" if published else "", published)
 
 
 def _add_improvements(report: Report, measured: Sequence[Sequence[tables.Row]]) -> None:
@@ -168,14 +180,14 @@ def _add_curves(report: Report, classes: Sequence[str], detections) -> None:
     report.show("precision_recall_classes.png", figure, "precision and recall of each class")
 
 
-def _add_errors(report: Report) -> None:
+def _add_errors(report: Report, reason: str) -> None:
     report.add("## Errors by kind")
     shares = {
         group.label: [plots.error_shares(run.details.get("errors", ())) for run in group.runs]
         for group in report.groups
     }
     if not all(all(runs) for runs in shares.values()):
-        report.add("Not measured: a run has no errors in its voc_results.json.")
+        report.add(f"Not measured: {reason}.")
         return
     report.add(ERRORS)
     report.show("errors.png", plots.plot_errors_by_kind(shares, report.colors), "errors by kind")

@@ -175,9 +175,9 @@ TASKS = {
 
 def task_of(classes: Sequence[str], metric: str) -> str:
     """ "voc" or "coco" by the classes of a result and the metric they have; "" for other data."""
-    if set(classes) == set(VOC_CLASSES):
-        return "voc"
-    return "coco" if len(classes) == COCO_CLASS_COUNT and metric == "AP" else ""
+    if metric == "AP50":
+        return "voc" if set(classes) == set(VOC_CLASSES) else ""
+    return "coco" if len(classes) == COCO_CLASS_COUNT else ""
 
 
 def _gain(task: str, paper: tuple[float, float], public: tuple[float, float], *sources: str):

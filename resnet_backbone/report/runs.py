@@ -160,7 +160,8 @@ def load_run(folder: str | os.PathLike) -> Run:
 class DetectorRun(AnyRun):
     """A run folder of tools/train_net.py."""
 
-    details: dict[str, Any] = field(default_factory=dict)  # of voc_results.json; COCO has none
+    # Of voc_results.json; a run on COCO's format gets them when its detections are read.
+    details: dict[str, Any] = field(default_factory=dict)
 
     not_recipe = re.compile(  # of MODEL.WEIGHTS the file's name counts, see `weights`
         r"(SEED|OUTPUT_DIR|VIS_PERIOD|VERSION|CUDNN_BENCHMARK|GLOBAL\.HACK|MODEL\.(DEVICE|WEIGHTS)"
@@ -179,13 +180,18 @@ class DetectorRun(AnyRun):
         return by_class(self.numbers)[0]
 
     @property
+    def is_coco(self) -> bool:
+        """Whether it was evaluated as COCO has it, else as VOC."""
+        return self.class_metric == "AP"
+
+    @property
     def classes(self) -> dict[str, float | None]:
         """AP in percent by class; None for a class without ground truth."""
         return by_class(self.numbers)[1]
 
     @property
     def objects(self) -> dict[str, int]:
-        """Boxes that count, by class; empty where voc_results.json is missing."""
+        """Boxes that count, by class; empty where the details are not known."""
         return {row["class"]: row["ground_truth"] for row in self.details.get("classes", ())}
 
     @property

@@ -1,6 +1,7 @@
 """Detections beside the ground truth: curves and misses against loops over the boxes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ pytest.importorskip("detectron2")
 
 from resnet_backbone.detection.evaluation.voc import summarize
 from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc
-from resnet_backbone.report import detections
+from resnet_backbone.report import boxes, detections
 from resnet_backbone.report.runs import load_detector_run
 
 
 def load(folder):
     run = load_detector_run(folder)
-    truth = detections.load_truth(run)
-    return truth, detections.load_detections(run, truth)
+    truth = boxes.load_truth(run)
+    return truth, boxes.load_detections(run, truth)
 
 
 def iou(a, b) -> float:
@@ -160,6 +161,24 @@ def test_resampling_equals_repeated_images(make_voc_run):
         assert {key: value[draw] for key, value in found.items()} == pytest.approx(expected)
 
 
+def test_boxes_in_coco_format_give_the_same(make_voc_run, make_coco_run):
+    """Curves, objects, errors and intervals of one set of boxes, written in either format."""
+    before = make_voc_run("r50", 1)
+    truth, run = load(before)
+    counts = detections.draw_images(len(truth.images), 20)
+    expected = detections.resample(run, counts)
+    shutil.rmtree(before)
+    _, found = load(make_coco_run("r50", 1))
+    for key in ("errors", "classes"):
+        mine = [{k: v for k, v in row.items() if "AP" not in k} for row in run.run.details[key]]
+        for row in mine:
+            row.pop("detections", None)
+        assert found.run.details[key] == mine
+    assert found.run.objects == run.run.objects and truth.classes == list(found.run.objects)
+    for key, values in detections.resample(found, counts).items():
+        assert values == pytest.approx(expected[key])
+
+
 def test_other_annotations_are_refused(make_voc_run, voc):
     folder = make_voc_run("r50", 1)
     for xml in sorted((voc / "Annotations").iterdir())[:4]:
@@ -168,22 +187,34 @@ def test_other_annotations_are_refused(make_voc_run, voc):
         load(folder)
 
 
+def test_another_json_is_refused(make_coco_run, voc):
+    folder, file = make_coco_run("r50", 1), voc.parent / "val.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = content["annotations"][::2]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="gives AP50 .* give the --coco-json"):
+        load(folder)
+    file.unlink()
+    with pytest.raises(boxes.NoDetections, match="there is no .*val.json; .* --coco-json"):
+        load(folder)
+
+
 def test_what_is_missing_is_named(make_voc_run, voc, tmp_path, monkeypatch):
     folder = make_voc_run("r50", 1)
     run = load_detector_run(folder)
-    truth = detections.load_truth(run)
-    with pytest.raises(detections.NoDetections, match="no folder /nowhere"):
-        detections.load_truth(run, "/nowhere")
-    assert len(detections.load_truth(run, str(voc)).images) == len(truth.images) == 12
+    truth = boxes.load_truth(run)
+    with pytest.raises(boxes.NoDetections, match="no /nowhere; .* with --voc-root"):
+        boxes.load_truth(run, {"voc_root": "/nowhere"})
+    assert len(boxes.load_truth(run, {"voc_root": str(voc)}).images) == len(truth.images) == 12
     (folder / "inference/test:test/detections.json").write_text("[{}]")
     with pytest.raises(ValueError, match=r"detections\.json is damaged"):
-        detections.load_detections(run, truth)
+        boxes.load_detections(run, truth)
     (folder / "inference/test:test/detections.json").unlink()
-    with pytest.raises(detections.NoDetections, match=r"r50_s1 has no detections\.json"):
-        detections.load_detections(run, truth)
+    with pytest.raises(boxes.NoDetections, match=r"r50_s1 has no detections\.json"):
+        boxes.load_detections(run, truth)
     run.results["command"] = "python tools/train_net.py"
-    with pytest.raises(detections.NoDetections, match="give their folder with --voc-root"):
-        detections.load_truth(run)
+    with pytest.raises(boxes.NoDetections, match="has no path; .* with --voc-root"):
+        boxes.load_truth(run)
     run.results["test"] = ["voc_2007_test"]  # Detectron2's own name
     monkeypatch.setenv("DETECTRON2_DATASETS", str(voc.parent))
-    assert len(detections.load_truth(run).images) == 12
+    assert len(boxes.load_truth(run).images) == 12

@@ -155,7 +155,7 @@ def test_without_images_the_rest_is_there(quick, write, runs, voc, output):
     rest = {"gain_per_class.png", "errors.png", "training.png"}
     assert listing(output.with_suffix("")) == rest | {"own.txt"}
     assert set(re.findall(r"\(r/([^)]+)\)", text)) == rest
-    found = re.findall(r"^(Neither curves nor intervals|No pictures): the images of", text, re.M)
+    found = re.findall(r"^(Neither curves nor intervals|No pictures): there is no ", text, re.M)
     assert len(found) == 2 and "In brackets" not in text
 
 
@@ -174,17 +174,22 @@ def test_two_resnets_are_compared(quick, write, make_voc_run, output):
     assert list(output.with_suffix("").glob("misses_R-101-FPN*.jpg"))
 
 
-def test_coco_has_tables_but_no_curves(quick, write, make_voc_run):
-    runs = []
-    for network, value in (("r50", 3.0), ("vgg", 4.5)):
-        bbox = {"AP": value, "AP50": 2 * value, "APs": 1.0, "AP-cat": value, "AP-dog": value}
-        runs.append(make_voc_run(network, 1, results={"bbox": bbox}))
-        (runs[-1] / "inference/test:test/voc_results.json").unlink()
+def test_data_in_coco_format(quick, write, make_coco_run, output, voc):
+    """Own data: all that runs in VOC layout have, and nothing of VOC's."""
+    runs = [make_coco_run("r50", 1, 0.95), make_coco_run("vgg", 1, 0.4)]
     text = write(runs)
-    assert "R-50-FPN is **3.00 points of AP50 below** VGG-16-FPN" in text
-    assert "## AP per class" in text and "| cat | 4.50 | 3.00 | −1.50 |" in text
-    assert text.count(": they need runs on a single test set in VOC layout.") == 2
-    assert "Not measured: a run has no errors" in text
+    pictures = listing(output.with_suffix(""))
+    assert pictures - {"misses_R-50-FPN_back.jpg"} == PICTURES | {"misses_R-50-FPN.jpg"}
+    bbox = [json.loads((run / "results.json").read_text())["results"]["bbox"] for run in runs]
+    gain = bbox[0]["AP50"] - bbox[1]["AP50"]
+    assert f"R-50-FPN is **{gain:.2f} points of AP50 above** VGG-16-FPN (one run each; 95 %" in text
+    assert "## AP per class" in text and "| class | objects | VGG-16-FPN | R-50-FPN |" in text
+    assert re.search(r"VOC's matching, .* VGG-16-FPN \d+\.\d\d, R-50-FPN \d+\.\d\d\.", text, re.S)
+    assert "published" not in text and "11-point" not in text and "crowds (which count" in text
+    shutil.move(voc.parent / "val.json", voc.parent / "moved.json")
+    assert text.count("errors.png") > write(runs).count("errors.png")
+    moved = ["--coco-json", voc.parent / "moved.json", "--image-root", voc / "JPEGImages"]
+    assert "95 % interval" in write(runs, *moved)
 
 
 def test_all_or_nothing(tool, runs, output, monkeypatch):

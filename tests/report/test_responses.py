@@ -190,6 +190,6 @@ def test_command_line_errors_are_one_line(tool, weights, tiny_cifar10, tmp_path)
 
     assert "two networks are named 'ResNet-8'" in message(path, "--weights", path)
     assert "no" in message(tmp_path / "none.safetensors")
-    assert "another depth" in message(path, "--model", "cifar_resnet14")
+    assert "cifar_resnet8" in message(path, "--model", "cifar_resnet14")
     assert not output.exists()
     assert tool(*common, path, "--num-images", "0")[0] == 2

@@ -1,0 +1,192 @@
+"""The annotated boxes of a test set, in VOC layout or COCO's format, and those that runs found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from resnet_backbone.detection.config import take_back_overrides
+from resnet_backbone.detection.data.arguments import MetadataCatalog, add_data_arguments
+from resnet_backbone.detection.data.coco import read_coco, scan_coco
+from resnet_backbone.detection.data.voc import scan_voc
+from resnet_backbone.detection.evaluation import voc_ap
+from resnet_backbone.detection.evaluation.coco import RESULT_FILE, evaluate_coco
+from resnet_backbone.detection.evaluation.voc import TO_VOC
+from resnet_backbone.report.runs import DetectorRun
+
+DETECTIONS = "detections.json"
+TOLERANCE = 0.1  # points of AP50; the file's rounded scores and boxes move less
+REGISTERED = re.compile(r"voc_(2007|2012)_(\w+)")  # Detectron2's names
+
+Table = dict[str, np.ndarray]
+
+
+class NoDetections(ValueError):
+    """Files that curves, intervals and pictures need are missing; the message says which."""
+
+
+class Truth(NamedTuple):
+    """A test set; boxes (N, 4) are in VOC's 1-based inclusive pixels."""
+
+    classes: list[str]  # in the order of the category ids
+    category_ids: list[Any]  # of the classes, in the files of detections
+    images: list[dict[str, Any]]  # image_id, file_name, boxes, classes (N,), difficult (N,)
+
+
+def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) -> Truth:
+    """The annotations that a run was evaluated on, in VOC layout or in COCO's format.
+
+    Args:
+        given: "voc_root", or "coco_json" and "image_root" of the test set; by default those of the
+            run's command, or Detectron2's own.
+    """
+    if len(run.test) != 1:
+        raise NoDetections("they need runs on a single test set")
+    load = _load_coco if run.is_coco else _load_voc
+    classes, ids, (records, report) = load(run, _own_paths(run) | _known(given or {}))
+    if not report.annotated:
+        raise NoDetections(f"{report.name} has no annotations")
+    images = []
+    for record in records:
+        found = record["annotations"]
+        image = {key: record[key] for key in ("image_id", "file_name")}
+        boxes = np.array([a["bbox"] for a in found], dtype=float).reshape(-1, 4)
+        if run.is_coco:
+            boxes[:, 2:] += boxes[:, :2]
+        image["boxes"] = boxes + TO_VOC
+        image["classes"] = np.array([a["category_id"] for a in found], dtype=int)
+        hard = [a["iscrowd" if run.is_coco else "difficult"] for a in found]
+        image["difficult"] = np.array(hard, dtype=bool)
+        images.append(image)
+    return Truth(classes, ids, images)
+
+
+def _own_paths(run: DetectorRun) -> dict[str, str]:
+    """The test set in the options of the run's command, or as Detectron2 has it registered."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_data_arguments(parser)
+    args, _ = parser.parse_known_args(shlex.split(run.results.get("command") or ""))
+    args.opts = []
+    take_back_overrides(args)
+    paths = {"voc_root": args.voc_root}
+    paths |= {key: (getattr(args, key) or [None])[-1] for key in ("coco_json", "image_root")}
+    if registered := REGISTERED.fullmatch(run.test[0]):
+        default = os.environ.get("DETECTRON2_DATASETS", "datasets")
+        paths["voc_root"] = os.path.join(default, f"VOC{registered[1]}")
+    elif run.test[0] in MetadataCatalog.list():
+        known = MetadataCatalog.get(run.test[0])
+        paths |= {"coco_json": known.get("json_file"), "image_root": known.get("image_root")}
+    return _known(paths)
+
+
+def _known(paths: Mapping[str, str | None]) -> dict[str, str]:
+    return {key: path for key, path in paths.items() if path}
+
+
+def _load_voc(run: DetectorRun, paths: Mapping[str, str]) -> tuple[list[str], list[int], tuple]:
+    name, root = run.test[0], _existing(run, paths, "voc_root")
+    registered = REGISTERED.fullmatch(name)
+    split = registered[2] if registered else name.partition(":")[2]
+    if not split:
+        raise NoDetections(f"{name} is not a split of a VOC folder")
+    classes = list(run.config.get("RESNET_BACKBONE.CLASS_NAMES") or run.classes)
+    scan = scan_voc(root, split, classes, decode=False, progress=True)
+    return classes, list(range(len(classes))), scan
+
+
+def _load_coco(run: DetectorRun, paths: Mapping[str, str]) -> tuple[list[str], list, tuple]:
+    file, root = (_existing(run, paths, key) for key in ("coco_json", "image_root"))
+    categories = read_coco(file).categories
+    return list(categories.values()), list(categories), scan_coco(file, root, progress=True)
+
+
+def _existing(run: DetectorRun, paths: Mapping[str, str], key: str) -> str:
+    path, option = paths.get(key, ""), f"--{key.replace('_', '-')}"
+    if not os.path.exists(path):
+        absent = f"there is no {path}" if path else f"the command of {run.folder.name} has no path"
+        raise NoDetections(f"{absent}; say where the test set is, with {option}")
+    return path
+
+
+class RunDetections(NamedTuple):
+    """A run's detections, matched with the ground truth."""
+
+    run: DetectorRun
+    truth: Table  # of voc_ap.read_boxes; the same for all runs
+    found: Table
+    numbers: Mapping[str, Any]  # of voc_ap.score_boxes at IoU .5
+
+    @property
+    def ap50(self) -> float:
+        """The area under the curve, in percent."""
+        return 100 * float(np.nanmean(self.numbers["ap_area"]))
+
+
+def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
+    """Reads what a run found; also completes its details where it was not evaluated as VOC's.
+
+    Raises:
+        NoDetections: the run has kept none.
+        ValueError: the file is damaged, or the run's AP50 does not follow from it and the truth.
+    """
+    path = run.inference / (RESULT_FILE if run.is_coco else DETECTIONS)
+    if not path.is_file():
+        raise NoDetections(f"{run.folder.name} has no {path.name}; evaluate it again")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        predictions = _by_image(rows, truth.category_ids)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again from the run") from error
+    tables = voc_ap.read_boxes(predictions, truth.images, truth.classes)
+    numbers = voc_ap.score_boxes(*tables, truth.classes, (voc_ap.CURVE_IOU,))
+    found = RunDetections(run, *tables, numbers)
+    ap50, stated = _coco_ap50(truth, rows) if run.is_coco else found.ap50, run.numbers.get("AP50")
+    if stated is not None and abs(ap50 - stated) > TOLERANCE:
+        option = "--coco-json" if run.is_coco else "--voc-root"
+        raise ValueError(
+            f"{path} gives AP50 {ap50:.2f} with these annotations, the run's results.json has "
+            f"{stated:.2f}: give the {option} that the run was evaluated on"
+        )
+    counts = (numbers[f"num_{key}"].tolist() for key in ("ground_truth", "difficult"))
+    rows = zip(truth.classes, *counts, strict=True)
+    keys = "class", "ground_truth", "difficult"
+    run.details.setdefault("classes", [dict(zip(keys, row, strict=True)) for row in rows])
+    run.details.setdefault("errors", voc_ap.count_errors(*tables, truth.classes))
+    return found
+
+
+def _coco_ap50(truth: Truth, rows: Sequence[Mapping[str, Any]]) -> float:
+    """AP50 in percent as COCO has it, which results.json states."""
+    boxes = [
+        {"image_id": image["image_id"], "category_id": truth.category_ids[index]}
+        | {"bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": int(crowd)}
+        for image in truth.images
+        for (x0, y0, x1, y1), index, crowd in zip(
+            (image["boxes"] - TO_VOC).tolist(), image["classes"], image["difficult"], strict=True
+        )
+    ]
+    names = zip(truth.category_ids, truth.classes, strict=True)
+    dataset = {"images": [{"id": image["image_id"]} for image in truth.images]}
+    dataset |= {"categories": [{"id": i, "name": n} for i, n in names], "annotations": boxes}
+    return 100 * evaluate_coco(dataset, rows).summary["AP50"]
+
+
+def _by_image(rows: Sequence[Mapping[str, Any]], category_ids: Sequence) -> list[dict[str, Any]]:
+    """COCO-style rows as the evaluator's predictions, in VOC's pixels."""
+    images: dict[str, dict[str, list]] = {}
+    places = {category_id: place for place, category_id in enumerate(category_ids)}
+    for row in rows:
+        x, y, width, height = row["bbox"]
+        empty = {"boxes": [], "scores": [], "classes": []}
+        found = images.setdefault(str(row["image_id"]), empty)
+        found["boxes"].append([x, y, x + width, y + height] + TO_VOC)
+        found["scores"].append(float(row["score"]))
+        found["classes"].append(places[row["category_id"]])
+    return [{"image_id": image_id, **found} for image_id, found in images.items()]
