@@ -21,7 +21,7 @@ COMMANDS = {
     "evaluate-classifier": "error rates of weights: center crop, ten crops, dense, ensembles",
     "demo": "draw what a detector finds in images, videos or a camera's pictures",
     "convert-weights": "inspect weights, convert them for another library, compare two files",
-    "prepare-data": "unpack and check data sets, write shards and label images",
+    "prepare-data": "make a data set of your own images, check and unpack others, write shards",
     "export": "export a network or a detector to ONNX, torch.export or TorchScript",
     "report": "tables, curves and pages of runs beside the published numbers",
     "reproduce": "run a whole plan of the paper's experiments and write its page",

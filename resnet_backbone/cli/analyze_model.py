@@ -23,10 +23,10 @@ from resnet_backbone.runtime.errors import UsageError, one_line_errors
 
 EPILOG = """\
 examples:
-  python tools/analyze_model.py
-  python tools/analyze_model.py 'resnet*' --json
-  python tools/analyze_model.py --model resnet50 --option stride_in_1x1=False
-  python tools/analyze_model.py --model vgg16 --option 'out_features=["conv5"]' --input-size 600
+  resnet-backbone analyze-model
+  resnet-backbone analyze-model 'resnet*' --json
+  resnet-backbone analyze-model --model resnet50 --option stride_in_1x1=False
+  resnet-backbone analyze-model --model vgg16 --option 'out_features=["conv5"]' --input-size 600
 
 Exit status: 0 when every row agrees with the published numbers, 1 when one differs, 2 for a
 wrong argument."""

@@ -31,25 +31,24 @@ from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
 EPILOG = """\
 examples:
   What is this file, and what does it not say?
-    python tools/convert_weights.py inspect resnet50.pth
+    resnet-backbone convert-weights inspect resnet50.pth
   Weights of a library, downloaded by name, as a file that says all of it:
-    python tools/convert_weights.py convert torchvision://resnet50/IMAGENET1K_V2 r50.safetensors
+    resnet-backbone convert-weights convert torchvision://resnet50/IMAGENET1K_V2 r50.safetensors
   The paper's released weights for transformers; the test names what they were trained on:
-    python tools/convert_weights.py convert resnet50_msra.safetensors r50_hf --to huggingface \\
+    resnet-backbone convert-weights convert resnet50_msra.safetensors r50_hf --to huggingface \\
         --preprocessing msra
-  A network of tools/train_classifier.py for Detectron2, with PIXEL_STD [1, 1, 1]:
-    python tools/convert_weights.py convert output/resnet50/final.safetensors r50.pkl \\
+  A network of train-classifier for Detectron2, with PIXEL_STD [1, 1, 1]:
+    resnet-backbone convert-weights convert output/resnet50/final.safetensors r50.pkl \\
         --to detectron2 --fold-std
   Are these two the same network, and if not, what was mixed up?
-    python tools/convert_weights.py verify r50.safetensors r50.pkl --preprocessing-b msra
+    resnet-backbone convert-weights verify r50.safetensors r50.pkl --preprocessing-b msra
 
 SOURCE, A and B are a file (.safetensors, .pth, .pt, .bin, .ckpt, .pkl), a folder of transformers
 or timm, or a name: torchvision://resnet50/IMAGENET1K_V2, timm://resnet50.a1_in1k,
 hf://microsoft/resnet-50, detectron2://ImageNetPretrained/MSRA/R-101.pkl, https://...
 Nothing in a file is executed.
 
-Guide: docs/guides/weights.md. Exit status: 0, or for verify and convert 1 where outputs differ; 2
-for wrong input."""
+Exit status: 0, or for verify and convert 1 where outputs differ; 2 for wrong input."""
 
 CONVERT_EPILOG = """\
 formats (--to):
@@ -75,13 +74,14 @@ def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> N
     add = parser.add_argument_group(f"what the source{whose} does not say itself").add_argument
     published = f"a published convention: {', '.join(PREPROCESSINGS)}"
     add(f"--preprocessing{end}", metavar="NAME", help=published)
-    add(f"--channel-order{end}", choices=("RGB", "BGR"))
-    add(f"--value-range{end}", type=float, choices=(1.0, 255.0))
+    add(f"--channel-order{end}", choices=("RGB", "BGR"), help="order of the input's channels")
+    text = "largest value of a pixel: 1 for pixels in 0..1, 255 for 0..255"
+    add(f"--value-range{end}", type=float, choices=(1.0, 255.0), metavar="{1,255}", help=text)
     for name in ("mean", "std"):
         add(f"--{name}{end}", nargs=3, type=float, metavar="X", help="per channel, in that order")
     text = "where bottlenecks have their stride; no tensor shows it"
     add(f"--stride-in-1x1{end}", choices=("true", "false"), help=text)
-    add(f"--bn-eps{end}", type=float, metavar="EPS")
+    add(f"--bn-eps{end}", type=float, metavar="EPS", help="epsilon of its batch norms")
     text = "network, where its tensors fit two (plain and option A): " + ", ".join(list_models())
     add(f"--model{end}", metavar="NAME", help=text)
 
@@ -89,18 +89,20 @@ def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> N
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
-    inspect = add("inspect", help="say what weights are, and what they do not say")
+    inspect = add("inspect", help="show what a file of weights holds, and what it does not state")
     convert = add("convert", help="write weights in another form", epilog=CONVERT_EPILOG)
-    verify = add("verify", help="run two on the same pictures")
+    verify = add("verify", help="compare the outputs of two files on the same pictures")
     for command in (inspect, convert):
-        command.add_argument("source", metavar="SOURCE")
+        command.add_argument(
+            "source", metavar="SOURCE", help="weights: a file, a folder, or a name"
+        )
         text = "one of several networks in the file, such as state_dict_ema or module.encoder_k"
         command.add_argument("--key", default="", metavar="KEY", help=text)
         add_source_arguments(command)
-    convert.add_argument("out", metavar="OUT", type=Path)
+    convert.add_argument("out", metavar="OUT", type=Path, help="file or folder to write")
     add_conversion_arguments(convert)
     verify.add_argument("a", metavar="A", help="the reference")
-    verify.add_argument("b", metavar="B")
+    verify.add_argument("b", metavar="B", help="what is compared with it")
     text = f"largest difference, in units of A's largest output; default {TOLERANCE}"
     verify.add_argument("--tolerance", type=float, default=TOLERANCE, help=text)
     for suffix in ("a", "b"):
@@ -115,19 +117,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("conversion").add_argument
-    add("--to", default="resnet_backbone", choices=FORMATS, metavar="FORMAT")
-    add("--channel-order-to", default="", choices=("RGB", "BGR"))
-    add("--value-range-to", type=float, choices=(1.0, 255.0))
+    text = "format to write, see below (default: %(default)s)"
+    add("--to", default="resnet_backbone", choices=FORMATS, metavar="FORMAT", help=text)
+    add("--channel-order-to", default="", choices=("RGB", "BGR"), help="channel order to write")
+    text = "pixel range to write: 1 for 0..1, 255 for 0..255"
+    add("--value-range-to", type=float, choices=(1.0, 255.0), metavar="{1,255}", help=text)
     add("--fold-std", action="store_true", help="std becomes 1 in the value range")
     add("--fold-bn", action="store_true", help="batch norms become biases")
     text = "VGG without norms: every layer's responses to the pictures get standard deviation 1"
     add("--unit-responses", action="store_true", help=text)
-    add("--bn-eps-to", type=float, metavar="EPS")
-    add("--dtype", choices=conversion.DTYPES, help="of kernels; vectors are fp32")
+    add("--bn-eps-to", type=float, metavar="EPS", help="epsilon of batch norms to write")
+    add("--dtype", choices=conversion.DTYPES, help="type of kernels; vectors stay fp32")
     text = "drop a per-pixel mean image that the format cannot hold; not exact"
     add("--accept-channel-means", action="store_true", help=text)
-    add("--shard-size", type=int, metavar="BYTES", help="of huggingface files")
-    add("--overwrite", action="store_true")
+    add("--shard-size", type=int, metavar="BYTES", help="largest size of a file of huggingface")
+    add("--overwrite", action="store_true", help="replace what is at OUT")
     add("--no-verify", action="store_true", help="do not run what was written")
 
 

@@ -1,16 +1,16 @@
 """Draw what a trained detector or segmentation model finds in images and videos.
 
-With a run of tools/train_net.py, on one image, on a folder, on what a pattern matches:
+With a run of train-net, on one image, on a folder, on what a pattern matches:
 
-  python tools/demo.py --run output/r50 --input street.jpg --output street_detected.jpg
-  python tools/demo.py --run output/r50 --input photos/ 'more/*.png' --output detected/
-  python tools/demo.py --run output/r50 --input drive.mp4 --output drive_detected.mp4
+  resnet-backbone demo --run output/r50 --input street.jpg --output street_detected.jpg
+  resnet-backbone demo --run output/r50 --input photos/ 'more/*.png' --output detected/
+  resnet-backbone demo --run output/r50 --input drive.mp4 --output drive_detected.mp4
 
 With a config and a checkpoint, also as one sheet and as numbers; as a page in the browser:
 
-  python tools/demo.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
+  resnet-backbone demo --config-file voc/faster_rcnn_R_50_FPN \\
       --input photos/ --sheet sheet.png --json detections.json MODEL.WEIGHTS model_final.pth
-  python tools/demo.py --run output/r50 --web
+  resnet-backbone demo --run output/r50 --web
 
 Any config key can be overridden by trailing pairs, for example INPUT.MIN_SIZE_TEST 480.
 A checkpoint that was trained on other input than the config gives it (INPUT.FORMAT,
@@ -66,7 +66,7 @@ VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     model = parser.add_argument_group("model", "One of the two.")
-    model.add_argument("--run", metavar="DIR", help="run folder of tools/train_net.py")
+    model.add_argument("--run", metavar="DIR", help="run folder of train-net")
     model.add_argument("--config-file", metavar="FILE", help="YAML; add MODEL.WEIGHTS FILE")
     add = parser.add_argument
     add("--input", nargs="+", default=[], metavar="PATH", help="images, folders, videos, globs")

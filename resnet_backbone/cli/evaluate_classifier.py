@@ -1,8 +1,8 @@
 """Evaluate a classifier, or an ensemble, as the paper did: every image exactly once.
 
 Prints top-1 and top-5 error and cross-entropy. With --output also writes results.json,
-predictions.csv, per_class.csv, confusion.csv and confusion.png. With --predict it says the classes
-of pictures without labels.
+predictions.csv, per_class.csv, confusion.csv and confusion.png. With --predict it prints the
+classes of pictures without labels.
 """
 
 from __future__ import annotations
@@ -48,24 +48,25 @@ logger = logging.getLogger("resnet_backbone.evaluate_classifier")
 
 EPILOG = """\
 examples:
-  A network of tools/train_classifier.py, whose file names its network and its input:
-    python tools/evaluate_classifier.py --weights output/resnet50/final.safetensors \\
+  A network of train-classifier, whose file names its network and its input:
+    resnet-backbone evaluate-classifier --weights output/resnet50/final.safetensors \\
         --imagenet-folder imagenet/val
   Pictures without labels: the five best classes of each, also as predictions.csv:
-    python tools/evaluate_classifier.py --weights output/mine/final.safetensors \\
+    resnet-backbone evaluate-classifier --weights output/mine/final.safetensors \\
         --predict photos/ --output predicted
   The paper's 10-crop testing (Tables 2 and 3) and its multi-scale dense testing (Table 4):
-    python tools/evaluate_classifier.py --weights final.safetensors --protocol ten_crop \\
+    resnet-backbone evaluate-classifier --weights final.safetensors --protocol ten_crop \\
         --imagenet-folder imagenet/val --num-gpus 8 --amp bf16
-    python tools/evaluate_classifier.py --weights final.safetensors --protocol dense \\
+    resnet-backbone evaluate-classifier --weights final.safetensors --protocol dense \\
         --imagenet-folder imagenet/val --batch-size 16 --output output/dense
   The authors' released weights, which say neither, on ten of the thousand classes:
-    python tools/evaluate_classifier.py --weights resnet50_msra.safetensors --model resnet50 \\
+    resnet-backbone evaluate-classifier --weights resnet50_msra.safetensors --model resnet50 \\
         --preprocessing msra --imagenet-folder some_classes --class-list wnid_index.txt
-  An ensemble, a flat folder with a label list, CIFAR-10:
-    python tools/evaluate_classifier.py --weights a.safetensors b.safetensors \\
+  An ensemble, a flat folder with a label list (its classes are ImageNet's wnids, such as
+  n01440764, or your own names), CIFAR-10:
+    resnet-backbone evaluate-classifier --weights a.safetensors b.safetensors \\
         --flat ILSVRC2012_img_val --labels val_labels.txt --class-list LOC_synset_mapping.txt
-    python tools/evaluate_classifier.py --weights output/resnet20/final.safetensors \\
+    resnet-backbone evaluate-classifier --weights output/resnet20/final.safetensors \\
         --cifar10 cifar10
 
 Dense testing averages class scores over all positions of the whole image at each of --sizes, then
@@ -87,26 +88,27 @@ ONLY_FOR |= dict.fromkeys(("sizes", "flip", "pooling", "softmax", "window"), ("d
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("networks").add_argument
     several: dict[str, Any] = dict(nargs="+", default=[])
-    add("--weights", nargs="+", required=True, metavar="FILE", help=".safetensors; more: ensemble")
+    text = ".safetensors; several: an ensemble"
+    add("--weights", nargs="+", required=True, metavar="FILE", help=text)
     silent = "of files that do not say theirs, one for all or one each"
-    text = f"network {silent}: resnet50 (ours: tools/analyze_model.py), torchvision/NAME, timm/NAME"
+    text = f"network {silent}: resnet50 (all: analyze-model), torchvision/NAME, timm/NAME"
     add("--model", metavar="NAME", help=text, **several)
     text = "arguments of --model, such as stride_in_1x1=False"
     add("--model-options", type=key_and_value, metavar="KEY=VALUE", help=text, **several)
-    add("--num-classes", type=int, help="of --model (default: 1000; CIFAR nets: 10)")
+    add("--num-classes", type=int, help="classes of --model (default: 1000; CIFAR networks: 10)")
     add("--preprocessing", metavar="NAME", help=f"input {silent}: msra, caffe_vgg, ...", **several)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data, one of")
     chosen = group.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("--imagenet-folder", metavar="DIR", help="DIR/<wnid>/<image>")
+    chosen.add_argument("--imagenet-folder", metavar="DIR", help="class folders: DIR/CLASS/IMAGE")
     chosen.add_argument("--flat", metavar="DIR", help="images in one folder, with --labels")
     chosen.add_argument("--cifar10", metavar="DIR", help="the test set, binary or Python version")
-    text = "pictures and folders without labels: says the classes of each"
+    text = "pictures and folders without labels: print the classes of each"
     chosen.add_argument("--predict", nargs="+", type=Path, metavar="PATH", help=text)
-    group.add_argument("--labels", metavar="FILE", help="'name wnid' or 'name index' lines")
-    text = "'wnid index' lines; needed where the data have only some of the network's classes"
+    group.add_argument("--labels", metavar="FILE", help="lines 'image class' or 'image index'")
+    text = "lines 'class index'; needed where the data have only some of the network's classes"
     group.add_argument("--class-list", metavar="FILE", help=text)
     text = "unreadable images that may count as wrong (default: 0, stop at the first)"
     group.add_argument("--max-bad-images", type=int, default=0, metavar="N", help=text)
@@ -115,8 +117,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", choices=tuple(PROTOCOLS), help="(default: center; with --cifar10: full)")
-    add("--resize", type=int, help="center, ten_crop: short side (default: the weights', else 256)")
-    add("--crop", type=int, help="center, ten_crop: side of crop (default: the weights', else 224)")
+    text = "center, ten_crop: short side of the image (default: as the weights state, else 256)"
+    add("--resize", type=int, metavar="N", help=text)
+    text = "center, ten_crop: side of the crop (default: as the weights state, else 224)"
+    add("--crop", type=int, metavar="N", help=text)
     add("--sizes", type=int, nargs="+", help="dense: short sides (default: 224 256 384 480 640)")
     text = "dense: mirrored views, too (default)"
     add("--flip", action=argparse.BooleanOptionalAction, default=None, help=text)

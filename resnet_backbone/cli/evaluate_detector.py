@@ -1,6 +1,6 @@
 """Evaluate a detector with the paper's improvements, one row each (appendix B, Table 9).
 
-  python tools/evaluate_detector.py --run output/r101 --context-run output/r101_context \\
+  resnet-backbone evaluate-detector --run output/r101 --context-run output/r101_context \\
       --ensemble-run output/r152 output/r50 --voc-root VOCdevkit/VOC2007 --test-set test \\
       --output output/improvements
 
@@ -22,7 +22,7 @@ Trailing KEY VALUE pairs hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
 RESNET_BACKBONE.TEST.FLIP True, RESNET_BACKBONE.TEST.NMS gaussian or
 RESNET_BACKBONE.TEST.PRECISION bfloat16. The members of an ensemble keep the settings of their own
 runs. To evaluate with Detectron2's own test-time augmentation instead:
-python tools/train_net.py --eval-only ... TEST.AUG.ENABLED True
+resnet-backbone train-net --eval-only ... TEST.AUG.ENABLED True
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Row(NamedTuple):
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("--run", required=True, metavar="DIR", help="run of tools/train_net.py")
+    add("--run", required=True, metavar="DIR", help="run of train-net")
     add("--context-run", metavar="DIR", help="one with RESNET_BACKBONE.GLOBAL_CONTEXT")
     how = dict(action="extend", nargs="+", default=[], metavar="DIR")
     add("--ensemble-run", help="further detectors", **how)

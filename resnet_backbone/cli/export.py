@@ -3,15 +3,15 @@
 A network (classifier, or backbone with --out-features) becomes NAME.pt2 (torch.export) and
 NAME.onnx, both for any batch size, height and width:
 
-  python tools/export.py --weights resnet50.safetensors --output exported/resnet50 \\
+  resnet-backbone export --weights resnet50.safetensors --output exported/resnet50 \\
       --images photo1.jpg photo2.jpg
-  python tools/export.py --weights torchvision://resnet50/IMAGENET1K_V2 --out-features res3 res5 \\
+  resnet-backbone export --weights torchvision://resnet50/IMAGENET1K_V2 --out-features res3 res5 \\
       --with-normalization --output exported/backbone --images photos/
 
-A detector of tools/train_net.py (Faster or Mask R-CNN) becomes NAME.ts (TorchScript) and
+A detector of train-net (Faster or Mask R-CNN) becomes NAME.ts (TorchScript) and
 NAME.onnx, one image of any size at a time, and its backbone, pyramid included, NAME_backbone.pt2:
 
-  python tools/export.py --config-file output/run/config.yaml \\
+  resnet-backbone export --config-file output/run/config.yaml \\
       --weights output/run/model_final.pth --output exported/detector --images photos/
 """
 
@@ -53,7 +53,7 @@ first four are enough. NAME.json, and the ONNX file's metadata, say what the inp
 
 Without --with-normalization the input is float32, normalized by the caller as NAME.json says; with
 it, RGB pixels in 0..255. A detector normalizes by itself: float32, 0..255, in INPUT.FORMAT's order.
-Speed of each runtime: python tools/benchmark.py infer --runtimes; docs/guides/deployment.md."""
+`resnet-backbone benchmark infer --runtimes` measures the speed of each runtime."""
 
 CHECKED = 4  # images
 DETECTOR_OUTPUTS = {
@@ -68,15 +68,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_argument
     add("--weights", required=True, help="a file or name, as everywhere in this package")
-    add("--output", required=True, type=Path, metavar="NAME", help="without suffix")
+    add("--output", required=True, type=Path, metavar="NAME", help="path, without a suffix")
     add("--images", required=True, nargs="+", type=Path, help="photographs or a folder of them")
-    add("--longest-side", type=positive, default=640, help="of --images (default: 640)")
+    add("--longest-side", type=positive, default=640, help="limit for --images (default: 640)")
     add("--tolerance", type=float, default=1e-4, help="default: 1e-4")
     add = parser.add_argument_group("network").add_argument
     add("--model", help="its name, where the weights fit several")
     add("--preprocessing", default="", help="where the weights do not say it")
     add("--out-features", nargs="+", metavar="STAGE", help="a backbone: res2 ... res5")
-    add("--format", nargs="+", choices=("pt2", "onnx"), default=["pt2", "onnx"], help="both")
+    both = ("pt2", "onnx")
+    add("--format", nargs="+", choices=both, default=both, help="(default: both)")
     add("--with-normalization", action="store_true", help="the graph takes RGB pixels in 0..255")
     add("--input-type", choices=("uint8", "float32"), default="uint8", help="of those pixels")
     add = parser.add_argument_group("detector").add_argument

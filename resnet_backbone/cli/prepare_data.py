@@ -1,12 +1,12 @@
 """Unpack the official archives of a data set, check what is there, make what trainings need.
 
-  python tools/prepare_data.py own --help        your own images with boxes, in any common format
-  python tools/prepare_data.py voc --help        PASCAL VOC, or your own data in its layout
-  python tools/prepare_data.py coco --help       COCO, or your own data in its format
-  python tools/prepare_data.py imagenet --help   ImageNet
-  python tools/prepare_data.py shards --help     tar shards of an image folder, for object stores
-  python tools/prepare_data.py digits --help     the built-in detection set
-  python tools/prepare_data.py labels --help     label pictures for segmentation
+  resnet-backbone prepare-data own --help        your own images with boxes, in any common format
+  resnet-backbone prepare-data voc --help        PASCAL VOC, or your own data in its layout
+  resnet-backbone prepare-data coco --help       COCO, or your own data in its format
+  resnet-backbone prepare-data imagenet --help   ImageNet
+  resnet-backbone prepare-data shards --help     tar shards of an image folder, for object stores
+  resnet-backbone prepare-data digits --help     the built-in detection set
+  resnet-backbone prepare-data labels --help     label pictures for segmentation
 
 An interrupted call can be repeated: what is there already stays. Exit status: 0 when all is well, 1
 when something is missing, corrupt, or not as many as it should be, 2 for a wrong argument or
@@ -34,7 +34,7 @@ Detectron2 and the configs of this project find them. Then, and without --archiv
 checks: the layout, the numbers of images and boxes against the official ones, missing files, every
 image by decoding it (--quick: only its header), every annotation.
 
-  python tools/prepare_data.py {own}
+  resnet-backbone prepare-data {own}
 
 checks data of your own in this layout. --pictures DIR gets a chart of the boxes per class and
 sheets of images with their boxes; --json FILE gets everything that was found. Boxes that training
@@ -43,7 +43,7 @@ VOC = f"""\
 Unpack the official archives of PASCAL VOC, and check what is there.
 
   export DETECTRON2_DATASETS=$HOME/datasets
-  python tools/prepare_data.py voc --archives VOCtrainval_06-Nov-2007.tar VOCtest_06-Nov-2007.tar \\
+  resnet-backbone prepare-data voc --archives VOCtrainval_06-Nov-2007.tar VOCtest_06-Nov-2007.tar \\
       VOCtrainval_11-May-2012.tar
 
 {DETECTION.format(folders="VOC2007/ and VOC2012/", own="voc my_data --own --pictures checked/")}"""
@@ -51,32 +51,33 @@ COCO = f"""\
 Unpack the official archives of COCO, and check what is there.
 
   export DETECTRON2_DATASETS=$HOME/datasets
-  python tools/prepare_data.py coco --archives train2017.zip val2017.zip \\
+  resnet-backbone prepare-data coco --archives train2017.zip val2017.zip \\
       annotations_trainval2017.zip
 
 {DETECTION.format(folders="coco/", own="coco --coco-json train.json --image-root images/")}"""
 IMAGENET = """\
 Build the ImageNet folders from the official archives, or check folders that are there.
 
-  python tools/prepare_data.py imagenet imagenet \\
+  resnet-backbone prepare-data imagenet imagenet \\
       --train-archive ILSVRC2012_img_train.tar \\
       --val-archive ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
 
-gives imagenet/train/<wnid>/*.JPEG and imagenet/val/<wnid>/*.JPEG. With --flat-val the validation
+gives imagenet/train/<wnid>/*.JPEG and imagenet/val/<wnid>/*.JPEG; a wnid is ImageNet's name of a
+class, such as n01440764. With --flat-val the validation
 images stay in one folder, and imagenet/val_labels.txt has a line 'name wnid' for each.
 
 The labels of the validation set are numbers in the development kit's own order. They are
 converted by its table to that of sorted wnids, or taken from a file of wnids (--val-labels).
 
-  python tools/prepare_data.py imagenet imagenet --check-images
+  resnet-backbone prepare-data imagenet imagenet --check-images
 
 reads every image (hours on one core; see --workers) and lists what cannot be read, or is unusual,
 in imagenet/bad_images.txt. The archives come from image-net.org, after registration."""
 SHARDS = """\
 Write a data set as tar shards for an object store, or index shards that are there.
 
-  python tools/prepare_data.py shards write imagenet/train shards/train
-  python tools/prepare_data.py shards index shards/train --class-list wnids.txt
+  resnet-backbone prepare-data shards write imagenet/train shards/train
+  resnet-backbone prepare-data shards index shards/train --class-list wnids.txt
 
 The shards are in WebDataset's layout (<key>.jpeg and <key>.cls in each tar). The file index.npz
 beside them says where each image lies: with it the trainer reads exact epochs and resumes at any
@@ -85,9 +86,9 @@ that store: s3fs, gcsfs, ...)."""
 OWN = """\
 Turn your own images with boxes into a data set to train on, and print the command that trains.
 
-  python tools/prepare_data.py own --images my_images --output my_data
-  python tools/prepare_data.py own --images photos --annotations xml --val 0.2 --output my_data
-  python tools/prepare_data.py own --images photos --annotations boxes.json --output my_data
+  resnet-backbone prepare-data own --images my_images --output my_data
+  resnet-backbone prepare-data own --images photos --annotations xml --val 0.2 --output my_data
+  resnet-backbone prepare-data own --images photos --annotations boxes.json --output my_data
 
 Reads VOC XML files, a COCO JSON, YOLO text files (class names in data.yaml or classes.txt), and
 downloads of Roboflow in these formats. Files lie beside the images or in a folder of their own.
@@ -107,14 +108,14 @@ a chart of the classes and sheets of images with their boxes to look at."""
 DIGITS = """\
 Write the built-in detection set (handwritten digits on photographs) in PASCAL VOC layout.
 
-  python tools/prepare_data.py digits --output output/quickstart/data
+  resnet-backbone prepare-data digits --output output/quickstart/data
 
 Takes a few seconds and no network. A folder that already holds the same set is left as it is."""
 LABELS = """\
 Make panoptic and semantic ground truth from COCO instances, or "stuff" labels from panoptic.
 
-  python tools/prepare_data.py labels --coco-json instances_train.json --output labels/train
-  python tools/prepare_data.py labels --panoptic-json panoptic_train2017.json \\
+  resnet-backbone prepare-data labels --coco-json instances_train.json --output labels/train
+  resnet-backbone prepare-data labels --panoptic-json panoptic_train2017.json \\
       --output panoptic_stuff_train2017
 
 The first writes labels/train/semantic (every class and background), labels/train/stuff (things,

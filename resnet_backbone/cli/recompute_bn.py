@@ -1,7 +1,7 @@
 """Replace batch-norm statistics by true averages over the training set, as the paper does.
 
-Reads a run of tools/train_classifier.py (its config, data and weights) and writes new weights; the
-run's own files stay. Says the validation error with the old and the new statistics.
+Reads a run of train-classifier (its config, data and weights) and writes new weights; the
+run's own files stay. It prints the validation error with the old and the new statistics.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ logger = logging.getLogger("resnet_backbone.recompute_bn")
 
 EPILOG = """\
 examples:
-  python tools/recompute_bn.py --run output/resnet20
-  python tools/recompute_bn.py --run output/resnet50 --images 100000 --num-gpus 8 \\
+  resnet-backbone recompute-bn --run output/resnet20
+  resnet-backbone recompute-bn --run output/resnet50 --images 100000 --num-gpus 8 \\
       --output output/resnet50/true_bn.safetensors data.root=imagenet
-  python tools/recompute_bn.py --run output/resnet20 --weights output/resnet20/best.safetensors \\
+  resnet-backbone recompute-bn --run output/resnet20 --weights output/resnet20/best.safetensors \\
       --layer-inputs population
 
-tools/train_classifier.py does this by itself after training, unless train.recompute_bn=False.
+train-classifier does this by itself after training, unless train.recompute_bn=False.
 Images come with the augmentation of training, in the batches of training: --micro-batch images are
 normalized together (the paper: 32 per GPU). --layer-inputs batch makes one pass, in which layers
 normalize by their micro-batch, as in training; population makes one pass for each batch norm, in
@@ -41,7 +41,7 @@ which the layers before it already have their new statistics, as in testing."""
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     add, number = parser.add_argument, dict(type=positive, metavar="N")
-    add("--run", required=True, metavar="DIR", help="run of train_classifier.py")
+    add("--run", required=True, metavar="DIR", help="run folder of train-classifier")
     add("--weights", metavar="FILE", help="(default: DIR/final.safetensors)")
     add("--output", metavar="FILE", help="new weights (default: DIR/true_bn.safetensors)")
     add("--images", help="training images (default: all of them)", **number)
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     saved, args.weights = Path(args.run) / CONFIG, Path(args.weights or Path(args.run) / FINAL)
     if not saved.is_file():
-        raise UsageError(f"{args.run} has no {CONFIG}: --run is a folder of train_classifier.py")
+        raise UsageError(f"{args.run} has no {CONFIG}: --run is a run folder of train-classifier")
     config = load_config([saved], args.overrides)
     if not args.weights.is_file():
         raise UsageError(f"{args.weights}: no such file; give --weights FILE")

@@ -28,34 +28,34 @@ from resnet_backbone.weights.preprocessing import InputNormalizer
 
 CURVES_EPILOG = """\
 examples:
-  python tools/report.py curves --run output/r50 --output curves.png
-  python tools/report.py curves --run output/r50="pre-trained" --run output/scratch=scratch \\
+  resnet-backbone report curves --run output/r50 --output curves.png
+  resnet-backbone report curves --run output/r50="pre-trained" --run output/scratch=scratch \\
       --output docs/curves.png
-  python tools/report.py curves --run output/plain20 --run output/plain56 \\
+  resnet-backbone report curves --run output/plain20 --run output/plain56 \\
       --run output/resnet20 --run output/resnet56 --output fig6.png
 
-Runs of tools/train_net.py: the losses, and AP50 where the run evaluated.
-Runs of tools/train_classifier.py: the paper's Fig. 4 and 6, error against iterations, training
+Runs of train-net: the losses, and AP50 where the run evaluated.
+Runs of train-classifier: the paper's Fig. 4 and 6, error against iterations, training
 dashed, test bold; plain and residual networks in panels of their own. Runs of the same network,
 such as several seeds, share a color; the legend has their mean test error. Runs that are still
 going on, or were resumed, can be drawn too."""
 
 RESPONSES_EPILOG = """\
 examples:
-  python tools/report.py responses --weights output/plain56/final.safetensors \\
+  resnet-backbone report responses --weights output/plain56/final.safetensors \\
       --weights output/resnet56/final.safetensors --cifar10 cifar10 --output fig7.png
-  python tools/report.py responses --weights resnet50_msra.safetensors=ResNet-50 \\
+  resnet-backbone report responses --weights resnet50_msra.safetensors=ResNet-50 \\
       --model resnet50 --preprocessing msra --images imagenet/val --output responses.png
 
 A layer's response is the output of its BN, before the nonlinearity and the addition; its
 standard deviation is taken over images, channels and positions. The paper finds residual networks
 below plain ones, and deeper residual networks below shallower ones. The weights of
-tools/train_classifier.py name their network and input; others need --model and --preprocessing."""
+train-classifier name their network and input; others need --model and --preprocessing."""
 
 TABLE_EPILOG = """\
 examples:
-  python tools/report.py table --run output/resnet20 --run output/resnet20_seed2 --output t.md
-  python tools/report.py table --run output/cifar10/* --output docs/results/cifar10.md
+  resnet-backbone report table --run output/resnet20 --run output/resnet20_seed2 --output t.md
+  resnet-backbone report table --run output/cifar10/* --output docs/results/cifar10.md
 
 Runs of the same network and recipe make one row, mean and standard deviation over their seeds.
 Runs shorter than the published recipe are marked. Below the tables stand the command, hardware
@@ -63,14 +63,14 @@ and date of every run."""
 
 DETECTION_EPILOG = """\
 examples:
-  python tools/report.py detection --run output/vgg16_fpn --run output/r50_fpn \\
+  resnet-backbone report detection --run output/vgg16_fpn --run output/r50_fpn \\
       --output docs/results/detection.md
-  python tools/report.py detection --run output/vgg_seed* output/r50_seed* --voc-root VOC2007 \\
+  resnet-backbone report detection --run output/vgg_seed* output/r50_seed* --voc-root VOC2007 \\
       --rows output/improvements/results.json --output detection.md
-  python tools/report.py detection --run output/r50 output/r101 --reference output/r50 \\
+  resnet-backbone report detection --run output/r50 output/r101 --reference output/r50 \\
       --output r101_over_r50.md
 
-Runs that differ in their seeds alone make one row; a folder of seeds (tools/train_net.py --seeds)
+Runs that differ in their seeds alone make one row; a folder of seeds (train-net --seeds)
 stands for all of them. Any detectors can be compared: each ResNet with the VGG of the same head,
 data and schedule, or all others with the one that --reference names, or else with the first.
 The page has the gain with its standard error and its 95 % interval over test images, AP per class,
@@ -230,13 +230,13 @@ def add_runs(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_table(parser: argparse.ArgumentParser) -> None:
-    add_runs(parser, "run folders of tools/train_classifier.py")
+    add_runs(parser, "run folders of train-classifier")
     about = dict(metavar="FILE.md", help="table to write")
     parser.add_argument("--output", type=Path, required=True, **about)
 
 
 def add_detection(parser: argparse.ArgumentParser) -> None:
-    add_runs(parser, "run folders of tools/train_net.py, or folders of seeds")
+    add_runs(parser, "run folders of train-net, or folders of seeds")
     add = parser.add_argument
     about = dict(metavar="FILE.md", help="page to write; its pictures go to the folder FILE")
     add("--output", required=True, type=markdown_file, **about)
@@ -246,7 +246,7 @@ def add_detection(parser: argparse.ArgumentParser) -> None:
     add("--image-root", metavar="DIR", help="folder of its images")
     text = "run folder that all other detectors are compared with (default: see below)"
     add("--reference", type=Path, metavar="DIR", help=text)
-    text = "improvements: results.json of tools/evaluate_detector.py; may be given several times"
+    text = "improvements: results.json of evaluate-detector; may be given several times"
     add("--rows", type=Path, action="append", default=[], metavar="FILE", help=text)
     add("--note", default="", metavar="TEXT", help="a paragraph to add, as where data are from")
     text = "detections in the pictures have at least this score (default: %(default)s)"

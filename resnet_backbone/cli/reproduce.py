@@ -40,11 +40,11 @@ OVERRIDDEN = {"train_classifier.py": True, "train_net.py": False}  # by --set's 
 
 EPILOG = """\
 examples:
-  python tools/reproduce.py --scale mini      # built-in data, at most 30 minutes on two CPU cores
-  python tools/reproduce.py --scale voc07 --voc-root VOCdevkit/VOC2007 \\
+  resnet-backbone reproduce --scale mini      # built-in data, at most 30 minutes on two CPU cores
+  resnet-backbone reproduce --scale voc07 --voc-root VOCdevkit/VOC2007 \\
       --weights VGG-16=vgg16_caffe.pth --preprocessing VGG-16=caffe_vgg \\
       --weights ResNet-50=R-50.pkl --preprocessing ResNet-50=msra    # at 320 px, for CPUs
-  python tools/reproduce.py --scale paper --imagenet imagenet --num-gpus 8 --plan
+  resnet-backbone reproduce --scale paper --imagenet imagenet --num-gpus 8 --plan
       # prints the commands of the paper's protocol with the hours to expect, and runs nothing
 
 Each step has a folder of its own in --output, named after the hash of its command, configs,

@@ -26,17 +26,18 @@ logger = logging.getLogger("resnet_backbone.train_classifier")
 
 EPILOG = f"""\
 examples:
-  python tools/train_classifier.py --config-file configs/classification/cifar10/resnet20.yaml \\
+  resnet-backbone train-classifier --config-file cifar10/resnet20 \\
       data.root=cifar10 output.dir=output/resnet20
-  python tools/train_classifier.py --resume --output-dir output/resnet20
-  cd configs/classification/imagenet; python ../../../tools/train_classifier.py --num-gpus 8 \\
-      --config-file resnet50.yaml modern.yaml data.root=imagenet train.amp=bf16
-  torchrun --nnodes 2 --nproc-per-node 8 ... tools/train_classifier.py --config-file ...
+  resnet-backbone train-classifier --resume --output-dir output/resnet20
+  resnet-backbone train-classifier --config-file imagenet/resnet50 imagenet/modern \\
+      --num-gpus 8 data.root=imagenet train.amp=bf16
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m resnet_backbone.cli.train_classifier \\
+      --config-file ...
 
 Keys and their meaning: resnet_backbone/classification/config.py. SIGTERM, SIGUSR1 and Ctrl-C write
 a checkpoint and exit with status {EXIT_STOPPED}. Exact resume: the same command with --resume goes
 on, in the middle of an epoch, with the images, weights and rates of an uninterrupted run. Wrong
-input exits with 2, a training that diverged with 3. For detection: tools/train_net.py --weights
+input exits with 2, a training that diverged with 3. For detection: train-net --weights
 RUN/final.safetensors."""
 
 # Where and how fast a run computes; everything else would make it another run.

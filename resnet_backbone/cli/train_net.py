@@ -2,21 +2,21 @@
 
 On your own data in PASCAL VOC layout, from ImageNet weights:
 
-  python tools/train_net.py --config-file configs/detection/voc/faster_rcnn_R_50_FPN.yaml \\
+  resnet-backbone train-net --config-file voc/faster_rcnn_R_50_FPN \\
       --voc-root VOCdevkit/VOC2007 --train-set trainval --test-set test --output-dir output/r50 \\
       --weights detectron2://ImageNetPretrained/MSRA/R-50.pkl
 
 --weights takes over the input that the weights were trained on (INPUT.FORMAT, MODEL.PIXEL_MEAN,
 MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1): it is MODEL.WEIGHTS FILE with
 RESNET_BACKBONE.WEIGHTS_INPUT set. With MODEL.WEIGHTS alone these keys are checked, and a config
-that differs is refused with the line to write. FILE is what tools/train_classifier.py wrote; a
+that differs is refused with the line to write. FILE is what train-classifier wrote; a
 .pth, .pkl, .safetensors or folder of torchvision, timm, Hugging Face, Caffe2 or Detectron2; a name
 such as torchvision://resnet50/IMAGENET1K_V2, timm://resnet50.a1_in1k, hf://microsoft/resnet-50,
 detectron2://... or https://...; or a whole detector's checkpoint, also of other classes. A file
 that does not say its input needs RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra, caffe_vgg or
 torchvision. On COCO-style JSON:
 
-  python tools/train_net.py --config-file configs/detection/coco/faster_rcnn_R_50_FPN.yaml \\
+  resnet-backbone train-net --config-file coco/faster_rcnn_R_50_FPN \\
       --coco-json train.json val.json --image-root train_images val_images
 
 Evaluate only, with --eval-only MODEL.WEIGHTS FILE, or --weights FILE to take over its input.
@@ -36,12 +36,12 @@ written.
 Several seeds, one after the other, each in its own folder, with mean and spread in seeds.json;
 several processes, among which the batch is divided:
 
-  python tools/train_net.py ... --output-dir output/r50 --seeds 1 2 3
-  python tools/train_net.py ... --num-gpus 8
-  python tools/train_net.py ... --num-gpus 8 --num-machines 2 --machine-rank 0 \\
+  resnet-backbone train-net ... --output-dir output/r50 --seeds 1 2 3
+  resnet-backbone train-net ... --num-gpus 8
+  resnet-backbone train-net ... --num-gpus 8 --num-machines 2 --machine-rank 0 \\
       --dist-url tcp://first-machine:29500
-  torchrun --nproc-per-node 8 tools/train_net.py ...
-  python tools/train_net.py ... --num-processes 2 MODEL.DEVICE cpu
+  torchrun --nproc-per-node 8 -m resnet_backbone.cli.train_net ...
+  resnet-backbone train-net ... --num-processes 2 MODEL.DEVICE cpu
 """
 
 from __future__ import annotations

@@ -122,6 +122,7 @@ class RunDetections(NamedTuple):
     truth: Table  # of voc_ap.read_boxes; the same for all runs
     found: Table
     numbers: Mapping[str, Any]  # of voc_ap.score_boxes at IoU .5
+    label: str = ""  # of its group
 
     @property
     def ap50(self) -> float:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from resnet_backbone.report.gain import DetectorGroup, Gain
-from resnet_backbone.report.plots import COLORS, new_figure
+from resnet_backbone.report.plots import COLORS, FEW, new_figure
 from resnet_backbone.report.runs import Metrics, smooth
 
 LOSS, AP50 = "total_loss", "bbox/AP50"  # of Detectron2's metrics.json
@@ -49,6 +49,7 @@ def plot_training(
             _draw_runs(axes, found, name != AP50, color=colors[label], label=label)
         axes.set_title("AP50 (%)" if name == AP50 else name.replace("_", " "), fontsize="small")
         axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
         axes.tick_params(labelsize="small")
     figure.supxlabel("iteration", fontsize="small")
     _shared_legend(figure, panels)
@@ -60,7 +61,8 @@ def _draw_runs(axes: Axes, runs, smoothed: bool, label: str, color: str) -> None
     for iterations, values in runs:
         if smoothed:
             values = smooth(values, max(1, len(values) // 20))
-        axes.plot(iterations, values, marker=None if smoothed else "o", label=label, **style)
+        marker = None if smoothed and len(values) >= FEW else "o"
+        axes.plot(iterations, values, marker=marker, label=label, **style)
 
 
 def _grid(count: int, columns: int, width: float, height: float, **options) -> tuple:
@@ -105,10 +107,11 @@ def _draw_class_gains(axes: Axes, gain: Gain) -> None:
     names = [name for _, name in shown]
     means = [-mean for mean, _ in shown]
     axes.barh(names, means, color=[OURS if m >= 0 else REFERENCE for m in means], alpha=0.6)
-    pairs = [gain.class_pairs(name) for name in names]
-    if max(map(len, pairs), default=0) > 1:
-        for row, values in enumerate(pairs):
-            axes.plot(values, [row] * len(values), "o", color="black", markersize=2.5, alpha=0.6)
+    for row, name in enumerate(names):
+        values = gain.class_pairs(name)
+        axes.plot(values, [row] * len(values), "o", color="black", markersize=2.5, alpha=0.6)
+    if not any(means):
+        axes.set_xlim(-1, 1)
     overall = gain.of(gain.ours.first.class_metric)
     if overall is not None:
         text = f"mean {overall.mean:+.2f}"
@@ -188,7 +191,8 @@ def plot_errors_by_kind(
         if len(runs) > 1:
             for row in values:
                 axes.plot(places, row, "o", color="black", markersize=2.5, alpha=0.6)
-    texts = [kind.replace("missed", "missed\n(any score)") for kind in kinds]
+    shown = {"missed": "missed\n(any score)", "localisation": "localization"}
+    texts = [shown.get(kind, kind) for kind in kinds]
     axes.set_xticks(range(len(kinds)), texts)
     axes.set_ylabel("% of the objects")
     axes.margins(y=0.12)
@@ -223,5 +227,6 @@ def plot_accuracy_and_time(points: Sequence[Point]) -> Figure:
     else:
         axes.set_xlim(0, 1.25 * max(times))
     axes.margins(y=0.2)
-    axes.set(xlabel="seconds per image", ylabel="AP50 (%)")
+    low, high = axes.get_ylim()
+    axes.set(xlabel="seconds per image", ylabel="AP50 (%)", ylim=(max(low, 0), max(high, 1)))
     return figure

@@ -154,15 +154,14 @@ class Row(NamedTuple):
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Read the rows of tools/evaluate_detector.py: name, results (bbox), seconds per image."""
+    """Read the rows of evaluate-detector: name, results (bbox), seconds per image."""
     try:
         rows = [read_row(row) for row in read_table(path)["rows"]]
     except (KeyError, TypeError, AttributeError):
         rows = []
     if not rows or any("AP50" not in row.numbers for row in rows):
         raise ValueError(
-            f"{path} has no rows with a name and AP50: give results.json of "
-            "tools/evaluate_detector.py"
+            f"{path} has no rows with a name and AP50: give results.json of evaluate-detector"
         )
     return rows
 

@@ -26,8 +26,8 @@ TILE = 400  # largest side of a picture, in pixels
 COLUMNS = 4
 RULE = """\
 A run finds an object if a detection of its class, with a score of at least {score:g}, overlaps it \
-by an IoU above {iou:g}, and no other object of that class more. Looked at are the objects, \
-difficult ones left out, that {finder} finds in more than half of its runs and {other} in none. \
+by an IoU above {iou:g}, and no other object of that class more. Looked at are the objects \
+that count and that {finder} finds in more than half of its runs and {other} in none. \
 Shown is for each class the object with the largest gap: mean score of {finder}'s best detection \
 on it less the largest score of {other}'s. The largest gaps come first, an image only once."""
 
@@ -127,7 +127,10 @@ def load_all(
     The groups get their :attr:`~.gain.DetectorGroup.draws`: the same test sets for all.
     """
     truth = load_truth(groups[0].first, given)
-    detections = [[load_detections(run, truth) for run in group.runs] for group in groups]
+    detections = [
+        [load_detections(run, truth)._replace(label=group.label) for run in group.runs]
+        for group in groups
+    ]
     counts, bar = draw_images(len(truth.images)), tqdm(detections, "intervals", unit="detector")
     for group, runs in zip(groups, bar, strict=True):
         found = [resample(run, counts) for run in runs]
@@ -203,7 +206,7 @@ def make_sheet(
             colors = [color] * len(texts)
             pictures.append(draw_boxes(np.asarray(photo), scale * boxes, texts, colors))
             seed = "" if run.run.seed is None else f", seed {run.run.seed}"
-            captions.append(f"{run.run.title}{seed}: {_outcome(run, row, score, name)}")
+            captions.append(f"{run.label}{seed}: {_outcome(run, row, score, name)}")
     return Image.fromarray(contact_sheet(pictures, COLUMNS, captions, TILE))
 
 

@@ -70,8 +70,19 @@ def smooth_between(
     return np.concatenate([smooth(part, window) for part in np.split(values, places)])
 
 
+def whole_range(metrics: Iterable[Metrics]) -> tuple[float, float]:
+    """Limits of the error axis, in %, that leave nothing out."""
+    series = np.concatenate([one[key][1] for one in metrics for key in (TEST, TRAIN) if key in one])
+    highest = series[np.isfinite(series)].max(initial=0)
+    return 0.0, min(100.0, 5.0 * math.ceil(1.02 * highest / 5)) or 100.0
+
+
 def error_range(finals: Sequence[float]) -> tuple[float, float]:
-    """Limits of the error axis, in %, for runs that end at these errors; (0, 20) as in Fig. 6."""
+    """Limits as in the paper's figures, which leave the start out; (0, 20) as in Fig. 6.
+
+    Args:
+        finals: the errors that runs end at.
+    """
     good = [value for value in finals if math.isfinite(value)]
     if not good:
         return 0.0, 100.0
@@ -93,6 +104,8 @@ def plot_errors(runs: Sequence[Run], labels: Sequence[str], together: bool = Fal
     residual networks get a panel each, as in the paper, where both are given. Runs of the same
     label share color and legend entry, which gives their mean last test error.
 
+    Short runs are shown whole. Of runs as long as the paper's the error axis leaves the start out.
+
     Args:
         labels: one per run; "" for the network's name.
         together: one panel for all.
@@ -103,7 +116,7 @@ def plot_errors(runs: Sequence[Run], labels: Sequence[str], together: bool = Fal
         if TEST not in metrics and TRAIN not in metrics:
             raise ValueError(
                 f"{run.folder / METRICS} has neither {TRAIN} nor {TEST}: give a run folder of "
-                "tools/train_classifier.py"
+                "train-classifier"
             )
     families = {run.network.family for run in runs}
     split = families == PANELS.keys() and not together
@@ -119,7 +132,8 @@ def plot_errors(runs: Sequence[Run], labels: Sequence[str], together: bool = Fal
         chosen = [i for i in order if not split or runs[i].network.family == family]
         _draw_panel(axes, [Line(series[i], labels[i], colors[keys[i]]) for i in chosen], unit)
         axes.set_title(PANELS.get(family, ""))
-    limits = error_range([value for m in series for value in final_errors(m)])
+    finals = [value for m in series for value in final_errors(m)]
+    limits = whole_range(series) if unit == 1 else error_range(finals)
     panels[0, 0].set(ylabel="error (%)", ylim=limits)
     return figure
 

@@ -61,6 +61,8 @@ def load_metrics(path: str | os.PathLike) -> Metrics:
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Centered running mean over `window` values (fewer at the ends); nan is left out."""
+    if not len(values):
+        return values
     good = np.isfinite(values)
     center = slice(window // 2, window // 2 + len(values))
     columns = np.where(good, values, 0.0), good.astype(float)
@@ -112,7 +114,7 @@ class AnyRun:
 
 
 class Run(AnyRun):
-    """A run folder of tools/train_classifier.py."""
+    """A run folder of train-classifier."""
 
     not_recipe = re.compile(
         r"output\.|train\.(seed|device|threads|compile|channels_last)$|model\.weights$"
@@ -148,7 +150,7 @@ def load_run(folder: str | os.PathLike) -> Run:
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (METRICS, RESULTS)):
         raise FileNotFoundError(
-            f"{folder} holds no run: give a run folder of tools/train_classifier.py, "
+            f"{folder} holds no run: give a run folder of train-classifier, "
             f"with {METRICS} or {RESULTS}"
         )
     files = (folder / CONFIG, folder / RESULTS)
@@ -158,7 +160,7 @@ def load_run(folder: str | os.PathLike) -> Run:
 
 @dataclass(frozen=True)
 class DetectorRun(AnyRun):
-    """A run folder of tools/train_net.py."""
+    """A run folder of train-net."""
 
     # Of voc_results.json; a run on COCO's format gets them when its detections are read.
     details: dict[str, Any] = field(default_factory=dict)
@@ -285,7 +287,7 @@ def load_detector_run(folder: str | os.PathLike) -> DetectorRun:
     for name in (RESULTS, CONFIG):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder} has no {name}: it is not a run folder of tools/train_net.py, or the "
+                f"{folder} has no {name}: it is not a run folder of train-net, or the "
                 "run has not ended (continue it with --resume)"
             )
     config, results = dict(flatten(read_table(folder / CONFIG))), read_table(folder / RESULTS)

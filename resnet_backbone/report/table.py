@@ -40,7 +40,8 @@ def hardware_text(hardware: Mapping[str, Any] | str | None) -> str:
     if hardware.get("gpu"):
         return str(hardware["gpu"])
     threads = hardware.get("threads")
-    return f"{hardware.get('cpu', 'CPU')}{f', {threads} threads' if threads else ''}"
+    text = f", {threads} thread{'s' * (threads > 1)}" if threads else ""
+    return f"{hardware.get('cpu', 'CPU')}{text}"
 
 
 PATH = re.compile(r"((?:[\w.-]+=)?)(/.*)$")  # an absolute path, also in "data.root=/a/b"

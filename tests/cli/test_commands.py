@@ -2,9 +2,11 @@
 
 import importlib
 import os
+import re
 import shlex
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +14,10 @@ import pytest
 
 from resnet_backbone import cli
 from resnet_backbone.runtime import records
+from resnet_backbone.runtime.files import find_config
 
 ROOT = Path(__file__).parents[2]
+GUIDES = [str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "guides").glob("*.md")]
 
 
 def test_help_lists_every_command_without_torch():
@@ -46,6 +50,65 @@ def test_unknown_commands(words, message, capsys):
     assert cli.main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+class Parsed(BaseException):
+    """What is raised in place of a command's work."""
+
+
+@pytest.fixture
+def parsers(monkeypatch) -> list:
+    """All parsers that are made from now on; they only parse, and data need not be there."""
+    from resnet_backbone.cli import report
+
+    made, initialize = [], cli.CommandParser.__init__
+
+    def keep(self, *args, **options):
+        initialize(self, *args, **options)
+        made.append(self)
+
+    def parse_only(parse):
+        def parse_and_stop(self, *args):
+            raise Parsed(parse(self, *args))
+
+        return parse_and_stop
+
+    monkeypatch.setattr(cli.CommandParser, "__init__", keep)
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(cli.CommandParser, name, parse_only(getattr(ArgumentParser, name)))
+    monkeypatch.setattr(report, "parse_run", str)
+    return made
+
+
+def check_examples(text: str) -> int:
+    """Runs the parser of each command that a text has on a line of its own; counts them."""
+    lines = re.findall(r"^[ !]*resnet-backbone (.+)$", text.replace("\\\n", " "), re.MULTILINE)
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        with pytest.raises((Parsed, SystemExit)) as ended:
+            cli.main(words)
+        assert ended.type is Parsed or ended.value.code == 0, line
+        task = "classification" if words[0] == "train-classifier" else "detection"
+        for option, name in zip(words, words[1:], strict=False):
+            if option == "--config-file" and name != "..." and not name.startswith("output/"):
+                find_config(name, task)
+    return len(lines)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_examples_of_the_help_parse(name, parsers, capsys):
+    pytest.importorskip("detectron2")
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    texts = [parser.format_help() for parser in parsers]
+    assert sum(map(check_examples, texts)) and not capsys.readouterr().err
+    assert not [text for text in texts if re.search(r"tools/|docs/guides|python [\w/]*\.py", text)]
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(GUIDES)])
+def test_examples_of_the_documents_parse(page, parsers):
+    pytest.importorskip("detectron2")
+    check_examples((ROOT / page).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("outcome, status", [(None, 0), (0, 0), (3, 3), (SystemExit(75), 75)])

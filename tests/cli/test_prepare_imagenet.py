@@ -225,4 +225,4 @@ def test_imagenet_and_shards_need_no_detectron2(unpack, monkeypatch):
 @pytest.mark.parametrize("kind", ["voc", "coco", "imagenet", "shards", "digits", "labels"])
 def test_each_kind_explains_itself(kind, run):
     status, out, _ = run(kind, "--help")
-    assert status == 0 and f"python tools/prepare_data.py {kind} " in out
+    assert status == 0 and f"resnet-backbone prepare-data {kind} " in out

@@ -96,6 +96,21 @@ def test_training(groups):
     assert plots.plot_training({"bare": [{}]}, {"bare": plots.OURS}) is None
 
 
+def test_a_single_point_shows():
+    one = {name: (np.array([5]), np.array([2.0])) for name in ("total_loss", "bbox/AP50")}
+    figure = plots.plot_training({"a": [one]}, {"a": plots.OURS})
+    assert all(axes.lines[0].get_marker() == "o" for axes in figure.axes)
+    assert all(axes.get_xlim()[0] == 0 for axes in figure.axes)
+
+
+def test_detectors_that_find_nothing(make_detector):
+    runs = [make_detector("r", 1, {"cat": 0.0}), make_detector("v", 1, {"cat": 0.0}, vgg=True)]
+    (axes,) = plots.plot_class_gains(find_gains(group_runs(load_detector_runs(runs)))).axes
+    assert axes.lines[0].get_xdata().tolist() == [0] and axes.get_xlim() == (-1, 1)
+    points = [plots.Point("a", 0.5, 0.0), plots.Point("b", 0.6, 0.0)]
+    assert plots.plot_accuracy_and_time(points).axes[0].get_ylim() == (0, 1)
+
+
 def test_accuracy_and_time():
     """Times that differ much are on a logarithmic axis."""
     points = [plots.Point("a", 0.5, 40.0, 1.0), plots.Point("b", 2.0, 45.0)]

@@ -59,6 +59,15 @@ def test_the_axis_holds_the_ends_of_all_curves(finals, limits):
     assert error_range(finals) == limits
 
 
+@pytest.mark.parametrize(
+    "test, top", [((66.67, 45.0), 70), ((66.67, math.nan), 70), ((math.nan,), 100), ((98.0,), 100)]
+)
+def test_short_runs_are_shown_whole(make_run, test, top):
+    metrics = [{"iteration": 10 * n, "val_top1_error": e} for n, e in enumerate(test, start=1)]
+    (axes,) = plot_errors([load_run(make_run("r", metrics=metrics))], [""]).axes
+    assert axes.get_ylim() == (0, top)
+
+
 def test_plain_and_residual_networks_have_panels_and_depths_have_colors(make_run):
     metrics = rows(20_000, [10_000], train=26.0, every=100)
     names = ("resnet56", "plain20", "plain56", "resnet20")

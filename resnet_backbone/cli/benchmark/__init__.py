@@ -1,17 +1,17 @@
 """Measure loader, training, inference, detectors and evaluation beside what people use today.
 
-  python tools/benchmark.py loader --images photos/   # images/s of one core
-  python tools/benchmark.py train --dtype bf16       # ResNet-50 steps beside torchvision's
-  python tools/benchmark.py infer --batch 1 16       # forward passes beside torchvision's
-  python tools/benchmark.py fpn --compile            # R-50-FPN beside Detectron2's
-  python tools/benchmark.py detect --arch fpn c4     # Faster R-CNN steps beside Detectron2's
-  python tools/benchmark.py evaluate                 # COCO and VOC AP beside the references
+  resnet-backbone benchmark loader --images photos/   # images/s of one core
+  resnet-backbone benchmark train --dtype bf16       # ResNet-50 steps beside torchvision's
+  resnet-backbone benchmark infer --batch 1 16       # forward passes beside torchvision's
+  resnet-backbone benchmark fpn --compile            # R-50-FPN beside Detectron2's
+  resnet-backbone benchmark detect --arch fpn c4     # Faster R-CNN steps beside Detectron2's
+  resnet-backbone benchmark evaluate                 # COCO and VOC AP beside the references
 
 All candidates take turns within one run, in an order that rotates, so that a machine that slows
 down does so for all of them. Printed are the median and the range of images/s over the repeats,
 and the median and range of the ratio to the reference within the same repeat. --output FILE.json
 keeps all single measurements with the command, date, hardware and versions.
-Nothing else should run on the machine. `python tools/benchmark.py COMMAND --help` says what lies
+Nothing else should run on the machine. `resnet-backbone benchmark COMMAND --help` says what lies
 within each timing.
 """
 
@@ -74,7 +74,7 @@ networks have the same weights. Candidates:
   ours, as built        build_model(...).eval(), nothing else
   optimized             resnet_backbone.optimize_for_inference, in fp32 and bf16
   compile               the same with torch.compile; compilation is not timed
-  onnxruntime, OpenVINO with --runtimes: the network that tools/export.py writes, on the CPU""",
+  onnxruntime, OpenVINO with --runtimes: the network that `export` writes, on the CPU""",
     ),
     "fpn": (
         "pyramid",

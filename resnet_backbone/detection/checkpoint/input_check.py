@@ -80,7 +80,7 @@ def require_weights(cfg: CfgNode) -> None:
     """A UsageError where ``MODEL.WEIGHTS`` is empty, for a detector that is not trained."""
     if not cfg.MODEL.WEIGHTS:
         raise UsageError(
-            "MODEL.WEIGHTS is empty: add MODEL.WEIGHTS FILE, a checkpoint that tools/train_net.py "
+            "MODEL.WEIGHTS is empty: add MODEL.WEIGHTS FILE, a checkpoint that train-net "
             "wrote, such as output/run/model_final.pth"
         )
 
@@ -192,7 +192,7 @@ def _check_network(cfg: CfgNode, model: ModelSpec, path: str) -> None:
         other = "VGG_16" if of_vgg else f"R_{keys['MODEL.RESNETS.DEPTH']}"
         raise UsageError(
             f"{path} is a {model.name}, MODEL.BACKBONE.NAME is {backbone}: take a config such as "
-            f"configs/detection/voc/faster_rcnn_{other}_FPN.yaml"
+            f"voc/faster_rcnn_{other}_FPN"
         )
     found, mend = [], []
     for key, value in keys.items():

@@ -255,7 +255,7 @@ def check_annotations(cfg: CfgNode, name: str, records: Records) -> None:
     if labels_pixels(cfg) and not records.image_column("has_labels").all():
         raise UsageError(
             f"data set {name} has no label pictures, which {cfg.MODEL.META_ARCHITECTURE} needs: "
-            "give --sem-seg TRAIN TEST (tools/prepare_data.py labels makes them from masks)"
+            "give --sem-seg TRAIN TEST (resnet-backbone prepare-data labels makes them from masks)"
         )
     if not detects_objects(cfg):
         return
