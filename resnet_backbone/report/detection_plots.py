@@ -215,7 +215,8 @@ def plot_accuracy_and_time(points: Sequence[Point]) -> Figure:
     for point, marker in zip(points, cycle("osD^vP*X"), strict=False):
         error = None if point.spread is None else [point.spread]
         place = ([point.seconds], [point.ap50], error)
-        axes.errorbar(*place, fmt=marker, color=point.color, capsize=3, label=point.label)
+        style = dict(color=point.color, capsize=3, clip_on=False)
+        axes.errorbar(*place, fmt=marker, label=point.label, **style)
     figure.legend(loc="outside right upper", fontsize="small")
     times = [point.seconds for point in points]
     if max(times) > 5 * min(times):
