@@ -14,10 +14,10 @@ import numpy as np
 
 from resnet_backbone.detection.config import take_back_overrides
 from resnet_backbone.detection.data.arguments import MetadataCatalog, add_data_arguments
-from resnet_backbone.detection.data.coco import read_coco, scan_coco
+from resnet_backbone.detection.data.coco import scan_coco
 from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation import voc_ap
-from resnet_backbone.detection.evaluation.coco import RESULT_FILE, evaluate_coco
+from resnet_backbone.detection.evaluation.coco import RESULT_FILE, score_coco
 from resnet_backbone.detection.evaluation.voc import TO_VOC
 from resnet_backbone.report.runs import DetectorRun
 
@@ -49,8 +49,12 @@ def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) 
     """
     if len(run.test) != 1:
         raise NoDetections("they need runs on a single test set")
-    load = _load_coco if run.is_coco else _load_voc
-    classes, ids, (records, report) = load(run, _own_paths(run) | _known(given or {}))
+    paths = _own_paths(run) | _known(given or {})
+    if run.is_coco:
+        file, root = (_existing(run, paths, key) for key in ("coco_json", "image_root"))
+        records, report = scan_coco(file, root, progress=True)
+    else:
+        records, report = _scan_voc(run, _existing(run, paths, "voc_root"))
     if not report.annotated:
         raise NoDetections(f"{report.name} has no annotations")
     images = []
@@ -65,7 +69,8 @@ def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) 
         hard = [a["iscrowd" if run.is_coco else "difficult"] for a in found]
         image["difficult"] = np.array(hard, dtype=bool)
         images.append(image)
-    return Truth(classes, ids, images)
+    classes = list(report.boxes)
+    return Truth(classes, report.category_ids or list(range(len(classes))), images)
 
 
 def _own_paths(run: DetectorRun) -> dict[str, str]:
@@ -90,21 +95,14 @@ def _known(paths: Mapping[str, str | None]) -> dict[str, str]:
     return {key: path for key, path in paths.items() if path}
 
 
-def _load_voc(run: DetectorRun, paths: Mapping[str, str]) -> tuple[list[str], list[int], tuple]:
-    name, root = run.test[0], _existing(run, paths, "voc_root")
+def _scan_voc(run: DetectorRun, root: str) -> tuple[list[dict], Any]:
+    name = run.test[0]
     registered = REGISTERED.fullmatch(name)
     split = registered[2] if registered else name.partition(":")[2]
     if not split:
         raise NoDetections(f"{name} is not a split of a VOC folder")
     classes = list(run.config.get("RESNET_BACKBONE.CLASS_NAMES") or run.classes)
-    scan = scan_voc(root, split, classes, decode=False, progress=True)
-    return classes, list(range(len(classes))), scan
-
-
-def _load_coco(run: DetectorRun, paths: Mapping[str, str]) -> tuple[list[str], list, tuple]:
-    file, root = (_existing(run, paths, key) for key in ("coco_json", "image_root"))
-    categories = read_coco(file).categories
-    return list(categories.values()), list(categories), scan_coco(file, root, progress=True)
+    return scan_voc(root, split, classes, decode=False, progress=True)
 
 
 def _existing(run: DetectorRun, paths: Mapping[str, str], key: str) -> str:
@@ -148,7 +146,7 @@ def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
     tables = voc_ap.read_boxes(predictions, truth.images, truth.classes)
     numbers = voc_ap.score_boxes(*tables, truth.classes, (voc_ap.CURVE_IOU,))
     found = RunDetections(run, *tables, numbers)
-    ap50, stated = _coco_ap50(truth, rows) if run.is_coco else found.ap50, run.numbers.get("AP50")
+    ap50, stated = _coco_ap50(found, truth) if run.is_coco else found.ap50, run.numbers.get("AP50")
     if stated is not None and abs(ap50 - stated) > TOLERANCE:
         option = "--coco-json" if run.is_coco else "--voc-root"
         raise ValueError(
@@ -163,20 +161,31 @@ def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
     return found
 
 
-def _coco_ap50(truth: Truth, rows: Sequence[Mapping[str, Any]]) -> float:
+def _coco_ap50(run: RunDetections, truth: Truth) -> float:
     """AP50 in percent as COCO has it, which results.json states."""
-    boxes = [
-        {"image_id": image["image_id"], "category_id": truth.category_ids[index]}
-        | {"bbox": [x0, y0, x1 - x0, y1 - y0], "iscrowd": int(crowd)}
-        for image in truth.images
-        for (x0, y0, x1, y1), index, crowd in zip(
-            (image["boxes"] - TO_VOC).tolist(), image["classes"], image["difficult"], strict=True
-        )
+    annotations, results = _coco_rows(run.truth), _coco_rows(run.found)
+    for number, (row, crowd) in enumerate(zip(annotations, run.truth["difficult"], strict=True)):
+        row |= {"id": number + 1, "iscrowd": int(crowd)}
+    for row, score in zip(results, run.found["scores"].tolist(), strict=True):
+        row["score"] = score
+    size = {"file_name": "", "width": 1, "height": 1}
+    dataset = {
+        "images": [{"id": number + 1, **size} for number in range(len(truth.images))],
+        "categories": [{"id": n, "name": name} for n, name in enumerate(truth.classes, start=1)],
+        "annotations": annotations,
+    }
+    return 100 * score_coco(dataset, results)[0]["AP50"]
+
+
+def _coco_rows(table: Table) -> list[dict[str, Any]]:
+    """Boxes in COCO's format; the ids of images and categories are their places, from 1."""
+    corners = table["boxes"] - TO_VOC
+    boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]).tolist()
+    columns = (table["image"] + 1).tolist(), (table["classes"] + 1).tolist(), boxes
+    return [
+        {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3]}
+        for image, category, box in zip(*columns, strict=True)
     ]
-    names = zip(truth.category_ids, truth.classes, strict=True)
-    dataset = {"images": [{"id": image["image_id"]} for image in truth.images]}
-    dataset |= {"categories": [{"id": i, "name": n} for i, n in names], "annotations": boxes}
-    return 100 * evaluate_coco(dataset, rows).summary["AP50"]
 
 
 def _by_image(rows: Sequence[Mapping[str, Any]], category_ids: Sequence) -> list[dict[str, Any]]:

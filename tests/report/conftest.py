@@ -208,20 +208,26 @@ def make_voc_run(voc, make_detector):
 def make_coco_run(voc, make_voc_run):
     """As `make_voc_run`, with the same boxes in COCO's format; crowds are the difficult ones."""
     from resnet_backbone.detection.data.voc import scan_voc
-    from resnet_backbone.detection.evaluation.coco import evaluate_coco
+    from resnet_backbone.detection.evaluation.coco import score_coco
 
     def to_coco(box):
         return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
     records, _ = scan_voc(str(voc), "test", CLASSES, decode=False)
-    images = [{"id": int(r["image_id"]), "file_name": Path(r["file_name"]).name} for r in records]
+    images = [
+        {"id": int(r["image_id"]) + 1, "file_name": Path(r["file_name"]).name}
+        | {"width": SIZE[0], "height": SIZE[1]}
+        for r in records
+    ]
     boxes = [
-        {"image_id": int(r["image_id"]), "category_id": 5 + 2 * a["category_id"]}
-        | {"bbox": to_coco(a["bbox"]), "iscrowd": a["difficult"]}
+        {"image_id": int(r["image_id"]) + 1, "category_id": 5 + 2 * a["category_id"]}
+        | {"bbox": to_coco(a["bbox"]), "iscrowd": a["difficult"], "area": 1}
         for r in records
         for a in r["annotations"]
     ]
     categories = [{"id": 5 + 2 * number, "name": name} for number, name in enumerate(CLASSES)]
+    for number, box in enumerate(boxes, start=1):
+        box["id"] = number
     dataset = {"images": images, "categories": categories, "annotations": boxes}
     file = voc.parent / "val.json"
     file.write_text(json.dumps(dataset))
@@ -234,12 +240,12 @@ def make_coco_run(voc, make_voc_run):
             path.unlink()
             if path.name == "detections.json":
                 rows = [
-                    {**row, "image_id": int(row["image_id"])}
+                    {**row, "image_id": int(row["image_id"]) + 1}
                     | {"category_id": 5 + 2 * row["category_id"]}
                     for row in found
                 ]
                 path.with_name("coco_instances_results.json").write_text(json.dumps(rows))
-        numbers, classes = evaluate_coco(dataset, rows)
+        numbers, classes = score_coco(dataset, rows)
         bbox = {key: 100 * value for key, value in numbers.items()}
         bbox |= {f"AP-{CLASSES[(key - 5) // 2]}": 100 * value for key, value in classes.items()}
         results = json.loads((folder / "results.json").read_text())
