@@ -97,9 +97,9 @@ validate, the same of every class where the numbers allow it.
 
 ImageNet's detection and localization tasks, from ILSVRC's folders or from LOC_val_solution.csv:
 
-  python tools/prepare_data.py own --format imagenet --images ILSVRC/Data/DET \\
+  resnet-backbone prepare-data own --format imagenet --images ILSVRC/Data/DET \\
       --annotations ILSVRC/Annotations/DET --classes map_det.txt --val1 balanced --output det
-  python tools/prepare_data.py own --format imagenet --images ILSVRC/Data/CLS-LOC \\
+  resnet-backbone prepare-data own --format imagenet --images ILSVRC/Data/CLS-LOC \\
       --annotations ILSVRC/Annotations/CLS-LOC --one-class --output loc
 
 Every image is opened and every box is checked. What cannot be used is named, and left out. Images
