@@ -105,7 +105,7 @@ def test_mixed_precision_gives_float_boxes_in_the_image(run, precision):
     [
         ("", "MODEL.WEIGHTS is empty"),
         ("nowhere.pth", "nowhere.pth: no such file; check MODEL.WEIGHTS"),
-        ("broken.pth", "broken.pth: not a whole torch file"),
+        ("broken.pth", "broken.pth is not a file of weights"),
         ("part.pth", "part.pth lacks .* weights of less than the whole detector"),
         ("backbone.pth", "MODEL.WEIGHTS .*backbone.pth holds a backbone or a classifier alone"),
     ],
