@@ -173,8 +173,11 @@ def training_command(args: argparse.Namespace) -> str:
     test = args.output / ("val2.json" if args.val1 else "val.json")
     paths = (args.output / "train.json", test, args.images)
     train, val, images = (shlex.quote(str(path)) for path in paths)
+    config = "voc/faster_rcnn_R_50_FPN"
+    if args.format == "imagenet":
+        config = "imagenet_loc/rpn_R_50" if args.one_class else "imagenet_det/faster_rcnn_R_50"
     lines = [
-        "resnet-backbone train-net --config-file voc/faster_rcnn_R_50_FPN",
+        f"resnet-backbone train-net --config-file {config}",
         f"--coco-json {train} {val} --image-root {images}",
         f"--output-dir {shlex.quote(str(output))} RESNET_BACKBONE.EPOCHS 12",
     ]

@@ -50,7 +50,9 @@ def test_det_with_halves_of_val(ilsvrc, capsys):
     (ilsvrc / "map_det.txt").write_text(f"{CAT} 1 domestic_cat\n{DOG} 2 dog\n")
     folder = ["--annotations", ilsvrc / "Annotations/DET", "--classes", ilsvrc / "map_det.txt"]
     found = prepare(ilsvrc, *folder, "--val1", "balanced")
-    assert set(found) == {"train", "val2"} and "our own halves of val" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert set(found) == {"train", "val2"} and "our own halves of val" in told
+    assert "--config-file imagenet_det/faster_rcnn_R_50 " in told
     assert [one["name"] for one in found["train"]["categories"]] == ["dog", "domestic cat"]
     assert len(found["train"]["images"]) == 5 and len(found["val2"]["images"]) == 3
     assert not stems(found["train"]) & stems(found["val2"])
