@@ -122,9 +122,12 @@ def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> 
                 _work, (launch, run, argument, messages), launch.processes, join=False
             )
             status = _watch(started.processes)
-            texts = [path.read_text(encoding="utf-8") for path in sorted(Path(messages).iterdir())]
-        for text in dict.fromkeys(texts):  # what all say is said once
+            paths = sorted(Path(messages).iterdir())
+            said = [path.read_text(encoding="utf-8").partition(" ") for path in paths]
+        for text in dict.fromkeys(text for _, _, text in said):  # what all say is said once
             print(text, file=sys.stderr)
+        if said:  # what was wrong, however the process ended after it
+            status = int(said[0][0])
         if status:
             raise SystemExit(status)
 
@@ -141,7 +144,7 @@ def _work(local_rank: int, launch: Launch, run: Callable, argument: Any, message
             traceback.print_exc()
             raise SystemExit(1) from None
         message, status = outcome(error)
-        Path(messages, f"{local_rank:06d}").write_text(message, encoding="utf-8")
+        Path(messages, f"{local_rank:06d}").write_text(f"{status} {message}", encoding="utf-8")
         raise SystemExit(status) from None
     except Exception:  # PyTorch's wrapper would keep it to itself
         traceback.print_exc()
