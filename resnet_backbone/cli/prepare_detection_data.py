@@ -92,8 +92,8 @@ def convert_own(args: argparse.Namespace) -> int:
     """Runs the subcommand own; returns the exit status."""
     if not 0 < args.val < 1:
         raise UsageError(f"--val {args.val:g}: it is a share, above 0 and below 1")
-    splits = ("train", "val2", "test") if args.val1 else ("train", "val", "test")
-    files = {split: args.output / f"{split}.json" for split in splits}
+    names_of_splits = ("train", "val2" if args.val1 else "val", "test")
+    files = {split: args.output / f"{split}.json" for split in names_of_splits}
     there = [str(file) for file in files.values() if file.exists()]
     if there and not args.overwrite:
         raise UsageError(f"{there[0]} is there already; give --overwrite or another --output")

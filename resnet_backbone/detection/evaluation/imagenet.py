@@ -66,14 +66,14 @@ class _Evaluator(DatasetEvaluator):
     def score(self, found: Mapping[Any, tuple[np.ndarray, ...]]) -> OrderedDict:
         raise NotImplementedError
 
-    def objects(self) -> Iterator[tuple[Any, np.ndarray, np.ndarray]]:
-        """Each image of the data set: its id, boxes (M, 4), classes (M,)."""
+    def objects(self) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
+        """Each image of the data set: its record, boxes (M, 4), classes (M,)."""
         for record in DatasetCatalog.get(self.name):
             objects = [one for one in record["annotations"] if not one.get("iscrowd")]
             convert = BoxMode.convert
             boxes = [convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS) for one in objects]
             classes = [one["category_id"] for one in objects]
-            yield record["image_id"], np.array(boxes, float).reshape(-1, 4), np.array(classes, int)
+            yield record, np.array(boxes, float).reshape(-1, 4), np.array(classes, int)
 
     def write(self, name: str, content: Any) -> None:
         if self.output_dir:
@@ -92,9 +92,9 @@ class DETEvaluator(_Evaluator):
         none = (np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
         scores, right, classes = [], [], []
         objects = np.zeros(len(self.class_names), int)
-        for image, boxes, truth in self.objects():
+        for record, boxes, truth in self.objects():
             objects += np.bincount(truth, minlength=len(objects))
-            found_boxes, found_scores, found_classes = found.get(image, none)
+            found_boxes, found_scores, found_classes = found.get(record["image_id"], none)
             scores.append(found_scores)
             classes.append(found_classes)
             right.append(match_small(found_boxes, found_scores, found_classes, boxes, truth))
@@ -181,14 +181,15 @@ class LOCEvaluator(_Evaluator):
 
     def score(self, found) -> OrderedDict:
         wrong: dict[str, list[bool]] = {TRUE_CLASS: [], "error-top1": [], "error-top5": []}
-        for image, objects, classes in self.objects():
+        for record, objects, classes in self.objects():
+            image = record["image_id"]
             if len(set(classes)) != 1:
                 raise DataError(
                     f"{self.name}: image {image} shows {len(set(classes))} classes, localization "
                     "is of one: make the data set with `prepare-data own --one-class`"
                 )
             is_found = int(classes[0]) if self.is_found(found, image, objects, classes[0]) else None
-            guesses = self.guesses.get(self.stems[image], ())
+            guesses = self.guesses.get(Path(record["file_name"]).stem, ())
             wrong[TRUE_CLASS].append(is_found is None)
             for name, count in (("error-top1", 1), ("error-top5", TOP)):
                 wrong[name].append(is_found not in guesses[:count])
@@ -200,11 +201,6 @@ class LOCEvaluator(_Evaluator):
         logger.info("%s, %d images: %s", self.name, count, text)
         self.write("loc_results.json", {"images": count, **errors})
         return OrderedDict(localization=errors)
-
-    @property
-    def stems(self) -> dict[Any, str]:
-        records = DatasetCatalog.get(self.name)
-        return {record["image_id"]: Path(record["file_name"]).stem for record in records}
 
     @staticmethod
     def is_found(found, image, objects: np.ndarray, true_class: int) -> bool:
