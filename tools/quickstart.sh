@@ -97,7 +97,7 @@ PYTHON
 make_data() {
     check_overrides ${OF_CLASSIFIER[@]+"${OF_CLASSIFIER[@]}"} -- \
         ${OF_DETECTOR[@]+"${OF_DETECTOR[@]}"} || return
-    "$VENV/bin/python" tools/prepare_data.py digits --output "$DATA"
+    "$VENV/bin/python" tools/prepare_data.py digits --output "$DATA" --overwrite
 }
 
 clear_runs() {  # former runs: their curves must not mix with these

@@ -12,7 +12,7 @@ from functools import cache
 from types import ModuleType
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Only photographs that scikit-image ships inside its wheel, with the license it states for each.
@@ -121,7 +121,7 @@ def _pick_color(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def draw_ink(
     canvas: np.ndarray, ink: np.ndarray, left: int, top: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a digit onto a picture.
+    """Draw a digit with an outline, black or white, onto a picture.
 
     Args:
         canvas: float (H, W, 3), 0 to 255; stays as it is.
@@ -134,8 +134,15 @@ def draw_ink(
     alpha = np.zeros(canvas.shape[:2], np.float32)
     alpha[place] = ink
     color = _pick_color(canvas[place], rng)
-    blend = (alpha * rng.uniform(0.85, 1.0))[..., None]
-    return canvas * (1 - blend) + color * blend, alpha
+    contrast = 0.0 if color.mean() > 127 else 255.0
+    width = ImageFilter.GaussianBlur(ink.shape[0] / 24)
+    blurred = Image.fromarray((alpha * 255).astype(np.uint8)).filter(width)
+    outline = np.clip(np.asarray(blurred) / 64, 0, 1)
+    opacity = rng.uniform(0.85, 1.0)
+    for strength, paint in ((outline, contrast), (alpha, color)):
+        blend = (strength * opacity)[..., None]
+        canvas = canvas * (1 - blend) + paint * blend
+    return canvas, alpha
 
 
 def draw_digit_crop(split: str, number: int, index: int) -> np.ndarray:

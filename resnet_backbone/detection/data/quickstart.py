@@ -26,6 +26,7 @@ from resnet_backbone.runtime.builtin import (
 from resnet_backbone.runtime.files import whole_file
 
 MAX_COVER = 0.25  # no box may cover more than this part of another (so IoU stays below 0.15)
+DRAWING = 2  # the number of the way in which digits are drawn: 2 has outlines
 SUMMARY = "dataset.json"  # its presence in the output folder means: complete
 _README = """Handwritten digits on photographs, in PASCAL VOC layout
 ========================================================
@@ -147,7 +148,7 @@ def _write_all(folder: Path, settings: dict, on_image: Callable[[], object] | No
         (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
     credits = [f"{s}: {n} ({terms})\n" for s in BACKGROUNDS for n, terms in BACKGROUNDS[s].items()]
     (folder / "README.txt").write_text(_README + "".join(credits), encoding="utf-8")
-    summary = {"settings": settings, "class_names": list(CLASS_NAMES), "images": images}
+    summary = {"settings": settings, "drawing": DRAWING, "class_names": list(CLASS_NAMES), "images": images}
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -155,7 +156,8 @@ def _write_all(folder: Path, settings: dict, on_image: Callable[[], object] | No
 def is_complete(output: str | os.PathLike, settings: dict) -> bool:
     """Return whether ``output`` holds a finished set made with exactly these settings."""
     try:
-        return json.loads((Path(output) / SUMMARY).read_text())["settings"] == settings
+        found = json.loads((Path(output) / SUMMARY).read_text())
+        return found["settings"] == settings and found["drawing"] == DRAWING
     except (OSError, ValueError, KeyError):
         return False
 

@@ -313,4 +313,4 @@ def test_pixels_of_digits_stay_the_same(digits):
     if PIL.__version__.partition(".")[0] != "13" or np.__version__.partition(".")[0] != "2":
         pytest.skip("other versions draw slightly other pixels")
     found = hashlib.sha256(digits["test"][0][:20].numpy().tobytes()).hexdigest()
-    assert found[:16] == "a6f978d9f9c21b73"
+    assert found[:16] == "6d445484da56c62f"
