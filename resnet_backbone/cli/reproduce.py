@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,23 +21,24 @@ import torch
 import yaml
 
 from resnet_backbone import __version__
-from resnet_backbone.cli import CommandParser, key_and_text, positive
+from resnet_backbone.cli import PROGRAM, CommandParser, key_and_text, positive
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
-from resnet_backbone.runtime.files import alone, config_folder, sha256, write_json
+from resnet_backbone.runtime.files import alone, config_folder, find_config, sha256, write_json
 from resnet_backbone.runtime.records import date
 from resnet_backbone.runtime.signals import run_child
 
-ROOT = Path(__file__).resolve().parents[2]
 PLANS = config_folder() / "reproduction"
+START = [sys.executable, "-m", "resnet_backbone.cli"]  # a command, of this installation
 DONE = "step.json"  # written into a step's folder after its command
 BRACES = re.compile(r"\{([^{}]+)\}")
 # Keys with their defaults; None: needed.
 PLAN = dict(title=None, steps=None, networks={}, seeds=[1], words={}, note="")
 STEP = dict(command=None, makes=None, datasets=[], seeds=False, batch=0, hours=0, gpu="", basis="")
-# How a tool is told the input of weights that do not carry it.
-STATED = {"train_net.py": "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"}
-STATED["convert_weights.py"] = "--preprocessing"
-OVERRIDDEN = {"train_classifier.py": True, "train_net.py": False}  # by --set's words with "="
+# How a command is told the input of weights that do not carry it.
+STATED = dict.fromkeys(("convert-weights", "evaluate-classifier"), "--preprocessing")
+STATED["train-net"] = "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"
+OVERRIDDEN = {"train-classifier": True, "train-net": False}  # by --set's words with "="
+TASKS = {"train-classifier": "classification", "train-net": "detection"}  # of its configs
 
 EPILOG = """\
 examples:
@@ -112,7 +114,7 @@ class Step:
 
     name: str
     folder: Path
-    words: tuple[str, ...]  # tool of tools/ and its arguments
+    words: tuple[str, ...]  # of resnet-backbone: a command and its arguments
     product: Path  # the file that it makes, which proves it complete
     key: str  # ten digits of the hash of all that the result depends on
     inputs: tuple[Step, ...]
@@ -126,9 +128,10 @@ class Step:
     def is_done(self) -> bool:
         return (self.folder / DONE).is_file() and self.product.exists()
 
-    def shown(self, root: Path) -> str:
-        """The command as it would be typed in the folder of the project."""
-        return shlex.join(["python", *(w.replace(f"{root}/", "") for w in self.words)])
+    @property
+    def shown(self) -> str:
+        """The command as it would be typed in this folder."""
+        return shlex.join([PROGRAM, *(word.replace(f"{Path.cwd()}/", "") for word in self.words)])
 
 
 class Value(NamedTuple):
@@ -161,12 +164,14 @@ class Builder:
     def _step(self, name: str, seed: int | None) -> Step:
         args, node = self.args, self.plan["steps"][name]
         given = shlex.split(node["command"])
-        tool, networks = given[0], args.weights.keys() & {word[1:-1] for word in given}
+        command, networks = given[0], args.weights.keys() & {word[1:-1] for word in given}
         stated = [args.preprocessing[n] for n in args.preprocessing if n in networks]
-        given += [STATED[tool], *stated] if stated else []
-        given += [word for word in args.set if OVERRIDDEN.get(tool) == ("=" in word)]
+        given += [STATED[command], *stated] if stated else []
+        given += [word for word in args.set if OVERRIDDEN.get(command) == ("=" in word)]
         values = [value for word in given for value in self._expand(word, node, seed)]
-        configs = [args.root / v.text for v in values if v.text.startswith("configs/")]
+        pairs = [(value.text, after.text) for value, after in pairwise(values)]
+        named = [config for option, config in pairs if option == "--config-file"]
+        configs = [find_config(config, TASKS[command]) for config in named]
         depends = [key for path in configs for key in config_digests(path)]
         if args.datasets:
             depends += [self._folder(args.datasets / data).identity for data in node["datasets"]]
@@ -174,7 +179,6 @@ class Builder:
         name += "" if seed is None else f"_seed{seed}"
         folder = args.output / f"{name}-{key}"
         words = [value.text.replace("{here}", str(folder)) for value in values]
-        words[0] = str(args.root / "tools" / tool)
         inputs = tuple(dict.fromkeys(value.step for value in values if value.step))
         return Step(name, folder, tuple(words), folder / node["makes"], key, inputs, node)
 
@@ -240,7 +244,7 @@ def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[St
     return [s for name in plan["steps"] for s in builder.steps.get(name, ())], builder.absent
 
 
-def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path = ROOT) -> int:
+def run(steps: Sequence[Step], stages: Sequence[str], output: Path) -> int:
     """Run the commands of the stages that are not done, in order.
 
     Returns:
@@ -253,11 +257,11 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path =
             for needed in step.inputs:
                 if not needed.is_done:
                     raise UsageError(f"{step.name} needs {needed.name}: add --stage {needed.stage}")
-            print(f"\n== {number}/{len(steps)} {step.name}\n{step.shown(root)}", flush=True)
+            print(f"\n== {number}/{len(steps)} {step.name}\n{step.shown}", flush=True)
             step.folder.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
             # the child holds the lock too: should this process be killed, the lock stays
-            status, stop = run_child([sys.executable, *step.words], cwd=root, pass_fds=(lock,))
+            status, stop = run_child([*START, *step.words], pass_fds=(lock,))
             if status:
                 print(f"{step.name} ended with status {status}; the same command continues it")
                 return status
@@ -265,7 +269,7 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path, root: Path =
                 raise UsageError(f"{step.name} left no {step.product}; see its output above")
             seconds = round(time.monotonic() - started, 1)
             inputs = {needed.name: needed.key for needed in step.inputs}
-            content = dict(step=step.name, key=step.key, command=step.shown(root), inputs=inputs)
+            content = dict(step=step.name, key=step.key, command=step.shown, inputs=inputs)
             content |= dict(seconds=seconds, date=date()[:10])
             write_json(step.folder / DONE, content, indent=1)
             print(f"-- {step.name}: {seconds:.0f} s", flush=True)
@@ -279,7 +283,7 @@ def print_plan(title: str, steps: Sequence[Step], stages: Sequence[str]) -> None
     total: Counter[str] = Counter()
     for step in (step for step in steps if step.stage in stages):
         state, hours = "done" if step.is_done else "to do", step.node["hours"]
-        print(f"\n[{step.stage}] {step.name}: {state}\n  {step.shown(ROOT)}")
+        print(f"\n[{step.stage}] {step.name}: {state}\n  {step.shown}")
         if hours and not step.is_done:
             unit = step.node["gpu"] or "core"
             total[unit] += hours
@@ -308,7 +312,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--set", action="extend", nargs="+", default=[], metavar="WORD", help=text)
     args = parser.parse_args(argv)
     args.weights = {name: Path(file).resolve() for name, file in args.weights}
-    args.preprocessing, args.root = dict(args.preprocessing), ROOT
+    args.preprocessing = dict(args.preprocessing)
     datasets = os.environ.get("DETECTRON2_DATASETS")
     args.datasets = Path(datasets).resolve() if datasets else None
     args.voc_root = args.voc_root or (args.datasets and args.datasets / "VOC2007")
@@ -323,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     if not file.is_file():
         known = ", ".join(sorted(found.stem for found in PLANS.glob("*.yaml")))
         raise UsageError(f"--scale {args.scale}: no plan {file}; there are {known}")
-    args.output = args.output or ROOT / "output" / "reproduction" / file.stem
+    args.output = args.output or Path("output", "reproduction", file.stem).resolve()
     plan = read_plan(file, args.seeds)
     steps, absent = build_steps(plan, args)
     known = list(dict.fromkeys(step.stage for step in steps))

@@ -219,6 +219,13 @@ def test_a_wheel_trains_without_the_checkout(installed, make_voc, tmp_path):
         [sys.executable, "-c", code], cwd=work, env=environment, capture_output=True, text=True
     )
     assert found.stdout.startswith(str(installed))
+    plan = work / "plan.yaml"
+    step = "command: 'prepare-data digits --num-train 2 --num-test 1 --output {here}/scenes'"
+    plan.write_text(f"title: scenes\nsteps: {{data: {{{step}, makes: scenes/dataset.json}}}}\n")
+    done = run("reproduce", "--scale", plan)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resnet-backbone prepare-data digits" in done.stdout
+    (made,) = (work / "output" / "reproduction" / "plan").glob("data-*/scenes/dataset.json")
     done = run("train-classifier", "--config-file", "cifar10/resnet20.yml")
     assert done.returncode == 2 and "did you mean cifar10/resnet20?" in done.stderr
     done = run("train-classifier", "--config-file", "cifar10/resnet20", "data.root=nowhere")

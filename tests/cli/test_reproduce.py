@@ -1,23 +1,25 @@
-"""tools/reproduce.py: plans, the hashes of steps, and what happens when they are interrupted."""
+"""reproduce: plans, the hashes of steps, and what happens when they are interrupted."""
 
 import argparse
 import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from resnet_backbone.cli import reproduce
+from resnet_backbone.cli import COMMANDS, reproduce
 from resnet_backbone.cli.reproduce import build_steps, main, parse_arguments, read_plan
+from resnet_backbone.runtime import files
 from resnet_backbone.runtime.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = sorted(reproduce.PLANS.glob("*.yaml"))
-START = "title: x\nsteps:\n  report: {command: report.py, makes: a"
+START = "title: x\nsteps:\n  report: {command: report, makes: a"
 
 
 @pytest.fixture
@@ -54,10 +56,8 @@ def test_every_plan_makes_steps_whose_configs_are_there(path, steps_of, tmp_path
     assert len({step.folder for step in steps.values()}) == len(steps)
     done = set()
     for step in steps.values():
-        assert Path(step.words[0]).is_file() and {s.name for s in step.inputs} <= done
-        for word in step.words:
-            assert not word.startswith("configs/") or (ROOT / word).is_file()
-            assert "{" not in word
+        assert step.words[0] in COMMANDS and {s.name for s in step.inputs} <= done
+        assert not any("{" in word for word in step.words)
         done.add(step.name)
     assert list(steps)[-1] == "report"
 
@@ -85,7 +85,7 @@ def test_weights_flow_from_stage_to_stage(steps_of):
 
 def test_the_plans_note_stands_on_its_page(steps_of, tmp_path):
     plan = tmp_path / "plan.yaml"
-    text = f"{START}}}\nnote: As {{x}}.\n".replace("report.py", "'report.py --note {note}'")
+    text = f"{START}}}\nnote: As {{x}}.\n".replace("report,", "'report --note {note}',")
     plan.write_text(text)
     assert steps_of(plan)["report"].words[1:] == ("--note", "As {x}.")
     assert any("short" in word for word in steps_of()["report"].words)
@@ -103,13 +103,14 @@ def test_a_key_changes_with_what_a_step_depends_on_and_not_with_places(steps_of,
     assert words["detect_VGG-16_seed1"].words[-2:] == ("A", "1")
 
 
-def test_a_key_changes_with_a_config_and_with_those_it_builds_on(steps_of, tmp_path):
+def test_a_key_changes_with_a_config_and_with_those_it_builds_on(steps_of, tmp_path, monkeypatch):
+    before = steps_of()
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    before = steps_of(root=tmp_path)
+    monkeypatch.setattr(files, "PACKAGE", tmp_path / "resnet_backbone")
     assert not changed(steps_of(), before)
     base = tmp_path / "configs" / "detection" / "Base-RCNN-FPN.yaml"
     base.write_text(base.read_text() + "# another\n")
-    found = changed(before, steps_of(root=tmp_path))
+    found = changed(before, steps_of())
     assert found == with_prefix(before, "detect", "improve", "report")
 
 
@@ -147,7 +148,7 @@ def test_voc07_is_the_experiment_of_its_configs(steps_of, tmp_path, run_command)
     assert convert == f"convert {files['VGG-16']} {product} {settings}"
     data = f"--voc-root {tmp_path / 'datasets/VOC2007'} --train-set trainval --test-set test"
     for found, config, weights in ((vgg, "VGG_16", product), (resnet, "R_50", files["ResNet-50"])):
-        assert f"configs/detection/voc07/faster_rcnn_{config}_FPN.yaml" in found.split()
+        assert f"voc07/faster_rcnn_{config}_FPN" in found.split()
         assert data in found and f"--weights {weights} " in f"{found} "
     assert "WEIGHTS_PREPROCESSING" not in vgg  # the converted file carries its input
     assert resnet.endswith(" msra")
@@ -215,8 +216,8 @@ def test_what_cannot_be_meant_is_refused(steps_of, tmp_path):
         (f"{START}, batch: two}}\n", "batch 'two': expected a value, such as 0"),
         (f"{START}}}\nseeds: [1, 1]\n", "give integers, each once"),
         (f"{START}}}\nseeds: 3\n", "seeds 3: expected a list, such as [1]"),
-        (f"{START}}}\n".replace("report.py", "'report.py {B}'"), "{B} is neither a step nor"),
-        (f"{START}}}\n".replace("report.py", "'report.py {report}'"), "in a circle"),
+        (f"{START}}}\n".replace("report,", "'report {B}',"), "{B} is neither a step nor"),
+        (f"{START}}}\n".replace("report,", "'report {report}',"), "in a circle"),
         ("[1]", "expected keys"),
         ("a: [", "cannot be read"),
     ],
@@ -244,12 +245,12 @@ def test_a_plan_is_shown_before_its_data_are_there(tmp_path, monkeypatch, run_co
     assert status == 2 and "imagenet: no such folder of data" in error
 
 
-# -- running: with tools of a few lines ------------------------------------------------------------
+# -- running: with a command of a few lines --------------------------------------------------------
 
 STUB = """
 import os, signal, sys, time
 from pathlib import Path
-words, name = sys.argv[1:], Path(__file__).stem
+name, *words = sys.argv[1:]
 with open({log!r}, "a") as file:
     print(name, file=file)
 if name == os.environ.get("FAIL"):
@@ -267,8 +268,10 @@ if name == os.environ.get("SLOW"):
         sys.exit(75)
 flag = next((flag for flag in ("--output-dir", "--output") if flag in words), "convert")
 place = Path(words[words.index(flag) + (2 if flag == "convert" else 1)])
-files = dict(prepare_data="dataset.json", train_classifier="final.safetensors",
-    train_net="results.json", evaluate_detector="results.json")
+if name == os.environ.get("NOTHING"):
+    sys.exit()
+files = {{"prepare-data": "dataset.json", "train-classifier": "final.safetensors",
+    "train-net": "results.json", "evaluate-detector": "results.json"}}
 path = place / files[name] if name in files else place
 path.parent.mkdir(parents=True, exist_ok=True)
 path.write_text("done")
@@ -276,25 +279,22 @@ path.write_text("done")
 
 
 @pytest.fixture
-def project(tmp_path):
-    """A project with the real configs and tools that note that they ran; its log."""
-    root, log = tmp_path / "project", tmp_path / "log"
-    (root / "tools").mkdir(parents=True)
-    (root / "configs").symlink_to(ROOT / "configs")
-    for step in mini(root):
-        (root / "tools" / Path(step.words[0]).name).write_text(STUB.format(log=str(log)))
+def project(tmp_path, monkeypatch):
+    """A folder of output, and the log of a command that notes that it ran."""
+    log, stub = tmp_path / "log", tmp_path / "stub.py"
+    stub.write_text(STUB.format(log=str(log)))
+    monkeypatch.setattr(reproduce, "START", [sys.executable, str(stub)])
     log.touch()
-    return root, log
+    return tmp_path / "out", log
 
 
-def mini(root: Path, *words: str) -> list:
-    args = parse_arguments(["--scale", "mini", "--output", str(root.parent / "out"), *words])
-    args.root = root
+def mini(output: Path, *words: str) -> list:
+    args = parse_arguments(["--scale", "mini", "--output", str(output), *words])
     return build_steps(read_plan(reproduce.PLANS / "mini.yaml"), args)[0]
 
 
-def by_name(root: Path, name: str):
-    (step,) = (step for step in mini(root) if step.name == name)
+def by_name(output: Path, name: str):
+    (step,) = (step for step in mini(output) if step.name == name)
     return step
 
 
@@ -305,61 +305,61 @@ def ran(log: Path) -> list[str]:
 STAGES = ("data", "pretrain", "bn", "convert", "detect", "improve", "report")
 
 
-def run(root: Path, stages=STAGES, words=()) -> int:
-    return reproduce.run(mini(root, *words), stages, root.parent / "out", root)
+def run(output: Path, stages=STAGES, words=()) -> int:
+    return reproduce.run(mini(output, *words), stages, output)
 
 
-ALL = ["prepare_data", *["train_classifier"] * 2, *["recompute_bn"] * 2,
-       *["convert_weights"] * 2, *["train_net"] * 2,
-       *["evaluate_detector"] * 2, "report"]  # fmt: skip
+ALL = ["prepare-data", *["train-classifier"] * 2, *["recompute-bn"] * 2,
+       *["convert-weights"] * 2, *["train-net"] * 2,
+       *["evaluate-detector"] * 2, "report"]  # fmt: skip
 
 
 def test_each_step_runs_once(project):
-    root, log = project
-    assert run(root) == 0
+    output, log = project
+    assert run(output) == 0
     assert ran(log) == ALL
-    assert run(root) == 0
+    assert run(output) == 0
     assert ran(log) == ALL
-    assert run(root, words=("--set", "SEED2", "1")) == 0
+    assert run(output, words=("--set", "SEED2", "1")) == 0
     assert ran(log)[len(ALL) :] == ALL[-5:]
-    step = by_name(root, "bn_VGG-16")
+    step = by_name(output, "bn_VGG-16")
     content = json.loads((step.folder / "step.json").read_text())
     assert content["key"] == step.key
-    assert content["command"].startswith("python tools/recompute_bn.py --run ")
+    assert content["command"].startswith("resnet-backbone recompute-bn --run ")
 
 
 def test_stages_run_alone_and_say_what_they_need(project):
-    root, log = project
-    assert run(root, ("data", "pretrain")) == 0
+    output, log = project
+    assert run(output, ("data", "pretrain")) == 0
     assert ran(log) == ALL[:3]
     with pytest.raises(UsageError, match="convert_VGG-16 needs bn_VGG-16: add --stage bn"):
-        run(root, ("convert",))
+        run(output, ("convert",))
     assert ran(log) == ALL[:3]
 
 
 def test_a_failed_step_ends_the_run_and_is_done_again(project, monkeypatch):
-    root, log = project
-    monkeypatch.setenv("FAIL", "recompute_bn")
-    assert run(root) == 3
+    output, log = project
+    monkeypatch.setenv("FAIL", "recompute-bn")
+    assert run(output) == 3
     assert ran(log) == ALL[:4]
     monkeypatch.delenv("FAIL")
-    assert run(root) == 0
+    assert run(output) == 0
     assert ran(log) == [*ALL[:4], *ALL[3:]]
 
 
-def test_a_tool_that_leaves_nothing_is_an_error(project):
-    root, log = project
-    (root / "tools" / "recompute_bn.py").write_text("")
+def test_a_command_that_leaves_nothing_is_an_error(project, monkeypatch):
+    output, log = project
+    monkeypatch.setenv("NOTHING", "recompute-bn")
     with pytest.raises(UsageError, match="bn_VGG-16 left no .*true_bn.safetensors"):
-        run(root)
-    assert not by_name(root, "bn_VGG-16").is_done
+        run(output)
+    assert not by_name(output, "bn_VGG-16").is_done
 
 
 @pytest.mark.parametrize(("status", "redone"), [("75", True), ("", True), ("0", False)])
 def test_sigterm_reaches_the_tool_and_two_runs_do_not_mix(project, monkeypatch, status, redone):
     """Also where the tool dies of it, and where it ends before it takes notice."""
-    root, log = project
-    monkeypatch.setenv("SLOW", "train_net")
+    output, log = project
+    monkeypatch.setenv("SLOW", "train-net")
     monkeypatch.setenv("STATUS", status)
     refusals, missed = [], []
 
@@ -368,7 +368,7 @@ def test_sigterm_reaches_the_tool_and_two_runs_do_not_mix(project, monkeypatch, 
         while not Path(f"{log}.slow").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         try:
-            run(root)
+            run(output)
         except BlockingIOError as error:
             refusals.append(str(error))
         os.kill(os.getpid(), signal.SIGTERM)
@@ -377,11 +377,11 @@ def test_sigterm_reaches_the_tool_and_two_runs_do_not_mix(project, monkeypatch, 
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
-        assert run(root) == 75
+        assert run(output) == 75
     finally:
         thread.join()
         signal.signal(signal.SIGTERM, before)
     assert "another process works in" in refusals[0] and not missed
     monkeypatch.delenv("SLOW")
-    assert run(root) == 0
+    assert run(output) == 0
     assert ran(log) == [*ALL[:8], *ALL[7 if redone else 8 :]]
