@@ -77,8 +77,9 @@ class Network(NamedTuple):
 def parse_network(name: str, options: Mapping[str, Any] | None = None) -> Network:
     """Takes a model's name and options apart; any name is accepted."""
     others = dict(options or {})
-    if others.get("stride_in_1x1") is True:
-        del others["stride_in_1x1"]  # the paper, and the default
+    for key in ("stride_in_1x1", "caffe_pool"):
+        if others.get(key) is True:
+            del others[key]  # the paper's
     vgg = re.fullmatch(r"vgg(\d+)", name)
     if vgg:
         return Network("VGG", int(vgg[1]), False, "", others)

@@ -31,7 +31,7 @@ from resnet_backbone.weights.checkpoint import (
     Origin,
     write_tensors,
 )
-from resnet_backbone.weights.preprocessing import Preprocessing, WeightsError
+from resnet_backbone.weights.preprocessing import PREPROCESSINGS, Preprocessing, WeightsError
 from resnet_backbone.weights.reading import Weights, read_network
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
@@ -92,20 +92,31 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
     return replace(spec, name=name, options=options)
 
 
-def check_settings(model: StagedNetwork, stated: ModelSpec | None, where: str) -> None:
-    """Refuses a network that differs from the file's in what no tensor shows.
+def pools_as_caffe(stated: ModelSpec | None, preprocessing: Preprocessing) -> bool | None:
+    """Whether weights were trained with ``caffe_pool``.
+
+    None for released Caffe weights: Detectron2 and others pad with them, so both are in use.
+    """
+    if stated is None and preprocessing.same_input(PREPROCESSINGS["msra"]):
+        return None
+    return stated is not None and stated.options.get("caffe_pool", False)
+
+
+def check_settings(model: StagedNetwork, read: Weights | Checkpoint, where: str) -> None:
+    """Refuses a network that differs from the weights' in what no tensor shows.
 
     Raises WeightsError: identity shortcuts and none, or the stem's pooling, are exchanged.
     """
-    own = describe_model(model)
-    if stated is None or own is None:
+    own, stated = describe_model(model), read.model
+    if own is None:
         return
-    trained, built = (
-        {**constructor_options(spec.name.rpartition("/")[2]), **spec.options}
-        for spec in (stated, own)
-    )
+    built = {**constructor_options(own.name), **own.options}
+    trained: dict[str, Any] = {}
+    if stated is not None:
+        trained = {**constructor_options(stated.name.rpartition("/")[2]), **stated.options}
+    trained["caffe_pool"] = pools_as_caffe(stated, read.preprocessing)
     for key in ("shortcut", "caffe_pool"):
-        if key in trained and key in built and trained[key] != built[key]:
+        if trained.get(key) is not None and key in built and trained[key] != built[key]:
             raise WeightsError(
                 f"{where} was trained with {key}={trained[key]!r}, this network has "
                 f"{built[key]!r}: build it with {key}={trained[key]!r}"
@@ -209,7 +220,7 @@ def load_tensors(model: StagedNetwork, read: Weights | Checkpoint, where: str) -
     """Loads what was read from ``where`` into a network; see :func:`load_weights`."""
     fitting = fitting_tensors(model, read.tensors, where)
     check_architecture(model, read.preprocessing, where)
-    check_settings(model, read.model, where)
+    check_settings(model, read, where)
     model.load_state_dict(fitting, strict=False)
 
 

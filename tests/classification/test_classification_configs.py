@@ -115,22 +115,23 @@ def test_cifar10_recipe(path):
 
 # Table 1, Fig. 3 and Table 3; Table 6 and section 4.2. VGG-16, GoogLeNet, BN-inception, PReLU-net
 # and Highway networks are the others of the paper's tables and related work.
+RELEASED = {"caffe_pool": True}
 PAPER_NETWORKS = {
-    "imagenet/resnet18": ("resnet18", {}),
-    "imagenet/resnet18_A": ("resnet18", {"shortcut": "A"}),
-    "imagenet/resnet34": ("resnet34", {}),
-    "imagenet/resnet34_A": ("resnet34", {"shortcut": "A"}),
-    "imagenet/resnet34_B": ("resnet34", {"shortcut": "B"}),
-    "imagenet/resnet34_C": ("resnet34", {"shortcut": "C"}),
-    "imagenet/resnet50": ("resnet50", {}),
-    "imagenet/resnet101": ("resnet101", {}),
-    "imagenet/resnet152": ("resnet152", {}),
-    "imagenet/plain18": ("plain18", {}),
-    "imagenet/plain34": ("plain34", {}),
+    "imagenet/resnet18": ("resnet18", RELEASED),
+    "imagenet/resnet18_A": ("resnet18", RELEASED | {"shortcut": "A"}),
+    "imagenet/resnet34": ("resnet34", RELEASED),
+    "imagenet/resnet34_A": ("resnet34", RELEASED | {"shortcut": "A"}),
+    "imagenet/resnet34_B": ("resnet34", RELEASED | {"shortcut": "B"}),
+    "imagenet/resnet34_C": ("resnet34", RELEASED | {"shortcut": "C"}),
+    "imagenet/resnet50": ("resnet50", RELEASED),
+    "imagenet/resnet101": ("resnet101", RELEASED),
+    "imagenet/resnet152": ("resnet152", RELEASED),
+    "imagenet/plain18": ("plain18", RELEASED),
+    "imagenet/plain34": ("plain34", RELEASED),
     "imagenet/vgg16": ("vgg16", {}),
     "imagenet/googlenet": ("torchvision/googlenet", {}),
-    "imagenet/resnet34_prelu": ("resnet34", {"activation": "prelu"}),
-    "imagenet/resnet34_highway": ("resnet34", {"shortcut": "highway"}),
+    "imagenet/resnet34_prelu": ("resnet34", RELEASED | {"activation": "prelu"}),
+    "imagenet/resnet34_highway": ("resnet34", RELEASED | {"shortcut": "highway"}),
     **{f"cifar10/resnet{d}": (f"cifar_resnet{d}", {}) for d in (20, 32, 44, 56, 110, 1202)},
     **{f"cifar10/plain{d}": (f"cifar_plain{d}", {}) for d in (20, 32, 44, 56, 110)},
 }

@@ -13,8 +13,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.events import EventStorage
+from torch.nn import functional as F
 from torchvision.ops import RoIPool
 
+from resnet_backbone.detection import Checkpointer
 from resnet_backbone.detection.checkpoint.input_check import read_key
 from resnet_backbone.detection.data.arguments import _adopt
 from resnet_backbone.detection.engine.schedule import scale_schedule
@@ -65,8 +67,10 @@ def test_protocol(make_cfg, name):
     if depth:
         assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.NORM) == (int(depth[1]), "FrozenBN")
         assert cfg.MODEL.ROI_HEADS.NAME == "PaperRes5ROIHeads"
+        assert cfg.MODEL.RPN.CONV_DIMS == [512]
     else:
         assert cfg.MODEL.BACKBONE.FREEZE_AT == 2, "tuned from conv3_1 up"
+    assert cfg.RESNET_BACKBONE.CAFFE_POOL == ("MSRA" in cfg.MODEL.WEIGHTS)
     text = (FOLDER / name).read_text()
     assert f"--config-file configs/detection/paper/{name}" in text and "# Expected: " in text
 
@@ -109,6 +113,17 @@ def test_a_step(make_cfg, make_images, small, name):
     optimizer.step()
     scheduler.step()
     assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+@pytest.mark.data
+def test_the_released_weights_run_with_the_pool_of_caffe(make_cfg, make_images, data_root):
+    path = str(data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors")
+    model = build_model(make_cfg("paper/coco_R_50.yaml")).eval()
+    Checkpointer(model, preprocessing="msra").load(path)
+    stem, images = model.backbone.stem, model.preprocess_image(make_images((74, 90))).tensor
+    with torch.no_grad():
+        found, expected = stem(images), F.max_pool2d(stem.conv1(images), 3, 2, ceil_mode=True)
+    assert torch.equal(found, expected) and found.shape[2:] == (18, 22)  # padded: 19 x 23
 
 
 def test_vocs_test_set_of_2012(make_cfg, make_voc, monkeypatch):

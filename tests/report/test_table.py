@@ -67,7 +67,8 @@ def test_another_network_than_the_papers_has_no_published_number():
     assert published(parse_network("resnet50", {"stride_in_1x1": False})) is None
     assert published(parse_network("cifar_resnet20", {"shortcut": "B"})) is None
     assert published(parse_network("cifar_resnet26")) is None
-    assert published(parse_network("resnet50", {"stride_in_1x1": True})) is not None
+    released = {"stride_in_1x1": True, "caffe_pool": True}
+    assert published(parse_network("resnet50", released)) is not None
 
 
 def test_lengths_of_the_recipes():

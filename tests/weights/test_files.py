@@ -395,8 +395,13 @@ def test_networks_that_no_tensor_tells_apart(tmp_path):
 def test_the_stems_pooling_is_compared(tmp_path):
     stem = dict(out_features=["stem"])
     save_weights(build_model("resnet18", **stem), tmp_path / "x.safetensors", MSRA)
+    path, pooled = tmp_path / "x.safetensors", build_model("resnet18", caffe_pool=True, **stem)
     with pytest.raises(WeightsError, match="caffe_pool=False, this network has True"):
-        load_weights(build_model("resnet18", caffe_pool=True, **stem), tmp_path / "x.safetensors")
+        load_weights(pooled, path)
+    save_file(load_file(path), path)  # does not say it: both are used with the released weights
+    load_weights(pooled, path, "msra")
+    with pytest.raises(WeightsError, match="caffe_pool=False, this network has True"):
+        load_weights(pooled, path, "torchvision")
 
 
 def test_descriptions(small, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from resnet_backbone.detection.checkpoint.classes import CLASS_LAYERS, carry_over_classes
 from resnet_backbone.detection.checkpoint.files import (
     LAST,
     WeightsFile,
@@ -40,14 +41,6 @@ from resnet_backbone.weights.readers import PREPROCESSING_KEY
 from resnet_backbone.weights.reading import read_network, single_precision
 
 logger = logging.getLogger(__name__)
-# The layers of Detectron2's detectors whose size follows the number of classes.
-CLASS_LAYERS = re.compile(
-    r"roi_heads\.box_predictor\."
-    r"|roi_heads\.mask_head\.(predictor|coarse_head\.prediction|point_head)\."
-    r"|roi_heads\.keypoint_head\.score_lowres\."
-    r"|head\.cls_score\."
-    r"|sem_seg_head\.(predictor|coarse_sem_seg_head\.predictor|point_head)\."
-)
 # Buffers that a config gives, or that nothing reads.
 NOT_WEIGHTS = re.compile(rf"pixel_(mean|std)$|.*\.(num_batches_tracked|{INPUT_SETTINGS})$")
 RES5 = "roi_heads.res5."
@@ -64,7 +57,8 @@ class Checkpointer(DetectionCheckpointer):
 
     Weights of another input or stride than the detector's are refused, where they, their origin or
     `preprocessing` say it. So are weights that do not fill the backbone and, where they are resumed
-    or evaluated, those of other classes. The detector is unchanged after an error.
+    or evaluated, those of other classes. Where weights start a training on other classes and both
+    name theirs, see :func:`carry_over_classes`. The detector is unchanged after an error.
 
     Args:
         preprocessing: see :func:`resnet_backbone.weights.read_checkpoint`.
@@ -156,7 +150,7 @@ class Checkpointer(DetectionCheckpointer):
         check_input(model, weights.preprocessing, where)
         tensors = single_precision(weights.tensors)
         fitting = fitting_tensors(network, tensors, where)
-        check_settings(network, weights.model, where)
+        check_settings(network, weights, where)
         refuse_folded(network, fitting, where)
         head = _head_tensors(model, tensors, where)
         network.load_state_dict(fitting, strict=False)
@@ -185,6 +179,10 @@ class Checkpointer(DetectionCheckpointer):
             is_caffe2 = checkpoint.get("__author__") == "Caffe2"
             tensors = align_and_update_state_dicts(model.state_dict(), tensors, is_caffe2)
             add_folded_statistics(model, tensors, where)
+            checkpoint["model"] = tensors
+        if self.class_names and classes != self.class_names:
+            own = model.state_dict()
+            tensors = carry_over_classes(own, tensors, classes, self.class_names, where)
             checkpoint["model"] = tensors
         refuse_misfit(model, tensors, where, whole=not self._starts)
         return super()._load_model(checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -30,11 +30,12 @@ from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.weights import Preprocessing, WeightsError, describe_weights
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.checkpoint import FileMetadata, ModelSpec
-from resnet_backbone.weights.load import check_architecture, stride_of
+from resnet_backbone.weights.load import check_architecture, pools_as_caffe, stride_of
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS
 
 logger = logging.getLogger(__name__)
 NODE_KEY = "RESNET_BACKBONE.WEIGHTS_INPUT"
+POOL = "RESNET_BACKBONE.CAFFE_POOL"
 BATCH_NORMS = {"BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN"}  # have the same tensors
 _BARE = ("", "bottom_up.")  # where a network is in no detector, but alone or in an FPN
 DERIVED = ("running_mean", "running_var")  # left out by files with folded statistics
@@ -89,8 +90,9 @@ def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) ->
     """Sets ``MODEL.WEIGHTS`` and the input that the weights were trained on, in place.
 
     What weights say of their input (``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``,
-    ``MODEL.RESNETS.STRIDE_IN_1X1``) replaces the config's values; the network that they name is
-    compared with the config's, which stays. Weights without preprocessing follow
+    ``MODEL.RESNETS.STRIDE_IN_1X1``) and of their pooling (``RESNET_BACKBONE.CAFFE_POOL``) replaces
+    the config's values; the network that they name is compared with the config's, which stays.
+    Weights without preprocessing follow
     ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``. The lines say what was set.
 
     Args:
@@ -102,7 +104,7 @@ def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) ->
         UsageError: a key of `given` contradicts the weights; another network.
         WeightsError: the weights are missing, damaged, or of an unknown input.
     """
-    found, name = _describe(cfg, source)
+    found, name = _describe(cfg, source, but=(POOL,) if "RESNET_BACKBONE" in cfg else ())
     if found.preprocessing is None:
         raise WeightsError(
             f"{source} does not say which input it was trained on: name it ({NAME_KEY} msra, "
@@ -111,8 +113,9 @@ def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) ->
         )
     data = found.preprocessing.source or "data that it does not name"
     lines = [f"{source}: a {name}; its input is that of {data}"]
-    for key, value in input_keys(found.preprocessing).items():
-        if key == STRIDE and (value is None or not has_bottlenecks(cfg)):
+    pool = None if name == "detector" else pools_as_caffe(found.model, found.preprocessing)
+    for key, value in {**input_keys(found.preprocessing), POOL: pool}.items():
+        if value is None or key == STRIDE and not has_bottlenecks(cfg):
             continue
         have = read_key(cfg, key)
         if key in given and not agree(key, have, value):
@@ -141,15 +144,18 @@ def with_weights_input(cfg: CfgNode) -> CfgNode:
     return copy
 
 
-def _describe(cfg: CfgNode, source: str) -> tuple[FileMetadata, str]:
-    """What weights say, and what they are; those of another network than the config's: refused."""
+def _describe(cfg: CfgNode, source: str, but: Sequence[str] = ()) -> tuple[FileMetadata, str]:
+    """What weights say, and what they are; those of another network than the config's: refused.
+
+    Keys of the config in `but` may differ from the network's.
+    """
     name, opened = backbone_node(cfg).WEIGHTS_PREPROCESSING, open_weights(source)
     if opened.is_detector:
         return FileMetadata(detector_input(opened, source, name)), "detector"
     found = opened.read(describe_weights, name)
     if not found.model:
         return found, "network without a name in the file"
-    _check_network(cfg, found.model, source)
+    _check_network(cfg, found.model, source, but)
     return found, found.model.name
 
 
@@ -176,13 +182,13 @@ def network_keys(model: ModelSpec, path: str) -> dict[str, Any]:
             "RESNET_BACKBONE.SHORTCUT": options.get("shortcut", plain),
             **keys,
             "MODEL.RESNETS.NORM": options.get("norm", "BN"),
-            "RESNET_BACKBONE.CAFFE_POOL": options.get("caffe_pool", False),
+            POOL: options.get("caffe_pool", False),
         }
     known = f"ResNet-{'/'.join(map(str, DEPTHS))}, their plain twins, VGG-11/13/16/19"
     raise WeightsError(f"{path} is a {model.name}; detectors here have {known}: train one")
 
 
-def _check_network(cfg: CfgNode, model: ModelSpec, path: str) -> None:
+def _check_network(cfg: CfgNode, model: ModelSpec, path: str, but: Sequence[str]) -> None:
     """Refuses a file of another network than the config's; unknown backbones pass here."""
     keys, backbone = network_keys(model, path), cfg.MODEL.BACKBONE.NAME
     of_vgg = "MODEL.RESNETS.DEPTH" not in keys
@@ -197,7 +203,7 @@ def _check_network(cfg: CfgNode, model: ModelSpec, path: str) -> None:
     found, mend = [], []
     for key, value in keys.items():
         have = read_key(cfg, key)
-        if have != value and not {have, value} <= BATCH_NORMS:
+        if key not in but and have != value and not {have, value} <= BATCH_NORMS:
             found.append(f"{key} is {have!r}")
             mend.append(f"{key} {value or repr(value)}")
     if found:

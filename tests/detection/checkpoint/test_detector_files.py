@@ -169,6 +169,46 @@ def test_fine_tuning_on_other_classes(detector, tmp_path, caplog):
         assert torch.equal(value, (before if key.startswith(head) else theirs)[key]), key
 
 
+@pytest.mark.parametrize("kind", ["FPN", "C4", "cascade"])
+def test_classes_are_carried_over_by_name(detector, tmp_path, caplog, kind):
+    """By hand: VOC's names and COCO's, another order, another number, a class of each alone."""
+    file = f"{'coco/cascade_rcnn' if kind == 'cascade' else 'voc/faster_rcnn'}_R_18_{kind}.yaml"
+    file = file.replace("cascade.yaml", "FPN.yaml")
+    theirs, ours = ["person", "tv", "airplane"], ["aeroplane", "boat", "person", "tvmonitor"]
+    source = detector(file, MODEL__ROI_HEADS__NUM_CLASSES=3)
+    for parameter in source.roi_heads.box_predictor.parameters():
+        parameter.data.normal_()
+    Checkpointer(source, str(tmp_path), class_names=theirs).save("coco")
+    model = detector(file, MODEL__ROI_HEADS__NUM_CLASSES=4)
+    before, given = state_of(model), source.state_dict()
+    with caplog.at_level(logging.INFO, logger="resnet_backbone"):
+        Checkpointer(model, class_names=ours).load(str(tmp_path / "coco.pth"), checkpointables=[])
+    text = "3 of 4 classes are carried over by name: aeroplane from airplane, person, tvmonitor from tv"
+    assert f"{text}; at random: boat\n" in caplog.text and "start at random" not in caplog.text
+    found, checked = state_of(model), 0
+    for key in (key for key in found if "box_predictor" in key):
+        rows = {"cls_score": 1, "bbox_pred": 4}[key.split(".")[-2]]
+        if len(found[key]) == 4 and rows == 4:  # a cascade's boxes are those of all classes
+            assert torch.equal(found[key], given[key])
+            continue
+        blocks = [values[key].split(rows) for values in (found, given, before)]
+        for place, (origin, index) in enumerate([(1, 2), (2, 1), (1, 0), (1, 1)]):
+            assert torch.equal(blocks[0][place], blocks[origin][index]), (key, place)
+        assert rows == 4 or torch.equal(blocks[0][4], blocks[1][3]), "background"
+        checked += 1
+    assert checked == (6 if kind == "cascade" else 4)
+
+
+def test_as_many_classes_in_another_order(detector, tmp_path):
+    source = detector(MODEL__ROI_HEADS__NUM_CLASSES=2)
+    Checkpointer(source, str(tmp_path), class_names=["cat", "dog"]).save("model")
+    model = detector(MODEL__ROI_HEADS__NUM_CLASSES=2)
+    path = str(tmp_path / "model.pth")
+    Checkpointer(model, class_names=["dog", "cat"]).load(path, checkpointables=[])
+    key = "roi_heads.box_predictor.cls_score.weight"
+    assert torch.equal(model.state_dict()[key], source.state_dict()[key][[1, 0, 2]])
+
+
 def test_a_detector_without_heads_may_start_a_training(detector, tmp_path, caplog):
     state = {k: v for k, v in detector().state_dict().items() if not k.startswith("roi_heads.")}
     torch.save({"model": state}, tmp_path / "x.pth")

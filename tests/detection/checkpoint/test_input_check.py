@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("detectron2")
 
-from resnet_backbone.detection.checkpoint.input_check import use_weights_input
+from resnet_backbone.detection.checkpoint.input_check import prepare_weights, use_weights_input
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import Preprocessing, WeightsError, save_weights
@@ -83,6 +83,18 @@ def test_contradictions_of_the_user_are_refused(make_cfg, write, file, key, valu
     use_weights_input(cfg, path, given=["SEED"])  # the same value in the config file is replaced
 
 
+@pytest.mark.parametrize("pools", [True, False])
+def test_the_pooling_is_set_by_weights_that_say_it(make_cfg, write, pools):
+    path = write("resnet18", caffe_pool=pools)
+    cfg = make_cfg(R18, RESNET_BACKBONE__CAFFE_POOL=not pools, MODEL__WEIGHTS=path)
+    with pytest.raises(UsageError, match=f"set RESNET_BACKBONE.CAFFE_POOL {pools}$"):
+        prepare_weights(cfg)
+    with pytest.raises(UsageError, match="CAFFE_POOL .* contradicts"):
+        use_weights_input(cfg, path, given=["RESNET_BACKBONE.CAFFE_POOL"])
+    assert f"RESNET_BACKBONE.CAFFE_POOL {not pools} -> {pools}" in use_weights_input(cfg, path)
+    assert cfg.RESNET_BACKBONE.CAFFE_POOL == pools
+
+
 def test_what_the_user_says_rightly_stays(make_cfg, write):
     cfg = make_cfg(R18, MODEL__PIXEL_MEAN=[130.3, 121.4, 110.1], INPUT__FORMAT="RGB")
     use_weights_input(cfg, write(), given=["MODEL.PIXEL_MEAN", "INPUT.FORMAT"])
@@ -97,7 +109,6 @@ def test_what_the_user_says_rightly_stays(make_cfg, write):
         (R18, {}, "plain18", {}, "SHORTCUT is 'B'; set RESNET_BACKBONE.SHORTCUT none$"),
         (R18, {}, "resnet18", dict(shortcut="A"), "set RESNET_BACKBONE.SHORTCUT A$"),
         (R18, {}, "resnet18", dict(activation="prelu"), "set RESNET_BACKBONE.ACTIVATION prelu$"),
-        (R18, {}, "resnet18", dict(caffe_pool=True), "set RESNET_BACKBONE.CAFFE_POOL True$"),
         (R18, {}, "resnet18", dict(norm="GN"), "NORM is 'FrozenBN'; set MODEL.RESNETS.NORM GN$"),
         (R18, {}, "vgg16", {}, "a config such as voc/faster_rcnn_VGG_16_FPN"),
         (VGG, {}, "resnet34", {}, "a config such as voc/faster_rcnn_R_34_FPN"),
