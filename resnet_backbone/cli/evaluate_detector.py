@@ -111,8 +111,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def read_runs(args: argparse.Namespace) -> dict:
     """The configs of --run and --context-run, with the data that they are evaluated on."""
     off = ["TEST.AUG.ENABLED", "False"]  # what the runs' own evaluations had on
-    for key, value in DEFAULTS.TEST.items():
-        off += [f"RESNET_BACKBONE.TEST.{key}", str(value)]
+    for key in DEFAULTS.TEST.keys() - {"METRIC"}:
+        off += [f"RESNET_BACKBONE.TEST.{key}", str(DEFAULTS.TEST[key])]
     runs = [run for run in (args.run, args.context_run) if run]
     found = {run: predictor.run_config(run, [*off, *args.opts]) for run in runs}
     for run, wanted in ((args.run, False), (args.context_run, True)):

@@ -32,8 +32,9 @@ START = [sys.executable, "-m", "resnet_backbone.cli"]  # a command, of this inst
 DONE = "step.json"  # written into a step's folder after its command
 BRACES = re.compile(r"\{([^{}]+)\}")
 # Keys with their defaults; None: needed.
-PLAN = dict(title=None, steps=None, networks={}, seeds=[1], words={}, note="")
+PLAN = dict(title=None, steps=None, networks={}, seeds=[1], words={}, note="", _BASE_="")
 STEP = dict(command=None, makes=None, datasets=[], seeds=False, batch=0, hours=0, gpu="", basis="")
+STEP |= dict(published="", goal=False)
 # How a command is told the input of weights that do not carry it.
 STATED = dict.fromkeys(("convert-weights", "evaluate-classifier"), "--preprocessing")
 STATED["train-net"] = "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"
@@ -46,14 +47,12 @@ examples:
   resnet-backbone reproduce --scale voc07 --voc-root VOCdevkit/VOC2007 \\
       --weights VGG-16=vgg16_caffe.pth --preprocessing VGG-16=caffe_vgg \\
       --weights ResNet-50=R-50.pkl --preprocessing ResNet-50=msra    # at 320 px, for CPUs
-  resnet-backbone reproduce --scale paper --imagenet imagenet --num-gpus 8 --plan
-      # prints the commands of the paper's protocol with the hours to expect, and runs nothing
+  resnet-backbone reproduce --scale paper --imagenet imagenet --num-gpus 8 --plan  # runs nothing
 
 Each step has a folder of its own in --output, named after the hash of its command, configs,
 weights, data and this package's version (not its code: after a change give another --output). What
 is done is not done again; after an interruption (SIGTERM and Ctrl-C write a checkpoint) the same
-command continues. A plan is configs/reproduction/NAME.yaml, or your own FILE.yaml; the head of
-configs/reproduction/mini.yaml explains what it may have."""
+command continues. A plan is configs/reproduction/NAME.yaml, or FILE.yaml; mini.yaml explains it."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -83,6 +82,9 @@ def read_plan(path: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
     plan = checked(read_yaml(path), PLAN, str(path))
     if not isinstance(plan["steps"], dict) or not plan["steps"]:
         raise UsageError(f"{path}: steps: give at least one, NAME: with command: and makes: below")
+    if plan["_BASE_"]:
+        base = read_plan(path.parent / plan["_BASE_"])
+        plan |= {key: base[key] | plan[key] for key in ("words", "steps")}
     plan["steps"] = {k: checked(v, STEP, f"{path}: {k}") for k, v in plan["steps"].items()}
     plan["seeds"] = given = list(seeds or plan["seeds"])
     if not given or len(set(given)) < len(given) or not all(isinstance(s, int) for s in given):
@@ -149,10 +151,9 @@ class Builder:
         self.plan, self.args = plan, args
         self.steps: dict[str, list[Step]] = {}
         self.absent: set[Path] = set()  # data that are not there
-        for name in (*args.weights, *args.preprocessing):
-            if name not in plan["networks"]:
-                known = ", ".join(plan["networks"])
-                raise UsageError(f"the plan has no {name}; its networks: {known}")
+        for name in {*args.weights, *args.preprocessing} - {*plan["networks"]}:
+            known = ", ".join(plan["networks"])
+            raise UsageError(f"the plan has no {name}; its networks: {known}")
 
     def build(self, name: str) -> list[Step]:
         """The step, once for each seed, after the steps that it needs."""
@@ -169,7 +170,7 @@ class Builder:
         given += [STATED[command], *stated] if stated else []
         given += [word for word in args.set if OVERRIDDEN.get(command) == ("=" in word)]
         values = [value for word in given for value in self._expand(word, node, seed)]
-        pairs = [(value.text, after.text) for value, after in pairwise(values)]
+        pairs = pairwise(value.text for value in values)
         named = [config for option, config in pairs if option == "--config-file"]
         configs = [find_config(config, TASKS[command]) for config in named]
         depends = [key for path in configs for key in config_digests(path)]
@@ -235,10 +236,12 @@ class Builder:
 
 
 def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[Step], set[Path]]:
-    """The steps that the plan's last one needs, in the plan's order; data that are not there."""
+    """The steps that the plan's goals need, in the plan's order; data that are not there."""
     builder = Builder(plan, args)
+    goals = [name for name, step in plan["steps"].items() if step["goal"]]
     try:
-        builder.build(list(plan["steps"])[-1])
+        for name in goals or list(plan["steps"])[-1:]:
+            builder.build(name)
     except RecursionError:
         raise UsageError("steps of the plan need one another in a circle") from None
     return [s for name in plan["steps"] for s in builder.steps.get(name, ())], builder.absent
@@ -284,6 +287,8 @@ def print_plan(title: str, steps: Sequence[Step], stages: Sequence[str]) -> None
     for step in (step for step in steps if step.stage in stages):
         state, hours = "done" if step.is_done else "to do", step.node["hours"]
         print(f"\n[{step.stage}] {step.name}: {state}\n  {step.shown}")
+        if step.node["published"]:
+            print(f"  published: {step.node['published']}")
         if hours and not step.is_done:
             unit = step.node["gpu"] or "core"
             total[unit] += hours
@@ -297,7 +302,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     pairs: dict[str, Any] = dict(type=key_and_text, action="append", default=[])
     folder: dict[str, Any] = dict(type=lambda text: Path(text).resolve(), metavar="DIR")
-    add("--scale", required=True, help="mini, voc07, paper, paper_coco, or FILE.yaml")
+    add("--scale", required=True, metavar="PLAN", help="of configs/reproduction, or FILE.yaml")
     add("--stage", action="append", metavar="STAGE", help="may be repeated (default: all)")
     add("--output", help="(default: output/reproduction/SCALE)", **folder)
     add("--plan", action="store_true", help="print the commands and stop; data may be missing")
@@ -325,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     own = args.scale.endswith((".yaml", ".yml"))
     file = Path(args.scale) if own else PLANS / f"{args.scale}.yaml"
     if not file.is_file():
-        known = ", ".join(sorted(found.stem for found in PLANS.glob("*.yaml")))
+        known = ", ".join(sorted(found.stem for found in PLANS.glob("[!B]*.yaml")))
         raise UsageError(f"--scale {args.scale}: no plan {file}; there are {known}")
     args.output = args.output or Path("output", "reproduction", file.stem).resolve()
     plan = read_plan(file, args.seeds)

@@ -17,6 +17,7 @@ from resnet_backbone.runtime import records
 from resnet_backbone.runtime.files import find_config
 
 ROOT = Path(__file__).parents[2]
+PLANS = sorted(path.stem for path in (ROOT / "configs/reproduction").glob("[!B]*.yaml"))
 GUIDES = [str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "guides").glob("*.md")]
 
 
@@ -109,6 +110,20 @@ def test_examples_of_the_help_parse(name, parsers, capsys):
 def test_examples_of_the_documents_parse(page, parsers):
     pytest.importorskip("detectron2")
     check_examples((ROOT / page).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_steps_of_the_plans_parse(plan, request, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("detectron2")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    (tmp_path / "w").touch()
+    words = ["--scale", plan, "--imagenet", str(tmp_path), "--num-gpus", "8", "--plan"]
+    if plan == "voc07":
+        words += [f"--weights={name}={tmp_path / 'w'}" for name in ("VGG-16", "ResNet-50")]
+    assert cli.main(["reproduce", *words]) == 0
+    shown = capsys.readouterr().out
+    request.getfixturevalue("parsers")
+    assert f": {check_examples(shown)} steps" in shown
 
 
 @pytest.mark.parametrize("outcome, status", [(None, 0), (0, 0), (3, 3), (SystemExit(75), 75)])

@@ -55,14 +55,15 @@ def test_every_network_has_every_protocol():
         f"{data}_{net}.yaml"
         for data in ("voc_07", "voc_07_12", "voc_07_12_test12", "coco", "coco_trainval")
         for net in networks
-    } == {*NAMES}
+    } | {"voc_07_12_from_coco_R_101.yaml", "voc_07_12_test12_from_coco_R_101.yaml"} == {*NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_protocol(make_cfg, name):
     cfg, column = make_cfg(f"paper/{name}"), int(name.startswith("coco"))
     for key, expected in PROTOCOL.items():
-        assert read_key(cfg, key) == expected[column], key
+        anchors = "coco" in name and "SIZES" in key  # those that its weights have
+        assert read_key(cfg, key) == expected[anchors or column], key
     depth = re.search(r"R_(\d+)", name)
     if depth:
         assert (cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.NORM) == (int(depth[1]), "FrozenBN")
@@ -70,7 +71,8 @@ def test_protocol(make_cfg, name):
         assert cfg.MODEL.RPN.CONV_DIMS == [512]
     else:
         assert cfg.MODEL.BACKBONE.FREEZE_AT == 2, "tuned from conv3_1 up"
-    assert cfg.RESNET_BACKBONE.CAFFE_POOL == ("MSRA" in cfg.MODEL.WEIGHTS)
+    assert (cfg.MODEL.WEIGHTS == "") == cfg.RESNET_BACKBONE.GLOBAL_CONTEXT == ("from_coco" in name)
+    assert cfg.RESNET_BACKBONE.CAFFE_POOL == ("torchvision" not in cfg.MODEL.WEIGHTS)
     text = (FOLDER / name).read_text()
     assert f"--config-file configs/detection/paper/{name}" in text and "# Expected: " in text
 
