@@ -181,8 +181,8 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
     Args:
         files: YAML files or names of ours (see :func:`find_config`), later ones on top.
-        overrides: "key=value", for example "schedule.scale=0.05"; "model=NAME" is short for
-            "model.name=NAME".
+        overrides: "key=value", for example "schedule.scale=0.05"; "model=NAME" is another network,
+            without the files' ``model.options``.
 
     Raises:
         UsageError: all unknown keys and wrong values in one line, or all impossible combinations.
@@ -192,6 +192,8 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         merged = _merge(merged, _read(find_config(file, "classification")), str(file), problems)
     planned = OmegaConf.to_object(merged)
     for override in overrides:
+        if override.startswith("model="):
+            merged.model.options = {}
         try:
             merged = _merge(merged, _parse(override), override, problems)
         except UsageError as error:

@@ -108,9 +108,12 @@ def published_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) ->
     metric, rows = TASKS[task].metric, []
     left: list[DetectorGroup | Gain] = [*groups, *gains]
     for one in (one for one in DETECTORS if one.task == task):
-        mine = [found for found in left if _networks(found) == (one.network, one.over)]
+        wanted = one.network, one.over, one.weights
+        mine = [found for found in left if (*_networks(found), _start(found)) == wanted]
+        if one.weights and not mine:
+            continue
         sign = "+" if one.over else ""
-        start = [_name(one.network, one.over)]
+        start = [_name(one.network, one.over) + (one.weights and f" from {one.weights}")]
         start += [*_cells(one.paper, sign), *_cells(one.public, sign)]
         rows += [[*start, *_our_cells(found, metric)] for found in mine]
         rows += [] if mine else [[*start, NOT_MEASURED, NONE]]
@@ -126,6 +129,12 @@ def _networks(found: DetectorGroup | Gain):
     one, other = (found.ours, found.reference) if isinstance(found, Gain) else (found, None)
     first, second = one.first, other and other.first
     return (first.family, first.depth), second and (second.family, second.depth)
+
+
+def _start(found: DetectorGroup | Gain) -> str:
+    """Self-supervised weights of which something is published; "" for others."""
+    file = found.first.weights if isinstance(found, DetectorGroup) else ""
+    return file if any(one.weights == file for one in DETECTORS) else ""
 
 
 def _name(network: tuple[str, int], over: tuple[str, int] | None) -> str:

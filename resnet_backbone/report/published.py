@@ -139,6 +139,7 @@ class Published(NamedTuple):
     paper: Number | None
     public: Number | None
     over: tuple[str, int] | None = None  # for a gain: the network that it is a gain over
+    weights: str = ""  # file of self-supervised weights that it started from; "": supervised
 
 
 class Task(NamedTuple):
@@ -197,6 +198,13 @@ ZOO_FPN = COCO_2017, f"{ZOO}, FPN, 3x"
 DETECTORS = (
     Published("voc", VGG_16, Number(73.2, *TABLE_7), Number(75.7, VOC_DATA, f"{TF}, conv5")),
     Published("voc", RESNET_50, None, Number(81.3, VOC_DATA, MOCO)),
+    *(
+        Published("voc", RESNET_50, None, Number(value, VOC_DATA, source), weights=file)
+        for file, value, source in (
+            ("moco_v2_800ep_pretrain.pth.tar", 82.5, MOCO),
+            ("swav_800ep_pretrain.pth.tar", 82.6, "arXiv 2103.03230, Table 5, C4"),
+        )
+    ),
     Published("voc", RESNET_101, Number(76.4, *TABLE_7), Number(79.8, VOC_DATA, f"{TF}, C4")),
     _gain("voc", (76.4, 73.2), (79.8, 75.7), *TABLE_7, VOC_DATA, TF),
     Published("coco", VGG_16, Number(21.2, *TABLE_8), Number(30.2, COCO_35K, f"{TF}, conv5")),

@@ -90,6 +90,8 @@ def test_the_mean_of_channels_fits_any_evaluation_whose_former_name_is_read(tmp_
 def test_model_is_short_for_its_name():
     model = load_config([], [*SYNTHETIC, "model=resnet18", "model.options.shortcut=A"]).model
     assert (model.name, model.options) == ("resnet18", {"shortcut": "A"})
+    model = load_config(["imagenet/resnet50"], ["data.root=x", "model=prelu_net_b"]).model
+    assert (model.name, model.options) == ("prelu_net_b", {})
 
 
 def test_base_files_and_overlays_merge_in_order(tmp_path):

@@ -82,8 +82,10 @@ def parsers(monkeypatch) -> list:
 
 
 def check_examples(text: str) -> int:
-    """Runs the parser of each command that a text has on a line of its own; counts them."""
-    lines = re.findall(r"^[ !]*resnet-backbone (.+)$", text.replace("\\\n", " "), re.MULTILINE)
+    """Runs the parser of each command that a text has on a line or in a table; counts them."""
+    joined = text.replace("\\\n", " ")
+    lines = re.findall(r"^[ !]*resnet-backbone (.+)$", joined, re.MULTILINE)
+    lines += re.findall(r"\| `resnet-backbone ([^`]+)` \|", joined)  # of a table
     for line in lines:
         words = shlex.split(line, comments=True)
         with pytest.raises((Parsed, SystemExit)) as ended:

@@ -25,7 +25,7 @@ DIFFERENCES = {
     "FPN": {"MODEL.BACKBONE.NAME": OURS, **MASK_HEAD},
 }
 # What MoCo's pascal_voc_R_50_C4_24k.yaml sets beside the zoo's VOC config (facebookresearch/moco,
-# detection/configs), less its head, whose additional norm is not built.
+# detection/configs); ours is its Res5ROIHeadsExtraNorm.
 MOCO = {
     "MODEL.BACKBONE.FREEZE_AT": 0,
     "MODEL.RESNETS.NORM": "naiveSyncBN",

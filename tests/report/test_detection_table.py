@@ -96,6 +96,25 @@ def test_beside_published_numbers(cells, on_voc_2007):
     assert (gain[1], gain[3]) == ("+3.2", "+4.1") and gain[5].startswith("+4.50 (R-101-FPN minus")
 
 
+def test_self_supervised_weights_stand_beside_their_own_numbers(cells, make_detector):
+    files = {"R-50.pkl": 81.0, "moco_v2_800ep_pretrain.pth.tar": 82.0}
+    folders = [
+        make_detector(
+            file,
+            1,
+            dict.fromkeys(VOC_CLASSES, value),
+            config={"MODEL.WEIGHTS": f"https://x/{file}"},
+            log={"test:test": 4952},
+        )
+        for file, value in files.items()
+    ]
+    text = tables.published_section(group_runs(load_detector_runs(folders)), [])
+    rows = {row[0]: row for row in cells(text)}
+    moco = rows["ResNet-50 from moco_v2_800ep_pretrain.pth.tar"]
+    assert (moco[3], moco[5][:5]) == ("82.5", "82.00") and "swav" not in text
+    assert (rows["ResNet-50"][3], rows["ResNet-50"][5][:5]) == ("81.3", "81.00")
+
+
 def test_the_gain_of_another_network_has_a_row_of_its_own(cells, on_voc_2007):
     rows = {row[0]: row for row in cells(tables.published_section(*on_voc_2007({50: 75.0})))}
     assert rows["gain, ResNet-101 over VGG-16"][5] == "not measured"

@@ -199,7 +199,9 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
         if target is None or key.endswith(COUNTER):
             continue
         source = HEAD_LAYERS[target] + key[len(target) :]
-        if source not in tensors:
+        if source.startswith("res5.norm."):  # behind the stage: of the detector alone
+            random.append(key)
+        elif source not in tensors:
             kind = "C4" if source.startswith("res5.") else "VGG"
             if kind == "C4" or {"fc6.weight", "fc7.weight"} & tensors.keys():
                 raise WeightsError(f"{path} lacks {source}, a layer of the {kind} head")

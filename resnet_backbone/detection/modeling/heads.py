@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ROIAlign, ShapeSpec, shapes_to_tensor
+from detectron2.layers import ROIAlign, ShapeSpec, get_norm, shapes_to_tensor
 from detectron2.modeling import ROI_BOX_HEAD_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.poolers import ROIPooler, convert_boxes_to_pooler_format
 from detectron2.modeling.roi_heads import (
@@ -102,6 +102,20 @@ class PaperRes5ROIHeads(Res5ROIHeads):
         if torch.is_grad_enabled() or is_graph or len(regions) <= self.REGIONS_AT_ONCE:
             return res5(pool(maps, regions))
         return torch.cat([res5(pool(maps, part)) for part in regions.split(self.REGIONS_AT_ONCE)])
+
+
+@ROI_HEADS_REGISTRY.register()
+class PaperRes5ROIHeadsExtraNorm(PaperRes5ROIHeads):
+    """With one more norm behind res5, ``res5.norm``, which starts anew.
+
+    Source: arXiv 1911.05722; facebookresearch/moco, detection/train_net.py.
+    """
+
+    @classmethod
+    def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Module, int]:
+        stage, channels = super()._build_res5_block(cfg)
+        stage.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels) or nn.Identity())
+        return stage, channels
 
 
 @ROI_BOX_HEAD_REGISTRY.register()

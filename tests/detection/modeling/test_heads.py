@@ -51,6 +51,27 @@ def test_c4_head_is_the_depths_own_res5(make_cfg, depth):
     assert (pooled, head.res5[0].shortcut.stride) == ((1, (2, 2)) if depth < 50 else (2, (1, 1)))
 
 
+def test_one_more_norm_behind_res5(make_cfg, tmp_path, caplog):
+    """MoCo's head, by hand: the same weights with and without it, from a classifier."""
+    given = PREPROCESSINGS["torchvision"]
+    save_weights(build_network("resnet18"), tmp_path / "x.safetensors", given)
+    models = []
+    for name in ("PaperRes5ROIHeads", "PaperRes5ROIHeadsExtraNorm"):
+        keys = CHEAP | dict(MODEL__RESNETS__NORM="BN", MODEL__ROI_HEADS__NAME=name)
+        model = build_model(make_cfg(C4, MODEL__WEIGHTS="", **keys)).eval()
+        with caplog.at_level("INFO", logger="resnet_backbone"):
+            Checkpointer(model).load(str(tmp_path / "x.safetensors"), [])
+        models.append(model.roi_heads)
+    assert "start at random: roi_heads.res5 (4 tensors)" in caplog.text
+    plain, extra = models
+    nn.init.normal_(extra.res5.norm.running_mean)
+    maps, boxes = [torch.randn(1, 256, 8, 8)], [Boxes(torch.tensor([[0.0, 0.0, 90.0, 60.0]]))]
+    with torch.no_grad():
+        expected = extra.res5.norm(plain._shared_roi_transform(maps, boxes))
+        found = extra._shared_roi_transform(maps, boxes)
+    torch.testing.assert_close(found, expected)
+
+
 def test_c4_head_follows_the_config(make_cfg):
     keys = dict(RESNET_BACKBONE__MULTI_GRID=[1, 2, 4], MODEL__RESNETS__RES5_DILATION=2)
     keys |= dict(MODEL__RESNETS__NORM="BN", RESNET_BACKBONE__ZERO_INIT_RESIDUAL=True)
