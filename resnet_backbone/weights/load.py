@@ -93,13 +93,13 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
 
 
 def pools_as_caffe(stated: ModelSpec | None, preprocessing: Preprocessing) -> bool | None:
-    """Whether weights were trained with ``caffe_pool``.
+    """Whether weights were trained with ``caffe_pool``, by the network that their file states.
 
-    None for released Caffe weights: Detectron2 and others pad with them, so both are in use.
+    None for the released Caffe weights: Detectron2 and others pad with them, so both are in use.
     """
-    if stated is None and preprocessing.same_input(PREPROCESSINGS["msra"]):
-        return None
-    return stated is not None and stated.options.get("caffe_pool", False)
+    if stated is not None:
+        return stated.options.get("caffe_pool", False)
+    return None if preprocessing.same_input(PREPROCESSINGS["msra"]) else False
 
 
 def check_settings(model: StagedNetwork, read: Weights | Checkpoint, where: str) -> None:

@@ -92,8 +92,8 @@ def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) ->
     What weights say of their input (``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``,
     ``MODEL.RESNETS.STRIDE_IN_1X1``) and of their pooling (``RESNET_BACKBONE.CAFFE_POOL``) replaces
     the config's values; the network that they name is compared with the config's, which stays.
-    Weights without preprocessing follow
-    ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``. The lines say what was set.
+    Weights without preprocessing follow ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``. The lines say
+    what was set.
 
     Args:
         cfg: not frozen; without the node ``RESNET_BACKBONE`` its defaults count.

@@ -121,7 +121,8 @@ def check_detections(found, config, voc, folder):
 
 def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path, monkeypatch):
     """And what rows share is read once: weights are hashed, and their detector is built."""
-    run, output, used = make_run("plain", SOLVER__AMP__ENABLED=True), tmp_path / "rows", []
+    trained = dict(SOLVER__AMP__ENABLED=True, RESNET_BACKBONE__TEST__METRIC="imagenet_det")
+    run, output, used = make_run("plain", **trained), tmp_path / "rows", []
     owners = {"sha256": evaluate_detector, "trained_detector": evaluate_detector.predictor}
     for name, owner in owners.items():
         keep = getattr(owner, name)
@@ -139,6 +140,7 @@ def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path, monkeypat
     assert used == ["sha256", "trained_detector"]
     assert [row["name"] for row in content["rows"]] == ["baseline", "+refinement"]
     assert content["rows"][0]["switches"]["FLIP"]
+    assert "AP75" not in content["rows"][0]["results"]["bbox"], "the run's own metric"
     assert {row["precision"] for row in content["rows"]} == {"float32"}  # whatever training had
     assert set(content["left_out"]) == {"context", "ensemble"}
     assert "`ensemble` is left out" in (output / "results.md").read_text()
