@@ -90,7 +90,7 @@ ADAPTERS = [
     "transformers>=5.0",
 ]
 
-# tools/export.py: ONNX files, and their check in onnxruntime.
+# ONNX files and their check in onnxruntime; the engines of optimize_for_inference.
 EXPORT = [
     "numpy>=1.23",
     "pillow>=9.1",
@@ -98,6 +98,7 @@ EXPORT = [
     "onnx>=1.16",
     "onnxscript>=0.5",
     "onnxruntime>=1.18",
+    "openvino>=2024.1",
 ]
 
 # The page of tools/demo.py --web. Not part of "all": it needs older versions of Pillow and others.
@@ -116,7 +117,6 @@ DEV = [
     "pytest-xdist>=3.3",
     "hypothesis>=6.80",
     "ruff>=0.6",
-    "openvino>=2024.1",  # beside onnxruntime in tools/benchmark.py infer
 ]
 
 setup(

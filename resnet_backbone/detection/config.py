@@ -85,6 +85,9 @@ DEFAULTS = CfgNode(
             # Of evaluations and predictions, on CPUs and GPUs: float32, or mixed precision in
             # bfloat16 or float16. SOLVER.AMP is training's.
             "PRECISION": "float32",
+            # eager, compile, openvino, onnxruntime, or auto, which measures and takes the fastest:
+            # what runs backbone and heads (resnet_backbone.optimize_for_inference)
+            "ENGINE": "eager",
         },
     }
 )

@@ -1,7 +1,7 @@
 """Networks made fast: folding, inference, regions on CPUs, and export to other runtimes."""
 
+from resnet_backbone.fast.engines import InferenceNetwork
 from resnet_backbone.fast.optimize import (
-    InferenceNetwork,
     build_model,
     fold_bn,
     fold_each_call,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.utils._pytree import tree_map_only
 
 from resnet_backbone import models
+from resnet_backbone.fast.engines import InferenceNetwork, check_engine
 from resnet_backbone.models.layers import (
     ConvNorm,
     ConvNormAct,
@@ -26,7 +25,8 @@ from resnet_backbone.models.resnet import ResidualBlock
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEADS = ("box_head", "cls_subnet", "bbox_subnet")  # of Faster R-CNN and RetinaNet
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 class FoldingConvNorm(ConvNorm):
@@ -153,55 +153,81 @@ def _of_class(kind: type, module: nn.Module) -> nn.Module:
 
 
 def optimize_for_inference(
-    model: nn.Module, *, dtype: torch.dtype = torch.float32, compile: bool = False
+    model: nn.Module,
+    *,
+    dtype: torch.dtype = torch.float32,
+    engine: str = "auto",
+    calibration: Iterable[Any] = (),
 ) -> nn.Module:
     """A fast copy of a model for inference; the model itself stays as it is.
 
     Batch norms within our networks are folded into their convolutions, kernels are stored
-    channels_last, and nothing records gradients. At float32, outputs stay within 1e-4.
+    channels_last, and nothing records gradients. An engine runs the network, or of a detector its
+    parts: ``backbone`` with the feature pyramid, the ``res5`` of a C4 head, the convolution of the
+    proposal network, and ``box_head``. The last layers and all that follows stay as they are, in
+    float32. Images have any size.
 
     Args:
-        model: one of our classifiers or backbones, or any model that contains some, such as a
-            detector of Detectron2 or torchvision.
-        dtype: torch.float32, torch.bfloat16 or torch.float16. A network and a backbone take it as a
-            whole; in a model around our networks only these do, and of a detector ``backbone``
-            with its feature pyramid, the ``res5`` of a C4 head, the convolution of the proposal
-            network and ``box_head``; the last layers and all that follows stay in float32.
-        compile: also ``torch.compile`` these parts, with their weights as constants (Inductor's
-            freezing): ``load_state_dict`` is refused. The first two image sizes compile, for a
-            minute or so each; then sizes are dynamic.
+        model: a classifier or backbone, or a model that contains one, such as a detector or a
+            segmentation network of ours, of Detectron2 or of torchvision.
+        dtype: torch.float32, torch.bfloat16 or torch.float16, for the parts above; or torch.int8,
+            OpenVINO's, by quantization after training.
+        engine: "eager"; "compile" (``torch.compile`` with the weights as constants); "openvino" or
+            "onnxruntime", on CPUs; or "auto", which tries all that are installed on the first
+            input of each part and takes the fastest. See :class:`InferenceNetwork`.
+        calibration: for int8: what the model is called with, 100 times or so; images like those
+            that it will see. The ranges of all activations come from them.
 
     Returns:
-        A model called as the original is. At float32 without ``compile`` it has the same class;
-        otherwise the parts named above are :class:`InferenceNetwork`.
+        A model called as the original is. The parts above are :class:`InferenceNetwork`, except
+        with "eager" at float32, where the model keeps its class.
 
     Raises:
-        ValueError: another dtype, no network of ours in it, or one that was optimized before.
+        ValueError: another dtype or engine, one that is not installed or lacks the dtype, no part
+            that could be made faster, or a model that was optimized before.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
+    check_engine(engine, dtype)
     if any(isinstance(module, InferenceNetwork) for module in model.modules()):
         raise ValueError("this model was optimized before: optimize the original")
-    if not any(isinstance(module, ConvNorm) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} contains none of our networks")
+    ours = any(isinstance(module, ConvNorm) for module in model.modules())
+    plain = engine == "eager" and dtype == torch.float32
+    if plain and not ours:
+        raise ValueError(f"{type(model).__name__} contains none of our networks: name an engine")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     model = fold_bn(model).to(memory_format=torch.channels_last)
-    if dtype == torch.float32 and not compile:
+    if plain:
         return model
-    places = list(network_places(model))
-    is_backbone = hasattr(model, "output_shape")  # Detectron2's contract: a feature pyramid
-    if is_backbone or all(_is_stage(getattr(parent, name)) for parent, name in places):
-        return InferenceNetwork(model, dtype, compile)
-    for parent, name in places:
-        setattr(parent, name, InferenceNetwork(getattr(parent, name), dtype, compile))
-    if dtype != torch.float32:
-        for parent, name in list(head_places(model)):
-            setattr(parent, name, InferenceNetwork(getattr(parent, name), dtype, False))
+    model = place_engines(model, partial(InferenceNetwork, dtype=dtype, engine=engine))
+    if dtype == torch.int8:
+        with torch.no_grad():
+            for inputs in calibration:
+                model(inputs)
+        for module in list(model.modules()):
+            if isinstance(module, InferenceNetwork):
+                module.quantize()
     return model
 
 
+def place_engines(model: nn.Module, network: Callable[..., InferenceNetwork]) -> nn.Module:
+    """The model with its parts, or as a whole, run by engines."""
+    places = list(network_places(model))
+    if all(_is_stage(getattr(parent, name)) for parent, name in places) or _is_pyramid(model):
+        return network(model)  # also where there are none
+    for parent, name in places:
+        setattr(parent, name, network(getattr(parent, name)))
+    for parent, name in list(head_places(model)):
+        setattr(parent, name, network(getattr(parent, name), compiles=False))
+    return model
+
+
+def _is_pyramid(module: nn.Module) -> bool:
+    return hasattr(module, "output_shape")  # Detectron2's contract of a backbone
+
+
 def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, name of the child) of the largest parts of a model that are networks of ours."""
+    """(parent, name of the child) of the networks within a model, the largest ones."""
     for name, child in model.named_children():
         if _is_network(child, name):
             yield model, name
@@ -210,90 +236,27 @@ def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def head_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, name) of the convolution before a detector's proposals, and of ``box_head``."""
+    """(parent, name) of what a detector's heads compute before their last layers."""
     for parent in model.modules():
         proposes = any(hasattr(parent, name) for name in ("objectness_logits", "cls_logits"))
         for name, child in parent.named_children():
-            if name == "box_head" or (name == "conv" and proposes):
-                if any(True for _ in child.parameters()):
-                    yield parent, name
+            if not (name in HEADS or (name == "conv" and proposes)):
+                continue
+            stages = isinstance(child, nn.ModuleList)  # of a cascade
+            found = child.named_children() if stages else [(name, child)]
+            for name, head in found:
+                if any(True for _ in head.parameters()):
+                    yield child if stages else parent, name
 
 
 def _is_network(module: nn.Module, name: str) -> bool:
-    """Whether it is a network, a single stage, or a ``backbone`` around some."""
+    """Whether it is a network or stage of ours, or the backbone or ``res5`` of a detector."""
     if isinstance(module, StagedNetwork) or _is_stage(module):
         return True
-    return name == "backbone" and any(isinstance(child, ConvNorm) for child in module.modules())
+    return name in ("backbone", "res5") and any(isinstance(m, nn.Conv2d) for m in module.modules())
 
 
 def _is_stage(module: nn.Module) -> bool:
     if not isinstance(module, nn.Sequential) or not len(module):
         return False
     return all(isinstance(block, ResidualBlock) for block in module)
-
-
-class InferenceNetwork(nn.Module):
-    """A network that runs in another precision, compiled or not, without gradients.
-
-    Images, the first argument, have any precision, and so have the outputs; images of integers go
-    to the network as they are, for outputs in float32. Attributes are also the network's.
-    """
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype, compile: bool):
-        super().__init__()
-        self.network = network.to(dtype)
-        self.compiled = compile
-        self._set_run()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.network.parameters()).dtype
-
-    def _set_run(self) -> None:
-        call = self.network.__call__
-        self._run = torch.compile(call) if self.compiled else call
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("network"), name)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_run"}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._set_run()
-
-    def _apply(self, fn, recurse: bool = True) -> InferenceNetwork:
-        super()._apply(fn, recurse)
-        if self.compiled:  # its code is that of the parameters by identity, which _apply keeps
-            self.network = copy.deepcopy(self.network)
-            self._set_run()
-        return self
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        if self.compiled:
-            raise RuntimeError(
-                "the weights of a compiled model are constants of its code: load into the "
-                "original and optimize that"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, *args, **kwargs) -> Any:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"the first argument is a tensor of images, not a {type(x).__name__}")
-        result = x.dtype if x.is_floating_point() else torch.float32
-        context = nullcontext()
-        if self.compiled:  # Inductor reads the flag at the first call of each shape
-            context = importlib.import_module("torch._inductor.config").patch(freezing=True)
-        with context:
-            output = self._run(_cast(x, self.dtype), *args, **kwargs)
-        return _cast(output, result)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """All floating-point tensors within dicts, lists and tuples in another precision."""
-    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)

@@ -18,6 +18,7 @@ from resnet_backbone.adapters.torchvision_models import (
     fpn_backbone,
 )
 from resnet_backbone.fast import InferenceNetwork, optimize_for_inference
+from resnet_backbone.fast.engines import why_not
 from resnet_backbone.weights import WeightsError, get_preprocessing
 
 MSRA, TORCHVISION = get_preprocessing("msra"), get_preprocessing("torchvision")
@@ -159,9 +160,12 @@ def relative(found, wanted):
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 
-def test_optimized_faster_rcnn(photo):
+@pytest.mark.parametrize("engine", ["eager", "openvino"])
+def test_optimized_faster_rcnn(photo, engine):
+    if problem := why_not(engine, torch.bfloat16):
+        pytest.skip(problem)
     model = randomise(detector(FasterRCNN, "resnet18", None))
-    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    fast = optimize_for_inference(model, dtype=torch.bfloat16, engine=engine)
     assert type(fast) is FasterRCNN and isinstance(fast.backbone, InferenceNetwork)
     assert fast.roi_heads.box_head.fc6.weight.dtype == torch.bfloat16
     assert fast.roi_heads.box_predictor.cls_score.weight.dtype == torch.float32
@@ -169,11 +173,13 @@ def test_optimized_faster_rcnn(photo):
         maps, wanted = fast.backbone(photo[None]), model.backbone(photo[None])
         assert fast([photo])[0]["boxes"].shape[1] == 4
     assert all(relative(maps[key], wanted[key]) < 0.03 for key in wanted)
+    for part in (fast.backbone, fast.rpn.head.conv, fast.roi_heads.box_head):
+        assert part.engine == engine
 
 
 def test_optimized_deeplab(photo):
     model = randomise(deeplabv3("resnet18", 4))
-    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    fast = optimize_for_inference(model, dtype=torch.bfloat16, engine="eager")
     assert type(fast) is DeepLabV3 and isinstance(fast.backbone, InferenceNetwork)
     with torch.no_grad():
         assert relative(fast(photo[None])["out"], model(photo[None])["out"]) < 0.03

@@ -70,7 +70,7 @@ def test_detectron2_builds_channels_last(cfg, file):
 def test_optimized_detector(cfg, file):
     detector = detector_of(cfg(file))
     reference = export.run_detector(detector)
-    plain = optimize_for_inference(detector)
+    plain = optimize_for_inference(detector, engine="eager")
     found = export.largest_difference(reference, export.run_detector(plain), pictures())
     assert max(found.values()) < 1e-4
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from resnet_backbone.fast import InferenceNetwork
 from resnet_backbone.fast.export import NormalizedNetwork
 from resnet_backbone.weights import get_preprocessing, load_weights, save_weights
 
+optimize = partial(optimize_for_inference, engine="eager")
 NAMES = ("resnet18", "resnet50", "cifar_resnet20", "vgg11_bn")
 LAST = torch.channels_last
 
@@ -55,7 +57,7 @@ def test_optimized_classifier(name, norm):
     model = network(name, norm=norm, num_classes=5).train()
     state = copy.deepcopy(model.state_dict())
     images = torch.randn(2, 3, 96, 64)
-    fast = optimize_for_inference(model)
+    fast = optimize(model)
     assert type(fast) is type(model) and not fast.training
     assert not any(p.requires_grad for p in fast.parameters())
     assert_close(fast(images), unfolded(model.eval(), images))
@@ -69,7 +71,7 @@ def test_optimized_classifier(name, norm):
 def test_optimized_backbone(dtype, bound):
     model = network("resnet18", out_features=("res3", "res5"))
     images = torch.randn(2, 3, 96, 64)
-    fast = optimize_for_inference(model, dtype=dtype)
+    fast = optimize(model, dtype=dtype)
     assert fast.features == model.features and fast.out_features == ("res3", "res5")
     for x in (images, images.to(memory_format=LAST), images.double().float()):
         assert_close(fast(x), unfolded(model, images), bound)
@@ -83,7 +85,7 @@ def test_optimized_backbone(dtype, bound):
 def test_optimized_then_moved_to_another_precision(first, dtype, bound):
     model = network("resnet18", out_features=("res3",))
     images = torch.randn(2, 3, 64, 64)
-    moved, expected = optimize_for_inference(model, dtype=first).to(dtype), unfolded(model, images)
+    moved, expected = optimize(model, dtype=first).to(dtype), unfolded(model, images)
     if first == torch.bfloat16:
         assert moved.dtype == dtype, "images take the parameters' precision"
         assert_close(moved(images), expected, 0.03)
@@ -97,11 +99,11 @@ def test_optimized_network_with_its_preprocessing(convention):
     model = NormalizedNetwork(network("resnet18", num_classes=5), get_preprocessing(convention))
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     expected = unfolded(model.eval(), pixels)
-    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    fast = optimize(model, dtype=torch.bfloat16)
     assert fast.mean.dtype == torch.float32 and isinstance(fast.network, InferenceNetwork)
     for images in (pixels, pixels.float()):
         assert_close(fast(images), expected, 0.03)
-    whole = InferenceNetwork(copy.deepcopy(model), torch.bfloat16, False)
+    whole = InferenceNetwork(copy.deepcopy(model), torch.bfloat16)
     assert_close(whole(pixels), expected, 0.03)
 
 
@@ -109,18 +111,18 @@ def test_optimized_network_with_its_preprocessing(convention):
 def test_weights_into_an_optimized_model(dtype, strict):
     """Those of another optimized model only: folded ones."""
     model, other = network(), network(seed=1)
-    fast, images = optimize_for_inference(model, dtype=dtype), torch.randn(2, 3, 32, 32)
+    fast, images = optimize(model, dtype=dtype), torch.randn(2, 3, 32, 32)
     prefix = "" if dtype == torch.float32 else "network."
     state = {prefix + key: value for key, value in other.state_dict().items()}
     with pytest.raises(RuntimeError, match="load into the original and optimize that"):
         fast.load_state_dict(state, strict=strict)
     assert_close(fast(images), unfolded(model, images), 0.03)
-    fast.load_state_dict(optimize_for_inference(other, dtype=dtype).state_dict(), strict=strict)
+    fast.load_state_dict(optimize(other, dtype=dtype).state_dict(), strict=strict)
     assert_close(fast(images), unfolded(other, images), 0.03)
 
 
 def test_compiled_code_takes_no_weights():
-    detector = optimize_for_inference(nn.ModuleDict({"backbone": network()}), compile=True)
+    detector = optimize_for_inference(nn.ModuleDict({"backbone": network()}), engine="compile")
     before = copy.deepcopy(detector.state_dict())
     state = {key: value + 1 for key, value in before.items()}
     with pytest.raises(RuntimeError, match="constants of its code"):
@@ -134,7 +136,7 @@ def test_a_feature_pyramid_of_detectron2_takes_the_precision_as_a_whole():
     from resnet_backbone.detection.engine.trainer import Trainer
 
     pyramid = Trainer.build_model(load_config("coco/faster_rcnn_R_18_FPN", [])).backbone.eval()
-    fast = optimize_for_inference(pyramid, dtype=torch.bfloat16)
+    fast = optimize(pyramid, dtype=torch.bfloat16)
     assert isinstance(fast, InferenceNetwork) and fast.size_divisibility == 32
     assert {parameter.dtype for parameter in fast.parameters()} == {torch.bfloat16}
     images = torch.randn(1, 3, 64, 96)
@@ -142,14 +144,14 @@ def test_a_feature_pyramid_of_detectron2_takes_the_precision_as_a_whole():
 
 
 def test_refusals():
-    fast = optimize_for_inference(network(), dtype=torch.bfloat16)
+    fast = optimize(network(), dtype=torch.bfloat16)
     for model, dtype, message in (
         (network(), torch.int8, "torch.int8 is not one of"),
         (nn.Conv2d(3, 4, 1), torch.float32, "Conv2d contains none of our networks"),
         (fast, torch.float32, "optimized before"),
     ):
         with pytest.raises(ValueError, match=message):
-            optimize_for_inference(model, dtype=dtype)
+            optimize(model, dtype=dtype)
     with pytest.raises(TypeError, match="a tensor of images, not a list"):
         fast([torch.randn(3, 32, 32)])
 
@@ -160,7 +162,7 @@ def test_compiled(dtype, bound):
     import torch._inductor.config as inductor
 
     model = network(out_features=("res2", "res4"))
-    fast = optimize_for_inference(model, dtype=dtype, compile=True)
+    fast = optimize_for_inference(model, dtype=dtype, engine="compile")
     for size in ((2, 3, 32, 32), (2, 3, 48, 32), (3, 3, 40, 64)):
         images = torch.randn(size)
         assert_close(fast(images), unfolded(model, images), bound)
@@ -171,7 +173,7 @@ def test_compiled(dtype, bound):
 def test_compiled_then_moved_to_another_precision():
     """Back in float32 the weights are rounded, also those of code that was compiled before."""
     model, images = network(out_features=("res2",)), torch.randn(2, 3, 32, 32)
-    fast, eager = optimize_for_inference(model, compile=True), optimize_for_inference(model)
+    fast, eager = optimize_for_inference(model, engine="compile"), optimize(model)
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         fast, eager = fast.to(dtype), eager.to(dtype)
         expected = {name: value.float() for name, value in eager(images.to(dtype)).items()}
@@ -182,6 +184,6 @@ def test_compiled_then_moved_to_another_precision():
 def test_weights_are_constants_of_compiled_code():
     from torch._inductor.utils import run_and_get_code
 
-    fast = optimize_for_inference(network(), compile=True)
+    fast = optimize_for_inference(network(), engine="compile")
     _, code = run_and_get_code(fast, torch.randn(2, 3, 32, 32))
     assert "_frozen_param" in "".join(code)

@@ -3,7 +3,7 @@
   resnet-backbone benchmark loader --images photos/   # images/s of one core
   resnet-backbone benchmark train --dtype bf16       # ResNet-50 steps beside torchvision's
   resnet-backbone benchmark infer --batch 1 16       # forward passes beside torchvision's
-  resnet-backbone benchmark fpn --compile            # R-50-FPN beside Detectron2's
+  resnet-backbone benchmark fpn --engines eager auto # R-50-FPN beside Detectron2's
   resnet-backbone benchmark detect --arch fpn c4     # Faster R-CNN steps beside Detectron2's
   resnet-backbone benchmark evaluate                 # COCO and VOC AP beside the references
 
@@ -24,9 +24,10 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,13 @@ from torch import nn
 from tqdm import tqdm
 
 from resnet_backbone.cli import CommandParser, positive
+from resnet_backbone.fast import optimize_for_inference
+from resnet_backbone.fast.engines import AUTO, PACKAGES, why_not
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.records import command_line, date, hardware, versions
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Run = Callable[[], Any]
 # command -> module, what it measures, what lies within each timing
 COMMANDS = {
@@ -72,9 +76,8 @@ Forward passes in inference mode on normalized fp32 images that lie on the devic
 networks have the same weights. Candidates:
   torchvision           the reference: its model in its default form
   ours, as built        build_model(...).eval(), nothing else
-  optimized             resnet_backbone.optimize_for_inference, in fp32 and bf16
-  compile               the same with torch.compile; compilation is not timed
-  onnxruntime, OpenVINO with --runtimes: the network that `export` writes, on the CPU""",
+  ours, fp32, ENGINE    resnet_backbone.optimize_for_inference(model, engine=...), and in bf16;
+                        what engines do at their first call is not timed""",
     ),
     "fpn": (
         "pyramid",
@@ -93,8 +96,8 @@ Faster R-CNN R-50 with 80 classes on one image of 800x1216. The reference is Det
 (its backbone, its heads, fp32, as it comes); ours is what our trainer builds, with the same
 settings and the same random weights, in these forms:
   ours, fp32, as built   nothing has to be done
-  ours, fp32, optimized  resnet_backbone.optimize_for_inference(model)
-  ours, bf16, optimized  the same with dtype=torch.bfloat16
+  ours, fp32, ENGINE     resnet_backbone.optimize_for_inference(model, engine=...)
+  ours, bf16, ENGINE     the same with dtype=torch.bfloat16
   ours, bf16 autocast    training with SOLVER.AMP.ENABLED True, which works on CPUs
 Inference is the call of the model, from the image to detections. A training step is forward,
 backward and SGD, of 512 sampled regions. In all of them the proposal network does its work, and
@@ -137,6 +140,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         add, number = evaluate.add_argument, dict(type=positive)
         add(f"--{data}-images", default=images, help="of the set", **number)
         add(f"--{data}-detections", default=found, help="per image", **number)
+    for one in (infer, fpn, detect):
+        text, choices = "of ours in inference (default: eager)", (AUTO, *PACKAGES)
+        one.add_argument("--engines", nargs="+", default=["eager"], choices=choices, help=text)
     turns = {loader: 7, train: 5, infer: 5, fpn: 5, detect: 3, evaluate: 3}
     for one, repeats in turns.items():
         one.add_argument("--repeats", type=positive, default=repeats, help="turns")
@@ -161,22 +167,21 @@ def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(train: argparse.ArgumentParser, infer: argparse.ArgumentParser) -> None:
-    dtypes = ["fp32", "bf16"]
+    dtypes = list(DTYPES)
     for parser in (train, infer):
         add = parser.add_argument
         add("--model", default="resnet50", help="name of the network")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto")
         add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="of ours")
-        add("--compile", action="store_true", help="also with torch.compile")
         add("--size", type=positive, default=224, help="of the images")
         add("--steps", type=positive, default=3, help="of one turn")
     text = "images (default: 16 on a CPU, 256 on a GPU"
     train.add_argument("--batch", type=positive, help=f"{text})")
+    train.add_argument("--compile", action="store_true", help="also with torch.compile")
     train.add_argument("--timm", action="store_true", help="timm's model too")
     train.add_argument("--images", help="folder of JPEG files to train on at the end")
     train.add_argument("--workers", type=int, default=8, help="of --images")
     infer.add_argument("--batch", type=positive, nargs="+", help=f"{text}, and 1)")
-    infer.add_argument("--runtimes", action="store_true", help="onnxruntime and OpenVINO too (CPU)")
 
 
 def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.ArgumentParser) -> None:
@@ -185,7 +190,6 @@ def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.Argume
         parser.add_argument("--height", type=positive, default=800, help="of the image")
         parser.add_argument("--width", type=positive, default=1216, help="of the image")
         parser.add_argument("--no-memory", action="store_true", help="speed alone")
-    fpn.add_argument("--compile", action="store_true", help="also with torch.compile")
     fpn.add_argument("--steps", type=positive, default=1, help="of one turn")
     add, kinds = detect.add_argument, ["inference", "training"]
     add("--arch", nargs="+", choices=("fpn", "c4"), default=["fpn", "c4"], help="detectors")
@@ -239,6 +243,13 @@ def measure(
 
 def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def engine_runs(model: nn.Module, dtype: str, engines: Sequence[str]) -> dict[str, Callable]:
+    """Functions that make a model fast, by name; engines without the precision are left out."""
+    make = partial(optimize_for_inference, model, dtype=DTYPES[dtype])
+    has = [name for name in engines if name == AUTO or not why_not(name, DTYPES[dtype])]
+    return {f"ours, {dtype}, {engine}": partial(make, engine=engine) for engine in has}
 
 
 def compare_and_measure(

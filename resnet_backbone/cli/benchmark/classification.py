@@ -39,7 +39,6 @@ from resnet_backbone.weights.keymaps import from_torchvision
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 Forward = Callable[[Tensor], Tensor]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PREPROCESSING = get_preprocessing("torchvision")
 PASSES = itertools.count(1)
 
@@ -214,14 +213,10 @@ def real_data(step: TrainStep, args: argparse.Namespace, device) -> dict[str, fl
 
 def run_infer(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
-    if args.runtimes and device.type != "cpu":
-        raise ValueError("--runtimes measures CPUs: add --device cpu")
     result: dict[str, Any] = {}
     for batch in args.batch:
         torch.compiler.reset()  # each batch size gets its own code, without dynamic shapes
-        found = candidates(args.model, args.dtype, args.compile, device)
-        if args.runtimes:
-            found |= runtimes(args.model, args.dtype, torch.get_num_threads())
+        found = candidates(args.model, args.dtype, args.engines, device)
         images = torch.randn(batch, 3, args.size, args.size, device=device)
         runs = {
             name: benchmark.repeated(partial(run, images), args.steps)
@@ -247,40 +242,12 @@ def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def candidates(
-    name: str, dtypes: list[str], compiled: bool, device: torch.device
+    name: str, dtypes: list[str], engines: list[str], device: torch.device
 ) -> dict[str, Forward]:
     """Name -> forward pass on normalized float32 images; the first is the reference."""
     reference, ours = (model.to(device) for model in build_pair(name))
     found = {f"torchvision {name}, fp32": reference, "ours, fp32, as built": ours}
     for dtype in dtypes:
-        optimize, key = partial(optimize_for_inference, ours, dtype=DTYPES[dtype]), f"ours, {dtype}"
-        found[f"{key}, optimized"] = optimize()
-        if compiled:
-            found[f"{key}, optimized, compile"] = optimize(compile=True)
+        runs = benchmark.engine_runs(ours, dtype, engines)
+        found |= {name: make() for name, make in runs.items()}
     return found
-
-
-def runtimes(name: str, dtypes: list[str], threads: int) -> dict[str, Forward]:
-    """The same network exported to ONNX, in onnxruntime (fp32) and OpenVINO, on the CPU."""
-    try:
-        import openvino
-    except ImportError as error:
-        needed = "onnxscript onnxruntime openvino"
-        raise ImportError(f"--runtimes needs: pip install {needed}") from error
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        export_onnx(build_pair(name)[1], path)
-        run = run_onnx(path, threads)
-        network = openvino.Core().read_model(path.read_bytes())
-    found = {"onnxruntime, fp32": lambda images: run(images)["logits"]}
-    for dtype in dtypes:
-        precision = dtype.replace("fp", "f")
-        settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
-        settings |= {"PERFORMANCE_HINT": "LATENCY"}
-        compiled = openvino.compile_model(network, "CPU", settings)
-        found[f"OpenVINO, {dtype}"] = partial(_openvino, compiled)
-    return found
-
-
-def _openvino(compiled, images: Tensor) -> Tensor:
-    return torch.from_numpy(np.array(compiled(images.numpy())[0]))

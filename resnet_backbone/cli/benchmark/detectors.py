@@ -52,18 +52,21 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
         for title, (kind, setting) in titles.items():
             if kind not in args.kind:
                 continue
-            found = candidates(*pair, kind, prepare_detector(kind, setting))
-            passes = {name: found[name]() for name in found if not name.endswith("compile")}
+            found = candidates(*pair, kind, prepare_detector(kind, setting), args.engines)
+            passes = {name: make() for name, make in found.items()}
             turns = (args.batch, args.repeats)
             result[title] = benchmark.compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
-            names += [(kind, name) for name in passes if (kind, name) not in names]
+            timed = [(kind, name) for name in passes if not name.endswith("compile")]
+            names += [name for name in timed if name not in names]
             if kind == "training":
                 seconds, rows = mapper_seconds(), result[title]["rows"]
                 share = seconds * max(row["images_per_s"]["median"] for row in rows)
                 print(f"data: {1000 * seconds:.0f} ms an image, {share:.1%} of the fastest step")
                 result[title]["data_seconds"] = seconds
         if not args.no_memory:
-            found = benchmark.measure_memory(detector_candidates, tuple(settings[0]), names)
+            found = benchmark.measure_memory(
+                detector_candidates, (tuple(settings[0]), args.engines), names
+            )
             result[f"{arch}, memory_mb"] = found
     return result
 
@@ -99,8 +102,8 @@ def prepare_detector(kind: str, setting: Setting) -> Callable[..., Pass]:
 
 
 def detector_candidates(setting: tuple, kind: str) -> dict[str, Callable[[], Pass]]:
-    prepare = prepare_detector(kind, Setting(*setting))
-    return candidates(*build_detectors(Setting(*setting)), kind, prepare)
+    setting, engines = Setting(*setting[0]), setting[1]
+    return candidates(*build_detectors(setting), kind, prepare_detector(kind, setting), engines)
 
 
 @torch.no_grad()

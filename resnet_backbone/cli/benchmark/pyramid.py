@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,6 @@ from resnet_backbone.cli import benchmark
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.modeling import build_reference
-from resnet_backbone.fast import optimize_for_inference
 
 BF16 = torch.bfloat16
 REFERENCE = "Detectron2, fp32"
@@ -23,22 +22,21 @@ Pass = Callable[[], Any]
 
 
 def candidates(
-    theirs: nn.Module, ours: nn.Module, kind: str, prepare: Callable[..., Pass]
+    theirs: nn.Module,
+    ours: nn.Module,
+    kind: str,
+    prepare: Callable[..., Pass],
+    engines: Sequence[str] = ("eager",),
 ) -> dict[str, Callable[[], Pass]]:
     """Functions that prepare the passes of a kind, by name; the first is the reference."""
-
-    def optimized(**options: Any) -> Pass:
-        return prepare(optimize_for_inference(ours, **options))
-
     found: dict[str, Callable[[], Pass]] = {REFERENCE: partial(prepare, theirs)}
     found["ours, fp32, as built"] = partial(prepare, ours)
     if kind == "training":
         found["ours, bf16 autocast, as built"] = partial(prepare, ours, bf16=True)
         return found
-    for name, options in {"fp32": {}, "bf16": {"dtype": BF16}}.items():
-        key = f"ours, {name}, optimized"
-        found[key] = partial(optimized, **options)
-        found[f"{key}, compile"] = partial(optimized, compile=True, **options)
+    for dtype in benchmark.DTYPES:
+        for name, make in benchmark.engine_runs(ours, dtype, engines).items():
+            found[name] = lambda make=make: prepare(make())
     return found
 
 
@@ -58,12 +56,11 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"differences": differences}
     names = []
     for kind in KINDS:
-        found = candidates(*pair, kind, prepare_pyramid(kind, images))
+        found = candidates(*pair, kind, prepare_pyramid(kind, images), args.engines)
         names += [(kind, name) for name in found if not name.endswith("compile")]
         runs = {
             f"{kind}: {name}": benchmark.repeated(prepare(), args.steps)
             for name, prepare in found.items()
-            if args.compile or not name.endswith("compile")
         }
         result[kind] = benchmark.measure(runs, args.steps, args.repeats, device)
     corner = images[:, :, :256, :320].double()
@@ -72,7 +69,7 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
         text = ", ".join(f"{name} {value:.1e}" for name, value in values.items())
         print(f"ours differs from Detectron2's, relatively, in {precision}: {text}")
     if device.type == "cpu" and not args.no_memory:
-        result["memory_mb"] = benchmark.measure_memory(pyramid_candidates, shape, names)
+        result["memory_mb"] = benchmark.measure_memory(pyramid_candidates, (shape, args.engines), names)
     return result
 
 
@@ -91,8 +88,9 @@ def prepare_pyramid(kind: str, images: Tensor) -> Callable[..., Pass]:
     return lambda model, **options: partial(run, model, images, **options)
 
 
-def pyramid_candidates(shape: tuple[int, ...], kind: str) -> dict[str, Callable[[], Pass]]:
-    return candidates(*build_pyramids(), kind, prepare_pyramid(kind, torch.randn(shape)))
+def pyramid_candidates(setting: tuple, kind: str) -> dict[str, Callable[[], Pass]]:
+    shape, engines = setting
+    return candidates(*build_pyramids(), kind, prepare_pyramid(kind, torch.randn(shape)), engines)
 
 
 def train_pyramid(model: nn.Module, images: Tensor, bf16: bool = False) -> dict[str, Tensor]:

@@ -142,6 +142,7 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
         scaled = follow_processes(cfg, comm.get_world_size())
         BatchPlan.from_config(cfg)  # refuses batches that do not divide
     read_switches(cfg)
+    read_engine(cfg)
     check_data_arguments(cfg, args)  # before weights are fetched
     lines = prepare_weights(cfg, given=plan.given, weights=args.weights or "", resume_from=last)
     if not trains:
@@ -294,6 +295,7 @@ def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: 
         "seconds_per_image": speed and speed.seconds_per_image,
         "images_at_a_time": speed and speed.images_at_a_time,
         "test_precision": cfg.RESNET_BACKBONE.TEST.PRECISION,
+        "test_engine": cfg.RESNET_BACKBONE.TEST.ENGINE,
         "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
         "versions": versions(),
         "revision": source_revision(),

@@ -43,7 +43,7 @@ class SingleImageDetector(nn.Module):
                 f"{type(detector).__name__} cannot be exported as a whole, only GeneralizedRCNN "
                 "(Faster and Mask R-CNN)"
             )
-        self.detector = optimize_for_inference(detector)
+        self.detector = optimize_for_inference(detector, engine="eager")
         has_masks = getattr(detector.roi_heads, "mask_on", False)
         self.names = ("boxes", "classes", "scores") + ("masks",) * has_masks
 

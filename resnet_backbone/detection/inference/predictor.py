@@ -40,6 +40,8 @@ from resnet_backbone.detection.config import (
 from resnet_backbone.detection.inference.detector import ImprovedDetector
 from resnet_backbone.detection.inference.member import Member
 from resnet_backbone.detection.modeling import build_detector
+from resnet_backbone.fast import optimize_for_inference
+from resnet_backbone.fast.engines import check_engine
 
 
 class Predictor:
@@ -181,11 +183,25 @@ def timed_inference(
 
 
 def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """The model as evaluations run it: :func:`improve`, in ``RESNET_BACKBONE.TEST.PRECISION``."""
+    """The model as evaluations run it: :func:`improve`, on the engine and in the precision asked.
+
+    ``RESNET_BACKBONE.TEST.ENGINE`` and ``.PRECISION`` name them. With another engine than "eager",
+    the precision is that of the parts that the engine runs; with "eager" it is autocast's.
+    """
     tested, dtype = improve(cfg, model), read_precision(cfg)
-    if dtype is torch.float32:
+    if dtype is torch.float32 or read_engine(cfg) != "eager":
         return tested
     return AutocastModel(tested, torch.device(cfg.MODEL.DEVICE).type, dtype)
+
+
+def read_engine(cfg: CfgNode) -> str:
+    """``RESNET_BACKBONE.TEST.ENGINE``; UsageError for one that cannot run here."""
+    engine = backbone_node(cfg).TEST.ENGINE
+    try:
+        check_engine(engine, read_precision(cfg))
+    except ValueError as error:
+        raise UsageError(f"RESNET_BACKBONE.TEST.ENGINE: {error}") from error
+    return engine
 
 
 def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
@@ -201,8 +217,10 @@ def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
     Raises:
         UsageError, WeightsError: switches that do not suit the detector, unfit members.
     """
-    switches = read_switches(cfg)
+    switches, engine = read_switches(cfg), read_engine(cfg)
     bare = model.module if isinstance(model, DistributedDataParallel) else model
+    if engine != "eager":
+        model = bare = optimize_for_inference(bare, dtype=read_precision(cfg), engine=engine)
     if cfg.TEST.AUG.ENABLED:
         return GeneralizedRCNNWithTTA(cfg, bare).train(model.training)
     if switches == Switches():

@@ -12,9 +12,10 @@ from torchvision.ops import roi_pool
 
 from resnet_backbone import optimize_for_inference
 from resnet_backbone.detection import build_detector
-from resnet_backbone.detection.modeling import FullConv2d, FullLinear
+from resnet_backbone.detection.modeling import FullConv2d, FullLinear, build_reference
 from resnet_backbone.detection.modeling.heads import with_stride
 from resnet_backbone.fast import InferenceNetwork
+from resnet_backbone.fast.engines import why_not
 from resnet_backbone.fast.regions import RegionAlign
 
 FPN = "voc/faster_rcnn_R_18_FPN.yaml"
@@ -90,7 +91,7 @@ def test_layers_that_give_scores_and_boxes_stay_in_float32(make_family, images, 
     head = "roi_heads.res5" if family == "C4" else "roi_heads.box_head"
     half = {"backbone", "proposal_generator.rpn_head.conv", head}
     model = build_model(make_family(family, MODEL__RPN__POST_NMS_TOPK_TEST=20)).eval()
-    fast = optimize_for_inference(model, dtype=torch.bfloat16)
+    fast = optimize_for_inference(model, dtype=torch.bfloat16, engine="eager")
     modules = dict(fast.named_modules())
     assert {key for key, value in modules.items() if isinstance(value, InferenceNetwork)} == half
     for key, parameter in fast.named_parameters():
@@ -103,11 +104,23 @@ def test_layers_that_give_scores_and_boxes_stay_in_float32(make_family, images, 
     assert model.proposal_generator.rpn_head.conv.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_scores_of_given_regions(make_family, images, dtype, bound):
+@pytest.mark.parametrize(
+    "build, engine, dtype, bound",
+    [
+        (build_model, "eager", torch.float32, 1e-4),
+        (build_model, "eager", torch.bfloat16, 0.05),
+        (build_model, "openvino", torch.bfloat16, 0.05),
+        (build_model, "onnxruntime", torch.float32, 1e-4),
+        (build_reference, "openvino", torch.float32, 1e-4),
+    ],
+)
+def test_scores_of_given_regions(make_family, images, build, engine, dtype, bound):
     """Of the proposals of the original, since those of rounded scores come in another order."""
-    model = build_model(make_family("FPN", MODEL__RPN__POST_NMS_TOPK_TEST=20)).eval()
-    fast = optimize_for_inference(model, dtype=dtype)
+    if problem := why_not(engine, dtype):
+        pytest.skip(problem)
+    keys = dict(MODEL__RPN__POST_NMS_TOPK_TEST=20, MODEL__RESNETS__RES2_OUT_CHANNELS=64)
+    model = build(make_family("FPN", **keys)).eval()
+    fast = optimize_for_inference(model, dtype=dtype, engine=engine)
     with torch.no_grad():
         prepared = model.preprocess_image(images)
         proposals, _ = model.proposal_generator(prepared, model.backbone(prepared.tensor))
@@ -121,3 +134,6 @@ def test_scores_of_given_regions(make_family, images, dtype, bound):
             scores.append(objectness[0])
     for expected, found in ((scores[0], scores[2]), (scores[1], scores[3])):
         assert (found - expected).abs().max() < bound * expected.abs().max()
+    parts = [part for part in fast.modules() if isinstance(part, InferenceNetwork)]
+    plain = dtype == torch.float32 and engine == "eager"
+    assert [part.engine for part in parts] == ([] if plain else [engine] * 3)

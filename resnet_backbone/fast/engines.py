@@ -1,0 +1,321 @@
+"""Engines that run networks for inference: PyTorch, its compiler, OpenVINO and onnxruntime."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import io
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+logger = logging.getLogger(__name__)
+Run = Callable[[Tensor], Any]
+AUTO = "auto"
+PACKAGES = {  # that each engine needs
+    "eager": (),
+    "compile": (),
+    "openvino": ("openvino",),
+    "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
+}
+# The largest difference from PyTorch in the same precision, of the largest value of an output.
+BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "f32"}
+CALIBRATION = 128  # inputs that a part keeps
+CALIBRATION_REGIONS = 64  # of one input of a head
+ROUNDS = 3  # that "auto" times
+ONNX_OPSET = 17
+
+
+def why_not(engine: str, dtype: torch.dtype, device: torch.device | None = None) -> str:
+    """What keeps an engine from running here, with the mend; nothing: ""."""
+    if dtype == torch.int8 and engine != "openvino":
+        return "has no int8: use openvino"
+    needed = (*PACKAGES[engine], "nncf") if dtype == torch.int8 else PACKAGES[engine]
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        return f"needs {', '.join(missing)}: pip install resnet_backbone[export]"
+    if PACKAGES[engine] and device is not None and device.type != "cpu":
+        return f"runs on CPUs, and the images are on {device.type}: use eager or compile"
+    if engine == "onnxruntime" and dtype != torch.float32:
+        return f"has float32 on CPUs, not {str(dtype)[6:]}: use another engine"
+    if engine == "openvino" and dtype not in (torch.float32, torch.int8):
+        name = {torch.bfloat16: "BF16", torch.float16: "FP16"}[dtype]
+        core = importlib.import_module("openvino").Core()
+        if name not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            return f"has no {name} on this CPU: use float32"
+    return ""
+
+
+def check_engine(engine: str, dtype: torch.dtype) -> None:
+    """Raises ValueError for an engine that is unknown or cannot run here."""
+    if engine not in (AUTO, *PACKAGES):
+        raise ValueError(f"engine {engine!r} is not one of {', '.join((AUTO, *PACKAGES))}")
+    problem = engine != AUTO and why_not(engine, dtype)
+    if problem:
+        raise ValueError(f"engine {engine} {problem}")
+
+
+class InferenceNetwork(nn.Module):
+    """A network that an engine runs in some precision, without gradients.
+
+    The engine is built at the first call, from the form of that input, and its outputs there are
+    compared with PyTorch's: where they differ by more than rounding, or where the engine fails, a
+    warning says so and PyTorch runs the network. With "auto", each engine that can run here is
+    built, and the fastest of three calls is taken. ``network.engine`` and the log (level INFO)
+    tell which one it is.
+
+    Images, the first argument, have any size and precision. Outputs have the precision of the
+    images; for images of integers it is float32. Attributes are also the network's.
+
+    Args:
+        network: it is changed to `dtype`, except for int8: then it runs in float32 until
+            :meth:`quantize` is called, and keeps its inputs for that.
+        engine: see :func:`resnet_backbone.optimize_for_inference`.
+        compiles: whether "compile" is worth its minute for this part; without, PyTorch runs it.
+    """
+
+    def __init__(
+        self, network: nn.Module, dtype: torch.dtype, engine: str = "eager", compiles: bool = True
+    ):
+        super().__init__()
+        self.samples: list[Tensor] | None = [] if dtype == torch.int8 else None
+        self.network = network if dtype == torch.int8 else network.to(dtype)
+        self.asked, self.compiles = engine, compiles
+        self._forget()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    def _forget(self) -> None:
+        self.engine, self._run = "", None  # until the next call
+        if self.asked == "eager" or (self.asked == "compile" and not self.compiles):
+            self.engine, self._run = "eager", self.network.__call__
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("network"), name)
+
+    def quantize(self) -> None:
+        """Lets OpenVINO run the network in int8, with ranges from the inputs seen so far.
+
+        Raises:
+            ValueError: there were none.
+        """
+        if not self.samples:
+            raise ValueError("int8 needs calibration inputs, on which every part is run")
+        self._run, self.engine, self.samples = build_int8(self.network, self.samples), "int8", None
+
+    def __getstate__(self) -> dict:
+        if self.engine == "int8":
+            raise TypeError("an int8 network is not copied or saved: optimize the original again")
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _apply(self, fn, recurse: bool = True) -> InferenceNetwork:
+        super()._apply(fn, recurse)
+        if self.asked != "eager":  # an engine has the parameters by identity, which _apply keeps
+            self.network = copy.deepcopy(self.network)
+        self._forget()
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        if self.asked != "eager":
+            raise RuntimeError(
+                "the weights of an engine are constants of its code: load into the original and "
+                "optimize that"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, *args, **kwargs) -> Any:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"the first argument is a tensor of images, not a {type(x).__name__}")
+        result = x.dtype if x.is_floating_point() else torch.float32
+        x = cast(x, self.dtype)
+        if args or kwargs or not x.numel() or torch.jit.is_tracing():
+            return cast(self.network(x, *args, **kwargs), result)
+        if self.samples is not None:
+            if len(self.samples) < CALIBRATION:
+                self.samples.append(x[:CALIBRATION_REGIONS].float())
+            return cast(self.network(x), result)
+        if self._run is None:
+            self._run = self._start(x)
+        return cast(self._run(x), result)
+
+    def extra_repr(self) -> str:
+        return f"{self.dtype}, engine={self.engine or self.asked}"
+
+    def _start(self, x: Tensor) -> Run:
+        names = [name for name in PACKAGES if name != "compile" or self.compiles]
+        runs: dict[str, Run] = {}
+        for name in names if self.asked == AUTO else [self.asked]:
+            problem = why_not(name, self.dtype, x.device)
+            if not problem:
+                problem = self._try(name, x, runs)
+            if problem and self.asked == AUTO:
+                logger.info("engine %s %s", name, problem)
+            elif problem:
+                logger.warning("engine %s %s; PyTorch runs the network", name, problem)
+        if self.asked == AUTO:
+            seconds = time_runs(runs, x)
+            self.engine = min(seconds, key=seconds.__getitem__)
+            told = ", ".join(f"{name} {1000 * value:.1f} ms" for name, value in seconds.items())
+            logger.info("engine %s for %s: %s", self.engine, tuple(x.shape), told)
+        else:
+            self.engine = self.asked if self.asked in runs else "eager"
+        return runs.get(self.engine, self.network.__call__)
+
+    def _try(self, name: str, x: Tensor, runs: dict[str, Run]) -> str:
+        """Builds an engine into `runs`; what is wrong with it, if anything."""
+        try:
+            runs[name] = BUILDERS[name](self.network, x)
+            difference = largest_difference(self.network(x), runs[name](x))
+        except Exception as error:  # engines raise what they like
+            runs.pop(name, None)
+            lines = str(error).strip().splitlines()
+            return f"fails ({type(error).__name__}: {lines[0] if lines else ''})"
+        if difference <= BOUNDS[self.dtype]:
+            return ""
+        del runs[name]
+        return f"differs from PyTorch by {difference:.2g} of the largest value"
+
+
+def largest_difference(expected: Any, found: Any) -> float:
+    """Of all outputs: the largest difference, as a part of the largest value; NaN: infinity."""
+    pairs = zip(tree_flatten(expected)[0], tree_flatten(found)[0], strict=True)
+    return max(
+        float((b.float() - a.float()).abs().max().nan_to_num(nan=torch.inf))
+        / max(float(a.float().abs().max()), 1e-30)
+        for a, b in pairs
+    )
+
+
+def time_runs(runs: dict[str, Run], x: Tensor) -> dict[str, float]:
+    """Seconds of a call, the best of some rounds in turn."""
+    seconds = dict.fromkeys(runs, float("inf"))
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            start = _now(x)
+            run(x)
+            seconds[name] = min(seconds[name], _now(x) - start)
+    return seconds
+
+
+def _now(x: Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """All floating-point tensors within dicts, lists and tuples in another precision."""
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
+
+
+class TupleOutput(nn.Module):
+    """A network in float32 whose outputs are a flat tuple, as graphs have them."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = copy.deepcopy(network).float()
+        self.spec = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        outputs, self.spec = tree_flatten(self.network(x))
+        return tuple(outputs)
+
+    def rebuild(self, arrays: Any) -> Any:
+        return tree_unflatten([torch.from_numpy(array) for array in arrays], self.spec)
+
+
+def build_eager(network: nn.Module, x: Tensor) -> Run:
+    return network.__call__
+
+
+def build_compiled(network: nn.Module, x: Tensor) -> Run:
+    compiled = torch.compile(network.__call__)
+    config = importlib.import_module("torch._inductor.config")
+
+    def run(x: Tensor) -> Any:
+        with config.patch(freezing=True):  # read at the first call of each shape
+            return compiled(x)
+
+    return run
+
+
+def build_openvino(network: nn.Module, x: Tensor) -> Run:
+    plain = TupleOutput(network)
+    return run_openvino(plain, openvino_graph(plain, x), x.dtype)
+
+
+def build_int8(network: nn.Module, samples: list[Tensor]) -> Run:
+    """Post-training quantization by NNCF."""
+    nncf = importlib.import_module("nncf")
+    nncf.set_log_level(logging.ERROR)
+    plain = TupleOutput(network)
+    graph = openvino_graph(plain, samples[0])
+    dataset = nncf.Dataset([sample.contiguous().numpy() for sample in samples])
+    graph = nncf.quantize(graph, dataset, subset_size=len(samples))
+    return run_openvino(plain, graph, torch.int8)
+
+
+def openvino_graph(plain: TupleOutput, x: Tensor) -> Any:
+    openvino = importlib.import_module("openvino")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's, of sizes, which are free
+        return openvino.convert_model(plain, example_input=x.float(), input=free_sizes(x))
+
+
+def run_openvino(plain: TupleOutput, graph: Any, dtype: torch.dtype) -> Run:
+    settings = {
+        "INFERENCE_PRECISION_HINT": HINTS[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = importlib.import_module("openvino").compile_model(graph, "CPU", settings)
+    return lambda x: plain.rebuild(compiled(x.float().contiguous().numpy()).values())
+
+
+def build_onnxruntime(network: nn.Module, x: Tensor) -> Run:
+    onnxruntime = importlib.import_module("onnxruntime")
+    plain, file = TupleOutput(network), io.BytesIO()
+    axes = {"x": [axis for axis, size in enumerate(free_sizes(x)) if size < 0]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # The exporter that traces: torch.export needs to know which multiples sizes are of.
+        torch.onnx.export(
+            plain, (x,), file, dynamo=False, opset_version=ONNX_OPSET, input_names=["x"],
+            dynamic_axes=axes,
+        )  # fmt: skip
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=providers)
+    return lambda x: plain.rebuild(session.run(None, {"x": x.contiguous().numpy()}))
+
+
+def free_sizes(x: Tensor) -> list[int]:
+    """The shape of an input with -1 for what may change: all but the channels."""
+    return [size if axis == 1 else -1 for axis, size in enumerate(x.shape)]
+
+
+BUILDERS: dict[str, Callable[[nn.Module, Tensor], Run]] = {
+    "eager": build_eager,
+    "compile": build_compiled,
+    "openvino": build_openvino,
+    "onnxruntime": build_onnxruntime,
+}

@@ -1,0 +1,125 @@
+"""Engines of optimize_for_inference: PyTorch's outputs at any size, or a warning and PyTorch."""
+
+import copy
+import logging
+import pickle
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from small_networks import assert_close, network, unfolded
+from torch import nn
+
+from resnet_backbone import optimize_for_inference
+from resnet_backbone.fast import engines
+
+SIZES = ((2, 3, 32, 32), (1, 3, 48, 32), (3, 3, 40, 64))
+BF16 = torch.bfloat16
+
+
+def has(engine: str, dtype: torch.dtype = torch.float32):
+    problem = engines.why_not(engine, dtype)
+    return pytest.param(engine, dtype, marks=pytest.mark.skipif(bool(problem), reason=problem))
+
+
+RUNTIMES = [has("openvino"), has("openvino", BF16), has("onnxruntime")]
+
+
+@pytest.mark.parametrize("engine, dtype", RUNTIMES)
+@pytest.mark.parametrize("options", [{"num_classes": 5}, {"out_features": ("res2", "res4")}])
+def test_an_engine_gives_pytorchs_outputs_at_any_size(engine, dtype, options):
+    model = network(**options)
+    fast = optimize_for_inference(model, dtype=dtype, engine=engine)
+    with torch.no_grad():
+        eager = optimize_for_inference(model, dtype=dtype, engine="eager")
+        for size in SIZES:
+            images = torch.randn(size)
+            assert_close(fast(images), unfolded(model, images), 1e-4 if dtype != BF16 else 0.03)
+            assert_close(fast(images), eager(images), engines.BOUNDS[dtype])
+    assert fast.engine == engine and "network" in dict(fast.named_children())
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert_close(copied(images), fast(images), 1e-6)
+    with pytest.raises(RuntimeError, match="constants of its code"):
+        fast.load_state_dict(fast.state_dict())
+
+
+@pytest.mark.parametrize("engine, dtype", [has("openvino")])
+def test_other_inputs_of_an_engine(engine, dtype):
+    """Channels last, doubles, and none at all."""
+    model = network(num_classes=5)
+    fast = optimize_for_inference(model, dtype=dtype, engine=engine)
+    images = torch.randn(2, 3, 32, 48)
+    assert_close(fast(images.to(memory_format=torch.channels_last)), unfolded(model, images))
+    assert fast(images.double()).dtype == torch.float64
+    assert fast(images[:0]).shape == (0, 5)
+
+
+class Traced(nn.Module):
+    """A network that is another one in a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) * (2 if torch.jit.is_tracing() else 1)
+
+
+@pytest.mark.parametrize("engine, dtype", [has("openvino"), has("onnxruntime")])
+@pytest.mark.parametrize("told", ["differs from PyTorch by 1 of", "fails (OSError: no memory)"])
+def test_what_an_engine_cannot_run_is_said(engine, dtype, told, caplog, monkeypatch):
+    if "fails" in told:
+        build = MagicMock(side_effect=OSError("no memory\nmore"))
+        monkeypatch.setitem(engines.BUILDERS, engine, build)
+    model, images = Traced(), torch.ones(1, 3, 8, 8)
+    fast = optimize_for_inference(model, dtype=dtype, engine=engine)
+    with caplog.at_level(logging.WARNING):
+        assert_close(fast(images), model(images))
+    assert f"engine {engine} {told}" in caplog.text
+    assert "PyTorch runs the network" in caplog.text and fast.engine == "eager"
+
+
+def test_auto_takes_the_fastest_of_those_that_are_right(monkeypatch, caplog):
+    """Of engines with given times: the fastest one is wrong, the next one is taken."""
+    seconds = {"eager": 0.05, "compile": 0.01, "openvino": 0.02, "onnxruntime": 0.0}
+    wrong = "onnxruntime"
+    builders = {name: lambda module, x: module.__call__ for name in seconds}
+    builders[wrong] = lambda module, x: lambda x: module(x) + 1
+    monkeypatch.setattr(engines, "BUILDERS", builders)
+    monkeypatch.setattr(engines, "why_not", lambda *_: "")
+    monkeypatch.setattr(engines, "time_runs", lambda runs, x: {name: seconds[name] for name in runs})
+    fast, images = optimize_for_inference(network(num_classes=5)), torch.randn(1, 3, 32, 32)
+    with caplog.at_level(logging.INFO):
+        assert_close(fast(images), unfolded(network(num_classes=5), images))
+    assert fast.engine == "compile" and "engine=compile" in repr(fast)
+    assert f"engine {wrong} differs" in caplog.text
+    assert "engine compile for (1, 3, 32, 32): eager 50.0 ms, compile 10.0 ms, op" in caplog.text
+    head = engines.InferenceNetwork(network(), torch.float32, "auto", compiles=False)
+    head(images)
+    assert head.engine == "openvino", "a head is not compiled"
+
+
+def test_refusals(monkeypatch):
+    with pytest.raises(ValueError, match="engine 'tensorrt' is not one of auto, eager, compile"):
+        optimize_for_inference(network(), engine="tensorrt")
+    with pytest.raises(ValueError, match="onnxruntime has float32 on CPUs, not bfloat16"):
+        optimize_for_inference(network(), engine="onnxruntime", dtype=BF16)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs openvino: pip install resnet_backbone.export."):
+        optimize_for_inference(network(), engine="openvino")
+
+
+@pytest.mark.parametrize("engine, dtype", [has("openvino", torch.int8)])
+def test_int8_is_calibrated_on_given_inputs(engine, dtype):
+    model = network(num_classes=5)
+    images = [torch.randn(4, 3, 32, 32) for _ in range(4)]
+    with pytest.raises(ValueError, match="int8 needs calibration inputs"):
+        optimize_for_inference(model, dtype=dtype, engine=engine)
+    fast = optimize_for_inference(model, dtype=dtype, calibration=images)
+    with torch.no_grad():
+        for x in (images[0], torch.randn(1, 3, 48, 40)):
+            expected, found = unfolded(model, x), fast(x)
+            assert 0 < (found - expected).abs().max() < 0.2 * expected.abs().max()
+    assert fast.engine == "int8"
+    with pytest.raises(TypeError, match="optimize the original again"):
+        copy.deepcopy(fast)
