@@ -21,6 +21,8 @@ from resnet_backbone.detection.inference import member
 from resnet_backbone.detection.inference.detector import ImprovedDetector
 from resnet_backbone.detection.inference.member import Member
 from resnet_backbone.detection.inference.predictor import for_testing
+from resnet_backbone.fast import InferenceNetwork
+from resnet_backbone.fast.engines import why_not
 
 FAMILIES = ("C4", "VGG", "FPN")
 CHEAP = dict(MODEL__ROI_HEADS__NUM_CLASSES=3, MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.02)
@@ -257,6 +259,7 @@ REFUSED = {
     "INPUT.MIN_SIZE_TEST": dict(SCALES=[200], INPUT__MIN_SIZE_TEST=0),
     "no config.yaml there": dict(ENSEMBLE=["nowhere"]),
     "PRECISION 'bf16' is not one of float32, bfloat16, float16": dict(PRECISION="bf16"),
+    "ENGINE: engine 'tensorrt' is not one of auto, eager": dict(ENGINE="tensorrt"),
     "PRECISION float16: .* ROIPool has float32 alone": dict(
         PRECISION="float16", MODEL__ROI_BOX_HEAD__POOLER_TYPE="ROIPool"
     ),
@@ -335,7 +338,7 @@ def test_detectron2s_augmentation(detector):
         assert {round(x, 4) for x in found.scores.tolist()} - single  # from other scales
 
 
-def test_the_precision_is_that_of_testing(detector):
+def test_precision_and_engine_are_those_of_testing(detector):
     """Mixed precision of a training (SOLVER.AMP) does not count; TEST.PRECISION does."""
     keys = dict(SOLVER__AMP__ENABLED=True, RESNET_BACKBONE__TEST__BOX_REFINEMENT=True)
     keys |= dict(RESNET_BACKBONE__TEST__SCALES=[64, 96], RESNET_BACKBONE__TEST__FLIP=True)
@@ -345,8 +348,15 @@ def test_the_precision_is_that_of_testing(detector):
         inputs, exact = make_inputs(cfg.INPUT.FORMAT), for_testing(cfg, model)
         assert isinstance(exact, ImprovedDetector)  # without a wrapper
         cfg.RESNET_BACKBONE.TEST.PRECISION = "bfloat16"
-        mixed = for_testing(cfg, model).eval()
-        for ours, theirs in zip(mixed(inputs), exact(inputs), strict=True):
-            found, wanted = ours["instances"], theirs["instances"]
-            assert found.scores.dtype == torch.float32 and len(found) > 0
-            assert 0 < abs(found.scores[0] - wanted.scores[0]) < 0.1
+        mixed = [for_testing(cfg, model).eval()]
+        if not why_not("openvino", torch.bfloat16):
+            cfg.RESNET_BACKBONE.TEST.ENGINE = "openvino"
+            mixed.append(for_testing(cfg, model))
+            assert isinstance(mixed[-1], ImprovedDetector)
+        for fast in mixed:
+            for ours, theirs in zip(fast(inputs), exact(inputs), strict=True):
+                found, wanted = ours["instances"], theirs["instances"]
+                assert found.scores.dtype == torch.float32 and len(found) > 0
+                assert 0 < abs(found.scores[0] - wanted.scores[0]) < 0.1
+        ran = {part.engine for part in mixed[-1].modules() if isinstance(part, InferenceNetwork)}
+        assert ran == ({"openvino"} if len(mixed) == 2 else set())
