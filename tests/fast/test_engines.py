@@ -87,7 +87,7 @@ def test_auto_takes_the_fastest_of_those_that_are_right(monkeypatch, caplog):
     builders[wrong] = lambda module, x: lambda x: module(x) + 1
     monkeypatch.setattr(engines, "BUILDERS", builders)
     monkeypatch.setattr(engines, "why_not", lambda *_: "")
-    monkeypatch.setattr(engines, "time_runs", lambda runs, x: {name: seconds[name] for name in runs})
+    monkeypatch.setattr(engines, "time_runs", lambda runs, x: {key: seconds[key] for key in runs})
     fast, images = optimize_for_inference(network(num_classes=5)), torch.randn(1, 3, 32, 32)
     with caplog.at_level(logging.INFO):
         assert_close(fast(images), unfolded(network(num_classes=5), images))

@@ -6,11 +6,9 @@ import argparse
 import io
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,8 +28,6 @@ from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.step import TrainStep, build_sgd
 from resnet_backbone.cli import benchmark
 from resnet_backbone.cli.export import find_pictures, spread
-from resnet_backbone.fast import optimize_for_inference
-from resnet_backbone.fast.export import export_onnx, run_onnx
 from resnet_backbone.runtime.images import EncodedImage, partial_decoding
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import get_preprocessing

@@ -69,7 +69,8 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
         text = ", ".join(f"{name} {value:.1e}" for name, value in values.items())
         print(f"ours differs from Detectron2's, relatively, in {precision}: {text}")
     if device.type == "cpu" and not args.no_memory:
-        result["memory_mb"] = benchmark.measure_memory(pyramid_candidates, (shape, args.engines), names)
+        setting = shape, args.engines
+        result["memory_mb"] = benchmark.measure_memory(pyramid_candidates, setting, names)
     return result
 
 

@@ -148,7 +148,8 @@ def _write_all(folder: Path, settings: dict, on_image: Callable[[], object] | No
         (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(ids) + "\n")
     credits = [f"{s}: {n} ({terms})\n" for s in BACKGROUNDS for n, terms in BACKGROUNDS[s].items()]
     (folder / "README.txt").write_text(_README + "".join(credits), encoding="utf-8")
-    summary = {"settings": settings, "drawing": DRAWING, "class_names": list(CLASS_NAMES), "images": images}
+    summary = {"settings": settings, "drawing": DRAWING}
+    summary |= {"class_names": list(CLASS_NAMES), "images": images}
     (folder / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 

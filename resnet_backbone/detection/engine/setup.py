@@ -32,7 +32,12 @@ from resnet_backbone.detection.engine.schedule import (
     follow_processes,
     plan_schedule,
 )
-from resnet_backbone.detection.inference.predictor import Speed, check_ensemble, run_config
+from resnet_backbone.detection.inference.predictor import (
+    Speed,
+    check_ensemble,
+    read_engine,
+    run_config,
+)
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import find_config, write_json
 from resnet_backbone.runtime.launch import local_size
