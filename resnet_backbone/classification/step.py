@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_backbone.classification.config import ScheduleConfig
 from resnet_backbone.classification.networks import logits_of
+from resnet_backbone.models.layers import prelu_slopes
 from resnet_backbone.runtime.processes import STEP, World, seed_everything
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -178,9 +179,9 @@ def build_sgd(
     """SGD over a network's trainable parameters; the paper: 0.9 and 1e-4.
 
     Without ``decay_norm_and_bias``, those of one dimension (biases, BN) are not decayed. Slopes of
-    PReLU never are: decay pushes them to zero, which is ReLU (arXiv 1502.01852, section 2.1).
+    PReLU never are.
     """
-    slopes = {id(m.weight) for m in model.modules() if isinstance(m, nn.PReLU)}
+    slopes = prelu_slopes(model)
     groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
     for parameter in (p for p in model.parameters() if p.requires_grad):
         decays = id(parameter) not in slopes and (decay_norm_and_bias or parameter.ndim > 1)

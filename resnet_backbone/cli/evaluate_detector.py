@@ -41,6 +41,7 @@ import torch
 from tqdm import tqdm
 
 from resnet_backbone.cli import CommandParser
+from resnet_backbone.detection.checkpoint.files import find_weights
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import (
     DEFAULTS,
@@ -171,7 +172,7 @@ def fingerprint(row: Row, data: str, digest: Callable[[Any], str]) -> str:
     cfg.OUTPUT_DIR = ""
     parts = [cfg.dump(), data, digest(cfg.MODEL.WEIGHTS)]
     for run in cfg.RESNET_BACKBONE.TEST.ENSEMBLE:
-        parts += [digest(predictor.find_weights(run)), digest(os.path.join(run, "config.yaml"))]
+        parts += [digest(find_weights(run)), digest(os.path.join(run, "config.yaml"))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

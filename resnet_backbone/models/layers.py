@@ -95,6 +95,14 @@ def build_activation(name: str, channels: int) -> nn.Module:
     raise ValueError(f"unknown activation {name!r}: use one of {', '.join(ACTIVATIONS)}")
 
 
+def prelu_slopes(model: nn.Module) -> set[int]:
+    """``id`` of the slopes, which are never decayed: decay pushes them to zero, which is ReLU.
+
+    Source: arXiv 1502.01852, section 2.1.
+    """
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.PReLU)}
+
+
 class ConvNorm(nn.Conv2d):
     """A convolution followed by its norm, which is the child ``norm`` (Detectron2's key layout).
 

@@ -132,6 +132,6 @@ def test_starts(train_net, data, tmp_path, name, results, monkeypatch):
     assert wanted <= losses.keys()
     assert all(math.isfinite(value) for value in losses.values())
     assert all(losses[key] > 0 for key in wanted if "cls" in key)
-    task, number = ("localization", "error-true-class") if "_loc/" in name else ("bbox", "AP50")
+    task, number = ("localization", "true_class_error") if "_loc/" in name else ("bbox", "AP50")
     assert content["iterations"] == 1 and 0 <= content["results"][task][number] <= 100
     assert content["test_precision"] == "float32"

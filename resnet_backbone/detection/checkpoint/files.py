@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import get_cache_dir
 
+from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights.keymaps.detectron2 import OTHER_BLOBS
 from resnet_backbone.weights.preprocessing import (
     Preprocessing,
@@ -210,3 +211,12 @@ def find_last_checkpoint(folder: str) -> str:
     """The checkpoint from which a run resumes; "" where there is none."""
     mark = Path(folder, LAST)
     return os.path.join(folder, mark.read_text("utf-8").strip()) if mark.is_file() else ""
+
+
+def find_weights(run: str) -> str:
+    """``model_final.pth`` of a run, or its last checkpoint; UsageError if there is neither."""
+    final = os.path.join(run, "model_final.pth")
+    found = final if os.path.isfile(final) else find_last_checkpoint(run)
+    if not found:
+        raise UsageError(f"{run}: no model_final.pth, no checkpoint there; name a run of train-net")
+    return found

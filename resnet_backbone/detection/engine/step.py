@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_backbone.detection.config import seed_of
 from resnet_backbone.detection.data.sampling import BatchPlan, TrainingLoader
+from resnet_backbone.models.layers import prelu_slopes
 from resnet_backbone.runtime.errors import TrainingDiverged, UsageError
 from resnet_backbone.runtime.processes import STEP, seed_everything
 from resnet_backbone.runtime.signals import StopRequest
@@ -39,6 +40,17 @@ def distribute(model: nn.Module) -> nn.Module:
     on_gpu = next(model.parameters()).device.type == "cuda"
     options = {} if on_gpu else {"device_ids": None}
     return create_ddp_model(model, broadcast_buffers=False, **options)
+
+
+def exempt_slopes(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """Puts a model's slopes of PReLU, if it has some, into groups without weight decay."""
+    slopes = prelu_slopes(model)
+    for group in list(optimizer.param_groups):
+        mine = [one for one in group["params"] if id(one) in slopes]
+        if mine:
+            group["params"] = [one for one in group["params"] if id(one) not in slopes]
+            optimizer.add_param_group({**group, "params": mine, "weight_decay": 0.0})
+    return optimizer
 
 
 class CustomLoader:

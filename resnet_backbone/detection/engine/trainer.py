@@ -34,9 +34,15 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
-from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
+from resnet_backbone.detection.checkpoint.files import find_last_checkpoint, find_weights
 from resnet_backbone.detection.checkpoint.input_check import with_weights_input
-from resnet_backbone.detection.config import import_project, read_switches, seed_of, with_keys
+from resnet_backbone.detection.config import (
+    backbone_node,
+    import_project,
+    read_switches,
+    seed_of,
+    with_keys,
+)
 from resnet_backbone.detection.data.problems import read_image
 from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader, mapper_options
 from resnet_backbone.detection.engine.hooks import (
@@ -50,8 +56,8 @@ from resnet_backbone.detection.engine.hooks import (
 )
 from resnet_backbone.detection.engine.results import check_results
 from resnet_backbone.detection.engine.schedule import check_training
-from resnet_backbone.detection.engine.step import TrainStep, distribute
-from resnet_backbone.detection.evaluation import build_chosen_evaluator
+from resnet_backbone.detection.engine.step import TrainStep, distribute, exempt_slopes
+from resnet_backbone.detection.evaluation import build_evaluator
 from resnet_backbone.detection.inference.predictor import (
     Speed,
     Timed,
@@ -60,6 +66,7 @@ from resnet_backbone.detection.inference.predictor import (
     keep_members,
 )
 from resnet_backbone.detection.modeling import build_detector
+from resnet_backbone.detection.modeling.localization import LocalizationRCNN
 from resnet_backbone.runtime.errors import (
     Stopped,
     TrainingDiverged,
@@ -161,6 +168,21 @@ class Trainer(DefaultTrainer):
         self.stopping = ""  # the signal that ends the run
         self.failure = ""  # why the last evaluation failed
         self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; R-CNN of localization also starts with a trained proposal network."""
+        super().resume_or_load(resume)
+        model = self.checkpointer.model
+        if self.start_iter or not isinstance(model, LocalizationRCNN):
+            return
+        folder = backbone_node(self.cfg).LOCALIZATION.PROPOSALS
+        if not folder:
+            raise UsageError(
+                "RESNET_BACKBONE.LOCALIZATION.PROPOSALS is empty: give the run folder of a "
+                "finished ClassProposalNetwork, on whose proposals R-CNN learns"
+            )
+        proposer = self.build_checkpointer(self.cfg, model.proposer)
+        proposer.load(find_weights(folder), needs_detector=True)
 
     def train(self) -> dict:
         """Trains from ``start_iter`` to ``max_iter``, or until an early stop; gives the results.
@@ -271,6 +293,11 @@ class Trainer(DefaultTrainer):
         return Watched(loader, watch.stop, -(-len(loader.dataset) // comm.get_world_size()))
 
     @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """As Detectron2's, without weight decay of PReLU's slopes."""
+        return exempt_slopes(super().build_optimizer(cfg, model), model)
+
+    @classmethod
     def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer):
         if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR":
             return import_project("deeplab").build_lr_scheduler(cfg, optimizer)
@@ -279,7 +306,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_"))
-        return build_chosen_evaluator(cfg, dataset_name, folder)
+        node = backbone_node(cfg)
+        return build_evaluator(dataset_name, folder, node.TEST.METRIC, node.LOCALIZATION.GUESSES)
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):

@@ -6,19 +6,14 @@ import hashlib
 import json
 
 import numpy as np
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, SemSegEvaluator
 from PIL import Image
 
-from resnet_backbone.detection.config import UsageError, backbone_node
+from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.evaluation.coco import PanopticEvaluator
 from resnet_backbone.detection.evaluation.coco import PerClassCOCOEvaluator as build_coco_evaluator
-from resnet_backbone.detection.evaluation.imagenet import (
-    DETEvaluator,
-    LOCEvaluator,
-    read_guesses,
-)
+from resnet_backbone.detection.evaluation.imagenet import DETEvaluator, LOCEvaluator, read_guesses
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator, format_table
 from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc
 
@@ -63,43 +58,39 @@ EVALUATORS = {
 """MetadataCatalog's evaluator_type -> callable(dataset_name, output_dir)."""
 
 
-def build_evaluator(dataset_name: str, output_dir: str | None = None) -> DatasetEvaluator:
-    """The evaluator that suits the evaluator_type of a registered data set, else ValueError.
+METRICS = {"imagenet_det": DETEvaluator, "localization": LOCEvaluator}
+"""``RESNET_BACKBONE.TEST.METRIC`` -> what is used in place of :data:`EVALUATORS`."""
 
-    `output_dir` is the folder for the result files; None writes none.
+
+def build_evaluator(
+    dataset_name: str, output_dir: str | None = None, metric: str = "", guesses: str = ""
+) -> DatasetEvaluator:
+    """The evaluator that suits a registered data set, or that of a metric.
+
+    Args:
+        output_dir: the folder for the result files; None writes none.
+        metric: one of :data:`METRICS`; empty: the evaluator_type of the data set says it.
+        guesses: of localization, see :func:`.imagenet.read_guesses`.
+
+    Raises:
+        ValueError: the data set has no known evaluator_type.
+        UsageError: there is no such metric, or a wrong file of guesses.
     """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    metadata = MetadataCatalog.get(dataset_name)
+    if metric == "localization":
+        return LOCEvaluator(dataset_name, output_dir, read_guesses(guesses, metadata.thing_classes))
+    if metric in METRICS:
+        return METRICS[metric](dataset_name, output_dir)
+    if metric:
+        known = ", ".join(METRICS)
+        raise UsageError(f"RESNET_BACKBONE.TEST.METRIC {metric!r} is not one of {known}, or empty")
+    kind = metadata.get("evaluator_type")
     if kind not in EVALUATORS:
         raise ValueError(
             f"data set {dataset_name!r} has evaluator_type {kind!r}, not one of"
             f" {', '.join(EVALUATORS)}; register it with register_voc or register_coco"
         )
     return EVALUATORS[kind](dataset_name, output_dir)
-
-
-METRICS = ("imagenet_det", "localization")
-
-
-def build_chosen_evaluator(
-    cfg: CfgNode, dataset_name: str, output_dir: str | None = None
-) -> DatasetEvaluator:
-    """The evaluator of ``RESNET_BACKBONE.TEST.METRIC``, by default that of the data set.
-
-    Raises:
-        UsageError: there is no such metric, or a wrong file of guesses.
-    """
-    node = backbone_node(cfg)
-    metric, guesses = node.TEST.METRIC, node.LOCALIZATION.GUESSES
-    if not metric:
-        return build_evaluator(dataset_name, output_dir)
-    if metric == "imagenet_det":
-        return DETEvaluator(dataset_name, output_dir)
-    if metric != "localization":
-        raise UsageError(
-            f"RESNET_BACKBONE.TEST.METRIC {metric!r} is not one of {', '.join(METRICS)}, or empty"
-        )
-    names = MetadataCatalog.get(dataset_name).thing_classes
-    return LOCEvaluator(dataset_name, output_dir, read_guesses(guesses, names))
 
 
 def data_digest(dataset_name: str) -> str:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = 10.0  # pixels by which a box may be larger than a small object
 TOP = 5  # classes that may be guessed
 IOU = 0.5
-TRUE_CLASS = "error-true-class"
+TRUE_CLASS, TOP1, TOP5 = "true_class_error", "top1_error", "top5_error"
 
 
 class _Evaluator(DatasetEvaluator):
@@ -162,7 +162,7 @@ class LOCEvaluator(_Evaluator):
     Every image shows one class; of each class the detection with the highest score counts. With
     the true class given, an image is wrong if that class's box overlaps no object by 0.5 or more.
     For the others, the classes are guessed: an image is wrong if no guess is the true class with
-    such a box. It gives {"localization": {"error-true-class", "error-top1", "error-top5"}}, the
+    such a box. It gives {"localization": {"true_class_error", "top1_error", "top5_error"}}, the
     last two where there are guesses.
 
     Args:
@@ -180,7 +180,7 @@ class LOCEvaluator(_Evaluator):
         self.guesses = guesses or {}
 
     def score(self, found) -> OrderedDict:
-        wrong: dict[str, list[bool]] = {TRUE_CLASS: [], "error-top1": [], "error-top5": []}
+        wrong: dict[str, list[bool]] = {TRUE_CLASS: [], TOP1: [], TOP5: []}
         for record, objects, classes in self.objects():
             image = record["image_id"]
             if len(set(classes)) != 1:
@@ -191,7 +191,7 @@ class LOCEvaluator(_Evaluator):
             is_found = int(classes[0]) if self.is_found(found, image, objects, classes[0]) else None
             guesses = self.guesses.get(Path(record["file_name"]).stem, ())
             wrong[TRUE_CLASS].append(is_found is None)
-            for name, count in (("error-top1", 1), ("error-top5", TOP)):
+            for name, count in ((TOP1, 1), (TOP5, TOP)):
                 wrong[name].append(is_found not in guesses[:count])
         if not self.guesses:
             wrong = {TRUE_CLASS: wrong[TRUE_CLASS]}

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
-from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
+from resnet_backbone.detection.checkpoint.files import find_weights
 from resnet_backbone.detection.checkpoint.input_check import (
     prepare_weights,
     require_weights,
@@ -236,15 +236,6 @@ def trained_detector(cfg: CfgNode) -> nn.Module:
     model = build_detector(cfg)
     Checkpointer.from_config(cfg, model).load(cfg.MODEL.WEIGHTS, needs_detector=True)
     return model.eval()
-
-
-def find_weights(run: str) -> str:
-    """``model_final.pth`` of a run, or its last checkpoint; UsageError if there is neither."""
-    final = os.path.join(run, "model_final.pth")
-    found = final if os.path.isfile(final) else find_last_checkpoint(run)
-    if not found:
-        raise UsageError(f"{run}: no model_final.pth, no checkpoint there; name a train_net.py run")
-    return found
 
 
 def run_config(run: str, overrides: list[str]) -> CfgNode:

@@ -9,9 +9,11 @@ import time
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("detectron2")
 
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import rpn
 from detectron2.modeling.roi_heads import roi_heads
@@ -21,6 +23,7 @@ from detectron2.utils.events import EventStorage
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.sampling import BatchPlan
 from resnet_backbone.detection.engine.step import TrainStep
+from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.runtime.errors import TrainingDiverged
 from resnet_backbone.runtime.signals import StopRequest
 
@@ -185,3 +188,17 @@ def test_not_finite(cfg, bad, place):
         stepper.run(0)
     assert "\n" not in str(caught.value)
     assert stepper.model.weight.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("activation", ["relu", "prelu"])
+def test_slopes_of_prelu_are_not_decayed(make_family, activation):
+    keys = dict(MODEL__RESNETS__NORM="BN", MODEL__BACKBONE__FREEZE_AT=0)
+    cfg = make_family("FPN", RESNET_BACKBONE__ACTIVATION=activation, **keys)
+    model = build_model(cfg)
+    slopes = {id(m.weight) for m in model.modules() if isinstance(m, nn.PReLU)}
+    ours, theirs = (
+        {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in (kind.build_optimizer(cfg, model) for kind in (Trainer, DefaultTrainer))
+    )
+    assert ours == {key: 0 if key in slopes else value for key, value in theirs.items()}
+    assert bool(slopes) == (activation == "prelu") and all(theirs[key] for key in slopes)

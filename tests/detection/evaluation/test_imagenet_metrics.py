@@ -140,10 +140,10 @@ def test_localization_by_hand(register, tmp_path):
     ]
     guesses = {"img0": [0, 1], "img1": [2, 0, 1], "img2": [2], "img3": [1, 2]}
     results = evaluate(LOCEvaluator(name, str(tmp_path), guesses), found)["localization"]
-    assert results == {"error-true-class": 25.0, "error-top1": 75.0, "error-top5": 50.0}
+    assert results == {"true_class_error": 25.0, "top1_error": 75.0, "top5_error": 50.0}
     assert (tmp_path / "loc_results.json").is_file()
     without = evaluate(LOCEvaluator(name), found[:3])["localization"]
-    assert without == {"error-true-class": 50.0}  # the fourth image was not looked at
+    assert without == {"true_class_error": 50.0}  # the fourth image was not looked at
 
 
 def test_localization_refuses_images_of_several_classes(register):

@@ -1,5 +1,9 @@
 """The per-class proposal network and R-CNN of ImageNet localization."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,7 +14,8 @@ from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection import build_detector
 from resnet_backbone.detection.config import load_config
-from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.models import build_model as build_classifier
+from resnet_backbone.weights import get_preprocessing, save_weights
 
 SMALL = ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"]
 SMALL += ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
@@ -75,11 +80,11 @@ def test_eight_anchors_of_an_image_half_of_them_positive():
     model = make("rpn")
     _, _, anchors = model.predict(torch.zeros(1, 3, 224, 224))
     assert anchors.shape == (7 * 7 * 9, 4)
-    chosen, goal, kinds = model.sample(anchors, image(224, 224, BOX)["instances"])
+    chosen, _, goal, kinds = model.sample(anchors, image(224, 224, BOX)["instances"])
     positive = kinds == 3
     assert len(chosen) == 8 and 1 <= positive.sum() <= 4 and (kinds[~positive] == 5).all()
     assert (goal[positive] == torch.tensor(BOX)).all()
-    chosen, _, kinds = model.sample(anchors, image(224, 224)["instances"])
+    chosen, _, _, kinds = model.sample(anchors, image(224, 224)["instances"])
     assert len(chosen) == 8 and (kinds == 5).all()
 
 
@@ -105,15 +110,12 @@ def test_what_is_tested_of_an_image(pairs, positions, limit):
     assert (high <= torch.tensor(limit)[[2, 3, 2, 3]] + 1e-3).all()
 
 
-def test_rcnn_learns_regions_of_a_trained_proposal_network(tmp_path):
-    proposer = make("rpn")
+def test_rcnn_learns_regions_of_the_proposals():
+    model = make("rcnn", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8")
     inputs = [image(224, 224, BOX)]
-    learn(proposer, inputs, 5)
-    torch.save({"model": proposer.state_dict()}, tmp_path / "model_final.pth")
-    keys = ["RESNET_BACKBONE.LOCALIZATION.PROPOSALS", str(tmp_path)]
-    model = make("rcnn", *keys, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8")
+    learn(model.proposer.requires_grad_(True), inputs, 5)
+    model.proposer.requires_grad_(False)
     before = {key: value.clone() for key, value in model.proposer.state_dict().items()}
-    assert all(torch.equal(before[key], value) for key, value in proposer.state_dict().items())
     first, last = learn(model, inputs, 12)
     assert last < first / 2
     for key, value in model.proposer.state_dict().items():
@@ -138,6 +140,58 @@ def test_regions_are_warped_to_squares():
     assert torch.allclose(crops[0, :, 20:-20, 20:-20].mean((1, 2)), wanted, atol=1e-3)
 
 
-def test_proposals_of_a_folder_without_a_run(tmp_path):
-    with pytest.raises(UsageError, match=r"PROPOSALS .*no model_final\.pth"):
-        make("rcnn", "RESNET_BACKBONE.LOCALIZATION.PROPOSALS", str(tmp_path))
+@pytest.fixture
+def train_loc(train_net, tiny_voc, tiny_coco, tmp_path):
+    """Function (kind, run folder, argument...) -> lines of stderr of a run that learns nothing."""
+    data = tmp_path / "bars.json"
+    content = json.loads(Path(tiny_coco(data, range(3))).read_text())
+    kept = content["categories"][0]["id"]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == kept]
+    data.write_text(json.dumps(content))
+    network = build_classifier("resnet18", 2)
+    save_weights(network, tmp_path / "classifier.safetensors", get_preprocessing("msra"))
+    keys = """INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SOLVER.IMS_PER_BATCH 1
+    SOLVER.MAX_ITER 1 SOLVER.BASE_LR 0.0 SOLVER.WEIGHT_DECAY 0.0 DATALOADER.NUM_WORKERS 0
+    MODEL.RPN.POST_NMS_TOPK_TEST 5 RESNET_BACKBONE.LOCALIZATION.REGION_SIZE 64""".split()
+
+    def run(kind, output, *words, code=0):
+        paths = ["--coco-json", data, data, "--image-root", tiny_voc / "JPEGImages"]
+        words = ["--output-dir", output, *paths, *words]
+        if kind:
+            words += [*SMALL[6:], *keys, "MODEL.WEIGHTS", tmp_path / "classifier.safetensors"]
+        return train_net(kind and f"imagenet_loc/{kind}_R_50.yaml", *words, code=code)
+
+    return run, network
+
+
+def test_rcnn_starts_with_the_classifier_and_the_proposals_and_later_needs_neither(
+    train_loc, tmp_path
+):
+    train, classifier = train_loc
+    proposals, run = tmp_path / "rpn", tmp_path / "rcnn"
+    key = "RESNET_BACKBONE.LOCALIZATION.PROPOSALS"
+    (error,) = train("rcnn", run, code=2)[-1:]
+    assert f"{key} is empty" in error
+    train("rpn", proposals)
+    train("rcnn", run, key, proposals)
+    state, trained = (
+        torch.load(folder / "model_final.pth", weights_only=True)["model"]
+        for folder in (run, proposals)
+    )
+    assert all(torch.equal(state[f"proposer.{key}"], value) for key, value in trained.items())
+    own = {key: value for key, value in state.items() if key.startswith("backbone.")}
+    known = {f"backbone.{key}": value for key, value in classifier.state_dict().items()}
+    del own["backbone.input_settings"]
+    assert len(own) == 100 and all(torch.equal(value, known[key]) for key, value in own.items())
+    other = torch.load(proposals / "model_final.pth", weights_only=True)
+    other["class_names"] = ["owl", "cat"]
+    torch.save(other, proposals / "model_final.pth")
+    (error,) = train("rcnn", tmp_path / "other", key, proposals, code=2)[-1:]
+    assert "was trained on the classes ['owl', 'cat']" in error
+    shutil.rmtree(proposals)
+    (error,) = train("rcnn", tmp_path / "absent", key, proposals, code=2)[-1:]
+    assert "no model_final.pth" in error
+    train(None, run, "--eval-only")
+    result = json.loads((run / "eval" / "results.json").read_text())["results"]["localization"]
+    assert 0 <= result["true_class_error"] <= 100
+    train("rcnn", run, "--resume", key, proposals, "SOLVER.MAX_ITER", "2")
