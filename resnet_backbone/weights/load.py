@@ -134,11 +134,11 @@ def fitting_tensors(
     found = {k: shape for k, shape in shapes_of(tensors).items() if not k.startswith(left_out)}
     problem = misfit(own, found, "this network")
     if problem:
-        raise WeightsError(f"{where}: {_explain(model, tensors, problem)}")
+        raise WeightsError(f"{where}: {explain_misfit(model, tensors, problem)}")
     return {key: tensors[key] for key in own}
 
 
-def _explain(model: StagedNetwork, tensors: Mapping[str, Tensor], problem: str) -> str:
+def explain_misfit(model: StagedNetwork, tensors: Mapping[str, Tensor], problem: str) -> str:
     """A misfit with its cause, or with what to do about it, as far as these can be told."""
     own = describe_model(model)
     body = {key: value for key, value in tensors.items() if not key.startswith("linear.")}

@@ -25,17 +25,23 @@ from resnet_backbone.detection.checkpoint.files import (
     open_weights,
 )
 from resnet_backbone.detection.checkpoint.input_check import (
+    below,
     check_input,
     describe_input,
     find_network,
     networks,
 )
 from resnet_backbone.detection.config import backbone_node
-from resnet_backbone.models import FrozenBatchNorm2d
+from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
 from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
-from resnet_backbone.weights.load import BATCH_NORMS, check_settings, fitting_tensors
+from resnet_backbone.weights.load import (
+    BATCH_NORMS,
+    check_settings,
+    explain_misfit,
+    fitting_tensors,
+)
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
 from resnet_backbone.weights.readers import PREPROCESSING_KEY
 from resnet_backbone.weights.reading import read_network, single_precision
@@ -250,9 +256,12 @@ def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, w
             f"{where}: {len(refused)} tensors are of another shape, such as {key}: "
             f"{tuple(found[key])}, this detector has {tuple(own[key])}{hint}"
         )
-    unknown = next(_unknown(model, own, tensors), None)
-    if unknown:
-        raise WeightsError(f"{where}: this detector has no {unknown}; is it another depth?")
+    for prefix, network in networks(model).items():
+        unknown = next(_unknown(prefix, network, own, tensors), None)
+        if unknown:
+            body = below(prefix, tensors)
+            problem = explain_misfit(network, body, f"this detector has no {unknown}")
+            raise WeightsError(f"{where}: {problem}")
     missing = [key for key in own if key not in tensors and key not in reshaped]
     lacking = [key for key in missing if whole or key.startswith(prefixes)]
     if lacking:
@@ -270,16 +279,17 @@ def _shape(key: str, tensors: Mapping[str, Tensor]) -> torch.Size | None:
     return next((tensors[name].shape for name in names if name in tensors), None)
 
 
-def _unknown(model: nn.Module, own: Iterable[str], tensors: Iterable[str]) -> Iterator[str]:
+def _unknown(
+    prefix: str, network: StagedNetwork, own: Iterable[str], tensors: Iterable[str]
+) -> Iterator[str]:
     """A deeper network's blocks; the stages and the head that a backbone leaves out are none."""
-    for prefix, network in networks(model).items():
-        left_out = tuple(f"{name}." for name in network.left_out)
-        stages = re.compile(rf"({'|'.join(network.stage_names)})\.\d+\.")
-        for key in tensors:
-            name = key.removeprefix(prefix)
-            known = key in own or NOT_WEIGHTS.match(key) or name.startswith(left_out)
-            if not known and (name != key or stages.match(name)):
-                yield key
+    left_out = tuple(f"{name}." for name in network.left_out)
+    stages = re.compile(rf"({'|'.join(network.stage_names)})\.\d+\.")
+    for key in tensors:
+        name = key.removeprefix(prefix)
+        known = key in own or NOT_WEIGHTS.match(key) or name.startswith(left_out)
+        if not known and (name != key or stages.match(name)):
+            yield key
 
 
 def report_random(keys: list[str], where: str) -> None:

@@ -30,7 +30,12 @@ from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.weights import Preprocessing, WeightsError, describe_weights
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.checkpoint import FileMetadata, ModelSpec
-from resnet_backbone.weights.load import check_architecture, pools_as_caffe, stride_of
+from resnet_backbone.weights.load import (
+    check_architecture,
+    explain_misfit,
+    pools_as_caffe,
+    stride_of,
+)
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS
 
 logger = logging.getLogger(__name__)
@@ -234,6 +239,12 @@ def networks(model: nn.Module) -> dict[str, StagedNetwork]:
     return {f"{name}.": part for name, part in modules if isinstance(part, StagedNetwork)}
 
 
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of one network, by its own keys."""
+    names = (key for key in tensors if key.startswith(prefix) and not key.endswith(INPUT_SETTINGS))
+    return {name.removeprefix(prefix): tensors[name] for name in names}
+
+
 def find_network(model: nn.Module) -> StagedNetwork:
     """The one network of this package inside a detector."""
     for network in networks(model).values():
@@ -311,10 +322,12 @@ class StatesInput(nn.Module):
         unknown = {key for key in found - own if not f"{key}.".startswith(left_out)}
         differ = sorted(key for key in lacking | unknown if not key.endswith(COUNTER))
         if differ:
-            raise WeightsError(
-                f"the checkpoint is of another backbone: {len(differ)} tensors are in one of the "
-                f"two alone or of another shape, such as {differ[0]}; is it another depth?"
+            problem = (
+                f"{len(differ)} tensors are in one of the two alone or of another shape, such as "
+                f"{differ[0]}"
             )
+            cause = explain_misfit(self, below(prefix, state_dict), problem)
+            raise WeightsError(f"the checkpoint is of another backbone: {cause}")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
