@@ -13,7 +13,6 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 from detectron2.structures import BoxMode
@@ -39,8 +38,7 @@ from resnet_backbone.detection.data.problems import (
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import write_text
 
-# folder of a download -> name of the split
-SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
+SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}  # folder -> split
 
 
 def read_own(
@@ -77,9 +75,8 @@ def read_own(
     for record in records:
         folders = Path(record["file_name"]).relative_to(images).parts[:-1]
         splits[record.pop("split", "") or _split_name(folders)].append(record)
-    if not {"train", "val"} <= set(splits):
-        return {"": records}, names, report
-    return dict(splits), names, report
+    are_named = {"train", "val"} <= set(splits)
+    return dict(splits) if are_named else {"": records}, names, report
 
 
 def _split_name(words: Iterable[str]) -> str:
@@ -114,13 +111,11 @@ def split_records(
         taken = min(round(owed), len(group))
         owed -= taken
         validation.update(record["file_name"] for record in group[:taken])
-    sides = (
-        [r for r in records if r["file_name"] not in validation],
-        [r for r in records if r["file_name"] in validation],
-    )
-    if not all(sides):
+    train = [record for record in records if record["file_name"] not in validation]
+    val = [record for record in records if record["file_name"] in validation]
+    if not train or not val:
         raise DataError(f"{len(records)} images cannot be divided by --val {share:g}: change it")
-    return sides
+    return train, val
 
 
 def count_boxes(split: str, records: Sequence[dict], names: Sequence[str]) -> DataReport:
@@ -140,8 +135,7 @@ def write_coco(path: Path, records: Sequence[dict], names: Sequence[str], root: 
         for one in record["annotations"]:
             box = BoxMode.convert(one["bbox"], BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
             annotations[name].append({**one, "bbox": box, "area": box[2] * box[3]})
-    content = clean_coco(dict(enumerate(names)), images, annotations)
-    write_text(path, json.dumps(content))
+    write_text(path, json.dumps(clean_coco(dict(enumerate(names)), images, annotations)))
 
 
 def _find_format(annotations: Path, kind: str) -> str:
@@ -258,7 +252,7 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
         found, of_file = scan_coco(str(file), root, decode=True, progress=True, found=content)
         report.problems += of_file.problems
         report.clipped += of_file.clipped
-        report.notes += of_file.notes
+        report.notes = [*dict.fromkeys([*report.notes, *of_file.notes])]  # files share classes
         words = [*file.parent.parts[len(annotations.parts) :], *re.split(r"[\W\d_]+", file.stem)]
         for record in found:
             record["split"] = _split_name(words) if len(files) > 1 else ""
@@ -319,7 +313,7 @@ def of_one_class(records: Sequence[dict]) -> list[dict]:
 
 def _image_root(file: Path, images: Path, content: CocoFile) -> str:
     """The folder that the file names of a COCO JSON are relative to: its own, or one in images."""
-    names = [image["file_name"] for image in islice(content.images.values(), 100)]
+    names = [image["file_name"] for image in list(content.images.values())[:100]]
     folders = [file.parent, images, *sorted(path for path in images.rglob("*") if path.is_dir())]
     folders = [folder for folder in folders if folder.is_relative_to(images)]
     return str(max(folders, key=lambda folder: sum((folder / n).is_file() for n in names)))

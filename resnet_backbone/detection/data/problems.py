@@ -31,6 +31,7 @@ BOX_KINDS = ("bad-box", "unknown-class")
 # Kinds that make a data set unusable under any policy.
 FATAL_KINDS = ("empty-split", "broken-json")
 THREADS, CHUNK = 16, 64  # files are read in threads: a network's disks answer slowly
+_said: set[str] = set()  # remarks, in this process
 Stamp = tuple[int, int]  # of a file: its size and the time of its last change; -1 where it is not
 
 
@@ -168,7 +169,8 @@ def apply_policy(report: DataReport, policy: str) -> None:
         )
     for problem in report.problems:
         logger.warning("left out: %s", problem)
-    for remark in report.remarks():
+    for remark in (one for one in report.remarks() if one not in _said):
+        _said.add(remark)  # once, for the files of one data set share their classes
         logger.warning("%s: %s", report.name, remark)
 
 

@@ -225,8 +225,9 @@ def summary(tree: TreeCheck) -> str:
         lines += [f"  {problem.file}: {problem.detail}" for problem in list(problems)[:SHOWN]]
         if len(problems) > SHOWN:
             lines.append(f"  ... and {len(problems) - SHOWN:,} more")
-    for split in tree.splits:
-        lines += [f"note: {split.name}: {line}" for line in split.report.remarks()]
+    said = [(line, split.name) for split in tree.splits for line in split.report.remarks()]
+    for line in dict(said):
+        lines.append(f"note: {', '.join(name for one, name in said if one == line)}: {line}")
     lines += [f"to mend: {line}" for line in dict.fromkeys(_mending(tree))]
     lines.append("something is missing or corrupt" if tree.damaged else "complete and readable")
     if tree.official:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from resnet_backbone.cli import prepare_data
-from resnet_backbone.detection.data.coco import scan_coco
+from resnet_backbone.detection.data import apply_policy, scan_coco
 from resnet_backbone.detection.data.own import read_own, split_records
 
 WIDTH, HEIGHT = 80, 40
@@ -227,6 +227,32 @@ def test_wrong_input_is_one_line(tmp_path, run, prepare, arguments, message):
     code, _, error = run("--images", folder, "--output", tmp_path / "out", *arguments)
     assert code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_notes_of_the_files_of_a_data_set_are_said_once(tmp_path, run, run_command, caplog):
+    """Three files that have Roboflow's parent of all classes: converted, checked, trained on."""
+
+    def write(folder, names):
+        path = folder / "_annotations.coco.json"
+        write_coco(path, names)
+        content = json.loads(path.read_text())
+        for one in content["categories"]:
+            one["supercategory"] = "pets"
+        content["categories"].append({"id": 0, "name": "pets", "supercategory": "none"})
+        path.write_text(json.dumps(content))
+
+    folder, _ = roboflow(write)(tmp_path)
+    note = "category 'pets' is left out"
+    code, printed, _ = run("--images", folder, "--output", tmp_path / "out")
+    assert code == 0 and printed.count(note) == 1
+    splits = [folder / split for split in ("train", "valid", "test")]
+    files = [split / "_annotations.coco.json" for split in splits]
+    words = ["coco", "--coco-json", *files, "--image-root", *splits]
+    _, printed, _ = run_command(prepare_data.main, *words)
+    assert printed.count(note) == 1
+    for file, images in zip(files, splits, strict=True):
+        apply_policy(scan_coco(str(file), str(images))[1], "drop")
+    assert caplog.text.count(note) == 1
 
 
 def test_the_command_writes_what_training_reads(tmp_path, run):
