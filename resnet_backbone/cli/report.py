@@ -78,6 +78,15 @@ curves, errors by kind, and pictures of what one finds and the other misses. The
 set: give --voc-root, or --coco-json and --image-root, if it has moved since the runs."""
 
 
+LOCALIZATION_EPILOG = """\
+example:
+  resnet-backbone report localization --run output/rpn output/crop/eval output/rcnn \\
+      --output docs/results/localization.md
+
+Each run makes one row, by its network and by how it was tested. The folder "eval" of train-net
+--eval-only is a run, too."""
+
+
 def split_label(text: str) -> tuple[str, str]:
     """ "PATH" or "PATH=LABEL" -> (path, label or ""); an existing path may have a "=" itself."""
     path, _, label = (text, "", "") if os.path.exists(text) else text.rpartition("=")
@@ -172,6 +181,14 @@ def detection(args: argparse.Namespace) -> None:
     print(args.output)
 
 
+def localization(args: argparse.Namespace) -> None:
+    """tabulate localization runs beside the paper's Table 13"""
+    from resnet_backbone.report.localization import write_localization_report  # needs Detectron2
+
+    options = dict(note=args.note, command=args.command_line)
+    print(write_localization_report(args.runs, args.output, **options), args.output, sep="\n")
+
+
 def markdown_file(text: str) -> Path:
     if not text.endswith(".md"):
         raise argparse.ArgumentTypeError(f"{text} has no suffix .md")
@@ -193,6 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
         (responses, RESPONSES_EPILOG, add_responses),
         (table, TABLE_EPILOG, add_table),
         (detection, DETECTION_EPILOG, add_detection),
+        (localization, LOCALIZATION_EPILOG, add_localization),
     ):
         texts = dict(help=run.__doc__, description=run.__doc__, epilog=epilog)
         command = commands.add_parser(run.__name__, **texts)
@@ -235,6 +253,18 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, **about)
 
 
+def add_localization(parser: argparse.ArgumentParser) -> None:
+    add_runs(parser, "run folders of train-net")
+    about = dict(metavar="FILE.md", help="page to write")
+    parser.add_argument("--output", type=markdown_file, required=True, **about)
+    add_note(parser)
+
+
+def add_note(parser: argparse.ArgumentParser) -> None:
+    text = "a paragraph to add, as where data are from"
+    parser.add_argument("--note", default="", metavar="TEXT", help=text)
+
+
 def add_detection(parser: argparse.ArgumentParser) -> None:
     add_runs(parser, "run folders of train-net, or folders of seeds")
     add = parser.add_argument
@@ -248,7 +278,7 @@ def add_detection(parser: argparse.ArgumentParser) -> None:
     add("--reference", type=Path, metavar="DIR", help=text)
     text = "improvements: results.json of evaluate-detector; may be given several times"
     add("--rows", type=Path, action="append", default=[], metavar="FILE", help=text)
-    add("--note", default="", metavar="TEXT", help="a paragraph to add, as where data are from")
+    add_note(parser)
     text = "detections in the pictures have at least this score (default: %(default)s)"
     add("--score", type=score_threshold, default=0.5, metavar="S", help=text)
 

@@ -69,7 +69,7 @@ DEFAULTS = CfgNode(
             "CENTER_CROP": 0,  # pixels of the center crop that is tested; 0: the whole image
             "SCALES": [],  # short sides of the whole image in testing; empty: as it comes
             "REGION_SIZE": 224,  # pixels of the square that R-CNN warps a proposal to
-            "PROPOSALS": "",  # run folder of the proposal network, for training R-CNN
+            "PROPOSALS": "",  # run folder of the proposal network with which R-CNN starts
             "GUESSES": "",  # predictions.csv of evaluate-classifier, for the top-5 error
         },
         "TEST": {

@@ -278,9 +278,14 @@ def _run_text(run: DetectorRun, commands: Mapping[str, str]) -> str:
     seed = NOT_RECORDED if run.seed is None else run.seed
     score = run.numbers.get("AP50")
     ap50 = NONE if score is None else f"{score:.2f}"
+    return run_facts(run, commands, f"seed {seed}, AP50 {ap50}")
+
+
+def run_facts(run: DetectorRun, commands: Mapping[str, str], text: str) -> str:
+    """A text of a run, with its hardware, versions, date and command."""
     known = "; ".join(filter(None, [hardware(run), versions(run), date(run)]))
     command = commands.get(run.results.get("command"), NOT_RECORDED)
-    return f"- seed {seed}, AP50 {ap50}; {known}  \n  `{command}`"
+    return f"- {text}; {known}  \n  `{command}`"
 
 
 def hardware(run: DetectorRun) -> str:

@@ -232,3 +232,23 @@ IMPROVEMENTS = (
     Improvement("+ multi-scale testing", ("multi",), (53.8, 32.5), (55.7, 34.9)),
     Improvement("ensemble of 3", ("ensemble",), None, (59.0, 37.4)),
 )
+
+
+class LocalizationErrors(NamedTuple):
+    """A row of Table 13: errors on ImageNet's validation set in percent, None where not printed."""
+
+    method: str
+    testing: str  # "center crop", or "dense" for the whole image at several scales
+    network: str  # that of the classifier, too
+    true_class: float | None  # with the true class given
+    top5: float | None  # with the classifier's five best classes
+
+
+LOCALIZATION = (
+    LocalizationErrors("VGG's", "center crop", "VGG-16", 33.1, None),
+    LocalizationErrors("RPN", "center crop", "ResNet-101", 13.3, None),
+    LocalizationErrors("RPN", "dense", "ResNet-101", 11.7, 14.4),
+    LocalizationErrors("RPN + R-CNN", "dense", "ResNet-101", None, 10.6),
+    LocalizationErrors("RPN + R-CNN", "dense", "ensemble", None, 8.9),
+)
+LOCALIZATION_IMAGES = 50_000  # of that set

@@ -21,7 +21,7 @@ Metrics = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> iterations (N,), v
 
 CONFIG, RESULTS = "config.yaml", "results.json"
 METRICS, DETECTOR_METRICS = "metrics.jsonl", "metrics.json"  # of our trainer, of Detectron2's
-VOC_RESULTS, LOG = "voc_results.json", "log.txt"
+VOC_RESULTS, LOC_RESULTS, LOG = "voc_results.json", "loc_results.json", "log.txt"
 ELEVEN_POINT = "AP50-11pt"
 
 logger = logging.getLogger(__name__)
@@ -162,7 +162,8 @@ def load_run(folder: str | os.PathLike) -> Run:
 class DetectorRun(AnyRun):
     """A run folder of train-net."""
 
-    # Of voc_results.json; a run on COCO's format gets them when its detections are read.
+    # Of voc_results.json or loc_results.json; a run on COCO's format gets them when its
+    # detections are read.
     details: dict[str, Any] = field(default_factory=dict)
 
     not_recipe = re.compile(  # of MODEL.WEIGHTS the file's name counts, see `weights`
@@ -282,7 +283,8 @@ def by_class(numbers: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return "AP50", {}
 
 
-def load_detector_run(folder: str | os.PathLike) -> DetectorRun:
+def load_detector_run(folder: str | os.PathLike, task: str = "bbox") -> DetectorRun:
+    """A run with results of a task, such as "bbox" or "localization"."""
     folder = Path(folder)
     for name in (RESULTS, CONFIG):
         if not (folder / name).is_file():
@@ -291,11 +293,12 @@ def load_detector_run(folder: str | os.PathLike) -> DetectorRun:
                 "run has not ended (continue it with --resume)"
             )
     config, results = dict(flatten(read_table(folder / CONFIG))), read_table(folder / RESULTS)
-    if not (results.get("results") or {}).get("bbox"):
-        raise ValueError(f"{folder / RESULTS} has no results of boxes: evaluate the run first")
+    if not (results.get("results") or {}).get(task):
+        raise ValueError(f"{folder / RESULTS} has no results of {task}: evaluate the run first")
     run = DetectorRun(folder.resolve(), config, results)
-    if (run.inference / VOC_RESULTS).is_file():
-        run.details.update(read_table(run.inference / VOC_RESULTS))
+    for name in (VOC_RESULTS, LOC_RESULTS):
+        if (run.inference / name).is_file():
+            run.details.update(read_table(run.inference / name))
     return run
 
 

@@ -222,3 +222,53 @@ def test_files_without_rows(tmp_path, content):
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="has no rows"):
         tables.load_rows(file)
+
+
+# -- localization ----------------------------------------------------------------------------------
+
+TABLE_13 = [  # typed from the paper's
+    ("VGG's", "center crop", "VGG-16", "33.1", "-"),
+    ("RPN", "center crop", "ResNet-101", "13.3", "-"),
+    ("RPN", "dense", "ResNet-101", "11.7", "14.4"),
+    ("RPN + R-CNN", "dense", "ResNet-101", "-", "10.6"),
+    ("RPN + R-CNN", "dense", "ensemble", "-", "8.9"),
+]
+
+
+@pytest.mark.parametrize("images", [50_000, 500])
+def test_localization_beside_table_13(make_detector, cells, tool, tmp_path, images):
+    runs = []
+    for name, kind, keys, errors in (
+        ("crop", "ClassProposalNetwork", {"CENTER_CROP": 224, "SCALES": [224]}, (30.0,)),
+        ("rpn", "ClassProposalNetwork", {"CENTER_CROP": 0, "SCALES": [224]}, (20.0, 50.5, 40.25)),
+        ("rcnn", "LocalizationRCNN", {"CENTER_CROP": 0, "SCALES": [224]}, (19.0, 49.0, 39.0)),
+        ("whole", "LocalizationRCNN", {"CENTER_CROP": 0, "SCALES": []}, (21.0,)),
+    ):
+        names = ("true_class_error", "top1_error", "top5_error")
+        results = {"localization": dict(zip(names, errors, strict=False))}
+        config = {"MODEL.META_ARCHITECTURE": kind, "RESNET_BACKBONE.LOCALIZATION": keys}
+        run = make_detector(name, 1, config=config, results={"results": results})
+        counted = json.dumps({"images": images})
+        (run / "inference" / "test:test" / "loc_results.json").write_text(counted)
+        runs.append(run)
+    page = tmp_path / "page.md"
+    words = ["localization", "--run", *runs, "--note", "Of bars.", "--output", page]
+    status, printed, _ = tool(*words)
+    text = page.read_text()
+    assert status in (0, None) and "| RPN | dense |" in printed and "Of bars." in text
+    (_, _, *rows) = cells(text)
+    assert [tuple(row[:5]) for row in rows[:5]] == TABLE_13
+    assert [row[5:] for row in rows] == [
+        ["not measured", "-", "-", "-"],
+        ["ResNet-50", "30.00", "-", "-"],
+        ["ResNet-50", "20.00", "50.50", "40.25"],
+        ["ResNet-50", "19.00", "49.00", "39.00"],
+        ["not measured", "-", "-", "-"],
+        ["ResNet-50", "21.00", "-", "-"],
+    ]
+    assert rows[5][:2] == ["RPN + R-CNN", "whole image"]
+    assert ("Ours are of other images than the paper's" in text) == (images == 500)
+    assert f"RPN, center crop, {images} images; hardware not recorded" in text
+    assert "python tools/train_net.py --voc-root" in text and "localization --run $ROOT/crop" in text
+    status, _, error = tool("localization", "--run", make_detector("b", 1), "--output", page)
+    assert status == 2 and "has no results of localization" in error

@@ -122,7 +122,7 @@ def test_refusals(make_detector, tmp_path):
 
 def test_broken_folders(make_detector):
     folder = make_detector("a", 1, AP, results={"results": {}})
-    with pytest.raises(ValueError, match="has no results of boxes"):
+    with pytest.raises(ValueError, match="has no results of bbox"):
         load_detector_run(folder)
     (folder / "results.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match=r"results\.json .*not hold a mapping"):
