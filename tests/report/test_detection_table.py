@@ -269,6 +269,8 @@ def test_localization_beside_table_13(make_detector, cells, tool, tmp_path, imag
     assert rows[5][:2] == ["RPN + R-CNN", "whole image"]
     assert ("Ours are of other images than the paper's" in text) == (images == 500)
     assert f"RPN, center crop, {images} images; hardware not recorded" in text
-    assert "python tools/train_net.py --voc-root" in text and "localization --run $ROOT/crop" in text
+    assert (
+        "python tools/train_net.py --voc-root" in text and "localization --run $ROOT/crop" in text
+    )
     status, _, error = tool("localization", "--run", make_detector("b", 1), "--output", page)
     assert status == 2 and "has no results of localization" in error

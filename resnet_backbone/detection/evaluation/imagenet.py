@@ -228,7 +228,10 @@ def read_guesses(path: str, class_names: Sequence[str]) -> dict[str, list[int]]:
         with open(path, encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 names = [row[f"name{rank}"] for rank in range(1, TOP + 1) if f"name{rank}" in row]
-                found[Path(row["image"]).stem] = [numbers[name] for name in names]
+                image = Path(row["image"]).stem
+                if image in found:
+                    raise DataError(f"{path}: two images are named {image}: give each its own name")
+                found[image] = [numbers[name] for name in names]
     except (KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{path}: {error} is no column of a predictions.csv of evaluate-classifier, or no class"

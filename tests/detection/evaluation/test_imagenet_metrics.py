@@ -156,6 +156,9 @@ def test_guesses_are_those_of_evaluate_classifier(tmp_path):
     path = tmp_path / "predictions.csv"
     path.write_text("index,image,class1,name1,score1,class2,name2\n0,/a/img7.png,9,owl,0.9,1,cat\n")
     assert read_guesses(str(path), NAMES) == {"img7": [2, 0]}
+    path.write_text("image,name1\n/a/img7.png,cat\n/b/img7.png,owl\n")
+    with pytest.raises(DataError, match="two images are named img7"):
+        read_guesses(str(path), NAMES)
     path.write_text("image,name1\nimg7.png,cow\n")
     with pytest.raises(DataError, match="'cow'"):
         read_guesses(str(path), NAMES)

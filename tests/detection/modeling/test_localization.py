@@ -1,9 +1,11 @@
 """The per-class proposal network and R-CNN of ImageNet localization."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
 
+import drawn_images
 import pytest
 import torch
 
@@ -12,6 +14,8 @@ pytest.importorskip("detectron2")
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from resnet_backbone.classification.networks import NetworkSpec, save_network
+from resnet_backbone.cli import reproduce
 from resnet_backbone.detection import build_detector
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.models import build_model as build_classifier
@@ -195,3 +199,34 @@ def test_rcnn_starts_with_the_classifier_and_the_proposals_and_later_needs_neith
     result = json.loads((run / "eval" / "results.json").read_text())["results"]["localization"]
     assert 0 <= result["true_class_error"] <= 100
     train("rcnn", run, "--resume", key, proposals, "SOLVER.MAX_ITER", "2")
+
+
+@pytest.mark.slow
+def test_one_command_makes_the_papers_table(run_command, tmp_path):
+    data, boxes = tmp_path / "Data" / "CLS-LOC", tmp_path / "Annotations" / "CLS-LOC"
+    names = ("n01", "n02")
+    for number, (split, name) in enumerate(itertools.product(("train", "train", "val"), names)):
+        for folder in (data, boxes):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+        drawn_images.picture(80, 96, seed=number).save(data / split / name / f"{number}.JPEG")
+        text = drawn_images.voc_xml(f"{number}.JPEG", (96, 80), [(name, (8, 8, 60, 60))])
+        (boxes / split / name / f"{number}.xml").write_text(text)
+    weights, msra = tmp_path / "classifier.safetensors", get_preprocessing("msra")
+    spec = NetworkSpec("resnet18", len(names))
+    save_network(weights, build_classifier("resnet18", 2), spec, msra, class_names=names)
+    small = """INPUT.MIN_SIZE_TRAIN (64,) SOLVER.IMS_PER_BATCH 1 SOLVER.MAX_ITER 1
+    DATALOADER.NUM_WORKERS 0 MODEL.RPN.POST_NMS_TOPK_TEST 5
+    RESNET_BACKBONE.LOCALIZATION.REGION_SIZE 64""".split()
+    words = ["--scale", "imagenet_loc", "--imagenet", data, "--weights", f"classifier={weights}"]
+    words += ["--output", tmp_path / "out", "--set", *SMALL[6:], *small]
+    status, printed, error = run_command(reproduce.main, *words)
+    assert status == 0, error
+    (page,) = (tmp_path / "out").glob("report-*/localization.md")
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if "ResNet-18" in line]
+    assert [row[:2] for row in rows] == [
+        ["| RPN", "center crop"],
+        ["| RPN", "dense"],
+        ["| RPN + R-CNN", "dense"],
+    ]
+    errors = [float(cell.strip(" |")) for row in rows for cell in row[-3:]]
+    assert all(0 <= error <= 100 for error in errors)
