@@ -207,13 +207,16 @@ class ClassProposalNetwork(_Localizer):
         (anchors,) = self.anchor_generator([features])
         return logits.flatten(1, 3).float(), deltas.flatten(1, 3).float(), anchors.tensor
 
-    def proposals(self, image: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    def proposals(
+        self, image: Tensor, classes: Tensor, as_tested: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Of an image (3, H, W), 0..255: logits (K, R) of some classes (K,), boxes (K, R, 4).
 
         Boxes are in pixels of the image and end at its edges, or at those of the center crop.
+        Unless ``as_tested`` the image is looked at as it comes.
         """
         found = []
-        for view, scale, start in self._views(self.normalize(image)):
+        for view, scale, start in self._views(self.normalize(image), as_tested):
             logits, deltas, anchors = self.predict(view[None])
             moved = self.transform.apply_deltas(deltas[0][:, classes].flatten(1), anchors)
             boxes = Boxes(moved.view(-1, 4))
@@ -223,16 +226,17 @@ class ClassProposalNetwork(_Localizer):
         logits, boxes = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
         return logits, boxes
 
-    def _views(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _views(self, image: Tensor, as_tested: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """What is looked at, its scale (4,), and where it begins in the image (4,)."""
         height, width = image.shape[-2:]
-        if self.center_crop or not self.scales:
-            high, wide = (min(self.center_crop or side, side) for side in (height, width))
+        crop, scales = (self.center_crop, self.scales) if as_tested else (0, ())
+        if crop or not scales:
+            high, wide = (min(crop or side, side) for side in (height, width))
             y, x = (height - high) // 2, (width - wide) // 2
             view = image[:, y : y + high, x : x + wide]
             yield view, image.new_ones(4), image.new_tensor([x, y, x, y])
             return
-        for short in self.scales:
+        for short in scales:
             ratio = short / min(height, width)
             size = [max(1, round(side * ratio)) for side in (height, width)]
             view = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
@@ -309,7 +313,7 @@ class LocalizationRCNN(_Localizer):
     @torch.no_grad()
     def propose(self, image: Tensor, classes: Tensor, count: int) -> list[Tensor]:
         """The best proposals (Ri, 4) of each class (K,), at most ``count``, after NMS."""
-        logits, boxes = self.proposer.eval().proposals(image, classes)  # also while R-CNN trains
+        logits, boxes = self.proposer.eval().proposals(image, classes, not self.training)
         pairs = zip(logits, boxes, strict=True)
         return [own[nms(own, score, self.nms_threshold)[:count]] for score, own in pairs]
 

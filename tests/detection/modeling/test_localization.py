@@ -135,6 +135,18 @@ def test_rcnn_learns_regions_of_the_proposals():
     assert output["instances"].pred_classes.tolist() == [3, 4]
 
 
+def test_scales_are_for_testing():
+    model, seen = make("rcnn", "RESNET_BACKBONE.LOCALIZATION.SCALES", "[64,128]"), []
+    model.topk, predict = (5, 5), model.proposer.predict
+    model.proposer.predict = lambda view: seen.append(tuple(view.shape[-2:])) or predict(view)
+    inputs = [{**image(96, 144, (8, 8, 60, 60)), "image_classes": [3]}]
+    model(inputs)
+    assert seen == [(96, 144)]
+    with torch.no_grad():
+        model.eval()(inputs)
+    assert seen[1:] == [(64, 96), (128, 192)]
+
+
 def test_regions_are_warped_to_squares():
     """The crop of a constant rectangle is constant, and its pixels are normalized."""
     model = make("rcnn")
