@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from resnet_backbone import __version__
-from resnet_backbone.cli import PROGRAM, CommandParser, key_and_text, positive
+from resnet_backbone.cli import COMMANDS, PROGRAM, CommandParser, key_and_text, positive
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
 from resnet_backbone.runtime.files import alone, config_folder, find_config, sha256, write_json
 from resnet_backbone.runtime.records import date
@@ -166,13 +166,14 @@ class Builder:
         args, node = self.args, self.plan["steps"][name]
         given = shlex.split(node["command"])
         command, networks = given[0], args.weights.keys() & {word[1:-1] for word in given}
+        if command not in COMMANDS:
+            raise UsageError(f"{name}: {PROGRAM} has no command {command}, see {PROGRAM} --help")
         stated = [args.preprocessing[n] for n in args.preprocessing if n in networks]
         given += [STATED[command], *stated] if stated else []
         given += [word for word in args.set if OVERRIDDEN.get(command) == ("=" in word)]
         values = [value for word in given for value in self._expand(word, node, seed)]
-        pairs = pairwise(value.text for value in values)
-        named = [config for option, config in pairs if option == "--config-file"]
-        configs = [find_config(config, TASKS[command]) for config in named]
+        named = [after.text for word, after in pairwise(values) if word.text == "--config-file"]
+        configs = [find_config(config, TASKS.get(command, "")) for config in named]
         depends = [key for path in configs for key in config_digests(path)]
         if args.datasets:
             depends += [self._folder(args.datasets / data).identity for data in node["datasets"]]

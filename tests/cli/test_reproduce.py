@@ -252,6 +252,7 @@ def test_what_cannot_be_meant_is_refused(steps_of, tmp_path):
         (f"{START}}}\nseeds: 3\n", "seeds 3: expected a list, such as [1]"),
         (f"{START}}}\n".replace("report,", "'report {B}',"), "{B} is neither a step nor"),
         (f"{START}}}\n".replace("report,", "'report {report}',"), "in a circle"),
+        (f"{START}}}\n".replace("report,", "report.py,"), "has no command report.py"),
         ("[1]", "expected keys"),
         ("a: [", "cannot be read"),
     ],

@@ -178,6 +178,12 @@ class LOCEvaluator(_Evaluator):
     ):
         super().__init__(dataset_name, output_dir)
         self.guesses = guesses or {}
+        for record in DatasetCatalog.get(dataset_name) if guesses else ():
+            if Path(record["file_name"]).stem not in guesses:
+                raise DataError(
+                    f"{dataset_name}: no guess for {record['file_name']}: give the predictions.csv "
+                    "of evaluate-classifier --predict on all of its images"
+                )
 
     def score(self, found) -> OrderedDict:
         wrong: dict[str, list[bool]] = {TRUE_CLASS: [], TOP1: [], TOP5: []}

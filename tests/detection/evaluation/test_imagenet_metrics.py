@@ -142,6 +142,9 @@ def test_localization_by_hand(register, tmp_path):
     results = evaluate(LOCEvaluator(name, str(tmp_path), guesses), found)["localization"]
     assert results == {"true_class_error": 25.0, "top1_error": 75.0, "top5_error": 50.0}
     assert (tmp_path / "loc_results.json").is_file()
+    del guesses["img3"]
+    with pytest.raises(DataError, match="no guess for somewhere/img3.jpg"):
+        LOCEvaluator(name, None, guesses)
     without = evaluate(LOCEvaluator(name), found[:3])["localization"]
     assert without == {"true_class_error": 50.0}  # the fourth image was not looked at
 
