@@ -31,10 +31,9 @@ PLANS = config_folder() / "reproduction"
 START = [sys.executable, "-m", "resnet_backbone.cli"]  # a command, of this installation
 DONE = "step.json"  # written into a step's folder after its command
 BRACES = re.compile(r"\{([^{}]+)\}")
-# Keys with their defaults; None: needed.
 PLAN = dict(title=None, steps=None, networks={}, seeds=[1], words={}, note="", _BASE_="")
 STEP = dict(command=None, makes=None, datasets=[], seeds=False, batch=0, hours=0, gpu="", basis="")
-STEP |= dict(published="", goal=False)
+STEP |= dict(published="", goal=False)  # keys with their defaults, here and in PLAN; None: needed
 # How a command is told the input of weights that do not carry it.
 STATED = dict.fromkeys(("convert-weights", "evaluate-classifier"), "--preprocessing")
 STATED["train-net"] = "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"
@@ -152,8 +151,7 @@ class Builder:
         self.steps: dict[str, list[Step]] = {}
         self.absent: set[Path] = set()  # data that are not there
         for name in {*args.weights, *args.preprocessing} - {*plan["networks"]}:
-            known = ", ".join(plan["networks"])
-            raise UsageError(f"the plan has no {name}; its networks: {known}")
+            raise UsageError(f"the plan has no {name}; its networks: {', '.join(plan['networks'])}")
 
     def build(self, name: str) -> list[Step]:
         """The step, once for each seed, after the steps that it needs."""
@@ -196,16 +194,15 @@ class Builder:
 
     def _values(self, name: str, node: dict[str, Any], seed: int | None) -> list[Value]:
         args, plan = self.args, self.plan
-        if name == "here":
-            return [Value("{here}", "")]
         gpus = min(args.num_gpus, node["batch"] or args.num_gpus)
         own = {
+            "here": ["{here}"],
             "seed": [str(plan["seeds"][0] if seed is None else seed)],
             "note": [plan["note"]],
             "gpus": ["--num-gpus", str(gpus)] if gpus > 1 else [],
         }
         if name in own:
-            return [Value(word, word) for word in own[name]]
+            return [Value(word, word.replace("{here}", "")) for word in own[name]]
         if name in plan["words"]:
             words = shlex.split(plan["words"][name])
             return [value for word in words for value in self._expand(word, node, seed)]
@@ -258,9 +255,8 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path) -> int:
         for number, step in enumerate(steps, 1):
             if step.stage not in stages or step.is_done:
                 continue
-            for needed in step.inputs:
-                if not needed.is_done:
-                    raise UsageError(f"{step.name} needs {needed.name}: add --stage {needed.stage}")
+            for needed in (one for one in step.inputs if not one.is_done):
+                raise UsageError(f"{step.name} needs {needed.name}: add --stage {needed.stage}")
             print(f"\n== {number}/{len(steps)} {step.name}\n{step.shown}", flush=True)
             step.folder.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
@@ -272,9 +268,8 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path) -> int:
             if not step.product.exists():
                 raise UsageError(f"{step.name} left no {step.product}; see its output above")
             seconds = round(time.monotonic() - started, 1)
-            inputs = {needed.name: needed.key for needed in step.inputs}
-            content = dict(step=step.name, key=step.key, command=step.shown, inputs=inputs)
-            content |= dict(seconds=seconds, date=date()[:10])
+            content = dict(step=step.name, key=step.key, command=step.shown, date=date()[:10])
+            content |= dict(seconds=seconds, inputs={one.name: one.key for one in step.inputs})
             write_json(step.folder / DONE, content, indent=1)
             print(f"-- {step.name}: {seconds:.0f} s", flush=True)
             if stop:
@@ -308,8 +303,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", help="(default: output/reproduction/SCALE)", **folder)
     add("--plan", action="store_true", help="print the commands and stop; data may be missing")
     add("--weights", metavar="NETWORK=FILE", help="in place of its pre-training", **pairs)
-    text = "input of these weights where they do not carry it: msra, caffe_vgg, torchvision"
-    add("--preprocessing", metavar="NETWORK=NAME", help=text, **pairs)
+    add("--preprocessing", metavar="NETWORK=NAME", help="their input, such as msra", **pairs)
     add("--imagenet", help="folder with train and val", **folder)
     add("--voc-root", help="folder of VOC 2007 (default: $DETECTRON2_DATASETS/VOC2007)", **folder)
     add("--num-gpus", type=positive, default=1, metavar="N", help="(default: 1)")
@@ -343,8 +337,8 @@ def main(argv: list[str] | None = None) -> int:
     print_plan(plan["title"], steps, stages)
     if args.plan:
         if absent:
-            print(f"\nnot there yet: {', '.join(map(str, sorted(absent)))}")
-            print("with these data there, the steps that read them get other folders")
+            text = "with these data there, the steps that read them get other folders"
+            print(f"\nnot there yet: {', '.join(map(str, sorted(absent)))}\n{text}")
         return 0
     left = [step for step in steps if step.stage in stages and not step.is_done]
     if not torch.cuda.is_available() and any(step.node["gpu"] for step in left):

@@ -120,7 +120,7 @@ def test_rcnn_learns_regions_of_the_proposals():
     learn(model.proposer.requires_grad_(True), inputs, 5)
     model.proposer.requires_grad_(False)
     before = {key: value.clone() for key, value in model.proposer.state_dict().items()}
-    first, last = learn(model, inputs, 12)
+    first, last = learn(model, inputs, 24)
     assert last < first / 2
     for key, value in model.proposer.state_dict().items():
         assert torch.equal(before[key], value), "the proposal network stays as it is"
@@ -174,7 +174,7 @@ def train_loc(train_net, tiny_voc, tiny_coco, tmp_path):
         paths = ["--coco-json", data, data, "--image-root", tiny_voc / "JPEGImages"]
         words = ["--output-dir", output, *paths, *words]
         if kind:
-            words += [*SMALL[6:], *keys, "MODEL.WEIGHTS", tmp_path / "classifier.safetensors"]
+            words += ["--weights", tmp_path / "classifier.safetensors", *SMALL[6:], *keys]
         return train_net(kind and f"imagenet_loc/{kind}_R_50.yaml", *words, code=code)
 
     return run, network
@@ -229,7 +229,7 @@ def test_one_command_makes_the_papers_table(run_command, tmp_path):
     small = """INPUT.MIN_SIZE_TRAIN (64,) SOLVER.IMS_PER_BATCH 1 SOLVER.MAX_ITER 1
     DATALOADER.NUM_WORKERS 0 MODEL.RPN.POST_NMS_TOPK_TEST 5
     RESNET_BACKBONE.LOCALIZATION.REGION_SIZE 64""".split()
-    words = ["--scale", "imagenet_loc", "--imagenet", data, "--weights", f"classifier={weights}"]
+    words = ["--scale", "imagenet_loc", "--imagenet", data, "--weights", f"pretrained={weights}"]
     words += ["--output", tmp_path / "out", "--set", *SMALL[6:], *small]
     status, printed, error = run_command(reproduce.main, *words)
     assert status == 0, error
