@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data import detection_utils as utils
@@ -249,10 +250,13 @@ class Trainer(DefaultTrainer):
 
     def _evaluate(self) -> tuple[dict, Speed | None]:
         """What went wrong is in ``failure``: hours of training are not lost to it."""
-        self.failure = ""
+        self.failure, model = "", self.checkpointer.model
+        if comm.get_world_size() > 1:  # each has its own BN statistics, checkpoints the first's
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
         with watching(self.stop) as watch:
             try:
-                return self.test(self.cfg, self.checkpointer.model), watch.speed
+                return self.test(self.cfg, model), watch.speed
             except (Stopped, UsageError):
                 raise
             except Exception as error:
