@@ -171,3 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_overwriting(args, config)
     launch = plan_launch(args, config.train.device, "train.device=cpu")
     run_processes(launch, work, (config, args))
+
+
+if __name__ == "__main__":
+    main()

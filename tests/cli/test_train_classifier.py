@@ -296,9 +296,9 @@ def test_two_machines(config, tmp_path):
     folder = tmp_path / "nodes"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     torchrun += ["--master-addr=127.0.0.1", "--master-port=29517"]
-    script = command("--config-file", config, "--output-dir", folder, *TWO)[3:]
-    script.append("schedule.iterations=6")
-    agents = [start(*torchrun, f"--node-rank={rank}", *script) for rank in (0, 1)]
+    words = command("--config-file", config, "--output-dir", folder, *TWO)[4:]
+    words = ["-m", "resnet_backbone.cli.train_classifier", *words, "schedule.iterations=6"]
+    agents = [start(*torchrun, f"--node-rank={rank}", *words) for rank in (0, 1)]
     outputs = [agent.communicate(timeout=200)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert json.loads((folder / "results.json").read_text())["iterations"] == 6
