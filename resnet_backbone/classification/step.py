@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from resnet_backbone.classification.config import ScheduleConfig
 from resnet_backbone.classification.networks import logits_of
 from resnet_backbone.models.layers import prelu_slopes
+from resnet_backbone.runtime.averages import moving_average
 from resnet_backbone.runtime.processes import STEP, World, seed_everything
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,10 +58,7 @@ class TrainStep:
         self.dtype, self.micro_batch = AMP[amp], micro_batch
         self.clip_norm, self.seed = clip_norm, seed
         self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        self.ema = None
-        if ema:
-            average = get_ema_multi_avg_fn(ema)
-            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.ema = moving_average(model, ema) if ema else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp == "fp16")
         self.ddp = _distributed(model, world) if world.size > 1 else None
         self.network: Any = self.ddp or model

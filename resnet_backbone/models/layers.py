@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Norm = str | Callable[[int], nn.Module] | None
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
@@ -181,6 +183,30 @@ def init_he(module: nn.Module, activation: str = "relu") -> None:
             nn.init.zeros_(child.bias)
 
 
+def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` whose inner maps are computed again in the backward pass (arXiv 1604.06174).
+
+    The second computation leaves running statistics alone, so that each batch counts once.
+    """
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        for norm, (_, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = 0.0, copy.deepcopy(count)
+        try:
+            yield  # it is left by an exception as soon as all maps are there
+        finally:
+            for norm, values in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = values
+
+    def contexts() -> tuple:
+        return nullcontext(), again()
+
+    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+
+
 def global_average_pool(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C)."""
     return F.adaptive_avg_pool2d(x, 1).flatten(1)
@@ -203,12 +229,14 @@ class StagedNetwork(nn.Module):
     can be traced (``torch.jit``, ``torch.fx``), exported, compiled and scripted.
 
     Attributes:
+        grad_checkpointing: see :meth:`set_grad_checkpointing`.
         features: name -> :class:`Feature`, one entry per stage that was built, in order.
         out_features: names of the maps that ``forward`` returns; empty for a classifier.
         left_out: names of the deeper stages and head layers that a backbone does not build.
     """
 
     head_names: tuple[str, ...] = ("linear",)
+    grad_checkpointing = False
 
     def __init__(self, stage_names: Sequence[str], out_features: Iterable[str] | None):
         super().__init__()
@@ -248,12 +276,28 @@ class StagedNetwork(nn.Module):
         if not wanted <= set(self.stage_names):
             missing = sorted(wanted - set(self.stage_names))
             raise ValueError(f"no stage {missing}: this network has {', '.join(self.stage_names)}")
-        maps = {}
+        maps, saves = {}, self.grad_checkpointing and self.training and torch.is_grad_enabled()
         for name in self.stage_names:
-            x = getattr(self, name)(x)
+            stage = getattr(self, name)
+            for part in self.checkpointed_parts(stage) if saves else (stage,):
+                x = checkpointed(part, x) if saves else part(x)
             if name in wanted:
                 maps[name] = x
         return maps
+
+    def checkpointed_parts(self, stage: nn.Module) -> Iterable[nn.Module]:
+        """The modules of a stage, in order, whose inputs are kept for the backward pass."""
+        return (stage,)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> StagedNetwork:
+        """Turns gradient checkpointing in training on or off, in place.
+
+        With it only the inputs of parts are kept for the backward pass, which computes the maps
+        within a part again: those of a residual block, or of a stage of another network. Results,
+        gradients and running statistics are the same. ``torch.fx`` traces networks without it.
+        """
+        self.grad_checkpointing = enable
+        return self
 
     def forward_head(self, x: Tensor) -> Tensor:
         """The last stage's map -> logits, (N, num_classes)."""

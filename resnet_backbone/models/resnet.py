@@ -228,6 +228,9 @@ def resnet_stage(depth: int, stage: int, *, in_channels: int | None = None, **op
 class ResidualNetwork(StagedNetwork):
     """What the networks for ImageNet and for CIFAR-10 have in common."""
 
+    def checkpointed_parts(self, stage: nn.Module) -> Iterable[nn.Module]:
+        return stage if isinstance(stage, nn.Sequential) else (stage,)  # the stem is no sequence
+
     def finish(self, num_classes: int, activation: str, freeze_at: int, zero_init: bool) -> None:
         """The end of the constructor, when all stages are there."""
         if self.is_classifier:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from resnet_backbone.detection.evaluation.operating import best_threshold
 from resnet_backbone.report.gain import DetectorGroup, Gain
 from resnet_backbone.report.plots import COLORS, FEW, new_figure
 from resnet_backbone.report.runs import Metrics, smooth
@@ -85,11 +86,11 @@ def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 class Curves(NamedTuple):
-    """Interpolated precision of one detector's runs, 0..1; nan for classes without objects."""
+    """A number of one detector's runs, 0..1; nan for classes without objects."""
 
     label: str
     color: str
-    precision: np.ndarray  # (runs, classes, R) at R levels of recall from 0 to 1
+    values: np.ndarray  # (runs, classes, R) at R levels of recall or of the score from 0 to 1
 
 
 def plot_class_gains(gains: Sequence[Gain]) -> Figure:
@@ -126,39 +127,50 @@ def _draw_class_gains(axes: Axes, gain: Gain) -> None:
     axes.set_title(gain.label, fontsize="medium")
 
 
-def plot_mean_curves(curves: Sequence[Curves]) -> Figure:
-    """Mean over the classes of the interpolated precision, thin for each run, bold their mean."""
+def plot_mean_curves(curves: Sequence[Curves], x: str, y: str, peaks: bool = False) -> Figure:
+    """Mean over the classes, thin for each run, bold their mean; peaks get a dot and their place.
+
+    `x` and `y` name what the levels and the values are.
+    """
     figure, axes = new_figure(6, 4.5)
     for one in curves:
-        _draw_curves(axes, np.nanmean(one.precision, axis=1), one.color, one.label)
+        _draw_curves(axes, np.nanmean(one.values, axis=1), one.color, one.label, peaks, True)
     _finish_curves(axes, 0.2)
-    axes.set(xlabel="recall", ylabel="precision, interpolated, mean over classes")
+    axes.set(xlabel=x, ylabel=f"{y}, mean over classes")
     axes.legend(fontsize="small")
     return figure
 
 
-def plot_class_curves(curves: Sequence[Curves], class_names: Sequence[str]) -> Figure:
-    """The interpolated precision of every class in a panel of its own."""
-    known = ~np.isnan(curves[0].precision).all(axis=(0, 2))
+def plot_class_curves(
+    curves: Sequence[Curves], class_names: Sequence[str], x: str, y: str, peaks: bool = False
+) -> Figure:
+    """As :func:`plot_mean_curves`, every class in a panel of its own."""
+    known = ~np.isnan(curves[0].values).all(axis=(0, 2))
     shown = [i for i in range(len(class_names)) if known[i]]
     figure, panels = _grid(len(shown), columns=5, width=2.1, height=1.8, sharex=True, sharey=True)
     for axes, index in zip(panels, shown, strict=True):
         for one in curves:
-            _draw_curves(axes, one.precision[:, index], one.color, one.label)
+            _draw_curves(axes, one.values[:, index], one.color, one.label, peaks)
         _finish_curves(axes, 0.5)
         axes.set_title(class_names[index], fontsize="small", pad=3)
         axes.tick_params(labelsize="x-small")
-    figure.supxlabel("recall", fontsize="small")
-    figure.supylabel("precision, interpolated", fontsize="small")
+    figure.supxlabel(x, fontsize="small")
+    figure.supylabel(y, fontsize="small")
     _shared_legend(figure, panels)
     return figure
 
 
-def _draw_curves(axes: Axes, runs: np.ndarray, color: str, label: str) -> None:
-    recall = np.linspace(0, 1, runs.shape[-1])
+def _draw_curves(
+    axes: Axes, runs: np.ndarray, color: str, label: str, peaks: bool, named: bool = False
+) -> None:
+    levels, mean = np.linspace(0, 1, runs.shape[-1]), runs.mean(axis=0)
     if len(runs) > 1:
-        axes.plot(recall, runs.T, color=color, linewidth=0.6, alpha=0.5)
-    axes.plot(recall, runs.mean(axis=0), color=color, linewidth=1.8, label=label)
+        axes.plot(levels, runs.T, color=color, linewidth=0.6, alpha=0.5)
+    if peaks:
+        place, best = best_threshold(mean)
+        axes.plot([place], [best], "o", color=color, markersize=5, clip_on=False)
+        label += f": {best:.2f} at {place:.2f}" if named else ""
+    axes.plot(levels, mean, color=color, linewidth=1.8, label=label)
 
 
 def _finish_curves(axes: Axes, step: float) -> None:

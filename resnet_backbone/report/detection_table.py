@@ -9,8 +9,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
+from resnet_backbone.detection.evaluation.operating import best_threshold
 from resnet_backbone.report.gain import NONE, DetectorGroup, Difference, Gain, gain_text, signed
 from resnet_backbone.report.published import DETECTORS, IMPROVEMENTS, TASKS, Number, task_of
 from resnet_backbone.report.runs import ELEVEN_POINT, DetectorRun, read_table
@@ -25,6 +27,12 @@ SOURCES = """\
 Paper: arXiv 1512.03385. Public: the best number of tf-faster-rcnn, Detectron2's model zoo and \
 MoCo's Detectron2 config for this network; of the gains, that of tf-faster-rcnn, which has both \
 networks. Numbers compare only where their training data are the same too."""
+OPERATING = """\
+F1 is 2PR / (P + R) of the detections with a score of at least the threshold, by VOC's matching at \
+IoU .5, mean over the runs. Dots and the table: the largest F1 and its threshold. A row of a \
+confusion matrix has all objects of a class, at the threshold with the largest mean F1: correct \
+ones first; then a detection, by falling score, takes the free object of another class with the \
+largest IoU above .5. The last row has the detections that are on no object."""
 
 
 def results_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
@@ -231,6 +239,20 @@ def class_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str
     total += [mean_and_spread(group.values(first.class_metric)) for group in groups]
     total += [_class_gain(gain.of(first.class_metric)) for gain in gains]
     return markdown(header, [*rows, total])
+
+
+def thresholds_section(values: Mapping[str, np.ndarray], class_names: Sequence[str]) -> str:
+    """The largest F1 and its score threshold, of each class and of the mean over classes.
+
+    `values`: for each detector's label :func:`f1_curves` of its runs, (runs, C, T).
+    """
+    means = [runs.mean(axis=0) for runs in values.values()]
+    rows = {name: [mean[number] for mean in means] for number, name in enumerate(class_names)}
+    rows = {name: curves for name, curves in rows.items() if not np.isnan(curves).any()}
+    rows["**mean**"] = [np.nanmean(mean, axis=0) for mean in means]
+    cells = {name: map(best_threshold, curves) for name, curves in rows.items()}
+    body = [[name, *(f"{b:.2f} at {t:.2f}" for t, b in found)] for name, found in cells.items()]
+    return markdown(["class", *values], body)
 
 
 def _class_gain(found: Difference | None) -> str:

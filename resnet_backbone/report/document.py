@@ -15,6 +15,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from resnet_backbone.detection.config import backbone_node, load_config
+from resnet_backbone.detection.evaluation.operating import (
+    best_threshold,
+    count_confusion,
+    f1_curves,
+)
 from resnet_backbone.detection.evaluation.voc_ap import CURVE_IOU
 from resnet_backbone.report import detection_plots as plots
 from resnet_backbone.report import detection_table as tables
@@ -29,14 +34,14 @@ from resnet_backbone.report.detections import (
     select_misses,
 )
 from resnet_backbone.report.gain import DetectorGroup, Gain, describe_gain, find_gains, group_runs
-from resnet_backbone.report.plots import save_png
+from resnet_backbone.report.plots import plot_confusion, save_png
 from resnet_backbone.report.runs import flatten, load_detector_runs, read_table
 from resnet_backbone.report.table import WHERE, show_commands
 from resnet_backbone.runtime.files import write_text
 
 PAIRS, PAIRS_BACK = 6, 2  # objects shown that a detector finds, and the other way round
 BASELINE = "baseline"  # the row of a detector as it was trained
-PICTURES = ("gain_per_class.png", "precision_recall.png", "precision_recall_classes.png")
+PICTURES = ("gain_per_class.png", "precision_recall*.png", "f1*.png", "confusion_*.png")
 PICTURES += ("errors.png", "training.png", "accuracy_time*.png", "misses_*.jpg")
 
 SPREAD = """\
@@ -118,6 +123,7 @@ def write_detection_report(
         report.add(f"Neither curves nor intervals: {reason}.")
     else:
         _add_curves(report, truth.classes, detections)
+    _add_operating_points(report, truth.classes if truth else (), detections, reason)
     _add_errors(report, reason)
     _add_training(report)
     _add_time(report, [row for rows in measured for row in rows if row.seconds is not None])
@@ -172,12 +178,38 @@ def _add_classes(report: Report) -> None:
 def _add_curves(report: Report, classes: Sequence[str], detections) -> None:
     curves = []
     for group, runs in zip(report.groups, detections, strict=True):
-        precision = np.array([interpolated_precision(run.numbers) for run in runs])
-        curves.append(plots.Curves(group.label, report.colors[group.label], precision))
+        values = np.array([interpolated_precision(run.numbers) for run in runs])
+        curves.append(plots.Curves(group.label, report.colors[group.label], values))
     report.add(f"At IoU {CURVE_IOU:g}; thin lines are single runs, bold ones their mean.")
-    report.show("precision_recall.png", plots.plot_mean_curves(curves), "precision and recall")
-    figure = plots.plot_class_curves(curves, classes)
-    report.show("precision_recall_classes.png", figure, "precision and recall of each class")
+    _show_curves(report, "precision_recall", curves, classes, "recall", "precision, interpolated")
+
+
+def _show_curves(report: Report, name: str, curves, classes, x: str, y: str, peaks=False) -> None:
+    figure = plots.plot_mean_curves(curves, x, y, peaks)
+    report.show(f"{name}.png", figure, f"{y} against {x}")
+    figure = plots.plot_class_curves(curves, classes, x, y, peaks)
+    report.show(f"{name}_classes.png", figure, f"{y} against {x}, of each class")
+
+
+def _add_operating_points(report: Report, classes: Sequence[str], detections, reason: str) -> None:
+    report.add("## At a score threshold")
+    if not detections:
+        report.add(f"Neither F1 nor confusion matrices: {reason}.")
+        return
+    curves = []
+    for group, runs in zip(report.groups, detections, strict=True):
+        values = np.array([f1_curves(run.numbers, run.found) for run in runs])
+        curves.append(plots.Curves(group.label, report.colors[group.label], values))
+    values = {one.label: one.values for one in curves}
+    report.add(tables.OPERATING, tables.thresholds_section(values, classes))
+    _show_curves(report, "f1", curves, classes, "score threshold", "F1", peaks=True)
+    for one, runs in zip(curves, detections, strict=True):
+        threshold, _ = best_threshold(np.nanmean(one.values, axis=(0, 1)))
+        found = [count_confusion(run.truth, run.found, len(classes), threshold) for run in runs]
+        figure = plot_confusion(np.mean(found, axis=0), classes, detected=True)
+        report.add(f"{one.label}, detections with a score of at least {threshold:.2f}:")
+        name = f"confusion_{one.label.replace(' ', '_')}.png"
+        report.show(name, figure, f"confusion matrix of {one.label}")
 
 
 def _add_errors(report: Report, reason: str) -> None:

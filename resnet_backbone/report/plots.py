@@ -267,32 +267,46 @@ def responses_table(responses: Mapping[str, Sequence[tuple[str, float]]]) -> str
     return "\n".join(lines)
 
 
-def plot_confusion(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """The confusion matrix of the classes with images, percent of each row.
+def plot_confusion(
+    confusion: np.ndarray, class_names: Sequence[str], detected: bool = False
+) -> Figure:
+    """The confusion matrix of the classes with images, percent of each row, whose sum is named.
 
-    What was predicted as a class without images is in the last column, "others".
+    What was predicted as a class without images is in the last column, "others". Of a detector
+    (`detected`) the rows are objects; the matrix has one more row, detections on no object, and one
+    more column, objects that were missed.
     """
-    present = np.flatnonzero(confusion.sum(1))
-    counts = confusion[np.ix_(present, present)]
-    totals = confusion[present].sum(1, keepdims=True)
+    counts, rows = np.array(confusion, float), [*class_names, *(["background"] if detected else ())]
+    present = counts.any(1)
+    present[-1] |= detected
+    columns = [name for name, used in zip(rows, present, strict=True) if used]
+    totals = counts[present].sum(1, keepdims=True)
+    rows = [f"{name} ({total:,.0f})" for name, total in zip(columns, totals[:, 0], strict=True)]
+    counts = counts[np.ix_(present, present)]
     others = totals - counts.sum(1, keepdims=True)
-    names = [class_names[number] for number in present]
-    columns = [*names, "others"] if others.any() else names
-    if others.any():
+    if detected:
+        columns[-1] = "missed"
+    if (others > 1e-6).any():  # counts may be means over runs
+        columns.append("others")
         counts = np.hstack([counts, others])
-    share = 100.0 * counts / totals
-    side = min(12.0, 4 + 0.3 * len(names))
+    share = 100.0 * counts / np.maximum(totals, 1e-9)
+    side = min(12.0, 4 + 0.3 * len(rows))
     figure, axes = new_figure(side + 1, side)
     axes.grid(False)
     axes.set(xlabel="predicted", ylabel="label")
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
-    figure.colorbar(image, ax=axes, label="% of the label's images", shrink=0.8)
-    if len(names) <= MOST_NAMES:
+    what = "row" if detected else "label's images"
+    figure.colorbar(image, ax=axes, label=f"% of the {what}", shrink=0.8)
+    if detected:
+        axes.set(xlabel="detected as", ylabel="object")
+        for draw in (axes.axhline, axes.axvline):
+            draw(len(rows) - 1.5, color="0.5", linewidth=0.8)
+    if len(rows) <= MOST_NAMES:
         axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-    if len(names) <= MOST_NUMBERS:
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    if len(rows) <= MOST_NUMBERS:
         for (row, column), value in np.ndenumerate(share):
-            if counts[row, column]:
+            if value >= 0.5:  # rounds to 1
                 style = dict(color="white" if value > 50 else "black", fontsize=7)
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", **style)
     return figure

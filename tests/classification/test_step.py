@@ -127,11 +127,12 @@ def test_bf16_is_near_fp32():
 
 
 def test_ema_by_hand():
-    step, average = make(ema=0.9), None
+    step, average = make(ema=0.3), None  # reached after three steps
     for iteration in range(4):
         step(*batch(), iteration)
         now = weights(step)
-        average = now if average is None else 0.9 * average + 0.1 * now
+        decay = 0.0 if average is None else min(0.3, (1 + iteration) / (10 + iteration))
+        average = now if average is None else decay * average + (1 - decay) * now
     found = torch.cat([p.flatten() for p in step.evaluated_model.parameters()])
     torch.testing.assert_close(found, average)
     assert isinstance(step.ema, AveragedModel) and step.evaluated_model is not step.model

@@ -89,6 +89,7 @@ def test_train_and_infer_run(bench, tmp_path):
 
 OURS = ["ours, fp32, as built", "ours, fp32, eager", "ours, bf16, eager"]
 TRAINED = ["Detectron2, fp32", "ours, fp32, as built", "ours, bf16 autocast, as built"]
+TRAINED += ["ours, fp32, checkpointed"]
 
 
 @pytest.mark.slow
@@ -187,8 +188,9 @@ def test_detectors_beside_detectron2(bench, arch):
     if "training" in kinds:
         steps = result[f"{arch}, training step, 4 regions"]
         assert names(steps["rows"]) == TRAINED
-        single, half = steps["differences"].values()
+        single, half, checkpointed = steps["differences"].values()
         assert len(single) == 4 and max(single.values()) < 1e-3
+        assert checkpointed == pytest.approx(single, abs=1e-6)
         assert 1e-6 < max(half.values()) < 0.1 and steps["data_seconds"] > 0
     assert "s/image" in out
 

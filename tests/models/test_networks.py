@@ -261,6 +261,51 @@ def test_in_channels(name):
     assert first.in_channels == 5
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """Updates its mean by itself, as Detectron2's NaiveSyncBatchNorm does."""
+
+    def forward(self, x):
+        self.running_mean += self.momentum * (x.detach().mean((0, 2, 3)) - self.running_mean)
+        return F.batch_norm(x, None, None, self.weight, self.bias, True)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("resnet50", dict(freeze_at=2)),
+        ("resnet18", dict(norm="FrozenBN", out_features=("res2", "res5"))),
+        ("cifar_resnet8", dict(norm=OwnNorm)),
+        ("vgg11_bn", dict(out_features=("conv3", "conv5"))),
+        ("bn_inception", {}),
+    ],
+)
+def test_gradient_checkpointing_changes_memory_alone(name, options):
+    """Bit for bit the maps, the gradients, and the statistics, which a second update would move."""
+    torch.manual_seed(0)
+    images, models, kept = torch.rand(2, 3, 64, 64), [build_model(name, **options)], []
+    models.append(copy.deepcopy(models[0]).set_grad_checkpointing())
+    for model in models:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda value, sizes=sizes: sizes.append(value.numel()) or value, lambda value: value
+        ):
+            outputs = model.train()(images)
+        maps = outputs.values() if options.get("out_features") else [outputs]
+        sum(one.square().mean() for one in maps).backward()
+        kept.append((sum(sizes), list(maps)))
+    (most, expected), (least, found) = kept
+    assert least < most / 4
+    assert all(map(torch.equal, expected, found))
+    pairs = list(zip(*(model.named_parameters() for model in models), strict=True))
+    assert sum(first.grad is not None for (_, first), _ in pairs) > 4
+    for (key, first), (_, second) in pairs:
+        assert (first.grad is None) == (second.grad is None), key
+        assert first.grad is None or torch.equal(first.grad, second.grad), key
+    states = [model.state_dict() for model in models]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not any(norm.momentum == 0 for norm in models[1].modules() if hasattr(norm, "momentum"))
+
+
 @pytest.mark.parametrize("depth, channels", [(18, 512), (34, 512), (50, 2048)])
 def test_stage_on_its_own_is_the_networks(depth, channels):
     with torch.device("meta"):

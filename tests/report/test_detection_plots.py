@@ -52,10 +52,10 @@ def test_curves():
         plots.Curves("a", plots.OURS, precision),
         plots.Curves("b", plots.REFERENCE, precision[:1]),
     ]
-    (axes,) = plots.plot_mean_curves(curves).axes
+    (axes,) = plots.plot_mean_curves(curves, "recall", "precision").axes
     thin = [line.get_ydata()[0] for line in axes.lines]
     assert thin == [0.5, 0.25, 0.375, 0.5]  # two runs, their mean; a single run
-    figure = plots.plot_class_curves(curves, ["x", "y", "z"])
+    figure = plots.plot_class_curves(curves, ["x", "y", "z"], "recall", "precision")
     assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == ["x", "y"]
 
 

@@ -90,15 +90,16 @@ the backbone. Memory is that of a fresh process for each candidate (Linux, CPU).
     ),
     "detect": (
         "detectors",
-        "Faster R-CNN R-50-FPN and R-50-C4 beside Detectron2's, on the CPU",
+        "Faster R-CNN with FPN and C4 beside Detectron2's, on the CPU",
         """\
-Faster R-CNN R-50 with 80 classes on one image of 800x1216. The reference is Detectron2's own model
+Faster R-CNN with 80 classes on one image of 800x1216. The reference is Detectron2's own model
 (its backbone, its heads, fp32, as it comes); ours is what our trainer builds, with the same
 settings and the same random weights, in these forms:
   ours, fp32, as built   nothing has to be done
   ours, fp32, ENGINE     resnet_backbone.optimize_for_inference(model, engine=...)
   ours, bf16, ENGINE     the same with dtype=torch.bfloat16
   ours, bf16 autocast    training with SOLVER.AMP.ENABLED True, which works on CPUs
+  ours, checkpointed     training with RESNET_BACKBONE.GRADIENT_CHECKPOINTING True
 Inference is the call of the model, from the image to detections. A training step is forward,
 backward and SGD, of 512 sampled regions. In all of them the proposal network does its work, and
 then the region head gets the same given boxes, since random weights propose nothing sensible; by
@@ -194,6 +195,7 @@ def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.Argume
     add, kinds = detect.add_argument, ["inference", "training"]
     add("--arch", nargs="+", choices=("fpn", "c4"), default=["fpn", "c4"], help="detectors")
     add("--kind", nargs="+", choices=kinds, default=kinds, help="passes")
+    add("--depth", type=int, choices=(50, 101, 152), default=50, help="of the backbone")
     text = "boxes that the head gets in inference, a table each"
     add("--proposals", type=positive, nargs="+", default=[1000, 300], help=text)
     add("--regions", type=positive, default=512, help="of an image in training")

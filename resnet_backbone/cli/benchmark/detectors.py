@@ -24,6 +24,7 @@ from tqdm import tqdm
 from resnet_backbone.cli import benchmark
 from resnet_backbone.cli.benchmark.pyramid import BF16, Pass, candidates, config
 from resnet_backbone.detection import modeling
+from resnet_backbone.detection.checkpoint.input_check import networks
 from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
 from resnet_backbone.detection.evaluation.coco import run_hotcoco, run_pycocotools, score_coco
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator
@@ -39,12 +40,13 @@ class Setting(NamedTuple):
     height: int
     width: int
     batch: int
+    depth: int = 50
 
 
 def run_detect(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for arch in args.arch:
-        size = args.regions, args.height, args.width, args.batch
+        size = args.regions, args.height, args.width, args.batch, args.depth
         settings = [Setting(arch, number, *size) for number in args.proposals]
         pair, names = build_detectors(max(settings, key=lambda one: one.proposals)), []
         titles = {f"{arch}, inference, {s.proposals} proposals": ("inference", s) for s in settings}
@@ -73,7 +75,7 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
 
 def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
     """Detectron2's detector and ours with the same random weights, which give high scores too."""
-    cfg, pair = config(setting.arch, setting.regions), []
+    cfg, pair = config(setting.arch, setting.regions, depth=setting.depth), []
     for make in (modeling.build_reference, Trainer.build_model):
         torch.manual_seed(0)
         pair.append(make(cfg))
@@ -90,13 +92,13 @@ def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
 def prepare_detector(kind: str, setting: Setting) -> Callable[..., Pass]:
     inputs, _ = random_inputs(setting)
 
-    def prepare(model: nn.Module, bf16: bool = False) -> Pass:
+    def prepare(model: nn.Module, **options: bool) -> Pass:
         if kind == "inference":
             return partial(infer_detector, model, inputs, setting.proposals)
         # a rate of 0 keeps the weights for the next turn, at the same work
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4)
-        return partial(train_step, model, optimizer, inputs, bf16)
+        return partial(train_step, model, optimizer, inputs, **options)
 
     return prepare
 
@@ -117,10 +119,15 @@ def infer_detector(model: nn.Module, inputs: list[dict], proposals: int) -> list
 
 
 def train_step(
-    model: nn.Module, optimizer, inputs: list[dict], bf16: bool = False
+    model: nn.Module,
+    optimizer,
+    inputs: list[dict],
+    bf16: bool = False,
+    checkpointed: bool = False,
 ) -> dict[str, float]:
     """One step with the same sampling of anchors and regions each time; returns the losses."""
-    model.train()
+    for network in networks(model.train()).values():
+        network.set_grad_checkpointing(checkpointed)
     torch.manual_seed(0)
     with torch.autocast("cpu", dtype=BF16, enabled=bf16):
         losses = modeling.losses_of(model, inputs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet_backbone.cli import benchmark
+from resnet_backbone.detection.checkpoint.input_check import networks
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.modeling import build_reference
@@ -33,6 +34,7 @@ def candidates(
     found["ours, fp32, as built"] = partial(prepare, ours)
     if kind == "training":
         found["ours, bf16 autocast, as built"] = partial(prepare, ours, bf16=True)
+        found["ours, fp32, checkpointed"] = partial(prepare, ours, checkpointed=True)
         return found
     for dtype in benchmark.DTYPES:
         for name, make in benchmark.engine_runs(ours, dtype, engines).items():
@@ -40,9 +42,10 @@ def candidates(
     return found
 
 
-def config(arch: str, regions: int = 512, head: int = 1024):
-    """Faster R-CNN R-50 ("fpn" or "c4") with 80 classes: regions an image, channels of the head."""
+def config(arch: str, regions: int = 512, head: int = 1024, depth: int = 50):
+    """Faster R-CNN ("fpn" or "c4") with 80 classes: regions an image, channels of the head."""
     words = ["MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(800,)"]
+    words += ["MODEL.RESNETS.DEPTH", str(depth)]
     words += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(regions)]
     words += ["MODEL.ROI_BOX_HEAD.FC_DIM", str(head)]
     return load_config(f"coco/faster_rcnn_R_50_{arch.upper()}", words)
@@ -94,13 +97,17 @@ def pyramid_candidates(setting: tuple, kind: str) -> dict[str, Callable[[], Pass
     return candidates(*build_pyramids(), kind, prepare_pyramid(kind, torch.randn(shape)), engines)
 
 
-def train_pyramid(model: nn.Module, images: Tensor, bf16: bool = False) -> dict[str, Tensor]:
+def train_pyramid(
+    model: nn.Module, images: Tensor, bf16: bool = False, checkpointed: bool = False
+) -> dict[str, Tensor]:
     """Forward and backward of a fixed scalar of all maps, in place of heads; returns the maps.
 
     It is divided last, since the gradient of ``mean`` is row-major whatever the map: the backward
     pass of a head's convolution returns the map's own memory format.
     """
     model.zero_grad(set_to_none=True)
+    for network in networks(model).values():
+        network.set_grad_checkpointing(checkpointed)
     with torch.autocast(images.device.type, dtype=BF16, enabled=bf16):
         maps = model(images)
     sum(value.float().square().sum() / value.numel() for value in maps.values()).backward()

@@ -28,6 +28,9 @@ def check_training(cfg: CfgNode) -> None:
         value = reduce(getattr, key.split("."), cfg)
         if value < least:
             raise UsageError(f"{key} {value}: it is at least {least}")
+    decay = cfg.RESNET_BACKBONE.EMA_DECAY
+    if not 0 <= decay < 1:
+        raise UsageError(f"RESNET_BACKBONE.EMA_DECAY {decay}: from 0 (off) to below 1, as 0.9998")
     metric, problem = cfg.RESNET_BACKBONE.BEST_METRIC, ""
     task, _, name = metric.rpartition("/")
     known = name in METRICS or name.startswith(("AP-", "AP50-"))

@@ -32,6 +32,7 @@ from resnet_backbone.detection.engine.schedule import (
     follow_processes,
     plan_schedule,
 )
+from resnet_backbone.detection.evaluation.operating import OPERATING_POINTS
 from resnet_backbone.detection.inference.predictor import (
     Speed,
     check_ensemble,
@@ -286,6 +287,7 @@ def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: 
     """OUTPUT_DIR/results.json: what was run and what came out; the main process writes.
 
     NaN becomes null. `speed` is that of the evaluation in this process, `training` further numbers.
+    Operating points are read from the folders of the test sets.
     """
     if not comm.is_main_process():
         return
@@ -307,6 +309,10 @@ def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: 
         **training,
         "results": results,
     }
+    if cfg.RESNET_BACKBONE.TEST.OPERATING_POINTS:
+        files = Path(cfg.OUTPUT_DIR, "inference").glob(f"*/{OPERATING_POINTS}")
+        points = {file.parent.name: json.loads(file.read_text("utf-8")) for file in sorted(files)}
+        content["operating_points"] = points
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN
     path = os.path.join(cfg.OUTPUT_DIR, RESULTS)
     write_json(path, content, allow_nan=False)

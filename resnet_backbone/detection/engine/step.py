@@ -17,9 +17,10 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resnet_backbone.detection.config import seed_of
+from resnet_backbone.detection.config import backbone_node, seed_of
 from resnet_backbone.detection.data.sampling import BatchPlan, TrainingLoader
 from resnet_backbone.models.layers import prelu_slopes
+from resnet_backbone.runtime.averages import moving_average
 from resnet_backbone.runtime.errors import TrainingDiverged, UsageError
 from resnet_backbone.runtime.processes import STEP, seed_everything
 from resnet_backbone.runtime.signals import StopRequest
@@ -86,7 +87,8 @@ class TrainStep:
     The batch goes through the network in ``RESNET_BACKBONE.ACCUMULATE`` parts whose gradients are
     averaged. Batch norms that are not frozen see one part at a time. Before each part torch, numpy
     and random are seeded with its place in the run. With ``SOLVER.AMP`` the forward pass is fp16
-    with scaled losses on a GPU and bf16 on a CPU.
+    with scaled losses on a GPU and bf16 on a CPU. With ``RESNET_BACKBONE.EMA_DECAY`` each step
+    updates :attr:`evaluated_model`, an average of the weights.
     """
 
     def __init__(
@@ -102,6 +104,19 @@ class TrainStep:
         self.device, self.amp = torch.device(cfg.MODEL.DEVICE).type, cfg.SOLVER.AMP.ENABLED
         scaled = self.amp and self.device == "cuda"
         self.grad_scaler = torch.amp.GradScaler(self.device, enabled=scaled)
+        decay = backbone_node(cfg).EMA_DECAY
+        self.ema = moving_average(self.network, decay) if decay else None
+
+    @property
+    def network(self) -> nn.Module:
+        """The model that learns, without a wrapper."""
+        is_wrapped = isinstance(self.model, DistributedDataParallel)
+        return self.model.module if is_wrapped else self.model
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The weights of evaluations and checkpoints: the averaged ones if there are."""
+        return self.network if self.ema is None else self.ema.module
 
     def read_from(self, cfg: CfgNode, data_loader: TrainingLoader | Iterable) -> None:
         """Takes the images and the seed of another loader from the next step on."""
@@ -138,6 +153,8 @@ class TrainStep:
         self.grad_scaler.unscale_(self.optimizer)  # so that clipping sees true gradients
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
         return report
 
     def _forward(self, images: list[dict]) -> tuple[dict[str, Tensor], str]:
@@ -182,9 +199,19 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "grad_scaler": self.grad_scaler}
-        return {name: part.state_dict() for name, part in parts.items()} | {"seed": self.seed}
+        state = {name: part.state_dict() for name, part in parts.items()} | {"seed": self.seed}
+        if self.ema is not None:
+            averaged = self.ema.n_averaged.item()
+            state |= {"raw_weights": self.network.state_dict(), "averaged": averaged}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint whose weights :attr:`evaluated_model` has already."""
+        if self.ema is not None:
+            self.ema.n_averaged.fill_(state.get("averaged", 0))
+        if self.ema is not None or "raw_weights" in state:
+            weights = state.get("raw_weights") or self.evaluated_model.state_dict()
+            self.network.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("grad_scaler"):  # empty without one
             self.grad_scaler.load_state_dict(state["grad_scaler"])

@@ -23,7 +23,7 @@ from detectron2.data.transforms import AugInput
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from detectron2.utils.events import (
     CommonMetricPrinter,
@@ -59,6 +59,7 @@ from resnet_backbone.detection.engine.results import check_results
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.engine.step import TrainStep, distribute, exempt_slopes
 from resnet_backbone.detection.evaluation import build_evaluator
+from resnet_backbone.detection.evaluation.operating import OperatingPoints
 from resnet_backbone.detection.inference.predictor import (
     Speed,
     Timed,
@@ -164,7 +165,8 @@ class Trainer(DefaultTrainer):
         self._trainer = TrainStep(cfg, distribute(model), loader, optimizer, self.stop)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         own = weakref.proxy(self)
-        self.checkpointer = self.build_checkpointer(cfg, model, trainer=own)
+        evaluated = self._trainer.evaluated_model
+        self.checkpointer = self.build_checkpointer(cfg, evaluated, trainer=own)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.stopping = ""  # the signal that ends the run
         self.failure = ""  # why the last evaluation failed
@@ -266,6 +268,12 @@ class Trainer(DefaultTrainer):
                 logger.error("the evaluation failed: %s", self.failure)
                 return {}, None
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As Detectron2's; the loaded weights are also those that learn, beside an average."""
+        super().resume_or_load(resume)
+        if self._trainer.ema is not None and not self.start_iter:
+            self._trainer.network.load_state_dict(self.checkpointer.model.state_dict())
+
     @property
     def results(self) -> dict:
         """The last evaluation of a run, by task: {"bbox": {"AP50": percent, ...}}."""
@@ -311,7 +319,11 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_"))
         node = backbone_node(cfg)
-        return build_evaluator(dataset_name, folder, node.TEST.METRIC, node.LOCALIZATION.GUESSES)
+        choice = node.TEST.METRIC, node.LOCALIZATION.GUESSES
+        evaluator = build_evaluator(dataset_name, folder, *choice)
+        if node.TEST.OPERATING_POINTS:
+            evaluator = DatasetEvaluators([evaluator, OperatingPoints(dataset_name, folder)])
+        return evaluator
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None):
@@ -332,7 +344,7 @@ class Trainer(DefaultTrainer):
         choice = test.EVAL_PERIOD, node.BEST_METRIC, node.EARLY_STOP
         self.evaluation = Evaluation(self._evaluate, *choice, best)
         self.metrics, is_main = Metrics(), comm.is_main_process()
-        statistics = test.EVAL_PERIOD, self.model, None, test.PRECISE_BN.NUM_ITER
+        statistics = test.EVAL_PERIOD, self.checkpointer.model, None, test.PRECISE_BN.NUM_ITER
         return [
             IterationTimer(),
             LRScheduler(),

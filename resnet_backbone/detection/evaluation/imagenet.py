@@ -35,7 +35,7 @@ IOU = 0.5
 TRUE_CLASS, TOP1, TOP5 = "true_class_error", "top1_error", "top5_error"
 
 
-class _Evaluator(DatasetEvaluator):
+class BoxEvaluator(DatasetEvaluator):
     """What an image's detections and objects are; one process computes from those of all."""
 
     def __init__(self, dataset_name: str, output_dir: str | None = None):
@@ -81,7 +81,7 @@ class _Evaluator(DatasetEvaluator):
             write_json(os.path.join(self.output_dir, name), content, indent=1)
 
 
-class DETEvaluator(_Evaluator):
+class DETEvaluator(BoxEvaluator):
     """Average precision as ILSVRC's development kit computes it for DET (``eval_detection.m``).
 
     It gives {"bbox": {"AP50": the mean over classes, "AP50-<class>"}} in percent. A class without
@@ -156,7 +156,7 @@ def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return box_iou(torch.from_numpy(boxes), torch.from_numpy(others)).numpy()
 
 
-class LOCEvaluator(_Evaluator):
+class LOCEvaluator(BoxEvaluator):
     """Errors of localization, in percent of the images (paper, Tables 13 and 14).
 
     Every image shows one class; of each class the detection with the highest score counts. With

@@ -177,7 +177,7 @@ def _precision_recall(
     iou, match, difficult = (det[key][order] for key in ("iou", "match", "difficult"))
     over = iou[None, :] > thresholds[:, None]
     counted = over & ~difficult
-    true = np.array([_first_on_each(match, matched) for matched in counted]).reshape(over.shape)
+    true = np.array([first_on_each(match, matched) for matched in counted]).reshape(over.shape)
     true_sum = true.cumsum(axis=1, dtype=np.float64)
     false_sum = (~over | (counted & ~true)).cumsum(axis=1, dtype=np.float64)
     recall = true_sum / num_positive if num_positive else np.full_like(true_sum, np.nan)
@@ -186,7 +186,7 @@ def _precision_recall(
     return precision, recall
 
 
-def _first_on_each(match: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+def first_on_each(match: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Which (D,) of the chosen detections, by falling score, are the first on their object."""
     places = np.flatnonzero(chosen)
     first = np.zeros(len(chosen), dtype=bool)
@@ -202,6 +202,23 @@ def match_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarra
     """
     iou = np.full(len(det["boxes"]), -np.inf)
     match = np.full(len(det["boxes"]), -1)
+    rows, columns, overlaps = pair_boxes(det, gt, same_class)
+    if not rows.size:
+        return iou, match
+    found, starts, counts = np.unique(rows, return_index=True, return_counts=True)
+    iou[found] = np.maximum.reduceat(overlaps, starts)
+    # of boxes without an area the IoU is nan: never above a threshold, whatever they match
+    place = np.where(overlaps >= iou[rows], np.arange(len(rows)), len(rows))
+    place = np.minimum(np.minimum.reduceat(place, starts), starts + counts - 1)
+    match[found] = columns[place]
+    return iou, match
+
+
+def pair_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All pairs of a detection and an object of its image: rows in both tables, sorted; IoU (P,).
+
+    The objects are those of its class, or of all other classes.
+    """
     wanted, given = det["image"], gt["image"]
     if same_class:
         classes = 1 + max(gt["classes"].max(initial=0), det["classes"].max(initial=0))
@@ -214,16 +231,7 @@ def match_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarra
     if not same_class:
         pairs = det["classes"][rows] != gt["classes"][columns]
         rows, columns = rows[pairs], columns[pairs]
-    if not rows.size:
-        return iou, match
-    overlaps = paired_iou(det["boxes"][rows], gt["boxes"][columns])
-    found, starts, counts = np.unique(rows, return_index=True, return_counts=True)
-    iou[found] = np.maximum.reduceat(overlaps, starts)
-    # of boxes without an area the IoU is nan: never above a threshold, whatever they match
-    place = np.where(overlaps >= iou[rows], np.arange(len(rows)), len(rows))
-    place = np.minimum(np.minimum.reduceat(place, starts), starts + counts - 1)
-    match[found] = columns[place]
-    return iou, match
+    return rows, columns, paired_iou(det["boxes"][rows], gt["boxes"][columns])
 
 
 def count_errors(
@@ -248,7 +256,7 @@ def count_errors(
         mine = mine[np.argsort(-found["scores"][mine], kind="stable")]
         iou, match = found["iou"][mine], found["match"][mine]
         over = iou > CURVE_IOU
-        first = _first_on_each(match, over)
+        first = first_on_each(match, over)
         ignored = over & found["difficult"][mine]
         kinds = np.select(
             [first, over, iou >= WEAK_IOU, others[mine] >= WEAK_IOU],

@@ -158,6 +158,7 @@ def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
     network.input_settings = config_input(cfg)
     network.weights_preprocessing = node.WEIGHTS_PREPROCESSING
     known = origin_input(weights)
+    network.set_grad_checkpointing(node.GRADIENT_CHECKPOINTING)
     network.origin = None if known is None else (weights, known)
     return in_memory_format(cfg, network)
 

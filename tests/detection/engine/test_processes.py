@@ -20,6 +20,7 @@ RUN = dict(SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__BASE_LR=0.00
 RUN |= dict(TEST__EVAL_PERIOD=2, MODEL__RESNETS__NORM="GN", MODEL__FPN__NORM="")  # norms per image
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LAUNCHERS = {"own": (["--num-processes", "2"], {}), "torchrun": ([], {"prefix": TORCHRUN})}
+AVERAGED = dict(RESNET_BACKBONE__EMA_DECAY=0.5, RESNET_BACKBONE__GRADIENT_CHECKPOINTING=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +38,26 @@ def run(data, folder, *options, prefix=None, **keys):
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """One process that takes the four images of a batch in two parts."""
+    """One process that takes the four images of a batch in two parts, and averages weights."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    run(data, folder, RESNET_BACKBONE__ACCUMULATE=2)
+    run(data, folder, RESNET_BACKBONE__ACCUMULATE=2, **AVERAGED)
     return folder
 
 
-def assert_like(folder, alone):
+def raw_weights(path):
+    """Of a checkpoint; the same with averages and without."""
+    content = torch.load(path)
+    return content["trainer"]["_trainer"].get("raw_weights", content["model"])
+
+
+def assert_like(folder, alone, read=raw_weights):
     """The same images, losses, weights to rounding, evaluation; each file written once."""
     ours, theirs = rows(folder), rows(alone)
     assert [row["iteration"] for row in ours] == [row["iteration"] for row in theirs] == [1, 2]
     for name in ("total_loss", "loss_cls", "loss_rpn_cls", "lr"):
         assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-4), name
-    first, second = (torch.load(one / "model_final.pth")["model"] for one in (folder, alone))
-    moved = torch.load(alone / "model_0000001.pth")["model"]
+    first, second = (read(one / "model_final.pth") for one in (folder, alone))
+    moved = read(alone / "model_0000001.pth")
     for name, value in second.items():
         if value.is_floating_point():
             step = (value - moved[name]).abs().max()
@@ -66,10 +73,13 @@ def assert_like(folder, alone):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes(data, alone, tmp_path, launcher):
     folder = tmp_path / "run"
-    output = run(data, folder, *LAUNCHERS[launcher][0], **LAUNCHERS[launcher][1])
+    keys = AVERAGED if launcher == "own" else {}
+    output = run(data, folder, *LAUNCHERS[launcher][0], **LAUNCHERS[launcher][1], **keys)
     assert "SOLVER.IMS_PER_BATCH 4 = 2 (processes) x 1" in output
     assert output.count("schedule: SOLVER.IMS_PER_BATCH") == 1  # said once
     assert_like(folder, alone)
+    if keys:
+        assert_like(folder, alone, lambda path: torch.load(path)["model"])
 
 
 @pytest.mark.slow

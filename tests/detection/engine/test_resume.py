@@ -7,6 +7,7 @@ import time
 from signal import SIGINT, SIGUSR1
 
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("detectron2")
@@ -18,7 +19,8 @@ from resnet_backbone.runtime.errors import EXIT_STOPPED
 
 from runs import Forked, arguments, assert_same_run, reached, read_results, rows  # isort: skip
 
-# With all that has state: a warm-up, steps, momentum, parts, evaluations, the best weights.
+# With all that has state: a warm-up, steps, momentum, parts, evaluations, the best and the averaged
+# weights.
 RUN = dict(
     SOLVER__MAX_ITER=10,
     SOLVER__STEPS="(5, 8)",
@@ -26,6 +28,8 @@ RUN = dict(
     TEST__EVAL_PERIOD=4,
     RESNET_BACKBONE__BEST_METRIC="bbox/AP50",
     RESNET_BACKBONE__ACCUMULATE=2,
+    RESNET_BACKBONE__EMA_DECAY=0.5,
+    RESNET_BACKBONE__GRADIENT_CHECKPOINTING=True,
 )
 
 
@@ -54,6 +58,10 @@ def test_an_uninterrupted_run(uninterrupted):
     assert all({"total_loss", "lr", "bbox/AP50"} <= row.keys() for row in rows(uninterrupted))
     results = read_results(uninterrupted)
     assert results["best"]["iterations"] in (4, 8, 10) and not results["ended_early"]
+    saved = torch.load(uninterrupted / "model_final.pth")
+    pairs = [(saved["model"][k], v) for k, v in saved["trainer"]["_trainer"]["raw_weights"].items()]
+    moved = [not torch.equal(averaged, raw) for averaged, raw in pairs]
+    assert sum(moved) > 40 and len(moved) == len(saved["model"])
 
 
 @pytest.mark.parametrize("workers", [2, pytest.param(0, marks=pytest.mark.slow)])

@@ -164,6 +164,7 @@ def test_reference_world_size():
         ("BEST_METRIC", "bbox/AP50", 0, "set TEST.EVAL_PERIOD"),
         ("BEST_METRIC", "AP", 5, "AP: write TASK/NAME"),
         ("BEST_METRIC", "bbox/AP5O", 5, "bbox/AP5O: choose bbox/ and one of AP, AP50"),
+        ("EMA_DECAY", 1.0, 0, "EMA_DECAY 1.0: from 0 .off. to below 1"),
         ("EPOCHS", -1.0, 0, "EPOCHS -1.0: it is at least 0"),
     ],
 )

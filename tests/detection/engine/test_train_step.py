@@ -139,6 +139,18 @@ def test_update_and_seeds_by_hand(cfg):
     assert not set(later.model.drawn) & set(first.model.drawn)
 
 
+def test_averaged_weights_by_hand(cfg):
+    cfg.RESNET_BACKBONE.EMA_DECAY = 0.2  # the second update is still in the warm-up
+    image, average = torch.tensor([1.0, 2.0]), 0
+    stepper = step_of(cfg, Parts([image], 1))
+    for iteration, decay in enumerate((0, 2 / 11, 0.2)):
+        stepper.run(iteration)
+        weight = torch.ones(2) - (iteration + 1) * image
+        average = decay * average + (1 - decay) * weight
+        torch.testing.assert_close(stepper.evaluated_model.weight.data, average)
+        assert torch.equal(stepper.network.weight, weight)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_loader_of_ones_own(cfg, accumulate):
     """An iterable over lists, such as Detectron2's build_detection_train_loader gives."""

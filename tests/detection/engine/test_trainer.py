@@ -226,6 +226,46 @@ def test_a_drawn_seed_is_taken_up_again(cfg, tmp_path):
     assert other.cfg.SEED == other._trainer.seed == seed + 1  # who gives a seed has it
 
 
+def test_where_averaged_weights_start_and_go(cfg, tmp_path):
+    """From loaded weights; through a stop; to none, which goes on from the raw weights."""
+
+    def raw_and_averaged(trainer):
+        return tuple(m.weight.tolist() for m in (trainer._trainer.network, trainer.evaluated[-1]))
+
+    class Noting(Ours):
+        evaluated = []
+
+        @classmethod
+        def test(cls, cfg, model):
+            cls.evaluated.append(model)
+            return super().test(cfg, model)
+
+    file, first = tmp_path / "weights.pth", torch.tensor([5.0, 7.0])
+    torch.save({"model": {"weight": first}}, file)
+    keys = dict(MODEL__WEIGHTS=str(file), SOLVER__CHECKPOINT_PERIOD=1, SOLVER__MAX_ITER=4)
+    on = dict(RESNET_BACKBONE__EMA_DECAY=0.5)
+    trainer = make(Noting, cfg, tmp_path / "run", **keys, **on)
+    assert torch.equal(trainer._trainer.network.weight, first)
+    trainer.fails_at = 3
+    with pytest.raises(ValueError, match="broken"):
+        trainer.train()
+    make(Noting, cfg, tmp_path / "run", True, **keys, **on).train()
+    found = torch.load(tmp_path / "run" / "model_final.pth")
+    whole = make(Noting, cfg, tmp_path / "whole", **keys, **on)
+    whole.train()
+    raw, averaged = raw_and_averaged(whole)
+    assert raw != averaged
+    assert found["model"]["weight"].tolist() == averaged
+    assert found["trainer"]["_trainer"]["raw_weights"]["weight"].tolist() == raw
+    off = make(Noting, cfg, tmp_path / "run", True, **keys)
+    assert off._trainer.network.weight.tolist() == raw
+    none = make(Noting, cfg, tmp_path / "none", **keys)
+    none.train()
+    assert raw_and_averaged(none) == (raw, raw)
+    again = make(Noting, cfg, tmp_path / "none", True, **keys, **on)  # switched on in the middle
+    assert again._trainer.network.weight.tolist() == raw
+
+
 def test_members_of_an_ensemble_are_read_once_in_a_training(cfg, tmp_path, monkeypatch):
     reads = []
 

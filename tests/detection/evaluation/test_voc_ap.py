@@ -1,4 +1,4 @@
-"""Average precision against Detectron2's voc_eval and by hand; kinds of errors."""
+"""Average precision against Detectron2's voc_eval and by hand; errors, confusion, F1."""
 
 import contextlib
 import functools
@@ -16,7 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_backbone.detection.evaluation import evaluate_voc
-from resnet_backbone.detection.evaluation.voc_ap import KINDS, count_errors, read_boxes
+from resnet_backbone.detection.evaluation.operating import (
+    THRESHOLDS,
+    count_confusion,
+    f1_curves,
+    operating_points,
+)
+from resnet_backbone.detection.evaluation.voc_ap import (
+    KINDS,
+    count_errors,
+    paired_iou,
+    read_boxes,
+    score_boxes,
+)
 
 CLASSES = ["cat", "dog"]
 
@@ -204,3 +216,81 @@ def test_counts_agree_with_the_curves(sets):
             last = recall[-1] if len(recall) else 0.0
             assert row["missed"] == pytest.approx(objects * (1 - last))
         assert row["correct"] <= objects - row["missed"]
+
+
+def test_operating_points_by_hand():
+    boxes = [(1 + 20 * i, 1, 10 + 20 * i, 10) for i in range(5)]
+    rows = [(boxes[0], 0, False), (boxes[1], 0, False), (boxes[2], 1, False), (boxes[3], 1, True)]
+    truth = ground_truth_of(*rows, (boxes[4], 0, False))
+    found = detections_of(
+        (boxes[0], 0, 0.9),  # correct
+        (boxes[0], 0, 0.85),  # again: background
+        (boxes[0], 1, 0.8),  # a dog where a cat has been found: background
+        (boxes[1], 1, 0.7),  # a cat taken for a dog
+        (boxes[2], 1, 0.65),  # correct
+        (boxes[3], 1, 0.6),  # difficult: neither way
+        (boxes[4], 0, 0.3),  # correct, with a low score
+        (boxes[1], 0, 0.1),
+    )
+    tables = read_boxes(found, truth, CLASSES)
+    assert count_confusion(*tables, 2, 0.3).tolist() == [[2, 1, 0], [0, 1, 0], [1, 1, 0]]
+    assert count_confusion(*tables, 2, 0.31).tolist() == [[1, 1, 1], [0, 1, 0], [1, 1, 0]]
+    # the low score makes it a cat again, since correct detections come first
+    assert count_confusion(*tables, 2, 0).tolist() == [[3, 0, 0], [0, 1, 0], [1, 2, 0]]
+    curves = f1_curves(score_boxes(*tables, CLASSES), tables[1])
+    at = {score: curves[:, np.searchsorted(THRESHOLDS, score - 1e-9)] for score in (0.05, 0.3, 0.5)}
+    np.testing.assert_allclose(at[0.05], [2 * 3 / (4 + 3), 2 * 1 / (3 + 1)])
+    np.testing.assert_allclose(at[0.3], [2 * 2 / (3 + 3), 2 * 1 / (3 + 1)])
+    np.testing.assert_allclose(at[0.5], [2 * 1 / (2 + 3), 2 * 1 / (3 + 1)])
+    points = operating_points(*tables, CLASSES)
+    assert points["F1"] == pytest.approx((6 / 7 + 1 / 2) / 2) and 0 <= points["threshold"] <= 0.1
+    assert points["confusion"] == count_confusion(*tables, 2, 0).tolist()
+    cat, dog = points["classes"]
+    assert cat["class"] == "cat" and cat["F1"] == pytest.approx(6 / 7)
+    assert (cat["precision"], cat["recall"]) == (3 / 4, 1)
+    assert dog["threshold"] == pytest.approx(0.325, abs=0.002) and dog["precision"] == 1 / 3
+
+
+def plain_confusion(found, truth, score):
+    """The same without tables, image by image."""
+    matrix = np.zeros((3, 3), int)
+    for detections, objects in zip(found, truth, strict=True):
+        boxes, kinds, hard = (list(objects[key]) for key in ("boxes", "classes", "difficult"))
+        order = np.argsort(-np.array(detections["scores"], float), kind="stable")
+        others, taken = [], set()
+        for place in order:
+            if detections["scores"][place] < score:
+                continue
+            box, kind = detections["boxes"][place], detections["classes"][place]
+            ious = [paired_iou(box[None], one[None])[0] for one in boxes]
+            mine = [number for number, one in enumerate(kinds) if one == kind]
+            best = max(mine, key=lambda n: ious[n], default=None)
+            if best is None or not ious[best] > 0.5 or (best in taken and not hard[best]):
+                others.append((kind, ious))
+            elif not hard[best]:
+                taken.add(best)
+                matrix[kind, kind] += 1
+        for kind, ious in others:
+            free = [n for n, one in enumerate(kinds) if one != kind and ious[n] > 0.5]
+            free = [n for n in free if n not in taken and not hard[n]]
+            best = max(free, key=lambda n: ious[n], default=None)
+            matrix[2 if best is None else kinds[best], kind] += 1
+            taken.add(best)
+        for number, kind in enumerate(kinds):
+            matrix[kind, 2] += number not in taken and not hard[number]
+    return matrix
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(small_sets(), st.sampled_from([0.0, 0.5]))
+def test_confusion_agrees_with_a_plain_one_and_with_the_curves(sets, score):
+    tables = read_boxes(*sets, CLASSES)
+    numbers, matrix = score_boxes(*tables, CLASSES), count_confusion(*tables, 2, score)
+    np.testing.assert_array_equal(matrix, plain_confusion(*sets, score))
+    assert matrix[:2].sum(axis=1).tolist() == numbers["num_ground_truth"].tolist()
+    curves = f1_curves(numbers, tables[1])
+    for number in range(2):
+        correct, found = matrix[number, number], matrix[:, number].sum()
+        f1 = 2 * correct / max(1, found + matrix[number].sum())
+        if numbers["num_ground_truth"][number]:
+            assert curves[number, np.searchsorted(THRESHOLDS, score)] == pytest.approx(f1)

@@ -1,0 +1,149 @@
+"""What a detector does at a score threshold, on which AP does not depend: F1, confusion matrix."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from resnet_backbone.detection.evaluation.imagenet import BoxEvaluator
+from resnet_backbone.detection.evaluation.voc import TO_VOC
+from resnet_backbone.detection.evaluation.voc_ap import (
+    CURVE_IOU,
+    first_on_each,
+    pair_boxes,
+    read_boxes,
+    score_boxes,
+)
+from resnet_backbone.runtime.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+OPERATING_POINTS = "operating_points.json"
+THRESHOLDS = np.linspace(0, 1, 1001)
+BACKGROUND = "background"
+
+Table = Mapping[str, np.ndarray]
+
+
+class OperatingPoints(BoxEvaluator):
+    """Writes ``operating_points.json`` into its folder, see :func:`operating_points`; no numbers.
+
+    The ground truth is what the loader gives, in VOC layout, COCO's format, or registered
+    otherwise; difficult objects and crowds count neither way. UsageError: it has no boxes.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None):
+        if not MetadataCatalog.get(dataset_name).get("thing_classes"):
+            key = "RESNET_BACKBONE.TEST.OPERATING_POINTS"
+            raise UsageError(f"{key}: {dataset_name} has no boxes to count, leave it False")
+        super().__init__(dataset_name, output_dir)
+
+    def score(self, found: Mapping[Any, tuple[np.ndarray, ...]]) -> OrderedDict:
+        truth = []
+        for record in DatasetCatalog.get(self.name):
+            objects, mode = record["annotations"], BoxMode.XYXY_ABS
+            boxes = [BoxMode.convert(one["bbox"], one["bbox_mode"], mode) for one in objects]
+            difficult = [one.get("iscrowd") or one.get("difficult") or False for one in objects]
+            image = {"image_id": record["image_id"], "difficult": difficult}
+            image["boxes"] = np.array(boxes, float).reshape(-1, 4) + TO_VOC
+            truth.append({**image, "classes": [one["category_id"] for one in objects]})
+        detections = [
+            {"image_id": image, "boxes": boxes + TO_VOC, "scores": scores, "classes": classes}
+            for image, (boxes, scores, classes) in found.items()
+        ]
+        tables = read_boxes(detections, truth, self.class_names)
+        content = operating_points(*tables, self.class_names)
+        text = "%s: the largest mean F1 over classes is %.3f, at a score of %.3f"
+        logger.info(text, self.name, content["F1"], content["threshold"])
+        self.write(OPERATING_POINTS, content)
+        return OrderedDict()
+
+
+def operating_points(truth: Table, found: Table, class_names: Sequence[str]) -> dict[str, Any]:
+    """The best score thresholds, and the confusion matrix at the best one for all classes.
+
+    It takes the tables of :func:`read_boxes` and gives {"F1", "threshold" (the largest mean over
+    classes), "classes": [{"class", "F1", "threshold", "precision", "recall"}, ...] (those with
+    objects, at their own best threshold), "confusion": :func:`count_confusion` as lists, "labels":
+    of its rows and columns}. All are 0..1, at IoU 0.5.
+    """
+    numbers = score_boxes(truth, found, class_names, (CURVE_IOU,))
+    curves = f1_curves(numbers, found)
+    rows, known = [], np.flatnonzero(numbers["num_ground_truth"])
+    for number in known.tolist():
+        threshold, best = best_threshold(curves[number])
+        last = np.sum(found["scores"][found["classes"] == number] >= threshold) - 1
+        row = {"class": class_names[number], "F1": best, "threshold": threshold}
+        for key in ("precision", "recall"):
+            row[key] = float(numbers[key][number][last]) if last >= 0 else 0.0
+        rows.append(row)
+    threshold, best = best_threshold(curves[known].mean(axis=0)) if rows else (0.0, 0.0)
+    confusion = count_confusion(truth, found, len(class_names), threshold).tolist()
+    labels = [*class_names, BACKGROUND]
+    content = {"F1": best, "threshold": threshold, "classes": rows}
+    return content | {"labels": labels, "confusion": confusion}
+
+
+def f1_curves(numbers: Mapping[str, Any], found: Table) -> np.ndarray:
+    """F1 (C, T), 0..1, of the detections with a score of at least each of :data:`THRESHOLDS`.
+
+    It is 2 P R / (P + R) of VOC's matching at IoU 0.5, 0 without detections, nan without objects.
+
+    Args:
+        numbers: of :func:`score_boxes` for the detections of the table.
+    """
+    curves = []
+    for number, objects in enumerate(numbers["num_ground_truth"]):
+        pair = (numbers[key][number] for key in ("precision", "recall"))
+        precision, recall = (np.append(0.0, values) for values in pair)
+        scores = np.sort(found["scores"][found["classes"] == number])
+        kept = len(scores) - np.searchsorted(scores, THRESHOLDS)  # of the best-scored detections
+        total = np.maximum(precision + recall, np.finfo(float).eps)
+        curve = (2 * precision * recall / total)[kept]
+        curves.append(curve if objects else np.full(len(THRESHOLDS), np.nan))
+    return np.array(curves).reshape(-1, len(THRESHOLDS))
+
+
+def best_threshold(curve: np.ndarray) -> tuple[float, float]:
+    """The threshold with the largest F1, the middle one of several, and that F1."""
+    places = np.flatnonzero(curve == curve.max())
+    return float(THRESHOLDS[places[len(places) // 2]]), float(curve.max())
+
+
+def count_confusion(truth: Table, found: Table, num_classes: int, score: float) -> np.ndarray:
+    """Objects by their class (rows) and the class they were detected as (columns).
+
+    The last column, background, has the objects that were missed, and the last row the detections
+    that are on no object. Detections of at least the score count. First come those that VOC's
+    matching calls correct, which are the diagonal; then each other one, by falling score, takes the
+    object of another class that is still free and has the largest IoU, above 0.5. Difficult objects
+    and detections that VOC's matching puts on them count neither way.
+
+    Returns:
+        (C + 1, C + 1), integers.
+    """
+    order = np.argsort(-found["scores"], kind="stable")
+    order = order[found["scores"][order] >= score]
+    found = {key: column[order] for key, column in found.items()}
+    over = found["iou"] > CURVE_IOU
+    counted = ~(over & found["difficult"])
+    right = first_on_each(found["match"], over & counted)
+    labels = np.append(truth["classes"], num_classes)  # of the row -1, which stands for background
+    on = np.where(right, found["match"], -1)
+    free = ~truth["difficult"]
+    free[found["match"][right]] = False
+    rows, columns, overlaps = pair_boxes(found, truth, same_class=False)
+    for pair in np.lexsort((-overlaps, rows)).tolist():
+        row, column = rows[pair], columns[pair]
+        if overlaps[pair] > CURVE_IOU and counted[row] and on[row] < 0 and free[column]:
+            on[row], free[column] = column, False
+    matrix = np.zeros((num_classes + 1, num_classes + 1), int)
+    np.add.at(matrix, (labels[on[counted]], found["classes"][counted]), 1)
+    np.add.at(matrix[:, -1], truth["classes"][free], 1)
+    return matrix

@@ -1,0 +1,24 @@
+"""The exponential moving average of a training's weights, which evaluations then use."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+def moving_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of a model that follows it; call ``update_parameters(model)`` after each step.
+
+    Update number n (from 0) has the decay min(decay, (1 + n) / (10 + n)), so that the first
+    weights are soon forgotten; the first update copies. Buffers, such as the statistics of batch
+    norms, are averaged as well. Constants, such as frozen weights, stay as they are to the bit.
+
+    Args:
+        decay: above 0 and below 1, such as 0.9998.
+    """
+
+    def update(averages: list[Tensor], values: list[Tensor], count: Tensor) -> None:
+        done = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + done) / (10 + done)))(averages, values, count)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
