@@ -104,6 +104,10 @@ EXPORT = [
 # The page of tools/demo.py --web. Not part of "all": it needs older versions of Pillow and others.
 WEB = ["gradio>=5"]
 
+# RESNET_BACKBONE.LOGGERS of detectors. Not part of "all" either: both bring many packages.
+WANDB = ["wandb>=0.16"]
+MLFLOW = ["mlflow>=2.10"]
+
 # The site, tools/docs.sh.
 DOCS = [
     "sphinx>=8.1",
@@ -141,6 +145,8 @@ setup(
         "adapters": ADAPTERS,
         "export": EXPORT,
         "web": WEB,
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "docs": DOCS,
         "dev": DEV,
         "all": [

@@ -63,6 +63,7 @@ DEFAULTS = CfgNode(
         "GRADIENT_CHECKPOINTING": False,  # of the backbone: less memory, slower, same gradients
         "ACCUMULATE": 1,  # parts of SOLVER.IMS_PER_BATCH that go through the network in turn
         "BEST_METRIC": "",  # TASK/NAME such as bbox/AP50; its best checkpoint: model_best.pth
+        "LOGGERS": [],  # of wandb and mlflow, which get numbers, config and results
         "EARLY_STOP": 0,  # evaluations without a better BEST_METRIC that end a run; 0: never
         # The paper's improvements (appendix B). Global context is part of the trained head, the
         # rest belongs to testing.

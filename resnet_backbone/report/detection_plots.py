@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import NamedTuple
 
@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from resnet_backbone.detection.evaluation.operating import best_threshold
 from resnet_backbone.report.gain import DetectorGroup, Gain
 from resnet_backbone.report.plots import COLORS, FEW, new_figure
 from resnet_backbone.report.runs import Metrics, smooth
@@ -127,14 +126,19 @@ def _draw_class_gains(axes: Axes, gain: Gain) -> None:
     axes.set_title(gain.label, fontsize="medium")
 
 
-def plot_mean_curves(curves: Sequence[Curves], x: str, y: str, peaks: bool = False) -> Figure:
-    """Mean over the classes, thin for each run, bold their mean; peaks get a dot and their place.
+Peak = Callable[[np.ndarray], tuple[float, float]]
 
-    `x` and `y` name what the levels and the values are.
+
+def plot_mean_curves(curves: Sequence[Curves], x: str, y: str, peak: Peak | None = None) -> Figure:
+    """Mean over the classes, thin for each run, bold their mean.
+
+    Args:
+        x, y: what the levels and the values are.
+        peak: gives the level and the value of a point of a bold line that gets a dot.
     """
     figure, axes = new_figure(6, 4.5)
     for one in curves:
-        _draw_curves(axes, np.nanmean(one.values, axis=1), one.color, one.label, peaks, True)
+        _draw_curves(axes, np.nanmean(one.values, axis=1), one.color, one.label, peak, True)
     _finish_curves(axes, 0.2)
     axes.set(xlabel=x, ylabel=f"{y}, mean over classes")
     axes.legend(fontsize="small")
@@ -142,7 +146,7 @@ def plot_mean_curves(curves: Sequence[Curves], x: str, y: str, peaks: bool = Fal
 
 
 def plot_class_curves(
-    curves: Sequence[Curves], class_names: Sequence[str], x: str, y: str, peaks: bool = False
+    curves: Sequence[Curves], class_names: Sequence[str], x: str, y: str, peak: Peak | None = None
 ) -> Figure:
     """As :func:`plot_mean_curves`, every class in a panel of its own."""
     known = ~np.isnan(curves[0].values).all(axis=(0, 2))
@@ -150,7 +154,7 @@ def plot_class_curves(
     figure, panels = _grid(len(shown), columns=5, width=2.1, height=1.8, sharex=True, sharey=True)
     for axes, index in zip(panels, shown, strict=True):
         for one in curves:
-            _draw_curves(axes, one.values[:, index], one.color, one.label, peaks)
+            _draw_curves(axes, one.values[:, index], one.color, one.label, peak)
         _finish_curves(axes, 0.5)
         axes.set_title(class_names[index], fontsize="small", pad=3)
         axes.tick_params(labelsize="x-small")
@@ -161,13 +165,13 @@ def plot_class_curves(
 
 
 def _draw_curves(
-    axes: Axes, runs: np.ndarray, color: str, label: str, peaks: bool, named: bool = False
+    axes: Axes, runs: np.ndarray, color: str, label: str, peak: Peak | None, named: bool = False
 ) -> None:
     levels, mean = np.linspace(0, 1, runs.shape[-1]), runs.mean(axis=0)
     if len(runs) > 1:
         axes.plot(levels, runs.T, color=color, linewidth=0.6, alpha=0.5)
-    if peaks:
-        place, best = best_threshold(mean)
+    if peak:
+        place, best = peak(mean)
         axes.plot([place], [best], "o", color=color, markersize=5, clip_on=False)
         label += f": {best:.2f} at {place:.2f}" if named else ""
     axes.plot(levels, mean, color=color, linewidth=1.8, label=label)

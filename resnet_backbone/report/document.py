@@ -184,10 +184,10 @@ def _add_curves(report: Report, classes: Sequence[str], detections) -> None:
     _show_curves(report, "precision_recall", curves, classes, "recall", "precision, interpolated")
 
 
-def _show_curves(report: Report, name: str, curves, classes, x: str, y: str, peaks=False) -> None:
-    figure = plots.plot_mean_curves(curves, x, y, peaks)
+def _show_curves(report: Report, name: str, curves, classes, x: str, y: str, peak=None) -> None:
+    figure = plots.plot_mean_curves(curves, x, y, peak)
     report.show(f"{name}.png", figure, f"{y} against {x}")
-    figure = plots.plot_class_curves(curves, classes, x, y, peaks)
+    figure = plots.plot_class_curves(curves, classes, x, y, peak)
     report.show(f"{name}_classes.png", figure, f"{y} against {x}, of each class")
 
 
@@ -202,7 +202,7 @@ def _add_operating_points(report: Report, classes: Sequence[str], detections, re
         curves.append(plots.Curves(group.label, report.colors[group.label], values))
     values = {one.label: one.values for one in curves}
     report.add(tables.OPERATING, tables.thresholds_section(values, classes))
-    _show_curves(report, "f1", curves, classes, "score threshold", "F1", peaks=True)
+    _show_curves(report, "f1", curves, classes, "score threshold", "F1", best_threshold)
     for one, runs in zip(curves, detections, strict=True):
         threshold, _ = best_threshold(np.nanmean(one.values, axis=(0, 1)))
         found = [count_confusion(run.truth, run.found, len(classes), threshold) for run in runs]

@@ -14,6 +14,7 @@ from resnet_backbone.report import detection_plots, document
 
 PICTURES = {
     *("gain_per_class.png", "precision_recall.png", "precision_recall_classes.png"),
+    *("f1.png", "f1_classes.png", "confusion_R-50-FPN.png", "confusion_VGG-16-FPN.png"),
     *("errors.png", "training.png"),
 }
 BASELINE = {"name": "baseline", "results": {"bbox": {"AP50": 20.0}}, "seconds_per_image": 0.7}
@@ -155,8 +156,9 @@ def test_without_images_the_rest_is_there(quick, write, runs, voc, output):
     rest = {"gain_per_class.png", "errors.png", "training.png"}
     assert listing(output.with_suffix("")) == rest | {"own.txt"}
     assert set(re.findall(r"\(r/([^)]+)\)", text)) == rest
-    found = re.findall(r"^(Neither curves nor intervals|No pictures): there is no ", text, re.M)
-    assert len(found) == 2 and "In brackets" not in text
+    reasons = "Neither curves nor intervals|Neither F1 nor confusion matrices|No pictures"
+    found = re.findall(rf"^({reasons}): there is no ", text, re.M)
+    assert len(found) == 3 and "In brackets" not in text
 
 
 def test_a_single_detector(quick, write, runs):

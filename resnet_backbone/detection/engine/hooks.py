@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +12,14 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import PreciseBN
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer, refuse_not_finite
 from resnet_backbone.detection.config import with_keys
+from resnet_backbone.detection.engine.writers import WINDOW
 from resnet_backbone.detection.inference.predictor import Speed
 from resnet_backbone.runtime.errors import Stopped, UsageError
-from resnet_backbone.runtime.files import keep_rows, naming
 from resnet_backbone.runtime.records import spell_hours
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,6 @@ BEST = "model_best"
 TIMINGS = ("time", "data_time", "eta_seconds")  # of a process, not of a run
 FIRST = 5  # iterations that are logged one by one
 LONG_HOURS = 24  # from which on a training on a CPU is warned of
-WINDOW = 20  # iterations between two rows of metrics, and over which they take medians
 
 
 class RepeatablePreciseBN(PreciseBN):
@@ -145,34 +143,6 @@ class Evaluation(HookBase):
         self.results, self.evaluated = state["results"], state["evaluated"]
         if state["best"] and state["best"]["metric"] == self.metric:
             self.best, self._without_gain = state["best"], state["without_gain"]
-
-
-class MetricsFile(EventWriter):
-    """Detectron2's ``metrics.json``, a JSON object a line, each iteration once and in order.
-
-    Rows from iteration `start` on, and half a row at the file's end, are removed first.
-    """
-
-    def __init__(self, path: str, start: int = 0):
-        rows, _ = keep_rows(path, lambda row: row["iteration"] < start)
-        self._written = max((row["iteration"] for row in rows), default=-1)
-        self._path, self._file = path, open(path, "a", encoding="utf-8")
-
-    def write(self) -> None:
-        rows: dict[int, dict] = defaultdict(dict)
-        latest = get_event_storage().latest_with_smoothing_hint(WINDOW)
-        for name, (value, iteration) in latest.items():
-            if iteration > self._written:
-                rows[iteration][name] = value
-        with naming(self._path):
-            for iteration, row in sorted(rows.items()):
-                row["iteration"] = self._written = iteration
-                self._file.write(json.dumps(row, sort_keys=True) + "\n")
-            self._file.flush()
-
-    def close(self) -> None:
-        with naming(self._path):
-            self._file.close()
 
 
 class Metrics(HookBase):

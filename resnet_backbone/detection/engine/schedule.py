@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from resnet_backbone.detection.engine.results import check_expectations
+from resnet_backbone.detection.engine.writers import check_loggers
 from resnet_backbone.runtime.errors import UsageError
 
 # Names of numbers in evaluations, so that a misspelt BEST_METRIC costs no training.
@@ -24,6 +25,7 @@ LEAST = {
 def check_training(cfg: CfgNode) -> None:
     """Raises UsageError for keys of a training that are out of range or contradict one another."""
     check_expectations(cfg)
+    check_loggers(cfg)
     for key, least in LEAST.items():
         value = reduce(getattr, key.split("."), cfg)
         if value < least:

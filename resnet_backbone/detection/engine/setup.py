@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 LOG = "log.txt"  # Detectron2's, in the run folder
 
 # Where and how fast a run computes; everything else makes it another run.
-PLACES = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS")
+PLACES = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "RESNET_BACKBONE.LOGGERS")
 # Checkpoints hold what these say, so other values would have no effect.
 KEPT = "BASE_LR BIAS_LR_FACTOR MOMENTUM NESTEROV WEIGHT_DECAY WEIGHT_DECAY_BIAS WEIGHT_DECAY_NORM"
 

@@ -51,13 +51,13 @@ from resnet_backbone.detection.engine.hooks import (
     Evaluation,
     FirstIterations,
     Metrics,
-    MetricsFile,
     ProgressBar,
     RepeatablePreciseBN,
 )
 from resnet_backbone.detection.engine.results import check_results
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.engine.step import TrainStep, distribute, exempt_slopes
+from resnet_backbone.detection.engine.writers import LOGGERS, MetricsFile
 from resnet_backbone.detection.evaluation import build_evaluator
 from resnet_backbone.detection.evaluation.operating import OperatingPoints
 from resnet_backbone.detection.inference.predictor import (
@@ -357,8 +357,12 @@ class Trainer(DefaultTrainer):
         ]
 
     def build_writers(self) -> list[EventWriter]:
-        writers = [
-            MetricsFile(os.path.join(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter),
-            TensorboardXWriter(self.cfg.OUTPUT_DIR, purge_step=self.start_iter),
-        ]
+        folder, start = self.cfg.OUTPUT_DIR, self.start_iter
+        file = MetricsFile(os.path.join(folder, "metrics.json"), start)
+        writers = [file, TensorboardXWriter(folder, purge_step=start)]
+        for name in self.cfg.RESNET_BACKBONE.LOGGERS:
+            writers.append(LOGGERS[name](self.cfg, self._final, start > 0, file.written))
         return writers if sys.stderr.isatty() else [CommonMetricPrinter(self.max_iter), *writers]
+
+    def _final(self) -> dict:
+        return {"results": self.results, "best": self.evaluation.best or {}}

@@ -22,8 +22,8 @@ from resnet_backbone.detection.engine.hooks import (
     Evaluation,
     FirstIterations,
     Metrics,
-    MetricsFile,
 )
+from resnet_backbone.detection.engine.writers import MetricsFile
 from resnet_backbone.runtime.errors import Stopped
 
 
