@@ -27,6 +27,7 @@ X_UNIT = 10_000  # iterations: the paper's axes count in 1e4
 FEW = 4  # points of a line that also get markers, below
 LEAST_DROP = 1.9  # a learning rate divided by this or more is a drop of the schedule
 PANELS = {"plain": "plain networks", "ResNet": "residual networks"}
+FEW_CLASSES = 12  # up to which a confusion matrix has large numbers, and from 1 % on, not from 2
 MOST_NUMBERS = 25  # classes up to which the cells of a confusion matrix have numbers
 MOST_NAMES = 60  # ... and its axes have names
 STYLE = {"figure.constrained_layout.use": True, "grid.alpha": 0.3}
@@ -305,8 +306,9 @@ def plot_confusion(
         axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
     if len(rows) <= MOST_NUMBERS:
+        size, least = (7, 1.5) if len(rows) > FEW_CLASSES else (9, 0.5)  # rounds to 2 or 1
         for (row, column), value in np.ndenumerate(share):
-            if value >= 0.5:  # rounds to 1
-                style = dict(color="white" if value > 50 else "black", fontsize=7)
+            if value >= least:
+                style = dict(color="white" if value > 50 else "black", fontsize=size)
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", **style)
     return figure

@@ -55,6 +55,9 @@ def test_curves():
     (axes,) = plots.plot_mean_curves(curves, "recall", "precision").axes
     thin = [line.get_ydata()[0] for line in axes.lines]
     assert thin == [0.5, 0.25, 0.375, 0.5]  # two runs, their mean; a single run
+    (axes,) = plots.plot_mean_curves(curves, "score", "F1", lambda mean: (0.3, mean.max())).axes
+    texts = [text.get_text() for text in axes.get_legend().texts]
+    assert texts == ["a: 0.38 at 0.30", "b: 0.50 at 0.30"]
     figure = plots.plot_class_curves(curves, ["x", "y", "z"], "recall", "precision")
     assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == ["x", "y"]
 

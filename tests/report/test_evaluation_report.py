@@ -57,6 +57,20 @@ def test_picture_shows_shares_of_each_row():
     assert sorted(text.get_text() for text in axes.texts) == ["100", "50", "50"]
 
 
+def test_picture_of_a_detectors_confusion():
+    """Means over runs; a class without objects; what was missed, and what is on no object."""
+    confusion = np.array([[6, 0, 1, 1], [0, 0, 0, 0], [0, 0.5, 1, 0.5], [1.5, 0.5, 0, 0]])
+    axes = plot_confusion(confusion, ["cat", "cow", "dog"], detected=True).axes[0]
+    found = axes.images[0].get_array().tolist()
+    assert found == [[75, 12.5, 12.5, 0], [0, 50, 25, 25], [75, 0, 0, 25]]
+    columns, names = (
+        [label.get_text() for label in labels]
+        for labels in (axes.get_xticklabels(), axes.get_yticklabels())
+    )
+    assert columns == ["cat", "dog", "missed", "others"]
+    assert names == ["cat (8)", "dog (2)", "background (2)"]
+
+
 @pytest.mark.parametrize("classes, named", [(25, True), (100, False)])
 def test_many_classes(classes, named):
     confusion = np.eye(classes, dtype=np.int64)

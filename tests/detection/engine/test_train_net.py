@@ -1,5 +1,6 @@
 """tools/train_net.py from start to end, on tiny and on real data."""
 
+import json
 import re
 import shutil
 
@@ -24,7 +25,8 @@ def command(data, output, *options, **changes):
 def trained(tiny_voc, tmp_path_factory):
     """(folder, output) of a run of three iterations in a process of its own."""
     folder = tmp_path_factory.mktemp("run") / "output"
-    process = start(arguments(tiny_voc, folder, **SMALL))
+    keys = SMALL | dict(RESNET_BACKBONE__TEST__OPERATING_POINTS=True)
+    process = start(arguments(tiny_voc, folder, **keys))
     output, _ = process.communicate()
     assert process.returncode == 0, output
     return folder, output
@@ -45,6 +47,12 @@ def test_writes_everything(trained):
     assert 0 < results["seconds_per_image"] < 60
     assert (results["images_at_a_time"], results["processes"]) == (1, 1)
     assert results["hardware"]["device"] == "cpu" and results["hardware"]["cpu"]
+    points = results["operating_points"]["test:test"]
+    assert points["labels"] == ["bar", "box", "background"]
+    assert [row["class"] for row in points["classes"]] == ["bar", "box"]
+    details = json.loads((folder / "inference/test:test/voc_results.json").read_text())
+    objects = [row["ground_truth"] for row in details["classes"]]
+    assert [sum(row) for row in points["confusion"]][:2] == objects and sum(objects) > 0
 
 
 def test_config_of_the_run(trained):
@@ -218,12 +226,20 @@ def test_coco_json(train_net, data_root, tmp_path):
     files = [coco / "annotations" / f"instances_{split}.json" for split in splits]
     roots = [coco / split for split in splits]
     data = ["--coco-json", *map(str, files), "--image-root", *map(str, roots)]
-    keys = command("", tmp_path, SOLVER__MAX_ITER="2")[6:]
+    points = dict(RESNET_BACKBONE__TEST__OPERATING_POINTS="True")
+    keys = command("", tmp_path, SOLVER__MAX_ITER="2", **points)[6:]
     train_net(CONFIG, *data, *keys)
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert config["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 80
     assert config["RESNET_BACKBONE"]["CLASS_NAMES"][:2] == ["person", "bicycle"]
-    assert "AP50" in read_results(tmp_path)["results"]["bbox"]
+    results = read_results(tmp_path)
+    assert "AP50" in results["results"]["bbox"]
+    points = results["operating_points"]["test:coco"]
+    truth = json.loads(files[1].read_text())["annotations"]
+    counted = sum(not one["iscrowd"] for one in truth)
+    assert len(points["labels"]) == 81 and sum(map(sum, points["confusion"][:80])) == counted
+    present = {one["category_id"] for one in truth if not one["iscrowd"]}
+    assert len(points["classes"]) == len(present)
 
 
 @pytest.mark.data
