@@ -31,8 +31,8 @@ OPERATING = """\
 F1 is 2PR / (P + R) of the detections with a score of at least the threshold, by VOC's matching at \
 IoU .5, mean over the runs. Dots and the table: the largest F1 and its threshold. A row of a \
 confusion matrix has all objects of a class, at the threshold with the largest mean F1: correct \
-ones first; then a detection, by falling score, takes the free object of another class with the \
-largest IoU above .5. The last row has the detections that are on no object."""
+ones first; then other detections and free objects, of different classes, are paired by falling \
+IoU above .5. The last row has the detections that are on no object."""
 
 
 def results_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:

@@ -121,9 +121,10 @@ def count_confusion(truth: Table, found: Table, num_classes: int, score: float) 
 
     The last column, background, has the objects that were missed, and the last row the detections
     that are on no object. Detections of at least the score count. First come those that VOC's
-    matching calls correct, which are the diagonal; then each other one, by falling score, takes the
-    object of another class that is still free and has the largest IoU, above 0.5. Difficult objects
-    and detections that VOC's matching puts on them count neither way.
+    matching calls correct, which are the diagonal. Then the other detections and the objects that
+    are still free, of different classes, are paired by falling IoU above 0.5, as supervision's and
+    Ultralytics' confusion matrices do. Difficult objects and detections that VOC's matching puts on
+    them count neither way.
 
     Returns:
         (C + 1, C + 1), integers.
@@ -139,7 +140,7 @@ def count_confusion(truth: Table, found: Table, num_classes: int, score: float) 
     free = ~truth["difficult"]
     free[found["match"][right]] = False
     rows, columns, overlaps = pair_boxes(found, truth, same_class=False)
-    for pair in np.lexsort((-overlaps, rows)).tolist():
+    for pair in np.argsort(-overlaps, kind="stable").tolist():
         row, column = rows[pair], columns[pair]
         if overlaps[pair] > CURVE_IOU and counted[row] and on[row] < 0 and free[column]:
             on[row], free[column] = column, False

@@ -251,6 +251,16 @@ def test_operating_points_by_hand():
     assert dog["threshold"] == pytest.approx(0.325, abs=0.002) and dog["precision"] == 1 / 3
 
 
+def test_confused_objects_are_paired_by_overlap():
+    """A cat where a cow and, nearer, a dog are; one on a difficult cat leaves the dog there."""
+    truth = ground_truth_of(((1, 1, 10, 8), 2, False), ((1, 1, 10, 9), 1, False))
+    truth.append(table("b", [((1, 1, 10, 10), 0, True), ((1, 1, 10, 9), 1, False)], "difficult"))
+    found = detections_of(((1, 1, 10, 10), 0, 0.9))
+    found.append(table("b", [((1, 1, 10, 10), 0, 0.9)], "scores"))
+    matrix = count_confusion(*read_boxes(found, truth, ["cat", "dog", "cow"]), 3, 0.5)
+    assert matrix.tolist() == [[0, 0, 0, 0], [1, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+
+
 def plain_confusion(found, truth, score):
     """The same without tables, image by image."""
     matrix = np.zeros((3, 3), int)
@@ -270,12 +280,19 @@ def plain_confusion(found, truth, score):
             elif not hard[best]:
                 taken.add(best)
                 matrix[kind, kind] += 1
-        for kind, ious in others:
-            free = [n for n, one in enumerate(kinds) if one != kind and ious[n] > 0.5]
-            free = [n for n in free if n not in taken and not hard[n]]
-            best = max(free, key=lambda n: ious[n], default=None)
-            matrix[2 if best is None else kinds[best], kind] += 1
-            taken.add(best)
+        pairs = [
+            (-iou, place, number)
+            for place, (kind, ious) in enumerate(others)
+            for number, iou in enumerate(ious)
+            if iou > 0.5 and kinds[number] != kind and not hard[number]
+        ]
+        paired = {}
+        for _, place, number in sorted(pairs):
+            if place not in paired and number not in taken:
+                paired[place] = kinds[number]
+                taken.add(number)
+        for place, (kind, _) in enumerate(others):
+            matrix[paired.get(place, 2), kind] += 1
         for number, kind in enumerate(kinds):
             matrix[kind, 2] += number not in taken and not hard[number]
     return matrix
