@@ -196,6 +196,7 @@ def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.Argume
     add("--arch", nargs="+", choices=("fpn", "c4"), default=["fpn", "c4"], help="detectors")
     add("--kind", nargs="+", choices=kinds, default=kinds, help="passes")
     add("--depth", type=int, choices=(50, 101, 152), default=50, help="of the backbone")
+    add("--no-speed", action="store_true", help="memory alone")
     text = "boxes that the head gets in inference, a table each"
     add("--proposals", type=positive, nargs="+", default=[1000, 300], help=text)
     add("--regions", type=positive, default=512, help="of an image in training")

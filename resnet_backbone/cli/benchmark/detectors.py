@@ -55,11 +55,15 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
             if kind not in args.kind:
                 continue
             found = candidates(*pair, kind, prepare_detector(kind, setting), args.engines)
-            passes = {name: make() for name, make in found.items()}
-            turns = (args.batch, args.repeats)
-            result[title] = benchmark.compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
-            timed = [(kind, name) for name in passes if not name.endswith("compile")]
+            timed = [(kind, name) for name in found if not name.endswith("compile")]
             names += [name for name in timed if name not in names]
+            if args.no_speed:
+                continue
+            passes, turns = (
+                {name: make() for name, make in found.items()},
+                (args.batch, args.repeats),
+            )
+            result[title] = benchmark.compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
             if kind == "training":
                 seconds, rows = mapper_seconds(), result[title]["rows"]
                 share = seconds * max(row["images_per_s"]["median"] for row in rows)
