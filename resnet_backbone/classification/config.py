@@ -119,7 +119,7 @@ class TrainConfig:
     channels_last: bool = True
     # reduce-overhead: CUDA graphs
     compile: str = one_of("none", "default", "reduce-overhead", "max-autotune")
-    ema: float = number(0.0, least=0, below=1)  # decay of the averaged weights; 0: off
+    ema: float = number(0.0, least=0, below=1)  # decay of averaged weights, warmed up; 0: off
     sync_bn: bool = False
     recompute_bn: bool = True  # true BN statistics over the training set, after training
     recompute_bn_samples: int = number(0, least=0)  # training images used; 0: all of them once

@@ -57,9 +57,7 @@ DEFAULTS = CfgNode(
         "REFERENCE_BATCH": 0,  # batch that BASE_LR, STEPS, MAX_ITER are meant for; 0: no scaling
         "CHANNELS_LAST": True,  # memory format of the convolutions: faster, same results
         "EPOCHS": 0.0,  # above 0: SOLVER.MAX_ITER is so many passes over the training images
-        # Above 0, as 0.9998: evaluations and checkpoints have the averaged weights; the decay
-        # warms up as (1 + n) / (10 + n), and the raw weights go along for --resume.
-        "EMA_DECAY": 0.0,
+        "EMA_DECAY": 0.0,  # such as 0.9998: evaluations and checkpoints have averaged weights
         "GRADIENT_CHECKPOINTING": False,  # of the backbone: less memory, slower, same gradients
         "ACCUMULATE": 1,  # parts of SOLVER.IMS_PER_BATCH that go through the network in turn
         "BEST_METRIC": "",  # TASK/NAME such as bbox/AP50; its best checkpoint: model_best.pth
@@ -81,8 +79,7 @@ DEFAULTS = CfgNode(
             # imagenet_det: AP with ILSVRC's thresholds of small objects; localization: its error;
             # empty: that of the data set (VOC, COCO)
             "METRIC": "",
-            # Confusion matrix, F1 and the best score threshold of each class, into results.json
-            "OPERATING_POINTS": False,
+            "OPERATING_POINTS": False,  # best score thresholds, confusion matrix: in results.json
             "BOX_REFINEMENT": False,  # pool again at the regressed boxes, NMS at .3, box voting
             "SCALES": [],  # short sides, e.g. [200, 400, 600, 800, 1000]: maxout over two of them
             "FLIP": False,  # the mirrored image too; scores and boxes are averaged

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,11 +175,15 @@ def _add_classes(report: Report) -> None:
     report.add(tables.class_section(report.groups, report.gains))
 
 
+def _curves(report: Report, detections, number: Callable) -> list[plots.Curves]:
+    """A number of each run's detections, (classes, levels)."""
+    found = [np.array([number(run) for run in runs]) for runs in detections]
+    labels = [group.label for group in report.groups]
+    return [plots.Curves(x, report.colors[x], y) for x, y in zip(labels, found, strict=True)]
+
+
 def _add_curves(report: Report, classes: Sequence[str], detections) -> None:
-    curves = []
-    for group, runs in zip(report.groups, detections, strict=True):
-        values = np.array([interpolated_precision(run.numbers) for run in runs])
-        curves.append(plots.Curves(group.label, report.colors[group.label], values))
+    curves = _curves(report, detections, lambda run: interpolated_precision(run.numbers))
     report.add(f"At IoU {CURVE_IOU:g}; thin lines are single runs, bold ones their mean.")
     _show_curves(report, "precision_recall", curves, classes, "recall", "precision, interpolated")
 
@@ -196,10 +200,7 @@ def _add_operating_points(report: Report, classes: Sequence[str], detections, re
     if not detections:
         report.add(f"Neither F1 nor confusion matrices: {reason}.")
         return
-    curves = []
-    for group, runs in zip(report.groups, detections, strict=True):
-        values = np.array([f1_curves(run.numbers, run.found) for run in runs])
-        curves.append(plots.Curves(group.label, report.colors[group.label], values))
+    curves = _curves(report, detections, lambda run: f1_curves(run.numbers, run.found))
     values = {one.label: one.values for one in curves}
     report.add(tables.OPERATING, tables.thresholds_section(values, classes))
     _show_curves(report, "f1", curves, classes, "score threshold", "F1", best_threshold)

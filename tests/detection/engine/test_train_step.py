@@ -1,5 +1,6 @@
 """One step: parts of a batch, mixed precision, numbers that are not finite."""
 
+import copy
 import itertools
 import math
 import multiprocessing
@@ -24,6 +25,8 @@ from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.sampling import BatchPlan
 from resnet_backbone.detection.engine.step import TrainStep
 from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.models import FrozenBatchNorm2d
+from resnet_backbone.runtime.averages import moving_average
 from resnet_backbone.runtime.errors import TrainingDiverged
 from resnet_backbone.runtime.signals import StopRequest
 
@@ -149,6 +152,17 @@ def test_averaged_weights_by_hand(cfg):
         average = decay * average + (1 - decay) * weight
         torch.testing.assert_close(stepper.evaluated_model.weight.data, average)
         assert torch.equal(stepper.network.weight, weight)
+
+
+def test_constants_are_averaged_to_the_bit():
+    model = FrozenBatchNorm2d(99)
+    for value in model.buffers():
+        value.uniform_(0, 3)
+    average, before = moving_average(model, 0.9), copy.deepcopy(model.state_dict())
+    for _ in range(20):
+        average.update_parameters(model)
+    after = average.module.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
