@@ -59,10 +59,8 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
             names += [name for name in timed if name not in names]
             if args.no_speed:
                 continue
-            passes, turns = (
-                {name: make() for name, make in found.items()},
-                (args.batch, args.repeats),
-            )
+            passes = {name: make() for name, make in found.items()}
+            turns = (args.batch, args.repeats)
             result[title] = benchmark.compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
             if kind == "training":
                 seconds, rows = mapper_seconds(), result[title]["rows"]
