@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 OPERATING_POINTS = "operating_points.json"
 THRESHOLDS = np.linspace(0, 1, 1001)
+STEP = 50  # of the thresholds whose F1 is written
 BACKGROUND = "background"
 
 Table = Mapping[str, np.ndarray]
@@ -69,9 +70,9 @@ def operating_points(truth: Table, found: Table, class_names: Sequence[str]) -> 
     """The best score thresholds, and the confusion matrix at the best one for all classes.
 
     It takes the tables of :func:`read_boxes` and gives {"F1", "threshold" (the largest mean over
-    classes), "classes": [{"class", "F1", "threshold", "precision", "recall"}, ...] (those with
-    objects, at their own best threshold), "confusion": :func:`count_confusion` as lists, "labels":
-    of its rows and columns}. All are 0..1, at IoU 0.5.
+    classes), "classes": [{"class", "F1", "threshold", "precision", "recall", "curve"}, ...] (those
+    with objects, at their own best threshold; F1 at 0, 0.05, ... 1), "confusion":
+    :func:`count_confusion` as lists, "labels": of its rows and columns}. All are 0..1, at IoU 0.5.
     """
     numbers = score_boxes(truth, found, class_names, (CURVE_IOU,))
     curves = f1_curves(numbers, found)
@@ -80,6 +81,7 @@ def operating_points(truth: Table, found: Table, class_names: Sequence[str]) -> 
         threshold, best = best_threshold(curves[number])
         last = np.sum(found["scores"][found["classes"] == number] >= threshold) - 1
         row = {"class": class_names[number], "F1": best, "threshold": threshold}
+        row["curve"] = curves[number][::STEP].round(4).tolist()
         for key in ("precision", "recall"):
             row[key] = float(numbers[key][number][last]) if last >= 0 else 0.0
         rows.append(row)

@@ -248,6 +248,7 @@ def test_operating_points_by_hand():
     cat, dog = points["classes"]
     assert cat["class"] == "cat" and cat["F1"] == pytest.approx(6 / 7)
     assert (cat["precision"], cat["recall"]) == (3 / 4, 1)
+    assert len(cat["curve"]) == 21 and cat["curve"][1] == 0.8571 and cat["curve"][10] == 0.4
     assert dog["threshold"] == pytest.approx(0.325, abs=0.002) and dog["precision"] == 1 / 3
 
 
