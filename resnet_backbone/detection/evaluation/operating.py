@@ -48,7 +48,7 @@ class OperatingPoints(BoxEvaluator):
     def score(self, found: Mapping[Any, tuple[np.ndarray, ...]]) -> OrderedDict:
         truth = []
         for record in DatasetCatalog.get(self.name):
-            objects, mode = record["annotations"], BoxMode.XYXY_ABS
+            objects, mode = record.get("annotations", ()), BoxMode.XYXY_ABS
             boxes = [BoxMode.convert(one["bbox"], one["bbox_mode"], mode) for one in objects]
             difficult = [one.get("iscrowd") or one.get("difficult") or False for one in objects]
             image = {"image_id": record["image_id"], "difficult": difficult}
@@ -58,6 +58,9 @@ class OperatingPoints(BoxEvaluator):
             {"image_id": image, "boxes": boxes + TO_VOC, "scores": scores, "classes": classes}
             for image, (boxes, scores, classes) in found.items()
         ]
+        if not any(image["classes"] for image in truth):
+            logger.warning("%s has no objects: no %s is written", self.name, OPERATING_POINTS)
+            return OrderedDict()
         tables = read_boxes(detections, truth, self.class_names)
         content = operating_points(*tables, self.class_names)
         text = "%s: the largest mean F1 over classes is %.3f, at a score of %.3f"

@@ -18,8 +18,9 @@ from test_voc_ap import CLASSES, stable_reference
 from resnet_backbone.detection.data import VOC_CLASSES, register_voc
 from resnet_backbone.detection.evaluation import build_evaluator
 from resnet_backbone.detection.evaluation import voc as voc_module
+from resnet_backbone.detection.evaluation.operating import OperatingPoints
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator, format_table
-from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.errors import DataError, UsageError
 
 
 @pytest.fixture
@@ -164,7 +165,11 @@ def test_a_split_without_annotations_is_written_and_not_scored(make_voc, tmp_pat
     evaluator.process(inputs, [instances([[0, 0, 4, 4]], [0.5], [1])] * 2)
     with caplog.at_level("WARNING"):
         assert evaluator.evaluate() == {}
+        points = OperatingPoints("voc_server", str(tmp_path / "out"))
+        points.process(inputs, [instances([[0, 0, 4, 4]], [0.5], [1])] * 2)
+        assert points.evaluate() == {} and "voc_server has no objects: no " in caplog.text
     assert "no annotations to score with; its detections are written to" in caplog.text
+    assert not list((tmp_path / "out").glob("operating*"))
     (file,) = (tmp_path / "out").rglob("comp4_det_test_dog.txt")
     assert file.read_text() == "t1 0.5 1.00 1.00 4.00 4.00\nt2 0.5 1.00 1.00 4.00 4.00\n"
     text = (root / "Annotations" / "a.xml").read_text().replace("a.jpg", "t1.jpg")
@@ -232,3 +237,5 @@ def test_metadata_that_is_missing(register):
         build_evaluator("voc_unknown")
     with pytest.raises(ValueError, match="has no thing_classes, dirname, split"):
         VOCEvaluator("voc_unknown")
+    with pytest.raises(UsageError, match="OPERATING_POINTS: voc_unknown has no boxes to count"):
+        OperatingPoints("voc_unknown")
