@@ -173,11 +173,20 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; R-CNN of localization also starts with a trained proposal network."""
+        """As Detectron2's; R-CNN of localization also starts with a trained proposal network.
+
+        The loaded weights are also those that learn, beside an average.
+        """
         super().resume_or_load(resume)
         model = self.checkpointer.model
-        if self.start_iter or not isinstance(model, LocalizationRCNN):
+        if self.start_iter:
             return
+        if isinstance(model, LocalizationRCNN):
+            self._load_proposer(model)
+        if self._trainer.ema is not None:
+            self._trainer.network.load_state_dict(model.state_dict())
+
+    def _load_proposer(self, model: LocalizationRCNN) -> None:
         folder = backbone_node(self.cfg).LOCALIZATION.PROPOSALS
         if not folder:
             raise UsageError(
@@ -267,12 +276,6 @@ class Trainer(DefaultTrainer):
                 self.failure = f"{type(error).__name__}: {plain_message(error)}"
                 logger.error("the evaluation failed: %s", self.failure)
                 return {}, None
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; the loaded weights are also those that learn, beside an average."""
-        super().resume_or_load(resume)
-        if self._trainer.ema is not None and not self.start_iter:
-            self._trainer.network.load_state_dict(self.checkpointer.model.state_dict())
 
     @property
     def results(self) -> dict:
