@@ -99,6 +99,7 @@ EXPORT = [
     "onnxscript>=0.5",
     "onnxruntime>=1.18",
     "openvino>=2024.1",
+    "nncf>=2.14",  # int8
 ]
 
 # The page of tools/demo.py --web. Not part of "all": it needs older versions of Pillow and others.
