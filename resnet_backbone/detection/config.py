@@ -108,7 +108,6 @@ DEEPLAB_HEADS = ("DeepLabV3Head", "DeepLabV3PlusHead")
 CONTEXT_HEADS = {"PaperRes5ROIHeads": "ContextRes5ROIHeads", "StandardROIHeads": "ContextROIHeads"}
 """MODEL.ROI_HEADS.NAME -> the same heads with global context."""
 
-
 PROJECTS = {
     "add_deeplab_config": ("deeplab", (*DEEPLAB_HEADS, DEEPLAB_BACKBONE, "WarmupPolyLR")),
     "add_pointrend_config": (
@@ -220,8 +219,7 @@ def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:
         hint = "short sides in whole pixels, each once, such as [200, 400, 600, 800, 1000]"
         raise UsageError(f"{KEY}.SCALES {list(scales)}: {hint}")
     if scales and cfg.INPUT.MIN_SIZE_TEST <= 0:
-        hint = "the scale of the proposals, above 0"
-        raise UsageError(f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST, {hint}")
+        raise UsageError(f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST above 0, the proposals' scale")
 
 
 def load_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
@@ -241,8 +239,8 @@ def load_configs(config_file: str, overrides: Sequence[str]) -> tuple[CfgNode, C
     if config_file:
         config_file = str(find_config(config_file, "detection"))
         with _formulas_as_numbers():
-            _merge(cfg, lambda: _add_project_keys(cfg, config_file, overrides))
-            _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False))
+            _merge(cfg, lambda: _add_project_keys(cfg, config_file, overrides), config_file)
+            _merge(cfg, lambda: cfg.merge_from_file(config_file, allow_unsafe=False), config_file)
     planned = cfg.clone()
     _check_pairs(overrides)
     _merge(cfg, lambda: cfg.merge_from_list(list(_as_typed(cfg, overrides))))
@@ -313,18 +311,20 @@ def _as_typed(cfg: CfgNode, overrides: Sequence[str]) -> Iterator[str]:
         yield from (key, value + ".0" if is_whole and isinstance(node, float) else value)
 
 
-def _merge(cfg: CfgNode, merge: Callable[[], None]) -> None:
+def _merge(cfg: CfgNode, merge: Callable[[], None], where: str = "") -> None:
+    """Calls `merge`; a UsageError, with the file `where` it is, says what yacs refuses."""
     try:
         merge()
     except (KeyError, ValueError, AssertionError, TypeError, AttributeError, YAMLError) as error:
-        # yacs says "Non-existent config key: A.B" (KeyError) in files and "Non-existent key: A.B"
-        # (AssertionError) in overrides
-        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
-        if not unknown:
-            raise UsageError(f"config: {' '.join(str(error).split())}") from error
-        near = difflib.get_close_matches(unknown[1], flat_config(cfg), n=1, cutoff=0.4)
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise UsageError(f"there is no config key {unknown[1]}{hint}") from error
+        text = " ".join(str(error).split())
+        if unknown := re.search(r"Non-existent (?:config )?key: ([\w.]+)", text):
+            near = difflib.get_close_matches(unknown[1], flat_config(cfg), n=1, cutoff=0.4)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            text = f"there is no config key {unknown[1]}{hint}"
+        elif wrong := re.search(r"'(\w+)'> vs.* values \((.*) vs\. (.*)\) for .*: (\S+)", text):
+            kind, default, value, key = wrong.groups()
+            text = f"{key} {value} is no {kind}; give one such as {default or repr(default)}"
+        raise UsageError(f"{where}: {text}" if where else text) from error
 
 
 def _add_project_keys(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> None:

@@ -17,13 +17,26 @@ lines. A status of 128 + N means what it means in a shell: ended by signal N.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 EXIT_DIFFERENT, EXIT_WRONG_INPUT, EXIT_DIVERGED = 1, 2, 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h
+
+SYSTEM_ERRORS = {
+    errno.ENOENT: "does not exist: check the path",
+    errno.EISDIR: "is a folder: give the path of a file",
+    errno.EACCES: "may not be opened by you: change its permissions, or choose another path",
+    errno.EPERM: "may not be changed by you: choose another path",
+    errno.EROFS: "is on a read-only disk: choose another path",
+    errno.ENOSPC: "cannot be written, the disk is full: free some space, or choose another path",
+    errno.EDQUOT: "cannot be written, your quota is used up: delete files, or choose another path",
+}
+"""What the operating system says of a path, and what to do."""
 
 
 class UsageError(ValueError):
@@ -89,7 +102,16 @@ def outcome(error: Exception) -> tuple[str, int]:
 
 def plain_message(error: Exception) -> str:
     """What an error says, in one line; of one in a worker of PyTorch's loader without its stack."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return _system_error(error, Path(os.fsdecode(error.filename)))
     text = str(error).strip()
     if text.startswith("Caught ") and "Original Traceback (most recent call last)" in text:
         text = text.splitlines()[-1].partition(": ")[2] or text
     return " ".join(text.split())
+
+
+def _system_error(error: OSError, path: Path) -> str:
+    if error.errno == errno.ENOTDIR:
+        file = next((parent for parent in path.parents if parent.is_file()), path)
+        return f"{path}: {file} is a file, not a folder: choose another path"
+    return f"{path} {SYSTEM_ERRORS.get(error.errno, f'cannot be used ({error.strerror})')}"

@@ -1,5 +1,7 @@
 """How commands end: the table of exit statuses, and one line."""
 
+import errno
+
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
@@ -11,7 +13,18 @@ from resnet_backbone.runtime.errors import one_line_errors, outcome
     "error, status, line",
     [
         (errors.UsageError("write\n  this"), 2, "error: write this"),
-        (OSError(28, "No space left on device", "x.pth"), 2, "left on device: 'x.pth'"),
+        (
+            OSError(errno.ENOSPC, "?", "x.pth"),
+            2,
+            "x.pth cannot be written, the disk is full",
+        ),
+        (OSError(errno.ENOENT, "?", b"x.pth"), 2, "error: x.pth does not exist: check the path"),
+        (OSError(errno.EIO, "Input/output error", "x"), 2, "x cannot be used (Input/output"),
+        (
+            OSError(errno.ENOTDIR, "?", f"{__file__}/x/y"),
+            2,
+            f"y: {__file__} is a file, not a folder",
+        ),
         (ImportError("pip install it"), 2, "error: pip install it"),
         (errors.UnexpectedResults("AP is 1"), 1, "error: AP is 1"),
         (errors.TrainingDiverged("the loss is nan"), 3, "error: the loss is nan"),

@@ -18,6 +18,7 @@ from detectron2.data.datasets.builtin_meta import (
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.coco import register_coco
+from resnet_backbone.detection.data.formats.coco import first_images
 from resnet_backbone.detection.data.formats.voc import find_voc_dir, read_split
 from resnet_backbone.detection.data.records import BOX_COLUMNS, RUN_LENGTHS, Records
 from resnet_backbone.detection.data.scans import dataset_records, first_process_first
@@ -78,6 +79,13 @@ def check_data_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
         for path in (path for paths in (*given, roots) for path in paths or ()):
             if not os.path.exists(path):
                 raise DataError(f"{path} does not exist")
+        for path, root in zip(args.coco_json or (), roots, strict=False):
+            names = first_images(path)
+            if names and not any(os.path.isfile(os.path.join(root, name)) for name in names):
+                raise DataError(
+                    f"--image-root {root} has none of the first {len(names)} images of {path}, "
+                    f"such as {names[0]}: give the folder that these names are relative to"
+                )
     else:
         known = [*DatasetCatalog.list(), VOC_2012_TEST]
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):

@@ -1,6 +1,7 @@
 """What the command line refuses: one line that says what to write, and exit status 2."""
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ VOC = "voc/faster_rcnn_R_18_FPN.yaml"
     [
         (["SOLVER.BASE_LRR", "1"], "no config key SOLVER.BASE_LRR; the nearest is SOLVER.BASE_LR"),
         (["RESNET_BACKBONE.VGG.DEPHT", "11"], "the nearest is RESNET_BACKBONE.VGG.DEPTH"),
-        (["SOLVER.BASE_LR", "fast"], "Type mismatch.*SOLVER.BASE_LR"),
+        (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR fast is no float; give one such as 0.02"),
         (["SOLVER.BASE_LR=1"], "write 'SOLVER.BASE_LR 1' and not 'SOLVER.BASE_LR=1': KEY VALUE"),
         (["SOLVER.BASE_LR"], "come in pairs, KEY VALUE"),
         (["SOLVER.MAX_ITER", "MODEL.DEVICE", "cpu"], "KEY VALUE: SOLVER.MAX_ITER has no value"),
@@ -37,7 +38,7 @@ VOC = "voc/faster_rcnn_R_18_FPN.yaml"
 )
 def test_one_line_that_says_what_to_write(train_net, overrides, message, tmp_path):
     lines = train_net(QUICKSTART, "--output-dir", str(tmp_path), *overrides, code=2)
-    assert message.split(".*")[0] in lines[-1] and message.split(".*")[-1] in lines[-1]
+    assert message in lines[-1]
     assert len([line for line in lines if "error: " in line]) == 1
     assert not any("Traceback" in line for line in lines)
 
@@ -74,8 +75,8 @@ def test_unknown_config_file(train_net):
     "text, message",
     [
         ("MODEL:\n  RESNETS:\n    DEPHT: 18\n", "the nearest is MODEL.RESNETS.DEPTH"),
-        ("MODEL: [\n", "config: while parsing"),
-        ("SOLVER:\n  MAX_ITER: many\n", "Type mismatch"),
+        ("MODEL: [\n", "x.yaml: while parsing"),
+        ("SOLVER:\n  MAX_ITER: many\n", "x.yaml: SOLVER.MAX_ITER many is no int; give one such as"),
     ],
 )
 def test_broken_config_file(tmp_path, text, message):
@@ -131,6 +132,11 @@ NOWHERE = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
         (["--voc-root", "{voc}", "--train-set", "train", "--test-set", "val"], "test, train"),
         (["--coco-json", "{voc}", "b.json", "--image-root", "{voc}"], "b.json does not exist"),
         (["--coco-json", "{voc}", "{voc}", "--image-root", "gone"], "gone does not exist"),
+        (["--coco-json", "{voc}", "{voc}", "--image-root", "{voc}"], "is a folder; give the path"),
+        (
+            ["--coco-json", "{json}", "{json}", "--image-root", "{voc}"],
+            "none of the first 2",
+        ),
         (["DATASETS.TRAIN", "('coco_2017_trian',)"], "did you mean coco_2017_train?"),
         (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER 0: it is at least 1"),
     ],
@@ -141,7 +147,9 @@ def test_cheap_mistakes_are_found_before_weights_are_fetched(
 ):
     fetched = []
     monkeypatch.setattr(setup, "prepare_weights", lambda *given, **options: fetched.append(given))
-    words = [word.format(voc=tiny_voc) for word in words]
+    images = {"images": [{"id": n, "file_name": f"{n}.jpg"} for n in range(2)]}
+    (tmp_path / "a.json").write_text(json.dumps(images))
+    words = [word.format(voc=tiny_voc, json=tmp_path / "a.json") for word in words]
     weights = ["--weights", "detectron2://ImageNetPretrained/MSRA/R-18.pkl"]
     where = ["--output-dir", str(tmp_path)]
     lines = train_net(QUICKSTART, *where, *mode, *weights, *words, code=2)

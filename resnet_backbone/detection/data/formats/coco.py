@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from resnet_backbone.detection.data.records import collector_at_rest
 from resnet_backbone.runtime.errors import DataError
 
 Id = int | str
+FILE_NAME = re.compile(rb'"file_name"\s*:\s*"([^"\\]+)"')
 LONGEST_ID = 100  # digits; Python refuses to read thousands
 
 
@@ -42,19 +44,34 @@ class CocoFile(NamedTuple):
     stamp: Stamp = (-1, -1)  # of the file, before it was read
 
 
+def check_file(path: str) -> None:
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise DataError(f"{path} {what}; give the path of a COCO annotation file")
+
+
 def read_json(path: str) -> Any:
     """The content of a JSON file, UTF-8 or UTF-16, with a byte order mark or without.
 
     Raises:
         DataError: there is none, or it is not JSON.
     """
-    if not os.path.isfile(path):
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
-        raise DataError(f"{path} {what}; give the path of a COCO annotation file")
+    check_file(path)
     try:
         return json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from error
+
+
+def first_images(json_file: str) -> list[str]:
+    """The file_names in the first MiB, found without parsing; those with escapes are left out.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    check_file(json_file)
+    with open(json_file, "rb") as file:
+        return [os.fsdecode(name) for name in FILE_NAME.findall(file.read(1 << 20))]
 
 
 @reads_file
