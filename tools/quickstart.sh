@@ -139,7 +139,6 @@ print_results() {  # what was measured, read from the runs' own files; fails if 
         ${COMPARE:+"$SCRATCH"} <<'PYTHON'
 import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 from torch import tensor
@@ -169,14 +168,13 @@ for label, values in rows.items():
     cells = ("none" if value is None else format(value, f"{sign}.1f") for value in values)
     print(f"{label:14}" + "".join(f"{cell:>10}" for cell in cells))
 
-content, detections = json.loads(found.read_text()), defaultdict(list)
-for one in sorted(content["detections"], key=lambda one: -one["score"]):
-    detections[Path(one["file"]).stem].append(one)
+content = json.loads(found.read_text())
+detections = {Path(one["file"]).stem: one["detections"] for one in content["images"]}
 right = digits = wrong = 0
 for image in (data / "ImageSets" / "Main" / "test.txt").read_text().split():
     left = list(read_annotation(str(data / "Annotations" / f"{image}.xml"))[2])
     digits += len(left)
-    for one in detections[image]:
+    for one in sorted(detections[image], key=lambda one: -one["score"]):
         fits = [digit for digit in left
                 if digit.name == one["class"] and overlap(digit.box, one["box"]) >= 0.5]
         right, wrong = right + bool(fits), wrong + (not fits)

@@ -166,19 +166,23 @@ class Demo:
             if not names:
                 print(NO_NAMES, file=sys.stderr)
         self.names = names, list(cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES)
-        self.detections: list[dict] = []
+        self.images: list[dict] = []  # file, frame of a video, detections
         self.pictures: list[tuple[str, np.ndarray]] = []
-        self.best = 0.0  # score of all that was found in an input, shown or not
+        self.best: list[float] = []  # score of what was found in each input, shown or not
 
     def run(self, path: Path, output: Path | None) -> str:
         """Does one image or video; returns what to say. UnreadableError: it is broken."""
-        start, self.best = time.perf_counter(), 0.0
+        start = time.perf_counter()
+        self.best.append(0.0)
         number = (self._video if is_video(path) else self._image)(path, output)
-        hint = ""  # where nothing is shown, and something was found with a lower score
-        if not number and self.best >= LEAST:
-            lower = max(math.floor(self.best * 20) / 20, LEAST)
-            hint = f" (best score {self.best:.2f}; try --confidence {lower:g})"
+        hint = "" if number else self.hint(self.best[-1])
         return f"{path}: {number} detections{hint}, {time.perf_counter() - start:.2f} s"
+
+    @staticmethod
+    def hint(best: float) -> str:
+        """What to try where nothing is shown; "" if nothing was found with a lower score."""
+        lower = max(math.floor(best * 20) / 20, LEAST)
+        return f" (best score {best:.2f}; try --confidence {lower:g})" if best >= LEAST else ""
 
     def _image(self, path: Path, output: Path | None) -> int:
         number, picture = self._detect(pictures.read_bgr(path), {"file": str(path)})
@@ -206,9 +210,9 @@ class Demo:
     def _detect(self, bgr: np.ndarray, where: dict) -> tuple[int, np.ndarray]:
         output = self.predictor(bgr)
         if "instances" in output:
-            self.best = max([self.best, *output["instances"].scores.tolist()])
+            self.best[-1] = max([self.best[-1], *output["instances"].scores.tolist()])
         found, picture = self.show(bgr[:, :, ::-1], output, self.args.confidence)
-        self.detections += [{**where, **entry} for entry in found]
+        self.images.append({**where, "detections": found})
         return len(found), picture
 
     def show(self, rgb: np.ndarray, output: dict, confidence: float) -> tuple[list, np.ndarray]:
@@ -232,7 +236,7 @@ class Demo:
             pictures.save_image(Path(args.sheet), sheet)
         if args.json:
             content = {"weights": self.predictor.cfg.MODEL.WEIGHTS, "confidence": args.confidence}
-            content |= {"unreadable": unreadable, "detections": self.detections}
+            content |= {"unreadable": unreadable, "images": self.images}
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             write_json(args.json, content, indent=1, ensure_ascii=False)
 
@@ -317,6 +321,8 @@ def main(argv: list[str] | None = None) -> None:
                 problems.append(str(error))
             bar.update()
     demo.write(problems)
+    if len(inputs) > 1 and not any(image["detections"] for image in demo.images):
+        print(f"0 detections in all inputs{demo.hint(max(demo.best))}")
     for written in filter(None, (args.output, args.sheet, args.json)):
         if os.path.exists(written):
             print(f"written: {written}")
