@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from resnet_backbone.classification.config import ScheduleConfig
 from resnet_backbone.classification.networks import logits_of
 from resnet_backbone.models.layers import prelu_slopes
 from resnet_backbone.runtime.averages import moving_average
-from resnet_backbone.runtime.processes import STEP, World, seed_everything
+from resnet_backbone.runtime.processes import STEP, World, distribute, seed_everything
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULE_STATE = ("warming_up", "drops", "waited", "best")  # what it has learned from the run
@@ -60,7 +58,7 @@ class TrainStep:
         self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.ema = moving_average(model, ema) if ema else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp == "fp16")
-        self.ddp = _distributed(model, world) if world.size > 1 else None
+        self.ddp = distribute(model) if world.size > 1 else None
         self.network: Any = self.ddp or model
         if compile != "none":
             mode = None if compile == "default" else compile
@@ -160,14 +158,6 @@ class TrainStep:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-
-
-def _distributed(model: nn.Module, world: World) -> DistributedDataParallel:
-    """DDP in which each process keeps its own BN statistics, as the paper's GPUs did."""
-    ids = [world.device.index] if world.device.type == "cuda" else None
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=ids, **{option: False})
 
 
 def build_sgd(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,11 @@ def one_line_errors(main: Callable) -> Callable:
             message, status = outcome(error)
             print(message, file=sys.stderr)
             raise SystemExit(status) from None
+        except KeyboardInterrupt:
+            if wants_traceback():
+                raise
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
 
     return wrapped
 

@@ -116,10 +116,11 @@ def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> 
     elif launch.world == 1:
         run(argument)
     else:
+        method = multiprocessing.get_start_method()
         # files, not a queue: a long message cannot block, a killed process leaves no lock
         with tempfile.TemporaryDirectory() as messages:
             started = multiprocessing.start_processes(
-                _work, (launch, run, argument, messages), launch.processes, join=False
+                _work, (launch, run, argument, messages, method), launch.processes, join=False
             )
             status = _watch(started.processes)
             paths = sorted(Path(messages).iterdir())
@@ -132,8 +133,11 @@ def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> 
             raise SystemExit(status)
 
 
-def _work(local_rank: int, launch: Launch, run: Callable, argument: Any, messages: str) -> None:
-    """One spawned process."""
+def _work(
+    local_rank: int, launch: Launch, run: Callable, argument: Any, messages: str, method: str
+) -> None:
+    """One spawned process. Its loaders start workers by `method`, as a single process's do."""
+    multiprocessing.set_start_method(method, force=True)
     os.environ |= {"LOCAL_RANK": f"{local_rank}", "LOCAL_WORLD_SIZE": f"{launch.processes}"}
     try:
         rank = launch.machine_rank * launch.processes + local_rank

@@ -7,8 +7,10 @@ drawn before, changes nothing.
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,9 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from resnet_backbone.runtime.errors import UsageError
+
+# Nobody can do anything about it: 1 x 1 convolutions in channels-last order cause it.
+warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
 
 # The first word of a seed: what its random numbers are for.
 ORDER, SUBSET, AUGMENTATION, REPLACEMENT, STEP = range(5)
@@ -87,6 +93,20 @@ def leave() -> None:
     _control_group.cache_clear()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model under DistributedDataParallel where there are several processes, on CPUs too.
+
+    Each process keeps its own BN statistics, as the paper's GPUs did.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, **{option: False})
 
 
 def choose_device(name: str) -> torch.device:

@@ -45,8 +45,8 @@ class StopRequest:
         self._before = {}
 
     def _remember(self, number: int, frame: Any) -> None:
-        self.name = signal.Signals(number).name
-        if self.world.is_main:  # os.write: this may interrupt a print
+        first, self.name = not self.name, self.name or signal.Signals(number).name
+        if first and self.world.is_main:  # os.write: this may interrupt a print
             time_left = f", about {self.step_seconds:.0f} s" if self.step_seconds >= 1 else ""
             answer = f"\n{self.name}: stopping after this iteration{time_left}\n"
             os.write(2, answer.encode())
@@ -71,6 +71,11 @@ class StopRequest:
         if isinstance(error, WORKER_ENDED):
             time.sleep(SIGNAL_DELAY)
         return isinstance(error, WORKER_ENDED) and bool(self.name)
+
+
+def ignore_interrupts(worker: int) -> None:
+    """A loader's ``worker_init_fn``: a terminal's Ctrl-C is for the process that reads from it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Watched:

@@ -96,6 +96,9 @@ def test_a_request_remembers_and_a_second_interrupt_is_one(capfd):
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.name == "SIGUSR1"
         assert "SIGUSR1: stopping after this iteration\n" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGTERM)  # the first one counts, and is answered
+        assert stop.name == "SIGUSR1" and capfd.readouterr().err == ""
+    with StopRequest() as stop:
         stop.step_seconds = 29.7
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.name == "SIGINT"

@@ -32,6 +32,7 @@ from resnet_backbone.runtime.processes import (
     make_rng,
     seed_everything,
 )
+from resnet_backbone.runtime.signals import ignore_interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +184,7 @@ class TrainingLoader:
             batch_sampler=self.samples(iteration),
             num_workers=self.num_workers,
             collate_fn=list,
+            worker_init_fn=ignore_interrupts,
         )
         return iter(loader)
 

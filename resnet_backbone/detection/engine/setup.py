@@ -317,5 +317,5 @@ def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: 
     path = os.path.join(cfg.OUTPUT_DIR, RESULTS)
     write_json(path, content, allow_nan=False)
     logger.info("results are in %s", path)
-    if training:
+    if training.get("iterations"):
         logger.info("next: resnet-backbone demo --run %s --input IMAGES", cfg.OUTPUT_DIR)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,13 +33,6 @@ class StepReport(NamedTuple):
     losses: dict[str, float]  # mean over parts and processes, by name
     data_time: float  # seconds that the slowest process waited for images
     stop: str = ""  # name of a signal that reached any process
-
-
-def distribute(model: nn.Module) -> nn.Module:
-    """The model under DistributedDataParallel where there are several processes, on CPUs too."""
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    options = {} if on_gpu else {"device_ids": None}
-    return create_ddp_model(model, broadcast_buffers=False, **options)
 
 
 def exempt_slopes(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:

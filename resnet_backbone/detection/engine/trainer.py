@@ -56,7 +56,7 @@ from resnet_backbone.detection.engine.hooks import (
 )
 from resnet_backbone.detection.engine.results import check_results
 from resnet_backbone.detection.engine.schedule import check_training
-from resnet_backbone.detection.engine.step import TrainStep, distribute, exempt_slopes
+from resnet_backbone.detection.engine.step import TrainStep, exempt_slopes
 from resnet_backbone.detection.engine.writers import LOGGERS, MetricsFile
 from resnet_backbone.detection.evaluation import build_evaluator
 from resnet_backbone.detection.evaluation.operating import OperatingPoints
@@ -76,7 +76,8 @@ from resnet_backbone.runtime.errors import (
     plain_message,
     wants_traceback,
 )
-from resnet_backbone.runtime.signals import StopRequest, Watched
+from resnet_backbone.runtime.processes import distribute
+from resnet_backbone.runtime.signals import StopRequest, Watched, ignore_interrupts
 
 logger = logging.getLogger(__name__)
 _watch: ContextVar[SimpleNamespace | None] = ContextVar("watch", default=None)
@@ -302,6 +303,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str):
         loader = build_detection_test_loader(cfg, dataset_name, mapper=TolerantMapper(cfg, False))
+        loader.worker_init_fn = ignore_interrupts
         watch = _watch.get()
         if watch is None or watch.stop is None:
             return loader
