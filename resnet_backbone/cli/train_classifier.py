@@ -19,7 +19,14 @@ from resnet_backbone.models import count_parameters
 from resnet_backbone.runtime.errors import EXIT_STOPPED, UsageError, one_line_errors
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
-from resnet_backbone.runtime.records import CONFIG, METRICS, RESULTS, RunFolder, set_up_logging
+from resnet_backbone.runtime.records import (
+    CONFIG,
+    METRICS,
+    RESULTS,
+    RunFolder,
+    say_nothing_to_resume,
+    set_up_logging,
+)
 from resnet_backbone.runtime.signals import StopRequest
 
 logger = logging.getLogger("resnet_backbone.train_classifier")
@@ -97,11 +104,14 @@ def read_config(args: argparse.Namespace) -> Config:
     return wanted or config
 
 
-def refuse_overwriting(args: argparse.Namespace, config: Config) -> None:
+def check_folder(args: argparse.Namespace, config: Config) -> None:
+    """Refuses to overwrite a run, and says if there is none to resume."""
     folder = config.output.dir
     holds_run = checkpoints_in(folder) or (Path(folder) / METRICS).exists()
     if holds_run and not args.resume and not args.eval_only:
         raise UsageError(f"{folder} holds a run: --resume it, or choose another --output-dir")
+    if args.resume and not holds_run:
+        say_nothing_to_resume(folder)
 
 
 def train(config: Config, resume: bool, world: World) -> None:
@@ -122,8 +132,8 @@ def train(config: Config, resume: bool, world: World) -> None:
         if resume:
             begun = trainer.resume()
             run.use_input(trainer.checkpoints.preprocessing)
-            resuming = f"resuming at iteration {trainer.iteration}"
-            logger.info("%s: %s", folder.path, resuming if begun else "no checkpoint, starting")
+            if begun:
+                logger.info("%s: resuming at iteration %d", folder.path, trainer.iteration)
         size = f"{run.spec.name}, {count_parameters(run.model) / 1e6:.2f} M parameters"
         data = f"{run.data.source.num_samples} training images, batch {config.train.batch_size}"
         logger.info("%s; %s; evaluated on %s", size, data, run.data.evaluated_on)
@@ -168,7 +178,7 @@ def work(task: tuple[Config, argparse.Namespace]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     config = read_config(args)
-    refuse_overwriting(args, config)
+    check_folder(args, config)
     launch = plan_launch(args, config.train.device, "train.device=cpu")
     run_processes(launch, work, (config, args))
 

@@ -33,6 +33,12 @@ PACKAGES = (
 )
 
 
+def say_nothing_to_resume(folder: str | os.PathLike) -> None:
+    """Of ``--resume`` where no run is, before data and weights are read."""
+    text = f"nothing to resume in {folder}: starting from iteration 0"
+    print(text, file=sys.stderr, flush=True)
+
+
 class RunFolder:
     """Writes the files of a run, on the main process only; metrics also go to TensorBoard."""
 

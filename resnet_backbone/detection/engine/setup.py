@@ -48,6 +48,7 @@ from resnet_backbone.runtime.records import (
     command_line,
     hardware,
     read_results,
+    say_nothing_to_resume,
     source_revision,
     versions,
 )
@@ -140,6 +141,8 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
         comm.create_local_process_group(local_size())
     args, cfg, trains = plan.args, plan.cfg, not plan.args.eval_only
     last = check_folder(cfg.OUTPUT_DIR, plan.resume) if trains else ""
+    if trains and args.resume and not last and comm.is_main_process():
+        say_nothing_to_resume(cfg.OUTPUT_DIR)
     scaled = []
     if trains:
         if not last and not args.weights:
@@ -158,8 +161,6 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
         logger.info("config: %s", line)
     for line in lines:
         logger.info("weights: %s", line)
-    if args.resume and not last:
-        logger.info("--resume: %s has no checkpoint, the run starts", cfg.OUTPUT_DIR)
     num_images = set_up_data(cfg, args)
     check_ensemble(cfg)
     if trains:

@@ -141,7 +141,7 @@ NOWHERE = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
         (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER 0: it is at least 1"),
     ],
 )
-@pytest.mark.parametrize("mode", [[], ["--eval-only"]])
+@pytest.mark.parametrize("mode", [[], ["--eval-only"], ["--resume"]])
 def test_cheap_mistakes_are_found_before_weights_are_fetched(
     train_net, tiny_voc, tmp_path, monkeypatch, words, message, mode
 ):
@@ -153,9 +153,11 @@ def test_cheap_mistakes_are_found_before_weights_are_fetched(
     weights = ["--weights", "detectron2://ImageNetPretrained/MSRA/R-18.pkl"]
     where = ["--output-dir", str(tmp_path)]
     lines = train_net(QUICKSTART, *where, *mode, *weights, *words, code=2)
-    if mode and "SOLVER.MAX_ITER" in words:
+    if mode == ["--eval-only"] and "SOLVER.MAX_ITER" in words:
         message = "no data"  # a schedule means nothing to an evaluation
     assert message in lines[-1] and not fetched
+    start = f"nothing to resume in {tmp_path}: starting from iteration 0"
+    assert (start in lines) == (mode == ["--resume"])
 
 
 def test_an_evaluation_without_weights_reads_no_data(train_net, tiny_voc, tmp_path):
