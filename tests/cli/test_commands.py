@@ -128,6 +128,13 @@ def test_steps_of_the_plans_parse(plan, request, monkeypatch, tmp_path, capsys):
     assert f": {check_examples(shown)} steps" in shown
 
 
+def test_examples_of_the_configs_parse(parsers):
+    pytest.importorskip("detectron2")
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "configs").rglob("*.yaml")]
+    uncommented = [re.sub("^#", "", text.replace("\\\n#", " "), flags=re.M) for text in texts]
+    assert sum(map(check_examples, uncommented)) > 150
+
+
 @pytest.mark.parametrize("outcome, status", [(None, 0), (0, 0), (3, 3), (SystemExit(75), 75)])
 def test_commands_return_a_status_or_exit(outcome, status, monkeypatch):
     before = list(sys.argv)

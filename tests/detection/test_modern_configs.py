@@ -89,8 +89,8 @@ def test_equals_the_zoos_key_by_key(make_cfg, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opens_with_its_story(name):
-    text, folder = (FOLDER / name).read_text(), "configs/detection/modern"
-    assert text.startswith(f"# python tools/train_net.py --config-file {folder}/{name}")
+    text = (FOLDER / name).read_text()
+    assert text.startswith(f"# resnet-backbone train-net --config-file modern/{name[:-5]} ")
     assert "# Your own data: --" in text and "# GPU hours: " in text
     stem = name.removesuffix(".yaml")
     if stem in PUBLISHED:

@@ -4,8 +4,6 @@
 #       --config-file configs/detection/coco/fcos_R_50_FPN_lazy.py
 #
 # Debug: see ../voc/faster_rcnn_R_50_FPN_lazy.py, from which data, schedule and optimizer come.
-# Expected: none published in this form; ours is not measured.
-# Weights: the paper's own (MSRA: BGR, stride in the 1x1), fetched by Detectron2.
 from detectron2.config import LazyCall as L
 from detectron2.evaluation import COCOEvaluator
 from detectron2.layers import ShapeSpec

@@ -8,8 +8,6 @@
 # dataloader.test.dataset.names=NAME model.roi_heads.num_classes=N.
 # Debug: model.backbone.bottom_up.depth=18 train.device=cpu train.max_iter=2
 #        train.init_checkpoint='' dataloader.train.total_batch_size=2 dataloader.train.num_workers=0
-# Expected: none published in this form; ours is not measured yet.
-# Weights: the paper's own (MSRA: BGR, stride in the 1x1), fetched by Detectron2.
 import torch
 from detectron2.config import LazyCall as L
 from detectron2.data import (
