@@ -16,17 +16,17 @@ warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")  #
 PROGRAM = "resnet-backbone"
 COMMANDS = {
     "train-net": "train and evaluate a detector",
-    "train-classifier": "train a classifier on ImageNet, CIFAR-10 or the built-in data",
-    "evaluate-detector": "evaluate a detector with each of the paper's improvements in testing",
-    "evaluate-classifier": "error rates of weights: center crop, ten crops, dense, ensembles",
-    "demo": "draw what a detector finds in images, videos or a camera's pictures",
-    "convert-weights": "inspect weights, convert them for another library, compare two files",
-    "prepare-data": "make a data set of your own images, check and unpack others, write shards",
-    "export": "export a network or a detector to ONNX, torch.export or TorchScript",
-    "report": "tables, curves and pages of runs beside the published numbers",
-    "reproduce": "run a whole plan of the paper's experiments and write its page",
+    "train-classifier": "train a classifier on ImageNet, CIFAR-10, or the built-in data",
+    "evaluate-detector": "evaluate a detector with each of the paper's improvements",
+    "evaluate-classifier": "measure error rates: center crop, ten crops, dense, ensembles",
+    "demo": "draw what a detector finds in images and videos",
+    "convert-weights": "inspect weights, convert them for another library, or compare two files",
+    "prepare-data": "make a data set of your own images, or unpack and check another one",
+    "export": "export a network or a detector to ONNX, torch.export, or TorchScript",
+    "report": "write tables, curves, and pages of runs beside the published numbers",
+    "reproduce": "run a plan of the paper's experiments and write its page",
     "benchmark": "measure speed and memory beside torchvision and Detectron2",
-    "analyze-model": "parameters and multiply-adds beside the published ones",
+    "analyze-model": "count parameters and multiply-adds beside the published numbers",
     "recompute-bn": "recompute a classifier's BN statistics on its training set",
 }
 """Name -> what it does, in one line. The module has the name with underscores."""
@@ -46,7 +46,7 @@ class CommandParser(argparse.ArgumentParser):
 def positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError("1 at least")
+        raise argparse.ArgumentTypeError("at least 1")
     return number
 
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: {PROGRAM} COMMAND [ARGUMENT ...]\n\ncommands:")
         print("\n".join(f"  {name:21}{about}" for name, about in COMMANDS.items()))
-        print(f"\n{PROGRAM} COMMAND --help explains each; in a checkout tools/COMMAND.py runs it.")
+        print(f"\n{PROGRAM} COMMAND --help explains one. In a checkout, tools/COMMAND.py runs it.")
         return 0 if words else 2
     name, *arguments = words
     if name == "--version":

@@ -169,12 +169,12 @@ def parse_size(text: str) -> tuple[int, int]:
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="patterns; default all networks")
-    add("--model", metavar="NAME", help="show the stages of this network instead")
+    add("names", nargs="*", metavar="NAME", help="names or patterns (default: all networks)")
+    add("--model", metavar="NAME", help="show the stages of one network instead")
     text = "with --model: an argument of the network, such as shortcut=A; may be repeated"
     how = dict(action="append", default=[], type=key_and_value, metavar="KEY=VALUE")
     add("--option", dest="options", help=text, **how)
-    text = "with --model: size of the image; default 224, and 32 for the CIFAR networks"
+    text = "with --model: size of the image (default: 224; CIFAR networks: 32)"
     add("--input-size", type=parse_size, metavar="SIZE|HxW", help=text)
     add("--json", action="store_true", help="print JSON instead of a table")
     return parser

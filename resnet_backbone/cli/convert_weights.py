@@ -12,7 +12,6 @@ from PIL import ImageOps
 
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.cli.export import find_pictures, read_picture, spread, to_tensor
-from resnet_backbone.models import list_models
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.records import command_line
 from resnet_backbone.weights import convert as conversion
@@ -30,37 +29,37 @@ from resnet_backbone.weights.reading import UnknownInput, read_checkpoint
 
 EPILOG = """\
 examples:
-  What is this file, and what does it not say?
+  What is in this file, and what does it not state?
     resnet-backbone convert-weights inspect resnet50.pth
-  Weights of a library, downloaded by name, as a file that says all of it:
+  Weights of a library, downloaded by name, as a file that states everything:
     resnet-backbone convert-weights convert torchvision://resnet50/IMAGENET1K_V2 r50.safetensors
-  The paper's released weights for transformers; the test names what they were trained on:
+  The paper's released weights for transformers; you state what they were trained on:
     resnet-backbone convert-weights convert resnet50_msra.safetensors r50_hf --to huggingface \\
         --preprocessing msra
   A network of train-classifier for Detectron2, with PIXEL_STD [1, 1, 1]:
     resnet-backbone convert-weights convert output/resnet50/final.safetensors r50.pkl \\
         --to detectron2 --fold-std
-  Are these two the same network, and if not, what was mixed up?
+  Are these two the same network? If not, what was mixed up?
     resnet-backbone convert-weights verify r50.safetensors r50.pkl --preprocessing-b msra
 
-SOURCE, A and B are a file (.safetensors, .pth, .pt, .bin, .ckpt, .pkl), a folder of transformers
-or timm, or a name: torchvision://resnet50/IMAGENET1K_V2, timm://resnet50.a1_in1k,
-hf://microsoft/resnet-50, detectron2://ImageNetPretrained/MSRA/R-101.pkl, https://...
-Nothing in a file is executed.
+SOURCE, A, and B can be a file (.safetensors, .pth, .pt, .bin, .ckpt, .pkl), a folder of
+transformers or timm, or a name such as torchvision://resnet50/IMAGENET1K_V2,
+timm://resnet50.a1_in1k, hf://microsoft/resnet-50, detectron2://ImageNetPretrained/MSRA/R-101.pkl,
+or https://... Nothing in a file is executed.
 
-Exit status: 0, or for verify and convert 1 where outputs differ; 2 for wrong input."""
+Exit status: 0; 1 if outputs differ (verify, convert); 2 for wrong input."""
 
 CONVERT_EPILOG = """\
 formats (--to):
-  resnet_backbone  .safetensors that carries network, preprocessing and origin (default)
+  resnet_backbone  .safetensors that carries network, preprocessing, and origin (default)
   torchvision      .pth or .safetensors; RGB in 0..1, stride in the 3x3
   timm             a folder for timm.create_model("local-dir:FOLDER"); RGB, 0..1, stride in the 3x3
   huggingface      a folder for from_pretrained; RGB in 0..1
   detectron2       .pkl or .pth for MODEL.WEIGHTS
   caffe2           .pkl with the blob names of MSRA's and Detectron1's files
 
-The channel order of libraries that take only RGB is folded into the first convolution. What is
-written is read back and compared with the source on pictures (--no-verify leaves that out)."""
+For libraries that take only RGB, the channel order is folded into the first convolution. The result
+is read back and compared with the source on images, unless --no-verify is given."""
 
 # Largest relative difference after rounding the kernels, a hundred layers deep.
 TOLERANCES = {None: TOLERANCE, "fp32": TOLERANCE, "fp16": 1e-2, "bf16": 5e-2}
@@ -71,68 +70,90 @@ SOURCE_FACTS = ("preprocessing", *INPUT, "stride_in_1x1", "bn_eps", "model")
 def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> None:
     """What a source does not say itself: an option for each of :data:`SOURCE_FACTS`."""
     whose, end = (f" of {suffix.upper()}", f"-{suffix}") if suffix else ("", "")
-    add = parser.add_argument_group(f"what the source{whose} does not say itself").add_argument
+    add = parser.add_argument_group(f"what the source{whose} does not state").add_argument
     published = f"a published convention: {', '.join(PREPROCESSINGS)}"
     add(f"--preprocessing{end}", metavar="NAME", help=published)
     add(f"--channel-order{end}", choices=("RGB", "BGR"), help="order of the input's channels")
     text = "largest value of a pixel: 1 for pixels in 0..1, 255 for 0..255"
     add(f"--value-range{end}", type=float, choices=(1.0, 255.0), metavar="{1,255}", help=text)
     for name in ("mean", "std"):
-        add(f"--{name}{end}", nargs=3, type=float, metavar="X", help="per channel, in that order")
-    text = "where bottlenecks have their stride; no tensor shows it"
+        add(
+            f"--{name}{end}",
+            nargs=3,
+            type=float,
+            metavar="X",
+            help="one number per channel, in this order",
+        )
+    text = "whether bottlenecks have their stride in the first 1x1 convolution"
     add(f"--stride-in-1x1{end}", choices=("true", "false"), help=text)
-    add(f"--bn-eps{end}", type=float, metavar="EPS", help="epsilon of its batch norms")
-    text = "network, where its tensors fit two (plain and option A): " + ", ".join(list_models())
+    add(f"--bn-eps{end}", type=float, metavar="EPS", help="epsilon of the batch norms")
+    text = "network, if its tensors fit two, plain and option A (analyze-model lists all)"
     add(f"--model{end}", metavar="NAME", help=text)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
-    inspect = add("inspect", help="show what a file of weights holds, and what it does not state")
+    inspect = add("inspect", help="show what a file holds, and what it does not state")
     convert = add("convert", help="write weights in another form", epilog=CONVERT_EPILOG)
-    verify = add("verify", help="compare the outputs of two files on the same pictures")
+    verify = add("verify", help="compare the outputs of two files on the same images")
     for command in (inspect, convert):
         command.add_argument(
             "source", metavar="SOURCE", help="weights: a file, a folder, or a name"
         )
-        text = "one of several networks in the file, such as state_dict_ema or module.encoder_k"
+        text = "which of several networks in the file, such as state_dict_ema or module.encoder_k"
         command.add_argument("--key", default="", metavar="KEY", help=text)
         add_source_arguments(command)
     convert.add_argument("out", metavar="OUT", type=Path, help="file or folder to write")
     add_conversion_arguments(convert)
     verify.add_argument("a", metavar="A", help="the reference")
-    verify.add_argument("b", metavar="B", help="what is compared with it")
-    text = f"largest difference, in units of A's largest output; default {TOLERANCE}"
+    verify.add_argument("b", metavar="B", help="the weights to compare with it")
+    text = f"largest allowed difference, relative to A's largest output (default: {TOLERANCE})"
     verify.add_argument("--tolerance", type=float, default=TOLERANCE, help=text)
     for suffix in ("a", "b"):
         add_source_arguments(verify, suffix)
     for command in (convert, verify):
-        add = command.add_argument_group("pictures to compare on").add_argument
-        add("--images", metavar="DIR", help="folder; default: photographs inside scikit-image")
-        add("--num-images", type=positive, default=8, metavar="N", help="of DIR; default 8")
-        add("--size", type=int, metavar="PIXELS", help="side; default 224, CIFAR 32")
+        add = command.add_argument_group("images to compare on").add_argument
+        add("--images", metavar="DIR", help="folder (default: the photographs of scikit-image)")
+        add(
+            "--num-images",
+            type=positive,
+            default=8,
+            metavar="N",
+            help="number of images from DIR (default: 8)",
+        )
+        add("--size", type=int, metavar="PIXELS", help="side (default: 224; CIFAR: 32)")
     return parser
 
 
 def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("conversion").add_argument
-    text = "format to write, see below (default: %(default)s)"
+    text = "format, see below (default: %(default)s)"
     add("--to", default="resnet_backbone", choices=FORMATS, metavar="FORMAT", help=text)
-    add("--channel-order-to", default="", choices=("RGB", "BGR"), help="channel order to write")
-    text = "pixel range to write: 1 for 0..1, 255 for 0..255"
+    add(
+        "--channel-order-to", default="", choices=("RGB", "BGR"), help="channel order of the result"
+    )
+    text = "pixel range of the result: 1 for 0..1, 255 for 0..255"
     add("--value-range-to", type=float, choices=(1.0, 255.0), metavar="{1,255}", help=text)
-    add("--fold-std", action="store_true", help="std becomes 1 in the value range")
-    add("--fold-bn", action="store_true", help="batch norms become biases")
-    text = "VGG without norms: every layer's responses to the pictures get standard deviation 1"
+    add(
+        "--fold-std",
+        action="store_true",
+        help="fold the std into the first convolution; it becomes 1",
+    )
+    add(
+        "--fold-bn",
+        action="store_true",
+        help="fold batch norms into the convolutions; cannot be undone",
+    )
+    text = "VGG without norms: scale every layer's responses to standard deviation 1"
     add("--unit-responses", action="store_true", help=text)
-    add("--bn-eps-to", type=float, metavar="EPS", help="epsilon of batch norms to write")
-    add("--dtype", choices=conversion.DTYPES, help="type of kernels; vectors stay fp32")
-    text = "drop a per-pixel mean image that the format cannot hold; not exact"
+    add("--bn-eps-to", type=float, metavar="EPS", help="epsilon of the result's batch norms")
+    add("--dtype", choices=conversion.DTYPES, help="type of the kernels; vectors stay fp32")
+    text = "replace a per-pixel mean image by its channel means; not exact"
     add("--accept-channel-means", action="store_true", help=text)
-    add("--shard-size", type=int, metavar="BYTES", help="largest size of a file of huggingface")
-    add("--overwrite", action="store_true", help="replace what is at OUT")
-    add("--no-verify", action="store_true", help="do not run what was written")
+    add("--shard-size", type=int, metavar="BYTES", help="huggingface: maximum size of a file")
+    add("--overwrite", action="store_true", help="replace an existing OUT")
+    add("--no-verify", action="store_true", help="do not compare the result with the source")
 
 
 def stated(args: argparse.Namespace, suffix: str = "") -> dict[str, Any]:
@@ -162,7 +183,7 @@ def stated_source(
     end = f"-{suffix}" if suffix else ""
     missing = [f"--{key.replace('_', '-')}{end}" for key in INPUT if key not in facts]
     if missing:
-        raise WeightsError(f"an input that is stated needs {', '.join(sorted(missing))} too")
+        raise WeightsError(f"to state the input, also give {', '.join(sorted(missing))}")
     return Preprocessing(**facts, source="stated on the command line"), model
 
 

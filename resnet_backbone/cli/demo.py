@@ -1,25 +1,25 @@
 """Draw what a trained detector or segmentation model finds in images and videos.
 
-With a run of train-net, on one image, on a folder, on what a pattern matches:
+With a run of train-net, on an image, on a folder and a pattern, on a video:
 
   resnet-backbone demo --run output/r50 --input street.jpg --output street_detected.jpg
   resnet-backbone demo --run output/r50 --input photos/ 'more/*.png' --output detected/
   resnet-backbone demo --run output/r50 --input drive.mp4 --output drive_detected.mp4
 
-With a config and a checkpoint, also as one sheet and as numbers; as a page in the browser:
+With a config and a checkpoint, as one sheet and as numbers; on a page in the browser:
 
   resnet-backbone demo --config-file voc/faster_rcnn_R_50_FPN \\
       --input photos/ --sheet sheet.png --json detections.json MODEL.WEIGHTS model_final.pth
   resnet-backbone demo --run output/r50 --web
 
-Any config key can be overridden by trailing pairs, for example INPUT.MIN_SIZE_TEST 480.
-A checkpoint that was trained on other input than the config gives it (INPUT.FORMAT,
-MODEL.PIXEL_MEAN, MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1) is refused with the line to write;
+KEY VALUE pairs at the end override the config, for example INPUT.MIN_SIZE_TEST 480.
+RESNET_BACKBONE.TEST.PRECISION bfloat16 is mixed precision, which is faster on recent CPUs and GPUs.
+If a checkpoint was trained on other input than the config has (INPUT.FORMAT, MODEL.PIXEL_MEAN,
+MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1), the error says what to write.
 RESNET_BACKBONE.WEIGHTS_INPUT set takes these values from the checkpoint.
-RESNET_BACKBONE.TEST.PRECISION bfloat16 is mixed precision, faster on most recent CPUs and GPUs.
-Small pictures are enlarged before drawing. Boxes in the JSON file are x0, y0, x1, y1 in pixels of
-the original image, turned upright as its EXIF data says. Exit status: 0, all inputs were done;
-1, some could not be read (they are named at the end); 2, nothing was done, with the reason.
+Small images are enlarged before drawing. The JSON file lists every image with its detections. Boxes
+are x0, y0, x1, y1 in pixels of the original image after its EXIF rotation. Exit status: 0, all
+inputs were done; 1, some could not be read (they are named at the end); 2, nothing was done.
 """
 
 from __future__ import annotations
@@ -58,39 +58,59 @@ IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 COLUMNS = ["class", "score", "x0", "y0", "x1", "y1"]  # of the page's table
 LEAST = 0.05  # score of detections that are known to the program, as in evaluations
 NO_NAMES = """\
-note: the names of the classes are not known, so numbers are written; give \
+note: the class names are not known, so numbers are shown; give \
 RESNET_BACKBONE.CLASS_NAMES "['first', 'second', ...]\""""
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
-    model = parser.add_argument_group("model", "One of the two.")
+    model = parser.add_argument_group("model (give one)")
     model.add_argument("--run", metavar="DIR", help="run folder of train-net")
-    model.add_argument("--config-file", metavar="FILE", help="YAML; add MODEL.WEIGHTS FILE")
+    model.add_argument(
+        "--config-file", metavar="FILE", help="a file or a name; add MODEL.WEIGHTS FILE"
+    )
     add = parser.add_argument
-    add("--input", nargs="+", default=[], metavar="PATH", help="images, folders, videos, globs")
-    add("--web", action="store_true", help="open a page to try the detector on")
-    add("--host", default="127.0.0.1", help="of --web; 0.0.0.0: all machines (default: this one)")
-    add("--port", type=int, default=7860, help="of --web (default: 7860)")
-    add("--output", metavar="PATH", help="folder, or file for a single input")
-    add("--confidence", type=float, default=0.5, help="least score (default: 0.5)")
-    add("--sheet", metavar="FILE", help="one picture of all results, e.g. s.png")
-    add("--sheet-columns", type=positive, default=4, metavar="N", help="(default: 4)")
-    add("--sheet-max", type=positive, default=12, metavar="N", help="most pictures (default: 12)")
-    add("--json", metavar="FILE", help="detections as numbers")
+    add(
+        "--input",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="images, folders, videos, or patterns",
+    )
+    add("--web", action="store_true", help="serve a page to try the detector on")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address of --web; 0.0.0.0: reachable from other machines (default: this one only)",
+    )
+    add("--port", type=int, default=7860, help="port of --web (default: 7860)")
+    add("--output", metavar="PATH", help="folder, or a file for a single input")
+    add("--confidence", type=float, default=0.5, help="lowest score to show (default: 0.5)")
+    add("--sheet", metavar="FILE", help="one image of all results, such as sheet.png")
+    add(
+        "--sheet-columns", type=positive, default=4, metavar="N", help="images per row (default: 4)"
+    )
+    add(
+        "--sheet-max",
+        type=positive,
+        default=12,
+        metavar="N",
+        help="maximum number of images (default: 12)",
+    )
+    add("--json", metavar="FILE", help="write the detections as numbers")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
     if bool(args.run) == bool(args.config_file):
         raise UsageError("give --run DIR, or --config-file FILE with MODEL.WEIGHTS FILE")
     if args.web and args.input:
-        raise UsageError("give --web or --input, not both: the page takes pictures one by one")
+        raise UsageError("give either --web or --input")
     if not (args.web or args.input):
-        raise UsageError("nothing to look at: give --input, or --web")
+        raise UsageError("no input: give --input or --web")
     if not (args.web or args.output or args.sheet or args.json):
-        raise UsageError("nothing to write: give --output, --sheet or --json")
+        raise UsageError("no output: give --output, --sheet, or --json")
     if not 0 <= args.confidence <= 1:
-        raise UsageError(f"--confidence {args.confidence}: it lies between 0 and 1")
+        raise UsageError(f"--confidence {args.confidence}: give a number between 0 and 1")
     if args.sheet and Path(args.sheet).suffix.lower() not in IMAGES:
         raise UsageError(f"--sheet {args.sheet}: name an image file, such as sheet.png")
     return args
@@ -105,7 +125,7 @@ def find_inputs(words: list[str]) -> list[Path]:
         media = [p for p in inside if p.suffix.lower() in IMAGES + VIDEOS and p.is_file()]
         paths = [path] if path.is_file() else sorted(media)
         if not paths:
-            kind = "no image or video in this folder" if path.is_dir() else "no such file or match"
+            kind = "this folder has no image or video" if path.is_dir() else "no such file"
             raise UsageError(f"--input {word}: {kind}")
         found |= dict.fromkeys(paths)
     return list(found)
@@ -118,11 +138,17 @@ def plan_outputs(inputs: list[Path], output: str | None) -> list[Path | None]:
     suffix = Path(output).suffix.lower()
     if suffix in IMAGES + VIDEOS and not os.path.isdir(output):
         if len(inputs) > 1:
-            raise UsageError(f"--output {output}: a file for {len(inputs)} inputs; name a folder")
+            raise UsageError(
+                f"--output {output} is one file for {len(inputs)} inputs; name a folder"
+            )
         if (suffix in VIDEOS) != is_video(inputs[0]):
-            raise UsageError(f"--output {output}: {inputs[0]} is of the other kind, image or video")
+            raise UsageError(
+                f"--output {output}: an image gives an image, and a video a video ({inputs[0]})"
+            )
         if suffix in VIDEOS and suffix != ".mp4":
-            raise UsageError(f"--output {output}: videos are written as .mp4")
+            raise UsageError(
+                f"--output {output}: name it .mp4, the only format of videos that is written"
+            )
         return [Path(output)]
     planned: dict[Path, None] = {}
     for path in inputs:
@@ -249,7 +275,7 @@ def for_page(demo: Demo, picture: np.ndarray, output: dict, threshold: float):
     ]
     text = f"{len(found)} detections with a score of {threshold:.2f} or more"
     if not found and "instances" in output and len(output["instances"]):
-        text += f"; the best has {output['instances'].scores.max():.2f}: move the threshold"
+        text += f"; the best has {output['instances'].scores.max():.2f}: lower the threshold"
     file = Path(tempfile.mkdtemp(), "detections.json")
     write_json(file, {"confidence": threshold, "detections": found})
     return drawn, rows, text, str(file)
@@ -271,7 +297,7 @@ def build_page(demo: Demo) -> Any:
 
     def show(picture: np.ndarray | None, output: dict | None, threshold: float):
         if output is None:
-            return None, [], "Drop a picture on the left.", None
+            return None, [], "Drop an image on the left.", None
         return for_page(demo, picture, output, threshold)
 
     title = f"What {demo.args.run or demo.args.config_file} finds"
@@ -279,9 +305,9 @@ def build_page(demo: Demo) -> Any:
         gradio.Markdown(f"## {title}")
         state = gradio.State()
         with gradio.Row():
-            picture = gradio.Image(label="picture", type="numpy", image_mode="RGB")
+            picture = gradio.Image(label="image", type="numpy", image_mode="RGB")
             drawn = gradio.Image(label="detections", interactive=False)
-        threshold = gradio.Slider(LEAST, 1, demo.args.confidence, step=0.01, label="least score")
+        threshold = gradio.Slider(LEAST, 1, demo.args.confidence, step=0.01, label="lowest score")
         text = gradio.Markdown()
         table = gradio.Dataframe(headers=COLUMNS, interactive=False)
         file = gradio.DownloadButton("Download as JSON")
@@ -311,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     read, problems = {path.resolve() for path in inputs}, []
     for path in filter(None, [*outputs, args.sheet, args.json]):
         if Path(path).resolve() in read:
-            raise UsageError(f"{path} is an input and would be overwritten; write elsewhere")
+            raise UsageError(f"{path} is an input and would be overwritten; choose another output")
     demo = Demo(build_predictor(args), args)
     with tqdm(total=len(inputs), unit="file", disable=None) as bar:
         for path, output in zip(inputs, outputs, strict=True):
@@ -329,5 +355,5 @@ def main(argv: list[str] | None = None) -> None:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
-        print(f"error: {len(problems)} of {len(inputs)} inputs not done", file=sys.stderr)
+        print(f"error: {len(problems)} of {len(inputs)} inputs could not be read", file=sys.stderr)
         raise SystemExit(2 if len(problems) == len(inputs) else 1)

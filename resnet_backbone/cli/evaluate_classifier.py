@@ -48,10 +48,10 @@ logger = logging.getLogger("resnet_backbone.evaluate_classifier")
 
 EPILOG = """\
 examples:
-  A network of train-classifier, whose file names its network and its input:
+  A network of train-classifier; its file states the network and its input:
     resnet-backbone evaluate-classifier --weights output/resnet50/final.safetensors \\
         --imagenet-folder imagenet/val
-  Pictures without labels: the five best classes of each, also as predictions.csv:
+  Images without labels: the five best classes of each, also as predictions.csv:
     resnet-backbone evaluate-classifier --weights output/mine/final.safetensors \\
         --predict photos/ --output predicted
   The paper's 10-crop testing (Tables 2 and 3) and its multi-scale dense testing (Table 4):
@@ -59,27 +59,28 @@ examples:
         --imagenet-folder imagenet/val --num-gpus 8 --amp bf16
     resnet-backbone evaluate-classifier --weights final.safetensors --protocol dense \\
         --imagenet-folder imagenet/val --batch-size 16 --output output/dense
-  The authors' released weights, which say neither, on ten of the thousand classes:
+  The authors' released weights, which state neither, on ten of the thousand classes:
     resnet-backbone evaluate-classifier --weights resnet50_msra.safetensors --model resnet50 \\
         --preprocessing msra --imagenet-folder some_classes --class-list wnid_index.txt
-  An ensemble, a flat folder with a label list (its classes are ImageNet's wnids, such as
-  n01440764, or your own names), CIFAR-10:
+  An ensemble, on a flat folder with a label list (its classes are ImageNet's wnids, such as
+  n01440764, or your own names):
     resnet-backbone evaluate-classifier --weights a.safetensors b.safetensors \\
         --flat ILSVRC2012_img_val --labels val_labels.txt --class-list LOC_synset_mapping.txt
+  CIFAR-10:
     resnet-backbone evaluate-classifier --weights output/resnet20/final.safetensors \\
         --cifar10 cifar10
 
-Dense testing averages class scores over all positions of the whole image at each of --sizes, then
-over sizes and mirror images (--no-flip: without these). --pooling sliding is the network as a
-convolution, 7x7 pooling windows and fc as a 1x1 convolution; global_pool is its ordinary forward
-pass at each size.
---softmax says whether scores become probabilities at each position, in each view, or at the end.
-The paper leaves these open; the defaults are those of VGG, to which it refers. A per-pixel mean has
-one size: dense testing subtracts the channel means in its place.
+Dense testing averages the class scores over all positions of the whole image at each of --sizes,
+then over the sizes and their mirror images. With --pooling sliding, the network is fully
+convolutional: 7x7 pooling windows, and fc as a 1x1 convolution. With global_pool, it makes its
+ordinary forward pass at each size. --softmax says whether scores become probabilities at each
+position, in each view, or at the end. The paper does not state these choices; the defaults are
+those of VGG, to which it refers. A per-pixel mean has one size only, so dense testing subtracts the
+channel means.
 
-Several processes (--num-gpus, or torchrun) give the numbers of one. Unreadable images end the
-evaluation; with --max-bad-images N up to N of them are listed in results.json and count as wrong.
-Exit status: 0, or 2 for wrong input."""
+Several processes (--num-gpus, or torchrun) give the same numbers as one. An unreadable image ends
+the evaluation. With --max-bad-images N, up to N of them count as wrong and are listed in
+results.json. Exit status: 0, or 2 for wrong input."""
 
 ONLY_FOR = dict.fromkeys(("resize", "crop"), ("center", "ten_crop"))
 ONLY_FOR |= dict.fromkeys(("sizes", "flip", "pooling", "softmax", "window"), ("dense",))
@@ -88,10 +89,10 @@ ONLY_FOR |= dict.fromkeys(("sizes", "flip", "pooling", "softmax", "window"), ("d
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("networks").add_argument
     several: dict[str, Any] = dict(nargs="+", default=[])
-    text = ".safetensors; several: an ensemble"
+    text = "weights of a network; several make an ensemble"
     add("--weights", nargs="+", required=True, metavar="FILE", help=text)
-    silent = "of files that do not say theirs, one for all or one each"
-    text = f"network {silent}: resnet50 (all: analyze-model), torchvision/NAME, timm/NAME"
+    silent = "of files that do not state it, one for all files or one for each"
+    text = f"network {silent}: resnet50 (analyze-model lists all), torchvision/NAME, timm/NAME"
     add("--model", metavar="NAME", help=text, **several)
     text = "arguments of --model, such as stride_in_1x1=False"
     add("--model-options", type=key_and_value, metavar="KEY=VALUE", help=text, **several)
@@ -100,33 +101,39 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("data, one of")
+    group = parser.add_argument_group("data (give one)")
     chosen = group.add_mutually_exclusive_group(required=True)
     chosen.add_argument("--imagenet-folder", metavar="DIR", help="class folders: DIR/CLASS/IMAGE")
     chosen.add_argument("--flat", metavar="DIR", help="images in one folder, with --labels")
     chosen.add_argument("--cifar10", metavar="DIR", help="the test set, binary or Python version")
-    text = "pictures and folders without labels: print the classes of each"
+    text = "images, and folders of images, without labels: print the classes of each"
     chosen.add_argument("--predict", nargs="+", type=Path, metavar="PATH", help=text)
-    group.add_argument("--labels", metavar="FILE", help="lines 'image class' or 'image index'")
-    text = "lines 'class index'; needed where the data have only some of the network's classes"
+    group.add_argument(
+        "--labels", metavar="FILE", help="file of lines 'image class' or 'image index'"
+    )
+    text = "file of lines 'class index'; needed if the data have only some of the network's classes"
     group.add_argument("--class-list", metavar="FILE", help=text)
-    text = "unreadable images that may count as wrong (default: 0, stop at the first)"
+    text = "count up to N unreadable images as wrong (default: 0, stop at the first)"
     group.add_argument("--max-bad-images", type=int, default=0, metavar="N", help=text)
 
 
 def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("protocol").add_argument
-    add("--protocol", choices=tuple(PROTOCOLS), help="(default: center; with --cifar10: full)")
+    add(
+        "--protocol",
+        choices=tuple(PROTOCOLS),
+        help="how images are tested (default: center; for --cifar10: full)",
+    )
     text = "center, ten_crop: short side of the image (default: as the weights state, else 256)"
     add("--resize", type=int, metavar="N", help=text)
     text = "center, ten_crop: side of the crop (default: as the weights state, else 224)"
     add("--crop", type=int, metavar="N", help=text)
     add("--sizes", type=int, nargs="+", help="dense: short sides (default: 224 256 384 480 640)")
-    text = "dense: mirrored views, too (default)"
+    text = "dense: also test mirror images (default)"
     add("--flip", action=argparse.BooleanOptionalAction, default=None, help=text)
-    add("--pooling", choices=POOLINGS, help="dense (default: sliding)")
-    add("--softmax", choices=SOFTMAXES, help="dense (default: per_view)")
-    add("--window", type=int, help="dense, sliding: pooling window (default: 7)")
+    add("--pooling", choices=POOLINGS, help="dense: see below (default: sliding)")
+    add("--softmax", choices=SOFTMAXES, help="dense: see below (default: per_view)")
+    add("--window", type=int, help="dense: side of the sliding pooling window (default: 7)")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -135,13 +142,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_arguments(parser)
     add_protocol_arguments(parser)
     add = parser.add_argument_group("running").add_argument
-    add("--batch-size", type=int, default=64, help="per process (default: 64)")
+    add("--batch-size", type=int, default=64, help="images per process (default: 64)")
     add("--workers", type=int, default=4, help="loader processes (default: 4)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--amp", choices=tuple(AMP), default="none", help="mixed precision")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--amp", choices=tuple(AMP), default="none", help="mixed precision (default: none)")
     flag = argparse.BooleanOptionalAction
-    add("--channels-last", action=flag, default=True, help="memory format")
-    add("--output", metavar="DIR", help="folder for results")
+    add("--channels-last", action=flag, default=True, help="memory format (default: channels-last)")
+    add("--output", metavar="DIR", help="folder for the results")
     add_launch_arguments(parser)
     args = parser.parse_args(argv)
     args.arguments = list(sys.argv[1:] if argv is None else argv)

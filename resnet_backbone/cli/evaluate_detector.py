@@ -4,24 +4,24 @@
       --ensemble-run output/r152 output/r50 --voc-root VOCdevkit/VOC2007 --test-set test \\
       --output output/improvements
 
-Rows, each with all before it that were asked for by --rows:
+Each row adds to the rows before it. --rows selects some of them:
 
-  baseline      the detector of --run as it was trained
+  baseline      the detector of --run
   refinement    box refinement: pooling again at the regressed boxes, NMS at .3, box voting
-  context       global context: the detector of --context-run, which was trained with
-                RESNET_BACKBONE.GLOBAL_CONTEXT True, takes the place of --run's
+  context       global context: from here on, the detector of --context-run, which was trained
+                with RESNET_BACKBONE.GLOBAL_CONTEXT True
   multi-scale   regions are pooled on two of several scales and merged by their maximum (--scales)
   ensemble      together with the detectors of --ensemble-run
 
-A row without its run is named and left out. Rows are kept in --output: after an interruption, the
-same command continues with the next one. Rows whose weights, settings or data have changed are
-measured again. --output gets results.json (AP, AP per class, seconds per image, and where each
-number comes from) and results.md. On COCO it has the paper's numbers too.
+A row without its run is left out, and the output says so. Finished rows are kept in --output: after
+an interruption, the same command continues with the next row. Rows whose weights, settings, or data
+have changed are measured again. results.json has AP, AP per class, seconds per image, and the
+origin of each number. results.md has the table, on COCO with the paper's numbers.
 
-Trailing KEY VALUE pairs hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
-RESNET_BACKBONE.TEST.FLIP True, RESNET_BACKBONE.TEST.NMS gaussian or
+KEY VALUE pairs at the end hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
+RESNET_BACKBONE.TEST.FLIP True, RESNET_BACKBONE.TEST.NMS gaussian, or
 RESNET_BACKBONE.TEST.PRECISION bfloat16. The members of an ensemble keep the settings of their own
-runs. To evaluate with Detectron2's own test-time augmentation instead:
+runs. Detectron2's own test-time augmentation is evaluated by
 resnet-backbone train-net --eval-only ... TEST.AUG.ENABLED True
 """
 
@@ -83,14 +83,20 @@ class Row(NamedTuple):
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("--run", required=True, metavar="DIR", help="run of train-net")
-    add("--context-run", metavar="DIR", help="one with RESNET_BACKBONE.GLOBAL_CONTEXT")
+    add("--run", required=True, metavar="DIR", help="run folder of train-net")
+    add("--context-run", metavar="DIR", help="run folder of a detector with global context")
     how = dict(action="extend", nargs="+", default=[], metavar="DIR")
-    add("--ensemble-run", help="further detectors", **how)
-    add("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="(default: all)")
+    add("--ensemble-run", help="run folders of further detectors", **how)
+    add(
+        "--rows",
+        nargs="+",
+        default=list(ROWS),
+        metavar="ROW",
+        help="rows to measure (default: all)",
+    )
     text = "short sides (default: 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST / 600)"
     add("--scales", nargs="+", metavar="N", help=text)
-    add("--output", required=True, metavar="DIR", help="folder of the results")
+    add("--output", required=True, metavar="DIR", help="folder for the results")
     add_data_arguments(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)

@@ -1,15 +1,15 @@
-"""Export a network or a detector for other runtimes, and check it there on real images.
+"""Export a network or a detector for other runtimes, and check the result there on images.
 
-A network (classifier, or backbone with --out-features) becomes NAME.pt2 (torch.export) and
-NAME.onnx, both for any batch size, height and width:
+A classifier, or a backbone with --out-features, becomes NAME.pt2 (torch.export) and NAME.onnx, for
+any batch size, height, and width:
 
   resnet-backbone export --weights resnet50.safetensors --output exported/resnet50 \\
       --images photo1.jpg photo2.jpg
   resnet-backbone export --weights torchvision://resnet50/IMAGENET1K_V2 --out-features res3 res5 \\
       --with-normalization --output exported/backbone --images photos/
 
-A detector of train-net (Faster or Mask R-CNN) becomes NAME.ts (TorchScript) and
-NAME.onnx, one image of any size at a time, and its backbone, pyramid included, NAME_backbone.pt2:
+A detector of train-net (Faster or Mask R-CNN) becomes NAME.ts (TorchScript) and NAME.onnx, for one
+image of any size at a time. Its backbone with the pyramid becomes NAME_backbone.pt2:
 
   resnet-backbone export --config-file output/run/config.yaml \\
       --weights output/run/model_final.pth --output exported/detector --images photos/
@@ -44,16 +44,16 @@ from resnet_backbone.weights import ModelSpec, Preprocessing, load_weights, read
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 EPILOG = """\
-Every file is run on the images of --images (onnxruntime for ONNX), each at its own size (at most
---longest-side), and compared with PyTorch. The largest difference is printed: of a network's
-outputs, relative to the largest value of that output; of a detector's boxes, as a fraction of the
-image's longer side, and of its scores. Above --tolerance, or with other shapes or another number of
-detections, nothing is written and the exit status is 1. Give photographs of two sizes at least; the
-first four are enough. NAME.json, and the ONNX file's metadata, say what the input has to be.
+Every file is run on --images (with onnxruntime for ONNX), each image at its own size (at most
+--longest-side), and compared with PyTorch. The command prints the largest difference: for a
+network, relative to the largest value of an output; for a detector, of the scores, and of the boxes
+as a fraction of the image's longer side. If this exceeds --tolerance, or if shapes or the number of
+detections differ, nothing is written and the exit status is 1. Give photographs of at least two
+sizes; four are enough. NAME.json and the ONNX file's metadata describe the input.
 
-Without --with-normalization the input is float32, normalized by the caller as NAME.json says; with
-it, RGB pixels in 0..255. A detector normalizes by itself: float32, 0..255, in INPUT.FORMAT's order.
-`resnet-backbone benchmark infer --runtimes` measures the speed of each runtime."""
+The input is float32, normalized by the caller as NAME.json says, or, with --with-normalization, RGB
+pixels in 0..255. A detector normalizes by itself: it takes float32 in 0..255, in the channel order
+of INPUT.FORMAT. `resnet-backbone benchmark infer --runtimes` measures the speed of each runtime."""
 
 CHECKED = 4  # images
 DETECTOR_OUTPUTS = {
@@ -67,21 +67,35 @@ DETECTOR_OUTPUTS = {
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add("--weights", required=True, help="a file or name, as everywhere in this package")
-    add("--output", required=True, type=Path, metavar="NAME", help="path, without a suffix")
+    add("--weights", required=True, help="a file, a folder, or a name such as torchvision://...")
+    add("--output", required=True, type=Path, metavar="NAME", help="path without suffix")
     add("--images", required=True, nargs="+", type=Path, help="photographs or a folder of them")
-    add("--longest-side", type=positive, default=640, help="limit for --images (default: 640)")
-    add("--tolerance", type=float, default=1e-4, help="default: 1e-4")
+    add(
+        "--longest-side",
+        type=positive,
+        default=640,
+        help="reduce larger images to this size in pixels (default: 640)",
+    )
+    add("--tolerance", type=float, default=1e-4, help="largest allowed difference (default: 1e-4)")
     add = parser.add_argument_group("network").add_argument
-    add("--model", help="its name, where the weights fit several")
-    add("--preprocessing", default="", help="where the weights do not say it")
-    add("--out-features", nargs="+", metavar="STAGE", help="a backbone: res2 ... res5")
+    add("--model", help="name of the network, if the weights fit several")
+    add("--preprocessing", default="", help="input of the weights, if they do not state it")
+    add(
+        "--out-features",
+        nargs="+",
+        metavar="STAGE",
+        help="export a backbone that returns these stages: res2 ... res5",
+    )
     both = ("pt2", "onnx")
     add("--format", nargs="+", choices=both, default=both, help="(default: both)")
-    add("--with-normalization", action="store_true", help="the graph takes RGB pixels in 0..255")
-    add("--input-type", choices=("uint8", "float32"), default="uint8", help="of those pixels")
+    add(
+        "--with-normalization",
+        action="store_true",
+        help="include the normalization: the input is RGB pixels in 0..255",
+    )
+    add("--input-type", choices=("uint8", "float32"), default="uint8", help="type of these pixels")
     add = parser.add_argument_group("detector").add_argument
-    add("--config-file", help="of its run; makes --weights a detector's")
+    add("--config-file", help="config of the detector that --weights belong to")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
     if args.config_file and (args.out_features or args.with_normalization or args.model):

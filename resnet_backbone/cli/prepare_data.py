@@ -1,4 +1,4 @@
-"""Unpack the official archives of a data set, check what is there, make what trainings need.
+"""Make a data set of your own images, or unpack and check a published one.
 
   resnet-backbone prepare-data own --help        your own images with boxes, in any common format
   resnet-backbone prepare-data voc --help        PASCAL VOC, or your own data in its layout
@@ -6,11 +6,10 @@
   resnet-backbone prepare-data imagenet --help   ImageNet
   resnet-backbone prepare-data shards --help     tar shards of an image folder, for object stores
   resnet-backbone prepare-data digits --help     the built-in detection set
-  resnet-backbone prepare-data labels --help     label pictures for segmentation
+  resnet-backbone prepare-data labels --help     label images for segmentation
 
-An interrupted call can be repeated: what is there already stays. Exit status: 0 when all is well, 1
-when something is missing, corrupt, or not as many as it should be, 2 for a wrong argument or
-unusable files.
+You can repeat an interrupted call: existing files stay. Exit status: 0, all is well; 1, something
+is missing, corrupt, or not as many as published; 2, wrong arguments or unusable files.
 """
 
 from __future__ import annotations
@@ -29,16 +28,16 @@ from resnet_backbone.runtime.errors import one_line_errors
 SHOWN = 10  # problems printed
 
 DETECTION = """\
-compares the archives with their published checksums, and gives {folders} in the folder, where
-Detectron2 and the configs of this project find them. Then, and without --archives at once, it
-checks: the layout, the numbers of images and boxes against the official ones, missing files, every
-image by decoding it (--quick: only its header), every annotation.
+This compares the archives with their published checksums, and unpacks them to {folders}
+where Detectron2 and the configs find them. Then it checks the layout, the numbers of images and boxes
+against the official ones, missing files, every image (decoded; --quick: only its header), and every
+annotation. Without --archives, it only checks.
 
   resnet-backbone prepare-data {own}
 
-checks data of your own in this layout. --pictures DIR gets a chart of the boxes per class and
-sheets of images with their boxes; --json FILE gets everything that was found. Boxes that training
-leaves out (of no size, outside the image) are listed, and no reason for status 1."""
+This checks your own data in this layout. --pictures DIR gets a chart of the boxes per class and
+sheets of images with their boxes. --json FILE gets everything that was found. Boxes that training
+leaves out (without area, or outside the image) are listed, but do not count as an error."""
 VOC = f"""\
 Unpack the official archives of PASCAL VOC, and check what is there.
 
@@ -46,7 +45,7 @@ Unpack the official archives of PASCAL VOC, and check what is there.
   resnet-backbone prepare-data voc --archives VOCtrainval_06-Nov-2007.tar VOCtest_06-Nov-2007.tar \\
       VOCtrainval_11-May-2012.tar
 
-{DETECTION.format(folders="VOC2007/ and VOC2012/", own="voc my_data --own --pictures checked/")}"""
+{DETECTION.format(folders="VOC2007/ and VOC2012/,", own="voc my_data --own --pictures checked/")}"""
 COCO = f"""\
 Unpack the official archives of COCO, and check what is there.
 
@@ -54,7 +53,7 @@ Unpack the official archives of COCO, and check what is there.
   resnet-backbone prepare-data coco --archives train2017.zip val2017.zip \\
       annotations_trainval2017.zip
 
-{DETECTION.format(folders="coco/", own="coco --coco-json train.json --image-root images/")}"""
+{DETECTION.format(folders="coco/,", own="coco --coco-json train.json --image-root images/")}"""
 IMAGENET = """\
 Build the ImageNet folders from the official archives, or check folders that are there.
 
@@ -62,38 +61,38 @@ Build the ImageNet folders from the official archives, or check folders that are
       --train-archive ILSVRC2012_img_train.tar \\
       --val-archive ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz
 
-gives imagenet/train/<wnid>/*.JPEG and imagenet/val/<wnid>/*.JPEG; a wnid is ImageNet's name of a
-class, such as n01440764. With --flat-val the validation
-images stay in one folder, and imagenet/val_labels.txt has a line 'name wnid' for each.
+This writes imagenet/train/<wnid>/*.JPEG and imagenet/val/<wnid>/*.JPEG. A wnid is ImageNet's name
+of a class, such as n01440764. With --flat-val, the validation images stay in one folder, and
+imagenet/val_labels.txt has a line 'name wnid' for each.
 
-The labels of the validation set are numbers in the development kit's own order. They are
-converted by its table to that of sorted wnids, or taken from a file of wnids (--val-labels).
+The labels of the validation set are numbers in the order of the development kit. The kit's table
+converts them to wnids. Instead of the kit, --val-labels takes a file of wnids.
 
   resnet-backbone prepare-data imagenet imagenet --check-images
 
-reads every image (hours on one core; see --workers) and lists what cannot be read, or is unusual,
-in imagenet/bad_images.txt. The archives come from image-net.org, after registration."""
+This reads every image (hours on one core; see --workers), and lists unreadable and unusual ones in
+imagenet/bad_images.txt. The archives come from image-net.org, after registration."""
 SHARDS = """\
-Write a data set as tar shards for an object store, or index shards that are there.
+Write a data set as tar shards for an object store, or index existing shards.
 
   resnet-backbone prepare-data shards write imagenet/train shards/train
   resnet-backbone prepare-data shards index shards/train --class-list wnids.txt
 
-The shards are in WebDataset's layout (<key>.jpeg and <key>.cls in each tar). The file index.npz
-beside them says where each image lies: with it the trainer reads exact epochs and resumes at any
-sample. Copy the folder to a bucket, and train from s3://BUCKET/train (needs fsspec's package for
-that store: s3fs, gcsfs, ...)."""
+The shards have WebDataset's layout (<key>.jpeg and <key>.cls in each tar). index.npz beside them
+has the place of each image, so that the trainer reads exact epochs and resumes at any sample. Copy
+the folder to a bucket, and train from s3://BUCKET/train (this needs fsspec's package for the store,
+such as s3fs or gcsfs)."""
 OWN = """\
-Turn your own images with boxes into a data set to train on, and print the command that trains.
+Make a data set of your own images with boxes, and print the command that trains a detector on it.
 
   resnet-backbone prepare-data own --images my_images --output my_data
   resnet-backbone prepare-data own --images photos --annotations xml --val 0.2 --output my_data
   resnet-backbone prepare-data own --images photos --annotations boxes.json --output my_data
 
-Reads VOC XML files, a COCO JSON, YOLO text files (class names in data.yaml or classes.txt), and
-downloads of Roboflow in these formats. Files lie beside the images or in a folder of their own.
-Folders called train, valid and test stay splits. Otherwise --val is the share of the images that
-validate, the same of every class where the numbers allow it.
+The command reads VOC XML files, a COCO JSON file, YOLO text files (class names in data.yaml or
+classes.txt), and Roboflow downloads in these formats. Annotations may lie beside the images or in a
+folder of their own. Folders called train, valid, and test stay splits. Otherwise --val is the share
+of the images for validation, the same for every class if the numbers allow it.
 
 ImageNet's detection and localization tasks, from ILSVRC's folders or from LOC_val_solution.csv:
 
@@ -102,27 +101,27 @@ ImageNet's detection and localization tasks, from ILSVRC's folders or from LOC_v
   resnet-backbone prepare-data own --format imagenet --images ILSVRC/Data/CLS-LOC \\
       --annotations ILSVRC/Annotations/CLS-LOC --one-class --output loc
 
-Every image is opened and every box is checked. What cannot be used is named, and left out. Images
-stay where they are; the output folder gets train.json and val.json in COCO's format, left_out.txt,
-a chart of the classes and sheets of images with their boxes to look at."""
+The command opens every image and checks every box. It names what cannot be used, and leaves it out.
+The images stay where they are. The output folder gets train.json and val.json in COCO's format,
+left_out.txt, a chart of the classes, and sheets of images with their boxes."""
 DIGITS = """\
 Write the built-in detection set (handwritten digits on photographs) in PASCAL VOC layout.
 
   resnet-backbone prepare-data digits --output output/quickstart/data
 
-Takes a few seconds and no network. A folder that already holds the same set is left as it is."""
+This takes a few seconds and downloads nothing. A folder that already holds the set is kept."""
 LABELS = """\
-Make panoptic and semantic ground truth from COCO instances, or "stuff" labels from panoptic.
+Make label images for segmentation from COCO's instances or its panoptic format.
 
   resnet-backbone prepare-data labels --coco-json instances_train.json --output labels/train
   resnet-backbone prepare-data labels --panoptic-json panoptic_train2017.json \\
       --output panoptic_stuff_train2017
 
-The first writes labels/train/semantic (every class and background), labels/train/stuff (things,
-background), labels/train/panoptic and panoptic.json. The smaller of two overlapping instances lies
-on top, crowds are ignored, and every other pixel is background. The second writes, for COCO's
-annotations of stuff, what Panoptic FPN's semantic head learns: 0 things, then the classes of stuff
-by rising id, 255 where nothing is annotated."""
+The first command writes labels/train/semantic (every class, and background), labels/train/stuff
+(things, background), labels/train/panoptic, and labels/train/panoptic.json. The smaller of two
+overlapping instances lies on top, crowds are ignored, and every other pixel is background. The
+second command writes what the semantic head of Panoptic FPN learns from COCO's stuff annotations: 0
+for things, then the stuff classes by rising id, and 255 where nothing is annotated."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -150,23 +149,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_detection_options(parser: argparse.ArgumentParser) -> None:
     add, several = parser.add_argument, dict(nargs="+", default=[])
-    text = "folder of data sets, VOC or COCO (default: $DETECTRON2_DATASETS or datasets)"
+    text = "folder of data sets (default: $DETECTRON2_DATASETS, or datasets)"
     place = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     add("root", nargs="?", type=Path, default=place, help=text)
-    add("--archives", metavar="FILE", help="to unpack first", **several)
-    add("--unverified", action="store_true", help="unpack archives that are not the official ones")
-    add("--own", action="store_true", help="data of your own: do not compare with official counts")
-    text = "check only these: trainval, test (VOC), instances_val2017 (COCO), ..."
+    add("--archives", metavar="FILE", help="archives to unpack first", **several)
+    add("--unverified", action="store_true", help="accept archives that are not the official ones")
+    add("--own", action="store_true", help="your own data: do not compare with the official counts")
+    text = "splits to check, such as trainval (VOC) or instances_val2017 (COCO); default: all"
     add("--splits", metavar="NAME", help=text, **several)
-    add("--coco-json", metavar="FILE", help="COCO: files to check", **several)
-    add("--image-root", metavar="DIR", help="COCO: their images, one or one each", **several)
-    add("--quick", action="store_true", help="read the headers of images only")
+    add("--coco-json", metavar="FILE", help="COCO: annotation files to check", **several)
+    add("--image-root", metavar="DIR", help="COCO: their image folder, or one for each", **several)
+    add("--quick", action="store_true", help="read only the headers of images")
     text, number = (
         "processes that decode images (default: %(default)s)",
         min(8, os.cpu_count() or 1),
     )
     add("--workers", type=positive, default=number, help=text)
-    add("--pictures", type=Path, metavar="DIR", help="write the pictures there")
+    add("--pictures", type=Path, metavar="DIR", help="write charts and sheets of images there")
     add("--json", type=Path, metavar="FILE", help="write a report there")
 
 
@@ -176,18 +175,23 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     text = "folder of .xml or .txt files, a .json, or data.yaml (default: the images' folder)"
     add("--annotations", type=Path, metavar="PATH", help=text)
     formats = ("voc", "coco", "yolo", "imagenet")
-    add("--format", choices=formats, default="", help="default: found by itself, but for imagenet")
-    add("--val", type=float, default=0.2, help="share that validates (0.2)")
-    add("--seed", type=int, default=0, help="another seed, another split (0)")
+    add(
+        "--format",
+        choices=formats,
+        default="",
+        help="format of the annotations (default: detected; imagenet must be named)",
+    )
+    add("--val", type=float, default=0.2, help="share of the images for validation (default: 0.2)")
+    add("--seed", type=int, default=0, help="seed of the split (default: 0)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    add("--overwrite", action="store_true", help="replace what an earlier call wrote")
-    text = "leave out images that show several classes, for localization"
+    add("--overwrite", action="store_true", help="replace the output of an earlier call")
+    text = "for localization: leave out images that show several classes"
     add("--one-class", action="store_true", help=text)
     text = (
         "divide val into val1 and val2: a list of val1's images, or 'balanced' for our own halves"
     )
     add("--val1", metavar="FILE", help=text)
-    text = "names for wnids: lines 'wnid number name', such as ILSVRC's map_det.txt"
+    text = "names of the wnids: lines 'wnid number name', such as ILSVRC's map_det.txt"
     add("--classes", type=Path, metavar="FILE", help=text)
 
 
@@ -200,16 +204,22 @@ def prepare_detection(args: argparse.Namespace) -> int:
 
 def add_imagenet_options(parser: argparse.ArgumentParser) -> None:
     add, labels = parser.add_argument, parser.add_mutually_exclusive_group()
-    add("folder", type=Path, help="where train/ and val/ are or will be")
+    add("folder", type=Path, help="folder of train/ and val/")
     add("--train-archive", help="ILSVRC2012_img_train.tar")
     add("--val-archive", help="ILSVRC2012_img_val.tar")
-    labels.add_argument("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, which has the val labels")
-    labels.add_argument("--val-labels", help="'name wnid' lines, or wnids in order of the images")
-    add("--flat-val", action="store_true", help="one folder and a label list")
-    add("--check-images", action="store_true", help="read every image and report the bad ones")
-    add("--workers", type=positive, default=4, help="of --check-images (default: 4)")
+    labels.add_argument("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, with the validation labels")
+    labels.add_argument(
+        "--val-labels", help="file of 'name wnid' lines, or of wnids in the order of the images"
+    )
+    add(
+        "--flat-val",
+        action="store_true",
+        help="keep the validation images in one folder, with a label list",
+    )
+    add("--check-images", action="store_true", help="read every image and list the bad ones")
+    add("--workers", type=positive, default=4, help="processes of --check-images (default: 4)")
     number = dict(type=int, metavar="N")
-    text = "how many there should be (default: %(default)s; 0: any number)"
+    text = "expected number (default: %(default)s; 0: any)"
     add("--train-images", default=archives.TRAIN_IMAGES, help=text, **number)
     add("--val-images", default=archives.VAL_IMAGES, help=text, **number)
     add("--classes", default=archives.CLASSES, help=text, **number)
@@ -246,8 +256,15 @@ def add_shards_options(parser: argparse.ArgumentParser) -> None:
     write.add_argument("images", help="folder <class>/<image>, or a flat one with --labels")
     write.add_argument("folder", help="new local folder for the shards")
     write.add_argument("--labels", help="file of 'name label' lines for a flat folder")
-    write.add_argument("--samples-per-shard", type=positive, default=1000, help="1000: some 110 MB")
-    write.add_argument("--seed", type=int, default=0, help="of the order (0); -1: the folder's")
+    write.add_argument(
+        "--samples-per-shard",
+        type=positive,
+        default=1000,
+        help="images per shard (default: 1000, about 110 MB)",
+    )
+    write.add_argument(
+        "--seed", type=int, default=0, help="seed of the order (default: 0; -1: the folder's order)"
+    )
     index = commands.add_parser("index", help="write the index of existing shards")
     index.add_argument("folder", help="local folder of *.tar")
     for command in (write, index):
@@ -270,10 +287,10 @@ def make_shards(args: argparse.Namespace) -> None:
 def add_digits_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--output", required=True, metavar="DIR", help="folder to create")
-    add("--num-train", type=int, default=3000, help="training pictures (3000)")
-    add("--num-test", type=int, default=150, help="test pictures (150)")
-    add("--image-size", type=int, default=160, help="side in pixels (160)")
-    add("--seed", type=int, default=0, help="another seed, another set (0)")
+    add("--num-train", type=int, default=3000, help="training images (default: 3000)")
+    add("--num-test", type=int, default=150, help="test images (default: 150)")
+    add("--image-size", type=int, default=160, help="side in pixels (default: 160)")
+    add("--seed", type=int, default=0, help="seed of the set (default: 0)")
     add("--overwrite", action="store_true", help="replace a set made with other settings")
 
 
@@ -294,9 +311,9 @@ def add_labels_options(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--coco-json", metavar="FILE", help="instances in COCO's format")
     source.add_argument("--panoptic-json", metavar="FILE", help="COCO's panoptic format")
-    text = "its pictures (default: its name without .json)"
+    text = "its segment images (default: the JSON file's name without .json)"
     parser.add_argument("--panoptic-root", default="", metavar="DIR", help=text)
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
 
 
 def make_segmentation_labels(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Replace batch-norm statistics by true averages over the training set, as the paper does.
 
-Reads a run of train-classifier (its config, data and weights) and writes new weights; the
-run's own files stay. It prints the validation error with the old and the new statistics.
+The command reads a run of train-classifier (its config, data, and weights) and writes new weights.
+The run's own files stay. It prints the validation error with the old and the new statistics.
 """
 
 from __future__ import annotations
@@ -31,24 +31,26 @@ examples:
   resnet-backbone recompute-bn --run output/resnet20 --weights output/resnet20/best.safetensors \\
       --layer-inputs population
 
-train-classifier does this by itself after training, unless train.recompute_bn=False.
-Images come with the augmentation of training, in the batches of training: --micro-batch images are
-normalized together (the paper: 32 per GPU). --layer-inputs batch makes one pass, in which layers
-normalize by their micro-batch, as in training; population makes one pass for each batch norm, in
-which the layers before it already have their new statistics, as in testing."""
+train-classifier does this after training, unless train.recompute_bn=False. Images have the
+augmentation and the batches of training: --micro-batch images are normalized together (the paper:
+32 per GPU). --layer-inputs batch makes one pass, in which layers normalize by their micro-batch, as
+in training. population makes one pass per batch norm, in which the layers before it already have
+their new statistics, as in testing."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     add, number = parser.add_argument, dict(type=positive, metavar="N")
     add("--run", required=True, metavar="DIR", help="run folder of train-classifier")
-    add("--weights", metavar="FILE", help="(default: DIR/final.safetensors)")
+    add("--weights", metavar="FILE", help="weights to start from (default: DIR/final.safetensors)")
     add("--output", metavar="FILE", help="new weights (default: DIR/true_bn.safetensors)")
-    add("--images", help="training images (default: all of them)", **number)
-    add("--micro-batch", help="(default: that of the run)", **number)
-    add("--layer-inputs", choices=LAYER_INPUTS, default="batch")
+    add("--images", help="number of training images (default: all)", **number)
+    add("--micro-batch", help="images normalized together (default: as in the run)", **number)
+    add("--layer-inputs", choices=LAYER_INPUTS, default="batch", help="(default: batch)")
     add_launch_arguments(parser)
-    add("overrides", nargs="*", metavar="key=value", help="e.g. data.root=PATH")
+    add(
+        "overrides", nargs="*", metavar="key=value", help="config overrides, such as data.root=PATH"
+    )
     return parser.parse_intermixed_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Make pictures and tables of results from what training runs leave."""
+"""Make plots, tables, and pages from the files of training runs."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ examples:
   resnet-backbone report curves --run output/plain20 --run output/plain56 \\
       --run output/resnet20 --run output/resnet56 --output fig6.png
 
-Runs of train-net: the losses, and AP50 where the run evaluated.
-Runs of train-classifier: the paper's Fig. 4 and 6, error against iterations, training
-dashed, test bold; plain and residual networks in panels of their own. Runs of the same network,
-such as several seeds, share a color; the legend has their mean test error. Runs that are still
-going on, or were resumed, can be drawn too."""
+For runs of train-net, the plot has the losses, and AP50 if the run evaluated. For runs of
+train-classifier, it is the paper's Fig. 4 or 6: error against iterations, training dashed, test
+bold, plain and residual networks in separate panels. Runs of the same network, such as several
+seeds, share a color, and the legend has their mean test error. Unfinished and resumed runs can be
+drawn, too."""
 
 RESPONSES_EPILOG = """\
 examples:
@@ -47,19 +47,20 @@ examples:
   resnet-backbone report responses --weights resnet50_msra.safetensors=ResNet-50 \\
       --model resnet50 --preprocessing msra --images imagenet/val --output responses.png
 
-A layer's response is the output of its BN, before the nonlinearity and the addition; its
-standard deviation is taken over images, channels and positions. The paper finds residual networks
-below plain ones, and deeper residual networks below shallower ones. The weights of
-train-classifier name their network and input; others need --model and --preprocessing."""
+A layer's response is the output of its BN, before the nonlinearity and the addition. Its
+standard deviation is taken over images, channels, and positions. The paper finds smaller
+responses in residual networks than in plain ones, and in deeper residual networks than in
+shallower ones. The weights of train-classifier state their network and input. Others need
+--model and --preprocessing."""
 
 TABLE_EPILOG = """\
 examples:
   resnet-backbone report table --run output/resnet20 --run output/resnet20_seed2 --output t.md
   resnet-backbone report table --run output/cifar10/* --output docs/results/cifar10.md
 
-Runs of the same network and recipe make one row, mean and standard deviation over their seeds.
-Runs shorter than the published recipe are marked. Below the tables stand the command, hardware
-and date of every run."""
+Runs of the same network and recipe make one row, with mean and standard deviation over their seeds.
+Runs shorter than the published recipe are marked. Below the tables are the command, hardware, and
+date of every run."""
 
 DETECTION_EPILOG = """\
 examples:
@@ -70,12 +71,12 @@ examples:
   resnet-backbone report detection --run output/r50 output/r101 --reference output/r50 \\
       --output r101_over_r50.md
 
-Runs that differ in their seeds alone make one row; a folder of seeds (train-net --seeds)
-stands for all of them. Any detectors can be compared: each ResNet with the VGG of the same head,
-data and schedule, or all others with the one that --reference names, or else with the first.
-The page has the gain with its standard error and its 95 % interval over test images, AP per class,
-curves, errors by kind, and pictures of what one finds and the other misses. These need the test
-set: give --voc-root, or --coco-json and --image-root, if it has moved since the runs."""
+Runs that differ only in their seeds make one row. A folder of seeds (train-net --seeds) stands for
+all of them. Any detectors can be compared. Without --reference, each ResNet is compared with the
+VGG of the same head, data, and schedule, or else all detectors with the first one. The page has the
+gain with its standard error and its 95 % interval over test images, AP per class, curves, errors by
+kind, and pictures of what one finds and the other misses. These need the test set. If it has moved
+since the runs, give --voc-root, or --coco-json and --image-root."""
 
 
 LOCALIZATION_EPILOG = """\
@@ -112,7 +113,7 @@ def curves(args: argparse.Namespace) -> None:
     paths, labels = zip(*args.runs, strict=True)
     kinds = {path.name == METRICS for path in paths}
     if len(kinds) > 1:
-        raise ValueError("detection and classification runs: draw them in pictures of their own")
+        raise ValueError("--run names both detection and classification runs: draw them separately")
     if kinds == {True}:
         figure = plots.plot_errors([load_run(path.parent) for path in paths], labels, args.together)
     else:
@@ -121,7 +122,7 @@ def curves(args: argparse.Namespace) -> None:
             series[label].append(load_metrics(path))
         figure = plot_training(series, plots.assign_colors(series))
     if figure is None:
-        raise ValueError("these runs have neither losses nor AP50")
+        raise ValueError("these runs have neither losses nor AP50: has the training begun?")
     plots.save_png(figure, args.output)
     print(args.output)
 
@@ -221,24 +222,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_curves(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    text = "the folder of a training run (or its metrics file) and its name in the legend"
+    text = "run folder (or its metrics file), and its name in the legend"
     how = dict(dest="runs", action="append", required=True, metavar="DIR[=LABEL]")
     add("--run", type=parse_run, help=f"{text}; may be given several times", **how)
-    add("--output", required=True, metavar="FILE.png", help="picture to write")
-    add("--together", action="store_true", help="plain and residual networks in one panel")
+    add("--output", required=True, metavar="FILE.png", help="image file to write")
+    add("--together", action="store_true", help="draw plain and residual networks in one panel")
 
 
 def add_responses(parser: argparse.ArgumentParser) -> None:
     add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    text = ".safetensors file and its name in the legend; may be given several times"
+    text = ".safetensors file, and its name in the legend; may be given several times"
     add("--weights", action="append", required=True, metavar="FILE[=LABEL]", help=text)
-    text = "folder of images, center crops of 224 (short side 256)"
-    source.add_argument("--cifar10", metavar="DIR", help="CIFAR-10: its test images are used")
+    text = "folder of images; center crops of 224 (short side 256) are used"
+    source.add_argument(
+        "--cifar10", metavar="DIR", help="folder of CIFAR-10; its test images are used"
+    )
     source.add_argument("--images", metavar="DIR", help=text)
-    add("--output", required=True, metavar="FILE.png", help="picture to write")
+    add("--output", required=True, metavar="FILE.png", help="image file to write")
     add("--json", metavar="FILE", help="also write the numbers, by layer name")
-    add("--num-images", type=positive, default=1000, metavar="N", help="(default: %(default)s)")
-    add("--model", metavar="NAME", help="network of weights that do not say it")
+    add(
+        "--num-images",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="number of images (default: %(default)s)",
+    )
+    add("--model", metavar="NAME", help="network of weights that do not state it")
     add("--preprocessing", default="", metavar="NAME", help="their input, such as msra")
 
 
@@ -261,7 +270,7 @@ def add_localization(parser: argparse.ArgumentParser) -> None:
 
 
 def add_note(parser: argparse.ArgumentParser) -> None:
-    text = "a paragraph to add, as where data are from"
+    text = "a paragraph to add, for example on the data"
     parser.add_argument("--note", default="", metavar="TEXT", help=text)
 
 
@@ -272,14 +281,14 @@ def add_detection(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, type=markdown_file, **about)
     text = "folder of the test set (default: that of the runs' commands)"
     add("--voc-root", metavar="DIR", help=text)
-    add("--coco-json", metavar="FILE", help="the same for a test set in COCO's format")
-    add("--image-root", metavar="DIR", help="folder of its images")
-    text = "run folder that all other detectors are compared with (default: see below)"
+    add("--coco-json", metavar="FILE", help="annotations of a test set in COCO's format")
+    add("--image-root", metavar="DIR", help="its image folder")
+    text = "run folder to compare all other detectors with (default: see below)"
     add("--reference", type=Path, metavar="DIR", help=text)
-    text = "improvements: results.json of evaluate-detector; may be given several times"
+    text = "results.json of evaluate-detector; may be given several times"
     add("--rows", type=Path, action="append", default=[], metavar="FILE", help=text)
     add_note(parser)
-    text = "detections in the pictures have at least this score (default: %(default)s)"
+    text = "lowest score of detections in the pictures (default: %(default)s)"
     add("--score", type=score_threshold, default=0.5, metavar="S", help=text)
 
 

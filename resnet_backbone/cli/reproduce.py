@@ -48,10 +48,10 @@ examples:
       --weights ResNet-50=R-50.pkl --preprocessing ResNet-50=msra    # at 320 px, for CPUs
   resnet-backbone reproduce --scale paper --imagenet imagenet --num-gpus 8 --plan  # runs nothing
 
-Each step has a folder of its own in --output, named after the hash of its command, configs,
-weights, data and this package's version (not its code: after a change give another --output). What
-is done is not done again; after an interruption (SIGTERM and Ctrl-C write a checkpoint) the same
-command continues. A plan is configs/reproduction/NAME.yaml, or FILE.yaml; mini.yaml explains it."""
+Each step has a folder in --output. Its name has the hash of the step's command, configs, weights,
+and data, and of this package's version (not of its code: after a change, give another --output).
+Finished steps are not repeated. After an interruption (SIGTERM and Ctrl-C write a checkpoint), the
+same command continues. A plan is configs/reproduction/NAME.yaml or FILE.yaml; mini.yaml explains it."""
 
 
 def read_yaml(path: Path) -> Any:
@@ -299,14 +299,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     pairs: dict[str, Any] = dict(type=key_and_text, action="append", default=[])
     folder: dict[str, Any] = dict(type=lambda text: Path(text).resolve(), metavar="DIR")
     add("--scale", required=True, metavar="PLAN", help="of configs/reproduction, or FILE.yaml")
-    add("--stage", action="append", metavar="STAGE", help="may be repeated (default: all)")
-    add("--output", help="(default: output/reproduction/SCALE)", **folder)
-    add("--plan", action="store_true", help="print the commands and stop; data may be missing")
-    add("--weights", metavar="NETWORK=FILE", help="in place of its pre-training", **pairs)
+    add("--stage", action="append", metavar="STAGE", help="stage to run; repeatable (default: all)")
+    add("--output", help="folder (default: output/reproduction/SCALE)", **folder)
+    add("--plan", action="store_true", help="only print the commands; data may be missing")
+    add("--weights", metavar="NETWORK=FILE", help="skips its pre-training", **pairs)
     add("--preprocessing", metavar="NETWORK=NAME", help="their input, such as msra", **pairs)
-    add("--imagenet", help="folder with train and val", **folder)
+    add("--imagenet", help="folder of ImageNet, with train/ and val/", **folder)
     add("--voc-root", help="folder of VOC 2007 (default: $DETECTRON2_DATASETS/VOC2007)", **folder)
-    add("--num-gpus", type=positive, default=1, metavar="N", help="(default: 1)")
+    add("--num-gpus", type=positive, default=1, metavar="N", help="number of GPUs (default: 1)")
     add("--seeds", type=int, nargs="+", metavar="N", help="of the detectors (default: the plan's)")
     text = "overrides for all trainings: key=value for classifiers, KEY VALUE for detectors"
     add("--set", action="extend", nargs="+", default=[], metavar="WORD", help=text)

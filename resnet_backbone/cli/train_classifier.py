@@ -1,4 +1,4 @@
-"""Train any network of the package on ImageNet, CIFAR-10 or the built-in data, as the paper did."""
+"""Train a network of the package on ImageNet, CIFAR-10, or the built-in data, as in the paper."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ examples:
   torchrun --nnodes 2 --nproc-per-node 8 ... -m resnet_backbone.cli.train_classifier \\
       --config-file ...
 
-Keys and their meaning: resnet_backbone/classification/config.py. SIGTERM, SIGUSR1 and Ctrl-C write
-a checkpoint and exit with status {EXIT_STOPPED}. Exact resume: the same command with --resume goes
-on, in the middle of an epoch, with the images, weights and rates of an uninterrupted run. Wrong
-input exits with 2, a training that diverged with 3. For detection: train-net --weights
+resnet_backbone/classification/config.py explains the keys. SIGTERM, SIGUSR1, and Ctrl-C write a
+checkpoint and exit with status {EXIT_STOPPED}. The same command with --resume continues, also in
+the middle of an epoch, with the images, weights, and rates of an uninterrupted run. Other statuses:
+2, wrong input; 3, the training diverged. A detector takes the weights with train-net --weights
 RUN/final.safetensors."""
 
 # Where and how fast a run computes; everything else would make it another run.
@@ -58,12 +58,12 @@ MAY_CHANGE = (
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    text = "config and overlays, merged in order; files, or names below configs/classification"
+    text = "config and overlays, merged in order: files, or names in configs/classification"
     add("--config-file", nargs="+", default=[], metavar="FILE", help=text)
-    add("--output-dir", metavar="DIR", help="run folder, short for output.dir=DIR")
-    text = "go on from the run folder's newest checkpoint, if any, with its own config"
+    add("--output-dir", metavar="DIR", help="run folder; short for output.dir=DIR")
+    text = "continue from the run folder's newest checkpoint, with its config"
     add("--resume", action="store_true", help=text)
-    text = "evaluate the run's newest checkpoint, or model.weights=FILE, and write no file"
+    text = "evaluate the run's newest checkpoint, or model.weights=FILE; writes no file"
     add("--eval-only", action="store_true", help=text)
     add_launch_arguments(parser)
     add("overrides", nargs="*", metavar="key=value", help="config overrides")
@@ -89,7 +89,7 @@ def read_config(args: argparse.Namespace) -> Config:
     if not goes_on:
         if wanted is None:
             hint = f"{folder} holds no run" if args.output_dir else "give --config-file"
-            raise UsageError(f"nothing to do: {hint}; see --help for examples")
+            raise UsageError(f"nothing to do: {hint}; --help has examples")
         return wanted
     config = load_config([saved], overrides)
     changed = differences(wanted or config, load_config([saved]))
@@ -98,7 +98,7 @@ def read_config(args: argparse.Namespace) -> Config:
         refused.append("output.log_every")  # it decides when the warm-up ends
     if refused and args.resume:
         raise UsageError(
-            f"{folder} was started with another {', '.join(refused)}: leave out --config-file and "
+            f"{folder} was started with another {', '.join(refused)}: omit --config-file and "
             "these keys, or choose another output.dir"
         )
     return wanted or config

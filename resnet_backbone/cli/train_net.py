@@ -6,35 +6,41 @@ On your own data in PASCAL VOC layout, from ImageNet weights:
       --voc-root VOCdevkit/VOC2007 --train-set trainval --test-set test --output-dir output/r50 \\
       --weights detectron2://ImageNetPretrained/MSRA/R-50.pkl
 
---weights takes over the input that the weights were trained on (INPUT.FORMAT, MODEL.PIXEL_MEAN,
-MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1): it is MODEL.WEIGHTS FILE with
-RESNET_BACKBONE.WEIGHTS_INPUT set. With MODEL.WEIGHTS alone these keys are checked, and a config
-that differs is refused with the line to write. FILE is what train-classifier wrote; a
-.pth, .pkl, .safetensors or folder of torchvision, timm, Hugging Face, Caffe2 or Detectron2; a name
-such as torchvision://resnet50/IMAGENET1K_V2, timm://resnet50.a1_in1k, hf://microsoft/resnet-50,
-detectron2://... or https://...; or a whole detector's checkpoint, also of other classes. A file
-that does not say its input needs RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra, caffe_vgg or
-torchvision. On COCO-style JSON:
+--weights also sets the input that the weights were trained on (INPUT.FORMAT, MODEL.PIXEL_MEAN,
+MODEL.PIXEL_STD, MODEL.RESNETS.STRIDE_IN_1X1). It is short for MODEL.WEIGHTS FILE with
+RESNET_BACKBONE.WEIGHTS_INPUT set. With MODEL.WEIGHTS alone, these keys are checked, and the error
+says what to write. FILE is one of these:
+
+  - what train-classifier wrote, or the checkpoint of a whole detector, also of other classes;
+  - a .pth, .pkl, .safetensors, or folder of torchvision, timm, Hugging Face, Caffe2, or Detectron2;
+  - a name such as torchvision://resnet50/IMAGENET1K_V2, timm://resnet50.a1_in1k,
+    hf://microsoft/resnet-50, detectron2://..., or https://...
+
+A file that does not state its input needs RESNET_BACKBONE.WEIGHTS_PREPROCESSING msra, caffe_vgg, or
+torchvision.
+
+On data in COCO's format:
 
   resnet-backbone train-net --config-file coco/faster_rcnn_R_50_FPN \\
       --coco-json train.json val.json --image-root train_images val_images
 
-Evaluate only, with --eval-only MODEL.WEIGHTS FILE, or --weights FILE to take over its input.
-Anything in the config can be overridden by trailing pairs, for example
-SOLVER.IMS_PER_BATCH 4 (learning rate and iterations follow by the linear rule),
-SOLVER.AMP.ENABLED True (mixed precision; bf16 on a CPU), RESNET_BACKBONE.ACCUMULATE 8 (16 images
-per batch, two at a time), RESNET_BACKBONE.EPOCHS 12,
-TEST.EVAL_PERIOD 1000 RESNET_BACKBONE.BEST_METRIC bbox/AP50 RESNET_BACKBONE.EARLY_STOP 5 (keeps
-model_best.pth, ends after five evaluations that were not better).
+KEY VALUE pairs at the end override the config, for example:
 
-Exact resume: after an interruption --resume goes on with the images, random numbers and rates of an
-uninterrupted run. SIGTERM, SIGUSR1 and Ctrl-C write a checkpoint after the iteration at hand and
-exit with status 75; a second Ctrl-C interrupts at once. Wrong input exits with 2, a training that
-diverged with 3, results that are not those of TEST.EXPECTED_RESULTS with 1, after results.json was
-written.
+  SOLVER.IMS_PER_BATCH 4            learning rate and iterations follow by the linear rule
+  SOLVER.AMP.ENABLED True           mixed precision; bf16 on a CPU
+  RESNET_BACKBONE.ACCUMULATE 8      16 images per batch, two at a time
+  RESNET_BACKBONE.EPOCHS 12         the length of the training in passes over the data
+  TEST.EVAL_PERIOD 1000 RESNET_BACKBONE.BEST_METRIC bbox/AP50 RESNET_BACKBONE.EARLY_STOP 5
+                                    keep model_best.pth; stop after five evaluations without a
+                                    better one
 
-Several seeds, one after the other, each in its own folder, with mean and spread in seeds.json;
-several processes, among which the batch is divided:
+SIGTERM, SIGUSR1, and Ctrl-C write a checkpoint after the current iteration and exit with status 75.
+A second Ctrl-C interrupts at once. --resume continues with the images, random numbers, and rates of
+an uninterrupted run. Other statuses: 1, results differ from TEST.EXPECTED_RESULTS (results.json is
+written), or the evaluation failed; 2, wrong input; 3, the training diverged.
+
+Several seeds run one after the other, each in its own folder. seeds.json has their mean and spread.
+Several processes share the batch:
 
   resnet-backbone train-net ... --output-dir output/r50 --seeds 1 2 3
   resnet-backbone train-net ... --num-gpus 8
@@ -80,12 +86,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--config-file", help="a file, or a name: voc/faster_rcnn_R_50_FPN")
     add("--output-dir", help="run folder (default: OUTPUT_DIR of the config)")
-    add("--resume", action="store_true", help="go on from the last checkpoint")
-    text = "evaluate the run of --output-dir, by its own config, or --weights FILE; in folder eval"
+    add("--resume", action="store_true", help="continue from the last checkpoint")
+    text = "evaluate the run of --output-dir, or --weights FILE; results go to the folder eval"
     add("--eval-only", action="store_true", help=text)
-    text = "MODEL.WEIGHTS FILE, and take over the input that these weights were trained on"
+    text = "MODEL.WEIGHTS FILE; also sets the input that these weights were trained on"
     add("--weights", metavar="FILE", help=text)
-    text = "one run for each of these seeds, in seed_N of the run folder; complete ones stay"
+    text = "one run per seed, in seed_N of the run folder; complete ones are kept"
     add("--seeds", nargs="+", metavar="N", help=text)
     add("--seed-run", type=int, help=argparse.SUPPRESS)  # one run of --seeds
     add_launch_arguments(parser)

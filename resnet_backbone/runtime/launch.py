@@ -53,14 +53,14 @@ class Launch(NamedTuple):
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """Detectron2's options, and ``--num-processes``."""
-    text = "On several machines the same command runs on each, with its --machine-rank."
+    text = "With several machines, run the same command on each, with its --machine-rank."
     add = parser.add_argument_group("processes", text).add_argument
-    add("--num-gpus", type=int, help="GPUs of each machine (default: 1)")
-    text = "processes of each machine, for CPUs (default: one for each GPU)"
+    add("--num-gpus", type=int, help="GPUs per machine (default: 1)")
+    text = "processes per machine, for CPUs (default: one per GPU)"
     add("--num-processes", type=int, metavar="N", help=text)
-    add("--num-machines", type=int, default=1, help="machines (default: 1)")
-    add("--machine-rank", type=int, default=0, help="this machine, counted from 0")
-    text = "of machine 0, where all machines reach it (default: a free port of this machine)"
+    add("--num-machines", type=int, default=1, help="number of machines (default: 1)")
+    add("--machine-rank", type=int, default=0, help="number of this machine, from 0")
+    text = "address of machine 0 (default: a free port of this machine)"
     add("--dist-url", default="auto", metavar="tcp://HOST:PORT", help=text)
 
 
@@ -72,19 +72,25 @@ def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
     gpus, count = args.num_gpus, torch.cuda.device_count()
     for name, value in (("--num-gpus", gpus), ("--num-processes", args.num_processes)):
         if value is not None and value < 1:
-            raise UsageError(f"{name} {value}: it is at least 1")
+            raise UsageError(f"{name} {value}: give at least 1")
     if gpus and gpus > max(1, count):
-        raise UsageError(f"--num-gpus {gpus}: there are {count}; --num-processes trains on CPUs")
+        raise UsageError(
+            f"--num-gpus {gpus}: this machine has {count}; for CPUs give --num-processes"
+        )
     if gpus and args.num_processes and gpus != args.num_processes:
-        raise UsageError("give --num-gpus or --num-processes, not both")
+        raise UsageError("give either --num-gpus or --num-processes")
     processes = gpus or args.num_processes or 1
     uses_gpus = device not in ("cpu", "auto") or (device == "auto" and count > 0)
     if uses_gpus and processes > count:
-        have = f"there are {count} GPUs" if count else "there is no GPU"
-        raise UsageError(f"a GPU for each of {processes} processes: {have} here; give {on_cpu}")
+        have = f"{count} GPUs" if count else "no GPU"
+        raise UsageError(
+            f"{processes} processes need a GPU each, this machine has {have}; give {on_cpu}"
+        )
     machines, rank = args.num_machines, args.machine_rank
     if not 0 <= rank < machines:
-        raise UsageError(f"--machine-rank {rank}: of --num-machines {machines}, counted from 0")
+        raise UsageError(
+            f"--machine-rank {rank}: give 0 to {machines - 1} (--num-machines {machines})"
+        )
     if machines > 1 and not re.fullmatch(r"tcp://.+:\d+", args.dist_url):
         raise UsageError("--num-machines needs --dist-url tcp://HOST:PORT of machine 0")
     url = args.dist_url if args.dist_url != "auto" else f"tcp://127.0.0.1:{_free_port()}"
@@ -97,7 +103,7 @@ def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
 def _check_torchrun(launch: Launch) -> None:
     if launch.world > 1:
         options = "--num-gpus, --num-processes and --num-machines"
-        raise UsageError(f"torchrun has started the processes: leave {options} out")
+        raise UsageError(f"torchrun has started the processes: leave out {options}")
     missing = ", ".join(key for key in TORCHRUN if key not in os.environ)
     if missing:
         raise UsageError(f"WORLD_SIZE is set but not {missing}: start with torchrun, or unset it")
@@ -180,7 +186,7 @@ def _join(url: str, uses_gpus: bool, **place: int) -> None:
         dist.init_process_group(backend, init_method=url, timeout=TIMEOUT, **place)
     except (RuntimeError, ValueError) as error:
         cause = " ".join(str(error).split())[:300]
-        raise UsageError(f"{url}: the processes do not find one another ({cause})") from error
+        raise UsageError(f"{url}: the processes cannot connect to one another ({cause})") from error
     dist.barrier()
 
 

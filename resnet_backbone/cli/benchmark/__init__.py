@@ -1,4 +1,4 @@
-"""Measure loader, training, inference, detectors and evaluation beside what people use today.
+"""Measure loader, training, inference, detectors, and evaluation beside the usual libraries.
 
   resnet-backbone benchmark loader --images photos/   # images/s of one core
   resnet-backbone benchmark train --dtype bf16       # ResNet-50 steps beside torchvision's
@@ -7,12 +7,11 @@
   resnet-backbone benchmark detect --arch fpn c4     # Faster R-CNN steps beside Detectron2's
   resnet-backbone benchmark evaluate                 # COCO and VOC AP beside the references
 
-All candidates take turns within one run, in an order that rotates, so that a machine that slows
-down does so for all of them. Printed are the median and the range of images/s over the repeats,
-and the median and range of the ratio to the reference within the same repeat. --output FILE.json
-keeps all single measurements with the command, date, hardware and versions.
-Nothing else should run on the machine. `resnet-backbone benchmark COMMAND --help` says what lies
-within each timing.
+All candidates take turns within one run, in a rotating order, so that a machine that slows down
+does so for all of them. The command prints the median and the range of images/s over the repeats,
+and of the ratio to the reference within a repeat. --output FILE.json keeps every measurement with
+the command, date, hardware, and versions. Nothing else should run on the machine. `resnet-backbone
+benchmark COMMAND --help` says what each timing includes.
 """
 
 from __future__ import annotations
@@ -53,70 +52,67 @@ COMMANDS = {
 Images are files in memory, in one process on one thread. Candidates:
   reference     Pillow and torchvision's v1 transforms: decode, Resize(short side in 256..480),
                 crop of 224, flip, ToTensor, color noise, Normalize, stack: normalized floats
-  ours          to stacked bytes and color shifts: what goes to the device, which normalizes them
+  ours          to stacked bytes and color shifts, which the device then normalizes
   ours, whole   the same with every JPEG decoded whole (as without nvidia-nvimgcodec)
-  ours + norm   to normalized floats, by the device's own code on this core: all that the
-                reference does""",
+  ours + norm   to normalized floats on this core: all that the reference does""",
     ),
     "train": (
         "classification",
         "training steps of a classifier, beside torchvision's model",
         """\
-A step is forward, loss, backward and SGD on normalized images that lie on the device. The
-reference is torchvision's model in its default form: fp32, contiguous. On a GPU torchvision's
-(and, with --timm, timm's) model also runs in our settings: channels_last, and bf16 if asked.
-With --images a last measurement trains our model on batches from the loader: images/s, and the
-share of the time that the step waits for data.""",
+A step is forward, loss, backward, and SGD on normalized images on the device. The reference is
+torchvision's model in its default form: fp32, contiguous. On a GPU, torchvision's model (and
+timm's, with --timm) also runs in our settings: channels_last, and bf16 if asked for. With --images,
+a last measurement trains our model on batches from the loader, and prints images/s and the share of
+the time that a step waits for data.""",
     ),
     "infer": (
         "classification",
         "forward passes of a classifier, beside torchvision's model",
         """\
-Forward passes in inference mode on normalized fp32 images that lie on the device, contiguous. All
-networks have the same weights. Candidates:
+Forward passes in inference mode on normalized, contiguous fp32 images on the device. All networks
+have the same weights. Candidates:
   torchvision           the reference: its model in its default form
   ours, as built        build_model(...).eval(), nothing else
   ours, fp32, ENGINE    resnet_backbone.optimize_for_inference(model, engine=...), and in bf16;
-                        what engines do at their first call is not timed""",
+                        the first call of an engine is not timed""",
     ),
     "fpn": (
         "pyramid",
         "the R-50-FPN backbone beside Detectron2's",
         """\
-R-50-FPN with frozen BN, stem and res2 frozen, one image, random equal weights. The reference is
-Detectron2's build_resnet_fpn_backbone as it comes; ours is build_paper_resnet_fpn_backbone as it
-comes, and after resnet_backbone.optimize_for_inference. A training pass is forward and backward of
-the backbone. Memory is that of a fresh process for each candidate (Linux, CPU).""",
+R-50-FPN with frozen BN, frozen stem and res2, and the same random weights, on one image. The
+reference is Detectron2's build_resnet_fpn_backbone. Ours is build_paper_resnet_fpn_backbone, as
+built and after resnet_backbone.optimize_for_inference. A training pass is forward and backward of
+the backbone. Memory is measured in a fresh process for each candidate (Linux, CPU).""",
     ),
     "detect": (
         "detectors",
         "Faster R-CNN with FPN and C4 beside Detectron2's, on the CPU",
         """\
 Faster R-CNN with 80 classes on one image of 800x1216. The reference is Detectron2's own model
-(its backbone, its heads, fp32, as it comes); ours is what our trainer builds, with the same
-settings and the same random weights, in these forms:
-  ours, fp32, as built   nothing has to be done
+in fp32. Ours is what our trainer builds, with the same settings and the same random weights:
+  ours, fp32, as built   without any call
   ours, fp32, ENGINE     resnet_backbone.optimize_for_inference(model, engine=...)
   ours, bf16, ENGINE     the same with dtype=torch.bfloat16
   ours, bf16 autocast    training with SOLVER.AMP.ENABLED True, which works on CPUs
   ours, checkpointed     training with RESNET_BACKBONE.GRADIENT_CHECKPOINTING True
 Inference is the call of the model, from the image to detections. A training step is forward,
-backward and SGD, of 512 sampled regions. In all of them the proposal network does its work, and
-then the region head gets the same given boxes, since random weights propose nothing sensible; by
---proposals 1000 (Detectron2's number) and 300 (the paper's). Outputs are compared before the
-measurement: detections by class and overlap, losses with the same sampling. Data is the time to
-read and augment one JPEG, beside a step. Memory is that of a fresh process for each candidate.
-On two quiet cores a turn of C4 takes two to three minutes and one of FPN half a minute.""",
+backward, and SGD on 512 sampled regions. The proposal network does its work, but the region head
+gets given boxes, the same for all models, because random weights propose nothing useful.
+--proposals is their number: 1000 as in Detectron2, or 300 as in the paper. Outputs are compared
+before the measurement: detections by class and overlap, losses with the same sampling. "Data" is
+the time to read and augment one JPEG. Memory is measured in a fresh process for each candidate. On
+two idle cores, a turn of C4 takes two to three minutes, and one of FPN half a minute.""",
     ),
     "evaluate": (
         "detectors",
         "COCO and VOC evaluation beside pycocotools' and Detectron2's",
         """\
-Random sets, their detections in memory. COCO: the twelve numbers from the content of an instances
-file and a result list, by the engine that the evaluator takes, beside pycocotools. VOC: from what
-the model returns and the annotation files to all AP, beside Detectron2's evaluator, which rounds
-scores to three digits and breaks the ties differently. Both read the files once, in a first turn
-that is not counted.""",
+Random sets, with the detections in memory. COCO: from the content of an instances file and a list
+of results to the twelve numbers, beside pycocotools. VOC: from the output of a model and the
+annotation files to AP, beside Detectron2's evaluator, which rounds scores to three digits and
+breaks ties differently. Both read the files in a first turn that is not counted.""",
     ),
 }
 
@@ -139,14 +135,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add_detector_arguments(fpn, detect)
     for data, images, found in (("coco", 2000, 100), ("voc", 5000, 50)):
         add, number = evaluate.add_argument, dict(type=positive)
-        add(f"--{data}-images", default=images, help="of the set", **number)
-        add(f"--{data}-detections", default=found, help="per image", **number)
+        add(f"--{data}-images", default=images, help="images of the set", **number)
+        add(f"--{data}-detections", default=found, help="detections per image", **number)
     for one in (infer, fpn, detect):
-        text, choices = "of ours in inference (default: eager)", (AUTO, *PACKAGES)
+        text, choices = "engines for our inference (default: eager)", (AUTO, *PACKAGES)
         one.add_argument("--engines", nargs="+", default=["eager"], choices=choices, help=text)
     turns = {loader: 7, train: 5, infer: 5, fpn: 5, detect: 3, evaluate: 3}
     for one, repeats in turns.items():
-        one.add_argument("--repeats", type=positive, default=repeats, help="turns")
+        one.add_argument("--repeats", type=positive, default=repeats, help="number of turns")
         one.add_argument("--output", type=Path, help="JSON file for all measurements")
     parser.set_defaults(device="cpu")
     args = parser.parse_args(argv)
@@ -163,8 +159,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
     add, text = parser.add_argument, "folder of JPEG files, or 'synthetic'"
     add("--images", required=True, default=argparse.SUPPRESS, help=text)
-    add("--count", type=positive, default=300, help="images")
-    add("--batch", type=positive, default=50, help="images stacked")
+    add("--count", type=positive, default=300, help="number of images")
+    add("--batch", type=positive, default=50, help="images per batch")
 
 
 def add_model_arguments(train: argparse.ArgumentParser, infer: argparse.ArgumentParser) -> None:
@@ -173,34 +169,34 @@ def add_model_arguments(train: argparse.ArgumentParser, infer: argparse.Argument
         add = parser.add_argument
         add("--model", default="resnet50", help="name of the network")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-        add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="of ours")
-        add("--size", type=positive, default=224, help="of the images")
-        add("--steps", type=positive, default=3, help="of one turn")
-    text = "images (default: 16 on a CPU, 256 on a GPU"
+        add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="types to measure")
+        add("--size", type=positive, default=224, help="size of the images")
+        add("--steps", type=positive, default=3, help="steps per turn")
+    text = "images per batch (default: 16 on a CPU, 256 on a GPU"
     train.add_argument("--batch", type=positive, help=f"{text})")
-    train.add_argument("--compile", action="store_true", help="also with torch.compile")
-    train.add_argument("--timm", action="store_true", help="timm's model too")
+    train.add_argument("--compile", action="store_true", help="also measure with torch.compile")
+    train.add_argument("--timm", action="store_true", help="also measure timm's model")
     train.add_argument("--images", help="folder of JPEG files to train on at the end")
-    train.add_argument("--workers", type=int, default=8, help="of --images")
+    train.add_argument("--workers", type=int, default=8, help="loader processes for --images")
     infer.add_argument("--batch", type=positive, nargs="+", help=f"{text}, and 1)")
 
 
 def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.ArgumentParser) -> None:
     fpn.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     for parser in (fpn, detect):
-        parser.add_argument("--height", type=positive, default=800, help="of the image")
-        parser.add_argument("--width", type=positive, default=1216, help="of the image")
-        parser.add_argument("--no-memory", action="store_true", help="speed alone")
-    fpn.add_argument("--steps", type=positive, default=1, help="of one turn")
+        parser.add_argument("--height", type=positive, default=800, help="height of the image")
+        parser.add_argument("--width", type=positive, default=1216, help="width of the image")
+        parser.add_argument("--no-memory", action="store_true", help="measure only the speed")
+    fpn.add_argument("--steps", type=positive, default=1, help="steps per turn")
     add, kinds = detect.add_argument, ["inference", "training"]
     add("--arch", nargs="+", choices=("fpn", "c4"), default=["fpn", "c4"], help="detectors")
-    add("--kind", nargs="+", choices=kinds, default=kinds, help="passes")
-    add("--depth", type=int, choices=(50, 101, 152), default=50, help="of the backbone")
-    add("--no-speed", action="store_true", help="memory alone")
-    text = "boxes that the head gets in inference, a table each"
+    add("--kind", nargs="+", choices=kinds, default=kinds, help="passes to measure")
+    add("--depth", type=int, choices=(50, 101, 152), default=50, help="depth of the backbone")
+    add("--no-speed", action="store_true", help="measure only the memory")
+    text = "boxes that the head gets in inference; one table for each number"
     add("--proposals", type=positive, nargs="+", default=[1000, 300], help=text)
-    add("--regions", type=positive, default=512, help="of an image in training")
-    add("--batch", type=positive, default=1, help="images")
+    add("--regions", type=positive, default=512, help="sampled regions per image in training")
+    add("--batch", type=positive, default=1, help="images per batch")
 
 
 def measure(

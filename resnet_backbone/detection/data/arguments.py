@@ -37,26 +37,28 @@ def detects_objects(cfg: CfgNode) -> bool:
 
 
 def labels_pixels(cfg: CfgNode) -> bool:
-    """Whether the model learns from label pictures."""
+    """Whether the model learns from label images."""
     return cfg.MODEL.META_ARCHITECTURE in ("SemanticSegmentor", "PanopticFPN")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that name a data set by path."""
-    about = "By path, or by registered names with DATASETS.TRAIN and DATASETS.TEST."
+    about = "Give paths, or registered names with DATASETS.TRAIN and DATASETS.TEST."
     data = parser.add_argument_group("data", about)
-    data.add_argument("--voc-root", metavar="DIR", help="folder with Annotations/, JPEGImages/")
+    data.add_argument("--voc-root", metavar="DIR", help="folder with Annotations/ and JPEGImages/")
     data.add_argument("--train-set", metavar="NAME", help="split in ImageSets/Main, e.g. trainval")
     data.add_argument("--test-set", metavar="NAME", help="split in ImageSets/Main, e.g. test")
     pair = dict(nargs=2, metavar=("TRAIN", "TEST"))
-    data.add_argument("--coco-json", **pair, help="instances JSON files to train and evaluate on")
-    roots = "image folders of the two JSON files; one folder serves both"
+    data.add_argument("--coco-json", **pair, help="COCO instances to train and to evaluate on")
+    roots = "image folder of both sets, or one folder for each"
     data.add_argument("--image-root", nargs="+", metavar="DIR", help=roots)
-    data.add_argument("--sem-seg", **pair, help="folders of label pictures, with classes.txt")
-    data.add_argument("--panoptic-json", **pair, help="panoptic JSON files, beside --coco-json")
-    pictures = "their pictures (default: the JSON's name without .json)"
+    data.add_argument("--sem-seg", **pair, help="folders of label images, with classes.txt")
+    data.add_argument(
+        "--panoptic-json", **pair, help="COCO panoptic files, in addition to --coco-json"
+    )
+    pictures = "their segment images (default: the JSON file's name without .json)"
     data.add_argument("--panoptic-root", **pair, help=pictures)
-    policies = "missing or broken files and boxes: leave them out, or stop (default: drop)"
+    policies = "leave out missing or broken files and boxes, or stop (default: drop)"
     data.add_argument("--bad-data", choices=("drop", "refuse"), default="drop", help=policies)
 
 
@@ -68,7 +70,7 @@ def check_data_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
         DataError: a folder, file or split that is not there.
     """
     if args.voc_root and args.coco_json:
-        raise UsageError("give --voc-root or --coco-json, not both")
+        raise UsageError("give either --voc-root or --coco-json")
     if args.voc_root:
         splits, folder = _voc_splits(args), find_voc_dir(args.voc_root)
         for split in splits:
@@ -92,8 +94,8 @@ def check_data_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
             if name not in known:
                 if ":" in name:  # as register_paths names the data of a command
                     raise UsageError(
-                        "the run's data are not registered: give --voc-root or --coco-json and "
-                        "--image-root as in training (results.json has the command)"
+                        "the run's data are not registered: give --voc-root, or --coco-json and "
+                        "--image-root, as in training (results.json has the command)"
                     )
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
@@ -147,7 +149,7 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
         count, wanted = cfg.MODEL[key].NUM_CLASSES, given.get(f"MODEL.{key}.NUM_CLASSES")
         if wanted is not None and str(count) != wanted:
             raise UsageError(
-                f"MODEL.{key}.NUM_CLASSES {wanted}, but the data have {count} classes: leave it out"
+                f"MODEL.{key}.NUM_CLASSES {wanted}, but the data have {count} classes: omit it"
             )
     return num_training
 
@@ -158,8 +160,8 @@ def name_keypoints(cfg: CfgNode, name: str) -> None:
     if metadata.get("keypoint_names") is None:
         if count != len(COCO_PERSON_KEYPOINT_NAMES):
             raise UsageError(
-                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {count}: {name} does not name them; "
-                "without names they are COCO's 17 of a person. Register your own data set with "
+                f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS {count}: {name} does not name keypoints, "
+                "so they must be COCO's 17 of a person. Register your own data set with "
                 "keypoint_names and keypoint_flip_map in its metadata"
             )
         flips = COCO_PERSON_KEYPOINT_FLIP_MAP
@@ -185,7 +187,9 @@ def usable_records(cfg: CfgNode, name: str, records: Records) -> Records:
         if filters:
             is_used &= records.per_image(records.box_column("mask") > 0) > 0
     if not is_used.any():
-        raise UsageError(f"data set {name}: none of {len(records)} images can be trained on")
+        raise UsageError(
+            f"data set {name}: none of its {len(records)} images can be used for training"
+        )
     return records.select(images=is_used)
 
 
@@ -196,8 +200,8 @@ def _common_classes(cfg: CfgNode, key: str, kind: str) -> list[str]:
         found = list(MetadataCatalog.get(name).get(kind, []))
         if classes and found != classes:
             raise UsageError(
-                f"data set {name} has the classes {found}, {source} has {classes}: both need the "
-                "same names in the same order (COCO JSON: the order of the category ids)"
+                f"data set {name} has the classes {found}, but {source} has {classes}: both need "
+                "the same names in the same order (in COCO's format, that of the category ids)"
             )
         classes, source = found, f"data set {name}"
     return classes
@@ -248,13 +252,13 @@ def _kind(cfg: CfgNode, args: argparse.Namespace) -> str:
         return "coco"
     if not labels_pixels(cfg):
         raise UsageError(
-            f"--sem-seg: {cfg.MODEL.META_ARCHITECTURE} has no use for label pictures; take "
-            "a semantic or panoptic config of configs/segmentation"
+            f"--sem-seg: {cfg.MODEL.META_ARCHITECTURE} does not use label images; choose "
+            "a semantic or panoptic config from configs/segmentation"
         )
     if not detects_objects(cfg):
         return "sem_seg"
     if not (args.coco_json and args.panoptic_json):
-        raise UsageError("Panoptic FPN needs --coco-json, --panoptic-json and --sem-seg")
+        raise UsageError("Panoptic FPN needs --coco-json, --panoptic-json, and --sem-seg")
     return "panoptic"
 
 
@@ -262,7 +266,7 @@ def check_annotations(cfg: CfgNode, name: str, records: Records) -> None:
     """Refuses training data without the boxes, masks or labels that the model learns from."""
     if labels_pixels(cfg) and not records.image_column("has_labels").all():
         raise UsageError(
-            f"data set {name} has no label pictures, which {cfg.MODEL.META_ARCHITECTURE} needs: "
+            f"data set {name} has no label images, which {cfg.MODEL.META_ARCHITECTURE} needs: "
             "give --sem-seg TRAIN TEST (resnet-backbone prepare-data labels makes them from masks)"
         )
     if not detects_objects(cfg):
@@ -270,15 +274,15 @@ def check_annotations(cfg: CfgNode, name: str, records: Records) -> None:
     is_object, mask = records.box_column("crowd") == 0, records.box_column("mask")
     objects = int(is_object.sum())
     if not objects:
-        raise UsageError(f"data set {name} has no boxes to learn from: train on an annotated one")
+        raise UsageError(f"data set {name} has no boxes to learn from: choose an annotated set")
     if not cfg.MODEL.MASK_ON:
         return
     is_bare = is_object & (mask == 0)
     bare = int(is_bare.sum())
     if bare == objects:
         raise UsageError(
-            f"data set {name}: none of the {bare} boxes has a usable mask, which "
-            "MODEL.MASK_ON needs: give --coco-json with segmentations, or set MODEL.MASK_ON False"
+            f"data set {name}: MODEL.MASK_ON needs masks, but none of the {bare} boxes has a "
+            "usable one: give --coco-json with segmentations, or set MODEL.MASK_ON False"
         )
     for line in _boxes_without_masks(records, np.unique(records.box_column("image")[is_bare])):
         logger.warning("left out: no usable mask: %s", line)
@@ -298,7 +302,7 @@ def _boxes_without_masks(records: Records, places: Sequence[int]) -> Iterator[st
 
 
 def set_class_counts(cfg: CfgNode, things: Sequence[str], labels: Sequence[str]) -> None:
-    """Writes names and numbers of classes, of boxes and of label pictures, into the config."""
+    """Writes names and numbers of classes, of boxes and of label images, into the config."""
     cfg.RESNET_BACKBONE.CLASS_NAMES = list(things)
     cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES = list(labels)
     if things:
