@@ -27,7 +27,7 @@ def test_help_names_every_option():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--seed", "one"], "--seed one is not a whole number"),
+        (["--seed", "one"], "--seed one is not a complete number"),
         (["--output"], "--output needs a value"),
         (["--quick"], "unknown option --quick"),
         (["SOLVER.MAX_ITER=3"], "write 'SOLVER.MAX_ITER 3' and not 'SOLVER.MAX_ITER=3'"),

@@ -40,7 +40,7 @@ while [ $# -gt 0 ]; do
         *) break ;;
     esac
 done
-case "$SEED" in '' | *[!0-9]*) echo "quickstart: --seed $SEED is not a whole number" >&2; exit 2 ;; esac
+case "$SEED" in '' | *[!0-9]*) echo "quickstart: --seed $SEED is not a complete number" >&2; exit 2 ;; esac
 case "$OUTPUT" in /*) ;; *) OUTPUT="$PWD/$OUTPUT" ;; esac
 DATA="$OUTPUT/data"
 PRETRAIN="$OUTPUT/pretrain"

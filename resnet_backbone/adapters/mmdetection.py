@@ -85,13 +85,13 @@ class PaperResNet(BaseModule):
     ):
         super().__init__(dict(init_cfg) if init_cfg else None)
         if num_stages != 4:
-            raise ValueError(f"num_stages is 4, not {num_stages}: see out_indices")
+            raise ValueError(f"num_stages must be 4, not {num_stages}: see out_indices")
         if style not in STYLES:
-            raise ValueError(f"style is caffe or pytorch, not {style!r}")
+            raise ValueError(f"style must be caffe or pytorch, not {style!r}")
         if not -1 <= frozen_stages <= 4:
-            raise ValueError(f"frozen_stages is -1 to 4, not {frozen_stages}")
+            raise ValueError(f"frozen_stages must be -1 to 4, not {frozen_stages}")
         if not out_indices or not set(out_indices) <= set(range(len(STAGES))):
-            raise ValueError(f"out_indices are some of 0, 1, 2, 3, not {tuple(out_indices)}")
+            raise ValueError(f"out_indices must be among 0, 1, 2, 3, not {tuple(out_indices)}")
         _take_defaults(options, dilations)
         norm = {"type": "BN", "requires_grad": True, **(norm_cfg or {})}
         if len(norm) > 2:

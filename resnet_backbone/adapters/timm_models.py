@@ -64,7 +64,7 @@ class PaperResNet(nn.Module):
     ):
         super().__init__()
         if output_stride not in DILATIONS:
-            raise ValueError(f"output_stride is 32, 16 or 8, not {output_stride}")
+            raise ValueError(f"output_stride must be 32, 16, or 8, not {output_stride}")
         with torch.device(device) if device is not None else nullcontext():
             network = build_model(
                 name,
@@ -146,7 +146,7 @@ class PaperResNet(nn.Module):
             output_fmt: "NCHW".
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt is NCHW, not {output_fmt!r}")
+            raise ValueError(f"output_fmt must be NCHW, not {output_fmt!r}")
         wanted, deepest = feature_take_indices(len(self.feature_info), indices)
         x = self.conv1(x)
         maps = [x] if 0 in wanted else []

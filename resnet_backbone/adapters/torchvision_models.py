@@ -134,7 +134,7 @@ def deeplabv3(
         WeightsError: see :func:`resnet_backbone.adapters.build_backbone`.
     """
     if output_stride not in ATROUS_RATES:
-        raise ValueError(f"output_stride is 16 or 8, not {output_stride}")
+        raise ValueError(f"output_stride must be 16 or 8, not {output_stride}")
     if not name.startswith(("resnet", "plain")):
         raise ValueError(f"DeepLabV3 needs a dilated ResNet, {name!r} is none: use resnet50")
     options = dict(norm="BN", freeze_at=0) | options

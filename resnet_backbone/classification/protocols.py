@@ -49,7 +49,7 @@ class Member:
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
-                f"{type(self.model).__name__} returns {kind} and not logits (N, num_classes): "
+                f"{type(self.model).__name__} returns {kind}, not logits (N, num_classes): "
                 "evaluation needs a classifier, with its head (our networks: without out_features)"
             )
         return logits.double()
@@ -213,7 +213,7 @@ class Dense(Protocol):
             raise ValueError(f"dense sizes {self.sizes}, window {self.window}: give positive ones")
         for value, choices in ((self.pooling, POOLINGS), (self.softmax, SOFTMAXES)):
             if value not in choices:
-                raise ValueError(f"dense testing knows no {value!r}: use {', '.join(choices)}")
+                raise ValueError(f"dense testing has no option {value!r}: use {', '.join(choices)}")
 
     @property
     def short_sides(self) -> tuple[int | None, ...]:
@@ -226,7 +226,7 @@ class Dense(Protocol):
         if self.pooling == "sliding" and not sliding_works:
             raise ValueError(
                 f"dense testing of {type(network).__name__} needs pooling global_pool: only "
-                "this package's ResNets, VGGs and BN-Inception are known as convolutions"
+                "this package's ResNets, VGGs and BN-Inception can run as convolutions"
             )
         views = []
         for scaled in images:

@@ -42,7 +42,7 @@ def check_processes(config: Config, world: World) -> None:
     train = config.train
     if train.batch_size % world.size:
         raise UsageError(
-            f"train.batch_size {train.batch_size} does not divide over {world.size} processes"
+            f"train.batch_size {train.batch_size} cannot be divided among {world.size} processes"
         )
     local = train.batch_size // world.size
     if train.micro_batch and local % train.micro_batch:
@@ -89,8 +89,8 @@ class ClassificationRun:
         classes = config.model.num_classes or len(self.data.class_names)
         if classes < len(self.data.class_names):
             raise UsageError(
-                f"model.num_classes is {classes}, the data have {len(self.data.class_names)} "
-                "classes: give as many, or 0"
+                f"model.num_classes is {classes}, but the data have {len(self.data.class_names)} "
+                "classes: give at least as many, or 0"
             )
         self.schedule_line = count_epochs(config, self.data.source.num_samples)
         self.spec = NetworkSpec(config.model.name, classes, config.model.options)

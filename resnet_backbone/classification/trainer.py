@@ -119,8 +119,8 @@ class Trainer:
     def _load(self, state: dict) -> None:
         if state["num_samples"] != self.source.num_samples:
             raise UsageError(
-                f"the run began with {state['num_samples']} training images, now there are "
-                f"{self.source.num_samples}: bring them back, or start in another output.dir"
+                f"the run began with {state['num_samples']} training images, but now has "
+                f"{self.source.num_samples}: restore them, or start in another output.dir"
             )
         self.step.load_state_dict(state["step"])
         self.step.load_buffers(state.get("buffers", []))  # earlier versions saved the mean alone
@@ -187,7 +187,7 @@ class Trainer:
         self._begun += 1
         if self._begun == SAYS_HOW_LONG and self.world.is_main:
             hours = seconds * (self.iterations - self.iteration) / 3600
-            logger.info("%.2f s an iteration: about %s in all", seconds, spell_hours(hours))
+            logger.info("%.2f s per iteration: about %s in total", seconds, spell_hours(hours))
 
     def _log(self, bar: tqdm) -> None:
         window = self.window

@@ -192,7 +192,9 @@ def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
         return read_checkpoint(source, *stated_source(args, suffix))
     except UnknownInput as error:
         option = f"--preprocessing{'-' * bool(suffix)}{suffix} {'|'.join(PREPROCESSINGS)}"
-        text = f"{source} does not say which input it was trained on: add {option}, or see inspect"
+        text = (
+            f"{source} does not state which input it was trained on: add {option}, or see inspect"
+        )
         raise WeightsError(text) from error
 
 

@@ -153,7 +153,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.arguments = list(sys.argv[1:] if argv is None else argv)
     if bool(args.flat) != bool(args.labels):
-        raise UsageError("--flat DIR and --labels FILE go together")
+        raise UsageError("--flat DIR and --labels FILE need each other")
     if args.cifar10 and args.class_list:
         raise UsageError("--class-list is for --imagenet-folder and --flat")
     return args
@@ -179,7 +179,9 @@ def make_protocol(args: argparse.Namespace, trained: Preprocessing | None = None
         if name not in ONLY_FOR[key]:
             raise UsageError(f"--{key} is for protocol {' and '.join(ONLY_FOR[key])}, not {name}")
     if args.cifar10 and name != "full":
-        raise UsageError(f"CIFAR-10 images are tested as they are: --protocol full, not {name}")
+        raise UsageError(
+            f"CIFAR-10 images are tested without crops: give --protocol full, not {name}"
+        )
     return PROTOCOLS[name](**settings)
 
 
@@ -199,7 +201,7 @@ def network_spec(
     found = networks.read_spec(path)
     if found is not None:
         if len(args.model) == len(args.weights) and name != found.name:
-            raise UsageError(f"{path} is of {found.name}, not {name}: leave out --model")
+            raise UsageError(f"{path} is a {found.name}, not a {name}: omit --model")
         return found, True
     if not name:
         try:
@@ -248,7 +250,7 @@ def read_data(
     """The images, and a name for each of the network's classes."""
     if args.cifar10:
         if num_classes != len(CIFAR10_CLASSES):
-            raise UsageError(f"the network has {num_classes} classes, CIFAR-10 has 10")
+            raise UsageError(f"the network has {num_classes} classes, but CIFAR-10 has 10")
         return EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES
     classes = imagenet.read_class_list(args.class_list) if args.class_list else None
     named = networks.read_class_names(args.weights[0])
@@ -269,8 +271,7 @@ def read_data(
     if not classes and known != num_classes:
         raise UsageError(
             f"{args.imagenet_folder or args.labels} has {known} classes, the network "
-            f"{num_classes}: which of them are these? Give --class-list FILE with a line 'wnid "
-            "index' for each"
+            f"{num_classes}: give --class-list FILE with a line 'wnid index' for each"
         )
     images = EvaluationFiles(files.samples, protocol.short_sides, protocol.prepare)
     return images, files.class_names

@@ -99,7 +99,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
     if args.config_file and (args.out_features or args.with_normalization or args.model):
-        parser.error("--config-file exports a detector: leave the network's arguments out")
+        parser.error("--config-file exports a detector: omit the network's options")
     if args.opts and not args.config_file:
         parser.error(f"{args.opts[0]}: config overrides belong to --config-file")
     return args
@@ -114,7 +114,7 @@ def find_pictures(paths: Sequence[str | Path], option: str = "--images") -> list
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         found += [file for file in inside if file == path or file.suffix.lower() in EXTENSIONS]
     if not found:
-        raise ValueError(f"{option} {' '.join(map(str, paths))}: no pictures there")
+        raise ValueError(f"{option} {' '.join(map(str, paths))}: no images found")
     return found
 
 
@@ -145,7 +145,7 @@ def read_images(paths: list[Path], longest_side: int) -> list[Tensor]:
         if len(images) >= CHECKED and any(image.shape != images[0].shape for image in images):
             return images
     if all(image.shape == images[0].shape for image in images):
-        raise ValueError("--images: give photographs of two sizes at least, to check both")
+        raise ValueError("--images: give photographs of at least two sizes")
     return images
 
 

@@ -29,9 +29,9 @@ SHOWN = 10  # problems printed
 
 DETECTION = """\
 This compares the archives with their published checksums, and unpacks them to {folders}
-where Detectron2 and the configs find them. Then it checks the layout, the numbers of images and boxes
-against the official ones, missing files, every image (decoded; --quick: only its header), and every
-annotation. Without --archives, it only checks.
+where Detectron2 and the configs find them. Then it checks the layout, the numbers of images and
+boxes against the official ones, missing files, every image (decoded; --quick: only its header), and
+every annotation. Without --archives, it only checks.
 
   resnet-backbone prepare-data {own}
 
@@ -143,7 +143,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else argv
     if words and words[0].startswith("--") and words[0] != "--help":
         kinds = ", ".join(commands.choices)
-        parser.error(f"the kind of data comes first: {kinds}; {words[0]} is an option of one")
+        parser.error(f"give the kind of data first ({kinds}), then {words[0]}")
     return parser.parse_args(words)
 
 

@@ -241,7 +241,7 @@ def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[St
         for name in goals or list(plan["steps"])[-1:]:
             builder.build(name)
     except RecursionError:
-        raise UsageError("steps of the plan need one another in a circle") from None
+        raise UsageError("steps of the plan depend on one another in a circle") from None
     return [s for name in plan["steps"] for s in builder.steps.get(name, ())], builder.absent
 
 
@@ -338,12 +338,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan:
         if absent:
             text = "with these data there, the steps that read them get other folders"
-            print(f"\nnot there yet: {', '.join(map(str, sorted(absent)))}\n{text}")
+            print(f"\nmissing data: {', '.join(map(str, sorted(absent)))}\n{text}")
         return 0
     left = [step for step in steps if step.stage in stages and not step.is_done]
     if not torch.cuda.is_available() and any(step.node["gpu"] for step in left):
         hint = "--plan shows its steps, --scale mini runs on a CPU"
-        raise UsageError(f"this plan is meant for GPUs and there is none here: {hint}")
+        raise UsageError(f"this plan is for GPUs, and this machine has none: {hint}")
     status = run(steps, stages, args.output)
     if not status and steps[-1].stage in stages:
         print(f"\nresults: {steps[-1].product}")

@@ -109,7 +109,9 @@ def check_folder(args: argparse.Namespace, config: Config) -> None:
     folder = config.output.dir
     holds_run = checkpoints_in(folder) or (Path(folder) / METRICS).exists()
     if holds_run and not args.resume and not args.eval_only:
-        raise UsageError(f"{folder} holds a run: --resume it, or choose another --output-dir")
+        raise UsageError(
+            f"{folder} holds a run: continue it with --resume, or choose another --output-dir"
+        )
     if args.resume and not holds_run:
         say_nothing_to_resume(folder)
 

@@ -184,13 +184,13 @@ def read_switches(cfg: CfgNode) -> Switches:
     is_improved = switches != Switches()
     if cfg.TEST.AUG.ENABLED and is_improved:
         raise UsageError(
-            f"TEST.AUG.ENABLED is Detectron2's union of detections, {KEY}.* are the paper's "
-            "improvements: turn one of the two off"
+            f"TEST.AUG.ENABLED (Detectron2's union of detections) excludes {KEY}.* (the paper's "
+            "improvements): turn one of them off"
         )
     has_regions = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
     if (is_improved or cfg.TEST.AUG.ENABLED) and not has_regions:
         raise UsageError(
-            f"{KEY}.* and TEST.AUG are for GeneralizedRCNN and its regions, "
+            f"{KEY}.* and TEST.AUG need GeneralizedRCNN, but "
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: turn them off"
         )
     return switches
@@ -200,7 +200,7 @@ def read_precision(cfg: CfgNode) -> torch.dtype:
     """``RESNET_BACKBONE.TEST.PRECISION``; UsageError where the region heads do not have it."""
     name, pooler = _choice(cfg, "PRECISION"), cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
     if name != "float32" and pooler == "ROIPool" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
-        hint = "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool has float32 alone on CPUs"
+        hint = "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool supports only float32 on CPUs"
         raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
     return getattr(torch, name)
 
@@ -216,7 +216,7 @@ def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:
     """Raises UsageError for invalid scales, and for a detector without a test scale."""
     whole = all(isinstance(scale, int) and scale > 0 for scale in scales)
     if not whole or len(set(scales)) < len(scales):
-        hint = "short sides in whole pixels, each once, such as [200, 400, 600, 800, 1000]"
+        hint = "give short sides in whole pixels, each once, such as [200, 400, 600, 800, 1000]"
         raise UsageError(f"{KEY}.SCALES {list(scales)}: {hint}")
     if scales and cfg.INPUT.MIN_SIZE_TEST <= 0:
         raise UsageError(f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST above 0, the proposals' scale")
@@ -245,7 +245,7 @@ def load_configs(config_file: str, overrides: Sequence[str]) -> tuple[CfgNode, C
     _check_pairs(overrides)
     _merge(cfg, lambda: cfg.merge_from_list(list(_as_typed(cfg, overrides))))
     if cfg.MODEL.DEVICE != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"MODEL.DEVICE {cfg.MODEL.DEVICE}: there is no GPU here; use cpu")
+        raise UsageError(f"MODEL.DEVICE {cfg.MODEL.DEVICE}: this machine has no GPU; use cpu")
     return cfg, planned
 
 
@@ -293,12 +293,16 @@ def _compute(node: ast.AST, names: Mapping[str, float]) -> Any:
 def _check_pairs(overrides: Sequence[str]) -> None:
     joined = next((word for word in overrides[::2] if "=" in word), None)
     if joined:
-        raise UsageError(f"write {joined.replace('=', ' ', 1)!r} and not {joined!r}: KEY VALUE")
+        raise UsageError(f"write {joined.replace('=', ' ', 1)!r}, not {joined!r}: KEY VALUE")
     if len(overrides) % 2:
         pairs = zip(overrides, [*overrides[1:], "SEED"], strict=True)
         alone = next((word for word, after in pairs if IS_KEY(word) and IS_KEY(after)), None)
-        what = f"{alone} has no value" if alone else f"{' '.join(overrides)!r} has a rest"
-        raise UsageError(f"overrides come in pairs, KEY VALUE: {what}")
+        what = (
+            f"{alone} has no value"
+            if alone
+            else f"{' '.join(overrides)!r} has an odd number of words"
+        )
+        raise UsageError(f"overrides must be KEY VALUE pairs: {what}")
 
 
 def _as_typed(cfg: CfgNode, overrides: Sequence[str]) -> Iterator[str]:

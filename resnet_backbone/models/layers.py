@@ -327,7 +327,7 @@ class StagedNetwork(nn.Module):
         Detectron2: 2 also freezes res2, 5 the whole network.
         """
         if not 0 <= freeze_at <= 5:
-            raise ValueError(f"freeze_at is a number of stages from 0 to 5, not {freeze_at}")
+            raise ValueError(f"freeze_at must be a number of stages from 0 to 5, not {freeze_at}")
         for name in self.stage_names[:freeze_at]:
             freeze(getattr(self, name))
         return self

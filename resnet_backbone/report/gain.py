@@ -65,11 +65,11 @@ def _check_same_test(runs: Sequence[DetectorRun]) -> None:
     for run in runs[1:]:
         sets = f"{first.folder} and {run.folder} were evaluated on different test sets"
         if run.test != first.test:
-            raise ValueError(f"{sets}: {first.test} and {run.test}; give runs of one test set")
+            raise ValueError(f"{sets}: {first.test} and {run.test}; give runs on the same test set")
         if sorted(run.classes) != sorted(first.classes):
-            raise ValueError(f"{sets} (classes); give runs of one test set")
+            raise ValueError(f"{sets} (classes); give runs on the same test set")
         if run.objects and first.objects and run.objects != first.objects:
-            raise ValueError(f"{sets} (objects); give runs of one test set")
+            raise ValueError(f"{sets} (objects); give runs on the same test set")
 
 
 def _name_apart(group: DetectorGroup, same: Sequence[DetectorGroup]) -> None:

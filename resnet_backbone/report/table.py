@@ -86,7 +86,7 @@ def group_runs(runs: Sequence[Run]) -> list[Group[Run]]:
     for run in runs:
         if run.results.get("val_top1_error") is None:
             raise ValueError(
-                f"{run.folder} has no results.json with val_top1_error: the run has not ended, "
+                f"{run.folder} has no results.json with val_top1_error: the run has not ended; "
                 "continue it with --resume"
             )
     return sorted(map(Group, group_by(runs, _identity)), key=_order)

@@ -168,7 +168,7 @@ class FileMetadata(NamedTuple):
             with safe_open(path, framework="pt") as file:
                 texts, keys = file.metadata() or {}, file.keys()
         except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path}: not a whole safetensors file ({error})") from error
+            raise WeightsError(f"{path}: not a complete safetensors file ({error})") from error
         return cls.from_texts(texts, str(path))._replace(has_mean_image=MEAN_IMAGE_KEY in keys)
 
 

@@ -65,7 +65,7 @@ def convert_input(
         new = checkpoint.preprocessing.reversed_channels()
         checkpoint = replace(checkpoint, tensors=tensors, preprocessing=new)
     if value_range not in (None, 1.0, 255.0):
-        raise WeightsError(f"value_range is 1.0 or 255.0, not {value_range}")
+        raise WeightsError(f"value_range must be 1.0 or 255.0, not {value_range}")
     if value_range not in (None, checkpoint.preprocessing.value_range):
         new = checkpoint.preprocessing.with_range(value_range)
         checkpoint = replace(checkpoint, preprocessing=new)
@@ -78,7 +78,7 @@ def _with_std(checkpoint: Checkpoint, std: Sequence[float]) -> Checkpoint:
     old = checkpoint.preprocessing
     std = tuple(float(value) for value in std)
     if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):
-        raise WeightsError(f"std is three positive numbers, not {list(std)}")
+        raise WeightsError(f"std must be three positive numbers, not {list(std)}")
     if std == old.std:
         return checkpoint
     key = first_convolution(checkpoint.tensors)
@@ -215,7 +215,7 @@ def to_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
         WeightsError: a value beyond fp16's largest, 65504.
     """
     if dtype not in DTYPES:
-        raise WeightsError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+        raise WeightsError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     tensors = {}
     for key, value in checkpoint.tensors.items():
         tensors[key] = value.to(DTYPES[dtype] if value.dim() > 1 else torch.float32)

@@ -123,15 +123,15 @@ def check_target(path: Path, format: str, overwrite: bool) -> None:
     if suffixes and path.suffix not in suffixes:
         raise WeightsError(f"{path}: {format} is written to {' or '.join(suffixes)} files")
     if not suffixes and path.suffix in SUFFIXES:
-        raise WeightsError(f"{path}: {format} is written to a folder, give a name without suffix")
+        raise WeightsError(f"{path}: {format} writes a folder; give a name without suffix")
     if path.is_dir() and suffixes:
-        raise WeightsError(f"{path} is a folder, {format} is one file")
+        raise WeightsError(f"{path} is a folder, but {format} writes one file")
     if path.exists() and not overwrite:
         raise WeightsError(
-            f"{path} is there already: take another name, or overwrite it (--overwrite)"
+            f"{path} already exists: choose another name, or overwrite it (--overwrite)"
         )
     if not path.parent.is_dir():
-        raise WeightsError(f"{path}: there is no folder {path.parent}")
+        raise WeightsError(f"{path}: the folder {path.parent} does not exist")
 
 
 def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
@@ -145,9 +145,9 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
         return checkpoint
     if preprocessing.mean_image is not None:
         raise WeightsError(
-            f"these weights subtract a per-pixel mean image, for which {format} has no place: "
-            "add --to resnet_backbone, or --accept-channel-means to take its channel means in "
-            "place of it, which is not exactly the same"
+            f"these weights subtract a per-pixel mean image, which {format} cannot hold: "
+            "add --to resnet_backbone, or --accept-channel-means to use its channel means, which "
+            "is not exact"
         )
     _check_network(checkpoint, format)
     order = "RGB" if rules.rgb else preprocessing.channel_order
@@ -168,16 +168,16 @@ def _check_network(checkpoint: Checkpoint, format: str) -> None:
     has_norms = any(key.endswith(".norm.running_var") for key in checkpoint.tensors)
     if has_norms and eps != BN_EPS:
         raise WeightsError(
-            f"these weights have BN eps {eps}, {format} builds batch norms with {BN_EPS}: "
-            f"convert with --bn-eps-to {BN_EPS}, their factors make up for it"
+            f"these weights have BN eps {eps}, but {format} builds batch norms with {BN_EPS}: "
+            f"convert with --bn-eps-to {BN_EPS}"
         )
     name, deepest = checkpoint.model.name, deepest_stage(checkpoint.tensors)
     if format in ("torchvision", "timm") and deepest not in ("res5", "conv5"):
-        raise WeightsError(f"these weights end at {deepest}, {format}'s {name} has all stages")
+        raise WeightsError(f"these weights end at {deepest}, but {format}'s {name} has all stages")
     if format == "timm" and name.startswith("vgg") and "fc7.weight" not in checkpoint.tensors:
         raise WeightsError(
-            f"timm's {name} has fc6 and fc7 even without head, these weights have not: write "
-            "torchvision, detectron2 or resnet_backbone"
+            f"timm's {name} has fc6 and fc7 even without a head, but these weights lack them: use "
+            "--to torchvision, detectron2, or resnet_backbone"
         )
 
 
@@ -237,7 +237,7 @@ def _split(tensors: dict[str, Tensor], shard_size: int | None) -> list[dict[str,
     if shard_size is None:
         return [tensors]
     if shard_size <= 0:
-        raise WeightsError(f"a shard size is positive, not {shard_size} bytes")
+        raise WeightsError(f"the shard size must be positive, not {shard_size} bytes")
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for key, value in tensors.items():
@@ -260,10 +260,10 @@ def _write_folder(files: Mapping[str, bytes], path: Path) -> None:
         WeightsError: the folder that is there has something else in it.
     """
     if path.exists() and not path.is_dir():
-        raise WeightsError(f"{path} is a file, a folder is written here")
+        raise WeightsError(f"{path} is a file, but a folder is to be written")
     for entry in path.iterdir() if path.exists() else ():
         if not any(entry.match(pattern) for pattern in FOLDER_PATTERNS):
-            raise WeightsError(f"{path} has {entry.name} in it: give a folder of its own")
+            raise WeightsError(f"{path} contains {entry.name}: choose another folder")
     old = path.with_name(f"{path.name}.{os.getpid()}.old")
     try:
         with whole_file(path) as new:

@@ -57,7 +57,8 @@ def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: st
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS) and module.eps != preprocessing.bn_eps:
             raise WeightsError(
-                f"{where} was trained with BN eps {preprocessing.bn_eps}, {name} has {module.eps}"
+                f"{where} was trained with BN eps {preprocessing.bn_eps}, but {name} "
+                f"has {module.eps}"
             )
 
 
@@ -118,7 +119,7 @@ def check_settings(model: StagedNetwork, read: Weights | Checkpoint, where: str)
     for key in ("shortcut", "caffe_pool"):
         if trained.get(key) is not None and key in built and trained[key] != built[key]:
             raise WeightsError(
-                f"{where} was trained with {key}={trained[key]!r}, this network has "
+                f"{where} was trained with {key}={trained[key]!r}, but this network has "
                 f"{built[key]!r}: build it with {key}={trained[key]!r}"
             )
 

@@ -90,7 +90,7 @@ class Preprocessing(JsonRecord):
 
     def __post_init__(self):
         if self.channel_order not in ORDERS:
-            raise WeightsError(f"channel_order is RGB or BGR, not {self.channel_order!r}")
+            raise WeightsError(f"channel_order must be RGB or BGR, not {self.channel_order!r}")
         for name in ("mean", "std"):  # JSON has lists
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         sizes = [size for size in (self.resize_size, self.crop_size) if size is not None]

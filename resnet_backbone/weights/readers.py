@@ -90,7 +90,7 @@ class RawFile:
             wrappings = [name for name, value in self.rest.items() if isinstance(value, dict)]
             words = sorted({name.partition(".")[0] for name in self.tensors})
             known = ", ".join([*wrappings, *words][:12])
-            raise WeightsError(f"{self.path} has no weights under {key!r}; there are {known}")
+            raise WeightsError(f"{self.path} has no weights under {key!r}; its keys are {known}")
         return found
 
 
@@ -126,10 +126,10 @@ def find_file(path: str | os.PathLike) -> Path:
         raise WeightsError(f"{path}: no such file; check the path")
     if path.suffix not in SUFFIXES and not path.name.endswith(INDEX_SUFFIX):
         raise WeightsError(
-            f"{path}: only {', '.join(SUFFIXES)} files, *{INDEX_SUFFIX} and folders are read here"
+            f"{path}: only {', '.join(SUFFIXES)} files, *{INDEX_SUFFIX} and folders can be read"
         )
     if not path.is_file():
-        raise WeightsError(f"{path} is no regular file")
+        raise WeightsError(f"{path} is not a regular file")
     return path
 
 
@@ -181,9 +181,9 @@ def named_errors(path: Path) -> Iterator[None]:
     except Exception as error:  # a hostile file can make a parser fail in any way
         cause = one_line(error)
         if isinstance(error, Refused):
-            raise WeightsError(f"{path}: refused, it holds {cause}") from error
+            raise WeightsError(f"{path}: refused: it contains {cause}") from error
         kind = CONTAINERS.get(path.suffix, "torch")
-        raise WeightsError(f"{path}: not a whole {kind} file ({cause})") from error
+        raise WeightsError(f"{path}: not a complete {kind} file ({cause})") from error
 
 
 def _unwrap(loaded: Any) -> tuple[dict[str, Any], str]:
@@ -199,7 +199,7 @@ def _unwrap(loaded: Any) -> tuple[dict[str, Any], str]:
         outermost = outermost or wrapper
         loaded = loaded[wrapper]
     else:
-        raise ValueError(f"it holds itself, or more than {MAX_WRAPPERS} wrappings of its weights")
+        raise ValueError("it contains itself, or its weights are nested too deep")
     if not isinstance(loaded, dict):
         raise ValueError(f"its content is of type {type(loaded).__name__}, not a state dict")
     bad = next((key for key in loaded if not isinstance(key, str)), None)

@@ -43,7 +43,7 @@ class UnknownInput(WeightsError):
         *names, last = PREPROCESSINGS
         where = f" ({option})" if option else ""
         super().__init__(
-            f"{source} does not say which input it was trained on: name it{where}, "
+            f"{source} does not state which input it was trained on: name it{where}, "
             f"{', '.join(names)} or {last} (convert-weights takes any other)"
         )
         self.source = source
@@ -156,7 +156,7 @@ def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpe
             names = " and ".join(map(spell, candidates))
             raise ValueError(f"its tensors fit {names}: say which network it is")
         if given is not None and given.name != stated.name:
-            raise ValueError(f"it says that it is a {stated.name}, not {given.name}")
+            raise ValueError(f"it states that it is a {stated.name}, not a {given.name}")
         if read.model is None and given is not None:
             check_stated(given, read.tensors, "you say")
     spec = stated or candidates[0]
@@ -224,13 +224,13 @@ def agreed_preprocessing(
     (who, first), *others = known
     for other, value in others:
         if not first.same_input(value):
-            raise WeightsError(f"{source}: {who} says another preprocessing than {other}")
+            raise WeightsError(f"{source}: {who} states another preprocessing than {other}")
         if first.stride_in_1x1 is None:
             first = replace(first, stride_in_1x1=value.stride_in_1x1)
     if found.stride_in_1x1 is not None:
         if first.stride_in_1x1 not in (None, found.stride_in_1x1):
             raise WeightsError(
-                f"{source}: the config.json beside it, by its stride, says another preprocessing "
+                f"{source}: the config.json beside it, by its stride, states another preprocessing "
                 f"than {who}"
             )
         first = replace(first, stride_in_1x1=found.stride_in_1x1)

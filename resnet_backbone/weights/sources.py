@@ -127,7 +127,7 @@ def resolve(source: str | os.PathLike) -> ResolvedSource:
         return _described(found) if has_config else found
     if scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise WeightsError(f"{source}: unknown kind of source; known are local paths, {known}")
+        raise WeightsError(f"{source}: unknown kind of source; use a local path or one of {known}")
     return SCHEMES[scheme](name)
 
 
@@ -143,7 +143,7 @@ def _from_address(url: str) -> ResolvedSource:
 
 def _from_catalog(name: str) -> ResolvedSource:
     if name not in CATALOG:
-        raise WeightsError(f"catalog://{name}: not known; known are {', '.join(CATALOG)}")
+        raise WeightsError(f"catalog://{name}: unknown; use one of {', '.join(CATALOG)}")
     return _from_address(CATALOG[name])
 
 
@@ -154,7 +154,7 @@ def _cached(url: str) -> Path:
     if not names or not parts.hostname or {".", ".."} & set(names) or "\\" in url or "\0" in url:
         raise WeightsError(f"{url}: not the address of a file")
     if Path(names[-1]).suffix not in SUFFIXES:
-        raise WeightsError(f"{url}: only {', '.join(SUFFIXES)} files are read here")
+        raise WeightsError(f"{url}: only {', '.join(SUFFIXES)} files can be read")
     folder = Path(torch.hub.get_dir(), "resnet_backbone", parts.hostname, *names[:-1])
     if parts.query or parts.netloc.lower() != parts.hostname:  # another file under the same path
         folder /= hashlib.sha256(f"{parts.netloc}?{parts.query}".encode()).hexdigest()[:16]
@@ -175,7 +175,7 @@ def download(url: str, target: Path, sha256: str = "") -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # no network, another file, a bad address
         cause = one_line(error)
         raise WeightsError(
-            f"{url} cannot be downloaded ({cause}): fetch it elsewhere and put it at {target}"
+            f"{url} cannot be downloaded ({cause}): download it elsewhere, and put it at {target}"
         ) from error
     return target
 
@@ -228,7 +228,7 @@ def _from_timm(name: str) -> ResolvedSource:
     if config.hf_hub_id:
         return replace(_from_hugging_face(config.hf_hub_id), preprocessing=preprocessing)
     if not config.url:
-        raise WeightsError(f"timm://{name}: timm has this network without weights")
+        raise WeightsError(f"timm://{name}: timm has no weights of this network")
     return ResolvedSource(_cached(config.url), preprocessing)
 
 

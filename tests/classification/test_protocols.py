@@ -207,8 +207,8 @@ SMALL_BACKBONE = build_model("cifar_resnet8", out_features=["res4"])
         (Dense((8,)), Probe(), (8, 8), "Probe needs pooling global_pool"),
         (Dense((64,)), PRELU_NET, (64, 64), "PReLUNet needs pooling global_pool"),
         (Dense((28,), window=8), SMALL, (28, 36), "window, but the last map is 7x9: use larger"),
-        (Full(), SMALL_BACKBONE, (32, 32), "CifarResNet returns dict and not logits"),
-        (Full(), nn.Identity(), (4, 4), r"Identity returns \(1, 3, 4, 4\) and not logits"),
+        (Full(), SMALL_BACKBONE, (32, 32), "CifarResNet returns dict, not logits"),
+        (Full(), nn.Identity(), (4, 4), r"Identity returns \(1, 3, 4, 4\), not logits"),
     ],
 )
 def test_what_cannot_be_scored(protocol, model, size, message):

@@ -286,10 +286,10 @@ def test_wrong_input_is_one_line(run, ours, silent, tmp_path):
         (("convert", ours, out, "--preprocessing", "imagenet"), ["imagenet", "msra"]),
         ((*named, "--model", "vgg16"), ["vgg16"]),
         (("convert", ours, pth, "--to", "torchvision", "--channel-order-to", "BGR"), ["RGB only"]),
-        (("verify", ours, ours, "--images", tmp_path / "empty"), ["no pictures"]),
+        (("verify", ours, ours, "--images", tmp_path / "empty"), ["no images found"]),
         (("verify", ours, ours, "--images", bad.parent), ["bad.jpg"]),
         (("verify", ours, ours, "--size", 0), ["at least 32"]),
-        (("verify", ours, ours, "--num-images", 0), ["1 at least"]),
+        (("verify", ours, ours, "--num-images", 0), ["at least 1"]),
         (("inspect", broken), ["broken.pkl", "refused"]),
     ):
         assert_one_line(run(*arguments), *words)

@@ -106,7 +106,7 @@ def test_mixed_precision_gives_float_boxes_in_the_image(run, precision):
         ("", "MODEL.WEIGHTS is empty"),
         ("nowhere.pth", "nowhere.pth: no such file; check MODEL.WEIGHTS"),
         ("broken.pth", "broken.pth is not a file of weights"),
-        ("part.pth", "part.pth lacks .* weights of less than the whole detector"),
+        ("part.pth", "part.pth lacks .* only a part of a detector"),
         ("backbone.pth", "MODEL.WEIGHTS .*backbone.pth holds a backbone or a classifier alone"),
     ],
 )
@@ -223,7 +223,7 @@ def test_the_last_checkpoint_serves_until_there_is_a_final_one(run, call, photos
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     shutil.copy(run / "config.yaml", unfinished)
-    with pytest.raises(UsageError, match="no checkpoint there"):
+    with pytest.raises(UsageError, match="has no checkpoint"):
         run_config(str(unfinished), [])
     shutil.copy(run / "model_final.pth", unfinished / "model_0000199.pth")
     (unfinished / "last_checkpoint").write_text("model_0000199.pth")
@@ -234,7 +234,7 @@ def test_the_last_checkpoint_serves_until_there_is_a_final_one(run, call, photos
 def test_missing_names_are_said_and_numbered(call, photos, tmp_path):
     arguments = ("--input", photos / "wide.png", "--json", tmp_path / "a.json")
     status, _, errors = call(*arguments, "RESNET_BACKBONE.CLASS_NAMES", "[]")
-    assert status == 0 and "names of the classes are not known" in errors
+    assert status == 0 and "the class names are not known" in errors
     found = json.loads((tmp_path / "a.json").read_text())["images"][0]["detections"]
     assert found and {entry["class"] for entry in found} <= {0, 1, 2}
     status, out, _ = call(
@@ -261,15 +261,15 @@ def test_names_of_the_data_set_serve(run):
     "arguments, words",
     [
         (["--input", "nowhere.jpg", "--output", "out"], ["nowhere.jpg", "no such file"]),
-        (["--input", "{empty}", "--output", "out"], ["no image or video in this folder"]),
+        (["--input", "{empty}", "--output", "out"], ["this folder has no image or video"]),
         (["--input", "{photos}", "--output", "one.jpg"], ["one.jpg", "name a folder"]),
         (["--input", "{photos}/wide.png", "--output", "a.mp4"], ["other kind"]),
         (["--input", "{photos}", "--output", "{photos}"], ["is an input"]),
         (["--input", "{photos}", "--sheet", "{photos}/wide.png"], ["is an input"]),
         (["--input", "{photos}", "--sheet", "sheet"], ["--sheet sheet", "sheet.png"]),
-        (["--input", "{photos}"], ["nothing to write"]),
-        (["--output", "o"], ["nothing to look at: give --input, or --web"]),
-        (["--input", "{photos}", "--web"], ["--web or --input, not both"]),
+        (["--input", "{photos}"], ["no output: give"]),
+        (["--output", "o"], ["no input: give --input or --web"]),
+        (["--input", "{photos}", "--web"], ["either --web or --input"]),
         (["--input", "{photos}", "--output", "o", "--confidence", "2"], ["between 0 and 1"]),
         (["--input", "{photos}", "--output", "o", "--run", "{empty}"], ["no config.yaml"]),
         (["--input", "{photos}", "--output", "o", "MODEL.WEIGHTS", "no.pth"], ["no.pth"]),

@@ -202,7 +202,7 @@ NET, CLASSES = "--model cifar_resnet8", "has 3 classes, the network 8.*--class-l
     "arguments, message",
     [
         ("gone VAL", "gone.safetensors: no such file"),
-        ("bare VAL", "does not say which input"),
+        ("bare VAL", "does not state which input"),
         ("bare --preprocessing msra VAL", "say which network.*give --model"),
         ("a --predict nowhere", "--predict nowhere: no such file or folder"),
         (f"bare {NET} --num-classes 3 VAL", r"which input .* name it.*\(--preprocessing\)"),
@@ -214,7 +214,7 @@ NET, CLASSES = "--model cifar_resnet8", "has 3 classes, the network 8.*--class-l
         ("eight --flat flat --labels labels.txt", f"labels.txt {CLASSES}"),
         ("a --flat flat --labels numbers.txt", "label 3, but there are 3 classes"),
         ("eight VAL --class-list beyond.txt", "index 8, but num_classes is 8"),
-        ("a --flat flat", "--flat DIR and --labels FILE go together"),
+        ("a --flat flat", "--flat DIR and --labels FILE need each other"),
         ("a --cifar10 flat --class-list classes.txt", "--class-list is for"),
         ("a --cifar10 flat", "has 3 classes, CIFAR-10 has 10"),
         ("a VAL --flip", "--flip is for protocol dense, not"),

@@ -200,7 +200,7 @@ def test_errors_are_one_line(weights, photos, tmp_path, run, change, message):
     [
         (["--config-file", "c.yaml", "--with-normalization"], "exports a detector"),
         (["MODEL.MASK_ON", "True"], "belong to --config-file"),
-        (["--longest-side", "0"], "1 at least"),
+        (["--longest-side", "0"], "at least 1"),
     ],
 )
 def test_wrong_combinations(run, extra, message):

@@ -203,7 +203,7 @@ def changed_zip(folder, *places):
 
 ENCRYPTED = (b"PK\x03\x04", 6, 1), (b"PK\x01\x02", 8, 1)
 OUTSIDE = ("../evil.jpg", "/tmp/evil.jpg", "VOC2007/../../evil.jpg", "C:/evil")
-DAMAGED = "{path} is damaged or no archive"
+DAMAGED = "{path} is damaged or not an archive"
 UNUSABLE = [
     *((truncated_tar, [after], DAMAGED) for after in (0, 100, 700)),  # none, or part of a file
     *((damaged_tar, [k, d], DAMAGED) for k in ("gz", "xz", "bz2") for d in ("flipped", "cut")),
@@ -242,7 +242,7 @@ def test_links_and_hidden_files_are_left_out(run, voc, tmp_path):
 def test_a_full_disk_is_told_before(run, voc, tmp_path, monkeypatch):
     monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: type("usage", (), {"free": 20000}))
     code, _, err = run("voc", tmp_path / "data", "--archives", *voc)
-    assert code == 2 and "8 files need 0.0 GB" in err and "make room" in err
+    assert code == 2 and "8 files need 0.0 GB" in err and "free some space" in err
     assert not (tmp_path / "data").exists()
 
 

@@ -221,7 +221,7 @@ def test_only_what_is_left_to_do_needs_a_gpu(steps_of, tmp_path, monkeypatch, ru
     words = ["--scale", "paper", "--imagenet", tmp_path / "imagenet", "--output", tmp_path / "out"]
     for stage, expected, message in (
         ("report", 0, ""),
-        ("detect", 2, "meant for GPUs"),
+        ("detect", 2, "plan is for GPUs"),
         ("data", 2, "the stages of this plan are pretrain, bn, detect"),
     ):
         status, _, error = run_command(main, *words, "--stage", stage)
@@ -273,7 +273,7 @@ def test_a_plan_is_shown_before_its_data_are_there(tmp_path, monkeypatch, run_co
     assert "--num-gpus 8" in shown
     assert "--num-gpus 2" in shown  # detectors: 2 images a step
     assert not (tmp_path / "out").exists()
-    absent = shown.partition("not there yet: ")[2]
+    absent = shown.partition("missing data: ")[2]
     for name in ("/imagenet", "/datasets/VOC2007", "/datasets/VOC2012"):
         assert f"{tmp_path}{name}" in absent
     status, _, error = run_command(main, *words)

@@ -139,4 +139,4 @@ def test_command_line(tool, make_run, tmp_path):
     other.mkdir()
     (other / "metrics.json").write_text('{"iteration": 1, "total_loss": 1}\n')
     status, _, error = tool("curves", "--run", run, "--run", other, "--output", output)
-    assert status == 2 and "pictures of their own" in error
+    assert status == 2 and "draw them separately" in error

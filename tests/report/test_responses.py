@@ -176,7 +176,7 @@ def test_command_line_reads_folders_of_images(tool, weights, tmp_path):
     assert status == 0 and "mine" in out
     (tmp_path / "empty").mkdir()
     status, _, error = tool(*arguments, tmp_path / "empty")
-    assert status == 2 and "no pictures there" in error
+    assert status == 2 and "no images found" in error
 
 
 def test_command_line_errors_are_one_line(tool, weights, tiny_cifar10, tmp_path):

@@ -29,7 +29,11 @@ from resnet_backbone.runtime.errors import one_line_errors, outcome
         (errors.UnexpectedResults("AP is 1"), 1, "error: AP is 1"),
         (errors.TrainingDiverged("the loss is nan"), 3, "error: the loss is nan"),
         (FloatingPointError("boxes\nare nan"), 3, "error: boxes are nan"),
-        (errors.Stopped("SIGTERM"), 75, "stopped by SIGTERM; go on with the same command and --"),
+        (
+            errors.Stopped("SIGTERM"),
+            75,
+            "stopped by SIGTERM; continue with the same command and --",
+        ),
     ],
 )
 def test_statuses(capsys, monkeypatch, error, status, line):

@@ -34,10 +34,10 @@ def test_plans():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--num-gpus", "0"], "--num-gpus 0: it is at least 1"),
-        (["--num-gpus", "99"], "there are [0-9]+; --num-processes trains on CPUs"),
-        (["--num-gpus", "1", "--num-processes", "2"], "not both"),
-        (["--machine-rank", "1"], "--machine-rank 1: of --num-machines 1, counted from 0"),
+        (["--num-gpus", "0"], "--num-gpus 0: give at least 1"),
+        (["--num-gpus", "99"], "this machine has [0-9]+; for CPUs give --num-processes"),
+        (["--num-gpus", "1", "--num-processes", "2"], "give either --num-gpus or"),
+        (["--machine-rank", "1"], "--machine-rank 1: give 0 to 0"),
         (["--num-machines", "2"], "needs --dist-url tcp://HOST:PORT of machine 0"),
     ],
 )

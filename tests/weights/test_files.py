@@ -228,7 +228,7 @@ def test_a_file_is_asked_once(tmp_path):
     torch.manual_seed(0)
     reference = torchvision.models.resnet18(num_classes=3).eval()
     torch.save({"state_dict": reference.state_dict()}, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match="does not say which input"):
+    with pytest.raises(WeightsError, match="does not state which input"):
         read_checkpoint(tmp_path / "x.pth")
     first = read_checkpoint(tmp_path / "x.pth", "torchvision")
     assert first.origin.format == "torchvision" and len(first.origin.sha256) == 64
@@ -443,7 +443,7 @@ def test_preprocessing_survives_json():
     ):
         with pytest.raises(WeightsError, match="preprocessing: "):
             Preprocessing.from_json(json.dumps({**json.loads(MSRA.to_json()), **change}))
-    with pytest.raises(WeightsError, match="channel_order is RGB or BGR, not 'rgb'"):
+    with pytest.raises(WeightsError, match="channel_order must be RGB or BGR, not 'rgb'"):
         Preprocessing("rgb", 1.0, (0, 0, 0), (1, 1, 1))
     with pytest.raises(WeightsError, match="'tv': use one of msra, caffe_vgg, torchvision"):
         get_preprocessing("tv")

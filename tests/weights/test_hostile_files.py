@@ -173,7 +173,7 @@ def bombs() -> dict[str, tuple[str, bytes, str]]:
         + b"q\x00"
         + (b"c_codecs\nencode\nh\x00U\x06latin1\x86R" * 10_000)
     )
-    whole, of_four = "not a whole", dict(count=4, stride=(1,))
+    whole, of_four = "not a complete", dict(count=4, stride=(1,))
     tall = header % (b"4294967296,4294967296", b"4")
     long = header % (b"1099511627776", b"4398046511104")
     deflated = dict(compression=zipfile.ZIP_DEFLATED)
@@ -236,7 +236,7 @@ def test_cyclic_wrappings_end(tmp_path, suffix, length):
     path.write_bytes(pickle.dumps(cycle(length), 2)) if suffix == ".pkl" else torch.save(
         cycle(length), path
     )
-    with pytest.raises(WeightsError, match="holds itself"):
+    with pytest.raises(WeightsError, match="contains itself"):
         read_tensors(path)
 
 
@@ -271,7 +271,7 @@ def test_overlapping_entries(tmp_path):
 def test_what_is_no_regular_file_is_not_opened(tmp_path):
     """Opening a FIFO would wait for ever."""
     os.mkfifo(tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="no regular file"):
+    with pytest.raises(WeightsError, match="not a regular file"):
         read_tensors(tmp_path / "a.pth")
 
 

@@ -216,9 +216,9 @@ def test_tensors_that_are_not_of_the_network(library):
         (lambda: timm.create_model("seresnet50"), "squeeze-and-excitation"),
         (lambda: timm.create_model("ecaresnet50t"), "ResNet-C/D"),
         (lambda: timm.create_model("resnet26"), r"no ResNet of the paper has \(2, 2, 2, 2\) bott"),
-        (lambda: timm.create_model("resnetv2_50"), "keys are of no ResNet or VGG"),
+        (lambda: timm.create_model("resnetv2_50"), "keys belong to no ResNet or VGG"),
         (lambda: torchvision.models.alexnet(), "no VGG has its convolutions at these indices"),
-        (lambda: timm.create_model("convnext_atto"), "keys are of no ResNet or VGG"),
+        (lambda: timm.create_model("convnext_atto"), "keys belong to no ResNet or VGG"),
     ],
 )
 def test_relatives_are_refused(make, message):

@@ -234,7 +234,7 @@ def test_damaged_files(tmp_path, name):
     cuts = range(20, len(content) - 1, max(1, len(content) // 40))
     for end in (0, 1, 7, 8, *cuts, len(content) - 1):
         path.write_bytes(content[:end])
-        with pytest.raises(WeightsError, match="not a whole (safe|torch|pickle).* file|refused"):
+        with pytest.raises(WeightsError, match="not a complete (safe|torch|pickle).* file|refused"):
             read_tensors(path)
     if name != "zip.pth":  # an archive's end is looked for from behind
         path.write_bytes(content + b"x")
@@ -308,7 +308,7 @@ def test_shards(tmp_path):
         (lambda f: save_file({"b": WEIGHTS["a"]}, f / "model-00002-of-00002.safetensors"), "in 2"),
         (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
         (lambda f: (f / "model.safetensors.index.json").write_text("[1]"), "not a JSON object"),
-        (lambda f: (f / "model.safetensors.index.json").write_text("x"), "not a whole"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("x"), "not a complete"),
     ],
 )  # fmt: skip
 def test_shards_that_do_not_fit(tmp_path, change, message):

@@ -118,7 +118,7 @@ def test_torchvisions_own_transform(weights):
 def test_torchvisions_files_are_known_by_their_hash(resnet18, tmp_path, monkeypatch):
     path = tmp_path / "renamed.pth"
     torch.save(resnet18.state_dict(), path)
-    with pytest.raises(WeightsError, match="does not say which input"):
+    with pytest.raises(WeightsError, match="does not state which input"):
         read_checkpoint(path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     monkeypatch.setattr(
@@ -347,7 +347,7 @@ def test_hugging_faces_stride(tmp_path, stride_in_1x1):
     build = dict(num_classes=3, stride_in_1x1=stride_in_1x1)
     assert_same_function(build_model("resnet50", **build), reference, tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(WeightsError, match="does not say which input"):
+    with pytest.raises(WeightsError, match="does not state which input"):
         read_checkpoint(tmp_path)
     wrong, right = ("torchvision", "msra") if stride_in_1x1 else ("msra", "torchvision")
     assert read_checkpoint(tmp_path, right).model.options == {"stride_in_1x1": stride_in_1x1}

@@ -78,7 +78,7 @@ def extract_val(
         odd = sorted(set(members) ^ set(labels))
         if odd:
             raise DataError(
-                f"{archive} has {len(members)} images, there are {len(labels)} labels, and "
+                f"{archive} has {len(members)} images, but there are {len(labels)} labels, and "
                 f"{odd[0]} is only in one of them"
             )
         for name, member in tqdm(members.items(), desc="validation images", unit="img"):
@@ -169,13 +169,13 @@ def check_counts(counts: Mapping[str, int], images: int, classes: int, where: st
     """What is wrong with the numbers of images of each class; 0 images or classes: any number."""
     problems, total = [], sum(counts.values())
     if classes and len(counts) != classes:
-        problems.append(f"{where} has {len(counts)} classes, {classes} are expected")
+        problems.append(f"{where} has {len(counts)} classes instead of {classes}")
     if images and total != images:
-        problems.append(f"{where} has {total:,} images, {images:,} are expected")
+        problems.append(f"{where} has {total:,} images instead of {images:,}")
     least, most = USUAL.get(images, (0, total))
     for wnid, count in counts.items():
         if not least <= count <= most:
-            problems.append(f"{where}: {wnid} has {count} images, {least} to {most} are usual")
+            problems.append(f"{where}: {wnid} has {count} images; {least} to {most} are usual")
     return problems
 
 
@@ -302,7 +302,7 @@ def _samples_of(shard: Path) -> list[tuple[bytes, int, int, int]]:
                 elif member.isfile() and is_image(f"x.{extension}"):
                     images[key] = member
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise DataError(f"{shard}: not a whole shard ({error})") from error
+        raise DataError(f"{shard}: not a complete shard ({error})") from error
     if not images or set(images) != set(labels):
         odd = min(set(images) ^ set(labels), default="none")
         raise DataError(

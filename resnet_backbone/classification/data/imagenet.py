@@ -215,7 +215,7 @@ def read_class_list(path: str | os.PathLike) -> dict[str, int]:
     indices = [int(words[1]) if numbered[0] else i for i, words in enumerate(lines)]
     classes = {words[0]: index for words, index in zip(lines, indices, strict=True)}
     if len(classes) != len(lines) or len(set(indices)) != len(lines):
-        raise DataError(f"{path}: a class or an index stands there twice")
+        raise DataError(f"{path}: a class or an index is listed twice")
     return classes
 
 
@@ -279,8 +279,8 @@ def _read_labels(path: str | os.PathLike) -> dict[str, str]:
         raise DataError(f"{path} is empty: it needs a line 'name label' for each image")
     if all(line.isdecimal() for line in lines):
         raise DataError(
-            f"{path}: numbers alone are the development kit's ILSVRC2012_IDs, whose order is not "
-            "that of the sorted wnids: let prepare-data imagenet --devkit convert them, "
+            f"{path}: numbers without names are the development kit's ILSVRC2012_IDs, whose order "
+            "is not that of the sorted wnids: let prepare-data imagenet --devkit convert them, "
             "or write one 'name wnid' a line"
         )
     entries: dict[str, str] = {}

@@ -109,8 +109,8 @@ class BadImageReport:
         first = "; ".join(f"{path} ({why})" for path, why in list(self.bad.items())[:SHOWN])
         where = f", all are listed in {self.path}" if self.path else ""
         raise DataError(
-            f"{self.num_bad} images cannot be read, {self.max_bad_images} are allowed: {first}"
-            f"{where}; mend or remove them, or raise {self.option}"
+            f"{self.num_bad} images cannot be read, but only {self.max_bad_images} are allowed: "
+            f"{first}{where}; repair or remove them, or raise {self.option}"
         )
 
     def _append(self, notes: list[ImageNote]) -> None:

@@ -70,7 +70,7 @@ class SampleStream:
             raise DataError("the training set has no samples")
         if self.batch_size % self.world:
             raise DataError(
-                f"batch size {self.batch_size} does not divide over {self.world} processes"
+                f"batch size {self.batch_size} cannot be divided among {self.world} processes"
             )
 
     @lru_cache(maxsize=2)  # noqa: B019 - equal streams share their orders

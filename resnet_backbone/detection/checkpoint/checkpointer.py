@@ -134,7 +134,7 @@ class Checkpointer(DetectionCheckpointer):
         if not file.is_detector:
             if needs_detector:
                 raise WeightsError(
-                    f"MODEL.WEIGHTS {path} holds a backbone or a classifier alone; give a "
+                    f"MODEL.WEIGHTS {path} holds only a backbone or a classifier; give a "
                     "checkpoint of a whole detector, such as output/run/model_final.pth"
                 )
             self._load_backbone(file)
@@ -177,7 +177,7 @@ class Checkpointer(DetectionCheckpointer):
         classes = checkpoint.pop("class_names", None) or self.class_names
         if not self._starts and self.class_names and classes != self.class_names:
             raise WeightsError(
-                f"{where} was trained on the classes {classes}, these data have "
+                f"{where} was trained on the classes {classes}, but these data have "
                 f"{self.class_names}: use the config.yaml of its run, or set "
                 "RESNET_BACKBONE.CLASS_NAMES to its classes"
             )
@@ -214,7 +214,7 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
             random.append(key)
         elif tensors[source].shape != own.shape:
             raise WeightsError(
-                f"{path}: {source} has shape {tuple(tensors[source].shape)}, the head needs "
+                f"{path}: {source} has shape {tuple(tensors[source].shape)}, but the head needs "
                 f"{tuple(own.shape)} ({key})"
             )
         else:
@@ -253,8 +253,8 @@ def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, w
         if CLASS_LAYERS.match(key):
             hint = "; is the number of classes, or RESNET_BACKBONE.GLOBAL_CONTEXT, another?"
         raise WeightsError(
-            f"{where}: {len(refused)} tensors are of another shape, such as {key}: "
-            f"{tuple(found[key])}, this detector has {tuple(own[key])}{hint}"
+            f"{where}: {len(refused)} tensors have another shape, such as {key}: "
+            f"{tuple(found[key])}, but this detector has {tuple(own[key])}{hint}"
         )
     for prefix, network in networks(model).items():
         unknown = next(_unknown(prefix, network, own, tensors), None)
@@ -267,7 +267,7 @@ def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, w
     if lacking:
         raise WeightsError(
             f"{where} lacks {len(lacking)} of this detector's tensors, such as {lacking[0]}; is it "
-            "of another architecture, or weights of less than the whole detector?"
+            "another architecture, or only a part of a detector?"
         )
     report_random([*missing, *reshaped], where)
 
@@ -297,7 +297,7 @@ def report_random(keys: list[str], where: str) -> None:
     if keys:
         parts = Counter(".".join(key.split(".")[:2]) for key in keys)
         logger.info(
-            "%s: layers of another number of classes, or not in the file, start at random: %s",
+            "%s: layers that are missing or have other classes start at random: %s",
             where,
             ", ".join(f"{part} ({count} tensors)" for part, count in parts.items()),
         )
@@ -329,6 +329,6 @@ def refuse_folded(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS[:2]):
             raise WeightsError(
-                f"{where} has the statistics of its batch norms folded in, with which {name} "
-                "cannot learn: set MODEL.RESNETS.NORM FrozenBN"
+                f"{where} has folded batch norms, with which {name} "
+                "cannot be trained: set MODEL.RESNETS.NORM FrozenBN"
             )

@@ -218,5 +218,5 @@ def find_weights(run: str) -> str:
     final = os.path.join(run, "model_final.pth")
     found = final if os.path.isfile(final) else find_last_checkpoint(run)
     if not found:
-        raise UsageError(f"{run}: no model_final.pth, no checkpoint there; name a run of train-net")
+        raise UsageError(f"{run} has no checkpoint; give a run folder of train-net")
     return found

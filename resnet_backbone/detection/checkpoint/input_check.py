@@ -62,9 +62,11 @@ def prepare_weights(
     """
     mode = cfg.RESNET_BACKBONE.WEIGHTS_INPUT
     if mode not in ("check", "set"):
-        raise UsageError(f"{NODE_KEY} is check or set, not {mode!r}")
+        raise UsageError(f"{NODE_KEY} must be check or set, not {mode!r}")
     if weights and "MODEL.WEIGHTS" in given:
-        raise UsageError(f"--weights {weights} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: give one")
+        raise UsageError(
+            f"--weights {weights} and MODEL.WEIGHTS {cfg.MODEL.WEIGHTS}: give only one"
+        )
     if weights and mode == "check" and NODE_KEY in given:
         raise UsageError(f"--weights {weights} sets the input keys: leave {NODE_KEY} out")
     named, lines = weights or cfg.MODEL.WEIGHTS, []
@@ -74,7 +76,7 @@ def prepare_weights(
     elif source:
         expected = _describe(cfg, source)[0].preprocessing
         if expected is None:
-            text = "does not say which input it was trained on: taken to be the config's"
+            text = "does not state which input it was trained on: taken to be the config's"
             lines = [f"{source} {text}"]
         else:
             refuse_other_input(config_input(cfg), expected, source)
@@ -112,7 +114,7 @@ def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) ->
     found, name = _describe(cfg, source, but=(POOL,) if "RESNET_BACKBONE" in cfg else ())
     if found.preprocessing is None:
         raise WeightsError(
-            f"{source} does not say which input it was trained on: name it ({NAME_KEY} msra, "
+            f"{source} does not state which input it was trained on: name it ({NAME_KEY} msra, "
             f"caffe_vgg or torchvision), or set {FORMAT}, {MEAN}, {STD} and {STRIDE} yourself with "
             f"{NODE_KEY} check"
         )
@@ -202,8 +204,8 @@ def _check_network(cfg: CfgNode, model: ModelSpec, path: str, but: Sequence[str]
     if backbone.startswith("build_vgg") != of_vgg:
         other = "VGG_16" if of_vgg else f"R_{keys['MODEL.RESNETS.DEPTH']}"
         raise UsageError(
-            f"{path} is a {model.name}, MODEL.BACKBONE.NAME is {backbone}: take a config such as "
-            f"voc/faster_rcnn_{other}_FPN"
+            f"{path} is a {model.name}, but MODEL.BACKBONE.NAME is {backbone}: use a config such "
+            f"as voc/faster_rcnn_{other}_FPN"
         )
     found, mend = [], []
     for key, value in keys.items():
@@ -213,7 +215,7 @@ def _check_network(cfg: CfgNode, model: ModelSpec, path: str, but: Sequence[str]
             mend.append(f"{key} {value or repr(value)}")
     if found:
         given, wanted = ", ".join(found), " ".join(mend)
-        raise UsageError(f"{path} is a {model.name} of other settings: {given}; set {wanted}")
+        raise UsageError(f"{path} is a {model.name} with other settings: {given}; set {wanted}")
 
 
 def config_input(cfg: CfgNode) -> Preprocessing | None:
@@ -323,11 +325,10 @@ class StatesInput(nn.Module):
         differ = sorted(key for key in lacking | unknown if not key.endswith(COUNTER))
         if differ:
             problem = (
-                f"{len(differ)} tensors are in one of the two alone or of another shape, such as "
-                f"{differ[0]}"
+                f"{len(differ)} tensors are missing, extra, or of another shape, such as {differ[0]}"
             )
             cause = explain_misfit(self, below(prefix, state_dict), problem)
-            raise WeightsError(f"the checkpoint is of another backbone: {cause}")
+            raise WeightsError(f"the checkpoint belongs to another backbone: {cause}")
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

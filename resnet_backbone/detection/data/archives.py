@@ -150,8 +150,8 @@ def verify_archive(path: str | os.PathLike, unverified: bool = False) -> str:
         if size < official_size:
             mend = "the download stopped early: go on with it (wget -c, curl -C -)"
         raise DataError(
-            f"{path} has {size:,} bytes, the official archive has {official_size:,}: {mend}; "
-            "--unverified takes it as it is"
+            f"{path} has {size:,} bytes, but the official archive has {official_size:,}: {mend}; "
+            "--unverified accepts it"
         )
     digest = hashlib.sha256()
     options = dict(total=size, desc=f"checksum of {path.name}", disable=None)
@@ -166,7 +166,7 @@ def verify_archive(path: str | os.PathLike, unverified: bool = False) -> str:
     found = f"sha256 {sha256}, the official archive has {official}"
     if unverified:
         return f"{path.name}: NOT the official archive: {found}"
-    raise DataError(f"{path} has {found}: download it again; --unverified takes it as it is")
+    raise DataError(f"{path} has {found}: download it again; --unverified accepts it")
 
 
 def unpack(path: str | os.PathLike, root: str | os.PathLike, kind: str) -> str:
@@ -215,8 +215,8 @@ def _check_space(members: list[Member], root: Path) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise DataError(
-            f"{root}: {len(members):,} files need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
-            "free: make room, or give another folder"
+            f"{root}: {len(members):,} files need {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB "
+            "are free: free some space, or give another folder"
         )
 
 
@@ -245,7 +245,9 @@ def _members(path: Path, kind: str) -> Iterator[list[Member]]:
                 yield _place(path, kind, _tar_files(archive))
     except DAMAGE as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path} is damaged or no archive ({reason}): download it again") from error
+        raise DataError(
+            f"{path} is damaged or not an archive ({reason}): download it again"
+        ) from error
     except RuntimeError as error:  # zipfile: a password, an unknown compression
         raise DataError(f"{path} cannot be unpacked ({error})") from error
 
@@ -278,7 +280,7 @@ def _place(path: Path, kind: str, files: Iterator[tuple]) -> list[Member]:
             continue  # what file managers leave
         parts = parts[1:] if kind == "voc" and parts[0] == "VOCdevkit" else parts
         if len(parts) < 2 or (kind == "voc") != parts[0].startswith("VOC"):
-            raise DataError(f"{path} has a file {name!r}: this is no archive of {kind.upper()}")
+            raise DataError(f"{path} has a file {name!r}: it is not an archive of {kind.upper()}")
         folder = PurePosixPath("coco") if kind == "coco" else PurePosixPath()
         found.append(Member(folder.joinpath(*parts), size, opened))
     if not found:

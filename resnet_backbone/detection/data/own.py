@@ -62,7 +62,7 @@ def read_own(
     """
     for path in (images, annotations):
         if not path.exists():
-            raise DataError(f"{path} does not exist; name the folder that holds your files")
+            raise DataError(f"{path} does not exist; give the folder of your files")
     report = DataReport(str(annotations))
     read = {"voc": _read_voc, "coco": _read_coco, "yolo": _read_yolo, "imagenet": _read_imagenet}
     with reading(annotations):
@@ -114,7 +114,7 @@ def split_records(
     train = [record for record in records if record["file_name"] not in validation]
     val = [record for record in records if record["file_name"] in validation]
     if not train or not val:
-        raise DataError(f"{len(records)} images cannot be divided by --val {share:g}: change it")
+        raise DataError(f"{len(records)} images cannot be split with --val {share:g}: change it")
     return train, val
 
 
@@ -145,7 +145,7 @@ def _find_format(annotations: Path, kind: str) -> str:
         kind = kind or kinds.get(annotations.suffix.lower(), "")
         if kind not in ("", "voc"):
             return kind
-        raise DataError(f"{annotations}: give a folder, a COCO .json or a YOLO data.yaml")
+        raise DataError(f"{annotations}: give a folder, a COCO .json, or a YOLO data.yaml")
     found = {
         "voc": next(files_below(annotations, ".xml"), None),
         "coco": next(files_below(annotations, ".json"), None),
@@ -158,7 +158,7 @@ def _find_format(annotations: Path, kind: str) -> str:
         return kinds[0]
     if kinds:
         seen = ", ".join(str(found[one]) for one in kinds)
-        raise DataError(f"{annotations} has several kinds ({seen}); choose one with --format")
+        raise DataError(f"{annotations} has several formats ({seen}); choose one with --format")
     about = {"voc": ".xml (VOC)", "coco": ".json (COCO)", "yolo": ".txt (YOLO) with boxes"}
     about["imagenet"] = ".xml (ImageNet)"
     wanted = ", ".join(about[one] for one in found if kind in ("", one))
@@ -271,7 +271,7 @@ def _read_imagenet(images: Path, annotations: Path, report: DataReport):
     with open(annotations, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"ImageId", "PredictionString"} <= set(rows[0]):
-        raise DataError(f"{annotations} has no columns ImageId and PredictionString with rows")
+        raise DataError(f"{annotations} has no rows with ImageId and PredictionString")
     by_name = {path.stem: path for path in files_below(images, *IMAGES)}
     records = []
     for row in tqdm(rows, desc="reading", disable=None):

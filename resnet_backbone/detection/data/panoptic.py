@@ -245,7 +245,7 @@ def read_instances(json_file: str) -> CocoFile:
     check_names(json_file, (image["file_name"] for image in found.images.values()))
     unsized = [image["file_name"] for image in found.images.values() if image["width"] is None]
     if unsized:
-        raise DataError(f"{json_file}: {unsized[0]} has no width and height, which labels need")
+        raise DataError(f"{json_file}: {unsized[0]} has no width and height: add them")
     bare = [
         f"the box {one['bbox']} of {found.images[image]['file_name']}"
         for image, entries in found.annotations.items()
@@ -273,7 +273,7 @@ def check_names(json_file: str, file_names: Iterable[Any]) -> None:
         labels[label_name(name)] += 1
     name, times = labels.most_common(1)[0] if labels else ("", 0)
     if times > 1:
-        raise DataError(f"{json_file}: {times} images would have the label picture {name}")
+        raise DataError(f"{json_file}: {times} images would have the same label image {name}")
 
 
 @reads_file

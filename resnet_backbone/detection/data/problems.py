@@ -289,7 +289,7 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{path} cannot be read ({reason}): is it what it should be?") from error
+        raise DataError(f"{path} cannot be read ({reason}): check the file") from error
 
 
 def reads_file(function: Callable) -> Callable:

@@ -168,7 +168,7 @@ def _check(output: Path, settings: dict, overwrite: bool) -> None:
         if not isinstance(settings[key], int) or settings[key] < low:
             raise ValueError(f"{key} is {settings[key]!r}; give a whole number of {low} or more")
     if output.exists() and not overwrite:
-        raise FileExistsError(f"{output} is there already; choose another folder or overwrite")
+        raise FileExistsError(f"{output} already exists; choose another folder, or overwrite it")
     if output.exists() and not (output / SUMMARY).is_file():
         raise FileExistsError(f"{output} is not a generated set (no {SUMMARY}); it is left alone")
 

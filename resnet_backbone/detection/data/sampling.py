@@ -96,10 +96,10 @@ class BatchPlan:
 
     def __post_init__(self):
         if self.accumulate < 1:
-            raise UsageError(f"RESNET_BACKBONE.ACCUMULATE {self.accumulate}: it is at least 1")
+            raise UsageError(f"RESNET_BACKBONE.ACCUMULATE {self.accumulate}: give at least 1")
         if self.batch < 1 or self.batch % self.num_parts:
             raise UsageError(
-                f"SOLVER.IMS_PER_BATCH {self.batch} does not divide into {self.processes} "
+                f"SOLVER.IMS_PER_BATCH {self.batch} cannot be divided into {self.processes} "
                 f"process{'es' * (self.processes > 1)} x {self.accumulate} parts "
                 f"(RESNET_BACKBONE.ACCUMULATE): choose a multiple of {self.num_parts}"
             )
@@ -260,7 +260,9 @@ def training_records(cfg: CfgNode, name: str) -> Records:
         return records
     files = dict(zip(cfg.DATASETS.TRAIN, cfg.DATASETS.PROPOSAL_FILES_TRAIN, strict=False))
     if name not in files:
-        raise UsageError(f"MODEL.LOAD_PROPOSALS: DATASETS.PROPOSAL_FILES_TRAIN lacks {name}'s")
+        raise UsageError(
+            f"MODEL.LOAD_PROPOSALS: DATASETS.PROPOSAL_FILES_TRAIN has no file for {name}"
+        )
     return Records.pack(load_proposals_into_dataset(list(records), files[name]), pickle.loads)
 
 
@@ -294,7 +296,9 @@ def repeat_factors(cfg: CfgNode, parts: Sequence[Records]) -> np.ndarray:
     weights, found = dict(cfg.DATASETS.get("TRAIN_REPEAT_FACTOR", ())), []
     unknown = weights.keys() - set(cfg.DATASETS.TRAIN)
     if unknown:
-        raise UsageError(f"DATASETS.TRAIN_REPEAT_FACTOR names {sorted(unknown)}, not trained on")
+        raise UsageError(
+            f"DATASETS.TRAIN_REPEAT_FACTOR names {sorted(unknown)}, not in DATASETS.TRAIN"
+        )
     for name, part in zip(cfg.DATASETS.TRAIN, parts, strict=True):
         factors = np.full(len(part), float(weights.get(name, 1)))
         if sampler == "WeightedCategoryTrainingSampler":
@@ -302,7 +306,7 @@ def repeat_factors(cfg: CfgNode, parts: Sequence[Records]) -> np.ndarray:
         found.append(factors)
     factors = np.concatenate(found)
     if factors.min() <= 0:
-        raise UsageError("DATASETS.TRAIN_REPEAT_FACTOR: factors are above 0")
+        raise UsageError("DATASETS.TRAIN_REPEAT_FACTOR: factors must be above 0")
     return factors / factors.min() if sampler == "WeightedCategoryTrainingSampler" else factors
 
 

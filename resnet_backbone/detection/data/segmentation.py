@@ -50,7 +50,7 @@ def read_class_names(label_root: str) -> list[str]:
     lines = path.read_text(encoding="utf-8").splitlines()
     names = [line.strip() for line in lines if line.strip()]
     if not 1 < len(names) <= IGNORE:
-        raise DataError(f"{path} names {len(names)} classes; 2 to {IGNORE} are possible")
+        raise DataError(f"{path} names {len(names)} classes; give 2 to {IGNORE}")
     return names
 
 
@@ -118,7 +118,7 @@ def _pair(image_root: str, label_root: str, report: DataReport, shared_images: b
             continue
         if name in images:
             raise DataError(
-                f"{images[name]} and {path} would have one label picture, {name}: rename one"
+                f"{images[name]} and {path} would have the same label image, {name}: rename one"
             )
         images[name] = path
     records = []
@@ -185,8 +185,8 @@ def check_label(path: str, num_classes: int, pixels: bool) -> tuple[int, int]:
         values = np.unique(np.asarray(label)) if pixels and mode == "L" else np.empty(0)
     if mode != "L":
         raise DataError(
-            f"{path} is a picture of mode {mode}: labels are 8-bit gray, mode L, pixel = class "
-            "number (a palette picture p: Image.fromarray(numpy.asarray(p)).save(path))"
+            f"{path} is an image of mode {mode}: labels are 8-bit gray, mode L, pixel = class "
+            "number (a palette image p: Image.fromarray(numpy.asarray(p)).save(path))"
         )
     wrong = values[(values >= num_classes) & (values != IGNORE)]
     if len(wrong):

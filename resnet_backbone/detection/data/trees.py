@@ -298,11 +298,11 @@ def _mending(tree: TreeCheck) -> Iterator[str]:
                 yield f"{kind}: training leaves these boxes out; correct them to keep them"
             elif archive:
                 first = "" if kind in GONE else "delete these files, then "
-                yield f"{kind}: {first}{again} (what is there stays)"
+                yield f"{kind}: {first}{again} (existing files stay)"
             else:
-                yield f"{kind}: bring or correct these files, or take them out of {split}"
+                yield f"{kind}: add or correct these files, or remove them from {split}"
     if any(split.miscounts() for split in tree.splits):
-        yield "count: unpack the official archives, or give --own for data of your own or a part"
+        yield "count: unpack the official archives, or give --own for your own data or a subset"
 
 
 def draw_classes(tree: TreeCheck, path: Path) -> bool:

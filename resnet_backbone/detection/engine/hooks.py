@@ -209,7 +209,7 @@ class FirstIterations(HookBase):
             return
         step = sorted(self._seconds[1:])[(FIRST - 1) // 2]  # the first one is slower
         hours = step * (self.trainer.max_iter - self.trainer.iter - 1) / 3600
-        logger.info("%.2f s an iteration: about %s, evaluations apart", step, spell_hours(hours))
+        logger.info("%.2f s per iteration: about %s without evaluations", step, spell_hours(hours))
         if hours > LONG_HOURS and next(self.trainer.model.parameters()).device.type == "cpu":
             logger.warning(
                 "this training will take %s on this CPU: use a GPU, smaller images (INPUT."

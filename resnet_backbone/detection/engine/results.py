@@ -57,7 +57,7 @@ def read_seeds(words: Sequence[str]) -> list[int]:
     seeds = [int(word) for word in words if word.isdecimal()]
     if len(set(seeds)) < len(words):
         given = " ".join(words)
-        raise UsageError(f"--seeds {given}: whole numbers, each once, such as --seeds 1 2 3")
+        raise UsageError(f"--seeds {given}: give whole numbers, each once, such as --seeds 1 2 3")
     return seeds
 
 

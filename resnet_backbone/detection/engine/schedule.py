@@ -29,7 +29,7 @@ def check_training(cfg: CfgNode) -> None:
     for key, least in LEAST.items():
         value = reduce(getattr, key.split("."), cfg)
         if value < least:
-            raise UsageError(f"{key} {value}: it is at least {least}")
+            raise UsageError(f"{key} {value}: give at least {least}")
     decay = cfg.RESNET_BACKBONE.EMA_DECAY
     if not 0 <= decay < 1:
         raise UsageError(f"RESNET_BACKBONE.EMA_DECAY {decay}: from 0 (off) to below 1, as 0.9998")
@@ -74,7 +74,7 @@ def follow_processes(cfg: CfgNode, processes: int) -> list[str]:
         return []
     before, key = solver.IMS_PER_BATCH, f"SOLVER.REFERENCE_WORLD_SIZE {reference}"
     if before % reference:
-        raise UsageError(f"SOLVER.IMS_PER_BATCH {before} does not divide by {key}")
+        raise UsageError(f"SOLVER.IMS_PER_BATCH {before} is not divisible by {key}")
     node.REFERENCE_BATCH = node.REFERENCE_BATCH or before
     solver.IMS_PER_BATCH = before // reference * processes
     return [
@@ -106,7 +106,7 @@ def scale_schedule(
     node = cfg.RESNET_BACKBONE
     reference, batch = node.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
     if min(batch, cfg.SOLVER.MAX_ITER, planned.SOLVER.MAX_ITER) < 1:
-        raise UsageError("SOLVER.IMS_PER_BATCH and SOLVER.MAX_ITER are at least 1")
+        raise UsageError("SOLVER.IMS_PER_BATCH and SOLVER.MAX_ITER must be at least 1")
     ratio = batch / reference if reference > 0 else 1.0
     solver, before = cfg.SOLVER, planned.SOLVER
     why = {
@@ -115,7 +115,7 @@ def scale_schedule(
     }
     if "SOLVER.MAX_ITER" in given:
         if node.EPOCHS and "RESNET_BACKBONE.EPOCHS" in given:
-            raise UsageError("give RESNET_BACKBONE.EPOCHS or SOLVER.MAX_ITER, not both")
+            raise UsageError("give either RESNET_BACKBONE.EPOCHS or SOLVER.MAX_ITER")
         node.EPOCHS = 0.0
     elif node.EPOCHS:
         solver.MAX_ITER = max(1, round(node.EPOCHS * num_images / batch))

@@ -95,9 +95,11 @@ def read_plan(args: argparse.Namespace) -> RunPlan:
         args.config_file = str(find_config(args.config_file, "detection"))  # Detectron2 reads it
         cfg, planned = load_configs(args.config_file, args.opts)
     elif args.eval_only and args.output_dir:
-        raise UsageError(f"{args.output_dir} is no run folder: it has no {CONFIG}")
+        raise UsageError(f"{args.output_dir} is not a run folder: it has no {CONFIG}")
     else:
-        raise UsageError("--config-file is missing; only --eval-only of a run's folder needs none")
+        raise UsageError(
+            "--config-file is missing; only --eval-only with a run folder works without it"
+        )
     cfg.OUTPUT_DIR = args.output_dir or cfg.OUTPUT_DIR
     if args.seed_run is not None:
         cfg.OUTPUT_DIR, cfg.SEED = seed_folder(cfg.OUTPUT_DIR, args.seed_run), args.seed_run
@@ -227,17 +229,17 @@ def refuse_frozen_random(cfg: CfgNode) -> None:
 def check_folder(folder: str, resume: bool) -> str:
     """The checkpoint from which a run in this folder resumes, if it may; "" where it starts."""
     if os.path.exists(folder) and not os.path.isdir(folder):
-        raise UsageError(f"{folder} is a file: --output-dir is the folder of a run")
+        raise UsageError(f"{folder} is a file: --output-dir must be a folder")
     last = find_last_checkpoint(folder)
     found = comm.all_gather(last and os.path.isfile(last))
     if not resume and found[0]:
         raise UsageError(
-            f"{folder} holds a run: --resume goes on with it; or choose another --output-dir"
+            f"{folder} holds a run: continue it with --resume, or choose another --output-dir"
         )
     if not all(found) and any(found):
         raise UsageError(f"--resume: {folder} must be the same on every machine, on a shared disk")
     if last and not found[0]:
-        raise UsageError(f"{last} is missing, which last_checkpoint in {folder} names")
+        raise UsageError(f"{folder}/last_checkpoint names {last}, which is missing")
     return last
 
 
@@ -257,8 +259,8 @@ def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
     refused = [key for key in changed if key.removeprefix("SOLVER.") in KEPT.split()]
     if is_seed or refused:
         raise UsageError(
-            f"{cfg.OUTPUT_DIR} was started with another {', '.join(refused or changed)}: go on "
-            "with the same, or choose another --output-dir"
+            f"{cfg.OUTPUT_DIR} was started with another {', '.join(refused or changed)}: "
+            "continue with the same, or choose another --output-dir"
         )
     for key in changed:
         logger.warning("resumed with another %s: %s -> %s", key, before[key], after[key])

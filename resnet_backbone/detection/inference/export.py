@@ -133,8 +133,8 @@ def largest_difference(
                 largest[name] = max(largest.get(name, 0.0), value)
     if not largest:
         raise ValueError(
-            "no objects were found in the images, so the export cannot be checked: give others, "
-            "or a lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
+            "no objects were found in the images, so the export cannot be checked: give other "
+            "images, or lower MODEL.ROI_HEADS.SCORE_THRESH_TEST"
         )
     return largest
 

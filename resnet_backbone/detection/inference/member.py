@@ -66,8 +66,8 @@ class Member(nn.Module):
         known = isinstance(heads, (Res5ROIHeads, StandardROIHeads)) and model.proposal_generator
         if not known or not isinstance(heads.box_predictor, FastRCNNOutputLayers):
             raise UsageError(
-                f"RESNET_BACKBONE.TEST is for StandardROIHeads and C4's heads with a network of "
-                f"proposals, not for {type(heads).__name__} (MODEL.ROI_HEADS.NAME)"
+                f"RESNET_BACKBONE.TEST needs StandardROIHeads or C4 heads with a proposal "
+                f"network, not {type(heads).__name__} (MODEL.ROI_HEADS.NAME)"
             )
         self.model, self.flip = model, flip
         self.format = cfg.INPUT.FORMAT

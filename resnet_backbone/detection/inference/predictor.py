@@ -85,7 +85,7 @@ class Predictor:
 
 def check_format(cfg: CfgNode, where: str = "") -> None:
     if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-        raise UsageError(f"{where}INPUT.FORMAT is RGB or BGR, not {cfg.INPUT.FORMAT!r}")
+        raise UsageError(f"{where}INPUT.FORMAT must be RGB or BGR, not {cfg.INPUT.FORMAT!r}")
 
 
 def find_class_names(cfg: CfgNode) -> list[str]:
@@ -245,7 +245,7 @@ def run_config(run: str, overrides: list[str]) -> CfgNode:
     """
     config = os.path.join(run, "config.yaml")
     if not os.path.isfile(config):
-        raise UsageError(f"{run}: no config.yaml there; name a folder that train_net.py wrote")
+        raise UsageError(f"{run} has no config.yaml; give a run folder of train-net")
     own = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
     own += [] if "MODEL.WEIGHTS" in overrides[::2] else ["MODEL.WEIGHTS", find_weights(run)]
     return load_config(config, [*own, *overrides])
@@ -263,8 +263,8 @@ def check_member(cfg: CfgNode, other: CfgNode, run: str) -> None:
     names = [list(config.RESNET_BACKBONE.CLASS_NAMES) for config in (cfg, other)]
     if counts[0] != counts[1] or names[0] != names[1]:
         raise UsageError(
-            f"{run} has {counts[1]} classes {names[1]}, this detector has {counts[0]} "
-            f"{names[0]}: all need the same in the same order"
+            f"{run} has {counts[1]} classes {names[1]}, but this detector has {counts[0]} "
+            f"{names[0]}: they need the same classes in the same order"
         )
     if other.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise UsageError(f"{run} is a {other.MODEL.META_ARCHITECTURE}, not GeneralizedRCNN")

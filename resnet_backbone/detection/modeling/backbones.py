@@ -147,7 +147,7 @@ def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
     if node.GLOBAL_CONTEXT and heads not in CONTEXT_HEADS.values():
         raise UsageError(
             f"RESNET_BACKBONE.GLOBAL_CONTEXT: MODEL.ROI_HEADS.NAME {heads} has none; build the "
-            "model from with_global_context(cfg) of resnet_backbone.detection, as the tools here do"
+            "model from with_global_context(cfg) of resnet_backbone.detection, as the commands do"
         )
     if weights and node.WEIGHTS_INPUT == "set":
         raise UsageError(
@@ -189,8 +189,8 @@ def _strides(backbone: Backbone, key: str, names: Sequence[str]) -> dict[str, in
     absent = [name for name in names if name not in shapes]
     if absent:
         raise UsageError(
-            f"{key} names {absent}, the backbone returns {list(shapes)}: set its OUT_FEATURES to "
-            "match"
+            f"{key} names {absent}, but the backbone returns {list(shapes)}: set its OUT_FEATURES "
+            "to match"
         )
     return {name: shapes[name].stride for name in names}
 
@@ -250,8 +250,8 @@ def build_paper_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
     for key, value in ours.items():
         if node[key] not in (DEFAULTS[key], value):
             raise UsageError(
-                f"RESNET_BACKBONE.{key} {node[key]} contradicts MODEL.RESNETS, which says {value} "
-                f"and counts for {DEEPLAB_BACKBONE}: leave RESNET_BACKBONE.{key} out"
+                f"RESNET_BACKBONE.{key} {node[key]} contradicts MODEL.RESNETS ({value}), "
+                f"which {DEEPLAB_BACKBONE} reads: leave RESNET_BACKBONE.{key} out"
             )
     cfg = cfg.clone()
     cfg.defrost()
@@ -271,7 +271,7 @@ def _check_head(cfg: CfgNode, backbone: DeepLabResNet) -> None:
     if head.COMMON_STRIDE != stride:
         raise UsageError(
             f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE {head.COMMON_STRIDE} is not the stride of {finest}, "
-            f"{stride}, by which {head.NAME} enlarges: set it to {stride}, or change "
+            f"{stride}: set it to {stride}, or change "
             "MODEL.RESNETS.RES4_DILATION and RES5_DILATION"
         )
     if crop.ENABLED and crop.TYPE != "absolute":

@@ -78,7 +78,7 @@ def recognize(tensors: Tensors) -> str:
             return name
     first = ", ".join(islice(tensors, 3)) or "none"
     raise ValueError(
-        f"the keys are of no ResNet or VGG of {', '.join(LAYOUTS)}; the first are {first}"
+        f"the keys belong to no ResNet or VGG of {', '.join(LAYOUTS)}; the first are {first}"
     )
 
 

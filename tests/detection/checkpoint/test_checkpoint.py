@@ -86,7 +86,7 @@ def test_cut_short_or_not_a_number(detector, r18_file, tmp_path):
     path = tmp_path / "cut.safetensors"
     path.write_bytes(Path(r18_file).read_bytes()[:30_000_000])
     model = detector(R18)
-    with refused(model, "cut.safetensors: not a whole safetensors file"):
+    with refused(model, "cut.safetensors: not a complete safetensors file"):
         Checkpointer(model, preprocessing="msra").load(str(path))
     network = build_network("resnet18")
     network.res5[1].conv2.weight.data[0, 0, 0, 0] = float("nan")

@@ -37,7 +37,7 @@ def test_nothing_in_a_file_is_executed(detector, tmp_path, capsys, name):
     model, content = detector(), {"model": {"backbone.x": np.zeros(1)}, "trainer": Evil()}
     with open(tmp_path / name, "wb") as file:
         torch.save(content, file) if name == "x.pth" else pickle.dump(content, file)
-    with refused(model, rf"{name}: refused, it holds .*print"):
+    with refused(model, rf"{name}: refused: it contains .*print"):
         Checkpointer(model).load(str(tmp_path / name))
     assert "executed" not in capsys.readouterr().out
 
@@ -55,7 +55,9 @@ def test_torn_files(detector, tmp_path, end):
     Checkpointer(detector(), str(tmp_path)).save("model")
     whole = (tmp_path / "model.pth").read_bytes()
     (tmp_path / "torn.pth").write_bytes(whole[:end])
-    with pytest.raises(WeightsError, match="torn.pth: (not a whole torch file|refused, it holds)"):
+    with pytest.raises(
+        WeightsError, match="torn.pth: (not a complete torch file|refused: it contains)"
+    ):
         Checkpointer(detector()).load(str(tmp_path / "torn.pth"))
 
 
@@ -238,7 +240,7 @@ def test_detectron2s_checkpointer_refuses_another_depth(detector, tmp_path, dept
     state = saved.state_dict()
     for _ in range(2):  # also where the file does not say its input
         torch.save({"model": state}, tmp_path / "model.pth")
-        with refused(model, f"the checkpoint is of another backbone: {message}"):
+        with refused(model, f"the checkpoint belongs to another backbone: {message}"):
             DetectionCheckpointer(model).load(str(tmp_path / "model.pth"))
         state.pop(f"{PREFIX}input_settings", None)
 
@@ -251,7 +253,7 @@ def test_names_matched_by_their_ends(detector, tmp_path):
     Checkpointer(other).load(f"{path}?matching_heuristics=True")
     assert_holds(other, model.state_dict())
     torch.save(model.backbone.bottom_up.state_dict(), path)
-    with pytest.raises(WeightsError, match="x.pth does not say which input it was trained on"):
+    with pytest.raises(WeightsError, match="x.pth does not state which input it was trained on"):
         Checkpointer(detector()).load(f"{path}?matching_heuristics=True", [])
     other = detector()
     Checkpointer(other, preprocessing="msra").load(f"{path}?matching_heuristics=True", [])

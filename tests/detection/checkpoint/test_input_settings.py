@@ -175,7 +175,7 @@ def test_round_trip(order, mean, std, stride):
 def test_weights_of_other_names_are_refused(make, tmp_path, predictor):
     state = {f"conv{n}.weight": torch.zeros(3) for n in range(4)}
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(WeightsError, match="nothing for the backbone|holds a backbone or"):
+    with pytest.raises(WeightsError, match="nothing for the backbone|holds only a backbone or"):
         predictor(make(R18, MODEL__WEIGHTS=str(tmp_path / "x.pth")))
 
 

@@ -96,8 +96,8 @@ def test_detectors_say_their_input_too(make_cfg, small, tmp_path):
     torch.save({"model": state}, tmp_path / "unknown.pth")
     cfg = make_cfg(R18, **small, MODEL__WEIGHTS=str(tmp_path / "unknown.pth"))
     (line,) = prepare_weights(cfg)
-    assert line.endswith("does not say which input it was trained on: taken to be the config's")
-    with pytest.raises(WeightsError, match=r"does not say which input .*\.WEIGHTS_INPUT check"):
+    assert line.endswith("does not state which input it was trained on: taken to be the config's")
+    with pytest.raises(WeightsError, match=r"does not state which input .*\.WEIGHTS_INPUT check"):
         use_weights_input(cfg, str(tmp_path / "unknown.pth"))
     cfg.RESNET_BACKBONE.WEIGHTS_PREPROCESSING = "torchvision"
     use_weights_input(cfg, str(tmp_path / "unknown.pth"))

@@ -88,4 +88,4 @@ def test_table_of_localization(ilsvrc, run_command):
     table.write_text("name,box\na,b\n")
     options = ["own", "--images", ilsvrc, "--annotations", table, "--output", ilsvrc / "none"]
     status, _, errors = run_command(tool.main, *options)
-    assert status == 2 and "no columns ImageId and PredictionString" in errors
+    assert status == 2 and "no rows with ImageId and PredictionString" in errors

@@ -81,9 +81,9 @@ def test_repeat_factors_on_average():
 @pytest.mark.parametrize(
     "values, message",
     [
-        ((6, 2, 2), "6 does not divide into 2 processes x 2 parts .*: choose a multiple of 4"),
-        ((3, 2, 1), "3 does not divide into 1 process x 2 parts"),
-        ((4, 0, 1), "ACCUMULATE 0: it is at least 1"),
+        ((6, 2, 2), "6 cannot be divided into 2 processes x 2 parts .*: choose a multiple of 4"),
+        ((3, 2, 1), "3 cannot be divided into 1 process x 2 parts"),
+        ((4, 0, 1), "ACCUMULATE 0: give at least 1"),
     ],
 )
 def test_batches_that_cannot_be_divided(values, message):
@@ -164,7 +164,7 @@ def test_refused_samplers(make_cfg, two_sets):
         build_loader(cfg, draw, seed=1)
     cfg.DATALOADER.SAMPLER_TRAIN = "WeightedTrainingSampler"
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = [("sampling_b", 0.0)]
-    with pytest.raises(UsageError, match="factors are above 0"):
+    with pytest.raises(UsageError, match="factors must be above 0"):
         build_loader(cfg, draw, seed=1)
 
 

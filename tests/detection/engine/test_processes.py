@@ -112,7 +112,7 @@ def test_errors_are_said_once(data, tmp_path):
     process = start(arguments(data, tmp_path / "run", "--num-processes", "3", **RUN))
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 2
-    assert output.count("SOLVER.IMS_PER_BATCH 4 does not divide into 3 processes x 1 parts") == 1
+    assert output.count("SOLVER.IMS_PER_BATCH 4 cannot be divided into 3 processes x 1 parts") == 1
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_signals(data, uninterrupted, tmp_path, number):
     process.send(number, group=True)
     assert process.wait() == EXIT_STOPPED, process.log.read_text()[-3000:]
     last = process.log.read_text().splitlines()[-1]
-    assert last == f"stopped by {number.name}; go on with the same command and --resume"
+    assert last == f"stopped by {number.name}; continue with the same command and --resume"
     assert 0 <= reached(folder) < 9
     finish(arguments(data, folder, "--resume", **RUN), tmp_path / "log")
     assert_same_run(folder, uninterrupted)
@@ -144,8 +144,8 @@ def test_an_ended_run_stays_and_others_are_not_overwritten(data, uninterrupted, 
     assert "the run has ended" in finish(words, tmp_path / "log")
     other = arguments(data, uninterrupted, "--resume", **(RUN | dict(SOLVER__BASE_LR=0.5)))
     refused = {
-        "holds a run: --resume goes on with it": arguments(data, uninterrupted, **RUN),
-        "was started with another SOLVER.BASE_LR: go on with the same": other,
+        "holds a run: continue it with --resume": arguments(data, uninterrupted, **RUN),
+        "was started with another SOLVER.BASE_LR: continue with the same": other,
     }
     for message, words in refused.items():
         process = Forked(words, tmp_path / "log")
@@ -164,7 +164,7 @@ def test_keys_that_the_optimizers_state_holds(make_cfg, tmp_path, key, value):
     (tmp_path / "config.yaml").write_text(cfg.dump())
     assert not has_ended(cfg, "model_0000001.pth")
     cfg.SOLVER[key] = value
-    with pytest.raises(UsageError, match=f"was started with another SOLVER.{key}: go on with"):
+    with pytest.raises(UsageError, match=f"was started with another SOLVER.{key}: continue with"):
         has_ended(cfg, "model_0000001.pth")
 
 

@@ -23,17 +23,17 @@ VOC = "voc/faster_rcnn_R_18_FPN.yaml"
         (["SOLVER.BASE_LRR", "1"], "no config key SOLVER.BASE_LRR; the nearest is SOLVER.BASE_LR"),
         (["RESNET_BACKBONE.VGG.DEPHT", "11"], "the nearest is RESNET_BACKBONE.VGG.DEPTH"),
         (["SOLVER.BASE_LR", "fast"], "SOLVER.BASE_LR fast is no float; give one such as 0.02"),
-        (["SOLVER.BASE_LR=1"], "write 'SOLVER.BASE_LR 1' and not 'SOLVER.BASE_LR=1': KEY VALUE"),
-        (["SOLVER.BASE_LR"], "come in pairs, KEY VALUE"),
-        (["SOLVER.MAX_ITER", "MODEL.DEVICE", "cpu"], "KEY VALUE: SOLVER.MAX_ITER has no value"),
+        (["SOLVER.BASE_LR=1"], "write 'SOLVER.BASE_LR 1', not 'SOLVER.BASE_LR=1': KEY VALUE"),
+        (["SOLVER.BASE_LR"], "must be KEY VALUE pairs"),
+        (["SOLVER.MAX_ITER", "MODEL.DEVICE", "cpu"], "pairs: SOLVER.MAX_ITER has no value"),
         (["RESNET_BACKBONE.TEST.NMS", "softer"], "RESNET_BACKBONE.TEST.NMS"),
         (["--quick"], "unrecognized arguments: --quick"),
-        (["--num-gpus", "99"], "--num-gpus 99: there are "),
+        (["--num-gpus", "99"], "--num-gpus 99: this machine has "),
         ([], "no data: give --voc-root DIR --train-set NAME --test-set NAME, or --coco-json"),
         (["DATASETS.TRAIN", "('voc_2007_trainva',)"], "did you mean voc_2007_trainval?"),
         (["--voc-root", "nowhere"], "--voc-root needs --train-set NAME and --test-set NAME"),
         (["--coco-json", "a.json", "b.json"], "needs --image-root DIR, or one for each file"),
-        (["--voc-root", "x", "--coco-json", "a", "b"], "--voc-root or --coco-json, not both"),
+        (["--voc-root", "x", "--coco-json", "a", "b"], "either --voc-root or --coco-json"),
     ],
 )
 def test_one_line_that_says_what_to_write(train_net, overrides, message, tmp_path):
@@ -138,7 +138,7 @@ NOWHERE = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
             "none of the first 2",
         ),
         (["DATASETS.TRAIN", "('coco_2017_trian',)"], "did you mean coco_2017_train?"),
-        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER 0: it is at least 1"),
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER 0: give at least 1"),
     ],
 )
 @pytest.mark.parametrize("mode", [[], ["--eval-only"], ["--resume"]])

@@ -104,7 +104,10 @@ def test_results_that_are_not_as_expected(trained, train_net, tiny_voc, tmp_path
 
 @pytest.mark.parametrize(
     "has_run, words",
-    [(True, "give --voc-root or --coco-json"), (False, "is no run folder: it has no config.yaml")],
+    [
+        (True, "give --voc-root, or --coco-json"),
+        (False, "is not a run folder: it has no config.yaml"),
+    ],
 )
 def test_eval_only_that_lacks_something(trained, train_net, tmp_path, has_run, words):
     folder = trained[0] if has_run else tmp_path

@@ -156,7 +156,7 @@ def test_refusals(make_run, tool, tmp_path):
         "lacks RESNET_BACKBONE.GLOBAL_CONTEXT": ["--run", run, "--context-run", run + "/."],
         "GLOBAL_CONTEXT: it belongs to --context-run": ["--run", context],
         "has RESNET_BACKBONE.GLOBAL_CONTEXT": ["--run", context, "--context-run", context],
-        "all need the same in the same order": ["--run", run, "--ensemble-run", other],
+        "they need the same classes in the same order": ["--run", run, "--ensemble-run", other],
         "no row is left to measure": ["--run", run, "--rows", "ensemble"],
         "RESNET_BACKBONE.TEST.NMS 'none'": ["--run", run, "RESNET_BACKBONE.TEST.NMS", "none"],
     }

@@ -254,13 +254,13 @@ REFUSED = {
     "NMS 'soft' is not one of hard, agnostic, linear, gaussian": dict(NMS="soft"),
     "short sides in whole pixels": dict(SCALES=[200, 200]),
     "short sides": dict(SCALES=[0]),
-    "turn one of the two off": dict(FLIP=True, TEST__AUG__ENABLED=True),
+    "turn one of them off": dict(FLIP=True, TEST__AUG__ENABLED=True),
     "MODEL.META_ARCHITECTURE is RetinaNet": dict(FLIP=True, MODEL__META_ARCHITECTURE="RetinaNet"),
     "INPUT.MIN_SIZE_TEST": dict(SCALES=[200], INPUT__MIN_SIZE_TEST=0),
-    "no config.yaml there": dict(ENSEMBLE=["nowhere"]),
+    "has no config.yaml": dict(ENSEMBLE=["nowhere"]),
     "PRECISION 'bf16' is not one of float32, bfloat16, float16": dict(PRECISION="bf16"),
     "ENGINE: engine 'tensorrt' is not one of auto, eager": dict(ENGINE="tensorrt"),
-    "PRECISION float16: .* ROIPool has float32 alone": dict(
+    "PRECISION float16: .* ROIPool supports only float32": dict(
         PRECISION="float16", MODEL__ROI_BOX_HEAD__POOLER_TYPE="ROIPool"
     ),
 }

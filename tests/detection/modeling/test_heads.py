@@ -273,7 +273,7 @@ def test_vgg_head_gets_fc6_and_fc7(make_cfg, tmp_path, fc_dim):
     model = build_model(make_cfg(VGG, **keys, **CHEAP))
     if fc_dim != 8:
         before = model.backbone.conv1[0].weight.clone()
-        with pytest.raises(WeightsError, match=r"fc6.* has shape \(8, 25088\), the head needs"):
+        with pytest.raises(WeightsError, match=r"fc6.* has shape \(8, 25088\), but the head needs"):
             Checkpointer(model).load(path)
         assert torch.equal(model.backbone.conv1[0].weight, before)
         return

@@ -40,7 +40,9 @@ def parse_yolo_line(
     except ValueError:
         raise ValueError(f"{line!r} is not a class number and coordinates") from None
     if not 0 <= category < num_classes or len(numbers) < 4:
-        raise ValueError(f"{line!r}: class 0 to {num_classes - 1}, four numbers or more")
+        raise ValueError(
+            f"{line!r} needs a class from 0 to {num_classes - 1} and at least four numbers"
+        )
     points = [number * size[k % 2] for k, number in enumerate(numbers)]
     if len(points) == 4:
         x, y, w, h = points
