@@ -55,8 +55,8 @@ def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) 
     found = [module for module in model.modules() if isinstance(module, ResNetBackbone)]
     if len(found) != 1:
         raise WeightsError(
-            f"{type(model).__name__} has {len(found)} ResNetBackbone, not one: build it with "
-            "backbone_config=backbone_config(checkpoint)"
+            f"{type(model).__name__} has {len(found)} ResNetBackbone modules, not one: build it "
+            "with backbone_config=backbone_config(checkpoint)"
         )
     backbone = found[0]
     for name, needed in _model_settings(checkpoint).items():
@@ -64,7 +64,7 @@ def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) 
         value = list(value) if isinstance(value, tuple) else value
         if value != needed:
             raise WeightsError(
-                f"the weights need {name}={needed}, the model's backbone has {value}: build it "
+                f"the weights need {name}={needed}, but the model's backbone has {value}: build it "
                 "with backbone_config=backbone_config(checkpoint)"
             )
     headless = {k: v for k, v in checkpoint.tensors.items() if not k.startswith("linear.")}

@@ -95,7 +95,7 @@ class PaperResNet(BaseModule):
         _take_defaults(options, dilations)
         norm = {"type": "BN", "requires_grad": True, **(norm_cfg or {})}
         if len(norm) > 2:
-            raise ValueError(f"norm_cfg has type and requires_grad, not {sorted(norm)}")
+            raise ValueError(f"norm_cfg must have type and requires_grad, not {sorted(norm)}")
         self.network = build_model(
             f"resnet{depth}",
             in_channels=in_channels,
@@ -137,7 +137,7 @@ class PaperResNet(BaseModule):
         if self.init_cfg is None:
             return
         if self.init_cfg.get("type") != "Pretrained" or "checkpoint" not in self.init_cfg:
-            raise WeightsError('init_cfg is dict(type="Pretrained", checkpoint=FILE)')
+            raise WeightsError('init_cfg must be dict(type="Pretrained", checkpoint=FILE)')
         weights = str(self.init_cfg["checkpoint"])
         checkpoint = read_checkpoint(weights, self.init_cfg.get("preprocessing", ""))
         check_data_preprocessor(checkpoint.preprocessing, self.data_preprocessor, weights)
@@ -158,7 +158,7 @@ def _take_defaults(options: dict, dilations: Sequence[int]) -> None:
             reason = f" with dilations {tuple(dilations)}" if name == "strides" else ""
             raise ValueError(
                 f"PaperResNet has {name}={expected}{reason}, not {value}: leave {name} out, or "
-                "take mmdetection's own ResNet"
+                "use mmdetection's own ResNet"
             )
 
 
@@ -190,4 +190,4 @@ def check_data_preprocessor(
         and same_mean(settings.get("mean") or (), preprocessing.pixel_mean_255())
         and same_std(settings.get("std") or (), preprocessing.pixel_std_255())
     ):
-        raise WeightsError(f"{needed}, the model has {dict(settings)}")
+        raise WeightsError(f"{needed}, but the model has {dict(settings)}")

@@ -205,7 +205,7 @@ def from_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> dict
     model = checkpoint.model
     if model.name not in NETWORKS:
         raise WeightsError(
-            f"{weights} holds a {model.name}; here are {', '.join(NETWORKS)} (timm has its own VGG)"
+            f"{weights} holds a {model.name}; give one of {', '.join(NETWORKS)} (timm has a VGG)"
         )
     config = timm_config(checkpoint)["pretrained_cfg"]  # JSON's lists, of which timm has tuples
     overlay = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}

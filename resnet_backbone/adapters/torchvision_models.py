@@ -136,7 +136,7 @@ def deeplabv3(
     if output_stride not in ATROUS_RATES:
         raise ValueError(f"output_stride must be 16 or 8, not {output_stride}")
     if not name.startswith(("resnet", "plain")):
-        raise ValueError(f"DeepLabV3 needs a dilated ResNet, {name!r} is none: use resnet50")
+        raise ValueError(f"DeepLabV3 needs a dilated ResNet, not {name!r}: use resnet50")
     options = dict(norm="BN", freeze_at=0) | options
     network, found = build_backbone(
         name,

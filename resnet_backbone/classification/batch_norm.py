@@ -217,7 +217,7 @@ class _Pass:
             merged[name] += moments
         for name, moments in merged.items():
             if not (moments.mean.isfinite().all() and moments.deviations.isfinite().all()):
-                raise UsageError(f"the input of {name} is not finite; did training diverge?")
+                raise UsageError(f"the input of {name} is not finite; did the training diverge?")
         return merged
 
     @contextmanager

@@ -312,9 +312,9 @@ def _combinations(config: Config) -> Iterator[str]:
     if schedule.policy == "plateau" and not evaluation.every:
         yield "schedule.policy plateau needs evaluations: set evaluation.every above 0"
     if schedule.warmup_iterations > schedule.iterations:
-        yield f"schedule.warmup_iterations are more than {schedule.iterations} schedule.iterations"
+        yield f"schedule.warmup_iterations exceed the {schedule.iterations} schedule.iterations"
     if schedule.warmup_iterations and schedule.warmup_until_error:
-        yield "schedule.warmup_iterations and warmup_until_error are two kinds of warm-up: set one"
+        yield "schedule.warmup_iterations and warmup_until_error exclude each other: set one"
     if schedule.warmup_until_error and not schedule.warmup_lr:
         yield "schedule.warmup_until_error needs schedule.warmup_lr (the paper: 0.01)"
     if train.micro_batch and train.batch_size % train.micro_batch:
@@ -335,7 +335,7 @@ def _combinations(config: Config) -> Iterator[str]:
     if cropped and data.mean == "pixel" and evaluation.crop != data.crop:
         yield f"data.mean pixel needs evaluation.crop={data.crop}; or set data.mean=channel"
     if small and evaluation.protocol != "full":
-        yield f"evaluation.protocol: {data.format} images are tested as they are: full"
+        yield f"evaluation.protocol: {data.format} images are tested without crops: use full"
     if data.format in ("imagenet", "shards", "cifar10") and not data.root:
         yield f"data.root is empty: give the folder of the {data.format} data, data.root=PATH"
 

@@ -289,8 +289,8 @@ def _check_complete(predictions: Predictions, bad: Sequence[BadSample], expected
     seen = [*predictions.indices.tolist(), *(sample.index for sample in bad)]
     if len(seen) != expected or len(set(seen)) != expected:
         raise UsageError(
-            f"{len(seen)} images were evaluated, {len(set(seen))} different ones of {expected}: "
-            "each process has its own rank in the loader, and their number is its world"
+            f"{len(seen)} of {expected} images were evaluated, {len(set(seen))} of them different: "
+            "give the loader each process's rank, and the number of processes as its world"
         )
 
 

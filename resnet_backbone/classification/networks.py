@@ -189,7 +189,7 @@ def load_exactly(
     wrong = [k for k in {**own, **tensors} if k not in tensors or own.get(k) != tensors[k].shape]
     if wrong:
         raise WeightsError(
-            f"{path} is of another network: {len(wrong)} tensors differ, the first is {wrong[0]}"
+            f"{path} belongs to another network: {len(wrong)} tensors differ, first {wrong[0]}"
         )
     model.load_state_dict(tensors)
     return found

@@ -100,7 +100,7 @@ class ClassificationRun:
             new = config.model.new_head
             load = networks.load_all_but_head if new else networks.load_network
             self.use_input(load(self.model, weights, config.model.preprocessing))
-            logger.info("%s, with its own mean, order and range of the input", weights)
+            logger.info("%s, with the channel order, range, and mean of its input", weights)
 
     def use_input(self, preprocessing: Preprocessing) -> None:
         """Normalizes images as weights expect them from here on."""

@@ -109,7 +109,7 @@ def _existing(run: DetectorRun, paths: Mapping[str, str], key: str) -> str:
     path, option = paths.get(key, ""), f"--{key.replace('_', '-')}"
     if not os.path.exists(path):
         absent = f"there is no {path}" if path else f"the command of {run.folder.name} has no path"
-        raise NoDetections(f"{absent}; say where the test set is, with {option}")
+        raise NoDetections(f"{absent}; give the test set with {option}")
     return path
 
 

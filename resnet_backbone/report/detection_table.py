@@ -268,7 +268,7 @@ def provenance_section(groups: Sequence[DetectorGroup], commands: Mapping[str, s
         lines = [f"**{group.label}**: {_evaluated(group.first)}."]
         notes = reductions(group)
         if notes:
-            lines.append(f"**Reduced**, against the published protocol: {'; '.join(notes)}.")
+            lines.append(f"**Reduced** compared with the published protocol: {'; '.join(notes)}.")
         parts.append("\n".join([*lines, "", *(_run_text(run, commands) for run in group.runs)]))
     return "\n\n".join(parts)
 
@@ -291,7 +291,7 @@ def _evaluated(run: DetectorRun) -> str:
     difficult = sum(row["difficult"] for row in run.details.get("classes", ()))
     counts = {"images": run.images_of(run.test), "boxes": sum(run.objects.values())}
     hard = "crowds" if run.is_coco else "difficult ones"
-    counts[f"{hard} (which count neither way)"] = difficult
+    counts[f"{hard} (ignored)"] = difficult
     parts = [f"{count:,} {what}" for what, count in counts.items() if count]
     return "evaluated on " + (", ".join(parts) or f"{' + '.join(run.test)}, size {NOT_RECORDED}")
 

@@ -26,10 +26,11 @@ TILE = 400  # largest side of a picture, in pixels
 COLUMNS = 4
 RULE = """\
 A run finds an object if a detection of its class, with a score of at least {score:g}, overlaps it \
-by an IoU above {iou:g}, and no other object of that class more. Looked at are the objects \
-that count and that {finder} finds in more than half of its runs and {other} in none. \
-Shown is for each class the object with the largest gap: mean score of {finder}'s best detection \
-on it less the largest score of {other}'s. The largest gaps come first, an image only once."""
+with an IoU above {iou:g}, and overlaps no other object of this class more. The candidates are \
+the objects that count, that {finder} finds in more than half of its runs, and that {other} finds \
+in none. For each class, the object with the largest gap is shown: the mean score of {finder}'s \
+best detection minus the largest score of {other}'s. The largest gaps come first, each image only \
+once."""
 
 
 def interpolated_precision(numbers: Mapping[str, Any], levels: int = RECALL_LEVELS) -> np.ndarray:

@@ -45,30 +45,30 @@ PICTURES = ("gain_per_class.png", "precision_recall*.png", "f1*.png", "confusion
 PICTURES += ("errors.png", "training.png", "accuracy_time*.png", "misses_*.jpg")
 
 SPREAD = """\
-AP in percent: mean ± sample standard deviation over the seeds (one seed: no spread). Gains: \
-difference of the means ± its standard error, and the smallest and largest difference of two runs, \
-one of each detector. """
+AP is in percent: the mean ± the sample standard deviation over the seeds (one seed: no spread). A \
+gain is the difference of the means ± its standard error, with the smallest and the largest \
+difference between two runs, one of each detector. """
 VOC_METRICS = """\
-AP50 is the area under the curve (VOC 2010 and later), 11-point is VOC 2007's, AP the mean over \
-IoU .5:.95."""
+AP50 is the area under the curve (VOC 2010 and later), 11-point is VOC 2007's metric, and AP is \
+the mean over IoU .5:.95."""
 COCO_METRICS = "AP, AP50, and AP75 are COCO's."
 COCO_MATCHING = """\
-Intervals, curves, errors by kind, and pictures are of the same boxes with VOC's matching, and \
-crowds count neither way. AP50 is then the area under the curve: {}."""
+Intervals, curves, errors by kind, and pictures come from the same boxes with VOC's matching, in \
+which crowds are ignored. AP50 is then the area under the curve: {}."""
 INTERVALS = f"""\
-In brackets: 95 % intervals (percentiles) over {DRAWS:,} test sets drawn with replacement from the \
-test images; of a gain, with the same images for both detectors. They hold for these trained \
-networks: training again is what the spread over seeds is of."""
+In brackets are 95 % intervals (percentiles) over {DRAWS:,} test sets drawn with replacement from \
+the test images. For a gain, both detectors have the same images. The intervals hold for these \
+trained networks. The spread over seeds shows what another training changes."""
 REDUCED = """\
-**Reduced runs**: training, data or image size stay below the published protocol, see [How](#how). \
-Their numbers compare with each other, not with published ones."""
+**Reduced runs**: training, data, or image size are below the published protocol, see [How](#how). \
+Their numbers compare with each other, but not with published ones."""
 ERRORS = """\
-Of each class as many best-scored detections are looked at as it has objects (Hoiem et al., ECCV \
-2012; IoU .5): correct, localization (IoU .1 to .5 with an object of the class), confusion (with \
-one of another class), background, duplicate. Missed are the objects that no detection found at \
-any score. All in percent of the objects, summed over the classes."""
+For each class with N objects, these are the N detections with the highest scores (Hoiem et al., \
+ECCV 2012; IoU .5): correct, localization (IoU .1 to .5 with an object of the class), confusion \
+(with an object of another class), background, or duplicate. "Missed" counts the objects that no \
+detection found at any score. All numbers are in percent of the objects, summed over the classes."""
 TABLE_9 = """\
-Ours beside the paper's Table 9 (ResNet-101 on COCO, each row on top of the one above; test-dev: \
+Ours beside the paper's Table 9 (ResNet-101 on COCO; each row adds to the one above; test-dev: \
 trained on trainval)."""
 
 
@@ -120,7 +120,7 @@ def write_detection_report(
     _add_classes(report)
     report.add("## Precision and recall")
     if truth is None:
-        report.add(f"Neither curves nor intervals: {reason}.")
+        report.add(f"There are no curves or intervals: {reason}.")
     else:
         _add_curves(report, truth.classes, detections)
     _add_operating_points(report, truth.classes if truth else (), detections, reason)
@@ -129,7 +129,7 @@ def write_detection_report(
     _add_time(report, [row for rows in measured for row in rows if row.seconds is not None])
     report.add("## What one finds and the other misses")
     if truth is None or not report.gains:
-        report.add(f"No pictures: {reason or 'there is one detector only'}.")
+        report.add(f"There are no pictures: {reason or 'there is only one detector'}.")
     else:
         for gain in report.gains:
             sides = [detections[groups.index(group)] for group in (gain.ours, gain.reference)]
@@ -147,7 +147,10 @@ def _add_results(report: Report, note: str, detections) -> None:
         fair = "Apart from the network and its input, their configs are the same."
         unfair = f"Their configs also differ in: {'; '.join(gain.differences)}."
         sentences.append(f"- {describe_gain(gain)} {unfair if gain.differences else fair}")
-    report.add("\n".join(sentences) or "One detector: there is nothing to compare it with.")
+    report.add(
+        "\n".join(sentences)
+        or "There is only one detector, so there is nothing to compare it with."
+    )
     report.add(REDUCED if any(map(tables.reductions, groups)) else "")
     metrics = COCO_METRICS if groups[0].first.is_coco else VOC_METRICS
     report.add(note, "## Results", tables.results_section(groups, gains), SPREAD + metrics)
@@ -170,7 +173,7 @@ def _add_improvements(report: Report, measured: Sequence[Sequence[tables.Row]]) 
 def _add_classes(report: Report) -> None:
     report.add(f"## {report.groups[0].first.class_metric} per class")
     if report.gains:
-        text = "gain per class: bars are means, dots the pairs of runs"
+        text = "gain per class: bars are means, dots are pairs of runs"
         report.show("gain_per_class.png", plots.plot_class_gains(report.gains), text)
     report.add(tables.class_section(report.groups, report.gains))
 
@@ -184,7 +187,7 @@ def _curves(report: Report, detections, number: Callable) -> list[plots.Curves]:
 
 def _add_curves(report: Report, classes: Sequence[str], detections) -> None:
     curves = _curves(report, detections, lambda run: interpolated_precision(run.numbers))
-    report.add(f"At IoU {CURVE_IOU:g}; thin lines are single runs, bold ones their mean.")
+    report.add(f"At IoU {CURVE_IOU:g}; thin lines are single runs, and bold lines are their mean.")
     _show_curves(report, "precision_recall", curves, classes, "recall", "precision, interpolated")
 
 
@@ -198,7 +201,7 @@ def _show_curves(report: Report, name: str, curves, classes, x: str, y: str, pea
 def _add_operating_points(report: Report, classes: Sequence[str], detections, reason: str) -> None:
     report.add("## At a score threshold")
     if not detections:
-        report.add(f"Neither F1 nor confusion matrices: {reason}.")
+        report.add(f"There is no F1 and no confusion matrix: {reason}.")
         return
     curves = _curves(report, detections, lambda run: f1_curves(run.numbers, run.found))
     values = {one.label: one.values for one in curves}
@@ -231,7 +234,7 @@ def _add_training(report: Report) -> None:
     metrics = {group.label: [run.metrics() for run in group.runs] for group in report.groups}
     figure = plots.plot_training(metrics, report.colors)
     if figure is None:
-        report.add("No losses: the runs have no metrics.json.")
+        report.add("There are no losses: the runs have no metrics.json.")
     else:
         report.show("training.png", figure, "losses and AP50 during training, a line for each run")
 
@@ -306,13 +309,13 @@ def _add_sheets(report: Report, gain: Gain, ours, reference, truth, score: float
     back = np.isfinite(find_misses(reference, ours, score)).sum()
     objects = int((~ours[0].truth["difficult"]).sum())
     report.add(
-        f"Of {objects:,} objects, {label} finds {found:,} that {other} misses; the other way "
-        f"round it is {back:,}.",
+        f"Of {objects:,} objects, {label} finds {found:,} that {other} misses, and "
+        f"{other} finds {back:,} that {label} misses.",
         RULE.format(score=score, iou=CURVE_IOU, finder=label, other=other)
-        + " Below them, the same the other way round.",
+        + " The reverse follows below.",
     )
     if not found and not back:
-        report.add("There are none to show.")
+        report.add("There is nothing to show.")
         return
     name = f"misses_{label.replace(' ', '_')}"
     pairs = [(row, reference[0], run) for row, run in select_misses(ours, reference, PAIRS, score)]

@@ -229,7 +229,7 @@ def describe_gain(gain: Gain, key: str = "AP50") -> str:
         low, high = map(signed, interval)
         notes.append(f"{COVERAGE} % interval over test images {low} to {high}")
         if interval[0] <= 0 <= interval[1]:
-            verdict += " Other test images may turn it round."
+            verdict += " Other test images may reverse it."
         else:
             verdict += " The choice of test images does not explain it."
     return f"{text} ({'; '.join(notes)}). {verdict}"
@@ -237,7 +237,7 @@ def describe_gain(gain: Gain, key: str = "AP50") -> str:
 
 def _verdict(found: Difference, ours: str, reference: str) -> str:
     if found.error is None:
-        return "The spread over seeds is not measured, so training by chance may turn it round."
+        return "The spread over seeds is not measured, so chance in training may reverse it."
     if abs(found.mean) < CLEAR * found.error or found.mean == 0:
         return f"That is less than {CLEAR:g} standard errors: these runs do not tell the two apart."
     if found.low > 0 or found.high < 0:

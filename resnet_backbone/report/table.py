@@ -145,7 +145,7 @@ TITLES = {
 }
 NOTE = """\
 Ours: mean ± sample standard deviation over the seeds. Training error: of the augmented images,
-while they train, at the end of training. Paper: arXiv 1512.03385; "about" is read off a figure."""
+while they train, at the end of training. Paper: arXiv 1512.03385; "about" is read from a figure."""
 
 
 def _remark(group: Group, others: Sequence[Group]) -> str:

@@ -47,7 +47,7 @@ def _load(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         mend = "pip install resnet_backbone[quickstart]"
-        raise ImportError(f"the built-in data needs {error.name}; mend: {mend}") from error
+        raise ImportError(f"the built-in data need {error.name}: {mend}") from error
 
 
 @cache

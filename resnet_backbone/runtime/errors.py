@@ -31,9 +31,9 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 SYSTEM_ERRORS = {
     errno.ENOENT: "does not exist: check the path",
     errno.EISDIR: "is a folder: give the path of a file",
-    errno.EACCES: "may not be opened by you: change its permissions, or choose another path",
-    errno.EPERM: "may not be changed by you: choose another path",
-    errno.EROFS: "is on a read-only disk: choose another path",
+    errno.EACCES: "cannot be opened, permission denied: change permissions, or choose another path",
+    errno.EPERM: "cannot be changed, permission denied: choose another path",
+    errno.EROFS: "is on a read-only file system: choose another path",
     errno.ENOSPC: "cannot be written, the disk is full: free some space, or choose another path",
     errno.EDQUOT: "cannot be written, your quota is used up: delete files, or choose another path",
 }

@@ -129,7 +129,7 @@ def alone(folder: str | os.PathLike) -> Iterator[int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(
-                f"another process works in {folder}: wait for it, or choose another folder"
+                f"another process uses {folder}: wait for it, or choose another folder"
             ) from None
         yield file.fileno()
 
@@ -172,4 +172,4 @@ def find_config(name: str | os.PathLike, task: str) -> Path:
     wanted = str(path).removesuffix(".yaml") + ".yaml"
     near = difflib.get_close_matches(wanted.removeprefix(f"configs/{task}/"), sorted(names), n=1)
     hint = f"did you mean {near[0].removesuffix('.yaml')}? " if near else ""
-    raise UsageError(f"{name}: no such config file; {hint}Ready ones are in {configs / task}")
+    raise UsageError(f"{name}: no such config file; {hint}The configs are in {configs / task}")

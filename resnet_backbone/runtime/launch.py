@@ -84,7 +84,7 @@ def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
     if uses_gpus and processes > count:
         have = f"{count} GPUs" if count else "no GPU"
         raise UsageError(
-            f"{processes} processes need a GPU each, this machine has {have}; give {on_cpu}"
+            f"{processes} processes need a GPU each, but this machine has {have}; give {on_cpu}"
         )
     machines, rank = args.num_machines, args.machine_rank
     if not 0 <= rank < machines:

@@ -120,7 +120,7 @@ def choose_device(name: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise UsageError(f"process {local_rank} of this machine has no GPU: start {count} of them")
+        raise UsageError(f"process {local_rank} of this machine has no GPU: start only {count}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

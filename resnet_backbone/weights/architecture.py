@@ -90,7 +90,7 @@ def misfit(expected: Shapes, found: Shapes, network: str) -> str:
         return f"{len(missing)} tensors of {network} are missing, the first is {missing[0]}"
     for key, shape in expected.items():
         if found[key] != shape:
-            return f"{key} has shape {found[key]}, in {network} it has {shape}"
+            return f"{key} has shape {found[key]}, but {shape} in {network}"
     unknown = next((key for key in found if key not in expected), None)
     return "" if unknown is None else f"{network} has no {unknown}"
 
@@ -105,7 +105,7 @@ def check_stated(
     found = infer_models(tensors)[0]
     if stated.num_classes is None:  # not stated
         stated = replace(stated, num_classes=found.num_classes)
-    said = f"{who} {_with_classes(stated)}, its tensors {_with_classes(found)}"
+    said = f"{who} {_with_classes(stated)}, but its tensors are {_with_classes(found)}"
     name = stated.name.rpartition("/")[2]  # of another library's network
     same_family = {found.name, found.name.replace("resnet", "plain")}
     if name not in MODELS and name not in same_family:  # and may be of any size
@@ -162,8 +162,8 @@ def first_key(keys: Iterable[str]) -> str:
             return key
     example = min(known, default="none at all")
     raise ValueError(
-        f"none of the keys {', '.join(FIRST_KEYS)} is there, one of which every network of this "
-        f"package has; there is {example}"
+        f"there is none of the keys {', '.join(FIRST_KEYS)}, of which every network of this "
+        f"package has one; there is {example}"
     )
 
 
@@ -172,7 +172,7 @@ def _size(shapes: Shapes, key: str, dimensions: int, axis: int) -> int:
     if shape is None:
         raise ValueError(f"{key} is missing")
     if len(shape) != dimensions:
-        raise ValueError(f"{key} has shape {shape}, {dimensions} dimensions are needed")
+        raise ValueError(f"{key} has shape {shape}, but needs {dimensions} dimensions")
     return shape[axis]
 
 
@@ -192,7 +192,7 @@ def _refuse_relatives(shapes: Shapes) -> None:
         elif width != 64:
             other = f"res2.0.conv1.weight has {width} channels, not 64: a wide ResNet"
     if other:
-        raise ValueError(f"{other}, which is not among this package's networks")
+        raise ValueError(f"{other}, which this package does not have")
 
 
 def _counts(shapes: Shapes, stages: Sequence[str]) -> tuple[int, ...]:
@@ -205,7 +205,7 @@ def _counts(shapes: Shapes, stages: Sequence[str]) -> tuple[int, ...]:
     for stage, indices in found.items():
         if indices != set(range(len(indices))):
             raise ValueError(
-                f"{stage} has tensors of {stage}.{max(indices)}, but not of all before"
+                f"{stage} has tensors of {stage}.{max(indices)}, but not of all blocks before"
             )
     return tuple(len(found[stage]) for stage in stages if stage in found)
 
@@ -223,7 +223,9 @@ def _base_name(shapes: Shapes, first: str) -> str:
         raise ValueError(f"no VGG has {counts} convolutions in its stages")
     if first == "stem.weight":
         if len(set(counts)) > 1:
-            raise ValueError(f"a CIFAR network has as many blocks in each stage, not {counts}")
+            raise ValueError(
+                f"a CIFAR network has the same number of blocks in each stage, not {counts}"
+            )
         return f"cifar_resnet{6 * (counts or (1,))[0] + 2}"
     bottleneck = any(re.fullmatch(r"res\d\.0\.conv3\.weight", key) for key in shapes)
     for depth, (block, blocks) in RESNET_DEPTHS.items():

@@ -145,7 +145,7 @@ class FileMetadata(NamedTuple):
             )
         if int(schema) > SCHEMA:
             raise WeightsError(
-                f"{where} was written in form {schema}, this version of resnet_backbone reads "
+                f"{where} has format {schema}, but this version of resnet_backbone reads "
                 f"up to {SCHEMA}: install a newer one"
             )
         parts = []

@@ -269,7 +269,7 @@ def _input(right: Preprocessing, own: Preprocessing) -> Iterator[Hypothesis]:
     yield Hypothesis("channel order", text, _stated(channel_order=turned.channel_order))
     if (own.mean, own.std) != (turned.mean, turned.std):
         apply = _stated(channel_order=turned.channel_order, mean=turned.mean, std=turned.std)
-        yield Hypothesis("channel order", f"{text}, mean and std turned round with it", apply)
+        yield Hypothesis("channel order", f"{text}, mean and std reversed with it", apply)
     other = 1.0 if own.value_range == 255.0 else 255.0
     text = f"pixels of 0..{other:g} in place of 0..{own.value_range:g}, mean and std as they are"
     yield Hypothesis("value range", text, _stated(value_range=other))
@@ -324,7 +324,7 @@ def sample_images(size: int) -> Samples:
         generator = torch.Generator().manual_seed(0)
         shape = (len(PHOTOGRAPHS), 3, size, size)
         noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        text = f"{len(noise)} images of noise, which is no picture: give --images DIR"
+        text = f"{len(noise)} images of noise, not photographs: give --images DIR"
         return Samples(noise, text)
     squares = [np.array(ImageOps.fit(load_photograph(x), (size, size))) for x in PHOTOGRAPHS]
     images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()

@@ -150,14 +150,14 @@ def to_unit_responses(checkpoint: Checkpoint, images: Tensor) -> Checkpoint:
     """
     if not checkpoint.model.name.startswith("vgg") or norm_layers(checkpoint.tensors):
         raise WeightsError(
-            f"only a VGG without norms is rescaled, and this is {checkpoint.model.name}: norms "
+            f"only a VGG without norms can be rescaled, not {checkpoint.model.name}: norms "
             "level the responses of the others"
         )
     scales = _response_scales(build_network(checkpoint), checkpoint.preprocessing, images)
     tensors, before = dict(checkpoint.tensors), 1.0
     for layer, scale in scales.items():
         if not scale > 0:
-            raise WeightsError(f"{layer} responds to none of the images: give others, or more")
+            raise WeightsError(f"{layer} responds to none of the images: give other images")
         tensors[f"{layer}.weight"] = (tensors[f"{layer}.weight"].double() * before / scale).float()
         tensors[f"{layer}.bias"] = (tensors[f"{layer}.bias"].double() / scale).float()
         before = scale

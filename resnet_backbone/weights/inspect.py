@@ -50,13 +50,13 @@ def inspect_source(
     except UnknownInput:
         options.append("--preprocessing NAME")
         missing.append(
-            "the input that it was trained on; name it with --preprocessing "
+            "the input that it was trained on; give --preprocessing "
             f"{', '.join(PREPROCESSINGS)}, or all of --channel-order --value-range --mean --std"
         )
         if has_bottlenecks(tensors):
             missing.append(
-                "where its bottlenecks have their stride; --preprocessing msra or torchvision says "
-                "it too, else add --stride-in-1x1"
+                "where its bottlenecks have their stride; --preprocessing msra or torchvision states "
+                "this, too; otherwise add --stride-in-1x1"
             )
     except WeightsError:
         if not ambiguous:

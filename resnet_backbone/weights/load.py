@@ -50,7 +50,7 @@ def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: st
     expected, actual = preprocessing.stride_in_1x1, stride_of(model)
     if None not in (expected, actual) and expected != actual:
         raise WrongStride(
-            f"{where} was trained with stride_in_1x1={expected}, this network has {actual}: "
+            f"{where} was trained with stride_in_1x1={expected}, but this network has {actual}: "
             f"build it with stride_in_1x1={expected}",
             expected,
         )
@@ -148,15 +148,15 @@ def explain_misfit(model: StagedNetwork, tensors: Mapping[str, Tensor], problem:
     except ValueError:
         return f"{problem}; is it another depth or norm?"
     if own is None or spell(own) != spell(file):
-        name = "" if own is None else f", this network a {spell(own)}"
+        name = "" if own is None else f", this network is a {spell(own)}"
         return f"the file is a {spell(file)}{name}: {problem}"
     classes = next(iter(tensors["linear.weight"].shape), 0) if "linear.weight" in tensors else 0
     if not classes:
-        return f"{problem}; a backbone without head has out_features"
+        return f"{problem}; for a backbone without a head, give out_features"
     return (
         f"{problem}; in train-classifier add model.new_head=true; elsewhere build it with "
         f"num_classes={classes}, load, and put a new layer in place of "
-        "network.linear (a backbone, with out_features, takes files of any classes)"
+        "network.linear (a backbone with out_features accepts any classes)"
     )
 
 

@@ -149,7 +149,7 @@ def unpickle(data: bytes) -> Any:
     stream = io.BytesIO(data)
     found = DataUnpickler(stream, encoding="latin1").load()
     if stream.read(1):
-        raise ValueError("there are bytes behind its end")
+        raise ValueError("there are bytes after its end")
     return found
 
 
@@ -172,7 +172,7 @@ def load_torch(data: bytes) -> Any:
             text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
         ) from error
     if not is_archive and stream.read(1):
-        raise ValueError("there are bytes behind its end")
+        raise ValueError("there are bytes after its end")
     return loaded
 
 

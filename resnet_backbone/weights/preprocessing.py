@@ -97,14 +97,16 @@ class Preprocessing(JsonRecord):
         positive = (*self.std, self.value_range, self.bn_eps)
         filters = (*FILTERS.values(), "")
         right = {
-            "mean and std have three numbers": len(self.mean) == len(self.std) == 3,
-            "all numbers are finite": all(map(math.isfinite, (*self.mean, *positive))),
-            "std, value_range and bn_eps are positive": min(positive) > 0,
-            "stride_in_1x1 is true, false or null": isinstance(self.stride_in_1x1, bool | None),
-            "resize_size and crop_size are whole numbers above 0 or null": all(
+            "mean and std must have three numbers": len(self.mean) == len(self.std) == 3,
+            "all numbers must be finite": all(map(math.isfinite, (*self.mean, *positive))),
+            "std, value_range, and bn_eps must be positive": min(positive) > 0,
+            "stride_in_1x1 must be true, false, or null": isinstance(
+                self.stride_in_1x1, bool | None
+            ),
+            "resize_size and crop_size must be whole numbers above 0, or null": all(
                 type(size) is int and size > 0 for size in sizes
             ),
-            f"interpolation is one of {filters}": self.interpolation in filters,
+            f"interpolation must be one of {filters}": self.interpolation in filters,
             "source is text": isinstance(self.source, str),
         }
         for problem in (text for text, is_right in right.items() if not is_right):

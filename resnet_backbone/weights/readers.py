@@ -47,9 +47,9 @@ WRAPPERS = (
 )
 # Beginnings of files that are no weights, and what to say.
 OTHER_FILES = {
-    b"version https://git-lfs": "a Git LFS pointer and not the file itself: run git lfs pull",
-    b"<!doctype html": "a web page and not a file of weights: fetch the address of the file itself",
-    b"<html": "a web page and not a file of weights: fetch the address of the file itself",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
+    b"<!doctype html": "a web page, not a file of weights: download the file itself",
+    b"<html": "a web page, not a file of weights: download the file itself",
 }
 MAX_WRAPPERS = 8  # within one another; real files have two
 PREPROCESSING_KEY = "preprocessing"  # beside the weights: Preprocessing.to_json()
@@ -319,7 +319,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _shard_path(index: Path, name: Any) -> Path:
     """A shard beside its index: names that lead elsewhere are refused."""
     if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0:"):
-        raise Refused(f"a shard that is no .safetensors file beside it: {str(name)[:80]!r}")
+        raise Refused(f"a shard that is not a .safetensors file beside it: {str(name)[:80]!r}")
     if not (index.parent / name).is_file():
         raise WeightsError(f"{index}: its shard {name} is missing")
     return index.parent / name

@@ -267,7 +267,7 @@ def test_what_is_missing_and_corrupt_is_named(run, voc, tmp_path):
         "test": [("missing-image", "000004.jpg")],
     }
     assert [Path(file).name for file in found["unlisted_images"]] == ["000099.jpg"]
-    assert "1 images are in no split (left alone), the first is " in out
+    assert "1 images are in no split and are not used; the first is " in out
     assert f"missing-xml: resnet-backbone prepare-data voc {root} --archives {TRAINVAL}" in out
     assert f"missing-image: resnet-backbone prepare-data voc {root} --archives {TEST}" in out
     assert "unreadable-image: delete these files, then resnet-backbone" in out
@@ -342,7 +342,7 @@ def test_coco_without_its_images(run, coco, tmp_path):
     archives = [coco["annotations_trainval2017.zip"], coco["val2017.zip"]]
     code, out, _ = run("coco", root, "--archives", *archives)
     assert code == 1 and "train2017, the images of instances_train2017, does not exist" in out
-    assert "unpack train2017.zip, or name what you need with --splits" in out
+    assert "unpack train2017.zip, or name the splits that you have with --splits" in out
     assert run("coco", root, "--splits", "instances_val2017")[0] == 0
 
 

@@ -416,7 +416,7 @@ def test_sigterm_reaches_the_tool_and_two_runs_do_not_mix(project, monkeypatch, 
     finally:
         thread.join()
         signal.signal(signal.SIGTERM, before)
-    assert "another process works in" in refusals[0] and not missed
+    assert "another process uses" in refusals[0] and not missed
     monkeypatch.delenv("SLOW")
     assert run(output) == 0
     assert ran(log) == [*ALL[:8], *ALL[7 if redone else 8 :]]

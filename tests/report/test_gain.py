@@ -48,7 +48,7 @@ ORDER = ["5.88 points of AP50 above", "either order", "−1.00 to +8.50 over the
         ([30.0, 31.0], [20.0, 21.0], [ABOVE, "Every run of R-50"], "below"),
         ([20.0, 21.0], [30.0, 31.0], [BELOW, "is below every"], "above"),
         ([20.0, 30.0], [21.0, 27.0], ["**1.00 points of AP50 above**", "do not tell"], "Every"),
-        ([20.0], [30.0], [BELOW, "training by chance", "one run each"], "error "),
+        ([20.0], [30.0], [BELOW, "chance in training", "one run each"], "error "),
         ([20.0, 21.0], [30.0], ["2 and 1 runs", "spread over seeds is not measured"], "Every"),
         ([20.0, 22.0], [20.0, 22.0], ["have the same AP50", "do not tell"], "above"),
         (*MIXED, ORDER, "Every"),
@@ -125,4 +125,4 @@ def test_intervals_are_of_paired_draws(gain_of):
     assert "choice of test images does not explain it" in text
     assert gain_text(gain, "AP50") == "+10.00 [+10.00, +10.00]"
     gain.reference.draws = {"AP50": draws[::-1]}
-    assert "Other test images may turn it round." in describe_gain(gain)
+    assert "Other test images may reverse it." in describe_gain(gain)

@@ -209,10 +209,10 @@ def without(name, *starts):
 @pytest.mark.parametrize(
     "state, message",
     [
-        ({}, "one of which every network.* there is none at all"),
+        ({}, "of which every network.* there is none at all"),
         ({"blocks.0.attn.qkv.weight": torch.ones(1)}, "there is blocks.0.attn.qkv.weight"),
         (without("resnet18", "res3"), "there are tensors of res5, but none of res3"),
-        (without("resnet18", "res3.0"), "res3 has tensors of res3.1, but not of all before"),
+        (without("resnet18", "res3.0"), "res3 has tensors of res3.1, but not of all blocks before"),
         (without("resnet18", "res3.1"), r"no ResNet of the paper has \(2, 1, 2, 2\) basic"),
         (without("resnet18", "res5"), r"missing, the first is res5"),
         (without("vgg11", "conv5.1"), r"no VGG has \(1, 1, 2, 2, 1\) convolutions"),

@@ -24,7 +24,7 @@ MISTAKES = {
     "channel order": (dict(channel_order="RGB"), ["channel order BGR in place of RGB"]),
     "channel order and mean": (
         dict(channel_order="RGB", mean=TURNED_MEAN),
-        ["channel order BGR in place of RGB, mean and std turned round with it"],
+        ["channel order BGR in place of RGB, mean and std reversed with it"],
     ),
     "mean in the wrong order": (
         dict(mean=TURNED_MEAN),

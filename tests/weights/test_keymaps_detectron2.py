@@ -247,8 +247,8 @@ def test_vgg():
     [
         ("conv2_w", "key 'conv2_w' is not one of a Caffe2 ResNet"),
         ("res6_0_branch2a_w", "res6_0_branch2a_w"),
-        ("res2_0_branch2a_bn_gamma", "names a tensor that is there under another key too"),
-        ("conv1_bn_s", "there under another key"),
+        ("res2_0_branch2a_bn_gamma", "names a tensor that another key names, too"),
+        ("conv1_bn_s", "another key names, too"),
         ("lr", "key 'lr'"),
     ],
 )

@@ -96,7 +96,7 @@ def test_another_network_of_the_file_is_chosen_by_its_key(tmp_path, caplog, key)
     "content, message",
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
-        (b"\n<!DOCTYPE html><html></html>", "a web page and not a file of weights"),
+        (b"\n<!DOCTYPE html><html></html>", "a web page, not a file of weights"),
     ],
 )
 def test_files_that_are_no_weights_are_recognized(tmp_path, content, message):

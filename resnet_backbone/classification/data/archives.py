@@ -103,7 +103,7 @@ def _open_tar(path: str | os.PathLike) -> Iterator[tarfile.TarFile]:
             yield tar
     except (tarfile.TarError, EOFError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"{path}: {reason}; is the archive whole?") from error
+        raise DataError(f"{path}: {reason}; is the archive complete?") from error
 
 
 def _images_in(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

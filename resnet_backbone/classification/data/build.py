@@ -343,5 +343,7 @@ def _kept(folder: Path, made_from: str) -> Preprocessing | None:
         if facts[MADE_FROM] == made_from:
             return replace(Preprocessing.from_json(facts[INPUT_KEY]), **tensors)
     except Exception as error:
-        raise DataError(f"{path} cannot be read ({error}); remove it to compute it anew") from error
+        raise DataError(
+            f"{path} cannot be read ({error}); remove it to compute it again"
+        ) from error
     return None

@@ -118,7 +118,9 @@ class EvaluationLoader:
         world: int = 1,
     ):
         if batch_size < 1 or workers < 0:
-            raise DataError(f"batch size {batch_size} and {workers} workers: give 1, 0 or more")
+            raise DataError(
+                f"batch size {batch_size}, {workers} workers: give at least 1 and at least 0"
+            )
         if not len(dataset):
             raise DataError("the evaluation set has no images")
         self.dataset, self.batch_size, self.workers = dataset, batch_size, workers

@@ -189,7 +189,7 @@ def read_flat_folder(
         where = f"listed in {label_file}" if odd in listed else f"in {root}"
         raise DataError(
             f"{root} and {label_file} differ in {len(found ^ listed)} images; the first, {odd}, is "
-            f"{where} alone"
+            f"only {where}"
         )
     unknown = wnids - set(classes)
     if unknown:
@@ -211,7 +211,7 @@ def read_class_list(path: str | os.PathLike) -> dict[str, int]:
     lines = [line.split() for line in read_lines(path)]
     numbered = [len(words) > 1 and words[1].isdigit() for words in lines]
     if not lines or any(numbered) != all(numbered):
-        raise DataError(f"{path}: write 'wnid index' on every line, or a wnid alone on every line")
+        raise DataError(f"{path}: write 'wnid index' on every line, or only a wnid on every line")
     indices = [int(words[1]) if numbered[0] else i for i, words in enumerate(lines)]
     classes = {words[0]: index for words, index in zip(lines, indices, strict=True)}
     if len(classes) != len(lines) or len(set(indices)) != len(lines):
@@ -281,7 +281,7 @@ def _read_labels(path: str | os.PathLike) -> dict[str, str]:
         raise DataError(
             f"{path}: numbers without names are the development kit's ILSVRC2012_IDs, whose order "
             "is not that of the sorted wnids: let prepare-data imagenet --devkit convert them, "
-            "or write one 'name wnid' a line"
+            "or write one 'name wnid' per line"
         )
     entries: dict[str, str] = {}
     for number, line in enumerate(lines, 1):

@@ -208,7 +208,7 @@ def _find(root: Path) -> tuple[Path, str]:
             if (folder / f"{TRAIN_FILES[0]}{suffix}").is_file():
                 return folder, suffix
     raise DataError(
-        f"{root}: no CIFAR-10 here; data.root is the folder that holds data_batch_1.bin (binary "
+        f"{root}: no CIFAR-10 here; data.root must hold data_batch_1.bin (binary "
         "version) or data_batch_1 (Python version) and the other files"
     )
 
@@ -229,7 +229,7 @@ def _read_file(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
     records = np.fromfile(path, np.uint8)
     if not len(records) or len(records) % RECORD:
-        raise ValueError(f"{len(records)} bytes are no whole records")
+        raise ValueError(f"{len(records)} bytes are not a whole number of records")
     records = records.reshape(-1, RECORD)
     return records[:, 1:], records[:, 0]
 

@@ -162,7 +162,7 @@ def _find_format(annotations: Path, kind: str) -> str:
     about = {"voc": ".xml (VOC)", "coco": ".json (COCO)", "yolo": ".txt (YOLO) with boxes"}
     about["imagenet"] = ".xml (ImageNet)"
     wanted = ", ".join(about[one] for one in found if kind in ("", one))
-    raise DataError(f"{annotations} has no {wanted}; name their folder with --annotations")
+    raise DataError(f"{annotations} has no {wanted}; give their folder with --annotations")
 
 
 def _pair(

@@ -255,7 +255,7 @@ def read_instances(json_file: str) -> CocoFile:
     if bare:
         raise DataError(
             f"{json_file}: {len(bare)} annotations have no usable mask (polygons of 3 points or "
-            f"more, or run lengths for all pixels), such as {bare[0]}: mend them or take them out"
+            f"more, or run lengths for all pixels), such as {bare[0]}: correct or remove them"
         )
     return found
 
@@ -267,7 +267,7 @@ def check_names(json_file: str, file_names: Iterable[Any]) -> None:
         path = PurePath(name) if isinstance(name, str) else PurePath()
         if not path.name or path.is_absolute() or ".." in path.parts:
             raise DataError(
-                f"{json_file}: file_name {name!r} does not lie below the image folder: write it "
+                f"{json_file}: file_name {name!r} is not below the image folder: write it "
                 "relative to that folder, without '..'"
             )
         labels[label_name(name)] += 1

@@ -107,7 +107,7 @@ class DataReport:
         same = Counter(name.lower() for name in self.boxes)
         for name in (name for name, times in same.items() if times > 1):
             spelled = [one for one in self.boxes if one.lower() == name]
-            lines.append(f"classes that differ in case alone: {', '.join(map(repr, spelled))}")
+            lines.append(f"classes that differ only in case: {', '.join(map(repr, spelled))}")
         if sum(self.difficult.values()) and not sum(self.boxes.values()):
             lines.append(
                 "all objects are marked difficult, which training leaves out: "
@@ -158,14 +158,14 @@ def apply_policy(report: DataReport, policy: str) -> None:
             left or the file cannot be loaded.
     """
     if policy not in ("refuse", "drop"):
-        raise ValueError(f"bad-data policy {policy!r} is not known; use refuse or drop")
+        raise ValueError(f"unknown bad-data policy {policy!r}; use refuse or drop")
     fatal = [p for p in report.problems if p.kind in FATAL_KINDS]
     if fatal:
         raise unusable(report.name, fatal)
     if report.problems and policy == "refuse":
         raise DataError(
-            f"{report.name} has {len(report.problems)} problems; mend them, or train without these "
-            f"boxes and images with `--bad-data drop`: {_first_ten(map(str, report.problems))}"
+            f"{report.name} has {len(report.problems)} problems; correct them, or leave them "
+            f"out of training with `--bad-data drop`: {_first_ten(map(str, report.problems))}"
         )
     for problem in report.problems:
         logger.warning("left out: %s", problem)
@@ -248,7 +248,7 @@ def look_at_image(path: str, stated: tuple[int, int] | None, decode: bool) -> Lo
         return Look(path, stamp, None, DataProblem("unreadable-image", path, str(error)))
     if stated is None or stated == size:
         return Look(path, stamp, size)
-    detail = "annotation says {}x{}, the image is {}x{}".format(*stated, *size)
+    detail = "the annotation states {}x{}, but the image is {}x{}".format(*stated, *size)
     with Image.open(path) as image:
         is_turned = _swaps_sides(image)
     if is_turned and stated == size[::-1]:

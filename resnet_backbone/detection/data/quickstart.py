@@ -170,7 +170,7 @@ def _check(output: Path, settings: dict, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} already exists; choose another folder, or overwrite it")
     if output.exists() and not (output / SUMMARY).is_file():
-        raise FileExistsError(f"{output} is not a generated set (no {SUMMARY}); it is left alone")
+        raise FileExistsError(f"{output} is not a generated set (no {SUMMARY}); it is not changed")
 
 
 def generate(

@@ -28,7 +28,7 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type:
         if (module, name) == (BoxMode.__module__, BoxMode.__name__):
             return BoxMode
-        raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
+        raise pickle.UnpicklingError(f"{module}.{name} is not a plain value")
 
 
 def load_plain(data: Any) -> dict:

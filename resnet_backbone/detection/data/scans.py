@@ -175,7 +175,7 @@ class KeptScan:
                 save_file(arrays, temporary, {"digest": digest})
             self.digest = digest
         except (OSError, SafetensorError) as error:
-            text = "the check of %s cannot be kept, and is made again at each start (%s)"
+            text = "the check of %s cannot be kept, so each start checks again (%s)"
             logger.warning(text, report.name, error)
         else:
             logger.info("the check of %s is kept in %s", report.name, self.path)
@@ -274,7 +274,7 @@ def register_once(name: str, dataset: ScannedDataset, metadata: Mapping[str, Any
     changed = [key for key, value in metadata.items() if known.get(key) != value]
     if changed:
         raise ValueError(
-            f"data set {name!r} is registered already with another {', '.join(changed)};"
+            f"data set {name!r} is already registered with another {', '.join(changed)};"
             " choose another name"
         )
 

@@ -46,7 +46,7 @@ def read_class_names(label_root: str) -> list[str]:
     """Names of the labels 0, 1, ... from ``classes.txt`` in a label folder."""
     path = Path(label_root) / CLASSES_FILE
     if not path.is_file():
-        raise DataError(f"{path} does not exist: write the classes, one a line, label 0 first")
+        raise DataError(f"{path} does not exist: write the classes, one per line, label 0 first")
     lines = path.read_text(encoding="utf-8").splitlines()
     names = [line.strip() for line in lines if line.strip()]
     if not 1 < len(names) <= IGNORE:
@@ -98,7 +98,7 @@ def register_semantic(
         report.num_images = len(records)
         records = _drop_bad_labels(records, len(classes), report, decode)
         if not records:
-            report.add_empty(label_root, "no usable image with a label picture")
+            report.add_empty(label_root, "no usable image with a label image")
         return records, report
 
     register_once(name, ScannedDataset(scan, on_bad, key=metadata), metadata)
@@ -129,7 +129,7 @@ def _pair(image_root: str, label_root: str, report: DataReport, shared_images: b
         else:
             records.append({"file_name": image, "sem_seg_file_name": path})
     for name, path in images.items() if not shared_images else ():
-        report.add("missing-label", path, f"no label picture {name} in {label_root}")
+        report.add("missing-label", path, f"no label image {name} in {label_root}")
     return records
 
 
@@ -232,7 +232,7 @@ def register_panoptic(
         records = _drop_bad_labels(records, len(classes), report)
         records = _drop_without_panoptic(records, panoptic_json, pictures, report)
         if not records:
-            report.add_empty(panoptic_json, "no usable image with its two label pictures")
+            report.add_empty(panoptic_json, "no usable image with its two label images")
         return records
 
     options = dict(labels=label_root, panoptic=panoptic_json, pictures=panoptic_root)
@@ -269,7 +269,7 @@ def _drop_without_panoptic(
         if picture:
             look = look_at_image(picture, (record["width"], record["height"]), decode=False)
             report.files[picture] = look.stamp
-            problem = look.problem and f"panoptic picture {picture}: {look.problem.detail}"
+            problem = look.problem and f"panoptic image {picture}: {look.problem.detail}"
         if problem:
             report.add("missing-panoptic", record["file_name"], problem)
         else:
@@ -283,7 +283,7 @@ def _stuff_of(panoptic_json: str, content: Mapping, instances: Mapping) -> dict[
     things, stuff = panoptic_categories(content)
     if things != dict(zip(ids, names, strict=True)) or not stuff:
         raise DataError(
-            f"{panoptic_json} has {len(things)} classes of things and {len(stuff)} of stuff, "
+            f"{panoptic_json} has {len(things)} classes of things and {len(stuff)} of stuff, but "
             f"{instances['json_file']} has {len(ids)} things: they need the same things, and some "
             "stuff"
         )

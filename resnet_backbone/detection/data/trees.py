@@ -133,7 +133,7 @@ def check_voc_tree(
     tree.absent = [f"{part} does not exist" for part in (images, lists) if not part.is_dir()]
     splits = splits or list_splits(folder)
     if not splits:
-        tree.absent.append(f"{lists} lists no split, NAME.txt with ids")
+        tree.absent.append(f"{lists} has no split, a file NAME.txt with ids")
         return tree
     classes = list(VOC_CLASSES) if tree.official else find_voc_classes(folder, splits)
     listed = set()
@@ -180,7 +180,8 @@ def check_coco_tree(
         archive = archive_of(tree.official, name, images=True)
         tree.absent.append(
             f"{images}, the images of {name}, does not exist: "
-            f"{f'unpack {archive}' if archive else 'bring it'}, or name what you need with --splits"
+            f"{f'unpack {archive}' if archive else 'add it'}, or name the splits that you have "
+            "with --splits"
         )
     return check_coco_files(pairs, workers, tree)
 
@@ -216,7 +217,7 @@ def summary(tree: TreeCheck) -> str:
     lines = [f"{tree.folder}, checked {how}: {read}", "", *tables(tree)]
     if tree.unlisted:
         number, first = len(tree.unlisted), tree.unlisted[0]
-        lines += ["", f"{number:,} images are in no split (left alone), the first is {first}"]
+        lines += ["", f"{number:,} images are in no split and are not used; the first is {first}"]
     lines += [f"missing: {line}" for line in tree.absent]
     for split in tree.splits:
         lines += [f"count: {split.name}: {line}" for line in split.miscounts()]

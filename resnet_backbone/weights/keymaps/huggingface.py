@@ -61,7 +61,7 @@ def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
         if value != ours:
             raise OtherNetwork(
                 f"{where}: {key} is {one_line(repr(value), 80)}, in this package's networks it is "
-                f"{ours!r}: the same tensors are another function, use them in transformers itself"
+                f"{ours!r}: the same tensors are another function; use them in transformers"
             )
     if not isinstance(config.get("downsample_in_bottleneck", False), bool):
         raise ValueError("downsample_in_bottleneck is not true or false")

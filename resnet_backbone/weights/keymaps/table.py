@@ -99,7 +99,7 @@ def rename(tensors: Tensors, table: Mapping[str, str], network: str) -> dict[str
         if key not in table:
             raise ValueError(f"key {key!r} is not one of {network}{_explain(key)}")
         if table[key] in renamed:
-            raise ValueError(f"key {key!r} names a tensor that is there under another key too")
+            raise ValueError(f"key {key!r} names a tensor that another key names, too")
         renamed[table[key]] = value
     return renamed
 

@@ -133,7 +133,7 @@ def test_both_versions_give_the_same_images(both_versions):
 @pytest.mark.parametrize(
     "version, name, content, message",
     [
-        (0, "data_batch_3.bin", bytes(3073 - 7), "data_batch_3.bin.*whole records"),
+        (0, "data_batch_3.bin", bytes(3073 - 7), "data_batch_3.bin.*whole number of records"),
         (0, "data_batch_3.bin", None, "data_batch_3.bin: .*No such file"),
         (0, "data_batch_3.bin", bytes([57]) + bytes(3072), "CIFAR-100"),
         (0, "data_batch_1.bin", None, "no CIFAR-10 here"),

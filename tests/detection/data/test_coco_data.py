@@ -89,7 +89,7 @@ def test_coco_boxes_and_files(coco):
     "changes, message",
     [
         ({"annotations": None}, "no list of annotations"),
-        ({"categories": []}, "the list of categories has no usable one"),
+        ({"categories": []}, "it has no usable category"),
         ({"categories": [{"id": None, "name": "a"}]}, r"categories\[0\] has no id or no name"),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_file_of_which_nothing_can_be_used(coco, changes, message):
 @pytest.mark.parametrize(
     "section, entry, kind, detail",
     [
-        ("annotations", 7, "bad-box", "annotations[2] is no annotation"),
+        ("annotations", 7, "bad-box", "annotations[2] is not an annotation"),
         ("annotations", coco_annotation(1, category_id=5), "bad-box", "category_id 5 is not in"),
         ("annotations", coco_annotation(1, bbox=[1, 2, 3]), "bad-box", "is not four numbers"),
         ("annotations", coco_annotation(1, bbox=None), "bad-box", "bbox None is not four"),
@@ -115,7 +115,7 @@ def test_a_file_of_which_nothing_can_be_used(coco, changes, message):
         ("annotations", coco_annotation(1, image_id="9" * 5000), "bad-box", "is of image '999"),
         ("annotations", coco_annotation(1, image_id="x"), "bad-box", "is of image 'x'"),
         ("images", {"id": 0, "file_name": "c.jpg"}, "duplicate-id", "image id 0 occurs again"),
-        ("images", {"id": 5, "file_name": 5}, "bad-entry", "the file_name 5, which is no text"),
+        ("images", {"id": 5, "file_name": 5}, "bad-entry", "the file_name 5, which is not a text"),
         ("images", {"file_name": "c.jpg"}, "bad-entry", "images[2] has no id"),
         ("categories", {"id": 90, "name": "x"}, "duplicate-id", "category id 90 occurs again"),
         ("categories", {"id": 91}, "bad-entry", "categories[2] has no id or no name"),
@@ -180,7 +180,7 @@ def test_odd_files_and_images_are_read(coco, tmp_path):
     [
         ([(90, "dog"), (7, "dog")], ["dog", "dog 2"], "category 7 is a second 'dog'"),
         ([(90, 1), (7, "dog")], ["dog", "1"], "the name of category 90 is no text"),
-        ([(90, "Dog"), (7, "dog")], ["dog", "Dog"], "classes that differ in case alone"),
+        ([(90, "Dog"), (7, "dog")], ["dog", "Dog"], "classes that differ only in case"),
         ([(90, "dog"), (7, "cat"), (0, "pets")], ["cat", "dog"], "category 'pets' is left out"),
     ],
 )

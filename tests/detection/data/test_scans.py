@@ -218,7 +218,7 @@ def test_nothing_is_executed_from_a_kept_record():
     import pickle
 
     assert load_plain(pickle.dumps({"mode": BoxMode.XYWH_ABS}))["mode"] is BoxMode.XYWH_ABS
-    with pytest.raises(pickle.UnpicklingError, match="posix.system is no plain value"):
+    with pytest.raises(pickle.UnpicklingError, match="posix.system is not a plain value"):
         load_plain(pickle.dumps(os.system))
 
 

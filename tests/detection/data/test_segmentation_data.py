@@ -167,7 +167,7 @@ def test_ids_survive_the_picture(numbers):
 
 
 MANY = [{"id": i, "name": str(i), "isthing": 0} for i in range(100, 360)]
-BELOW = "does not lie below the image folder"
+BELOW = "is not below the image folder"
 BAD_INSTANCES = [
     (lambda c: c["annotations"][0].pop("segmentation"), "1 annotations have no usable mask"),
     (lambda c: c["images"][1].update(file_name="a/one.png"), "label picture a/one.png"),
@@ -229,8 +229,8 @@ def test_polygons_without_an_area_are_left_out(scene):
         (lambda c: c.pop("annotations"), "no list of annotations"),
         (lambda c: c["annotations"][0].pop("file_name"), r"annotations\[0\] has no file_name"),
         (lambda c: c["categories"][0].pop("id"), r"categories\[0\] has no id"),
-        (lambda c: c["annotations"][0].update(file_name="../one.png"), "'../one.png' does not lie"),
-        (lambda c: c["annotations"][0].update(file_name="/one.png"), "'/one.png' does not lie"),
+        (lambda c: c["annotations"][0].update(file_name="../one.png"), "'../one.png' is not below"),
+        (lambda c: c["annotations"][0].update(file_name="/one.png"), "'/one.png' is not below"),
         (
             lambda c: c["annotations"][0].update(segments_info=3),
             "a/one.png.: it has no list of segments_info",
@@ -301,11 +301,11 @@ def test_a_kept_scan_is_used_until_a_label_changes(labelled, register, part, mon
         (lambda c, root: c["annotations"].pop(1), "image id 2 is not in annotations of"),
         (
             lambda c, root: (root / "panoptic/two.png").unlink(),
-            "panoptic picture .*two.png: no such file",
+            "panoptic image .*two.png: no such file",
         ),
         (
             lambda c, root: Image.new("RGB", (8, 6)).save(root / "panoptic/two.png"),
-            "panoptic picture .*two.png: annotation says 5x4, the image is 8x6",
+            "panoptic image .*two.png: the annotation states 5x4, but the image is 8x6",
         ),
     ],
 )
@@ -367,7 +367,13 @@ def to_5x5(label):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (to_5x5, ["two.jpg: annotation says 5x5, the image is 5x4", "missing-image: .*three.png"]),
+        (
+            to_5x5,
+            [
+                "two.jpg: the annotation states 5x5, but the image is 5x4",
+                "missing-image: .*three.png",
+            ],
+        ),
         (Path.unlink, ["missing-label: .*two.jpg: no label picture two.png"]),
     ],
 )

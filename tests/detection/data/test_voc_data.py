@@ -151,10 +151,10 @@ def test_register_again_with_other_arguments(make_voc, change, what):
     make_voc({"b": []}, split="test")
     arguments = {"split": "train", "class_names": ["cat", "dog"]}
     register_voc("voc_data_test", root, **arguments)
-    with pytest.raises(ValueError, match=f"registered already with another {what}"):
+    with pytest.raises(ValueError, match=f"already registered with another {what}"):
         register_voc("voc_data_test", root, **{**arguments, **change})
 
 
 def test_detectron2s_own_names_are_not_overwritten(make_voc):
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         register_voc("voc_2007_test", make_voc({"a": [("dog", BOX)]}), "train")

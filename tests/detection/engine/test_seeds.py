@@ -104,7 +104,7 @@ def test_expectations_are_looked_at_when_all_seeds_are_done(tmp_path, monkeypatc
 
 
 def test_two_commands_do_not_train_in_one_folder(tmp_path):
-    with alone(tmp_path), pytest.raises(BlockingIOError, match="another process works in"):
+    with alone(tmp_path), pytest.raises(BlockingIOError, match="another process uses"):
         results.train_seeds("never.py", [], [1], str(tmp_path))
 
 

@@ -144,7 +144,7 @@ def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
     lists = data if isinstance(data, dict) else {}
     missing = [section for section in required if not isinstance(lists.get(section), list)]
     if missing:
-        return [f"it has no list of {' or '.join(missing)}, as COCO's format has"]
+        return [f"COCO's format needs {' and '.join(missing)}, which it lacks"]
     found = []
     for section, keys in required.items():
         for position, entry in enumerate(data[section]):
@@ -178,7 +178,7 @@ class _Parser:
             annotations = self.annotations(entries, categories, images)
             self.drop_root(categories, data["categories"], annotations)
             if not categories:
-                self.bad("broken-json", "the list of categories has no usable one")
+                self.bad("broken-json", "it has no usable category")
         order = sorted(categories, key=lambda one: (isinstance(one, str), one))
         categories = {one: categories[one] for one in order}
         found = tuple(self.problems), tuple(self.notes)
@@ -194,7 +194,7 @@ class _Parser:
                 continue
             if not isinstance(name, str):
                 self.notes.append(
-                    f"the name of category {number} is no text: it is called '{name}'"
+                    f"the name of category {number} is not a text: it is called '{name}'"
                 )
             name = str(name).strip()
             if number in found:
@@ -215,7 +215,7 @@ class _Parser:
             entry = entry if isinstance(entry, dict) else {}
             number, name = read_id(entry.get("id")), entry.get("file_name")
             if number is None or not isinstance(name, str) or not name:
-                what = "no id" if number is None else f"the file_name {name!r}, which is no text"
+                what = "no id" if number is None else f"the file_name {name!r}, which is not a text"
                 self.bad("bad-entry", f"images[{position}] has {what}")
             elif number in found:
                 self.bad("duplicate-id", f"image id {number} occurs again, with {name}")
@@ -233,7 +233,7 @@ class _Parser:
         found = defaultdict(list)
         for position, entry in enumerate(entries):
             if not isinstance(entry, dict):
-                self.bad("bad-box", f"annotations[{position}] is no annotation")
+                self.bad("bad-box", f"annotations[{position}] is not an annotation")
                 continue
             where = f"annotation {entry.get('id', f'at {position}')}"
             image, category = read_id(entry.get("image_id")), read_id(entry.get("category_id"))
@@ -264,7 +264,9 @@ class _Parser:
             others = [parents.get(other) for other in categories if other != number]
             if others and number not in used and all(parent == name for parent in others):
                 del categories[number]
-                self.notes.append(f"category {name!r} is left out: it has no box and is a parent")
+                self.notes.append(
+                    f"category {name!r} is left out: it has no box and is the parent of the others"
+                )
                 return
 
 

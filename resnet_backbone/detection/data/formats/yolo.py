@@ -73,5 +73,5 @@ def read_yolo_names(annotations: Path, images: Path) -> list[str]:
         )
     raise DataError(
         f"no data.yaml or classes.txt, for YOLO's class names, in {annotations} or above: "
-        "name it with --annotations DIR/data.yaml"
+        "give it with --annotations DIR/data.yaml"
     )
