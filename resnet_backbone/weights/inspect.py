@@ -55,8 +55,8 @@ def inspect_source(
         )
         if has_bottlenecks(tensors):
             missing.append(
-                "where its bottlenecks have their stride; --preprocessing msra or torchvision states "
-                "this, too; otherwise add --stride-in-1x1"
+                "where its bottlenecks have their stride; --preprocessing msra or torchvision "
+                "states this, too; otherwise add --stride-in-1x1"
             )
     except WeightsError:
         if not ambiguous:
