@@ -180,7 +180,7 @@ def test_fine_tuning_takes_all_but_the_last_layer(tmp_path, name):
     save_network(tmp_path / "w.safetensors", trained, source, INPUT, class_names="abcdefg")
     with pytest.raises(WeightsError):
         load_network(model, tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match="file is a .*, this network a cifar_resnet14"):
+    with pytest.raises(WeightsError, match="file is a .*, this network is a cifar_resnet14"):
         load_all_but_head(build_model("cifar_resnet14"), tmp_path / "w.safetensors")
     assert load_all_but_head(model, tmp_path / "w.safetensors").same_input(INPUT)
     for key, value in model.state_dict().items():

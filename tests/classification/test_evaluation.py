@@ -145,7 +145,7 @@ def test_few_classes_have_no_top5():
         ([], Loader(), "at least one network"),
         ([network(classes=9)], Loader(), "label 9, but the network has classes 0 to 8"),
         ([network(), network(classes=11)], Loader(), "network 2 has 11 classes, the first"),
-        ([network()], Loader(world=2), "12 images were evaluated, 12 different ones of 23"),
+        ([network()], Loader(world=2), "12 of 23 images were evaluated, 12 of them different"),
     ],
 )
 def test_refusals(models, loader, message):
@@ -168,7 +168,10 @@ REFUSED = {
     "one too many on one process": ({"bad": [1, 3]}, TOO_MANY),
     "one on each, together too many": ({"bad": [1, 2]}, TOO_MANY),
     "labels that one process has": ({"classes": 11, "count": 8}, "label 10, but the network has"),
-    "not sharded": ({"rank": 0, "world": 1}, "46 images were evaluated, 23 different ones of 23"),
+    "not sharded": (
+        {"rank": 0, "world": 1},
+        "46 of 23 images were evaluated, 23 of them different",
+    ),
 }
 
 

@@ -280,7 +280,7 @@ def test_wrong_input_is_one_line(run, ours, silent, tmp_path):
         (("inspect", tmp_path / "no.pth"), ["no.pth", "no such file"]),
         (named[:3], ["silent.safetensors", "--preprocessing msra|"]),
         (("verify", ours, silent), ["--preprocessing-b msra|"]),
-        (("convert", ours, ours), ["there already", "--overwrite"]),
+        (("convert", ours, ours), ["already exists", "--overwrite"]),
         (("convert", ours, tmp_path / "x.onnx"), [".safetensors"]),
         (("convert", ours, out, "--preprocessing", "torchvision"), ["its metadata"]),
         (("convert", ours, out, "--preprocessing", "imagenet"), ["imagenet", "msra"]),

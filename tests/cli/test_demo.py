@@ -214,7 +214,7 @@ def test_unreadable_images_are_named_and_the_rest_is_done(call, photos, tmp_path
     assert status == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["tall.jpg", "wide.png"]
     assert errors.count("broken.jpg: cannot be read") == 1
-    assert errors.splitlines()[-1] == "error: 1 of 3 inputs not done"
+    assert errors.splitlines()[-1] == "error: 1 of 3 inputs could not be read"
     assert call("--input", photos / "broken.jpg", "--output", tmp_path / "one.png")[0] == 2
     assert len(json.loads((tmp_path / "a.json").read_text())["unreadable"]) == 1
 

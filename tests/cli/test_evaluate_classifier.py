@@ -216,7 +216,7 @@ NET, CLASSES = "--model cifar_resnet8", "has 3 classes, the network 8.*--class-l
         ("eight VAL --class-list beyond.txt", "index 8, but num_classes is 8"),
         ("a --flat flat", "--flat DIR and --labels FILE need each other"),
         ("a --cifar10 flat --class-list classes.txt", "--class-list is for"),
-        ("a --cifar10 flat", "has 3 classes, CIFAR-10 has 10"),
+        ("a --cifar10 flat", "has 3 classes, but CIFAR-10 has 10"),
         ("a VAL --flip", "--flip is for protocol dense, not"),
         (
             "a VAL --protocol dense --crop 32",

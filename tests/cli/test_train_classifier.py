@@ -187,7 +187,7 @@ def test_a_changed_data_set_is_no_resumption(config, tiny_cifar10, tmp_path):
     kill(start(*arguments, until=lambda: reached(tmp_path / "run")))
     (data / "data_batch_5.bin").write_bytes((data / "data_batch_5.bin").read_bytes()[: 3073 * 9])
     error = refused("--output-dir", tmp_path / "run", "--resume")
-    assert "200 training images, now there are 169" in error
+    assert "200 training images, but now has 169" in error
 
 
 def test_divergence_stops_with_step_history_and_last_good_checkpoint(config, tmp_path):

@@ -219,14 +219,20 @@ def without(name, *starts):
         (without("cifar_resnet8", "res4"), "missing, the first is res4"),
         (
             replaced("cifar_resnet8", "res3.1.conv1.weight", 32, 32, 3, 3),
-            r"as many blocks in each stage, not \(1, 2, 1\)",
+            r"the same number of blocks in each stage, not \(1, 2, 1\)",
         ),
         (replaced("resnet18", "stem.conv1.weight", 64, 3, 3, 3), "3x3, not 7x7: .* another stem"),
         (replaced("resnet50", "res2.0.conv2.weight", 64, 2, 3, 3), "grouped .*ResNeXt"),
-        (replaced("resnet18", "linear.weight", 9), r"linear.weight has shape \(9,\), 2 dimen"),
+        (
+            replaced("resnet18", "linear.weight", 9),
+            r"linear.weight has shape \(9,\), but needs 2 dimen",
+        ),
         (replaced("resnet18", "res4.0.conv1.weight", 1), r"res4.0.conv1.weight has shape"),
         (replaced("resnet18", "res2.0.se.weight", 1), "resnet18 has no res2.0.se.weight"),
-        (replaced("cifar_resnet8", "res2.100000000.conv1.weight", 1), "shape .1,., 4 dimensions"),
+        (
+            replaced("cifar_resnet8", "res2.100000000.conv1.weight", 1),
+            "shape .1,., but needs 4 dimensions",
+        ),
         (without("resnet18", "stem.conv1.norm"), "neither a norm .* nor stem.conv1.bias"),
         (without("resnet18", "res4.0.conv2.norm"), "missing, the first is res4.0.conv2.norm"),
     ],
@@ -240,7 +246,7 @@ def test_tensors_of_a_stated_network():
     check_tensors(STATES["plain18"], ModelSpec("plain18", 1000, {"norm": "GN"}))
     with pytest.raises(ValueError, match="resnet18 with norm='GN' are missing, the first is res3"):
         check_tensors(STATES["plain18"], ModelSpec("resnet18", 1000, {"norm": "GN"}))
-    with pytest.raises(ValueError, match=r"linear.weight has shape \(1000, 512\), in resnet18"):
+    with pytest.raises(ValueError, match=r"linear.weight has shape \(1000, 512\), but"):
         check_tensors(STATES["resnet18"], ModelSpec("resnet18", 5))
 
 

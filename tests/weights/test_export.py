@@ -201,7 +201,7 @@ def test_an_input_without_name_goes_along(name, format, random_checkpoint, tmp_p
     path, stated = tmp_path / name, before.preprocessing.to_json()
     export_checkpoint(before, path, format)
     assert read_checkpoint(path).preprocessing.to_json() == stated
-    with pytest.raises(WeightsError, match="its content says another preprocessing than 'msra'"):
+    with pytest.raises(WeightsError, match="its content states another preprocessing than 'msra'"):
         read_checkpoint(path, "msra")
     wrong = stated.replace('"RGB"', '"GRB"')
     assert len(wrong) == len(stated)
@@ -369,7 +369,7 @@ def test_wrong_targets(random_checkpoint, tmp_path):
     refused(tmp_path / "folder.pth", "torchvision", "is a folder", overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    refused(tmp_path / "mine", "timm", "thesis.tex in it", overwrite=True)
+    refused(tmp_path / "mine", "timm", "contains thesis.tex", overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
 
 
@@ -377,7 +377,7 @@ def test_wrong_targets(random_checkpoint, tmp_path):
 def test_nothing_is_overwritten_unless_asked(format, random_checkpoint, tmp_path):
     path = target(tmp_path, format)
     export_checkpoint(random_checkpoint("resnet18"), path, format)
-    with pytest.raises(WeightsError, match="there already"):
+    with pytest.raises(WeightsError, match="already exists"):
         export_checkpoint(random_checkpoint("resnet18", num_classes=5), path, format)
     exported = export_checkpoint(
         random_checkpoint("resnet18", num_classes=5), path, format, overwrite=True

@@ -93,7 +93,7 @@ def test_backbone_leaves_out_head_and_deeper_stages(file):
         (lambda t: t.pop("res5.1.conv2.norm.running_var"),
          "1 tensors of this network are missing, the first is res5.1.conv2.norm.running_var"),
         (lambda t: t["res3.0.shortcut.weight"].resize_(128, 63, 1, 1),
-         r"res3.0.shortcut.weight has shape \(128, 63, 1, 1\), in .* has \(128, 64, 1, 1\)"),
+         r"res3.0.shortcut.weight has shape \(128, 63, 1, 1\), but \(128, 64, 1, 1\) in"),
         (lambda t: t.update({"res3.0.conv4.weight": torch.zeros(1)}),
          "this network has no res3.0.conv4.weight"),
     ],
@@ -114,20 +114,24 @@ OTHER_EPS = partial(torch.nn.BatchNorm2d, eps=1e-3)
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("resnet34", {}, "a resnet18, this network a resnet34: .* missing, .* res2.2.conv1.weight"),
+        (
+            "resnet34",
+            {},
+            "a resnet18, this network is a resnet34: .* missing, .* res2.2.conv1.weight",
+        ),
         ("resnet50", {}, "tensors of this network are missing, the first is res2.0.shortcut.weig"),
-        ("resnet50", {"num_classes": 5}, "the file is a resnet18, this network a resnet50"),
+        ("resnet50", {"num_classes": 5}, "the file is a resnet18, this network is a resnet50"),
         ("resnet18", {"norm": "GN"}, "a resnet18 with norm='GN': .* has no .*running_mean"),
-        ("resnet18", {"norm": ""}, "this network a resnet18 with norm=''"),
+        ("resnet18", {"norm": ""}, "this network is a resnet18 with norm=''"),
         ("resnet18", {"norm": OTHER_EPS}, "eps 1e-05"),
-        ("resnet18", {"shortcut": "A"}, "this network a resnet18 with shortcut='A'"),
+        ("resnet18", {"shortcut": "A"}, "this network is a resnet18 with shortcut='A'"),
         (
             "resnet18",
             {"num_classes": 1000},
             r"linear.weight has shape \(5, 512\).* add model.new_head=true",
         ),
-        ("plain18", {}, "the file is a resnet18, this network a plain18"),
-        ("vgg11", {"out_features": ["conv1"]}, "the file is a resnet18, this network a vgg"),
+        ("plain18", {}, "the file is a resnet18, this network is a plain18"),
+        ("vgg11", {"out_features": ["conv1"]}, "the file is a resnet18, this network is a vgg"),
     ],
 )
 def test_other_network_is_refused(file, name, options, message):
@@ -268,7 +272,7 @@ def test_files_of_before_the_schema_stay_readable(small):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        (SCHEMA_KEY, "2", "written in form 2, this version .* reads up to 1: install a newer"),
+        (SCHEMA_KEY, "2", "has format 2, but this version .* reads up to 1: install a newer"),
         (SCHEMA_KEY, "x", "unreadable resnet_backbone.schema"),
         (SCHEMA_KEY, "9" * 5000, "schema|form"),
         (MODEL_KEY, "[1]", "unreadable resnet_backbone.model"),
@@ -414,7 +418,9 @@ def test_descriptions(small, tmp_path, monkeypatch):
         patch.setattr("resnet_backbone.weights.reading.read_tensors", None)
         assert describe_weights(path) == found
     for read in (describe_weights, read_checkpoint):
-        with pytest.raises(WeightsError, match="metadata says another preproc.*than 'torchvision'"):
+        with pytest.raises(
+            WeightsError, match="metadata states another preproc.*than 'torchvision'"
+        ):
             read(path, "torchvision")
     deep = tmp_path / "deep.safetensors"
     save_weights(build_model("cifar_resnet50"), deep, replace(MSRA, stride_in_1x1=None))

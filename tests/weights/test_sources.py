@@ -125,7 +125,7 @@ def test_torchvisions_files_are_known_by_their_hash(resnet18, tmp_path, monkeypa
         sources, "published_hash", lambda weights: digest[:8] if weights is V1 else "0" * 8
     )
     assert read_checkpoint(path).preprocessing.crop_size == 224
-    with pytest.raises(WeightsError, match="its content says another preprocessing than 'msra'"):
+    with pytest.raises(WeightsError, match="its content states another preprocessing than 'msra'"):
         read_checkpoint(path, "msra")
 
 
@@ -452,5 +452,5 @@ def test_the_metadata_of_a_file_agrees_with_its_place(hub, tmp_path):
     url = "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/MSRA/x.safetensors"
     save_weights(ours(), tmp_path / "x.safetensors", replace(CONVERTED, source=""))
     hub[url] = tmp_path / "x.safetensors"
-    with pytest.raises(WeightsError, match="metadata says another preprocessing than its or"):
+    with pytest.raises(WeightsError, match="metadata states another preprocessing than its or"):
         read_checkpoint(url)

@@ -158,7 +158,7 @@ def test_a_file_without_preprocessing_needs_a_name(make_cfg, write):
     use_weights_input(cfg, path)
     assert (cfg.INPUT.FORMAT, cfg.MODEL.RESNETS.STRIDE_IN_1X1) == ("RGB", False)
     cfg = make_cfg(R50, RESNET_BACKBONE__WEIGHTS_PREPROCESSING="msra")
-    with pytest.raises(WeightsError, match="metadata says another preproc.* than 'msra'"):
+    with pytest.raises(WeightsError, match="metadata states another preproc.* than 'msra'"):
         use_weights_input(cfg, write())
 
 

@@ -153,7 +153,7 @@ def test_a_detectors_backbone_is_read_without_naming_its_input(make, tmp_path):
     found = read_checkpoint(path, model=ModelSpec("resnet18"))
     assert found.preprocessing.same_input(model.backbone.bottom_up.input_settings)
     assert set(found.tensors) <= set(model.backbone.bottom_up.state_dict())
-    with pytest.raises(WeightsError, match="its content says another .* than 'torchvision'"):
+    with pytest.raises(WeightsError, match="its content states another .* than 'torchvision'"):
         read_checkpoint(path, "torchvision")
 
 

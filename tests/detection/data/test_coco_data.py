@@ -179,7 +179,7 @@ def test_odd_files_and_images_are_read(coco, tmp_path):
     "entries, names, remark",
     [
         ([(90, "dog"), (7, "dog")], ["dog", "dog 2"], "category 7 is a second 'dog'"),
-        ([(90, 1), (7, "dog")], ["dog", "1"], "the name of category 90 is no text"),
+        ([(90, 1), (7, "dog")], ["dog", "1"], "the name of category 90 is not a text"),
         ([(90, "Dog"), (7, "dog")], ["dog", "Dog"], "classes that differ only in case"),
         ([(90, "dog"), (7, "cat"), (0, "pets")], ["cat", "dog"], "category 'pets' is left out"),
     ],

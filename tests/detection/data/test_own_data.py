@@ -213,7 +213,7 @@ def run(capsys):
     ("prepare", "arguments", "message"),
     [
         (voc_beside, ["--val", "1"], "--val 1"),
-        (voc_beside, ["--val", "0.01"], "cannot be divided by --val 0.01"),
+        (voc_beside, ["--val", "0.01"], "cannot be split with --val 0.01"),
         (lambda root: (images(root / "data"),), [], "has no .xml (VOC), .json (COCO), .txt"),
         (voc_beside, ["--format", "coco"], "has no .json (COCO); name"),
         (voc_beside, ["--format", "yolo"], "has no .txt (YOLO) with boxes; name"),

@@ -191,7 +191,7 @@ def test_other_processes_write_no_metrics(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "told", "is_long"),
-    [(0.9, "0.90 s an iteration: about 2 min", False), (30, "about 34.7 days", True)],
+    [(0.9, "0.90 s per iteration: about 2 min", False), (30, "about 34.7 days", True)],
 )
 def test_the_first_iterations_say_how_long_all_take(caplog, seconds, told, is_long):
     hook, stop = FirstIterations(), SimpleNamespace(step_seconds=99.0)  # the first one is slow

@@ -55,7 +55,7 @@ def test_another_number_of_classes_than_the_data_have(train_net, tiny_voc, tmp_p
     options = ["--output-dir", tmp_path, "MODEL.ROI_HEADS.NUM_CLASSES", "3", "MODEL.WEIGHTS", ""]
     free = ["MODEL.BACKBONE.FREEZE_AT", "0"]
     lines = train_net(QUICKSTART, *where, *options, *free, code=2)
-    assert "NUM_CLASSES 3, but the data have 2 classes: leave it out" in lines[-1]
+    assert "NUM_CLASSES 3, but the data have 2 classes: omit it" in lines[-1]
 
 
 def test_overrides_behind_image_folders():
