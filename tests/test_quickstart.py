@@ -27,10 +27,10 @@ def test_help_names_every_option():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--seed", "one"], "--seed one is not a complete number"),
+        (["--seed", "one"], "--seed one is not a whole number"),
         (["--output"], "--output needs a value"),
         (["--quick"], "unknown option --quick"),
-        (["SOLVER.MAX_ITER=3"], "write 'SOLVER.MAX_ITER 3' and not 'SOLVER.MAX_ITER=3'"),
+        (["SOLVER.MAX_ITER=3"], "write 'SOLVER.MAX_ITER 3', not 'SOLVER.MAX_ITER=3'"),
         (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER needs a value"),
         (["data.std", "one"], "data.std is no key=value"),
     ],

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets the environment up if needed and builds the site; a warning is an error.
+# Sets up the environment if needed, and builds the site. A warning is an error.
 #
 #   bash tools/docs.sh
-#   bash tools/docs.sh -E       # arguments go to sphinx-build; -E: builds all pages anew
+#   bash tools/docs.sh -E       # arguments go to sphinx-build; -E builds all pages again
 #
 # PYTHON and VENV are explained in tools/setup_env.sh.
 set -euo pipefail

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains a detector that finds handwritten digits on photographs, from nothing but built-in pictures.
-# It sets the environment up, pre-trains our ResNet-18 as a classifier of digits, trains Faster R-CNN
-# from these weights, evaluates it on held-out scenes and draws what it finds. At most 6 minutes on
-# 2 CPU cores once .venv is there.
+# Trains a detector that finds handwritten digits on photographs, from built-in pictures alone.
+# It sets up the environment, pre-trains our ResNet-18 as a classifier of digits, trains Faster R-CNN
+# from these weights, evaluates it on held-out scenes, and draws what it finds. This takes at most
+# 6 minutes on 2 CPU cores once .venv exists.
 #
 #   bash tools/quickstart.sh [--seed N] [--compare] [--output DIR] [key=value ...] [KEY VALUE ...]
 #
-#   --seed N      seed of the trainings (1)
-#   --compare     train the same detector from scratch too, and show the gain (6 minutes more)
-#   --output DIR  where everything goes (output/quickstart)
+#   --seed N      seed of the trainings (default: 1)
+#   --compare     also train the detector from scratch, and show the gain (6 minutes more)
+#   --output DIR  folder for everything (default: output/quickstart)
 #   key=value     overrides of the classifier's config, for example schedule.scale=0.1
 #   KEY VALUE     overrides of the detectors' config, for example SOLVER.MAX_ITER 20
 #
@@ -40,7 +40,7 @@ while [ $# -gt 0 ]; do
         *) break ;;
     esac
 done
-case "$SEED" in '' | *[!0-9]*) echo "quickstart: --seed $SEED is not a complete number" >&2; exit 2 ;; esac
+case "$SEED" in '' | *[!0-9]*) echo "quickstart: --seed $SEED is not a whole number" >&2; exit 2 ;; esac
 case "$OUTPUT" in /*) ;; *) OUTPUT="$PWD/$OUTPUT" ;; esac
 DATA="$OUTPUT/data"
 PRETRAIN="$OUTPUT/pretrain"
@@ -51,12 +51,12 @@ OF_CLASSIFIER=()
 OF_DETECTOR=()
 while [ $# -gt 0 ]; do  # "data.std=one" and "SOLVER.MAX_ITER 20" in any order
     case "$1" in
-        [A-Z]*=*) echo "quickstart: write '${1%%=*} ${1#*=}' and not '$1'" >&2; exit 2 ;;
+        [A-Z]*=*) echo "quickstart: write '${1%%=*} ${1#*=}', not '$1'" >&2; exit 2 ;;
         [a-z]*=*) OF_CLASSIFIER+=("$1"); shift ;;
         [A-Z]*)
             [ $# -ge 2 ] || { echo "quickstart: $1 needs a value; see --help" >&2; exit 2; }
             OF_DETECTOR+=("$1" "$2"); shift 2 ;;
-        *) echo "quickstart: $1 is no key=value and no KEY VALUE; see --help" >&2; exit 2 ;;
+        *) echo "quickstart: $1 is neither key=value nor KEY VALUE; see --help" >&2; exit 2 ;;
     esac
 done
 
@@ -197,7 +197,7 @@ step detect "$RUN" 2 --weights "$PRETRAIN/final.safetensors"
 step draw
 cat <<END
 
-Done in $SECONDS s. Everything lies in $OUTPUT:
+Done in $SECONDS s. Everything is in $OUTPUT:
   what it finds         $OUTPUT/detections.png  (each picture: detections/)
   losses, AP50          $OUTPUT/curves.png
   AP, per class         $RUN/results.json

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Creates .venv and installs everything, Detectron2 included. Run again at will: it takes a second
-# when nothing changed, and mends a set-up that was interrupted.
+# Creates .venv and installs everything, including Detectron2. You can run it again at any time: it
+# takes a second if nothing has changed, and repairs an interrupted set-up.
 #
 #   bash tools/setup_env.sh
 #   PYTHON=python3.12 bash tools/setup_env.sh       # choose the Python (3.10 or newer)
-#   VENV=/path/to/venv bash tools/setup_env.sh      # another place, or an environment you have
+#   VENV=/path/to/venv bash tools/setup_env.sh      # another place, or your own environment
 #   bash tools/setup_env.sh --help                  # these lines
 #
-# An environment that this script did not create keeps its packages where setup.py's ranges allow,
-# and always its Detectron2. constraints.txt, the exact versions that are tested, applies only to an
-# environment created here with Python 3.10 to 3.13; a newer Python gets what setup.py's ranges allow.
+# An environment that this script did not create keeps its packages if setup.py's ranges allow them.
+# It always keeps its Detectron2. constraints.txt has the exact versions that are tested. It applies
+# only to an environment created here with Python 3.10 to 3.13. A newer Python gets versions within
+# setup.py's ranges.
 set -euo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

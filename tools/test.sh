@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Sets the environment up if needed, checks the style, runs the tests. Arguments go to pytest.
+# Sets up the environment if needed, checks the style, and runs the tests. Arguments go to pytest.
 #
 #   bash tools/test.sh                  # everything but the slow tests
 #   bash tools/test.sh -m ""            # everything
 #   bash tools/test.sh tests/models -x
 #   bash tools/test.sh -n 0 --pdb       # in one process, to debug
 #
-# Two processes run the tests, a thread each. PYTHON and VENV are explained in tools/setup_env.sh.
+# Two processes run the tests, with one thread each. PYTHON and VENV are explained in tools/setup_env.sh.
 set -uo pipefail
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

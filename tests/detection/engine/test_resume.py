@@ -106,20 +106,31 @@ def test_signals(data, uninterrupted, tmp_path, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, SIGINT])
-def test_a_signal_during_an_evaluation_ends_it(data, uninterrupted, tmp_path, number):
-    """SIGINT as Ctrl-C sends it, to the process group with the loader's workers."""
+def test_a_signal_during_an_evaluation_ends_it(data, uninterrupted, tmp_path):
     folder = tmp_path / "run"
-    keys = RUN | dict(DATALOADER__NUM_WORKERS=2 * (number == SIGINT))
-    process = Forked(arguments(data, folder, **keys), tmp_path / "log")
+    process = Forked(arguments(data, folder, **RUN), tmp_path / "log")
     process.wait_until(lambda: (folder / "log.txt").exists())
     process.wait_until(lambda: "Start inference" in (folder / "log.txt").read_text())
-    process.send(number, group=number == SIGINT)
+    process.send(signal.SIGTERM)
     assert process.wait() == EXIT_STOPPED, process.log.read_text()[-3000:]
-    assert "Traceback" not in process.log.read_text()
     assert reached(folder) in (3, 4)  # 4 if the evaluation was over already
     finish(arguments(data, folder, "--resume", **RUN), tmp_path / "log")
     assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_ends_in_a_line(uninterrupted, write_voc, tmp_path):
+    """Ctrl-C reaches the process group, with the loader's workers; they say nothing."""
+    images = write_voc(tmp_path / "VOC2007", {"train": [0], "test": range(100)})
+    weights = str(uninterrupted / "model_final.pth")
+    keys = dict(MODEL__WEIGHTS=weights, DATALOADER__NUM_WORKERS=2)
+    process = Forked(arguments(images, tmp_path, "--eval-only", **keys), tmp_path / "log")
+    process.wait_until(lambda: process.log.exists())
+    process.wait_until(lambda: "Inference done" in process.log.read_text())
+    process.send(SIGINT, group=True)
+    assert process.wait() == 128 + SIGINT, process.log.read_text()[-3000:]
+    log = process.log.read_text()
+    assert log.splitlines()[-1] == "interrupted" and "Traceback" not in log
 
 
 @pytest.mark.slow
