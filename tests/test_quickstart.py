@@ -32,7 +32,7 @@ def test_help_names_every_option():
         (["--quick"], "unknown option --quick"),
         (["SOLVER.MAX_ITER=3"], "write 'SOLVER.MAX_ITER 3', not 'SOLVER.MAX_ITER=3'"),
         (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER needs a value"),
-        (["data.std", "one"], "data.std is no key=value"),
+        (["data.std", "one"], "data.std is neither key=value"),
     ],
 )
 def test_wrong_words_end_it_at_once(arguments, message):

@@ -107,7 +107,7 @@ def test_mixed_precision_gives_float_boxes_in_the_image(run, precision):
         ("nowhere.pth", "nowhere.pth: no such file; check MODEL.WEIGHTS"),
         ("broken.pth", "broken.pth is not a file of weights"),
         ("part.pth", "part.pth lacks .* only a part of a detector"),
-        ("backbone.pth", "MODEL.WEIGHTS .*backbone.pth holds a backbone or a classifier alone"),
+        ("backbone.pth", "MODEL.WEIGHTS .*backbone.pth holds only a backbone or a classifier"),
     ],
 )
 def test_weights_of_less_than_a_detector_are_refused(run, tmp_path, name, message):
@@ -263,7 +263,7 @@ def test_names_of_the_data_set_serve(run):
         (["--input", "nowhere.jpg", "--output", "out"], ["nowhere.jpg", "no such file"]),
         (["--input", "{empty}", "--output", "out"], ["this folder has no image or video"]),
         (["--input", "{photos}", "--output", "one.jpg"], ["one.jpg", "name a folder"]),
-        (["--input", "{photos}/wide.png", "--output", "a.mp4"], ["other kind"]),
+        (["--input", "{photos}/wide.png", "--output", "a.mp4"], ["an image gives an image"]),
         (["--input", "{photos}", "--output", "{photos}"], ["is an input"]),
         (["--input", "{photos}", "--sheet", "{photos}/wide.png"], ["is an input"]),
         (["--input", "{photos}", "--sheet", "sheet"], ["--sheet sheet", "sheet.png"]),

@@ -125,9 +125,9 @@ def test_other_families_run(train_net, scenes, tmp_path, config, kind):
 @pytest.mark.parametrize(
     "config, kind, overrides, words",
     [
-        ("semantic_R_50_FPN.yaml", "instances", [], "has no label pictures, which SemanticSeg"),
+        ("semantic_R_50_FPN.yaml", "instances", [], "has no label images, which SemanticSeg"),
         ("panoptic_R_50_FPN.yaml", "semantic", [], "needs --coco-json, --panoptic-json, and --sem"),
-        ("mask_rcnn_R_50_FPN.yaml", "semantic", [], "GeneralizedRCNN has no use for label"),
+        ("mask_rcnn_R_50_FPN.yaml", "semantic", [], "GeneralizedRCNN does not use label"),
         ("mask_rcnn_R_50_FPN.yaml", "boxes", [], "none of the 8 boxes has a usable one"),
         ("mask_rcnn_R_50_FPN.yaml", "rle", [], "8 of 8 masks are run-length encoded: set INPUT.M"),
         ("semantic_R_50_FPN.yaml", "semantic", [STUFF, "['a', 'b', 'c']"], STUFF + " has ['a', 'b"),

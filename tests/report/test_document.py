@@ -95,7 +95,7 @@ def test_report(write, runs, output, tmp_path):
     assert gain > 5 and f"**{gain:.2f} points of AP50 above** VGG-16-FPN (3 and 2 runs;" in text
     assert "\n\nCut from VOC.\n\n" in text
     found = re.search(
-        r"Of \d+ objects, R-50-FPN finds \d+ that VGG-16-FPN misses; .* (\d+)\.", text
+        r"Of \d+ objects, R-50-FPN finds \d+ that VGG-16-FPN misses, and .* finds (\d+) that", text
     )
     assert bool(int(found[1])) == ("VGG-16-FPN finds, R-50-FPN misses:" in text)
     assert "`python tools/train_net.py --voc-root $ROOT/VOC2007 --test-set test SEED 2`" in text

@@ -138,7 +138,7 @@ def test_a_file_comes_first(tmp_path, monkeypatch):
     [
         ("voc/fastr_rcnn_R_50_FPN", MEANT),
         ("configs/detection/voc/faster_rcnn_R50_FPN.yaml", MEANT),
-        ("/nowhere/else", f"no such config file; Ready ones are in {CONFIGS / 'detection'}"),
+        ("/nowhere/else", f"no such config file; The configs are in {CONFIGS / 'detection'}"),
     ],
 )
 def test_typos(name, hint):

@@ -299,13 +299,16 @@ def test_metadata_that_cannot_be_read(small, key, value, message):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ({"name": "cifar_resnet14"}, "say cifar_resnet14 .* its tensors cifar_resnet8 with shortc"),
+        (
+            {"name": "cifar_resnet14"},
+            "say cifar_resnet14 .* its tensors are cifar_resnet8 with shortc",
+        ),
         ({"name": "cifar_plain8"}, "say cifar_plain8"),
         ({"name": "vgg16"}, "say vgg16"),
         ({"name": "cifar_resnet60000002"}, "say cifar_resnet60000002"),
         ({"name": "nonsense"}, "say nonsense"),
         ({"name": "timm/resnet34"}, "say timm/resnet34"),
-        (SMALL | {"num_classes": 6}, "with 6 classes, its tensors .* with 5 classes"),
+        (SMALL | {"num_classes": 6}, "with 6 classes, but its tensors .* with 5 classes"),
         (SMALL | {"options": {"shortcut": "A"}}, "shortcut='A'.* has no res3.0.shortcut"),
         (SMALL | {"options": {"shortcut": "C"}}, "shortcut='C'"),
         (SMALL | {"options": {"shortcut": "B", "norm": ""}}, "norm=''"),
@@ -344,7 +347,7 @@ def test_what_is_announced_is_there(small, left_out, added, message):
 def test_two_strides_in_one_file(tmp_path):
     path = tmp_path / "x.safetensors"
     model = build_model("resnet50", out_features=["res2"])
-    with pytest.raises(WeightsError, match="stride_in_1x1=False, this network has True"):
+    with pytest.raises(WeightsError, match="stride_in_1x1=False, but this network has True"):
         save_weights(model, path, PREPROCESSINGS["torchvision"])
     assert not path.exists()
     spec = {"name": "resnet50", "num_classes": None, "options": {"stride_in_1x1": True}}
@@ -392,7 +395,9 @@ def test_networks_that_no_tensor_tells_apart(tmp_path):
     given = ModelSpec("cifar_plain8", 10)
     assert read_checkpoint(path, "msra", given).model == given
     save_weights(residual, path, MSRA)
-    with pytest.raises(WeightsError, match="it says that it is a cifar_resnet8, not cifar_plain8"):
+    with pytest.raises(
+        WeightsError, match="it states that it is a cifar_resnet8, not a cifar_plain8"
+    ):
         read_checkpoint(path, "msra", given)
 
 
@@ -400,11 +405,11 @@ def test_the_stems_pooling_is_compared(tmp_path):
     stem = dict(out_features=["stem"])
     save_weights(build_model("resnet18", **stem), tmp_path / "x.safetensors", MSRA)
     path, pooled = tmp_path / "x.safetensors", build_model("resnet18", caffe_pool=True, **stem)
-    with pytest.raises(WeightsError, match="caffe_pool=False, this network has True"):
+    with pytest.raises(WeightsError, match="caffe_pool=False, but this network has True"):
         load_weights(pooled, path)
     save_file(load_file(path), path)  # does not say it: both are used with the released weights
     load_weights(pooled, path, "msra")
-    with pytest.raises(WeightsError, match="caffe_pool=False, this network has True"):
+    with pytest.raises(WeightsError, match="caffe_pool=False, but this network has True"):
         load_weights(pooled, path, "torchvision")
 
 

@@ -139,8 +139,8 @@ def test_torchvisions_files_are_known_by_their_hash(resnet18, tmp_path, monkeypa
         ("timm://resnet50.zz", "resnet50.zz: .*list_pretrained"),
         ("timm://resnet", "timm://resnet: .*list_pretrained"),
         ("timm://resnetblur50.bt_in1k", "timm's resnetblur50 is not among this package's networks"),
-        ("catalog://x", "known are ImageNetPretrained/MSRA/R-50"),
-        ("ftp://host/x.pth", "unknown kind of source; known are local paths, torchvision://"),
+        ("catalog://x", "use one of ImageNetPretrained/MSRA/R-50"),
+        ("ftp://host/x.pth", "unknown kind of source; use a local path or one of torchvision://"),
         ("https://host/x.zip", "only .safetensors, .pth"),
         ("https://host/", "not the address of a file"),
         ("detectron2://../x.pkl", "not the address of a file"),
@@ -262,7 +262,7 @@ def test_timms_config_beside_its_weights(tmp_path):
         found = assert_same_function(ours(), reference, source)
         assert (found.mean, found.interpolation) == (expected["mean"], expected["interpolation"])
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match="does not say"):  # another file's config
+    with pytest.raises(WeightsError, match="does not state"):  # another file's config
         read_checkpoint(tmp_path / "other.safetensors")
 
 

@@ -88,7 +88,7 @@ def test_another_network_of_the_file_is_chosen_by_its_key(tmp_path, caplog, key)
     assert main(["inspect", *words]) == 0
     assert main(["convert", *words, out, "--num-images", "1", "--size", "32"]) == 0
     assert torch.equal(stem(out), OTHER["conv1.weight"])
-    with pytest.raises(WeightsError, match=r"no weights under 'nothing'; there are .*"):
+    with pytest.raises(WeightsError, match=r"no weights under 'nothing'; its keys are .*"):
         stem(f"{tmp_path / 'x.pth'}#nothing")
 
 

@@ -129,7 +129,7 @@ def test_nothing_matches(detector, tmp_path):
     with refused(model, r"lacks \d+ of this detector's tensors, such as backbone"):
         Checkpointer(model).load(str(tmp_path / "x.pth"), [])
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pth")
-    with refused(model, "x.pth: the keys are of no ResNet"):
+    with refused(model, "x.pth: the keys belong to no ResNet"):
         Checkpointer(model, preprocessing="msra").load(str(tmp_path / "x.pth"), [])
 
 
@@ -312,7 +312,7 @@ def test_folded_statistics_need_frozen_norms(detector, tmp_path):
         found = model.backbone.state_dict()[key]
         torch.testing.assert_close(found, value, rtol=0, atol=1e-6, msg=key)
     model = detector(MODEL__RESNETS__NORM="BN")
-    with refused(model, "statistics .* folded in.*set MODEL.RESNETS.NORM FrozenBN"):
+    with refused(model, "folded batch norms.*set MODEL.RESNETS.NORM FrozenBN"):
         Checkpointer(model).load(str(tmp_path / "x.pkl"), [])
 
 

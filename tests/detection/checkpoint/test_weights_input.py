@@ -36,7 +36,10 @@ def where(make_voc):
         ([], "trained on other input: INPUT.FORMAT is BGR, MODEL.PIXEL_MEAN is [120, 120, 120]"),
         (["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", "[130,121,110]"], "PIXEL_STD is [60, 60, 60]"),
         ([MODE, "set", "INPUT.FORMAT", "BGR"], "INPUT.FORMAT BGR contradicts"),
-        ([MODE, "sometimes"], "RESNET_BACKBONE.WEIGHTS_INPUT is check or set, not 'sometimes'"),
+        (
+            [MODE, "sometimes"],
+            "RESNET_BACKBONE.WEIGHTS_INPUT must be check or set, not 'sometimes'",
+        ),
         (["MODEL.RESNETS.DEPTH", "34"], "DEPTH is 34; set MODEL.RESNETS.DEPTH 18"),
     ],
 )

@@ -170,7 +170,7 @@ def test_refused_samplers(make_cfg, two_sets):
 
 def test_proposals_that_are_not_named(make_cfg, two_sets):
     cfg = make_cfg(DATASETS__TRAIN=two_sets, MODEL__LOAD_PROPOSALS=True)
-    with pytest.raises(UsageError, match="PROPOSAL_FILES_TRAIN lacks sampling_a's"):
+    with pytest.raises(UsageError, match="PROPOSAL_FILES_TRAIN has no file for sampling_a"):
         build_loader(cfg, draw, seed=1)
 
 

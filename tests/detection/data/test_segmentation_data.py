@@ -170,7 +170,7 @@ MANY = [{"id": i, "name": str(i), "isthing": 0} for i in range(100, 360)]
 BELOW = "is not below the image folder"
 BAD_INSTANCES = [
     (lambda c: c["annotations"][0].pop("segmentation"), "1 annotations have no usable mask"),
-    (lambda c: c["images"][1].update(file_name="a/one.png"), "label picture a/one.png"),
+    (lambda c: c["images"][1].update(file_name="a/one.png"), "label image a/one.png"),
     (lambda c: c["images"][1].update(file_name="../../two.jpg"), f"'../../two.jpg' {BELOW}"),
     (lambda c: c["images"][1].update(file_name="/two.jpg"), f"'/two.jpg' {BELOW}"),
     (lambda c: c["images"][1].pop("width"), "two.jpg has no width and height"),
@@ -348,7 +348,7 @@ def in_palette(pixels):
 @pytest.mark.parametrize(
     "picture, words",
     [
-        (in_palette, "two.png is a picture of mode P: labels are 8-bit gray"),
+        (in_palette, "two.png is an image of mode P: labels are 8-bit gray"),
         (lambda p: Image.fromarray(p + np.uint8(3)), "two.png has label 3; there are 3 classes"),
     ],
 )
@@ -374,7 +374,7 @@ def to_5x5(label):
                 "missing-image: .*three.png",
             ],
         ),
-        (Path.unlink, ["missing-label: .*two.jpg: no label picture two.png"]),
+        (Path.unlink, ["missing-label: .*two.jpg: no label image two.png"]),
     ],
 )
 def test_bad_pairs_are_left_out_or_refused(labelled, caplog, change, words):
@@ -414,7 +414,9 @@ def test_one_folder_inside_the_other(labelled, images, labels):
 
 def test_two_images_of_one_label_are_refused(labelled):
     shutil.copy(labelled / "images/two.jpg", labelled / "images/two.jpeg")
-    with pytest.raises(DataError, match="two.jpeg and .*two.jpg would have one label picture, two"):
+    with pytest.raises(
+        DataError, match="two.jpeg and .*two.jpg would have the same label image, two"
+    ):
         semantic(labelled)
 
 

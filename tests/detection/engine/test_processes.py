@@ -99,7 +99,9 @@ def test_a_signal_to_one_process_stops_both(data, tmp_path, launcher):
     os.kill(workers[-1], signal.SIGTERM)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == (EXIT_STOPPED if launcher == "own" else 1), output[-3000:]
-    lines = [line for line in output.splitlines() if line.startswith("stopped by SIGTERM; go on")]
+    lines = [
+        line for line in output.splitlines() if line.startswith("stopped by SIGTERM; continue")
+    ]
     assert len(lines) == (1 if launcher == "own" else 2)
     last = reached(folder)
     assert torch.load(folder / f"model_{last:07d}.pth")["iteration"] == last

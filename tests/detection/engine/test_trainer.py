@@ -327,5 +327,5 @@ def test_expectations_that_cannot_be_compared(cfg, tmp_path):
 
 def test_runs_of_an_ensemble_are_looked_for_before_training(cfg):
     cfg.RESNET_BACKBONE.TEST.ENSEMBLE = ["nowhere"]
-    with pytest.raises(UsageError, match="nowhere: no config.yaml there"):
+    with pytest.raises(UsageError, match="nowhere has no config.yaml"):
         Trainer(cfg)

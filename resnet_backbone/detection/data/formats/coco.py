@@ -144,7 +144,7 @@ def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
     lists = data if isinstance(data, dict) else {}
     missing = [section for section in required if not isinstance(lists.get(section), list)]
     if missing:
-        return [f"COCO's format needs {' and '.join(missing)}, which it lacks"]
+        return [f"it has no list of {' or '.join(missing)}, which COCO's format needs"]
     found = []
     for section, keys in required.items():
         for position, entry in enumerate(data[section]):
