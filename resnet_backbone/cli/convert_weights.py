@@ -77,13 +77,8 @@ def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> N
     text = "largest value of a pixel: 1 for pixels in 0..1, 255 for 0..255"
     add(f"--value-range{end}", type=float, choices=(1.0, 255.0), metavar="{1,255}", help=text)
     for name in ("mean", "std"):
-        add(
-            f"--{name}{end}",
-            nargs=3,
-            type=float,
-            metavar="X",
-            help="one number per channel, in this order",
-        )
+        text = "one number per channel, in this order"
+        add(f"--{name}{end}", nargs=3, type=float, metavar="X", help=text)
     text = "whether bottlenecks have their stride in the first 1x1 convolution"
     add(f"--stride-in-1x1{end}", choices=("true", "false"), help=text)
     add(f"--bn-eps{end}", type=float, metavar="EPS", help="epsilon of the batch norms")
@@ -98,9 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     convert = add("convert", help="write weights in another form", epilog=CONVERT_EPILOG)
     verify = add("verify", help="compare the outputs of two files on the same images")
     for command in (inspect, convert):
-        command.add_argument(
-            "source", metavar="SOURCE", help="weights: a file, a folder, or a name"
-        )
+        text = "weights: a file, a folder, or a name"
+        command.add_argument("source", metavar="SOURCE", help=text)
         text = "which of several networks in the file, such as state_dict_ema or module.encoder_k"
         command.add_argument("--key", default="", metavar="KEY", help=text)
         add_source_arguments(command)
@@ -115,13 +109,8 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (convert, verify):
         add = command.add_argument_group("images to compare on").add_argument
         add("--images", metavar="DIR", help="folder (default: the photographs of scikit-image)")
-        add(
-            "--num-images",
-            type=positive,
-            default=8,
-            metavar="N",
-            help="number of images from DIR (default: 8)",
-        )
+        text = "number of images from DIR (default: 8)"
+        add("--num-images", type=positive, default=8, metavar="N", help=text)
         add("--size", type=int, metavar="PIXELS", help="side (default: 224; CIFAR: 32)")
     return parser
 
@@ -130,21 +119,14 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("conversion").add_argument
     text = "format, see below (default: %(default)s)"
     add("--to", default="resnet_backbone", choices=FORMATS, metavar="FORMAT", help=text)
-    add(
-        "--channel-order-to", default="", choices=("RGB", "BGR"), help="channel order of the result"
-    )
+    text = "channel order of the result"
+    add("--channel-order-to", default="", choices=("RGB", "BGR"), help=text)
     text = "pixel range of the result: 1 for 0..1, 255 for 0..255"
     add("--value-range-to", type=float, choices=(1.0, 255.0), metavar="{1,255}", help=text)
-    add(
-        "--fold-std",
-        action="store_true",
-        help="fold the std into the first convolution; it becomes 1",
-    )
-    add(
-        "--fold-bn",
-        action="store_true",
-        help="fold batch norms into the convolutions; cannot be undone",
-    )
+    text = "fold the std into the first convolution; it becomes 1"
+    add("--fold-std", action="store_true", help=text)
+    text = "fold batch norms into the convolutions; cannot be undone"
+    add("--fold-bn", action="store_true", help=text)
     text = "VGG without norms: scale every layer's responses to standard deviation 1"
     add("--unit-responses", action="store_true", help=text)
     add("--bn-eps-to", type=float, metavar="EPS", help="epsilon of the result's batch norms")

@@ -67,37 +67,22 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     model = parser.add_argument_group("model (give one)")
     model.add_argument("--run", metavar="DIR", help="run folder of train-net")
-    model.add_argument(
-        "--config-file", metavar="FILE", help="a file or a name; add MODEL.WEIGHTS FILE"
-    )
+    text = "a file or a name; add MODEL.WEIGHTS FILE"
+    model.add_argument("--config-file", metavar="FILE", help=text)
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="images, folders, videos, or patterns",
-    )
+    text = "images, folders, videos, or patterns"
+    add("--input", nargs="+", default=[], metavar="PATH", help=text)
     add("--web", action="store_true", help="serve a page to try the detector on")
-    add(
-        "--host",
-        default="127.0.0.1",
-        help="address of --web; 0.0.0.0: reachable from other machines (default: this one only)",
-    )
+    text = "address of --web; 0.0.0.0: reachable from other machines (default: this one only)"
+    add("--host", default="127.0.0.1", help=text)
     add("--port", type=int, default=7860, help="port of --web (default: 7860)")
     add("--output", metavar="PATH", help="folder, or a file for a single input")
     add("--confidence", type=float, default=0.5, help="lowest score to show (default: 0.5)")
     add("--sheet", metavar="FILE", help="one image of all results, such as sheet.png")
-    add(
-        "--sheet-columns", type=positive, default=4, metavar="N", help="images per row (default: 4)"
-    )
-    add(
-        "--sheet-max",
-        type=positive,
-        default=12,
-        metavar="N",
-        help="maximum number of images (default: 12)",
-    )
+    text = "images per row (default: 4)"
+    add("--sheet-columns", type=positive, default=4, metavar="N", help=text)
+    text = "maximum number of images (default: 12)"
+    add("--sheet-max", type=positive, default=12, metavar="N", help=text)
     add("--json", metavar="FILE", help="write the detections as numbers")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)

@@ -108,9 +108,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument("--cifar10", metavar="DIR", help="the test set, binary or Python version")
     text = "images, and folders of images, without labels: print the classes of each"
     chosen.add_argument("--predict", nargs="+", type=Path, metavar="PATH", help=text)
-    group.add_argument(
-        "--labels", metavar="FILE", help="file of lines 'image class' or 'image index'"
-    )
+    text = "file of lines 'image class' or 'image index'"
+    group.add_argument("--labels", metavar="FILE", help=text)
     text = "file of lines 'class index'; needed if the data have only some of the network's classes"
     group.add_argument("--class-list", metavar="FILE", help=text)
     text = "count up to N unreadable images as wrong (default: 0, stop at the first)"
@@ -119,11 +118,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_protocol_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("protocol").add_argument
-    add(
-        "--protocol",
-        choices=tuple(PROTOCOLS),
-        help="how images are tested (default: center; for --cifar10: full)",
-    )
+    text = "how images are tested (default: center; for --cifar10: full)"
+    add("--protocol", choices=tuple(PROTOCOLS), help=text)
     text = "center, ten_crop: short side of the image (default: as the weights state, else 256)"
     add("--resize", type=int, metavar="N", help=text)
     text = "center, ten_crop: side of the crop (default: as the weights state, else 224)"

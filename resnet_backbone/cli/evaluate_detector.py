@@ -87,13 +87,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context-run", metavar="DIR", help="run folder of a detector with global context")
     how = dict(action="extend", nargs="+", default=[], metavar="DIR")
     add("--ensemble-run", help="run folders of further detectors", **how)
-    add(
-        "--rows",
-        nargs="+",
-        default=list(ROWS),
-        metavar="ROW",
-        help="rows to measure (default: all)",
-    )
+    text = "rows to measure (default: all)"
+    add("--rows", nargs="+", default=list(ROWS), metavar="ROW", help=text)
     text = "short sides (default: 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST / 600)"
     add("--scales", nargs="+", metavar="N", help=text)
     add("--output", required=True, metavar="DIR", help="folder for the results")

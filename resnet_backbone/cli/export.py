@@ -70,29 +70,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", required=True, help="a file, a folder, or a name such as torchvision://...")
     add("--output", required=True, type=Path, metavar="NAME", help="path without suffix")
     add("--images", required=True, nargs="+", type=Path, help="photographs or a folder of them")
-    add(
-        "--longest-side",
-        type=positive,
-        default=640,
-        help="reduce larger images to this size in pixels (default: 640)",
-    )
+    text = "reduce larger images to this size in pixels (default: 640)"
+    add("--longest-side", type=positive, default=640, help=text)
     add("--tolerance", type=float, default=1e-4, help="largest allowed difference (default: 1e-4)")
     add = parser.add_argument_group("network").add_argument
     add("--model", help="name of the network, if the weights fit several")
     add("--preprocessing", default="", help="input of the weights, if they do not state it")
-    add(
-        "--out-features",
-        nargs="+",
-        metavar="STAGE",
-        help="export a backbone that returns these stages: res2 ... res5",
-    )
+    text = "export a backbone that returns these stages: res2 ... res5"
+    add("--out-features", nargs="+", metavar="STAGE", help=text)
     both = ("pt2", "onnx")
     add("--format", nargs="+", choices=both, default=both, help="(default: both)")
-    add(
-        "--with-normalization",
-        action="store_true",
-        help="include the normalization: the input is RGB pixels in 0..255",
-    )
+    text = "include the normalization: the input is RGB pixels in 0..255"
+    add("--with-normalization", action="store_true", help=text)
     add("--input-type", choices=("uint8", "float32"), default="uint8", help="type of these pixels")
     add = parser.add_argument_group("detector").add_argument
     add("--config-file", help="config of the detector that --weights belong to")

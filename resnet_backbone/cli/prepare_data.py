@@ -175,12 +175,8 @@ def add_own_options(parser: argparse.ArgumentParser) -> None:
     text = "folder of .xml or .txt files, a .json, or data.yaml (default: the images' folder)"
     add("--annotations", type=Path, metavar="PATH", help=text)
     formats = ("voc", "coco", "yolo", "imagenet")
-    add(
-        "--format",
-        choices=formats,
-        default="",
-        help="format of the annotations (default: detected; imagenet must be named)",
-    )
+    text = "format of the annotations (default: detected; imagenet must be named)"
+    add("--format", choices=formats, default="", help=text)
     add("--val", type=float, default=0.2, help="share of the images for validation (default: 0.2)")
     add("--seed", type=int, default=0, help="seed of the split (default: 0)")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
@@ -208,14 +204,10 @@ def add_imagenet_options(parser: argparse.ArgumentParser) -> None:
     add("--train-archive", help="ILSVRC2012_img_train.tar")
     add("--val-archive", help="ILSVRC2012_img_val.tar")
     labels.add_argument("--devkit", help="ILSVRC2012_devkit_t12.tar.gz, with the validation labels")
-    labels.add_argument(
-        "--val-labels", help="file of 'name wnid' lines, or of wnids in the order of the images"
-    )
-    add(
-        "--flat-val",
-        action="store_true",
-        help="keep the validation images in one folder, with a label list",
-    )
+    text = "file of 'name wnid' lines, or of wnids in the order of the images"
+    labels.add_argument("--val-labels", help=text)
+    text = "keep the validation images in one folder, with a label list"
+    add("--flat-val", action="store_true", help=text)
     add("--check-images", action="store_true", help="read every image and list the bad ones")
     add("--workers", type=positive, default=4, help="processes of --check-images (default: 4)")
     number = dict(type=int, metavar="N")
@@ -256,15 +248,10 @@ def add_shards_options(parser: argparse.ArgumentParser) -> None:
     write.add_argument("images", help="folder <class>/<image>, or a flat one with --labels")
     write.add_argument("folder", help="new local folder for the shards")
     write.add_argument("--labels", help="file of 'name label' lines for a flat folder")
-    write.add_argument(
-        "--samples-per-shard",
-        type=positive,
-        default=1000,
-        help="images per shard (default: 1000, about 110 MB)",
-    )
-    write.add_argument(
-        "--seed", type=int, default=0, help="seed of the order (default: 0; -1: the folder's order)"
-    )
+    text = "images per shard (default: 1000, about 110 MB)"
+    write.add_argument("--samples-per-shard", type=positive, default=1000, help=text)
+    text = "seed of the order (default: 0; -1: the folder's order)"
+    write.add_argument("--seed", type=int, default=0, help=text)
     index = commands.add_parser("index", help="write the index of existing shards")
     index.add_argument("folder", help="local folder of *.tar")
     for command in (write, index):

@@ -48,9 +48,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--micro-batch", help="images normalized together (default: as in the run)", **number)
     add("--layer-inputs", choices=LAYER_INPUTS, default="batch", help="(default: batch)")
     add_launch_arguments(parser)
-    add(
-        "overrides", nargs="*", metavar="key=value", help="config overrides, such as data.root=PATH"
-    )
+    text = "config overrides, such as data.root=PATH"
+    add("overrides", nargs="*", metavar="key=value", help=text)
     return parser.parse_intermixed_args(argv)
 
 

@@ -234,19 +234,13 @@ def add_responses(parser: argparse.ArgumentParser) -> None:
     text = ".safetensors file, and its name in the legend; may be given several times"
     add("--weights", action="append", required=True, metavar="FILE[=LABEL]", help=text)
     text = "folder of images; center crops of 224 (short side 256) are used"
-    source.add_argument(
-        "--cifar10", metavar="DIR", help="folder of CIFAR-10; its test images are used"
-    )
+    text = "folder of CIFAR-10; its test images are used"
+    source.add_argument("--cifar10", metavar="DIR", help=text)
     source.add_argument("--images", metavar="DIR", help=text)
     add("--output", required=True, metavar="FILE.png", help="image file to write")
     add("--json", metavar="FILE", help="also write the numbers, by layer name")
-    add(
-        "--num-images",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="number of images (default: %(default)s)",
-    )
+    text = "number of images (default: %(default)s)"
+    add("--num-images", type=positive, default=1000, metavar="N", help=text)
     add("--model", metavar="NAME", help="network of weights that do not state it")
     add("--preprocessing", default="", metavar="NAME", help="their input, such as msra")
 

@@ -50,8 +50,8 @@ examples:
 
 Each step has a folder in --output. Its name has the hash of the step's command, configs, weights,
 and data, and of this package's version (not of its code: after a change, give another --output).
-Finished steps are not repeated. After an interruption (SIGTERM and Ctrl-C write a checkpoint), the
-same command continues. A plan is configs/reproduction/NAME.yaml or FILE.yaml; mini.yaml explains it."""
+Finished steps are not repeated. After an interruption, the same command continues. A plan is
+configs/reproduction/NAME.yaml or FILE.yaml; mini.yaml explains it."""
 
 
 def read_yaml(path: Path) -> Any:

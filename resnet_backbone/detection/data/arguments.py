@@ -53,9 +53,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     roots = "image folder of both sets, or one folder for each"
     data.add_argument("--image-root", nargs="+", metavar="DIR", help=roots)
     data.add_argument("--sem-seg", **pair, help="folders of label images, with classes.txt")
-    data.add_argument(
-        "--panoptic-json", **pair, help="COCO panoptic files, in addition to --coco-json"
-    )
+    text = "COCO panoptic files, in addition to --coco-json"
+    data.add_argument("--panoptic-json", **pair, help=text)
     pictures = "their segment images (default: the JSON file's name without .json)"
     data.add_argument("--panoptic-root", **pair, help=pictures)
     policies = "leave out missing or broken files and boxes, or stop (default: drop)"

@@ -152,7 +152,7 @@ def test_refusals(make_run, tool, tmp_path):
     context = make_run("context", RESNET_BACKBONE__GLOBAL_CONTEXT=True)
     refused = {
         "MODEL.WEIGHTS is set by --run": ["--run", run, "MODEL.WEIGHTS", "x"],
-        "nowhere: no config.yaml there": ["--run", "nowhere"],
+        "nowhere has no config.yaml": ["--run", "nowhere"],
         "lacks RESNET_BACKBONE.GLOBAL_CONTEXT": ["--run", run, "--context-run", run + "/."],
         "GLOBAL_CONTEXT: it belongs to --context-run": ["--run", context],
         "has RESNET_BACKBONE.GLOBAL_CONTEXT": ["--run", context, "--context-run", context],
