@@ -53,7 +53,7 @@ sizes; four are enough. NAME.json and the ONNX file's metadata describe the inpu
 
 The input is float32, normalized by the caller as NAME.json says, or, with --with-normalization, RGB
 pixels in 0..255. A detector normalizes by itself: it takes float32 in 0..255, in the channel order
-of INPUT.FORMAT. `resnet-backbone benchmark infer --runtimes` measures the speed of each runtime."""
+of INPUT.FORMAT. `resnet-backbone benchmark infer --engines` measures the speed of each engine."""
 
 CHECKED = 4  # images
 DETECTOR_OUTPUTS = {
