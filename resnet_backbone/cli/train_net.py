@@ -130,7 +130,7 @@ def train(cfg: CfgNode, resume: bool) -> None:
 
 
 def evaluate(cfg: CfgNode) -> None:
-    with watching() as watch:
+    with StopRequest() as stop, watching(stop) as watch:
         results = Trainer.test(cfg, trained_detector(cfg))
     if results:
         setup.write_results(cfg, results, watch.speed, iterations=None)
