@@ -207,7 +207,7 @@ NET, CLASSES = "--model cifar_resnet8", "has 3 classes, the network 8.*--class-l
         ("a --predict nowhere", "--predict nowhere: no such file or folder"),
         (f"bare {NET} --num-classes 3 VAL", r"which input .* name it.*\(--preprocessing\)"),
         (f"bare {NET} --preprocessing caffe_vgg VAL", "linear.weight has shape"),
-        ("a --model resnet18 VAL", "is of cifar_resnet8"),
+        ("a --model resnet18 VAL", "is a cifar_resnet8"),
         ("a b a --model resnet18 vgg16 VAL", "--model: give one for all, or one for each"),
         ("a eight VAL", "same classes: cifar_resnet8 has 3, cifar_resnet8 has 8"),
         ("eight VAL", f"val {CLASSES}"),

@@ -77,7 +77,7 @@ def test_shards_are_read_whole_and_neighbors_together(sizes, together):
 
 
 def test_impossible_streams_are_refused():
-    for (samples, world), hint in (((0, 1), "no samples"), ((9, 3), "does not divide")):
+    for (samples, world), hint in (((0, 1), "no samples"), ((9, 3), "cannot be divided")):
         with pytest.raises(DataError, match=hint):
             SampleStream(samples, batch_size=4, world=world)
 
