@@ -325,7 +325,8 @@ class StatesInput(nn.Module):
         differ = sorted(key for key in lacking | unknown if not key.endswith(COUNTER))
         if differ:
             problem = (
-                f"{len(differ)} tensors are missing, extra, or of another shape, such as {differ[0]}"
+                f"{len(differ)} tensors are missing, extra, or of another shape, such as "
+                f"{differ[0]}"
             )
             cause = explain_misfit(self, below(prefix, state_dict), problem)
             raise WeightsError(f"the checkpoint belongs to another backbone: {cause}")

@@ -112,7 +112,7 @@ def test_detectors_of_every_container(detector, make_cfg, small, tmp_path):
         (dict(RESNET_BACKBONE__SHORTCUT="A"), "this detector has no .*res3.0.shortcut"),
         (
             {},
-            r"is a resnet34, this network a resnet18: .* no backbone.bottom_up.res2.2.conv1.weight",
+            r"is a resnet34, this network is a resnet18: .* no backbone.bottom_up.res2.2.conv1.weight",
         ),
     ],
 )
@@ -232,8 +232,8 @@ def test_a_detector_without_heads_may_start_a_training(detector, tmp_path, caplo
 @pytest.mark.parametrize(
     ("depths", "message"),
     [
-        ((18, 34), "the file is a resnet18, this network a resnet34: .*res2"),
-        ((34, 18), "the file is a resnet34, this network a resnet18: .*res2"),
+        ((18, 34), "the file is a resnet18, this network is a resnet34: .*res2"),
+        ((34, 18), "the file is a resnet34, this network is a resnet18: .*res2"),
         ((18, 50), ".*res2.* depth"),  # it leaves out what tells them apart
     ],
 )

@@ -206,7 +206,7 @@ def test_rcnn_starts_with_the_classifier_and_the_proposals_and_later_needs_neith
     assert "was trained on the classes ['owl', 'cat']" in error
     shutil.rmtree(proposals)
     (error,) = train("rcnn", tmp_path / "absent", key, proposals, code=2)[-1:]
-    assert "no model_final.pth" in error
+    assert "has no checkpoint" in error
     train(None, run, "--eval-only")
     result = json.loads((run / "eval" / "results.json").read_text())["results"]["localization"]
     assert 0 <= result["true_class_error"] <= 100
