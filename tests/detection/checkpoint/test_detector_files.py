@@ -112,7 +112,7 @@ def test_detectors_of_every_container(detector, make_cfg, small, tmp_path):
         (dict(RESNET_BACKBONE__SHORTCUT="A"), "this detector has no .*res3.0.shortcut"),
         (
             {},
-            r"is a resnet34, this network is a resnet18: .* no backbone.bottom_up.res2.2.conv1.weight",
+            r"resnet34, this network is a resnet18: .* no backbone.bottom_up.res2.2.conv1.weight",
         ),
     ],
 )
