@@ -48,7 +48,7 @@ def plot_training(
             found = [one[name] for one in runs if name in one]
             _draw_runs(axes, found, name != AP50, color=colors[label], label=label)
         axes.set_title("AP50 (%)" if name == AP50 else name.replace("_", " "), fontsize="small")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set_xlim(left=0)
         axes.tick_params(labelsize="small")
     figure.supxlabel("iteration", fontsize="small")
