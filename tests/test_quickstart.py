@@ -91,10 +91,11 @@ def test_table_is_read_from_the_runs(tmp_path, compared):
     (tmp_path / "data" / "Annotations" / "a.xml").write_text(f"<annotation>{digits}</annotation>")
 
     def find(score):
-        box = {"file": "x/a.jpg", "box": [0, 0, 10, 9], "score": score}
+        box = {"box": [0, 0, 10, 9], "score": score}
         detections = [{**box, "class": digit} for digit in ("one", "three") if score]
         file = tmp_path / f"found_{score}.json"
-        file.write_text(json.dumps({"confidence": 0.5, "detections": detections}))
+        images = [{"file": "x/a.jpg", "detections": detections}]
+        file.write_text(json.dumps({"confidence": 0.5, "images": images}))
         return str(file)
 
     def run(name, **content):

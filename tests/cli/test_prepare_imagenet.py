@@ -139,9 +139,9 @@ def test_an_interrupted_call_goes_on(tmp_path, unpack):
 def test_wrong_counts_are_told(unpack):
     status, errors = unpack()
     assert status == 1
-    assert "has 9 images, 1,281,167 are expected" in errors
-    assert "has 6 images, 50,000 are expected" in errors
-    assert "3 classes, 1000 are expected" in errors
+    assert "has 9 images instead of 1,281,167" in errors
+    assert "has 6 images instead of 50,000" in errors
+    assert "3 classes instead of 1000" in errors
 
 
 def test_right_counts_of_classes():
@@ -192,7 +192,7 @@ def test_members_cannot_leave_the_folder(tmp_path, archives, unpack):
 def test_missing_arguments_and_folders(tmp_path, archives, run):
     for options, message in (
         (["--val-archive", archives / "val.tar"], "needs --devkit or --val-labels"),
-        (["--workers", "0"], "--workers: 1 at least"),
+        (["--workers", "0"], "--workers: at least 1"),
         ([], "neither train nor val"),
     ):
         status, _, error = run("imagenet", tmp_path, *options)

@@ -75,7 +75,7 @@ def test_all_images_by_default_and_another_file(tool, run):
     [
         (["--run", "nowhere"], "nowhere has no config.yaml"),
         (["--run", ".", "--weights", "gone.safetensors"], "gone.safetensors: no such file"),
-        (["--run", ".", "--images", "-1"], "--images: 1 at least"),
+        (["--run", ".", "--images", "-1"], "--images: at least 1"),
         (["--run", ".", "train.batchsize=3"], "did you mean train.batch_size"),
     ],
 )

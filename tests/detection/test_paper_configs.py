@@ -74,7 +74,7 @@ def test_protocol(make_cfg, name):
     assert (cfg.MODEL.WEIGHTS == "") == cfg.RESNET_BACKBONE.GLOBAL_CONTEXT == ("from_coco" in name)
     assert cfg.RESNET_BACKBONE.CAFFE_POOL == ("torchvision" not in cfg.MODEL.WEIGHTS)
     text = (FOLDER / name).read_text()
-    assert f"--config-file paper/{name.removesuffix('.yaml')}\n" in text and "# Expected: " in text
+    assert f"--config-file paper/{name.removesuffix('.yaml')}" in text and "# Expected: " in text
 
 
 def test_the_deviations_say_detectron2s_defaults():

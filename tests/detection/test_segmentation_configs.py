@@ -191,11 +191,11 @@ V3 = "coco/deeplab_v3_R_50_OS16.yaml"
         (DEEPLAB, "MODEL.RESNETS.STEM_TYPE", "deeplab", "STEM_TYPE deeplab is not a network of"),
         (DEEPLAB, "RESNET_BACKBONE.RES4_DILATION", "2", "RES4_DILATION 2 contradicts"),
         (DEEPLAB, "RESNET_BACKBONE.MULTI_GRID", "[1, 1]", "leave RESNET_BACKBONE.MULTI_GRID out"),
-        (DEEPLAB, "MODEL.SEM_SEG_HEAD.COMMON_STRIDE", "8", "8 is not the stride of res2, 4, by"),
+        (DEEPLAB, "MODEL.SEM_SEG_HEAD.COMMON_STRIDE", "8", "8 is not the stride of res2, 4: set"),
         (DEEPLAB, "MODEL.RESNETS.OUT_FEATURES", "['res5']", r"names \['res2'\], but the backbone"),
         (DEEPLAB, "INPUT.CROP.TYPE", "relative", "relative: DeepLabV3PlusHead learns from crops"),
         (V3, "MODEL.SEM_SEG_HEAD.COMMON_STRIDE", "8", "8 is not the stride of res5, 16"),
-        (V3, "MODEL.RESNETS.RES5_DILATION", "1", "16 is not the stride of res5, 32, by which De"),
+        (V3, "MODEL.RESNETS.RES5_DILATION", "1", "16 is not the stride of res5, 32: set"),
         (V3, "INPUT.CROP.TYPE", "relative_range", "TYPE absolute"),
     ],
 )

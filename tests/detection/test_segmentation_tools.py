@@ -70,7 +70,7 @@ def draw(scenes, folder, output):
     numbers = output.with_suffix(".json")
     words = ["--run", folder, "--input", scenes / "images" / "000001.jpg", "--output", output]
     tool("demo").main([*map(str, words), "--json", str(numbers), "--confidence", "0"])
-    return json.loads(numbers.read_text())["detections"]
+    return json.loads(numbers.read_text())["images"][0]["detections"]
 
 
 def test_panoptic_from_labels_to_picture(train_net, scenes, tmp_path):

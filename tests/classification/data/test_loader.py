@@ -237,7 +237,9 @@ def test_the_limit_stops_with_one_line(tmp_path):
     with pytest.raises(DataError) as caught:
         report.add(bad("the fifth"))
     message = str(caught.value)
-    assert "5 images cannot be read, 4 are allowed: 0 (truncated); 1 (truncated)" in message
+    assert (
+        "5 images cannot be read, but only 4 are allowed: 0 (truncated); 1 (truncated)" in message
+    )
     assert "r.txt" in message and "data.max_bad_images" in message and "\n" not in message
     assert "the fifth" in report.path.read_text()
     with pytest.raises(DataError):

@@ -60,7 +60,7 @@ def test_policies(make_voc, caplog):
     apply_policy(report, "drop")
     logged = [record.getMessage() for record in caplog.records]
     assert len(logged) == 12 and "a.xml" in logged[0] and "b.xml" in logged[-1]
-    with pytest.raises(ValueError, match="'ignore' is not known"):
+    with pytest.raises(ValueError, match="unknown bad-data policy 'ignore'"):
         apply_policy(report, "ignore")
 
 
