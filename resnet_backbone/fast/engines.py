@@ -9,6 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -48,8 +49,7 @@ def why_not(engine: str, dtype: torch.dtype, device: torch.device | None = None)
         return f"has float32 on CPUs, not {str(dtype)[6:]}: use another engine"
     if engine == "openvino" and dtype not in (torch.float32, torch.int8):
         name = {torch.bfloat16: "BF16", torch.float16: "FP16"}[dtype]
-        core = importlib.import_module("openvino").Core()
-        if name not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if name not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             return f"has no {name} on this CPU: use float32"
     return ""
 
@@ -273,6 +273,16 @@ def build_int8(network: nn.Module, samples: list[Tensor]) -> Run:
     return run_openvino(plain, graph, torch.int8)
 
 
+@cache
+def openvino_core() -> Any:
+    """The one Core of the process, which is never destroyed.
+
+    Each Core of OpenVINO 2026.4 sets a stack for signal handlers. One that is destroyed before a
+    later one leaves the address of freed memory, and the next signal ends the process.
+    """
+    return importlib.import_module("openvino").Core()
+
+
 def openvino_graph(plain: TupleOutput, x: Tensor) -> Any:
     openvino = importlib.import_module("openvino")
     with warnings.catch_warnings():
@@ -286,7 +296,7 @@ def run_openvino(plain: TupleOutput, graph: Any, dtype: torch.dtype) -> Run:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = importlib.import_module("openvino").compile_model(graph, "CPU", settings)
+    compiled = openvino_core().compile_model(graph, "CPU", settings)
     return lambda x: plain.rebuild(compiled(x.float().contiguous().numpy()).values())
 
 
