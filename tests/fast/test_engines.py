@@ -3,6 +3,8 @@
 import copy
 import logging
 import pickle
+import subprocess
+import sys
 from unittest.mock import MagicMock
 
 import pytest
@@ -123,3 +125,24 @@ def test_int8_is_calibrated_on_given_inputs(engine, dtype):
     assert fast.engine == "int8"
     with pytest.raises(TypeError, match="optimize the original again"):
         copy.deepcopy(fast)
+
+
+@pytest.mark.parametrize("engine, dtype", [has("openvino")])
+def test_signals_after_an_engine_is_gone(engine, dtype):
+    """OpenVINO sets a stack for signal handlers, which must not be that of a destroyed object."""
+    code = """
+import gc, signal, torch
+from resnet_backbone import optimize_for_inference
+
+fast = [optimize_for_inference(torch.nn.Conv2d(3, 4, 3), engine="openvino") for _ in range(3)]
+assert all(one(torch.ones(1, 3, 8, 8)).shape == (1, 4, 6, 6) for one in fast)
+while fast:
+    del fast[0]
+    gc.collect()
+answered = []
+signal.signal(signal.SIGUSR1, lambda *_: answered.append(1))
+signal.raise_signal(signal.SIGUSR1)
+print(len(answered), "answered")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1 answered\n"), done.stderr
