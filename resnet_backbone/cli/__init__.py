@@ -6,12 +6,14 @@ import argparse
 import ast
 import difflib
 import importlib
+import logging
 import os
 import sys
 import warnings
 from typing import Any, NoReturn
 
 warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")  # Detectron2's
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA runtime
 
 PROGRAM = "resnet-backbone"
 COMMANDS = {
