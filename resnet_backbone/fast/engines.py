@@ -6,6 +6,7 @@ import copy
 import importlib
 import io
 import logging
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -301,7 +302,6 @@ def run_openvino(plain: TupleOutput, graph: Any, dtype: torch.dtype) -> Run:
 
 
 def build_onnxruntime(network: nn.Module, x: Tensor) -> Run:
-    onnxruntime = importlib.import_module("onnxruntime")
     plain, file = TupleOutput(network), io.BytesIO()
     axes = {"x": [axis for axis, size in enumerate(free_sizes(x)) if size < 0]}
     with warnings.catch_warnings():
@@ -311,11 +311,24 @@ def build_onnxruntime(network: nn.Module, x: Tensor) -> Run:
             plain, (x,), file, dynamo=False, opset_version=ONNX_OPSET, input_names=["x"],
             dynamic_axes=axes,
         )  # fmt: skip
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    providers = ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=providers)
+    session = onnx_session(file.getvalue(), torch.get_num_threads())
     return lambda x: plain.rebuild(session.run(None, {"x": x.contiguous().numpy()}))
+
+
+def onnx_session(model: str | os.PathLike | bytes, threads: int = 0) -> Any:
+    """An ``onnxruntime.InferenceSession`` of a file or its content, on the CPU.
+
+    0 threads: its own choice. ValueError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError("running ONNX files needs: pip install onnxruntime") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    content = model if isinstance(model, bytes) else os.fspath(model)
+    providers = ["CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(content, options, providers=providers)
 
 
 def free_sizes(x: Tensor) -> list[int]:

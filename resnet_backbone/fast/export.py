@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from resnet_backbone.fast.engines import onnx_session
 from resnet_backbone.fast.optimize import fold_bn
 from resnet_backbone.models.layers import StagedNetwork
 from resnet_backbone.weights.preprocessing import Preprocessing
@@ -136,18 +136,6 @@ def run_model(model: Callable[[Tensor], Tensor | Outputs]) -> Runner:
         return found if isinstance(found, dict) else {"logits": found}
 
     return run
-
-
-def onnx_session(path: str | os.PathLike, threads: int = 0) -> Any:
-    """An ``onnxruntime.InferenceSession`` of a file, on the CPU; 0 threads: its own choice."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError("running ONNX files needs: pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    providers = ["CPUExecutionProvider"]
-    return onnxruntime.InferenceSession(os.fspath(path), options, providers=providers)
 
 
 def run_onnx(path: str | os.PathLike, threads: int = 0) -> Runner:

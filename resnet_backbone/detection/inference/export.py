@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.fast import optimize_for_inference
+from resnet_backbone.fast.engines import onnx_session
 from resnet_backbone.fast.export import (
     Mismatch,
     export_program,
     finite_or_inf,
-    onnx_session,
     run_model,
     run_program,
 )
