@@ -11,8 +11,9 @@ import torch
 from PIL import ImageOps
 
 from resnet_backbone.cli import CommandParser, positive
-from resnet_backbone.cli.export import find_pictures, read_picture, spread, to_tensor
+from resnet_backbone.cli.export import read_picture, to_tensor
 from resnet_backbone.runtime.errors import one_line_errors
+from resnet_backbone.runtime.images import find_pictures, spread
 from resnet_backbone.runtime.records import command_line
 from resnet_backbone.weights import convert as conversion
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec

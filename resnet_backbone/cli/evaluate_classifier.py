@@ -10,14 +10,18 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from resnet_backbone.classification import networks
 from resnet_backbone.classification.data import imagenet
 from resnet_backbone.classification.data.evaluation import (
+    BadSample,
     EvaluationArrays,
     EvaluationFiles,
     EvaluationLoader,
@@ -27,11 +31,13 @@ from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
 from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
-from resnet_backbone.cli.export import find_pictures
+from resnet_backbone.fast import optimize_for_inference
+from resnet_backbone.fast.engines import AUTO, CALIBRATION, PACKAGES, check_engine
 from resnet_backbone.report.table import prediction_rows, write_csv, write_evaluation
 from resnet_backbone.runtime import records
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
+from resnet_backbone.runtime.images import BadImage, find_pictures, spread
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
 from resnet_backbone.runtime.records import set_up_logging
@@ -66,6 +72,9 @@ examples:
   n01440764, or your own names):
     resnet-backbone evaluate-classifier --weights a.safetensors b.safetensors \\
         --flat ILSVRC2012_img_val --labels val_labels.txt --class-list LOC_synset_mapping.txt
+  In OpenVINO's int8, with the ranges of activations from 128 of the training images:
+    resnet-backbone evaluate-classifier --weights final.safetensors \\
+        --imagenet-folder imagenet/val --engine openvino --int8 imagenet/train
   CIFAR-10:
     resnet-backbone evaluate-classifier --weights output/resnet20/final.safetensors \\
         --cifar10 cifar10
@@ -142,6 +151,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=4, help="loader processes (default: 4)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--amp", choices=tuple(AMP), default="none", help="mixed precision (default: none)")
+    choices, text = (AUTO, *PACKAGES), "what runs the network on a CPU; auto: the fastest (eager)"
+    add("--engine", choices=choices, default="eager", help=text)
+    text = "in OpenVINO's int8, with the ranges of activations from images of this folder"
+    add("--int8", metavar="DIR", help=text)
     flag = argparse.BooleanOptionalAction
     add("--channels-last", action=flag, default=True, help="memory format (default: channels-last)")
     add("--output", metavar="DIR", help="folder for the results")
@@ -152,6 +165,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UsageError("--flat DIR and --labels FILE need each other")
     if args.cifar10 and args.class_list:
         raise UsageError("--class-list is for --imagenet-folder and --flat")
+    args.dtype = torch.int8 if args.int8 else AMP[args.amp] or torch.float32
+    if args.int8 and args.amp != "none":
+        raise UsageError("--int8 and --amp are two precisions: give one")
+    check_engine(args.engine, args.dtype)
     return args
 
 
@@ -240,6 +257,33 @@ def load_networks(
     return models, specs[0].num_classes
 
 
+def put_on_engine(
+    args: argparse.Namespace,
+    models: list[tuple[torch.nn.Module, InputNormalizer]],
+    protocol: Protocol,
+) -> list[tuple[torch.nn.Module, InputNormalizer]]:
+    """The networks as --engine runs them, in the precision of --amp or --int8."""
+    if args.engine == "eager":
+        return models
+    if getattr(protocol, "pooling", "") == "sliding":
+        raise UsageError("a sliding window runs in PyTorch alone: give --pooling global_pool")
+    files = spread(find_pictures([args.int8], "--int8"), CALIBRATION) if args.int8 else []
+    images = EvaluationFiles([(file, 0) for file in files], protocol.short_sides, protocol.prepare)
+
+    def calibration(normalizer: InputNormalizer) -> Iterator[Tensor]:
+        for index in tqdm(range(len(images)), "calibration", unit="image", leave=False):
+            item = images[index]
+            if isinstance(item, BadSample):
+                raise BadImage(item.name, item.reason)
+            yield from (normalizer(image[None]) for image in item.images)
+
+    options = dict(dtype=args.dtype, engine=args.engine)
+    return [
+        (optimize_for_inference(model, **options, calibration=calibration(normalizer)), normalizer)
+        for model, normalizer in models
+    ]
+
+
 def read_data(
     args: argparse.Namespace, protocol: Protocol, num_classes: int
 ) -> tuple[EvaluationFiles | EvaluationArrays, tuple[str, ...]]:
@@ -281,7 +325,8 @@ def write_results(args: argparse.Namespace, world: World, images, names, result)
         "weights": args.weights,
         "data": args.imagenet_folder or args.flat or args.cifar10,
         **result.to_dict(),
-        "amp": args.amp,
+        "precision": str(args.dtype).removeprefix("torch."),
+        "engine": args.engine,
         "processes": world.size,
         "date": records.date()[:10],
         "hardware": records.hardware(world.device),
@@ -312,10 +357,12 @@ def work(args: argparse.Namespace) -> None:
     models, num_classes = load_networks(args, world)
     protocol = make_protocol(args, models[0][1].preprocessing)
     images, names = read_data(args, protocol, num_classes)
+    models = put_on_engine(args, models, protocol)
     place = dict(rank=world.rank, world=world.size)
     loader = EvaluationLoader(images, args.batch_size, workers=args.workers, **place)
     options = dict(channels_last=args.channels_last, max_bad_images=args.max_bad_images)
-    result = evaluate(models, protocol, loader, world=world, autocast=AMP[args.amp], **options)
+    autocast = AMP[args.amp] if args.engine == "eager" else None  # else the engine's precision
+    result = evaluate(models, protocol, loader, world=world, autocast=autocast, **options)
     if world.is_main and args.predict:
         show_predictions(args, images, names, result)
     elif world.is_main:

@@ -21,7 +21,6 @@ import argparse
 import json
 import tempfile
 import warnings
-from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,14 +31,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from resnet_backbone.classification.data.imagenet import EXTENSIONS
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.fast import export
 from resnet_backbone.fast.export import Mismatch
 from resnet_backbone.models import StagedNetwork
 from resnet_backbone.runtime.errors import UnexpectedResults, one_line_errors
 from resnet_backbone.runtime.files import put_in_place, write_json
-from resnet_backbone.runtime.images import read_rgb
+from resnet_backbone.runtime.images import find_pictures, read_rgb
 from resnet_backbone.weights import ModelSpec, Preprocessing, load_weights, read_checkpoint
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
@@ -92,24 +90,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.opts and not args.config_file:
         parser.error(f"{args.opts[0]}: config overrides belong to --config-file")
     return args
-
-
-def find_pictures(paths: Sequence[str | Path], option: str = "--images") -> list[Path]:
-    """Files as they are given, and in place of a folder all pictures below it, sorted by name."""
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise ValueError(f"{option} {path}: no such file or folder")
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found += [file for file in inside if file == path or file.suffix.lower() in EXTENSIONS]
-    if not found:
-        raise ValueError(f"{option} {' '.join(map(str, paths))}: no images found")
-    return found
-
-
-def spread(files: list[Path], count: int) -> list[Path]:
-    """At most so many of the files, evenly over their order."""
-    return files[:: max(1, len(files) // count)][:count]
 
 
 def read_picture(file: Path) -> Image.Image:

@@ -14,7 +14,6 @@ from resnet_backbone.classification.data.augment import center_crop, resize_shor
 from resnet_backbone.classification.data.sources import read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.cli import CommandParser, positive
-from resnet_backbone.cli.export import find_pictures, spread
 from resnet_backbone.report import plots
 from resnet_backbone.report.detection_plots import plot_training
 from resnet_backbone.report.published import parse_network
@@ -22,7 +21,7 @@ from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_metrics,
 from resnet_backbone.report.table import results_table
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json, write_text
-from resnet_backbone.runtime.images import read_rgb
+from resnet_backbone.runtime.images import find_pictures, read_rgb, spread
 from resnet_backbone.runtime.records import command_line
 from resnet_backbone.weights.preprocessing import InputNormalizer
 

@@ -23,6 +23,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from yaml import Node, SafeLoader, YAMLError
 
+from resnet_backbone.fast.engines import check_engine
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import find_config
 
@@ -86,9 +87,10 @@ DEFAULTS = CfgNode(
             # agnostic: over all classes together; or soft-NMS (arXiv 1704.04503): linear, gaussian
             "NMS": "hard",
             "ENSEMBLE": [],  # run folders of further detectors: proposals and scores united
-            # Of evaluations and predictions, on CPUs and GPUs: float32, or mixed precision in
-            # bfloat16 or float16. SOLVER.AMP is training's.
+            # Of evaluations and predictions, on CPUs and GPUs: float32, mixed precision in bfloat16
+            # or float16, or with ENGINE openvino int8. SOLVER.AMP is training's.
             "PRECISION": "float32",
+            "CALIBRATION": "",  # for int8: a folder of images like those to come, 128 of them
             # eager, compile, openvino, onnxruntime, or auto, which measures and takes the fastest:
             # what runs backbone and heads (resnet_backbone.optimize_for_inference)
             "ENGINE": "eager",
@@ -98,7 +100,7 @@ DEFAULTS = CfgNode(
 
 CHOICES = {
     "NMS": ("hard", "agnostic", "linear", "gaussian"),
-    "PRECISION": ("float32", "bfloat16", "float16"),
+    "PRECISION": ("float32", "bfloat16", "float16", "int8"),
 }
 KEY = "RESNET_BACKBONE.TEST"
 
@@ -177,7 +179,10 @@ class Switches(NamedTuple):
 def read_switches(cfg: CfgNode) -> Switches:
     """The switches; UsageError where they contradict one another or the detector's kind."""
     node = backbone_node(cfg).TEST
-    read_precision(cfg)
+    try:
+        check_engine(node.ENGINE, read_precision(cfg))
+    except ValueError as error:
+        raise UsageError(f"{KEY}.ENGINE: {error}") from error
     check_scales(cfg, node.SCALES)
     scales, runs = tuple(sorted(node.SCALES)), tuple(node.ENSEMBLE)
     switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, _choice(cfg, "NMS"), runs)
@@ -197,10 +202,13 @@ def read_switches(cfg: CfgNode) -> Switches:
 
 
 def read_precision(cfg: CfgNode) -> torch.dtype:
-    """``RESNET_BACKBONE.TEST.PRECISION``; UsageError where the region heads do not have it."""
+    """``RESNET_BACKBONE.TEST.PRECISION``; UsageError where something that it needs is missing."""
     name, pooler = _choice(cfg, "PRECISION"), cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
     if name != "float32" and pooler == "ROIPool" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
         hint = "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool supports only float32 on CPUs"
+        raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
+    if (name == "int8") != bool(backbone_node(cfg).TEST.CALIBRATION):
+        hint = "int8 and CALIBRATION, a folder of images, need each other"
         raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
     return getattr(torch, name)
 

@@ -59,6 +59,7 @@ def check_engine(engine: str, dtype: torch.dtype) -> None:
     """Raises ValueError for an engine that is unknown or cannot run here."""
     if engine not in (AUTO, *PACKAGES):
         raise ValueError(f"engine {engine!r} is not one of {', '.join((AUTO, *PACKAGES))}")
+    engine = "openvino" if engine == AUTO and dtype == torch.int8 else engine
     problem = engine != AUTO and why_not(engine, dtype)
     if problem:
         raise ValueError(f"engine {engine} {problem}")
@@ -117,9 +118,12 @@ class InferenceNetwork(nn.Module):
             raise ValueError("int8 needs calibration inputs, on which every part is run")
         self._run, self.engine, self.samples = build_int8(self.network, self.samples), "int8", None
 
-    def __getstate__(self) -> dict:
+    def _refuse_int8(self, what: str) -> None:
         if self.engine == "int8":
-            raise TypeError("an int8 network is not copied or saved: optimize the original again")
+            raise TypeError(f"an int8 network is not {what}: optimize the original again")
+
+    def __getstate__(self) -> dict:
+        self._refuse_int8("copied or saved")
         return {name: value for name, value in self.__dict__.items() if name != "_run"}
 
     def __setstate__(self, state: dict) -> None:
@@ -127,6 +131,7 @@ class InferenceNetwork(nn.Module):
         self._forget()
 
     def _apply(self, fn, recurse: bool = True) -> InferenceNetwork:
+        self._refuse_int8("moved or cast")
         super()._apply(fn, recurse)
         if self.asked != "eager":  # an engine has the parameters by identity, which _apply keeps
             self.network = copy.deepcopy(self.network)

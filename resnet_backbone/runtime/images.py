@@ -6,7 +6,7 @@ import io
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,9 @@ import simplejpeg
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
+EXTENSIONS = frozenset(
+    ".jpeg .jpg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm".split()
+)
 EXIF_ORIENTATION = 0x0112
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 ORIENTATION_TAGS = (b"\x01\x12", b"\x12\x01", b"Orientation")  # EXIF of both byte orders, XMP
@@ -45,6 +48,24 @@ class Decoded(NamedTuple):
 
     pixels: np.ndarray  # uint8 (H, W, 3), RGB, upright
     note: str = ""  # what was converted ("CMYK", "EXIF orientation 6")
+
+
+def find_pictures(paths: Sequence[str | Path], option: str = "--images") -> list[Path]:
+    """Files as they are given, and in place of a folder all pictures below it, sorted by name."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"{option} {path}: no such file or folder")
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [file for file in inside if file == path or file.suffix.lower() in EXTENSIONS]
+    if not found:
+        raise ValueError(f"{option} {' '.join(map(str, paths))}: no images found")
+    return found
+
+
+def spread(files: list[Path], count: int) -> list[Path]:
+    """At most so many of the files, evenly over their order."""
+    return files[:: max(1, len(files) // count)][:count]
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:

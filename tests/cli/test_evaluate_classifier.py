@@ -20,6 +20,7 @@ from resnet_backbone.classification.evaluation import evaluate
 from resnet_backbone.classification.networks import NetworkSpec, save_network
 from resnet_backbone.classification.protocols import Center, Dense, TenCrop
 from resnet_backbone.cli.evaluate_classifier import main
+from resnet_backbone.fast.engines import why_not
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import Preprocessing
 from resnet_backbone.weights.preprocessing import PREPROCESSINGS, InputNormalizer
@@ -132,6 +133,22 @@ def test_an_ensemble_keeps_each_preprocessing(files, tmp_path):
     assert abs(found["cross_entropy"] - alone) > 1e-3
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_engines(files, tmp_path, precision):
+    """OpenVINO's probabilities are PyTorch's but for rounding, which counts in their difference."""
+    problem = why_not("openvino", getattr(torch, precision))
+    if problem:
+        pytest.skip(f"openvino {problem}")
+    options = {"bfloat16": ("--amp", "bf16"), "int8": ("--int8", files / "flat")}
+    arguments = ("--weights", files / "a.safetensors", "--imagenet-folder", files / "val")
+    arguments += ("--resize", 36, "--crop", 32, "--engine", "openvino")
+    found = results(tmp_path, *arguments, *options.get(precision, ()))
+    assert (found["engine"], found["precision"]) == ("openvino", precision)
+    difference = abs(found["cross_entropy"] - expected(files, "a", Center(36, 32)).cross_entropy)
+    least, most = {"float32": (0, 1e-5), "bfloat16": (1e-5, 0.05), "int8": (1e-5, 0.5)}[precision]
+    assert least <= difference <= most
+
+
 def test_files_that_say_nothing_and_files_that_do(files, tmp_path):
     """One --model and one --preprocessing serve the files that need them."""
     found = results(
@@ -224,6 +241,10 @@ NET, CLASSES = "--model cifar_resnet8", "has 3 classes, the network 8.*--class-l
         ),
         ("a VAL --resize 32 --crop 40", "crop of 40 does not fit into a short side of 32"),
         ("a VAL --batch-size 0", "batch size 0"),
+        ("a VAL --int8 flat", "engine eager has no int8: use openvino"),
+        ("a VAL --int8 flat --amp bf16 --engine openvino", "two precisions: give one"),
+        ("a VAL --int8 nowhere --engine openvino", "--int8 nowhere: no such file or folder"),
+        ("a VAL --protocol dense --window 8 --engine openvino", "give --pooling global_pool"),
     ],
 )
 def test_wrong_input_is_one_line(files, monkeypatch, run_command, arguments, message):

@@ -109,6 +109,8 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs openvino: pip install resnet_backbone.export."):
         optimize_for_inference(network(), engine="openvino")
+    with pytest.raises(ValueError, match="needs openvino, nncf: pip install"):
+        optimize_for_inference(network(), dtype=torch.int8)
 
 
 @pytest.mark.parametrize("engine, dtype", [has("openvino", torch.int8)])
@@ -123,8 +125,9 @@ def test_int8_is_calibrated_on_given_inputs(engine, dtype):
             expected, found = unfolded(model, x), fast(x)
             assert 0 < (found - expected).abs().max() < 0.2 * expected.abs().max()
     assert fast.engine == "int8"
-    with pytest.raises(TypeError, match="optimize the original again"):
-        copy.deepcopy(fast)
+    for change in (copy.deepcopy, nn.Module.double):
+        with pytest.raises(TypeError, match="optimize the original again"):
+            change(fast)
 
 
 @pytest.mark.parametrize("engine, dtype", [has("openvino")])

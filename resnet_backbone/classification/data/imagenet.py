@@ -12,11 +12,8 @@ import fsspec
 import numpy as np
 
 from resnet_backbone.runtime.errors import DataError
-from resnet_backbone.runtime.images import BadImage, read_bytes
+from resnet_backbone.runtime.images import EXTENSIONS, BadImage, read_bytes
 
-EXTENSIONS = frozenset(
-    ".jpeg .jpg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm".split()
-)
 INDEX_NAME = "index.npz"
 
 

@@ -27,8 +27,7 @@ from resnet_backbone.classification.data.sources import SampleStream, sample_rng
 from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.step import TrainStep, build_sgd
 from resnet_backbone.cli import benchmark
-from resnet_backbone.cli.export import find_pictures, spread
-from resnet_backbone.runtime.images import EncodedImage, partial_decoding
+from resnet_backbone.runtime.images import EncodedImage, find_pictures, partial_decoding, spread
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import get_preprocessing
 from resnet_backbone.weights.keymaps import from_torchvision

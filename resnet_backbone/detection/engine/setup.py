@@ -36,7 +36,6 @@ from resnet_backbone.detection.evaluation.operating import OPERATING_POINTS
 from resnet_backbone.detection.inference.predictor import (
     Speed,
     check_ensemble,
-    read_engine,
     run_config,
 )
 from resnet_backbone.runtime.errors import UsageError
@@ -153,7 +152,6 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
         scaled = follow_processes(cfg, comm.get_world_size())
         BatchPlan.from_config(cfg)  # refuses batches that do not divide
     read_switches(cfg)
-    read_engine(cfg)
     check_data_arguments(cfg, args)  # before weights are fetched
     lines = prepare_weights(cfg, given=plan.given, weights=args.weights or "", resume_from=last)
     if not trains:

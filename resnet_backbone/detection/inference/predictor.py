@@ -20,6 +20,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.checkpoint.files import find_weights
@@ -29,6 +30,7 @@ from resnet_backbone.detection.checkpoint.input_check import (
     with_weights_input,
 )
 from resnet_backbone.detection.config import (
+    KEY,
     Switches,
     UsageError,
     backbone_node,
@@ -39,9 +41,11 @@ from resnet_backbone.detection.config import (
 )
 from resnet_backbone.detection.inference.detector import ImprovedDetector
 from resnet_backbone.detection.inference.member import Member
+from resnet_backbone.detection.inference.pictures import read_bgr
 from resnet_backbone.detection.modeling import build_detector
 from resnet_backbone.fast import optimize_for_inference
-from resnet_backbone.fast.engines import check_engine
+from resnet_backbone.fast.engines import CALIBRATION
+from resnet_backbone.runtime.images import find_pictures, spread
 
 
 class Predictor:
@@ -64,8 +68,6 @@ class Predictor:
         check_format(cfg)
         self.cfg = with_weights_input(cfg)
         self.model = for_testing(self.cfg, trained_detector(self.cfg))
-        shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-        self.resize = ResizeShortestEdge([shortest, shortest], longest)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> dict:
@@ -74,13 +76,18 @@ class Predictor:
         It is ``{"instances": Instances}`` with ``pred_boxes`` (xyxy in pixels of `image`),
         ``scores``, ``pred_classes``. The image is resized by ``INPUT.MIN_SIZE_TEST``.
         """
-        height, width = image.shape[:2]
-        if self.cfg.INPUT.FORMAT == "RGB":
-            image = image[:, :, ::-1]
-        resized = self.resize.get_transform(image).apply_image(image)
-        pixels = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
-        entry = {"image": pixels, "height": height, "width": width, "original": image}
-        return self.model([entry])[0]
+        return self.model([test_input(self.cfg, image)])[0]
+
+
+def test_input(cfg: CfgNode, image: np.ndarray) -> dict:
+    """What a detector is tested on for an image, BGR, uint8, (H, W, 3)."""
+    height, width = image.shape[:2]
+    if cfg.INPUT.FORMAT == "RGB":
+        image = image[:, :, ::-1]
+    resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    resized = resize.get_transform(image).apply_image(image)
+    pixels = torch.as_tensor(resized.astype("float32").transpose(2, 0, 1))
+    return {"image": pixels, "height": height, "width": width, "original": image}
 
 
 def check_format(cfg: CfgNode, where: str = "") -> None:
@@ -189,19 +196,18 @@ def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
     the precision is that of the parts that the engine runs; with "eager" it is autocast's.
     """
     tested, dtype = improve(cfg, model), read_precision(cfg)
-    if dtype is torch.float32 or read_engine(cfg) != "eager":
+    if dtype is torch.float32 or backbone_node(cfg).TEST.ENGINE != "eager":
         return tested
     return AutocastModel(tested, torch.device(cfg.MODEL.DEVICE).type, dtype)
 
 
-def read_engine(cfg: CfgNode) -> str:
-    """``RESNET_BACKBONE.TEST.ENGINE``; UsageError for one that cannot run here."""
-    engine = backbone_node(cfg).TEST.ENGINE
-    try:
-        check_engine(engine, read_precision(cfg))
-    except ValueError as error:
-        raise UsageError(f"RESNET_BACKBONE.TEST.ENGINE: {error}") from error
-    return engine
+def calibration_inputs(cfg: CfgNode) -> Iterator[list[dict]]:
+    """For int8: a detector's inputs from images of ``RESNET_BACKBONE.TEST.CALIBRATION``."""
+    folder = backbone_node(cfg).TEST.CALIBRATION
+    if folder:
+        files = spread(find_pictures([folder], f"{KEY}.CALIBRATION"), CALIBRATION)
+        for file in tqdm(files, "calibration", unit="image", leave=False):
+            yield [test_input(cfg, read_bgr(file))]
 
 
 def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
@@ -217,10 +223,11 @@ def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
     Raises:
         UsageError, WeightsError: switches that do not suit the detector, unfit members.
     """
-    switches, engine = read_switches(cfg), read_engine(cfg)
+    switches, engine = read_switches(cfg), backbone_node(cfg).TEST.ENGINE
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     if engine != "eager":
-        model = bare = optimize_for_inference(bare, dtype=read_precision(cfg), engine=engine)
+        options = dict(dtype=read_precision(cfg), calibration=calibration_inputs(cfg))
+        model = bare = optimize_for_inference(bare, engine=engine, **options)
     if cfg.TEST.AUG.ENABLED:
         return GeneralizedRCNNWithTTA(cfg, bare).train(model.training)
     if switches == Switches():

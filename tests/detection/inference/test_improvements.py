@@ -360,3 +360,27 @@ def test_precision_and_engine_are_those_of_testing(detector):
                 assert 0 < abs(found.scores[0] - wanted.scores[0]) < 0.1
         ran = {part.engine for part in mixed[-1].modules() if isinstance(part, InferenceNetwork)}
         assert ran == ({"openvino"} if len(mixed) == 2 else set())
+
+
+def test_int8_has_its_ranges_from_a_folder(detector, tmp_path):
+    cfg, model = detector("FPN", MODEL__ROI_BOX_HEAD__POOLER_TYPE="ROIAlignV2")
+    cfg.RESNET_BACKBONE.TEST.PRECISION = "int8"
+    with pytest.raises(UsageError, match="int8 and CALIBRATION, a folder of images, need each"):
+        for_testing(cfg, model)
+    cfg.RESNET_BACKBONE.TEST.CALIBRATION = str(tmp_path)
+    with pytest.raises(UsageError, match="ENGINE: engine eager has no int8: use openvino"):
+        for_testing(cfg, model)
+    cfg.RESNET_BACKBONE.TEST.ENGINE = "openvino"
+    problem = why_not("openvino", torch.int8)
+    if problem:
+        pytest.skip(f"openvino {problem}")
+    with pytest.raises(ValueError, match="CALIBRATION .*: no images found"):
+        for_testing(cfg, model)
+    inputs = make_inputs(cfg.INPUT.FORMAT)
+    for number, entry in enumerate(inputs):
+        Image.fromarray(entry["original"][:, :, ::-1]).save(tmp_path / f"{number}.png")
+    fast = for_testing(cfg, model)
+    parts = [part for part in fast.modules() if isinstance(part, InferenceNetwork)]
+    assert {part.engine for part in parts} == {"int8"} and len(parts) == 3
+    found, wanted = (run(inputs)[0]["instances"] for run in (fast, model))
+    assert 0 < abs(found.scores[0] - wanted.scores[0]) < 0.1
