@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 logger = logging.getLogger(__name__)
 Run = Callable[[Tensor], Any]
@@ -189,7 +189,7 @@ class InferenceNetwork(nn.Module):
         """Builds an engine into `runs`; what is wrong with it, if anything."""
         try:
             runs[name] = BUILDERS[name](self.network, x)
-            difference = largest_difference(self.network(x), runs[name](x))
+            difference = relative_difference(runs[name](x), self.network(x))
         except Exception as error:  # engines raise what they like
             runs.pop(name, None)
             lines = str(error).strip().splitlines()
@@ -200,13 +200,12 @@ class InferenceNetwork(nn.Module):
         return f"differs from PyTorch by {difference:.2g} of the largest value"
 
 
-def largest_difference(expected: Any, found: Any) -> float:
+def relative_difference(found: Any, expected: Any) -> float:
     """Of all outputs: the largest difference, as a part of the largest value; NaN: infinity."""
-    pairs = zip(tree_flatten(expected)[0], tree_flatten(found)[0], strict=True)
     return max(
-        float((b.float() - a.float()).abs().max().nan_to_num(nan=torch.inf))
-        / max(float(a.float().abs().max()), 1e-30)
-        for a, b in pairs
+        float((a.float() - b.float()).abs().max().nan_to_num(nan=torch.inf))
+        / max(float(b.float().abs().max()), torch.finfo().tiny)
+        for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True)
     )
 
 

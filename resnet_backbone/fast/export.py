@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resnet_backbone.fast.engines import onnx_session
+from resnet_backbone.fast.engines import onnx_session, relative_difference
 from resnet_backbone.fast.optimize import fold_bn
 from resnet_backbone.models.layers import StagedNetwork
 from resnet_backbone.weights.preprocessing import Preprocessing
@@ -173,15 +173,9 @@ def largest_difference(
             if ours != theirs:
                 at = f"for images {tuple(images.shape)}"
                 raise Mismatch(f"{name} has shape {ours}, and {theirs} in PyTorch, {at}")
-            scale = value.abs().max().clamp_min(torch.finfo(value.dtype).tiny)
-            difference = finite_or_inf((found[name] - value).abs().max() / scale)
+            difference = relative_difference(found[name], value)
             largest[name] = max(largest.get(name, 0.0), difference)
     return largest
-
-
-def finite_or_inf(difference: Tensor) -> float:
-    """NaN, which no comparison finds too large, as infinity."""
-    return float(difference.nan_to_num(nan=float("inf")))
 
 
 def input_facts(preprocessing: Preprocessing, normalized: bool) -> dict:

@@ -41,7 +41,7 @@ from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.records import command_line, date, hardware, versions
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 Run = Callable[[], Any]
 # command -> module, what it measures, what lies within each timing
 COMMANDS = {
@@ -74,7 +74,7 @@ Forward passes in inference mode on normalized, contiguous fp32 images on the de
 have the same weights. Candidates:
   torchvision           the reference: its model in its default form
   ours, as built        build_model(...).eval(), nothing else
-  ours, fp32, ENGINE    resnet_backbone.optimize_for_inference(model, engine=...), and in bf16;
+  ours, DTYPE, ENGINE   resnet_backbone.optimize_for_inference(model, dtype=..., engine=...);
                         the first call of an engine is not timed""",
     ),
     "fpn": (
@@ -93,8 +93,7 @@ the backbone. Memory is measured in a fresh process for each candidate (Linux, C
 Faster R-CNN with 80 classes on one image of 800x1216. The reference is Detectron2's own model
 in fp32. Ours is what our trainer builds, with the same settings and the same random weights:
   ours, fp32, as built   without any call
-  ours, fp32, ENGINE     resnet_backbone.optimize_for_inference(model, engine=...)
-  ours, bf16, ENGINE     the same with dtype=torch.bfloat16
+  ours, DTYPE, ENGINE    resnet_backbone.optimize_for_inference(model, dtype=..., engine=...)
   ours, bf16 autocast    training with SOLVER.AMP.ENABLED True, which works on CPUs
   ours, checkpointed     training with RESNET_BACKBONE.GRADIENT_CHECKPOINTING True
 Inference is the call of the model, from the image to detections. A training step is forward,
@@ -140,6 +139,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for one in (infer, fpn, detect):
         text, choices = "engines for our inference (default: eager)", (AUTO, *PACKAGES)
         one.add_argument("--engines", nargs="+", default=["eager"], choices=choices, help=text)
+        text = "precisions of our inference; int8 is OpenVINO's"
+        one.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help=text)
     turns = {loader: 7, train: 5, infer: 5, fpn: 5, detect: 3, evaluate: 3}
     for one, repeats in turns.items():
         one.add_argument("--repeats", type=positive, default=repeats, help="number of turns")
@@ -164,14 +165,14 @@ def add_loader_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(train: argparse.ArgumentParser, infer: argparse.ArgumentParser) -> None:
-    dtypes = list(DTYPES)
     for parser in (train, infer):
         add = parser.add_argument
         add("--model", default="resnet50", help="name of the network")
         add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-        add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="types to measure")
         add("--size", type=positive, default=224, help="size of the images")
         add("--steps", type=positive, default=3, help="steps per turn")
+    dtypes = ["fp32", "bf16"]
+    train.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes, help="precisions")
     text = "images per batch (default: 16 on a CPU, 256 on a GPU"
     train.add_argument("--batch", type=positive, help=f"{text})")
     train.add_argument("--compile", action="store_true", help="also measure with torch.compile")
@@ -244,11 +245,23 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def engine_runs(model: nn.Module, dtype: str, engines: Sequence[str]) -> dict[str, Callable]:
-    """Functions that make a model fast, by name; engines without the precision are left out."""
-    make = partial(optimize_for_inference, model, dtype=DTYPES[dtype])
-    has = [name for name in engines if name == AUTO or not why_not(name, DTYPES[dtype])]
-    return {f"ours, {dtype}, {engine}": partial(make, engine=engine) for engine in has}
+def forms_of(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(precision, engine) of --dtype and --engines; engines without the precision are left out."""
+    return [
+        (dtype, engine)
+        for dtype in args.dtype
+        for engine in args.engines
+        if not (engine != AUTO and why_not(engine, DTYPES[dtype]))
+    ]
+
+
+def fast_forms(model: nn.Module, forms: Sequence[tuple[str, str]], inputs: Any) -> dict[str, Run]:
+    """Functions that make a model fast, by name; int8 is calibrated on `inputs` of the model."""
+    make = partial(optimize_for_inference, model, calibration=[inputs])
+    return {
+        f"ours, {dtype}, {engine}": partial(make, dtype=DTYPES[dtype], engine=engine)
+        for dtype, engine in forms
+    }
 
 
 def compare_and_measure(
@@ -269,13 +282,6 @@ def compare_and_measure(
 
 def repeated(run: Run, count: int) -> Run:
     return lambda: deque((run() for _ in range(count)), maxlen=1).pop()
-
-
-def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest absolute difference, as a fraction of the largest expected magnitude."""
-    found, expected = found.float(), expected.float()
-    difference = (found - expected).abs().max()
-    return float(difference / expected.abs().max()) if difference else 0.0
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from resnet_backbone.classification.data.sources import SampleStream, sample_rng
 from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.step import TrainStep, build_sgd
 from resnet_backbone.cli import benchmark
+from resnet_backbone.fast.engines import relative_difference
 from resnet_backbone.runtime.images import EncodedImage, find_pictures, partial_decoding, spread
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights import get_preprocessing
@@ -211,8 +212,8 @@ def run_infer(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for batch in args.batch:
         torch.compiler.reset()  # each batch size gets its own code, without dynamic shapes
-        found = candidates(args.model, args.dtype, args.engines, device)
         images = torch.randn(batch, 3, args.size, args.size, device=device)
+        found = candidates(args.model, benchmark.forms_of(args), images)
         runs = {
             name: benchmark.repeated(partial(run, images), args.steps)
             for name, run in found.items()
@@ -220,7 +221,7 @@ def run_infer(args: argparse.Namespace) -> dict[str, Any]:
         size = batch * args.steps
         with torch.inference_mode():
             result[f"batch_{batch}"] = benchmark.compare_and_measure(
-                f"batch {batch}", runs, benchmark.relative_difference, size, args.repeats, device
+                f"batch {batch}", runs, relative_difference, size, args.repeats, device
             )
     return result
 
@@ -236,13 +237,12 @@ def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
     return reference, ours
 
 
-def candidates(
-    name: str, dtypes: list[str], engines: list[str], device: torch.device
-) -> dict[str, Forward]:
+def candidates(name: str, forms: list[tuple[str, str]], images: Tensor) -> dict[str, Forward]:
     """Name -> forward pass on normalized float32 images; the first is the reference."""
-    reference, ours = (model.to(device) for model in build_pair(name))
-    found = {f"torchvision {name}, fp32": reference, "ours, fp32, as built": ours}
-    for dtype in dtypes:
-        runs = benchmark.engine_runs(ours, dtype, engines)
-        found |= {name: make() for name, make in runs.items()}
-    return found
+    reference, ours = (model.to(images.device) for model in build_pair(name))
+    fast = benchmark.fast_forms(ours, forms, images)
+    return {
+        f"torchvision {name}, fp32": reference,
+        "ours, fp32, as built": ours,
+        **{name: make() for name, make in fast.items()},
+    }

@@ -8,7 +8,7 @@ import io
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,7 @@ from resnet_backbone.detection.checkpoint.input_check import networks
 from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
 from resnet_backbone.detection.evaluation.coco import run_hotcoco, run_pycocotools, score_coco
 from resnet_backbone.detection.evaluation.voc import VOCEvaluator
+from resnet_backbone.fast.engines import relative_difference
 
 CALIBRATION = 16  # regions
 WIDTH, HEIGHT = 640, 480  # of the images of an evaluation
@@ -45,6 +46,7 @@ class Setting(NamedTuple):
 
 def run_detect(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
+    forms = benchmark.forms_of(args)
     for arch in args.arch:
         size = args.regions, args.height, args.width, args.batch, args.depth
         settings = [Setting(arch, number, *size) for number in args.proposals]
@@ -54,7 +56,7 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
         for title, (kind, setting) in titles.items():
             if kind not in args.kind:
                 continue
-            found = candidates(*pair, kind, prepare_detector(kind, setting), args.engines)
+            found = detector_candidates((setting, forms), kind, pair)
             timed = [(kind, name) for name in found if not name.endswith("compile")]
             names += [name for name in timed if name not in names]
             if args.no_speed:
@@ -68,9 +70,7 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
                 print(f"data: {1000 * seconds:.0f} ms an image, {share:.1%} of the fastest step")
                 result[title]["data_seconds"] = seconds
         if not args.no_memory:
-            found = benchmark.measure_memory(
-                detector_candidates, (tuple(settings[0]), args.engines), names
-            )
+            found = benchmark.measure_memory(detector_candidates, (settings[0], forms), names)
             result[f"{arch}, memory_mb"] = found
     return result
 
@@ -105,9 +105,13 @@ def prepare_detector(kind: str, setting: Setting) -> Callable[..., Pass]:
     return prepare
 
 
-def detector_candidates(setting: tuple, kind: str) -> dict[str, Callable[[], Pass]]:
-    setting, engines = Setting(*setting[0]), setting[1]
-    return candidates(*build_detectors(setting), kind, prepare_detector(kind, setting), engines)
+def detector_candidates(
+    given: tuple[Setting, Sequence[tuple[str, str]]], kind: str, pair: tuple = ()
+) -> dict[str, Callable[[], Pass]]:
+    setting, forms = given
+    inputs, _ = random_inputs(setting)
+    pair = pair or build_detectors(setting)
+    return candidates(*pair, kind, prepare_detector(kind, setting), forms, inputs)
 
 
 @torch.no_grad()
@@ -181,7 +185,7 @@ def spread_scores(model: nn.Module, inputs: list[dict], boxes: Tensor) -> None:
 
 def losses_differ(found: dict[str, float], expected: dict[str, float]) -> dict[str, float]:
     pairs = {name: (torch.tensor(found[name]), torch.tensor(expected[name])) for name in expected}
-    return {name: benchmark.relative_difference(*pair) for name, pair in pairs.items()}
+    return {name: relative_difference(*pair) for name, pair in pairs.items()}
 
 
 def detections_differ(found: list, expected: list) -> dict[str, float]:

@@ -15,6 +15,7 @@ from resnet_backbone.detection.checkpoint.input_check import networks
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.modeling import build_reference
+from resnet_backbone.fast.engines import relative_difference
 
 BF16 = torch.bfloat16
 REFERENCE = "Detectron2, fp32"
@@ -27,18 +28,21 @@ def candidates(
     ours: nn.Module,
     kind: str,
     prepare: Callable[..., Pass],
-    engines: Sequence[str] = ("eager",),
+    forms: Sequence[tuple[str, str]],
+    inputs: Any,
 ) -> dict[str, Callable[[], Pass]]:
-    """Functions that prepare the passes of a kind, by name; the first is the reference."""
+    """Functions that prepare the passes of a kind, by name; the first is the reference.
+
+    `forms` of our inference and the model's `inputs` are those of ``fast_forms``.
+    """
     found: dict[str, Callable[[], Pass]] = {REFERENCE: partial(prepare, theirs)}
     found["ours, fp32, as built"] = partial(prepare, ours)
     if kind == "training":
         found["ours, bf16 autocast, as built"] = partial(prepare, ours, bf16=True)
         found["ours, fp32, checkpointed"] = partial(prepare, ours, checkpointed=True)
         return found
-    for dtype in benchmark.DTYPES:
-        for name, make in benchmark.engine_runs(ours, dtype, engines).items():
-            found[name] = lambda make=make: prepare(make())
+    for name, make in benchmark.fast_forms(ours, forms, inputs).items():
+        found[name] = lambda make=make: prepare(make())
     return found
 
 
@@ -59,7 +63,8 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"differences": differences}
     names = []
     for kind in KINDS:
-        found = candidates(*pair, kind, prepare_pyramid(kind, images), args.engines)
+        prepare = prepare_pyramid(kind, images)
+        found = candidates(*pair, kind, prepare, benchmark.forms_of(args), images)
         names += [(kind, name) for name in found if not name.endswith("compile")]
         runs = {
             f"{kind}: {name}": benchmark.repeated(prepare(), args.steps)
@@ -72,7 +77,7 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
         text = ", ".join(f"{name} {value:.1e}" for name, value in values.items())
         print(f"ours differs from Detectron2's, relatively, in {precision}: {text}")
     if device.type == "cpu" and not args.no_memory:
-        setting = shape, args.engines
+        setting = shape, benchmark.forms_of(args)
         result["memory_mb"] = benchmark.measure_memory(pyramid_candidates, setting, names)
     return result
 
@@ -93,8 +98,9 @@ def prepare_pyramid(kind: str, images: Tensor) -> Callable[..., Pass]:
 
 
 def pyramid_candidates(setting: tuple, kind: str) -> dict[str, Callable[[], Pass]]:
-    shape, engines = setting
-    return candidates(*build_pyramids(), kind, prepare_pyramid(kind, torch.randn(shape)), engines)
+    shape, forms = setting
+    images = torch.randn(shape)
+    return candidates(*build_pyramids(), kind, prepare_pyramid(kind, images), forms, images)
 
 
 def train_pyramid(
@@ -123,7 +129,7 @@ def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict
         gradient_worst: the largest of any parameter, of that parameter's largest gradient. In
             single precision it jumps where a ReLU's input is a rounding error away from zero.
     """
-    difference = benchmark.relative_difference
+    difference = relative_difference
     maps = [train_pyramid(model, images) for model in (theirs, ours)]
     expected, found = (
         {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -16,7 +16,6 @@ from resnet_backbone.fast.engines import onnx_session
 from resnet_backbone.fast.export import (
     Mismatch,
     export_program,
-    finite_or_inf,
     run_model,
     run_program,
 )
@@ -148,4 +147,4 @@ def _apart(one: Sequence[Tensor], found: Detections, side: int) -> dict[str, flo
     differences = {"boxes": apart[nearest], "scores": (same[2][nearest] - score).abs()}
     if mask:
         differences["masks"] = (same[3][nearest] - mask[0]).abs().max()
-    return {name: finite_or_inf(value) for name, value in differences.items()}
+    return {name: float(value.nan_to_num(nan=torch.inf)) for name, value in differences.items()}
