@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from resnet_backbone.cli import benchmark
-from resnet_backbone.cli.benchmark import measure, measure_memory
 from resnet_backbone.cli.benchmark.classification import load_images
+from resnet_backbone.cli.benchmark.turns import measure, measure_memory
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +127,24 @@ def test_fpn_comparison_sees_another_network():
     ours.bottom_up.res3.requires_grad_(False)
     with pytest.raises(ValueError, match="different parameters"):
         compare_pyramids(theirs, ours, images)
+
+
+def test_the_parts_of_a_step(bench):
+    """Each backward function counts for the part whose forward pass it belongs to."""
+    pytest.importorskip("detectron2")
+    small = "--height 64 --width 96 --repeats 1 --dtype fp32"
+    theirs, ours = bench("profile", *small.split())[0]["steps"]
+    assert theirs["name"] == "Detectron2, fp32: coco/faster_rcnn_R_50_FPN"
+    assert [part["part"] for part in theirs["parts"]] == [part["part"] for part in ours["parts"]]
+    for step in (theirs, ours):
+        assert sum(part["share"] for part in step["parts"]) == pytest.approx(1)
+        parts = {part.pop("part"): part for part in step["parts"]}
+        assert all(part["forward_ms"] > 0 for part in parts.values())
+        frozen = {name for name, part in parts.items() if not part["backward_ms"]}
+        assert {"backbone, stem", "backbone, res2"} <= frozen
+        trained = {"backbone, res3", "pyramid, 1x1", "pyramid, 3x3", "RPN, head"}
+        trained |= {f"regions, {name}" for name in ("pooler", "box_head", "box_predictor")}
+        assert not trained & frozen
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@
   resnet-backbone benchmark infer --batch 1 16       # forward passes beside torchvision's
   resnet-backbone benchmark fpn --engines eager auto # R-50-FPN beside Detectron2's
   resnet-backbone benchmark detect --arch fpn c4     # Faster R-CNN steps beside Detectron2's
+  resnet-backbone benchmark profile                  # parts of a training step of Faster R-CNN
   resnet-backbone benchmark evaluate                 # COCO and VOC AP beside the references
 
 All candidates take turns within one run, in a rotating order, so that a machine that slows down
@@ -18,31 +19,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import multiprocessing
 import os
-import statistics
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
 from resnet_backbone.cli import CommandParser, positive
-from resnet_backbone.fast import optimize_for_inference
-from resnet_backbone.fast.engines import AUTO, PACKAGES, why_not
+from resnet_backbone.cli.benchmark.turns import DTYPES
+from resnet_backbone.fast.engines import AUTO, PACKAGES
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.records import command_line, date, hardware, versions
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-Run = Callable[[], Any]
 # command -> module, what it measures, what lies within each timing
 COMMANDS = {
     "loader": (
@@ -104,6 +93,14 @@ before the measurement: detections by class and overlap, losses with the same sa
 the time to read and augment one JPEG. Memory is measured in a fresh process for each candidate. On
 two idle cores, a turn of C4 takes two to three minutes, and one of FPN half a minute.""",
     ),
+    "profile": (
+        "profile",
+        "parts of a detector's training step, beside Detectron2's",
+        """\
+A training step as in `detect`, with 80 classes and random weights, of each config and, where it has
+such a network, of Detectron2's own detector. PyTorch's profiler gives the time of each part,
+forward and backward: the median over the repeats. The profiler itself takes a few percent.""",
+    ),
     "evaluate": (
         "detectors",
         "COCO and VOC evaluation beside pycocotools' and Detectron2's",
@@ -125,13 +122,13 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    loader, train, infer, fpn, detect, evaluate = (
+    loader, train, infer, fpn, detect, profile, evaluate = (
         commands.add_parser(name, description=text, formatter_class=Help, help=about)
         for name, (_, about, text) in COMMANDS.items()
     )
     add_loader_arguments(loader)
     add_model_arguments(train, infer)
-    add_detector_arguments(fpn, detect)
+    add_detector_arguments(fpn, detect, profile)
     for data, images, found in (("coco", 2000, 100), ("voc", 5000, 50)):
         add, number = evaluate.add_argument, dict(type=positive)
         add(f"--{data}-images", default=images, help="images of the set", **number)
@@ -141,7 +138,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         one.add_argument("--engines", nargs="+", default=["eager"], choices=choices, help=text)
         text = "precisions of our inference; int8 is OpenVINO's"
         one.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help=text)
-    turns = {loader: 7, train: 5, infer: 5, fpn: 5, detect: 3, evaluate: 3}
+    turns = {loader: 7, train: 5, infer: 5, fpn: 5, detect: 3, profile: 3, evaluate: 3}
     for one, repeats in turns.items():
         one.add_argument("--repeats", type=positive, default=repeats, help="number of turns")
         one.add_argument("--output", type=Path, help="JSON file for all measurements")
@@ -182,161 +179,31 @@ def add_model_arguments(train: argparse.ArgumentParser, infer: argparse.Argument
     infer.add_argument("--batch", type=positive, nargs="+", help=f"{text}, and 1)")
 
 
-def add_detector_arguments(fpn: argparse.ArgumentParser, detect: argparse.ArgumentParser) -> None:
+def add_detector_arguments(*parsers: argparse.ArgumentParser) -> None:
+    fpn, detect, profile = parsers
     fpn.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    for parser in (fpn, detect):
+    for parser in parsers:
         parser.add_argument("--height", type=positive, default=800, help="height of the image")
         parser.add_argument("--width", type=positive, default=1216, help="width of the image")
+    for parser in (fpn, detect):
         parser.add_argument("--no-memory", action="store_true", help="measure only the speed")
+    for parser in (detect, profile):
+        parser.add_argument("--batch", type=positive, default=1, help="images per batch")
+    add, text = profile.add_argument, "detectors, by file or name"
+    configs = ["coco/faster_rcnn_R_50_FPN"]
+    add("--config-file", nargs="+", metavar="FILE", default=configs, help=text)
+    dtypes = ["fp32", "bf16"]
+    add("--dtype", nargs="+", choices=dtypes, default=dtypes, help="precisions of ours")
     fpn.add_argument("--steps", type=positive, default=1, help="steps per turn")
     add, kinds = detect.add_argument, ["inference", "training"]
     add("--arch", nargs="+", choices=("fpn", "c4"), default=["fpn", "c4"], help="detectors")
     add("--kind", nargs="+", choices=kinds, default=kinds, help="passes to measure")
-    add("--depth", type=int, choices=(50, 101, 152), default=50, help="depth of the backbone")
+    depths, text = (18, 34, 50, 101, 152), "depth of the backbone"
+    add("--depth", type=int, choices=depths, default=50, help=text)
     add("--no-speed", action="store_true", help="measure only the memory")
     text = "boxes that the head gets in inference; one table for each number"
     add("--proposals", type=positive, nargs="+", default=[1000, 300], help=text)
     add("--regions", type=positive, default=512, help="sampled regions per image in training")
-    add("--batch", type=positive, default=1, help="images per batch")
-
-
-def measure(
-    runs: dict[str, Run], images: int, repeats: int, device: torch.device | None = None
-) -> list[dict[str, Any]]:
-    """Lets candidates take turns, prints a table, and returns a row for each.
-
-    Args:
-        runs: by name, the reference first; their order rotates from repeat to repeat.
-        images: that a run processes.
-        repeats: turns of each, after one that is not counted.
-        device: a GPU is waited for.
-
-    Returns:
-        For each its name, its images/s in all repeats, their median and range, and the median
-        and range of the ratio to the reference within the same repeat.
-    """
-    wait = torch.cuda.synchronize if device and device.type == "cuda" else lambda: None
-    names = list(runs)
-    rates: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=(repeats + 1) * len(names), desc="measuring", unit="turn") as bar:
-        for repeat in range(repeats + 1):
-            first = repeat % len(names)
-            for name in names[first:] + names[:first]:
-                wait()
-                start = time.perf_counter()
-                runs[name]()
-                wait()
-                if repeat:
-                    rates[name].append(images / (time.perf_counter() - start))
-                bar.update()
-    rows = []
-    print(f"{'':34}{'images/s':>10}  {'range':19}{'s/image':>9}{'ratio':>7}  range")
-    for name, values in rates.items():
-        pairs = zip(values, rates[names[0]], strict=True)
-        speed, ratio = spread(values), spread([v / reference for v, reference in pairs])
-        rows.append({"name": name, "images_per_s": speed, "ratio": ratio, "measurements": values})
-        median = f"{1 / speed['median']:9.4f}{ratio['median']:7.2f}"
-        ends = [f"{x['low']:.2f} ... {x['high']:.2f}" for x in (speed, ratio)]
-        print(f"{name:34}{speed['median']:10.2f}  {ends[0]:19}{median}  {ends[1]}")
-    return rows
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
-def forms_of(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(precision, engine) of --dtype and --engines; engines without the precision are left out."""
-    return [
-        (dtype, engine)
-        for dtype in args.dtype
-        for engine in args.engines
-        if not (engine != AUTO and why_not(engine, DTYPES[dtype]))
-    ]
-
-
-def fast_forms(model: nn.Module, forms: Sequence[tuple[str, str]], inputs: Any) -> dict[str, Run]:
-    """Functions that make a model fast, by name; int8 is calibrated on `inputs` of the model."""
-    make = partial(optimize_for_inference, model, calibration=[inputs])
-    return {
-        f"ours, {dtype}, {engine}": partial(make, dtype=DTYPES[dtype], engine=engine)
-        for dtype, engine in forms
-    }
-
-
-def compare_and_measure(
-    title: str, runs: dict[str, Run], compare: Callable[[Any, Any], Any], *setting: Any
-) -> dict[str, Any]:
-    """Compares each run's result with the first one's; :func:`measure` with the `setting`."""
-    (_, reference), *others = runs.items()
-    expected = reference()
-    differences = {name: compare(run(), expected) for name, run in others}
-    print(f"{title}:")
-    rows = measure(runs, *setting)
-    for name, value in differences.items():
-        values = value if isinstance(value, dict) else {"": value}
-        text = ", ".join(f"{key} {number:.1e}".lstrip() for key, number in values.items())
-        print(f"{name:34}differs by {text}")
-    return {"rows": rows, "differences": differences}
-
-
-def repeated(run: Run, count: int) -> Run:
-    return lambda: deque((run() for _ in range(count)), maxlen=1).pop()
-
-
-@torch.no_grad()
-def randomize_norms(model: nn.Module) -> None:
-    """Statistics, scales and shifts that tell a misplaced norm; scales keep deep maps bounded."""
-    for module in model.modules():
-        if getattr(module, "running_var", None) is not None:
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.8, 1.2)
-            module.weight.uniform_(0.4, 0.6)
-            module.bias.normal_(0, 0.1)
-
-
-def measure_memory(
-    build: Callable[[Any, str], dict[str, Callable[[], Run]]],
-    setting: Any,
-    passes: list[tuple[str, str]],
-) -> dict[str, dict[str, float]]:
-    """Peak resident memory of passes, each in a process of its own, and before it, in MB (Linux).
-
-    Args:
-        build: setting and kind -> by name, functions that prepare a pass; found by its module.
-        passes: (kind, name) of each.
-    """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc returns freed blocks from 128 kB on
-    context, found = multiprocessing.get_context("spawn"), {}
-    threads = dict(initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
-    for kind, name in tqdm(passes, desc="memory", unit="process"):
-        with ProcessPoolExecutor(1, context, **threads) as process:
-            try:
-                value = process.submit(peak_memory, build, setting, kind, name).result()
-            except BrokenProcessPool as error:
-                raise ValueError(f"memory of {kind}: {name}: its process was killed") from error
-        found[f"{kind}: {name}"] = value
-    print("memory of a process that does one pass, MB (compiled ones are not measured):")
-    for name, value in found.items():
-        print(f"{name:44}{value['peak']:8.0f} at most, {value['before']:.0f} before the pass")
-    return found
-
-
-def peak_memory(build: Callable, setting: Any, kind: str, name: str) -> dict[str, float]:
-    """Peak resident memory during a pass and before it, in MB.
-
-    Both are ``VmHWM``, reset before the pass; ``before`` has the libraries and the weights.
-    """
-
-    def peak() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM"))
-
-    run = build(setting, kind)[name]()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak()
-    run()
-    return {"before": before, "peak": peak()}
 
 
 @one_line_errors

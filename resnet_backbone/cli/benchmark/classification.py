@@ -26,7 +26,7 @@ from resnet_backbone.classification.data.loader import LoaderSource
 from resnet_backbone.classification.data.sources import SampleStream, sample_rng
 from resnet_backbone.classification.networks import NetworkSpec
 from resnet_backbone.classification.step import TrainStep, build_sgd
-from resnet_backbone.cli import benchmark
+from resnet_backbone.cli.benchmark import turns
 from resnet_backbone.fast.engines import relative_difference
 from resnet_backbone.runtime.images import EncodedImage, find_pictures, partial_decoding, spread
 from resnet_backbone.runtime.processes import World
@@ -53,7 +53,7 @@ def run_loader(args: argparse.Namespace) -> dict[str, Any]:
     else:
         print("nvidia-nvimgcodec is not installed: all JPEGs are decoded whole")
     runs["ours + norm"] = partial(ours, normalizer=InputNormalizer(PREPROCESSING))
-    return {"rows": benchmark.measure(runs, len(images), args.repeats), "mean_kilobytes": size}
+    return {"rows": turns.measure(runs, len(images), args.repeats), "mean_kilobytes": size}
 
 
 def load_images(source: str, count: int) -> list[bytes]:
@@ -156,15 +156,15 @@ def build_step(network: str, dtype: str, channels_last: bool, compiled: str, dev
 def run_train(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     labels = torch.randint(0, 1000, (args.batch,), device=device)
-    runs: dict[str, benchmark.Run] = {}
+    runs: dict[str, turns.Run] = {}
     steps = {}
     for name, network, dtype, channels_last, compiled in variants(args):
         steps[name] = build_step(network, dtype, channels_last, compiled, device)
         images = torch.randn(args.batch, 3, args.size, args.size, device=device)
         if channels_last:
             images = images.to(memory_format=torch.channels_last)
-        runs[name] = benchmark.repeated(partial(steps[name], images, labels, 0), args.steps)
-    rows = benchmark.measure(runs, args.batch * args.steps, args.repeats, device)
+        runs[name] = turns.repeated(partial(steps[name], images, labels, 0), args.steps)
+    rows = turns.measure(runs, args.batch * args.steps, args.repeats, device)
     if not args.images:
         return {"rows": rows}
     own = [row for row in rows if row["name"].startswith("ours")]
@@ -213,14 +213,13 @@ def run_infer(args: argparse.Namespace) -> dict[str, Any]:
     for batch in args.batch:
         torch.compiler.reset()  # each batch size gets its own code, without dynamic shapes
         images = torch.randn(batch, 3, args.size, args.size, device=device)
-        found = candidates(args.model, benchmark.forms_of(args), images)
+        found = candidates(args.model, turns.forms_of(args), images)
         runs = {
-            name: benchmark.repeated(partial(run, images), args.steps)
-            for name, run in found.items()
+            name: turns.repeated(partial(run, images), args.steps) for name, run in found.items()
         }
         size = batch * args.steps
         with torch.inference_mode():
-            result[f"batch_{batch}"] = benchmark.compare_and_measure(
+            result[f"batch_{batch}"] = turns.compare_and_measure(
                 f"batch {batch}", runs, relative_difference, size, args.repeats, device
             )
     return result
@@ -230,7 +229,7 @@ def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
     """torchvision's model in its default form, and ours with the same weights, for inference."""
     torch.manual_seed(0)
     reference = NetworkSpec(f"torchvision/{name}", 1000).build().eval()
-    benchmark.randomize_norms(reference)
+    turns.randomize_norms(reference)
     options = {} if name.startswith("vgg") else {"stride_in_1x1": False}
     ours = build_model(name, **options).eval()
     ours.load_state_dict(from_torchvision(reference.state_dict()))
@@ -240,7 +239,7 @@ def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
 def candidates(name: str, forms: list[tuple[str, str]], images: Tensor) -> dict[str, Forward]:
     """Name -> forward pass on normalized float32 images; the first is the reference."""
     reference, ours = (model.to(images.device) for model in build_pair(name))
-    fast = benchmark.fast_forms(ours, forms, images)
+    fast = turns.fast_forms(ours, forms, images)
     return {
         f"torchvision {name}, fp32": reference,
         "ours, fp32, as built": ours,

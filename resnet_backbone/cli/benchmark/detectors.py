@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou, clip_boxes_to_image
 from tqdm import tqdm
 
-from resnet_backbone.cli import benchmark
+from resnet_backbone.cli.benchmark import turns
 from resnet_backbone.cli.benchmark.pyramid import BF16, Pass, candidates, config
 from resnet_backbone.detection import modeling
 from resnet_backbone.detection.checkpoint.input_check import networks
@@ -46,7 +46,7 @@ class Setting(NamedTuple):
 
 def run_detect(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    forms = benchmark.forms_of(args)
+    forms = turns.forms_of(args)
     for arch in args.arch:
         size = args.regions, args.height, args.width, args.batch, args.depth
         settings = [Setting(arch, number, *size) for number in args.proposals]
@@ -62,15 +62,15 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
             if args.no_speed:
                 continue
             passes = {name: make() for name, make in found.items()}
-            turns = (args.batch, args.repeats)
-            result[title] = benchmark.compare_and_measure(title, passes, DIFFERENCE[kind], *turns)
+            count = (args.batch, args.repeats)
+            result[title] = turns.compare_and_measure(title, passes, DIFFERENCE[kind], *count)
             if kind == "training":
                 seconds, rows = mapper_seconds(), result[title]["rows"]
                 share = seconds * max(row["images_per_s"]["median"] for row in rows)
                 print(f"data: {1000 * seconds:.0f} ms an image, {share:.1%} of the fastest step")
                 result[title]["data_seconds"] = seconds
         if not args.no_memory:
-            found = benchmark.measure_memory(detector_candidates, (settings[0], forms), names)
+            found = turns.measure_memory(detector_candidates, (settings[0], forms), names)
             result[f"{arch}, memory_mb"] = found
     return result
 
@@ -82,7 +82,7 @@ def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
         pair.append(make(cfg))
     theirs, ours = pair
-    benchmark.randomize_norms(theirs)
+    turns.randomize_norms(theirs)
     inputs, boxes = random_inputs(setting)
     spread_scores(theirs, inputs[:1], boxes[:CALIBRATION])
     ours.load_state_dict(theirs.state_dict())
@@ -250,7 +250,7 @@ def measure_evaluators(runs: dict[str, Callable], images: int, repeats: int) -> 
             numbers[name] = runs[name]()
         logging.disable(logging.NOTSET)
 
-    rows = benchmark.measure({name: partial(run, name) for name in runs}, images, repeats)
+    rows = turns.measure({name: partial(run, name) for name in runs}, images, repeats)
     expected, ours = (numbers[name] for name in runs)
     difference = max(abs(ours[key] - expected[key]) for key in expected)
     print(f"{[*runs][1]}: numbers differ by {difference:.1e} at most")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resnet_backbone.cli import benchmark
+from resnet_backbone.cli.benchmark import turns
 from resnet_backbone.detection.checkpoint.input_check import networks
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.engine.trainer import Trainer
@@ -41,7 +41,7 @@ def candidates(
         found["ours, bf16 autocast, as built"] = partial(prepare, ours, bf16=True)
         found["ours, fp32, checkpointed"] = partial(prepare, ours, checkpointed=True)
         return found
-    for name, make in benchmark.fast_forms(ours, forms, inputs).items():
+    for name, make in turns.fast_forms(ours, forms, inputs).items():
         found[name] = lambda make=make: prepare(make())
     return found
 
@@ -49,10 +49,9 @@ def candidates(
 def config(arch: str, regions: int = 512, head: int = 1024, depth: int = 50):
     """Faster R-CNN ("fpn" or "c4") with 80 classes: regions an image, channels of the head."""
     words = ["MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(800,)"]
-    words += ["MODEL.RESNETS.DEPTH", str(depth)]
     words += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(regions)]
     words += ["MODEL.ROI_BOX_HEAD.FC_DIM", str(head)]
-    return load_config(f"coco/faster_rcnn_R_50_{arch.upper()}", words)
+    return load_config(f"coco/faster_rcnn_R_{depth}_{arch.upper()}", words)
 
 
 def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
@@ -64,21 +63,21 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
     names = []
     for kind in KINDS:
         prepare = prepare_pyramid(kind, images)
-        found = candidates(*pair, kind, prepare, benchmark.forms_of(args), images)
+        found = candidates(*pair, kind, prepare, turns.forms_of(args), images)
         names += [(kind, name) for name in found if not name.endswith("compile")]
         runs = {
-            f"{kind}: {name}": benchmark.repeated(prepare(), args.steps)
+            f"{kind}: {name}": turns.repeated(prepare(), args.steps)
             for name, prepare in found.items()
         }
-        result[kind] = benchmark.measure(runs, args.steps, args.repeats, device)
+        result[kind] = turns.measure(runs, args.steps, args.repeats, device)
     corner = images[:, :, :256, :320].double()
     differences["float64"] = compare_pyramids(*(network.double() for network in pair), corner)
     for precision, values in differences.items():
         text = ", ".join(f"{name} {value:.1e}" for name, value in values.items())
         print(f"ours differs from Detectron2's, relatively, in {precision}: {text}")
     if device.type == "cpu" and not args.no_memory:
-        setting = shape, benchmark.forms_of(args)
-        result["memory_mb"] = benchmark.measure_memory(pyramid_candidates, setting, names)
+        setting = shape, turns.forms_of(args)
+        result["memory_mb"] = turns.measure_memory(pyramid_candidates, setting, names)
     return result
 
 
@@ -87,7 +86,7 @@ def build_pyramids() -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     cfg = config("fpn", head=1)  # the backbone alone is used
     theirs, ours = build_reference(cfg).backbone, Trainer.build_model(cfg).backbone
-    benchmark.randomize_norms(theirs)
+    turns.randomize_norms(theirs)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 

@@ -100,6 +100,8 @@ def build_reference(cfg: CfgNode) -> nn.Module:
     cfg = cfg.clone()
     for node in (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_HEADS):
         node.NAME = THEIRS.get(node.NAME, node.NAME)
+    if cfg.MODEL.RESNETS.DEPTH in (18, 34):
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64  # which it does not find by itself
     return build_model(cfg)
 
 
