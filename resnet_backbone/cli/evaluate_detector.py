@@ -186,7 +186,8 @@ def evaluate(row: Row, detector: torch.nn.Module) -> dict:
         predictor.for_testing(cfg, detector), batches, evaluator
     )
     if "bbox" not in results:
-        raise UsageError(f"data set {data} has no annotations to score with")
+        found = " and ".join(results) or "nothing"
+        raise UsageError(f"{data} has no boxes to compute AP with: its evaluation gives {found}")
     numbers = {key: None if value != value else value for key, value in results["bbox"].items()}
     return {
         "name": row.label,

@@ -97,7 +97,7 @@ def wants_traceback() -> bool:
 def outcome(error: Exception) -> tuple[str, int]:
     """The line and the exit status for one of :data:`ONE_LINE`."""
     if isinstance(error, Stopped):
-        return f"stopped by {error}; continue with the same command and --resume", EXIT_STOPPED
+        return f"stopped by {error}; run the same command again, a training with --resume", EXIT_STOPPED
     status = EXIT_WRONG_INPUT
     if isinstance(error, UnexpectedResults):
         status = EXIT_DIFFERENT

@@ -32,7 +32,7 @@ from resnet_backbone.runtime.errors import one_line_errors, outcome
         (
             errors.Stopped("SIGTERM"),
             75,
-            "stopped by SIGTERM; continue with the same command and --",
+            "stopped by SIGTERM; run the same command again, a trainin",
         ),
     ],
 )

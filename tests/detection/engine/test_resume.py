@@ -99,7 +99,7 @@ def test_signals(data, uninterrupted, tmp_path, number):
     process.send(number, group=True)
     assert process.wait() == EXIT_STOPPED, process.log.read_text()[-3000:]
     last = process.log.read_text().splitlines()[-1]
-    assert last == f"stopped by {number.name}; continue with the same command and --resume"
+    assert last == f"stopped by {number.name}; run the same command again, a training with --resume"
     assert 0 <= reached(folder) < 9
     finish(arguments(data, folder, "--resume", **RUN), tmp_path / "log")
     assert_same_run(folder, uninterrupted)
