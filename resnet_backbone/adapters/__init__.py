@@ -1,8 +1,8 @@
-"""The backbones inside other libraries' detectors: one module per library, importing only its own.
+"""Backbones for other libraries' detectors: one module per library, importing only that library.
 
-``torchvision_models``, ``timm_models``, ``huggingface`` and ``mmdetection``. All of them take
-weights from any source, build the network that they belong to, and hand on the mean and standard
-deviation that they need, or check them. Here is what they share: weights for RGB images in 0..1.
+``torchvision_models``, ``timm_models``, ``huggingface`` and ``mmdetection``. Each accepts weights
+from any source, builds the matching network, and returns or checks the mean and standard
+deviation of its input. This file has what they share: weights for RGB images in 0..1.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from resnet_backbone.weights.load import load_tensors
 
 
 def rgb_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> Checkpoint:
-    """Reads weights and makes them take RGB in 0..1, as torchvision, timm and transformers give it.
+    """Reads weights and converts them to RGB in 0..1, the input of torchvision, timm, transformers.
 
-    Exact: the channels of the first convolution change places, the mean and standard deviation are
-    divided by the range; nothing is rounded in the tensors.
+    The conversion is exact: the input channels of the first convolution are reordered, and the mean
+    and standard deviation are divided by the range. No weight is rounded.
 
     Args:
-        weights: any source that :func:`resnet_backbone.weights.read_checkpoint` knows.
-        preprocessing: the name of the weights' convention, for files that do not carry theirs.
+        weights: any source that :func:`resnet_backbone.weights.read_checkpoint` accepts.
+        preprocessing: name of the weights' convention, for files that do not state it.
 
     Raises:
         WeightsError: unreadable weights, or no preprocessing.
@@ -40,10 +40,10 @@ def rgb_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> Check
 
 
 def image_normalization(preprocessing: Preprocessing) -> dict[str, list[float]]:
-    """``image_mean`` and ``image_std``: arguments of torchvision's and transformers' classes.
+    """Returns ``image_mean`` and ``image_std`` for torchvision's and transformers' classes.
 
     Raises:
-        WeightsError: the preprocessing is not that of RGB images in 0..1.
+        WeightsError: the preprocessing is not for RGB images in 0..1.
     """
     if (preprocessing.channel_order, preprocessing.value_range) != ("RGB", 1.0):
         raise WeightsError(
@@ -56,19 +56,19 @@ def image_normalization(preprocessing: Preprocessing) -> dict[str, list[float]]:
 def build_backbone(
     name: str, weights: str | os.PathLike | None = None, preprocessing: str = "", **options
 ) -> tuple[StagedNetwork, Preprocessing]:
-    """A network for RGB images in 0..1, with weights or freshly initialized, and its normalization.
+    """Builds a network for RGB images in 0..1, and returns it with its normalization.
 
-    With weights, the network is built as they say (stride, shortcut, norm); its batch norms are
-    constants and its first two stages frozen, unless ``norm`` and ``freeze_at`` say otherwise.
-    Without weights nothing is frozen and the normalization is torchvision's.
+    With weights, the network gets their stride, shortcut and norm. Its batch norms and its first
+    two stages are frozen unless ``norm`` and ``freeze_at`` say otherwise. Without weights, nothing
+    is frozen and the normalization is torchvision's.
 
     Args:
-        name: of ``list_models()``; weights of another network are an error.
-        weights, preprocessing: see :func:`rgb_checkpoint`.
+        name: one of ``list_models()``; weights of another network are an error.
+        weights, preprocessing: see :func:`rgb_checkpoint`; no weights: random initialization.
         **options: arguments of the network's class, such as ``out_features``.
 
     Raises:
-        WeightsError: weights of another network, or that need another stride than ``options`` say.
+        WeightsError: weights of another network, or with another stride than ``options`` give.
     """
     if weights is None:
         return build_model(name, **options), get_preprocessing("torchvision")

@@ -1,8 +1,8 @@
-"""The backbones in Hugging Face transformers' detectors, as their ``backbone_config``.
+"""Backbones for Hugging Face transformers' detectors, through their ``backbone_config``.
 
-For classification there is nothing to adapt: ``tools/convert_weights.py`` writes a folder that
-``ResNetForImageClassification.from_pretrained`` reads. A detector such as DETR is given
-:func:`backbone_config`, then :func:`load_backbone`; its image processor is given
+Classification needs no adapter: ``tools/convert_weights.py`` writes a folder that
+``ResNetForImageClassification.from_pretrained`` reads. For a detector such as DETR, build it with
+:func:`backbone_config`, then call :func:`load_backbone`. Its image processor takes
 ``image_normalization(checkpoint.preprocessing)``.
 """
 
@@ -26,30 +26,30 @@ __all__ = ["backbone_config", "image_normalization", "load_backbone", "rgb_check
 def backbone_config(
     checkpoint: Checkpoint, out_features: Sequence[str] = ("stage4",)
 ) -> ResNetConfig:
-    """The configuration of transformers' ResNet for these weights.
+    """Returns the configuration of transformers' ResNet for these weights.
 
     Args:
-        checkpoint: of a ResNet, see :func:`rgb_checkpoint`.
-        out_features: of "stage1" to "stage4", transformers' names of res2 to res5.
+        checkpoint: a ResNet's, see :func:`rgb_checkpoint`.
+        out_features: "stage1" to "stage4", transformers' names for res2 to res5.
 
     Raises:
-        WeightsError: a network that transformers' ResNet cannot express.
+        WeightsError: a network that transformers' ResNet cannot represent.
     """
     return ResNetConfig(**_model_settings(checkpoint), out_features=list(out_features))
 
 
 def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) -> None:
-    """Loads weights into the one transformers ResNet inside a model, and sets what trains.
+    """Loads weights into the only transformers ResNet in a model, and freezes its first stages.
 
     Args:
-        model: for example ``DetrForObjectDetection``; it was built with :func:`backbone_config`.
-        checkpoint: the weights, for RGB in 0..1 (see :func:`rgb_checkpoint`).
-        freeze_at: number of frozen stages, counted from the stem. (DETR means 2, as its paper,
-            but freezes all stages of a ``ResNetConfig`` backbone in transformers 5.)
+        model: for example ``DetrForObjectDetection``, built with :func:`backbone_config`.
+        checkpoint: weights for RGB in 0..1, see :func:`rgb_checkpoint`.
+        freeze_at: number of frozen stages, counted from the stem. DETR's paper has 2, but
+            transformers 5 freezes all stages of a ``ResNetConfig`` backbone.
 
     Raises:
         WeightsError: no ResNet or several, another network or stride than the weights', or
-            weights that were not converted. The model is unchanged then.
+            weights that were not converted. The model is left unchanged.
     """
     image_normalization(checkpoint.preprocessing)
     found = [module for module in model.modules() if isinstance(module, ResNetBackbone)]
@@ -78,7 +78,7 @@ def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) 
 
 
 def _model_settings(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What of transformers' ``config.json`` says which network it is."""
+    """Returns the keys of transformers' ``config.json`` that define the network."""
     check_support("huggingface", checkpoint.model)
     config = hugging_face_model(checkpoint)
     names = ("architectures", "model_type", "id2label", "label2id", "torch_dtype")

@@ -1,8 +1,8 @@
 """A backbone for mmdetection: importing this module registers ``PaperResNet`` with mmengine.
 
 In a config, ``custom_imports = dict(imports=["resnet_backbone.adapters.mmdetection"])`` and
-``backbone=dict(type="PaperResNet", depth=50, ...)``. mmengine's root registry is where mmdetection,
-mmsegmentation and the other OpenMMLab libraries look after their own.
+``backbone=dict(type="PaperResNet", depth=50, ...)``. mmdetection, mmsegmentation and the other
+OpenMMLab libraries fall back to mmengine's root registry.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from resnet_backbone.weights.load import WrongStride, load_tensors
 from resnet_backbone.weights.preprocessing import same_mean, same_std
 
 STAGES = ("res2", "res3", "res4", "res5")
-STYLES = {"caffe": True, "pytorch": False}  # the stride in the 1x1, or in the 3x3
-# Arguments of mmdetection's ResNet that this one takes with their defaults only.
+STYLES = {"caffe": True, "pytorch": False}  # stride_in_1x1
+# Arguments of mmdetection's ResNet that this one accepts only with their default values.
 DEFAULTS = dict(
     conv_cfg=None,
     dcn=None,
@@ -45,26 +45,26 @@ class PaperResNet(BaseModule):
     Args:
         depth: 18, 34, 50, 101 or 152.
         in_channels: channels of the image.
-        num_stages: 4, as mmdetection's configs say; ``out_indices`` decides what is built.
+        num_stages: always 4, as in mmdetection's configs; ``out_indices`` decides what is built.
         out_indices: stages to return; later ones are not built.
-        style: "caffe" puts a bottleneck's stride into its 1x1 convolution (the paper and its
-            weights), "pytorch" into the 3x3 (torchvision's).
-        dilations: of the four stages, all their blocks. A dilated stage keeps the size of its
-            input; ``strides`` follow from that, and others are refused.
+        style: "caffe" puts a bottleneck's stride in its 1x1 convolution (the paper and its
+            weights), "pytorch" in the 3x3 (torchvision).
+        dilations: for each of the four stages, the dilation of its blocks. A dilated stage has
+            stride 1, and ``strides`` must agree.
         frozen_stages: -1 for none, 0 for the stem, n for the stem and n stages.
         norm_cfg: ``type`` BN, SyncBN or GN, and ``requires_grad``.
-        norm_eval: batch norms keep their statistics in training.
-        zero_init_residual: start the last gamma of each block at zero.
+        norm_eval: keep batch norms in evaluation mode during training.
+        zero_init_residual: initialize the last gamma of each block to zero.
         data_preprocessor: the model's own ``data_preprocessor`` settings (``mean``, ``std``,
-            ``bgr_to_rgb``), which weights are checked against; needed where there are weights.
-        init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, with ``preprocessing="msra"`` where
-            the file does not carry its own; any source of weights.
-        **options: further arguments of :class:`~resnet_backbone.models.ResNet`, as ``shortcut``;
-            of mmdetection's ``ResNet`` the others too (``dcn``, ``with_cp``, ...), with the values
-            that they have there by default.
+            ``bgr_to_rgb``), which the weights are checked against; required with weights.
+        init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, with ``preprocessing="msra"`` if the
+            file does not state its own. FILE is any source of weights.
+        **options: further arguments of :class:`~resnet_backbone.models.ResNet`, such as
+            ``shortcut``. Other arguments of mmdetection's ``ResNet`` (``dcn``, ``with_cp``, ...)
+            are accepted with their default values.
 
     Raises:
-        ValueError: a value outside of the above.
+        ValueError: a value other than those above.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class PaperResNet(BaseModule):
         return tuple(self.network(images).values())
 
     def train(self, mode: bool = True) -> PaperResNet:
-        """Training mode, in which frozen stages, and with ``norm_eval`` batch norms, stay fixed."""
+        """Sets training mode; with ``norm_eval``, batch norms stay in evaluation mode."""
         super().train(mode)
         if mode and self.norm_eval:
             for module in self._norms():
@@ -128,10 +128,10 @@ class PaperResNet(BaseModule):
         return self
 
     def init_weights(self) -> None:
-        """Loads the weights of ``init_cfg``; without, the network keeps its He initialization.
+        """Loads the weights of ``init_cfg``; without it, the network keeps its He initialization.
 
         Raises:
-            WeightsError: weights that need another ``data_preprocessor`` or ``style``.
+            WeightsError: the weights need another ``data_preprocessor`` or ``style``.
         """
         self._is_init = True
         if self.init_cfg is None:
@@ -149,7 +149,7 @@ class PaperResNet(BaseModule):
 
 
 def _take_defaults(options: dict, dilations: Sequence[int]) -> None:
-    """Takes arguments of mmdetection's ``ResNet`` out of ``options``, and refuses other values."""
+    """Removes arguments of mmdetection's ``ResNet`` from ``options``; only defaults are allowed."""
     strides = tuple(2 if index and rate == 1 else 1 for index, rate in enumerate(dilations))
     for name, expected in {"strides": strides, **DEFAULTS}.items():
         value = options.pop(name, expected)
@@ -163,7 +163,7 @@ def _take_defaults(options: dict, dilations: Sequence[int]) -> None:
 
 
 def data_preprocessor_for(preprocessing: Preprocessing) -> dict:
-    """A model's ``data_preprocessor`` for such weights; mmdetection reads images as BGR, 0..255."""
+    """Returns the ``data_preprocessor`` settings for weights; mmdetection reads BGR in 0..255."""
     return dict(
         mean=[round(value, 3) for value in preprocessing.pixel_mean_255()],
         std=[round(value, 3) for value in preprocessing.pixel_std_255()],
@@ -174,10 +174,10 @@ def data_preprocessor_for(preprocessing: Preprocessing) -> dict:
 def check_data_preprocessor(
     preprocessing: Preprocessing, settings: Mapping | None, where: str
 ) -> None:
-    """Refuses weights that need other images than ``data_preprocessor`` makes.
+    """Checks that ``data_preprocessor`` produces the input that weights expect.
 
     Raises:
-        WeightsError: another order, mean or std, or no ``settings`` to compare with.
+        WeightsError: another channel order, mean or std, or no ``settings`` to compare with.
     """
     needed = ", ".join(f"{k}={v}" for k, v in data_preprocessor_for(preprocessing).items())
     needed = f"{where} needs data_preprocessor=dict({needed})"

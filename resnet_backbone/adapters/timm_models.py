@@ -1,9 +1,9 @@
 """The paper's networks in timm: importing this module registers paper_resnet18 and the others.
 
-``timm.create_model(**from_checkpoint("FILE"), features_only=True)`` has weights. timm's own
-networks differ in two points: the stride of a bottleneck lies in its 3x3 convolution (here
-``stride_in_1x1=True`` is the default, the paper's), and the first block of a dilated stage keeps
-the dilation of the stage before. VGG is not registered: timm's own ``vgg16`` is the same network.
+``timm.create_model(**from_checkpoint("FILE"), features_only=True)`` loads weights. timm's own
+networks differ in two points: a bottleneck has its stride in the 3x3 convolution (here
+``stride_in_1x1=True``, as in the paper, is the default), and the first block of a dilated stage
+keeps the dilation of the stage before. VGG is not registered: timm's ``vgg16`` is the same network.
 """
 
 import math
@@ -32,16 +32,16 @@ STAGES = ("res2", "res3", "res4", "res5")
 
 
 class PaperResNet(nn.Module):
-    """A network of this package behind timm's interface.
+    """A network of this package with timm's interface.
 
     Its children are conv1 (with norm and activation, stride 2), pool, res2 to res5, and the head
-    ``global_pool``, ``drop``, ``fc``. The five feature levels are conv1 and res2 to res5. State
-    dicts have names of their own, so that files of torchvision, timm or this package, whose
-    preprocessing would be lost, are refused: they come in by :func:`from_checkpoint`.
+    ``global_pool``, ``drop``, ``fc``. The five feature levels are conv1 and res2 to res5. The key
+    names are unique to this class, so a file of torchvision, timm or this package is refused: its
+    preprocessing would be lost. Load it with :func:`from_checkpoint`.
 
     Args:
-        name: of the network, one of ``NETWORKS``.
-        num_classes: logits; 0 for none.
+        name: one of ``NETWORKS``.
+        num_classes: number of logits; 0 for no classifier.
         in_chans: channels of the input.
         global_pool: "avg" (the paper), "max", "avgmax", "catavgmax", or "" for none.
         output_stride: 32, 16 or 8.
@@ -96,7 +96,7 @@ class PaperResNet(nn.Module):
         self.fc.train(self.training)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        """Returns patterns that group parameters by depth, for layer-wise learning rates."""
         return dict(stem=r"^conv1", blocks=r"^res(\d+)" if coarse else r"^res(\d+)\.(\d+)")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -121,7 +121,7 @@ class PaperResNet(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """res5 -> logits (N, num_classes), or with ``pre_logits`` what the classifier is given."""
+        """res5 -> logits (N, num_classes), or with ``pre_logits`` the classifier's input."""
         x = self.drop(self.global_pool(x))
         return x if pre_logits else self.fc(x)
 
@@ -137,12 +137,12 @@ class PaperResNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The feature levels of ``indices``, and the last map unless ``intermediates_only``.
+        """Returns feature levels, preceded by the last map unless ``intermediates_only``.
 
         Args:
-            indices: of the levels; a number n for the last n, None for all five.
-            norm: without effect, there is no norm after the last stage.
-            stop_early: stop after the deepest level asked for.
+            indices: levels to return; an integer n means the last n, None all five.
+            norm: ignored, because there is no norm after the last stage.
+            stop_early: stop after the deepest requested level.
             output_fmt: "NCHW".
         """
         if output_fmt != "NCHW":
@@ -160,7 +160,7 @@ class PaperResNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the stages behind the deepest of these levels and, then or if asked, the head."""
+        """Removes the stages after the deepest level and, with them or if asked, the head."""
         wanted, deepest = feature_take_indices(len(self.feature_info), indices)
         for stage in STAGES[deepest:]:
             setattr(self, stage, nn.Sequential())
@@ -172,7 +172,7 @@ class PaperResNet(nn.Module):
         return wanted
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **options):
-        """As every module's, but foreign key names are an error even where not ``strict``."""
+        """Like ``nn.Module``'s, but raises WeightsError for other projects' keys, strict or not."""
         if any(key.startswith(("stem.", "layer1.", "resnet.")) for key in state_dict):
             raise WeightsError(
                 "these weights have another project's key names, and their preprocessing would be "
@@ -182,24 +182,24 @@ class PaperResNet(nn.Module):
         return super().load_state_dict(state_dict, strict, **options)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """TorchScript compiles the traced graph; it cannot read the modules themselves."""
+        """Returns the traced graph for TorchScript, which cannot compile the modules themselves."""
         return torch.fx.symbolic_trace(self)
 
 
 def from_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> dict[str, Any]:
-    """Arguments of ``timm.create_model`` for weights from any source.
+    """Returns arguments of ``timm.create_model`` for weights from any source.
 
     ``timm.create_model(**from_checkpoint("resnet50_msra.safetensors", "msra"), num_classes=20)``.
-    timm adapts the weights to ``in_chans``, and leaves the classifier out where ``num_classes``
-    differs. The weights are converted to RGB in 0..1, exactly, and ``pretrained_cfg`` has their
-    mean, std, crop and interpolation.
+    timm adapts the weights to ``in_chans``, and drops the classifier if ``num_classes`` differs.
+    The weights are converted exactly to RGB in 0..1, and ``pretrained_cfg`` has their mean, std,
+    crop and interpolation.
 
     Args:
         weights: any source of ResNet or plain network weights.
-        preprocessing: the name of their convention, for files that do not carry theirs.
+        preprocessing: name of the weights' convention, for files that do not state it.
 
     Raises:
-        WeightsError: unreadable weights, no preprocessing, or a network that is not here.
+        WeightsError: unreadable weights, no preprocessing, or a network not in ``NETWORKS``.
     """
     checkpoint = rgb_checkpoint(weights, preprocessing)
     model = checkpoint.model
@@ -207,7 +207,7 @@ def from_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> dict
         raise WeightsError(
             f"{weights} holds a {model.name}; give one of {', '.join(NETWORKS)} (timm has a VGG)"
         )
-    config = timm_config(checkpoint)["pretrained_cfg"]  # JSON's lists, of which timm has tuples
+    config = timm_config(checkpoint)["pretrained_cfg"]  # has JSON lists where timm has tuples
     overlay = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
     overlay["pool_size"] = tuple(math.ceil(size / 32) for size in overlay["input_size"][1:])
     overlay["state_dict"] = {_key_in_timm(key): x.float() for key, x in checkpoint.tensors.items()}

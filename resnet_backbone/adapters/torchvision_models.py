@@ -1,8 +1,8 @@
-"""The backbones in torchvision's detectors and in its DeepLabV3.
+"""Backbones for torchvision's detectors and its DeepLabV3.
 
 torchvision's detectors normalize RGB images in 0..1 with ``image_mean`` and ``image_std``, whose
-defaults are right for torchvision's weights only. So :func:`fpn_backbone` returns both, backbone
-and normalization, for weights that were converted to this input.
+defaults are right for torchvision's weights only. So :func:`fpn_backbone` converts the weights to
+this input and returns the normalization with the backbone.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ def fpn_backbone(
     norm_layer: Callable[..., nn.Module] | None = None,
     **options,
 ) -> tuple[BackboneWithFPN, dict[str, list[float]]]:
-    """torchvision's feature pyramid on one of our networks, and the normalization that it needs.
+    """Builds torchvision's feature pyramid on one of our networks, with its input normalization.
 
     ``backbone, norm = fpn_backbone(...)``, then ``FasterRCNN(backbone, num_classes, **norm)``; the
     same for ``RetinaNet`` and ``MaskRCNN``.
 
     Args:
         name: a ResNet, plain or VGG network of ``list_models()``.
-        weights: any source of weights, None for a fresh network.
-        preprocessing: the name of the weights' convention, for files that do not carry theirs.
-        out_features: stages that feed the pyramid, in any order; by default those of strides 4,
+        weights: any source of weights; None for random initialization.
+        preprocessing: name of the weights' convention, for files that do not state it.
+        out_features: stages that feed the pyramid, in any order; by default the ones at strides 4,
             8, 16, 32.
-        out_channels: of every level of the pyramid.
+        out_channels: channels of every pyramid level.
         extra_blocks: torchvision's ``LastLevelMaxPool`` (the default) or ``LastLevelP6P7``.
-        norm_layer: of the pyramid; none by default.
+        norm_layer: norm of the pyramid's convolutions; none by default.
         **options: arguments of the network. ``freeze_at`` is 2 with weights and 0 without
             (torchvision's ``trainable_layers`` is 5 - ``freeze_at``); ``norm`` is FrozenBN with
             weights that have batch norm.
 
     Returns:
         (backbone, {"image_mean": RGB in 0..1, "image_std"}). The backbone maps normalized images
-        to an OrderedDict of maps "0", "1", ..., finest first, and those of ``extra_blocks``.
+        to an OrderedDict of maps "0", "1", ..., finest first, and the maps of ``extra_blocks``.
 
     Raises:
         WeightsError: see :func:`resnet_backbone.adapters.build_backbone`.
@@ -79,11 +79,11 @@ def fpn_backbone(
 
 
 class NormalizedBackbone(nn.Module):
-    """What DeepLabV3 needs of a backbone: RGB images in 0..1 -> {"out": res5, "aux": res4}.
+    """A backbone for DeepLabV3: RGB images in 0..1 -> {"out": res5, "aux": res4}.
 
     torchvision's segmentation models leave normalization to the caller. Here it is part of the
-    model, and of its state dict. Images that have been normalized already, or are in 0..255, are
-    refused (values outside of -0.5..1.5; some augmentations leave 0..1 a little).
+    model and of its state dict. A ValueError is raised for values outside of -0.5..1.5, as in
+    normalized images or 0..255; some augmentations exceed 0..1 a little.
     """
 
     def __init__(self, network: StagedNetwork, preprocessing: Preprocessing):
@@ -117,17 +117,16 @@ def deeplabv3(
     aux_loss: bool = False,
     **options,
 ) -> DeepLabV3:
-    """torchvision's DeepLabV3 (arXiv 1706.05587) on one of our dilated ResNets.
+    """Builds torchvision's DeepLabV3 (arXiv 1706.05587) on one of our dilated ResNets.
 
     It takes RGB images in 0..1, (N, 3, H, W), and normalizes them itself. It returns {"out": logits
-    (N, num_classes, H, W)} and, with ``aux_loss``, "aux", those of an FCN head on res4.
+    (N, num_classes, H, W)} and, with ``aux_loss``, "aux", the logits of an FCN head on res4.
 
     Args:
-        name, weights, preprocessing: as in :func:`fpn_backbone`.
-        output_stride: 16 or 8; the rates of the pyramid pooling follow, (6, 12, 18) or
-            (12, 24, 36).
-        **options: arguments of the network, for example ``multi_grid=(1, 2, 4)``. Batch norms
-            train and nothing is frozen by default.
+        name, weights, preprocessing: see :func:`fpn_backbone`.
+        output_stride: 16 or 8, with atrous rates (6, 12, 18) or (12, 24, 36).
+        **options: arguments of the network, for example ``multi_grid=(1, 2, 4)``. By default
+            batch norms train and nothing is frozen.
 
     Raises:
         ValueError: another output stride, or a network that cannot be dilated.

@@ -1,4 +1,4 @@
-"""What makes a checkpoint safe to use: its preprocessing travels with it and is checked."""
+"""Reading, writing and loading of weights, whose preprocessing is stored with them and checked."""
 
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec, Origin, write_checkpoint
 from resnet_backbone.weights.load import build_model, build_network, load_weights, save_weights

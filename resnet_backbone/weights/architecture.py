@@ -1,4 +1,4 @@
-"""Which of the package's networks a set of tensors belongs to, read from its keys and shapes."""
+"""Infers from keys and shapes which of this package's networks a set of tensors belongs to."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ _STAGES_BY_FIRST_KEY: dict[str, tuple[str, ...]] = {
 FIRST_KEYS = tuple(_STAGES_BY_FIRST_KEY)
 HEAD_NAMES = VGG.head_names  # of every network; ResNets have only the last, the linear one
 COUNTER = "num_batches_tracked"
-VISIBLE_OPTIONS = ("shortcut", "norm", "activation", "in_channels")  # those that tensors show
+VISIBLE_OPTIONS = ("shortcut", "norm", "activation", "in_channels")  # visible in the tensors
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def infer_models(tensors: Mapping[str, Tensor]) -> list[ModelSpec]:
-    """Every network that has these tensors and another function than the others in the list.
+    """Returns every network that may have these tensors, each with a different function.
 
-    Two fit where no block has a projection: identities, option A and no shortcuts have no tensors.
-    The residual network is the first. Only options that differ from the name's defaults are set,
-    and of these not what tensors do not show: ``stride_in_1x1``, ``caffe_pool``, ``dilations``, and
-    the kind of batch norm. A norm with a weight and a bias but no statistics is taken for GN. Of
-    backbones that stop early the shallowest network with these stages is named. Raises ValueError:
-    for tensors of another network (saying what was found), and for missing, unknown and wrongly
-    shaped ones (naming a key).
+    There are two if no block has a projection: neither identity shortcuts and option A nor plain
+    networks have tensors for them. The residual network comes first. Only options that differ from
+    the name's defaults are set, and none that tensors do not show: ``stride_in_1x1``,
+    ``caffe_pool``, ``dilations``, and the kind of batch norm. A norm with weight and bias but no
+    statistics counts as GN. For a backbone that stops early, the shallowest network with these
+    stages is returned. Raises ValueError: tensors of another network (saying what was found), or
+    missing, unknown or wrongly shaped tensors (naming a key).
     """
     shapes = shapes_of(tensors)
     first = first_key(shapes)
@@ -64,9 +64,9 @@ def infer_models(tensors: Mapping[str, Tensor]) -> list[ModelSpec]:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
-    """Refuses tensors that are not those of a network, less deeper stages and head.
+    """Checks that tensors are exactly a network's; head and deeper stages may be missing.
 
-    Raises ValueError: naming the first key that is missing, unknown or of another shape.
+    Raises ValueError: names the first key that is missing, unknown or of another shape.
     """
     with torch.device("meta"):
         expected = shapes_of(spec.build().state_dict())
@@ -79,12 +79,12 @@ def check_tensors(tensors: Mapping[str, Tensor], spec: ModelSpec) -> None:
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Shapes:
-    """Those of all tensors but counters, which nothing reads."""
+    """Returns the shapes of all tensors except counters, which nothing reads."""
     return {k: tuple(v.shape) for k, v in tensors.items() if not k.endswith(COUNTER)}
 
 
 def misfit(expected: Shapes, found: Shapes, network: str) -> str:
-    """The first tensor that is not one of a network's; "" where all fit and none is missing."""
+    """Describes the first missing, unknown or wrongly shaped tensor; "" if all fit."""
     missing = [key for key in expected if key not in found]
     if missing:
         return f"{len(missing)} tensors of {network} are missing, the first is {missing[0]}"
@@ -98,17 +98,17 @@ def misfit(expected: Shapes, found: Shapes, network: str) -> str:
 def check_stated(
     stated: ModelSpec, tensors: Mapping[str, Tensor], who: str = "its metadata say"
 ) -> None:
-    """Refuses tensors that are not those of the network that they are said to be of.
+    """Checks that tensors belong to the stated network.
 
-    Raises ValueError: another depth, shortcut, norm or number of classes, with both.
+    Raises ValueError: another depth, shortcut, norm or number of classes; it names both networks.
     """
     found = infer_models(tensors)[0]
     if stated.num_classes is None:  # not stated
         stated = replace(stated, num_classes=found.num_classes)
     said = f"{who} {_with_classes(stated)}, but its tensors are {_with_classes(found)}"
-    name = stated.name.rpartition("/")[2]  # of another library's network
+    name = stated.name.rpartition("/")[2]  # without another library's prefix
     same_family = {found.name, found.name.replace("resnet", "plain")}
-    if name not in MODELS and name not in same_family:  # and may be of any size
+    if name not in MODELS and name not in same_family:  # a CIFAR network may have any depth
         raise ValueError(said)
     if stated.num_classes is not None and found.num_classes is None:
         raise ValueError(f"{said}: linear.weight is missing")
@@ -123,9 +123,9 @@ def _with_classes(spec: ModelSpec) -> str:
 
 
 def deepest_stage(keys: Iterable[str]) -> str:
-    """Name of the last stage that tensors under this package's keys have: "res5", "conv4" ...
+    """Returns the last stage among keys of this package: "res5", "conv4", ...
 
-    Raises ValueError: if they are of none of this package's networks, or lack a stage in between.
+    Raises ValueError: they belong to none of this package's networks, or lack an earlier stage.
     """
     stages = _STAGES_BY_FIRST_KEY[first_key(keys)]
     found = {key.partition(".")[0] for key in keys}
@@ -139,23 +139,23 @@ def deepest_stage(keys: Iterable[str]) -> str:
 
 
 def spell(spec: ModelSpec) -> str:
-    """A network's name with the options that tensors show: "resnet50 with norm='GN'"."""
+    """Returns a network's name with its visible options: "resnet50 with norm='GN'"."""
     shown = {key: value for key, value in spec.options.items() if key in VISIBLE_OPTIONS}
     options = ", ".join(f"{key}={value!r}" for key, value in shown.items())
     return f"{spec.name} with {options}" if options else spec.name
 
 
 def constructor_options(name: str) -> dict[str, Any]:
-    """Defaults of the constructor arguments of a network of this package.
+    """Returns the default constructor arguments of a network of this package.
 
-    Raises ValueError: for a name that ``build_model`` does not know.
+    Raises ValueError: a name that ``build_model`` does not know.
     """
     parameters = inspect.signature(find_constructor(name)).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def first_key(keys: Iterable[str]) -> str:
-    """Key of the kernel that sees the image, among keys of one of this package's networks."""
+    """Returns the key of the first convolution, among keys of one of this package's networks."""
     known = set(keys)
     for key in FIRST_KEYS:
         if key in known:
@@ -177,7 +177,7 @@ def _size(shapes: Shapes, key: str, dimensions: int, axis: int) -> int:
 
 
 def _refuse_relatives(shapes: Shapes) -> None:
-    """Networks with a ResNet's keys that are not the paper's; other shapes differ anyway."""
+    """Raises ValueError for ResNeXts, wide ResNets and other stems, which have a ResNet's keys."""
     kernel, other = _size(shapes, "stem.conv1.weight", 4, 2), ""
     if kernel != 7:
         other = f"stem.conv1.weight is {kernel}x{kernel}, not 7x7: a ResNet with another stem"
@@ -196,7 +196,7 @@ def _refuse_relatives(shapes: Shapes) -> None:
 
 
 def _counts(shapes: Shapes, stages: Sequence[str]) -> tuple[int, ...]:
-    """Blocks (of a VGG: convolutions) in each stage that has any, in order."""
+    """Returns the number of blocks (VGG: convolutions) in each stage that has tensors."""
     found = defaultdict(set)
     for key in shapes:
         match = re.match(r"([a-z]+\d)\.(\d{1,6})\.", key, re.ASCII)
@@ -211,7 +211,7 @@ def _counts(shapes: Shapes, stages: Sequence[str]) -> tuple[int, ...]:
 
 
 def _base_name(shapes: Shapes, first: str) -> str:
-    """Name of the network with the default options."""
+    """Returns the network's name before options are considered."""
     stages = _STAGES_BY_FIRST_KEY[first]
     counts = _counts(shapes, stages)
     if first == "conv1.0.weight" and _size(shapes, first, 4, 2) == 7:
@@ -236,7 +236,7 @@ def _base_name(shapes: Shapes, first: str) -> str:
 
 
 def _baseline_name(shapes: Shapes, counts: tuple[int, ...]) -> str:
-    """PReLU-nets and BN-Inception differ from VGGs in the 7x7 kernel of conv1."""
+    """Names a PReLU-net or BN-Inception, which unlike VGGs have a 7x7 kernel in conv1."""
     widths = tuple(_size(shapes, f"conv{n}.0.weight", 4, 0) for n in range(1, len(counts) + 1))
     if widths[0] == 64:
         return "bn_inception"
@@ -247,7 +247,7 @@ def _baseline_name(shapes: Shapes, counts: tuple[int, ...]) -> str:
 
 
 def _visible_options(shapes: Shapes, first: str) -> dict[str, Any]:
-    """Norm and activation, as the first layer shows them."""
+    """Returns norm and activation, as the first layer shows them."""
     layer = first.removesuffix("weight")
     marks = {
         "norm.running_mean": "BN",
@@ -263,7 +263,7 @@ def _visible_options(shapes: Shapes, first: str) -> dict[str, Any]:
 
 
 def _shortcut_options(shapes: Shapes, base: str) -> list[dict[str, str]]:
-    """The shortcut, or where they have no tensors those that it may be."""
+    """Returns the shortcut option, or both candidates if shortcuts have no tensors."""
     blocks = {match[0] for key in shapes if (match := re.match(r"res\d\.\d+", key))}
     default = constructor_options(base)["shortcut"]
     if not blocks:
@@ -286,7 +286,7 @@ def _changes_shape(shapes: Shapes, block: str) -> bool:
 
 
 def _spec(base: str, num_classes: int | None, options: Mapping[str, Any]) -> ModelSpec:
-    """The name that has most of the options, with those that remain."""
+    """Returns the name that implies most of the options, with the remaining ones."""
     name = base
     if options.get("shortcut") == "none":
         plain = base.replace("resnet", "plain")

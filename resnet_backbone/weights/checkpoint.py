@@ -1,7 +1,7 @@
-"""What a checkpoint is here: tensors that say of which network they are and what input it needs.
+"""Checkpoints: tensors with their network and the input that it needs.
 
-Its file is of safetensors; the header carries the preprocessing, the network, where the weights
-came from and a version.
+They are stored as safetensors. The header has the preprocessing, the network, the origin of the
+weights and a version.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from resnet_backbone.weights.preprocessing import JsonRecord, Preprocessing, Wei
 METADATA_KEY = "resnet_backbone.preprocessing"
 MODEL_KEY = "resnet_backbone.model"  # the network's name, number of classes and options
 ORIGIN_KEY = "resnet_backbone.origin"
-SCHEMA_KEY = "resnet_backbone.schema"  # absent in files of before version 1
+SCHEMA_KEY = "resnet_backbone.schema"  # absent before version 1
 SCHEMA = 1
 MEAN_IMAGE_KEY = "preprocessing.mean_image"  # a tensor beside the weights
 
 
 @dataclass(frozen=True)
 class ModelSpec(JsonRecord):
-    """Which network weights belong to: enough to build it again.
+    """The network of some weights, with all that is needed to build it.
 
-    Its name is one of ``list_models()`` or ``cifar_resnet<6n+2>``; ``torchvision/<name>`` or
+    Its name is one of ``list_models()`` or ``cifar_resnet<6n+2>``, or ``torchvision/<name>`` or
     ``timm/<name>`` for networks of those libraries.
     """
 
     name: str
-    num_classes: int | None = None  # logits of the head; None for weights without head
+    num_classes: int | None = None  # logits of the head; None without a head
     options: Mapping[str, Any] = field(default_factory=dict)  # constructor arguments
 
     def __post_init__(self):
@@ -54,12 +54,12 @@ class ModelSpec(JsonRecord):
                 raise ValueError(f"{key} {options[key]!r} is not true or false")
 
     def build(self, **options: Any) -> StagedNetwork:
-        """Builds the network of this package with freshly initialized weights.
+        """Builds the network with randomly initialized weights.
 
-        Raises ValueError: unknown name (with the nearest one) or option.
+        Raises ValueError: an unknown name (suggesting the nearest one) or option.
 
         Args:
-            **options: constructor arguments added to the specification's own.
+            **options: constructor arguments, which override the specification's own.
         """
         options = {**self.options, **options}
         try:
@@ -70,13 +70,13 @@ class ModelSpec(JsonRecord):
 
 @dataclass(frozen=True)
 class Origin(JsonRecord):
-    """Where weights came from."""
+    """The origin of weights."""
 
-    format: str = ""  # the layout of the source: "torchvision", "caffe2", ...
+    format: str = ""  # the source's key names: "torchvision", "caffe2", ...
     file: str = ""  # the source's path, URL or name
     sha256: str = ""  # of the source file; empty for a sharded one
     run: str = ""  # the training run that wrote it
-    reference: str = ""  # where its preprocessing is written down
+    reference: str = ""  # where its preprocessing is documented
 
     def __post_init__(self):
         if not all(isinstance(value, str) for value in vars(self).values()):
@@ -85,11 +85,11 @@ class Origin(JsonRecord):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights of one network, whole: what :func:`read_checkpoint` returns.
+    """The complete weights of one network, as :func:`read_checkpoint` returns them.
 
-    The tensors are under this package's key names, with the file's dtypes and without
-    ``num_batches_tracked``; the preprocessing is the input that the network was trained on. Where
-    it says the stride of bottlenecks, the network's options say the same.
+    The tensors have this package's key names and the file's dtypes, without
+    ``num_batches_tracked``. The preprocessing is the input that the network was trained on. If it
+    states the stride of bottlenecks, the network's options agree.
     """
 
     tensors: dict[str, Tensor]
@@ -105,38 +105,38 @@ class Checkpoint:
 
     @property
     def has_bottlenecks(self) -> bool:
-        """Whether the network has bottleneck blocks, that is, two places for its strides."""
+        """Whether the network has bottleneck blocks, which have two places for a stride."""
         return has_bottlenecks(self.tensors)
 
     def metadata(self) -> dict[str, str]:
-        """The texts of its file's header."""
+        """Returns the metadata of its file's header."""
         return FileMetadata(self.preprocessing, self.model, self.origin).texts()
 
 
 def has_bottlenecks(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether tensors under this package's names are of a network with bottleneck blocks."""
+    """Returns whether tensors with this package's key names have bottleneck blocks."""
     return any(key.endswith("conv3.weight") for key in tensors)
 
 
 class FileMetadata(NamedTuple):
-    """What a file says of itself; None for parts that were not written."""
+    """A file's metadata; None for parts that were not written."""
 
     preprocessing: Preprocessing | None
     model: ModelSpec | None = None
     origin: Origin | None = None
-    has_mean_image: bool = False  # it holds a per-pixel mean beside the channel means
+    has_mean_image: bool = False  # whether it has a per-pixel mean beside the channel means
 
     def texts(self) -> dict[str, str]:
-        """The header's texts; what is None is left out."""
+        """Returns the header's texts, without parts that are None."""
         parts = zip(PARTS, self[:3], strict=True)
         texts = {key: part.to_json() for key, part in parts if part is not None}
         return {SCHEMA_KEY: str(SCHEMA), **texts}
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], where: str) -> FileMetadata:
-        """What a header says; ``where`` is the file, for messages.
+        """Parses a header; ``where`` names the file in messages.
 
-        Raises WeightsError: written by a later version of this package, or unreadable.
+        Raises WeightsError: unreadable, or written by a later version of this package.
         """
         schema = texts.get(SCHEMA_KEY, "0")
         if not schema.isdecimal() or len(schema) > 9:
@@ -160,7 +160,7 @@ class FileMetadata(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> FileMetadata:
-        """What a local safetensors file says of itself, without its weights.
+        """Reads the metadata of a local safetensors file, without its weights.
 
         Raises WeightsError: the file is missing, damaged or of a later version.
         """
@@ -176,10 +176,10 @@ PARTS = {METADATA_KEY: Preprocessing, MODEL_KEY: ModelSpec, ORIGIN_KEY: Origin}
 
 
 def write_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike) -> None:
-    """Writes a checkpoint as one of our files, atomically.
+    """Writes a checkpoint to a safetensors file of this package, atomically.
 
     Raises:
-        WeightsError: another suffix than ``.safetensors``.
+        WeightsError: a suffix other than ``.safetensors``.
     """
     write_tensors(checkpoint.tensors, checkpoint.preprocessing, checkpoint.metadata(), path)
 
@@ -197,5 +197,5 @@ def write_tensors(
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     if preprocessing.mean_image is not None:
         tensors[MEAN_IMAGE_KEY] = preprocessing.mean_image.detach().cpu().contiguous()
-    with whole_file(path) as temporary:  # not save_file, whose files only their owner can read
+    with whole_file(path) as temporary:  # save_file would make it readable by its owner only
         temporary.write_bytes(save(tensors, texts))

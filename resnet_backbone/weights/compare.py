@@ -1,4 +1,4 @@
-"""Do two checkpoints compute the same on the same pictures, and if not, what was mixed up?"""
+"""Compares the outputs of two checkpoints on the same images, and explains differences."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from resnet_backbone.weights.preprocessing import InputNormalizer
 
 TOLERANCE = 1e-4  # of the largest output; fp32 rounding stays below 1e-5
 BATCH = 8
-EXACT = 1e-6  # relative: nothing will explain it better
+EXACT = 1e-6  # relative; ends the search, since no explanation will do better
 PHOTOGRAPHS = ("astronaut", "coffee", "rocket", "chelsea")  # in color
-SEARCH_SIZE = 96  # pixels of a side; a mistake shows on any part of an image
+SEARCH_SIZE = 96  # side in pixels; a mistake shows in any part of an image
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far outputs are from the reference's."""
+    """The distance of outputs from the reference's."""
 
     largest: float  # absolute
     scale: float  # largest absolute output of the reference
-    same_top1: int | None  # images whose largest logit is the same class; None without head
+    same_top1: int | None  # images with the same top-1 class; None without a head
     num_images: int
     output: str  # "logits" or the name of a stage
 
     @property
     def relative(self) -> float:
-        """``largest`` in units of ``scale``."""
+        """``largest`` divided by ``scale``."""
         return self.largest / self.scale if self.scale else float(self.largest > 0)
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class Difference:
 def outputs_of(
     network: StagedNetwork, normalize: InputNormalizer, images: Tensor, stage: str = ""
 ) -> Tensor:
-    """Logits (N, num_classes), or with ``stage`` its map, of uint8 images (N, 3, H, W) in RGB."""
+    """uint8 RGB images (N, 3, H, W) -> logits (N, num_classes), or the map of ``stage``."""
     parts = []
     for batch in images.split(BATCH):
         x = normalize(batch)
@@ -63,9 +63,9 @@ def outputs_of(
 
 
 def check_comparable(a: Checkpoint, b: Checkpoint) -> str:
-    """What to compare: "" for logits, or the deepest stage that both have.
+    """Returns what to compare: "" for logits, or the deepest stage that both have.
 
-    Raises WeightsError: another network or number of classes.
+    Raises WeightsError: different networks or numbers of classes.
     """
     first, second = a.model, b.model
     if first.name.removesuffix("_bn") != second.name.removesuffix("_bn"):
@@ -78,27 +78,27 @@ def check_comparable(a: Checkpoint, b: Checkpoint) -> str:
 
 
 def difference(expected: Tensor, found: Tensor, stage: str) -> Difference:
-    """Compares outputs of the same images; the first are the reference."""
+    """Compares outputs for the same images; ``expected`` is the reference."""
     if expected.shape != found.shape:
         raise WeightsError(f"outputs are {tuple(expected.shape)} and {tuple(found.shape)}")
     same = None if stage else int((expected.argmax(1) == found.argmax(1)).sum())
-    distance = (expected - found).abs().nan_to_num(nan=math.inf)  # no comparison holds for NaN
+    distance = (expected - found).abs().nan_to_num(nan=math.inf)  # NaN would pass as equal
     largest = distance.max().item()
     return Difference(largest, expected.abs().max().item(), same, len(expected), stage or "logits")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found.
+    """The result of :func:`compare`.
 
-    Where both differ, ``explanation`` holds the facts of B that, stated otherwise, make them agree;
-    it is empty if no known mistake does.
+    If A and B differ, ``explanation`` has the corrections of B's settings that make them agree. It
+    is empty if no known mistake explains the difference.
     """
 
     difference: Difference  # over all images
     tolerance: float  # largest relative difference that counts as equal
     explanation: tuple[str, ...] = ()
-    explained: Difference | None = None  # what is left then
+    explained: Difference | None = None  # the difference after these corrections
     num_tried: int = 0  # explanations
 
     @property
@@ -107,7 +107,7 @@ class Comparison:
 
 
 class _Runner:
-    """Runs a checkpoint and variants of it, which share its tensors."""
+    """Runs a checkpoint and variants of it that share its tensors."""
 
     def __init__(self, stage: str, name: str = "B"):
         self.stage, self.name = stage, name
@@ -128,14 +128,14 @@ class _Runner:
 def compare(
     a: Checkpoint, b: Checkpoint, images: Tensor, tolerance: float = TOLERANCE
 ) -> Comparison:
-    """Runs both, each with its own preprocessing, and looks for the mistake where they differ.
+    """Runs two checkpoints, each with its own preprocessing, and explains their difference.
 
     Raises WeightsError: networks that cannot be compared, tensors that do not fit their network.
 
     Args:
-        a, b: the reference, and what is in doubt.
+        a, b: the reference, and the checkpoint to check.
         images: uint8 (N, 3, H, W), RGB.
-        tolerance: of the largest difference, in units of the reference's largest output.
+        tolerance: of the largest difference, relative to the reference's largest output.
     """
     stage = check_comparable(a, b)
     expected = _Runner(stage, "A")(a, images)
@@ -147,7 +147,7 @@ def compare(
 def _explain(
     found: Comparison, a: Checkpoint, b: Checkpoint, run: _Runner, images: Tensor, expected: Tensor
 ) -> Comparison:
-    """Tries single mistakes, pairs, and everything at once, on a part of one image each time."""
+    """Tries single mistakes, pairs, and whole conventions, each on a crop of one image."""
     top, left = (max(extent - SEARCH_SIZE, 0) // 2 for extent in images.shape[2:])
     part = images[:1, :, top : top + SEARCH_SIZE, left : left + SEARCH_SIZE]
     target = _Runner(run.stage, "A")(a, part)
@@ -163,7 +163,7 @@ def _explain(
                 break
         num_tried += len(errors)
         best = min(errors, key=errors.__getitem__, default=())
-        if best and errors[best] <= found.tolerance:  # on the part; now on all images
+        if best and errors[best] <= found.tolerance:  # on the crop; now check all images
             explained = difference(expected, run(_applied(b, best), images), run.stage)
             if explained.relative <= found.tolerance:
                 texts = tuple(hypothesis.text for hypothesis in best)
@@ -177,7 +177,7 @@ def _applied(checkpoint: Checkpoint, hypotheses: Sequence[Hypothesis]) -> Checkp
     return checkpoint
 
 
-# What may be stated wrongly
+# Settings that may be stated wrongly
 
 NUMBERS = "{:.6g} {:.6g} {:.6g}"
 KNOWN_EPS = (1e-5, 1e-3)  # PyTorch and Caffe; TensorFlow
@@ -193,15 +193,15 @@ KNOWN_LEVELS = {
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One fact of a checkpoint that may be stated wrongly."""
+    """A correction of one setting of a checkpoint that may be stated wrongly."""
 
-    fact: str  # "stride", "mean", ...: two of one fact exclude each other
-    text: str  # the fact as it would have to be, in place of what it is
-    apply: Callable[[Checkpoint], Checkpoint]  # states it so; tensors are shared
+    fact: str  # "stride", "mean", ...: two hypotheses about one fact exclude each other
+    text: str  # the corrected value in place of the stated one
+    apply: Callable[[Checkpoint], Checkpoint]  # returns the corrected checkpoint, same tensors
 
 
 def single_hypotheses(reference: Checkpoint, other: Checkpoint) -> list[Hypothesis]:
-    """Everything that may be wrong about ``other``, the reference's own facts first."""
+    """Returns all corrections of ``other``; the reference's own values come first."""
     right, own = reference.preprocessing, other.preprocessing
     return [
         *_architecture(right, other),
@@ -212,12 +212,12 @@ def single_hypotheses(reference: Checkpoint, other: Checkpoint) -> list[Hypothes
 
 
 def double_hypotheses(singles: Sequence[Hypothesis]) -> Iterator[tuple[Hypothesis, Hypothesis]]:
-    """Every two of them that are about different facts; in the order in which they apply."""
+    """Returns all pairs about different facts, in the order in which they are applied."""
     return (pair for pair in combinations(singles, 2) if pair[0].fact != pair[1].fact)
 
 
 def whole_conventions(reference: Checkpoint, other: Checkpoint) -> Iterator[Hypothesis]:
-    """The reference's preprocessing or a published one in place of all of the other's."""
+    """Replaces the whole preprocessing of ``other`` by the reference's or a published one."""
     own, right = other.preprocessing, reference.preprocessing
     turned = replace(right.reversed_channels(), mean_image=None)
     known = {
@@ -241,7 +241,7 @@ def _describe(own: Preprocessing) -> str:
 
 
 def _stated(**facts) -> Callable[[Checkpoint], Checkpoint]:
-    """States facts of the preprocessing otherwise."""
+    """Returns a function that changes settings of a checkpoint's preprocessing."""
     return lambda c: replace(c, preprocessing=replace(c.preprocessing, **facts))
 
 
@@ -279,7 +279,7 @@ def _input(right: Preprocessing, own: Preprocessing) -> Iterator[Hypothesis]:
 
 
 def _levels(fact: str, right: Preprocessing, own: Preprocessing) -> Iterator[Hypothesis]:
-    """The reference's mean or std, and published ones that are none of the two."""
+    """Tries the reference's mean or std, then published ones that differ from both."""
     have = getattr(_in_form_of(own, RGB_BYTES), fact)
     tried = [have]
     for name, known in {"A's": right, **KNOWN_LEVELS}.items():
@@ -293,7 +293,7 @@ def _levels(fact: str, right: Preprocessing, own: Preprocessing) -> Iterator[Hyp
 
 
 def _with_fact(fact: str, known: Preprocessing, checkpoint: Checkpoint) -> Checkpoint:
-    """Another mean, mean image or std, in the order and range that the checkpoint has by then."""
+    """Sets another mean, mean image or std, in the checkpoint's current order and range."""
     facts = {fact: getattr(_in_form_of(known, checkpoint.preprocessing), fact)}
     if fact == "mean":
         facts["mean_image"] = None
@@ -306,18 +306,18 @@ def _in_form_of(known: Preprocessing, other: Preprocessing) -> Preprocessing:
     return known.with_range(other.value_range)
 
 
-# Pictures to run two networks on by default
+# The default images
 
 
 class Samples(NamedTuple):
-    """Images, uint8 (N, 3, size, size) in RGB, and what they are, for a person."""
+    """RGB images, uint8 (N, 3, size, size), and a description of them."""
 
     images: Tensor
     text: str
 
 
 def sample_images(size: int) -> Samples:
-    """Photographs of scikit-image, ``size`` pixels a side, or noise where it is not there."""
+    """Returns scikit-image's photographs, ``size`` pixels a side, or noise if it is missing."""
     try:
         from resnet_backbone.runtime.builtin import load_photograph
     except ImportError:

@@ -1,8 +1,8 @@
-"""Exact conversions of a checkpoint: the same function of the same picture in another form.
+"""Exact conversions of a checkpoint: the same function of the same image, in another form.
 
-Channel order, value range and powers of two are bit-exact; other factors round once to fp32. What
-cannot be converted is an error, or has no function here: the stride's place is another function,
-and another mean cannot become a bias, for convolutions pad with zeros, which here are "mean pixel".
+Channel order, value range and powers of two are bit-exact; other factors round once to fp32. Two
+conversions do not exist. Moving the stride changes the function. Another mean cannot become a bias,
+because convolutions pad with zeros, which stand for a mean pixel.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def first_convolution(tensors: Mapping[str, Tensor]) -> str:
-    """Key of the kernel that sees the image, of shape (out_channels, 3, height, width).
+    """Returns the key of the first convolution, of shape (out_channels, 3, height, width).
 
     Raises:
-        ValueError: no such kernel; a WeightsError for one for other than three channels.
+        ValueError: there is none; WeightsError: it does not have three input channels.
     """
     key = first_key(tensors)
     if tensors[key].dim() != 4 or tensors[key].shape[1] != 3:
@@ -46,18 +46,18 @@ def convert_input(
     value_range: float | None = None,
     std: Sequence[float] | None = None,
 ) -> Checkpoint:
-    """The same network for input in another form; what is left out stays as it is.
+    """Converts a network to another form of input; omitted arguments keep the current form.
 
     Args:
         channel_order: "RGB" or "BGR".
         value_range: 1.0 or 255.0.
-        std: in the new order and range; what differs goes into the first convolution.
+        std: in the new order and range; the ratio is folded into the first convolution.
 
     Returns:
-        A new checkpoint; tensors that did not change are shared with the old one.
+        A new checkpoint, which shares unchanged tensors with the old one.
 
     Raises:
-        WeightsError: another range, a std that is not positive.
+        WeightsError: another range, or a std that is not positive.
     """
     if channel_order and channel_order != checkpoint.preprocessing.channel_order:
         key = first_convolution(checkpoint.tensors)
@@ -93,15 +93,15 @@ def _with_std(checkpoint: Checkpoint, std: Sequence[float]) -> Checkpoint:
 
 
 def use_channel_means(checkpoint: Checkpoint) -> Checkpoint:
-    """Drops the per-pixel mean image. Not exact: the channel means take its place."""
+    """Replaces the per-pixel mean image by the channel means, which is not exact."""
     return replace(checkpoint, preprocessing=replace(checkpoint.preprocessing, mean_image=None))
 
 
 def fold_bn(checkpoint: Checkpoint) -> Checkpoint:
-    """Every batch norm as a factor and a bias of the convolution before it.
+    """Folds every batch norm into the weight and bias of the convolution before it.
 
-    In evaluation the same function; there is nothing left to train as batch norm, and no way
-    back. Folded tensors are fp32, whatever the convolutions were.
+    The function in evaluation mode is the same. The batch norms can no longer be trained or
+    restored. Folded tensors are fp32, whatever the convolutions were.
 
     Raises:
         WeightsError: nothing to fold, or a norm that depends on the image (GN).
@@ -126,7 +126,7 @@ def fold_bn(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _folded(tensors: dict[str, Tensor], layer: str, eps: float) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of a convolution with its batch norm; fp32."""
+    """Returns kernel and bias, in fp32, of a convolution with its batch norm folded in."""
     if f"{layer}.norm.running_var" not in tensors:
         raise WeightsError(f"{layer}.norm has no running statistics: only batch norms are folded")
     values = {name: tensors[f"{layer}.norm.{name}"].double() for name in NORM_TENSORS}
@@ -136,17 +136,17 @@ def _folded(tensors: dict[str, Tensor], layer: str, eps: float) -> tuple[Tensor,
 
 
 def to_unit_responses(checkpoint: Checkpoint, images: Tensor) -> Checkpoint:
-    """A VGG without norms whose responses after each ReLU have a standard deviation of 1.
+    """Rescales a VGG without norms to a standard deviation of 1 after each ReLU.
 
-    Every stage's features are divided by one number, the standard deviation before, and with fc6 in
-    the checkpoint, which takes over the last one, the logits stay the same. No accuracy is added,
-    but steps of one size suit all layers (arXiv 1511.06856, section 3).
+    Each layer's output is divided by one number, its standard deviation before. If the checkpoint
+    has fc6, it absorbs the last factor, and the logits stay the same. Accuracy does not change, but
+    one learning rate suits all layers (arXiv 1511.06856, section 3).
 
     Args:
-        images: uint8 (N, 3, H, W), RGB; the standard deviations are taken over them.
+        images: uint8 (N, 3, H, W), RGB, over which standard deviations are taken.
 
     Raises:
-        WeightsError: another network than a VGG without norms; a layer that never responds.
+        WeightsError: not a VGG without norms; a layer whose output is always zero.
     """
     if not checkpoint.model.name.startswith("vgg") or norm_layers(checkpoint.tensors):
         raise WeightsError(
@@ -168,7 +168,7 @@ def to_unit_responses(checkpoint: Checkpoint, images: Tensor) -> Checkpoint:
 
 @torch.inference_mode()
 def _response_scales(network, preprocessing: Preprocessing, images: Tensor) -> dict[str, float]:
-    """Layer -> standard deviation of its output over the images, in the order of the layers."""
+    """Returns layer -> standard deviation of its output over the images, in forward order."""
     sums: dict[str, list[float]] = {}
 
     def add(name, module, inputs, output):
@@ -189,10 +189,10 @@ def _response_scales(network, preprocessing: Preprocessing, images: Tensor) -> d
 
 
 def to_bn_eps(checkpoint: Checkpoint, eps: float) -> Checkpoint:
-    """The same function with another epsilon in the batch norms: their factors make up for it.
+    """Changes the epsilon of the batch norms, and compensates for it in their weights.
 
-    Exact in evaluation, up to one rounding to fp32; training normalizes with the batches' own
-    variances and the new epsilon.
+    Exact in evaluation, up to one rounding to fp32. Training normalizes with the variances of its
+    batches and the new epsilon.
     """
     old = checkpoint.preprocessing.bn_eps
     tensors = dict(checkpoint.tensors)
@@ -206,13 +206,13 @@ def to_bn_eps(checkpoint: Checkpoint, eps: float) -> Checkpoint:
 
 
 def to_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """Kernels and matrices as "fp32", "fp16" or "bf16".
+    """Converts kernels and matrices to "fp32", "fp16" or "bf16".
 
-    Vectors (norms, biases, slopes) stay fp32: they are few, and a batch norm's variances go beyond
-    fp16, up to 83,600 in the MSRA ResNet-50. A network runs in fp32 whatever the file holds.
+    Vectors (norms, biases, slopes) stay fp32: they are small, and the variances of batch norms can
+    exceed fp16, up to 83,600 in the MSRA ResNet-50. Networks run in fp32 whatever the file has.
 
     Raises:
-        WeightsError: a value beyond fp16's largest, 65504.
+        WeightsError: an unknown dtype, or a value beyond fp16's largest, 65504.
     """
     if dtype not in DTYPES:
         raise WeightsError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")

@@ -1,8 +1,8 @@
-"""Checkpoints for other libraries: files that load there strictly and give the same logits.
+"""Exports checkpoints to other libraries, which load the files strictly and get the same logits.
 
-A library that takes RGB in 0..1 only gets the channel order folded into the first convolution and
-the mean and std in that range. What no conversion can bring into a library is refused, with the
-formats that take it.
+For libraries that only take RGB in 0..1, the channel order is folded into the first convolution,
+and mean and std are converted to this range. A network that a library cannot represent is refused,
+naming the formats that can.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from resnet_backbone.weights.keymaps.torchvision import timm_config
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
 from resnet_backbone.weights.readers import INDEX_SUFFIX, PREPROCESSING_KEY, SUFFIXES
 
-# What the writers of folders leave in them.
+# All that these writers put in a folder.
 FOLDER_PATTERNS = ("config.json", "preprocessor_config.json", "model*.safetensors*")
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a library's files look like."""
+    """The files of a library."""
 
     suffixes: tuple[str, ...]  # of the file; empty: a folder
-    value_range: float | None = None  # that its users normalize in; None: any
-    rgb: bool = False  # it takes nothing else
+    value_range: float | None = None  # of the library's input before normalization; None: any
+    rgb: bool = False  # whether its input is always RGB
 
 
-BN_EPS = 1e-5  # of other libraries' batch norms, which no file of theirs says
+BN_EPS = 1e-5  # of other libraries' batch norms; their files do not state it
 FORMATS = {
     "resnet_backbone": Format((".safetensors",)),
     "torchvision": Format((".pth", ".safetensors"), 1.0, rgb=True),
@@ -57,10 +57,10 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     path: Path  # a file or folder
-    checkpoint: Checkpoint  # in the form of input that the library takes
+    checkpoint: Checkpoint  # converted to the library's input
     usage: str  # lines of code or configuration that load it, with the transform to use
 
 
@@ -77,13 +77,13 @@ def export_checkpoint(
     Args:
         path: a file with a suffix of the format, or a folder for "timm" and "huggingface".
         format: a name of ``FORMATS``.
-        overwrite: replace what is there.
-        shard_size: bytes of tensors in one file of "huggingface", where that many are more than
-            one; None: one file.
+        overwrite: replace an existing file or folder.
+        shard_size: largest size of a "huggingface" shard in bytes, unless one tensor is larger;
+            None for a single file.
 
     Raises:
         WeightsError: a network or preprocessing that the library does not have, a wrong suffix,
-            something there already.
+            an existing target.
     """
     path = Path(path)
     check_target(path, format, overwrite)
@@ -112,10 +112,10 @@ def export_checkpoint(
 
 
 def check_target(path: Path, format: str, overwrite: bool) -> None:
-    """Refuses a path that cannot or must not be written.
+    """Checks that an export may be written to a path.
 
     Raises:
-        WeightsError: unknown format, another suffix, something there already.
+        WeightsError: an unknown format, another suffix, an existing target, a missing folder.
     """
     if format not in FORMATS:
         raise WeightsError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
@@ -135,10 +135,10 @@ def check_target(path: Path, format: str, overwrite: bool) -> None:
 
 
 def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
-    """The same function with the input that a library gives its networks.
+    """Converts a checkpoint exactly to the input that a library gives its networks.
 
     Raises:
-        WeightsError: what the library does not have and no exact conversion brings about.
+        WeightsError: the library has no such network, and no exact conversion exists.
     """
     rules, preprocessing = FORMATS[format], checkpoint.preprocessing
     if format == "resnet_backbone":
@@ -154,7 +154,7 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
     checkpoint = convert_input(checkpoint, channel_order=order, value_range=rules.value_range)
     stride = checkpoint.preprocessing.stride_in_1x1
     if not checkpoint.has_bottlenecks and rules.rgb:
-        stride = False  # the libraries' configs say it for networks without bottlenecks too
+        stride = False  # the libraries' configs state it even without bottlenecks
     elif checkpoint.has_bottlenecks and stride is None:
         raise WeightsError("the stride of these bottlenecks is unknown: state it")
     return replace(
@@ -191,7 +191,7 @@ def _file_bytes(
     stated = {PREPROCESSING_KEY: checkpoint.preprocessing.to_json()}
     if format == "caffe2":
         return _pickle_bytes("blobs", tensors, stated)
-    # under the name that our networks in a detector have it: its own loader then checks it too
+    # with the key of our detectors, whose loader checks it
     tensors = {**tensors, INPUT_SETTINGS: checkpoint.preprocessing.to_tensor()}
     beside = {"__author__": "resnet_backbone", "matching_heuristics": True, **stated}
     if suffix == ".pkl":
@@ -218,8 +218,8 @@ def _pickle_bytes(key: str, tensors: Mapping[str, Tensor], beside: Mapping[str, 
 def _safetensors_files(
     tensors: Mapping[str, Tensor], checkpoint: Checkpoint, shard_size: int | None = None
 ) -> dict[str, bytes]:
-    """``model.safetensors``, or its shards with their index; each has the metadata."""
-    texts = {"format": "pt", **checkpoint.metadata()}  # transformers reads no file without it
+    """Returns ``model.safetensors``, or shards with their index; each has the metadata."""
+    texts = {"format": "pt", **checkpoint.metadata()}  # transformers requires "format"
     shards = _split(tensors, shard_size)
     if len(shards) == 1:
         return {"model.safetensors": save_safetensors(tensors, texts)}
@@ -254,10 +254,10 @@ def _json_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def _write_folder(files: Mapping[str, bytes], path: Path) -> None:
-    """Writes a folder whole or not at all, in place of an earlier one of these writers.
+    """Writes a folder atomically; it may replace one that was written here before.
 
     Raises:
-        WeightsError: the folder that is there has something else in it.
+        WeightsError: the existing folder has other files in it.
     """
     if path.exists() and not path.is_dir():
         raise WeightsError(f"{path} is a file, but a folder is to be written")
@@ -280,7 +280,7 @@ def _write_folder(files: Mapping[str, bytes], path: Path) -> None:
 
 
 def _usage(checkpoint: Checkpoint, format: str, path: Path) -> str:
-    """Lines of Python or YAML that load a file, and what the pixels must become."""
+    """Returns lines of Python or YAML that load a file, with its input transform."""
     lines, preprocessing = LAYOUTS[format].usage(checkpoint, path), checkpoint.preprocessing
     has_test = format in ("torchvision", "timm", "huggingface")
     if has_test and None in (preprocessing.resize_size, preprocessing.crop_size):

@@ -1,4 +1,4 @@
-"""What weights are and say of themselves, for a person who has found a file."""
+"""Describes weights of unknown origin for the user."""
 
 from __future__ import annotations
 
@@ -24,17 +24,16 @@ def inspect_source(
     preprocessing: str | Preprocessing = "",
     model: ModelSpec | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Looks at weights from any source; what they do not say is no error here.
+    """Describes weights from any source; missing information is reported, not an error.
 
-    Raises WeightsError: missing, damaged or hostile file, keys or shapes of no network of this
+    Raises WeightsError: a missing, damaged or hostile file, keys or shapes of no network of this
     package, contradictions.
 
     Args:
         source, preprocessing, model: see :func:`resnet_backbone.weights.read_checkpoint`.
 
     Returns:
-        (the findings as text, one fact a line; options of convert-weights that say what is
-        missing)
+        (lines of text, one fact each; the convert-weights options that supply missing information)
     """
     file, key = split_key(source)
     raw = read_tensors(resolve(file).path)
@@ -105,5 +104,5 @@ def _describe_input(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def default_size(checkpoint: Checkpoint) -> int:
-    """Side in pixels of images to try a network on."""
+    """Returns the side in pixels of images on which to run a network."""
     return 32 if Path(checkpoint.model.name).name.startswith("cifar") else 224

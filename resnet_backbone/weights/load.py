@@ -1,4 +1,4 @@
-"""Weights into a network and out of it: what does not fit is refused, and nothing is changed."""
+"""Loads weights into networks, all or nothing, and saves them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 class WrongStride(WeightsError):
-    """A network whose stride is in the other convolution; ``expected`` is the right value."""
+    """A network with its stride in the other convolution; ``expected`` is the weights' value."""
 
     def __init__(self, message: str, expected: bool):
         super().__init__(message)
@@ -46,7 +46,7 @@ class WrongStride(WeightsError):
 
 
 def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: str) -> None:
-    """Refuses weights whose stride position or BN epsilon differs from the network's."""
+    """Raises WeightsError if the weights' stride position or BN epsilon is not the network's."""
     expected, actual = preprocessing.stride_in_1x1, stride_of(model)
     if None not in (expected, actual) and expected != actual:
         raise WrongStride(
@@ -63,16 +63,16 @@ def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: st
 
 
 def stride_of(model: nn.Module) -> bool | None:
-    """``stride_in_1x1`` of a network's bottlenecks, None where it has none."""
+    """Returns ``stride_in_1x1`` of a network's bottlenecks; None if it has no bottlenecks."""
     if any(isinstance(module, BottleneckBlock) for module in model.modules()):
         return getattr(model, "stride_in_1x1", None)
     return None
 
 
 def describe_model(model: StagedNetwork) -> ModelSpec | None:
-    """The name and options with which a network is built again; None for one that has no name.
+    """Returns the name and options that rebuild a network; None if it has no name.
 
-    A backbone has ``num_classes=None``; its ``out_features`` are not among the options.
+    A backbone has ``num_classes=None``, and its ``out_features`` are not in the options.
     """
     try:
         candidates = infer_models(model.state_dict())
@@ -80,7 +80,7 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
         return None
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     plain = bool(blocks) and blocks[0].gate is None and blocks[0].shortcut is None
-    spec = candidates[-1] if plain else candidates[0]  # what has no tensors: shortcut, then plain
+    spec = candidates[-1] if plain else candidates[0]  # the last candidate has no shortcuts
     options = dict(spec.options)
     stride = stride_of(model)
     if stride is not None:
@@ -88,15 +88,15 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
     pool = getattr(getattr(model, "stem", None), "pool", None)
     if pool is not None and pool.ceil_mode:
         options["caffe_pool"] = True
-    # of a backbone that stops early the tensors show the stages, not the depth
+    # the tensors of a backbone that stops early do not show its depth
     name = re.sub(r"\d+", str(getattr(model, "depth", "")), spec.name, count=1)
     return replace(spec, name=name, options=options)
 
 
 def pools_as_caffe(stated: ModelSpec | None, preprocessing: Preprocessing) -> bool | None:
-    """Whether weights were trained with ``caffe_pool``, by the network that their file states.
+    """Returns whether weights were trained with ``caffe_pool``, according to their file.
 
-    None for the released Caffe weights: Detectron2 and others pad with them, so both are in use.
+    None for the released Caffe weights: Detectron2 and others use padding, so both are common.
     """
     if stated is not None:
         return stated.options.get("caffe_pool", False)
@@ -104,9 +104,9 @@ def pools_as_caffe(stated: ModelSpec | None, preprocessing: Preprocessing) -> bo
 
 
 def check_settings(model: StagedNetwork, read: Weights | Checkpoint, where: str) -> None:
-    """Refuses a network that differs from the weights' in what no tensor shows.
+    """Checks the settings that no tensor shows: parameter-free shortcuts and the stem's pooling.
 
-    Raises WeightsError: identity shortcuts and none, or the stem's pooling, are exchanged.
+    Raises WeightsError: the network's differ from the weights'.
     """
     own, stated = describe_model(model), read.model
     if own is None:
@@ -127,7 +127,7 @@ def check_settings(model: StagedNetwork, read: Weights | Checkpoint, where: str)
 def fitting_tensors(
     model: StagedNetwork, tensors: Mapping[str, Tensor], where: str
 ) -> dict[str, Tensor]:
-    """The tensors that a network takes: all of its own, less counters.
+    """Returns the tensors for a network's state dict, without counters.
 
     Raises WeightsError: missing, unknown or wrongly shaped tensors.
     """
@@ -140,7 +140,7 @@ def fitting_tensors(
 
 
 def explain_misfit(model: StagedNetwork, tensors: Mapping[str, Tensor], problem: str) -> str:
-    """A misfit with its cause, or with what to do about it, as far as these can be told."""
+    """Adds the likely cause of a misfit, or how to fix it."""
     own = describe_model(model)
     body = {key: value for key, value in tensors.items() if not key.startswith("linear.")}
     try:
@@ -167,17 +167,17 @@ def build_model(
     preprocessing: str | Preprocessing = "",
     **options: Any,
 ) -> StagedNetwork:
-    """Builds a network by name, with published weights if they are given.
+    """Builds a network by name, with weights if they are given.
 
     Args:
         name, num_classes, options: see :func:`resnet_backbone.models.build_model`.
         weights: a file, a folder, or an address such as ``torchvision://resnet50/IMAGENET1K_V2``,
-            see :func:`read_checkpoint`. Where ``stride_in_1x1`` is not given, it follows them.
-        preprocessing: for weights that do not say theirs, see :func:`read_checkpoint`.
+            see :func:`read_checkpoint`. They set ``stride_in_1x1`` unless it is given.
+        preprocessing: for weights that do not state theirs, see :func:`read_checkpoint`.
 
     Returns:
-        The network in training mode. With weights, its attribute ``preprocessing`` says which
-        input it needs, and ``InputNormalizer(network.preprocessing)`` makes that from images.
+        The network in training mode. With weights, its attribute ``preprocessing`` describes the
+        input, and ``InputNormalizer(network.preprocessing)`` makes this input from images.
 
     Raises:
         ValueError: an unknown name.
@@ -199,18 +199,18 @@ def build_model(
 def load_weights(
     model: StagedNetwork, path: str | os.PathLike, preprocessing: str | Preprocessing = ""
 ) -> Preprocessing:
-    """Loads weights into a network and returns the preprocessing that its input now needs.
+    """Loads weights into a network, and returns the preprocessing that its input now needs.
 
-    A backbone leaves out the file's head and deeper stages; everything it has must be in the
-    file with the same shape.
+    A backbone ignores the file's head and deeper stages. All of the network's own tensors must be
+    in the file, with the same shapes.
 
     Args:
         path, preprocessing: see :func:`read_checkpoint`.
 
     Raises:
-        WeightsError: see :func:`read_checkpoint`; also another ``stride_in_1x1``, BN epsilon or
-            shortcut than the weights were trained with, and missing, unknown or wrongly shaped
-            tensors. The network is unchanged then.
+        WeightsError: see :func:`read_checkpoint`; also missing, unknown or wrongly shaped tensors,
+            and a ``stride_in_1x1``, BN epsilon or shortcut other than in the weights' training.
+            The network is left unchanged.
     """
     read = read_network(path, preprocessing)
     load_tensors(model, read, str(path))
@@ -218,7 +218,7 @@ def load_weights(
 
 
 def load_tensors(model: StagedNetwork, read: Weights | Checkpoint, where: str) -> None:
-    """Loads what was read from ``where`` into a network; see :func:`load_weights`."""
+    """Loads weights that were read from ``where``; see :func:`load_weights`."""
     fitting = fitting_tensors(model, read.tensors, where)
     check_architecture(model, read.preprocessing, where)
     check_settings(model, read, where)
@@ -233,17 +233,16 @@ def save_weights(
     *,
     run: str = "",
 ) -> None:
-    """Writes a network's weights with their preprocessing as metadata, atomically.
+    """Writes a network's weights atomically, with their preprocessing as metadata.
 
-    Networks of this package are named too, wherever they have a name.
+    The metadata also name the network if it is one of this package.
 
     Args:
-        metadata: further facts to write beside the preprocessing; ``MODEL_KEY`` names the
-            network of another library.
+        metadata: further metadata; ``MODEL_KEY`` names the network of another library.
         run: the training run that the weights come from.
 
     Raises:
-        WeightsError: another suffix than ``.safetensors``; a preprocessing of another stride.
+        WeightsError: a suffix other than ``.safetensors``; a preprocessing with another stride.
     """
     metadata, spec, stride = metadata or {}, None, stride_of(model)
     if stride is not None:
@@ -257,10 +256,10 @@ def save_weights(
 
 
 def build_network(checkpoint: Checkpoint, where: str = "the checkpoint") -> StagedNetwork:
-    """The checkpoint's network with its weights in fp32, in evaluation mode.
+    """Builds a checkpoint's network with its weights in fp32, in evaluation mode.
 
-    Without head it is a backbone that returns its deepest stage. Stride and BN epsilon are those
-    of the preprocessing.
+    Without a head it is a backbone that returns its deepest stage. Stride and BN epsilon come from
+    the preprocessing.
 
     Raises:
         WeightsError: tensors that do not fit the network.
@@ -275,7 +274,7 @@ def build_network(checkpoint: Checkpoint, where: str = "the checkpoint") -> Stag
 
 
 def network_on_meta(checkpoint: Checkpoint) -> StagedNetwork:
-    """Without values, which would be drawn only to be overwritten."""
+    """Builds a checkpoint's network on the meta device, to skip the initialization."""
     options = {}
     if checkpoint.model.num_classes is None:
         options["out_features"] = (deepest_stage(checkpoint.tensors),)

@@ -1,8 +1,8 @@
-"""Pickles read as data: no name in them is ever imported, nothing of theirs is ever called.
+"""Reads pickles as data: nothing that they name is ever imported or called.
 
-Python's own unpickler runs whatever a file names. Here each name that containers, numbers, texts
-and numpy arrays need has a class of this module in its place; other names are refused. In files of
-``torch.save`` torch's own restricted reader makes the tensors.
+Python's own unpickler runs whatever a file names. Here a class of this module replaces each name
+that containers, numbers, texts and numpy arrays need, and other names are refused. Tensors in
+``torch.save`` files are built by torch's own restricted reader.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch
 
 ZIP_START = b"PK\x03\x04"
 
-# A file can ask for 64 bytes of memory with each of its bytes: a bound on operations bounds that to
-# about 100 MB. The 7,000 arrays of a CIFAR ResNet-1202 take 250,000.
+# Each byte of a file can allocate 64 bytes of memory: this limit on operations keeps that below
+# about 100 MB. The 7,000 arrays of a CIFAR ResNet-1202 take 250,000 operations.
 MAX_OPERATIONS = 1_000_000
 ARRAY_DTYPES = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 b1".split())
 
 
 class Refused(ValueError):
-    """Something in a file that data do not need."""
+    """Content of a file that is more than data."""
 
 
 class Inert:
-    """An object of a class that holds a training's settings: nothing of it is read."""
+    """A placeholder for an object with training settings, whose content is ignored."""
 
     def __init__(self, *arguments: Any):
         pass
@@ -42,7 +42,7 @@ class Inert:
 
 
 class Text(Inert):
-    """``_codecs.encode``, bytes as Python 3 writes them in protocols 0 to 2: they stay a text."""
+    """``_codecs.encode``, as Python 3 writes bytes in protocols 0 to 2; the result stays text."""
 
     def __new__(cls, text: str, encoding: str) -> str:
         return text
@@ -56,7 +56,7 @@ class NoBytes(Inert):
 
 
 class Dtype:
-    """``numpy.dtype`` of numbers."""
+    """``numpy.dtype`` for numbers only."""
 
     def __init__(self, name: Any, *flags: Any):
         if not isinstance(name, str) or name.lstrip("<>=|") not in ARRAY_DTYPES:
@@ -73,7 +73,7 @@ class Dtype:
 
 
 class Array:
-    """``numpy.ndarray``, and how protocol 5 makes one; a view on the bytes in the file."""
+    """``numpy.ndarray``, also as protocol 5 builds it: a view of the bytes in the file."""
 
     array = np.empty(0)
 
@@ -93,14 +93,14 @@ class Array:
 
 
 class EmptyArray(Array):
-    """``_reconstruct``: its state follows."""
+    """``_reconstruct``: an array whose state follows."""
 
     def __init__(self, *arguments: Any):
         pass
 
 
 class Scalar(Array):
-    """A number of numpy's."""
+    """A numpy scalar."""
 
     def __init__(self, dtype: Any, data: Any):
         super().__init__(data, dtype, ())
@@ -110,8 +110,8 @@ def _inert(name: str) -> type[Inert]:
     return type(name, (Inert,), {})
 
 
-# Module and name in a pickle -> what stands for it. A pickle can set no attribute of a class that
-# has a __setstate__ or is written in C.
+# Module and name in a pickle -> the class in its place. A pickle cannot set attributes of a class
+# that has a __setstate__ or is written in C.
 NAMES: dict[tuple[str, str], type] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): Text,
@@ -129,7 +129,7 @@ for _core in ("numpy.core", "numpy._core"):  # before and since numpy 2
 
 
 class DataUnpickler(pickle.Unpickler):
-    """The standard library's unpickler with the names of :data:`NAMES` and no others."""
+    """The standard library's unpickler, restricted to the names in :data:`NAMES`."""
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in NAMES:
@@ -138,13 +138,13 @@ class DataUnpickler(pickle.Unpickler):
 
 
 def unpickle(data: bytes) -> Any:
-    """The object of a pickle, with an :class:`Array` in place of each array.
+    """Returns the object of a pickle, with an :class:`Array` in place of each array.
 
-    Raises ValueError or another error of the parser: damaged, too large, or not only data.
+    Raises ValueError or any parser error: damaged, too large, or more than data.
     """
     for count, (operation, argument, _) in enumerate(pickletools.genops(data)):  # reads only
         is_far = operation.name in ("PUT", "LONG_BINPUT") and argument > MAX_OPERATIONS
-        if is_far or count > MAX_OPERATIONS:  # memory for so many places would be taken
+        if is_far or count > MAX_OPERATIONS:  # a far PUT allocates memory up to its index
             raise Refused(f"more than {MAX_OPERATIONS} operations")
     stream = io.BytesIO(data)
     found = DataUnpickler(stream, encoding="latin1").load()
@@ -154,16 +154,16 @@ def unpickle(data: bytes) -> Any:
 
 
 def load_torch(data: bytes) -> Any:
-    """The object of a ``torch.save`` file: torch makes only tensors, containers and ``NAMES``."""
+    """Returns the object of a ``torch.save`` file: only tensors, containers and ``NAMES``."""
     stream, is_archive = io.BytesIO(data), data.startswith(ZIP_START)
     if is_archive:
         _check_archive(stream)
     names = [(stand_in, f"{module}.{name}") for (module, name), stand_in in NAMES.items()]
     try:
         with torch.serialization.safe_globals(names), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error says it
+            warnings.simplefilter("ignore")  # the error has the same content
             loaded = torch.load(stream, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # around its cause, torch advises to trust the file
+    except pickle.UnpicklingError as error:  # without torch's advice to trust the file
         text = str(error)
         code = re.search(r"GLOBAL (\S+)", text)
         if code:
@@ -177,7 +177,7 @@ def load_torch(data: bytes) -> Any:
 
 
 def _code(name: str) -> str:
-    """What a name in a file is that is no data."""
+    """Describes a name that is not data, for a message."""
     text = f"{name}, which is code and not data"
     if re.search(r"(^|\.)(models?|nn|modules?|timm|torchvision|networks?)\.", name.lower()):
         text += ": a whole model was pickled; save model.state_dict() in its place"
@@ -185,7 +185,7 @@ def _code(name: str) -> str:
 
 
 def _check_archive(stream: io.BytesIO) -> None:
-    """Refuses what torch would read without a check."""
+    """Checks an archive for what torch does not check: compression, sizes, CRC."""
     with zipfile.ZipFile(stream) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -1,4 +1,4 @@
-"""What weights expect of their input, facts whose mismatch is otherwise silent; the normalizer."""
+"""The input that weights expect, where a mismatch would be silent, and the normalizer for it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 ORDERS = ("RGB", "BGR")
-# End of the key in a detector's state dict that says which input its backbone was trained on.
+# The last part of the key that holds the input of a detector's backbone in its state dict.
 INPUT_SETTINGS = "input_settings"
 FILTERS = {2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling, as in preprocessor_config.json
-USUAL_TEST = (256, 224)  # shorter side and crop; written where the weights do not say theirs
+USUAL_TEST = (256, 224)  # shorter side and crop, for weights that do not state theirs
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be used as asked; the message says what to change."""
+    """Weights that cannot be used as requested; the message says what to change."""
 
 
 def one_line(error: Exception | str, limit: int = 400) -> str:
-    """A text for a message: what a file says may be long, and have line breaks."""
+    """Returns a text without line breaks, cut after ``limit`` characters, for a message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 @contextmanager
 def named(source: str | os.PathLike) -> Iterator[None]:
-    """Turns a ValueError into one line that names the source."""
+    """Turns a ValueError into a WeightsError of one line that names the source."""
     try:
         yield
     except ValueError as error:
@@ -41,14 +41,14 @@ def named(source: str | os.PathLike) -> Iterator[None]:
 
 
 class JsonRecord:
-    """A dataclass that travels as a JSON object of its fields."""
+    """A dataclass that is stored as a JSON object of its fields."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> JsonRecord:
-        """ValueError or TypeError if the text is not what :meth:`to_json` writes."""
+        """Reads what :meth:`to_json` wrote. Raises ValueError or TypeError: any other text."""
         found = json.loads(text)
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
@@ -57,23 +57,23 @@ class JsonRecord:
 
 @dataclass(frozen=True)
 class Preprocessing(JsonRecord):
-    """The input that a network was trained on, and the two settings its tensors do not show.
+    """The input that a network was trained on, and two settings that its tensors do not show.
 
     Attributes:
         channel_order: "RGB" or "BGR".
         value_range: the largest pixel value before normalization, 1.0 or 255.0.
-        mean, std: per channel, in that order and range; input = (pixel - mean) / std.
-        stride_in_1x1: where bottlenecks have their stride; ``None`` where there are none.
+        mean, std: per channel, in this order and range; input = (pixel - mean) / std.
+        stride_in_1x1: whether bottlenecks stride in their first 1x1 convolution, not in the 3x3;
+            None if there are none, or if it is unknown.
         bn_eps: epsilon of the batch norms.
-        resize_size: shorter side in pixels of the center-crop test that the published accuracy
-            belongs to, before cropping; None where it is not known.
-        crop_size: side in pixels of that test's square center crop; None where it is not known.
-        interpolation: of that resize, "bilinear" or "bicubic"; "" where it is not known.
-        source: where these values are written down.
-        mean_image: (3, H, W) or None: the per-pixel mean in ``channel_order`` and
-            ``value_range``, subtracted in place of ``mean`` from images of exactly this size
-            (paper, section 3.4). It is not part of the JSON form or of equality; weight files
-            hold it as a tensor.
+        resize_size: shorter side in pixels, before the center crop, in the test of the published
+            accuracy; None if unknown.
+        crop_size: side in pixels of this test's square center crop; None if unknown.
+        interpolation: of this resize, "bilinear" or "bicubic"; "" if unknown.
+        source: where these values are documented.
+        mean_image: (3, H, W) or None: the per-pixel mean in ``channel_order`` and ``value_range``,
+            subtracted instead of ``mean`` from images of exactly this size (paper, section 3.4).
+            It is not in the JSON or compared by ``==``; weight files store it as a tensor.
     """
 
     channel_order: str
@@ -113,15 +113,15 @@ class Preprocessing(JsonRecord):
             raise WeightsError(f"preprocessing: {problem}")
 
     def pixel_mean_255(self) -> tuple[float, ...]:
-        """Mean for pixels in 0..255, in ``channel_order``: Detectron2's MODEL.PIXEL_MEAN."""
+        """Returns the mean for pixels in 0..255, in ``channel_order``: MODEL.PIXEL_MEAN."""
         return self.with_range(255.0).mean
 
     def pixel_std_255(self) -> tuple[float, ...]:
-        """Standard deviation for pixels in 0..255: Detectron2's MODEL.PIXEL_STD."""
+        """Returns the standard deviation for pixels in 0..255: Detectron2's MODEL.PIXEL_STD."""
         return self.with_range(255.0).std
 
     def reversed_channels(self) -> Preprocessing:
-        """The same input in the other channel order."""
+        """Returns the same input in the other channel order."""
         return replace(
             self,
             channel_order=self.channel_order[::-1],
@@ -131,7 +131,7 @@ class Preprocessing(JsonRecord):
         )
 
     def with_range(self, value_range: float) -> Preprocessing:
-        """The same input with mean and std in 0..value_range."""
+        """Returns the same input for pixels in 0..value_range."""
         mean, std = (
             tuple(value * value_range / self.value_range for value in values)
             for values in (self.mean, self.std)
@@ -141,16 +141,16 @@ class Preprocessing(JsonRecord):
         return replace(self, value_range=value_range, mean=mean, std=std, mean_image=image)
 
     def center_crop(self) -> tuple[int, int]:
-        """(shorter side, center crop) in pixels of the test; the usual one if it is not known."""
+        """Returns the test's (shorter side, center crop) in pixels; (256, 224) if unknown."""
         if self.resize_size is None or self.crop_size is None:
             return USUAL_TEST
         return self.resize_size, self.crop_size
 
     def same_input(self, other: Preprocessing) -> bool:
-        """Whether both ask for the same tensors and network: all but source and test resize.
+        """Returns whether both mean the same input and network; source and test may differ.
 
-        Means and standard deviations are compared in 0..255, up to their rounding to half
-        precision; a stride that one of them does not state is no difference.
+        Means and standard deviations are compared in 0..255, up to the rounding of half precision.
+        A stride that only one of them states is no difference.
         """
         strides = self.stride_in_1x1, other.stride_in_1x1
         return (
@@ -176,10 +176,10 @@ class Preprocessing(JsonRecord):
             raise WeightsError(f"unreadable preprocessing metadata: {one_line(error)}") from error
 
     def to_tensor(self) -> Tensor:
-        """The entry ``INPUT_SETTINGS`` of a detector's state dict.
+        """Encodes this input as the entry ``INPUT_SETTINGS`` of a detector's state dict.
 
         Returns:
-            float32 (8,): 0 for RGB or 1 for BGR, mean and std in 0..255, stride (-1: not known).
+            float32 (8,): 0 for RGB or 1 for BGR, mean and std in 0..255, stride (-1: unknown).
         """
         stride = -1.0 if self.stride_in_1x1 is None else float(self.stride_in_1x1)
         order = float(ORDERS.index(self.channel_order))
@@ -187,7 +187,7 @@ class Preprocessing(JsonRecord):
 
     @classmethod
     def from_tensor(cls, values: Tensor) -> Preprocessing:
-        """What :meth:`to_tensor` wrote, also if it was rounded to half precision since.
+        """Decodes what :meth:`to_tensor` wrote, even after rounding to half precision.
 
         Raises WeightsError: any other tensor.
         """
@@ -205,7 +205,7 @@ PREPROCESSINGS: dict[str, Preprocessing] = {
         *CAFFE,
         stride_in_1x1=True,
         source="KaimingHe/deep-residual-networks (Caffe); channel means in place of the mean image",
-        resize_size=256,  # "resize the shorter side to 256", README; with which filter is not said
+        resize_size=256,  # "resize the shorter side to 256", README; it does not name the filter
         crop_size=224,
     ),
     "caffe_vgg": Preprocessing(*CAFFE, source="arXiv 1409.1556, released Caffe models"),
@@ -224,7 +224,7 @@ PREPROCESSINGS: dict[str, Preprocessing] = {
 
 
 def get_preprocessing(name: str | Preprocessing) -> Preprocessing:
-    """A published convention by name, "msra", "caffe_vgg" or "torchvision"; or the given one."""
+    """Returns a published convention, "msra", "caffe_vgg" or "torchvision", or a given one."""
     if isinstance(name, Preprocessing):
         return name
     if name not in PREPROCESSINGS:
@@ -235,21 +235,21 @@ def get_preprocessing(name: str | Preprocessing) -> Preprocessing:
 
 
 def known_filter(name: Any) -> str:
-    """A resize filter's name, "" for one that :class:`Preprocessing` does not have."""
+    """Returns a resize filter's name, or "" if :class:`Preprocessing` does not have it."""
     return name if name in FILTERS.values() else ""
 
 
 def same_mean(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Equality of means in 0..255 within one gray level.
+    """Returns whether means in 0..255 are equal within one gray level.
 
-    Detectron2's default (103.53, ...) and Caffe's (103.939, ...) are one convention; channels in
-    the wrong order differ by 20.
+    Detectron2's default (103.53, ...) and Caffe's (103.939, ...) count as one convention; channels
+    in the wrong order differ by 20.
     """
     return len(first) == len(second) and np.allclose(first, second, rtol=0, atol=1)
 
 
 def same_std(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Equality of standard deviations within 2 %."""
+    """Returns whether standard deviations are equal within 2 %."""
     return len(first) == len(second) and np.allclose(first, second, rtol=0.02, atol=0)
 
 
@@ -257,11 +257,11 @@ class InputNormalizer:
     """Turns RGB bytes into a network's input, on the device where the network runs.
 
     Color noise, channel order, mean and standard deviation are one affine map per image and
-    channel, so bytes travel to the device and only one pass is made over the floats.
+    channel. So images are copied to the device as bytes, and one pass is made over the floats.
 
     Args:
-        preprocessing: what the weights expect. Its ``mean_image`` is subtracted from images of
-            exactly that size (the paper's per-pixel mean), its channel means from all others.
+        preprocessing: what the weights expect. Its ``mean_image`` (the paper's per-pixel mean) is
+            subtracted from images of exactly its size, its channel means from all others.
         device: where images are normalized.
     """
 
@@ -280,8 +280,8 @@ class InputNormalizer:
 
         Args:
             images: uint8 (N, 3, H, W), RGB.
-            shift: float32 (N, 3), gray levels (0..255) added to the channels R, G, B of each
-                image: the color noise of training.
+            shift: float32 (N, 3), the color noise of training: gray levels (0..255) added to the
+                channels R, G, B of each image.
 
         Returns:
             float32 (N, 3, H, W) in the weights' channel order, channels_last.
@@ -298,7 +298,7 @@ class InputNormalizer:
         images = images.to(torch.float32, memory_format=torch.channels_last)
         if mean.shape[-2:] != (1, 1):
             return images.sub_(mean).mul_(self.scale)
-        # Rows of whole pixels: three values that repeat, broadcast, are several times slower.
+        # Whole rows of pixels: broadcasting three values is several times slower.
         count, _, height, width = images.shape
         rows = images.permute(0, 2, 3, 1).view(count, height, width * 3)
         torch.addcmul(_row(-mean * self.scale, width), rows, _row(self.scale, width), out=rows)
@@ -306,5 +306,5 @@ class InputNormalizer:
 
 
 def _row(values: Tensor, width: int) -> Tensor:
-    """(..., 3, 1, 1) -> (..., 1, width * 3): the values of one row of pixels."""
+    """(..., 3, 1, 1) -> (..., 1, width * 3): repeats the values for a row of pixels."""
     return values.reshape(-1, 1, 3).expand(-1, width, 3).reshape(-1, 1, width * 3)

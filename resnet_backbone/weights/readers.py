@@ -1,7 +1,7 @@
-"""Files of weights, of any common kind, read as numbers only: nothing in them is executed.
+"""Reads weight files of all common formats as numbers only: nothing in them is executed.
 
-Every file that is not whole, not what its name says or not only data is a :class:`WeightsError`,
-and nothing of it is returned. A file that was made to do so can take long, or much memory.
+A file that is incomplete, of another format than its name says, or more than data raises
+:class:`WeightsError`. A malicious file can still take much time or memory.
 """
 
 from __future__ import annotations
@@ -32,51 +32,51 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES, ".pkl")
 TORCH_STARTS = (b"P", b"\x80")  # PK, an archive; before PyTorch 1.6 a pickle
 CONTAINERS = {".safetensors": "safetensors", ".pkl": "pickle", ".json": "safetensors index"}
-# In a folder, the first of these is read: names that transformers and timm write.
+# The first of these in a folder is read. transformers and timm write these names.
 FOLDER_FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
 DTYPES = (
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
     *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool),
 )
-MAX_JSON = 10_000_000  # bytes of an index; those of the largest networks have a tenth
-MAX_GROWTH = 2  # tensors of a file together, in sizes of the file: more is one storage many times
-# Keys under which trainers write weights, the one that is read first before the others.
+MAX_JSON = 10_000_000  # bytes of an index; the largest networks need a tenth
+MAX_GROWTH = 2  # limit of all tensors' size over the file's size; more means shared storages
+# Keys under which trainers write weights, in order of preference.
 WRAPPERS = (
     *("state_dict", "model", "model_state_dict", "model_state", "net", "network", "blobs"),
     *("weights", "params", "teacher", "student", "ema_state_dict", "state_dict_ema", "model_ema"),
 )
-# Beginnings of files that are no weights, and what to say.
+# First bytes of files that are not weights -> description.
 OTHER_FILES = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run git lfs pull",
     b"<!doctype html": "a web page, not a file of weights: download the file itself",
     b"<html": "a web page, not a file of weights: download the file itself",
 }
-MAX_WRAPPERS = 8  # within one another; real files have two
+MAX_WRAPPERS = 8  # nested; real files have two
 PREPROCESSING_KEY = "preprocessing"  # beside the weights: Preprocessing.to_json()
-STATED = ("__author__", PREPROCESSING_KEY)  # texts beside the weights that are handed on
-VARIANCES = ("running_var", "_riv")  # ends of their names; Caffe2's "riv" is one too
-# sha256 of torchvision's VGG16_Weights.IMAGENET1K_FEATURES, which by its documentation has no
-# values in classifier.*: they are NaN.
+STATED = ("__author__", PREPROCESSING_KEY)  # texts beside the weights that are kept
+VARIANCES = ("running_var", "_riv")  # key suffixes; Caffe2's "riv" is a variance, too
+# sha256 of torchvision's VGG16_Weights.IMAGENET1K_FEATURES, whose classifier.* is documented to be
+# NaN.
 FEATURES_ONLY = "88682ab5"
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """What a file of weights holds; tensors are contiguous, finite, on the CPU."""
+    """The content of a weight file; tensors are contiguous, finite and on the CPU."""
 
     tensors: dict[str, Tensor]  # under the file's names without prefixes and momenta
-    metadata: dict[str, str]  # of safetensors; else the texts ``STATED`` beside the weights
+    metadata: dict[str, str]  # safetensors' own, or the texts ``STATED`` beside the weights
     sha256: str  # empty for a sharded file
     container: str  # "safetensors", "sharded safetensors", "torch" or "pickle"
     path: Path
-    rest: dict[str, Any] = field(default_factory=dict)  # beside the weights: state of a training
-    wrapper: str = ""  # the key of the weights at the top of the file; "" if there is none
+    rest: dict[str, Any] = field(default_factory=dict)  # other content, such as training state
+    wrapper: str = ""  # the top-level key of the weights; "" if there is none
 
     def part(self, key: str) -> dict[str, Tensor]:
-        """Other weights of the file: those of a wrapping, or those whose names begin with a key.
+        """Returns other weights of the file, under a top-level key or a prefix of key names.
 
-        Raises WeightsError: there are none, or they are not what :func:`read_tensors` takes.
+        Raises WeightsError: there are none, or :func:`read_tensors` would refuse them.
         """
         if isinstance(self.rest.get(key), dict):
             with named_errors(self.path):
@@ -95,15 +95,15 @@ class RawFile:
 
 
 def read_tensors(path: str | os.PathLike, file: RawFile | None = None) -> RawFile:
-    """Reads the weights of a network, and drops wrappings, optimizers, prefixes and momenta.
+    """Reads the weights of a network, without wrappers, optimizer, prefixes and momenta.
 
-    Raises WeightsError: missing, damaged or hostile file; values that are not tensors of finite
+    Raises WeightsError: a missing, damaged or hostile file; values that are not tensors of finite
     numbers.
 
     Args:
         path: ``.safetensors``; ``.safetensors.index.json`` or a folder with it; torch's ``.pth``,
             ``.pt``, ``.bin``, ``.ckpt``, ``.tar``; ``.pkl`` of numpy arrays.
-        file: the same, where it is open already.
+        file: the same file, if it is open already.
     """
     file = file or open_file(find_file(path))
     with named_errors(file.path):
@@ -112,9 +112,9 @@ def read_tensors(path: str | os.PathLike, file: RawFile | None = None) -> RawFil
 
 
 def find_file(path: str | os.PathLike) -> Path:
-    """The file to read for a path, which may be a folder.
+    """Returns the file to read for a path, which may be a folder.
 
-    Raises WeightsError: there is none, or of a kind that is not read.
+    Raises WeightsError: there is none, or it has an unsupported format.
     """
     path = Path(path)
     if path.is_dir():
@@ -134,9 +134,9 @@ def find_file(path: str | os.PathLike) -> Path:
 
 
 def open_file(path: Path) -> RawFile:
-    """Opens a safetensors file, a pickle of numpy arrays, or a file of ``torch.save`` of any name.
+    """Opens a safetensors file, a pickle of numpy arrays, or a ``torch.save`` file of any name.
 
-    Raises WeightsError: a file that is missing, damaged, or holds more than data; NaN or infinite
+    Raises WeightsError: a file that is missing, damaged or more than data; NaN or infinite
     numbers, negative variances.
     """
     with named_errors(path):
@@ -173,7 +173,7 @@ def _read_whole(path: Path) -> RawFile:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Turns every error of a parser into one line that names the file."""
+    """Turns every parser error into a WeightsError of one line that names the file."""
     try:
         yield
     except WeightsError:
@@ -187,9 +187,9 @@ def named_errors(path: Path) -> Iterator[None]:
 
 
 def _unwrap(loaded: Any) -> tuple[dict[str, Any], str]:
-    """The state dict within a checkpoint, without prefixes and momenta; its outermost wrapping.
+    """Returns a checkpoint's state dict, without prefixes and momenta, and its outermost key.
 
-    Raises ValueError: there is none, or more than one.
+    Raises ValueError: there is no state dict, or it is nested too deep.
     """
     outermost = ""
     for _ in range(MAX_WRAPPERS):
@@ -213,7 +213,7 @@ def _unwrap(loaded: Any) -> tuple[dict[str, Any], str]:
 
 
 def _wrapper(loaded: Any) -> str:
-    """The key under which a dict holds weights; "" for a state dict itself."""
+    """Returns the key of the weights in a dict; "" for a state dict itself."""
     keys = WRAPPERS if isinstance(loaded, dict) else ()
     inner = [key for key in keys if isinstance(loaded.get(key), dict)]
     if len(inner) > 1:  # settings may have such a name, too
@@ -226,10 +226,10 @@ def _wrapper(loaded: Any) -> str:
 
 
 def _to_tensors(weights: Mapping[str, Any], size: int) -> dict[str, Tensor]:
-    """A contiguous copy of each tensor or array.
+    """Copies each tensor or array to a contiguous tensor.
 
     Args:
-        size: of the file; all copies together may have ``MAX_GROWTH`` times as many bytes.
+        size: bytes of the file; all copies together may have ``MAX_GROWTH`` times as many.
     """
     tensors, total = {}, 0
     for key, value in weights.items():
@@ -248,14 +248,14 @@ def _to_tensors(weights: Mapping[str, Any], size: int) -> dict[str, Tensor]:
 
 
 def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses what no training continues from.
+    """Checks that numbers are finite and variances not negative.
 
-    Raises WeightsError: NaN or infinite numbers, negative variances.
+    Raises WeightsError: names the first tensor with a bad value.
     """
     for key, value in tensors.items():
         if not value.is_floating_point():
             continue
-        if not torch.isfinite(value.float()).all():  # networks are built in that precision
+        if not torch.isfinite(value.float()).all():  # networks run in float32
             raise WeightsError(f"{path}: {key[:80]} has NaN or infinite values in float32")
         if key.endswith(VARIANCES) and (value < 0).any():
             raise WeightsError(
@@ -264,7 +264,7 @@ def check_numbers(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
-    """Refuses other tensors than a network's."""
+    """Checks that tensors have the types of a network's."""
     if not tensors:
         raise Refused("no tensors")
     for key, value in tensors.items():
@@ -280,13 +280,13 @@ def _check_kinds(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """The metadata in the header of a safetensors file, which was parsed before."""
+    """Returns the metadata in the header of a safetensors file that was parsed before."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
 
 
 def _read_sharded(index: Path) -> RawFile:
-    """All shards that a Hugging Face index names, each whole."""
+    """Reads all shards of a Hugging Face index."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError("it has no weight_map")
@@ -307,7 +307,7 @@ def _read_sharded(index: Path) -> RawFile:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, not too large. Raises ValueError, RecursionError, OSError: something else."""
+    """Reads a JSON object. Raises ValueError, RecursionError, OSError: too large or not one."""
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"more than {MAX_JSON} bytes")
     found = json.loads(path.read_bytes())
@@ -317,7 +317,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _shard_path(index: Path, name: Any) -> Path:
-    """A shard beside its index: names that lead elsewhere are refused."""
+    """Returns the path of a shard, which must be in the folder of its index."""
     if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0:"):
         raise Refused(f"a shard that is not a .safetensors file beside it: {str(name)[:80]!r}")
     if not (index.parent / name).is_file():

@@ -1,4 +1,4 @@
-"""Weights from any source, under our key names, with their network and their preprocessing."""
+"""Reads weights from any source, under our key names, with their network and preprocessing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from resnet_backbone.weights.sources import ResolvedSource, convention_of_conten
 
 
 class UnknownInput(WeightsError):
-    """Weights whose preprocessing is unknown; ``option`` is where the user of a command says it."""
+    """Weights whose preprocessing is unknown; ``option`` is the command's option that gives it."""
 
     def __init__(self, source: str, option: str = ""):
         *names, last = PREPROCESSINGS
@@ -50,11 +50,11 @@ class UnknownInput(WeightsError):
 
 
 class Weights(NamedTuple):
-    """What was read from a source, before its network is known."""
+    """Weights as read from a source, before their network is known."""
 
     tensors: dict[str, Tensor]
     preprocessing: Preprocessing
-    model: ModelSpec | None  # the network, where the file says it
+    model: ModelSpec | None  # the network, if the file states it
     origin: Origin
 
 
@@ -64,21 +64,21 @@ def read_checkpoint(
     model: ModelSpec | None = None,
     raw: RawFile | None = None,
 ) -> Checkpoint:
-    """Reads the weights of one network, with all that has to be known of them.
+    """Reads the weights of one network, with its name, options and preprocessing.
 
     Args:
         source: a local file or folder, an address, or a name such as
             ``torchvision://resnet50/IMAGENET1K_V2``; see :func:`sources.resolve` and
             :func:`readers.read_tensors`. ``FILE#KEY`` is one of several networks in a file.
-        preprocessing: a name of ``PREPROCESSINGS`` or a convention of your own, needed for
-            weights whose origin does not say it; one that contradicts the origin is an error.
-        model: the network, for weights that fit more than one and do not say which.
-        raw: the source's file, where it was read before.
+        preprocessing: a name in ``PREPROCESSINGS`` or a convention of your own, required for
+            weights of unknown origin; a contradiction with a known origin is an error.
+        model: the network, for weights that fit more than one and do not state which.
+        raw: the source's file, if it was read before.
 
     Raises:
-        WeightsError: missing, damaged or hostile file, unknown keys, non-finite values, no
-            preprocessing; tensors of no network of this package, or of another than the file or
-            ``model`` says.
+        WeightsError: a missing, damaged or hostile file, unknown keys, non-finite values, no
+            preprocessing; tensors of no network of this package, or of a network other than the
+            file or ``model`` states.
     """
     read = read_network(source, preprocessing, model, raw)
     spec = _network_of(read, model, str(source))
@@ -86,14 +86,14 @@ def read_checkpoint(
 
 
 def single_precision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights in fp32, in which networks run."""
+    """Returns the weights in fp32, in which networks run."""
     return {key: value.float() for key, value in tensors.items()}
 
 
 def read_source(
     source: str | os.PathLike, preprocessing: str | Preprocessing = "", raw: RawFile | None = None
 ) -> Weights:
-    """Tensors with the source's own names, types and counters; see :func:`read_checkpoint`."""
+    """Reads tensors with the source's own keys, types, counters; see :func:`read_checkpoint`."""
     source, key = split_key(source)
     found = resolve(source)
     raw = raw or read_tensors(found.path)
@@ -124,10 +124,10 @@ def read_network(
     given: ModelSpec | None = None,
     raw: RawFile | None = None,
 ) -> Weights:
-    """Tensors under this package's names, those of the network that the file states, if any.
+    """Reads tensors under this package's keys, and checks them against the file's own network.
 
-    The preprocessing says the stride of bottlenecks. ``given`` is what the user says of the
-    network. See :func:`read_checkpoint`.
+    The returned preprocessing has the stride of bottlenecks. ``given`` is the network that the
+    user states. See :func:`read_checkpoint`.
     """
     read = read_source(source, preprocessing, raw)
     with named(source):
@@ -142,13 +142,13 @@ def read_network(
 
 
 def split_key(source: str | os.PathLike) -> tuple[str | os.PathLike, str]:
-    """``FILE#KEY`` as (FILE, KEY): one of several networks in a file; (source, "") for others."""
+    """Splits ``FILE#KEY``, one of several networks in a file; (source, "") without a key."""
     file, mark, key = str(source).rpartition("#")
     return (file, key) if mark and file and not os.path.exists(source) else (source, "")
 
 
 def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpec:
-    """The network, with the number of classes and the stride that its weights have."""
+    """Returns the network, with the number of classes of its weights."""
     stated = read.model or given
     with named(source):
         candidates = infer_models(read.tensors)
@@ -166,13 +166,13 @@ def _network_of(read: Weights, given: ModelSpec | None, source: str) -> ModelSpe
 def describe_weights(
     path: str | os.PathLike, preprocessing: str | Preprocessing = "", raw: RawFile | None = None
 ) -> FileMetadata:
-    """Reads what weights say of themselves; of our own files only the header.
+    """Reads the metadata of weights; only the header is read from this package's files.
 
     Args:
         path, preprocessing, raw: see :func:`read_checkpoint`.
 
     Raises:
-        WeightsError: missing or damaged file, no preprocessing.
+        WeightsError: a missing or damaged file, no preprocessing.
     """
     found = resolve(split_key(path)[0])
     file, said = find_file(found.path), None
@@ -184,7 +184,7 @@ def describe_weights(
     else:
         _, known, model, origin = read_source(path, preprocessing, raw)
         said = FileMetadata(known, model, origin, known.mean_image is not None)
-    # the network's name alone says whether it has bottlenecks: no tensor was read
+    # no tensor was read: bottlenecks are known from the network's name
     if said.model and re.match(r"(?!cifar).*resnet(50|101|152)", said.model.name):
         known = with_stride(said.preprocessing, said.model, None, str(path))
         said = said._replace(preprocessing=known)
@@ -192,11 +192,11 @@ def describe_weights(
 
 
 def read_header(path: str | os.PathLike) -> FileMetadata:
-    """What a local safetensors file says of itself, see :meth:`FileMetadata.read`."""
+    """Reads the metadata of a local safetensors file, see :meth:`FileMetadata.read`."""
     return FileMetadata.read(find_file(path))
 
 
-# What file, origin and user agree on
+# Agreement of file, origin and user
 
 
 def agreed_preprocessing(
@@ -206,10 +206,10 @@ def agreed_preprocessing(
     given: str | Preprocessing,
     content: Preprocessing | None = None,
 ) -> Preprocessing:
-    """The one preprocessing on which a file, its origin and the user (``given``) agree.
+    """Returns the preprocessing on which a file, its origin and the user (``given``) agree.
 
-    ``content`` is what the file's content says beside its metadata. Raises UnknownInput: none of
-    them says it. Raises WeightsError: two of them say different things.
+    ``content`` is inferred from the file's content beyond its metadata. Raises UnknownInput: none
+    of them states it. Raises WeightsError: two of them contradict each other.
     """
     name = repr(given) if isinstance(given, str) else "the given one"
     stated = {
@@ -240,9 +240,9 @@ def agreed_preprocessing(
 def with_stride(
     known: Preprocessing, stated: ModelSpec | None, given: ModelSpec | None, source: str
 ) -> Preprocessing:
-    """A preprocessing that says where bottlenecks have their stride, which no tensor shows.
+    """Adds the stride position of bottlenecks, which no tensor shows, to a preprocessing.
 
-    Raises WeightsError: it is unknown, or file and user disagree.
+    Raises WeightsError: it is unknown, or the network and the preprocessing disagree.
     """
     spec, of_network = stated or given, None
     if spec is not None:  # torchvision's and timm's have it in the 3x3

@@ -1,8 +1,8 @@
-"""From the name or address of weights to a local file, with the input that its origin states.
+"""Resolves names and addresses of weights to local files, with the input that the origin states.
 
-The one table of conventions, each with the place where it is written down. What a library keeps in
-a machine-readable form (torchvision, timm, Hugging Face) is read there and not copied. Of an
-unknown origin nothing is assumed.
+This is the only table of conventions, each with its source. Machine-readable conventions
+(torchvision, timm, Hugging Face) are read from the library and not copied. Nothing is assumed
+about weights of unknown origin.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ DETECTRON2, DETECTRON1 = (
     f"https://dl.fbaipublicfiles.com/{name}/" for name in ("detectron2", "detectron")
 )
 PYTORCH = "https://download.pytorch.org/models/"
-MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # of a config.json
+MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)  # bad config.json
 
 _MSRA = replace(PREPROCESSINGS["msra"], source=f"{MODEL_ZOO}; {PREPROCESSINGS['msra'].source}")
 _CONVERTED = replace(PREPROCESSINGS["torchvision"], source=CONVERT_SCRIPT)
@@ -67,7 +67,7 @@ DETECTRON2_DEFAULT = replace(
 )
 _GROUP_NORM = replace(DETECTRON2_DEFAULT, stride_in_1x1=False, source=GROUP_NORM_CONFIG)
 
-# Beginning of an address -> convention of all weights there.
+# Beginning of an address -> convention of all weights below it.
 BY_ADDRESS: dict[str, Preprocessing] = {
     f"{DETECTRON2}ImageNetPretrained/MSRA/": _MSRA,
     f"{DETECTRON2}ImageNetPretrained/torchvision/": _CONVERTED,
@@ -103,18 +103,18 @@ class ResolvedSource:
 
     path: Path  # a file, or a folder with one
     preprocessing: Preprocessing | None = None  # the origin's convention; None: unknown
-    stride_in_1x1: bool | None = None  # stated without the rest, by a config.json alone
-    sha256: str = ""  # digits that the file's must begin with; "" where none are published
+    stride_in_1x1: bool | None = None  # from a config.json without a preprocessor_config.json
+    sha256: str = ""  # first digits of the file's hash; "" if none are published
 
 
 def resolve(source: str | os.PathLike) -> ResolvedSource:
-    """Finds a source, and downloads it if need be.
+    """Finds a source, and downloads it if needed.
 
-    Raises WeightsError: unknown name, no network, no such file.
+    Raises WeightsError: an unknown name, no network connection, no such file.
 
     Args:
-        source: a local file or folder; ``torchvision://resnet50/IMAGENET1K_V2`` (without the
-            entry torchvision's DEFAULT, its best one); ``timm://resnet50.a1_in1k``;
+        source: a local file or folder; ``torchvision://resnet50/IMAGENET1K_V2`` (without an
+            entry, torchvision's DEFAULT, its best one); ``timm://resnet50.a1_in1k``;
             ``hf://microsoft/resnet-50`` (``@revision`` may follow);
             ``detectron2://ImageNetPretrained/MSRA/R-101.pkl``;
             ``catalog://ImageNetPretrained/MSRA/R-50``; an ``https://`` address of a file.
@@ -122,7 +122,7 @@ def resolve(source: str | os.PathLike) -> ResolvedSource:
     scheme, separator, name = str(source).partition("://")
     if not separator:
         found = ResolvedSource(Path(source))
-        # a config.json belongs to the file of the usual name beside it, and to no other
+        # a config.json describes only files of the usual names beside it
         has_config = found.path.is_dir() or found.path.name in FOLDER_FILES
         return _described(found) if has_config else found
     if scheme not in SCHEMES:
@@ -148,7 +148,7 @@ def _from_catalog(name: str) -> ResolvedSource:
 
 
 def _cached(url: str) -> Path:
-    """The local copy of an address, fetched at the first time."""
+    """Returns the local copy of an address, which is downloaded the first time."""
     parts = urlsplit(url)
     names = [part for part in parts.path.split("/") if part]
     if not names or not parts.hostname or {".", ".."} & set(names) or "\\" in url or "\0" in url:
@@ -162,10 +162,10 @@ def _cached(url: str) -> Path:
 
 
 def download(url: str, target: Path, sha256: str = "") -> Path:
-    """Fetches a file unless it is there; an interrupted download leaves nothing behind.
+    """Downloads a file unless it exists; an interrupted download leaves nothing behind.
 
-    Its sha256 must begin with those digits. Raises WeightsError: naming the address and the place
-    where a file fetched by hand belongs.
+    Its sha256 must begin with the given digits. Raises WeightsError: the download failed. The
+    message names the address, and where to put the file after a manual download.
     """
     if target.is_file():
         return target
@@ -201,7 +201,7 @@ def _from_torchvision(name: str) -> ResolvedSource:
 
 
 def _torchvision_file(weights: Any) -> ResolvedSource:
-    """Torchvision's own cache is used, and its check of the hash in the file's name."""
+    """Uses torchvision's own cache, and its check of the hash in the file's name."""
     sha256 = published_hash(weights)
     target = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     path = download(weights.url, target, sha256)
@@ -242,7 +242,7 @@ def _from_hugging_face(name: str) -> ResolvedSource:
             folder = Path(hub.snapshot_download(repository, **options))
             if any((folder / file).is_file() for file in FOLDER_FILES):
                 return _described(ResolvedSource(folder))
-    except Exception as error:  # of the network, of the service, of its client
+    except Exception as error:  # the connection, the service or its client failed
         cause = one_line(error)
         raise WeightsError(
             f"hf://{name} cannot be downloaded ({cause}): fetch {', '.join(configs)} and "
@@ -253,7 +253,7 @@ def _from_hugging_face(name: str) -> ResolvedSource:
 
 
 def stated_convention(file: RawFile) -> Preprocessing | None:
-    """What our detectors, and files that this package writes for Detectron2, say of their input."""
+    """Returns the input stated by our detectors and by this package's files for Detectron2."""
     with named(file.path):
         if file.container in ("torch", "pickle") and PREPROCESSING_KEY in file.metadata:
             return Preprocessing.from_json(file.metadata[PREPROCESSING_KEY])
@@ -264,16 +264,16 @@ def stated_convention(file: RawFile) -> Preprocessing | None:
 
 
 def convention_of_content(file: RawFile) -> Preprocessing | None:
-    """The convention of a file that its content identifies.
+    """Returns the convention that a file's content states or identifies; None if unknown.
 
-    Beside what it states: torchvision's files by their published hash, wherever they lie and
-    whatever their name; Detectron2's pickles by an ``__author__`` that stands for one script.
-    Raises WeightsError: it states something unreadable.
+    torchvision's files are identified by their published hash, whatever their path, and
+    Detectron2's pickles by an ``__author__`` that stands for one script. Raises WeightsError: it
+    states something unreadable.
     """
     stated = stated_convention(file)
     if stated is not None:
         return stated
-    if file.container != "torch":  # of a Detectron2 pickle its script says it
+    if file.container != "torch":  # a Detectron2 pickle names its script
         return _CONVERTED if file.metadata.get("__author__") == "torchvision" else None
     published = torchvision_entry(
         lambda weights: file.sha256.startswith(published_hash(weights) or "none")
@@ -282,7 +282,7 @@ def convention_of_content(file: RawFile) -> Preprocessing | None:
 
 
 def _described(found: ResolvedSource) -> ResolvedSource:
-    """Adds what config.json and preprocessor_config.json beside the weights say."""
+    """Adds the input stated by config.json and preprocessor_config.json beside the weights."""
     folder = found.path if found.path.is_dir() else found.path.parent
 
     def content_of(name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Key names of other libraries, to ours and back: one module for a library and its relatives.
+"""Maps other libraries' key names to ours and back: one module for a library and its relatives.
 
-Only names, and values that no library shares, change here. What tensors do not show, such as
-where bottlenecks have their stride, is not looked at: that is ``Preprocessing``.
+Only key names change here, and a few values that the other side does not have. What tensors do not
+show, such as the stride position of bottlenecks, is part of ``Preprocessing``.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from resnet_backbone.weights.keymaps.torchvision import TIMM, TORCHVISION, from_
 __all__ = ["LAYOUTS", "Layout", "check_support", "find_network", "from_torchvision", "recognize"]
 
 logger = logging.getLogger(__name__)
-# Ends of the first keys of networks; what stands before is the prefix of the network in its file.
+# Suffixes of networks' first keys; what precedes them is the network's prefix in the file.
 ANCHORS = ("conv1.weight", "features.0.weight", *FIRST_KEYS)
-# Networks of self-supervised trainers beside one another: the one that is used comes first.
+# Prefixes of the several networks of self-supervised trainers, in order of preference.
 PREFERRED = ("encoder_q", "base_encoder", "teacher", "online", "student", "encoder", "backbone")
-# What trainers keep beside a network, under its prefix too.
+# Other content that trainers write under a network's prefix.
 BESIDE = re.compile(
     r"(queue(_ptr|\d*)|(projection|prediction)(_head)?|projector|predictor|prototypes|heads?|fc|"
     r"bn_proj|lambd)(\.|$)"
 )
-HEADS = re.compile(r"(fc|head)\.(weight|bias)$")  # of a classifier, which belongs to its network
+HEADS = re.compile(r"(fc|head)\.(weight|bias)$")  # a classifier, which is part of the network
 
 
 def _is_ours(keys: Collection[str]) -> bool:
@@ -67,11 +67,10 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def recognize(tensors: Tensors) -> str:
-    """The name of the layout that tensors have: the first of ``LAYOUTS`` that matches.
+    """Returns the name of the first of ``LAYOUTS`` that matches the keys.
 
-    Some share their keys: timm's ResNets are "torchvision", Detectron2's backbones by themselves
-    are "resnet_backbone", and so are read alike. Raises ValueError: naming the first keys, if no
-    layout matches.
+    Some layouts have the same keys: timm's ResNets are "torchvision", and Detectron2's standalone
+    backbones are "resnet_backbone". Raises ValueError: no layout matches; names the first keys.
     """
     for name, layout in LAYOUTS.items():
         if layout.matches(tensors):
@@ -83,11 +82,11 @@ def recognize(tensors: Tensors) -> str:
 
 
 def find_network(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[str, Tensor]]:
-    """The layout of one network, and its tensors under our names.
+    """Returns the layout of one network, and its tensors under our names.
 
-    A common prefix and what lies beside the network are left out: trainers write
-    ``backbone.body.layer1...`` or, beside queues and projectors, ``module.encoder_q.layer1...``.
-    Where a file has several networks, the choice is logged. Raises ValueError: there is none.
+    A common prefix and other content are dropped: trainers write ``backbone.body.layer1...`` or,
+    beside queues and projectors, ``module.encoder_q.layer1...``. If a file has several networks,
+    the choice is logged. Raises ValueError: there is none.
     """
     try:
         return _to_ours(tensors)
@@ -107,7 +106,7 @@ def find_network(tensors: Mapping[str, Tensor], source: str) -> tuple[str, dict[
 
 
 def _inner_networks(tensors: Tensors) -> dict[str, tuple[str, dict[str, Tensor]]]:
-    """Prefix -> the network whose tensors have it; none lies within another."""
+    """Returns prefix -> network with this prefix; networks are not nested."""
     prefixes = {key.removesuffix(end) for key in tensors for end in ANCHORS if key.endswith(end)}
     found: dict[str, tuple[str, dict[str, Tensor]]] = {}
     for prefix in sorted(prefixes, key=len):

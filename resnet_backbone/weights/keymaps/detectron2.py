@@ -1,12 +1,12 @@
-"""Detectron2's key names, which are ours behind a prefix, and blob names of Caffe2.
+"""Detectron2's key names, which are ours with a prefix, and Caffe2's blob names.
 
-Of a detector the backbone is taken, with the res5 of a C4 detector and fc6 and fc7 of a VGG
-detector, which run per region; its other parts are left out. ``from_ours`` writes a backbone alone.
+From a detector, only the backbone is read, with the layers that run per region: res5 of a C4
+detector, fc6 and fc7 of a VGG detector. ``from_ours`` writes a backbone alone.
 
-Caffe2's are in MSRA's and FAIR's ImageNet files, Detectron1 and its detectors. Norms have two
-spellings; in Detectron1's files they are a scale and a shift alone, and get the statistics of an
-identity. ``from_ours`` writes the first spelling with all statistics, no bias of conv1 (MSRA's
-moves into the running mean), and the head as ``pred``, the name that Detectron2 loads.
+Caffe2's names are in MSRA's and FAIR's ImageNet files and in Detectron1's files. Norms have two
+spellings. Detectron1's have only a scale and a shift, and get the statistics of an identity.
+``from_ours`` writes the first spelling with all statistics, no bias of conv1 (MSRA's moves into
+the running mean), and the head as ``pred``, the name that Detectron2 loads.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from resnet_backbone.weights.preprocessing import INPUT_SETTINGS
 CONVERTED_HEAD = "stem.fc."  # the head in files of tools/convert-torchvision-to-d2.py
 BACKBONE_PREFIXES = ("backbone.bottom_up.", "backbone.")
 
-# Layers of the ImageNet networks that a detector runs per region.
+# Layers of the ImageNet network that a detector runs per region.
 HEAD_LAYERS = {
     "roi_heads.res5.": "res5.",
     "roi_heads.box_head.fc6.": "fc6.",
     "roi_heads.box_head.fc7.": "fc7.",
 }
 
-# What Detectron2's meta-architectures have beside the backbone.
+# Parts of Detectron2's meta-architectures other than the backbone.
 OTHER_PARTS = tuple(
     "backbone.fpn_lateral backbone.fpn_output backbone.top_block. proposal_generator. roi_heads. "
     "sem_seg_head. head. anchor_generator. pixel_mean pixel_std".split()
@@ -70,7 +70,7 @@ def _read(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _own_key(key: str, prefix: str, is_vgg: bool) -> str | None:
-    """Our name of a key, None for one of a detector's other parts."""
+    """Returns our name for a key; None for a detector's other parts."""
     if key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in _OUR_PARTS:
         return key.removeprefix(prefix)
     if prefix:
@@ -85,7 +85,7 @@ def _own_key(key: str, prefix: str, is_vgg: bool) -> str | None:
 
 
 def config_lines(checkpoint: Checkpoint, path: Path) -> list[str]:
-    """Keys of Detectron2's config with which a file is used."""
+    """Returns the keys of Detectron2's config that a file needs."""
     preprocessing, model = checkpoint.preprocessing, checkpoint.model
     lines = [
         f'MODEL.WEIGHTS "{path}"',
@@ -129,12 +129,12 @@ _BRANCHES = dict(conv1="branch2a", conv2="branch2b", conv3="branch2c", shortcut=
 _RESNET_HEADS = {"pred": "linear", "fc1000": "linear"}
 _VGG_HEADS = {"fc6": "fc6", "fc7": "fc7", "fc8": "linear"}
 
-# Blobs of Detectron1's detectors beside the backbone, and what a solver keeps.
+# Blobs of Detectron1's detectors other than the backbone, and of the solver.
 OTHER_BLOBS = tuple(
     "fpn_ conv_rpn rpn_ retnet_ cls_score bbox_pred head_conv _[mask]_ mask_fcn conv5_mask "
     "conv_fcn kps_ __preserve__/".split()
 )
-_BOX_HEAD = ("fc6_", "fc7_")  # of a ResNet detector; VGG's own have these names
+_BOX_HEAD = ("fc6_", "fc7_")  # of a ResNet detector; a VGG's own layers have the same names
 _MOMENTUM = "_momentum"
 
 
@@ -146,7 +146,7 @@ def _block_layer(stage: int, block: int, layer: str) -> tuple[str, str]:
 def _blobs(
     modules: Iterable[Module], norm_blobs: Mapping[str, str], heads: Mapping[str, str]
 ) -> dict[str, str]:
-    """Blob -> our key; in the stem a batch norm is res_conv1_bn or conv1_bn, a GN conv1_gn."""
+    """Returns blob -> our key; the stem's norm is res_conv1_bn, conv1_bn or conv1_gn."""
     names = {}
     for module in (*modules, *(Module(ours, blob) for blob, ours in heads.items())):
         names[f"{module.conv}_w"] = f"{module.ours}.weight"
@@ -196,7 +196,7 @@ def _backbone(tensors: Tensors, others: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _with_statistics(tensors: Tensors) -> dict[str, Tensor]:
-    """Gives every norm those of an identity if none has any: one alone lacking them is damage."""
+    """Adds the statistics of an identity if no norm has any; a single gap would be damage."""
     completed = dict(tensors)
     for layer in table.norm_layers(tensors) if _is_folded(tensors) else ():
         scale = tensors[f"{layer}.norm.weight"]

@@ -1,8 +1,8 @@
-"""Hugging Face transformers' ResNets: key names, the configs beside weights, and conventions.
+"""Hugging Face transformers' ResNets: key names, configs beside weights, and conventions.
 
 ``ResNetForImageClassification`` has its network under ``resnet.``; ``ResNetModel`` and
-``ResNetBackbone`` have not. Tensors with a head are written for the first, those without for the
-others.
+``ResNetBackbone`` have no prefix. Tensors with a head are written for the first, and tensors
+without one for the others.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _write(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
 
 
 def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
-    """Refuses transformers' ResNets that are none of ours and have the same tensors.
+    """Refuses transformers' ResNets that have our tensors but another function.
 
     Raises OtherNetwork: another activation, or a first stage that halves the resolution. Raises
     ValueError: ``downsample_in_bottleneck`` is not true or false.
@@ -70,7 +70,7 @@ def check_hugging_face_network(config: Mapping[str, Any], where: str) -> None:
 def hugging_face_preprocessing(
     processor: Mapping[str, Any], stride_in_1x1: bool | None
 ) -> Preprocessing:
-    """The convention of a ``preprocessor_config.json``; the stride is in the config.json."""
+    """Returns the convention of a ``preprocessor_config.json``; config.json has the stride."""
     value_range = 1.0
     if not processor.get("do_rescale", True):
         value_range = 255.0
@@ -92,7 +92,7 @@ def hugging_face_preprocessing(
 
 
 def _hugging_face_sizes(processor: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Shorter side and center crop; (None, None) for tests of another kind."""
+    """Returns shorter side and center crop; (None, None) for tests of another kind."""
     size = processor.get("size")
     if isinstance(size, dict):
         size = size.get("shortest_edge")
@@ -108,7 +108,7 @@ def _hugging_face_sizes(processor: Mapping[str, Any]) -> tuple[int | None, int |
 
 
 def hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
-    """``config.json`` of transformers."""
+    """Returns transformers' ``config.json``."""
     model = checkpoint.model
     block, depths = DEPTHS[int(model.name.rpartition("resnet")[2])]
     num_stages = len({key[:4] for key in checkpoint.tensors if key.startswith("res")})
@@ -134,7 +134,7 @@ def hugging_face_model(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def hugging_face_processor(preprocessing: Preprocessing) -> dict[str, Any]:
-    """``preprocessor_config.json`` of transformers."""
+    """Returns transformers' ``preprocessor_config.json``."""
     resize, crop = preprocessing.center_crop()
     filters = {name: number for number, name in FILTERS.items()}
     return {

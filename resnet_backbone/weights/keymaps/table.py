@@ -1,4 +1,4 @@
-"""What key maps share: tables of key pairs, tensors of one side alone, and what a library has."""
+"""Shared parts of key maps: tables of key pairs, extra tensors, and supported networks."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 @dataclass(frozen=True)
 class Layout:
-    """How one library names a network's tensors.
+    """A library's names for a network's tensors.
 
     ``to_ours`` and ``from_ours`` are pure; tensors are not copied unless their values change.
-    ``to_ours`` of ``from_ours`` gives back the very tensors, and the other way round too wherever
-    the docstring of the layout's module names no exception.
+    ``to_ours`` inverts ``from_ours`` exactly. The reverse holds too, with the exceptions in the
+    docstring of the layout's module.
     """
 
     name: str
-    matches: Callable[[Collection[str]], bool]  # whether keys look like its; a cheap look
-    read: Callable[[Tensors], dict[str, Tensor]]  # what to_ours does for this library
-    write: Callable[[Tensors, ModelSpec], dict[str, Tensor]]  # and from_ours
+    matches: Callable[[Collection[str]], bool]  # a quick test of keys
+    read: Callable[[Tensors], dict[str, Tensor]]  # to_ours for this library
+    write: Callable[[Tensors, ModelSpec], dict[str, Tensor]]  # from_ours for this library
     usage: Callable[[Checkpoint, Path], list[str]]  # lines of Python or YAML that load a file
 
     def to_ours(self, tensors: Tensors) -> dict[str, Tensor]:
-        """The library's tensors under this package's keys, without ``num_batches_tracked``.
+        """Converts a library's tensors to this package's keys, without ``num_batches_tracked``.
 
-        That none is missing is for ``infer_models`` to say. Raises ValueError: a key that the
-        library's networks of the paper do not have.
+        Missing tensors are left to ``infer_models``. Raises ValueError: a key that the library's
+        versions of the paper's networks do not have.
         """
         return without_counters(self.read(tensors))
 
     def from_ours(self, tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
-        """The library's tensors, whole for a strict load there; see :func:`check_support`."""
+        """Converts our tensors for a strict load in the library; see :func:`check_support`."""
         check_support(self.name, model)
         return self.write(tensors, model)
 
 
 class Module(NamedTuple):
-    """A convolution and the norm behind it: our name, and the library's names of the two."""
+    """A convolution and its norm: our name, and the library's names for the two."""
 
     ours: str
     conv: str
-    norm: str = ""  # empty where there is none
+    norm: str = ""  # empty if there is none
 
 
 def resnet_modules(
     stem: tuple[str, str], name: Callable[[int, int, str], tuple[str, str]]
 ) -> list[Module]:
-    """All convolutions that a ResNet of any depth has, with a library's names of each and its norm.
+    """Returns the convolutions of ResNets of all depths, with a library's names for them.
 
-    ``name`` makes them of stage (2 to 5), block (from 0) and our name of the layer, "conv1" to
-    "conv3" or "shortcut".
+    ``name`` maps stage (2 to 5), block (from 0) and our name of the layer, "conv1" to "conv3" or
+    "shortcut", to the library's names of convolution and norm.
     """
     modules = [Module("stem.conv1", *stem)]
     for stage in range(2, 6):
@@ -74,7 +74,7 @@ def resnet_modules(
 
 
 def torch_keys(modules: Iterable[Module], bias: bool = False) -> dict[str, str]:
-    """Library's key -> our key of PyTorch modules; ``bias`` where the layers may have one."""
+    """Returns library's key -> our key for PyTorch modules; ``bias`` if layers may have one."""
     table = {}
     for module in modules:
         for tensor in ("weight", "bias") if bias else ("weight",):
@@ -85,14 +85,14 @@ def torch_keys(modules: Iterable[Module], bias: bool = False) -> dict[str, str]:
 
 
 def linear_keys(layers: Mapping[str, str]) -> dict[str, str]:
-    """Library's key -> our key of linear layers."""
+    """Returns library's key -> our key for linear layers."""
     return torch_keys((Module(ours, theirs) for theirs, ours in layers.items()), bias=True)
 
 
 def rename(tensors: Tensors, table: Mapping[str, str], network: str) -> dict[str, Tensor]:
-    """The same tensors under the keys of a table, which are those of a ``network``.
+    """Renames tensors by a table of a network's keys; ``network`` describes it in messages.
 
-    Raises ValueError: for a key that is not in the table, or two that name one tensor.
+    Raises ValueError: a key is not in the table, or two keys name one tensor.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -105,7 +105,7 @@ def rename(tensors: Tensors, table: Mapping[str, str], network: str) -> dict[str
 
 
 def rename_back(tensors: Tensors, table: Mapping[str, str]) -> dict[str, Tensor]:
-    """Our tensors under the library's keys; of several for one tensor the first."""
+    """Renames our tensors to the library's keys, the first if the table has several."""
     inverse = {ours: theirs for theirs, ours in reversed(table.items())}
     return rename(tensors, inverse, "the networks that this package and the library share")
 
@@ -128,17 +128,17 @@ def _explain(key: str) -> str:
 
 
 def norm_layers(tensors: Iterable[str]) -> list[str]:
-    """Our names of layers with a norm: "res2.0.conv1", ..."""
+    """Returns our names of layers with a norm: "res2.0.conv1", ..."""
     return [key.removesuffix(".norm.weight") for key in tensors if key.endswith(".norm.weight")]
 
 
 def without_counters(tensors: Tensors) -> dict[str, Tensor]:
-    """Tensors less ``num_batches_tracked``, which nothing reads."""
+    """Returns the tensors without ``num_batches_tracked``, which nothing reads."""
     return {key: value for key, value in tensors.items() if not key.endswith(COUNTER)}
 
 
 def with_counters(tensors: Tensors) -> dict[str, Tensor]:
-    """Tensors, each running variance followed by a ``num_batches_tracked`` of 0."""
+    """Adds a ``num_batches_tracked`` of 0 after each running variance."""
     completed = {}
     for key, value in without_counters(tensors).items():
         completed[key] = value
@@ -149,7 +149,7 @@ def with_counters(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def check_statistics(tensors: Tensors, library: str) -> None:
-    """Refuses norms without running statistics where the library's are batch norms."""
+    """Raises ValueError if a norm lacks running statistics, which the library's have."""
     for layer in norm_layers(tensors):
         if f"{layer}.norm.running_mean" not in tensors:
             raise ValueError(
@@ -160,8 +160,8 @@ def check_statistics(tensors: Tensors, library: str) -> None:
 def cancel_biases(tensors: Tensors) -> dict[str, Tensor]:
     """Moves biases of convolutions before a batch norm into its running mean.
 
-    ``running_mean - bias`` gives the same function in training and evaluation; this package has
-    no bias there. A ValueError for a bias before a norm without running mean.
+    ``running_mean - bias`` gives the same function in training and evaluation, and this package's
+    convolutions have no bias there. Raises ValueError: the norm has no running mean.
     """
     changed = dict(tensors)
     for layer in norm_layers(tensors):
@@ -173,7 +173,7 @@ def cancel_biases(tensors: Tensors) -> dict[str, Tensor]:
     return changed
 
 
-# What a library has
+# Support of libraries
 
 # The networks of this package that torchvision and timm have under the same names.
 LIBRARY_NETWORKS = tuple(name for name in list_models() if name.startswith(("resnet", "vgg")))
@@ -182,12 +182,12 @@ _SAME_TENSORS = {"FrozenBN": "BN", "SyncBN": "BN", None: ""}
 
 @dataclass(frozen=True)
 class Support:
-    """Networks that a library builds with the same function."""
+    """The networks that a library builds with the same function as ours."""
 
     networks: frozenset[tuple[str, str]]  # (family, norm), norm being "BN", "GN" or "" for none
     stride_in_1x1: bool = True  # bottlenecks may have their stride in the first 1x1 convolution
-    in_channels: bool = True  # images may have other than three channels
-    dilations: bool = False  # stages are dilated as this package's are
+    in_channels: bool = True  # images may have any number of channels
+    dilations: bool = False  # stages are dilated as in this package
 
 
 _BN_NETWORKS = frozenset({("ResNet", "BN"), ("VGG", ""), ("VGG", "BN")})
@@ -203,8 +203,8 @@ SUPPORT = {
 def check_support(library: str, model: ModelSpec) -> None:
     """Refuses a network that a library does not have.
 
-    ``stride_in_1x1`` is looked at only where the specification has it. Raises WeightsError: saying
-    why, and which layouts take the network.
+    ``stride_in_1x1`` is checked only if the specification has it. Raises WeightsError: says why,
+    and which layouts support the network.
     """
     problem = _problem(SUPPORT[library], model) if library in SUPPORT else ""
     if problem:
@@ -235,15 +235,15 @@ def _problem(support: Support, model: ModelSpec) -> str:
 
 
 class OtherNetwork(WeightsError):
-    """Weights of a network with the tensors of one of ours and another function."""
+    """Weights of a network that has the tensors of one of ours, but another function."""
 
 
 def in_channels(checkpoint: Checkpoint) -> int:
-    """Of the images that a checkpoint's network takes."""
+    """Returns the number of channels of a network's images."""
     return checkpoint.tensors[first_key(checkpoint.tensors)].shape[1]
 
 
-# How a written file is used
+# Usage of a written file
 
 
 def spell_numbers(values: Iterable[float]) -> str:

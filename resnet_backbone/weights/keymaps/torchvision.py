@@ -1,10 +1,9 @@
 """Torchvision's and timm's key names of ResNets and VGGs, and the conventions of their weights.
 
-VGGs with batch norm have convolution biases there, which the norm cancels; ours have none.
-``running_mean - bias`` takes their place, and zeros are written for them: the same function, not
-the same tensors. timm's ResNets have torchvision's names, its VGGs a classifier of convolutions.
-Its ``resnet50_gn`` is not read: its tensors are those of a ResNet with batch norm that has lost
-its statistics.
+Their VGGs with batch norm have convolution biases, which the norm cancels; ours have none. Biases
+are read as ``running_mean - bias`` and written as zeros: the same function, not the same tensors.
+timm's ResNets have torchvision's names, and its VGGs have a convolutional classifier. Its
+``resnet50_gn`` is refused, because it looks like a ResNet with batch norm that lost its statistics.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ TIMM_HEAD = table.linear_keys(
 )
 TIMM_VGG = "pre_logits.fc1.weight"
 TIMM_KERNELS = {TIMM_VGG: 7, "pre_logits.fc2.weight": 1}
-# timm's retired names of weights for these networks, "tv_resnet50" and "gluon_resnet50_v1b".
+# timm's retired names of these networks, such as "tv_resnet50" and "gluon_resnet50_v1b".
 _RETIRED = re.compile(r"^(?:tv|ssl|swsl)_(?=resnet)|^gluon_(resnet\d+)_v1b$")
 
 
@@ -56,13 +55,13 @@ _RESNET_TABLE = {
 
 
 def from_torchvision(state_dict: Tensors) -> dict[str, Tensor]:
-    """A torchvision ResNet's or VGG's state dict, or gradients, under our keys, counters too.
+    """Renames a torchvision ResNet's or VGG's state dict, or gradients, to our keys.
 
-    The network is read from the keys. Heads may be missing: a VGG's convolutions alone are enough.
-    Tensors are not copied. ResNets need ``stride_in_1x1=False``, which no key shows.
+    The network is inferred from the keys. The head may be missing, also fc6 and fc7 of a VGG.
+    Counters are kept and tensors not copied. ResNets need ``stride_in_1x1=False``.
 
     Raises:
-        ValueError: for a key, or a set of VGG layers, that torchvision's networks do not have.
+        ValueError: a key, or a set of VGG layers, that torchvision's networks do not have.
     """
     if not any(key.startswith(("features.", "classifier.")) for key in state_dict):
         return table.rename(state_dict, _RESNET_TABLE, "a torchvision ResNet")
@@ -75,7 +74,7 @@ def _vgg_from(tensors: Tensors, head: Mapping[str, str], network: str) -> dict[s
 
 
 def _find_vgg(state_dict: Tensors) -> list[Module]:
-    """The VGG whose convolutions have these indices in torchvision's ``features``."""
+    """Returns the VGG whose convolutions have these indices in torchvision's ``features``."""
     convs = {
         key.split(".")[1]
         for key, value in state_dict.items()
@@ -140,7 +139,7 @@ def _write_timm(tensors: Tensors, model: ModelSpec) -> dict[str, Tensor]:
 
 
 def _library_name(checkpoint: Checkpoint) -> str:
-    """The network's name there, where batch norm is part of a VGG's."""
+    """Returns the library's name, in which "_bn" marks a VGG with batch norm."""
     name = checkpoint.model.name.removesuffix("_bn")
     normed = name.startswith("vgg") and table.norm_layers(checkpoint.tensors)
     return f"{name}_bn" if normed else name
@@ -177,11 +176,11 @@ TIMM = Layout(
     _usage_timm,
 )
 
-# What the libraries say of their weights
+# The libraries' own descriptions of their weights
 
 
 def torchvision_preprocessing(weights: Any) -> Preprocessing:
-    """The convention of an entry such as ``ResNet50_Weights.IMAGENET1K_V2``, as it says itself."""
+    """Returns the convention of an entry such as ``ResNet50_Weights.IMAGENET1K_V2``."""
     transform = weights.transforms()
     return Preprocessing(
         "RGB",
@@ -197,7 +196,7 @@ def torchvision_preprocessing(weights: Any) -> Preprocessing:
 
 
 def torchvision_entry(wanted: Callable[[Any], bool]) -> Any | None:
-    """Torchvision's ResNet or VGG entry that fits; None if none does, or without torchvision."""
+    """Returns torchvision's first matching ResNet or VGG entry; None without one or torchvision."""
     try:
         from torchvision import models
     except ImportError:
@@ -211,15 +210,15 @@ def torchvision_entry(wanted: Callable[[Any], bool]) -> Any | None:
 
 
 def published_hash(weights: Any) -> str:
-    """Digits with which the sha256 of an entry's file begins; "" where none are published."""
+    """Returns the first digits of the sha256 of an entry's file; "" if none are published."""
     match = re.search(r"-([0-9a-f]{8,})\.", weights.url)
     return match[1] if match else ""
 
 
 def check_timm_network(config: Mapping[str, Any], where: str) -> None:
-    """Refuses timm's relatives of our networks that no tensor shows, such as resnetblur50.
+    """Refuses timm's relatives of our networks with the same tensors, such as resnetblur50.
 
-    Raises OtherNetwork: another architecture, or arguments that make it another function.
+    Raises OtherNetwork: another architecture, or arguments that may change the function.
     """
     architecture = one_line(str(config["architecture"]).partition(".")[0], 80)
     if _RETIRED.sub(r"\1", architecture) not in LIBRARY_NETWORKS:
@@ -239,7 +238,7 @@ def check_timm_network(config: Mapping[str, Any], where: str) -> None:
 
 
 def timm_preprocessing(config: Mapping[str, Any], source: str) -> Preprocessing:
-    """The convention of a timm ``pretrained_cfg``; its test is at the size of training."""
+    """Returns the convention of a timm ``pretrained_cfg``, with its test at ``input_size``."""
     size = config["input_size"][-1]
     centered = config.get("crop_mode", "center") == "center" and config.get("crop_pct")
     return Preprocessing(
@@ -256,7 +255,7 @@ def timm_preprocessing(config: Mapping[str, Any], source: str) -> Preprocessing:
 
 
 def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """``config.json`` of timm: which network, and its ``pretrained_cfg``."""
+    """Returns timm's ``config.json``: the network and its ``pretrained_cfg``."""
     preprocessing, model = checkpoint.preprocessing, checkpoint.model
     is_vgg = model.name.startswith("vgg")
     resize, crop = preprocessing.center_crop()
@@ -279,6 +278,6 @@ def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _crop_share(resize: int, crop: int) -> float:
-    """The share from which timm gets this shorter side back: int(crop / share)."""
+    """Returns ``crop_pct``, from which timm recovers the shorter side: int(crop / crop_pct)."""
     share = crop / resize
     return share if int(crop / share) == resize else math.nextafter(share, 0)
