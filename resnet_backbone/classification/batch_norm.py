@@ -29,9 +29,9 @@ ZERO = torch.zeros((), dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and sum of squared deviations of each channel, kept in float64.
+    """Count, mean and sum of squared deviations of each channel, in float64.
 
-    The sum is that of Chan, Golub and LeVeque (1979), which subtracts no large numbers.
+    They are added by the formula of Chan, Golub and LeVeque (1979), which avoids cancellation.
     """
 
     count: int = 0
@@ -40,7 +40,7 @@ class Moments:
 
     @classmethod
     def of(cls, x: Tensor) -> Moments:
-        """Of a layer's input, (N, C, ...): in fp32 within the batch, or in fp64 if it is fp64."""
+        """Computes the moments of (N, C, ...), in fp32 within the batch (in fp64 if it is fp64)."""
         x = x.detach()
         x = x if x.dtype == torch.float64 else x.float()
         others = [dim for dim in range(x.dim()) if dim != 1]
@@ -63,10 +63,10 @@ class Moments:
 
 
 class BatchNormReport(NamedTuple):
-    """Which batch norms have new statistics."""
+    """The batch norms with new statistics."""
 
-    layers: tuple[str, ...]  # in the order in which they ran
-    unused: tuple[str, ...]  # batch norms through which no image went; they are unchanged
+    layers: tuple[str, ...]  # in forward order
+    unused: tuple[str, ...]  # batch norms that no image reached; they are unchanged
     num_images: int  # over all processes
 
 
@@ -80,29 +80,29 @@ def recompute_statistics(
     world: World | None = None,
     autocast: torch.dtype | None = None,
 ) -> BatchNormReport:
-    """Replaces the running statistics of all batch norms by those of the given images.
+    """Replaces the running statistics of all batch norms by statistics of the given images.
 
     Each gets the mean and the population variance of its input over all images and positions,
-    merged in float64. Other layers are in evaluation mode meanwhile (no dropout). Frozen batch
-    norms stay. Modes, momentum and ``num_batches_tracked`` are as before afterwards; after an
-    error the statistics are, too.
+    merged in float64. Other layers run in evaluation mode (no dropout). Frozen batch norms do not
+    change. Modes, momentum and ``num_batches_tracked`` are restored, and after an error the
+    statistics, too.
 
     Args:
         batches: this process's part of the training set, with the augmentation of training:
             batches with ``images`` (and ``shift``) for ``normalizer``, or plain tensors.
-        normalizer: the network's preprocessing; ``None`` for batches that are its input.
-        layer_inputs: by what the layers before each batch norm normalize meanwhile. "batch": by
-            their micro-batch, as in training, in one pass. "population": by their new statistics,
-            as in testing, so that each layer's are exactly those of what it will see; one pass for
-            each batch norm, so ``batches`` must be iterable again and give the same images.
-        micro_batch: images that are normalized together, 0 for a whole batch. Give that of
-            training, 32 in the paper; the rest of a batch is a smaller one.
+        normalizer: the network's preprocessing; ``None`` if batches are normalized already.
+        layer_inputs: the statistics with which earlier batch norms normalize. "batch": of their
+            micro-batch, as in training, in one pass. "population": the new statistics, as in
+            testing, so that each layer's statistics match its input exactly. This takes one pass
+            for each batch norm, so ``batches`` must be iterable repeatedly with the same images.
+        micro_batch: images that are normalized together, 0 for a whole batch. Use the value of
+            training (the paper: 32); the last micro-batch of a batch may be smaller.
         world: the processes that share the training set; all call this function and get the same
             statistics. With SyncBatchNorm and "batch" they need equal numbers of batches.
         autocast: ``torch.bfloat16`` or ``torch.float16``, the precision of training.
 
     Raises:
-        UsageError: no batch norm, no images, input that is not finite.
+        UsageError: no batch norm, no images, non-finite input.
     """
     layers = {
         name: layer
@@ -134,14 +134,14 @@ def recompute_statistics(
 class TrainingImages:
     """This process's part of the first images of training, each exactly once.
 
-    With SyncBN, which needs as many batches on each process, whole iterations only.
+    With SyncBN, which needs equally many batches on all processes, only whole iterations count.
     """
 
     source: Any  # batches by iteration, see `resnet_backbone.classification.data`
     count: int  # images over all processes; 0 for one epoch
     batch_size: int  # of an iteration, over all processes
     world: World
-    before_each: Callable[[], None] = lambda: None  # batch, equally often on all processes
+    before_each: Callable[[], None] = lambda: None  # called equally often on all processes
     sync_bn: bool = False  # whether the network has SyncBN
 
     def __iter__(self) -> Iterator[Any]:
@@ -159,7 +159,7 @@ class TrainingImages:
 
 
 class _Reached(Exception):
-    """Ends a forward pass at the layer that was wanted."""
+    """Ends a forward pass at the requested layer."""
 
 
 @dataclass
@@ -176,7 +176,7 @@ class _Pass:
     num_images: int = 0
 
     def order_of_layers(self) -> list[str]:
-        """The layers in the order in which the first micro-batch meets them."""
+        """Returns the layers in forward order, from one micro-batch."""
         order: list[str] = []
         with self.hooked(self.layers, lambda name, _: order.append(name)):
             for inputs in self.inputs():
@@ -190,7 +190,7 @@ class _Pass:
         return order
 
     def collect(self, names: Iterable[str], stop: bool) -> dict[str, Moments]:
-        """Moments of the inputs of some layers over all images of all processes, the same on each.
+        """Returns the moments of layers' inputs over all images of all processes, on each of them.
 
         With `stop`, forward passes end at the first of these layers.
         """
@@ -222,7 +222,7 @@ class _Pass:
 
     @contextmanager
     def hooked(self, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Inside, some layers show their input before they run."""
+        """Calls `see` with a layer's name and input before the layer runs."""
         hooks = [
             self.layers[name].register_forward_pre_hook(lambda _, args, name=name: see(name, *args))
             for name in names
@@ -234,7 +234,7 @@ class _Pass:
                 hook.remove()
 
     def inputs(self) -> Iterator[Tensor]:
-        """The network's input, one micro-batch after the other."""
+        """Yields the network's input, one micro-batch at a time."""
         device = next(self.network.parameters()).device
         for batch in self.batches:
             images = getattr(batch, "images", batch)
@@ -251,7 +251,7 @@ class _Pass:
 
 @contextmanager
 def _unchanged_by_itself(layers: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Batch norms whose running statistics stay; after an error they are as before."""
+    """Keeps forward passes from updating running statistics, and restores them after an error."""
     momenta = [(layer, layer.momentum) for layer in layers]
     buffers = [(b, b.clone()) for layer, _ in momenta for b in layer.buffers(recurse=False)]
     for layer, _ in momenta:

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import find_config
 
-# Of numbers: how a value compares with a limit, and what to give.
+# Limit of a number -> comparison, and its text in messages.
 LIMITS = {
     "least": (operator.ge, "{} or more"),
     "most": (operator.le, "at most {}"),
@@ -31,12 +31,12 @@ LIMITS = {
 
 
 def one_of(*choices: str) -> Any:
-    """A field with one of these values, the first by default."""
+    """Returns a field with one of these values; the first is the default."""
     return field(default=choices[0], metadata={"choices": choices})
 
 
 def number(default: float, **limits: float) -> Any:
-    """A field with a number; limits are ``least``, ``most``, ``above`` and ``below``."""
+    """Returns a number field with the limits ``least``, ``most``, ``above`` and ``below``."""
     return field(default=default, metadata=limits)
 
 
@@ -161,12 +161,12 @@ class Config:
 
 
 GROUPS = {group.name: fields(group.default_factory) for group in fields(Config)}
-# Every key, "model.name", "data.root" ..., and its field.
+# Every key ("model.name", "data.root", ...) -> its field.
 KEYS = {f"{group}.{item.name}": item for group, items in GROUPS.items() for item in items}
 
 
 def hint_for(key: str) -> str:
-    """What an unknown key may mean: one with the same last word, or else one much like it."""
+    """Suggests a key for an unknown one: with the same last word, or else a similar one."""
     group, _, word = key.rpartition(".")
     same = [name for name in KEYS if name.endswith(f".{word}")]
     near = difflib.get_close_matches(key, same or KEYS, n=1, cutoff=0 if same else 0.75)
@@ -181,11 +181,11 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
     Args:
         files: YAML files or names of ours (see :func:`find_config`), later ones on top.
-        overrides: "key=value", for example "schedule.scale=0.05"; "model=NAME" is another network,
-            without the files' ``model.options``.
+        overrides: "key=value", for example "schedule.scale=0.05"; "model=NAME" selects another
+            network and drops the files' ``model.options``.
 
     Raises:
-        UsageError: all unknown keys and wrong values in one line, or all impossible combinations.
+        UsageError: lists all unknown keys and wrong values, or all impossible combinations.
     """
     merged, problems = OmegaConf.structured(Config), []
     for file in files:
@@ -199,7 +199,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         except UsageError as error:
             problems.append(str(error))
     config = OmegaConf.to_object(merged)
-    if config.evaluation.protocol == "centre":  # its name in runs of before
+    if config.evaluation.protocol == "centre":  # its former name
         config.evaluation.protocol = "center"
     problems += _wrong_values(config)
     if not problems:  # what follows computes with the values
@@ -212,7 +212,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
 
 
 def _follow(config: Config, planned: Config, given: set[str]) -> None:
-    """Lets milestones, warm-up and micro-batch that were not given follow what was, in place."""
+    """Adapts milestones, warm-up and micro-batch to overrides, in place, unless they are given."""
     schedule, train = config.schedule, config.train
     followed = replace(planned.schedule, scale=schedule.iterations / planned.schedule.iterations)
     scale_schedule(followed)
@@ -254,7 +254,7 @@ def _parse(override: str) -> DictConfig:
 
 
 def _merge(onto: DictConfig, update: DictConfig, where: str, problems: list[str]) -> DictConfig:
-    """The merged config, or ``onto`` with one problem more."""
+    """Returns the merged config; if it is invalid, ``onto``, and adds to ``problems``."""
     try:
         return OmegaConf.merge(onto, update)
     except OmegaConfBaseException as error:
@@ -266,7 +266,7 @@ def _merge(onto: DictConfig, update: DictConfig, where: str, problems: list[str]
 
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted keys that a part of a config states."""
+    """Yields the dotted keys that a part of a config sets."""
     for name in node:
         key = f"{prefix}{name}"
         if isinstance(node[name], DictConfig) and key != "model.options":
@@ -276,7 +276,7 @@ def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def scale_schedule(schedule: ScheduleConfig) -> None:
-    """Applies ``scale`` in place to iterations, milestones and warm-up, and sets it to 1."""
+    """Applies ``scale`` to iterations, milestones and warm-up in place, and sets it to 1."""
     factor, schedule.scale = schedule.scale, 1.0
     if factor != 1:
         schedule.iterations = max(1, round(schedule.iterations * factor))
@@ -286,7 +286,7 @@ def scale_schedule(schedule: ScheduleConfig) -> None:
 
 
 def _wrong_values(config: Config) -> Iterator[str]:
-    """Compares every value with the metadata of its field, see :func:`one_of`, :func:`number`."""
+    """Checks every value by its field's metadata, see :func:`one_of` and :func:`number`."""
     for key, item in KEYS.items():
         value, limits = attrgetter(key)(config), dict(item.metadata)
         choices = limits.pop("choices", (value,))
@@ -301,7 +301,7 @@ def _wrong_values(config: Config) -> Iterator[str]:
 
 
 def _combinations(config: Config) -> Iterator[str]:
-    """What cannot work together."""
+    """Yields a message for each impossible combination of values."""
     data, evaluation = config.data, config.evaluation
     schedule, train = config.schedule, config.train
     places = [0, *schedule.milestones, schedule.iterations]
@@ -341,10 +341,10 @@ def _combinations(config: Config) -> Iterator[str]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML, readable by :func:`load_config`."""
+    """Returns the resolved config as YAML, readable by :func:`load_config`."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def differences(first: Config, second: Config) -> list[str]:
-    """Keys whose values differ."""
+    """Returns the keys whose values differ."""
     return [key for key in KEYS if attrgetter(key)(first) != attrgetter(key)(second)]

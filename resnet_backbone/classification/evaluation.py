@@ -1,11 +1,10 @@
-"""Evaluation of classifiers: exact counts for one network or several, in one process or many.
+"""Evaluation of classifiers with exact counts, of one network or an ensemble, in any processes.
 
     result = evaluate([(model, normalizer)], Center(256, 224), loader)
     result.top1_error, result.top5_error, result.cross_entropy
 
-Processes exchange what is kept of every single image, and not sums. It is put into the order of
-the data set before anything is computed, so any number of processes gives the same result to the
-last bit.
+Processes exchange the records of all images, not sums. These are sorted in the order of the data
+set before anything is computed, so the result is bit-identical for any number of processes.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
-TOP = 5  # classes that are kept of each image
+TOP = 5  # classes recorded for each image
 RECORDED = ("num_images", "num_classes", "top1_error", "top5_error", "cross_entropy")
 RECORDED += ("protocol", "num_models", "seconds", "data_seconds")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is kept of each image, one row for each; ``k`` is 5, or all classes where fewer.
+    """The records of images, one row each; ``k`` is 5, or the number of classes if that is less.
 
-    Of equal scores the lower class comes first.
+    Equal scores are ordered by class.
     """
 
     indices: Tensor  # int64 (N,), places in the data set
@@ -55,7 +54,7 @@ class Predictions:
     def from_probabilities(
         cls, probabilities: Tensor, labels: Tensor, indices: Tensor
     ) -> Predictions:
-        """Records of a batch, on the CPU, from (N, num_classes) on any device and int64 (N,)."""
+        """Records a batch, on the CPU, from (N, num_classes) on any device and int64 (N,)."""
         ranked, order = probabilities.sort(dim=1, descending=True, stable=True)
         of_label = probabilities.gather(1, labels.to(probabilities.device)[:, None])[:, 0]
         tiny = torch.finfo(torch.float64).tiny  # a probability may underflow; its log must not
@@ -69,7 +68,7 @@ class Predictions:
 
     @classmethod
     def merge(cls, parts: Sequence[Predictions]) -> Predictions:
-        """Joins records, in the order of the data set."""
+        """Joins records in the order of the data set."""
         names = tuple(cls.__dataclass_fields__)
         columns = [torch.cat([getattr(part, name) for part in parts]) for name in names]
         order = columns[0].argsort()
@@ -78,15 +77,15 @@ class Predictions:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Errors of a whole data set."""
+    """The result on a whole data set."""
 
-    predictions: Predictions  # of the images that could be read, in the order of the data set
-    bad: tuple[BadSample, ...]  # the others; they count as wrong
+    predictions: Predictions  # of the readable images, in the order of the data set
+    bad: tuple[BadSample, ...]  # the others, which count as wrong
     num_classes: int  # outputs of the networks
     protocol: dict  # its name and settings
     num_models: int  # networks whose scores were averaged
     seconds: float
-    data_seconds: float  # of these this process waited for images
+    data_seconds: float  # part of them that this process waited for images
 
     @property
     def num_images(self) -> int:
@@ -94,34 +93,34 @@ class EvaluationResult:
 
     @property
     def top1_error(self) -> float:
-        """Percent of the images, bad ones too."""
+        """Top-1 error in percent of all images; bad ones count as wrong."""
         return self.top_k_error(1)
 
     @property
     def top5_error(self) -> float | None:
-        """As :attr:`top1_error`; ``None`` where there are fewer than five classes."""
+        """Like :attr:`top1_error`; ``None`` if there are fewer than five classes."""
         return self.top_k_error(TOP) if self.num_classes >= TOP else None
 
     def top_k_error(self, k: int) -> float:
-        """Percent of images whose label is not among the ``k`` (1 to 5) best classes."""
+        """Returns the percentage of images whose label is not among the ``k`` (1 to 5) best."""
         found = self.predictions
         right = (found.classes[:, :k] == found.labels[:, None]).any(1).sum().item()
         return 100.0 * (self.num_images - right) / self.num_images
 
     @property
     def cross_entropy(self) -> float:
-        """Mean of -log(probability of the label) over the images that could be read, nats."""
+        """Mean of -log(probability of the label) over the readable images, in nats."""
         return -self.predictions.log_likelihoods.mean().item()
 
     @property
     def confusion(self) -> Tensor:
-        """Counts without bad images, int64 (label, predicted class)."""
+        """Counts of readable images, int64 (label, predicted class)."""
         cells = self.predictions.labels * self.num_classes + self.predictions.classes[:, 0]
         return cells.bincount(minlength=self.num_classes**2).view(self.num_classes, -1)
 
     @property
     def per_class_error(self) -> list[float | None]:
-        """Top-1 error of each class, percent; ``None`` for a class without images."""
+        """Top-1 error of each class in percent; ``None`` for a class without images."""
         bad = torch.tensor([sample.label for sample in self.bad], dtype=torch.int64)
         confusion = self.confusion
         totals = confusion.sum(1) + bad.bincount(minlength=self.num_classes)
@@ -129,9 +128,9 @@ class EvaluationResult:
         return [100.0 * (total - right) / total if total else None for total, right in pairs]
 
     def to_dict(self) -> dict:
-        """All but the confusion matrix and the predictions, as JSON types.
+        """Returns JSON types for all but the confusion matrix and the predictions.
 
-        ``per_class_error`` is a table of the classes that have images.
+        ``per_class_error`` maps each class that has images to its error.
         """
         values = {name: getattr(self, name) for name in RECORDED}
         errors = enumerate(self.per_class_error)
@@ -159,20 +158,21 @@ def evaluate(
     channels_last: bool = True,
     max_bad_images: int = 0,
 ) -> EvaluationResult:
-    """Evaluates a network, or several whose probabilities are averaged; their modes stay.
+    """Evaluates a network, or the averaged probabilities of several; restores their modes.
 
     Args:
-        models: (network, its preprocessing) of each member of the ensemble.
+        models: (network, normalizer) of each member of the ensemble.
         loader: this process's part of the images, at each of the protocol's short sides.
         world: the processes that share the data set; all of them call this function and get the
-            whole result. ``None``: this one alone.
+            whole result. ``None`` for this process alone.
         autocast, channels_last: see :class:`Member`.
-        max_bad_images: up to so many unreadable images, over all processes, count as wrong.
+        max_bad_images: largest number of unreadable images, over all processes, that count as
+            wrong instead of raising an error.
 
     Raises:
-        UsageError: on all processes; too many unreadable images, scores that are not finite (with
-            the image's name), labels that the networks do not have, networks with different
-            numbers of classes, an image seen twice or not at all.
+        UsageError: on all processes: too many unreadable images, non-finite scores (naming the
+            image), labels beyond the networks' classes, networks with different numbers of classes,
+            an image seen twice or not at all.
     """
     members = [Member(m, n, autocast, channels_last) for m, n in models]
     if not members:
@@ -188,7 +188,7 @@ def evaluate(
 
 @dataclass
 class _Run:
-    """The pass of one process over its images, and the result of all."""
+    """One process's pass over its images, and the result of all processes."""
 
     members: Sequence[Member]
     protocol: Protocol
@@ -202,7 +202,7 @@ class _Run:
     failure: Exception | None = None
 
     def all_batches(self, batches: Iterable[EvaluationBatch]) -> None:
-        """After a failure the rest is read and not used: the others learn of it at the end."""
+        """Evaluates all batches; after a failure, reads the rest, since others learn of it last."""
         waiting_since = time.perf_counter()
         for batch in batches:
             self.data_seconds += time.perf_counter() - waiting_since
@@ -249,7 +249,7 @@ class _Run:
             )
 
     def name_of(self, batch: EvaluationBatch, images: Tensor) -> str:
-        """The first of some images of a batch."""
+        """Names the first of the selected images of a batch."""
         index = int(batch.indices[images.cpu()][0])
         return f"{self.loader.name_of(index)} (index {index})"
 

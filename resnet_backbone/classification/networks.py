@@ -1,4 +1,4 @@
-"""Classifiers of this package, torchvision and timm by name, their weights and checkpoints."""
+"""Builds classifiers of this package, torchvision and timm by name; weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS, AVERAGED, STATE = "model.safetensors", "averaged.safetensors", "state.pt"
 FOLDER, DAMAGED = "checkpoints", ".damaged"
-CLASSES_KEY = "resnet_backbone.class_names"  # of a file's metadata: JSON, in the order of logits
-LEFT_BEHIND = (".*.tmp", ".partial-*")  # what a kill can leave; the second by earlier versions
+CLASSES_KEY = "resnet_backbone.class_names"  # in a file's metadata: JSON, in the order of logits
+LEFT_BEHIND = (".*.tmp", ".partial-*")  # remains of killed runs; the second of earlier versions
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's auxiliary classifiers (arXiv 1409.4842, section 5)
 
@@ -46,7 +46,7 @@ class NetworkSpec(ModelSpec):
     """A network of this package, of torchvision (``torchvision/<name>``) or of timm."""
 
     def build(self, **options: Any) -> nn.Module:
-        """As the base class builds ours; ValueError for an unknown name or option."""
+        """Builds the network; ValueError for an unknown name or option."""
         library, slash, name = self.name.partition("/")
         if not slash:
             return super().build(**options)
@@ -87,7 +87,7 @@ def _unknown(library: str, name: str, names: list[str]) -> ValueError:
 
 
 def logits_of(outputs: Any) -> tuple[Tensor, list[tuple[float, Tensor]]]:
-    """The logits of a network's outputs, and auxiliary ones with their weights in the loss."""
+    """Returns a network's logits, and (weight in the loss, logits) of auxiliary classifiers."""
     if isinstance(outputs, Tensor):
         return outputs, []
     main, *others = outputs
@@ -96,7 +96,7 @@ def logits_of(outputs: Any) -> tuple[Tensor, list[tuple[float, Tensor]]]:
 
 @contextmanager
 def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
-    """Inside, networks are in evaluation mode; afterwards each module is in its own again."""
+    """Sets networks to evaluation mode in the block, then restores each module's mode."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     for network in networks:
         network.eval()
@@ -108,14 +108,14 @@ def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
 
 
 def describe(model: nn.Module, preprocessing: Preprocessing) -> Preprocessing:
-    """Adds to a preprocessing what the network itself settles: stride position and BN epsilon."""
+    """Sets the stride position and BN epsilon of a preprocessing from the network."""
     epsilons = {module.eps for module in model.modules() if isinstance(module, NORMS)}
     epsilon = epsilons.pop() if len(epsilons) == 1 else preprocessing.bn_eps
     return replace(preprocessing, stride_in_1x1=_stride_in_1x1(model), bn_eps=epsilon)
 
 
 def _stride_in_1x1(model: nn.Module) -> bool | None:
-    """Whether bottlenecks stride in their first 1x1; None if none strides."""
+    """Returns whether bottlenecks stride in their first 1x1; None if none strides."""
     for block in model.modules():
         convs = [getattr(block, name, None) for name in ("conv1", "conv2", "conv3")]
         if all(isinstance(conv, nn.Conv2d) for conv in convs) and convs[0].kernel_size == (1, 1):
@@ -132,7 +132,7 @@ def save_network(
     run: str = "",
     class_names: Sequence[str] = (),
 ) -> None:
-    """Writes weights that say their network, training run, input and the names of the classes."""
+    """Writes weights with their network, training run, input and class names as metadata."""
     facts = {MODEL_KEY: spec.to_json()}
     if class_names:
         facts[CLASSES_KEY] = json.dumps(list(class_names))
@@ -140,7 +140,7 @@ def save_network(
 
 
 def read_class_names(path: str | Path) -> list[str]:
-    """The names of the classes that a file of :func:`save_network` states; [] where it does not."""
+    """Reads the class names from a file of :func:`save_network`; [] if it has none."""
     try:
         with safe_open(path, framework="pt") as file:
             return [str(name) for name in json.loads((file.metadata() or {})[CLASSES_KEY])]
@@ -149,13 +149,13 @@ def read_class_names(path: str | Path) -> list[str]:
 
 
 def read_spec(path: str | Path) -> NetworkSpec | None:
-    """The network that a weights file names; None if it does not; WeightsError if unreadable."""
+    """Reads which network a weight file names; None if it does not; WeightsError if unreadable."""
     spec = read_header(path).model
     return None if spec is None else NetworkSpec(spec.name, spec.num_classes, spec.options)
 
 
 def load_all_but_head(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
-    """:func:`load_network` of one with other classes: its last linear layer is left out."""
+    """Like :func:`load_network`, but leaves the last linear layer as initialized."""
     *_, head = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
     if not isinstance(model, StagedNetwork):
@@ -166,10 +166,10 @@ def load_all_but_head(model: nn.Module, path: str | Path, preprocessing: str = "
 
 
 def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
-    """Loads weights into a network of any library, all or nothing, or raises a WeightsError.
+    """Loads weights into a network of any library, and returns their preprocessing.
 
     Networks of this package are checked as in :func:`resnet_backbone.load_weights`; others must
-    match the file key by key.
+    match the file key by key. Raises WeightsError: the network is left unchanged.
     """
     if isinstance(model, StagedNetwork):
         return load_weights(model, path, preprocessing)
@@ -182,7 +182,7 @@ def load_exactly(
     preprocessing: str = "",
     instead: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Preprocessing:
-    """Loads a file that has the network's keys, counters too; ``instead`` replaces some of it."""
+    """Loads a file with exactly the network's keys; tensors in ``instead`` replace the file's."""
     read, found, *_ = read_source(path, preprocessing)
     tensors = {**read, **instead}
     own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -197,21 +197,21 @@ def load_exactly(
 
 @dataclass
 class Checkpoints:
-    """The folders ``checkpoints/<iteration>/`` of a run, each of which is whole or not there."""
+    """The folders ``checkpoints/<iteration>/`` of a run, which are written atomically."""
 
-    run: Path  # its folder
+    run: Path  # the run folder
     spec: NetworkSpec
     preprocessing: Preprocessing
-    keep: int = 2  # newest checkpoints that stay
-    keep_every: int = 0  # iterations whose multiples stay for good; 0: none
+    keep: int = 2  # number of newest checkpoints to keep
+    keep_every: int = 0  # checkpoints at multiples of these iterations are kept, too; 0: none
     class_names: Sequence[str] = ()
 
     def save(
         self, iteration: int, model: nn.Module, state: dict, averaged: nn.Module | None = None
     ) -> Path:
-        """Writes the checkpoint of an iteration, unless it is there already.
+        """Writes the checkpoint of an iteration unless it exists, and returns its folder.
 
-        Averaged weights are written beside the others, for use before the run ends.
+        Averaged weights are written to a second file, for use before the run ends.
         """
         final = self.run / FOLDER / f"{iteration:08d}"
         if final.exists():
@@ -230,13 +230,13 @@ class Checkpoints:
         return final
 
     def load_latest(self, model: nn.Module, clean: bool = True) -> dict | None:
-        """Loads the newest checkpoint's weights; its state, or None if there is no checkpoint.
+        """Loads the newest checkpoint's weights and returns its state; None without a checkpoint.
 
-        ``preprocessing`` is then what these weights expect. A damaged checkpoint is passed over
-        with a warning, and one process, to `clean`, sets it aside once an older one was loaded.
+        Also sets ``preprocessing`` to the input of these weights. A damaged checkpoint is skipped
+        with a warning; one process, to `clean`, renames it after an older one was loaded.
 
         Raises:
-            WeightsError: there are checkpoints, and none can be read.
+            WeightsError: there are checkpoints, but none can be read.
         """
         for pattern in LEFT_BEHIND if clean else ():
             for left in (self.run / FOLDER).glob(pattern):
@@ -259,13 +259,13 @@ class Checkpoints:
 
 
 def checkpoints_in(run: str | Path) -> list[Path]:
-    """The folders of a run's complete checkpoints, oldest first; their names are iterations."""
+    """Returns the folders of a run's complete checkpoints, oldest first."""
     found = (path for path in (Path(run) / FOLDER).glob("*") if path.name.isdigit())
     return sorted(found, key=lambda path: int(path.name))
 
 
 def newest_weights(run: str | Path) -> str:
-    """The weights of a run's newest checkpoint that evaluations use; empty if there is none."""
+    """Returns the newest checkpoint's weights, averaged ones if it has them; "" without one."""
     found = checkpoints_in(run)
     if not found:
         return ""

@@ -1,9 +1,9 @@
-"""The test protocols of the paper: from an image to one probability for each class.
+"""The paper's test protocols, from an image to class probabilities.
 
-A protocol says at which short sides it wants the image, what may be cut off before it is sent on,
-and turns the images into class probabilities. The paper's per-pixel mean has the size of its
-training crop. Where a protocol shows images of exactly that size (center, ten_crop, CIFAR's full),
-it is subtracted; at all other sizes (dense) ``InputNormalizer`` subtracts the channel means.
+A protocol defines the short sides to which images are resized and a crop in the loader's workers,
+and turns images into class probabilities. The paper's per-pixel mean has the size of its training
+crop. It is subtracted from images of exactly this size (center, ten_crop, CIFAR's full). At other
+sizes (dense), ``InputNormalizer`` subtracts the channel means.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Member:
     """A network with its own preprocessing: uint8 RGB images -> logits."""
 
     model: nn.Module  # normalized (N, 3, H, W) -> logits (N, num_classes), of any library
-    normalizer: InputNormalizer  # which also says on which device it runs
+    normalizer: InputNormalizer  # also defines the device
     autocast: torch.dtype | None = None  # torch.bfloat16 or torch.float16
     channels_last: bool = True  # memory format of the network's input
 
     def run(self, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """A function of the normalized images, in the wanted precision."""
+        """Applies a function to the normalized images, under autocast if set."""
         inputs = self.normalizer(images)
         if not self.channels_last:
             inputs = inputs.contiguous()
@@ -55,7 +55,7 @@ class Member:
         return logits.double()
 
     def position_logits(self, images: Tensor, window: int) -> Tensor:
-        """The network applied convolutionally: float64 (N, num_classes, h, w)."""
+        """Applies the network convolutionally: float64 (N, num_classes, h, w)."""
         last = self.model.stage_names[-1]
 
         def apply(inputs: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Member:
 
 
 def _head_as_convolution(network: StagedNetwork, maps: Tensor, window: int) -> Tensor:
-    """The head at each position of a ``window`` that slides over the last stage's map."""
+    """Applies the head at each position of a ``window`` that slides over the last stage's map."""
     height, width = maps.shape[-2:]
     if min(height, width) < window:
         raise ValueError(
@@ -83,7 +83,7 @@ def _head_as_convolution(network: StagedNetwork, maps: Tensor, window: int) -> T
 
 
 def by_size(function: Callable[[Tensor], Tensor], images: Images) -> Tensor:
-    """Applies a function to stacks of images of equal size, and keeps the order: (N, ...)."""
+    """Applies a function to stacks of equally sized images; (N, ...) in the original order."""
     if isinstance(images, Tensor):
         return function(images)
     groups: dict[torch.Size, list[int]] = {}
@@ -96,23 +96,23 @@ def by_size(function: Callable[[Tensor], Tensor], images: Images) -> Tensor:
 
 
 class Protocol:
-    """Base of the protocols, which are frozen dataclasses: equal settings, equal protocol."""
+    """Base class of the protocols, which are frozen dataclasses."""
 
     name: ClassVar[str]
 
     @property
     def short_sides(self) -> tuple[int | None, ...]:
-        """The sizes at which ``score`` wants each image; ``None`` is the image as it is."""
+        """The short sides in pixels at which ``score`` takes each image; ``None``: not resized."""
         return (None,)
 
     def prepare(self, image: Tensor) -> Tensor:
-        """What a loader's worker may do to a scaled image, uint8 (3, H, W), before sending it."""
+        """Crops a resized image, uint8 (3, H, W), in a loader's worker."""
         return image
 
     def score(self, member: Member, images: Sequence[Images]) -> Tensor:
-        """Class probabilities, float64 (N, num_classes), of images at each of ``short_sides``.
+        """Returns class probabilities, float64 (N, num_classes), of images at ``short_sides``.
 
-        Here they are those of the single view that :meth:`prepare` makes.
+        This base class has a single view, which :meth:`prepare` makes.
         """
         return by_size(lambda stack: member(self.prepare(stack)).softmax(1), images[0])
 
@@ -122,17 +122,17 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Full(Protocol):
-    """The image as it is: the paper's single view of CIFAR-10 (section 4.2)."""
+    """The whole image, not resized: the paper's single view of CIFAR-10 (section 4.2)."""
 
     name: ClassVar[str] = "full"
 
 
 @dataclass(frozen=True)
 class _Cropped(Protocol):
-    """Square crops of the scaled image.
+    """Square crops of the resized image.
 
     Args:
-        resize: short side in pixels (the paper: 256), or ``None`` to leave the image as it is.
+        resize: short side in pixels (the paper: 256), or ``None`` for no resizing.
         crop: side of the square in pixels.
     """
 
@@ -152,7 +152,7 @@ class _Cropped(Protocol):
 
 @dataclass(frozen=True)
 class Center(_Cropped):
-    """The center crop of the scaled image: the released weights' "1-crop" (short side 256, 224)."""
+    """The center crop, 224 of short side 256: the released weights' "1-crop"."""
 
     name: ClassVar[str] = "center"
 
@@ -162,9 +162,9 @@ class Center(_Cropped):
 
 @dataclass(frozen=True)
 class TenCrop(_Cropped):
-    """Four corners and the center, and those of the mirrored image (paper, Tables 2 and 3).
+    """Crops of four corners and the center, also mirrored (paper, Tables 2 and 3).
 
-    The softmax scores are averaged, as the released weights' README says. Each of the ten goes
+    The softmax scores are averaged, as in the released weights' README. Each of the ten views runs
     through the network as a batch of its own.
     """
 
@@ -182,18 +182,18 @@ class TenCrop(_Cropped):
 class Dense(Protocol):
     """Multi-scale fully convolutional testing (paper, section 3.4 and Table 4).
 
-    The scores of all positions are averaged within a view (a size, mirrored or not), then over the
-    views. What the paper leaves open is named here; the defaults are VGG's protocol (arXiv
-    1409.1556, section 3.2), to which it refers: the class score map is averaged over positions,
-    then "soft-max class posteriors" over views, of the image and of its mirror image.
+    Scores are averaged over all positions of a view (a size, mirrored or not), then over the views.
+    The arguments are what the paper leaves open. The defaults follow VGG's protocol (arXiv
+    1409.1556, section 3.2), which the paper cites: the class score map is averaged over positions,
+    then the "soft-max class posteriors" over the views of the image and its mirror image.
 
     Args:
         sizes: short sides in pixels.
-        flip: whether the mirrored image is a view, too.
-        pooling: "sliding" is the fully convolutional form: the 7x7 average pooling with stride 1
-            and the fc layer as a 1x1 convolution (VGG: fc6 as a 7x7 convolution), one score for
-            each position. "global_pool" is the network's own forward pass at that size. A linear
-            head, fc(mean(x)) = mean(fc(x)), weighs cells near the border less when it slides.
+        flip: add the mirrored images as views.
+        pooling: "sliding" is the fully convolutional form, with one score for each position: 7x7
+            average pooling with stride 1, and the fc layer as a 1x1 convolution (VGG: fc6 as a 7x7
+            convolution). "global_pool" is the network's own forward pass at each size. With a
+            linear head they differ only in the smaller weight of border cells when sliding.
         softmax: "per_view": logits averaged over positions, softmax, probabilities averaged over
             views; "per_position": softmax at every position first; "at_end": all logits averaged,
             one softmax.
@@ -237,7 +237,7 @@ class Dense(Protocol):
         return mean.softmax(1) if self.softmax == "at_end" else mean
 
     def _view(self, member: Member, images: Tensor) -> Tensor:
-        """Scores of one view: logits for "at_end", else probabilities."""
+        """Returns the scores of one view: logits for "at_end", else probabilities."""
         if self.pooling == "global_pool":
             logits = member(images)[:, :, None, None]
         else:

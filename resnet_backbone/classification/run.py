@@ -1,4 +1,4 @@
-"""A classification run made from its config: data, network, trainer and evaluation together."""
+"""Builds a classification run from its config: data, network, trainer and evaluation."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def check_processes(config: Config, world: World) -> None:
 
 
 def count_epochs(config: Config, num_images: int) -> str:
-    """Turns ``schedule.epochs`` into iterations, in place; the line that says so, "" without.
+    """Converts ``schedule.epochs`` to iterations in place, and returns a line for the log, or "".
 
-    Evaluations and checkpoints come once an epoch at least.
+    Evaluations and checkpoints are then made at least once an epoch.
     """
     schedule, batch = config.schedule, config.train.batch_size
     if not schedule.epochs:
@@ -71,12 +71,12 @@ def count_epochs(config: Config, num_images: int) -> str:
 
 
 class ClassificationRun:
-    """One run: its data, network and trainer, made from the config by all processes of the world.
+    """A run's data, network and trainer, built from the config by all processes of the world.
 
     Args:
-        folder: where means, reports and results go.
-        weights: file to start from or to evaluate; the input is then what it says, and not the
-            config's. Empty: He initialization.
+        folder: where means, reports and results are written.
+        weights: file to start from or to evaluate, whose input replaces the config's. Empty: He
+            initialization.
     """
 
     def __init__(self, config: Config, world: World, folder: RunFolder, weights: str | Path = ""):
@@ -103,9 +103,9 @@ class ClassificationRun:
             logger.info("%s, with the channel order, range, and mean of its input", weights)
 
     def use_input(self, preprocessing: Preprocessing) -> None:
-        """Normalizes images as weights expect them from here on."""
+        """Sets the preprocessing and the normalizer."""
         sizes = {"resize_size": None, "crop_size": None}
-        if isinstance(self.protocol, Center):  # what evaluations of the weights begin with
+        if isinstance(self.protocol, Center):  # the default test of the written weights
             sizes = {"resize_size": self.protocol.resize, "crop_size": self.protocol.crop}
         self.preprocessing = replace(preprocessing, **sizes)
         self.normalizer = InputNormalizer(preprocessing, self.device)
@@ -200,13 +200,13 @@ class ClassificationRun:
 
     @property
     def normalized_together(self) -> int:
-        """Images that go through the network, and its BN, at once."""
+        """Images that pass through the network, and its BN, at once."""
         return self.config.train.micro_batch or self.config.train.batch_size // self.world.size
 
     def true_statistics(
         self, model: nn.Module, stop: StopRequest | None = None, layer_inputs: str = "batch"
     ) -> BatchNormReport:
-        """Replaces the moving averages of BN by averages over the training set, in place."""
+        """Replaces BN's moving averages by statistics of the training set, in place."""
         train = self.config.train
         images = TrainingImages(
             self.data.source,

@@ -1,4 +1,4 @@
-"""The one step path, SGD as the paper's Caffe ran it, and the learning rate of every iteration."""
+"""The training step, SGD as in the paper's Caffe, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from resnet_backbone.runtime.averages import moving_average
 from resnet_backbone.runtime.processes import STEP, World, distribute, seed_everything
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-SCHEDULE_STATE = ("warming_up", "drops", "waited", "best")  # what it has learned from the run
+SCHEDULE_STATE = ("warming_up", "drops", "waited", "best")  # depends on the run's errors
 
 
 class TrainStep:
-    """One optimizer step on one batch, the same code for every setting.
+    """Makes an optimizer step on a batch, with the same code for all settings.
 
     Args:
-        model: on its device; its state dict never shows wrappers.
-        optimizer: with its learning rate set by the caller.
-        mixer: (images, labels, iteration) -> (images, soft labels), or None: mixup and the like.
+        model: on its device; its state dict has no wrapper prefixes.
+        optimizer: the caller sets its learning rate.
+        mixer: (images, labels, iteration) -> (images, soft labels), such as mixup; None for none.
         amp: "none", "bf16" or "fp16" (with loss scaling).
-        micro_batch: images that pass the network at once, and share BN statistics; 0 means all
-            that this process has. The paper's 256 is 8 x 32.
-        clip_norm: largest norm of the gradient; 0 means any.
+        micro_batch: images that pass through the network at once and share BN statistics; 0 for
+            all of this process. The paper's 256 is 8 x 32.
+        clip_norm: largest norm of the gradient; 0 for no clipping.
         compile: "none", or a mode of ``torch.compile``.
-        ema: decay of the averaged weights; 0 means none are kept.
-        seed: of the run; dropout and the like draw from (seed, iteration, rank).
+        ema: decay of the averaged weights; 0 for none.
+        seed: of the run; random numbers, such as dropout's, depend on (seed, iteration, rank).
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TrainStep:
         wrong = torch.zeros((), device=images.device)
         self.model.train()
         for number, (part, target) in enumerate(parts, 1):
-            waits = self.ddp is not None and number < len(parts)  # gradients are shared at the last
+            waits = self.ddp is not None and number < len(parts)  # only the last one all-reduces
             with self.ddp.no_sync() if waits else contextlib.nullcontext():
                 share, logits = self._forward(part, target)
                 self.scaler.scale(share * (len(part) / len(images))).backward()
@@ -114,20 +114,20 @@ class TrainStep:
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The weights that evaluations and final results use: the averaged ones if there are."""
+        """The model for evaluations and final results, with averaged weights if there are any."""
         return self.model if self.ema is None else self.ema.module
 
     def _own_buffers(self) -> list[Tensor]:
-        """What each of several processes has for itself: BN's statistics, and their averages."""
+        """Returns the buffers that differ between processes: BN's statistics and averages."""
         models = {id(model): model for model in (self.model, self.evaluated_model)}
         buffers = (buffer for model in models.values() for buffer in model.buffers())
         return [buffer for buffer in buffers if buffer.is_floating_point() and self.world.size > 1]
 
     @contextlib.contextmanager
     def shared_buffers(self) -> Iterator[list[Tensor]]:
-        """Inside, all processes have the mean of their BN statistics; afterwards their own again.
+        """Averages BN statistics over processes in the block, then restores each process's own.
 
-        Yields this process's own, for :meth:`load_buffers`; none with one process.
+        Yields this process's own buffers, for :meth:`load_buffers`; none with one process.
         """
         buffers = self._own_buffers()
         own = [buffer.clone() for buffer in buffers]
@@ -141,13 +141,13 @@ class TrainStep:
                 buffer.copy_(before)
 
     def load_buffers(self, saved: list[list[Tensor]]) -> None:
-        """Gives each process its own statistics again; others than before keep the mean."""
+        """Restores each process's own statistics, unless the number of processes has changed."""
         if len(saved) == self.world.size:
             for buffer, own in zip(self._own_buffers(), saved[self.world.rank], strict=True):
                 buffer.copy_(own)
 
     def state_dict(self) -> dict:
-        """All but the model: optimizer, loss scale, averaged weights."""
+        """Returns all state except the model's: optimizer, loss scale, averaged weights."""
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
@@ -163,10 +163,10 @@ class TrainStep:
 def build_sgd(
     model: nn.Module, momentum: float, weight_decay: float, decay_norm_and_bias: bool = True
 ) -> torch.optim.SGD:
-    """SGD over a network's trainable parameters; the paper: 0.9 and 1e-4.
+    """Returns SGD for a network's trainable parameters; the paper has 0.9 and 1e-4.
 
-    Without ``decay_norm_and_bias``, those of one dimension (biases, BN) are not decayed. Slopes of
-    PReLU never are.
+    Without ``decay_norm_and_bias``, one-dimensional parameters (biases, BN) have no weight decay.
+    Slopes of PReLU never have any.
     """
     slopes = prelu_slopes(model)
     groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
@@ -178,12 +178,11 @@ def build_sgd(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float, momentum_form: str = "caffe") -> None:
-    """Sets the learning rate, keeping the chosen form of momentum, "caffe" or "pytorch".
+    """Sets the learning rate, for the "caffe" or "pytorch" form of momentum.
 
     Caffe's update is v = m v + lr g, w -= v (the released models' README); PyTorch's is
-    v = m v + g, w -= lr v. They are the same while the rate stands still. When it changes, the
-    old steps in Caffe's v keep the rate they were made with; scaling PyTorch's v by old / new
-    does exactly that.
+    v = m v + g, w -= lr v. They are equal at a constant rate. When the rate changes, the steps in
+    Caffe's v keep their old rate. Scaling PyTorch's v by old / new has exactly this effect.
     """
     old = optimizer.param_groups[0]["lr"]
     for group in optimizer.param_groups:
@@ -197,14 +196,14 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float, momentum_form: str =
 
 @dataclass
 class Schedule(ScheduleConfig):
-    """Learning rate by iteration (counted from 0), and by what evaluations show.
+    """The learning rate by iteration (counted from 0) and, for "plateau", by validation error.
 
-    It has the fields of the config, whose ``scale`` and ``epochs`` are applied before. Policies are
+    The fields are the config's; ``scale`` and ``epochs`` have been applied before. Policies are
     "steps" (times ``gamma`` at each milestone), "plateau" (times ``gamma`` when the validation
     error stops falling: paper, section 3.4) and "cosine" (to 0, arXiv 1608.03983). The threshold of
-    progress is absolute; a relative one, PyTorch's default, hardly ever fires on ImageNet. With
-    ``warmup_until_error``, warm-up lasts until the training error, %, is below it (paper, section
-    4.2: the 110-layer network starts at 0.01 until it is below 80 %).
+    progress is absolute; a relative one, PyTorch's default, is hardly ever reached on ImageNet.
+    With ``warmup_until_error``, warm-up lasts until the training error is below it, in percent
+    (paper, section 4.2: the 110-layer network starts at 0.01 until the error is below 80 %).
     """
 
     def __post_init__(self):
@@ -212,7 +211,7 @@ class Schedule(ScheduleConfig):
         self.drops, self.waited, self.best = 0, 0, math.inf
 
     def at(self, iteration: int) -> float:
-        """The learning rate of an iteration."""
+        """Returns the learning rate of an iteration."""
         if self.warming_up:
             return self.warmup_lr
         rate = self._without_warmup(iteration)
@@ -232,13 +231,13 @@ class Schedule(ScheduleConfig):
         return self.lr * self.gamma**drops
 
     def observe_training(self, error: float) -> bool:
-        """Takes note of the training error, %; True if this ends the warm-up."""
+        """Records the training error in percent; returns whether this ends the warm-up."""
         ends = self.warming_up and error < self.warmup_until_error
         self.warming_up &= not ends
         return ends
 
     def observe_validation(self, error: float) -> bool:
-        """Takes note of the validation error, %; True if this drops the rate."""
+        """Records the validation error in percent; returns whether this drops the rate."""
         if self.policy != "plateau":
             return False
         if error < self.best - self.plateau_threshold:

@@ -1,4 +1,4 @@
-"""The training loop: every state it has is in its checkpoints."""
+"""The training loop, whose checkpoints hold its complete state."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from resnet_backbone.weights import WeightsError
 logger = logging.getLogger(__name__)
 
 BEST, FINAL, DIVERGED = "best.safetensors", "final.safetensors", "diverged.json"
-SAYS_HOW_LONG = 3  # iterations of a process; the first one is slower
-LOG_SECONDS = 15  # between lines where there is no progress bar
-# What a trainer has beside its parts.
+SAYS_HOW_LONG = 3  # iterations before the time is estimated; the first one is slower
+LOG_SECONDS = 15  # between log lines without a progress bar
+# The trainer's own attributes in a checkpoint.
 STATE = ("iteration", "evaluated_at", "best", "seconds", "latest", "recent_errors")
 
 
 class Window:
-    """Losses and errors since the last row of metrics; they stay on the device until then."""
+    """Losses and errors since the last row of metrics, kept on the device."""
 
     def __init__(self, length: int, device: torch.device):
         self.losses = torch.zeros(length, device=device)
@@ -51,7 +51,7 @@ class Window:
         self.filled, self.data_seconds, self.started = 0, 0.0, time.perf_counter()
 
     def state_dict(self, world: World) -> dict:
-        """The mean over processes, which all of them resume from; all call this."""
+        """Returns the mean over processes, from which all of them resume; all must call this."""
         return {
             "losses": (world.sum(self.losses.clone()) / world.size).cpu(),
             "wrong": (world.sum(self.wrong.clone()) / world.size).cpu(),
@@ -70,20 +70,20 @@ class Window:
 
 @dataclass
 class Trainer:
-    """Trains, logs, evaluates, writes checkpoints, and resumes from one exactly."""
+    """Trains, logs, evaluates, writes checkpoints, and resumes exactly from one."""
 
     step: TrainStep
     source: Any  # training data, with `num_samples` and `batches(first_iteration)`
     prepare: Callable[[Any], tuple[Tensor, Tensor]]  # a batch -> normalized images, labels
     schedule: Schedule
     momentum_form: str  # of the optimizer, see `set_rate`
-    # -> numbers, "val_top1_error" (%) among them
+    # returns numbers, among them "val_top1_error" (%)
     validate: Callable[[nn.Module, StopRequest], dict[str, float]]
     checkpoints: Checkpoints
     folder: RunFolder
     stop: StopRequest
     iterations: int
-    log_every: int  # iterations, as those below
+    log_every: int  # iterations, like the next two
     evaluate_every: int  # 0: only at the end
     checkpoint_every: int
     batch_size: int  # images of an iteration, over all processes
@@ -102,8 +102,8 @@ class Trainer:
         """Loads the newest checkpoint; False if there is none.
 
         Raises:
-            WeightsError: none can be read, or not the same one on all processes.
-            UsageError: the data set has another number of images than when the run began.
+            WeightsError: none can be read, or processes read different ones.
+            UsageError: the number of training images has changed since the run began.
         """
         state = self.checkpoints.load_latest(self.step.model, clean=self.world.is_main)
         found = -1 if state is None else state["iteration"]
@@ -146,7 +146,7 @@ class Trainer:
         """Trains to the end.
 
         Raises:
-            Stopped: a signal arrived; a checkpoint of the last finished iteration is written.
+            Stopped: a signal arrived; a checkpoint of the last complete iteration was written.
             TrainingDiverged: the loss became NaN or infinite.
         """
         shown = self.world.is_main and sys.stderr.isatty()
@@ -172,7 +172,7 @@ class Trainer:
                 self.save()
             raise
         finally:
-            batches = None  # ends the loader's processes before anything else does
+            batches = None  # ends the loader's workers first
             bar.close()
 
     def _iterate(self, batches: Iterator[Any]) -> None:
@@ -228,7 +228,7 @@ class Trainer:
             logger.info("iteration %s: %s, %.0f min left", at, text, left)
 
     def _check_losses(self) -> list[float]:
-        """The window's losses, averaged over processes; stops the run if one is NaN or infinite."""
+        """Returns the window's losses, averaged over processes; raises TrainingDiverged if bad."""
         losses = self.world.sum(self.window.losses[: self.window.filled].clone())
         losses = [value / self.world.size for value in losses.tolist()]
         bad = [place for place, value in enumerate(losses) if not math.isfinite(value)]
@@ -291,7 +291,7 @@ class Trainer:
                 self.write_weights(BEST)
 
     def write_weights(self, name: str) -> None:
-        """Writes the weights that evaluations use into the run folder."""
+        """Writes the weights for evaluations to the run folder."""
         kept, run = self.checkpoints, self.folder.path.resolve().name
         model = self.step.evaluated_model
         facts = (kept.spec, kept.preprocessing, run, kept.class_names)

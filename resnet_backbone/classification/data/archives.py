@@ -1,4 +1,4 @@
-"""The official ILSVRC2012 archives to folders, their check, and folders to tar shards."""
+"""Unpacks the official ILSVRC2012 archives, checks folders, and writes them as tar shards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import whole_file
 
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # arXiv 1409.0575, table 2
-USUAL = {TRAIN_IMAGES: (732, 1300), VAL_IMAGES: (50, 50)}  # images of a class: the same table
+USUAL = {TRAIN_IMAGES: (732, 1300), VAL_IMAGES: (50, 50)}  # images per class, same table
 META, GROUND_TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 VAL_NAME = "ILSVRC2012_val_{:08d}.JPEG"
 CHUNK = 64  # images handed to a process at a time
@@ -39,7 +39,7 @@ SHARD_PATTERN = "shard-%06d.tar"
 def extract_train(archive: str | os.PathLike, folder: Path) -> None:
     """Unpacks ``ILSVRC2012_img_train.tar``, a tar of one tar per class, to ``folder/<wnid>/``.
 
-    A class that is there already stays. DataError: not such an archive, or a damaged one.
+    Existing class folders are skipped. Raises DataError: another archive, or a damaged one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _open_tar(archive) as outer:
@@ -64,14 +64,14 @@ def extract_val(
 ) -> None:
     """Unpacks ``ILSVRC2012_img_val.tar`` to ``folder/<wnid>/``, or ``folder/`` if ``flat``.
 
-    With ``flat`` the labels are written beside the folder, to ``<folder>_labels.txt``. An image
-    that is there already stays.
+    With ``flat`` the labels are written beside the folder, to ``<folder>_labels.txt``. Existing
+    images are skipped.
 
     Args:
         labels: image name -> wnid.
 
     Raises:
-        DataError: not such an archive, or labels that do not belong to it.
+        DataError: another or a damaged archive, or labels of other images.
     """
     with _open_tar(archive) as tar:
         members = {Path(member.name).name: member for member in _images_in(tar)}
@@ -92,7 +92,7 @@ def extract_val(
 
 
 def labels_file(folder: Path) -> Path:
-    """Where the labels of a flat folder are."""
+    """Returns the path of a flat folder's labels."""
     return folder.with_name(f"{folder.name}_labels.txt")
 
 
@@ -111,7 +111,7 @@ def _images_in(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    """Writes a member into a folder, whatever path it claims to have, whole or not at all."""
+    """Writes a member to a folder atomically, ignoring the folders of its path."""
     name = Path(member.name).name
     temporary = folder / f".{name}.tmp"
     with tar.extractfile(member) as source, open(temporary, "wb") as target:
@@ -120,10 +120,10 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> Non
 
 
 def devkit_labels(archive: str | os.PathLike) -> dict[str, str]:
-    """Validation image name -> wnid, from ``ILSVRC2012_devkit_t12.tar.gz``, or a DataError.
+    """Reads validation image name -> wnid from ``ILSVRC2012_devkit_t12.tar.gz``, or DataError.
 
-    The ground truth in it is a number for each image, the ILSVRC2012_ID of a class, which the kit's
-    ``meta.mat`` knows; networks count classes in the order of the sorted wnids.
+    Its ground truth is the ILSVRC2012_ID of each image's class, which ``meta.mat`` maps to a wnid;
+    networks count classes in the order of the sorted wnids.
     """
     try:
         from scipy.io import loadmat
@@ -148,9 +148,9 @@ def devkit_labels(archive: str | os.PathLike) -> dict[str, str]:
 
 
 def read_labels(path: str | os.PathLike) -> dict[str, str]:
-    """Validation image name -> wnid, from ``name wnid`` lines or wnids in the order of the names.
+    """Reads image name -> wnid from ``name wnid`` lines, or from wnids in the order of the names.
 
-    DataError where there are numbers, which say nothing without the development kit's table.
+    Raises DataError: numbers, which mean nothing without the development kit's table.
     """
     rows = [line.split() for line in read_lines(path)]
     odd = next((row[-1] for row in rows if not re.fullmatch(r"n\d{8}", row[-1])), None)
@@ -166,7 +166,7 @@ def read_labels(path: str | os.PathLike) -> dict[str, str]:
 
 
 def check_counts(counts: Mapping[str, int], images: int, classes: int, where: str) -> list[str]:
-    """What is wrong with the numbers of images of each class; 0 images or classes: any number."""
+    """Returns problems with the numbers of images per class; 0 images or classes: any number."""
     problems, total = [], sum(counts.values())
     if classes and len(counts) != classes:
         problems.append(f"{where} has {len(counts)} classes instead of {classes}")
@@ -180,7 +180,7 @@ def check_counts(counts: Mapping[str, int], images: int, classes: int, where: st
 
 
 def open_sets(folder: Path) -> dict[str, ImageFiles]:
-    """The data sets that are in a folder, "train" and "val"; DataError if there is neither."""
+    """Opens the data sets "train" and "val" in a folder; DataError if there is neither."""
     train, val = folder / "train", folder / "val"
     sets = {}
     if train.is_dir():
@@ -197,7 +197,7 @@ def open_sets(folder: Path) -> dict[str, ImageFiles]:
 def count_problems(
     sets: Mapping[str, ImageFiles], images: Mapping[str, int], classes: int
 ) -> list[str]:
-    """Wrong numbers of images and classes of :func:`open_sets`; see :func:`check_counts`."""
+    """Returns problems with the numbers of images and classes; see :func:`check_counts`."""
     problems = []
     for name, dataset in sets.items():
         counts = Counter(dataset.class_names[label] for label in dataset.labels)
@@ -208,7 +208,7 @@ def count_problems(
 
 
 def read_every_image(sets: Mapping[str, ImageFiles], folder: Path, workers: int) -> BadImageReport:
-    """Decodes all images in several processes; what is found goes to ``bad_images.txt``."""
+    """Decodes all images in several processes, and reports them in ``bad_images.txt``."""
     report = BadImageReport(folder / "bad_images.txt")
     paths = [dataset.name(i) for dataset in sets.values() for i in range(len(dataset))]
     with ProcessPoolExecutor(workers) as pool:
@@ -228,11 +228,11 @@ def write_shards(
 
     Args:
         folder: a new or empty local folder.
-        seed: of the order in which samples are dealt to the shards; None keeps the data set's.
+        seed: of the random order of samples; None keeps the data set's order.
 
     Raises:
         DataError: the folder is not empty, or webdataset is not installed.
-        BadImage: a file cannot be read (its content is not looked at).
+        BadImage: a file cannot be read (its content is not checked).
     """
     try:
         from webdataset import ShardWriter
@@ -255,7 +255,7 @@ def write_shards(
 
 
 def index_shards(folder: str | os.PathLike, class_names: Sequence[str] = ()) -> None:
-    """Writes the index of the ``*.tar`` in a local folder, ours or anyone's in this layout.
+    """Writes the index of the ``*.tar`` shards in a local folder, whoever wrote them.
 
     Args:
         class_names: one per class index; by default "class 0", "class 1", ...
@@ -289,7 +289,7 @@ def index_shards(folder: str | os.PathLike, class_names: Sequence[str] = ()) -> 
 
 
 def _samples_of(shard: Path) -> list[tuple[bytes, int, int, int]]:
-    """(file name, offset, size, label) of each sample of a shard."""
+    """Returns (file name, offset, size, label) of each sample of a shard."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     try:

@@ -1,6 +1,7 @@
-"""Augmentation: the paper's, that of later recipes, and mixing of whole batches.
+"""Augmentation of the paper and of later recipes, and mixing of whole batches.
 
-Only what a crop needs is decoded and resized. Resizing gives what torchvision's transforms give.
+Only the part of an image that a crop needs is decoded and resized. Resizing matches torchvision's
+transforms.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from resnet_backbone.runtime.images import EncodedImage
 from resnet_backbone.runtime.processes import make_rng
 
 NOISE_STRENGTH = 0.1  # standard deviation of each component's factor (AlexNet, section 4.1)
-TRIES = 10  # of a random rectangle, before the largest allowed one in the center
+TRIES = 10  # for a random rectangle, before the largest allowed one in the center
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random rectangle, as in torchvision
 
-# Principal axes of ImageNet's RGB values, one a column; rows R, G, B (fb.resnet.torch,
+# Principal axes of ImageNet's RGB values as columns; rows R, G, B (fb.resnet.torch,
 # datasets/imagenet.lua).
 AXES = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
 
-# By what the factor is multiplied, in gray levels of 0..255. AlexNet's text says eigenvalues; the
+# What the factor is multiplied by, in gray levels 0..255. AlexNet's text says eigenvalues; the
 # published programs differ by a square root.
 SCALINGS: dict[str, tuple[float, float, float]] = {
     # standard deviations along the axes (cuda-convnet2, AlexNet's own program): noise of 12.2,
@@ -44,12 +45,12 @@ SCALINGS: dict[str, tuple[float, float, float]] = {
 class Span(NamedTuple):
     """One axis of a crop of a resized image, which begins ``skip`` pixels after ``start``.
 
-    The resizing filter of its first pixel does not look further back than ``start``.
+    The resizing filter of the crop's first pixel does not reach beyond ``start``.
     """
 
-    start: int  # pixel of the image, before resizing
-    skip: int  # pixels of the result
-    scale: float  # pixels of the image for one of the result
+    start: int  # pixel of the original image
+    skip: int  # pixels of the resized image
+    scale: float  # original pixels per resized pixel
 
 
 class Crop(NamedTuple):
@@ -59,13 +60,13 @@ class Crop(NamedTuple):
     x: Span
 
     def box(self, size: int) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) in pixels of the image before resizing, as Pillow's box."""
+        """Returns (left, top, right, bottom) in pixels of the original image, as Pillow's box."""
         left, top = (span.start + span.skip * span.scale for span in (self.x, self.y))
         return left, top, left + size * self.x.scale, top + size * self.y.scale
 
 
 def resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) once the short side is ``size``; the long one truncated, as torchvision's."""
+    """Returns (height, width) for a short side of ``size``; truncated as in torchvision."""
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size
@@ -80,7 +81,7 @@ def resize_short_side(image: Tensor, size: int) -> Tensor:
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
-    """The middle of (..., H, W), with torchvision's rounding; ValueError for a smaller image."""
+    """Crops the center of (..., H, W), rounded as in torchvision; ValueError if it is smaller."""
     height, width = image.shape[-2:]
     if min(height, width) < size:
         raise ValueError(
@@ -97,11 +98,11 @@ def draw_crop(
     size: int = 224,
     short_side: tuple[int, int] = (256, 480),
 ) -> Crop:
-    """A random crop of the image resized to a random short side (paper, section 3.4).
+    """Draws a random crop of the image resized to a random short side (paper, section 3.4).
 
-    The short side is uniform over the whole numbers of the range, the place uniform over those
-    of the resized image. The corner is then moved to the nearest place, at most half a pixel of
-    the image away, from which the crop can be resized without the rest of the image.
+    The short side is a uniform integer of the range, and the position is uniform in the resized
+    image. The corner is then moved, by at most half an original pixel, to a position from which the
+    crop can be resized without the rest of the image.
     """
     shape = resized_shape(height, width, int(rng.integers(short_side[0], short_side[1] + 1)))
     y = _draw_span(height, shape[0], size, rng)
@@ -111,18 +112,18 @@ def draw_crop(
 def _draw_span(length: int, resized: int, size: int, rng: np.random.Generator) -> Span:
     scale = length / resized
     place = int(rng.integers(0, resized - size + 1))
-    # The bilinear filter reaches max(1, scale) pixels of the image from the center of a result's
-    # pixel; beyond `skip` of these it does not reach the pixel before `start`.
+    # The bilinear filter reaches max(1, scale) original pixels from the center of a resized pixel.
+    # After `skip` resized pixels it does not reach the pixel before `start`.
     skip = min(place, max(1, math.ceil(0.5 / scale - 0.5)))
     last = math.floor(length - (skip + size) * scale + 1e-6)
     return Span(min(round((place - skip) * scale), max(last, 0)), skip, scale)
 
 
 def resize_crop(image: EncodedImage, crop: Crop, size: int = 224) -> Tensor:
-    """The pixels of a crop: uint8 (3, size, size), antialiased bilinear.
+    """Resizes a crop to uint8 (3, size, size), antialiased bilinear.
 
-    torch resizes from a whole pixel on and looks at nothing outside of what it is given. So a
-    region is resized that begins a little before the crop, and that part is cut off.
+    torch starts resizing at a whole pixel and sees only its input. So the resized region begins a
+    little before the crop, and this margin is cut off.
     """
     bottom, right = _span_end(crop.y, size, image.height), _span_end(crop.x, size, image.width)
     region = image.region(crop.y.start, crop.x.start, bottom, right)
@@ -137,13 +138,13 @@ def resize_crop(image: EncodedImage, crop: Crop, size: int = 224) -> Tensor:
 
 
 def _span_end(span: Span, size: int, limit: int) -> int:
-    """The end of the region: as far as the filter of the last pixel reaches."""
+    """Returns the end of the region, as far as the filter of the last pixel reaches."""
     last = (span.skip + size - 0.5) * span.scale
     return min(limit, span.start + math.ceil(last + max(1.0, span.scale)))
 
 
 def _result_length(region: int, span: Span, size: int) -> int:
-    # torch leaves out the resizing of an axis whose length stays the same, whatever the scale
+    # torch does not resize an axis whose length stays the same, whatever the scale
     length = span.skip + size
     return length + 1 if region == length and span.scale != 1 else length
 
@@ -151,10 +152,10 @@ def _result_length(region: int, span: Span, size: int) -> int:
 def draw_inception_crop(
     height: int, width: int, rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """(top, left, bottom, right) of a random rectangle (Szegedy et al. 2015, section 6).
+    """Draws (top, left, bottom, right) of a random rectangle (Szegedy et al. 2015, section 6).
 
-    As torchvision's ``RandomResizedCrop``: ten tries of an area, uniform in 8 to 100 %, and a ratio
-    of width to height, uniform in its logarithm; then the largest center one of an allowed shape.
+    As in torchvision's ``RandomResizedCrop``: ten tries with an area uniform in 8 to 100 % and a
+    log-uniform aspect ratio, then the largest center crop with an allowed ratio.
     """
     for _ in range(TRIES):
         target = height * width * rng.uniform(*AREA)
@@ -170,14 +171,14 @@ def draw_inception_crop(
 
 
 class Augmented(NamedTuple):
-    """What training sees of an image."""
+    """An augmented image."""
 
     image: Tensor  # uint8 (3, size, size), RGB
     shift: np.ndarray | None = None  # float32 (3,), see `sources.Batch`
 
 
 def color_shift(name: str, rng: np.random.Generator) -> np.ndarray | None:
-    """AlexNet's color noise of one image, along the principal axes of ImageNet's colors.
+    """Draws AlexNet's color noise for an image, along the principal axes of ImageNet's colors.
 
     Returns:
         float32 (3,), gray levels to add to R, G, B; None for the scaling "none".
@@ -188,13 +189,13 @@ def color_shift(name: str, rng: np.random.Generator) -> np.ndarray | None:
 
 
 def _flipped(pixels: Tensor, flip: bool) -> Tensor:
-    """A contiguous copy of (3, H, W), mirrored left to right if asked."""
+    """Returns contiguous (3, H, W), mirrored left to right if ``flip``."""
     return pixels.flip(2) if flip else pixels.contiguous()
 
 
 @dataclass(frozen=True)
 class PaperAugmentation:
-    """The paper's (section 3.4): scale, crop, flip, color noise."""
+    """The paper's augmentation (section 3.4): scale, crop, flip, color noise."""
 
     size: int = 224  # of the crop, pixels
     short_side: tuple[int, int] = (256, 480)  # first and last, pixels; at least `size`
@@ -210,7 +211,7 @@ class PaperAugmentation:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """Resizes the short side and cuts the center, as torchvision's ``Resize``, ``CenterCrop``."""
+    """Resizes the short side and crops the center, as torchvision's ``Resize``, ``CenterCrop``."""
 
     size: int = 224
     short_side: int = 256
@@ -232,7 +233,7 @@ class InceptionAugmentation:
 
     def __post_init__(self):
         if self.randaugment is not None:
-            import torchvision.transforms.v2  # noqa: F401 - seconds; here, and not in each worker
+            import torchvision.transforms.v2  # noqa: F401 - slow, so not in each worker
 
     def __call__(self, image: EncodedImage, rng: np.random.Generator) -> Augmented:
         box = draw_inception_crop(image.height, image.width, rng)
@@ -252,20 +253,20 @@ class InceptionAugmentation:
 
 @contextmanager
 def _torch_seed(seed: int) -> Iterator[None]:
-    """Lets torchvision's transforms, which draw from torch's generator, depend on `seed` alone."""
+    """Seeds torch's generator, from which torchvision's transforms draw, within the block."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 class BatchMixer:
-    """Mixes each batch by one of torchvision's ``MixUp`` and ``CutMix``, chosen at random.
+    """Mixes each batch with torchvision's ``MixUp`` or ``CutMix``, chosen at random.
 
-    What it draws is a function of the seed, of which each process needs its own, and the iteration.
+    Random numbers depend on the seed, which each process needs of its own, and on the iteration.
 
     Args:
         num_classes: of the soft labels.
-        mixup, cutmix: the alpha of each (arXiv 1710.09412, 1905.04899); 0 leaves it out.
+        mixup, cutmix: the alpha of each (arXiv 1710.09412, 1905.04899); 0 disables it.
     """
 
     def __init__(self, num_classes: int, mixup: float = 0.2, cutmix: float = 1.0, seed: int = 0):
@@ -276,7 +277,7 @@ class BatchMixer:
         self._transforms = [kind(alpha=a, num_classes=num_classes) for kind, a in kinds if a]
 
     def __call__(self, images: Tensor, labels: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
-        """Normalized images and soft labels, float32 (N, num_classes); a batch of one is unmixed.
+        """Returns mixed images and soft labels, float32 (N, num_classes); one image is not mixed.
 
         Args:
             images, labels: float (N, 3, H, W), normalized; int64 (N,).

@@ -1,4 +1,4 @@
-"""From a config to training batches, evaluation images and the input: the training set's mean."""
+"""Builds training batches, evaluation images and the input from a config."""
 
 from __future__ import annotations
 
@@ -58,30 +58,30 @@ from resnet_backbone.weights import PREPROCESSINGS, Preprocessing
 BAD_IMAGES = "bad_images.txt"  # in the run folder
 RAND_AUGMENT = 9  # magnitude, as in torchvision's recipes
 MEAN_BATCH = 64
-INPUT_FILE = "input.safetensors"  # in the run folder: the mean, so that it is computed once
+INPUT_FILE = "input.safetensors"  # in the run folder: the mean, which is computed once
 INPUT_KEY, MADE_FROM = "preprocessing", "made_from"
 
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """What training needs of its data."""
+    """The data of a training."""
 
     source: Any  # training batches by iteration, with `num_samples`
     evaluation: EvaluationFiles | EvaluationArrays  # every image once
     preprocessing: Preprocessing  # mean, standard deviation and channel order of the input
     class_names: tuple[str, ...]
-    evaluated_on: str  # what the errors are measured on
+    evaluated_on: str  # name of the evaluation set
 
 
 def build_data(
     config: Config, folder: Path, world: World | None = None, protocol: Protocol | None = None
 ) -> ClassificationData:
-    """Reads the data set that a config names. Called by all processes of a run together.
+    """Reads the data set that a config names. All processes of a run call it together.
 
     Args:
-        folder: of the run; the computed mean is kept there.
-        world: this process among those of the run; arrays lie on its device.
-        protocol: of the evaluation; by default images are evaluated as they are.
+        folder: the run folder, where the computed mean is kept.
+        world: this process in the run; arrays are put on its device.
+        protocol: of the evaluation; by default whole images are evaluated, not resized.
 
     Raises:
         DataError: missing or damaged data.
@@ -100,7 +100,7 @@ def _stream(config: Config, count: int, world: World, groups: tuple[int, ...] = 
 
 
 def _arrays(config: Config, world: World) -> ClassificationData:
-    """Data sets that fit into memory."""
+    """Builds data sets that fit into memory."""
     data = config.data
     if data.format == "cifar10":
         names, tested_on = CIFAR10_CLASSES, "CIFAR-10 test"
@@ -129,7 +129,7 @@ def _arrays(config: Config, world: World) -> ClassificationData:
 
 
 def _padding(data: DataConfig, preprocessing: Preprocessing) -> Tensor | None:
-    """Pixels (3, H, W), RGB, 0..255, around a training image: those that normalize to zero."""
+    """Returns padding (3, H, W), RGB, 0..255, that normalizes to zero; None for black."""
     if data.padding == "black":
         return None
     mean = preprocessing.mean_image
@@ -158,7 +158,7 @@ def _synthetic(config: Config, world: World) -> ClassificationData:
 
 
 def _encoded(config: Config, folder: Path, world: World, protocol: Protocol) -> ClassificationData:
-    """ImageNet-sized data: class folders, a flat validation folder, tar shards."""
+    """Builds ImageNet-sized data: class folders, a flat validation folder, tar shards."""
     data = config.data
     train = read_training_set(data)
     val = read_validation_set(data, train)
@@ -177,7 +177,7 @@ def _encoded(config: Config, folder: Path, world: World, protocol: Protocol) -> 
 
 
 def read_training_set(data: DataConfig) -> EncodedDataset:
-    """``root/train/<class>/<image>``, or ``root/<class>/<image>``, or shards in ``root``."""
+    """Reads ``root/train/<class>/<image>``, ``root/<class>/<image>``, or shards in ``root``."""
     if data.format == "shards":
         return TarShards(data.root)
     classes = read_class_list(data.class_list) if data.class_list else None
@@ -186,7 +186,7 @@ def read_training_set(data: DataConfig) -> EncodedDataset:
 
 
 def read_validation_set(data: DataConfig, train: EncodedDataset) -> ImageFiles:
-    """``val_root``, by default ``root/val``: class folders, or flat with ``val_labels``."""
+    """Reads ``val_root``, by default ``root/val``: class folders, or flat with ``val_labels``."""
     root = Path(data.val_root or Path(data.root) / "val")
     if not root.is_dir():
         raise DataError(f"{root}: no validation images; give their folder with data.val_root=PATH")
@@ -206,7 +206,7 @@ def read_validation_set(data: DataConfig, train: EncodedDataset) -> ImageFiles:
 
 
 def augmentation_of(data: DataConfig) -> Augmentation:
-    """The training augmentation that a config names."""
+    """Returns the training augmentation that a config names."""
     if data.augmentation == "none":
         return CenterCrop(data.crop, data.short_side[0])
     if data.augmentation == "inception":
@@ -216,10 +216,10 @@ def augmentation_of(data: DataConfig) -> Augmentation:
 
 
 class MeanStatistics(NamedTuple):
-    """Of images, RGB, gray levels 0..255."""
+    """Statistics of images, RGB, in gray levels 0..255."""
 
     image: Tensor | None  # float32 (3, H, W), the per-pixel mean
-    channels: tuple[float, ...]  # its means over the pixels
+    channels: tuple[float, ...]  # mean of each channel over all pixels
     std: tuple[float, ...]  # of each channel over all pixels
     num_images: int
 
@@ -227,9 +227,9 @@ class MeanStatistics(NamedTuple):
 def image_statistics(
     batches: Iterable[Tensor], shape: tuple[int, ...], world: World | None = None
 ) -> MeanStatistics:
-    """Statistics of images, uint8 (N, *shape), over all processes; DataError if there are none.
+    """Computes statistics of images, uint8 (N, *shape), over all processes; DataError if none.
 
-    Sums are exact, so neither the order of images nor their batches matter.
+    Sums are exact, so the order and the batches of images do not matter.
     """
     total = torch.zeros(*shape, dtype=torch.int64)
     squares, count = torch.zeros(3, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
@@ -260,12 +260,13 @@ def compute_mean(
 ) -> MeanStatistics:
     """Averages the center crops of a training set (paper, section 3.4: "per-pixel mean").
 
-    The paper does not say of which crops; these are its central ones at the smallest training
-    scale, as in AlexNet. Bad images are left out and counted. All processes share the work.
+    The paper does not say which crops; these are center crops at the smallest training scale, as
+    in AlexNet. Bad images are skipped and counted. All processes share the work.
 
     Args:
-        num_images: of a random subset; a channel mean errs by 50 / sqrt(num_images) gray levels.
-        size, short_side: of the crop and of the image it is cut from, pixels.
+        num_images: size of a random subset; a channel mean has a standard error of about
+            50 / sqrt(num_images) gray levels.
+        size, short_side: of the crop and of the resized image, in pixels.
 
     Raises:
         DataError: no image can be read, or more are bad than the report allows.
@@ -290,7 +291,7 @@ def compute_mean(
 
 
 def preprocessing_from(data: DataConfig, found: MeanStatistics, where: str) -> Preprocessing:
-    """The input that a config asks for; `found` of the training set was computed from `where`."""
+    """Returns the config's input from the statistics `found`, which were computed from `where`."""
     known = PREPROCESSINGS["torchvision"]
     mean, std, image = found.channels, found.std, found.image if data.mean == "pixel" else None
     if data.mean == "imagenet":
@@ -308,9 +309,9 @@ def preprocessing_from(data: DataConfig, found: MeanStatistics, where: str) -> P
 def training_input(
     data: DataConfig, train: EncodedDataset, folder: Path, world: World, report: BadImageReport
 ) -> Preprocessing:
-    """The input with the training set's mean, computed once by all processes together.
+    """Returns the input with the training set's mean, computed once by all processes together.
 
-    It is kept in the run folder, and taken from there for the same data set and settings.
+    It is kept in the run folder, and read from there for the same data set and settings.
     """
     if data.mean == "imagenet" and data.std != "channel":
         return preprocessing_from(data, MeanStatistics(None, (), (), 0), "")
@@ -332,7 +333,7 @@ def training_input(
 
 
 def _kept(folder: Path, made_from: str) -> Preprocessing | None:
-    """The preprocessing that is kept in a run folder; None if there is none of this origin."""
+    """Reads the preprocessing kept in a run folder; None if there is none of this origin."""
     path = folder / INPUT_FILE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Images to evaluate on: every one exactly once, however many processes share them.
+"""Evaluation images: each exactly once, for any number of processes.
 
 files = EvaluationFiles(samples, protocol.short_sides, protocol.prepare)
 loader = EvaluationLoader(files, 64, workers=8, rank=world.rank, world=world.size)
@@ -24,7 +24,7 @@ from resnet_backbone.runtime.images import BadImage, read_rgb
 
 
 class BadSample(NamedTuple):
-    """An image that cannot be read. Evaluation reports it and puts nothing in its place."""
+    """An image that cannot be read. Evaluation reports it and does not replace it."""
 
     index: int
     label: int
@@ -33,7 +33,7 @@ class BadSample(NamedTuple):
 
 
 class EvaluationItem(NamedTuple):
-    """One image: uint8 (3, H, W) RGB at each short side, its class, its place in the data set."""
+    """An image, uint8 (3, H, W) RGB at each short side, its class, and its index."""
 
     images: tuple[Tensor, ...]
     label: int
@@ -41,22 +41,22 @@ class EvaluationItem(NamedTuple):
 
 
 class EvaluationBatch(NamedTuple):
-    """What the loader yields."""
+    """A batch of the loader."""
 
-    # for each short side uint8 (N, 3, H, W), or a list of N (3, H, W) where their sizes differ
+    # for each short side uint8 (N, 3, H, W), or a list of N (3, H, W) if their sizes differ
     images: tuple[Tensor | list[Tensor], ...]
     labels: Tensor  # int64 (N,)
-    indices: Tensor  # int64 (N,), places in the data set
-    bad: tuple[BadSample, ...] = ()  # these are not among the N
+    indices: Tensor  # int64 (N,), in the data set
+    bad: tuple[BadSample, ...] = ()  # not among the N
 
 
 @dataclass(frozen=True)
 class EvaluationFiles:
-    """Image files, map-style; one that cannot be read is a :class:`BadSample`."""
+    """A map-style data set of image files; an unreadable one is a :class:`BadSample`."""
 
     samples: Sequence[tuple[str | Path, int]]  # (path, label) of each
-    short_sides: Sequence[int | None] = (None,)  # to scale to, pixels; None: as it is
-    prepare: Callable[[Tensor], Tensor] | None = None  # of each scaled image, (3, H, W)
+    short_sides: Sequence[int | None] = (None,)  # in pixels; None: not resized
+    prepare: Callable[[Tensor], Tensor] | None = None  # applied to each resized image, (3, H, W)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -77,7 +77,7 @@ class EvaluationFiles:
 
 @dataclass(frozen=True)
 class EvaluationArrays:
-    """Images in memory or on the device, given as they are."""
+    """Images in memory or on the device, not resized."""
 
     images: Tensor  # uint8 (N, 3, H, W), RGB
     labels: Tensor  # int64 (N,), on the CPU
@@ -96,16 +96,16 @@ class EvaluationArrays:
 class EvaluationLoader:
     """Batches of this process's part of a data set, in order.
 
-    Process ``rank`` of ``world`` takes the images rank, rank + world, rank + 2 world ...: nothing
-    is added or left out to make the parts equal, so numbers of batches may differ.
+    Process ``rank`` of ``world`` takes the images rank, rank + world, rank + 2 world, ... No image
+    is repeated or dropped for equal parts, so numbers of batches may differ.
 
     Args:
-        batch_size: images of a batch of this process; its last batch may be smaller.
-        workers: processes that read and scale; 0 does it in this one. Arrays need none.
+        batch_size: images in a batch of this process; the last one may be smaller.
+        workers: processes that read and resize images; 0 for this process. Arrays need none.
 
     Attributes:
         num_images: of the whole data set, over all processes.
-        name_of: the path of an image, or its number.
+        name_of: function from an index to an image's path, or its number.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class EvaluationLoader:
 
 
 def collate(items: Sequence[EvaluationItem | BadSample]) -> EvaluationBatch:
-    """Makes a batch in the worker; ``images`` are packed for the way to the main process."""
+    """Makes a batch in a worker, with ``images`` packed for the transfer to the main process."""
     bad = tuple(item for item in items if isinstance(item, BadSample))
     good = [item for item in items if not isinstance(item, BadSample)]
     return EvaluationBatch(
@@ -154,7 +154,7 @@ def collate(items: Sequence[EvaluationItem | BadSample]) -> EvaluationBatch:
     )
 
 
-# Images of different sizes are laid end to end: one block of shared memory a batch, not many.
+# Images of different sizes are concatenated: one block of shared memory per batch, not many.
 Packed = Tensor | tuple[Tensor, list[Sequence[int]]]
 
 

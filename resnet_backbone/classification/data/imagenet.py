@@ -1,4 +1,4 @@
-"""ImageNet and anything laid out like it: class folders, a flat folder and a list, tar shards."""
+"""ImageNet and data in the same layouts: class folders, a flat folder with labels, tar shards."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ INDEX_NAME = "index.npz"
 
 
 class EncodedSample(NamedTuple):
-    """A sample as it is stored."""
+    """A stored sample."""
 
     data: bytes  # a whole image file
     label: int
-    name: str  # path, or the place in a shard
+    name: str  # path of the file, or in a shard
 
 
 class ImageFiles:
-    """Image files, by paths below a folder, and their classes; map-style.
+    """A map-style data set of image files below a folder, and their classes.
 
     Attributes:
         labels: int64 (N,).
@@ -41,7 +41,7 @@ class ImageFiles:
         class_names: Sequence[str],
     ):
         self.root = Path(root)
-        # one array: a list of 1.3 million strings would be copied page by page into every worker
+        # an array, since a list of 1.3 million strings would be copied into every forked worker
         self._names = np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.class_names = tuple(class_names)
@@ -63,11 +63,11 @@ class ImageFiles:
 
 
 class TarShards:
-    """Images in tar shards, map-style, wherever fsspec reads: a folder, ``s3://``, ``https://``.
+    """A map-style data set of tar shards that fsspec reads: a folder, ``s3://``, ``https://``.
 
-    Shards are in WebDataset's layout. An index beside them says where each image's bytes lie: each
-    sample is one request for a range. Before a URL, ``simplecache::`` copies shards to this machine
-    when they are first needed. Without an index of ours there is a DataError.
+    Shards are in WebDataset's layout. Their index has the offset of each image, so a sample is one
+    range request. With ``simplecache::`` before the URL, shards are copied to this machine on first
+    use. Raises DataError: there is no index of this package.
 
     Attributes:
         labels: int64 (N,).
@@ -96,7 +96,7 @@ class TarShards:
 
     def __getitem__(self, index: int) -> EncodedSample:
         offset, size = int(self._offsets[index]), int(self._sizes[index])
-        try:  # each process has file systems of its own, which fsspec keeps
+        try:  # fsspec caches file systems in each process
             filesystem, path = fsspec.url_to_fs(self._shard(index))
             data = filesystem.cat_file(path, start=offset, end=offset + size)
         except OSError as error:
@@ -130,12 +130,12 @@ def read_image_folder(
     """Lists ``root/<class>/<image>``, such as ``imagenet/train/n01440764/n01440764_18.JPEG``.
 
     Args:
-        classes: class name -> index, for a selection that keeps the indices of the whole. By
+        classes: class name -> index, for a subset of classes with the indices of the full set. By
             default the sorted class names are counted from 0.
-        num_classes: of the whole; by default as many as ``classes`` needs.
+        num_classes: of the full set; by default as many as ``classes`` needs.
 
     Raises:
-        DataError: missing folder, no class folders, an empty one, or one that is not in
+        DataError: a missing folder, no class folders, an empty one, or one that is not in
             ``classes``.
     """
     root = _existing_folder(root)
@@ -172,8 +172,8 @@ def read_flat_folder(
         classes, num_classes: see :func:`read_image_folder`.
 
     Raises:
-        DataError: missing folder or file, an unreadable line, an unknown class, an image that is
-            listed twice or missing, or one that is not listed.
+        DataError: a missing folder or file, an unreadable line, an unknown class, or an image that
+            is listed twice, missing or not listed.
     """
     root = _existing_folder(root)
     entries = _read_labels(label_file)
@@ -200,10 +200,10 @@ def read_flat_folder(
 
 
 def read_class_list(path: str | os.PathLike) -> dict[str, int]:
-    """Reads class name -> index: a ``wnid index`` on each line, or a wnid on each (counted from 0).
+    """Reads class name -> index from lines of ``wnid index``, or of a wnid (counted from 0).
 
-    What follows on a line, such as a readable name, is not read; so the usual
-    ``LOC_synset_mapping.txt`` is such a list.
+    The rest of a line, such as a readable name, is ignored. So the usual
+    ``LOC_synset_mapping.txt`` can be read.
     """
     lines = [line.split() for line in read_lines(path)]
     numbered = [len(words) > 1 and words[1].isdigit() for words in lines]
@@ -217,7 +217,7 @@ def read_class_list(path: str | os.PathLike) -> dict[str, int]:
 
 
 def check_same_classes(train: ImageFiles, val: ImageFiles) -> None:
-    """DataError unless training and validation have the same classes with the same indices."""
+    """Raises DataError unless training and validation have the same classes and indices."""
     odd = sorted(set(train.class_names) ^ set(val.class_names))
     if train.class_names != val.class_names:
         raise DataError(
@@ -227,7 +227,7 @@ def check_same_classes(train: ImageFiles, val: ImageFiles) -> None:
 
 
 def list_images(folder: Path) -> list[str]:
-    """Sorted paths of the image files below a folder, by extension; hidden ones left out."""
+    """Returns the sorted paths of the image files below a folder, without hidden ones."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -237,12 +237,12 @@ def list_images(folder: Path) -> list[str]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file is an image by its extension, and not hidden."""
+    """Returns whether a file name has an image's extension and is not hidden."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def name_classes(classes: Mapping[str, int], num_classes: int = 0) -> tuple[str, ...]:
-    """A name for every index: "class 7" where ``classes`` has none."""
+    """Returns a name for every index, "class 7" if ``classes`` has none."""
     needed = max(classes.values(), default=-1) + 1
     if num_classes and num_classes < needed:
         raise DataError(f"the class list has index {needed - 1}, but num_classes is {num_classes}")
@@ -262,7 +262,7 @@ def _existing_folder(root: str | os.PathLike) -> Path:
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a text file that are not empty, stripped; DataError where it is none."""
+    """Reads the non-empty lines of a text file, stripped; DataError if it is not text."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

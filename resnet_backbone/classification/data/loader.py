@@ -1,6 +1,6 @@
-"""Training batches from encoded images: the same ones for any number of workers.
+"""Training batches from encoded images, identical for any number of workers.
 
-Images that cannot be read are replaced by others, and reported.
+Unreadable images are replaced by others and reported.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from resnet_backbone.runtime.images import BadImage, EncodedImage, decode, read_
 from resnet_backbone.runtime.processes import available_cores, make_rng
 
 BAD, CONVERTED = "bad", "converted"
-MAX_CONVERTED = 1000  # lines; a data set of nothing but such images needs no list of them
-SHOWN = 3  # bad files in the message that stops a run
+MAX_CONVERTED = 1000  # lines; a data set may have only such images
+SHOWN = 3  # bad files named in the message that stops a run
 MAX_REPLACEMENTS = 100
 WORKER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -39,7 +39,7 @@ Augmentation = Callable[[EncodedImage, np.random.Generator], Augmented]
 
 
 class ImageNote(NamedTuple):
-    """What is worth telling about one image."""
+    """A note on an image."""
 
     kind: str  # "bad" (not readable) or "converted" (readable, but not an ordinary image)
     path: str  # file, or place in a shard
@@ -47,7 +47,7 @@ class ImageNote(NamedTuple):
 
 
 def inspect_file(path: str) -> ImageNote | None:
-    """Decodes an image file; what is worth telling about it, or None."""
+    """Decodes an image file, and returns a note on it if it is unusual."""
     try:
         note = decode(read_bytes(path), path).note
     except BadImage as bad:
@@ -56,15 +56,15 @@ def inspect_file(path: str) -> ImageNote | None:
 
 
 class BadImageReport:
-    """Counts unusual images and lists each once in a file, ``kind<TAB>path<TAB>reason`` a line.
+    """Counts unusual images, and lists each once in a file of ``kind<TAB>path<TAB>reason`` lines.
 
-    Several processes may share it, and a resumed run continues it: all counts are of different
-    files, over all of these processes and runs.
+    Several processes may share the file, and a resumed run continues it. Counts are of distinct
+    files over all these processes and runs.
 
     Args:
         path: of the report, or None to keep it in memory.
-        max_bad_images: :meth:`add` raises DataError when there are more bad files; None: any.
-        option: what the message tells to change.
+        max_bad_images: limit of bad files, above which :meth:`add` raises DataError; None: none.
+        option: the name of this limit in the message.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class BadImageReport:
         return len(self._reasons) - self.num_bad
 
     def add(self, *notes: ImageNote) -> None:
-        """Counts images, and lists those that are not in the report yet.
+        """Counts images, and lists new ones in the report.
 
         Raises:
-            DataError: more than ``max_bad_images`` bad ones, also where they were known before.
+            DataError: more than ``max_bad_images`` bad images, including those known before.
         """
         new = [ImageNote(*map(_one_line, note)) for note in notes]
         new = [note for note in new if note[:2] not in self._reasons]
@@ -117,14 +117,14 @@ class BadImageReport:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.truncate(self._learn(file))  # an earlier run may have died within a line
+            file.truncate(self._learn(file))  # a killed run may have left an incomplete line
             listed = self.num_converted < MAX_CONVERTED
             for note in {note[:2]: note for note in notes}.values():
                 if note[:2] not in self._reasons and (listed or note.kind == BAD):
                     file.write(os.fsencode("\t".join(note) + "\n"))
 
     def _learn(self, file: BinaryIO) -> int:
-        """Takes over what is in the file; the length of its whole lines."""
+        """Reads the file's notes, and returns the length of its complete lines in bytes."""
         file.seek(0)
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -139,7 +139,7 @@ def _one_line(text: str) -> str:
 
 
 class WorkerBatch(NamedTuple):
-    """What a worker sends."""
+    """A batch as a worker sends it."""
 
     images: Tensor  # uint8 (N, 3, size, size)
     labels: Tensor  # int64 (N,)
@@ -150,18 +150,18 @@ class WorkerBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Reads, decodes and augments the samples of a batch: what a worker runs.
+    """Reads, decodes and augments the samples of a batch in a worker.
 
-    A bad image is replaced by another sample, a function of the seed, the epoch and its index.
+    The replacement of a bad image is a function of the seed, the epoch and the bad image's index.
     """
 
     dataset: EncodedDataset
     augment: Augmentation
     seed: int = 0
-    replace: bool = True  # else bad images are left out: the batch is smaller
+    replace: bool = True  # False drops bad images, and the batch is smaller
 
     def __getitem__(self, samples: list[tuple[int, int]]) -> WorkerBatch:
-        """A batch of (index, epoch) pairs."""
+        """Makes a batch from (index, epoch) pairs."""
         notes: list[ImageNote] = []
         nothing = torch.empty(0, dtype=torch.uint8)
         try:
@@ -179,7 +179,7 @@ class BatchMaker:
     def _sample(
         self, index: int, epoch: int, notes: list[ImageNote]
     ) -> tuple[Augmented, int] | None:
-        """An augmented sample with its label; None to leave it out."""
+        """Returns an augmented sample with its label; None to drop it."""
         chosen, rng = index, None
         for _ in range(MAX_REPLACEMENTS):
             try:
@@ -209,15 +209,14 @@ def run_loader(
     batch_size: int | None = None,
     collate: Callable | None = None,
 ) -> Iterator[Any]:
-    """What PyTorch's ``DataLoader`` gives, in order; ``workers`` 0 works in this process.
+    """Iterates over PyTorch's ``DataLoader``, with ``workers`` 0 in this process.
 
-    There are at most as many workers as cores: more would wait for one another. They leave signals
-    to this process, which may want to write a checkpoint first. They end when the iterator is
-    closed or dropped. At the program's end they are killed: multiprocessing tries SIGTERM, which
-    they ignore, and waits for them.
+    There are at most as many workers as cores. Workers ignore signals, so that this process can
+    write a checkpoint first. They end when the iterator is closed or dropped. At the program's end
+    they are killed, because multiprocessing would send SIGTERM, which they ignore, and wait.
     """
     process, others = os.getpid(), set(multiprocessing.active_children())
-    iterator = iter(  # nobody else may hold it: its deletion ends the workers
+    iterator = iter(  # the only reference, since its deletion ends the workers
         DataLoader(
             dataset,
             batch_size,
@@ -233,7 +232,7 @@ def run_loader(
     def end() -> None:
         nonlocal iterator
         if os.getpid() == process:  # not a copy in a forked process
-            iterator = iter(())  # torch tells its workers to end, and waits for some seconds
+            iterator = iter(())  # torch asks its workers to end, and waits some seconds
             for worker in started:
                 if worker.is_alive():
                     worker.kill()
@@ -255,15 +254,15 @@ def init_worker(_worker: int) -> None:
 
 @dataclass(frozen=True)
 class LoaderSource:
-    """Training batches of one process, without end, from any iteration on.
+    """An endless stream of one process's training batches, from any iteration on.
 
-    The number of workers and the iteration at which a run starts change nothing.
+    Batches do not depend on the number of workers or on the first iteration.
     """
 
     dataset: EncodedDataset
-    stream: SampleStream  # has the seed; for shards give it their `group_sizes`
+    stream: SampleStream  # has the seed and, for shards, their `group_sizes`
     augment: Augmentation
-    workers: int = 0  # processes that read, decode and augment; 0 does it in this one
+    workers: int = 0  # processes that read, decode and augment; 0 for this process
     report: BadImageReport = field(default_factory=BadImageReport)
 
     @property
@@ -271,7 +270,7 @@ class LoaderSource:
         return len(self.dataset)
 
     def batches(self, first_iteration: int = 0) -> Iterator[Batch]:
-        """Batches without end; close or drop the iterator to end the workers.
+        """Yields batches endlessly; close or drop the iterator to end the workers.
 
         Raises:
             DataError: more bad images than the report allows, or nothing readable.
@@ -286,6 +285,6 @@ class LoaderSource:
                 yield Batch(images, labels, shift)
 
     def _samples(self, iteration: int) -> list[tuple[int, int]]:
-        """(index, epoch) pairs of this process's part of an iteration."""
+        """Returns (index, epoch) pairs of this process's part of an iteration."""
         indices, epochs = self.stream.batch(iteration)
         return list(zip(indices.tolist(), epochs.tolist(), strict=True))

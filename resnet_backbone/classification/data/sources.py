@@ -1,6 +1,6 @@
-"""Which samples make up which iteration, and data sets in memory: CIFAR-10, digits, synthetic.
+"""The order of samples, and data sets in memory: CIFAR-10, digits, synthetic.
 
-The order of samples is a pure function, so that a run resumes anywhere.
+The order is a pure function, so a run can resume at any iteration.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from resnet_backbone.runtime.builtin import digit_indices, draw_digit_crop, load
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.processes import make_rng
 
-# What random numbers are for: the word after the run's seed.
+# The purpose of random numbers: the word after the run's seed.
 ORDER, AUGMENTATION, REPLACEMENT, MEAN_SUBSET, MIXING = range(5)
 PAD = 4  # pixels on each side (paper, section 4.2)
 CIFAR10_CLASSES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
@@ -29,7 +29,7 @@ SHAPE = (3, 32, 32)
 RECORD = 1 + 3 * 32 * 32  # one label byte, then the R, G and B planes
 TRAIN_FILES = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST_FILES = ("test_batch",)
-HELD_OUT = 5000  # the paper's validation images (section 4.2): here the last of the 50,000
+HELD_OUT = 5000  # the paper's validation images (section 4.2); here the last of the 50,000
 COPIES = {"train": 4, "test": 2}  # drawings of each scanned digit
 
 
@@ -42,19 +42,18 @@ class Batch(NamedTuple):
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of the augmentation of a sample, which depend on nothing else."""
+    """Returns the random numbers for a sample's augmentation, a function of the arguments."""
     return make_rng(seed, AUGMENTATION, epoch, index)
 
 
 @dataclass(frozen=True)
 class SampleStream:
-    """All epochs of a data set, each in another random order, laid end to end and cut into batches.
+    """The epochs of a data set, each in its own random order, concatenated and cut into batches.
 
-    Every sample comes exactly once an epoch, and all batches have the same size: one may hold the
-    end of an epoch and the start of the next. Process ``rank`` of ``world`` takes its slice of each
-    batch, so the stream is the same for any number of processes. Where samples lie together in
-    groups (tar shards), the groups are shuffled, and samples within some neighboring groups:
-    reading stays sequential enough.
+    Every sample occurs exactly once an epoch. All batches have the same size, so one may span two
+    epochs. Process ``rank`` of ``world`` takes its slice of each batch, so the stream is the same
+    for any number of processes. If samples are stored in groups (tar shards), groups are shuffled,
+    then samples within a few neighboring groups, which keeps reading mostly sequential.
     """
 
     num_samples: int  # of the data set
@@ -62,8 +61,8 @@ class SampleStream:
     seed: int = 0  # of the run
     rank: int = 0
     world: int = 1
-    group_sizes: tuple[int, ...] = ()  # of consecutive samples that lie together
-    groups_together: int = 8  # that are shuffled as one
+    group_sizes: tuple[int, ...] = ()  # samples of each group, in order
+    groups_together: int = 8  # groups whose samples are shuffled together
 
     def __post_init__(self):
         if self.num_samples < 1:
@@ -75,7 +74,7 @@ class SampleStream:
 
     @lru_cache(maxsize=2)  # noqa: B019 - equal streams share their orders
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """The permutation of one epoch: int64 (num_samples,)."""
+        """Returns the permutation of an epoch: int64 (num_samples,)."""
         rng = make_rng(self.seed, ORDER, epoch)
         if not self.group_sizes:
             return rng.permutation(self.num_samples)
@@ -89,7 +88,7 @@ class SampleStream:
         return np.concatenate(parts)
 
     def batch(self, iteration: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices and epochs, int64 (batch_size / world,), of this process's part."""
+        """Returns indices and epochs, int64 (batch_size / world,), of this process's part."""
         local = self.batch_size // self.world
         first = iteration * self.batch_size + self.rank * local
         epochs, places = np.divmod(np.arange(first, first + local), self.num_samples)
@@ -101,17 +100,16 @@ class SampleStream:
 
 
 class ArraySource:
-    """Training batches cut from arrays that stay on the device: one gather a batch.
+    """Training batches from arrays on the device, with one gather per batch.
 
     Args:
         images, labels: uint8 (N, 3, H, W), RGB; int64 (N,).
         augmentation: "pad_crop" (the paper's CIFAR augmentation: 4 pixels of padding on each side,
             a random crop of the image's size, horizontal flip), "shift" (the same without flip,
             for digits) or "none".
-        padding: pixels (3, H, W) or (3, 1, 1), RGB, 0..255, that a crop shows where it leaves the
-            image: the mean, so that it is zero once normalized (as in fb.resnet.torch), to half a
-            gray level. None: black.
-        device: where the arrays lie and batches are made.
+        padding: pixels (3, H, W) or (3, 1, 1), RGB, 0..255, outside of the image. The mean, rounded
+            to a gray level, is zero once normalized (as in fb.resnet.torch). None: black.
+        device: where the arrays are stored and batches are made.
     """
 
     def __init__(
@@ -142,7 +140,7 @@ class ArraySource:
         return map(self.batch, itertools.count(first_iteration))
 
     def batch(self, iteration: int) -> Batch:
-        """This process's part of one iteration: uint8 (n, 3, H, W), labels."""
+        """Returns this process's part of an iteration: uint8 (n, 3, H, W), labels."""
         indices = torch.from_numpy(self.stream.batch(iteration)[0])
         rows, columns = self._windows(iteration, len(indices))
         indices, rows, columns = (t.to(self.device) for t in (indices, rows, columns))
@@ -154,7 +152,7 @@ class ArraySource:
         return Batch(pixels.permute(0, 3, 1, 2), self.labels[indices])
 
     def _windows(self, iteration: int, count: int) -> tuple[Tensor, Tensor]:
-        """Rows (n, H) and columns (n, W) of each image's crop; outside the image is padding."""
+        """Returns rows (n, H) and columns (n, W) of each crop; outside the image is padding."""
         height, width = self.size
         stream = self.stream
         rows = np.broadcast_to(np.arange(height), (count, height))
@@ -174,7 +172,7 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class SyntheticSource:
-    """One batch of this process, given again and again; ``num_samples`` count as an epoch."""
+    """Repeats one batch of this process; ``num_samples`` count as an epoch."""
 
     batch: Batch
     num_samples: int
@@ -184,10 +182,10 @@ class SyntheticSource:
 
 
 def read_cifar10(root: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Reads the training or the test set, of the binary version or of the Python version.
+    """Reads the training or test set, in the binary or the Python version.
 
     Args:
-        root: the folder of the files, or one that holds it under its official name.
+        root: the folder of the files, or its parent if the folder has its official name.
 
     Returns:
         (images, uint8 (N, 3, 32, 32), RGB; labels, int64 (N,)), in the official order.
@@ -235,7 +233,7 @@ def _read_binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Arrays, bytes and lists only: nothing in the file is run."""
+    """Reads only arrays, bytes and lists; nothing in the file is executed."""
 
     ALLOWED = {
         ("numpy.core.multiarray", "_reconstruct"),
@@ -259,15 +257,15 @@ def _read_python(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def read_digits(train: bool) -> tuple[Tensor, Tensor]:
-    """The built-in digits, each on a piece of a photograph; drawn once and kept in memory.
+    """Draws the built-in digits, each on a crop of a photograph, once, and keeps them in memory.
 
-    Scan, place, size, turn, color and photograph differ from drawing to drawing; the same
-    library versions give the same pixels. Train and test share neither scan nor photograph.
+    Scan, position, size, rotation, color and photograph vary. The same library versions give the
+    same pixels. Train and test share neither scan nor photograph.
 
     Returns:
         (images uint8 (N, 3, 64, 64), RGB; labels int64 (N,), indices into
         ``runtime.builtin.CLASS_NAMES``); N is 5,032 for training and 1,078 for testing. Callers
-        share it: do not change it.
+        share the tensors and must not change them.
     """
     split = "train" if train else "test"
     chosen = [index for _ in range(COPIES[split]) for index in digit_indices(split)]
