@@ -1,4 +1,4 @@
-"""The annotated boxes of a test set, in VOC layout or COCO's format, and those that runs found."""
+"""The annotated boxes of a test set, in VOC layout or COCO's format, and runs' detections."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from resnet_backbone.detection.evaluation.voc import TO_VOC
 from resnet_backbone.report.runs import DetectorRun
 
 DETECTIONS = "detections.json"
-TOLERANCE = 0.1  # points of AP50; the file's rounded scores and boxes move less
+TOLERANCE = 0.1  # points of AP50; the rounding of scores and boxes in the file changes less
 REGISTERED = re.compile(r"voc_(2007|2012)_(\w+)")  # Detectron2's names
 
 Table = dict[str, np.ndarray]
 
 
 class NoDetections(ValueError):
-    """Files that curves, intervals and pictures need are missing; the message says which."""
+    """Files for curves, intervals and pictures are missing; the message says which."""
 
 
 class Truth(NamedTuple):
@@ -41,11 +41,11 @@ class Truth(NamedTuple):
 
 
 def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) -> Truth:
-    """The annotations that a run was evaluated on, in VOC layout or in COCO's format.
+    """Reads the annotations that a run was evaluated on, in VOC layout or in COCO's format.
 
     Args:
-        given: "voc_root", or "coco_json" and "image_root" of the test set; by default those of the
-            run's command, or Detectron2's own.
+        given: "voc_root", or "coco_json" and "image_root" of the test set; by default from the
+            run's command or Detectron2's registration.
     """
     if len(run.test) != 1:
         raise NoDetections("they need runs on a single test set")
@@ -74,7 +74,7 @@ def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) 
 
 
 def _own_paths(run: DetectorRun) -> dict[str, str]:
-    """The test set in the options of the run's command, or as Detectron2 has it registered."""
+    """Returns the test set's paths in the run's command, or Detectron2's registered ones."""
     parser = argparse.ArgumentParser(add_help=False)
     add_data_arguments(parser)
     args, _ = parser.parse_known_args(shlex.split(run.results.get("command") or ""))
@@ -117,23 +117,23 @@ class RunDetections(NamedTuple):
     """A run's detections, matched with the ground truth."""
 
     run: DetectorRun
-    truth: Table  # of voc_ap.read_boxes; the same for all runs
+    truth: Table  # from voc_ap.read_boxes; the same for all runs
     found: Table
-    numbers: Mapping[str, Any]  # of voc_ap.score_boxes at IoU .5
+    numbers: Mapping[str, Any]  # from voc_ap.score_boxes at IoU .5
     label: str = ""  # of its group
 
     @property
     def ap50(self) -> float:
-        """The area under the curve, in percent."""
+        """AP50 in percent, as the area under the curve."""
         return 100 * float(np.nanmean(self.numbers["ap_area"]))
 
 
 def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
-    """Reads what a run found; also completes its details where it was not evaluated as VOC's.
+    """Reads a run's detections, and completes its details if it was not evaluated as VOC.
 
     Raises:
-        NoDetections: the run has kept none.
-        ValueError: the file is damaged, or the run's AP50 does not follow from it and the truth.
+        NoDetections: the run has no file of detections.
+        ValueError: the file is damaged, or it gives another AP50 than the run's results.
     """
     path = run.inference / (RESULT_FILE if run.is_coco else DETECTIONS)
     if not path.is_file():
@@ -162,7 +162,7 @@ def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
 
 
 def _coco_ap50(run: RunDetections, truth: Truth) -> float:
-    """AP50 in percent as COCO has it, which results.json states."""
+    """Returns COCO's AP50 in percent, the value in results.json."""
     annotations, results = _coco_rows(run.truth), _coco_rows(run.found)
     for number, (row, crowd) in enumerate(zip(annotations, run.truth["difficult"], strict=True)):
         row |= {"id": number + 1, "iscrowd": int(crowd)}
@@ -178,7 +178,7 @@ def _coco_ap50(run: RunDetections, truth: Truth) -> float:
 
 
 def _coco_rows(table: Table) -> list[dict[str, Any]]:
-    """Boxes in COCO's format; the ids of images and categories are their places, from 1."""
+    """Converts boxes to COCO's format; ids of images and categories are their indices from 1."""
     corners = table["boxes"] - TO_VOC
     boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]).tolist()
     columns = (table["image"] + 1).tolist(), (table["classes"] + 1).tolist(), boxes
@@ -189,7 +189,7 @@ def _coco_rows(table: Table) -> list[dict[str, Any]]:
 
 
 def _by_image(rows: Sequence[Mapping[str, Any]], category_ids: Sequence) -> list[dict[str, Any]]:
-    """COCO-style rows as the evaluator's predictions, in VOC's pixels."""
+    """Converts COCO-style rows to the evaluator's predictions, in VOC's pixels."""
     images: dict[str, dict[str, list]] = {}
     places = {category_id: place for place, category_id in enumerate(category_ids)}
     for row in rows:

@@ -16,12 +16,12 @@ from resnet_backbone.report.gain import DetectorGroup, Gain
 from resnet_backbone.report.plots import COLORS, FEW, new_figure
 from resnet_backbone.report.runs import Metrics, smooth
 
-LOSS, AP50 = "total_loss", "bbox/AP50"  # of Detectron2's metrics.json
-OURS, REFERENCE = COLORS[0], COLORS[1]  # the first ResNet and the first VGG, in every picture
+LOSS, AP50 = "total_loss", "bbox/AP50"  # in Detectron2's metrics.json
+OURS, REFERENCE = COLORS[0], COLORS[1]  # for the first ResNet and the first VGG in every plot
 
 
 def detector_colors(groups: Sequence[DetectorGroup]) -> dict[str, str]:
-    """A color for each detector's label, the same in every picture."""
+    """Returns a color for each detector's label, the same in every plot."""
     others, colors = [color for color in COLORS if color not in (OURS, REFERENCE)], {}
     for group in groups:
         first = REFERENCE if group.first.family == "VGG" else OURS
@@ -33,9 +33,9 @@ def detector_colors(groups: Sequence[DetectorGroup]) -> dict[str, str]:
 def plot_training(
     metrics: Mapping[str, Sequence[Metrics]], colors: Mapping[str, str]
 ) -> Figure | None:
-    """Losses (smoothed over a twentieth of the run) and AP50 during training, a line for each run.
+    """Plots losses (smoothed over a twentieth of the run) and AP50 in training, a line per run.
 
-    There is a panel for each number that a run has; None where none has any.
+    There is a panel for each number that any run has. Returns None if no run has any.
     """
     names = {name for runs in metrics.values() for one in runs for name in one}
     parts = sorted(name for name in names if name.startswith("loss_"))
@@ -66,7 +66,7 @@ def _draw_runs(axes: Axes, runs, smoothed: bool, label: str, color: str) -> None
 
 
 def _grid(count: int, columns: int, width: float, height: float, **options) -> tuple:
-    """A figure and its `count` panels of so many inches, at most so many columns wide."""
+    """Returns a figure and its `count` panels; width and height are of one panel, in inches."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figure, panels = new_figure(width * columns, height * rows + 0.5, rows, columns, **options)
@@ -85,15 +85,15 @@ def _shared_legend(figure: Figure, panels: Sequence[Axes]) -> None:
 
 
 class Curves(NamedTuple):
-    """A number of one detector's runs, 0..1; nan for classes without objects."""
+    """Curves of one detector's runs, 0..1; nan for classes without objects."""
 
     label: str
     color: str
-    values: np.ndarray  # (runs, classes, R) at R levels of recall or of the score from 0 to 1
+    values: np.ndarray  # (runs, classes, R) at R levels of recall or score from 0 to 1
 
 
 def plot_class_gains(gains: Sequence[Gain]) -> Figure:
-    """A bar for the gain of each class, largest first, a dot for each pair of runs."""
+    """Plots a bar for the gain of each class, largest first, and a dot for each pair of runs."""
     height = 1.2 + 0.27 * len(gains[0].ours.first.classes)
     figure, panels = new_figure(2.5 + 5.5 * len(gains), height, columns=len(gains))
     for axes, gain in zip(np.ravel(panels), gains, strict=True):
@@ -130,11 +130,11 @@ Peak = Callable[[np.ndarray], tuple[float, float]]
 
 
 def plot_mean_curves(curves: Sequence[Curves], x: str, y: str, peak: Peak | None = None) -> Figure:
-    """Mean over the classes, thin for each run, bold their mean.
+    """Plots curves averaged over classes: thin lines for runs, a bold line for their mean.
 
     Args:
-        x, y: what the levels and the values are.
-        peak: gives the level and the value of a point of a bold line that gets a dot.
+        x, y: names of the levels and the values.
+        peak: returns level and value of the point on a bold line to mark with a dot.
     """
     figure, axes = new_figure(6, 4.5)
     for one in curves:
@@ -148,7 +148,7 @@ def plot_mean_curves(curves: Sequence[Curves], x: str, y: str, peak: Peak | None
 def plot_class_curves(
     curves: Sequence[Curves], class_names: Sequence[str], x: str, y: str, peak: Peak | None = None
 ) -> Figure:
-    """As :func:`plot_mean_curves`, every class in a panel of its own."""
+    """Like :func:`plot_mean_curves`, with a panel for each class."""
     known = ~np.isnan(curves[0].values).all(axis=(0, 2))
     shown = [i for i in range(len(class_names)) if known[i]]
     figure, panels = _grid(len(shown), columns=5, width=2.1, height=1.8, sharex=True, sharey=True)
@@ -183,7 +183,7 @@ def _finish_curves(axes: Axes, step: float) -> None:
 
 
 def error_shares(errors: Sequence[Mapping]) -> dict[str, float]:
-    """Errors of one run by kind, summed over the classes' rows, in percent of the objects."""
+    """Returns a run's errors by kind, summed over classes, in percent of the objects."""
     objects = sum(row["objects"] for row in errors)
     kinds = [key for key in (errors[0] if errors else ()) if key not in ("class", "objects")]
     return {kind: 100 * sum(row[kind] for row in errors) / max(1, objects) for kind in kinds}
@@ -192,7 +192,7 @@ def error_shares(errors: Sequence[Mapping]) -> dict[str, float]:
 def plot_errors_by_kind(
     shares: Mapping[str, Sequence[Mapping[str, float]]], colors: Mapping[str, str]
 ) -> Figure:
-    """Shares of each detector by kind: bars are means over the runs, dots single runs."""
+    """Plots each detector's shares by kind: bars are means over runs, dots single runs."""
     kinds = list(next(iter(shares.values()))[0])
     figure, axes = new_figure(8, 3.8)
     width = 0.8 / len(shares)
@@ -226,7 +226,7 @@ class Point(NamedTuple):
 
 
 def plot_accuracy_and_time(points: Sequence[Point]) -> Figure:
-    """AP50 against seconds per image; logarithmic where times differ much."""
+    """Plots AP50 against seconds per image, on a log scale if times differ by a factor above 5."""
     figure, axes = new_figure(6.5, 4.2)
     for point, marker in zip(points, cycle("osD^vP*X"), strict=False):
         error = None if point.spread is None else [point.spread]

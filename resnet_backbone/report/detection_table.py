@@ -20,8 +20,8 @@ from resnet_backbone.report.table import hardware_text, markdown, mean_and_sprea
 
 METRICS = {"AP50": "AP50", ELEVEN_POINT: "AP50, 11-point", "AP": "AP", "AP75": "AP75"}
 NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
-EVENTS = re.compile(r"events\.out\.tfevents\.(\d{9,11})\.")  # TensorBoard names a file by its start
-# Detectron2 has had no release since 0.6; builds of others carry numbers of their own.
+EVENTS = re.compile(r"events\.out\.tfevents\.(\d{9,11})\.")  # TensorBoard's file, with its start
+# Detectron2 has had no release since 0.6; builds of others have their own version numbers.
 DETECTRON2_BUILDS = {"0.7.2": "main of 2024-04-17 (sal-detectron2 0.7.2)"}
 SOURCES = """\
 Paper: arXiv 1512.03385. Public: the best number of tf-faster-rcnn, Detectron2's model zoo and \
@@ -67,7 +67,7 @@ def task_of_run(run: DetectorRun) -> str:
 
 
 def reductions(group: DetectorGroup) -> list[str]:
-    """How far a group's training and test stay below the published protocol of its data."""
+    """Lists where a group's training and test fall short of its data's published protocol."""
     run = group.first
     task = TASKS.get(task_of_run(run))
     if task is None:
@@ -97,14 +97,14 @@ def data_text(group: DetectorGroup) -> str:
 
 
 def short_name(dataset: str) -> str:
-    """ "val" of "test:val", the split val of --voc-root."""
+    """Returns "val" for "test:val", the split val of --voc-root."""
     return dataset.partition(":")[2] or dataset
 
 
 def published_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
-    """Published numbers beside ours, where ours were measured on the same images.
+    """Returns published numbers beside ours, if ours were measured on the same images.
 
-    Empty for data of which nothing is published.
+    Empty for data without published numbers.
     """
     run = groups[0].first  # all groups have one test set
     task = task_of_run(run)
@@ -133,14 +133,14 @@ def published_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) ->
 
 
 def _networks(found: DetectorGroup | Gain):
-    """Family and depth of a group; of a gain also those of the other group."""
+    """Returns family and depth of a group, or of both groups of a gain."""
     one, other = (found.ours, found.reference) if isinstance(found, Gain) else (found, None)
     first, second = one.first, other and other.first
     return (first.family, first.depth), second and (second.family, second.depth)
 
 
 def _start(found: DetectorGroup | Gain) -> str:
-    """Self-supervised weights of which something is published; "" for others."""
+    """Returns the file of self-supervised weights with published numbers; "" for others."""
     file = found.first.weights if isinstance(found, DetectorGroup) else ""
     return file if any(one.weights == file for one in DETECTORS) else ""
 
@@ -167,7 +167,7 @@ class Row(NamedTuple):
     numbers: dict[str, float]  # AP in percent
     seconds: float | None  # per image, if measured
     run: str  # folder of the detector
-    test: tuple[str, ...]  # data sets that it was evaluated on; empty: not known
+    test: tuple[str, ...]  # data sets that it was evaluated on; empty: unknown
 
 
 def load_rows(path: Path) -> list[Row]:
@@ -192,10 +192,10 @@ def read_row(row: Mapping[str, Any]) -> Row:
 
 
 def improvements_section(rows: Sequence[Row]) -> str:
-    """Our rows; on COCO val the paper's beside those of the same name, in its order."""
+    """Returns our rows; on COCO val in the paper's order, with its numbers for the same names."""
     used = {key: text for key, text in METRICS.items() if any(key in row.numbers for row in rows)}
     header = ["row", *(f"**ours**, {text}" for text in used.values()), "s/image"]
-    cells, place = [], -1  # in the paper's order, rows of other names after the one before
+    cells, place = [], -1  # place in the paper's order; other rows follow the row before them
     for row in rows:
         numbers = [f"{row.numbers[key]:.2f}" if key in row.numbers else NONE for key in used]
         seconds = NOT_MEASURED if row.seconds is None else f"{row.seconds:.3g}"
@@ -216,7 +216,7 @@ def improvements_section(rows: Sequence[Row]) -> str:
 
 
 def is_coco(rows: Sequence[Row]) -> bool:
-    """Whether rows were measured on the images of the paper's Table 9."""
+    """Returns whether rows were measured on the images of the paper's Table 9."""
     return all(TASKS["coco"].has_test_set(row.test, None) for row in rows)
 
 
@@ -242,9 +242,9 @@ def class_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str
 
 
 def thresholds_section(values: Mapping[str, np.ndarray], class_names: Sequence[str]) -> str:
-    """The largest F1 and its score threshold, of each class and of the mean over classes.
+    """Returns the largest F1 and its score threshold for each class and the mean over classes.
 
-    `values`: for each detector's label :func:`f1_curves` of its runs, (runs, C, T).
+    `values` maps each detector's label to :func:`f1_curves` of its runs, (runs, C, T).
     """
     means = [runs.mean(axis=0) for runs in values.values()]
     rows = {name: [mean[number] for mean in means] for number, name in enumerate(class_names)}
@@ -262,7 +262,7 @@ def _class_gain(found: Difference | None) -> str:
 
 
 def provenance_section(groups: Sequence[DetectorGroup], commands: Mapping[str, str]) -> str:
-    """For every detector what it was evaluated on, how it is reduced, and each run's command."""
+    """Returns each detector's evaluation set, reductions, and its runs' commands."""
     parts = []
     for group in groups:
         lines = [f"**{group.label}**: {_evaluated(group.first)}."]
@@ -304,7 +304,7 @@ def _run_text(run: DetectorRun, commands: Mapping[str, str]) -> str:
 
 
 def run_facts(run: DetectorRun, commands: Mapping[str, str], text: str) -> str:
-    """A text of a run, with its hardware, versions, date and command."""
+    """Returns a text with a run's hardware, versions, date and command."""
     known = "; ".join(filter(None, [hardware(run), versions(run), date(run)]))
     command = commands.get(run.results.get("command"), NOT_RECORDED)
     return f"- {text}; {known}  \n  `{command}`"
@@ -315,7 +315,7 @@ def hardware(run: DetectorRun) -> str:
 
 
 def timing(run: DetectorRun) -> str:
-    """How the seconds per image of the run's own evaluation were measured."""
+    """Describes how the seconds per image of a run's own evaluation were measured."""
     count, processes = (run.results.get(key) or 1 for key in ("images_at_a_time", "processes"))
     beside = f", {processes} processes beside one another" if processes > 1 else ""
     return f"{hardware(run)}, {count} image{'s' * (count > 1)} at a time{beside}"
@@ -329,7 +329,7 @@ def versions(run: DetectorRun) -> str:
 
 
 def date(run: DetectorRun) -> str:
-    """Day of the results, or of the run's first start as TensorBoard's file says; "" else."""
+    """Returns the day of the results, or of the run's first start from TensorBoard, or ""."""
     names = map(EVENTS.match, os.listdir(run.folder))
     starts = [datetime.fromtimestamp(int(name[1]), timezone.utc) for name in names if name]
     return (run.results.get("date") or str(min(starts, default="")))[:10]

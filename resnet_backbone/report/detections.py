@@ -1,4 +1,4 @@
-"""What runs detected beside what was there: curves, intervals, pictures."""
+"""Detections compared with the ground truth: curves, intervals, pictures."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ once."""
 
 
 def interpolated_precision(numbers: Mapping[str, Any], levels: int = RECALL_LEVELS) -> np.ndarray:
-    """The best precision at each of R levels of recall from 0 to 1 or above it, as VOC's AP has it.
+    """Returns VOC's interpolated precision at R recall levels: the largest at or above the level.
 
     Returns:
         (classes, R), 0..1: 0 beyond the highest recall, nan for a class without ground truth.
@@ -51,20 +51,20 @@ def interpolated_precision(numbers: Mapping[str, Any], levels: int = RECALL_LEVE
 
 
 def draw_images(images: int, draws: int = DRAWS) -> np.ndarray:
-    """Test sets of as many images, drawn with replacement: (draws, images) times of each image."""
+    """Draws test sets of equal size with replacement: (draws, images) counts of each image."""
     rng = np.random.default_rng(DRAWS_SEED)
     drawn = [rng.integers(0, images, images) for _ in range(draws)]
     return np.array([np.bincount(one, minlength=images) for one in drawn])
 
 
 def resample(run: RunDetections, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """A run's metrics on resampled test sets: AP, AP50, AP75 and AP50-11pt.
+    """Computes a run's AP, AP50, AP75 and AP50-11pt on resampled test sets.
 
-    Boxes were matched within their images once. An image that was drawn k times counts k times,
-    as if its k copies were different images.
+    Boxes are matched within their images only once. An image that was drawn k times counts like k
+    different images.
 
     Args:
-        counts: (R, images), of :func:`draw_images`.
+        counts: (R, images), from :func:`draw_images`.
 
     Returns:
         Metric -> (R,), in percent, mean over the classes with objects.
@@ -84,7 +84,7 @@ def resample(run: RunDetections, counts: np.ndarray) -> dict[str, np.ndarray]:
 def _resample_class(
     run: RunDetections, class_id: int, counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Area under the envelope (T, R) and 11-point AP (R,) of a class; nan without objects."""
+    """Returns a class's area under the envelope (T, R) and 11-point AP (R,); nan if no objects."""
     truth, found = run.truth, run.found
     weights = counts.T.astype(np.float64)  # (images, R)
     mine = (truth["classes"] == class_id) & ~truth["difficult"]
@@ -113,7 +113,7 @@ def _resample_class(
 
 
 def _eleven_points(recall: np.ndarray, envelope: np.ndarray) -> np.ndarray:
-    """Mean (R,) over recall 0, .1, ... 1 of the envelope from there on; both (P, R)."""
+    """Returns the mean (R,) of the envelope (P, R) at recall 0, .1, ... 1; recall is (P, R)."""
     padded = np.append(envelope, np.zeros((1, envelope.shape[1])), axis=0)
     columns = np.arange(envelope.shape[1])
     points = [padded[(recall < r).sum(axis=0), columns] for r in np.arange(0.0, 1.1, 0.1)]
@@ -123,9 +123,9 @@ def _eleven_points(recall: np.ndarray, envelope: np.ndarray) -> np.ndarray:
 def load_all(
     groups: Sequence[DetectorGroup], given: Mapping[str, str | None]
 ) -> tuple[Truth, list[list[RunDetections]]]:
-    """The test set of some groups, and for each group its runs' detections.
+    """Reads the test set of some groups, and for each group its runs' detections.
 
-    The groups get their :attr:`~.gain.DetectorGroup.draws`: the same test sets for all.
+    Also sets :attr:`~.gain.DetectorGroup.draws`, with the same resampled test sets for all groups.
     """
     truth = load_truth(groups[0].first, given)
     detections = [
@@ -140,9 +140,9 @@ def load_all(
 
 
 def object_scores(run: RunDetections) -> np.ndarray:
-    """For each object (objects,) the score of the best detection on it, 0 without one.
+    """Returns for each object (objects,) the score of its best detection; 0 without one.
 
-    A detection is on the object of its class with the highest IoU, if that is above .5.
+    A detection belongs to the object of its class with the highest IoU, if that is above .5.
     """
     found = run.found
     scores = np.zeros(len(run.truth["classes"]))
@@ -154,7 +154,7 @@ def object_scores(run: RunDetections) -> np.ndarray:
 def find_misses(
     finder: Sequence[RunDetections], other: Sequence[RunDetections], score: float
 ) -> np.ndarray:
-    """For each object (objects,) the gap of the scores, nan where :data:`RULE` leaves it out."""
+    """Returns the score gap of each object (objects,); nan if :data:`RULE` excludes it."""
     mine, theirs = (np.array([object_scores(e) for e in runs]) for runs in (finder, other))
     most = 2 * (mine >= score).sum(axis=0) > len(mine)
     chosen = most & (theirs < score).all(axis=0) & ~finder[0].truth["difficult"]
@@ -164,10 +164,10 @@ def find_misses(
 def select_misses(
     finder: Sequence[RunDetections], other: Sequence[RunDetections], count: int, score: float
 ) -> list[tuple[int, RunDetections]]:
-    """At most `count` objects by :data:`RULE`: one a class and an image, largest gap first.
+    """Selects at most `count` objects by :data:`RULE`, one per class and image, by falling gap.
 
     Returns:
-        Row in the table of the ground truth and the finder's first run that finds it, of each.
+        For each its row in the ground truth's table, and the finder's first run that finds it.
     """
     truth, gaps = finder[0].truth, find_misses(finder, other, score)
     rows = np.flatnonzero(~np.isnan(gaps))
@@ -187,10 +187,10 @@ def select_misses(
 def make_sheet(
     pairs: Sequence[tuple[int, RunDetections, RunDetections]], truth: Truth, score: float
 ) -> Image.Image:
-    """Two pictures of each object's image, with the runs' detections in orange and in blue.
+    """Draws each object's image twice, with two runs' detections in orange and in blue.
 
-    The object is green with a thick line, the other annotated objects of the image with a thin one.
-    Detections below the score, 0..1, are left out.
+    The object has a thick green box, the other annotated objects of the image a thin one.
+    Detections below the score, 0..1, are omitted.
     """
     pictures, captions = [], []
     for row, left, right in pairs:

@@ -39,7 +39,7 @@ from resnet_backbone.report.runs import flatten, load_detector_runs, read_table
 from resnet_backbone.report.table import WHERE, show_commands
 from resnet_backbone.runtime.files import write_text
 
-PAIRS, PAIRS_BACK = 6, 2  # objects shown that a detector finds, and the other way round
+PAIRS, PAIRS_BACK = 6, 2  # objects shown that only ours finds, and only the reference
 BASELINE = "baseline"  # the row of a detector as it was trained
 PICTURES = ("gain_per_class.png", "precision_recall*.png", "f1*.png", "confusion_*.png")
 PICTURES += ("errors.png", "training.png", "accuracy_time*.png", "misses_*.jpg")
@@ -73,7 +73,7 @@ trained on trainval)."""
 
 
 class Report:
-    """Markdown in parts, and the pictures that it shows."""
+    """A report's parts in Markdown, and its pictures."""
 
     def __init__(self, folder_name: str, groups: Sequence[DetectorGroup], gains: Sequence[Gain]):
         self.folder, self.groups, self.gains = folder_name, groups, gains
@@ -99,13 +99,13 @@ def write_detection_report(
     score: float,
     command: str,
 ) -> None:
-    """Write the report, and its pictures into the folder beside it that has its name.
+    """Write the report, and its pictures to a folder of the same name beside it.
 
-    `output` is written last and only if nothing goes wrong; detections in pictures have at least
-    the score, 0..1; `command` makes this report; `data` is as in :func:`.boxes.load_truth`.
+    `output` is written last, after everything has succeeded. Detections in pictures have at least
+    `score`, 0..1. `command` makes this report. For `data`, see :func:`.boxes.load_truth`.
     """
     defaults = yaml.safe_load(backbone_node(load_config("", [])).dump())
-    defaults = dict(flatten(defaults, "RESNET_BACKBONE."))  # of keys that earlier versions lack
+    defaults = dict(flatten(defaults, "RESNET_BACKBONE."))  # for keys that older runs lack
     runs = [replace(r, config={**defaults, **r.config}) for r in load_detector_runs(folders)]
     groups = group_runs(runs)
     report = Report(output.stem, groups, find_gains(groups, reference))
@@ -179,7 +179,7 @@ def _add_classes(report: Report) -> None:
 
 
 def _curves(report: Report, detections, number: Callable) -> list[plots.Curves]:
-    """A number of each run's detections, (classes, levels)."""
+    """Applies a function to each run's detections: curves (classes, levels)."""
     found = [np.array([number(run) for run in runs]) for runs in detections]
     labels = [group.label for group in report.groups]
     return [plots.Curves(x, report.colors[x], y) for x, y in zip(labels, found, strict=True)]
@@ -240,7 +240,7 @@ def _add_training(report: Report) -> None:
 
 
 def _elsewhere(report: Report, row: tables.Row) -> str:
-    """Says that a row was evaluated on other images than the runs; empty where it was not."""
+    """Returns a note if a row was evaluated on other images than the runs; "" if not."""
     if row.test in ((), tuple(report.groups[0].first.test)):
         return ""
     names = " and ".join(f"`{tables.short_name(name)}`" for name in row.test)
@@ -248,7 +248,7 @@ def _elsewhere(report: Report, row: tables.Row) -> str:
 
 
 def _add_time(report: Report, rows: Sequence[tables.Row]) -> None:
-    """The detectors and the rows on the same images in one plot, other images in further ones."""
+    """Adds a plot of the detectors and rows on the same images, and one for each other set."""
     report.add("## Accuracy and time")
     elsewhere = [row for row in rows if _elsewhere(report, row)]
     here = [row for row in rows if row not in elsewhere]
@@ -276,7 +276,7 @@ def _add_time(report: Report, rows: Sequence[tables.Row]) -> None:
 def _seconds(
     group: DetectorGroup, here: Sequence[tables.Row], elsewhere: Sequence[tables.Row]
 ) -> tuple[float | None, str]:
-    """Mean seconds per image of a group's runs, and from where: rows here ("") come first."""
+    """Returns mean seconds per image of a group's runs, and their source; "" for rows here."""
     own = {run.folder: run.results.get("seconds_per_image") for run in group.runs}
     ways = "; ".join(dict.fromkeys(tables.timing(run) for run in group.runs))
     for source, measured in (
@@ -295,7 +295,7 @@ def _baselines(rows: Sequence[tables.Row]) -> dict[Path, float]:
 
 
 def _row_point(report: Report, row: tables.Row) -> plots.Point:
-    """A baseline has its run's label and color."""
+    """Returns a row's point; a baseline gets its run's label and color."""
     point = plots.Point(row.name, row.seconds, row.numbers["AP50"])
     for group in report.groups if row.name == BASELINE else ():
         if Path(row.run).resolve() in [run.folder for run in group.runs]:
@@ -343,7 +343,7 @@ def _add_provenance(report: Report, rows_files: Sequence[Path], command: str) ->
 
 
 def write_whole(output: Path, report: Report) -> None:
-    """Write pictures and text to a temporary folder first, then put them in place."""
+    """Write pictures to a temporary folder, move them in place, and write the text."""
     folder = output.with_suffix("")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent) as temporary:

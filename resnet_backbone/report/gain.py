@@ -14,14 +14,14 @@ import numpy as np
 
 from resnet_backbone.report.runs import DetectorRun, Group, group_by
 
-# Keys that make the network what it is, or say where another one's stages are tapped.
+# Keys that define the network, or which of its stages are used.
 NETWORK = re.compile(
     r"MODEL\.(RESNETS\.|BACKBONE\.NAME$|PIXEL_|FPN\.IN_FEATURES$|RPN\.IN_FEATURES$"
     r"|ROI_HEADS\.IN_FEATURES$)|INPUT\.FORMAT$"
     r"|RESNET_BACKBONE\.(VGG\.|SHORTCUT|ACTIVATION|CAFFE_POOL|WEIGHTS_PREPROCESSING$)"
 )
 SAME = ("DATASETS.TRAIN", "INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST")
-CLEAR = 2.0  # standard errors from which on the text calls two detectors told apart
+CLEAR = 2.0  # standard errors above which the text calls a difference clear
 COVERAGE = 95  # percent, of the intervals
 NONE = "-"
 
@@ -31,10 +31,10 @@ class DetectorGroup(Group[DetectorRun]):
 
     def __init__(self, runs: Sequence[DetectorRun]):
         super().__init__(runs)
-        self.label = self.first.title  # with a letter where other groups have the same title
-        self.particulars: tuple[str, ...] = ()  # what those groups do not have, "KEY value"
-        # Metric -> (R,) its mean over the runs on each of R resampled test sets, in percent, the
-        # same test sets for all groups; empty where the boxes were not read.
+        self.label = self.first.title  # with a letter if other groups have the same title
+        self.particulars: tuple[str, ...] = ()  # differences from these groups, "KEY value"
+        # Metric -> (R,), its mean over the runs in percent on R resampled test sets, which are the
+        # same for all groups; empty if the boxes were not read.
         self.draws: dict[str, np.ndarray] = {}
 
     def class_values(self, name: str) -> list[float]:
@@ -42,12 +42,12 @@ class DetectorGroup(Group[DetectorRun]):
         return [float(value) for value in found if value is not None]
 
     def interval(self, key: str) -> tuple[float, float] | None:
-        """The 95 % interval of a metric over the resampled test sets."""
+        """Returns the 95 % interval of a metric over the resampled test sets."""
         return _interval(self.draws[key]) if key in self.draws else None
 
 
 def group_runs(runs: Sequence[DetectorRun]) -> list[DetectorGroup]:
-    """Group runs that differ in their seeds alone: VGG first, then by depth and head."""
+    """Group runs that differ only in their seeds: VGG first, then by depth and head."""
     _check_same_test(runs)
 
     def identity(run: DetectorRun) -> list:
@@ -73,7 +73,7 @@ def _check_same_test(runs: Sequence[DetectorRun]) -> None:
 
 
 def _name_apart(group: DetectorGroup, same: Sequence[DetectorGroup]) -> None:
-    """Where several groups have one title: a letter in the label, and what is particular."""
+    """Add a letter to the label of groups with the same title, and note their differences."""
     if len(same) == 1:
         return
     group.label = f"{group.first.title} {chr(ord('a') + same.index(group))}"
@@ -99,7 +99,7 @@ class Difference(NamedTuple):
 
 
 def difference(values: Sequence[float], reference: Sequence[float]) -> Difference | None:
-    """What `values` have over `reference`; None where one of them is empty."""
+    """Return the difference of `values` from `reference`; None if one of them is empty."""
     if not values or not reference:
         return None
     error, mean = None, statistics.fmean(values) - statistics.fmean(reference)
@@ -120,7 +120,7 @@ class Gain:
 
     @property
     def differences(self) -> tuple[str, ...]:
-        """What they do not share beside the network, "KEY here / there"; empty for a fair pair."""
+        """Config differences apart from the network, "KEY here / there"; empty for a fair pair."""
         a, b = self.ours.first, self.reference.first
         sides = {
             key: values
@@ -144,7 +144,7 @@ class Gain:
         return [a - b for a in self.ours.class_values(name) for b in reference]
 
     def interval(self, key: str) -> tuple[float, float] | None:
-        """The 95 % interval of the gain: both detectors on the same resampled test sets."""
+        """Returns the 95 % interval of the gain, with both on the same resampled test sets."""
         ours, reference = self.ours.draws.get(key), self.reference.draws.get(key)
         return None if ours is None or reference is None else _interval(ours - reference)
 
@@ -155,13 +155,12 @@ def _interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def find_gains(groups: Sequence[DetectorGroup], reference: Path | None = None) -> list[Gain]:
-    """What is compared with what.
+    """Return the pairs of groups to compare.
 
     Args:
-        reference: folder of a run with whose group all others are compared. By default each
-            ResNet is compared with the VGG of the same head, data, sizes and schedule (of several
-            with the one whose config differs least); without any such pair, all groups with the
-            first one.
+        reference: folder of a run whose group all others are compared with. By default each ResNet
+            is compared with the VGG of the same head, data, sizes and schedule, whose config
+            differs least. Without any such pair, all groups are compared with the first one.
     """
     if reference is not None:
         path = reference.resolve()
@@ -188,14 +187,14 @@ def _matches(a: DetectorRun, b: DetectorRun) -> bool:
 
 
 def signed(value: float) -> str:
-    """ "+3.21"; a minus sign as long as the plus."""
+    """Format as "+3.21", with a true minus sign."""
     return f"{value:+.2f}".replace("-", "−")
 
 
 def gain_text(gain: Gain, key: str) -> str:
-    """ "+3.21 ± 0.45 (+2.50 to +4.01) [+1.90, +4.50]", as far as it was measured.
+    """Format as "+3.21 ± 0.45 (+2.50 to +4.01) [+1.90, +4.50]", as far as it was measured.
 
-    Mean, standard error, range over pairs of runs, 95 % interval over test images.
+    These are mean, standard error, range over pairs of runs, 95 % interval over test images.
     """
     found, interval = gain.of(key), gain.interval(key)
     if found is None:

@@ -1,4 +1,4 @@
-"""The page of localization runs: the paper's Table 13 with our errors beside its rows."""
+"""The page of localization runs: our errors beside the paper's Table 13."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OTHER_IMAGES = "Ours are of other images than the paper's, so the two do not com
 
 
 def way(run: DetectorRun) -> tuple[str, str]:
-    """Method and testing of a run, as Table 13 calls them."""
+    """Returns method and testing of a run, in Table 13's terms."""
     rcnn = run.config.get("MODEL.META_ARCHITECTURE") == "LocalizationRCNN"
     testing = "dense" if run.config.get(f"{NODE}.SCALES") else "whole image"
     testing = "center crop" if run.config.get(f"{NODE}.CENTER_CROP") else testing
@@ -32,7 +32,7 @@ def way(run: DetectorRun) -> tuple[str, str]:
 
 
 def errors_section(runs: Sequence[DetectorRun]) -> str:
-    """The rows of Table 13, then our runs of other ways."""
+    """Returns the rows of Table 13, then our runs with other methods or testing."""
     rows, left = [], list(runs)
     for one in LOCALIZATION:
         mine = [run for run in left if way(run) == (one.method, one.testing)]
@@ -55,7 +55,7 @@ def write_localization_report(folders: Sequence[str], output: Path, note: str, c
     """Writes the page of some runs of train-net, and returns its table.
 
     Args:
-        command: that makes this page.
+        command: the command that makes this page.
     """
     runs = [load_detector_run(folder, "localization") for folder in folders]
     commands = show_commands([*(run.results.get("command") for run in runs), command])

@@ -1,4 +1,4 @@
-"""Plots of classification runs (the paper's Fig. 4, 6 and 7), and what all plots share."""
+"""Plots of classification runs (the paper's Fig. 4, 6 and 7), and shared parts of plots."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ from resnet_backbone.report.published import Network
 from resnet_backbone.report.runs import METRICS, Metrics, Run, smooth
 from resnet_backbone.runtime.files import whole_file
 
-# Okabe and Ito's colors, told apart by color-blind readers too.
+# Okabe and Ito's colors, which color-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 TRAIN, TEST, RATE = "train_error", "val_top1_error", "lr"
-X_UNIT = 10_000  # iterations: the paper's axes count in 1e4
-FEW = 4  # points of a line that also get markers, below
-LEAST_DROP = 1.9  # a learning rate divided by this or more is a drop of the schedule
+X_UNIT = 10_000  # iterations; the paper's axes are in 1e4
+FEW = 4  # a line with fewer points gets markers
+LEAST_DROP = 1.9  # smallest factor of a learning rate drop
 PANELS = {"plain": "plain networks", "ResNet": "residual networks"}
-FEW_CLASSES = 12  # up to which a confusion matrix has large numbers, and from 1 % on, not from 2
-MOST_NUMBERS = 25  # classes up to which the cells of a confusion matrix have numbers
-MOST_NAMES = 60  # ... and its axes have names
+FEW_CLASSES = 12  # classes up to which a confusion matrix has larger numbers, and those of 1 %
+MOST_NUMBERS = 25  # ... it has numbers in its cells
+MOST_NAMES = 60  # ... it has names on its axes
 STYLE = {"figure.constrained_layout.use": True, "grid.alpha": 0.3}
 STYLE |= {"axes.grid": True, "axes.axisbelow": True}
 
 
 def assign_colors(keys: Iterable[Hashable]) -> dict[Hashable, str]:
-    """A color for each different key, in order of appearance; after seven they repeat."""
+    """Returns a color for each distinct key, in order of appearance; they repeat after seven."""
     return {key: COLORS[i % len(COLORS)] for i, key in enumerate(dict.fromkeys(keys))}
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A figure of so many inches in the style of all plots, and its panel or array of panels."""
+    """Returns a figure, with its size in inches, in our style, and its panel or panels."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height))
         return figure, figure.subplots(rows, columns, **options)
 
 
 def save_png(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a picture (120 dpi): complete or not at all; its folder is made."""
+    """Write a figure atomically, with 120 dpi, and create its folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
 def lr_drops(metrics: Metrics) -> list[int]:
-    """Last logged iterations before each drop of the learning rate."""
+    """Returns the last logged iteration before each drop of the learning rate."""
     if RATE not in metrics:
         return []
     iterations, rate = metrics[RATE]
@@ -66,23 +66,23 @@ def lr_drops(metrics: Metrics) -> list[int]:
 def smooth_between(
     iterations: np.ndarray, values: np.ndarray, cuts: Sequence[int], window: int
 ) -> np.ndarray:
-    """Running mean that does not reach over the cuts, so that a drop stays a step."""
+    """Returns a running mean that does not cross the cuts, so that a drop stays a step."""
     places = np.searchsorted(iterations, list(cuts), side="right")
     return np.concatenate([smooth(part, window) for part in np.split(values, places)])
 
 
 def whole_range(metrics: Iterable[Metrics]) -> tuple[float, float]:
-    """Limits of the error axis, in %, that leave nothing out."""
+    """Returns limits of the error axis in percent that include all values."""
     series = np.concatenate([one[key][1] for one in metrics for key in (TEST, TRAIN) if key in one])
     highest = series[np.isfinite(series)].max(initial=0)
     return 0.0, min(100.0, 5.0 * math.ceil(1.02 * highest / 5)) or 100.0
 
 
 def error_range(finals: Sequence[float]) -> tuple[float, float]:
-    """Limits as in the paper's figures, which leave the start out; (0, 20) as in Fig. 6.
+    """Returns limits as in the paper's figures, which cut off the start; (0, 20) as in Fig. 6.
 
     Args:
-        finals: the errors that runs end at.
+        finals: final errors of the runs, in percent.
     """
     good = [value for value in finals if math.isfinite(value)]
     if not good:
@@ -99,17 +99,17 @@ class Line(NamedTuple):
 
 
 def plot_errors(runs: Sequence[Run], labels: Sequence[str], together: bool = False) -> Figure:
-    """Error against iterations: training dashed and thin, test bold, one color a network.
+    """Plots error against iterations: training thin and dashed, test bold, a color per network.
 
-    The training error is smoothed between drops of the learning rate (dotted lines). Plain and
-    residual networks get a panel each, as in the paper, where both are given. Runs of the same
-    label share color and legend entry, which gives their mean last test error.
+    The training error is smoothed between drops of the learning rate (dotted lines). If there are
+    both plain and residual networks, they get separate panels, as in the paper. Runs with the same
+    label share a color and a legend entry with their mean final test error.
 
-    Short runs are shown whole. Of runs as long as the paper's the error axis leaves the start out.
+    Short runs are shown whole. For runs as long as the paper's, the error axis cuts off the start.
 
     Args:
         labels: one per run; "" for the network's name.
-        together: one panel for all.
+        together: use one panel for all.
     """
     labels = [label or run.network.title for run, label in zip(runs, labels, strict=True)]
     series = [run.metrics() for run in runs]
@@ -121,7 +121,7 @@ def plot_errors(runs: Sequence[Run], labels: Sequence[str], together: bool = Fal
             )
     families = {run.network.family for run in runs}
     split = families == PANELS.keys() and not together
-    # side by side, networks of one depth have one color, as in the paper
+    # in separate panels, networks of the same depth have the same color, as in the paper
     keys = [run.network.depth for run in runs] if split else labels
     order = sorted(range(len(runs)), key=lambda i: runs[i].network.depth)
     colors = assign_colors(keys[i] for i in order)
@@ -140,7 +140,7 @@ def plot_errors(runs: Sequence[Run], labels: Sequence[str], together: bool = Fal
 
 
 def final_errors(metrics: Metrics) -> list[float]:
-    """Last test error, and mean training error of the last twentieth of the rows."""
+    """Returns the last test error, and the mean training error of the last 5 % of the rows."""
     finals = [float(metrics[TEST][1][-1])] if TEST in metrics else []
     if TRAIN in metrics:
         errors = metrics[TRAIN][1]
@@ -180,18 +180,18 @@ def _draw_run(axes: Axes, line: Line, unit: int, width: float, label: str | None
 def layer_responses(
     model: nn.Module, images: Tensor, batch_size: int = 100
 ) -> list[tuple[str, float]]:
-    """Standard deviation of the response of each 3x3 layer (paper, Fig. 7 and section 4.2).
+    """Computes the standard deviation of each 3x3 layer's response (paper, Fig. 7, section 4.2).
 
-    A layer's response is the output of its BN, before the nonlinearity and before the addition of
-    the shortcut. The standard deviation is one number over images, channels and positions. Every
-    3x3 convolution counts, also the first of the CIFAR networks: 6n+1 of the 6n+2 layers.
+    A layer's response is the output of its BN, before the nonlinearity and the addition of the
+    shortcut. The standard deviation is taken over images, channels and positions. All 3x3
+    convolutions count, also the first one of CIFAR networks: 6n+1 of the 6n+2 layers.
 
     Args:
-        model: a network of this package; it is evaluated, and left in the mode that it was in.
+        model: a network of this package; it runs in evaluation mode, then its mode is restored.
         images: normalized, (N, 3, H, W), on the model's device.
 
     Returns:
-        (layer name, such as "res2.0.conv1"; standard deviation), in the order of the layers.
+        (layer name, such as "res2.0.conv1"; standard deviation), in forward order.
     """
     sums: dict[str, Tensor] = {}  # count, sum, sum of squares
     handles = []
@@ -219,7 +219,7 @@ def layer_responses(
 
 
 def _watch(layer: ConvNorm, sums: Tensor):
-    """Adds up what the layer computes before its nonlinearity."""
+    """Accumulates the sums of a layer's output before its nonlinearity."""
 
     def add(values: Tensor) -> None:
         values = values.double()
@@ -238,9 +238,9 @@ class Responses(NamedTuple):
 
 
 def plot_responses(curves: Sequence[Responses]) -> Figure:
-    """The two panels of Fig. 7: layers in their order, and sorted by magnitude.
+    """Plots the two panels of Fig. 7: layers in forward order, and sorted by magnitude.
 
-    Networks of one depth share a color; plain ones are dashed.
+    Networks of the same depth share a color; plain ones are dashed.
     """
     keys = [curve.network.depth or curve.label for curve in curves]
     twins = {(key, curve.network.family) for key, curve in zip(keys, curves, strict=True)}
@@ -271,11 +271,11 @@ def responses_table(responses: Mapping[str, Sequence[tuple[str, float]]]) -> str
 def plot_confusion(
     confusion: np.ndarray, class_names: Sequence[str], detected: bool = False
 ) -> Figure:
-    """The confusion matrix of the classes with images, percent of each row, whose sum is named.
+    """Plots the confusion matrix of the classes with images, in percent of each row's sum.
 
-    What was predicted as a class without images is in the last column, "others". Of a detector
-    (`detected`) the rows are objects; the matrix has one more row, detections on no object, and one
-    more column, objects that were missed.
+    Predictions of classes without images are in the last column, "others". For a detector
+    (`detected`), rows are objects. Its matrix has an additional row for detections on no object,
+    and an additional column for missed objects.
     """
     counts, rows = np.array(confusion, float), [*class_names, *(["background"] if detected else ())]
     present = counts.any(1)

@@ -1,6 +1,6 @@
-"""Published results as they are printed, each with its data and its source.
+"""Published results as printed, each with its data and its source.
 
-"paper" is arXiv 1512.03385. Reimplementations of detectors are the best of the sources named.
+"paper" is arXiv 1512.03385. Reimplementations of detectors are the best of the named sources.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 
 class PublishedErrors(NamedTuple):
-    """What is printed about one classifier."""
+    """Published errors of one classifier."""
 
-    error: str  # CIFAR-10 test error; on ImageNet top-1 / top-5, 10-crop; of the paper
-    source: str  # where the paper has it
-    multi_scale: str = ""  # ImageNet top-1 / top-5, multi-scale dense testing (paper, Table 4)
-    others: str = ""  # of others: CIFAR-10 with the 50k split; ImageNet top-1, center crop
+    error: str  # paper: CIFAR-10 test error; ImageNet top-1 / top-5, 10-crop
+    source: str  # table or figure of the paper
+    multi_scale: str = ""  # paper, Table 4: ImageNet top-1 / top-5, multi-scale dense testing
+    others: str = ""  # others: CIFAR-10 with the 50k split; ImageNet top-1, center crop
 
 
 # By network and shortcut option; plain networks have the option "none".
@@ -51,13 +51,13 @@ ERRORS: dict[tuple[str, str], PublishedErrors] = {
 
 
 class Network(NamedTuple):
-    """A network's name taken apart."""
+    """A parsed network name."""
 
-    family: str  # "ResNet", "plain", "VGG", or the name itself where it is another network
+    family: str  # "ResNet", "plain", "VGG", or the name itself for other networks
     depth: int  # number of layers; 0 for other networks
-    cifar: bool  # one of the 6n+2 layers for CIFAR-10
-    shortcut: str  # "A", "B", "C", "highway" or "none"; "" outside of these families
-    others: dict[str, Any]  # further options that make it another network than the paper's
+    cifar: bool  # whether it is a CIFAR-10 network of 6n+2 layers
+    shortcut: str  # "A", "B", "C", "highway" or "none"; "" for other families
+    others: dict[str, Any]  # further options that differ from the paper's network
 
     @property
     def title(self) -> str:
@@ -70,12 +70,12 @@ class Network(NamedTuple):
 
     @property
     def blocks(self) -> int | None:
-        """n of the 6n+2 layers."""
+        """n of a CIFAR network's 6n+2 layers."""
         return (self.depth - 2) // 6 if self.cifar else None
 
 
 def parse_network(name: str, options: Mapping[str, Any] | None = None) -> Network:
-    """Takes a model's name and options apart; any name is accepted."""
+    """Parses a model's name and options; any name is accepted."""
     others = dict(options or {})
     for key in ("stride_in_1x1", "caffe_pool"):
         if others.get(key) is True:
@@ -103,7 +103,7 @@ def published(network: Network) -> PublishedErrors | None:
 
 
 def recipe_iterations(network: Network) -> int:
-    """Length of the published training: sections 3.4 and 4.2; VGG's is of arXiv 1409.1556."""
+    """Returns the published training's iterations (sections 3.4, 4.2; VGG: arXiv 1409.1556)."""
     if network.cifar:
         return 64_000
     return 370_000 if network.family == "VGG" else 600_000
@@ -124,7 +124,7 @@ COCO_2017 = "COCO train2017 → val2017"
 
 
 class Number(NamedTuple):
-    """One published number in percent, what it was trained on → measured on, who printed it."""
+    """A published number in percent, its data (training → test), and its source."""
 
     value: float
     data: str
@@ -132,37 +132,37 @@ class Number(NamedTuple):
 
 
 class Published(NamedTuple):
-    """The paper's number and the best public reimplementation's; the other network of a gain."""
+    """A detector's number in the paper and in the best public reimplementation, or a gain."""
 
     task: str  # a key of TASKS
     network: tuple[str, int]  # family, depth
     paper: Number | None
     public: Number | None
-    over: tuple[str, int] | None = None  # for a gain: the network that it is a gain over
-    weights: str = ""  # file of self-supervised weights that it started from; "": supervised
+    over: tuple[str, int] | None = None  # for a gain, its reference network
+    weights: str = ""  # file of self-supervised initial weights; "": supervised
 
 
 class Task(NamedTuple):
-    """A benchmark with published numbers, and the smallest protocol behind them."""
+    """A benchmark with published numbers, and their smallest protocol."""
 
     name: str  # with the metric
     metric: str  # of its published numbers
-    test: str  # what they were measured on
+    test: str  # name of its test set
     names: str  # pattern of Detectron2's names of these test sets
     sizes: tuple[int, ...]  # images of these test sets
     iterations: int  # of the training
     images_per_batch: int
-    train_images: int  # of the smallest sets that the paper uses
+    train_images: int  # of the paper's smallest sets
     test_images: int
-    short_side: int  # of an image in the test, in pixels
+    short_side: int  # of test images, in pixels
 
     def has_test_set(self, names: Sequence[str], images: int | None) -> bool:
-        """Whether these test sets of so many images are what the numbers were measured on."""
+        """Returns whether the numbers were measured on these test sets, by name or size."""
         known = len(names) == 1 and re.fullmatch(self.names, names[0]) is not None
         return known or images in self.sizes
 
 
-# Faster R-CNN, arXiv 1506.01497, section 3.3, for VOC 07; the paper's appendix A for COCO.
+# VOC 07: Faster R-CNN, arXiv 1506.01497, section 3.3. COCO: the paper's appendix A.
 TASKS = {
     "voc": Task(
         *("PASCAL VOC, AP50", "AP50", "VOC 2007 test", "voc_2007_test", (4_952,)),
@@ -176,14 +176,14 @@ TASKS = {
 
 
 def task_of(classes: Sequence[str], metric: str) -> str:
-    """ "voc" or "coco" by the classes of a result and the metric they have; "" for other data."""
+    """Returns "voc" or "coco" by a result's classes and metric; "" for other data."""
     if metric == "AP50":
         return "voc" if set(classes) == set(VOC_CLASSES) else ""
     return "coco" if len(classes) == COCO_CLASS_COUNT else ""
 
 
 def _gain(task: str, paper: tuple[float, float], public: tuple[float, float], *sources: str):
-    """ResNet-101 minus VGG-16, both numbers from one source."""
+    """Returns the gain of ResNet-101 over VGG-16, both numbers from one source."""
     numbers = []
     for (high, low), data, source in zip((paper, public), sources[::2], sources[1::2], strict=True):
         text = f"{source}: {high:.1f} − {low:.1f}"
@@ -216,7 +216,7 @@ DETECTORS = (
 
 
 class Improvement(NamedTuple):
-    """A row of Table 9: ResNet-101, COCO; AP50 and AP in percent, None where not printed."""
+    """A row of Table 9: ResNet-101 on COCO; AP50 and AP in percent, None if not printed."""
 
     name: str
     keys: tuple[str, ...]  # words in the names of our rows
@@ -235,11 +235,11 @@ IMPROVEMENTS = (
 
 
 class LocalizationErrors(NamedTuple):
-    """A row of Table 13: errors on ImageNet's validation set in percent, None where not printed."""
+    """A row of Table 13: errors on ImageNet's validation set in percent, None if not printed."""
 
     method: str
     testing: str  # "center crop", or "dense" for the whole image at several scales
-    network: str  # that of the classifier, too
+    network: str  # also the classifier's
     true_class: float | None  # with the true class given
     top5: float | None  # with the classifier's five best classes
 
@@ -251,4 +251,4 @@ LOCALIZATION = (
     LocalizationErrors("RPN + R-CNN", "dense", "ResNet-101", None, 10.6),
     LocalizationErrors("RPN + R-CNN", "dense", "ensemble", None, 8.9),
 )
-LOCALIZATION_IMAGES = 50_000  # of that set
+LOCALIZATION_IMAGES = 50_000  # in this validation set

@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_metrics(path: str | os.PathLike) -> Metrics:
-    """Read a metrics file: one JSON object per line, each with "iteration".
+    """Read a metrics file of JSON lines, each with "iteration".
 
-    Where a resumed run wrote an iteration again, the later value counts. Incomplete lines, such as
-    the last one of a killed run, are skipped with a warning.
+    If a resumed run wrote an iteration again, the later value counts. Incomplete lines, such as the
+    last one of a killed run, are skipped with a warning.
 
     Returns:
-        For each number (total_loss, lr, "bbox/AP50", ...): iterations (N,), rising, values (N,).
+        For each number (total_loss, lr, "bbox/AP50", ...): rising iterations (N,), values (N,).
     """
     series: dict[str, dict[int, float]] = {}
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -60,7 +60,7 @@ def load_metrics(path: str | os.PathLike) -> Metrics:
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centered running mean over `window` values (fewer at the ends); nan is left out."""
+    """Returns a centered running mean over `window` values (fewer at the ends), without nan."""
     if not len(values):
         return values
     good = np.isfinite(values)
@@ -72,7 +72,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """Content of a JSON or YAML file that holds a mapping; ValueError where it is damaged."""
+    """Reads a mapping from a JSON or YAML file; ValueError if it is damaged."""
     parse = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
         content = parse(path.read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("data.format", "cifar10") ... of a nested config; options of a model stay together."""
+    """Yields ("data.format", "cifar10"), ... from a nested config; "options" is not flattened."""
     for key, value in config.items():
         if isinstance(value, Mapping) and key != "options":
             yield from flatten(value, f"{prefix}{key}.")
@@ -94,13 +94,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 @dataclass(frozen=True)
 class AnyRun:
-    """A folder of a trainer: its resolved config and results."""
+    """A run folder, with its resolved config and results."""
 
     folder: Path
-    config: dict[str, Any]  # "MODEL.RESNETS.DEPTH" -> 50; empty where there is no config.yaml
-    results: dict[str, Any]  # of results.json; empty where the run has not ended
+    config: dict[str, Any]  # "MODEL.RESNETS.DEPTH" -> 50; empty without a config.yaml
+    results: dict[str, Any]  # of results.json; empty if the run has not ended
 
-    # Keys that change where, how fast or how often a run does something, not what it trains.
+    # Keys that do not affect the training, such as paths, devices and periods.
     not_recipe: ClassVar[re.Pattern]
     seed_key: ClassVar[str]
 
@@ -130,7 +130,7 @@ class Run(AnyRun):
 
     @property
     def data_format(self) -> str:
-        """ "cifar10", "imagenet", ...; without a config as the network's name suggests."""
+        """The data's format, "cifar10", "imagenet", ...; without a config, by the network."""
         return self.config.get("data.format", "cifar10" if self.network.cifar else "imagenet")
 
     @property
@@ -139,7 +139,7 @@ class Run(AnyRun):
 
     @property
     def iterations(self) -> int | None:
-        """Iterations that it trains for."""
+        """Length of the training in iterations."""
         return self.results.get("iterations", self.config.get("schedule.iterations"))
 
     def metrics(self) -> Metrics:
@@ -162,11 +162,11 @@ def load_run(folder: str | os.PathLike) -> Run:
 class DetectorRun(AnyRun):
     """A run folder of train-net."""
 
-    # Of voc_results.json or loc_results.json; a run on COCO's format gets them when its
-    # detections are read.
+    # From voc_results.json or loc_results.json. For a run on COCO's format, reading its detections
+    # adds them.
     details: dict[str, Any] = field(default_factory=dict)
 
-    not_recipe = re.compile(  # of MODEL.WEIGHTS the file's name counts, see `weights`
+    not_recipe = re.compile(  # MODEL.WEIGHTS counts by its file name, see `weights`
         r"(SEED|OUTPUT_DIR|VIS_PERIOD|VERSION|CUDNN_BENCHMARK|GLOBAL\.HACK|MODEL\.(DEVICE|WEIGHTS)"
         r"|DATALOADER\.NUM_WORKERS|SOLVER\.CHECKPOINT_PERIOD|TEST\.EVAL_PERIOD"
         r"|RESNET_BACKBONE\.(CHANNELS_LAST|REFERENCE_BATCH|WEIGHTS_INPUT|BEST_METRIC))$"
@@ -179,12 +179,12 @@ class DetectorRun(AnyRun):
 
     @property
     def class_metric(self) -> str:
-        """ "AP50" or "AP": what the numbers per class are."""
+        """The metric of single classes, "AP50" or "AP"."""
         return by_class(self.numbers)[0]
 
     @property
     def is_coco(self) -> bool:
-        """Whether it was evaluated as COCO has it, else as VOC."""
+        """Whether it was evaluated with COCO's metrics, not VOC's."""
         return self.class_metric == "AP"
 
     @property
@@ -194,7 +194,7 @@ class DetectorRun(AnyRun):
 
     @property
     def objects(self) -> dict[str, int]:
-        """Boxes that count, by class; empty where the details are not known."""
+        """Number of counted boxes by class; empty if details are unknown."""
         return {row["class"]: row["ground_truth"] for row in self.details.get("classes", ())}
 
     @property
@@ -219,7 +219,7 @@ class DetectorRun(AnyRun):
 
     @property
     def weights(self) -> str:
-        """File name of the weights that it began with; "" for none."""
+        """File name of the initial weights; "" for none."""
         given = self.config.get("MODEL.WEIGHTS", self.results.get("weights")) or ""
         return given.rstrip("/").rpartition("/")[2]
 
@@ -236,7 +236,7 @@ class DetectorRun(AnyRun):
 
     @property
     def head(self) -> str:
-        """ "FPN", "C4" (a single map; for VGG conv5_3), "DC5" or "RetinaNet"."""
+        """The head: "FPN", "C4" (a single map; for VGG conv5_3), "DC5" or "RetinaNet"."""
         if self.config.get("MODEL.META_ARCHITECTURE") == "RetinaNet":
             return "RetinaNet"
         if "fpn" in self.config.get("MODEL.BACKBONE.NAME", ""):
@@ -250,13 +250,13 @@ class DetectorRun(AnyRun):
         return network if (self.family, self.head) == ("VGG", "C4") else f"{network}-{self.head}"
 
     def metrics(self) -> Metrics:
-        """Series by name; empty where the run kept none."""
+        """Reads the metrics by name; empty if the run has none."""
         path = self.folder / DETECTOR_METRICS
         return load_metrics(path) if path.is_file() else {}
 
     @property
     def inference(self) -> Path:
-        """Folder of what its evaluation on the first test set wrote."""
+        """Folder of its evaluation on the first test set."""
         return self.folder.joinpath("inference", *(n.replace("/", "_") for n in self.test[:1]))
 
     @cached_property
@@ -267,13 +267,13 @@ class DetectorRun(AnyRun):
         return {name: int(images) for name, images in found}
 
     def images_of(self, datasets: Sequence[str]) -> int | None:
-        """Images of some data sets, as the log has them last; None where it lacks one."""
+        """Returns the number of images of data sets, from the end of the log; None if missing."""
         sizes = [self._sizes.get(name) for name in datasets]
         return None if None in sizes or not sizes else sum(sizes)
 
 
 def by_class(numbers: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The metric of the numbers of single classes, "AP50" (of VOC) or "AP" (of COCO), and these."""
+    """Returns the metric of single classes, "AP50" (VOC) or "AP" (COCO), and class -> value."""
     for metric in ("AP50", "AP"):
         start = f"{metric}-"
         found = {key.removeprefix(start): numbers[key] for key in numbers if key.startswith(start)}
@@ -284,7 +284,7 @@ def by_class(numbers: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def load_detector_run(folder: str | os.PathLike, task: str = "bbox") -> DetectorRun:
-    """A run with results of a task, such as "bbox" or "localization"."""
+    """Reads a run that has results of a task, such as "bbox" or "localization"."""
     folder = Path(folder)
     for name in (RESULTS, CONFIG):
         if not (folder / name).is_file():
@@ -303,7 +303,7 @@ def load_detector_run(folder: str | os.PathLike, task: str = "bbox") -> Detector
 
 
 def load_detector_runs(folders: Iterable[str | os.PathLike]) -> list[DetectorRun]:
-    """Read runs; a folder of seeds (seed_1, seed_2, ...) stands for all of them."""
+    """Reads runs; a folder of seeds (seed_1, seed_2, ...) stands for all of them."""
     runs = []
     for folder in map(Path, folders):
         seeds = [path for path in folder.glob("seed_*") if path.is_dir()]
@@ -317,7 +317,7 @@ OneRun = TypeVar("OneRun", Run, DetectorRun)
 
 
 class Group(Generic[OneRun]):
-    """Runs of one network and recipe, by rising seed; ValueError where two have the same seed."""
+    """Runs of one network and recipe, by rising seed; ValueError if two have the same seed."""
 
     def __init__(self, runs: Sequence[OneRun]):
         self.runs = sorted(runs, key=lambda run: (run.seed is None, run.seed or 0))
@@ -330,12 +330,12 @@ class Group(Generic[OneRun]):
                 )
 
     def values(self, key: str) -> list[float]:
-        """One number of every run that has it, in percent."""
+        """Returns a number, in percent, of every run that has it."""
         found = [run.numbers.get(key) for run in self.runs]
         return [float(value) for value in found if value is not None]
 
     def differing_keys(self, other: Group) -> dict[str, tuple[Any, Any]]:
-        """Keys of the recipe -> their values here and there; those of one side alone left out."""
+        """Returns recipe keys that both have, with differing values: key -> (own, other)."""
         mine, theirs = self.first.recipe, other.first.recipe
         return {k: (v, theirs[k]) for k, v in mine.items() if k in theirs and theirs[k] != v}
 

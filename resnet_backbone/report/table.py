@@ -1,4 +1,4 @@
-"""Tables of classification results, and what all tables share."""
+"""Tables of classification results, and shared parts of tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """ "8.41 ± 0.12": mean and sample standard deviation; the value alone where there is one."""
+    """Formats mean and sample standard deviation as "8.41 ± 0.12"; a single value as "8.41"."""
     if not values:
         return "-"
     mean = f"{statistics.fmean(values):.2f}"
@@ -34,7 +34,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def hardware_text(hardware: Mapping[str, Any] | str | None) -> str:
-    """The GPU, or the CPU with its threads, of a result's "hardware"; "" where there is none."""
+    """Returns the GPU, or the CPU with its threads, of a result's "hardware"; "" without it."""
     if not isinstance(hardware, Mapping):
         return str(hardware or "")
     if hardware.get("gpu"):
@@ -49,10 +49,10 @@ WHERE = "Commands run in the folder of the project; `ROOT` is the folder of data
 
 
 def show_commands(commands: Iterable[str | None]) -> dict[str | None, str]:
-    """Commands as recorded -> as they can be run again, without the folders of one machine.
+    """Returns recorded command -> command that can be run again, without one machine's folders.
 
-    The project's own files are relative to its folder. Other paths are below ``$ROOT``, the folder
-    that all other paths of all commands share: no two files look alike.
+    The project's own files are relative to its folder. Other paths are below ``$ROOT``, the common
+    parent of the other paths of all commands, so that paths stay distinct.
     """
     given = [command for command in dict.fromkeys(commands) if command]
     words = {command: _project_words(command) for command in given}
@@ -63,7 +63,7 @@ def show_commands(commands: Iterable[str | None]) -> dict[str | None, str]:
 
 
 def _project_words(command: str) -> list[str]:
-    """Words of a command with the files of the project relative to its folder."""
+    """Splits a command into words, with the project's files relative to its folder."""
     words = shlex.split(command)
     script = next((word for word in words[:2] if re.search(r"(^|/)tools/\w+\.py$", word)), "")
     project = script.rpartition("tools/")[0]
@@ -82,7 +82,7 @@ def _quote(word: str, root: str) -> str:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group[Run]]:
-    """Runs of the same network and recipe: plain before residual, by depth, full ones first."""
+    """Groups runs of the same network and recipe: plain before residual, by depth, long first."""
     for run in runs:
         if run.results.get("val_top1_error") is None:
             raise ValueError(
@@ -149,7 +149,7 @@ while they train, at the end of training. Paper: arXiv 1512.03385; "about" is re
 
 
 def _remark(group: Group, others: Sequence[Group]) -> str:
-    """What sets a row apart: a shortened schedule, the 45k split, what its sisters do not have."""
+    """Notes a shortened schedule, the 45k split, and differences from rows of the same network."""
     notes, network = [], group.first.network
     whole, done = recipe_iterations(network), group.first.iterations
     if done is not None and done < whole:
@@ -164,7 +164,7 @@ def _remark(group: Group, others: Sequence[Group]) -> str:
 
 
 def results_table(runs: Sequence[Run]) -> str:
-    """Markdown: a table for each data set, and below it the command and place of every run."""
+    """Returns Markdown: a table per data set, then each run's command, date and hardware."""
     groups = group_runs(runs)
     sections: dict[str, tuple[dict[str, str], list[Group]]] = {}
     for group in groups:
@@ -201,7 +201,7 @@ def _provenance(run: Run, commands: Mapping[str, str]) -> str:
 def write_evaluation(
     folder: Path, result: Any, class_names: Sequence[str], name_of: Callable[[int], str]
 ) -> list[Path]:
-    """Write predictions.csv, per_class.csv, confusion.csv and confusion.png; returns their paths.
+    """Writes predictions.csv, per_class.csv, confusion.csv, confusion.png; returns their paths.
 
     Args:
         result: an ``EvaluationResult`` of resnet_backbone.classification.
@@ -228,7 +228,7 @@ def write_csv(path: Path, rows: Iterable[list]) -> None:
 def prediction_rows(
     predictions: Any, class_names: Sequence[str], name_of: Callable[[int], str]
 ) -> Iterable[list]:
-    """A row for each readable image: its label, then its best classes with their scores."""
+    """Yields a row per readable image: its label, then its best classes with their scores."""
     best = predictions.classes.shape[1]
     columns = [f"{kind}{rank + 1}" for rank in range(best) for kind in ("class", "name", "score")]
     yield ["index", "image", "label", "label_name", *columns]
@@ -241,7 +241,7 @@ def prediction_rows(
 
 
 def per_class_rows(result: Any, class_names: Sequence[str]) -> Iterable[list]:
-    """A row for each class with images: their number and the top-1 error in percent."""
+    """Yields a row per class with images: their number and the top-1 error in percent."""
     yield ["class", "name", "images", "top1_error"]
     bad = np.bincount([bad.label for bad in result.bad], minlength=result.num_classes)
     counts = result.confusion.sum(1).numpy() + bad
@@ -251,7 +251,7 @@ def per_class_rows(result: Any, class_names: Sequence[str]) -> Iterable[list]:
 
 
 def confusion_rows(confusion: np.ndarray, class_names: Sequence[str]) -> Iterable[list]:
-    """Counts: a row for each class with images, a column for each class in the matrix."""
+    """Yields counts: a row per class with images, a column per class with images or predictions."""
     rows = np.flatnonzero(confusion.sum(1))
     columns = np.flatnonzero(confusion.sum(1) + confusion.sum(0))
     yield ["label \\ predicted", *(class_names[column] for column in columns)]

@@ -1,1 +1,1 @@
-"""What any run needs: processes, signals, seeds, whole files, run folders, errors in one line."""
+"""Shared by all runs: processes, signals, seeds, atomic writes, run folders, one-line errors."""

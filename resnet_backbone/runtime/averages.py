@@ -1,4 +1,4 @@
-"""The exponential moving average of a training's weights, which evaluations then use."""
+"""The exponential moving average of a training's weights, for evaluations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of a model that follows it; call ``update_parameters(model)`` after each step.
+    """Returns a moving average of a model; call ``update_parameters(model)`` after each step.
 
-    Update number n (from 0) has the decay min(decay, (1 + n) / (10 + n)), so that the first
-    weights are soon forgotten; the first update copies. Buffers, such as the statistics of batch
-    norms, are averaged as well. Constants, such as frozen weights, stay as they are to the bit.
+    Update n (from 0) has the decay min(decay, (1 + n) / (10 + n)), so the first weights are soon
+    forgotten; the first update copies. Buffers, such as batch-norm statistics, are averaged, too.
+    Constants, such as frozen weights, stay bit-identical.
 
     Args:
         decay: above 0 and below 1, such as 0.9998.

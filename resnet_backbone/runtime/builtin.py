@@ -1,8 +1,8 @@
-"""Built-in pictures: handwritten digits drawn on photographs, for detection and classification.
+"""Built-in images: handwritten digits drawn on photographs, for detection and classification.
 
-Every pixel is real and comes with two declared dependencies, so nothing is downloaded: the digits
-are scikit-learn's ``load_digits`` (1,797 scans of 8x8 cells), the backgrounds are photographs that
-lie inside the scikit-image package. Train and test share neither a digit nor a photograph.
+Nothing is downloaded. The digits are scikit-learn's ``load_digits`` (1,797 scans of 8x8 cells), and
+the backgrounds are photographs in the scikit-image package. Train and test share neither a digit
+nor a photograph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 CLASS_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-# Only photographs that scikit-image ships inside its wheel, with the license it states for each.
+# Only photographs in scikit-image's wheel, with the license that it states for each.
 BACKGROUNDS = {
     "train": {
         "astronaut": "NASA, public domain",
@@ -36,9 +36,9 @@ BACKGROUNDS = {
 }
 TEST_SHARE = 0.3  # the last 30 % of the digits; the scans are ordered by writer
 DIGIT_PIXELS = (24, 72)  # height and width of the pasted 8x8 cell grid in detection scenes
-CROP = 64  # side in pixels of a classification image: a digit of the scenes with its surroundings
+CROP = 64  # side in pixels of a classification image: one digit with its surroundings
 CROP_DIGIT_PIXELS = (36, 54)  # of the 8x8 cell grid in a classification image
-OFF_CENTER = 6  # pixels at most, in each direction
+OFF_CENTER = 6  # largest offset in pixels, in each direction
 VISIBLE = 0.3  # ink at or above this strength counts as part of the digit
 
 
@@ -73,8 +73,8 @@ def digit_indices(split: str) -> range:
 def crop_photograph(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """Return a random, perhaps mirrored square of the photograph, resized to ``size`` pixels.
 
-    Those to train on are turned by right angles too, and their color channels change places: there
-    are few of them, and a detector shall not learn them by heart.
+    Training photographs are also rotated by right angles and their color channels permuted, since
+    a detector would memorize the few photographs.
     """
     photo = load_photograph(name)
     side = int(min(rng.uniform(1, 2) * size, *photo.size))
@@ -89,28 +89,28 @@ def crop_photograph(name: str, size: int, rng: np.random.Generator) -> np.ndarra
 def render_ink(
     index: int, rng: np.random.Generator, pixels: tuple[int, int] = DIGIT_PIXELS
 ) -> np.ndarray:
-    """Return one digit enlarged, turned and sharpened: float32 alpha in [0, 1], cut to its ink.
+    """Return a digit enlarged, rotated and sharpened: float32 alpha in [0, 1], cropped to its ink.
 
-    ``pixels`` bounds height and width of the scan's 8x8 cells, log-uniform; the ink is smaller.
+    ``pixels`` is the range of the log-uniform size of the scan's 8x8 cells; the ink is smaller.
     """
     low, high = pixels
     size = int(round(np.exp(rng.uniform(np.log(low), np.log(high)))))
-    cells = np.pad(load_scans()[0][index], 2)  # room for the turn
+    cells = np.pad(load_scans()[0][index], 2)  # room for the rotation
     large = Image.fromarray(cells).resize((size * 12 // 8,) * 2, Image.BICUBIC)
     turned = large.rotate(rng.uniform(-12, 12), Image.BICUBIC)
-    ink = np.clip((np.asarray(turned) - 0.25) / 0.4, 0, 1)  # an edge of a pen, not a blur
+    ink = np.clip((np.asarray(turned) - 0.25) / 0.4, 0, 1)  # sharp edges, like a pen's
     x0, y0, x1, y1 = tight_box(ink)
     return ink[y0:y1, x0:x1]
 
 
 def tight_box(ink: np.ndarray) -> tuple[int, int, int, int]:
-    """Return ``(x0, y0, x1, y1)``, right and lower side exclusive, around the visible ink."""
+    """Return the box ``(x0, y0, x1, y1)`` of the visible ink; x1 and y1 are exclusive."""
     rows, columns = (np.flatnonzero((ink >= VISIBLE).any(axis=axis)) for axis in (1, 0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _pick_color(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return an RGB ink, 0 to 255, lighter or darker than the patch by a random, legible step."""
+    """Return an RGB color, 0 to 255, lighter or darker than the patch by a random, legible step."""
     mean, spread = patch.mean(), patch.std()
     step = rng.uniform(80, 150) + 0.5 * spread
     roomy = [tone for tone in (mean - step, mean + step) if 0 <= tone <= 255]
@@ -121,14 +121,14 @@ def _pick_color(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def draw_ink(
     canvas: np.ndarray, ink: np.ndarray, left: int, top: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a digit with an outline, black or white, onto a picture.
+    """Draw a digit with a black or white outline onto an image.
 
     Args:
-        canvas: float (H, W, 3), 0 to 255; stays as it is.
+        canvas: float (H, W, 3), 0 to 255; not modified.
         ink: alpha (h, w) that fits into the canvas at ``left``, ``top`` (pixels).
 
     Returns:
-        The new canvas, and alpha over all of it: float32 (H, W), 0 to 1.
+        The new canvas, and alpha over the whole canvas: float32 (H, W), 0 to 1.
     """
     place = slice(top, top + ink.shape[0]), slice(left, left + ink.shape[1])
     alpha = np.zeros(canvas.shape[:2], np.float32)
@@ -148,7 +148,7 @@ def draw_ink(
 def draw_digit_crop(split: str, number: int, index: int) -> np.ndarray:
     """Draw classification image ``number`` of a split, uint8 (64, 64, 3) RGB.
 
-    Scale, scans and photographs are those of the detection scenes, for which it pre-trains.
+    Scale, scans and photographs match the detection scenes, so that it can serve pre-training.
     """
     rng = np.random.default_rng([list(BACKGROUNDS).index(split), number])
     photograph = crop_photograph(str(rng.choice(sorted(BACKGROUNDS[split]))), CROP, rng)
@@ -159,7 +159,7 @@ def draw_digit_crop(split: str, number: int, index: int) -> np.ndarray:
 
 
 def _place(extent: int, rng: np.random.Generator) -> int:
-    """Return where ink of some height or width begins: near the middle, and inside the crop."""
+    """Return the start of ink of some height or width: near the middle and inside the crop."""
     middle = (CROP - extent) // 2
     off = min(OFF_CENTER, middle)
     return middle + int(rng.integers(-off, off + 1))

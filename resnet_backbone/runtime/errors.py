@@ -1,4 +1,4 @@
-"""How a command ends: at most one line on stderr, and an exit status.
+"""How commands end: with at most one line on stderr, and an exit status.
 
 ====== =====================================================================================
 status meaning
@@ -11,8 +11,8 @@ status meaning
 75     stopped by a signal; the same command with ``--resume`` goes on
 ====== =====================================================================================
 
-With the environment variable ``RESNET_BACKBONE_TRACEBACK`` set, tracebacks are shown instead of
-lines. A status of 128 + N means what it means in a shell: ended by signal N.
+If the environment variable ``RESNET_BACKBONE_TRACEBACK`` is set, tracebacks are shown instead of
+lines. As in a shell, a status of 128 + N means that signal N ended the process.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SYSTEM_ERRORS = {
     errno.ENOSPC: "cannot be written, the disk is full: free some space, or choose another path",
     errno.EDQUOT: "cannot be written, your quota is used up: delete files, or choose another path",
 }
-"""What the operating system says of a path, and what to do."""
+"""Error of the operating system -> description, and what to do."""
 
 
 class UsageError(ValueError):
@@ -45,11 +45,11 @@ class UsageError(ValueError):
 
 
 class DataError(UsageError):
-    """Data that cannot be used as they are; the message says what, where and how to mend it."""
+    """Data that cannot be used as they are; the message says what, where and how to fix it."""
 
 
 class UnexpectedResults(ValueError):
-    """Results that differ from those that were expected; the message names all that do."""
+    """Results that differ from expected ones; the message names all of them."""
 
 
 class EvaluationFailed(UnexpectedResults):
@@ -61,15 +61,15 @@ class TrainingDiverged(FloatingPointError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and every process knows it; the message names the signal."""
+    """A signal asked the run to stop, on every process; the message names the signal."""
 
 
-# FloatingPointError is also what Detectron2 raises; ImportError is a library that is not installed.
+# Detectron2 raises FloatingPointError, too. ImportError means that a library is not installed.
 ONE_LINE = (ValueError, OSError, ImportError, FloatingPointError, Stopped)
 
 
 def one_line_errors(main: Callable) -> Callable:
-    """Decorator: errors of a command become one line and the exit status of the table above."""
+    """Decorator that turns errors of a command into one line and the exit status of the table."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -95,9 +95,12 @@ def wants_traceback() -> bool:
 
 
 def outcome(error: Exception) -> tuple[str, int]:
-    """The line and the exit status for one of :data:`ONE_LINE`."""
+    """Returns the line and the exit status for one of :data:`ONE_LINE`."""
     if isinstance(error, Stopped):
-        return f"stopped by {error}; run the same command again, a training with --resume", EXIT_STOPPED
+        return (
+            f"stopped by {error}; run the same command again, a training with --resume",
+            EXIT_STOPPED,
+        )
     status = EXIT_WRONG_INPUT
     if isinstance(error, UnexpectedResults):
         status = EXIT_DIFFERENT
@@ -107,7 +110,7 @@ def outcome(error: Exception) -> tuple[str, int]:
 
 
 def plain_message(error: Exception) -> str:
-    """What an error says, in one line; of one in a worker of PyTorch's loader without its stack."""
+    """Returns an error's message in one line, without the stack of a PyTorch loader's worker."""
     if isinstance(error, OSError) and error.filename is not None:
         return _system_error(error, Path(os.fsdecode(error.filename)))
     text = str(error).strip()

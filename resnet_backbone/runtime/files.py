@@ -1,4 +1,4 @@
-"""Files that are whole or not there, also after a power cut; configs by path or by name."""
+"""Atomic writes, which survive a power cut, and configs by path or by name."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from resnet_backbone.runtime.errors import UsageError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BLOCK = 1 << 20
-# What file systems answer, some of networks, that cannot wait for a folder's table of names.
+# Errors of (network) file systems that cannot sync a folder.
 NO_FOLDERS = (errno.EINVAL, errno.EBADF, errno.EISDIR, errno.EACCES, errno.ENOTSUP)
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """The one way to write a file or a folder that others rely on.
+    """Writes a file or a folder atomically.
 
     Yields:
-        A path beside `path`, where the block writes a file or makes a folder of files. When the
-        block has ended that is on the disk and has its name; the old one stands until then. After
-        an error nothing is left of it.
+        A temporary path beside `path`, where the block writes a file or makes a folder of files.
+        At the end of the block it is synced to disk and replaces `path`. After an error it is
+        removed, and `path` is unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden: no checkpoint yet
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # hidden, not a checkpoint yet
     try:
         with naming(path):
             yield temporary
@@ -46,7 +46,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Errors of writing `path` are OSErrors that say so, also those of PyTorch's file writer."""
+    """Turns errors of writing, also of PyTorch's file writer, into OSErrors that name `path`."""
     try:
         yield
     except OSError as error:
@@ -60,20 +60,20 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes text, UTF-8, by :func:`whole_file`."""
+    """Writes UTF-8 text atomically."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
-    """:func:`write_text` of JSON; `options` are those of ``json.dumps``, indent 2 by default."""
+    """Writes JSON atomically; `options` are for ``json.dumps``, with indent 2 by default."""
     write_text(path, json.dumps(content, **{"indent": 2, **options}) + "\n")
 
 
 def put_in_place(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Gives a complete file or folder its name; a power cut leaves the old one or the new one.
+    """Renames a complete file or folder; a power cut leaves either the old or the new one.
 
-    Both are in the same folder; a folder holds files alone.
+    Both are in the same folder. A folder has only files in it.
     """
     temporary, path = Path(temporary), Path(path)
     for file in [*temporary.iterdir(), temporary] if temporary.is_dir() else [temporary]:
@@ -83,7 +83,7 @@ def put_in_place(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
 
 
 def _to_disk(path: Path) -> None:
-    """Waits until a file is on the disk, or a folder's table of names where that can be done."""
+    """Syncs a file to disk, or a folder's entries if the file system can."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -96,9 +96,9 @@ def _to_disk(path: Path) -> None:
 
 
 def keep_rows(path: str | os.PathLike, is_kept: Callable[[dict], bool]) -> tuple[list[dict], int]:
-    """Drops rows of a file with a JSON object a line, such as those that a run will write again.
+    """Drops rows of a file of JSON lines, such as rows that a resumed run will write again.
 
-    Returns the rows that stay, and the number of incomplete lines, which go.
+    Returns the rows that are kept, and the number of incomplete lines, which are dropped.
     """
     kept, incomplete = [], 0
     lines = Path(path).read_text(encoding="utf-8").splitlines(True) if os.path.exists(path) else []
@@ -117,10 +117,10 @@ def keep_rows(path: str | os.PathLike, is_kept: Callable[[dict], bool]) -> tuple
 
 @contextmanager
 def alone(folder: str | os.PathLike) -> Iterator[int]:
-    """Keeps other processes out of a folder, which is made where it is not there.
+    """Locks a folder against other processes, and creates it if needed.
 
-    A child that has the descriptor that it yields (``pass_fds``) keeps them out even when this
-    process is killed.
+    A child that gets the yielded descriptor (``pass_fds``) holds the lock even if this process is
+    killed. Raises BlockingIOError: another process holds the lock.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def alone(folder: str | os.PathLike) -> Iterator[int]:
 
 
 def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    """Returns the SHA-256 of a file, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -144,17 +144,17 @@ def sha256(path: str | os.PathLike) -> str:
 
 
 def config_folder() -> Path:
-    """``configs`` of the checkout, or what the wheel has of it."""
+    """Returns the folder ``configs`` of the checkout or of the wheel."""
     inside = PACKAGE / "configs"
     return inside if inside.is_dir() else PACKAGE.parent / "configs"
 
 
 def find_config(name: str | os.PathLike, task: str) -> Path:
-    """The file of a config.
+    """Returns the path of a config file.
 
     Args:
-        name: a path, or where there is no such file a name below ``configs/TASK`` or ``configs``
-            such as "voc/faster_rcnn_R_50_FPN", with or without ".yaml".
+        name: a path, or else a name below ``configs/TASK`` or ``configs``, such as
+            "voc/faster_rcnn_R_50_FPN", with or without ".yaml".
         task: "detection" or "classification".
 
     Raises:

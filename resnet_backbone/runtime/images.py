@@ -1,4 +1,4 @@
-"""Image files to RGB bytes, whole or in part; what cannot be read says why."""
+"""Decodes image files to RGB bytes, whole or in part, and reports unreadable ones."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ORIENTATION_TAGS = (b"\x01\x12", b"\x12\x01", b"Orientation")  # EXIF of both by
 START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 MODE_NAMES = {"P": "palette", "1": "bitmap", "LA": "gray with alpha", "PA": "palette with alpha"}
 MODE_NAMES |= dict.fromkeys(("I", "I;16", "I;16B", "I;16L"), "16-bit gray")
-HARMLESS = "extraneous bytes before marker"  # libjpeg's warning about padding: nothing is lost
+HARMLESS = "extraneous bytes before marker"  # libjpeg's warning about padding; no data is lost
 END_OF_IMAGE = b"\xff\xd9"
-MIN_PART_WIDTH = 32  # libjpeg smooths color otherwise where less than two blocks are read
+MIN_PART_WIDTH = 32  # libjpeg upsamples color differently if it reads less than two blocks
 CPU_ONLY = -99999  # nvImageCodec's NVIMGCODEC_DEVICE_CPU_ONLY
 
 
 class BadImage(ValueError):
-    """An image that cannot be read: ``path``, which may be within a shard, and ``reason``."""
+    """An unreadable image, with its ``path``, which may be in a shard, and the ``reason``."""
 
     def __init__(self, path: str | os.PathLike, reason: str):
         self.path, self.reason = str(path), " ".join(str(reason).split())
@@ -44,14 +44,14 @@ class BadImage(ValueError):
 
 
 class Decoded(NamedTuple):
-    """An image that was read."""
+    """A decoded image."""
 
     pixels: np.ndarray  # uint8 (H, W, 3), RGB, upright
     note: str = ""  # what was converted ("CMYK", "EXIF orientation 6")
 
 
 def find_pictures(paths: Sequence[str | Path], option: str = "--images") -> list[Path]:
-    """Files as they are given, and in place of a folder all pictures below it, sorted by name."""
+    """Returns the given files, and for a folder all images below it, sorted by name."""
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
@@ -64,17 +64,17 @@ def find_pictures(paths: Sequence[str | Path], option: str = "--images") -> list
 
 
 def spread(files: list[Path], count: int) -> list[Path]:
-    """At most so many of the files, evenly over their order."""
+    """Returns at most ``count`` of the files, evenly spaced."""
     return files[:: max(1, len(files) // count)][:count]
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:
-    """Reads an image file by :func:`decode`: uint8 (H, W, 3), RGB; BadImage where that fails."""
+    """Reads an image file as uint8 (H, W, 3), RGB, see :func:`decode`; BadImage if unreadable."""
     return decode(read_bytes(path), path).pixels
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """The content of an image file; BadImage where it cannot be read."""
+    """Reads the content of an image file; BadImage if this fails."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -82,11 +82,11 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def decode(data: bytes, name: str | os.PathLike = "<bytes>") -> Decoded:
-    """Decodes an image of any format that Pillow knows.
+    """Decodes an image of any format that Pillow reads.
 
-    CMYK (Adobe's inverted form too), palettes, gray levels and bitmaps become RGB as by Pillow's
-    ``convert``; transparency is dropped, as torchvision's ImageFolder does; of 12 and 16-bit gray
-    levels the high byte is kept, as libpng does; numbers with a point lie between 0 and 1, 255 or
+    CMYK (also Adobe's inverted form), palettes, gray levels and bitmaps become RGB as in Pillow's
+    ``convert``. Transparency is dropped, as in torchvision's ImageFolder. 12 and 16-bit gray levels
+    are reduced to their high byte, as in libpng. Floating-point levels are taken as 0 to 1, 255 or
     65,535. The EXIF orientation is applied, unlike in ImageFolder.
 
     Args:
@@ -103,15 +103,15 @@ def decode(data: bytes, name: str | os.PathLike = "<bytes>") -> Decoded:
             return Decoded(simplejpeg.decode_jpeg(data, "RGB"))
         except ValueError as error:
             lost = "Premature end" in str(error) or "Corrupt JPEG" in str(error)
-            if lost and HARMLESS not in str(error):  # libjpeg fills what is missing with gray
+            if lost and HARMLESS not in str(error):  # libjpeg fills missing parts with gray
                 raise BadImage(name, f"truncated or damaged JPEG ({error})") from error
     return _decode_by_pillow(data, name)
 
 
 def is_plain_jpeg(data: bytes) -> bool:
-    """Whether this is a JPEG of 8-bit gray or RGB pixels that are stored upright.
+    """Returns whether this is a JPEG of 8-bit gray or RGB pixels that are stored upright.
 
-    False also where the header is damaged: Pillow, which is slower, is to judge.
+    A damaged header also gives False, so that Pillow, which is slower, decides.
     """
     if not data.startswith(b"\xff\xd8"):
         return False
@@ -181,7 +181,7 @@ def _to_rgb(image: Image.Image, orientation: int, name: str | os.PathLike) -> np
 
 
 def _to_bytes(image: Image.Image, name: str | os.PathLike) -> np.ndarray:
-    """Gray levels of more than 8 bits: uint8 (H, W), the high byte of what the file can hold."""
+    """Converts gray levels of more than 8 bits to uint8 (H, W), the high byte of their range."""
     levels = np.asarray(image).astype(np.float64)
     least, most = levels.min(), levels.max()
     if image.mode not in ("F", "I"):  # 16 bits, or the 12 that a TIFF file states
@@ -199,19 +199,19 @@ def _to_bytes(image: Image.Image, name: str | os.PathLike) -> np.ndarray:
 
 
 class EncodedImage:
-    """An image of known size, of which any rectangle can be decoded.
+    """An image whose size is known and whose parts can be decoded.
 
-    With the package nvidia-nvimgcodec (its CPU decoder, which is libjpeg-turbo) ordinary JPEGs are
-    decoded in part, to the same pixels in about half the time. A partial decoder is silent about
-    damage outside the rectangle: files that lack their end are decoded whole, and judged by
-    :func:`decode`; damage in the middle of a whole file may go unnoticed here.
+    With the package nvidia-nvimgcodec (its CPU decoder, libjpeg-turbo), plain JPEGs are decoded in
+    part, to the same pixels in about half the time. A partial decoder does not see damage outside
+    of the rectangle. Truncated files are decoded whole and checked by :func:`decode`, but damage
+    in the middle of a complete file may go unnoticed.
 
     Attributes:
         height, width: pixels, of the upright image.
-        note: see :class:`Decoded`; known once pixels were asked for.
+        note: see :class:`Decoded`; set after pixels were decoded.
 
     Args:
-        data, name: as of :func:`decode`, whose BadImage may also come from :meth:`region`.
+        data, name: see :func:`decode`, whose BadImage may also come from :meth:`region`.
         partial: False decodes every image whole.
     """
 
@@ -228,7 +228,7 @@ class EncodedImage:
             self.height, self.width = self._decode_whole().shape[:2]
 
     def region(self, top: int, left: int, bottom: int, right: int) -> np.ndarray:
-        """The pixels [top, bottom) x [left, right): uint8 (bottom - top, right - left, 3), RGB."""
+        """Decodes [top, bottom) x [left, right): uint8 (bottom - top, right - left, 3), RGB."""
         in_part = self._stream is not None and self._pixels is None
         if in_part and right - left >= MIN_PART_WIDTH:
             pixels = _decode_part(self._stream, top, left, bottom, right)
@@ -246,16 +246,16 @@ class EncodedImage:
 
 
 def partial_decoding() -> bool:
-    """Whether JPEGs are decoded in part here: whether nvidia-nvimgcodec is installed."""
+    """Returns whether JPEGs can be decoded in part, that is, nvidia-nvimgcodec is installed."""
     return _decoder(os.getpid()) is not None
 
 
 @cache
 def _decoder(_pid: int):
-    """This process's decoder, or None; one that was made before a fork is not used after it."""
+    """Returns this process's decoder, or None; a forked process makes its own."""
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # damaged files are reported by us
     try:
-        with _quiet_standard_error():  # it names the CUDA libraries that it does without
+        with _quiet_standard_error():  # it lists missing CUDA libraries
             from nvidia import nvimgcodec
 
             backends = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)]
@@ -266,7 +266,7 @@ def _decoder(_pid: int):
 
 @contextmanager
 def _quiet_standard_error() -> Iterator[None]:
-    """Discards what C libraries write to standard error."""
+    """Discards output of C libraries to standard error."""
     saved = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -1,4 +1,4 @@
-"""Starting a run's processes: on one machine or several, by options of the tools or by torchrun."""
+"""Starts a run's processes, on one machine or several, by command-line options or torchrun."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from resnet_backbone.runtime.signals import STOP_SIGNALS, handled
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = datetime.timedelta(minutes=30)  # of collective operations, as in Detectron2
-PATIENCE = 60.0  # seconds that processes have to end once one of them has
+PATIENCE = 60.0  # seconds for the other processes to end after one has failed
 INTERRUPTED = 5.0  # the same after a second Ctrl-C
 
 
 class Launch(NamedTuple):
-    """What processes make up a run."""
+    """The processes of a run."""
 
     processes: int = 1  # on each machine
     machines: int = 1
     machine_rank: int = 0
-    url: str = ""  # where they meet, tcp://HOST:PORT of the first machine
-    uses_gpus: bool = False  # NCCL and a GPU for each process; else gloo and the CPU
+    url: str = ""  # rendezvous, tcp://HOST:PORT of the first machine
+    uses_gpus: bool = False  # NCCL and a GPU for each process, or else gloo and the CPU
 
     @property
     def world(self) -> int:
@@ -52,7 +52,7 @@ class Launch(NamedTuple):
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
-    """Detectron2's options, and ``--num-processes``."""
+    """Adds Detectron2's options and ``--num-processes``."""
     text = "With several machines, run the same command on each, with its --machine-rank."
     add = parser.add_argument_group("processes", text).add_argument
     add("--num-gpus", type=int, help="GPUs per machine (default: 1)")
@@ -67,7 +67,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 def plan_launch(args: argparse.Namespace, device: str, on_cpu: str) -> Launch:
     """Reads the options of :func:`add_launch_arguments`, for device "cpu", "cuda" or "auto".
 
-    `on_cpu` is how the user asks for the CPU, such as "MODEL.DEVICE cpu".
+    `on_cpu` is the option that selects the CPU, such as "MODEL.DEVICE cpu", for messages.
     """
     gpus, count = args.num_gpus, torch.cuda.device_count()
     for name, value in (("--num-gpus", gpus), ("--num-processes", args.num_processes)):
@@ -110,11 +110,11 @@ def _check_torchrun(launch: Launch) -> None:
 
 
 def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> None:
-    """Calls ``run(argument)``, of a module, in every process of a run; returns when all are done.
+    """Calls ``run(argument)`` in every process of a run, and returns when all are done.
 
-    Under torchrun this process is one of them, and a single process is this one as well; others are
-    spawned. Signals to this process go on to them, and what several of them say about an error is
-    said once. Exits with the status of one that failed.
+    Under torchrun, or for a single process, it is called here. Otherwise processes are spawned, so
+    ``run`` must be a module's function. Signals are forwarded to them, and an error message of
+    several processes is printed once. Exits with the status of a process that failed.
     """
     if "WORLD_SIZE" in os.environ:
         _join("env://", launch.uses_gpus)
@@ -131,9 +131,9 @@ def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> 
             status = _watch(started.processes)
             paths = sorted(Path(messages).iterdir())
             said = [path.read_text(encoding="utf-8").partition(" ") for path in paths]
-        for text in dict.fromkeys(text for _, _, text in said):  # what all say is said once
+        for text in dict.fromkeys(text for _, _, text in said):  # each message once
             print(text, file=sys.stderr)
-        if said:  # what was wrong, however the process ended after it
+        if said:  # takes precedence over the exit status of the process
             status = int(said[0][0])
         if status:
             raise SystemExit(status)
@@ -142,7 +142,7 @@ def run_processes(launch: Launch, run: Callable[[Any], None], argument: Any) -> 
 def _work(
     local_rank: int, launch: Launch, run: Callable, argument: Any, messages: str, method: str
 ) -> None:
-    """One spawned process. Its loaders start workers by `method`, as a single process's do."""
+    """Runs a spawned process, whose loaders start workers by `method`, as in a single process."""
     multiprocessing.set_start_method(method, force=True)
     os.environ |= {"LOCAL_RANK": f"{local_rank}", "LOCAL_WORLD_SIZE": f"{launch.processes}"}
     try:
@@ -156,7 +156,7 @@ def _work(
         message, status = outcome(error)
         Path(messages, f"{local_rank:06d}").write_text(f"{status} {message}", encoding="utf-8")
         raise SystemExit(status) from None
-    except Exception:  # PyTorch's wrapper would keep it to itself
+    except Exception:  # PyTorch's wrapper would not print it
         traceback.print_exc()
         raise SystemExit(1) from None
     except KeyboardInterrupt:
@@ -171,7 +171,7 @@ def _call(run: Callable, argument: Any) -> None:
 
 
 def local_size() -> int:
-    """Processes of this run on this machine."""
+    """Returns the number of this run's processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -191,13 +191,13 @@ def _join(url: str, uses_gpus: bool, **place: int) -> None:
 
 
 def _watch(processes: list) -> int:
-    """Waits for all, ends them when one fails; the exit status of the first that failed."""
+    """Waits for all, ends them when one fails, and returns the status of the first to fail."""
     interrupts = 0
 
     def forward(number: int, frame: Any) -> None:
         nonlocal interrupts
         interrupts += number == signal.SIGINT
-        # a terminal's Ctrl-C has reached them by itself, a second one interrupts them at once
+        # a terminal's Ctrl-C reaches them directly, and a second one interrupts them at once
         for process in processes:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGTERM)
@@ -219,9 +219,9 @@ def _watch(processes: list) -> int:
 
 
 def _first_failure(processes: list) -> int:
-    """Exit status of the first process that failed, 0 for none."""
+    """Returns the exit status of the first process that failed; 0 for none."""
     code = next((code for process in processes if (code := process.exitcode)), 0)
-    return code if code >= 0 else 128 - code  # it was ended by a signal
+    return code if code >= 0 else 128 - code  # negative: ended by a signal
 
 
 def _free_port() -> int:

@@ -1,8 +1,8 @@
-"""One process or many: which one this is, where it computes, what all agree on, and what it draws.
+"""The processes of a run: rank, device, communication, and random numbers.
 
-Random numbers depend on the seed and the place in a run alone. No generator's state outlives an
-iteration or a sample, so a resumed run has none to restore, and the number of workers, or what was
-drawn before, changes nothing.
+Random numbers depend only on the seed and the place in a run. No generator's state outlives an
+iteration or a sample, so a resumed run has none to restore. The number of workers and earlier
+random numbers do not matter.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resnet_backbone.runtime.errors import UsageError
 
-# Nobody can do anything about it: 1 x 1 convolutions in channels-last order cause it.
+# Caused by 1 x 1 convolutions in channels-last order; there is no remedy.
 warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
 
-# The first word of a seed: what its random numbers are for.
+# The first word of a seed: the purpose of its random numbers.
 ORDER, SUBSET, AUGMENTATION, REPLACEMENT, STEP = range(5)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all of a run. Its methods are called by all processes alike."""
+    """This process's place in a run. All processes must call its methods together."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")  # where this process computes
-    control: Any = None  # a CPU (gloo) group, so that asking does not wait for the GPU
+    control: Any = None  # a CPU (gloo) group, which does not wait for the GPU
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """True on every process if the flag is set on any."""
+        """Returns True on every process if the flag is set on any."""
         if self.size == 1:
             return flag
         value = torch.tensor([int(flag)])
@@ -58,14 +58,14 @@ class World:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """The objects of all processes, by rank, on each of them."""
+        """Returns the objects of all processes, by rank, on each of them."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's object, on every process."""
+        """Returns the main process's object on every process."""
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, group=self.control)
@@ -77,7 +77,7 @@ class World:
 
 
 def current_world(device: torch.device | str = "cpu") -> World:
-    """The processes that were joined together, or this one alone; all call it equally often."""
+    """Returns the joined processes, or this one alone; all must call this equally often."""
     if not (dist.is_available() and dist.is_initialized()):
         return World(device=torch.device(device))
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device), _control_group())
@@ -96,9 +96,9 @@ def leave() -> None:
 
 
 def distribute(model: nn.Module) -> nn.Module:
-    """The model under DistributedDataParallel where there are several processes, on CPUs too.
+    """Wraps a model in DistributedDataParallel if there are several processes, on CPUs, too.
 
-    Each process keeps its own BN statistics, as the paper's GPUs did.
+    Each process keeps its own BN statistics, like the paper's GPUs.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return model
@@ -126,21 +126,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def make_rng(*words: int) -> np.random.Generator:
-    """A generator for one purpose at one place, such as (ORDER, seed, epoch).
+    """Returns a generator for one purpose and place, such as (ORDER, seed, epoch).
 
-    Equal words (non-negative) give equal numbers, on every machine.
+    Equal words (non-negative) give equal numbers on every machine.
     """
     return np.random.default_rng(list(words))
 
 
 def seed_everything(*words: int) -> None:
-    """Seeds torch on every device, numpy and random; words as in :func:`make_rng`."""
+    """Seeds torch on all devices, numpy and random; words as in :func:`make_rng`."""
     state = np.random.SeedSequence(list(words)).generate_state(4)
     random.seed(int(state[0]))
     np.random.seed(int(state[1]))

@@ -1,4 +1,4 @@
-"""What is written of a run: its folder, and where its numbers come from."""
+"""The records of a run: its folder, and the provenance of its numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PACKAGES = (
 
 
 def say_nothing_to_resume(folder: str | os.PathLike) -> None:
-    """Of ``--resume`` where no run is, before data and weights are read."""
+    """Says that ``--resume`` found no run, before data and weights are read."""
     text = f"nothing to resume in {folder}: starting from iteration 0"
     print(text, file=sys.stderr, flush=True)
 
@@ -51,7 +51,7 @@ class RunFolder:
         return self.path / name
 
     def start(self, config_yaml: str, world: World) -> None:
-        """Writes the resolved config and, for each start of the run, a line on where it ran."""
+        """Writes the resolved config, and adds this start of the run to environment.json."""
         write_text(self / CONFIG, config_yaml)
         starts, path = [], self / ENVIRONMENT
         if path.exists():
@@ -86,15 +86,15 @@ class RunFolder:
 
 
 def read_results(folder: str | os.PathLike) -> dict[str, Any]:
-    """A run's results.json; empty while the run has not ended."""
+    """Reads a run's results.json; empty before the run has ended."""
     path = Path(folder) / RESULTS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def set_up_logging(folder: Path | None, is_main: bool) -> None:
-    """Messages go to the terminal and to ``log.txt``, which has those of level DEBUG too.
+    """Logs messages to the terminal and, with level DEBUG, to ``log.txt``.
 
-    Other processes show warnings only.
+    Processes other than the main one show only warnings.
     """
     root = logging.getLogger("resnet_backbone")
     root.setLevel(logging.DEBUG if is_main else logging.WARNING)
@@ -111,16 +111,16 @@ def set_up_logging(folder: Path | None, is_main: bool) -> None:
 
 
 def spell_hours(hours: float) -> str:
-    """ "12 min", "3.5 hours" or "2.1 days"."""
+    """Formats hours as "12 min", "3.5 hours" or "2.1 days"."""
     if hours < 1:
         return f"{hours * 60:.0f} min"
     return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 def command_line(command: str = "", arguments: Sequence[str] | None = None) -> str:
-    """A command as it can be typed again; by default that of this process.
+    """Returns a command, by default this process's, as it can be typed again.
 
-    ``python tools/train_net.py ...`` where the checkout's doors are used, else
+    ``python tools/train_net.py ...`` if a script of the checkout is running, or else
     ``resnet-backbone train-net ...``.
     """
     program, *own = sys.argv
@@ -141,12 +141,12 @@ def command_line(command: str = "", arguments: Sequence[str] | None = None) -> s
 
 
 def date() -> str:
-    """Now, in UTC, to the second."""
+    """Returns the current time, in UTC, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those of :data:`PACKAGES` that are installed."""
+    """Returns the versions of Python and of installed :data:`PACKAGES`."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -157,8 +157,8 @@ def versions() -> dict[str, str]:
 
 
 def source_revision() -> str:
-    """The git commit of this source tree with "+changes" if it differs, or "unknown"."""
-    if not (SOURCE / ".git").exists():  # installed: what is around is not our repository
+    """Returns the git commit of this source tree, with "+changes" if it differs, or "unknown"."""
+    if not (SOURCE / ".git").exists():  # installed: a repository around it is not ours
         return "unknown"
     try:
         found = subprocess.run(
@@ -174,7 +174,7 @@ def source_revision() -> str:
 
 
 def hardware(device: torch.device) -> dict:
-    """What the run computes on."""
+    """Describes the hardware that a run computes on."""
     found = {"device": device.type, "cpu": cpu_name(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered, watched for, or passed on to other processes."""
+"""Signals that ask a run to stop: recorded, polled, or forwarded to other processes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from resnet_backbone.runtime.errors import EXIT_STOPPED, Stopped
 from resnet_backbone.runtime.processes import World, current_world
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# By what is passed on to a child: it does not know of the terminal that hangs up.
+# Signal -> signal for a child, which has no terminal to hang up.
 PASSED_ON = {**{number: number for number in STOP_SIGNALS}, signal.SIGHUP: signal.SIGTERM}
-ROUNDS = 10  # batches of an evaluation between two questions to the other processes
-SIGNAL_DELAY = 0.5  # seconds within which a signal to a whole process group reaches each of it
-# What reading from a loader raises when a worker has ended, or while it hands a tensor over.
+ROUNDS = 10  # batches of an evaluation between two checks with the other processes
+SIGNAL_DELAY = 0.5  # seconds until a signal has reached all of a process group
+# Errors of reading from a loader whose worker has ended, perhaps while sending a tensor.
 WORKER_ENDED = (RuntimeError, OSError, EOFError)
 
 
 class StopRequest:
-    """Remembers that SIGTERM, SIGUSR1 or SIGINT arrived; a second SIGINT interrupts at once.
+    """Records that SIGTERM, SIGUSR1 or SIGINT arrived; a second SIGINT interrupts at once.
 
-    A context manager, inside of which signals are looked out for. A signal to any process of a run
-    (by default of those that are joined now) stops all of them.
+    A context manager that handles signals in its block. A signal to any process of a run (by
+    default of the joined processes) stops all of them.
     """
 
     def __init__(self, world: World | None = None):
-        self.name = ""  # of the signal that arrived at this process
-        self.step_seconds = 0.0  # how long a step takes, for the answer to a signal; 0: not known
+        self.name = ""  # of the signal that this process received
+        self.step_seconds = 0.0  # duration of a step, for the reply to a signal; 0: unknown
         self.world = world or current_world()
         self._before: dict[int, Any] = {}
 
@@ -54,35 +54,35 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def raise_if_any(self) -> None:
-        """Raises :class:`Stopped` on all processes, which call it equally often, after a signal."""
+        """Raises :class:`Stopped` on all processes after a signal; all must call it together."""
         if self.world.any(bool(self.name)):
             raise Stopped(next(filter(None, self.world.gather(self.name))))
 
     def leave_workers(self) -> None:
-        """To be called once a loader has workers: only reading from it then says that one ended.
+        """Removes PyTorch's SIGCHLD handler, once a loader has started its workers.
 
-        PyTorch's handler of SIGCHLD raises wherever the program is, also in the middle of a step.
+        It would raise anywhere, even within a step; reading from the loader reports the end, too.
         """
         if self._before:
             self._before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, signal.SIG_DFL))
 
     def explains(self, error: Exception) -> bool:
-        """Whether a loader failed because the signal that stops the run ended its workers too."""
+        """Returns whether a loader failed because the stop signal ended its workers, too."""
         if isinstance(error, WORKER_ENDED):
             time.sleep(SIGNAL_DELAY)
         return isinstance(error, WORKER_ENDED) and bool(self.name)
 
 
 def ignore_interrupts(worker: int) -> None:
-    """A loader's ``worker_init_fn``: a terminal's Ctrl-C is for the process that reads from it."""
+    """A loader's ``worker_init_fn``: leaves a terminal's Ctrl-C to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Watched:
-    """A loader of an evaluation; raises :class:`Stopped` on every process after a signal.
+    """Wraps an evaluation's loader to raise :class:`Stopped` on every process after a signal.
 
-    Processes ask each other equally often, as `rounds` is the largest number of batches that any of
-    them has. Other attributes of the loader are this object's, too.
+    `rounds` is the largest number of batches of any process, so that all of them check equally
+    often. Other attributes are the loader's.
     """
 
     def __init__(self, loader: Sized, stop: StopRequest, rounds: int):
@@ -106,7 +106,7 @@ class Watched:
                     batch = next(iterator)
                 except Exception as error:
                     if self.stop.explains(error):
-                        self.stop.raise_if_any()  # the others ask after their next batches
+                        self.stop.raise_if_any()  # the others check after their next batches
                     raise
                 yield batch
         if not alone:
@@ -115,7 +115,7 @@ class Watched:
 
 @contextmanager
 def handled(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Gives signals to a handler for as long as the block runs."""
+    """Sets a handler for signals in the block, then restores the former ones."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -125,11 +125,11 @@ def handled(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iter
 
 
 def run_child(command: Sequence[str], **options: Any) -> tuple[int, bool]:
-    """Runs a command by ``subprocess.Popen``; signals that ask to stop are passed on.
+    """Runs a command with ``subprocess.Popen``, and forwards signals that ask to stop.
 
     Returns:
-        Its exit status, 75 where it was stopped by a signal that was passed on and 128 + its
-        number by another one, as in a shell; whether a signal was passed on.
+        (exit status, whether a signal was forwarded). The status is 75 if a forwarded signal ended
+        the command, and 128 + N, as in a shell, if another signal N did.
     """
     process, passed_on, early = None, [], []
 
@@ -144,7 +144,7 @@ def run_child(command: Sequence[str], **options: Any) -> tuple[int, bool]:
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
         numbers.remove(signal.SIGHUP)
     with handled(numbers, pass_on):
-        # in a session of its own, else a terminal's Ctrl-C would reach it twice
+        # in its own session, or a terminal's Ctrl-C would reach it twice
         process = subprocess.Popen(command, start_new_session=True, **options)
         for number in early:
             process.send_signal(number)
