@@ -31,11 +31,11 @@ COMMANDS = {
     "analyze-model": "count parameters and multiply-adds beside the published numbers",
     "recompute-bn": "recompute a classifier's BN statistics on its training set",
 }
-"""Name -> what it does, in one line. The module has the name with underscores."""
+"""Name -> one-line description. The module has the name with underscores."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Texts, also those of subcommands, stay as they are written; errors are one line."""
+    """A parser that prints texts, also of subcommands, as written, and errors in one line."""
 
     def __init__(self, *args: Any, **options: Any):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
@@ -60,7 +60,7 @@ def key_and_text(text: str) -> tuple[str, str]:
 
 
 def key_and_value(text: str) -> tuple[str, Any]:
-    """ "key=value" -> (key, value); values are Python literals, anything else is a string."""
+    """Parses "key=value" into (key, value); a value that is no Python literal stays a string."""
     key, value = key_and_text(text)
     try:
         return key, ast.literal_eval(value)

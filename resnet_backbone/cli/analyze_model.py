@@ -51,7 +51,7 @@ the paper's 3.6 with option A (3.644), which its Table 2 uses; with option B (3.
 
 
 class Row(NamedTuple):
-    """A network, and what others publish about it; numbers as they are printed there."""
+    """A network and its published numbers, as printed."""
 
     name: str
     options: dict[str, object]
@@ -98,7 +98,7 @@ REFERENCES = (
 
 
 def within_last_digit(count: int, published: str) -> bool:
-    """Whether a count is at most one unit of the last printed digit from ``published`` (1e9)."""
+    """Returns whether a count is within one unit of the last digit of ``published`` (in 1e9)."""
     if not published:
         return True
     unit = Decimal(1).scaleb(Decimal(published).as_tuple().exponent)
@@ -106,14 +106,14 @@ def within_last_digit(count: int, published: str) -> bool:
 
 
 def build_on_meta(name: str, options: dict[str, object]) -> tuple[StagedNetwork, int]:
-    """A network without memory for its weights, and the side of its images."""
+    """Builds a network on the meta device; returns it and the side of its images in pixels."""
     with torch.device("meta"):
         model = build_model(name, **options)
     return model, 32 if name.startswith("cifar") else 224
 
 
 def compare(reference: Row) -> dict[str, object]:
-    """Our numbers beside the published ones; the key ``ok`` tells whether they agree."""
+    """Returns our numbers and the published ones; the key ``ok`` says whether they agree."""
     model, size = build_on_meta(reference.name, reference.options)
     stages, parameters = analyze(model, size), count_parameters(model)
     convolutions = sum(stage.convolutions for stage in stages)
@@ -139,7 +139,7 @@ def compare(reference: Row) -> dict[str, object]:
 
 
 def select(patterns: list[str]) -> list[Row]:
-    """The references of the networks whose names match, all of them without a pattern."""
+    """Returns the references whose names match a pattern; all without patterns."""
     for pattern in patterns:
         if not any(fnmatch(row.name, pattern) for row in REFERENCES):
             raise ValueError(f"no network is named {pattern!r}: use {', '.join(list_models())}")
@@ -159,7 +159,7 @@ def format_options(options: dict[str, object]) -> str:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """ "224" or "600x1000" (height x width) -> (height, width)."""
+    """Parses "224" or "600x1000" (height x width) into (height, width)."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is neither SIZE nor HEIGHTxWIDTH")

@@ -64,12 +64,12 @@ is read back and compared with the source on images, unless --no-verify is given
 
 # Largest relative difference after rounding the kernels, a hundred layers deep.
 TOLERANCES = {None: TOLERANCE, "fp32": TOLERANCE, "fp16": 1e-2, "bf16": 5e-2}
-INPUT = ("channel_order", "value_range", "mean", "std")  # all of it, where no name says it
+INPUT = ("channel_order", "value_range", "mean", "std")  # all are needed without a name
 SOURCE_FACTS = ("preprocessing", *INPUT, "stride_in_1x1", "bn_eps", "model")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, suffix: str = "") -> None:
-    """What a source does not say itself: an option for each of :data:`SOURCE_FACTS`."""
+    """Adds an option for each of :data:`SOURCE_FACTS`, which a source may not state itself."""
     whose, end = (f" of {suffix.upper()}", f"-{suffix}") if suffix else ("", "")
     add = parser.add_argument_group(f"what the source{whose} does not state").add_argument
     published = f"a published convention: {', '.join(PREPROCESSINGS)}"
@@ -140,7 +140,7 @@ def add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def stated(args: argparse.Namespace, suffix: str = "") -> dict[str, Any]:
-    """What the command line says of a source, by the names of :data:`SOURCE_FACTS`."""
+    """Returns what the command line states of a source, by name in :data:`SOURCE_FACTS`."""
     end = f"_{suffix}" if suffix else ""
     found = {name: getattr(args, name + end) for name in SOURCE_FACTS}
     return {name: value for name, value in found.items() if value is not None}
@@ -149,7 +149,7 @@ def stated(args: argparse.Namespace, suffix: str = "") -> dict[str, Any]:
 def stated_source(
     args: argparse.Namespace, suffix: str = ""
 ) -> tuple[Preprocessing | str, ModelSpec | None]:
-    """The preprocessing and network that the command line states; "" and None where it does not."""
+    """Returns the preprocessing and network that the command line states, or "" and None."""
     facts = stated(args, suffix)
     model = ModelSpec(facts.pop("model")) if "model" in facts else None
     if "stride_in_1x1" in facts:
@@ -182,7 +182,7 @@ def read(source: str, args: argparse.Namespace, suffix: str = "") -> Checkpoint:
 
 
 def read_images(args: argparse.Namespace, checkpoint: Checkpoint) -> Samples:
-    """The pictures to compare on: center crops of a folder's, or those at hand."""
+    """Returns the images to compare on: center crops from a folder, or the built-in ones."""
     size = default_size(checkpoint) if args.size is None else args.size
     if size < 32:
         raise WeightsError("--size is at least 32")
@@ -222,7 +222,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def converted(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
-    """The checkpoint with the conversions that were asked for, in this order."""
+    """Applies the requested conversions to a checkpoint."""
     rules = FORMATS[args.to]
     value_range = args.value_range_to or rules.value_range
     if rules.value_range not in (None, value_range):

@@ -56,7 +56,7 @@ from resnet_backbone.runtime.files import write_json
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 COLUMNS = ["class", "score", "x0", "y0", "x1", "y1"]  # of the page's table
-LEAST = 0.05  # score of detections that are known to the program, as in evaluations
+LEAST = 0.05  # lowest score of the detector, as in evaluations
 NO_NAMES = """\
 note: the class names are not known, so numbers are shown; give \
 RESNET_BACKBONE.CLASS_NAMES "['first', 'second', ...]\""""
@@ -102,7 +102,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def find_inputs(words: list[str]) -> list[Path]:
-    """Files named by paths, folders (their images and videos) and patterns, each once."""
+    """Returns the files of paths, folders (their images and videos) and patterns, each once."""
     found: dict[Path, None] = {}
     for word in words:
         path = Path(word)
@@ -117,7 +117,7 @@ def find_inputs(words: list[str]) -> list[Path]:
 
 
 def plan_outputs(inputs: list[Path], output: str | None) -> list[Path | None]:
-    """The file to write for each input; equal names get a number."""
+    """Returns the file to write for each input; duplicate names get a number."""
     if output is None:
         return [None] * len(inputs)
     suffix = Path(output).suffix.lower()
@@ -159,7 +159,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
         cfg = load_config(args.config_file, [*device, *args.opts])
     for line in prepare_weights(cfg, given=args.opts[::2]):
         print(f"weights: {line}")
-    least = min(args.confidence, LEAST)  # so that "0 detections" can say what the best one was
+    least = min(args.confidence, LEAST)  # so that "0 detections" can state the best score
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = least
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = least
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence
@@ -167,7 +167,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
 
 
 class Demo:
-    """Detects, draws and writes; keeps the detections and the pictures of the sheet."""
+    """Detects, draws and writes; collects the detections and the sheet's images."""
 
     def __init__(self, predictor: Predictor, args: argparse.Namespace):
         self.predictor, self.args = predictor, args
@@ -179,10 +179,10 @@ class Demo:
         self.names = names, list(cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES)
         self.images: list[dict] = []  # file, frame of a video, detections
         self.pictures: list[tuple[str, np.ndarray]] = []
-        self.best: list[float] = []  # score of what was found in each input, shown or not
+        self.best: list[float] = []  # best score in each input, shown or not
 
     def run(self, path: Path, output: Path | None) -> str:
-        """Does one image or video; returns what to say. UnreadableError: it is broken."""
+        """Processes an image or a video; returns a line to print. Raises UnreadableError."""
         start = time.perf_counter()
         self.best.append(0.0)
         number = (self._video if is_video(path) else self._image)(path, output)
@@ -191,7 +191,7 @@ class Demo:
 
     @staticmethod
     def hint(best: float) -> str:
-        """What to try where nothing is shown; "" if nothing was found with a lower score."""
+        """Suggests a lower threshold if nothing is shown; "" if there is nothing below it."""
         lower = max(math.floor(best * 20) / 20, LEAST)
         return f" (best score {best:.2f}; try --confidence {lower:g})" if best >= LEAST else ""
 
@@ -203,7 +203,7 @@ class Demo:
         return number
 
     def _video(self, path: Path, output: Path | None) -> int:
-        """Frame by frame; the frame with most detections goes on the sheet."""
+        """Processes each frame; the one with the most detections goes on the sheet."""
         rate, count, frames = pictures.read_video(path)
         numbers, best = [], None
         with pictures.video_writer(output, rate) if output else nullcontext() as write:
@@ -227,7 +227,7 @@ class Demo:
         return len(found), picture
 
     def show(self, rgb: np.ndarray, output: dict, confidence: float) -> tuple[list, np.ndarray]:
-        """What a detector found with this score or more: as numbers, and drawn."""
+        """Returns the detections with at least this score, as numbers and as a drawing."""
         if "instances" in output:
             instances = output["instances"]
             output = {**output, "instances": instances[instances.scores >= confidence]}
@@ -239,7 +239,7 @@ class Demo:
             self.pictures.append((path.name, picture))
 
     def write(self, unreadable: list[str]) -> None:
-        """The sheet, and detections with where they come from (boxes: see the module's text)."""
+        """Writes the sheet, and the JSON file that the module's docstring describes."""
         args = self.args
         if args.sheet and self.pictures:
             captions, drawn = zip(*self.pictures, strict=True)
@@ -267,9 +267,9 @@ def for_page(demo: Demo, picture: np.ndarray, output: dict, threshold: float):
 
 
 def build_page(demo: Demo) -> Any:
-    """A page with Gradio: drop a picture, move the threshold, take the JSON.
+    """Builds a Gradio page to drop an image, move the threshold, and download the JSON.
 
-    A picture goes through the detector once; the threshold then chooses among what it found.
+    The detector runs once per image; the threshold then selects among its detections.
     """
     try:
         import gradio

@@ -173,10 +173,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_protocol(args: argparse.Namespace, trained: Preprocessing | None = None) -> Protocol:
-    """The protocol of the options; without any, its sizes are those that the weights state.
+    """Returns the protocol of the options; by default its sizes are what the weights state.
 
     Args:
-        trained: what the first network's weights expect; None: not read yet.
+        trained: input of the first network's weights; None: not read yet.
     """
     full = args.cifar10 or (args.predict and trained and trained.mean_image is not None)
     name = args.protocol or ("full" if full else "center")
@@ -199,7 +199,7 @@ def make_protocol(args: argparse.Namespace, trained: Preprocessing | None = None
 
 
 def one_each(values: list[str], args: argparse.Namespace, option: str) -> list[str]:
-    """One value for each weights file; a single one is for those files that need it."""
+    """Returns one value for each weights file; a single one applies to all that need it."""
     if len(values) not in (0, 1, len(args.weights)):
         raise UsageError(f"{option}: give one for all, or one for each of the weights files")
     return values if len(values) > 1 else (values or [""]) * len(args.weights)
@@ -208,7 +208,7 @@ def one_each(values: list[str], args: argparse.Namespace, option: str) -> list[s
 def network_spec(
     path: str, name: str, preprocessing: str, args: argparse.Namespace
 ) -> tuple[networks.NetworkSpec, bool]:
-    """The network of a weights file, and whether the file says it; else arguments or tensors do."""
+    """Returns a weights file's network, from file, arguments or tensors; whether from the file."""
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file; give --weights a .safetensors file")
     found = networks.read_spec(path)
@@ -231,7 +231,7 @@ def network_spec(
 def load_networks(
     args: argparse.Namespace, world: World
 ) -> tuple[list[tuple[torch.nn.Module, InputNormalizer]], int]:
-    """The networks with their preprocessing, and their number of classes."""
+    """Returns the networks with their preprocessing, and their number of classes."""
     models, specs = [], []
     names = one_each(args.model, args, "--model")
     inputs = one_each(args.preprocessing, args, "--preprocessing")
@@ -239,7 +239,7 @@ def load_networks(
         try:
             spec, own = network_spec(path, name, preprocessing, args)
             if own and len(args.preprocessing) < len(args.weights):
-                preprocessing = ""  # the one for all is for files without their own
+                preprocessing = ""  # a single value is only for files that do not state theirs
             model = spec.build()
             found = networks.load_network(model, path, preprocessing)
         except UnknownInput as error:
@@ -262,7 +262,7 @@ def put_on_engine(
     models: list[tuple[torch.nn.Module, InputNormalizer]],
     protocol: Protocol,
 ) -> list[tuple[torch.nn.Module, InputNormalizer]]:
-    """The networks as --engine runs them, in the precision of --amp or --int8."""
+    """Returns the networks for --engine, in the precision of --amp or --int8."""
     if args.engine == "eager":
         return models
     if getattr(protocol, "pooling", "") == "sliding":
@@ -287,7 +287,7 @@ def put_on_engine(
 def read_data(
     args: argparse.Namespace, protocol: Protocol, num_classes: int
 ) -> tuple[EvaluationFiles | EvaluationArrays, tuple[str, ...]]:
-    """The images, and a name for each of the network's classes."""
+    """Returns the images, and a name for each of the network's classes."""
     if args.cifar10:
         if num_classes != len(CIFAR10_CLASSES):
             raise UsageError(f"the network has {num_classes} classes, but CIFAR-10 has 10")
@@ -338,7 +338,7 @@ def write_results(args: argparse.Namespace, world: World, images, names, result)
 
 
 def show_predictions(args: argparse.Namespace, images, names, result: EvaluationResult) -> None:
-    """A line for each picture; with --output also predictions.csv, without labels."""
+    """Prints a line for each image; with --output also writes predictions.csv, without labels."""
     rows = []
     for index, image, _, _, *best in prediction_rows(result.predictions, names, images.name_of):
         rows.append([index, image, *best])
@@ -374,5 +374,5 @@ def work(args: argparse.Namespace) -> None:
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    make_protocol(args)  # refuses what does not fit before processes are started
+    make_protocol(args)  # checks the options before processes are started
     run_processes(plan_launch(args, args.device, "--device cpu"), work, args)

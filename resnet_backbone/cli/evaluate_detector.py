@@ -61,7 +61,7 @@ from resnet_backbone.runtime.files import sha256, write_json, write_text
 from resnet_backbone.runtime.records import command_line, date, hardware
 
 ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
-PAPER_SCALES = (200, 400, 600, 800, 1000)  # of images that are otherwise tested at 600
+PAPER_SCALES = (200, 400, 600, 800, 1000)  # short sides, where the single scale is 600
 OF_THE_ROWS = (  # keys that rows and other options set
     *("MODEL.WEIGHTS", "OUTPUT_DIR", "RESNET_BACKBONE.GLOBAL_CONTEXT", "TEST.AUG.ENABLED"),
     *(f"RESNET_BACKBONE.TEST.{key}" for key in ("BOX_REFINEMENT", "SCALES", "ENSEMBLE")),
@@ -69,7 +69,7 @@ OF_THE_ROWS = (  # keys that rows and other options set
 
 
 class Row(NamedTuple):
-    """A row to measure; `cfg` has all its switches, `run` is the folder of its detector."""
+    """A row to measure, with all its switches in `cfg`; `run` is its detector's folder."""
 
     name: str
     run: str
@@ -111,8 +111,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_runs(args: argparse.Namespace) -> dict:
-    """The configs of --run and --context-run, with the data that they are evaluated on."""
-    off = ["TEST.AUG.ENABLED", "False"]  # what the runs' own evaluations had on
+    """Returns the configs of --run and --context-run, with the data for their evaluation."""
+    off = ["TEST.AUG.ENABLED", "False"]  # switches of the runs' own evaluations
     for key in DEFAULTS.TEST.keys() - {"METRIC"}:
         off += [f"RESNET_BACKBONE.TEST.{key}", str(DEFAULTS.TEST[key])]
     runs = [run for run in (args.run, args.context_run) if run]
@@ -130,14 +130,14 @@ def read_runs(args: argparse.Namespace) -> dict:
     for run in runs[1:]:
         predictor.check_member(first, found[run], run)
         found[run].DATASETS = first.DATASETS.clone()
-    for run in args.ensemble_run:  # before hours of the other rows
+    for run in args.ensemble_run:  # check now, before hours of other rows
         member = predictor.run_config(run, ["MODEL.DEVICE", first.MODEL.DEVICE])
         predictor.check_member(first, member, run)
     return found
 
 
 def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str, str]]:
-    """The rows in the paper's order, and those left out, with the reason."""
+    """Returns the rows in the paper's order, and omitted rows with the reason."""
     rows, left_out, run, switches = [], {}, args.run, {}
     lacking = {
         "context": not args.context_run and "give --context-run DIR",
@@ -167,7 +167,7 @@ def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str
 
 
 def fingerprint(row: Row, data: str, digest: Callable[[Any], str]) -> str:
-    """Changes with the row's settings, the weights of its detectors and the data."""
+    """Returns a hash of a row's settings, its detectors' weights and the data."""
     cfg = row.cfg.clone()
     cfg.defrost()
     cfg.OUTPUT_DIR = ""
@@ -206,7 +206,7 @@ def evaluate(row: Row, detector: torch.nn.Module) -> dict:
 
 
 def measure(rows: list[Row], runs: dict) -> Iterator[tuple[dict, bool]]:
-    """Each row's numbers, and whether they were there already; rows of a run share its detector."""
+    """Yields each row's numbers, and whether they were kept; rows of a run share its detector."""
     digest, data = functools.cache(sha256), data_digest(rows[0].cfg.DATASETS.TEST[0])
     detector = functools.lru_cache(maxsize=1)(lambda run: predictor.trained_detector(runs[run]))
     for row in rows:
@@ -227,7 +227,7 @@ def as_text(value: float | None) -> str:
 
 
 def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
-    """Markdown: our numbers, on COCO the paper's beside them, then AP per class."""
+    """Returns Markdown: our numbers, on COCO beside the paper's, then AP per class."""
     bbox = [row["results"]["bbox"] for row in rows]
     parts = [improvements_section([read_row(row) for row in rows])]
     parts += [f"`{name}` is left out: {reason}." for name, reason in left_out.items()]

@@ -93,17 +93,17 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_picture(file: Path) -> Image.Image:
-    """A picture as a person sees it: RGB, upright."""
+    """Reads an image as RGB, upright."""
     return Image.fromarray(read_rgb(file))
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """uint8 (3, H, W), RGB."""
+    """Converts an RGB image to uint8 (3, H, W)."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 def read_images(paths: list[Path], longest_side: int) -> list[Tensor]:
-    """The first images, RGB uint8 (1, 3, H, W) each, in at least two sizes."""
+    """Reads the first images, each RGB uint8 (1, 3, H, W), in at least two sizes."""
     images: list[Tensor] = []
     for file in find_pictures(paths):
         picture = read_picture(file)
@@ -213,13 +213,13 @@ def export_detector(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Exports into a temporary folder beside the output; the files move when they are right."""
+    """Exports to a temporary folder beside the output, and moves the files after the check."""
     parent = args.output.parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as temporary:
         folder = Path(temporary)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracers warn of what the check would find
+            warnings.simplefilter("ignore")  # the check would find what tracers warn about
             export_any = export_detector if args.config_file else export_network
             facts = export_any(args, folder)
         refuse_differences(facts["differences"], args.tolerance)
@@ -235,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def refuse_differences(differences: dict[str, dict[str, float]], tolerance: float) -> None:
-    """Prints the differences of each file's outputs; raises Mismatch where one is too large."""
+    """Prints the differences of each file's outputs; raises Mismatch if one is too large."""
     wrong = []
     for kind, values in differences.items():
         for output, value in values.items():

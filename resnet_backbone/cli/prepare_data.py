@@ -218,7 +218,7 @@ def add_imagenet_options(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare_imagenet(args: argparse.Namespace) -> int:
-    if args.val_archive:  # the quick one first: a wrong label file shows before an hour is gone
+    if args.val_archive:  # the quick one first, to find a wrong label file early
         if not (args.devkit or args.val_labels):
             raise ValueError("--val-archive needs --devkit or --val-labels")
         read = archives.devkit_labels if args.devkit else archives.read_labels

@@ -26,7 +26,7 @@ from resnet_backbone.runtime.files import write_text
 
 
 def unpack_and_check(args: argparse.Namespace) -> int:
-    """Runs the subcommands voc and coco; returns the exit status."""
+    """Runs the subcommands voc and coco, and returns the exit status."""
     check_arguments(args)
     unpack_all(args)
     checks = check(args)
@@ -50,7 +50,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def unpack_all(args: argparse.Namespace) -> None:
-    """All archives are compared with their checksums before the first is unpacked."""
+    """Verifies the checksums of all archives, then unpacks them."""
     for archive in args.archives:
         print(verify_archive(archive, args.unverified), flush=True)
     for archive in args.archives:
@@ -85,11 +85,11 @@ SMALL = [
     "INPUT.MIN_SIZE_TEST 320 INPUT.MAX_SIZE_TEST 533",
     "SOLVER.IMS_PER_BATCH 2 SOLVER.AMP.ENABLED True",
 ]
-"""What makes a training on a CPU a matter of hours: half the size in pixels, bfloat16."""
+"""Overrides that train on a CPU within hours: half the image size, bfloat16."""
 
 
 def convert_own(args: argparse.Namespace) -> int:
-    """Runs the subcommand own; returns the exit status."""
+    """Runs the subcommand own, and returns the exit status."""
     if not 0 < args.val < 1:
         raise UsageError(f"--val {args.val:g}: it is a share, above 0 and below 1")
     names_of_splits = ("train", "val2" if args.val1 else "val", "test")
@@ -131,7 +131,7 @@ def convert_own(args: argparse.Namespace) -> int:
 
 
 def halve(args: argparse.Namespace, splits: dict[str, list[dict]]) -> None:
-    """Moves val1, a part of val, to train, and leaves val2 to test on (paper, appendix B)."""
+    """Moves val1, a part of val, to train, and keeps val2 for testing (paper, appendix B)."""
     if "val" not in splits:
         raise UsageError("--val1 divides a folder val, which these images do not have")
     records = splits.pop("val")

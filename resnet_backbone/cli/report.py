@@ -88,16 +88,16 @@ Each run makes one row, by its network and by how it was tested. The folder "eva
 
 
 def split_label(text: str) -> tuple[str, str]:
-    """ "PATH" or "PATH=LABEL" -> (path, label or ""); an existing path may have a "=" itself."""
+    """Parses "PATH" or "PATH=LABEL" into (path, label or ""); an existing path may contain "="."""
     path, _, label = (text, "", "") if os.path.exists(text) else text.rpartition("=")
     return (path, label) if path else (text, "")
 
 
 def parse_run(text: str) -> tuple[Path, str]:
-    """ "DIR" or "DIR=LABEL" -> (path of the metrics file, label).
+    """Parses "DIR" or "DIR=LABEL" into (path of the metrics file, label).
 
-    The label of a detection run is its folder's name by default, that of a classification run is
-    empty: its config names the network.
+    The default label of a detection run is its folder's name. A classification run has none,
+    because its config names the network.
     """
     folder, label = split_label(text)
     for path in (Path(folder, name) for name in ("", METRICS, DETECTOR_METRICS)):
@@ -127,7 +127,7 @@ def curves(args: argparse.Namespace) -> None:
 
 
 def read_images(folder: str, count: int) -> Tensor:
-    """Center crops, uint8 (N, 3, 224, 224), of at most ``count`` images spread over a folder."""
+    """Reads center crops, uint8 (N, 3, 224, 224), of at most ``count`` images of a folder."""
     crops = []
     for path in spread(find_pictures([folder]), count):
         pixels = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)

@@ -29,16 +29,16 @@ from resnet_backbone.runtime.signals import run_child
 
 PLANS = config_folder() / "reproduction"
 START = [sys.executable, "-m", "resnet_backbone.cli"]  # a command, of this installation
-DONE = "step.json"  # written into a step's folder after its command
+DONE = "step.json"  # written to a step's folder after its command
 BRACES = re.compile(r"\{([^{}]+)\}")
 PLAN = dict(title=None, steps=None, networks={}, seeds=[1], words={}, note="", _BASE_="")
 STEP = dict(command=None, makes=None, datasets=[], seeds=False, batch=0, hours=0, gpu="", basis="")
-STEP |= dict(published="", goal=False)  # keys with their defaults, here and in PLAN; None: needed
-# How a command is told the input of weights that do not carry it.
+STEP |= dict(published="", goal=False)  # keys with defaults, like PLAN; None: required
+# Command -> its option for the input of weights that do not state it.
 STATED = dict.fromkeys(("convert-weights", "evaluate-classifier"), "--preprocessing")
 STATED["train-net"] = "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"
-OVERRIDDEN = {"train-classifier": True, "train-net": False}  # by --set's words with "="
-TASKS = {"train-classifier": "classification", "train-net": "detection"}  # of its configs
+OVERRIDDEN = {"train-classifier": True, "train-net": False}  # whether --set's words have a "="
+TASKS = {"train-classifier": "classification", "train-net": "detection"}  # of their configs
 
 EPILOG = """\
 examples:
@@ -62,7 +62,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def checked(node: Any, keys: dict[str, Any], where: str) -> dict[str, Any]:
-    """A mapping of these keys, with their defaults."""
+    """Checks a mapping's keys and values, and returns it with defaults added."""
     if not isinstance(node, dict):
         raise UsageError(f"{where}: expected keys with values, found {node!r}")
     missing = [key for key, value in keys.items() if value is None and key not in node]
@@ -77,7 +77,7 @@ def checked(node: Any, keys: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def read_plan(path: Path, seeds: Sequence[int] | None = None) -> dict[str, Any]:
-    """A plan as its file has it, with defaults; `seeds` replace its own."""
+    """Reads a plan with its defaults; `seeds` replace its own."""
     plan = checked(read_yaml(path), PLAN, str(path))
     if not isinstance(plan["steps"], dict) or not plan["steps"]:
         raise UsageError(f"{path}: steps: give at least one, NAME: with command: and makes: below")
@@ -96,7 +96,7 @@ def digest(content: object) -> str:
 
 
 def config_digests(path: Path) -> Iterator[str]:
-    """Of a YAML config and, from ``_BASE_`` to ``_BASE_``, those that it builds on."""
+    """Yields the digests of a YAML config and, recursively, of its ``_BASE_`` configs."""
     yield sha256(path)
     bases = (read_yaml(path) or {}).get("_BASE_", [])
     for base in [bases] if isinstance(bases, str) else bases:
@@ -104,22 +104,22 @@ def config_digests(path: Path) -> Iterator[str]:
 
 
 def tree_digest(folder: Path) -> str:
-    """Of a data set's folder: when files were added to or taken from it, two levels deep."""
+    """Returns a digest of a data set's folders, two levels deep, and when they last changed."""
     folders = [folder, *folder.glob("*/"), *folder.glob("*/*/")]
     return digest(sorted([str(f.relative_to(folder)), f.stat().st_mtime_ns] for f in folders))
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One command with a folder of its own."""
+    """A command with its own folder."""
 
     name: str
     folder: Path
-    words: tuple[str, ...]  # of resnet-backbone: a command and its arguments
-    product: Path  # the file that it makes, which proves it complete
+    words: tuple[str, ...]  # a command of resnet-backbone and its arguments
+    product: Path  # the file that it makes, which proves that it is complete
     key: str  # ten digits of the hash of all that the result depends on
     inputs: tuple[Step, ...]
-    node: dict[str, Any]  # as the plan has it
+    node: dict[str, Any]  # its entry in the plan
 
     @property
     def stage(self) -> str:
@@ -131,7 +131,7 @@ class Step:
 
     @property
     def shown(self) -> str:
-        """The command as it would be typed in this folder."""
+        """The command as typed in the current folder."""
         return shlex.join([PROGRAM, *(word.replace(f"{Path.cwd()}/", "") for word in self.words)])
 
 
@@ -139,22 +139,22 @@ class Value(NamedTuple):
     """A word of a command."""
 
     text: str
-    identity: str  # what stands for it in the hash
-    step: Step | None = None  # that it is from
+    identity: str  # its contribution to the hash
+    step: Step | None = None  # the step that makes it
 
 
 class Builder:
-    """From a plan and the command line to steps; ``build`` of the last step makes all of them."""
+    """Makes steps from a plan and the command line; ``build`` also builds the steps it needs."""
 
     def __init__(self, plan: dict[str, Any], args: argparse.Namespace):
         self.plan, self.args = plan, args
         self.steps: dict[str, list[Step]] = {}
-        self.absent: set[Path] = set()  # data that are not there
+        self.absent: set[Path] = set()  # missing data
         for name in {*args.weights, *args.preprocessing} - {*plan["networks"]}:
             raise UsageError(f"the plan has no {name}; its networks: {', '.join(plan['networks'])}")
 
     def build(self, name: str) -> list[Step]:
-        """The step, once for each seed, after the steps that it needs."""
+        """Builds a step, once for each seed, after the steps that it needs."""
         if name not in self.steps:
             seeds = self.plan["seeds"] if self.plan["steps"][name]["seeds"] else [None]
             self.steps[name] = [self._step(name, seed) for seed in seeds]
@@ -183,7 +183,7 @@ class Builder:
         return Step(name, folder, tuple(words), folder / node["makes"], key, inputs, node)
 
     def _expand(self, word: str, node: dict[str, Any], seed: int | None) -> list[Value]:
-        """A word of a command; alone, a name in braces may stand for several words or none."""
+        """Expands the names in a word; a word that is one name may become any number of words."""
         found = {name: self._values(name, node, seed) for name in BRACES.findall(word)}
         if word[1:-1] in found:
             return found[word[1:-1]]
@@ -234,7 +234,7 @@ class Builder:
 
 
 def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[Step], set[Path]]:
-    """The steps that the plan's goals need, in the plan's order; data that are not there."""
+    """Returns the steps that the plan's goals need, in the plan's order, and missing data."""
     builder = Builder(plan, args)
     goals = [name for name, step in plan["steps"].items() if step["goal"]]
     try:
@@ -246,10 +246,10 @@ def build_steps(plan: dict[str, Any], args: argparse.Namespace) -> tuple[list[St
 
 
 def run(steps: Sequence[Step], stages: Sequence[str], output: Path) -> int:
-    """Run the commands of the stages that are not done, in order.
+    """Runs the stages' unfinished commands in order.
 
     Returns:
-        0, or the exit status of the command that ended otherwise: 75 where it was stopped.
+        0, or the exit status of the command that failed; 75 if it was stopped.
     """
     with alone(output) as lock:
         for number, step in enumerate(steps, 1):
@@ -260,7 +260,7 @@ def run(steps: Sequence[Step], stages: Sequence[str], output: Path) -> int:
             print(f"\n== {number}/{len(steps)} {step.name}\n{step.shown}", flush=True)
             step.folder.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
-            # the child holds the lock too: should this process be killed, the lock stays
+            # the child holds the lock, too, in case this process is killed
             status, stop = run_child([*START, *step.words], pass_fds=(lock,))
             if status:
                 print(f"{step.name} ended with status {status}; the same command continues it")

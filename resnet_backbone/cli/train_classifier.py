@@ -47,7 +47,7 @@ the middle of an epoch, with the images, weights, and rates of an uninterrupted 
 2, wrong input; 3, the training diverged. A detector takes the weights with train-net --weights
 RUN/final.safetensors."""
 
-# Where and how fast a run computes; everything else would make it another run.
+# Keys that a resumed run may change, since they do not affect its result.
 MAY_CHANGE = (
     *("output.", "data.root", "data.val_root", "data.val_labels", "data.workers", "train.threads"),
     *("data.max_bad_images", "evaluation.max_bad_images", "evaluation.batch_size"),
@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """The run's config: from files and overrides, or from the run folder when it goes on."""
+    """Reads the config from files and overrides, or from the run folder if the run continues."""
     overrides = list(args.overrides)
     if args.output_dir:
         overrides.append(f"output.dir={args.output_dir}")
@@ -105,7 +105,7 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def check_folder(args: argparse.Namespace, config: Config) -> None:
-    """Refuses to overwrite a run, and says if there is none to resume."""
+    """Refuses to overwrite a run, and prints a note if there is none to resume."""
     folder = config.output.dir
     holds_run = checkpoints_in(folder) or (Path(folder) / METRICS).exists()
     if holds_run and not args.resume and not args.eval_only:
@@ -130,7 +130,7 @@ def train(config: Config, resume: bool, world: World) -> None:
     run = ClassificationRun(config, world, folder, "" if goes_on else config.model.weights)
     stop = StopRequest(world)
     trainer = run.trainer(stop)
-    with stop, closing(folder):  # from here on there is something to save
+    with stop, closing(folder):  # from here on, signals save a checkpoint
         if resume:
             begun = trainer.resume()
             run.use_input(trainer.checkpoints.preprocessing)
@@ -148,7 +148,7 @@ def train(config: Config, resume: bool, world: World) -> None:
 def evaluate_only(config: Config, given: str, world: World) -> None:
     """Evaluates the file given on the command line, or the run's final or newest weights.
 
-    What data sets write into a run folder (means, reports) goes to a temporary one.
+    Means and reports, which data sets write to the run folder, go to a temporary folder.
     """
     set_up_logging(None, world.is_main)
     folder = Path(config.output.dir)
@@ -156,7 +156,7 @@ def evaluate_only(config: Config, given: str, world: World) -> None:
     weights = given or final or newest_weights(folder)
     if not weights:
         raise UsageError(f"{folder} has no weights: give model.weights=FILE")
-    config.data.mean, config.data.std = "imagenet", "one"  # nothing to compute: the file says it
+    config.data.mean, config.data.std = "imagenet", "one"  # not computed: the file states them
     config.model.new_head = False
     with tempfile.TemporaryDirectory() as temporary:
         run = ClassificationRun(config, world, RunFolder(temporary), weights)

@@ -125,7 +125,7 @@ def train(cfg: CfgNode, resume: bool) -> None:
             "--output-dir and data, and no weights"
         )
     if unexpected:
-        stop.world.barrier()  # the launcher ends the others as soon as one fails
+        stop.world.barrier()  # the launcher ends the other processes when one fails
         raise unexpected
 
 

@@ -97,10 +97,8 @@ def wants_traceback() -> bool:
 def outcome(error: Exception) -> tuple[str, int]:
     """Returns the line and the exit status for one of :data:`ONE_LINE`."""
     if isinstance(error, Stopped):
-        return (
-            f"stopped by {error}; run the same command again, a training with --resume",
-            EXIT_STOPPED,
-        )
+        text = f"stopped by {error}; run the same command again, a training with --resume"
+        return text, EXIT_STOPPED
     status = EXIT_WRONG_INPUT
     if isinstance(error, UnexpectedResults):
         status = EXIT_DIFFERENT

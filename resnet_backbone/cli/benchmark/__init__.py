@@ -32,7 +32,7 @@ from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.records import command_line, date, hardware, versions
 
-# command -> module, what it measures, what lies within each timing
+# command -> module, what it measures, what each timing includes
 COMMANDS = {
     "loader": (
         "classification",

@@ -57,10 +57,10 @@ def run_loader(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_images(source: str, count: int) -> list[bytes]:
-    """JPEG files in memory.
+    """Returns JPEG files in memory.
 
     Args:
-        source: a folder, of which the images are spread evenly, or "synthetic" for ones of
+        source: a folder, from which evenly spaced images are taken, or "synthetic" for images of
             500 x 375, noise smoothed to the file size of a photograph.
     """
     if source == "synthetic":
@@ -69,7 +69,7 @@ def load_images(source: str, count: int) -> list[bytes]:
 
 
 def reference_sample(data: bytes, rng: Generator) -> Tensor:
-    """One image through torchvision's v1 transforms: normalized float32 (3, 224, 224)."""
+    """Applies torchvision's v1 transforms to an image: normalized float32 (3, 224, 224)."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     image = TF.resize(image, int(rng.integers(256, 481)))
     top, left = (int(rng.integers(n - 224 + 1)) for n in (image.height, image.width))
@@ -82,7 +82,7 @@ def reference_sample(data: bytes, rng: Generator) -> Tensor:
 
 
 def batches(images: Sequence[bytes], size: int) -> Iterator[list[tuple[bytes, Generator]]]:
-    """One pass over the images, each with its random numbers, which are others in every pass."""
+    """Yields the batches of a pass over the images, with random numbers for image and pass."""
     number = next(PASSES)
     for first in range(0, len(images), size):
         part = enumerate(images[first : first + size], start=first)
@@ -100,7 +100,7 @@ def our_pass(
     normalizer: InputNormalizer | None = None,
     in_parts: bool = True,
 ) -> None:
-    """To batches of bytes and color shifts, as they go to the device, or normalized here."""
+    """Makes batches of bytes and color shifts, as copied to the device, or normalizes them."""
     augment = PaperAugmentation()
     for part in batches(images, batch):
         made = [augment(EncodedImage(data, partial=in_parts), rng) for data, rng in part]
@@ -127,7 +127,7 @@ def _synthetic_jpeg(seed: int) -> bytes:
 
 
 def variants(args: argparse.Namespace) -> Iterator[tuple[str, str, str, bool, str]]:
-    """(name, network, dtype, channels_last, compile mode); the first is the reference."""
+    """Yields (name, network, dtype, channels_last, compile mode), the reference first."""
     yield f"torchvision {args.model}, fp32", f"torchvision/{args.model}", "fp32", False, "none"
     libraries = [("ours", args.model)]
     if args.device == "cuda":
@@ -178,7 +178,7 @@ def run_train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def real_data(step: TrainStep, args: argparse.Namespace, device) -> dict[str, float]:
-    """Trains on batches from the loader: images/s and the share of time that waits for them."""
+    """Trains on batches from the loader; returns images/s and the share of time waiting for it."""
     names = [str(path.relative_to(args.images)) for path in find_pictures([args.images])]
     labels = [i % 1000 for i in range(len(names))]
     dataset = ImageFiles(args.images, names, labels, [str(i) for i in range(1000)])
@@ -197,7 +197,7 @@ def real_data(step: TrainStep, args: argparse.Namespace, device) -> dict[str, fl
         waited += time.perf_counter() - start
         images = normalizer(batch.images, batch.shift)
         step(images, batch.labels.to(device, non_blocking=True), iteration)
-        if device.type == "cuda":  # else the queue would hide where the time goes
+        if device.type == "cuda":  # or queued kernels would distort the shares of time
             torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
     batches.close()
@@ -226,7 +226,7 @@ def run_infer(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
-    """torchvision's model in its default form, and ours with the same weights, for inference."""
+    """Builds torchvision's default model, and ours with the same weights, for inference."""
     torch.manual_seed(0)
     reference = NetworkSpec(f"torchvision/{name}", 1000).build().eval()
     turns.randomize_norms(reference)
@@ -237,7 +237,7 @@ def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
 
 
 def candidates(name: str, forms: list[tuple[str, str]], images: Tensor) -> dict[str, Forward]:
-    """Name -> forward pass on normalized float32 images; the first is the reference."""
+    """Returns name -> forward pass on normalized float32 images, the reference first."""
     reference, ours = (model.to(images.device) for model in build_pair(name))
     fast = turns.fast_forms(ours, forms, images)
     return {

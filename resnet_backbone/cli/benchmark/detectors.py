@@ -76,7 +76,7 @@ def run_detect(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_detectors(setting: Setting) -> tuple[nn.Module, nn.Module]:
-    """Detectron2's detector and ours with the same random weights, which give high scores too."""
+    """Builds Detectron2's detector and ours, with the same random weights and realistic scores."""
     cfg, pair = config(setting.arch, setting.regions, depth=setting.depth), []
     for make in (modeling.build_reference, Trainer.build_model):
         torch.manual_seed(0)
@@ -131,7 +131,7 @@ def train_step(
     bf16: bool = False,
     checkpointed: bool = False,
 ) -> dict[str, float]:
-    """One step with the same sampling of anchors and regions each time; returns the losses."""
+    """Makes a step, always with the same sampling of anchors and regions; returns the losses."""
     for network in networks(model.train()).values():
         network.set_grad_checkpointing(checkpointed)
     torch.manual_seed(0)
@@ -144,7 +144,7 @@ def train_step(
 
 
 def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """(count, 4) boxes within the image; sides are log-uniform in 1/50 to 1 of the image's."""
+    """Returns boxes (count, 4) in the image, with log-uniform sides of 1/50 to 1 of its sides."""
     size = torch.tensor([width, height])
     sides = size * 50 ** (torch.rand(count, 2, generator=generator) - 1)
     corners = torch.rand(count, 2, generator=generator) * (size - sides)
@@ -152,7 +152,7 @@ def random_boxes(count: int, height: int, width: int, generator: torch.Generator
 
 
 def random_inputs(setting: Setting) -> tuple[list[dict], Tensor]:
-    """Images with seven objects each, and random boxes to propose, every fourth near an object."""
+    """Returns images with seven objects each, and random proposals, every fourth near an object."""
     generator, size = torch.Generator().manual_seed(0), (setting.height, setting.width)
     real = random_boxes(7, *size, generator)
     boxes = modeling.Boxes(real)
@@ -170,7 +170,7 @@ def random_inputs(setting: Setting) -> tuple[list[dict], Tensor]:
 
 @torch.no_grad()
 def spread_scores(model: nn.Module, inputs: list[dict], boxes: Tensor) -> None:
-    """Scales the last layer's weights: logits with a standard deviation of 2, deltas of 0.1."""
+    """Scales the last layer's weights to standard deviations of 2 (logits) and 0.1 (deltas)."""
     model.eval()
     predictor, network, found = model.roi_heads.box_predictor, model.proposal_generator, []
     hook = predictor.register_forward_hook(lambda *call: found.append(call[2]))
@@ -189,11 +189,11 @@ def losses_differ(found: dict[str, float], expected: dict[str, float]) -> dict[s
 
 
 def detections_differ(found: list, expected: list) -> dict[str, float]:
-    """How detections differ from the reference's.
+    """Compares detections with the reference's.
 
     Returns:
-        detections: of the reference. unmatched: share of these for which there is none of the
-        same class with an IoU of 0.9 or more. score: the largest difference of a matched score.
+        detections: their number in the reference. unmatched: share of these without a detection of
+        the same class at an IoU of at least 0.9. score: the largest difference of matched scores.
     """
     count, differences = 0, []
     for ours, theirs in zip(found, expected, strict=True):
@@ -209,7 +209,7 @@ def detections_differ(found: list, expected: list) -> dict[str, float]:
 
 
 def mapper_seconds(calls: int = 10) -> float:
-    """Median time of reading and augmenting one training image of 500x375, in one process."""
+    """Returns the median seconds to read and augment a training image of 500x375."""
     noise = np.random.default_rng(0).integers(0, 256, (47, 63, 3), dtype=np.uint8)
     annotation = {"bbox": [10.0, 20.0, 300.0, 200.0], "bbox_mode": 0, "category_id": 1}
     record = {"height": 375, "width": 500, "image_id": 0}
@@ -241,7 +241,7 @@ def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_evaluators(runs: dict[str, Callable], images: int, repeats: int) -> dict[str, Any]:
-    """Lets evaluations take turns, without what they print and log, and compares their numbers."""
+    """Measures evaluations in turns, without their output, and compares their numbers."""
     numbers: dict[str, dict[str, float]] = {}
 
     def run(name: str) -> None:
@@ -258,9 +258,7 @@ def measure_evaluators(runs: dict[str, Callable], images: int, repeats: int) -> 
 
 
 def random_set(images: int, classes: int, count: int) -> list[tuple[np.ndarray, ...]]:
-    """For each image boxes (N, 4) of objects, x, y, width, height, and their classes; then boxes,
-    classes and scores of ``count`` detections, most of which lie near an object.
-    """
+    """Returns (boxes, classes, detected boxes, classes, scores) per image; most near an object."""
     rng, found = np.random.default_rng(0), []
     for _ in range(images):
         real = rng.integers(1, 12)
@@ -299,7 +297,7 @@ def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
 
 @contextlib.contextmanager
 def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dict[str, Callable]]:
-    """Evaluations of one random set in VOC layout; the first is the reference, Detectron2's."""
+    """Yields evaluations of a random set in VOC layout, with Detectron2's, the reference, first."""
     for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (folder / part).mkdir(parents=True)
     Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "image.jpg")

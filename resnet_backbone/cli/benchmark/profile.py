@@ -26,7 +26,7 @@ REST = "optimizer, rest"
 
 
 def run_profile(args: argparse.Namespace) -> dict[str, Any]:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silent: it tells of no GPU
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no warnings of a missing GPU
     runs: dict[str, Pass] = {}
     for name in args.config_file:
         words = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", "80"]
@@ -53,7 +53,7 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def describe(name: str, times: list[Counter]) -> dict[str, Any]:
-    """Prints the table of a model, and returns its rows: medians in ms."""
+    """Prints a model's table, and returns its rows: medians in ms."""
     keys = dict.fromkeys(key for one in times for key in one)
     medians = {key: statistics.median(one[key] for one in times) / 1000 for key in keys}
     whole = statistics.median(one.total() for one in times) / 1000
@@ -68,7 +68,7 @@ def describe(name: str, times: list[Counter]) -> dict[str, Any]:
 
 
 def marked(model: nn.Module, boxes: Tensor) -> nn.Module:
-    """The model, which proposes given boxes, with a range around each part's forward pass."""
+    """Makes a model propose the given boxes, and marks each part's forward pass."""
     model.proposal_generator = GivenProposals(model.proposal_generator, boxes)
     for name, module in named_parts(model):
         ranges: list[record_function] = []
@@ -86,7 +86,7 @@ def marked(model: nn.Module, boxes: Tensor) -> nn.Module:
 
 
 def named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module); a part's time is without that of the parts within it."""
+    """Yields (name, module); a part's time excludes the parts inside it."""
     for name, child in model.backbone.named_children():
         for kind in ("lateral", "output"):
             if name.startswith(f"fpn_{kind}"):
@@ -104,9 +104,9 @@ def named_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def parts_of(events: list[FunctionEvent]) -> Counter:
-    """Microseconds by (part, "forward" or "backward").
+    """Returns microseconds by (part, "forward" or "backward").
 
-    A backward function belongs to the part in whose forward pass its sequence number was given.
+    A backward function belongs to the part whose forward pass has its sequence number.
     """
     parts: dict[int, str] = {}
     for event in events:

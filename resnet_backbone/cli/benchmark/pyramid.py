@@ -31,9 +31,9 @@ def candidates(
     forms: Sequence[tuple[str, str]],
     inputs: Any,
 ) -> dict[str, Callable[[], Pass]]:
-    """Functions that prepare the passes of a kind, by name; the first is the reference.
+    """Returns functions by name that prepare passes of a kind, the reference first.
 
-    `forms` of our inference and the model's `inputs` are those of ``fast_forms``.
+    For `forms` of our inference and the model's `inputs`, see ``fast_forms``.
     """
     found: dict[str, Callable[[], Pass]] = {REFERENCE: partial(prepare, theirs)}
     found["ours, fp32, as built"] = partial(prepare, ours)
@@ -47,7 +47,7 @@ def candidates(
 
 
 def config(arch: str, regions: int = 512, head: int = 1024, depth: int = 50):
-    """Faster R-CNN ("fpn" or "c4") with 80 classes: regions an image, channels of the head."""
+    """Returns a Faster R-CNN config, "fpn" or "c4": 80 classes, sampled regions, FC channels."""
     words = ["MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TRAIN", "(800,)"]
     words += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(regions)]
     words += ["MODEL.ROI_BOX_HEAD.FC_DIM", str(head)]
@@ -82,7 +82,7 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_pyramids() -> tuple[nn.Module, nn.Module]:
-    """Detectron2's ResNet-FPN and ours with the same random weights, each as it comes."""
+    """Builds Detectron2's ResNet-FPN and ours, with the same random weights, not optimized."""
     torch.manual_seed(0)
     cfg = config("fpn", head=1)  # the backbone alone is used
     theirs, ours = build_reference(cfg).backbone, Trainer.build_model(cfg).backbone
@@ -105,10 +105,10 @@ def pyramid_candidates(setting: tuple, kind: str) -> dict[str, Callable[[], Pass
 def train_pyramid(
     model: nn.Module, images: Tensor, bf16: bool = False, checkpointed: bool = False
 ) -> dict[str, Tensor]:
-    """Forward and backward of a fixed scalar of all maps, in place of heads; returns the maps.
+    """Runs forward and backward passes with a fixed loss in place of heads; returns the maps.
 
-    It is divided last, since the gradient of ``mean`` is row-major whatever the map: the backward
-    pass of a head's convolution returns the map's own memory format.
+    The loss divides a sum: the gradient of ``mean`` would be row-major for every map, but a head's
+    convolution returns gradients in the map's memory format.
     """
     model.zero_grad(set_to_none=True)
     for network in networks(model).values():
@@ -120,13 +120,13 @@ def train_pyramid(
 
 
 def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict[str, float]:
-    """Relative differences of ours from the reference in one training pass.
+    """Returns relative differences of ours from the reference in one training pass.
 
     Returns:
-        outputs: the largest of any pyramid level, of that level's largest value.
-        gradient: norm of the difference of the whole gradient, of the gradient's norm.
-        gradient_worst: the largest of any parameter, of that parameter's largest gradient. In
-            single precision it jumps where a ReLU's input is a rounding error away from zero.
+        outputs: the largest of any pyramid level, relative to the level's largest value.
+        gradient: norm of the whole gradient's difference, relative to the gradient's norm.
+        gradient_worst: the largest of any parameter, relative to its largest gradient. In single
+            precision it jumps if a ReLU's input is a rounding error away from zero.
     """
     difference = relative_difference
     maps = [train_pyramid(model, images) for model in (theirs, ours)]

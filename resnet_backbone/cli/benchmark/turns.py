@@ -29,17 +29,17 @@ Run = Callable[[], Any]
 def measure(
     runs: dict[str, Run], images: int, repeats: int, device: torch.device | None = None
 ) -> list[dict[str, Any]]:
-    """Lets candidates take turns, prints a table, and returns a row for each.
+    """Measures candidates in turns, prints a table, and returns a row for each.
 
     Args:
-        runs: by name, the reference first; their order rotates from repeat to repeat.
-        images: that a run processes.
-        repeats: turns of each, after one that is not counted.
-        device: a GPU is waited for.
+        runs: by name, the reference first; their order rotates between repeats.
+        images: number of images in a run.
+        repeats: turns of each candidate, after an uncounted one.
+        device: a GPU is synchronized.
 
     Returns:
-        For each its name, its images/s in all repeats, their median and range, and the median
-        and range of the ratio to the reference within the same repeat.
+        For each candidate its name, images/s in all repeats, their median and range, and the
+        median and range of the ratio to the reference in the same repeat.
     """
     wait = torch.cuda.synchronize if device and device.type == "cuda" else lambda: None
     names = list(runs)
@@ -72,7 +72,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def forms_of(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(precision, engine) of --dtype and --engines; engines without the precision are left out."""
+    """Returns pairs (precision, engine) of --dtype and --engines that the engine supports."""
     return [
         (dtype, engine)
         for dtype in args.dtype
@@ -82,7 +82,7 @@ def forms_of(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def fast_forms(model: nn.Module, forms: Sequence[tuple[str, str]], inputs: Any) -> dict[str, Run]:
-    """Functions that make a model fast, by name; int8 is calibrated on `inputs` of the model."""
+    """Returns functions by name that optimize a model; int8 is calibrated on its `inputs`."""
     make = partial(optimize_for_inference, model, calibration=[inputs])
     return {
         f"ours, {dtype}, {engine}": partial(make, dtype=DTYPES[dtype], engine=engine)
@@ -93,7 +93,7 @@ def fast_forms(model: nn.Module, forms: Sequence[tuple[str, str]], inputs: Any) 
 def compare_and_measure(
     title: str, runs: dict[str, Run], compare: Callable[[Any, Any], Any], *setting: Any
 ) -> dict[str, Any]:
-    """Compares each run's result with the first one's; :func:`measure` with the `setting`."""
+    """Compares each run's result with the first one's, then calls :func:`measure`."""
     (_, reference), *others = runs.items()
     expected = reference()
     differences = {name: compare(run(), expected) for name, run in others}
@@ -112,7 +112,7 @@ def repeated(run: Run, count: int) -> Run:
 
 @torch.no_grad()
 def randomize_norms(model: nn.Module) -> None:
-    """Statistics, scales and shifts that tell a misplaced norm; scales keep deep maps bounded."""
+    """Randomizes norms, so that a misplaced one shows; small scales keep deep maps bounded."""
     for module in model.modules():
         if getattr(module, "running_var", None) is not None:
             module.running_mean.normal_(0, 0.1)
@@ -126,10 +126,10 @@ def measure_memory(
     setting: Any,
     passes: list[tuple[str, str]],
 ) -> dict[str, dict[str, float]]:
-    """Peak resident memory of passes, each in a process of its own, and before it, in MB (Linux).
+    """Measures resident memory in MB (Linux) during and before each pass, in its own process.
 
     Args:
-        build: setting and kind -> by name, functions that prepare a pass; found by its module.
+        build: a module's function from setting and kind to functions by name that prepare a pass.
         passes: (kind, name) of each.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc returns freed blocks from 128 kB on
@@ -149,9 +149,9 @@ def measure_memory(
 
 
 def peak_memory(build: Callable, setting: Any, kind: str, name: str) -> dict[str, float]:
-    """Peak resident memory during a pass and before it, in MB.
+    """Returns the peak resident memory in MB during a pass, and the memory before it.
 
-    Both are ``VmHWM``, reset before the pass; ``before`` has the libraries and the weights.
+    Both are ``VmHWM``, reset before the pass; ``before`` includes libraries and weights.
     """
 
     def peak() -> float:
