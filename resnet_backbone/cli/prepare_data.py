@@ -160,10 +160,8 @@ def add_detection_options(parser: argparse.ArgumentParser) -> None:
     add("--coco-json", metavar="FILE", help="COCO: annotation files to check", **several)
     add("--image-root", metavar="DIR", help="COCO: their image folder, or one for each", **several)
     add("--quick", action="store_true", help="read only the headers of images")
-    text, number = (
-        "processes that decode images (default: %(default)s)",
-        min(8, os.cpu_count() or 1),
-    )
+    text = "processes that decode images (default: %(default)s)"
+    number = min(8, os.cpu_count() or 1)
     add("--workers", type=positive, default=number, help=text)
     add("--pictures", type=Path, metavar="DIR", help="write charts and sheets of images there")
     add("--json", type=Path, metavar="FILE", help="write a report there")
