@@ -131,14 +131,14 @@ def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     network, preprocessing, spec = build_network(args)
     images = read_images(args.images, args.longest_side)
     model: nn.Module = network
-    normalise = InputNormalizer(preprocessing)
-    dtype, prepare = torch.float32, normalise
+    normalize = InputNormalizer(preprocessing)
+    dtype, prepare = torch.float32, normalize
     reference = export.run_model(network)
     if args.with_normalization:
         model = export.NormalizedNetwork(network, preprocessing).eval()
         dtype = torch.uint8 if args.input_type == "uint8" else torch.float32
         prepare = partial(torch.Tensor.to, dtype=dtype)
-        reference = export.run_model(lambda pixels: network(normalise(pixels.to(torch.uint8))))
+        reference = export.run_model(lambda pixels: network(normalize(pixels.to(torch.uint8))))
     program = export.export_program(model, dtype=dtype)
     name = args.output.name
     facts = export.input_facts(preprocessing, args.with_normalization)

@@ -195,7 +195,7 @@ def _to_bytes(image: Image.Image, name: str | os.PathLike) -> np.ndarray:
         raise BadImage(
             name, f"pixels of {least:g} to {most:g} have no known range; convert it to 8 bits"
         )
-    return (levels * 255 / 1 if whole == 1 else levels // ((whole + 1) / 256)).astype(np.uint8)
+    return (levels * 255 if whole == 1 else levels // ((whole + 1) / 256)).astype(np.uint8)
 
 
 class EncodedImage:
