@@ -46,8 +46,8 @@ def _load(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        mend = "pip install resnet_backbone[quickstart]"
-        raise ImportError(f"the built-in data need {error.name}: {mend}") from error
+        fix = "pip install resnet_backbone[quickstart]"
+        raise ImportError(f"the built-in data need {error.name}: {fix}") from error
 
 
 @cache
