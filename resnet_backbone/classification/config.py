@@ -46,20 +46,20 @@ class ModelConfig:
     num_classes: int = number(0, least=0)  # 0: as many as the data has
     options: dict[str, Any] = field(default_factory=dict)  # constructor arguments: shortcut: "A"
     weights: str = ""  # .safetensors to start from; empty: He initialization
-    preprocessing: str = ""  # of weights that do not carry theirs: msra, caffe_vgg, torchvision
-    new_head: bool = False  # fine-tuning: take all of weights but the last layer
+    preprocessing: str = ""  # of weights that do not state theirs: msra, caffe_vgg, torchvision
+    new_head: bool = False  # fine-tuning: load all of the weights except the last layer
 
 
 @dataclass
 class DataConfig:
     format: str = one_of("imagenet", "shards", "cifar10", "digits", "synthetic")
     root: str = ""  # folder of the data set
-    val_root: str = ""  # folder of validation images; empty: as the format says
+    val_root: str = ""  # folder of validation images; empty: root/val
     val_labels: str = ""  # label list of a flat validation folder
-    class_list: str = ""  # file "wnid index" per line, for a part of the classes
+    class_list: str = ""  # file of "wnid index" lines, for a subset of the classes
     split: str = one_of("50k", "45k")  # cifar10: 50k trains on all; 45k holds 5k out for validation
-    channel_order: str = one_of("RGB", "BGR")  # what the network sees; BGR as in the MSRA models
-    # the training set's own, or torchvision's of ImageNet
+    channel_order: str = one_of("RGB", "BGR")  # of the network's input; BGR as in the MSRA models
+    # of the training set, or torchvision's for ImageNet
     mean: str = one_of("channel", "pixel", "imagenet")
     std: str = one_of("one", "channel", "imagenet")  # one: the paper subtracts the mean only
     mean_samples: int = number(10000, least=1)  # images for the mean of ImageNet-sized data
@@ -114,7 +114,7 @@ class ScheduleConfig:
 @dataclass
 class TrainConfig:
     batch_size: int = number(256, least=1)  # of one iteration, over all GPUs and micro-batches
-    micro_batch: int = number(0, least=0)  # images in the network, and its BN, at once; 0: all
+    micro_batch: int = number(0, least=0)  # images per forward pass, and per BN batch; 0: all
     amp: str = one_of("none", "bf16", "fp16")
     channels_last: bool = True
     # reduce-overhead: CUDA graphs
@@ -122,7 +122,7 @@ class TrainConfig:
     ema: float = number(0.0, least=0, below=1)  # decay of averaged weights, warmed up; 0: off
     sync_bn: bool = False
     recompute_bn: bool = True  # true BN statistics over the training set, after training
-    recompute_bn_samples: int = number(0, least=0)  # training images used; 0: all of them once
+    recompute_bn_samples: int = number(0, least=0)  # training images for these statistics; 0: all
     device: str = one_of("auto", "cpu", "cuda")
     threads: int = number(0, least=0)  # CPU threads; 0: PyTorch's choice
     seed: int = number(1, least=0)
@@ -130,7 +130,7 @@ class TrainConfig:
 
 @dataclass
 class EvaluationConfig:
-    protocol: str = one_of("center", "full")  # full: the image as it is
+    protocol: str = one_of("center", "full")  # full: the whole image, not resized
     short_side: int = 256
     crop: int = 224
     batch_size: int = number(256, least=1)
@@ -143,8 +143,8 @@ class OutputConfig:
     dir: str = ""  # run folder; empty: output/<name of the config file>
     log_every: int = number(20, least=1)  # iterations
     checkpoint_every: int = number(1000, least=1)  # iterations
-    keep: int = number(2, least=1)  # newest checkpoints that stay
-    keep_every: int = number(0, least=0)  # iterations whose multiples stay for good; 0: none
+    keep: int = number(2, least=1)  # number of newest checkpoints to keep
+    keep_every: int = number(0, least=0)  # also keep checkpoints at its multiples; 0: none
     tensorboard: bool = True
 
 
@@ -202,7 +202,7 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     if config.evaluation.protocol == "centre":  # its former name
         config.evaluation.protocol = "center"
     problems += _wrong_values(config)
-    if not problems:  # what follows computes with the values
+    if not problems:  # the rest needs valid values
         _follow(config, planned, {word.partition("=")[0] for word in overrides})
         scale_schedule(config.schedule)
         problems += _combinations(config)
@@ -229,7 +229,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> DictConfig:
         raise UsageError(f"{path}: _BASE_ leads back to this file")
     try:
         loaded = OmegaConf.load(path)
-    except Exception as error:  # what YAML parsers raise has no common base
+    except Exception as error:  # errors of YAML parsers have no common base class
         raise UsageError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(loaded, DictConfig):
         raise UsageError(f"{path}: a config is a table of keys")

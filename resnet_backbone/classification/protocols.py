@@ -20,7 +20,7 @@ from resnet_backbone.classification.data.augment import center_crop
 from resnet_backbone.models import VGG, PReLUNet, StagedNetwork
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
-Images = Tensor | Sequence[Tensor]  # uint8 (N, 3, H, W), or N of (3, H, W) where sizes differ
+Images = Tensor | Sequence[Tensor]  # uint8 (N, 3, H, W), or N of (3, H, W) if sizes differ
 POOLINGS = ("sliding", "global_pool")
 SOFTMAXES = ("per_position", "per_view", "at_end")
 

@@ -61,7 +61,7 @@ from resnet_backbone.runtime.files import sha256, write_json, write_text
 from resnet_backbone.runtime.records import command_line, date, hardware
 
 ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
-PAPER_SCALES = (200, 400, 600, 800, 1000)  # short sides, where the single scale is 600
+PAPER_SCALES = (200, 400, 600, 800, 1000)  # short sides, for a single-scale test at 600
 OF_THE_ROWS = (  # keys that rows and other options set
     *("MODEL.WEIGHTS", "OUTPUT_DIR", "RESNET_BACKBONE.GLOBAL_CONTEXT", "TEST.AUG.ENABLED"),
     *(f"RESNET_BACKBONE.TEST.{key}" for key in ("BOX_REFINEMENT", "SCALES", "ENSEMBLE")),

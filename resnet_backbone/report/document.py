@@ -40,7 +40,7 @@ from resnet_backbone.report.table import WHERE, show_commands
 from resnet_backbone.runtime.files import write_text
 
 PAIRS, PAIRS_BACK = 6, 2  # objects shown that only ours finds, and only the reference
-BASELINE = "baseline"  # the row of a detector as it was trained
+BASELINE = "baseline"  # the row of a detector without improvements
 PICTURES = ("gain_per_class.png", "precision_recall*.png", "f1*.png", "confusion_*.png")
 PICTURES += ("errors.png", "training.png", "accuracy_time*.png", "misses_*.jpg")
 

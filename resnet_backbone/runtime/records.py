@@ -126,7 +126,7 @@ def command_line(command: str = "", arguments: Sequence[str] | None = None) -> s
     program, *own = sys.argv
     words = own if arguments is None else list(arguments)
     name, running = Path(program).name, Path(program).resolve()
-    by_name = name.startswith(f"{PROGRAM} ")  # as the dispatcher calls itself
+    by_name = name.startswith(f"{PROGRAM} ")  # set by the dispatcher
     if not command:
         if by_name:
             command = name.removeprefix(f"{PROGRAM} ")

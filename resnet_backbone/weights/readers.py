@@ -55,8 +55,8 @@ MAX_WRAPPERS = 8  # nested; real files have two
 PREPROCESSING_KEY = "preprocessing"  # beside the weights: Preprocessing.to_json()
 STATED = ("__author__", PREPROCESSING_KEY)  # texts beside the weights that are kept
 VARIANCES = ("running_var", "_riv")  # key suffixes; Caffe2's "riv" is a variance, too
-# sha256 of torchvision's VGG16_Weights.IMAGENET1K_FEATURES, whose classifier.* is documented to be
-# NaN.
+# sha256 of torchvision's VGG16_Weights.IMAGENET1K_FEATURES, which is documented to have NaN in
+# classifier.*
 FEATURES_ONLY = "88682ab5"
 PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
@@ -162,7 +162,7 @@ def _read_whole(path: Path) -> RawFile:
         return RawFile(tensors, _metadata(data), digest, container, path)
     loaded = unpickle(data) if container == "pickle" else load_torch(data)
     weights, wrapper = _unwrap(loaded)
-    weights.pop(INPUT_SETTINGS, None)  # of a backbone for Detectron2, stated beside it too
+    weights.pop(INPUT_SETTINGS, None)  # in files for Detectron2; also stated beside the weights
     if digest.startswith(FEATURES_ONLY):
         weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
     tensors = _to_tensors(weights, len(data))

@@ -115,7 +115,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> Non
     name = Path(member.name).name
     temporary = folder / f".{name}.tmp"
     with tar.extractfile(member) as source, open(temporary, "wb") as target:
-        tarfile.copyfileobj(source, target, member.size)  # a ReadError where the archive ends
+        tarfile.copyfileobj(source, target, member.size)  # ReadError if the archive is truncated
     os.replace(temporary, folder / name)
 
 
