@@ -192,8 +192,8 @@ class Dense(Protocol):
         flip: add the mirrored images as views.
         pooling: "sliding" is the fully convolutional form, with one score for each position: 7x7
             average pooling with stride 1, and the fc layer as a 1x1 convolution (VGG: fc6 as a 7x7
-            convolution). "global_pool" is the network's own forward pass at each size. With a
-            linear head they differ only in the smaller weight of border cells when sliding.
+            convolution). "global_pool" is the network's own forward pass at each size. For a linear
+            head, mean logits differ only in the smaller weight of border cells when sliding.
         softmax: "per_view": logits averaged over positions, softmax, probabilities averaged over
             views; "per_position": softmax at every position first; "at_end": all logits averaged,
             one softmax.

@@ -171,7 +171,7 @@ class Row(NamedTuple):
 
 
 def load_rows(path: Path) -> list[Row]:
-    """Read the rows of evaluate-detector: name, results (bbox), seconds per image."""
+    """Reads the rows of evaluate-detector: name, results (bbox), seconds per image."""
     try:
         rows = [read_row(row) for row in read_table(path)["rows"]]
     except (KeyError, TypeError, AttributeError):

@@ -99,7 +99,7 @@ def write_detection_report(
     score: float,
     command: str,
 ) -> None:
-    """Write the report, and its pictures to a folder of the same name beside it.
+    """Writes the report, and its pictures to a folder of the same name beside it.
 
     `output` is written last, after everything has succeeded. Detections in pictures have at least
     `score`, 0..1. `command` makes this report. For `data`, see :func:`.boxes.load_truth`.
@@ -343,7 +343,7 @@ def _add_provenance(report: Report, rows_files: Sequence[Path], command: str) ->
 
 
 def write_whole(output: Path, report: Report) -> None:
-    """Write pictures to a temporary folder, move them in place, and write the text."""
+    """Writes pictures to a temporary folder, moves them in place, and writes the text."""
     folder = output.with_suffix("")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.stem}.", dir=output.parent) as temporary:

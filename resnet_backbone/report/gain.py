@@ -47,7 +47,7 @@ class DetectorGroup(Group[DetectorRun]):
 
 
 def group_runs(runs: Sequence[DetectorRun]) -> list[DetectorGroup]:
-    """Group runs that differ only in their seeds: VGG first, then by depth and head."""
+    """Groups runs that differ only in their seeds: VGG first, then by depth and head."""
     _check_same_test(runs)
 
     def identity(run: DetectorRun) -> list:
@@ -73,7 +73,7 @@ def _check_same_test(runs: Sequence[DetectorRun]) -> None:
 
 
 def _name_apart(group: DetectorGroup, same: Sequence[DetectorGroup]) -> None:
-    """Add a letter to the label of groups with the same title, and note their differences."""
+    """Adds a letter to the label of groups with the same title, and notes their differences."""
     if len(same) == 1:
         return
     group.label = f"{group.first.title} {chr(ord('a') + same.index(group))}"
@@ -99,7 +99,7 @@ class Difference(NamedTuple):
 
 
 def difference(values: Sequence[float], reference: Sequence[float]) -> Difference | None:
-    """Return the difference of `values` from `reference`; None if one of them is empty."""
+    """Returns the difference of `values` from `reference`; None if one of them is empty."""
     if not values or not reference:
         return None
     error, mean = None, statistics.fmean(values) - statistics.fmean(reference)
@@ -155,7 +155,7 @@ def _interval(draws: np.ndarray) -> tuple[float, float]:
 
 
 def find_gains(groups: Sequence[DetectorGroup], reference: Path | None = None) -> list[Gain]:
-    """Return the pairs of groups to compare.
+    """Returns the pairs of groups to compare.
 
     Args:
         reference: folder of a run whose group all others are compared with. By default each ResNet
@@ -187,12 +187,12 @@ def _matches(a: DetectorRun, b: DetectorRun) -> bool:
 
 
 def signed(value: float) -> str:
-    """Format as "+3.21", with a true minus sign."""
+    """Formats as "+3.21", with a true minus sign."""
     return f"{value:+.2f}".replace("-", "−")
 
 
 def gain_text(gain: Gain, key: str) -> str:
-    """Format as "+3.21 ± 0.45 (+2.50 to +4.01) [+1.90, +4.50]", as far as it was measured.
+    """Formats as "+3.21 ± 0.45 (+2.50 to +4.01) [+1.90, +4.50]", as far as it was measured.
 
     These are mean, standard error, range over pairs of runs, 95 % interval over test images.
     """

@@ -47,7 +47,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
 
 def save_png(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a figure atomically, with 120 dpi, and create its folder."""
+    """Writes a figure atomically, with 120 dpi, and creates its folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_metrics(path: str | os.PathLike) -> Metrics:
-    """Read a metrics file of JSON lines, each with "iteration".
+    """Reads a metrics file of JSON lines, each with "iteration".
 
     If a resumed run wrote an iteration again, the later value counts. Incomplete lines, such as the
     last one of a killed run, are skipped with a warning.

@@ -82,7 +82,7 @@ def difference(expected: Tensor, found: Tensor, stage: str) -> Difference:
     if expected.shape != found.shape:
         raise WeightsError(f"outputs are {tuple(expected.shape)} and {tuple(found.shape)}")
     same = None if stage else int((expected.argmax(1) == found.argmax(1)).sum())
-    distance = (expected - found).abs().nan_to_num(nan=math.inf)  # NaN would pass as equal
+    distance = (expected - found).abs().nan_to_num(nan=math.inf)  # comparisons with NaN are false
     largest = distance.max().item()
     return Difference(largest, expected.abs().max().item(), same, len(expected), stage or "logits")
 

@@ -1,8 +1,8 @@
 """Exports checkpoints to other libraries, which load the files strictly and get the same logits.
 
 For libraries that only take RGB in 0..1, the channel order is folded into the first convolution,
-and mean and std are converted to this range. A network that a library cannot represent is refused,
-naming the formats that can.
+and mean and std are converted to this range. A network that a library cannot represent is refused;
+the error names the formats that can.
 """
 
 from __future__ import annotations

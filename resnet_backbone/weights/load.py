@@ -80,7 +80,7 @@ def describe_model(model: StagedNetwork) -> ModelSpec | None:
         return None
     blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
     plain = bool(blocks) and blocks[0].gate is None and blocks[0].shortcut is None
-    spec = candidates[-1] if plain else candidates[0]  # the last candidate has no shortcuts
+    spec = candidates[-1] if plain else candidates[0]  # the last of two is a plain network
     options = dict(spec.options)
     stride = stride_of(model)
     if stride is not None:
