@@ -156,8 +156,13 @@ def read_spec(path: str | Path) -> NetworkSpec | None:
 
 def load_all_but_head(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
     """Like :func:`load_network`, but leaves the last linear layer as initialized."""
-    *_, head = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    own = {key: value for key, value in model.state_dict().items() if key.startswith(f"{head}.")}
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise WeightsError(
+            f"{type(model).__name__} has no linear head to leave out: load all of it"
+        )
+    prefix = f"{linear[-1]}."
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
     if not isinstance(model, StagedNetwork):
         return load_exactly(model, path, preprocessing, own)
     read = read_network(path, preprocessing)

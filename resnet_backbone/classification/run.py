@@ -82,6 +82,8 @@ class ClassificationRun:
     def __init__(self, config: Config, world: World, folder: RunFolder, weights: str | Path = ""):
         self.config, self.world, self.folder = config, world, folder
         self.device = world.device
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
         shown = config.evaluation
         cropped = shown.protocol == "center"
         self.protocol = Center(shown.short_side, shown.crop) if cropped else Full()

@@ -67,7 +67,8 @@ def work(task: tuple[Config, argparse.Namespace]) -> None:
     logger.info("after:  %s", run.evaluate(run.model))
     if world.is_main:
         output = Path(args.output or Path(args.run) / "true_bn.safetensors")
-        save_network(output, run.model, run.spec, run.preprocessing)
+        facts = (run.spec, run.preprocessing, Path(args.run).resolve().name, run.data.class_names)
+        save_network(output, run.model, *facts)
         logger.info("written: %s", output)
 
 

@@ -232,9 +232,9 @@ def add_responses(parser: argparse.ArgumentParser) -> None:
     add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     text = ".safetensors file, and its name in the legend; may be given several times"
     add("--weights", action="append", required=True, metavar="FILE[=LABEL]", help=text)
-    text = "folder of images; center crops of 224 (short side 256) are used"
     text = "folder of CIFAR-10; its test images are used"
     source.add_argument("--cifar10", metavar="DIR", help=text)
+    text = "folder of images; center crops of 224 (short side 256) are used"
     source.add_argument("--images", metavar="DIR", help=text)
     add("--output", required=True, metavar="FILE.png", help="image file to write")
     add("--json", metavar="FILE", help="also write the numbers, by layer name")

@@ -8,8 +8,6 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-import torch
-
 from resnet_backbone.classification.config import Config, differences, load_config, to_yaml
 from resnet_backbone.classification.networks import checkpoints_in, newest_weights
 from resnet_backbone.classification.run import ClassificationRun, check_processes
@@ -165,8 +163,6 @@ def evaluate_only(config: Config, given: str, world: World) -> None:
 
 def work(task: tuple[Config, argparse.Namespace]) -> None:
     config, args = task
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
     world = current_world(choose_device(config.train.device))
     check_processes(config, world)
     if args.eval_only:

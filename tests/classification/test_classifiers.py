@@ -182,6 +182,8 @@ def test_fine_tuning_takes_all_but_the_last_layer(tmp_path, name):
         load_network(model, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="file is a .*, this network is a cifar_resnet14"):
         load_all_but_head(build_model("cifar_resnet14"), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="Sequential has no linear head to leave out"):
+        load_all_but_head(torch.nn.Sequential(), tmp_path / "w.safetensors")
     assert load_all_but_head(model, tmp_path / "w.safetensors").same_input(INPUT)
     for key, value in model.state_dict().items():
         wanted = before[key] if key in before else trained.state_dict()[key]

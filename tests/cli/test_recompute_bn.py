@@ -7,7 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 from resnet_backbone.classification.data.sources import ArraySource, SampleStream, read_cifar10
-from resnet_backbone.classification.networks import NetworkSpec, read_spec, save_network
+from resnet_backbone.classification.networks import (
+    NetworkSpec,
+    read_class_names,
+    read_spec,
+    save_network,
+)
 from resnet_backbone.cli import recompute_bn
 from resnet_backbone.weights import Preprocessing, read_checkpoint
 from resnet_backbone.weights.preprocessing import InputNormalizer
@@ -47,6 +52,7 @@ def test_new_statistics(tool, run, tiny_cifar10, layer_inputs):
     new = run / "true_bn.safetensors"
     assert read_spec(new) == NetworkSpec("cifar_resnet8", 10)
     assert read_checkpoint(new).preprocessing == GREY
+    assert read_class_names(new)[:2] == ["airplane", "automobile"]
     tensors = read_checkpoint(new).tensors
     # the first batch norm sees the convolved first 70 images of training
     images, labels = read_cifar10(tiny_cifar10, train=True)
