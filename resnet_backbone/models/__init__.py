@@ -1,4 +1,4 @@
-"""The paper's networks, on plain PyTorch: the table of their names, and what they cost."""
+"""The paper's networks in plain PyTorch: the table of their names, and their cost."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ MODELS: dict[str, Callable[..., StagedNetwork]] = {
 
 
 def list_models() -> list[str]:
-    """Names that :func:`build_model` knows; CIFAR networks exist at every other 6n+2 as well."""
+    """Returns the names :func:`build_model` knows; CIFAR networks also take any other 6n+2."""
     return list(MODELS)
 
 
 def find_constructor(name: str) -> Callable[..., StagedNetwork]:
-    """The class of a network with the arguments that its name says.
+    """Returns the class of a network with the arguments implied by its name bound.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known one.
+        ValueError: the name is unknown; the message suggests the closest one.
     """
     if name in MODELS:
         return MODELS[name]
@@ -74,13 +74,13 @@ def build_model(name: str, num_classes: int | None = None, **options) -> StagedN
 
     Args:
         name: one of :func:`list_models`, or ``cifar_resnet<6n+2>`` / ``cifar_plain<6n+2>``.
-        num_classes: logits; by default 1000, and 10 for the CIFAR networks.
+        num_classes: number of logits; 1000 by default, 10 for the CIFAR networks.
         **options: arguments of the network's class, for example ``out_features=("res3", "res4",
             "res5")``, ``stride_in_1x1=False``, ``shortcut="A"``; see ``ResNet``,
             ``CifarResNet``, ``VGG``, ``PReLUNet`` and ``BNInception``.
 
     Raises:
-        ValueError: for an unknown name, with the nearest known one.
+        ValueError: the name is unknown; the message suggests the closest one.
     """
     if num_classes is not None:
         options["num_classes"] = num_classes
@@ -88,10 +88,10 @@ def build_model(name: str, num_classes: int | None = None, **options) -> StagedN
 
 
 class Stage(NamedTuple):
-    """What :func:`analyze` tells about one direct child of a network, for one image."""
+    """One row of :func:`analyze`: a direct child of the network and its cost for one image."""
 
     name: str
-    output_shape: tuple[int, ...]  # (channels, height, width) of a map, (channels,) of a head
+    output_shape: tuple[int, ...]  # (channels, height, width), or (channels,) for a head
     parameters: int
     convolutions: int  # multiply-adds of the convolutions
     linear: int  # multiply-adds of the linear layers
@@ -102,23 +102,23 @@ class Stage(NamedTuple):
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters, frozen ones included.
+    """Returns the number of parameters, including frozen ones.
 
-    The scale and shift of a frozen batch norm are constants and not parameters.
+    The scale and shift of a frozen batch norm are buffers and do not count.
     """
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def analyze(model: nn.Module, input_size: int | Sequence[int] = 224) -> list[Stage]:
-    """One row per direct child that runs, in the order of registration.
+    """Returns one row per direct child that runs, in order of registration.
 
-    The multiply-adds are the paper's "FLOPs" (Table 1): those of convolutions and linear layers,
-    one per weight and output position. Biases, norms, activations, pooling, additions and gating
-    do not count. A copy of the model runs on the meta device in evaluation mode, so that the size
-    of network and image costs nothing.
+    The multiply-adds are the paper's "FLOPs" (Table 1): one per weight and output position of
+    the convolutions and linear layers. Biases, norms, activations, pooling, additions and gating
+    do not count. A copy of the model runs on the meta device in evaluation mode, so large
+    networks and images cost nothing.
 
     Args:
-        model: any network of one image batch; it stays as it is and may be on the meta device.
+        model: any network that takes one batch of images. It is not modified and may be on meta.
         input_size: height and width of the image, or one number for both.
     """
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
@@ -129,7 +129,7 @@ def analyze(model: nn.Module, input_size: int | Sequence[int] = 224) -> list[Sta
 
     def add(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
         kind = "linear" if isinstance(module, nn.Linear) else "convolutions"
-        count = output.numel() * module.weight[0].numel()  # one row of weights makes one output
+        count = output.numel() * module.weight[0].numel()  # one row of weights per output
         stages[name] = stages[name]._replace(**{kind: getattr(stages[name], kind) + count})
 
     def note_shape(name: str, module: nn.Module, args: tuple, output: object) -> None:

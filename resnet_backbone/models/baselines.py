@@ -1,4 +1,4 @@
-"""PReLU-net and BN-Inception, with which the paper's tables compare (Tables 3, 4, and 5)."""
+"""PReLU-net and BN-Inception, the baselines of the paper's Tables 3, 4 and 5."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from resnet_backbone.models.layers import (
     init_he,
 )
 
-# 3x3 convolutions of a stage, and the widths of conv1 and the three stages (arXiv 1502.01852,
-# Table 3).
+# Number of 3x3 convolutions per stage, and the widths of conv1 and the three stages
+# (arXiv 1502.01852, Table 3).
 PRELU_NETS: dict[str, tuple[int, tuple[int, int, int, int]]] = {
     "A": (5, (96, 256, 512, 512)),
     "B": (6, (96, 256, 512, 512)),
@@ -33,15 +33,15 @@ class PReLUNet(StagedNetwork):
     A 7x7 convolution, three stages of 3x3 convolutions with 2x2 max pooling before each, spatial
     pyramid pooling to 7x7, 3x3, 2x2 and 1x1 bins, fc1 and fc2 of 4096 with dropout, ``linear``.
     Stages conv1..conv4 have strides 2, 4, 8, 16. Every layer but the last ends in a PReLU with one
-    slope per channel; fc1 and fc2 have one per output, which the paper does not state.
+    slope per channel. In fc1 and fc2 this is one slope per output, which the paper leaves open.
 
     Args:
-        model: "A" (19 layers), "B" (22, the one that the ResNet paper names) or "C" (22, wider).
+        model: "A" (19 layers), "B" (22, the one in the ResNet paper) or "C" (22, wider).
         num_classes, in_channels, out_features, freeze_at: as in
             :class:`~resnet_backbone.models.resnet.ResNet`.
-        norm: "" is the original.
-        activation: "prelu", or "relu", with which the paper compares.
-        dropout: probability after fc1 and fc2.
+        norm: as in ResNet; "" is the original.
+        activation: "prelu", or "relu" for the paper's baseline.
+        dropout: drop probability after fc1 and fc2.
     """
 
     head_names = ("fc1", "fc2", "linear")
@@ -96,11 +96,11 @@ class InceptionBlock(nn.Module):
     """Four branches side by side: 1x1, 3x3, two 3x3, and pooling (arXiv 1502.03167, Figure 5).
 
     Args:
-        one: channels of the 1x1 branch; 0: there is none, and the block has stride 2.
+        one: channels of the 1x1 branch; 0 drops the branch and gives the block stride 2.
         three: (reduced, output) channels of the 3x3 branch.
-        double: the same of the branch with two 3x3 convolutions.
+        double: (reduced, output) channels of the branch with two 3x3 convolutions.
         pool: "avg" or "max".
-        projection: channels of the 1x1 convolution after pooling; 0: the pooled map passes through.
+        projection: channels of the 1x1 convolution after pooling; 0 drops that convolution.
         options: norm and activation of every convolution.
     """
 
@@ -138,7 +138,7 @@ class InceptionBlock(nn.Module):
 
 
 Row = tuple[int, tuple[int, int], tuple[int, int], str, int]
-# The rows of Figure 5 by stage: a block of stride 2 begins its stage.
+# The rows of Figure 5 by stage; each stride-2 block starts a stage.
 INCEPTION: dict[str, dict[str, Row]] = {
     "inception3": {
         "3a": (64, (64, 64), (64, 96), "avg", 32),
@@ -163,8 +163,8 @@ class BNInception(StagedNetwork):
     """Inception with batch normalization (arXiv 1502.03167, Figure 5).
 
     Stages conv1, conv2, inception3, inception4, inception5 have strides 2, 4, 8, 16, 32. Blocks 3c
-    and 4e halve the map and begin inception4 and inception5. conv1 is an ordinary convolution, as
-    in the networks that others released; the paper's is separable, with eight maps per channel.
+    and 4e halve the map and start inception4 and inception5. conv1 is an ordinary convolution, as
+    in released reimplementations; the paper's is separable with a depth multiplier of 8.
 
     Args:
         num_classes, in_channels, norm, activation, out_features, freeze_at: as in

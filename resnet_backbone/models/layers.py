@@ -1,4 +1,4 @@
-"""What every network shares: convolution + norm, freezing, initialization, stages in order."""
+"""Building blocks of every network: convolution + norm, freezing, initialization, stages."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PRELU_SLOPE = 0.25  # initial slope, arXiv 1502.01852 section 2.1
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalization whose statistics and affine parameters are constants.
 
-    The paper fixes BN during detection (appendix A): it is then a linear map per channel.
+    The paper fixes BN for detection (appendix A), which makes it an affine map per channel.
     State-dict keys are those of ``nn.BatchNorm2d``, as in Detectron2's layer of the same name;
-    ``num_batches_tracked`` is accepted and not needed.
+    ``num_batches_tracked`` is accepted and ignored.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5):
@@ -45,9 +45,9 @@ class FrozenBatchNorm2d(nn.Module):
 
     @classmethod
     def from_batch_norm(cls, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> FrozenBatchNorm2d:
-        """A frozen copy of a ``BatchNorm2d`` or ``SyncBatchNorm``."""
+        """Returns a frozen copy of a ``BatchNorm2d`` or ``SyncBatchNorm``."""
         frozen = cls(bn.num_features, bn.eps).to(bn.running_mean.device, bn.running_mean.dtype)
-        frozen.load_state_dict(bn.state_dict(), strict=False)  # some have no weight and bias
+        frozen.load_state_dict(bn.state_dict(), strict=False)  # weight and bias may be absent
         return frozen
 
     def extra_repr(self) -> str:
@@ -55,7 +55,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The map ``x * scale + shift`` of a batch norm with fixed statistics, of any class.
+    """Returns a batch norm with fixed statistics as ``x * scale + shift``; any class works.
 
     Both have shape (C,) and at least single precision.
     """
@@ -69,10 +69,10 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def build_norm(norm: Norm, channels: int) -> nn.Module | None:
-    """A normalization layer from its name ("BN", "FrozenBN", "SyncBN", "GN") or from a callable.
+    """Builds a norm layer from its name ("BN", "FrozenBN", "SyncBN", "GN") or from a callable.
 
-    ``None`` and ``""`` mean no normalization. Names follow Detectron2's ``get_norm``; GN has 32
-    groups (arXiv 1803.08494).
+    ``None`` and ``""`` mean no norm. Names follow Detectron2's ``get_norm``; GN has 32 groups
+    (arXiv 1803.08494).
     """
     if norm is None or norm == "":
         return None
@@ -89,7 +89,7 @@ def build_norm(norm: Norm, channels: int) -> nn.Module | None:
 
 
 def build_activation(name: str, channels: int) -> nn.Module:
-    """``relu`` (the paper) or ``prelu``, one slope per channel (arXiv 1502.01852)."""
+    """Builds "relu" (the paper) or "prelu" with one slope per channel (arXiv 1502.01852)."""
     if name == "relu":
         return nn.ReLU(inplace=True)
     if name == "prelu":
@@ -98,17 +98,17 @@ def build_activation(name: str, channels: int) -> nn.Module:
 
 
 def prelu_slopes(model: nn.Module) -> set[int]:
-    """``id`` of the slopes, which are never decayed: decay pushes them to zero, which is ReLU.
+    """Returns the ``id`` of each PReLU slope, to be excluded from weight decay.
 
-    Source: arXiv 1502.01852, section 2.1.
+    Decay pushes the slopes to zero, that is, to ReLU (arXiv 1502.01852, section 2.1).
     """
     return {id(module.weight) for module in model.modules() if isinstance(module, nn.PReLU)}
 
 
 class ConvNorm(nn.Conv2d):
-    """A convolution followed by its norm, which is the child ``norm`` (Detectron2's key layout).
+    """A convolution followed by its norm, the child ``norm`` (Detectron2's key layout).
 
-    The padding keeps the size at stride 1. There is a bias only where there is no norm.
+    Padding preserves the size at stride 1. The convolution has a bias only without a norm.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class ConvNormAct(ConvNorm):
 
 
 def freeze(module: nn.Module) -> None:
-    """Stops a module's training in place: no gradients, and batch norms become constants."""
+    """Freezes a module in place: no gradients, and batch norms become constants."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     for parent in list(module.modules()):
@@ -167,12 +167,12 @@ def init_he(module: nn.Module, activation: str = "relu") -> None:
     """He initialization of all convolutions, N(0, 2 / ((1 + a^2) fan_out)) (arXiv 1502.01852).
 
     ``a`` is the activation's negative slope. Linear layers are drawn from N(0, 0.01^2)
-    (arXiv 1706.02677, section 5.1), biases are zero, norms keep the identity.
+    (arXiv 1706.02677, section 5.1), biases are zero, and norms stay at the identity.
     """
     slope = PRELU_SLOPE if activation == "prelu" else 0.0
     for child in module.modules():
         if getattr(child, "weight", None) is None or child.weight.is_meta:
-            continue  # the meta device has no values, and drawing none is slow
+            continue  # meta tensors have no values, and initializing them is slow
         if isinstance(child, nn.Conv2d):
             nn.init.kaiming_normal_(child.weight, slope, "fan_out", "leaky_relu")
         elif isinstance(child, nn.Linear):
@@ -184,9 +184,9 @@ def init_he(module: nn.Module, activation: str = "relu") -> None:
 
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """``module(x)`` whose inner maps are computed again in the backward pass (arXiv 1604.06174).
+    """Runs ``module(x)`` and recomputes its inner maps in the backward pass (arXiv 1604.06174).
 
-    The second computation leaves running statistics alone, so that each batch counts once.
+    Recomputation leaves running statistics alone, so each batch counts once.
     """
 
     @contextmanager
@@ -196,7 +196,7 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
         for norm, (_, count) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = 0.0, copy.deepcopy(count)
         try:
-            yield  # it is left by an exception as soon as all maps are there
+            yield  # torch exits with an exception once all maps are recomputed
         finally:
             for norm, values in zip(norms, before, strict=True):
                 norm.momentum, norm.num_batches_tracked = values
@@ -213,7 +213,7 @@ def global_average_pool(x: Tensor) -> Tensor:
 
 
 class Feature(NamedTuple):
-    """One row of a network's feature table."""
+    """Channels and stride of a stage's feature map."""
 
     channels: int
     stride: int  # input pixels per output pixel
@@ -222,15 +222,15 @@ class Feature(NamedTuple):
 class StagedNetwork(nn.Module):
     """A classifier, or a backbone that returns the feature maps of named stages.
 
-    Subclasses add their stages with :meth:`add_stage` in the order in which they run, then the
-    layers of the head, whose default is a linear one. At the end of the constructor they store
-    their kernels as ``torch.channels_last``: the same values under the same keys, and every map
-    then takes that form, in which convolutions on CPUs are faster (GPUs: not measured). Networks
-    can be traced (``torch.jit``, ``torch.fx``), exported, compiled and scripted.
+    Subclasses add their stages with :meth:`add_stage` in execution order, then the layers of the
+    head, by default one linear layer. At the end of the constructor they convert their kernels to
+    ``torch.channels_last``, which leaves values and keys alone. The maps inherit this format, in
+    which convolutions on CPUs are faster (GPUs: not measured). Networks can be traced
+    (``torch.jit``, ``torch.fx``), exported, compiled and scripted.
 
     Attributes:
         grad_checkpointing: see :meth:`set_grad_checkpointing`.
-        features: name -> :class:`Feature`, one entry per stage that was built, in order.
+        features: name -> :class:`Feature`, one entry per stage, in order.
         out_features: names of the maps that ``forward`` returns; empty for a classifier.
         left_out: names of the deeper stages and head layers that a backbone does not build.
     """
@@ -262,15 +262,15 @@ class StagedNetwork(nn.Module):
         return not self.out_features
 
     def forward_features(self, x: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Feature maps by stage name.
+        """Returns feature maps by stage name.
 
         Args:
-            x: images, (N, in_channels, H, W), normalized as the weights ask.
-            names: stages to return; ``None`` returns every one.
+            x: images, (N, in_channels, H, W), normalized as the weights expect.
+            names: stages to return; ``None`` returns all of them.
 
         Returns:
-            name -> (N, channels, H / stride, W / stride); ResNets round sizes up, VGGs down,
-            PReLU-nets and BN-Inception up in conv1 and down in pooling.
+            name -> (N, channels, H / stride, W / stride). ResNets round sizes up, VGGs down.
+            PReLU-nets and BN-Inception round up in conv1 and down in pooling.
         """
         wanted = set(self.stage_names if names is None else names)
         if not wanted <= set(self.stage_names):
@@ -286,26 +286,26 @@ class StagedNetwork(nn.Module):
         return maps
 
     def checkpointed_parts(self, stage: nn.Module) -> Iterable[nn.Module]:
-        """The modules of a stage, in order, whose inputs are kept for the backward pass."""
+        """Returns the modules of a stage, in order, whose inputs are kept for backward."""
         return (stage,)
 
     def set_grad_checkpointing(self, enable: bool = True) -> StagedNetwork:
         """Turns gradient checkpointing in training on or off, in place.
 
-        With it only the inputs of parts are kept for the backward pass, which computes the maps
-        within a part again: those of a residual block, or of a stage of another network. Results,
-        gradients and running statistics are the same. ``torch.fx`` traces networks without it.
+        Only the input of each residual block (in other networks, of each stage) is kept for the
+        backward pass, which recomputes the maps inside. Outputs, gradients and running statistics
+        do not change. ``torch.fx`` traces networks without it.
         """
         self.grad_checkpointing = enable
         return self
 
     def forward_head(self, x: Tensor) -> Tensor:
-        """The last stage's map -> logits, (N, num_classes)."""
+        """Maps the last stage's output to logits, (N, num_classes)."""
         return self.linear(global_average_pool(x))
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
-        """Logits (N, num_classes) of a classifier, or the dict of ``out_features``."""
-        if isinstance(x, Tensor) and x.dim() != 4:  # torch.fx traces with a stand-in
+        """Returns logits (N, num_classes) of a classifier, or the dict of ``out_features``."""
+        if isinstance(x, Tensor) and x.dim() != 4:  # torch.fx traces with a Proxy
             raise ValueError(f"expected images of shape (N, C, H, W), got {tuple(x.shape)}")
         if self.is_classifier:
             last = self.stage_names[-1]
@@ -313,18 +313,18 @@ class StagedNetwork(nn.Module):
         return self.forward_features(x, self.out_features)
 
     def __prepare_scriptable__(self) -> torch.fx.GraphModule:
-        """``torch.jit.script`` compiles the traced graph; it cannot read the modules themselves."""
+        """Returns the traced graph, since ``torch.jit.script`` cannot compile the modules."""
         traced = torch.fx.symbolic_trace(copy.deepcopy(self))
         for node in traced.graph.nodes:
-            node.type = None  # of forward's annotations, which name two types of output
+            node.type = None  # drops forward's annotation, a union of two output types
         traced.recompile()
         return traced
 
     def freeze(self, freeze_at: int) -> StagedNetwork:
         """Freezes the first ``freeze_at`` stages in place (1 = the stem, or VGG's conv1).
 
-        Frozen layers get no gradients and their batch norms become constants. Counted as in
-        Detectron2: 2 also freezes res2, 5 the whole network.
+        Frozen layers get no gradients, and their batch norms become constants. Stages are counted
+        as in Detectron2: 2 also freezes res2, and 5 the whole network.
         """
         if not 0 <= freeze_at <= 5:
             raise ValueError(f"freeze_at must be a number of stages from 0 to 5, not {freeze_at}")

@@ -22,7 +22,7 @@ HIGHWAY_GATE_BIAS = -3.0  # gates start nearly closed: arXiv 1505.00387 section 
 
 
 class ZeroPadShortcut(nn.Module):
-    """Option A (section 3.3): identity, subsampled by the stride, new channels are zeros."""
+    """Option A (section 3.3): identity, subsampled by the stride, padded with zero channels."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -36,7 +36,7 @@ class ZeroPadShortcut(nn.Module):
 def build_shortcut(
     option: str, in_channels: int, out_channels: int, stride: int, norm: Norm
 ) -> nn.Module | None:
-    """The shortcut of one block; ``None`` for a plain network (section 3.3; Table 3 A, B, C)."""
+    """Builds a block's shortcut (section 3.3; Table 3, A, B, C); ``None`` for a plain network."""
     if option not in SHORTCUTS:
         raise ValueError(f"unknown shortcut {option!r}: use one of {', '.join(SHORTCUTS)}")
     if option == "none":
@@ -50,11 +50,10 @@ def build_shortcut(
 
 
 class ResidualBlock(nn.Module):
-    """activation(F(x) + shortcut(x)), equations 1 and 2; subclasses build F and run it.
+    """activation(F(x) + shortcut(x)), equations 1 and 2; subclasses build and run F.
 
-    With ``shortcut="highway"`` the sum is gated, T * F(x) + (1 - T) * shortcut(x), where
-    T = sigmoid(1x1 convolution of x) (Highway Networks, arXiv 1505.00387, the paper's related
-    work, in the convolutional form of arXiv 1603.05027 section 3.1).
+    ``shortcut="highway"`` gates the sum, T * F(x) + (1 - T) * shortcut(x), with T = sigmoid(1x1
+    convolution of x): Highway Networks (arXiv 1505.00387) in the form of 1603.05027, section 3.1.
     """
 
     expansion: int
@@ -84,7 +83,7 @@ class ResidualBlock(nn.Module):
     def build_residual(
         self, in_channels: int, out_channels: int, strides: tuple, dilation: int, options: dict
     ) -> None:
-        """Adds the layers of F: strides of the first 1x1 and 3x3, options norm and activation."""
+        """Adds the layers of F; ``strides`` are for the first 1x1 and the 3x3 convolution."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class ResidualBlock(nn.Module):
 
 
 class BasicBlock(ResidualBlock):
-    """Two 3x3 convolutions (Fig. 5 left); the first carries the stride, both the dilation."""
+    """Two 3x3 convolutions (Fig. 5 left): the first has the stride, both have the dilation."""
 
     expansion = 1
 
@@ -119,7 +118,7 @@ class BottleneckBlock(ResidualBlock):
     """1x1, 3x3, 1x1 convolutions (Fig. 5 right), 4 times narrower inside.
 
     ``stride_in_1x1``: the paper and its released weights put the stride on the first 1x1;
-    torchvision, timm and fb.resnet.torch on the 3x3. Shapes are the same, results are not.
+    torchvision, timm and fb.resnet.torch put it on the 3x3. Shapes match, outputs do not.
     """
 
     expansion = 4
@@ -136,7 +135,7 @@ class BottleneckBlock(ResidualBlock):
         return self.conv3(self.conv2(self.conv1(x)))
 
 
-# The one depth table (Table 1): block and number of blocks in res2..res5 (conv2_x..conv5_x).
+# Table 1: block type, and number of blocks in res2..res5 (conv2_x..conv5_x).
 DEPTHS: dict[int, tuple[type[ResidualBlock], tuple[int, int, int, int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
@@ -154,9 +153,9 @@ DILATIONS = {32: (1, 1, 1, 1), 16: (1, 1, 1, 2), 8: (1, 1, 2, 4)}
 class Stem(nn.Module):
     """7x7 convolution with stride 2, then 3x3 max pooling with stride 2 (Table 1).
 
-    ``caffe_pool``: the released Caffe networks pool without padding and round the size up;
-    everyone since pads by one pixel. The windows differ by a pixel, and where the pool's input is
-    odd (images of 4k + 1 or 4k + 2 pixels) so does the size: (n - 1) / 2 instead of (n + 1) / 2.
+    ``caffe_pool``: the released Caffe networks pool without padding and round the size up; later
+    implementations pad by one pixel. The windows shift by a pixel. An odd input n of the pooling
+    (images of 4k + 1 or 4k + 2 pixels) gives (n - 1) / 2 instead of (n + 1) / 2.
     """
 
     def __init__(
@@ -183,7 +182,7 @@ def make_stage(
     multi_grid: Sequence[int] = (),
     **block_options,
 ) -> nn.Sequential:
-    """One stage: the first block carries the stride; block i has dilation * multi_grid[i]."""
+    """Builds a stage: the first block has the stride, block i dilation * multi_grid[i]."""
     grid = tuple(multi_grid) or (1,) * num_blocks
     if len(grid) != num_blocks or min(grid) < 1:
         raise ValueError(f"multi_grid {grid} needs {num_blocks} positive rates, one per block")
@@ -196,7 +195,7 @@ def make_stage(
 
 
 def init_residual_network(network: nn.Module, activation: str, zero_init_residual: bool) -> None:
-    """He initialization, closed Highway gates and, on request, a zero last gamma per block."""
+    """He initialization, nearly closed Highway gates and, optionally, zero last gammas."""
     init_he(network, activation)
     for block in network.modules():
         if not isinstance(block, ResidualBlock):
@@ -213,10 +212,10 @@ def init_residual_network(network: nn.Module, activation: str, zero_init_residua
 
 
 def resnet_stage(depth: int, stage: int, *, in_channels: int | None = None, **options):
-    """Stage ``res{stage}`` (2..5) of a ResNet of this depth as a module, and its channels out.
+    """Returns stage ``res{stage}`` (2..5) of a ResNet as a module, and its output channels.
 
-    What a C4 detection head runs per region is ``resnet_stage(depth, 5, stride=2)``.
-    ``options`` are those of :func:`make_stage`.
+    ``resnet_stage(depth, 5, stride=2)`` is what a C4 detection head runs per region.
+    ``options`` are passed to :func:`make_stage`.
     """
     block, num_blocks = DEPTHS[depth]
     if in_channels is None:
@@ -226,13 +225,13 @@ def resnet_stage(depth: int, stage: int, *, in_channels: int | None = None, **op
 
 
 class ResidualNetwork(StagedNetwork):
-    """What the networks for ImageNet and for CIFAR-10 have in common."""
+    """Base class of the ImageNet and CIFAR-10 networks."""
 
     def checkpointed_parts(self, stage: nn.Module) -> Iterable[nn.Module]:
-        return stage if isinstance(stage, nn.Sequential) else (stage,)  # the stem is no sequence
+        return stage if isinstance(stage, nn.Sequential) else (stage,)  # blocks, or the stem
 
     def finish(self, num_classes: int, activation: str, freeze_at: int, zero_init: bool) -> None:
-        """The end of the constructor, when all stages are there."""
+        """Adds the head, initializes and freezes, once all stages are added."""
         if self.is_classifier:
             self.linear = nn.Linear(self.features[self.stage_names[-1]].channels, num_classes)
         init_residual_network(self, activation, zero_init)
@@ -241,33 +240,33 @@ class ResidualNetwork(StagedNetwork):
 
 
 class ResNet(ResidualNetwork):
-    """A residual network, or with ``shortcut="none"`` its plain twin.
+    """A residual network, or its plain counterpart with ``shortcut="none"``.
 
-    As a classifier it maps (N, in_channels, H, W) to logits (N, num_classes). With
-    ``out_features`` it has no head, stops after the deepest stage asked for, and returns a dict
-    of feature maps at strides 4 (stem, res2), 8, 16, 32. Module and key names are Detectron2's.
+    A classifier maps (N, in_channels, H, W) to logits (N, num_classes). With ``out_features`` the
+    network has no head, stops after the deepest requested stage, and returns a dict of feature
+    maps at strides 4 (stem, res2), 8, 16, 32. Module and key names are Detectron2's.
 
     Args:
         depth: 18, 34, 50, 101 or 152 (Table 1).
-        num_classes: logits of the classifier.
+        num_classes: number of logits.
         in_channels: channels of the input image.
         shortcut: "A", "B" or "C" (Table 3; the paper uses B for 50 layers and more), "highway"
             (gated, arXiv 1505.00387) or "none" (plain, section 3.3).
-        stride_in_1x1: where a bottleneck has its stride; True is the paper. Unused at 18 and 34.
+        stride_in_1x1: put a bottleneck's stride on its first 1x1, as in the paper, or its 3x3.
         norm: "BN" (the paper), "FrozenBN", "SyncBN", "GN" or a callable channels -> module;
             "" for none, which gives the convolutions a bias.
         activation: "relu" (the paper) or "prelu" (arXiv 1502.01852).
-        dilations: of res2..res5. A stage with a dilation above 1 keeps the size of its input, so
-            (1, 1, 1, 2) is DC5 at output stride 16 and (1, 1, 2, 4) is output stride 8
-            (arXiv 1606.00915); all 3x3 convolutions of the stage have that dilation, as in R-FCN.
-        multi_grid: rates of res5's blocks, multiplied with its dilation (arXiv 1706.05587).
-        out_features: names out of stem, res2, res3, res4, res5; ``None`` for a classifier.
+        dilations: one for each of res2..res5, for all 3x3 convolutions of the stage, as in R-FCN.
+            A stage with a dilation above 1 has stride 1: (1, 1, 1, 2) is DC5 at output stride 16,
+            and (1, 1, 2, 4) is output stride 8 (arXiv 1606.00915).
+        multi_grid: one rate per block of res5, times its dilation (arXiv 1706.05587).
+        out_features: any of stem, res2, res3, res4, res5; ``None`` for a classifier.
         freeze_at: number of frozen stages, counted from the stem.
         zero_init_residual: start the last gamma of each block at zero (arXiv 1706.02677, 5.1).
         caffe_pool: pool1 as in the released Caffe networks, see :class:`Stem`.
 
     Raises:
-        ValueError: for a value outside of the above, naming the possible ones.
+        ValueError: an argument has an unsupported value.
     """
 
     def __init__(
@@ -309,16 +308,16 @@ class ResNet(ResidualNetwork):
 
 
 class CifarResNet(ResidualNetwork):
-    """3x3 convolution to 16 maps, then three stages of n blocks with 16, 32, 64 maps (4.2).
+    """A CIFAR-10 network: 3x3 convolution, then three stages of n blocks (section 4.2).
 
-    Maps (N, in_channels, 32, 32) to logits (N, num_classes); other sizes work too. Stages are
-    named stem, res2, res3, res4 with strides 1, 1, 2, 4. It has 97,216 n - 21,926 parameters
-    with option A and 10 classes.
+    Maps (N, in_channels, 32, 32) to logits (N, num_classes); other sizes work too. Stages stem,
+    res2, res3, res4 have 16, 16, 32, 64 channels and strides 1, 1, 2, 4. With option A and 10
+    classes there are 97,216 n - 21,926 parameters.
 
     Args:
-        depth: 6n + 2: 20, 32, 44, 56, 110, 1202 in the paper (Table 6).
-        shortcut: "A" is the paper's choice here; "none" is the plain twin.
-        norm, activation, out_features, freeze_at: as in :class:`ResNet`.
+        depth: 6n + 2; 20, 32, 44, 56, 110 or 1202 in the paper (Table 6).
+        shortcut: "A" is the paper's choice here; "none" is the plain counterpart.
+        norm, activation, out_features, freeze_at, zero_init_residual: as in :class:`ResNet`.
     """
 
     def __init__(

@@ -24,18 +24,18 @@ STAGE_NAMES = ("conv1", "conv2", "conv3", "conv4", "conv5", "pool5")
 class VGG(StagedNetwork):
     """3x3 convolutions in five stages with 2x2 max pooling between them.
 
-    Stages conv1..conv5 end before their pooling, at strides 1, 2, 4, 8, 16 (``conv5`` of VGG-16
-    is conv5_3 of the detection literature); ``pool5`` is conv5 pooled, at stride 32. The
-    classifier has fc6 and fc7 of 4096 with dropout, and ``linear`` (fc8); at inputs other than
-    224 pool5 is averaged to 7x7.
+    Stages conv1..conv5 end before their pooling, at strides 1, 2, 4, 8, 16. VGG-16's ``conv5`` is
+    conv5_3 in the detection literature. ``pool5`` is conv5 pooled, at stride 32. The classifier
+    has fc6 and fc7 of 4096 with dropout, and ``linear`` (fc8). At inputs other than 224x224,
+    pool5 is averaged to 7x7.
 
     Args:
         depth: 11, 13, 16 or 19.
         num_classes, in_channels, activation, out_features, freeze_at: as in
-            :class:`~resnet_backbone.models.resnet.ResNet`; ``freeze_at=2`` tunes from conv3_1 up,
-            as Fast R-CNN does.
-        norm: "" is the original; "BN" the later variant.
-        dropout: probability after fc6 and fc7.
+            :class:`~resnet_backbone.models.resnet.ResNet`; ``freeze_at=2`` fine-tunes conv3_1 and
+            up, as in Fast R-CNN.
+        norm: as in ResNet; "" is the original, "BN" the later variant.
+        dropout: drop probability after fc6 and fc7.
     """
 
     head_names = ("fc6", "fc7", "linear")
