@@ -1,4 +1,4 @@
-"""Networks made fast: folding, inference, regions on CPUs, and export to other runtimes."""
+"""Faster networks: batch norm folding, inference engines, regions on CPUs, and export."""
 
 from resnet_backbone.fast.engines import InferenceNetwork
 from resnet_backbone.fast.optimize import (

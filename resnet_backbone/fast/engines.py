@@ -1,4 +1,4 @@
-"""Engines that run networks for inference: PyTorch, its compiler, OpenVINO and onnxruntime."""
+"""Inference engines: PyTorch, its compiler, OpenVINO and onnxruntime."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 logger = logging.getLogger(__name__)
 Run = Callable[[Tensor], Any]
 AUTO = "auto"
-PACKAGES = {  # that each engine needs
+PACKAGES = {  # required by each engine
     "eager": (),
     "compile": (),
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
 }
-# The largest difference from PyTorch in the same precision, of the largest value of an output.
+# Tolerated difference from PyTorch at the same precision, relative to an output's largest value.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "f32"}
-CALIBRATION = 128  # inputs that a part keeps
-CALIBRATION_REGIONS = 64  # of one input of a head
-ROUNDS = 3  # that "auto" times
+CALIBRATION = 128  # inputs kept per part
+CALIBRATION_REGIONS = 64  # regions kept per input of a head
+ROUNDS = 3  # timing rounds of "auto"
 ONNX_OPSET = 17
 
 
 def why_not(engine: str, dtype: torch.dtype, device: torch.device | None = None) -> str:
-    """What keeps an engine from running here, with the mend; nothing: ""."""
+    """Returns why an engine cannot run here and how to fix it, or "" if it can."""
     if dtype == torch.int8 and engine != "openvino":
         return "has no int8: use openvino"
     needed = (*PACKAGES[engine], "nncf") if dtype == torch.int8 else PACKAGES[engine]
@@ -56,7 +56,7 @@ def why_not(engine: str, dtype: torch.dtype, device: torch.device | None = None)
 
 
 def check_engine(engine: str, dtype: torch.dtype) -> None:
-    """Raises ValueError for an engine that is unknown or cannot run here."""
+    """Raises ValueError if an engine is unknown or cannot run here."""
     if engine not in (AUTO, *PACKAGES):
         raise ValueError(f"engine {engine!r} is not one of {', '.join((AUTO, *PACKAGES))}")
     engine = "openvino" if engine == AUTO and dtype == torch.int8 else engine
@@ -66,22 +66,22 @@ def check_engine(engine: str, dtype: torch.dtype) -> None:
 
 
 class InferenceNetwork(nn.Module):
-    """A network that an engine runs in some precision, without gradients.
+    """A network run by an engine at a given precision, without gradients.
 
-    The engine is built at the first call, from the form of that input, and its outputs there are
-    compared with PyTorch's: where they differ by more than rounding, or where the engine fails, a
-    warning says so and PyTorch runs the network. With "auto", each engine that can run here is
-    built, and the fastest of three calls is taken. ``network.engine`` and the log (level INFO)
-    tell which one it is.
+    The engine is built at the first call, for the layout of that input, and its outputs are
+    compared with PyTorch's. If they differ by more than rounding, or if the engine fails, it logs
+    a warning and PyTorch runs the network. "auto" builds every engine that can run here and picks
+    the fastest, timed by the best of three calls. ``network.engine`` and the log (level INFO)
+    name the choice.
 
-    Images, the first argument, have any size and precision. Outputs have the precision of the
-    images; for images of integers it is float32. Attributes are also the network's.
+    Images, the first argument, may have any size and precision. Outputs have the precision of the
+    images, or float32 for integer images. Missing attributes are looked up on the network.
 
     Args:
-        network: it is changed to `dtype`, except for int8: then it runs in float32 until
-            :meth:`quantize` is called, and keeps its inputs for that.
+        network: cast to `dtype` in place. With int8 it runs in float32 and keeps its inputs until
+            :meth:`quantize` is called.
         engine: see :func:`resnet_backbone.optimize_for_inference`.
-        compiles: whether "compile" is worth its minute for this part; without, PyTorch runs it.
+        compiles: whether "compile" is worth its minute for this part; if not, PyTorch runs it.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class InferenceNetwork(nn.Module):
             return getattr(super().__getattr__("network"), name)
 
     def quantize(self) -> None:
-        """Lets OpenVINO run the network in int8, with ranges from the inputs seen so far.
+        """Quantizes the network to int8 for OpenVINO, with ranges from the inputs seen so far.
 
         Raises:
-            ValueError: there were none.
+            ValueError: there were no inputs.
         """
         if not self.samples:
             raise ValueError("int8 needs calibration inputs, on which every part is run")
@@ -133,7 +133,7 @@ class InferenceNetwork(nn.Module):
     def _apply(self, fn, recurse: bool = True) -> InferenceNetwork:
         self._refuse_int8("moved or cast")
         super()._apply(fn, recurse)
-        if self.asked != "eager":  # an engine has the parameters by identity, which _apply keeps
+        if self.asked != "eager":  # engines hold the parameters, which _apply changes in place
             self.network = copy.deepcopy(self.network)
         self._forget()
         return self
@@ -186,11 +186,11 @@ class InferenceNetwork(nn.Module):
         return runs.get(self.engine, self.network.__call__)
 
     def _try(self, name: str, x: Tensor, runs: dict[str, Run]) -> str:
-        """Builds an engine into `runs`; what is wrong with it, if anything."""
+        """Builds an engine into `runs`; returns why it cannot be used, or ""."""
         try:
             runs[name] = BUILDERS[name](self.network, x)
             difference = relative_difference(runs[name](x), self.network(x))
-        except Exception as error:  # engines raise what they like
+        except Exception as error:  # engines may raise anything
             runs.pop(name, None)
             lines = str(error).strip().splitlines()
             return f"fails ({type(error).__name__}: {lines[0] if lines else ''})"
@@ -201,7 +201,7 @@ class InferenceNetwork(nn.Module):
 
 
 def relative_difference(found: Any, expected: Any) -> float:
-    """Of all outputs: the largest difference, as a part of the largest value; NaN: infinity."""
+    """Returns the largest difference of any output relative to its largest value; inf for NaN."""
     return max(
         float((a.float() - b.float()).abs().max().nan_to_num(nan=torch.inf))
         / max(float(b.float().abs().max()), torch.finfo().tiny)
@@ -210,7 +210,7 @@ def relative_difference(found: Any, expected: Any) -> float:
 
 
 def time_runs(runs: dict[str, Run], x: Tensor) -> dict[str, float]:
-    """Seconds of a call, the best of some rounds in turn."""
+    """Returns each engine's seconds per call, the best of several alternating rounds."""
     seconds = dict.fromkeys(runs, float("inf"))
     for _ in range(ROUNDS):
         for name, run in runs.items():
@@ -227,12 +227,12 @@ def _now(x: Tensor) -> float:
 
 
 def cast(value: Any, dtype: torch.dtype) -> Any:
-    """All floating-point tensors within dicts, lists and tuples in another precision."""
+    """Casts all floating-point tensors in nested dicts, lists and tuples."""
     return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
 
 
 class TupleOutput(nn.Module):
-    """A network in float32 whose outputs are a flat tuple, as graphs have them."""
+    """A float32 copy of a network with a flat tuple of outputs, as in exported graphs."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -268,7 +268,7 @@ def build_openvino(network: nn.Module, x: Tensor) -> Run:
 
 
 def build_int8(network: nn.Module, samples: list[Tensor]) -> Run:
-    """Post-training quantization by NNCF."""
+    """Quantizes a trained network with NNCF."""
     nncf = importlib.import_module("nncf")
     nncf.set_log_level(logging.ERROR)
     plain = TupleOutput(network)
@@ -280,10 +280,10 @@ def build_int8(network: nn.Module, samples: list[Tensor]) -> Run:
 
 @cache
 def openvino_core() -> Any:
-    """The one Core of the process, which is never destroyed.
+    """Returns the process's only Core, which is never destroyed.
 
-    Each Core of OpenVINO 2026.4 sets a stack for signal handlers. One that is destroyed before a
-    later one leaves the address of freed memory, and the next signal ends the process.
+    Each Core of OpenVINO 2026.4 sets a stack for signal handlers. Destroying a Core before a later
+    one leaves a dangling pointer to that stack, and the next signal crashes the process.
     """
     return importlib.import_module("openvino").Core()
 
@@ -291,7 +291,7 @@ def openvino_core() -> Any:
 def openvino_graph(plain: TupleOutput, x: Tensor) -> Any:
     openvino = importlib.import_module("openvino")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, of sizes, which are free
+        warnings.simplefilter("ignore")  # the tracer's, about sizes, which are dynamic
         return openvino.convert_model(plain, example_input=x.float(), input=free_sizes(x))
 
 
@@ -310,7 +310,7 @@ def build_onnxruntime(network: nn.Module, x: Tensor) -> Run:
     axes = {"x": [axis for axis, size in enumerate(free_sizes(x)) if size < 0]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # The exporter that traces: torch.export needs to know which multiples sizes are of.
+        # dynamo=False traces: torch.export would need to know what sizes are multiples of.
         torch.onnx.export(
             plain, (x,), file, dynamo=False, opset_version=ONNX_OPSET, input_names=["x"],
             dynamic_axes=axes,
@@ -320,9 +320,9 @@ def build_onnxruntime(network: nn.Module, x: Tensor) -> Run:
 
 
 def onnx_session(model: str | os.PathLike | bytes, threads: int = 0) -> Any:
-    """An ``onnxruntime.InferenceSession`` of a file or its content, on the CPU.
+    """Returns an ``onnxruntime.InferenceSession`` on the CPU for a file or its content.
 
-    0 threads: its own choice. ValueError: onnxruntime is not installed.
+    0 threads leaves the number to onnxruntime. Raises ValueError if onnxruntime is missing.
     """
     try:
         import onnxruntime
@@ -336,7 +336,7 @@ def onnx_session(model: str | os.PathLike | bytes, threads: int = 0) -> Any:
 
 
 def free_sizes(x: Tensor) -> list[int]:
-    """The shape of an input with -1 for what may change: all but the channels."""
+    """Returns the shape of an input with -1 for dynamic axes: all but the channels."""
     return [size if axis == 1 else -1 for axis, size in enumerate(x.shape)]
 
 

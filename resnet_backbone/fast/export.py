@@ -1,4 +1,4 @@
-"""Networks as torch.export programs and ONNX files, for any batch size, height and width."""
+"""Export to torch.export programs and ONNX files with dynamic batch size, height and width."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from resnet_backbone.fast.optimize import fold_bn
 from resnet_backbone.models.layers import StagedNetwork
 from resnet_backbone.weights.preprocessing import Preprocessing
 
-EXAMPLE_SIZE = (2, 224, 288)  # batch, height, width: all differ, none is 1
+EXAMPLE_SIZE = (2, 224, 288)  # batch, height, width: all different, and none is 1
 DYNAMIC_DIMS = {0: "batch", 2: "height", 3: "width"}
 RGB = "RGB"
 
@@ -25,13 +25,13 @@ Runner = Callable[[Tensor], Outputs]  # images -> outputs by name
 
 
 class Mismatch(ValueError):
-    """An exported file does not give PyTorch's outputs."""
+    """An exported file does not reproduce PyTorch's outputs."""
 
 
 class NormalizedNetwork(nn.Module):
-    """A network with its preprocessing: (N, 3, H, W) RGB, 0..255, uint8 or float, to its outputs.
+    """A network with its preprocessing, for RGB images (N, 3, H, W) in 0..255, uint8 or float.
 
-    Of a per-pixel mean image the channel means are used. Resizing is left to the caller.
+    A per-pixel mean image is reduced to its channel means. Resizing is left to the caller.
     """
 
     def __init__(self, network: StagedNetwork, preprocessing: Preprocessing):
@@ -54,14 +54,14 @@ class NormalizedNetwork(nn.Module):
 def export_program(
     model: nn.Module, *, in_channels: int = 3, dtype: torch.dtype = torch.float32, multiple: int = 1
 ) -> torch.export.ExportedProgram:
-    """The graph of a network with its batch norms folded, for ``torch.export.save``.
+    """Exports a network with its batch norms folded, for ``torch.export.save``.
 
-    Batch size, height and width are free; height and width must exceed the largest stride.
+    Batch size, height and width are dynamic; height and width must exceed the largest stride.
 
     Args:
-        model: a classifier, a backbone, or a :class:`NormalizedNetwork`. It stays as it is.
+        model: a classifier, a backbone, or a :class:`NormalizedNetwork`. It is not modified.
         dtype: of the images: torch.float32, or torch.uint8 for a :class:`NormalizedNetwork`.
-        multiple: of which height and width are: a feature pyramid's ``size_divisibility``.
+        multiple: divisor of height and width, such as a feature pyramid's ``size_divisibility``.
     """
     model = fold_bn(copy.deepcopy(model).cpu().eval().requires_grad_(False))
     batch, height, width = EXAMPLE_SIZE
@@ -69,14 +69,14 @@ def export_program(
     sizes = {dim: torch.export.Dim.DYNAMIC for dim in DYNAMIC_DIMS}
     if multiple > 1:
         sizes[0] = torch.export.Dim("batch")
-        for dim in (2, 3):  # above twice the multiple, or the pyramid's last level is one pixel
+        for dim in (2, 3):  # with fewer units, the pyramid's last level could be one pixel
             sizes[dim] = multiple * torch.export.Dim(f"{DYNAMIC_DIMS[dim]}_units", min=3)
     with torch.no_grad():
         return torch.export.export(model, (example,), dynamic_shapes=(sizes,))
 
 
 def output_names(model: nn.Module) -> list[str]:
-    """Names of the outputs in an exported graph: the backbone's features, or "logits"."""
+    """Returns the names of an exported graph's outputs: the backbone's features, or "logits"."""
     return list(model.out_features) or ["logits"]
 
 
@@ -93,8 +93,8 @@ def export_onnx(
 
     Args:
         model, in_channels, dtype: as for :func:`export_program`.
-        metadata: facts to keep in the file's ``metadata_props``.
-        program: of :func:`export_program`, if it is there already.
+        metadata: entries of the file's ``metadata_props``.
+        program: the model's :func:`export_program`, if already exported.
     """
     try:
         import onnx
@@ -118,7 +118,7 @@ def export_onnx(
 
 
 def _name_dimensions(graph) -> None:
-    """s77 becomes batch and so on, also within the expressions of the outputs' sizes."""
+    """Renames symbols such as s77 to batch, height and width, also in expressions of sizes."""
     dims = graph.input[0].type.tensor_type.shape.dim
     symbols = {dims[index].dim_param: name for index, name in DYNAMIC_DIMS.items()}
     for value in (*graph.input, *graph.output, *graph.value_info):
@@ -128,7 +128,7 @@ def _name_dimensions(graph) -> None:
 
 
 def run_model(model: Callable[[Tensor], Tensor | Outputs]) -> Runner:
-    """PyTorch's own outputs by name."""
+    """Returns a runner of a PyTorch model."""
 
     @torch.no_grad()
     def run(images: Tensor) -> Outputs:
@@ -139,7 +139,7 @@ def run_model(model: Callable[[Tensor], Tensor | Outputs]) -> Runner:
 
 
 def run_onnx(path: str | os.PathLike, threads: int = 0) -> Runner:
-    """A file in onnxruntime, see :func:`onnx_session`."""
+    """Returns a runner of an ONNX file; see :func:`onnx_session`."""
     session = onnx_session(path, threads)
     names = [value.name for value in session.get_outputs()]
     image = session.get_inputs()[0].name
@@ -152,16 +152,16 @@ def run_onnx(path: str | os.PathLike, threads: int = 0) -> Runner:
 
 
 def run_program(path: str | os.PathLike) -> Runner:
-    """A file of ``torch.export.save``, read anew."""
+    """Returns a runner of a file written by ``torch.export.save``."""
     return run_model(torch.export.load(str(path)).module())
 
 
 def largest_difference(
     reference: Runner, exported: Runner, batches: Iterable[Tensor]
 ) -> dict[str, float]:
-    """The largest difference of each output over some batches, or a Mismatch.
+    """Returns the largest difference of each output over some batches.
 
-    It is a fraction of the largest magnitude in that output of the reference.
+    It is relative to the reference's largest magnitude. Mismatch: names or shapes differ.
     """
     largest: dict[str, float] = {}
     for images in batches:
@@ -179,7 +179,7 @@ def largest_difference(
 
 
 def input_facts(preprocessing: Preprocessing, normalized: bool) -> dict:
-    """What the input of an exported graph must be, in words and numbers, for JSON and ONNX."""
+    """Describes the expected input of an exported graph, for JSON and ONNX metadata."""
     where = "in the graph" if normalized else "by the caller"
     names = ("channel_order", "value_range", "mean", "std")
     facts = {"channel_order": RGB, "value_range": 255}

@@ -1,4 +1,4 @@
-"""Networks made fast: batch norms as part of their convolutions, and one call for inference."""
+"""Folding of batch norms into convolutions, and models optimized for inference."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from resnet_backbone.models.resnet import ResidualBlock
 
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-HEADS = ("box_head", "cls_subnet", "bbox_subnet")  # of Faster R-CNN and RetinaNet
+HEADS = ("box_head", "cls_subnet", "bbox_subnet")  # Faster R-CNN's and RetinaNet's
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 class FoldingConvNorm(ConvNorm):
-    """:class:`ConvNorm` that computes ``conv(x, w * scale, shift)`` where its norm is constant.
+    """:class:`ConvNorm` that computes ``conv(x, w * scale, shift)`` while its norm is constant.
 
-    The function and gradients are the same, with one pass less over the feature map. A frozen batch
-    norm is always folded, in training too; one in evaluation mode when no gradients are recorded
-    and the kernel is smaller than the map. Nothing is kept between calls. A norm with hooks is
-    called.
+    Outputs and gradients are the same, with one fewer pass over the feature map. A frozen batch
+    norm is always folded, even in training. One in evaluation mode is folded when no gradients are
+    recorded and the kernel is smaller than the output. A norm with hooks is never folded. Nothing
+    is cached between calls.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class FoldingConvNorm(ConvNorm):
         return super().forward(x)
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Kernel and bias of convolution and norm in one, where :meth:`can_fold`."""
+        """Returns the kernel and bias with the norm folded in; needs :meth:`can_fold`."""
         if self.norm is None:
             return self.weight, self.bias
         scale, shift = scale_and_shift(self.norm)
@@ -52,7 +52,7 @@ class FoldingConvNorm(ConvNorm):
         return weight.to(self.weight.dtype), shift.to(self.weight.dtype)
 
     def can_fold(self) -> bool:
-        """Whether the norm, if any, is constant for this call: frozen, or without gradients."""
+        """Whether the norm, if any, is constant now: frozen, or evaluated without gradients."""
         norm = self.norm
         if norm is None:
             return True
@@ -65,40 +65,40 @@ class FoldingConvNorm(ConvNorm):
         return not (norm.training or torch.is_grad_enabled())
 
     def _folding_pays(self, x: Tensor) -> bool:
-        """Whether the norm is frozen, or constant here and the kernel smaller than the output."""
+        """Whether the norm is frozen, or constant now and the kernel smaller than the output."""
         if self.norm is None or not self.can_fold():
             return False
         if type(self.norm) is FrozenBatchNorm2d:
             return True
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, Proxy):
-            return False  # graphs have optimizers of their own
+            return False  # graph compilers fold by themselves
         pixels = x[:, 0].numel() // (self.stride[0] * self.stride[1])
         return pixels >= self.weight[0].numel()
 
 
 class FoldingConvNormAct(ConvNormAct, FoldingConvNorm):
-    """:class:`ConvNormAct` in the same way."""
+    """:class:`ConvNormAct` with the folding of :class:`FoldingConvNorm`."""
 
 
 def build_model(name: str, num_classes: int | None = None, **options: Any) -> StagedNetwork:
-    """:func:`resnet_backbone.models.build_model`, then :func:`fold_each_call`."""
+    """:func:`resnet_backbone.models.build_model` followed by :func:`fold_each_call`."""
     return fold_each_call(models.build_model(name, num_classes, **options))
 
 
 def fold_each_call(model: nn.Module) -> nn.Module:
-    """Makes the convolutions of our networks :class:`FoldingConvNorm`, in place, same state dict.
+    """Turns the convolutions of our networks into :class:`FoldingConvNorm`, in place.
 
-    It is for networks whose weights change; :func:`fold_bn` folds once and for all.
+    State dicts do not change. Meant for weights that change; :func:`fold_bn` folds for good.
     """
     return change_classes(model, {ConvNorm: FoldingConvNorm, ConvNormAct: FoldingConvNormAct})
 
 
 def fold_bn(model: nn.Module) -> nn.Module:
-    """Puts the batch norms of our networks into their convolutions, in place; for evaluation.
+    """Folds the batch norms of our networks into their convolutions, in place, for evaluation.
 
-    ``BN``, ``SyncBN`` and ``FrozenBN`` with running statistics disappear, also in the classes of
-    Detectron2 and torchvision, and the convolutions get a bias. Other norms, norms with hooks, and
-    other libraries' convolutions stay. Computed in double precision.
+    ``BN``, ``SyncBN`` and ``FrozenBN`` with running statistics are removed, Detectron2's and
+    torchvision's classes included, and the convolutions get a bias. Other norms, norms with hooks
+    and other libraries' convolutions are kept. Weights are computed in double precision.
     """
     for conv in model.modules():
         if isinstance(conv, ConvNorm) and _is_foldable(conv.norm):
@@ -112,7 +112,7 @@ def fold_bn(model: nn.Module) -> nn.Module:
 
 
 def _is_foldable(norm: nn.Module | None) -> bool:
-    """Whether it is a batch norm with running statistics; other classes are tried out."""
+    """Whether a norm is a batch norm with running statistics; unknown classes are tried out."""
     if norm is None or is_watched(norm) or getattr(norm, "running_var", None) is None:
         return False
     if type(norm) in BATCH_NORMS:
@@ -128,16 +128,16 @@ def _is_foldable(norm: nn.Module | None) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether some hook wants to see the module called."""
+    """Whether any hook runs when the module is called."""
     own = any(getattr(module, f"_{name}") for name in HOOKS)
     return own or any(getattr(nn.modules.module, f"_global_{name}", None) for name in HOOKS)
 
 
 def change_classes(model: nn.Module, kinds: Mapping[type, type]) -> nn.Module:
-    """Replaces modules of some classes by ones of a subclass with the same content, in place.
+    """Replaces modules by instances of a subclass with the same content, in place.
 
-    `kinds` are class, exactly -> subclass without attributes of its own. Use what is returned: the
-    model, or another module if it is of such a class itself.
+    `kinds` maps exact classes to subclasses that add no attributes. Use the returned model: it is
+    a new module where the model itself is of such a class.
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
@@ -159,32 +159,32 @@ def optimize_for_inference(
     engine: str = "auto",
     calibration: Iterable[Any] = (),
 ) -> nn.Module:
-    """A fast copy of a model for inference; the model itself stays as it is.
+    """Returns a fast copy of a model for inference; the original is not modified.
 
-    Batch norms within our networks are folded into their convolutions, kernels are stored
-    channels_last, and nothing records gradients. An engine runs the network, or of a detector its
-    parts: ``backbone`` with the feature pyramid, the ``res5`` of a C4 head, the convolution of the
-    proposal network, and ``box_head``. The last layers and all that follows stay as they are, in
-    float32. Images have any size.
+    Batch norms of our networks are folded into their convolutions, kernels are converted to
+    channels_last, and gradients are off. An engine runs the whole network. In a detector it runs
+    ``backbone`` with the feature pyramid, the ``res5`` of a C4 head, the convolution of the
+    proposal network, and ``box_head``; the last layers and all later steps stay in PyTorch and
+    float32. Images may have any size.
 
     Args:
-        model: a classifier or backbone, or a model that contains one, such as a detector or a
-            segmentation network of ours, of Detectron2 or of torchvision.
-        dtype: torch.float32, torch.bfloat16 or torch.float16, for the parts above; or torch.int8,
-            OpenVINO's, by quantization after training.
+        model: a classifier or backbone, or a model that contains one, such as a detector or
+            segmentation network of this package, Detectron2 or torchvision.
+        dtype: precision of these parts: torch.float32, torch.bfloat16, torch.float16, or
+            torch.int8 (post-training quantization with OpenVINO).
         engine: "eager"; "compile" (``torch.compile`` with the weights as constants); "openvino" or
-            "onnxruntime", on CPUs; or "auto", which tries all that are installed on the first
-            input of each part and takes the fastest. See :class:`InferenceNetwork`.
-        calibration: for int8: what the model is called with, 100 times or so; images like those
-            that it will see. The ranges of all activations come from them.
+            "onnxruntime", on CPUs; or "auto", which tries all installed engines on the first input
+            of each part and keeps the fastest. See :class:`InferenceNetwork`.
+        calibration: for int8, about 100 inputs of the model, with images like those it will see.
+            They determine the ranges of all activations.
 
     Returns:
-        A model called as the original is. The parts above are :class:`InferenceNetwork`, except
+        A model called like the original. The parts above are :class:`InferenceNetwork`, except
         with "eager" at float32, where the model keeps its class.
 
     Raises:
-        ValueError: another dtype or engine, one that is not installed or lacks the dtype, no part
-            that could be made faster, or a model that was optimized before.
+        ValueError: the dtype or engine is unknown, the engine is not installed or lacks the dtype,
+            no part can be made faster, or the model is already optimized.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}")
@@ -211,10 +211,10 @@ def optimize_for_inference(
 
 
 def place_engines(model: nn.Module, network: Callable[..., InferenceNetwork]) -> nn.Module:
-    """The model with its parts, or as a whole, run by engines."""
+    """Returns the model with engines around its parts, or one engine around all of it."""
     places = list(network_places(model))
     if all(_is_stage(getattr(parent, name)) for parent, name in places) or _is_pyramid(model):
-        return network(model)  # also where there are none
+        return network(model)  # also without any places
     for parent, name in places:
         setattr(parent, name, network(getattr(parent, name)))
     for parent, name in list(head_places(model)):
@@ -223,11 +223,11 @@ def place_engines(model: nn.Module, network: Callable[..., InferenceNetwork]) ->
 
 
 def _is_pyramid(module: nn.Module) -> bool:
-    return hasattr(module, "output_shape")  # Detectron2's contract of a backbone
+    return hasattr(module, "output_shape")  # Detectron2's backbone interface
 
 
 def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, name of the child) of the networks within a model, the largest ones."""
+    """Yields (parent, child name) of the outermost networks within a model."""
     for name, child in model.named_children():
         if _is_network(child, name):
             yield model, name
@@ -236,13 +236,13 @@ def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def head_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """(parent, name) of what a detector's heads compute before their last layers."""
+    """Yields (parent, child name) of the layers before the last ones of a detector's heads."""
     for parent in model.modules():
         proposes = any(hasattr(parent, name) for name in ("objectness_logits", "cls_logits"))
         for name, child in parent.named_children():
             if not (name in HEADS or (name == "conv" and proposes)):
                 continue
-            stages = isinstance(child, nn.ModuleList)  # of a cascade
+            stages = isinstance(child, nn.ModuleList)  # Cascade R-CNN
             found = child.named_children() if stages else [(name, child)]
             for name, head in found:
                 if any(True for _ in head.parameters()):
@@ -250,7 +250,7 @@ def head_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def _is_network(module: nn.Module, name: str) -> bool:
-    """Whether it is a network or stage of ours, or the backbone or ``res5`` of a detector."""
+    """Whether a module is one of our networks or stages, or a detector's backbone or ``res5``."""
     if isinstance(module, StagedNetwork) or _is_stage(module):
         return True
     return name in ("backbone", "res5") and any(isinstance(m, nn.Conv2d) for m in module.modules())

@@ -1,5 +1,5 @@
-"""The regions of a detector on CPUs: RoIAlign as weighted sums of whole rows, of all bins or of
-every second one, and res5 of many small maps as matrix products.
+"""Fast detection regions on CPUs: RoIAlign as weighted sums of whole rows, of all bins or every
+second one, and res5 on many small maps as matrix products.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from resnet_backbone.models.resnet import BottleneckBlock
 
 
 class RegionConvNorm(FoldingConvNorm):
-    """:class:`FoldingConvNorm` for maps of 7x7 or so."""
+    """:class:`FoldingConvNorm` for maps of about 7x7."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.is_cpu and self.kernel_size == self.stride == (1, 1):
@@ -35,7 +35,7 @@ class RegionConvNorm(FoldingConvNorm):
     def _conv_3x3(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _is_half(x):
             plain = self.stride == (1, 1) and self.dilation == (1, 1)
-            if plain and not torch.is_grad_enabled():  # patches are nine times the map: not kept
+            if plain and not torch.is_grad_enabled():  # patches take nine times the map's memory
                 weight = weight.permute(0, 2, 3, 1).flatten(1)
                 return pointwise(patches_3x3(x), weight, bias)
             return super()._conv_forward(x, weight, bias)
@@ -44,13 +44,13 @@ class RegionConvNorm(FoldingConvNorm):
 
 
 class RegionConvNormAct(ConvNormAct, RegionConvNorm):
-    """:class:`ConvNormAct` in the same way."""
+    """:class:`ConvNormAct` with the convolutions of :class:`RegionConvNorm`."""
 
 
 def for_regions(stage: nn.Module) -> nn.Module:
-    """Lets the convolutions of a stage be those of regions, in place.
+    """Turns the convolutions of a stage into :class:`RegionConvNorm`, in place.
 
-    oneDNN's convolutions of 7x7 maps in channels_last have half to two thirds of their speed.
+    oneDNN's convolutions run at half to two thirds of their speed on channels_last 7x7 maps.
     """
     kinds = dict.fromkeys((ConvNorm, FoldingConvNorm), RegionConvNorm)
     kinds |= dict.fromkeys((ConvNormAct, FoldingConvNormAct), RegionConvNormAct)
@@ -58,7 +58,7 @@ def for_regions(stage: nn.Module) -> nn.Module:
 
 
 class Projections(NamedTuple):
-    """A stage whose first block's ``conv1`` and ``shortcut`` are computed on the map, as one."""
+    """A stage with its first block's ``conv1`` and ``shortcut`` as one convolution of the map."""
 
     stage: nn.Sequential
     weight: Tensor  # (width + out_channels, in_channels, 1, 1)
@@ -69,7 +69,7 @@ class Projections(NamedTuple):
         return pointwise(x, self.weight, None)
 
     def stage_of(self, bins: Tensor) -> Tensor:
-        """The stage's output for regions, from bins that were pooled from :meth:`of_map`."""
+        """Returns the stage's output for regions, given bins pooled from :meth:`of_map`."""
         block, width = self.stage[0], self.stage[0].conv1.out_channels
         bias = self.bias.to(bins.dtype)[:, None, None]
         y = block.conv1.activation(bins[:, :width] + bias[:width])
@@ -82,11 +82,11 @@ class Projections(NamedTuple):
 
 
 def projections_on_map(stage: nn.Module, maps: Tensor, bins: int) -> Projections | None:
-    """:class:`Projections` where they are the same function and less work.
+    """Returns a stage's :class:`Projections` if they are equivalent and cheaper, else None.
 
-    A sum over cells, RoIAlign, and a 1x1 convolution commute, but for the bias, since samples
-    outside of the map count as zero. 1,000 regions of an 800x1216 image have 13 times as many bins
-    as its map, (N, C, H, W), has cells.
+    RoIAlign, a sum over cells, and a 1x1 convolution commute except for the bias, since samples
+    outside the map count as zero. 1,000 regions of an 800x1216 image have 13 times as many bins as
+    its map, (N, C, H, W), has cells.
     """
     if is_watched(stage) or bins <= maps[:, 0].numel():
         return None
@@ -104,12 +104,12 @@ def projections_on_map(stage: nn.Module, maps: Tensor, bins: int) -> Projections
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1x1 convolution, (N, C, H, W) -> (N, C', H, W) in channels_last."""
+    """Computes a 1x1 convolution, (N, C, H, W) -> (N, C', H, W) in channels_last."""
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 def patches_3x3(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, 9 C, H, W): each pixel's neighbors, zero beyond the border."""
+    """Returns each pixel's 3x3 patch, zero-padded: (N, C, H, W) -> (N, 9 C, H, W)."""
     height, width = x.shape[2:]
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -121,20 +121,20 @@ def _is_half(x: Tensor) -> bool:
 
 
 class RegionAlign(nn.Module):
-    """RoIAlign (arXiv 1703.06870), of whose bins every ``stride``-th is computed.
+    """RoIAlign (arXiv 1703.06870) that computes only every ``stride``-th bin.
 
-    Equal to ``torchvision.ops.roi_align(...)[:, :, ::stride, ::stride]`` to rounding, and so is the
-    gradient. On a CPU each bin is a weighted sum of the cells around its samples, taken as whole
-    rows of a channels_last map (``F.embedding_bag``): torchvision's kernel reads one channel after
-    the other, and its backward pass has one thread. Coordinates and sums have at least single
-    precision; Detectron2's ``ROIAlign`` rounds the corners to that of the map.
+    Matches ``torchvision.ops.roi_align(...)[:, :, ::stride, ::stride]`` and its gradient up to
+    rounding. On a CPU each bin is a weighted sum of the cells around its samples, read as whole
+    rows of a channels_last map (``F.embedding_bag``). torchvision's kernel reads one channel at a
+    time, and its backward pass is single-threaded. Coordinates and sums have at least single
+    precision; Detectron2's ``ROIAlign`` rounds the corners to the map's precision.
 
     Args:
         output_size: bins (rows, columns) of a region before the stride.
-        spatial_scale: of the map, 1 / stride of the backbone.
-        sampling_ratio: samples of a bin along each axis; 0: one per cell, rounded up.
-        aligned: ROIAlignV2, half a pixel further up and left.
-        stride: of the bins.
+        spatial_scale: 1 / stride of the backbone.
+        sampling_ratio: samples per bin along each axis; 0 for one per cell, rounded up.
+        aligned: shifts regions by half a pixel up and left (``ROIAlignV2``).
+        stride: step between the computed bins along each axis.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class RegionAlign(nn.Module):
         self.sampling_ratio, self.aligned, self.stride = sampling_ratio, aligned, stride
 
     def forward(self, maps: Tensor, regions: Tensor) -> Tensor:
-        """(N, C, H, W), (R, 5) of (image, x0, y0, x1, y1) -> (R, C, rows, columns)."""
+        """Pools (N, C, H, W) in regions (image, x0, y0, x1, y1), (R, 5): (R, C, rows, columns)."""
         if not self.sums_rows(maps) or not len(regions):
             grid = self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned
             bins = roi_align(maps, regions.to(maps.dtype), *grid)
@@ -166,12 +166,12 @@ class RegionAlign(nn.Module):
 
     @property
     def bins(self) -> int:
-        """Bins of a region that are computed."""
+        """Number of computed bins per region."""
         return math.prod(-(-size // self.stride) for size in self.output_size)
 
     @staticmethod
     def sums_rows(maps: Tensor) -> bool:
-        """Whether bags are the faster way here; graphs that are traced keep the one operator."""
+        """Whether the sum of rows is used; traced graphs keep the single operator."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
             return False
         return maps.device.type == "cpu" and maps.is_floating_point()
@@ -206,7 +206,7 @@ class RegionAlign(nn.Module):
 class StridedPool(nn.Module):
     """Pools regions and keeps every ``stride``-th bin in each direction.
 
-    torchvision's kernels need one precision for maps and regions: the higher one.
+    Both inputs are promoted to the higher precision, since torchvision's kernels need a common one.
     """
 
     def __init__(self, pool: nn.Module, stride: int):
@@ -225,21 +225,21 @@ class Axis(NamedTuple):
 
     cells: Tensor  # (R, bins, J): index of each cell
     weights: Tensor  # (R, bins, J); zero from `reach` on
-    reach: Tensor  # (R,): cells of each bin of a region
+    reach: Tensor  # (R,): number of cells per bin
 
 
 def axis_weights(start: Tensor, width: Tensor, bins: Tensor, samples: Tensor, size: int) -> Axis:
-    """The mean over the samples of each bin as a sum over cells, by linear interpolation.
+    """Writes the mean over each bin's samples as a sum over cells, by linear interpolation.
 
-    RoIAlign's rules (arXiv 1703.06870): samples are spaced evenly in a bin, those more than one
-    cell beyond the map count as zero, those beyond the center of its last cell take its value.
+    RoIAlign's rules (arXiv 1703.06870): samples are evenly spaced within a bin. Samples more than
+    one cell outside the map count as zero, others beyond the last cell's center take its value.
 
     Args:
-        start: (R,) where the first bin begins, in cells; 0 is the center of the first cell.
-        width: (R,) of a bin.
-        bins: (K,) numbers of the bins wanted.
-        samples: (R,) whole numbers, for each bin; below 1: the bin is zero.
-        size: cells of the map.
+        start: (R,) start of the first bin, in cells; 0 is the center of the first cell.
+        width: (R,) width of a bin, in cells.
+        bins: (K,) indices of the bins to compute.
+        samples: (R,) number of samples per bin, integral; below 1 the bin is zero.
+        size: number of cells along the axis.
     """
     samples, width, start = (value[:, None, None] for value in (samples, width, start))
     steps = torch.arange(max(1, int(samples.max()))).to(start)
@@ -259,7 +259,7 @@ def axis_weights(start: Tensor, width: Tensor, bins: Tensor, samples: Tensor, si
 
 
 def outer_product(y: Axis, x: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """Cells of all bins (sums of both), the offset of each bin's first one, weights (products)."""
+    """Returns the cells of all bins (y + x), each bin's offset into them, and weights (y * x)."""
     regions, rows, columns = len(y.cells), y.cells.shape[1], x.cells.shape[1]
     lengths = (y.reach * x.reach).repeat_interleave(rows * columns)
     offsets = lengths.cumsum(0) - lengths
