@@ -1,4 +1,4 @@
-"""The Detectron2 side. Importing it registers the backbones and heads, and does nothing else."""
+"""The Detectron2 plugin. Importing it registers the backbones and heads, and does nothing else."""
 
 try:
     import detectron2  # noqa: F401

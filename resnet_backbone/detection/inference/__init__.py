@@ -1,4 +1,4 @@
-"""Detection with a trained model: the paper's improvements (appendix B), pictures, export."""
+"""Inference with trained detectors: the paper's improvements (appendix B), pictures, export."""
 
 from resnet_backbone.detection.config import Switches, read_switches
 from resnet_backbone.detection.inference.detector import (

@@ -1,4 +1,4 @@
-"""Faster R-CNN with the paper's improvements at test time (appendix B), from image to detection."""
+"""Faster R-CNN with the paper's test-time improvements (appendix B)."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from resnet_backbone.detection.inference.member import (
 REFINEMENT_NMS = 0.3
 VOTING_IOU = 0.5
 SOFT_NMS_SIGMA = 0.5  # of the Gaussian (arXiv 1704.04503, section 6.1)
-SOFT_NMS_LEAST = 0.001  # decayed scores below it end a box, as in the authors' released code
+SOFT_NMS_LEAST = 0.001  # boxes with lower decayed scores are dropped, as in the authors' code
 
 
 class ImprovedDetector(nn.Module):
-    """Faster R-CNN whose proposals, regions and boxes pass through the improvements, in order.
+    """Faster R-CNN with the improvements, in this order.
 
     1. Proposals: the union over all members, each at its own test scale.
-    2. Every member scores and regresses all of them, on its scales and mirror images
+    2. Every member scores and regresses all proposals, on its scales and mirrored images
        (:class:`Member`). Scores and boxes are averaged over the members.
-    3. Box refinement: each proposal's box of its best class (the background aside), clipped to
-       the image, becomes a region itself, for which step 2 is repeated. These predictions join
-       the first ones, and box voting follows NMS. (The paper does not say which class's box is
-       pooled.)
-    4. NMS or soft-NMS; with refinement at .3 in place of ``MODEL.ROI_HEADS.NMS_THRESH_TEST``.
-       With soft-NMS, voters count with the scores that they had before it.
+    3. Box refinement: the box that a proposal's best class (except background) regresses to is
+       clipped to the image and becomes another region, for which step 2 is repeated. Its
+       predictions join the first ones, and box voting follows NMS. (The paper does not say which
+       class's box is pooled.)
+    4. NMS or soft-NMS; with refinement at .3 instead of ``MODEL.ROI_HEADS.NMS_THRESH_TEST``.
+       With soft-NMS, votes are weighted with the scores before it.
 
-    With all switches off, it gives what ``GeneralizedRCNN.inference`` gives, bit for bit. Masks
-    and keypoints are the first member's, at its test scale.
+    With all switches off, the results equal ``GeneralizedRCNN.inference`` bit for bit. Masks and
+    keypoints come from the first member, at its test scale.
 
     Args:
-        members: the first one's threshold, NMS and number of detections are used, and boxes are
-            in pixels of its images.
-        switches: None: all off.
+        members: the first one's thresholds and number of detections apply, and boxes are in pixels
+            of its images.
+        switches: None turns all of them off.
     """
 
     def __init__(self, members: Sequence[Member], switches: Switches | None = None):
@@ -59,11 +59,11 @@ class ImprovedDetector(nn.Module):
 
     @torch.no_grad()
     def forward(self, inputs: list[dict]) -> list[dict]:
-        """Detections of a batch, in the format of ``GeneralizedRCNN.forward``.
+        """Returns detections of a batch, in the format of ``GeneralizedRCNN.forward``.
 
-        Inputs are as ``DatasetMapper`` gives them. Other scales and the images of other members are
-        made from "original", (H, W, C) of the original size in the first member's channel order,
-        else from the file "file_name", else from "image" itself.
+        Inputs are ``DatasetMapper`` outputs. Images at other scales and for other members are made
+        from "original" (H, W, C), at the original size and in the first member's channel order,
+        else from the file "file_name", else from "image".
         """
         if self.training:
             raise RuntimeError("the improvements are for inference: call eval() first")
@@ -93,7 +93,7 @@ class ImprovedDetector(nn.Module):
         return views
 
     def _propose(self, views: list[ImageViews]) -> list[Tensor]:
-        """The union of the members' proposals, of each image."""
+        """Returns the union of the members' proposals for each image."""
         sizes = views[0].reference.sizes
         united = [
             change_frame(member.propose(view), view.reference.sizes, sizes)
@@ -102,7 +102,7 @@ class ImprovedDetector(nn.Module):
         return [torch.cat(of_image) for of_image in zip(*united, strict=True)]
 
     def _predict(self, views: list[ImageViews], boxes: list[Tensor]) -> Predictions:
-        """The members' mean predictions for the same regions."""
+        """Returns the mean of the members' predictions for the same regions."""
         sizes = views[0].reference.sizes
         found = []
         for member, view in zip(self.members, views, strict=True):
@@ -123,10 +123,10 @@ class ImprovedDetector(nn.Module):
 
 
 def best_boxes(scores: Tensor, boxes: Tensor, size: Size) -> Tensor:
-    """The regions (R', 4) that box refinement pools again: each one's box of its best class.
+    """Returns the regions (R', 4) of box refinement: each proposal's box of its best class.
 
-    Scores are (R, K + 1), the background last; boxes (R, K, 4) are clipped to the image, and left
-    out without an area.
+    Scores are (R, K + 1), background last. Boxes (R, K, 4) are clipped to the image, and empty ones
+    are dropped.
     """
     best = scores[:, :-1].argmax(dim=1)
     chosen = boxes[torch.arange(len(boxes), device=boxes.device), best]
@@ -137,7 +137,7 @@ def best_boxes(scores: Tensor, boxes: Tensor, size: Size) -> Tensor:
 
 
 def original_image(entry: dict, image_format: str) -> np.ndarray:
-    """The image of an input at its original size, (H, W, C); see :class:`ImprovedDetector`."""
+    """Returns an input's image at its original size, (H, W, C); see :class:`ImprovedDetector`."""
     if "original" in entry:
         return entry["original"]
     if "file_name" not in entry:
@@ -158,19 +158,19 @@ def select_detections(
     nms: str = "hard",
     vote: bool = False,
 ) -> Instances:
-    """Detections of one image; NMS is per class, unless it is agnostic.
+    """Returns the detections of one image; NMS is per class unless it is agnostic.
 
-    With hard NMS and without voting this is Detectron2's ``fast_rcnn_inference_single_image``.
+    With hard NMS and no voting this is Detectron2's ``fast_rcnn_inference_single_image``.
 
     Args:
         boxes: (R, K, 4), xyxy in pixels, one box per region and class. They are clipped here.
-        scores: (R, K + 1), the background last.
+        scores: (R, K + 1), background last.
         image_size: (height, width).
         score_threshold: boxes with higher scores take part in NMS.
-        nms_threshold: IoU from which hard NMS removes and linear soft-NMS decays.
-        most: the best so many are kept; all where it is negative.
+        nms_threshold: IoU threshold of hard NMS and of linear soft-NMS.
+        most: maximum number of detections; negative for no limit.
         nms: hard; agnostic, over all classes together; linear or gaussian, see :func:`soft_nms`.
-        vote: :func:`vote_boxes` with all boxes of the class, those below the threshold included.
+        vote: apply :func:`vote_boxes` with all boxes of the class, even below the threshold.
     """
     finite = torch.isfinite(boxes).flatten(1).all(dim=1) & torch.isfinite(scores).all(dim=1)
     boxes, scores = boxes[finite], scores[finite, :-1]
@@ -197,9 +197,9 @@ def select_detections(
 def vote_boxes(kept: Tensor, classes: Tensor, boxes: Tensor, scores: Tensor) -> Tensor:
     """Box voting (Gidaris and Komodakis, arXiv 1505.01749, section 5).
 
-    A kept box (M, 4) becomes the mean of the boxes (R, K, 4) of its class that overlap it with an
-    IoU above .5, itself included, weighted with max(0, score). Where these weights are all zero it
-    stays. Classes are (M,), scores (R, K).
+    Each kept box (M, 4) becomes the mean, weighted with max(0, score), of the boxes (R, K, 4) of
+    its class whose IoU with it is above .5, itself included. If all weights are zero, it is
+    unchanged. Classes are (M,), scores (R, K).
     """
     voted = kept.clone()
     for label in classes.unique():
@@ -213,14 +213,14 @@ def vote_boxes(kept: Tensor, classes: Tensor, boxes: Tensor, scores: Tensor) -> 
 
 
 def soft_nms(boxes: Tensor, scores: Tensor, kind: str, threshold: float) -> tuple[Tensor, Tensor]:
-    """Soft-NMS (arXiv 1704.04503): boxes (M, 4) near a better one keep a part of their score.
+    """Soft-NMS (arXiv 1704.04503): decays the scores of boxes (M, 4) that overlap a better one.
 
-    The best box is taken, the scores (M,) of all others are multiplied, and so on: `kind` linear
-    with 1 - IoU where the IoU is at least `threshold`, gaussian with exp(-IoU^2 / .5). What falls
-    below .001 is left out.
+    Repeatedly takes the best box and multiplies the scores (M,) of all others: for `kind` linear by
+    1 - IoU where the IoU is at least `threshold`, for gaussian by exp(-IoU^2 / .5). Boxes whose
+    score falls below .001 are dropped.
 
     Returns:
-        Indices in the order in which they were taken, and their scores, descending.
+        Indices of the boxes by descending decayed score, and these scores.
     """
     overlaps = box_iou(boxes, boxes).nan_to_num(0.0)
     if kind == "linear":
@@ -243,7 +243,7 @@ def soft_nms(boxes: Tensor, scores: Tensor, kind: str, threshold: float) -> tupl
 def batched_soft_nms(
     boxes: Tensor, scores: Tensor, classes: Tensor, kind: str, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """:func:`soft_nms` within each class; indices into all boxes and scores, descending."""
+    """:func:`soft_nms` within each class; returns indices and scores in descending order."""
     indices, decayed = [classes.new_zeros(0)], [scores.new_zeros(0)]
     for label in classes.unique():
         mine = (classes == label).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Detectors as TorchScript and ONNX, for any image size, and their comparison with PyTorch."""
+"""Export of detectors to TorchScript and ONNX for any image size, checked against PyTorch."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from resnet_backbone.fast.export import (
 )
 from resnet_backbone.fast.export import largest_difference as compare_maps
 
-ONNX_OPSET = 17  # RoIAlign as Detectron2 aligns it needs 16
+ONNX_OPSET = 17  # Detectron2's aligned RoIAlign needs at least 16
 Detections = tuple[Tensor, ...]
 Runner = Callable[[Tensor], Detections]
 
 
 class SingleImageDetector(nn.Module):
-    """A detector of one image, of tensors alone, with its batch norms folded.
+    """A detector for one image with tensor input and outputs and its batch norms folded.
 
-    Maps (3, H, W) float32 in 0..255, channels in the order of ``INPUT.FORMAT``, to the tensors
-    named in ``names``: ``boxes`` (n, 4) xyxy in pixels of that image, ``classes`` (n,), ``scores``
-    (n,), best first, and with a mask head ``masks`` (n, 1, 28, 28), probabilities within the box.
-    Resizing the image (``INPUT.MIN_SIZE_TEST``) is left to the caller; normalization is included.
+    Maps a float32 image (3, H, W) in 0..255, in the channel order of ``INPUT.FORMAT``, to the
+    tensors in ``names``: ``boxes`` (n, 4), xyxy in pixels of that image, ``classes`` (n,),
+    ``scores`` (n,), descending, and with a mask head ``masks`` (n, 1, 28, 28), probabilities within
+    the box. Normalization is included; resizing (``INPUT.MIN_SIZE_TEST``) is left to the caller.
     """
 
     def __init__(self, detector: nn.Module):
@@ -47,12 +47,12 @@ class SingleImageDetector(nn.Module):
         self.names = ("boxes", "classes", "scores") + ("masks",) * has_masks
 
     def forward(self, image: Tensor) -> Detections:
-        with patch_builtin_len():  # len() of a traced tensor
+        with patch_builtin_len():  # makes len() of a tensor traceable
             return run_detector(self.detector, self.names)(image)
 
 
 def run_detector(detector: nn.Module, names: Sequence[str] = ()) -> Runner:
-    """A detector as it is, in PyTorch: what exported ones are compared with."""
+    """Returns a runner of the original detector, the reference for exported ones."""
 
     @torch.no_grad()
     def run(image: Tensor) -> Detections:
@@ -64,15 +64,15 @@ def run_detector(detector: nn.Module, names: Sequence[str] = ()) -> Runner:
 
 
 def export_torchscript(model: SingleImageDetector, image: Tensor, path: str | os.PathLike) -> None:
-    """Writes the detector as TorchScript, traced on an image with detections of any size."""
+    """Writes the detector as TorchScript, traced on an image of any size with detections."""
     torch.jit.trace(model, (image,), check_trace=False).save(str(path))
 
 
 def export_onnx(model: SingleImageDetector, image: Tensor, path: str | os.PathLike) -> None:
     """Writes the detector as ONNX with input ``image`` of any height and width.
 
-    By PyTorch's TorchScript-based exporter: ``torch.export`` stops in Detectron2's
-    ``find_top_rpn_proposals``, whose Python ``if`` depends on the values of a tensor.
+    It uses PyTorch's TorchScript-based exporter: ``torch.export`` fails in Detectron2's
+    ``find_top_rpn_proposals``, where a Python ``if`` depends on a tensor's values.
     """
     try:
         import onnx  # noqa: F401
@@ -88,10 +88,10 @@ def export_onnx(model: SingleImageDetector, image: Tensor, path: str | os.PathLi
 def export_backbone(
     detector: nn.Module, path: str | os.PathLike, images: Iterable[Tensor]
 ) -> dict[str, float]:
-    """Writes the detector's backbone, pyramid included, as a ``torch.export`` program.
+    """Writes the detector's backbone, including its pyramid, as a ``torch.export`` program.
 
-    Its input are normalized images, (N, 3, H, W), H and W multiples of ``size_divisibility``. It
-    returns the largest relative difference of each map from PyTorch's over the images.
+    The program takes normalized images (N, 3, H, W), with H and W multiples of
+    ``size_divisibility``. Returns each map's largest relative difference from PyTorch's.
     """
     backbone = detector.backbone
     multiple = max(1, backbone.size_divisibility)
@@ -101,7 +101,7 @@ def export_backbone(
 
 
 def run_onnx(path: str | os.PathLike) -> Runner:
-    """A file of :func:`export_onnx` in onnxruntime, on the CPU."""
+    """Returns a runner of a file written by :func:`export_onnx`, in onnxruntime on the CPU."""
     session = onnx_session(path)
     return lambda image: tuple(map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
 
@@ -109,15 +109,15 @@ def run_onnx(path: str | os.PathLike) -> Runner:
 def largest_difference(
     reference: Runner, exported: Runner, images: Iterable[Tensor]
 ) -> dict[str, float]:
-    """How far exported detections are from PyTorch's over some images.
+    """Returns the largest differences between exported detections and PyTorch's over some images.
 
-    Each detection is compared with the exported one of its class whose box is nearest: the largest
-    difference of "boxes" (of a coordinate, as a fraction of the image's longer side), of "scores"
-    and, where there are any, of "masks" (of a probability).
+    Each detection is compared with the exported one of its class whose box is nearest. The keys are
+    "boxes" (difference of a coordinate as a fraction of the image's longer side), "scores" and, if
+    present, "masks" (difference of a probability).
 
     Raises:
-        Mismatch: another number of detections of a class.
-        ValueError: none in any image.
+        Mismatch: the numbers of detections of a class differ.
+        ValueError: no image has detections.
     """
     largest: dict[str, float] = {}
     for image in images:
@@ -139,7 +139,7 @@ def largest_difference(
 
 
 def _apart(one: Sequence[Tensor], found: Detections, side: int) -> dict[str, float]:
-    """Differences of one detection from the nearest of its class."""
+    """Returns the differences of one detection from the nearest one of its class."""
     box, kind, score, *mask = one
     same = [values[found[1] == kind] for values in found]
     apart = (same[0] - box).abs().amax(1) / side

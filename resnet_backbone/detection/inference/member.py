@@ -1,4 +1,4 @@
-"""One detector on a batch of images: at several scales, and mirrored."""
+"""One detector on a batch of images, at several scales and mirrored."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from resnet_backbone.detection.modeling.heads import (
     region_features,
 )
 
-CANONICAL_AREA = 224**2  # pixels of a region in the image of its scale
+CANONICAL_AREA = 224**2  # ideal area of a region in pixels; see choose_scales
 Size = tuple[int, int]  # height, width
 Predictions = list[tuple[Tensor, Tensor]]  # of each image: scores (R, K + 1), boxes (R, K, 4)
 
@@ -39,23 +39,23 @@ class View(NamedTuple):
 
 
 class ImageViews(NamedTuple):
-    """All that a detector computes once for a batch."""
+    """Everything that a detector computes once per batch."""
 
-    reference: View  # at its own test scale, that of proposals and boxes
+    reference: View  # at its own test scale, the frame of proposals and boxes
     scaled: list[View]  # one per scale
-    mirrored: list[View]  # the same of the mirrored images, or empty
+    mirrored: list[View]  # the same for the mirrored images, or empty
 
 
 class Member(nn.Module):
-    """A detector with the input that it was trained on.
+    """A detector with its own input format and test scale, alone or in an ensemble.
 
     Boxes are in pixels of its images at its own test scale ("reference").
 
     Args:
-        cfg, model: its own config and the model with its weights.
-        scales: short sides of the images on which regions are pooled, ascending; empty: the test
-            scale. The limit ``INPUT.MAX_SIZE_TEST`` is that scale's and grows in proportion.
-        flip: regions are pooled on the mirrored images as well.
+        cfg, model: its own config, and the model with its weights.
+        scales: short sides of the images on which regions are pooled, ascending; empty for the test
+            scale alone. The limit ``INPUT.MAX_SIZE_TEST`` grows in proportion.
+        flip: pool regions on the mirrored images as well.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class Member(nn.Module):
         self.scales = list(scales) or [self.short]
 
     def view_images(self, images: list[Tensor], sources: Sequence[np.ndarray]) -> ImageViews:
-        """Feature maps of a batch in this detector's channel order; nothing is computed twice.
+        """Computes the feature maps of a batch in this detector's channel order, each once.
 
         Args:
             images: (C, H, W) each, at the test scale.
-            sources: (H, W, C) each, of the original size; read for other scales only.
+            sources: (H, W, C) each, at the original size; used for other scales only.
         """
         pyramid = [
             images if short == self.short else [self.resize(source, short) for source in sources]
@@ -93,7 +93,7 @@ class Member(nn.Module):
         return ImageViews(reference, views, mirrored)
 
     def resize(self, source: np.ndarray, short: int) -> Tensor:
-        """An image (H, W, C) with its short side of `short` pixels, (C, H, W); 0 leaves it."""
+        """Resizes an image (H, W, C) to `short` pixels on its short side, (C, H, W); 0 keeps it."""
         longest = round(self.long * short / self.short) if short else self.long
         transform = ResizeShortestEdge([short, short], longest).get_transform(source)
         resized = transform.apply_image(source)
@@ -104,15 +104,15 @@ class Member(nn.Module):
         return View(batch, self.model.backbone(batch.tensor))
 
     def propose(self, views: ImageViews) -> list[Tensor]:
-        """The proposals (Ri, 4) of each image."""
+        """Returns the proposals (Ri, 4) of each image."""
         images, maps = views.reference
         proposals, _ = self.model.proposal_generator(images, maps, None)
         return [image.proposal_boxes.tensor for image in proposals]
 
     def predict(self, views: ImageViews, boxes: list[Tensor]) -> Predictions:
-        """For each image's regions (Ri, 4) scores (Ri, K + 1), background last, boxes (Ri, K, 4).
+        """Returns scores (Ri, K + 1), background last, and boxes (Ri, K, 4) per image.
 
-        With `flip` the mean of the image and its mirror image.
+        Regions are (Ri, 4). With `flip` the results are averaged with the mirrored image's.
         """
         sizes = views.reference.sizes
         found = self._predict(views.scaled, sizes, boxes)
@@ -135,14 +135,14 @@ class Member(nn.Module):
         proposals = [Instances(size, proposal_boxes=Boxes(box)) for size, box in pairs]
         scores = predictor.predict_probs(logits, proposals)
         regressed = predictor.predict_boxes(logits, proposals)
-        classes = predictor.num_classes  # one box for all of them is repeated
+        classes = predictor.num_classes  # a class-agnostic box is repeated for each
         return [
             (s.float(), b.float().unflatten(1, (-1, 4)).expand(-1, classes, -1))
             for s, b in zip(scores, regressed, strict=True)
         ]
 
     def _features(self, views: list[View], sizes: list[Size], boxes: list[Tensor]) -> Tensor:
-        """(R, D): of the only scale, or the elementwise maximum over the two of each region."""
+        """Returns features (R, D): from the only scale, or maxout over each region's two scales."""
         scaled = [change_frame(boxes, sizes, view.sizes) for view in views]
         if len(views) == 1:
             return self._pool(views[0], scaled[0])
@@ -163,10 +163,10 @@ class Member(nn.Module):
 
 
 def choose_scales(areas: Tensor) -> Tensor:
-    """The two adjacent scales at which a region's area is nearest 224 x 224 pixels.
+    """Selects the two adjacent scales at which a region's area is closest to 224 x 224 pixels.
 
-    Paper, appendix B; arXiv 1504.06066: the best scale, and the nearer of its two neighbors. Areas
-    are (R, S) in pixels, ascending in S; of the result (R, S) these two are True.
+    Paper, appendix B; arXiv 1504.06066: the best scale, and the better of its two neighbors. Areas
+    are (R, S) in pixels, ascending in S. The result (R, S) is True for these two.
     """
     distances, count = (areas - CANONICAL_AREA).abs(), areas.shape[1]
     best = distances.argmin(dim=1, keepdim=True)
@@ -178,7 +178,7 @@ def choose_scales(areas: Tensor) -> Tensor:
 def change_frame(
     boxes: Sequence[Tensor], sizes: Sequence[Size], to: Sequence[Size]
 ) -> list[Tensor]:
-    """Boxes (..., 4) of each image in pixels of the same image of another size."""
+    """Rescales the boxes (..., 4) of each image to another size of that image."""
     return [
         box * box.new_tensor([new_width / width, new_height / height] * 2)
         for box, (height, width), (new_height, new_width) in zip(boxes, sizes, to, strict=True)
@@ -186,12 +186,12 @@ def change_frame(
 
 
 def mirror(boxes: Tensor, size: Size) -> Tensor:
-    """Boxes (..., 4) in the image that is mirrored left to right; its own inverse."""
+    """Mirrors boxes (..., 4) left to right in an image of this size; its own inverse."""
     (_, width), (x0, y0, x1, y1) = size, boxes.unbind(-1)
     return torch.stack([width - x1, y0, width - x0, y1], dim=-1)
 
 
 def mean_predictions(predictions: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The mean scores and the mean boxes of several predictions for the same regions."""
+    """Returns the mean scores and mean boxes of several predictions for the same regions."""
     scores, boxes = zip(*predictions, strict=True)
     return torch.stack(scores).mean(dim=0), torch.stack(boxes).mean(dim=0)

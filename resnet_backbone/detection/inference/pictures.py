@@ -1,4 +1,4 @@
-"""Pictures of what a model found: drawn, read, written whole, and put together on sheets."""
+"""Drawing of predictions, reading and atomic writing of pictures and videos, contact sheets."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from resnet_backbone.detection.data.panoptic import BACKGROUND
 from resnet_backbone.detection.data.problems import read_image
 from resnet_backbone.runtime.files import whole_file
 
-MIN_SIDE = 480  # smaller images are enlarged until their short side has so many pixels ...
-MAX_SIDE = 1920  # ... or their long side would exceed this
-TEXT_SCALE = 1.6  # of Detectron2's text, which is small
-LEAST_SHARE = 0.002  # regions of less than this part of the image get no name
+MIN_SIDE = 480  # smaller images are enlarged until their short side has this many pixels ...
+MAX_SIDE = 1920  # ... or their long side this many
+TEXT_SCALE = 1.6  # relative to Detectron2's small text
+LEAST_SHARE = 0.002  # regions that cover less of the image get no name
 GAP = 10  # pixels between pictures on a sheet and around them
 
 Color = tuple[float, float, float]  # RGB, 0..1
@@ -33,10 +33,10 @@ Box = Sequence[float]  # x0, y0, x1, y1 in pixels
 
 
 class Canvas(Visualizer):
-    """Detectron2's Visualizer; small images are enlarged.
+    """Detectron2's Visualizer, with small images enlarged.
 
-    Boxes are seen on any ground. Labels are larger, inside the picture, and apart from one another
-    where there is room.
+    Boxes are visible on any background. Labels are larger, stay inside the picture, and do not
+    overlap where there is room.
     """
 
     def __init__(self, image: np.ndarray):
@@ -67,24 +67,24 @@ class Canvas(Visualizer):
         return self.output
 
     def draw_regions(self, regions: Iterable[tuple[np.ndarray, str | None, Color]]) -> None:
-        """Half transparent masks (H, W), each with its name, if any, unless it is very small."""
+        """Draws translucent masks (H, W), each with its name, if any, unless it is very small."""
         for mask, text, color in regions:
             shown = text if mask.mean() >= LEAST_SHARE else None
             self.draw_binary_mask(mask, color, text=shown, area_threshold=0)
 
 
 def enlargement(height: int, width: int) -> float:
-    """Factor >= 1 by which an image is enlarged before drawing, so that text on it is legible."""
+    """Returns the factor >= 1 by which an image is enlarged to make text on it legible."""
     return max(1.0, min(MIN_SIDE / min(height, width), MAX_SIDE / max(height, width)))
 
 
 def class_name(class_names: Sequence[str], index: int) -> str:
-    """The name of a class; "class 7" where the names are not known."""
+    """Returns the name of a class, or "class 7" if it is unknown."""
     return class_names[index] if 0 <= index < len(class_names) else f"class {index}"
 
 
 def class_color(index: int) -> Color:
-    """Of a class, the same in every picture: hues by the golden ratio."""
+    """Returns a class's color, the same in every picture; hues are spaced by the golden ratio."""
     return colorsys.hsv_to_rgb(index * 0.618034 % 1.0, 0.65 + 0.1 * (index % 4), 0.95)
 
 
@@ -95,14 +95,14 @@ def draw_output(
     label_names: Sequence[str] = (),
     threshold: float = 0.5,
 ) -> np.ndarray:
-    """Whatever a model found: panoptic segments, else instances with or without masks, else labels.
+    """Draws a model's output: panoptic segments, else instances, else semantic labels.
 
     Args:
-        image: RGB, uint8, (H, W, 3); it stays as it is. A picture of a small one is larger.
-        output: of a Detectron2 model for this image, in its size.
-        class_names, label_names: of boxes and masks; of label pictures. The label that is named
-            "background" stays unpainted.
-        threshold: instances with a lower score, 0..1, are left out.
+        image: RGB, uint8, (H, W, 3); not modified. Small images are drawn enlarged.
+        output: a Detectron2 model's output for this image, at its size.
+        class_names, label_names: for boxes and masks; for semantic labels. The label named
+            "background" is not painted.
+        threshold: instances with a lower score, 0..1, are omitted.
     """
     canvas = Canvas(image)
     if "panoptic_seg" in output:
@@ -127,7 +127,7 @@ def draw_output(
 
 
 def _draw_instances(canvas: Canvas, found: Instances, class_names: Sequence[str]) -> None:
-    found = found[found.scores.argsort()]  # the best mask on top
+    found = found[found.scores.argsort()]  # best mask on top
     classes, scores = found.pred_classes.tolist(), found.scores.tolist()
     colors = [class_color(index) for index in classes]
     if found.has("pred_masks"):
@@ -152,17 +152,17 @@ def draw_boxes(
 def draw_ground_truth(
     image: np.ndarray, boxes: Sequence[Box], classes: Sequence[int], class_names: Sequence[str] = ()
 ) -> np.ndarray:
-    """Draws annotated boxes in the colors of detections, with their classes' names."""
+    """Draws annotated boxes in the colors of detections, with their class names."""
     texts = [class_name(class_names, index) for index in classes]
     return draw_boxes(image, boxes, texts, [class_color(index) for index in classes])
 
 
 class UnreadableError(ValueError):
-    """An image or a video that cannot be read; the message names it."""
+    """An image or video cannot be read; the message names it."""
 
 
 def read_bgr(path: Path) -> np.ndarray:
-    """An image as BGR uint8 (H, W, 3), upright as its EXIF data says; or UnreadableError."""
+    """Reads an image as BGR uint8 (H, W, 3), rotated by its EXIF tag; raises UnreadableError."""
     try:
         return read_image(str(path), "BGR")
     except OSError as error:
@@ -170,7 +170,7 @@ def read_bgr(path: Path) -> np.ndarray:
 
 
 def read_video(path: Path) -> tuple[float, int, Iterator[np.ndarray]]:
-    """Frames per second, the number of frames that the file states, and the BGR uint8 frames."""
+    """Returns frames per second, the file's stated number of frames, and the BGR uint8 frames."""
     capture = cv2.VideoCapture(str(path))
     _, first = capture.read()
     if first is None:
@@ -188,7 +188,7 @@ def read_video(path: Path) -> tuple[float, int, Iterator[np.ndarray]]:
 
 
 def save_image(path: Path, picture: np.ndarray) -> None:
-    """Writes an RGB uint8 picture; the suffix tells the format."""
+    """Writes an RGB uint8 picture in the format of the suffix."""
     kind = Image.registered_extensions()[path.suffix.lower()]
     lossy = {"quality": 92} if kind in ("JPEG", "WEBP") else {}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def save_image(path: Path, picture: np.ndarray) -> None:
 
 @contextmanager
 def video_writer(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], None]]:
-    """Gives a function that appends RGB uint8 frames, all of one size, to an .mp4 file."""
+    """Yields a function that appends RGB uint8 frames, all of one size, to an .mp4 file."""
     writer = cv2.VideoWriter()
 
     def write(picture: np.ndarray) -> None:
@@ -210,7 +210,7 @@ def video_writer(path: Path, rate: float) -> Iterator[Callable[[np.ndarray], Non
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
-        part = temporary.with_suffix(".mp4")  # by which OpenCV knows the format
+        part = temporary.with_suffix(".mp4")  # OpenCV takes the format from the suffix
         try:
             yield write
             writer.release()
@@ -226,15 +226,15 @@ def contact_sheet(
     captions: Sequence[str] | None = None,
     tile: int = 480,
 ) -> np.ndarray:
-    """Many pictures on one white RGB uint8 sheet, row by row.
+    """Arranges pictures row by row on one white RGB uint8 sheet.
 
     Args:
-        images: RGB, uint8, (H, W, 3), of any sizes, `columns` in a row.
-        captions: a line under each picture; too long ones lose their middle.
-        tile: pictures larger than a square of this side, in pixels, are reduced to fit it.
+        images: RGB, uint8, (H, W, 3), of any sizes; `columns` per row.
+        captions: a line under each picture; long ones are shortened in the middle.
+        tile: larger pictures are reduced to fit a square of this side, in pixels.
 
     Raises:
-        ValueError: no images, fewer than one column, or not as many captions as images.
+        ValueError: no images, fewer than one column, or not one caption per image.
     """
     if not len(images) or columns < 1:
         raise ValueError("a contact sheet needs an image and columns >= 1")
@@ -243,7 +243,7 @@ def contact_sheet(
     tiles = [Image.fromarray(image) for image in images]
     for picture in tiles:
         picture.thumbnail((tile, tile), Image.LANCZOS, reducing_gap=None)
-    # DejaVu Sans comes with matplotlib and has most alphabets
+    # DejaVu Sans comes with matplotlib and covers most alphabets
     size = max(12, min(tile, 640) // 27)
     font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
     text_height = 0 if captions is None else math.ceil(1.25 * font.size) + 6
@@ -264,7 +264,7 @@ def contact_sheet(
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text without its middle where it is wider than `width` pixels."""
+    """Drops the middle of a text that is wider than `width` pixels."""
     shown = text
     for kept in range(len(text) - 1, 0, -1):
         if font.getlength(shown) <= width:

@@ -1,4 +1,4 @@
-"""Trained detectors as evaluations and predictions run them: improved, in a precision, timed."""
+"""Trained detectors for evaluation and prediction: improvements, engine, precision, timing."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ from resnet_backbone.runtime.images import find_pictures, spread
 class Predictor:
     """Detectron2's DefaultPredictor with checked weights, for one image at a time.
 
-    ``RESNET_BACKBONE.TEST`` adds the paper's improvements and names the precision. Without them,
-    in float32, it gives the detections that DefaultPredictor gives for the same config and weights.
+    ``RESNET_BACKBONE.TEST`` adds the paper's improvements and sets the precision. Without them, in
+    float32, the detections are DefaultPredictor's for the same config and weights.
 
     Args:
-        cfg: a detector's config; ``MODEL.WEIGHTS`` names its checkpoint. It is not changed: with
-            ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set", a copy follows the weights.
+        cfg: a detector's config; ``MODEL.WEIGHTS`` names its checkpoint. It is not modified: with
+            ``RESNET_BACKBONE.WEIGHTS_INPUT`` "set", a copy takes on the weights' input settings.
 
     Raises:
         UsageError: ``MODEL.WEIGHTS`` is empty; see also :func:`improve`.
-        WeightsError: the weights cannot be read, are of less than the whole detector or of another
-            one, or were trained on other input than the config gives them.
+        WeightsError: the weights cannot be read, do not fill the whole detector, belong to another
+            one, or were trained on other input than the config's.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -71,16 +71,16 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> dict:
-        """The detector's output for an image: BGR, uint8, (H, W, 3), of any size.
+        """Returns the detector's output for an image: BGR, uint8, (H, W, 3), of any size.
 
         It is ``{"instances": Instances}`` with ``pred_boxes`` (xyxy in pixels of `image`),
-        ``scores``, ``pred_classes``. The image is resized by ``INPUT.MIN_SIZE_TEST``.
+        ``scores``, ``pred_classes``. The image is resized to ``INPUT.MIN_SIZE_TEST``.
         """
         return self.model([test_input(self.cfg, image)])[0]
 
 
 def test_input(cfg: CfgNode, image: np.ndarray) -> dict:
-    """What a detector is tested on for an image, BGR, uint8, (H, W, 3)."""
+    """Returns the model input for an image, BGR, uint8, (H, W, 3), resized for testing."""
     height, width = image.shape[:2]
     if cfg.INPUT.FORMAT == "RGB":
         image = image[:, :, ::-1]
@@ -96,7 +96,7 @@ def check_format(cfg: CfgNode, where: str = "") -> None:
 
 
 def find_class_names(cfg: CfgNode) -> list[str]:
-    """Names of what a detector's boxes hold: the run's, else the data set's, else none."""
+    """Returns the class names of a detector: the run's, else the data set's, else none."""
     retina = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     number = (cfg.MODEL.RETINANET if retina else cfg.MODEL.ROI_HEADS).NUM_CLASSES
     choices = [list(backbone_node(cfg).CLASS_NAMES)]
@@ -108,12 +108,12 @@ def find_class_names(cfg: CfgNode) -> list[str]:
 def describe_output(
     output: dict, class_names: Sequence[str] = (), label_names: Sequence[str] = ()
 ) -> list[dict]:
-    """What a Detectron2 model found in one image, as numbers for JSON.
+    """Converts a Detectron2 model's output for one image to values for JSON.
 
-    For each instance: class, score, box (x0, y0, x1, y1 in pixels) and, if it has one, mask (COCO's
-    compressed run-length encoding). For a purely semantic model, for each class of the label
-    picture: class and share of the pixels, 0..1, largest first. Where names of classes (of boxes
-    and masks) or labels are not given, a class is a number.
+    Each instance has class, score, box (x0, y0, x1, y1 in pixels) and, if present, mask (COCO's
+    compressed run-length encoding). For a purely semantic model, each class has its share of the
+    pixels, 0..1, largest first. Without `class_names` (boxes and masks) or `label_names` (semantic
+    labels), a class is a number.
     """
     if "instances" in output:
         found = []
@@ -132,7 +132,7 @@ def describe_output(
 
 
 class AutocastModel(nn.Module):
-    """Runs a detector in mixed precision, on the device type and with the dtype given."""
+    """Runs a detector in mixed precision of a dtype on a device type."""
 
     def __init__(self, model: nn.Module, device_type: str, dtype: torch.dtype):
         super().__init__()
@@ -145,10 +145,10 @@ class AutocastModel(nn.Module):
 
 
 class Speed(NamedTuple):
-    """Of a detector in one process."""
+    """Speed of a detector in one process."""
 
     seconds_per_image: float  # mean, from the input in memory to the detections
-    images_at_a_time: int  # of the largest batch
+    images_at_a_time: int  # size of the largest batch
 
 
 class Timed(nn.Module):
@@ -173,7 +173,7 @@ class Timed(nn.Module):
 
     @property
     def speed(self) -> Speed | None:
-        """None where it saw no image."""
+        """The measured speed, or None if there were no images."""
         counted = self.batches[1:] or self.batches
         if not counted:
             return None
@@ -184,16 +184,16 @@ class Timed(nn.Module):
 def timed_inference(
     model: nn.Module, batches: Iterable, evaluator: DatasetEvaluator
 ) -> tuple[dict, Speed | None]:
-    """Detectron2's ``inference_on_dataset``, and how fast the detector was in this process."""
+    """Runs Detectron2's ``inference_on_dataset``; also returns the speed in this process."""
     timed = Timed(model)
     return inference_on_dataset(timed, batches, evaluator), timed.speed
 
 
 def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """The model as evaluations run it: :func:`improve`, on the engine and in the precision asked.
+    """Returns the model for evaluation: :func:`improve`, then the engine and precision.
 
-    ``RESNET_BACKBONE.TEST.ENGINE`` and ``.PRECISION`` name them. With another engine than "eager",
-    the precision is that of the parts that the engine runs; with "eager" it is autocast's.
+    ``RESNET_BACKBONE.TEST.ENGINE`` and ``.PRECISION`` set them. With "eager" the precision is
+    autocast's. With another engine it applies to the parts that the engine runs.
     """
     tested, dtype = improve(cfg, model), read_precision(cfg)
     if dtype is torch.float32 or backbone_node(cfg).TEST.ENGINE != "eager":
@@ -202,7 +202,7 @@ def for_testing(cfg: CfgNode, model: nn.Module) -> nn.Module:
 
 
 def calibration_inputs(cfg: CfgNode) -> Iterator[list[dict]]:
-    """For int8: a detector's inputs from images of ``RESNET_BACKBONE.TEST.CALIBRATION``."""
+    """Yields inputs for int8 from the images in ``RESNET_BACKBONE.TEST.CALIBRATION``."""
     folder = backbone_node(cfg).TEST.CALIBRATION
     if folder:
         files = spread(find_pictures([folder], f"{KEY}.CALIBRATION"), CALIBRATION)
@@ -211,17 +211,17 @@ def calibration_inputs(cfg: CfgNode) -> Iterator[list[dict]]:
 
 
 def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """A detector with the improvements that ``RESNET_BACKBONE.TEST`` asks for.
+    """Returns a detector with the improvements and the engine of ``RESNET_BACKBONE.TEST``.
 
-    It is `model` itself where all switches are off. ``TEST.AUG.ENABLED``, Detectron2's own
-    test-time augmentation, is honored as well.
+    It is `model` itself if everything is off. ``TEST.AUG.ENABLED``, Detectron2's own test-time
+    augmentation, is honored as well.
 
     Args:
-        cfg: the detector's own; ``TEST.ENSEMBLE`` names runs that are loaded here.
+        cfg: the detector's own config. The runs in ``TEST.ENSEMBLE`` are loaded here.
         model: with or without ``DistributedDataParallel``.
 
     Raises:
-        UsageError, WeightsError: switches that do not suit the detector, unfit members.
+        UsageError, WeightsError: a switch or an ensemble member does not fit the detector.
     """
     switches, engine = read_switches(cfg), backbone_node(cfg).TEST.ENGINE
     bare = model.module if isinstance(model, DistributedDataParallel) else model
@@ -238,7 +238,7 @@ def improve(cfg: CfgNode, model: nn.Module) -> nn.Module:
 
 
 def trained_detector(cfg: CfgNode) -> nn.Module:
-    """The detector of a config in evaluation mode, all of it from ``MODEL.WEIGHTS``."""
+    """Builds a config's detector in evaluation mode, with all weights from ``MODEL.WEIGHTS``."""
     require_weights(cfg)
     model = build_detector(cfg)
     Checkpointer.from_config(cfg, model).load(cfg.MODEL.WEIGHTS, needs_detector=True)
@@ -246,9 +246,9 @@ def trained_detector(cfg: CfgNode) -> nn.Module:
 
 
 def run_config(run: str, overrides: list[str]) -> CfgNode:
-    """The config of a run's folder with its weights in ``MODEL.WEIGHTS``, on this machine's device.
+    """Loads the config of a run folder with ``MODEL.WEIGHTS`` set to the run's weights.
 
-    `overrides` are ``KEY VALUE`` pairs; ``MODEL.WEIGHTS`` among them replaces the run's weights.
+    Without a GPU, ``MODEL.DEVICE`` is cpu. `overrides` are ``KEY VALUE`` pairs and take precedence.
     """
     config = os.path.join(run, "config.yaml")
     if not os.path.isfile(config):
@@ -259,13 +259,13 @@ def run_config(run: str, overrides: list[str]) -> CfgNode:
 
 
 def check_ensemble(cfg: CfgNode) -> None:
-    """:func:`check_member` for the runs of ``TEST.ENSEMBLE``, before hours of training."""
+    """Runs :func:`check_member` on ``TEST.ENSEMBLE`` before hours of training."""
     for run in backbone_node(cfg).TEST.ENSEMBLE:
         check_member(cfg, run_config(run, []), run)
 
 
 def check_member(cfg: CfgNode, other: CfgNode, run: str) -> None:
-    """Raises UsageError for a detector of other classes, or with images unlike ours."""
+    """Raises UsageError if a run cannot join the ensemble, such as one with other classes."""
     counts = [config.MODEL.ROI_HEADS.NUM_CLASSES for config in (cfg, other)]
     names = [list(config.RESNET_BACKBONE.CLASS_NAMES) for config in (cfg, other)]
     if counts[0] != counts[1] or names[0] != names[1]:
@@ -285,7 +285,7 @@ _kept: ContextVar[dict[str, tuple[CfgNode, nn.Module]]] = ContextVar("kept")
 
 @contextmanager
 def keep_members() -> Iterator[None]:
-    """Inside, :func:`load_run` reads each run once and keeps its detector in the CPU's memory."""
+    """Context in which :func:`load_run` reads each run once and keeps its detector in memory."""
     token = _kept.set({})
     try:
         yield
@@ -294,7 +294,7 @@ def keep_members() -> Iterator[None]:
 
 
 def load_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
-    """The config and the detector of a run, in evaluation mode on the device of `cfg`."""
+    """Returns a run's config and its detector, in evaluation mode on the device of `cfg`."""
     kept = _kept.get({})
     if run not in kept:
         other, model = read_run(run, cfg)
@@ -306,7 +306,7 @@ def load_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
 
 
 def read_run(run: str, cfg: CfgNode) -> tuple[CfgNode, nn.Module]:
-    """What :func:`load_run` gives, from the run's files."""
+    """Reads what :func:`load_run` returns from the run's files."""
     other = run_config(run, ["MODEL.DEVICE", cfg.MODEL.DEVICE])
     check_member(cfg, other, run)
     prepare_weights(other)

@@ -1,4 +1,4 @@
-"""A detector from its config, Detectron2's own of the same config, and what compares the two."""
+"""Builds a detector and Detectron2's counterpart from one config, with tools to compare them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ THEIRS = {
     "build_paper_resnet_backbone": "build_resnet_backbone",
     "PaperRes5ROIHeads": "Res5ROIHeads",
 }
-"""Our registered name -> Detectron2's own of the same keys."""
+"""Our registered name -> Detectron2's own with the same keys."""
 LAST_LAYERS = ("cls_score", "bbox_pred", "objectness_logits", "anchor_deltas")
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Detectron2's ``build_model``, with what this package adds to every detector.
+    """Builds a detector with Detectron2's ``build_model`` and this package's additions.
 
-    Region heads with global context where ``RESNET_BACKBONE.GLOBAL_CONTEXT`` is set, RoIAlign that
-    is fast on CPUs, scores and boxes in single precision, and channels_last convolutions where
+    These are RoIAlign that is fast on CPUs, scores and boxes in single precision, region heads with
+    global context if ``RESNET_BACKBONE.GLOBAL_CONTEXT`` is set, and channels_last convolutions if
     ``RESNET_BACKBONE.CHANNELS_LAST`` is set.
 
-    The model is on ``MODEL.DEVICE``, in training mode, with Detectron2's parameter names and
-    without ``MODEL.WEIGHTS``. UsageError: ``GLOBAL_CONTEXT`` with heads that do not have it.
+    The model is on ``MODEL.DEVICE`` and in training mode, with Detectron2's parameter names.
+    ``MODEL.WEIGHTS`` is not loaded. UsageError: the heads do not support ``GLOBAL_CONTEXT``.
     """
     model = with_exact_scores(build_model(with_global_context(cfg)))
     for module in model.modules():
@@ -64,7 +64,7 @@ class ContiguousDeconv(nn.ConvTranspose2d):
 
 
 class _Full:
-    """A layer that autocast leaves alone: it computes in its weights' precision."""
+    """A layer that ignores autocast and computes in the precision of its weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -72,20 +72,20 @@ class _Full:
 
 
 class FullLinear(_Full, nn.Linear):
-    """``nn.Linear`` out of mixed precision."""
+    """``nn.Linear`` that ignores autocast."""
 
 
 class FullConv2d(_Full, nn.Conv2d):
-    """``nn.Conv2d`` out of mixed precision."""
+    """``nn.Conv2d`` that ignores autocast."""
 
 
 def with_exact_scores(model: nn.Module) -> nn.Module:
-    """Takes the last layers of a detector's proposals and boxes out of mixed precision, in place.
+    """Excludes the last layers for proposals and boxes from mixed precision, in place.
 
-    A bf16 score has 8 bits. Of 200,000 anchors thousands have equal scores, and all detections
-    above 0.5 share 128 scores, so their order, by which proposals and AP are ranked, is random.
-    These layers (linear, or 1x1 convolutions) are a thousandth of the work. Losses, decoding and
-    NMS follow them in single precision. Without mixed precision nothing changes.
+    A bf16 score has 8 bits. Thousands of 200,000 anchors tie, and all detections above 0.5 share
+    128 scores, which makes the ranking of proposals and detections random. These layers (linear or
+    1x1 convolutions) are a thousandth of the work. The losses, decoding and NMS after them run in
+    single precision. Without mixed precision nothing changes.
     """
     kinds = {nn.Linear: FullLinear, nn.Conv2d: FullConv2d}
     for parent in list(model.modules()):
@@ -96,19 +96,19 @@ def with_exact_scores(model: nn.Module) -> nn.Module:
 
 
 def build_reference(cfg: CfgNode) -> nn.Module:
-    """The detector of a config as Detectron2 builds it, with its own ResNet and its own heads."""
+    """Builds a config's detector with Detectron2's own ResNet and heads."""
     cfg = cfg.clone()
     for node in (cfg.MODEL.BACKBONE, cfg.MODEL.ROI_HEADS):
         node.NAME = THEIRS.get(node.NAME, node.NAME)
     if cfg.MODEL.RESNETS.DEPTH in (18, 34):
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64  # which it does not find by itself
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64  # required by Detectron2 at these depths
     return build_model(cfg)
 
 
 class GivenProposals(nn.Module):
-    """A proposal network that does all of its work and then returns given boxes (R, 4).
+    """A proposal network that runs as usual and then returns the given boxes (R, 4).
 
-    Those of random weights are few, and rounding would change their order.
+    Random weights yield few proposals, and rounding would change their order.
     """
 
     def __init__(self, network: nn.Module, boxes: Tensor):
@@ -123,14 +123,14 @@ class GivenProposals(nn.Module):
 
 
 def losses_of(model: nn.Module, inputs: list[dict]) -> dict[str, Tensor]:
-    """One forward pass in training, outside a trainer."""
+    """Returns the losses of one training forward pass, without a trainer."""
     with EventStorage():
         return model(inputs)
 
 
 @contextmanager
 def voc_metadata(folder: str, split: str, class_names: Sequence[str]):
-    """Yields the name under which a folder in VOC layout is registered meanwhile."""
+    """Registers a folder in VOC layout within the block, and yields the data set's name."""
     name = f"reference_{folder}"
     facts = dict(dirname=folder, split=split, year=2012, thing_classes=list(class_names))
     MetadataCatalog.get(name).set(evaluator_type="voc", **facts)

@@ -30,10 +30,10 @@ from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
 
 
 class PaperBackbone(StatesInput):
-    """What makes a :class:`~resnet_backbone.models.StagedNetwork` a Detectron2 backbone.
+    """Mixin that turns a :class:`~resnet_backbone.models.StagedNetwork` into a Detectron2 backbone.
 
-    It works at any input size, so ``size_divisibility`` is 0 and there are no
-    ``padding_constraints`` (Detectron2's defaults). Constant batch norms fold at each call.
+    Any input size works, so ``size_divisibility`` is 0 and there are no ``padding_constraints``
+    (Detectron2's defaults). Constant batch norms are folded at each call.
     """
 
     def __init__(self, *args, **options):
@@ -53,7 +53,7 @@ class PaperVGG(PaperBackbone, VGG, Backbone):
 
 
 class PaperFPN(FPN):
-    """Detectron2's FPN that refuses weights of other input before it takes any of its own."""
+    """Detectron2's FPN that refuses weights trained on other input before it loads anything."""
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if isinstance(self.bottom_up, StatesInput):
@@ -62,7 +62,7 @@ class PaperFPN(FPN):
 
 
 def resolve_norm(name: str) -> Norm:
-    """Our layer for a name that we know, otherwise Detectron2's (LN, nnSyncBN, naiveSyncBN)."""
+    """Returns one of our names as it is, else Detectron2's layer (LN, nnSyncBN, naiveSyncBN)."""
     if name in ("", *NORMS):
         return name
     try:
@@ -74,7 +74,7 @@ def resolve_norm(name: str) -> Norm:
 
 
 def resnet_options(cfg: CfgNode) -> dict:
-    """Block options that the backbone and a C4 head share, from ``MODEL.RESNETS`` and our node."""
+    """Returns the block options shared by the backbone and a C4 head."""
     resnets, node = cfg.MODEL.RESNETS, backbone_node(cfg)
     _refuse_other_variants(cfg)
     return dict(
@@ -87,7 +87,7 @@ def resnet_options(cfg: CfgNode) -> dict:
 
 
 def _refuse_other_variants(cfg: CfgNode) -> None:
-    """Settings of Detectron2's ResNet that these networks do not have must not pass unseen."""
+    """Refuses settings of Detectron2's ResNet that these networks do not support."""
     resnets = cfg.MODEL.RESNETS
     if resnets.DEPTH not in DEPTHS:
         known = ", ".join(map(str, DEPTHS))
@@ -112,7 +112,7 @@ def _refuse_other_variants(cfg: CfgNode) -> None:
 def build_paper_resnet_backbone(
     cfg: CfgNode, input_shape: ShapeSpec, network_class: type[PaperResNet] = PaperResNet
 ) -> PaperResNet:
-    """ResNet-18/34/50/101/152 or a plain twin, returning ``MODEL.RESNETS.OUT_FEATURES``."""
+    """Builds a ResNet or plain network that returns ``MODEL.RESNETS.OUT_FEATURES``."""
     resnets, node = cfg.MODEL.RESNETS, backbone_node(cfg)
     network = network_class(
         resnets.DEPTH,
@@ -129,7 +129,7 @@ def build_paper_resnet_backbone(
 
 @BACKBONE_REGISTRY.register()
 def build_vgg_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaperVGG:
-    """VGG-11/13/16/19 convolutions, returning ``RESNET_BACKBONE.VGG.OUT_FEATURES``."""
+    """Builds VGG's convolutions, returning ``RESNET_BACKBONE.VGG.OUT_FEATURES``."""
     vgg = backbone_node(cfg).VGG
     network = PaperVGG(
         vgg.DEPTH,
@@ -164,13 +164,13 @@ def _with_input(cfg: CfgNode, network: StatesInput) -> StatesInput:
 
 
 def in_memory_format(cfg: CfgNode, module: nn.Module) -> nn.Module:
-    """Stores kernels as ``RESNET_BACKBONE.CHANNELS_LAST`` says; values and keys stay."""
+    """Converts kernels to the memory format of ``RESNET_BACKBONE.CHANNELS_LAST``, in place."""
     last = backbone_node(cfg).CHANNELS_LAST
     return module.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block) -> FPN:
-    """``MODEL.FPN.IN_FEATURES`` must have strides that double (arXiv 1612.03144)."""
+    """Builds an FPN; strides of ``MODEL.FPN.IN_FEATURES`` must double (arXiv 1612.03144)."""
     fpn = cfg.MODEL.FPN
     strides = _strides(bottom_up, "MODEL.FPN.IN_FEATURES", fpn.IN_FEATURES)
     if any(b != 2 * a for a, b in pairwise(strides.values())):
@@ -184,7 +184,7 @@ def _build_fpn(cfg: CfgNode, bottom_up: Backbone, top_block) -> FPN:
 
 
 def _strides(backbone: Backbone, key: str, names: Sequence[str]) -> dict[str, int]:
-    """Of the maps that a config key names."""
+    """Returns the strides of the maps named by a config key."""
     shapes = backbone.output_shape()
     absent = [name for name in names if name not in shapes]
     if absent:
@@ -197,13 +197,13 @@ def _strides(backbone: Backbone, key: str, names: Sequence[str]) -> dict[str, in
 
 @BACKBONE_REGISTRY.register()
 def build_paper_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A ResNet with p2..p6 of ``MODEL.FPN.OUT_CHANNELS``; p6 is p5 subsampled."""
+    """Builds a ResNet with p2..p6 of ``MODEL.FPN.OUT_CHANNELS``; p6 is p5 subsampled."""
     return _build_fpn(cfg, build_paper_resnet_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
 def build_paper_resnet_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A ResNet with p3..p7 for RetinaNet (arXiv 1708.02002); p6, p7 come from res5."""
+    """Builds a ResNet with p3..p7 for RetinaNet (arXiv 1708.02002); p6, p7 come from res5."""
     bottom_up = build_paper_resnet_backbone(cfg, input_shape)
     if "res5" not in bottom_up.output_shape():
         raise ValueError("p6 and p7 are made from res5: add it to MODEL.RESNETS.OUT_FEATURES")
@@ -213,14 +213,14 @@ def build_paper_resnet_p6p7_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FP
 
 @BACKBONE_REGISTRY.register()
 def build_vgg_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A VGG with p2..p6; with IN_FEATURES conv3, conv4, conv5, pool5 at the ResNet's strides."""
+    """Builds a VGG with p2..p6; IN_FEATURES conv3, conv4, conv5, pool5 give a ResNet's strides."""
     return _build_fpn(cfg, build_vgg_backbone(cfg, input_shape), LastLevelMaxPool())
 
 
 class DeepLabResNet(PaperResNet):
-    """A ResNet whose input is padded so that every map, enlarged by its stride, fits the labels.
+    """A ResNet whose input is padded to a multiple of its largest stride.
 
-    DeepLab's heads enlarge by a fixed factor and so work only at sizes that the stride divides.
+    DeepLab's heads upsample by a fixed factor, which must reproduce the size of the labels.
     """
 
     @property
@@ -230,10 +230,10 @@ class DeepLabResNet(PaperResNet):
 
 @BACKBONE_REGISTRY.register()
 def build_paper_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> DeepLabResNet:
-    """As ``build_resnet_deeplab_backbone`` of Detectron2's DeepLab, with the paper's networks.
+    """Builds the paper's networks like ``build_resnet_deeplab_backbone`` of Detectron2's DeepLab.
 
-    Reads the project's keys ``MODEL.RESNETS.RES4_DILATION``, ``RES5_DILATION`` and
-    ``RES5_MULTI_GRID``; dilations 1, 2 are output stride 16, 2, 4 are 8. ``STEM_TYPE`` is "basic".
+    Reads ``RES4_DILATION``, ``RES5_DILATION`` and ``RES5_MULTI_GRID`` of ``MODEL.RESNETS``, whose
+    ``STEM_TYPE`` must be "basic". Dilations 1, 2 give output stride 16; 2, 4 give 8.
     """
     resnets, node = cfg.MODEL.RESNETS, backbone_node(cfg)
     if "RES5_MULTI_GRID" not in resnets:
@@ -264,7 +264,7 @@ def build_paper_resnet_deeplab_backbone(cfg: CfgNode, input_shape: ShapeSpec) ->
 
 
 def _check_head(cfg: CfgNode, backbone: DeepLabResNet) -> None:
-    """DeepLab's heads enlarge their finest map by ``COMMON_STRIDE`` and pool over whole crops."""
+    """Checks a DeepLab head: it upsamples its finest map by ``COMMON_STRIDE`` and pools crops."""
     head, crop = cfg.MODEL.SEM_SEG_HEAD, cfg.INPUT.CROP
     strides = _strides(backbone, "MODEL.SEM_SEG_HEAD.IN_FEATURES", head.IN_FEATURES)
     stride, finest = min((stride, name) for name, stride in strides.items())

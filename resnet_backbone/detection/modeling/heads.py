@@ -1,8 +1,8 @@
 """Region heads: res5 per region (C4) for every depth, VGG-16's fc6 and fc7, global context.
 
-Global context (paper, appendix B) is the image as one more region: pooled and passed through the
-per-region layers like the others. Its feature, concatenated with a region's, goes to the classifier
-and the regressor, whose input is twice as wide; all of it is trained end to end.
+Global context (paper, appendix B) treats the whole image as one more region, which is pooled and
+passed through the per-region layers. Its feature is concatenated with each region's, so the
+classifier and the regressor have twice the input width. Everything is trained end to end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from resnet_backbone.models.resnet import (
 
 
 def with_stride(pooler: ROIPooler, stride: int = 1) -> ROIPooler:
-    """Gives a pooler's levels their fast form, in place, which keeps every ``stride``-th bin."""
+    """Makes a pooler fast on CPUs, in place; it keeps every ``stride``-th bin."""
     levels = pooler.level_poolers
     for index, level in enumerate(levels):
         if type(level) is ROIAlign:
@@ -54,16 +54,16 @@ def with_stride(pooler: ROIPooler, stride: int = 1) -> ROIPooler:
 class PaperRes5ROIHeads(Res5ROIHeads):
     """RoI pooling on res4, then all layers of res5 per region (paper, appendix A).
 
-    Detectron2's own class builds three bottlenecks whatever ``MODEL.RESNETS.DEPTH`` says, which
-    is wrong at 18 and 34; this one builds the depth's own res5. Keys are the same,
+    Detectron2's own class always builds three bottlenecks, which is wrong at
+    ``MODEL.RESNETS.DEPTH`` 18 and 34. This one builds res5 of the given depth, with the same keys
     ``roi_heads.res5.*``.
 
-    Where only 1x1 convolutions carry res5's stride (the paper's bottlenecks), they read every
-    second pooled bin in each direction: the other three quarters are not pooled, and res5 has
-    stride 1. Outputs and gradients are the same.
+    Where only 1x1 convolutions have res5's stride (the paper's bottlenecks), they read every second
+    pooled bin in each direction. The other three quarters are not pooled, and res5 has stride 1.
+    Outputs and gradients do not change.
     """
 
-    REGIONS_AT_ONCE = 128  # in inference: more would take memory, fewer would take time
+    REGIONS_AT_ONCE = 128  # in inference: a trade-off of memory and time
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -73,7 +73,7 @@ class PaperRes5ROIHeads(Res5ROIHeads):
 
     @classmethod
     def _strides(cls, cfg: CfgNode) -> tuple[int, int]:
-        """Stride of the pooling and of res5."""
+        """Returns the strides of the pooling and of res5."""
         resnets = cfg.MODEL.RESNETS
         if resnets.RES5_DILATION > 1:
             return 1, 1
@@ -89,7 +89,7 @@ class PaperRes5ROIHeads(Res5ROIHeads):
         return in_memory_format(cfg, for_regions(stage)), channels
 
     def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
-        """Maps (N, C, H, W) and the boxes of N images -> res5 of R regions, (R, C', h, w)."""
+        """Maps features (N, C, H, W) and the boxes of N images to res5 (R, C', h, w)."""
         if type(self.pooler) is not ROIPooler or is_watched(self.pooler):
             return self.res5(self.pooler(features, boxes))
         pool, res5 = self.pooler.level_poolers[0], self.res5
@@ -106,7 +106,7 @@ class PaperRes5ROIHeads(Res5ROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class PaperRes5ROIHeadsExtraNorm(PaperRes5ROIHeads):
-    """With one more norm behind res5, ``res5.norm``, which starts anew.
+    """:class:`PaperRes5ROIHeads` with a newly initialized norm after res5, ``res5.norm``.
 
     Source: arXiv 1911.05722; facebookresearch/moco, detection/train_net.py.
     """
@@ -122,8 +122,8 @@ class PaperRes5ROIHeadsExtraNorm(PaperRes5ROIHeads):
 class VGGBoxHead(nn.Module):
     """fc6 and fc7 with ReLU and dropout (arXiv 1409.1556; Fast R-CNN, arXiv 1504.08083).
 
-    (N, C, P, P) regions -> (N, fc_dim). Keys ``fc6``, ``fc7``: VGG-16's classifier loads here.
-    ``fc_dim`` is ``MODEL.ROI_BOX_HEAD.FC_DIM``: 4096 in the original.
+    Maps regions (N, C, P, P) to (N, fc_dim). VGG-16's classifier loads into ``fc6`` and ``fc7``.
+    ``fc_dim`` is ``MODEL.ROI_BOX_HEAD.FC_DIM``, 4096 in the original.
     """
 
     @configurable
@@ -149,10 +149,10 @@ class VGGBoxHead(nn.Module):
 
 
 def with_global_context(cfg: CfgNode) -> CfgNode:
-    """The config with the region heads that ``RESNET_BACKBONE.GLOBAL_CONTEXT`` asks for.
+    """Returns the config with the region heads for ``RESNET_BACKBONE.GLOBAL_CONTEXT``.
 
-    It is `cfg` itself where the switch is off or the heads are named already, else a copy.
-    UsageError: there is no such form of the config's region heads.
+    It is `cfg` itself if the switch is off or the heads already have global context, else a copy.
+    UsageError: the config's region heads do not support global context.
     """
     name = cfg.MODEL.ROI_HEADS.NAME
     if not backbone_node(cfg).GLOBAL_CONTEXT or name in CONTEXT_HEADS.values():
@@ -167,11 +167,11 @@ def with_global_context(cfg: CfgNode) -> CfgNode:
 
 
 def region_features(heads: ROIHeads, maps: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
-    """Features (R, D) after the per-region layers, before the classifier and the regressor.
+    """Returns features (R, D) after the per-region layers, before classifier and regressor.
 
     Args:
-        heads: C4's (``Res5ROIHeads``) or ``StandardROIHeads``, and their subclasses.
-        boxes: regions of each image, R in all, in pixels of the network's input.
+        heads: ``Res5ROIHeads`` (C4), ``StandardROIHeads``, or a subclass.
+        boxes: regions of each image, R in total, in pixels of the network's input.
     """
     features = [maps[name] for name in heads.in_features]
     if isinstance(heads, Res5ROIHeads):
@@ -180,9 +180,9 @@ def region_features(heads: ROIHeads, maps: dict[str, Tensor], boxes: list[Boxes]
 
 
 def add_whole_image(boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """The regions (Ri, 4) of each image, and behind them the image itself, (height, width) large.
+    """Appends the whole image to the regions (Ri, 4) of each image; sizes are (height, width).
 
-    Sizes are scalar tensors in a trace, which records them.
+    In a trace, sizes are scalar tensors, so the trace records them.
     """
     found = []
     for regions, (height, width) in zip(boxes, sizes, strict=True):
@@ -193,9 +193,9 @@ def add_whole_image(boxes: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -
 
 
 def join_context(features: Tensor, counts: Sequence[int]) -> Tensor:
-    """Puts the whole image's feature behind those of its regions: (R + N, D) to (R, 2 D).
+    """Concatenates each region's feature with its image's: (R + N, D) -> (R, 2 D).
 
-    `counts` are numbers of regions of each of the N images, without the image itself.
+    `counts` are the numbers of regions in each of the N images, without the image itself.
     """
     joined = []
     for of_image in features.split([count + 1 for count in counts]):
@@ -205,7 +205,7 @@ def join_context(features: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 class GlobalContext:
-    """What both kinds of region heads share; beside :class:`ROIHeads` in a class's bases."""
+    """Mixin for both kinds of region heads, to be listed before the :class:`ROIHeads` base."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -227,14 +227,14 @@ class GlobalContext:
     def predict_with_context(
         self, maps: dict[str, Tensor], proposals: list[Instances]
     ) -> tuple[Tensor, Tensor]:
-        """Scores (R, K + 1) before the softmax and box deltas (R, 4 K) of all proposals."""
+        """Returns logits (R, K + 1) and box deltas (R, 4 K) of all proposals."""
         boxes = [image.proposal_boxes.tensor for image in proposals]
         regions = add_whole_image(boxes, [image.image_size for image in proposals])
         features = region_features(self, maps, [Boxes(region) for region in regions])
         return self.box_predictor(join_context(features, [box.shape[0] for box in boxes]))
 
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]):
-        """Losses in training, else a list of detections; as ``StandardROIHeads._forward_box``."""
+        """Like ``StandardROIHeads._forward_box``: losses in training, else detections."""
         predictions = self.predict_with_context(features, proposals)
         if self.training:
             return self.box_predictor.losses(predictions, proposals)
@@ -248,10 +248,10 @@ class ContextROIHeads(GlobalContext, StandardROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class ContextRes5ROIHeads(GlobalContext, PaperRes5ROIHeads):
-    """The C4 heads with global context: a region's feature is res5's, averaged over its cells."""
+    """The C4 heads with global context; a region's feature is the mean of its res5 map."""
 
     def forward(self, images, features, proposals, targets=None):
-        """As ``Res5ROIHeads.forward``: detections and losses."""
+        """Like ``Res5ROIHeads.forward``: returns detections and losses."""
         if self.training:
             proposals = self.label_and_sample_proposals(proposals, targets)
             return [], self._forward_box(features, proposals)

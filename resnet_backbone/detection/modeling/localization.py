@@ -1,7 +1,7 @@
-"""Localization of the class that an image shows (paper, appendix C): proposals and R-CNN per class.
+"""ImageNet localization (paper, appendix C): proposals and R-CNN per class.
 
 Both networks are Detectron2 meta-architectures, trained by ``train-net`` from the configs in
-``configs/detection/imagenet_loc``. Of every class they give one box with its score.
+``configs/detection/imagenet_loc``. They predict one box with its score for every class.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from torchvision.ops import nms, roi_align
 from resnet_backbone.detection.config import UsageError, backbone_node
 from resnet_backbone.detection.evaluation.imagenet import read_guesses
 
-PRIOR = 0.01  # first probability of every class, so that a thousand of them do not drown the loss
-CHUNK = 64  # regions that go through the network at once in testing
+PRIOR = 0.01  # initial probability of each class, so that 1,000 classes do not dominate the loss
+CHUNK = 64  # regions per forward pass in testing
 
 
 class _Localizer(nn.Module):
-    """Input, sampled boxes, and the loss of one binary classifier and one box for each class."""
+    """Base class: input, sampling of boxes, and the loss of one classifier and box per class."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class _Localizer(nn.Module):
 
     @staticmethod
     def read_config(cfg: CfgNode, part: CfgNode) -> dict[str, Any]:
-        """Arguments; how boxes are sampled says a part of the config, MODEL.RPN or ROI_HEADS."""
+        """Returns the arguments; `part`, MODEL.RPN or MODEL.ROI_HEADS, configures sampling."""
         (feature,) = part.IN_FEATURES
         return {
             "backbone": build_backbone(cfg),
@@ -86,7 +86,7 @@ class _Localizer(nn.Module):
         return (image.to(self.device) - self.pixel_mean) / self.pixel_std
 
     def forward(self, inputs: list[dict]) -> Any:
-        """Losses in training, else {"instances": one box of each class} of each image."""
+        """Returns losses in training, else {"instances": one box per class} for each image."""
         if self.training:
             return self.losses(*self.predict_sampled(inputs))
         outputs = []
@@ -100,17 +100,17 @@ class _Localizer(nn.Module):
         return outputs
 
     def sample(self, boxes: Tensor, objects: Instances) -> tuple[Tensor, ...]:
-        """Which boxes (R, 4) of an image are trained on.
+        """Samples the boxes (R, 4) of an image to train on.
 
         Returns:
-            Their rows (S,), themselves (S, 4), where they should be (S, 4), and their classes
-            (S,), the background's being C. All boxes of a crop without objects are background.
+            Rows (S,), boxes (S, 4), target boxes (S, 4) and classes (S,), with C for the
+            background. In a crop without objects all boxes are background.
         """
         goals, classes = objects.gt_boxes.tensor, objects.gt_classes
         matches, labels = self.matcher(pairwise_iou(objects.gt_boxes, Boxes(boxes)))
-        goals, classes = F.pad(goals, (0, 0, 0, 1)), F.pad(classes, (0, 1))  # matches of none
+        goals, classes = F.pad(goals, (0, 0, 0, 1)), F.pad(classes, (0, 1))  # in case of no objects
         kinds = torch.where(labels == 1, classes[matches], self.num_classes)
-        kinds[labels == -1] = -1  # neither
+        kinds[labels == -1] = -1  # ignored
         parts = subsample_labels(kinds, self.sampled, self.positive_fraction, self.num_classes)
         rows = torch.cat(parts)
         return rows, boxes[rows], goals[matches[rows]], kinds[rows]
@@ -118,11 +118,11 @@ class _Localizer(nn.Module):
     def losses(
         self, logits: Tensor, deltas: Tensor, boxes: Tensor, goals: Tensor, classes: Tensor
     ) -> dict[str, Tensor]:
-        """Binary cross-entropy of all classes, and smooth L1 of the true class's box.
+        """Returns binary cross-entropy of all classes and smooth L1 of the true class's box.
 
         Args:
             logits, deltas: (S, C) and (S, C, 4), of the sampled boxes.
-            boxes, goals, classes: of :meth:`sample`.
+            boxes, goals, classes: as returned by :meth:`sample`.
         """
         positive = classes < self.num_classes
         wanted = F.one_hot(classes, self.num_classes + 1)[:, :-1].to(logits)
@@ -136,16 +136,16 @@ class _Localizer(nn.Module):
 
 @META_ARCH_REGISTRY.register()
 class ClassProposalNetwork(_Localizer):
-    """A region proposal network whose objectness and boxes are of one class each.
+    """A region proposal network with per-class objectness and boxes.
 
-    A 3x3 convolution on the classifier's last stage, then two sibling 1x1 convolutions: ``cls``
-    with C binary logistic outputs, ``reg`` with C x 4 numbers, for each anchor. Of each image
-    ``MODEL.RPN.BATCH_SIZE_PER_IMAGE`` anchors are trained on, the paper's eight, up to half of
-    them positive.
+    A 3x3 convolution on the classifier's last stage, then two sibling 1x1 convolutions: for each
+    anchor, ``cls`` has C binary logistic outputs and ``reg`` C x 4 numbers. Each image contributes
+    ``MODEL.RPN.BATCH_SIZE_PER_IMAGE`` anchors to the loss (8 in the paper), up to half of them
+    positive.
 
-    Tested on the center crop (``RESNET_BACKBONE.LOCALIZATION.CENTER_CROP`` pixels), or fully
-    convolutionally on the whole image where that is 0: at each short side of
-    ``RESNET_BACKBONE.LOCALIZATION.SCALES``, whose best boxes compete, or as it comes.
+    Tests use the center crop (``RESNET_BACKBONE.LOCALIZATION.CENTER_CROP`` pixels) or, where that
+    is 0, the whole image fully convolutionally: at each short side of
+    ``RESNET_BACKBONE.LOCALIZATION.SCALES``, keeping the best box, or else at its own size.
     """
 
     @configurable
@@ -184,7 +184,7 @@ class ClassProposalNetwork(_Localizer):
         }
 
     def predict_sampled(self, inputs: list[dict]) -> Iterator[Tensor]:
-        """The arguments of :meth:`losses`."""
+        """Returns the arguments of :meth:`losses`."""
         images = ImageList.from_tensors([self.normalize(image["image"]) for image in inputs])
         logits, deltas, anchors = self.predict(images.tensor)
         objects = (image["instances"].to(self.device) for image in inputs)
@@ -194,9 +194,9 @@ class ClassProposalNetwork(_Localizer):
         return map(torch.cat, (*chosen, *targets))
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalized images (N, 3, H, W) -> logits (N, R, C), deltas (N, R, C, 4), anchors (R, 4).
+        """Returns logits (N, R, C), deltas (N, R, C, 4) and anchors (R, 4).
 
-        R is positions times anchors.
+        Images (N, 3, H, W) are normalized; R is the number of positions times anchors.
         """
         features = self.backbone(images)[self.feature]
         hidden = F.relu(self.conv(features))
@@ -210,10 +210,10 @@ class ClassProposalNetwork(_Localizer):
     def proposals(
         self, image: Tensor, classes: Tensor, as_tested: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Of an image (3, H, W), 0..255: logits (K, R) of some classes (K,), boxes (K, R, 4).
+        """Returns logits (K, R) and boxes (K, R, 4) of classes (K,) in an image (3, H, W), 0..255.
 
-        Boxes are in pixels of the image and end at its edges, or at those of the center crop.
-        Unless ``as_tested`` the image is looked at as it comes.
+        Boxes are in pixels of the image and clipped to it, or to its center crop. Unless
+        ``as_tested``, the whole image is used at its own size.
         """
         found = []
         for view, scale, start in self._views(self.normalize(image), as_tested):
@@ -227,7 +227,7 @@ class ClassProposalNetwork(_Localizer):
         return logits, boxes
 
     def _views(self, image: Tensor, as_tested: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """What is looked at, its scale (4,), and where it begins in the image (4,)."""
+        """Yields each view, its scale (4,), and its origin in the image (4,)."""
         height, width = image.shape[-2:]
         crop, scales = (self.center_crop, self.scales) if as_tested else (0, ())
         if crop or not scales:
@@ -244,7 +244,7 @@ class ClassProposalNetwork(_Localizer):
             yield view, scale, image.new_zeros(4)
 
     def detect(self, image: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and classes, in pixels of the input."""
+        """Returns boxes (C, 4) in pixels of the input, scores (C,) and classes (C,)."""
         classes = torch.arange(self.num_classes, device=self.device)
         logits, boxes = self.proposals(image["image"], classes)
         scores, best = logits.sigmoid().max(dim=1)
@@ -253,12 +253,12 @@ class ClassProposalNetwork(_Localizer):
 
 @META_ARCH_REGISTRY.register()
 class LocalizationRCNN(_Localizer):
-    """R-CNN on the proposals of one class: each warped to a square, two sibling layers per class.
+    """R-CNN on per-class proposals: each is warped to a square; two sibling layers per class.
 
-    The proposals are those of a trained :class:`ClassProposalNetwork`, which stays as it is and is
-    part of the weights; the trainer reads it from ``RESNET_BACKBONE.LOCALIZATION.PROPOSALS`` when
-    a training starts. Of the true class the ``MODEL.RPN.POST_NMS_TOPK_TRAIN`` best and the objects
-    are sampled in training. In testing the paper's 200 best of each class are scored and moved.
+    The proposals come from a trained and frozen :class:`ClassProposalNetwork`, which is part of the
+    weights; the trainer reads it from ``RESNET_BACKBONE.LOCALIZATION.PROPOSALS`` when training
+    starts. Training samples the true class's best ``MODEL.RPN.POST_NMS_TOPK_TRAIN`` proposals and
+    the objects. Testing scores and regresses the best 200 of each class (paper).
     """
 
     @configurable
@@ -272,7 +272,7 @@ class LocalizationRCNN(_Localizer):
         guesses: Mapping[str, Sequence[int]],
         **options,
     ):
-        super().__init__(**options)  # the backbone comes first: MODEL.WEIGHTS are for it
+        super().__init__(**options)  # the backbone first: MODEL.WEIGHTS go into the first network
         self.proposer = proposer.requires_grad_(False)
         self.topk, self.nms_threshold, self.region_size = topk, nms_threshold, region_size
         self.guesses = guesses
@@ -296,7 +296,7 @@ class LocalizationRCNN(_Localizer):
         }
 
     def predict_sampled(self, inputs: list[dict]) -> tuple[Tensor, ...]:
-        """The arguments of :meth:`losses`."""
+        """Returns the arguments of :meth:`losses`."""
         crops, regions, goals, classes = [], [], [], []
         for image in inputs:
             objects = image["instances"].to(self.device)
@@ -312,27 +312,27 @@ class LocalizationRCNN(_Localizer):
 
     @torch.no_grad()
     def propose(self, image: Tensor, classes: Tensor, count: int) -> list[Tensor]:
-        """The best proposals (Ri, 4) of each class (K,), at most ``count``, after NMS."""
+        """Returns the best proposals (Ri, 4) of each class (K,) after NMS, at most ``count``."""
         logits, boxes = self.proposer.eval().proposals(image, classes, not self.training)
         pairs = zip(logits, boxes, strict=True)
         return [own[nms(own, score, self.nms_threshold)[:count]] for score, own in pairs]
 
     def warp(self, image: Tensor, boxes: Tensor) -> Tensor:
-        """Each region (R, 4) of an image as a normalized square (R, 3, size, size)."""
+        """Warps regions (R, 4) of an image to normalized squares (R, 3, size, size)."""
         size, image = self.region_size, self.normalize(image)[None]
         return roi_align(image, [boxes.float()], size, sampling_ratio=2, aligned=True)
 
     def predict(self, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """Regions (R, 3, size, size) -> logits (R, C), deltas (R, C, 4)."""
+        """Maps regions (R, 3, size, size) to logits (R, C) and deltas (R, C, 4)."""
         features = self.backbone(crops)[self.feature].mean((2, 3))
         deltas = self.reg(features).view(len(crops), self.num_classes, 4)
         return self.cls(features).float(), deltas.float()
 
     def detect(self, image: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes, scores and classes, in pixels of the input.
+        """Returns boxes (K, 4) in pixels of the input, scores (K,) and classes (K,).
 
-        Classes are those in the input's ``image_classes`` and those guessed for its ``file_name``,
-        or all where there are none.
+        Classes are the input's ``image_classes`` and the guesses for its ``file_name``, or all
+        classes if there are none.
         """
         guessed = self.guesses.get(Path(image.get("file_name", "")).stem, ())
         wanted = dict.fromkeys([*image.get("image_classes", ()), *guessed])
