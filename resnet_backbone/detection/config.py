@@ -1,5 +1,5 @@
-"""Configs: the keys under ``RESNET_BACKBONE``, which Detectron2 does not have, and what they say;
-reading of files and ``KEY VALUE`` overrides, with one line for what is wrong in them.
+"""Configs: this package's keys under ``RESNET_BACKBONE``, and reading of files and ``KEY VALUE``
+overrides, with one-line errors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEFAULTS = CfgNode(
         # MODEL.RESNETS.*; RES2_OUT_CHANNELS follows the depth by itself.
         "SHORTCUT": "B",  # A, B, C, highway, none (plain); paper Table 3
         "ACTIVATION": "relu",  # or prelu
-        "RES4_DILATION": 1,  # 2, with MODEL.RESNETS.RES5_DILATION 4, is output stride 8
+        "RES4_DILATION": 1,  # 2 with MODEL.RESNETS.RES5_DILATION 4 gives output stride 8
         "MULTI_GRID": [],  # rates of res5's blocks, e.g. [1, 2, 4] (arXiv 1706.05587)
         "ZERO_INIT_RESIDUAL": False,  # arXiv 1706.02677, 5.1
         "CAFFE_POOL": False,  # pool1 without padding, rounded up, as in the released Caffe nets
@@ -42,57 +42,56 @@ DEFAULTS = CfgNode(
             "NORM": "",
             "OUT_FEATURES": ["conv5"],  # or conv3, conv4, conv5, pool5 for FPN
         },
-        # Weights: what happens to INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and
-        # MODEL.RESNETS.STRIDE_IN_1X1, which must be what MODEL.WEIGHTS were trained with.
-        # check: other values are an error; set: they get the values of the weights (by the tools,
-        # or by resnet_backbone.detection.use_weights_input before the model is built).
+        # Weights: whether to check or set INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and
+        # MODEL.RESNETS.STRIDE_IN_1X1, which must match the training of MODEL.WEIGHTS.
+        # check: other values are an error; set: they are taken from the weights (by the tools, or
+        # by resnet_backbone.detection.use_weights_input before the model is built).
         "WEIGHTS_INPUT": "check",
-        # The input they were trained on, where a file does not carry it: msra, caffe_vgg or
-        # torchvision.
+        # The input they were trained on, if the file does not state it: msra, caffe_vgg, torchvision
         "WEIGHTS_PREPROCESSING": "",
         # Data
         "CLASS_NAMES": [],  # in order; empty: from the data. Kept with the run and its checkpoints
-        "STUFF_CLASS_NAMES": [],  # of label pictures, label 0 first; as CLASS_NAMES
-        "TRAIN_ON_DIFFICULT": False,  # VOC's difficult boxes; Faster R-CNN leaves them out
+        "STUFF_CLASS_NAMES": [],  # of semantic labels, label 0 first; like CLASS_NAMES
+        "TRAIN_ON_DIFFICULT": False,  # include VOC's difficult boxes; Faster R-CNN does not
         # Training
-        "REFERENCE_BATCH": 0,  # batch that BASE_LR, STEPS, MAX_ITER are meant for; 0: no scaling
+        "REFERENCE_BATCH": 0,  # batch size that BASE_LR, STEPS, MAX_ITER assume; 0: no scaling
         "CHANNELS_LAST": True,  # memory format of the convolutions: faster, same results
-        "EPOCHS": 0.0,  # above 0: SOLVER.MAX_ITER is so many passes over the training images
-        "EMA_DECAY": 0.0,  # such as 0.9998: evaluations and checkpoints have averaged weights
+        "EPOCHS": 0.0,  # above 0: sets SOLVER.MAX_ITER to this many passes over the training images
+        "EMA_DECAY": 0.0,  # e.g. 0.9998: evaluations and checkpoints use averaged weights
         "GRADIENT_CHECKPOINTING": False,  # of the backbone: less memory, slower, same gradients
-        "ACCUMULATE": 1,  # parts of SOLVER.IMS_PER_BATCH that go through the network in turn
-        "BEST_METRIC": "",  # TASK/NAME such as bbox/AP50; its best checkpoint: model_best.pth
-        "LOGGERS": [],  # of wandb and mlflow, which get numbers, config and results
-        "EARLY_STOP": 0,  # evaluations without a better BEST_METRIC that end a run; 0: never
-        # The paper's improvements (appendix B). Global context is part of the trained head, the
-        # rest belongs to testing.
-        "GLOBAL_CONTEXT": False,  # the whole image's feature beside each region's
+        "ACCUMULATE": 1,  # gradient accumulation: number of parts of SOLVER.IMS_PER_BATCH
+        "BEST_METRIC": "",  # TASK/NAME, e.g. bbox/AP50; the best checkpoint is model_best.pth
+        "LOGGERS": [],  # wandb, mlflow: log metrics, config and results there
+        "EARLY_STOP": 0,  # evaluations without a better BEST_METRIC before a run ends; 0: never
+        # The paper's improvements (appendix B). Global context is part of the trained head. The
+        # others are for testing.
+        "GLOBAL_CONTEXT": False,  # add the whole image's feature to each region's
         # ImageNet localization (appendix C); see configs/detection/imagenet_loc.
         "LOCALIZATION": {
             "WIDTH": 512,  # channels of the proposal network's 3x3 convolution
-            "CENTER_CROP": 0,  # pixels of the center crop that is tested; 0: the whole image
-            "SCALES": [],  # short sides of the whole image in testing; empty: as it comes
-            "REGION_SIZE": 224,  # pixels of the square that R-CNN warps a proposal to
-            "PROPOSALS": "",  # run folder of the proposal network with which R-CNN starts
+            "CENTER_CROP": 0,  # side of the center crop in testing, in pixels; 0: the whole image
+            "SCALES": [],  # short sides of the whole image in testing; empty: its own size
+            "REGION_SIZE": 224,  # side of the square that R-CNN warps a proposal to, in pixels
+            "PROPOSALS": "",  # run folder of the proposal network that R-CNN starts with
             "GUESSES": "",  # predictions.csv of evaluate-classifier, for the top-5 error
         },
         "TEST": {
-            # imagenet_det: AP with ILSVRC's thresholds of small objects; localization: its error;
-            # empty: that of the data set (VOC, COCO)
+            # imagenet_det: AP with ILSVRC's thresholds for small objects; localization: its error;
+            # empty: the data set's own metric (VOC, COCO)
             "METRIC": "",
             "OPERATING_POINTS": False,  # best score thresholds, confusion matrix: in results.json
             "BOX_REFINEMENT": False,  # pool again at the regressed boxes, NMS at .3, box voting
             "SCALES": [],  # short sides, e.g. [200, 400, 600, 800, 1000]: maxout over two of them
-            "FLIP": False,  # the mirrored image too; scores and boxes are averaged
+            "FLIP": False,  # average scores and boxes with those of the mirrored image
             # agnostic: over all classes together; or soft-NMS (arXiv 1704.04503): linear, gaussian
             "NMS": "hard",
-            "ENSEMBLE": [],  # run folders of further detectors: proposals and scores united
-            # Of evaluations and predictions, on CPUs and GPUs: float32, mixed precision in bfloat16
-            # or float16, or with ENGINE openvino int8. SOLVER.AMP is training's.
+            "ENSEMBLE": [],  # run folders of further detectors: union of proposals, mean of scores
+            # Evaluation and prediction, on CPUs and GPUs: float32, mixed precision in bfloat16 or
+            # float16, or int8 with ENGINE openvino. SOLVER.AMP is for training.
             "PRECISION": "float32",
-            "CALIBRATION": "",  # for int8: a folder of images like those to come, 128 of them
-            # eager, compile, openvino, onnxruntime, or auto, which measures and takes the fastest:
-            # what runs backbone and heads (resnet_backbone.optimize_for_inference)
+            "CALIBRATION": "",  # for int8: a folder of representative images, of which 128 are used
+            # eager, compile, openvino, onnxruntime, or auto, which picks the fastest: runs the
+            # backbone and heads (resnet_backbone.optimize_for_inference)
             "ENGINE": "eager",
         },
     }
@@ -108,7 +107,7 @@ DEEPLAB_BACKBONE = "build_paper_resnet_deeplab_backbone"
 DEEPLAB_HEADS = ("DeepLabV3Head", "DeepLabV3PlusHead")
 
 CONTEXT_HEADS = {"PaperRes5ROIHeads": "ContextRes5ROIHeads", "StandardROIHeads": "ContextROIHeads"}
-"""MODEL.ROI_HEADS.NAME -> the same heads with global context."""
+"""MODEL.ROI_HEADS.NAME -> its counterpart with global context."""
 
 PROJECTS = {
     "add_deeplab_config": ("deeplab", (*DEEPLAB_HEADS, DEEPLAB_BACKBONE, "WarmupPolyLR")),
@@ -117,7 +116,7 @@ PROJECTS = {
         ("PointRendROIHeads", "PointRendMaskHead", "PointRendSemSegHead"),
     ),
 }
-"""Function that adds keys -> its module in ``detectron2.projects``, names that ask for it."""
+"""Function that adds keys -> its module in ``detectron2.projects``, config values that need it."""
 EVAL_TAG = "tag:yaml.org,2002:python/object/apply:eval"
 ARITHMETIC = {
     ast.Add: operator.add,
@@ -126,10 +125,10 @@ ARITHMETIC = {
     ast.Div: operator.truediv,
     ast.Pow: operator.pow,
 }
-LARGEST = 1e6  # number in a formula
+LARGEST = 1e6  # largest number allowed in a formula
 IS_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD").fullmatch
 
-# Detectron2 causes these; a user of the tools can do nothing about them.
+# Warnings caused by Detectron2, about which users can do nothing.
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)
 logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -142,22 +141,22 @@ def add_resnet_backbone_config(cfg: CfgNode) -> CfgNode:
 
 
 def backbone_node(cfg: CfgNode) -> CfgNode:
-    """The node, or its defaults for a config that was made without it."""
+    """Returns the node ``RESNET_BACKBONE``, or its defaults if the config lacks it."""
     return cfg.get("RESNET_BACKBONE", DEFAULTS)
 
 
 def flat_config(node: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config, or of its nested dicts, by dotted key."""
+    """Returns the values of a config or of nested dicts by dotted key."""
     return {key.replace("/", "."): value for key, value in flatten_results_dict(node).items()}
 
 
 def seed_of(cfg: CfgNode) -> int:
-    """``SEED``; where it is negative one that is drawn, the same for all processes."""
+    """Returns ``SEED`` or, if it is negative, a random seed shared by all processes."""
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
 
 def with_keys(cfg: CfgNode, *pairs) -> CfgNode:
-    """A copy of a config with other values, given as KEY, value, KEY, ...; frozen if it is."""
+    """Returns a copy of a config with new values, given as KEY, value, ...; frozen like it."""
     copy = cfg.clone()
     copy.defrost()
     copy.merge_from_list(list(pairs))
@@ -167,17 +166,17 @@ def with_keys(cfg: CfgNode, *pairs) -> CfgNode:
 
 
 class Switches(NamedTuple):
-    """``RESNET_BACKBONE.TEST.*``."""
+    """The improvements of ``RESNET_BACKBONE.TEST.*``."""
 
-    refinement: bool = False  # of boxes
+    refinement: bool = False  # box refinement
     scales: tuple[int, ...] = ()  # short sides in pixels, ascending; empty: the test scale alone
-    flip: bool = False  # the mirrored image too
+    flip: bool = False  # use the mirrored image too
     nms: str = "hard"  # one of CHOICES["NMS"]
     ensemble: tuple[str, ...] = ()  # run folders of further detectors
 
 
 def read_switches(cfg: CfgNode) -> Switches:
-    """The switches; UsageError where they contradict one another or the detector's kind."""
+    """Reads the switches; UsageError if they contradict each other or the kind of detector."""
     node = backbone_node(cfg).TEST
     try:
         check_engine(node.ENGINE, read_precision(cfg))
@@ -202,7 +201,7 @@ def read_switches(cfg: CfgNode) -> Switches:
 
 
 def read_precision(cfg: CfgNode) -> torch.dtype:
-    """``RESNET_BACKBONE.TEST.PRECISION``; UsageError where something that it needs is missing."""
+    """Reads ``RESNET_BACKBONE.TEST.PRECISION``; UsageError if other settings rule it out."""
     name, pooler = _choice(cfg, "PRECISION"), cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
     if name != "float32" and pooler == "ROIPool" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
         hint = "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool supports only float32 on CPUs"
@@ -221,7 +220,7 @@ def _choice(cfg: CfgNode, key: str) -> str:
 
 
 def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:
-    """Raises UsageError for invalid scales, and for a detector without a test scale."""
+    """Raises UsageError for invalid scales or a detector without a test scale."""
     whole = all(isinstance(scale, int) and scale > 0 for scale in scales)
     if not whole or len(set(scales)) < len(scales):
         hint = "give short sides in whole pixels, each once, such as [200, 400, 600, 800, 1000]"
@@ -231,16 +230,16 @@ def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:
 
 
 def load_config(config_file: str, overrides: Sequence[str]) -> CfgNode:
-    """Detectron2's defaults + ours + a YAML file + ``KEY VALUE`` pairs.
+    """Merges Detectron2's defaults, ours, a YAML file and ``KEY VALUE`` pairs, in this order.
 
-    The file is a path, or a name of ours as in :func:`find_config`. UsageError: no such file; no
-    such key, a wrong type, ``key=value`` for ``KEY VALUE``.
+    The file is a path or one of our names, as in :func:`find_config`. UsageError: no such file or
+    key, a wrong type, or ``key=value`` instead of ``KEY VALUE``.
     """
     return load_configs(config_file, overrides)[0]
 
 
 def load_configs(config_file: str, overrides: Sequence[str]) -> tuple[CfgNode, CfgNode]:
-    """The config of :func:`load_config`, and the same without the overrides."""
+    """Returns the config of :func:`load_config`, and the same config without the overrides."""
     cfg = add_resnet_backbone_config(get_cfg())
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -259,9 +258,9 @@ def load_configs(config_file: str, overrides: Sequence[str]) -> tuple[CfgNode, C
 
 @contextmanager
 def _formulas_as_numbers() -> Iterator[None]:
-    """Inside, YAML's tag of ``eval``, which Detectron2's RetinaNet base has, is read as numbers.
+    """Context in which YAML's ``eval`` tag, as in Detectron2's RetinaNet base, is read as numbers.
 
-    Nothing is executed: of Python there are numbers, arithmetic, lists and ``for x in [...]``.
+    Nothing is executed. Only numbers, arithmetic, lists and ``for x in [...]`` are supported.
     """
 
     def construct(loader: SafeLoader, node: Node) -> Any:
@@ -314,7 +313,7 @@ def _check_pairs(overrides: Sequence[str]) -> None:
 
 
 def _as_typed(cfg: CfgNode, overrides: Sequence[str]) -> Iterator[str]:
-    """The overrides with whole numbers written as floats where the config has a float."""
+    """Yields the overrides, with whole numbers written as floats where the config has a float."""
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         node = cfg
         for name in key.split("."):
@@ -324,7 +323,7 @@ def _as_typed(cfg: CfgNode, overrides: Sequence[str]) -> Iterator[str]:
 
 
 def _merge(cfg: CfgNode, merge: Callable[[], None], where: str = "") -> None:
-    """Calls `merge`; a UsageError, with the file `where` it is, says what yacs refuses."""
+    """Calls `merge`, and turns yacs' errors into a UsageError that names the file `where`."""
     try:
         merge()
     except (KeyError, ValueError, AssertionError, TypeError, AttributeError, YAMLError) as error:
@@ -340,7 +339,7 @@ def _merge(cfg: CfgNode, merge: Callable[[], None], where: str = "") -> None:
 
 
 def _add_project_keys(cfg: CfgNode, config_file: str, overrides: Sequence[str]) -> None:
-    """Registers Detectron2's projects that a config file or overrides name, and adds their keys."""
+    """Imports the Detectron2 projects that a config file or overrides need, and adds their keys."""
     values = flat_config(CfgNode.load_yaml_with_base(config_file)).values()
     named = {*overrides, *(value for value in values if isinstance(value, str))}
     for add_keys, (project, names) in PROJECTS.items():
@@ -349,7 +348,7 @@ def _add_project_keys(cfg: CfgNode, config_file: str, overrides: Sequence[str]) 
 
 
 def import_project(name: str) -> ModuleType:
-    """``detectron2.projects.<name>``; importing registers its heads. UsageError: it is absent."""
+    """Imports ``detectron2.projects.<name>``, which registers its heads; UsageError if absent."""
     try:
         return importlib.import_module(f"detectron2.projects.{name}")
     except ImportError as error:
@@ -360,7 +359,7 @@ def import_project(name: str) -> ModuleType:
 
 
 def take_back_overrides(args: argparse.Namespace, *options: str) -> None:
-    """Gives KEY VALUE pairs behind options with several words back to the config, in place."""
+    """Moves KEY VALUE pairs that multi-word options swallowed back to ``args.opts``, in place."""
     for option in ("image_root", *options):
         words = getattr(args, option, None) or []
         first = next((i for i, word in enumerate(words) if i and IS_KEY(word)), len(words))

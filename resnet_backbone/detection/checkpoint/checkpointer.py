@@ -1,4 +1,4 @@
-"""Detectron2's checkpointer: weights from any source, checked before anything is loaded."""
+"""Detectron2's checkpointer for weights from any source, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from resnet_backbone.weights.readers import PREPROCESSING_KEY
 from resnet_backbone.weights.reading import read_network, single_precision
 
 logger = logging.getLogger(__name__)
-# Buffers that a config gives, or that nothing reads.
+# Buffers that are set by the config or not used.
 NOT_WEIGHTS = re.compile(rf"pixel_(mean|std)$|.*\.(num_batches_tracked|{INPUT_SETTINGS})$")
 RES5 = "roi_heads.res5."
 
@@ -55,21 +55,21 @@ RES5 = "roi_heads.res5."
 class Checkpointer(DetectionCheckpointer):
     """:class:`DetectionCheckpointer` for weights from any source, which loads all or nothing.
 
-    What :func:`resnet_backbone.weights.read_checkpoint` reads, and ``catalog://`` names and
-    addresses that Detectron2 knows, are told apart by their content. Weights of a backbone or a
-    classifier go into the backbone, res5 of C4 and fc6, fc7 of a VGG into the region head. Whole
-    detectors, ours or of Detectron2's zoo, load as Detectron2 does it. Files are read as data:
-    nothing in them is executed. What is saved has its name when it is whole.
+    It accepts everything that :func:`resnet_backbone.weights.read_checkpoint` reads, as well as
+    Detectron2's ``catalog://`` names and addresses, and detects the kind by content. Weights of a
+    backbone or classifier go into the backbone, and C4's res5 or a VGG's fc6 and fc7 into the
+    region head. Whole detectors, ours or Detectron2's, load as in Detectron2. Files are read as
+    data: nothing in them is executed. Checkpoints are written atomically.
 
-    Weights of another input or stride than the detector's are refused, where they, their origin or
-    `preprocessing` say it. So are weights that do not fill the backbone and, where they are resumed
-    or evaluated, those of other classes. Where weights start a training on other classes and both
-    name theirs, see :func:`carry_over_classes`. The detector is unchanged after an error.
+    Refuses weights trained on other input or with another stride, as far as the weights, their
+    origin or `preprocessing` state it, and weights that do not fill the backbone. Resuming and
+    evaluation also refuse other classes; for fine-tuning on other classes see
+    :func:`carry_over_classes`. After an error the detector is unchanged.
 
     Args:
         preprocessing: see :func:`resnet_backbone.weights.read_checkpoint`.
-        class_names: of the detector, in order; empty: not known, not checked.
-        marks_last: whether ``--resume`` continues from what is saved.
+        class_names: the detector's, in order; empty if unknown, then they are not checked.
+        marks_last: whether ``--resume`` continues from the saved checkpoint.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Checkpointer(DetectionCheckpointer):
     def from_config(
         cls, cfg: CfgNode, model: nn.Module, save_dir: str = "", **kwargs
     ) -> Checkpointer:
-        """With the class names and the preprocessing of a config."""
+        """Creates a checkpointer with the class names and preprocessing of a config."""
         node = backbone_node(cfg)
         return cls(
             model,
@@ -101,7 +101,7 @@ class Checkpointer(DetectionCheckpointer):
         )
 
     def save(self, name: str, **kwargs) -> None:
-        """As fvcore's, but a checkpoint is whole or not there: an OSError leaves the old one."""
+        """Like fvcore's, but writes atomically: an OSError leaves the old checkpoint."""
         if not self.save_dir or not self.save_to_disk:
             return
         content = {"model": self.model.state_dict(), "class_names": self.class_names}
@@ -111,7 +111,7 @@ class Checkpointer(DetectionCheckpointer):
             content[PREPROCESSING_KEY] = described.to_json()
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        for left in Path(self.save_dir).glob(".*.pth.*.tmp"):  # by a process that was killed
+        for left in Path(self.save_dir).glob(".*.pth.*.tmp"):  # left by killed processes
             left.unlink()
         with whole_file(path) as temporary:
             torch.save({**content, **kwargs}, temporary)
@@ -121,12 +121,12 @@ class Checkpointer(DetectionCheckpointer):
     def load(
         self, path: str, checkpointables: list[str] | None = None, *, needs_detector: bool = False
     ) -> dict[str, Any]:
-        """Loads weights, and returns what a detector's checkpoint holds beside them.
+        """Loads weights, and returns the other contents of a detector's checkpoint.
 
         Args:
-            checkpointables: None resumes or evaluates: a detector's checkpoint must fill every
-                layer. ``[]`` starts a training: any classes, and the backbone alone will do.
-            needs_detector: refuses weights of a backbone alone.
+            checkpointables: None to resume or evaluate: a detector's checkpoint must fill every
+                layer. ``[]`` to start training: any classes, and the backbone alone is enough.
+            needs_detector: refuse weights of a backbone alone.
         """
         if not path:
             return super().load(path, checkpointables)
@@ -143,10 +143,10 @@ class Checkpointer(DetectionCheckpointer):
         try:
             return super().load(str(file.file.path), checkpointables)
         finally:
-            self._file = self._parsed_url_during_load = None  # else no use after an error
+            self._file = self._parsed_url_during_load = None  # so it still works after an error
 
     def _named_input(self) -> str:
-        """The preprocessing that its maker names, or else the config of the backbone."""
+        """Returns the preprocessing given to the constructor, else the one from the config."""
         known = [network.weights_preprocessing for network in networks(self.model).values()]
         return next(filter(None, (self.preprocessing, *known)), "")
 
@@ -195,9 +195,9 @@ class Checkpointer(DetectionCheckpointer):
 
 
 def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """Tensors for the layers that a detector keeps in its region head.
+    """Returns the tensors for the backbone's layers in a detector's region head.
 
-    A VGG file without classifier is whole; its fc6 and fc7 then start at random.
+    VGG files may lack the classifier; then fc6 and fc7 are initialized at random.
     """
     head, random = {}, []
     for key, own in model.state_dict().items():
@@ -205,7 +205,7 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
         if target is None or key.endswith(COUNTER):
             continue
         source = HEAD_LAYERS[target] + key[len(target) :]
-        if source.startswith("res5.norm."):  # behind the stage: of the detector alone
+        if source.startswith("res5.norm."):  # an extra norm that only detectors have
             random.append(key)
         elif source not in tensors:
             kind = "C4" if source.startswith("res5.") else "VGG"
@@ -224,7 +224,7 @@ def _head_tensors(model: nn.Module, tensors: dict[str, Tensor], path: str) -> di
 
 
 def refuse_not_finite(model: nn.Module) -> None:
-    """All processes must call it: a FloatingPointError on each, if any has NaN or infinity."""
+    """Raises FloatingPointError on all processes, which must all call it, if any has NaN or inf."""
     state = model.state_dict().items()
     found = next((key for key, value in state if not value.isfinite().all()), "")
     bad = [key for key in comm.all_gather(found) if key]
@@ -238,10 +238,9 @@ def refuse_not_finite(model: nn.Module) -> None:
 def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, whole: bool) -> None:
     """Refuses a checkpoint that does not fill all required layers.
 
-    Tensors are under the model's keys, or, where Detectron2's matching of names found no place for
-    them, under the ends of keys. Unless all are needed (`whole`), layers that depend on the number
-    of classes may have another shape, and all but the backbone may be missing; a line says what
-    then starts at random.
+    Tensors have the model's keys or, if Detectron2's name matching did not place them, suffixes of
+    these. Unless all are needed (`whole`), class-dependent layers may have another shape and all
+    but the backbone may be missing; the log lists what is then initialized at random.
     """
     own = {k: v.shape for k, v in model.state_dict().items() if not NOT_WEIGHTS.match(k)}
     prefixes = (*(networks(model) or ("backbone.",)), RES5)
@@ -273,7 +272,7 @@ def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, w
 
 
 def _shape(key: str, tensors: Mapping[str, Tensor]) -> torch.Size | None:
-    """Of the tensor under the longest end of a key."""
+    """Returns the shape of the tensor under the longest matching suffix of a key."""
     parts = key.split(".")
     names = (".".join(parts[index:]) for index in range(len(parts) - 1))
     return next((tensors[name].shape for name in names if name in tensors), None)
@@ -282,7 +281,7 @@ def _shape(key: str, tensors: Mapping[str, Tensor]) -> torch.Size | None:
 def _unknown(
     prefix: str, network: StagedNetwork, own: Iterable[str], tensors: Iterable[str]
 ) -> Iterator[str]:
-    """A deeper network's blocks; the stages and the head that a backbone leaves out are none."""
+    """Yields tensors of a deeper network, except stages and heads that a backbone leaves out."""
     left_out = tuple(f"{name}." for name in network.left_out)
     stages = re.compile(rf"({'|'.join(network.stage_names)})\.\d+\.")
     for key in tensors:
@@ -293,7 +292,7 @@ def _unknown(
 
 
 def report_random(keys: list[str], where: str) -> None:
-    """A line that names the parts whose tensors a file does not fill."""
+    """Logs the parts of a model whose tensors a file does not fill."""
     if keys:
         parts = Counter(".".join(key.split(".")[:2]) for key in keys)
         logger.info(
@@ -304,7 +303,7 @@ def report_random(keys: list[str], where: str) -> None:
 
 
 def add_folded_statistics(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Completes a file whose batch norms are a scale and a shift, such as Detectron1's, in place.
+    """Adds statistics to a file with only scale and shift of batch norms (Detectron1), in place.
 
     The statistics are folded into these: mean 0 and variance 1 - eps give the same function.
     """
@@ -319,7 +318,7 @@ def add_folded_statistics(model: nn.Module, tensors: dict[str, Tensor], where: s
 
 def refuse_folded(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuses to train batch norms whose statistics are folded into their scale and shift."""
-    # then every variance in the file is that of an identity
+    # With folded statistics, every variance in the file is an identity's.
     variances = [value for key, value in tensors.items() if key.endswith("running_var")]
     identity = FrozenBatchNorm2d(1).running_var
     if not variances or not all(torch.allclose(value, identity, 0, 1e-6) for value in variances):

@@ -1,4 +1,4 @@
-"""Layers of detectors that depend on the classes, and their rows carried over to other data."""
+"""Class-dependent layers of detectors, and transfer of their rows to other data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-# The layers of Detectron2's detectors whose size follows the number of classes.
+# Layers of Detectron2's detectors whose size depends on the number of classes.
 CLASS_LAYERS = re.compile(
     r"roi_heads\.box_predictor\."
     r"|roi_heads\.mask_head\.(predictor|coarse_head\.prediction|point_head)\."
@@ -17,9 +17,9 @@ CLASS_LAYERS = re.compile(
     r"|head\.cls_score\."
     r"|sem_seg_head\.(predictor|coarse_sem_seg_head\.predictor|point_head)\."
 )
-# Of these, those with the rows of one class together, a background class last in cls_score.
+# Layers among these with contiguous rows per class, and the background last in cls_score.
 BY_ROWS = re.compile(r"roi_heads\.box_predictor\.(\d+\.)?(cls_score|bbox_pred)\.(weight|bias)")
-# The names of PASCAL VOC -> those of COCO, where they are not the same.
+# PASCAL VOC's class names -> COCO's, where they differ.
 SYNONYMS = {
     "aeroplane": "airplane",
     "diningtable": "dining table",
@@ -37,15 +37,15 @@ def carry_over_classes(
     ours: Sequence[str],
     where: str,
 ) -> dict[str, Tensor]:
-    """A checkpoint's tensors with the class layers that a detector of other classes starts from.
+    """Returns a checkpoint's tensors with its class layers adapted to a detector's classes.
 
-    Scores and boxes of a class that both have, by name or as VOC and COCO spell it, are the
-    checkpoint's, as are those of the background. Other classes keep their rows of `own`. Layers
-    whose features differ, and boxes that all classes share, stay as they are. A line says it.
+    Score and box rows of shared classes, matched by name or by the VOC and COCO spellings, come
+    from the checkpoint, as does the background. Other classes keep their rows of `own`. Layers with
+    other input features and class-agnostic boxes are not adapted. The log lists the classes.
 
     Args:
-        own: state of the detector, freshly initialized.
-        theirs, ours: names of the checkpoint's classes and of the detector's, in order.
+        own: state dict of the detector, freshly initialized.
+        theirs, ours: class names of the checkpoint and of the detector, in order.
     """
     places = {SYNONYMS.get(name, name): index for index, name in enumerate(theirs)}
     shared = {i: places.get(SYNONYMS.get(name, name)) for i, name in enumerate(ours)}

@@ -1,4 +1,4 @@
-"""Files of detectors: found by name, told apart by their content, read as data; their input."""
+"""Weight files of detectors: located by name, identified by content, read as data; their input."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ from resnet_backbone.weights.sources import (
 
 FORMAT, MEAN, STD = "INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"
 STRIDE = "MODEL.RESNETS.STRIDE_IN_1X1"
-NAME_KEY = "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"  # says the input of weights that do not
-# Names of Detectron2's zoo for the detectors that our backbones fit, all trained on the defaults of
-# its config. Those of gn and syncbn have their stride elsewhere, dconv has other layers.
+NAME_KEY = "RESNET_BACKBONE.WEIGHTS_PREPROCESSING"  # names the input of weights that do not
+# Detectors in Detectron2's zoo that our backbones fit, all trained on its config's default input.
+# gn and syncbn have the stride in the 3x3 convolution, and dconv has other layers.
 ZOO = re.compile(
     r"(COCO-\w+|LVISv\d.\d-\w+|Cityscapes|PascalVOC-Detection|Detectron1-Comparisons|Misc)"
     r"/(?!\w*(gn|syncbn|dconv))\w+_R_(50|101)_\w+/"
 )
-LAST = "last_checkpoint"  # a file in the run folder that names its newest checkpoint
-CLASSIFIERS_ONLY = ("torchvision", "timm", "hf")  # schemes under which there is no detector here
-# How the names in a detector begin, in Detectron2 and in Detectron1.
+LAST = "last_checkpoint"  # file in the run folder that names the newest checkpoint
+CLASSIFIERS_ONLY = ("torchvision", "timm", "hf")  # schemes without detectors
+# Prefixes of a detector's tensor names in Detectron2 and in Detectron1.
 PARTS = ("backbone.", "roi_heads.", "proposal_generator.", "sem_seg_head.")
 CAFFE2_PARTS = tuple(part for part in OTHER_BLOBS if part != "__preserve__/")
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What ``MODEL.WEIGHTS`` names; tensors are read when they are asked for."""
+    """The weights in ``MODEL.WEIGHTS``; tensors are read lazily."""
 
     source: str  # of a backbone or a classifier, as resnet_backbone.weights finds it
-    file: RawFile | None = None  # None where only its reader opens it: a folder, a library's name
+    file: RawFile | None = None  # None for folders and library names, which only readers open
     is_detector: bool = False  # it holds a whole detector
-    matching_heuristics: bool = False  # names are to be matched by their ends
+    matching_heuristics: bool = False  # match names by their suffixes
 
     def read(self, reader: Callable, preprocessing: str) -> Any:
-        """What a reader of ``weights.reading`` finds in a backbone or a classifier."""
+        """Returns the result of a ``weights.reading`` reader for a backbone or classifier."""
         raw = None if self.file is None else read_tensors(self.file.path, self.file)
         try:
             return reader(self.source, preprocessing or origin_input(self.source) or "", raw=raw)
@@ -70,10 +70,10 @@ class WeightsFile:
             raise UnknownInput(self.source, NAME_KEY) from error
 
     def content(self) -> dict[str, Any]:
-        """A detector in the form of Detectron2's checkpointer, ``{"model": {name: tensor}, ...}``.
+        """Returns a detector as Detectron2's checkpointer does: ``{"model": {name: tensor}, ...}``.
 
-        Beside the model lies the state of a training, or ``__author__`` and
-        ``matching_heuristics``, which files of Detectron1 and Caffe2 get here.
+        Other entries are the training state, or ``__author__`` and ``matching_heuristics`` for
+        files of Detectron1 and Caffe2.
         """
         file, rest = self.file, dict(self.file.rest)
         if file.path.suffix == ".pkl" and (file.wrapper != "model" or "__author__" not in rest):
@@ -84,10 +84,10 @@ class WeightsFile:
 
 
 def open_weights(source: str) -> WeightsFile:
-    """Opens what ``MODEL.WEIGHTS`` names, and fetches it if need be.
+    """Opens the weights in ``MODEL.WEIGHTS``, and downloads them if needed.
 
-    Detectron2's ``?matching_heuristics=True`` may follow. A WeightsError for an unknown name, no
-    network, a file that is missing, damaged, or holds more than data.
+    Detectron2's suffix ``?matching_heuristics=True`` is supported. WeightsError: the name is
+    unknown, there is no network, or the file is missing, damaged, or contains code.
     """
     query = re.fullmatch(r"(.*)\?matching_heuristics=(True|False)", source)
     name = query[1] if query else source
@@ -97,7 +97,7 @@ def open_weights(source: str) -> WeightsFile:
     path = Path(_locate(name))
     if not path.exists():
         raise WeightsError(f"{path}: no such file; check MODEL.WEIGHTS or the path")
-    # where resnet_backbone.weights finds a backbone; other schemes are of the PathManager alone
+    # resnet_backbone.weights finds a backbone by name, except under schemes of PathManager alone
     known = not separator or scheme in SCHEMES
     backbone = _cached_by_detectron2(name) or name if known else str(path)
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
@@ -108,38 +108,38 @@ def open_weights(source: str) -> WeightsFile:
 
 
 def _locate(source: str) -> str:
-    """The local path of a file or folder; remote ones are fetched once per machine."""
+    """Returns the local path of a file or folder; remote ones are fetched once per machine."""
     cached = _cached_by_detectron2(source)
     if cached or "://" not in source:
         return cached or source
-    if comm.get_local_rank() == 0:  # the other processes of this machine find the file
+    if comm.get_local_rank() == 0:  # other local processes then find the file
         _fetch(source)
     comm.synchronize()
     return _fetch(source)
 
 
 def _fetch(source: str) -> str:
-    """Schemes that our sources do not know are those of Detectron2's ``PathManager``."""
+    """Fetches a file and returns its path; Detectron2's ``PathManager`` handles other schemes."""
     if source.partition("://")[0] in SCHEMES:
         return str(resolve(source).path)
     try:
         return PathManager.get_local_path(source)
-    except Exception as error:  # of whatever handler serves this scheme
+    except Exception as error:  # handlers may raise anything
         raise WeightsError(f"{source} cannot be fetched ({one_line(error)})") from error
 
 
 def _cached_by_detectron2(source: str) -> str:
-    """Where Detectron2's own scripts have put a file of its zoo; "" if they have not."""
+    """Returns the path of a zoo file cached by Detectron2, or ""."""
     url = re.sub("^detectron2://", DETECTRON2, source)
     path = Path(get_cache_dir(), urlparse(url).path.lstrip("/"))
     return str(path) if url.startswith(DETECTRON2) and path.is_file() else ""
 
 
 def origin_input(source: str) -> Preprocessing | None:
-    """The input that published weights need, where their name or the end of their path says it.
+    """Returns the input that published weights expect, if their name or path implies it.
 
-    Such as ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, or a copy of it in a folder
-    ``ImageNetPretrained/MSRA``; detectors of Detectron2's zoo likewise. Nothing is fetched.
+    An example is ``detectron2://ImageNetPretrained/MSRA/R-50.pkl``, or a copy in a folder
+    ``ImageNetPretrained/MSRA``. Detectors of Detectron2's zoo work too. Nothing is fetched.
     """
     source = CATALOG.get(source.removeprefix("catalog://"), source)
     for address, known in BY_ADDRESS.items():
@@ -150,10 +150,10 @@ def origin_input(source: str) -> Preprocessing | None:
 
 
 def detector_input(file: WeightsFile, source: str, name: str) -> Preprocessing | None:
-    """The input that a detector's checkpoint was trained on; None if it is unknown.
+    """Returns the input that a detector's checkpoint was trained on; None if it is unknown.
 
-    Where the file does not say it, `name` of ``PREPROCESSINGS`` does, or else `source`, as the user
-    wrote it. A WeightsError if the file says another than `name`.
+    If the file does not state it, `name` from ``PREPROCESSINGS`` or else `source`, as given by the
+    user, determines it. WeightsError: the file contradicts `name`.
     """
     stated, named = stated_convention(file.file), get_preprocessing(name) if name else None
     if stated is None:
@@ -166,7 +166,7 @@ def detector_input(file: WeightsFile, source: str, name: str) -> Preprocessing |
 
 
 def input_keys(known: Preprocessing) -> dict[str, Any]:
-    """The config's input keys with the values of an input; the stride is None where it is not."""
+    """Returns the config's input keys with an input's values; an unknown stride is None."""
     return {
         FORMAT: known.channel_order,
         MEAN: [round(value, 4) for value in known.pixel_mean_255()],
@@ -176,20 +176,20 @@ def input_keys(known: Preprocessing) -> dict[str, Any]:
 
 
 def agree(key: str, have: Any, want: Any) -> bool:
-    """Whether two values of an input key are of one convention, as far as they are known."""
+    """Whether two values of an input key agree up to rounding; None agrees with anything."""
     if key in (MEAN, STD):
         return (same_mean if key == MEAN else same_std)(have, want)
     return have == want or None in (have, want)
 
 
 def differences(actual: Preprocessing, expected: Preprocessing) -> dict[str, tuple[Any, Any]]:
-    """Values of `actual` and of `expected` for each config key that matters and differs."""
+    """Returns the values of `actual` and `expected` for each input key in which they differ."""
     have, want = input_keys(actual), input_keys(expected)
     return {key: (have[key], want[key]) for key in have if not agree(key, have[key], want[key])}
 
 
 def refuse_other_input(actual: Preprocessing | None, expected: Preprocessing, where: str) -> None:
-    """Refuses weights that were trained on other input than a detector gives them."""
+    """Refuses weights that were trained on other input than the detector's."""
     if actual is None:
         raise WeightsError(f"{where}: INPUT.FORMAT must be RGB or BGR to use these weights")
     found, mend = [], []
@@ -208,13 +208,13 @@ def _spell(value: Any) -> str:
 
 
 def find_last_checkpoint(folder: str) -> str:
-    """The checkpoint from which a run resumes; "" where there is none."""
+    """Returns the checkpoint from which a run resumes, or ""."""
     mark = Path(folder, LAST)
     return os.path.join(folder, mark.read_text("utf-8").strip()) if mark.is_file() else ""
 
 
 def find_weights(run: str) -> str:
-    """``model_final.pth`` of a run, or its last checkpoint; UsageError if there is neither."""
+    """Returns a run's ``model_final.pth`` or its last checkpoint; UsageError if neither exists."""
     final = os.path.join(run, "model_final.pth")
     found = final if os.path.isfile(final) else find_last_checkpoint(run)
     if not found:

@@ -1,4 +1,4 @@
-"""What a config and a detector give their backbone, checked against weights, or set by them."""
+"""Checks the input settings of a config or detector against its weights, or sets them."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ from resnet_backbone.weights.preprocessing import INPUT_SETTINGS
 logger = logging.getLogger(__name__)
 NODE_KEY = "RESNET_BACKBONE.WEIGHTS_INPUT"
 POOL = "RESNET_BACKBONE.CAFFE_POOL"
-BATCH_NORMS = {"BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN"}  # have the same tensors
-_BARE = ("", "bottom_up.")  # where a network is in no detector, but alone or in an FPN
-DERIVED = ("running_mean", "running_var")  # left out by files with folded statistics
+BATCH_NORMS = {"BN", "FrozenBN", "SyncBN", "nnSyncBN", "naiveSyncBN"}  # with the same tensors
+_BARE = ("", "bottom_up.")  # prefixes of a network alone or in an FPN, not in a detector
+DERIVED = ("running_mean", "running_var")  # absent from files with folded statistics
 
 
 def prepare_weights(
     cfg: CfgNode, given: Collection[str] = (), *, weights: str = "", resume_from: str = ""
 ) -> list[str]:
-    """Does what ``RESNET_BACKBONE.WEIGHTS_INPUT`` says, before data are read or a model is built.
+    """Applies ``RESNET_BACKBONE.WEIGHTS_INPUT`` before data are read or a model is built.
 
-    "check" compares the config's input keys with what the weights were trained on, "set" replaces
-    them and leaves "check" behind. The lines say what was set, or could not be checked. Errors are
-    those of :func:`use_weights_input`.
+    "check" compares the config's input keys with the training of the weights; "set" replaces them
+    and then becomes "check". Returns lines that say what was set or could not be checked. Errors
+    are those of :func:`use_weights_input`.
 
     Args:
-        given: keys that the user set; a value of theirs that contradicts the weights is an error.
-        weights: ``--weights FILE``: ``MODEL.WEIGHTS FILE`` and "set".
-        resume_from: a checkpoint that is loaded in place of ``MODEL.WEIGHTS``.
+        given: keys set by the user; it is an error if they contradict the weights.
+        weights: value of ``--weights``, equivalent to ``MODEL.WEIGHTS`` with "set".
+        resume_from: a checkpoint that is loaded instead of ``MODEL.WEIGHTS``.
     """
     mode = cfg.RESNET_BACKBONE.WEIGHTS_INPUT
     if mode not in ("check", "set"):
@@ -85,7 +85,7 @@ def prepare_weights(
 
 
 def require_weights(cfg: CfgNode) -> None:
-    """A UsageError where ``MODEL.WEIGHTS`` is empty, for a detector that is not trained."""
+    """Raises UsageError if ``MODEL.WEIGHTS`` is empty, for uses other than training."""
     if not cfg.MODEL.WEIGHTS:
         raise UsageError(
             "MODEL.WEIGHTS is empty: add MODEL.WEIGHTS FILE, a checkpoint that train-net "
@@ -96,20 +96,20 @@ def require_weights(cfg: CfgNode) -> None:
 def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) -> list[str]:
     """Sets ``MODEL.WEIGHTS`` and the input that the weights were trained on, in place.
 
-    What weights say of their input (``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``, ``MODEL.PIXEL_STD``,
-    ``MODEL.RESNETS.STRIDE_IN_1X1``) and of their pooling (``RESNET_BACKBONE.CAFFE_POOL``) replaces
-    the config's values; the network that they name is compared with the config's, which stays.
-    Weights without preprocessing follow ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``. The lines say
-    what was set.
+    Replaces the config's values of the input (``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN``,
+    ``MODEL.PIXEL_STD``, ``MODEL.RESNETS.STRIDE_IN_1X1``) and of the pooling
+    (``RESNET_BACKBONE.CAFFE_POOL``) with those of the weights. The config's network is not changed
+    but must match. Weights that do not state their input use
+    ``RESNET_BACKBONE.WEIGHTS_PREPROCESSING``. Returns lines that say what was set.
 
     Args:
-        cfg: not frozen; without the node ``RESNET_BACKBONE`` its defaults count.
+        cfg: not frozen; without the node ``RESNET_BACKBONE`` its defaults apply.
         source: see :class:`resnet_backbone.detection.Checkpointer`.
-        given: keys that the user set, which stay.
+        given: keys set by the user, which are not changed.
 
     Raises:
-        UsageError: a key of `given` contradicts the weights; another network.
-        WeightsError: the weights are missing, damaged, or of an unknown input.
+        UsageError: a key of `given` contradicts the weights, or the network differs.
+        WeightsError: the weights are missing or damaged, or their input is unknown.
     """
     found, name = _describe(cfg, source, but=(POOL,) if "RESNET_BACKBONE" in cfg else ())
     if found.preprocessing is None:
@@ -142,7 +142,7 @@ def use_weights_input(cfg: CfgNode, source: str, given: Collection[str] = ()) ->
 
 
 def with_weights_input(cfg: CfgNode) -> CfgNode:
-    """A copy of a config, after :func:`use_weights_input` where the config says "set"."""
+    """Returns a copy of a config, after :func:`use_weights_input` if the config says "set"."""
     copy = cfg.clone()
     if copy.MODEL.WEIGHTS and backbone_node(copy).WEIGHTS_INPUT == "set":
         copy.defrost()
@@ -152,9 +152,9 @@ def with_weights_input(cfg: CfgNode) -> CfgNode:
 
 
 def _describe(cfg: CfgNode, source: str, but: Sequence[str] = ()) -> tuple[FileMetadata, str]:
-    """What weights say, and what they are; those of another network than the config's: refused.
+    """Returns the metadata and kind of weights; refuses another network than the config's.
 
-    Keys of the config in `but` may differ from the network's.
+    Config keys in `but` may differ from the network's.
     """
     name, opened = backbone_node(cfg).WEIGHTS_PREPROCESSING, open_weights(source)
     if opened.is_detector:
@@ -167,14 +167,14 @@ def _describe(cfg: CfgNode, source: str, but: Sequence[str] = ()) -> tuple[FileM
 
 
 def read_key(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key; of our node also where a config was made without it."""
+    """Returns the value of a dotted key; our node's keys work even if the config lacks it."""
     if key.startswith("RESNET_BACKBONE."):
         cfg, key = backbone_node(cfg), key.removeprefix("RESNET_BACKBONE.")
     return reduce(getattr, key.split("."), cfg)
 
 
 def network_keys(model: ModelSpec, path: str) -> dict[str, Any]:
-    """The config keys that build the network that weights name, with their values."""
+    """Returns the config keys, with values, that build the network named in weights."""
     match = re.fullmatch(r"(?:(?:torchvision|timm)/)?(resnet|plain|vgg)(\d+)(_bn)?", model.name)
     family, depth = (match[1], int(match[2])) if match else ("", 0)
     options = model.options
@@ -196,7 +196,7 @@ def network_keys(model: ModelSpec, path: str) -> dict[str, Any]:
 
 
 def _check_network(cfg: CfgNode, model: ModelSpec, path: str, but: Sequence[str]) -> None:
-    """Refuses a file of another network than the config's; unknown backbones pass here."""
+    """Refuses a file of another network than the config's; unknown backbones pass."""
     keys, backbone = network_keys(model, path), cfg.MODEL.BACKBONE.NAME
     of_vgg = "MODEL.RESNETS.DEPTH" not in keys
     if not backbone.startswith(("build_paper_resnet", "build_vgg")):
@@ -219,36 +219,36 @@ def _check_network(cfg: CfgNode, model: ModelSpec, path: str, but: Sequence[str]
 
 
 def config_input(cfg: CfgNode) -> Preprocessing | None:
-    """The input that a config gives its backbone; None if it is not an image in RGB or BGR."""
+    """Returns the input that a config specifies; None if it is not an RGB or BGR image."""
     stride = cfg.MODEL.RESNETS.STRIDE_IN_1X1 if has_bottlenecks(cfg) else None
     return _stated(cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, stride)
 
 
 def describe_input(model: nn.Module) -> Preprocessing | None:
-    """What a meta-architecture gives a backbone of ours; None if it has none or does not say."""
+    """Returns the input that a detector feeds our backbone; None if absent or unknown."""
     network = next(iter(networks(model).values()), None)
     known, mean = getattr(network, "input_settings", None), getattr(model, "pixel_mean", None)
     if known is not None or network is None or mean is None:
         return known
-    # Made without a config: what the meta-architecture says, which of those for labels is no format
+    # Built without a config: ask the meta-architecture (semantic ones do not state the format).
     order, std = getattr(model, "input_format", None), model.pixel_std
     return _stated(order, mean.flatten().tolist(), std.flatten().tolist(), stride_of(network))
 
 
 def networks(model: nn.Module) -> dict[str, StagedNetwork]:
-    """The networks of this package inside a detector, by the prefix of their keys."""
+    """Returns this package's networks inside a detector by key prefix."""
     modules = model.named_modules()
     return {f"{name}.": part for name, part in modules if isinstance(part, StagedNetwork)}
 
 
 def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of one network, by its own keys."""
+    """Returns the weights of one network under its own keys."""
     names = (key for key in tensors if key.startswith(prefix) and not key.endswith(INPUT_SETTINGS))
     return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
 def find_network(model: nn.Module) -> StagedNetwork:
-    """The one network of this package inside a detector."""
+    """Returns this package's first network inside a detector; WeightsError if there is none."""
     for network in networks(model).values():
         return network
     raise WeightsError(
@@ -258,7 +258,7 @@ def find_network(model: nn.Module) -> StagedNetwork:
 
 
 def has_bottlenecks(cfg: CfgNode) -> bool:
-    """False where the backbone is known to have no block that ``STRIDE_IN_1X1`` could move."""
+    """Returns False if the backbone has no blocks to which ``STRIDE_IN_1X1`` applies."""
     if "vgg" in cfg.MODEL.BACKBONE.NAME:
         return False
     return DEPTHS.get(cfg.MODEL.RESNETS.DEPTH, (BottleneckBlock,))[0] is BottleneckBlock
@@ -273,30 +273,30 @@ def _stated(order, mean, std, stride: bool | None) -> Preprocessing | None:
 
 
 def check_input(model: nn.Module, expected: Preprocessing, where: str) -> None:
-    """Refuses weights that were trained on other input than this detector gives them."""
+    """Refuses weights that were trained on other input than this detector's."""
     network = find_network(model)
     refuse_other_input(describe_input(model), expected, where)
     check_architecture(network, expected, where)
 
 
 class StatesInput(nn.Module):
-    """A network that says in its detector's state dict which input it was trained on.
+    """A network that records in its detector's state dict which input it was trained on.
 
-    Where :attr:`input_settings` is known, the state dict of a detector has the entry
-    ``input_settings`` (see :meth:`Preprocessing.to_tensor`), and loading one that says otherwise is
-    an error, also by Detectron2's own tools. State dicts without the entry load, and those of the
-    network or its feature pyramid alone hold weights only.
+    If :attr:`input_settings` is known, a detector's state dict has the entry ``input_settings``
+    (see :meth:`Preprocessing.to_tensor`). Loading one with other settings is an error, even with
+    Detectron2's own tools. State dicts without the entry can be loaded. State dicts of the network
+    or its feature pyramid alone contain only weights.
     """
 
-    input_settings: Preprocessing | None = None  # what the config gives; None: not checked
-    # name and input of MODEL.WEIGHTS where the name says the input: of state dicts that do not
+    input_settings: Preprocessing | None = None  # from the config; None: not checked
+    # name and input of MODEL.WEIGHTS if the name implies it, for state dicts without the entry
     origin: tuple[str, Preprocessing] | None = None
     weights_preprocessing: str = ""  # RESNET_BACKBONE.WEIGHTS_PREPROCESSING
 
     def check_settings(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
         """Refuses a detector's state dict whose part below `prefix` does not fit this network.
 
-        Its tensors are not all there when Detectron2 leaves out those of another shape.
+        Tensors of another shape may be absent, since Detectron2 drops them.
         """
         if self.input_settings is None or prefix in _BARE:
             return
@@ -310,7 +310,7 @@ class StatesInput(nn.Module):
         self._refuse_part(state_dict, prefix)
 
     def _refuse_part(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-        """For those who load with ``strict=False`` and warn, as Detectron2's checkpointer."""
+        """Raises where loaders with ``strict=False``, such as Detectron2's, would only warn."""
         own = {prefix + key for key in self.state_dict()}
         found = {key for key in state_dict if key.startswith(prefix)}
         if not found:
