@@ -47,7 +47,7 @@ DEFAULTS = CfgNode(
         # check: other values are an error; set: they are taken from the weights (by the tools, or
         # by resnet_backbone.detection.use_weights_input before the model is built).
         "WEIGHTS_INPUT": "check",
-        # The input they were trained on, if the file does not state it: msra, caffe_vgg, torchvision
+        # Their input, if the file does not state it: msra, caffe_vgg or torchvision.
         "WEIGHTS_PREPROCESSING": "",
         # Data
         "CLASS_NAMES": [],  # in order; empty: from the data. Kept with the run and its checkpoints

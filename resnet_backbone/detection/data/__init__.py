@@ -1,4 +1,4 @@
-"""Detection data: VOC layout and COCO JSON, scanned, loaded and registered."""
+"""Detection data sets in VOC layout and COCO JSON: scanning, checking and registration."""
 
 from resnet_backbone.detection.data.coco import (
     register_coco,

@@ -1,9 +1,9 @@
-"""The official archives of VOC and COCO: what is published of them, and their unpacking.
+"""The official archives of VOC and COCO: published sizes and counts, and unpacking.
 
     ROOT/VOC2007  ROOT/VOC2012  ROOT/coco/annotations  ROOT/coco/train2017 ...
 
-ROOT is what the environment variable DETECTRON2_DATASETS names. A file is there whole or not at
-all, and what is there already is left alone, so an interrupted call can be repeated.
+ROOT is the value of the environment variable DETECTRON2_DATASETS. Files are written atomically and
+existing files are kept, so an interrupted call can be repeated.
 
 Sizes and SHA-256 sums of the archives: TensorFlow Datasets (tensorflow/datasets on GitHub,
 tensorflow_datasets/url_checksums/voc.txt and coco.txt). Images and boxes of the splits: Liu et
@@ -33,8 +33,8 @@ from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.files import BLOCK
 
 DAMAGE = (tarfile.TarError, zipfile.BadZipFile)
-DAMAGE += (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)  # of a compressed one
-DISK_BLOCK = 4096  # a file takes a multiple of these
+DAMAGE += (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError)  # from compressed archives
+DISK_BLOCK = 4096  # file sizes on disk are multiples of this
 # name, size in bytes, SHA-256
 _TABLE = """
 VOCtrainval_06-Nov-2007.tar 460032000
@@ -66,11 +66,11 @@ ARCHIVES = {
 
 
 class Counts(NamedTuple):
-    """What a split holds: None where annotations are not public, or no count is published."""
+    """Contents of a split; None if annotations are not public or no count is published."""
 
     images: int  # listed in the split
-    boxes: int | None = None  # of VOC those that are not difficult, of COCO crowds too
-    difficult: int | None = None  # of VOC
+    boxes: int | None = None  # without difficult ones (VOC), with crowds (COCO)
+    difficult: int | None = None  # VOC only
 
 
 COUNTS = {
@@ -95,11 +95,11 @@ COUNTS = {
 
 
 def archive_of(folder: str, split: str, images: bool = False) -> str:
-    """The official archive that a split comes in; "" for a split that is in none.
+    """Returns the official archive that contains a split, or "".
 
     Args:
-        folder, split: as in :data:`COUNTS`; of COCO any instances_* and image_info_*.
-        images: COCO keeps images apart from annotations: the archive of the images.
+        folder, split: as in :data:`COUNTS`; for COCO any instances_* and image_info_*.
+        images: return the archive of the images, which COCO keeps separate from annotations.
     """
     if folder == "VOC2007":
         name = "VOCtest_06-Nov-2007.tar" if split == "test" else "VOCtrainval_06-Nov-2007.tar"
@@ -115,7 +115,7 @@ def archive_of(folder: str, split: str, images: bool = False) -> str:
 
 
 def coco_image_folder(split: str) -> str:
-    """The folder of images that belongs to an annotation file, as COCO and Detectron2 name them.
+    """Returns the image folder of an annotation file, by the names of COCO and Detectron2.
 
     "instances_train2017" -> "train2017", "image_info_test-dev2017" -> "test2017",
     "instances_valminusminival2014" -> "val2014", "instances_val2017_100" -> "val2017".
@@ -127,18 +127,18 @@ def coco_image_folder(split: str) -> str:
 
 
 class Member(NamedTuple):
-    """A file in an archive: its place below the folder of data sets, its size, how to read it."""
+    """A file in an archive."""
 
-    path: PurePosixPath
+    path: PurePosixPath  # below the folder of data sets
     size: int  # in bytes
     open: Callable[[], IO[bytes]]
 
 
 def verify_archive(path: str | os.PathLike, unverified: bool = False) -> str:
-    """Compares an archive with the published size and checksum; a line that says so.
+    """Compares an archive with its published size and checksum; returns a line with the outcome.
 
     Raises:
-        DataError: no such file, or not the official archive and not taken `unverified`.
+        DataError: no such file, or not the official archive unless `unverified` is set.
     """
     path = Path(path)
     if not path.is_file():
@@ -172,19 +172,19 @@ def verify_archive(path: str | os.PathLike, unverified: bool = False) -> str:
 def unpack(path: str | os.PathLike, root: str | os.PathLike, kind: str) -> str:
     """Unpacks an archive below a folder of data sets.
 
-    Every name in it is looked at, and the space on the disk, before the first file is written.
-    Links and hidden files are left out.
+    All names and the free disk space are checked before the first file is written. Links and
+    hidden files are skipped.
 
     Args:
         path: tar (compressed or not) or zip.
         kind: "voc" (VOCdevkit/VOC2007/... goes to VOC2007/...) or "coco" (to coco/...).
 
     Returns:
-        How many files were written, how many were there, and which differ from the archive's.
+        A message: how many files were written, how many existed, and which have another size.
 
     Raises:
-        DataError: a damaged archive, one of something else, one with a name that leads out of the
-            folder, or too little space.
+        DataError: the archive is damaged, is not of this kind, or has names that lead out of the
+            folder, or there is too little space.
     """
     path, root = Path(path), Path(root)
     missing, kept, differing = [], 0, []
@@ -235,7 +235,7 @@ def _write(member: Member, target: Path) -> None:
 
 @contextmanager
 def _members(path: Path, kind: str) -> Iterator[list[Member]]:
-    """The files in an open archive, all of whose names were read."""
+    """Opens an archive, checks all names, and yields its files."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -253,7 +253,7 @@ def _members(path: Path, kind: str) -> Iterator[list[Member]]:
 
 
 def _zip_files(archive: zipfile.ZipFile) -> Iterator[tuple]:
-    link = 0o120000  # of a POSIX file mode, in the upper half of external_attr
+    link = 0o120000  # file type in the POSIX mode, the upper half of external_attr
     for info in archive.infolist():
         if not info.is_dir() and info.external_attr >> 16 & 0o170000 != link:
             yield info.filename, info.file_size, partial(archive.open, info)
@@ -263,11 +263,11 @@ def _tar_files(archive: tarfile.TarFile) -> Iterator[tuple]:
     for info in archive:
         if info.isfile():
             yield info.name, info.size, partial(archive.extractfile, info)
-    archive.fileobj.seek(archive.offset)  # tarfile is content with a header cut short
+    archive.fileobj.seek(archive.offset)  # tarfile accepts a truncated header
     if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("unexpected end of data")
     while archive.fileobj.read(BLOCK):
-        pass  # to the checksum at the end of a compressed file
+        pass  # reads up to the checksum at the end of a compressed file
 
 
 def _place(path: Path, kind: str, files: Iterator[tuple]) -> list[Member]:
@@ -277,7 +277,7 @@ def _place(path: Path, kind: str, files: Iterator[tuple]) -> list[Member]:
         if name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
             raise DataError(f"{path} has a file {name!r}, which leads out of the folder: refused")
         if not parts or any(part.startswith(".") for part in parts):
-            continue  # what file managers leave
+            continue  # left by file managers
         parts = parts[1:] if kind == "voc" and parts[0] == "VOCdevkit" else parts
         if len(parts) < 2 or (kind == "voc") != parts[0].startswith("VOC"):
             raise DataError(f"{path} has a file {name!r}: it is not an archive of {kind.upper()}")

@@ -1,4 +1,4 @@
-"""The tools' options that name data sets by path, and what becomes of them in a config."""
+"""Command-line options that name data sets by path, and their effect on a config."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ VOC_2012_TEST = "voc_2012_test"
 
 
 def detects_objects(cfg: CfgNode) -> bool:
-    """Whether the model finds boxes: every one but the purely semantic."""
+    """Whether the model predicts boxes: all but purely semantic ones do."""
     return cfg.MODEL.META_ARCHITECTURE != "SemanticSegmentor"
 
 
 def labels_pixels(cfg: CfgNode) -> bool:
-    """Whether the model learns from label images."""
+    """Whether the model is trained on label images."""
     return cfg.MODEL.META_ARCHITECTURE in ("SemanticSegmentor", "PanopticFPN")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options that name a data set by path."""
+    """Adds the options that name a data set by path."""
     about = "Give paths, or registered names with DATASETS.TRAIN and DATASETS.TEST."
     data = parser.add_argument_group("data", about)
     data.add_argument("--voc-root", metavar="DIR", help="folder with Annotations/ and JPEGImages/")
@@ -62,11 +62,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_data_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Refuses what shows without reading the data, so that nothing is fetched or scanned in vain.
+    """Refuses wrong options that can be detected before anything is downloaded or scanned.
 
     Raises:
-        UsageError: options that contradict one another or lack something, unknown names.
-        DataError: a folder, file or split that is not there.
+        UsageError: options contradict each other or are missing, or a name is unknown.
+        DataError: a folder, file or split does not exist.
     """
     if args.voc_root and args.coco_json:
         raise UsageError("give either --voc-root or --coco-json")
@@ -91,7 +91,7 @@ def check_data_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
         known = [*DatasetCatalog.list(), VOC_2012_TEST]
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             if name not in known:
-                if ":" in name:  # as register_paths names the data of a command
+                if ":" in name:  # a name given by register_paths
                     raise UsageError(
                         "the run's data are not registered: give --voc-root, or --coco-json and "
                         "--image-root, as in training (results.json has the command)"
@@ -110,7 +110,7 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
     """Registers the data sets, checks them, and writes their names and classes into the config.
 
     Returns:
-        The number of images that a training would use.
+        The number of usable training images.
 
     Raises:
         UsageError, DataError: see :func:`check_data_arguments` and :func:`apply_policy`.
@@ -154,7 +154,7 @@ def set_up_data(cfg: CfgNode, args: argparse.Namespace) -> int:
 
 
 def name_keypoints(cfg: CfgNode, name: str) -> None:
-    """Gives a data set COCO's names of a person's 17 keypoints, which Detectron2 asks for."""
+    """Gives a data set COCO's names of a person's 17 keypoints, which Detectron2 requires."""
     metadata, count = MetadataCatalog.get(name), cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     if metadata.get("keypoint_names") is None:
         if count != len(COCO_PERSON_KEYPOINT_NAMES):
@@ -168,7 +168,7 @@ def name_keypoints(cfg: CfgNode, name: str) -> None:
 
 
 def usable_records(cfg: CfgNode, name: str, records: Records) -> Records:
-    """What a data set has to train on: without images and masks that Detectron2 leaves out, too.
+    """Returns the records to train on, without images and masks that Detectron2 would drop.
 
     Raises:
         UsageError: nothing is left.
@@ -193,7 +193,7 @@ def usable_records(cfg: CfgNode, name: str, records: Records) -> Records:
 
 
 def _common_classes(cfg: CfgNode, key: str, kind: str) -> list[str]:
-    """The class names that all data sets agree on, and with them the config key if it is set."""
+    """Returns the class names shared by all data sets and by the config key, if it is set."""
     classes, source = list(cfg.RESNET_BACKBONE[key]), f"RESNET_BACKBONE.{key}"
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         found = list(MetadataCatalog.get(name).get(kind, []))
@@ -223,7 +223,7 @@ def _image_roots(args: argparse.Namespace) -> list[str]:
 
 
 def register_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Registers what the options name, and writes the names into the config, in place."""
+    """Registers the data sets given by path, and writes their names into the config, in place."""
     if args.voc_root:
         kinds = splits = _voc_splits(args)
         classes = list(cfg.RESNET_BACKBONE.CLASS_NAMES) or find_voc_classes(args.voc_root, splits)
@@ -262,7 +262,7 @@ def _kind(cfg: CfgNode, args: argparse.Namespace) -> str:
 
 
 def check_annotations(cfg: CfgNode, name: str, records: Records) -> None:
-    """Refuses training data without the boxes, masks or labels that the model learns from."""
+    """Refuses training data without the boxes, masks or labels that the model needs."""
     if labels_pixels(cfg) and not records.image_column("has_labels").all():
         raise UsageError(
             f"data set {name} has no label images, which {cfg.MODEL.META_ARCHITECTURE} needs: "
@@ -301,7 +301,7 @@ def _boxes_without_masks(records: Records, places: Sequence[int]) -> Iterator[st
 
 
 def set_class_counts(cfg: CfgNode, things: Sequence[str], labels: Sequence[str]) -> None:
-    """Writes names and numbers of classes, of boxes and of label images, into the config."""
+    """Writes names and numbers of thing and stuff classes into the config."""
     cfg.RESNET_BACKBONE.CLASS_NAMES = list(things)
     cfg.RESNET_BACKBONE.STUFF_CLASS_NAMES = list(labels)
     if things:
@@ -313,9 +313,9 @@ def set_class_counts(cfg: CfgNode, things: Sequence[str], labels: Sequence[str])
 
 
 def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
-    """Lets our loaders read and check a data set that Detectron2 registered by itself.
+    """Registers one of Detectron2's built-in data sets anew, to be read and checked by our code.
 
-    Also VOC 2012's test set, which has no annotations and which Detectron2 does not know.
+    It also registers VOC 2012's test set, which has no annotations and is unknown to Detectron2.
     """
     if name == VOC_2012_TEST and name not in DatasetCatalog.list():
         root = os.path.join(os.environ.get("DETECTRON2_DATASETS", "datasets"), "VOC2012")

@@ -1,4 +1,4 @@
-"""Data sets in COCO's JSON format, COCO's own or a user's, as Detectron2 data sets."""
+"""COCO and custom data in COCO's JSON format as Detectron2 data sets."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ def scan_coco(
     progress: bool = False,
     found: CocoFile | None = None,
 ) -> tuple[list[dict], DataReport]:
-    """Read and check a COCO JSON in one pass; loader and evaluator both stand on this.
+    """Reads and checks a COCO JSON in one pass, for both loader and evaluator.
 
     Args:
-        json_file: instances in COCO's format; ids may be any whole numbers or texts.
+        json_file: instances in COCO's format; ids may be integers or strings.
         image_root: folder that its file_names are relative to.
         decode, progress: as in :func:`~resnet_backbone.detection.data.voc.scan_voc`.
-        found: the file's content, where it is read already.
+        found: the file's content, if already read.
 
     Returns:
-        What `detectron2.data.datasets.load_coco_json` gives, with the area of each annotation.
-        Category ids are contiguous, in the order of the ids. Boxes that run past the edge of their
-        image are clipped. An annotation whose mask cannot be used has none. A file without the
-        list "annotations" (COCO's image_info, for its server) gives images without.
+        The records of `detectron2.data.datasets.load_coco_json`, with each annotation's area.
+        Category ids are contiguous, in the order of the ids. Boxes are clipped to their image.
+        Annotations lose masks that cannot be used. Without a list "annotations" (COCO's image_info
+        files for its server), the annotations are empty.
 
-        The report names what is left out: images and boxes as in ``scan_voc``, entries without
-        what they need, ids that occur twice. "broken-json" is a file of which nothing can be used.
+        The report lists what was dropped: images and boxes as in ``scan_voc``, incomplete entries,
+        and duplicate ids. "broken-json" means that nothing in the file can be used.
 
     Raises:
         DataError: no such file, or it is not JSON.
@@ -58,7 +58,7 @@ def scan_coco(
 
 
 def _new_report(json_file: str, found: CocoFile) -> DataReport:
-    """What reading the file has shown."""
+    """Creates a report with the outcome of reading the file."""
     report = DataReport(json_file, problems=list(found.problems), notes=list(found.notes))
     report.annotated, report.files[json_file] = found.annotated, found.stamp
     report.num_images = len(found.images) if found.categories else 0
@@ -72,7 +72,7 @@ def _new_report(json_file: str, found: CocoFile) -> DataReport:
 def _scan(
     found: CocoFile, report: DataReport, image_root: str, decode: bool, progress: bool
 ) -> Iterator[dict]:
-    """The records of :func:`scan_coco`; the report is whole after the last."""
+    """Yields the records of :func:`scan_coco`; the report is complete after the last."""
     if not found.categories:
         return
     positions = {category: place for place, category in enumerate(found.categories)}
@@ -113,18 +113,18 @@ def _scan(
 def register_coco(
     name: str, json_file: str, image_root: str, on_bad: str = "drop", decode: bool = False
 ) -> None:
-    """Register a COCO JSON under `name`; its images are read when Detectron2 first asks for it.
+    """Registers a COCO JSON under `name`; images are scanned when Detectron2 first asks for it.
 
-    Metadata: thing_classes (from the JSON, by rising id), thing_dataset_id_to_contiguous_id,
+    Metadata: thing_classes (from the JSON, by ascending id), thing_dataset_id_to_contiguous_id,
     json_file, image_root, evaluator_type "coco", on_bad, decode.
 
     Args:
         json_file, image_root, decode: as in :func:`scan_coco`.
-        on_bad: "drop" logs what is wrong and leaves it out, "refuse" raises a DataError.
+        on_bad: "drop" logs and drops what is wrong, "refuse" raises a DataError.
 
     Raises:
         DataError: no such file, or it is not in COCO's format.
-        ValueError: `name` is registered already with other arguments.
+        ValueError: `name` is already registered with other arguments.
     """
     dataset, metadata = scanned_coco(json_file, image_root, on_bad, decode)
     register_once(name, dataset, {**metadata, "evaluator_type": "coco"})
@@ -138,11 +138,11 @@ def scanned_coco(
     complete: Complete | None = None,
     **more: Any,
 ) -> tuple[ScannedDataset, dict[str, Any]]:
-    """A data set that is not registered yet, and what Detectron2 keeps of it.
+    """Returns a data set, not yet registered, and its metadata for Detectron2.
 
     Args:
-        complete: adds to the records and the report of the scan.
-        more: what `complete` depends on.
+        complete: extends the records and the report of the scan.
+        more: everything that `complete` depends on.
     """
     json_file, image_root = os.path.abspath(json_file), os.path.abspath(image_root)
     parsed: list[CocoFile] = []

@@ -1,8 +1,8 @@
-"""A user's own boxes, as annotation tools leave them: read, split, and written as COCO JSON.
+"""Reads custom boxes from annotation tools, splits them, and writes them as COCO JSON.
 
-Read are VOC's XML files beside the images or in a folder of their own, COCO's JSON, YOLO's text
-files, and Roboflow's downloads of these three, whose folders train, valid and test stay splits.
-ImageNet's boxes are read as well: the folders of DET and CLS-LOC, and ``LOC_*_solution.csv``.
+Supported are VOC's XML files (beside the images or in a separate folder), COCO's JSON, YOLO's text
+files, and Roboflow's exports of these three, whose folders train, valid and test remain splits.
+ImageNet's boxes work as well: the folders of DET and CLS-LOC, and ``LOC_*_solution.csv``.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ def read_own(
     """Reads all annotated images below a folder.
 
     Args:
-        images: folder of the images; folders inside it count.
+        images: folder of the images, including subfolders.
         annotations: folder of XML or text files, a COCO JSON, or ImageNet's CSV.
-        kind: "voc", "coco", "yolo" or "imagenet"; "" finds out (XML is then VOC's).
+        kind: "voc", "coco", "yolo" or "imagenet"; "" detects it (XML is then VOC's).
 
     Returns:
-        The records of each split, ``{"": records}`` where the folders name none; the class names;
-        and the report of what is left out. A record is a Detectron2 dict with boxes as
-        XYXY_ABS; VOC's difficult objects have ``iscrowd`` 1, so that training leaves them out and
-        evaluation ignores them, as VOC does.
+        The records of each split (``{"": records}`` if folders name no splits), the class names,
+        and the report of what was dropped. A record is a Detectron2 dict with XYXY_ABS boxes.
+        VOC's difficult objects have ``iscrowd`` 1, so training skips them and evaluation ignores
+        them, as in VOC.
 
     Raises:
-        DataError: no such folder, no annotations or several kinds of them, no usable image.
+        DataError: no such folder, no annotations or several kinds of them, or no usable image.
     """
     for path in (images, annotations):
         if not path.exists():
@@ -86,14 +86,14 @@ def _split_name(words: Iterable[str]) -> str:
 def split_records(
     records: Sequence[dict], share: float, seed: int = 0
 ) -> tuple[list[dict], list[dict]]:
-    """Divides images into training and validation, each class by the same share where it can.
+    """Splits images into training and validation, with the same share of each class if possible.
 
-    Images are grouped by the rarest of their classes; each group is shuffled and divided. The same
-    records, share and seed give the same split.
+    Images are grouped by their rarest class; each group is shuffled and divided. The same records,
+    share and seed give the same split.
 
     Args:
         records: Detectron2 dicts.
-        share: of the images that validate, above 0 and below 1.
+        share: fraction of the images for validation, above 0 and below 1.
 
     Raises:
         DataError: a side would be empty.
@@ -107,7 +107,7 @@ def split_records(
     for key in sorted(groups, key=lambda c: (number[c], c)):
         group = sorted(groups[key], key=lambda record: record["file_name"])
         random.Random(f"{seed} {key}").shuffle(group)
-        owed += share * len(group)  # what rounding leaves is made up for by the next group
+        owed += share * len(group)  # rounding errors carry over to the next group
         taken = min(round(owed), len(group))
         owed -= taken
         validation.update(record["file_name"] for record in group[:taken])
@@ -119,7 +119,7 @@ def split_records(
 
 
 def count_boxes(split: str, records: Sequence[dict], names: Sequence[str]) -> DataReport:
-    """What a split holds; as difficult count the boxes that training leaves out."""
+    """Reports the boxes per class in a split; boxes that training skips count as difficult."""
     report = DataReport(split, len(records), boxes=Counter(dict.fromkeys(names, 0)))
     for one in (one for record in records for one in record["annotations"]):
         (report.difficult if one["iscrowd"] else report.boxes)[names[one["category_id"]]] += 1
@@ -139,7 +139,7 @@ def write_coco(path: Path, records: Sequence[dict], names: Sequence[str], root: 
 
 
 def _find_format(annotations: Path, kind: str) -> str:
-    """The kind of annotations, of which there are some; ``kind`` where it is given."""
+    """Returns the format of the annotations, which must exist; ``kind`` if it is given."""
     if annotations.is_file():
         kinds = {".json": "coco", ".yaml": "yolo", ".yml": "yolo", ".csv": "imagenet"}
         kind = kind or kinds.get(annotations.suffix.lower(), "")
@@ -168,7 +168,7 @@ def _find_format(annotations: Path, kind: str) -> str:
 def _pair(
     annotations: Iterable[Path], images: Path, top: Path, report: DataReport
 ) -> Iterator[tuple[Path | None, Path]]:
-    """(annotation, image) of one name, by their path, else by their name; None: it has none."""
+    """Yields (annotation, image) pairs matched by path, else by name; None for no annotation."""
     by_path, by_name = {}, defaultdict(list)
     for image in files_below(images, *IMAGES):
         by_path.setdefault(image.relative_to(images).with_suffix("").as_posix(), image)
@@ -197,7 +197,7 @@ def image_record(image: Path, size, report: DataReport) -> dict | None:
 
 
 def add_box(record: dict, category, box, report: DataReport, origin: int = 0, **more) -> None:
-    """Adds (x0, y0, x1, y1) to a record, or what is wrong with it to the report."""
+    """Adds the box (x0, y0, x1, y1) to a record, or a problem to the report."""
     size = record["width"], record["height"]
     box = fit_box(report, record["file_name"], str(category), box, size, origin)
     if box is None:
@@ -209,7 +209,7 @@ def add_box(record: dict, category, box, report: DataReport, origin: int = 0, **
 
 
 def _read_voc(images: Path, annotations: Path, report: DataReport, first: int = 1):
-    """XML files, whose boxes count pixels from ``first`` and include their last row and column."""
+    """Reads XML files with pixels counted from ``first`` and inclusive right and lower edges."""
     records = []
     for xml, image in _pair(list(files_below(annotations, ".xml")), images, annotations, report):
         if xml is None:
@@ -235,7 +235,7 @@ def _read_voc(images: Path, annotations: Path, report: DataReport, first: int = 
 
 
 def number_classes(records: list[dict]) -> list[str]:
-    """Replaces class names by their places in the sorted list, which is returned."""
+    """Replaces class names by their positions in the sorted list, and returns that list."""
     names = sorted({one["category_id"] for record in records for one in record["annotations"]})
     for one in (one for record in records for one in record["annotations"]):
         one["category_id"] = names.index(one["category_id"])
@@ -265,7 +265,7 @@ def _read_coco(images: Path, annotations: Path, report: DataReport):
 
 
 def _read_imagenet(images: Path, annotations: Path, report: DataReport):
-    """ILSVRC's XML files, or a table with "wnid xmin ymin xmax ymax" for each object."""
+    """Reads ILSVRC's XML files, or a table with "wnid xmin ymin xmax ymax" for each object."""
     if annotations.is_dir():
         return _read_voc(images, annotations, report, first=0)
     with open(annotations, encoding="utf-8-sig", newline="") as file:
@@ -297,7 +297,7 @@ def _read_imagenet(images: Path, annotations: Path, report: DataReport):
 
 
 def read_class_names(path: Path) -> dict[str, str]:
-    """Lines "wnid number name", as ILSVRC's ``map_det.txt`` has, or "wnid name"."""
+    """Reads lines "wnid number name", as in ILSVRC's ``map_det.txt``, or "wnid name"."""
     names = {}
     for line in path.read_text(encoding="utf-8-sig").splitlines():
         wnid, *words = line.split() or [""]
@@ -307,12 +307,12 @@ def read_class_names(path: Path) -> dict[str, str]:
 
 
 def of_one_class(records: Sequence[dict]) -> list[dict]:
-    """The images that show objects of exactly one class, as localization wants them."""
+    """Returns the images with objects of exactly one class, as localization requires."""
     return [r for r in records if len({one["category_id"] for one in r["annotations"]}) == 1]
 
 
 def _image_root(file: Path, images: Path, content: CocoFile) -> str:
-    """The folder that the file names of a COCO JSON are relative to: its own, or one in images."""
+    """Returns the folder that a COCO JSON's file names are relative to: its own or in `images`."""
     names = [image["file_name"] for image in list(content.images.values())[:100]]
     folders = [file.parent, images, *sorted(path for path in images.rglob("*") if path.is_dir())]
     folders = [folder for folder in folders if folder.is_relative_to(images)]

@@ -1,7 +1,7 @@
 """Panoptic and semantic ground truth made from COCO instances or COCO's panoptic format.
 
-What is made from instances is enough to train and to try every segmentation model; it is no
-annotation of stuff, and numbers on it compare only with each other.
+Labels made from instances are enough to train and try every segmentation model. They do not
+annotate stuff, so numbers on them compare only with each other.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NOTE = (
     "them, every other pixel is the one stuff class 'background'."
 )
 IGNORE = 255
-"""Label of pixels that neither train nor count; Detectron2's ``SEM_SEG_HEAD.IGNORE_VALUE``."""
+"""Label of pixels excluded from loss and metrics; Detectron2's ``SEM_SEG_HEAD.IGNORE_VALUE``."""
 
 PANOPTIC_KEYS = {
     "categories": ("id", "name", "isthing"),
@@ -44,7 +44,7 @@ PANOPTIC_KEYS = {
 def paint_instances(
     size: tuple[int, int], annotations: Sequence[dict], masks: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Resolves overlaps: crowds at the bottom, then larger before smaller instances.
+    """Paints instances into one map: crowds at the bottom, then larger before smaller ones.
 
     Args:
         size: (H, W) of the image.
@@ -52,7 +52,7 @@ def paint_instances(
         masks: bool or 0/1, (H, W) each.
 
     Returns:
-        (H, W) int32: 0 where there is nothing, otherwise 1 + position in `annotations`.
+        (H, W) int32: 0 for background, otherwise 1 + position in `annotations`.
     """
     painted = np.zeros(size, np.int32)
     ranks = [
@@ -67,9 +67,9 @@ def paint_instances(
 def panoptic_of(
     painted: np.ndarray, annotations: Sequence[dict], background_id: int
 ) -> tuple[np.ndarray, list[dict]]:
-    """COCO's panoptic format of a painted image: segment ids (H, W) int32 and ``segments_info``.
+    """Converts a painted image to COCO's panoptic ids (H, W) int32 and ``segments_info``.
 
-    Crowds of one class are one segment, as COCO has it; what is wholly hidden has none.
+    Crowds of one class are one segment, as in COCO. Fully hidden instances have no segment.
     """
     keys = [("background", background_id, 0)]
     for position, annotation in enumerate(annotations):
@@ -92,14 +92,14 @@ def semantic_of(
     labels: Mapping[int, int],
     ignore_crowds: bool = True,
 ) -> np.ndarray:
-    """Labels (H, W) uint8 of a panoptic image; void (id 0) becomes :data:`IGNORE`.
+    """Returns labels (H, W) uint8 of a panoptic image; void (id 0) becomes :data:`IGNORE`.
 
     Args:
-        ids, segments: as :func:`panoptic_of` gives them.
-        labels: label of each category id.
+        ids, segments: as returned by :func:`panoptic_of`.
+        labels: category id -> label.
         ignore_crowds: crowds become :data:`IGNORE` too.
     """
-    present, positions = np.unique(ids, return_inverse=True)  # COCO's ids go up to 256 ** 3
+    present, positions = np.unique(ids, return_inverse=True)  # COCO's ids range up to 256 ** 3
     label = {
         segment["id"]: labels[segment["category_id"]]
         for segment in segments
@@ -110,7 +110,7 @@ def semantic_of(
 
 
 def encode_ids(ids: np.ndarray) -> np.ndarray:
-    """Segment ids (H, W) as COCO's RGB picture: id = R + 256 G + 65536 B."""
+    """Encodes segment ids (H, W) as COCO's RGB picture: id = R + 256 G + 65536 B."""
     return np.stack([ids & 255, ids >> 8 & 255, ids >> 16 & 255], axis=2).astype(np.uint8)
 
 
@@ -123,19 +123,18 @@ def decode_ids(picture: np.ndarray) -> np.ndarray:
 def make_labels(json_file: str, output: str) -> dict[str, int]:
     """Writes panoptic and semantic ground truth for an instances JSON.
 
-    ``panoptic/`` and ``panoptic.json`` are COCO's panoptic format. ``semantic/`` has label 0 for
-    background and one label per class from 1; crowds are ignored. ``stuff/`` is what Panoptic
-    FPN's semantic head learns: 0 things (crowds too), 1 background. Both name their labels in
-    ``classes.txt``. Pictures have the names of their images, as PNG. Files that are there are
-    replaced.
+    ``panoptic/`` and ``panoptic.json`` are in COCO's panoptic format. ``semantic/`` has label 0 for
+    background and one label per class from 1; crowds are ignored. ``stuff/`` is the target of
+    Panoptic FPN's semantic head: 0 things (with crowds), 1 background. ``classes.txt`` in both
+    names the labels. Pictures are PNGs named like their images. Existing files are replaced.
 
     Returns:
-        Counts: images, segments, hidden (instances wholly covered by smaller ones).
+        Counts: images, segments, hidden (instances fully covered by smaller ones).
 
     Raises:
-        DataError: before anything is written: not COCO's format, an annotation without a mask of
-            its image, too many classes, file names that lead elsewhere, two images with one label
-            name; later: run lengths that cannot be decoded.
+        DataError: before anything is written: the file is not in COCO's format, annotations lack
+            masks, there are too many classes, file names lead out of the folder, or two images
+            share a label name; later: run lengths cannot be decoded.
     """
     found = read_instances(json_file)
     categories = found.categories
@@ -172,16 +171,17 @@ def make_labels(json_file: str, output: str) -> dict[str, int]:
 def make_stuff(panoptic_json: str, output: str, panoptic_root: str = "") -> int:
     """Writes Panoptic FPN's labels for COCO's panoptic format: 0 things, stuff from 1, void 255.
 
-    Detectron2's ``prepare_panoptic_fpn.py`` writes the same.
+    The output is the same as that of Detectron2's ``prepare_panoptic_fpn.py``.
 
     Args:
-        panoptic_root: its pictures; empty: `panoptic_json` without ``.json``.
+        panoptic_root: folder of its pictures; empty for `panoptic_json` without ``.json``.
 
     Returns:
         The number of pictures.
 
     Raises:
-        DataError: not COCO's panoptic format, names that lead elsewhere, a missing picture.
+        DataError: not COCO's panoptic format, names that lead out of the folder, or a missing
+            picture.
     """
     content = read_panoptic(panoptic_json)
     root = Path(panoptic_root or panoptic_json.removesuffix(".json"))
@@ -226,15 +226,15 @@ def _write_names(folder: Path, names: Sequence[str]) -> None:
 
 
 def label_name(file_name: str) -> str:
-    """Path of an image's label picture below the label folder: the same, as PNG."""
+    """Returns the path of an image's label picture in the label folder: the same, as PNG."""
     return Path(file_name).with_suffix(".png").as_posix()
 
 
 @reads_file
 def read_instances(json_file: str) -> CocoFile:
-    """The content of an instances JSON, everything checked that labels need.
+    """Reads an instances JSON, and checks everything that labels need.
 
-    Polygons of fewer than three points are left out, as by Detectron2's loader.
+    Polygons of fewer than three points are dropped, as by Detectron2's loader.
     """
     found = read_coco(json_file)
     if found.problems:
@@ -261,7 +261,7 @@ def read_instances(json_file: str) -> CocoFile:
 
 
 def check_names(json_file: str, file_names: Iterable[Any]) -> None:
-    """Refuses names under which nothing can be written below a folder, or not each by itself."""
+    """Refuses file names that lead out of a folder or that share a label picture."""
     labels = Counter()
     for name in file_names:
         path = PurePath(name) if isinstance(name, str) else PurePath()
@@ -278,7 +278,7 @@ def check_names(json_file: str, file_names: Iterable[Any]) -> None:
 
 @reads_file
 def read_panoptic(panoptic_json: str) -> dict:
-    """The content of a file in COCO's panoptic format; a DataError names what is wrong in it."""
+    """Reads a file in COCO's panoptic format; DataError if it is not valid."""
     content, where = read_json(panoptic_json), f"{panoptic_json} is not COCO's panoptic format"
     absent = absent_keys(content, PANOPTIC_KEYS)
     if absent:
@@ -295,7 +295,7 @@ def read_panoptic(panoptic_json: str) -> dict:
 
 
 def panoptic_categories(content: Mapping) -> tuple[dict[int, str], dict[int, str]]:
-    """Things and stuff {category id: name}, each by rising id."""
+    """Returns things and stuff as {category id: name}, each by ascending id."""
     categories = sorted((c["id"], c["name"], bool(c["isthing"])) for c in content["categories"])
     things = {number: name for number, name, is_thing in categories if is_thing}
     return things, {number: name for number, name, is_thing in categories if not is_thing}

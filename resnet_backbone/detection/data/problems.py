@@ -1,4 +1,4 @@
-"""What can be wrong with a detection data set, and what to do about it."""
+"""Problems of detection data sets: how they are found, reported and handled."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from resnet_backbone.runtime.images import BadImage, read_rgb
 logger = logging.getLogger(__name__)
 
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")  # suffixes
-PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that are always read
-# Kinds that cost one box; every other kind costs an image, or the whole data set.
+PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that can always be read
+# Kinds that drop one box; every other kind drops an image or the whole data set.
 BOX_KINDS = ("bad-box", "unknown-class")
 # Kinds that make a data set unusable under any policy.
 FATAL_KINDS = ("empty-split", "broken-json")
-THREADS, CHUNK = 16, 64  # files are read in threads: a network's disks answer slowly
-_said: set[str] = set()  # remarks, in this process
-Stamp = tuple[int, int]  # of a file: its size and the time of its last change; -1 where it is not
+THREADS, CHUNK = 16, 64  # files are read in threads, since network disks have high latency
+_said: set[str] = set()  # remarks already logged by this process
+Stamp = tuple[int, int]  # a file's size and modification time (ns); -1 if it does not exist
 
 
 class DataProblem(NamedTuple):
@@ -44,8 +44,8 @@ class DataProblem(NamedTuple):
     """
 
     kind: str
-    file: str  # to look at: the image, its XML, the split file or the JSON
-    detail: str  # what is wrong there, in words and numbers
+    file: str  # the image, its XML, the split file or the JSON
+    detail: str  # what is wrong there
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.file}: {self.detail}"
@@ -55,8 +55,8 @@ class DataProblem(NamedTuple):
 class DataReport:
     """The outcome of checking one split.
 
-    Not annotated are a split none of whose images has an XML file, such as VOC 2012's test set, and
-    COCO's lists of images alone: there is nothing to train on and nothing to compare with.
+    A split is not annotated if none of its images has an XML file (VOC 2012's test set), or if a
+    COCO file has only a list of images. Then there is nothing to train on or to compare with.
     """
 
     name: str  # what was checked, for messages
@@ -66,38 +66,38 @@ class DataReport:
     difficult: Counter[str] = field(default_factory=Counter)  # good boxes marked difficult (VOC)
     annotated: bool = True
     clipped: list[str] = field(default_factory=list)  # boxes that ran past the edge
-    notes: list[str] = field(default_factory=list)  # what is used, and not as it is written
+    notes: list[str] = field(default_factory=list)  # what is used differently than written
     category_ids: list[int | str] = field(default_factory=list)  # COCO's, in the order of `boxes`
-    # the files and folders that all of this was read from, as they were before
+    # all files and folders that were read, as they were before
     files: dict[str, Stamp] = field(default_factory=dict, repr=False)
 
     @property
     def bad_boxes(self) -> list[DataProblem]:
-        """Problems that cost one box each."""
+        """Problems that drop one box each."""
         return [p for p in self.problems if p.kind in BOX_KINDS]
 
     @property
     def bad_files(self) -> list[DataProblem]:
-        """Problems that cost an image (or, for "duplicate-id", its repetition)."""
+        """Problems that drop an image (or, for "duplicate-id", its repetition)."""
         return [p for p in self.problems if p.kind not in BOX_KINDS]
 
     def add(self, kind: str, file: str, detail: str) -> None:
         self.problems.append(DataProblem(kind, file, detail))
 
     def watch(self, path: str) -> None:
-        """Takes down what will be read, a file or a folder's list of files, as it is now."""
+        """Records the current stamp of a file, or a folder's list of files, before it is read."""
         if path not in self.files:
             self.files[path] = stamp_of(path)
 
     def note_look(self, look: Look) -> tuple[int, int] | None:
-        """Takes down what a look at an image gave; its size, None if it cannot be used."""
+        """Records the result for an image; returns its size, or None if it cannot be used."""
         self.files.setdefault(look.path, look.stamp)
         if look.problem:
             self.problems.append(look.problem)
         return look.size
 
     def remarks(self) -> list[str]:
-        """What a user should know of the data that are used, a line each."""
+        """Returns what a user should know about the data that are used, one line each."""
         lines = list(self.notes)
         if self.clipped:
             lines.append(
@@ -116,10 +116,10 @@ class DataReport:
         return lines
 
     def note_shares(self, largest: float) -> None:
-        """Warns where all boxes lie in 0 to 1, which are shares of the image and no pixels.
+        """Adds a note if all boxes lie in 0 to 1: fractions of the image instead of pixels.
 
         Args:
-            largest: of all coordinates; minus infinity where there is no box.
+            largest: the largest coordinate; minus infinity without boxes.
         """
         if -math.inf < largest <= 1:
             self.notes.append(
@@ -128,7 +128,7 @@ class DataReport:
             )
 
     def add_empty(self, file: str, what: str = "no usable image") -> None:
-        """Append that nothing of the split is left, and why."""
+        """Adds the problem that nothing of the split is left, and why."""
         kinds = Counter(problem.kind for problem in self.bad_files)
         if kinds:
             first = next(p for p in self.bad_files if p.kind == kinds.most_common(1)[0][0])
@@ -140,7 +140,7 @@ class DataReport:
 
 
 def unusable(name: str, problems: Sequence[DataProblem]) -> DataError:
-    """Of what is wrong with a data set as a whole."""
+    """Returns an error for a data set that cannot be used at all."""
     return DataError(f"{name} cannot be used: {_first_ten(one.detail for one in problems)}")
 
 
@@ -151,11 +151,11 @@ def _first_ten(texts: Iterable[str]) -> str:
 
 
 def apply_policy(report: DataReport, policy: str) -> None:
-    """Acts on what a scan found: "drop" logs every problem, which is left out, "refuse" raises.
+    """Acts on the problems of a scan: "drop" logs each dropped item, "refuse" raises.
 
     Raises:
-        DataError: listing the first 10 problems; by either policy where nothing usable would be
-            left or the file cannot be loaded.
+        DataError: lists the first 10 problems; under either policy if nothing usable would be left
+            or the file cannot be loaded.
     """
     if policy not in ("refuse", "drop"):
         raise ValueError(f"unknown bad-data policy {policy!r}; use refuse or drop")
@@ -170,15 +170,15 @@ def apply_policy(report: DataReport, policy: str) -> None:
     for problem in report.problems:
         logger.warning("left out: %s", problem)
     for remark in (one for one in report.remarks() if one not in _said):
-        _said.add(remark)  # once, for the files of one data set share their classes
+        _said.add(remark)  # only once, since the files of a data set share their classes
         logger.warning("%s: %s", report.name, remark)
 
 
 def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
-    """Width and height in pixels as an image is loaded, turned by its EXIF orientation.
+    """Returns an image's width and height in pixels, after rotation by its EXIF orientation.
 
     Args:
-        decode: decode every pixel too, which finds truncated files (slower, about 5 ms an image).
+        decode: decode every pixel too, which finds truncated files (about 5 ms per image).
 
     Raises:
         OSError: the file is missing, is not an image, or is truncated.
@@ -200,13 +200,13 @@ def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:
-    """An image as training, evaluation and demo see it: uint8 (H, W, C), upright.
+    """Reads an image as in training, evaluation and demo: uint8 (H, W, C), upright.
 
-    Pictures of RGB and BGR are read by :func:`resnet_backbone.runtime.images.decode`, others by
+    RGB and BGR images are read by :func:`resnet_backbone.runtime.images.decode`, other formats by
     Detectron2.
 
     Raises:
-        OSError: missing, truncated, or not an image.
+        OSError: the file is missing, truncated, or not an image.
     """
     if image_format not in ("RGB", "BGR"):
         return utils.read_image(path, image_format)
@@ -224,19 +224,19 @@ def _swaps_sides(image: Image.Image) -> bool:
 
 
 class Look(NamedTuple):
-    """What one look at an image file gave."""
+    """The result of checking one image file."""
 
     path: str
     stamp: Stamp
-    size: tuple[int, int] | None = None  # (width, height); None where the file cannot be used
+    size: tuple[int, int] | None = None  # (width, height); None if the file cannot be used
     problem: DataProblem | None = None
 
 
 def look_at_image(path: str, stated: tuple[int, int] | None, decode: bool) -> Look:
-    """Whether an image can be used.
+    """Checks whether an image can be used.
 
     Args:
-        stated: (width, height) that the annotation states; None where it states none.
+        stated: (width, height) from the annotation; None if it states none.
         decode: see :func:`read_image_size`.
     """
     stamp = stamp_of(path)
@@ -260,16 +260,16 @@ def look_at_image(path: str, stated: tuple[int, int] | None, decode: bool) -> Lo
 
 
 def stamp_of(path: str) -> Stamp:
-    """By which a change of a file, or of a folder's list of files, is noticed."""
+    """Returns a stamp that changes with a file or with a folder's list of files."""
     try:
         found = os.stat(path)
-    except (OSError, ValueError):  # a name that cannot be one, such as with a NUL
+    except (OSError, ValueError):  # an invalid name, such as one with a NUL
         return (-1, -1)
     return (found.st_size, found.st_mtime_ns)
 
 
 def files_below(folder: Path, *suffixes: str) -> Iterator[Path]:
-    """Files below a folder with one of these suffixes in any case, in the order of their names."""
+    """Yields files below a folder with one of these suffixes in any case, sorted by name."""
     for place, folders, names in os.walk(folder, followlinks=True):
         folders.sort()
         for name in sorted(names):
@@ -279,13 +279,13 @@ def files_below(folder: Path, *suffixes: str) -> Iterator[Path]:
 
 @contextmanager
 def reading(path: str | os.PathLike) -> Iterator[None]:
-    """Inside, errors that nobody expected become a DataError that names what was read.
+    """Context that turns unexpected errors into a DataError that names the file.
 
     RESNET_BACKBONE_TRACEBACK shows where they came from; see :mod:`resnet_backbone.runtime.errors`.
     """
     try:
         yield
-    except (UsageError, OSError):  # which say what is wrong
+    except (UsageError, OSError):  # these already say what is wrong
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -293,7 +293,7 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
 
 
 def reads_file(function: Callable) -> Callable:
-    """Decorator: the whole function is in :func:`reading` of its first argument."""
+    """Decorator that runs a function within :func:`reading` of its first argument."""
 
     @wraps(function)
     def call(path: str | os.PathLike, *args, **kwargs) -> Any:
@@ -304,10 +304,10 @@ def reads_file(function: Callable) -> Callable:
 
 
 def in_threads(work: Callable, arguments: Iterable[tuple]) -> Iterator[Any]:
-    """``work(*one)`` for each of the arguments, in their order."""
+    """Yields ``work(*one)`` for each of the arguments, in order."""
     arguments = list(arguments)
     chunks = [arguments[start : start + CHUNK] for start in range(0, len(arguments), CHUNK)]
-    # the filters of warnings are the process's, so threads that change them undo one another
+    # warning filters are global to the process, so threads would restore each other's changes
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         for results in pool.map(lambda chunk: [work(*one) for one in chunk], chunks):
             yield from results
@@ -321,10 +321,10 @@ def fit_box(
     size: tuple[int, int],
     origin: int = 0,
 ) -> tuple[float, ...] | None:
-    """A box as it is used: clipped by its image, or None and a problem in the report.
+    """Returns a box clipped to its image, or None after adding a problem to the report.
 
     Args:
-        name: of the class, for messages.
+        name: the class, for messages.
         box: (xmin, ymin, xmax, ymax) in pixels.
         size: (width, height) of the image.
         origin: coordinate of the image's left and upper edge, 0 (COCO) or 1 (VOC).

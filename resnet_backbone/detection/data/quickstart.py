@@ -1,6 +1,6 @@
 """The built-in detection set: handwritten digits on photographs, written in PASCAL VOC layout.
 
-Digits and photographs are those of :mod:`resnet_backbone.runtime.builtin`; nothing is downloaded.
+Digits and photographs come from :mod:`resnet_backbone.runtime.builtin`; nothing is downloaded.
 """
 
 import json
@@ -25,9 +25,9 @@ from resnet_backbone.runtime.builtin import (
 )
 from resnet_backbone.runtime.files import whole_file
 
-MAX_COVER = 0.25  # no box may cover more than this part of another (so IoU stays below 0.15)
-DRAWING = 2  # the number of the way in which digits are drawn: 2 has outlines
-SUMMARY = "dataset.json"  # its presence in the output folder means: complete
+MAX_COVER = 0.25  # no box may cover more than this share of another (so IoU stays below 0.15)
+DRAWING = 2  # version of the drawing code: 2 draws outlines
+SUMMARY = "dataset.json"  # written last, so its presence marks a complete set
 _README = """Handwritten digits on photographs, in PASCAL VOC layout
 ========================================================
 
@@ -45,7 +45,7 @@ Photographs, from scikit-image (no photograph is in both sets):
 
 @dataclass(frozen=True)
 class Digit:
-    """One pasted digit: class name, index into ``load_digits``, and where its ink is visible.
+    """One pasted digit: class name, index into ``load_digits``, and the extent of its ink.
 
     ``box`` is ``(x0, y0, x1, y1)`` in pixels, 0-based, right and lower side exclusive;
     ``ink`` is its alpha over the whole image, H x W float32 in [0, 1].
@@ -59,7 +59,7 @@ class Digit:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: H x W x 3 uint8, the name and the bare pixels of its photograph, its digits."""
+    """One picture (H x W x 3 uint8), its photograph's name and bare pixels, and its digits."""
 
     image: np.ndarray
     background: str
@@ -68,7 +68,7 @@ class Scene:
 
 
 def _covers(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    """Return the part of the smaller of two boxes that the other one covers, 0 to 1."""
+    """Return the share of the smaller of two boxes that the other one covers, 0 to 1."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     smaller = min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
@@ -76,7 +76,7 @@ def _covers(a: tuple[int, ...], b: tuple[int, ...]) -> float:
 
 
 def _find_place(shape, size: int, taken: list, rng: np.random.Generator):
-    """Return a box of ``shape`` (rows, columns) that hardly covers a taken one, or None."""
+    """Return a box of ``shape`` (rows, columns) with little overlap with taken ones, or None."""
     for _ in range(40):
         y, x = (int(rng.integers(1, size - extent)) for extent in shape)
         box = (x, y, x + shape[1], y + shape[0])
@@ -88,7 +88,7 @@ def _find_place(shape, size: int, taken: list, rng: np.random.Generator):
 def compose_scene(split: str, index: int, image_size: int = 160, seed: int = 0) -> Scene:
     """Draw picture ``index`` of ``split`` ("train" or "test"): one to five digits on a photograph.
 
-    Depends on its arguments only, so a set keeps its pictures when another one grows.
+    The result depends on the arguments alone, so one split keeps its pictures when the other grows.
     """
     rng = np.random.default_rng([seed, list(BACKGROUNDS).index(split), index])
     name = str(rng.choice(sorted(BACKGROUNDS[split])))
@@ -107,7 +107,7 @@ def compose_scene(split: str, index: int, image_size: int = 160, seed: int = 0) 
 
 
 def _annotation(scene: Scene, image_id: str) -> ElementTree.ElementTree:
-    """Return the PASCAL VOC annotation of a scene; box sides become 1-based and inclusive."""
+    """Return the PASCAL VOC annotation of a scene; boxes become 1-based and inclusive."""
     root = ElementTree.Element("annotation")
     _add(root, folder="quickstart", filename=f"{image_id}.jpg", segmented=0)
     source = f"scikit-image {scene.background}"
@@ -130,7 +130,7 @@ def _add(parent: ElementTree.Element, **texts: object) -> None:
 
 
 def _write_all(folder: Path, settings: dict, on_image: Callable[[], object] | None) -> dict:
-    """Fill an empty folder; return the summary that is also its last written file."""
+    """Fill an empty folder; return the summary, which is also the last file written."""
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
     images: dict = {}
@@ -155,7 +155,7 @@ def _write_all(folder: Path, settings: dict, on_image: Callable[[], object] | No
 
 
 def is_complete(output: str | os.PathLike, settings: dict) -> bool:
-    """Return whether ``output`` holds a finished set made with exactly these settings."""
+    """Return whether ``output`` contains a complete set made with exactly these settings."""
     try:
         found = json.loads((Path(output) / SUMMARY).read_text())
         return found["settings"] == settings and found["drawing"] == DRAWING
@@ -186,8 +186,8 @@ def generate(
 
     Pictures are square with sides of ``image_size`` pixels. The same arguments and library
     versions give the same files. An interrupted run leaves no ``output``. ``on_image`` is called
-    after each picture. A number out of range is a ValueError, an ``output`` that exists a
-    FileExistsError: ``overwrite`` replaces a generated set, never another folder.
+    after each picture. ``overwrite`` replaces a generated set, but never another folder.
+    ValueError: a number is out of range. FileExistsError: ``output`` already exists.
     """
     output = Path(output).absolute()
     settings = dict(num_train=num_train, num_test=num_test, image_size=image_size, seed=seed)

@@ -1,6 +1,6 @@
-"""The records of a data set, packed: bytes that processes share, and a table of what they hold.
+"""Packed records of a data set: bytes shared by processes, and tables of their main facts.
 
-Millions of dicts cost gigabytes in each process, and seconds whenever someone walks over them.
+Millions of dicts cost gigabytes in each process, and seconds for each iteration over them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from detectron2.structures import BoxMode
 
-POLYGONS, RUN_LENGTHS = 1, 2  # kinds of masks; 0 is none
-IMAGE_COLUMNS = ("width", "height", "has_labels", "has_annotations")  # -1: no such side
+POLYGONS, RUN_LENGTHS = 1, 2  # kinds of masks; 0: no mask
+IMAGE_COLUMNS = ("width", "height", "has_labels", "has_annotations")  # -1: side not stated
 BOX_COLUMNS = ("image", "category", "crowd", "mask", "points", "difficult")
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads plain values alone, so that nothing of a file is executed."""
+    """Reads only plain values, so nothing in a file is executed."""
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) == (BoxMode.__module__, BoxMode.__name__):
@@ -38,17 +38,17 @@ def load_plain(data: Any) -> dict:
 class Store(NamedTuple):
     """All records of a data set, as arrays."""
 
-    data: np.ndarray  # uint8: pickled records, one after the other
-    ends: np.ndarray  # int64: where each ends
+    data: np.ndarray  # uint8: concatenated pickled records
+    ends: np.ndarray  # int64: end of each record in `data`
     images: np.ndarray  # int32: IMAGE_COLUMNS of each record
     boxes: np.ndarray  # int32: BOX_COLUMNS of each annotation, in order
 
 
 class Records(Sequence):
-    """Detectron2's dicts, each made anew when it is asked for, and facts that need no dict.
+    """A sequence of Detectron2's dicts, unpacked on access, with columns that need no unpacking.
 
     Args:
-        numbers: of the records of the store that are these; None for all.
+        numbers: indices into the store of the records in this sequence; None for all.
         good: which annotations of the store are used (bool); None for all.
         loads: reads a record's bytes.
     """
@@ -99,11 +99,11 @@ class Records(Sequence):
         return (self[index] for index in range(len(self)))
 
     def select(self, images: np.ndarray | None = None, boxes: np.ndarray | None = None) -> Records:
-        """The same without some records, and without some annotations.
+        """Returns a subset of the records and annotations, with the same store.
 
         Args:
-            images: whether each of these records stays (bool).
-            boxes: whether each annotation of the store stays (bool).
+            images: whether to keep each of these records (bool).
+            boxes: whether to keep each annotation of the store (bool).
         """
         numbers = self.numbers if images is None else self.numbers[images]
         if boxes is not None and self.good is not None:
@@ -111,13 +111,13 @@ class Records(Sequence):
         return Records(self.store, numbers, self.good if boxes is None else boxes, self._loads)
 
     def image_column(self, name: str) -> np.ndarray:
-        """One of :data:`IMAGE_COLUMNS`, of each record: int32."""
+        """Returns one of :data:`IMAGE_COLUMNS` for each record, int32."""
         return self.store.images[self.numbers, IMAGE_COLUMNS.index(name)]
 
     def box_column(self, name: str) -> np.ndarray:
-        """One of :data:`BOX_COLUMNS`, of the annotations that are used: int32.
+        """Returns one of :data:`BOX_COLUMNS` for each used annotation, int32.
 
-        "image" is the place of the record among these.
+        "image" is the position of the record in this sequence.
         """
         values = self.store.boxes[self._used, BOX_COLUMNS.index(name)]
         return np.searchsorted(self.numbers, values) if name == "image" else values
@@ -130,7 +130,7 @@ class Records(Sequence):
         return used if self.good is None else used & self.good
 
     def per_image(self, amounts: np.ndarray) -> np.ndarray:
-        """The sum of something over the annotations of each record, such as of a condition."""
+        """Sums amounts, or counts a condition, over the annotations of each record."""
         return np.bincount(self.box_column("image"), amounts, len(self))
 
 
@@ -144,7 +144,7 @@ def _facts(entry: dict) -> tuple[int, ...]:
 
 @contextmanager
 def collector_at_rest() -> Iterator[None]:
-    """Inside, Python does not look for garbage, which among millions of new objects takes long."""
+    """Context without garbage collection, which is slow while millions of objects are created."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Which images make up which iteration: a pure function, so that a training resumes anywhere."""
+"""Training data as a pure function of the iteration, so that training can resume anywhere."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ from resnet_backbone.runtime.signals import ignore_interrupts
 
 logger = logging.getLogger(__name__)
 
-MAX_REPLACEMENTS = 20  # unreadable images in a row that are replaced by others
+MAX_REPLACEMENTS = 20  # maximum number of consecutive unreadable images that are replaced
 # Detectron2's samplers with repetition
 REPEATING = tuple(
     f"{kind}TrainingSampler" for kind in ("RepeatFactor", "Weighted", "WeightedCategory")
 )
-Sample = tuple[int, int]  # place in the stream, index of the image
+Sample = tuple[int, int]  # position in the stream, index of the image
 
 
 @dataclass(frozen=True)
 class ImageStream:
-    """All epochs of a training set, each in another random order, laid end to end."""
+    """An endless stream of epochs of a training set, each in a new random order."""
 
     seed: int  # of the run
-    indices: np.ndarray  # the images that are trained on
-    # How often each of them comes in an epoch on average; None: once. As in Detectron2's
-    # RepeatFactorTrainingSampler fractions are rounded at random (arXiv 1908.03195, appendix B.2).
+    indices: np.ndarray  # images to train on
+    # Mean number of repetitions per epoch; None: once. Fractions are rounded at random, as in
+    # Detectron2's RepeatFactorTrainingSampler (arXiv 1908.03195, appendix B.2).
     factors: np.ndarray | None = None
 
     def epoch(self, number: int) -> np.ndarray:
-        """The images of one epoch in their order: int64."""
+        """Returns the image indices of one epoch in order, int64."""
         rng = make_rng(ORDER, self.seed, number)
         indices = self.indices
         if self.factors is not None:
@@ -70,7 +70,7 @@ class ImageStream:
 
 
 def group(stream: Iterable[Sample], size: int, wide: Sequence[bool] | None) -> Iterator[list]:
-    """Cuts a stream into lists of `size` samples, all wider than high or all not if `wide` says."""
+    """Groups a stream into lists of `size` samples, by orientation if `wide` is given."""
     buckets: tuple[list, list] = [], []
     for sample in stream:
         bucket = buckets[wide is not None and wide[sample[1]]]
@@ -82,11 +82,10 @@ def group(stream: Iterable[Sample], size: int, wide: Sequence[bool] | None) -> I
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a batch (``SOLVER.IMS_PER_BATCH``) is divided into ``processes * accumulate`` parts.
+    """Divides a batch (``SOLVER.IMS_PER_BATCH``) into ``processes * accumulate`` parts.
 
-    Each process takes `accumulate` consecutive parts through the network in turn. The images of a
-    part have one orientation, so where processes and `accumulate` have the same product, training
-    is the same.
+    Each process runs `accumulate` consecutive parts in turn. Images are grouped by orientation
+    within parts, so training depends only on the product of processes and `accumulate`.
     """
 
     batch: int
@@ -115,15 +114,15 @@ class BatchPlan:
 
     @property
     def part(self) -> int:
-        """Images of a part."""
+        """Number of images per part."""
         return self.batch // self.num_parts
 
     def number(self, iteration: int, part: int) -> int:
-        """The place of this process's part among all parts of a run."""
+        """Returns the index of this process's part among all parts of a run."""
         return iteration * self.num_parts + self.rank * self.accumulate + part
 
     def own(self, parts: Iterable[list], iteration: int) -> Iterator[list]:
-        """This process's parts of a run's, from an iteration on."""
+        """Yields this process's parts from an iteration on."""
         for number, part in enumerate(parts):
             is_own = number // self.accumulate % self.processes == self.rank
             if is_own and number >= iteration * self.num_parts:
@@ -131,10 +130,10 @@ class BatchPlan:
 
 
 class AugmentedImages(Dataset):
-    """Mapped images by :data:`Sample`; each draws its random numbers for its place alone.
+    """Mapped images by :data:`Sample`, with random numbers that depend only on its position.
 
-    An image for which the mapper gives None is replaced by another one, the same one whenever
-    this place is read; too many in a row are an OSError.
+    If the mapper returns None, the image is replaced by another one, always the same for a
+    position. OSError: too many images in a row cannot be read.
     """
 
     def __init__(self, images: Sequence[dict], mapper: Callable[[dict], Any], seed: int):
@@ -159,14 +158,14 @@ class AugmentedImages(Dataset):
 class TrainingLoader:
     """An endless iterable over this process's parts of batches: lists of mapped images.
 
-    What it gives for an iteration depends on the seed alone: not on the number of workers, nor on
-    what was read before.
+    The data of an iteration depend only on the seed, and not on the number of workers or on what
+    was read before.
     """
 
     dataset: AugmentedImages
     stream: ImageStream
     plan: BatchPlan
-    wide: Sequence[bool] | None = None  # of each image, whether it is wider than high
+    wide: Sequence[bool] | None = None  # whether each image is wider than high
     num_workers: int = 0
 
     @property
@@ -174,11 +173,11 @@ class TrainingLoader:
         return self.stream.seed
 
     def samples(self, iteration: int) -> Iterator[list[Sample]]:
-        """This process's parts from an iteration on, as places and indices."""
+        """Yields this process's parts from an iteration on, as positions and indices."""
         return self.plan.own(group(self.stream, self.plan.part, self.wide), iteration)
 
     def start(self, iteration: int) -> Iterator[list]:
-        """The parts from an iteration on, `accumulate` for each."""
+        """Returns an iterator of parts from an iteration on, `accumulate` per iteration."""
         loader = DataLoader(
             self.dataset,
             batch_sampler=self.samples(iteration),
@@ -193,7 +192,7 @@ class TrainingLoader:
 
 
 def build_loader(cfg: CfgNode, mapper: Callable[[dict], Any], seed: int) -> TrainingLoader:
-    """The training images of a config, as ``DATALOADER`` says; a UsageError if it cannot be."""
+    """Builds the training loader from ``DATALOADER``; UsageError for unusable settings."""
     plan, sampler = BatchPlan.from_config(cfg), cfg.DATALOADER.SAMPLER_TRAIN
     parts = [training_records(cfg, name) for name in cfg.DATASETS.TRAIN]
     images = ConcatDataset(parts)
@@ -227,11 +226,11 @@ def build_loader(cfg: CfgNode, mapper: Callable[[dict], Any], seed: int) -> Trai
 
 
 def mapper_options(cfg: CfgNode) -> dict:
-    """Arguments of the training ``DatasetMapper`` that differ from Detectron2's default.
+    """Returns arguments of the training ``DatasetMapper`` that differ from Detectron2's default.
 
-    With ``INPUT.CROP.ENABLED`` localization crops after resizing, as a classifier's training does.
-    So does a purely semantic model, as Detectron2's DeepLab; it pads smaller images to the crop,
-    whose size its pooling is built for.
+    With ``INPUT.CROP.ENABLED``, localization crops after resizing, as in training a classifier.
+    Purely semantic models do too, like Detectron2's DeepLab. They also pad smaller images to the
+    crop size, which their pooling requires.
     """
     crop, ignore = cfg.INPUT.CROP, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
     if crop.ENABLED and cfg.MODEL.META_ARCHITECTURE == "ClassProposalNetwork":
@@ -249,7 +248,7 @@ def mapper_options(cfg: CfgNode) -> dict:
 
 
 def training_records(cfg: CfgNode, name: str) -> Records:
-    """Of a registered data set, with precomputed proposals where the model takes them."""
+    """Returns a data set's training records, with precomputed proposals if the model needs them."""
     found = dataset_records(name)
     records = usable_records(cfg, name, found)
     if len(records) < len(found):
@@ -267,7 +266,7 @@ def training_records(cfg: CfgNode, name: str) -> Records:
 
 
 def _log_class_counts(name: str, records: Records) -> None:
-    """Detectron2's table of the objects of each class."""
+    """Logs Detectron2's table of the number of objects per class."""
     classes = MetadataCatalog.get(name).get("thing_classes")
     if classes and records.image_column("has_annotations").all():
         categories = records.box_column("category")[records.box_column("crowd") == 0]
@@ -277,7 +276,7 @@ def _log_class_counts(name: str, records: Records) -> None:
 
 
 def repeat_factors(cfg: CfgNode, parts: Sequence[Records]) -> np.ndarray:
-    """How often each image of all training sets comes in an epoch under :data:`REPEATING`."""
+    """Returns how often each training image occurs per epoch with a :data:`REPEATING` sampler."""
     loader, sampler = cfg.DATALOADER, cfg.DATALOADER.SAMPLER_TRAIN
     if sampler not in REPEATING:
         raise UsageError(
@@ -311,7 +310,7 @@ def repeat_factors(cfg: CfgNode, parts: Sequence[Records]) -> np.ndarray:
 
 
 def _images_with_categories(records: Records) -> list[dict]:
-    """What Detectron2's rule reads of each image."""
+    """Returns the parts of each image that Detectron2's rule reads."""
     images: list[dict] = [{"annotations": []} for _ in range(len(records))]
     columns = (records.box_column(name).tolist() for name in ("image", "category"))
     for image, category in zip(*columns, strict=True):
@@ -320,7 +319,7 @@ def _images_with_categories(records: Records) -> list[dict]:
 
 
 def limit_workers(cfg: CfgNode) -> None:
-    """At most as many loader workers as cores, in place; more would wait for one another."""
+    """Limits loader workers to the number of cores, in place; more would only wait."""
     cores, workers = available_cores(), cfg.DATALOADER.NUM_WORKERS
     if workers > cores:
         cfg.DATALOADER.NUM_WORKERS = cores

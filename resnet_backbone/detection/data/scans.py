@@ -1,7 +1,7 @@
-"""Registered data sets: scanned once, and the scan kept for other processes and later starts.
+"""Registered data sets: scanned once, with the scan cached for other processes and later starts.
 
-The loader, the check before a training and the evaluator share the records and the report of one
-scan, so that a loader leaves out exactly what the report names.
+The loader, the check before training and the evaluator share the records and the report of one
+scan, so that a loader drops exactly what the report lists.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ from resnet_backbone.runtime.files import PACKAGE, whole_file
 
 logger = logging.getLogger(__name__)
 
-KEPT_FROM = 500  # images: a single process scans smaller data sets at each start
-ARRAYS = (*Store._fields, "stamps", "about")  # of a kept scan
-UNUSED = 90 * 24 * 3600  # seconds after which a kept scan is deleted
+KEPT_FROM = 500  # minimum number of images for which a single process keeps a scan
+ARRAYS = (*Store._fields, "stamps", "about")  # in the file of a kept scan
+UNUSED = 90 * 24 * 3600  # seconds without use after which a kept scan is deleted
 
 Scanned = tuple[Records, DataReport]
-Scan = Callable[[], tuple[Iterable[dict], DataReport]]  # the report is whole after the records
+Scan = Callable[[], tuple[Iterable[dict], DataReport]]  # the report is complete after the records
 Select = Callable[[Records], Records]
 
-# Digests of kept scans that another process of this machine has just verified or written
+# Digests of kept scans just verified or written by another process of this machine
 _trusted: ContextVar[frozenset[str]] = ContextVar("trusted", default=frozenset())
 
 
 class ScannedDataset:
-    """A registered data set: read and checked when it is first asked for, and only then.
+    """A registered data set that is read and checked on first use.
 
-    Called without arguments, as Detectron2's catalog does, it gives the records to use.
+    Calling it without arguments, as Detectron2's catalog does, returns the usable records.
 
     Args:
-        scan: reads the data set: Detectron2's dicts of what is good in it, and the report.
+        scan: reads the data set, and returns Detectron2's dicts of usable records and the report.
         on_bad: see :func:`apply_policy`.
-        select: what a loader takes of the records; None for all.
-        key: everything that `scan` depends on, beside the files that its report names.
+        select: selects the records for loaders; None for all.
+        key: everything that `scan` depends on, apart from the files that its report lists.
     """
 
     def __init__(self, scan: Scan, on_bad: str, key: Mapping, select: Select | None = None):
@@ -74,13 +74,13 @@ class ScannedDataset:
         self._has_looked = self._is_accepted = False
 
     def kept(self) -> Scanned | None:
-        """The scan of an earlier start, where nothing has changed since."""
+        """Returns the scan of an earlier start if nothing has changed since, else None."""
         if not self._has_looked:
             self._found, self._has_looked = self._file.read(), True
         return self._found
 
     def scan(self) -> Scanned:
-        """All usable records, and the report; errors of :func:`apply_policy`."""
+        """Returns all usable records and the report; raises as :func:`apply_policy` does."""
         self._found = self._found or self.kept() or self._read()
         if not self._is_accepted:
             apply_policy(self._found[1], self._on_bad)
@@ -94,17 +94,17 @@ class ScannedDataset:
                 records = Records.pack(records)
         if report.num_images >= KEPT_FROM or comm.get_world_size() > 1:
             self._file.write(records, report)
-            with _trusting({self._file.digest}):  # whose pages the processes share
+            with _trusting({self._file.digest}):  # processes share the file's pages
                 records = (self._file.read() or (records,))[0]
         return records, report
 
     @property
     def digest(self) -> str:
-        """Of the kept scan that this is from, or that was made of it; "" for none."""
+        """Digest of the kept scan that was read or written; "" for none."""
         return self._file.digest
 
     def records(self) -> Records:
-        """What a loader takes."""
+        """Returns the records for a loader."""
         records = self.scan()[0]
         return self._select(records) if self._select else records
 
@@ -114,9 +114,9 @@ class ScannedDataset:
 
 
 class KeptScan:
-    """A file in the user's cache with what a scan found, and when the files that it read changed.
+    """A file in the user's cache with the result of a scan and the stamps of all files it read.
 
-    It is used only where these are as they were, and where its content has the right checksum.
+    It is used only if these files are unchanged and its checksum is correct.
     """
 
     def __init__(self, key: Mapping[str, Any]):
@@ -126,7 +126,7 @@ class KeptScan:
         self.path = cache_folder() / f"{name}.scan"
 
     def read(self) -> Scanned | None:
-        """None where there is no such file, or it cannot be used."""
+        """Returns the kept scan, or None if there is none or it cannot be used."""
         try:
             with safe_open(self.path, "pt") as file:
                 digest = file.metadata()["digest"]
@@ -157,7 +157,7 @@ class KeptScan:
         logger.info("%s %s: the data are checked again", self.path, reason)
 
     def write(self, records: Records, report: DataReport) -> None:
-        """A warning where it cannot be written: each process and each start then scans."""
+        """Writes the scan, or logs a warning; then each process and each start scans."""
         about = {"state": self.state, "files": list(report.files)}
         about["report"] = {
             one.name: getattr(report, one.name) for one in fields(report) if one.name != "files"
@@ -199,7 +199,7 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
 
 @cache
 def code_digest() -> str:
-    """Of everything but the data that decides what a scan finds: our code, and Pillow."""
+    """Returns a digest of our code and Pillow's version, on which scans depend."""
     digest = hashlib.sha256(f"{resnet_backbone.__version__} {PIL.__version__}".encode())
     for file in [*sorted(Path(__file__).parent.rglob("*.py")), PACKAGE / "runtime/images.py"]:
         digest.update(file.read_bytes())
@@ -207,7 +207,7 @@ def code_digest() -> str:
 
 
 def cache_folder() -> Path:
-    """Where scans are kept: RESNET_BACKBONE_CACHE, else the user's cache."""
+    """Returns the folder of kept scans: RESNET_BACKBONE_CACHE, else the user's cache."""
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.environ.get("RESNET_BACKBONE_CACHE") or Path(user, "resnet_backbone"))
 
@@ -230,12 +230,12 @@ def _trusting(digests: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def first_process_first() -> Iterator[dict[str, Any]]:
-    """Each machine's first process goes through the block before the others.
+    """Lets each machine's first process run the block before the others.
 
-    They find what it has scanned, and trust it. Where it raises one of our errors, all do.
+    The others find and trust its scans. If it raises one of our errors, all processes do.
 
     Yields:
-        A dict: what the first process puts into it, the others find there.
+        A dict whose contents the first process passes to the others.
     """
     if comm.get_world_size() == 1:
         yield {}
@@ -258,13 +258,13 @@ def first_process_first() -> Iterator[dict[str, Any]]:
 
 
 def register_once(name: str, dataset: ScannedDataset, metadata: Mapping[str, Any]) -> None:
-    """Registers a data set; the same registration again does nothing.
+    """Registers a data set; repeating the same registration does nothing.
 
     Args:
         metadata: for Detectron2's catalog.
 
     Raises:
-        ValueError: `name` is registered with other metadata.
+        ValueError: `name` is already registered with other metadata.
     """
     if name not in DatasetCatalog:
         DatasetCatalog.register(name, dataset)
@@ -280,15 +280,15 @@ def register_once(name: str, dataset: ScannedDataset, metadata: Mapping[str, Any
 
 
 def dataset_records(name: str) -> Records:
-    """What a loader takes of any registered data set."""
+    """Returns a loader's records of any registered data set."""
     dataset = registered_scan(name)
     if dataset:
         return dataset.records()
-    with collector_at_rest():  # other code's dicts may hold anything
+    with collector_at_rest():  # other code's dicts may contain any objects
         return Records.pack(DatasetCatalog.get(name), pickle.loads)
 
 
 def registered_scan(name: str) -> ScannedDataset | None:
-    """The registered data set, whose scan others may share; None if other code registered it."""
+    """Returns a data set registered by this package; None if other code registered it."""
     found = DatasetCatalog[name] if name in DatasetCatalog else None
     return found if isinstance(found, ScannedDataset) else None

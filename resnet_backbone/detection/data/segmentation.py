@@ -1,7 +1,7 @@
 """Data sets with label pictures: semantic segmentation from folders, panoptic from COCO's format.
 
-A label picture is an 8-bit gray PNG of its image's size and name whose pixels are class numbers;
-255 is ignored.
+A label picture is an 8-bit grayscale PNG with its image's size and name, whose pixels are class
+numbers; 255 is ignored.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from resnet_backbone.detection.data.scans import ScannedDataset, register_once
 from resnet_backbone.runtime.errors import DataError
 
 LABELS = (".png",)
-SAMPLE = 200  # labels, spread over a data set, whose pixels are read; of others the header
+SAMPLE = 200  # about this many labels, evenly spaced, are decoded; others are read by header only
 
 
 @reads_file
 def read_class_names(label_root: str) -> list[str]:
-    """Names of the labels 0, 1, ... from ``classes.txt`` in a label folder."""
+    """Reads the names of labels 0, 1, ... from ``classes.txt`` in a label folder."""
     path = Path(label_root) / CLASSES_FILE
     if not path.is_file():
         raise DataError(f"{path} does not exist: write the classes, one per line, label 0 first")
@@ -62,18 +62,18 @@ def register_semantic(
     decode: bool = False,
     shared_images: bool = False,
 ) -> None:
-    """Registers images and label pictures of the same names (and sub-folders) under `name`.
+    """Registers images and label pictures with matching names (and subfolders) under `name`.
 
-    One folder may hold both (every PNG there is a label), or have the other inside it.
+    Both may share one folder (every PNG is then a label), or one folder may contain the other.
     Metadata: stuff_classes (from ``classes.txt``), ignore_label 255, evaluator_type "sem_seg".
 
     Args:
-        on_bad, decode: as :func:`resnet_backbone.detection.data.register_coco`.
-        shared_images: of other data sets, too: those without a label picture are not reported.
+        on_bad, decode: as in :func:`resnet_backbone.detection.data.register_coco`.
+        shared_images: other data sets use these images too, so missing labels are not reported.
 
     Raises:
-        DataError: a folder or ``classes.txt`` is missing; when the data set is loaded, what
-            `on_bad` says, two images of one label picture, and pixels that are not a class.
+        DataError: a folder or ``classes.txt`` is missing; when the data set is loaded, as `on_bad`
+            says, if two images share a label picture, or if pixels are not a class.
     """
     image_root, label_root = os.path.abspath(image_root), os.path.abspath(label_root)
     _check_folders(image_root, label_root)
@@ -111,7 +111,7 @@ def _check_folders(*folders: str) -> None:
 
 
 def _pair(image_root: str, label_root: str, report: DataReport, shared_images: bool) -> list[dict]:
-    """A record for every label picture that has an image."""
+    """Returns a record for every label picture that has an image."""
     images: dict[str, str] = {}
     for name, path in _list_files(image_root, IMAGES, label_root):
         if image_root == label_root and path.lower().endswith(LABELS):
@@ -134,7 +134,7 @@ def _pair(image_root: str, label_root: str, report: DataReport, shared_images: b
 
 
 def _list_files(root: str, suffixes: Sequence[str], other: str) -> list[tuple[str, str]]:
-    """Label name and path of files by their suffix, less those of another folder inside."""
+    """Returns label name and path of files by suffix, except in the folder `other` inside."""
     inside = Path(root) in Path(other).parents
     return [
         (label_name(str(path.relative_to(root))), str(path))
@@ -146,7 +146,7 @@ def _list_files(root: str, suffixes: Sequence[str], other: str) -> list[tuple[st
 def _drop_bad_labels(
     records: Sequence[dict], num_classes: int, report: DataReport, decode: bool = False
 ) -> list[dict]:
-    """Adds height, width and image_id; leaves out what cannot be read or is of different sizes."""
+    """Adds height, width and image_id; drops unreadable files and pairs of different sizes."""
     step = max(1, len(records) // SAMPLE)
     files = [(one["file_name"], one["sem_seg_file_name"]) for one in records]
     for _, label in files:
@@ -175,10 +175,10 @@ def _look_at_pair(image: str, label: str, num_classes: int, pixels: bool, decode
 
 
 def check_label(path: str, num_classes: int, pixels: bool) -> tuple[int, int]:
-    """Width and height of a label picture.
+    """Returns the width and height of a label picture.
 
-    It is a DataError if it is in color or has a palette, which Detectron2 would turn into other
-    numbers without a warning, or (with `pixels`) has a value that is not a class.
+    DataError: it has color or a palette, which Detectron2 would silently convert to other numbers,
+    or (with `pixels`) a value that is not a class.
     """
     with Image.open(path) as label:
         size, mode = label.size, label.mode
@@ -204,19 +204,19 @@ def register_panoptic(
     on_bad: str = "drop",
     decode: bool = False,
 ) -> None:
-    """Registers what Panoptic FPN trains on: instances, "stuff" labels, and COCO's panoptic format.
+    """Registers data for Panoptic FPN: instances, "stuff" labels, and COCO's panoptic format.
 
-    It is Detectron2's "separated" form. Metadata as of :func:`register_coco`, stuff_classes
+    This is Detectron2's "separated" form. Metadata: as in :func:`register_coco`, stuff_classes
     ("things" first), stuff_dataset_id_to_contiguous_id, the paths, ignore_label 255, and
     evaluator_type "coco_panoptic_seg".
 
     Args:
-        label_root: label pictures: 0 things, then the stuff classes by rising category id
+        label_root: label pictures: 0 for things, then the stuff classes by ascending category id
             (Detectron2's ``prepare_panoptic_fpn.py``; tools/prepare_data.py labels).
-        panoptic_root: its pictures; empty: `panoptic_json` without ``.json``, as COCO has it.
+        panoptic_root: folder of its pictures; empty for `panoptic_json` without ``.json``.
 
     Raises:
-        DataError: a missing file or folder, or JSON files that do not belong together.
+        DataError: a file or folder is missing, or the JSON files do not belong together.
     """
     paths = [json_file, image_root, label_root, panoptic_json]
     json_file, image_root, label_root, panoptic_json = map(os.path.abspath, paths)
@@ -259,7 +259,7 @@ def register_panoptic(
 def _drop_without_panoptic(
     records: Sequence[dict], panoptic_json: str, pictures: Mapping[int, str], report: DataReport
 ) -> list[dict]:
-    """Leaves out images that panoptic quality could not be measured on."""
+    """Drops images without panoptic ground truth."""
     kept = []
     for record in records:
         picture = pictures.get(record["image_id"])
@@ -278,7 +278,7 @@ def _drop_without_panoptic(
 
 
 def _stuff_of(panoptic_json: str, content: Mapping, instances: Mapping) -> dict[int, str]:
-    """The classes of stuff {category id: name}, by rising id."""
+    """Returns the stuff classes as {category id: name}, by ascending id."""
     ids, names = instances["thing_dataset_id_to_contiguous_id"], instances["thing_classes"]
     things, stuff = panoptic_categories(content)
     if things != dict(zip(ids, names, strict=True)) or not stuff:

@@ -1,4 +1,4 @@
-"""Checks whole folders of VOC and COCO, the official ones or a user's own in the same layout."""
+"""Checks whole VOC and COCO folders, official ones or custom data in the same layout."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ from resnet_backbone.detection.inference.pictures import (
 from resnet_backbone.report.plots import COLORS, save_png
 from resnet_backbone.runtime.errors import DataError
 
-SAMPLES = 20  # images of a split that are kept for a picture
-SHOWN = 5  # problems of a kind that are printed
+SAMPLES = 20  # images per split in a contact sheet
+SHOWN = 5  # problems printed per kind
 GONE = ("missing-image", "missing-xml")
 
 
 @dataclass
 class SplitCheck:
-    """What one split holds."""
+    """The contents of one split."""
 
     name: str  # file in ImageSets/Main or in annotations, without its suffix
     report: DataReport
     files: list[str]  # images that can be opened
     samples: list[dict]  # some of Detectron2's dicts
-    official: Counts | None = None  # what it should hold; None for a split that is not official
+    official: Counts | None = None  # published counts; None for a split that is not official
 
     @property
     def counts(self) -> Counts:
-        """What it holds; boxes are good ones."""
+        """Counts of images and usable boxes."""
         report = self.report
         if not report.annotated:
             return Counts(report.num_images)
         return Counts(report.num_images, report.boxes.total(), report.difficult.total() or None)
 
     def miscounts(self) -> list[str]:
-        """Where it is not what it should be: "2,400 images, officially 2,501"."""
+        """Returns deviations from the published counts, e.g. "2,400 images, officially 2,501"."""
         found, bad = [], len(self.report.bad_boxes)
         units = ("images", "boxes", "difficult boxes")
         for unit, number, wanted in zip(units, self.counts, self.official or (), strict=False):
@@ -74,19 +74,19 @@ class SplitCheck:
 
 @dataclass
 class TreeCheck:
-    """What one VOC folder or one COCO folder holds."""
+    """The contents of one VOC or COCO folder."""
 
     folder: str
     kind: str  # "voc" or "coco"
-    official: str = ""  # its official name, "VOC2007", "VOC2012" or "coco"; "" for a user's own
+    official: str = ""  # its official name, "VOC2007", "VOC2012" or "coco"; "" for custom data
     splits: list[SplitCheck] = field(default_factory=list)  # those that could be read
-    absent: list[str] = field(default_factory=list)  # what is missing as a whole, how to mend it
+    absent: list[str] = field(default_factory=list)  # missing folders and files, how to fix this
     unlisted: list[str] = field(default_factory=list)  # images that are in no split
-    decoded: int = 0  # images that were decoded; 0 where only their headers were read
+    decoded: int = 0  # number of decoded images; 0 if only headers were read
 
     @property
     def damaged(self) -> bool:
-        """Whether something is missing, corrupt, or not as many as it should be."""
+        """Whether something is missing or corrupt, or counts differ from the published ones."""
         return bool(self.absent) or any(s.report.bad_files or s.miscounts() for s in self.splits)
 
     def add_split(self, name: str, records: list[dict], report: DataReport) -> None:
@@ -96,7 +96,7 @@ class TreeCheck:
         self.splits.append(SplitCheck(name, report, files, samples, COUNTS.get(official)))
 
     def finish(self, folders: Iterable[Path], listed: set[str], workers: int) -> TreeCheck:
-        """Finds images that are in no split, and decodes the others in several processes."""
+        """Finds images that are in no split, and decodes the others in parallel processes."""
         ends = [f"*{suffix}" for suffix in IMAGE_SUFFIXES]
         images = {str(file) for place in folders for end in ends for file in place.glob(end)}
         self.unlisted = sorted(images - listed)
@@ -119,13 +119,13 @@ def check_voc_tree(
     """Checks a folder in VOC layout.
 
     Args:
-        folder: holds Annotations/, JPEGImages/ and ImageSets/Main/.
-        own: a user's own data, also if the folder is called VOC2007 or VOC2012.
-        splits: names in ImageSets/Main; () takes all but VOC's lists per class.
-        workers: processes that decode every image; 0 reads headers only.
+        folder: contains Annotations/, JPEGImages/ and ImageSets/Main/.
+        own: treat it as custom data even if the folder is called VOC2007 or VOC2012.
+        splits: names in ImageSets/Main; () for all but VOC's per-class lists.
+        workers: number of processes that decode every image; 0 reads headers only.
 
     Raises:
-        DataError: a split that does not exist, or no class in any.
+        DataError: a split does not exist, or none has a class.
     """
     folder = Path(folder)
     name, images, lists = folder.resolve().name, folder / "JPEGImages", folder / "ImageSets/Main"
@@ -150,12 +150,12 @@ def check_coco_tree(
     """Checks a folder in COCO's layout: annotations/instances_NAME.json with the images in NAME/.
 
     Args:
-        root: it, or the folder that has it as coco/.
-        own: a user's own data, also with COCO's names.
-        splits: "instances_val2017", ...; () takes all instances_* and image_info_*.
+        root: this folder, or its parent if it is called coco/.
+        own: treat it as custom data even with COCO's names.
+        splits: "instances_val2017", ...; () for all instances_* and image_info_*.
 
     Raises:
-        DataError: no annotations/; a file that does not exist there or is not JSON.
+        DataError: there is no annotations/, or a file in it does not exist or is not JSON.
     """
     folder = next(
         (p for p in (Path(root), Path(root, "coco")) if (p / "annotations").is_dir()), None
@@ -189,11 +189,11 @@ def check_coco_tree(
 def check_coco_files(
     pairs: Iterable[tuple[str, str]], workers: int = 0, tree: TreeCheck | None = None
 ) -> TreeCheck:
-    """Checks a user's own files in COCO's format, wherever they are.
+    """Checks custom files in COCO's format at any location.
 
     Args:
         pairs: (JSON file, folder of its images) each.
-        tree: gets what is found; by default a new one.
+        tree: receives the results; a new one by default.
 
     Raises:
         DataError: no such file, or it is not JSON.
@@ -211,7 +211,7 @@ def check_coco_files(
 
 
 def summary(tree: TreeCheck) -> str:
-    """Text: what was checked, the splits, the boxes per class, what is wrong, how to mend it."""
+    """Returns a text on the splits, the boxes per class, all problems and their fixes."""
     how = f"as the official {tree.official}" if tree.official else "as data of your own"
     read = f"{tree.decoded:,} images decoded" if tree.decoded else "only the headers of images read"
     lines = [f"{tree.folder}, checked {how}: {read}", "", *tables(tree)]
@@ -239,7 +239,7 @@ def summary(tree: TreeCheck) -> str:
 
 
 def problems_by_kind(tree: TreeCheck) -> dict[str, dict]:
-    """Kind -> its problems -> the first split that each is in."""
+    """Returns kind -> problem -> the first split that has it."""
     found: dict[str, dict] = {}
     for split in tree.splits:
         for problem in split.report.problems:
@@ -248,7 +248,7 @@ def problems_by_kind(tree: TreeCheck) -> dict[str, dict]:
 
 
 def to_json(tree: TreeCheck) -> dict[str, Any]:
-    """The whole check, for files: counts, official counts, boxes per class, every problem."""
+    """Returns the whole check for JSON: counts, official counts, boxes per class, problems."""
     splits = {}
     for split in tree.splits:
         splits[split.name] = {
@@ -273,7 +273,7 @@ def to_json(tree: TreeCheck) -> dict[str, Any]:
 
 
 def tables(tree: TreeCheck) -> Iterator[str]:
-    """The splits; good boxes per class and split, VOC's difficult ones not counted."""
+    """Yields a table of splits, and one of boxes per class and split without difficult ones."""
     columns = {"split": [split.name for split in tree.splits]}
     for unit in Counts._fields:
         numbers = [getattr(split.counts, unit) for split in tree.splits]
@@ -289,7 +289,7 @@ def tables(tree: TreeCheck) -> Iterator[str]:
 
 
 def _mending(tree: TreeCheck) -> Iterator[str]:
-    """What to do about each problem; lines repeat."""
+    """Yields how to fix each problem; lines repeat."""
     root = Path(tree.folder).parent
     for kind, problems in problems_by_kind(tree).items():
         for split in problems.values():
@@ -307,7 +307,7 @@ def _mending(tree: TreeCheck) -> Iterator[str]:
 
 
 def draw_classes(tree: TreeCheck, path: Path) -> bool:
-    """Writes a bar chart (PNG) of the boxes per class; False where no split is annotated."""
+    """Writes a bar chart (PNG) of the boxes per class; returns False without annotations."""
     united = ("train", "val") if "trainval" in [split.name for split in tree.splits] else ()
     shown = [split for split in tree.splits if split.report.annotated and split.name not in united]
     names = list(dict.fromkeys(name for split in shown for name in split.report.boxes))
@@ -332,9 +332,9 @@ def draw_classes(tree: TreeCheck, path: Path) -> bool:
 
 
 def draw_samples(split: SplitCheck, path: Path) -> bool:
-    """Writes a sheet of images with their boxes and classes; False where there is none to show.
+    """Writes a sheet of images with their boxes and classes; returns False without images.
 
-    Of wide images fewer are in a row, so that the names of classes can be read.
+    Rows have fewer wide images, so that class names stay legible.
     """
     pictures = []
     for record in split.samples:

@@ -1,4 +1,4 @@
-"""Data sets in PASCAL VOC layout, VOC's own or a user's, as Detectron2 data sets."""
+"""PASCAL VOC and custom data in its layout as Detectron2 data sets."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from resnet_backbone.runtime.errors import DataError
 
 
 def find_voc_classes(root: str | os.PathLike, splits: Sequence[str]) -> list[str]:
-    """Class names that occur in the XML files of `splits`, sorted.
+    """Returns the class names in the XML files of `splits`, sorted.
 
-    Give the training and the test splits together, so that both get the same class numbers.
-    If they are VOC's twenty, the list is `VOC_CLASSES` (VOC's own order).
+    Pass the training and test splits together, so that both get the same class numbers. VOC's
+    twenty classes are returned as `VOC_CLASSES`, in VOC's own order.
 
     Raises:
-        DataError: no such folder or split, or no object with a name in any of them.
+        DataError: no such folder or split, or no object has a name.
     """
     voc_dir = find_voc_dir(root)
     ids = list(dict.fromkeys(i for split in splits for i in read_split(voc_dir, split)))
@@ -72,25 +72,25 @@ def scan_voc(
     decode: bool = False,
     progress: bool = False,
 ) -> tuple[list[dict], DataReport]:
-    """Read and check a split in one pass; loader, check and evaluator all stand on this.
+    """Reads and checks a split in one pass, for loader, check and evaluator.
 
     Args:
-        root: the folder that holds `Annotations/`, or a VOCdevkit folder with one such inside.
+        root: the folder with `Annotations/`, or a VOCdevkit folder that contains one such folder.
         split: name of a file in `ImageSets/Main`, without `.txt`.
         class_names: the classes to train on; position = category_id.
         decode: decode every image, which finds truncated ones (minutes for VOC's 16,551).
         progress: show a progress bar on a terminal.
 
     Returns:
-        One Detectron2 dict per good image: file_name, image_id (str), height, width (pixels) and
+        One Detectron2 dict per usable image: file_name, image_id (str), height, width (pixels) and
         annotations, each with category_id, bbox [x0, y0, x1, y1] in continuous pixel coordinates
-        (the XML's minima less 1, as Detectron2's own loader does), bbox_mode and difficult (0 or
-        1). Where no image of the split has an XML file (VOC 2012's test set) there are none.
+        (the XML's minima minus 1, as in Detectron2's own loader), bbox_mode and difficult (0 or 1).
+        If no image of the split has an XML file (VOC 2012's test set), annotations are empty.
 
-        What is left out: XML that is missing or broken; images that are missing, no images, or of
-        another size than their XML says; boxes of zero or negative size, not finite, or outside
-        the image (those that run past its edge are clipped); classes not in `class_names`; ids
-        listed twice.
+        Dropped are: missing or broken XML files; images that are missing, unreadable, or of another
+        size than their XML states; boxes that are not finite, of zero or negative size, or outside
+        the image (those that cross its edge are clipped); classes not in `class_names`; ids listed
+        twice.
 
     Raises:
         DataError: no such folder or split.
@@ -109,7 +109,7 @@ def _scan(
     decode: bool,
     progress: bool = False,
 ) -> Iterator[dict]:
-    """The records of :func:`scan_voc`; the report is whole after the last."""
+    """Yields the records of :func:`scan_voc`; the report is complete after the last."""
     split_file = os.path.join(voc_dir, "ImageSets", "Main", f"{split}.txt")
     folders = (os.path.join(voc_dir, name) for name in ("Annotations", "JPEGImages"))
     for path in (split_file, *folders):
@@ -148,7 +148,7 @@ def _without_difficult(records: Records) -> Records:
 def _look_at(
     voc_dir: str, image_id: str, annotated: bool, decode: bool
 ) -> tuple[Stamp, Sequence[VocObject], Look]:
-    """Of the XML file its stamp and objects, then what is first unusable of it and the image."""
+    """Returns the XML's stamp and objects, and the result for the image or a problem of the XML."""
     xml = xml_path(voc_dir, image_id)
     stamp, name, stated, objects = stamp_of(xml), "", None, []
     try:
@@ -164,7 +164,7 @@ def _look_at(
 
 
 def _scan_objects(objects, xml, size, class_ids, report) -> Iterator[dict]:
-    """Yield the annotation of every good object; add the others to `report`."""
+    """Yields the annotation of every usable object; adds the others to `report`."""
     for name, box, difficult, problem in objects:
         if not problem and name not in class_ids:
             near = difflib.get_close_matches(name, class_ids, n=1, cutoff=0.0)
@@ -198,20 +198,20 @@ def register_voc(
     on_bad: str = "drop",
     decode: bool = False,
 ) -> None:
-    """Register a split under `name`; it is read when Detectron2 first asks for it.
+    """Registers a split under `name`; it is scanned when Detectron2 first asks for it.
 
     Metadata: thing_classes, dirname, split, year, evaluator_type "voc", and the last three options.
 
     Args:
         root, split, decode: see :func:`scan_voc`.
-        class_names: None takes those of this split; see :func:`find_voc_classes`.
+        class_names: None for the classes of this split; see :func:`find_voc_classes`.
         use_difficult: keep boxes marked difficult. Detectron2 does; the paper, like Faster R-CNN,
-            trains without.
-        on_bad: "drop" logs what is wrong and leaves it out, "refuse" raises a DataError.
+            trains without them.
+        on_bad: "drop" logs and drops what is wrong, "refuse" raises a DataError.
 
     Raises:
         DataError: no such folder or split.
-        ValueError: `name` is registered already with other arguments.
+        ValueError: `name` is already registered with other arguments.
     """
     voc_dir = os.path.abspath(find_voc_dir(root))
     read_split(voc_dir, split)

@@ -1,1 +1,1 @@
-"""The files that annotation tools write, read as far as they can be."""
+"""Tolerant readers for the files that annotation tools write."""

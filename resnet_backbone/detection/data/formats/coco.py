@@ -1,7 +1,7 @@
-"""COCO's JSON format, as annotation tools write it, read; and written anew.
+"""Reads COCO's JSON format as annotation tools write it, and writes clean files.
 
-They write ids as text, empty fields, masks of two points. Each entry is read as far as it can be;
-what cannot be used is left out by itself, and named.
+Tools write ids as text, empty fields, and masks of two points. Each entry is read as far as
+possible. Only the unusable parts are dropped, and each is reported.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ LONGEST_ID = 100  # digits; Python refuses to read thousands
 
 
 class CocoFile(NamedTuple):
-    """What an instances JSON holds that can be used."""
+    """The usable contents of an instances JSON."""
 
-    categories: dict[Id, str]  # by rising id; none if the file is unusable
-    images: dict[Id, dict[str, Any]]  # file_name, width, height (None where it is not stated)
+    categories: dict[Id, str]  # by ascending id; empty if the file is unusable
+    images: dict[Id, dict[str, Any]]  # file_name, width, height (None if not stated)
     # image -> category_id, bbox (x, y, width, height), area, iscrowd, segmentation, keypoints
     annotations: dict[Id, list[dict[str, Any]]]
-    annotated: bool  # False for lists of images without the key, such as COCO's image_info files
+    annotated: bool  # False without the key "annotations", as in COCO's image_info files
     problems: tuple[DataProblem, ...]
     notes: tuple[str, ...]
-    stamp: Stamp = (-1, -1)  # of the file, before it was read
+    stamp: Stamp = (-1, -1)  # the file's, before it was read
 
 
 def check_file(path: str) -> None:
@@ -51,10 +51,10 @@ def check_file(path: str) -> None:
 
 
 def read_json(path: str) -> Any:
-    """The content of a JSON file, UTF-8 or UTF-16, with a byte order mark or without.
+    """Reads a JSON file in UTF-8 or UTF-16, with or without a byte order mark.
 
     Raises:
-        DataError: there is none, or it is not JSON.
+        DataError: no such file, or it is not JSON.
     """
     check_file(path)
     try:
@@ -64,10 +64,10 @@ def read_json(path: str) -> Any:
 
 
 def first_images(json_file: str) -> list[str]:
-    """The file_names in the first MiB, found without parsing; those with escapes are left out.
+    """Returns the file_names in the first MiB, found without parsing; skips those with escapes.
 
     Raises:
-        DataError: there is no such file.
+        DataError: no such file.
     """
     check_file(json_file)
     with open(json_file, "rb") as file:
@@ -76,7 +76,7 @@ def first_images(json_file: str) -> list[str]:
 
 @reads_file
 def read_coco(json_file: str) -> CocoFile:
-    """What an instances JSON holds; a DataError if there is no such file, or it is not JSON."""
+    """Reads an instances JSON; DataError if there is no such file or it is not JSON."""
     stamp = stamp_of(json_file)
     with collector_at_rest():
         return _Parser(json_file).parse(read_json(json_file))._replace(stamp=stamp)
@@ -88,11 +88,11 @@ def clean_coco(
     annotations: Mapping[Id, Sequence[Mapping[str, Any]]],
     annotated: bool = True,
 ) -> dict[str, Any]:
-    """A data set in COCO's format, in which every field is as it should be, with ids from 1.
+    """Returns a data set as valid COCO JSON with ids from 1.
 
     Args:
         categories, images, annotations: as in a :class:`CocoFile`.
-        annotated: False leaves the list of annotations out.
+        annotated: False omits the list of annotations.
     """
     places = number_from_one(categories)
     entries = []
@@ -112,7 +112,7 @@ def clean_coco(
             if mask:
                 entry["segmentation"] = mask
             points = one.get("keypoints")
-            if points:  # Detectron2's coordinates back to COCO's pixel indices
+            if points:  # from Detectron2's coordinates back to COCO's pixel indices
                 entry["keypoints"] = [p if k % 3 == 2 else p - 0.5 for k, p in enumerate(points)]
                 entry["num_keypoints"] = sum(visible > 0 for visible in points[2::3])
             entries.append(entry)
@@ -135,12 +135,12 @@ def clean_coco(
 
 
 def number_from_one(ids: Iterable[Id]) -> dict[Id, int]:
-    """Id -> its place among the ids, counted from 1."""
+    """Returns id -> its position among the ids, counted from 1."""
     return {one: number for number, one in enumerate(ids, start=1)}
 
 
 def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
-    """Which of these lists a JSON lacks, else which of these keys their entries lack."""
+    """Returns messages on lists that a JSON lacks, else on keys that their entries lack."""
     lists = data if isinstance(data, dict) else {}
     missing = [section for section in required if not isinstance(lists.get(section), list)]
     if missing:
@@ -155,7 +155,7 @@ def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 class _Parser:
-    """Collects what is good and what is wrong in one file."""
+    """Collects the usable entries and the problems of one file."""
 
     def __init__(self, where: str):
         self.where, self.problems, self.notes = where, [], []
@@ -253,7 +253,7 @@ class _Parser:
         return dict(found)
 
     def drop_root(self, categories: dict[Id, str], entries: Iterable[Any], annotations) -> None:
-        """Roboflow's first category, which has no boxes and is the parent of all others."""
+        """Drops Roboflow's first category, which has no boxes and is the parent of all others."""
         used = {one["category_id"] for boxes in annotations.values() for one in boxes}
         parents = {
             read_id(entry.get("id")): entry.get("supercategory")
@@ -287,13 +287,13 @@ def _annotation(
     points = entry.get("keypoints")
     points = [read_number(one) for one in points] if isinstance(points, list) else []
     if points and len(points) % 3 == 0 and None not in points:
-        # COCO's are pixel indices, Detectron2's are coordinates
+        # COCO has pixel indices, Detectron2 continuous coordinates
         used["keypoints"] = [p if k % 3 == 2 else p + 0.5 for k, p in enumerate(points)]
     return used
 
 
 def read_id(value: Any) -> Id | None:
-    """An id as a whole number, also from its text or a float; else as text; None for no id."""
+    """Returns an id as an integer, even if written as text or float, else as text, or None."""
     if isinstance(value, str):
         text = value.strip()
         is_number = text.removeprefix("-").isdecimal() and len(text) < LONGEST_ID
@@ -304,7 +304,7 @@ def read_id(value: Any) -> Id | None:
 
 
 def read_number(value: Any) -> float | None:
-    """A number, also from its text; None for anything else, and for what no float can hold."""
+    """Returns a number, even if written as text; None for others and for float overflow."""
     if not isinstance(value, (str, int, float)):
         return None
     try:
@@ -315,7 +315,7 @@ def read_number(value: Any) -> float | None:
 
 
 def _read_mask(value: Any, size: tuple[int | None, int | None]) -> list | dict | None:
-    """Polygons of three points or more, or compressed run lengths; None for anything else."""
+    """Returns polygons of three or more points, or compressed run lengths, else None."""
     if isinstance(value, dict):
         try:
             counts, (height, width) = value["counts"], value["size"]
@@ -330,7 +330,7 @@ def _read_mask(value: Any, size: tuple[int | None, int | None]) -> list | dict |
     if not isinstance(value, list):
         return None
     if value and all(isinstance(number, (int, float)) for number in value):
-        value = [value]  # one polygon, without its list
+        value = [value]  # a polygon that is not in a list
     good = [one for one in value if _is_polygon(one)]
     return good or None
 
@@ -339,8 +339,8 @@ def _is_polygon(value: Any) -> bool:
     if not isinstance(value, list) or len(value) < 6 or len(value) % 2:
         return False
     try:
-        if math.isfinite(sum(value)):  # much faster than to look at each
+        if math.isfinite(sum(value)):  # much faster than checking each
             return True
-        return all(map(math.isfinite, value))  # finite numbers may have an infinite sum
+        return all(map(math.isfinite, value))  # the sum of finite numbers may overflow
     except (OverflowError, TypeError):
         return False

@@ -1,8 +1,8 @@
-"""PASCAL VOC's layout, as annotation tools write it: its folders, lists and XML files.
+"""PASCAL VOC's layout as annotation tools write it: folders, lists and XML files.
 
     ROOT/Annotations/ID.xml   ROOT/JPEGImages/ID.jpg   ROOT/ImageSets/Main/SPLIT.txt
 
-They leave tags out and write other numbers than VOC does.
+Tools omit tags and write numbers differently from VOC.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from resnet_backbone.runtime.errors import DataError
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-CLASS_COLUMN = re.compile(r"(.*\S)\s+[+-]?[01]")  # of a line in one of VOC's lists per class
+CLASS_COLUMN = re.compile(r"(.*\S)\s+[+-]?[01]")  # a line in one of VOC's per-class lists
 
 
 class VocObject(NamedTuple):
@@ -31,11 +31,11 @@ class VocObject(NamedTuple):
     name: str
     box: tuple[float, ...] = ()
     difficult: int = 0  # or 1
-    problem: str = ""  # why it has no name or no box; "" where it has
+    problem: str = ""  # why it has no name or no box, or ""
 
 
 def find_voc_folders(root: str | os.PathLike) -> list[str]:
-    """`root` if it holds `Annotations/`, else the folders that do in it and in its VOCdevkit.
+    """Returns `root` if it contains `Annotations/`, else such folders in it or its VOCdevkit.
 
     Raises:
         DataError: there is none.
@@ -56,7 +56,7 @@ def find_voc_folders(root: str | os.PathLike) -> list[str]:
 
 
 def find_voc_dir(root: str | os.PathLike) -> str:
-    """The one folder of :func:`find_voc_folders`; a DataError that names all if there are more."""
+    """Returns the only folder of :func:`find_voc_folders`; DataError if there are several."""
     found = find_voc_folders(root)
     if len(found) > 1:
         raise DataError(f"{root} holds several VOC folders; give one of: {', '.join(found)}")
@@ -64,10 +64,10 @@ def find_voc_dir(root: str | os.PathLike) -> str:
 
 
 def read_split(voc_dir: str, split: str) -> list[str]:
-    """Image ids of `ImageSets/Main/SPLIT.txt`, in its order, repetitions included.
+    """Reads the image ids in `ImageSets/Main/SPLIT.txt`, in file order with repetitions.
 
-    Blank lines are skipped, and so is the second column (1, 0 or -1) of VOC's per-class lists.
-    A DataError names the splits that exist.
+    Blank lines and the second column (1, 0 or -1) of VOC's per-class lists are ignored.
+    DataError: no such split; the message lists those that exist.
     """
     path = Path(voc_dir, "ImageSets", "Main", f"{split}.txt")
     if not path.is_file():
@@ -84,7 +84,7 @@ def read_split(voc_dir: str, split: str) -> list[str]:
 
 
 def _find_id(word: str, known: set[str], in_lower_case: Mapping[str, str]) -> str:
-    """The id that an entry means, which may have a suffix, a path, or another case."""
+    """Returns the id of an entry, which may have a suffix, a path, or another case."""
     name = word.replace("\\", "/").rpartition("/")[2]
     stem, dot, suffix = name.rpartition(".")
     is_image = bool(dot) and f".{suffix.lower()}" in (*IMAGE_SUFFIXES, ".xml")
@@ -97,7 +97,7 @@ def _find_id(word: str, known: set[str], in_lower_case: Mapping[str, str]) -> st
 
 
 def _read_text(path: Path) -> str:
-    """A list of ids in UTF-8, UTF-16 by its byte order mark, or an older one-byte encoding."""
+    """Reads a list of ids in UTF-8, UTF-16 with a byte order mark, or Latin-1."""
     data = path.read_bytes()
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", errors="replace")
@@ -108,17 +108,16 @@ def _read_text(path: Path) -> str:
 
 
 def list_splits(voc_dir: str | os.PathLike) -> list[str]:
-    """The names in `ImageSets/Main`, less VOC's lists per class."""
+    """Returns the names in `ImageSets/Main` without VOC's per-class lists."""
     files = sorted(Path(voc_dir, "ImageSets", "Main").glob("*.txt"))
     firsts = {file.stem: _read_text(file).partition("\n")[0] for file in files}
     return [name for name, first in firsts.items() if not CLASS_COLUMN.fullmatch(first.strip())]
 
 
 def read_annotation(path: str) -> tuple[str, tuple[int, int] | None, list[VocObject]]:
-    """The image's name, "" for none, its size (width, height), if it is stated, and its objects.
+    """Returns the image's name or "", its stated size (width, height) or None, and its objects.
 
-    A run reads the same files for the classes and for the boxes: they are read again only after
-    they have changed.
+    Results are cached until the file changes, since classes and boxes are read separately.
 
     Raises:
         OSError: no such file.
@@ -130,7 +129,7 @@ def read_annotation(path: str) -> tuple[str, tuple[int, int] | None, list[VocObj
 @cache
 def _read_version(path: str, _stamp: Stamp) -> tuple:
     root = _parse_xml(Path(path).read_bytes())
-    # some annotation tools write 0, or text, for a size that they do not know
+    # some annotation tools write 0 or text for an unknown size
     sides = [_to_number(root.findtext(f"size/{side}")) for side in ("width", "height")]
     size = (int(sides[0]), int(sides[1])) if min(sides) >= 1 else None
     image_name = (root.findtext("filename") or "").strip()
@@ -138,7 +137,7 @@ def _read_version(path: str, _stamp: Stamp) -> tuple:
 
 
 def _parse_xml(data: bytes) -> ET.Element:
-    """The root of an annotation, without namespaces; the declared encoding may be unknown."""
+    """Parses an annotation without namespaces; the declared encoding may be unknown."""
     try:
         root = ET.fromstring(data)
     except (ET.ParseError, LookupError, ValueError) as error:
@@ -160,7 +159,7 @@ def _parse_xml(data: bytes) -> ET.Element:
 
 
 def _to_number(text: str | None) -> float:
-    """A finite number; 0 for anything else."""
+    """Returns a finite number; 0 for anything else."""
     try:
         number = float(text or 0)
     except ValueError:
@@ -187,7 +186,7 @@ def xml_path(voc_dir: str, image_id: str) -> str:
 
 
 def find_image(voc_dir: str, image_id: str, image_name: str) -> str:
-    """Path of the image: the suffix of `<filename>` first, then whichever exists."""
+    """Returns the image's path: with the suffix of `<filename>`, else any that exists."""
     stem = os.path.join(voc_dir, "JPEGImages", image_id)
     stated = os.path.splitext(image_name)[1] or ".jpg"
     paths = [stem + suffix for suffix in (stated, *IMAGE_SUFFIXES)]

@@ -1,4 +1,4 @@
-"""YOLO's text files, a line an object, and the files that name their classes."""
+"""YOLO's text files, with one object per line, and the files with their class names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resnet_backbone.runtime.errors import DataError
 
 
 def is_yolo_file(file: Path) -> bool:
-    """Whether the first line is an object."""
+    """Whether the first line of a file is an object."""
     try:
         words = file.read_text(encoding="utf-8-sig").split("\n", 1)[0].split()
         is_label = len(words) >= 5 and words[0].isdecimal() and bool([float(w) for w in words])
@@ -24,11 +24,11 @@ def is_yolo_file(file: Path) -> bool:
 def parse_yolo_line(
     line: str, num_classes: int, size: tuple[int, int]
 ) -> tuple[int, tuple[float, ...], dict[str, Any]]:
-    """Class, box (x0, y0, x1, y1) in pixels, and the segmentation of a polygon.
+    """Returns the class, the box (x0, y0, x1, y1) in pixels, and a polygon's segmentation.
 
     Args:
-        line: ``class x y width height``, or ``class x1 y1 x2 y2 ...`` of a polygon; image sides
-            are 1.
+        line: ``class x y width height``, or ``class x1 y1 x2 y2 ...`` for a polygon, as fractions
+            of the image's sides.
         size: (width, height) of the image.
 
     Raises:
@@ -52,7 +52,7 @@ def parse_yolo_line(
 
 
 def read_yolo_names(annotations: Path, images: Path) -> list[str]:
-    """Class names of data.yaml or classes.txt, with the labels or images, or two folders above."""
+    """Reads class names from data.yaml or classes.txt, up to two folders above labels or images."""
     folders = [annotations, images]
     folders += [above for folder in folders for above in folder.absolute().parents[:2]]
     names = ("data.yaml", "dataset.yaml", "classes.txt")
