@@ -1,4 +1,4 @@
-"""What happens between the steps of a training: checkpoints, evaluation, metrics, a bar."""
+"""Hooks of the training loop: checkpoints, evaluation, metrics, a progress bar."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from resnet_backbone.runtime.records import spell_hours
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"
-TIMINGS = ("time", "data_time", "eta_seconds")  # of a process, not of a run
-FIRST = 5  # iterations that are logged one by one
-LONG_HOURS = 24  # from which on a training on a CPU is warned of
+TIMINGS = ("time", "data_time", "eta_seconds")  # belong to a process, not to a run
+FIRST = 5  # number of first iterations that are logged
+LONG_HOURS = 24  # longer trainings on a CPU log a warning
 
 
 class RepeatablePreciseBN(PreciseBN):
-    """Detectron2's, on the same training images each time, whatever was computed before."""
+    """Detectron2's hook, but always on the same training images."""
 
     def update_stats(self) -> None:
-        if not self._disabled and self._data_loader is None:  # the seed of the run is known now
+        if not self._disabled and self._data_loader is None:  # only now the run's seed is known
             cfg = with_keys(self.trainer.cfg, "DATALOADER.NUM_WORKERS", 0)
             self._data_loader = self.trainer.build_train_loader(cfg)
         self._data_iter = None
@@ -44,7 +44,7 @@ class RepeatablePreciseBN(PreciseBN):
 class Checkpoints(HookBase):
     """Saves every `period` iterations, after the last one, and before it raises :class:`Stopped`.
 
-    The evaluation and the metrics of the iteration come later: who resumes does them again.
+    Evaluation and metrics of the iteration come later, so a resumed run repeats them.
     """
 
     def __init__(self, checkpointer: Checkpointer, period: int):
@@ -58,7 +58,7 @@ class Checkpoints(HookBase):
             raise Stopped(stopping)
 
     def save(self, final: bool = False) -> None:
-        """Saves this iteration, once; `final`: as the end of the run."""
+        """Saves this iteration once; with `final` as ``model_final``."""
         iteration = self.trainer.iter
         if self._saved == iteration and not final:
             return
@@ -67,17 +67,17 @@ class Checkpoints(HookBase):
         name = "model_final" if final else f"model_{iteration:07d}"
         self.checkpointer.save(name, iteration=iteration)
         self._saved = iteration
-        comm.synchronize()  # no process leaves while the main one is writing
+        comm.synchronize()  # no process exits while the main one is writing
 
 
 class Evaluation(HookBase):
-    """Evaluates every `period` iterations and at the end, keeps the best weights, ends early.
+    """Evaluates every `period` iterations and at the end, keeps the best weights, stops early.
 
     Args:
-        evaluate: gives results such as {"bbox": {"AP50": percent}} on the main process, and speed.
-        period: in iterations; 0: at the end alone.
+        evaluate: returns results such as {"bbox": {"AP50": percent}} (main process) and the speed.
+        period: in iterations; 0 for the end only.
         metric: such as "bbox/AP50", larger is better; "" keeps no best weights.
-        patience: evaluations in a row without a better metric that end the run; 0: never.
+        patience: consecutive evaluations without a better metric before the run ends; 0: never.
         checkpointer: writes ``model_best.pth``.
     """
 
@@ -91,8 +91,8 @@ class Evaluation(HookBase):
     ):
         self._evaluate, self.period, self.metric = evaluate, period, metric
         self.patience, self.checkpointer = patience, checkpointer
-        self.results, self.speed = {}, None  # of the last evaluation; the speed in this process
-        self.evaluated = 0  # iterations that were done at that time
+        self.results, self.speed = {}, None  # last evaluation; speed in this process
+        self.evaluated = 0  # number of iterations done at that time
         self.best, self._without_gain = None, 0  # {"metric", "value", "iterations"}
 
     @property
@@ -105,7 +105,7 @@ class Evaluation(HookBase):
         is_due = self.period > 0 and done % self.period == 0
         if (is_due or done >= self.trainer.max_iter) and done != self.evaluated:
             results, self.speed = self._evaluate()
-            plain = json.loads(json.dumps(results or {}, default=float))  # Python's own numbers
+            plain = json.loads(json.dumps(results or {}, default=float))  # plain Python numbers
             self.results = comm.all_gather(plain)[0]
             numbers = flatten_results_dict(self.results)
             self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
@@ -146,7 +146,7 @@ class Evaluation(HookBase):
 
 
 class Metrics(HookBase):
-    """Writes what the storage holds, every :data:`WINDOW` iterations and after evaluations."""
+    """Writes the storage's values every :data:`WINDOW` iterations and after evaluations."""
 
     def __init__(self) -> None:
         self._writers: list[EventWriter] = []
@@ -166,14 +166,14 @@ class Metrics(HookBase):
                 writer.write()
 
     def after_train(self) -> None:
-        """After an error the last values are written; after a stop the resumed run does it."""
+        """Writes the last values, except after a stop, when the resumed run writes them."""
         for writer in self._writers:
             if not self.trainer.stopping and not isinstance(writer, CommonMetricPrinter):
                 writer.write()
             writer.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The values that the next rows need."""
+        """Returns the values that the next rows need."""
         storage = self.trainer.storage
         hints, first = storage.smoothing_hints(), self.trainer.iter - WINDOW
         scalars = {}
@@ -194,7 +194,7 @@ def _losses(trainer: Any) -> dict[str, str]:
 
 
 class FirstIterations(HookBase):
-    """Logs the losses of the first iterations, and how long the whole training will take."""
+    """Logs the losses of the first iterations and the estimated duration of the training."""
 
     def before_train(self) -> None:
         self._seconds: list[float] = []
@@ -207,7 +207,7 @@ class FirstIterations(HookBase):
         logger.info("iteration %d: %s", self.trainer.iter, losses)
         if len(self._seconds) < FIRST:
             return
-        step = sorted(self._seconds[1:])[(FIRST - 1) // 2]  # the first one is slower
+        step = sorted(self._seconds[1:])[(FIRST - 1) // 2]  # the first iteration is slower
         hours = step * (self.trainer.max_iter - self.trainer.iter - 1) / 3600
         logger.info("%.2f s per iteration: about %s without evaluations", step, spell_hours(hours))
         if hours > LONG_HOURS and next(self.trainer.model.parameters()).device.type == "cpu":
@@ -219,7 +219,7 @@ class FirstIterations(HookBase):
 
 
 class ProgressBar(HookBase):
-    """A bar with losses, rate and the time left; for terminals."""
+    """A progress bar with losses, rate and remaining time, for terminals."""
 
     def before_train(self) -> None:
         total, initial = self.trainer.max_iter, self.trainer.start_iter

@@ -1,4 +1,4 @@
-"""Results of runs: those that are expected, and the mean and spread of several seeds."""
+"""Results of runs: comparison with expected ones, and mean and spread over several seeds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_expectations(cfg: CfgNode) -> None:
-    """Raises UsageError for ``TEST.EXPECTED_RESULTS`` that could not be compared."""
+    """Raises UsageError for malformed ``TEST.EXPECTED_RESULTS``."""
     for entry in cfg.TEST.EXPECTED_RESULTS:
         words = list(entry) if isinstance(entry, (list, tuple)) else []
         numbers = [isinstance(word, (int, float)) for word in words]
@@ -35,7 +35,7 @@ def check_expectations(cfg: CfgNode) -> None:
 
 
 def check_results(cfg: CfgNode, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compares results with ``TEST.EXPECTED_RESULTS``, as Detectron2's ``verify_results``.
+    """Compares results with ``TEST.EXPECTED_RESULTS``, like Detectron2's ``verify_results``.
 
     Raises:
         UnexpectedResults: a number is missing, not finite, or beyond its tolerance.
@@ -43,7 +43,7 @@ def check_results(cfg: CfgNode, results: Mapping[str, Mapping[str, Any]]) -> Non
     wrong = []
     for task, metric, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
         actual = results.get(task, {}).get(metric)
-        if actual is None or not abs(actual - expected) <= tolerance:  # nan is not
+        if actual is None or not abs(actual - expected) <= tolerance:  # also for nan
             shown = "not measured" if actual is None else f"{actual:.4g}"
             wrong.append(f"{task}/{metric} is {shown}, expected {expected:g} +- {tolerance:g}")
     if wrong:
@@ -53,7 +53,7 @@ def check_results(cfg: CfgNode, results: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def read_seeds(words: Sequence[str]) -> list[int]:
-    """The seeds of ``--seeds 1 2 3``; UsageError where they are not whole, or not different."""
+    """Reads the seeds of ``--seeds 1 2 3``; UsageError unless they are distinct integers."""
     seeds = [int(word) for word in words if word.isdecimal()]
     if len(set(seeds)) < len(words):
         given = " ".join(words)
@@ -66,10 +66,10 @@ def seed_folder(output_dir: str, seed: int) -> str:
 
 
 def train_seeds(module: str, arguments: Sequence[str], seeds: Sequence[int], output: str) -> None:
-    """Runs a training tool for each seed in a process of its own, then writes ``seeds.json``.
+    """Runs a training tool for each seed in its own process, then writes ``seeds.json``.
 
     The tool's module gets `arguments` and ``--seed-run N``; its runs are in `output`/``seed_N``.
-    SystemExit has the status of a run that did not end well; the same command goes on.
+    SystemExit: a run failed, with its exit status. The same command resumes.
     """
     folders = {seed: seed_folder(output, seed) for seed in seeds}
     with alone(output) as lock:
@@ -77,7 +77,7 @@ def train_seeds(module: str, arguments: Sequence[str], seeds: Sequence[int], out
             print(f"seed {seed} ({number} of {len(seeds)}): {folder}", flush=True)
             command = [sys.executable, "-m", module, *arguments, "--seed-run", str(seed)]
             status, stop = run_child(command, pass_fds=(lock,))
-            if status or stop:  # a run may end well before it takes notice of a signal
+            if status or stop:  # a run may succeed before it notices a signal
                 raise SystemExit(status or EXIT_STOPPED)
     numbers = summarize([_numbers(folder) for folder in folders.values()])
     path = os.path.join(output, "seeds.json")
@@ -88,7 +88,7 @@ def train_seeds(module: str, arguments: Sequence[str], seeds: Sequence[int], out
 
 
 def _numbers(folder: str) -> dict[str, float | None]:
-    """Every number of a run's results.json, by TASK/NAME."""
+    """Returns every number in a run's results.json by TASK/NAME."""
     content = read_results(folder)
     numbers = flatten_results_dict(content["results"])
     if content.get("best"):
@@ -97,9 +97,9 @@ def _numbers(folder: str) -> dict[str, float | None]:
 
 
 def summarize(runs: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
-    """{"mean", "std" (the sample's), "values"} of every number over runs, by its name.
+    """Returns {"mean", "std" (the sample's), "values"} over runs for each number by name.
 
-    The mean is None where a run has no number (None or NaN), std also for one run.
+    The mean is None if a run lacks the number (None or NaN), the std also for a single run.
     """
     table = {}
     for name in dict.fromkeys(name for numbers in runs for name in numbers):
@@ -115,7 +115,7 @@ def summarize(runs: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str,
 
 
 def format_summary(table: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each number of :func:`summarize`."""
+    """Formats the result of :func:`summarize` as a table with one row per number."""
     rows = [(name, found["mean"], found["std"], *found["values"]) for name, found in table.items()]
     runs = [f"run {number}" for number in range(1, len(rows[0]) - 2)] if rows else []
     return tabulate(rows, ["", "mean", "std", *runs], floatfmt=".2f", missingval="-")

@@ -1,4 +1,4 @@
-"""Schedules that follow the batch size: the linear rule (arXiv 1706.02677, section 2.1)."""
+"""Schedules that adapt to the batch size by the linear rule (arXiv 1706.02677, section 2.1)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from resnet_backbone.detection.engine.results import check_expectations
 from resnet_backbone.detection.engine.writers import check_loggers
 from resnet_backbone.runtime.errors import UsageError
 
-# Names of numbers in evaluations, so that a misspelt BEST_METRIC costs no training.
+# Names of metrics, so that a misspelled BEST_METRIC is found before training.
 METRICS = "AP AP50 AP75 AP50-11pt APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
 LEAST = {
     "SOLVER.MAX_ITER": 1,
@@ -23,7 +23,7 @@ LEAST = {
 
 
 def check_training(cfg: CfgNode) -> None:
-    """Raises UsageError for keys of a training that are out of range or contradict one another."""
+    """Raises UsageError for training keys that are out of range or contradict each other."""
     check_expectations(cfg)
     check_loggers(cfg)
     for key, least in LEAST.items():
@@ -52,7 +52,7 @@ def check_training(cfg: CfgNode) -> None:
 
 
 def check_early_stop(cfg: CfgNode) -> None:
-    """Raises UsageError for an early stop that a run, whose schedule is known, cannot come to."""
+    """Raises UsageError for an early stop that the run's schedule can never reach."""
     patience = cfg.RESNET_BACKBONE.EARLY_STOP
     evaluations = -(-cfg.SOLVER.MAX_ITER // max(1, cfg.TEST.EVAL_PERIOD))
     if patience >= evaluations > 0:
@@ -63,10 +63,10 @@ def check_early_stop(cfg: CfgNode) -> None:
 
 
 def follow_processes(cfg: CfgNode, processes: int) -> list[str]:
-    """Detectron2's ``SOLVER.REFERENCE_WORLD_SIZE``: the batch follows the number of processes.
+    """Scales the batch to the number of processes, by Detectron2's ``REFERENCE_WORLD_SIZE``.
 
-    Works in place and returns what was done, at most one line; the linear rule then does the rest.
-    Periods (``TEST.EVAL_PERIOD``, ``SOLVER.CHECKPOINT_PERIOD``) stay as they are, in iterations.
+    Works in place, and returns at most one line that says what was done. The linear rule adapts the
+    rest. Periods (``TEST.EVAL_PERIOD``, ``SOLVER.CHECKPOINT_PERIOD``) do not change.
     """
     solver, node = cfg.SOLVER, cfg.RESNET_BACKBONE
     reference, solver.REFERENCE_WORLD_SIZE = solver.REFERENCE_WORLD_SIZE, 0
@@ -86,22 +86,22 @@ def follow_processes(cfg: CfgNode, processes: int) -> list[str]:
 def scale_schedule(
     cfg: CfgNode, planned: CfgNode, given: Collection[str] = (), num_images: int = 0
 ) -> list[str]:
-    """Adapts learning rate and iterations to the batch, in place; a line says so for each key.
+    """Adapts learning rate and iterations to the batch, in place; returns a line for each key.
 
-    The values of ``SOLVER`` are meant for ``RESNET_BACKBONE.REFERENCE_BATCH`` images. With
-    ``SOLVER.IMS_PER_BATCH`` images instead, the learning rate is multiplied by their ratio and
-    ``MAX_ITER`` and ``STEPS`` are divided by it, so that as many images are seen. With
-    ``RESNET_BACKBONE.EPOCHS`` above 0 ``MAX_ITER`` is so many passes over the images. Steps that a
-    very short schedule has no room for are left out.
+    The values of ``SOLVER`` assume batches of ``RESNET_BACKBONE.REFERENCE_BATCH`` images. For
+    ``SOLVER.IMS_PER_BATCH`` images, the learning rate is multiplied by their ratio, and
+    ``MAX_ITER`` and ``STEPS`` are divided by it, so that the same number of images is seen. With
+    ``RESNET_BACKBONE.EPOCHS`` above 0, ``MAX_ITER`` is that many passes over the images. Steps that
+    do not fit into a very short schedule are dropped.
 
     Args:
         cfg, planned: the config of the run, not frozen; the same without the user's overrides.
-        given: keys that the user set; they stay as they are. With ``SOLVER.MAX_ITER`` given,
-            the steps keep their share of the schedule, and ``EPOCHS`` of a file do not count.
-        num_images: of an epoch; needed for ``EPOCHS``.
+        given: keys set by the user, which are not changed. If ``SOLVER.MAX_ITER`` is given, the
+            steps keep their share of the schedule, and ``EPOCHS`` in a file is ignored.
+        num_images: images per epoch; needed for ``EPOCHS``.
 
     Raises:
-        UsageError: a batch or a schedule of less than one; ``EPOCHS`` and ``MAX_ITER`` both given.
+        UsageError: a batch or schedule is below 1, or both ``EPOCHS`` and ``MAX_ITER`` are given.
     """
     node = cfg.RESNET_BACKBONE
     reference, batch = node.REFERENCE_BATCH, cfg.SOLVER.IMS_PER_BATCH
@@ -143,7 +143,7 @@ def scale_schedule(
 def plan_schedule(
     cfg: CfgNode, planned: CfgNode, given: Collection[str], num_images: int
 ) -> list[str]:
-    """:func:`scale_schedule`, :func:`check_early_stop`, then lines with the whole arithmetic."""
+    """Runs :func:`scale_schedule` and :func:`check_early_stop`; adds lines on the full schedule."""
     lines = scale_schedule(cfg, planned, given, num_images)
     check_early_stop(cfg)
     solver, parts, processes = cfg.SOLVER, cfg.RESNET_BACKBONE.ACCUMULATE, comm.get_world_size()

@@ -1,4 +1,4 @@
-"""What happens once before a run: its config, its folder, its data and weights, and all checks."""
+"""Set-up of a run: config, folder, data, weights, and all checks; and its results."""
 
 from __future__ import annotations
 
@@ -56,30 +56,30 @@ logger = logging.getLogger(__name__)
 
 LOG = "log.txt"  # Detectron2's, in the run folder
 
-# Where and how fast a run computes; everything else makes it another run.
+# Keys that do not affect a run's results; all others may.
 PLACES = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "RESNET_BACKBONE.LOGGERS")
-# Checkpoints hold what these say, so other values would have no effect.
+# SOLVER keys whose values are restored from checkpoints, so changing them has no effect.
 KEPT = "BASE_LR BIAS_LR_FACTOR MOMENTUM NESTEROV WEIGHT_DECAY WEIGHT_DECAY_BIAS WEIGHT_DECAY_NORM"
 
 
 @dataclass
 class RunPlan:
-    """What the command line asks for, before data and weights are looked at."""
+    """The command line and its configs, before data and weights are read."""
 
     args: argparse.Namespace  # of tools/train_net.py
     cfg: CfgNode  # config file and overrides, with the run's folder and seed
-    planned: CfgNode  # the config file alone: its SOLVER is what the linear rule starts from
-    resume: bool  # whether to go on from the folder's last checkpoint
-    lines: list[str]  # what the user is told of the config
+    planned: CfgNode  # the config file alone, whose SOLVER the linear rule starts from
+    resume: bool  # whether to resume from the folder's last checkpoint
+    lines: list[str]  # messages on the config
 
     @property
     def given(self) -> list[str]:
-        """Keys that the user set."""
+        """Keys set by the user."""
         return self.args.opts[::2]
 
 
 def read_plan(args: argparse.Namespace) -> RunPlan:
-    """The plan of a command line; one process reads it for all. Errors as of ``load_config``."""
+    """Reads the plan from a command line, in one process for all; errors as in ``load_config``."""
     run = evaluated_run(args)
     lines = []
     if run:
@@ -102,16 +102,16 @@ def read_plan(args: argparse.Namespace) -> RunPlan:
     cfg.OUTPUT_DIR = args.output_dir or cfg.OUTPUT_DIR
     if args.seed_run is not None:
         cfg.OUTPUT_DIR, cfg.SEED = seed_folder(cfg.OUTPUT_DIR, args.seed_run), args.seed_run
-        cfg.TEST.EXPECTED_RESULTS = []  # of one seed, which must not keep the others from running
-    if args.eval_only:  # a run's own config and results stay as they are
+        cfg.TEST.EXPECTED_RESULTS = []  # one seed's deviation must not stop the others
+    if args.eval_only:  # keeps the run's own config and results
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "eval")
     return RunPlan(args, cfg, planned, args.resume or args.seed_run is not None, lines)
 
 
 def evaluated_run(args: argparse.Namespace) -> str:
-    """The folder of the run that ``--eval-only`` is about, whose config counts; "" for none.
+    """Returns the folder of the run that ``--eval-only`` evaluates with its own config, or "".
 
-    It is that of the weights, or without weights the output folder.
+    It is the folder of the weights, or without weights the output folder.
     """
     if not args.eval_only:
         return ""
@@ -124,19 +124,19 @@ def evaluated_run(args: argparse.Namespace) -> str:
         given["MODEL.WEIGHTS"] = args.weights
     elif not weights:
         given.pop("MODEL.WEIGHTS", None)
-    if len(args.opts) % 2 == 0:  # else the reader of overrides says what is wrong
+    if len(args.opts) % 2 == 0:  # otherwise load_configs reports the error
         args.opts = [word for pair in given.items() for word in pair]
     return folder
 
 
 def prepare_run(plan: RunPlan) -> CfgNode | None:
-    """Makes the final config of a run, printed and saved as OUTPUT_DIR/config.yaml.
+    """Prepares the final config of a run, and writes it to OUTPUT_DIR/config.yaml.
 
-    Each process calls it. What costs nothing is checked first, then weights are opened, then the
-    data are read; the config file that is there is replaced when all of it has passed.
+    Every process calls it. Cheap checks come first, then weights are opened, then data are read. An
+    existing config file is replaced only after all checks have passed.
 
     Returns:
-        The config, frozen; None where the run has ended already.
+        The config, frozen; None if the run has already ended.
     """
     if comm.get_world_size() > 1:
         comm.create_local_process_group(local_size())
@@ -168,7 +168,7 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
             logger.info("schedule: %s", line)
     cfg.RESNET_BACKBONE.REFERENCE_BATCH = 0  # done: config.yaml must not be scaled again
     limit_workers(cfg)
-    if cfg.SEED < 0:  # so that config.yaml and results.json say what was drawn
+    if cfg.SEED < 0:  # records the drawn seed in config.yaml and results.json
         drawn = comm.shared_random_seed()
         cfg.SEED = _saved_config(cfg.OUTPUT_DIR).get("SEED", drawn) if plan.resume else drawn
     cfg.freeze()
@@ -185,8 +185,8 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
 
 @contextmanager
 def _quiet_screen(folder: str) -> Iterator[None]:
-    """Inside, Detectron2's loggers write into the run's log.txt and not to the screen."""
-    options = dict(distributed_rank=comm.get_rank())  # called as default_setup does, which caches
+    """Context in which Detectron2's loggers write to the run's log.txt but not to the screen."""
+    options = dict(distributed_rank=comm.get_rank())  # as in default_setup, for the same cache
     loggers = setup_logger(folder, **options, name="fvcore"), setup_logger(folder, **options)
     shown = [
         handler
@@ -205,7 +205,7 @@ def _quiet_screen(folder: str) -> Iterator[None]:
 
 
 def refuse_frozen_random(cfg: CfgNode) -> None:
-    """Layers without weights that cannot learn either would spoil a training silently."""
+    """Refuses frozen layers without weights, which would silently spoil a training."""
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
     key, norm = "MODEL.RESNETS.NORM", cfg.MODEL.RESNETS.NORM
     if "vgg" in cfg.MODEL.BACKBONE.NAME:
@@ -225,7 +225,7 @@ def refuse_frozen_random(cfg: CfgNode) -> None:
 
 
 def check_folder(folder: str, resume: bool) -> str:
-    """The checkpoint from which a run in this folder resumes, if it may; "" where it starts."""
+    """Returns the checkpoint from which a run in this folder resumes, or "" if it starts."""
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise UsageError(f"{folder} is a file: --output-dir must be a folder")
     last = find_last_checkpoint(folder)
@@ -242,10 +242,10 @@ def check_folder(folder: str, resume: bool) -> str:
 
 
 def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
-    """Whether the folder's results are those of this config; says how it differs if they are not.
+    """Whether the folder has the results of this config; logs changed keys or refuses them.
 
-    Keys that the version did not have which began the run are passed over. Runs of several seeds
-    must all have one config; of others some keys cannot change in the middle.
+    Keys unknown to the version that started the run are ignored. Runs of several seeds must share
+    one config; in other runs, some keys cannot change on resume.
     """
     before, after = _saved_config(cfg.OUTPUT_DIR), run_keys(cfg)
     if not last or not before:
@@ -266,13 +266,13 @@ def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
 
 
 def config_digest(content: dict[str, Any]) -> str:
-    """Equal for configs, by :func:`run_keys`, that make the same run."""
+    """Returns a digest of :func:`run_keys` that is equal for configs of the same run."""
     kept = {key: value for key, value in content.items() if key not in PLACES}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def run_keys(cfg: CfgNode) -> dict[str, Any]:
-    """Values by dotted key, as they are in config.yaml."""
+    """Returns a config's values by dotted key, as in config.yaml."""
     return flat_config(yaml.safe_load(cfg.dump()))
 
 
@@ -285,9 +285,9 @@ def _saved_config(folder: str) -> dict[str, Any]:
 
 
 def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: Any) -> None:
-    """OUTPUT_DIR/results.json: what was run and what came out; the main process writes.
+    """Writes OUTPUT_DIR/results.json with provenance and results, on the main process.
 
-    NaN becomes null. `speed` is that of the evaluation in this process, `training` further numbers.
+    NaN becomes null. `speed` is the evaluation's in this process; `training` has further entries.
     Operating points are read from the folders of the test sets.
     """
     if not comm.is_main_process():

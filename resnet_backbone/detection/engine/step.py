@@ -1,4 +1,4 @@
-"""One step of a training: parts of a batch, mixed precision, several processes, one path."""
+"""One training step: gradient accumulation, mixed precision and several processes in one path."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 class StepReport(NamedTuple):
-    """What all processes know of a step."""
+    """The outcome of a step, the same on all processes."""
 
     losses: dict[str, float]  # mean over parts and processes, by name
     data_time: float  # seconds that the slowest process waited for images
-    stop: str = ""  # name of a signal that reached any process
+    stop: str = ""  # name of a signal received by any process
 
 
 def exempt_slopes(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Puts a model's slopes of PReLU, if it has some, into groups without weight decay."""
+    """Moves a model's PReLU slopes, if any, to parameter groups without weight decay."""
     slopes = prelu_slopes(model)
     for group in list(optimizer.param_groups):
         mine = [one for one in group["params"] if id(one) in slopes]
@@ -47,9 +47,9 @@ def exempt_slopes(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.o
 
 
 class CustomLoader:
-    """What a subclass's ``build_train_loader`` gave, such as Detectron2's own loader, as parts.
+    """Parts from a loader of a subclass's ``build_train_loader``, such as Detectron2's own.
 
-    It cannot be asked for the images of an iteration: a resumed run starts it from its beginning.
+    It cannot start at an iteration, so a resumed run starts it from its beginning.
 
     Args:
         loader: endless; each item is this process's images of a batch.
@@ -76,9 +76,9 @@ class CustomLoader:
 class TrainStep:
     """Forward, backward and update for one batch.
 
-    The batch goes through the network in ``RESNET_BACKBONE.ACCUMULATE`` parts whose gradients are
-    averaged. Batch norms that are not frozen see one part at a time. Before each part torch, numpy
-    and random are seeded with its place in the run. With ``SOLVER.AMP`` the forward pass is fp16
+    The batch is divided into ``RESNET_BACKBONE.ACCUMULATE`` parts, whose gradients are averaged.
+    Batch norms that are not frozen see one part at a time. Before each part, torch, numpy and
+    random are seeded with its position in the run. With ``SOLVER.AMP`` the forward pass is fp16
     with scaled losses on a GPU and bf16 on a CPU. With ``RESNET_BACKBONE.EMA_DECAY`` each step
     updates :attr:`evaluated_model`, an average of the weights.
     """
@@ -101,17 +101,17 @@ class TrainStep:
 
     @property
     def network(self) -> nn.Module:
-        """The model that learns, without a wrapper."""
+        """The trained model, without a wrapper."""
         is_wrapped = isinstance(self.model, DistributedDataParallel)
         return self.model.module if is_wrapped else self.model
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The weights of evaluations and checkpoints: the averaged ones if there are."""
+        """The model for evaluations and checkpoints, with averaged weights if enabled."""
         return self.network if self.ema is None else self.ema.module
 
     def read_from(self, cfg: CfgNode, data_loader: TrainingLoader | Iterable) -> None:
-        """Takes the images and the seed of another loader from the next step on."""
+        """Uses the images and the seed of another loader from the next step on."""
         self.data_loader = data_loader
         is_ours = hasattr(data_loader, "start") and hasattr(data_loader, "plan")
         self._parts = data_loader if is_ours else CustomLoader(cfg, data_loader)
@@ -119,10 +119,10 @@ class TrainStep:
         self._batches: Iterator | None = None
 
     def run(self, iteration: int) -> StepReport:
-        """Does one step; `iteration`, counted from 0, is one more than that of the last call.
+        """Runs one step; `iteration` counts from 0 and increases by one with each call.
 
         Raises:
-            TrainingDiverged: on every process, before any weight changes.
+            TrainingDiverged: losses are not finite; on every process, before any weight changes.
         """
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -134,7 +134,7 @@ class TrainStep:
             seed_everything(STEP, self.seed, self.plan.number(iteration, part))
             is_last = part == self.plan.accumulate - 1
             stays = not is_last and isinstance(self.model, DistributedDataParallel)
-            with self.model.no_sync() if stays else nullcontext():  # gradients in their process
+            with self.model.no_sync() if stays else nullcontext():  # syncs gradients only once
                 losses, problem = self._forward(images)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0) + loss.detach().float()
@@ -150,7 +150,7 @@ class TrainStep:
         return report
 
     def _forward(self, images: list[dict]) -> tuple[dict[str, Tensor], str]:
-        """Losses by name, and what Detectron2 found not finite."""
+        """Returns losses by name, and Detectron2's message if they are not finite."""
         dtype = torch.float16 if self.device == "cuda" else torch.bfloat16
         try:
             with torch.autocast(self.device, dtype=dtype, enabled=self.amp):
@@ -160,7 +160,7 @@ class TrainStep:
         return losses if isinstance(losses, dict) else {"total_loss": losses}, ""
 
     def _agree(self, sums: dict[str, Tensor], waited: float, problem: str) -> StepReport:
-        """Exchanges losses and signals, before gradients are."""
+        """Exchanges losses and signals among processes, before gradients."""
         values = torch.stack([*sums.values()]).tolist() if sums else []
         means = [value / self.plan.accumulate for value in values]
         own = dict(zip(sums, means, strict=True)), waited, self.stop.name, problem
@@ -173,7 +173,7 @@ class TrainStep:
         return StepReport(mean, max(times), next(filter(None, names), ""))
 
     def _read(self, iteration: int, part: int) -> list[dict]:
-        """The next part; loader workers that a signal to the whole group ended are replaced."""
+        """Returns the next part; restarts the loader if a signal killed its workers."""
         try:
             if self._batches is None:
                 self._batches = self._start(iteration, part)
@@ -198,7 +198,7 @@ class TrainStep:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint whose weights :attr:`evaluated_model` has already."""
+        """Resumes from a checkpoint whose weights are already in :attr:`evaluated_model`."""
         if self.ema is not None:
             self.ema.n_averaged.fill_(state.get("averaged", 0))
         if self.ema is not None or "raw_weights" in state:

@@ -1,4 +1,4 @@
-"""Detectron2's trainer with safe loading, exact resume, our data and our evaluation."""
+"""Detectron2's trainer with safe loading, exact resume, and this package's data and evaluation."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ _watch: ContextVar[SimpleNamespace | None] = ContextVar("watch", default=None)
 
 @contextmanager
 def watching(stop: StopRequest | None = None) -> Iterator[SimpleNamespace]:
-    """Inside, :meth:`Trainer.test`, a class method as in Detectron2, asks `stop` whether to go on.
+    """Context in which :meth:`Trainer.test`, a class method as in Detectron2, obeys `stop`.
 
     Yields:
-        What gets the attribute `speed`, of the detector in this process.
+        An object whose attribute `speed` is set to the detector's speed in this process.
     """
     before = _watch.set(SimpleNamespace(stop=stop, speed=None))
     try:
@@ -98,10 +98,9 @@ def watching(stop: StopRequest | None = None) -> Iterator[SimpleNamespace]:
 
 
 class TolerantMapper(DatasetMapper):
-    """:class:`DatasetMapper` with our decoder, and None for an image that became unreadable.
+    """:class:`DatasetMapper` with our decoder that returns None for an unreadable image.
 
-    The loader then takes another one in its place. In evaluation nothing is replaced: the error
-    names the file.
+    The training loader then replaces the image. In evaluation an OSError names the file.
     """
 
     def __call__(self, dataset_dict: dict) -> dict | None:
@@ -115,7 +114,7 @@ class TolerantMapper(DatasetMapper):
             return None
 
     def _map(self, record: dict) -> dict:
-        """As :class:`DatasetMapper` does it, but for the decoder; ``record`` is changed."""
+        """Maps like :class:`DatasetMapper`, except for the decoder; modifies ``record``."""
         image, labels = read_image(record["file_name"], self.image_format), None
         utils.check_image_size(record, image)
         if "sem_seg_file_name" in record:
@@ -141,17 +140,17 @@ class TolerantMapper(DatasetMapper):
 class Trainer(DefaultTrainer):
     """Trains and evaluates a detector with one of our backbones from a config.
 
-    What differs from :class:`DefaultTrainer`: exact resume of a run that was interrupted at any
-    moment (every random number is a function of ``SEED``, iteration and process; a seed that is
-    drawn is part of checkpoints); the step (:class:`TrainStep`), also on CPUs and by several
-    processes; the weights (:class:`Checkpointer`), whose input the config follows or must have; VOC
-    and COCO data sets bring their evaluator; unreadable images do not end a run.
+    Differences from :class:`DefaultTrainer`: runs interrupted at any moment resume exactly (every
+    random number is a function of ``SEED``, iteration and process; checkpoints contain a drawn
+    seed). :class:`TrainStep` also works on CPUs and in several processes. :class:`Checkpointer`
+    checks or sets the input of the weights. VOC and COCO data sets have an evaluator. Unreadable
+    images do not end a run.
 
-    `stop` is asked after each step; the run then ends with :class:`Stopped` and a checkpoint.
+    `stop` is checked after each step; the run then ends with :class:`Stopped` and a checkpoint.
     """
 
     def __init__(self, cfg: CfgNode, stop: StopRequest | None = None):
-        TrainerBase.__init__(self)  # and not DefaultTrainer's, whose step and loader are others
+        TrainerBase.__init__(self)  # not DefaultTrainer's, which builds its own step and loader
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = self.auto_scale_workers(with_weights_input(cfg), comm.get_world_size())
@@ -169,14 +168,14 @@ class Trainer(DefaultTrainer):
         evaluated = self._trainer.evaluated_model
         self.checkpointer = self.build_checkpointer(cfg, evaluated, trainer=own)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
-        self.stopping = ""  # the signal that ends the run
-        self.failure = ""  # why the last evaluation failed
+        self.stopping = ""  # name of the signal that ends the run
+        self.failure = ""  # why the last evaluation failed, or ""
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As Detectron2's; R-CNN of localization also starts with a trained proposal network.
+        """Like Detectron2's; also loads the proposal network of localization's R-CNN.
 
-        The loaded weights are also those that learn, beside an average.
+        With weight averaging, the loaded weights initialize both the model and its average.
         """
         super().resume_or_load(resume)
         model = self.checkpointer.model
@@ -198,11 +197,11 @@ class Trainer(DefaultTrainer):
         proposer.load(find_weights(folder), needs_detector=True)
 
     def train(self) -> dict:
-        """Trains from ``start_iter`` to ``max_iter``, or until an early stop; gives the results.
+        """Trains from ``start_iter`` to ``max_iter`` or an early stop; returns the results.
 
         Raises:
-            Stopped: a signal came; the checkpoint to go on from is written.
-            TrainingDiverged: losses or weights are not finite; no checkpoint holds them.
+            Stopped: a signal came; a checkpoint to resume from is written.
+            TrainingDiverged: losses or weights are not finite; they are in no checkpoint.
             UnexpectedResults: see ``TEST.EXPECTED_RESULTS``; the run is complete.
         """
         logger.info("Starting training from iteration %d", self.start_iter)
@@ -218,7 +217,7 @@ class Trainer(DefaultTrainer):
                     self.after_step()
                 if self.evaluation.has_ended:
                     self.checkpoints.save(final=True)
-                self.iter += 1  # as in TrainerBase: only after_train of a complete run sees it
+                self.iter += 1  # as in TrainerBase, for after_train of a complete run
             except Stopped as stopped:
                 self.stopping = str(stopped)
                 self.checkpoints.save()
@@ -231,7 +230,7 @@ class Trainer(DefaultTrainer):
         return self.results
 
     def _finish_resumed_iteration(self) -> None:
-        """What was left to do for the checkpoint's iteration when it was written."""
+        """Runs the hooks that come after the checkpoint in its iteration."""
         self.iter = self.start_iter - 1
         if self.iter >= 0:
             self.storage.iter = self.iter
@@ -261,9 +260,9 @@ class Trainer(DefaultTrainer):
         )
 
     def _evaluate(self) -> tuple[dict, Speed | None]:
-        """What went wrong is in ``failure``: hours of training are not lost to it."""
+        """Evaluates; an error is stored in ``failure``, so that the training continues."""
         self.failure, model = "", self.checkpointer.model
-        if comm.get_world_size() > 1:  # each has its own BN statistics, checkpoints the first's
+        if comm.get_world_size() > 1:  # BN statistics differ; checkpoints have the first process's
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
         with watching(self.stop) as watch:
@@ -273,14 +272,14 @@ class Trainer(DefaultTrainer):
                 raise
             except Exception as error:
                 if comm.get_world_size() > 1 or wants_traceback():
-                    raise  # else the other processes would wait for this one
+                    raise  # otherwise the other processes would wait for this one
                 self.failure = f"{type(error).__name__}: {plain_message(error)}"
                 logger.error("the evaluation failed: %s", self.failure)
                 return {}, None
 
     @property
     def results(self) -> dict:
-        """The last evaluation of a run, by task: {"bbox": {"AP50": percent, ...}}."""
+        """Results of the last evaluation by task: {"bbox": {"AP50": percent, ...}}."""
         return self.evaluation.results
 
     def load_state_dict(self, state: dict) -> None:
@@ -292,7 +291,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        read_switches(cfg)  # before hours of training, not after them
+        read_switches(cfg)  # checked before hours of training
         return build_detector(cfg)
 
     @classmethod
@@ -311,7 +310,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """As Detectron2's, without weight decay of PReLU's slopes."""
+        """Like Detectron2's, without weight decay of PReLU slopes."""
         return exempt_slopes(super().build_optimizer(cfg, model), model)
 
     @classmethod
@@ -358,7 +357,7 @@ class Trainer(DefaultTrainer):
             self.evaluation,
             FirstIterations() if is_main else None,
             ProgressBar() if is_main and sys.stderr.isatty() else None,
-            self.metrics,  # last, so that what other hooks measure is written
+            self.metrics,  # last, to write what other hooks measure
         ]
 
     def build_writers(self) -> list[EventWriter]:

@@ -1,4 +1,4 @@
-"""Where the numbers of a training go: ``metrics.json``, Weights & Biases, MLflow."""
+"""Writers of training metrics: ``metrics.json``, Weights & Biases, MLflow."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from resnet_backbone.runtime.files import keep_rows, naming, write_text
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 20  # iterations between two rows of metrics, and over which they take medians
-MOST_PARAMETERS = 100  # of one request to MLflow
+WINDOW = 20  # iterations between two rows of metrics, and window of their medians
+MOST_PARAMETERS = 100  # per request to MLflow
 
 
 class RowWriter(EventWriter):
-    """Gives the numbers of each iteration, once and in order, to :meth:`write_row`.
+    """Passes the metrics of each iteration once and in order to :meth:`write_row`.
 
     Args:
-        written: the last iteration that was written before.
+        written: the last iteration that is already written.
     """
 
     def __init__(self, written: int = -1):
@@ -53,9 +53,9 @@ class RowWriter(EventWriter):
 
 
 class MetricsFile(RowWriter):
-    """Detectron2's ``metrics.json``, a JSON object a line, each iteration once and in order.
+    """Detectron2's ``metrics.json``: one JSON object per line, each iteration once and in order.
 
-    Rows from iteration `start` on, and half a row at the file's end, are removed first.
+    Rows from iteration `start` on and an incomplete last row are removed first.
     """
 
     def __init__(self, path: str, start: int = 0):
@@ -77,19 +77,19 @@ class MetricsFile(RowWriter):
 
 
 class LoggerWriter(RowWriter):
-    """A run of an experiment tracker; a resumed training goes on in it.
+    """A run of an experiment tracker; a resumed training continues it.
 
-    The id of the run is in ``<name>_run.txt`` in the run folder. A service that fails does not end
-    the training: a warning says what is not logged. Where it logs to, and whether offline, is said
-    by the package's own environment variables, such as WANDB_MODE and MLFLOW_TRACKING_URI.
+    The run's id is in ``<name>_run.txt`` in the run folder. If the service fails, the training
+    continues, and a warning says what is not logged. The package's own environment variables, such
+    as WANDB_MODE and MLFLOW_TRACKING_URI, select the destination and offline mode.
 
     Args:
-        final: gives the results at the end, {"results": {...}, "best": ...}.
-        resumes: whether the run of the folder goes on, or a new one starts.
+        final: returns the results at the end, {"results": {...}, "best": ...}.
+        resumes: whether to continue the folder's run instead of starting a new one.
         written: see :class:`RowWriter`.
     """
 
-    name: str  # of the package, and of our extra
+    name: str  # of the package and of our pip extra
 
     def __init__(self, cfg: CfgNode, final: Callable[[], Mapping], resumes: bool, written: int):
         super().__init__(written)
@@ -102,7 +102,7 @@ class LoggerWriter(RowWriter):
         title = os.path.basename(os.path.abspath(cfg.OUTPUT_DIR))
         try:
             run = self.start(cfg, title, known)
-        except Exception as error:  # of a class of the package's own
+        except Exception as error:  # packages have their own error classes
             hint = " ".join(str(error).split())
             raise UsageError(
                 f"RESNET_BACKBONE.LOGGERS: {self.name} cannot start: {hint}"
@@ -110,7 +110,7 @@ class LoggerWriter(RowWriter):
         write_text(path, run)
 
     def start(self, cfg: CfgNode, title: str, known: str) -> str:
-        """Starts a run, or goes on with the `known` one; returns its id."""
+        """Starts a run, or continues the `known` one; returns its id."""
         raise NotImplementedError
 
     def log(self, iteration: int, row: dict[str, float]) -> None:
@@ -124,7 +124,7 @@ class LoggerWriter(RowWriter):
         self._try(f"iteration {iteration}", lambda: self.log(iteration, row))
 
     def close(self) -> None:
-        failed = sys.exc_info()[0] is not None  # an error, or a signal, ends the training
+        failed = sys.exc_info()[0] is not None  # an error or a signal ends the training
         self._try("the end of the run", lambda: self.finish(failed))
 
     def _try(self, what: str, send: Callable[[], None]) -> None:
@@ -135,7 +135,7 @@ class LoggerWriter(RowWriter):
 
 
 class WandbWriter(LoggerWriter):
-    """Weights & Biases: numbers by iteration, the config, the results in the summary."""
+    """Weights & Biases: metrics by iteration, the config, and the results in the summary."""
 
     name = "wandb"
 
@@ -153,13 +153,13 @@ class WandbWriter(LoggerWriter):
 
 
 class MLflowWriter(LoggerWriter):
-    """MLflow: numbers by iteration, the config as parameters, ``results.json`` as an artifact."""
+    """MLflow: metrics by iteration, the config as parameters, ``results.json`` as an artifact."""
 
     name = "mlflow"
 
     def start(self, cfg: CfgNode, title: str, known: str) -> str:
         run = self.package.start_run(run_id=known or None, run_name=title)
-        values = [] if known else [*_parameters(cfg).items()]  # which cannot change later
+        values = [] if known else [*_parameters(cfg).items()]  # parameters cannot change later
         for place in range(0, len(values), MOST_PARAMETERS):
             self.package.log_params(dict(values[place : place + MOST_PARAMETERS]))
         return run.info.run_id
@@ -174,11 +174,11 @@ class MLflowWriter(LoggerWriter):
 
 
 LOGGERS: dict[str, type[LoggerWriter]] = {one.name: one for one in (WandbWriter, MLflowWriter)}
-"""What ``RESNET_BACKBONE.LOGGERS`` may name."""
+"""Names in ``RESNET_BACKBONE.LOGGERS`` -> writers."""
 
 
 def check_loggers(cfg: CfgNode) -> None:
-    """Raises UsageError for unknown names in ``RESNET_BACKBONE.LOGGERS``, and missing packages."""
+    """Raises UsageError for unknown names in ``RESNET_BACKBONE.LOGGERS`` or missing packages."""
     for name in cfg.RESNET_BACKBONE.LOGGERS:
         key = f"RESNET_BACKBONE.LOGGERS: {name}"
         if name not in LOGGERS:

@@ -1,4 +1,4 @@
-"""Evaluation: VOC (area and 11-point AP), COCO (boxes and masks), semantic, panoptic."""
+"""Evaluation: VOC (area and 11-point AP), COCO (boxes and masks), ImageNet, semantic, panoptic."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ __all__ = [
 
 
 def read_labels(path: str, dtype=int) -> np.ndarray:
-    """A label picture as a new array (H, W); Detectron2's own reader fails with NumPy 2."""
+    """Reads a label picture (H, W) as a new array; Detectron2's own reader fails with NumPy 2."""
     with Image.open(path) as picture:
         return np.array(picture, dtype=dtype)
 
 
 def build_semantic_evaluator(dataset_name: str, output_dir: str | None = None) -> SemSegEvaluator:
-    """Mean IoU and pixel accuracy over the classes that occur, with ``ignore_label`` left out.
+    """Builds an evaluator of mean IoU and pixel accuracy that ignores ``ignore_label``.
 
-    It gives {"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", ...}} in percent.
+    It returns {"sem_seg": {"mIoU", "fwIoU", "mACC", "pACC", "IoU-<class>", ...}} in percent.
     """
     return SemSegEvaluator(dataset_name, output_dir=output_dir, sem_seg_loading_fn=read_labels)
 
 
 def build_panoptic_evaluators(name: str, output_dir: str | None = None) -> DatasetEvaluators:
-    """COCO AP of boxes and masks, mean IoU of the labels, and panoptic quality."""
+    """Builds evaluators of box and mask AP, mean IoU of the labels, and panoptic quality."""
     parts = [build(name, output_dir) for build in (build_coco_evaluator, build_semantic_evaluator)]
     return DatasetEvaluators([*parts, PanopticEvaluator(name)])
 
@@ -59,22 +59,22 @@ EVALUATORS = {
 
 
 METRICS = {"imagenet_det": DETEvaluator, "localization": LOCEvaluator}
-"""``RESNET_BACKBONE.TEST.METRIC`` -> what is used in place of :data:`EVALUATORS`."""
+"""``RESNET_BACKBONE.TEST.METRIC`` -> evaluator used instead of :data:`EVALUATORS`."""
 
 
 def build_evaluator(
     dataset_name: str, output_dir: str | None = None, metric: str = "", guesses: str = ""
 ) -> DatasetEvaluator:
-    """The evaluator that suits a registered data set, or that of a metric.
+    """Builds the evaluator of a registered data set or of a metric.
 
     Args:
-        output_dir: the folder for the result files; None writes none.
-        metric: one of :data:`METRICS`; empty: the evaluator_type of the data set says it.
-        guesses: of localization, see :func:`.imagenet.read_guesses`.
+        output_dir: the folder for result files; None writes none.
+        metric: one of :data:`METRICS`, or empty for the data set's evaluator_type.
+        guesses: for localization; see :func:`.imagenet.read_guesses`.
 
     Raises:
         ValueError: the data set has no known evaluator_type.
-        UsageError: there is no such metric, or a wrong file of guesses.
+        UsageError: the metric is unknown, or the file of guesses is wrong.
     """
     metadata = MetadataCatalog.get(dataset_name)
     if metric == "localization":
@@ -94,6 +94,6 @@ def build_evaluator(
 
 
 def data_digest(dataset_name: str) -> str:
-    """SHA-256 of what a registered data set says of its images and annotations."""
+    """Returns the SHA-256 of a registered data set's records."""
     records = json.dumps(DatasetCatalog.get(dataset_name), sort_keys=True, default=str)
     return hashlib.sha256(records.encode()).hexdigest()

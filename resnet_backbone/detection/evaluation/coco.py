@@ -1,6 +1,6 @@
 """COCO's evaluations: the official twelve numbers, AP per class, and panoptic quality.
 
-The first two are computed by hotcoco where it is installed, else by pycocotools. Detectron2's
+The first two are computed by hotcoco if it is installed, else by pycocotools. Detectron2's
 COCOPanopticEvaluator needs panopticapi, which is not on the package index.
 """
 
@@ -39,13 +39,13 @@ except ImportError:
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "coco_instances_results.json"
-LIMITS = (1, 10, 100)  # of detections per image; AR1, AR10 and AR100 are named after them
+LIMITS = (1, 10, 100)  # maximum numbers of detections per image, of AR1, AR10 and AR100
 GROUPS = (("all", "", (True, False)), ("things", "_th", (True,)), ("stuff", "_st", (False,)))
-SIZES = {"s": 1, "m": 2, "l": 3}  # end of a number's name -> place in COCOeval's arrays; 0 is all
+SIZES = {"s": 1, "m": 2, "l": 3}  # suffix of a metric -> area index in COCOeval's arrays; 0: all
 
 
 def warn_if_empty(logger: logging.Logger, name: str, detected: bool, annotated: bool) -> None:
-    """Says why AP is 0 or nan, where the model found nothing or there is nothing to find."""
+    """Warns why AP is 0 or nan if there are no detections or no ground truth."""
     if not detected:
         text = "is it trained, and does MODEL.ROI_HEADS.SCORE_THRESH_TEST let anything through?"
         logger.warning("%s: the model detected nothing at all, so AP is 0; %s", name, text)
@@ -54,13 +54,13 @@ def warn_if_empty(logger: logging.Logger, name: str, detected: bool, annotated: 
 
 
 class PerClassCOCOEvaluator(COCOEvaluator):
-    """COCO AP as by pycocotools' official implementation, against the metadata's json_file.
+    """COCO AP as in pycocotools' official implementation, on the metadata's json_file.
 
-    It gives {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs",
-    "ARm", "ARl", "AP-<class>"}} in percent; `output_dir` gets `coco_instances_results.json` and
-    `instances_predictions.pth`. Keypoints are left to Detectron2. The ground truth is what our
-    loader gives. A model that found nothing has AP 0 where there was something to find; numbers are
-    nan only where there is no ground truth, and a warning says so.
+    Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs",
+    "ARm", "ARl", "AP-<class>"}} in percent, and writes `coco_instances_results.json` and
+    `instances_predictions.pth` to `output_dir`. Keypoints are left to Detectron2. The ground truth
+    is the same as in our loader. Without detections AP is 0. Numbers are nan only without ground
+    truth. In both cases a warning is logged.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None):
@@ -140,20 +140,20 @@ def score_coco(
     image_ids: Sequence[Any] | None = None,
     engine: Callable | None = None,
 ) -> tuple[dict[str, float], dict[Any, float]]:
-    """Scores detections as the official COCO evaluation does: its twelve numbers, AP by category.
+    """Returns the twelve numbers of the official COCO evaluation, and AP by category.
 
-    They are fractions; nan where there is no ground truth to find.
+    They are fractions; nan without ground truth.
 
     Args:
-        dataset: the content of an instances JSON file, in which every field is as COCO's format
-            has it; see :func:`clean_coco`.
+        dataset: the content of an instances JSON file that fully conforms to COCO's format; see
+            :func:`clean_coco`.
         results: in COCO's result format; may be empty.
         task: "bbox" or "segm".
-        image_ids: of the images to evaluate on; None for all.
-        engine: :func:`run_hotcoco` or :func:`run_pycocotools`; None takes the first that is there.
+        image_ids: images to evaluate on; None for all.
+        engine: :func:`run_hotcoco` or :func:`run_pycocotools`; None for the first available.
     """
     truth = dataset["annotations"]
-    if task == "segm":  # else the box's area would stand for the mask's
+    if task == "segm":  # otherwise the area would be the box's
         results = [{k: v for k, v in result.items() if k != "bbox"} for result in results]
         truth = [one for one in truth if "segmentation" in one]
     else:
@@ -176,7 +176,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _run_any(*arguments) -> tuple[np.ndarray, np.ndarray]:
-    """By the fast engine, and aloud by the reference where that fails."""
+    """Runs hotcoco, or pycocotools with a warning if hotcoco fails."""
     if hotcoco:
         try:
             return run_hotcoco(*arguments)
@@ -186,20 +186,20 @@ def _run_any(*arguments) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_hotcoco(dataset, results, task, image_ids=None) -> tuple[np.ndarray, np.ndarray]:
-    """COCOeval's precision and recall arrays, as pycocotools' and a hundred times faster."""
+    """Returns pycocotools' precision and recall arrays, computed a hundred times faster."""
     truth = hotcoco.COCO(dict(dataset))
     return _arrays(hotcoco.COCOeval(truth, truth.loadRes(results), task), image_ids)
 
 
 def run_pycocotools(dataset, results, task, image_ids=None) -> tuple[np.ndarray, np.ndarray]:
-    """COCOeval's precision and recall arrays, by the reference implementation."""
+    """Returns COCOeval's precision and recall arrays from the reference implementation."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = {"info": {}, **dataset}
         truth.createIndex()
         if results:
             found = truth.loadRes([dict(result) for result in results])
-        else:  # which it cannot read
+        else:  # loadRes cannot read an empty list
             found = COCO()
             found.dataset = {**truth.dataset, "annotations": []}
             found.createIndex()
@@ -216,9 +216,9 @@ def _arrays(evaluation, image_ids) -> tuple[np.ndarray, np.ndarray]:
 
 
 class PanopticEvaluator(DatasetEvaluator):
-    """Gives {"panoptic_seg": {"PQ", "SQ", "RQ", and each "_th", "_st"}} in percent.
+    """Returns {"panoptic_seg": {"PQ", "SQ", "RQ", and each with "_th", "_st"}} in percent.
 
-    The metadata has panoptic_json, panoptic_root, thing_dataset_id_to_contiguous_id and
+    The metadata must have panoptic_json, panoptic_root, thing_dataset_id_to_contiguous_id and
     stuff_dataset_id_to_contiguous_id.
     """
 
@@ -234,7 +234,7 @@ class PanopticEvaluator(DatasetEvaluator):
         self.category |= {(False, index): category for category, index in stuff.items()}
 
     def reset(self) -> None:
-        self.counts: list[dict[int, Counter]] = []  # of each image
+        self.counts: list[dict[int, Counter]] = []  # one per image
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for given, output in zip(inputs, outputs, strict=True):
@@ -275,12 +275,12 @@ def match_segments(
 
     Args:
         true_ids, ids: segment ids (H, W); 0 is void (no label, no prediction).
-        truth: ``segments_info`` with id, category_id, iscrowd. Crowds match nothing, and a
-            prediction that lies mostly on void and on crowds of its class counts for nothing.
+        truth: ``segments_info`` with id, category_id, iscrowd. Crowds match nothing. A prediction
+            that lies mostly on void and on crowds of its class is no false positive.
         classes: category id of each predicted segment.
 
     Returns:
-        By category id: "iou" (sum over matches), "tp", "fp", "fn".
+        Category id -> "iou" (sum over matches), "tp", "fp", "fn".
     """
     truth = {segment["id"]: segment for segment in truth}
     pairs, areas = np.unique(
@@ -315,7 +315,7 @@ def match_segments(
 
 
 def panoptic_quality(counts: Iterable[Mapping]) -> dict[str, float]:
-    """PQ, SQ (mean IoU of matches) and RQ (F1) in 0..1, averaged over classes; NaN of none."""
+    """Returns PQ, SQ (mean IoU of matches) and RQ (F1), 0..1, as means over classes, or NaN."""
     rows = []
     for count in counts:
         tp = count["tp"]

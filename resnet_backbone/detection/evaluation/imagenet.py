@@ -1,4 +1,4 @@
-"""ImageNet's two tasks with boxes: detection (DET) and localization (LOC).
+"""ImageNet's two box tasks: detection (DET) and localization (LOC).
 
 Boxes are continuous (x0, y0, x1, y1) as everywhere in Detectron2. ILSVRC's inclusive pixels, with
 widths of xmax - xmin + 1, have the same areas and overlaps.
@@ -30,13 +30,13 @@ from resnet_backbone.runtime.files import write_json
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 10.0  # pixels by which a box may be larger than a small object
-TOP = 5  # classes that may be guessed
+TOP = 5  # number of guessed classes
 IOU = 0.5
 TRUE_CLASS, TOP1, TOP5 = "true_class_error", "top1_error", "top5_error"
 
 
 class BoxEvaluator(DatasetEvaluator):
-    """What an image's detections and objects are; one process computes from those of all."""
+    """Base class: collects detections of all processes, and reads the objects of a data set."""
 
     def __init__(self, dataset_name: str, output_dir: str | None = None):
         self.name, self.output_dir = dataset_name, output_dir
@@ -56,7 +56,7 @@ class BoxEvaluator(DatasetEvaluator):
             )
 
     def evaluate(self) -> OrderedDict | None:
-        """The numbers on the main process, None on the others; all processes must call it."""
+        """Returns the numbers on the main process, else None; all processes must call it."""
         gathered = comm.gather(self.found, dst=0)
         if not comm.is_main_process():
             return None
@@ -67,7 +67,7 @@ class BoxEvaluator(DatasetEvaluator):
         raise NotImplementedError
 
     def objects(self) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
-        """Each image of the data set: its record, boxes (M, 4), classes (M,)."""
+        """Yields record, boxes (M, 4) and classes (M,) of each image in the data set."""
         for record in DatasetCatalog.get(self.name):
             objects = [one for one in record["annotations"] if not one.get("iscrowd")]
             convert = BoxMode.convert
@@ -82,10 +82,10 @@ class BoxEvaluator(DatasetEvaluator):
 
 
 class DETEvaluator(BoxEvaluator):
-    """Average precision as ILSVRC's development kit computes it for DET (``eval_detection.m``).
+    """Average precision as in ILSVRC's development kit for DET (``eval_detection.m``).
 
-    It gives {"bbox": {"AP50": the mean over classes, "AP50-<class>"}} in percent. A class without
-    objects has NaN and is not in the mean.
+    Returns {"bbox": {"AP50": the mean over classes, "AP50-<class>"}} in percent. Classes without
+    objects are NaN and not in the mean.
     """
 
     def score(self, found) -> OrderedDict:
@@ -109,7 +109,7 @@ class DETEvaluator(BoxEvaluator):
 
 
 def small_thresholds(boxes: np.ndarray) -> np.ndarray:
-    """The IoU (M,) that finds each object (M, 4): min(0.5, w h / ((w + 10) (h + 10)))."""
+    """Returns IoU thresholds (M,) of objects (M, 4): min(0.5, w h / ((w + 10) (h + 10)))."""
     sides = boxes[:, 2:] - boxes[:, :2]
     return np.minimum(IOU, sides.prod(1) / (sides + TOLERANCE).prod(1))
 
@@ -121,10 +121,10 @@ def match_small(
     objects: np.ndarray,
     object_classes: np.ndarray,
 ) -> np.ndarray:
-    """Which detections (N,) of an image are right, by the rules of DET.
+    """Returns which detections (N,) of an image are correct by the rules of DET.
 
-    By falling score each takes the free object of its class with the highest IoU, among those
-    whose own threshold the IoU reaches. All others are wrong.
+    In order of descending score, each takes the free object of its class with the highest IoU,
+    among objects whose own threshold the IoU reaches. All other detections are wrong.
     """
     iou = overlaps(boxes, objects)
     reached = (iou >= small_thresholds(objects)) & (classes[:, None] == object_classes[None])
@@ -141,7 +141,7 @@ def match_small(
 def det_precisions(
     scores: np.ndarray, classes: np.ndarray, right: np.ndarray, objects: np.ndarray
 ) -> list[float]:
-    """Area under the precision envelope of each class, 0..1; NaN for a class without objects."""
+    """Returns each class's area under the precision envelope, 0..1; NaN without objects."""
     found = []
     for number, count in enumerate(objects):
         mine = classes == number
@@ -152,22 +152,21 @@ def det_precisions(
 
 
 def overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU (N, M) in double precision."""
+    """Returns the IoU (N, M) of boxes (N, 4) and (M, 4) in double precision."""
     return box_iou(torch.from_numpy(boxes), torch.from_numpy(others)).numpy()
 
 
 class LOCEvaluator(BoxEvaluator):
-    """Errors of localization, in percent of the images (paper, Tables 13 and 14).
+    """Localization errors, in percent of the images (paper, Tables 13 and 14).
 
-    Every image shows one class; of each class the detection with the highest score counts. With
-    the true class given, an image is wrong if that class's box overlaps no object by 0.5 or more.
-    For the others, the classes are guessed: an image is wrong if no guess is the true class with
-    such a box. It gives {"localization": {"true_class_error", "top1_error", "top5_error"}}, the
-    last two where there are guesses.
+    Every image shows one class; the highest-scored detection of each class counts. With the true
+    class given, an image is wrong unless that class's box has an IoU of 0.5 or more with an object.
+    The top-1 and top-5 errors use guesses: an image is wrong unless one is the true class with such
+    a box. Returns {"localization": {"true_class_error", "top1_error", "top5_error"}}, the last two
+    only with guesses.
 
     Args:
-        guesses: the classes of each image, best first, by the stem of its file name; see
-            :func:`read_guesses`.
+        guesses: stem of an image's file name -> its classes, best first; see :func:`read_guesses`.
     """
 
     def __init__(
@@ -221,10 +220,10 @@ class LOCEvaluator(BoxEvaluator):
 
 
 def read_guesses(path: str, class_names: Sequence[str]) -> dict[str, list[int]]:
-    """The guesses in the ``predictions.csv`` of ``evaluate-classifier``, by image; "": none.
+    """Reads guesses by image from ``evaluate-classifier``'s ``predictions.csv``; none for "".
 
     Raises:
-        DataError: the file is no such table, or has classes that the data set does not have.
+        DataError: the file is not such a table, or has classes that the data set lacks.
     """
     if not path:
         return {}

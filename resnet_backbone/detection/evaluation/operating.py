@@ -1,4 +1,4 @@
-"""What a detector does at a score threshold, on which AP does not depend: F1, confusion matrix."""
+"""Metrics at a score threshold, of which AP is independent: F1 and the confusion matrix."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 OPERATING_POINTS = "operating_points.json"
 THRESHOLDS = np.linspace(0, 1, 1001)
-STEP = 50  # of the thresholds whose F1 is written
+STEP = 50  # every 50th threshold's F1 is written
 BACKGROUND = "background"
 
 Table = Mapping[str, np.ndarray]
 
 
 class OperatingPoints(BoxEvaluator):
-    """Writes ``operating_points.json`` into its folder, see :func:`operating_points`; no numbers.
+    """Writes ``operating_points.json``, see :func:`operating_points`; returns no metrics.
 
-    The ground truth is what the loader gives, in VOC layout, COCO's format, or registered
-    otherwise; difficult objects and crowds count neither way. UsageError: it has no boxes.
+    The ground truth is the loader's, in VOC layout, COCO's format, or registered by other code.
+    Difficult objects and crowds are ignored. UsageError: the data set has no boxes.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None):
@@ -70,11 +70,11 @@ class OperatingPoints(BoxEvaluator):
 
 
 def operating_points(truth: Table, found: Table, class_names: Sequence[str]) -> dict[str, Any]:
-    """The best score thresholds, and the confusion matrix at the best one for all classes.
+    """Returns the best score thresholds, and the confusion matrix at the best overall one.
 
-    It takes the tables of :func:`read_boxes` and gives {"F1", "threshold" (the largest mean over
-    classes), "classes": [{"class", "F1", "threshold", "precision", "recall", "curve"}, ...] (those
-    with objects, at their own best threshold; F1 at 0, 0.05, ... 1), "confusion":
+    Takes the tables of :func:`read_boxes`. Returns {"F1", "threshold" (of the largest mean over
+    classes), "classes": [{"class", "F1", "threshold", "precision", "recall", "curve"}, ...]
+    (classes with objects, each at its best threshold; F1 at 0, 0.05, ... 1), "confusion":
     :func:`count_confusion` as lists, "labels": of its rows and columns}. All are 0..1, at IoU 0.5.
     """
     numbers = score_boxes(truth, found, class_names, (CURVE_IOU,))
@@ -96,19 +96,19 @@ def operating_points(truth: Table, found: Table, class_names: Sequence[str]) -> 
 
 
 def f1_curves(numbers: Mapping[str, Any], found: Table) -> np.ndarray:
-    """F1 (C, T), 0..1, of the detections with a score of at least each of :data:`THRESHOLDS`.
+    """Returns F1 (C, T), 0..1, of detections with scores at or above each of :data:`THRESHOLDS`.
 
-    It is 2 P R / (P + R) of VOC's matching at IoU 0.5, 0 without detections, nan without objects.
+    F1 is 2 P R / (P + R) with VOC's matching at IoU 0.5; 0 without detections, nan without objects.
 
     Args:
-        numbers: of :func:`score_boxes` for the detections of the table.
+        numbers: result of :func:`score_boxes` for the detections in the table.
     """
     curves = []
     for number, objects in enumerate(numbers["num_ground_truth"]):
         pair = (numbers[key][number] for key in ("precision", "recall"))
         precision, recall = (np.append(0.0, values) for values in pair)
         scores = np.sort(found["scores"][found["classes"] == number])
-        kept = len(scores) - np.searchsorted(scores, THRESHOLDS)  # of the best-scored detections
+        kept = len(scores) - np.searchsorted(scores, THRESHOLDS)  # number of top detections
         total = np.maximum(precision + recall, np.finfo(float).eps)
         curve = (2 * precision * recall / total)[kept]
         curves.append(curve if objects else np.full(len(THRESHOLDS), np.nan))
@@ -116,20 +116,19 @@ def f1_curves(numbers: Mapping[str, Any], found: Table) -> np.ndarray:
 
 
 def best_threshold(curve: np.ndarray) -> tuple[float, float]:
-    """The threshold with the largest F1, the middle one of several, and that F1."""
+    """Returns the threshold with the largest F1 (the middle one for ties), and that F1."""
     places = np.flatnonzero(curve == curve.max())
     return float(THRESHOLDS[places[len(places) // 2]]), float(curve.max())
 
 
 def count_confusion(truth: Table, found: Table, num_classes: int, score: float) -> np.ndarray:
-    """Objects by their class (rows) and the class they were detected as (columns).
+    """Counts objects by their class (rows) and the class they were detected as (columns).
 
-    The last column, background, has the objects that were missed, and the last row the detections
-    that are on no object. Detections of at least the score count. First come those that VOC's
-    matching calls correct, which are the diagonal. Then the other detections and the objects that
-    are still free, of different classes, are paired by falling IoU above 0.5, as supervision's and
-    Ultralytics' confusion matrices do. Difficult objects and detections that VOC's matching puts on
-    them count neither way.
+    The last column, background, counts missed objects, and the last row detections on no object.
+    Only detections with at least the given score count. First, correct detections by VOC's matching
+    fill the diagonal. Then the remaining detections and objects of different classes are paired by
+    descending IoU above 0.5, as in supervision's and Ultralytics' confusion matrices. Difficult
+    objects, and detections that VOC's matching assigns to them, are ignored.
 
     Returns:
         (C + 1, C + 1), integers.
@@ -140,7 +139,7 @@ def count_confusion(truth: Table, found: Table, num_classes: int, score: float) 
     over = found["iou"] > CURVE_IOU
     counted = ~(over & found["difficult"])
     right = first_on_each(found["match"], over & counted)
-    labels = np.append(truth["classes"], num_classes)  # of the row -1, which stands for background
+    labels = np.append(truth["classes"], num_classes)  # row -1 stands for background
     on = np.where(right, found["match"], -1)
     free = ~truth["difficult"]
     free[found["match"][right]] = False

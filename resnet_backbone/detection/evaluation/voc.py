@@ -1,4 +1,4 @@
-"""VOC evaluation inside Detectron2, with per-class results."""
+"""VOC evaluation in Detectron2, with results per class."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from resnet_backbone.runtime.files import write_json, write_text
 
 logger = logging.getLogger(__name__)
 
-COLORS = ("#2e7d32", "#f9a825", "#ef6c00", "#616161", "#1565c0")  # of KINDS
+COLORS = ("#2e7d32", "#f9a825", "#ef6c00", "#616161", "#1565c0")  # one per kind in KINDS
 TO_VOC = np.array([1.0, 1.0, 0.0, 0.0])
 """Added to Detectron2's continuous (x0, y0, x1, y1) to get VOC's 1-based inclusive pixels."""
 
@@ -40,15 +40,15 @@ TO_VOC = np.array([1.0, 1.0, 0.0, 0.0])
 class VOCEvaluator(DatasetEvaluator):
     """Average precision of a data set in VOC layout.
 
-    On equal input the numbers agree with Detectron2's `PascalVOCDetectionEvaluator`. Other than
-    there scores and boxes are not rounded, AP is always the area under the curve (VOC 2010 and
-    later) with the 11-point one of VOC 2007 beside it, any class names and years will do, and a
-    class without ground truth does not enter the mean. Ground truth is what the loader gives.
+    On equal input the numbers agree with Detectron2's `PascalVOCDetectionEvaluator`. Unlike there,
+    scores and boxes are not rounded, AP is always the area under the curve (VOC 2010 and later)
+    plus the 11-point AP of VOC 2007, any class names and years work, and classes without ground
+    truth are not in the mean. The ground truth is the loader's.
 
     Args:
-        dataset_name: of `register_voc` or Detectron2's own ("voc_2007_test"); its metadata must
+        dataset_name: from `register_voc` or Detectron2's own ("voc_2007_test"); its metadata must
             have thing_classes, dirname and split.
-        output_dir: gets `voc_results.json`, its picture `voc_results.png` (precision-recall
+        output_dir: folder for `voc_results.json`, its picture `voc_results.png` (precision-recall
             curves, errors by kind), `detections.json`, and the devkit's files
             `results/VOC<year>/Main/comp4_det_<split>_<class>.txt`; None writes nothing.
     """
@@ -80,12 +80,12 @@ class VOCEvaluator(DatasetEvaluator):
             self._predictions.append(found)
 
     def evaluate(self) -> OrderedDict | None:
-        """AP from the predictions of all processes, which must all call it.
+        """Returns AP from the predictions of all processes, which must all call it.
 
-        On the main process it is {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50, AP75,
-        AP50-11pt (VOC 2007's 11-point), then "AP50-<class>"; nan for a class without ground truth,
-        which is left out of the means. Nothing for a split that has no annotations at all, such as
-        VOC 2012's test set, whose server scores the files. None on the others.
+        On the main process this is {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50,
+        AP75, AP50-11pt (VOC 2007's 11-point AP), and "AP50-<class>", which is nan without ground
+        truth. Splits without annotations, such as VOC 2012's test set, whose server scores the
+        files, give an empty dict. Other processes get None.
         """
         gathered = comm.gather(self._predictions, dst=0)
         if not comm.is_main_process():
@@ -114,7 +114,7 @@ class VOCEvaluator(DatasetEvaluator):
         return OrderedDict(bbox={k: math.nan if v is None else v for k, v in bbox.items()})
 
     def _load_ground_truth(self) -> tuple[list[dict[str, Any]], bool]:
-        """For each image its boxes, and whether the split has annotations."""
+        """Returns the boxes of each image, and whether the split has annotations."""
         meta, dataset = self._metadata, registered_scan(self._dataset_name)
         if dataset is None:  # Detectron2 or other code registered it
             records, report = scan_voc(meta.dirname, meta.split, meta.thing_classes)
@@ -147,12 +147,12 @@ class VOCEvaluator(DatasetEvaluator):
 
 
 def write_detections(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder: str) -> str:
-    """Writes `detections.json` and, a file for each class, what the VOC devkit's server reads.
+    """Writes `detections.json`, and one file per class for the VOC devkit and its server.
 
-    The first is in COCO's result format: bbox is [x, y, width, height], 0-based. A line of the
-    others is image, score, xmin, ymin, xmax, ymax, in 1-based inclusive pixels. Scores have nine
-    digits, which tell any two different ones apart (Detectron2's three make ties). It returns the
-    folder of these files.
+    The first is in COCO's result format: bbox is [x, y, width, height], 0-based. Lines of the
+    others are image, score, xmin, ymin, xmax, ymax, in 1-based inclusive pixels. Scores have nine
+    digits, enough to tell all float32 scores apart (Detectron2's three make ties). Returns the
+    folder of the files per class.
     """
     path = os.path.join(folder, "results", f"VOC{metadata.get('year', 2012)}", "Main")
     os.makedirs(path, exist_ok=True)
@@ -174,11 +174,11 @@ def write_detections(predictions: Sequence[Mapping[str, Any]], metadata: Any, fo
 
 
 def summarize(dataset_name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns :func:`evaluate_voc`'s arrays at .5:.95 into the content of `voc_results.json`.
+    """Converts :func:`evaluate_voc`'s arrays at .5:.95 to the content of `voc_results.json`.
 
-    {"dataset", "summary": {AP, AP50, AP75, AP50-11pt}, "classes": [{class, AP, AP50, AP75,
-    AP50-11pt, ground_truth, difficult, detections}, ...]}; AP in percent, None where a class (or
-    the whole set) has no ground truth.
+    Returns {"dataset", "summary": {AP, AP50, AP75, AP50-11pt}, "classes": [{class, AP, AP50, AP75,
+    AP50-11pt, ground_truth, difficult, detections}, ...]}; AP is in percent, and None for a class
+    (or set) without ground truth.
     """
     area, eleven = numbers["ap_area"] * 100, numbers["ap_11point"] * 100
     at50, at75 = (COCO_IOU_THRESHOLDS.index(t) for t in (0.5, 0.75))
@@ -202,12 +202,12 @@ def summarize(dataset_name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | None:
-    """JSON has no nan."""
+    """Converts nan to None for JSON."""
     return None if np.isnan(value) else float(value)
 
 
 def format_table(results: Mapping[str, Any]) -> str:
-    """Per-class table of what :func:`summarize` gives, the mean in its last row."""
+    """Formats the result of :func:`summarize` as a table per class, with the mean last."""
     headers = list(results["classes"][0])
     rows = [[c[h] for h in headers] for c in results["classes"]]
     counts = [sum(row[headers.index(k)] for row in rows) for k in headers[5:]]

@@ -1,11 +1,11 @@
-"""Average precision as the PASCAL VOC devkit computes it, and errors by kind. Needs NumPy only.
+"""Average precision as in the PASCAL VOC devkit, and errors by kind. Needs only NumPy.
 
 Rules of the devkit (VOCevaldet.m; also py-faster-rcnn's voc_eval.py):
 
-* a detection is matched to the ground truth of highest IoU in its image, taken or not;
-* it is right if that IoU is strictly above the threshold and no better-scored detection took
-  the same ground truth, wrong if one did (duplicate) or if the IoU is too small;
-* it counts neither way if that ground truth is difficult; difficult ones need not be found.
+* a detection is matched to the ground truth with the highest IoU in its image, taken or not;
+* it is correct if that IoU is strictly above the threshold and no better-scored detection took
+  the same ground truth, and wrong if one did (duplicate) or if the IoU is too small;
+* it is ignored if that ground truth is difficult; difficult ones need not be found.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 COCO_IOU_THRESHOLDS = tuple(t / 100.0 for t in range(50, 100, 5))  # 0.5, 0.55, ... 0.95
-CURVE_IOU = 0.5  # of the precision and recall arrays, and of errors by kind
-WEAK_IOU = 0.1  # from which on a wrong detection has to do with an object
-# Keys of `voc_results.json`; the British spelling is that of files that exist.
+CURVE_IOU = 0.5  # for the precision and recall arrays, and for errors by kind
+WEAK_IOU = 0.1  # minimum IoU for a localization error or a confusion
+# Keys of `voc_results.json`; the British spelling is kept for existing files.
 KINDS = ("correct", "localisation", "confusion", "background", "duplicate")
 
 
@@ -28,7 +28,7 @@ def evaluate_voc(
     class_names: Sequence[str],
     iou_thresholds: Sequence[float] = COCO_IOU_THRESHOLDS,
 ) -> dict[str, Any]:
-    """Average precision of every class at every IoU threshold.
+    """Computes the average precision of every class at every IoU threshold.
 
     Args:
         detections: one mapping per image: image_id; boxes (N, 4) as (xmin, ymin, xmax, ymax) in
@@ -42,12 +42,12 @@ def evaluate_voc(
         class_names, iou_thresholds; ap_area (C, T), the area under the precision envelope (VOC 2010
         and later), and ap_11point (C, T), the mean precision at recall 0, .1, ... 1 (VOC 2007),
         both 0..1; num_ground_truth, num_difficult, num_detections (C,); precision and recall, C
-        arrays each, by falling score, at IoU 0.5. A class without (non-difficult) ground truth has
-        AP and recall nan, whatever was detected: the devkit divides by zero there.
+        arrays each, by descending score, at IoU 0.5. Without (non-difficult) ground truth, a
+        class's AP and recall are nan: the devkit divides by zero there.
 
     Raises:
-        ValueError: a detection in an image that is not in `ground_truth`, an image id twice in
-            `ground_truth`, a class number out of range, or arrays whose shapes disagree.
+        ValueError: a detection's image is not in `ground_truth`, an image id occurs twice there, a
+            class number is out of range, or the shapes of arrays disagree.
     """
     tables = read_boxes(detections, ground_truth, class_names)
     return score_boxes(*tables, class_names, iou_thresholds)
@@ -61,7 +61,7 @@ def score_boxes(
 ) -> dict[str, Any]:
     """:func:`evaluate_voc` for the tables of :func:`read_boxes`."""
     thresholds = np.asarray(iou_thresholds, dtype=np.float64)
-    # the last row is for the curves, so that they do not depend on what the caller asked for
+    # the last row is for the curves, which do not depend on `iou_thresholds`
     all_thresholds = np.append(thresholds, CURVE_IOU)
     ap_area, ap_11point = np.full((2, len(class_names), len(thresholds)), np.nan)
     counts = np.zeros((3, len(class_names)), dtype=int)
@@ -91,11 +91,11 @@ def score_boxes(
 
 
 def read_boxes(detections, ground_truth, class_names) -> tuple[dict, dict]:
-    """The arguments of :func:`evaluate_voc` as tables of all boxes: ground truth, detections.
+    """Converts the arguments of :func:`evaluate_voc` to tables of ground truth and detections.
 
-    Both have boxes (N, 4), image (N,), a place in `ground_truth`, and classes (N,); the first has
-    difficult, the second scores, iou and match of :func:`match_boxes`, and whether that match is
-    difficult. Errors are those of :func:`evaluate_voc`.
+    Both have boxes (N, 4), image (N,), an index into `ground_truth`, and classes (N,). The first
+    has difficult. The second has scores, iou and match of :func:`match_boxes`, and difficult for
+    that match. Errors are those of :func:`evaluate_voc`.
     """
     truth = _flatten(ground_truth, ("classes", "difficult"), len(class_names), "ground truth")
     found = _flatten(detections, ("classes", "scores"), len(class_names), "detections")
@@ -118,19 +118,19 @@ def read_boxes(detections, ground_truth, class_names) -> tuple[dict, dict]:
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray) -> float:
-    """Area, 0..1, under the envelope of precision over recall, (D,) by falling score."""
+    """Returns the area, 0..1, under the precision envelope; inputs (D,) by descending score."""
     return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)))
 
 
 def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
-    """Mean over recall 0, .1, ... 1 of the best precision at or above it (VOC 2007), 0..1."""
-    # these very floats, 0.30000000000000004 included, decide ties with the devkit's Python port
+    """Returns the mean over recall 0, .1, ... 1 of the best precision at or above it (VOC 2007)."""
+    # exactly these floats, with 0.30000000000000004, break ties as in the devkit's Python port
     first = np.searchsorted(recall, np.arange(0.0, 1.1, 0.1), side="left")
     return float(np.append(_envelope(precision), 0.0)[first].sum() / 11.0)
 
 
 def paired_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
-    """IoU (N,) of boxes (N, 4) with boxes (N, 4), in inclusive pixel coordinates."""
+    """Returns the IoU (N,) of paired boxes (N, 4) in inclusive pixel coordinates."""
     left_top = np.maximum(boxes1[:, :2], boxes2[:, :2])
     right_bottom = np.minimum(boxes1[:, 2:], boxes2[:, 2:])
     intersection = np.maximum(right_bottom - left_top + 1.0, 0.0).prod(axis=1)
@@ -140,12 +140,12 @@ def paired_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
 
 
 def _envelope(precision: np.ndarray) -> np.ndarray:
-    """The best precision at this recall or a higher one."""
+    """Returns the best precision at each recall or a higher one."""
     return np.maximum.accumulate(precision[::-1])[::-1]
 
 
 def _flatten(images, keys, num_classes: int, what: str) -> dict[str, np.ndarray]:
-    """All boxes in one table: boxes (N, 4), image (N,) by its place, and the columns `keys`."""
+    """Puts all boxes in one table: boxes (N, 4), image (N,) by index, and the columns `keys`."""
     boxes = [np.asarray(i["boxes"], dtype=np.float64).reshape(-1, 4) for i in images]
     table = {
         "boxes": np.concatenate(boxes) if boxes else np.zeros((0, 4)),
@@ -172,7 +172,7 @@ def _flatten(images, keys, num_classes: int, what: str) -> dict[str, np.ndarray]
 def _precision_recall(
     det: Mapping[str, np.ndarray], num_positive: int, thresholds: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall (T, D) of one class, detections by falling score."""
+    """Returns precision and recall (T, D) of one class, by descending score."""
     order = np.argsort(-det["scores"], kind="stable")
     iou, match, difficult = (det[key][order] for key in ("iou", "match", "difficult"))
     over = iou[None, :] > thresholds[:, None]
@@ -187,7 +187,7 @@ def _precision_recall(
 
 
 def first_on_each(match: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Which (D,) of the chosen detections, by falling score, are the first on their object."""
+    """Returns which chosen detections (D,), by descending score, are first on their object."""
     places = np.flatnonzero(chosen)
     first = np.zeros(len(chosen), dtype=bool)
     first[places[np.unique(match[places], return_index=True)[1]]] = True
@@ -195,10 +195,10 @@ def first_on_each(match: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 
 
 def match_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Each detection's highest IoU in its image, with its class or with all others.
+    """Finds each detection's highest IoU in its image, with its class or with all others.
 
-    It takes two tables and gives IoU (N,) and the row of that ground truth (N,), the first of
-    several; -inf and -1 where there is none.
+    Takes two tables, and returns the IoU (N,) and the row of that ground truth (N,), the first for
+    ties; -inf and -1 if there is none.
     """
     iou = np.full(len(det["boxes"]), -np.inf)
     match = np.full(len(det["boxes"]), -1)
@@ -207,7 +207,7 @@ def match_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarra
         return iou, match
     found, starts, counts = np.unique(rows, return_index=True, return_counts=True)
     iou[found] = np.maximum.reduceat(overlaps, starts)
-    # of boxes without an area the IoU is nan: never above a threshold, whatever they match
+    # the IoU of boxes without an area is nan, which is never above a threshold
     place = np.where(overlaps >= iou[rows], np.arange(len(rows)), len(rows))
     place = np.minimum(np.minimum.reduceat(place, starts), starts + counts - 1)
     match[found] = columns[place]
@@ -215,9 +215,9 @@ def match_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarra
 
 
 def pair_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All pairs of a detection and an object of its image: rows in both tables, sorted; IoU (P,).
+    """Returns all pairs of detection and object in an image: sorted rows in both tables, IoU (P,).
 
-    The objects are those of its class, or of all other classes.
+    The objects are of the detection's class, or of all other classes.
     """
     wanted, given = det["image"], gt["image"]
     if same_class:
@@ -237,17 +237,17 @@ def pair_boxes(det, gt, same_class: bool = True) -> tuple[np.ndarray, np.ndarray
 def count_errors(
     truth: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], class_names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Counts of each kind of error (Hoiem et al., ECCV 2012) with the devkit's matching at IoU 0.5.
+    """Counts errors by kind (Hoiem et al., ECCV 2012) with the devkit's matching at IoU 0.5.
 
-    Of a class with N objects (difficult ones not counted) the N best-scored detections are
-    looked at, so that classes and detectors compare. Those on difficult objects count neither
-    way. A detection that is not correct is a duplicate (IoU above 0.5 with an object that a
-    better-scored one took), else a localization error (IoU of 0.1 or more with an object of its
-    class), else a confusion (the same with an object of another class), else background.
+    For a class with N objects (without difficult ones), the N best-scored detections are counted,
+    so that classes and detectors are comparable. Detections on difficult objects are ignored. A
+    detection that is not correct is a duplicate (IoU above 0.5 with an object that a better-scored
+    one took), else a localization error (IoU of 0.1 or more with an object of its class), else a
+    confusion (the same with an object of another class), else background.
 
-    It takes the tables of :func:`read_boxes` and gives for each class {"class", "objects", a count
-    for each of :data:`KINDS`, "missed"}: the counts add up to at most the objects, and missed are
-    the objects that none of the detections found, however many there are.
+    Takes the tables of :func:`read_boxes`. Returns for each class {"class", "objects", a count for
+    each of :data:`KINDS`, "missed"}. The counts sum to at most the number of objects. "missed" are
+    objects that no detection found, at any rank.
     """
     others, _ = match_boxes(found, truth, same_class=False)
     rows = []
