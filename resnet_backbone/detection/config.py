@@ -30,7 +30,7 @@ from resnet_backbone.runtime.files import find_config
 DEFAULTS = CfgNode(
     {
         # Networks. Depth, stride_in_1x1, norm, out features and RES5_DILATION are Detectron2's
-        # MODEL.RESNETS.*; RES2_OUT_CHANNELS follows the depth by itself.
+        # MODEL.RESNETS.*; RES2_OUT_CHANNELS follows the depth automatically.
         "SHORTCUT": "B",  # A, B, C, highway, none (plain); paper Table 3
         "ACTIVATION": "relu",  # or prelu
         "RES4_DILATION": 1,  # 2 with MODEL.RESNETS.RES5_DILATION 4 gives output stride 8

@@ -313,7 +313,7 @@ def set_class_counts(cfg: CfgNode, things: Sequence[str], labels: Sequence[str])
 
 
 def _adopt(name: str, cfg: CfgNode, on_bad: str) -> None:
-    """Registers one of Detectron2's built-in data sets anew, to be read and checked by our code.
+    """Re-registers one of Detectron2's built-in data sets, to be read and checked by our code.
 
     It also registers VOC 2012's test set, which has no annotations and is unknown to Detectron2.
     """

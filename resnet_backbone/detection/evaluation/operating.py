@@ -1,4 +1,4 @@
-"""Metrics at a score threshold, of which AP is independent: F1 and the confusion matrix."""
+"""Metrics at a score threshold, which AP does not have: F1 and the confusion matrix."""
 
 from __future__ import annotations
 
