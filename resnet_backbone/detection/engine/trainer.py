@@ -181,20 +181,12 @@ class Trainer(DefaultTrainer):
         model = self.checkpointer.model
         if self.start_iter:
             return
-        if isinstance(model, LocalizationRCNN):
-            self._load_proposer(model)
+        if isinstance(model, LocalizationRCNN):  # check_training has refused empty PROPOSALS
+            weights = find_weights(backbone_node(self.cfg).LOCALIZATION.PROPOSALS)
+            proposer = self.build_checkpointer(self.cfg, model.proposer)
+            proposer.load(weights, needs_detector=True)
         if self._trainer.ema is not None:
             self._trainer.network.load_state_dict(model.state_dict())
-
-    def _load_proposer(self, model: LocalizationRCNN) -> None:
-        folder = backbone_node(self.cfg).LOCALIZATION.PROPOSALS
-        if not folder:
-            raise UsageError(
-                "RESNET_BACKBONE.LOCALIZATION.PROPOSALS is empty: give the run folder of a "
-                "finished ClassProposalNetwork, on whose proposals R-CNN learns"
-            )
-        proposer = self.build_checkpointer(self.cfg, model.proposer)
-        proposer.load(find_weights(folder), needs_detector=True)
 
     def train(self) -> dict:
         """Trains from ``start_iter`` to ``max_iter`` or an early stop; returns the results.
