@@ -212,18 +212,14 @@ def optimize_for_inference(
 
 def place_engines(model: nn.Module, network: Callable[..., InferenceNetwork]) -> nn.Module:
     """Returns the model with engines around its parts, or one engine around all of it."""
-    places = list(network_places(model))
-    if all(_is_stage(getattr(parent, name)) for parent, name in places) or _is_pyramid(model):
+    places, is_backbone = list(network_places(model)), hasattr(model, "output_shape")
+    if is_backbone or all(_is_stage(getattr(parent, name)) for parent, name in places):
         return network(model)  # also without any places
     for parent, name in places:
         setattr(parent, name, network(getattr(parent, name)))
     for parent, name in list(head_places(model)):
         setattr(parent, name, network(getattr(parent, name), compiles=False))
     return model
-
-
-def _is_pyramid(module: nn.Module) -> bool:
-    return hasattr(module, "output_shape")  # Detectron2's backbone interface
 
 
 def network_places(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
