@@ -84,17 +84,14 @@ def export_onnx(
     model: nn.Module,
     path: str | os.PathLike,
     *,
-    in_channels: int = 3,
-    dtype: torch.dtype = torch.float32,
     metadata: Mapping[str, str] | None = None,
     program: torch.export.ExportedProgram | None = None,
 ) -> None:
     """Writes a network as ONNX: input ``images``, outputs named as in :func:`output_names`.
 
     Args:
-        model, in_channels, dtype: as for :func:`export_program`.
         metadata: entries of the file's ``metadata_props``.
-        program: the model's :func:`export_program`, if already exported.
+        program: by default :func:`export_program` of the model, for three channels in float32.
     """
     try:
         import onnx
@@ -102,7 +99,7 @@ def export_onnx(
     except ImportError as error:
         raise ValueError("ONNX export needs: pip install onnx onnxscript") from error
     found = torch.onnx.export(
-        program or export_program(model, in_channels=in_channels, dtype=dtype),
+        program or export_program(model),
         (),
         dynamo=True,
         verbose=False,
@@ -138,9 +135,9 @@ def run_model(model: Callable[[Tensor], Tensor | Outputs]) -> Runner:
     return run
 
 
-def run_onnx(path: str | os.PathLike, threads: int = 0) -> Runner:
+def run_onnx(path: str | os.PathLike) -> Runner:
     """Returns a runner of an ONNX file; see :func:`onnx_session`."""
-    session = onnx_session(path, threads)
+    session = onnx_session(path)
     names = [value.name for value in session.get_outputs()]
     image = session.get_inputs()[0].name
 
