@@ -232,9 +232,6 @@ def refuse_not_finite(model: nn.Module) -> None:
         raise FloatingPointError(f"the weights are not finite ({bad[0]}), no checkpoint is written")
 
 
-# What fits
-
-
 def refuse_misfit(model: nn.Module, tensors: Mapping[str, Tensor], where: str, whole: bool) -> None:
     """Refuses a checkpoint that does not fill all required layers.
 
