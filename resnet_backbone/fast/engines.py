@@ -69,8 +69,8 @@ class InferenceNetwork(nn.Module):
     """A network run by an engine at a given precision, without gradients.
 
     The engine is built at the first call, for the layout of that input, and its outputs are
-    compared with PyTorch's. If they differ by more than rounding, or if the engine fails, it logs
-    a warning and PyTorch runs the network. "auto" builds every engine that can run here and picks
+    compared with PyTorch's. If they differ by more than rounding or the engine fails, a warning is
+    logged and PyTorch runs the network. "auto" builds every engine that can run here and picks
     the fastest, timed by the best of three calls. ``network.engine`` and the log (level INFO)
     name the choice.
 
