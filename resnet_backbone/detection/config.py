@@ -59,7 +59,7 @@ DEFAULTS = CfgNode(
         "EPOCHS": 0.0,  # above 0: sets SOLVER.MAX_ITER to this many passes over the training images
         "EMA_DECAY": 0.0,  # e.g. 0.9998: evaluations and checkpoints use averaged weights
         "GRADIENT_CHECKPOINTING": False,  # of the backbone: less memory, slower, same gradients
-        "ACCUMULATE": 1,  # gradient accumulation: number of parts of SOLVER.IMS_PER_BATCH
+        "ACCUMULATE": 1,  # gradient accumulation: number of parts of each process's batch
         "BEST_METRIC": "",  # TASK/NAME, e.g. bbox/AP50; the best checkpoint is model_best.pth
         "LOGGERS": [],  # wandb, mlflow: log metrics, config and results there
         "EARLY_STOP": 0,  # evaluations without a better BEST_METRIC before a run ends; 0: never
