@@ -90,8 +90,8 @@ DEFAULTS = CfgNode(
             # float16, or int8 with ENGINE openvino. SOLVER.AMP is for training.
             "PRECISION": "float32",
             "CALIBRATION": "",  # for int8: a folder of representative images, of which 128 are used
-            # eager, compile, openvino, onnxruntime, or auto, which picks the fastest: runs the
-            # backbone and heads (resnet_backbone.optimize_for_inference)
+            # What runs the backbone and heads: eager, compile, openvino, onnxruntime, or auto, the
+            # fastest (resnet_backbone.optimize_for_inference)
             "ENGINE": "eager",
         },
     }

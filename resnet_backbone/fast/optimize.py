@@ -214,7 +214,7 @@ def place_engines(model: nn.Module, network: Callable[..., InferenceNetwork]) ->
     """Returns the model with engines around its parts, or one engine around all of it."""
     places, is_backbone = list(network_places(model)), hasattr(model, "output_shape")
     if is_backbone or all(_is_stage(getattr(parent, name)) for parent, name in places):
-        return network(model)  # also without any places
+        return network(model)  # Detectron2's backbones, our stages alone, or no places at all
     for parent, name in places:
         setattr(parent, name, network(getattr(parent, name)))
     for parent, name in list(head_places(model)):
