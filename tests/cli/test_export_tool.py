@@ -17,7 +17,7 @@ import onnxruntime
 
 from resnet_backbone import build_model
 from resnet_backbone.cli import export as tool
-from resnet_backbone.cli.benchmark import randomize_norms
+from resnet_backbone.cli.benchmark.turns import randomize_norms
 from resnet_backbone.fast import export
 from resnet_backbone.weights import get_preprocessing, save_weights
 from resnet_backbone.weights.preprocessing import InputNormalizer

@@ -17,7 +17,7 @@ from torch import nn
 
 from resnet_backbone import optimize_for_inference
 from resnet_backbone.cli import export as tool
-from resnet_backbone.cli.benchmark import randomize_norms
+from resnet_backbone.cli.benchmark.turns import randomize_norms
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.inference import export
 from resnet_backbone.fast.export import Mismatch

@@ -117,8 +117,8 @@ def evaluated_run(args: argparse.Namespace) -> str:
         return ""
     given = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
     weights = args.weights or given.get("MODEL.WEIGHTS", "")
-    folder = os.path.dirname(weights) if weights else args.output_dir or ""
-    if not os.path.isfile(os.path.join(folder, CONFIG)):
+    folder = os.path.dirname(weights) or "." if weights else args.output_dir
+    if not folder or not os.path.isfile(os.path.join(folder, CONFIG)):
         return ""
     if args.weights:
         given["MODEL.WEIGHTS"] = args.weights

@@ -109,10 +109,14 @@ def test_results_that_are_not_as_expected(trained, train_net, tiny_voc, tmp_path
         (False, "is not a run folder: it has no config.yaml"),
     ],
 )
-def test_eval_only_that_lacks_something(trained, train_net, tmp_path, has_run, words):
+def test_eval_only_that_lacks_something(trained, train_net, tmp_path, has_run, words, monkeypatch):
     folder = trained[0] if has_run else tmp_path
     lines = train_net(None, "--eval-only", "--output-dir", folder, code=2)
     assert words in lines[-1]
+    if has_run:  # from within
+        monkeypatch.chdir(folder)
+        lines = train_net(None, "--eval-only", "--weights", "model_final.pth", code=2)
+        assert words in lines[-1]
 
 
 @pytest.mark.parametrize("config", [None, "voc/faster_rcnn_R_50_C4.yaml"])
