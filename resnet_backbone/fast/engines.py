@@ -14,6 +14,7 @@ from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
@@ -81,16 +82,13 @@ class InferenceNetwork(nn.Module):
         network: cast to `dtype` in place. With int8 it runs in float32 and keeps its inputs until
             :meth:`quantize` is called.
         engine: see :func:`resnet_backbone.optimize_for_inference`.
-        compiles: whether "compile" is worth its minute for this part; if not, PyTorch runs it.
     """
 
-    def __init__(
-        self, network: nn.Module, dtype: torch.dtype, engine: str = "eager", compiles: bool = True
-    ):
+    def __init__(self, network: nn.Module, dtype: torch.dtype, engine: str = "eager"):
         super().__init__()
         self.samples: list[Tensor] | None = [] if dtype == torch.int8 else None
         self.network = network if dtype == torch.int8 else network.to(dtype)
-        self.asked, self.compiles = engine, compiles
+        self.asked = engine
         self._forget()
 
     @property
@@ -99,7 +97,7 @@ class InferenceNetwork(nn.Module):
 
     def _forget(self) -> None:
         self.engine, self._run = "", None  # until the next call
-        if self.asked == "eager" or (self.asked == "compile" and not self.compiles):
+        if self.asked == "eager":
             self.engine, self._run = "eager", self.network.__call__
 
     def __getattr__(self, name: str) -> Any:
@@ -166,9 +164,8 @@ class InferenceNetwork(nn.Module):
         return f"{self.dtype}, engine={self.engine or self.asked}"
 
     def _start(self, x: Tensor) -> Run:
-        names = [name for name in PACKAGES if name != "compile" or self.compiles]
         runs: dict[str, Run] = {}
-        for name in names if self.asked == AUTO else [self.asked]:
+        for name in PACKAGES if self.asked == AUTO else [self.asked]:
             problem = why_not(name, self.dtype, x.device)
             if not problem:
                 problem = self._try(name, x, runs)
@@ -231,8 +228,11 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
 
 
-class TupleOutput(nn.Module):
-    """A float32 copy of a network with a flat tuple of outputs, as in exported graphs."""
+class GraphNetwork(nn.Module):
+    """A float32 copy of a network, as graphs have it: maps (N, H, W, C), and a tuple of outputs.
+
+    The graph then reads and writes channels_last maps in place, as the parts around it have them.
+    """
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -240,11 +240,27 @@ class TupleOutput(nn.Module):
         self.spec = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs, self.spec = tree_flatten(self.network(x))
-        return tuple(outputs)
+        outputs, self.spec = tree_flatten(self.network(channels_second(x)))
+        return tuple(map(channels_at_end, outputs))
 
     def rebuild(self, arrays: Any) -> Any:
-        return tree_unflatten([torch.from_numpy(array) for array in arrays], self.spec)
+        outputs = [channels_second(torch.from_numpy(array)) for array in arrays]
+        return tree_unflatten(outputs, self.spec)
+
+
+def channels_at_end(x: Tensor) -> Tensor:
+    """Returns a view (N, H, W, C) of maps (N, C, H, W), and other tensors as they are."""
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+
+
+def channels_second(x: Tensor) -> Tensor:
+    """Reverses :func:`channels_at_end`."""
+    return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
+
+
+def graph_input(x: Tensor) -> np.ndarray:
+    """Returns a :class:`GraphNetwork`'s input; channels_last float32 maps are not copied."""
+    return channels_at_end(x).float().contiguous().numpy()
 
 
 def build_eager(network: nn.Module, x: Tensor) -> Run:
@@ -263,7 +279,7 @@ def build_compiled(network: nn.Module, x: Tensor) -> Run:
 
 
 def build_openvino(network: nn.Module, x: Tensor) -> Run:
-    plain = TupleOutput(network)
+    plain = GraphNetwork(network)
     return run_openvino(plain, openvino_graph(plain, x), x.dtype)
 
 
@@ -271,9 +287,9 @@ def build_int8(network: nn.Module, samples: list[Tensor]) -> Run:
     """Quantizes a trained network with NNCF."""
     nncf = importlib.import_module("nncf")
     nncf.set_log_level(logging.ERROR)
-    plain = TupleOutput(network)
+    plain = GraphNetwork(network)
     graph = openvino_graph(plain, samples[0])
-    dataset = nncf.Dataset([sample.contiguous().numpy() for sample in samples])
+    dataset = nncf.Dataset([graph_input(sample) for sample in samples])
     graph = nncf.quantize(graph, dataset, subset_size=len(samples))
     return run_openvino(plain, graph, torch.int8)
 
@@ -288,25 +304,25 @@ def openvino_core() -> Any:
     return importlib.import_module("openvino").Core()
 
 
-def openvino_graph(plain: TupleOutput, x: Tensor) -> Any:
-    openvino = importlib.import_module("openvino")
+def openvino_graph(plain: GraphNetwork, x: Tensor) -> Any:
+    openvino, x = importlib.import_module("openvino"), channels_at_end(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's, about sizes, which are dynamic
         return openvino.convert_model(plain, example_input=x.float(), input=free_sizes(x))
 
 
-def run_openvino(plain: TupleOutput, graph: Any, dtype: torch.dtype) -> Run:
+def run_openvino(plain: GraphNetwork, graph: Any, dtype: torch.dtype) -> Run:
     settings = {
         "INFERENCE_PRECISION_HINT": HINTS[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = openvino_core().compile_model(graph, "CPU", settings)
-    return lambda x: plain.rebuild(compiled(x.float().contiguous().numpy()).values())
+    return lambda x: plain.rebuild(compiled(graph_input(x), share_inputs=True).values())
 
 
 def build_onnxruntime(network: nn.Module, x: Tensor) -> Run:
-    plain, file = TupleOutput(network), io.BytesIO()
+    plain, file, x = GraphNetwork(network), io.BytesIO(), channels_at_end(x)
     axes = {"x": [axis for axis, size in enumerate(free_sizes(x)) if size < 0]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -316,7 +332,7 @@ def build_onnxruntime(network: nn.Module, x: Tensor) -> Run:
             dynamic_axes=axes,
         )  # fmt: skip
     session = onnx_session(file.getvalue(), torch.get_num_threads())
-    return lambda x: plain.rebuild(session.run(None, {"x": x.contiguous().numpy()}))
+    return lambda x: plain.rebuild(session.run(None, {"x": graph_input(x)}))
 
 
 def onnx_session(model: str | os.PathLike | bytes, threads: int = 0) -> Any:
@@ -336,8 +352,9 @@ def onnx_session(model: str | os.PathLike | bytes, threads: int = 0) -> Any:
 
 
 def free_sizes(x: Tensor) -> list[int]:
-    """Returns the shape of an input with -1 for dynamic axes: all but the channels."""
-    return [size if axis == 1 else -1 for axis, size in enumerate(x.shape)]
+    """Returns the shape of a graph's input with -1 for dynamic axes: all but the channels."""
+    channels = 3 if x.dim() == 4 else 1
+    return [size if axis == channels else -1 for axis, size in enumerate(x.shape)]
 
 
 BUILDERS: dict[str, Callable[[nn.Module, Tensor], Run]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -163,9 +163,9 @@ def optimize_for_inference(
 
     Batch norms of our networks are folded into their convolutions, kernels are converted to
     channels_last, and gradients are off. An engine runs the whole network. In a detector it runs
-    ``backbone`` with the feature pyramid, the ``res5`` of a C4 head, the convolution of the
-    proposal network, and ``box_head``; the last layers and all later steps stay in PyTorch and
-    float32. Images may have any size.
+    ``backbone`` with the feature pyramid, and the ``res5`` of a C4 head. The convolution of the
+    proposal network and ``box_head`` have the same dtype, and run in PyTorch except in int8. The
+    last layers and all later steps stay in PyTorch and float32. Images may have any size.
 
     Args:
         model: a classifier or backbone, or a model that contains one, such as a detector or
@@ -199,7 +199,7 @@ def optimize_for_inference(
     model = fold_bn(model).to(memory_format=torch.channels_last)
     if plain:
         return model
-    model = place_engines(model, partial(InferenceNetwork, dtype=dtype, engine=engine))
+    model = place_engines(model, dtype, engine)
     if dtype == torch.int8:
         with torch.no_grad():
             for inputs in calibration:
@@ -210,15 +210,21 @@ def optimize_for_inference(
     return model
 
 
-def place_engines(model: nn.Module, network: Callable[..., InferenceNetwork]) -> nn.Module:
-    """Returns the model with engines around its parts, or one engine around all of it."""
+def place_engines(model: nn.Module, dtype: torch.dtype, engine: str) -> nn.Module:
+    """Returns the model with engines around its parts, or one engine around all of it.
+
+    PyTorch runs the heads, except in int8: for one or two layers, copying maps to an engine and
+    back costs more than the engine gains.
+    """
+    network = partial(InferenceNetwork, dtype=dtype, engine=engine)
+    head = network if dtype == torch.int8 else partial(InferenceNetwork, dtype=dtype)
     places, is_backbone = list(network_places(model)), hasattr(model, "output_shape")
     if is_backbone or all(_is_stage(getattr(parent, name)) for parent, name in places):
         return network(model)  # Detectron2's backbones, our stages alone, or no places at all
     for parent, name in places:
         setattr(parent, name, network(getattr(parent, name)))
     for parent, name in list(head_places(model)):
-        setattr(parent, name, network(getattr(parent, name), compiles=False))
+        setattr(parent, name, head(getattr(parent, name)))
     return model
 
 
