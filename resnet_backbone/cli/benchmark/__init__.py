@@ -9,10 +9,11 @@
   resnet-backbone benchmark evaluate                 # COCO and VOC AP beside the references
 
 All candidates take turns within one run, in a rotating order, so that a machine that slows down
-does so for all of them. The command prints the median and the range of images/s over the repeats,
-and of the ratio to the reference within a repeat. --output FILE.json keeps every measurement with
-the command, date, hardware, and versions. Nothing else should run on the machine. `resnet-backbone
-benchmark COMMAND --help` says what each timing includes.
+does so for all of them. In a turn a candidate runs twice, and the second run counts: the first one
+pays for what the others left in memory. The command prints the median and the range of images/s
+over the repeats, and of the ratio to the reference within a repeat. --output FILE.json keeps every
+measurement with the command, date, hardware, and versions. Nothing else should run on the machine.
+`resnet-backbone benchmark COMMAND --help` says what each timing includes.
 """
 
 from __future__ import annotations
@@ -63,8 +64,7 @@ Forward passes in inference mode on normalized, contiguous fp32 images on the de
 have the same weights. Candidates:
   torchvision           the reference: its model in its default form
   ours, as built        build_model(...).eval(), nothing else
-  ours, DTYPE, ENGINE   resnet_backbone.optimize_for_inference(model, dtype=..., engine=...);
-                        the first call of an engine is not timed""",
+  ours, DTYPE, ENGINE   resnet_backbone.optimize_for_inference(model, dtype=..., engine=...)""",
     ),
     "fpn": (
         "pyramid",
@@ -91,7 +91,7 @@ gets given boxes, the same for all models, because random weights propose nothin
 --proposals is their number: 1000 as in Detectron2, or 300 as in the paper. Outputs are compared
 before the measurement: detections by class and overlap, losses with the same sampling. "Data" is
 the time to read and augment one JPEG. Memory is measured in a fresh process for each candidate. On
-two idle cores, a turn of C4 takes two to three minutes, and one of FPN half a minute.""",
+two idle cores, a turn of C4 takes several minutes, and one of FPN about one minute.""",
     ),
     "profile": (
         "profile",
@@ -108,7 +108,7 @@ forward and backward: the median over the repeats. The profiler itself takes a f
 Random sets, with the detections in memory. COCO: from the content of an instances file and a list
 of results to the twelve numbers, beside pycocotools. VOC: from the output of a model and the
 annotation files to AP, beside Detectron2's evaluator, which rounds scores to three digits and
-breaks ties differently. Both read the files in a first turn that is not counted.""",
+breaks ties differently. Both have read the files before.""",
     ),
 }
 

@@ -34,7 +34,7 @@ def measure(
     Args:
         runs: by name, the reference first; their order rotates between repeats.
         images: number of images in a run.
-        repeats: turns of each candidate, after an uncounted one.
+        repeats: turns of each candidate. In a turn it runs twice, and the second run counts.
         device: a GPU is synchronized.
 
     Returns:
@@ -44,16 +44,16 @@ def measure(
     wait = torch.cuda.synchronize if device and device.type == "cuda" else lambda: None
     names = list(runs)
     rates: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=(repeats + 1) * len(names), desc="measuring", unit="turn") as bar:
-        for repeat in range(repeats + 1):
+    with tqdm(total=repeats * len(names), desc="measuring", unit="turn") as bar:
+        for repeat in range(repeats):
             first = repeat % len(names)
             for name in names[first:] + names[:first]:
+                runs[name]()  # not counted: it pays for what other candidates left in memory
                 wait()
                 start = time.perf_counter()
                 runs[name]()
                 wait()
-                if repeat:
-                    rates[name].append(images / (time.perf_counter() - start))
+                rates[name].append(images / (time.perf_counter() - start))
                 bar.update()
     rows = []
     print(f"{'':34}{'images/s':>10}  {'range':19}{'s/image':>9}{'ratio':>7}  range")
