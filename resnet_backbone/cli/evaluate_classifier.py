@@ -151,9 +151,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=4, help="loader processes (default: 4)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--amp", choices=tuple(AMP), default="none", help="mixed precision (default: none)")
-    choices, text = (AUTO, *PACKAGES), "what runs the network on a CPU; auto: the fastest (eager)"
+    choices, text = (AUTO, *PACKAGES), "what runs the network; auto: the fastest (default: eager)"
     add("--engine", choices=choices, default="eager", help=text)
-    text = "in OpenVINO's int8, with the ranges of activations from images of this folder"
+    text = "run in int8, with --engine openvino; DIR has images to calibrate on, at the test size"
     add("--int8", metavar="DIR", help=text)
     flag = argparse.BooleanOptionalAction
     add("--channels-last", action=flag, default=True, help="memory format (default: channels-last)")
@@ -168,7 +168,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.dtype = torch.int8 if args.int8 else AMP[args.amp] or torch.float32
     if args.int8 and args.amp != "none":
         raise UsageError("--int8 and --amp are two precisions: give one")
-    check_engine(args.engine, args.dtype)
+    check_engine(args.engine, args.dtype, choose_device(args.device))
     return args
 
 
@@ -317,7 +317,7 @@ def read_data(
     return images, files.class_names
 
 
-def write_results(args: argparse.Namespace, world: World, images, names, result) -> None:
+def write_results(args: argparse.Namespace, world: World, images, names, result, engines) -> None:
     folder = Path(args.output)
     files = write_evaluation(folder, result, names, images.name_of)
     content = {
@@ -326,7 +326,7 @@ def write_results(args: argparse.Namespace, world: World, images, names, result)
         "data": args.imagenet_folder or args.flat or args.cifar10,
         **result.to_dict(),
         "precision": str(args.dtype).removeprefix("torch."),
-        "engine": args.engine,
+        "engine": engines,
         "processes": world.size,
         "date": records.date()[:10],
         "hardware": records.hardware(world.device),
@@ -368,7 +368,8 @@ def work(args: argparse.Namespace) -> None:
     elif world.is_main:
         logger.info("%s", result)
         if args.output:
-            write_results(args, world, images, names, result)
+            engines = [getattr(model, "engine", "eager") for model, _ in models]
+            write_results(args, world, images, names, result, engines)
 
 
 @one_line_errors

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import logging
 import operator
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,8 +91,8 @@ DEFAULTS = CfgNode(
             # float16, or int8 with ENGINE openvino. SOLVER.AMP is for training.
             "PRECISION": "float32",
             "CALIBRATION": "",  # for int8: a folder of representative images, of which 128 are used
-            # What runs the backbone and heads: eager, compile, openvino, onnxruntime, or auto, the
-            # fastest (resnet_backbone.optimize_for_inference)
+            # What runs the backbone, and in int8 the heads: eager, compile, openvino, onnxruntime,
+            # or auto, the fastest (resnet_backbone.optimize_for_inference)
             "ENGINE": "eager",
         },
     }
@@ -177,11 +178,13 @@ class Switches(NamedTuple):
 
 def read_switches(cfg: CfgNode) -> Switches:
     """Reads the switches; UsageError if they contradict each other or the kind of detector."""
-    node = backbone_node(cfg).TEST
+    node, dtype = backbone_node(cfg).TEST, read_precision(cfg)
     try:
-        check_engine(node.ENGINE, read_precision(cfg))
+        check_engine(node.ENGINE, dtype, torch.device(cfg.MODEL.DEVICE))
     except ValueError as error:
         raise UsageError(f"{KEY}.ENGINE: {error}") from error
+    if node.ENSEMBLE and node.ENGINE != "eager":
+        raise UsageError(f"{KEY}.ENSEMBLE: all members run in PyTorch: set {KEY}.ENGINE eager")
     check_scales(cfg, node.SCALES)
     scales, runs = tuple(sorted(node.SCALES)), tuple(node.ENSEMBLE)
     switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, _choice(cfg, "NMS"), runs)
@@ -203,12 +206,15 @@ def read_switches(cfg: CfgNode) -> Switches:
 def read_precision(cfg: CfgNode) -> torch.dtype:
     """Reads ``RESNET_BACKBONE.TEST.PRECISION``; UsageError if other settings rule it out."""
     name, pooler = _choice(cfg, "PRECISION"), cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
-    if name != "float32" and pooler == "ROIPool" and torch.device(cfg.MODEL.DEVICE).type == "cpu":
+    node, on_cpu = backbone_node(cfg).TEST, torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    if name != "float32" and pooler == "ROIPool" and on_cpu and node.ENGINE == "eager":
         hint = "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool supports only float32 on CPUs"
         raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
-    if (name == "int8") != bool(backbone_node(cfg).TEST.CALIBRATION):
+    if (name == "int8") != bool(node.CALIBRATION):
         hint = "int8 and CALIBRATION, a folder of images, need each other"
         raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
+    if node.CALIBRATION and not os.path.isdir(node.CALIBRATION):
+        raise UsageError(f"{KEY}.CALIBRATION {node.CALIBRATION}: no such folder")
     return getattr(torch, name)
 
 

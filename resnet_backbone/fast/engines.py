@@ -56,12 +56,12 @@ def why_not(engine: str, dtype: torch.dtype, device: torch.device | None = None)
     return ""
 
 
-def check_engine(engine: str, dtype: torch.dtype) -> None:
-    """Raises ValueError if an engine is unknown or cannot run here."""
+def check_engine(engine: str, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    """Raises ValueError if an engine is unknown or cannot run here, or not on a device."""
     if engine not in (AUTO, *PACKAGES):
         raise ValueError(f"engine {engine!r} is not one of {', '.join((AUTO, *PACKAGES))}")
     engine = "openvino" if engine == AUTO and dtype == torch.int8 else engine
-    problem = engine != AUTO and why_not(engine, dtype)
+    problem = engine != AUTO and why_not(engine, dtype, device)
     if problem:
         raise ValueError(f"engine {engine} {problem}")
 
@@ -198,12 +198,13 @@ class InferenceNetwork(nn.Module):
 
 
 def relative_difference(found: Any, expected: Any) -> float:
-    """Returns the largest difference of any output relative to its largest value; inf for NaN."""
-    return max(
-        float((a.float() - b.float()).abs().max().nan_to_num(nan=torch.inf))
-        / max(float(b.float().abs().max()), torch.finfo().tiny)
-        for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True)
-    )
+    """Returns the largest difference relative to an output's largest value; inf for NaN."""
+    parts = []
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        a, b = a.detach().double(), b.detach().double()
+        largest = b.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        parts.append(((a - b).abs().max() / largest).nan_to_num(nan=torch.inf))
+    return float(max(parts))
 
 
 def time_runs(runs: dict[str, Run], x: Tensor) -> dict[str, float]:
@@ -231,7 +232,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 class GraphNetwork(nn.Module):
     """A float32 copy of a network, as graphs have it: maps (N, H, W, C), and a tuple of outputs.
 
-    The graph then reads and writes channels_last maps in place, as the parts around it have them.
+    Its maps are then channels_last, as those of the parts around it.
     """
 
     def __init__(self, network: nn.Module):
@@ -318,7 +319,7 @@ def run_openvino(plain: GraphNetwork, graph: Any, dtype: torch.dtype) -> Run:
         "PERFORMANCE_HINT": "LATENCY",
     }
     compiled = openvino_core().compile_model(graph, "CPU", settings)
-    return lambda x: plain.rebuild(compiled(graph_input(x), share_inputs=True).values())
+    return lambda x: plain.rebuild(compiled(graph_input(x)).values())
 
 
 def build_onnxruntime(network: nn.Module, x: Tensor) -> Run:

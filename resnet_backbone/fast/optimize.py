@@ -213,8 +213,8 @@ def optimize_for_inference(
 def place_engines(model: nn.Module, dtype: torch.dtype, engine: str) -> nn.Module:
     """Returns the model with engines around its parts, or one engine around all of it.
 
-    PyTorch runs the heads, except in int8: for one or two layers, copying maps to an engine and
-    back costs more than the engine gains.
+    PyTorch runs the heads, except in int8: engines were slower where one or two layers were
+    measured.
     """
     network = partial(InferenceNetwork, dtype=dtype, engine=engine)
     head = network if dtype == torch.int8 else partial(InferenceNetwork, dtype=dtype)

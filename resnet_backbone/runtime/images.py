@@ -65,7 +65,8 @@ def find_pictures(paths: Sequence[str | Path], option: str = "--images") -> list
 
 def spread(files: list[Path], count: int) -> list[Path]:
     """Returns at most ``count`` of the files, evenly spaced."""
-    return files[:: max(1, len(files) // count)][:count]
+    number = min(count, len(files))
+    return [files[index * len(files) // number] for index in range(number)]
 
 
 def read_rgb(path: str | os.PathLike) -> np.ndarray:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from small_networks import assert_close, network, unfolded
@@ -38,6 +39,8 @@ def test_an_engine_gives_pytorchs_outputs_at_any_size(engine, dtype, options):
             images = torch.randn(size)
             assert_close(fast(images), unfolded(model, images), 1e-4 if dtype != BF16 else 0.03)
             assert_close(fast(images), eager(images), engines.BOUNDS[dtype])
+    maps = [value for value in fast(images).values()] if "out_features" in options else []
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in maps)
     assert fast.engine == engine and "network" in dict(fast.named_children())
     for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert_close(copied(images), fast(images), 1e-6)
@@ -54,6 +57,20 @@ def test_other_inputs_of_an_engine(engine, dtype):
     assert_close(fast(images.to(memory_format=torch.channels_last)), unfolded(model, images))
     assert fast(images.double()).dtype == torch.float64
     assert fast(images[:0]).shape == (0, 5)
+
+
+def test_channels_last_inputs_are_not_copied():
+    images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    assert np.shares_memory(engines.graph_input(images), images.numpy())
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_nan_is_a_difference(place):
+    right = [torch.ones(2), torch.ones(2)]
+    wrong = [torch.full((2,), torch.nan) if n == place else x for n, x in enumerate(right)]
+    for pair in ((right, wrong), (wrong, right), (wrong, wrong)):
+        assert engines.relative_difference(*pair) == torch.inf
+    assert engines.relative_difference(torch.ones(1).double() + 1e-9, torch.ones(1)) > 1e-10
 
 
 class Traced(nn.Module):

@@ -97,9 +97,10 @@ two idle cores, a turn of C4 takes several minutes, and one of FPN about one min
         "profile",
         "parts of a detector's training step, beside Detectron2's",
         """\
-A training step as in `detect`, with 80 classes and random weights, of each config and, where it has
-such a network, of Detectron2's own detector. PyTorch's profiler gives the time of each part,
-forward and backward: the median over the repeats. The profiler itself takes a few percent.""",
+A training step as in `detect`, with 80 classes and random weights, of each config, and of
+Detectron2's own detector if that has the same network. PyTorch's profiler gives the time of each
+part, forward and backward: the median over the repeats. The profiler itself takes a few percent.
+Only Faster R-CNN can be profiled.""",
     ),
     "evaluate": (
         "detectors",

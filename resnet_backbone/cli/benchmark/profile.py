@@ -31,6 +31,10 @@ def run_profile(args: argparse.Namespace) -> dict[str, Any]:
     for name in args.config_file:
         words = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.ROI_HEADS.NUM_CLASSES", "80"]
         cfg = load_config(name, words)
+        detector, heads = cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME
+        more = cfg.MODEL.MASK_ON or cfg.MODEL.KEYPOINT_ON or heads == "CascadeROIHeads"
+        if detector != "GeneralizedRCNN" or more:
+            raise ValueError(f"--config-file {name}: only Faster R-CNN can be profiled")
         regions = cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
         setting = Setting("", 0, regions, args.height, args.width, args.batch)
         prepare, (_, boxes) = prepare_detector("training", setting), random_inputs(setting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import statistics
@@ -20,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from resnet_backbone.fast import optimize_for_inference
-from resnet_backbone.fast.engines import AUTO, why_not
+from resnet_backbone.fast.engines import check_engine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 Run = Callable[[], Any]
@@ -73,12 +74,17 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def forms_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Returns pairs (precision, engine) of --dtype and --engines that the engine supports."""
-    return [
-        (dtype, engine)
-        for dtype in args.dtype
-        for engine in args.engines
-        if not (engine != AUTO and why_not(engine, DTYPES[dtype]))
-    ]
+    forms, problems = [], []
+    for dtype, engine in itertools.product(args.dtype, args.engines):
+        try:
+            check_engine(engine, DTYPES[dtype], torch.device(args.device))
+            forms.append((dtype, engine))
+        except ValueError as error:
+            problems.append(f"{dtype}: {error}")
+    if not forms:
+        raise ValueError("; ".join(problems))
+    print("".join(f"not measured: {problem}\n" for problem in problems), end="")
+    return forms
 
 
 def fast_forms(model: nn.Module, forms: Sequence[tuple[str, str]], inputs: Any) -> dict[str, Run]:

@@ -99,7 +99,7 @@ def read_plan(args: argparse.Namespace) -> RunPlan:
         raise UsageError(
             "--config-file is missing; only --eval-only with a run folder works without it"
         )
-    cfg.OUTPUT_DIR = args.output_dir or cfg.OUTPUT_DIR
+    cfg.OUTPUT_DIR = args.output_dir or run or cfg.OUTPUT_DIR
     if args.seed_run is not None:
         cfg.OUTPUT_DIR, cfg.SEED = seed_folder(cfg.OUTPUT_DIR, args.seed_run), args.seed_run
         cfg.TEST.EXPECTED_RESULTS = []  # one seed's deviation must not stop the others

@@ -174,7 +174,7 @@ def test_what_is_left_out_is_named(tmp_path):
 
 def test_a_polygon_gives_its_box(tmp_path):
     folder, _ = yolo_beside(tmp_path)
-    (folder / "classes.txt").write_text("traffic light\n\n dog \n")
+    (folder / "classes.txt").write_text("traffic light\n dog \n\n")
     (folder / "b.txt").write_text("1 .125 .5 .375 .5 .25 1\n")
     splits, names, _ = read_own(folder, folder)
     assert found(splits, names)["b"] == [("dog", (10, 20, 30, 40))]

@@ -367,6 +367,9 @@ def test_int8_has_its_ranges_from_a_folder(detector, tmp_path):
     cfg.RESNET_BACKBONE.TEST.PRECISION = "int8"
     with pytest.raises(UsageError, match="int8 and CALIBRATION, a folder of images, need each"):
         for_testing(cfg, model)
+    cfg.RESNET_BACKBONE.TEST.CALIBRATION = str(tmp_path / "gone")
+    with pytest.raises(UsageError, match="CALIBRATION .*gone: no such folder"):
+        for_testing(cfg, model)
     cfg.RESNET_BACKBONE.TEST.CALIBRATION = str(tmp_path)
     with pytest.raises(UsageError, match="ENGINE: engine eager has no int8: use openvino"):
         for_testing(cfg, model)
@@ -376,6 +379,10 @@ def test_int8_has_its_ranges_from_a_folder(detector, tmp_path):
         pytest.skip(f"openvino {problem}")
     with pytest.raises(ValueError, match="CALIBRATION .*: no images found"):
         for_testing(cfg, model)
+    cfg.RESNET_BACKBONE.TEST.ENSEMBLE = [str(tmp_path)]
+    with pytest.raises(UsageError, match="ENSEMBLE: all members run in PyTorch"):
+        for_testing(cfg, model)
+    cfg.RESNET_BACKBONE.TEST.ENSEMBLE = []
     inputs = make_inputs(cfg.INPUT.FORMAT)
     for number, entry in enumerate(inputs):
         Image.fromarray(entry["original"][:, :, ::-1]).save(tmp_path / f"{number}.png")

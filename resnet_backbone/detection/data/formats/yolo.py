@@ -63,7 +63,7 @@ def read_yolo_names(annotations: Path, images: Path) -> list[str]:
         with reading(file):
             text = file.read_text(encoding="utf-8-sig")
             if file.suffix == ".txt":
-                return [line.strip() for line in text.splitlines() if line.strip()]
+                return [line.strip() for line in text.rstrip().splitlines()]
             names = yaml.safe_load(text).get("names")
             names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
         if isinstance(names, list) and names:
