@@ -15,13 +15,19 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def no_open_logs():
-    """Takes away the log handlers that a test opened: pytest closes the streams that they have."""
+    """Takes away the log handlers that a test opened: pytest closes the streams that they have.
+
+    Libraries that a test runs may also have disabled loggers, or raised the level of all.
+    """
     yield
-    for name in ("detectron2", "fvcore", "resnet_backbone"):
-        logger = logging.getLogger(name)
-        logger.handlers.clear()
-        logger.setLevel(logging.NOTSET)
-        logger.propagate = True
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name in list(logging.root.manager.loggerDict):
+        if name.split(".")[0] in ("detectron2", "fvcore", "resnet_backbone"):
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            logger.setLevel(logging.NOTSET)
+            logger.propagate, logger.disabled = True, False
     if "detectron2.utils.logger" in sys.modules:
         sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
 
