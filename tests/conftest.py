@@ -15,11 +15,19 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def no_open_logs():
-    """Takes away the log handlers that a test opened: pytest closes the streams that they have.
+    """Each test starts and ends with loggers as they are before any set-up of logging.
 
-    Libraries that a test runs may also have disabled loggers, or raised the level of all.
+    Handlers that a test opened would have a stream that pytest closes. Libraries may also have
+    disabled loggers, or raised the level of all.
     """
+    reset_loggers()
     yield
+    reset_loggers()
+    if "detectron2.utils.logger" in sys.modules:
+        sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
+
+
+def reset_loggers():
     logging.disable(logging.NOTSET)
     logging.getLogger().setLevel(logging.WARNING)
     for name in list(logging.root.manager.loggerDict):
@@ -28,8 +36,6 @@ def no_open_logs():
             logger.handlers.clear()
             logger.setLevel(logging.NOTSET)
             logger.propagate, logger.disabled = True, False
-    if "detectron2.utils.logger" in sys.modules:
-        sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)
