@@ -287,7 +287,7 @@ def build_openvino(network: nn.Module, x: Tensor) -> Run:
 def build_int8(network: nn.Module, samples: list[Tensor]) -> Run:
     """Quantizes a trained network with NNCF."""
     nncf = importlib.import_module("nncf")
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function changes all handlers
     plain = GraphNetwork(network)
     graph = openvino_graph(plain, samples[0])
     dataset = nncf.Dataset([graph_input(sample) for sample in samples])
