@@ -15,27 +15,15 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def no_open_logs():
-    """Each test starts and ends with loggers as they are before any set-up of logging.
-
-    Handlers that a test opened would have a stream that pytest closes. Libraries may also have
-    disabled loggers, or raised the level of all.
-    """
-    reset_loggers()
+    """Takes away the log handlers that a test opened: pytest closes the streams that they have."""
     yield
-    reset_loggers()
+    for name in ("detectron2", "fvcore", "resnet_backbone"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
     if "detectron2.utils.logger" in sys.modules:
         sys.modules["detectron2.utils.logger"].setup_logger.cache_clear()
-
-
-def reset_loggers():
-    logging.disable(logging.NOTSET)
-    logging.getLogger().setLevel(logging.WARNING)
-    for name in list(logging.root.manager.loggerDict):
-        if name.split(".")[0] in ("detectron2", "fvcore", "resnet_backbone"):
-            logger = logging.getLogger(name)
-            logger.handlers.clear()
-            logger.setLevel(logging.NOTSET)
-            logger.propagate, logger.disabled = True, False
 
 
 @pytest.fixture(scope="session", autouse=True)

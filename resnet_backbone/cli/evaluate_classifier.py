@@ -32,7 +32,7 @@ from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMA
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.fast import optimize_for_inference
-from resnet_backbone.fast.engines import AUTO, CALIBRATION, PACKAGES, check_engine
+from resnet_backbone.fast.engines import CALIBRATION, ENGINES, check_engine
 from resnet_backbone.report.table import prediction_rows, write_csv, write_evaluation
 from resnet_backbone.runtime import records
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
@@ -151,8 +151,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=4, help="loader processes (default: 4)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
     add("--amp", choices=tuple(AMP), default="none", help="mixed precision (default: none)")
-    choices, text = (AUTO, *PACKAGES), "what runs the network; auto: the fastest (default: eager)"
-    add("--engine", choices=choices, default="eager", help=text)
+    text = "what runs the network; auto: the fastest (default: eager)"
+    add("--engine", choices=ENGINES, default="eager", help=text)
     text = "run in int8, with --engine openvino; DIR has images to calibrate on, at the test size"
     add("--int8", metavar="DIR", help=text)
     flag = argparse.BooleanOptionalAction

@@ -28,6 +28,7 @@ PACKAGES = {  # required by each engine
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime", "onnx", "onnxscript"),
 }
+ENGINES = (AUTO, *PACKAGES)
 # Tolerated difference from PyTorch at the same precision, relative to an output's largest value.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "f32"}
@@ -58,8 +59,8 @@ def why_not(engine: str, dtype: torch.dtype, device: torch.device | None = None)
 
 def check_engine(engine: str, dtype: torch.dtype, device: torch.device | None = None) -> None:
     """Raises ValueError if an engine is unknown or cannot run here, or not on a device."""
-    if engine not in (AUTO, *PACKAGES):
-        raise ValueError(f"engine {engine!r} is not one of {', '.join((AUTO, *PACKAGES))}")
+    if engine not in ENGINES:
+        raise ValueError(f"engine {engine!r} is not one of {', '.join(ENGINES)}")
     engine = "openvino" if engine == AUTO and dtype == torch.int8 else engine
     problem = engine != AUTO and why_not(engine, dtype, device)
     if problem:
@@ -202,9 +203,11 @@ def relative_difference(found: Any, expected: Any) -> float:
     parts = []
     for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         a, b = a.detach().double(), b.detach().double()
-        largest = b.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        parts.append(((a - b).abs().max() / largest).nan_to_num(nan=torch.inf))
-    return float(max(parts))
+        difference = (a - b).abs().max()
+        if difference:  # NaN, too
+            difference = (difference / b.abs().max()).nan_to_num(torch.inf, torch.inf)
+        parts.append(float(difference))
+    return max(parts)
 
 
 def time_runs(runs: dict[str, Run], x: Tensor) -> dict[str, float]:
@@ -287,7 +290,7 @@ def build_openvino(network: nn.Module, x: Tensor) -> Run:
 def build_int8(network: nn.Module, samples: list[Tensor]) -> Run:
     """Quantizes a trained network with NNCF."""
     nncf = importlib.import_module("nncf")
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function changes all handlers
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its handlers may be others' too
     plain = GraphNetwork(network)
     graph = openvino_graph(plain, samples[0])
     dataset = nncf.Dataset([graph_input(sample) for sample in samples])

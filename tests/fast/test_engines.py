@@ -133,7 +133,10 @@ def test_int8_is_calibrated_on_given_inputs(engine, dtype):
     images = [torch.randn(4, 3, 32, 32) for _ in range(4)]
     with pytest.raises(ValueError, match="int8 needs calibration inputs"):
         optimize_for_inference(model, dtype=dtype, engine=engine)
+    handlers = pytest.importorskip("nncf").common.logging.nncf_logger.handlers
+    levels = [handler.level for handler in handlers]
     fast = optimize_for_inference(model, dtype=dtype, calibration=images)
+    assert [handler.level for handler in handlers] == levels  # pytest's are among them
     with torch.no_grad():
         for x in (images[0], torch.randn(1, 3, 48, 40)):
             expected, found = unfolded(model, x), fast(x)

@@ -28,7 +28,7 @@ import torch
 
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.cli.benchmark.turns import DTYPES
-from resnet_backbone.fast.engines import AUTO, PACKAGES
+from resnet_backbone.fast.engines import ENGINES
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.records import command_line, date, hardware, versions
@@ -135,8 +135,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         add(f"--{data}-images", default=images, help="images of the set", **number)
         add(f"--{data}-detections", default=found, help="detections per image", **number)
     for one in (infer, fpn, detect):
-        text, choices = "engines for our inference (default: eager)", (AUTO, *PACKAGES)
-        one.add_argument("--engines", nargs="+", default=["eager"], choices=choices, help=text)
+        text = "engines for our inference (default: eager)"
+        one.add_argument("--engines", nargs="+", default=["eager"], choices=ENGINES, help=text)
         text = "precisions of our inference; int8 is OpenVINO's"
         one.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help=text)
     turns = {loader: 7, train: 5, infer: 5, fpn: 5, detect: 3, profile: 3, evaluate: 3}

@@ -210,10 +210,11 @@ def real_data(step: TrainStep, args: argparse.Namespace, device) -> dict[str, fl
 def run_infer(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
     result: dict[str, Any] = {}
+    forms = turns.forms_of(args)
     for batch in args.batch:
         torch.compiler.reset()  # each batch size gets its own code, without dynamic shapes
         images = torch.randn(batch, 3, args.size, args.size, device=device)
-        found = candidates(args.model, turns.forms_of(args), images)
+        found = candidates(args.model, forms, images)
         runs = {
             name: turns.repeated(partial(run, images), args.steps) for name, run in found.items()
         }

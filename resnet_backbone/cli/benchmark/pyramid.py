@@ -57,13 +57,13 @@ def config(arch: str, regions: int = 512, head: int = 1024, depth: int = 50):
 def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
     device, shape = torch.device(args.device), (1, 3, args.height, args.width)
     images = torch.randn(shape, device=device)
+    forms = turns.forms_of(args)
     pair = tuple(network.to(device) for network in build_pyramids())
     differences = {"float32": compare_pyramids(*pair, images)}
     result: dict[str, Any] = {"differences": differences}
     names = []
     for kind in KINDS:
-        prepare = prepare_pyramid(kind, images)
-        found = candidates(*pair, kind, prepare, turns.forms_of(args), images)
+        found = candidates(*pair, kind, prepare_pyramid(kind, images), forms, images)
         names += [(kind, name) for name in found if not name.endswith("compile")]
         runs = {
             f"{kind}: {name}": turns.repeated(prepare(), args.steps)
@@ -76,8 +76,8 @@ def run_fpn(args: argparse.Namespace) -> dict[str, Any]:
         text = ", ".join(f"{name} {value:.1e}" for name, value in values.items())
         print(f"ours differs from Detectron2's, relatively, in {precision}: {text}")
     if device.type == "cpu" and not args.no_memory:
-        setting = shape, turns.forms_of(args)
-        result["memory_mb"] = turns.measure_memory(pyramid_candidates, setting, names)
+        found = turns.measure_memory(pyramid_candidates, (shape, forms), names)
+        result["memory_mb"] = found
     return result
 
 
@@ -128,7 +128,6 @@ def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict
         gradient_worst: the largest of any parameter, relative to its largest gradient. In single
             precision it jumps if a ReLU's input is a rounding error away from zero.
     """
-    difference = relative_difference
     maps = [train_pyramid(model, images) for model in (theirs, ours)]
     expected, found = (
         {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -139,7 +138,7 @@ def compare_pyramids(theirs: nn.Module, ours: nn.Module, images: Tensor) -> dict
     whole = torch.cat([value.flatten() for value in expected.values()])
     error = torch.cat([(found[name] - value).flatten() for name, value in expected.items()])
     return {
-        "outputs": max(difference(maps[1][name], maps[0][name]) for name in maps[0]),
+        "outputs": max(relative_difference(maps[1][name], maps[0][name]) for name in maps[0]),
         "gradient": float(error.norm() / whole.norm()),
-        "gradient_worst": max(difference(found[name], expected[name]) for name in expected),
+        "gradient_worst": max(relative_difference(found[name], expected[name]) for name in found),
     }

@@ -87,7 +87,7 @@ def open_weights(source: str) -> WeightsFile:
     """Opens the weights in ``MODEL.WEIGHTS``, and downloads them if needed.
 
     Detectron2's suffix ``?matching_heuristics=True`` is supported. WeightsError: the name is
-    unknown, there is no network, or the file is missing, damaged, or contains code.
+    unknown, the download fails, or the file is missing, damaged, or contains code.
     """
     query = re.fullmatch(r"(.*)\?matching_heuristics=(True|False)", source)
     name = query[1] if query else source
