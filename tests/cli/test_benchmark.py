@@ -192,6 +192,28 @@ def test_evaluation_beside_pycocotools_and_detectron2(bench):
     assert "numbers differ by" in out
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_start_beside_detectron2(bench, tmp_path, monkeypatch):
+    pytest.importorskip("detectron2")
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    from resnet_backbone.cli.benchmark.datasets import NAME, STARTS, starts, write_set
+
+    result, out = bench("data", "--set-images", 3, 600, "--repeats", 1)
+    for count in (3, 600):
+        rows = result[f"images_{count}"]["rows"]
+        assert names(rows) == list(STARTS) and f"{count} images" in out
+        assert all(row["seconds"]["median"] > 0 < row["memory_mb"]["median"] for row in rows)
+    write_set(tmp_path, 3)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # restored after `starts` sets it
+    for prepare in list(starts(str(tmp_path), "start").values())[::2]:
+        (image,) = prepare()()
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            catalog.remove(NAME)
+        assert image["image"].shape == (3, 800, 1067) and len(image["instances"]) > 0
+
+
 DETECT = "detect --height 64 --width 96 --regions 4 --proposals 6 --repeats 1 --no-memory".split()
 
 

@@ -273,20 +273,27 @@ def random_set(images: int, classes: int, count: int) -> list[tuple[np.ndarray, 
     return found
 
 
-def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
+def coco_truth(images: list[tuple[np.ndarray, ...]]) -> dict[str, Any]:
+    """Returns an instances file's content, given each image's boxes and classes."""
     truth: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    for image, (boxes, kinds, *found) in enumerate(images, start=1):
+    for image, (boxes, kinds) in enumerate(images, start=1):
         for box, kind in zip(boxes.tolist(), kinds.tolist(), strict=True):
             same = dict(id=len(truth) + 1, image_id=image, category_id=kind + 1, iscrowd=0)
             truth.append(same | dict(bbox=box, area=box[2] * box[3]))
-        for box, label, score in zip(*(values.tolist() for values in found), strict=True):
-            results.append(dict(image_id=image, category_id=label + 1, bbox=box, score=score))
-    dataset = {
-        "images": [dict(id=i, width=WIDTH, height=HEIGHT) for i in range(1, len(images) + 1)],
+    size, numbers = dict(width=WIDTH, height=HEIGHT), range(1, len(images) + 1)
+    return {
+        "images": [dict(id=i, file_name=f"{i:012d}.jpg", **size) for i in numbers],
         "categories": [dict(id=c, name=str(c)) for c in range(1, 81)],
         "annotations": truth,
     }
+
+
+def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
+    dataset = coco_truth([image[:2] for image in images])
+    results: list[dict[str, Any]] = []
+    for image, (_, _, *found) in enumerate(images, start=1):
+        for box, label, score in zip(*(values.tolist() for values in found), strict=True):
+            results.append(dict(image_id=image, category_id=label + 1, bbox=box, score=score))
 
     def run(engine) -> dict[str, float]:
         return score_coco(dataset, results, engine=engine)[0]

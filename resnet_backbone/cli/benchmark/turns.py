@@ -139,25 +139,29 @@ def measure_memory(
         passes: (kind, name) of each.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "131072"  # glibc returns freed blocks from 128 kB on
-    context, found = multiprocessing.get_context("spawn"), {}
-    threads = dict(initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+    found = {}
     for kind, name in tqdm(passes, desc="memory", unit="process"):
-        with ProcessPoolExecutor(1, context, **threads) as process:
-            try:
-                value = process.submit(peak_memory, build, setting, kind, name).result()
-            except BrokenProcessPool as error:
-                raise ValueError(f"memory of {kind}: {name}: its process was killed") from error
-        found[f"{kind}: {name}"] = value
+        found[f"{kind}: {name}"] = in_own_process(build, setting, kind, name)
     print("memory of a process that does one pass, MB (compiled ones are not measured):")
     for name, value in found.items():
         print(f"{name:44}{value['peak']:8.0f} at most, {value['before']:.0f} before the pass")
     return found
 
 
-def peak_memory(build: Callable, setting: Any, kind: str, name: str) -> dict[str, float]:
-    """Returns the peak resident memory in MB during a pass, and the memory before it.
+def in_own_process(build: Callable, setting: Any, kind: str, name: str) -> dict[str, float]:
+    """Calls :func:`measure_pass` in a fresh process with as many threads as this one has."""
+    threads = dict(initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **threads) as process:
+        try:
+            return process.submit(measure_pass, build, setting, kind, name).result()
+        except BrokenProcessPool as error:
+            raise ValueError(f"memory of {kind}: {name}: its process was killed") from error
 
-    Both are ``VmHWM``, reset before the pass; ``before`` includes libraries and weights.
+
+def measure_pass(build: Callable, setting: Any, kind: str, name: str) -> dict[str, float]:
+    """Returns a pass's seconds, its peak resident memory in MB, and the memory before it.
+
+    The memory is ``VmHWM``, reset before the pass; ``before`` includes libraries and weights.
     """
 
     def peak() -> float:
@@ -166,6 +170,6 @@ def peak_memory(build: Callable, setting: Any, kind: str, name: str) -> dict[str
 
     run = build(setting, kind)[name]()
     Path("/proc/self/clear_refs").write_text("5")
-    before = peak()
+    before, start = peak(), time.perf_counter()
     run()
-    return {"before": before, "peak": peak()}
+    return {"seconds": time.perf_counter() - start, "before": before, "peak": peak()}

@@ -12,13 +12,15 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator  # noqa: F401  for comparisons
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.modeling.heads import with_global_context, with_stride
-from resnet_backbone.fast.optimize import change_classes
+from resnet_backbone.fast.optimize import change_classes, is_watched
 
 logger = logging.getLogger(__name__)
 THEIRS = {
@@ -79,6 +81,27 @@ class FullConv2d(_Full, nn.Conv2d):
     """``nn.Conv2d`` that ignores autocast."""
 
 
+class JointRPNHead(StandardRPNHead):
+    """``StandardRPNHead`` whose two 1x1 convolutions, which ignore autocast, are computed as one.
+
+    They read the same large map and have few outputs. One convolution takes half of their time.
+    """
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        layers = self.objectness_logits, self.anchor_deltas
+        if any(type(layer) is not FullConv2d or is_watched(layer) for layer in layers):
+            return super().forward(features)
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers])
+        counts, found = [layer.out_channels for layer in layers], []
+        for x in features:
+            x = self.conv(x).to(weight.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                found.append(F.conv2d(x, weight, bias).split(counts, 1))
+        scores, deltas = zip(*found, strict=True)
+        return list(scores), list(deltas)
+
+
 def with_exact_scores(model: nn.Module) -> nn.Module:
     """Excludes the last layers for proposals and boxes from mixed precision, in place.
 
@@ -92,7 +115,7 @@ def with_exact_scores(model: nn.Module) -> nn.Module:
         for name, layer in parent.named_children():
             if name in LAST_LAYERS and getattr(layer, "kernel_size", (1, 1)) == (1, 1):
                 setattr(parent, name, change_classes(layer, kinds))
-    return model
+    return change_classes(model, {StandardRPNHead: JointRPNHead})
 
 
 def build_reference(cfg: CfgNode) -> nn.Module:

@@ -7,12 +7,18 @@ pytest.importorskip("detectron2")
 
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
+from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.structures import Boxes
 from torchvision.ops import roi_pool
 
 from resnet_backbone import optimize_for_inference
 from resnet_backbone.detection import build_detector
-from resnet_backbone.detection.modeling import FullConv2d, FullLinear, build_reference
+from resnet_backbone.detection.modeling import (
+    FullConv2d,
+    FullLinear,
+    JointRPNHead,
+    build_reference,
+)
 from resnet_backbone.detection.modeling.heads import with_stride
 from resnet_backbone.fast import InferenceNetwork
 from resnet_backbone.fast.engines import why_not
@@ -49,9 +55,46 @@ def test_scores_are_in_single_precision_under_autocast(make_cfg, small):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             scores, deltas = predictor(features.bfloat16())
             logits = head.objectness_logits(hidden)
+            joint, _ = head([hidden])
+    assert joint[0].dtype == torch.float32
     assert scores.dtype == deltas.dtype == logits.dtype == torch.float32
     assert float(scores[1, 0] - scores[0, 0]) == pytest.approx(0.001, rel=0.01)
     assert torch.equal(logits, expected)
+
+
+def joint_and_plain_heads(make_cfg, small) -> list:
+    """A detector's proposal head, and Detectron2's with the same weights, in double precision."""
+    heads = [
+        build(make_cfg(FPN, **small)).proposal_generator.rpn_head.double()
+        for build in (build_detector, build_model)
+    ]
+    heads[1].load_state_dict(heads[0].state_dict())
+    assert [type(head) for head in heads] == [JointRPNHead, StandardRPNHead]
+    return heads
+
+
+def test_both_layers_of_the_proposal_head_at_once(make_cfg, small):
+    """Same values and gradients as one after the other."""
+    found = []
+    for head in joint_and_plain_heads(make_cfg, small):
+        torch.manual_seed(0)
+        maps = [torch.randn(2, 16, size, 9).double().requires_grad_() for size in (12, 6)]
+        outputs = [one for of_levels in head(maps) for one in of_levels]
+        sum((one * torch.rand(one.shape)).sum() for one in outputs).backward()
+        found.append(
+            [*outputs, *(map_.grad for map_ in maps), *(p.grad for p in head.parameters())]
+        )
+    assert [one.shape[1] for one in found[0][:4]] == [3, 3, 12, 12]
+    torch.testing.assert_close(*found)
+
+
+def test_hooks_of_the_proposal_heads_layers_are_called(make_cfg, small):
+    head, plain = joint_and_plain_heads(make_cfg, small)
+    maps, calls = [torch.randn(1, 16, 6, 9).double()], []
+    head.anchor_deltas.register_forward_hook(lambda *call: calls.append(call[2]))
+    found = head(maps)
+    assert calls == found[1] and len(calls) == 1
+    torch.testing.assert_close(found, plain(maps))
 
 
 @pytest.mark.parametrize("kind", ["ROIAlignV2", "ROIAlign", "ROIPool"])
