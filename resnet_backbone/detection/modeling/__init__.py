@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator  # noqa: F401  for comparisons
+from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.modeling.heads import with_global_context, with_stride
 from resnet_backbone.fast.optimize import change_classes, is_watched
+from resnet_backbone.fast.sparse import ProposalHead, can_be_sparse, inputs_of
 
 logger = logging.getLogger(__name__)
 THEIRS = {
@@ -82,22 +84,30 @@ class FullConv2d(_Full, nn.Conv2d):
 
 
 class JointRPNHead(StandardRPNHead):
-    """``StandardRPNHead`` whose two 1x1 convolutions, which ignore autocast, are computed as one.
+    """``StandardRPNHead`` that is fast on CPUs.
 
-    They read the same large map and have few outputs. One convolution takes half of their time.
+    The two 1x1 convolutions, which ignore autocast, read the same large map and have few outputs,
+    so they are computed as one. The backward pass computes only cells with a sampled anchor.
     """
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        layers = self.objectness_logits, self.anchor_deltas
-        if any(type(layer) is not FullConv2d or is_watched(layer) for layer in layers):
+        layers, conv = (self.objectness_logits, self.anchor_deltas), self.conv
+        exact = all(type(layer) is FullConv2d for layer in layers)
+        if not exact or any(map(is_watched, (conv, *layers))):  # each one would be skipped below
             return super().forward(features)
-        weight = torch.cat([layer.weight for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers])
-        counts, found = [layer.out_channels for layer in layers], []
+        last = [
+            torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias")
+        ]
+        has_relu = type(conv) is Conv2d and type(conv.activation) is nn.ReLU
+        found = []
         for x in features:
-            x = self.conv(x).to(weight.dtype)
-            with torch.autocast(x.device.type, enabled=False):
-                found.append(F.conv2d(x, weight, bias).split(counts, 1))
+            if has_relu and can_be_sparse(conv, x):
+                outputs = ProposalHead.apply(*inputs_of(conv, x), *last)
+            else:
+                x = conv(x).to(last[0].dtype)
+                with torch.autocast(x.device.type, enabled=False):
+                    outputs = F.conv2d(x, *last)
+            found.append(outputs.split([layer.out_channels for layer in layers], 1))
         scores, deltas = zip(*found, strict=True)
         return list(scores), list(deltas)
 

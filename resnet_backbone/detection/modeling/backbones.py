@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec, get_norm
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
-from torch import nn
+from torch import Tensor, nn
 
 from resnet_backbone.detection.checkpoint.files import origin_input
 from resnet_backbone.detection.checkpoint.input_check import StatesInput, config_input
@@ -24,6 +24,8 @@ from resnet_backbone.detection.config import (
     backbone_node,
 )
 from resnet_backbone.fast import fold_each_call
+from resnet_backbone.fast.optimize import change_classes
+from resnet_backbone.fast.sparse import Conv3x3, can_be_sparse, inputs_of
 from resnet_backbone.models import VGG, ResNet
 from resnet_backbone.models.layers import NORMS, Norm
 from resnet_backbone.models.resnet import DEPTHS, STAGE_WIDTHS
@@ -52,8 +54,32 @@ class PaperVGG(PaperBackbone, VGG, Backbone):
     """:class:`resnet_backbone.models.VGG` as a Detectron2 backbone; same arguments and keys."""
 
 
+class OutputConv(Conv2d):
+    """A pyramid's 3x3 convolution whose backward pass is sparse on CPUs.
+
+    The regions of a training step cover a small part of the finest maps.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation is not None or not can_be_sparse(self, x):
+            return super().forward(x)
+        return Conv3x3.apply(*inputs_of(self, x))
+
+    def __prepare_scriptable__(self) -> Conv2d:
+        return change_classes(self, {OutputConv: Conv2d})
+
+
 class PaperFPN(FPN):
-    """Detectron2's FPN that refuses weights trained on other input before it loads anything."""
+    """Detectron2's FPN that refuses weights trained on other input before it loads anything.
+
+    Without norms, whose gradients are dense, its last layers are :class:`OutputConv`.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for conv in self.output_convs:
+            if type(conv) is Conv2d and conv.norm is None:
+                conv.__class__ = OutputConv  # in place: a pyramid lists its layers twice
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if isinstance(self.bottom_up, StatesInput):

@@ -10,7 +10,7 @@ from torch import nn
 pytest.importorskip("detectron2")
 
 from detectron2.export.torchscript_patch import patch_nonscriptable_classes
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import Backbone, build_backbone, build_model
 from detectron2.modeling.backbone import FPN as D2FPN
 from detectron2.modeling.backbone import ResNet as D2ResNet
@@ -23,6 +23,7 @@ from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection import PaperResNet, PaperVGG
+from resnet_backbone.detection.modeling.backbones import OutputConv
 from resnet_backbone.models import FrozenBatchNorm2d
 
 STAGES = ["stem", "res2", "res3", "res4", "res5"]
@@ -199,6 +200,26 @@ def test_equals_detectron2(make_cfg, build, randomise, name, depth, keys):
     x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["", "GN"])
+def test_gradients_of_few_cells_equal_detectron2s(make_cfg, build, randomise, norm):
+    """Those of a loss of some cells of the finest map and of all of another; GN's are dense."""
+    keys = dict(MODEL__RESNETS__OUT_FEATURES=STAGES[1:], MODEL__FPN__IN_FEATURES=STAGES[1:])
+    keys |= dict(MODEL__FPN__OUT_CHANNELS=32, MODEL__FPN__NORM=norm, MODEL__RESNETS__DEPTH=18)
+    keys |= dict(MODEL__RESNETS__RES2_OUT_CHANNELS=64)
+    theirs = build_resnet_fpn_backbone(make_cfg(**keys), ShapeSpec(channels=3))
+    ours = build(FPN, **keys)
+    randomise(theirs)
+    ours.double().load_state_dict(theirs.double().state_dict())
+    assert type(ours.fpn_output2) is (Conv2d if norm else OutputConv)
+    x, gradients = torch.randn(1, 3, 64, 96, dtype=torch.float64), []
+    for pyramid in (theirs, ours):
+        maps = pyramid(x)
+        (maps["p2"][:, :, 3:6, 4:9].square().sum() + maps["p3"].square().sum()).backward()
+        gradients.append({key: value.grad for key, value in pyramid.named_parameters()})
+    assert gradients[0]["fpn_output2.weight"].any()
+    torch.testing.assert_close(*gradients)
 
 
 def test_retinanet_trains(make_cfg, images):

@@ -1,0 +1,100 @@
+"""Sparse backward passes beside PyTorch's dense ones."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from resnet_backbone.fast import sparse
+from resnet_backbone.fast.sparse import Conv3x3, ProposalHead, can_be_sparse, inputs_of
+
+SHAPES = ((2, 5, 7, 10), (6, 5, 3, 3), (6,), (4, 6, 1, 1), (4,))  # x, two layers
+
+
+def dense_conv(x, weight, bias):
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def dense_head(x, weight, bias, last, last_bias):
+    return F.conv2d(dense_conv(x, weight, bias).relu(), last, last_bias)
+
+
+@pytest.fixture
+def paths(monkeypatch):
+    """The number of cells of each sparse pass."""
+    counts, function = [], sparse.gradients_of_cells
+
+    def counted(x, weight, cells, grad):
+        counts.append(len(cells))
+        return function(x, weight, cells, grad)
+
+    monkeypatch.setattr(sparse, "gradients_of_cells", counted)
+    return counts
+
+
+@pytest.mark.parametrize("at_once", [3, 1000])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("cells", [0, 1, 30, 40, 140])
+@pytest.mark.parametrize("found, expected", [(Conv3x3, dense_conv), (ProposalHead, dense_head)])
+def test_gradients_are_those_of_the_dense_pass(
+    found, expected, cells, layout, at_once, paths, monkeypatch
+):
+    """Cells at the border and inside, of both images; many ones take the dense pass."""
+    monkeypatch.setattr(sparse, "CELLS_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(cells)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+    inputs[0] = inputs[0].contiguous(memory_format=layout)
+    inputs = [one.requires_grad_() for one in inputs[: 3 if found is Conv3x3 else 5]]
+    outputs = [function(*inputs) for function in (found.apply, expected)]
+    torch.testing.assert_close(*outputs)
+    chosen = torch.randperm(140, generator=generator).view(2, 1, 7, 10) < cells
+    grad = torch.randn(outputs[0].shape, generator=generator) * chosen
+    torch.testing.assert_close(*(torch.autograd.grad(one, inputs, grad) for one in outputs))
+    assert paths == ([] if found is Conv3x3 and cells > 0.25 * 140 else [cells])
+
+
+def test_bf16_is_as_exact_as_the_dense_pass():
+    """Gradients of autocast, dense and sparse, beside those of double precision."""
+    torch.manual_seed(0)
+    conv, last = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 15, 1)
+    x = torch.randn(1, 64, 40, 50).bfloat16()
+    grad = torch.randn(1, 15, 40, 50) * (torch.rand(1, 1, 40, 50) < 0.05)
+    wanted = [conv.weight, conv.bias, last.weight, last.bias]
+    found = []
+    with torch.autocast("cpu", torch.bfloat16):
+        leaf = x.clone().requires_grad_()
+        hidden = conv(leaf).relu()
+        with torch.autocast("cpu", enabled=False):
+            found.append((last(hidden.float()), [leaf, *wanted]))
+        leaf = x.clone().requires_grad_()
+        found.append((ProposalHead.apply(*inputs_of(conv, leaf), *wanted[2:]), [leaf, *wanted]))
+    inputs = [one.detach().double().requires_grad_() for one in (x, *wanted)]
+    exact = dense_head(*inputs)
+    expected = torch.autograd.grad(exact, inputs, grad.double())
+    dense, ours = (torch.autograd.grad(*one, grad) for one in found)
+    assert found[0][0].dtype == found[1][0].dtype == torch.float32
+    for one, other, reference in zip(dense, ours, expected, strict=True):
+        error, most = ((value - reference).norm() / reference.norm() for value in (other, one))
+        assert error < 1.1 * most + 1e-6 < 0.1
+
+
+def test_what_can_be_sparse():
+    x, conv = torch.rand(1, 4, 8, 8), nn.Conv2d(4, 4, 3, padding=1)
+    assert can_be_sparse(conv, x)
+    others = [
+        nn.Conv2d(4, 4, 3),
+        nn.Conv2d(4, 4, 1, padding=1),
+        nn.Conv2d(4, 4, 3, padding=1, stride=2),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.Conv2d(4, 4, 3, padding=1, dilation=2),
+        nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
+    ]
+    normed = copy.copy(conv)
+    normed.norm = nn.BatchNorm2d(4)
+    assert not any(can_be_sparse(other, x) for other in [*others, normed])
+    assert not can_be_sparse(conv, x.to("meta"))
+    with torch.no_grad():
+        assert not can_be_sparse(conv, x)
