@@ -43,6 +43,7 @@ def test_gradients_are_those_of_the_dense_pass(
 ):
     """Cells at the border and inside, of both images; many ones take the dense pass."""
     monkeypatch.setattr(sparse, "CELLS_AT_ONCE", at_once)
+    monkeypatch.setattr(sparse, "SAMPLED", 1)
     generator = torch.Generator().manual_seed(cells)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
     inputs[0] = inputs[0].contiguous(memory_format=layout)
@@ -53,6 +54,16 @@ def test_gradients_are_those_of_the_dense_pass(
     grad = torch.randn(outputs[0].shape, generator=generator) * chosen
     torch.testing.assert_close(*(torch.autograd.grad(one, inputs, grad) for one in outputs))
     assert paths == ([] if found is Conv3x3 and cells > 0.25 * 140 else [cells])
+
+
+@pytest.mark.parametrize("cell, is_dense", [((8, 4), True), ((8, 5), False)])
+def test_a_sample_of_cells_chooses_the_pass(cell, is_dense, paths):
+    x, grad = torch.randn(1, 5, 12, 8, requires_grad=True), torch.zeros(1, 6, 12, 8)
+    weight, bias = (torch.randn(shape) for shape in SHAPES[1:3])
+    grad[0, 3, 0, 4] = grad[0, 1, cell[0], cell[1]] = 1  # two or one of six sampled cells
+    found = torch.autograd.grad(Conv3x3.apply(x, weight, bias), x, grad)
+    torch.testing.assert_close(found, torch.autograd.grad(dense_conv(x, weight, bias), x, grad))
+    assert paths == ([] if is_dense else [2])
 
 
 def test_bf16_is_as_exact_as_the_dense_pass():

@@ -51,6 +51,8 @@ def _work(words: list[str], log: Path) -> None:
     os.dup2(file, 1), os.dup2(file, 2)
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
     torch.set_num_threads(1)
+    # as in a command: loader workers are its own children, which end when it is killed
+    torch.multiprocessing.set_start_method("fork", force=True)
     importlib.import_module("resnet_backbone.cli.train_net").main(words)
 
 
