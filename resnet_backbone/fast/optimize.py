@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn import functional as F
 
 from resnet_backbone import models
 from resnet_backbone.fast.engines import InferenceNetwork, check_engine
@@ -29,6 +30,45 @@ HEADS = ("box_head", "cls_subnet", "bbox_subnet")  # Faster R-CNN's and RetinaNe
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
+class FoldedConv(torch.autograd.Function):
+    """A convolution with the kernel ``weight * scale``, which backward passes compute again.
+
+    Autograd alone would keep a second kernel of each convolution for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, setting: tuple
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.setting = setting
+        kernel = (weight * scale[:, None, None, None]).to(x.dtype)
+        return F.conv2d(x, kernel, shift.to(x.dtype), *setting)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        scale, (stride, padding, dilation, groups) = scale[:, None, None, None], ctx.setting
+        kernel, wanted = (weight * scale).to(x.dtype), [*ctx.needs_input_grad[:2], False]
+        setting = None, stride, padding, dilation, False, (0, 0), groups, wanted
+        of_x, of_kernel, _ = torch.ops.aten.convolution_backward(grad, x, kernel, *setting)
+        of_weight = of_kernel if of_kernel is None else (of_kernel * scale).to(weight.dtype)
+        return of_x, of_weight, None, None, None
+
+
+def conv_dtype(x: Tensor) -> torch.dtype:
+    """Returns the precision in which a convolution of x runs: autocast's, if it applies."""
+    kind = x.device.type
+    applies = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if applies else x.dtype
+
+
+def in_graph(x: Tensor) -> bool:
+    """Whether PyTorch records operations on x as a graph, which gets plain operators."""
+    jit = torch.jit.is_tracing() or torch.jit.is_scripting()
+    return jit or torch.compiler.is_compiling() or isinstance(x, Proxy)
+
+
 class FoldingConvNorm(ConvNorm):
     """:class:`ConvNorm` that computes ``conv(x, w * scale, shift)`` while its norm is constant.
 
@@ -39,9 +79,16 @@ class FoldingConvNorm(ConvNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._folding_pays(x):
+        if not self._folding_pays(x):
+            return super().forward(x)
+        is_plain = type(self)._conv_forward is nn.Conv2d._conv_forward and not in_graph(x)
+        if not (
+            is_plain and torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        ):
             return self._conv_forward(x, *self.folded())
-        return super().forward(x)
+        setting = self.stride, self.padding, self.dilation, self.groups
+        x = x.to(conv_dtype(x))
+        return FoldedConv.apply(x, self.weight, *scale_and_shift(self.norm), setting)
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Returns the kernel and bias with the norm folded in; needs :meth:`can_fold`."""
@@ -70,7 +117,7 @@ class FoldingConvNorm(ConvNorm):
             return False
         if type(self.norm) is FrozenBatchNorm2d:
             return True
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, Proxy):
+        if in_graph(x):
             return False  # graph compilers fold by themselves
         pixels = x[:, 0].numel() // (self.stride[0] * self.stride[1])
         return pixels >= self.weight[0].numel()

@@ -16,6 +16,7 @@ from resnet_backbone.fast.optimize import (
     FoldingConvNorm,
     FoldingConvNormAct,
     change_classes,
+    in_graph,
     is_watched,
 )
 from resnet_backbone.models.layers import ConvNorm, ConvNormAct
@@ -172,7 +173,7 @@ class RegionAlign(nn.Module):
     @staticmethod
     def sums_rows(maps: Tensor) -> bool:
         """Whether the sum of rows is used; traced graphs keep the single operator."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
+        if in_graph(maps):
             return False
         return maps.device.type == "cpu" and maps.is_floating_point()
 

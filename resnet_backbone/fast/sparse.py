@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from resnet_backbone.fast.optimize import conv_dtype, in_graph
+
 CELLS_AT_ONCE = 8192  # whose 3x3 patches are in memory
 DENSE_FROM = 0.25  # share of cells with a gradient from which the dense pass is faster
 SAMPLED = 4  # every fourth cell in each direction estimates that share
@@ -21,7 +23,7 @@ SAMPLED = 4  # every fourth cell in each direction estimates that share
 
 def can_be_sparse(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether the operations below can replace that of `conv`, recorded for a backward pass."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
+    if in_graph(x):
         return False
     plain = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, device="meta")
     same = all(getattr(conv, name) == getattr(plain, name) for name in plain.__constants__)
@@ -31,10 +33,8 @@ def can_be_sparse(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 def inputs_of(conv: nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
-    """Yields x, weight and bias in the precision of a convolution on a CPU."""
-    half = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if half else conv.weight.dtype
-    yield from (one.to(dtype) for one in (x, conv.weight, conv.bias))
+    """Yields x, weight and bias in the precision of the convolution."""
+    yield from (one.to(conv_dtype(one)) for one in (x, conv.weight, conv.bias))
 
 
 def cells_with_gradient(grad: Tensor) -> Tensor:

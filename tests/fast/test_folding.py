@@ -212,8 +212,37 @@ def test_a_frozen_norm_has_the_same_values_and_gradients(stride, kernel_size):
     for folded in (True, False):
         x = image.clone().requires_grad_()
         y = conv(x) if folded else ConvNorm.forward(conv, x)
-        results.append((y, *torch.autograd.grad(y.square().sum(), [x, conv.weight])))
+        grads = torch.autograd.grad(y.square().sum(), [x, conv.weight], create_graph=True)
+        second = torch.autograd.grad(grads[0].square().sum(), [x, conv.weight])
+        results.append((y, *grads, *second))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_no_second_kernel_is_kept_for_the_backward_pass(half):
+    """Only parameters and maps are kept; under autocast maps are in half precision."""
+    conv, kept = folding_conv(3, 6, 3).float(), []
+    known = [value.data_ptr() for value in (conv.weight, *conv.buffers())]
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+        torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x),
+    ):
+        y = conv(torch.randn(2, 3, 7, 7, requires_grad=True))
+    new = [value for value in kept if value.data_ptr() not in known]
+    assert {value.shape for value in new} <= {(2, 3, 7, 7), (6,)}
+    dtype = torch.bfloat16 if half else torch.float32
+    assert y.dtype == dtype and {value.dtype for value in new if value.dim() == 4} == {dtype}
+
+
+def test_gradients_under_autocast():
+    """Those of the norm after the convolution differ by the rounding of the map between them."""
+    conv, x, found = folding_conv(8, 16, 3).float(), torch.randn(2, 8, 12, 12), []
+    for call in (conv, lambda x: ConvNorm.forward(conv, x)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(x).float().square().sum()
+        found.append(torch.autograd.grad(loss, conv.weight)[0])
+    assert found[0].dtype == torch.float32
+    assert_close(*found, 0.02)
 
 
 @pytest.mark.parametrize("everywhere", [False, True])

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from resnet_backbone.detection.config import CONTEXT_HEADS, UsageError, backbone_node, with_keys
 from resnet_backbone.detection.modeling.backbones import in_memory_format, resnet_options
-from resnet_backbone.fast.optimize import is_watched
+from resnet_backbone.fast.optimize import in_graph, is_watched
 from resnet_backbone.fast.regions import RegionAlign, StridedPool, for_regions, projections_on_map
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import (
@@ -98,8 +98,8 @@ class PaperRes5ROIHeads(Res5ROIHeads):
             projections = projections_on_map(res5, maps, regions.shape[0] * pool.bins)
             if projections is not None:
                 maps, res5 = projections.of_map(maps), projections.stage_of
-        is_graph = torch.jit.is_tracing() or torch.compiler.is_compiling()  # of any number
-        if torch.is_grad_enabled() or is_graph or len(regions) <= self.REGIONS_AT_ONCE:
+        at_once = torch.is_grad_enabled() or in_graph(maps)  # graphs are of any number of regions
+        if at_once or len(regions) <= self.REGIONS_AT_ONCE:
             return res5(pool(maps, regions))
         return torch.cat([res5(pool(maps, part)) for part in regions.split(self.REGIONS_AT_ONCE)])
 
