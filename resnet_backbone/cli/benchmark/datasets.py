@@ -12,17 +12,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
-from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 from tqdm import tqdm
 
 from resnet_backbone.cli.benchmark import turns
 from resnet_backbone.cli.benchmark.detectors import HEIGHT, WIDTH, coco_truth, random_set
 from resnet_backbone.cli.benchmark.pyramid import config
-from resnet_backbone.detection.config import with_keys
-from resnet_backbone.detection.data.coco import register_coco
+from resnet_backbone.detection.config import CfgNode, with_keys
+from resnet_backbone.detection.data.coco import register_coco, register_coco_instances
+from resnet_backbone.detection.data.sampling import build_detection_train_loader
 from resnet_backbone.detection.engine.trainer import Trainer
 
 NAME = "benchmark"
