@@ -31,9 +31,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 class FoldedConv(torch.autograd.Function):
-    """A convolution with the kernel ``weight * scale``, which backward passes compute again.
+    """A convolution with the kernel ``weight * scale``, which the backward pass recomputes.
 
-    Autograd alone would keep a second kernel of each convolution for the backward pass.
+    Autograd alone would keep a second kernel of each convolution for the backward pass. Maps
+    (N, I, H, W) to (N, O, H', W'), given weight (O, I, h, w), the constants scale (O,) and shift
+    (O,), and `setting`: stride, padding, dilation, groups.
     """
 
     @staticmethod
@@ -57,16 +59,18 @@ class FoldedConv(torch.autograd.Function):
 
 
 def conv_dtype(x: Tensor) -> torch.dtype:
-    """Returns the precision in which a convolution of x runs: autocast's, if it applies."""
+    """Returns the precision of x in a convolution: autocast's, if it applies."""
     kind = x.device.type
-    applies = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if applies else x.dtype
+    can_change = x.is_floating_point() and x.dtype != torch.float64
+    if not can_change or not torch.amp.is_autocast_available(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def in_graph(x: Tensor) -> bool:
-    """Whether PyTorch records operations on x as a graph, which gets plain operators."""
-    jit = torch.jit.is_tracing() or torch.jit.is_scripting()
-    return jit or torch.compiler.is_compiling() or isinstance(x, Proxy)
+    """Whether PyTorch transforms operations on x (graphs, ``torch.func``): these stay plain."""
+    jit = torch.jit.is_tracing() or torch.jit.is_scripting() or torch.compiler.is_compiling()
+    return jit or isinstance(x, Proxy) or torch._C._are_functorch_transforms_active()
 
 
 class FoldingConvNorm(ConvNorm):
@@ -81,14 +85,19 @@ class FoldingConvNorm(ConvNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self._folding_pays(x):
             return super().forward(x)
-        is_plain = type(self)._conv_forward is nn.Conv2d._conv_forward and not in_graph(x)
-        if not (
-            is_plain and torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        ):
+        if not self._keeps_kernel(x):
             return self._conv_forward(x, *self.folded())
         setting = self.stride, self.padding, self.dilation, self.groups
         x = x.to(conv_dtype(x))
         return FoldedConv.apply(x, self.weight, *scale_and_shift(self.norm), setting)
+
+    def _keeps_kernel(self, x: Tensor) -> bool:
+        """Whether autograd would keep the folded kernel, and :class:`FoldedConv` fits."""
+        is_plain = type(self)._conv_forward is nn.Conv2d._conv_forward
+        if not is_plain or self.padding_mode != "zeros" or in_graph(x):
+            return False
+        is_recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        return is_recorded and conv_dtype(x) == conv_dtype(self.weight)
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Returns the kernel and bias with the norm folded in; needs :meth:`can_fold`."""
@@ -181,10 +190,10 @@ def is_watched(module: nn.Module) -> bool:
 
 
 def change_classes(model: nn.Module, kinds: Mapping[type, type]) -> nn.Module:
-    """Replaces modules by instances of a subclass with the same content, in place.
+    """Replaces modules by instances of another class with the same content, in place.
 
-    `kinds` maps exact classes to subclasses that add no attributes. Use the returned model: it is
-    a new module where the model itself is of such a class.
+    `kinds` maps exact classes to subclasses or base classes with the same attributes. Use the
+    returned model: it is a new module where the model itself is of such a class.
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():

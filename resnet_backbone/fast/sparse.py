@@ -1,40 +1,40 @@
 """3x3 convolutions whose backward pass computes only cells that have a gradient, on CPUs.
 
-The losses of a detector are of sampled anchors and regions, so the gradient is zero in most cells
-of the finest maps. A dense backward pass multiplies these zeros.
+The losses of a detector are computed from sampled anchors and regions, so the gradient is zero in
+most cells of the finest maps. A dense backward pass multiplies these zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from resnet_backbone.fast.optimize import conv_dtype, in_graph
 
-CELLS_AT_ONCE = 8192  # whose 3x3 patches are in memory
+CELLS_AT_ONCE = 8192  # cells whose patches are held at a time
 DENSE_FROM = 0.25  # share of cells with a gradient from which the dense pass is faster
 SAMPLED = 4  # every fourth cell in each direction estimates that share
+PLAIN = ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+SETTINGS = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def can_be_sparse(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether the operations below can replace that of `conv`, recorded for a backward pass."""
-    if in_graph(x):
+    """Whether `conv` is a 3x3 convolution as below, about to be recorded on a CPU for x."""
+    if in_graph(x) or not (x.is_cpu and torch.is_grad_enabled()):
         return False
-    plain = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1, device="meta")
-    same = all(getattr(conv, name) == getattr(plain, name) for name in plain.__constants__)
-    is_plain = same and conv.bias is not None and getattr(conv, "norm", None) is None
-    on_cpu = x.is_cpu and x.is_floating_point() and torch.is_grad_enabled()
-    return on_cpu and is_plain
+    is_plain = tuple(getattr(conv, name) for name in SETTINGS) == PLAIN
+    has_norm = getattr(conv, "norm", None) is not None
+    same = conv_dtype(x) == conv_dtype(conv.weight)
+    return is_plain and conv.bias is not None and not has_norm and same
 
 
-def inputs_of(conv: nn.Conv2d, x: Tensor) -> Iterator[Tensor]:
-    """Yields x, weight and bias in the precision of the convolution."""
-    yield from (one.to(conv_dtype(one)) for one in (x, conv.weight, conv.bias))
+def inputs_of(conv: nn.Conv2d, x: Tensor) -> list[Tensor]:
+    """Returns x (N, I, H, W), weight (O, I, 3, 3) and bias (O,) in the convolution's precision."""
+    return [one.to(conv_dtype(one)) for one in (x, conv.weight, conv.bias)]
 
 
 def cells_with_gradient(grad: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 def neighbors(cells: Tensor, height: int, width: int) -> Tensor:
     """Returns the indices (P, 9) of the 3x3 cells around each cell, row by row; -1 is outside."""
-    steps = torch.arange(-1, 2)
+    steps = torch.arange(-1, 2, device=cells.device)
     y = (cells // width % height)[:, None] + steps
     x = (cells % width)[:, None] + steps
     inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None]
@@ -71,8 +71,8 @@ def convolve_cells(x: Tensor, weight: Tensor, bias: Tensor, cells: Tensor) -> Te
 
 
 def gradients_of_cells(
-    x: Tensor, weight: Tensor, cells: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, cells: Tensor, grad: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Returns the gradients of input, weight and bias of a 3x3 convolution with padding 1.
 
     Args:
@@ -80,26 +80,43 @@ def gradients_of_cells(
         weight: (O, I, 3, 3), of the input's precision.
         cells: indices (P,) of output cells.
         grad: their gradient (P, O); that of all other cells is zero.
+        wanted: whether the gradients of input and weight are computed, or else None.
     """
-    rows, shape, near = rows_of(x), x.shape[2:], neighbors(cells, *x.shape[2:])
-    precision = torch.promote_types(x.dtype, torch.float32)
-    of_weight = torch.zeros(len(weight), weight[0].numel(), dtype=precision)
-    for some, part in zip(near.split(CELLS_AT_ONCE), grad.split(CELLS_AT_ONCE), strict=True):
-        of_weight += part.t() @ gather(rows, some)
-    place = torch.full((len(rows) + 1,), -1)  # of each cell in `grad`; the last one is that of -1
-    place[cells] = torch.arange(len(cells))
-    is_reached = torch.zeros(len(place), dtype=torch.bool)
+    near, of_x, of_weight = neighbors(cells, *x.shape[2:]), None, None
+    if wanted[0]:
+        of_x = _gradient_of_input(x, weight, cells, near, grad)
+    if wanted[1]:
+        precision = torch.promote_types(x.dtype, torch.float32)
+        of_weight, rows = (
+            weight.new_zeros(len(weight), weight[0].numel(), dtype=precision),
+            rows_of(x),
+        )
+        for some, part in zip(near.split(CELLS_AT_ONCE), grad.split(CELLS_AT_ONCE), strict=True):
+            of_weight += part.t() @ gather(rows, some)
+        of_weight = of_weight.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2).to(weight.dtype)
+    return of_x, of_weight, grad.sum(0)
+
+
+def _gradient_of_input(
+    x: Tensor, weight: Tensor, cells: Tensor, near: Tensor, grad: Tensor
+) -> Tensor:
+    """Convolves the gradient with the turned kernel, at all neighbors (P, 9) of the P cells."""
+    rows = rows_of(x)
+    place = cells.new_full((len(rows) + 1,), -1)  # of each cell in `grad`; the last one is for -1
+    place[cells] = torch.arange(len(cells), device=cells.device)
+    is_reached = torch.zeros_like(place, dtype=torch.bool)
     is_reached[near.flatten()] = True
     kernel, of_rows = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2), torch.zeros_like(rows)
     for some in is_reached[:-1].nonzero().squeeze(1).split(CELLS_AT_ONCE):
-        of_rows[some] = gather(grad, place[neighbors(some, *shape)]) @ kernel
-    of_x = of_rows.view(len(x), *shape, -1).permute(0, 3, 1, 2)
-    of_weight = of_weight.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2)
-    return of_x, of_weight.to(weight.dtype), grad.sum(0)
+        of_rows[some] = gather(grad, place[neighbors(some, *x.shape[2:])]) @ kernel
+    return of_rows.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 class Conv3x3(torch.autograd.Function):
-    """A 3x3 convolution with padding 1 and a bias."""
+    """A 3x3 convolution with padding 1 and a bias: (N, I, H, W) to (N, O, H, W).
+
+    Its gradients can be differentiated; they are dense then.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -107,39 +124,53 @@ class Conv3x3(torch.autograd.Function):
         return F.conv2d(x, weight, bias, padding=1)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), wanted = ctx.saved_tensors, ctx.needs_input_grad
         sample = grad[:, :, ::SAMPLED, ::SAMPLED]
-        if len(cells_with_gradient(sample)) >= DENSE_FROM * sample[:, 0].numel():
+        few = len(cells_with_gradient(sample)) < DENSE_FROM * sample[:, 0].numel()
+        if torch.is_grad_enabled() or not few:
             setting = [len(weight)], (1, 1), (1, 1), (1, 1), False, (0, 0), 1
-            return torch.ops.aten.convolution_backward(grad, x, weight, *setting, [True] * 3)
-        cells = cells_with_gradient(grad)
-        return gradients_of_cells(x, weight, cells, rows_of(grad)[cells])
+            return torch.ops.aten.convolution_backward(grad, x, weight, *setting, [*wanted])
+        with torch.autocast("cpu", enabled=False):
+            cells = cells_with_gradient(grad)
+            return gradients_of_cells(x, weight, cells, rows_of(grad)[cells], wanted)
 
 
 class ProposalHead(torch.autograd.Function):
-    """A 3x3 convolution, ReLU, and a 1x1 convolution in the precision of its weights.
+    """A 3x3 convolution with padding 1, ReLU, and a 1x1 convolution in its weights' precision.
 
-    The backward pass computes the hidden cells that it needs again; none are kept.
+    Maps (N, I, H, W) to (N, K, H, W), given a kernel (O, I, 3, 3) and bias (O,) of the input's
+    precision, and the last layer's (K, O, 1, 1) and (K,). The backward pass recomputes the hidden
+    cells that it needs; none are kept. Its gradients can be differentiated; they are dense then.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, last: Tensor, last_bias: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, last)
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return ProposalHead.dense(*inputs)
+
+    @staticmethod
+    def dense(x: Tensor, weight: Tensor, bias: Tensor, last: Tensor, last_bias: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             hidden = F.conv2d(x, weight, bias, padding=1).relu_()
             return F.conv2d(hidden.to(last.dtype), last, last_bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, weight, bias, last = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, wanted = ctx.saved_tensors, ctx.needs_input_grad
         cells = cells_with_gradient(grad)
-        found = rows_of(grad)[cells]
-        hidden = convolve_cells(x, weight, bias, cells).relu_()
-        of_hidden = (found @ last.flatten(1)).to(hidden.dtype) * (hidden > 0)
-        of_last = (found.t() @ hidden.to(found.dtype))[:, :, None, None]
-        return *gradients_of_cells(x, weight, cells, of_hidden), of_last, found.sum(0)
+        if torch.is_grad_enabled() or len(cells) > CELLS_AT_ONCE:
+            again = torch.is_grad_enabled()
+            with torch.enable_grad():
+                outputs = ProposalHead.dense(*inputs)
+            trained = [one for one, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
+            found = iter(torch.autograd.grad(outputs, trained, grad, create_graph=again))
+            return tuple(next(found) if is_wanted else None for is_wanted in wanted)
+        x, weight, bias, last, _ = inputs
+        with torch.autocast("cpu", enabled=False):
+            part = rows_of(grad)[cells]
+            hidden = convolve_cells(x, weight, bias, cells).relu_()
+            of_hidden = (part @ last.flatten(1)).to(hidden.dtype).masked_fill(hidden <= 0, 0)
+            of_last = (part.t() @ hidden.to(part.dtype))[:, :, None, None]
+            first = gradients_of_cells(x, weight, cells, of_hidden, wanted)
+            return *first, of_last, part.sum(0)

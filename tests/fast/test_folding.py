@@ -234,6 +234,25 @@ def test_no_second_kernel_is_kept_for_the_backward_pass(half):
     assert y.dtype == dtype and {value.dtype for value in new if value.dim() == 4} == {dtype}
 
 
+def test_transforms_of_torch_func_see_plain_operations():
+    conv, x = folding_conv(3, 6, 3), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    expected = torch.autograd.grad(conv(x).square().sum(), conv.weight)[0]
+    state = {"weight": conv.weight.detach()}
+
+    def loss(state):
+        return torch.func.functional_call(conv, state, (x,)).square().sum()
+
+    torch.testing.assert_close(torch.func.grad(loss)(state)["weight"], expected)
+
+
+def test_an_image_of_another_precision_is_refused_as_by_a_convolution():
+    conv = folding_conv(3, 6, 3).float()
+    for image in (torch.rand(1, 3, 5, 5).double(), torch.ones(1, 3, 5, 5, dtype=torch.uint8)):
+        with pytest.raises(RuntimeError, match="same|type"):
+            conv(image)
+    assert conv.to("meta")(torch.ones(1, 3, 5, 5, device="meta")).shape == (1, 6, 5, 5)
+
+
 def test_gradients_under_autocast():
     """Those of the norm after the convolution differ by the rounding of the map between them."""
     conv, x, found = folding_conv(8, 16, 3).float(), torch.randn(2, 8, 12, 12), []

@@ -111,7 +111,7 @@ A start is all from the files to the first batch of one image, in a fresh proces
 instances file, Detectron2's records, and the sampler. Ours also looks at each image file, and a
 later start uses what the first one kept in the cache. The set is random, with six boxes an image on
 average and no masks; all images are links to one file, so the disk is not measured. Memory is the
-process's peak above what it had before (Linux).""",
+process's peak above what it had before (Linux). The order of the candidates is fixed.""",
     ),
     "evaluate": (
         "detectors",

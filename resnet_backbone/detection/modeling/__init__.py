@@ -87,7 +87,8 @@ class JointRPNHead(StandardRPNHead):
     """``StandardRPNHead`` that is fast on CPUs.
 
     The two 1x1 convolutions, which ignore autocast, read the same large map and have few outputs,
-    so they are computed as one. The backward pass computes only cells with a sampled anchor.
+    so they are computed as one. The backward pass computes only cells with a sampled anchor. Maps
+    L levels (N, C, H, W) to lists of logits (N, A, H, W) and deltas (N, 4 A, H, W).
     """
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -99,6 +100,7 @@ class JointRPNHead(StandardRPNHead):
             torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias")
         ]
         has_relu = type(conv) is Conv2d and type(conv.activation) is nn.ReLU
+        has_relu = has_relu and not is_watched(conv.activation)
         found = []
         for x in features:
             if has_relu and can_be_sparse(conv, x):

@@ -24,6 +24,7 @@ from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection import PaperResNet, PaperVGG
 from resnet_backbone.detection.modeling.backbones import OutputConv
+from resnet_backbone.fast import sparse
 from resnet_backbone.models import FrozenBatchNorm2d
 
 STAGES = ["stem", "res2", "res3", "res4", "res5"]
@@ -203,7 +204,7 @@ def test_equals_detectron2(make_cfg, build, randomise, name, depth, keys):
 
 
 @pytest.mark.parametrize("norm", ["", "GN"])
-def test_gradients_of_few_cells_equal_detectron2s(make_cfg, build, randomise, norm):
+def test_gradients_of_few_cells_equal_detectron2s(make_cfg, build, randomise, norm, monkeypatch):
     """Those of a loss of some cells of the finest map and of all of another; GN's are dense."""
     keys = dict(MODEL__RESNETS__OUT_FEATURES=STAGES[1:], MODEL__FPN__IN_FEATURES=STAGES[1:])
     keys |= dict(MODEL__FPN__OUT_CHANNELS=32, MODEL__FPN__NORM=norm, MODEL__RESNETS__DEPTH=18)
@@ -213,12 +214,16 @@ def test_gradients_of_few_cells_equal_detectron2s(make_cfg, build, randomise, no
     randomise(theirs)
     ours.double().load_state_dict(theirs.double().state_dict())
     assert type(ours.fpn_output2) is (Conv2d if norm else OutputConv)
+    passes, function = [], sparse.gradients_of_cells
+    monkeypatch.setattr(
+        sparse, "gradients_of_cells", lambda *call: passes.append(len(call[2])) or function(*call)
+    )
     x, gradients = torch.randn(1, 3, 64, 96, dtype=torch.float64), []
     for pyramid in (theirs, ours):
         maps = pyramid(x)
         (maps["p2"][:, :, 3:6, 4:9].square().sum() + maps["p3"].square().sum()).backward()
         gradients.append({key: value.grad for key, value in pyramid.named_parameters()})
-    assert gradients[0]["fpn_output2.weight"].any()
+    assert gradients[0]["fpn_output2.weight"].any() and passes == ([] if norm else [15])
     torch.testing.assert_close(*gradients)
 
 

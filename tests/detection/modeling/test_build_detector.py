@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
 from detectron2.structures import Boxes
+from torch import nn
 from torchvision.ops import roi_pool
 
 from resnet_backbone import optimize_for_inference
@@ -23,6 +24,7 @@ from resnet_backbone.detection.modeling.heads import with_stride
 from resnet_backbone.fast import InferenceNetwork
 from resnet_backbone.fast.engines import why_not
 from resnet_backbone.fast.regions import RegionAlign
+from resnet_backbone.fast.sparse import ProposalHead
 
 FPN = "voc/faster_rcnn_R_18_FPN.yaml"
 SCALE = 1 / 16
@@ -73,9 +75,10 @@ def joint_and_plain_heads(make_cfg, small) -> list:
     return heads
 
 
-def test_both_layers_of_the_proposal_head_at_once(make_cfg, small):
-    """Same values and gradients as one after the other."""
-    found = []
+def test_both_layers_of_the_proposal_head_at_once(make_cfg, small, monkeypatch):
+    """Same values and gradients as one after the other; the joint one is called for each map."""
+    found, calls, apply = [], [], ProposalHead.apply
+    monkeypatch.setattr(ProposalHead, "apply", lambda *call: calls.append(call) or apply(*call))
     for head in joint_and_plain_heads(make_cfg, small):
         torch.manual_seed(0)
         maps = [torch.randn(2, 16, size, 9).double().requires_grad_() for size in (12, 6)]
@@ -84,16 +87,19 @@ def test_both_layers_of_the_proposal_head_at_once(make_cfg, small):
         found.append(
             [*outputs, *(map_.grad for map_ in maps), *(p.grad for p in head.parameters())]
         )
-    assert [one.shape[1] for one in found[0][:4]] == [3, 3, 12, 12]
+    assert [one.shape[1] for one in found[0][:4]] == [3, 3, 12, 12] and len(calls) == 2
     torch.testing.assert_close(*found)
 
 
-def test_hooks_of_the_proposal_heads_layers_are_called(make_cfg, small):
+@pytest.mark.parametrize("name", ["anchor_deltas", "conv", "conv.activation"])
+def test_hooks_of_the_proposal_heads_layers_are_called(make_cfg, small, name):
     head, plain = joint_and_plain_heads(make_cfg, small)
     maps, calls = [torch.randn(1, 16, 6, 9).double()], []
-    head.anchor_deltas.register_forward_hook(lambda *call: calls.append(call[2]))
+    if name == "conv.activation":
+        head.conv.activation = nn.ReLU()
+    head.get_submodule(name).register_forward_hook(lambda *call: calls.append(call[2]))
     found = head(maps)
-    assert calls == found[1] and len(calls) == 1
+    assert len(calls) == 1
     torch.testing.assert_close(found, plain(maps))
 
 
