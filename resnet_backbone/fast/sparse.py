@@ -87,10 +87,8 @@ def gradients_of_cells(
         of_x = _gradient_of_input(x, weight, cells, near, grad)
     if wanted[1]:
         precision = torch.promote_types(x.dtype, torch.float32)
-        of_weight, rows = (
-            weight.new_zeros(len(weight), weight[0].numel(), dtype=precision),
-            rows_of(x),
-        )
+        of_weight = weight.new_zeros(len(weight), weight[0].numel(), dtype=precision)
+        rows = rows_of(x)
         for some, part in zip(near.split(CELLS_AT_ONCE), grad.split(CELLS_AT_ONCE), strict=True):
             of_weight += part.t() @ gather(rows, some)
         of_weight = of_weight.view(len(weight), 3, 3, -1).permute(0, 3, 1, 2).to(weight.dtype)
@@ -158,9 +156,8 @@ class ProposalHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, wanted = ctx.saved_tensors, ctx.needs_input_grad
-        cells = cells_with_gradient(grad)
-        if torch.is_grad_enabled() or len(cells) > CELLS_AT_ONCE:
-            again = torch.is_grad_enabled()
+        cells, again = cells_with_gradient(grad), torch.is_grad_enabled()
+        if again or len(cells) > CELLS_AT_ONCE:
             with torch.enable_grad():
                 outputs = ProposalHead.dense(*inputs)
             trained = [one for one, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]

@@ -152,9 +152,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         one.add_argument("--engines", nargs="+", default=["eager"], choices=ENGINES, help=text)
         text = "precisions of our inference; int8 is OpenVINO's"
         one.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"], help=text)
-    turns = {loader: 7, train: 5, infer: 5, fpn: 5, detect: 3, profile: 3}
-    turns |= {data: 3, evaluate: 3}
-    for one, repeats in turns.items():
+    for one in (loader, train, infer, fpn, detect, profile, data, evaluate):
+        repeats = {loader: 7, train: 5, infer: 5, fpn: 5}.get(one, 3)
         one.add_argument("--repeats", type=positive, default=repeats, help="number of turns")
         one.add_argument("--output", type=Path, help="JSON file for all measurements")
     parser.set_defaults(device="cpu")

@@ -94,13 +94,12 @@ class JointRPNHead(StandardRPNHead):
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         layers, conv = (self.objectness_logits, self.anchor_deltas), self.conv
         exact = all(type(layer) is FullConv2d for layer in layers)
-        if not exact or any(map(is_watched, (conv, *layers))):  # each one would be skipped below
+        if not exact or any(map(is_watched, (*conv.modules(), *layers))):  # skipped below
             return super().forward(features)
         last = [
             torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias")
         ]
         has_relu = type(conv) is Conv2d and type(conv.activation) is nn.ReLU
-        has_relu = has_relu and not is_watched(conv.activation)
         found = []
         for x in features:
             if has_relu and can_be_sparse(conv, x):
