@@ -1,5 +1,5 @@
 """Fast detection regions on CPUs: RoIAlign as weighted sums of whole rows, of all bins or every
-second one, and res5 on many small maps as matrix products.
+second one, and res5 whose first 1x1 convolutions are computed before the pooling.
 """
 
 from __future__ import annotations
@@ -12,113 +12,64 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
-from resnet_backbone.fast.optimize import (
-    FoldingConvNorm,
-    FoldingConvNormAct,
-    change_classes,
-    in_graph,
-    is_watched,
-)
-from resnet_backbone.models.layers import ConvNorm, ConvNormAct
+from resnet_backbone.fast.engines import InferenceNetwork
+from resnet_backbone.fast.optimize import FoldingConvNorm, in_graph, is_watched
 from resnet_backbone.models.resnet import BottleneckBlock
 
 
-class RegionConvNorm(FoldingConvNorm):
-    """:class:`FoldingConvNorm` for maps of about 7x7."""
+class ProjectedStage(nn.Module):
+    """A stage of bottlenecks without its first ``conv1`` and ``shortcut``, computed on the map.
 
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.is_cpu and self.kernel_size == self.stride == (1, 1):
-            return pointwise(x, weight, bias)
-        if x.is_cpu and self.kernel_size == (3, 3):
-            return self._conv_3x3(x, weight, bias)
-        return super()._conv_forward(x, weight, bias)
-
-    def _conv_3x3(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _is_half(x):
-            plain = self.stride == (1, 1) and self.dilation == (1, 1)
-            if plain and not torch.is_grad_enabled():  # patches take nine times the map's memory
-                weight = weight.permute(0, 2, 3, 1).flatten(1)
-                return pointwise(patches_3x3(x), weight, bias)
-            return super()._conv_forward(x, weight, bias)
-        y = super()._conv_forward(x.contiguous(), weight.contiguous(), bias)
-        return y.contiguous(memory_format=torch.channels_last)
-
-
-class RegionConvNormAct(ConvNormAct, RegionConvNorm):
-    """:class:`ConvNormAct` with the convolutions of :class:`RegionConvNorm`."""
-
-
-def for_regions(stage: nn.Module) -> nn.Module:
-    """Turns the convolutions of a stage into :class:`RegionConvNorm`, in place.
-
-    oneDNN's convolutions run at half to two thirds of their speed on channels_last 7x7 maps.
+    RoIAlign, a sum over cells, and a 1x1 convolution commute except for the bias, since samples
+    outside the map count as zero. 1,000 regions of an 800x1216 image have 13 times as many bins as
+    its map has cells.
     """
-    kinds = dict.fromkeys((ConvNorm, FoldingConvNorm), RegionConvNorm)
-    kinds |= dict.fromkeys((ConvNormAct, FoldingConvNormAct), RegionConvNormAct)
-    return change_classes(stage, kinds)
 
-
-class Projections(NamedTuple):
-    """A stage with its first block's ``conv1`` and ``shortcut`` as one convolution of the map."""
-
-    stage: nn.Sequential
-    weight: Tensor  # (width + out_channels, in_channels, 1, 1)
-    bias: Tensor  # (width + out_channels,)
+    def __init__(self, stage: nn.Sequential):
+        super().__init__()
+        self.stage = stage
 
     def of_map(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, width + out_channels, H, W), without the bias."""
-        return pointwise(x, self.weight, None)
+        """(N, C, H, W) -> (N, width + out_channels, H, W), both convolutions without the bias."""
+        block, precision = self.stage[0], x.dtype
+        weight = torch.cat([conv.folded()[0] for conv in (block.conv1, block.shortcut)])
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)
+        return F.conv2d(x, weight).to(precision)
 
-    def stage_of(self, bins: Tensor) -> Tensor:
-        """Returns the stage's output for regions, given bins pooled from :meth:`of_map`."""
-        block, width = self.stage[0], self.stage[0].conv1.out_channels
-        bias = self.bias.to(bins.dtype)[:, None, None]
-        y = block.conv1.activation(bins[:, :width] + bias[:width])
-        y = block.conv3(block.conv2(y))
-        y += bins[:, width:] + bias[width:]
+    def forward(self, bins: Tensor) -> Tensor:
+        """Maps bins (R, width + out_channels, h, w) of :meth:`of_map` to the stage's output."""
+        block, first = self.stage[0], self.stage[0].conv1
+        biases = [
+            conv.folded()[1].to(bins.dtype)[:, None, None] for conv in (first, block.shortcut)
+        ]
+        width = first.out_channels
+        y = block.conv3(block.conv2(first.activation(bins[:, :width] + biases[0])))
+        y += bins[:, width:] + biases[1]
         y = block.activation(y)
         for block in self.stage[1:]:
             y = block(y)
         return y
 
 
-def projections_on_map(stage: nn.Module, maps: Tensor, bins: int) -> Projections | None:
-    """Returns a stage's :class:`Projections` if they are equivalent and cheaper, else None.
+def project_on_map(stage: nn.Module, maps: Tensor, bins: int) -> nn.Module | None:
+    """Returns a stage's :class:`ProjectedStage` if that is equivalent and cheaper, else None.
 
-    RoIAlign, a sum over cells, and a 1x1 convolution commute except for the bias, since samples
-    outside the map count as zero. 1,000 regions of an 800x1216 image have 13 times as many bins as
-    its map, (N, C, H, W), has cells.
+    Of an engine's stage it is run by such an engine, too. Maps are (N, C, H, W), `bins` the number
+    of pooled ones.
     """
-    if is_watched(stage) or bins <= maps[:, 0].numel():
+    engine = stage if isinstance(stage, InferenceNetwork) else None
+    network = engine.network if engine else stage
+    if is_watched(stage) or is_watched(network) or bins <= maps[:, 0].numel():
         return None
-    block = stage[0] if isinstance(stage, nn.Sequential) else None
+    block = network[0] if isinstance(network, nn.Sequential) else None
     if type(block) is not BottleneckBlock or block.gate is not None or is_watched(block):
         return None
-    convs = block.conv1, block.shortcut
-    for conv in convs:
-        if not isinstance(conv, RegionConvNorm) or conv.stride != (1, 1):
+    for conv in (block.conv1, block.shortcut):
+        is_plain = isinstance(conv, FoldingConvNorm) and conv.stride == (1, 1)
+        if not is_plain or is_watched(conv) or not conv.can_fold():
             return None
-        if is_watched(conv) or not conv.can_fold():
-            return None
-    weights, biases = zip(*(conv.folded() for conv in convs), strict=True)
-    return Projections(stage, torch.cat(weights), torch.cat(biases))
-
-
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Computes a 1x1 convolution, (N, C, H, W) -> (N, C', H, W) in channels_last."""
-    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-
-
-def patches_3x3(x: Tensor) -> Tensor:
-    """Returns each pixel's 3x3 patch, zero-padded: (N, C, H, W) -> (N, 9 C, H, W)."""
-    height, width = x.shape[2:]
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return torch.cat(shifted, 3).permute(0, 3, 1, 2)
-
-
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")
+    return engine.derived(ProjectedStage) if engine else ProjectedStage(network)
 
 
 class RegionAlign(nn.Module):

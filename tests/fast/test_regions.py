@@ -1,29 +1,22 @@
-"""RoIAlign as sums of rows, and convolutions of regions: the same function and gradients."""
+"""RoIAlign as sums of rows, and projections before the pooling: the same function."""
+
+import copy
 
 import pytest
 import torch
 from small_networks import assert_close, randomize
 from torchvision.ops import roi_align
 
-from resnet_backbone import optimize_for_inference
-from resnet_backbone.fast.regions import (
-    RegionAlign,
-    RegionConvNorm,
-    RegionConvNormAct,
-    for_regions,
-    projections_on_map,
-)
-from resnet_backbone.models.layers import ConvNorm
+from resnet_backbone.fast import InferenceNetwork, fold_bn, fold_each_call
+from resnet_backbone.fast.engines import why_not
+from resnet_backbone.fast.regions import ProjectedStage, RegionAlign, project_on_map
 from resnet_backbone.models.resnet import resnet_stage
 
 
-def stages(**options):
-    """A plain stage of 64 -> 128 channels with random norms, and its twin for regions."""
+def folding_stage(**options):
+    """A stage of 64 -> 128 channels with random norms."""
     torch.manual_seed(0)
-    plain = randomize(resnet_stage(50, 3, in_channels=64, **options)[0])
-    twin = resnet_stage(50, 3, in_channels=64, **options)[0]
-    twin.load_state_dict(plain.state_dict())
-    return plain, for_regions(twin)
+    return fold_each_call(randomize(resnet_stage(50, 3, in_channels=64, **options)[0]))
 
 
 def outputs_and_gradients(function, x, module=None):
@@ -33,49 +26,6 @@ def outputs_and_gradients(function, x, module=None):
     parameters = [p for p in module.parameters() if p.requires_grad] if module else []
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *parameters])]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(norm="FrozenBN"),
-        dict(norm="BN", stride=2),
-        dict(norm="GN", stride=2, stride_in_1x1=False),
-        dict(norm="", dilation=2, shortcut="highway"),
-        dict(norm="FrozenBN", shortcut="A", stride=2, activation="prelu"),
-    ],
-)
-def test_same_function_and_gradients(options):
-    plain, twin = (stage.double() for stage in stages(**options))
-    assert any(type(module) is RegionConvNormAct for module in twin.modules())
-    x = torch.randn(3, 64, 7, 6, dtype=torch.float64)
-    expected, found = (outputs_and_gradients(stage, x, stage) for stage in (plain, twin))
-    assert len(expected) > 10
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    with torch.no_grad():
-        torch.testing.assert_close(twin.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-10)
-
-
-def test_bf16_and_optimized_stay_near_single_precision():
-    plain, twin = stages(norm="FrozenBN")
-    x = torch.randn(3, 64, 7, 7)
-    for recorded in (True, False):
-        with torch.set_grad_enabled(recorded), torch.autocast("cpu", dtype=torch.bfloat16):
-            found = twin(x)
-        assert found.dtype == torch.bfloat16
-        assert_close(found.float(), plain(x), 0.03)
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
-        assert_close(optimize_for_inference(twin, dtype=dtype, engine="eager")(x), plain(x), bound)
-
-
-def test_only_convolutions_of_this_package_change():
-    plain, twin = stages(norm="BN")
-    assert list(twin.state_dict()) == list(plain.state_dict())
-    for before, module in zip(plain.modules(), twin.modules(), strict=True):
-        if isinstance(before, ConvNorm):
-            assert isinstance(module, RegionConvNorm) and isinstance(module, type(before))
-        else:
-            assert type(module) is type(before)
 
 
 # Projections of pooled bins, or bins pooled from projections: the same to rounding.
@@ -88,12 +38,12 @@ REGIONS = torch.tensor([[0, 5, 9, 130, 90], [0, -40, -40, 30, 200], [0, 70, 60, 
     "options", [dict(norm="FrozenBN"), dict(norm=""), dict(norm="FrozenBN", activation="prelu")]
 )
 def test_projections_are_the_same_function(options):
-    _, stage = (stage.double() for stage in stages(**options))
+    stage = folding_stage(**options).double()
     maps = torch.randn(1, 64, 6, 10, dtype=torch.float64)
 
     def on_map(leaf):
-        projections = projections_on_map(stage, leaf, len(REGIONS) * POOL.bins)
-        return projections.stage_of(POOL(projections.of_map(leaf), REGIONS.double()))
+        projected = project_on_map(stage, leaf, len(REGIONS) * POOL.bins)
+        return projected(POOL(projected.of_map(leaf), REGIONS.double()))
 
     expected = outputs_and_gradients(lambda x: stage(POOL(x, REGIONS.double())), maps, stage)
     found = outputs_and_gradients(on_map, maps, stage)
@@ -105,26 +55,50 @@ def test_projections_only_where_they_are_the_same_and_pay():
     maps = torch.randn(1, 64, 6, 10)
 
     def chosen(stage, bins=61):
-        return projections_on_map(stage, maps, bins) is not None
+        return project_on_map(stage, maps, bins) is not None
 
-    frozen = stages(norm="FrozenBN")[1]
+    frozen = folding_stage(norm="FrozenBN")
     assert chosen(frozen) and not chosen(frozen, bins=60)
     others = [dict(shortcut=shortcut) for shortcut in ("A", "none", "highway")]
     others += [dict(stride=2), dict(stride=2, stride_in_1x1=False), dict(norm="GN")]
     for options in others:
-        assert not chosen(stages(**{"norm": "FrozenBN", **options})[1]), options
-    trained = stages(norm="BN")[1]
+        assert not chosen(folding_stage(**{"norm": "FrozenBN", **options})), options
+    trained = folding_stage(norm="BN")
     assert not chosen(trained)
     with torch.no_grad():
         assert not chosen(trained) and chosen(trained.eval())
     assert not chosen(trained)  # with gradients, its affine parameters learn as they are
-    basic = for_regions(resnet_stage(18, 3, in_channels=64, norm="FrozenBN")[0])
+    basic = fold_each_call(resnet_stage(18, 3, in_channels=64, norm="FrozenBN")[0])
     assert not chosen(basic)
     for module in (frozen, frozen[0], frozen[0].conv1, frozen[0].shortcut.norm):
         handle = module.register_forward_hook(lambda *_: None)
         assert not chosen(frozen)
         handle.remove()
     assert chosen(frozen)
+
+
+@pytest.mark.parametrize("engine", ["eager", "openvino", "onnxruntime"])
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_an_engine_runs_what_follows_the_projections(engine, dtype, bound):
+    if problem := why_not(engine, dtype):
+        pytest.skip(problem)
+    stage = fold_bn(folding_stage(norm="FrozenBN").eval()).requires_grad_(False)
+    whole = InferenceNetwork(copy.deepcopy(stage), dtype, engine)
+    maps, count = torch.randn(1, 64, 6, 10), len(REGIONS) * POOL.bins
+    rest = project_on_map(whole, maps, count)
+    assert rest is project_on_map(whole, maps, count) and isinstance(rest.network, ProjectedStage)
+    bins = POOL(rest.of_map(maps), REGIONS)
+    found = rest(bins)
+    assert bins.dtype == found.dtype == torch.float32 and rest.engine == engine
+    assert_close(found, stage(POOL(maps, REGIONS)), bound)
+    assert project_on_map(copy.deepcopy(whole), maps, count) is not rest
+
+
+def test_int8_keeps_the_whole_stage():
+    stage = fold_bn(folding_stage(norm="FrozenBN").eval())
+    assert (
+        project_on_map(InferenceNetwork(stage, torch.int8), torch.randn(1, 64, 6, 10), 61) is None
+    )
 
 
 # RoIAlign

@@ -13,7 +13,8 @@ from detectron2.evaluation import PascalVOCDetectionEvaluator  # noqa: F401  for
 from detectron2.layers import Conv2d
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
+from detectron2.modeling.proposal_generator.proposal_utils import find_top_rpn_proposals
+from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.detection.modeling.heads import with_global_context, with_stride
-from resnet_backbone.fast.optimize import change_classes, is_watched
+from resnet_backbone.fast.optimize import change_classes, in_graph, is_watched
 from resnet_backbone.fast.sparse import ProposalHead, can_be_sparse, inputs_of
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,30 @@ class JointRPNHead(StandardRPNHead):
         return list(scores), list(deltas)
 
 
+class TopRPN(RPN):
+    """``RPN`` that decodes only the anchors with the best scores, which can become proposals.
+
+    Detectron2 decodes all of them (243,000 in an 800x1216 image with FPN) and then picks the best
+    ``PRE_NMS_TOPK`` of each level. The proposals are equal.
+    """
+
+    def predict_proposals(self, anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes):
+        levels = anchors, pred_objectness_logits, pred_anchor_deltas
+        if in_graph(pred_objectness_logits[0]):
+            return super().predict_proposals(*levels, image_sizes)
+        before, after = self.pre_nms_topk[self.training], self.post_nms_topk[self.training]
+        scores, boxes = [], []
+        with torch.no_grad():
+            for places, logits, deltas in zip(*levels, strict=True):
+                logits, best = logits.topk(min(before, logits.shape[1]), dim=1)  # (N, K)
+                deltas = deltas.gather(1, best[..., None].expand(-1, -1, deltas.shape[2]))
+                pairs = deltas.flatten(0, 1), places.tensor[best].flatten(0, 1)
+                boxes.append(self.box2box_transform.apply_deltas(*pairs).view_as(deltas))
+                scores.append(logits)
+            limits = self.nms_thresh, before, after, self.min_box_size
+            return find_top_rpn_proposals(boxes, scores, image_sizes, *limits, self.training)
+
+
 def with_exact_scores(model: nn.Module) -> nn.Module:
     """Excludes the last layers for proposals and boxes from mixed precision, in place.
 
@@ -126,7 +151,7 @@ def with_exact_scores(model: nn.Module) -> nn.Module:
         for name, layer in parent.named_children():
             if name in LAST_LAYERS and getattr(layer, "kernel_size", (1, 1)) == (1, 1):
                 setattr(parent, name, change_classes(layer, kinds))
-    return change_classes(model, {StandardRPNHead: JointRPNHead})
+    return change_classes(model, {StandardRPNHead: JointRPNHead, RPN: TopRPN})
 
 
 def build_reference(cfg: CfgNode) -> nn.Module:

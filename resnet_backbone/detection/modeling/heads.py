@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from resnet_backbone.detection.config import CONTEXT_HEADS, UsageError, backbone_node, with_keys
 from resnet_backbone.detection.modeling.backbones import in_memory_format, resnet_options
-from resnet_backbone.fast.optimize import in_graph, is_watched
-from resnet_backbone.fast.regions import RegionAlign, StridedPool, for_regions, projections_on_map
+from resnet_backbone.fast.optimize import fold_each_call, in_graph, is_watched
+from resnet_backbone.fast.regions import RegionAlign, StridedPool, project_on_map
 from resnet_backbone.models.layers import init_he
 from resnet_backbone.models.resnet import (
     DEPTHS,
@@ -86,7 +86,7 @@ class PaperRes5ROIHeads(Res5ROIHeads):
         options = dict(stride=cls._strides(cfg)[1], dilation=resnets.RES5_DILATION)
         stage, channels = resnet_stage(resnets.DEPTH, 5, **options, **resnet_options(cfg))
         init_residual_network(stage, node.ACTIVATION, node.ZERO_INIT_RESIDUAL)
-        return in_memory_format(cfg, for_regions(stage)), channels
+        return in_memory_format(cfg, fold_each_call(stage)), channels
 
     def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
         """Maps features (N, C, H, W) and the boxes of N images to res5 (R, C', h, w)."""
@@ -95,9 +95,9 @@ class PaperRes5ROIHeads(Res5ROIHeads):
         pool, res5 = self.pooler.level_poolers[0], self.res5
         maps, regions = features[0], convert_boxes_to_pooler_format(boxes)
         if isinstance(pool, RegionAlign) and pool.sums_rows(maps) and not is_watched(pool):
-            projections = projections_on_map(res5, maps, regions.shape[0] * pool.bins)
-            if projections is not None:
-                maps, res5 = projections.of_map(maps), projections.stage_of
+            projected = project_on_map(res5, maps, regions.shape[0] * pool.bins)
+            if projected is not None:
+                maps, res5 = projected.of_map(maps), projected
         at_once = torch.is_grad_enabled() or in_graph(maps)  # graphs are of any number of regions
         if at_once or len(regions) <= self.REGIONS_AT_ONCE:
             return res5(pool(maps, regions))

@@ -7,7 +7,7 @@ pytest.importorskip("detectron2")
 
 from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.proposal_generator.rpn import StandardRPNHead
+from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
 from detectron2.structures import Boxes
 from torch import nn
 from torchvision.ops import roi_pool
@@ -18,6 +18,7 @@ from resnet_backbone.detection.modeling import (
     FullConv2d,
     FullLinear,
     JointRPNHead,
+    TopRPN,
     build_reference,
 )
 from resnet_backbone.detection.modeling.heads import with_stride
@@ -89,6 +90,27 @@ def test_both_layers_of_the_proposal_head_at_once(make_cfg, small, monkeypatch):
         )
     assert [one.shape[1] for one in found[0][:4]] == [3, 3, 12, 12] and len(calls) == 2
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_proposals_are_those_of_all_decoded_anchors(make_cfg, small, training):
+    """Two images; levels with more and with fewer anchors than are picked of each."""
+    networks = [
+        build(make_cfg(FPN, **small)).proposal_generator for build in (build_detector, build_model)
+    ]
+    assert [type(network) for network in networks] == [TopRPN, RPN]
+    anchors = networks[0].anchor_generator([torch.rand(2, 16, n, n) for n in (18, 9, 5, 3, 2)])
+    for best in (1, 20, 5000):
+        logits = [torch.randn(2, len(boxes)) for boxes in anchors]
+        deltas = [torch.randn(2, len(boxes), 4) for boxes in anchors]
+        found = []
+        for network in networks:
+            network.train(training)
+            network.pre_nms_topk = {training: best}
+            images = network.predict_proposals(anchors, logits, deltas, [(60, 70), (72, 72)])
+            found.append([(i.proposal_boxes.tensor, i.objectness_logits) for i in images])
+        assert len(found[0][0][1])
+        torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["anchor_deltas", "conv", "conv.activation"])
