@@ -15,6 +15,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from resnet_backbone.models import StagedNetwork
+from resnet_backbone.runtime.builtin import load_photograph
 from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, Preprocessing, WeightsError
 from resnet_backbone.weights.architecture import deepest_stage
 from resnet_backbone.weights.load import build_network, network_on_meta
@@ -256,8 +257,7 @@ def _architecture(right: Preprocessing, other: Checkpoint) -> Iterator[Hypothesi
         model = replace(other.model, options={**other.model.options, "caffe_pool": pool})
         text = f"caffe_pool {pool} in place of {not pool}"
         yield Hypothesis("pooling", text, partial(replace, model=model))
-    has_norms = any(key.endswith(".norm.running_var") for key in other.tensors)
-    for eps in dict.fromkeys((right.bn_eps, *KNOWN_EPS)) if has_norms else ():
+    for eps in dict.fromkeys((right.bn_eps, *KNOWN_EPS)) if other.has_batch_norms else ():
         if eps != own.bn_eps:
             text = f"BN eps {eps} in place of {own.bn_eps}"
             yield Hypothesis("BN eps", text, _stated(bn_eps=eps))
@@ -319,13 +319,13 @@ class Samples(NamedTuple):
 def sample_images(size: int) -> Samples:
     """Returns scikit-image's photographs, ``size`` pixels a side, or noise if it is missing."""
     try:
-        from resnet_backbone.runtime.builtin import load_photograph
+        photographs = [load_photograph(name) for name in PHOTOGRAPHS]
     except ImportError:
         generator = torch.Generator().manual_seed(0)
         shape = (len(PHOTOGRAPHS), 3, size, size)
         noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         text = f"{len(noise)} images of noise, not photographs: give --images DIR"
         return Samples(noise, text)
-    squares = [np.array(ImageOps.fit(load_photograph(x), (size, size))) for x in PHOTOGRAPHS]
+    squares = [np.array(ImageOps.fit(photograph, (size, size))) for photograph in photographs]
     images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
     return Samples(images, f"{len(images)} photographs of scikit-image")

@@ -165,8 +165,7 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
 def _check_network(checkpoint: Checkpoint, format: str) -> None:
     check_support(format, checkpoint.model)
     eps = checkpoint.preprocessing.bn_eps
-    has_norms = any(key.endswith(".norm.running_var") for key in checkpoint.tensors)
-    if has_norms and eps != BN_EPS:
+    if checkpoint.has_batch_norms and eps != BN_EPS:
         raise WeightsError(
             f"these weights have BN eps {eps}, but {format} builds batch norms with {BN_EPS}: "
             f"convert with --bn-eps-to {BN_EPS}"
