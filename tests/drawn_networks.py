@@ -1,13 +1,30 @@
-"""Networks with random values, by which a misplaced layer shows."""
+"""Networks with random values, by which a misplaced layer shows, and networks without values."""
 
-from torch import nn
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from resnet_backbone.models import build_model
+from resnet_backbone.weights.keymaps.table import without_counters
+
+
+def on_meta(build: Callable[..., nn.Module], *args, **options) -> nn.Module:
+    """A network that ``build`` makes of the arguments, on the meta device."""
+    with torch.device("meta"):
+        return build(*args, **options)
+
+
+def meta_state(name: str, *args, **options) -> dict[str, Tensor]:
+    """The tensors of a network of ours, without values and without counters."""
+    return without_counters(on_meta(build_model, name, *args, **options).state_dict())
 
 
 def randomise(network: nn.Module) -> nn.Module:
     """Fresh values that keep signals near 1; norms, frozen ones too, are not the identity."""
     for module in network.modules():
         has_statistics = getattr(module, "running_var", None) is not None
-        if has_statistics or isinstance(module, nn.GroupNorm):
+        if (has_statistics or isinstance(module, nn.GroupNorm)) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.3, 0.7)
             nn.init.normal_(module.bias, std=0.2)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):

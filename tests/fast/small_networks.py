@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from drawn_networks import randomise
 from torch import nn
 
 from resnet_backbone import build_model
@@ -13,25 +14,12 @@ from resnet_backbone.models.layers import ConvNorm, ConvNormAct
 PLAIN = {FoldingConvNorm: ConvNorm, FoldingConvNormAct: ConvNormAct}
 
 
-@torch.no_grad()
-def randomize(model: nn.Module) -> nn.Module:
-    """Norms that are not the identity, so that a misplaced one shows."""
-    for module in model.modules():
-        if getattr(module, "running_var", None) is not None:
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.5, 1.5)
-            if module.weight is not None:
-                module.weight.uniform_(0.4, 0.8)
-                module.bias.normal_(0, 0.2)
-    return model
-
-
 def network(name="cifar_resnet8", seed=0, **options) -> StagedNetwork:
     torch.manual_seed(seed)
     if name.startswith("vgg"):  # its classifier is large and has no convolutions
         options = {"out_features": ("conv5",), **options}
         options.pop("num_classes", None)
-    return randomize(build_model(name, **options)).eval()
+    return randomise(build_model(name, **options))
 
 
 @torch.no_grad()

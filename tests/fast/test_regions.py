@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from small_networks import assert_close, randomize
+from drawn_networks import randomise
+from small_networks import assert_close
 from torchvision.ops import roi_align
 
 from resnet_backbone import optimize_for_inference
@@ -20,7 +21,7 @@ from resnet_backbone.models.resnet import resnet_stage
 def stages(**options):
     """A plain stage of 64 -> 128 channels with random norms, and its twin for regions."""
     torch.manual_seed(0)
-    plain = randomize(resnet_stage(50, 3, in_channels=64, **options)[0])
+    plain = randomise(resnet_stage(50, 3, in_channels=64, **options)[0]).train()
     twin = resnet_stage(50, 3, in_channels=64, **options)[0]
     twin.load_state_dict(plain.state_dict())
     return plain, for_regions(twin)

@@ -1,9 +1,11 @@
 """Blocks, shortcuts, norms and initialisation against computations by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from drawn_networks import on_meta
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,10 +19,7 @@ from resnet_backbone.models import (
 from resnet_backbone.models.layers import ConvNorm
 from resnet_backbone.models.resnet import Stem
 
-
-def build_on_meta(name, **options):
-    with torch.device("meta"):
-        return build_model(name, **options)
+build_on_meta = partial(on_meta, build_model)
 
 
 @pytest.mark.parametrize("size", [6, 7])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from drawn_networks import meta_state, on_meta
 
 pytest.importorskip("detectron2")
 
@@ -46,12 +47,9 @@ def twins(draw, adopt):
             RES5_MULTI_GRID=list(options.get("multi_grid", (1, 1, 1))),
             STEM_TYPE="basic",
         )
-        with torch.device("meta"):
-            theirs = builder(cfg, ShapeSpec(channels=3))
-            ours = build_model(
-                f"resnet{depth}", out_features=out_features, freeze_at=freeze_at, **options
-            )
-        theirs = draw(theirs)
+        stages = dict(out_features=out_features, freeze_at=freeze_at)
+        ours = on_meta(build_model, f"resnet{depth}", **stages, **options)
+        theirs = draw(on_meta(builder, cfg, ShapeSpec(channels=3)))
         adopt(ours, theirs.state_dict())
         lacking = theirs.load_state_dict(ours.state_dict(), strict=freeze_at == 0)
         assert not lacking.unexpected_keys
@@ -112,9 +110,8 @@ def test_sync_batch_norm_keys_and_evaluation(twins, check):
 def test_no_norm():
     """Detectron2's convolutions have no bias even without a norm; ours have one."""
     cfg = make_cfg(18, ["res5"], NORM="")
-    with torch.device("meta"):
-        theirs = build_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()
-        ours = build_model("resnet18", out_features=["res5"], norm="").state_dict()
+    theirs = on_meta(build_resnet_backbone, cfg, ShapeSpec(channels=3)).state_dict()
+    ours = meta_state("resnet18", out_features=["res5"], norm="")
     assert theirs.keys() == {key for key in ours if not key.endswith("bias")}
 
 

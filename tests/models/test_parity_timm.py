@@ -8,6 +8,7 @@ before the comparison, and a test shows that this is the only difference.
 
 import pytest
 import torch
+from drawn_networks import on_meta
 from torch import nn
 
 from resnet_backbone.models import build_model
@@ -24,10 +25,8 @@ def twins(draw, adopt):
     """Makes timm's network and ours with its weights, both in float64."""
 
     def make(name, output_stride, **options):
-        with torch.device("meta"):
-            theirs = timm.create_model(name, num_classes=7, output_stride=output_stride)
-            ours = build_model(name, num_classes=7, dilations=DILATIONS[output_stride], **options)
-        theirs = draw(theirs)
+        theirs = draw(on_meta(timm.create_model, name, num_classes=7, output_stride=output_stride))
+        ours = on_meta(build_model, name, 7, dilations=DILATIONS[output_stride], **options)
         adopt(ours, from_torchvision(theirs.state_dict()))  # timm's keys are torchvision's
         return theirs, ours
 

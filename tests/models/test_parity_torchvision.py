@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torchvision
+from drawn_networks import on_meta
 from torch import nn
 
 from resnet_backbone.models import build_model
@@ -142,8 +143,7 @@ RESNET_KEYS = ("layer5.0.conv1.weight", "module.conv1.weight", "layer1.0.bn1.sca
 
 @pytest.mark.parametrize("name, keys", [("vgg11", VGG_KEYS), ("resnet18", RESNET_KEYS)])
 def test_unknown_keys(name, keys):
-    with torch.device("meta"):
-        state = getattr(torchvision.models, name)().state_dict()
+    state = on_meta(torchvision.models.get_model, name).state_dict()
     for key in keys:
         with pytest.raises(ValueError, match=f"key '{key}'"):
             from_torchvision({**state, key: torch.ones(1)})
@@ -153,8 +153,7 @@ def test_incomplete_vgg():
     state = {f"features.{i}.weight": torch.ones(1, 1, 3, 3) for i in (0, 1, 2)}
     with pytest.raises(ValueError, match="indices of features: 0, 1, 2"):
         from_torchvision(state)
-    with torch.device("meta"):
-        state = torchvision.models.vgg11_bn().state_dict()
+    state = on_meta(torchvision.models.vgg11_bn).state_dict()
     del state["features.1.running_mean"]
     with pytest.raises(ValueError, match="no conv1.0.norm.running_mean"):
         from_torchvision(state)

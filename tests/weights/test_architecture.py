@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
+from drawn_networks import meta_state
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from resnet_backbone.models import build_model, list_models
+from resnet_backbone.models import list_models
 from resnet_backbone.weights.architecture import (
     VISIBLE_OPTIONS,
     check_tensors,
@@ -21,13 +22,6 @@ from resnet_backbone.weights.checkpoint import ModelSpec
 SHORTCUTS = ("A", "B", "C", "highway", "none")
 NORMS = ("BN", "GN", "")
 ACTIVATIONS = ("relu", "prelu")
-
-
-def meta_state(name, num_classes=None, **options):
-    """A network's tensors without values."""
-    with torch.device("meta"):
-        state = build_model(name, num_classes, **options).state_dict()
-    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 def shapes(state):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn_networks import randomise
+from drawn_networks import meta_state, on_meta, randomise
 from libraries import assert_same, detectron2_resnet
 
 detectron2 = pytest.importorskip("detectron2")
@@ -42,8 +42,7 @@ def detector_state(file, *options):
     cfg = add_resnet_backbone_config(get_cfg())
     cfg.merge_from_file(str(file))
     cfg.merge_from_list([*options, "MODEL.DEVICE", "meta"])
-    with torch.device("meta"):
-        return build_detector(cfg).state_dict()
+    return on_meta(build_detector, cfg).state_dict()
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -53,8 +52,7 @@ def test_detectron2s_detectors(name):
     assert recognize(state) == "detectron2"
     tensors = DETECTRON2.to_ours(state)
     assert infer_models(tensors) == [ModelSpec("resnet50")]
-    with torch.device("meta"):
-        ours = without_counters(build_model("resnet50", out_features=["res5"]).state_dict())
+    ours = meta_state("resnet50", out_features=["res5"])
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in ours.items()}
     place = "backbone." if name in ("C4", "DC5") else "backbone.bottom_up."
     assert tensors["res4.5.conv3.weight"] is state[place + "res4.5.conv3.weight"]
@@ -81,8 +79,7 @@ def test_our_detectors(file, found, size):
 
 
 def backbone_state(prefix):
-    with torch.device("meta"):
-        return build_model("resnet18", out_features=["res5"]).state_dict(prefix=prefix)
+    return on_meta(build_model, "resnet18", out_features=["res5"]).state_dict(prefix=prefix)
 
 
 UNKNOWN = """backbone.bottom_up.neck.weight backbone.bottom_up.res2x.weight linear.weight
