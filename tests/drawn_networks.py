@@ -1,11 +1,13 @@
 """Networks with random values, by which a misplaced layer shows, and networks without values."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from resnet_backbone.models import build_model
+from resnet_backbone.weights import Checkpoint, ModelSpec, get_preprocessing
 from resnet_backbone.weights.keymaps.table import without_counters
 
 
@@ -38,3 +40,17 @@ def randomise(network: nn.Module) -> nn.Module:
             if getattr(module, "num_batches_tracked", None) is not None:
                 module.num_batches_tracked.zero_()
     return network.eval()
+
+
+def random_checkpoint(name, convention="torchvision", num_classes=10, **options) -> Checkpoint:
+    """Random weights that state a convention as their input."""
+    torch.manual_seed(0)
+    preprocessing = get_preprocessing(convention)
+    if name in ("resnet50", "resnet101", "resnet152"):
+        options["stride_in_1x1"] = preprocessing.stride_in_1x1
+    else:
+        preprocessing = replace(preprocessing, stride_in_1x1=None)
+    spec = ModelSpec(name, num_classes, options)
+    state = without_counters(randomise(spec.build()).state_dict())
+    tensors = {key: value.detach().contiguous() for key, value in state.items()}
+    return Checkpoint(tensors, spec, preprocessing)

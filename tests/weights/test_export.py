@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from drawn_networks import randomise
+from drawn_networks import random_checkpoint, randomise
 from libraries import LIBRARIES, assert_close, detectron2_resnet
 from PIL import Image
 
@@ -173,7 +173,7 @@ def test_vgg16_convolutions_in_torchvision(vgg_convolutions, tmp_path, images):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("convention", ["msra", "torchvision"])
-def test_there_and_back_is_bit_equal(format, convention, random_checkpoint, tmp_path):
+def test_there_and_back_is_bit_equal(format, convention, tmp_path):
     before = random_checkpoint("resnet18", convention)
     exported = export_checkpoint(before, target(tmp_path, format), format)
     says_it = format != "torchvision"  # whose files hold nothing but tensors
@@ -194,7 +194,7 @@ def test_there_and_back_is_bit_equal(format, convention, random_checkpoint, tmp_
 @pytest.mark.parametrize(
     "name, format", [("x.pkl", "detectron2"), ("x.pth", "detectron2"), ("x.pkl", "caffe2")]
 )
-def test_an_input_without_name_goes_along(name, format, random_checkpoint, tmp_path):
+def test_an_input_without_name_goes_along(name, format, tmp_path):
     before = random_checkpoint("resnet18", "torchvision")
     before = convert_input(before, value_range=255.0, std=(1.0, 1.0, 1.0))
     path, stated = tmp_path / name, before.preprocessing.to_json()
@@ -211,7 +211,7 @@ def test_an_input_without_name_goes_along(name, format, random_checkpoint, tmp_p
 
 
 @pytest.mark.data
-def test_torchvision_safetensors(random_checkpoint, tmp_path, images):
+def test_torchvision_safetensors(tmp_path, images):
     checkpoint = with_test_size(random_checkpoint("resnet18", "msra"))
     exported = export_checkpoint(checkpoint, tmp_path / "x.safetensors", "torchvision")
     assert_close(loaded_logits("torchvision", exported, images), own_logits(checkpoint, images))
@@ -219,7 +219,7 @@ def test_torchvision_safetensors(random_checkpoint, tmp_path, images):
     assert back.preprocessing.same_input(exported.checkpoint.preprocessing)
 
 
-def test_usage_states_the_transform(random_checkpoint, tmp_path):
+def test_usage_states_the_transform(tmp_path):
     exported = export_checkpoint(random_checkpoint("resnet18", "msra"), tmp_path / "x", "timm")
     assert "RGB, 0..1" in exported.usage
     assert "0.485019608, 0.457956863, 0.407603922" in exported.usage
@@ -227,7 +227,7 @@ def test_usage_states_the_transform(random_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("format", ["detectron2", "caffe2"])
 @pytest.mark.parametrize("name, norm", [("resnet18", "BN"), ("resnet50", "BN"), ("resnet50", "GN")])
-def test_usage_builds_detectron2s_own_backbone(name, norm, format, random_checkpoint, tmp_path):
+def test_usage_builds_detectron2s_own_backbone(name, norm, format, tmp_path):
     pytest.importorskip("detectron2")
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import get_cfg
@@ -253,7 +253,7 @@ def test_usage_builds_detectron2s_own_backbone(name, norm, format, random_checkp
 
 
 @pytest.mark.parametrize("resize, crop", [(256, 224), (232, 224), (235, 224), (320, 288)])
-def test_size_of_the_test_survives(resize, crop, random_checkpoint, tmp_path):
+def test_size_of_the_test_survives(resize, crop, tmp_path):
     before = random_checkpoint("resnet18")
     facts = dict(resize_size=resize, crop_size=crop, interpolation="bicubic")
     before = replace(before, preprocessing=replace(before.preprocessing, **facts))
@@ -267,7 +267,7 @@ def test_size_of_the_test_survives(resize, crop, random_checkpoint, tmp_path):
 
 
 @pytest.mark.data
-def test_shards(random_checkpoint, tmp_path, images):
+def test_shards(tmp_path, images):
     checkpoint = with_test_size(random_checkpoint("resnet18", "msra"))
     exported = export_checkpoint(checkpoint, tmp_path / "hf", "huggingface", shard_size=10_000_000)
     names = sorted(path.name for path in exported.path.glob("model*"))
@@ -278,7 +278,7 @@ def test_shards(random_checkpoint, tmp_path, images):
 
 
 @pytest.mark.data
-def test_half_precision_files_load_as_fp32(random_checkpoint, tmp_path, images):
+def test_half_precision_files_load_as_fp32(tmp_path, images):
     half = with_test_size(to_dtype(random_checkpoint("resnet18"), "fp16"))
     paths = [(target(tmp_path, format), format) for format in FORMATS if format in LOADERS]
     for path, format in [*paths, (tmp_path / "x.pth", "detectron2")]:
@@ -286,7 +286,7 @@ def test_half_precision_files_load_as_fp32(random_checkpoint, tmp_path, images):
         assert_close(own_logits(half, images), loaded_logits(format, exported, images))
 
 
-def test_mean_image_only_in_our_own_files(random_checkpoint, tmp_path):
+def test_mean_image_only_in_our_own_files(tmp_path):
     before = random_checkpoint("resnet18")
     image = torch.rand(3, 8, 8)
     before = replace(before, preprocessing=replace(before.preprocessing, mean_image=image))
@@ -297,7 +297,7 @@ def test_mean_image_only_in_our_own_files(random_checkpoint, tmp_path):
     export_checkpoint(use_channel_means(before), tmp_path / "x.pth", "torchvision")
 
 
-def test_what_no_other_library_has(random_checkpoint, tmp_path):
+def test_what_no_other_library_has(tmp_path):
     before = random_checkpoint("resnet18")
     folded = fold_bn(before)
     other_eps = replace(before, preprocessing=replace(before.preprocessing, bn_eps=1e-3))
@@ -308,7 +308,7 @@ def test_what_no_other_library_has(random_checkpoint, tmp_path):
     export_checkpoint(folded, tmp_path / "x.safetensors", "resnet_backbone")
 
 
-def test_backbones_that_stop_early(random_checkpoint, tmp_path):
+def test_backbones_that_stop_early(tmp_path):
     before = random_checkpoint("resnet18")
     tensors = {k: v for k, v in before.tensors.items() if not k.startswith(("res5", "linear"))}
     spec = replace(before.model, num_classes=None)
@@ -327,7 +327,7 @@ def test_backbones_that_stop_early(random_checkpoint, tmp_path):
     assert torch.equal(kernel, tensors["res4.1.conv2.weight"])
 
 
-def test_bf16_has_no_numpy(random_checkpoint, tmp_path):
+def test_bf16_has_no_numpy(tmp_path):
     half = to_dtype(random_checkpoint("resnet18"), "bf16")
     for format in ("detectron2", "caffe2"):
         with pytest.raises(WeightsError, match="bf16.*fp16 or fp32"):
@@ -335,7 +335,7 @@ def test_bf16_has_no_numpy(random_checkpoint, tmp_path):
     export_checkpoint(half, tmp_path / "x.pth", "detectron2")
 
 
-def test_wrong_targets(random_checkpoint, tmp_path):
+def test_wrong_targets(tmp_path):
     def refused(path, format, message, name="resnet18", **options):
         with pytest.raises(WeightsError, match=message):
             export_checkpoint(random_checkpoint(name, "msra"), path, format, **options)
@@ -359,7 +359,7 @@ def test_wrong_targets(random_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_nothing_is_overwritten_unless_asked(format, random_checkpoint, tmp_path):
+def test_nothing_is_overwritten_unless_asked(format, tmp_path):
     path = target(tmp_path, format)
     export_checkpoint(random_checkpoint("resnet18"), path, format)
     with pytest.raises(WeightsError, match="already exists"):
@@ -374,9 +374,7 @@ def test_nothing_is_overwritten_unless_asked(format, random_checkpoint, tmp_path
 @pytest.mark.parametrize(
     "format, failing", [*((name, 1) for name in FORMATS), ("timm", 2), ("huggingface", 2)]
 )
-def test_an_interrupted_write_leaves_the_old(
-    format, failing, random_checkpoint, tmp_path, monkeypatch
-):
+def test_an_interrupted_write_leaves_the_old(format, failing, tmp_path, monkeypatch):
     path = target(tmp_path, format)
     export_checkpoint(random_checkpoint("resnet18"), path, format)
     file = path / "config.json" if path.is_dir() else path
