@@ -19,9 +19,8 @@ from resnet_backbone.adapters.torchvision_models import (
 )
 from resnet_backbone.fast import InferenceNetwork, optimize_for_inference
 from resnet_backbone.fast.engines import why_not
-from resnet_backbone.weights import WeightsError, get_preprocessing
+from resnet_backbone.weights import InputNormalizer, WeightsError, get_preprocessing
 
-MSRA, TORCHVISION = get_preprocessing("msra"), get_preprocessing("torchvision")
 SIZES = dict(min_size=96, max_size=128)
 FEWER = (  # proposals and detections, for speed
     dict(
@@ -69,11 +68,6 @@ def has_gradient(module):
     return any(grad is not None and grad.abs().sum() > 0 for grad in grads)
 
 
-def original_maps(network, image, preprocessing, normalised):
-    with torch.no_grad():
-        return network.forward_features(normalised(image, preprocessing))
-
-
 def test_without_weights_the_normalization_is_torchvisions():
     _, norm = fpn_backbone("resnet18")
     assert norm == {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -89,7 +83,7 @@ def test_the_normalization_cannot_be_forgotten():
     [("resnet18", "torchvision"), ("resnet50", "msra"), ("vgg11", "caffe_vgg")],
 )
 def test_pixels_give_the_maps_of_the_original_network(
-    name, preprocessing, weights_file, photo, normalised
+    name, preprocessing, weights_file, photo, photo_bytes
 ):
     """From RGB in 0..1 through torchvision's transform, as from the weights' own preprocessing."""
     path, network = weights_file(name, preprocessing)
@@ -98,7 +92,8 @@ def test_pixels_give_the_maps_of_the_original_network(
     with torch.no_grad():
         batch, _ = model.transform([photo])
         found = model.backbone.body(batch.tensors)
-    wanted = original_maps(network, photo, get_preprocessing(preprocessing), normalised)
+        normalize = InputNormalizer(get_preprocessing(preprocessing))
+        wanted = network.forward_features(normalize(photo_bytes))
     levels = VGG_LEVELS if name == "vgg11" else RESNET_LEVELS
     for key, stage in zip("0123", levels, strict=True):
         assert (found[key] - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max(), stage
@@ -244,11 +239,11 @@ def deeplab_twins(tmp_path):
 
 
 def test_deeplab_equals_torchvisions_but_for_the_first_dilated_blocks(
-    deeplab_twins, photo, normalised
+    deeplab_twins, photo, photo_bytes
 ):
     """torchvision's keep the dilation of the stage before, ours have their stage's own."""
     theirs, ours = deeplab_twins
-    images = normalised(photo, TORCHVISION)
+    images = InputNormalizer(get_preprocessing("torchvision"))(photo_bytes)
     with torch.no_grad():
         found = ours(photo[None])
         assert not torch.allclose(theirs(images)["out"], found["out"], rtol=1e-2)
@@ -282,14 +277,15 @@ def test_multi_grid_and_pooling_rates_reach_the_model():
     assert rates == [6, 12, 18]
 
 
-def test_deeplab_normalises_as_the_weights_ask(weights_file, photo, normalised):
+def test_deeplab_normalises_as_the_weights_ask(weights_file, photo, photo_bytes):
     path, network = weights_file("resnet50", "msra")
     model = deeplabv3("resnet50", 4, path).eval()
     with torch.no_grad():
         found = model.backbone.network.forward_features(
             (photo[None] - model.backbone.mean) / model.backbone.std, ["res4"]
         )["res4"]
-    wanted = original_maps(network, photo, MSRA, normalised)["res4"]  # not dilated
+        images = InputNormalizer(get_preprocessing("msra"))(photo_bytes)
+        wanted = network.forward_features(images)["res4"]  # not dilated
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
     assert any(key.endswith("backbone.mean") for key in model.state_dict())
 

@@ -36,11 +36,6 @@ def set_dilation(block, dilation):
             module.dilation = module.padding = (dilation, dilation)
 
 
-def dilate_first_blocks(model, output_stride):
-    for number, dilation in enumerate(DILATIONS[output_stride], start=1):
-        set_dilation(getattr(model, f"layer{number}")[0], dilation)
-
-
 def maps_of(theirs, ours, images):
     found = theirs.forward_intermediates(images, intermediates_only=True)[1:]
     return dict(zip(STAGES, found, strict=True)), ours.forward_features(images, STAGES)
@@ -63,7 +58,8 @@ def check(theirs, ours):
 def test_output_stride(name, output_stride):
     options = {} if name == "resnet18" else {"stride_in_1x1": False}
     theirs, ours = twins(name, output_stride, **options)
-    dilate_first_blocks(theirs, output_stride)
+    for number, dilation in enumerate(DILATIONS[output_stride], start=1):
+        set_dilation(getattr(theirs, f"layer{number}")[0], dilation)
     assert ours.features["res5"].stride == output_stride
     check(theirs, ours)
 

@@ -15,6 +15,7 @@ from resnet_backbone.weights.architecture import (
     constructor_options,
     deepest_stage,
     infer_models,
+    shapes_of,
     spell,
 )
 from resnet_backbone.weights.checkpoint import ModelSpec
@@ -22,10 +23,6 @@ from resnet_backbone.weights.checkpoint import ModelSpec
 SHORTCUTS = ("A", "B", "C", "highway", "none")
 NORMS = ("BN", "GN", "")
 ACTIVATIONS = ("relu", "prelu")
-
-
-def shapes(state):
-    return {key: value.shape for key, value in state.items()}
 
 
 def visible_options(spec):
@@ -42,7 +39,8 @@ def check_found(name, num_classes, options):
     matching = [spec for spec in found if visible_options(spec) == expected]
     assert len(matching) == 1, found
     for spec in found:
-        assert shapes(meta_state(spec.name, spec.num_classes, **spec.options)) == shapes(state)
+        again = meta_state(spec.name, spec.num_classes, **spec.options)
+        assert shapes_of(again) == shapes_of(state)
         defaults = constructor_options(spec.name)
         assert all(defaults[key] != value for key, value in spec.options.items()), spec
     hidden = expected.get("shortcut") in ("A", "none")
@@ -114,7 +112,7 @@ def test_backbones_and_those_that_stop_early(name, stages, found):
     state = meta_state(name, out_features=stages)
     assert infer_models(state)[0] == ModelSpec(found)
     assert deepest_stage(state) == stages[-1]
-    assert shapes(meta_state(found, out_features=stages)) == shapes(state)
+    assert shapes_of(meta_state(found, out_features=stages)) == shapes_of(state)
 
 
 def test_stages_without_projection_may_be_plain():

@@ -96,18 +96,12 @@ def by_detectron2(exported, images):
     pixels = torch.stack(
         [torch.tensor(np.array(image)[:, :, order].transpose(2, 0, 1)) for image in images]
     )
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in settings_of(exported.usage))
+    settings = dict(line.split(maxsplit=1) for line in exported.usage.splitlines())
+    mean, std = (
+        torch.tensor(json.loads(settings[f"MODEL.PIXEL_{name}"])).view(3, 1, 1)
+        for name in ("MEAN", "STD")
+    )
     return network((pixels - mean) / std)["linear"]
-
-
-def settings_of(usage):
-    """PIXEL_MEAN and PIXEL_STD as a user copies them."""
-    return [
-        json.loads(line.split(maxsplit=1)[1])
-        for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
-        for line in usage.splitlines()
-        if line.startswith(key)
-    ]
 
 
 LOADERS = {

@@ -32,10 +32,6 @@ from resnet_backbone.weights.reading import describe_weights, read_header
 MSRA = PREPROCESSINGS["msra"]
 
 
-def backbone():
-    return build_model("resnet18", out_features=["res5"])
-
-
 def state_of(model):
     return {key: value.clone() for key, value in model.state_dict().items()}
 
@@ -95,7 +91,7 @@ def test_backbone_leaves_out_head_and_deeper_stages(file):
     ],
 )  # fmt: skip
 def test_damage_is_refused(file, change, message):
-    path, model = file[0], backbone()
+    path, model = file[0], build_model("resnet18", out_features=["res5"])
     before, tensors = state_of(model), load_file(path)
     change(tensors)
     save_file({key: value.clone() for key, value in tensors.items()}, path)

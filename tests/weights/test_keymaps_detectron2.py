@@ -172,15 +172,6 @@ def test_bias_of_the_first_convolution():
     assert_same(found, tensors)
 
 
-def read_by_detectron2(blobs, path, name, norm):
-    """Detectron2's network with a .pkl of these blobs, read by its checkpointer."""
-    theirs = detectron2_resnet(name, norm=norm, out_features=list(STAGES)).eval()
-    arrays = {key: value.numpy() for key, value in blobs.items()}
-    path.write_bytes(pickle.dumps({"blobs": arrays}))
-    DetectionCheckpointer(theirs).load(str(path))
-    return theirs
-
-
 @pytest.mark.parametrize(
     "name, fused", [("resnet18", True), ("resnet50", True), ("resnet50", False)]
 )
@@ -190,7 +181,10 @@ def test_the_function_is_that_of_detectron2(name, fused, tmp_path):
     blobs = blobs_of(random_tensors(name), name)
     if fused:
         blobs = {k: v for k, v in blobs.items() if not k.endswith(("_rm", "_riv"))}
-    theirs = read_by_detectron2(blobs, tmp_path / "R.pkl", name, "FrozenBN")
+    theirs = detectron2_resnet(name, norm="FrozenBN", out_features=list(STAGES)).eval()
+    arrays = {key: value.numpy() for key, value in blobs.items()}
+    (tmp_path / "R.pkl").write_bytes(pickle.dumps({"blobs": arrays}))
+    DetectionCheckpointer(theirs).load(str(tmp_path / "R.pkl"))
     ours = build_model(name, out_features=STAGES).eval()
     tensors = CAFFE2.to_ours(blobs)
     assert infer_models(tensors) == [ModelSpec(name, 7)]
