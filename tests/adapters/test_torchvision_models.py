@@ -180,22 +180,18 @@ def test_optimized_deeplab(photo):
         assert relative(fast(photo[None])["out"], model(photo[None])["out"]) < 0.03
 
 
-def torchvision_file(network, path, prefix=""):
-    tensors = {
-        key.removeprefix(prefix): value.contiguous()
-        for key, value in network.state_dict().items()
-        if key.startswith(prefix)
-    }
-    save_file(tensors, path)
+def torchvision_file(name, body, path):
+    """A file of torchvision's classifier with the weights of another model's body."""
+    classifier = torchvision.models.get_model(name)
+    classifier.load_state_dict(body.state_dict(), strict=False)
+    save_file(classifier.state_dict(), path)
     return path
 
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_fpn_maps_equal_torchvisions(name, tmp_path, photo):
     theirs = randomise(resnet_fpn_backbone(backbone_name=name, weights=None))
-    classifier = getattr(torchvision.models, name)()
-    classifier.load_state_dict(theirs.body.state_dict(), strict=False)
-    path = torchvision_file(classifier, tmp_path / "weights.safetensors")
+    path = torchvision_file(name, theirs.body, tmp_path / "weights.safetensors")
     backbone, _ = fpn_backbone(name, path, "torchvision")
     backbone.eval().fpn.load_state_dict(theirs.fpn.state_dict())
     with torch.no_grad():
@@ -219,36 +215,20 @@ def test_freeze_at_is_five_minus_trainable_layers(freeze_at, weights_file):
     assert count(backbone.body) == count(theirs.body)
 
 
-def redilate(stage, dilation):
-    """Gives the first block of a torchvision stage this dilation, as all the others have."""
-    stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
-
-
-@pytest.fixture
-def deeplab_twins(tmp_path):
-    """torchvision's DeepLabV3 (output stride 8) and ours with its weights."""
+def test_deeplab_equals_torchvisions_but_for_the_first_dilated_blocks(tmp_path, photo, photo_bytes):
+    """torchvision's keep the dilation of the stage before, ours have their stage's own."""
     theirs = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
     randomise(theirs)
-    classifier = torchvision.models.resnet50()
-    classifier.load_state_dict(theirs.backbone.state_dict(), strict=False)
-    path = torchvision_file(classifier, tmp_path / "weights.safetensors")
+    path = torchvision_file("resnet50", theirs.backbone, tmp_path / "weights.safetensors")
     ours = deeplabv3("resnet50", 5, path, "torchvision", output_stride=8, aux_loss=True).eval()
     ours.classifier.load_state_dict(theirs.classifier.state_dict())
     ours.aux_classifier.load_state_dict(theirs.aux_classifier.state_dict())
-    return theirs, ours
-
-
-def test_deeplab_equals_torchvisions_but_for_the_first_dilated_blocks(
-    deeplab_twins, photo, photo_bytes
-):
-    """torchvision's keep the dilation of the stage before, ours have their stage's own."""
-    theirs, ours = deeplab_twins
     images = InputNormalizer(get_preprocessing("torchvision"))(photo_bytes)
     with torch.no_grad():
         found = ours(photo[None])
         assert not torch.allclose(theirs(images)["out"], found["out"], rtol=1e-2)
-        redilate(theirs.backbone.layer3, 2)
-        redilate(theirs.backbone.layer4, 4)
+        for stage, dilation in ((theirs.backbone.layer3, 2), (theirs.backbone.layer4, 4)):
+            stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
         wanted = theirs(images)
     for key in ("out", "aux"):
         assert (found[key] - wanted[key]).abs().max() < 1e-4 * wanted[key].abs().max(), key

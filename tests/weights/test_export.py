@@ -29,8 +29,8 @@ def target(folder, format):
     return folder / f"{format}{suffixes[0] if suffixes else ''}"
 
 
-def with_test_size(checkpoint: Checkpoint, side=SIDE) -> Checkpoint:
-    facts = dict(resize_size=side, crop_size=side, interpolation="bicubic")
+def with_test_size(checkpoint: Checkpoint) -> Checkpoint:
+    facts = dict(resize_size=SIDE, crop_size=SIDE, interpolation="bicubic")
     return replace(checkpoint, preprocessing=replace(checkpoint.preprocessing, **facts))
 
 
