@@ -147,7 +147,7 @@ def test_wrong_std_is_refused(small, std):
 @pytest.mark.data
 def test_mean_image_follows(small, pictures):
     image = torch.rand(3, 32, 32)
-    before = replace(small, preprocessing=replace(small.preprocessing, mean_image=image))
+    before = small.restated(mean_image=image)
     images = pictures[:2, :, :32, :32]
     assert relative(before, small, images) > 1e-3
     for step, after in every_conversion(before).items():

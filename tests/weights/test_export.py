@@ -30,8 +30,7 @@ def target(folder, format):
 
 
 def with_test_size(checkpoint: Checkpoint) -> Checkpoint:
-    facts = dict(resize_size=SIDE, crop_size=SIDE, interpolation="bicubic")
-    return replace(checkpoint, preprocessing=replace(checkpoint.preprocessing, **facts))
+    return checkpoint.restated(resize_size=SIDE, crop_size=SIDE, interpolation="bicubic")
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +247,8 @@ def test_usage_builds_detectron2s_own_backbone(name, norm, format, tmp_path):
 
 @pytest.mark.parametrize("resize, crop", [(256, 224), (232, 224), (235, 224), (320, 288)])
 def test_size_of_the_test_survives(resize, crop, tmp_path):
-    before = random_checkpoint("resnet18")
     facts = dict(resize_size=resize, crop_size=crop, interpolation="bicubic")
-    before = replace(before, preprocessing=replace(before.preprocessing, **facts))
+    before = random_checkpoint("resnet18").restated(**facts)
     for format in ("timm", "huggingface"):
         path = export_checkpoint(before, tmp_path / format, format).path
         (path / "model.safetensors").unlink()  # whose metadata say it too
@@ -281,9 +279,8 @@ def test_half_precision_files_load_as_fp32(tmp_path, images):
 
 
 def test_mean_image_only_in_our_own_files(tmp_path):
-    before = random_checkpoint("resnet18")
     image = torch.rand(3, 8, 8)
-    before = replace(before, preprocessing=replace(before.preprocessing, mean_image=image))
+    before = random_checkpoint("resnet18").restated(mean_image=image)
     path = export_checkpoint(before, tmp_path / "ours.safetensors", "resnet_backbone").path
     assert torch.equal(read_checkpoint(path).preprocessing.mean_image, image)
     with pytest.raises(WeightsError, match="mean image.*--accept-channel-means"):
@@ -294,7 +291,7 @@ def test_mean_image_only_in_our_own_files(tmp_path):
 def test_what_no_other_library_has(tmp_path):
     before = random_checkpoint("resnet18")
     folded = fold_bn(before)
-    other_eps = replace(before, preprocessing=replace(before.preprocessing, bn_eps=1e-3))
+    other_eps = before.restated(bn_eps=1e-3)
     for format in LOADERS:
         for checkpoint, message in ((folded, "norm"), (other_eps, "BN eps 0.001.*--bn-eps-to")):
             with pytest.raises(WeightsError, match=message):
