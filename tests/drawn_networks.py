@@ -1,4 +1,4 @@
-"""Networks with random values, by which a misplaced layer shows, and networks without values."""
+"""Networks with random values, by which a misplaced layer shows, or with none; their outputs."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,3 +54,14 @@ def random_checkpoint(name, convention="torchvision", num_classes=10, **options)
     state = without_counters(randomise(spec.build()).state_dict())
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     return Checkpoint(tensors, spec, preprocessing)
+
+
+def assert_close(found, expected, bound=1e-4):
+    """Of tensors, or of dicts of them: differences relative to the largest expected value."""
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for name in expected:
+            assert_close(found[name], expected[name], bound)
+        return
+    assert found.dtype == expected.dtype
+    assert (found - expected).abs().max() <= bound * expected.abs().max()

@@ -34,7 +34,8 @@ class RegionConvNorm(FoldingConvNorm):
         return super()._conv_forward(x, weight, bias)
 
     def _conv_3x3(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _is_half(x):
+        is_half = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")
+        if is_half:
             plain = self.stride == (1, 1) and self.dilation == (1, 1)
             if plain and not torch.is_grad_enabled():  # patches take nine times the map's memory
                 weight = weight.permute(0, 2, 3, 1).flatten(1)
@@ -115,10 +116,6 @@ def patches_3x3(x: Tensor) -> Tensor:
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     return torch.cat(shifted, 3).permute(0, 3, 1, 2)
-
-
-def _is_half(x: Tensor) -> bool:
-    return x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cpu")
 
 
 class RegionAlign(nn.Module):

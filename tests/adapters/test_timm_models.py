@@ -11,6 +11,7 @@ import math
 import pytest
 import timm
 import torch
+from drawn_networks import assert_close
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
@@ -179,7 +180,7 @@ def test_torchscript(name):
         pairs += zip(torch.jit.script(traced(model))(x).values(), [model(x)], strict=True)
         pairs += zip(torch.jit.script(features)(x), features(x), strict=True)
     for found, wanted in pairs:
-        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        assert_close(found, wanted)
 
 
 def test_the_network_is_ours():
@@ -283,7 +284,7 @@ def test_weights_bring_their_preprocessing(name, preprocessing, weights_file, ph
     with torch.no_grad():
         found = model(((photo - mean) / std)[None])
         wanted = network(InputNormalizer(get_preprocessing(preprocessing))(photo_bytes))
-    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert_close(found, wanted)
     assert data["input_size"] == (3, 224, 224) and data["crop_pct"] == 224 / 256
     assert "state_dict" not in model.pretrained_cfg
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision
-from drawn_networks import randomise
+from drawn_networks import assert_close, randomise
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
@@ -32,9 +32,6 @@ FEWER = (  # proposals and detections, for speed
     ),
     dict(topk_candidates=50, detections_per_img=5),
 )
-
-
-every_detector = pytest.mark.parametrize("kind", [FasterRCNN, RetinaNet, MaskRCNN])
 
 
 def detector(kind, name, weights, preprocessing="", **options):
@@ -96,7 +93,7 @@ def test_pixels_give_the_maps_of_the_original_network(
         wanted = network.forward_features(normalize(photo_bytes))
     levels = VGG_LEVELS if name == "vgg11" else RESNET_LEVELS
     for key, stage in zip("0123", levels, strict=True):
-        assert (found[key] - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max(), stage
+        assert_close(found[key], wanted[stage])
 
 
 @pytest.mark.parametrize(
@@ -121,7 +118,7 @@ def test_detectors_train_and_detect(kind, name, photo):
 
 
 @pytest.mark.data
-@every_detector
+@pytest.mark.parametrize("kind", [FasterRCNN, RetinaNet, MaskRCNN])
 def test_detectors_with_the_papers_weights(kind, data_root, photo):
     file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
     model = detector(kind, "resnet50", file, "msra")
@@ -151,10 +148,6 @@ def test_levels_come_in_any_order(order):
     assert [x.shape[-1] for x in maps.values()] == [8, 2, 1]
 
 
-def relative(found, wanted):
-    return float((found - wanted).abs().max() / wanted.abs().max())
-
-
 @pytest.mark.parametrize("engine", ["eager", "openvino"])
 def test_optimized_faster_rcnn(photo, engine):
     if problem := why_not(engine, torch.bfloat16):
@@ -167,7 +160,7 @@ def test_optimized_faster_rcnn(photo, engine):
     with torch.no_grad():
         maps, wanted = fast.backbone(photo[None]), model.backbone(photo[None])
         assert fast([photo])[0]["boxes"].shape[1] == 4
-    assert all(relative(maps[key], wanted[key]) < 0.03 for key in wanted)
+    assert_close(maps, wanted, 0.03)
     heads = fast.rpn.head.conv, fast.roi_heads.box_head
     assert [part.engine for part in (fast.backbone, *heads)] == [engine, "eager", "eager"]
 
@@ -177,7 +170,7 @@ def test_optimized_deeplab(photo):
     fast = optimize_for_inference(model, dtype=torch.bfloat16, engine="eager")
     assert type(fast) is DeepLabV3 and isinstance(fast.backbone, InferenceNetwork)
     with torch.no_grad():
-        assert relative(fast(photo[None])["out"], model(photo[None])["out"]) < 0.03
+        assert_close(fast(photo[None]), model(photo[None]), 0.03)
 
 
 def torchvision_file(name, body, path):
@@ -196,9 +189,7 @@ def test_fpn_maps_equal_torchvisions(name, tmp_path, photo):
     backbone.eval().fpn.load_state_dict(theirs.fpn.state_dict())
     with torch.no_grad():
         wanted, found = theirs(photo[None]), backbone(photo[None])
-    assert list(found) == list(wanted)
-    for key, value in wanted.items():
-        assert (found[key] - value).abs().max() < 1e-4 * value.abs().max(), key
+    assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("freeze_at", [0, 1, 2, 5])
@@ -230,8 +221,7 @@ def test_deeplab_equals_torchvisions_but_for_the_first_dilated_blocks(tmp_path, 
         for stage, dilation in ((theirs.backbone.layer3, 2), (theirs.backbone.layer4, 4)):
             stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
         wanted = theirs(images)
-    for key in ("out", "aux"):
-        assert (found[key] - wanted[key]).abs().max() < 1e-4 * wanted[key].abs().max(), key
+    assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
@@ -266,7 +256,7 @@ def test_deeplab_normalises_as_the_weights_ask(weights_file, photo, photo_bytes)
         )["res4"]
         images = InputNormalizer(get_preprocessing("msra"))(photo_bytes)
         wanted = network.forward_features(images)["res4"]  # not dilated
-    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert_close(found, wanted)
     assert any(key.endswith("backbone.mean") for key in model.state_dict())
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from drawn_networks import randomise
-from small_networks import assert_close
+from drawn_networks import assert_close, randomise
 from torchvision.ops import roi_align
 
 from resnet_backbone import optimize_for_inference
