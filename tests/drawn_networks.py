@@ -1,14 +1,20 @@
 """Networks with random values, by which a misplaced layer shows, or with none; their outputs."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from resnet_backbone.models import build_model
+from resnet_backbone import build_model
+from resnet_backbone.fast.optimize import FoldingConvNorm, FoldingConvNormAct, change_classes
+from resnet_backbone.models import StagedNetwork
+from resnet_backbone.models.layers import ConvNorm, ConvNormAct
 from resnet_backbone.weights import Checkpoint, ModelSpec, get_preprocessing
 from resnet_backbone.weights.keymaps.table import without_counters
+
+PLAIN = {FoldingConvNorm: ConvNorm, FoldingConvNormAct: ConvNormAct}
 
 
 def on_meta(build: Callable[..., nn.Module], *args, **options) -> nn.Module:
@@ -54,6 +60,20 @@ def random_checkpoint(name, convention="torchvision", num_classes=10, **options)
     state = without_counters(randomise(spec.build()).state_dict())
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     return Checkpoint(tensors, spec, preprocessing)
+
+
+def network(name="cifar_resnet8", seed=0, **options) -> StagedNetwork:
+    torch.manual_seed(seed)
+    if name.startswith("vgg"):  # its classifier is large and has no convolutions
+        options = {"out_features": ("conv5",), **options}
+        options.pop("num_classes", None)
+    return randomise(build_model(name, **options))
+
+
+@torch.no_grad()
+def unfolded(model: nn.Module, images):
+    """The outputs by the paper's layers: convolution, then norm."""
+    return change_classes(copy.deepcopy(model), PLAIN)(images)
 
 
 def assert_close(found, expected, bound=1e-4):

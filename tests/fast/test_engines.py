@@ -10,8 +10,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from drawn_networks import assert_close
-from small_networks import network, unfolded
+from drawn_networks import assert_close, network, unfolded
 from torch import nn
 
 from resnet_backbone import optimize_for_inference
