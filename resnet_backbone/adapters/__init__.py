@@ -76,7 +76,7 @@ def build_backbone(
     if checkpoint.model.name != name:
         raise WeightsError(f"{weights} holds a {checkpoint.model.name}, not a {name}")
     options = {"freeze_at": 2, **options}
-    if any(key.endswith(".running_mean") for key in checkpoint.tensors):
+    if checkpoint.has_batch_norms:
         options.setdefault("norm", "FrozenBN")
     network = checkpoint.model.build(**options)
     load_tensors(network, checkpoint, str(weights))

@@ -46,8 +46,7 @@ def fpn_backbone(
 
     Args:
         name: a ResNet, plain or VGG network of ``list_models()``.
-        weights: any source of weights; None for random initialization.
-        preprocessing: name of the weights' convention, for files that do not state it.
+        weights, preprocessing: see :func:`resnet_backbone.adapters.build_backbone`.
         out_features: stages that feed the pyramid, in any order; by default the ones at strides 4,
             8, 16, 32.
         out_channels: channels of every pyramid level.

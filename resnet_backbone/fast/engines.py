@@ -1,26 +1,28 @@
-"""Inference engines: PyTorch, its compiler, OpenVINO and onnxruntime."""
+"""Inference engines: which can run here, which is fastest, and whether its outputs are right."""
 
 from __future__ import annotations
 
 import copy
-import importlib
-import io
 import logging
-import os
 import time
-import warnings
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from resnet_backbone.fast.graphs import (
+    Run,
+    build_compiled,
+    build_int8,
+    build_onnxruntime,
+    build_openvino,
+    openvino_core,
+)
 
 logger = logging.getLogger(__name__)
-Run = Callable[[Tensor], Any]
 AUTO = "auto"
 PACKAGES = {  # required by each engine
     "eager": (),
@@ -31,11 +33,15 @@ PACKAGES = {  # required by each engine
 ENGINES = (AUTO, *PACKAGES)
 # Tolerated difference from PyTorch at the same precision, relative to an output's largest value.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.int8: "f32"}
 CALIBRATION = 128  # inputs kept per part
 CALIBRATION_REGIONS = 64  # regions kept per input of a head
 ROUNDS = 3  # timing rounds of "auto"
-ONNX_OPSET = 17
+BUILDERS: dict[str, Callable[[nn.Module, Tensor], Run]] = {
+    "eager": lambda network, x: network.__call__,
+    "compile": build_compiled,
+    "openvino": build_openvino,
+    "onnxruntime": build_onnxruntime,
+}
 
 
 def why_not(engine: str, dtype: torch.dtype, device: torch.device | None = None) -> str:
@@ -176,9 +182,7 @@ class InferenceNetwork(nn.Module):
     def _start(self, x: Tensor) -> Run:
         runs: dict[str, Run] = {}
         for name in PACKAGES if self.asked == AUTO else [self.asked]:
-            problem = why_not(name, self.dtype, x.device)
-            if not problem:
-                problem = self._try(name, x, runs)
+            problem = why_not(name, self.dtype, x.device) or self._try(name, x, runs)
             if problem and self.asked == AUTO:
                 logger.info("engine %s %s", name, problem)
             elif problem:
@@ -239,140 +243,3 @@ def _now(x: Tensor) -> float:
 def cast(value: Any, dtype: torch.dtype) -> Any:
     """Casts all floating-point tensors in nested dicts, lists and tuples."""
     return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, value)
-
-
-class GraphNetwork(nn.Module):
-    """A float32 copy of a network, as graphs have it: maps (N, H, W, C), and a tuple of outputs.
-
-    Its maps are then channels_last, as those of the parts around it.
-    """
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = copy.deepcopy(network).float()
-        self.spec = None
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs, self.spec = tree_flatten(self.network(channels_second(x)))
-        return tuple(map(channels_at_end, outputs))
-
-    def rebuild(self, arrays: Any) -> Any:
-        outputs = [channels_second(torch.from_numpy(array)) for array in arrays]
-        return tree_unflatten(outputs, self.spec)
-
-
-def channels_at_end(x: Tensor) -> Tensor:
-    """Returns a view (N, H, W, C) of maps (N, C, H, W), and other tensors as they are."""
-    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
-
-
-def channels_second(x: Tensor) -> Tensor:
-    """Reverses :func:`channels_at_end`."""
-    return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
-
-
-def graph_input(x: Tensor) -> np.ndarray:
-    """Returns a :class:`GraphNetwork`'s input; channels_last float32 maps are not copied."""
-    return channels_at_end(x).float().contiguous().numpy()
-
-
-def build_eager(network: nn.Module, x: Tensor) -> Run:
-    return network.__call__
-
-
-def build_compiled(network: nn.Module, x: Tensor) -> Run:
-    compiled = torch.compile(network.__call__)
-    config = importlib.import_module("torch._inductor.config")
-
-    def run(x: Tensor) -> Any:
-        with config.patch(freezing=True):  # read at the first call of each shape
-            return compiled(x)
-
-    return run
-
-
-def build_openvino(network: nn.Module, x: Tensor) -> Run:
-    plain = GraphNetwork(network)
-    return run_openvino(plain, openvino_graph(plain, x), x.dtype)
-
-
-def build_int8(network: nn.Module, samples: list[Tensor]) -> Run:
-    """Quantizes a trained network with NNCF."""
-    nncf = importlib.import_module("nncf")
-    logging.getLogger("nncf").setLevel(logging.ERROR)  # its handlers may be others' too
-    plain = GraphNetwork(network)
-    graph = openvino_graph(plain, samples[0])
-    dataset = nncf.Dataset([graph_input(sample) for sample in samples])
-    graph = nncf.quantize(graph, dataset, subset_size=len(samples))
-    return run_openvino(plain, graph, torch.int8)
-
-
-@cache
-def openvino_core() -> Any:
-    """Returns the process's only Core, which is never destroyed.
-
-    Each Core of OpenVINO 2026.4 sets a stack for signal handlers. Destroying a Core before a later
-    one leaves a dangling pointer to that stack, and the next signal crashes the process.
-    """
-    return importlib.import_module("openvino").Core()
-
-
-def openvino_graph(plain: GraphNetwork, x: Tensor) -> Any:
-    openvino, x = importlib.import_module("openvino"), channels_at_end(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer's, about sizes, which are dynamic
-        return openvino.convert_model(plain, example_input=x.float(), input=free_sizes(x))
-
-
-def run_openvino(plain: GraphNetwork, graph: Any, dtype: torch.dtype) -> Run:
-    settings = {
-        "INFERENCE_PRECISION_HINT": HINTS[dtype],
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    compiled = openvino_core().compile_model(graph, "CPU", settings)
-    return lambda x: plain.rebuild(compiled(graph_input(x)).values())
-
-
-def build_onnxruntime(network: nn.Module, x: Tensor) -> Run:
-    plain, file, x = GraphNetwork(network), io.BytesIO(), channels_at_end(x)
-    axes = {"x": [axis for axis, size in enumerate(free_sizes(x)) if size < 0]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # dynamo=False traces: torch.export would need to know what sizes are multiples of.
-        torch.onnx.export(
-            plain, (x,), file, dynamo=False, opset_version=ONNX_OPSET, input_names=["x"],
-            dynamic_axes=axes,
-        )  # fmt: skip
-    session = onnx_session(file.getvalue(), torch.get_num_threads())
-    return lambda x: plain.rebuild(session.run(None, {"x": graph_input(x)}))
-
-
-def onnx_session(model: str | os.PathLike | bytes, threads: int = 0) -> Any:
-    """Returns an ``onnxruntime.InferenceSession`` on the CPU for a file or its content.
-
-    0 threads leaves the number to onnxruntime. Raises ValueError if onnxruntime is missing.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ValueError("running ONNX files needs: pip install onnxruntime") from error
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    content = model if isinstance(model, bytes) else os.fspath(model)
-    providers = ["CPUExecutionProvider"]
-    return onnxruntime.InferenceSession(content, options, providers=providers)
-
-
-def free_sizes(x: Tensor) -> list[int]:
-    """Returns the shape of a graph's input with -1 for dynamic axes: all but the channels."""
-    channels = 3 if x.dim() == 4 else 1
-    return [size if axis == channels else -1 for axis, size in enumerate(x.shape)]
-
-
-BUILDERS: dict[str, Callable[[nn.Module, Tensor], Run]] = {
-    "eager": build_eager,
-    "compile": build_compiled,
-    "openvino": build_openvino,
-    "onnxruntime": build_onnxruntime,
-}

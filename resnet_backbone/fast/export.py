@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resnet_backbone.fast.engines import onnx_session, relative_difference
+from resnet_backbone.fast.engines import relative_difference
+from resnet_backbone.fast.graphs import onnx_session
 from resnet_backbone.fast.optimize import fold_bn
 from resnet_backbone.models.layers import StagedNetwork
 from resnet_backbone.weights.preprocessing import Preprocessing

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from resnet_backbone import models
 from resnet_backbone.fast.engines import InferenceNetwork, check_engine
 from resnet_backbone.models.layers import (
+    BATCH_NORMS,
     ConvNorm,
     ConvNormAct,
     FrozenBatchNorm2d,
@@ -24,7 +25,6 @@ from resnet_backbone.models.layers import (
 )
 from resnet_backbone.models.resnet import ResidualBlock
 
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 HEADS = ("box_head", "cls_subnet", "bbox_subnet")  # Faster R-CNN's and RetinaNet's
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)

@@ -16,6 +16,7 @@ Norm = str | Callable[[int], nn.Module] | None
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 ACTIVATIONS = ("relu", "prelu")
 PRELU_SLOPE = 0.25  # initial slope, arXiv 1502.01852 section 2.1
+TRAINABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -52,6 +53,9 @@ class FrozenBatchNorm2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, eps={self.eps}"
+
+
+BATCH_NORMS = (*TRAINABLE_NORMS, FrozenBatchNorm2d)
 
 
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -159,7 +163,7 @@ def freeze(module: nn.Module) -> None:
         parameter.requires_grad_(False)
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            if isinstance(child, TRAINABLE_NORMS):
                 setattr(parent, name, FrozenBatchNorm2d.from_batch_norm(child))
 
 
@@ -191,7 +195,7 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
     @contextmanager
     def again() -> Iterator[None]:
-        norms = [m for m in module.modules() if isinstance(m, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+        norms = [norm for norm in module.modules() if isinstance(norm, TRAINABLE_NORMS)]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm, (_, count) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = 0.0, copy.deepcopy(count)
@@ -205,11 +209,6 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
         return nullcontext(), again()
 
     return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
-
-
-def global_average_pool(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> (N, C)."""
-    return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
 
 class Feature(NamedTuple):
@@ -301,7 +300,7 @@ class StagedNetwork(nn.Module):
 
     def forward_head(self, x: Tensor) -> Tensor:
         """Maps the last stage's output to logits, (N, num_classes)."""
-        return self.linear(global_average_pool(x))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         """Returns logits (N, num_classes) of a classifier, or the dict of ``out_features``."""

@@ -108,6 +108,15 @@ class Checkpoint:
         """Whether the network has bottleneck blocks, which have two places for a stride."""
         return has_bottlenecks(self.tensors)
 
+    @property
+    def has_batch_norms(self) -> bool:
+        """Whether the network has batch norms that are not folded into its convolutions."""
+        return any(key.endswith(".norm.running_var") for key in self.tensors)
+
+    def restated(self, **settings: Any) -> Checkpoint:
+        """Returns the same tensors with other settings of their preprocessing."""
+        return replace(self, preprocessing=replace(self.preprocessing, **settings))
+
     def metadata(self) -> dict[str, str]:
         """Returns the metadata of its file's header."""
         return FileMetadata(self.preprocessing, self.model, self.origin).texts()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from operator import methodcaller
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from resnet_backbone.models import StagedNetwork
+from resnet_backbone.runtime.builtin import load_photograph
 from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, Preprocessing, WeightsError
 from resnet_backbone.weights.architecture import deepest_stage
 from resnet_backbone.weights.load import build_network, network_on_meta
@@ -240,9 +242,7 @@ def _describe(own: Preprocessing) -> str:
     )
 
 
-def _stated(**facts) -> Callable[[Checkpoint], Checkpoint]:
-    """Returns a function that changes settings of a checkpoint's preprocessing."""
-    return lambda c: replace(c, preprocessing=replace(c.preprocessing, **facts))
+_restated = partial(methodcaller, "restated")  # settings -> function of a checkpoint
 
 
 def _architecture(right: Preprocessing, other: Checkpoint) -> Iterator[Hypothesis]:
@@ -250,29 +250,28 @@ def _architecture(right: Preprocessing, other: Checkpoint) -> Iterator[Hypothesi
     if other.has_bottlenecks and own.stride_in_1x1 is not None:
         stride = not own.stride_in_1x1
         text = f"stride_in_1x1 {stride} in place of {own.stride_in_1x1}"
-        yield Hypothesis("stride", text, _stated(stride_in_1x1=stride))
+        yield Hypothesis("stride", text, _restated(stride_in_1x1=stride))
     if "stem.conv1.weight" in other.tensors:
         pool = not other.model.options.get("caffe_pool", False)
         model = replace(other.model, options={**other.model.options, "caffe_pool": pool})
         text = f"caffe_pool {pool} in place of {not pool}"
         yield Hypothesis("pooling", text, partial(replace, model=model))
-    has_norms = any(key.endswith(".norm.running_var") for key in other.tensors)
-    for eps in dict.fromkeys((right.bn_eps, *KNOWN_EPS)) if has_norms else ():
+    for eps in dict.fromkeys((right.bn_eps, *KNOWN_EPS)) if other.has_batch_norms else ():
         if eps != own.bn_eps:
             text = f"BN eps {eps} in place of {own.bn_eps}"
-            yield Hypothesis("BN eps", text, _stated(bn_eps=eps))
+            yield Hypothesis("BN eps", text, _restated(bn_eps=eps))
 
 
 def _input(right: Preprocessing, own: Preprocessing) -> Iterator[Hypothesis]:
     turned = own.reversed_channels()
     text = f"channel order {turned.channel_order} in place of {own.channel_order}"
-    yield Hypothesis("channel order", text, _stated(channel_order=turned.channel_order))
+    yield Hypothesis("channel order", text, _restated(channel_order=turned.channel_order))
     if (own.mean, own.std) != (turned.mean, turned.std):
-        apply = _stated(channel_order=turned.channel_order, mean=turned.mean, std=turned.std)
+        apply = _restated(channel_order=turned.channel_order, mean=turned.mean, std=turned.std)
         yield Hypothesis("channel order", f"{text}, mean and std reversed with it", apply)
     other = 1.0 if own.value_range == 255.0 else 255.0
     text = f"pixels of 0..{other:g} in place of 0..{own.value_range:g}, mean and std as they are"
-    yield Hypothesis("value range", text, _stated(value_range=other))
+    yield Hypothesis("value range", text, _restated(value_range=other))
     if right.mean_image is not None and own.mean_image is None:
         text = "A's mean image in place of channel means"
         yield Hypothesis("mean", text, partial(_with_fact, "mean_image", right))
@@ -297,7 +296,7 @@ def _with_fact(fact: str, known: Preprocessing, checkpoint: Checkpoint) -> Check
     facts = {fact: getattr(_in_form_of(known, checkpoint.preprocessing), fact)}
     if fact == "mean":
         facts["mean_image"] = None
-    return _stated(**facts)(checkpoint)
+    return checkpoint.restated(**facts)
 
 
 def _in_form_of(known: Preprocessing, other: Preprocessing) -> Preprocessing:
@@ -319,13 +318,13 @@ class Samples(NamedTuple):
 def sample_images(size: int) -> Samples:
     """Returns scikit-image's photographs, ``size`` pixels a side, or noise if it is missing."""
     try:
-        from resnet_backbone.runtime.builtin import load_photograph
+        photographs = [load_photograph(name) for name in PHOTOGRAPHS]
     except ImportError:
         generator = torch.Generator().manual_seed(0)
         shape = (len(PHOTOGRAPHS), 3, size, size)
         noise = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         text = f"{len(noise)} images of noise, not photographs: give --images DIR"
         return Samples(noise, text)
-    squares = [np.array(ImageOps.fit(load_photograph(x), (size, size))) for x in PHOTOGRAPHS]
+    squares = [np.array(ImageOps.fit(photograph, (size, size))) for photograph in photographs]
     images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous()
     return Samples(images, f"{len(images)} photographs of scikit-image")

@@ -75,26 +75,23 @@ def convert_input(
 
 
 def _with_std(checkpoint: Checkpoint, std: Sequence[float]) -> Checkpoint:
-    old = checkpoint.preprocessing
+    old = checkpoint.preprocessing.std
     std = tuple(float(value) for value in std)
     if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):
         raise WeightsError(f"std must be three positive numbers, not {list(std)}")
-    if std == old.std:
+    if std == old:
         return checkpoint
     key = first_convolution(checkpoint.tensors)
-    ratios = [new / own for new, own in zip(std, old.std, strict=True)]
+    ratios = [new / own for new, own in zip(std, old, strict=True)]
     factors = torch.tensor(ratios, dtype=torch.float64)[:, None, None]
     kernel = (checkpoint.tensors[key].double() * factors).float()
-    return replace(
-        checkpoint,
-        tensors={**checkpoint.tensors, key: kernel},
-        preprocessing=replace(old, std=std),
-    )
+    tensors = {**checkpoint.tensors, key: kernel}
+    return replace(checkpoint, tensors=tensors).restated(std=std)
 
 
 def use_channel_means(checkpoint: Checkpoint) -> Checkpoint:
     """Replaces the per-pixel mean image by the channel means, which is not exact."""
-    return replace(checkpoint, preprocessing=replace(checkpoint.preprocessing, mean_image=None))
+    return checkpoint.restated(mean_image=None)
 
 
 def fold_bn(checkpoint: Checkpoint) -> Checkpoint:
@@ -201,8 +198,7 @@ def to_bn_eps(checkpoint: Checkpoint, eps: float) -> Checkpoint:
             var = tensors[f"{layer}.norm.running_var"].double()
             gamma = tensors[f"{layer}.norm.weight"].double() * ((var + eps) / (var + old)).sqrt()
             tensors[f"{layer}.norm.weight"] = gamma.float()
-    new = replace(checkpoint.preprocessing, bn_eps=eps)
-    return replace(checkpoint, tensors=tensors, preprocessing=new)
+    return replace(checkpoint, tensors=tensors).restated(bn_eps=eps)
 
 
 def to_dtype(checkpoint: Checkpoint, dtype: str) -> Checkpoint:

@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -157,16 +157,13 @@ def for_format(checkpoint: Checkpoint, format: str) -> Checkpoint:
         stride = False  # the libraries' configs state it even without bottlenecks
     elif checkpoint.has_bottlenecks and stride is None:
         raise WeightsError("the stride of these bottlenecks is unknown: state it")
-    return replace(
-        checkpoint, preprocessing=replace(checkpoint.preprocessing, stride_in_1x1=stride)
-    )
+    return checkpoint.restated(stride_in_1x1=stride)
 
 
 def _check_network(checkpoint: Checkpoint, format: str) -> None:
     check_support(format, checkpoint.model)
     eps = checkpoint.preprocessing.bn_eps
-    has_norms = any(key.endswith(".norm.running_var") for key in checkpoint.tensors)
-    if has_norms and eps != BN_EPS:
+    if checkpoint.has_batch_norms and eps != BN_EPS:
         raise WeightsError(
             f"these weights have BN eps {eps}, but {format} builds batch norms with {BN_EPS}: "
             f"convert with --bn-eps-to {BN_EPS}"

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from resnet_backbone import fast
-from resnet_backbone.models import BottleneckBlock, FrozenBatchNorm2d, StagedNetwork
+from resnet_backbone.models import BottleneckBlock, StagedNetwork
+from resnet_backbone.models.layers import BATCH_NORMS
 from resnet_backbone.models.resnet import ResidualBlock
 from resnet_backbone.weights.architecture import (
     COUNTER,
@@ -33,8 +34,6 @@ from resnet_backbone.weights.checkpoint import (
 )
 from resnet_backbone.weights.preprocessing import PREPROCESSINGS, Preprocessing, WeightsError
 from resnet_backbone.weights.reading import Weights, read_network
-
-BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 class WrongStride(WeightsError):

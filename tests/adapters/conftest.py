@@ -6,7 +6,7 @@ import torch
 from drawn_networks import randomise
 
 from resnet_backbone import build_model
-from resnet_backbone.weights import InputNormalizer, get_preprocessing, save_weights
+from resnet_backbone.weights import get_preprocessing, save_weights
 
 
 @pytest.fixture(autouse=True)
@@ -38,21 +38,17 @@ def weights_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def photo():
-    """A colourful picture, RGB in 0..1, (3, 96, 128): no two channels are alike."""
+def photo_bytes():
+    """A colourful picture, RGB, (1, 3, 96, 128): no two channels are alike."""
     y, x = np.mgrid[0:96, 0:128]
     red = 128 + 100 * np.sin(x / 9.0)
     green = 90 + 80 * np.cos(y / 7.0) * np.sin(x / 31.0)
     blue = 60 + x * 0.5 + y * 0.6
     pixels = np.stack([red, green, blue], axis=0).clip(0, 255).astype(np.uint8)
-    return torch.from_numpy(pixels) / 255
+    return torch.from_numpy(pixels)[None]
 
 
 @pytest.fixture(scope="session")
-def normalised():
-    """Function (RGB (3, H, W) in 0..1, preprocessing) -> what the network wants."""
-
-    def normalise(image, preprocessing):
-        return InputNormalizer(preprocessing)((image[None] * 255).round().to(torch.uint8))
-
-    return normalise
+def photo(photo_bytes):
+    """The same in 0..1, (3, 96, 128)."""
+    return photo_bytes[0] / 255

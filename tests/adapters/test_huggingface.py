@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from drawn_networks import assert_close
 
 pytest.importorskip("transformers")
 
@@ -24,6 +25,7 @@ from resnet_backbone.adapters.huggingface import (  # noqa: E402
     rgb_checkpoint,
 )
 from resnet_backbone.weights import (  # noqa: E402
+    InputNormalizer,
     WeightsError,
     get_preprocessing,
     read_checkpoint,
@@ -51,27 +53,21 @@ def inner(model):
     return next(module for module in model.modules() if isinstance(module, ResNetBackbone))
 
 
-def pixels(image):
-    """RGB bytes (H, W, 3)."""
-    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-
-
 @pytest.mark.parametrize("name, preprocessing", [("resnet18", "torchvision"), ("resnet50", "msra")])
-def test_detr_sees_the_maps_of_the_original_network(
-    name, preprocessing, weights_file, photo, normalised
-):
+def test_detr_sees_the_maps_of_the_original_network(name, preprocessing, weights_file, photo_bytes):
     """From bytes through DETR's own image processor, at the photograph's own size."""
     path, network = weights_file(name, preprocessing)
     checkpoint = rgb_checkpoint(path)
     model = detr(checkpoint, out_features=["stage2", "stage3", "stage4"]).eval()
     load_backbone(model, checkpoint)
     processor = DetrImageProcessor(do_resize=False, **image_normalization(checkpoint.preprocessing))
-    batch = processor(pixels(photo), return_tensors="pt")
+    batch = processor(photo_bytes, return_tensors="pt")
     with torch.no_grad():
         found = inner(model)(batch["pixel_values"]).feature_maps
-        wanted = network.forward_features(normalised(photo, get_preprocessing(preprocessing)))
+        normalize = InputNormalizer(get_preprocessing(preprocessing))
+        wanted = network.forward_features(normalize(photo_bytes))
     for stage, x in zip(("res3", "res4", "res5"), found, strict=True):
-        assert (x - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max(), stage
+        assert_close(x, wanted[stage])
 
 
 @pytest.mark.parametrize(
@@ -81,14 +77,14 @@ def test_detr_sees_the_maps_of_the_original_network(
         (ConditionalDetrForObjectDetection, ConditionalDetrConfig),
     ],
 )
-def test_detectors_train(kind, config, weights_file, photo):
+def test_detectors_train(kind, config, weights_file, photo_bytes):
     checkpoint = rgb_checkpoint(weights_file("resnet50", "msra")[0])
     model = detr(checkpoint, kind, config).train()
     load_backbone(model, checkpoint)
     processor = DetrImageProcessor(**image_normalization(checkpoint.preprocessing))
     box = dict(bbox=[20, 20, 60, 50], category_id=3, area=3000, iscrowd=0)
     batch = processor(
-        [pixels(photo), pixels(photo[:, :80])],
+        [photo_bytes[0], photo_bytes[0, :, :80]],
         annotations=[dict(image_id=i, annotations=[box]) for i in range(2)],
         size={"shortest_edge": 96, "longest_edge": 128},
         return_tensors="pt",

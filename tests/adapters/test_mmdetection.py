@@ -7,6 +7,7 @@ contract is tested as its own ResNet states it (``out_indices``, ``frozen_stages
 
 import pytest
 import torch
+from drawn_networks import assert_close
 from torch import nn
 
 mmengine = pytest.importorskip("mmengine")
@@ -21,7 +22,7 @@ from resnet_backbone.adapters.mmdetection import (  # noqa: E402
     data_preprocessor_for,
 )
 from resnet_backbone.models import FrozenBatchNorm2d  # noqa: E402
-from resnet_backbone.weights import WeightsError, get_preprocessing  # noqa: E402
+from resnet_backbone.weights import InputNormalizer, WeightsError, get_preprocessing  # noqa: E402
 
 MSRA = dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False)
 TORCHVISION = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True)
@@ -87,7 +88,7 @@ def test_norm_cfg():
 @pytest.mark.parametrize(
     "name, settings, style", [("msra", MSRA, "caffe"), ("torchvision", TORCHVISION, "pytorch")]
 )
-def test_weights_come_from_init_cfg(name, settings, style, weights_file, photo, normalised):
+def test_weights_come_from_init_cfg(name, settings, style, weights_file, photo_bytes):
     path, network = weights_file("resnet50", name)
     pretrained = dict(type="Pretrained", checkpoint=str(path))
     source = dict(data_preprocessor=settings, init_cfg=pretrained)
@@ -97,11 +98,11 @@ def test_weights_come_from_init_cfg(name, settings, style, weights_file, photo, 
     other = {"caffe": "pytorch", "pytorch": "caffe"}[style]
     with pytest.raises(WeightsError, match=f'style="{style}"'):
         PaperResNet(50, style=other, **source).init_weights()
-    image = normalised(photo, get_preprocessing(name))
+    image = InputNormalizer(get_preprocessing(name))(photo_bytes)
     with torch.no_grad():
         wanted = network.forward_features(image)
         for stage, x in zip(("res2", "res3", "res4", "res5"), backbone(image), strict=True):
-            assert (x - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max()
+            assert_close(x, wanted[stage])
 
 
 class Detector(BaseModule):

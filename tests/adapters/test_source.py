@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+from drawn_networks import assert_close
 
 from resnet_backbone.adapters import build_backbone, image_normalization, rgb_checkpoint
 from resnet_backbone.models import FrozenBatchNorm2d
-from resnet_backbone.weights import PREPROCESSINGS, WeightsError, get_preprocessing
+from resnet_backbone.weights import PREPROCESSINGS, InputNormalizer, WeightsError, get_preprocessing
 
 
 def test_the_package_loads_no_other_library():
@@ -21,16 +22,16 @@ def test_the_package_loads_no_other_library():
 
 
 @pytest.mark.parametrize("preprocessing", sorted(PREPROCESSINGS))
-def test_converted_weights_are_the_same_function(preprocessing, weights_file, photo, normalised):
+def test_converted_weights_are_the_same_function(preprocessing, weights_file, photo_bytes):
     path, network = weights_file("resnet18", preprocessing)
     found = rgb_checkpoint(path)
     assert (found.preprocessing.channel_order, found.preprocessing.value_range) == ("RGB", 1.0)
     converted = found.model.build().eval()
     converted.load_state_dict(found.tensors, strict=False)
     with torch.no_grad():
-        logits = converted(normalised(photo, found.preprocessing))
-        wanted = network(normalised(photo, get_preprocessing(preprocessing)))
-    assert (logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        logits = converted(InputNormalizer(found.preprocessing)(photo_bytes))
+        wanted = network(InputNormalizer(get_preprocessing(preprocessing))(photo_bytes))
+    assert_close(logits, wanted)
 
 
 def test_normalization_of_unconverted_weights_is_refused():

@@ -11,6 +11,7 @@ import math
 import pytest
 import timm
 import torch
+from drawn_networks import assert_close
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2
@@ -22,7 +23,7 @@ from torchvision.models.feature_extraction import (
 
 from resnet_backbone import build_model
 from resnet_backbone.adapters.timm_models import NETWORKS, PaperResNet, from_checkpoint
-from resnet_backbone.weights import WeightsError, get_preprocessing
+from resnet_backbone.weights import InputNormalizer, WeightsError, get_preprocessing
 
 NAMES = [f"paper_{name}" for name in NETWORKS]
 QUICK = ["paper_resnet18", "paper_plain18"]
@@ -179,7 +180,7 @@ def test_torchscript(name):
         pairs += zip(torch.jit.script(traced(model))(x).values(), [model(x)], strict=True)
         pairs += zip(torch.jit.script(features)(x), features(x), strict=True)
     for found, wanted in pairs:
-        assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        assert_close(found, wanted)
 
 
 def test_the_network_is_ours():
@@ -274,7 +275,7 @@ def test_grad_checkpointing_keeps_the_gradients():
         ("plain18", "msra"),
     ],
 )
-def test_weights_bring_their_preprocessing(name, preprocessing, weights_file, photo, normalised):
+def test_weights_bring_their_preprocessing(name, preprocessing, weights_file, photo, photo_bytes):
     """timm's own data settings and our network's own input give the same logits."""
     path, network = weights_file(name, preprocessing)
     model = timm.create_model(**from_checkpoint(path)).eval()
@@ -282,8 +283,8 @@ def test_weights_bring_their_preprocessing(name, preprocessing, weights_file, ph
     mean, std = (torch.tensor(data[key])[:, None, None] for key in ("mean", "std"))
     with torch.no_grad():
         found = model(((photo - mean) / std)[None])
-        wanted = network(normalised(photo, get_preprocessing(preprocessing)))
-    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        wanted = network(InputNormalizer(get_preprocessing(preprocessing))(photo_bytes))
+    assert_close(found, wanted)
     assert data["input_size"] == (3, 224, 224) and data["crop_pct"] == 224 / 256
     assert "state_dict" not in model.pretrained_cfg
 

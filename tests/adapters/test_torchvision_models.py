@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision
-from drawn_networks import randomise
+from drawn_networks import assert_close, randomise
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
@@ -19,9 +19,8 @@ from resnet_backbone.adapters.torchvision_models import (
 )
 from resnet_backbone.fast import InferenceNetwork, optimize_for_inference
 from resnet_backbone.fast.engines import why_not
-from resnet_backbone.weights import WeightsError, get_preprocessing
+from resnet_backbone.weights import InputNormalizer, WeightsError, get_preprocessing
 
-MSRA, TORCHVISION = get_preprocessing("msra"), get_preprocessing("torchvision")
 SIZES = dict(min_size=96, max_size=128)
 FEWER = (  # proposals and detections, for speed
     dict(
@@ -33,9 +32,6 @@ FEWER = (  # proposals and detections, for speed
     ),
     dict(topk_candidates=50, detections_per_img=5),
 )
-
-
-every_detector = pytest.mark.parametrize("kind", [FasterRCNN, RetinaNet, MaskRCNN])
 
 
 def detector(kind, name, weights, preprocessing="", **options):
@@ -69,11 +65,6 @@ def has_gradient(module):
     return any(grad is not None and grad.abs().sum() > 0 for grad in grads)
 
 
-def original_maps(network, image, preprocessing, normalised):
-    with torch.no_grad():
-        return network.forward_features(normalised(image, preprocessing))
-
-
 def test_without_weights_the_normalization_is_torchvisions():
     _, norm = fpn_backbone("resnet18")
     assert norm == {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -89,7 +80,7 @@ def test_the_normalization_cannot_be_forgotten():
     [("resnet18", "torchvision"), ("resnet50", "msra"), ("vgg11", "caffe_vgg")],
 )
 def test_pixels_give_the_maps_of_the_original_network(
-    name, preprocessing, weights_file, photo, normalised
+    name, preprocessing, weights_file, photo, photo_bytes
 ):
     """From RGB in 0..1 through torchvision's transform, as from the weights' own preprocessing."""
     path, network = weights_file(name, preprocessing)
@@ -98,10 +89,11 @@ def test_pixels_give_the_maps_of_the_original_network(
     with torch.no_grad():
         batch, _ = model.transform([photo])
         found = model.backbone.body(batch.tensors)
-    wanted = original_maps(network, photo, get_preprocessing(preprocessing), normalised)
+        normalize = InputNormalizer(get_preprocessing(preprocessing))
+        wanted = network.forward_features(normalize(photo_bytes))
     levels = VGG_LEVELS if name == "vgg11" else RESNET_LEVELS
     for key, stage in zip("0123", levels, strict=True):
-        assert (found[key] - wanted[stage]).abs().max() < 1e-4 * wanted[stage].abs().max(), stage
+        assert_close(found[key], wanted[stage])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +118,7 @@ def test_detectors_train_and_detect(kind, name, photo):
 
 
 @pytest.mark.data
-@every_detector
+@pytest.mark.parametrize("kind", [FasterRCNN, RetinaNet, MaskRCNN])
 def test_detectors_with_the_papers_weights(kind, data_root, photo):
     file = data_root / "weights" / "resnet50_msra_bgr_fp16.safetensors"
     model = detector(kind, "resnet50", file, "msra")
@@ -156,10 +148,6 @@ def test_levels_come_in_any_order(order):
     assert [x.shape[-1] for x in maps.values()] == [8, 2, 1]
 
 
-def relative(found, wanted):
-    return float((found - wanted).abs().max() / wanted.abs().max())
-
-
 @pytest.mark.parametrize("engine", ["eager", "openvino"])
 def test_optimized_faster_rcnn(photo, engine):
     if problem := why_not(engine, torch.bfloat16):
@@ -172,7 +160,7 @@ def test_optimized_faster_rcnn(photo, engine):
     with torch.no_grad():
         maps, wanted = fast.backbone(photo[None]), model.backbone(photo[None])
         assert fast([photo])[0]["boxes"].shape[1] == 4
-    assert all(relative(maps[key], wanted[key]) < 0.03 for key in wanted)
+    assert_close(maps, wanted, 0.03)
     heads = fast.rpn.head.conv, fast.roi_heads.box_head
     assert [part.engine for part in (fast.backbone, *heads)] == [engine, "eager", "eager"]
 
@@ -182,32 +170,26 @@ def test_optimized_deeplab(photo):
     fast = optimize_for_inference(model, dtype=torch.bfloat16, engine="eager")
     assert type(fast) is DeepLabV3 and isinstance(fast.backbone, InferenceNetwork)
     with torch.no_grad():
-        assert relative(fast(photo[None])["out"], model(photo[None])["out"]) < 0.03
+        assert_close(fast(photo[None]), model(photo[None]), 0.03)
 
 
-def torchvision_file(network, path, prefix=""):
-    tensors = {
-        key.removeprefix(prefix): value.contiguous()
-        for key, value in network.state_dict().items()
-        if key.startswith(prefix)
-    }
-    save_file(tensors, path)
+def torchvision_file(name, body, path):
+    """A file of torchvision's classifier with the weights of another model's body."""
+    classifier = torchvision.models.get_model(name)
+    classifier.load_state_dict(body.state_dict(), strict=False)
+    save_file(classifier.state_dict(), path)
     return path
 
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_fpn_maps_equal_torchvisions(name, tmp_path, photo):
     theirs = randomise(resnet_fpn_backbone(backbone_name=name, weights=None))
-    classifier = getattr(torchvision.models, name)()
-    classifier.load_state_dict(theirs.body.state_dict(), strict=False)
-    path = torchvision_file(classifier, tmp_path / "weights.safetensors")
+    path = torchvision_file(name, theirs.body, tmp_path / "weights.safetensors")
     backbone, _ = fpn_backbone(name, path, "torchvision")
     backbone.eval().fpn.load_state_dict(theirs.fpn.state_dict())
     with torch.no_grad():
         wanted, found = theirs(photo[None]), backbone(photo[None])
-    assert list(found) == list(wanted)
-    for key, value in wanted.items():
-        assert (found[key] - value).abs().max() < 1e-4 * value.abs().max(), key
+    assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("freeze_at", [0, 1, 2, 5])
@@ -224,39 +206,22 @@ def test_freeze_at_is_five_minus_trainable_layers(freeze_at, weights_file):
     assert count(backbone.body) == count(theirs.body)
 
 
-def redilate(stage, dilation):
-    """Gives the first block of a torchvision stage this dilation, as all the others have."""
-    stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
-
-
-@pytest.fixture
-def deeplab_twins(tmp_path):
-    """torchvision's DeepLabV3 (output stride 8) and ours with its weights."""
+def test_deeplab_equals_torchvisions_but_for_the_first_dilated_blocks(tmp_path, photo, photo_bytes):
+    """torchvision's keep the dilation of the stage before, ours have their stage's own."""
     theirs = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
     randomise(theirs)
-    classifier = torchvision.models.resnet50()
-    classifier.load_state_dict(theirs.backbone.state_dict(), strict=False)
-    path = torchvision_file(classifier, tmp_path / "weights.safetensors")
+    path = torchvision_file("resnet50", theirs.backbone, tmp_path / "weights.safetensors")
     ours = deeplabv3("resnet50", 5, path, "torchvision", output_stride=8, aux_loss=True).eval()
     ours.classifier.load_state_dict(theirs.classifier.state_dict())
     ours.aux_classifier.load_state_dict(theirs.aux_classifier.state_dict())
-    return theirs, ours
-
-
-def test_deeplab_equals_torchvisions_but_for_the_first_dilated_blocks(
-    deeplab_twins, photo, normalised
-):
-    """torchvision's keep the dilation of the stage before, ours have their stage's own."""
-    theirs, ours = deeplab_twins
-    images = normalised(photo, TORCHVISION)
+    images = InputNormalizer(get_preprocessing("torchvision"))(photo_bytes)
     with torch.no_grad():
         found = ours(photo[None])
         assert not torch.allclose(theirs(images)["out"], found["out"], rtol=1e-2)
-        redilate(theirs.backbone.layer3, 2)
-        redilate(theirs.backbone.layer4, 4)
+        for stage, dilation in ((theirs.backbone.layer3, 2), (theirs.backbone.layer4, 4)):
+            stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
         wanted = theirs(images)
-    for key in ("out", "aux"):
-        assert (found[key] - wanted[key]).abs().max() < 1e-4 * wanted[key].abs().max(), key
+    assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
@@ -282,15 +247,16 @@ def test_multi_grid_and_pooling_rates_reach_the_model():
     assert rates == [6, 12, 18]
 
 
-def test_deeplab_normalises_as_the_weights_ask(weights_file, photo, normalised):
+def test_deeplab_normalises_as_the_weights_ask(weights_file, photo, photo_bytes):
     path, network = weights_file("resnet50", "msra")
     model = deeplabv3("resnet50", 4, path).eval()
     with torch.no_grad():
         found = model.backbone.network.forward_features(
             (photo[None] - model.backbone.mean) / model.backbone.std, ["res4"]
         )["res4"]
-    wanted = original_maps(network, photo, MSRA, normalised)["res4"]  # not dilated
-    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        images = InputNormalizer(get_preprocessing("msra"))(photo_bytes)
+        wanted = network.forward_features(images)["res4"]  # not dilated
+    assert_close(found, wanted)
     assert any(key.endswith("backbone.mean") for key in model.state_dict())
 
 

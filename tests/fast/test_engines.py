@@ -10,11 +10,12 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from small_networks import assert_close, network, unfolded
+from drawn_networks import assert_close, network, unfolded
 from torch import nn
 
 from resnet_backbone import optimize_for_inference
 from resnet_backbone.fast import engines
+from resnet_backbone.fast.graphs import graph_input
 
 SIZES = ((2, 3, 32, 32), (1, 3, 48, 32), (3, 3, 40, 64))
 BF16 = torch.bfloat16
@@ -61,7 +62,7 @@ def test_other_inputs_of_an_engine(engine, dtype):
 
 def test_channels_last_inputs_are_not_copied():
     images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
-    assert np.shares_memory(engines.graph_input(images), images.numpy())
+    assert np.shares_memory(graph_input(images), images.numpy())
 
 
 @pytest.mark.parametrize("place", [0, 1])

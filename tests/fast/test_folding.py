@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+from drawn_networks import assert_close, network, unfolded
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_networks import assert_close, network, unfolded
 from torch import nn
 
 from resnet_backbone import models

@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
+from drawn_networks import assert_close, network, unfolded
 from safetensors.torch import load_file
-from small_networks import assert_close, network, unfolded
 from torch import nn
 
 from resnet_backbone import build_model, optimize_for_inference

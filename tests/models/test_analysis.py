@@ -1,10 +1,11 @@
 """Counts against the paper, torchvision and a computation by hand."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 import torchvision
+from drawn_networks import on_meta
 from torch import nn
 
 from resnet_backbone.models import analyze, build_model, count_parameters
@@ -23,10 +24,7 @@ PAPER = {  # 1e9 multiply-adds: arXiv 1512.03385, Table 1, and section 4.1 for V
 PRELU_NETS = {"prelu_net_a": 1.90, "prelu_net_b": 2.32, "prelu_net_c": 5.30}  # 1e10
 
 
-@lru_cache
-def build_on_meta(name, **options):
-    with torch.device("meta"):
-        return build_model(name, **options)
+build_on_meta = lru_cache(partial(on_meta, build_model))
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -1,9 +1,11 @@
 """Blocks, shortcuts, norms and initialisation against computations by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from drawn_networks import on_meta
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,12 +17,9 @@ from resnet_backbone.models import (
     list_models,
 )
 from resnet_backbone.models.layers import ConvNorm
-from resnet_backbone.models.resnet import Stem
+from resnet_backbone.models.resnet import ResidualBlock, Stem
 
-
-def build_on_meta(name, **options):
-    with torch.device("meta"):
-        return build_model(name, **options)
+build_on_meta = partial(on_meta, build_model)
 
 
 @pytest.mark.parametrize("size", [6, 7])
@@ -51,7 +50,7 @@ def test_highway_by_hand(in_channels, stride):
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "cifar_resnet20"])
 def test_highway_gates_start_nearly_closed(name):
     model = build_model(name, shortcut="highway")
-    gates = [m.gate for m in model.modules() if isinstance(m, (BasicBlock, BottleneckBlock))]
+    gates = [module.gate for module in model.modules() if isinstance(module, ResidualBlock)]
     assert gates and all(bool((gate.bias == -3).all()) for gate in gates)
 
 
@@ -66,11 +65,8 @@ def test_highway_gates_start_nearly_closed(name):
 )
 def test_number_of_projections(name, counts):
     for option, expected in counts.items():
-        blocks = [
-            m
-            for m in build_on_meta(name, shortcut=option).modules()
-            if isinstance(m, (BasicBlock, BottleneckBlock))
-        ]
+        model = build_on_meta(name, shortcut=option)
+        blocks = [module for module in model.modules() if isinstance(module, ResidualBlock)]
         projections = [b.shortcut for b in blocks if isinstance(b.shortcut, ConvNorm)]
         assert len(projections) == expected, option
         assert all(conv.kernel_size == (1, 1) and conv.norm for conv in projections)

@@ -3,11 +3,12 @@
 import copy
 import math
 import pickle
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 import torchvision
+from drawn_networks import on_meta, randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,21 +21,13 @@ from resnet_backbone.models import (
     PReLUNet,
     ResNet,
     build_model,
+    count_parameters,
 )
 from resnet_backbone.models import list_models as list_names
 from resnet_backbone.models.resnet import resnet_stage
 
-
-def build_on_meta(name, *args, **options):
-    with torch.device("meta"):
-        return build_model(name, *args, **options)
-
-
+build_on_meta = partial(on_meta, build_model)
 cached = lru_cache(build_on_meta)
-
-
-def count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def conv_channels(model):
@@ -98,11 +91,10 @@ def test_parameter_counts(name):
         expected = bn_inception_parameters()
         assert expected + conv_channels(model) == 11_295_240
     else:
-        with torch.device("meta"):
-            theirs = torchvision.models.get_model(name.replace("plain", "resnet"))
-        expected = count(theirs) - (173_824 if "plain" in name else 0)
+        theirs = on_meta(torchvision.models.get_model, name.replace("plain", "resnet"))
+        expected = count_parameters(theirs) - (173_824 if "plain" in name else 0)
         expected -= conv_channels(model) if name.endswith("_bn") else 0
-    assert count(model) == expected
+    assert count_parameters(model) == expected
 
 
 def test_names_and_classes():
@@ -197,15 +189,9 @@ def test_freeze(name, freeze_at):
 @pytest.mark.parametrize("norm", ["BN", "SyncBN"])
 def test_freezing_keeps_the_function(norm):
     torch.manual_seed(0)
-    model = build_model("resnet18", out_features=["res3"], norm=norm).double()
-    for module in model.modules():
-        if hasattr(module, "running_var"):
-            nn.init.uniform_(module.running_var, 0.5, 2)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.weight, 0.5, 2)
-            nn.init.normal_(module.bias)
+    model = randomise(build_model("resnet18", out_features=["res3"], norm=norm).double())
     images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    expected = model.eval()(images)["res3"]
+    expected = model(images)["res3"]
     assert model.freeze(5) is model
     torch.testing.assert_close(model.train()(images)["res3"], expected, rtol=1e-10, atol=1e-10)
 
@@ -308,11 +294,9 @@ def test_gradient_checkpointing_changes_memory_alone(name, options):
 
 @pytest.mark.parametrize("depth, channels", [(18, 512), (34, 512), (50, 2048)])
 def test_stage_on_its_own_is_the_networks(depth, channels):
-    with torch.device("meta"):
-        stage, out_channels = resnet_stage(depth, 5, stride=2, stride_in_1x1=True)
-        network = build_model(f"resnet{depth}")
+    stage, out_channels = on_meta(resnet_stage, depth, 5, stride=2, stride_in_1x1=True)
     assert out_channels == channels
-    assert str(stage) == str(network.res5)
+    assert str(stage) == str(cached(f"resnet{depth}").res5)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11_bn"])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from drawn_networks import meta_state, on_meta
+from parity import adopt, assert_same, draw
 
 pytest.importorskip("detectron2")
 
@@ -28,53 +30,42 @@ def make_cfg(depth, out_features, freeze_at=0, **resnets):
     return cfg
 
 
-@pytest.fixture
-def twins(draw, adopt):
-    """Makes Detectron2's backbone and ours with its weights, both in float64."""
+def twins(depth, out_features=STAGES, builder=build_resnet_backbone, freeze_at=0, **options):
+    """Makes Detectron2's backbone and ours with its weights, both in float64.
 
-    def make(depth, out_features=STAGES, builder=build_resnet_backbone, freeze_at=0, **options):
-        """``options`` are ours; Detectron2's keys are derived from them."""
-        dilations = options.get("dilations", (1, 1, 1, 1))
-        cfg = make_cfg(
-            depth,
-            out_features,
-            freeze_at,
-            NORM=options.get("norm", "BN"),
-            STRIDE_IN_1X1=options.get("stride_in_1x1", True),
-            RES4_DILATION=dilations[2],
-            RES5_DILATION=dilations[3],
-            RES5_MULTI_GRID=list(options.get("multi_grid", (1, 1, 1))),
-            STEM_TYPE="basic",
-        )
-        with torch.device("meta"):
-            theirs = builder(cfg, ShapeSpec(channels=3))
-            ours = build_model(
-                f"resnet{depth}", out_features=out_features, freeze_at=freeze_at, **options
-            )
-        theirs = draw(theirs)
-        adopt(ours, theirs.state_dict())
-        lacking = theirs.load_state_dict(ours.state_dict(), strict=freeze_at == 0)
-        assert not lacking.unexpected_keys
-        # Detectron2 >= 0.7 keeps the batch counter, which nothing reads, in a frozen norm.
-        assert all(key.endswith("num_batches_tracked") for key in lacking.missing_keys)
-        table = {name: (spec.channels, spec.stride) for name, spec in theirs.output_shape().items()}
-        assert table == {name: ours.features[name] for name in out_features}
-        return theirs, ours
-
-    return make
+    ``options`` are ours; Detectron2's keys are derived from them.
+    """
+    dilations = options.get("dilations", (1, 1, 1, 1))
+    cfg = make_cfg(
+        depth,
+        out_features,
+        freeze_at,
+        NORM=options.get("norm", "BN"),
+        STRIDE_IN_1X1=options.get("stride_in_1x1", True),
+        RES4_DILATION=dilations[2],
+        RES5_DILATION=dilations[3],
+        RES5_MULTI_GRID=list(options.get("multi_grid", (1, 1, 1))),
+        STEM_TYPE="basic",
+    )
+    stages = dict(out_features=out_features, freeze_at=freeze_at)
+    ours = on_meta(build_model, f"resnet{depth}", **stages, **options)
+    theirs = draw(on_meta(builder, cfg, ShapeSpec(channels=3)))
+    adopt(ours, theirs.state_dict())
+    lacking = theirs.load_state_dict(ours.state_dict(), strict=freeze_at == 0)
+    assert not lacking.unexpected_keys
+    # Detectron2 >= 0.7 keeps the batch counter, which nothing reads, in a frozen norm.
+    assert all(key.endswith("num_batches_tracked") for key in lacking.missing_keys)
+    table = {name: (spec.channels, spec.stride) for name, spec in theirs.output_shape().items()}
+    assert table == {name: ours.features[name] for name in out_features}
+    return theirs, ours
 
 
-@pytest.fixture
-def check(assert_same):
+def check(theirs, ours):
     """Compares maps, gradients (also of the images) and, afterwards, batch norm statistics."""
-
-    def run(theirs, ours):
-        images = torch.randn(2, 3, 40, 40, dtype=torch.float64)  # res5 is 2x2, enough for training
-        inputs = [images.clone().requires_grad_() for _ in range(2)]
-        assert_same(theirs, ours, theirs(inputs[0]), ours(inputs[1]))
-        torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-9, atol=1e-11)
-
-    return run
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)  # res5 is 2x2, enough for training
+    inputs = [images.clone().requires_grad_() for _ in range(2)]
+    assert_same(theirs, ours, theirs(inputs[0]), ours(inputs[1]))
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-9, atol=1e-11)
 
 
 SLOW = pytest.mark.slow
@@ -99,11 +90,11 @@ DC5 = dict(dilations=(1, 1, 1, 2))
         ),
     ],
 )
-def test_maps_and_gradients(twins, check, depth, stages, options):
+def test_maps_and_gradients(depth, stages, options):
     check(*twins(depth, stages, **options))
 
 
-def test_sync_batch_norm_keys_and_evaluation(twins, check):
+def test_sync_batch_norm_keys_and_evaluation():
     theirs, ours = twins(18, ("res5",), norm="SyncBN")
     theirs.eval(), ours.eval()
     check(theirs, ours)
@@ -112,14 +103,13 @@ def test_sync_batch_norm_keys_and_evaluation(twins, check):
 def test_no_norm():
     """Detectron2's convolutions have no bias even without a norm; ours have one."""
     cfg = make_cfg(18, ["res5"], NORM="")
-    with torch.device("meta"):
-        theirs = build_resnet_backbone(cfg, ShapeSpec(channels=3)).state_dict()
-        ours = build_model("resnet18", out_features=["res5"], norm="").state_dict()
+    theirs = on_meta(build_resnet_backbone, cfg, ShapeSpec(channels=3)).state_dict()
+    ours = meta_state("resnet18", out_features=["res5"], norm="")
     assert theirs.keys() == {key for key in ours if not key.endswith("bias")}
 
 
 @pytest.mark.parametrize("depth, freeze_at", [*((18, n) for n in range(6)), (50, 2)])
-def test_freezing(twins, check, depth, freeze_at):
+def test_freezing(depth, freeze_at):
     """In training mode: the same parameters learn, the same statistics move."""
     theirs, ours = twins(depth, ("res4",) if freeze_at < 5 else ("res5",), freeze_at=freeze_at)
     learning = {name for name, p in theirs.named_parameters() if p.requires_grad}
@@ -130,7 +120,7 @@ def test_freezing(twins, check, depth, freeze_at):
 @pytest.mark.parametrize(
     "dilations", [pytest.param((1, 1, 1, 2), marks=pytest.mark.slow), (1, 1, 2, 4)]
 )
-def test_deeplab_multi_grid(twins, check, dilations):
+def test_deeplab_multi_grid(dilations):
     """DeepLabV3 of Detectron2: multi-grid (1, 2, 4) at output stride 16 and 8."""
     deeplab = pytest.importorskip("detectron2.projects.deeplab")
     options = dict(dilations=dilations, multi_grid=(1, 2, 4), stride_in_1x1=False)
@@ -142,7 +132,7 @@ def test_deeplab_multi_grid(twins, check, dilations):
     check(theirs, ours)
 
 
-def test_frozen_and_trainable_norms_exchange_states(twins):
+def test_frozen_and_trainable_norms_exchange_states():
     """Frozen norms take a trainable network's state strictly, and the other way round."""
     theirs, ours = twins(18, ("res5",), norm="FrozenBN")
     trainable = build_model("resnet18", out_features=["res5"]).double()

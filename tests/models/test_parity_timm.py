@@ -8,6 +8,8 @@ before the comparison, and a test shows that this is the only difference.
 
 import pytest
 import torch
+from drawn_networks import on_meta
+from parity import adopt, assert_same, draw
 from torch import nn
 
 from resnet_backbone.models import build_model
@@ -19,19 +21,12 @@ timm = pytest.importorskip("timm")
 STAGES = ("res2", "res3", "res4", "res5")
 
 
-@pytest.fixture
-def twins(draw, adopt):
+def twins(name, output_stride, **options):
     """Makes timm's network and ours with its weights, both in float64."""
-
-    def make(name, output_stride, **options):
-        with torch.device("meta"):
-            theirs = timm.create_model(name, num_classes=7, output_stride=output_stride)
-            ours = build_model(name, num_classes=7, dilations=DILATIONS[output_stride], **options)
-        theirs = draw(theirs)
-        adopt(ours, from_torchvision(theirs.state_dict()))  # timm's keys are torchvision's
-        return theirs, ours
-
-    return make
+    theirs = draw(on_meta(timm.create_model, name, num_classes=7, output_stride=output_stride))
+    ours = on_meta(build_model, name, 7, dilations=DILATIONS[output_stride], **options)
+    adopt(ours, from_torchvision(theirs.state_dict()))  # timm's keys are torchvision's
+    return theirs, ours
 
 
 def set_dilation(block, dilation):
@@ -41,23 +36,14 @@ def set_dilation(block, dilation):
             module.dilation = module.padding = (dilation, dilation)
 
 
-def dilate_first_blocks(model, output_stride):
-    for number, dilation in enumerate(DILATIONS[output_stride], start=1):
-        set_dilation(getattr(model, f"layer{number}")[0], dilation)
-
-
 def maps_of(theirs, ours, images):
     found = theirs.forward_intermediates(images, intermediates_only=True)[1:]
     return dict(zip(STAGES, found, strict=True)), ours.forward_features(images, STAGES)
 
 
-@pytest.fixture
-def check(assert_same):
-    def run(theirs, ours):
-        images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
-        assert_same(theirs, ours, *maps_of(theirs, ours, images), renamed=from_torchvision)
-
-    return run
+def check(theirs, ours):
+    images = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    assert_same(theirs, ours, *maps_of(theirs, ours, images), renamed=from_torchvision)
 
 
 @pytest.mark.parametrize(
@@ -69,16 +55,17 @@ def check(assert_same):
         pytest.param("resnet50", 16, marks=pytest.mark.slow),
     ],
 )
-def test_output_stride(twins, check, name, output_stride):
+def test_output_stride(name, output_stride):
     options = {} if name == "resnet18" else {"stride_in_1x1": False}
     theirs, ours = twins(name, output_stride, **options)
-    dilate_first_blocks(theirs, output_stride)
+    for number, dilation in enumerate(DILATIONS[output_stride], start=1):
+        set_dilation(getattr(theirs, f"layer{number}")[0], dilation)
     assert ours.features["res5"].stride == output_stride
     check(theirs, ours)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_timm_keeps_the_first_blocks_dilation(twins, name):
+def test_timm_keeps_the_first_blocks_dilation(name):
     """Unchanged, timm agrees up to res4 and differs in res5."""
     options = {} if name == "resnet18" else {"stride_in_1x1": False}
     theirs, ours = twins(name, 16, **options)
@@ -90,7 +77,7 @@ def test_timm_keeps_the_first_blocks_dilation(twins, name):
 
 
 @pytest.mark.parametrize("name, grid", [("resnet18", (1, 2)), ("resnet50", (1, 2, 4))])
-def test_multi_grid(twins, check, name, grid):
+def test_multi_grid(name, grid):
     """Block i of res5 has dilation 2 * grid[i] at output stride 16 (arXiv 1706.05587, 3.2.1)."""
     options = {} if name == "resnet18" else {"stride_in_1x1": False}
     theirs, ours = twins(name, 16, multi_grid=grid, **options)

@@ -5,33 +5,30 @@ import copy
 import pytest
 import torch
 import torchvision
+from drawn_networks import on_meta
+from parity import adopt, assert_same, draw
 from torch import nn
 
 from resnet_backbone.models import build_model
 from resnet_backbone.weights.keymaps import from_torchvision
 
 
-@pytest.fixture
-def twins(draw, adopt):
+def twins(name, full_width=False, **options):
     """Makes torchvision's network and ours with its weights, both in float64.
 
     VGG's two hidden linear layers are 119 million parameters: unless ``full_width``, both
     networks get narrower ones.
     """
-
-    def make(name, full_width=False, **options):
-        with torch.device("meta"):
-            theirs = getattr(torchvision.models, name)(num_classes=7)
-            ours = build_model(name, num_classes=7, **options)
-        if name.startswith("vgg") and not full_width:
-            narrow = [nn.Linear(512 * 49, 16), nn.Linear(16, 16), nn.Linear(16, 7)]
-            theirs.classifier[0], theirs.classifier[3], theirs.classifier[6] = narrow
-            ours.fc6, ours.fc7, ours.linear = copy.deepcopy(narrow)
-        theirs = draw(theirs)
-        adopt(ours, from_torchvision(theirs.state_dict()))
-        return theirs, ours
-
-    return make
+    with torch.device("meta"):
+        theirs = getattr(torchvision.models, name)(num_classes=7)
+        ours = build_model(name, num_classes=7, **options)
+    if name.startswith("vgg") and not full_width:
+        narrow = [nn.Linear(512 * 49, 16), nn.Linear(16, 16), nn.Linear(16, 7)]
+        theirs.classifier[0], theirs.classifier[3], theirs.classifier[6] = narrow
+        ours.fc6, ours.fc7, ours.linear = copy.deepcopy(narrow)
+    theirs = draw(theirs)
+    adopt(ours, from_torchvision(theirs.state_dict()))
+    return theirs, ours
 
 
 def resnet_stages(model):
@@ -47,25 +44,20 @@ def vgg_stages(model):
     return {**stages, "pool5": layers[-1]}
 
 
-@pytest.fixture
-def check(assert_same):
+def check(theirs, ours, stages, images):
     """Compares stages, logits, gradients and, after the step, batch norm statistics."""
-
-    def run(theirs, ours, stages, images):
-        expected = {}
-        for name, module in stages.items():
-            module.register_forward_hook(lambda _, __, out, name=name: expected.update({name: out}))
-        logits, maps = theirs(images), ours.forward_features(images)
-        assert list(maps) == list(stages)
-        expected["logits"], maps["logits"] = logits, ours.forward_head(maps[ours.stage_names[-1]])
-        cancelled = {  # biases before a batch norm
-            f"features.{i}.bias"
-            for i, layer in enumerate(getattr(theirs, "features", ())[1:])
-            if isinstance(layer, nn.BatchNorm2d)
-        }
-        assert_same(theirs, ours, expected, maps, from_torchvision, cancelled)
-
-    return run
+    expected = {}
+    for name, module in stages.items():
+        module.register_forward_hook(lambda _, __, out, name=name: expected.update({name: out}))
+    logits, maps = theirs(images), ours.forward_features(images)
+    assert list(maps) == list(stages)
+    expected["logits"], maps["logits"] = logits, ours.forward_head(maps[ours.stage_names[-1]])
+    cancelled = {  # biases before a batch norm
+        f"features.{i}.bias"
+        for i, layer in enumerate(getattr(theirs, "features", ())[1:])
+        if isinstance(layer, nn.BatchNorm2d)
+    }
+    assert_same(theirs, ours, expected, maps, from_torchvision, cancelled)
 
 
 def random_images(count, size):
@@ -85,7 +77,7 @@ def random_images(count, size):
         pytest.param("resnet152", False, marks=pytest.mark.slow),
     ],
 )
-def test_resnet(twins, check, name, training):
+def test_resnet(name, training):
     options = {} if name in ("resnet18", "resnet34") else {"stride_in_1x1": False}
     theirs, ours = twins(name, **options)
     theirs.train(training), ours.train(training)
@@ -97,20 +89,20 @@ def test_resnet(twins, check, name, training):
     ["vgg11", "vgg16", "vgg16_bn"]
     + [pytest.param(name, marks=pytest.mark.slow) for name in ("vgg13", "vgg19", "vgg19_bn")],
 )
-def test_vgg(twins, check, name):
+def test_vgg(name):
     theirs, ours = twins(name)
     theirs.eval(), ours.eval()  # no dropout
     check(theirs, ours, vgg_stages(theirs), random_images(1, 64))
 
 
 @pytest.mark.slow
-def test_vgg16_full_width(twins, check):
+def test_vgg16_full_width():
     theirs, ours = twins("vgg16", full_width=True)
     theirs.eval(), ours.eval()
     check(theirs, ours, vgg_stages(theirs), random_images(1, 224))
 
 
-def test_vgg_batch_norm_in_training(twins, check):
+def test_vgg_batch_norm_in_training():
     theirs, ours = twins("vgg11_bn", dropout=0.0)
     for module in theirs.classifier:
         if isinstance(module, nn.Dropout):
@@ -119,7 +111,7 @@ def test_vgg_batch_norm_in_training(twins, check):
     check(theirs, ours, vgg_stages(theirs), random_images(2, 64))
 
 
-def test_vgg_dropout_is_torchvisions(twins):
+def test_vgg_dropout_is_torchvisions():
     theirs, ours = twins("vgg11")
     images = random_images(2, 32)
     outputs = []
@@ -129,7 +121,7 @@ def test_vgg_dropout_is_torchvisions(twins):
     torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-12)
 
 
-def test_stride_setting_matters(twins):
+def test_stride_setting_matters():
     """The same weights with the other stride give other features: the test above can see it."""
     theirs, ours = twins("resnet50", stride_in_1x1=True)
     images = random_images(1, 64)
@@ -142,8 +134,7 @@ RESNET_KEYS = ("layer5.0.conv1.weight", "module.conv1.weight", "layer1.0.bn1.sca
 
 @pytest.mark.parametrize("name, keys", [("vgg11", VGG_KEYS), ("resnet18", RESNET_KEYS)])
 def test_unknown_keys(name, keys):
-    with torch.device("meta"):
-        state = getattr(torchvision.models, name)().state_dict()
+    state = on_meta(torchvision.models.get_model, name).state_dict()
     for key in keys:
         with pytest.raises(ValueError, match=f"key '{key}'"):
             from_torchvision({**state, key: torch.ones(1)})
@@ -153,8 +144,7 @@ def test_incomplete_vgg():
     state = {f"features.{i}.weight": torch.ones(1, 1, 3, 3) for i in (0, 1, 2)}
     with pytest.raises(ValueError, match="indices of features: 0, 1, 2"):
         from_torchvision(state)
-    with torch.device("meta"):
-        state = torchvision.models.vgg11_bn().state_dict()
+    state = on_meta(torchvision.models.vgg11_bn).state_dict()
     del state["features.1.running_mean"]
     with pytest.raises(ValueError, match="no conv1.0.norm.running_mean"):
         from_torchvision(state)

@@ -1,34 +1,11 @@
-"""Checkpoints and pictures for the tests of conversions."""
-
-from dataclasses import replace
+"""Released checkpoints and pictures for the tests of conversions."""
 
 import numpy as np
 import pytest
 import torch
-from drawn_networks import randomise
 from PIL import Image
 
-from resnet_backbone.weights import Checkpoint, ModelSpec, get_preprocessing, read_checkpoint
-from resnet_backbone.weights.keymaps.table import without_counters
-
-
-@pytest.fixture(scope="session")
-def random_checkpoint():
-    """Function (name, convention, num_classes, **options) -> a Checkpoint of random weights."""
-
-    def make(name, convention="torchvision", num_classes=10, **options):
-        torch.manual_seed(0)
-        preprocessing = get_preprocessing(convention)
-        if name in ("resnet50", "resnet101", "resnet152"):
-            options["stride_in_1x1"] = preprocessing.stride_in_1x1
-        else:
-            preprocessing = replace(preprocessing, stride_in_1x1=None)
-        spec = ModelSpec(name, num_classes, options)
-        state = without_counters(randomise(spec.build()).state_dict())
-        tensors = {key: value.detach().contiguous() for key, value in state.items()}
-        return Checkpoint(tensors, spec, preprocessing)
-
-    return make
+from resnet_backbone.weights import read_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,18 @@ import itertools
 
 import pytest
 import torch
+from drawn_networks import meta_state
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from resnet_backbone.models import build_model, list_models
+from resnet_backbone.models import list_models
 from resnet_backbone.weights.architecture import (
     VISIBLE_OPTIONS,
     check_tensors,
     constructor_options,
     deepest_stage,
     infer_models,
+    shapes_of,
     spell,
 )
 from resnet_backbone.weights.checkpoint import ModelSpec
@@ -21,17 +23,6 @@ from resnet_backbone.weights.checkpoint import ModelSpec
 SHORTCUTS = ("A", "B", "C", "highway", "none")
 NORMS = ("BN", "GN", "")
 ACTIVATIONS = ("relu", "prelu")
-
-
-def meta_state(name, num_classes=None, **options):
-    """A network's tensors without values."""
-    with torch.device("meta"):
-        state = build_model(name, num_classes, **options).state_dict()
-    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-
-
-def shapes(state):
-    return {key: value.shape for key, value in state.items()}
 
 
 def visible_options(spec):
@@ -48,7 +39,8 @@ def check_found(name, num_classes, options):
     matching = [spec for spec in found if visible_options(spec) == expected]
     assert len(matching) == 1, found
     for spec in found:
-        assert shapes(meta_state(spec.name, spec.num_classes, **spec.options)) == shapes(state)
+        again = meta_state(spec.name, spec.num_classes, **spec.options)
+        assert shapes_of(again) == shapes_of(state)
         defaults = constructor_options(spec.name)
         assert all(defaults[key] != value for key, value in spec.options.items()), spec
     hidden = expected.get("shortcut") in ("A", "none")
@@ -120,7 +112,7 @@ def test_backbones_and_those_that_stop_early(name, stages, found):
     state = meta_state(name, out_features=stages)
     assert infer_models(state)[0] == ModelSpec(found)
     assert deepest_stage(state) == stages[-1]
-    assert shapes(meta_state(found, out_features=stages)) == shapes(state)
+    assert shapes_of(meta_state(found, out_features=stages)) == shapes_of(state)
 
 
 def test_stages_without_projection_may_be_plain():

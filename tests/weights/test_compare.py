@@ -1,10 +1,13 @@
 """Two checkpoints on the same pictures, and which mistake makes them differ."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from drawn_networks import random_checkpoint
 
+from resnet_backbone.runtime.builtin import load_photograph
 from resnet_backbone.weights import WeightsError, get_preprocessing
 from resnet_backbone.weights.compare import (
     compare,
@@ -38,17 +41,13 @@ MISTAKES = {
 }
 
 
-def restated(checkpoint, facts):
-    return replace(checkpoint, preprocessing=replace(checkpoint.preprocessing, **facts))
-
-
 @pytest.fixture(scope="module")
 def images(pictures):
     return pictures[:2, :, 80:144, 80:144]
 
 
 def assert_explained(checkpoint, facts, words, images):
-    found = compare(checkpoint, restated(checkpoint, facts), images)
+    found = compare(checkpoint, checkpoint.restated(**facts), images)
     assert not found.equal
     assert len(found.explanation) == len(words), found
     for word, text in zip(words, found.explanation, strict=True):
@@ -70,7 +69,7 @@ def test_two_mistakes_of_a_network_without_head(vgg_convolutions, pictures):
 
 
 @pytest.mark.data
-def test_everything_wrong_at_once(random_checkpoint, pictures):
+def test_everything_wrong_at_once(pictures):
     """Weights turned to RGB, in a library's preprocessing, against the raw ones misnamed."""
     raw = random_checkpoint("cifar_resnet20", "msra")
     right = convert_input(raw, channel_order="RGB", value_range=1.0)
@@ -82,7 +81,7 @@ def test_everything_wrong_at_once(random_checkpoint, pictures):
 
 
 @pytest.mark.data
-def test_pooling(random_checkpoint, pictures):
+def test_pooling(pictures):
     right = random_checkpoint("resnet18", "msra", caffe_pool=True)
     wrong = random_checkpoint("resnet18", "msra")
     found = compare(right, wrong, pictures[:1, :, :64, :64])
@@ -96,20 +95,17 @@ def test_equal_ones_are_equal(msra, images):
     assert found.explanation == () and found.num_tried == 0
 
 
-def test_other_weights_have_no_explanation(random_checkpoint):
+def test_other_weights_have_no_explanation():
     a = random_checkpoint("cifar_resnet20")
     kernel = a.tensors["res3.0.conv1.weight"]
     b = replace(a, tensors={**a.tensors, "res3.0.conv1.weight": kernel.flip(0)})
-    found = compare(a, b, sample_images(32).images)
+    found, singles = compare(a, b, sample_images(32).images), single_hypotheses(a, b)
     assert not found.equal and not found.explanation
-    assert (
-        found.num_tried
-        == len([*single_hypotheses(a, b), *double_hypotheses(single_hypotheses(a, b))]) + 5
-    )
+    assert found.num_tried == len([*singles, *double_hypotheses(singles)]) + 5
     assert found.difference.relative > 1e-3
 
 
-def test_half_precision_differs_by_its_rounding(random_checkpoint):
+def test_half_precision_differs_by_its_rounding():
     a = random_checkpoint("cifar_resnet20")
     images = sample_images(32).images
     for dtype, limit in (("fp16", 1e-2), ("bf16", 5e-2)):
@@ -117,14 +113,14 @@ def test_half_precision_differs_by_its_rounding(random_checkpoint):
         assert found.equal and 1e-5 < found.difference.relative
 
 
-def test_mean_image_is_found(random_checkpoint):
+def test_mean_image_is_found():
     plain = random_checkpoint("cifar_resnet20")
-    with_image = restated(plain, dict(mean_image=torch.rand(3, 32, 32)))
+    with_image = plain.restated(mean_image=torch.rand(3, 32, 32))
     found = compare(with_image, plain, sample_images(32).images)
     assert found.explanation == ("A's mean image in place of channel means",)
 
 
-def test_networks_that_cannot_be_compared(random_checkpoint):
+def test_networks_that_cannot_be_compared():
     images = sample_images(32).images
     first = random_checkpoint("cifar_resnet20")
     with pytest.raises(WeightsError, match="cifar_resnet20 and B is resnet18"):
@@ -136,7 +132,7 @@ def test_networks_that_cannot_be_compared(random_checkpoint):
         compare(first, broken, images)
 
 
-def test_one_without_head_is_compared_by_its_last_common_stage(random_checkpoint):
+def test_one_without_head_is_compared_by_its_last_common_stage():
     whole = random_checkpoint("cifar_resnet20")
     tensors = {k: v for k, v in whole.tensors.items() if not k.startswith(("res4", "linear"))}
     spec = replace(whole.model, num_classes=None)
@@ -145,7 +141,7 @@ def test_one_without_head_is_compared_by_its_last_common_stage(random_checkpoint
     assert found.difference.output == "res3" and found.difference.same_top1 is None
 
 
-def test_built_network_is_a_copy_in_fp32(random_checkpoint):
+def test_built_network_is_a_copy_in_fp32():
     checkpoint = to_dtype(random_checkpoint("cifar_resnet20"), "fp16")
     network = build_network(checkpoint)
     assert not network.training
@@ -162,17 +158,13 @@ def test_outputs_that_are_no_numbers_are_not_equal():
     assert found.relative == float("inf")
 
 
-def test_sample_images_without_scikit_image(monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "resnet_backbone.runtime.builtin", None)
-    images, text = sample_images(40)
-    assert images.shape == (4, 3, 40, 40) and images.dtype == torch.uint8
-    assert "noise" in text and "--images" in text
-
-
-def test_sample_images_are_photographs():
+def test_sample_images_are_photographs_or_noise_without_scikit_image(monkeypatch):
     pytest.importorskip("skimage")
     images, text = sample_images(40)
     assert images.shape == (4, 3, 40, 40) and "photographs" in text
     assert (images.float().mean((2, 3)).std(1) > 5).sum() >= 3  # in colour
+    load_photograph.cache_clear()
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    images, text = sample_images(40)
+    assert images.shape == (4, 3, 40, 40) and images.dtype == torch.uint8
+    assert "noise" in text and "--images" in text

@@ -4,15 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from drawn_networks import random_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_backbone.weights import (
-    PREPROCESSINGS,
-    Checkpoint,
-    ModelSpec,
-    WeightsError,
-)
+from resnet_backbone.weights import PREPROCESSINGS, Checkpoint, ModelSpec, WeightsError
 from resnet_backbone.weights.compare import compare
 from resnet_backbone.weights.convert import (
     convert_input,
@@ -36,7 +32,7 @@ def relative(before, after, images):
 
 
 @pytest.fixture(scope="module")
-def small(random_checkpoint):
+def small():
     return random_checkpoint("resnet18", "torchvision")
 
 
@@ -61,7 +57,7 @@ def every_conversion(checkpoint):
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", SMALL)
-def test_every_direction_keeps_the_logits(name, random_checkpoint, pictures):
+def test_every_direction_keeps_the_logits(name, pictures):
     images = pictures[:2, :, :32, :32]
     for convention in ("msra", "torchvision"):
         checkpoint = random_checkpoint(name, convention)
@@ -151,7 +147,7 @@ def test_wrong_std_is_refused(small, std):
 @pytest.mark.data
 def test_mean_image_follows(small, pictures):
     image = torch.rand(3, 32, 32)
-    before = replace(small, preprocessing=replace(small.preprocessing, mean_image=image))
+    before = small.restated(mean_image=image)
     images = pictures[:2, :, :32, :32]
     assert relative(before, small, images) > 1e-3
     for step, after in every_conversion(before).items():
@@ -189,7 +185,7 @@ def stds(checkpoint, pictures):
     return found
 
 
-def test_unit_responses_keep_the_logits(random_checkpoint):
+def test_unit_responses_keep_the_logits():
     checkpoint = random_checkpoint("vgg11", "caffe_vgg")
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     after = to_unit_responses(checkpoint, images)
@@ -198,7 +194,7 @@ def test_unit_responses_keep_the_logits(random_checkpoint):
 
 
 @pytest.mark.parametrize("name", ["vgg11_bn", "resnet18"])
-def test_only_a_vgg_without_norms_gets_unit_responses(random_checkpoint, name):
+def test_only_a_vgg_without_norms_gets_unit_responses(name):
     with pytest.raises(WeightsError, match="norms level the responses"):
         to_unit_responses(random_checkpoint(name), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
@@ -213,7 +209,7 @@ def test_folded_network_has_biases_and_no_norms(small):
 
 
 @pytest.mark.parametrize("options", [{"norm": "GN"}, {"norm": ""}])
-def test_only_batch_norms_are_folded(options, random_checkpoint):
+def test_only_batch_norms_are_folded(options):
     with pytest.raises(WeightsError, match="batch norms"):
         fold_bn(random_checkpoint("resnet18", "msra", **options))
 
@@ -237,7 +233,7 @@ def test_overflow_names_the_tensor(small):
     assert to_dtype(broken, "bf16").tensors["res3.0.conv1.weight"].isfinite().all()
 
 
-def test_gray_images_are_refused(random_checkpoint):
+def test_gray_images_are_refused():
     gray = random_checkpoint("resnet18", "msra", in_channels=1)
     with pytest.raises(WeightsError, match="only color"):
         convert_input(gray, channel_order="RGB")

@@ -10,6 +10,7 @@ import torchvision
 from libraries import assert_same
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn import BatchNorm2d, Sequential
 
 from resnet_backbone.models import build_model
 from resnet_backbone.weights import (
@@ -19,27 +20,16 @@ from resnet_backbone.weights import (
     Origin,
     Preprocessing,
     WeightsError,
-    get_preprocessing,
     load_weights,
     read_checkpoint,
     save_weights,
     write_checkpoint,
 )
-from resnet_backbone.weights.checkpoint import (
-    METADATA_KEY,
-    MODEL_KEY,
-    ORIGIN_KEY,
-    SCHEMA_KEY,
-    FileMetadata,
-)
-from resnet_backbone.weights.preprocessing import same_mean, same_std
+from resnet_backbone.weights.checkpoint import MODEL_KEY, ORIGIN_KEY, SCHEMA_KEY, FileMetadata
+from resnet_backbone.weights.keymaps.table import without_counters
 from resnet_backbone.weights.reading import describe_weights, read_header
 
 MSRA = PREPROCESSINGS["msra"]
-
-
-def backbone():
-    return build_model("resnet18", out_features=["res5"])
 
 
 def state_of(model):
@@ -47,22 +37,25 @@ def state_of(model):
 
 
 @pytest.fixture
-def file(tmp_path):
+def path(tmp_path):
+    return tmp_path / "x.safetensors"
+
+
+@pytest.fixture
+def file(path):
     """A ResNet-18 classifier's file that carries MSRA's preprocessing, and its network."""
     torch.manual_seed(1)
     model = build_model("resnet18", num_classes=5)
     model.stem.conv1.norm.running_mean.normal_()
-    path = tmp_path / "resnet18.safetensors"
     save_weights(model, path, MSRA)
     return path, model
 
 
 @pytest.fixture
-def small(tmp_path):
+def small(path):
     """A CIFAR network's file with projections, and its network: where size is not the point."""
     torch.manual_seed(1)
     model = build_model("cifar_resnet8", num_classes=5, shortcut="B")
-    path = tmp_path / "small.safetensors"
     save_weights(model, path, MSRA)
     return path, model
 
@@ -82,7 +75,6 @@ def test_backbone_leaves_out_head_and_deeper_stages(file):
     shallow = build_model("resnet18", out_features=["res3"], norm="FrozenBN")
     load_weights(shallow, path)
     expected = model.state_dict()
-    assert not any(key.startswith(("res4", "linear")) for key in shallow.state_dict())
     assert_same(state_of(shallow), {key: expected[key] for key in shallow.state_dict()})
 
 
@@ -99,7 +91,7 @@ def test_backbone_leaves_out_head_and_deeper_stages(file):
     ],
 )  # fmt: skip
 def test_damage_is_refused(file, change, message):
-    path, model = file[0], backbone()
+    path, model = file[0], build_model("resnet18", out_features=["res5"])
     before, tensors = state_of(model), load_file(path)
     change(tensors)
     save_file({key: value.clone() for key, value in tensors.items()}, path)
@@ -108,28 +100,20 @@ def test_damage_is_refused(file, change, message):
     assert_same(state_of(model), before)
 
 
-OTHER_EPS = partial(torch.nn.BatchNorm2d, eps=1e-3)
+OTHER_EPS = partial(BatchNorm2d, eps=1e-3)
 
 
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        (
-            "resnet34",
-            {},
-            "a resnet18, this network is a resnet34: .* missing, .* res2.2.conv1.weight",
-        ),
+        ("resnet34", {}, "a resnet18, this network is a resnet34: .* missing, .* res2.2.conv1"),
         ("resnet50", {}, "tensors of this network are missing, the first is res2.0.shortcut.weig"),
         ("resnet50", {"num_classes": 5}, "the file is a resnet18, this network is a resnet50"),
         ("resnet18", {"norm": "GN"}, "a resnet18 with norm='GN': .* has no .*running_mean"),
         ("resnet18", {"norm": ""}, "this network is a resnet18 with norm=''"),
         ("resnet18", {"norm": OTHER_EPS}, "eps 1e-05"),
         ("resnet18", {"shortcut": "A"}, "this network is a resnet18 with shortcut='A'"),
-        (
-            "resnet18",
-            {"num_classes": 1000},
-            r"linear.weight has shape \(5, 512\).* add model.new_head=true",
-        ),
+        ("resnet18", {"num_classes": 1000}, r"linear.weight has shape \(5, 512\).* model.new_head"),
         ("plain18", {}, "the file is a resnet18, this network is a plain18"),
         ("vgg11", {"out_features": ["conv1"]}, "the file is a resnet18, this network is a vgg"),
     ],
@@ -143,69 +127,55 @@ def test_other_network_is_refused(file, name, options, message):
 
 
 @pytest.mark.parametrize(
-    "name, options, expected",
+    "name, last, options",
     [
-        ("resnet18", {}, {}),
-        ("resnet50", {"stride_in_1x1": True}, {"stride_in_1x1": True}),
-        ("resnet50", {"stride_in_1x1": False}, {"stride_in_1x1": False}),
-        ("resnet34", {"shortcut": "A"}, {"shortcut": "A"}),
-        ("resnet34", {"shortcut": "C", "norm": "GN"}, {"shortcut": "C", "norm": "GN"}),
-        ("plain18", {}, {}),
-        ("resnet18", {"norm": "FrozenBN"}, {}),
-        ("resnet18", {"norm": "", "activation": "prelu"}, {"norm": "", "activation": "prelu"}),
-        ("resnet18", {"caffe_pool": True}, {"caffe_pool": True}),
-        ("resnet18", {"in_channels": 4}, {"in_channels": 4}),
-        ("cifar_resnet8", {}, {}),
-        ("cifar_plain8", {}, {}),
-        ("cifar_resnet8", {"shortcut": "B"}, {"shortcut": "B"}),
-        ("vgg11", {}, {}),
-        ("vgg11_bn", {}, {}),
+        ("resnet18", "res2", {}),
+        ("resnet50", "res3", {"stride_in_1x1": True}),
+        ("resnet50", "res2", {"stride_in_1x1": False}),
+        ("resnet101", "res3", {"stride_in_1x1": True}),  # the tensors are a ResNet-50's, too
+        ("resnet34", "stem", {}),
+        ("resnet34", "res3", {"shortcut": "A"}),
+        ("resnet34", "res3", {"shortcut": "C", "norm": "GN"}),
+        ("plain18", "res2", {}),
+        ("resnet18", "res2", {"norm": "", "activation": "prelu"}),
+        ("resnet18", "res2", {"caffe_pool": True}),
+        ("resnet18", "res2", {"in_channels": 4}),
+        ("cifar_resnet8", "", {}),
+        ("cifar_plain8", "", {}),
+        ("cifar_resnet8", "", {"shortcut": "B"}),
+        ("vgg11", "conv2", {}),
+        ("vgg11_bn", "conv2", {}),
     ],
 )
-def test_files_say_which_network_they_are_of(tmp_path, name, options, expected):
-    path = tmp_path / "x.safetensors"
-    if name.startswith("cifar"):
-        model, classes = build_model(name, num_classes=3, **options), 3
-    else:  # the first stages show it as well as the whole
-        last = "conv2" if name.startswith("vgg") else "res3" if "34" in name else "res2"
-        model, classes = build_model(name, out_features=[last], **options), None
-    stride = expected.get("stride_in_1x1")
-    save_weights(model, path, replace(MSRA, stride_in_1x1=stride), run="a run")
+def test_files_say_which_network_they_are_of(path, name, last, options):
+    """The first stages as well as a whole classifier of three classes."""
+    stages, classes = ([last], None) if last else (None, 3)
+    model = build_model(name, classes, out_features=stages, **options)
+    preprocessing = replace(MSRA, stride_in_1x1=options.get("stride_in_1x1"))
+    save_weights(model, path, preprocessing, run="a run")
     found = read_checkpoint(path)
-    assert found.model == ModelSpec(name, classes, expected)
+    assert found.model == ModelSpec(name, classes, options)
     assert found.origin.run == "a run" and found.origin.reference == MSRA.source
-    again = found.model.build(out_features=model.out_features or None)
+    again = found.model.build(out_features=stages)
     load_weights(again, path)
-    expected = {k: v for k, v in state_of(model).items() if "num_batches" not in k}
-    assert_same({key: again.state_dict()[key] for key in expected}, expected)
+    assert_same(without_counters(again.state_dict()), without_counters(model.state_dict()))
 
 
-@pytest.mark.parametrize("depth, stage", [(50, "res3"), (101, "res3"), (34, "stem")])
-def test_backbones_that_stop_early_keep_their_depth(tmp_path, depth, stage):
-    model = build_model(f"resnet{depth}", out_features=[stage])
-    save_weights(model, tmp_path / "x.safetensors", MSRA)
-    assert read_checkpoint(tmp_path / "x.safetensors").model.name == f"resnet{depth}"
+def test_a_frozen_norm_is_stated_as_batch_norm(path):
+    save_weights(build_model("resnet18", out_features=["res2"], norm="FrozenBN"), path, MSRA)
+    assert read_checkpoint(path).model == ModelSpec("resnet18")
 
 
-def test_networks_without_a_name_are_written_too(tmp_path):
-    class OwnNorm(torch.nn.Module):
-        def __init__(self, channels):
-            super().__init__()
-            self.gain = torch.nn.Parameter(torch.ones(channels, 1, 1))
-
-        def forward(self, x):
-            return x * self.gain
-
-    model = build_model("resnet18", out_features=["res2"], norm=OwnNorm)
-    save_weights(model, tmp_path / "x.safetensors", MSRA)
-    assert read_header(tmp_path / "x.safetensors").model is None
-    load_weights(model, tmp_path / "x.safetensors")
+def test_networks_without_a_name_are_written_too(path):
+    own = build_model("resnet18", out_features=["res2"], norm=lambda n: Sequential(BatchNorm2d(n)))
+    save_weights(own, path, MSRA)
+    assert read_header(path).model is None
+    load_weights(own, path)
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+def test_a_checkpoint_comes_back_as_it_was(path):
     """With its types, its mean image and its origin; its metadata are what the guide says."""
-    tensors = build_model("cifar_resnet8", num_classes=3).half().state_dict()
-    tensors = {key: value for key, value in tensors.items() if "num_batches" not in key}
+    tensors = without_counters(build_model("cifar_resnet8", num_classes=3).half().state_dict())
     image = torch.rand(3, 8, 8)
     first = Checkpoint(
         tensors,
@@ -213,21 +183,19 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
         replace(MSRA, mean_image=image),
         Origin("caffe2", "R-18.pkl", "0" * 64, "", "somewhere"),
     )
-    path = tmp_path / "x.safetensors"
     write_checkpoint(first, path)
     second = read_checkpoint(path)
     assert replace(second, tensors={}) == replace(first, tensors={})
     assert torch.equal(second.preprocessing.mean_image, image)
-    assert {value.dtype for value in second.tensors.values()} == {torch.float16}
     assert_same(second.tensors, tensors)
     with safe_open(path, "pt") as file:
         names = sorted(key.removeprefix("resnet_backbone.") for key in file.metadata())
     assert names == ["model", "origin", "preprocessing", "schema"]
     with pytest.raises(WeightsError, match="written to .safetensors"):
-        write_checkpoint(first, tmp_path / "x.pth")
+        write_checkpoint(first, path.with_suffix(".pth"))
 
 
-def test_a_file_is_asked_once(tmp_path):
+def test_a_file_is_asked_once(path, tmp_path):
     """Torchvision's names and no metadata: after one conversion nobody asks again."""
     torch.manual_seed(0)
     reference = torchvision.models.resnet18(num_classes=3).eval()
@@ -236,10 +204,10 @@ def test_a_file_is_asked_once(tmp_path):
         read_checkpoint(tmp_path / "x.pth")
     first = read_checkpoint(tmp_path / "x.pth", "torchvision")
     assert first.origin.format == "torchvision" and len(first.origin.sha256) == 64
-    write_checkpoint(first, tmp_path / "ours.safetensors")
+    write_checkpoint(first, path)
     model = build_model("resnet18", num_classes=3).eval()
-    assert load_weights(model, tmp_path / "ours.safetensors") == PREPROCESSINGS["torchvision"]
-    assert read_checkpoint(tmp_path / "ours.safetensors").origin == first.origin
+    assert load_weights(model, path) == PREPROCESSINGS["torchvision"]
+    assert read_checkpoint(path).origin == first.origin
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(x), reference(x), rtol=1e-4, atol=1e-4)
@@ -299,10 +267,7 @@ def test_metadata_that_cannot_be_read(small, key, value, message):
 @pytest.mark.parametrize(
     "spec, message",
     [
-        (
-            {"name": "cifar_resnet14"},
-            "say cifar_resnet14 .* its tensors are cifar_resnet8 with shortc",
-        ),
+        ({"name": "cifar_resnet14"}, "say cifar_resnet14 .* its tensors are cifar_resnet8 with s"),
         ({"name": "cifar_plain8"}, "say cifar_plain8"),
         ({"name": "vgg16"}, "say vgg16"),
         ({"name": "cifar_resnet60000002"}, "say cifar_resnet60000002"),
@@ -344,14 +309,13 @@ def test_what_is_announced_is_there(small, left_out, added, message):
         read_checkpoint(small[0])
 
 
-def test_two_strides_in_one_file(tmp_path):
-    path = tmp_path / "x.safetensors"
+def test_two_strides_in_one_file(path):
     model = build_model("resnet50", out_features=["res2"])
     with pytest.raises(WeightsError, match="stride_in_1x1=False, but this network has True"):
         save_weights(model, path, PREPROCESSINGS["torchvision"])
     assert not path.exists()
-    spec = {"name": "resnet50", "num_classes": None, "options": {"stride_in_1x1": True}}
-    notes = {METADATA_KEY: PREPROCESSINGS["torchvision"].to_json(), MODEL_KEY: json.dumps(spec)}
+    spec = ModelSpec("resnet50", None, {"stride_in_1x1": True})
+    notes = FileMetadata(PREPROCESSINGS["torchvision"], spec).texts()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path, notes)
     other = build_model("resnet50", out_features=["res2"], stride_in_1x1=False)
     for read in (read_checkpoint, describe_weights, partial(load_weights, other)):
@@ -365,9 +329,8 @@ def test_two_strides_in_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("stride", [True, False])
-def test_a_file_says_the_stride_of_its_network(tmp_path, stride):
+def test_a_file_says_the_stride_of_its_network(path, stride):
     """Also where its preprocessing alone does not, as Caffe's for VGG."""
-    path = tmp_path / "x.safetensors"
     model, other = (
         build_model("resnet50", out_features=["res2", "res3"], stride_in_1x1=value)
         for value in (stride, not stride)
@@ -379,9 +342,8 @@ def test_a_file_says_the_stride_of_its_network(tmp_path, stride):
         load_weights(other, path)
 
 
-def test_networks_that_no_tensor_tells_apart(tmp_path):
+def test_networks_that_no_tensor_tells_apart(path):
     """Identity shortcuts and none have no tensors: loading one as the other is refused."""
-    path = tmp_path / "x.safetensors"
     plain, residual = build_model("cifar_plain8"), build_model("cifar_resnet8")
     assert plain.state_dict().keys() == residual.state_dict().keys()
     for own, other in ((plain, residual), (residual, plain)):
@@ -395,16 +357,14 @@ def test_networks_that_no_tensor_tells_apart(tmp_path):
     given = ModelSpec("cifar_plain8", 10)
     assert read_checkpoint(path, "msra", given).model == given
     save_weights(residual, path, MSRA)
-    with pytest.raises(
-        WeightsError, match="it states that it is a cifar_resnet8, not a cifar_plain8"
-    ):
+    with pytest.raises(WeightsError, match="it is a cifar_resnet8, not a cifar_plain8"):
         read_checkpoint(path, "msra", given)
 
 
-def test_the_stems_pooling_is_compared(tmp_path):
+def test_the_stems_pooling_is_compared(path):
     stem = dict(out_features=["stem"])
-    save_weights(build_model("resnet18", **stem), tmp_path / "x.safetensors", MSRA)
-    path, pooled = tmp_path / "x.safetensors", build_model("resnet18", caffe_pool=True, **stem)
+    save_weights(build_model("resnet18", **stem), path, MSRA)
+    pooled = build_model("resnet18", caffe_pool=True, **stem)
     with pytest.raises(WeightsError, match="caffe_pool=False, but this network has True"):
         load_weights(pooled, path)
     save_file(load_file(path), path)  # does not say it: both are used with the released weights
@@ -423,49 +383,10 @@ def test_descriptions(small, tmp_path, monkeypatch):
         patch.setattr("resnet_backbone.weights.reading.read_tensors", None)
         assert describe_weights(path) == found
     for read in (describe_weights, read_checkpoint):
-        with pytest.raises(
-            WeightsError, match="metadata states another preproc.*than 'torchvision'"
-        ):
+        with pytest.raises(WeightsError, match="metadata states another .*than 'torchvision'"):
             read(path, "torchvision")
-    deep = tmp_path / "deep.safetensors"
-    save_weights(build_model("cifar_resnet50"), deep, replace(MSRA, stride_in_1x1=None))
-    assert describe_weights(deep).preprocessing.stride_in_1x1 is None  # no bottlenecks
+    save_weights(build_model("cifar_resnet50"), path, replace(MSRA, stride_in_1x1=None))
+    assert describe_weights(path).preprocessing.stride_in_1x1 is None  # no bottlenecks
     other = replace(MSRA, resize_size=None, crop_size=None, source="elsewhere")
     save_weights(model, path, other)
     assert describe_weights(path, "msra").preprocessing == other
-
-
-def test_preprocessing_survives_json():
-    for preprocessing in PREPROCESSINGS.values():
-        assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
-    for text in ("", "[]", "{}", '{"channel_order": "RGB", "colour": 1}'):
-        with pytest.raises(WeightsError, match="unreadable preprocessing"):
-            Preprocessing.from_json(text)
-    for change in (
-        {"mean": [1, 2]},
-        {"std": [1, 0, 1]},
-        {"mean": [float("nan"), 0, 0]},
-        {"value_range": 0.0},
-        {"bn_eps": -1e-5},
-        {"stride_in_1x1": "yes"},
-        {"crop_size": 224.5},
-        {"interpolation": "lanczos"},
-        {"source": None},
-    ):
-        with pytest.raises(WeightsError, match="preprocessing: "):
-            Preprocessing.from_json(json.dumps({**json.loads(MSRA.to_json()), **change}))
-    with pytest.raises(WeightsError, match="channel_order must be RGB or BGR, not 'rgb'"):
-        Preprocessing("rgb", 1.0, (0, 0, 0), (1, 1, 1))
-    with pytest.raises(WeightsError, match="'tv': use one of msra, caffe_vgg, torchvision"):
-        get_preprocessing("tv")
-
-
-def test_values_in_pixels():
-    torchvision = PREPROCESSINGS["torchvision"]
-    assert torchvision.pixel_mean_255() == pytest.approx((123.675, 116.28, 103.53))
-    assert torchvision.pixel_std_255() == pytest.approx((58.395, 57.12, 57.375))
-    assert MSRA.pixel_mean_255() == MSRA.mean
-    assert same_mean((103.53, 116.28, 123.675), MSRA.mean)
-    assert not same_mean((123.675, 116.28, 103.53), MSRA.mean)
-    assert not same_mean((103.53, 116.28), MSRA.mean)
-    assert not same_std((57.375, 57.12, 58.395), MSRA.std)

@@ -25,8 +25,8 @@ FUZZ = Path(__file__).with_name("fuzz_readers.py")
 class Call:
     """Pickles as a call of a function."""
 
-    def __init__(self, function, *arguments, state=None):
-        self.parts = (function, arguments) + ((state,) if state is not None else ())
+    def __init__(self, function, *arguments):
+        self.parts = function, arguments
 
     def __reduce__(self):
         return self.parts

@@ -4,11 +4,10 @@ import pytest
 import timm
 import torch
 import torchvision
-from drawn_networks import randomise
+from drawn_networks import meta_state, on_meta, randomise
 from libraries import BOTTLENECKS, CLASSES, LIBRARIES, assert_close, assert_same, detectron2_resnet
 from torch import nn
 
-from resnet_backbone.models import build_model
 from resnet_backbone.weights.architecture import infer_models
 from resnet_backbone.weights.checkpoint import ModelSpec
 from resnet_backbone.weights.keymaps import LAYOUTS, recognize
@@ -82,9 +81,8 @@ def test_both_ways(library, name, stride):
 def test_keys_and_shapes(library, name, stride):
     """Of every network, without values."""
     spec, layout = spec_of(name, stride), LAYOUTS[library]
-    with torch.device("meta"):
-        state = LIBRARIES[library](name, stride).state_dict()
-        ours = without_counters(spec.build().state_dict())
+    state = on_meta(LIBRARIES[library], name, stride).state_dict()
+    ours = without_counters(on_meta(spec.build).state_dict())
     tensors = layout.to_ours(state)
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in ours.items()}
     assert infer_models(tensors) == [ModelSpec(name, CLASSES)]
@@ -96,23 +94,19 @@ def test_keys_and_shapes(library, name, stride):
 
 
 def test_nothing_is_copied_or_changed():
-    theirs = torchvision.models.resnet18()
-    state = theirs.state_dict()
+    state = torchvision.models.resnet18().state_dict()
     keys = list(state)
     tensors = LAYOUTS["torchvision"].to_ours(state)
     assert list(state) == keys
-    assert (
-        tensors["res3.0.shortcut.weight"].data_ptr()
-        == theirs.layer2[0].downsample[0].weight.data_ptr()
-    )
+    assert tensors["res3.0.shortcut.weight"] is state["layer2.0.downsample.0.weight"]
     back = LAYOUTS["torchvision"].from_ours(tensors, ModelSpec("resnet18"))
     assert back["layer2.0.downsample.0.weight"] is state["layer2.0.downsample.0.weight"]
 
 
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_vgg_biases_are_not_changed_in_place(batch_norm):
-    with torch.device("meta"):
-        model = torchvision.models.get_model("vgg11_bn" if batch_norm else "vgg11").features
+    name = "vgg11_bn" if batch_norm else "vgg11"
+    model = on_meta(torchvision.models.get_model, name).features
     state = randomise(model.to_empty(device="cpu")).state_dict(prefix="features.")
     before = {key: value.clone() for key, value in state.items()}
     for library in ("torchvision", "timm"):
@@ -125,40 +119,31 @@ def test_transformers_networks_without_head():
     """ResNetModel and ResNetBackbone have no prefix; ResNetForImageClassification has one."""
     transformers = pytest.importorskip("transformers")
     layout = LAYOUTS["huggingface"]
-    with torch.device("meta"):
-        config = transformers.ResNetConfig(downsample_in_bottleneck=True)
-        for theirs in (transformers.ResNetModel(config), transformers.ResNetBackbone(config)):
-            state = theirs.state_dict()
-            assert recognize(state) == "huggingface"
-            tensors = layout.to_ours(state)
-            assert infer_models(tensors) == [ModelSpec("resnet50")]
-            assert layout.from_ours(tensors, ModelSpec("resnet50")).keys() == state.keys()
+    config = transformers.ResNetConfig(downsample_in_bottleneck=True)
+    for kind in (transformers.ResNetModel, transformers.ResNetBackbone):
+        state = on_meta(kind, config).state_dict()
+        assert recognize(state) == "huggingface"
+        tensors = layout.to_ours(state)
+        assert infer_models(tensors) == [ModelSpec("resnet50")]
+        assert layout.from_ours(tensors, ModelSpec("resnet50")).keys() == state.keys()
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "GN"])
 def test_other_norms_of_detectron2(norm):
-    with torch.device("meta"):
-        state = detectron2_resnet("resnet50", norm=norm).state_dict()
-        tensors = LAYOUTS["detectron2"].to_ours(state)
-        spec = infer_models(tensors)[0]
-        assert spec == ModelSpec("resnet50", None, {"norm": "GN"} if norm == "GN" else {})
-        back = LAYOUTS["detectron2"].from_ours(tensors, spec)
-        theirs = detectron2_resnet("resnet50", norm=norm)
-        theirs.load_state_dict(back, strict=True, assign=True)
+    theirs = on_meta(detectron2_resnet, "resnet50", norm=norm)
+    tensors = LAYOUTS["detectron2"].to_ours(theirs.state_dict())
+    spec = infer_models(tensors)[0]
+    assert spec == ModelSpec("resnet50", None, {"norm": "GN"} if norm == "GN" else {})
+    back = LAYOUTS["detectron2"].from_ours(tensors, spec)
+    theirs.load_state_dict(back, strict=True, assign=True)
 
 
 def test_timm_group_norm():
     """Its tensors are those of batch norms without their statistics: it is not guessed at."""
-    with torch.device("meta"):
-        state = timm.create_model("resnet50_gn", num_classes=5).state_dict()
+    state = on_meta(timm.create_model, "resnet50_gn").state_dict()
     for name in (recognize(state), "timm"):
         with pytest.raises(ValueError, match="norm of stem.conv1 has no running_mean, but torchv"):
             LAYOUTS[name].to_ours(state)
-
-
-def meta_tensors(name, **options):
-    with torch.device("meta"):
-        return without_counters(build_model(name, **options).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -188,42 +173,43 @@ def meta_tensors(name, **options):
 def test_networks_that_a_library_lacks(library, spec, message):
     name = spec.name.removeprefix("timm/")
     with pytest.raises(ValueError, match=message):
-        LAYOUTS[library].from_ours(meta_tensors(name), spec)
+        LAYOUTS[library].from_ours(meta_state(name), spec)
 
 
 def test_what_does_not_differ_is_not_refused():
     for options in ({"norm": "FrozenBN"}, {"norm": "SyncBN"}, {"stride_in_1x1": False}):
         for library in ("torchvision", "timm", "huggingface", "detectron2", "caffe2"):
-            tensors = meta_tensors("resnet50")
+            tensors = meta_state("resnet50")
             LAYOUTS[library].from_ours(tensors, ModelSpec("resnet50", 1000, options))
-    tensors = meta_tensors("resnet18")
+    tensors = meta_state("resnet18")
     LAYOUTS["torchvision"].from_ours(tensors, ModelSpec("resnet18", 9, {"stride_in_1x1": True}))
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm", "huggingface", "caffe2"])
 def test_tensors_that_are_not_of_the_network(library):
-    tensors = {**meta_tensors("resnet18"), "res2.0.gate.weight": torch.ones(1)}
+    tensors = {**meta_state("resnet18"), "res2.0.gate.weight": torch.ones(1)}
     with pytest.raises(ValueError, match="key 'res2.0.gate.weight' is not one of"):
         LAYOUTS[library].from_ours(tensors, ModelSpec("resnet18"))
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "name, message",
     [
-        (lambda: torchvision.models.resnext50_32x4d(), "grouped convolution .ResNeXt"),
-        (lambda: torchvision.models.wide_resnet50_2(), "a wide ResNet"),
-        (lambda: timm.create_model("resnet50d"), "'conv1.0.weight' .* deep stem of ResNet-C/D"),
-        (lambda: timm.create_model("seresnet50"), "squeeze-and-excitation"),
-        (lambda: timm.create_model("ecaresnet50t"), "ResNet-C/D"),
-        (lambda: timm.create_model("resnet26"), r"no ResNet of the paper has \(2, 2, 2, 2\) bott"),
-        (lambda: timm.create_model("resnetv2_50"), "keys belong to no ResNet or VGG"),
-        (lambda: torchvision.models.alexnet(), "no VGG has its convolutions at these indices"),
-        (lambda: timm.create_model("convnext_atto"), "keys belong to no ResNet or VGG"),
+        ("resnext50_32x4d", "grouped convolution .ResNeXt"),
+        ("wide_resnet50_2", "a wide ResNet"),
+        ("resnet50d", "'conv1.0.weight' .* deep stem of ResNet-C/D"),
+        ("seresnet50", "squeeze-and-excitation"),
+        ("ecaresnet50t", "ResNet-C/D"),
+        ("resnet26", r"no ResNet of the paper has \(2, 2, 2, 2\) bott"),
+        ("resnetv2_50", "keys belong to no ResNet or VGG"),
+        ("alexnet", "no VGG has its convolutions at these indices"),
+        ("convnext_atto", "keys belong to no ResNet or VGG"),
     ],
 )
-def test_relatives_are_refused(make, message):
-    with torch.device("meta"):
-        state = make().state_dict()
+def test_relatives_are_refused(name, message):
+    has_it = name in torchvision.models.list_models()
+    library = torchvision.models.get_model if has_it else timm.create_model
+    state = on_meta(library, name).state_dict()
     with pytest.raises(ValueError, match=message) as caught:
         infer_models(LAYOUTS[recognize(state)].to_ours(state))
     assert "\n" not in str(caught.value)
@@ -231,11 +217,10 @@ def test_relatives_are_refused(make, message):
 
 def test_relatives_in_transformers_are_refused():
     transformers = pytest.importorskip("transformers")
-    with torch.device("meta"):
-        config = transformers.ResNetConfig(
-            layer_type="basic", hidden_sizes=[64, 128, 256, 512], downsample_in_first_stage=True
-        )
-        state = transformers.ResNetForImageClassification(config).state_dict()
+    config = transformers.ResNetConfig(
+        layer_type="basic", hidden_sizes=[64, 128, 256, 512], downsample_in_first_stage=True
+    )
+    state = on_meta(transformers.ResNetForImageClassification, config).state_dict()
     with pytest.raises(ValueError, match="tensors of resnet34 with shortcut='C' are missing"):
         infer_models(LAYOUTS[recognize(state)].to_ours(state))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn_networks import randomise
+from drawn_networks import meta_state, on_meta, randomise
 from libraries import assert_same, detectron2_resnet
 
 detectron2 = pytest.importorskip("detectron2")
@@ -42,8 +42,7 @@ def detector_state(file, *options):
     cfg = add_resnet_backbone_config(get_cfg())
     cfg.merge_from_file(str(file))
     cfg.merge_from_list([*options, "MODEL.DEVICE", "meta"])
-    with torch.device("meta"):
-        return build_detector(cfg).state_dict()
+    return on_meta(build_detector, cfg).state_dict()
 
 
 @pytest.mark.parametrize("name", DETECTORS)
@@ -53,8 +52,7 @@ def test_detectron2s_detectors(name):
     assert recognize(state) == "detectron2"
     tensors = DETECTRON2.to_ours(state)
     assert infer_models(tensors) == [ModelSpec("resnet50")]
-    with torch.device("meta"):
-        ours = without_counters(build_model("resnet50", out_features=["res5"]).state_dict())
+    ours = meta_state("resnet50", out_features=["res5"])
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in ours.items()}
     place = "backbone." if name in ("C4", "DC5") else "backbone.bottom_up."
     assert tensors["res4.5.conv3.weight"] is state[place + "res4.5.conv3.weight"]
@@ -81,8 +79,7 @@ def test_our_detectors(file, found, size):
 
 
 def backbone_state(prefix):
-    with torch.device("meta"):
-        return build_model("resnet18", out_features=["res5"]).state_dict(prefix=prefix)
+    return on_meta(build_model, "resnet18", out_features=["res5"]).state_dict(prefix=prefix)
 
 
 UNKNOWN = """backbone.bottom_up.neck.weight backbone.bottom_up.res2x.weight linear.weight
@@ -175,15 +172,6 @@ def test_bias_of_the_first_convolution():
     assert_same(found, tensors)
 
 
-def read_by_detectron2(blobs, path, name, norm):
-    """Detectron2's network with a .pkl of these blobs, read by its checkpointer."""
-    theirs = detectron2_resnet(name, norm=norm, out_features=list(STAGES)).eval()
-    arrays = {key: value.numpy() for key, value in blobs.items()}
-    path.write_bytes(pickle.dumps({"blobs": arrays}))
-    DetectionCheckpointer(theirs).load(str(path))
-    return theirs
-
-
 @pytest.mark.parametrize(
     "name, fused", [("resnet18", True), ("resnet50", True), ("resnet50", False)]
 )
@@ -193,7 +181,10 @@ def test_the_function_is_that_of_detectron2(name, fused, tmp_path):
     blobs = blobs_of(random_tensors(name), name)
     if fused:
         blobs = {k: v for k, v in blobs.items() if not k.endswith(("_rm", "_riv"))}
-    theirs = read_by_detectron2(blobs, tmp_path / "R.pkl", name, "FrozenBN")
+    theirs = detectron2_resnet(name, norm="FrozenBN", out_features=list(STAGES)).eval()
+    arrays = {key: value.numpy() for key, value in blobs.items()}
+    (tmp_path / "R.pkl").write_bytes(pickle.dumps({"blobs": arrays}))
+    DetectionCheckpointer(theirs).load(str(tmp_path / "R.pkl"))
     ours = build_model(name, out_features=STAGES).eval()
     tensors = CAFFE2.to_ours(blobs)
     assert infer_models(tensors) == [ModelSpec(name, 7)]

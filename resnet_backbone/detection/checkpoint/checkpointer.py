@@ -33,15 +33,11 @@ from resnet_backbone.detection.checkpoint.input_check import (
 )
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
+from resnet_backbone.models.layers import BATCH_NORMS
 from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
-from resnet_backbone.weights.load import (
-    BATCH_NORMS,
-    check_settings,
-    explain_misfit,
-    fitting_tensors,
-)
+from resnet_backbone.weights.load import check_settings, explain_misfit, fitting_tensors
 from resnet_backbone.weights.preprocessing import INPUT_SETTINGS, WeightsError
 from resnet_backbone.weights.readers import PREPROCESSING_KEY
 from resnet_backbone.weights.reading import read_network, single_precision

@@ -20,13 +20,7 @@ from torch import Tensor
 from resnet_backbone.models.vgg import DEPTHS as VGG_DEPTHS
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.keymaps import table
-from resnet_backbone.weights.keymaps.table import (
-    LIBRARY_NETWORKS,
-    Layout,
-    Module,
-    OtherNetwork,
-    Tensors,
-)
+from resnet_backbone.weights.keymaps.table import Layout, Module, Tensors
 from resnet_backbone.weights.preprocessing import Preprocessing, known_filter, one_line
 
 VGG_HEAD = table.linear_keys(
@@ -221,17 +215,17 @@ def check_timm_network(config: Mapping[str, Any], where: str) -> None:
     Raises OtherNetwork: another architecture, or arguments that may change the function.
     """
     architecture = one_line(str(config["architecture"]).partition(".")[0], 80)
-    if _RETIRED.sub(r"\1", architecture) not in LIBRARY_NETWORKS:
-        raise OtherNetwork(
+    if _RETIRED.sub(r"\1", architecture) not in table.LIBRARY_NETWORKS:
+        raise table.OtherNetwork(
             f"{where}: timm's {architecture} is not among this package's networks, which are "
-            f"{', '.join(LIBRARY_NETWORKS)}: use it in timm itself"
+            f"{', '.join(table.LIBRARY_NETWORKS)}: use it in timm itself"
         )
     arguments = dict(config.get("model_args") or {})
     pools = {config.get("global_pool", "avg"), arguments.pop("global_pool", "avg")}
     changed = sorted(arguments.keys() - {"num_classes", "in_chans"})
     if changed or not pools <= {"avg", "fastavg", "", None}:
         what = one_line(", ".join(changed) or "global_pool", 80)
-        raise OtherNetwork(
+        raise table.OtherNetwork(
             f"{where}: timm builds this {architecture} with {what} of its own, which can make it "
             "another function: use it in timm itself"
         )
