@@ -99,9 +99,8 @@ class ClassificationRun:
         self.model = self._network()
         self.use_input(networks.describe(self.model, self.data.preprocessing))
         if weights:
-            new = config.model.new_head
-            load = networks.load_all_but_head if new else networks.load_network
-            self.use_input(load(self.model, weights, config.model.preprocessing))
+            preprocessing, new_head = config.model.preprocessing, config.model.new_head
+            self.use_input(networks.load_network(self.model, weights, preprocessing, new_head))
             logger.info("%s, with the channel order, range, and mean of its input", weights)
 
     def use_input(self, preprocessing: Preprocessing) -> None:

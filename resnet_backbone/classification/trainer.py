@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from resnet_backbone.classification.networks import Checkpoints, checkpoints_in, save_network
+from resnet_backbone.classification.networks import Checkpoints, checkpoints_in
 from resnet_backbone.classification.step import Schedule, TrainStep, set_rate
 from resnet_backbone.runtime.errors import Stopped, TrainingDiverged, UsageError
 from resnet_backbone.runtime.files import write_json
@@ -292,7 +292,4 @@ class Trainer:
 
     def write_weights(self, name: str) -> None:
         """Writes the weights for evaluations to the run folder."""
-        kept, run = self.checkpoints, self.folder.path.resolve().name
-        model = self.step.evaluated_model
-        facts = (kept.spec, kept.preprocessing, run, kept.class_names)
-        save_network(self.folder / name, model, *facts)
+        self.checkpoints.write_weights(self.folder / name, self.step.evaluated_model)

@@ -163,7 +163,7 @@ def _encoded(config: Config, folder: Path, world: World, protocol: Protocol) -> 
     train = read_training_set(data)
     val = read_validation_set(data, train)
     groups = train.group_sizes if isinstance(train, TarShards) else ()
-    report = BadImageReport(folder / BAD_IMAGES, data.max_bad_images, "data.max_bad_images")
+    report = BadImageReport(folder / BAD_IMAGES, data.max_bad_images)
     source = LoaderSource(
         train,
         _stream(config, len(train), world, groups),

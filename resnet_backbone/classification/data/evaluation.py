@@ -67,12 +67,15 @@ class EvaluationFiles:
     def __getitem__(self, index: int) -> EvaluationItem | BadSample:
         path, label = self.samples[index]
         try:
-            whole = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
+            return EvaluationItem(self.read(path), label, index)
         except BadImage as error:
             return BadSample(index, label, str(path), error.reason)
+
+    def read(self, path: str | Path) -> tuple[Tensor, ...]:
+        """Reads an image at each short side; BadImage if it is unreadable."""
+        whole = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
         images = (resize_short_side(whole, size) if size else whole for size in self.short_sides)
-        prepared = map(self.prepare, images) if self.prepare else images
-        return EvaluationItem(tuple(prepared), label, index)
+        return tuple(map(self.prepare, images) if self.prepare else images)
 
 
 @dataclass(frozen=True)
