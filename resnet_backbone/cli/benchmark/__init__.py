@@ -114,7 +114,7 @@ average and no masks; all images are links to one file, so the disk is not measu
 process's peak above what it had before (Linux). The order of the candidates is fixed.""",
     ),
     "evaluate": (
-        "detectors",
+        "datasets",
         "COCO and VOC evaluation beside pycocotools' and Detectron2's",
         """\
 Random sets, with the detections in memory. COCO: from the content of an instances file and a list
