@@ -63,8 +63,6 @@ class Moments:
 
 
 class BatchNormReport(NamedTuple):
-    """The batch norms with new statistics."""
-
     layers: tuple[str, ...]  # in forward order
     unused: tuple[str, ...]  # batch norms that no image reached; they are unchanged
     num_images: int  # over all processes

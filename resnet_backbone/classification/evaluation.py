@@ -81,8 +81,6 @@ class Predictions:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The result on a whole data set."""
-
     predictions: Predictions  # of the readable images, in the order of the data set
     bad: tuple[BadSample, ...]  # the others, which count as wrong
     num_classes: int  # outputs of the networks

@@ -104,7 +104,6 @@ class ClassificationRun:
             logger.info("%s, with the channel order, range, and mean of its input", weights)
 
     def use_input(self, preprocessing: Preprocessing) -> None:
-        """Sets the preprocessing and the normalizer."""
         sizes = {"resize_size": None, "crop_size": None}
         if isinstance(self.protocol, Center):  # the default test of the written weights
             sizes = {"resize_size": self.protocol.resize, "crop_size": self.protocol.crop}

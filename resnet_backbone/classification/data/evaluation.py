@@ -41,8 +41,6 @@ class EvaluationItem(NamedTuple):
 
 
 class EvaluationBatch(NamedTuple):
-    """A batch of the loader."""
-
     # for each short side uint8 (N, 3, H, W), or a list of N (3, H, W) if their sizes differ
     images: tuple[Tensor | list[Tensor], ...]
     labels: Tensor  # int64 (N,)

@@ -39,8 +39,6 @@ Augmentation = Callable[[EncodedImage, np.random.Generator], Augmented]
 
 
 class ImageNote(NamedTuple):
-    """A note on an image."""
-
     kind: str  # "bad" (not readable) or "converted" (readable, but not an ordinary image)
     path: str  # file, or place in a shard
     reason: str  # one line
@@ -133,8 +131,6 @@ def _one_line(text: str) -> str:
 
 
 class WorkerBatch(NamedTuple):
-    """A batch as a worker sends it."""
-
     images: Tensor  # uint8 (N, 3, size, size)
     labels: Tensor  # int64 (N,)
     shift: Tensor | None  # float32 (N, 3)
