@@ -17,12 +17,12 @@ from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.report import plots
 from resnet_backbone.report.detection_plots import plot_training
 from resnet_backbone.report.published import parse_network
-from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_metrics, load_run
+from resnet_backbone.report.runs import DETECTOR_METRICS, load_metrics, load_run
 from resnet_backbone.report.table import results_table
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json, write_text
 from resnet_backbone.runtime.images import EncodedImage, find_pictures, read_bytes, spread
-from resnet_backbone.runtime.records import command_line
+from resnet_backbone.runtime.records import METRICS, command_line
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 CURVES_EPILOG = """\

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from resnet_backbone.models.layers import ConvNorm, ConvNormAct
 from resnet_backbone.report.published import Network
-from resnet_backbone.report.runs import METRICS, Metrics, Run, smooth
+from resnet_backbone.report.runs import Metrics, Run, smooth
 from resnet_backbone.runtime.files import whole_file
+from resnet_backbone.runtime.records import METRICS
 
 # Okabe and Ito's colors, which color-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
