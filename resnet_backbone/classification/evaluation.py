@@ -121,12 +121,15 @@ class EvaluationResult:
         return cells.bincount(minlength=self.num_classes**2).view(self.num_classes, -1)
 
     @property
+    def class_counts(self) -> list[int]:
+        """Number of images of each class, also of bad ones."""
+        bad = torch.tensor([sample.label for sample in self.bad], dtype=torch.int64)
+        return (self.confusion.sum(1) + bad.bincount(minlength=self.num_classes)).tolist()
+
+    @property
     def per_class_error(self) -> list[float | None]:
         """Top-1 error of each class in percent; ``None`` for a class without images."""
-        bad = torch.tensor([sample.label for sample in self.bad], dtype=torch.int64)
-        confusion = self.confusion
-        totals = confusion.sum(1) + bad.bincount(minlength=self.num_classes)
-        pairs = zip(totals.tolist(), confusion.diagonal().tolist(), strict=True)
+        pairs = zip(self.class_counts, self.confusion.diagonal().tolist(), strict=True)
         return [100.0 * (total - right) / total if total else None for total, right in pairs]
 
     def to_dict(self) -> dict:
