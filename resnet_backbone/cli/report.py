@@ -162,7 +162,6 @@ def responses(args: argparse.Namespace) -> None:
 def table(args: argparse.Namespace) -> None:
     """tabulate classification results beside the paper's"""
     text = results_table([load_run(folder) for folder in args.runs])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.output, text)
     print(text, args.output, sep="")
 

@@ -235,6 +235,5 @@ def main(argv: list[str] | None = None) -> None:
     result: dict[str, Any] = getattr(module, f"run_{args.command}")(args)
     about["threads"] = torch.get_num_threads()
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output, {**about, **result}, indent=1)
         print(f"written: {args.output}")
