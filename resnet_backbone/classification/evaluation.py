@@ -26,10 +26,10 @@ from resnet_backbone.classification.data.evaluation import (
     EvaluationFiles,
     EvaluationLoader,
 )
-from resnet_backbone.classification.networks import evaluation_mode
 from resnet_backbone.classification.protocols import Images, Member, Protocol
 from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.evaluation import evaluation_mode
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights.preprocessing import InputNormalizer
 

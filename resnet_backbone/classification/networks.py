@@ -7,8 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -91,19 +90,6 @@ def logits_of(outputs: Any) -> tuple[Tensor, list[tuple[float, Tensor]]]:
         return outputs, []
     main, *others = outputs
     return main, [(AUXILIARY_WEIGHT, other) for other in others if other is not None]
-
-
-@contextmanager
-def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
-    """Sets networks to evaluation mode in the block, then restores each module's mode."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def describe(model: nn.Module, preprocessing: Preprocessing) -> Preprocessing:
