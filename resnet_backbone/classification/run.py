@@ -172,8 +172,6 @@ class ClassificationRun:
             label_smoothing=config.loss.label_smoothing,
             seed=train.seed,
         )
-        kept = {"keep": output.keep, "keep_every": output.keep_every}
-        kept["class_names"] = self.data.class_names
         return Trainer(
             step,
             self.data.source,
@@ -181,15 +179,19 @@ class ClassificationRun:
             schedule=Schedule(**asdict(config.schedule)),
             momentum_form=chosen.momentum_form,
             validate=self.validate,
-            checkpoints=Checkpoints(self.folder.path, self.spec, self.preprocessing, **kept),
+            checkpoints=self.checkpoints(),
             folder=self.folder,
             stop=stop,
-            iterations=config.schedule.iterations,
             log_every=output.log_every,
             evaluate_every=config.evaluation.every,
             checkpoint_every=output.checkpoint_every,
             batch_size=train.batch_size,
         )
+
+    def checkpoints(self) -> Checkpoints:
+        output = self.config.output
+        kept = (output.keep, output.keep_every, self.data.class_names)
+        return Checkpoints(self.folder.path, self.spec, self.preprocessing, *kept)
 
     def mixer(self) -> BatchMixer | None:
         loss = self.config.loss

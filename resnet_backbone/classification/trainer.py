@@ -82,14 +82,13 @@ class Trainer:
     checkpoints: Checkpoints
     folder: RunFolder
     stop: StopRequest
-    iterations: int
     log_every: int  # iterations, like the next two
     evaluate_every: int  # 0: only at the end
     checkpoint_every: int
     batch_size: int  # images of an iteration, over all processes
 
     def __post_init__(self):
-        self.world = self.step.world
+        self.world, self.iterations = self.step.world, self.schedule.iterations
         self.iteration, self.evaluated_at, self.best = 0, 0, math.inf
         self.seconds = 0.0  # of training, over all starts
         self.latest: dict[str, float] = {}
