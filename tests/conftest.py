@@ -62,6 +62,18 @@ def run_command(capsys):
 
 
 @pytest.fixture
+def refusal(run_command):
+    """Function (main of a command, arguments) -> its error of one line, with status 2."""
+
+    def call(main, *arguments) -> str:
+        status, _, error = run_command(main, *arguments)
+        assert status == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return call
+
+
+@pytest.fixture
 def make_voc(tmp_path):
     """Function that writes a small VOC folder and returns its path.
 

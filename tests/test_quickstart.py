@@ -78,17 +78,13 @@ def test_set_up_takes_a_newer_python(tmp_path):
 
 
 @pytest.mark.parametrize("compared", [True, False])
-def test_table_is_read_from_the_runs(tmp_path, compared):
+def test_table_is_read_from_the_runs(tmp_path, make_voc, compared):
     """The program inside the script, on results that were made up: one digit of two is found."""
     pytest.importorskip("detectron2")
     pattern = r"print_results\(\).*?<<'PYTHON'\n(.*?)\nPYTHON\n"
     program = re.search(pattern, SCRIPT.read_text(), re.S)
-    for folder in ("Annotations", "ImageSets/Main"):
-        (tmp_path / "data" / folder).mkdir(parents=True)
-    (tmp_path / "data" / "ImageSets" / "Main" / "test.txt").write_text("a\n")
-    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>10</xmax><ymax>10</ymax></bndbox>"
-    digits = "".join(f"<object><name>{name}</name>{box}</object>" for name in ("one", "two"))
-    (tmp_path / "data" / "Annotations" / "a.xml").write_text(f"<annotation>{digits}</annotation>")
+    digits = [(name, (1, 1, 10, 10)) for name in ("one", "two")]
+    data = make_voc({"a": digits}, "data", "test")
 
     def find(score):
         box = {"box": [0, 0, 10, 9], "score": score}
@@ -108,7 +104,7 @@ def test_table_is_read_from_the_runs(tmp_path, compared):
         return run(name, results=dict(bbox=bbox), iterations=9, images_per_batch=8)
 
     classifier = dict(val_top1_error=12.34, evaluated_on="test crops", iterations=6, batch_size=4)
-    folders = [str(tmp_path / "data"), find(0.9), run("pretrain", **classifier)]
+    folders = [str(data), find(0.9), run("pretrain", **classifier)]
     folders += [detector("run", 60.5), *([detector("scratch", 1.25)] if compared else [])]
     command = [sys.executable, "-c", program[1]]
     done = subprocess.run([*command, *folders], capture_output=True, text=True, check=True)

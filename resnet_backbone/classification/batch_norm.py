@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resnet_backbone.classification.networks import evaluation_mode
 from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.evaluation import evaluation_mode
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
@@ -63,8 +64,6 @@ class Moments:
 
 
 class BatchNormReport(NamedTuple):
-    """The batch norms with new statistics."""
-
     layers: tuple[str, ...]  # in forward order
     unused: tuple[str, ...]  # batch norms that no image reached; they are unchanged
     num_images: int  # over all processes
@@ -223,15 +222,11 @@ class _Pass:
     @contextmanager
     def hooked(self, names: Iterable[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Calls `see` with a layer's name and input before the layer runs."""
-        hooks = [
-            self.layers[name].register_forward_pre_hook(lambda _, args, name=name: see(name, *args))
-            for name in names
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name in names:
+                note = partial(lambda name, _, args: see(name, *args), name)
+                hooks.callback(self.layers[name].register_forward_pre_hook(note).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def inputs(self) -> Iterator[Tensor]:
         """Yields the network's input, one micro-batch at a time."""

@@ -10,9 +10,11 @@ set before anything is computed, so the result is bit-identical for any number o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,13 @@ from tqdm import tqdm
 from resnet_backbone.classification.data.evaluation import (
     BadSample,
     EvaluationBatch,
+    EvaluationFiles,
     EvaluationLoader,
 )
-from resnet_backbone.classification.networks import evaluation_mode
 from resnet_backbone.classification.protocols import Images, Member, Protocol
+from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.evaluation import evaluation_mode
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
@@ -77,8 +81,6 @@ class Predictions:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The result on a whole data set."""
-
     predictions: Predictions  # of the readable images, in the order of the data set
     bad: tuple[BadSample, ...]  # the others, which count as wrong
     num_classes: int  # outputs of the networks
@@ -119,12 +121,15 @@ class EvaluationResult:
         return cells.bincount(minlength=self.num_classes**2).view(self.num_classes, -1)
 
     @property
+    def class_counts(self) -> list[int]:
+        """Number of images of each class, also of bad ones."""
+        bad = torch.tensor([sample.label for sample in self.bad], dtype=torch.int64)
+        return (self.confusion.sum(1) + bad.bincount(minlength=self.num_classes)).tolist()
+
+    @property
     def per_class_error(self) -> list[float | None]:
         """Top-1 error of each class in percent; ``None`` for a class without images."""
-        bad = torch.tensor([sample.label for sample in self.bad], dtype=torch.int64)
-        confusion = self.confusion
-        totals = confusion.sum(1) + bad.bincount(minlength=self.num_classes)
-        pairs = zip(totals.tolist(), confusion.diagonal().tolist(), strict=True)
+        pairs = zip(self.class_counts, self.confusion.diagonal().tolist(), strict=True)
         return [100.0 * (total - right) / total if total else None for total, right in pairs]
 
     def to_dict(self) -> dict:
@@ -184,6 +189,30 @@ def evaluate(
     with torch.inference_mode(), evaluation_mode(*(member.model for member in members)):
         run.all_batches(bar)
     return run.result(start)
+
+
+def on_engine(
+    models: Sequence[tuple[nn.Module, InputNormalizer]],
+    protocol: Protocol,
+    files: Sequence[Path],
+    **options: Any,
+) -> list[tuple[nn.Module, InputNormalizer]]:
+    """Returns the networks optimized for inference, in int8 calibrated on image files.
+
+    The networks see the files as in the protocol. For `options`, see ``optimize_for_inference``.
+    """
+    if getattr(protocol, "pooling", "") == "sliding":
+        raise UsageError("a sliding window runs in PyTorch alone: give --pooling global_pool")
+    images = EvaluationFiles((), protocol.short_sides, protocol.prepare)
+
+    def calibration(normalizer: InputNormalizer) -> Iterator[Tensor]:
+        for file in tqdm(files, "calibration", unit="image", leave=False):
+            yield from (normalizer(image[None]) for image in images.read(file))
+
+    return [
+        (optimize_for_inference(model, **options, calibration=calibration(normalizer)), normalizer)
+        for model, normalizer in models
+    ]
 
 
 @dataclass

@@ -7,8 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,7 +24,6 @@ from resnet_backbone.weights import (
     ModelSpec,
     Preprocessing,
     WeightsError,
-    load_weights,
     save_weights,
 )
 from resnet_backbone.weights.checkpoint import MODEL_KEY
@@ -94,19 +92,6 @@ def logits_of(outputs: Any) -> tuple[Tensor, list[tuple[float, Tensor]]]:
     return main, [(AUXILIARY_WEIGHT, other) for other in others if other is not None]
 
 
-@contextmanager
-def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
-    """Sets networks to evaluation mode in the block, then restores each module's mode."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    for network in networks:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def describe(model: nn.Module, preprocessing: Preprocessing) -> Preprocessing:
     """Sets the stride position and BN epsilon of a preprocessing from the network."""
     epsilons = {module.eps for module in model.modules() if isinstance(module, NORMS)}
@@ -154,31 +139,31 @@ def read_spec(path: str | Path) -> NetworkSpec | None:
     return None if spec is None else NetworkSpec(spec.name, spec.num_classes, spec.options)
 
 
-def load_all_but_head(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
-    """Like :func:`load_network`, but leaves the last linear layer as initialized."""
+def load_network(
+    model: nn.Module, path: str | Path, preprocessing: str = "", new_head: bool = False
+) -> Preprocessing:
+    """Loads weights into a network of any library, and returns their preprocessing.
+
+    Networks of this package are checked as in :func:`resnet_backbone.load_weights`; others must
+    match the file key by key. With ``new_head``, the last linear layer stays as initialized.
+    Raises WeightsError: the network is left unchanged.
+    """
+    head = _head_of(model) if new_head else {}
+    if not isinstance(model, StagedNetwork):
+        return load_exactly(model, path, preprocessing, head)
+    read = read_network(path, preprocessing)
+    load_tensors(model, read._replace(tensors={**read.tensors, **head}), str(path))
+    return read.preprocessing
+
+
+def _head_of(model: nn.Module) -> dict[str, Tensor]:
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise WeightsError(
             f"{type(model).__name__} has no linear head to leave out: load all of it"
         )
     prefix = f"{linear[-1]}."
-    own = {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
-    if not isinstance(model, StagedNetwork):
-        return load_exactly(model, path, preprocessing, own)
-    read = read_network(path, preprocessing)
-    load_tensors(model, read._replace(tensors={**read.tensors, **own}), str(path))
-    return read.preprocessing
-
-
-def load_network(model: nn.Module, path: str | Path, preprocessing: str = "") -> Preprocessing:
-    """Loads weights into a network of any library, and returns their preprocessing.
-
-    Networks of this package are checked as in :func:`resnet_backbone.load_weights`; others must
-    match the file key by key. Raises WeightsError: the network is left unchanged.
-    """
-    if isinstance(model, StagedNetwork):
-        return load_weights(model, path, preprocessing)
-    return load_exactly(model, path, preprocessing)
+    return {key: value for key, value in model.state_dict().items() if key.startswith(prefix)}
 
 
 def load_exactly(
@@ -222,17 +207,21 @@ class Checkpoints:
         if final.exists():
             return final
         final.parent.mkdir(parents=True, exist_ok=True)
-        facts = (self.spec, self.preprocessing, self.run.resolve().name, self.class_names)
         with whole_file(final) as partial:
             partial.mkdir()
-            save_network(partial / WEIGHTS, model, *facts)
+            self.write_weights(partial / WEIGHTS, model)
             if averaged is not None:
-                save_network(partial / AVERAGED, averaged, *facts)
+                self.write_weights(partial / AVERAGED, averaged)
             torch.save(state, partial / STATE)
         for old in checkpoints_in(self.run)[: -self.keep]:
             if not self.keep_every or int(old.name) % self.keep_every:
                 shutil.rmtree(old, ignore_errors=True)
         return final
+
+    def write_weights(self, path: Path, model: nn.Module) -> None:
+        """Writes weights with all that is known of them."""
+        run = self.run.resolve().name
+        save_network(path, model, self.spec, self.preprocessing, run, self.class_names)
 
     def load_latest(self, model: nn.Module, clean: bool = True) -> dict | None:
         """Loads the newest checkpoint's weights and returns its state; None without a checkpoint.

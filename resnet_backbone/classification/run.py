@@ -99,13 +99,11 @@ class ClassificationRun:
         self.model = self._network()
         self.use_input(networks.describe(self.model, self.data.preprocessing))
         if weights:
-            new = config.model.new_head
-            load = networks.load_all_but_head if new else networks.load_network
-            self.use_input(load(self.model, weights, config.model.preprocessing))
+            preprocessing, new_head = config.model.preprocessing, config.model.new_head
+            self.use_input(networks.load_network(self.model, weights, preprocessing, new_head))
             logger.info("%s, with the channel order, range, and mean of its input", weights)
 
     def use_input(self, preprocessing: Preprocessing) -> None:
-        """Sets the preprocessing and the normalizer."""
         sizes = {"resize_size": None, "crop_size": None}
         if isinstance(self.protocol, Center):  # the default test of the written weights
             sizes = {"resize_size": self.protocol.resize, "crop_size": self.protocol.crop}
@@ -174,8 +172,6 @@ class ClassificationRun:
             label_smoothing=config.loss.label_smoothing,
             seed=train.seed,
         )
-        kept = {"keep": output.keep, "keep_every": output.keep_every}
-        kept["class_names"] = self.data.class_names
         return Trainer(
             step,
             self.data.source,
@@ -183,15 +179,19 @@ class ClassificationRun:
             schedule=Schedule(**asdict(config.schedule)),
             momentum_form=chosen.momentum_form,
             validate=self.validate,
-            checkpoints=Checkpoints(self.folder.path, self.spec, self.preprocessing, **kept),
+            checkpoints=self.checkpoints(),
             folder=self.folder,
             stop=stop,
-            iterations=config.schedule.iterations,
             log_every=output.log_every,
             evaluate_every=config.evaluation.every,
             checkpoint_every=output.checkpoint_every,
             batch_size=train.batch_size,
         )
+
+    def checkpoints(self) -> Checkpoints:
+        output = self.config.output
+        kept = (output.keep, output.keep_every, self.data.class_names)
+        return Checkpoints(self.folder.path, self.spec, self.preprocessing, *kept)
 
     def mixer(self) -> BatchMixer | None:
         loss = self.config.loss

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from resnet_backbone.classification.config import ScheduleConfig
 from resnet_backbone.classification.networks import logits_of
 from resnet_backbone.models.layers import prelu_slopes
-from resnet_backbone.runtime.averages import moving_average
+from resnet_backbone.runtime.evaluation import moving_average
 from resnet_backbone.runtime.processes import STEP, World, distribute, seed_everything
 
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}

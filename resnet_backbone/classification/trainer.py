@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from resnet_backbone.classification.networks import Checkpoints, checkpoints_in, save_network
+from resnet_backbone.classification.networks import Checkpoints, checkpoints_in
 from resnet_backbone.classification.step import Schedule, TrainStep, set_rate
 from resnet_backbone.runtime.errors import Stopped, TrainingDiverged, UsageError
 from resnet_backbone.runtime.files import write_json
@@ -82,14 +82,13 @@ class Trainer:
     checkpoints: Checkpoints
     folder: RunFolder
     stop: StopRequest
-    iterations: int
     log_every: int  # iterations, like the next two
     evaluate_every: int  # 0: only at the end
     checkpoint_every: int
     batch_size: int  # images of an iteration, over all processes
 
     def __post_init__(self):
-        self.world = self.step.world
+        self.world, self.iterations = self.step.world, self.schedule.iterations
         self.iteration, self.evaluated_at, self.best = 0, 0, math.inf
         self.seconds = 0.0  # of training, over all starts
         self.latest: dict[str, float] = {}
@@ -292,7 +291,4 @@ class Trainer:
 
     def write_weights(self, name: str) -> None:
         """Writes the weights for evaluations to the run folder."""
-        kept, run = self.checkpoints, self.folder.path.resolve().name
-        model = self.step.evaluated_model
-        facts = (kept.spec, kept.preprocessing, run, kept.class_names)
-        save_network(self.folder / name, model, *facts)
+        self.checkpoints.write_weights(self.folder / name, self.step.evaluated_model)

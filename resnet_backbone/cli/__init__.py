@@ -7,10 +7,11 @@ import ast
 import difflib
 import importlib
 import logging
-import os
 import sys
 import warnings
 from typing import Any, NoReturn
+
+from resnet_backbone.runtime.errors import wants_traceback
 
 warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")  # Detectron2's
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA runtime
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     except ImportError as error:
-        if os.environ.get("RESNET_BACKBONE_TRACEBACK"):
+        if wants_traceback():
             raise
         hint = ""
         if isinstance(error, ModuleNotFoundError):

@@ -51,8 +51,6 @@ the paper's 3.6 with option A (3.644), which its Table 2 uses; with option B (3.
 
 
 class Row(NamedTuple):
-    """A network and its published numbers, as printed."""
-
     name: str
     options: dict[str, object]
     parameters: int

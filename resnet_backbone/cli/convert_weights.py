@@ -222,7 +222,6 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 
 def converted(checkpoint: Checkpoint, args: argparse.Namespace) -> Checkpoint:
-    """Applies the requested conversions to a checkpoint."""
     rules = FORMATS[args.to]
     value_range = args.value_range_to or rules.value_range
     if rules.value_range not in (None, value_range):

@@ -248,7 +248,6 @@ class Demo:
         if args.json:
             content = {"weights": self.predictor.cfg.MODEL.WEIGHTS, "confidence": args.confidence}
             content |= {"unreadable": unreadable, "images": self.images}
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             write_json(args.json, content, indent=1, ensure_ascii=False)
 
 

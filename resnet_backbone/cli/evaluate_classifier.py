@@ -10,37 +10,31 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from resnet_backbone.classification import networks
 from resnet_backbone.classification.data import imagenet
 from resnet_backbone.classification.data.evaluation import (
-    BadSample,
     EvaluationArrays,
     EvaluationFiles,
     EvaluationLoader,
 )
 from resnet_backbone.classification.data.sources import CIFAR10_CLASSES, read_cifar10
-from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
+from resnet_backbone.classification.evaluation import EvaluationResult, evaluate, on_engine
 from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMAXES, Protocol
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
-from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.fast.engines import CALIBRATION, ENGINES, check_engine
 from resnet_backbone.report.table import prediction_rows, write_csv, write_evaluation
 from resnet_backbone.runtime import records
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
-from resnet_backbone.runtime.images import BadImage, find_pictures, spread
+from resnet_backbone.runtime.images import find_pictures, spread
 from resnet_backbone.runtime.launch import add_launch_arguments, plan_launch, run_processes
 from resnet_backbone.runtime.processes import World, choose_device, current_world
-from resnet_backbone.runtime.records import set_up_logging
 from resnet_backbone.weights.load import WrongStride
 from resnet_backbone.weights.preprocessing import (
     USUAL_TEST,
@@ -257,33 +251,6 @@ def load_networks(
     return models, specs[0].num_classes
 
 
-def put_on_engine(
-    args: argparse.Namespace,
-    models: list[tuple[torch.nn.Module, InputNormalizer]],
-    protocol: Protocol,
-) -> list[tuple[torch.nn.Module, InputNormalizer]]:
-    """Returns the networks for --engine, in the precision of --amp or --int8."""
-    if args.engine == "eager":
-        return models
-    if getattr(protocol, "pooling", "") == "sliding":
-        raise UsageError("a sliding window runs in PyTorch alone: give --pooling global_pool")
-    files = spread(find_pictures([args.int8], "--int8"), CALIBRATION) if args.int8 else []
-    images = EvaluationFiles([(file, 0) for file in files], protocol.short_sides, protocol.prepare)
-
-    def calibration(normalizer: InputNormalizer) -> Iterator[Tensor]:
-        for index in tqdm(range(len(images)), "calibration", unit="image", leave=False):
-            item = images[index]
-            if isinstance(item, BadSample):
-                raise BadImage(item.name, item.reason)
-            yield from (normalizer(image[None]) for image in item.images)
-
-    options = dict(dtype=args.dtype, engine=args.engine)
-    return [
-        (optimize_for_inference(model, **options, calibration=calibration(normalizer)), normalizer)
-        for model, normalizer in models
-    ]
-
-
 def read_data(
     args: argparse.Namespace, protocol: Protocol, num_classes: int
 ) -> tuple[EvaluationFiles | EvaluationArrays, tuple[str, ...]]:
@@ -297,10 +264,11 @@ def read_data(
     if classes is None and not args.flat and len(named) == num_classes:
         classes = {name: number for number, name in enumerate(named)}
     if args.predict:
-        pictures = [str(path.absolute()) for path in find_pictures(args.predict, "--predict")]
-        names = imagenet.name_classes(classes or {}, num_classes)
-        files, known = imagenet.ImageFiles("/", pictures, [0] * len(pictures), names), num_classes
-    elif args.imagenet_folder:
+        pictures = find_pictures(args.predict, "--predict")
+        samples = [(path.absolute(), 0) for path in pictures]  # they have no labels
+        images = EvaluationFiles(samples, protocol.short_sides, protocol.prepare)
+        return images, imagenet.name_classes(classes or {}, num_classes)
+    if args.imagenet_folder:
         wanted = num_classes if classes else 0
         files = imagenet.read_image_folder(args.imagenet_folder, classes, wanted)
         known = len(files.class_names)
@@ -339,9 +307,8 @@ def write_results(args: argparse.Namespace, world: World, images, names, result,
 
 def show_predictions(args: argparse.Namespace, images, names, result: EvaluationResult) -> None:
     """Prints a line for each image; with --output also writes predictions.csv, without labels."""
-    rows = []
-    for index, image, _, _, *best in prediction_rows(result.predictions, names, images.name_of):
-        rows.append([index, image, *best])
+    labeled = prediction_rows(result.predictions, names, images.name_of)
+    rows = [[index, image, *best] for index, image, _, _, *best in labeled]
     for _, image, *best in rows[1:]:
         pairs = zip(best[1::3], best[2::3], strict=True)
         print(f"{image}: " + ", ".join(f"{name} {float(score):.3f}" for name, score in pairs))
@@ -353,11 +320,13 @@ def show_predictions(args: argparse.Namespace, images, names, result: Evaluation
 
 def work(args: argparse.Namespace) -> None:
     world = current_world(choose_device(args.device))
-    set_up_logging(None, world.is_main)
+    records.set_up_logging(None, world.is_main)
     models, num_classes = load_networks(args, world)
     protocol = make_protocol(args, models[0][1].preprocessing)
     images, names = read_data(args, protocol, num_classes)
-    models = put_on_engine(args, models, protocol)
+    if args.engine != "eager":
+        files = spread(find_pictures([args.int8], "--int8"), CALIBRATION) if args.int8 else []
+        models = on_engine(models, protocol, files, dtype=args.dtype, engine=args.engine)
     place = dict(rank=world.rank, world=world.size)
     loader = EvaluationLoader(images, args.batch_size, workers=args.workers, **place)
     options = dict(channels_last=args.channels_last, max_bad_images=args.max_bad_images)

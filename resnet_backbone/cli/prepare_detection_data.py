@@ -33,7 +33,6 @@ def unpack_and_check(args: argparse.Namespace) -> int:
     for tree in checks:
         print(f"\n{trees.summary(tree)}")
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(args.json, json.dumps([trees.to_json(tree) for tree in checks], indent=1))
     if args.pictures:
         draw(checks, args.pictures)

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from resnet_backbone.classification.batch_norm import LAYER_INPUTS
 from resnet_backbone.classification.config import Config, load_config
-from resnet_backbone.classification.networks import save_network
 from resnet_backbone.classification.run import ClassificationRun, check_processes
 from resnet_backbone.classification.trainer import FINAL
 from resnet_backbone.cli import CommandParser, positive
@@ -67,8 +66,7 @@ def work(task: tuple[Config, argparse.Namespace]) -> None:
     logger.info("after:  %s", run.evaluate(run.model))
     if world.is_main:
         output = Path(args.output or Path(args.run) / "true_bn.safetensors")
-        facts = (run.spec, run.preprocessing, Path(args.run).resolve().name, run.data.class_names)
-        save_network(output, run.model, *facts)
+        run.checkpoints().write_weights(output, run.model)
         logger.info("written: %s", output)
 
 

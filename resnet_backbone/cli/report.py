@@ -10,19 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from resnet_backbone.classification.data.augment import center_crop, resize_short_side
+from resnet_backbone.classification.data.augment import CenterCrop
 from resnet_backbone.classification.data.sources import read_cifar10
 from resnet_backbone.classification.networks import NetworkSpec, load_network, read_spec
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.report import plots
 from resnet_backbone.report.detection_plots import plot_training
 from resnet_backbone.report.published import parse_network
-from resnet_backbone.report.runs import DETECTOR_METRICS, METRICS, load_metrics, load_run
+from resnet_backbone.report.runs import DETECTOR_METRICS, load_metrics, load_run
 from resnet_backbone.report.table import results_table
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json, write_text
-from resnet_backbone.runtime.images import find_pictures, read_rgb, spread
-from resnet_backbone.runtime.records import command_line
+from resnet_backbone.runtime.images import EncodedImage, find_pictures, read_bytes, spread
+from resnet_backbone.runtime.records import METRICS, command_line
 from resnet_backbone.weights.preprocessing import InputNormalizer
 
 CURVES_EPILOG = """\
@@ -128,11 +128,8 @@ def curves(args: argparse.Namespace) -> None:
 
 def read_images(folder: str, count: int) -> Tensor:
     """Reads center crops, uint8 (N, 3, 224, 224), of at most ``count`` images of a folder."""
-    crops = []
-    for path in spread(find_pictures([folder]), count):
-        pixels = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
-        crops.append(center_crop(resize_short_side(pixels, 256), 224))
-    return torch.stack(crops)
+    files, crop = spread(find_pictures([folder]), count), CenterCrop()
+    return torch.stack([crop(EncodedImage(read_bytes(file), file)).image for file in files])
 
 
 def responses(args: argparse.Namespace) -> None:
@@ -165,7 +162,6 @@ def responses(args: argparse.Namespace) -> None:
 def table(args: argparse.Namespace) -> None:
     """tabulate classification results beside the paper's"""
     text = results_table([load_run(folder) for folder in args.runs])
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(args.output, text)
     print(text, args.output, sep="")
 

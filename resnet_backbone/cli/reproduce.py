@@ -136,8 +136,6 @@ class Step:
 
 
 class Value(NamedTuple):
-    """A word of a command."""
-
     text: str
     identity: str  # its contribution to the hash
     step: Step | None = None  # the step that makes it

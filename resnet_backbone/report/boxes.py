@@ -15,6 +15,7 @@ import numpy as np
 from resnet_backbone.detection.config import take_back_overrides
 from resnet_backbone.detection.data.arguments import MetadataCatalog, add_data_arguments
 from resnet_backbone.detection.data.coco import scan_coco
+from resnet_backbone.detection.data.formats.coco import clean_coco, number_from_one
 from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation import voc_ap
 from resnet_backbone.detection.evaluation.coco import RESULT_FILE, score_coco
@@ -37,7 +38,7 @@ class Truth(NamedTuple):
 
     classes: list[str]  # in the order of the category ids
     category_ids: list[Any]  # of the classes, in the files of detections
-    images: list[dict[str, Any]]  # image_id, file_name, boxes, classes (N,), difficult (N,)
+    images: list[dict[str, Any]]  # Detectron2's records with boxes, classes (N,), difficult (N,)
 
 
 def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) -> Truth:
@@ -60,15 +61,13 @@ def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) 
     images = []
     for record in records:
         found = record["annotations"]
-        image = {key: record[key] for key in ("image_id", "file_name")}
         boxes = np.array([a["bbox"] for a in found], dtype=float).reshape(-1, 4)
         if run.is_coco:
             boxes[:, 2:] += boxes[:, :2]
-        image["boxes"] = boxes + TO_VOC
-        image["classes"] = np.array([a["category_id"] for a in found], dtype=int)
+        kinds = np.array([a["category_id"] for a in found], dtype=int)
         hard = [a["iscrowd" if run.is_coco else "difficult"] for a in found]
-        image["difficult"] = np.array(hard, dtype=bool)
-        images.append(image)
+        difficult = np.array(hard, dtype=bool)
+        images.append({**record, "boxes": boxes + TO_VOC, "classes": kinds, "difficult": difficult})
     classes = list(report.boxes)
     return Truth(classes, report.category_ids or list(range(len(classes))), images)
 
@@ -146,7 +145,7 @@ def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
     tables = voc_ap.read_boxes(predictions, truth.images, truth.classes)
     numbers = voc_ap.score_boxes(*tables, truth.classes, (voc_ap.CURVE_IOU,))
     found = RunDetections(run, *tables, numbers)
-    ap50, stated = _coco_ap50(found, truth) if run.is_coco else found.ap50, run.numbers.get("AP50")
+    ap50, stated = _coco_ap50(rows, truth) if run.is_coco else found.ap50, run.numbers.get("AP50")
     if stated is not None and abs(ap50 - stated) > TOLERANCE:
         option = "--coco-json" if run.is_coco else "--voc-root"
         raise ValueError(
@@ -161,31 +160,14 @@ def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
     return found
 
 
-def _coco_ap50(run: RunDetections, truth: Truth) -> float:
-    """Returns COCO's AP50 in percent, the value in results.json."""
-    annotations, results = _coco_rows(run.truth), _coco_rows(run.found)
-    for number, (row, crowd) in enumerate(zip(annotations, run.truth["difficult"], strict=True)):
-        row |= {"id": number + 1, "iscrowd": int(crowd)}
-    for row, score in zip(results, run.found["scores"].tolist(), strict=True):
-        row["score"] = score
-    size = {"file_name": "", "width": 1, "height": 1}
-    dataset = {
-        "images": [{"id": number + 1, **size} for number in range(len(truth.images))],
-        "categories": [{"id": n, "name": name} for n, name in enumerate(truth.classes, start=1)],
-        "annotations": annotations,
-    }
+def _coco_ap50(rows: Sequence[Mapping[str, Any]], truth: Truth) -> float:
+    """Returns COCO's AP50 in percent, the value in results.json, as its evaluator does."""
+    images = {image["image_id"]: image for image in truth.images}
+    annotations = {number: image["annotations"] for number, image in images.items()}
+    dataset = clean_coco(dict(enumerate(truth.classes)), images, annotations)
+    ids = {"image_id": number_from_one(images), "category_id": number_from_one(truth.category_ids)}
+    results = [{**row, **{key: found[row[key]] for key, found in ids.items()}} for row in rows]
     return 100 * score_coco(dataset, results)[0]["AP50"]
-
-
-def _coco_rows(table: Table) -> list[dict[str, Any]]:
-    """Converts boxes to COCO's format; ids of images and categories are their indices from 1."""
-    corners = table["boxes"] - TO_VOC
-    boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]).tolist()
-    columns = (table["image"] + 1).tolist(), (table["classes"] + 1).tolist(), boxes
-    return [
-        {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3]}
-        for image, category, box in zip(*columns, strict=True)
-    ]
 
 
 def _by_image(rows: Sequence[Mapping[str, Any]], category_ids: Sequence) -> list[dict[str, Any]]:

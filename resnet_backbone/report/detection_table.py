@@ -19,10 +19,19 @@ from resnet_backbone.report.runs import ELEVEN_POINT, DetectorRun, read_table
 from resnet_backbone.report.table import hardware_text, markdown, mean_and_spread
 
 METRICS = {"AP50": "AP50", ELEVEN_POINT: "AP50, 11-point", "AP": "AP", "AP75": "AP75"}
+BASELINE = "baseline"  # the row of a detector without improvements
 NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
 EVENTS = re.compile(r"events\.out\.tfevents\.(\d{9,11})\.")  # TensorBoard's file, with its start
 # Detectron2 has had no release since 0.6; builds of others have their own version numbers.
 DETECTRON2_BUILDS = {"0.7.2": "main of 2024-04-17 (sal-detectron2 0.7.2)"}
+SPREAD = """\
+AP is in percent: the mean ± the sample standard deviation over the seeds (one seed: no spread). A \
+gain is the difference of the means ± its standard error, with the smallest and the largest \
+difference between two runs, one of each detector. """
+VOC_METRICS = """\
+AP50 is the area under the curve (VOC 2010 and later), 11-point is VOC 2007's metric, and AP is \
+the mean over IoU .5:.95."""
+COCO_METRICS = "AP, AP50, and AP75 are COCO's."
 SOURCES = """\
 Paper: arXiv 1512.03385. Public: the best number of tf-faster-rcnn, Detectron2's model zoo and \
 MoCo's Detectron2 config for this network; of the gains, that of tf-faster-rcnn, which has both \
@@ -48,7 +57,8 @@ def results_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> s
         rows.append([f"**{gain.label}**", "", "", "", *numbers])
     table = markdown(["detector", "weights", "seeds", "iterations", *used.values()], rows)
     notes = [f"- {g.label}: {', '.join(g.particulars)}" for g in groups if g.particulars]
-    return "\n\n".join([table, "\n".join(notes)] if notes else [table])
+    metrics = COCO_METRICS if groups[0].first.is_coco else VOC_METRICS
+    return "\n\n".join(filter(None, [table, "\n".join(notes), SPREAD + metrics]))
 
 
 def _number_text(group: DetectorGroup, key: str) -> str:
@@ -168,6 +178,11 @@ class Row(NamedTuple):
     seconds: float | None  # per image, if measured
     run: str  # folder of the detector
     test: tuple[str, ...]  # data sets that it was evaluated on; empty: unknown
+
+    @property
+    def measured_run(self) -> Path | None:
+        """Folder of the run whose detector was measured as it is, without improvements."""
+        return Path(self.run).resolve() if self.name == BASELINE and self.run else None
 
 
 def load_rows(path: Path) -> list[Row]:

@@ -122,19 +122,19 @@ def _eleven_points(recall: np.ndarray, envelope: np.ndarray) -> np.ndarray:
 
 def load_all(
     groups: Sequence[DetectorGroup], given: Mapping[str, str | None]
-) -> tuple[Truth, list[list[RunDetections]]]:
-    """Reads the test set of some groups, and for each group its runs' detections.
+) -> tuple[Truth, dict[str, list[RunDetections]]]:
+    """Reads the test set of some groups, and by each group's label its runs' detections.
 
     Also sets :attr:`~.gain.DetectorGroup.draws`, with the same resampled test sets for all groups.
     """
     truth = load_truth(groups[0].first, given)
-    detections = [
-        [load_detections(run, truth)._replace(label=group.label) for run in group.runs]
+    detections = {
+        group.label: [load_detections(run, truth)._replace(label=group.label) for run in group.runs]
         for group in groups
-    ]
-    counts, bar = draw_images(len(truth.images)), tqdm(detections, "intervals", unit="detector")
-    for group, runs in zip(groups, bar, strict=True):
-        found = [resample(run, counts) for run in runs]
+    }
+    counts = draw_images(len(truth.images))
+    for group in tqdm(groups, "intervals", unit="detector"):
+        found = [resample(run, counts) for run in detections[group.label]]
         group.draws = {key: np.mean([one[key] for one in found], axis=0) for key in found[0]}
     return truth, detections
 

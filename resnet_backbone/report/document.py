@@ -23,7 +23,7 @@ from resnet_backbone.detection.evaluation.operating import (
 from resnet_backbone.detection.evaluation.voc_ap import CURVE_IOU
 from resnet_backbone.report import detection_plots as plots
 from resnet_backbone.report import detection_table as tables
-from resnet_backbone.report.boxes import NoDetections
+from resnet_backbone.report.boxes import NoDetections, RunDetections, Truth
 from resnet_backbone.report.detections import (
     DRAWS,
     RULE,
@@ -40,18 +40,9 @@ from resnet_backbone.report.table import WHERE, show_commands
 from resnet_backbone.runtime.files import write_text
 
 PAIRS, PAIRS_BACK = 6, 2  # objects shown that only ours finds, and only the reference
-BASELINE = "baseline"  # the row of a detector without improvements
 PICTURES = ("gain_per_class.png", "precision_recall*.png", "f1*.png", "confusion_*.png")
 PICTURES += ("errors.png", "training.png", "accuracy_time*.png", "misses_*.jpg")
 
-SPREAD = """\
-AP is in percent: the mean ± the sample standard deviation over the seeds (one seed: no spread). A \
-gain is the difference of the means ± its standard error, with the smallest and the largest \
-difference between two runs, one of each detector. """
-VOC_METRICS = """\
-AP50 is the area under the curve (VOC 2010 and later), 11-point is VOC 2007's metric, and AP is \
-the mean over IoU .5:.95."""
-COCO_METRICS = "AP, AP50, and AP75 are COCO's."
 COCO_MATCHING = """\
 Intervals, curves, errors by kind, and pictures come from the same boxes with VOC's matching, in \
 which crowds are ignored. AP50 is then the area under the curve: {}."""
@@ -73,13 +64,16 @@ trained on trainval)."""
 
 
 class Report:
-    """A report's parts in Markdown, and its pictures."""
+    """The detectors and their boxes; the report's parts in Markdown, and its pictures."""
 
     def __init__(self, folder_name: str, groups: Sequence[DetectorGroup], gains: Sequence[Gain]):
         self.folder, self.groups, self.gains = folder_name, groups, gains
         self.colors = plots.detector_colors(groups)
         self.parts: list[str] = []
         self.pictures: dict[str, Figure | Image.Image] = {}
+        self.truth: Truth | None = None
+        self.detections: dict[str, list[RunDetections]] = {}  # by the groups' labels
+        self.reason = ""  # why the boxes could not be read
 
     def add(self, *parts: str) -> None:
         self.parts += [part for part in parts if part]
@@ -108,37 +102,30 @@ def write_detection_report(
     defaults = dict(flatten(defaults, "RESNET_BACKBONE."))  # for keys that older runs lack
     runs = [replace(r, config={**defaults, **r.config}) for r in load_detector_runs(folders)]
     groups = group_runs(runs)
-    report = Report(output.stem, groups, find_gains(groups, reference))
-    measured = [tables.load_rows(file) for file in rows_files]
-    truth, detections, reason = None, [], ""
+    gains, measured = find_gains(groups, reference), [tables.load_rows(file) for file in rows_files]
+    report = Report(output.stem, groups, gains)
     try:
-        truth, detections = load_all(groups, data)
+        report.truth, report.detections = load_all(groups, data)
     except NoDetections as error:
-        reason = str(error)
-    _add_results(report, note, detections)
+        report.reason = str(error)
+    _add_results(report, note)
     _add_improvements(report, measured)
     _add_classes(report)
-    report.add("## Precision and recall")
-    if truth is None:
-        report.add(f"There are no curves or intervals: {reason}.")
-    else:
-        _add_curves(report, truth.classes, detections)
-    _add_operating_points(report, truth.classes if truth else (), detections, reason)
-    _add_errors(report, reason)
+    _add_curves(report)
+    _add_operating_points(report)
+    _add_errors(report)
     _add_training(report)
     _add_time(report, [row for rows in measured for row in rows if row.seconds is not None])
     report.add("## What one finds and the other misses")
-    if truth is None or not report.gains:
-        report.add(f"There are no pictures: {reason or 'there is only one detector'}.")
-    else:
-        for gain in report.gains:
-            sides = [detections[groups.index(group)] for group in (gain.ours, gain.reference)]
-            _add_sheets(report, gain, *sides, truth, score)
+    if report.truth is None or not gains:
+        report.add(f"There are no pictures: {report.reason or 'there is only one detector'}.")
+    for gain in gains if report.truth else ():
+        _add_sheets(report, gain, score)
     _add_provenance(report, rows_files, command)
     write_whole(output, report)
 
 
-def _add_results(report: Report, note: str, detections) -> None:
+def _add_results(report: Report, note: str) -> None:
     groups, gains = report.groups, report.gains
     published = tables.published_section(groups, gains)
     report.add(f"# Detection: our runs{' beside published numbers' if published else ''}")
@@ -147,18 +134,15 @@ def _add_results(report: Report, note: str, detections) -> None:
         fair = "Apart from the network and its input, their configs are the same."
         unfair = f"Their configs also differ in: {'; '.join(gain.differences)}."
         sentences.append(f"- {describe_gain(gain)} {unfair if gain.differences else fair}")
-    report.add(
-        "\n".join(sentences)
-        or "There is only one detector, so there is nothing to compare it with."
-    )
+    alone = "There is only one detector, so there is nothing to compare it with."
+    report.add("\n".join(sentences) or alone)
     report.add(REDUCED if any(map(tables.reductions, groups)) else "")
-    metrics = COCO_METRICS if groups[0].first.is_coco else VOC_METRICS
-    report.add(note, "## Results", tables.results_section(groups, gains), SPREAD + metrics)
-    report.add(INTERVALS if detections else "")
-    if detections and groups[0].first.is_coco:
-        means = [statistics.fmean(run.ap50 for run in runs) for runs in detections]
-        pairs = zip(groups, means, strict=True)
-        report.add(COCO_MATCHING.format(", ".join(f"{g.label} {mean:.2f}" for g, mean in pairs)))
+    report.add(note, "## Results", tables.results_section(groups, gains))
+    report.add(INTERVALS if report.detections else "")
+    if report.detections and groups[0].first.is_coco:
+        found = report.detections.items()
+        means = [f"{x} {statistics.fmean(run.ap50 for run in runs):.2f}" for x, runs in found]
+        report.add(COCO_MATCHING.format(", ".join(means)))
     report.add("## Beside published numbers" if published else "", published)
 
 
@@ -178,36 +162,40 @@ def _add_classes(report: Report) -> None:
     report.add(tables.class_section(report.groups, report.gains))
 
 
-def _curves(report: Report, detections, number: Callable) -> list[plots.Curves]:
+def _curves(report: Report, number: Callable) -> list[plots.Curves]:
     """Applies a function to each run's detections: curves (classes, levels)."""
-    found = [np.array([number(run) for run in runs]) for runs in detections]
-    labels = [group.label for group in report.groups]
-    return [plots.Curves(x, report.colors[x], y) for x, y in zip(labels, found, strict=True)]
+    found = {x: np.array([*map(number, runs)]) for x, runs in report.detections.items()}
+    return [plots.Curves(label, report.colors[label], values) for label, values in found.items()]
 
 
-def _add_curves(report: Report, classes: Sequence[str], detections) -> None:
-    curves = _curves(report, detections, lambda run: interpolated_precision(run.numbers))
+def _add_curves(report: Report) -> None:
+    report.add("## Precision and recall")
+    if report.truth is None:
+        report.add(f"There are no curves or intervals: {report.reason}.")
+        return
+    curves = _curves(report, lambda run: interpolated_precision(run.numbers))
     report.add(f"At IoU {CURVE_IOU:g}; thin lines are single runs, and bold lines are their mean.")
-    _show_curves(report, "precision_recall", curves, classes, "recall", "precision, interpolated")
+    _show_curves(report, "precision_recall", curves, "recall", "precision, interpolated")
 
 
-def _show_curves(report: Report, name: str, curves, classes, x: str, y: str, peak=None) -> None:
+def _show_curves(report: Report, name: str, curves, x: str, y: str, peak=None) -> None:
     figure = plots.plot_mean_curves(curves, x, y, peak)
     report.show(f"{name}.png", figure, f"{y} against {x}")
-    figure = plots.plot_class_curves(curves, classes, x, y, peak)
+    figure = plots.plot_class_curves(curves, report.truth.classes, x, y, peak)
     report.show(f"{name}_classes.png", figure, f"{y} against {x}, of each class")
 
 
-def _add_operating_points(report: Report, classes: Sequence[str], detections, reason: str) -> None:
+def _add_operating_points(report: Report) -> None:
     report.add("## At a score threshold")
-    if not detections:
-        report.add(f"There is no F1 and no confusion matrix: {reason}.")
+    if report.truth is None:
+        report.add(f"There is no F1 and no confusion matrix: {report.reason}.")
         return
-    curves = _curves(report, detections, lambda run: f1_curves(run.numbers, run.found))
+    classes = report.truth.classes
+    curves = _curves(report, lambda run: f1_curves(run.numbers, run.found))
     values = {one.label: one.values for one in curves}
     report.add(tables.OPERATING, tables.thresholds_section(values, classes))
-    _show_curves(report, "f1", curves, classes, "score threshold", "F1", best_threshold)
-    for one, runs in zip(curves, detections, strict=True):
+    _show_curves(report, "f1", curves, "score threshold", "F1", best_threshold)
+    for one, runs in zip(curves, report.detections.values(), strict=True):
         threshold, _ = best_threshold(np.nanmean(one.values, axis=(0, 1)))
         found = [count_confusion(run.truth, run.found, len(classes), threshold) for run in runs]
         figure = plot_confusion(np.mean(found, axis=0), classes, detected=True)
@@ -216,14 +204,14 @@ def _add_operating_points(report: Report, classes: Sequence[str], detections, re
         report.show(name, figure, f"confusion matrix of {one.label}")
 
 
-def _add_errors(report: Report, reason: str) -> None:
+def _add_errors(report: Report) -> None:
     report.add("## Errors by kind")
     shares = {
         group.label: [plots.error_shares(run.details.get("errors", ())) for run in group.runs]
         for group in report.groups
     }
     if not all(all(runs) for runs in shares.values()):
-        report.add(f"Not measured: {reason}.")
+        report.add(f"Not measured: {report.reason}.")
         return
     report.add(ERRORS)
     report.show("errors.png", plots.plot_errors_by_kind(shares, report.colors), "errors by kind")
@@ -261,7 +249,7 @@ def _add_time(report: Report, rows: Sequence[tables.Row]) -> None:
             spread = statistics.stdev(values) if len(values) > 1 else None
             ap50, color = statistics.fmean(values), report.colors[group.label]
             points.append(plots.Point(group.label, seconds, ap50, spread, color))
-    points += [_row_point(report, row) for row in here if row.name != BASELINE]
+    points += [_row_point(report, row) for row in here if row.name != tables.BASELINE]
     if points:
         report.show("accuracy_time.png", plots.plot_accuracy_and_time(points), "AP50 and seconds")
     for source, names in sources.items():
@@ -280,9 +268,9 @@ def _seconds(
     own = {run.folder: run.results.get("seconds_per_image") for run in group.runs}
     ways = "; ".join(dict.fromkeys(tables.timing(run) for run in group.runs))
     for source, measured in (
-        ("", _baselines(here)),
+        ("", {row.measured_run: row.seconds for row in here}),
         (f"the runs' own evaluations ({ways})", own),
-        ("the rows on other images", _baselines(elsewhere)),
+        ("the rows on other images", {row.measured_run: row.seconds for row in elsewhere}),
     ):
         found = [measured[path] for path in own if measured.get(path) is not None]
         if found:
@@ -290,23 +278,19 @@ def _seconds(
     return None, "not measured"
 
 
-def _baselines(rows: Sequence[tables.Row]) -> dict[Path, float]:
-    return {Path(r.run).resolve(): r.seconds for r in rows if r.name == BASELINE and r.run}
-
-
 def _row_point(report: Report, row: tables.Row) -> plots.Point:
     """Returns a row's point; a baseline gets its run's label and color."""
     point = plots.Point(row.name, row.seconds, row.numbers["AP50"])
-    for group in report.groups if row.name == BASELINE else ():
-        if Path(row.run).resolve() in [run.folder for run in group.runs]:
-            return point._replace(label=group.label, color=report.colors[group.label])
-    return point
+    labels = {run.folder: group.label for group in report.groups for run in group.runs}
+    label = labels.get(row.measured_run)
+    return point._replace(label=label, color=report.colors[label]) if label else point
 
 
-def _add_sheets(report: Report, gain: Gain, ours, reference, truth, score: float) -> None:
+def _add_sheets(report: Report, gain: Gain, score: float) -> None:
     label, other = gain.ours.label, gain.reference.label
-    found = np.isfinite(find_misses(ours, reference, score)).sum()
-    back = np.isfinite(find_misses(reference, ours, score)).sum()
+    ours, reference = report.detections[label], report.detections[other]
+    pairs = (ours, reference), (reference, ours)
+    found, back = (np.isfinite(find_misses(*pair, score)).sum() for pair in pairs)
     objects = int((~ours[0].truth["difficult"]).sum())
     report.add(
         f"Of {objects:,} objects, {label} finds {found:,} that {other} misses, and "
@@ -326,7 +310,7 @@ def _add_sheets(report: Report, gain: Gain, ours, reference, truth, score: float
     ):
         if shown:
             report.add(f"{text}:")
-            report.show(f"{name}{end}.jpg", make_sheet(shown, truth, score), text)
+            report.show(f"{name}{end}.jpg", make_sheet(shown, report.truth, score), text)
     report.add(
         f"Green: annotated objects, the chosen one thick. Orange: {other}, blue: {label}, all "
         f"detections with a score of at least {score:g}."

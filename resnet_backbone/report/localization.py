@@ -67,6 +67,5 @@ def write_localization_report(folders: Sequence[str], output: Path, note: str, c
     parts = ["# Localization: our runs beside Table 13", note, table, TEXT]
     parts += ["" if same else OTHER_IMAGES, "## How", WHERE, "\n".join(facts)]
     parts.append(f"This page: `{commands[command]}`")
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, "\n\n".join(filter(None, parts)) + "\n")
     return table

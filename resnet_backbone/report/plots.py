@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from resnet_backbone.models.layers import ConvNorm, ConvNormAct
 from resnet_backbone.report.published import Network
-from resnet_backbone.report.runs import METRICS, Metrics, Run, smooth
+from resnet_backbone.report.runs import Metrics, Run, smooth
+from resnet_backbone.runtime.evaluation import evaluation_mode
 from resnet_backbone.runtime.files import whole_file
+from resnet_backbone.runtime.records import METRICS
 
 # Okabe and Ito's colors, which color-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
@@ -193,27 +196,22 @@ def layer_responses(
     Returns:
         (layer name, such as "res2.0.conv1"; standard deviation), in forward order.
     """
-    sums: dict[str, Tensor] = {}  # count, sum, sum of squares
-    handles = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, ConvNorm) and layer.kernel_size == (3, 3):
-            sums[name] = torch.zeros(3, dtype=torch.float64)
-            handles.append(_watch(layer, sums[name]))
-    if not sums:
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, ConvNorm) and layer.kernel_size == (3, 3)
+    }
+    if not layers:
         raise ValueError(
             f"{type(model).__name__} has no 3x3 layers of this package's networks: responses are "
             "computed for them (resnet_backbone.list_models()), not for other libraries'"
         )
-    was_training = model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            for batch in images.split(batch_size):
-                model(batch)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in layers}  # count, sum, of squares
+    with torch.no_grad(), evaluation_mode(model), ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.callback(_watch(layer, sums[name]).remove)
+        for batch in images.split(batch_size):
+            model(batch)
     moments = ((name, total / n, squares / n) for name, (n, total, squares) in sums.items())
     return [(name, math.sqrt(max(0.0, square - mean**2))) for name, mean, square in moments]
 

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 
 class PublishedErrors(NamedTuple):
-    """Published errors of one classifier."""
-
     error: str  # paper: CIFAR-10 test error; ImageNet top-1 / top-5, 10-crop
     source: str  # table or figure of the paper
     multi_scale: str = ""  # paper, Table 4: ImageNet top-1 / top-5, multi-scale dense testing
@@ -51,8 +49,6 @@ ERRORS: dict[tuple[str, str], PublishedErrors] = {
 
 
 class Network(NamedTuple):
-    """A parsed network name."""
-
     family: str  # "ResNet", "plain", "VGG", or the name itself for other networks
     depth: int  # number of layers; 0 for other networks
     cifar: bool  # whether it is a CIFAR-10 network of 6n+2 layers

@@ -16,11 +16,11 @@ import numpy as np
 import yaml
 
 from resnet_backbone.report.published import Network, parse_network
+from resnet_backbone.runtime.records import CONFIG, METRICS, RESULTS
 
 Metrics = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> iterations (N,), values (N,)
 
-CONFIG, RESULTS = "config.yaml", "results.json"
-METRICS, DETECTOR_METRICS = "metrics.jsonl", "metrics.json"  # of our trainer, of Detectron2's
+DETECTOR_METRICS = "metrics.json"  # Detectron2's
 VOC_RESULTS, LOC_RESULTS, LOG = "voc_results.json", "loc_results.json", "log.txt"
 ELEVEN_POINT = "AP50-11pt"
 

@@ -243,11 +243,10 @@ def prediction_rows(
 def per_class_rows(result: Any, class_names: Sequence[str]) -> Iterable[list]:
     """Yields a row per class with images: their number and the top-1 error in percent."""
     yield ["class", "name", "images", "top1_error"]
-    bad = np.bincount([bad.label for bad in result.bad], minlength=result.num_classes)
-    counts = result.confusion.sum(1).numpy() + bad
-    for number, error in enumerate(result.per_class_error):
+    columns = zip(class_names, result.class_counts, result.per_class_error, strict=True)
+    for number, (name, count, error) in enumerate(columns):
         if error is not None:
-            yield [number, class_names[number], int(counts[number]), f"{error:.4f}"]
+            yield [number, name, count, f"{error:.4f}"]
 
 
 def confusion_rows(confusion: np.ndarray, class_names: Sequence[str]) -> Iterable[list]:

@@ -60,13 +60,14 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes UTF-8 text atomically."""
+    """Writes UTF-8 text atomically, and creates its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, content: Any, **options: Any) -> None:
-    """Writes JSON atomically; `options` are for ``json.dumps``, with indent 2 by default."""
+    """Writes JSON as text; `options` are for ``json.dumps``, with indent 2 by default."""
     write_text(path, json.dumps(content, **{"indent": 2, **options}) + "\n")
 
 

@@ -44,8 +44,6 @@ class BadImage(ValueError):
 
 
 class Decoded(NamedTuple):
-    """A decoded image."""
-
     pixels: np.ndarray  # uint8 (H, W, 3), RGB, upright
     note: str = ""  # what was converted ("CMYK", "EXIF orientation 6")
 

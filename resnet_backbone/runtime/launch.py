@@ -38,8 +38,6 @@ INTERRUPTED = 5.0  # the same after a second Ctrl-C
 
 
 class Launch(NamedTuple):
-    """The processes of a run."""
-
     processes: int = 1  # on each machine
     machines: int = 1
     machine_rank: int = 0
@@ -176,7 +174,6 @@ def local_size() -> int:
 
 
 def _join(url: str, uses_gpus: bool, **place: int) -> None:
-    """Joins the process group."""
     if uses_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     elif "OMP_NUM_THREADS" not in os.environ:

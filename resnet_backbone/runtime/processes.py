@@ -89,7 +89,6 @@ def _control_group() -> Any:
 
 
 def leave() -> None:
-    """Leaves the process group."""
     _control_group.cache_clear()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

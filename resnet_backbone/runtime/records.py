@@ -174,7 +174,6 @@ def source_revision() -> str:
 
 
 def hardware(device: torch.device) -> dict:
-    """Describes the hardware that a run computes on."""
     found = {"device": device.type, "cpu": cpu_name(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)

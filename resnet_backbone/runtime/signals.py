@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from resnet_backbone.runtime.errors import EXIT_STOPPED, Stopped
@@ -116,12 +116,10 @@ class Watched:
 @contextmanager
 def handled(numbers: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
     """Sets a handler for signals in the block, then restores the former ones."""
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
+    with ExitStack() as former:
+        for number in numbers:
+            former.callback(signal.signal, number, signal.signal(number, handler))
         yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
 
 
 def run_child(command: Sequence[str], **options: Any) -> tuple[int, bool]:

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from drawn_networks import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -32,13 +33,7 @@ def inputs(count=12, size=9, seed=0):
 def small(seed=0):
     """A residual network of float64 whose batch norms are far from the identity."""
     torch.manual_seed(seed)
-    model = build_model("cifar_resnet8", shortcut="B").double()
-    for layer in batch_norms(model).values():
-        nn.init.uniform_(layer.weight, 0.5, 1.5)
-        nn.init.normal_(layer.bias)
-        layer.running_mean.normal_()
-        layer.running_var.uniform_(0.5, 3)
-    return model
+    return randomise(build_model("cifar_resnet8", shortcut="B")).double().train()
 
 
 def batch_norms(model):

@@ -18,7 +18,6 @@ from resnet_backbone.classification.networks import (
     NetworkSpec,
     checkpoints_in,
     describe,
-    load_all_but_head,
     load_network,
     read_class_names,
     read_spec,
@@ -180,11 +179,12 @@ def test_fine_tuning_takes_all_but_the_last_layer(tmp_path, name):
     save_network(tmp_path / "w.safetensors", trained, source, INPUT, class_names="abcdefg")
     with pytest.raises(WeightsError):
         load_network(model, tmp_path / "w.safetensors")
+    tune = partial(load_network, path=tmp_path / "w.safetensors", new_head=True)
     with pytest.raises(WeightsError, match="file is a .*, this network is a cifar_resnet14"):
-        load_all_but_head(build_model("cifar_resnet14"), tmp_path / "w.safetensors")
+        tune(build_model("cifar_resnet14"))
     with pytest.raises(WeightsError, match="Sequential has no linear head to leave out"):
-        load_all_but_head(torch.nn.Sequential(), tmp_path / "w.safetensors")
-    assert load_all_but_head(model, tmp_path / "w.safetensors").same_input(INPUT)
+        tune(torch.nn.Sequential())
+    assert tune(model).same_input(INPUT)
     for key, value in model.state_dict().items():
         wanted = before[key] if key in before else trained.state_dict()[key]
         assert torch.equal(value, wanted), key

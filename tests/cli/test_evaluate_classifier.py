@@ -4,15 +4,15 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from drawn_images import picture
 from safetensors.torch import load_file, save_file
 
 from resnet_backbone.classification.data.evaluation import EvaluationFiles, EvaluationLoader
@@ -50,21 +50,25 @@ def files(tmp_path_factory):
     model, spec = network(2, 8)
     save_network(root / "eight.safetensors", model, spec, GREY)
     save_file(load_file(root / "a.safetensors"), root / "bare.safetensors")
-    rng = np.random.default_rng(0)
     (root / "flat").mkdir()
     lines = []
     for number in range(12):
         wnid = WNIDS[number % 3]
         (root / "val" / wnid).mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (40 + number, 52, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / "val" / wnid / f"{number}.png")
-        Image.fromarray(pixels).save(root / "flat" / f"{number}.png")
+        for folder in (root / "val" / wnid, root / "flat"):
+            picture(40 + number, 52, seed=number).save(folder / f"{number}.png")
         lines.append(f"{number}.png {wnid}\n")
     (root / "labels.txt").write_text("".join(lines))
     (root / "numbers.txt").write_text("".join(line.replace("n0", "") for line in lines))
     (root / "classes.txt").write_text("n01 5\nn02 0\nn03 7\n")
     (root / "beyond.txt").write_text("n01 5\nn02 0\nn03 8\n")
     return root
+
+
+@pytest.fixture
+def val(files):
+    """Options of a center crop of the images."""
+    return ("--imagenet-folder", files / "val", "--resize", 36, "--crop", 32)
 
 
 def table(path):
@@ -116,16 +120,13 @@ def test_results_files(files, tmp_path, arguments, protocol, capsys):
     assert all(row["image"].split("/")[-2] == row["label_name"] for row in rows)
     assert [row["images"] for row in table(tmp_path / "per_class.csv")] == ["4"] * 3
     counts = [list(map(int, list(row.values())[1:])) for row in table(tmp_path / "confusion.csv")]
-    assert counts == result.confusion.tolist()
-    with Image.open(tmp_path / "confusion.png") as picture:
-        assert min(picture.size) > 300
+    assert counts == result.confusion.tolist() and (tmp_path / "confusion.png").is_file()
     assert {"command", "date", "hardware", "versions"} <= set(found)
 
 
-def test_an_ensemble_keeps_each_preprocessing(files, tmp_path):
+def test_an_ensemble_keeps_each_preprocessing(files, val, tmp_path):
     weights = (files / "a.safetensors", files / "b.safetensors")
-    arguments = ("--imagenet-folder", files / "val", "--resize", 36, "--crop", 32)
-    found = results(tmp_path, "--weights", *weights, *arguments)
+    found = results(tmp_path, "--weights", *weights, *val)
     result = expected(files, "ab", Center(36, 32))
     assert found["num_models"] == 2
     assert found["cross_entropy"] == pytest.approx(result.cross_entropy, rel=1e-6)
@@ -134,14 +135,13 @@ def test_an_ensemble_keeps_each_preprocessing(files, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
-def test_engines(files, tmp_path, precision):
+def test_engines(files, val, tmp_path, precision):
     """OpenVINO's probabilities are PyTorch's but for rounding, which counts in their difference."""
     problem = why_not("openvino", getattr(torch, precision))
     if problem:
         pytest.skip(f"openvino {problem}")
     options = {"bfloat16": ("--amp", "bf16"), "int8": ("--int8", files / "flat")}
-    arguments = ("--weights", files / "a.safetensors", "--imagenet-folder", files / "val")
-    arguments += ("--resize", 36, "--crop", 32, "--engine", "openvino")
+    arguments = ("--weights", files / "a.safetensors", *val, "--engine", "openvino")
     found = results(tmp_path, *arguments, *options.get(precision, ()))
     engine = "int8" if precision == "int8" else "openvino"
     assert (found["engine"], found["precision"]) == ([engine], precision)
@@ -150,13 +150,12 @@ def test_engines(files, tmp_path, precision):
     assert least <= difference <= most
 
 
-def test_files_that_say_nothing_and_files_that_do(files, tmp_path):
+def test_files_that_say_nothing_and_files_that_do(files, val, tmp_path):
     """One --model and one --preprocessing serve the files that need them."""
     found = results(
         tmp_path,
         *("--weights", files / "bare.safetensors", files / "b.safetensors"),
-        *("--model", "cifar_resnet8", "--num-classes", 3, "--preprocessing", "caffe_vgg"),
-        *("--imagenet-folder", files / "val", "--resize", 36, "--crop", 32),
+        *("--model", "cifar_resnet8", "--num-classes", 3, "--preprocessing", "caffe_vgg", *val),
     )
     assert found["num_models"] == 2
 
@@ -173,29 +172,21 @@ def test_flat_folder(files, tmp_path, labels):
         assert found["top1_error"] == expected(files, "a", Center(36, 32)).top1_error
 
 
-def test_part_of_the_classes(files, tmp_path):
-    found = results(
-        tmp_path,
-        *("--weights", files / "eight.safetensors", "--imagenet-folder", files / "val"),
-        *("--class-list", files / "classes.txt", "--resize", 36, "--crop", 32),
-    )
+def test_part_of_the_classes(files, val, tmp_path):
+    classes = ("--class-list", files / "classes.txt")
+    found = results(tmp_path, "--weights", files / "eight.safetensors", *val, *classes)
     assert list(found["per_class_error"]) == ["0", "5", "7"] and found["top5_error"] is not None
     rows = table(tmp_path / "predictions.csv")
     assert {row["label"] + row["label_name"] for row in rows} == {"5n01", "0n02", "7n03"}
 
 
-def test_unreadable_images(files, tmp_path, capsys):
+def test_unreadable_images(files, tmp_path, refusal):
     folder = tmp_path / "val"
-    for path in sorted((files / "val").glob("*/*")):
-        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
-        (folder / path.parent.name / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(files / "val", folder)
     (folder / "n02" / "1.png").write_bytes(b"")
     arguments = ("--weights", files / "a.safetensors", "--imagenet-folder", folder)
     arguments += ("--resize", 36, "--crop", 32)
-    with pytest.raises(SystemExit) as stopped:
-        results(tmp_path / "out", *arguments)
-    message = capsys.readouterr().err
-    assert stopped.value.code == 2 and len(message.splitlines()) == 1
+    message = refusal(main, *arguments, *SMALL)
     assert "n02/1.png: the file is empty" in message and "--max-bad-images N" in message
     found = results(tmp_path / "out", *arguments, "--max-bad-images", 1)
     assert found["num_images"] == 12 and found["bad"][0]["name"].endswith("n02/1.png")
@@ -248,38 +239,35 @@ NET, CLASSES = "--model cifar_resnet8", "has 3 classes, the network 8.*--class-l
         ("a VAL --protocol dense --window 8 --engine openvino", "give --pooling global_pool"),
     ],
 )
-def test_wrong_input_is_one_line(files, monkeypatch, run_command, arguments, message):
+def test_wrong_input_is_one_line(files, monkeypatch, refusal, arguments, message):
     given = re.sub(r"\b(gone|bare|a|b|eight)\b(?= |$)", r"\1.safetensors", arguments)
     arguments = "--weights " + given.replace("VAL", "--imagenet-folder val")
     monkeypatch.chdir(files)
-    status, _, error = run_command(main, *arguments.split(), "--device", "cpu")
-    assert status == 2 and len(error.splitlines()) == 1 and re.search(message, error), error
+    assert re.search(message, refusal(main, *arguments.split(), "--device", "cpu"))
 
 
-def test_another_stride_is_mended_by_an_option_of_this_tool(tmp_path, run_command):
+def test_another_stride_is_mended_by_an_option_of_this_tool(tmp_path, refusal):
     path = tmp_path / "r50.safetensors"
     save_file({k: v.contiguous() for k, v in build_model("resnet50").state_dict().items()}, path)
     arguments = ["--weights", path, "--imagenet-folder", tmp_path, "--model", "resnet50"]
     arguments += ["--preprocessing", "torchvision", "--device", "cpu"]
-    error = run_command(main, *arguments)[2]
-    assert "stride_in_1x1=False (--model-options stride_in_1x1=False)\n" in error
+    solution = "stride_in_1x1=False (--model-options stride_in_1x1=False)\n"
+    assert solution in refusal(main, *arguments)
 
 
-def test_tensors_say_the_network(files, tmp_path):
+def test_tensors_say_the_network(val, tmp_path):
     """As inspect does, where only one network has them."""
     model, spec = network(3, 3, shortcut="B")
     named, bare = tmp_path / "named.safetensors", tmp_path / "bare.safetensors"
     save_network(named, model, spec, PREPROCESSINGS["msra"])
     save_file(load_file(named), bare)
-    data = ("--imagenet-folder", files / "val", "--resize", 36, "--crop", 32)
-    found = results(tmp_path, "--weights", bare, "--preprocessing", "msra", *data)
-    assert found["cross_entropy"] == results(tmp_path, "--weights", named, *data)["cross_entropy"]
+    found = results(tmp_path, "--weights", bare, "--preprocessing", "msra", *val)
+    assert found["cross_entropy"] == results(tmp_path, "--weights", named, *val)["cross_entropy"]
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_results_of_one(files, tmp_path):
-    weights = ("--weights", files / "a.safetensors", files / "b.safetensors")
-    arguments = (*weights, "--imagenet-folder", files / "val", "--resize", 36, "--crop", 32)
+def test_two_processes_write_the_results_of_one(files, val, tmp_path):
+    arguments = ("--weights", files / "a.safetensors", files / "b.safetensors", *val)
     alone = results(tmp_path / "one", *arguments)
     command = [sys.executable, str(SCRIPT), *map(str, arguments), *SMALL]
     subprocess.run(
@@ -326,11 +314,8 @@ def test_weights_say_their_sizes_and_classes(files, tmp_path, capsys):
     stated = replace(GREY, resize_size=36, crop_size=32)
     save_network(tmp_path / "w.safetensors", model, spec, stated, class_names=("n03", "n01", "n02"))
     weights = ["--weights", str(tmp_path / "w.safetensors")]
-    main([*weights, "--imagenet-folder", str(files / "val"), *SMALL, "--output", str(tmp_path)])
-    rows, found = (
-        table(tmp_path / "predictions.csv"),
-        json.loads((tmp_path / "results.json").read_text()),
-    )
+    found = results(tmp_path, *weights, "--imagenet-folder", files / "val")
+    rows = table(tmp_path / "predictions.csv")
     assert {row["label_name"]: row["label"] for row in rows} == {"n03": "0", "n01": "1", "n02": "2"}
     assert found["protocol"] == {"name": "center", "resize": 36, "crop": 32}
     capsys.readouterr()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn_images import picture
 from PIL import Image
 
 pytest.importorskip("onnxscript")
@@ -37,10 +38,8 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for index, size in enumerate(((40, 56, 3), (65, 33, 3))):
-        pixels = rng.integers(0, 256, size, dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
+    for index, size in enumerate(((40, 56), (65, 33))):
+        picture(*size, seed=index).save(folder / f"{index}.png")
     return folder
 
 

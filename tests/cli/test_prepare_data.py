@@ -1,10 +1,8 @@
-"""prepare-data for VOC and COCO, on miniature archives and on real data."""
+"""prepare-data for VOC, on miniature archives, and on real data."""
 
 import hashlib
 import json
 import tarfile
-import zipfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from PIL import Image
 from resnet_backbone.cli import prepare_data as tool
 from resnet_backbone.detection.data import archives
 
-from packed import noise_jpeg, tar_of  # isort: skip
+from packed import jpeg, tree_of, write_tar, write_zip  # isort: skip
 
 TRAINVAL, TEST = "VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar"
 DOG = [("dog", (1, 1, 20, 30)), ("cat", (5, 5, 30, 35), 1)]
@@ -42,34 +40,6 @@ def voc_files(splits, objects=DOG) -> dict[str, bytes]:
     return files
 
 
-jpeg = partial(noise_jpeg, height=40, width=60)
-
-
-def write_tar(path, files, mode="w") -> Path:
-    path.write_bytes(tar_of(files, mode))
-    return path
-
-
-def write_zip(path, files) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-@pytest.fixture
-def declare(monkeypatch):
-    """Function (archive, gives) that makes a file the official archive of its name."""
-    monkeypatch.setattr(archives, "ARCHIVES", {})
-
-    def declare(path):
-        content = path.read_bytes()
-        archives.ARCHIVES[path.name] = len(content), hashlib.sha256(content).hexdigest()
-        return path
-
-    return declare
-
-
 @pytest.fixture
 def voc(tmp_path, declare, monkeypatch):
     """Both official archives of 2007, in small, and their counts."""
@@ -85,10 +55,6 @@ def voc(tmp_path, declare, monkeypatch):
         TEST: {"test": ("000004", "000005")},
     }
     return [declare(write_tar(folder / name, voc_files(splits))) for name, splits in ids.items()]
-
-
-def tree_of(folder) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_archives_become_detectron2s_folders(run, voc, tmp_path):
@@ -200,6 +166,10 @@ def changed_zip(folder, *places):
     return path
 
 
+def leading_out(folder, write, name):
+    return write(folder / "a", {"VOC2007/1": b"", name: b"2"})
+
+
 ENCRYPTED = (b"PK\x03\x04", 6, 1), (b"PK\x01\x02", 8, 1)
 OUTSIDE = ("../evil.jpg", "/tmp/evil.jpg", "VOC2007/../../evil.jpg", "C:/evil")
 DAMAGED = "{path} is damaged or not an archive"
@@ -209,8 +179,7 @@ UNUSABLE = [
     (changed_zip, ENCRYPTED, "password"),
     (changed_zip, [(b"PK\x03\x04", 200, 255)], "Bad CRC-32"),  # its list of files is whole
     *(
-        (lambda folder, name, write=write: write(folder / "a", {"VOC2007/1": b"", name: b"2"}),)
-        + ([name], f"{name!r}, which leads out of the folder")
+        (leading_out, [write, name], f"{name!r}, which leads out of the folder")
         for name in OUTSIDE
         for write in (write_tar, write_zip)
     ),
@@ -276,75 +245,6 @@ def test_what_is_missing_and_corrupt_is_named(run, voc, tmp_path):
     assert "only the headers" in out and "missing-image" not in out
 
 
-@pytest.fixture
-def coco(tmp_path, declare, monkeypatch):
-    """Archives of COCO 2017, in small: two training images, one of val, two of test."""
-    counts = {
-        ("coco", "instances_train2017"): archives.Counts(2, 2),
-        ("coco", "instances_val2017"): archives.Counts(1, 1),
-        ("coco", "image_info_test-dev2017"): archives.Counts(1),
-    }
-    monkeypatch.setattr("resnet_backbone.detection.data.trees.COUNTS", counts)
-    folder = tmp_path / "archives"
-    folder.mkdir()
-    ids = {"train2017": (1, 2), "val2017": (3,), "test2017": (4, 5)}
-    contents = {
-        f"{name}.zip": {f"{name}/{i:012d}.jpg": jpeg(i) for i in numbers}
-        for name, numbers in ids.items()
-    }
-
-    def listing(numbers, annotated=True) -> bytes:
-        content = {"categories": [{"id": 18, "name": "dog"}], "images": [], "annotations": []}
-        for i in numbers:
-            image = {"id": i, "file_name": f"{i:012d}.jpg", "width": 60, "height": 40}
-            content["images"].append(image)
-            entry = {"id": i, "image_id": i, "category_id": 18, "bbox": [2, 3, 10, 10]}
-            content["annotations"].append({**entry, "area": 100, "iscrowd": 0})
-        if not annotated:
-            content.pop("annotations")
-        return json.dumps(content).encode()
-
-    contents["annotations_trainval2017.zip"] = {
-        "annotations/instances_train2017.json": listing((1, 2)),
-        "annotations/instances_val2017.json": listing((3,)),
-        "annotations/captions_val2017.json": b"{}",
-    }
-    contents["image_info_test2017.zip"] = {
-        "annotations/image_info_test-dev2017.json": listing((4,), annotated=False)
-    }
-    return {name: declare(write_zip(folder / name, files)) for name, files in contents.items()}
-
-
-def test_coco(run, coco, tmp_path):
-    root, report = tmp_path / "data", tmp_path / "report.json"
-    code, out, _ = run("coco", root, "--archives", *coco.values(), "--json", report)
-    assert code == 0, out
-    folders = {"annotations", "train2017", "val2017", "test2017"}
-    assert {path.name for path in (root / "coco").iterdir()} == folders
-    (found,) = json.loads(report.read_text())
-    splits = found["splits"]
-    assert {name: (s["images"], s["boxes"]) for name, s in splits.items()} == {
-        "instances_train2017": (2, 2),
-        "instances_val2017": (1, 1),
-        "image_info_test-dev2017": (1, None),
-    }
-    (unlisted,) = found["unlisted_images"]
-    assert unlisted == str(root / "coco/test2017/000000000005.jpg"), "it is not in test-dev"
-    (root / "coco/train2017/000000000002.jpg").write_bytes(jpeg(2)[:-300])
-    code, out, _ = run("coco", root / "coco")
-    assert code == 1 and "000000000002.jpg: truncated" in out
-    assert f"then resnet-backbone prepare-data coco {root} --archives train2017.zip" in out
-
-
-def test_coco_without_its_images(run, coco, tmp_path):
-    root = tmp_path / "data"
-    archives = [coco["annotations_trainval2017.zip"], coco["val2017.zip"]]
-    code, out, _ = run("coco", root, "--archives", *archives)
-    assert code == 1 and "train2017, the images of instances_train2017, does not exist" in out
-    assert "unpack train2017.zip, or name the splits that you have with --splits" in out
-    assert run("coco", root, "--splits", "instances_val2017")[0] == 0
-
-
 def test_data_of_ones_own(run, make_voc, tmp_path):
     root = make_voc({"a": [("dog", (1, 1, 9, 9))], "b": [("cat", (2, 2, 2, 5))]})
     code, out, _ = run("voc", root)
@@ -355,21 +255,6 @@ def test_data_of_ones_own(run, make_voc, tmp_path):
     assert code == 1 and "remove them from train" in out
     renamed = root.rename(tmp_path / "VOC2007")
     assert "officially" not in run("voc", renamed, "--own")[1]
-
-
-def test_json_files_of_ones_own(run, coco, tmp_path):
-    root = tmp_path / "data"
-    run("coco", root, "--archives", *coco.values())
-    files = [tmp_path / part / "labels.json" for part in ("train", "val")]
-    for file in files:
-        file.parent.mkdir()
-        (root / f"coco/annotations/instances_{file.parent.name}2017.json").rename(file)
-    folders = [root / "coco/train2017", root / "coco/val2017"]
-    options = ["--pictures", tmp_path / "pictures"]
-    code, out, _ = run("coco", "--coco-json", *files, "--image-root", *folders, *options)
-    assert code == 0 and "as data of your own" in out
-    names = {"coco_classes.png", "coco_train_labels.jpg", "coco_val_labels.jpg"}
-    assert tree_of(tmp_path / "pictures") == names
 
 
 @pytest.mark.parametrize(
@@ -404,11 +289,14 @@ def test_official_numbers_agree_with_one_another():
         for what in ("images", "boxes", "difficult"):
             assert getattr(train, what) + getattr(val, what) == getattr(both, what)
     for what in ("images", "boxes"):  # 2017 is another division of 2014
-        sizes = {
-            key: getattr(counts["coco", f"instances_{key}"], what)
-            for key in ("train2014", "val2014", "train2017", "val2017")
-        }
-        assert sizes["train2014"] + sizes["val2014"] == sizes["train2017"] + sizes["val2017"]
+        first, second = (
+            sum(
+                getattr(counts["coco", f"instances_{part}{year}"], what)
+                for part in ("train", "val")
+            )
+            for year in (2014, 2017)
+        )
+        assert first == second
     digests = {sha256 for _, sha256 in archives.ARCHIVES.values()}
     assert len(digests) == len(archives.ARCHIVES) == 16 and set(map(len, digests)) == {64}
     for folder, split in counts:
@@ -421,19 +309,6 @@ def test_folders_are_detectron2s():
 
     for folder, file in _PREDEFINED_SPLITS_COCO["coco"].values():
         assert f"coco/{archives.coco_image_folder(Path(file).stem)}" == folder
-
-
-@pytest.mark.data
-def test_real_archives(run, data_root, declare, tmp_path):
-    source = data_root / "VOCdevkit/VOC2007"
-    ids = (source / "ImageSets/Main/mini_test.txt").read_text().split()[:12]
-    files = {"VOCdevkit/VOC2007/ImageSets/Main/test.txt": "\n".join(ids).encode()}
-    for part in [f"Annotations/{i}.xml" for i in ids] + [f"JPEGImages/{i}.jpg" for i in ids]:
-        files[f"VOCdevkit/VOC2007/{part}"] = (source / part).read_bytes()
-    path = declare(write_tar(tmp_path / TEST, files))
-    code, out, _ = run("voc", tmp_path / "data", "--archives", path)
-    assert code == 1 and "12 images, officially 4,952" in out
-    assert run("voc", tmp_path / "data", "--own")[0] == 0
 
 
 @pytest.mark.data

@@ -189,14 +189,13 @@ def test_members_cannot_leave_the_folder(tmp_path, archives, unpack):
     assert not list(tmp_path.glob("evil*")) and not list(tmp_path.parent.glob("evil*"))
 
 
-def test_missing_arguments_and_folders(tmp_path, archives, run):
+def test_missing_arguments_and_folders(tmp_path, archives, refusal):
     for options, message in (
         (["--val-archive", archives / "val.tar"], "needs --devkit or --val-labels"),
         (["--workers", "0"], "--workers: at least 1"),
         ([], "neither train nor val"),
     ):
-        status, _, error = run("imagenet", tmp_path, *options)
-        assert status == 2 and message in error
+        assert message in refusal(prepare_data.main, "imagenet", tmp_path, *options)
 
 
 def test_make_shards(tmp_path, unpack, run):

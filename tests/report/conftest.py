@@ -22,6 +22,11 @@ def tool(run_command):
 
 
 @pytest.fixture
+def refused(refusal):
+    return partial(refusal, report.main)
+
+
+@pytest.fixture
 def cells():
     """Function: the cells of a Markdown text's tables, line by line."""
 

@@ -134,7 +134,7 @@ def losses(count=100):
     return [{"iteration": i, "total_loss": 3 - 0.02 * i, "lr": 0.01} for i in range(count)]
 
 
-def test_curves_command_line(tool, metrics_file, tmp_path):
+def test_curves_command_line(tool, refused, metrics_file, tmp_path):
     path, output = metrics_file(*losses(), name="a=b"), tmp_path / "new" / "c.png"
     assert parse_run(str(path.parent)) == (path, "a=b")
     assert parse_run(f"{path.parent}=my label") == (path, "my label")
@@ -144,13 +144,13 @@ def test_curves_command_line(tool, metrics_file, tmp_path):
         assert picture.format == "PNG" and min(picture.size) > 400
     assert list(output.parent.iterdir()) == [output]
     rates = metrics_file({"iteration": 1, "lr": 0.1}, name="rates")
-    status, _, error = tool("curves", "--run", rates, "--output", tmp_path / "x.png")
-    assert status == 2 and "neither losses nor AP50" in error
-    empty = metrics_file(name="empty")
-    status, _, error = tool("curves", "--run", empty, "--output", tmp_path / "x.png")
-    assert status == 2 and "has no metrics" in error and not (tmp_path / "x.png").exists()
-    status, _, error = tool("curves", "--run", tmp_path / "no", "--output", "x.png")
-    assert status == 2 and "has neither metrics.json nor metrics.jsonl" in error
+    for run, message in (
+        (rates, "neither losses nor AP50"),
+        (metrics_file(name="empty"), "has no metrics"),
+        (tmp_path / "no", "has neither metrics.json nor metrics.jsonl"),
+    ):
+        assert message in refused("curves", "--run", run, "--output", tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
     assert tool()[0] == tool("curves", "--output", "x.png")[0] == 2
 
 

@@ -92,7 +92,6 @@ def extract_val(
 
 
 def labels_file(folder: Path) -> Path:
-    """Returns the path of a flat folder's labels."""
     return folder.with_name(f"{folder.name}_labels.txt")
 
 

@@ -171,8 +171,6 @@ def draw_inception_crop(
 
 
 class Augmented(NamedTuple):
-    """An augmented image."""
-
     image: Tensor  # uint8 (3, size, size), RGB
     shift: np.ndarray | None = None  # float32 (3,), see `sources.Batch`
 

@@ -64,8 +64,6 @@ INPUT_KEY, MADE_FROM = "preprocessing", "made_from"
 
 @dataclass(frozen=True)
 class ClassificationData:
-    """The data of a training."""
-
     source: Any  # training batches by iteration, with `num_samples`
     evaluation: EvaluationFiles | EvaluationArrays  # every image once
     preprocessing: Preprocessing  # mean, standard deviation and channel order of the input
@@ -163,7 +161,7 @@ def _encoded(config: Config, folder: Path, world: World, protocol: Protocol) -> 
     train = read_training_set(data)
     val = read_validation_set(data, train)
     groups = train.group_sizes if isinstance(train, TarShards) else ()
-    report = BadImageReport(folder / BAD_IMAGES, data.max_bad_images, "data.max_bad_images")
+    report = BadImageReport(folder / BAD_IMAGES, data.max_bad_images)
     source = LoaderSource(
         train,
         _stream(config, len(train), world, groups),
@@ -206,7 +204,6 @@ def read_validation_set(data: DataConfig, train: EncodedDataset) -> ImageFiles:
 
 
 def augmentation_of(data: DataConfig) -> Augmentation:
-    """Returns the training augmentation that a config names."""
     if data.augmentation == "none":
         return CenterCrop(data.crop, data.short_side[0])
     if data.augmentation == "inception":

@@ -41,8 +41,6 @@ class EvaluationItem(NamedTuple):
 
 
 class EvaluationBatch(NamedTuple):
-    """A batch of the loader."""
-
     # for each short side uint8 (N, 3, H, W), or a list of N (3, H, W) if their sizes differ
     images: tuple[Tensor | list[Tensor], ...]
     labels: Tensor  # int64 (N,)
@@ -67,12 +65,15 @@ class EvaluationFiles:
     def __getitem__(self, index: int) -> EvaluationItem | BadSample:
         path, label = self.samples[index]
         try:
-            whole = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
+            return EvaluationItem(self.read(path), label, index)
         except BadImage as error:
             return BadSample(index, label, str(path), error.reason)
+
+    def read(self, path: str | Path) -> tuple[Tensor, ...]:
+        """Reads an image at each short side; BadImage if it is unreadable."""
+        whole = torch.from_numpy(read_rgb(path)).permute(2, 0, 1)
         images = (resize_short_side(whole, size) if size else whole for size in self.short_sides)
-        prepared = map(self.prepare, images) if self.prepare else images
-        return EvaluationItem(tuple(prepared), label, index)
+        return tuple(map(self.prepare, images) if self.prepare else images)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,6 @@ INDEX_NAME = "index.npz"
 
 
 class EncodedSample(NamedTuple):
-    """A stored sample."""
-
     data: bytes  # a whole image file
     label: int
     name: str  # path of the file, or in a shard

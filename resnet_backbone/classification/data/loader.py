@@ -39,8 +39,6 @@ Augmentation = Callable[[EncodedImage, np.random.Generator], Augmented]
 
 
 class ImageNote(NamedTuple):
-    """A note on an image."""
-
     kind: str  # "bad" (not readable) or "converted" (readable, but not an ordinary image)
     path: str  # file, or place in a shard
     reason: str  # one line
@@ -64,17 +62,11 @@ class BadImageReport:
     Args:
         path: of the report, or None to keep it in memory.
         max_bad_images: limit of bad files, above which :meth:`add` raises DataError; None: none.
-        option: the name of this limit in the message.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike | None = None,
-        max_bad_images: int | None = None,
-        option: str = "max_bad_images",
-    ):
+    def __init__(self, path: str | os.PathLike | None = None, max_bad_images: int | None = None):
         self.path = None if path is None else Path(path)
-        self.max_bad_images, self.option = max_bad_images, option
+        self.max_bad_images = max_bad_images
         self._reasons: dict[tuple[str, str], str] = {}  # by kind and path
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
@@ -110,7 +102,7 @@ class BadImageReport:
         where = f", all are listed in {self.path}" if self.path else ""
         raise DataError(
             f"{self.num_bad} images cannot be read, but only {self.max_bad_images} are allowed: "
-            f"{first}{where}; repair or remove them, or raise {self.option}"
+            f"{first}{where}; repair or remove them, or raise data.max_bad_images"
         )
 
     def _append(self, notes: list[ImageNote]) -> None:
@@ -139,8 +131,6 @@ def _one_line(text: str) -> str:
 
 
 class WorkerBatch(NamedTuple):
-    """A batch as a worker sends it."""
-
     images: Tensor  # uint8 (N, 3, size, size)
     labels: Tensor  # int64 (N,)
     shift: Tensor | None  # float32 (N, 3)

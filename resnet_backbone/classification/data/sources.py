@@ -34,8 +34,6 @@ COPIES = {"train": 4, "test": 2}  # drawings of each scanned digit
 
 
 class Batch(NamedTuple):
-    """A training batch of one process."""
-
     images: Tensor  # uint8 (N, 3, H, W), RGB; augmented, not normalized
     labels: Tensor  # int64 (N,)
     shift: Tensor | None = None  # float32 (N, 3): color noise, gray levels to add to R, G, B

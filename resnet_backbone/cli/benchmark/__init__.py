@@ -114,7 +114,7 @@ average and no masks; all images are links to one file, so the disk is not measu
 process's peak above what it had before (Linux). The order of the candidates is fixed.""",
     ),
     "evaluate": (
-        "detectors",
+        "datasets",
         "COCO and VOC evaluation beside pycocotools' and Detectron2's",
         """\
 Random sets, with the detections in memory. COCO: from the content of an instances file and a list
@@ -235,6 +235,5 @@ def main(argv: list[str] | None = None) -> None:
     result: dict[str, Any] = getattr(module, f"run_{args.command}")(args)
     about["threads"] = torch.get_num_threads()
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.output, {**about, **result}, indent=1)
         print(f"written: {args.output}")

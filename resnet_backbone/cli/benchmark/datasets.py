@@ -1,28 +1,36 @@
-"""The start of a training by the size of its COCO data set, beside Detectron2's."""
+"""Random data sets: the start of a training, and evaluation, beside the reference libraries."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 from resnet_backbone.cli.benchmark import turns
-from resnet_backbone.cli.benchmark.detectors import HEIGHT, WIDTH, coco_truth, random_set
 from resnet_backbone.cli.benchmark.pyramid import config
+from resnet_backbone.detection import modeling
 from resnet_backbone.detection.config import CfgNode, with_keys
 from resnet_backbone.detection.data.coco import register_coco, register_coco_instances
 from resnet_backbone.detection.data.sampling import build_detection_train_loader
 from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.detection.evaluation.coco import run_hotcoco, run_pycocotools, score_coco
+from resnet_backbone.detection.evaluation.voc import VOCEvaluator
 
+WIDTH, HEIGHT = 640, 480  # of the images
 NAME = "benchmark"
 STARTS = ("Detectron2", "ours, first start", "ours, later start")
 
@@ -78,3 +86,125 @@ def start_theirs(cfg: CfgNode, json_file: str, images: str) -> list[dict]:
 def start_ours(cfg: CfgNode, json_file: str, images: str) -> list[dict]:
     register_coco(NAME, json_file, images)
     return next(iter(Trainer.build_train_loader(cfg)))
+
+
+# Evaluation
+
+
+def run_evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    coco = coco_runs(random_set(args.coco_images, 80, args.coco_detections))
+    result = {"coco": measure_evaluators(coco, args.coco_images, args.repeats)}
+    found = random_set(args.voc_images, 20, args.voc_detections)
+    with TemporaryDirectory() as folder, voc_runs(Path(folder), found) as runs:
+        result["voc"] = measure_evaluators(runs, args.voc_images, args.repeats)
+    return result
+
+
+def measure_evaluators(runs: dict[str, Callable], images: int, repeats: int) -> dict[str, Any]:
+    """Measures evaluations in turns, without their output, and compares their numbers."""
+    numbers: dict[str, dict[str, float]] = {}
+
+    def run(name: str) -> None:
+        logging.disable(logging.INFO)
+        with contextlib.redirect_stdout(io.StringIO()):
+            numbers[name] = runs[name]()
+        logging.disable(logging.NOTSET)
+
+    rows = turns.measure({name: partial(run, name) for name in runs}, images, repeats)
+    expected, ours = (numbers[name] for name in runs)
+    difference = max(abs(ours[key] - expected[key]) for key in expected)
+    print(f"{[*runs][1]}: numbers differ by {difference:.1e} at most")
+    return {"rows": rows, "numbers": numbers}
+
+
+def random_set(images: int, classes: int, count: int) -> list[tuple[np.ndarray, ...]]:
+    """Returns (boxes, classes, detected boxes, classes, scores) per image; most near an object."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(images):
+        real = rng.integers(1, 12)
+        corners = rng.integers(1, (WIDTH // 2, HEIGHT // 2), (real, 2))
+        sizes = rng.integers(8, (WIDTH // 2, HEIGHT // 2), (real, 2))
+        boxes, kinds = np.hstack([corners, sizes]).astype(float), rng.integers(0, classes, real)
+        near = rng.integers(0, real, count)
+        guesses = boxes[near] * np.exp(rng.normal(0, 0.15, (count, 4)))
+        right = rng.random(count) < 0.7
+        labels = np.where(right, kinds[near], rng.integers(0, classes, count))
+        found.append((boxes, kinds, guesses.round(1), labels, rng.random(count).round(4)))
+    return found
+
+
+def coco_truth(images: list[tuple[np.ndarray, ...]]) -> dict[str, Any]:
+    """Returns an instances file's content, given each image's boxes and classes."""
+    truth: list[dict[str, Any]] = []
+    for image, (boxes, kinds) in enumerate(images, start=1):
+        for box, kind in zip(boxes.tolist(), kinds.tolist(), strict=True):
+            same = dict(id=len(truth) + 1, image_id=image, category_id=kind + 1, iscrowd=0)
+            truth.append(same | dict(bbox=box, area=box[2] * box[3]))
+    size, numbers = dict(width=WIDTH, height=HEIGHT), range(1, len(images) + 1)
+    return {
+        "images": [dict(id=i, file_name=f"{i:012d}.jpg", **size) for i in numbers],
+        "categories": [dict(id=c, name=str(c)) for c in range(1, 81)],
+        "annotations": truth,
+    }
+
+
+def coco_runs(images: list[tuple[np.ndarray, ...]]) -> dict[str, Callable]:
+    dataset = coco_truth([image[:2] for image in images])
+    results: list[dict[str, Any]] = []
+    for image, (_, _, *found) in enumerate(images, start=1):
+        for box, label, score in zip(*(values.tolist() for values in found), strict=True):
+            results.append(dict(image_id=image, category_id=label + 1, bbox=box, score=score))
+
+    return {
+        "pycocotools": lambda: score_coco(dataset, results, engine=run_pycocotools)[0],
+        "ours (hotcoco)": lambda: score_coco(dataset, results, engine=run_hotcoco)[0],
+    }
+
+
+@contextlib.contextmanager
+def voc_runs(folder: Path, images: list[tuple[np.ndarray, ...]]) -> Iterator[dict[str, Callable]]:
+    """Yields evaluations of a random set in VOC layout, with Detectron2's, the reference, first."""
+    for part in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (folder / part).mkdir(parents=True)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(folder / "image.jpg")
+    outputs = []
+    for number, (boxes, kinds, found, labels, scores) in enumerate(tqdm(images, "VOC files")):
+        name = f"{number:06d}"
+        (folder / "JPEGImages" / f"{name}.jpg").symlink_to(folder / "image.jpg")
+        (folder / "Annotations" / f"{name}.xml").write_text(voc_xml(boxes, kinds))
+        corners = torch.tensor(np.hstack([found[:, :2], found[:, :2] + found[:, 2:]])).float()
+        scores = torch.tensor(scores.round(3), dtype=torch.float32)
+        fields = dict(scores=scores, pred_classes=torch.tensor(labels))
+        boxes = modeling.Boxes(corners)
+        instances = modeling.Instances((HEIGHT, WIDTH), pred_boxes=boxes, **fields)
+        outputs.append(({"image_id": name}, {"instances": instances}))
+    lines = "".join(f"{given['image_id']}\n" for given, _ in outputs)
+    (folder / "ImageSets" / "Main" / "test.txt").write_text(lines)
+
+    def run(evaluator) -> dict[str, float]:
+        evaluator.reset()
+        for given, output in outputs:
+            evaluator.process([given], [output])
+        found = evaluator.evaluate()["bbox"]
+        return {key: found[key] for key in ("AP", "AP50", "AP75")}
+
+    with modeling.voc_metadata(
+        str(folder), "test", [f"class{number}" for number in range(20)]
+    ) as name:
+        yield {
+            "Detectron2's evaluator": lambda: run(modeling.PascalVOCDetectionEvaluator(name)),
+            "ours": lambda: run(VOCEvaluator(name)),
+        }
+
+
+OBJECT = (
+    "<object><name>class{}</name><pose>-</pose><truncated>0</truncated><difficult>0</difficult>"
+    "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
+
+
+def voc_xml(boxes: np.ndarray, kinds: np.ndarray) -> str:
+    text = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
+    for (x, y, width, height), kind in zip(boxes.astype(int), kinds, strict=True):
+        text += OBJECT.format(kind, x, y, x + width - 1, y + height - 1)
+    return f"<annotation>{text}</annotation>"

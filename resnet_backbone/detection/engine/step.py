@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from resnet_backbone.detection.config import backbone_node, seed_of
 from resnet_backbone.detection.data.sampling import BatchPlan, TrainingLoader
 from resnet_backbone.models.layers import prelu_slopes
-from resnet_backbone.runtime.averages import moving_average
 from resnet_backbone.runtime.errors import TrainingDiverged, UsageError
+from resnet_backbone.runtime.evaluation import moving_average
 from resnet_backbone.runtime.processes import STEP, seed_everything
 from resnet_backbone.runtime.signals import StopRequest
 

@@ -232,7 +232,7 @@ def test_a_resumed_run_goes_on_with_the_report(tmp_path):
 
 
 def test_the_limit_stops_with_one_line(tmp_path):
-    report = BadImageReport(tmp_path / "r.txt", 4, "data.max_bad_images")
+    report = BadImageReport(tmp_path / "r.txt", 4)
     report.add(*(bad(str(i)) for i in range(4)))
     with pytest.raises(DataError) as caught:
         report.add(bad("the fifth"))

@@ -26,8 +26,8 @@ from resnet_backbone.detection.data.sampling import BatchPlan
 from resnet_backbone.detection.engine.step import TrainStep
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.models import FrozenBatchNorm2d
-from resnet_backbone.runtime.averages import moving_average
 from resnet_backbone.runtime.errors import TrainingDiverged
+from resnet_backbone.runtime.evaluation import moving_average
 from resnet_backbone.runtime.signals import StopRequest
 
 from runs import Linear, number_loader  # isort: skip

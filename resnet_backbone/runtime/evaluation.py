@@ -1,6 +1,9 @@
-"""The exponential moving average of a training's weights, for evaluations."""
+"""What evaluations of a network in training need: averaged weights, and evaluation mode."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -22,3 +25,16 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
         get_ema_multi_avg_fn(min(decay, (1 + done) / (10 + done)))(averages, values, count)
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
+
+@contextmanager
+def evaluation_mode(*networks: nn.Module) -> Iterator[None]:
+    """Sets networks to evaluation mode in the block, then restores each module's mode."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    for network in networks:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
