@@ -312,6 +312,19 @@ def test_folders_are_detectron2s():
 
 
 @pytest.mark.data
+def test_real_archives(run, data_root, declare, tmp_path):
+    source = data_root / "VOCdevkit/VOC2007"
+    ids = (source / "ImageSets/Main/mini_test.txt").read_text().split()[:12]
+    files = {"VOCdevkit/VOC2007/ImageSets/Main/test.txt": "\n".join(ids).encode()}
+    for part in [f"Annotations/{i}.xml" for i in ids] + [f"JPEGImages/{i}.jpg" for i in ids]:
+        files[f"VOCdevkit/VOC2007/{part}"] = (source / part).read_bytes()
+    path = declare(write_tar(tmp_path / TEST, files))
+    code, out, _ = run("voc", tmp_path / "data", "--archives", path)
+    assert code == 1 and "12 images, officially 4,952" in out
+    assert run("voc", tmp_path / "data", "--own")[0] == 0
+
+
+@pytest.mark.data
 def test_real_folders(run, data_root, tmp_path):
     code, out, _ = run("voc", data_root / "VOCdevkit", "--quick", "--splits", "test")
     assert code == 1 and "test: 800 images, officially 4,952" in out
