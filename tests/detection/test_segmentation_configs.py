@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
 from detectron2.data import transforms as T
 from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import BitMasks, PolygonMasks

@@ -6,13 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import detectron2
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
-import detectron2
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc

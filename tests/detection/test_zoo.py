@@ -3,9 +3,6 @@
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("detectron2")
-
 from detectron2.config import LazyConfig, instantiate
 from detectron2.structures import PolygonMasks
 from detectron2.utils.events import EventStorage

@@ -10,8 +10,6 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-pytest.importorskip("detectron2")
-
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights, use_weights_input
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.models import build_model

@@ -5,9 +5,6 @@ import shlex
 import pytest
 import torch
 import yaml
-
-pytest.importorskip("detectron2")
-
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model as build_detector
 

@@ -2,18 +2,10 @@
 
 import numpy as np
 import pytest
-
-pytest.importorskip("detectron2")
-
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from resnet_backbone.detection.data import (
-    apply_policy,
-    find_voc_classes,
-    scan_voc,
-    voc,
-)
+from resnet_backbone.detection.data import apply_policy, find_voc_classes, scan_voc, voc
 from resnet_backbone.detection.data.scans import registered_scan
 from resnet_backbone.runtime.errors import DataError
 

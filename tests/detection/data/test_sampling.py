@@ -6,10 +6,6 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-pytest.importorskip("hypothesis")
-
 from detectron2.data import DatasetCatalog, DatasetMapper
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -3,19 +3,11 @@
 import copy
 
 import pytest
-
-pytest.importorskip("detectron2")
-
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import load_voc_instances as reference_loader
 from detectron2.structures import BoxMode
 
-from resnet_backbone.detection.data import (
-    VOC_CLASSES,
-    find_voc_classes,
-    register_voc,
-    scan_voc,
-)
+from resnet_backbone.detection.data import VOC_CLASSES, find_voc_classes, register_voc, scan_voc
 from resnet_backbone.runtime.errors import DataError
 
 BOX = (2, 3, 10, 8)

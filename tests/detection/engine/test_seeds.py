@@ -9,15 +9,12 @@ import threading
 import time
 
 import pytest
-
-pytest.importorskip("detectron2")
+from runs import arguments, read_results, start
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine import results
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 from resnet_backbone.runtime.files import alone
-
-from runs import arguments, read_results, start  # isort: skip
 
 
 def test_seeds_of_the_command_line():

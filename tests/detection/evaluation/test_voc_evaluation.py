@@ -5,14 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
-
-pytest.importorskip("detectron2")
-
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 from test_voc_ap import CLASSES, stable_reference
 
 from resnet_backbone.detection.data import VOC_CLASSES, register_voc

@@ -2,13 +2,10 @@
 
 import itertools
 
+import by_hand
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
-import by_hand
 from detectron2.engine import defaults
 from detectron2.modeling import build_model
 from detectron2.structures import Instances

@@ -5,10 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("detectron2")
-
 from detectron2.export.torchscript_patch import patch_nonscriptable_classes
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import Backbone, build_backbone, build_model
@@ -21,6 +17,7 @@ from detectron2.modeling.backbone.fpn import (
 )
 from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from resnet_backbone.detection import PaperResNet, PaperVGG
 from resnet_backbone.detection.modeling.backbones import OutputConv

@@ -2,11 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import nn
-
-pytest.importorskip("detectron2")
-
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_box_head, build_model, build_roi_heads
 from detectron2.modeling.backbone.resnet import BasicBlock as D2BasicBlock
@@ -14,6 +9,8 @@ from detectron2.modeling.backbone.resnet import ResNet as D2ResNet
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
+from safetensors.torch import save_file
+from torch import nn
 from torchvision.ops import RoIPool
 
 from resnet_backbone.detection import Checkpointer, PaperRes5ROIHeads, VGGBoxHead

@@ -8,9 +8,6 @@ from pathlib import Path
 import drawn_images
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
