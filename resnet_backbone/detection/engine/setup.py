@@ -33,11 +33,7 @@ from resnet_backbone.detection.engine.schedule import (
     plan_schedule,
 )
 from resnet_backbone.detection.evaluation.operating import OPERATING_POINTS
-from resnet_backbone.detection.inference.predictor import (
-    Speed,
-    check_ensemble,
-    run_config,
-)
+from resnet_backbone.detection.inference.predictor import Speed, check_ensemble, run_config
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import find_config, write_json
 from resnet_backbone.runtime.launch import local_size

@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.fast import optimize_for_inference
 from resnet_backbone.fast.engines import onnx_session
-from resnet_backbone.fast.export import (
-    Mismatch,
-    export_program,
-    run_model,
-    run_program,
-)
+from resnet_backbone.fast.export import Mismatch, export_program, run_model, run_program
 from resnet_backbone.fast.export import largest_difference as compare_maps
 
 ONNX_OPSET = 17  # Detectron2's aligned RoIAlign needs at least 16

@@ -17,12 +17,7 @@ from typing import Any, NamedTuple
 
 from pycocotools import mask as mask_util
 
-from resnet_backbone.detection.data.problems import (
-    DataProblem,
-    Stamp,
-    reads_file,
-    stamp_of,
-)
+from resnet_backbone.detection.data.problems import DataProblem, Stamp, reads_file, stamp_of
 from resnet_backbone.detection.data.records import collector_at_rest
 from resnet_backbone.runtime.errors import DataError
 
