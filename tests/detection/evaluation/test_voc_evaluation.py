@@ -207,7 +207,7 @@ def test_predictions_of_all_processes_are_gathered(register, monkeypatch):
     first, second = VOCEvaluator(name), VOCEvaluator(name)
     first.process(records[:1], outputs[:1])
     second.process(records[1:], outputs[1:])
-    both = [first._predictions, second._predictions]
+    both = [first.found, second.found]
     monkeypatch.setattr(voc_module.comm, "gather", lambda data, dst: both)
     assert first.evaluate()["bbox"]["AP50"] == pytest.approx(100)
     monkeypatch.setattr(voc_module.comm, "gather", lambda data, dst: [])

@@ -89,7 +89,7 @@ def clean_coco(
         categories, images, annotations: as in a :class:`CocoFile`.
         annotated: False omits the list of annotations.
     """
-    places = number_from_one(categories)
+    places = {one: number for number, one in enumerate(categories, start=1)}
     entries = []
     for number, image in enumerate(images, start=1):
         for one in annotations.get(image, ()):
@@ -127,11 +127,6 @@ def clean_coco(
     if annotated:
         content["annotations"] = entries
     return content
-
-
-def number_from_one(ids: Iterable[Id]) -> dict[Id, int]:
-    """Returns id -> its position among the ids, counted from 1."""
-    return {one: number for number, one in enumerate(ids, start=1)}
 
 
 def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
