@@ -20,7 +20,7 @@ from resnet_backbone.detection.data.arguments import (
     labels_pixels,
     set_class_counts,
 )
-from resnet_backbone.detection.data.sampling import mapper_options
+from resnet_backbone.detection.data.mapper import mapper_options
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights import WeightsError, sources

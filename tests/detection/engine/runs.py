@@ -17,12 +17,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
-from resnet_backbone.detection.data.sampling import (
-    AugmentedImages,
-    BatchPlan,
-    ImageStream,
-    TrainingLoader,
-)
+from resnet_backbone.detection.data.mapper import AugmentedImages
+from resnet_backbone.detection.data.sampling import BatchPlan, ImageStream, TrainingLoader
 from resnet_backbone.detection.engine.trainer import Trainer
 
 PROJECT = Path(__file__).resolve().parents[3]
