@@ -11,7 +11,6 @@ import torch
 from drawn_images import voc_xml
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from torch import nn
 
 from resnet_backbone.weights import Preprocessing
 
@@ -80,27 +79,6 @@ def make_family(make_cfg):
 def small():
     """Config keys of small heads, for tests of the backbone in a whole detector."""
     return dict(MODEL__FPN__OUT_CHANNELS=16, MODEL__ROI_BOX_HEAD__FC_DIM=16)
-
-
-@pytest.fixture
-def randomise():
-    """Gives a network, also one on meta, float64 values from a fixed seed, norms included."""
-
-    def fill(network: nn.Module) -> nn.Module:
-        torch.manual_seed(0)
-        if any(parameter.is_meta for parameter in network.parameters()):
-            network.to_empty(device="cpu")
-        for name, value in network.double().state_dict().items():
-            if value.dim() > 1:
-                bound = (3 / value[0].numel()) ** 0.5
-                value.uniform_(-bound, bound)
-            elif name.endswith(("running_var", "norm.weight")):
-                value.uniform_(0.5, 1.5)
-            elif value.is_floating_point():
-                value.normal_(std=0.2)
-        return network
-
-    return fill
 
 
 def write_scene(root: Path, image_id: str, seed: int, is_upright: bool) -> None:

@@ -208,10 +208,9 @@ def best_boxes(scores: Tensor, boxes: Tensor, size: Size) -> Tensor:
     """
     best = scores[:, :-1].argmax(dim=1)
     chosen = boxes[torch.arange(len(boxes), device=boxes.device), best]
-    chosen = chosen[chosen.isfinite().all(dim=1)]
-    height, width = size
-    chosen = torch.minimum(chosen.clamp(min=0), chosen.new_tensor([width, height] * 2))
-    return chosen[(chosen[:, 2:] > chosen[:, :2]).all(dim=1)]
+    regions = Boxes(chosen[chosen.isfinite().all(dim=1)])
+    regions.clip(size)
+    return regions.tensor[regions.nonempty()]
 
 
 def original_image(entry: dict, image_format: str) -> np.ndarray:

@@ -131,10 +131,7 @@ NOWHERE = ["--voc-root", "nowhere", "--train-set", "a", "--test-set", "b"]
         (["--coco-json", "{voc}", "b.json", "--image-root", "{voc}"], "b.json does not exist"),
         (["--coco-json", "{voc}", "{voc}", "--image-root", "gone"], "gone does not exist"),
         (["--coco-json", "{voc}", "{voc}", "--image-root", "{voc}"], "is a folder; give the path"),
-        (
-            ["--coco-json", "{json}", "{json}", "--image-root", "{voc}"],
-            "none of the first 2",
-        ),
+        (["--coco-json", "{json}", "{json}", "--image-root", "{voc}"], "none of the first 2"),
         (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER 0: give at least 1"),
     ],
 )

@@ -23,6 +23,7 @@ from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.sampling import BatchPlan
 from resnet_backbone.detection.engine.step import TrainStep
 from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.detection.modeling import losses_of
 from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.runtime.averages import moving_average
 from resnet_backbone.runtime.errors import TrainingDiverged
@@ -98,8 +99,7 @@ def test_parts_give_the_gradients_of_the_whole_batch(gradients, make_images, acc
     images, model = make_images(*[(64, 96)] * 4), gradients.model
     found, means = gradients(images, accumulate)
     model.zero_grad()
-    with EventStorage():
-        losses = model(images)  # by hand: forward, sum, backward
+    losses = losses_of(model, images)  # by hand: forward, sum, backward
     sum(losses.values()).backward()
     for name, loss in losses.items():
         assert means[name] == pytest.approx(loss.item(), rel=1e-5)
