@@ -1,4 +1,4 @@
-"""VOC evaluation in Detectron2, with results per class."""
+"""Evaluators of boxes: their base class, and VOC's with results per class."""
 
 from __future__ import annotations
 
