@@ -28,7 +28,7 @@ def meta_state(name: str, *args, **options) -> dict[str, Tensor]:
     return without_counters(on_meta(build_model, name, *args, **options).state_dict())
 
 
-def randomise(network: nn.Module) -> nn.Module:
+def randomize(network: nn.Module) -> nn.Module:
     """Fresh values that keep signals near 1; norms, frozen ones too, are not the identity."""
     for module in network.modules():
         has_statistics = getattr(module, "running_var", None) is not None
@@ -57,7 +57,7 @@ def random_checkpoint(name, convention="torchvision", num_classes=10, **options)
     else:
         preprocessing = replace(preprocessing, stride_in_1x1=None)
     spec = ModelSpec(name, num_classes, options)
-    state = without_counters(randomise(spec.build()).state_dict())
+    state = without_counters(randomize(spec.build()).state_dict())
     tensors = {key: value.detach().contiguous() for key, value in state.items()}
     return Checkpoint(tensors, spec, preprocessing)
 
@@ -67,7 +67,7 @@ def network(name="cifar_resnet8", seed=0, **options) -> StagedNetwork:
     if name.startswith("vgg"):  # its classifier is large and has no convolutions
         options = {"out_features": ("conv5",), **options}
         options.pop("num_classes", None)
-    return randomise(build_model(name, **options))
+    return randomize(build_model(name, **options))
 
 
 @torch.no_grad()

@@ -43,16 +43,12 @@ from tqdm import tqdm
 from resnet_backbone.cli import CommandParser
 from resnet_backbone.detection.checkpoint.files import find_weights
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
-from resnet_backbone.detection.config import (
-    DEFAULTS,
-    UsageError,
-    read_switches,
-    take_back_overrides,
-)
+from resnet_backbone.detection.config import DEFAULTS, UsageError, take_back_overrides
 from resnet_backbone.detection.data.arguments import add_data_arguments, set_up_data
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.evaluation import data_digest
 from resnet_backbone.detection.inference import predictor
+from resnet_backbone.detection.inference.detector import read_switches
 from resnet_backbone.report.detection_table import improvements_section, read_row
 from resnet_backbone.report.runs import by_class
 from resnet_backbone.report.table import markdown

@@ -57,7 +57,7 @@ import os
 import sys
 
 from resnet_backbone.cli import CommandParser
-from resnet_backbone.detection.config import CfgNode, take_back_overrides
+from resnet_backbone.detection.config import CfgNode, saved_values, take_back_overrides
 from resnet_backbone.detection.data.arguments import add_data_arguments
 from resnet_backbone.detection.engine import setup
 from resnet_backbone.detection.engine.results import (
@@ -116,7 +116,7 @@ def train(cfg: CfgNode, resume: bool) -> None:
     facts = {"evaluation_error": trainer.failure} if trainer.failure else {}
     facts |= dict(iterations=trainer.iter, ended_early=evaluation.has_ended, best=evaluation.best)
     facts["accumulate"] = cfg.RESNET_BACKBONE.ACCUMULATE
-    facts["config_sha256"] = setup.config_digest(setup.run_keys(cfg))
+    facts["config_sha256"] = setup.config_digest(saved_values(cfg))
     setup.write_results(trainer.cfg, trainer.results, evaluation.speed, **facts)
     if trainer.failure:
         raise EvaluationFailed(

@@ -20,10 +20,7 @@ from resnet_backbone.detection.modeling.heads import (
     VGGBoxHead,
     with_global_context,
 )
-from resnet_backbone.detection.modeling.localization import (
-    ClassProposalNetwork,
-    LocalizationRCNN,
-)
+from resnet_backbone.detection.modeling.localization import ClassProposalNetwork, LocalizationRCNN
 
 
 def setup_environment() -> None:

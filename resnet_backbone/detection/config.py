@@ -10,21 +10,19 @@ import difflib
 import importlib
 import logging
 import operator
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
-from yaml import Node, SafeLoader, YAMLError
+from yaml import Node, SafeLoader, YAMLError, safe_load
 
-from resnet_backbone.fast.engines import check_engine
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import find_config
 
@@ -98,12 +96,6 @@ DEFAULTS = CfgNode(
     }
 )
 
-CHOICES = {
-    "NMS": ("hard", "agnostic", "linear", "gaussian"),
-    "PRECISION": ("float32", "bfloat16", "float16", "int8"),
-}
-KEY = "RESNET_BACKBONE.TEST"
-
 DEEPLAB_BACKBONE = "build_paper_resnet_deeplab_backbone"
 DEEPLAB_HEADS = ("DeepLabV3Head", "DeepLabV3PlusHead")
 
@@ -151,6 +143,11 @@ def flat_config(node: Mapping[str, Any]) -> dict[str, Any]:
     return {key.replace("/", "."): value for key, value in flatten_results_dict(node).items()}
 
 
+def saved_values(cfg: CfgNode) -> dict[str, Any]:
+    """Returns a config's values by dotted key, as in config.yaml."""
+    return flat_config(safe_load(cfg.dump()))
+
+
 def seed_of(cfg: CfgNode) -> int:
     """Returns ``SEED`` or, if it is negative, a random seed shared by all processes."""
     return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
@@ -164,75 +161,6 @@ def with_keys(cfg: CfgNode, *pairs) -> CfgNode:
     if cfg.is_frozen():
         copy.freeze()
     return copy
-
-
-class Switches(NamedTuple):
-    """The improvements of ``RESNET_BACKBONE.TEST.*``."""
-
-    refinement: bool = False  # box refinement
-    scales: tuple[int, ...] = ()  # short sides in pixels, ascending; empty: the test scale alone
-    flip: bool = False  # use the mirrored image too
-    nms: str = "hard"  # one of CHOICES["NMS"]
-    ensemble: tuple[str, ...] = ()  # run folders of further detectors
-
-
-def read_switches(cfg: CfgNode) -> Switches:
-    """Reads the switches; UsageError if they contradict each other or the kind of detector."""
-    node, dtype = backbone_node(cfg).TEST, read_precision(cfg)
-    try:
-        check_engine(node.ENGINE, dtype, torch.device(cfg.MODEL.DEVICE))
-    except ValueError as error:
-        raise UsageError(f"{KEY}.ENGINE: {error}") from error
-    if node.ENSEMBLE and node.ENGINE != "eager":
-        raise UsageError(f"{KEY}.ENSEMBLE: all members run in PyTorch: set {KEY}.ENGINE eager")
-    check_scales(cfg, node.SCALES)
-    scales, runs = tuple(sorted(node.SCALES)), tuple(node.ENSEMBLE)
-    switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, _choice(cfg, "NMS"), runs)
-    is_improved = switches != Switches()
-    if cfg.TEST.AUG.ENABLED and is_improved:
-        raise UsageError(
-            f"TEST.AUG.ENABLED (Detectron2's union of detections) excludes {KEY}.* (the paper's "
-            "improvements): turn one of them off"
-        )
-    has_regions = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
-    if (is_improved or cfg.TEST.AUG.ENABLED) and not has_regions:
-        raise UsageError(
-            f"{KEY}.* and TEST.AUG need GeneralizedRCNN, but "
-            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: turn them off"
-        )
-    return switches
-
-
-def read_precision(cfg: CfgNode) -> torch.dtype:
-    """Reads ``RESNET_BACKBONE.TEST.PRECISION``; UsageError if other settings rule it out."""
-    name, pooler = _choice(cfg, "PRECISION"), cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
-    node, on_cpu = backbone_node(cfg).TEST, torch.device(cfg.MODEL.DEVICE).type == "cpu"
-    if name != "float32" and pooler == "ROIPool" and on_cpu and node.ENGINE == "eager":
-        hint = "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool supports only float32 on CPUs"
-        raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
-    if (name == "int8") != bool(node.CALIBRATION):
-        hint = "int8 and CALIBRATION, a folder of images, need each other"
-        raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
-    if node.CALIBRATION and not os.path.isdir(node.CALIBRATION):
-        raise UsageError(f"{KEY}.CALIBRATION {node.CALIBRATION}: no such folder")
-    return getattr(torch, name)
-
-
-def _choice(cfg: CfgNode, key: str) -> str:
-    value = backbone_node(cfg).TEST[key]
-    if value not in CHOICES[key]:
-        raise UsageError(f"{KEY}.{key} {value!r} is not one of {', '.join(CHOICES[key])}")
-    return value
-
-
-def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:
-    """Raises UsageError for invalid scales or a detector without a test scale."""
-    whole = all(isinstance(scale, int) and scale > 0 for scale in scales)
-    if not whole or len(set(scales)) < len(scales):
-        hint = "give short sides in whole pixels, each once, such as [200, 400, 600, 800, 1000]"
-        raise UsageError(f"{KEY}.SCALES {list(scales)}: {hint}")
-    if scales and cfg.INPUT.MIN_SIZE_TEST <= 0:
-        raise UsageError(f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST above 0, the proposals' scale")
 
 
 def load_config(config_file: str, overrides: Sequence[str]) -> CfgNode:

@@ -15,7 +15,7 @@ import numpy as np
 from resnet_backbone.detection.config import take_back_overrides
 from resnet_backbone.detection.data.arguments import MetadataCatalog, add_data_arguments
 from resnet_backbone.detection.data.coco import scan_coco
-from resnet_backbone.detection.data.formats.coco import clean_coco, number_from_one
+from resnet_backbone.detection.data.formats.coco import clean_coco
 from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation import voc_ap
 from resnet_backbone.detection.evaluation.coco import RESULT_FILE, score_coco
@@ -165,8 +165,13 @@ def _coco_ap50(rows: Sequence[Mapping[str, Any]], truth: Truth) -> float:
     images = {image["image_id"]: image for image in truth.images}
     annotations = {number: image["annotations"] for number, image in images.items()}
     dataset = clean_coco(dict(enumerate(truth.classes)), images, annotations)
-    ids = {"image_id": number_from_one(images), "category_id": number_from_one(truth.category_ids)}
-    results = [{**row, **{key: found[row[key]] for key, found in ids.items()}} for row in rows]
+    places = [
+        {one: n for n, one in enumerate(ids, start=1)} for ids in (images, truth.category_ids)
+    ]
+    results = [
+        row | {"image_id": places[0][row["image_id"]], "category_id": places[1][row["category_id"]]}
+        for row in rows
+    ]
     return 100 * score_coco(dataset, results)[0]["AP50"]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from drawn_networks import randomise
+from drawn_networks import randomize
 
 from resnet_backbone import build_model
 from resnet_backbone.weights import get_preprocessing, save_weights
@@ -28,7 +28,7 @@ def weights_file(tmp_path_factory):
                 options["stride_in_1x1"] = found.stride_in_1x1
             if name.startswith("vgg"):
                 options["out_features"] = ("pool5",)  # the head is large
-            network = randomise(build_model(name, **options))
+            network = randomize(build_model(name, **options))
             path = folder / f"{len(made)}_{name}.safetensors"
             save_weights(network, path, found)
             made[key] = path, network

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision
-from drawn_networks import assert_close, randomise
+from drawn_networks import assert_close, randomize
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
@@ -152,7 +152,7 @@ def test_levels_come_in_any_order(order):
 def test_optimized_faster_rcnn(photo, engine):
     if problem := why_not(engine, torch.bfloat16):
         pytest.skip(problem)
-    model = randomise(detector(FasterRCNN, "resnet18", None))
+    model = randomize(detector(FasterRCNN, "resnet18", None))
     fast = optimize_for_inference(model, dtype=torch.bfloat16, engine=engine)
     assert type(fast) is FasterRCNN and isinstance(fast.backbone, InferenceNetwork)
     assert fast.roi_heads.box_head.fc6.weight.dtype == torch.bfloat16
@@ -166,7 +166,7 @@ def test_optimized_faster_rcnn(photo, engine):
 
 
 def test_optimized_deeplab(photo):
-    model = randomise(deeplabv3("resnet18", 4))
+    model = randomize(deeplabv3("resnet18", 4))
     fast = optimize_for_inference(model, dtype=torch.bfloat16, engine="eager")
     assert type(fast) is DeepLabV3 and isinstance(fast.backbone, InferenceNetwork)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def torchvision_file(name, body, path):
 
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
 def test_fpn_maps_equal_torchvisions(name, tmp_path, photo):
-    theirs = randomise(resnet_fpn_backbone(backbone_name=name, weights=None))
+    theirs = randomize(resnet_fpn_backbone(backbone_name=name, weights=None))
     path = torchvision_file(name, theirs.body, tmp_path / "weights.safetensors")
     backbone, _ = fpn_backbone(name, path, "torchvision")
     backbone.eval().fpn.load_state_dict(theirs.fpn.state_dict())
@@ -209,7 +209,7 @@ def test_freeze_at_is_five_minus_trainable_layers(freeze_at, weights_file):
 def test_deeplab_equals_torchvisions_but_for_the_first_dilated_blocks(tmp_path, photo, photo_bytes):
     """torchvision's keep the dilation of the stage before, ours have their stage's own."""
     theirs = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=5, aux_loss=True)
-    randomise(theirs)
+    randomize(theirs)
     path = torchvision_file("resnet50", theirs.backbone, tmp_path / "weights.safetensors")
     ours = deeplabv3("resnet50", 5, path, "torchvision", output_stride=8, aux_loss=True).eval()
     ours.classifier.load_state_dict(theirs.classifier.state_dict())

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from drawn_networks import randomise
+from drawn_networks import randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -33,7 +33,7 @@ def inputs(count=12, size=9, seed=0):
 def small(seed=0):
     """A residual network of float64 whose batch norms are far from the identity."""
     torch.manual_seed(seed)
-    return randomise(build_model("cifar_resnet8", shortcut="B")).double().train()
+    return randomize(build_model("cifar_resnet8", shortcut="B")).double().train()
 
 
 def batch_norms(model):

@@ -92,7 +92,7 @@ def test_a_step_is_plain_sgd():
 
 
 def test_micro_batches_share_the_gradient_and_have_their_own_statistics():
-    """Without BN, micro-batches change nothing; with BN, each is normalised by itself."""
+    """Without BN, micro-batches change nothing; with BN, each is normalized by itself."""
     images, labels = batch(8)
     whole = make(build_model("cifar_resnet8", norm=""), rate=0.01)
     parts = make(copy.deepcopy(whole.model), rate=0.01, micro_batch=2)

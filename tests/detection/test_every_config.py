@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("detectron2")
-
 from resnet_backbone.detection.checkpoint.files import refuse_other_input
 from resnet_backbone.detection.checkpoint.input_check import config_input
 from resnet_backbone.detection.config import load_config

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("detectron2")
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 

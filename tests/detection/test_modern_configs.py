@@ -4,11 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("detectron2")
-
 import detectron2
+import pytest
 from detectron2.config import get_cfg
 
 from resnet_backbone.detection.config import flat_config, load_config

@@ -6,14 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as mask_util
-
-pytest.importorskip("detectron2")
-
-import torch
-from detectron2.structures import Boxes, Instances
 
 from resnet_backbone.detection.inference.pictures import class_color, draw_output
 from resnet_backbone.detection.inference.predictor import describe_output

@@ -1,4 +1,4 @@
-"""Detectron2's own trainers, predictor, checkpointer and LazyConfig, with our backbones."""
+"""Detectron2's own trainers, predictor, checkpointer and configs, with our backbones."""
 
 import os
 import runpy
@@ -6,13 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import detectron2
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
-import detectron2
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
@@ -20,11 +17,15 @@ from detectron2.engine import DefaultPredictor, DefaultTrainer, SimpleTrainer
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.structures import PolygonMasks
 from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
-from resnet_backbone.detection import PaperResNet
+from resnet_backbone.detection import PaperResNet, build_detector
+from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.data import register_voc
+from resnet_backbone.detection.modeling import losses_of
+from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights import WeightsError
 
 NAMES = {"train": "upstream_train", "test": "upstream_test"}
@@ -139,8 +140,9 @@ def test_env_module(tmp_path):
 # The LazyConfig file: the YAML file's detector, optimizer and schedule
 
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "detection" / "voc"
-LAZY, YAML = str(CONFIGS / "faster_rcnn_R_50_FPN_lazy.py"), "voc/faster_rcnn_R_50_FPN.yaml"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+LAZY = str(CONFIGS / "detection/voc/faster_rcnn_R_50_FPN_lazy.py")
+YAML = "voc/faster_rcnn_R_50_FPN.yaml"
 TINY = """model.backbone.bottom_up.depth=18 model.backbone.bottom_up.norm=BN
 model.backbone.bottom_up.freeze_at=0 model.backbone.out_channels=16
 model.roi_heads.box_head.fc_dims=[8,16] model.roi_heads.num_classes=2
@@ -243,3 +245,72 @@ def test_detectron2s_lazy_trainer(tiny, tmp_path):
     runpy.run_path(str(path))["do_train"](type("Arguments", (), {"resume": False}), tiny)
     assert (tmp_path / "model_final.pth").is_file()
     assert '"bbox/AP50"' in (tmp_path / "metrics.json").read_text()
+
+
+# Detectron2's own config files with our backbone, and its baselines that are LazyConfigs alone
+
+
+# the form of Detectron2's Base-RetinaNet.yaml
+RETINANET = """
+MODEL:
+  META_ARCHITECTURE: "RetinaNet"
+  BACKBONE:
+    NAME: "build_retinanet_resnet_fpn_backbone"
+  RESNETS:
+    OUT_FEATURES: ["res3", "res4", "res5"]
+  FPN:
+    IN_FEATURES: ["res3", "res4", "res5"]
+  ANCHOR_GENERATOR:
+    SIZES: !!python/object/apply:eval ["{formula}"]
+"""
+OURS = ["MODEL.BACKBONE.NAME", "build_paper_resnet_p6p7_backbone", "MODEL.WEIGHTS", ""]
+FORMULA = "[[x, x * 2**(1.0/3), x * 2**(2.0/3) ] for x in [32, 64, 128, 256, 512 ]]"
+
+
+def write_retinanet(tmp_path, formula):
+    path = tmp_path / "Base-RetinaNet.yaml"
+    path.write_text(RETINANET.replace("{formula}", formula))
+    return str(path)
+
+
+def test_retinanet_of_the_zoo_with_our_backbone(tmp_path):
+    cfg = load_config(write_retinanet(tmp_path, FORMULA), [*OURS, "MODEL.DEVICE", "cpu"])
+    assert eval(FORMULA) == cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    model = build_detector(cfg)
+    assert model.anchor_generator.num_anchors == [9] * 5
+    assert type(model.backbone.bottom_up).__name__ == "PaperResNet"
+
+
+@pytest.mark.parametrize(
+    "formula",
+    ["__import__('os').getcwd()", "9**9**9**9", "[x for x in 3]", "(1).real", "y", "1 +", "[1/0]"],
+)
+def test_formulas_are_not_executed(tmp_path, formula):
+    with pytest.raises(UsageError, match="is no formula of numbers and lists"):
+        load_config(write_retinanet(tmp_path, formula), [])
+
+
+BASELINES = {
+    "detection/coco/fcos_R_50_FPN_lazy.py": {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"},
+    "segmentation/coco/mask_rcnn_R_50_FPN_LSJ_lazy.py": {
+        *("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_that_are_lazy_configs_start(name, images):
+    config = LazyConfig.load(str(CONFIGS / name))
+    assert set(config) == {"model", "dataloader", "optimizer", "lr_multiplier", "train"}
+    keys = [f"model.backbone.bottom_up.{word}" for word in ("depth=18", "norm=BN")]
+    keys += ["model.backbone.norm=BN"] if "LSJ" in name else []
+    model = instantiate(LazyConfig.apply_overrides(config, keys).model)
+    for given in images:
+        boxes = given["instances"].gt_boxes.tensor.tolist()
+        outlines = [[[x, y, x1, y, x1, y1, x, y1]] for x, y, x1, y1 in boxes]
+        given["instances"].gt_masks = PolygonMasks(outlines)
+    losses = losses_of(model, images)
+    assert set(losses) == BASELINES[name] and all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    schedule = instantiate(config.lr_multiplier)
+    assert schedule(0.5) == pytest.approx(1) and schedule(0.999) == pytest.approx(0.01)

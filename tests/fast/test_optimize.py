@@ -95,7 +95,7 @@ def test_optimized_then_moved_to_another_precision(first, dtype, bound):
 
 @pytest.mark.parametrize("convention", ["msra", "torchvision"])
 def test_optimized_network_with_its_preprocessing(convention):
-    """Pixels are normalised in float32; the network alone is in bfloat16."""
+    """Pixels are normalized in float32; the network alone is in bfloat16."""
     model = NormalizedNetwork(network("resnet18", num_classes=5), get_preprocessing(convention))
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     expected = unfolded(model.eval(), pixels)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from drawn_networks import assert_close, randomise
+from drawn_networks import assert_close, randomize
 from torchvision.ops import roi_align
 
 from resnet_backbone.fast import InferenceNetwork, fold_bn, fold_each_call
@@ -16,7 +16,7 @@ from resnet_backbone.models.resnet import resnet_stage
 def folding_stage(**options):
     """A stage of 64 -> 128 channels with random norms."""
     torch.manual_seed(0)
-    return fold_each_call(randomise(resnet_stage(50, 3, in_channels=64, **options)[0]).train())
+    return fold_each_call(randomize(resnet_stage(50, 3, in_channels=64, **options)[0]).train())
 
 
 def outputs_and_gradients(function, x, module=None):

@@ -1,7 +1,7 @@
 """What the parity tests share."""
 
 import torch
-from drawn_networks import randomise
+from drawn_networks import randomize
 
 TOLERANCE = dict(rtol=1e-10, atol=1e-12)  # of the float64 comparisons
 
@@ -9,7 +9,7 @@ TOLERANCE = dict(rtol=1e-10, atol=1e-12)  # of the float64 comparisons
 def draw(network):
     """Gives a network without values (on meta) float64 ones, drawn from a fixed seed."""
     torch.manual_seed(0)
-    return randomise(network.double().to_empty(device="cpu")).train()
+    return randomize(network.double().to_empty(device="cpu")).train()
 
 
 def adopt(network, state):

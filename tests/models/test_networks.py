@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 import pytest
 import torch
 import torchvision
-from drawn_networks import on_meta, randomise
+from drawn_networks import on_meta, randomize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -189,7 +189,7 @@ def test_freeze(name, freeze_at):
 @pytest.mark.parametrize("norm", ["BN", "SyncBN"])
 def test_freezing_keeps_the_function(norm):
     torch.manual_seed(0)
-    model = randomise(build_model("resnet18", out_features=["res3"], norm=norm).double())
+    model = randomize(build_model("resnet18", out_features=["res3"], norm=norm).double())
     images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     expected = model(images)["res3"]
     assert model.freeze(5) is model

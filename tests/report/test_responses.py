@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from drawn_networks import randomise
+from drawn_networks import randomize
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ from resnet_backbone.weights import Preprocessing
 @pytest.fixture
 def network():
     torch.manual_seed(0)
-    return lambda name, **options: randomise(build_model(name, **options)).double()
+    return lambda name, **options: randomize(build_model(name, **options)).double()
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def weights(tmp_path):
     def write(name="cifar_resnet8", file="w.safetensors"):
         torch.manual_seed(2)
         spec = NetworkSpec(name, 10)
-        model = randomise(spec.build())
+        model = randomize(spec.build())
         expected = Preprocessing("BGR", 255.0, (100.0, 110.0, 120.0), (50.0, 51.0, 52.0))
         save_network(tmp_path / file, model, spec, describe(model, expected))
         return tmp_path / file, model

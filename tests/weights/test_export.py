@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
-from drawn_networks import random_checkpoint, randomise
+from drawn_networks import random_checkpoint, randomize
 from libraries import LIBRARIES, assert_close, detectron2_resnet
 from PIL import Image
 
@@ -120,7 +120,7 @@ def loaded_logits(format, exported, images):
 def check_all_ways(name, source, tmp_path, images):
     """From a random network of one library through ours into every other one."""
     torch.manual_seed(0)
-    network = randomise(LIBRARIES[source](name, False))
+    network = randomize(LIBRARIES[source](name, False))
     torch.save({"state_dict": network.state_dict()}, tmp_path / "source.pth")
     checkpoint = with_test_size(read_checkpoint(tmp_path / "source.pth", "torchvision"))
     with torch.inference_mode():

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from drawn_networks import meta_state, on_meta, randomise
+from drawn_networks import meta_state, on_meta, randomize
 from libraries import BOTTLENECKS, CLASSES, LIBRARIES, assert_close, assert_same, detectron2_resnet
 from torch import nn
 
@@ -57,7 +57,7 @@ def test_both_ways(library, name, stride):
         ours = spec.build()
     if name.startswith("vgg"):
         narrow(library, theirs, ours)
-    randomise(theirs.to_empty(device="cpu"))
+    randomize(theirs.to_empty(device="cpu"))
     ours.to_empty(device="cpu").eval()
     layout, images = LAYOUTS[library], torch.randn(1, 3, 64, 64)
     state = {key: value.clone() for key, value in theirs.state_dict().items()}
@@ -107,7 +107,7 @@ def test_nothing_is_copied_or_changed():
 def test_vgg_biases_are_not_changed_in_place(batch_norm):
     name = "vgg11_bn" if batch_norm else "vgg11"
     model = on_meta(torchvision.models.get_model, name).features
-    state = randomise(model.to_empty(device="cpu")).state_dict(prefix="features.")
+    state = randomize(model.to_empty(device="cpu")).state_dict(prefix="features.")
     before = {key: value.clone() for key, value in state.items()}
     for library in ("torchvision", "timm"):
         tensors = LAYOUTS[library].to_ours(state)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn_networks import meta_state, on_meta, randomise
+from drawn_networks import meta_state, on_meta, randomize
 from libraries import assert_same, detectron2_resnet
 
 detectron2 = pytest.importorskip("detectron2")
@@ -120,7 +120,7 @@ OTHER_SPELLING = {
 def random_tensors(name, norm="BN"):
     """A classifier's tensors with norms that are not the identity."""
     torch.manual_seed(0)
-    return without_counters(randomise(build_model(name, 7, norm=norm)).state_dict())
+    return without_counters(randomize(build_model(name, 7, norm=norm)).state_dict())
 
 
 def blobs_of(tensors, name, norm="BN"):

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from drawn_networks import randomise
+from drawn_networks import randomize
 from safetensors.torch import save_file
 from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
@@ -35,7 +35,7 @@ V1 = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
 def resnet18():
     """Torchvision's, with three classes and statistics that matter."""
     torch.manual_seed(0)
-    return randomise(torchvision.models.resnet18(num_classes=3))
+    return randomize(torchvision.models.resnet18(num_classes=3))
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from resnet_backbone.cli.benchmark import turns
 from resnet_backbone.cli.benchmark.pyramid import BF16, Pass, candidates, config
 from resnet_backbone.detection import modeling
 from resnet_backbone.detection.checkpoint.input_check import networks
-from resnet_backbone.detection.engine.trainer import TolerantMapper, Trainer
+from resnet_backbone.detection.data.mapper import TolerantMapper
+from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.fast.engines import relative_difference
 
 CALIBRATION = 16  # regions

@@ -1,16 +1,8 @@
 """Detection data sets in VOC layout and COCO JSON: scanning, checking and registration."""
 
-from resnet_backbone.detection.data.coco import (
-    register_coco,
-    scan_coco,
-)
+from resnet_backbone.detection.data.coco import register_coco, scan_coco
 from resnet_backbone.detection.data.problems import DataProblem, DataReport, apply_policy
-from resnet_backbone.detection.data.voc import (
-    VOC_CLASSES,
-    find_voc_classes,
-    register_voc,
-    scan_voc,
-)
+from resnet_backbone.detection.data.voc import VOC_CLASSES, find_voc_classes, register_voc, scan_voc
 
 __all__ = [
     "VOC_CLASSES",

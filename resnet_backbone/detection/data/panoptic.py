@@ -17,12 +17,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
-from resnet_backbone.detection.data.formats.coco import (
-    CocoFile,
-    absent_keys,
-    read_coco,
-    read_json,
-)
+from resnet_backbone.detection.data.formats.coco import CocoFile, absent_keys, read_coco, read_json
 from resnet_backbone.detection.data.problems import reads_file, unusable
 from resnet_backbone.runtime.errors import DataError
 

@@ -189,12 +189,10 @@ def read_image_size(path: str, decode: bool = False) -> tuple[int, int]:
             size = image.size[::-1] if _swaps_sides(image) else image.size
         if is_plain and not decode:
             return size
-        height, width, _ = read_rgb(path).shape  # as training and evaluation do
+        height, width, _ = read_image(path, "RGB").shape  # as training and evaluation do
         return width, height
     except OSError:
         raise
-    except BadImage as error:
-        raise OSError(error.reason) from error
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         raise OSError(f"{type(error).__name__}: {error}") from error
 

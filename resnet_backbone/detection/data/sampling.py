@@ -15,36 +15,25 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_train_loader,  # noqa: F401  for comparisons
 )
-from detectron2.data import transforms as T
 from detectron2.data.build import load_proposals_into_dataset, print_instances_class_histogram
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader
 
 from resnet_backbone.detection.config import UsageError
-from resnet_backbone.detection.data.arguments import detects_objects, usable_records
+from resnet_backbone.detection.data.arguments import usable_records
+from resnet_backbone.detection.data.mapper import AugmentedImages, Sample
 from resnet_backbone.detection.data.records import Records
 from resnet_backbone.detection.data.scans import dataset_records
-from resnet_backbone.runtime.processes import (
-    AUGMENTATION,
-    ORDER,
-    REPLACEMENT,
-    SUBSET,
-    available_cores,
-    make_rng,
-    seed_everything,
-)
+from resnet_backbone.runtime.processes import ORDER, SUBSET, available_cores, make_rng
 from resnet_backbone.runtime.signals import ignore_interrupts
 
 logger = logging.getLogger(__name__)
 
-MAX_REPLACEMENTS = 20  # maximum number of consecutive unreadable images that are replaced
 # Detectron2's samplers with repetition
 REPEATING = tuple(
     f"{kind}TrainingSampler" for kind in ("RepeatFactor", "Weighted", "WeightedCategory")
 )
-Sample = tuple[int, int]  # position in the stream, index of the image
 
 
 @dataclass(frozen=True)
@@ -132,31 +121,6 @@ class BatchPlan:
                 yield part
 
 
-class AugmentedImages(Dataset):
-    """Mapped images by :data:`Sample`, with random numbers that depend only on its position.
-
-    If the mapper returns None, the image is replaced by another one, always the same for a
-    position. OSError: too many images in a row cannot be read.
-    """
-
-    def __init__(self, images: Sequence[dict], mapper: Callable[[dict], Any], seed: int):
-        self.images, self.mapper, self.seed = images, mapper, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, sample: Sample) -> Any:
-        place, index = sample
-        others = make_rng(REPLACEMENT, self.seed, place)
-        for _ in range(MAX_REPLACEMENTS):
-            seed_everything(AUGMENTATION, self.seed, place)
-            mapped = self.mapper(self.images[index])
-            if mapped is not None:
-                return mapped
-            index = int(others.integers(len(self.images)))
-        raise OSError(f"{MAX_REPLACEMENTS} training images in a row cannot be read; see the log")
-
-
 @dataclass
 class TrainingLoader:
     """An endless iterable over this process's parts of batches: lists of mapped images.
@@ -226,28 +190,6 @@ def build_loader(cfg: CfgNode, mapper: Callable[[dict], Any], seed: int) -> Trai
     dataset = AugmentedImages(images, mapper, seed)
     stream = ImageStream(seed, indices, factors)
     return TrainingLoader(dataset, stream, plan, wide, cfg.DATALOADER.NUM_WORKERS)
-
-
-def mapper_options(cfg: CfgNode) -> dict:
-    """Returns arguments of the training ``DatasetMapper`` that differ from Detectron2's default.
-
-    With ``INPUT.CROP.ENABLED``, localization crops after resizing, as in training a classifier.
-    Purely semantic models do too, like Detectron2's DeepLab. They also pad smaller images to the
-    crop size, which their pooling requires.
-    """
-    crop, ignore = cfg.INPUT.CROP, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
-    if crop.ENABLED and cfg.MODEL.META_ARCHITECTURE == "ClassProposalNetwork":
-        cropping = T.RandomCrop(crop.TYPE, crop.SIZE)
-        return {"augmentations": [*build_augmentation(cfg, is_train=True), cropping]}
-    if detects_objects(cfg) or not crop.ENABLED:
-        return {}
-    largest_share = crop.get("SINGLE_CATEGORY_MAX_AREA", 1.0)
-    cropping = T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, largest_share, ignore)
-    resizing, *flipping = build_augmentation(cfg, is_train=True)
-    augmentations = [resizing, cropping, *flipping]
-    if crop.TYPE == "absolute":
-        augmentations.append(T.FixedSizeCrop(tuple(crop.SIZE), pad=True, seg_pad_value=ignore))
-    return {"augmentations": augmentations}
 
 
 def training_records(cfg: CfgNode, name: str) -> Records:

@@ -69,14 +69,14 @@ class ScannedDataset:
 
     def __init__(self, scan: Scan, on_bad: str, key: Mapping, select: Select | None = None):
         self._scan, self._on_bad, self._select = scan, on_bad, select
-        self._file = KeptScan(key)
+        self.file = KeptScan(key)
         self._found: Scanned | None = None
         self._has_looked = self._is_accepted = False
 
     def kept(self) -> Scanned | None:
         """Returns the scan of an earlier start if nothing has changed since, else None."""
         if not self._has_looked:
-            self._found, self._has_looked = self._file.read(), True
+            self._found, self._has_looked = self.file.read(), True
         return self._found
 
     def scan(self) -> Scanned:
@@ -93,15 +93,10 @@ class ScannedDataset:
             with reading(report.name):
                 records = Records.pack(records)
         if report.num_images >= KEPT_FROM or comm.get_world_size() > 1:
-            self._file.write(records, report)
-            with _trusting({self._file.digest}):  # processes share the file's pages
-                records = (self._file.read() or (records,))[0]
+            self.file.write(records, report)
+            with _trusting({self.file.digest}):  # processes share the file's pages
+                records = (self.file.read() or (records,))[0]
         return records, report
-
-    @property
-    def digest(self) -> str:
-        """Digest of the kept scan that was read or written; "" for none."""
-        return self._file.digest
 
     def records(self) -> Records:
         """Returns the records for a loader."""
@@ -120,7 +115,7 @@ class KeptScan:
     """
 
     def __init__(self, key: Mapping[str, Any]):
-        self.digest = ""
+        self.digest = ""  # of the scan that was read or written
         self.state = {"key": json.loads(json.dumps(key)), "code": code_digest()}
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         self.path = cache_folder() / f"{name}.scan"
@@ -254,7 +249,7 @@ def first_process_first() -> Iterator[dict[str, Any]]:
         comm.all_gather(error)
         raise
     found = (registered_scan(name) for name in DatasetCatalog.list())
-    comm.all_gather(shared | {"digests": [one.digest for one in found if one]})
+    comm.all_gather(shared | {"digests": [one.file.digest for one in found if one]})
 
 
 def register_once(name: str, dataset: ScannedDataset, metadata: Mapping[str, Any]) -> None:

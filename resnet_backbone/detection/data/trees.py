@@ -18,12 +18,7 @@ from tqdm.contrib.concurrent import process_map
 from resnet_backbone.detection.data.archives import COUNTS, Counts, archive_of, coco_image_folder
 from resnet_backbone.detection.data.coco import scan_coco
 from resnet_backbone.detection.data.formats.voc import IMAGE_SUFFIXES, list_splits, read_split
-from resnet_backbone.detection.data.problems import (
-    BOX_KINDS,
-    DataReport,
-    look_at_image,
-    read_image,
-)
+from resnet_backbone.detection.data.problems import BOX_KINDS, DataReport, look_at_image, read_image
 from resnet_backbone.detection.data.voc import VOC_CLASSES, find_voc_classes, scan_voc
 from resnet_backbone.detection.inference.pictures import (
     contact_sheet,

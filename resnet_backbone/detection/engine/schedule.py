@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import reduce
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
+from resnet_backbone.detection.checkpoint.input_check import read_key
 from resnet_backbone.detection.engine.results import check_expectations
 from resnet_backbone.detection.engine.writers import check_loggers
 from resnet_backbone.runtime.errors import UsageError
@@ -27,7 +27,7 @@ def check_training(cfg: CfgNode) -> None:
     check_expectations(cfg)
     check_loggers(cfg)
     for key, least in LEAST.items():
-        value = reduce(getattr, key.split("."), cfg)
+        value = read_key(cfg, key)
         if value < least:
             raise UsageError(f"{key} {value}: give at least {least}")
     decay = cfg.RESNET_BACKBONE.EMA_DECAY

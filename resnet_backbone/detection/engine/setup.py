@@ -23,7 +23,7 @@ from detectron2.utils.logger import setup_logger
 
 from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights, require_weights
-from resnet_backbone.detection.config import backbone_node, flat_config, load_configs, read_switches
+from resnet_backbone.detection.config import backbone_node, flat_config, load_configs, saved_values
 from resnet_backbone.detection.data.arguments import check_data_arguments, set_up_data
 from resnet_backbone.detection.data.sampling import BatchPlan, limit_workers
 from resnet_backbone.detection.engine.results import check_results, seed_folder
@@ -33,11 +33,8 @@ from resnet_backbone.detection.engine.schedule import (
     plan_schedule,
 )
 from resnet_backbone.detection.evaluation.operating import OPERATING_POINTS
-from resnet_backbone.detection.inference.predictor import (
-    Speed,
-    check_ensemble,
-    run_config,
-)
+from resnet_backbone.detection.inference.detector import read_switches
+from resnet_backbone.detection.inference.predictor import Speed, check_ensemble, run_config
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import find_config, write_json
 from resnet_backbone.runtime.launch import local_size
@@ -247,7 +244,7 @@ def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
     Keys unknown to the version that started the run are ignored. Runs of several seeds must share
     one config; in other runs, some keys cannot change on resume.
     """
-    before, after = _saved_config(cfg.OUTPUT_DIR), run_keys(cfg)
+    before, after = _saved_config(cfg.OUTPUT_DIR), saved_values(cfg)
     if not last or not before:
         return False
     common = [key for key in after if key in before and key not in PLACES]
@@ -266,14 +263,9 @@ def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
 
 
 def config_digest(content: dict[str, Any]) -> str:
-    """Returns a digest of :func:`run_keys` that is equal for configs of the same run."""
+    """Returns a digest of ``saved_values`` that is equal for configs of the same run."""
     kept = {key: value for key, value in content.items() if key not in PLACES}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def run_keys(cfg: CfgNode) -> dict[str, Any]:
-    """Returns a config's values by dotted key, as in config.yaml."""
-    return flat_config(yaml.safe_load(cfg.dump()))
 
 
 def _saved_config(folder: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import sys
@@ -13,13 +12,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.data import detection_utils as utils
-from detectron2.data.transforms import AugInput
+from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine.hooks import IterationTimer, LRScheduler
 from detectron2.engine.train_loop import TrainerBase
@@ -37,15 +33,9 @@ from torch import nn
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.checkpoint.files import find_last_checkpoint, find_weights
 from resnet_backbone.detection.checkpoint.input_check import with_weights_input
-from resnet_backbone.detection.config import (
-    backbone_node,
-    import_project,
-    read_switches,
-    seed_of,
-    with_keys,
-)
-from resnet_backbone.detection.data.problems import read_image
-from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader, mapper_options
+from resnet_backbone.detection.config import backbone_node, import_project, seed_of, with_keys
+from resnet_backbone.detection.data.mapper import TolerantMapper, mapper_options
+from resnet_backbone.detection.data.sampling import TrainingLoader, build_loader
 from resnet_backbone.detection.engine.hooks import (
     Checkpoints,
     Evaluation,
@@ -60,6 +50,7 @@ from resnet_backbone.detection.engine.step import TrainStep, exempt_slopes
 from resnet_backbone.detection.engine.writers import LOGGERS, MetricsFile
 from resnet_backbone.detection.evaluation import build_evaluator
 from resnet_backbone.detection.evaluation.operating import OperatingPoints
+from resnet_backbone.detection.inference.detector import read_switches
 from resnet_backbone.detection.inference.predictor import (
     Speed,
     Timed,
@@ -95,46 +86,6 @@ def watching(stop: StopRequest | None = None) -> Iterator[SimpleNamespace]:
         yield _watch.get()
     finally:
         _watch.reset(before)
-
-
-class TolerantMapper(DatasetMapper):
-    """:class:`DatasetMapper` with our decoder that returns None for an unreadable image.
-
-    The training loader then replaces the image. In evaluation an OSError names the file.
-    """
-
-    def __call__(self, dataset_dict: dict) -> dict | None:
-        try:
-            return self._map(copy.deepcopy(dataset_dict))
-        except Exception as error:
-            where = dataset_dict["file_name"]
-            if not self.is_train:
-                raise OSError(f"{where}: cannot be read ({error})") from error
-            logger.warning("%s: left out of training, cannot be read (%s)", where, error)
-            return None
-
-    def _map(self, record: dict) -> dict:
-        """Maps like :class:`DatasetMapper`, except for the decoder; modifies ``record``."""
-        image, labels = read_image(record["file_name"], self.image_format), None
-        utils.check_image_size(record, image)
-        if "sem_seg_file_name" in record:
-            labels = utils.read_image(record.pop("sem_seg_file_name"), "L").squeeze(2)
-        given = AugInput(image, sem_seg=labels)
-        transforms = self.augmentations(given)
-        shape = given.image.shape[:2]
-        pixels = np.ascontiguousarray(given.image.transpose(2, 0, 1))
-        record["image"] = torch.as_tensor(pixels)
-        if labels is not None:
-            record["sem_seg"] = torch.as_tensor(given.sem_seg.astype("long"))
-        if self.proposal_topk is not None:
-            options = dict(proposal_topk=self.proposal_topk)
-            utils.transform_proposals(record, shape, transforms, **options)
-        if not self.is_train:
-            objects = record.pop("annotations", ())
-            record["image_classes"] = sorted({one["category_id"] for one in objects})
-        elif "annotations" in record:
-            self._transform_annotations(record, transforms, shape)
-        return record
 
 
 class Trainer(DefaultTrainer):

@@ -11,14 +11,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any
 
-import yaml
 from detectron2.config import CfgNode
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from resnet_backbone.detection.config import flat_config
+from resnet_backbone.detection.config import saved_values
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import keep_rows, naming, write_text
 
@@ -140,7 +138,7 @@ class WandbWriter(LoggerWriter):
     name = "wandb"
 
     def start(self, cfg: CfgNode, title: str, known: str) -> str:
-        options = dict(id=known or None, resume="allow", config=_parameters(cfg))
+        options = dict(id=known or None, resume="allow", config=saved_values(cfg))
         self.run = self.package.init(dir=cfg.OUTPUT_DIR, name=title, **options)
         return self.run.id
 
@@ -159,7 +157,7 @@ class MLflowWriter(LoggerWriter):
 
     def start(self, cfg: CfgNode, title: str, known: str) -> str:
         run = self.package.start_run(run_id=known or None, run_name=title)
-        values = [] if known else [*_parameters(cfg).items()]  # parameters cannot change later
+        values = [] if known else [*saved_values(cfg).items()]  # parameters cannot change later
         for place in range(0, len(values), MOST_PARAMETERS):
             self.package.log_params(dict(values[place : place + MOST_PARAMETERS]))
         return run.info.run_id
@@ -185,7 +183,3 @@ def check_loggers(cfg: CfgNode) -> None:
             raise UsageError(f"{key} is not one of {', '.join(LOGGERS)}")
         if find_spec(name) is None:
             raise UsageError(f"{key} is not installed: pip install 'resnet_backbone[{name}]'")
-
-
-def _parameters(cfg: CfgNode) -> dict[str, Any]:
-    return flat_config(yaml.safe_load(cfg.dump()))

@@ -9,23 +9,18 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
-from detectron2.structures import BoxMode
-from detectron2.utils import comm
+from detectron2.data import DatasetCatalog
 from torchvision.ops import box_iou
 
+from resnet_backbone.detection.evaluation.voc import BoxEvaluator
 from resnet_backbone.detection.evaluation.voc_ap import average_precision
 from resnet_backbone.runtime.errors import DataError
-from resnet_backbone.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,52 +28,6 @@ TOLERANCE = 10.0  # pixels by which a box may be larger than a small object
 TOP = 5  # number of guessed classes
 IOU = 0.5
 TRUE_CLASS, TOP1, TOP5 = "true_class_error", "top1_error", "top5_error"
-
-
-class BoxEvaluator(DatasetEvaluator):
-    """Base class: collects detections of all processes, and reads the objects of a data set."""
-
-    def __init__(self, dataset_name: str, output_dir: str | None = None):
-        self.name, self.output_dir = dataset_name, output_dir
-        self.class_names = MetadataCatalog.get(dataset_name).thing_classes
-        self.reset()
-
-    def reset(self) -> None:
-        self.found: dict[Any, tuple[np.ndarray, ...]] = {}
-
-    def process(self, inputs, outputs) -> None:
-        for image, output in zip(inputs, outputs, strict=True):
-            instances = output["instances"].to("cpu")
-            self.found[image["image_id"]] = (
-                instances.pred_boxes.tensor.double().numpy(),
-                instances.scores.double().numpy(),
-                instances.pred_classes.numpy(),
-            )
-
-    def evaluate(self) -> OrderedDict | None:
-        """Returns the numbers on the main process, else None; all processes must call it."""
-        gathered = comm.gather(self.found, dst=0)
-        if not comm.is_main_process():
-            return None
-        found = {image: boxes for of_process in gathered for image, boxes in of_process.items()}
-        return self.score(found)
-
-    def score(self, found: Mapping[Any, tuple[np.ndarray, ...]]) -> OrderedDict:
-        raise NotImplementedError
-
-    def objects(self) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
-        """Yields record, boxes (M, 4) and classes (M,) of each image in the data set."""
-        for record in DatasetCatalog.get(self.name):
-            objects = [one for one in record["annotations"] if not one.get("iscrowd")]
-            convert = BoxMode.convert
-            boxes = [convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS) for one in objects]
-            classes = [one["category_id"] for one in objects]
-            yield record, np.array(boxes, float).reshape(-1, 4), np.array(classes, int)
-
-    def write(self, name: str, content: Any) -> None:
-        if self.output_dir:
-            os.makedirs(self.output_dir, exist_ok=True)
-            write_json(os.path.join(self.output_dir, name), content, indent=1)
 
 
 class DETEvaluator(BoxEvaluator):

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
 
-from resnet_backbone.detection.evaluation.imagenet import BoxEvaluator
-from resnet_backbone.detection.evaluation.voc import TO_VOC
+from resnet_backbone.detection.evaluation.voc import BoxEvaluator, voc_detections, voc_objects
 from resnet_backbone.detection.evaluation.voc_ap import (
     CURVE_IOU,
     first_on_each,
@@ -46,22 +44,11 @@ class OperatingPoints(BoxEvaluator):
         super().__init__(dataset_name, output_dir)
 
     def score(self, found: Mapping[Any, tuple[np.ndarray, ...]]) -> OrderedDict:
-        truth = []
-        for record in DatasetCatalog.get(self.name):
-            objects, mode = record.get("annotations", ()), BoxMode.XYXY_ABS
-            boxes = [BoxMode.convert(one["bbox"], one["bbox_mode"], mode) for one in objects]
-            difficult = [one.get("iscrowd") or one.get("difficult") or False for one in objects]
-            image = {"image_id": record["image_id"], "difficult": difficult}
-            image["boxes"] = np.array(boxes, float).reshape(-1, 4) + TO_VOC
-            truth.append({**image, "classes": [one["category_id"] for one in objects]})
-        detections = [
-            {"image_id": image, "boxes": boxes + TO_VOC, "scores": scores, "classes": classes}
-            for image, (boxes, scores, classes) in found.items()
-        ]
+        truth = voc_objects(DatasetCatalog.get(self.name))
         if not any(image["classes"] for image in truth):
             logger.warning("%s has no objects: no %s is written", self.name, OPERATING_POINTS)
             return OrderedDict()
-        tables = read_boxes(detections, truth, self.class_names)
+        tables = read_boxes(voc_detections(found), truth, self.class_names)
         content = operating_points(*tables, self.class_names)
         text = "%s: the largest mean F1 over classes is %.3f, at a score of %.3f"
         logger.info(text, self.name, content["F1"], content["threshold"])

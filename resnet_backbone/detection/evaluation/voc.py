@@ -1,4 +1,4 @@
-"""VOC evaluation in Detectron2, with results per class."""
+"""Evaluators of boxes: their base class, and VOC's with results per class."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -36,8 +36,83 @@ COLORS = ("#2e7d32", "#f9a825", "#ef6c00", "#616161", "#1565c0")  # one per kind
 TO_VOC = np.array([1.0, 1.0, 0.0, 0.0])
 """Added to Detectron2's continuous (x0, y0, x1, y1) to get VOC's 1-based inclusive pixels."""
 
+Found = Mapping[Any, tuple[np.ndarray, ...]]
+"""Image id -> detected boxes (N, 4), scores (N,) and classes (N,)."""
 
-class VOCEvaluator(DatasetEvaluator):
+
+class BoxEvaluator(DatasetEvaluator):
+    """Base class: collects detections of all processes, and reads the objects of a data set."""
+
+    def __init__(self, dataset_name: str, output_dir: str | None = None):
+        self.name, self.output_dir = dataset_name, output_dir
+        self.class_names = MetadataCatalog.get(dataset_name).thing_classes
+        self.reset()
+
+    def reset(self) -> None:
+        self.found: Found = {}
+
+    def process(self, inputs, outputs) -> None:
+        for image, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            self.found[image["image_id"]] = (
+                instances.pred_boxes.tensor.double().numpy(),
+                instances.scores.double().numpy(),
+                instances.pred_classes.numpy(),
+            )
+
+    def evaluate(self) -> OrderedDict | None:
+        """Returns the numbers on the main process, else None; all processes must call it."""
+        gathered = comm.gather(self.found, dst=0)
+        if not comm.is_main_process():
+            return None
+        found = {image: boxes for of_process in gathered for image, boxes in of_process.items()}
+        return self.score(found)
+
+    def score(self, found: Found) -> OrderedDict:
+        raise NotImplementedError
+
+    def objects(self) -> Iterator[tuple[dict, np.ndarray, np.ndarray]]:
+        """Yields record, boxes (M, 4) and classes (M,) of each image in the data set."""
+        for record in DatasetCatalog.get(self.name):
+            objects = [one for one in record["annotations"] if not one.get("iscrowd")]
+            yield record, boxes_of(objects), np.array([one["category_id"] for one in objects], int)
+
+    def write(self, name: str, content: Any) -> None:
+        if self.output_dir:
+            os.makedirs(self.output_dir, exist_ok=True)
+            write_json(os.path.join(self.output_dir, name), content, indent=1)
+
+
+def boxes_of(objects: Iterable[Mapping[str, Any]]) -> np.ndarray:
+    """Returns the boxes (M, 4) of Detectron2's annotations."""
+    boxes = [BoxMode.convert(one["bbox"], one["bbox_mode"], BoxMode.XYXY_ABS) for one in objects]
+    return np.array(boxes, float).reshape(-1, 4)
+
+
+def voc_objects(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Converts a loader's records to the ground truth of :func:`.voc_ap.evaluate_voc`.
+
+    Crowds are difficult objects.
+    """
+    truth = []
+    for record in records:
+        objects = record.get("annotations", ())
+        difficult = [one.get("iscrowd") or one.get("difficult") or False for one in objects]
+        image = {"image_id": record["image_id"], "boxes": boxes_of(objects) + TO_VOC}
+        image["classes"] = [one["category_id"] for one in objects]
+        truth.append({**image, "difficult": difficult})
+    return truth
+
+
+def voc_detections(found: Found) -> list[dict[str, Any]]:
+    """Converts detections to those of :func:`.voc_ap.evaluate_voc`."""
+    return [
+        {"image_id": image, "boxes": boxes + TO_VOC, "scores": scores, "classes": classes}
+        for image, (boxes, scores, classes) in found.items()
+    ]
+
+
+class VOCEvaluator(BoxEvaluator):
     """Average precision of a data set in VOC layout.
 
     On equal input the numbers agree with Detectron2's `PascalVOCDetectionEvaluator`. Unlike there,
@@ -61,61 +136,40 @@ class VOCEvaluator(DatasetEvaluator):
                 f"data set {dataset_name!r} has no {', '.join(missing)} in its metadata;"
                 " register it with register_voc"
             )
-        self._dataset_name, self._metadata = dataset_name, metadata
-        self._output_dir = output_dir
-        self.reset()
+        super().__init__(dataset_name, output_dir)
+        self._metadata = metadata
 
-    def reset(self) -> None:
-        self._predictions: list[dict[str, Any]] = []
+    def score(self, found: Found) -> OrderedDict:
+        """Returns AP from the detections of all processes.
 
-    def process(self, inputs, outputs) -> None:
-        for image, output in zip(inputs, outputs, strict=True):
-            instances = output["instances"].to("cpu")
-            found = {
-                "image_id": str(image["image_id"]),
-                "boxes": instances.pred_boxes.tensor.float().numpy(),
-                "scores": instances.scores.float().numpy(),
-                "classes": instances.pred_classes.numpy(),
-            }
-            self._predictions.append(found)
-
-    def evaluate(self) -> OrderedDict | None:
-        """Returns AP from the predictions of all processes, which must all call it.
-
-        On the main process this is {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50,
-        AP75, AP50-11pt (VOC 2007's 11-point AP), and "AP50-<class>", which is nan without ground
-        truth. Splits without annotations, such as VOC 2012's test set, whose server scores the
-        files, give an empty dict. Other processes get None.
+        This is {"bbox": {...}} in percent: AP (mean over IoU .5:.95), AP50, AP75, AP50-11pt (VOC
+        2007's 11-point AP), and "AP50-<class>", which is nan without ground truth. Splits without
+        annotations, such as VOC 2012's test set, whose server scores the files, give an empty dict.
         """
-        gathered = comm.gather(self._predictions, dst=0)
-        if not comm.is_main_process():
-            return None
-        predictions = list(chain(*gathered))
-        output, folder = self._output_dir, "no folder: there is no output_dir"
+        output, folder = self.output_dir, "no folder: there is no output_dir"
         if output:  # before anything can fail
-            folder = write_detections(predictions, self._metadata, output)
+            folder = write_detections(found, self._metadata, output)
         ground_truth, annotated = self._load_ground_truth()
-        voc_predictions = [{**p, "boxes": p["boxes"] + TO_VOC} for p in predictions]
-        names = self._metadata.thing_classes
-        tables = read_boxes(voc_predictions, ground_truth, names)
+        names = self.class_names
+        tables = read_boxes(voc_detections(found), ground_truth, names)
         numbers = score_boxes(*tables, names)
         if not annotated:
             text = "%s has no annotations to score with; its detections are written to %s"
-            logger.warning(text, self._dataset_name, folder)
+            logger.warning(text, self.name, folder)
             return OrderedDict()
-        self._warn(predictions, ground_truth)
+        self._warn(found, ground_truth)
         errors = count_errors(*tables, names)
-        details = {**summarize(self._dataset_name, numbers), "errors": errors}
-        logger.info("VOC results of %s (%%):\n%s", self._dataset_name, format_table(details))
+        details = {**summarize(self.name, numbers), "errors": errors}
+        logger.info("VOC results of %s (%%):\n%s", self.name, format_table(details))
+        self.write("voc_results.json", details)
         if output:
-            write_json(os.path.join(output, "voc_results.json"), details, indent=1)
             draw_voc(numbers, errors, os.path.join(output, "voc_results.png"))
         bbox = details["summary"] | {f"AP50-{c['class']}": c["AP50"] for c in details["classes"]}
         return OrderedDict(bbox={k: math.nan if v is None else v for k, v in bbox.items()})
 
     def _load_ground_truth(self) -> tuple[list[dict[str, Any]], bool]:
         """Returns the boxes of each image, and whether the split has annotations."""
-        meta, dataset = self._metadata, registered_scan(self._dataset_name)
+        meta, dataset = self._metadata, registered_scan(self.name)
         if dataset is None:  # Detectron2 or other code registered it
             records, report = scan_voc(meta.dirname, meta.split, meta.thing_classes)
         else:
@@ -123,30 +177,21 @@ class VOCEvaluator(DatasetEvaluator):
         if report.problems:
             counts = len(report.bad_boxes), len(report.bad_files)
             text = "%s: evaluated without %d bad boxes and %d bad files; scan_voc names them"
-            logger.warning(text, self._dataset_name, *counts)
-        truth = [
-            {
-                "image_id": r["image_id"],
-                "boxes": np.array([a["bbox"] for a in r["annotations"]]).reshape(-1, 4) + TO_VOC,
-                "classes": [a["category_id"] for a in r["annotations"]],
-                "difficult": [a["difficult"] for a in r["annotations"]],
-            }
-            for r in records
-        ]
-        return truth, report.annotated
+            logger.warning(text, self.name, *counts)
+        return voc_objects(records), report.annotated
 
-    def _warn(self, predictions, ground_truth) -> None:
-        missed = {t["image_id"] for t in ground_truth} - {p["image_id"] for p in predictions}
+    def _warn(self, found: Found, ground_truth: Sequence[Mapping[str, Any]]) -> None:
+        missed = {t["image_id"] for t in ground_truth} - {str(image) for image in found}
         if missed:
             text = "%s: not run on %d of %d images (such as %s); their objects count as missed"
             counts = len(missed), len(ground_truth)
-            logger.warning(text, self._dataset_name, *counts, min(missed))
-        detected = any(len(p["scores"]) for p in predictions)
+            logger.warning(text, self.name, *counts, min(missed))
+        detected = any(len(scores) for _, scores, _ in found.values())
         annotated = any(len(t["classes"]) for t in ground_truth)
-        warn_if_empty(logger, self._dataset_name, detected, annotated)
+        warn_if_empty(logger, self.name, detected, annotated)
 
 
-def write_detections(predictions: Sequence[Mapping[str, Any]], metadata: Any, folder: str) -> str:
+def write_detections(found: Found, metadata: Any, folder: str) -> str:
     """Writes `detections.json`, and one file per class for the VOC devkit and its server.
 
     The first is in COCO's result format: bbox is [x, y, width, height], 0-based. Lines of the
@@ -158,18 +203,17 @@ def write_detections(predictions: Sequence[Mapping[str, Any]], metadata: Any, fo
     os.makedirs(path, exist_ok=True)
     names, entries = metadata.thing_classes, []
     lines: list[list[str]] = [[] for _ in names]
-    for image in predictions:
-        number, *columns = (image[key] for key in ("image_id", "boxes", "scores", "classes"))
+    for image, columns in found.items():
         for (x0, y0, x1, y1), score, index in zip(*(c.tolist() for c in columns), strict=True):
             box = [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]
-            entry = {"image_id": number, "category_id": index, "category": names[index]}
+            entry = {"image_id": str(image), "category_id": index, "category": names[index]}
             entries.append({**entry, "bbox": box, "score": round(score, 6)})
             corners = f"{x0 + 1:.2f} {y0 + 1:.2f} {x1:.2f} {y1:.2f}"
-            lines[index].append(f"{number} {score:.9g} {corners}\n")
+            lines[index].append(f"{image} {score:.9g} {corners}\n")
     write_json(os.path.join(folder, "detections.json"), entries, indent=None)
-    for name, found in zip(names, lines, strict=True):
+    for name, rows in zip(names, lines, strict=True):
         file = f"comp4_det_{metadata.split}_{name.replace('/', '_')}.txt"
-        write_text(os.path.join(path, file), "".join(found))
+        write_text(os.path.join(path, file), "".join(rows))
     return path
 
 

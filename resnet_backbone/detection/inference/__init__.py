@@ -1,8 +1,9 @@
 """Inference with trained detectors: the paper's improvements (appendix B), pictures, export."""
 
-from resnet_backbone.detection.config import Switches, read_switches
 from resnet_backbone.detection.inference.detector import (
     ImprovedDetector,
+    Switches,
+    read_switches,
     select_detections,
     soft_nms,
     vote_boxes,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data.detection_utils import check_image_size
 from detectron2.layers import batched_nms
 from detectron2.modeling import GeneralizedRCNN
@@ -13,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from resnet_backbone.detection.config import Switches
+from resnet_backbone.detection.config import UsageError, backbone_node
 from resnet_backbone.detection.data.problems import read_image
 from resnet_backbone.detection.inference.member import (
     ImageViews,
@@ -23,11 +26,86 @@ from resnet_backbone.detection.inference.member import (
     change_frame,
     mean_predictions,
 )
+from resnet_backbone.fast.engines import check_engine
 
 REFINEMENT_NMS = 0.3
 VOTING_IOU = 0.5
 SOFT_NMS_SIGMA = 0.5  # of the Gaussian (arXiv 1704.04503, section 6.1)
 SOFT_NMS_LEAST = 0.001  # boxes with lower decayed scores are dropped, as in the authors' code
+CHOICES = {
+    "NMS": ("hard", "agnostic", "linear", "gaussian"),
+    "PRECISION": ("float32", "bfloat16", "float16", "int8"),
+}
+KEY = "RESNET_BACKBONE.TEST"
+
+
+class Switches(NamedTuple):
+    """The improvements of ``RESNET_BACKBONE.TEST.*``."""
+
+    refinement: bool = False  # box refinement
+    scales: tuple[int, ...] = ()  # short sides in pixels, ascending; empty: the test scale alone
+    flip: bool = False  # use the mirrored image too
+    nms: str = "hard"  # one of CHOICES["NMS"]
+    ensemble: tuple[str, ...] = ()  # run folders of further detectors
+
+
+def read_switches(cfg: CfgNode) -> Switches:
+    """Reads the switches; UsageError if they contradict each other or the kind of detector."""
+    node, dtype = backbone_node(cfg).TEST, read_precision(cfg)
+    try:
+        check_engine(node.ENGINE, dtype, torch.device(cfg.MODEL.DEVICE))
+    except ValueError as error:
+        raise UsageError(f"{KEY}.ENGINE: {error}") from error
+    if node.ENSEMBLE and node.ENGINE != "eager":
+        raise UsageError(f"{KEY}.ENSEMBLE: all members run in PyTorch: set {KEY}.ENGINE eager")
+    check_scales(cfg, node.SCALES)
+    scales, runs = tuple(sorted(node.SCALES)), tuple(node.ENSEMBLE)
+    switches = Switches(node.BOX_REFINEMENT, scales, node.FLIP, _choice(cfg, "NMS"), runs)
+    is_improved = switches != Switches()
+    if cfg.TEST.AUG.ENABLED and is_improved:
+        raise UsageError(
+            f"TEST.AUG.ENABLED (Detectron2's union of detections) excludes {KEY}.* (the paper's "
+            "improvements): turn one of them off"
+        )
+    has_regions = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    if (is_improved or cfg.TEST.AUG.ENABLED) and not has_regions:
+        raise UsageError(
+            f"{KEY}.* and TEST.AUG need GeneralizedRCNN, but "
+            f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: turn them off"
+        )
+    return switches
+
+
+def read_precision(cfg: CfgNode) -> torch.dtype:
+    """Reads ``RESNET_BACKBONE.TEST.PRECISION``; UsageError if other settings rule it out."""
+    name, pooler = _choice(cfg, "PRECISION"), cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
+    node, on_cpu = backbone_node(cfg).TEST, torch.device(cfg.MODEL.DEVICE).type == "cpu"
+    if name != "float32" and pooler == "ROIPool" and on_cpu and node.ENGINE == "eager":
+        hint = "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool supports only float32 on CPUs"
+        raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
+    if (name == "int8") != bool(node.CALIBRATION):
+        hint = "int8 and CALIBRATION, a folder of images, need each other"
+        raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
+    if node.CALIBRATION and not os.path.isdir(node.CALIBRATION):
+        raise UsageError(f"{KEY}.CALIBRATION {node.CALIBRATION}: no such folder")
+    return getattr(torch, name)
+
+
+def _choice(cfg: CfgNode, key: str) -> str:
+    value = backbone_node(cfg).TEST[key]
+    if value not in CHOICES[key]:
+        raise UsageError(f"{KEY}.{key} {value!r} is not one of {', '.join(CHOICES[key])}")
+    return value
+
+
+def check_scales(cfg: CfgNode, scales: Sequence[int]) -> None:
+    """Raises UsageError for invalid scales or a detector without a test scale."""
+    whole = all(isinstance(scale, int) and scale > 0 for scale in scales)
+    if not whole or len(set(scales)) < len(scales):
+        hint = "give short sides in whole pixels, each once, such as [200, 400, 600, 800, 1000]"
+        raise UsageError(f"{KEY}.SCALES {list(scales)}: {hint}")
+    if scales and cfg.INPUT.MIN_SIZE_TEST <= 0:
+        raise UsageError(f"{KEY}.SCALES needs INPUT.MIN_SIZE_TEST above 0, the proposals' scale")
 
 
 class ImprovedDetector(nn.Module):
@@ -130,10 +208,9 @@ def best_boxes(scores: Tensor, boxes: Tensor, size: Size) -> Tensor:
     """
     best = scores[:, :-1].argmax(dim=1)
     chosen = boxes[torch.arange(len(boxes), device=boxes.device), best]
-    chosen = chosen[chosen.isfinite().all(dim=1)]
-    height, width = size
-    chosen = torch.minimum(chosen.clamp(min=0), chosen.new_tensor([width, height] * 2))
-    return chosen[(chosen[:, 2:] > chosen[:, :2]).all(dim=1)]
+    regions = Boxes(chosen[chosen.isfinite().all(dim=1)])
+    regions.clip(size)
+    return regions.tensor[regions.nonempty()]
 
 
 def original_image(entry: dict, image_format: str) -> np.ndarray:

@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.fast import optimize_for_inference
-from resnet_backbone.fast.export import (
-    Mismatch,
-    export_program,
-    run_model,
-    run_program,
-)
+from resnet_backbone.fast.export import Mismatch, export_program, run_model, run_program
 from resnet_backbone.fast.export import largest_difference as compare_maps
 from resnet_backbone.fast.graphs import onnx_session
 

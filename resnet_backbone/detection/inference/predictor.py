@@ -29,17 +29,15 @@ from resnet_backbone.detection.checkpoint.input_check import (
     require_weights,
     with_weights_input,
 )
-from resnet_backbone.detection.config import (
+from resnet_backbone.detection.config import UsageError, backbone_node, load_config
+from resnet_backbone.detection.inference.detector import (
     KEY,
+    ImprovedDetector,
     Switches,
-    UsageError,
-    backbone_node,
     check_scales,
-    load_config,
     read_precision,
     read_switches,
 )
-from resnet_backbone.detection.inference.detector import ImprovedDetector
 from resnet_backbone.detection.inference.member import Member
 from resnet_backbone.detection.inference.pictures import read_bgr
 from resnet_backbone.detection.modeling import build_detector

@@ -224,18 +224,13 @@ class GlobalContext:
         options["box_predictor"] = FastRCNNOutputLayers(cfg, ShapeSpec(channels=2 * channels))
         return options
 
-    def predict_with_context(
-        self, maps: dict[str, Tensor], proposals: list[Instances]
-    ) -> tuple[Tensor, Tensor]:
-        """Returns logits (R, K + 1) and box deltas (R, 4 K) of all proposals."""
-        boxes = [image.proposal_boxes.tensor for image in proposals]
-        regions = add_whole_image(boxes, [image.image_size for image in proposals])
-        features = region_features(self, maps, [Boxes(region) for region in regions])
-        return self.box_predictor(join_context(features, [box.shape[0] for box in boxes]))
-
     def _forward_box(self, features: dict[str, Tensor], proposals: list[Instances]):
         """Like ``StandardROIHeads._forward_box``: losses in training, else detections."""
-        predictions = self.predict_with_context(features, proposals)
+        boxes = [image.proposal_boxes.tensor for image in proposals]
+        regions = add_whole_image(boxes, [image.image_size for image in proposals])
+        pooled = region_features(self, features, [Boxes(region) for region in regions])
+        joined = join_context(pooled, [box.shape[0] for box in boxes])
+        predictions = self.box_predictor(joined)
         if self.training:
             return self.box_predictor.losses(predictions, proposals)
         return self.box_predictor.inference(predictions, proposals)[0]

@@ -16,6 +16,7 @@ def make_cfg(make_cfg):
 @pytest.fixture
 def detector(make_cfg, small):
     """Function (config file, KEY=value...) -> a small detector with small heads."""
-    build_model = pytest.importorskip("detectron2.modeling").build_model
+    from detectron2.modeling import build_model
+
     R18 = "voc/faster_rcnn_R_18_FPN.yaml"
     return lambda file=R18, **keys: build_model(make_cfg(file, **(small | keys)))

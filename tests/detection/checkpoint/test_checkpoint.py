@@ -4,9 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
 from detectron2.checkpoint import DetectionCheckpointer
 from states import assert_holds, refused, state_of
 

@@ -8,9 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
 from detectron2.checkpoint import DetectionCheckpointer
 from states import assert_holds, refused, state_of
 
@@ -110,10 +107,7 @@ def test_detectors_of_every_container(detector, make_cfg, small, tmp_path):
             r"as roi_heads.box_head.fc1.weight: \(16, 784\), but t",
         ),
         (dict(RESNET_BACKBONE__SHORTCUT="A"), "this detector has no .*res3.0.shortcut"),
-        (
-            {},
-            r"resnet34, this network is a resnet18: .* no backbone.bottom_up.res2.2.conv1.weight",
-        ),
+        ({}, r"resnet34, this network is a resnet18: .* no backbone.bottom_up.res2.2.conv1.weight"),
     ],
 )
 @pytest.mark.parametrize("starts", [True, False])

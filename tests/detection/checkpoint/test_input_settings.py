@@ -5,13 +5,10 @@ import pickle
 import re
 from pathlib import Path
 
+import detectron2
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
-import detectron2
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor

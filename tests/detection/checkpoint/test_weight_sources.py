@@ -10,9 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-
-pytest.importorskip("detectron2")
-
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler

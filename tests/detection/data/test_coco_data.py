@@ -5,9 +5,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("detectron2")
-
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from PIL import Image
@@ -63,12 +60,10 @@ def test_real_coco_equals_detectron2(data_root):
     arguments = str(root / "annotations/instances_val2017.json"), str(root / "val2017")
     records, report = scan_coco(*arguments, decode=True)
     assert not report.problems and report.num_images == 30
-    name = "data_check_test_reference"
     areas = [one.pop("area") for record in records for one in record["annotations"]]
     content = json.loads((root / "annotations/instances_val2017.json").read_text())
     assert sorted(areas) == sorted(one["area"] for one in content["annotations"])
-    assert records == load_coco_json(*arguments, name)
-    MetadataCatalog.pop(name)
+    assert records == load_coco_json(*arguments, "data_check_test_reference")
 
 
 def test_coco_boxes_and_files(coco):
@@ -134,7 +129,13 @@ def test_a_bad_entry_among_good_ones(coco, section, entry, kind, detail):
         dict(segmentation=[[]]),
         dict(segmentation=[[1, 1, 5, 5]]),
         dict(segmentation=""),
-        dict(segmentation={"counts": [-1], "size": [10, 20]}),
+        dict(segmentation=[[1, 2, 3, 4, 5, 6, 7]]),
+        dict(segmentation=[[1, 2, 3, 4, 5, float("nan")]]),
+        dict(segmentation={"counts": [0, 200]}),
+        dict(segmentation={"counts": [5, 5], "size": [2, 5]}),
+        dict(segmentation={"counts": [5, 5], "size": [10, 20]}),
+        dict(segmentation={"counts": [201, -1], "size": [10, 20]}),
+        dict(segmentation={"counts": "", "size": [10, 20]}),
         dict(area="25"),
         dict(category_id="7", image_id="0"),
         dict(iscrowd=None),

@@ -3,17 +3,11 @@
 import json
 
 import pytest
-
-pytest.importorskip("detectron2")
-
+from drawn_images import voc_xml
 from PIL import Image
 
 from resnet_backbone.cli import prepare_data as tool
 
-XML = """<annotation><filename>{}</filename><size><width>64</width><height>48</height></size>
-{}</annotation>"""
-OBJECT = """<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>
-<ymax>{}</ymax></bndbox></object>"""
 CAT, DOG = "n02121808", "n02084071"
 BOX = (0, 5, 9, 47)  # inclusive, counted from 0: 10 x 43 pixels
 
@@ -30,8 +24,7 @@ def ilsvrc(tmp_path):
         for path in (image, xml):
             path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 48)).save(image, "JPEG")
-        objects = "".join(OBJECT.format(kind, *BOX) for kind in kinds)
-        xml.write_text(XML.format(image.stem, objects))
+        xml.write_text(voc_xml(image.stem, (64, 48), [(kind, BOX) for kind in kinds]))
     return tmp_path
 
 

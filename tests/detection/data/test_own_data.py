@@ -5,9 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("detectron2")
-
 from detectron2.structures import BoxMode
 from drawn_images import voc_xml
 from hypothesis import given
@@ -199,15 +196,9 @@ def test_a_split_takes_its_share_of_every_class(number, share, seed):
 
 
 @pytest.fixture
-def run(capsys):
-    def call(*arguments):
-        try:
-            code = prepare_data.main(["own", *map(str, arguments)])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
+def run(run_command):
+    """Function (argument...) -> exit status of the subcommand own, what it printed, its errors."""
+    return lambda *arguments: run_command(prepare_data.main, "own", *arguments)
 
 
 @pytest.mark.parametrize(

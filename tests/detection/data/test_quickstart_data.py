@@ -13,13 +13,11 @@ import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
-pytest.importorskip("detectron2")  # resnet_backbone.detection cannot be imported without it
+from detectron2.structures import Boxes, pairwise_iou
 
-from detectron2.structures import Boxes, pairwise_iou  # noqa: E402
-
-from resnet_backbone.cli import prepare_data  # noqa: E402
-from resnet_backbone.detection.data import quickstart, scan_voc  # noqa: E402
-from resnet_backbone.runtime import builtin  # noqa: E402
+from resnet_backbone.cli import prepare_data
+from resnet_backbone.detection.data import quickstart, scan_voc
+from resnet_backbone.runtime import builtin
 
 NUMBERS = {"num_train": 12, "num_test": 6, "image_size": 128, "seed": 3}
 

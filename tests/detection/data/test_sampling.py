@@ -6,10 +6,6 @@ from itertools import chain, islice
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-pytest.importorskip("hypothesis")
-
 from detectron2.data import DatasetCatalog, DatasetMapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,15 +13,14 @@ from PIL import Image
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data import scan_voc
+from resnet_backbone.detection.data.mapper import AugmentedImages, TolerantMapper
 from resnet_backbone.detection.data.sampling import (
-    AugmentedImages,
     BatchPlan,
     ImageStream,
     TrainingLoader,
     build_loader,
     limit_workers,
 )
-from resnet_backbone.detection.engine.trainer import TolerantMapper
 
 WIDE = [number % 3 != 0 for number in range(50)]
 

@@ -15,15 +15,12 @@ from pathlib import Path
 
 import pytest
 from drawn_images import fill
+from runs import PROJECT, arguments, assert_same_run, assert_same_tensors
 from safetensors.torch import load_file
-
-pytest.importorskip("detectron2")
 
 from resnet_backbone.classification.data.archives import write_shards
 from resnet_backbone.classification.data.imagenet import read_image_folder
 from resnet_backbone.runtime.launch import _free_port
-
-from runs import PROJECT, arguments, assert_same_run, assert_same_tensors  # isort: skip
 
 pytestmark = pytest.mark.slow
 GUIDE = PROJECT / "docs" / "guides" / "clusters.md"

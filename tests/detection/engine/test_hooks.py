@@ -7,22 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("detectron2")
-
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.checkpoint.files import find_last_checkpoint
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine import hooks
-from resnet_backbone.detection.engine.hooks import (
-    Checkpoints,
-    Evaluation,
-    FirstIterations,
-    Metrics,
-)
+from resnet_backbone.detection.engine.hooks import Checkpoints, Evaluation, FirstIterations, Metrics
 from resnet_backbone.detection.engine.writers import MetricsFile
 from resnet_backbone.runtime.errors import Stopped
 

@@ -9,12 +9,9 @@ import time
 
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
+from runs import arguments, reached, read_results, rows, start
 
 from resnet_backbone.runtime.errors import EXIT_STOPPED
-
-from runs import arguments, reached, read_results, rows, start  # isort: skip
 
 RUN = dict(SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__BASE_LR=0.001)
 RUN |= dict(TEST__EVAL_PERIOD=2, MODEL__RESNETS__NORM="GN", MODEL__FPN__NORM="")  # norms per image

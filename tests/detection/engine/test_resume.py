@@ -9,15 +9,12 @@ from signal import SIGINT, SIGUSR1
 import pytest
 import torch
 import yaml
-
-pytest.importorskip("detectron2")
+from runs import Forked, arguments, assert_same_run, reached, read_results, rows
 
 import resnet_backbone.detection.engine.trainer  # noqa: F401  so that forked processes have it
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.setup import has_ended
 from resnet_backbone.runtime.errors import EXIT_STOPPED
-
-from runs import Forked, arguments, assert_same_run, reached, read_results, rows  # isort: skip
 
 # With all that has state: a warm-up, steps, momentum, parts, evaluations, the best and the averaged
 # weights.

@@ -1,10 +1,6 @@
 """The linear rule: learning rate and iterations follow the batch."""
 
 import pytest
-
-pytest.importorskip("detectron2")
-pytest.importorskip("hypothesis")
-
 import torch
 from detectron2.config import get_cfg
 from detectron2.solver import build_lr_scheduler

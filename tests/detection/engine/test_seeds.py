@@ -1,23 +1,16 @@
 """--seeds: runs of several seeds, their mean and spread."""
 
-import importlib.util
+import importlib
 import json
-import os
-import signal
 import statistics
-import threading
-import time
 
 import pytest
-
-pytest.importorskip("detectron2")
+from runs import arguments, read_results, start
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine import results
 from resnet_backbone.runtime.errors import EXIT_STOPPED
 from resnet_backbone.runtime.files import alone
-
-from runs import arguments, read_results, start  # isort: skip
 
 
 def test_seeds_of_the_command_line():
@@ -38,38 +31,20 @@ def test_mean_and_sample_deviation():
     assert lines[3].split() == ["AP-cat", "-", "-", "5.00", "-", "-"]
 
 
-TOOL = """
-import pathlib, signal, sys, time
-asked = []
-signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-seed, status, folder = sys.argv[-1], int(sys.argv[1]), pathlib.Path(sys.argv[2])
-(folder / seed).touch()
-deadline = time.monotonic() + 60
-while not asked and time.monotonic() < deadline:
-    time.sleep(0.02)
-sys.exit(status)
-"""
+@pytest.mark.parametrize("status, stop", [(0, True), (EXIT_STOPPED, True), (1, False)])
+def test_a_run_that_fails_or_is_stopped_is_the_last(tmp_path, monkeypatch, status, stop):
+    """Also where the run of a seed ends well before it takes notice of a signal."""
+    started = []
 
+    def run_child(command, **options):
+        started.append(command[1:])
+        return status, stop
 
-@pytest.mark.parametrize("status", [0, 75])
-def test_a_signal_ends_the_run_and_starts_no_other(tmp_path, monkeypatch, status):
-    """Also where the run of a seed ends well before it takes notice."""
-    (tmp_path / "seed_tool.py").write_text(TOOL)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-
-    def stop():
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "4").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop)
-    thread.start()
+    monkeypatch.setattr(results, "run_child", run_child)
     with pytest.raises(SystemExit) as ended:
-        words = [str(status), str(tmp_path)]
-        results.train_seeds("seed_tool", words, [4, 5], str(tmp_path / "output"))
-    thread.join()
-    assert ended.value.code == EXIT_STOPPED and not (tmp_path / "5").exists()
+        results.train_seeds("a.tool", ["--resume"], [4, 5], str(tmp_path / "output"))
+    assert ended.value.code == (status or EXIT_STOPPED)
+    assert started == [["-m", "a.tool", "--resume", "--seed-run", "4"]]
 
 
 def seeds_command(data, folder, *seeds, **keys):

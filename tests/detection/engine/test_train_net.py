@@ -7,10 +7,7 @@ import shutil
 import pytest
 import torch
 import yaml
-
-pytest.importorskip("detectron2")
-
-from runs import KEYS, arguments, read_results, rows, start  # isort: skip
+from runs import KEYS, arguments, read_results, rows, start
 
 CONFIG = "quickstart/faster_rcnn_R_18_FPN.yaml"
 SMALL = dict(SOLVER__IMS_PER_BATCH=2, SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2)
@@ -136,13 +133,6 @@ def test_eval_only_takes_all_from_the_run(trained, train_net, tiny_voc, tmp_path
 def test_a_config_is_needed(train_net, tmp_path):
     lines = train_net(None, "--output-dir", tmp_path / "empty", code=2)
     assert "--config-file is missing" in lines[-1] and len(lines) == 1
-
-
-def test_weights_of_other_input_are_refused(trained, train_net, tiny_voc, tmp_path):
-    weights = str(trained[0] / "model_final.pth")
-    keys = dict(MODEL__WEIGHTS=weights, INPUT__FORMAT="RGB")
-    lines = train_net(CONFIG, *command(tiny_voc, tmp_path, "--eval-only", **keys), code=2)
-    assert 'INPUT.FORMAT is RGB; set INPUT.FORMAT "BGR"' in lines[-1]
 
 
 def test_a_subclass_as_detectron2_teaches(make_cfg, tiny_voc, tmp_path):

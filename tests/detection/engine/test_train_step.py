@@ -10,27 +10,24 @@ import time
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("detectron2")
-
 from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.modeling.proposal_generator import rpn
 from detectron2.modeling.roi_heads import roi_heads
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from runs import Linear, number_loader
+from torch import nn
 
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.sampling import BatchPlan
 from resnet_backbone.detection.engine.step import TrainStep
 from resnet_backbone.detection.engine.trainer import Trainer
+from resnet_backbone.detection.modeling import losses_of
 from resnet_backbone.models import FrozenBatchNorm2d
 from resnet_backbone.runtime.errors import TrainingDiverged
 from resnet_backbone.runtime.evaluation import moving_average
 from resnet_backbone.runtime.signals import StopRequest
-
-from runs import Linear, number_loader  # isort: skip
 
 
 def take_first(labels, num_samples, positive_fraction, bg_label):
@@ -67,8 +64,7 @@ class Parts:
 
 
 @pytest.fixture
-def cfg(make_cfg):
-    small = dict(MODEL__FPN__OUT_CHANNELS=16, MODEL__ROI_BOX_HEAD__FC_DIM=16)
+def cfg(make_cfg, small):
     small |= dict(MODEL__RPN__BATCH_SIZE_PER_IMAGE=16, MODEL__ROI_HEADS__BATCH_SIZE_PER_IMAGE=8)
     small |= dict(MODEL__RPN__PRE_NMS_TOPK_TRAIN=200, MODEL__RPN__POST_NMS_TOPK_TRAIN=100)
     keys = dict(MODEL__WEIGHTS="", MODEL__RESNETS__NORM="FrozenBN", MODEL__BACKBONE__FREEZE_AT=0)
@@ -103,8 +99,7 @@ def test_parts_give_the_gradients_of_the_whole_batch(gradients, make_images, acc
     images, model = make_images(*[(64, 96)] * 4), gradients.model
     found, means = gradients(images, accumulate)
     model.zero_grad()
-    with EventStorage():
-        losses = model(images)  # by hand: forward, sum, backward
+    losses = losses_of(model, images)  # by hand: forward, sum, backward
     sum(losses.values()).backward()
     for name, loss in losses.items():
         assert means[name] == pytest.approx(loss.item(), rel=1e-5)

@@ -1,27 +1,21 @@
 """The trainer's contract with hooks is Detectron2's; a drawn seed; expected results."""
 
-import itertools
 from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("detectron2")
-
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import verify_results
+from runs import Linear, NumberTrainer, OfNumbers, number_loader
+from torch import nn
 
-from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.results import check_expectations, check_results
 from resnet_backbone.detection.engine.trainer import Trainer, watching
 from resnet_backbone.detection.inference import predictor
 from resnet_backbone.runtime.errors import UnexpectedResults
-
-from runs import Linear, number_loader  # isort: skip
 
 SCORES = [1.0, 5.0, 3.0, 9.0, 2.0, 4.0]
 
@@ -43,18 +37,10 @@ class Recorder(HookBase):
     after_train = partialmethod(_note, "after_train")
 
 
-class Small:
+class Small(OfNumbers):
     """A trainer of a few numbers with Detectron2's own hooks beside those it has."""
 
     fails_at = -1
-
-    @classmethod
-    def build_model(cls, cfg):
-        return Linear()
-
-    @classmethod
-    def build_train_loader(cls, cfg):
-        return itertools.repeat([torch.ones(2), torch.zeros(2)])
 
     @classmethod
     def test(cls, cfg, model):
@@ -86,17 +72,8 @@ class Theirs(Small, DefaultTrainer):
     """The reference."""
 
 
-class Writer(Checkpointer):
-    """Reads what is no detector, too."""
-
-    load, _load_file = DetectionCheckpointer.load, DetectionCheckpointer._load_file
-    _load_model = DetectionCheckpointer._load_model
-
-
-class Ours(Small, Trainer):
-    @classmethod
-    def build_checkpointer(cls, cfg, model, **options):
-        return Writer(model, cfg.OUTPUT_DIR, **options)
+class Ours(Small, NumberTrainer):
+    """The trainer that is tested."""
 
 
 @pytest.fixture

@@ -7,42 +7,15 @@ import struct
 from pathlib import Path
 
 import pytest
-import torch
+from runs import NumberTrainer, rows
 
-pytest.importorskip("detectron2")
-
-from detectron2.checkpoint import DetectionCheckpointer
-
-from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine import writers
 from resnet_backbone.detection.engine.schedule import check_training
-from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.runtime.errors import Stopped
 
-from runs import Linear, rows  # isort: skip
 
-
-class Reader(Checkpointer):
-    """Reads what is no detector, too."""
-
-    load, _load_file = DetectionCheckpointer.load, DetectionCheckpointer._load_file
-    _load_model = DetectionCheckpointer._load_model
-
-
-class Small(Trainer):
-    @classmethod
-    def build_model(cls, cfg):
-        return Linear()
-
-    @classmethod
-    def build_train_loader(cls, cfg):
-        return itertools.repeat([torch.ones(2), torch.zeros(2)])
-
-    @classmethod
-    def build_checkpointer(cls, cfg, model, **options):
-        return Reader(model, cfg.OUTPUT_DIR, **options)
-
+class Small(NumberTrainer):
     @classmethod
     def test(cls, cfg, model):
         return {"bbox": {"AP50": 42.0, "AP50-cat's (tail)": float("nan")}}

@@ -5,9 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 
@@ -43,7 +40,6 @@ def register(request):
         ]
         DatasetCatalog.register(name, lambda: records)
         MetadataCatalog.get(name).thing_classes = NAMES
-        request.addfinalizer(lambda: (DatasetCatalog.remove(name), MetadataCatalog.remove(name)))
         return name
 
     return add

@@ -8,9 +8,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-
-pytest.importorskip("detectron2")
-
 from detectron2.evaluation import pascal_voc_evaluation as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -5,14 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
-
-pytest.importorskip("detectron2")
-
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import Boxes, Instances
+from PIL import Image
 from test_voc_ap import CLASSES, stable_reference
 
 from resnet_backbone.detection.data import VOC_CLASSES, register_voc
@@ -210,7 +207,7 @@ def test_predictions_of_all_processes_are_gathered(register, monkeypatch):
     first, second = VOCEvaluator(name), VOCEvaluator(name)
     first.process(records[:1], outputs[:1])
     second.process(records[1:], outputs[1:])
-    both = [first._predictions, second._predictions]
+    both = [first.found, second.found]
     monkeypatch.setattr(voc_module.comm, "gather", lambda data, dst: both)
     assert first.evaluate()["bbox"]["AP50"] == pytest.approx(100)
     monkeypatch.setattr(voc_module.comm, "gather", lambda data, dst: [])

@@ -4,12 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
-import cv2
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from resnet_backbone.cli import evaluate_detector

@@ -2,23 +2,20 @@
 
 import itertools
 
+import by_hand
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
-import by_hand
 from detectron2.engine import defaults
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from PIL import Image
 
 from resnet_backbone.detection import improve, with_global_context
-from resnet_backbone.detection.config import Switches, UsageError
+from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.inference import member
-from resnet_backbone.detection.inference.detector import ImprovedDetector
+from resnet_backbone.detection.inference.detector import ImprovedDetector, Switches
 from resnet_backbone.detection.inference.member import Member
 from resnet_backbone.detection.inference.predictor import for_testing
 from resnet_backbone.fast import InferenceNetwork

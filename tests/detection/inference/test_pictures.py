@@ -2,12 +2,9 @@
 
 from unittest.mock import MagicMock
 
+import cv2
 import numpy as np
 import pytest
-
-pytest.importorskip("detectron2")
-
-import cv2
 import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image

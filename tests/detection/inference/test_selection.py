@@ -1,14 +1,11 @@
 """NMS, soft-NMS, box voting and the choice of scales, against loops over single boxes."""
 
+import by_hand
 import pytest
 import torch
+from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-pytest.importorskip("detectron2")
-
-import by_hand
-from detectron2.modeling.roi_heads.fast_rcnn import fast_rcnn_inference_single_image
 
 from resnet_backbone.detection.inference.detector import best_boxes, select_detections, vote_boxes
 from resnet_backbone.detection.inference.member import choose_scales

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-
-pytest.importorskip("detectron2")
-
 from detectron2.modeling import build_model
-from detectron2.utils.events import EventStorage
 
 from resnet_backbone.detection import Checkpointer, with_global_context
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.inference.export import SingleImageDetector, export_torchscript
+from resnet_backbone.detection.modeling import losses_of
 from resnet_backbone.weights import WeightsError
 
 FAMILIES = ("C4", "VGG", "FPN")
@@ -31,8 +28,7 @@ def build(make_family):
 def test_everything_learns_through_both(build, images, family):
     """The gradient of each half of the two layers' input, and through it that of the backbone."""
     model = build(family, **ON, MODEL__BACKBONE__FREEZE_AT=0).train()
-    with EventStorage():
-        losses = model(images)
+    losses = losses_of(model, images)
     assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
     sum(losses.values()).backward()
     gradient = model.roi_heads.box_predictor.cls_score.weight.grad
@@ -44,8 +40,7 @@ def test_everything_learns_through_both(build, images, family):
     with torch.no_grad():  # only the context's half is read
         predictor.cls_score.weight[:, :width] = 0
         predictor.bbox_pred.weight.zero_()
-    with EventStorage():
-        model(images)["loss_cls"].backward()
+    losses_of(model, images)["loss_cls"].backward()
     head = model.roi_heads.res5 if family == "C4" else model.roi_heads.box_head
     first = next(p for p in model.backbone.parameters() if p.dim() == 4)
     assert all(p.grad.any() for p in head.parameters() if p.dim() > 1)

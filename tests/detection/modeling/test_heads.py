@@ -2,21 +2,19 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import nn
-
-pytest.importorskip("detectron2")
-
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_box_head, build_model, build_roi_heads
 from detectron2.modeling.backbone.resnet import BasicBlock as D2BasicBlock
 from detectron2.modeling.backbone.resnet import ResNet as D2ResNet
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from detectron2.structures import Boxes
-from detectron2.utils.events import EventStorage
+from drawn_networks import randomize
+from safetensors.torch import save_file
+from torch import nn
 from torchvision.ops import RoIPool
 
 from resnet_backbone.detection import Checkpointer, PaperRes5ROIHeads, VGGBoxHead
+from resnet_backbone.detection.modeling import losses_of
 from resnet_backbone.models import BasicBlock, BottleneckBlock
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError, save_weights
@@ -127,7 +125,7 @@ def head_gradients(head, features, proposals):
     + [pytest.param(50, kind, marks=pytest.mark.slow) for kind in [*HEADS][2:]]
     + [pytest.param(depth, "paper", marks=pytest.mark.slow) for depth in (34, 101, 152)],
 )
-def test_c4_head_equals_detectron2(make_cfg, randomise, depth, kind):
+def test_c4_head_equals_detectron2(make_cfg, depth, kind):
     """Res5ROIHeads' state loads strictly; outputs and gradients are its own in float64.
 
     Some boxes reach beyond the map, one is smaller than a cell, one is empty.
@@ -138,7 +136,7 @@ def test_c4_head_equals_detectron2(make_cfg, randomise, depth, kind):
         cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
     with torch.device("meta"):
         theirs, ours = detectron2s_c4_head(cfg, depth), build_c4_head(cfg)
-    randomise(theirs)
+    randomize(theirs.double().to_empty(device="cpu")).train()
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     for ours_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
         ours_p.requires_grad_(theirs_p.requires_grad)
@@ -198,8 +196,7 @@ def test_detector_trains(make_cfg, images, file):
     stage = model.get_submodule(stages[file])
     before = {key: value.clone() for key, value in stage.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with EventStorage():
-        losses = model(images)
+    losses = losses_of(model, images)
     assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
     sum(losses.values()).backward()
     optimizer.step()

@@ -17,12 +17,7 @@ from typing import Any, NamedTuple
 
 from pycocotools import mask as mask_util
 
-from resnet_backbone.detection.data.problems import (
-    DataProblem,
-    Stamp,
-    reads_file,
-    stamp_of,
-)
+from resnet_backbone.detection.data.problems import DataProblem, Stamp, reads_file, stamp_of
 from resnet_backbone.detection.data.records import collector_at_rest
 from resnet_backbone.runtime.errors import DataError
 
@@ -94,7 +89,7 @@ def clean_coco(
         categories, images, annotations: as in a :class:`CocoFile`.
         annotated: False omits the list of annotations.
     """
-    places = number_from_one(categories)
+    places = {one: number for number, one in enumerate(categories, start=1)}
     entries = []
     for number, image in enumerate(images, start=1):
         for one in annotations.get(image, ()):
@@ -132,11 +127,6 @@ def clean_coco(
     if annotated:
         content["annotations"] = entries
     return content
-
-
-def number_from_one(ids: Iterable[Id]) -> dict[Id, int]:
-    """Returns id -> its position among the ids, counted from 1."""
-    return {one: number for number, one in enumerate(ids, start=1)}
 
 
 def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:

@@ -1,0 +1,109 @@
+"""Panoptic quality by hand, and against COCO's reference implementation."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from detectron2.data import MetadataCatalog
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from resnet_backbone.detection.data.panoptic import encode_ids
+from resnet_backbone.detection.evaluation.coco import (
+    PanopticEvaluator,
+    match_segments,
+    panoptic_quality,
+)
+from resnet_backbone.runtime.errors import DataError
+
+TRUE = np.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 2, 2, 0], [3, 3, 3, 3, 4, 4]])
+TRUTH = [
+    {"id": 1, "category_id": 7, "iscrowd": 0},
+    {"id": 2, "category_id": 7, "iscrowd": 0},
+    {"id": 3, "category_id": 9, "iscrowd": 0},
+    {"id": 4, "category_id": 7, "iscrowd": 1},
+]
+
+
+def test_panoptic_quality_by_hand():
+    """A match of IoU 4/6, one missed, one found too much; void and a crowd cost nothing."""
+    found = np.array([[5, 5, 0, 6, 6, 6], [5, 5, 0, 0, 0, 6], [7, 7, 0, 0, 8, 8]])
+    classes = {5: 7, 6: 7, 7: 9, 8: 7}
+    counts = match_segments(TRUE, TRUTH, found, classes)
+    # 6 covers 2 of segment 2's 4 pixels and 2 of void: IoU 2 / (4 + 4 - 2 - 2) is not over .5,
+    # and half of it on void is not most of it; 8 lies on the crowd; 7 covers 2 of 4
+    assert counts[7] == {"iou": pytest.approx(4 / 6), "tp": 1, "fn": 1, "fp": 1}
+    assert counts[9] == {"fn": 1, "fp": 1}
+    quality = panoptic_quality(counts.values())
+    assert quality["PQ"] == pytest.approx((4 / 6 / 2 + 0) / 2)
+    assert quality["SQ"] == pytest.approx((4 / 6 + 0) / 2)
+    assert quality["RQ"] == pytest.approx((1 / 2 + 0) / 2)
+
+
+def test_void_is_no_part_of_the_union():
+    true, found = np.array([[1, 1, 0, 0]]), np.array([[5, 5, 5, 5]])
+    truth = [{"id": 1, "category_id": 7, "iscrowd": 0}]
+    assert match_segments(true, truth, found, {5: 7})[7] == {"iou": 1.0, "tp": 1}
+
+
+def test_the_truth_is_of_full_quality():
+    counts = match_segments(TRUE, TRUTH, TRUE, {1: 7, 2: 7, 3: 9})
+    assert panoptic_quality(counts.values()) == {"PQ": 1.0, "SQ": 1.0, "RQ": 1.0}
+    assert np.isnan(panoptic_quality([])["PQ"])
+
+
+def test_evaluating_an_image_without_panoptic_segments(tmp_path):
+    """Of a data set that Detectron2 registered by itself."""
+    file = tmp_path / "panoptic.json"
+    file.write_text(json.dumps({"categories": [], "annotations": []}))
+    ids = dict(thing_dataset_id_to_contiguous_id={}, stuff_dataset_id_to_contiguous_id={})
+    MetadataCatalog.get("pan").set(panoptic_json=str(file), panoptic_root=str(tmp_path), **ids)
+    with pytest.raises(DataError, match="image id 3 is not in annotations of .*panoptic.json"):
+        PanopticEvaluator("pan").process([{"image_id": 3}], [{}])
+
+
+@st.composite
+def images(draw):
+    """True and found ids (12 x 12) with classes; small blocks, so that many match."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    true = np.kron(rng.integers(0, 5, (3, 3)), np.ones((4, 4), int))
+    found = np.where(rng.random((12, 12)) < draw(st.floats(0, 0.6)), rng.integers(0, 5), true)
+    crowd = int(rng.integers(0, 5))
+    truth = [
+        {"id": int(i), "category_id": int(i) % 2 + 1, "iscrowd": int(i == crowd)}
+        for i in np.unique(true[true > 0])
+    ]
+    classes = {
+        int(i): int(rng.integers(1, 3)) if rng.random() < 0.2 else int(i) % 2 + 1
+        for i in np.unique(found[found > 0])
+    }
+    return true, truth, found, classes
+
+
+@given(images())
+@settings(deadline=None, max_examples=60)
+def test_panoptic_quality_equals_panopticapi(image):
+    """COCO's reference implementation, where it is installed (it is not on the package index)."""
+    evaluation = pytest.importorskip("panopticapi.evaluation")
+    true, truth, found, classes = image
+    counts: Counter = match_segments(true, truth, found, classes)
+    with TemporaryDirectory() as folder:
+        for name, ids in (("gt", true), ("pred", found)):
+            (Path(folder) / name).mkdir()
+            Image.fromarray(encode_ids(ids.astype(np.int32))).save(f"{folder}/{name}/1.png")
+        areas = dict(zip(*map(np.ndarray.tolist, np.unique(true, return_counts=True)), strict=True))
+        gt = {"image_id": 1, "file_name": "1.png"}
+        gt["segments_info"] = [{**s, "area": areas[s["id"]]} for s in truth]
+        pred = {"image_id": 1, "file_name": "1.png"}
+        pred["segments_info"] = [{"id": i, "category_id": c} for i, c in classes.items()]
+        stat = evaluation.pq_compute_single_core(
+            0, [(gt, pred)], f"{folder}/gt", f"{folder}/pred", {1: {}, 2: {}}
+        )
+    for category in (1, 2):
+        theirs, ours = stat[category], counts.get(category, Counter())
+        assert (ours["tp"], ours["fp"], ours["fn"]) == (theirs.tp, theirs.fp, theirs.fn)
+        assert ours["iou"] == pytest.approx(theirs.iou)
