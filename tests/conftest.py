@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,11 @@ from drawn_images import voc_xml
 from PIL import Image
 
 PROJECT = Path(__file__).resolve().parents[1]
+
+
+def pytest_report_header() -> str:
+    is_there = find_spec("detectron2") is not None
+    return "detectron2: " + ("found" if is_there else "not installed, tests/detection is left out")
 
 
 @pytest.fixture(autouse=True)

@@ -165,11 +165,10 @@ def _coco_ap50(rows: Sequence[Mapping[str, Any]], truth: Truth) -> float:
     images = {image["image_id"]: image for image in truth.images}
     annotations = {number: image["annotations"] for number, image in images.items()}
     dataset = clean_coco(dict(enumerate(truth.classes)), images, annotations)
-    places = [
-        {one: n for n, one in enumerate(ids, start=1)} for ids in (images, truth.category_ids)
-    ]
+    image_ids = {one: number for number, one in enumerate(images, start=1)}
+    class_ids = {one: number for number, one in enumerate(truth.category_ids, start=1)}
     results = [
-        row | {"image_id": places[0][row["image_id"]], "category_id": places[1][row["category_id"]]}
+        row | {"image_id": image_ids[row["image_id"]], "category_id": class_ids[row["category_id"]]}
         for row in rows
     ]
     return 100 * score_coco(dataset, results)[0]["AP50"]
