@@ -103,7 +103,7 @@ class InferenceNetwork(nn.Module):
         return next(self.network.parameters()).dtype
 
     def _forget(self) -> None:
-        self.engine, self._run, self._derived = "", None, {}  # until the next call
+        self.engine, self._run = "", None  # until the next call
         if self.asked == "eager":
             self.engine, self._run = "eager", self.network.__call__
 
@@ -112,14 +112,6 @@ class InferenceNetwork(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("network"), name)
-
-    def derived(self, kind: Callable[[nn.Module], nn.Module]) -> InferenceNetwork | None:
-        """Returns an engine like this one for ``kind(network)``, made once; None for int8."""
-        if self.samples is not None or self.engine == "int8":
-            return None
-        if kind not in self._derived:
-            self._derived[kind] = InferenceNetwork(kind(self.network), self.dtype, self.asked)
-        return self._derived[kind]
 
     def quantize(self) -> None:
         """Quantizes the network to int8 for OpenVINO, with ranges from the inputs seen so far.
@@ -137,8 +129,7 @@ class InferenceNetwork(nn.Module):
 
     def __getstate__(self) -> dict:
         self._refuse_int8("copied or saved")
-        made = "_run", "_derived"
-        return {name: value for name, value in self.__dict__.items() if name not in made}
+        return {name: value for name, value in self.__dict__.items() if name != "_run"}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from resnet_backbone.fast.engines import InferenceNetwork
-from resnet_backbone.fast.optimize import FoldingConvNorm, in_graph, is_watched
+from resnet_backbone.fast.optimize import FoldingConvNorm, conv_dtype, in_graph, is_watched
 from resnet_backbone.models.resnet import BottleneckBlock
 
 
@@ -39,13 +39,11 @@ class ProjectedStage(nn.Module):
 
     def forward(self, bins: Tensor) -> Tensor:
         """Maps bins (R, width + out_channels, h, w) of :meth:`of_map` to the stage's output."""
-        block, first = self.stage[0], self.stage[0].conv1
-        biases = [
-            conv.folded()[1].to(bins.dtype)[:, None, None] for conv in (first, block.shortcut)
-        ]
-        width = first.out_channels
-        y = block.conv3(block.conv2(first.activation(bins[:, :width] + biases[0])))
-        y += bins[:, width:] + biases[1]
+        block, width = self.stage[0], self.stage[0].conv1.out_channels
+        biases = [conv.folded()[1].to(bins.dtype) for conv in (block.conv1, block.shortcut)]
+        bins = bins + torch.cat(biases)[:, None, None]
+        y = block.conv3(block.conv2(block.conv1.activation(bins[:, :width])))
+        y += bins[:, width:]
         y = block.activation(y)
         for block in self.stage[1:]:
             y = block(y)
@@ -53,14 +51,21 @@ class ProjectedStage(nn.Module):
 
 
 def project_on_map(stage: nn.Module, maps: Tensor, bins: int) -> nn.Module | None:
-    """Returns a stage's :class:`ProjectedStage` if that is equivalent and cheaper, else None.
+    """Returns a stage's :class:`ProjectedStage` if that is equivalent and faster, else None.
 
-    Of an engine's stage it is run by such an engine, too. Maps are (N, C, H, W), `bins` the number
-    of pooled ones.
+    It is not faster in an engine, nor in training in half precision.
+
+    Args:
+        stage: also one that PyTorch runs as an :class:`InferenceNetwork`.
+        maps: (N, C, H, W).
+        bins: number of bins to be pooled.
     """
-    engine = stage if isinstance(stage, InferenceNetwork) else None
-    network = engine.network if engine else stage
+    is_optimized = isinstance(stage, InferenceNetwork)
+    network = stage.network if is_optimized else stage
     if is_watched(stage) or is_watched(network) or bins <= maps[:, 0].numel():
+        return None
+    is_slow = torch.is_grad_enabled() and conv_dtype(maps).itemsize < 4
+    if is_slow or (is_optimized and stage.engine != "eager"):
         return None
     block = network[0] if isinstance(network, nn.Sequential) else None
     if type(block) is not BottleneckBlock or block.gate is not None or is_watched(block):
@@ -69,7 +74,8 @@ def project_on_map(stage: nn.Module, maps: Tensor, bins: int) -> nn.Module | Non
         is_plain = isinstance(conv, FoldingConvNorm) and conv.stride == (1, 1)
         if not is_plain or is_watched(conv) or not conv.can_fold():
             return None
-    return engine.derived(ProjectedStage) if engine else ProjectedStage(network)
+    rest = ProjectedStage(network)
+    return InferenceNetwork(rest, stage.dtype) if is_optimized else rest
 
 
 class RegionAlign(nn.Module):

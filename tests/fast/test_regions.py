@@ -8,8 +8,7 @@ from drawn_networks import assert_close, randomize
 from torchvision.ops import roi_align
 
 from resnet_backbone.fast import InferenceNetwork, fold_bn, fold_each_call
-from resnet_backbone.fast.engines import why_not
-from resnet_backbone.fast.regions import ProjectedStage, RegionAlign, project_on_map
+from resnet_backbone.fast.regions import RegionAlign, project_on_map
 from resnet_backbone.models.resnet import resnet_stage
 
 
@@ -59,6 +58,10 @@ def test_projections_only_where_they_are_the_same_and_pay():
 
     frozen = folding_stage(norm="FrozenBN")
     assert chosen(frozen) and not chosen(frozen, bins=60)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not chosen(frozen)
+        with torch.no_grad():
+            assert chosen(frozen)
     others = [dict(shortcut=shortcut) for shortcut in ("A", "none", "highway")]
     others += [dict(stride=2), dict(stride=2, stride_in_1x1=False), dict(norm="GN")]
     for options in others:
@@ -77,28 +80,24 @@ def test_projections_only_where_they_are_the_same_and_pay():
     assert chosen(frozen)
 
 
-@pytest.mark.parametrize("engine", ["eager", "openvino", "onnxruntime"])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_an_engine_runs_what_follows_the_projections(engine, dtype, bound):
-    if problem := why_not(engine, dtype):
-        pytest.skip(problem)
+def test_optimized_stages_are_projected(dtype, bound):
     stage = fold_bn(folding_stage(norm="FrozenBN").eval()).requires_grad_(False)
-    whole = InferenceNetwork(copy.deepcopy(stage), dtype, engine)
+    whole = InferenceNetwork(copy.deepcopy(stage), dtype)
     maps, count = torch.randn(1, 64, 6, 10), len(REGIONS) * POOL.bins
-    rest = project_on_map(whole, maps, count)
-    assert rest is project_on_map(whole, maps, count) and isinstance(rest.network, ProjectedStage)
-    bins = POOL(rest.of_map(maps), REGIONS)
-    found = rest(bins)
-    assert bins.dtype == found.dtype == torch.float32 and rest.engine == engine
+    with torch.no_grad():
+        rest = project_on_map(whole, maps, count)
+        bins = POOL(rest.of_map(maps), REGIONS)
+        found = rest(bins)
+    assert bins.dtype == found.dtype == torch.float32 and rest.dtype == dtype
     assert_close(found, stage(POOL(maps, REGIONS)), bound)
-    assert project_on_map(copy.deepcopy(whole), maps, count) is not rest
 
 
-def test_int8_keeps_the_whole_stage():
+def test_engines_run_whole_stages():
     stage = fold_bn(folding_stage(norm="FrozenBN").eval())
-    assert (
-        project_on_map(InferenceNetwork(stage, torch.int8), torch.randn(1, 64, 6, 10), 61) is None
-    )
+    for dtype, engine in ((torch.float32, "openvino"), (torch.int8, "openvino")):
+        whole = InferenceNetwork(copy.deepcopy(stage), dtype, engine)
+        assert project_on_map(whole, torch.randn(1, 64, 6, 10), 61) is None
 
 
 # RoIAlign

@@ -63,7 +63,7 @@ class PaperRes5ROIHeads(Res5ROIHeads):
     Outputs and gradients do not change.
     """
 
-    REGIONS_AT_ONCE = 128  # in inference: a trade-off of memory and time
+    REGIONS_AT_ONCE = 64  # in inference: a trade-off of memory and time
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
