@@ -217,18 +217,26 @@ def axis_weights(start: Tensor, width: Tensor, bins: Tensor, samples: Tensor, si
 
 
 def outer_product(y: Axis, x: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the cells of all bins (y + x), each bin's offset into them, and weights (y * x)."""
-    regions, rows, columns = len(y.cells), y.cells.shape[1], x.cells.shape[1]
+    """Returns the cells of all bins (y + x), each bin's offset into them, and weights (y * x).
+
+    Bins are in the order region, row, column. A bin's cells are lines of y with the cells of x.
+    """
+    rows, columns = y.cells.shape[1], x.cells.shape[1]
+    lines = y.reach.repeat_interleave(rows * columns)  # of each bin
+    bag = torch.arange(len(lines)).repeat_interleave(lines)  # bin of each line
+    line = torch.arange(len(bag)) - take(lines.cumsum(0) - lines, bag)
+    entry_y = bag.div(columns, rounding_mode="floor") * y.cells.shape[2] + line
+    region = bag.div(rows * columns, rounding_mode="floor")
+    reach = take(x.reach, region)
+    shift = (region * columns + bag % columns) * x.cells.shape[2] - (reach.cumsum(0) - reach)
+    line = torch.repeat_interleave(reach)  # line of each cell
+    entry_x = take(shift, line) + torch.arange(len(line))
+    cells = take(take(y.cells, entry_y), line) + take(x.cells, entry_x)
+    weights = take(take(y.weights, entry_y), line) * take(x.weights, entry_x)
     lengths = (y.reach * x.reach).repeat_interleave(rows * columns)
-    offsets = lengths.cumsum(0) - lengths
-    bag = torch.arange(len(lengths)).repeat_interleave(lengths)
-    within = torch.arange(len(bag)) - offsets[bag]
-    reach = x.reach.repeat_interleave(rows * columns)[bag]
-    step_y = torch.div(within, reach, rounding_mode="floor")
-    number = torch.arange(regions * rows).view(regions, rows, 1).expand(-1, -1, columns)
-    entry_y = number.flatten()[bag] * y.cells.shape[2] + step_y
-    number = torch.arange(regions * columns).view(regions, 1, columns).expand(-1, rows, -1)
-    entry_x = number.flatten()[bag] * x.cells.shape[2] + within - step_y * reach
-    cells = y.cells.flatten()[entry_y] + x.cells.flatten()[entry_x]
-    weights = y.weights.flatten()[entry_y] * x.weights.flatten()[entry_x]
-    return cells, offsets, weights
+    return cells, lengths.cumsum(0) - lengths, weights
+
+
+def take(values: Tensor, places: Tensor) -> Tensor:
+    """``values.flatten()[places]`` for 1-D places, which ``index_select`` computes faster."""
+    return values.flatten().index_select(0, places)
