@@ -21,7 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_backbone.detection.config import backbone_node
-from resnet_backbone.detection.modeling.heads import with_global_context, with_stride
+from resnet_backbone.detection.modeling.heads import (
+    ImagewisePooler,
+    with_global_context,
+    with_stride,
+)
 from resnet_backbone.fast.optimize import change_classes, in_graph, is_watched
 from resnet_backbone.fast.sparse import ProposalHead, can_be_sparse, inputs_of
 
@@ -46,6 +50,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     ``MODEL.WEIGHTS`` is not loaded. UsageError: the heads do not support ``GLOBAL_CONTEXT``.
     """
     model = with_exact_scores(build_model(with_global_context(cfg)))
+    model = change_classes(model, {ROIPooler: ImagewisePooler})
     for module in model.modules():
         if isinstance(module, ROIPooler):
             with_stride(module)

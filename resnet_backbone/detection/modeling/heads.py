@@ -50,6 +50,25 @@ def with_stride(pooler: ROIPooler, stride: int = 1) -> ROIPooler:
     return pooler
 
 
+class ImagewisePooler(ROIPooler):
+    """``ROIPooler`` that in inference pools the regions of one image after the other.
+
+    Detectron2's pools all of a level, then copies them into the output. So for each image it needs
+    twice the memory of the pooled regions.
+    """
+
+    def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
+        is_single = len(box_lists) < 2 or len(self.level_poolers) < 2
+        if is_single or torch.is_grad_enabled() or in_graph(x[0]):
+            return super().forward(x, box_lists)
+        counts = [len(boxes) for boxes in box_lists]
+        output = x[0].new_empty(sum(counts), x[0].shape[1], *self.output_size)
+        for image, regions in enumerate(output.split(counts)):
+            maps = [level[image : image + 1] for level in x]
+            regions.copy_(super().forward(maps, [box_lists[image]]))
+        return output
+
+
 @ROI_HEADS_REGISTRY.register()
 class PaperRes5ROIHeads(Res5ROIHeads):
     """RoI pooling on res4, then all layers of res5 per region (paper, appendix A).
@@ -90,7 +109,8 @@ class PaperRes5ROIHeads(Res5ROIHeads):
 
     def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
         """Maps features (N, C, H, W) and the boxes of N images to res5 (R, C', h, w)."""
-        if type(self.pooler) is not ROIPooler or is_watched(self.pooler):
+        is_known = type(self.pooler) in (ROIPooler, ImagewisePooler)
+        if not is_known or is_watched(self.pooler):
             return self.res5(self.pooler(features, boxes))
         pool, res5 = self.pooler.level_poolers[0], self.res5
         maps, regions = features[0], convert_boxes_to_pooler_format(boxes)

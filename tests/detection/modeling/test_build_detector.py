@@ -144,6 +144,23 @@ def test_a_detectors_poolers_are_fast(make_cfg, small):
     assert list(with_stride(pooler).level_poolers) == levels
 
 
+def test_regions_of_several_images_are_pooled_one_image_at_a_time(make_cfg, small):
+    """One image has no region; the largest number at once is that of one image."""
+    pooler = build_detector(make_cfg(FPN, **small)).roi_heads.box_pooler
+    plain = build_model(make_cfg(FPN, **small)).roi_heads.box_pooler
+    maps = [torch.rand(3, 16, 64 // 2**n, 80 // 2**n) for n in range(4)]
+    corners = torch.rand(13, 2) * 150
+    boxes = torch.cat([corners, corners + 1 + torch.rand(13, 2) * 200], 1)
+    boxes, at_once = [Boxes(part) for part in boxes.split([8, 0, 5])], []
+    for level in pooler.level_poolers:
+        level.register_forward_hook(lambda _, inputs, bins: at_once.append(len(bins)))
+    for recorded in (False, True):
+        with torch.set_grad_enabled(recorded):
+            torch.testing.assert_close(pooler(maps, boxes), plain(maps, boxes))
+    assert len(at_once) == 16 and sum(at_once[:12]) == sum(at_once[12:]) == 13
+    assert max(at_once[:12]) <= 8
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_maps_of_other_precisions_are_pooled_by_roi_pool(dtype):
     features = torch.randn(1, 4, 12, 16).to(dtype)
