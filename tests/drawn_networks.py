@@ -83,5 +83,5 @@ def assert_close(found, expected, bound=1e-4):
         for name in expected:
             assert_close(found[name], expected[name], bound)
         return
-    assert found.dtype == expected.dtype
+    assert found.dtype == expected.dtype and found.shape == expected.shape
     assert (found - expected).abs().max() <= bound * expected.abs().max()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from resnet_backbone.models import StagedNetwork
+from resnet_backbone.models.layers import TRAINABLE_BATCH_NORMS
 from resnet_backbone.runtime.files import whole_file
 from resnet_backbone.weights import (
     ModelSpec,
@@ -36,7 +37,6 @@ WEIGHTS, AVERAGED, STATE = "model.safetensors", "averaged.safetensors", "state.p
 FOLDER, DAMAGED = "checkpoints", ".damaged"
 CLASSES_KEY = "resnet_backbone.class_names"  # in a file's metadata: JSON, in the order of logits
 LEFT_BEHIND = (".*.tmp", ".partial-*")  # remains of killed runs; the second of earlier versions
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 AUXILIARY_WEIGHT = 0.3  # of GoogLeNet's auxiliary classifiers (arXiv 1409.4842, section 5)
 
 
@@ -94,7 +94,9 @@ def logits_of(outputs: Any) -> tuple[Tensor, list[tuple[float, Tensor]]]:
 
 def describe(model: nn.Module, preprocessing: Preprocessing) -> Preprocessing:
     """Sets the stride position and BN epsilon of a preprocessing from the network."""
-    epsilons = {module.eps for module in model.modules() if isinstance(module, NORMS)}
+    epsilons = {
+        module.eps for module in model.modules() if isinstance(module, TRAINABLE_BATCH_NORMS)
+    }
     epsilon = epsilons.pop() if len(epsilons) == 1 else preprocessing.bn_eps
     return replace(preprocessing, stride_in_1x1=_stride_in_1x1(model), bn_eps=epsilon)
 

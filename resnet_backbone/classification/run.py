@@ -22,11 +22,12 @@ from resnet_backbone.classification.data.augment import BatchMixer
 from resnet_backbone.classification.data.build import build_data
 from resnet_backbone.classification.data.evaluation import EvaluationLoader
 from resnet_backbone.classification.evaluation import EvaluationResult, evaluate
-from resnet_backbone.classification.networks import NORMS, Checkpoints, NetworkSpec
+from resnet_backbone.classification.networks import Checkpoints, NetworkSpec
 from resnet_backbone.classification.protocols import Center, Full
 from resnet_backbone.classification.step import AMP, Schedule, TrainStep, build_sgd
 from resnet_backbone.classification.trainer import FINAL, Trainer
 from resnet_backbone.models import count_parameters
+from resnet_backbone.models.layers import TRAINABLE_BATCH_NORMS
 from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World
@@ -232,7 +233,9 @@ class ClassificationRun:
         """Ends a run: true BN statistics, the final weights and results.json."""
         config, step = self.config, trainer.step
         moving = found = dict(trainer.latest)
-        has_norms = any(isinstance(module, NORMS) for module in self.model.modules())
+        has_norms = any(
+            isinstance(module, TRAINABLE_BATCH_NORMS) for module in self.model.modules()
+        )
         recompute = config.train.recompute_bn and has_norms
         with step.shared_buffers():
             if recompute:

@@ -129,7 +129,8 @@ def curves(args: argparse.Namespace) -> None:
 def read_images(folder: str, count: int) -> Tensor:
     """Reads center crops, uint8 (N, 3, 224, 224), of at most ``count`` images of a folder."""
     files, crop = spread(find_pictures([folder]), count), CenterCrop()
-    return torch.stack([crop(EncodedImage(read_bytes(file), file)).image for file in files])
+    images = [EncodedImage(read_bytes(file), file, partial=False) for file in files]
+    return torch.stack([crop(image).image for image in images])
 
 
 def responses(args: argparse.Namespace) -> None:

@@ -51,7 +51,7 @@ def why_not(engine: str, dtype: torch.dtype, device: torch.device | None = None)
     needed = (*PACKAGES[engine], "nncf") if dtype == torch.int8 else PACKAGES[engine]
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        return f"needs {', '.join(missing)}: pip install resnet_backbone[export]"
+        return f"needs {', '.join(missing)}: pip install 'resnet_backbone[export]'"
     if PACKAGES[engine] and device is not None and device.type != "cpu":
         return f"runs on CPUs, and the images are on {device.type}: use eager or compile"
     if engine == "onnxruntime" and dtype != torch.float32:

@@ -93,8 +93,7 @@ class FoldingConvNorm(ConvNorm):
 
     def _keeps_kernel(self, x: Tensor) -> bool:
         """Whether autograd would keep the folded kernel, and :class:`FoldedConv` fits."""
-        is_plain = type(self)._conv_forward is nn.Conv2d._conv_forward
-        if not is_plain or self.padding_mode != "zeros" or in_graph(x):
+        if self.padding_mode != "zeros" or in_graph(x):
             return False
         is_recorded = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         return is_recorded and conv_dtype(x) == conv_dtype(self.weight)

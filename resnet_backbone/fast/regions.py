@@ -18,11 +18,11 @@ from resnet_backbone.models.resnet import BottleneckBlock
 
 
 class ProjectedStage(nn.Module):
-    """A stage of bottlenecks without its first ``conv1`` and ``shortcut``, computed on the map.
+    """What is left of a stage whose first ``conv1`` and ``shortcut`` are computed on the map.
 
-    RoIAlign, a sum over cells, and a 1x1 convolution commute except for the bias, since samples
-    outside the map count as zero. 1,000 regions of an 800x1216 image have 13 times as many bins as
-    its map has cells.
+    RoIAlign and a 1x1 convolution can change places. Only the bias is added after the pooling,
+    because samples outside the map are zero. 1,000 regions of an 800x1216 image have 13 times as
+    many bins as its map has cells.
     """
 
     def __init__(self, stage: nn.Sequential):
@@ -40,8 +40,8 @@ class ProjectedStage(nn.Module):
     def forward(self, bins: Tensor) -> Tensor:
         """Maps bins (R, width + out_channels, h, w) of :meth:`of_map` to the stage's output."""
         block, width = self.stage[0], self.stage[0].conv1.out_channels
-        biases = [conv.folded()[1].to(bins.dtype) for conv in (block.conv1, block.shortcut)]
-        bins = bins + torch.cat(biases)[:, None, None]
+        biases = [conv.folded()[1] for conv in (block.conv1, block.shortcut)]
+        bins = bins + torch.cat(biases).to(bins.dtype)[:, None, None]
         y = block.conv3(block.conv2(block.conv1.activation(bins[:, :width])))
         y += bins[:, width:]
         y = block.activation(y)
@@ -219,13 +219,13 @@ def axis_weights(start: Tensor, width: Tensor, bins: Tensor, samples: Tensor, si
 def outer_product(y: Axis, x: Axis) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the cells of all bins (y + x), each bin's offset into them, and weights (y * x).
 
-    Bins are in the order region, row, column. A bin's cells are lines of y with the cells of x.
+    Bins are in the order region, row, column. A bin has ``y.reach`` lines of ``x.reach`` cells.
     """
     rows, columns = y.cells.shape[1], x.cells.shape[1]
     lines = y.reach.repeat_interleave(rows * columns)  # of each bin
     bag = torch.arange(len(lines)).repeat_interleave(lines)  # bin of each line
-    line = torch.arange(len(bag)) - take(lines.cumsum(0) - lines, bag)
-    entry_y = bag.div(columns, rounding_mode="floor") * y.cells.shape[2] + line
+    place = torch.arange(len(bag)) - take(lines.cumsum(0) - lines, bag)  # of a line in its bin
+    entry_y = bag.div(columns, rounding_mode="floor") * y.cells.shape[2] + place
     region = bag.div(rows * columns, rounding_mode="floor")
     reach = take(x.reach, region)
     shift = (region * columns + bag % columns) * x.cells.shape[2] - (reach.cumsum(0) - reach)

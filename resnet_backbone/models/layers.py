@@ -16,7 +16,7 @@ Norm = str | Callable[[int], nn.Module] | None
 NORMS = ("BN", "FrozenBN", "SyncBN", "GN")
 ACTIVATIONS = ("relu", "prelu")
 PRELU_SLOPE = 0.25  # initial slope, arXiv 1502.01852 section 2.1
-TRAINABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+TRAINABLE_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -55,7 +55,7 @@ class FrozenBatchNorm2d(nn.Module):
         return f"{self.num_features}, eps={self.eps}"
 
 
-BATCH_NORMS = (*TRAINABLE_NORMS, FrozenBatchNorm2d)
+BATCH_NORMS = (*TRAINABLE_BATCH_NORMS, FrozenBatchNorm2d)
 
 
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ def freeze(module: nn.Module) -> None:
         parameter.requires_grad_(False)
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, TRAINABLE_NORMS):
+            if isinstance(child, TRAINABLE_BATCH_NORMS):
                 setattr(parent, name, FrozenBatchNorm2d.from_batch_norm(child))
 
 
@@ -195,7 +195,7 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
     @contextmanager
     def again() -> Iterator[None]:
-        norms = [norm for norm in module.modules() if isinstance(norm, TRAINABLE_NORMS)]
+        norms = [norm for norm in module.modules() if isinstance(norm, TRAINABLE_BATCH_NORMS)]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm, (_, count) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = 0.0, copy.deepcopy(count)

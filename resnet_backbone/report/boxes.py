@@ -15,7 +15,7 @@ import numpy as np
 from resnet_backbone.detection.config import take_back_overrides
 from resnet_backbone.detection.data.arguments import MetadataCatalog, add_data_arguments
 from resnet_backbone.detection.data.coco import scan_coco
-from resnet_backbone.detection.data.formats.coco import clean_coco
+from resnet_backbone.detection.data.formats.coco import clean_coco, number_from_one
 from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation import voc_ap
 from resnet_backbone.detection.evaluation.coco import RESULT_FILE, score_coco
@@ -165,8 +165,7 @@ def _coco_ap50(rows: Sequence[Mapping[str, Any]], truth: Truth) -> float:
     images = {image["image_id"]: image for image in truth.images}
     annotations = {number: image["annotations"] for number, image in images.items()}
     dataset = clean_coco(dict(enumerate(truth.classes)), images, annotations)
-    image_ids = {one: number for number, one in enumerate(images, start=1)}
-    class_ids = {one: number for number, one in enumerate(truth.category_ids, start=1)}
+    image_ids, class_ids = number_from_one(images), number_from_one(truth.category_ids)
     results = [
         row | {"image_id": image_ids[row["image_id"]], "category_id": class_ids[row["category_id"]]}
         for row in rows

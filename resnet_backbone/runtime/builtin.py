@@ -46,7 +46,7 @@ def _load(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        fix = "pip install resnet_backbone[quickstart]"
+        fix = "pip install 'resnet_backbone[quickstart]'"
         raise ImportError(f"the built-in data need {error.name}: {fix}") from error
 
 

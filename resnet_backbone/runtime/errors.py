@@ -118,7 +118,8 @@ def plain_message(error: Exception) -> str:
 
 
 def _system_error(error: OSError, path: Path) -> str:
-    if error.errno == errno.ENOTDIR:
-        file = next((parent for parent in path.parents if parent.is_file()), path)
-        return f"{path}: {file} is a file, not a folder: choose another path"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        file = next((one for one in (path, *path.parents) if one.is_file()), path)
+        where = "" if file == path else f"{path}: "
+        return f"{where}{file} is a file, not a folder: choose another path"
     return f"{path} {SYSTEM_ERRORS.get(error.errno, f'cannot be used ({error.strerror})')}"

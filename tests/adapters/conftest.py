@@ -39,7 +39,7 @@ def weights_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photo_bytes():
-    """A colourful picture, RGB, (1, 3, 96, 128): no two channels are alike."""
+    """A colorful picture, RGB, (1, 3, 96, 128): no two channels are alike."""
     y, x = np.mgrid[0:96, 0:128]
     red = 128 + 100 * np.sin(x / 9.0)
     green = 90 + 80 * np.cos(y / 7.0) * np.sin(x / 31.0)

@@ -247,7 +247,7 @@ def test_multi_grid_and_pooling_rates_reach_the_model():
     assert rates == [6, 12, 18]
 
 
-def test_deeplab_normalises_as_the_weights_ask(weights_file, photo, photo_bytes):
+def test_deeplab_normalizes_as_the_weights_ask(weights_file, photo, photo_bytes):
     path, network = weights_file("resnet50", "msra")
     model = deeplabv3("resnet50", 4, path).eval()
     with torch.no_grad():

@@ -5,11 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from resnet_backbone.classification.data.build import compute_mean
-from resnet_backbone.classification.data.imagenet import read_image_folder
 from resnet_backbone.weights.reading import read_source
 
 from trainings import (  # isort: skip
@@ -81,13 +78,25 @@ def test_bad_images_are_reported_and_limited(config, uninterrupted, tmp_path):
 
 
 def test_the_mean_is_the_training_sets(images, uninterrupted):
-    """Of center crops of 20 of the 21 images, as mean_samples says."""
-    dataset = read_image_folder(images / "train")
-    expected = compute_mean(dataset, num_images=20, size=32, short_side=36)
+    """Against Pillow and NumPy: center crops of the 20 readable training images."""
+    crops = []
+    for path in sorted((images / "train").glob("*/*")):
+        if path.read_bytes() == b"no image":
+            continue
+        with Image.open(path) as image:
+            width, height = image.size
+            scale = 36 / min(width, height)
+            size = (36, int(height * scale)) if width < height else (int(width * scale), 36)
+            pixels = np.asarray(image.convert("RGB").resize(size, Image.BILINEAR), np.float64)
+        top, left = (round((extent - 32) / 2) for extent in pixels.shape[:2])
+        crops.append(pixels[top : top + 32, left : left + 32])
+    expected = np.mean(crops, axis=0).transpose(2, 0, 1)
     found = read_source(uninterrupted / "final.safetensors").preprocessing
     assert found.channel_order == "RGB" and found.value_range == 255 and found.std == (1, 1, 1)
-    assert torch.equal(found.mean_image, expected.image) and found.mean_image.std() > 1
+    # mean_samples=20 leaves one of the 21 files out, which may be a readable one
+    assert np.abs(found.mean_image.numpy() - expected).mean() < 6
     np.testing.assert_allclose(found.mean, found.mean_image.mean((1, 2)), atol=1e-3)
+    assert np.abs(np.array(found.mean) - expected.mean((1, 2))).max() < 3
 
 
 def test_another_set_of_classes_is_refused(images, config, tmp_path):

@@ -82,7 +82,7 @@ def small():
 
 
 def write_scene(root: Path, image_id: str, seed: int, is_upright: bool) -> None:
-    """A grey 96 x 64 picture, or its transpose, with a red bar and a blue box, and its XML."""
+    """A gray 96 x 64 picture, or its transpose, with a red bar and a blue box, and its XML."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(100, 150, (64, 96, 3), dtype=np.uint8))
     boxes = {}

@@ -167,12 +167,12 @@ def test_label_tool_needs_one_input(capsys):
 GREY = np.full((480, 640, 3), 100, np.uint8)  # large enough not to be enlarged
 
 
-def near(pixel, colour):
-    return np.abs(np.asarray(pixel, int) - np.asarray(colour)).max() <= 3
+def near(pixel, color):
+    return np.abs(np.asarray(pixel, int) - np.asarray(color)).max() <= 3
 
 
 def half(index):
-    """A class's color on grey 100, half transparent."""
+    """A class's color on gray 100, half transparent."""
     return [50 + 255 * value / 2 for value in class_color(index)]
 
 

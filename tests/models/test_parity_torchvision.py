@@ -52,12 +52,12 @@ def check(theirs, ours, stages, images):
     logits, maps = theirs(images), ours.forward_features(images)
     assert list(maps) == list(stages)
     expected["logits"], maps["logits"] = logits, ours.forward_head(maps[ours.stage_names[-1]])
-    cancelled = {  # biases before a batch norm
+    canceled = {  # biases before a batch norm
         f"features.{i}.bias"
         for i, layer in enumerate(getattr(theirs, "features", ())[1:])
         if isinstance(layer, nn.BatchNorm2d)
     }
-    assert_same(theirs, ours, expected, maps, from_torchvision, cancelled)
+    assert_same(theirs, ours, expected, maps, from_torchvision, canceled)
 
 
 def random_images(count, size):

@@ -137,7 +137,7 @@ def weights(tmp_path):
     return write
 
 
-def test_command_line_normalises_as_the_weights_ask(tool, weights, tiny_cifar10, tmp_path):
+def test_command_line_normalizes_as_the_weights_ask(tool, weights, tiny_cifar10, tmp_path):
     (path, model), images = weights(), read_cifar10(tiny_cifar10, train=False)[0]
     output, numbers = tmp_path / "fig7.png", tmp_path / "fig7.json"
     arguments = ["--num-images", "10", "--output", output, "--json", numbers]

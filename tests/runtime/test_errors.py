@@ -25,6 +25,11 @@ from resnet_backbone.runtime.errors import one_line_errors, outcome
             2,
             f"y: {__file__} is a file, not a folder",
         ),
+        (
+            FileExistsError(errno.EEXIST, "?", __file__),
+            2,
+            f"error: {__file__} is a file, not a fol",
+        ),
         (ImportError("pip install it"), 2, "error: pip install it"),
         (errors.UnexpectedResults("AP is 1"), 1, "error: AP is 1"),
         (errors.TrainingDiverged("the loss is nan"), 3, "error: the loss is nan"),

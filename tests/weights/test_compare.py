@@ -162,7 +162,7 @@ def test_sample_images_are_photographs_or_noise_without_scikit_image(monkeypatch
     pytest.importorskip("skimage")
     images, text = sample_images(40)
     assert images.shape == (4, 3, 40, 40) and "photographs" in text
-    assert (images.float().mean((2, 3)).std(1) > 5).sum() >= 3  # in colour
+    assert (images.float().mean((2, 3)).std(1) > 5).sum() >= 3  # in color
     load_photograph.cache_clear()
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     images, text = sample_images(40)

@@ -33,7 +33,7 @@ from resnet_backbone.detection.checkpoint.input_check import (
 )
 from resnet_backbone.detection.config import backbone_node
 from resnet_backbone.models import FrozenBatchNorm2d, StagedNetwork
-from resnet_backbone.models.layers import BATCH_NORMS
+from resnet_backbone.models.layers import BATCH_NORMS, TRAINABLE_BATCH_NORMS
 from resnet_backbone.runtime.files import whole_file, write_text
 from resnet_backbone.weights.architecture import COUNTER
 from resnet_backbone.weights.keymaps.detectron2 import HEAD_LAYERS
@@ -319,7 +319,7 @@ def refuse_folded(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
     if all(bool((v == 1).all()) for k, v in tensors.items() if k.endswith("norm.weight")):
         return  # a network that was never trained
     for name, module in model.named_modules():
-        if isinstance(module, BATCH_NORMS[:2]):
+        if isinstance(module, TRAINABLE_BATCH_NORMS):
             raise WeightsError(
                 f"{where} has folded batch norms, with which {name} "
                 "cannot be trained: set MODEL.RESNETS.NORM FrozenBN"

@@ -226,7 +226,7 @@ def register_paths(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Registers the data sets given by path, and writes their names into the config, in place."""
     if args.voc_root:
         kinds = splits = _voc_splits(args)
-        classes = list(cfg.RESNET_BACKBONE.CLASS_NAMES)
+        classes = list(cfg.RESNET_BACKBONE.CLASS_NAMES) or None
     else:
         kinds, roots = [_kind(cfg, args)] * 2, _image_roots(args)
     names = f"train:{kinds[0]}", f"test:{kinds[1]}"

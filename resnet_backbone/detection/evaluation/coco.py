@@ -25,7 +25,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tabulate import tabulate
 
-from resnet_backbone.detection.data.formats.coco import clean_coco, read_coco
+from resnet_backbone.detection.data.formats.coco import clean_coco, number_from_one, read_coco
 from resnet_backbone.detection.data.panoptic import decode_ids, read_panoptic
 from resnet_backbone.detection.data.scans import registered_scan
 from resnet_backbone.runtime.errors import DataError
@@ -87,7 +87,7 @@ class PerClassCOCOEvaluator(COCOEvaluator):
             super().__init__(name, output_dir=output_dir, use_fast_impl=False)  # it keeps `private`
             MetadataCatalog.remove(name)
         self._name = dataset_name
-        self._numbers = {one: number for number, one in enumerate(images, start=1)}
+        self._numbers = number_from_one(images)
 
     def process(self, inputs, outputs):
         numbers = self._numbers

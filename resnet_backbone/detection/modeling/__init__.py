@@ -42,15 +42,16 @@ LAST_LAYERS = ("cls_score", "bbox_pred", "objectness_logits", "anchor_deltas")
 def build_detector(cfg: CfgNode) -> nn.Module:
     """Builds a detector with Detectron2's ``build_model`` and this package's additions.
 
-    These are RoIAlign that is fast on CPUs, scores and boxes in single precision, region heads with
-    global context if ``RESNET_BACKBONE.GLOBAL_CONTEXT`` is set, and channels_last convolutions if
-    ``RESNET_BACKBONE.CHANNELS_LAST`` is set.
+    These are a proposal network and RoIAlign that are fast on CPUs, scores and boxes in single
+    precision, region heads with global context if ``RESNET_BACKBONE.GLOBAL_CONTEXT`` is set, and
+    channels_last convolutions if ``RESNET_BACKBONE.CHANNELS_LAST`` is set.
 
     The model is on ``MODEL.DEVICE`` and in training mode, with Detectron2's parameter names.
     ``MODEL.WEIGHTS`` is not loaded. UsageError: the heads do not support ``GLOBAL_CONTEXT``.
     """
     model = with_exact_scores(build_model(with_global_context(cfg)))
-    model = change_classes(model, {ROIPooler: ImagewisePooler})
+    kinds = {StandardRPNHead: JointRPNHead, RPN: TopRPN, ROIPooler: ImagewisePooler}
+    model = change_classes(model, kinds)
     for module in model.modules():
         if isinstance(module, ROIPooler):
             with_stride(module)
@@ -123,7 +124,8 @@ class TopRPN(RPN):
     """``RPN`` that decodes only the anchors with the best scores, which can become proposals.
 
     Detectron2 decodes all of them (243,000 in an 800x1216 image with FPN) and then picks the best
-    ``PRE_NMS_TOPK`` of each level. The proposals are equal.
+    ``PRE_NMS_TOPK`` of each level. The proposals are equal, except that those of equal scores may
+    have another order.
     """
 
     def predict_proposals(self, anchors, pred_objectness_logits, pred_anchor_deltas, image_sizes):
@@ -156,7 +158,7 @@ def with_exact_scores(model: nn.Module) -> nn.Module:
         for name, layer in parent.named_children():
             if name in LAST_LAYERS and getattr(layer, "kernel_size", (1, 1)) == (1, 1):
                 setattr(parent, name, change_classes(layer, kinds))
-    return change_classes(model, {StandardRPNHead: JointRPNHead, RPN: TopRPN})
+    return model
 
 
 def build_reference(cfg: CfgNode) -> nn.Module:

@@ -119,6 +119,7 @@ class PaperRes5ROIHeads(Res5ROIHeads):
             if projected is not None:
                 maps, res5 = projected.of_map(maps), projected
         at_once = torch.is_grad_enabled() or in_graph(maps)  # graphs are of any number of regions
+        at_once |= getattr(res5, "samples", None) is not None  # calibration: one call an image
         if at_once or len(regions) <= self.REGIONS_AT_ONCE:
             return res5(pool(maps, regions))
         return torch.cat([res5(pool(maps, part)) for part in regions.split(self.REGIONS_AT_ONCE)])

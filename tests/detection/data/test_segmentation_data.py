@@ -52,7 +52,7 @@ def label(root):
 
 
 @pytest.fixture
-def labelled(scene):
+def labeled(scene):
     label(scene)
     return scene
 
@@ -108,12 +108,12 @@ def test_semantic_labels_of_overlaps_and_crowds(scene):
     assert (labels / "stuff/classes.txt").read_text().split() == ["things", "background"]
 
 
-def test_panoptic_segments_of_overlaps_and_crowds(labelled):
-    content = json.loads((labelled / "labels/panoptic.json").read_text())
+def test_panoptic_segments_of_overlaps_and_crowds(labeled):
+    content = json.loads((labeled / "labels/panoptic.json").read_text())
     assert "made from instances" in content["info"]["description"].lower()
     assert [(c["id"], c["isthing"]) for c in content["categories"]] == [(7, 1), (9, 1), (10, 0)]
     entry = content["annotations"][0]
-    ids = decode_ids(read(labelled / "labels/panoptic" / entry["file_name"]))
+    ids = decode_ids(read(labeled / "labels/panoptic" / entry["file_name"]))
     found = {s["id"]: s for s in entry["segments_info"]}
     assert set(np.unique(ids).tolist()) == set(found)
     small, large = found[ids[1, 3]], found[ids[0, 0]]
@@ -134,9 +134,9 @@ def test_what_is_wholly_hidden_has_no_segment():
     assert paint_instances((2, 2), [{}, {}], [whole, whole]).tolist() == [[2, 2], [2, 2]]
 
 
-def test_stuff_labels_of_a_panoptic_file(labelled):
+def test_stuff_labels_of_a_panoptic_file(labeled):
     """From our own panoptic file they are what is made from the instances directly."""
-    labels, again = labelled / "labels", labelled / "again"
+    labels, again = labeled / "labels", labeled / "again"
     assert make_stuff(str(labels / "panoptic.json"), str(again)) == 2
     for name in ("a/one.png", "two.png"):
         assert np.array_equal(read(again / name), read(labels / "stuff" / name))
@@ -211,12 +211,12 @@ def test_polygons_without_an_area_are_left_out(scene):
         (lambda c: c["categories"].extend(MANY), "261 classes of stuff do not fit"),
     ],
 )
-def test_panoptic_files_that_give_no_labels(labelled, change, words):
-    file = labelled / "labels/panoptic.json"
+def test_panoptic_files_that_give_no_labels(labeled, change, words):
+    file = labeled / "labels/panoptic.json"
     edit(file, change)
     with pytest.raises(DataError, match=words):
-        make_stuff(str(file), str(labelled / "again/stuff"))
-    assert not (labelled / "again").exists()
+        make_stuff(str(file), str(labeled / "again/stuff"))
+    assert not (labeled / "again").exists()
 
 
 def semantic(root, name="seg", images="images", labels="labels/semantic", **options):
@@ -230,37 +230,37 @@ def panoptic(root, name="pan", **options):
     return DatasetCatalog.get(name)
 
 
-def test_semantic_data_set(labelled):
-    records = semantic(labelled, on_bad="refuse")
+def test_semantic_data_set(labeled):
+    records = semantic(labeled, on_bad="refuse")
     assert [(r["height"], r["width"]) for r in records] == [(6, 8), (4, 5)]
     assert records[0]["sem_seg_file_name"].endswith("semantic/a/one.png")
     assert MetadataCatalog.get("seg").stuff_classes == ["background", "cat", "dog"]
 
 
-def test_panoptic_data_set(labelled):
-    records = panoptic(labelled, on_bad="refuse")
+def test_panoptic_data_set(labeled):
+    records = panoptic(labeled, on_bad="refuse")
     assert [len(r["annotations"]) for r in records] == [4, 0]
     assert records[0]["image_id"] == 1 and records[0]["sem_seg_file_name"].endswith("a/one.png")
     meta = MetadataCatalog.get("pan")
     assert meta.thing_classes == ["cat", "dog"] and meta.stuff_classes == ["things", "background"]
     assert meta.stuff_dataset_id_to_contiguous_id == {0: 0, 10: 1}
-    edit(labelled / "labels/panoptic.json", lambda c: c["categories"][0].update(isthing=0))
+    edit(labeled / "labels/panoptic.json", lambda c: c["categories"][0].update(isthing=0))
     with pytest.raises(DataError, match="they need the same things"):
-        panoptic(labelled, "pan2")
+        panoptic(labeled, "pan2")
 
 
 @pytest.mark.parametrize("register, part", [(semantic, "semantic"), (panoptic, "panoptic")])
-def test_a_kept_scan_is_used_until_a_label_changes(labelled, register, part, monkeypatch, caplog):
+def test_a_kept_scan_is_used_until_a_label_changes(labeled, register, part, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(scans, "KEPT_FROM", 0)
-    first = register(labelled, "first")
-    assert register(labelled, "second") == first and len(first) == 2
+    first = register(labeled, "first")
+    assert register(labeled, "second") == first and len(first) == 2
     assert caplog.text.count("is kept in") == 1
-    picture = labelled / "labels" / part / "two.png"
+    picture = labeled / "labels" / part / "two.png"
     Image.new("RGB" if part == "panoptic" else "L", (8, 6)).save(picture)
-    assert register(labelled, "third") == first[:1]
+    assert register(labeled, "third") == first[:1]
     picture.unlink()
-    assert register(labelled, "fourth") == first[:1]
+    assert register(labeled, "fourth") == first[:1]
     assert caplog.text.count("is kept in") == 3
 
 
@@ -278,20 +278,20 @@ def test_a_kept_scan_is_used_until_a_label_changes(labelled, register, part, mon
         ),
     ],
 )
-def test_images_without_panoptic_segments(labelled, caplog, change, words):
+def test_images_without_panoptic_segments(labeled, caplog, change, words):
     """They would end the evaluation, after all the training."""
-    edit(labelled / "labels/panoptic.json", lambda c: change(c, labelled / "labels"))
-    assert [record["image_id"] for record in panoptic(labelled)] == [1]
+    edit(labeled / "labels/panoptic.json", lambda c: change(c, labeled / "labels"))
+    assert [record["image_id"] for record in panoptic(labeled)] == [1]
     assert re.search(f"left out: missing-panoptic: .*two.jpg: {words}", caplog.text)
     with pytest.raises(DataError, match=words):
-        panoptic(labelled, "strict", on_bad="refuse")
+        panoptic(labeled, "strict", on_bad="refuse")
 
 
-def test_no_image_with_panoptic_segments(labelled):
+def test_no_image_with_panoptic_segments(labeled):
     """Such as the JSON of another split."""
-    edit(labelled / "labels/panoptic.json", lambda c: c["annotations"].clear())
+    edit(labeled / "labels/panoptic.json", lambda c: c["annotations"].clear())
     with pytest.raises(DataError, match="no usable image with its"):
-        panoptic(labelled)
+        panoptic(labeled)
 
 
 def in_palette(pixels):
@@ -306,11 +306,11 @@ def in_palette(pixels):
         (lambda p: Image.fromarray(p + np.uint8(3)), "two.png has label 3; there are 3 classes"),
     ],
 )
-def test_pictures_that_are_no_labels_are_refused(labelled, picture, words):
-    path = labelled / "labels/semantic/two.png"
+def test_pictures_that_are_no_labels_are_refused(labeled, picture, words):
+    path = labeled / "labels/semantic/two.png"
     picture(read(path)).save(path)
     with pytest.raises(DataError, match=words):
-        semantic(labelled)
+        semantic(labeled)
 
 
 def to_5x5(label):
@@ -331,12 +331,12 @@ def to_5x5(label):
         (Path.unlink, ["missing-label: .*two.jpg: no label image two.png"]),
     ],
 )
-def test_bad_pairs_are_left_out_or_refused(labelled, caplog, change, words):
-    change(labelled / "labels/semantic/two.png")
-    assert names(semantic(labelled)) == PAIRS[:1]
+def test_bad_pairs_are_left_out_or_refused(labeled, caplog, change, words):
+    change(labeled / "labels/semantic/two.png")
+    assert names(semantic(labeled)) == PAIRS[:1]
     assert all(re.search(f"left out: .*{text}", caplog.text) for text in words)
     with pytest.raises(DataError, match=f"{len(words)} problems"):
-        semantic(labelled, "strict", on_bad="refuse")
+        semantic(labeled, "strict", on_bad="refuse")
 
 
 def names(records):
@@ -347,49 +347,49 @@ def names(records):
 PAIRS = [("one.jpg", "one.png"), ("two.jpg", "two.png")]
 
 
-def test_images_and_labels_in_one_folder(labelled):
+def test_images_and_labels_in_one_folder(labeled):
     """The labels are not taken for images, which have their names as PNG."""
-    labels = labelled / "labels/semantic"
-    shutil.copytree(labelled / "images", labels, dirs_exist_ok=True)
+    labels = labeled / "labels/semantic"
+    shutil.copytree(labeled / "images", labels, dirs_exist_ok=True)
     one = dict(images="labels/semantic", labels="labels/semantic")
-    assert names(semantic(labelled, **one, on_bad="refuse")) == PAIRS
+    assert names(semantic(labeled, **one, on_bad="refuse")) == PAIRS
 
 
 @pytest.mark.parametrize("images, labels", [("x", "x/labels"), ("x/images", "x")])
-def test_one_folder_inside_the_other(labelled, images, labels):
+def test_one_folder_inside_the_other(labeled, images, labels):
     """PNG images, too, are told from labels by where they lie."""
-    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(labelled / "images/two.png")
-    (labelled / "images/two.jpg").unlink()
+    Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(labeled / "images/two.png")
+    (labeled / "images/two.jpg").unlink()
     for source, name in ("images", images), ("labels/semantic", labels):
-        shutil.copytree(labelled / source, labelled / name, dirs_exist_ok=True)
-    records = semantic(labelled, images=images, labels=labels, on_bad="refuse")
+        shutil.copytree(labeled / source, labeled / name, dirs_exist_ok=True)
+    records = semantic(labeled, images=images, labels=labels, on_bad="refuse")
     assert names(records) == [PAIRS[0], ("two.png", "two.png")]
 
 
-def test_two_images_of_one_label_are_refused(labelled):
-    shutil.copy(labelled / "images/two.jpg", labelled / "images/two.jpeg")
+def test_two_images_of_one_label_are_refused(labeled):
+    shutil.copy(labeled / "images/two.jpg", labeled / "images/two.jpeg")
     with pytest.raises(
         DataError, match="two.jpeg and .*two.jpg would have the same label image, two"
     ):
-        semantic(labelled)
+        semantic(labeled)
 
 
-def test_one_image_folder_for_both_splits(labelled):
+def test_one_image_folder_for_both_splits(labeled):
     """The labels of each split say which images are its own."""
     for split, name in (("train", "a/one.png"), ("test", "two.png")):
-        (labelled / split / "a").mkdir(parents=True)
+        (labeled / split / "a").mkdir(parents=True)
         for file in (name, "classes.txt"):
-            shutil.copy(labelled / "labels/semantic" / file, labelled / split / file)
+            shutil.copy(labeled / "labels/semantic" / file, labeled / split / file)
     cfg = get_cfg()
     cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
-    labels = [str(labelled / split) for split in ("train", "test")]
-    paths = dict(voc_root=None, sem_seg=labels, image_root=[str(labelled / "images")])
+    labels = [str(labeled / split) for split in ("train", "test")]
+    paths = dict(voc_root=None, sem_seg=labels, image_root=[str(labeled / "images")])
     register_paths(cfg, Namespace(**paths, bad_data="refuse"))
     assert names(DatasetCatalog.get(cfg.DATASETS.TRAIN[0])) == PAIRS[:1]
     assert names(DatasetCatalog.get(cfg.DATASETS.TEST[0])) == PAIRS[1:]
 
 
-def test_labels_without_names_are_refused(labelled):
-    (labelled / "labels/semantic/classes.txt").unlink()
+def test_labels_without_names_are_refused(labeled):
+    (labeled / "labels/semantic/classes.txt").unlink()
     with pytest.raises(DataError, match="classes.txt does not exist: write the classes"):
-        semantic(labelled)
+        semantic(labeled)

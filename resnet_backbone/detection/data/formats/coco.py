@@ -89,7 +89,7 @@ def clean_coco(
         categories, images, annotations: as in a :class:`CocoFile`.
         annotated: False omits the list of annotations.
     """
-    places = {one: number for number, one in enumerate(categories, start=1)}
+    places = number_from_one(categories)
     entries = []
     for number, image in enumerate(images, start=1):
         for one in annotations.get(image, ()):
@@ -127,6 +127,11 @@ def clean_coco(
     if annotated:
         content["annotations"] = entries
     return content
+
+
+def number_from_one(ids: Iterable[Id]) -> dict[Id, int]:
+    """Returns id -> its number in :func:`clean_coco`."""
+    return {one: number for number, one in enumerate(ids, start=1)}
 
 
 def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
