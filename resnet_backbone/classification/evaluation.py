@@ -202,7 +202,7 @@ def on_engine(
     The networks see the files as in the protocol. For `options`, see ``optimize_for_inference``.
     """
     if getattr(protocol, "pooling", "") == "sliding":
-        raise UsageError("sliding windows run in PyTorch alone: choose the pooling global_pool")
+        raise UsageError("a sliding window runs in PyTorch alone: give --pooling global_pool")
     images = EvaluationFiles((), protocol.short_sides, protocol.prepare)
 
     def calibration(normalizer: InputNormalizer) -> Iterator[Tensor]:

@@ -122,7 +122,7 @@ def test_refusals(monkeypatch):
     with pytest.raises(ValueError, match="onnxruntime has float32 on CPUs, not bfloat16"):
         optimize_for_inference(network(), engine="onnxruntime", dtype=BF16)
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="needs openvino: pip install resnet_backbone.export."):
+    with pytest.raises(ValueError, match="needs openvino: pip install .resnet_backbone.export.."):
         optimize_for_inference(network(), engine="openvino")
     with pytest.raises(ValueError, match="needs openvino, nncf: pip install"):
         optimize_for_inference(network(), dtype=torch.int8)

@@ -290,7 +290,7 @@ def test_every_digit_lies_inside_and_is_visible(digits, monkeypatch):
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install resnet_backbone\[quickstart\]"):
+    with pytest.raises(ImportError, match=r"pip install 'resnet_backbone\[quickstart\]'"):
         builtin.load_scans.__wrapped__()
 
 

@@ -163,7 +163,7 @@ def test_bad_numbers_are_refused(tmp_path, change):
 def test_a_missing_library_is_named(monkeypatch):
     for module in ("skimage", "skimage.data"):  # which other tests may have imported
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"pip install resnet_backbone\[quickstart\]"):
+    with pytest.raises(ImportError, match=r"pip install 'resnet_backbone\[quickstart\]'"):
         builtin.load_photograph.__wrapped__("coffee")
 
 
