@@ -15,6 +15,7 @@ from torchvision.ops import RoIPool
 
 from resnet_backbone.detection import Checkpointer, PaperRes5ROIHeads, VGGBoxHead
 from resnet_backbone.detection.modeling import losses_of
+from resnet_backbone.fast import InferenceNetwork
 from resnet_backbone.models import BasicBlock, BottleneckBlock
 from resnet_backbone.models import build_model as build_network
 from resnet_backbone.weights import PREPROCESSINGS, WeightsError, save_weights
@@ -175,6 +176,15 @@ def test_c4_head_that_is_traced_takes_any_number_of_regions(make_cfg):
             boxes = boxes_in_a_map(count)
             expected = head.res5(head.pooler([features], [Boxes(boxes)]))
             torch.testing.assert_close(traced(features, boxes), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_c4_head_is_calibrated_with_one_call_an_image(make_cfg):
+    """A quantized res5 keeps a limited number of calls, so parts would mean fewer images."""
+    head = build_c4_head(make_cfg(C4)).eval()
+    head.REGIONS_AT_ONCE, head.res5 = 3, InferenceNetwork(head.res5, torch.int8, "openvino")
+    with torch.no_grad():
+        head._shared_roi_transform([torch.rand(1, 256, 6, 8)], [Boxes(boxes_in_a_map(8))])
+    assert [len(sample) for sample in head.res5.samples] == [8]
 
 
 def test_c4_head_calls_a_pooler_with_hooks(make_cfg):
