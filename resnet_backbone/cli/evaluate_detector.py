@@ -3,8 +3,11 @@
   resnet-backbone evaluate-detector --run output/r101 --context-run output/r101_context \\
       --ensemble-run output/r152 output/r50 --voc-root VOCdevkit/VOC2007 --test-set test \\
       --output output/improvements
+  resnet-backbone evaluate-detector --run output/r50 --alone \\
+      --rows baseline flip refinement multi-scale soft-nms --voc-root VOCdevkit/VOC2007 \\
+      --test-set test --output output/alone
 
-Each row adds to the rows before it. --rows selects some of them:
+Each row adds to the rows before it, or to the baseline alone (--alone). --rows selects some:
 
   baseline      the detector of --run
   refinement    box refinement: pooling again at the regressed boxes, NMS at .3, box voting
@@ -12,17 +15,19 @@ Each row adds to the rows before it. --rows selects some of them:
                 with RESNET_BACKBONE.GLOBAL_CONTEXT True
   multi-scale   regions are pooled on two of several scales and merged by their maximum (--scales)
   ensemble      together with the detectors of --ensemble-run
+  flip          the mirrored image too, averaged scores and boxes (only if selected)
+  soft-nms      soft-NMS with Gaussian decay (only if selected)
 
 A row without its run is left out, and the output says so. Finished rows are kept in --output: after
 an interruption, the same command continues with the next row. Rows whose weights, settings, or data
 have changed are measured again. results.json has AP, AP per class, seconds per image, and the
-origin of each number. results.md has the table, on COCO with the paper's numbers.
+origin of each number. results.md has the table, on COCO with the paper's numbers. With VOC's and
+COCO's metrics, both have each row's change over the first one, with a 95 % interval over images.
 
 KEY VALUE pairs at the end hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
-RESNET_BACKBONE.TEST.FLIP True, RESNET_BACKBONE.TEST.NMS gaussian, or
-RESNET_BACKBONE.TEST.PRECISION bfloat16. The members of an ensemble keep the settings of their own
-runs. Detectron2's own test-time augmentation is evaluated by
-resnet-backbone train-net --eval-only ... TEST.AUG.ENABLED True
+RESNET_BACKBONE.TEST.FLIP True, or RESNET_BACKBONE.TEST.PRECISION bfloat16. The members of an
+ensemble keep the settings of their own runs. Detectron2's own test-time augmentation is evaluated
+by resnet-backbone train-net --eval-only ... TEST.AUG.ENABLED True
 """
 
 from __future__ import annotations
@@ -49,14 +54,22 @@ from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.evaluation import data_digest
 from resnet_backbone.detection.inference import predictor
 from resnet_backbone.detection.inference.detector import read_switches
-from resnet_backbone.report.detection_table import improvements_section, read_row
+from resnet_backbone.report.boxes import NoDetections
+from resnet_backbone.report.improvements import (
+    ADDED,
+    BASELINE,
+    change_intervals,
+    improvements_section,
+    read_row,
+)
 from resnet_backbone.report.runs import by_class
 from resnet_backbone.report.table import markdown
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import sha256, write_json, write_text
 from resnet_backbone.runtime.records import command_line, date, hardware
 
-ROWS = ("baseline", "refinement", "context", "multi-scale", "ensemble")
+PAPER_ROWS = (BASELINE, "refinement", "context", "multi-scale", "ensemble")
+ROWS = (*PAPER_ROWS, "flip", "soft-nms")
 PAPER_SCALES = (200, 400, 600, 800, 1000)  # short sides, for a single-scale test at 600
 OF_THE_ROWS = (  # keys that rows and other options set
     *("MODEL.WEIGHTS", "OUTPUT_DIR", "RESNET_BACKBONE.GLOBAL_CONTEXT", "TEST.AUG.ENABLED"),
@@ -67,13 +80,9 @@ OF_THE_ROWS = (  # keys that rows and other options set
 class Row(NamedTuple):
     """A row to measure, with all its switches in `cfg`; `run` is its detector's folder."""
 
-    name: str
+    label: str
     run: str
     cfg: Any
-
-    @property
-    def label(self) -> str:
-        return self.name if self.name == "baseline" else f"+{self.name}"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,8 +92,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--context-run", metavar="DIR", help="run folder of a detector with global context")
     how = dict(action="extend", nargs="+", default=[], metavar="DIR")
     add("--ensemble-run", help="run folders of further detectors", **how)
-    text = "rows to measure (default: all)"
-    add("--rows", nargs="+", default=list(ROWS), metavar="ROW", help=text)
+    text = f"rows to measure (default: {' '.join(PAPER_ROWS)})"
+    add("--rows", nargs="+", default=list(PAPER_ROWS), metavar="ROW", help=text)
+    text = "each row alone on the baseline, without the rows before it"
+    add("--alone", action="store_true", help=text)
     text = "short sides (default: 200 400 600 800 1000, times INPUT.MIN_SIZE_TEST / 600)"
     add("--scales", nargs="+", metavar="N", help=text)
     add("--output", required=True, metavar="DIR", help="folder for the results")
@@ -133,7 +144,7 @@ def read_runs(args: argparse.Namespace) -> dict:
 
 
 def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str, str]]:
-    """Returns the rows in the paper's order, and omitted rows with the reason."""
+    """Returns the rows in the order of :data:`ROWS`, and omitted rows with the reason."""
     rows, left_out, run, switches = [], {}, args.run, {}
     lacking = {
         "context": not args.context_run and "give --context-run DIR",
@@ -143,6 +154,8 @@ def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str
         if lacking.get(name):
             left_out[name] = lacking[name]
             continue
+        if args.alone:
+            run, switches = args.run, {}
         if name == "context":
             run = args.context_run
         short = runs[run].INPUT.MIN_SIZE_TEST
@@ -151,6 +164,8 @@ def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str
             "refinement": {"BOX_REFINEMENT": True},
             "multi-scale": {"SCALES": list(args.scales or scaled)},
             "ensemble": {"ENSEMBLE": list(args.ensemble_run)},
+            "flip": {"FLIP": True},
+            "soft-nms": {"NMS": "gaussian"},
         }.get(name, {})
         cfg = runs[run].clone()
         for key, value in switches.items():
@@ -158,7 +173,8 @@ def plan_rows(args: argparse.Namespace, runs: dict) -> tuple[list[Row], dict[str
         cfg.OUTPUT_DIR = os.path.join(args.output, name)
         cfg.freeze()
         read_switches(cfg)
-        rows.append(Row(name, run, cfg))
+        plus = "" if args.alone or name == BASELINE else ADDED
+        rows.append(Row(plus + name, run, cfg))
     return rows, left_out
 
 
@@ -234,6 +250,12 @@ def format_tables(rows: list[dict], left_out: dict[str, str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def write_results(folder: Path, rows: list[dict], left_out: dict[str, str]) -> None:
+    content = {"command": command_line(), "rows": rows, "left_out": left_out}
+    write_json(folder / "results.json", content)
+    write_text(folder / "results.md", format_tables(rows, left_out))
+
+
 @one_line_errors
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
@@ -251,7 +273,13 @@ def main(argv: list[str] | None = None) -> None:
         seconds = f"{found['seconds_per_image']:.3f} s per image"
         print(f"{row.label:12}  {columns}  {seconds}{'  (kept)' if kept else ''}", flush=True)
         done.append(found)
-        content = {"command": command_line(), "rows": done, "left_out": left_out}
-        write_json(folder / "results.json", content)
-        write_text(folder / "results.md", format_tables(done, left_out))
+        write_results(folder, done, left_out)
+    try:
+        intervals = change_intervals(done) if len(done) > 1 else []
+    except NoDetections as error:
+        print(f"changes over the first row have no intervals: {error}")
+    else:
+        for found, changes in zip(done, intervals, strict=False):
+            found["intervals"] = changes
+        write_results(folder, done, left_out)
     print(f"written: {folder / 'results.json'}, {folder / 'results.md'}")

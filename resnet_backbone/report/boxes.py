@@ -87,6 +87,7 @@ def _own_paths(run: DetectorRun) -> dict[str, str]:
     elif run.test[0] in MetadataCatalog.list():
         known = MetadataCatalog.get(run.test[0])
         paths |= {"coco_json": known.get("json_file"), "image_root": known.get("image_root")}
+        paths["voc_root"] = known.get("dirname")
     return _known(paths)
 
 

@@ -6,20 +6,16 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from resnet_backbone.detection.evaluation.operating import best_threshold
 from resnet_backbone.report.gain import NONE, DetectorGroup, Difference, Gain, gain_text, signed
-from resnet_backbone.report.published import DETECTORS, IMPROVEMENTS, TASKS, Number, task_of
-from resnet_backbone.report.runs import ELEVEN_POINT, DetectorRun, read_table
+from resnet_backbone.report.published import DETECTORS, TASKS, Number, task_of
+from resnet_backbone.report.runs import ELEVEN_POINT, DetectorRun
 from resnet_backbone.report.table import hardware_text, markdown, mean_and_spread
 
 METRICS = {"AP50": "AP50", ELEVEN_POINT: "AP50, 11-point", "AP": "AP", "AP75": "AP75"}
-BASELINE = "baseline"  # the row of a detector without improvements
 NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
 EVENTS = re.compile(r"events\.out\.tfevents\.(\d{9,11})\.")  # TensorBoard's file, with its start
 # Detectron2 has had no release since 0.6; builds of others have their own version numbers.
@@ -172,74 +168,6 @@ def _our_cells(found: DetectorGroup | Gain, metric: str) -> list[str]:
     return [f"{_number_text(found, metric)} ({found.label})", data_text(found)]
 
 
-class Row(NamedTuple):
-    name: str
-    numbers: dict[str, float]  # AP in percent
-    seconds: float | None  # per image, if measured
-    run: str  # folder of the detector
-    test: tuple[str, ...]  # data sets that it was evaluated on; empty: unknown
-
-    @property
-    def measured_run(self) -> Path | None:
-        """Folder of the run whose detector was measured as it is, without improvements."""
-        return Path(self.run).resolve() if self.name == BASELINE and self.run else None
-
-
-def load_rows(path: Path) -> list[Row]:
-    """Reads the rows of evaluate-detector: name, results (bbox), seconds per image."""
-    try:
-        rows = [read_row(row) for row in read_table(path)["rows"]]
-    except (KeyError, TypeError, AttributeError):
-        rows = []
-    if not rows or any("AP50" not in row.numbers for row in rows):
-        raise ValueError(
-            f"{path} has no rows with a name and AP50: give results.json of evaluate-detector"
-        )
-    return rows
-
-
-def read_row(row: Mapping[str, Any]) -> Row:
-    numbers = row["results"]["bbox"].items()
-    kept = {key: float(value) for key, value in numbers if key in METRICS and value is not None}
-    config = yaml.safe_load(row.get("config") or "{}")  # has the test sets
-    test = tuple(config.get("DATASETS", {}).get("TEST", ()))
-    return Row(row["name"], kept, row.get("seconds_per_image"), str(row.get("run", "")), test)
-
-
-def improvements_section(rows: Sequence[Row]) -> str:
-    """Returns our rows; on COCO val in the paper's order, with its numbers for the same names."""
-    used = {key: text for key, text in METRICS.items() if any(key in row.numbers for row in rows)}
-    header = ["row", *(f"**ours**, {text}" for text in used.values()), "s/image"]
-    cells, place = [], -1  # place in the paper's order; other rows follow the row before them
-    for row in rows:
-        numbers = [f"{row.numbers[key]:.2f}" if key in row.numbers else NONE for key in used]
-        seconds = NOT_MEASURED if row.seconds is None else f"{row.seconds:.3g}"
-        paper = next((i for i in IMPROVEMENTS if any(k in row.name.lower() for k in i.keys)), None)
-        place = IMPROVEMENTS.index(paper) if paper else place
-        name = f"+ {row.name[1:].lstrip()}" if row.name.startswith("+") else row.name
-        cells.append((place, paper, [name, *numbers, seconds]))
-    if not is_coco(rows):
-        return markdown(header, [row for _, _, row in cells])
-    header += ["paper, COCO val, AP50 / AP", "paper, COCO test-dev, AP50 / AP"]
-    measured = [paper for _, paper, _ in cells]
-    nothing = [NOT_MEASURED] * (len(used) + 1)
-    for place, paper in enumerate(IMPROVEMENTS):
-        if paper not in measured:
-            cells.append((place, paper, [paper.name, *nothing]))
-    cells.sort(key=lambda cell: cell[0])
-    return markdown(header, [[*row, *_paper_cells(paper)] for _, paper, row in cells])
-
-
-def is_coco(rows: Sequence[Row]) -> bool:
-    """Returns whether rows were measured on the images of the paper's Table 9."""
-    return all(TASKS["coco"].has_test_set(row.test, None) for row in rows)
-
-
-def _paper_cells(paper) -> list[str]:
-    pairs = (paper.val, paper.test_dev) if paper else (None, None)
-    return ["{:.1f} / {:.1f}".format(*pair) if pair else NONE for pair in pairs]
-
-
 def class_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> str:
     first = groups[0].first
     objects = first.objects
@@ -286,20 +214,6 @@ def provenance_section(groups: Sequence[DetectorGroup], commands: Mapping[str, s
             lines.append(f"**Reduced** compared with the published protocol: {'; '.join(notes)}.")
         parts.append("\n".join([*lines, "", *(_run_text(run, commands) for run in group.runs)]))
     return "\n\n".join(parts)
-
-
-def rows_provenance(path: Path, commands: Mapping[str, str]) -> str:
-    content = read_table(path)
-    rows = content["rows"]
-    columns = (
-        [hardware_text(row.get("hardware")) for row in rows],
-        [row.get("precision", "") for row in rows],
-        [row.get("date", "")[:10] for row in rows],
-    )
-    facts = [" and ".join(dict.fromkeys(filter(None, texts))) for texts in columns]
-    known = "; ".join(filter(None, facts)) or f"hardware {NOT_RECORDED}"
-    command = commands.get(content.get("command"), NOT_RECORDED)
-    return f"Improvements in testing: {known}  \n`{command}`"
 
 
 def _evaluated(run: DetectorRun) -> str:

@@ -34,6 +34,13 @@ from resnet_backbone.report.detections import (
     select_misses,
 )
 from resnet_backbone.report.gain import DetectorGroup, Gain, describe_gain, find_gains, group_runs
+from resnet_backbone.report.improvements import (
+    BASELINE,
+    Row,
+    improvements_section,
+    load_rows,
+    rows_provenance,
+)
 from resnet_backbone.report.plots import plot_confusion, save_png
 from resnet_backbone.report.runs import flatten, load_detector_runs, read_table
 from resnet_backbone.report.table import WHERE, show_commands
@@ -58,9 +65,6 @@ For each class with N objects, these are the N detections with the highest score
 ECCV 2012; IoU .5): correct, localization (IoU .1 to .5 with an object of the class), confusion \
 (with an object of another class), background, or duplicate. "Missed" counts the objects that no \
 detection found at any score. All numbers are in percent of the objects, summed over the classes."""
-TABLE_9 = """\
-Ours beside the paper's Table 9 (ResNet-101 on COCO; each row adds to the one above; test-dev: \
-trained on trainval)."""
 
 
 class Report:
@@ -102,7 +106,7 @@ def write_detection_report(
     defaults = dict(flatten(defaults, "RESNET_BACKBONE."))  # for keys that older runs lack
     runs = [replace(r, config={**defaults, **r.config}) for r in load_detector_runs(folders)]
     groups = group_runs(runs)
-    gains, measured = find_gains(groups, reference), [tables.load_rows(file) for file in rows_files]
+    gains, measured = find_gains(groups, reference), [load_rows(file) for file in rows_files]
     report = Report(output.stem, groups, gains)
     try:
         report.truth, report.detections = load_all(groups, data)
@@ -146,12 +150,11 @@ def _add_results(report: Report, note: str) -> None:
     report.add("## Beside published numbers" if published else "", published)
 
 
-def _add_improvements(report: Report, measured: Sequence[Sequence[tables.Row]]) -> None:
+def _add_improvements(report: Report, measured: Sequence[Sequence[Row]]) -> None:
     improved = [rows for rows in measured if len(rows) > 1]  # one row is a measurement of time
     report.add("## Improvements in testing" if improved else "")
     for rows in improved:
-        report.add(tables.improvements_section(rows), _elsewhere(report, rows[0]))
-        report.add(TABLE_9 if tables.is_coco(rows) else "Each row adds to the one above.")
+        report.add(improvements_section(rows), _elsewhere(report, rows[0]))
 
 
 def _add_classes(report: Report) -> None:
@@ -227,7 +230,7 @@ def _add_training(report: Report) -> None:
         report.show("training.png", figure, "losses and AP50 during training, a line for each run")
 
 
-def _elsewhere(report: Report, row: tables.Row) -> str:
+def _elsewhere(report: Report, row: Row) -> str:
     """Returns a note if a row was evaluated on other images than the runs; "" if not."""
     if row.test in ((), tuple(report.groups[0].first.test)):
         return ""
@@ -235,7 +238,7 @@ def _elsewhere(report: Report, row: tables.Row) -> str:
     return f"Measured on {names}: these numbers compare with each other, not with the runs' above."
 
 
-def _add_time(report: Report, rows: Sequence[tables.Row]) -> None:
+def _add_time(report: Report, rows: Sequence[Row]) -> None:
     """Adds a plot of the detectors and rows on the same images, and one for each other set."""
     report.add("## Accuracy and time")
     elsewhere = [row for row in rows if _elsewhere(report, row)]
@@ -249,7 +252,7 @@ def _add_time(report: Report, rows: Sequence[tables.Row]) -> None:
             spread = statistics.stdev(values) if len(values) > 1 else None
             ap50, color = statistics.fmean(values), report.colors[group.label]
             points.append(plots.Point(group.label, seconds, ap50, spread, color))
-    points += [_row_point(report, row) for row in here if row.name != tables.BASELINE]
+    points += [_row_point(report, row) for row in here if row.name != BASELINE]
     if points:
         report.show("accuracy_time.png", plots.plot_accuracy_and_time(points), "AP50 and seconds")
     for source, names in sources.items():
@@ -262,7 +265,7 @@ def _add_time(report: Report, rows: Sequence[tables.Row]) -> None:
 
 
 def _seconds(
-    group: DetectorGroup, here: Sequence[tables.Row], elsewhere: Sequence[tables.Row]
+    group: DetectorGroup, here: Sequence[Row], elsewhere: Sequence[Row]
 ) -> tuple[float | None, str]:
     """Returns mean seconds per image of a group's runs, and their source; "" for rows here."""
     own = {run.folder: run.results.get("seconds_per_image") for run in group.runs}
@@ -278,7 +281,7 @@ def _seconds(
     return None, "not measured"
 
 
-def _row_point(report: Report, row: tables.Row) -> plots.Point:
+def _row_point(report: Report, row: Row) -> plots.Point:
     """Returns a row's point; a baseline gets its run's label and color."""
     point = plots.Point(row.name, row.seconds, row.numbers["AP50"])
     labels = {run.folder: group.label for group in report.groups for run in group.runs}
@@ -322,7 +325,7 @@ def _add_provenance(report: Report, rows_files: Sequence[Path], command: str) ->
     recorded += [read_table(file).get("command") for file in rows_files]
     commands = show_commands([*recorded, command])
     report.add("## How", WHERE, tables.provenance_section(report.groups, commands))
-    report.add(*(tables.rows_provenance(file, commands) for file in rows_files))
+    report.add(*(rows_provenance(file, commands) for file in rows_files))
     report.add(f"This page: `{commands[command]}`")
 
 

@@ -172,8 +172,8 @@ def test_voc07_is_the_experiment_of_its_configs(steps_of, tmp_path, run_command)
         words += ["--weights", f"{name}={file}", "--preprocessing", f"{name}={stated}"]
     steps = steps_of("voc07", *words)
     detectors = [f"detect_{name}_seed1" for name in files]
-    assert list(steps) == ["convert_VGG-16", *detectors, "report"]
-    convert, vgg, resnet, _ = (" ".join(step.words[1:]) for step in steps.values())
+    assert list(steps) == ["convert_VGG-16", *detectors, "improve_ResNet-50", "report"]
+    convert, vgg, resnet, rows, _ = (" ".join(step.words[1:]) for step in steps.values())
     product = steps["convert_VGG-16"].product
     settings = "--unit-responses --size 320 --overwrite --preprocessing caffe_vgg"
     assert convert == f"convert {files['VGG-16']} {product} {settings}"
@@ -183,6 +183,7 @@ def test_voc07_is_the_experiment_of_its_configs(steps_of, tmp_path, run_command)
         assert data in found and f"--weights {weights} " in f"{found} "
     assert "WEIGHTS_PREPROCESSING" not in vgg  # the converted file carries its input
     assert resnet.endswith(" msra")
+    assert data in rows and "--alone --rows baseline flip refinement multi-scale soft-nms" in rows
     other = steps_of("voc07", *words, "--voc-root", tmp_path)
     assert str(tmp_path) in other["report"].words
     status, shown, _ = run_command(main, "--scale", "voc07", "--plan", *words)

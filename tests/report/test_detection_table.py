@@ -5,6 +5,7 @@ import json
 import pytest
 
 from resnet_backbone.report import detection_table as tables
+from resnet_backbone.report import improvements
 from resnet_backbone.report.gain import find_gains, group_runs
 from resnet_backbone.report.published import DETECTORS, IMPROVEMENTS, TASKS, VOC_CLASSES
 from resnet_backbone.report.runs import load_detector_runs
@@ -199,7 +200,7 @@ def test_improvements(cells, tmp_path):
     rows[3]["date"] = "2025-01-02T10:00:00+00:00"
     command = "python /a/tools/x.py --run /b/r50"
     file.write_text(json.dumps({"command": command, "rows": rows}))
-    header, _, *found = cells(tables.improvements_section(tables.load_rows(file)))
+    header, _, *found = cells(improvements.improvements_section(improvements.load_rows(file)))
     assert header[1:4] == ["**ours**, AP50", "**ours**, AP", "s/image"]
     assert found[0] == ["baseline", "20.00", "9.00", "0.5", "48.4 / 27.2", "-"]
     assert found[1] == ["+ refinement", "21.00", "9.50", "not measured", "49.9 / 29.9", "-"]
@@ -207,13 +208,24 @@ def test_improvements(cells, tmp_path):
     unmeasured = ["not measured"] * 3
     assert found[3] == ["+ global context", *unmeasured, "51.1 / 30.0", "53.3 / 32.2"]
     assert [row[0] for row in found[4:]] == ["+ multi-scale", "ensemble of 3"]
-    assert tables.rows_provenance(file, show_commands([command])) == (
+    assert improvements.rows_provenance(file, show_commands([command])) == (
         "Improvements in testing: a GPU; fp32; 2025-01-02  \n`python tools/x.py --run $ROOT/r50`"
     )
     rows[0]["config"] = "DATASETS: {TEST: [voc_2007_test]}"  # the paper's are of COCO
     file.write_text(json.dumps({"rows": rows}))
-    header, _, *found = cells(tables.improvements_section(tables.load_rows(file)))
+    header, _, *found = cells(improvements.improvements_section(improvements.load_rows(file)))
     assert header[-1] == "s/image" and len(found) == 4
+    rows[0]["intervals"], rows[1]["intervals"] = {"AP50": [0, 0]}, {"AP50": [-0.25, 2.0]}
+    file.write_text(json.dumps({"rows": rows}))
+    text = improvements.improvements_section(improvements.load_rows(file))
+    assert "| baseline | 20.00 | 9.00 |" in text and "Each row adds" in text
+    assert "| + refinement | 21.00 (+1.00 [−0.25, +2.00]) | 9.50 |" in text
+    rows[1]["name"] = "refinement"  # alone, so the paper's sums are no match
+    for row in rows:
+        row["name"], row["config"] = row["name"].strip("+"), "DATASETS: {TEST: [coco_2014_val]}"
+    file.write_text(json.dumps({"rows": rows}))
+    text = improvements.improvements_section(improvements.load_rows(file))
+    assert "paper" not in text and "one improvement alone" in text
 
 
 @pytest.mark.parametrize("content", [{}, {"rows": []}, {"rows": [{"name": "a"}]}, {"rows": [3]}])
@@ -221,7 +233,7 @@ def test_files_without_rows(tmp_path, content):
     file = tmp_path / "results.json"
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="has no rows"):
-        tables.load_rows(file)
+        improvements.load_rows(file)
 
 
 # -- localization ----------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def test_all_rows(make_run, tool, tiny_voc, tmp_path):
     assert last["switches"]["ENSEMBLE"] == [third] and last["switches"]["BOX_REFINEMENT"]
     table = (output / "results.md").read_text()
     assert all(name in table for name in names) and "| bar |" in table
+    assert "Each row adds" in table and first["intervals"]["AP50"] == [0, 0]
     assert "48.4" not in table  # the paper's rows are of COCO val
 
     files = {name: (output / name.removeprefix("+") / "row.json") for name in names}
@@ -141,6 +142,23 @@ def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path, monkeypat
     assert {row["precision"] for row in content["rows"]} == {"float32"}  # whatever training had
     assert set(content["left_out"]) == {"context", "ensemble"}
     assert "`ensemble` is left out" in (output / "results.md").read_text()
+
+
+def test_each_row_alone(make_run, tool, tmp_path):
+    rows = ["--rows", "baseline", "soft-nms", "flip", "refinement"]
+    code, lines, errors = tool("--run", make_run("plain"), "--output", tmp_path, "--alone", *rows)
+    assert code == 0, errors
+    baseline, *found = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["name"] for row in found] == ["refinement", "flip", "soft-nms"]
+    switches = [(s["BOX_REFINEMENT"], s["FLIP"], s["NMS"]) for s in (r["switches"] for r in found)]
+    assert switches == [(True, False, "hard"), (False, True, "hard"), (False, False, "gaussian")]
+    table = (tmp_path / "results.md").read_text()
+    assert "Each row is one improvement alone." in table
+    start = baseline["results"]["bbox"]["AP"]
+    for row in found:
+        value, (low, high) = row["results"]["bbox"]["AP"], row["intervals"]["AP"]
+        assert low <= value - start <= high
+        assert f"{value:.2f} ({value - start:+.2f} [{low:+.2f}, {high:+.2f}])" in table
 
 
 def test_refusals(make_run, tool, tmp_path):
