@@ -53,8 +53,9 @@ from resnet_backbone.detection.inference.predictor import (
 )
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
+from resnet_backbone.runtime.images import EXTENSIONS
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+WRITTEN = tuple(one for one in EXTENSIONS if one not in (".gif", ".pgm", ".pbm"))  # in color
 COLUMNS = ["class", "score", "x0", "y0", "x1", "y1"]  # of the page's table
 LEAST = 0.05  # lowest score of the detector, as in evaluations
 NO_NAMES = """\
@@ -96,7 +97,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UsageError("no output: give --output, --sheet, or --json")
     if not 0 <= args.confidence <= 1:
         raise UsageError(f"--confidence {args.confidence}: give a number between 0 and 1")
-    if args.sheet and Path(args.sheet).suffix.lower() not in IMAGES:
+    if args.sheet and Path(args.sheet).suffix.lower() not in WRITTEN:
         raise UsageError(f"--sheet {args.sheet}: name an image file, such as sheet.png")
     return args
 
@@ -107,7 +108,7 @@ def find_inputs(words: list[str]) -> list[Path]:
     for word in words:
         path = Path(word)
         inside = path.iterdir() if path.is_dir() else map(Path, glob.glob(word, recursive=True))
-        media = [p for p in inside if p.suffix.lower() in IMAGES + VIDEOS and p.is_file()]
+        media = [p for p in inside if p.suffix.lower() in EXTENSIONS + VIDEOS and p.is_file()]
         paths = [path] if path.is_file() else sorted(media)
         if not paths:
             kind = "this folder has no image or video" if path.is_dir() else "no such file"
@@ -121,7 +122,7 @@ def plan_outputs(inputs: list[Path], output: str | None) -> list[Path | None]:
     if output is None:
         return [None] * len(inputs)
     suffix = Path(output).suffix.lower()
-    if suffix in IMAGES + VIDEOS and not os.path.isdir(output):
+    if suffix in WRITTEN + VIDEOS and not os.path.isdir(output):
         if len(inputs) > 1:
             raise UsageError(
                 f"--output {output} is one file for {len(inputs)} inputs; name a folder"
@@ -137,7 +138,7 @@ def plan_outputs(inputs: list[Path], output: str | None) -> list[Path | None]:
         return [Path(output)]
     planned: dict[Path, None] = {}
     for path in inputs:
-        kept = path.suffix if path.suffix.lower() in IMAGES else ".png"
+        kept = path.suffix if path.suffix.lower() in WRITTEN else ".png"
         kept = ".mp4" if is_video(path) else kept
         name, number = Path(output) / (path.stem + kept), 1
         while name in planned:

@@ -91,8 +91,9 @@ Make a data set of your own images with boxes, and print the command that trains
 
 The command reads VOC XML files, a COCO JSON file, YOLO text files (class names in data.yaml or
 classes.txt), and Roboflow downloads in these formats. Annotations may lie beside the images or in a
-folder of their own. Folders called train, valid, and test stay splits. Otherwise --val is the share
-of the images for validation, the same for every class if the numbers allow it.
+folder of their own. Folders called train, valid (or val), and test stay splits. Without a split for
+validation, --val is its share of the training images, the same for every class if the numbers allow
+it.
 
 ImageNet's detection and localization tasks, from ILSVRC's folders or from LOC_val_solution.csv:
 

@@ -12,6 +12,7 @@ import torch
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data import trees
 from resnet_backbone.detection.data.archives import unpack, verify_archive
+from resnet_backbone.detection.data.formats.coco import unused_name
 from resnet_backbone.detection.data.formats.voc import find_voc_folders
 from resnet_backbone.detection.data.own import (
     count_boxes,
@@ -104,12 +105,16 @@ def convert_own(args: argparse.Namespace) -> int:
         left = sum(map(len, splits.values()))
         print(f"{left:,} of {before:,} images show one class, the others are left out")
     if args.classes:
-        known = read_class_names(args.classes)
-        names = [known.get(name, name) for name in names]
+        known, wnids, names = read_class_names(args.classes), names, []
+        for wnid in wnids:
+            names.append(unused_name(known.get(wnid, wnid), names, wnid, report.notes))
     if "train" not in splits:
         splits["train"], splits["val"] = split_records(splits.pop(""), args.val, args.seed)
     elif splits.pop("", []):
         print("images outside the folders train, valid and test are left out")
+    if "val" not in splits and not args.val1:
+        print(f"there is no validation set: it is {args.val:g} of train")
+        splits["train"], splits["val"] = split_records(splits["train"], args.val, args.seed)
     if args.val1:
         halve(args, splits)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from resnet_backbone.detection.data.formats.coco import clean_coco, number_from_
 from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation import voc_ap
 from resnet_backbone.detection.evaluation.coco import RESULT_FILE, score_coco
-from resnet_backbone.detection.evaluation.voc import TO_VOC
+from resnet_backbone.detection.evaluation.voc import TO_VOC, voc_objects
 from resnet_backbone.report.runs import DetectorRun
 
 DETECTIONS = "detections.json"
@@ -53,21 +53,13 @@ def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) 
     paths = _own_paths(run) | _known(given or {})
     if run.is_coco:
         file, root = (_existing(run, paths, key) for key in ("coco_json", "image_root"))
-        records, report = scan_coco(file, root, progress=True)
+        records, report = scan_coco(file, root, decode=True, progress=True)
     else:
         records, report = _scan_voc(run, _existing(run, paths, "voc_root"))
     if not report.annotated:
         raise NoDetections(f"{report.name} has no annotations")
-    images = []
-    for record in records:
-        found = record["annotations"]
-        boxes = np.array([a["bbox"] for a in found], dtype=float).reshape(-1, 4)
-        if run.is_coco:
-            boxes[:, 2:] += boxes[:, :2]
-        kinds = np.array([a["category_id"] for a in found], dtype=int)
-        hard = [a["iscrowd" if run.is_coco else "difficult"] for a in found]
-        difficult = np.array(hard, dtype=bool)
-        images.append({**record, "boxes": boxes + TO_VOC, "classes": kinds, "difficult": difficult})
+    pairs = zip(records, voc_objects(records), strict=True)
+    images = [{**record, **objects} for record, objects in pairs]
     classes = list(report.boxes)
     return Truth(classes, report.category_ids or list(range(len(classes))), images)
 
@@ -102,7 +94,7 @@ def _scan_voc(run: DetectorRun, root: str) -> tuple[list[dict], Any]:
     if not split:
         raise NoDetections(f"{name} is not a split of a VOC folder")
     classes = list(run.config.get("RESNET_BACKBONE.CLASS_NAMES") or run.classes)
-    return scan_voc(root, split, classes, decode=False, progress=True)
+    return scan_voc(root, split, classes, decode=True, progress=True)
 
 
 def _existing(run: DetectorRun, paths: Mapping[str, str], key: str) -> str:

@@ -82,7 +82,7 @@ def reductions(group: DetectorGroup) -> list[str]:
     facts = (
         ("{:,} images seen in training", seen, task.iterations * task.images_per_batch),
         ("trained on {:,} images", run.images_of(run.train), task.train_images),
-        ("measured on {:,} images", run.images_of(run.test), task.test_images),
+        ("measured on {:,} images", run.images_of(run.test), min(task.sizes)),
         ("short side {} px", run.config.get("INPUT.MIN_SIZE_TEST"), task.short_side),
     )
     short = [fact for fact in facts if fact[1] and fact[1] < fact[2]]

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from resnet_backbone.detection.data.problems import read_image
 from resnet_backbone.detection.evaluation import voc_ap
 from resnet_backbone.detection.evaluation.voc import TO_VOC
 from resnet_backbone.detection.inference.pictures import contact_sheet, draw_boxes, enlargement
@@ -44,7 +45,7 @@ def interpolated_precision(numbers: Mapping[str, Any], levels: int = RECALL_LEVE
     for recall, precision, objects in zip(
         numbers["recall"], numbers["precision"], numbers["num_ground_truth"], strict=True
     ):
-        best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+        best = np.append(voc_ap.precision_envelope(precision), 0.0)
         row = best[np.searchsorted(recall, grid, side="left")]
         rows.append(row if objects else np.full(levels, np.nan))
     return np.array(rows)
@@ -197,8 +198,7 @@ def make_sheet(
         table = left.truth
         number = int(table["image"][row])
         name = truth.classes[int(table["classes"][row])]
-        with Image.open(truth.images[number]["file_name"]) as file:
-            photo = file.convert("RGB")
+        photo = Image.fromarray(read_image(truth.images[number]["file_name"], "RGB"))
         scale = enlargement(photo.height, photo.width)
         photo = photo.resize([round(scale * side) for side in photo.size], Image.BICUBIC)
         _draw_objects(photo, table, row, scale)

@@ -164,7 +164,11 @@ def find_gains(groups: Sequence[DetectorGroup], reference: Path | None = None) -
     """
     if reference is not None:
         path = reference.resolve()
-        chosen = next((g for g in groups if path in [r.folder for r in g.runs]), None)
+
+        def is_meant(folder: Path) -> bool:
+            return path == folder or (path == folder.parent and folder.name.startswith("seed_"))
+
+        chosen = next((g for g in groups if any(is_meant(run.folder) for run in g.runs)), None)
         if chosen is None:
             raise ValueError(f"{reference} is not one of the run folders: add it with --run")
         return [Gain(group, chosen) for group in groups if group is not chosen]

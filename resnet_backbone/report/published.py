@@ -148,8 +148,7 @@ class Task(NamedTuple):
     sizes: tuple[int, ...]  # images of these test sets
     iterations: int  # of the training
     images_per_batch: int
-    train_images: int  # of the paper's smallest sets
-    test_images: int
+    train_images: int  # of the paper's smallest set
     short_side: int  # of test images, in pixels
 
     def has_test_set(self, names: Sequence[str], images: int | None) -> bool:
@@ -162,11 +161,11 @@ class Task(NamedTuple):
 TASKS = {
     "voc": Task(
         *("PASCAL VOC, AP50", "AP50", "VOC 2007 test", "voc_2007_test", (4_952,)),
-        *(80_000, 2, 5_011, 4_952, 600),
+        *(80_000, 2, 5_011, 600),
     ),
     "coco": Task(
         *("COCO, AP", "AP", "COCO val", "coco_20(14|17)_(val|minival)", (5_000, 40_504)),
-        *(320_000, 16, 80_000, 40_000, 600),
+        *(320_000, 16, 80_000, 600),
     ),
 }
 

@@ -17,9 +17,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
-EXTENSIONS = frozenset(
-    ".jpeg .jpg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm".split()
-)
+EXTENSIONS = tuple(".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .pbm".split())
 EXIF_ORIENTATION = 0x0112
 BITS_PER_SAMPLE = 258  # a tag of TIFF
 ORIENTATION_TAGS = (b"\x01\x12", b"\x12\x01", b"Orientation")  # EXIF of both byte orders, XMP

@@ -108,6 +108,10 @@ def test_any_detector_can_be_the_reference(make_detector, tmp_path):
     for reference, label in ((None, "R-101-FPN minus R-50"), (folders[1], "R-50-FPN minus R-101")):
         (gain,) = find_gains(groups, reference)
         assert gain.label == f"{label}-FPN"
+    seeds = (tmp_path / "seeds").mkdir() or tmp_path / "seeds"
+    moved = [folders[0], folders[1].rename(seeds / "seed_1")]
+    (gain,) = find_gains(group_runs(load_detector_runs(moved)), seeds)
+    assert gain.reference.first.depth == 101
     assert gain.differences == ("SOLVER.MAX_ITER 600 / 900",)
     with pytest.raises(ValueError, match="is not one of the run folders"):
         find_gains(groups, tmp_path)

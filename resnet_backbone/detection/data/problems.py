@@ -24,7 +24,6 @@ from resnet_backbone.runtime.images import BadImage, read_rgb
 
 logger = logging.getLogger(__name__)
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")  # suffixes
 PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # modes that can always be read
 # Kinds that drop one box; every other kind drops an image or the whole data set.
 BOX_KINDS = ("bad-box", "unknown-class")
@@ -82,7 +81,8 @@ class DataReport:
         return [p for p in self.problems if p.kind not in BOX_KINDS]
 
     def add(self, kind: str, file: str, detail: str) -> None:
-        self.problems.append(DataProblem(kind, file, detail))
+        name = file.encode(errors="backslashreplace").decode()  # it may not be UTF-8
+        self.problems.append(DataProblem(kind, name, detail))
 
     def watch(self, path: str) -> None:
         """Records the current stamp of a file, or a folder's list of files, before it is read."""

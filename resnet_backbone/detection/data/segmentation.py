@@ -23,7 +23,6 @@ from resnet_backbone.detection.data.panoptic import (
     read_panoptic,
 )
 from resnet_backbone.detection.data.problems import (
-    IMAGES,
     DataProblem,
     DataReport,
     Look,
@@ -36,6 +35,7 @@ from resnet_backbone.detection.data.problems import (
 )
 from resnet_backbone.detection.data.scans import ScannedDataset, register_once
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.images import EXTENSIONS
 
 LABELS = (".png",)
 SAMPLE = 200  # about this many labels, evenly spaced, are decoded; others are read by header only
@@ -92,7 +92,7 @@ def register_semantic(
     def scan() -> tuple[list[dict], DataReport]:
         report = DataReport(label_root)
         for folder in (image_root, label_root):
-            for place, _, _ in os.walk(folder):
+            for place, _, _ in os.walk(folder, followlinks=True):
                 report.watch(place)
         records = _pair(image_root, label_root, report, shared_images)
         report.num_images = len(records)
@@ -113,7 +113,7 @@ def _check_folders(*folders: str) -> None:
 def _pair(image_root: str, label_root: str, report: DataReport, shared_images: bool) -> list[dict]:
     """Returns a record for every label picture that has an image."""
     images: dict[str, str] = {}
-    for name, path in _list_files(image_root, IMAGES, label_root):
+    for name, path in _list_files(image_root, EXTENSIONS, label_root):
         if image_root == label_root and path.lower().endswith(LABELS):
             continue
         if name in images:

@@ -17,8 +17,14 @@ from tqdm.contrib.concurrent import process_map
 
 from resnet_backbone.detection.data.archives import COUNTS, Counts, archive_of, coco_image_folder
 from resnet_backbone.detection.data.coco import scan_coco
-from resnet_backbone.detection.data.formats.voc import IMAGE_SUFFIXES, list_splits, read_split
-from resnet_backbone.detection.data.problems import BOX_KINDS, DataReport, look_at_image, read_image
+from resnet_backbone.detection.data.formats.voc import list_splits, read_split
+from resnet_backbone.detection.data.problems import (
+    BOX_KINDS,
+    DataReport,
+    files_below,
+    look_at_image,
+    read_image,
+)
 from resnet_backbone.detection.data.voc import VOC_CLASSES, find_voc_classes, scan_voc
 from resnet_backbone.detection.inference.pictures import (
     contact_sheet,
@@ -27,6 +33,7 @@ from resnet_backbone.detection.inference.pictures import (
 )
 from resnet_backbone.report.plots import COLORS, save_png
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.images import EXTENSIONS
 
 SAMPLES = 20  # images per split in a contact sheet
 SHOWN = 5  # problems printed per kind
@@ -92,8 +99,7 @@ class TreeCheck:
 
     def finish(self, folders: Iterable[Path], listed: set[str], workers: int) -> TreeCheck:
         """Finds images that are in no split, and decodes the others in parallel processes."""
-        ends = [f"*{suffix}" for suffix in IMAGE_SUFFIXES]
-        images = {str(file) for place in folders for end in ends for file in place.glob(end)}
+        images = {str(file) for place in folders for file in files_below(place, *EXTENSIONS)}
         self.unlisted = sorted(images - listed)
         files = list(dict.fromkeys(file for split in self.splits for file in split.files))
         if not workers or not files:
@@ -131,11 +137,11 @@ def check_voc_tree(
         tree.absent.append(f"{lists} has no split, a file NAME.txt with ids")
         return tree
     classes = list(VOC_CLASSES) if tree.official else find_voc_classes(folder, splits)
-    listed = set()
+    stems = set()
     for split in splits:
         tree.add_split(split, *scan_voc(folder, split, classes, progress=True))
-        stems = [str(images / image_id) for image_id in read_split(folder, split)]
-        listed.update(stem + suffix for stem in stems for suffix in IMAGE_SUFFIXES)
+        stems.update(images / image_id for image_id in read_split(folder, split))
+    listed = {str(f) for f in files_below(images, *EXTENSIONS) if f.with_suffix("") in stems}
     return tree.finish([images], listed, workers)
 
 

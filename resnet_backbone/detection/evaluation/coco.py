@@ -58,9 +58,9 @@ class PerClassCOCOEvaluator(COCOEvaluator):
 
     Returns {"bbox": {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs",
     "ARm", "ARl", "AP-<class>"}} in percent, and writes `coco_instances_results.json` and
-    `instances_predictions.pth` to `output_dir`. Keypoints are left to Detectron2. The ground truth
-    is the same as in our loader. Without detections AP is 0. Numbers are nan only without ground
-    truth. In both cases a warning is logged.
+    `instances_predictions.pth` to `output_dir`. The latter counts the images from 1. Keypoints are
+    scored by Detectron2. The ground truth is the same as in our loader. Without detections AP is 0.
+    Numbers are nan only without ground truth. In both cases a warning is logged.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None):
@@ -97,26 +97,31 @@ class PerClassCOCOEvaluator(COCOEvaluator):
     def _eval_predictions(self, predictions, img_ids=None):
         results = [result for image in predictions for result in image["instances"]]
         tasks = self._tasks_from_predictions(results)
-        if "keypoints" in tasks:
-            return super()._eval_predictions(predictions, img_ids)
         content, (image_ids, category_ids) = self._clean, self._ids
+        img_ids = img_ids and [self._numbers[one] for one in img_ids]
         for result in results:
             if result["category_id"] >= len(category_ids):
                 raise ValueError(
                     f"the model found class {result['category_id']}, {self._name} has "
                     f"{len(category_ids)} classes: is NUM_CLASSES that of the data?"
                 )
-            result["category_id"] += 1
         if self._output_dir:
             theirs = [
                 {
                     **result,
                     "image_id": image_ids[result["image_id"] - 1],
-                    "category_id": category_ids[result["category_id"] - 1],
+                    "category_id": category_ids[result["category_id"]],
                 }
                 for result in results
             ]
             write_json(os.path.join(self._output_dir, RESULT_FILE), theirs, indent=None)
+        if "keypoints" in tasks:
+            folder, self._output_dir = self._output_dir, None  # its file would have our numbers
+            try:
+                return super()._eval_predictions(predictions, img_ids)
+            finally:
+                self._output_dir = folder
+        results = [{**result, "category_id": result["category_id"] + 1} for result in results]
         if not self._do_evaluation:
             text = "%s has no annotations: detections are written, not scored"
             logger.info(text, self._name)

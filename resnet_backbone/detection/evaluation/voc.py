@@ -24,6 +24,7 @@ from resnet_backbone.detection.evaluation.coco import warn_if_empty
 from resnet_backbone.detection.evaluation.voc_ap import (
     COCO_IOU_THRESHOLDS,
     KINDS,
+    check_classes,
     count_errors,
     read_boxes,
     score_boxes,
@@ -147,7 +148,9 @@ class VOCEvaluator(BoxEvaluator):
         annotations, such as VOC 2012's test set, whose server scores the files, give an empty dict.
         """
         output, folder = self.output_dir, "no folder: there is no output_dir"
-        if output:  # before anything can fail
+        for _, _, classes in found.values():
+            check_classes(classes, len(self.class_names), "detections")
+        if output:  # before anything else can fail
             folder = write_detections(found, self._metadata, output)
         ground_truth, annotated = self._load_ground_truth()
         names = self.class_names

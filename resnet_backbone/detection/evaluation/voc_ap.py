@@ -119,14 +119,14 @@ def read_boxes(detections, ground_truth, class_names) -> tuple[dict, dict]:
 
 def average_precision(recall: np.ndarray, precision: np.ndarray) -> float:
     """Returns the area, 0..1, under the precision envelope; inputs (D,) by descending score."""
-    return float(np.sum(np.diff(recall, prepend=0.0) * _envelope(precision)))
+    return float(np.sum(np.diff(recall, prepend=0.0) * precision_envelope(precision)))
 
 
 def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
     """Returns the mean over recall 0, .1, ... 1 of the best precision at or above it (VOC 2007)."""
     # exactly these floats, with 0.30000000000000004, break ties as in the devkit's Python port
     first = np.searchsorted(recall, np.arange(0.0, 1.1, 0.1), side="left")
-    return float(np.append(_envelope(precision), 0.0)[first].sum() / 11.0)
+    return float(np.append(precision_envelope(precision), 0.0)[first].sum() / 11.0)
 
 
 def paired_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
@@ -139,7 +139,7 @@ def paired_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
         return intersection / (areas1 + areas2 - intersection)
 
 
-def _envelope(precision: np.ndarray) -> np.ndarray:
+def precision_envelope(precision: np.ndarray) -> np.ndarray:
     """Returns the best precision at each recall or a higher one."""
     return np.maximum.accumulate(precision[::-1])[::-1]
 
@@ -160,13 +160,17 @@ def _flatten(images, keys, num_classes: int, what: str) -> dict[str, np.ndarray]
                     f"{what} of image {image['image_id']}: {len(box)} boxes but {len(column)} {key}"
                 )
         table[key] = np.concatenate(columns) if columns else np.zeros(0, types[key])
-    classes = table["classes"]
+    check_classes(table["classes"], num_classes, what)
+    return table
+
+
+def check_classes(classes: np.ndarray, num_classes: int, what: str) -> None:
+    """Raises ValueError for class numbers that the data set does not have."""
     if classes.size and not 0 <= classes.min() <= classes.max() < num_classes:
         raise ValueError(
             f"{what}: class numbers {classes.min()}..{classes.max()} are not in"
             f" 0..{num_classes - 1}; is the model's number of classes that of the data set?"
         )
-    return table
 
 
 def _precision_recall(

@@ -1,6 +1,8 @@
 """A user's own boxes: every format gives the same data set, and nothing is lost without a word."""
 
 import json
+import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +157,26 @@ def test_folders_of_roboflow_stay_splits(tmp_path, write):
     assert {key: len(found) for key, found in splits.items()} == dict(train=2, val=1, test=1)
 
 
+def test_named_splits_need_no_validation_set(tmp_path, run):
+    """A folder test is never trained on, and named folders that are no splits are a note."""
+    folder = tmp_path / "data"
+    for split, names in (("training", ["a", "b", "c.d"]), ("testing", ["e"])):
+        write_voc(images(folder / split, names), names)
+    splits, _, _ = read_own(folder, folder)
+    assert {key: len(found) for key, found in splits.items()} == {"train": 3, "test": 1}
+    output = tmp_path / "out"
+    code, printed, _ = run("--images", folder, "--output", output, "--val", "0.34")
+    assert code == 0 and "there is no validation set: it is 0.34 of train" in printed
+    counts = {
+        split: len(json.loads((output / f"{split}.json").read_text())["images"])
+        for split in ("train", "val", "test")
+    }
+    assert counts == {"train": 2, "val": 1, "test": 1}
+    (folder / "testing").rename(folder / "more")
+    splits, _, report = read_own(folder, folder)
+    assert list(splits) == [""] and "the only split" in report.notes[0]
+
+
 def test_what_is_left_out_is_named(tmp_path):
     folder, _ = yolo_folders(tmp_path)
     (folder / "labels" / "a.txt").write_text("0 .5 .5 .25 .25\n5 .5 .5 .1 .1\n0 .5 .5 0 .1\nx\n")
@@ -167,6 +189,70 @@ def test_what_is_left_out_is_named(tmp_path):
     boxes = {"a": [("cat", (30, 15, 50, 25))], "b": [], "c.d": BOXES["c.d"]}
     assert found(splits, names) == boxes, "an image without a .txt is one without boxes"
     assert report.notes == ["images without a .txt, used as images without boxes: 1"]
+
+
+def two_of_one_name(root):
+    folder, _ = voc_beside(root)
+    Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(folder / "a.png")
+    return folder, folder
+
+
+def old_labels_beside(root):
+    folder, _ = yolo_folders(root)
+    write_yolo(folder / "a_old", ["a", "e"])
+    return folder, folder
+
+
+def name_in_latin_1(root):
+    folder, _ = voc_beside(root)
+    data = (folder / "a.jpg").read_bytes()
+    Path(os.fsdecode(bytes(folder) + b"/caf\xe9.jpg")).write_bytes(data)
+    return folder, folder
+
+
+@pytest.mark.parametrize(
+    ("make", "problems"),
+    [
+        (two_of_one_name, {"duplicate-id": 1}),
+        (old_labels_beside, {"duplicate-id": 2}),
+        (name_in_latin_1, {"missing-xml": 1}),
+    ],
+)
+def test_nothing_is_used_twice(tmp_path, run, make, problems):
+    folder, _ = make(tmp_path)
+    splits, names, report = read_own(folder, folder)
+    assert found(splits, names) == BOXES
+    assert Counter(problem.kind for problem in report.problems) == problems
+    code, _, error = run("--images", folder, "--output", tmp_path / "out")
+    assert code == 0 and len((tmp_path / "out/left_out.txt").read_text().splitlines()), error
+
+
+def test_boxes_that_several_files_repeat_are_used_once(tmp_path):
+    """As COCO's own folder has them, for instances and keypoints."""
+    write_coco(tmp_path / "json" / "instances.json")
+    write_coco(tmp_path / "json" / "person_keypoints.json", ["a", "b"])
+    splits, names, report = read_own(images(tmp_path / "data"), tmp_path / "json")
+    assert found(splits, names) == BOXES and len(splits[""]) == 4
+    assert "used once: 3" in report.notes[0]
+
+
+def test_masks_keep_their_area_and_paths_may_be_absolute(tmp_path, run, monkeypatch):
+    folder = images(tmp_path / "data")
+    write_coco(tmp_path / "all.json", prefix=f"{folder}/")
+    content = json.loads((tmp_path / "all.json").read_text())
+    content["annotations"][0] |= {"area": 17.5, "segmentation": [[0, 0, 20, 0, 20, 30]]}
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    words = ["--annotations", "all.json", "--output", "out", "--val", "0.25"]
+    code, _, error = run("--images", "data", *words)
+    assert code == 0, error
+    files = [json.loads(Path("out", f"{name}.json").read_text()) for name in ("train", "val")]
+    assert {one["file_name"] for file in files for one in file["images"]} == {
+        f"{name}.jpg" for name in BOXES
+    }
+    assert 17.5 in [one["area"] for file in files for one in file["annotations"]]
+    code, _, error = run("--images", images(tmp_path / "other"), *words, "--overwrite")
+    assert code == 2 and "is not below" in error and error.count("\n") == 1
 
 
 def test_a_polygon_gives_its_box(tmp_path):

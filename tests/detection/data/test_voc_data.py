@@ -72,7 +72,7 @@ def test_size_comes_from_the_image_where_the_xml_has_none(make_voc, size):
     assert (record["width"], record["height"]) == (20, 10)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".jpeg", ".JPG"])
+@pytest.mark.parametrize("suffix", [".png", ".jpeg", ".JPG", ".bmp"])
 def test_image_suffixes(make_voc, suffix):
     root = make_voc({"a": [("dog", BOX)]}, suffix=suffix)
     xml = root / "Annotations" / "a.xml"
@@ -100,6 +100,19 @@ def test_image_ids_may_end_in_a_number_after_a_space(make_voc):
     root = make_voc({"photo 1": [("dog", BOX)], "photo 2": []})
     ids = [r["image_id"] for r in scan_voc(root, "train", ["dog"])[0]]
     assert ids == ["photo 1", "photo 2"]
+
+
+@pytest.mark.parametrize("entries", ["x/1\ny/1", "x/1.jpg\nJPEGImages/y/1.xml", "X\\1\ny/1"])
+def test_image_ids_may_have_folders(make_voc, entries):
+    root = make_voc({})
+    for folder in ("x", "y"):
+        for part in ("Annotations", "JPEGImages"):
+            (root / part / folder).mkdir()
+    make_voc({"1": [("cat", BOX)], "x/1": [("dog", BOX)], "y/1": [("dog", BOX)]})
+    (root / "ImageSets/Main/train.txt").write_text(entries)
+    records, report = scan_voc(root, "train", ["cat", "dog"])
+    assert [r["image_id"] for r in records] == ["x/1", "y/1"] and not report.problems
+    assert report.boxes == {"cat": 0, "dog": 2}
 
 
 def test_nested_roots(make_voc, tmp_path):

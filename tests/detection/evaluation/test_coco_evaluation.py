@@ -108,6 +108,11 @@ def register(tmp_path):
 
 def run(evaluator, name, content, found):
     """An evaluator's results for detections given as (image, category id, xywh, score)."""
+    process(evaluator, name, content, found)
+    return evaluator.evaluate()
+
+
+def process(evaluator, name, content, found):
     contiguous = MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
     evaluator.reset()
     for image in content["images"]:
@@ -118,7 +123,6 @@ def run(evaluator, name, content, found):
         instances.scores = torch.tensor([row[3] for row in mine], dtype=torch.float64)
         instances.pred_classes = torch.tensor([contiguous[row[1]] for row in mine]).long()
         evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
-    return evaluator.evaluate()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -133,6 +137,42 @@ def test_detectron2s_numbers(register, tmp_path, seed):
     assert 0 < ours["AP"] < 100
     written = json.loads((tmp_path / "ours" / "coco_instances_results.json").read_text())
     assert {row["category_id"] for row in written} <= set(NAMES)
+
+
+def test_a_second_evaluation_of_some_images(register):
+    content, found = random_set(0)
+    for one in content["images"]:  # ids that are not their positions
+        one["id"] = 100 - one["id"]
+    for one in content["annotations"]:
+        one["image_id"] = 100 - one["image_id"]
+    name, found = register(content), [(100 - row[0], *row[1:]) for row in found]
+    few = [one["id"] for one in content["images"]][:2]
+    numbers = []
+    for evaluator in (build_evaluator(name), COCOEvaluator(name, use_fast_impl=False)):
+        process(evaluator, name, content, found)
+        numbers.append(evaluator.evaluate(img_ids=few)["bbox"]["AP"])
+    assert 0 < numbers[0] == pytest.approx(numbers[1], abs=1e-6)
+    evaluator = build_evaluator(name)
+    first = run(evaluator, name, content, found)["bbox"]
+    assert evaluator.evaluate()["bbox"] == pytest.approx(first, nan_ok=True)
+
+
+def test_keypoint_results_have_the_ids_of_the_data(register, tmp_path):
+    content = dataset(2, [(2, 90, [0.0, 0.0, 9.0, 9.0], False)])
+    content["images"][1]["id"] = content["annotations"][0]["image_id"] = 285
+    content["annotations"][0] |= {"keypoints": [1, 1, 2], "num_keypoints": 1}
+    name = register(content)
+    MetadataCatalog.get(name).keypoint_names = ["nose"]
+    evaluator = build_evaluator(name, str(tmp_path / "out"))
+    evaluator._kpt_oks_sigmas = [0.1]
+    evaluator.reset()
+    instances = Instances((SIDE, SIDE), pred_boxes=Boxes(torch.tensor([[0.0, 0.0, 9.0, 9.0]])))
+    instances.scores, instances.pred_classes = torch.tensor([0.9]), torch.tensor([2])
+    instances.pred_keypoints = torch.tensor([[[1.5, 1.5, 1.0]]])
+    evaluator.process([{"image_id": 285}], [{"instances": instances}])
+    assert evaluator.evaluate()["keypoints"]["AP"] == pytest.approx(100)
+    (row,) = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert (row["image_id"], row["category_id"]) == (285, 90)
 
 
 @pytest.mark.parametrize("complete", [True, False])

@@ -185,6 +185,13 @@ def test_nothing_detected(register, caplog):
     assert set(results.values()) == {0.0}
 
 
+def test_more_classes_than_the_data_have(register, tmp_path):
+    name = register(IMAGES, CLASSES)
+    outputs = [instances([[0, 0, 9, 9]], [0.5], [79])] * 2
+    with pytest.raises(ValueError, match="is the model's number of classes that of the data set"):
+        evaluate(VOCEvaluator(name, str(tmp_path / "out")), DatasetCatalog.get(name), outputs)
+
+
 def test_images_that_were_not_run_on_count_as_missed(register, caplog):
     name = register(IMAGES, CLASSES)
     records, outputs = perfect(name)

@@ -11,7 +11,8 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +135,15 @@ def number_from_one(ids: Iterable[Id]) -> dict[Id, int]:
     return {one: number for number, one in enumerate(ids, start=1)}
 
 
+def unused_name(name: str, taken: Collection[str], what: str, notes: list[str]) -> str:
+    """Returns a class name, with the first number from 2 on if it is taken, which a note says."""
+    if name not in taken:
+        return name
+    new = next(f"{name} {n}" for n in count(2) if f"{name} {n}" not in taken)
+    notes.append(f"{what} is a second {name!r}: it is called {new!r}")
+    return new
+
+
 def absent_keys(data: Any, required: Mapping[str, Sequence[str]]) -> list[str]:
     """Returns messages on lists that a JSON lacks, else on keys that their entries lack."""
     lists = data if isinstance(data, dict) else {}
@@ -195,13 +205,7 @@ class _Parser:
             if number in found:
                 self.bad("duplicate-id", f"category id {number} occurs again, named {name!r}")
                 continue
-            if name in found.values():
-                new = next(
-                    f"{name} {n}" for n in range(2, 10**6) if f"{name} {n}" not in found.values()
-                )
-                self.notes.append(f"category {number} is a second {name!r}: it is called {new!r}")
-                name = new
-            found[number] = name
+            found[number] = unused_name(name, found.values(), f"category {number}", self.notes)
         return found
 
     def images(self, entries: Iterable[Any]) -> dict[Id, dict]:

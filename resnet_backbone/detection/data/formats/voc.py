@@ -13,15 +13,16 @@ import os
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from resnet_backbone.detection.data.problems import Stamp, stamp_of
 from resnet_backbone.runtime.errors import DataError
+from resnet_backbone.runtime.images import EXTENSIONS
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+IMAGE_SUFFIXES = (*EXTENSIONS, *map(str.upper, EXTENSIONS))
 CLASS_COLUMN = re.compile(r"(.*\S)\s+[+-]?[01]")  # a line in one of VOC's per-class lists
 
 
@@ -76,7 +77,8 @@ def read_split(voc_dir: str, split: str) -> list[str]:
     lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
     columns = [CLASS_COLUMN.fullmatch(line) for line in lines]
     words = [column[1] for column in columns] if all(columns) else lines
-    known = {entry.stem for entry in Path(voc_dir, "Annotations").glob("*.xml")}
+    folder = Path(voc_dir, "Annotations")  # ids may have folders, as in Datumaro's exports
+    known = {p.relative_to(folder).with_suffix("").as_posix() for p in folder.rglob("*.xml")}
     if known.issuperset(words):
         return words
     in_lower_case = {name.lower(): name for name in known}
@@ -85,15 +87,17 @@ def read_split(voc_dir: str, split: str) -> list[str]:
 
 def _find_id(word: str, known: set[str], in_lower_case: Mapping[str, str]) -> str:
     """Returns the id of an entry, which may have a suffix, a path, or another case."""
-    name = word.replace("\\", "/").rpartition("/")[2]
-    stem, dot, suffix = name.rpartition(".")
-    is_image = bool(dot) and f".{suffix.lower()}" in (*IMAGE_SUFFIXES, ".xml")
-    choices = [word, name, *([stem] if is_image else [])]
-    found = next((choice for choice in choices if choice in known), None)
-    found = found or next((c for c in choices if c.lower() in in_lower_case), None)
-    if found is None:
-        return choices[-1]
-    return found if found in known else in_lower_case[found.lower()]
+    path = word.replace("\\", "/")
+    stem, suffix = os.path.splitext(path)
+    paths = [path, stem] if suffix.lower() in (*EXTENSIONS, ".xml") else [path]
+    choices = [word]
+    while paths:  # without more and more of the leading folders
+        choices += paths
+        paths = [one.partition("/")[2] for one in paths if "/" in one]
+    for choice in choices:
+        if choice in known or choice.lower() in in_lower_case:
+            return choice if choice in known else in_lower_case[choice.lower()]
+    return choices[-1]
 
 
 def _read_text(path: Path) -> str:
@@ -126,7 +130,7 @@ def read_annotation(path: str) -> tuple[str, tuple[int, int] | None, list[VocObj
     return _read_version(path, stamp_of(path))
 
 
-@cache
+@lru_cache(maxsize=20_000)  # about VOC 07+12; bounds the memory
 def _read_version(path: str, _stamp: Stamp) -> tuple:
     root = _parse_xml(Path(path).read_bytes())
     # some annotation tools write 0 or text for an unknown size

@@ -27,8 +27,8 @@ def parse_yolo_line(
     """Returns the class, the box (x0, y0, x1, y1) in pixels, and a polygon's segmentation.
 
     Args:
-        line: ``class x y width height``, or ``class x1 y1 x2 y2 ...`` for a polygon, as fractions
-            of the image's sides.
+        line: ``class x y width height``, or ``class x1 y1 x2 y2 x3 y3 ...`` for a polygon, as
+            fractions of the image's sides.
         size: (width, height) of the image.
 
     Raises:
@@ -43,6 +43,10 @@ def parse_yolo_line(
         raise ValueError(
             f"{line!r} needs a class from 0 to {num_classes - 1} and at least four numbers"
         )
+    if len(numbers) % 2:
+        raise ValueError(f"{line!r} has an odd number of coordinates: take a confidence out")
+    if len(numbers) > 4 and not all(-0.5 < number < 1.5 for number in numbers):
+        raise ValueError(f"{line!r} is no polygon within the image (keypoints are not read)")
     points = [number * size[k % 2] for k, number in enumerate(numbers)]
     if len(points) == 4:
         x, y, w, h = points
@@ -65,7 +69,10 @@ def read_yolo_names(annotations: Path, images: Path) -> list[str]:
             if file.suffix == ".txt":
                 return [line.strip() for line in text.rstrip().splitlines()]
             names = yaml.safe_load(text).get("names")
-            names = [names[key] for key in sorted(names)] if isinstance(names, dict) else names
+            if isinstance(names, dict):
+                by_number = {int(key): name for key, name in names.items()}
+                numbers = range(max(by_number, default=-1) + 1)
+                names = [by_number.get(number, f"class {number}") for number in numbers]
         if isinstance(names, list) and names:
             return [str(name) for name in names]
         raise DataError(
