@@ -45,7 +45,8 @@ def load_backbone(model: nn.Module, checkpoint: Checkpoint, freeze_at: int = 2) 
         model: for example ``DetrForObjectDetection``, built with :func:`backbone_config`.
         checkpoint: weights for RGB in 0..1, see :func:`rgb_checkpoint`.
         freeze_at: number of frozen stages, counted from the stem. DETR's paper has 2, but
-            transformers 5 freezes all stages of a ``ResNetConfig`` backbone.
+            transformers 5 freezes all stages of a ``ResNetConfig`` backbone. Frozen parameters get
+            no gradients. Batch norms are constants only in models that make them so, as DETR's do.
 
     Raises:
         WeightsError: no ResNet or several, another network or stride than the weights', or

@@ -32,6 +32,7 @@ DEFAULTS = dict(
     with_cp=False,
     stem_channels=64,
     base_channels=64,
+    pretrained=None,
 )
 
 
@@ -54,7 +55,8 @@ class PaperResNet(BaseModule):
         frozen_stages: -1 for none, 0 for the stem, n for the stem and n stages.
         norm_cfg: ``type`` BN, SyncBN or GN, and ``requires_grad``.
         norm_eval: keep batch norms in evaluation mode during training.
-        zero_init_residual: initialize the last gamma of each block to zero.
+        zero_init_residual: initialize the last gamma of each block to zero (mmdetection's default
+            is True).
         data_preprocessor: the model's own ``data_preprocessor`` settings (``mean``, ``std``,
             ``bgr_to_rgb``), which the weights are checked against; required with weights.
         init_cfg: ``dict(type="Pretrained", checkpoint=FILE)``, with ``preprocessing="msra"`` if the
@@ -154,7 +156,7 @@ def _take_defaults(options: dict, dilations: Sequence[int]) -> None:
     for name, expected in {"strides": strides, **DEFAULTS}.items():
         value = options.pop(name, expected)
         value = tuple(value) if isinstance(value, list) else value
-        if value != expected:
+        if value != expected and (name, value) != ("stem_channels", None):  # theirs: base_channels
             reason = f" with dilations {tuple(dilations)}" if name == "strides" else ""
             raise ValueError(
                 f"PaperResNet has {name}={expected}{reason}, not {value}: leave {name} out, or "

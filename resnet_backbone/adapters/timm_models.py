@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from timm.layers import create_classifier
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from resnet_backbone.adapters import rgb_checkpoint
 from resnet_backbone.fast import build_model
-from resnet_backbone.models.layers import init_he
+from resnet_backbone.models.layers import checkpointed, init_he
 from resnet_backbone.models.resnet import DILATIONS
 from resnet_backbone.weights import WeightsError
 from resnet_backbone.weights.keymaps.torchvision import timm_config
@@ -111,7 +111,11 @@ class PaperResNet(nn.Module):
 
     def _run_stage(self, stage: str, x: Tensor) -> Tensor:
         blocks = getattr(self, stage)
-        return checkpoint_seq(blocks, x) if self.grad_checkpointing else blocks(x)
+        if not (self.grad_checkpointing and self.training and torch.is_grad_enabled()):
+            return blocks(x)
+        for block in blocks:
+            x = checkpointed(block, x)
+        return x
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (N, in_chans, H, W) -> res5, (N, num_features, H / stride, W / stride)."""
@@ -215,7 +219,7 @@ def from_checkpoint(weights: str | os.PathLike, preprocessing: str = "") -> dict
         "model_name": f"paper_{model.name}",
         "pretrained": True,
         "pretrained_cfg_overlay": overlay,
-        **model.options,
+        **{key: value for key, value in model.options.items() if key != "in_channels"},
     }
 
 

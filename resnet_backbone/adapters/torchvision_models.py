@@ -81,26 +81,27 @@ class NormalizedBackbone(nn.Module):
     """A backbone for DeepLabV3: RGB images in 0..1 -> {"out": res5, "aux": res4}.
 
     torchvision's segmentation models leave normalization to the caller. Here it is part of the
-    model and of its state dict. A ValueError is raised for values outside of -0.5..1.5, as in
-    normalized images or 0..255; some augmentations exceed 0..1 a little.
+    model and of its state dict. A ValueError is raised if the first batch has values outside of
+    -0.5..1.5, as in normalized images or 0..255; some augmentations exceed 0..1 a little.
     """
 
     def __init__(self, network: StagedNetwork, preprocessing: Preprocessing):
         super().__init__()
-        self.network = network
+        self.network, self.is_checked = network, False
         normalization = image_normalization(preprocessing)
         for name in ("mean", "std"):
             values = torch.tensor(normalization[f"image_{name}"])
             self.register_buffer(name, values[:, None, None])
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        if not torch.compiler.is_compiling():
+        if not (self.is_checked or torch.compiler.is_compiling()) and images.numel():
             low, high = images.aminmax()
             if low < -0.5 or high > 1.5:
                 raise ValueError(
                     f"expected RGB images in 0..1, found values from {low:.3g} to {high:.3g}: "
                     "this model normalizes its input itself"
                 )
+            self.is_checked = True  # once, since a GPU has to wait for it
         maps = self.network((images - self.mean) / self.std)
         names = {"res5": "out", "res4": "aux"}
         return {names[stage]: x for stage, x in maps.items()}

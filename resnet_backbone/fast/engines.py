@@ -37,7 +37,6 @@ CALIBRATION = 128  # inputs kept per part
 CALIBRATION_REGIONS = 64  # regions kept per input of a head
 ROUNDS = 3  # timing rounds of "auto"
 BUILDERS: dict[str, Callable[[nn.Module, Tensor], Run]] = {
-    "eager": lambda network, x: network.__call__,
     "compile": build_compiled,
     "openvino": build_openvino,
     "onnxruntime": build_onnxruntime,
@@ -56,6 +55,8 @@ def why_not(engine: str, dtype: torch.dtype, device: torch.device | None = None)
         return f"runs on CPUs, and the images are on {device.type}: use eager or compile"
     if engine == "onnxruntime" and dtype != torch.float32:
         return f"has float32 on CPUs, not {str(dtype)[6:]}: use another engine"
+    if engine != "eager" and dtype not in (*BOUNDS, torch.int8):
+        return f"has no {str(dtype)[6:]}: use eager"
     if engine == "openvino" and dtype not in (torch.float32, torch.int8):
         name = {torch.bfloat16: "BF16", torch.float16: "FP16"}[dtype]
         if name not in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -171,8 +172,8 @@ class InferenceNetwork(nn.Module):
         return f"{self.dtype}, engine={self.engine or self.asked}"
 
     def _start(self, x: Tensor) -> Run:
-        runs: dict[str, Run] = {}
-        for name in PACKAGES if self.asked == AUTO else [self.asked]:
+        runs: dict[str, Run] = {"eager": self.network.__call__}
+        for name in BUILDERS if self.asked == AUTO else [self.asked]:
             problem = why_not(name, self.dtype, x.device) or self._try(name, x, runs)
             if problem and self.asked == AUTO:
                 logger.info("engine %s %s", name, problem)
@@ -185,7 +186,7 @@ class InferenceNetwork(nn.Module):
             logger.info("engine %s for %s: %s", self.engine, tuple(x.shape), told)
         else:
             self.engine = self.asked if self.asked in runs else "eager"
-        return runs.get(self.engine, self.network.__call__)
+        return runs[self.engine]
 
     def _try(self, name: str, x: Tensor, runs: dict[str, Run]) -> str:
         """Builds an engine into `runs`; returns why it cannot be used, or ""."""

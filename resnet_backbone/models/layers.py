@@ -192,6 +192,8 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
     Recomputation leaves running statistics alone, so each batch counts once.
     """
+    if torch.compiler.is_compiling():  # which takes no contexts, and updates statistics once
+        return checkpoint(module, x, use_reentrant=False)
 
     @contextmanager
     def again() -> Iterator[None]:
@@ -269,7 +271,8 @@ class StagedNetwork(nn.Module):
 
         Returns:
             name -> (N, channels, H / stride, W / stride). ResNets round sizes up, VGGs down.
-            PReLU-nets and BN-Inception round up in conv1 and down in pooling.
+            PReLU-nets round up in conv1 and down in pooling. BN-Inception rounds up, but down in
+            the poolings of its stem.
         """
         wanted = set(self.stage_names if names is None else names)
         if not wanted <= set(self.stage_names):
@@ -323,7 +326,7 @@ class StagedNetwork(nn.Module):
         """Freezes the first ``freeze_at`` stages in place (1 = the stem, or VGG's conv1).
 
         Frozen layers get no gradients, and their batch norms become constants. Stages are counted
-        as in Detectron2: 2 also freezes res2, and 5 the whole network.
+        as in Detectron2: 2 also freezes res2, and 5 all stages, but not a classifier's head.
         """
         if not 0 <= freeze_at <= 5:
             raise ValueError(f"freeze_at must be a number of stages from 0 to 5, not {freeze_at}")

@@ -63,9 +63,12 @@ def check_architecture(model: nn.Module, preprocessing: Preprocessing, where: st
 
 def stride_of(model: nn.Module) -> bool | None:
     """Returns ``stride_in_1x1`` of a network's bottlenecks; None if it has no bottlenecks."""
-    if any(isinstance(module, BottleneckBlock) for module in model.modules()):
-        return getattr(model, "stride_in_1x1", None)
-    return None
+    blocks = [module for module in model.modules() if isinstance(module, BottleneckBlock)]
+    strides = [(block.conv1.stride, block.conv2.stride) for block in blocks]
+    for first, second in strides:  # also in a wrapper or another library's network
+        if (2, 2) in (first, second):
+            return first == (2, 2)
+    return getattr(model, "stride_in_1x1", None) if blocks else None
 
 
 def describe_model(model: StagedNetwork) -> ModelSpec | None:
@@ -182,16 +185,16 @@ def build_model(
         ValueError: an unknown name.
         WeightsError: see :func:`load_weights`.
     """
-    network = fast.build_model(name, num_classes, **options)
     if not weights:
-        return network
-    try:
-        network.preprocessing = load_weights(network, weights, preprocessing)
-    except WrongStride as error:
-        if "stride_in_1x1" in options:
-            raise
-        options["stride_in_1x1"] = error.expected
-        return build_model(name, num_classes, weights, preprocessing, **options)
+        return fast.build_model(name, num_classes, **options)
+    known = constructor_options(name)
+    read = read_network(weights, preprocessing)
+    stride = read.preprocessing.stride_in_1x1
+    if "stride_in_1x1" in known and stride is not None:
+        options.setdefault("stride_in_1x1", stride)
+    network = fast.build_model(name, num_classes, **options)
+    load_tensors(network, read, str(weights))
+    network.preprocessing = read.preprocessing
     return network
 
 
@@ -218,6 +221,11 @@ def load_weights(
 
 def load_tensors(model: StagedNetwork, read: Weights | Checkpoint, where: str) -> None:
     """Loads weights that were read from ``where``; see :func:`load_weights`."""
+    if not hasattr(model, "left_out"):
+        raise WeightsError(
+            f"{where}: a {type(model).__name__} is no network of this package: give the network "
+            "itself (of DistributedDataParallel, its module)"
+        )
     fitting = fitting_tensors(model, read.tensors, where)
     check_architecture(model, read.preprocessing, where)
     check_settings(model, read, where)
@@ -244,8 +252,8 @@ def save_weights(
         WeightsError: a suffix other than ``.safetensors``; a preprocessing with another stride.
     """
     metadata, spec, stride = metadata or {}, None, stride_of(model)
+    check_architecture(model, preprocessing, "what the preprocessing describes")
     if stride is not None:
-        check_architecture(model, preprocessing, "what the preprocessing describes")
         preprocessing = replace(preprocessing, stride_in_1x1=stride)
     if isinstance(model, StagedNetwork) and MODEL_KEY not in metadata:
         spec = describe_model(model)

@@ -268,7 +268,7 @@ class InputNormalizer:
     def __init__(self, preprocessing: Preprocessing, device: torch.device | str = "cpu"):
         self.preprocessing = preprocessing
         self.device = torch.device(device)
-        self.order = ["RGB".index(c) for c in preprocessing.channel_order]
+        self.flips = preprocessing.channel_order == "BGR"
         mean, std = preprocessing.pixel_mean_255(), preprocessing.pixel_std_255()
         self.mean = torch.tensor(mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
         self.scale = 1 / torch.tensor(std, dtype=torch.float32, device=self.device).view(3, 1, 1)
@@ -285,16 +285,21 @@ class InputNormalizer:
 
         Returns:
             float32 (N, 3, H, W) in the weights' channel order, channels_last.
+
+        Raises:
+            TypeError: images of another type, such as floats in 0..1.
         """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"expected images as bytes (torch.uint8, 0..255), not {images.dtype}")
         images = images.to(self.device, non_blocking=True)
         mean = self.mean
         if self.mean_image is not None and self.mean_image.shape[1:] == images.shape[2:]:
             mean = self.mean_image
         if shift is not None:
             shift = shift.to(self.device, non_blocking=True)
-            mean = mean - shift[:, self.order, None, None]
-        if self.order != [0, 1, 2]:
-            images = images[:, self.order]
+            mean = mean - (shift.flip(1) if self.flips else shift)[..., None, None]
+        if self.flips:
+            images = images.flip(1)
         images = images.to(torch.float32, memory_format=torch.channels_last)
         if mean.shape[-2:] != (1, 1):
             return images.sub_(mean).mul_(self.scale)

@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import torch.hub
+from tqdm import tqdm
 
+from resnet_backbone.runtime.files import sha256 as file_hash
+from resnet_backbone.runtime.files import whole_file
 from resnet_backbone.weights.keymaps.huggingface import (
     check_hugging_face_network,
     hugging_face_preprocessing,
@@ -149,7 +155,8 @@ def _from_catalog(name: str) -> ResolvedSource:
 
 def _cached(url: str) -> Path:
     """Returns the local copy of an address, which is downloaded the first time."""
-    parts = urlsplit(url)
+    with named(url):
+        parts = urlsplit(url)
     names = [part for part in parts.path.split("/") if part]
     if not names or not parts.hostname or {".", ".."} & set(names) or "\\" in url or "\0" in url:
         raise WeightsError(f"{url}: not the address of a file")
@@ -171,8 +178,8 @@ def download(url: str, target: Path, sha256: str = "") -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), sha256 or None, progress=False)
-    except (OSError, RuntimeError, ValueError) as error:  # no network, another file, a bad address
+        fetch(url, target, sha256)
+    except (OSError, HTTPException, ValueError) as error:  # no network, another file, a bad address
         cause = one_line(error)
         raise WeightsError(
             f"{url} cannot be downloaded ({cause}): download it elsewhere, and put it at {target}"
@@ -180,12 +187,25 @@ def download(url: str, target: Path, sha256: str = "") -> Path:
     return target
 
 
+def fetch(url: str, target: Path, sha256: str) -> None:
+    """Downloads a file with a progress bar; ValueError if it has another hash, see above."""
+    request = Request(url, headers={"User-Agent": "resnet_backbone"})
+    with whole_file(target) as temporary:
+        with urlopen(request) as answer, open(temporary, "wb") as file:
+            bar = dict(total=answer.length, desc=target.name, disable=None)
+            with tqdm.wrapattr(answer, "read", **bar) as stream:
+                shutil.copyfileobj(stream, file)
+            if answer.length:  # bytes that were announced and did not come
+                raise OSError("the connection broke off")
+        if not file_hash(temporary).startswith(sha256):
+            raise ValueError(f"its hash does not begin with {sha256}")
+
+
 def _from_torchvision(name: str) -> ResolvedSource:
     model, _, entry = name.partition("/")
-    from torchvision.models import get_model_weights
-
+    models = _library("torchvision.models", f"torchvision://{name}")
     try:
-        entries = get_model_weights(model)
+        entries = models.get_model_weights(model)
     except ValueError as error:
         raise WeightsError(f"torchvision://{name}: torchvision has no {model!r}") from error
     if model.lower() not in LIBRARY_NETWORKS:
@@ -212,7 +232,8 @@ def _library(name: str, source: str) -> ModuleType:
     try:
         return import_module(name)
     except ImportError as error:
-        raise WeightsError(f"{source} needs {name}: pip install {name}") from error
+        package = name.partition(".")[0]
+        raise WeightsError(f"{source} needs {package}: pip install {package}") from error
 
 
 def _from_timm(name: str) -> ResolvedSource:
@@ -242,6 +263,8 @@ def _from_hugging_face(name: str) -> ResolvedSource:
             folder = Path(hub.snapshot_download(repository, **options))
             if any((folder / file).is_file() for file in FOLDER_FILES):
                 return _described(ResolvedSource(folder))
+    except WeightsError:  # what came cannot be used
+        raise
     except Exception as error:  # the connection, the service or its client failed
         cause = one_line(error)
         raise WeightsError(

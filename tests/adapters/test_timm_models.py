@@ -23,7 +23,13 @@ from torchvision.models.feature_extraction import (
 
 from resnet_backbone import build_model
 from resnet_backbone.adapters.timm_models import NETWORKS, PaperResNet, from_checkpoint
-from resnet_backbone.weights import InputNormalizer, WeightsError, get_preprocessing
+from resnet_backbone.weights import (
+    InputNormalizer,
+    Preprocessing,
+    WeightsError,
+    get_preprocessing,
+    save_weights,
+)
 
 NAMES = [f"paper_{name}" for name in NETWORKS]
 QUICK = ["paper_resnet18", "paper_plain18"]
@@ -263,7 +269,17 @@ def test_grad_checkpointing_keeps_the_gradients():
         model.set_grad_checkpointing(enable)
         model(x).square().sum().backward()
         gradients.append(model.conv1.weight.grad.clone())
+        assert all(int(v) == 1 for k, v in model.state_dict().items() if k.endswith("_tracked"))
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_of_other_channels(tmp_path):
+    network = build_model("resnet18", num_classes=3, in_channels=1)
+    gray = Preprocessing("RGB", 1.0, (0.5,) * 3, (0.25,) * 3)
+    save_weights(network, tmp_path / "x.safetensors", gray)
+    model = timm.create_model(**from_checkpoint(tmp_path / "x.safetensors")).eval()
+    x = torch.rand(2, 1, 64, 64)
+    torch.testing.assert_close(model(x), network.eval()(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,14 @@ def test_channels_last_inputs_are_not_copied():
     assert np.shares_memory(graph_input(images), images.numpy())
 
 
+def test_auto_runs_pytorch_on_nan_and_doubles():
+    images = torch.full((1, 3, 32, 32), torch.nan)
+    fast = optimize_for_inference(network(num_classes=5), engine="auto")
+    assert fast(images).isnan().all() and fast.engine == "eager"
+    double = optimize_for_inference(network(num_classes=5), engine="auto").double()
+    assert double(torch.rand(1, 3, 32, 32)).isfinite().all() and double.engine == "eager"
+
+
 @pytest.mark.parametrize("place", [0, 1])
 def test_nan_is_a_difference(place):
     right = [torch.ones(2), torch.ones(2)]

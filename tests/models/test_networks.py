@@ -292,6 +292,18 @@ def test_gradient_checkpointing_changes_memory_alone(name, options):
     assert not any(norm.momentum == 0 for norm in models[1].modules() if hasattr(norm, "momentum"))
 
 
+def test_gradient_checkpointing_compiles():
+    torch.manual_seed(0)
+    images, eager = torch.rand(2, 3, 32, 32), build_model("cifar_resnet8").train()
+    model = copy.deepcopy(eager).set_grad_checkpointing()
+    for one in (eager, torch.compile(model, backend="aot_eager")):
+        one(images).square().mean().backward()
+    for (key, first), second in zip(eager.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(first.grad, second.grad, msg=key)
+    for first, second in zip(eager.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(first, second)
+
+
 @pytest.mark.parametrize("depth, channels", [(18, 512), (34, 512), (50, 2048)])
 def test_stage_on_its_own_is_the_networks(depth, channels):
     stage, out_channels = on_meta(resnet_stage, depth, 5, stride=2, stride_in_1x1=True)

@@ -340,6 +340,15 @@ def test_a_file_says_the_stride_of_its_network(path, stride):
     assert load_weights(model, path).stride_in_1x1 is stride
     with pytest.raises(WeightsError, match=f"build it with stride_in_1x1={stride}"):
         load_weights(other, path)
+    wrapped = torch.nn.ModuleDict({"module": model})
+    with pytest.raises(WeightsError, match="give the network itself"):
+        load_weights(wrapped, path)
+    stated = replace(PREPROCESSINGS["torchvision"], stride_in_1x1=not stride)
+    with pytest.raises(WeightsError, match=f"but this network has {stride}"):
+        save_weights(wrapped, path, stated)
+    small = build_model("resnet18", num_classes=2, norm=OTHER_EPS)
+    with pytest.raises(WeightsError, match="eps 1e-05"):
+        save_weights(small, path, MSRA)
 
 
 def test_networks_that_no_tensor_tells_apart(path):

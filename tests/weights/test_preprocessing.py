@@ -97,6 +97,12 @@ def test_a_network_with_weights_in_one_call(tmp_path):
         resnet_backbone.build_model("resnet50", stride_in_1x1=True, **source)
 
 
+@pytest.mark.parametrize("images", [torch.rand(2, 3, 8, 8), torch.zeros(1, 3, 8, 8).double()])
+def test_only_bytes_are_normalized(images):
+    with pytest.raises(TypeError, match="expected images as bytes"):
+        InputNormalizer(MSRA)(images)
+
+
 def test_preprocessing_survives_json():
     for preprocessing in PREPROCESSINGS.values():
         assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing

@@ -20,7 +20,7 @@ from resnet_backbone.detection.checkpoint.checkpointer import find_network
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.models import build_model as build_network
-from resnet_backbone.weights import PREPROCESSINGS, WeightsError, write_checkpoint
+from resnet_backbone.weights import PREPROCESSINGS, WeightsError, sources, write_checkpoint
 from resnet_backbone.weights.checkpoint import Checkpoint, ModelSpec
 from resnet_backbone.weights.export import export_checkpoint
 
@@ -117,7 +117,7 @@ def served(monkeypatch, tmp_path):
         fetched.append(url)
         shutil.copy(folder / Path(target).name, target)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    monkeypatch.setattr(sources, "fetch", fetch)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "iopath"))
     return folder, fetched
