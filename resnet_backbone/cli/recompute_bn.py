@@ -65,9 +65,8 @@ def work(task: tuple[Config, argparse.Namespace]) -> None:
     logger.info("new statistics of %s, %s", found, together)
     logger.info("after:  %s", run.evaluate(run.model))
     if world.is_main:
-        output = Path(args.output or Path(args.run) / "true_bn.safetensors")
-        run.checkpoints().write_weights(output, run.model)
-        logger.info("written: %s", output)
+        run.checkpoints().write_weights(args.output, run.model)
+        logger.info("written: %s", args.output)
 
 
 @one_line_errors
@@ -79,6 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config([saved], args.overrides)
     if not args.weights.is_file():
         raise UsageError(f"{args.weights}: no such file; give --weights FILE")
+    args.output = Path(args.output or Path(args.run) / "true_bn.safetensors")
+    if args.output.suffix != ".safetensors":
+        raise UsageError(f"--output {args.output}: give a .safetensors file")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    config.model.new_head = False  # the run's weights have theirs
     config.train.recompute_bn_samples = args.images or 0
     config.train.micro_batch = args.micro_batch or config.train.micro_batch
     launch = plan_launch(args, config.train.device, "train.device=cpu")

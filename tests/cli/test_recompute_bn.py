@@ -65,12 +65,15 @@ def test_new_statistics(tool, run, tiny_cifar10, layer_inputs):
 
 
 def test_all_images_by_default_and_another_file(tool, run):
-    other, new = run / "other.safetensors", run / "x.safetensors"
+    """The run was a fine-tuning; its own last layer stays."""
+    other, new = run / "other.safetensors", run / "new" / "x.safetensors"
     (run / "final.safetensors").rename(other)
     arguments = ("--weights", other, "--output", new, "--micro-batch", 20, "train.batch_size=40")
-    _, out, _ = tool("--run", run, *arguments)
+    _, out, _ = tool("--run", run, *arguments, "model.new_head=true")
     assert "from 200 images, 20 normalized together" in out
-    assert load_file(new).keys() == load_file(other).keys()
+    before, after = load_file(other), load_file(new)
+    assert after.keys() == before.keys()
+    assert torch.equal(after["linear.weight"], before["linear.weight"])
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,7 @@ def test_all_images_by_default_and_another_file(tool, run):
         (["--run", "nowhere"], "nowhere has no config.yaml"),
         (["--run", ".", "--weights", "gone.safetensors"], "gone.safetensors: no such file"),
         (["--run", ".", "--images", "-1"], "--images: at least 1"),
+        (["--run", ".", "--output", "x.pth"], "--output x.pth: give a .safetensors file"),
         (["--run", ".", "train.batchsize=3"], "did you mean train.batch_size"),
     ],
 )
