@@ -172,7 +172,8 @@ def make_protocol(args: argparse.Namespace, trained: Preprocessing | None = None
     Args:
         trained: input of the first network's weights; None: not read yet.
     """
-    full = args.cifar10 or (args.predict and trained and trained.mean_image is not None)
+    whole = trained and trained.mean_image is not None and trained.crop_size is None
+    full = args.cifar10 or (args.predict and whole)
     name = args.protocol or ("full" if full else "center")
     settings = {key: getattr(args, key) for key in ONLY_FOR if getattr(args, key) is not None}
     if trained and not settings and name in ONLY_FOR["crop"]:
@@ -260,12 +261,13 @@ def read_data(
             raise UsageError(f"the network has {num_classes} classes, but CIFAR-10 has 10")
         return EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES
     classes = imagenet.read_class_list(args.class_list) if args.class_list else None
-    named = networks.read_class_names(args.weights[0])
-    if classes is None and not args.flat and len(named) == num_classes:
-        classes = {name: number for number, name in enumerate(named)}
-    if args.predict:
-        pictures = find_pictures(args.predict, "--predict")
-        samples = [(path.absolute(), 0) for path in pictures]  # they have no labels
+    named = {tuple(networks.read_class_names(path)) for path in args.weights} - {()}
+    if classes is None and len(named) > 1:
+        raise UsageError("these weights name different classes, or orders: give --class-list FILE")
+    if classes is None and [len(names) for names in named] == [num_classes]:
+        classes = {name: number for number, name in enumerate(*named)}
+    if args.predict:  # without labels
+        samples = [(path.absolute(), 0) for path in find_pictures(args.predict, "--predict")]
         images = EvaluationFiles(samples, protocol.short_sides, protocol.prepare)
         return images, imagenet.name_classes(classes or {}, num_classes)
     if args.imagenet_folder:

@@ -255,6 +255,16 @@ def test_another_stride_is_mended_by_an_option_of_this_tool(tmp_path, refusal):
     assert solution in refusal(main, *arguments)
 
 
+def test_an_ensemble_has_one_order_of_classes(files, val, tmp_path, refusal):
+    weights = [tmp_path / "w.safetensors", tmp_path / "v.safetensors"]
+    for path, names in zip(weights, (WNIDS, WNIDS[::-1]), strict=True):
+        save_network(path, *network(0, 3), GREY, class_names=names)
+    unnamed = files / "a.safetensors"
+    assert results(tmp_path, "--weights", unnamed, weights[0], *val)["num_models"] == 2
+    error = refusal(main, "--weights", *weights, *val, "--device", "cpu")
+    assert "name different classes, or orders" in error
+
+
 def test_tensors_say_the_network(val, tmp_path):
     """As inspect does, where only one network has them."""
     model, spec = network(3, 3, shortcut="B")
@@ -309,15 +319,19 @@ def test_the_papers_weights(data_root, tmp_path, pool, top1, top5):
 
 
 def test_weights_say_their_sizes_and_classes(files, tmp_path, capsys):
-    """Here the folder's classes are in another order than the network's."""
+    """Here the data's classes are in another order than the network's."""
     model, spec = network(0, 3)
-    stated = replace(GREY, resize_size=36, crop_size=32)
+    mean = torch.full((3, 32, 32), 110.0)
+    stated = replace(GREY, resize_size=36, crop_size=32, mean_image=mean)
     save_network(tmp_path / "w.safetensors", model, spec, stated, class_names=("n03", "n01", "n02"))
     weights = ["--weights", str(tmp_path / "w.safetensors")]
-    found = results(tmp_path, *weights, "--imagenet-folder", files / "val")
-    rows = table(tmp_path / "predictions.csv")
-    assert {row["label_name"]: row["label"] for row in rows} == {"n03": "0", "n01": "1", "n02": "2"}
-    assert found["protocol"] == {"name": "center", "resize": 36, "crop": 32}
+    flat = ("--flat", files / "flat", "--labels", files / "labels.txt")
+    for data in (flat, ("--imagenet-folder", files / "val")):
+        found = results(tmp_path, *weights, *data)
+        rows = table(tmp_path / "predictions.csv")
+        numbers = {row["label_name"]: row["label"] for row in rows}
+        assert numbers == {"n03": "0", "n01": "1", "n02": "2"}
+        assert found["protocol"] == {"name": "center", "resize": 36, "crop": 32}
     capsys.readouterr()
     main([*weights, "--predict", str(files / "flat"), *SMALL, "--output", str(tmp_path / "p")])
     lines, again = capsys.readouterr().out.splitlines(), table(tmp_path / "p" / "predictions.csv")

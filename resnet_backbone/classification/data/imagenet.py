@@ -188,7 +188,8 @@ def read_flat_folder(
         )
     unknown = wnids - set(classes)
     if unknown:
-        raise DataError(f"{label_file}: class {min(unknown)} is not in the class list")
+        odd = f"class {min(unknown)} is not in the class list (without one: of the network)"
+        raise DataError(f"{label_file}: {odd}; give a list that has it")
     names = sorted(entries)
     labels = [int(entries[n]) if entries[n].isdigit() else classes[entries[n]] for n in names]
     known = name_classes(classes, num_classes) or name_classes({}, num_classes or max(labels) + 1)
