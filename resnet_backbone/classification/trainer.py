@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from resnet_backbone.classification.networks import Checkpoints, checkpoints_in
 from resnet_backbone.classification.step import Schedule, TrainStep, set_rate
-from resnet_backbone.runtime.errors import Stopped, TrainingDiverged, UsageError
+from resnet_backbone.runtime.errors import DataError, Stopped, TrainingDiverged, UsageError
 from resnet_backbone.runtime.files import write_json
 from resnet_backbone.runtime.processes import World
 from resnet_backbone.runtime.records import RunFolder, spell_hours
@@ -51,19 +51,20 @@ class Window:
         self.filled, self.data_seconds, self.started = 0, 0.0, time.perf_counter()
 
     def state_dict(self, world: World) -> dict:
-        """Returns the mean over processes, from which all of them resume; all must call this."""
+        """Returns the mean loss and the errors of all processes; all must call this."""
         return {
             "losses": (world.sum(self.losses.clone()) / world.size).cpu(),
-            "wrong": (world.sum(self.wrong.clone()) / world.size).cpu(),
+            "wrong": world.sum(self.wrong.clone()).cpu(),
             "filled": self.filled,
             "data_seconds": self.data_seconds,
             "elapsed": time.perf_counter() - self.started,
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, world: World) -> None:
         if len(state["losses"]) == len(self.losses):
             self.losses.copy_(state["losses"])
-            self.wrong.copy_(state["wrong"])
+            if world.is_main:  # for all processes, whose number may have changed
+                self.wrong.copy_(state["wrong"])
             self.filled, self.data_seconds = state["filled"], state["data_seconds"]
             self.started = time.perf_counter() - state["elapsed"]
 
@@ -124,7 +125,7 @@ class Trainer:
         self.step.load_state_dict(state["step"])
         self.step.load_buffers(state.get("buffers", []))  # earlier versions saved the mean alone
         self.schedule.load_state_dict(state["schedule"])
-        self.window.load_state_dict(state["window"])
+        self.window.load_state_dict(state["window"], self.world)
         for name in STATE:
             setattr(self, name, state[name])
 
@@ -146,6 +147,7 @@ class Trainer:
 
         Raises:
             Stopped: a signal arrived; a checkpoint of the last complete iteration was written.
+            DataError: the data cannot be read; the same.
             TrainingDiverged: the loss became NaN or infinite.
         """
         shown = self.world.is_main and sys.stderr.isatty()
@@ -156,7 +158,6 @@ class Trainer:
             if not self.window.filled:
                 self.window.restart()
             while self.iteration < self.iterations:
-                self.stop.raise_if_any()
                 self._iterate(batches)
                 bar.update()
                 last = self.iteration == self.iterations
@@ -166,8 +167,8 @@ class Trainer:
                     self.save()
                 self._evaluate_if_due()
         except (Stopped, OSError, ValueError) as error:
-            # data that fails on one of several processes leaves the others waiting for it
-            if isinstance(error, Stopped) or self.world.size == 1:
+            # the first two are raised on all processes, other errors perhaps on one of them
+            if isinstance(error, Stopped | DataError) or self.world.size == 1:
                 self.save()
             raise
         finally:
@@ -175,9 +176,13 @@ class Trainer:
             bar.close()
 
     def _iterate(self, batches: Iterator[Any]) -> None:
-        started = time.perf_counter()
-        batch = next(batches)
+        started, batch, error = time.perf_counter(), None, None
+        try:
+            batch = next(batches)
+        except (OSError, ValueError) as failure:
+            error = failure
         self.window.data_seconds += time.perf_counter() - started
+        self.stop.raise_if_any(error)
         set_rate(self.step.optimizer, self.schedule.at(self.iteration), self.momentum_form)
         images, labels = self.prepare(batch)
         self.window.add(*self.step(images, labels, self.iteration))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from resnet_backbone.runtime.errors import EXIT_STOPPED, Stopped
+from resnet_backbone.runtime.errors import EXIT_STOPPED, DataError, Stopped, plain_message
 from resnet_backbone.runtime.processes import World, current_world
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -53,10 +53,17 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def raise_if_any(self) -> None:
-        """Raises :class:`Stopped` on all processes after a signal; all must call it together."""
-        if self.world.any(bool(self.name)):
-            raise Stopped(next(filter(None, self.world.gather(self.name))))
+    def raise_if_any(self, error: Exception | None = None) -> None:
+        """Raises :class:`Stopped` on all processes after a signal; all must call it together.
+
+        If data cannot be read on one of them, which gives the `error`, all raise DataError.
+        """
+        if not self.world.any(bool(self.name) or error is not None):
+            return
+        for name in filter(None, self.world.gather(self.name)):
+            raise Stopped(name)
+        messages = self.world.gather(error and plain_message(error))
+        raise DataError(next(filter(None, messages))) from error
 
     def leave_workers(self) -> None:
         """Removes PyTorch's SIGCHLD handler, once a loader has started its workers.

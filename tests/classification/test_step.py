@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from resnet_backbone.classification.networks import logits_of
 from resnet_backbone.classification.step import Schedule, TrainStep, build_sgd, set_rate
+from resnet_backbone.classification.trainer import Window
 from resnet_backbone.models import build_model
 from resnet_backbone.runtime.processes import STEP, World, seed_everything
 
@@ -217,6 +218,21 @@ def test_compiled_step_is_the_same_and_leaves_no_traces():
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     torch.testing.assert_close(weights(plain), weights(compiled), rtol=1e-4, atol=1e-6)
     assert not any("_orig_mod" in key for key in compiled.model.state_dict())
+
+
+def half_a_window(world):
+    window = Window(4, world.device)
+    window.add(torch.tensor(1.0 + world.rank), torch.tensor(3 + world.rank))
+    return window.state_dict(world)
+
+
+def test_the_errors_of_two_processes_count_once_in_any_number(two_processes):
+    state, _ = two_processes(half_a_window)
+    windows = [Window(4, "cpu") for _ in range(3)]
+    for rank, window in enumerate(windows):
+        window.load_state_dict(state, World(rank, 3))
+    assert [window.losses[0] for window in windows] == [1.5] * 3  # their mean
+    assert sum(window.wrong for window in windows) == 3 + 4
 
 
 def torch_rates(scheduler, iterations, *settings):

@@ -77,6 +77,14 @@ def test_bad_images_are_reported_and_limited(config, uninterrupted, tmp_path):
     assert "data.max_bad_images" in error and "n02/3.JPEG" in error
 
 
+def test_data_that_fail_on_one_of_two_processes_end_both(config, tmp_path):
+    """The bad image is in one process's half of a batch; both write the checkpoint."""
+    words = (*SMALL, "data.max_bad_images=0", "data.mean=imagenet", "train.device=cpu")
+    folder = ("--output-dir", tmp_path, "--num-processes", 2)
+    error = refused("--config-file", config, *words, *folder, "output.checkpoint_every=100")
+    assert "n02/3.JPEG" in error and list((tmp_path / "checkpoints").iterdir())
+
+
 def test_the_mean_is_the_training_sets(images, uninterrupted):
     """Against Pillow and NumPy: center crops of the 20 readable training images."""
     crops = []
