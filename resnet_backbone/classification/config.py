@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
-import operator
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from operator import attrgetter
+from operator import attrgetter, ge, gt, le, lt
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from resnet_backbone.runtime.files import find_config
 
 # Limit of a number -> comparison, and its text in messages.
 LIMITS = {
-    "least": (operator.ge, "{} or more"),
-    "most": (operator.le, "at most {}"),
-    "above": (operator.gt, "a number above {}"),
-    "below": (operator.lt, "a number below {}"),
+    "least": (ge, "{} or more"),
+    "most": (le, "at most {}"),
+    "above": (gt, "a number above {}"),
+    "below": (lt, "a number below {}"),
 }
 
 
@@ -63,8 +63,7 @@ class DataConfig:
     mean: str = one_of("channel", "pixel", "imagenet")
     std: str = one_of("one", "channel", "imagenet")  # one: the paper subtracts the mean only
     mean_samples: int = number(10000, least=1)  # images for the mean of ImageNet-sized data
-    # shift: pad_crop without flip
-    augmentation: str = one_of("paper", "inception", "pad_crop", "shift", "none")
+    augmentation: str = one_of("paper", "inception", "pad_crop", "shift", "none")  # shift: no flip
     padding: str = one_of("mean", "black")  # of pad_crop and shift; mean: zero once subtracted
     short_side: list[int] = field(default_factory=lambda: [256, 480])  # paper: range of the resize
     crop: int = number(224, least=1)  # training crop, pixels
@@ -107,8 +106,7 @@ class ScheduleConfig:
     plateau_drops: int = number(3, least=0)  # largest number of drops of the rate
     warmup_lr: float = number(0.0, least=0)  # during (error) or at the start of (linear) warm-up
     warmup_iterations: int = number(0, least=0)  # linear warm-up
-    # warm-up until the training error is below this (%); 0: off
-    warmup_until_error: float = number(0.0, least=0)
+    warmup_until_error: float = number(0.0, least=0)  # training error, %, that ends it; 0: off
 
 
 @dataclass
@@ -199,8 +197,9 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         except UsageError as error:
             problems.append(str(error))
     config = OmegaConf.to_object(merged)
-    if config.evaluation.protocol == "centre":  # its former name
-        config.evaluation.protocol = "center"
+    for group in map(vars, vars(config).values()):  # ~ is the home folder, as in a shell
+        group |= {k: os.path.expanduser(v) for k, v in group.items() if isinstance(v, str)}
+    config.evaluation.protocol = config.evaluation.protocol.replace("centre", "center")  # formerly
     problems += _wrong_values(config)
     if not problems:  # the rest needs valid values
         _follow(config, planned, {word.partition("=")[0] for word in overrides})
@@ -243,10 +242,12 @@ def _parse(override: str) -> DictConfig:
     key, equals, value = override.partition("=")
     if not equals:
         raise UsageError(f"{override!r}: overrides are written key=value, for example train.seed=2")
-    if key == "model":
-        key = "model.name"
+    key = "model.name" if key == "model" else key
     if key in GROUPS:
         raise UsageError(f"{override!r}: {key} is a group; write {key}.<key>=value")
+    if key in KEYS and KEYS[key].type == "str":  # not YAML, where 2024_10_05 is a number
+        group, name = key.split(".")
+        return OmegaConf.create({group: {name: value}})
     try:
         return OmegaConf.from_dotlist([f"{key}={value}"])
     except Exception as error:
@@ -259,9 +260,8 @@ def _merge(onto: DictConfig, update: DictConfig, where: str, problems: list[str]
         return OmegaConf.merge(onto, update)
     except OmegaConfBaseException as error:
         unknown = [key for key in leaves(update) if key not in KEYS]
-        problems += [f"{where}: unknown key {k}: {hint_for(k)}" for k in unknown]
-        if not unknown:
-            problems.append(f"{where}: {error.full_key}: {str(error).splitlines()[0]}")
+        wrong = f"{where}: {error.full_key}: {str(error).splitlines()[0]}"
+        problems += [f"{where}: unknown key {k}: {hint_for(k)}" for k in unknown] or [wrong]
         return onto
 
 

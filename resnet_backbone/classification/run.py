@@ -43,12 +43,16 @@ def check_processes(config: Config, world: World) -> None:
     train = config.train
     if train.batch_size % world.size:
         raise UsageError(
-            f"train.batch_size {train.batch_size} cannot be divided among {world.size} processes"
+            f"train.batch_size {train.batch_size} cannot be divided among {world.size} processes: "
+            f"give train.batch_size={-(-train.batch_size // world.size) * world.size}"
         )
-    local = train.batch_size // world.size
-    if train.micro_batch and local % train.micro_batch:
-        each = f"{local} images of each process"
-        raise UsageError(f"train.micro_batch {train.micro_batch} does not divide the {each}")
+    local, micro = train.batch_size // world.size, train.micro_batch
+    if micro and local % micro:
+        fits = next(size for size in range(min(local, micro), 0, -1) if local % size == 0)
+        raise UsageError(
+            f"train.micro_batch {micro} does not divide the {local} images of each process: "
+            f"give train.micro_batch={fits}"
+        )
 
 
 def count_epochs(config: Config, num_images: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -58,7 +59,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     text = "config and overlays, merged in order: files, or names in configs/classification"
     add("--config-file", nargs="+", default=[], metavar="FILE", help=text)
-    add("--output-dir", metavar="DIR", help="run folder; short for output.dir=DIR")
+    text = "run folder; short for output.dir=DIR"
+    add("--output-dir", type=os.path.expanduser, metavar="DIR", help=text)
     text = "continue from the run folder's newest checkpoint, with its config"
     add("--resume", action="store_true", help=text)
     text = "evaluate the run's newest checkpoint, or model.weights=FILE; writes no file"
@@ -156,6 +158,7 @@ def evaluate_only(config: Config, given: str, world: World) -> None:
         raise UsageError(f"{folder} has no weights: give model.weights=FILE")
     config.data.mean, config.data.std = "imagenet", "one"  # not computed: the file states them
     config.model.new_head = False
+    config.train.batch_size = world.size  # nothing is trained: any number of processes will do
     with tempfile.TemporaryDirectory() as temporary:
         run = ClassificationRun(config, world, RunFolder(temporary), weights)
         logger.info("%s: %s", weights, run.evaluate(run.model))
@@ -164,11 +167,11 @@ def evaluate_only(config: Config, given: str, world: World) -> None:
 def work(task: tuple[Config, argparse.Namespace]) -> None:
     config, args = task
     world = current_world(choose_device(config.train.device))
-    check_processes(config, world)
     if args.eval_only:
         given = [word for word in args.overrides if word.startswith("model.weights=")]
         evaluate_only(config, config.model.weights if given else "", world)
     else:
+        check_processes(config, world)
         train(config, args.resume, world)
 
 

@@ -17,8 +17,9 @@ from resnet_backbone.classification.config import (
     scale_schedule,
     to_yaml,
 )
-from resnet_backbone.classification.run import count_epochs
+from resnet_backbone.classification.run import check_processes, count_epochs
 from resnet_backbone.runtime.errors import UsageError
+from resnet_backbone.runtime.processes import World
 
 SYNTHETIC = ["data.format=synthetic"]
 
@@ -92,6 +93,29 @@ def test_model_is_short_for_its_name():
     assert (model.name, model.options) == ("resnet18", {"shortcut": "A"})
     model = load_config(["imagenet/resnet50"], ["data.root=x", "model=prelu_net_b"]).model
     assert (model.name, model.options) == ("prelu_net_b", {})
+
+
+def test_text_is_read_as_it_is_and_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {val_root: ~/val}\n")
+    for name in ("2024_10_05", "007", "yes", "a: b", "x{y}"):
+        config = load_config([file], [f"output.dir={name}", "data.root=~/images"])
+        assert (config.output.dir, config.data.root) == (name, "/home/me/images")
+        assert config.data.val_root == "/home/me/val"
+        (tmp_path / "saved.yaml").write_text(to_yaml(config))
+        assert load_config([tmp_path / "saved.yaml"]).output.dir == name
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "solution"),
+    [(32, 32, 2, "micro_batch=16"), (30, 8, 2, "micro_batch=5"), (32, 0, 3, "batch_size=33")],
+)
+def test_batches_that_processes_cannot_share(batch, micro, processes, solution):
+    config = load_config([], [*SYNTHETIC, f"train.batch_size={batch}"])
+    config.train.micro_batch = micro
+    with pytest.raises(UsageError, match=f"give train.{solution}"):
+        check_processes(config, World(0, processes))
 
 
 def test_base_files_and_overlays_merge_in_order(tmp_path):
