@@ -13,6 +13,7 @@ import numpy as np
 
 from resnet_backbone.runtime.errors import DataError
 from resnet_backbone.runtime.images import EXTENSIONS, BadImage, read_bytes
+from resnet_backbone.weights.preprocessing import one_line
 
 INDEX_NAME = "index.npz"
 
@@ -97,9 +98,13 @@ class TarShards:
         try:  # fsspec caches file systems in each process
             filesystem, path = fsspec.url_to_fs(self._shard(index))
             data = filesystem.cat_file(path, start=offset, end=offset + size)
-        except OSError as error:
-            raise BadImage(self.name(index), error.strerror or str(error)) from error
-        if len(data) != size:
+        except Exception as error:  # libraries of remote storage raise errors of many types
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise BadImage(self.name(index), reason) from error
+        if len(data) > size:
+            reason = "the server ignores ranges and sends whole shards: give simplecache::URL"
+            raise BadImage(self.name(index), reason)
+        if len(data) < size:
             raise BadImage(self.name(index), "the shard is shorter than its index says")
         return EncodedSample(data, int(self.labels[index]), self.name(index))
 
@@ -116,6 +121,8 @@ def _read_index(url: str) -> dict[str, np.ndarray]:
         if int(index["format"]) != 1:
             raise ValueError("another version wrote it")
         return index
+    except ImportError as error:
+        raise DataError(f"{url} needs a library: {error} (pip install it)") from error
     except Exception as error:  # fsspec, numpy and zipfile raise errors of many types
         raise DataError(
             f"{url}: {INDEX_NAME} cannot be read ({error}); write it with prepare-data shards index"

@@ -236,6 +236,33 @@ def test_remote_shards_by_ranges_and_through_a_cache(shards, remote):
         contents(TarShards(remote))
 
 
+def test_what_servers_and_missing_libraries_cause(shards, monkeypatch):
+    dataset, answers = TarShards(shards), []
+
+    class Server:
+        def cat_file(self, path, start, end):
+            if isinstance(answers[-1], Exception):
+                raise answers[-1]
+            return answers[-1]
+
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda url: (Server(), url))
+    for answer, message in (
+        (bytes(10**5), "ignores ranges .* simplecache::"),
+        (RuntimeError("429,\ntoo many requests"), "429, too many requests"),
+        (TimeoutError(), "TimeoutError"),
+    ):
+        answers.append(answer)
+        with pytest.raises(BadImage, match=f"shard-000000.tar/.*: .*{message}"):
+            dataset[0]
+
+    def missing(*_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "open", missing)
+    with pytest.raises(DataError, match=r"Install s3fs to access S3 \(pip install it\)"):
+        TarShards("s3://bucket")
+
+
 def test_exact_epochs_and_resume_with_groups(shards):
     dataset = TarShards(shards)
     stream = SampleStream(24, 5, seed=1, group_sizes=dataset.group_sizes, groups_together=2)
