@@ -57,25 +57,26 @@ class BadImageReport:
     """Counts unusual images, and lists each once in a file of ``kind<TAB>path<TAB>reason`` lines.
 
     Several processes may share the file, and a resumed run continues it. Counts are of distinct
-    files over all these processes and runs.
+    files over all these processes and runs. Beyond ``MAX_CONVERTED``, converted images are counted
+    as often as this process reads them.
 
     Args:
         path: of the report, or None to keep it in memory.
         max_bad_images: limit of bad files, above which :meth:`add` raises DataError; None: none.
+
+    Attributes:
+        bad: path -> reason, in the order of discovery.
     """
 
     def __init__(self, path: str | os.PathLike | None = None, max_bad_images: int | None = None):
         self.path = None if path is None else Path(path)
         self.max_bad_images = max_bad_images
-        self._reasons: dict[tuple[str, str], str] = {}  # by kind and path
+        self.bad: dict[str, str] = {}
+        self._converted: dict[str, str] = {}
+        self._not_listed = 0  # converted images
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
                 self._learn(file)
-
-    @property
-    def bad(self) -> dict[str, str]:
-        """Path -> reason, in the order of discovery."""
-        return {path: reason for (kind, path), reason in self._reasons.items() if kind == BAD}
 
     @property
     def num_bad(self) -> int:
@@ -83,7 +84,7 @@ class BadImageReport:
 
     @property
     def num_converted(self) -> int:
-        return len(self._reasons) - self.num_bad
+        return len(self._converted) + self._not_listed
 
     def add(self, *notes: ImageNote) -> None:
         """Counts images, and lists new ones in the report.
@@ -92,10 +93,14 @@ class BadImageReport:
             DataError: more than ``max_bad_images`` bad images, including those known before.
         """
         new = [ImageNote(*map(_one_line, note)) for note in notes]
-        new = [note for note in new if note[:2] not in self._reasons]
+        new = [note for note in new if note.path not in self._known(note.kind)]
+        if len(self._converted) >= MAX_CONVERTED:
+            self._not_listed += sum(note.kind == CONVERTED for note in new)
+            new = [note for note in new if note.kind == BAD]
         if new and self.path is not None:
             self._append(new)
-        self._reasons |= {note[:2]: note.reason for note in new if note[:2] not in self._reasons}
+        for kind, path, reason in new:
+            self._known(kind).setdefault(path, reason)
         if self.max_bad_images is None or self.num_bad <= self.max_bad_images:
             return
         first = "; ".join(f"{path} ({why})" for path, why in list(self.bad.items())[:SHOWN])
@@ -105,14 +110,17 @@ class BadImageReport:
             f"{first}{where}; repair or remove them, or raise data.max_bad_images"
         )
 
+    def _known(self, kind: str) -> dict[str, str]:
+        return self.bad if kind == BAD else self._converted
+
     def _append(self, notes: list[ImageNote]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(self._learn(file))  # a killed run may have left an incomplete line
-            listed = self.num_converted < MAX_CONVERTED
+            listed = len(self._converted) < MAX_CONVERTED  # other processes may have filled it
             for note in {note[:2]: note for note in notes}.values():
-                if note[:2] not in self._reasons and (listed or note.kind == BAD):
+                if note.path not in self._known(note.kind) and (listed or note.kind == BAD):
                     file.write(os.fsencode("\t".join(note) + "\n"))
 
     def _learn(self, file: BinaryIO) -> int:
@@ -122,7 +130,7 @@ class BadImageReport:
         whole = content[: content.rfind(b"\n") + 1]
         for line in os.fsdecode(whole).splitlines():
             kind, path, reason = (*line.split("\t", 2), "", "")[:3]
-            self._reasons.setdefault((kind, path), reason)
+            self._known(kind).setdefault(path, reason)
         return len(whole)
 
 
