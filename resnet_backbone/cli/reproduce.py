@@ -105,8 +105,9 @@ def config_digests(path: Path) -> Iterator[str]:
 
 def tree_digest(folder: Path) -> str:
     """Returns a digest of a data set's folders, two levels deep, and when they last changed."""
-    folders = [folder, *folder.glob("*/"), *folder.glob("*/*/")]
-    return digest(sorted([str(f.relative_to(folder)), f.stat().st_mtime_ns] for f in folders))
+    inside = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_dir()]
+    times = ([str(f.relative_to(folder)), f.stat().st_mtime_ns] for f in [folder, *inside])
+    return digest(sorted(times))
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,7 @@ class Step:
 class Value(NamedTuple):
     text: str
     identity: str  # its contribution to the hash
-    step: Step | None = None  # the step that makes it
+    steps: tuple[Step, ...] = ()  # the steps that make it
 
 
 class Builder:
@@ -177,7 +178,7 @@ class Builder:
         name += "" if seed is None else f"_seed{seed}"
         folder = args.output / f"{name}-{key}"
         words = [value.text.replace("{here}", str(folder)) for value in values]
-        inputs = tuple(dict.fromkeys(value.step for value in values if value.step))
+        inputs = tuple(dict.fromkeys(step for value in values for step in value.steps))
         return Step(name, folder, tuple(words), folder / node["makes"], key, inputs, node)
 
     def _expand(self, word: str, node: dict[str, Any], seed: int | None) -> list[Value]:
@@ -187,8 +188,8 @@ class Builder:
             return found[word[1:-1]]
         text = BRACES.sub(lambda match: found[match[1]][0].text, word)
         identity = BRACES.sub(lambda match: found[match[1]][0].identity, word)
-        steps = [values[0].step for values in found.values() if values[0].step]
-        return [Value(text, identity, *steps[-1:])]
+        steps = tuple(step for values in found.values() for step in values[0].steps)
+        return [Value(text, identity, steps)]
 
     def _values(self, name: str, node: dict[str, Any], seed: int | None) -> list[Value]:
         args, plan = self.args, self.plan
@@ -220,7 +221,7 @@ class Builder:
         steps = self.build(match[1])
         steps = steps[int(match[2]) :][:1] if match[2] else steps
         paths = (step.folder if match[3] else step.product for step in steps)
-        return [Value(str(p), f"{s.name} {s.key}", s) for p, s in zip(paths, steps, strict=True)]
+        return [Value(str(p), f"{s.name} {s.key}", (s,)) for p, s in zip(paths, steps, strict=True)]
 
     def _folder(self, folder: Path) -> Value:
         if folder.is_dir():
