@@ -28,7 +28,7 @@ from resnet_backbone.runtime.errors import (
     outcome,
     wants_traceback,
 )
-from resnet_backbone.runtime.processes import available_cores, leave
+from resnet_backbone.runtime.processes import available_cores, choose_device, leave
 from resnet_backbone.runtime.signals import STOP_SIGNALS, handled
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -175,7 +175,7 @@ def local_size() -> int:
 
 def _join(url: str, uses_gpus: bool, **place: int) -> None:
     if uses_gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        choose_device("cuda")
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, available_cores() // local_size()))
     try:

@@ -59,6 +59,14 @@ def test_torchrun_and_own_processes(monkeypatch):
     assert plan().world == 1
 
 
+def test_more_processes_of_torchrun_than_gpus(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(UsageError, match="process 1 of this machine has no GPU: start only 1"):
+        launch._join("env://", uses_gpus=True)
+
+
 def stubborn(ready):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ready.set()
