@@ -1,7 +1,9 @@
 """prepare-data for ImageNet and tar shards, on miniature archives."""
 
+import errno
 import importlib
 import io
+import os
 import sys
 import tarfile
 from collections import Counter
@@ -179,6 +181,17 @@ def test_damaged_and_exchanged_archives_are_one_line(tmp_path, archives, unpack,
     path.write_bytes(tar_of({"readme.txt": b"x"}))
     status, error = unpack(*ANY, folder=tmp_path / "other")
     assert status == 2 and archive in error.strip().splitlines()[-1]
+
+
+def test_a_full_disk_is_not_the_archives_fault(unpack, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tarfile, "copyfileobj", write)
+    status, error = unpack(*ANY)
+    line = error.strip().splitlines()[-1]
+    assert status == 2 and line.startswith("error: ") and "the disk is full" in line
+    assert "imagenet/val/" in line and "archive" not in line
 
 
 def test_members_cannot_leave_the_folder(tmp_path, archives, unpack):

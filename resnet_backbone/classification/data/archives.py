@@ -25,8 +25,8 @@ from resnet_backbone.classification.data.imagenet import (
     read_lines,
 )
 from resnet_backbone.classification.data.loader import BadImageReport, inspect_file
-from resnet_backbone.runtime.errors import DataError
-from resnet_backbone.runtime.files import whole_file
+from resnet_backbone.runtime.errors import SYSTEM_ERRORS, DataError
+from resnet_backbone.runtime.files import naming, whole_file
 
 TRAIN_IMAGES, VAL_IMAGES, CLASSES = 1_281_167, 50_000, 1000  # arXiv 1409.0575, table 2
 USUAL = {TRAIN_IMAGES: (732, 1300), VAL_IMAGES: (50, 50)}  # images per class, same table
@@ -101,6 +101,8 @@ def _open_tar(path: str | os.PathLike) -> Iterator[tarfile.TarFile]:
         with tarfile.open(path, "r:*") as tar:
             yield tar
     except (tarfile.TarError, EOFError, OSError) as error:
+        if getattr(error, "errno", None) in SYSTEM_ERRORS:  # perhaps of what is written
+            raise
         reason = getattr(error, "strerror", None) or str(error)
         raise DataError(f"{path}: {reason}; is the archive complete?") from error
 
@@ -113,7 +115,7 @@ def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> Non
     """Writes a member to a folder atomically, ignoring the folders of its path."""
     name = Path(member.name).name
     temporary = folder / f".{name}.tmp"
-    with tar.extractfile(member) as source, open(temporary, "wb") as target:
+    with tar.extractfile(member) as source, naming(temporary), open(temporary, "wb") as target:
         tarfile.copyfileobj(source, target, member.size)  # ReadError if the archive is truncated
     os.replace(temporary, folder / name)
 
