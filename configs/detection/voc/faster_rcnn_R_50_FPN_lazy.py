@@ -1,5 +1,5 @@
 # Faster R-CNN R-50-FPN on PASCAL VOC 07+12 as a LazyConfig, for Detectron2's own lazy trainer. The
-# same detector, data and schedule as faster_rcnn_R_50_FPN.yaml.
+# same detector, data and schedule as modern/voc_R_50_FPN.yaml, difficult boxes included.
 #
 #   python DETECTRON2/tools/lazyconfig_train_net.py \
 #       --config-file configs/detection/voc/faster_rcnn_R_50_FPN_lazy.py
