@@ -121,8 +121,8 @@ def train(cfg: CfgNode, resume: bool) -> None:
     if trainer.failure:
         raise EvaluationFailed(
             f"the training is complete, its evaluation failed ({trainer.failure}); what was found "
-            f"is in {trainer.cfg.OUTPUT_DIR}/inference. Evaluate again: --eval-only, the same "
-            "--output-dir and data, and no weights"
+            f"is in {trainer.cfg.OUTPUT_DIR}/inference. Evaluate again: the same command with "
+            "--resume"
         )
     if unexpected:
         stop.world.barrier()  # the launcher ends the other processes when one fails

@@ -241,16 +241,19 @@ def check_folder(folder: str, resume: bool) -> str:
 def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
     """Whether the folder has the results of this config; logs changed keys or refuses them.
 
-    Keys unknown to the version that started the run are ignored. Runs of several seeds must share
-    one config; in other runs, some keys cannot change on resume.
+    A run whose last evaluation failed has not ended: resumed, it evaluates again. Keys unknown to
+    the version that started the run are ignored. Runs of several seeds must share one config; in
+    other runs, some keys cannot change on resume.
     """
-    before, after = _saved_config(cfg.OUTPUT_DIR), saved_values(cfg)
-    if not last or not before:
+    before, after = _saved_config(cfg.OUTPUT_DIR) if last else {}, saved_values(cfg)
+    if not before:
         return False
     common = [key for key in after if key in before and key not in PLACES]
     changed = [key for key in common if before[key] != after[key]]
     if not changed:
-        return read_results(cfg.OUTPUT_DIR).get("config_sha256") == config_digest(before)
+        found = read_results(cfg.OUTPUT_DIR)
+        is_same = found.get("config_sha256") == config_digest(before)
+        return is_same and "evaluation_error" not in found
     refused = [key for key in changed if key.removeprefix("SOLVER.") in KEPT.split()]
     if is_seed or refused:
         raise UsageError(

@@ -67,6 +67,7 @@ from resnet_backbone.runtime.errors import (
     plain_message,
     wants_traceback,
 )
+from resnet_backbone.runtime.evaluation import evaluation_mode
 from resnet_backbone.runtime.processes import distribute
 from resnet_backbone.runtime.signals import StopRequest, Watched, ignore_interrupts
 
@@ -208,7 +209,7 @@ class Trainer(DefaultTrainer):
         if comm.get_world_size() > 1:  # BN statistics differ; checkpoints have the first process's
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
-        with watching(self.stop) as watch:
+        with watching(self.stop) as watch, evaluation_mode(model):  # restored after errors, too
             try:
                 return self.test(self.cfg, model), watch.speed
             except (Stopped, UsageError):

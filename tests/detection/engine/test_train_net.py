@@ -9,6 +9,8 @@ import torch
 import yaml
 from runs import KEYS, arguments, read_results, rows, start
 
+from resnet_backbone.detection.evaluation import voc
+
 CONFIG = "quickstart/faster_rcnn_R_18_FPN.yaml"
 SMALL = dict(SOLVER__IMS_PER_BATCH=2, SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2)
 
@@ -254,17 +256,30 @@ def test_users_voc_set_with_two_bad_boxes(train_net, data_root, tmp_path, policy
 
 
 def test_a_training_is_not_lost_to_its_evaluation(train_net, tiny_voc, tmp_path, monkeypatch):
+    """Neither to one in the middle, of which an image fails, nor to the last one."""
+
     def fail(*given):
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("resnet_backbone.detection.evaluation.voc.score_boxes", fail)
-    lines = train_net(CONFIG, *command(tiny_voc, tmp_path, SOLVER__MAX_ITER="1"), code=1)
+    def fail_once(*given):
+        monkeypatch.setattr(voc.BoxEvaluator, "process", process)
+        raise OSError("no such image")
+
+    process = voc.BoxEvaluator.process
+    monkeypatch.setattr(voc.BoxEvaluator, "process", fail_once)
+    monkeypatch.setattr(voc, "score_boxes", fail)
+    keys = dict(SOLVER__MAX_ITER="2", TEST__EVAL_PERIOD="1")
+    lines = train_net(CONFIG, *command(tiny_voc, tmp_path, **keys), code=1)
     assert "error: the training is complete, its evaluation failed" in lines[-1]
-    assert "RuntimeError: no such thing" in lines[-1] and "--eval-only" in lines[-1]
+    assert "RuntimeError: no such thing" in lines[-1] and "--resume" in lines[-1]
     found = read_results(tmp_path)
     assert found["evaluation_error"] == "RuntimeError: no such thing" and found["results"] == {}
     assert (tmp_path / "model_final.pth").is_file()
     assert list(tmp_path.glob("inference/*/detections.json"))
     monkeypatch.undo()
     train_net(None, *command(tiny_voc, tmp_path, "--eval-only"))
-    assert read_results(tmp_path / "eval")["results"]["bbox"]["AP50"] >= 0
+    found = read_results(tmp_path / "eval")["results"]
+    assert found["bbox"]["AP50"] >= 0
+    train_net(CONFIG, *command(tiny_voc, tmp_path, "--resume", **keys))
+    resumed = read_results(tmp_path)
+    assert resumed["results"] == found and "evaluation_error" not in resumed
