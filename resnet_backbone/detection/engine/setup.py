@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
@@ -135,7 +136,7 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
     Returns:
         The config, frozen; None if the run has already ended.
     """
-    if comm.get_world_size() > 1:
+    if dist.is_initialized():  # also by torchrun for a single process
         comm.create_local_process_group(local_size())
     args, cfg, trains = plan.args, plan.cfg, not plan.args.eval_only
     last = check_folder(cfg.OUTPUT_DIR, plan.resume) if trains else ""

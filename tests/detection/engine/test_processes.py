@@ -9,9 +9,11 @@ import time
 
 import pytest
 import torch
+from detectron2.utils import comm
 from runs import arguments, reached, read_results, rows, start
 
 from resnet_backbone.runtime.errors import EXIT_STOPPED
+from resnet_backbone.runtime.launch import _free_port
 
 RUN = dict(SOLVER__MAX_ITER=3, SOLVER__CHECKPOINT_PERIOD=2, SOLVER__BASE_LR=0.001)
 RUN |= dict(TEST__EVAL_PERIOD=2, MODEL__RESNETS__NORM="GN", MODEL__FPN__NORM="")  # norms per image
@@ -77,6 +79,20 @@ def test_two_processes(data, alone, tmp_path, launcher):
     assert_like(folder, alone)
     if keys:
         assert_like(folder, alone, lambda path: torch.load(path)["model"])
+
+
+def test_a_single_process_of_torchrun_fetches_its_weights(train_net, data, tmp_path, monkeypatch):
+    """From a port where nobody listens."""
+    variables = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
+    variables |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port(), OMP_NUM_THREADS=1)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    create = comm.create_local_process_group.__wrapped__  # without its cache
+    monkeypatch.setattr(comm, "create_local_process_group", create)
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+    weights = f"http://127.0.0.1:{_free_port()}/r18.pth"
+    words = arguments(data, tmp_path, MODEL__WEIGHTS=weights, MODEL__DEVICE="cpu")
+    assert "r18.pth" in (said := train_net(None, *words, code=2)[-1]) and "fetch" in said
 
 
 @pytest.mark.slow
