@@ -33,6 +33,7 @@ from resnet_backbone.detection.engine.schedule import (
     follow_processes,
     plan_schedule,
 )
+from resnet_backbone.detection.evaluation import evaluation_folder
 from resnet_backbone.detection.evaluation.operating import OPERATING_POINTS
 from resnet_backbone.detection.inference.detector import read_switches
 from resnet_backbone.detection.inference.predictor import Speed, check_ensemble, run_config
@@ -306,9 +307,10 @@ def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: 
         **training,
         "results": results,
     }
-    if cfg.RESNET_BACKBONE.TEST.OPERATING_POINTS:
-        files = Path(cfg.OUTPUT_DIR, "inference").glob(f"*/{OPERATING_POINTS}")
-        points = {file.parent.name: json.loads(file.read_text("utf-8")) for file in sorted(files)}
+    if cfg.RESNET_BACKBONE.TEST.OPERATING_POINTS and results:
+        folders = [evaluation_folder(cfg, name) for name in cfg.DATASETS.TEST]
+        files = [Path(folder, OPERATING_POINTS) for folder in folders]
+        points = {f.parent.name: json.loads(f.read_text("utf-8")) for f in files if f.is_file()}
         content["operating_points"] = points
     content = json.loads(json.dumps(content), parse_constant=lambda name: None)  # NaN
     path = os.path.join(cfg.OUTPUT_DIR, RESULTS)

@@ -48,7 +48,7 @@ from resnet_backbone.detection.engine.results import check_results
 from resnet_backbone.detection.engine.schedule import check_training
 from resnet_backbone.detection.engine.step import TrainStep, exempt_slopes
 from resnet_backbone.detection.engine.writers import LOGGERS, MetricsFile
-from resnet_backbone.detection.evaluation import build_evaluator
+from resnet_backbone.detection.evaluation import build_evaluator, evaluation_folder
 from resnet_backbone.detection.evaluation.operating import OperatingPoints
 from resnet_backbone.detection.inference.detector import read_switches
 from resnet_backbone.detection.inference.predictor import (
@@ -265,8 +265,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_"))
-        node = backbone_node(cfg)
+        folder, node = evaluation_folder(cfg, dataset_name), backbone_node(cfg)
         choice = node.TEST.METRIC, node.LOCALIZATION.GUESSES
         evaluator = build_evaluator(dataset_name, folder, *choice)
         if node.TEST.OPERATING_POINTS:

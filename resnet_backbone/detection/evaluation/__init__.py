@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators, SemSegEvaluator
 from PIL import Image
@@ -22,6 +24,7 @@ __all__ = [
     "VOCEvaluator",
     "build_coco_evaluator",
     "build_evaluator",
+    "evaluation_folder",
     "evaluate_voc",
     "format_table",
 ]
@@ -91,6 +94,11 @@ def build_evaluator(
             f" {', '.join(EVALUATORS)}; register it with register_voc or register_coco"
         )
     return EVALUATORS[kind](dataset_name, output_dir)
+
+
+def evaluation_folder(cfg: CfgNode, dataset_name: str) -> str:
+    """Returns the folder for the files of a run's evaluation on a data set."""
+    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name.replace("/", "_"))
 
 
 def data_digest(dataset_name: str) -> str:

@@ -160,3 +160,17 @@ def test_an_evaluation_without_weights_reads_no_data(train_net, tiny_voc, tmp_pa
     lines = train_net(QUICKSTART, *data, *keys, code=2)
     assert lines[-1].startswith("error: MODEL.WEIGHTS is empty: add MODEL.WEIGHTS")
     assert not list(tmp_path.iterdir())
+
+
+def test_operating_points_are_those_of_the_results(make_cfg, tmp_path):
+    """Not of other test sets whose evaluations are in the folder, nor of one that failed."""
+    for name in ("a_b", "other"):
+        folder = tmp_path / "inference" / name
+        folder.mkdir(parents=True)
+        (folder / "operating_points.json").write_text(f'"{name}"')
+    keys = dict(DATASETS__TEST=("a/b",), RESNET_BACKBONE__TEST__OPERATING_POINTS=True)
+    cfg = make_cfg(None, OUTPUT_DIR=str(tmp_path), **keys)
+    for results, points in (({"bbox": {"AP": 1.0}}, {"a_b": "a_b"}), ({}, None)):
+        setup.write_results(cfg, results, None)
+        content = json.loads((tmp_path / "results.json").read_text())
+        assert content.get("operating_points") == points
