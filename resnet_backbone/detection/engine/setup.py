@@ -169,7 +169,8 @@ def prepare_run(plan: RunPlan) -> CfgNode | None:
     limit_workers(cfg)
     if cfg.SEED < 0:  # records the drawn seed in config.yaml and results.json
         drawn = comm.shared_random_seed()
-        cfg.SEED = _saved_config(cfg.OUTPUT_DIR).get("SEED", drawn) if plan.resume else drawn
+        seed = _saved_config(cfg.OUTPUT_DIR).get("SEED", drawn) if plan.resume else drawn
+        cfg.SEED = comm.all_gather(seed)[0]  # machines may see different states of the file
     cfg.freeze()
     if trains and has_ended(cfg, last, args.seed_run is not None):
         logger.info("%s: the run has ended, see %s", cfg.OUTPUT_DIR, RESULTS)
@@ -277,8 +278,13 @@ def _saved_config(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, CONFIG)
     if not os.path.isfile(path):
         return {}
-    with open(path, encoding="utf-8") as file:
-        return flat_config(yaml.safe_load(file))
+    try:
+        return flat_config(yaml.safe_load(Path(path).read_text("utf-8")))
+    except (yaml.YAMLError, AttributeError) as error:  # a power cut leaves a part of it, or nothing
+        raise UsageError(
+            f"{path} is damaged: delete it, and resume with the same command; if that gives no "
+            f"SEED, add the run's, which is in {LOG}"
+        ) from error
 
 
 def write_results(cfg: CfgNode, results: dict, speed: Speed | None, **training: Any) -> None:

@@ -176,6 +176,15 @@ def test_keys_that_the_optimizers_state_holds(make_cfg, tmp_path, key, value):
         has_ended(cfg, "model_0000001.pth")
 
 
+@pytest.mark.parametrize("text", ["", "MODEL:\n  BACKBONE: {FREEZE"])
+def test_a_config_that_a_power_cut_damaged(make_cfg, tmp_path, text):
+    cfg = make_cfg(None, OUTPUT_DIR=str(tmp_path))
+    (tmp_path / "config.yaml").write_text(text)
+    assert not has_ended(cfg, "")
+    with pytest.raises(UsageError, match="config.yaml is damaged: delete it, and resume"):
+        has_ended(cfg, "model_0000001.pth")
+
+
 @pytest.mark.slow
 def test_other_keys_may_change_and_are_named(data, uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted, tmp_path / "run")
