@@ -34,7 +34,7 @@ class RepeatablePreciseBN(PreciseBN):
     """Detectron2's hook, but always on the same training images."""
 
     def update_stats(self) -> None:
-        if not self._disabled and self._data_loader is None:  # only now the run's seed is known
+        if self._data_loader is None:  # only now the run's seed is known
             cfg = with_keys(self.trainer.cfg, "DATALOADER.NUM_WORKERS", 0)
             self._data_loader = self.trainer.build_train_loader(cfg)
         self._data_iter = None

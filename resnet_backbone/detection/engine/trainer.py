@@ -28,6 +28,7 @@ from detectron2.utils.events import (
     TensorboardXWriter,
 )
 from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 
 from resnet_backbone.detection.checkpoint.checkpointer import Checkpointer
@@ -227,6 +228,10 @@ class Trainer(DefaultTrainer):
         return self.evaluation.results
 
     def load_state_dict(self, state: dict) -> None:
+        if self.cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupPolyLR":  # would restore the old MAX_ITER
+            hooks = state["hooks"]
+            kept = {key: hooks["LRScheduler"][key] for key in ("base_lrs", "last_epoch")}
+            state = {**state, "hooks": {**hooks, "LRScheduler": kept}}
         super().load_state_dict(state)
         seed = state["_trainer"].get("seed", self.cfg.SEED)
         if self._seed_is_drawn and seed != self.cfg.SEED:
@@ -292,10 +297,11 @@ class Trainer(DefaultTrainer):
         self.evaluation = Evaluation(self._evaluate, *choice, best)
         self.metrics, is_main = Metrics(), comm.is_main_process()
         statistics = test.EVAL_PERIOD, self.checkpointer.model, None, test.PRECISE_BN.NUM_ITER
+        has_norms = test.PRECISE_BN.ENABLED and get_bn_modules(self.checkpointer.model)
         return [
             IterationTimer(),
             LRScheduler(),
-            RepeatablePreciseBN(*statistics) if test.PRECISE_BN.ENABLED else None,
+            RepeatablePreciseBN(*statistics) if has_norms else None,
             self.checkpoints,
             self.evaluation,
             FirstIterations() if is_main else None,
@@ -305,6 +311,7 @@ class Trainer(DefaultTrainer):
 
     def build_writers(self) -> list[EventWriter]:
         folder, start = self.cfg.OUTPUT_DIR, self.start_iter
+        os.makedirs(folder, exist_ok=True)
         file = MetricsFile(os.path.join(folder, "metrics.json"), start)
         writers = [file, TensorboardXWriter(folder, purge_step=start)]
         for name in self.cfg.RESNET_BACKBONE.LOGGERS:

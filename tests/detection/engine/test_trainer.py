@@ -8,6 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import verify_results
+from detectron2.projects import deeplab
 from runs import Linear, NumberTrainer, OfNumbers, number_loader
 from torch import nn
 
@@ -158,6 +159,22 @@ def test_after_an_early_stop_hooks_see_the_iterations_that_are_done(cfg, tmp_pat
     trainer.train()
     assert trainer.events[-1] == ("after_train", 4, 4) and trainer.iter == 4
     assert torch.load(tmp_path / "run" / "model_final.pth")["iteration"] == 3
+
+
+def test_precise_statistics_of_a_model_without_batch_norm(cfg, tmp_path):
+    make(Ours, cfg, tmp_path / "run", TEST__PRECISE_BN__ENABLED=True).train()
+
+
+def test_deeplabs_schedule_follows_a_changed_length(cfg, tmp_path):
+    deeplab.add_deeplab_config(cfg)
+    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupPolyLR"
+    make(Ours, cfg, tmp_path / "run", SOLVER__MAX_ITER=4).train()
+    resumed = make(Ours, cfg, tmp_path / "run", True, SOLVER__MAX_ITER=8)
+    resumed.train()
+    whole = make(Ours, cfg, tmp_path / "whole", SOLVER__MAX_ITER=8)
+    whole.train()
+    rates = [trainer.storage.history("lr").values()[-3:] for trainer in (resumed, whole)]
+    assert rates[0] == rates[1]
 
 
 class Normed(Linear):

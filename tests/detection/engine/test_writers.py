@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import struct
-from pathlib import Path
 
 import pytest
 from runs import NumberTrainer, rows
@@ -29,7 +28,6 @@ class Small(NumberTrainer):
 def train(cfg, **keys):
     cfg = cfg.clone()
     cfg.merge_from_list([word for k, v in keys.items() for word in (k.replace("__", "."), v)])
-    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
     trainer = Small(cfg)
     trainer.resume_or_load(resume=True)
     trainer.train()
