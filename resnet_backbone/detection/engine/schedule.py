@@ -51,6 +51,27 @@ def check_training(cfg: CfgNode) -> None:
         raise UsageError(f"RESNET_BACKBONE.{problem}")
 
 
+def check_best_metric(cfg: CfgNode) -> None:
+    """Raises UsageError for a metric that the evaluation of the test sets cannot give."""
+    metric, sets = cfg.RESNET_BACKBONE.BEST_METRIC, list(dict.fromkeys(cfg.DATASETS.TEST))
+    form, example = "TASK/NAME", "bbox/AP50"
+    if len(sets) > 1:
+        form, example = f"SET/{form}", f"{sets[0]}/{example}"
+    names_set = any(metric.startswith(f"{name}/") for name in sets)
+    if metric and sets and names_set != (len(sets) > 1):
+        raise UsageError(
+            f"RESNET_BACKBONE.BEST_METRIC {metric}: with the test sets {', '.join(sets)} write "
+            f"{form}, such as {example}"
+        )
+    name, classes = metric.rpartition("/")[2], cfg.RESNET_BACKBONE.CLASS_NAMES
+    kind, dash, label = name.partition("-")
+    if classes and dash and kind in ("AP", "AP50") and name not in METRICS and label not in classes:
+        raise UsageError(
+            f"RESNET_BACKBONE.BEST_METRIC {metric}: no class {label}; the classes are "
+            f"{', '.join(classes)}"
+        )
+
+
 def check_early_stop(cfg: CfgNode) -> None:
     """Raises UsageError for an early stop that the run's schedule can never reach."""
     patience = cfg.RESNET_BACKBONE.EARLY_STOP
@@ -143,19 +164,22 @@ def scale_schedule(
 def plan_schedule(
     cfg: CfgNode, planned: CfgNode, given: Collection[str], num_images: int
 ) -> list[str]:
-    """Runs :func:`scale_schedule` and :func:`check_early_stop`; adds lines on the full schedule."""
+    """Runs :func:`scale_schedule` and checks; adds lines on the full schedule."""
     lines = scale_schedule(cfg, planned, given, num_images)
+    check_best_metric(cfg)
     check_early_stop(cfg)
     solver, parts, processes = cfg.SOLVER, cfg.RESNET_BACKBONE.ACCUMULATE, comm.get_world_size()
     batch, iterations = solver.IMS_PER_BATCH, solver.MAX_ITER
     epochs = iterations * batch / num_images
-    steps = ", ".join(str(step) for step in solver.STEPS) or "no step"
+    decay = solver.LR_SCHEDULER_NAME
+    if decay == "WarmupMultiStepLR":
+        steps = ", ".join(str(step) for step in solver.STEPS) or "no step"
+        decay = f"x {solver.GAMMA:g} at {steps}"
     return [
         *lines,
         f"SOLVER.IMS_PER_BATCH {batch} = {processes} (processes) x {parts} "
         f"(RESNET_BACKBONE.ACCUMULATE) x {batch // (processes * parts)} (images at a time)",
         f"{iterations} iterations x {batch} images / {num_images} training images = "
         f"{epochs:.2f} epochs",
-        f"learning rate {solver.BASE_LR:g}, warm-up {solver.WARMUP_ITERS} iterations, x "
-        f"{solver.GAMMA:g} at {steps}",
+        f"learning rate {solver.BASE_LR:g}, warm-up {solver.WARMUP_ITERS} iterations, {decay}",
     ]

@@ -46,7 +46,7 @@ from resnet_backbone.detection.engine.hooks import (
     RepeatablePreciseBN,
 )
 from resnet_backbone.detection.engine.results import check_results
-from resnet_backbone.detection.engine.schedule import check_training
+from resnet_backbone.detection.engine.schedule import check_best_metric, check_training
 from resnet_backbone.detection.engine.step import TrainStep, exempt_slopes
 from resnet_backbone.detection.engine.writers import LOGGERS, MetricsFile
 from resnet_backbone.detection.evaluation import build_evaluator, evaluation_folder
@@ -108,6 +108,7 @@ class Trainer(DefaultTrainer):
             setup_logger()
         cfg = self.auto_scale_workers(with_weights_input(cfg), comm.get_world_size())
         check_training(cfg)
+        check_best_metric(cfg)
         check_ensemble(cfg)
         self._seed_is_drawn = cfg.SEED < 0
         cfg = with_keys(cfg, "SEED", seed_of(cfg))

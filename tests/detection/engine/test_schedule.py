@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from resnet_backbone.detection import add_resnet_backbone_config
 from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.engine.schedule import (
+    check_best_metric,
     check_early_stop,
     check_training,
     follow_processes,
@@ -123,6 +124,9 @@ def test_epochs():
     assert "SOLVER.MAX_ITER 18000 -> 3750 (12.5 epochs x 2400 images / 8 per batch)" in report
     assert report[-3].startswith("SOLVER.IMS_PER_BATCH 8 = 1 (processes) x 1 (RESNET_BACKBONE.ACC")
     assert report[-2] == "3750 iterations x 8 images / 2400 training images = 12.50 epochs"
+    assert report[-1].endswith("iterations, x 0.1 at 2500, 3333")
+    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupPolyLR"
+    assert plan_schedule(cfg, planned, [], 2400)[-1].endswith("iterations, WarmupPolyLR")
 
 
 def test_epochs_of_a_file_and_iterations_of_the_command_line():
@@ -162,14 +166,28 @@ def test_reference_world_size():
         ("BEST_METRIC", "bbox/AP50", 0, "set TEST.EVAL_PERIOD"),
         ("BEST_METRIC", "AP", 5, "AP: write TASK/NAME"),
         ("BEST_METRIC", "bbox/AP5O", 5, "bbox/AP5O: choose bbox/ and one of AP, AP50"),
+        ("BEST_METRIC", "bbox/AP-catt", 5, "no class catt; the classes are cat, dog"),
+        ("BEST_METRIC", "a/bbox/AP50", 5, "test sets a write TASK/NAME, such as bbox/AP50"),
         ("EMA_DECAY", 1.0, 0, "EMA_DECAY 1.0: from 0 .off. to below 1"),
         ("EPOCHS", -1.0, 0, "EPOCHS -1.0: give at least 0"),
     ],
 )
 def test_contradictions(make_cfg, key, value, period, message):
     keys = {f"RESNET_BACKBONE__{key}": value, "TEST__EVAL_PERIOD": period}
+    cfg = make_cfg(**keys, DATASETS__TEST=("a",), RESNET_BACKBONE__CLASS_NAMES=["cat", "dog"])
     with pytest.raises(UsageError, match=message):
-        check_training(make_cfg(**keys))
+        check_training(cfg), check_best_metric(cfg)
+
+
+def test_metrics_of_several_test_sets(make_cfg):
+    cfg = make_cfg(DATASETS__TEST=("a", "b"), RESNET_BACKBONE__CLASS_NAMES=["cat", "dog"])
+    for metric in ("", "a/bbox/AP50", "b/bbox/AP50-11pt", "b/bbox/AP-dog", "a/sem_seg/mIoU"):
+        cfg.RESNET_BACKBONE.BEST_METRIC = metric
+        check_best_metric(cfg)
+    for metric in ("bbox/AP50", "c/bbox/AP50"):
+        cfg.RESNET_BACKBONE.BEST_METRIC = metric
+        with pytest.raises(UsageError, match="sets a, b write SET/TASK/NAME, such as a/bbox/AP50"):
+            check_best_metric(cfg)
 
 
 def test_early_stop_that_can_never_come(make_cfg):
