@@ -91,9 +91,10 @@ def test_rgb_detectors_get_rgb(tmp_path):
     assert not predictor.model.training
 
 
+@pytest.mark.parametrize("pooler", ["ROIAlignV2", "ROIPool"])
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_mixed_precision_gives_float_boxes_in_the_image(run, precision):
-    keys = ["RESNET_BACKBONE.TEST.PRECISION", precision]
+def test_mixed_precision_gives_float_boxes_in_the_image(run, precision, pooler):
+    keys = ["RESNET_BACKBONE.TEST.PRECISION", precision, "MODEL.ROI_BOX_HEAD.POOLER_TYPE", pooler]
     found = Predictor(config("MODEL.WEIGHTS", str(run / "model_final.pth"), *keys))(noise(60, 90))
     found = found["instances"]
     assert len(found) and found.image_size == (60, 90)

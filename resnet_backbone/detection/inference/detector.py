@@ -78,11 +78,7 @@ def read_switches(cfg: CfgNode) -> Switches:
 
 def read_precision(cfg: CfgNode) -> torch.dtype:
     """Reads ``RESNET_BACKBONE.TEST.PRECISION``; UsageError if other settings rule it out."""
-    name, pooler = _choice(cfg, "PRECISION"), cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
-    node, on_cpu = backbone_node(cfg).TEST, torch.device(cfg.MODEL.DEVICE).type == "cpu"
-    if name != "float32" and pooler == "ROIPool" and on_cpu and node.ENGINE == "eager":
-        hint = "MODEL.ROI_BOX_HEAD.POOLER_TYPE ROIPool supports only float32 on CPUs"
-        raise UsageError(f"{KEY}.PRECISION {name}: {hint}")
+    name, node = _choice(cfg, "PRECISION"), backbone_node(cfg).TEST
     if (name == "int8") != bool(node.CALIBRATION):
         hint = "int8 and CALIBRATION, a folder of images, need each other"
         raise UsageError(f"{KEY}.PRECISION {name}: {hint}")

@@ -257,9 +257,6 @@ REFUSED = {
     "has no config.yaml": dict(ENSEMBLE=["nowhere"]),
     "PRECISION 'bf16' is not one of float32, bfloat16, float16": dict(PRECISION="bf16"),
     "ENGINE: engine 'tensorrt' is not one of auto, eager": dict(ENGINE="tensorrt"),
-    "PRECISION float16: .* ROIPool supports only float32": dict(
-        PRECISION="float16", MODEL__ROI_BOX_HEAD__POOLER_TYPE="ROIPool"
-    ),
 }
 
 
