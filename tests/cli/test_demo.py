@@ -220,7 +220,8 @@ def test_unreadable_images_are_named_and_the_rest_is_done(call, photos, tmp_path
     assert len(json.loads((tmp_path / "a.json").read_text())["unreadable"]) == 1
 
 
-def test_the_last_checkpoint_serves_until_there_is_a_final_one(run, call, photos, tmp_path):
+def test_the_last_checkpoint_serves(run, call, photos, tmp_path):
+    """Also beside the final one of a run that has then been continued."""
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     shutil.copy(run / "config.yaml", unfinished)
@@ -230,6 +231,10 @@ def test_the_last_checkpoint_serves_until_there_is_a_final_one(run, call, photos
     (unfinished / "last_checkpoint").write_text("model_0000199.pth")
     arguments = ("--run", unfinished, "--input", photos, "--output", tmp_path / "out")
     assert call(*arguments)[0] == 0
+    shutil.copy(run / "model_final.pth", unfinished)
+    assert run_config(str(unfinished), []).MODEL.WEIGHTS.endswith("model_0000199.pth")
+    (unfinished / "model_0000199.pth").unlink()
+    assert run_config(str(unfinished), []).MODEL.WEIGHTS.endswith("model_final.pth")
 
 
 def test_missing_names_are_said_and_numbered(call, photos, tmp_path):

@@ -214,9 +214,9 @@ def find_last_checkpoint(folder: str) -> str:
 
 
 def find_weights(run: str) -> str:
-    """Returns a run's ``model_final.pth`` or its last checkpoint; UsageError if neither exists."""
-    final = os.path.join(run, "model_final.pth")
-    found = final if os.path.isfile(final) else find_last_checkpoint(run)
+    """Returns a run's last checkpoint, or ``model_final.pth`` if that is missing; or UsageError."""
+    last, final = find_last_checkpoint(run), os.path.join(run, "model_final.pth")
+    found = next(filter(os.path.isfile, (last, final)), last)
     if not found:
         raise UsageError(f"{run} has no checkpoint; give a run folder of train-net")
     return found
