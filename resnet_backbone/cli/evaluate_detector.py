@@ -48,12 +48,12 @@ from tqdm import tqdm
 from resnet_backbone.cli import CommandParser
 from resnet_backbone.detection.checkpoint.files import find_weights
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
-from resnet_backbone.detection.config import DEFAULTS, UsageError, take_back_overrides
+from resnet_backbone.detection.config import UsageError, take_back_overrides
 from resnet_backbone.detection.data.arguments import add_data_arguments, set_up_data
 from resnet_backbone.detection.engine.trainer import Trainer
 from resnet_backbone.detection.evaluation import data_digest
 from resnet_backbone.detection.inference import predictor
-from resnet_backbone.detection.inference.detector import read_switches
+from resnet_backbone.detection.inference.detector import read_switches, switches_off
 from resnet_backbone.report.boxes import NoDetections
 from resnet_backbone.report.improvements import (
     ADDED,
@@ -119,11 +119,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_runs(args: argparse.Namespace) -> dict:
     """Returns the configs of --run and --context-run, with the data for their evaluation."""
-    off = ["TEST.AUG.ENABLED", "False"]  # switches of the runs' own evaluations
-    for key in DEFAULTS.TEST.keys() - {"METRIC"}:
-        off += [f"RESNET_BACKBONE.TEST.{key}", str(DEFAULTS.TEST[key])]
     runs = [run for run in (args.run, args.context_run) if run]
-    found = {run: predictor.run_config(run, [*off, *args.opts]) for run in runs}
+    found = {run: predictor.run_config(run, [*switches_off(), *args.opts]) for run in runs}
     for run, wanted in ((args.run, False), (args.context_run, True)):
         if run and found[run].RESNET_BACKBONE.GLOBAL_CONTEXT != wanted:
             has, option = ("lacks", "--run") if wanted else ("has", "--context-run")

@@ -54,6 +54,7 @@ pixels in 0..255. A detector normalizes by itself: it takes float32 in 0..255, i
 of INPUT.FORMAT. `resnet-backbone benchmark infer --engines` measures the speed of each engine."""
 
 CHECKED = 4  # images
+OF_NETWORKS = "model preprocessing out_features format with_normalization input_type".split()
 DETECTOR_OUTPUTS = {
     "boxes": "float32 (N, 4): x0, y0, x1, y1 in pixels of the input",
     "classes": "int64 (N,): places in class_names",
@@ -80,12 +81,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--format", nargs="+", choices=both, default=both, help="(default: both)")
     text = "include the normalization: the input is RGB pixels in 0..255"
     add("--with-normalization", action="store_true", help=text)
-    add("--input-type", choices=("uint8", "float32"), default="uint8", help="type of these pixels")
+    text = "type of these pixels (default: uint8)"
+    add("--input-type", choices=("uint8", "float32"), help=text)
     add = parser.add_argument_group("detector").add_argument
     add("--config-file", help="config of the detector that --weights belong to")
     add("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_intermixed_args(argv)
-    if args.config_file and (args.out_features or args.with_normalization or args.model):
+    if args.config_file and any(getattr(args, n) != parser.get_default(n) for n in OF_NETWORKS):
         parser.error("--config-file exports a detector: omit the network's options")
     if args.opts and not args.config_file:
         parser.error(f"{args.opts[0]}: config overrides belong to --config-file")
@@ -136,7 +138,7 @@ def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     reference = export.run_model(network)
     if args.with_normalization:
         model = export.NormalizedNetwork(network, preprocessing).eval()
-        dtype = torch.uint8 if args.input_type == "uint8" else torch.float32
+        dtype = torch.float32 if args.input_type == "float32" else torch.uint8
         prepare = partial(torch.Tensor.to, dtype=dtype)
         reference = export.run_model(lambda pixels: network(normalize(pixels.to(torch.uint8))))
     program = export.export_program(model, dtype=dtype)
@@ -172,11 +174,11 @@ def export_network(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def export_detector(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from resnet_backbone.detection.config import load_config
     from resnet_backbone.detection.inference import export as detectors
+    from resnet_backbone.detection.inference.detector import switches_off
     from resnet_backbone.detection.inference.predictor import Predictor, find_class_names
 
     fixed = ["MODEL.WEIGHTS", args.weights, "MODEL.DEVICE", "cpu"]
-    fixed += ["RESNET_BACKBONE.TEST.PRECISION", "float32"]
-    predictor = Predictor(load_config(args.config_file, [*args.opts, *fixed]))
+    predictor = Predictor(load_config(args.config_file, [*switches_off(), *args.opts, *fixed]))
     cfg, detector = predictor.cfg, predictor.model
     model = detectors.SingleImageDetector(detector).eval()
     flip = cfg.INPUT.FORMAT == "BGR"

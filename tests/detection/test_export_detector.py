@@ -96,7 +96,10 @@ def test_exports(cfg, file, masks, tmp_path):
 
 @pytest.mark.slow
 def test_tool(cfg, tmp_path, run_command):
-    config = cfg(FPN)
+    """Of a run that was evaluated with improvements, which are not exported."""
+    own = dict(FLIP=True, SCALES=[64, 96], NMS="gaussian", BOX_REFINEMENT=True, PRECISION="float16")
+    own |= dict(ENSEMBLE=["gone"])
+    config = cfg(FPN, **{f"RESNET_BACKBONE__TEST__{key}": value for key, value in own.items()})
     detector = detector_of(config)
     torch.save({"model": detector.state_dict()}, tmp_path / "model_final.pth")
     (tmp_path / "config.yaml").write_text(config.dump())

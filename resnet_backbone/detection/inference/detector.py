@@ -16,7 +16,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from resnet_backbone.detection.config import UsageError, backbone_node
+from resnet_backbone.detection.config import DEFAULTS, UsageError, backbone_node
 from resnet_backbone.detection.data.problems import read_image
 from resnet_backbone.detection.inference.member import (
     ImageViews,
@@ -74,6 +74,14 @@ def read_switches(cfg: CfgNode) -> Switches:
             f"MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE}: turn them off"
         )
     return switches
+
+
+def switches_off() -> list[str]:
+    """Returns ``KEY VALUE`` pairs that turn off all of a run's own ``TEST``, except its metric."""
+    off = ["TEST.AUG.ENABLED", "False"]
+    for key in DEFAULTS.TEST.keys() - {"METRIC"}:
+        off += [f"{KEY}.{key}", str(DEFAULTS.TEST[key])]
+    return off
 
 
 def read_precision(cfg: CfgNode) -> torch.dtype:
