@@ -20,9 +20,10 @@ Each row adds to the rows before it, or to the baseline alone (--alone). --rows 
 
 A row without its run is left out, and the output says so. Finished rows are kept in --output: after
 an interruption, the same command continues with the next row. Rows whose weights, settings, or data
-have changed are measured again. results.json has AP, AP per class, seconds per image, and the
-origin of each number. results.md has the table, on COCO with the paper's numbers. With VOC's and
-COCO's metrics, both have each row's change over the first one, with a 95 % interval over images.
+have changed are measured again. Rows of another revision of this code are kept, and a line says so.
+results.json has AP, AP per class, seconds per image, and the origin of each number. results.md has
+the table, on COCO with the paper's numbers. With VOC's and COCO's metrics, both have each row's
+change over the first one, with a 95 % interval over images.
 
 KEY VALUE pairs at the end hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
 RESNET_BACKBONE.TEST.FLIP True, or RESNET_BACKBONE.TEST.PRECISION bfloat16. The members of an
@@ -66,7 +67,7 @@ from resnet_backbone.report.runs import by_class
 from resnet_backbone.report.table import markdown
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import sha256, write_json, write_text
-from resnet_backbone.runtime.records import command_line, date, hardware
+from resnet_backbone.runtime.records import command_line, date, hardware, source_revision, versions
 
 PAPER_ROWS = (BASELINE, "refinement", "context", "multi-scale", "ensemble")
 ROWS = (*PAPER_ROWS, "flip", "soft-nms")
@@ -210,6 +211,8 @@ def evaluate(row: Row, detector: torch.nn.Module) -> dict:
         "precision": cfg.RESNET_BACKBONE.TEST.PRECISION,
         "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
         "date": date(),
+        "revision": source_revision(),
+        "versions": versions(),
         "config": cfg.dump(),
     }
 
@@ -263,12 +266,16 @@ def main(argv: list[str] | None = None) -> None:
         print(f"row {name} is left out: {reason}")
     if not rows:
         raise UsageError("no row is left to measure")
-    done, folder = [], Path(args.output)
+    done, folder, revision = [], Path(args.output), source_revision()
     for row, (found, kept) in zip(rows, measure(rows, runs), strict=True):
         numbers = found["results"]["bbox"]
         columns = "  ".join(f"{key} {as_text(numbers.get(key))}" for key in ("AP50", "AP", "AP75"))
         seconds = f"{found['seconds_per_image']:.3f} s per image"
         print(f"{row.label:12}  {columns}  {seconds}{'  (kept)' if kept else ''}", flush=True)
+        if found.get("revision") != revision:
+            was = found.get("revision", "unknown")
+            hint = f"delete {row.cfg.OUTPUT_DIR} to measure the row again"
+            print(f"warning: {row.label} is of revision {was}, this code is {revision}: {hint}")
         done.append(found)
         write_results(folder, done, left_out)
     try:

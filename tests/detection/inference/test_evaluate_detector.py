@@ -146,8 +146,9 @@ def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path, monkeypat
 
 def test_each_row_alone(make_run, tool, tmp_path):
     rows = ["--rows", "baseline", "soft-nms", "flip", "refinement"]
-    code, lines, errors = tool("--run", make_run("plain"), "--output", tmp_path, "--alone", *rows)
-    assert code == 0, errors
+    command = ["--run", make_run("plain"), "--output", tmp_path, "--alone", *rows]
+    code, lines, errors = tool(*command)
+    assert code == 0 and "warning" not in "".join(lines), errors
     baseline, *found = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["name"] for row in found] == ["refinement", "flip", "soft-nms"]
     switches = [(s["BOX_REFINEMENT"], s["FLIP"], s["NMS"]) for s in (r["switches"] for r in found)]
@@ -159,6 +160,11 @@ def test_each_row_alone(make_run, tool, tmp_path):
         value, (low, high) = row["results"]["bbox"]["AP"], row["intervals"]["AP"]
         assert low <= value - start <= high
         assert f"{value:.2f} ({value - start:+.2f} [{low:+.2f}, {high:+.2f}])" in table
+    kept = json.loads((tmp_path / "flip" / "row.json").read_text())
+    assert "torch" in kept["versions"]
+    (tmp_path / "flip" / "row.json").write_text(json.dumps(kept | {"revision": "old"}))
+    (warning,) = (line for line in tool(*command)[1] if line.startswith("warning"))
+    assert warning.startswith(f"warning: flip is of revision old, this code is {kept['revision']}:")
 
 
 def test_refusals(make_run, tool, tmp_path):
