@@ -37,12 +37,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.detection.checkpoint.input_check import prepare_weights
-from resnet_backbone.detection.config import UsageError, load_config
+from resnet_backbone.detection.config import UsageError
 from resnet_backbone.detection.data.arguments import detects_objects
 from resnet_backbone.detection.inference import pictures
 from resnet_backbone.detection.inference.predictor import (
@@ -50,6 +49,7 @@ from resnet_backbone.detection.inference.predictor import (
     describe_output,
     find_class_names,
     run_config,
+    testing_config,
 )
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import write_json
@@ -58,6 +58,10 @@ from resnet_backbone.runtime.images import EXTENSIONS
 WRITTEN = tuple(one for one in EXTENSIONS if one not in (".gif", ".pgm", ".pbm"))  # in color
 COLUMNS = ["class", "score", "x0", "y0", "x1", "y1"]  # of the page's table
 LEAST = 0.05  # lowest score of the detector, as in evaluations
+SCORES = (  # keys that --confidence sets
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.RETINANET.SCORE_THRESH_TEST"),
+    "MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH",
+)
 NO_NAMES = """\
 note: the class names are not known, so numbers are shown; give \
 RESNET_BACKBONE.CLASS_NAMES "['first', 'second', ...]\""""
@@ -97,6 +101,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         raise UsageError("no output: give --output, --sheet, or --json")
     if not 0 <= args.confidence <= 1:
         raise UsageError(f"--confidence {args.confidence}: give a number between 0 and 1")
+    for key in args.opts[::2]:
+        if key in SCORES:
+            raise UsageError(f"{key} is set by --confidence: leave it out")
     if args.sheet and Path(args.sheet).suffix.lower() not in WRITTEN:
         raise UsageError(f"--sheet {args.sheet}: name an image file, such as sheet.png")
     return args
@@ -156,8 +163,7 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     if args.run:
         cfg = run_config(args.run, args.opts)
     else:
-        device = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
-        cfg = load_config(args.config_file, [*device, *args.opts])
+        cfg = testing_config(args.config_file, args.opts)
     for line in prepare_weights(cfg, given=args.opts[::2]):
         print(f"weights: {line}")
     least = min(args.confidence, LEAST)  # so that "0 detections" can state the best score

@@ -33,6 +33,7 @@ TINY = [
     *("MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "6"),
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "INPUT.MIN_SIZE_TEST", "96"),
 ]
+SCORE = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.3"]
 
 
 def config(*overrides):
@@ -281,6 +282,7 @@ def test_names_of_the_data_set_serve(run):
         (["--input", "{photos}", "--output", "o", "MODEL.WEIGHTS", "no.pth"], ["no.pth"]),
         (["--input", "{photos}", "--output", "o", "MODEL.WEIGHTS", ""], ["WEIGHTS is empty"]),
         (["--input", "{photos}", "--output", "o", "MODEL.WIGHTS", "x"], ["MODEL.WEIGHTS"]),
+        (["--input", "{photos}", "--output", "o", *SCORE], [SCORE[0], "set by --confidence"]),
         (["--input", "{photos}", "--output", "o", "--config-file", "x"], ["--run DIR, or"]),
     ],
 )

@@ -243,17 +243,22 @@ def trained_detector(cfg: CfgNode) -> nn.Module:
     return model.eval()
 
 
+def testing_config(config_file: str, overrides: list[str]) -> CfgNode:
+    """Loads a config; without a GPU, ``MODEL.DEVICE`` is cpu. `overrides` take precedence."""
+    device = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
+    return load_config(config_file, [*device, *overrides])
+
+
 def run_config(run: str, overrides: list[str]) -> CfgNode:
     """Loads the config of a run folder with ``MODEL.WEIGHTS`` set to the run's weights.
 
-    Without a GPU, ``MODEL.DEVICE`` is cpu. `overrides` are ``KEY VALUE`` pairs and take precedence.
+    `overrides` are ``KEY VALUE`` pairs and take precedence. See also :func:`testing_config`.
     """
     config = os.path.join(run, "config.yaml")
     if not os.path.isfile(config):
         raise UsageError(f"{run} has no config.yaml; give a run folder of train-net")
-    own = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
-    own += [] if "MODEL.WEIGHTS" in overrides[::2] else ["MODEL.WEIGHTS", find_weights(run)]
-    return load_config(config, [*own, *overrides])
+    own = [] if "MODEL.WEIGHTS" in overrides[::2] else ["MODEL.WEIGHTS", find_weights(run)]
+    return testing_config(config, [*own, *overrides])
 
 
 def check_ensemble(cfg: CfgNode) -> None:
