@@ -13,7 +13,11 @@ from typing import Any, NoReturn
 
 from resnet_backbone.runtime.errors import wants_traceback
 
-warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated")  # Detectron2's
+# Warnings caused by Detectron2 and PyTorch, about which users can do nothing. Processes that a
+# command spawns import this module, too.
+warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated")
+warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA runtime
 
 PROGRAM = "resnet-backbone"

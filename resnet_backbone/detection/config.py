@@ -8,10 +8,8 @@ import argparse
 import ast
 import difflib
 import importlib
-import logging
 import operator
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
@@ -120,11 +118,6 @@ ARITHMETIC = {
 }
 LARGEST = 1e6  # largest number allowed in a formula
 IS_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)+|SEED|OUTPUT_DIR|VIS_PERIOD").fullmatch
-
-# Warnings caused by Detectron2, about which users can do nothing.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
-warnings.filterwarnings("ignore", "torch.meshgrid: in an upcoming release", UserWarning)
-logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def add_resnet_backbone_config(cfg: CfgNode) -> CfgNode:
