@@ -137,10 +137,9 @@ def check_voc_tree(
         tree.absent.append(f"{lists} has no split, a file NAME.txt with ids")
         return tree
     classes = list(VOC_CLASSES) if tree.official else find_voc_classes(folder, splits)
-    stems = set()
     for split in splits:
         tree.add_split(split, *scan_voc(folder, split, classes, progress=True))
-        stems.update(images / image_id for image_id in read_split(folder, split))
+    stems = {images / image_id for split in splits for image_id in read_split(folder, split)}
     listed = {str(f) for f in files_below(images, *EXTENSIONS) if f.with_suffix("") in stems}
     return tree.finish([images], listed, workers)
 
