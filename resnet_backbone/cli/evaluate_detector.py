@@ -56,6 +56,7 @@ from resnet_backbone.detection.evaluation import data_digest
 from resnet_backbone.detection.inference import predictor
 from resnet_backbone.detection.inference.detector import read_switches, switches_off
 from resnet_backbone.report.boxes import NoDetections
+from resnet_backbone.report.detector_runs import by_class
 from resnet_backbone.report.improvements import (
     ADDED,
     BASELINE,
@@ -63,7 +64,6 @@ from resnet_backbone.report.improvements import (
     improvements_section,
     read_row,
 )
-from resnet_backbone.report.runs import by_class
 from resnet_backbone.report.table import markdown
 from resnet_backbone.runtime.errors import one_line_errors
 from resnet_backbone.runtime.files import sha256, write_json, write_text

@@ -219,7 +219,8 @@ class Builder:
         if match[1] not in plan["steps"]:
             raise UsageError(f"{{{name}}} is neither a step nor a network nor words of the plan")
         steps = self.build(match[1])
-        steps = steps[int(match[2]) :][:1] if match[2] else steps
+        same = [step for step in steps if step.name == f"{match[1]}_seed{seed}"]  # also of a seed
+        steps = steps[int(match[2]) :][:1] if match[2] else same or steps
         paths = (step.folder if match[3] else step.product for step in steps)
         return [Value(str(p), f"{s.name} {s.key}", (s,)) for p, s in zip(paths, steps, strict=True)]
 

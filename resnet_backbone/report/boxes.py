@@ -20,7 +20,7 @@ from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation import voc_ap
 from resnet_backbone.detection.evaluation.coco import RESULT_FILE, score_coco
 from resnet_backbone.detection.evaluation.voc import TO_VOC, voc_objects
-from resnet_backbone.report.runs import DetectorRun
+from resnet_backbone.report.detector_runs import DetectorRun
 
 DETECTIONS = "detections.json"
 TOLERANCE = 0.1  # points of AP50; the rounding of scores and boxes in the file changes less

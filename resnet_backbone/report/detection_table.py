@@ -10,9 +10,10 @@ from datetime import datetime, timezone
 import numpy as np
 
 from resnet_backbone.detection.evaluation.operating import best_threshold
+from resnet_backbone.report.detector_runs import DetectorRun
 from resnet_backbone.report.gain import NONE, DetectorGroup, Difference, Gain, gain_text, signed
 from resnet_backbone.report.published import DETECTORS, TASKS, Number, task_of
-from resnet_backbone.report.runs import ELEVEN_POINT, DetectorRun
+from resnet_backbone.report.runs import ELEVEN_POINT
 from resnet_backbone.report.table import hardware_text, markdown, mean_and_spread
 
 METRICS = {"AP50": "AP50", ELEVEN_POINT: "AP50, 11-point", "AP": "AP", "AP75": "AP75"}

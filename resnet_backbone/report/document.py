@@ -33,6 +33,7 @@ from resnet_backbone.report.detections import (
     make_sheet,
     select_misses,
 )
+from resnet_backbone.report.detector_runs import load_detector_runs
 from resnet_backbone.report.gain import DetectorGroup, Gain, describe_gain, find_gains, group_runs
 from resnet_backbone.report.improvements import (
     BASELINE,
@@ -42,7 +43,7 @@ from resnet_backbone.report.improvements import (
     rows_provenance,
 )
 from resnet_backbone.report.plots import plot_confusion, save_png
-from resnet_backbone.report.runs import flatten, load_detector_runs, read_table
+from resnet_backbone.report.runs import flatten, read_table
 from resnet_backbone.report.table import WHERE, show_commands
 from resnet_backbone.runtime.files import write_text
 
@@ -268,7 +269,7 @@ def _seconds(
     group: DetectorGroup, here: Sequence[Row], elsewhere: Sequence[Row]
 ) -> tuple[float | None, str]:
     """Returns mean seconds per image of a group's runs, and their source; "" for rows here."""
-    own = {run.folder: run.results.get("seconds_per_image") for run in group.runs}
+    own = {run.home: run.results.get("seconds_per_image") for run in group.runs}
     ways = "; ".join(dict.fromkeys(tables.timing(run) for run in group.runs))
     for source, measured in (
         ("", {row.measured_run: row.seconds for row in here}),
@@ -284,7 +285,7 @@ def _seconds(
 def _row_point(report: Report, row: Row) -> plots.Point:
     """Returns a row's point; a baseline gets its run's label and color."""
     point = plots.Point(row.name, row.seconds, row.numbers["AP50"])
-    labels = {run.folder: group.label for group in report.groups for run in group.runs}
+    labels = {run.home: group.label for group in report.groups for run in group.runs}
     label = labels.get(row.measured_run)
     return point._replace(label=label, color=report.colors[label]) if label else point
 

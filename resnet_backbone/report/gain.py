@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from resnet_backbone.report.runs import DetectorRun, Group, group_by
+from resnet_backbone.report.detector_runs import DetectorRun
+from resnet_backbone.report.runs import Group, group_by
 
 # Keys that define the network, or which of its stages are used.
 NETWORK = re.compile(
@@ -165,10 +166,11 @@ def find_gains(groups: Sequence[DetectorGroup], reference: Path | None = None) -
     if reference is not None:
         path = reference.resolve()
 
-        def is_meant(folder: Path) -> bool:
-            return path == folder or (path == folder.parent and folder.name.startswith("seed_"))
+        def is_meant(run: DetectorRun) -> bool:
+            is_seed = run.home.name.startswith("seed_") and path == run.home.parent
+            return is_seed or path in (run.folder, run.home)
 
-        chosen = next((g for g in groups if any(is_meant(run.folder) for run in g.runs)), None)
+        chosen = next((g for g in groups if any(map(is_meant, g.runs))), None)
         if chosen is None:
             raise ValueError(f"{reference} is not one of the run folders: add it with --run")
         return [Gain(group, chosen) for group in groups if group is not chosen]

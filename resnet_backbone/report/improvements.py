@@ -11,9 +11,10 @@ import yaml
 from resnet_backbone.report.boxes import NoDetections
 from resnet_backbone.report.detection_table import METRICS, NOT_MEASURED, NOT_RECORDED
 from resnet_backbone.report.detections import DRAWS, load_all
+from resnet_backbone.report.detector_runs import DetectorRun
 from resnet_backbone.report.gain import NONE, DetectorGroup, Gain, signed
 from resnet_backbone.report.published import IMPROVEMENTS, TASKS
-from resnet_backbone.report.runs import DetectorRun, flatten, read_table
+from resnet_backbone.report.runs import flatten, read_table
 from resnet_backbone.report.table import hardware_text, markdown
 
 BASELINE = "baseline"  # the row of a detector without improvements

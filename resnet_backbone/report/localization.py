@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resnet_backbone.report.detection_table import NOT_MEASURED, run_facts
+from resnet_backbone.report.detector_runs import DetectorRun, load_detector_run
 from resnet_backbone.report.gain import NONE
 from resnet_backbone.report.published import LOCALIZATION, LOCALIZATION_IMAGES
-from resnet_backbone.report.runs import DetectorRun, load_detector_run
 from resnet_backbone.report.table import WHERE, markdown, show_commands
 from resnet_backbone.runtime.files import write_text
 

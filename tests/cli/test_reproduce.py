@@ -172,23 +172,34 @@ def test_voc07_is_the_experiment_of_its_configs(steps_of, tmp_path, run_command)
         words += ["--weights", f"{name}={file}", "--preprocessing", f"{name}={stated}"]
     steps = steps_of("voc07", *words)
     detectors = [f"detect_{name}_seed1" for name in files]
-    assert list(steps) == ["convert_VGG-16", *detectors, "improve_ResNet-50", "report"]
-    convert, vgg, resnet, rows, _ = (" ".join(step.words[1:]) for step in steps.values())
+    tested = [f"test_{name}_seed1" for name in files]
+    wanted = ["convert_VGG-16", *detectors, *tested, "improve_ResNet-50", "report"]
+    assert list(steps) == wanted
+    convert, vgg, resnet, *tests, rows, report = (
+        " ".join(step.words[1:]) for step in steps.values()
+    )
     product = steps["convert_VGG-16"].product
     settings = "--unit-responses --size 320 --overwrite --preprocessing caffe_vgg"
     assert convert == f"convert {files['VGG-16']} {product} {settings}"
     data = f"--voc-root {tmp_path / 'datasets/VOC2007'} --train-set trainval --test-set test"
+    curve = f"{data}_every10th"
     for found, config, weights in ((vgg, "VGG_16", product), (resnet, "R_50", files["ResNet-50"])):
         assert f"voc07/faster_rcnn_{config}_FPN" in found.split()
-        assert data in found and f"--weights {weights} " in f"{found} "
+        assert curve in found and f"--weights {weights} " in f"{found} "
+    for found, detector, test in zip(tests, detectors, tested, strict=True):
+        assert f"--eval-only --weights {steps[detector].folder}/model_final.pth" in found
+        assert found.endswith(data) and f"--run {steps[test].folder}" in report
     assert "WEIGHTS_PREPROCESSING" not in vgg  # the converted file carries its input
     assert resnet.endswith(" msra")
     assert data in rows and "--alone --rows baseline flip refinement multi-scale soft-nms" in rows
-    other = steps_of("voc07", *words, "--voc-root", tmp_path)
+    other = steps_of("voc07", *words, "--voc-root", tmp_path, "--seeds", "1", "2")
     assert str(tmp_path) in other["report"].words
+    for seed in (1, 2):  # each is tested with its own weights
+        folder = other[f"detect_VGG-16_seed{seed}"].folder
+        assert f"{folder}/model_final.pth" in other[f"test_VGG-16_seed{seed}"].words
     status, shown, _ = run_command(main, "--scale", "voc07", "--plan", *words)
-    assert "about 18 hours of one core: one core of an AMD EPYC with AVX512-bf16" in shown
-    assert status == 0 and "about 29 hours" in shown
+    assert "hours of one core: one core of an AMD EPYC with AVX512-bf16" in shown
+    assert status == 0 and "about 16 hours" in shown
 
 
 def test_data_of_the_plan_enter_the_key_and_their_places_do_not(steps_of, tmp_path, monkeypatch):

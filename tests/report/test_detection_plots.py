@@ -10,9 +10,9 @@ from PIL import Image
 
 from resnet_backbone.cli.report import parse_run
 from resnet_backbone.report import detection_plots as plots
+from resnet_backbone.report.detector_runs import load_detector_runs
 from resnet_backbone.report.gain import find_gains, group_runs
 from resnet_backbone.report.plots import COLORS
-from resnet_backbone.report.runs import load_detector_runs
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 
 from resnet_backbone.report import detection_table as tables
 from resnet_backbone.report import improvements
+from resnet_backbone.report.detector_runs import load_detector_runs
 from resnet_backbone.report.gain import find_gains, group_runs
 from resnet_backbone.report.published import DETECTORS, IMPROVEMENTS, TASKS, VOC_CLASSES
-from resnet_backbone.report.runs import load_detector_runs
 from resnet_backbone.report.table import show_commands
 
 # Typed from the paper's Tables 7, 8 and 9, not read from the package.

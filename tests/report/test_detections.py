@@ -11,7 +11,7 @@ pytest.importorskip("detectron2")
 from resnet_backbone.detection.evaluation.voc import summarize
 from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc
 from resnet_backbone.report import boxes, detections
-from resnet_backbone.report.runs import load_detector_run
+from resnet_backbone.report.detector_runs import load_detector_run
 
 
 def load(folder):

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from resnet_backbone.report.detector_runs import load_detector_runs
 from resnet_backbone.report.gain import describe_gain, difference, find_gains, gain_text, group_runs
-from resnet_backbone.report.runs import load_detector_runs
 
 
 def test_difference_by_hand():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from resnet_backbone.report.detection_table import results_section
+from resnet_backbone.report.detector_runs import load_detector_run, load_detector_runs
 from resnet_backbone.report.gain import group_runs
-from resnet_backbone.report.runs import load_detector_run, load_detector_runs, load_metrics, smooth
+from resnet_backbone.report.runs import load_metrics, smooth
 
 AP = {"cat": 20.0, "dog": 40.0}
 
@@ -42,6 +43,23 @@ def test_numbers(make_detector):
     assert (run.seed, run.iterations, run.weights) == (7, 600, "weights.pth")
     assert run.classes == AP and run.class_metric == "AP50"  # without the 11-point mean
     assert run.objects == {"cat": 3}
+
+
+@pytest.mark.parametrize("place", ["r/eval", "elsewhere/eval"])
+def test_an_evaluation_has_the_facts_of_its_training(make_detector, place):
+    """In the run's own folder or in another one, by the weights that it measured."""
+    folder = make_detector("r", 7, AP, log={"train:train": 50}, results={"iterations": 900})
+    (folder / "metrics.json").write_text('{"iteration": 0, "total_loss": 2.0}\n')
+    weights = {"MODEL.WEIGHTS": str(folder / "model_final.pth")}
+    found = {"cat": 30.0, "dog": 60.0}
+    options = dict(config=weights, results={"iterations": None}, log={"test:test": 8})
+    written = make_detector(place, 7, found, **options)
+    (run,) = load_detector_runs([written.parent if place.startswith("else") else written])
+    assert (run.weights, run.iterations, run.home) == ("weights.pth", 900, folder)
+    assert run.classes == found and list(run.metrics()["total_loss"][1]) == [2.0]
+    assert run.images_of(run.train) == 50 and run.images_of(run.test) == 8
+    (group,) = groups(folder)
+    assert group.first.home == group.first.folder and group.first.classes == AP
 
 
 def test_coco_has_ap_per_class(make_detector):
