@@ -81,7 +81,7 @@ class NormalizedBackbone(nn.Module):
     """A backbone for DeepLabV3: RGB images in 0..1 -> {"out": res5, "aux": res4}.
 
     torchvision's segmentation models leave normalization to the caller. Here it is part of the
-    model and of its state dict. A ValueError is raised if the first batch has values outside of
+    model and of its state dict. A ValueError is raised if the first images have values outside of
     -0.5..1.5, as in normalized images or 0..255; some augmentations exceed 0..1 a little.
     """
 
@@ -101,7 +101,7 @@ class NormalizedBackbone(nn.Module):
                     f"expected RGB images in 0..1, found values from {low:.3g} to {high:.3g}: "
                     "this model normalizes its input itself"
                 )
-            self.is_checked = True  # once, since a GPU has to wait for it
+            self.is_checked = bool(low < high)  # once, since a GPU has to wait for it
         maps = self.network((images - self.mean) / self.std)
         names = {"res5": "out", "res4": "aux"}
         return {names[stage]: x for stage, x in maps.items()}

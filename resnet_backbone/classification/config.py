@@ -197,9 +197,9 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
         except UsageError as error:
             problems.append(str(error))
     config = OmegaConf.to_object(merged)
-    for group in map(vars, vars(config).values()):  # ~ is the home folder, as in a shell
-        group |= {k: os.path.expanduser(v) for k, v in group.items() if isinstance(v, str)}
-    config.evaluation.protocol = config.evaluation.protocol.replace("centre", "center")  # formerly
+    for group, name in (key.split(".") for key, about in KEYS.items() if about.type == "str"):
+        section = getattr(config, group)  # ~ is the home folder, as in a shell
+        setattr(section, name, os.path.expanduser(getattr(section, name)))
     problems += _wrong_values(config)
     if not problems:  # the rest needs valid values
         _follow(config, planned, {word.partition("=")[0] for word in overrides})

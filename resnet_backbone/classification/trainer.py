@@ -54,17 +54,17 @@ class Window:
         """Returns the mean loss and the errors of all processes; all must call this."""
         return {
             "losses": (world.sum(self.losses.clone()) / world.size).cpu(),
-            "wrong": world.sum(self.wrong.clone()).cpu(),
+            "wrong_total": world.sum(self.wrong.clone()).cpu(),
             "filled": self.filled,
             "data_seconds": self.data_seconds,
             "elapsed": time.perf_counter() - self.started,
         }
 
     def load_state_dict(self, state: dict, world: World) -> None:
-        if len(state["losses"]) == len(self.losses):
+        if len(state["losses"]) == len(self.losses) and "wrong_total" in state:
             self.losses.copy_(state["losses"])
             if world.is_main:  # for all processes, whose number may have changed
-                self.wrong.copy_(state["wrong"])
+                self.wrong.copy_(state["wrong_total"])
             self.filled, self.data_seconds = state["filled"], state["data_seconds"]
             self.started = time.perf_counter() - state["elapsed"]
 

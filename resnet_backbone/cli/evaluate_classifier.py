@@ -261,14 +261,14 @@ def read_data(
             raise UsageError(f"the network has {num_classes} classes, but CIFAR-10 has 10")
         return EvaluationArrays(*read_cifar10(args.cifar10, train=False)), CIFAR10_CLASSES
     classes = imagenet.read_class_list(args.class_list) if args.class_list else None
-    named = {tuple(networks.read_class_names(path)) for path in args.weights} - {()}
-    if classes is None and len(named) > 1:
+    in_weights = {tuple(networks.read_class_names(path)) for path in args.weights} - {()}
+    if classes is None and len(in_weights) > 1:
         raise UsageError("these weights name different classes, or orders: give --class-list FILE")
-    if classes is None and [len(names) for names in named] == [num_classes]:
-        classes = {name: number for number, name in enumerate(*named)}
-    if args.predict:  # without labels
+    if classes is None and in_weights and len(names := in_weights.pop()) == num_classes:
+        classes = dict(zip(names, range(num_classes), strict=True))
+    if args.predict:
         samples = [(path.absolute(), 0) for path in find_pictures(args.predict, "--predict")]
-        images = EvaluationFiles(samples, protocol.short_sides, protocol.prepare)
+        images = EvaluationFiles(samples, protocol.short_sides, protocol.prepare)  # no labels
         return images, imagenet.name_classes(classes or {}, num_classes)
     if args.imagenet_folder:
         wanted = num_classes if classes else 0

@@ -23,7 +23,7 @@ an interruption, the same command continues with the next row. Rows whose weight
 have changed are measured again. Rows of another revision of this code are kept, and a line says so.
 results.json has AP, AP per class, seconds per image, and the origin of each number. results.md has
 the table, on COCO with the paper's numbers. With VOC's and COCO's metrics, both have each row's
-change over the first one, with a 95 % interval over images.
+change over the first one, with a 95 % interval over images, whose boxes are matched by VOC's rules.
 
 KEY VALUE pairs at the end hold for all rows, for example INPUT.MIN_SIZE_TEST 320,
 RESNET_BACKBONE.TEST.FLIP True, or RESNET_BACKBONE.TEST.PRECISION bfloat16. The members of an
@@ -187,7 +187,7 @@ def fingerprint(row: Row, data: str, digest: Callable[[Any], str]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def evaluate(row: Row, detector: torch.nn.Module) -> dict:
+def evaluate(row: Row, detector: torch.nn.Module, revision: str) -> dict:
     cfg, data = row.cfg, row.cfg.DATASETS.TEST[0]
     loader = Trainer.build_test_loader(cfg, data)
     batches = tqdm(loader, desc=row.label, unit="batch", disable=None)
@@ -211,24 +211,28 @@ def evaluate(row: Row, detector: torch.nn.Module) -> dict:
         "precision": cfg.RESNET_BACKBONE.TEST.PRECISION,
         "hardware": hardware(torch.device(cfg.MODEL.DEVICE)),
         "date": date(),
-        "revision": source_revision(),
+        "revision": revision,
         "versions": versions(),
         "config": cfg.dump(),
     }
 
 
-def measure(rows: list[Row], runs: dict) -> Iterator[tuple[dict, bool]]:
-    """Yields each row's numbers, and whether they were kept; rows of a run share its detector."""
+def measure(rows: list[Row], runs: dict, revision: str) -> Iterator[tuple[dict, bool]]:
+    """Yields each row's numbers, and whether they were kept; rows of a run share its detector.
+
+    Args:
+        revision: of the code that measures.
+    """
     digest, data = functools.cache(sha256), data_digest(rows[0].cfg.DATASETS.TEST[0])
     detector = functools.lru_cache(maxsize=1)(lambda run: predictor.trained_detector(runs[run]))
     for row in rows:
         path, wanted = Path(row.cfg.OUTPUT_DIR, "row.json"), fingerprint(row, data, digest)
         kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if kept.get("fingerprint") == wanted:
-            yield kept, True
+            yield {**kept, "name": row.label}, True
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = {**evaluate(row, detector(row.run)), "fingerprint": wanted}
+        found = {**evaluate(row, detector(row.run), revision), "fingerprint": wanted}
         found["weights_sha256"] = digest(row.cfg.MODEL.WEIGHTS)
         write_json(path, found)
         yield found, False
@@ -267,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     if not rows:
         raise UsageError("no row is left to measure")
     done, folder, revision = [], Path(args.output), source_revision()
-    for row, (found, kept) in zip(rows, measure(rows, runs), strict=True):
+    for row, (found, kept) in zip(rows, measure(rows, runs, revision), strict=True):
         numbers = found["results"]["bbox"]
         columns = "  ".join(f"{key} {as_text(numbers.get(key))}" for key in ("AP50", "AP", "AP75"))
         seconds = f"{found['seconds_per_image']:.3f} s per image"
@@ -279,7 +283,8 @@ def main(argv: list[str] | None = None) -> None:
         done.append(found)
         write_results(folder, done, left_out)
     try:
-        intervals = change_intervals(done) if len(done) > 1 else []
+        folders = [row.cfg.OUTPUT_DIR for row in rows]
+        intervals = change_intervals(done, folders) if len(done) > 1 else []
     except NoDetections as error:
         print(f"changes over the first row have no intervals: {error}")
     else:

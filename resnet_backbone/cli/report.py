@@ -273,7 +273,7 @@ def add_detection(parser: argparse.ArgumentParser) -> None:
     add("--voc-root", metavar="DIR", help=text)
     add("--coco-json", metavar="FILE", help="annotations of a test set in COCO's format")
     add("--image-root", metavar="DIR", help="its image folder")
-    text = "run folder to compare all other detectors with (default: see below)"
+    text = "run folder, or folder of seeds, to compare all others with (default: see below)"
     add("--reference", type=Path, metavar="DIR", help=text)
     text = "results.json of evaluate-detector; may be given several times"
     add("--rows", type=Path, action="append", default=[], metavar="FILE", help=text)

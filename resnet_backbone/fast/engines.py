@@ -78,10 +78,10 @@ class InferenceNetwork(nn.Module):
     """A network run by an engine at a given precision, without gradients.
 
     The engine is built at the first call, for the layout of that input, and its outputs are
-    compared with PyTorch's. If they differ by more than rounding or the engine fails, a warning is
-    logged and PyTorch runs the network. "auto" builds every engine that can run here and picks
-    the fastest, timed by the best of three calls. ``network.engine`` and the log (level INFO)
-    name the choice.
+    compared with PyTorch's. If they differ by more than rounding, or the engine fails then or
+    later, a warning is logged and PyTorch runs the network. "auto" builds every engine that can run
+    here and picks the fastest, timed by the best of three calls. ``network.engine`` and the log
+    (level INFO) name the choice.
 
     Images, the first argument, may have any size and precision. Outputs have the precision of the
     images, or float32 for integer images. Missing attributes are looked up on the network.
@@ -166,7 +166,14 @@ class InferenceNetwork(nn.Module):
             return cast(self.network(x), result)
         if self._run is None:
             self._run = self._start(x)
-        return cast(self._run(x), result)
+        if self.engine == "eager":
+            return cast(self.network(x), result)
+        try:
+            return cast(self._run(x), result)
+        except Exception as error:  # engines may raise anything, perhaps only at another size
+            logger.warning("engine %s %s; PyTorch runs the network", self.engine, failure(error))
+            self.engine, self._run = "eager", self.network.__call__
+            return cast(self.network(x), result)
 
     def extra_repr(self) -> str:
         return f"{self.dtype}, engine={self.engine or self.asked}"
@@ -195,12 +202,16 @@ class InferenceNetwork(nn.Module):
             difference = relative_difference(runs[name](x), self.network(x))
         except Exception as error:  # engines may raise anything
             runs.pop(name, None)
-            lines = str(error).strip().splitlines()
-            return f"fails ({type(error).__name__}: {lines[0] if lines else ''})"
+            return failure(error)
         if difference <= BOUNDS[self.dtype]:
             return ""
         del runs[name]
         return f"differs from PyTorch by {difference:.2g} of the largest value"
+
+
+def failure(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"fails ({type(error).__name__}: {lines[0] if lines else ''})"
 
 
 def relative_difference(found: Any, expected: Any) -> float:

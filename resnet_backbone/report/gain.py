@@ -159,9 +159,10 @@ def find_gains(groups: Sequence[DetectorGroup], reference: Path | None = None) -
     """Returns the pairs of groups to compare.
 
     Args:
-        reference: folder of a run whose group all others are compared with. By default each ResNet
-            is compared with the VGG of the same head, data, sizes and schedule, whose config
-            differs least. Without any such pair, all groups are compared with the first one.
+        reference: folder of a run, or of its seeds, whose group all others are compared with. By
+            default each ResNet is compared with the VGG of the same head, data, sizes and schedule,
+            whose config differs least. Without any such pair, all groups are compared with the
+            first one.
     """
     if reference is not None:
         path = reference.resolve()

@@ -64,22 +64,24 @@ def read_row(row: Mapping[str, Any]) -> Row:
     return Row(row["name"], kept, *where, row.get("intervals", {}))
 
 
-def change_intervals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, tuple[float, float]]]:
+def change_intervals(
+    rows: Sequence[Mapping[str, Any]], folders: Sequence[str]
+) -> list[dict[str, tuple[float, float]]]:
     """Returns for each row of evaluate-detector the 95 % intervals of its change over the first.
 
     Args:
-        rows: each with "config" and "results"; OUTPUT_DIR has its detections, and the test set is
-            registered.
+        rows: each with "config" and "results"; their test set is registered.
+        folders: with each row's detections, in inference/.
 
     Raises:
         NoDetections: a file is missing, or the metric is none of :data:`METRICS`.
     """
     groups = []
-    for number, row in enumerate(rows):
+    for number, (row, folder) in enumerate(zip(rows, folders, strict=True)):
         config = dict(flatten(yaml.safe_load(row["config"])))
-        if config["RESNET_BACKBONE.TEST.METRIC"]:
+        if config.get("RESNET_BACKBONE.TEST.METRIC"):
             raise NoDetections("RESNET_BACKBONE.TEST.METRIC is not VOC's or COCO's")
-        run = DetectorRun(Path(config["OUTPUT_DIR"]), config, {"results": row["results"]})
+        run = DetectorRun(Path(folder), config, {"results": row["results"]})
         groups.append(DetectorGroup([run]))
         groups[-1].label = str(number)
     load_all(groups, {})

@@ -60,8 +60,9 @@ class StopRequest:
         """
         if not self.world.any(bool(self.name) or error is not None):
             return
-        for name in filter(None, self.world.gather(self.name)):
-            raise Stopped(name)
+        names = list(filter(None, self.world.gather(self.name)))
+        if names:
+            raise Stopped(names[0])
         messages = self.world.gather(error and plain_message(error))
         raise DataError(next(filter(None, messages))) from error
 

@@ -249,10 +249,12 @@ def save_weights(
         run: the training run that the weights come from.
 
     Raises:
-        WeightsError: a suffix other than ``.safetensors``; a preprocessing with another stride.
+        WeightsError: a suffix other than ``.safetensors``; for this package's networks, a
+            preprocessing with another stride or BN epsilon.
     """
     metadata, spec, stride = metadata or {}, None, stride_of(model)
-    check_architecture(model, preprocessing, "what the preprocessing describes")
+    if stride is not None or isinstance(model, StagedNetwork):
+        check_architecture(model, preprocessing, "what the preprocessing describes")
     if stride is not None:
         preprocessing = replace(preprocessing, stride_in_1x1=stride)
     if isinstance(model, StagedNetwork) and MODEL_KEY not in metadata:

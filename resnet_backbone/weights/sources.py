@@ -191,13 +191,13 @@ def fetch(url: str, target: Path, sha256: str) -> None:
     """Downloads a file with a progress bar; ValueError if it has another hash, see above."""
     request = Request(url, headers={"User-Agent": "resnet_backbone"})
     with whole_file(target) as temporary:
-        with urlopen(request) as answer, open(temporary, "wb") as file:
+        with urlopen(request, timeout=60) as answer, open(temporary, "wb") as file:
             bar = dict(total=answer.length, desc=target.name, disable=None)
             with tqdm.wrapattr(answer, "read", **bar) as stream:
                 shutil.copyfileobj(stream, file)
             if answer.length:  # bytes that were announced and did not come
                 raise OSError("the connection broke off")
-        if not file_hash(temporary).startswith(sha256):
+        if sha256 and not file_hash(temporary).startswith(sha256):
             raise ValueError(f"its hash does not begin with {sha256}")
 
 

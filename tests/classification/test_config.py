@@ -81,11 +81,8 @@ def test_wrong_values_are_refused_in_one_line(override, hint):
     assert hint in refusal(*override.split())
 
 
-def test_the_mean_of_channels_fits_any_evaluation_whose_former_name_is_read(tmp_path):
+def test_the_mean_of_channels_fits_any_evaluation():
     load_config([], ["data.root=x", "data.mean=channel", "evaluation.crop=192"])
-    saved = tmp_path / "config.yaml"
-    saved.write_text("evaluation: {protocol: centre}\n")
-    assert load_config([saved], SYNTHETIC).evaluation.protocol == "center"
 
 
 def test_model_is_short_for_its_name():

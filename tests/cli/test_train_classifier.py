@@ -137,9 +137,9 @@ def test_a_finished_run_is_not_overwritten(uninterrupted, config):
 
 
 def test_eval_only_gives_the_runs_own_number(uninterrupted):
+    """Also in processes that the training could not have."""
     results = json.loads((uninterrupted / "results.json").read_text())
     before = sorted(path.name for path in uninterrupted.iterdir())
-    """Also in processes that the training could not have."""
     two = ("--num-processes", 2, "train.batch_size=25", "train.device=cpu")
     done = succeed("--output-dir", uninterrupted, "--eval-only", *two)
     assert f"top-1 error {results['val_top1_error']:.2f} %" in done.stdout

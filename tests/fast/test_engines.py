@@ -107,6 +107,20 @@ def test_what_an_engine_cannot_run_is_said(engine, dtype, told, caplog, monkeypa
     assert "PyTorch runs the network" in caplog.text and fast.engine == "eager"
 
 
+def test_an_engine_that_fails_at_another_size(caplog, monkeypatch):
+    def build(module, x):
+        return lambda other: module(other) if other.shape == x.shape else 1 / 0
+
+    monkeypatch.setitem(engines.BUILDERS, "compile", build)
+    model = network(num_classes=5)
+    fast = optimize_for_inference(model, engine="compile")
+    assert_close(fast(torch.ones(1, 3, 32, 32)), unfolded(model, torch.ones(1, 3, 32, 32)))
+    assert fast.engine == "compile" and not caplog.text
+    images = torch.randn(2, 3, 48, 32)
+    assert_close(fast(images), unfolded(model, images))
+    assert fast.engine == "eager" and "engine compile fails (ZeroDivisionError" in caplog.text
+
+
 def test_auto_takes_the_fastest_of_those_that_are_right(monkeypatch, caplog):
     """Of engines with given times: the fastest one is wrong, the next one is taken."""
     seconds = {"eager": 0.05, "compile": 0.01, "openvino": 0.02, "onnxruntime": 0.0}

@@ -8,10 +8,14 @@ import pytest
 
 pytest.importorskip("detectron2")
 
+from detectron2.data import MetadataCatalog
+
 from resnet_backbone.detection.evaluation.voc import summarize
 from resnet_backbone.detection.evaluation.voc_ap import evaluate_voc
 from resnet_backbone.report import boxes, detections
+from resnet_backbone.report.detection_table import METRICS
 from resnet_backbone.report.detector_runs import load_detector_run
+from resnet_backbone.report.improvements import change_intervals
 
 
 def load(folder):
@@ -159,6 +163,27 @@ def test_resampling_equals_repeated_images(make_voc_run):
         ]
         expected = summarize("", evaluate_voc(boxes, objects, truth.classes))["summary"]
         assert {key: value[draw] for key, value in found.items()} == pytest.approx(expected)
+
+
+def test_changes_are_of_paired_draws(make_voc_run, voc):
+    """Rows of evaluate-detector: equal detections never differ, whatever images are drawn."""
+    folders = [make_voc_run("vgg", 1), make_voc_run("r50", 2, 0.9)]
+    rows = []
+    for folder in folders:
+        bbox = json.loads((folder / "results.json").read_text())["results"]
+        rows.append({"config": (folder / "config.yaml").read_text(), "results": bbox})
+    MetadataCatalog.get("test:test").set(dirname=str(voc))
+    try:
+        same, change = change_intervals([rows[0], *rows], [folders[0], *folders])[1:]
+    finally:
+        MetadataCatalog.pop("test:test")
+    assert same == dict.fromkeys(METRICS, (0, 0))
+    (truth, before), (_, after) = map(load, folders)
+    counts = detections.draw_images(len(truth.images))
+    first, second = (detections.resample(run, counts) for run in (before, after))
+    for key in METRICS:
+        assert change[key] == pytest.approx(np.percentile(second[key] - first[key], [2.5, 97.5]))
+        assert change[key][0] < change[key][1]
 
 
 def test_boxes_in_coco_format_give_the_same(make_voc_run, make_coco_run):

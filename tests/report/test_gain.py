@@ -108,7 +108,8 @@ def test_any_detector_can_be_the_reference(make_detector, tmp_path):
     for reference, label in ((None, "R-101-FPN minus R-50"), (folders[1], "R-50-FPN minus R-101")):
         (gain,) = find_gains(groups, reference)
         assert gain.label == f"{label}-FPN"
-    seeds = (tmp_path / "seeds").mkdir() or tmp_path / "seeds"
+    seeds = tmp_path / "seeds"
+    seeds.mkdir()
     moved = [folders[0], folders[1].rename(seeds / "seed_1")]
     (gain,) = find_gains(group_runs(load_detector_runs(moved)), seeds)
     assert gain.reference.first.depth == 101

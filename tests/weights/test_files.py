@@ -349,6 +349,8 @@ def test_a_file_says_the_stride_of_its_network(path, stride):
     small = build_model("resnet18", num_classes=2, norm=OTHER_EPS)
     with pytest.raises(WeightsError, match="eps 1e-05"):
         save_weights(small, path, MSRA)
+    theirs = torchvision.models.mobilenet_v3_small(num_classes=2)  # whose eps is 1e-3
+    save_weights(theirs, path, PREPROCESSINGS["torchvision"])
 
 
 def test_networks_that_no_tensor_tells_apart(path):

@@ -102,8 +102,8 @@ class TarShards:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise BadImage(self.name(index), reason) from error
         if len(data) > size:
-            reason = "the server ignores ranges and sends whole shards: give simplecache::URL"
-            raise BadImage(self.name(index), reason)
+            shard = self._shard(index)
+            raise DataError(f"{shard}: the server sends whole shards: give simplecache::{shard}")
         if len(data) < size:
             raise BadImage(self.name(index), "the shard is shorter than its index says")
         return EncodedSample(data, int(self.labels[index]), self.name(index))
@@ -195,8 +195,11 @@ def read_flat_folder(
         )
     unknown = wnids - set(classes)
     if unknown:
-        odd = f"class {min(unknown)} is not in the class list (without one: of the network)"
-        raise DataError(f"{label_file}: {odd}; give a list that has it")
+        raise DataError(
+            f"{label_file}: {min(unknown)} is none of the {len(classes)} classes (of a list, the "
+            "weights, or the training images), such as "
+            f"{min(classes)}: name the classes alike, or number them"
+        )
     names = sorted(entries)
     labels = [int(entries[n]) if entries[n].isdigit() else classes[entries[n]] for n in names]
     known = name_classes(classes, num_classes) or name_classes({}, num_classes or max(labels) + 1)

@@ -56,12 +56,13 @@ def read_own(
     for record in records:
         folders = _below(record["file_name"], images).parts[:-1]
         splits[record.pop("split", "") or split_name(folders)].append(record)
-    named = sorted(splits.keys() - {""})
-    if len(named) > 1 and "train" in named:
+    others = sorted(splits.keys() - {"", "train"})
+    if others and "train" not in splits and "" in splits:
+        splits["train"] = splits.pop("")
+    if others and "train" in splits:
         return dict(splits), names, report
-    if named:
-        text = "the only split with a folder or file of its own is {}: all images are split anew"
-        report.notes.append(text.format(" and ".join(named)))
+    if others:
+        report.notes.append(f"nothing but {' and '.join(others)}, no train: all are split anew")
     return {"": records}, names, report
 
 

@@ -81,8 +81,8 @@ class DataReport:
         return [p for p in self.problems if p.kind not in BOX_KINDS]
 
     def add(self, kind: str, file: str, detail: str) -> None:
-        name = file.encode(errors="backslashreplace").decode()  # it may not be UTF-8
-        self.problems.append(DataProblem(kind, name, detail))
+        texts = (text.encode(errors="backslashreplace").decode() for text in (file, detail))
+        self.problems.append(DataProblem(kind, *texts))  # names of files may not be UTF-8
 
     def watch(self, path: str) -> None:
         """Records the current stamp of a file, or a folder's list of files, before it is read."""

@@ -248,7 +248,8 @@ def has_ended(cfg: CfgNode, last: str, is_seed: bool = False) -> bool:
     the version that started the run are ignored. Runs of several seeds must share one config; in
     other runs, some keys cannot change on resume.
     """
-    before, after = _saved_config(cfg.OUTPUT_DIR) if last else {}, saved_values(cfg)
+    before = _saved_config(cfg.OUTPUT_DIR) if last else {}
+    after = saved_values(cfg)
     if not before:
         return False
     common = [key for key in after if key in before and key not in PLACES]

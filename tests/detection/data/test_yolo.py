@@ -7,9 +7,11 @@ from resnet_backbone.detection.data.formats.yolo import parse_yolo_line, read_yo
 from resnet_backbone.detection.data.own import read_own
 
 
-@pytest.mark.parametrize("line", ["0 .5 .5 .2 .2 .91", "0 .5 .5 .2 .2 .3 .4 2 .1 .1 0 .2"])
+@pytest.mark.parametrize(
+    "line", ["0 .5 .5 .2 .2 .91", "0 .5 .5 .2 .2 .3 .4 2 .1 .1 0 .2", "0 .5 .5 .2 .2 .3 .4 1"]
+)
 def test_confidences_and_keypoints_are_no_polygons(line):
-    with pytest.raises(ValueError, match="take a confidence out|keypoints are not read"):
+    with pytest.raises(ValueError, match="take the confidence out|keypoints are not read"):
         parse_yolo_line(line, 2, (100, 100))
 
 

@@ -176,7 +176,8 @@ def test_contradictions(make_cfg, key, value, period, message):
     keys = {f"RESNET_BACKBONE__{key}": value, "TEST__EVAL_PERIOD": period}
     cfg = make_cfg(**keys, DATASETS__TEST=("a",), RESNET_BACKBONE__CLASS_NAMES=["cat", "dog"])
     with pytest.raises(UsageError, match=message):
-        check_training(cfg), check_best_metric(cfg)
+        check_training(cfg)
+        check_best_metric(cfg)
 
 
 def test_metrics_of_several_test_sets(make_cfg):

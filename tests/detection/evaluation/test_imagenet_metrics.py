@@ -125,8 +125,8 @@ def test_a_class_without_detections_has_no_precision():
 
 def test_localization_by_hand(register, tmp_path):
     """Four images: found and guessed first; found and guessed third; not found; never guessed."""
-    one = [(0, 0, 100, 100)]
-    name = register([[(*box, kind) for box in one] for kind in (0, 1, 2, 0)])
+    one, far = (0, 0, 100, 100), (200, 200, 300, 300)  # a box on any object is right
+    name = register([[(*far, 0), (*one, 0)], [(*one, 1)], [(*one, 2)], [(*one, 0), (*far, 0)]])
     good, bad = (0, 0, 100, 60), (0, 0, 100, 40)  # IoU 0.6 and 0.4
     found = [
         [(*good, 0, 0.9), (*bad, 0, 0.8)],  # the best box of a class counts

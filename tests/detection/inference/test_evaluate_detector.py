@@ -14,6 +14,7 @@ from resnet_backbone.detection import Checkpointer, build_detector
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.evaluation import voc
 from resnet_backbone.detection.inference.predictor import Predictor
+from resnet_backbone.fast.engines import why_not
 
 CHEAP = dict(MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.01, MODEL__RPN__POST_NMS_TOPK_TEST=10)
 CHEAP |= dict(INPUT__MIN_SIZE_TEST=60, RESNET_BACKBONE__CLASS_NAMES=["bar", "box"])
@@ -145,26 +146,41 @@ def test_rows_without_their_run_are_left_out(make_run, tool, tmp_path, monkeypat
 
 
 def test_each_row_alone(make_run, tool, tmp_path):
+    run, output = make_run("plain"), tmp_path / "rows"
+    added = ["--run", run, "--output", output, "--rows", "baseline", "flip"]
+    assert [line.split()[0] for line in tool(*added)[1][:2]] == ["baseline", "+flip"]
+    output = output.rename(tmp_path / "moved")  # what is measured is kept
     rows = ["--rows", "baseline", "soft-nms", "flip", "refinement"]
-    command = ["--run", make_run("plain"), "--output", tmp_path, "--alone", *rows]
+    command = ["--run", run, "--output", output, "--alone", *rows]
     code, lines, errors = tool(*command)
     assert code == 0 and "warning" not in "".join(lines), errors
-    baseline, *found = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [line.split()[0] for line in lines if line.endswith("(kept)")] == ["baseline", "flip"]
+    baseline, *found = json.loads((output / "results.json").read_text())["rows"]
     assert [row["name"] for row in found] == ["refinement", "flip", "soft-nms"]
     switches = [(s["BOX_REFINEMENT"], s["FLIP"], s["NMS"]) for s in (r["switches"] for r in found)]
     assert switches == [(True, False, "hard"), (False, True, "hard"), (False, False, "gaussian")]
-    table = (tmp_path / "results.md").read_text()
-    assert "Each row is one improvement alone." in table
-    start = baseline["results"]["bbox"]["AP"]
-    for row in found:
-        value, (low, high) = row["results"]["bbox"]["AP"], row["intervals"]["AP"]
-        assert low <= value - start <= high
-        assert f"{value:.2f} ({value - start:+.2f} [{low:+.2f}, {high:+.2f}])" in table
-    kept = json.loads((tmp_path / "flip" / "row.json").read_text())
+    assert "Each row is one improvement alone." in (output / "results.md").read_text()
+    assert all(row["intervals"].keys() == {"AP", "AP50", "AP50-11pt", "AP75"} for row in found)
+    kept = json.loads((output / "flip" / "row.json").read_text())
     assert "torch" in kept["versions"]
-    (tmp_path / "flip" / "row.json").write_text(json.dumps(kept | {"revision": "old"}))
+    (output / "flip" / "row.json").write_text(json.dumps(kept | {"revision": "old"}))
     (warning,) = (line for line in tool(*command)[1] if line.startswith("warning"))
     assert warning.startswith(f"warning: flip is of revision old, this code is {kept['revision']}:")
+
+
+@pytest.mark.skipif(bool(why_not("openvino", torch.float32)), reason="no OpenVINO")
+def test_an_engine_finds_the_same(make_run, tool, tmp_path):
+    run, keys = make_run("plain"), ["RESNET_BACKBONE.TEST.ENGINE", "openvino"]
+    for name, options in (("eager", []), ("openvino", keys)):
+        words = ["--run", run, "--rows", "baseline", "--output", tmp_path / name, *options]
+        assert tool(*words)[0] == 0
+    eager, fast = (detections(tmp_path / name, "baseline") for name in ("eager", "openvino"))
+    assert len(eager) == len(fast) > 0
+    for one, other in zip(eager, fast, strict=True):
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=0.02)
+    row = json.loads((tmp_path / "openvino" / "results.json").read_text())["rows"][0]
+    assert row["switches"]["ENGINE"] == "openvino"
 
 
 def test_refusals(make_run, tool, tmp_path):

@@ -43,9 +43,9 @@ def parse_yolo_line(
         raise ValueError(
             f"{line!r} needs a class from 0 to {num_classes - 1} and at least four numbers"
         )
-    if len(numbers) % 2:
-        raise ValueError(f"{line!r} has an odd number of coordinates: take a confidence out")
-    if len(numbers) > 4 and not all(-0.5 < number < 1.5 for number in numbers):
+    if len(numbers) == 5:
+        raise ValueError(f"{line!r} has five numbers: take the confidence out")
+    if len(numbers) % 2 or (len(numbers) > 4 and not all(-0.5 < n < 1.5 for n in numbers)):
         raise ValueError(f"{line!r} is no polygon within the image (keypoints are not read)")
     points = [number * size[k % 2] for k, number in enumerate(numbers)]
     if len(points) == 4:
