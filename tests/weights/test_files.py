@@ -343,14 +343,11 @@ def test_a_file_says_the_stride_of_its_network(path, stride):
     wrapped = torch.nn.ModuleDict({"module": model})
     with pytest.raises(WeightsError, match="give the network itself"):
         load_weights(wrapped, path)
-    stated = replace(PREPROCESSINGS["torchvision"], stride_in_1x1=not stride)
     with pytest.raises(WeightsError, match=f"but this network has {stride}"):
-        save_weights(wrapped, path, stated)
-    small = build_model("resnet18", num_classes=2, norm=OTHER_EPS)
+        save_weights(wrapped, path, replace(MSRA, stride_in_1x1=not stride))
     with pytest.raises(WeightsError, match="eps 1e-05"):
-        save_weights(small, path, MSRA)
-    theirs = torchvision.models.mobilenet_v3_small(num_classes=2)  # whose eps is 1e-3
-    save_weights(theirs, path, PREPROCESSINGS["torchvision"])
+        save_weights(build_model("resnet18", num_classes=2, norm=OTHER_EPS), path, MSRA)
+    save_weights(torchvision.models.mobilenet_v3_small(), path, MSRA)  # whose eps is 1e-3
 
 
 def test_networks_that_no_tensor_tells_apart(path):
