@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import detectron2
 import pytest
 
 from resnet_backbone.detection.checkpoint.files import refuse_other_input
@@ -102,6 +103,24 @@ def test_weights_and_their_input(name, monkeypatch):
     refuse_other_input(config_input(cfg), sources.resolve(cfg.MODEL.WEIGHTS).preprocessing, name)
     depth = "VGG" in name and "vgg16" or cfg.MODEL.RESNETS.DEPTH
     assert str(depth) in cfg.MODEL.WEIGHTS or "self-supervised" in (CONFIGS / name).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, backbone",
+    [
+        ("faster_rcnn_R_50_C4_1x", "build_paper_resnet_backbone"),
+        ("faster_rcnn_R_50_DC5_1x", "build_paper_resnet_backbone"),
+        ("faster_rcnn_R_50_FPN_1x", "build_paper_resnet_fpn_backbone"),
+        ("retinanet_R_50_FPN_1x", "build_paper_resnet_p6p7_backbone"),
+        ("rpn_R_50_FPN_1x", "build_paper_resnet_fpn_backbone"),
+    ],
+)
+def test_files_of_detectron2s_zoo_start(train_net, data, tmp_path, name, backbone):
+    file = Path(detectron2.__file__).parent / "model_zoo/configs/COCO-Detection" / f"{name}.yaml"
+    keys = [*SMALL, "MODEL.RESNETS.NORM", "BN", "MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu"]
+    train_net(file, "--output-dir", tmp_path, *data("coco"), *keys, "MODEL.BACKBONE.NAME", backbone)
+    assert (tmp_path / "model_final.pth").is_file()
 
 
 @pytest.mark.slow

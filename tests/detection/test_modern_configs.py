@@ -1,4 +1,4 @@
-"""configs/detection/modern against the configs of Detectron2's model zoo, key by key."""
+"""configs/detection/modern against Detectron2's zoo, whose files take our backbones, too."""
 
 import re
 import shlex
@@ -7,7 +7,9 @@ from pathlib import Path
 import detectron2
 import pytest
 from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 
+from resnet_backbone.detection import build_detector
 from resnet_backbone.detection.config import flat_config, load_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "detection" / "modern"
@@ -82,6 +84,40 @@ def test_equals_the_zoos_key_by_key(make_cfg, name):
     node = ours.RESNET_BACKBONE
     assert node.REFERENCE_BATCH == ours.SOLVER.IMS_PER_BATCH == 16
     assert node.TRAIN_ON_DIFFICULT == name.startswith("voc"), "Detectron2's loader keeps them"
+
+
+BACKBONES = {  # Detectron2's -> ours
+    "build_resnet_backbone": "build_paper_resnet_backbone",
+    "build_resnet_fpn_backbone": "build_paper_resnet_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone": "build_paper_resnet_p6p7_backbone",
+}
+ZOO_NAMES = [
+    path.relative_to(ZOO).as_posix()
+    for path in sorted(ZOO.glob("*/*_R_*.yaml")) + sorted(ZOO.glob("*/panoptic_fpn_R_*.yaml"))
+    if path.parent.name != "quick_schedules" and "dconv" not in path.name
+]  # without ResNeXts and deformable convolutions
+AMONG_THEM = "retinanet_R_50_FPN_1x mask_rcnn_R_50_C4_1x cascade_mask_rcnn_R_50_FPN_1x".split()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if Path(name).stem in AMONG_THEM else pytest.param(name, marks=pytest.mark.slow)
+        for name in dict.fromkeys(ZOO_NAMES)
+    ],
+)
+def test_files_of_the_zoo_build_with_our_backbone(name):
+    keys = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+    theirs = load_config(str(ZOO / name), keys)
+    ours = BACKBONES[theirs.MODEL.BACKBONE.NAME]
+    models = (
+        build_model(theirs),
+        build_detector(load_config(str(ZOO / name), [*keys, "MODEL.BACKBONE.NAME", ours])),
+    )
+    parameters = [sum(value.numel() for value in model.parameters()) for model in models]
+    assert parameters[0] == parameters[1]
+    kinds = {type(module).__name__ for module in models[1].modules()}
+    assert "PaperResNet" in kinds and "ResNet" not in kinds
 
 
 @pytest.mark.parametrize("name", NAMES)
