@@ -44,6 +44,8 @@ ERRORS: dict[tuple[str, str], PublishedErrors] = {
     ("resnet101", "B"): PublishedErrors("21.75 / 6.05", "Table 3", "19.87 / 4.60", "23.6"),
     ("resnet152", "B"): PublishedErrors("21.43 / 5.71", "Table 3", "19.38 / 4.49", "23.0"),
     ("vgg16", ""): PublishedErrors("28.07 / 9.33", "Table 3", "24.4 / 7.1"),
+    ("prelu_net_b", ""): PublishedErrors("24.27 / 7.38", "Table 3", "21.59 / 5.71"),
+    ("bn_inception", ""): PublishedErrors("- / -", "Table 4", "21.99 / 5.81"),
     ("torchvision/googlenet", ""): PublishedErrors("- / 9.15", "Table 3", "- / 7.89"),
 }
 
@@ -99,10 +101,10 @@ def published(network: Network) -> PublishedErrors | None:
 
 
 def recipe_iterations(network: Network) -> int:
-    """Returns the published training's iterations (sections 3.4, 4.2; VGG: arXiv 1409.1556)."""
+    """Returns the published iterations (sections 3.4, 4.2; arXiv 1409.1556, 1502.01852)."""
     if network.cifar:
         return 64_000
-    return 370_000 if network.family == "VGG" else 600_000
+    return {"VGG": 370_000, "prelu_net_b": 800_000}.get(network.family, 600_000)
 
 
 VOC_CLASSES = (

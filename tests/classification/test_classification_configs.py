@@ -92,6 +92,12 @@ VGG = {  # arXiv 1409.1556, section 3.1
     "schedule.lr": 0.01,
     "train.recompute_bn": False,  # no BN
 }
+PRELU_NET = VGG | {  # arXiv 1502.01852, section 3: 80 epochs, two switches of the rate
+    "data.mean": "pixel",
+    "schedule.iterations": round(80 * 1_281_167 / 128, -4),
+    "schedule.plateau_drops": 2,
+    "train.batch_size": 128,
+}
 
 
 def assert_recipe(config: Config, recipe: dict[str, object]) -> None:
@@ -100,7 +106,8 @@ def assert_recipe(config: Config, recipe: dict[str, object]) -> None:
 
 @each(IMAGENET)
 def test_imagenet_recipe(path):
-    assert_recipe(load(path), PAPER_IMAGENET | (VGG if path.stem == "vgg16" else {}))
+    own = {"vgg16": VGG, "prelu_net_b": PRELU_NET}.get(path.stem, {})
+    assert_recipe(load(path), PAPER_IMAGENET | own)
 
 
 @each(CIFAR10)
@@ -130,6 +137,8 @@ PAPER_NETWORKS = {
     "imagenet/plain34": ("plain34", RELEASED),
     "imagenet/vgg16": ("vgg16", {}),
     "imagenet/googlenet": ("torchvision/googlenet", {}),
+    "imagenet/bn_inception": ("bn_inception", {}),
+    "imagenet/prelu_net_b": ("prelu_net_b", {}),
     "imagenet/resnet34_prelu": ("resnet34", RELEASED | {"activation": "prelu"}),
     "imagenet/resnet34_highway": ("resnet34", RELEASED | {"shortcut": "highway"}),
     **{f"cifar10/resnet{d}": (f"cifar_resnet{d}", {}) for d in (20, 32, 44, 56, 110, 1202)},

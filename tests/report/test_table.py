@@ -73,7 +73,7 @@ def test_another_network_than_the_papers_has_no_published_number():
 
 def test_lengths_of_the_recipes():
     lengths = {"cifar_plain20": 64_000, "resnet50": 600_000, "torchvision/googlenet": 600_000}
-    lengths["vgg16"] = 370_000
+    lengths |= {"vgg16": 370_000, "prelu_net_b": 800_000, "bn_inception": 600_000}
     assert {name: recipe_iterations(parse_network(name)) for name in lengths} == lengths
 
 
