@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet_backbone.models.layers import (
+    SMALL_STD,
     ConvNormAct,
     Norm,
     StagedNetwork,
@@ -79,6 +80,8 @@ class PReLUNet(StagedNetwork):
             self.fc2 = self._hidden(4096, activation, dropout)
             self.linear = nn.Linear(4096, num_classes)
         init_he(self, activation)
+        if self.is_classifier:  # as in VGG
+            nn.init.normal_(self.linear.weight, std=SMALL_STD)
         self.freeze(freeze_at)
         self.to(memory_format=torch.channels_last)
 

@@ -167,6 +167,9 @@ def freeze(module: nn.Module) -> None:
                 setattr(parent, name, FrozenBatchNorm2d.from_batch_norm(child))
 
 
+SMALL_STD = 0.001  # of the last of several linear layers (arXiv 1502.01852, section 2.2)
+
+
 def init_he(module: nn.Module, activation: str = "relu") -> None:
     """He initialization of all convolutions, N(0, 2 / ((1 + a^2) fan_out)) (arXiv 1502.01852).
 

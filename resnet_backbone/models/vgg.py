@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet_backbone.models.layers import ConvNormAct, Norm, StagedNetwork, init_he
+from resnet_backbone.models.layers import SMALL_STD, ConvNormAct, Norm, StagedNetwork, init_he
 
 # Number of 3x3 convolutions in conv1..conv5.
 DEPTHS: dict[int, tuple[int, int, int, int, int]] = {
@@ -77,6 +77,8 @@ class VGG(StagedNetwork):
             self.linear = nn.Linear(4096, num_classes)
             self.dropout = nn.Dropout(dropout)
         init_he(self, activation)
+        if self.is_classifier:  # else pixels of 0 to 255 give a first loss above 20, and diverge
+            nn.init.normal_(self.linear.weight, std=SMALL_STD)
         self.freeze(freeze_at)
         self.to(memory_format=torch.channels_last)
 

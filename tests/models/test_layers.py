@@ -111,6 +111,15 @@ def test_he_initialisation(activation, gain):
     assert not model.linear.bias.any()
 
 
+def test_the_first_loss_without_norms():
+    """On pixels minus their mean; without the small last layer it is above 15, and VGG diverges."""
+    torch.manual_seed(0)
+    model, pixels = build_model("vgg11", dropout=0.0), 70 * torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        loss = F.cross_entropy(model(pixels), torch.tensor([3, 5]))
+    assert loss < 10
+
+
 @pytest.mark.parametrize("norm", ["BN", "GN", "FrozenBN"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_zero_init_residual(name, norm):
