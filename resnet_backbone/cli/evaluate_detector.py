@@ -282,13 +282,12 @@ def main(argv: list[str] | None = None) -> None:
             print(f"warning: {row.label} is of revision {was}, this code is {revision}: {hint}")
         done.append(found)
         write_results(folder, done, left_out)
-    try:
-        folders = [row.cfg.OUTPUT_DIR for row in rows]
-        intervals = change_intervals(done, folders) if len(done) > 1 else []
-    except NoDetections as error:
-        print(f"changes over the first row have no intervals: {error}")
-    else:
-        for found, changes in zip(done, intervals, strict=False):
-            found["intervals"] = changes
-        write_results(folder, done, left_out)
+    if len(done) > 1:
+        try:
+            intervals = change_intervals(done, [row.cfg.OUTPUT_DIR for row in rows])
+        except NoDetections as error:
+            print(f"changes over the first row have no intervals: {error}")
+        else:
+            done = [found | {"intervals": i} for found, i in zip(done, intervals, strict=True)]
+            write_results(folder, done, left_out)
     print(f"written: {folder / 'results.json'}, {folder / 'results.md'}")

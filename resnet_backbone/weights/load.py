@@ -223,8 +223,8 @@ def load_tensors(model: StagedNetwork, read: Weights | Checkpoint, where: str) -
     """Loads weights that were read from ``where``; see :func:`load_weights`."""
     if not hasattr(model, "left_out"):
         raise WeightsError(
-            f"{where}: a {type(model).__name__} is no network of this package: give the network "
-            "itself (of DistributedDataParallel, its module)"
+            f"{where}: a {type(model).__name__} is not one of this package's networks: give the "
+            "network itself (of DistributedDataParallel, its module)"
         )
     fitting = fitting_tensors(model, read.tensors, where)
     check_architecture(model, read.preprocessing, where)

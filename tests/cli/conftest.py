@@ -1,8 +1,11 @@
 """What the tests of several commands share."""
 
+import argparse
 import hashlib
 
 import pytest
+
+from resnet_backbone.cli.reproduce import PLANS, build_steps, parse_arguments, read_plan
 
 
 @pytest.fixture
@@ -18,3 +21,20 @@ def declare(monkeypatch):
         return path
 
     return declare
+
+
+@pytest.fixture
+def steps_of(tmp_path, monkeypatch):
+    """Function (scale or file, words of the command line) -> steps by name; all data are there."""
+    for name in ("imagenet", "datasets/VOC2007/ImageSets", "datasets/VOC2012", "datasets/coco"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "datasets"))
+
+    def steps(scale="mini", *words, **changes):
+        file = PLANS / f"{scale}.yaml" if isinstance(scale, str) else scale
+        given = ["--scale", str(file), "--output", str(tmp_path / "out"), *map(str, words)]
+        args = parse_arguments(["--imagenet", str(tmp_path / "imagenet"), *given])
+        args = argparse.Namespace(**{**vars(args), **changes})
+        return {step.name: step for step in build_steps(read_plan(file, args.seeds), args)[0]}
+
+    return steps

@@ -62,7 +62,9 @@ def read_own(
     if others and "train" in splits:
         return dict(splits), names, report
     if others:
-        report.notes.append(f"nothing but {' and '.join(others)}, no train: all are split anew")
+        report.notes.append(
+            f"splits are {' and '.join(others)}, no train: all images are split anew"
+        )
     return {"": records}, names, report
 
 

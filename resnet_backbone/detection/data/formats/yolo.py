@@ -46,7 +46,7 @@ def parse_yolo_line(
     if len(numbers) == 5:
         raise ValueError(f"{line!r} has five numbers: take the confidence out")
     if len(numbers) % 2 or (len(numbers) > 4 and not all(-0.5 < n < 1.5 for n in numbers)):
-        raise ValueError(f"{line!r} is no polygon within the image (keypoints are not read)")
+        raise ValueError(f"{line!r} is not a polygon within the image (keypoints are not read)")
     points = [number * size[k % 2] for k, number in enumerate(numbers)]
     if len(points) == 4:
         x, y, w, h = points
