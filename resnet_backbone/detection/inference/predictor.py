@@ -42,7 +42,7 @@ from resnet_backbone.detection.inference.member import Member
 from resnet_backbone.detection.inference.pictures import read_bgr
 from resnet_backbone.detection.modeling import build_detector
 from resnet_backbone.fast import optimize_for_inference
-from resnet_backbone.fast.engines import CALIBRATION
+from resnet_backbone.fast.engines import CALIBRATION, InferenceNetwork
 from resnet_backbone.runtime.images import find_pictures, spread
 
 
@@ -147,6 +147,7 @@ class Speed(NamedTuple):
 
     seconds_per_image: float  # mean, from the input in memory to the detections
     images_at_a_time: int  # size of the largest batch
+    engines: dict[str, str]  # the engine that ran each part; empty if PyTorch ran everything
 
 
 class Timed(nn.Module):
@@ -176,7 +177,9 @@ class Timed(nn.Module):
         if not counted:
             return None
         seconds, images = zip(*counted, strict=True)
-        return Speed(sum(seconds) / sum(images), max(images))
+        parts = self.model.named_modules()
+        engines = {name: m.engine for name, m in parts if isinstance(m, InferenceNetwork)}
+        return Speed(sum(seconds) / sum(images), max(images), engines)
 
 
 def timed_inference(

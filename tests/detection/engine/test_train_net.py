@@ -45,6 +45,7 @@ def test_writes_everything(trained):
     assert torch.load(folder / "model_final.pth")["iteration"] == 2
     assert 0 < results["seconds_per_image"] < 60
     assert (results["images_at_a_time"], results["processes"]) == (1, 1)
+    assert results["engines"] == {}  # PyTorch alone
     assert results["hardware"]["device"] == "cpu" and results["hardware"]["cpu"]
     points = results["operating_points"]["test:test"]
     assert points["labels"] == ["bar", "box", "background"]

@@ -180,7 +180,7 @@ def test_an_engine_finds_the_same(make_run, tool, tmp_path):
         assert one["score"] == pytest.approx(other["score"], abs=1e-4)
         assert one["bbox"] == pytest.approx(other["bbox"], abs=0.02)
     row = json.loads((tmp_path / "openvino" / "results.json").read_text())["rows"][0]
-    assert row["switches"]["ENGINE"] == "openvino"
+    assert row["switches"]["ENGINE"] == row["engines"]["backbone"] == "openvino"
 
 
 def test_refusals(make_run, tool, tmp_path):
