@@ -19,10 +19,10 @@ from resnet_backbone.detection.data.formats.coco import clean_coco, number_from_
 from resnet_backbone.detection.data.voc import scan_voc
 from resnet_backbone.detection.evaluation import voc_ap
 from resnet_backbone.detection.evaluation.coco import RESULT_FILE, score_coco
-from resnet_backbone.detection.evaluation.voc import TO_VOC, voc_objects
+from resnet_backbone.detection.evaluation.imagenet import score_det
+from resnet_backbone.detection.evaluation.voc import DETECTIONS, TO_VOC, voc_objects
 from resnet_backbone.report.detector_runs import DetectorRun
 
-DETECTIONS = "detections.json"
 TOLERANCE = 0.1  # points of AP50; the rounding of scores and boxes in the file changes less
 REGISTERED = re.compile(r"voc_(2007|2012)_(\w+)")  # Detectron2's names
 
@@ -51,7 +51,7 @@ def load_truth(run: DetectorRun, given: Mapping[str, str | None] | None = None) 
     if len(run.test) != 1:
         raise NoDetections("they need runs on a single test set")
     paths = _own_paths(run) | _known(given or {})
-    if run.is_coco:
+    if run.protocol == "coco" or "coco_json" in paths:
         file, root = (_existing(run, paths, key) for key in ("coco_json", "image_root"))
         records, report = scan_coco(file, root, decode=True, progress=True)
     else:
@@ -127,20 +127,24 @@ def load_detections(run: DetectorRun, truth: Truth) -> RunDetections:
         NoDetections: the run has no file of detections.
         ValueError: the file is damaged, or it gives another AP50 than the run's results.
     """
-    path = run.inference / (RESULT_FILE if run.is_coco else DETECTIONS)
+    is_coco = run.protocol == "coco"
+    path = run.inference / (RESULT_FILE if is_coco else DETECTIONS)
     if not path.is_file():
         raise NoDetections(f"{run.folder.name} has no {path.name}; evaluate it again")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        predictions = _by_image(rows, truth.category_ids)
+        ids = truth.category_ids if is_coco else range(len(truth.classes))
+        predictions = _by_image(rows, ids)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again from the run") from error
     tables = voc_ap.read_boxes(predictions, truth.images, truth.classes)
     numbers = voc_ap.score_boxes(*tables, truth.classes, (voc_ap.CURVE_IOU,))
     found = RunDetections(run, *tables, numbers)
-    ap50, stated = _coco_ap50(rows, truth) if run.is_coco else found.ap50, run.numbers.get("AP50")
+    ap50, stated = found.ap50, run.numbers.get("AP50")
+    if run.protocol != "voc":
+        ap50 = _coco_ap50(rows, truth) if is_coco else _det_ap50(predictions, truth)
     if stated is not None and abs(ap50 - stated) > TOLERANCE:
-        option = "--coco-json" if run.is_coco else "--voc-root"
+        option = "--voc-root" if run.protocol == "voc" else "--coco-json"
         raise ValueError(
             f"{path} gives AP50 {ap50:.2f} with these annotations, the run's results.json has "
             f"{stated:.2f}: give the {option} that the run was evaluated on"
@@ -164,6 +168,20 @@ def _coco_ap50(rows: Sequence[Mapping[str, Any]], truth: Truth) -> float:
         for row in rows
     ]
     return 100 * score_coco(dataset, results)[0]["AP50"]
+
+
+def _det_ap50(predictions: Sequence[Mapping[str, Any]], truth: Truth) -> float:
+    """Returns the average precision of ImageNet detection in percent."""
+    found = {image["image_id"]: image for image in predictions}
+    nothing = {"boxes": np.zeros((0, 4)), "scores": [], "classes": []}
+    images = []
+    for image in truth.images:
+        one = found.get(str(image["image_id"]), nothing)
+        boxes, scores, classes = (np.array(one[key]) for key in ("boxes", "scores", "classes"))
+        counts = ~np.array(image["difficult"], bool)
+        objects = image["boxes"][counts] - TO_VOC, np.array(image["classes"], int)[counts]
+        images.append(((boxes - TO_VOC, scores, classes), objects))
+    return 100 * float(np.nanmean(score_det(images, len(truth.classes))))
 
 
 def _by_image(rows: Sequence[Mapping[str, Any]], category_ids: Sequence) -> list[dict[str, Any]]:

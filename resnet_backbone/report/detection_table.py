@@ -25,10 +25,15 @@ SPREAD = """\
 AP is in percent: the mean ± the sample standard deviation over the seeds (one seed: no spread). A \
 gain is the difference of the means ± its standard error, with the smallest and the largest \
 difference between two runs, one of each detector. """
-VOC_METRICS = """\
+METRICS_TEXT = {
+    "voc": """\
 AP50 is the area under the curve (VOC 2010 and later), 11-point is VOC 2007's metric, and AP is \
-the mean over IoU .5:.95."""
-COCO_METRICS = "AP, AP50, and AP75 are COCO's."
+the mean over IoU .5:.95.""",
+    "coco": "AP, AP50, and AP75 are COCO's.",
+    "det": """\
+AP50 is ImageNet's average precision of detection: a small object of w x h pixels needs an IoU of \
+wh / ((w + 10)(h + 10)).""",
+}
 SOURCES = """\
 Paper: arXiv 1512.03385. Public: the best number of tf-faster-rcnn, Detectron2's model zoo and \
 MoCo's Detectron2 config for this network; of the gains, that of tf-faster-rcnn, which has both \
@@ -54,8 +59,8 @@ def results_section(groups: Sequence[DetectorGroup], gains: Sequence[Gain]) -> s
         rows.append([f"**{gain.label}**", "", "", "", *numbers])
     table = markdown(["detector", "weights", "seeds", "iterations", *used.values()], rows)
     notes = [f"- {g.label}: {', '.join(g.particulars)}" for g in groups if g.particulars]
-    metrics = COCO_METRICS if groups[0].first.is_coco else VOC_METRICS
-    return "\n\n".join(filter(None, [table, "\n".join(notes), SPREAD + metrics]))
+    text = SPREAD + METRICS_TEXT[groups[0].first.protocol]
+    return "\n\n".join(filter(None, [table, "\n".join(notes), text]))
 
 
 def _number_text(group: DetectorGroup, key: str) -> str:
@@ -70,7 +75,7 @@ def _iterations(group: DetectorGroup) -> str:
 
 
 def task_of_run(run: DetectorRun) -> str:
-    return task_of(list(run.classes), run.class_metric)
+    return task_of(list(run.classes), run.protocol)
 
 
 def reductions(group: DetectorGroup) -> list[str]:
@@ -220,7 +225,7 @@ def provenance_section(groups: Sequence[DetectorGroup], commands: Mapping[str, s
 def _evaluated(run: DetectorRun) -> str:
     difficult = sum(row["difficult"] for row in run.details.get("classes", ()))
     counts = {"images": run.images_of(run.test), "boxes": sum(run.objects.values())}
-    hard = "crowds" if run.is_coco else "difficult ones"
+    hard = "difficult ones" if run.protocol == "voc" else "crowds"
     counts[f"{hard} (ignored)"] = difficult
     parts = [f"{count:,} {what}" for what, count in counts.items() if count]
     return "evaluated on " + (", ".join(parts) or f"{' + '.join(run.test)}, size {NOT_RECORDED}")

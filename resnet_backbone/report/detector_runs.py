@@ -56,9 +56,11 @@ class DetectorRun(AnyRun):
         return by_class(self.numbers)[0]
 
     @property
-    def is_coco(self) -> bool:
-        """Whether it was evaluated with COCO's metrics, not VOC's."""
-        return self.class_metric == "AP"
+    def protocol(self) -> str:
+        """Whose metrics it was evaluated with: "voc", "coco" or "det" (ImageNet detection)."""
+        if self.config.get("RESNET_BACKBONE.TEST.METRIC") == "imagenet_det":
+            return "det"
+        return "coco" if self.class_metric == "AP" else "voc"
 
     @property
     def classes(self) -> dict[str, float | None]:

@@ -51,7 +51,7 @@ PAIRS, PAIRS_BACK = 6, 2  # objects shown that only ours finds, and only the ref
 PICTURES = ("gain_per_class.png", "precision_recall*.png", "f1*.png", "confusion_*.png")
 PICTURES += ("errors.png", "training.png", "accuracy_time*.png", "misses_*.jpg")
 
-COCO_MATCHING = """\
+VOC_MATCHING = """\
 Intervals, curves, errors by kind, and pictures come from the same boxes with VOC's matching, in \
 which crowds are ignored. AP50 is then the area under the curve: {}."""
 INTERVALS = f"""\
@@ -144,10 +144,10 @@ def _add_results(report: Report, note: str) -> None:
     report.add(REDUCED if any(map(tables.reductions, groups)) else "")
     report.add(note, "## Results", tables.results_section(groups, gains))
     report.add(INTERVALS if report.detections else "")
-    if report.detections and groups[0].first.is_coco:
+    if report.detections and groups[0].first.protocol != "voc":
         found = report.detections.items()
         means = [f"{x} {statistics.fmean(run.ap50 for run in runs):.2f}" for x, runs in found]
-        report.add(COCO_MATCHING.format(", ".join(means)))
+        report.add(VOC_MATCHING.format(", ".join(means)))
     report.add("## Beside published numbers" if published else "", published)
 
 

@@ -111,7 +111,7 @@ VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike"
     " person pottedplant sheep sofa train tvmonitor"
 ).split()
-COCO_CLASS_COUNT = 80
+CLASS_COUNTS = {"coco": 80, "det": 200}
 
 TF = "tf-faster-rcnn"
 ZOO = "Detectron2's model zoo"
@@ -159,7 +159,8 @@ class Task(NamedTuple):
         return known or images in self.sizes
 
 
-# VOC 07: Faster R-CNN, arXiv 1506.01497, section 3.3. COCO: the paper's appendix A.
+# VOC 07: Faster R-CNN, arXiv 1506.01497, section 3.3. COCO: the paper's appendix A. DET: appendix
+# B, which gives no schedule; val2 is a half of the 20,121 images of val.
 TASKS = {
     "voc": Task(
         *("PASCAL VOC, AP50", "AP50", "VOC 2007 test", "voc_2007_test", (4_952,)),
@@ -169,14 +170,18 @@ TASKS = {
         *("COCO, AP", "AP", "COCO val", "coco_20(14|17)_(val|minival)", (5_000, 40_504)),
         *(320_000, 16, 80_000, 600),
     ),
+    "det": Task(
+        *("ImageNet DET, AP", "AP50", "ImageNet DET val2", "(.*:)?val2", (10_060, 10_061)),
+        *(0, 0, 0, 600),
+    ),
 }
 
 
-def task_of(classes: Sequence[str], metric: str) -> str:
-    """Returns "voc" or "coco" by a result's classes and metric; "" for other data."""
-    if metric == "AP50":
+def task_of(classes: Sequence[str], protocol: str) -> str:
+    """Returns `protocol` if the classes are those of its benchmark, else ""."""
+    if protocol == "voc":
         return "voc" if set(classes) == set(VOC_CLASSES) else ""
-    return "coco" if len(classes) == COCO_CLASS_COUNT else ""
+    return protocol if len(classes) == CLASS_COUNTS[protocol] else ""
 
 
 def _gain(task: str, paper: tuple[float, float], public: tuple[float, float], *sources: str):
@@ -208,6 +213,12 @@ DETECTORS = (
     Published("coco", RESNET_50, None, Number(40.2, *ZOO_FPN)),
     Published("coco", RESNET_101, Number(27.2, *TABLE_8), Number(42.0, *ZOO_FPN)),
     Published("coco", ("ResNet", 152), None, Number(36.1, COCO_35K, f"{TF}, C4")),
+    Published(
+        "det",
+        RESNET_101,
+        Number(60.5, "DET train + val1 → val2", "Table 12, improved testing; an ensemble 63.6"),
+        None,
+    ),
     _gain("coco", (27.2, 21.2), (35.4, 30.2), *TABLE_8, COCO_35K, TF),
 )
 

@@ -5,11 +5,16 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 pytest.importorskip("detectron2")
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from resnet_backbone.detection.data.coco import scan_coco
+from resnet_backbone.detection.evaluation.imagenet import DETEvaluator
 from resnet_backbone.report import detection_plots, document
 
 PICTURES = {
@@ -192,6 +197,51 @@ def test_data_in_coco_format(quick, write, make_coco_run, output, voc):
     assert text.count("errors.png") > write(runs).count("errors.png")
     moved = ["--coco-json", voc.parent / "moved.json", "--image-root", voc / "JPEGImages"]
     assert "95 % interval" in write(runs, *moved)
+
+
+def test_imagenet_detection(quick, write, tool, make_detector, output, voc):
+    """One of two cats is found at IoU 0.3, enough for its size; the dog is found at once."""
+    boxes = [(1, 0, 0, 10, 10, 1), (1, 100, 50, 90, 90, 1), (2, 0, 0, 50, 50, 3)]
+    found = {
+        1: [(0, 0, 10, 3, 0, 0.9), (0, 0, 10, 10, 0, 0.8)],
+        2: [(0, 0, 50, 50, 2, 0.6), (0, 0, 50, 50, 0, 0.95)],
+    }
+    annotations = [
+        {"id": number, "image_id": image, "bbox": box, "category_id": kind, "iscrowd": 0}
+        for number, (image, *box, kind) in enumerate(boxes, 1)
+    ]
+    images = [
+        {"id": number, "file_name": f"00000{number}.jpg", "width": 200, "height": 150}
+        for number in found
+    ]
+    names = [{"id": number, "name": name} for number, name in enumerate(("cat", "cow", "dog"), 1)]
+    file = voc.parent / "val2.json"
+    content = {"images": images, "annotations": annotations, "categories": names}
+    file.write_text(json.dumps(content))
+    records, _ = scan_coco(str(file), str(voc / "JPEGImages"))
+    DatasetCatalog.register("det_report", lambda: records)
+    MetadataCatalog.get("det_report").thing_classes = ["cat", "cow", "dog"]
+    tables = {record["image_id"]: np.array(found[record["image_id"]]) for record in records}
+    data = f"--coco-json train.json {file} --image-root {voc / 'JPEGImages'}"
+    config = {"RESNET_BACKBONE.TEST": {"METRIC": "imagenet_det"}}
+    run = make_detector("det", 1, {}, config=config)
+    evaluator = DETEvaluator("det_report", str(run / "inference/test:test"))
+    bbox = evaluator.score(
+        {image: (t[:, :4], t[:, 5], t[:, 4].astype(int)) for image, t in tables.items()}
+    )["bbox"]
+    assert bbox["AP50"] == pytest.approx(62.5)  # see test_det_by_hand
+    results = json.loads((run / "results.json").read_text())
+    results |= {"command": f"resnet-backbone train-net {data}", "results": {"bbox": bbox}}
+    (run / "results.json").write_text(json.dumps(results))
+    text = write([run])
+    assert re.search(r"\| 62.50 \[\d", text) and "ImageNet's average precision" in text
+    assert re.search(r"VOC's matching, .* R-50-FPN 58.33\.", text, re.S)  # cats: 1/2 at 1/3
+    assert "published" not in text and "coco_instances" not in text
+    results["results"]["bbox"]["AP50"] = 58.33
+    (run / "results.json").write_text(json.dumps(results))
+    status, _, error = tool("detection", "--run", run, "--output", output)
+    assert status == 2 and "gives AP50 62.50 with these annotations" in error
+    assert "give the --coco-json that the run was evaluated on" in error
 
 
 def test_all_or_nothing(tool, runs, output, monkeypatch):

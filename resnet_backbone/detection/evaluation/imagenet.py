@@ -10,7 +10,7 @@ import csv
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,20 +34,15 @@ class DETEvaluator(BoxEvaluator):
     """Average precision as in ILSVRC's development kit for DET (``eval_detection.m``).
 
     Returns {"bbox": {"AP50": the mean over classes, "AP50-<class>"}} in percent. Classes without
-    objects are NaN and not in the mean.
+    objects are NaN and not in the mean. `output_dir` gets ``det_results.json`` and
+    ``detections.json``.
     """
 
     def score(self, found) -> OrderedDict:
+        self.write_detections(found)
         none = (np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
-        scores, right, classes = [], [], []
-        objects = np.zeros(len(self.class_names), int)
-        for record, boxes, truth in self.objects():
-            objects += np.bincount(truth, minlength=len(objects))
-            found_boxes, found_scores, found_classes = found.get(record["image_id"], none)
-            scores.append(found_scores)
-            classes.append(found_classes)
-            right.append(match_small(found_boxes, found_scores, found_classes, boxes, truth))
-        numbers = det_precisions(*map(np.concatenate, (scores, classes, right)), objects)
+        images = ((found.get(r["image_id"], none), objects) for r, *objects in self.objects())
+        numbers = score_det(images, len(self.class_names))
         rows = {name: 100 * value for name, value in zip(self.class_names, numbers, strict=True)}
         known = [value for value in rows.values() if not math.isnan(value)]
         mean = sum(known) / len(known) if known else math.nan
@@ -55,6 +50,21 @@ class DETEvaluator(BoxEvaluator):
         shown = {name: None if math.isnan(value) else value for name, value in rows.items()}
         self.write("det_results.json", {"AP50": mean if known else None, "classes": shown})
         return OrderedDict(bbox={"AP50": mean} | {f"AP50-{k}": v for k, v in rows.items()})
+
+
+def score_det(images: Iterable[tuple[Sequence, Sequence]], num_classes: int) -> list[float]:
+    """Returns each class's average precision by the rules of DET, 0..1; NaN without objects.
+
+    `images` has detections (boxes, scores, classes) and objects (boxes, classes) of each image.
+    """
+    scores, classes, right = [np.zeros(0)], [np.zeros(0, int)], [np.zeros(0, bool)]
+    counts = np.zeros(num_classes, int)
+    for found, (objects, object_classes) in images:
+        counts += np.bincount(object_classes, minlength=num_classes)
+        scores.append(found[1])
+        classes.append(found[2])
+        right.append(match_small(*found, objects, object_classes))
+    return det_precisions(*map(np.concatenate, (scores, classes, right)), counts)
 
 
 def small_thresholds(boxes: np.ndarray) -> np.ndarray:

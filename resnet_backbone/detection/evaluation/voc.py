@@ -37,6 +37,8 @@ COLORS = ("#2e7d32", "#f9a825", "#ef6c00", "#616161", "#1565c0")  # one per kind
 TO_VOC = np.array([1.0, 1.0, 0.0, 0.0])
 """Added to Detectron2's continuous (x0, y0, x1, y1) to get VOC's 1-based inclusive pixels."""
 
+DETECTIONS = "detections.json"
+
 Found = Mapping[Any, tuple[np.ndarray, ...]]
 """Image id -> detected boxes (N, 4), scores (N,) and classes (N,)."""
 
@@ -78,10 +80,21 @@ class BoxEvaluator(DatasetEvaluator):
             objects = [one for one in record["annotations"] if not one.get("iscrowd")]
             yield record, boxes_of(objects), np.array([one["category_id"] for one in objects], int)
 
-    def write(self, name: str, content: Any) -> None:
+    def write(self, name: str, content: Any, indent: int | None = 1) -> None:
         if self.output_dir:
             os.makedirs(self.output_dir, exist_ok=True)
-            write_json(os.path.join(self.output_dir, name), content, indent=1)
+            write_json(os.path.join(self.output_dir, name), content, indent=indent)
+
+    def write_detections(self, found: Found) -> None:
+        """Writes `detections.json` in COCO's result format: bbox is [x, y, width, height]."""
+        entries = []
+        for image, columns in found.items():
+            for (x0, y0, x1, y1), score, index in zip(*(c.tolist() for c in columns), strict=True):
+                box = [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]
+                name = self.class_names[index]
+                entry = {"image_id": str(image), "category_id": index, "category": name}
+                entries.append({**entry, "bbox": box, "score": round(score, 6)})
+        self.write(DETECTIONS, entries, indent=None)
 
 
 def boxes_of(objects: Iterable[Mapping[str, Any]]) -> np.ndarray:
@@ -151,7 +164,8 @@ class VOCEvaluator(BoxEvaluator):
         for _, _, classes in found.values():
             check_classes(classes, len(self.class_names), "detections")
         if output:  # before anything else can fail
-            folder = write_detections(found, self._metadata, output)
+            self.write_detections(found)
+            folder = write_devkit(found, self._metadata, output)
         ground_truth, annotated = self._load_ground_truth()
         names = self.class_names
         tables = read_boxes(voc_detections(found), ground_truth, names)
@@ -194,27 +208,21 @@ class VOCEvaluator(BoxEvaluator):
         warn_if_empty(logger, self.name, detected, annotated)
 
 
-def write_detections(found: Found, metadata: Any, folder: str) -> str:
-    """Writes `detections.json`, and one file per class for the VOC devkit and its server.
+def write_devkit(found: Found, metadata: Any, folder: str) -> str:
+    """Writes a file of detections per class, for the VOC devkit and its server.
 
-    The first is in COCO's result format: bbox is [x, y, width, height], 0-based. Lines of the
-    others are image, score, xmin, ymin, xmax, ymax, in 1-based inclusive pixels. Scores have nine
+    Lines are image, score, xmin, ymin, xmax, ymax, in 1-based inclusive pixels. Scores have nine
     digits, enough to tell all float32 scores apart (Detectron2's three make ties). Returns the
-    folder of the files per class.
+    folder of the files.
     """
     path = os.path.join(folder, "results", f"VOC{metadata.get('year', 2012)}", "Main")
     os.makedirs(path, exist_ok=True)
-    names, entries = metadata.thing_classes, []
-    lines: list[list[str]] = [[] for _ in names]
+    lines: list[list[str]] = [[] for _ in metadata.thing_classes]
     for image, columns in found.items():
         for (x0, y0, x1, y1), score, index in zip(*(c.tolist() for c in columns), strict=True):
-            box = [round(value, 3) for value in (x0, y0, x1 - x0, y1 - y0)]
-            entry = {"image_id": str(image), "category_id": index, "category": names[index]}
-            entries.append({**entry, "bbox": box, "score": round(score, 6)})
             corners = f"{x0 + 1:.2f} {y0 + 1:.2f} {x1:.2f} {y1:.2f}"
             lines[index].append(f"{image} {score:.9g} {corners}\n")
-    write_json(os.path.join(folder, "detections.json"), entries, indent=None)
-    for name, rows in zip(names, lines, strict=True):
+    for name, rows in zip(metadata.thing_classes, lines, strict=True):
         file = f"comp4_det_{metadata.split}_{name.replace('/', '_')}.txt"
         write_text(os.path.join(path, file), "".join(rows))
     return path
