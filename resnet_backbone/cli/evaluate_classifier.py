@@ -28,7 +28,12 @@ from resnet_backbone.classification.protocols import POOLINGS, PROTOCOLS, SOFTMA
 from resnet_backbone.classification.step import AMP
 from resnet_backbone.cli import CommandParser, key_and_value
 from resnet_backbone.fast.engines import CALIBRATION, ENGINES, check_engine
-from resnet_backbone.report.table import prediction_rows, write_csv, write_evaluation
+from resnet_backbone.report.evaluations import (
+    PREDICTIONS,
+    prediction_rows,
+    write_csv,
+    write_evaluation,
+)
 from resnet_backbone.runtime import records
 from resnet_backbone.runtime.errors import UsageError, one_line_errors
 from resnet_backbone.runtime.files import write_json
@@ -315,7 +320,7 @@ def show_predictions(args: argparse.Namespace, images, names, result: Evaluation
         pairs = zip(best[1::3], best[2::3], strict=True)
         print(f"{image}: " + ", ".join(f"{name} {float(score):.3f}" for name, score in pairs))
     if args.output:
-        path = Path(args.output) / "predictions.csv"
+        path = Path(args.output) / PREDICTIONS
         write_csv(path, rows)
         print(f"written: {path}")
 

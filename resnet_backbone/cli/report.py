@@ -16,6 +16,7 @@ from resnet_backbone.classification.networks import NetworkSpec, load_network, r
 from resnet_backbone.cli import CommandParser, positive
 from resnet_backbone.report import plots
 from resnet_backbone.report.detection_plots import plot_training
+from resnet_backbone.report.evaluations import compare_evaluations, load_evaluation
 from resnet_backbone.report.published import parse_network
 from resnet_backbone.report.runs import DETECTOR_METRICS, load_metrics, load_run
 from resnet_backbone.report.table import results_table
@@ -60,6 +61,14 @@ examples:
 Runs of the same network and recipe make one row, with mean and standard deviation over their seeds.
 Runs shorter than the published recipe are marked. Below the tables are the command, hardware, and
 date of every run."""
+
+EVALUATIONS_EPILOG = """\
+examples:
+  resnet-backbone report evaluations --run tested/resnet20 --run tested/resnet56 --output e.md
+  resnet-backbone report evaluations --run fp32 --run int8="OpenVINO, int8" --output int8.md
+
+The folders are those of evaluate-classifier --output, all of the same images. Each is compared
+with the first one, image by image."""
 
 DETECTION_EPILOG = """\
 examples:
@@ -167,6 +176,14 @@ def table(args: argparse.Namespace) -> None:
     print(text, args.output, sep="")
 
 
+def evaluations(args: argparse.Namespace) -> None:
+    """compare evaluations of classifiers on the same images, with intervals"""
+    named = map(split_label, args.runs)
+    text = compare_evaluations([load_evaluation(Path(path), name) for path, name in named])
+    write_text(args.output, text)
+    print(text, args.output, sep="")
+
+
 def detection(args: argparse.Namespace) -> None:
     """report detection runs: the gain over VGG-16, published numbers, plots, pictures"""
     from resnet_backbone.report.document import write_detection_report  # needs Detectron2
@@ -206,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
         (curves, CURVES_EPILOG, add_curves),
         (responses, RESPONSES_EPILOG, add_responses),
         (table, TABLE_EPILOG, add_table),
+        (evaluations, EVALUATIONS_EPILOG, add_evaluations),
         (detection, DETECTION_EPILOG, add_detection),
         (localization, LOCALIZATION_EPILOG, add_localization),
     ):
@@ -248,6 +266,14 @@ def add_runs(parser: argparse.ArgumentParser, what: str) -> None:
 
 def add_table(parser: argparse.ArgumentParser) -> None:
     add_runs(parser, "run folders of train-classifier")
+    about = dict(metavar="FILE.md", help="table to write")
+    parser.add_argument("--output", type=Path, required=True, **about)
+
+
+def add_evaluations(parser: argparse.ArgumentParser) -> None:
+    text = "folder of evaluate-classifier --output, and its name; may be given several times"
+    how = dict(dest="runs", action="append", required=True, metavar="DIR[=LABEL]")
+    parser.add_argument("--run", help=text, **how)
     about = dict(metavar="FILE.md", help="table to write")
     parser.add_argument("--output", type=Path, required=True, **about)
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import shlex
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from resnet_backbone.report.plots import plot_confusion, save_png
 from resnet_backbone.report.published import PublishedErrors, published, recipe_iterations
 from resnet_backbone.report.runs import Group, Run, group_by
 
@@ -196,63 +191,3 @@ def _provenance(run: Run, commands: Mapping[str, str]) -> str:
         results.get("date"),
     ]
     return f"- {run.network.title}{seed}: " + "; ".join(str(fact) for fact in facts if fact)
-
-
-def write_evaluation(
-    folder: Path, result: Any, class_names: Sequence[str], name_of: Callable[[int], str]
-) -> list[Path]:
-    """Writes predictions.csv, per_class.csv, confusion.csv, confusion.png; returns their paths.
-
-    Args:
-        result: an ``EvaluationResult`` of resnet_backbone.classification.
-        name_of: index of an image -> its path.
-    """
-    confusion = result.confusion.numpy()
-    tables = {
-        "predictions.csv": prediction_rows(result.predictions, class_names, name_of),
-        "per_class.csv": per_class_rows(result, class_names),
-        "confusion.csv": confusion_rows(confusion, class_names),
-    }
-    for name, rows in tables.items():
-        write_csv(folder / name, rows)
-    save_png(plot_confusion(confusion, class_names), folder / "confusion.png")
-    return [folder / name for name in (*tables, "confusion.png")]
-
-
-def write_csv(path: Path, rows: Iterable[list]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
-
-
-def prediction_rows(
-    predictions: Any, class_names: Sequence[str], name_of: Callable[[int], str]
-) -> Iterable[list]:
-    """Yields a row per readable image: its label, then its best classes with their scores."""
-    best = predictions.classes.shape[1]
-    columns = [f"{kind}{rank + 1}" for rank in range(best) for kind in ("class", "name", "score")]
-    yield ["index", "image", "label", "label_name", *columns]
-    columns = (predictions.indices, predictions.labels, predictions.classes, predictions.scores)
-    for index, label, classes, scores in zip(*(c.tolist() for c in columns), strict=True):
-        row = [index, name_of(index), label, class_names[label]]
-        for number, score in zip(classes, scores, strict=True):
-            row += [number, class_names[number], f"{score:.6g}"]
-        yield row
-
-
-def per_class_rows(result: Any, class_names: Sequence[str]) -> Iterable[list]:
-    """Yields a row per class with images: their number and the top-1 error in percent."""
-    yield ["class", "name", "images", "top1_error"]
-    columns = zip(class_names, result.class_counts, result.per_class_error, strict=True)
-    for number, (name, count, error) in enumerate(columns):
-        if error is not None:
-            yield [number, name, count, f"{error:.4f}"]
-
-
-def confusion_rows(confusion: np.ndarray, class_names: Sequence[str]) -> Iterable[list]:
-    """Yields counts: a row per class with images, a column per class with images or predictions."""
-    rows = np.flatnonzero(confusion.sum(1))
-    columns = np.flatnonzero(confusion.sum(1) + confusion.sum(0))
-    yield ["label \\ predicted", *(class_names[column] for column in columns)]
-    for row in rows:
-        yield [class_names[row], *(int(confusion[row, column]) for column in columns)]

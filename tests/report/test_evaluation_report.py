@@ -1,6 +1,7 @@
 """Tables and picture of an evaluation."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from PIL import Image
 
 from resnet_backbone.classification.data.evaluation import BadSample
 from resnet_backbone.classification.evaluation import EvaluationResult, Predictions
+from resnet_backbone.report.evaluations import confusion_rows, write_evaluation
 from resnet_backbone.report.plots import plot_confusion
-from resnet_backbone.report.table import confusion_rows, write_evaluation
 
 NAMES = ["cat", 'dog, "big"', "cow", "class 3"]
 
@@ -78,3 +79,50 @@ def test_many_classes(classes, named):
     assert bool(axes.texts) == named
     assert axes.images[0].get_array().shape == (classes, classes)
     assert len(list(confusion_rows(confusion, [str(i) for i in range(classes)]))) == classes + 1
+
+
+@pytest.fixture
+def tested(tmp_path):
+    """Function: the folder of an evaluation of 100 images, of which the given ones are right."""
+
+    def make(name, right, bad=(), images="img{}.jpg".format, **results):
+        scores = torch.eye(5)[[0 if index in right else 1 for index in range(100)]]
+        read = torch.tensor([index for index in range(100) if index not in bad])
+        labels = torch.zeros(len(read), dtype=torch.long)
+        found = Predictions.from_probabilities(scores[read], labels, read)
+        samples = tuple(BadSample(index, 0, "", "") for index in bad)
+        result = EvaluationResult(found, samples, 5, {}, 1, 2.0, 0.0)
+        write_evaluation(tmp_path / name, result, list("abcde"), images)
+        content = {**result.to_dict(), "engine": ["eager"], "precision": "float32"}
+        content |= {"command": f"resnet-backbone evaluate-classifier --weights /home/me/{name}"}
+        (tmp_path / name / "results.json").write_text(json.dumps(content | results))
+        return tmp_path / name
+
+    return make
+
+
+def test_comparison_by_hand(tested, tool, cells, tmp_path):
+    """80 and 88 right of 100: 3 only in the first, 11 only in the second; one is unreadable."""
+    one, both = tested("one", range(80), bad=(99,)), tmp_path / "both.md"
+    two = tested("two", range(3, 91), engine=["openvino"], precision="int8", date="2026-11-30")
+    status, _, error = tool("evaluations", "--run", one, "--run", f"{two}=int8", "--output", both)
+    assert status == 0, error
+    header, _, first, second = cells(both.read_text())
+    assert first == ["one", "eager, float32", "20.00 [12.12, 27.88]", "1.00", *first[4:6], ""]
+    # changes: 3 of +1, 11 of -1; variance (14 - 100 * .08 ** 2) / 99, 1.96 errors of the mean 7.20
+    assert second[:3] == ["int8", "openvino, int8", "12.00 [5.60, 18.40]"]
+    assert second[6] == "-8.00 [-15.20, -0.80]"
+    assert "`resnet-backbone evaluate-classifier --weights $ROOT/two`" in both.read_text()
+
+
+def test_comparisons_that_are_refused(tested, refused, tmp_path):
+    one = tested("one", range(80))
+    others = {
+        "other and one were evaluated on different images": tested("other", range(80), images=str),
+        "none has no results.json: give the --output of evaluate-clas": tmp_path / "none",
+        "damaged (its top-1 error is not that of results.json": tested("odd", [], top1_error=1.0),
+    }
+    for message, folder in others.items():
+        words = ["--run", one, "--run", folder, "--output", tmp_path / "t.md"]
+        assert message in refused("evaluations", *words)
+    assert not (tmp_path / "t.md").exists()

@@ -1,0 +1,157 @@
+"""Evaluations of classifiers: their files, and several ones compared on the same images."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from resnet_backbone.report.plots import plot_confusion, save_png
+from resnet_backbone.report.runs import read_table
+from resnet_backbone.report.table import WHERE, hardware_text, markdown, show_commands
+from resnet_backbone.runtime.records import RESULTS
+
+PREDICTIONS = "predictions.csv"
+TEXT = """\
+Errors in percent of {images:,} images. In brackets: 95 % intervals over test images, 1.96 standard
+errors. Change: top-1 error minus that of the first row, image by image; the interval covers the
+choice of the images, not that of the seed."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A folder that ``evaluate-classifier --output`` has written."""
+
+    name: str
+    results: dict[str, Any]  # of results.json
+    images: dict[int, tuple[str, str]]  # index of a readable image -> its file's name, label
+    is_wrong: np.ndarray  # top-1, of all images (N,); unreadable ones are wrong
+
+    def change(self, other: Evaluation) -> tuple[float, float]:
+        """Returns the top-1 error minus that of `other`, and half its interval, in percent."""
+        return mean_and_interval(self.is_wrong.astype(float) - other.is_wrong)
+
+
+def mean_and_interval(values: np.ndarray) -> tuple[float, float]:
+    """Returns the mean and 1.96 standard errors, times 100."""
+    return 100 * float(values.mean()), 196 * float(values.std(ddof=1)) / math.sqrt(len(values))
+
+
+def load_evaluation(folder: Path, name: str = "") -> Evaluation:
+    """Reads results.json and predictions.csv; ValueError if they are missing or damaged."""
+    for file in (RESULTS, PREDICTIONS):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} has no {file}: give the --output of evaluate-classifier")
+    results = read_table(folder / RESULTS)
+    try:
+        is_wrong, images = np.ones(results["num_images"], bool), {}
+        with open(folder / PREDICTIONS, encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                index, label = int(row["index"]), row["label"]
+                images[index] = Path(row["image"]).name, label
+                is_wrong[index] = row["class1"] != label
+        if abs(100 * is_wrong.mean() - results["top1_error"]) > 1e-6:
+            raise ValueError(f"its top-1 error is not that of {RESULTS}")
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"{folder / PREDICTIONS} is damaged ({error}): evaluate again") from error
+    return Evaluation(name or folder.resolve().name, results, images, is_wrong)
+
+
+def compare_evaluations(evaluations: Sequence[Evaluation]) -> str:
+    """Returns Markdown: a table with each evaluation's change over the first, and commands."""
+    first, rows = evaluations[0], []
+    for one in evaluations:
+        shared = one.images.keys() & first.images.keys()
+        same = all(one.images[index] == first.images[index] for index in shared)
+        if len(one.is_wrong) != len(first.is_wrong) or not same:
+            raise ValueError(f"{one.name} and {first.name} were evaluated on different images")
+        results = one.results
+        error, half = mean_and_interval(one.is_wrong)
+        top5, speed = results.get("top5_error"), results.get("images_per_second")
+        engines = ", ".join(dict.fromkeys(results.get("engine") or ["eager"]))
+        mean, width = one.change(first)
+        cells = [one.name, f"{engines}, {results.get('precision') or results.get('amp')}"]
+        cells.append(f"{error:.2f} [{max(0, error - half):.2f}, {min(100, error + half):.2f}]")
+        cells += ["-" if top5 is None else f"{top5:.2f}", f"{results['cross_entropy']:.4f}"]
+        cells.append("-" if speed is None else f"{speed:.1f}")
+        change = f"{mean:+.2f} [{mean - width:+.2f}, {mean + width:+.2f}]"
+        rows.append([*cells, "" if one is first else change])
+    header = ["network", "engine, precision", "top-1 error", "top-5 error", "cross-entropy"]
+    table = markdown([*header, "images per s", "change of top-1 error"], rows)
+    commands = show_commands(one.results.get("command") for one in evaluations)
+    lines = "\n".join(_facts(one, commands) for one in evaluations)
+    text = TEXT.format(images=len(first.is_wrong))
+    return "\n\n".join([table, text, WHERE, lines]) + "\n"
+
+
+def _facts(one: Evaluation, commands: Mapping[str | None, str]) -> str:
+    command, versions = commands.get(one.results.get("command")), one.results.get("versions", {})
+    facts = [hardware_text(one.results.get("hardware")), one.results.get("date")]
+    facts += [f"PyTorch {versions['torch']}" if "torch" in versions else ""]
+    facts += [f"revision {one.results['revision']}" if one.results.get("revision") else ""]
+    return f"- {one.name}: {', '.join(filter(None, facts))}  \n  `{command}`"
+
+
+def write_evaluation(
+    folder: Path, result: Any, class_names: Sequence[str], name_of: Callable[[int], str]
+) -> list[Path]:
+    """Writes predictions.csv, per_class.csv, confusion.csv, confusion.png; returns their paths.
+
+    Args:
+        result: an ``EvaluationResult`` of resnet_backbone.classification.
+        name_of: index of an image -> its path.
+    """
+    confusion = result.confusion.numpy()
+    tables = {
+        PREDICTIONS: prediction_rows(result.predictions, class_names, name_of),
+        "per_class.csv": per_class_rows(result, class_names),
+        "confusion.csv": confusion_rows(confusion, class_names),
+    }
+    for name, rows in tables.items():
+        write_csv(folder / name, rows)
+    save_png(plot_confusion(confusion, class_names), folder / "confusion.png")
+    return [folder / name for name in (*tables, "confusion.png")]
+
+
+def write_csv(path: Path, rows: Iterable[list]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def prediction_rows(
+    predictions: Any, class_names: Sequence[str], name_of: Callable[[int], str]
+) -> Iterable[list]:
+    """Yields a row per readable image: its label, then its best classes with their scores."""
+    best = predictions.classes.shape[1]
+    columns = [f"{kind}{rank + 1}" for rank in range(best) for kind in ("class", "name", "score")]
+    yield ["index", "image", "label", "label_name", *columns]
+    columns = (predictions.indices, predictions.labels, predictions.classes, predictions.scores)
+    for index, label, classes, scores in zip(*(c.tolist() for c in columns), strict=True):
+        row = [index, name_of(index), label, class_names[label]]
+        for number, score in zip(classes, scores, strict=True):
+            row += [number, class_names[number], f"{score:.6g}"]
+        yield row
+
+
+def per_class_rows(result: Any, class_names: Sequence[str]) -> Iterable[list]:
+    """Yields a row per class with images: their number and the top-1 error in percent."""
+    yield ["class", "name", "images", "top1_error"]
+    columns = zip(class_names, result.class_counts, result.per_class_error, strict=True)
+    for number, (name, count, error) in enumerate(columns):
+        if error is not None:
+            yield [number, name, count, f"{error:.4f}"]
+
+
+def confusion_rows(confusion: np.ndarray, class_names: Sequence[str]) -> Iterable[list]:
+    """Yields counts: a row per class with images, a column per class with images or predictions."""
+    rows = np.flatnonzero(confusion.sum(1))
+    columns = np.flatnonzero(confusion.sum(1) + confusion.sum(0))
+    yield ["label \\ predicted", *(class_names[column] for column in columns)]
+    for row in rows:
+        yield [class_names[row], *(int(confusion[row, column]) for column in columns)]
