@@ -1,10 +1,13 @@
 """Detectron2's own trainers, predictor, checkpointer and configs, with our backbones."""
 
+import json
 import os
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import detectron2
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import MetadataCatalog
-from detectron2.data.datasets import register_pascal_voc
+from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from detectron2.engine import DefaultPredictor, DefaultTrainer, SimpleTrainer
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.modeling import build_model
@@ -145,12 +148,29 @@ LAZY = str(CONFIGS / "detection/voc/faster_rcnn_R_50_FPN_lazy.py")
 YAML = "voc/faster_rcnn_R_50_FPN.yaml"
 TINY = """model.backbone.bottom_up.depth=18 model.backbone.bottom_up.norm=BN
 model.backbone.bottom_up.freeze_at=0 model.backbone.out_channels=16
-model.roi_heads.box_head.fc_dims=[8,16] model.roi_heads.num_classes=2
-model.roi_heads.batch_size_per_image=16 model.proposal_generator.post_nms_topk=[20,20]
 dataloader.train.mapper.augmentations.0.short_edge_length=[64]
 dataloader.test.mapper.augmentations.0.short_edge_length=64
 dataloader.train.total_batch_size=2 dataloader.train.num_workers=0 dataloader.test.num_workers=0
 train.device=cpu train.max_iter=2 train.init_checkpoint=''""".split()
+REGIONS = """model.roi_heads.num_classes=2 model.roi_heads.batch_size_per_image=16
+model.proposal_generator.post_nms_topk=[20,20]""".split()
+HEAD = ["model.roi_heads.box_head.fc_dims=[8,16]"]
+JITTER = """model.roi_heads.box_head.fc_dims=[16] model.roi_heads.box_head.conv_dims=[8]
+model.roi_heads.mask_head.conv_dims=[8,8] model.backbone.norm=BN
+dataloader.train.mapper.augmentations.0.target_height=64
+dataloader.train.mapper.augmentations.0.target_width=64
+dataloader.train.mapper.augmentations.1.crop_size=[64,64]
+train.amp.enabled=False train.ddp.fp16_compression=False""".split()
+BASELINES = {  # Detectron2's that are LazyConfigs alone: small model and data, losses
+    "detection/coco/fcos_R_50_FPN_lazy.py": (
+        [*TINY, "model.num_classes=2", "model.head.conv_dims=[16]", "model.head.norm="],
+        {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"},
+    ),
+    "segmentation/coco/mask_rcnn_R_50_FPN_LSJ_lazy.py": (
+        [*(word for word in TINY if "train.mapper" not in word), *REGIONS, *JITTER],
+        {"loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"},
+    ),
+}
 
 
 @pytest.fixture
@@ -164,7 +184,8 @@ def tiny(lazy, tiny_voc, tmp_path):
     for split in ("train", "test"):
         register_voc(f"lazy_{split}", str(tiny_voc), split, ["bar", "box"])
     names = ["dataloader.train.dataset.names=lazy_train", "dataloader.test.dataset.names=lazy_test"]
-    return LazyConfig.apply_overrides(lazy, [*TINY, *names, f"train.output_dir={tmp_path}"])
+    words = [*TINY, *REGIONS, *HEAD, *names, f"train.output_dir={tmp_path}"]
+    return LazyConfig.apply_overrides(lazy, words)
 
 
 def test_every_reference_resolves_and_it_can_be_saved(lazy, tmp_path):
@@ -237,17 +258,42 @@ def test_one_step(tiny):
     assert not torch.equal(model.backbone.bottom_up.res2[0].conv1.weight, before)
 
 
-def test_detectron2s_lazy_trainer(tiny, tmp_path):
-    """Upstream's do_train trains, evaluates with our evaluator and writes a checkpoint."""
+@pytest.fixture
+def do_train():
+    """Detectron2's trainer of LazyConfigs."""
     path = Path(detectron2.__file__).parents[1] / "tools" / "lazyconfig_train_net.py"
     if not path.is_file():
         pytest.skip(f"this Detectron2 comes without {path.name}")
-    runpy.run_path(str(path))["do_train"](type("Arguments", (), {"resume": False}), tiny)
+    return partial(runpy.run_path(str(path))["do_train"], SimpleNamespace(resume=False))
+
+
+def test_detectron2s_lazy_trainer(tiny, tmp_path, do_train):
+    """It trains, evaluates with our evaluator and writes a checkpoint."""
+    do_train(tiny)
     assert (tmp_path / "model_final.pth").is_file()
     assert '"bbox/AP50"' in (tmp_path / "metrics.json").read_text()
 
 
-# Detectron2's own config files with our backbone, and its baselines that are LazyConfigs alone
+@pytest.mark.parametrize("name", BASELINES)
+def test_detectron2s_lazy_trainer_with_the_baselines(
+    name, tiny_coco, tiny_voc, tmp_path, do_train, request
+):
+    if "LSJ" in name:
+        pytest.importorskip("shapely", reason="Detectron2 crops masks with it")
+    small, losses = BASELINES[name]
+    words = [*small, f"train.output_dir={tmp_path}"]
+    for split, numbers in (("train", range(6)), ("test", range(6, 8))):
+        data = f"{request.node.name}_{split}"
+        file = tiny_coco(tmp_path / f"{split}.json", numbers)
+        register_coco_instances(data, {}, file, str(tiny_voc / "JPEGImages"))
+        words.append(f"dataloader.{split}.dataset.names='{data}'")
+    do_train(LazyConfig.apply_overrides(LazyConfig.load(str(CONFIGS / name)), words))
+    assert (tmp_path / "model_final.pth").is_file()
+    rows = (tmp_path / "metrics.json").read_text().splitlines()
+    assert losses | {"bbox/AP50"} <= {key for row in rows for key in json.loads(row)}
+
+
+# Detectron2's own config files with our backbone
 
 
 # the form of Detectron2's Base-RetinaNet.yaml
@@ -290,14 +336,6 @@ def test_formulas_are_not_executed(tmp_path, formula):
         load_config(write_retinanet(tmp_path, formula), [])
 
 
-BASELINES = {
-    "detection/coco/fcos_R_50_FPN_lazy.py": {"loss_fcos_cls", "loss_fcos_loc", "loss_fcos_ctr"},
-    "segmentation/coco/mask_rcnn_R_50_FPN_LSJ_lazy.py": {
-        *("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask"),
-    },
-}
-
-
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_that_are_lazy_configs_start(name, images):
     config = LazyConfig.load(str(CONFIGS / name))
@@ -310,7 +348,7 @@ def test_baselines_that_are_lazy_configs_start(name, images):
         outlines = [[[x, y, x1, y, x1, y1, x, y1]] for x, y, x1, y1 in boxes]
         given["instances"].gt_masks = PolygonMasks(outlines)
     losses = losses_of(model, images)
-    assert set(losses) == BASELINES[name] and all(loss.isfinite() for loss in losses.values())
+    assert set(losses) == BASELINES[name][1] and all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     schedule = instantiate(config.lr_multiplier)
     assert schedule(0.5) == pytest.approx(1) and schedule(0.999) == pytest.approx(0.01)
