@@ -171,6 +171,12 @@ class ClassProposalNetwork(_Localizer):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         rpn, node = cfg.MODEL.RPN, backbone_node(cfg).LOCALIZATION
+        if node.SCALES and 0 < cfg.INPUT.MIN_SIZE_TEST < max(node.SCALES):
+            raise UsageError(
+                f"RESNET_BACKBONE.LOCALIZATION.SCALES {list(node.SCALES)}: images are read at "
+                f"{cfg.INPUT.MIN_SIZE_TEST} pixels and would be enlarged again: give "
+                f"INPUT.MIN_SIZE_TEST {max(node.SCALES)}"
+            )
         found = cls.read_config(cfg, rpn)
         shape = found["backbone"].output_shape()[found["feature"]]
         return {

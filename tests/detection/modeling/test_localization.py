@@ -16,6 +16,7 @@ from resnet_backbone.detection import build_detector
 from resnet_backbone.detection.config import load_config
 from resnet_backbone.detection.modeling import losses_of
 from resnet_backbone.models import build_model as build_classifier
+from resnet_backbone.runtime.errors import UsageError
 from resnet_backbone.weights import get_preprocessing, save_weights
 
 SMALL = ["MODEL.ROI_HEADS.NUM_CLASSES", "5", "MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN"]
@@ -86,6 +87,11 @@ def test_eight_anchors_of_an_image_half_of_them_positive():
     assert (goal[positive] == torch.tensor(BOX)).all()
     chosen, _, _, kinds = model.sample(anchors, image(224, 224)["instances"])
     assert len(chosen) == 8 and (kinds == 5).all()
+
+
+def test_images_are_not_enlarged_twice():
+    with pytest.raises(UsageError, match=r"SCALES \[224, 640\]: .* give INPUT.MIN_SIZE_TEST 640"):
+        make("rpn", "RESNET_BACKBONE.LOCALIZATION.SCALES", "[224,640]")
 
 
 @pytest.mark.parametrize(
